@@ -28,11 +28,11 @@ CANCEL_ROUNDS = 1_000
 
 
 class SimulationError(BatchlabError):
-    """Error of a program that broke a rule of the simulation, or of a wrong setup of the simulation."""
+    """Error for a broken rule of the simulation, or for a wrong setup of the simulation."""
 
 
 class Violated(SimulationError):
-    """Error of a broken promise of the grid."""
+    """Error for a broken promise of the grid."""
 
 
 def check(holds: bool, promise: str, facts: str) -> None:
@@ -60,15 +60,15 @@ class Freezer(Protocol):
 class Actor:
     """A process that can be killed at any moment: a group of tasks that SIGKILL ends together.
 
-    Each restart of a process creates a new Actor. A new Actor with the name of an earlier one continues the numbers of
-    its port calls.
+    Each restart of a process creates a new Actor. An Actor with the name of an earlier Actor continues the numbering of
+    the earlier Actor's port calls.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.alive = True
         self.guarded = True
-        """True until the actor gets a port without a wrapper. An actor with an unwrapped port cannot be killed."""
+        """Whether all ports of the actor have a wrapper. An actor with an unwrapped port cannot be killed."""
         # A dict serves as an ordered set, because tasks must die in the order in which they were created.
         self._tasks: dict[asyncio.Task[Any], None] = {}
 
@@ -76,7 +76,7 @@ class Actor:
         return f"Actor({self.name!r}, {'alive' if self.alive else 'dead'})"
 
     def spawn(self, coro: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
-        """Run `coro` as a task of this actor. Every task that `coro` creates also belongs to the actor.
+        """Run `coro` as a task of the actor. Every task that `coro` creates also belongs to the actor.
 
         Wait for the task's end with `asyncio.wait([task])`, because `await task` would raise ActorKilled in the waiting
         task. Raise SimulationError if the actor is dead.
@@ -216,7 +216,7 @@ class JobControls:
     _retries: dict[JobId, list[int]] = field(default_factory=dict)
     """Numbers of requested and of acknowledged retries of each job."""
     choices: dict[JobId, list[TaskSelection | None]] = field(default_factory=dict)
-    """Failures that users asked to retry, by job; None stands for all failures."""
+    """Choices of failures to retry that users made, by job. A choice of None stands for all failures."""
 
     # --- Control words ---------------------------------------------------------------------------
 
@@ -230,7 +230,7 @@ class JobControls:
         self._ended.add(job)
 
     def is_live(self, job: str) -> bool:
-        """Return whether no round of the job has ended and its last control word is RUN."""
+        """Return whether no round of the job has ended and the job's last control word is RUN."""
         words = self._words.get(job, [])
         return job not in self._ended and (not words or words[-1][1] is Control.RUN)
 
@@ -295,9 +295,9 @@ class JobControls:
 class Pause:
     """A faster `asyncio.sleep` (for more than 0 s) that stores its event loop.
 
-    `asyncio.sleep` looks up the running loop at each call, which costs a system call for the process id. A fast pause
-    matters because every simulated port call and task waits. A pause ends at the same time, and in the same order, as a
-    call of `asyncio.sleep`.
+    `asyncio.sleep` looks up the running loop at each call, which costs a system call for the process id. Every
+    simulated port call and task uses a pause, so a pause must be fast. A pause ends at the same time, and in the same
+    order, as a call of `asyncio.sleep`.
     """
 
     def __init__(self) -> None:

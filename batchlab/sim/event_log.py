@@ -20,7 +20,7 @@ from batchlab.core.protocol import json_format, object_keys
 MAX_VALUE_LENGTH = 72
 """Maximum length in characters of a value in the log.
 
-A longer value is cut, and the log has the hash of the value after the cut.
+The log has only the start and the hash of a longer value.
 """
 
 

@@ -111,7 +111,7 @@ class SimTask(asyncio.Task[Any]):
         return self.serial
 
     def __str__(self) -> str:
-        """Return the task's name and its waiting functions with lines: `w-1 (run:103 > _fetch:140 > wait:212)`."""
+        """Return the task's name and its waiting functions, such as `w-1 (run:103 > _fetch:140 > wait:212)`."""
         chain: list[str] = []
         coro: Any = self.get_coro()
         while (frame := getattr(coro, "cr_frame", None)) is not None:
@@ -192,7 +192,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._limit_s = math.inf if limit_s is None else self._now_s + limit_s
         self._limit_steps = math.inf if limit_steps is None else self.steps + limit_steps
         # The garbage collector would run generator finalizers after a number of allocations, which differs between
-        # processes. The loop instead collects garbage after a fixed number of steps.
+        # processes. SimLoop collects garbage after a fixed number of steps, so that all processes behave alike.
         collecting = gc.isenabled()
         gc.disable()
         try:
@@ -238,7 +238,7 @@ class SimLoop(asyncio.BaseEventLoop):
         return timer
 
     def _timer_handle_cancelled(self, _timer: asyncio.TimerHandle) -> None:
-        # asyncio calls this method for timers that have not fired yet.
+        # asyncio calls `_timer_handle_cancelled` only for timers that have not fired yet.
         self._timers_cancelled += 1
         if self._timers_cancelled > _MIN_CANCELLED_TIMERS and self._timers_cancelled * 2 > len(self._timers):
             self._timers[:] = [entry for entry in self._timers if not entry[2]._cancelled]
@@ -246,7 +246,8 @@ class SimLoop(asyncio.BaseEventLoop):
             self._timers_cancelled = 0
 
     def _run_once(self) -> None:
-        # The base class's `run_forever` would call `_run_once` once per instant, which is slower.
+        # `_run_once` loops over all instants, because `run_forever` of the base class would call `_run_once` once per
+        # instant.
         ready, timers = self._ready, self._timers
         while not self._stopping:
             if self._crashes and not self._ending:
@@ -282,8 +283,8 @@ class SimLoop(asyncio.BaseEventLoop):
                 except BaseException as error:  # noqa: BLE001 - as asyncio's, for `run` to raise
                     message = f"Exception in callback {handle._callback!r}"
                     self.call_exception_handler({"message": message, "exception": error, "handle": handle})
-                # A failed task's traceback may hold this handle. Without a reference from the handle to the task, no
-                # cycle exists, so the failure is reported immediately.
+                # The traceback of a failed task may refer to the handle that ran the task. Without a reference from the
+                # handle to the task, no cycle exists, so the failure is reported immediately.
                 handle._callback = None
         if before // _YOUNG_STEPS != after // _YOUNG_STEPS:
             gc.collect(2 if before // _FULL_STEPS != after // _FULL_STEPS else 1)
@@ -378,7 +379,7 @@ class SimLoop(asyncio.BaseEventLoop):
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """Store an error that asyncio would only log, so that `run` raises the error.
 
-        A `__del__` method may call this handler.
+        A `__del__` method may call `call_exception_handler`.
         """
         error = context.get("exception")
         task = context.get("task") or context.get("future")
@@ -445,8 +446,8 @@ class SimLoop(asyncio.BaseEventLoop):
         raise SimulationError(f"Tasks swallow every cancellation. {self._waiting()}")
 
     def _asyncgen_finalizer_hook(self, generator: AsyncGenerator[Any, Any]) -> None:
-        # The interpreter calls this hook for a generator that is dropped before its end. After the run, no loop would
-        # await the closing of a generator, so the hook does nothing.
+        # The interpreter calls `_asyncgen_finalizer_hook` for a generator that is dropped before its end. After the
+        # run, no loop would await the closing of a generator, so the hook does nothing.
         if self.is_running():
             self.call_soon(self.create_task, generator.aclose())
 
@@ -483,7 +484,7 @@ def _refuse(*_: object, **__: object) -> NoReturn:
     raise SimulationError("The simulation does not support sockets, pipes, processes, or signals.")
 
 
-# The loop defines these unsupported methods, because the base class would open real sockets before it fails.
+# SimLoop defines the methods in `_UNSUPPORTED`, because the base class would open real sockets before a failure.
 _UNSUPPORTED = """
     create_connection create_server create_datagram_endpoint create_unix_connection create_unix_server
     connect_accepted_socket connect_read_pipe connect_write_pipe subprocess_exec subprocess_shell add_reader add_writer

@@ -92,7 +92,7 @@ class FaultKind(StrEnum):
     FROZEN = "frozen", WEATHER, "a worker freezes for ever"
 
     def applies(self, label: str) -> bool:
-        """Return whether this kind of fault can happen at a call or event with the label."""
+        """Return whether the kind of fault can happen at a call or event with `label`."""
         if not self.label:
             return label not in (WEATHER, USER)
         return label == self.label
@@ -103,8 +103,9 @@ class Weather:
     """Probability of each kind of fault per port call, world event, or user request.
 
     With `varied`, each seed chooses its kinds of faults and their rates. With `timed`, each world also has a schedule.
-    With `lies`, every world has lying workers (CORRUPTED) and additional jobs. With `storage`, every world has damaged
-    objects and additional jobs. With `accounts`, the managers record the usage of each job.
+    With `lies`, workers may begin to lie (CORRUPTED) in every world, and every world has additional jobs. With
+    `storage`, objects may be damaged in every world, and every world has additional jobs. With `accounts`, the managers
+    record the usage of each job.
     """
 
     kill_before: float = 0.0
@@ -207,7 +208,7 @@ class Faults:
     `budget` limits the number of injected faults per kind; a kind without a budget has no limit. `latency_s` is the
     range of the total time of a request and its answer. `delay_s` is the range of the additional time of a DELAYED
     fault. Without `answers`, the request takes the whole latency, which halves the number of waits. Runs whose answers
-    are never lost can omit `answers`.
+    are never lost can set `answers` to False.
     """
 
     def __init__(
@@ -273,8 +274,7 @@ class Faults:
         """Return the actor's next call, with its latency. The number of random draws per call is fixed."""
         draw = self._draws.get(actor)
         if draw is None:
-            # Python's hash() differs between processes, but the random source hashes a text seed with SHA-512. A text
-            # seed is hashed with SHA-512.
+            # Python's hash() differs between processes, but the random source hashes a text seed with SHA-512.
             draw = random.Random(f"{self._seed}/{actor}").random  # noqa: S311 - no cryptography
             self._draws[actor] = draw
             self._calls[actor] = 0

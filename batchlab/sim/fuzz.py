@@ -1,4 +1,4 @@
-"""Fuzzing: run one random world per seed, shrink failures, and print the commands to replay them.
+"""Fuzzing: run one random world per seed, shrink failures, and print the commands to replay the failures.
 
 Invariant: the result of a seed depends only on the seed, the weather, and the faults. The sums over seeds depend
 neither on the order of the seeds nor on the number of processes.
@@ -50,7 +50,7 @@ def shrink(
 ) -> ShrinkResult[T] | None:
     """Return the fewest of `parts` (all different) for which `attempt` does not return None, by delta debugging.
 
-    `attempt` returns the parts that played a role, and the search drops all other parts at once. The result is None if
+    `attempt` returns the parts that took effect, and the search drops all other parts at once. The result is None if
     `attempt` returns None for the whole list.
     """
     search = _Search(tuple(parts), attempt, tries, out_of_time)
@@ -128,9 +128,9 @@ class Failure:
 
     seed: int
     promise: str
-    """Name of the broken promise: I1 to I8, a step of the protocol, or the kind of error.
+    """Name of the broken promise, which is I1 to I8, a step of the protocol, or the kind of error.
 
-    A smaller list of faults must break the same promise to count.
+    A smaller list of faults counts only if the list breaks the same promise.
     """
     text: str
     faults: tuple[Fault, ...]
@@ -311,7 +311,10 @@ def _read(part: str) -> Fault:
 
 
 def command(failure: Failure, weather: str, only: Sequence[Fault] | None = None) -> str:
-    """Return the shell command that replays a failure. `only` is the smallest list of faults, if it is known."""
+    """Return the shell command that replays a failure.
+
+    `only` is the smallest list of faults, or None if the list is not known.
+    """
     words = ["batchlab sim replay", str(failure.seed)]
     if only is not None and len(only) < len(failure.faults):
         words.append(f"--only {written(only)}")

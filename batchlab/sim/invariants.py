@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 async def check_all(world: World, jobs: Sequence[JobId]) -> None:
-    """Check I1, I2, I3, and I7 for these jobs, which must have ended.
+    """Check I1, I2, I3, and I7 for the given jobs, which must have ended.
 
     Only the end of a job is checked if a lying worker has touched the job.
     """
@@ -55,7 +55,7 @@ async def check_trial(world: World, plan: Plan) -> None:
     """Check every promise on a world that has come to rest."""
     if not any([await is_lost(world, job.id) for job in plan.jobs]):
         check_at_rest(await world.groups())
-    # Every removed queue has been created again by the time of rest. A job may end without a queue, only later.
+    # Every removed queue has been created again by the time of rest. A missing queue only delays the end of a job.
     missing = missing_queues(world)
     check(not missing, "queues", f"{', '.join(missing)} not there long after the work")
     await _check_submitted(world, plan.jobs)

@@ -40,9 +40,9 @@ async def check_damaged(world: World, jobs: Sequence[JobId], rebuilt: RebuildRes
     """Check the jobs that have a damaged object, once the world has come to rest.
 
     A job with a damaged object must end. The reason of a task's failure must name the damaged object that caused the
-    failure. The reason of a job's end must name the damaged object if the job's counters do not explain the end. A job
-    with a changed bit is exempt from both rules about reasons. A rebuild of the ledger reports the torn objects that it
-    reads.
+    failure. The reason of a job's end must name the damaged object if the job's counters do not explain the end. The
+    reasons of a job with a changed bit need not name the damaged object. A rebuild of the ledger reports the torn
+    objects that it reads.
     """
     _check_rebuild_reports(world, rebuilt)
     for job in jobs:
@@ -63,9 +63,9 @@ async def check_damaged(world: World, jobs: Sequence[JobId], rebuilt: RebuildRes
 async def is_lost(world: World, job: JobId) -> bool:
     """Return whether a job with a damaged object may wait forever.
 
-    A job may wait forever if a rebuild restores the job after its user has left, because the job's end was lost. In
-    addition, the control object must be damaged: a rebuild restores the job as paused, or a changed bit makes its
-    control word unknown.
+    A job may wait forever if a rebuild restores the job after its user has left, because the job's end was lost. A
+    restored job waits only if its control object is damaged: the job is paused, or a changed bit has made the control
+    word unknown.
     """
     record = await world.find(job)
     if record is None or record.state.ended or object_keys.control(job) not in world.damage.hit:

@@ -78,7 +78,7 @@ class Insider:
             messages: Sequence[Message] = await self._ports.queue.receive(queue, max_messages=2, wait_s=0.0)
             bodies += [message.body for message in messages]
         for doc in map(doc_of, bodies):
-            # Other liars send malformed messages.
+            # Messages from other lying workers may be malformed.
             bundle = doc["b"] if isinstance(doc.get("b"), dict) else {}
             if all(isinstance(text, str) for text in (doc.get("ck"), bundle.get("j"), bundle.get("s"))):
                 self._tasks.append(doc)
@@ -113,7 +113,7 @@ class Insider:
         await self._send_proven({bundle["j"]: key}, **parts)
 
     async def _commit_foreign_references(self) -> None:
-        """Commit results of several bundles that refer to a single object of no job."""
+        """Commit results of several bundles that refer to an object that belongs to no job."""
         reference = {"$value": await self._ports.bait(self._rng)}
         for doc in self._tasks[-5:]:
             bundle = doc["b"]

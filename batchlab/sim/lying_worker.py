@@ -462,7 +462,7 @@ class Liar:
     # --- Task messages ---------------------------------------------------------------------------
 
     async def _send_task(self) -> None:
-        """Send a task message that no manager has planned, or with inputs that no plan has."""
+        """Send a task message for work that no manager has planned, or with inputs that are in no plan."""
         bundle = dict(self.a_bundle())
         if self._rng.random() < 0.5:
             bundle[self._rng.choice(("a", "r", "l"))] = self._rng.choice((1, 2, 5, 10**9))

@@ -259,7 +259,7 @@ FOCUS_WEATHERS = {
 
 
 def focus_of(seed: int) -> Focus | None:
-    """Return the focus of a seed's world, or None if it is an ordinary world."""
+    """Return the focus of a seed's world, or None for an ordinary world."""
     rng = _rng(seed, "share")
     return rng.choice(list(Focus)) if rng.random() < SHARE else None
 

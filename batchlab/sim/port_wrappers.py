@@ -184,8 +184,8 @@ class _Port:
         try:
             await self._pause(takes_s + extra_s)
         except asyncio.CancelledError:
-            # A port promises that a canceled receive loses no message. An SQS adapter can only make the message visible
-            # again, and a dead process cannot make the call.
+            # A port promises that a canceled receive loses no message. An SQS adapter can only make a lost message
+            # visible again, and a dead process cannot call SQS.
             if received and self._actor.alive:
                 await self._inner.change_visibility(args[0], [(message.receipt, 0.0) for message in received])
             raise

@@ -39,8 +39,8 @@ class ProcessDeath:
 class ProcessPool(Generic[T, R]):
     """Pool of at most `processes` processes that run the same function `work`.
 
-    The pool starts no more processes than there are items. The processes of a pool stay alive between calls of `each`.
-    `work`, items, and results are pickled.
+    The pool starts at most one process per item. The processes of a pool stay alive between calls of `each`. `work`,
+    items, and results are pickled.
     """
 
     def __init__(self, work: Callable[[T], R], processes: int) -> None:
@@ -92,7 +92,7 @@ class ProcessPool(Generic[T, R]):
 def spread(
     work: Callable[[T], R], items: Iterable[T], processes: int
 ) -> Generator[tuple[T, R | ProcessDeath], None, None]:
-    """Run `work` on these items as ProcessPool.each does, in a pool that ends with the call."""
+    """Run `work` on `items` as ProcessPool.each does, in a pool that ends with the call."""
     with closing(ProcessPool(work, processes)) as pool:
         yield from pool.each(items)
 

@@ -124,7 +124,7 @@ EARLY_S = 0.6
 """Seconds by which a worker may start a task before the task's start time."""
 
 Attempt = tuple[str, str, int, int, int]
-"""One attempt of a task: (job, stage, round, attempt, task)."""
+"""Identity of an attempt of a task, as (job, stage, round, attempt, task)."""
 
 
 @dataclass(slots=True)

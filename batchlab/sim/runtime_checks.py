@@ -92,7 +92,10 @@ class Watch:
     frozen: Callable[[Actor], bool]
     thawed_s: Callable[[Actor], float]
     visibility_s: float
-    """Visibility timeout that workers set to keep a message. `_gives_back` describes the effect of other timeouts."""
+    """Visibility timeout that workers set to keep a message.
+
+    `_gives_back` decides whether a different timeout returns a message.
+    """
     lease_s: float
     """Seconds after a read of the control object in which workers may start tasks of its job."""
     lead_ttl_s: float
@@ -101,7 +104,7 @@ class Watch:
     are_looks_slow: bool = False
     starts: list[Start] = field(default_factory=list)
     flushed: Callable[[], None] = lambda: None
-    """Called after each call of FLUSHED."""
+    """Function called after each ledger call in FLUSHED."""
     damaged: set[str] = field(default_factory=set)
     """Jobs with an object that the store has damaged."""
     trust: Trust = field(init=False)
@@ -144,7 +147,7 @@ class Watch:
         self._context = copy_context()
 
     def check(self, holds: bool, promise: str, facts: str, job: str | None = None) -> None:
-        """Fail unless the condition `holds` or a lying worker has touched the `job`."""
+        """Fail if the condition `holds` is false and no lying worker has touched the `job`."""
         if not holds and job not in self.trust.touched:
             self.fail(Violated(f"{promise} is violated: {facts}"))
 
@@ -504,7 +507,7 @@ class Watch:
         self.check(is_allowed, "I8", facts)
 
     def lost_starts(self, bundle: Bundle, task: int) -> int:
-        """Return the number of workers that started the task of this bundle and were then killed or disturbed.
+        """Return the number of workers that started the task of `bundle` and were later killed or disturbed.
 
         A worker writes a start marker before the task begins. If the crash of another task kills the worker between the
         marker and the start, the marker counts as a start.

@@ -1,6 +1,6 @@
 """Damage to objects in the store, and writes that a power cut may undo.
 
-Invariant: the store damages only objects of vulnerable jobs. Every promise is checked for all other jobs.
+Invariant: the store damages only objects of vulnerable jobs. Every promise is checked for jobs that are not vulnerable.
 """
 
 from __future__ import annotations

@@ -81,13 +81,13 @@ ACCOUNTS = replace(ALL, accounts=True)
 
 BUDGET = dict.fromkeys(FaultKind, 12) | dict.fromkeys((FaultKind.CORRUPTED, *DAMAGES), 3)
 BUDGET[FaultKind.FROZEN] = 2
-"""The number of faults of each kind is limited, so that a world comes to rest."""
+"""Maximum number of faults of each kind, which lets a world come to rest."""
 
 SQL_EVERY = 4
-"""Worlds whose seed is divisible by this number use the product's SQL ledger.
+"""Worlds whose seed is divisible by SQL_EVERY use the product's SQL ledger.
 
-Worlds with all other seeds use SimLedger. Both ledgers give the same answers, as a test checks, but the SQL ledger
-takes a third of a world's run time.
+Worlds whose seed is not divisible by SQL_EVERY use SimLedger. Both ledgers give the same answers, as a test checks, but
+the SQL ledger takes a third of a world's run time.
 """
 NOTIFY_EVERY = 7
 """One of NOTIFY_EVERY worlds notifies a target of each end of a job."""

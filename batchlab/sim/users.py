@@ -93,7 +93,7 @@ class User:
         }
 
     async def use(self) -> None:
-        """Submit the job, make random requests for it, and wait for its end."""
+        """Submit the job, make random requests for the job, and wait for the job's end."""
         rng = self._world.rng(self._name)
         await asyncio.sleep(rng.choice([0.0, 0.0, 3.0, 30.0]))
         if few_items(self._job) is None:
@@ -211,7 +211,7 @@ class User:
             except (Malformed, NotFound) as error:
                 if self._job.id not in self._world.damage.jobs:
                     raise
-                # The text of the error names the damaged object, so the user may see it as a refusal.
+                # The error of a damaged job becomes a refusal, whose text names the damaged object.
                 return Refused(str(error))
             except Unreachable as error:
                 if verb != "retry" or self._job.id not in self._world.watch.trust.touched:

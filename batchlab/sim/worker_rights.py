@@ -174,7 +174,7 @@ class Trust:
         self._bodies.setdefault(actor, deque(maxlen=MAX_BODIES)).append((queue, body))
 
     def check_seal(self, key: str, job: str) -> bool:
-        """Return whether the key of a new outcome has the seal of its job, and fail if it does not.
+        """Return whether the key of a new outcome has the seal of its job. A wrong seal breaks promise I8.
 
         The outcome was written by a manager or an honest worker. A writer that received a wrong commit key makes a
         wrong seal.
@@ -207,8 +207,7 @@ class Trust:
             status = registry.workers.get(instance)
             if actor in self._liars:
                 held = {held.job for held in status.beat.held} if status else set()
-                # Sum of the virtual time of all seeds in whole milliseconds. A sum of floats would depend on the order
-                # of the seeds.
+                # Lying workers can pass commit keys on to other lying workers.
                 others = sorted(held - self.touched)
                 self.check(not others, "I8", f"a manager believes that {instance} holds bundles of {others}")
             elif status is not None:

@@ -1,1 +1,1 @@
-"""Worker, which receives bundles from its pool's queue, runs them, commits the outcomes, and forwards them."""
+"""Worker, which receives bundles from its pool's queue, runs the bundles, and commits and forwards their outcomes."""

@@ -1,8 +1,8 @@
 """Warm child process that runs user code, with the tasks of one bundle per request.
 
 Invariant: the answer of a task is in the pipe before the next task starts, and the shared memory has the running task's
-index. A crash of the child process therefore fails at most the task that caused the crash. The module imports only the
-standard library and a few light modules, because the start-up of a child delays the first task.
+index. A crash of the child process fails at most the task that caused the crash. The module imports only the standard
+library and a few light modules, because the start-up of a child delays the first task.
 
 Requests and answers are lines of JSON. The answer to a task is ["ok", task, run_s, value, extra] or ["failed", task,
 run_s, fault, extra]. If the handler cannot be loaded, the only answer is ["import", fault, extra]. The last line of
@@ -160,7 +160,7 @@ class Child:
             if os.fstat(self._requests).st_ino == self._inodes[0]:
                 return
         except OSError:
-            pass  # A closed pipe of requests has the same effect as a reused one: the process exits.
+            pass  # The process exits if the pipe of requests is closed, as if its descriptor had been reused.
         # Every task has answered, so the exit fails no task, and another child serves the next request.
         os._exit(EXIT_PIPE_LOST)
 
@@ -232,7 +232,7 @@ def _stream(fd: int) -> IO[str]:
 
 
 class ProcessState:
-    """Kernel state of this process that a task may change: the umask and alarms.
+    """Kernel state of the child process that a task may change: the umask and alarms.
 
     Python's own state (modules, os.environ) is not restored, because handlers change it on purpose.
     """
@@ -274,7 +274,8 @@ def exit_with_worker(life: int) -> None:
     """Kill the child process and its descendants when the worker exits for any reason."""
     # The kernel can signal the end of a pipe to the whole process group. A parent-death signal is the fallback for
     # kernels that do not signal the end of a pipe. A parent-death signal reaches only the child process, so programs
-    # that a task started would survive. The parent-death signal is therefore not used in addition to the pipe.
+    # that a task started would survive. The child does not use the parent-death signal in addition to the signal of the
+    # pipe.
     try:
         fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpid())
         fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)

@@ -264,14 +264,15 @@ class ChildProcess:
         """
         if self._process.returncode is not None:
             return True
-        # An exited child is not reaped here, because its id must stay reserved until its process group is killed.
+        # The check does not reap an exited child, because the child's id must stay reserved until its process group is
+        # killed.
         look = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self.pid, look) is not None
 
     async def kill(self) -> tuple[int, list[Any]]:
         """Kill the child process and its descendants. `kill` returns the exit code of the child and its last answers.
 
-        If the child had already exited, the exit code is the child's own. Repeated calls of `kill` are safe.
+        The exit code is the child's own if the child exited before the kill. Repeated calls of `kill` are safe.
         """
         if self._process.returncode is None:
             kill_family(self.pid)

@@ -83,7 +83,8 @@ def pack(folder: Path, data: Collection[Path] = (), most_bytes: int | None = Non
                 info = zipfile.ZipInfo(path.relative_to(root).as_posix(), _EPOCH)
                 mode = 0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644
                 info.external_attr = (stat.S_IFREG | mode) << 16
-                info.create_system = 3  # The system is always Unix, so that all platforms produce equal bytes.
+                # The zip always names Unix as its system, so that all platforms produce equal bytes.
+                info.create_system = 3
                 info.compress_type = zipfile.ZIP_DEFLATED
                 archive.writestr(info, path.read_bytes())
     except OSError as error:

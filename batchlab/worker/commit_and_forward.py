@@ -1,8 +1,9 @@
 """Completion of a bundle or a part of a bundle: the worker commits and forwards its outcome, or sends it again.
 
-Invariant: a worker deletes a message only in one of three cases. The outcome is committed and forwarded, a fresh copy
-of the message has been sent, or the job is canceled or paused. The manager knows the outstanding tasks of a canceled or
-paused job. A crash between any two lines of this module therefore loses no task.
+Invariant: a worker deletes a message only in one of three cases. The three cases are: the outcome is committed and
+forwarded, a copy of the message has been sent, or the job is canceled or paused. The manager knows the outstanding
+tasks of a canceled or paused job. A crash between any two lines of the module loses no task, because the message is
+deleted last.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ class BundleFinisher:
         """Commit and forward all tasks of a bundle except `part`, which still runs.
 
         The message of the bundle stays in flight after the hand-off. The result is False if another worker's outcome is
-        the committed outcome. The run finds another worker's outcome at its end.
+        the committed outcome. The run finds another worker's committed outcome at the end of the run.
         """
         spans = [span for span in inflight.handle.log_spans if span[0] not in part.tasks]
         # The worker stores the log itself after the end of the run.
@@ -254,8 +255,8 @@ class BundleFinisher:
     async def return_too_new(self, queue: str, message: Message, error: TooNew) -> None:
         """Return a message of a newer batchlab version to the queue for a newer worker.
 
-        A message at its first receive is sent again unchanged, because a higher receive count suggests a poison task.
-        At a later receive, the message becomes visible after a delay and keeps its receive count.
+        A message at its first receive is sent again unchanged, because a higher receive count suggests a poison task. A
+        message that was received more than once becomes visible after a delay and keeps its receive count.
         """
         log.warning("message %s is left for a newer worker: %s", message.id, error)
         try:
@@ -278,16 +279,16 @@ class BundleFinisher:
 # --- Handoff of the tasks behind a long task ---------------------------------------------------------
 
 HANDOFF_CHECK_S = 0.1
-"""Seconds until the next check if no task is running at the time of a check."""
+"""Seconds until the next hand-off check if no task is running."""
 
 
 async def collect_results(finisher: BundleFinisher, inflight: InflightMessage, runs: AsyncIterator[Ran]) -> None:
     """Collect the results in `inflight.ran`, and hand off the tasks that wait behind a long task.
 
     The outcome of the handed-off tasks is committed and reported while the remaining part of the bundle still runs. The
-    follow-ups of the first outcome include the remaining part. The message stays in flight until the outcome of the
-    remaining part is also reported. If the worker dies, the next receiver of the message finds the outcome of the
-    handed-off tasks and forwards it again.
+    follow-ups of the handed-off tasks' outcome include the remaining part. The message stays in flight until the
+    outcome of the remaining part is also reported. If the worker dies, the next receiver of the message finds the
+    outcome of the handed-off tasks and forwards it again.
 
     A committed outcome that cannot be forwarded raises BackendError.
     """

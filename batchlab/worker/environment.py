@@ -1,4 +1,4 @@
-"""Environment of the tasks on a worker: Python, packages, platform, image, and names of variables.
+"""Environment of the tasks on a worker, with Python, packages, platform, image, and names of variables.
 
 Invariant: only the environment variables in `SETTINGS` are stored with values, because any other variable may contain a
 secret. Each worker stores its environment once as a separate object, and outcomes name the worker. An outcome without a
@@ -124,7 +124,7 @@ def _metadata(folder: str) -> list[str]:
     try:
         names = os.listdir(folder or ".")  # noqa: PTH208 - only names are needed
     except OSError:
-        return []  # An entry of the path may be a zip or may not exist.
+        return []  # An entry of `path` may be a zip file or may not exist.
     return [name for name in names if name.endswith((".dist-info", ".egg-info"))]
 
 
@@ -168,7 +168,10 @@ def from_json(doc: Mapping[str, Any]) -> Environment:
 # --- Comparison ----------------------------------------------------------------------------------
 
 MAX_LISTED = 8
-"""Maximum number of packages or variables that a sentence lists. The sentence also has the number of further names."""
+"""Maximum number of packages or variables that a sentence lists.
+
+A sentence with more names ends with the number of further names.
+"""
 
 
 def differences(worker: Environment, local: Environment) -> list[str]:

@@ -239,8 +239,8 @@ class Execution:
             return True
         self._empty_requests = self._empty_requests + 1 if len(self._unfinished) == before else 0
         if self._empty_requests > 1 and self._pending:
-            # Two consecutive requests have ended without a running task. The first pending task is failed, because the
-            # execution might never end.
+            # Two consecutive requests have ended without a running task. The execution fails the first pending task,
+            # because an execution without progress might never end.
             reason = "ended its process before it could begin"
             self._fail_task(Termination(next(iter(self._pending)), FailureKind.CRASH, reason, 0.0), None)
         return True
@@ -287,7 +287,7 @@ class Execution:
         self._handle.running = task if task >= 0 else None
 
     async def _end_child(self, child: ChildProcess, verdict: Termination | None) -> str:
-        """Kill a child that has died or exceeded a limit, and fail the task that caused it."""
+        """Kill a child that has died or exceeded a limit, and fail the task that caused the child's end."""
         code, last = await child.kill()
         self._process_answers(last)
         task, since_s = child.board.running()

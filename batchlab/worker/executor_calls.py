@@ -118,7 +118,7 @@ def _raised(error: BaseException, *, initializer: bool) -> Raised:
 
 
 def _pickled(error: BaseException) -> bytes | None:
-    import cloudpickle  # The import takes as long as the start of Python.
+    import cloudpickle  # cloudpickle is imported late, because its import takes as long as the start of Python.
 
     try:
         data: bytes = cloudpickle.dumps(error)

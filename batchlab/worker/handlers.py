@@ -140,7 +140,8 @@ def _import_problem(handler: str, error: BaseException) -> Problem:
 
 
 def _adapted(handler: str, function: Callable[..., Any]) -> Call:
-    import inspect  # The import is slow, and the start-up of a child does not need the module.
+    # `inspect` is imported late, because its import is slow and the start-up of a child does not need it.
+    import inspect
 
     try:
         parameters = list(inspect.signature(function).parameters.values())

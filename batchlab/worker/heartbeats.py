@@ -1,7 +1,7 @@
 """Heartbeats of a worker, and the visibility heartbeat of its in-flight messages.
 
-Invariant (I6): a worker reports each received or released message soon. When an instance dies, the manager can
-therefore return the messages of the instance's worker to the queue.
+Invariant (I6): a worker reports each received or released message soon. When an instance dies, the manager can return
+the messages in the last heartbeat of its worker to the queue.
 
 Invariant: a worker extends the visibility timeout of every in-flight message after each third of the timeout. SQS
 limits the visibility of a message to 12 h from the receive. Before the 12 h limit, a delayed watchdog message replaces

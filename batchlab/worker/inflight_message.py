@@ -185,9 +185,10 @@ class InflightMessage:
 class WorkerSettings:
     """Time settings of a worker in seconds. The descriptor of a backend sets the time settings of its workers.
 
-    - `visibility_s`: visibility timeout of messages. The worker extends the timeout after each third of it.
-    - `control_lease_s`: time after a read of a job's control object in which tasks of the job may start. A
-      cancellation is acknowledged after this time.
+    - `visibility_s`: visibility timeout of messages. The worker extends the visibility timeout of a message after each
+      third of the timeout.
+    - `control_lease_s`: time after a read of a job's control object in which tasks of the job may start. The manager
+      acknowledges a cancellation one control lease after the cancellation.
     - `beat_s`, `idle_beat_s`: longest time between heartbeats, with and without in-flight messages.
     - `beat_gap_s`: shortest time between two heartbeats.
     - `wait_s`: long-poll time of a receive.
@@ -195,8 +196,8 @@ class WorkerSettings:
     - `hand_over_s`: age at which a watchdog message replaces the message of a running bundle. SQS limits the
       visibility of a message to 12 h.
     - `watchdog_s`: delay of each watchdog message.
-    - `quick_s`: if bundles end within this time, the worker prefetches one further bundle per slot. Behind a longer
-      bundle, the prefetched message would be withheld from an idle worker.
+    - `quick_s`: if bundles end within this time, the worker prefetches one further bundle per slot. A prefetched
+      message behind a longer bundle would be withheld from idle workers.
     """
 
     visibility_s: float = 30.0

@@ -140,8 +140,8 @@ class ControlPoller:
                 changed, tail = (word.control, spoken.etag, False), word.tail
                 is_recent = entry is not None and read_s - entry.read_s <= self._lease_s
                 if not is_recent and word.tail_s is not None:
-                    # The request for live logs in the control object may be old. If the clocks differ by more than the
-                    # tolerance, the worker notices the next renewal of the request instead.
+                    # The request for live logs in the control object may be old. If the clocks differ by more than
+                    # MAX_CLOCK_SKEW_S, the worker notices only the next renewal of the request.
                     age_s = self._clock.now_s() - word.tail_s
                     tail *= abs(age_s) <= ASKED_S + MAX_CLOCK_SKEW_S
         except NotFound:

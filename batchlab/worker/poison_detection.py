@@ -171,7 +171,7 @@ class PoisonDetector:
     async def _write_marker(self, inflight: InflightMessage, suffix: str = "") -> None:
         name = object_keys.start(inflight.bundle, inflight.execution, inflight.key, suffix)
         data = marker(self._worker, self._context.clock.now_s(), name, inflight.key)
-        # Only this worker uses the marker's name, so an existing object is from an earlier try of the same call.
+        # Only the worker itself uses the marker's name, so an existing object is from an earlier try of the same call.
         with suppress(AlreadyExists):
             await self._context.objects.put(name, data, if_absent=True)
 

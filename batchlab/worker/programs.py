@@ -134,7 +134,7 @@ def _environment(code: str) -> dict[str, str]:
 
 
 def _execute(call: Call) -> None:
-    import subprocess  # The import is slow, and most tasks are Python functions that do not need it.
+    import subprocess  # `subprocess` is imported late, because its import is slow and most tasks are Python functions.
 
     program, *arguments = call.arguments
     with ExitStack() as stack:

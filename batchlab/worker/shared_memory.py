@@ -1,7 +1,7 @@
 """Memory page that a child process and its worker share.
 
 Invariant: the child records each step before the step begins, without a system call. After any end of the child, the
-worker therefore knows the running task and its start time.
+worker knows the running task and its start time from the page.
 """
 
 from __future__ import annotations
