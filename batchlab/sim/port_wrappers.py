@@ -49,8 +49,8 @@ def wrap(
     `port` is the name of the port in the log. The faults of a queue apply only to calls of the port "queue". `rights`
     refuses the calls that the actor's role does not allow.
 
-    Without faults and log, return `inner` itself, which costs no time, but makes it impossible to kill the actor. An
-    actor can be killed if it has a source of faults, even with rates and latencies of 0.
+    Without faults and log, return `inner` itself, which costs no time, but prevents a kill of the actor. An actor can
+    be killed if it has a source of faults, even with rates and latencies of 0.
     """
     if faults is None and log is None:
         actor.guarded = False

@@ -101,8 +101,8 @@ class SilenceChecks:
     def check_progress(self, lost: Collection[Name], since_s: float | None, now_s: float) -> None:
         """Check the stopped workers and the `lost` bundles.
 
-        A lost bundle is not committed, and neither a queue nor a worker has the bundle. `since_s` is the time when the
-        current leader took the lease, or None without a leader.
+        A lost bundle is not committed, and neither a queue nor a worker has the bundle. `since_s` is the time since
+        which a manager has led without a fault, or None without a leader.
         """
         step_s, self._checked_s = now_s - self._checked_s, now_s
         self._lost_s = {name: self._lost_s.get(name, now_s) for name in lost}

@@ -1,4 +1,4 @@
-"""Completion of a bundle or a part of a bundle: the worker commits and forwards its outcome, or sends it again.
+"""Completion of a bundle or a part of a bundle: the worker commits and forwards the outcome, or sends the bundle again.
 
 Invariant: a worker deletes a message only in one of three cases. The three cases are: the outcome is committed and
 forwarded, a copy of the message has been sent, or the job is canceled or paused. The manager knows the outstanding
@@ -288,7 +288,7 @@ async def collect_results(finisher: BundleFinisher, inflight: InflightMessage, r
     The outcome of the handed-off tasks is committed and reported while the remaining part of the bundle still runs. The
     follow-ups of the handed-off tasks' outcome include the remaining part. The message stays in flight until the
     outcome of the remaining part is also reported. If the worker dies, the next receiver of the message finds the
-    outcome of the handed-off tasks and forwards it again.
+    outcome of the handed-off tasks and forwards the outcome again.
 
     A committed outcome that cannot be forwarded raises BackendError.
     """

@@ -205,7 +205,7 @@ class Execution:
     # --- With a child --------------------------------------------------------------------------
 
     async def _run_request(self, request: ExecutionRequest, digest: str, code: Path | None) -> bool:
-        """Send the pending tasks to a child, and read its answers until it finishes or dies.
+        """Send the pending tasks to a child, and read the child's answers until the child finishes or dies.
 
         The result is False if the run is over.
         """

@@ -183,33 +183,37 @@ class InflightMessage:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """Time settings of a worker in seconds. The descriptor of a backend sets the time settings of its workers.
-
-    - `visibility_s`: visibility timeout of messages. The worker extends the visibility timeout of a message after each
-      third of the timeout.
-    - `control_lease_s`: time after a read of a job's control object in which tasks of the job may start. The manager
-      acknowledges a cancellation one control lease after the cancellation.
-    - `beat_s`, `idle_beat_s`: longest time between heartbeats, with and without in-flight messages.
-    - `beat_gap_s`: shortest time between two heartbeats.
-    - `wait_s`: long-poll time of a receive.
-    - `drain_s`: time that a draining worker gives its running tasks.
-    - `hand_over_s`: age at which a watchdog message replaces the message of a running bundle. SQS limits the
-      visibility of a message to 12 h.
-    - `watchdog_s`: delay of each watchdog message.
-    - `quick_s`: if bundles end within this time, the worker prefetches one further bundle per slot. A prefetched
-      message behind a longer bundle would be withheld from idle workers.
-    """
+    """Time settings of a worker in seconds. The descriptor of a backend sets the time settings of its workers."""
 
     visibility_s: float = 30.0
+    """Visibility timeout of messages. The worker extends the timeout of a message after each third of the timeout."""
     control_lease_s: float = 1.0
+    """Time after a read of a job's control object in which tasks of the job may start.
+
+    The manager acknowledges a cancellation one control lease after the cancellation.
+    """
     beat_s: float = 10.0
+    """Longest time between heartbeats of a worker with in-flight messages."""
     idle_beat_s: float = 60.0
+    """Longest time between heartbeats of a worker without in-flight messages."""
     beat_gap_s: float = 0.5
+    """Shortest time between two heartbeats."""
     wait_s: float = 20.0
+    """Long-poll time of a receive."""
     drain_s: float = 20.0
+    """Time that a draining worker gives its running tasks."""
     hand_over_s: float = MAX_VISIBILITY_S * 0.9
+    """Age at which a watchdog message replaces the message of a running bundle.
+
+    SQS limits the visibility of a message to 12 h.
+    """
     watchdog_s: float = 900.0
+    """Delay of each watchdog message."""
     quick_s: float = 1.5
+    """Maximum duration of bundles for which the worker prefetches one further bundle per slot.
+
+    A prefetched message behind a longer bundle would be withheld from idle workers.
+    """
 
     @property
     def marker_s(self) -> float:

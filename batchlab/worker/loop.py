@@ -300,7 +300,7 @@ class Worker:
             await self._process_message(inflight)
 
     async def _process_message(self, inflight: InflightMessage) -> None:
-        """Process a message until it is deleted or returned, and catch the errors of services."""
+        """Process a message until the message is deleted or returned, and catch the errors of services."""
         is_watched = False
         try:
             if not await self._read_job(inflight):
