@@ -139,7 +139,10 @@ class TimeLimit(SimulationError):
 
 
 class StepLimit(SimulationError):
-    """Error if the program does not end within its limit of steps. The program may loop without waiting."""
+    """Error if the program does not end within its limit of steps.
+
+    A program that exceeds its limit of steps may loop without waiting.
+    """
 
 
 class Crashed(SimulationError):

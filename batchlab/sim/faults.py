@@ -251,10 +251,11 @@ class Faults:
         latency_s: tuple[float, float] = LATENCY_S,
         delay_s: tuple[float, float] = DELAY_S,
     ) -> Faults:
-        """Return a source of exactly the listed faults. The `rng` of an earlier run replays the latencies of the run.
+        """Return a source of exactly the listed faults.
 
-        A fault that does not fit its call is skipped, for example a lost message at a call that does not send. A fault
-        may not fit its call if the list was shortened or the code has changed.
+        The `rng` of an earlier run gives the same latencies as the earlier run. A fault that does not fit its call is
+        skipped, for example a lost message at a call that does not send. A fault may not fit its call if the list was
+        shortened or the code has changed.
         """
         replay = cls(rng, latency_s=latency_s, delay_s=delay_s)
         replay._script = {(fault.actor, fault.call): fault.kind for fault in faults}

@@ -50,8 +50,8 @@ def shrink(
 ) -> ShrinkResult[T] | None:
     """Return the fewest of `parts` (all different) for which `attempt` does not return None, by delta debugging.
 
-    `attempt` returns the parts that took effect, and the search drops all other parts at once. The result is None if
-    `attempt` returns None for the whole list.
+    `attempt` returns the parts that took effect, and the search drops all other parts at once. Return None if `attempt`
+    returns None for the whole list.
     """
     search = _Search(tuple(parts), attempt, tries, out_of_time)
     try:
@@ -259,8 +259,8 @@ def fewest(
 ) -> ShrinkResult[Fault] | None:
     """Return the fewest of a failure's faults that break the same promise.
 
-    The result is None if a replay does not break the promise. The search starts no attempt after `limit_s` seconds on
-    the clock `now_s`.
+    Return None if a replay does not break the promise. The search starts no attempt after `limit_s` seconds on the
+    clock `now_s`.
     """
     end_s = now_s() + limit_s
 

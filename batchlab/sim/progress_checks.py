@@ -17,7 +17,7 @@ from batchlab.sim.actors import Actor
 from batchlab.sim.event_log import Name, name_of_bundle
 
 Check = Callable[[bool, str, str, str | None], None]
-"""A check with the arguments (holds, promise, facts, job)."""
+"""Function that checks a promise, with the arguments (holds, promise, facts, job)."""
 
 SLACK_S = 1.0
 """Tolerance in seconds for the latency of calls."""

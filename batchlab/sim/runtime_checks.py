@@ -333,7 +333,7 @@ class Watch:
     def _check_losses(self, actor: Actor, bundle: Bundle) -> None:
         """Check that a worker that sends its bundle again passes on the number of the bundle's losses.
 
-        The check skips follow-ups of outcomes, because a follow-up that is sent again counts as a new bundle.
+        The check of losses skips follow-ups of outcomes, because a follow-up that is sent again counts as a new bundle.
         """
         name = name_of_bundle(bundle)
         expected = [hold.deliveries for hold in self._held_by(actor, name)]

@@ -47,7 +47,7 @@ class Damage:
     def strike(self, kind: FaultKind, rng: random.Random) -> str | None:
         """Damage an object of a vulnerable job.
 
-        The result is the key of the damaged object, or None if no vulnerable job has an object.
+        Return the key of the damaged object, or None if no vulnerable job has an object.
         """
         groups: dict[str, list[str]] = {}
         for key in self.objects.names():

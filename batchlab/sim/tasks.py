@@ -88,7 +88,7 @@ class ScriptedRunner:
 
 
 async def _run_for(run_s: float, check_s: float, handle: Handle, clock: Clock, pause: Pause) -> bool:
-    """Wait while tasks run, and check the handle every `check_s`. The result is False if the run was killed."""
+    """Wait while tasks run, and check the handle every `check_s`. Return False if the run was killed."""
     end_s = clock.monotonic_s() + run_s
     while (remaining_s := end_s - clock.monotonic_s()) > 0:
         await pause(min(remaining_s, check_s))

@@ -128,7 +128,7 @@ class User:
     async def _wait_for_end(self) -> JobState | None:
         """Wait for the end of the job, and return the job's state.
 
-        The result is None if the ledger lacks the job because the store has damaged the job.
+        Return None if the ledger lacks the job because the store has damaged the job.
         """
         waited_s = 0.0
         while True:

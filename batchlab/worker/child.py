@@ -113,7 +113,7 @@ class Child:
         return "done"
 
     def _task(self, executor: TaskExecutor, task: int, item: Any, log_at: int) -> int:
-        """Run one task and write the task's answer. The result is the log offset of the next task's output."""
+        """Run one task and write the task's answer. Return the log offset of the next task's output."""
         extra: dict[str, Any] = {}
         started_s = time.monotonic()
         self._board.mark(task, started_s, log_at)

@@ -66,8 +66,8 @@ def pack(folder: Path, data: Collection[Path] = (), most_bytes: int | None = Non
     The zip omits caches, virtual environments, version control, and folders made by batchlab. The zip also omits the
     input files of the job (`data`, absolute paths), because tasks receive input separately.
 
-    UsageError is raised for a link that leaves the folder, a special or unreadable file, or a name that workers cannot
-    unpack. More than 20,000 files, or more than `most_bytes` (by default 512 MiB), also raise UsageError.
+    Raise UsageError for a link that leaves the folder, a special or unreadable file, or a name that workers cannot
+    unpack. Raise UsageError for more than 20,000 files, or for more than `most_bytes` (by default 512 MiB).
     """
     root = folder.resolve()
     if not root.is_dir():
@@ -146,8 +146,8 @@ def _is_portable(name: str) -> bool:
 def unpack(data: bytes, digest: str, target: Path) -> None:
     """Unpack a code zip into the folder `target`, unless `target` exists.
 
-    Several processes may unpack the same zip at the same time. UsageError is raised if `data` does not match `digest`,
-    is not a zip, or is too large when unpacked. A zip with a name outside its folder also raises UsageError.
+    Several processes may unpack the same zip at the same time. Raise UsageError if `data` does not match `digest`, is
+    not a zip, or is too large when unpacked. Raise UsageError if the zip contains a name outside its folder.
     """
     if target.is_dir():
         return

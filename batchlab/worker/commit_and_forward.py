@@ -151,8 +151,8 @@ class BundleFinisher:
     async def hand_off(self, inflight: InflightMessage, part: Bundle) -> bool:
         """Commit and forward all tasks of a bundle except `part`, which still runs.
 
-        The message of the bundle stays in flight after the hand-off. The result is False if another worker's outcome is
-        the committed outcome. The run finds another worker's committed outcome at the end of the run.
+        The message of the bundle stays in flight after the hand-off. Return False if another worker's outcome is the
+        committed outcome. The run finds another worker's committed outcome at the end of the run.
         """
         spans = [span for span in inflight.handle.log_spans if span[0] not in part.tasks]
         # The worker stores the log itself after the end of the run.

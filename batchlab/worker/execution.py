@@ -207,7 +207,7 @@ class Execution:
     async def _run_request(self, request: ExecutionRequest, digest: str, code: Path | None) -> bool:
         """Send the pending tasks to a child, and read the child's answers until the child finishes or dies.
 
-        The result is False if the run is over.
+        Return False if the run is over.
         """
         left_s = self._left_s()
         is_spent = left_s is not None and left_s <= 0 and self._started

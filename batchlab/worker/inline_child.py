@@ -258,7 +258,7 @@ class InlineRunner:
     async def _sleep(self, duration_s: float, handle: Handle) -> bool:
         """Let virtual time pass while a task runs.
 
-        The result is False if the task is killed before the end of its duration.
+        Return False if the task is killed before the end of its duration.
         """
         until_s = self._clock.monotonic_s() + duration_s
         check_s = min(_MAX_CHECK_S, max(_MIN_CHECK_S, duration_s / 10))

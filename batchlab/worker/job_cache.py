@@ -56,7 +56,7 @@ class JobCache:
     async def get(self, job: JobId, key: CommitKey) -> JobDef:
         """Return the job of a message with the given commit key.
 
-        NotFound is raised if the job has been removed, and WrongKeyError if the job has another key.
+        Raise NotFound if the job has been removed, or WrongKeyError if the job has another key.
         """
         if job_def := self._cached(job, key):
             return job_def
@@ -124,9 +124,9 @@ class ControlPoller:
     async def read(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
         """Read the control object of a job.
 
-        The result is the control word, and the monotonic time at which the word's lease ends. A missing control object
-        means RUN if the job `is_new` or the job's definition exists. A missing control object without a definition
-        means CANCEL, because the job has been removed.
+        Return the control word, and the monotonic time at which the word's lease ends. A missing control object means
+        RUN if the job `is_new` or the job's definition exists. A missing control object without a definition means
+        CANCEL, because the job has been removed.
         """
         entry = self._entries.get(job)
         # The lease starts before the request, because the answer may be as old as the request.

@@ -270,7 +270,7 @@ class Worker:
     def _accept(self, message: Message, group: asyncio.TaskGroup) -> TooNew | None:
         """Start a task that processes the message.
 
-        The result is an error if only a newer worker can read the message.
+        Return an error if only a newer worker can read the message.
         """
         try:
             task = read_task_message(message.body)
@@ -489,8 +489,8 @@ class Worker:
     async def _postpone_if_early(self, inflight: InflightMessage) -> bool:
         """Send the message again with a delay if the bundle's start time is in the future.
 
-        The result is true if the message was sent again. The remaining delay until the start time may exceed SQS's
-        maximum delay of a message.
+        Return whether the message was sent again. The remaining delay until the start time may exceed SQS's maximum
+        delay of a message.
         """
         wait_s = (inflight.task.not_before_s or 0.0) - self._clock.now_s()
         if wait_s <= 0.5:

@@ -42,8 +42,8 @@ def marker(worker: str, now_s: float, name: str, key: CommitKey) -> bytes:
 def marked_s(data: bytes, name: str, key: CommitKey) -> float | None:
     """Return the time in seconds since the epoch at which the marker `name` was written.
 
-    Any worker can overwrite a marker, so the content must have a seal. The result is None if the content is malformed
-    or has a wrong seal.
+    Any worker can overwrite a marker, so the content must have a seal. Return None if the content is malformed or has a
+    wrong seal.
     """
     try:
         doc = json_format.loads(data)
@@ -94,7 +94,7 @@ class PoisonDetector:
     async def verdict(self, inflight: InflightMessage) -> Outcome | None:
         """Return the outcome of the bundle, or None if the bundle must run.
 
-        A bundle that must be halved or fails as poison gets a committed outcome. RunsElsewhereError is raised if the
+        A bundle that must be halved or fails as poison gets a committed outcome. Raise RunsElsewhereError if the
         workers that started the bundle may be alive.
         """
         bundle = inflight.bundle

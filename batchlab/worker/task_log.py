@@ -51,8 +51,8 @@ def overflowing(size: int, start: int) -> bool:
 def trim(path: str, start: int) -> int:
     """Trim the output after byte `start` to its share, so that its head and tail remain.
 
-    The result is the new size of the log. All writers append (O_APPEND), so output that is written during the trim
-    follows the tail. Output that is written between the read of the size and the truncation is lost with the middle.
+    Return the new size of the log. All writers append (O_APPEND), so output that is written during the trim follows the
+    tail. Output that is written between the read of the size and the truncation is lost with the middle.
     """
     fd = os.open(path, os.O_RDWR | os.O_APPEND)
     try:
