@@ -1,8 +1,8 @@
 """Real time, random ids, and the threads that run the blocking calls of a ledger or a queue.
 
 Invariants: the core gets the wall time and the randomness of a real backend only from this module. If an object
-supports one thread at a time, never more than one thread uses it. This also holds if the task that waits for a call is
-canceled.
+supports one thread at a time, never more than one thread uses it. The invariant of one thread at a time also holds if
+the task that waits for a call is canceled.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from batchlab.worker.shared_memory import boot_s
 
 
 class WallClock:
-    """The clocks of the machine."""
+    """Clock port over the clocks of the machine."""
 
     def now_s(self) -> float:
-        """Return epoch seconds. The system may set this clock back."""
+        """Return epoch seconds. The operating system may set the wall clock back."""
         return time.time()
 
     def monotonic_s(self) -> float:
-        """Return seconds since an arbitrary start, which never go back.
+        """Return seconds since an arbitrary start, as a time that never goes back.
 
-        Where the system supports it, the time of a suspended machine counts. So a lease expires while a laptop is
-        closed.
+        Where the operating system supports it, the time of a suspended machine counts. A lease expires while a laptop
+        is suspended, if the operating system counts the suspended time.
         """
         return boot_s()
 
@@ -55,15 +55,18 @@ class Busy(Unreachable):
 
 
 class CallRunner(Protocol):
-    """Runner of blocking calls. Calls that write run one at a time, in the order of the calls."""
+    """Runner of the blocking calls of a ledger or a queue.
+
+    Writing calls run one at a time, in the order of the calls.
+    """
 
     async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:
         """Return the result of `call`. A `quick` call takes about a millisecond."""
 
     async def close(self, last: Callable[[], None]) -> None:
-        """CallRunner `last` after all earlier calls, and run nothing after it.
+        """Run `last` after all earlier calls, and accept no call after it.
 
-        This also holds if the task that waits for it is canceled.
+        `last` also runs if the task that waits for it is canceled.
         """
 
 
@@ -78,7 +81,7 @@ class InlineRunner:
 
 
 class SingleThread:
-    """Runner with one thread, which makes the calls in their order.
+    """Runner with one thread, which makes the calls in the order of their submission.
 
     A quick call that finds the thread idle runs in the caller's thread, because a change of threads takes as long as
     the call.
@@ -95,7 +98,7 @@ class SingleThread:
         return not self._waiting
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """CallRunner the call in the thread, even if its caller is canceled."""
+        """Run the call in the thread, even if its caller is canceled."""
         with self._lock:
             self._waiting += 1
         submitted = self._executor.submit(call)
@@ -108,7 +111,7 @@ class SingleThread:
 
     async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
         if quick and self.is_idle:
-            # The thread waits for the lock of another process, so that other tasks are not blocked.
+            # The runner's thread waits for the lock of another process, so the event loop can run other tasks.
             with suppress(Busy):
                 return call()
         return await asyncio.wrap_future(self.submit(lambda: _retry_while_busy(call)))
@@ -134,10 +137,11 @@ def _retry_while_busy(call: Callable[[], T]) -> T:
 class ReadWriteThreads:
     """Runner with one thread for writing calls and a few threads for reading calls.
 
-    So a long listing delays neither a fold nor the lease. Writing calls run in the order of the calls.
+    Readers have their own threads, so a long listing delays neither a fold nor the lease. Writing calls run in the
+    order of the calls.
 
-    It is for a database in a network: even a quick call would block the event loop while it waits. A read that begins
-    during a write may see the state before it, even if its answer comes later.
+    The runner is for a database in a network, where even a quick call would block the event loop. A read that begins
+    during a write may see the state before the write, even if the read ends later.
     """
 
     READERS = 3

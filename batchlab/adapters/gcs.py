@@ -1,8 +1,8 @@
 """Objects port over Google Cloud Storage.
 
-obstore uses the XML API and finds credentials like Google's own tools: in the file that GOOGLE_APPLICATION_CREDENTIALS
-names, in the login of `gcloud auth application-default`, or at the metadata server. STORAGE_EMULATOR_HOST names an
-emulator, which needs no credentials.
+The library obstore uses the XML API and finds credentials like Google's own tools. The credentials come from the file
+that GOOGLE_APPLICATION_CREDENTIALS names, from the login of `gcloud auth application-default`, or from the metadata
+server. STORAGE_EMULATOR_HOST names an emulator, which needs no credentials.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EMULATOR = "STORAGE_EMULATOR_HOST"
 class GcsObjects(ObstoreObjects):
     """The Objects port over a bucket of Google Cloud Storage.
 
-    Conditions of writes are generation preconditions. Generation 0 stands for a missing object.
+    The condition of a write is a generation precondition. Generation 0 stands for a missing object.
     """
 
     deletes_in_batches = False
@@ -37,7 +37,7 @@ class GcsObjects(ObstoreObjects):
 
     def _unless_changed(self, key: str, etag: str) -> PutMode:
         # The condition of a write is a generation, while a listing shows only the ETag. If another writer replaces the
-        # object after this request, the generation differs and the put fails.
+        # object after this request, the object's generation differs and the put fails.
         self._tally.get()
         current = obstore.head(self._store, key)
         if current["e_tag"] != etag:

@@ -1,4 +1,4 @@
-"""Checks of every adapter before a request (object keys, and the limits of SQS), and the description of a bucket.
+"""Limits that every adapter checks before a request (object keys and SQS limits), and the description of a bucket.
 
 Invariant: all backends refuse the same calls with the same errors.
 """
@@ -27,19 +27,19 @@ _QUEUE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
 def check_size(key: str, size: int, limit: int | None) -> None:
-    """Raise TooLarge for an object of more than `limit` bytes."""
+    """Raise TooLarge if an object has more than `limit` bytes."""
     if limit is not None and size > limit:
         raise TooLarge(f"Object {key!r} has {size} bytes, but at most {limit} are allowed.")
 
 
 def check_queue_name(name: str) -> None:
-    """Raise ValueError for a name that SQS would refuse."""
+    """Raise ValueError for a queue name that SQS would refuse."""
     if not _QUEUE_NAME.fullmatch(name):
         raise ValueError(f"queue name {name!r} must be 1 to 80 letters, digits, '-' or '_'")
 
 
 def check_batch(entries: Sequence[object]) -> None:
-    """Raise TooLarge for more than 10 entries in a call."""
+    """Raise TooLarge for more than 10 entries in a queue call."""
     if len(entries) > MAX_BATCH:
         raise TooLarge(f"A call has {len(entries)} entries, and a queue allows {MAX_BATCH}.")
 
@@ -68,10 +68,10 @@ def check_receive(
 
 
 def check_changes(changes: Sequence[tuple[str, float]]) -> None:
-    """Raise TooLarge for more than 10 changes, ValueError for a negative timeout.
+    """Raise TooLarge for more than 10 visibility changes, and ValueError for a negative visibility timeout.
 
-    A timeout over 12 hours is not an error here. The adapter returns it as refused, like one that would end more than
-    12 hours after the receive.
+    A visibility timeout over 12 hours is not an error in `check_changes`. The adapter refuses a receipt whose
+    visibility timeout would end more than 12 hours after the receive.
     """
     check_batch(changes)
     for _, visibility_s in changes:
@@ -86,11 +86,11 @@ def body_bytes(body: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A bucket: a folder, or a name at a service. An adapter uses the fields that it needs."""
+    """Location of a bucket: a folder, or a name at a service. Each adapter uses only the fields that it needs."""
 
     name: str = ""
     folder: Path = Path()
     sync: Sync = Sync.JOBS
     endpoint: Endpoint | None = None
     tally: RequestCounter | None = None
-    """Counter of requests."""
+    """Counter of the requests to S3 and SQS."""

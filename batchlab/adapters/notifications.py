@@ -2,14 +2,14 @@
 
 Invariant: every failure of a delivery is a NotDelivered, and every wait has a limit.
 
-- Topics: a message to a FIFO topic has the notification's id for deduplication, and the job as its group. boto3 blocks,
-  so it runs in a thread.
-- Commands: only the grid's settings name commands. A command runs without a shell, and its arguments contain no text of
-  a job. It reads the notification from its standard input. At its timeout it is killed with all processes that it
-  started.
-- Webhooks: a notification is a signed HTTP POST to an allowed address. The connection goes to the address that was
-  checked, so a name cannot change its address in between. Redirects are not followed, and proxies are not used. Logs
-  never contain the address of a webhook, because its path may be a secret.
+- Topics: a message to a FIFO topic has the notification's id for deduplication, and the job as its group. Calls of
+  boto3 block, so a delivery to SNS runs in a thread.
+- Commands: only the grid's settings name commands. A command of the grid runs without a shell, and its arguments do not
+  contain text of a job. The command of a grid reads the notification from its standard input. A command that reaches
+  its timeout is killed with all processes that it started.
+- Webhooks: a notification is a signed HTTP POST to an allowed address. A webhook's connection goes to the address that
+  was checked, so its name cannot change to another address in between. Webhook deliveries do not follow redirects and
+  do not use proxies. Logs never contain the address of a webhook, because its path may be a secret.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ log = logging.getLogger(__name__)
 
 
 class Deliveries:
-    """Delivery by the kind of the target. `endpoint_of` returns the endpoint of SNS in a region."""
+    """Delivery of notifications by the kind of the target. `endpoint_of` returns the endpoint of SNS in a region."""
 
     def __init__(self, clock: Clock, endpoint_of: Callable[[str], Endpoint]) -> None:
         self._deliveries = {"webhook": Webhooks(clock).post, "sns": Topics(endpoint_of).publish, "command": run_command}
 
     async def __call__(self, target: Target, notification: Notification) -> None:
         """Deliver a notification, or raise NotDelivered."""
-        # The target of a job comes from the bucket, so it is checked again.
+        # A job's target comes from the bucket, so the manager checks the target again.
         if notification.own is not None and (reason := problem(notification.own)):
             raise NotDelivered(reason, final=True)
         try:
@@ -111,7 +111,7 @@ class Topics:
             self._clients[region].publish(
                 TopicArn=target.to,
                 Message=notification.body,
-                # The subject is for subscribers by mail.
+                # Subscribers by mail see the subject.
                 Subject=f"batchlab: {notification.job or 'test'} {notification.moment}"[:100],
                 MessageAttributes={
                     name: {"DataType": "String", "StringValue": value}
@@ -127,11 +127,11 @@ class Topics:
 
 COMMAND_TIMEOUT_S = 30.0
 MAX_ERROR_BYTES = 4096
-"""Number of bytes that are read from the end of a command's error output."""
+"""Maximum number of bytes that are read from the end of a command's error output."""
 
 
 async def run_command(target: Target, notification: Notification) -> None:
-    """Deliver a notification. Raise NotDelivered unless the command exits with status 0."""
+    """Deliver a notification by a command. Raise NotDelivered unless the command exits with status 0."""
     environment = {
         **os.environ,
         "BATCHLAB_NOTIFICATION": notification.id,
@@ -139,7 +139,7 @@ async def run_command(target: Target, notification: Notification) -> None:
         "BATCHLAB_JOB": notification.job,
         "BATCHLAB_ATTEMPT": str(notification.attempts + 1),
     }
-    # A pipe is unsuitable, because a process that the command leaves running could keep it open.
+    # The error output goes to a file, because a process that the command leaves running could keep a pipe open.
     with tempfile.TemporaryFile() as errors:
         try:
             process = await asyncio.create_subprocess_exec(
@@ -169,7 +169,7 @@ async def run_command(target: Target, notification: Notification) -> None:
 
 async def _write_input(process: asyncio.subprocess.Process, body: bytes) -> None:
     assert process.stdin
-    with suppress(BrokenPipeError, ConnectionResetError):  # the command need not read its input
+    with suppress(BrokenPipeError, ConnectionResetError):  # A command need not read its input.
         process.stdin.write(body)
         await process.stdin.drain()
     process.stdin.close()
@@ -183,18 +183,18 @@ def _last_line(file: int) -> str:
 
 
 WEBHOOK_TIMEOUT_S = 15.0
-"""Maximum time in seconds from the name lookup to the answer's status."""
+"""Maximum time of a webhook delivery in seconds, from the name lookup to the answer's status."""
 GONE = 410
 
 
 def signature(secret: bytes, at_s: int, body: bytes) -> str:
-    """Return the value of the header `Batchlab-Signature`."""
+    """Return the value of the header `Batchlab-Signature` for a body."""
     code = hmac.new(secret, f"{at_s}.".encode() + body, hashlib.sha256).hexdigest()
     return f"t={at_s},v1={code}"
 
 
 def secret_of(target: Target, environ: Mapping[str, str]) -> bytes:
-    """Return the key that a target names. Raise NotDelivered if it cannot be read."""
+    """Return the secret that a target names. Raise NotDelivered if the secret cannot be read."""
     kind, _, where = target.secret.partition(":")
     if kind == "env":
         secret = environ.get(where, "").encode()
@@ -216,7 +216,7 @@ class Webhooks:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._tls: ssl.SSLContext | None = None
-        # These libraries log the address of every request.
+        # httpx and httpcore log the address of every request, which may be a secret.
         for name in ("httpx", "httpcore"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -267,7 +267,7 @@ class Webhooks:
                 url,
                 content=body.encode(),
                 headers={**headers, "Host": f"{name}{own}"},
-                # The connection uses the address, but the certificate must match the name.
+                # The connection uses the checked address, but the certificate must match the host's name.
                 extensions={"sni_hostname": host},
             )
             try:
@@ -281,15 +281,15 @@ class Webhooks:
         import httpx
 
         if self._tls is None:
-            # This call reads all of the system's certificates.
+            # Creating the TLS context reads all of the system's certificates, so it runs in a thread.
             self._tls = await asyncio.to_thread(ssl.create_default_context)
         return httpx.AsyncClient(verify=self._tls, trust_env=False, follow_redirects=False, timeout=WEBHOOK_TIMEOUT_S)
 
 
 async def resolve(parts: SplitResult, *, stays_out: bool) -> str:
-    """Return an allowed address of the URL's host. With `stays_out`, this machine is not allowed.
+    """Return an allowed address of the URL's host. With `stays_out`, addresses of this machine are refused.
 
-    Raise NotDelivered if any of its addresses is refused, because a name with allowed and refused addresses may be an
+    Raise NotDelivered if any address of the host is refused, because a mix of allowed and refused addresses may be an
     attack.
     """
     host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
@@ -320,9 +320,9 @@ def is_own(address: str) -> bool:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((address, 9))  # sends nothing, but selects the source address
+            probe.connect((address, 9))  # Connecting a UDP socket sends nothing, but selects the source address.
         except OSError:
-            return False  # the address is unreachable
+            return False  # The address is unreachable from this machine.
         return str(probe.getsockname()[0]) == address
 
 

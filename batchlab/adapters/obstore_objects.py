@@ -1,7 +1,7 @@
-"""Objects port over a remote store of obstore: the base class of each kind of store.
+"""Base class of the Objects ports over remote stores of obstore.
 
-Invariant: a key has one complete object or none, also after a process died while writing it. A conditional create has
-one winner.
+Invariant: a key has one complete object or none, also after a process died while writing the object. Only one of
+several concurrent conditional creates of an object succeeds.
 """
 
 from __future__ import annotations
@@ -45,22 +45,23 @@ _PART_BYTES = 8 * 1024 * 1024
 _MAX_PARTS = 10_000
 PARTS_AT_ONCE = 4
 _CHUNK_BYTES = 5 * 1024 * 1024
-"""The largest object that obstore sends in one request by default, in bytes."""
+"""Size in bytes of the largest object that obstore sends in one request by default."""
 
 _SILENCE = timedelta(seconds=30)
 
 _STAGED = "staged/"
-"""Prefix of files that are uploaded but do not have their key yet."""
+"""Prefix of uploaded files that do not have their final key yet."""
 _DELETES_AT_ONCE = 16
 _STATUS = re.compile(r"status code: (\d{3})\b")
-# A full disk during a download raises Unreachable, so that the caller retries the download.
+# A full disk during a download raises Unreachable, so the caller retries the download.
 _OUTAGE = re.compile(r"HTTP error: |status code: 5\d\d\b|No space left on device")
 
 
 class ObstoreObjects:
     """The Objects port over one remote store of obstore.
 
-    Each kind of store is a subclass. It sets the class attributes and overrides the methods where the stores differ.
+    Each kind of store is a subclass of ObstoreObjects. A subclass sets the class attributes and overrides the methods
+    in which its store differs.
     """
 
     missing_bucket: ClassVar[str] = "NoSuchBucket"
@@ -68,26 +69,27 @@ class ObstoreObjects:
     busy_statuses: ClassVar[frozenset[str]] = frozenset({"409", "429", "503"})
     """HTTP statuses of requests that the caller should repeat later.
 
-    With S3, 409 means that another conditional write is still in progress.
+    With S3, status 409 means that another conditional write is still in progress.
     """
     deletes_in_batches: ClassVar[bool] = True
     """Whether one request deletes many objects."""
     remedy: ClassVar[str] = ""
-    """Advice for a user whose bucket cannot be listed."""
+    """Advice in the error for a bucket that cannot be listed."""
 
     def __init__(self, store: ObjectStore, tally: RequestCounter | None = None) -> None:
-        """Set the store and the counter of requests, which does not count obstore's repetitions."""
+        """Set the store and the counter of requests, which does not count obstore's own retries."""
         self._store = store
         self._tally = tally or RequestCounter()
         self._created_count = 0
         self._making = threading.Lock()
-        # obstore's own async calls are not used. Rust threads complete their futures, and abort the process (SIGABRT)
-        # if it exits at that moment. A process that exits right after a put did so 6 times in 10. These calls also take
-        # 2 to 4 times the CPU time of a Python thread.
+        # The async calls of obstore are not used, because they can abort the process and are slower than threads. Rust
+        # threads complete the futures of obstore's async calls, and abort a process (SIGABRT) that exits at that
+        # moment. With obstore's async calls, a process that exited right after a put was aborted in 6 of 10 runs. The
+        # async calls of obstore also take 2 to 4 times the CPU time of a Python thread.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="objects")
 
     def check(self) -> None:
-        """Raise BackendError if the service does not answer, or the bucket cannot be listed."""
+        """Raise BackendError if the service does not answer, or if the bucket cannot be listed."""
         with self._translated(""):
             self._with_bucket(lambda: next(iter(obstore.list(self._store, chunk_size=1)), None))
 
@@ -96,7 +98,7 @@ class ObstoreObjects:
             return await asyncio.wrap_future(self._threads.submit(self._with_bucket, call))
 
     def _with_bucket(self, call: Callable[[], T]) -> T:
-        """Return the result of `call`. Create a missing bucket first if the store can do that."""
+        """Return the result of `call`. Create a missing bucket before the call if the store can create buckets."""
         count = self._created_count
         try:
             return call()
@@ -104,7 +106,7 @@ class ObstoreObjects:
             if self.missing_bucket not in str(error):
                 raise
             with self._making:
-                # Another thread may have created it meanwhile.
+                # Another thread may have created the bucket meanwhile.
                 if self._created_count == count:
                     if not self._make_bucket():
                         raise
@@ -114,20 +116,24 @@ class ObstoreObjects:
     # --- Where stores differ ---------------------------------------------------------------------
 
     def _make_bucket(self) -> bool:
-        """Create the missing bucket, or return False if this store must not create buckets."""
+        """Create the missing bucket, or return False if the store must not create buckets."""
         return False
 
     def _unless_changed(self, key: str, etag: str) -> PutMode:
         """Return the mode of a put that fails if the object's ETag is not `etag`.
 
-        Raise AlreadyExists if the ETag already differs.
+        Raise AlreadyExists if the object's ETag already differs from `etag`.
         """
         del key
         return {"e_tag": etag}
 
     def _create_in_parts(self, key: str, path: Path, part_bytes: int) -> None:
-        """Upload a file in parts of that size. Raise AlreadyExists if the object exists at the end."""
-        # A copy supports a condition, but an upload in parts does not. The copy moves no data.
+        """Upload a file in parts of `part_bytes` bytes.
+
+        Raise AlreadyExists if the object exists when the upload ends.
+        """
+        # A copy supports the condition that the object is absent, but an upload in parts does not. The copy inside the
+        # store does not transfer data to this machine.
         staged = f"{_STAGED}{secrets.token_hex(16)}"
         obstore.put(self._store, staged, path, chunk_size=part_bytes, max_concurrency=PARTS_AT_ONCE)
         try:
@@ -137,7 +143,7 @@ class ObstoreObjects:
             self._delete([staged])
 
     def _delete(self, keys: Sequence[str]) -> None:
-        """Delete at most PAGE objects, and ignore those that do not exist."""
+        """Delete at most PAGE objects, and ignore missing objects."""
         if self.deletes_in_batches:
             self._tally.delete()
             obstore.delete(self._store, keys)
@@ -156,7 +162,7 @@ class ObstoreObjects:
 
     @contextmanager
     def _translated(self, key: str) -> Iterator[None]:
-        """Raise batchlab's errors instead of obstore's. A missing bucket is never NotFound."""
+        """Raise batchlab's errors instead of obstore's. A missing bucket never raises NotFound."""
         try:
             yield
         except (BaseError, OSError, NotFound) as error:
@@ -167,7 +173,8 @@ class ObstoreObjects:
                 raise NotFound(f"No object {key!r}.") from error
             is_busy = not self.busy_statuses.isdisjoint(_STATUS.findall(text))
             if isinstance(error, AlreadyExistsError | PreconditionError):
-                # After a 412, another writer has won. After S3's 409, the race is still open.
+                # After status 412, another writer has won. After status 409 of S3, the race of the writers is still
+                # open.
                 kind = Throttled if is_busy else AlreadyExists
                 raise kind(f"Object {key!r} exists, or another writer has replaced it.") from error
             outage = Unreachable if _OUTAGE.search(text) else BackendError
@@ -197,7 +204,8 @@ class ObstoreObjects:
 
     def _get(self, key: str, limit: int | None) -> bytes:
         result = obstore.get(self._store, key)
-        # At this point, the headers of the answer have arrived, but its body has not.
+        # When obstore returns the result, the headers of the answer have arrived, but the content of the object has
+        # not.
         check_size(key, result.meta["size"], limit)
         return bytes(result.bytes())
 
@@ -254,7 +262,7 @@ class ObstoreObjects:
             yield page
 
     def _listed(self, prefix: str, after: str) -> Iterator[ObjectInfo]:
-        # obstore supports only whole path segments, so the rest of `prefix` is matched here.
+        # obstore lists only prefixes of whole path segments, so this method matches the rest of `prefix`.
         self._tally.put()
         folder = prefix.rpartition("/")[0] or None
         chunks = obstore.list(self._store, folder, offset=after or None, chunk_size=PAGE)
@@ -306,17 +314,17 @@ def client_options(url: str) -> ClientConfig:
         "allow_http": url.startswith("http:"),
         "connect_timeout": timedelta(seconds=CONNECT_S),
         "read_timeout": _SILENCE,
-        # This is the limit of a whole transfer of any size. obstore's default is 30 s.
+        # The timeout limits the whole transfer of an object of any size. The default timeout of obstore is 30 s.
         "timeout": timedelta(days=1),
     }
     if here := loopback(url):
-        # Only these options make obstore ignore a proxy of the environment.
+        # Without `proxy_url` and `proxy_excludes`, obstore uses a proxy from the environment.
         options |= {"proxy_url": url, "proxy_excludes": here}
     return options
 
 
 def retries() -> RetryConfig:
-    """Return obstore's options for repeating a failed request."""
+    """Return obstore's options for retries of a failed request."""
     return {
         "max_retries": 3,
         "backoff": {"init_backoff": timedelta(milliseconds=50)},
@@ -325,7 +333,7 @@ def retries() -> RetryConfig:
 
 
 def _puts(size_bytes: int, chunk_bytes: int) -> int:
-    """Return the number of requests for an object: one, or one for each part and two more."""
+    """Return the number of requests to put an object: one, or one for each part and two more."""
     return 1 if size_bytes <= chunk_bytes else -(-size_bytes // chunk_bytes) + 2
 
 

@@ -1,7 +1,8 @@
-"""Traces of OpenTelemetry over OTLP, configured by its own environment variables.
+"""OpenTelemetry traces over OTLP, configured by OpenTelemetry's own environment variables.
 
-Invariant: recording adds a span to a queue without waiting. If the receiver is down, spans are lost, but the work
-continues. This module is imported only if an endpoint is configured, because the import of the SDK is slow.
+Invariant: recording adds a span to a queue without waiting for the receiver. If the receiver of traces is down, spans
+are lost, but the work continues. This module is imported only if an endpoint is configured, because the import of the
+SDK is slow.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ CLOSE_S = 3.0
 SEND_S = 1.0
 """Interval in seconds at which spans are sent, unless OTEL_BSP_SCHEDULE_DELAY is set.
 
-A killed process loses the spans of this time.
+A killed process loses the spans since the last interval.
 """
 _KINDS = {
     "submit": SpanKind.SERVER,
@@ -57,7 +58,7 @@ class _RecordedSpan:
     def __init__(self, span: OtelSpan, parent: str) -> None:
         self._span = span
         at = span.get_span_context()
-        # The parent's context replaces that of a span that the sampler has dropped.
+        # If the sampler has dropped a span, the parent's context replaces the span's context.
         self.context = f"00-{at.trace_id:032x}-{at.span_id:016x}-01" if span.is_recording() else parent
 
     def note(self, **attributes: Attribute) -> None:
@@ -71,18 +72,21 @@ class _RecordedSpan:
 
 
 class OtelTracer:
-    """The Tracer port. OTEL_SERVICE_NAME overrides `service`. `instance` names the process."""
+    """The Tracer port over OpenTelemetry.
+
+    OTEL_SERVICE_NAME overrides `service`. `instance` names the process in the traces.
+    """
 
     def __init__(self, service: str, instance: str) -> None:
         own = {SERVICE_INSTANCE_ID: instance, "service.version": __version__}
         if not os.environ.get("OTEL_SERVICE_NAME"):
             own[SERVICE_NAME] = service
-        # The SDK's own shutdown at exit would delay the exit while the receiver is down.
+        # The SDK's own shutdown at exit would delay the exit of the process while the receiver is down.
         self._provider = TracerProvider(resource=Resource.create(own), shutdown_on_exit=False)
         delay_ms = None if os.environ.get("OTEL_BSP_SCHEDULE_DELAY") else SEND_S * 1000
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(), schedule_delay_millis=delay_ms))
         self._tracer = self._provider.get_tracer("batchlab", __version__)
-        # The SDK logs each batch that a receiver does not accept.
+        # By default, the SDK logs each batch of spans that a receiver does not accept.
         logging.getLogger("opentelemetry").setLevel(logging.ERROR)
 
     def root(self, name: str, about: Subject, *, parent: str = "") -> Span:
@@ -129,7 +133,7 @@ class OtelTracer:
         links: Sequence[str],
         attributes: Mapping[str, Attribute],
     ) -> _RecordedSpan:
-        # The context is empty, because other traces of this thread do not belong to batchlab.
+        # The context of a span starts empty, because other traces of this thread do not belong to batchlab.
         above = Context()
         if parent:
             above = set_span_in_context(NonRecordingSpan(_read(parent)), above)
@@ -144,12 +148,12 @@ class OtelTracer:
         return _RecordedSpan(span, parent)
 
     async def close(self) -> None:
-        """Send the remaining spans in a thread, and wait for it at most `CLOSE_S`."""
+        """Send the remaining spans in a thread, and wait for the thread for at most `CLOSE_S` seconds."""
         loop, done = asyncio.get_running_loop(), asyncio.Event()
 
         def flush() -> None:
             self._provider.shutdown()
-            with suppress(RuntimeError):  # the loop is already closed
+            with suppress(RuntimeError):  # The event loop is already closed.
                 loop.call_soon_threadsafe(done.set)
 
         threading.Thread(target=flush, name="last spans", daemon=True).start()

@@ -1,7 +1,7 @@
-"""Locations of the parts of a grid on AWS, from the outputs of its stack.
+"""Locations of a grid's parts on AWS, from the outputs of its stack.
 
-Invariants: clients and instances read the same format from `aws/deployment.json` in their home, so a name means the
-same everywhere. The file contains the ARNs of secrets, but never a secret.
+Invariants: clients and instances read the same format from `aws/deployment.json` in their home. The file
+`aws/deployment.json` contains the ARNs of secrets, but never a secret.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from batchlab.core.model import Pool
 from batchlab.runtime.home import Home
 
 NAME = "aws"
-"""Backend whose folder in the home contains the file."""
+"""Name of the backend whose folder in the home contains the deployment's file."""
 
 MANAGER_PORT = 8080
-"""Port of the manager. The manager listens only on 127.0.0.1 of its own instance."""
+"""Port of the manager's API. The manager listens only on 127.0.0.1 of its own instance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Database:
     """PostgreSQL server.
 
-    `secret` is the ARN of the secret with the user's name and password. With `iam`, the client creates a token for each
-    connection instead. `ca` is a file with the certificates of trusted authorities. If it is empty, the system's
-    certificates apply.
+    `secret` is the ARN of the secret with the database user's name and password. With `iam`, the client creates a token
+    for each connection and does not use the secret. `ca` is a file with the certificates of trusted authorities. If
+    `ca` is empty, the system's certificates apply.
     """
 
     host: str
@@ -44,7 +44,7 @@ class Database:
 
 @dataclass(frozen=True, slots=True)
 class AwsDeployment:
-    """Stack and the locations of its parts.
+    """A stack on AWS and the locations of its parts.
 
     The names of queues and groups start with `prefix`. `domain` is the SimpleDB domain. `python` is the Python version
     of the instances, such as "3.12". `egress` is the instances' route to AWS: "endpoints", "nat", or the user's "own"
@@ -87,16 +87,16 @@ def path_in(home: Home) -> Path:
 def read(home: Home) -> AwsDeployment | None:
     """Return the deployment of this home, or None if it does not have one.
 
-    Raise BackendError if its file is unreadable or invalid.
+    Raise BackendError if the deployment's file is unreadable or invalid.
     """
     remedy = "`batchlab deploy status` writes it again from the stack's outputs."
     return read_record(path_in(home), parse, "a description of a stack", remedy=remedy)
 
 
 def parse(fields: Mapping[str, Any]) -> AwsDeployment:
-    """Return the deployment of a JSON object.
+    """Return the deployment that a JSON object describes.
 
-    Raise ValueError, TypeError, or KeyError if the object is not a deployment.
+    Raise ValueError, TypeError, or KeyError if the object does not describe a deployment.
     """
     from batchlab.core.pricing.hourly import LEDGERS
 

@@ -1,6 +1,6 @@
-"""Locations of the parts of a grid in containers (compose/compose.yaml): one private network, and one address per part.
+"""Locations of a grid's parts in containers (compose/compose.yaml): one private network, and one address per part.
 
-Invariant: an address means the same on the host and in every container, so the URL of a queue works on both.
+Invariant: an address is the same on the host and in every container, so the URL of a queue works on both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from batchlab.core.errors import UsageError
 from batchlab.runtime.home import Home
 
 NAME = "localstack"
-"""Backend whose folder in the home contains the deployment's file."""
+"""Name of the backend whose folder in the home contains the deployment's file."""
 
 MANAGER_PORT = 8080
 AUTOSCALING_PORT = 8000
@@ -43,10 +43,11 @@ _BLOCK = [f"10.213.{n}" for n in range(64, 256)]
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """Grid in containers: its name, its network, and its image.
+    """Description of a grid in containers: its name, its network, and its image.
 
     `subnet` contains the first three numbers of the network's addresses. The manager and the workers run as `user`
-    ("uid:gid") on the Python version `python` ("3.12"). `pools` are the user's pools, as options of the manager.
+    ("uid:gid") on the Python version `python` ("3.12"). `pools` are the user's pools, in the form of the manager's
+    option --pool.
     """
 
     project: str
@@ -70,11 +71,14 @@ class Deployment:
         return f"http://{self.subnet}.12:{METADATA_PORT}"
 
     def storage_url(self, port: int) -> str:
-        """Return the URL of this grid's own LocalStack."""
+        """Return the URL of the grid's own LocalStack."""
         return f"http://{self.subnet}.10:{port}"
 
     def postgres_url(self, password: str) -> str:
-        """Return the URL of the ledger. It contains the password, so it must not be shown."""
+        """Return the URL of the ledger in PostgreSQL.
+
+        The URL of the ledger contains the password, so it must not be shown.
+        """
         return f"postgresql://batchlab:{password}@{self.subnet}.11:{POSTGRES_PORT}/batchlab"
 
 
@@ -84,24 +88,25 @@ def folder(home: Home) -> Path:
 
 
 def password_file(home: Home) -> Path:
-    """Return the path of PostgreSQL's password.
+    """Return the path of the file with PostgreSQL's password.
 
-    Only the owner can open the folder. The file itself is readable by all, because it is mounted into a container whose
-    service runs as another user.
+    Only the owner can open the folder of the password file. All users can read the password file itself, because it is
+    mounted into a container whose service runs as another user.
     """
     return folder(home) / "secrets" / "postgres"
 
 
 def keys_file(home: Home) -> Path:
-    """Return the path of the keys with which clients sign requests to the Auto Scaling endpoint.
+    """Return the path of the file with the keys that sign requests to the Auto Scaling endpoint.
 
-    Only the host's commands, the manager, and the endpoint can read the file. Instances do not have keys.
+    Only the host's commands, the manager, and the Auto Scaling endpoint can read the file of keys. Instances do not
+    have the keys of the Auto Scaling endpoint.
     """
     return folder(home) / "secrets" / "autoscaling.json"
 
 
 def autoscaling(home: Home, at: Deployment) -> Endpoint:
-    """Return the Auto Scaling endpoint with its keys. An endpoint of release 0.1.0 has none."""
+    """Return the Auto Scaling endpoint with its keys. An Auto Scaling endpoint of release 0.1.0 does not have keys."""
     own = state_files.read_keys(keys_file(home))
     if own is None:
         return Endpoint(at.autoscaling_url)
@@ -111,13 +116,13 @@ def autoscaling(home: Home, at: Deployment) -> Endpoint:
 def read(home: Home) -> Deployment | None:
     """Return the deployment of this home, or None if it does not have one.
 
-    Raise BackendError if its file is unreadable or invalid.
+    Raise BackendError if the deployment's file is unreadable or invalid.
     """
     return state_files.read_record(
         folder(home) / "deployment.json",
         lambda fields: Deployment(**{**fields, "pools": tuple(fields.get("pools", ()))}),
         "a description of a grid in containers",
-        # `batchlab gc` skips containers that a home still records, so the file must be deleted first.
+        # `batchlab gc` skips containers that a home still records, so the user must delete the file first.
         remedy="Delete the file, then remove the remaining containers with `batchlab gc`.",
     )
 
@@ -132,15 +137,15 @@ def is_created_here(home: Home) -> bool:
 
 
 def write(home: Home, deployment: Deployment) -> None:
-    """Save the deployment atomically. Create the password and the keys if they do not exist."""
+    """Save the deployment atomically. Create the password and the keys of the grid if they do not exist."""
     path = folder(home) / "deployment.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The manager cannot do it, because its container mounts the folder read-only.
+    # The mode is set here, because the manager's container mounts the folder read-only.
     path.parent.chmod(PRIVATE_FOLDER)
     password = password_file(home)
     password.parent.mkdir(mode=0o700, exist_ok=True)
     if not password.exists():
-        # Write atomically. A full disk could otherwise leave an empty password file.
+        # The write is atomic, because a full disk could otherwise leave an empty password file.
         write_whole(password, secrets.token_urlsafe(24), mode=0o444)
     state_files.provide_keys(keys_file(home))
     (path.parent / STATE).mkdir(exist_ok=True)
@@ -150,27 +155,28 @@ def write(home: Home, deployment: Deployment) -> None:
 
 
 def locked(home: Home) -> AbstractContextManager[None]:
-    """Lock this home's deployment, so that only one command changes its containers."""
+    """Lock the home's deployment, so that only one command changes its containers."""
     return objects.locked(folder(home) / "deployment.json")
 
 
 def forget(home: Home) -> None:
     """Delete the files of a deployment whose parts are removed."""
-    # Delete the deployment's own file last, because it records that containers must be removed.
+    # The deployment's own file is deleted last, because it records that containers must be removed.
     password_file(home).unlink(missing_ok=True)
     keys_file(home).unlink(missing_ok=True)
-    # The next grid in this home has the same name. With the old groups, its Auto Scaling endpoint would launch
-    # instances for them.
+    # The next grid in this home has the same project name. If the groups of the old grid remained, the next grid's Auto
+    # Scaling endpoint would launch instances for them.
     (folder(home) / STATE / "groups.json").unlink(missing_ok=True)
     (folder(home) / "deployment.json").unlink(missing_ok=True)
     _CREATED_HERE.discard(home.path)
 
 
 def free_subnet(used: Iterable[str], project: str = "") -> str:
-    """Return the first of batchlab's /24 networks that overlaps none of the networks `used`.
+    """Return the first three numbers of the first of batchlab's /24 networks that does not overlap a network in `used`.
 
-    `used` contains networks such as "10.0.0.0/8". Each project starts the search at another block, because two projects
-    that start at the same time do not see each other's network. Raise UsageError if all are taken.
+    `used` contains networks such as "10.0.0.0/8". Each project starts the search at another network, because two
+    projects that start at the same time do not see each other's network. Raise UsageError if all of batchlab's networks
+    are taken.
     """
     networks = [ipaddress.ip_network(address, strict=False) for address in used]
     begin = zlib.crc32(project.encode()) % len(_BLOCK)

@@ -1,8 +1,8 @@
-"""Compose project with a grid's containers, and the image of these containers.
+"""Compose project of a grid's containers, and the image of these containers.
 
-Invariants: everything that is created has the label `batchlab.grid` with the project's name. Nothing without this label
-is changed. The image contains the installed code. Its tag is a hash of all its inputs, so an existing image is up to
-date.
+Invariants: every created container, network, and volume has the label `batchlab.grid` with the project's name.
+Resources without the label `batchlab.grid` are never changed. The image of a grid contains the installed code of
+batchlab. The image's tag is a hash of all its inputs, so an existing image is up to date.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REPOSITORY = "batchlab/grid"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Contents of an image in addition to the code.
+    """Contents of a grid's image in addition to the code.
 
     `base` is an image with Python. `apt` and `pip` are packages of Debian and PyPI for users' tasks.
     """
@@ -48,11 +48,11 @@ class Recipe:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, str], *, apt: Sequence[str], pip: Sequence[str]) -> Recipe:
-        """Return the recipe from BATCHLAB_BASE_IMAGE, BATCHLAB_IMAGE_APT, and BATCHLAB_IMAGE_PIP.
+        """Return the image recipe from BATCHLAB_BASE_IMAGE, BATCHLAB_IMAGE_APT, and BATCHLAB_IMAGE_PIP.
 
-        Unset variables default to an image with this Python version, and to `apt` and `pip`.
+        Unset variables default to an image with this Python version, and to the arguments `apt` and `pip`.
         """
-        # Functions travel as bytecode, which only the same version of Python can run.
+        # Functions are sent as bytecode, which only the same version of Python can run.
         default = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
         return cls(
             settings.get("BATCHLAB_BASE_IMAGE") or default,
@@ -62,9 +62,9 @@ class Recipe:
 
 
 def provide(recipe: Recipe, log: Path, say: Callable[[str], None]) -> str:
-    """Return the tag of the image. Build the image if it does not exist.
+    """Return the tag of the grid's image. Build the image if it does not exist.
 
-    `say` is called before a build. Raise BackendError if the build fails. Its output is in `log`.
+    `say` is called before a build. Raise BackendError if the build fails. The build writes its output to `log`.
     """
     if named := os.environ.get("BATCHLAB_IMAGE"):
         return named
@@ -80,7 +80,10 @@ def provide(recipe: Recipe, log: Path, say: Callable[[str], None]) -> str:
 
 
 def python_of(tag: str) -> str:
-    """Return the Python version of an image, such as "3.12". Raise BackendError if there is none."""
+    """Return the version of Python in an image, such as "3.12".
+
+    Raise BackendError if Python cannot run in the image.
+    """
     code = "import sys; print('%d.%d' % sys.version_info[:2])"
     done = docker("run", "--rm", "--network", "none", "--entrypoint", "python", tag, "-c", code)
     if done.returncode:
@@ -113,9 +116,9 @@ def requirements() -> list[str]:
 
 
 def _extras() -> list[str]:
-    """Return the installed extras, and "" for the required dependencies.
+    """Return the names of the installed extras, and "" for the required dependencies.
 
-    The extra `otel` is left out. Users who want traces add its packages to the image.
+    The extra `otel` is left out of images. Users who want traces must add the packages of `otel` to the image.
     """
     return ["", *(extra for extra in installation.MODULES if extra != "otel" and not installation.missing(extra))]
 
@@ -123,7 +126,7 @@ def _extras() -> list[str]:
 def constraints() -> list[str]:
     """Return all direct and indirect dependencies with their installed versions.
 
-    With these constraints, a build does not depend on its date.
+    With version constraints, the result of a build does not depend on its date.
     """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
@@ -189,7 +192,7 @@ def _cause(log: Path) -> str:
 
 
 def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the Docker command line client. Raise UsageError if it is not installed."""
+    """Run the Docker command line client. Raise UsageError if the Docker command line client is not installed."""
     try:
         return subprocess.run(
             ["docker", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
@@ -212,13 +215,17 @@ _SOCKET = "/var/run/docker.sock"
 
 
 def name_for(home: Home) -> str:
-    """Return the project name of a home. It is always the same, so a home has at most one project."""
+    """Return the project name of a home.
+
+    The project name of a home never changes, so a home has at most one project.
+    """
     return f"batchlab-{hashlib.sha256(str(home.path.resolve()).encode()).hexdigest()[:10]}"
 
 
 def networks() -> list[str]:
     """Return the subnets of every Docker network. Raise Unreachable if Docker does not respond."""
-    # Use one call. With a list and one call per network, a network could vanish in between.
+    # One call lists all networks with their details. With a list and one further call per network, a network could be
+    # removed between the calls.
     with Engine() as engine:
         answer = engine.do("list the networks", lambda api: api.networks())
     configs = [config for network in answer for config in (network.get("IPAM", {}).get("Config") or [])]
@@ -226,10 +233,13 @@ def networks() -> list[str]:
 
 
 class Project:
-    """Compose project of one home."""
+    """Compose project of one home, which can be started and removed."""
 
     def __init__(self, home: Home, at: Deployment, *, settings: Mapping[str, str], passed: Sequence[str] = ()) -> None:
-        """Create the project. `passed` names variables of this process's environment that the manager receives."""
+        """Set the parameters of the project without starting its containers.
+
+        `passed` names environment variables of this process that the manager receives.
+        """
         self._home = home
         self._at = at
         self._settings = settings
@@ -238,13 +248,14 @@ class Project:
         self._more = compose_deployment.folder(home) / "compose.more.json"
 
     def up(self, say: Callable[[str], None], *, storage: bool) -> None:
-        """Start every service and wait until all are healthy.
+        """Start every service of the project and wait until all services are healthy.
 
         With `storage`, the project includes its own LocalStack. Raise BackendError with the reason if a service fails.
-        The containers that run at this time keep running.
+        After a failure, the containers that already run keep running.
         """
         say("Starting the containers; missing images are pulled, which may take minutes.")
-        # Write only the names. Compose takes the values from its environment, so no value is in a file.
+        # The file contains only the names of the passed variables. Compose takes the values of the passed variables
+        # from its environment, so no file contains a value.
         more = {"services": {"manager": {"environment": dict.fromkeys(self._passed)}}}
         self._more.parent.mkdir(parents=True, exist_ok=True)
         self._more.write_text(json.dumps(more))
@@ -259,7 +270,7 @@ class Project:
         while True:
             details = self._inspected()
             states = {service: _state(detail["State"]) for service, detail in details.items()}
-            # Docker restarts a container that ends, so its state is rarely "exited".
+            # Docker restarts a container that ends, so the restarts are counted, because its state is rarely "exited".
             restarts = {service: int(detail["RestartCount"]) for service, detail in details.items()}
             before = {**restarts, **before}
             for service, state in sorted(states.items()):
@@ -279,7 +290,7 @@ class Project:
             time.sleep(_POLL_S)
 
     def states(self) -> dict[str, str]:
-        """Return the health of each service, such as "healthy", or its state if it does not run."""
+        """Return the health of each service, such as "healthy", or the state of a service that does not run."""
         return {service: _state(detail["State"]) for service, detail in self._inspected().items()}
 
     def _inspected(self) -> dict[str, Any]:
@@ -292,24 +303,26 @@ class Project:
         return {detail["Config"]["Labels"]["com.docker.compose.service"]: detail for detail in details}
 
     def last_line(self, service: str) -> str:
-        """Return the last line of a service's output."""
+        """Return the last line of a service's output, for an error message."""
         logs = self._run("logs", "--no-color", "--no-log-prefix", "--tail", "20", service)
         lines = (logs.stdout + logs.stderr).strip().splitlines()
         return lines[-1].strip().rstrip(".") if lines else "it printed no error message"
 
     def down(self, *, drain_s: float = 0.0) -> None:
-        """Stop and remove everything, including the instances.
+        """Stop and remove all parts of the project, including the instances.
 
-        The instances have `drain_s` seconds to return their work. Parts that no longer exist are ignored.
+        The instances have `drain_s` seconds to return their work. Parts of the project that no longer exist are
+        ignored.
         """
-        # A full disk must not prevent the removal of a grid.
+        # A failed write, for example on a full disk, must not prevent the removal of a grid.
         with suppress(OSError):
             self._keep_logs()
         self._run("stop", "--timeout", _STOP_S, "manager")
-        # The endpoint would otherwise replace the instances that end.
+        # The Auto Scaling endpoint is killed first, because it would replace the instances that end.
         self._run("kill", "asg")
         remove_instances(self._at.project, drain_s=drain_s)
-        # Compose does not remove a network that still has containers. The sweep below removes it.
+        # Compose does not remove a network that still has containers. `remove_project` removes a network that Compose
+        # has left.
         self._run("--profile", "localstack", "down", "--timeout", _STOP_S, "--volumes", "--remove-orphans")
         remove_project(self._at.project)
 
@@ -367,8 +380,8 @@ class Project:
 
 
 def unpulled_of(lines: Sequence[str]) -> list[str]:
-    """Return the services whose images Compose could not pull, from its output."""
-    parts = ("Container", "Network", "Volume")  # Compose prints " Error " for these parts too
+    """Return the services whose images Compose could not pull, according to its output."""
+    parts = ("Container", "Network", "Volume")  # Compose prints " Error " for containers, networks, and volumes too.
     failed = [line.split()[0] for line in lines if " Error " in line]
     return [name for name in failed if name not in parts]
 
@@ -391,7 +404,7 @@ def _group(settings: Mapping[str, str]) -> int:
 
 
 def checked(*arguments: str) -> str:
-    """Return the output of a docker command. Raise Unreachable if it fails."""
+    """Return the output of a docker command. Raise Unreachable if the docker command fails."""
     done = docker(*arguments)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
@@ -403,7 +416,7 @@ def checked(*arguments: str) -> str:
 
 
 def remove_instances(project: str, *, drain_s: float) -> None:
-    """Stop the project's instances within `drain_s` and remove them."""
+    """Stop the project's instances within `drain_s` seconds and remove their containers."""
     filters = ("--filter", f"label={LABEL}={project}", "--filter", "label=batchlab.instance")
     if drain_s and (ids := checked("ps", "-q", *filters).split()):
         docker("stop", "--time", str(math.ceil(drain_s)), *ids)
@@ -412,14 +425,14 @@ def remove_instances(project: str, *, drain_s: float) -> None:
 
 
 def remove_project(project: str) -> int:
-    """Remove all containers, networks, and volumes with the project's label. Return their number."""
+    """Remove all containers, networks, and volumes with the project's label. Return the number of removed resources."""
     with Engine() as engine:
         return len(remove_resources(engine, {LABEL: project}))
 
 
 @dataclass(frozen=True, slots=True)
 class ProjectParts:
-    """Parts of one project on this machine."""
+    """Number of Docker resources of one project on this machine."""
 
     project: str
     home: str
@@ -437,7 +450,7 @@ class ProjectParts:
         try:
             deployment = compose_deployment.read(Home(Path(self.home)))
         except BackendError:
-            return False  # the file is damaged or belongs to another user, so the owner is unknown
+            return False  # The file is damaged or belongs to another user, so the project's owner is unknown.
         return deployment is None or deployment.project != self.project
 
 

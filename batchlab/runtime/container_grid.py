@@ -1,6 +1,6 @@
-"""Start and removal of a grid in containers.
+"""Functions that start and remove a grid in containers.
 
-Invariant: `up` either completes or removes what it created. `down` leaves nothing behind.
+Invariant: `up` either starts the whole grid or removes the parts that it created. `down` removes all parts of the grid.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from batchlab.runtime.home import Home, ManagerRecord, Place
 from batchlab.runtime.settings import notification_variables
 
 _TYPE = "m7i.large"
-"""Instance type of a pool that does not name one."""
+"""Instance type of a pool that does not name an instance type."""
 _WORKER = ["worker", "--backend", compose_deployment.NAME, "--home", "/tmp/batchlab"]  # noqa: S108 - in the container
 _NOBODY = 10001
 
 
 def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str], None]) -> ManagerRecord:
-    """Start the grid with the installed code, or restart its stopped parts.
+    """Start the grid with the installed code, or restart the grid's stopped parts.
 
-    The function returns when the manager is the leader or is about to be. Raise BackendError if a part does not start,
-    and UsageError if the settings or the home are unsuitable.
+    The function returns when the manager leads the grid or is about to lead it. Raise BackendError if a part of the
+    grid does not start, and UsageError if the settings or the home are unsuitable.
     """
     place = backend.named_place(home)
     if place:
@@ -52,7 +52,7 @@ def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str],
     home.make()
     compose_deployment.folder(home).mkdir(exist_ok=True)
     with compose_deployment.locked(home):
-        if running := home.record():  # another command has started it in the meantime
+        if running := home.record():  # Another command has started the grid in the meantime.
             return running
         return _up(home, backend, pools, place, say)
 
@@ -60,14 +60,14 @@ def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str],
 def _up(
     home: Home, backend: Backend, pools: Sequence[Pool], named: Place | None, say: Callable[[str], None]
 ) -> ManagerRecord:
-    passed = notification_variables(home)  # check notify.toml before anything starts
+    passed = notification_variables(home)  # The notification settings are checked before any part starts.
     deployment = compose_deployment.read(home)
     try:
         at = _plan(home, backend, pools, deployment, named, say)
         project = Project(home, at, settings=_settings(at), passed=passed)
         project.up(say, storage=named is None)
     except BaseException:
-        # Keep a grid that existed before: it has work and a database.
+        # A grid that existed before is kept, because it has work and a database.
         if deployment is None:
             if begun := compose_deployment.read(home):
                 Project(home, begun, settings={}).down()
@@ -83,7 +83,7 @@ def _up(
 
 
 def down(home: Home, backend: Backend) -> bool:
-    """Remove every part. Return False if the grid does not exist."""
+    """Remove every part of the grid. Return False if the grid does not exist."""
     if compose_deployment.read(home) is None:
         return False
     with compose_deployment.locked(home):
@@ -91,7 +91,7 @@ def down(home: Home, backend: Backend) -> bool:
         if at is None:
             return False
         place = home.place(backend.name)
-        # A LocalStack of the grid is removed too, so returned work would be lost anyway.
+        # The instances need not return their work to a LocalStack of the grid, because that LocalStack is removed too.
         keeps = place is not None and place.named
         Project(home, at, settings={}).down(drain_s=backend.worker.drain_s if keeps else 0.0)
         _forget(home, backend)
@@ -108,7 +108,7 @@ def _plan(
 ) -> Deployment:
     """Decide the locations of all parts, build the image, and save the deployment.
 
-    An existing grid keeps its locations.
+    An existing grid keeps the locations of its parts.
     """
     recipe = compose_project.Recipe.from_settings(os.environ, apt=backend.image.apt, pip=backend.image.pip)
     image = compose_project.provide(recipe, home.backend_folder(backend.name) / "image.log", say)
@@ -127,13 +127,13 @@ def _plan(
     )
     compose_deployment.write(home, at)
     path = compose_deployment.folder(home) / "templates.toml"
-    if existing and not pools and path.exists():  # the user may have edited the existing templates
+    if existing and not pools and path.exists():  # The user may have edited the existing templates.
         old, new = (f"image = {json.dumps(deployment.image)}" for deployment in (existing, at))
         templates = path.read_text().replace(old, new)
     else:
         more = descriptor.inherited_variables(os.environ)
         templates = templates_for(at, place, pools or backend.pools, more)
-    write_whole(path, templates)  # an endpoint that runs may read the file at any time
+    write_whole(path, templates)  # The write is atomic, because an Auto Scaling endpoint may read the file.
     home.write_place(backend.name, place)
     home.token()
     _change_owner(home, at.user)
@@ -143,7 +143,7 @@ def _plan(
 def templates_for(
     at: Deployment, place: Place, pools: Sequence[Pool], more: Mapping[str, str] = MappingProxyType({})
 ) -> str:
-    """Return the launch templates of the pools for `asg serve`, with `more` in the environment."""
+    """Return the launch templates of the pools for `asg serve`, with the variables `more` in the environment."""
     env = {**more, VARIABLE: f"{place.url}/{place.bucket}", "AWS_EC2_METADATA_SERVICE_ENDPOINT": at.metadata_url}
     table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in env.items())
     lines = []
@@ -184,7 +184,7 @@ def _storage_port() -> int:
 
 
 def _refuse_foreign(home: Home) -> None:
-    """Raise UsageError if root uses a folder with other files, because the grid changes its owner."""
+    """Raise UsageError if root uses a folder with other files, because the grid changes the folder's owner."""
     folder = home.path
     grid_files = {object_keys.MADE, home.settings_file.name, home.notify_file.name}
     is_grids = not folder.exists() or (folder / object_keys.MADE).exists()
@@ -196,21 +196,22 @@ def _refuse_foreign(home: Home) -> None:
 
 
 def _user() -> str:
-    """Return the calling user's ids, so that this user owns the containers' files.
+    """Return the calling user's ids, so that this user owns the files that the containers create.
 
-    An unprivileged user replaces root.
+    For root, the result is an unprivileged user.
     """
     uid, gid = os.getuid(), os.getgid()
     return f"{uid}:{gid}" if uid else f"{_NOBODY}:{_NOBODY}"
 
 
 def _change_owner(home: Home, user: str) -> None:
-    """Give root's files to the containers' user, because the containers do not run as root."""
+    """Make the containers' user the owner of root's files, because the containers do not run as root."""
     if os.getuid():
         return
     uid, gid = (int(part) for part in user.split(":"))
     for path in container_paths(home):
-        # Do not follow links. The folder's new owner may replace a file with a link.
+        # Symbolic links are not followed when the owner changes. The new owner of the folder may replace a file with a
+        # symbolic link.
         with suppress(FileNotFoundError):
             os.chown(path, uid, gid, follow_symlinks=False)
 
@@ -218,11 +219,11 @@ def _change_owner(home: Home, user: str) -> None:
 def container_paths(home: Home) -> list[Path]:
     """Return the paths in a home that the containers use.
 
-    The folder may contain other files of the user. Their owner does not change.
+    The home may contain other files of the user. The owner of the user's other files does not change.
     """
     files = [home.path / name for name in (object_keys.MADE, "token", "manager.json", "manager.lock")]
     files += [home.settings_file, home.notify_file]
-    # the containers must be able to write in these folders
+    # The containers must be able to write in the home and in its folders for objects, fleet, and scratch.
     folders = [home.path, home.objects, home.fleet, home.scratch]
     own = compose_deployment.folder(home)
     return [*folders, *files, own, *own.rglob("*")]
@@ -244,13 +245,13 @@ def _settings(at: Deployment) -> dict[str, str]:
         command += ["--pool", pool]
     settings = {"BATCHLAB_MANAGER_COMMAND": " ".join(command)}
     if os.environ.get("LOCALSTACK_AUTH_TOKEN") and not os.environ.get("BATCHLAB_LOCALSTACK_IMAGE"):
-        # Newer images than the one in the Compose file require a token.
+        # With a token, the grid uses a newer LocalStack image, which requires the token.
         settings["BATCHLAB_LOCALSTACK_IMAGE"] = "localstack/localstack:latest"
     return settings
 
 
 def _forget(home: Home, backend: Backend) -> None:
-    """Delete the deployment, and the location of the grid's own LocalStack and its bucket."""
+    """Delete the deployment, and the record of the grid's own LocalStack and its bucket."""
     compose_deployment.forget(home)
     place = home.place(backend.name)
     if place and not place.named:

@@ -1,10 +1,11 @@
 """Descriptors of backends, addresses of endpoints, and the environment variables of instances.
 
-A descriptor is the content of `backends/<name>/backend.toml`. Invariant: this module does not import adapters and does
-not open files or connections of a grid.
+A descriptor is the content of `backends/<name>/backend.toml`. Invariant: the descriptor module does not import adapters
+and does not open files or connections of a grid.
 
-A release contains the variables of a stack's manager and workers. Invariants: no variable is a secret, because every
-reader of the stack's bucket can read the release. systemd and Docker read each value in the same way.
+A release contains the environment variables of a stack's manager and workers. Invariants: no variable of a release is a
+secret, because every reader of the stack's bucket can read the release. Each value of a variable means the same to
+systemd and to Docker.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from batchlab.worker.inflight_message import WorkerSettings
 class Calibration:
     """Times of a simulated grid, as measured in runs on `backend`.
 
-    - `boot_s`: time from launch to InService, by pool. `other_boot_s` applies to all other pools.
-      If it is None, the scenario defines their boot time.
+    - `boot_s`: time from launch to InService, by pool. `other_boot_s` applies to all pools that `boot_s` does not
+      contain. If `other_boot_s` is None, the scenario defines the boot time of the other pools.
     - `call_s`: the shortest and the longest time of a port call.
     - `bundle_s`: the time of a bundle beyond its tasks and `bundle_cpu_s`.
     - `submit_s`: time from a job's submission until a worker can receive its first bundle.
@@ -39,8 +40,8 @@ class Calibration:
     - `stretch`: measured task time divided by declared task time, by "template/stage".
     - `manager_s`: time from the start of a replacement manager until it tries to become the
       leader.
-    - `bundle_cpu_s`: CPU time of all processes of the grid for a bundle, if they share `cores`.
-      With 0 cores it is ignored.
+    - `bundle_cpu_s`: CPU time of all processes of the grid for a bundle, if they share `cores`. With 0 `cores`,
+      `bundle_cpu_s` is ignored.
     """
 
     backend: str
@@ -55,21 +56,21 @@ class Calibration:
     bundle_cpu_s: float = 0.0
     cores: int = 0
     runs: int = 0
-    """Number of records from which the values were measured."""
+    """Number of records of runs from which the times were measured."""
     compressed: float = 1.0
-    """Factor by which the times of those runs were divided."""
+    """Factor by which the times of the measured runs were divided."""
 
 
 VARIABLE = "BATCHLAB_ENDPOINT"
-"""Environment variable that names an endpoint if no option names one."""
+"""Environment variable that names an endpoint if the option --endpoint does not."""
 
 _ENDPOINT = re.compile(r"(?P<url>https?://[^/?#@\s]+)/?(?P<bucket>[a-z0-9][a-z0-9-]{1,26}[a-z0-9])?/?")
-# The names of the queues start with the bucket's name. SQS allows 80 characters without dots, and the rest of the name
-# of a pool's dead-letter queue takes up to 51 of them.
+# The names of a grid's queues start with the bucket's name. SQS allows 80 characters without dots in the name of a
+# queue, and a dead-letter queue's name needs up to 51 of them after the bucket's name.
 
 
 def parse_endpoint(endpoint: str, scheme: str = "") -> Place:
-    """Return the URL and the bucket, which is "" if the endpoint does not name one.
+    """Return the URL and the bucket of an endpoint. The bucket is "" if the endpoint does not name one.
 
     With a `scheme`, the endpoint must be the address of a bucket, such as gs://my-bucket. Raise UsageError if the
     endpoint is invalid.
@@ -112,14 +113,14 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """Descriptor as read from its file."""
+    """Descriptor of a backend as read from its file."""
 
     name: str
     description: str
     objects: str
     """Module whose `open_objects` opens the bucket."""
     objects_name: str
-    """Name of the object store in the documentation."""
+    """Name of the object store for the documentation."""
     queue: str
     ledger: str
     fleet: str
@@ -129,28 +130,31 @@ class Descriptor:
     emulator: str | None = None
     """Emulator that the grid starts if the user does not name an endpoint."""
     endpoint: str | None = None
-    """URL that the user named. Its path may be a bucket."""
+    """URL of the endpoint that the user named. The path of the URL may be a bucket."""
     image: Image = Image()
     usual: Calibration = field(default_factory=lambda: Calibration(""))
-    """Times for a forecast without a calibration."""
+    """Times of a simulated grid for a forecast without a calibration."""
     bucket_scheme: str = ""
     """Scheme of the address with which `--endpoint` names an existing bucket, such as "gs"."""
     extra: str | None = None
-    """Extra of the installation that this backend needs."""
+    """Name of the extra of the installation that the backend needs."""
     capabilities: Capabilities = NO_CAPABILITIES
 
     @property
     def pace(self) -> Pace:
-        """Intervals of the requests of its manager and workers. Uncounted requests are derived from them."""
+        """Intervals of the requests of the backend's manager and workers.
+
+        Numbers of uncounted requests are derived from the intervals.
+        """
         manager, worker = self.manager, self.worker
         return Pace(worker.control_lease_s, worker.visibility_s, worker.beat_s, manager.tick_s)
 
 
 def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
-    """Return the descriptor with this name as a `kind`.
+    """Return the descriptor of the backend `name` as an object of the class `kind`.
 
-    The endpoint is `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an unknown name and for an
-    endpoint that the backend cannot use.
+    The endpoint is the argument `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an unknown
+    name and for an endpoint that the backend cannot use.
     """
     if name not in backend_names():
         raise UsageError(f"Unknown backend {name!r}.", remedy=f"The backends are {', '.join(backend_names())}.")
@@ -202,7 +206,7 @@ def _usual(name: str, doc: dict[str, Any]) -> Calibration:
 
 
 def _cores() -> int:
-    """Return the number of CPUs that this process may use. A container or taskset may limit it."""
+    """Return the number of CPUs that this process may use. A container or taskset may limit the number of CPUs."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -214,12 +218,12 @@ def with_pools(backend: D, pools: Sequence[Pool]) -> D:
 
 
 def pool_option(pool: Pool) -> str:
-    """Return the pool as a value of the option --pool."""
+    """Return the pool in the form of the option --pool."""
     return f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"
 
 
 FILE = "environment"
-"""Name of the file in a release."""
+"""Name of the file with environment variables in a release."""
 INHERITED = (
     logs.LEVEL_VARIABLE,
     logs.FORMAT_VARIABLE,
@@ -233,14 +237,15 @@ INHERITED = (
 )
 """Variables that a grid in containers inherits from the environment of `grid up`.
 
-OTEL_EXPORTER_OTLP_HEADERS is missing, because it may contain a key. Every task can read the environment of its worker.
+OTEL_EXPORTER_OTLP_HEADERS is not inherited, because it may contain a key. Every task can read the environment variables
+of its worker.
 """
 _NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _VALUE = re.compile(r"[A-Za-z0-9_./:,=@%+*?&~-]*")
 
 
 def check(variables: Mapping[str, str], where: str) -> None:
-    """Raise UsageError for a variable that cannot be passed on, or that must stay secret."""
+    """Raise UsageError for a variable that cannot be passed to instances, or that must stay secret."""
     for name, value in variables.items():
         if not _NAME.fullmatch(name):
             raise UsageError(
@@ -260,10 +265,10 @@ def check(variables: Mapping[str, str], where: str) -> None:
 
 
 def content(variables: Mapping[str, str]) -> bytes:
-    """Return the content of the file."""
+    """Return the content of the file `environment` in a release."""
     return "".join(f"{name}={value}\n" for name, value in sorted(variables.items())).encode()
 
 
 def inherited_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of `INHERITED` that are set."""
+    """Return the environment variables of `INHERITED` that are set."""
     return {name: environ[name] for name in INHERITED if environ.get(name)}

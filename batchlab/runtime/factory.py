@@ -1,7 +1,7 @@
-"""Composition root: create the adapters named in a backend's descriptor.
+"""Composition root that creates the adapters named in a backend's descriptor.
 
-A backend is a named choice of adapters, described in `backends/<name>/backend.toml`. descriptor.py reads the
-descriptor, locations.py finds the grid's parts, and this module opens the adapters. Adapters are imported on first use,
+A backend is a named choice of adapters, described in `backends/<name>/backend.toml`. The module descriptor.py reads the
+descriptor, locations.py finds the grid's parts, and factory.py opens the adapters. Adapters are imported on first use,
 so a backend does not need another backend's dependencies.
 """
 
@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Backend(BackendLocations):
-    """A named choice of adapters. Each method opens one adapter for a home."""
+    """Backend: a named choice of adapters. Each `open_` method of a backend opens one adapter for a home."""
 
     def open_clock(self) -> Clock:
         from batchlab.adapters.clock import WallClock
@@ -87,12 +87,12 @@ class Backend(BackendLocations):
         return OtelTracer(f"batchlab-{service}", instance)
 
     def open_deliveries(self, home: Home, clock: Clock) -> Deliver:
-        """Return the adapters that deliver notifications."""
+        """Return the function that delivers notifications."""
         from batchlab.adapters.aws.endpoint import Endpoint
         from batchlab.adapters.notifications import Deliveries
 
         def endpoint_of(region: str) -> Endpoint:
-            """Return the grid's own endpoint if it has one, else AWS."""
+            """Return the endpoint of SNS: the grid's own endpoint if it has one, or else AWS."""
             if not self.capabilities.s3_endpoint:
                 return Endpoint(None, region)
             return replace(self.services(home).endpoint, region=region)
@@ -105,7 +105,7 @@ class Backend(BackendLocations):
         return RandomIds()
 
     def open_objects(self, home: Home, tally: RequestCounter | None = None) -> Objects:
-        """Open the bucket. `tally` counts requests. Raise Unreachable if the grid has never been up."""
+        """Open the grid's bucket. `tally` counts the requests. Raise Unreachable if the grid has never been up."""
         if self.capabilities.simulated:
             raise _not_a_process("objects", self.objects)
         bucket = self._bucket(home, tally)
@@ -123,7 +123,7 @@ class Backend(BackendLocations):
         return Bucket(services.bucket, endpoint=services.endpoint, tally=tally)
 
     def open_local_files(self, home: Home) -> LocalFiles | None:
-        """Return the bucket's files, or None if the bucket is not a folder of this machine."""
+        """Return the files of the bucket, or None if the bucket is not a folder of this machine."""
         if not self.capabilities.local_bucket:
             return None
         from batchlab.adapters.local.objects import FilesInPlace
@@ -150,7 +150,7 @@ class Backend(BackendLocations):
     def open_queue(
         self, home: Home, clock: Clock, tally: RequestCounter | None = None
     ) -> SqliteQueue | LocalWakeupQueue | SqsQueue:
-        """Open the queues. `tally` counts requests. Raise Unreachable if the grid has never been up."""
+        """Open the grid's queues. `tally` counts the requests. Raise Unreachable if the grid has never been up."""
         if self.queue == "sqlite":
             from batchlab.adapters.local.sqlite_queue import SqliteQueue
 
@@ -167,7 +167,7 @@ class Backend(BackendLocations):
         queue = SqsQueue(services.endpoint, prefix=services.queue_prefix, makes=makes, tally=tally)
         if not self.capabilities.one_machine:
             return queue
-        # Instances and clients run on the same machine, so senders can wake receivers locally.
+        # Instances and clients of this backend run on the same machine, so senders can wake receivers locally.
         return LocalWakeupQueue(queue, home.backend_folder(self.name) / "wake")
 
     def open_ledger(self, home: Home) -> Ledger:
@@ -243,7 +243,7 @@ class Backend(BackendLocations):
     def open_drain_hook(self, home: Home, pool: str, imds: Imds) -> DrainHook | None:
         """Return the lifecycle hook that a worker completes when it has ended.
 
-        Return None if the backend does not use such a hook.
+        Return None if the backend does not use a lifecycle hook for ending instances.
         """
         if not self.capabilities.termination_hook:
             return None
@@ -254,7 +254,7 @@ class Backend(BackendLocations):
         return DrainHook(Endpoint(region=at.region), f"{at.groups_prefix}{pool}", imds)
 
     def open_emulator(self, home: Home) -> Emulator | None:
-        """Return the grid's own emulator, or None if an endpoint is named or none is needed."""
+        """Return the grid's own emulator, or None if an endpoint is named or the backend does not need an emulator."""
         if self.emulator is None or self.named_place(home):
             return None
         _require("emulator", self.emulator, "ministack")
@@ -267,9 +267,9 @@ class Backend(BackendLocations):
 def open_asg_launcher(
     settings: AsgSettings, templates: TemplateFile, clock: Clock, signals: Callable[[str], Signals]
 ) -> ProcessLauncher | ContainerLauncher:
-    """Return the launcher that `asg serve --launcher` names. Raise UsageError for an unknown name.
+    """Return the launcher that `asg serve --launcher` names. Raise UsageError for an unknown launcher name.
 
-    The Docker launcher passes `signals` to its instances.
+    The Docker launcher passes `signals` to its instances through the metadata service.
     """
     if settings.launcher == "process":
         from batchlab.adapters.local.processes import ProcessLauncher
@@ -307,10 +307,10 @@ def open_asg_launcher(
 
 
 def load(name: str, endpoint: str | None = None) -> Backend:
-    """Return the backend with this name.
+    """Return the backend of that name.
 
-    The endpoint is `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an unknown name and for an
-    endpoint that the backend cannot use.
+    The endpoint is the argument `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an unknown
+    name and for an endpoint that the backend cannot use.
     """
     return descriptor.read(Backend, name, endpoint)
 
@@ -331,7 +331,7 @@ def _is_traced(environ: Mapping[str, str]) -> bool:
 
 
 def patience() -> Patience:
-    """Return the retry policy of real backends. Its jitter differs between processes."""
+    """Return the retry policy of real backends. The jitter of the retries differs between processes."""
     return Patience(random.Random())  # noqa: S311 - jitter, not a secret
 
 

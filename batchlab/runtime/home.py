@@ -1,7 +1,7 @@
 """Folder of a grid: its files, the record of its manager, and the manager's sockets.
 
-Invariants: every file survives SIGKILL, and the state is visible with `ls`. `fetched.jsonl` has one line for each fetch
-of results. Each line is appended by one write, so concurrent fetches lose none.
+Invariants: every file of the home survives SIGKILL, and `ls` shows the state. `fetched.jsonl` has one line for each
+fetch of results. Each line of `fetched.jsonl` is appended by one write, so concurrent fetches do not lose lines.
 
     objects/        the bucket           queue.sqlite    the queues
     ledger.sqlite   the ledger           fleet/          instance records, logs, group state
@@ -55,17 +55,17 @@ _FILES = re.compile(
     r"\.gitignore|\.batchlab-made|token|manager\.(json|lock|log|sock)|(ledger|queue)\.sqlite.*"
     r"|(settings|notify|prices)\.toml|fetched\.jsonl|sessions\.json|open-.*\.html"
 )
-"""Names of the grid's own files. The user may have other files in the folder."""
+"""Names of the grid's own files in its folder. The user may have other files in the grid's folder."""
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 PROBE_S = 0.2
-"""Longest time in seconds for which a check of the lock holds it."""
+"""Maximum time in seconds for which a check of the manager's lock holds the lock."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManagerRecord:
     """Record of a running manager: the URL of its API, and its name as owner of the lease.
 
-    If `parent` is not 0, the manager ends with this process.
+    If `parent` is not 0, the manager ends when the process with this pid ends.
     """
 
     url: str
@@ -79,8 +79,8 @@ class ManagerRecord:
 class Place:
     """Location of a grid's bucket and queues: an endpoint and a bucket.
 
-    `named` is true if the user named the endpoint. Otherwise the endpoint is the grid's own emulator. While a proxy of
-    a replay is at `url`, `behind` is the URL of the endpoint itself.
+    `named` is true if the user named the endpoint. If `named` is false, the endpoint is the grid's own emulator. If a
+    replay puts a proxy at `url`, `behind` is the URL of the endpoint itself.
     """
 
     url: str
@@ -95,12 +95,12 @@ class Place:
 
     @property
     def without_proxy(self) -> Place:
-        """The same place without the proxy."""
+        """The same location without the proxy of a replay."""
         return Place(self.behind or self.url, self.bucket, self.named)
 
 
 class Home:
-    """Folder of a grid. It is created on first use."""
+    """Folder of a grid. The folder of a grid is created on first use."""
 
     def __init__(self, path: Path) -> None:
         self.path = path = path.absolute()
@@ -111,7 +111,10 @@ class Home:
         self.reports = path / "reports"
         """Folder of fetched performance data of jobs whose bucket is elsewhere."""
         self.damaged = path / "damaged"
-        """Folder of damaged objects that `doctor --repair` has moved away. Their paths are their keys."""
+        """Folder of damaged objects that `doctor --repair` has moved away.
+
+        The path of a damaged object in the folder is its key.
+        """
         self.queue_file = path / "queue.sqlite"
         self.ledger_file = path / "ledger.sqlite"
         self.settings_file = path / "settings.toml"
@@ -120,44 +123,44 @@ class Home:
         self.fetched_file = path / "fetched.jsonl"
         self.manager_log = path / "manager.log"
         self.socket_file = path / "manager.sock"
-        """Preferred path of the manager's Unix socket. It may be too long for a socket."""
+        """Preferred path of the manager's Unix socket. The preferred path may be too long for a socket."""
         self._socket_record = path / "socket.json"
         self._manager_record = path / "manager.json"
         self._manager_lock = path / "manager.lock"
         self._token = path / "token"
 
     def backend_folder(self, backend: str) -> Path:
-        """Return the folder of one backend.
+        """Return the folder of one backend in this home.
 
-        A ledger belongs to one bucket, so backends that share this home must not share a ledger.
+        A ledger belongs to one bucket, so backends in the same home must not share a ledger.
         """
         return self.path / backend
 
     def check_backend(self, record: ManagerRecord, wanted: str, remedy: str) -> None:
-        """Raise UsageError if the manager here runs on another backend."""
+        """Raise UsageError if the manager of this home runs on another backend."""
         if record.backend != wanted:
             raise UsageError(f"The grid in {self.path} runs on backend {record.backend}, not {wanted}.", remedy=remedy)
 
     def place(self, backend: str) -> Place | None:
-        """Return the location of this backend's bucket and queues, or None if it has never been up.
+        """Return the location of the backend's bucket and queues, or None if the grid has never been up.
 
-        The location may be from the last time that the grid was up.
+        The recorded location may be from the last time that the grid was up.
         """
         values = _read(self.backend_folder(backend) / "endpoint.json", Place)
         return Place(**values) if values else None
 
     def write_place(self, backend: str, place: Place) -> None:
-        """Record the location atomically."""
+        """Record the location of the bucket and queues atomically."""
         write_whole(self.backend_folder(backend) / "endpoint.json", json.dumps(asdict(place)))
 
     def forget_place(self, backend: str) -> None:
-        """Delete the record of the location."""
+        """Delete the record of the location of the bucket and queues."""
         (self.backend_folder(backend) / "endpoint.json").unlink(missing_ok=True)
 
     def make(self) -> None:
-        """Create the folder. Raise UsageError if it or a folder in it cannot be created or written.
+        """Create the folder of the grid. Raise UsageError if the home or a folder in it cannot be created or written.
 
-        Without this check only the workers would find the problem, and the grid would do nothing.
+        Without this check of the folders, only the workers would fail, and the grid would not run any task.
         """
         try:
             for folder in (self.path, self.objects, self.fleet, self.scratch):
@@ -177,8 +180,8 @@ class Home:
     def tighten(self) -> None:
         """Remove the permissions of other users from the grid's files and folders.
 
-        Earlier releases created them with the usual permissions. The home itself is changed only if it has the default
-        name or if everything in it belongs to the grid.
+        Earlier releases created the grid's files with the default permissions. The permissions of the home itself
+        change only if it has the default name or contains only files of the grid.
         """
         folders = _FOLDERS | {path.name for path in installation.folder("backends").iterdir()}
         has_other_files = False
@@ -193,8 +196,8 @@ class Home:
     def token(self) -> str:
         """Return the API's bearer token, which is created on first use.
 
-        Only its owner can read it. If two processes create it at the same time, both use the token of the first one.
-        Raise UsageError if it cannot be read.
+        Only the owner of the grid can read the token. If two processes create the token at the same time, both use the
+        token of the first process. Raise UsageError if the token cannot be read.
         """
         self.make()
         try:
@@ -212,15 +215,15 @@ class Home:
         return token
 
     def store_token(self, token: str) -> None:
-        """Store a token that another program created."""
+        """Store an API token that another program created."""
         self.make()
         if not self._token.exists() or self._token.read_text() != token:
             write_whole(self._token, token)
 
     def record(self) -> ManagerRecord | None:
-        """Return the record of the manager that runs here, or None.
+        """Return the record of the manager that runs in this home, or None.
 
-        The result is None if the lock is free, and until a new manager has recorded its address.
+        The result is None if no process holds the manager's lock, and until a new manager has recorded its address.
         """
         values = _read(self._manager_record, ManagerRecord)
         if values is None:
@@ -230,19 +233,19 @@ class Home:
             holder = self._manager_lock.read_bytes()
         except FileNotFoundError:
             return None
-        # Without this check, the lock of a new manager would make the previous manager's record look valid. A SIGTERM
-        # would then go to a process that no longer exists.
+        # Without the check of the pid, the lock of a new manager would make the previous manager's record look valid.
+        # With the record of a previous manager, a SIGTERM would go to a process that no longer exists.
         return record if holder == str(record.pid).encode() and self.is_locked else None
 
     def socket(self, record: ManagerRecord) -> Path | None:
-        """Return the Unix socket of that manager, or None if it does not have one."""
+        """Return the Unix socket of the manager in `record`, or None if it does not have a socket."""
         path = self.last_socket(record.owner)
         return path if path and path.exists() else None
 
     def last_socket(self, owner: str | None = None) -> Path | None:
-        """Return the path of the last manager's Unix socket, or None if it did not have one.
+        """Return the path of the last manager's Unix socket, or None if the last manager did not have a socket.
 
-        With `owner`, only the socket of this manager counts.
+        With `owner`, return the path only if the last manager has this name.
         """
         try:
             values = json.loads(self._socket_record.read_bytes())
@@ -251,7 +254,7 @@ class Home:
             return None
 
     def write_socket(self, owner: str, path: Path) -> None:
-        """Record the Unix socket of the manager with that name."""
+        """Record the path of the Unix socket of the manager `owner`."""
         write_whole(self._socket_record, json.dumps({"owner": owner, "path": str(path)}))
 
     def forget_socket(self) -> None:
@@ -259,7 +262,7 @@ class Home:
         self._socket_record.unlink(missing_ok=True)
 
     def last_owner(self) -> str | None:
-        """Return the lease owner of the last manager here, whether it still runs or not."""
+        """Return the lease owner of the last manager in this home, running or not."""
         values = _read(self._manager_record, ManagerRecord)
         return str(values["owner"]) if values else None
 
@@ -269,9 +272,10 @@ class Home:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock of the only manager here. Raise Refused if another manager holds it.
+        """Hold the lock that allows only one manager in a home. Raise Refused if another manager holds the lock.
 
-        The kernel releases the lock of a process however it ends. A file with a pid cannot guarantee this.
+        The kernel releases the lock of a process however it ends. A file with a pid cannot guarantee that a lock ends
+        with its process.
         """
         self.make()
         with open(self._manager_lock, "a", opener=private) as file:
@@ -281,12 +285,13 @@ class Home:
             file.write(str(os.getpid()))
             file.flush()
             yield
-            # Only a regular end empties the file. After an error or a kill it keeps the pid.
+            # Only a regular end of the manager empties the lock file. After an error or a kill, the lock file keeps the
+            # pid.
             file.truncate(0)
 
     @property
     def is_taken_down(self) -> bool:
-        """Whether the last manager here ended regularly."""
+        """Whether the last manager in this home ended regularly."""
         try:
             return not self._manager_lock.read_bytes()
         except FileNotFoundError:
@@ -298,7 +303,7 @@ class Home:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                # A process that checks the lock holds it for a moment.
+                # A process that checks the lock holds the lock for a moment.
                 if time.monotonic() > give_up_s:
                     raise Refused(
                         f"A manager is already running in {self.path}.",
@@ -310,7 +315,7 @@ class Home:
 
     @property
     def is_locked(self) -> bool:
-        """Whether a manager runs or starts here."""
+        """Whether a manager runs or starts in this home."""
         try:
             with self._manager_lock.open("a") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -322,7 +327,7 @@ class Home:
 
 
 def _tighten(path: Path) -> None:
-    with suppress(FileNotFoundError):  # another process has removed it
+    with suppress(FileNotFoundError):  # Another process has removed the file.
         status = path.lstat()
         is_plain = stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
         if is_plain and status.st_uid == os.getuid() and status.st_mode & _OTHERS:
@@ -350,14 +355,14 @@ def _read(path: Path, kind: type[ManagerRecord | Place]) -> dict[str, Any] | Non
 
 
 def find_home(option: Path | None) -> Home:
-    """Return the folder from the option, from BATCHLAB_HOME, or else `.batchlab` in this folder."""
+    """Return the home that the option or BATCHLAB_HOME names, or else `.batchlab` in the current folder."""
     return Home(option or Path(os.environ.get("BATCHLAB_HOME") or DEFAULT))
 
 
 def record_fetch(home: Home, job: str, read_bytes: int) -> None:
-    """Append the number of bytes that were read for the job's results.
+    """Append the number of bytes that were read for the job's results to `fetched.jsonl`.
 
-    If the line cannot be written, log a warning, because the results themselves are complete.
+    If the line cannot be written, log a warning, because the fetched results themselves are complete.
     """
     line = json.dumps({"job": job, "read_bytes": read_bytes}) + "\n"
     try:
@@ -368,19 +373,19 @@ def record_fetch(home: Home, job: str, read_bytes: int) -> None:
 
 
 def fetched_bytes(home: Home, job: str) -> int:
-    """Return the bytes that were read for a job's results, in all fetches."""
+    """Return the number of bytes that were read for a job's results, in all fetches."""
     return sum(size for name, size in _fetches(home) if name == job)
 
 
 def last_fetch(home: Home, name: str) -> tuple[str, int] | None:
-    """Return the job with this name whose results were fetched last, and the bytes of that fetch."""
+    """Return the job with the given name whose results were fetched last, and the bytes of that fetch."""
     pattern = re.compile(rf"{re.escape(name)}-[0-9a-f]{{10}}")
     fetches = [(job, size) for job, size in _fetches(home) if pattern.fullmatch(job)]
     return fetches[-1] if fetches else None
 
 
 def _fetches(home: Home) -> Iterator[tuple[str, int]]:
-    """Yield the job and the bytes of each fetch."""
+    """Yield the job and the number of bytes of each fetch."""
     with suppress(FileNotFoundError), home.fetched_file.open(encoding="utf-8") as file:
         for line in file:
             try:
@@ -391,24 +396,27 @@ def _fetches(home: Home) -> Iterator[tuple[str, int]]:
 
 
 MAX_PATH_BYTES = 100
-"""Longest path of a Unix socket. macOS allows 103 bytes, Linux 107."""
+"""Maximum length of a Unix socket's path in bytes.
+
+For the path of a Unix socket, macOS allows 103 bytes, and Linux allows 107.
+"""
 _PREFIX, _NAME = "batchlab-", "manager.sock"
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket for the service. Port 0 takes a free port.
+    """Return a listening socket for the service. With port 0, the socket takes any free port.
 
     Raise UsageError if the address is taken or does not belong to this machine.
 
     The socket disables Nagle's algorithm, which delays every response over a reused connection by 40 ms until the
-    client's acknowledgement. The asyncio module disables it only for sockets with a protocol number, and
-    `create_server` does not set one. Accepted connections inherit the option.
+    client's acknowledgement. The module asyncio disables Nagle's algorithm only for sockets with a protocol number, and
+    `create_server` does not set one. Accepted connections inherit the disabled algorithm from the socket.
     """
     try:
         listener = socket.create_server((host, port))
     except (OSError, OverflowError) as error:
         number = getattr(error, "errno", None) or 0
-        # The error of a name that cannot be resolved has a negative number, which strerror does not know.
+        # The error of a host name that cannot be resolved has a negative number, which strerror does not know.
         why = os.strerror(number) if number > 0 else str(error).partition(" (")[0]
         raise UsageError(
             f"The server cannot listen on {host}:{port}: {why.rstrip('.')}.",
@@ -419,16 +427,17 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def listen_locally(home: Home) -> tuple[socket.socket, Path] | None:
-    """Return a Unix socket that only this user can open, and its path.
+    """Return a listening Unix socket that only this user can open, and its path.
 
-    Return None if the file systems here do not allow such a socket. The caller must hold the grid's lock.
+    Return None if the file systems of this machine do not allow a Unix socket. The caller must hold the lock of the
+    grid's manager.
     """
     for path in _candidates(home):
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             path.unlink(missing_ok=True)
             listener.bind(os.fspath(path))
-            # A socket refuses connections before listen(), so the permissions apply to every connection.
+            # A socket refuses connections before listen(), so its permissions apply to every connection.
             path.chmod(0o600)
             listener.listen()
         except OSError as error:
@@ -446,7 +455,7 @@ def remove_socket(home: Home) -> None:
     if last := home.last_socket():
         last.unlink(missing_ok=True)
         if _is_fallback(last):
-            with suppress(OSError):  # the folder contains files of another program
+            with suppress(OSError):  # The folder contains files of another program.
                 last.parent.rmdir()
     home.forget_socket()
 
@@ -454,7 +463,7 @@ def remove_socket(home: Home) -> None:
 def _candidates(home: Home) -> Iterator[Path]:
     if len(os.fsencode(home.socket_file)) <= MAX_PATH_BYTES:
         yield home.socket_file
-    # Try the address of the previous manager first, because clients wait for it there.
+    # The address of the previous manager comes first, because clients wait for the next manager at this address.
     if (last := home.last_socket()) and _is_fallback(last):
         yield last
     for folder in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):  # noqa: S108
@@ -464,7 +473,7 @@ def _candidates(home: Home) -> Iterator[Path]:
 
 
 def _is_fallback(path: Path) -> bool:
-    """Return whether the socket is in a private folder that batchlab created for it."""
+    """Return whether the socket is in a private folder that batchlab created for the socket."""
     try:
         status = path.parent.lstat()
     except OSError:

@@ -1,7 +1,7 @@
 """Locations of a grid's parts: its containers, its stack on AWS, its bucket, and its queues.
 
-Invariant: the program that creates a part records its location in the home, once. A part without a record is
-Unreachable, and the error names the command that creates it.
+Invariant: the program that creates a part of the grid records its location in the home, once. A part of the grid
+without a record raises Unreachable, and the error names the command that creates the part.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ class Services:
 
 @dataclass(frozen=True, slots=True)
 class BackendLocations(Descriptor):
-    """Descriptor that finds its grid's parts in a home."""
+    """Descriptor of a backend that finds the parts of its grid in a home."""
 
     def check_installed(self, *modules: str) -> None:
         """Raise UsageError unless the extra that this backend needs is installed.
 
-        If the caller names `modules`, only these modules of the extra must be installed.
+        If the caller names `modules`, only these modules of the backend's extra must be installed.
         """
         if self.extra:
             installation.need(self.extra, f"The backend {self.name}", *modules)
 
     def deployment(self, home: Home) -> Deployment:
-        """Return the location of the containers. Raise Unreachable if there are none."""
+        """Return the locations of the grid's containers. Raise Unreachable if this home does not record containers."""
         if at := compose_deployment.read(home):
             return at
         raise Unreachable(
@@ -71,9 +71,9 @@ class BackendLocations(Descriptor):
         return str(home.manager_log)
 
     def check_python(self, home: Home) -> None:
-        """Raise UsageError unless the instances run this process's version of Python.
+        """Raise UsageError unless the instances run the same Python version as this process.
 
-        Functions travel as bytecode, which other versions cannot run.
+        Functions are sent as bytecode, which other versions of Python cannot run.
         """
         own = f"{sys.version_info.major}.{sys.version_info.minor}"
         grids, remedy = "", ""
@@ -104,13 +104,14 @@ class BackendLocations(Descriptor):
         )
 
     def pools_in(self, home: Home) -> tuple[Pool, ...]:
-        """Return the pools of the grid. With a stack, these are the stack's pools."""
+        """Return the pools of the grid. With a stack, the grid's pools are the pools of the stack."""
         return self.stack(home).pools if self.capabilities.stack else self.pools
 
     def api_token(self, home: Home) -> str:
         """Return the API's bearer token.
 
-        The token of a stack is in Secrets Manager. A copy is stored in the home for clients on this machine.
+        The API token of a stack is in Secrets Manager. A copy of the token is stored in the home for clients on this
+        machine.
         """
         if self.capabilities.stack:
             from batchlab.runtime.stack_connections import secret_text
@@ -122,11 +123,11 @@ class BackendLocations(Descriptor):
     # --- The endpoint ----------------------------------------------------------------------------
 
     def place(self, home: Home) -> Place:
-        """Return the location of bucket and queues. Raise Unreachable if the grid has never been up."""
+        """Return the location of the bucket and the queues. Raise Unreachable if the grid has never been up."""
         if place := home.place(self.name):
             return place
         if self.endpoint and (named := parse_endpoint(self.endpoint, self.bucket_scheme)).bucket:
-            return named  # An instance does not have a record. Its environment names the endpoint.
+            return named  # An instance has no record, but its environment names the endpoint.
         # A grid in containers loses its bucket when it goes down.
         verb = "is" if self.capabilities.container_manager else "has been"
         raise Unreachable(
@@ -135,7 +136,7 @@ class BackendLocations(Descriptor):
         )
 
     def endpoint_at(self, home: Home, place: Place) -> Endpoint:
-        """Return the endpoint of the place. The grid's own emulator has its own access keys."""
+        """Return the endpoint of a location with its access keys. The grid's own emulator has its own access keys."""
         from batchlab.adapters.aws.endpoint import Endpoint
 
         own = None
@@ -156,23 +157,24 @@ class BackendLocations(Descriptor):
         return Services(self.endpoint_at(home, place), place.bucket, f"{place.bucket}-")
 
     def bucket(self, home: Home) -> str:
-        """Return the name of the grid's bucket in a job file's `s3://BUCKET/…`.
+        """Return the bucket name that job files use in `s3://BUCKET/…` for the grid's own bucket.
 
-        A local bucket has the name of the backend. Raise Unreachable if the grid has never been up.
+        The name of a bucket in a local folder is the name of the backend. Raise Unreachable if the grid has never been
+        up.
         """
         if self.capabilities.local_bucket:
             return self.name
         return self.place(home).bucket if self.bucket_scheme else self.services(home).bucket
 
     def folder(self, home: Home) -> Path:
-        """Return the folder of the backend's own files: the home if the bucket is in it."""
+        """Return the folder of the backend's own files, which is the home if the bucket is in the home."""
         return home.path if self.capabilities.local_bucket else home.backend_folder(self.name)
 
     def provide(self, home: Home, say: Callable[[str], None]) -> None:
         """Install the emulator, or check the named endpoint or bucket.
 
-        A client calls this before it starts a manager, so that the user sees the errors. `say` is called with messages
-        about the installation. Raise UsageError or BackendError if something is missing.
+        A client calls `provide` before it starts a manager, so that the user sees the errors. `say` is called with
+        messages about the installation. Raise UsageError or BackendError if the installation or the check fails.
         """
         place = self.named_place(home)
         if self.bucket_scheme:
@@ -203,13 +205,13 @@ class BackendLocations(Descriptor):
     def named_place(self, home: Home) -> Place | None:
         """Return the endpoint that the user has named, now or when this home was first used.
 
-        During a replay, the result is the proxy in front of that endpoint. The result is None if the user did not name
-        an endpoint. Raise UsageError if the bucket of this home is at another endpoint.
+        During a replay, the result is the proxy in front of the named endpoint. The result is None if the user did not
+        name an endpoint. Raise UsageError if the bucket of this home is at another endpoint.
         """
         recorded = home.place(self.name)
         place = parse_endpoint(self.endpoint, self.bucket_scheme) if self.endpoint else None
         if recorded and recorded.behind and not (place and place.url == recorded.url):
-            recorded = recorded.without_proxy  # The proxy ended with a replay that was killed.
+            recorded = recorded.without_proxy  # The recorded proxy ended with a replay that was killed.
         if place is None:
             return recorded if recorded and recorded.named else None
         wanted = replace(place, bucket=place.bucket or (recorded.bucket if recorded else new_bucket_name()))
@@ -226,7 +228,7 @@ class BackendLocations(Descriptor):
     def settle(self, home: Home, emulator: Emulator | None) -> None:
         """Create the bucket and record the location of bucket and queues.
 
-        The manager calls this as soon as the endpoint responds. Raise BackendError if the bucket cannot be created.
+        The manager calls `settle` as soon as the endpoint responds. Raise BackendError if the bucket cannot be created.
         """
         place = self.named_place(home) or home.place(self.name)
         if emulator:
@@ -238,7 +240,8 @@ class BackendLocations(Descriptor):
             from batchlab.adapters.aws.endpoint import create_bucket
 
             create_bucket(self.endpoint_at(home, place), place.bucket)
-        # `grid up` has recorded the location of a grid in containers. Its folder is read-only here.
+        # `grid up` has recorded the location of a grid in containers. The folder of a grid in containers is read-only
+        # for its manager.
         if not self.capabilities.container_manager:
             home.backend_folder(self.name).mkdir(parents=True, exist_ok=True)
             home.write_place(self.name, place)
@@ -247,7 +250,7 @@ class BackendLocations(Descriptor):
 def client_environment(backend: BackendLocations, home: Home) -> dict[str, str]:
     """Return the environment variables with which other clients find the grid's bucket and queues.
 
-    A local bucket does not need any.
+    Clients of a bucket in a local folder do not need environment variables.
     """
     if backend.capabilities.local_bucket:
         return {}

@@ -1,7 +1,7 @@
-"""Start, connection, and end of a grid's manager, as other processes see it.
+"""Start, connection, and end of a grid's manager, from the view of other processes.
 
-Invariant: the home's record names the running manager. A process that starts a manager waits until the record exists,
-or reports why it does not.
+Invariant: the home's record names the running manager. A process that starts a manager waits until the manager's record
+exists, or reports why it does not exist.
 """
 
 from __future__ import annotations
@@ -31,13 +31,17 @@ log = logging.getLogger(__name__)
 
 START_S = 30.0
 CONNECT_S = 660.0
-"""Timeout of a connection in seconds. It exceeds the time that a connection waits for a boot."""
+"""Timeout in seconds for the connection to a manager on AWS.
+
+The timeout exceeds the time that a connection waits for the boot of an instance.
+"""
 SLOW_S = 10.0
 STOP_S = 30.0
 _STARTED: dict[int, subprocess.Popen[bytes]] = {}
 """Managers that this process has started, by pid.
 
-A dead child stays a zombie until its parent waits for it, and Python warns about a dropped Popen.
+The processes are stored, because a dead child stays a zombie until its parent waits, and Python warns about a dropped
+Popen.
 """
 
 
@@ -50,14 +54,14 @@ def start_manager(
     port: int = 0,
     say: Callable[[str], None] = log.info,
 ) -> ManagerRecord:
-    """Start a manager process and wait until it responds. Return a manager that already runs.
+    """Start a manager, and return its record when it responds. If a manager already runs, return its record.
 
     With `parent`, the manager ends when this process ends. `port` is the manager's port on 127.0.0.1, and 0 takes a
-    free port. `say` is called with messages about slow steps. The manager of a stack runs on AWS, so the function
-    starts a connection to it instead.
+    free port. `say` is called with messages about slow steps. The manager of a stack runs on AWS, so for a stack the
+    function starts a connection process.
 
-    Raise Unreachable with the last line of the manager's log if it does not start. The errors of `Backend.provide` are
-    also raised.
+    Raise Unreachable with the last line of the manager's log if the manager does not start. The function also raises
+    the errors of `Backend.provide`.
     """
     if running := home.record():
         return running
@@ -73,7 +77,7 @@ def start_manager(
     if backend.capabilities.remote_manager:
         _check_pools(backend, home, pools)
         service, problem = "connect", "The manager on AWS cannot be reached"
-    # -P: the current folder must not provide modules.
+    # With -P, Python does not import modules from the current folder.
     argv = [sys.executable, "-P", "-m", "batchlab", service, "--home", str(home.path)]
     argv += ["--backend", backend.name]
     if backend.endpoint:
@@ -85,7 +89,7 @@ def start_manager(
     if port:
         argv += ["--port", str(port)]
     with open(home.manager_log, "ab", opener=private) as output:
-        # Start a new session, so that Ctrl-C in the terminal does not reach the manager.
+        # The manager runs in a new session, so that Ctrl-C in the terminal does not end the manager.
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
     _STARTED[process.pid] = process
     try:
@@ -94,7 +98,7 @@ def start_manager(
         else:
             record = _wait_for_record(home, process, START_S)
     except BaseException:
-        # otherwise the connection process would keep trying
+        # Without a signal, the connection process would keep trying to connect.
         if backend.capabilities.remote_manager:
             process.terminate()
         raise
@@ -119,7 +123,8 @@ def _wait_for_record(
 ) -> ManagerRecord | None:
     """Return the record of `process`, or of a manager that another command has started meanwhile.
 
-    Return None if no manager starts within this time. `say` is called once if it takes long.
+    Return None if no manager starts within `within_s` seconds. `say` is called once if the start takes longer than
+    `SLOW_S` seconds.
     """
     begun_s = time.monotonic()
     while (waited_s := time.monotonic() - begun_s) < within_s:
@@ -137,7 +142,7 @@ def _wait_for_record(
 
 
 def has_started(home: Home, record: ManagerRecord | None) -> bool:
-    """Return whether this process started that manager, or the containers that it runs in."""
+    """Return whether this process started the manager, or created the manager's containers."""
     if record is None or _is_in_container(record):
         return compose_deployment.is_created_here(home)
     return record.pid in _STARTED
@@ -148,7 +153,7 @@ def _is_in_container(record: ManagerRecord) -> bool:
 
 
 def stop_manager(home: Home) -> bool:
-    """Stop the manager that runs here and its instances. Return False if none runs."""
+    """Stop the manager of this home and its instances. Return False if no manager runs."""
     record = home.record()
     _reap()
     if compose_deployment.read(home) and (record is None or _is_in_container(record)):
@@ -158,7 +163,8 @@ def stop_manager(home: Home) -> bool:
     if record is None:
         return False
     if _is_in_container(record):
-        # The pid belongs to the container. On this machine, the same pid is another process.
+        # The recorded pid is valid only inside the container. On this machine, the container's pid identifies another
+        # process.
         raise BackendError(
             f"The manager of {home.path} runs in a container, but the home does not record which one.",
             remedy="Remove the container with `batchlab gc`.",
@@ -179,9 +185,9 @@ def stop_manager(home: Home) -> bool:
 
 
 def kill_manager(home: Home) -> ManagerRecord | None:
-    """Send SIGKILL to the manager that runs here, as a fault would, and wait until it has ended.
+    """Send SIGKILL to the manager of this home, as a fault would, and wait until the manager has ended.
 
-    Return its record, or None if no manager runs.
+    Return the manager's record, or None if no manager runs.
     """
     record = home.record()
     if record is None:
@@ -197,7 +203,7 @@ def kill_manager(home: Home) -> ManagerRecord | None:
 
 @atexit.register
 def _reap() -> None:
-    """Wait for managers of this process that ended on their own, so that they do not stay zombies."""
+    """Wait for managers of this process that ended on their own, so that these managers do not stay zombies."""
     for pid, process in list(_STARTED.items()):
         if process.poll() is not None:
             _STARTED.pop(pid, None)

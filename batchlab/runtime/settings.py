@@ -8,8 +8,8 @@ on this machine or in a container, until the file changes.
     cooldown_in_s = 120
 
 `notify.toml` lists the targets that receive the events of every job, and limits the targets of jobs. Invariant: only
-this file can contain a command to run. A user who can write this file can run commands anyway. A user who may only
-submit jobs cannot add a command.
+`notify.toml` can contain a command to run. A user who can write `notify.toml` can run commands anyway. A user who may
+only submit jobs cannot add a command.
 
     [ops]
     webhook = "https://hooks.example.org/batch"
@@ -58,9 +58,12 @@ _MAY_BE_0 = frozenset({"cooldown_in_s", "idle_s", "boot_pause_s"})
 _ENV = "env:"
 KEYS = (*KINDS, "on", "secret", "failures", "stuck_after", "jobs")
 CONTAINERS = "localstack"
-"""Backend whose manager runs in a container. Its folder in a home has the same name."""
+"""Name of the backend whose manager runs in a container. The backend's folder in a home has the backend's name."""
 JOBS = "jobs"
-"""Name of the table with the limits of jobs' targets. All other tables are targets."""
+"""Name of the table in `notify.toml` with the limits of jobs' targets.
+
+Every other table of `notify.toml` describes a target.
+"""
 
 
 def _require(is_valid: object, problem: str, remedy: str) -> None:
@@ -72,14 +75,14 @@ def _require(is_valid: object, problem: str, remedy: str) -> None:
 
 
 def with_home_settings(backend: Backend, home: Home) -> Backend:
-    """Return the backend with the home's settings.
+    """Return the backend with the settings of the home.
 
-    Raise UsageError if the file contains an unknown setting or an invalid value, or if the control lease is shorter
-    than the workers' lease.
+    Raise UsageError if `settings.toml` is invalid, or if its control lease is shorter than the workers' lease.
     """
     manager = ManagerSettings(**{**asdict(backend.manager), **read(home)})
     workers_s = backend.worker.control_lease_s
-    # With a shorter lease, a cancellation could be acknowledged while workers may still start tasks.
+    # With a control lease shorter than the workers' lease, a cancellation could be acknowledged while workers may still
+    # start tasks.
     _require(
         manager.control_lease_s >= workers_s,
         f"{home.settings_file} sets control_lease_s = {manager.control_lease_s:g}, which is "
@@ -90,7 +93,7 @@ def with_home_settings(backend: Backend, home: Home) -> Backend:
 
 
 def read(home: Home) -> dict[str, float]:
-    """Return the home's settings by name. Raise UsageError if the file is invalid."""
+    """Return the settings of the home's `settings.toml`, by name. Raise UsageError if `settings.toml` is invalid."""
     path = home.settings_file
     doc = read_toml(path) if path.exists() else {}
     for name in doc.keys() - {TABLE}:
@@ -123,10 +126,10 @@ def _is_valid(name: str, value: object) -> bool:
 
 @contextmanager
 def temporary_settings(home: Home, values: Mapping[str, float], *, why: str, keep: bool = False) -> Iterator[None]:
-    """Write these settings to the home's file for the duration of the context.
+    """Write these settings to the home's `settings.toml` for the duration of the context.
 
-    They are merged with the existing settings. Afterward the previous file is restored, unless `keep` is set. Without
-    `values`, the file is not touched.
+    The temporary settings are merged with the existing settings. At the end of the context, the previous file is
+    restored, unless `keep` is set. Without `values`, the settings file does not change.
     """
     if not values:
         yield
@@ -152,10 +155,10 @@ def temporary_settings(home: Home, values: Mapping[str, float], *, why: str, kee
 def read_notifications(
     home: Home, environ: Mapping[str, str] = os.environ, *, in_container: bool = False
 ) -> NotificationSettings:
-    """Return the settings, which are empty without a file. Raise UsageError if the file is invalid.
+    """Return the notification settings, empty without `notify.toml`. Raise UsageError if `notify.toml` is invalid.
 
-    A manager in a container can write this file, but must not choose a command for its user. If the home was ever used
-    by such a manager, commands are refused outside a container.
+    A manager in a container can write `notify.toml`, but must not choose a command for its user. If the home was ever
+    used by a manager in a container, commands are refused outside a container.
     """
     path = home.notify_file
     doc = read_toml(path) if path.exists() else {}
@@ -171,10 +174,10 @@ def read_notifications(
 
 
 def notification_variables(home: Home, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Return the names of the set variables that the manager needs for its notifications.
+    """Return the names of the set environment variables that the manager needs for its notifications.
 
-    These are the variables that the grid's targets name, and those that jobs may name. Raise UsageError if the file is
-    invalid.
+    The manager needs the variables that the grid's targets name, and those that jobs may name. Raise UsageError if
+    `notify.toml` is invalid.
     """
     read_notifications(home, environ, in_container=True)
     doc = read_toml(home.notify_file) if home.notify_file.exists() else {}
@@ -185,10 +188,10 @@ def notification_variables(home: Home, environ: Mapping[str, str] = os.environ) 
 
 
 def notification_watcher(home: Home, *, in_container: bool = False) -> Callable[[], NotificationSettings]:
-    """Return a function that returns the current settings.
+    """Return a function that returns the current notification settings.
 
-    It reads the file again after a change. If the new file is invalid, it logs a warning once and returns the previous
-    settings.
+    The returned function reads `notify.toml` again after a change. If the changed file is invalid, the function logs a
+    warning once and returns the previous settings.
     """
     last_state: tuple[int, int] | None = None
     directory = read_notifications(home, in_container=in_container)
@@ -212,7 +215,7 @@ def notification_watcher(home: Home, *, in_container: bool = False) -> Callable[
 
 
 def _limits_of_jobs(where: str, table: Any) -> tuple[frozenset[str], dict[str, frozenset[str]]]:
-    """Return the local origins that jobs' targets may use, and the allowed origins by secret."""
+    """Return the local origins that jobs' targets may use, and the allowed origins of each secret."""
     _require(
         isinstance(table, dict) and isinstance(table.get("secrets", {}), dict),
         f"{where}: [{JOBS}] must be a table with the limits of jobs, and [{JOBS}.secrets] a table too.",
@@ -255,7 +258,8 @@ def _origins(where: str, texts: Any) -> frozenset[str]:
 
 
 def _target(where: str, name: str, table: Any, environ: Mapping[str, str]) -> Target:
-    # Import this here. It imports the whole job file module, which would slow every worker's start.
+    # The module `core.text` is imported here and not at the start. `core.text` imports the whole job file module, which
+    # would slow every worker's start.
     from batchlab.core import text as units
 
     def require(is_valid: object, problem: str, remedy: str) -> None:
@@ -286,7 +290,7 @@ def _target(where: str, name: str, table: Any, environ: Mapping[str, str]) -> Ta
     require(isinstance(jobs, bool), f"has jobs = {jobs!r}", "Write true if jobs may name it, else false.")
     address = "" if kind == "command" else str(table[kind])
     if address.startswith(_ENV):
-        # An address may be a secret, so a variable may contain it.
+        # The address of a target may be a secret, so an environment variable may contain it.
         variable = address.removeprefix(_ENV)
         address = environ.get(variable, "")
         require(

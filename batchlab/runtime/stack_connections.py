@@ -1,7 +1,7 @@
 """Connections to the parts of a stack on AWS: its secrets, its manager, and its ledger.
 
-Invariants: a client reaches the manager through Session Manager, so the instance does not open any port. Every
-connection to a database is encrypted, and its certificate is checked.
+Invariants: a client reaches the manager through Session Manager, so the manager's instance does not open any port.
+Every connection to a database is encrypted, and its certificate is checked.
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ from batchlab.core.ports import Ledger
 from batchlab.runtime.aws_deployment import MANAGER_PORT, AwsDeployment, Database
 
 PLUGIN = "session-manager-plugin"
-"""AWS's program that forwards a session. The AWS CLI runs it too."""
+"""Name of AWS's program that forwards a session to a local port.
+
+The AWS CLI also runs the program session-manager-plugin.
+"""
 _GRANTED = "AWS_SSM_START_SESSION_RESPONSE"
-"""Variable with the session's token. AWS's program reads it if its first argument is this name."""
+"""Environment variable with the token of a session.
+
+AWS's program reads the variable if its first argument is the variable's name.
+"""
 _DOCUMENT = "AWS-StartPortForwardingSession"
 
 
 def secret_text(region: str, secret: str) -> str:
-    """Return the text of a secret, given its ARN. Raise BackendError if AWS refuses the request."""
+    """Return the text of the secret with the ARN `secret`. Raise BackendError if AWS refuses the request."""
     manager = client(Endpoint(region=region), "secretsmanager", connections=1)
     with closing(manager), translated(f"Secret {secret!r}"):
         return str(manager.get_secret_value(SecretId=secret)["SecretString"])
@@ -53,7 +59,10 @@ def manager_instance(at: AwsDeployment) -> str:
 
 
 def find_plugin() -> str:
-    """Return the path of AWS's program. Raise UsageError if it is not installed."""
+    """Return the path of AWS's Session Manager plugin.
+
+    Raise UsageError if the Session Manager plugin is not installed.
+    """
     if path := shutil.which(PLUGIN):
         return path
     raise UsageError(
@@ -66,7 +75,7 @@ def find_plugin() -> str:
 def open_session(at: AwsDeployment, instance: str, port: int, log: Path) -> subprocess.Popen[bytes]:
     """Start a process that listens on `port` of 127.0.0.1 and forwards connections to the manager.
 
-    The process writes its output to `log`. Raise BackendError if AWS refuses the session.
+    The forwarding process writes its output to `log`. Raise BackendError if AWS refuses the session.
     """
     plugin = find_plugin()
     wanted: dict[str, Any] = {
@@ -79,7 +88,7 @@ def open_session(at: AwsDeployment, instance: str, port: int, log: Path) -> subp
         session = ssm.start_session(**wanted)
         url = ssm.meta.endpoint_url
     granted = {key: session[key] for key in ("SessionId", "TokenValue", "StreamUrl")}
-    # Pass the session's token in the environment, because every user can read a command line.
+    # The session's token is passed in the environment, because every user can read a command line.
     argv = [plugin, _GRANTED, at.region, "StartSession", "", json.dumps(wanted), url]
     env = {**os.environ, _GRANTED: json.dumps(granted)}
     with log.open("ab") as output:
@@ -87,7 +96,7 @@ def open_session(at: AwsDeployment, instance: str, port: int, log: Path) -> subp
 
 
 def open_ledger(at: AwsDeployment, file: Path) -> Ledger:
-    """Return the stack's ledger. It connects at the first call.
+    """Return the ledger of the stack. The ledger connects at the first call.
 
     `file` is the path of the ledger if the stack stores it in a file.
     """

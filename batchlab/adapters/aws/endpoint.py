@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 CONNECT_S = 5.0
 ANSWER_S = 30.0
-"""Timeout of a call in seconds. A healthy service answers every call made here in less time."""
+"""Timeout of a call to AWS in seconds. A healthy AWS service answers every call of batchlab's clients within 30 s."""
 
 _THROTTLED = {
     "KmsThrottled",
@@ -70,7 +70,7 @@ _DENIED = {
 class Endpoint:
     """AWS in `region`, or with `url` a service that replaces AWS: an emulator or another S3.
 
-    The keys are used only with a url. On AWS, boto3's credential chain finds the credentials.
+    The access key and the secret key are used only with a url. On AWS, boto3's credential chain finds the credentials.
     """
 
     url: str | None = None
@@ -91,9 +91,9 @@ def loopback(url: str) -> str:
 
 
 def s3_url(endpoint: Endpoint) -> str:
-    """Return the url of S3 as boto3 resolves it.
+    """Return the url of S3 in the same way as boto3 finds it.
 
-    It is the endpoint's url, the url in AWS_ENDPOINT_URL_S3 or in a profile, or AWS's url.
+    The url comes from the endpoint, from AWS_ENDPOINT_URL_S3, from a profile, or from AWS's default.
     """
     if endpoint.url:
         return endpoint.url
@@ -138,7 +138,7 @@ def client(
 ) -> Any:
     """Return a client that makes each call once, because the callers retry.
 
-    The client belongs to the session `of`, or to a new session.
+    The client belongs to the boto3 session `of`, or to a new session.
     """
     from botocore.config import Config
 
@@ -147,10 +147,10 @@ def client(
         read_timeout=ANSWER_S,
         max_pool_connections=connections,
         retries={"total_max_attempts": 1, "mode": "standard"},
-        # This check of types takes 25% of a call's CPU time, and mypy has already checked them.
+        # boto3's check of parameter types takes 25% of a call's CPU time, and mypy has already checked the types.
         parameter_validation=False,
         s3={"addressing_style": "path"} if endpoint.url else {},
-        # With None, botocore uses the proxies of the environment.
+        # With None, botocore uses the proxies of the environment variables.
         proxies={} if endpoint.loopback else None,
     )
     with translated("AWS"):
@@ -166,21 +166,21 @@ def session_of(endpoint: Endpoint) -> boto3.Session:
 
 
 def session(region: str | None, *, keys: tuple[str, str] | None = None) -> boto3.Session:
-    """Return a boto3 session. With `keys` (access key, secret key) it ignores the user's profiles.
+    """Return a boto3 session. With `keys` (access key, secret key), the session ignores the user's profiles.
 
-    All sessions of a process share one loader of botocore's service models. Otherwise the first client of each session
-    would search 400 folders again, which takes 0.5 s for some services.
+    All sessions of a process share one loader of botocore's service models. With its own loader, the first client of
+    each session would search 400 folders, which takes 0.5 s for some services.
     """
     import boto3
     import botocore.session
 
-    # With keys, a profile that the environment names may be missing and must not be used.
+    # A session with keys must not use a profile that the environment names, and the profile may be missing.
     core = botocore.session.Session({"profile": (None, None, None, None)} if keys else None)
     models = _models(core.get_config_variable("data_path"))
     core.register_component("data_loader", models)
     key, secret = keys or (None, None)
     new = boto3.Session(key, secret, region_name=region, botocore_session=core)
-    # boto3 adds its own folder with each session, so the duplicates are removed.
+    # boto3 adds its own data folder with each session, so the duplicates are removed.
     models.search_paths[:] = dict.fromkeys(models.search_paths)
     return new
 
@@ -193,7 +193,7 @@ def _models(data_path: str | None) -> Loader:
 
 
 def code_of(error: ClientError) -> str:
-    """Return the error's code in the form of `short_code`."""
+    """Return the code of a botocore error in the form of `short_code`."""
     return short_code(str(error.response.get("Error", {}).get("Code", "")))
 
 
@@ -204,7 +204,7 @@ def short_code(code: str) -> str:
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Raise batchlab's errors instead of botocore's. Their messages begin with `what`."""
+    """Raise batchlab's errors instead of botocore's. The messages of the errors begin with `what`."""
     from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
     from botocore.exceptions import ConnectionError as NoConnection
     from botocore.parsers import ResponseParserError
@@ -216,7 +216,7 @@ def translated(what: str) -> Iterator[None]:
     except (HTTPClientError, NoConnection) as error:
         raise Unreachable(f"{what}: {error}") from error
     except ResponseParserError as error:
-        # Another program answered, such as a proxy, or the service is still starting.
+        # The answer may be from another program, such as a proxy, or from a service that is still starting.
         raise Unreachable(f"{what}: the answer does not have the form of AWS's answers.") from error
     except BotoCoreError as error:
         raise BackendError(f"{what}: {error}", remedy="Check AWS's configuration.") from error
@@ -245,7 +245,7 @@ def _refusal(what: str, error: ClientError) -> BatchlabError:
 def check(endpoint: Endpoint) -> None:
     """Make one free request to S3 and one to SQS at the endpoint's url.
 
-    Raise Unreachable if one of them does not answer as AWS does.
+    Raise Unreachable if S3 or SQS at the url does not answer as AWS does.
     """
     s3, sqs = client(endpoint, "s3", connections=1), client(endpoint, "sqs", connections=1)
     try:
@@ -278,7 +278,7 @@ def _answers(endpoint: Endpoint, service: str, ask: Callable[[], object]) -> Non
 
 
 def create_bucket(endpoint: Endpoint, bucket: str) -> None:
-    """Create the bucket. Do nothing if this account already owns it."""
+    """Create the S3 bucket. Do nothing if this account already owns the bucket."""
     from botocore.exceptions import ClientError
 
     s3 = client(endpoint, "s3", connections=1)

@@ -3,12 +3,11 @@
 Invariant: a request that AWS would refuse is refused before it is sent, because an emulator may accept more than AWS
 does.
 
-An instance waits in the launch hook (Pending:Wait) until its worker reports. It waits in the drain hook
-(Terminating:Wait) while its worker returns its work. One request describes the groups of all pools. On AWS it is sent
-at most every `POLL_S`, and also after each change that this process made.
+An instance waits in the launch hook (Pending:Wait) until its worker reports. An instance waits in the drain hook
+(Terminating:Wait) while its worker returns its work. One DescribeAutoScalingGroups request describes the groups of all
+pools. On AWS, the Describe request is sent at most every `POLL_S`, and also after each change that this process made.
 
-The drain hook holds the instance while its worker returns its work. Without a completion, the instance waits until the
-hook times out, and its whole wait is billed.
+If the drain hook is not completed, the instance waits until the hook times out, and its whole wait is billed.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ log = logging.getLogger(__name__)
 POLL_S = 5.0
 """Minimum time in seconds between two Describe calls to AWS.
 
-After a change by this process, the next Describe call comes sooner.
+After this process changes a group, the next Describe call comes sooner.
 """
 MAX_PROTECTED = 50
 """Maximum number of instances in one call of SetInstanceProtection."""
@@ -66,8 +65,8 @@ _CALLS = 8
 class Ec2Fleet:
     """Fleet port over boto3. The name of a pool's group is `prefix` followed by the pool's name.
 
-    boto3 blocks, so each call runs in a thread. The fleet adopts an existing group of that name. Without a `form` it
-    creates no groups, so a stack must have created them.
+    Calls of boto3 block, so each call runs in a thread. The fleet adopts an existing Auto Scaling group with the name
+    of a pool's group. Without `form`, the fleet does not create groups, so a stack must have created the groups.
     """
 
     def __init__(self, endpoint: Endpoint, clock: Clock, form: GroupParameters | None, *, prefix: str) -> None:
@@ -78,12 +77,12 @@ class Ec2Fleet:
         self._poll_s = POLL_S if endpoint.url is None else 0.0
         self._groups: dict[str, GroupState] = {}
         self._deleted: set[str] = set()
-        """Pools whose groups were deleted by another program. `ensure` creates them again."""
+        """Pools whose groups were deleted by another program. `ensure` creates the deleted groups again."""
         self._ended: list[Instance] = []
         self._activity_log = ActivityLog()
         self._ready: set[str] = set()
         self._described_s: float | None = None
-        """Monotonic time of the last description, None if the groups have changed since."""
+        """Monotonic time of the last description of the groups, None if the groups have changed since."""
         self._describing = asyncio.Lock()
         self._calling = ThreadPoolExecutor(_CALLS, thread_name_prefix="autoscaling")
 
@@ -103,12 +102,12 @@ class Ec2Fleet:
     async def _call(self, pool: str, call: Callable[[str], T]) -> T:
         """Call `call` with the name of the pool's group.
 
-        Afterward, the cached description of the groups is out of date.
+        After the call, the cached description of the groups is out of date.
         """
         try:
             return await self._request(pool, call)
         finally:
-            # A description that began during the call may not contain the change.
+            # A description of the groups that began during the call may not contain the change.
             self._described_s = None
 
     async def _request(self, pool: str, call: Callable[[str], T]) -> T:
@@ -121,7 +120,7 @@ class Ec2Fleet:
     # --- Groups -----------------------------------------------------------------------------------
 
     async def ensure(self, pool: Pool) -> None:
-        """Create or adopt the pool's group and set its limits. Raise Refused unless 0 ≤ min ≤ max."""
+        """Create or adopt the pool's group and set the limits of its size. Raise Refused unless 0 ≤ min ≤ max."""
         limits = check_limits(pool, most=MAX_INSTANCES)
         if pool.name not in self._groups or pool.name in self._deleted:
             await self._create_group(pool)
@@ -165,7 +164,7 @@ class Ec2Fleet:
             if before is None:
                 del self._groups[pool.name]
             if isinstance(error, NotFound) and self._form is None:
-                # NotFound would make the caller create a group.
+                # With NotFound, the caller would create a group.
                 raise BackendError(
                     f"The Auto Scaling group {self._prefix + pool.name!r} does not exist.",
                     remedy="Create it with the grid's stack: `batchlab deploy apply`.",
@@ -200,7 +199,7 @@ class Ec2Fleet:
             self._activity_log.note(pool, self._clock.now_s(), what, why)
 
     async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
-        """Return the newest activities of the service, with the causes of the changes made here."""
+        """Return the service's newest scaling activities, with the causes of this process's changes."""
         pools = list(self._groups) if pool is None else [pool] if pool in self._groups else []
         self._activity_log.merge({name: await self._request(name, self._activities) for name in pools})
         return self._activity_log.newest(pool, limit)
@@ -212,9 +211,9 @@ class Ec2Fleet:
     # --- Instances --------------------------------------------------------------------------------
 
     async def terminate(self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str) -> None:
-        """Terminate the instances with one request each. Raise Refused where `ManagedFleet` does.
+        """Terminate the instances with one request each. Raise Refused in the same cases as `ManagedFleet`.
 
-        If a request fails, the earlier ones have taken effect, and the call may be repeated.
+        If a termination request fails, the earlier requests have taken effect, and the call may be repeated.
         """
         group = await self._current(pool, instances)
         leaving = [name for name in dict.fromkeys(instances) if group.is_counted(name)]
@@ -236,7 +235,8 @@ class Ec2Fleet:
             try:
                 await self._call(pool, partial(self._protect, batch, on))
             except Refused as error:
-                # An instance has left since the last description. The next description lists the others.
+                # An instance has left its group since the last description. The next description of the groups lists
+                # the remaining instances.
                 if not is_missing_instance(error):
                     raise
 
@@ -269,7 +269,7 @@ class Ec2Fleet:
                 ),
             )
         except Refused as error:
-            # The hook timed out, or the instance is terminating.
+            # The launch hook has timed out, or the instance is terminating.
             if NO_ACTION not in str(error):
                 raise
 
@@ -292,7 +292,7 @@ class Ec2Fleet:
     async def tick(self) -> Sequence[Instance]:
         """Describe the groups, then complete the hooks of instances whose workers have reported.
 
-        Raise BackendError if the service fails or a group is missing. A later tick may succeed.
+        Raise BackendError if the service fails or a group is missing. The next tick may succeed after a failure.
         """
         now_s = self._clock.monotonic_s()
         try:
@@ -349,7 +349,7 @@ class Ec2Fleet:
         return self._groups[pool]
 
     async def _current(self, pool: str, instances: Sequence[str] = ()) -> GroupState:
-        """Return the pool, described again if it changed or if one of the instances is unknown."""
+        """Return the pool's state, described again if the group changed or if one of the instances is unknown."""
         group = self._group_of(pool)
         if self._described_s is None or not all(name in group.instances for name in instances):
             await self._describe()
@@ -377,9 +377,9 @@ class DrainHook:
         self._imds = imds
 
     async def complete(self, patience: Patience) -> bool:
-        """Complete the hook if the group terminates this instance. Return whether it was completed.
+        """Complete the drain hook if the group terminates this instance. Return whether the drain hook was completed.
 
-        A failure is logged and not raised, because the instance also ends when the hook times out.
+        A failed completion is logged and not raised, because the instance also ends when the hook times out.
         """
         try:
             if not await patience(partial(asyncio.to_thread, self._imds.is_leaving)):
@@ -388,7 +388,7 @@ class DrainHook:
         except Refused as error:
             if NO_ACTION not in str(error):
                 log.warning("the group refuses the completion of the hook: %s", error)
-            return False  # else the hook timed out or does not exist, so the instance ends
+            return False  # The hook has timed out or does not exist, so the instance ends without a completion.
         except BackendError as error:
             log.warning("this instance waits until its hook times out: %s", error)
             return False

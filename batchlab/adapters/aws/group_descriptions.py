@@ -1,8 +1,8 @@
 """State of Auto Scaling groups, derived from successive descriptions, and the parameters of new groups.
 
 EC2 Auto Scaling drops instances that have ended, and never reports when an instance was launched or how it ended. This
-module records both, as far as two successive descriptions show them. A worker reads its pool and its number of slots
-from the tags of its instance, which are parameters of the group.
+module records the launch and the end of an instance, as far as two successive descriptions show them. A worker reads
+its pool and its number of slots from the tags of its instance, which are parameters of the group.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _STATES = {
     "Pending": LifecycleState.PENDING,
     "InService": LifecycleState.IN_SERVICE,
     "Terminating": LifecycleState.TERMINATING,
-    # A detaching instance keeps running, but not for this group.
+    # A detaching instance keeps running, but no longer belongs to its group.
     "Detaching": LifecycleState.TERMINATING,
     "Terminated": LifecycleState.TERMINATED,
     "Detached": LifecycleState.TERMINATED,
@@ -44,13 +44,16 @@ NEVER_UP = "the instance ended before it was in service"
 SCALE_IN_S = 60.0
 """Time in seconds after a decrease of the desired capacity.
 
-A Pending instance that ends within this time counts as ended by the decrease.
+A Pending instance that ends within this time counts as ended by the decrease of the desired capacity.
 """
 
 
 @dataclass(slots=True)
 class GroupState:
-    """Group of one pool at its last description. `ends` has the causes of requested terminations."""
+    """State of one pool's Auto Scaling group at its last description.
+
+    `ends` contains the causes of requested terminations.
+    """
 
     pool: Pool
     desired: int = 0
@@ -63,10 +66,10 @@ class GroupState:
     unexplained: set[str] = field(default_factory=set)
     """Instances that ended for a reason that is not known yet.
 
-    They disappeared between two descriptions, or left before they were in service.
+    An unexplained instance disappeared between two descriptions, or left before it was in service.
     """
     served: set[str] = field(default_factory=set)
-    """Instances that have been in service, or may have been before the first description."""
+    """Instances that have been in service, or that may have been in service before the first description."""
     lowered_s: float = 0.0
     """Epoch seconds at which the desired capacity was last seen to fall."""
 
@@ -80,7 +83,7 @@ class GroupState:
     def update(self, group: AutoScalingGroupTypeDef, now_s: float) -> list[Instance]:
         """Update the state from a description of the group.
 
-        Return the instances that have ended since the previous one.
+        Return the instances that have ended since the previous description.
         """
         if group["DesiredCapacity"] < self.desired:
             self.lowered_s = now_s
@@ -97,7 +100,7 @@ class GroupState:
     def _update_instance(self, listed: InstanceTypeDef, state: LifecycleState, now_s: float) -> None:
         name = listed["InstanceId"]
         if state is not LifecycleState.TERMINATED and self.gone_s.pop(name, None) is not None:
-            # The instance was missing in a description and is listed again.
+            # The instance was missing in an earlier description and is listed again.
             self.instances[name] = replace(self.instances[name], note="")
         old = self.instances.get(name)
         if listed["LifecycleState"] == _WAITS:
@@ -153,7 +156,7 @@ class GroupState:
         return gone
 
     def explain(self, activities: Sequence[ActivityTypeDef]) -> list[Instance]:
-        """Return the unexplained instances whose end an activity explains, with that reason."""
+        """Return the instances whose end is explained by an activity, each with its reason."""
         explained = []
         for name in self.unexplained & self.instances.keys():
             own = [activity for activity in activities if name in activity.get("Description", "")]
@@ -165,7 +168,7 @@ class GroupState:
 
 
 def _abandonment(activities: Iterable[ActivityTypeDef]) -> str:
-    """Return why a launch was abandoned, "" if none was abandoned."""
+    """Return the reason of an abandoned launch, or "" if the launch was not abandoned."""
     for activity in activities:
         if _ABANDONED in (text := activity.get("StatusMessage") or activity["Description"]):
             return text.partition("Status Reason: ")[2] or text
@@ -181,17 +184,18 @@ def _termination(activities: Iterable[ActivityTypeDef]) -> str:
 
 
 def _state(aws_state: str) -> LifecycleState | None:
-    """Return the model's state for AWS's state.
+    """Return the fleet model's state for AWS's lifecycle state.
 
-    Return None for an instance that does not work for its group: in standby or in a warm pool.
+    Return None for an instance in standby or in a warm pool, because it does not work for its group.
     """
     return _STATES.get(aws_state.partition(":")[0])
 
 
 class ActivityLog:
-    """List of the service's activities and of the causes of requests that were made here.
+    """List of the service's scaling activities, and of the causes of the requests that this process made.
 
-    The service's activities come without numbers. Each gets one when it is first seen, in order of time.
+    Activities from the service do not have numbers. Each activity gets a number when it is first seen, in order of
+    time.
     """
 
     def __init__(self) -> None:
@@ -201,11 +205,14 @@ class ActivityLog:
         """Key: the service's id of an activity, or the number of a note."""
 
     def note(self, pool: str, at_s: float, description: str, cause: str) -> None:
-        """Record a request and its cause. The service does not store the cause."""
+        """Record a request of this process and the cause of the request.
+
+        The service does not store the cause of a request.
+        """
         self._notes.append(Activity(0, pool, at_s, description, cause))
 
     def merge(self, described: Mapping[str, Sequence[ActivityTypeDef]]) -> None:
-        """Add the activities of these pools to the list."""
+        """Add the service's activities of these pools to the list."""
         new: list[tuple[str, Activity]] = [("", note) for note in self._notes]
         self._notes = []
         for pool, activities in described.items():
@@ -246,21 +253,21 @@ DRAIN_HOOK = "batchlab-drain"
 NOT_THERE = ("is not part of Auto Scaling group", "Instance Id not found")
 """Texts of EC2 Auto Scaling's errors for an instance that its group no longer contains."""
 NO_ACTION = "No active Lifecycle Action"
-"""Text of AWS's error for an instance that does not wait in the hook."""
+"""Text of AWS's error for an instance that is not waiting in the hook."""
 _TIMEOUT_S = (30.0, 7200.0)
-"""Minimum and maximum timeout of a hook on AWS."""
+"""Minimum and maximum timeout of a lifecycle hook on AWS, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupParameters:
-    """Common parameters of the groups of a grid.
+    """Parameters that all Auto Scaling groups of a grid share.
 
-    After a launch, the worker must report within the pool's `boot_s` plus `report_s`. In Terminating:Wait, it has
-    `drain_s` to return its work. With 0 the instance does not wait there.
+    After a launch, the worker must report within the pool's `boot_s` plus `report_s`. In Terminating:Wait, the worker
+    has `drain_s` to return its work. With `drain_s` 0, the instance does not wait in Terminating:Wait.
     """
 
     template: str
-    """Name of the launch template. "{pool}" in it stands for the pool's name."""
+    """Name of the launch template. "{pool}" in the name of the launch template stands for the pool's name."""
     version: str = "$Default"
     zones: tuple[str, ...] = ()
     subnets: tuple[str, ...] = ()
@@ -278,7 +285,7 @@ class GroupParameters:
             "MinSize": pool.min_size,
             "MaxSize": pool.max_size,
             "DesiredCapacity": pool.min_size,
-            # batchlab's scaling policy has its own cooldowns.
+            # The groups have no cooldown, because batchlab's scaling policy has its own cooldowns.
             "DefaultCooldown": 0,
             "HealthCheckGracePeriod": 0,
             # The newest instance has the least warm state (code, child processes) to lose.

@@ -1,7 +1,7 @@
 """Client of EC2's instance metadata service, version 2, and the Notices port over it.
 
-It works on EC2 and in batchlab's containers. AWS_EC2_METADATA_SERVICE_ENDPOINT, which AWS's SDKs also read, sets
-another address. Invariant: a request ends after `ANSWER_S` without an answer.
+The client works on EC2 and in batchlab's containers. AWS_EC2_METADATA_SERVICE_ENDPOINT, which AWS's SDKs also read,
+sets another address of the metadata service. Invariant: a request fails after `ANSWER_S` seconds without an answer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODE = "AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE"
 _IPV4, _IPV6 = "http://169.254.169.254", "http://[fd00:ec2::254]"
 
 TTL_S = 21_600
-"""Requested lifetime of a token in seconds: the longest that the service allows."""
+"""Requested lifetime of a token in seconds, which is the longest that the metadata service allows."""
 _RENEW_S = TTL_S / 2
 ANSWER_S = 2.0
 _MAX_BYTES = 1024 * 1024
@@ -34,9 +34,10 @@ _LEAVING = ("Terminated", "Warmed:Terminated")
 
 
 class Imds:
-    """Metadata service of the instance that runs this process. Threads may share it.
+    """Metadata service of the instance that runs this process. Several threads may share one client.
 
-    `url` is its address. By default, it is the address that AWS's SDKs use. The methods raise the errors of `get`.
+    `url` is the address of the metadata service. The default address of the metadata service is that of AWS's SDKs. The
+    methods raise the same errors as `get`.
     """
 
     def __init__(self, url: str = "", environ: Mapping[str, str] = os.environ) -> None:
@@ -57,16 +58,16 @@ class Imds:
         self._renewing = threading.Lock()
 
     def get(self, path: str) -> str | None:
-        """Return the content of `path` below `latest/`, None if it does not exist. The call blocks.
+        """Return the content of `path` below `latest/`, None if it does not exist. The request blocks its thread.
 
-        Raise Unreachable if no metadata service answers, and BackendError if it refuses.
+        Raise Unreachable if the metadata service does not answer, and BackendError if it refuses the request.
         """
         for _ in range(2):
             token = self._current_token()
             status, body = self._ask("GET", path, {"X-aws-ec2-metadata-token": token})
             if status != 401:
                 break
-            # The service has lost the token, or the address of this instance has changed.
+            # The service does not know the token, or the address of this instance has changed.
             with self._renewing:
                 if self._token == token:
                     self._token = ""
@@ -85,16 +86,16 @@ class Imds:
         return (self.get("meta-data/ami-id") or "").strip()
 
     def is_spot(self) -> bool:
-        """Return whether EC2 may interrupt the instance."""
+        """Return whether EC2 may interrupt the instance, because it is a Spot instance."""
         return self._needed("meta-data/instance-life-cycle") == "spot"
 
     def is_leaving(self) -> bool:
-        """Return whether its Auto Scaling group takes it out of service."""
+        """Return whether the instance's Auto Scaling group takes the instance out of service."""
         state = self.get("meta-data/autoscaling/target-lifecycle-state")
         return state is not None and state.strip() in _LEAVING
 
     def needed_tag(self, name: str) -> str:
-        """Return a tag of the instance. Raise NotFound if it is missing."""
+        """Return a tag of the instance. Raise NotFound if the tag does not exist."""
         return self._needed(f"meta-data/tags/instance/{name}")
 
     def _needed(self, path: str) -> str:
@@ -114,7 +115,7 @@ class Imds:
             return self._token
 
     def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
-        # The request bypasses proxies: a proxy could not reach the service, and must not.
+        # The request bypasses proxies, because a proxy could not reach the metadata service, and must not.
         with closing(http.client.HTTPConnection(self._host, self._port, timeout=ANSWER_S)) as connection:
             try:
                 connection.request(method, f"/latest/{path}", headers=dict(headers))
@@ -135,9 +136,9 @@ class Imds:
 class ImdsNotices:
     """Notices port over the metadata service.
 
-    It reports two events: a Spot interruption notice, and the termination of the instance by its Auto Scaling group. It
-    ignores rebalance recommendations, which say only that an interruption has become more likely. A group that acts on
-    one launches a replacement first and then terminates the instance.
+    The port reports a Spot interruption notice, and the termination of the instance by its Auto Scaling group. The port
+    ignores rebalance recommendations, which say only that an interruption has become more likely. An Auto Scaling group
+    that acts on a rebalance recommendation launches a replacement first and then terminates the instance.
     """
 
     def __init__(self, imds: Imds) -> None:

@@ -1,14 +1,14 @@
-"""Server of EC2's instance metadata service, version 2, for instances that are containers.
+"""Server of EC2's instance metadata service, version 2, for containers that act as instances.
 
-Invariant: every answer requires a token. A token is valid only for the instance that requested it. A request through a
-proxy (with X-Forwarded-For) gets no token.
+Invariant: every answer requires a session token. A token is valid only for the instance that requested it. A request
+through a proxy (with X-Forwarded-For) does not get a token.
 
-The server identifies an instance by the address of its connection, as EC2 does. So no address translation may take
-place between an instance and the server.
+The server identifies an instance by the address of its connection, as EC2 does. No address translation may take place
+between an instance and the server, because the address identifies the instance.
 
-`metadata_tree` returns the metadata of one instance as a tree of paths. Paths, values, and formats are those of AWS's
-"Instance metadata categories". A path that the tree does not contain is answered with 404: a real instance of that kind
-does not have it, or batchlab does not use it.
+`metadata_tree` returns the metadata of one instance as a tree of paths. The metadata paths, values, and formats are
+those of AWS's "Instance metadata categories". The server answers 404 for a path that the tree does not contain, as for
+data that an instance lacks or batchlab does not use.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _TAG = re.compile(r"[A-Za-z0-9+\-=.,_:@]+")
 
 @dataclass(frozen=True, slots=True)
 class Interruption:
-    """Spot interruption notice. `action` is terminate, stop, or hibernate, and happens at `at_s` (epoch seconds)."""
+    """Spot interruption notice. `action` is terminate, stop, or hibernate, and happens at `at_s`, in epoch seconds."""
 
     at_s: float
     action: str = "terminate"
@@ -50,7 +50,7 @@ class Signals:
     """Announcements of the platform about the future of an instance."""
 
     lifecycle: str = "InService"
-    """Lifecycle state that its Auto Scaling group moves it to, "" without a group."""
+    """Lifecycle state to which its Auto Scaling group moves the instance, "" without a group."""
     interruption: Interruption | None = None
     rebalance_s: float | None = None
     """Epoch seconds of a rebalance recommendation: a Spot interruption has become more likely."""
@@ -58,9 +58,9 @@ class Signals:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """Facts about one instance, from which its metadata is made.
+    """Facts about one instance, from which its metadata tree is made.
 
-    `credentials` maps a role name to a document of IAM. Times are epoch seconds.
+    `credentials` maps the name of an IAM role to its credentials document. The times in the metadata are epoch seconds.
     """
 
     instance: str
@@ -77,13 +77,16 @@ class Metadata:
 
     @property
     def region(self) -> str:
-        """Return the region of the zone: us-west-2 for us-west-2b and for us-west-2-lax-1a."""
+        """Return the region of the availability zone: us-west-2 for us-west-2b and for us-west-2-lax-1a."""
         match = _REGION.match(self.machine.zone)
         return match[0] if match else ""
 
 
 def metadata_tree(of: Metadata) -> dict[str, str]:
-    """Return content by path below `latest/`. Paths with empty values are left out, so they are answered with 404."""
+    """Return the metadata content by path below `latest/`.
+
+    Paths with empty values are left out, so the server answers 404 for these paths.
+    """
     machine, signals = of.machine, of.signals
     spot = machine.market is Market.SPOT
     meta = {
@@ -108,7 +111,7 @@ def metadata_tree(of: Metadata) -> dict[str, str]:
     for role, document in of.credentials.items():
         meta[f"iam/security-credentials/{role}"] = json.dumps(document, indent=2)
     for name, value in of.tags.items():
-        # EC2 accepts only such names for tags in the instance metadata.
+        # EC2 shows only tags whose names match `_TAG` in the instance metadata.
         if _TAG.fullmatch(name):
             meta[f"tags/instance/{name}"] = value
     paths = {f"meta-data/{path}": content for path, content in meta.items() if content}
@@ -119,11 +122,11 @@ def metadata_tree(of: Metadata) -> dict[str, str]:
 
 
 def content_at(paths: Mapping[str, str], path: str) -> str | None:
-    """Return the content of `path` below `latest/`, or the list of the names below it.
+    """Return the content of `path` below `latest/`, or the list of the names below `path`.
 
-    Return None if the path does not exist.
+    Return None if `path` does not exist.
     """
-    path = path.rstrip("/")  # boto3 asks for the zone with a slash at the end
+    path = path.rstrip("/")  # boto3 requests the availability zone with a slash at the end.
     if path in paths:
         return paths[path]
     folder = f"{path}/" if path else ""
@@ -168,7 +171,7 @@ TOKEN_HEADER = "x-aws-ec2-metadata-token"  # noqa: S105 - a header's name
 MAX_TTL_S = 21_600
 
 IDLE_S = 60.0
-"""Time in seconds after which a silent connection is closed."""
+"""Time in seconds after which the server closes a silent connection."""
 _TTL = re.compile("[0-9]{1,5}")
 _LENGTH = re.compile("[0-9]{1,5}")
 _HEAD_BYTES = 16 * 1024
@@ -178,9 +181,9 @@ class MetadataSource(Protocol):
     """Source of the metadata of instances."""
 
     async def metadata(self, address: str) -> Metadata | None:
-        """Return the metadata of the instance that has this address now, or None.
+        """Return the metadata of the instance that has this address now, or None without such an instance.
 
-        Raise BackendError if this cannot be determined.
+        Raise BackendError if the instance of the address cannot be determined.
         """
 
 
@@ -188,9 +191,9 @@ class MetadataSource(Protocol):
 class _Request:
     method: str
     path: str
-    """Path without its leading slash."""
+    """Path of the request without its leading slash."""
     headers: Mapping[str, str]
-    """Headers with lowercase names."""
+    """Headers of the request with lowercase names."""
     keeps_open: bool
     """Whether the connection stays open after the answer."""
 
@@ -203,7 +206,7 @@ class _Answer:
 
 
 class _MalformedError(Exception):
-    """Bytes that are not an HTTP request that this server supports."""
+    """Error for bytes that are not a supported HTTP request."""
 
 
 class MetadataServer:
@@ -218,7 +221,7 @@ class MetadataServer:
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def start(self, host: str, port: int = 0) -> str:
-        """Listen on this address, with port 0 on any free port.
+        """Listen on the address, with port 0 on any free port.
 
         Return the URL for AWS_EC2_METADATA_SERVICE_ENDPOINT. Raise UsageError if the address is not available.
         """
@@ -289,7 +292,7 @@ class MetadataServer:
         assert task is not None
         self._connections[task] = writer
         try:
-            # The peer name is None if the client disconnected before this call.
+            # The peer name is None if the client disconnected before `peername` was read.
             address = str((writer.get_extra_info("peername") or ("",))[0])
             keeps_open = True
             while keeps_open:
@@ -303,7 +306,7 @@ class MetadataServer:
         except _MalformedError:
             _write(writer, _Answer(HTTPStatus.BAD_REQUEST), keeps_open=False)
         except (TimeoutError, OSError):
-            pass  # the client disconnected or sent nothing for `IDLE_S`
+            pass  # The client disconnected or sent nothing for `IDLE_S` seconds.
         finally:
             del self._connections[task]
             writer.close()
@@ -320,7 +323,7 @@ def _find(path: str, metadata: Metadata) -> _Answer:
 
 
 async def _read(reader: asyncio.StreamReader) -> _Request | None:
-    """Return the next request, None if the client has closed the connection."""
+    """Return the next request, or None if the client has closed the connection."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
     except asyncio.IncompleteReadError:
@@ -345,7 +348,7 @@ async def _read(reader: asyncio.StreamReader) -> _Request | None:
 async def _skip_body(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> None:
     """Skip the body of a request.
 
-    No request that is served here needs its body, but the body must not be read as the next request.
+    The server does not need the body of a request, but must not read the body as the next request.
     """
     length = headers.get("content-length", "0")
     if "transfer-encoding" in headers or not _LENGTH.fullmatch(length):

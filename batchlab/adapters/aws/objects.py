@@ -40,22 +40,22 @@ class S3Objects(ObstoreObjects):
         return True
 
     def _create_in_parts(self, key: str, path: Path, part_bytes: int) -> None:
-        # obstore does not support a conditional upload in parts.
+        # obstore does not support a conditional upload in parts, so this upload uses boto3.
         _create_in_parts(self._endpoint, self._bucket, key, path, part_bytes)
 
 
 def open_objects(bucket: Bucket) -> S3Objects:
-    """Open the bucket at its endpoint. See `open_s3`."""
+    """Open the bucket at its S3 endpoint. See `open_s3`."""
     assert bucket.endpoint is not None
     return open_s3(bucket.endpoint, bucket.name, bucket.tally)
 
 
 def open_s3(endpoint: Endpoint, bucket: str, tally: RequestCounter | None = None) -> S3Objects:
-    """Return the bucket of that name without a request. `tally` counts requests.
+    """Return the bucket of that name without a request. `tally` counts the requests.
 
-    At an endpoint's url, a missing bucket is created, also after the start. An emulator that has lost its state is
-    empty, and the grid must see it as empty. On AWS, a missing bucket raises BackendError. It never raises NotFound,
-    which would mean that nothing has been committed.
+    At an endpoint's url, a missing bucket is created, also after the start of the grid. An emulator that has lost its
+    state is empty, and the grid must see the bucket as empty. On AWS, a missing bucket raises BackendError. A missing
+    bucket never raises NotFound, because NotFound would mean that nothing has been committed.
     """
     from obstore.store import S3Store
 
@@ -72,7 +72,7 @@ def open_s3(endpoint: Endpoint, bucket: str, tally: RequestCounter | None = None
 
 
 def _create_in_parts(endpoint: Endpoint, bucket: str, key: str, path: Path, part_bytes: int) -> None:
-    """Upload a file in parts. Raise AlreadyExists if the object exists at the end."""
+    """Upload a file in parts. Raise AlreadyExists if the object exists when the upload ends."""
 
     def upload(number: int) -> CompletedPartTypeDef:
         with path.open("rb") as file:
@@ -91,7 +91,7 @@ def _create_in_parts(endpoint: Endpoint, bucket: str, key: str, path: Path, part
                 Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
             )
         except s3.exceptions.NoSuchUpload as error:
-            # boto3 may have repeated the request, and its first attempt may have completed the upload.
+            # boto3 may have repeated the completing request, and its first attempt may have completed the upload.
             listed = s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
             if any(entry["Key"] == key for entry in listed):
                 raise AlreadyExists(f"Object {key!r} exists.") from error
@@ -102,7 +102,10 @@ def _create_in_parts(endpoint: Endpoint, bucket: str, key: str, path: Path, part
 
 
 def _abort(s3: S3Client, bucket: str, key: str, upload_id: str) -> None:
-    """Remove the parts of an upload. If this fails, the bucket's lifecycle rule removes them."""
+    """Remove the parts of an incomplete upload.
+
+    If the removal fails, the bucket's lifecycle rule removes the parts later.
+    """
     try:
         with translated(f"Object {key!r}"):
             s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)

@@ -35,17 +35,17 @@ IDLE_POLL_S = 20
 FREE_POLL_S = 1
 """Duration of one request of a long poll in seconds.
 
-`FREE_POLL_S` applies at an emulator. AWS bills each request, so there `BILLED_POLL_S` applies, and `IDLE_POLL_S` after
-`IDLE_AFTER_S` without a message.
+The duration at an emulator is `FREE_POLL_S`. AWS bills each request, so the duration on AWS is `BILLED_POLL_S`, or
+`IDLE_POLL_S` after `IDLE_AFTER_S` without a message.
 
-An open request cannot be canceled. The process cannot exit while a request is open. If it is killed, the next messages
-go to the lost request and stay hidden for their visibility timeout.
+A long-poll request that has been sent cannot be canceled. The process cannot exit while a long-poll request is open. If
+the process is killed, the next messages go to the lost request and stay hidden for their visibility timeout.
 """
 
 IDLE_AFTER_S = 20.0
 
 _FRACTION_S = 0.1
-"""Interval of polls in seconds for a wait below one second, because SQS waits whole seconds."""
+"""Interval of polls in seconds for a wait below one second, because SQS accepts only whole seconds."""
 
 _ATTRIBUTES = ["ApproximateReceiveCount", "SentTimestamp", "ApproximateFirstReceiveTimestamp"]
 _RECEIVES = 32
@@ -53,23 +53,23 @@ _CALLS = 16
 
 # Codes of SQS and its emulators for a receipt that does not belong to a message in flight.
 _BAD_RECEIPT = {"InvalidParameterValue", "MessageNotInflight", "MissingParameter", "ReceiptHandleIsInvalid"}
-# LocalStack reports this error as its own fault, although the message causes it.
+# LocalStack reports InvalidMessageContents as a server error, although the body of the message causes the error.
 _BAD_BODY = {"InvalidMessageContents"}
 
 
 class SqsQueue:
-    """Queue port over SQS. The name of a queue in SQS is `prefix` followed by its name here.
+    """Queue port over SQS. The name of a queue in SQS is `prefix` followed by the name that batchlab uses.
 
-    Calls block, so each call runs in a thread. At most 32 receives run at once, in their own threads, so they do not
-    delay other calls. SQS supports only whole seconds, so times are rounded up.
+    SQS calls block, so each call runs in a thread. At most 32 receives run at once, in their own threads, so receives
+    do not delay other calls. SQS supports only whole seconds, so times are rounded up.
     """
 
     def __init__(
         self, endpoint: Endpoint, *, prefix: str = "", makes: bool = True, tally: RequestCounter | None = None
     ) -> None:
-        """With `makes`, `ensure` creates queues. Otherwise a stack must have created them.
+        """With `makes`, `ensure` creates missing queues. Without `makes`, a stack must have created the queues.
 
-        `tally` counts every request, also failed ones, because AWS bills them.
+        `tally` counts every request, also failed requests, because AWS bills failed requests too.
         """
         self._makes = makes
         session = session_of(endpoint)
@@ -93,9 +93,9 @@ class SqsQueue:
             self._wire.close()
 
     def _call(self, operation: str, request: Mapping[str, Any]) -> Any:
-        """Call an operation without boto3 if possible.
+        """Call an SQS operation over `SqsWire` if possible, else over boto3.
 
-        It is for the operations of every message, because boto3 takes three times the CPU time.
+        With boto3, an operation takes three times the CPU time, so the operations of every message use this method.
         """
         if self._wire:
             return self._wire.call(operation, request)
@@ -133,7 +133,7 @@ class SqsQueue:
         try:
             await self._run(queue, lambda url: url)
         except NotFound as error:
-            # NotFound would make the caller create a queue.
+            # With NotFound, the caller would create a queue.
             raise BackendError(
                 f"The queue {self._prefix + queue!r} does not exist.",
                 remedy="Create it with the grid's stack: `batchlab deploy apply`.",
@@ -214,8 +214,9 @@ class SqsQueue:
         try:
             return await asyncio.wrap_future(receiving)
         except asyncio.CancelledError:
-            # The request continues, and its messages would stay hidden for a visibility timeout. The return of the
-            # messages is submitted now, because a process that is ending accepts no new work.
+            # The receive request continues after the cancellation, and its messages would stay hidden for a visibility
+            # timeout. The return of the messages is submitted now, because a process that is ending accepts no new
+            # work.
             self._receivers.submit(self._return_messages, queue, receiving)
             raise
 
@@ -242,7 +243,7 @@ class SqsQueue:
                 changes = [(message.receipt, 0.0) for message in messages]
                 self._at(queue, lambda url: self._change(url, changes))
         except (concurrent.futures.CancelledError, BackendError):
-            # No messages were received, or they become visible at their visibility timeout, so none is lost.
+            # No message is lost: the receive was empty, or its messages become visible at their visibility timeout.
             return
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
@@ -257,7 +258,7 @@ class SqsQueue:
         return await self._run(queue, lambda url: self._change(url, changes))
 
     def _change(self, url: str, changes: Sequence[tuple[str, float]]) -> list[str]:
-        # Some emulators do not enforce the maximum.
+        # Some emulators ignore the maximum number of messages.
         too_long = [receipt for receipt, visibility_s in changes if visibility_s > MAX_VISIBILITY_S]
         entries = [
             {"ReceiptHandle": receipt, "VisibilityTimeout": math.ceil(visibility_s)}
@@ -267,7 +268,7 @@ class SqsQueue:
         return too_long + self._refused("ChangeMessageVisibilityBatch", url, entries)
 
     def _refused(self, operation: str, url: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Call the operation. Return the receipts that the service refuses."""
+        """Call the batch operation. Return the receipts that the service refuses."""
         if not entries:
             return []
         self._tally.sqs()
@@ -279,7 +280,7 @@ class SqsQueue:
                 raise
             if len(entries) == 1:
                 return [entries[0]["ReceiptHandle"]]
-            # One bad receipt made the call fail for all entries, so each entry is sent alone.
+            # One bad receipt made the batch call fail for all entries, so each entry is sent alone.
             return [receipt for entry in entries for receipt in self._refused(operation, url, [entry])]
         for failed in failures:
             if short_code(failed["Code"]) not in _BAD_RECEIPT:

@@ -1,7 +1,8 @@
 """SQS's JSON protocol, for the calls that are made for every message.
 
-Invariant: a call returns and raises the same as boto3, with a third of its CPU time. It raises ClientError if the
-service refuses, and botocore's errors if the service does not answer. Each call is made once.
+Invariant: a call returns and raises the same as boto3, with a third of its CPU time. A call raises ClientError if the
+service refuses, and botocore's errors if the service does not answer. The client makes each call once and never
+retries.
 
 Sources: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/Welcome.html and
 https://docs.aws.amazon.com/IAM/latest/UserGuide/create-signed-request.html
@@ -47,8 +48,8 @@ _OK = 200
 def connect(session: boto3.Session, url: str, *, loopback: bool) -> SqsWire | None:
     """Return connections to SQS at `url`.
 
-    They use the region, credentials, and certificates of the `session`. Return None if the connection needs a proxy,
-    which only boto3 supports.
+    The connections use the region, credentials, and certificates of the `session`. Return None if the connection needs
+    a proxy, which only boto3 supports.
     """
     from botocore.utils import get_environ_proxies
 
@@ -60,7 +61,10 @@ def connect(session: boto3.Session, url: str, *, loopback: bool) -> SqsWire | No
 
 
 def _trust(named: str | None) -> ssl.SSLContext:
-    """Return botocore's TLS context. Since Python 3.13, Python's own is stricter about certificates."""
+    """Return botocore's TLS context.
+
+    Since Python 3.13, Python's own TLS context is stricter about certificates than botocore's.
+    """
     from botocore.httpsession import create_urllib3_context, get_cert_path
 
     named = named or os.environ.get("REQUESTS_CA_BUNDLE")
@@ -78,7 +82,7 @@ def _trust(named: str | None) -> ssl.SSLContext:
 
 
 class SqsWire:
-    """Connections to one SQS endpoint. Threads may share them."""
+    """Connections to the endpoint of SQS. Several threads may share the connections."""
 
     def __init__(self, url: str, region: str, credentials: Credentials | None, tls: ssl.SSLContext | None) -> None:
         """Set the url of the service and the credentials, which may change during use."""
@@ -95,7 +99,7 @@ class SqsWire:
         self._connections.close()
 
     def call(self, operation: str, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the answer to an operation in boto3's form."""
+        """Return the answer to an SQS operation in boto3's form."""
         keys = self._credentials.get_frozen_credentials() if self._credentials else None
         if keys is None or keys.access_key is None or keys.secret_key is None:
             raise NoCredentialsError
@@ -105,7 +109,8 @@ class SqsWire:
             "Host": self._host,
             "X-Amz-Date": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
             "X-Amz-Target": f"AmazonSQS.{operation}",
-            # With this header, errors carry the codes of the older query protocol, which callers also handle.
+            # With the header X-Amzn-Query-Mode, errors carry the codes of the older query protocol, which callers also
+            # recognize.
             "X-Amzn-Query-Mode": "true",
         }
         if keys.token:
@@ -130,7 +135,7 @@ class SqsWire:
         is_reusable = False
         try:
             connection = self._connected()
-            with suppress(BrokenPipeError):  # the service refused early; its answer has the reason
+            with suppress(BrokenPipeError):  # SQS refused early, and its answer contains the reason.
                 connection.request("POST", self._path, body, dict(headers))
             response = connection.getresponse()
             answer = response.status, response.headers.get("x-amzn-query-error", ""), response.read()
@@ -140,7 +145,7 @@ class SqsWire:
         except TimeoutError as error:
             raise ReadTimeoutError(endpoint_url=self._url, error=error) from error
         except Exception as error:
-            # For example, a header that cannot be encoded or an invalid host name.
+            # The request is invalid, for example because of a header that cannot be encoded or an invalid host name.
             raise HTTPClientError(error=error) from error
         finally:
             if is_reusable and connection:
@@ -159,7 +164,10 @@ class SqsWire:
 
 
 def authorization(headers: Mapping[str, str], path: str, body: bytes, region: str, access_key: str, secret: str) -> str:
-    """Return the Authorization header of a POST (Signature Version 4). It signs all these headers."""
+    """Return the Authorization header of a POST (Signature Version 4).
+
+    The signature covers all headers in `headers`.
+    """
     at = headers["X-Amz-Date"]
     fields = sorted((name.lower(), value.strip()) for name, value in headers.items())
     names = ";".join(name for name, _ in fields)
@@ -183,6 +191,6 @@ def _refused(operation: str, status: int, query_code: str, answer: Mapping[str, 
     kind = str(answer.get("__type", "")).partition(":")[0].rpartition("#")[2]
     code = query_code.partition(";")[0] or kind or str(status)
     message = str(answer.get("message") or answer.get("Message") or "")
-    # These are the fields of the type that callers read.
+    # The result contains only the fields that callers read.
     response: Any = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
     return ClientError(response, operation)

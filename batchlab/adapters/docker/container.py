@@ -1,6 +1,7 @@
 """One container as an instance: its settings, and the calls to create, signal, and inspect it.
 
-The calls block. `Engine.run` makes them in threads and translates their errors.
+The calls of this module block their thread. `Engine.run` makes the calls of this module in threads and translates their
+errors.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ TYPE = "batchlab.instance-type"
 ZONE = "batchlab.zone"
 MARKET = "batchlab.market"
 LAUNCHED = "batchlab.launched"
-"""Label with the epoch seconds of the launch. Containers are sorted by it."""
+"""Label with the epoch seconds of the launch. The launch time in the label determines the order of containers."""
 BOOTED = "batchlab.booted"
 """Label with the epoch seconds at which the container is to start."""
 
 STOP = "batchlab.stop-signal"
-"""Label with the signal that asks the container to stop. Without it, the signal is SIGTERM."""
+"""Label with the signal that asks the container to stop. A container without the stop signal's label gets SIGTERM."""
 
 _PERIOD_US = 100_000
 _LEAST_QUOTA_US = 1_000
@@ -43,10 +44,10 @@ _HOSTNAME_LENGTH = 63
 _LOG_FILES, _LOG_SIZE = "2", "10m"
 _SYSTEM: Mapping[str, Any] = {
     "read_only": False,
-    # These folders are empty after a boot.
+    # A machine's runtime folders (such as /run) are empty after a boot.
     "tmpfs": {"/run": "rw,exec,nosuid,nodev,mode=755", "/run/lock": "rw,noexec,nosuid,nodev"},
     "cap_drop": [],
-    # NET_ADMIN is for a Docker Engine inside. The container has its own network, like a machine.
+    # NET_ADMIN is for a Docker Engine inside the container. The container has its own network, like a machine.
     "cap_add": ["SYS_ADMIN", "NET_ADMIN"],
     "security_opt": ["seccomp=unconfined", "apparmor=unconfined"],
     "cgroupns": "private",
@@ -54,9 +55,9 @@ _SYSTEM: Mapping[str, Any] = {
 }
 LIVING = ("running", "paused", "restarting")
 _LAG_TRIES, _LAG_S = 40, 0.05
-"""Number of tries and interval in seconds until `inspect` agrees with Docker's list.
+"""Number of tries and interval in seconds until `inspect` agrees with Docker's list of containers.
 
-For some time, `inspect` may report an ended container as running with the exit code 0.
+For some time, Docker's `inspect` may report an ended container as running with the exit code 0.
 """
 _SIGNALLED = 128
 _LAST_SIGNAL = 64
@@ -64,16 +65,16 @@ _LAST_SIGNAL = 64
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Settings of a pool's containers, as a launch template has them for instances.
+    """Settings of a pool's containers, similar to a launch template of EC2 instances.
 
     `env` and `labels` are added to those of every instance. `type` limits the resources of a container whose group does
-    not name an instance type. With "", the resources are unlimited. `tmpfs` maps the writable paths under a read-only
-    root to mount options, and its use counts as memory.
+    not name an instance type. With the type "", the resources of a container are unlimited. `tmpfs` maps the writable
+    paths under a read-only root to mount options, and its use counts as memory.
 
-    Process 1 is Docker's init unless `init` is off. A worker as process 1 would ignore SIGTERM until it is ready, and
-    would have to reap the processes that its tasks leave behind. `stop_s` is the timeout of `docker stop`. With
-    `system`, process 1 is the image's systemd, which may mount, write, and change users as on a machine. Use it only
-    for a trusted image.
+    Process 1 of a container is Docker's init unless `init` is off. A worker as process 1 would ignore SIGTERM until it
+    is ready, and would have to reap the processes that its tasks leave behind. `stop_s` is the timeout of `docker
+    stop`. With `system`, process 1 is the image's systemd, which may mount, write, and change users as on a machine.
+    Use `system` only for a trusted image.
     """
 
     image: str
@@ -95,12 +96,12 @@ class Template:
 
     @property
     def stop_signal(self) -> str:
-        """Return the signal that asks process 1 to stop. systemd uses SIGTERM for another purpose."""
+        """Return the signal that asks process 1 to stop. With systemd, SIGTERM has another purpose."""
         return "SIGRTMIN+4" if self.system else "SIGTERM"
 
 
 def container_environment(template: Template, pool: Pool, instance: str, machine: Machine, kind: str) -> dict[str, str]:
-    """Return the environment of a container. `kind` is its instance type."""
+    """Return the environment variables of a container. `kind` is the instance type of the container."""
     return {
         **template.env,
         **dict(pool.env),
@@ -116,7 +117,7 @@ def container_environment(template: Template, pool: Pool, instance: str, machine
 def instance_labels(
     pool: Pool, instance: str, machine: Machine, kind: str, launched_s: float, booted_s: float
 ) -> dict[str, str]:
-    """Return the labels that `metadata_of` and the launcher read."""
+    """Return the container labels that `metadata_of` and the launcher read."""
     return {
         INSTANCE: instance,
         POOL: pool.name,
@@ -131,7 +132,10 @@ def instance_labels(
 def container_settings(
     template: Template, instance: str, share: Share | None, env: Mapping[str, str], tags: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the parameters for Docker, in the SDK's form. Without a share, resources are unlimited."""
+    """Return the parameters of a container, in the form of Docker's SDK.
+
+    Without a share, the resources of the container are unlimited.
+    """
     host: dict[str, Any] = {
         "network_mode": template.network,
         "read_only": template.read_only,
@@ -141,16 +145,16 @@ def container_settings(
         "pids_limit": template.pids,
         "init": template.init,
         "extra_hosts": dict(template.extra_hosts),
-        # The default log of an Engine grows without a limit.
+        # The default log driver of a Docker Engine stores output without a limit.
         "log_config": {"type": "json-file", "config": {"max-size": _LOG_SIZE, "max-file": _LOG_FILES}},
     }
     if template.system:
         host |= _SYSTEM
     if share is not None:
-        # Docker refuses nano_cpus if the machine has fewer CPUs.
+        # Docker refuses nano_cpus above the number of the machine's CPUs.
         host["cpu_period"] = _PERIOD_US
         host["cpu_quota"] = max(_LEAST_QUOTA_US, round(share.cpus * _PERIOD_US))
-        # The same value for both means no swap.
+        # With the same value for memory and swap, the container cannot swap.
         host["mem_limit"] = host["memswap_limit"] = f"{share.memory_mib}m"
     return {
         "image": template.image,
@@ -169,7 +173,7 @@ def container_settings(
 def create_container(name: str, settings: Mapping[str, Any], api: APIClient) -> str:
     """Create a container with these `container_settings` and return its id.
 
-    Raise AlreadyExists if the name exists, and BackendError if the image does not exist.
+    Raise AlreadyExists if the container's name exists, and BackendError if the image does not exist.
     """
     from docker.errors import APIError, ImageNotFound
 
@@ -188,12 +192,15 @@ def create_container(name: str, settings: Mapping[str, Any], api: APIClient) -> 
 
 
 def start_container(container: str, api: APIClient) -> None:
-    """Start the container. Do nothing if it runs."""
+    """Start the container. Do nothing if the container is running."""
     api.start(container)
 
 
 def send_signal(container: str, name: str, api: APIClient) -> None:
-    """Send a signal. Ignore a container that has ended or has not started. A paused one resumes."""
+    """Send a signal to the container.
+
+    Ignore a container that has ended or has not started. A paused container resumes first.
+    """
     from docker.errors import APIError
 
     try:
@@ -206,7 +213,7 @@ def send_signal(container: str, name: str, api: APIClient) -> None:
 def save_end(container: str, log_file: Path, api: APIClient) -> Mapping[str, Any] | None:
     """Save the output of a container that Docker lists as ended, and return its state.
 
-    Return None if `inspect` still reports it as running after some seconds.
+    Return None if `inspect` still reports the container as running after some seconds.
     """
     for _ in range(_LAG_TRIES):
         state: Mapping[str, Any] = api.inspect_container(container)["State"]
@@ -226,16 +233,16 @@ def _keep_log(container: str, log_file: Path, api: APIClient) -> None:
         with log_file.open("wb") as file:
             file.writelines(api.logs(container, stream=True, follow=False))
     except RequestException:
-        raise  # it is also an OSError, but means that Docker does not answer
+        raise  # Docker's timeout error is also an OSError, but means that Docker does not answer.
     except (OSError, APIError) as error:
         log.warning("the output of the container %s cannot be saved: %s", container[:12], error)
 
 
 def end_text(state: Mapping[str, Any], *, killed: bool) -> str:
-    """Return how a container ended. `killed` means that it was killed at its deadline.
+    """Return how a container ended. `killed` means that the container was killed at its deadline.
 
-    Docker reports a death by a signal as 128 plus the signal's number, like shells. So a program that exits with such a
-    code itself counts as killed.
+    Docker reports a death by a signal as 128 plus the signal's number, like shells. A program that itself exits with a
+    code above 128 therefore counts as killed.
     """
     code = int(state["ExitCode"])
     if state.get("OOMKilled") and code == _SIGNALLED + 9 and not killed:

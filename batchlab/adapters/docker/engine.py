@@ -1,6 +1,7 @@
-"""Docker Engine: calls in threads, its events, and the removal of resources by label.
+"""Client of a Docker Engine: calls in threads, events, and the removal of resources by label.
 
-Invariant: only resources with the given labels are removed. A request ends after `ANSWER_S` without an answer.
+Invariant: only resources with the given labels are removed. A request to Docker fails after `ANSWER_S` seconds without
+an answer.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ANSWER_S = 60.0
-"""Timeout of a request in seconds. A busy machine starts a container in less time."""
+"""Timeout of a request to Docker in seconds. Even a busy machine starts a container within `ANSWER_S` seconds."""
 RECONNECT_S = 1.0
 _CALLS = 8
 
@@ -31,9 +32,9 @@ START_REMEDY = "Start Docker, or set DOCKER_HOST to its address."
 
 
 class Engine:
-    """The Engine at `url`, else at DOCKER_HOST, else of the current `docker context`.
+    """Client of the Docker Engine at `url`, at DOCKER_HOST, or of the current `docker context`.
 
-    It connects at the first call, so creating this object is cheap and needs no Docker.
+    The client connects at the first call, so creating this object is cheap and does not need Docker.
     """
 
     def __init__(self, url: str = "") -> None:
@@ -43,14 +44,14 @@ class Engine:
         self._calling = ThreadPoolExecutor(_CALLS, thread_name_prefix="docker")
 
     async def run(self, what: str, call: Callable[[APIClient], T]) -> T:
-        """Return the result of `call`, made in a thread. Errors are those of `do`."""
+        """Return the result of `call`, which runs in a thread. Raise the same errors as `do`."""
         return await asyncio.wrap_future(self._calling.submit(self.do, what, call))
 
     def do(self, what: str, call: Callable[[APIClient], T]) -> T:
         """Return the result of `call`.
 
         Raise Unreachable if no Engine answers, NotFound for a missing resource, and BackendError for any other error.
-        Their messages begin with `what`.
+        The messages of the errors begin with `what`.
         """
         with translated(what):
             return call(self._connected())
@@ -90,7 +91,7 @@ def _connect(url: str) -> APIClient:
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Raise batchlab's errors instead of the SDK's. Their messages begin with `what`."""
+    """Raise batchlab's errors instead of the SDK's. The messages of the errors begin with `what`."""
     from docker.errors import APIError, DockerException
     from docker.errors import NotFound as Missing
     from requests.exceptions import RequestException
@@ -101,11 +102,11 @@ def translated(what: str) -> Iterator[None]:
     except Missing as error:
         raise NotFound(f"{what}: {error_text(error)}.") from error
     except APIError as error:
-        # An Engine that shuts down answers 503. It answers 500 for any failure.
+        # A Docker Engine that shuts down answers 503. Docker answers 500 for many kinds of failures.
         kind = Unreachable if error.status_code == 503 else BackendError
         raise kind(f"{what}: {error_text(error)}.") from error
     except (DockerException, RequestException, HTTPError, OSError) as error:
-        # The reason is the last one in a chain of wrappers: "[Errno 2] No such file or directory".
+        # The innermost exception in a chain of wrappers has the reason, such as "[Errno 2] No such file or directory".
         root: BaseException = error
         while root.__cause__ or root.__context__:
             root = root.__cause__ or root.__context__ or root
@@ -114,7 +115,7 @@ def translated(what: str) -> Iterator[None]:
 
 
 def error_text(error: Any) -> str:
-    """Return the Engine's own message without the SDK's wrapping."""
+    """Return Docker's own message without the wrapping of its SDK."""
     text = error.explanation
     if isinstance(text, bytes):
         text = text.decode(errors="replace")
@@ -124,8 +125,8 @@ def error_text(error: Any) -> str:
 class EventStream:
     """Stream of the events of containers and networks, read by its own thread until `close`.
 
-    `seen` is called in that thread with each event. It is called with None when events may have been missed: after the
-    stream was opened, and when it breaks. A broken stream is opened again.
+    `seen` is called with each event, in the stream's thread. `seen` is called with None when events may have been
+    missed: after the stream was opened, and when it breaks. A broken event stream is opened again.
     """
 
     def __init__(self, engine: Engine, on_event: Callable[[Mapping[str, Any] | None], None]) -> None:
@@ -134,8 +135,8 @@ class EventStream:
         self._closing = threading.Event()
         self._stream: CancellableStream[dict[str, Any]] | None = None
         self.is_open = False
-        """Whether the stream is open, so that no event is missed."""
-        # It is a daemon thread, because the process must be able to exit while it waits on a socket.
+        """Whether the event stream is open, so no event is missed."""
+        # The reader is a daemon thread, because the process must be able to exit while the thread waits on a socket.
         self._thread = threading.Thread(target=self._follow, name="docker-events", daemon=True)
         self._thread.start()
 
@@ -144,7 +145,7 @@ class EventStream:
         self._closing.set()
         while self._thread.is_alive():
             if self._stream is not None:
-                # The other end closed it, or an earlier iteration of this loop partly did.
+                # The Engine has closed the connection, or an earlier iteration of this loop has partly closed it.
                 with suppress(OSError, AttributeError):
                     self._stream.close()
             self._thread.join(0.05)
@@ -153,7 +154,6 @@ class EventStream:
         filters = {"type": ["container", "network"], "event": ["start", "die", "destroy", "connect", "disconnect"]}
 
         while not self._closing.is_set():
-            # A caller of the Engine gets the error from its own call.
             with suppress(BackendError), translated("Docker's events"):
                 self._read(self._engine.do("Docker's events", lambda api: api.events(decode=True, filters=filters)))
             self._closing.wait(RECONNECT_S)
@@ -183,9 +183,9 @@ class LabeledResource:
 
 
 def find_resources(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledResource]:
-    """Return the resources with all of these labels, containers first. None matches any value.
+    """Return the resources with all of these labels, containers first. The label value None matches any value.
 
-    Raise UsageError without a label, because this would return everything on the machine.
+    Raise UsageError without a label, because an empty filter matches every resource on the machine.
     """
     if not labels:
         raise UsageError("At least one label is required to select resources.")
@@ -206,7 +206,8 @@ def find_resources(engine: Engine, labels: Mapping[str, str | None]) -> Sequence
 def remove_resources(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledResource]:
     """Remove the resources with all of these labels, running or not. Return them.
 
-    Ignore resources that no longer exist. If some cannot be removed, remove the others and then raise BackendError.
+    Ignore resources that no longer exist. If some resources cannot be removed, remove the others and then raise
+    BackendError.
     """
     resources = find_resources(engine, labels)
     failed: BackendError | None = None
@@ -226,7 +227,7 @@ def _remove(resource: LabeledResource, api: APIClient) -> None:
     if resource.kind == "container":
         remove_container(api, resource.id)
     elif resource.kind == "network":
-        # Any container that is connected to the network would keep it from being removed.
+        # Docker does not remove a network while a container is connected to it.
         for container in api.inspect_network(resource.id)["Containers"] or {}:
             api.disconnect_container_from_network(container, resource.id, force=True)
         api.remove_network(resource.id)
@@ -235,12 +236,12 @@ def _remove(resource: LabeledResource, api: APIClient) -> None:
 
 
 def remove_container(api: APIClient, container: str) -> None:
-    """Kill and remove a container with its anonymous volumes. Ignore one that is already removed."""
+    """Kill and remove a container with its anonymous volumes. Ignore a container that is already removed."""
     from docker.errors import APIError
 
     try:
         api.remove_container(container, v=True, force=True)
     except APIError as error:
-        # 409 means that its removal is in progress.
+        # Status 409 means that the removal of the container is in progress.
         if error.status_code not in (404, 409):
             raise

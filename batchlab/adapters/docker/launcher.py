@@ -1,11 +1,11 @@
-"""Launcher port over a Docker Engine. Each instance is a container.
+"""Launcher port over a Docker Engine. Each instance is a Docker container.
 
-Invariant: Docker's own list, filtered by label, is the record of the instances. So a new launcher finds everything that
-a killed one left, and the removal by label also finds forgotten containers.
+Invariant: A new launcher finds every container of a killed launcher, and the removal by label also finds forgotten
+containers.
 
-Docker cannot store the deadline of a draining instance, so `<folder>/ending/<instance>.json` does. Invariant: each of
-these files is for one container, so a file of an older container is ignored. `<folder>/logs/<instance>.log` has the
-output of an ended instance.
+The deadline of a draining instance is in `<folder>/ending/<instance>.json`, because Docker cannot store it. Invariant:
+each deadline file is for one container, so the file of an older container is ignored. `<folder>/logs/<instance>.log`
+contains the output of an ended instance.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ log = logging.getLogger(__name__)
 
 
 class StopDeadlines:
-    """Deadlines of draining instances, with a file for each in `folder`."""
+    """Deadlines of draining instances, stored with one file for each instance in `folder`."""
 
     def __init__(self, folder: Path, clock: Clock) -> None:
         self._folder = folder
         self._clock = clock
 
     def note(self, instance: str, container: str, grace_s: float) -> None:
-        """Store that the instance must end within `grace_s`.
+        """Store the deadline of the instance, which is `grace_s` seconds from now.
 
-        If the disk is full, only the next launcher loses the deadline. This launcher continues, because an instance
-        that cannot be ended would be worse.
+        If the disk is full, the deadline is lost only when another launcher takes over. The current launcher continues
+        without the file, because an instance that cannot be ended would be worse.
         """
         note = {"container": container, "by_s": self._clock.now_s() + grace_s}
         try:
@@ -79,7 +79,7 @@ class StopDeadlines:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
-            # A power loss damaged the file, but only a deadline creates such a file.
+            # A power loss has damaged the deadline file, but the file proves that a deadline exists.
             return 0.0
 
     def forget(self, instance: str) -> None:
@@ -93,9 +93,10 @@ class StopDeadlines:
 _RETRY = "%s The launcher tries again at the next check."
 
 SETTLED_S = 1.0
-"""Seconds after the start until a container surely receives signals.
+"""Seconds after the start from which a container reliably receives signals.
 
-Docker may report a container as started shortly before its program runs. An earlier signal is lost.
+Docker may report a container as started shortly before its program runs. A container loses a signal that is sent before
+this time.
 """
 
 
@@ -106,31 +107,31 @@ class _Container:
     instance: str
     id: str = ""
     booted_s: float = 0.0
-    """Epoch seconds at which it is to start."""
+    """Epoch seconds at which the container is to start."""
     boot: asyncio.Task[None] | None = None
     is_waiting: bool = False
-    """Whether it is created, but not started or starting."""
+    """Whether the container is created, but not started or starting."""
     settled_s: float = 0.0
-    """The loop's time from which a signal surely reaches it."""
+    """The event loop's time from which the container reliably receives signals."""
     stop: str = "SIGTERM"
     sending_stop: asyncio.Task[None] | None = None
     is_stop_sent: bool = False
     due_s: float | None = None
-    """The loop's time at which it is killed."""
+    """The event loop's time at which the container is killed."""
     kill: asyncio.TimerHandle | None = None
     killing: asyncio.Task[None] | None = None
     ended: str | None = None
     ended_s: float = 0.0
-    """Monotonic time of its end."""
+    """Monotonic time at which the container ended."""
 
 
 class ContainerLauncher:
-    """The Launcher port over containers. Only one launcher may use a set of `labels` at a time.
+    """The Launcher port over Docker containers. Only one launcher may use a set of `labels` at a time.
 
     `labels` are set on every container and name its owner (`batchlab.grid=<grid>`). `template` returns the settings of
-    a pool's containers. A container gets the resources of its machine's type times `scale`. It is created at once and
-    started `boot_s` later, like the boot of a machine. `changed` is set when an instance ends, and its waiter clears
-    it. `signals` returns the announcements of the metadata service to an instance.
+    a pool's containers. A container gets the resources of its instance type times `scale`. A container is created at
+    once and started `boot_s` later, like the boot of a machine. `changed` is set when an instance ends, and the task
+    that waits for it clears it. `signals` returns the announcements of the metadata service to an instance.
     """
 
     def __init__(
@@ -186,9 +187,10 @@ class ContainerLauncher:
         self._boot(container)
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
-        """Ask the instance to stop, and kill it after `grace_s`.
+        """Ask the instance to stop, and kill it after `grace_s` seconds.
 
-        Raise BackendError if Docker cannot send the signal. Even then, the deadline holds.
+        Raise BackendError if Docker cannot send the stop signal. The deadline of the instance also holds if Docker
+        cannot send the signal.
         """
         await self._adopt_all()
         container = self._containers.get(instance)
@@ -196,7 +198,8 @@ class ContainerLauncher:
             return
         due_s = asyncio.get_running_loop().time() + grace_s
         if container.due_s is None or due_s < container.due_s:
-            # The deadline is stored first. If this process dies in between, the next launcher sends the signal.
+            # The deadline is stored before the signal is sent. If this process dies before it sends the signal, the
+            # next launcher sends the signal.
             self._deadlines.note(instance, container.id, grace_s)
             self._set_deadline(container, due_s)
         if container.is_waiting:
@@ -209,7 +212,10 @@ class ContainerLauncher:
         return {name: container.ended for name, container in self._containers.items()}
 
     async def close(self, *, kill: bool) -> None:
-        """Release all instances. With `kill`, end them at once and remove their containers."""
+        """Release the resources of all instances without ending them.
+
+        With `kill`, end all instances at once and remove their containers.
+        """
         self._is_closing = True
         for container in self._containers.values():
             for handle in (container.kill, container.boot, container.sending_stop, container.killing):
@@ -227,7 +233,7 @@ class ContainerLauncher:
     # --- For the metadata service ----------------------------------------------------------------
 
     async def metadata(self, address: str) -> Metadata | None:
-        """Return the instance that has this address now, with its announcements, or None.
+        """Return the instance that has this address now, with its announcements, or None without such an instance.
 
         Raise Unreachable while Docker does not answer.
         """
@@ -235,7 +241,8 @@ class ContainerLauncher:
         return metadata and replace(metadata, signals=self._signals(metadata.instance))
 
     async def _by_address(self) -> Mapping[str, Metadata]:
-        # An address may pass from one container to the next, so the result is valid only until Docker reports an event.
+        # An address may pass from one container to the next, so the cached result is valid only until Docker reports an
+        # event.
         await self._adopt_all()
         happened, cached = self._addresses
         if happened == self._events_seen and self._events is not None and self._events.is_open:
@@ -257,7 +264,7 @@ class ContainerLauncher:
         try:
             share = self._catalogue.share(kind, self._scale) if kind else None
         except UsageError as error:
-            # The type comes from an Auto Scaling group, so the fleet must see a failed launch.
+            # The instance type comes from an Auto Scaling group, so the fleet must see a launch that failed.
             raise BackendError(error.message, remedy=error.remedy) from error
         env = container_environment(template, pool, instance, machine, kind)
         tags = instance_labels(pool, instance, machine, kind, self._clock.now_s(), booted_s)
@@ -302,7 +309,7 @@ class ContainerLauncher:
         await self._run(container, partial(send_signal, container.id, name))
 
     async def _send_stop(self, container: _Container) -> None:
-        """Send the stop signal now, or as soon as the container can receive it."""
+        """Send the stop signal now, or as soon as the container can receive signals."""
         if container.is_stop_sent or container.sending_stop is not None:
             return
         wait_s = container.settled_s - asyncio.get_running_loop().time()
@@ -339,7 +346,7 @@ class ContainerLauncher:
             container.killing = None
 
     async def _remove(self, container: _Container) -> None:
-        """Remove the container, running or not, and save its output."""
+        """Save the output of the container and remove the container, running or not."""
         if container.ended is None:
             await self._signal(container, "SIGKILL")
             await self._save_end(container)
@@ -419,9 +426,9 @@ class ContainerLauncher:
         try:
             state = await self._run(container, partial(save_end, container.id, log_file))
         except NotFound:
-            return  # it was removed a moment ago, and the next check notices it
+            return  # The container was removed a moment ago, and the next check notices the removal.
         if state is None:
-            return  # it is still running, and the next check checks again
+            return  # The container is still running, and the next check inspects the container again.
         self._end(container, end_text(state, killed=self._is_late(container)))
         self._deadlines.forget(container.instance)
 
@@ -433,7 +440,7 @@ class ContainerLauncher:
                 del self._containers[name]
 
     def _on_event(self, loop: asyncio.AbstractEventLoop, event: Mapping[str, Any] | None) -> None:
-        # If the loop is closed already, no task waits for this event.
+        # If the event loop is closed, no task waits for Docker's events.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(self._handle_event, event)
 

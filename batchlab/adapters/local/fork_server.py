@@ -1,11 +1,11 @@
 """Client of a fork server, a process that has imported the program of an instance.
 
-Instances are forks of this process. Invariant: a fork does nothing until the process that requested it has recorded it.
-The fork exits if this confirmation never comes. If the server ends, its forks continue, and new instances start more
-slowly without it.
+Each instance is a fork of the fork server. Invariant: a fork does nothing until the process that requested it has
+recorded it. A fork exits if the confirmation of its record never comes. If the fork server ends, its forks continue,
+and new instances start more slowly.
 
-`batchlab.cli.fork_server_main` is the program of the server. Requests and answers are JSON messages over a pair of
-sockets. Answers come in the order of the requests.
+`batchlab.cli.fork_server_main` is the program of the server. Requests to the fork server and its answers are JSON
+messages over a pair of sockets. The server answers requests in their order.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ from typing import Any, BinaryIO
 from batchlab.core.atomic_write import private
 
 MAX_BYTES = 1 << 16
-"""Maximum size of a message in bytes."""
+"""Maximum size of a request or an answer in bytes."""
 ANSWER_S = 30.0
-"""Timeout of a request in seconds. The server answers in milliseconds once its imports are done."""
+"""Timeout of a request to the fork server in seconds.
+
+The fork server answers in milliseconds once its imports are done.
+"""
 
 
 class ForkServerEndedError(OSError):
@@ -46,16 +49,16 @@ class PendingFork:
         self.close()
 
     def close(self) -> None:
-        """Make the fork exit unless it has begun. The call may be repeated."""
+        """Make the fork exit unless `begin` was called. `close` may be called more than once."""
         if self._pipe >= 0:
             os.close(self._pipe)
             self._pipe = -1
 
 
 class ForkServer:
-    """A fork server, started with `argv` and the number of its descriptor as the last argument.
+    """A fork server, started with `argv` and the number of its socket's descriptor as the last argument.
 
-    It writes its output to the file `log`. A fork behaves like `program` with further arguments.
+    The fork server writes its output to the file `log`. A fork behaves like `program` with further arguments.
     """
 
     def __init__(self, argv: Sequence[str], program: Sequence[str], log: Path) -> None:
@@ -69,8 +72,8 @@ class ForkServer:
     async def fork(self, argv: Sequence[str], env: Mapping[str, str], output: BinaryIO) -> PendingFork:
         """Return a fork that will behave like the process `argv`, in a new session.
 
-        Its environment is the server's with `env`. It writes to `output`. Raise ForkServerEndedError if the server has
-        ended, and OSError if no further process can be created.
+        The environment of the fork is that of the server, with the variables of `env`. The fork writes to `output`.
+        Raise ForkServerEndedError if the server has ended, and OSError if it cannot create another process.
         """
         read_end, write_end = os.pipe()
         try:
@@ -80,13 +83,13 @@ class ForkServer:
                 raise OSError(error)
             return PendingFork(answer["pid"], write_end)
         except BaseException:
-            os.close(write_end)  # a fork that exists nevertheless exits
+            os.close(write_end)  # A fork that exists in spite of the error exits, because its pipe is closed.
             raise
         finally:
             os.close(read_end)
 
     async def exit_code(self, pid: int) -> int | None:
-        """Return the exit code of a fork that has ended, as subprocess does, and release its pid.
+        """Return the exit code of an ended fork in the form of `subprocess`, and release its pid.
 
         Return None if the server that was the parent of the fork has ended.
         """
@@ -99,13 +102,13 @@ class ForkServer:
         return code
 
     def close(self) -> None:
-        """Kill the server. Its forks continue."""
+        """Kill the fork server. The forks of a killed server continue."""
         if self._socket is not None:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
             self._socket = None
         if self._process is not None:
-            self._process.kill()  # the server holds no state that could be lost
+            self._process.kill()  # The fork server holds no state that could be lost.
             self._process.wait()
             self._process = None
         while self._requests:

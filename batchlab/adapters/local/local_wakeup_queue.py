@@ -1,16 +1,17 @@
-"""Queue on one machine whose senders wake its receivers, over the queue of an emulator.
+"""Queue over an emulator's queue on one machine, whose senders wake its receivers.
 
-A waiting receiver creates a FIFO, and a sender in another process writes to it. Invariants: messages go only through
+A waiting receiver creates a FIFO, and a sender in another process writes to it. Invariants: every message goes through
 the emulator. A wakeup only makes a receiver poll the emulator. A receiver that misses a wakeup finds the message at its
-next regular poll. Only one sender can unlink the name of a FIFO, and it must then wake this receiver. So no wakeup goes
-to a receiver that is already awake or has left.
+next regular poll. Only one sender can unlink the name of a FIFO, and this sender must then wake the FIFO's receiver. A
+receiver that is awake or has left has no FIFO name, so no wakeup goes to it.
 
-This avoids an emulator's long polls. They check for messages only every 100 ms, so a message would take that long. A
-long poll that is open when its process is killed hides the next message for a visibility timeout.
+Wakeups replace the emulator's long polls. An emulator's long polls check for messages only every 100 ms, so a message
+may wait for 100 ms. A long poll that is open when its process is killed hides the next message for a visibility
+timeout.
 
 `IdleTime` measures how long a queue has been idle. Receivers poll an idle queue less often. Invariant: an occasional
-message does not end the idle time. The workers of an idle grid send one heartbeat a minute. Without this rule, each
-heartbeat would make the manager poll as often as during a job.
+message does not end the idle time of a queue. The workers of an idle grid send one heartbeat a minute. If one message
+ended the idle time, each heartbeat would make the manager poll as often as during a job.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ ALL_RECEIVERS = 1_000_000
 
 
 class WakeupFifo:
-    """FIFO of one waiting receiver, for one wakeup.
+    """FIFO with which a sender wakes one waiting receiver once.
 
-    It is a FIFO because a socket's path is limited to 107 bytes, and inotify wakes all receivers.
+    A FIFO is used because a socket's path is limited to 107 bytes, and inotify wakes all receivers.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,12 +45,13 @@ class WakeupFifo:
         # The FIFO gets its name after it is open, because senders remove a FIFO without a reader.
         hidden = folder / f".{name}"
         os.mkfifo(hidden)
-        # It is also opened for writing. Otherwise it would be at its end of file, and wake the loop forever.
+        # The receiver opens the FIFO also for writing. Without a writer, the FIFO would be at its end of file and wake
+        # the event loop forever.
         self._fd = os.open(hidden, os.O_RDWR | os.O_NONBLOCK)
         hidden.rename(self._path)
 
     async def wait(self, timeout_s: float) -> bool:
-        """Wait for a wakeup. Return True if it came, False after the timeout."""
+        """Wait for a wakeup. Return True after a wakeup, False after the timeout."""
         loop = asyncio.get_running_loop()
         woken: asyncio.Future[bool] = loop.create_future()
         loop.add_reader(self._fd, _set_result, woken, True)
@@ -61,7 +63,7 @@ class WakeupFifo:
             loop.remove_reader(self._fd)
 
     def close(self) -> bool:
-        """Remove the FIFO. Return True if a sender has sent a wakeup or is about to."""
+        """Remove the FIFO. Return True if a sender has sent a wakeup or is about to send one."""
         try:
             self._path.unlink()
         except FileNotFoundError:
@@ -79,22 +81,24 @@ def _set_result(woken: asyncio.Future[bool], is_woken: bool) -> None:
 async def wait_for_messages(
     folder: Path, poll: Callable[[], Awaitable[tuple[Sequence[Message], float]]], ends_s: float
 ) -> Sequence[Message]:
-    """Return the first messages that `poll` finds, or the result of a last poll at the loop's time `ends_s`.
+    """Return the first messages that `poll` finds, or the result of a last poll at the event loop's time `ends_s`.
 
-    `poll` also returns the seconds until the next poll. A wakeup makes this poll happen sooner.
+    `poll` also returns the seconds until the next poll. A wakeup makes the next poll happen sooner.
     """
     clock = asyncio.get_running_loop().time
     woken = False
     while True:
         if woken:
-            # This poll precedes the next FIFO, because the wakeup usually means that a message has arrived.
+            # A woken receiver polls before it creates the next FIFO, because a wakeup usually means that a message has
+            # arrived.
             messages, _ = await poll()
             if messages:
                 return messages
         fifo, woken = WakeupFifo(folder), False
         try:
             while not woken:
-                # This poll follows the creation of the FIFO. Otherwise a send in between would be missed.
+                # The receiver polls after it has created the FIFO. If the receiver polled before the creation of its
+                # FIFO, it would miss a send between the poll and the creation.
                 messages, next_s = await poll()
                 left_s = ends_s - clock()
                 if messages or left_s <= 0:
@@ -102,7 +106,7 @@ async def wait_for_messages(
                 woken = await fifo.wait(min(left_s, next_s))
         finally:
             if fifo.close() and not woken:
-                # The wakeup arrived while this receiver was leaving, so another receiver gets it.
+                # The wakeup arrived while this receiver was leaving, so another receiver is woken.
                 wake(folder, 1)
 
 
@@ -138,7 +142,8 @@ def _wake_one(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except BrokenPipeError:
-        # The receiver left after its FIFO was unlinked. The receiver notices this and wakes another one.
+        # The receiver left after a sender had unlinked its FIFO. The receiver that left notices the missing name and
+        # wakes another receiver.
         return True
     finally:
         os.close(fd)
@@ -146,11 +151,11 @@ def _wake_one(path: Path) -> bool:
 
 
 MAX_IDLE_S = 60.0
-"""Maximum idle time in seconds that counts when a message arrives."""
+"""Maximum idle time in seconds from which `halve` starts."""
 
 
 class IdleTime:
-    """Idle time of one queue since `now_s`. Times are the event loop's, in seconds."""
+    """Idle time of one queue, which starts at `now_s`. Times are in seconds of the event loop's clock."""
 
     def __init__(self, now_s: float) -> None:
         self._since_s = now_s
@@ -161,7 +166,7 @@ class IdleTime:
     def halve(self, now_s: float) -> None:
         """Halve the idle time, because a receive found messages.
 
-        Several receives in a row, as during a job, leave almost nothing.
+        Several receives in a row, as during a job, reduce the idle time to almost zero.
         """
         self._since_s = now_s - min(self.idle_s(now_s), MAX_IDLE_S) / 2
 
@@ -171,14 +176,13 @@ MAX_POLL_S = 60.0
 POLL_SHARE = 0.5
 """Share of the idle time after which a receiver polls again, between `POLL_S` and `MAX_POLL_S`.
 
-These polls find messages without a wakeup: the visibility timeout has ended, or the sender of a delayed message has
-died.
+Polls find messages without a wakeup, after a visibility timeout or after the death of a delayed message's sender.
 """
 
 LINGER_S = 0.02
 """Time in seconds for which a receiver's FIFO stays in place after a receive.
 
-If the receiver does not return in this time, the FIFO is removed, and its wakeup goes to another receiver.
+If the receiver does not return in `LINGER_S` seconds, its FIFO is removed, and a wakeup goes to another receiver.
 """
 
 
@@ -186,17 +190,20 @@ class QueueService(Queue, Protocol):
     """A queue service with a `close` method."""
 
     async def close(self) -> None:
-        """Close the service. No other call may follow."""
+        """Close the service, after which no method may be called."""
 
 
 class LocalWakeupQueue:
-    """Queue port over `queue`, with FIFOs in `folder`. All users of the queue share this folder."""
+    """Queue port over the queue service `queue`, with FIFOs in `folder`.
+
+    All users of the queue share the folder of FIFOs.
+    """
 
     def __init__(self, queue: QueueService, folder: Path) -> None:
         self._queue = queue
         self._folder = folder
         self._receivers: dict[str, _Receiver] = {}
-        """Receivers that are expected to return soon."""
+        """Receivers that are expected to wait again soon, by the name of the queue."""
         self._idle_times: dict[str, IdleTime] = {}
 
     async def close(self) -> None:
@@ -226,7 +233,7 @@ class LocalWakeupQueue:
             except Throttled:
                 if not wait_s:
                     raise
-                return ()  # too many messages are in flight, so the receiver continues to wait
+                return ()  # Too many messages are in flight, so the receiver continues to wait.
 
         if not wait_s:
             return await poll()
@@ -246,7 +253,7 @@ class LocalWakeupQueue:
         if messages:
             idle_time.halve(clock())
         if len(messages) == max_messages:
-            receiver.has_all = False  # there may be more messages
+            receiver.has_all = False  # The queue may contain more messages.
         if queue not in self._receivers:
             self._receivers[queue] = receiver
             receiver.timer = asyncio.get_running_loop().call_later(LINGER_S, self._forget, queue, receiver)
@@ -280,10 +287,10 @@ class LocalWakeupQueue:
 
 
 class _Receiver:
-    """FIFO of a receiver, which stays open from one receive to the next.
+    """Receiver with a FIFO that stays open from one receive to the next.
 
-    A receiver needs no poll if it was not woken since its last poll. This saves requests, which cost far more than
-    FIFOs.
+    A receiver does not need a poll if it was not woken since its last poll. An open FIFO saves requests, which cost far
+    more than FIFOs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -291,14 +298,14 @@ class _Receiver:
         self._fifo = WakeupFifo(folder)
         self._polled_s = 0.0
         self.timer: asyncio.TimerHandle | None = None
-        """Timer that closes the receiver unless it returns."""
+        """Timer that closes the receiver unless it waits again."""
         self.has_all = False
         """Whether a poll after the creation of the FIFO found all messages."""
 
     async def wait_for_messages(
         self, poll: Callable[[], Awaitable[Sequence[Message]]], next_s: Callable[[], float], ends_s: float
     ) -> Sequence[Message]:
-        """Return the first messages that `poll` finds until the loop's time `ends_s`.
+        """Return the first messages that `poll` finds until the event loop's time `ends_s`.
 
         `next_s` returns the seconds from one poll to the next.
         """

@@ -1,8 +1,8 @@
 """MiniStack, an emulator of S3 and SQS, as a child process with its own Python environment.
 
-Invariant: it gets none of the user's AWS_* variables, and no process of it is left behind. Its owner stops it. Without
-an owner, it exits within `ORPHAN_S` (see `ministack_guard`). A folder has one owner, and the next owner takes over the
-running emulator of the previous one. The folder contains:
+Invariant: MiniStack gets none of the user's AWS_* variables, and leaves no process behind. The owner of the emulator
+stops it. Without an owner, the emulator exits within `ORPHAN_S` seconds (see `ministack_guard`). An emulator's folder
+has one owner, and the next owner takes over the running emulator of the previous one. The folder contains:
 
     s3/             objects, each written before it is acknowledged
     state/          queues, written when the emulator stops
@@ -13,8 +13,9 @@ running emulator of the previous one. The folder contains:
     tmp/            temporary files
 
 Each user has one Python environment with MiniStack for all grids. Invariants: MiniStack never uses the user's own
-environment, because it pins an exact version of botocore. The environment counts only when its marker file exists, so
-an incomplete one is never used. A lock keeps two processes from creating it at the same time.
+Python environment, because MiniStack pins an exact version of botocore. The Python environment counts only when its
+marker file exists, so an incomplete environment is never used. A lock prevents two processes from creating the
+environment at the same time.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ log = logging.getLogger(__name__)
 
 VERSION = "1.5.33"
 VARIABLE = "BATCHLAB_MINISTACK"
-"""Environment variable that names an installation by its `ministack` program or its Python."""
+"""Environment variable that names an installation of MiniStack by its `ministack` program or its Python."""
 
 _MARKER = "batchlab-complete"
 
@@ -59,12 +60,12 @@ _MARKER = "batchlab-complete"
 def find() -> Path | None:
     """Return the Python that has MiniStack, or None without an installation.
 
-    BATCHLAB_MINISTACK names an installation. Without it, the one made by `install` is used. Raise UsageError if the
-    variable is wrong.
+    BATCHLAB_MINISTACK names an installation of MiniStack. Without BATCHLAB_MINISTACK, the installation made by
+    `install` is used. Raise UsageError if BATCHLAB_MINISTACK does not name an installation.
     """
     if named := os.environ.get(VARIABLE):
         program = Path(named).expanduser()
-        # The Python of a virtual environment is a link and works only under its own name.
+        # The Python of a virtual environment is a symbolic link and works only under its own name.
         is_python = program.name.startswith("python")
         python = program if is_python else program.resolve().with_name("python")
         if not (program.is_file() and os.access(python, os.X_OK)):
@@ -75,12 +76,15 @@ def find() -> Path | None:
             )
         return python
     python = environment() / "bin" / "python"
-    # The interpreter that created the environment may have been removed.
+    # The interpreter that created the virtual environment may have been removed.
     return python if (environment() / _MARKER).exists() and python.exists() else None
 
 
 def provide(say: Callable[[str], None]) -> None:
-    """Install MiniStack if necessary. Raise UsageError if the named environment does not contain it."""
+    """Install MiniStack if it is not installed.
+
+    Raise UsageError if the environment that the user named does not contain MiniStack.
+    """
     python = install(say)
     if installed_version(python) is None:
         raise UsageError(
@@ -91,24 +95,24 @@ def provide(say: Callable[[str], None]) -> None:
 
 
 def environment() -> Path:
-    """Return the folder of the environment that `install` creates, in the user's cache."""
+    """Return the folder of MiniStack's environment, which `install` creates in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    # The name differs from that of release 0.1.0, which did not check the hashes of packages.
+    # The name of the folder differs from that of release 0.1.0, which did not check the hashes of packages.
     return Path(cache) / "batchlab" / f"ministack-{VERSION}-locked"
 
 
 def requirements() -> Path:
     """Return the file with the requirements of MiniStack and of its server.
 
-    It pins each package to one version, with the hashes of its files.
+    The requirements pin each package to one version, with the hashes of its files.
     """
     return installation.folder("backends") / "ministack" / "requirements.txt"
 
 
 def install(say: Callable[[str], None]) -> Path:
-    """Return the Python that has MiniStack. Create the environment if there is none.
+    """Return the Python that has MiniStack. Create MiniStack's environment if it does not exist.
 
-    `say` receives a progress message. Raise BackendError if the installation fails.
+    `say` receives a message about the progress of the installation. Raise BackendError if the installation fails.
     """
     if path := find():
         return path
@@ -117,12 +121,12 @@ def install(say: Callable[[str], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f"{folder.name}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if path := find():  # another process created it while this one waited for the lock
+            if path := find():  # Another process created the environment while this process waited for the lock.
                 return path
             say(f"Installing MiniStack {VERSION} in {folder}. The next start will use it again.")
-            shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
+            shutil.rmtree(folder, ignore_errors=True)  # A killed process may have left an incomplete folder.
             _make(folder)
-            # It is a marker and not a rename, because the scripts of an environment contain its path.
+            # A marker file is used instead of a rename, because the scripts of an environment contain its path.
             (folder / _MARKER).touch()
     except OSError as error:
         raise BackendError(
@@ -156,14 +160,14 @@ def pip_reason(output: str) -> str:
     """Return the reason of pip's failure from its output, without a full stop."""
     if "DO NOT MATCH THE HASHES" in output:
         return "the package index has a file whose hash differs from the one on record"
-    # Without a network, pip's last message is that the package does not exist.
+    # Without a network, pip's last message wrongly reports that the package does not exist.
     if "connection broken" in output:
         return "the package index cannot be reached"
     return " ".join(output.splitlines()[-1:]).removeprefix("ERROR: ").rstrip(".")
 
 
 def installed_version(python: Path) -> str | None:
-    """Return the version of MiniStack in that Python.
+    """Return the version of MiniStack in the environment of that Python.
 
     Return None if MiniStack or a package that serves it is missing.
     """
@@ -179,33 +183,33 @@ START_S = 30.0
 STOP_S = 10.0
 
 _HOST = "127.0.0.1"
-# These ports are below the range that the kernel uses for outgoing connections. Otherwise a client that connects to a
-# stopped emulator could get this port itself and connect to itself.
+# The emulator's ports are below the range that the kernel uses for outgoing connections. Without this rule, a client of
+# a stopped emulator could get the emulator's port itself, and connect to itself.
 _PORTS = range(20_000, 32_000)
 _PORTS_TRIED = 50
 _PROBE_S = 0.2
-"""Maximum time in seconds for which a process holds the lock only to test it."""
+"""Maximum time in seconds for which a process holds the owner lock only to test it."""
 _MAX_RETRY_S = 5.0
 """Maximum wait in seconds between two attempts to start the emulator."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """Identity and port of the running process (see `processes`)."""
+    """Identity and port of the running emulator process (see `processes`)."""
 
     port: int
     pid: int
     start_ticks: int
     boot: str
     checks_signatures: bool = False
-    """False for an emulator that release 0.1.0 started. It does not check signatures."""
+    """False for an emulator that release 0.1.0 started and that does not check signatures."""
 
 
 class Emulator:
-    """MiniStack over `folder`, listening on 127.0.0.1. A `with` statement starts and stops it.
+    """MiniStack over `folder`, listening on 127.0.0.1. A `with` statement starts and stops the emulator.
 
-    With `port` 0 it uses the previous port, or else any free port. It exits `orphan_s` seconds after the death of its
-    owner.
+    With `port` 0, the emulator uses its previous port, or else any free port. The emulator exits `orphan_s` seconds
+    after the death of its owner.
     """
 
     def __init__(self, python: Path, folder: Path, *, port: int = 0, orphan_s: float = ORPHAN_S) -> None:
@@ -215,8 +219,8 @@ class Emulator:
         self._port = port
         self._orphan_s = orphan_s
         self._owner_lock: IO[str] | None = None
-        # This process and the emulator share the listener. During a restart, clients wait instead of being refused, and
-        # no other program gets the port.
+        # This process and the emulator share the listening socket. During a restart of the emulator, clients wait
+        # instead of being refused, and no other program gets the port.
         self._listener: socket.socket | None = None
         self._record: _Record | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -230,7 +234,7 @@ class Emulator:
 
     @property
     def endpoint(self) -> Endpoint:
-        """Return the started emulator with its keys."""
+        """Return the endpoint of the started emulator with its keys."""
         keys = state_files.provide_keys(self.folder / state_files.KEYS_FILE)
         return Endpoint(self.url, access_key=keys.access_key, secret_key=keys.secret_key)
 
@@ -252,9 +256,10 @@ class Emulator:
         self.stop()
 
     def start(self) -> None:
-        """Take over the running emulator of the folder or start one, and wait until it answers.
+        """Take over the running emulator of the folder or start one, and wait until the emulator answers.
 
-        Raise Refused if it has another owner. Raise Unreachable, with the last line of its log, if it does not start.
+        Raise Refused if the emulator has another owner. Raise Unreachable, with the last line of the emulator's log, if
+        the emulator does not start.
         """
         self._own()
         if self.is_running() or (self._take_over() and self._checks_signatures and self._answers()):
@@ -271,15 +276,18 @@ class Emulator:
         return self._record is not None and self._record.checks_signatures
 
     def is_running(self) -> bool:
-        """Return whether the process that was started or taken over is running."""
+        """Return whether the emulator that was started or taken over is running."""
         return self._pidfd >= 0 and not _readable([self._pidfd], 0)
 
     def kill(self) -> None:
-        """Kill it with SIGKILL, as a fault does, and wait for its end. `start` starts another."""
+        """Kill the emulator with SIGKILL, as a fault does, and wait for its end.
+
+        After a kill, `start` starts another emulator.
+        """
         self._signal(signal.SIGKILL, STOP_S)
 
     def stop(self) -> None:
-        """Stop the emulator so that it saves its queues. Kill it if this takes too long."""
+        """Stop the emulator so that it saves its queues. Kill the emulator if the regular stop takes too long."""
         self._end()
         if self._listener:
             self._listener.close()
@@ -289,20 +297,26 @@ class Emulator:
             self._owner_lock = None
 
     async def supervise(self, restarted: Callable[[], None]) -> None:
-        """Restart the emulator whenever it ends. Call `restarted` after each start. This method never returns."""
+        """Restart the emulator whenever it ends.
+
+        Call `restarted` after each start of the emulator. `supervise` never returns.
+        """
         while True:
             begun_s = time.monotonic()
             await self._wait_for_end()
             log.warning("the emulator (pid %d) has ended. It will be started again.", self.pid)
             wait_s = 0.1
             if time.monotonic() - begun_s < _MAX_RETRY_S:
-                await asyncio.sleep(wait_s)  # on a full disk, the emulator ends at every write
+                await asyncio.sleep(wait_s)  # On a full disk, the emulator ends at every write.
             while not await self._in_thread(partial(self._restart, restarted)):
                 await asyncio.sleep(wait_s)
                 wait_s = doubled_s(wait_s, _MAX_RETRY_S)
 
     async def _in_thread(self, call: Callable[[], bool]) -> bool:
-        """Return the result of `call`. A canceled task also waits for it, so `stop` cannot run meanwhile."""
+        """Return the result of `call`, which runs in a thread.
+
+        A canceled task also waits for the call, so `stop` cannot run meanwhile.
+        """
         calling = asyncio.create_task(asyncio.to_thread(call))
         try:
             return await asyncio.shield(calling)
@@ -340,7 +354,7 @@ class Emulator:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
-                # An emulator that tests whether it has an owner holds the lock for a moment.
+                # An emulator that tests whether it has an owner holds the lock briefly.
                 if time.monotonic() > give_up_s:
                     file.close()
                     raise Refused(f"Another process already owns the emulator in {self.folder}.") from error
@@ -349,7 +363,7 @@ class Emulator:
         state_files.provide_keys(self.folder / state_files.KEYS_FILE)
 
     def _take_over(self) -> bool:
-        """Hold the process in the record. Return False if it is not running."""
+        """Take over the process in the record of the emulator. Return False if the recorded process is not running."""
         record = self._read_record()
         pidfd = open_pidfd(record.pid, record.start_ticks, record.boot) if record else None
         if pidfd is None:
@@ -383,7 +397,7 @@ class Emulator:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                # The owner handles Ctrl-C in the terminal.
+                # The owner of the emulator receives Ctrl-C in the terminal.
                 start_new_session=True,
             )
         pid = self._child.pid
@@ -392,7 +406,10 @@ class Emulator:
         write_whole(self.folder / "emulator.json", json.dumps(asdict(self._record)))
 
     def _environment(self, port: int) -> dict[str, str]:
-        """Return the complete environment. Inherited AWS_* variables would affect the emulator."""
+        """Return the complete environment variables of the emulator.
+
+        The emulator does not inherit AWS_* variables, because they would affect it.
+        """
         inherited = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         return inherited | {
             "HOME": str(self.folder),
@@ -413,7 +430,7 @@ class Emulator:
             try:
                 return socket.create_server((_HOST, port), backlog=256)
             except OSError:
-                continue  # the port is in use
+                continue  # The port is in use.
         raise Unreachable(
             f"All ports that the emulator may use on {_HOST} are in use.", remedy="Stop other programs that use them."
         )
@@ -421,15 +438,15 @@ class Emulator:
     def _ports(self) -> Iterable[int]:
         port = self._record.port if self._record else self._port
         if port:
-            return [port]  # its clients know this port
+            return [port]  # Clients of the emulator know its previous port.
         previous = self._read_record()
-        # A folder always tries the same ports first, and another folder most likely tries others.
+        # A folder always tries the same ports first, and another folder most likely tries different ports.
         first = zlib.crc32(bytes(self.folder))
         others = [_PORTS[(first + i) % len(_PORTS)] for i in range(_PORTS_TRIED)]
         return [previous.port, *others] if previous else others
 
     def _answers(self) -> bool:
-        """Wait until the emulator answers. Return False if it died or takes too long."""
+        """Wait until the emulator answers a request. Return False if the emulator died or takes too long."""
         assert self._record is not None
         try:
             with socket.create_connection((_HOST, self._record.port), timeout=START_S) as client:
@@ -440,10 +457,10 @@ class Emulator:
             return False
 
     def _signal(self, number: signal.Signals, within_s: float) -> bool:
-        """Send a signal. Return whether the emulator ended within that time."""
+        """Send a signal to the emulator. Return whether the emulator ended within `within_s` seconds."""
         if self._pidfd < 0:
             return True
-        with suppress(ProcessLookupError):  # it ended by itself
+        with suppress(ProcessLookupError):  # The emulator has already ended.
             signal.pidfd_send_signal(self._pidfd, number)
         return bool(_readable([self._pidfd], within_s))
 
@@ -463,7 +480,10 @@ class Emulator:
 
 
 def _readable(descriptors: Iterable[int], within_s: float) -> list[int]:
-    """Return the descriptors that become readable. `select` does not support numbers above 1023."""
+    """Return the descriptors that become readable within `within_s` seconds.
+
+    `poll` is used because `select` does not support descriptors above 1023.
+    """
     poll = select.poll()
     for descriptor in descriptors:
         poll.register(descriptor, select.POLLIN)

@@ -1,13 +1,13 @@
 """Server program of MiniStack, which runs in MiniStack's own Python environment.
 
-It exits when its owner is missing, and before it acknowledges an object that it could not write.
+The guard exits when its owner is missing, and before it acknowledges an object that it could not write.
 
 The guard passes on a request only if the request is signed with the grid's own keys (Signature Version 4). MiniStack
-itself accepts a request of any user of the machine and of any web page.
+itself accepts requests of any user of the machine and of any web page.
 
-Invariant: this file imports nothing of batchlab, because another Python runs it, which has only MiniStack, uvicorn, and
-httptools. The owner holds a lock on a file, and the kernel releases it however the owner dies. PR_SET_PDEATHSIG is not
-used: a killed owner is replaced within seconds, and the new owner takes over the running emulator.
+Invariant: this file does not import batchlab, because its Python has only MiniStack, uvicorn, and httptools. The
+guard's owner holds a lock on a file, and the kernel releases the lock however the owner dies. The kernel's
+PR_SET_PDEATHSIG is not used, because the next owner of the folder takes over the running emulator.
 
     python -I ministack_guard.py LISTENING_FD LOCK_FILE ORPHAN_S KEYS_FILE
 """
@@ -43,7 +43,7 @@ MAX_SKEW_S = 900.0
 MAX_UNHASHED_BYTES = 4 * 1024 * 1024
 """Maximum size in bytes of a body without a hash among its headers.
 
-Only SQS, SNS, and STS send such bodies, and their largest request has 1 MiB.
+Only SQS, SNS, and STS receive bodies without a hash, and their largest request has 1 MiB.
 """
 
 Event = MutableMapping[str, Any]
@@ -64,26 +64,26 @@ def main(listening: str, lock: str, orphan_s: float, keys: str) -> None:
     """Serve requests until SIGTERM."""
     threading.Thread(target=_end_when_orphaned, args=(lock, orphan_s), daemon=True).start()
     logging.getLogger("s3").addHandler(_ExitOnWriteError(logging.WARNING))
-    # The owner also holds the listener, so clients of a killed emulator wait for the next one.
+    # The owner also holds the listening socket, so clients of a killed emulator wait for the next emulator.
     listener = socket.socket(fileno=int(listening))
     pair = json.loads(Path(keys).read_text())
-    # MiniStack itself verifies the signature of a presigned URL with these keys.
+    # MiniStack itself verifies the signature of a presigned URL with the grid's keys.
     os.environ["AWS_ACCESS_KEY_ID"] = pair["access_key"]
     os.environ["AWS_SECRET_ACCESS_KEY"] = pair["secret_key"]
-    # MiniStack's own server, Hypercorn, is written in Python and takes over half of a call's CPU time.
+    # uvicorn serves MiniStack, because MiniStack's own server, Hypercorn, takes over half of a call's CPU time.
     config = uvicorn.Config(
         Signed(importlib.import_module("ministack.app").app, **pair),
         loop="asyncio",
         http="httptools",
         ws="none",
-        lifespan="on",  # MiniStack saves its queues at the end of the lifespan
+        lifespan="on",  # MiniStack saves its queues at the end of the lifespan.
         log_level="warning",
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        date_header=False,  # MiniStack sets its own
+        date_header=False,  # MiniStack sets its own Date header.
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=1,  # otherwise long polls would delay the end
+        timeout_graceful_shutdown=1,  # A longer timeout would let open long polls delay the end.
     )
     uvicorn.Server(config).run(sockets=[listener])
 
@@ -98,7 +98,7 @@ class Refusal(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Signature:
-    """Parts of a request's signature. It is valid for `expires_s` seconds after `stamp`."""
+    """Parts of a request's signature. The signature is valid for `expires_s` seconds after `stamp`."""
 
     key: str
     date: str
@@ -112,10 +112,10 @@ class _Signature:
 
 
 class Signed:
-    """ASGI application that passes on only requests signed with this pair of keys.
+    """ASGI application that passes on only requests signed with the grid's pair of keys.
 
-    A web page cannot sign a request. A request with an Origin or another machine's Host comes from a page, so it is
-    refused even if it is signed. No answer has a CORS header.
+    A web page cannot sign a request. A request with an Origin or another machine's Host comes from a web page, so it is
+    refused even if it is signed. No answer of the guard has a CORS header.
     """
 
     def __init__(self, app: App, access_key: str, secret_key: str) -> None:
@@ -152,7 +152,7 @@ class Signed:
         await self._app(scope, receive, send_without_cors)
 
     async def _checked(self, scope: Event, headers: Mapping[bytes, bytes], receive: Receive) -> Receive:
-        """Return a source of the request's body. Raise Refusal unless the request is signed."""
+        """Return a function that receives the request's body. Raise Refusal unless the request is signed."""
         asked_query = scope["query_string"].decode("latin-1")
         query = parse_qsl(asked_query, keep_blank_values=True) if asked_query else []
         signature = _signature(headers, dict(query))
@@ -164,7 +164,7 @@ class Signed:
         if payload:
             self._check(scope, headers, query, signature, payload)
         if payload and not _SHA256.fullmatch(payload):
-            return receive  # without a hash, the signature covers only the headers
+            return receive  # Without a hash, the signature covers only the headers of the request.
         body, digest = await _body(receive, limit=None if payload else MAX_UNHASHED_BYTES)
         if not payload:
             self._check(scope, headers, query, signature, digest)
@@ -245,7 +245,7 @@ def _check_time(signature: _Signature) -> None:
         raise Refusal("RequestTimeTooSkewed", "The request's signature has expired.")
 
 
-@lru_cache(maxsize=64)  # a busy grid sends many requests each second
+@lru_cache(maxsize=64)  # Parsed times are cached, because a busy grid sends many requests each second.
 def _epoch_s(stamp: str) -> float:
     try:
         return datetime.strptime(stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
@@ -254,7 +254,10 @@ def _epoch_s(stamp: str) -> float:
 
 
 def _path(raw: bytes, service: str) -> str:
-    """Return the path as it is signed. S3's clients encode it once, and other clients twice."""
+    """Return the path in the form that the signature covers.
+
+    S3's clients encode the path once, and clients of other services encode the path twice.
+    """
     if _PLAIN.fullmatch(raw):
         return raw.decode()
     return quote(unquote_to_bytes(raw) if service == "s3" else raw, safe="/-_.~")
@@ -291,7 +294,7 @@ async def _refuse(send: Send, headers: Mapping[bytes, bytes], refusal: Refusal) 
         kind = b"application/x-amz-json-1.0"
     else:
         body = f"<Error><Code>{refusal.code}</Code><Message>{refusal}</Message></Error>"
-        # SNS and STS put their errors into another element.
+        # SNS and STS put their errors into the element ErrorResponse.
         body = f"<ErrorResponse>{body}</ErrorResponse>" if b"form" in kind else body
         kind = b"application/xml"
     fields = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
@@ -302,8 +305,8 @@ async def _refuse(send: Send, headers: Mapping[bytes, bytes], refusal: Refusal) 
 class _ExitOnWriteError(logging.Handler):
     """Log handler that ends the process when MiniStack's S3 fails to write to disk.
 
-    MiniStack then logs a warning and reports success, so the object would be lost at its end, or read as empty. A
-    process that exits here sends no answer, and the client retries at the next emulator.
+    After a write error, MiniStack logs a warning and reports success, so the object would be lost or read as empty.
+    After its exit, the process sends no answer, and the client retries at the next emulator.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -324,7 +327,7 @@ def _is_held(lock: str) -> bool:
     try:
         descriptor = os.open(lock, os.O_RDONLY)
     except FileNotFoundError:
-        return False  # the folder was removed, so no data is left to serve
+        return False  # The folder of the emulator was removed, so no data is left to serve.
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,9 +1,9 @@
 """Objects port over a folder of files, with atomic writes and listings in key order.
 
 Invariants: a key has one complete object or none, also after a process died during a write. Only one of several
-conditional creates succeeds. A conditional create replaces a damaged file, and an empty document counts as absent. A
-durable write flushes the content and the parent folders to disk before the name of the object appears. It flushes the
-name before the call returns, so an object that a job needs is on disk when its put returns.
+concurrent conditional creates succeeds. A conditional create replaces a damaged file, and an empty document counts as
+absent. A durable write flushes the content and the parent folders to disk before the name of the object appears. The
+name of the object is flushed before the call returns, so a completed put of an object for a job is on disk.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from batchlab.core.atomic_write import NEVER_EMPTY, STAGED, VOLATILE, Sync, make
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Unreachable
 from batchlab.core.ports import ObjectInfo
 
-# shutil copies with buffers of this size. The kernel's copy (sendfile) moves 64 KiB at a time and takes several times
-# as long.
+# shutil copies with buffers of 256 KiB. The kernel's copy (sendfile) moves 64 KiB at a time and takes several times as
+# long as shutil.
 _COPY_BYTES = 256 * 1024
 
 _DIGEST = re.compile(r"^(?:code|grid/templates)/([0-9a-f]{64})\.")
@@ -47,10 +47,10 @@ _downloads = count()
 
 
 def download_whole(path: Path, write: Callable[[Path], object]) -> int:
-    """Let `write` fill a staged file, rename it to `path`, and return its size in bytes."""
+    """Let `write` fill a staged file, rename the staged file to `path`, and return its size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Another process, or a call whose caller was canceled, may download to the same path. Each download has its own
-    # staged file, and the last rename wins.
+    # Another process, or a call whose caller was canceled, may download to the same path at the same time. Each
+    # download has its own staged file, and the last rename determines the content.
     staged = path.with_name(f"{path.name}.{os.getpid()}-{next(_downloads)}.part")
     try:
         write(staged)
@@ -62,15 +62,15 @@ def download_whole(path: Path, write: Callable[[Path], object]) -> int:
 
 
 def head(root: Path, key: str) -> ObjectInfo | None:
-    """Return the object `key`, None if it does not exist."""
+    """Return the object `key`, or None if the object does not exist."""
     return _info(f"{root}/{key}", key)
 
 
 def walk(root: Path, prefix: str, after: str) -> Iterator[ObjectInfo]:
     """Yield objects under `prefix` with keys greater than `after`, in key order.
 
-    The names of one folder of each level are held in memory. Objects that are created or deleted during the call may be
-    missing.
+    The function holds the names of one folder of each level in memory. A listing may lack objects that are created or
+    deleted during the call.
     """
     folder = prefix.rpartition("/")[0]
     return _below(f"{root}/", f"{folder}/" if folder else "", prefix, after)
@@ -79,7 +79,7 @@ def walk(root: Path, prefix: str, after: str) -> Iterator[ObjectInfo]:
 def _below(root: str, folder: str, prefix: str, after: str) -> Iterator[ObjectInfo]:
     try:
         with os.scandir(root + folder) as entries:
-            # With its slash, a folder's name sorts like its keys: "a-b" comes before "a/".
+            # A folder's name with its slash sorts like the keys in the folder, so "a-b" comes before "a/".
             names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
     except (FileNotFoundError, NotADirectoryError):
         return
@@ -105,20 +105,20 @@ def _info(path: str, key: str) -> ObjectInfo | None:
 
 
 def etag_of(status: os.stat_result) -> str:
-    """Return the ETag of a file. Two contents within one clock tick may have the same ETag."""
+    """Return the ETag of a file. Two contents of a file within one clock tick may have the same ETag."""
     return f'"{status.st_ino:x}-{status.st_mtime_ns // 1000:x}-{status.st_size:x}"'
 
 
 def is_remains(key: str, size: int) -> bool:
-    """Return whether a file of that size is left from a power loss and counts as absent."""
+    """Return whether a file of that size is a remainder of a power loss and counts as absent."""
     return not size and key.startswith(NEVER_EMPTY)
 
 
 def damage(root: Path, key: str) -> str | None:
     """Return the damage of the object's content, or None if no damage is visible.
 
-    Documents must be JSON. An object that is named by its hash must have this hash. Raise OSError if the file cannot be
-    read.
+    Objects that are documents must be JSON. The content of an object that is named by its hash must have this hash.
+    Raise OSError if the object's file cannot be read.
     """
     path = root / key
     if is_remains(key, path.stat().st_size):
@@ -137,7 +137,7 @@ def damage(root: Path, key: str) -> str | None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of the folder that contains `path`. Wait for it if necessary.
+    """Hold the lock of the folder that contains `path`. Wait for the lock if necessary.
 
     Raise FileNotFoundError if the folder does not exist.
     """
@@ -160,16 +160,16 @@ def damaged(root: Path) -> Iterator[tuple[str, str]]:
                 try:
                     problem = damage(root, key)
                 except FileNotFoundError:
-                    continue  # deleted during the scan
+                    continue  # Another process deleted the object during the scan.
                 if problem:
                     yield key, problem
 
 
 class FileWriter:
-    """Writer of the objects of one bucket. With `durable`, a call waits for the disk.
+    """Writer of the objects of one bucket. With `durable`, a call returns when the object is on disk.
 
-    The file system commits concurrent flushes together. So the names of new folders are flushed at the same time as the
-    content, and not after it.
+    The file system commits concurrent flushes together. The names of new folders are flushed at the same time as the
+    content of the object, and not later.
     """
 
     def __init__(self, root: Path) -> None:
@@ -188,15 +188,18 @@ class FileWriter:
         return etag
 
     def create(self, key: str, fill: Fill, *, durable: bool) -> str:
-        """Write the object like `replace`. Raise AlreadyExists if it exists and is not damaged."""
+        """Write the object in the same way as `replace`.
+
+        Raise AlreadyExists if the object exists and is not damaged.
+        """
         target = f"{self._root}/{key}"
         staged, etag = self._write(target, fill, durable=durable)
         with _removed_on_error(staged):
             try:
                 os.link(staged, target)
             except FileExistsError:
-                # The other writer may not have flushed the name yet. The caller relies on the existing object, so the
-                # name is flushed here.
+                # The writer of the existing object may not have flushed the object's name yet. The caller relies on the
+                # existing object, so this call flushes the object's name.
                 _settle(target, durable=durable)
                 self._replace_damaged(key, staged, target)
             else:
@@ -205,14 +208,14 @@ class FileWriter:
         return etag
 
     def _replace_damaged(self, key: str, staged: str, target: str) -> None:
-        # Under the lock, the second of two writers finds the object of the first.
+        # Under the folder's lock, the second of two writers finds the object of the first.
         with locked(Path(target)):
             if damage(Path(self._root), key) is None:
                 raise AlreadyExists(f"Object {key!r} exists.")
             os.rename(staged, target)  # noqa: PTH104
 
     def _write(self, target: str, fill: Fill, *, durable: bool) -> tuple[str, str]:
-        """Write the content to a new file next to `target`. Return its name and its ETag."""
+        """Write the content to a new file next to `target`. Return the name and the ETag of the new file."""
         staged, file = _stage(target)
         with _removed_on_error(staged), file:
             fill(file)
@@ -240,14 +243,14 @@ class FileWriter:
 
 
 def _settle(target: str, *, durable: bool) -> None:
-    """Wait until the name is on disk."""
+    """Wait until the name of the object is on disk, if `durable`."""
     if durable:
         sync_folder(os.path.dirname(target))  # noqa: PTH120
 
 
 @contextmanager
 def _removed_on_error(staged: str) -> Iterator[None]:
-    # Only after an error: otherwise the name may already belong to another writer.
+    # The staged file is removed only after an error, because its name may later belong to another writer.
     try:
         yield
     except BaseException:
@@ -262,7 +265,7 @@ def _stage(target: str) -> tuple[str, BinaryIO]:
         try:
             return staged, open(staged, "xb", opener=private)
         except FileExistsError:
-            continue  # another writer's file, or left by a process that was killed
+            continue  # The file belongs to another writer, or a killed process left it.
         except FileNotFoundError:
             os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120
     raise AssertionError("count() never ends")
@@ -288,7 +291,8 @@ T = TypeVar("T")
 PAGE = 1000
 
 _THREADS = 32
-# Files up to this size are read or written on the event loop in 10 to 50 µs. A thread costs more.
+# Files of up to 64 KiB are read or written on the event loop in 10 to 50 µs. A change to another thread costs more time
+# than the file access itself.
 _IN_PLACE_BYTES = 64 * 1024
 
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -297,8 +301,8 @@ _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 class LocalObjects:
     """The Objects port over the folder `root`.
 
-    An ETag consists of inode, mtime, and size, so two contents within one clock tick may have the same one. The objects
-    `a` and `a/b` cannot both exist, and the grid uses no such pair of keys.
+    An ETag consists of inode, mtime, and size, so two contents within one clock tick may have the same ETag. The
+    objects `a` and `a/b` cannot both exist, and the grid does not use such pairs of keys.
     """
 
     def __init__(self, root: Path, sync: Sync) -> None:
@@ -329,8 +333,8 @@ class LocalObjects:
         )
 
     def _exchange(self, etag: str, key: str, fill: Fill, *, durable: bool) -> str:
-        # The lock excludes other conditional puts, but not an unconditional put. The folder has one manager, and this
-        # manager makes all puts that need a stronger guarantee.
+        # The folder's lock excludes other conditional puts, but not an unconditional put. The folder has only one
+        # manager, which makes all puts that need a stronger guarantee.
         with locked(self._root / key):
             object_info = head(self._root, key)
             if object_info is None or object_info.etag != etag:
@@ -399,13 +403,14 @@ class LocalObjects:
             try:
                 (self._root / key).unlink(missing_ok=True)
             except (NotADirectoryError, IsADirectoryError):
-                # The key is below or above an object, so this object does not exist.
+                # The key is below or above another object, so no object has this key.
                 continue
 
     async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
         check_key(key)
         durable = self._is_durable(key)
-        # The caller handles an error of the file. An error of the bucket is translated.
+        # The caller receives an error of the uploaded file unchanged. An error of the bucket becomes one of batchlab's
+        # errors.
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             write = self._writer.create if if_absent else self._writer.replace
@@ -433,13 +438,13 @@ class FilesInPlace:
 
 
 def open_local(root: Path, sync: Sync = Sync.JOBS) -> LocalObjects:
-    """Return the bucket over the folder `root`. Create the folder if it does not exist."""
+    """Return the bucket in the folder `root`. Create the folder if it does not exist."""
     make_folder(root)
     return LocalObjects(root, sync)
 
 
 def open_objects(bucket: Bucket) -> LocalObjects:
-    """Open the bucket that is a folder. See `Bucket`."""
+    """Open a bucket that is a folder. See `Bucket`."""
     return open_local(bucket.folder, bucket.sync)
 
 
@@ -450,6 +455,6 @@ def _translated(key: str) -> Iterator[None]:
     except _MISSING as error:
         raise NotFound(f"No object {key!r}.") from error
     except OSError as error:
-        # A full disk raises Unreachable, so that the caller retries.
+        # A full disk raises Unreachable, so the caller retries.
         kind = Unreachable if error.errno == errno.ENOSPC else BackendError
         raise kind(f"Object {key!r}: {error.strerror or error}.") from error

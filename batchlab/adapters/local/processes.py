@@ -1,11 +1,11 @@
 """Launcher of instances that are local processes (Linux), each in its own session.
 
-Invariant: signals reach only processes that were launched here. A pid counts only together with the kernel's start time
-and boot id, so a reused pid is never mistaken for the process that had it.
+Invariant: signals reach only processes that this launcher or an earlier one launched. A process is identified by its
+pid, its start time, and the boot id, so a reused pid is never mistaken for the earlier process.
 
-`<root>/instances/<id>.json` is the record of an instance, and `<root>/logs/<id>.log` its output. The records outlive
-the manager: a new launcher over the same root adopts the running instances. When an instance ends, its process group is
-killed, as the end of a machine would do.
+`<root>/instances/<id>.json` is the record of an instance, and `<root>/logs/<id>.log` its output. The records of
+instances outlive the manager, so a new launcher over the same root adopts the running instances. When an instance ends,
+its process group is killed, like the processes of a machine that ends.
 """
 
 from __future__ import annotations
@@ -30,22 +30,25 @@ from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
 
 
 def boot_id() -> str:
-    """Return the boot id. Start times count from the boot, so they are unique only within one boot."""
+    """Return the kernel's boot id.
+
+    Start times of processes count from the boot, so they are unique only within one boot.
+    """
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def stat(pid: int) -> list[bytes]:
-    """Return the fields of a process's stat from the third on, or [] if it does not exist."""
+    """Return the fields of a process's stat file from the third on, or [] if the process does not exist."""
     try:
         content = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return []
-    # The second field is the name in parentheses, which may contain parentheses and spaces.
+    # The second field of the stat file is the name in parentheses, which may contain parentheses and spaces.
     return content.rpartition(b")")[2].split()
 
 
 def start_ticks(pid: int) -> int | None:
-    """Return the start time of a process in clock ticks since boot, None if it has ended."""
+    """Return the start time of a process in clock ticks since boot, or None if the process has ended."""
     fields = stat(pid)
     return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
 
@@ -56,15 +59,15 @@ def is_alive(pid: int, ticks: int, boot: str) -> bool:
 
 
 def open_pidfd(pid: int, ticks: int, boot: str) -> int | None:
-    """Return a pidfd of that process for the caller to close, None if it is not running."""
-    # If the number now belongs to a thread of another process, the kernel returns no pidfd.
+    """Return a pidfd of that process for the caller to close, or None if the process is not running."""
+    # If the pid now belongs to a thread of another process, the kernel does not return a pidfd.
     if not is_alive(pid, ticks, boot):
         return None
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return None
-    # This check is safe only now: the pidfd fixes the process, while before the pid could be reused.
+    # The process is checked again after the pidfd exists, because its pid could be reused before.
     if not is_alive(pid, ticks, boot):
         os.close(pidfd)
         return None
@@ -72,7 +75,7 @@ def open_pidfd(pid: int, ticks: int, boot: str) -> int | None:
 
 
 def exit_code(pid: int) -> int | None:
-    """Wait for a child process and return its exit code, as subprocess does. This releases its pid.
+    """Wait for a child process, release its pid, and return its exit code in the form of `subprocess`.
 
     Return None if the process is not a child of this process.
     """
@@ -86,7 +89,7 @@ def exit_code(pid: int) -> int | None:
 log = logging.getLogger(__name__)
 
 INSTANCE_VARIABLE = "BATCHLAB_INSTANCE"
-"""Environment variable with the instance's id. Its child processes inherit it."""
+"""Environment variable with the instance's id. The child processes of an instance inherit BATCHLAB_INSTANCE."""
 
 _EXITED_UNSEEN = "exited while no manager was running"
 _UNKNOWN = "exited; its exit code is unknown, because the fork server that started it has ended"
@@ -94,7 +97,7 @@ _UNKNOWN = "exited; its exit code is unknown, because the fork server that start
 
 @dataclass(slots=True)
 class _Record:
-    """Content of an instance's file. `pid` is 0 before the start."""
+    """Content of an instance's record file. `pid` is 0 before the start of the process."""
 
     instance: str
     pool: str
@@ -110,19 +113,20 @@ class _Process:
     exited: asyncio.Event = field(default_factory=asyncio.Event)
     pidfd: int = -1
     ended_s: float = 0.0
-    """Monotonic time of its end."""
+    """Monotonic time of the end of the process."""
     is_stopping: bool = False
     is_fork: bool = False
-    """Whether it is a fork of the fork server."""
+    """Whether the process is a fork of the fork server."""
     kill: asyncio.TimerHandle | None = None
 
 
 class ProcessLauncher:
     """The Launcher port over local processes. Only one launcher may use a `root` at a time.
 
-    `argv` returns the command line of a pool's instance. `env` is the environment, to which the pool's own is added.
-    `argv` must begin with the program of the `fork_server` if there is one. Instances are then forks of it, except in
-    pools with their own environment. `changed` is set when an instance ends, and its waiter clears it.
+    `argv` returns the command line of a pool's instance. `env` is the environment of instances, to which the pool's own
+    variables are added. With a `fork_server`, `argv` must begin with the server's program. With a `fork_server`,
+    instances are its forks, except in pools with their own environment. `changed` is set when an instance ends, and the
+    task that waits for it clears it.
     """
 
     def __init__(
@@ -157,8 +161,8 @@ class ProcessLauncher:
         argv = list(self._argv(pool, instance))
         fork: PendingFork | None = None
         try:
-            # The record is also written before the start. If the manager dies in between, the record lacks a pid, and
-            # the instance is found by its environment.
+            # The record of the instance is also written before the process starts. If the manager dies during the
+            # launch, the record lacks a pid, and the next manager finds the instance by its environment.
             self._write(record)
             fork = await self._fork(argv, pool, instance)
             process.is_fork = fork is not None
@@ -187,7 +191,7 @@ class ProcessLauncher:
             return
         if not process.is_stopping:
             process.is_stopping = True
-            # The process may have exited before this object noticed it.
+            # The process may have exited before this launcher noticed it.
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(process.pidfd, signal.SIGTERM)
         loop = asyncio.get_running_loop()
@@ -220,7 +224,7 @@ class ProcessLauncher:
 
     def _undo(self, process: _Process) -> None:
         record = process.record
-        self._release(process)  # the end of this instance must not be reported
+        self._release(process)  # The end of an instance whose launch failed must not be reported.
         if record.pid:
             os.killpg(record.pid, signal.SIGKILL)
             if not process.is_fork:
@@ -228,8 +232,8 @@ class ProcessLauncher:
         self._path(record.instance).unlink(missing_ok=True)
 
     async def _fork(self, argv: list[str], pool: Pool, instance: str) -> PendingFork | None:
-        """Return a fork of the fork server, None without a usable server."""
-        # A program reads much of its environment at its start, so a fork cannot change it.
+        """Return a fork of the fork server, or None without a usable server."""
+        # A program reads most of its environment at its start, so a fork cannot change the environment.
         if self._fork_server is None or pool.env:
             return None
         try:
@@ -246,12 +250,13 @@ class ProcessLauncher:
     def _spawn(self, argv: list[str], pool: Pool, instance: str) -> int:
         env = {**self._env, **dict(pool.env), INSTANCE_VARIABLE: instance}
         with self._open_log(instance) as log:
-            # os.posix_spawn cannot close the descriptors that the manager inherited. A worker that holds the pipe of
-            # `batchlab up | tee` would keep it open.
+            # subprocess.Popen is used, because os.posix_spawn cannot close the descriptors that the manager inherited.
+            # A worker that inherits the pipe of `batchlab up | tee` would keep the pipe open.
             child = subprocess.Popen(
                 argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        # This class waits for the end of the process. Popen must not warn when it is deleted.
+        # The launcher itself waits for the end of the process. With a return code, Popen does not warn when it is
+        # deleted.
         child.returncode = 0
         return child.pid
 
@@ -260,7 +265,7 @@ class ProcessLauncher:
         asyncio.get_running_loop().add_reader(process.pidfd, self._exited, process)
 
     def _exited(self, process: _Process) -> None:
-        # The pid of a zombie is not reused, so the group is killed before the wait.
+        # The pid of a zombie process is not reused, so the process group is killed before the wait.
         _kill_group(process.record)
         self._release(process)
         if process.is_fork and self._fork_server:
@@ -282,7 +287,8 @@ class ProcessLauncher:
         try:
             self._write(process.record)
         except OSError as error:
-            # The disk is full. The next manager does not find the process, so it reports the end.
+            # The record cannot be written, for example because the disk is full. The next manager does not find the
+            # process, so that manager reports the end of the instance.
             log.warning("the end of the instance cannot be recorded: %s", error, extra=_about(process.record))
 
     def _release(self, process: _Process) -> None:
@@ -294,7 +300,7 @@ class ProcessLauncher:
             process.pidfd = -1
 
     def _adopted(self) -> dict[str, _Process]:
-        """Return the instances. The first call adopts those of earlier managers."""
+        """Return the instances of this launcher by id. The first call adopts the instances of earlier managers."""
         if self._processes is None:
             self._processes = {}
             for path in sorted(self._records.glob("*.json")):
@@ -327,14 +333,15 @@ class ProcessLauncher:
 
     def _write(self, record: _Record) -> None:
         self._records.mkdir(parents=True, exist_ok=True)
-        # A power loss also ends the instance, so the record need not survive it.
+        # A power loss also ends the instance, so its record need not survive a power loss.
         write_whole(self._path(record.instance), json.dumps(asdict(record)), durable=False)
 
     def _read(self, path: Path) -> _Record:
         try:
             return _Record(**json.loads(path.read_text()))
         except (ValueError, TypeError):
-            # The file is damaged or of another version. Search for the instance by its environment.
+            # The record file is damaged or of another version. The launcher finds the instance of a damaged record by
+            # its environment.
             return _Record(path.stem, "", boot_id())
 
 
@@ -347,23 +354,23 @@ def _about(record: _Record) -> dict[str, str]:
 
 
 def living(root: Path) -> dict[str, int]:
-    """Return the pids of the running instances, by instance.
+    """Return the pids of the running instances, by instance id.
 
-    It is meant for other processes than the manager that launches in `root`.
+    `living` is for processes other than the manager that launches in `root`.
     """
     pids = {}
     for path in (root / "instances").glob("*.json"):
         try:
             record = _Record(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
-            continue  # the record is being removed or is incomplete, so it identifies no process
+            continue  # The record is being removed or is incomplete, so it does not identify a process.
         if record.ended is None and is_alive(record.pid, record.start_ticks, record.boot):
             pids[record.instance] = record.pid
     return pids
 
 
 def end_of(root: Path, instance: str) -> str:
-    """Return how the instance ended according to its record, "" if it does not record an end."""
+    """Return the end of the instance as its record describes it, or "" if the record does not contain an end."""
     try:
         fields = json.loads((root / "instances" / f"{instance}.json").read_text())
     except (FileNotFoundError, ValueError):
@@ -372,9 +379,9 @@ def end_of(root: Path, instance: str) -> str:
 
 
 def _leader_of(instance: str) -> int:
-    """Return the pid of the process that was started as `instance`, 0 if there is none.
+    """Return the pid of the process that was started as `instance`, or 0 if no process was.
 
-    The process is found by its environment.
+    The process of an instance is found by its environment.
     """
     wanted = f"{INSTANCE_VARIABLE}={instance}".encode()
     for folder in Path("/proc").iterdir():
@@ -383,10 +390,11 @@ def _leader_of(instance: str) -> int:
         try:
             environment = (folder / "environ").read_bytes().split(b"\0")
         except (PermissionError, FileNotFoundError, ProcessLookupError):
-            # Another user's process, or one that ended during the scan.
+            # The process belongs to another user, or has ended during the scan.
             continue
         fields = stat(int(folder.name))
-        # Child processes inherit the environment. Field 6, the session, is the pid of the instance.
+        # Child processes of an instance inherit its environment, so only the session leader is the instance. Field 6 of
+        # the stat file, the session, is the pid of the instance.
         if wanted in environment and fields and fields[3] == folder.name.encode():
             return int(folder.name)
     return 0
@@ -394,8 +402,8 @@ def _leader_of(instance: str) -> int:
 
 def _kill_group(record: _Record) -> None:
     """Send SIGKILL to the instance's process group, unless its pid was reused."""
-    # A group may have members after its leader has ended, and they keep the pid from being reused. Another process
-    # could get it only between these two lines, after the kernel used all other pids.
+    # A process group may have members after its leader has ended, and these members keep the pid from being reused.
+    # Another process could get the pid only between the check and the kill, after the kernel has used all other pids.
     if start_ticks(record.pid) in (None, record.start_ticks):
         with suppress(ProcessLookupError):
             os.killpg(record.pid, signal.SIGKILL)

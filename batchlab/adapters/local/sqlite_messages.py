@@ -1,4 +1,4 @@
-"""Queues and messages in one SQLite file. Each call is one transaction.
+"""Queues and messages in one SQLite file. Each call on the queue file is one transaction.
 
 Invariant: after SIGKILL at any time, a message is in exactly one queue or deleted. Every query reads one range of one
 index, so its time does not depend on the depth of the queues.
@@ -24,9 +24,9 @@ _AT_ONCE_S = 0.01
 _AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _DROPPED_AT_ONCE = 1000
 
-# AUTOINCREMENT keeps ids unique, because a receipt contains the id of its row. A message with `visible_s` in the future
-# is in flight if it has been received, else delayed. `total` saves `depth` from counting the visible messages, which
-# may be a million.
+# AUTOINCREMENT keeps the ids of rows unique, because a receipt contains the id of its row. A message with `visible_s`
+# in the future is in flight if it has been received, and else delayed. The column `total` lets `depth` skip a count of
+# the visible messages, which may be a million.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS queues (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -53,9 +53,10 @@ CREATE INDEX IF NOT EXISTS due ON messages (queue, visible_s, receives);
 _PRAGMAS = (
     "PRAGMA journal_mode = WAL",
     "PRAGMA synchronous = NORMAL",
-    # The log must shrink again after a purge of a million messages.
+    # SQLite's write-ahead log must shrink again after a purge of a million messages.
     "PRAGMA journal_size_limit = 67108864",
-    # 16 MiB is four times the default. Checkpoints wait for the disk, so fewer are better.
+    # A checkpoint every 4,096 pages (16 MiB) is four times the default interval. Checkpoints wait for the disk, so
+    # longer intervals are better.
     "PRAGMA wal_autocheckpoint = 4096",
 )
 
@@ -84,8 +85,8 @@ _IN_FLIGHT = "SELECT count(*) FROM messages WHERE queue = ? AND visible_s > ? AN
 class ReceiveResult:
     """Result of a receive. `due_in_s` is the time until the next message becomes visible, or None.
 
-    `moved` is the number of messages that moved to `dead_letters`. `more` means that more messages may have to be moved
-    or dropped.
+    `moved` is the number of messages that moved to `dead_letters`. `more` means that the receive may have left further
+    messages to move or to drop.
     """
 
     messages: Sequence[Message] = ()
@@ -97,7 +98,7 @@ class ReceiveResult:
 
 
 class _Queue:
-    """A row of `queues`, with the time at which its first message is or becomes visible."""
+    """A row of the table `queues`, with the time at which its first message is or becomes visible."""
 
     __slots__ = ("dead_letters", "first_s", "id", "max_receives", "retention_s", "total", "visibility_s")
 
@@ -116,7 +117,8 @@ class _Queue:
 class SqliteMessages:
     """One connection to the queue file, for one call at a time.
 
-    A call waits for other processes. Within `at_once`, it raises Throttled instead and changes nothing.
+    A call waits while another process holds the lock of the queue file. Within `at_once`, a call raises Throttled
+    instead of waiting, and changes nothing.
     """
 
     def __init__(self, path: Path, clock: Clock, *, max_in_flight: int = MAX_IN_FLIGHT) -> None:
@@ -126,9 +128,9 @@ class SqliteMessages:
         self._connection: sqlite3.Connection | None = None
         self._turn = -1
         self._waits = self._has_patience = True
-        """Whether calls wait, and whether the connection is set to wait.
+        """Whether calls wait, and whether the SQLite connection is set to wait.
 
-        The setting of the connection changes only when needed, which is seldom.
+        The setting of the SQLite connection changes only when needed, which is seldom.
         """
 
     @property
@@ -137,7 +139,7 @@ class SqliteMessages:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let the calls in this context fail instead of waiting. The file must be open."""
+        """Let the calls in the context raise Throttled instead of waiting. The queue file must already be open."""
         self._waits = False
         try:
             yield
@@ -161,7 +163,7 @@ class SqliteMessages:
             make_private(self._path)
             db = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
             try:
-                # Two processes that create the file at the same time would find it locked.
+                # Without the lock, two processes that create the queue file at the same time would find it locked.
                 with self._my_turn():
                     for pragma in _PRAGMAS:
                         db.execute(pragma)
@@ -178,8 +180,8 @@ class SqliteMessages:
 
     @contextmanager
     def _my_turn(self) -> Iterator[None]:
-        # SQLite waits for its lock with a backoff, which is unfair: of 16 busy processes, some got 10% of the calls of
-        # others, and waited up to 2 s. The kernel's lock is fair and cheap, and the kernel releases the lock of a
+        # SQLite waits for its own lock with an unfair backoff. Of 16 busy processes, some made only 10% of the calls of
+        # others, and waited up to 2 s. The kernel's file lock is fair and cheap, and the kernel releases the lock of a
         # killed process.
         try:
             fcntl.flock(self._turn, fcntl.LOCK_EX if self._waits else _AT_ONCE)
@@ -233,7 +235,7 @@ class SqliteMessages:
             _grow(db, queue.id, len(messages))
 
     def receive(self, name: str, limit: int, visibility_s: float | None) -> ReceiveResult:
-        # The first query takes no lock, so idle receivers do not delay senders.
+        # The first query of a receive does not take a lock, so idle receivers do not delay senders.
         with _translated(self._path):
             due_in_s = self._due_in_s(self._queue(name))
         if due_in_s is None or due_in_s > 0:
@@ -280,7 +282,8 @@ class SqliteMessages:
         if expired:
             db.executemany("DELETE FROM messages WHERE id = ?", expired)
         if dead is not None and moved:
-            # Sent time and receive count stay, so the retention goes on and the history is kept.
+            # A moved message keeps its sent time and its receive count, so its retention period and its history
+            # continue.
             db.executemany(
                 "UPDATE messages SET queue = ?, visible_s = ? WHERE id = ?",
                 [(dead, now_s, number) for (number,) in moved],
@@ -294,11 +297,12 @@ class SqliteMessages:
         if queue.dead_letters is None:
             return None
         row = self._db.execute("SELECT id FROM queues WHERE name = ?", (queue.dead_letters,)).fetchone()
-        # If the dead-letter queue was removed, receives continue, as with SQS. No message is lost.
+        # If the dead-letter queue was removed, receives continue to return the messages, as with SQS. A missing
+        # dead-letter queue does not lose messages.
         return None if row is None else int(row[0])
 
     def undo(self, name: str, messages: Sequence[Message]) -> None:
-        """Undo a receive whose caller was canceled."""
+        """Make the messages of a canceled receive visible again."""
         with self._transaction() as db:
             queue, now_s = self._queue(name), self._clock.now_s()
             db.executemany(
@@ -325,7 +329,8 @@ class SqliteMessages:
         with self._transaction() as db:
             queue, now_s = self._queue(name), self._clock.now_s()
             for receipt, visibility_s in changes:
-                # Only messages in flight can change, and at most until 12 hours after their receive.
+                # The visibility timeout of a message can change only in flight, and can end at most 12 hours after the
+                # receive.
                 done = db.execute(
                     "UPDATE messages SET visible_s = ? WHERE id = ? AND receives = ? AND queue = ?"
                     " AND visible_s > ? AND received_s >= ?",
@@ -340,7 +345,7 @@ class SqliteMessages:
             queue, now_s = self._queue(name), self._clock.now_s()
         expired_s = now_s - queue.retention_s
         if queue.first_s is not None and queue.first_s <= expired_s:
-            # Receives delete expired messages, but nothing receives from a dead-letter queue.
+            # Expired messages are deleted by receives, but nothing receives from a dead-letter queue.
             with self._transaction() as db:
                 gone = db.execute(_EXPIRE, (queue.id, expired_s)).rowcount
                 _grow(db, queue.id, -gone)
@@ -371,7 +376,7 @@ def _parsed(receipt: str) -> tuple[int, int]:
     number, dot, count = receipt.partition(".")
     if dot and number.isdecimal() and count.isdecimal() and len(receipt) < 20:
         return int(number), int(count)
-    # No message has this id, so the receipt is refused like any other unknown one.
+    # No message has the id -1, so the receipt is refused like any other unknown receipt.
     return -1, -1
 
 
@@ -383,7 +388,7 @@ def _translated(path: Path) -> Iterator[None]:
         kinds = {
             sqlite3.SQLITE_BUSY: Throttled,
             sqlite3.SQLITE_CANTOPEN: Unreachable,
-            # A full disk raises Unreachable, so that the caller retries.
+            # A full disk raises Unreachable, so the caller retries.
             sqlite3.SQLITE_FULL: Unreachable,
         }
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -1,11 +1,11 @@
 """Queue port with the behavior of SQS standard queues, over one SQLite file for many processes.
 
-Invariant: a receiver that waits finds a visible message within `POLL_S`, even if a process was killed while waking it.
-Usually it takes about a millisecond.
+Invariant: a waiting receiver finds a visible message within `POLL_S` seconds, even if a process was killed while waking
+it. A waiting receiver usually gets a sent message within about a millisecond.
 
-No call waits for the disk. A power loss may undo all calls after some moment in the last seconds. A received or deleted
-message then comes back, as after its visibility timeout. The manager sends a lost message again: it knows from the
-bucket which bundles are outstanding.
+No call of this queue waits for the disk. A power loss may undo the calls of the last seconds. After a power loss, a
+received or deleted message may become visible again, as after its visibility timeout. The manager sends lost messages
+again, because the bucket shows which bundles are outstanding.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ T = TypeVar("T")
 POLL_S = 1.0
 """Interval in seconds at which a waiting receiver checks for messages.
 
-So it knows when each later message becomes visible, and waits exactly until then. Only messages that become visible
-sooner require a wakeup.
+A check shows the receiver when each later message becomes visible, so the receiver waits exactly until then. A wakeup
+is needed only for messages that become visible within one interval.
 """
 
 SHORT_CHARACTERS = 64 * 1024
-"""Maximum number of characters of a send that runs on the event loop."""
+"""Maximum number of characters of the messages in a send that runs on the event loop."""
 
 
 class SqliteQueue:
-    """Queue port over the SQLite file `path`. Its folder also contains `wake/` and SQLite's files.
+    """Queue port over the SQLite file `path`. The folder of the file also contains `wake/` and SQLite's other files.
 
-    A short call runs on the event loop's thread if it need not wait, because a change of threads takes as long as the
-    call. Other calls run on one thread of this object.
+    A short call that need not wait runs on the event loop's thread, because a change of threads takes as long as the
+    call. All other calls run on one thread of the queue object.
     """
 
     def __init__(self, path: Path, clock: Clock, *, max_in_flight: int = MAX_IN_FLIGHT) -> None:
@@ -63,7 +63,7 @@ class SqliteQueue:
         await self._thread.close(self._messages.close)
 
     async def _run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return the result of a short call."""
+        """Make a short call and return its result."""
         if await self._may_be_quick():
             with suppress(Throttled), self._messages.at_once():
                 return call(*args, **kwargs)
@@ -73,7 +73,7 @@ class SqliteQueue:
         return await asyncio.wrap_future(self._thread.submit(partial(call, *args, **kwargs)))
 
     async def _may_be_quick(self) -> bool:
-        # Other tasks run first. Otherwise successive calls would never let them run.
+        # Other tasks run before this call. Without the sleep, successive calls would never let other tasks run.
         await asyncio.sleep(0)
         return self._thread.is_idle and self._messages.is_open
 
@@ -89,7 +89,7 @@ class SqliteQueue:
 
     def _send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         self._messages.send(queue, messages)
-        # The wakeup is part of the call, so the cancellation of the caller cannot prevent it.
+        # The wakeup is part of the send call, so the cancellation of the caller cannot prevent the wakeup.
         self._wake_receivers(queue, sum(message.delay_s < POLL_S for message in messages))
 
     def _wake_receivers(self, queue: str, count: int) -> None:
@@ -117,7 +117,7 @@ class SqliteQueue:
         try:
             is_quick = await self._may_be_quick()
         except asyncio.CancelledError:
-            # The message that woke this receive may still be in the queue.
+            # The message that woke this receiver may still be in the queue, so another receiver is woken.
             self._wake_receivers(queue, 1)
             raise
         if is_quick:
@@ -129,7 +129,7 @@ class SqliteQueue:
         try:
             return await asyncio.wrap_future(receiving)
         except asyncio.CancelledError:
-            # Messages without a reader would stay hidden for a whole visibility timeout.
+            # Received messages without a reader would stay hidden for a whole visibility timeout.
             self._thread.submit(partial(self._undo_receive, queue, receiving))
             raise
 
@@ -146,12 +146,12 @@ class SqliteQueue:
         return result
 
     def _undo_receive(self, queue: str, receiving: Future[ReceiveResult]) -> None:
-        # If this fails, the messages become visible at their timeout: late, but not lost.
+        # If the undo fails, the messages become visible at their visibility timeout, so they are late but not lost.
         failed = receiving.cancelled() or receiving.exception() is not None
         messages = () if failed else receiving.result().messages
         if messages:
             self._messages.undo(queue, messages)
-        # It wakes at least one receiver, because the message that woke this receive may still be in the queue.
+        # At least one receiver is woken, because the message that woke the canceled receiver may still be in the queue.
         self._wake_receivers(queue, max(1, len(messages)))
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:

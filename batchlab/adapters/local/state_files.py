@@ -1,7 +1,7 @@
 """Small files in which a grid stores its records, its access keys, and the state of its fleet.
 
-Invariant: a file always has a complete content, old or new, also after a crash or power loss. A file of keys has the
-mode 0600 from its creation.
+Invariant: a state file always has a complete content, old or new, also after a crash or power loss. A file of access
+keys has the mode 0600 from its creation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 def read_record(path: Path, parse: Callable[[Any], T], what: str, *, remedy: str) -> T | None:
     """Return the parsed content of a JSON file, or None if the file does not exist.
 
-    Raise BackendError if the file cannot be read, and with `remedy` if it is not `what`.
+    Raise BackendError if the file cannot be read. If the content is not `what`, the error has the `remedy`.
     """
     try:
         return parse(json.loads(path.read_bytes()))
@@ -39,34 +39,34 @@ def read_record(path: Path, parse: Callable[[Any], T], what: str, *, remedy: str
 # --- Access keys ---------------------------------------------------------------------------------
 
 KEYS_FILE = "keys.json"
-"""Name of the file with the keys of an emulator, in the emulator's folder."""
+"""Name of the file with the access keys of an emulator, in the emulator's folder."""
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """An access key and its secret key, which a grid creates for a service of its own."""
+    """An access key and its secret key, which a grid creates for one of its own services."""
 
     access_key: str
     secret_key: str = field(repr=False)
 
 
 def new_keys() -> Keys:
-    """Return a new random pair in the form of AWS's keys."""
-    # MiniStack takes an access key that consists of digits as an account number.
+    """Return a new random pair of keys in the form of AWS's keys."""
+    # MiniStack reads an access key that consists of digits as an account number.
     name = "AKIA" + "".join(secrets.choice(_LETTERS) for _ in range(16))
     return Keys(name, secrets.token_urlsafe(30))
 
 
 def read_keys(path: Path) -> Keys | None:
-    """Return the keys in the file, or None if the file does not exist. Raise BackendError."""
+    """Return the access keys in the file, or None if the file does not exist. Raise BackendError."""
     remedy = "Delete the file while the grid is down. The next start creates new keys."
     return read_record(path, lambda keys: Keys(**keys), "a pair of access keys", remedy=remedy)
 
 
 def provide_keys(path: Path) -> Keys:
-    """Return the keys in the file. Create the file if it does not exist. Raise BackendError."""
+    """Return the access keys in the file. Create the file with new keys if it does not exist. Raise BackendError."""
     if keys := read_keys(path):
         return keys
     write_once(path, json.dumps(asdict(new_keys())))
@@ -79,7 +79,7 @@ def provide_keys(path: Path) -> Keys:
 
 
 class StateFile:
-    """Store of the fleet in the file `path`. Its methods raise BackendError if the disk fails."""
+    """Store of the fleet's state in the file `path`. The methods of the store raise BackendError if the disk fails."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

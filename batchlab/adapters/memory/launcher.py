@@ -1,4 +1,4 @@
-"""Simulated instances. An instance boots in the time of the event loop, and then a function starts its worker.
+"""Simulated instances. A simulated instance boots in the time of the event loop, and then a function starts its worker.
 
 Invariant: only the calls and the random source determine the events, so a seed reproduces a run.
 """
@@ -18,20 +18,23 @@ from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S
 
 
 class SimInstance(Protocol):
-    """A worker in the simulator. `ended` is None while it runs, else how it ended ("exit 0")."""
+    """A worker process in the simulator.
+
+    `ended` is None while the worker runs, and then describes its end ("exit 0").
+    """
 
     ended: str | None
 
     def stop(self, grace_s: float) -> None:
-        """Begin to drain. It is killed after `grace_s`."""
+        """Begin to drain the worker. The worker is killed after `grace_s` seconds."""
 
     def kill(self, reason: str) -> None:
-        """End at once and set `ended` to `reason`."""
+        """End the worker at once and set `ended` to `reason`."""
 
 
 @dataclass(slots=True)
 class _Slot:
-    """An instance since its launch. It has `booting` until it has started, and then `worker`."""
+    """State of an instance since its launch. An instance has `booting` until it has started, and then `worker`."""
 
     booting: asyncio.TimerHandle | None
     worker: SimInstance | None = None
@@ -43,9 +46,10 @@ class _Slot:
 class SimLauncher:
     """The Launcher port over coroutines of one event loop.
 
-    A boot takes the pool's `boot_s` plus or minus 25%, drawn from `rng`. `refuse` may return a reason not to launch (no
-    capacity), which is then the text of the BackendError. `launched` is called with (pool, instance), and `ended` with
-    (instance, how). `crash` sets `changed`. The end of a worker by itself is noticed at the next call.
+    The boot of an instance takes the pool's `boot_s` plus or minus 25%, drawn from `rng`. `refuse` may return a reason
+    not to launch, such as no capacity, which becomes the text of the BackendError. `launched` is called with (pool,
+    instance) after a launch, and `ended` with (instance, how) after an end. `crash` sets `changed`. The launcher
+    notices at its next call that a worker has exited by itself.
     """
 
     def __init__(self, start: Callable[[Pool, str], SimInstance], rng: Random) -> None:
@@ -56,8 +60,8 @@ class SimLauncher:
         self._start = start
         self._rng = rng
         self._slots: dict[str, _Slot] = {}
-        # Machines survive a manager's crash, so their callbacks do not run in the caller's context. In the simulator,
-        # the context decides whose crash ends a task.
+        # Machines survive a manager's crash, so the callbacks of machines do not run in the context of the manager. In
+        # the simulator, the context of a task decides which crash ends the task.
         self._context = copy_context()
 
     async def launch(
@@ -101,7 +105,10 @@ class SimLauncher:
         return ends
 
     def crash(self, instance: str, note: str = "exit -9") -> None:
-        """End the instance at once, as if by itself, unless it has ended. Raise KeyError if unknown."""
+        """End the instance at once, as if its worker had exited by itself.
+
+        Raise KeyError if the instance is unknown.
+        """
         self._end(instance, self._slots[instance], note)
         self.changed.set()
 
@@ -126,7 +133,7 @@ class SimLauncher:
 
     def _settle(self, instance: str, slot: _Slot, how: str) -> None:
         slot.ended, slot.ended_s = how, asyncio.get_running_loop().time()
-        # The worker is released, so thousands of ended ones do not use memory for ten minutes.
+        # The worker object is released, so thousands of ended workers do not use memory for ten minutes.
         slot.worker = slot.booting = None
         if slot.kill is not None:
             slot.kill.cancel()
@@ -134,7 +141,7 @@ class SimLauncher:
 
 
 class MemoryState:
-    """The fleet's Store in memory, for a world that ends with its process."""
+    """The fleet's Store port in memory, for a simulation that ends with its process."""
 
     def __init__(self) -> None:
         self._data: bytes | None = None

@@ -1,8 +1,8 @@
 """The Ledger port in memory, for the simulator and for forecasts.
 
-Invariant: a call checks everything before it changes anything, so a call that raises changes nothing. The contract
-suite compares its answers with those of SqlLedger. `dumped` returns rows in the form of `SqlLedger.dump`, so that tests
-can compare ledgers.
+Invariant: a ledger call checks everything before it changes anything, so a call that raises changes nothing. The
+contract suite compares the answers of the memory ledger with those of SqlLedger. `dumped` returns rows in the form of
+`SqlLedger.dump`, so that tests can compare ledgers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from batchlab.core.protocol import json_format
 
 
 def dumped(jobs: Iterable[tuple[Projection, Iterable[BundleRow]]]) -> dict[str, Json]:
-    """Return these jobs with their stages and bundles, sorted."""
+    """Return the rows of the given jobs with their stages and bundles, sorted."""
     jobs_, stages, bundles = [], [], []
     for projection, rows in jobs:
         jobs_.append(_job(projection))
@@ -103,9 +103,10 @@ _NO_SEQ = -1
 
 @dataclass(slots=True)
 class _Job:
-    """Rows of a job. `stamp` is the number of the last write that had an effect.
+    """Rows of one job in the ledger. `stamp` is the number of the last write that had an effect.
 
-    `known` has every bundle, `folded` the done ones in the order of their seqs, and `planned` the others.
+    `known` contains every bundle, `folded` the done bundles in the order of their seqs, and `planned` the other
+    bundles.
     """
 
     projection: Projection
@@ -119,13 +120,13 @@ class _Job:
         return self.projection.rows(self.stamp)
 
     def put(self, rows: Iterable[BundleRow]) -> None:
-        """Store the bundles that a change wrote."""
+        """Store the rows of bundles that a change wrote."""
         for row in rows:
             if row.completion is None:
                 self.planned[row.key] = row
                 continue
             before = self.planned.pop(row.key, None)
-            # The plan of the bundle may be void by now, so the write that added it counts.
+            # The plan of the bundle may be void at the time of this write, so the write that added the bundle counts.
             at = before.at if before else row.at
             self.folded.append(BundleRow(row.stage, row.id, at, None, row.completion, row.seq))
 
@@ -148,9 +149,9 @@ def _seq(row: BundleRow) -> int:
 
 
 class SimLedger:
-    """The Ledger port in memory. Its rows end with its process.
+    """The Ledger port in memory. The rows of the memory ledger end with its process.
 
-    A completion keeps its run time as the caller gave it, while SqlLedger rounds to microseconds.
+    A completion keeps its run time as the caller passed it, while SqlLedger rounds the time to microseconds.
     """
 
     def __init__(self) -> None:
@@ -176,7 +177,7 @@ class SimLedger:
     async def apply(self, change: JobChange) -> ChangeResult: ...
 
     async def apply(self, change: Fold | JobChange) -> FoldResult | ChangeResult:
-        """Apply the change. A fold raises NotFound before it folds any completion."""
+        """Apply the change to its jobs. A fold raises NotFound before it folds any completion."""
         if isinstance(change, Fold):
             return self._fold(change)
         if isinstance(change, AddJob):
@@ -213,7 +214,7 @@ class SimLedger:
         return FoldResult(new, first, {name: job.rows for name, job in jobs.items()})
 
     def _end_write(self, job: _Job, rows: Iterable[BundleRow] | None) -> None:
-        """Store the bundles of a write and count it, if it had an effect."""
+        """Store the bundles of a write, and count the write if it had an effect."""
         if rows is not None:
             job.put(rows)
             self._count_write(job)
@@ -291,7 +292,7 @@ class SimLedger:
     # --- Whole jobs ------------------------------------------------------------------------------
 
     async def restore(self, past: JobHistory, *, over: JobRows | None) -> bool:
-        """Restore a job. Raise NotFound if another job has the token."""
+        """Restore a job with its rows. Raise NotFound if another job has the client token of the job."""
         name = past.job.id
         job = self._jobs.get(name)
         if (over is not None) if job is None else not job.rows.is_version(over):
@@ -312,7 +313,7 @@ class SimLedger:
                 self._tokens.pop(job.projection.job.token, None)
 
     async def dump(self) -> dict[str, Json]:
-        """Return all rows, as `SqlLedger.dump` does."""
+        """Return all rows in the form of `SqlLedger.dump`."""
         return dumped((j.projection, [*j.folded, *j.planned.values()]) for j in self._jobs.values())
 
     async def close(self) -> None:

@@ -1,7 +1,7 @@
 """Bucket in memory, for the simulator.
 
-Invariant: no operation awaits anything, so each is atomic, and equal calls return equal answers. An ETag is the MD5 of
-the content, as in S3.
+Invariant: no operation awaits anything, so each operation is atomic, and equal calls return equal answers. The ETag of
+an object is the MD5 of its content, as in S3.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from batchlab.core.ports import ObjectInfo
 
 PAGE = 1000
 
-# For up to this number of keys, single insertions are cheaper than sorting a million keys again.
+# Up to 64 single insertions are cheaper than sorting a million keys again.
 _MAX_INSERTIONS = 64
 
 
 class SimObjects:
-    """The Objects port over one dict. Keys are sorted when a caller lists them."""
+    """The Objects port over one dict in memory. The keys of objects are sorted when a caller lists them."""
 
     def __init__(self) -> None:
-        # None marks a deleted key that is still among the sorted keys.
+        # The value None marks a deleted key that is still among the sorted keys.
         self._objects: dict[str, tuple[bytes, str] | None] = {}
         self._keys: list[str] = []
         self._unsorted: list[str] = []
@@ -33,7 +33,7 @@ class SimObjects:
         self.writes = 0
         """Number of puts that have taken effect."""
         self.written: Callable[[str, bytes | None, bytes, bool], None] = lambda *_: None
-        """Called with (key, earlier content or None, data, if_absent) for each write."""
+        """Callback with (key, earlier content or None, data, if_absent) for each write."""
 
     async def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         check_key(key)
@@ -55,7 +55,7 @@ class SimObjects:
     def _stored(self, key: str) -> tuple[bytes, str]:
         stored = self._objects.get(key)
         if stored is None:
-            check_key(key)  # The keys of stored objects have been checked.
+            check_key(key)  # Only unknown keys are checked, because the keys of stored objects have been checked.
             raise NotFound(f"No object {key!r}.")
         return stored
 
@@ -140,14 +140,17 @@ class SimObjects:
         return stored[0] if stored else None
 
     def damage(self, key: str, data: bytes | None) -> None:
-        """Inject a fault: set the content of an object, or delete it if `data` is None. `written` is not called."""
+        """Inject a fault: set the content of an object, or delete the object if `data` is None.
+
+        The injected change does not call `written`.
+        """
         assert self._objects[key] is not None
         self._gone += data is None
         self._objects[key] = None if data is None else (data, _etag(data))
 
 
 def _etag(data: bytes) -> str:
-    # As in S3, a put of the same content returns the same ETag.
+    # A put of the same content returns the same ETag, as in S3.
     return f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
 
 

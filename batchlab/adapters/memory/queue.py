@@ -1,7 +1,7 @@
 """SQS standard queues in memory, for the simulator.
 
-Invariant: only a waiting receive awaits anything, and all choices come from the given random source. So equal calls at
-equal times return equal answers.
+Invariant: only a waiting receive awaits anything, and all random choices come from the given random source. Equal calls
+at equal times return equal answers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from batchlab.core.ports import MAX_VISIBILITY_S, MAX_WAIT_S, Clock, Depth, Mess
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A message in its queue. If it is not `visible`, it is hidden until `visible_s`."""
+    """A message in its queue, with its visibility. A message that is not `visible` is hidden until `visible_s`."""
 
     number: int
     body: str
@@ -45,7 +45,7 @@ class Entry:
 
 
 class Bag:
-    """Numbers for random picks. Adding, removing, and picking take constant time."""
+    """Set of numbers of messages for random picks. Adding, removing, and picking a number take constant time."""
 
     def __init__(self) -> None:
         self._numbers: list[int] = []
@@ -73,9 +73,9 @@ class Bag:
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """A waiting receive with its arguments.
+    """Arguments and result of a waiting receive.
 
-    The value of `result` is None if its wait ended or if the queue was removed.
+    The value of `result` is None if the wait has ended or if the queue was removed.
     """
 
     limit: int
@@ -85,10 +85,11 @@ class Waiter:
 
 @dataclass(slots=True, eq=False)
 class QueueState:
-    """State of one queue. Only `SimQueue` changes it.
+    """State of one queue. Only `SimQueue` changes the state of a queue.
 
-    `ready` contains visible numbers in order of arrival, and `window` the next ones to pick from. Both may still
-    contain numbers of deleted messages. So may `hidden`, a heap by `visible_s`.
+    `ready` contains the numbers of visible messages in order of arrival, and `window` the next numbers to pick from.
+    Both `ready` and `window` may contain numbers of deleted messages. The heap `hidden`, sorted by `visible_s`, may
+    also contain numbers of deleted messages.
     """
 
     spec: QueueSpec
@@ -111,20 +112,21 @@ def entry_of(queue: QueueState, receipt: str) -> Entry | None:
 
 
 _DISORDER = 32
-"""Number of oldest messages that a receive picks from. SQS's order is loose, but not random."""
+"""Number of the oldest messages from which a receive picks. The order of messages in SQS is loose, but not random."""
 
-# Resolution of an epoch second as a float. A timer may fire this much too early.
+# Resolution of an epoch second as a float. A timer may fire too early by the resolution of a float.
 _TICK_S = 1e-6
 
 
 class SimQueue:
     """The Queue port in memory, on any asyncio loop whose time agrees with `clock`.
 
-    `rng` decides the order of messages. Beyond `max_in_flight` a receive without a wait raises Throttled, and a waiting
-    one returns nothing, as with SQS.
+    `rng` decides the order of messages. Beyond `max_in_flight` messages, a receive without a wait raises Throttled, and
+    a waiting receive returns no messages, as with SQS.
 
-    Two options go beyond SQS, for simulations that are compared with theory or idle for hours. With `fifo`, messages
-    come in the order in which they became visible. A receive may wait up to `max_wait_s`.
+    The options `fifo` and `max_wait_s` go beyond SQS, for simulations that are compared with theory or idle for hours.
+    With `fifo`, receives return messages in the order in which they became visible. A receive may wait for up to
+    `max_wait_s` seconds.
     """
 
     def __init__(
@@ -137,7 +139,7 @@ class SimQueue:
         max_wait_s: float = MAX_WAIT_S,
     ) -> None:
         self.lapsed: Callable[[str, str], None] = lambda _queue, _receipt: None
-        """Called with (queue, receipt) when the visibility timeout of a message expires."""
+        """Callback with (queue, receipt) when the visibility timeout of a message expires."""
         self._clock = clock
         self._rng = rng
         self._max_in_flight = max_in_flight
@@ -146,7 +148,7 @@ class SimQueue:
         self._queues: dict[str, QueueState] = {}
         self._sent = 0
         self._waits = 0
-        # The service's timers do not belong to a client, so they also fire while a client is frozen.
+        # The timers of the queue service do not belong to a client, so the timers also fire while a client is frozen.
         self._context = copy_context()
 
     def _queue(self, name: str) -> QueueState:
@@ -186,9 +188,9 @@ class SimQueue:
         queue.visible -= entry.visible
 
     def _deliver(self, queue: QueueState) -> None:
-        """Give messages to the waiting receives in their order.
+        """Deliver messages to the waiting receives in the order of the receives.
 
-        A service does not check whether a receiver still exists, so neither does this queue.
+        The simulated queue does not check whether a receiver still exists, and neither does SQS.
         """
         while queue.waiters and queue.visible and len(queue.in_flight) < self._max_in_flight:
             number, waiter = next(iter(queue.waiters.items()))
@@ -385,7 +387,7 @@ class SimQueue:
     async def remove(self, queue: str) -> None:
         queue_state = self._queues.pop(queue, None)
         if queue_state is not None:
-            # Receivers that still wait get the answer that the queue does not exist.
+            # Waiting receivers get the answer that the queue does not exist.
             for waiter in queue_state.waiters.values():
                 _settle(waiter.result)
 
@@ -398,9 +400,9 @@ class SimQueue:
         return [entry.body for entry in self._queues[queue].entries.values()]
 
     def held_s(self, queue: str, receipt: str) -> float:
-        """Return for how many seconds the receive of this receipt still hides the message.
+        """Return the seconds for which the receive with this receipt still hides the message.
 
-        Return 0 if the message is visible or deleted, or if another receive has it.
+        Return 0 if the message is visible or deleted, or if another receive has the message.
         """
         entry = entry_of(self._queues[queue], receipt) if queue in self._queues else None
         if entry is None or entry.visible:
@@ -408,9 +410,9 @@ class SimQueue:
         return max(0.0, entry.visible_s - self._clock.now_s())
 
     def redeliver(self, queue: str, rng: random.Random) -> str | None:
-        """Inject a fault: make a random message in flight visible during its work.
+        """Inject a fault: make a random message in flight visible while a worker still has it.
 
-        Return its id, None if no message is in flight.
+        Return the id of the message, or None if no message is in flight.
         """
         queue_state = self._queue(queue)
         number = queue_state.in_flight.pick(rng)
@@ -421,7 +423,7 @@ class SimQueue:
         return str(number)
 
     def drop(self, queue: str, rng: random.Random) -> str | None:
-        """Inject a fault: lose a random message. Return its id, None if the queue is empty."""
+        """Inject a fault: lose a random message. Return the id of the lost message, or None if the queue is empty."""
         queue_state = self._queue(queue)
         number = queue_state.everyone.pick(rng)
         if number is None:
@@ -430,7 +432,7 @@ class SimQueue:
         return str(number)
 
     def expire(self, queue: str, age_s: float) -> int:
-        """Inject a fault: delete messages sent more than `age_s` ago. Return their number."""
+        """Inject a fault: delete messages sent more than `age_s` ago. Return the number of deleted messages."""
         queue_state, now_s = self._queue(queue), self._clock.now_s()
         old = [entry for entry in queue_state.entries.values() if entry.sent_s + age_s <= now_s]
         for entry in old:
@@ -438,7 +440,7 @@ class SimQueue:
         return len(old)
 
     def shuffle(self, queue: str, rng: random.Random) -> bool:
-        """Inject a fault: shuffle the visible messages. Return False if there are fewer than two."""
+        """Inject a fault: shuffle the visible messages. Return False if fewer than two messages are visible."""
         queue_state = self._queue(queue)
         waiting = [number for number in (*queue_state.window, *queue_state.ready) if number in queue_state.entries]
         rng.shuffle(waiting)

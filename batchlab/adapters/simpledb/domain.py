@@ -1,11 +1,11 @@
 """One SimpleDB domain as a store of items, within SimpleDB's limits and with retries.
 
-Invariants: every read is consistent. This module retries a call that is throttled or whose answer is lost. After the
-retry of a conditional write, it checks whether the lost attempt succeeded. All written texts are printable ASCII,
-because SimpleDB returns other characters in an encoded form.
+Invariants: every read of the domain is consistent. This module retries a call that is throttled or whose answer is
+lost. After the retry of a conditional write, the module checks whether the lost attempt succeeded. All written texts
+are printable ASCII, because SimpleDB returns other characters in an encoded form.
 
-SimpleDB's values have at most 1,024 bytes. So a text is split over attributes of its item, or over further items if it
-does not fit.
+A SimpleDB value has at most 1,024 bytes. A longer text is split over attributes of its item, or over further items if
+it does not fit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_TESTS = 20
 """Maximum number of comparisons in one Select."""
 MAX_PAGE = 2500
 MAX_REQUEST = 1_000_000
-"""Maximum size of a request in bytes, a little below the service's 1 MiB."""
+"""Maximum size of a request in bytes, a little below SimpleDB's limit of 1 MiB."""
 
 PATIENCE_S = 20.0
 """Time in seconds for which a throttled call is retried before the caller gets Throttled."""
@@ -48,13 +48,13 @@ _CONDITION = {"ConditionalCheckFailed", "AttributeDoesNotExist", "MultiValuedAtt
 _FULL = {"NumberDomainBytesExceeded", "NumberDomainAttributesExceeded"}
 
 Pairs = Sequence[tuple[str, str]]
-"""Attributes of an item to write: (name, value)."""
+"""Attributes of an item to write, as (name, value). (name, value)."""
 Item = Mapping[str, str]
 """Attributes of an item that was read. Several values of one attribute are joined by commas."""
 
 
 class _ConditionFailed(Exception):
-    """The item does not have the expected value."""
+    """The item in SimpleDB does not have the expected value."""
 
 
 def quoted(text: str) -> str:
@@ -63,45 +63,45 @@ def quoted(text: str) -> str:
 
 
 class Store:
-    """A SimpleDB domain. Calls block, and threads may share it.
+    """A SimpleDB domain as a store of items. Calls block their thread, and several threads may share the store.
 
-    It raises Throttled, Unreachable, and BackendError as the other AWS adapters do, and TooLarge for content that does
-    not fit into an item.
+    The store raises Throttled, Unreachable, and BackendError like the other AWS adapters, and TooLarge for content that
+    does not fit into an item.
     """
 
     def __init__(self, endpoint: Endpoint, domain: str, *, connections: int) -> None:
         """Open the domain for `connections` threads at once."""
         self.domain = domain
         self.table = "`" + domain.replace("`", "``") + "`"
-        """The domain in a select expression."""
+        """Name of the domain, quoted for a select expression."""
         self._sdb = client(endpoint, "sdb", connections=connections + _AT_ONCE)
         _check_region(self._sdb, endpoint.region)
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="simpledb")
         self._random = random.Random()  # noqa: S311 (spreads retries)
 
     def close(self) -> None:
-        """End the threads and close the connections. No other call may follow."""
+        """End the threads and close the connections, after which no call may follow."""
         self._threads.shutdown()
         self._sdb.close()
 
     # --- Items ------------------------------------------------------------------------------------
 
     def get(self, name: str) -> Item | None:
-        """Return the item, or None if it does not exist."""
+        """Return the item of that name, or None if the item does not exist."""
         answer = self._ask("get_attributes", ItemName=name, ConsistentRead=True)
         return _item(answer.get("Attributes", ())) or None
 
     def get_all(self, names: Iterable[str]) -> list[Item | None]:
-        """Return these items, which are requested concurrently."""
+        """Return the items of the given names, requested concurrently."""
         return list(self._threads.map(self.get, names))
 
     def put_if(self, name: str, pairs: Pairs, key: str, value: str | None, *, more: Pairs = ()) -> bool | None:
-        """Write `pairs` if `key` has `value` now. None as `value` means that `key` must not exist.
+        """Write `pairs` to the item if `key` has `value` now. If `value` is None, `key` must not exist in the item.
 
-        `pairs` must give `key` a value that it never had before. Return False if the condition failed. Return None if
-        an answer was lost and another process has changed the item since.
+        `pairs` must give `key` a value that `key` never had before. Return False if the condition on `key` failed.
+        Return None if an answer was lost and another process has changed the item since.
 
-        The attributes of `pairs` are replaced. Values of `more` are added to existing values.
+        The attributes of `pairs` replace the existing attributes. The values of `more` are added to existing values.
         """
         expected: dict[str, Any] = {"Name": key, "Exists": False}
         if value is not None:
@@ -127,7 +127,10 @@ class Store:
         return self._patiently(put)
 
     def put_all(self, items: Mapping[str, Pairs]) -> None:
-        """Write these items without a condition. The writes are not atomic, but may be repeated."""
+        """Write the given items without a condition.
+
+        The writes of several items are not atomic, but may be repeated.
+        """
         for name, pairs in items.items():
             check(name, pairs)
 
@@ -154,7 +157,7 @@ class Store:
         self._patiently(delete)
 
     def delete_all(self, names: Iterable[str]) -> None:
-        """Delete these items. Ignore missing ones."""
+        """Delete the items of the given names. Ignore items that do not exist."""
         all_names = list(names)
         batches = [all_names[i : i + MAX_BATCH] for i in range(0, len(all_names), MAX_BATCH)]
         list(self._threads.map(self._delete_batch, batches))
@@ -165,7 +168,7 @@ class Store:
     # --- Select -----------------------------------------------------------------------------------
 
     def select(self, output: str, where: str, *, order: str = "", page: int = MAX_PAGE) -> Iterator[tuple[str, Item]]:
-        """Yield (name, item) of all results. Each request asks for `page` of them."""
+        """Yield (name, item) for all results of the select expression. Each request asks for up to `page` results."""
         expression = f"select {output} from {self.table} where {where}"  # noqa: S608
         expression += f" order by {order}" if order else ""
         expression += f" limit {max(1, min(page, MAX_PAGE))}"
@@ -174,13 +177,13 @@ class Store:
             answer = self._ask("select", SelectExpression=expression, ConsistentRead=True, domain=False, **more)
             for row in answer.get("Items", ()):
                 yield row["Name"], _item(row.get("Attributes", ()))
-            # A page may be short, even empty, without being the last one.
+            # A page of results may be short or even empty without being the last page.
             if not answer.get("NextToken"):
                 return
             more = {"NextToken": answer["NextToken"]}
 
     def select_named(self, output: str, names: Sequence[str]) -> dict[str, Item]:
-        """Return the existing items of these names, by name."""
+        """Return the existing items of the given names, by name."""
         parts = [names[i : i + MAX_TESTS] for i in range(0, len(names), MAX_TESTS)]
 
         def select_part(part: Sequence[str]) -> list[tuple[str, Item]]:
@@ -192,7 +195,7 @@ class Store:
     # --- Calls ------------------------------------------------------------------------------------
 
     def _ask(self, operation: str, **parameters: Any) -> Any:
-        """Make a call that may be repeated."""
+        """Make a call that may be repeated, with retries."""
         return self._patiently(lambda: self._call(operation, **parameters))
 
     def _patiently(self, call: Callable[[], T]) -> T:
@@ -226,7 +229,7 @@ class Store:
                 if code == "RequestTimeout":
                     raise Throttled(f"SimpleDB domain {self.domain!r} is slow.") from error
                 if code == "NoSuchDomain":
-                    # NotFound would mean that the job does not exist.
+                    # With NotFound, the caller would conclude that the job does not exist.
                     raise BackendError(
                         f"The SimpleDB domain {self.domain} does not exist.",
                         remedy="Deploy the stack with Ledger=simpledb, or name another domain.",
@@ -241,11 +244,14 @@ class Store:
 
 
 def _check_region(sdb: Any, region: str) -> None:
-    """Raise UsageError for a region without SimpleDB. Its host name would fail as in an outage."""
+    """Raise UsageError for a region without SimpleDB.
+
+    The host name of a region without SimpleDB would fail like an outage.
+    """
     import boto3
 
     if sdb.meta.endpoint_url != f"https://sdb.{region}.amazonaws.com":
-        return  # the url of an emulator, or of us-east-1, which has its own host name
+        return  # The url belongs to an emulator, or to us-east-1, which has its own host name.
     regions = boto3.Session().get_available_regions("sdb")
     if region not in regions:
         raise UsageError(
@@ -255,7 +261,7 @@ def _check_region(sdb: Any, region: str) -> None:
 
 
 def check(name: str, pairs: Pairs) -> None:
-    """Raise TooLarge for an item that exceeds SimpleDB's limits."""
+    """Raise TooLarge if the item exceeds SimpleDB's limits."""
     for text in (name, *(part for pair in pairs for part in pair)):
         if len(text.encode()) > MAX_BYTES:
             raise TooLarge(
@@ -282,7 +288,8 @@ def _batches(items: Mapping[str, Pairs]) -> Iterator[list[tuple[str, Pairs]]]:
     batch: list[tuple[str, Pairs]] = []
     size = 0
     for name, pairs in items.items():
-        # The estimate counts three bytes per byte, for percent encoding, and adds the parameter names.
+        # The estimate of the request's size counts three bytes per byte, for percent encoding, and adds the parameter
+        # names.
         cost = 3 * len(name.encode()) + 60
         cost += sum(3 * (len(k.encode()) + len(v.encode())) + 120 for k, v in pairs)
         if batch and (len(batch) == MAX_BATCH or size + cost > MAX_REQUEST):
@@ -295,7 +302,7 @@ def _batches(items: Mapping[str, Pairs]) -> Iterator[list[tuple[str, Pairs]]]:
 
 
 INLINE = 100
-"""Maximum number of parts of a text that stay in its own item."""
+"""Maximum number of parts of a text that are stored in its own item."""
 _PER_ITEM = 250
 
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -309,7 +316,7 @@ def dumps(value: Json) -> str:
 def split(
     name: str, prefix: str, text: str, gen: str, *, inline: int = INLINE
 ) -> tuple[list[tuple[str, str]], dict[str, Pairs]]:
-    """Return the attributes for `text`, and the further items that it needs.
+    """Return the attributes for `text`, and the further items for a long text.
 
     The attributes contain the text or refer to the further items. The further items belong to the generation `gen`,
     have names that begin with `name`, and must be written first.
@@ -327,13 +334,13 @@ def split(
 
 
 def names(item: Item, prefix: str) -> list[str]:
-    """Return the names of the further items of a text."""
+    """Return the names of the further items of a long text."""
     count, _, name = item.get(prefix, "").partition("@")
     return [f"{name}/{prefix}{n:06d}" for n in range(ceil(int(count) / _PER_ITEM))] if name else []
 
 
 def join(item: Item, prefix: str, get_all: Callable[[Iterable[str]], list[Item | None]]) -> str | None:
-    """Return the text, or None if one of its further items no longer exists."""
+    """Return the text of an item, or None if one of the text's further items no longer exists."""
     count, _, elsewhere = item[prefix].partition("@")
     if not elsewhere:
         return "".join(item[f"{prefix}{i:03d}"] for i in range(int(count)))

@@ -1,12 +1,13 @@
 """Items of jobs and bundles in SimpleDB, and the queries on them.
 
-Invariants: a conditional put of the item of a job commits a change of the job. The put requires the stamp that was
-read, and writes a new unique stamp. A change writes its other items before the put, and they count only after it. Or
-the put contains them (`redo`), and the next reader or writer of the job writes them.
+Invariants: a conditional put of the item of a job commits a change of the job. The put requires the stamp that was read
+from the job's item, and writes a new unique stamp. A change writes its other items before the put of the job's item,
+and these items count only after the put. If the put contains the other items (`redo`), the next reader or writer of the
+job writes them.
 
-The item of a bundle only gains attributes: from the write that planned the bundle, and from the write that folded it.
-Each write adds its number. So a reader sees the bundles as of the moment at which it read the item of the job, even if
-other writes happen meanwhile.
+The item of a bundle only gains attributes, from the write that planned the bundle and from the write that folded it.
+Each write of a bundle stores the number of the write in the bundle's item. The numbers of the writes show a reader the
+bundles as of its read of the job's item, even if other writes happen meanwhile.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from batchlab.core.protocol import json_format
 
 
 def row_items(gen: str, row: BundleRow) -> dict[str, Pairs]:
-    """Return the items to write for a bundle. Further items for long texts come first."""
+    """Return the SimpleDB items to write for a bundle.
+
+    Further items for long texts come before the item of the bundle.
+    """
     name = _name(gen, row.key)
     pairs: list[tuple[str, str]] = []
     items: dict[str, Pairs] = {}
@@ -50,7 +54,7 @@ def row_items(gen: str, row: BundleRow) -> dict[str, Pairs]:
         items |= extra
     items[name] = pairs
     for item_name, its in items.items():
-        # The check precedes the commit, because a committed change cannot be refused.
+        # The size check precedes the commit, because a committed change cannot be refused.
         check(item_name, its)
     return items
 
@@ -64,7 +68,7 @@ def _order(gen: str, seq: int) -> str:
 
 
 class BundleItems:
-    """Reader of the items of bundles. Calls block."""
+    """Reader of the items of bundles. Calls of the reader block their thread."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -133,16 +137,17 @@ def _is_there(row: BundleRow, projection: Projection) -> bool:
 
 
 NOBODY = "-"
-"""Value instead of a job's order: the item reserves a name without a job."""
+"""Value that replaces a job's order in an item that reserves a name without a job."""
 _STAMP = "v"
 _READ_TRIES = 20
 
 
 @dataclass(frozen=True, slots=True)
 class JobItem:
-    """The item of a job with the attributes that were read. `projection` is None for an item without a job.
+    """Item of a job with the attributes that were read. `projection` is None for an item without a job.
 
-    The items of the generation `gen` belong to the job. `gens` lists all generations that may have items.
+    The items of the generation `gen` belong to the current state of the job. `gens` lists all generations that may have
+    items.
     """
 
     name: str
@@ -163,12 +168,12 @@ class JobItem:
 
 
 def unique() -> str:
-    """Return a unique text."""
+    """Return a unique random text."""
     return secrets.token_hex(8)
 
 
 def gens_of(item: Item) -> list[str]:
-    """Return the generations that the item of a job names."""
+    """Return the generations named in the item of a job."""
     return [gen for gen in item.get("gens", "").split(",") if gen]
 
 
@@ -189,7 +194,7 @@ def _job_def(text: str) -> JobDef:
 
 
 class JobItems:
-    """Reader and writer of the items of jobs. Calls block."""
+    """Reader and writer of the items of jobs. Calls of the reader and writer block their thread."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -197,9 +202,9 @@ class JobItems:
     # --- Reading ----------------------------------------------------------------------------------
 
     def get(self, job: JobId, *, settle: bool = True) -> JobItem | None:
-        """Return the item of the job, or None if it does not exist.
+        """Return the item of the job, or None if the item does not exist.
 
-        With `settle`, complete the writes of its last change first.
+        With `settle`, complete the writes of the job's last change before reading.
         """
         name = name_of(job)
         for _ in range(_READ_TRIES):
@@ -217,7 +222,7 @@ class JobItems:
         )
 
     def _read(self, name: str, item: Item) -> JobItem | None:
-        """Parse the item of a job. Return None if another process has deleted a part of it meanwhile."""
+        """Parse the item of a job. Return None if another process has deleted a part of the item meanwhile."""
         if item["okey"] == NOBODY:
             return JobItem(name, item, None)
         job = domain.join(item, "j", self._store.get_all)
@@ -250,8 +255,8 @@ class JobItems:
     def commit(self, head: JobItem, projection: Projection, rows: Sequence[BundleRow]) -> bool | None:
         """Replace the job by `projection` and write `rows`.
 
-        Return False if the job has changed since it was read. Return None if this call may have changed it: its answer
-        was lost, and another process has changed the job since.
+        Return False if the job has changed since `head` was read. Return None if this call may have changed the job:
+        its answer was lost, and another process has changed the job since.
         """
         gen, stamp = head.gen, unique()
         items = _items_of(gen, rows)
@@ -274,7 +279,10 @@ class JobItems:
         return True
 
     def install(self, job: JobId, head: JobItem | None, projection: Projection, rows: Sequence[BundleRow]) -> bool:
-        """Replace the job and its bundles. Return False if the job has changed since it was read."""
+        """Replace the job and its bundles by `projection` and `rows`.
+
+        Return False if the job has changed since `head` was read.
+        """
         name, gen, stamp = name_of(job), unique(), unique()
         current = head.stamp if head else None
         text = domain.dumps(json_format.job_to_json(projection.job))
@@ -282,8 +290,8 @@ class JobItems:
         state, extra = self._state(projection, gen, stamp)
         items |= {**extra, **_items_of(gen, rows)}
         if items:
-            # The job's item names the generation first, so that its items can be found and deleted if this process ends
-            # here.
+            # The job's item names the generation before the other items exist, so they can be found and deleted if this
+            # process ends here.
             place = [(_STAMP, unique())]
             if head is None:
                 place += [("okey", NOBODY), ("live", NOBODY)]
@@ -303,7 +311,7 @@ class JobItems:
     def hold(self, job: JobId, head: JobItem | None) -> bool:
         """Change the stamp of an item without a job. Return False if the item has changed.
 
-        Another process that is about to add the job then reads the item again.
+        The changed stamp makes another process that is about to add the job read the item again.
         """
         pairs = [(_STAMP, unique()), ("okey", NOBODY), ("live", NOBODY)]
         current = head.stamp if head else None
@@ -324,7 +332,7 @@ class JobItems:
                 return
 
     def sweep(self, gen: str) -> None:
-        """Delete all items of a generation that belongs to no job."""
+        """Delete all items of a generation that does not belong to a job."""
         where = f"gen = {quoted(gen)}"
         self._store.delete_all([name for name, _ in self._store.select("itemName()", where)])
 
@@ -345,7 +353,7 @@ class JobItems:
             self._store.drop_value(name, "gens", gen)
 
     def _state(self, projection: Projection, gen: str, stamp: str) -> tuple[list[tuple[str, str]], dict[str, Pairs]]:
-        """Return the attributes that change with every write, and further items for long texts."""
+        """Return the attributes of a job that change with every write, and further items for long texts."""
         order = order_of(projection.job)
         text = domain.dumps(projection.to_json())
         state, items = domain.split(f"{gen}/state/{stamp}", "s", text, gen)
@@ -355,9 +363,10 @@ class JobItems:
     # --- What a commit leaves to be written -------------------------------------------------------
 
     def _settle(self, name: str, item: Item, items: Mapping[str, Pairs] | None = None) -> bool:
-        """Write the items that the last change contains, and remove them from the change.
+        """Write the items that the job's last change contains, and then remove them from the change.
 
-        Return False if another process has just done so. A repetition or a delay does no harm.
+        Return False if another process has just written the items of the change. A repeated or late write of the items
+        of a change does no harm.
         """
         if items is None:
             text = domain.join(item, "redo", self._store.get_all)
@@ -372,7 +381,7 @@ class JobItems:
     # --- Tokens -----------------------------------------------------------------------------------
 
     def claim(self, token: str, job: JobId) -> Projection | None:
-        """Bind the client token to this job. Return the job that already has the token, or None."""
+        """Bind the client token to this job. Return the job that already has the client token, or None."""
         name, stamp = _token_name(token), unique()
         pairs = [(_STAMP, stamp), ("job", str(job))]
         while True:
@@ -389,7 +398,8 @@ class JobItems:
                 return head.projection
             if self._store.put_if(name, pairs, _STAMP, item[_STAMP]):
                 break
-        # The process that owned the token may have read the token earlier, and may still add its job.
+        # The process that claimed the token for the other job may have read the token earlier, and may still add that
+        # job.
         while not self.hold(other, head):
             head = self.get(other, settle=False)
             if head and head.projection:
@@ -405,7 +415,7 @@ class JobItems:
 
 
 def _token_name(token: str) -> str:
-    # A client may use any text as its token.
+    # The name contains a hash of the client token, because a client may use any text as a token.
     return f"token/{hashlib.sha256(token.encode()).hexdigest()}"
 
 

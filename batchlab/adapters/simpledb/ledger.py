@@ -1,8 +1,8 @@
 """The Ledger port on Amazon SimpleDB.
 
-Invariant: a call changes a job in one transaction (see `items`), and may be repeated. The calls block, so they run in
-threads. Writes run one at a time, in the order of the calls. Each lease, and the counter of sequence numbers, is an
-item that is changed conditionally.
+Invariant: a ledger call changes a job in one transaction (see `items`), and may be repeated. SimpleDB calls block, so
+they run in threads. Writing calls run one at a time, in the order of the calls. The items of the leases and of the
+counter of sequence numbers are changed conditionally.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _STAMP = "v"
 
 
 class Leases:
-    """Leases of the Ledger port (see `ports.Ledger.lease`). Calls block.
+    """Leases of the Ledger port (see `ports.Ledger.lease`). Calls of this class block their thread.
 
-    A released lease keeps its item, so its beat never repeats.
+    A released lease keeps its item, so the lease's beat never repeats.
     """
 
     def __init__(self, store: Store) -> None:
@@ -74,16 +74,16 @@ def _name(lease: str) -> str:
 
 
 def _lease(item: Item | None) -> Lease | None:
-    """Return the lease, or None if it is free."""
+    """Return the lease of an item, or None if the lease is free."""
     if item is None or item["free"] == "yes":
         return None
     return Lease(item["owner"], int(item["beat"]))
 
 
 class SequenceNumbers:
-    """Increasing numbers, each given once among all processes. Only one thread may use an object.
+    """Increasing numbers, each given once among all processes. Only one thread may use a SequenceNumbers object.
 
-    SequenceNumbers are reserved in blocks, so most need no request.
+    Sequence numbers are reserved in blocks, so most numbers need no request.
     """
 
     _NAME = "counter/seq"
@@ -119,7 +119,7 @@ _RETRY_S = 0.01
 def open_simpledb(endpoint: Endpoint, domain: str) -> SimpleDbLedger:
     """Return the ledger in this SimpleDB domain, which must exist and belong to this grid.
 
-    It connects at the first call. Raise UsageError if the region does not have SimpleDB.
+    The ledger connects at the first call. Raise UsageError if the region does not have SimpleDB.
     """
     return SimpleDbLedger(endpoint, domain)
 
@@ -127,11 +127,12 @@ def open_simpledb(endpoint: Endpoint, domain: str) -> SimpleDbLedger:
 class SimpleDbLedger:
     """The Ledger port over one SimpleDB domain.
 
-    A fold and `forget` change several jobs one after the other. Every other call is one transaction.
+    A fold and `forget` change several jobs one after the other. Every call except a fold and `forget` is one
+    transaction.
 
-    Every call raises Unreachable if SimpleDB does not answer, and Throttled if it asks to retry later. It raises
-    NotFound if a job or stage to change does not exist, and TooLarge for a name or a bundle that does not fit. Any
-    other failure is a BackendError, such as a missing or a full domain.
+    Every call raises Unreachable if SimpleDB does not answer, and Throttled if SimpleDB asks to retry later. A call
+    raises NotFound if a job or stage to change does not exist, and TooLarge for a name or a bundle that does not fit.
+    Any other failure raises BackendError, for example a missing or a full domain.
     """
 
     def __init__(self, endpoint: Endpoint, domain: str) -> None:
@@ -139,7 +140,7 @@ class SimpleDbLedger:
         self._heads, self._rows = JobItems(self._store), BundleItems(self._store)
         self._leases, self._numbers = Leases(self._store), SequenceNumbers(self._store)
         self._run = ReadWriteThreads()
-        # A restore may take minutes, while a lease is renewed every few seconds.
+        # Leases have their own threads, because a restore may take minutes, while a lease is renewed every few seconds.
         self._run_lease = ReadWriteThreads()
 
     # --- Jobs ------------------------------------------------------------------------------------
@@ -151,10 +152,11 @@ class SimpleDbLedger:
     async def apply(self, change: JobChange) -> ChangeResult: ...
 
     async def apply(self, change: Fold | JobChange) -> FoldResult | ChangeResult:
-        """Apply the change. A fold raises NotFound before it folds any completion.
+        """Apply the change to its jobs. A fold raises NotFound before it folds any completion.
 
-        A fold changes several jobs one after the other. If another process writes to a later one meanwhile, it raises
-        Throttled. The caller repeats the call, and the completions of the earlier jobs are then not new.
+        A fold changes several jobs one after the other. If another process writes to a later job of the fold meanwhile,
+        the fold raises Throttled. After Throttled, the caller repeats the fold, and the completions of the earlier jobs
+        are then not new.
         """
         if isinstance(change, Fold):
             if not change.completions:
@@ -170,8 +172,8 @@ class SimpleDbLedger:
             head = self._heads.get(job.id)
             if head and head.projection:
                 return ChangeResult(_rows_of(head), is_new=False)
-            # The item is read before the token is claimed: another process that takes over the token changes the item
-            # afterward.
+            # The job's item is read before the token is claimed, because a process that takes over the token changes
+            # the item afterward.
             other = self._heads.claim(job.token, job.id) if job.token else None
             if other:
                 return ChangeResult(other.rows(), is_new=False)
@@ -189,7 +191,7 @@ class SimpleDbLedger:
             if rows is None:
                 return ChangeResult(_rows_of(head), is_new=False)
             if rows:
-                # Only a new cut reads which of its bundles exist.
+                # Only a new cut needs to read which of its bundles exist.
                 known = self._rows.known(head.gen, [row.key for row in rows])
                 rows = [row for row in rows if row.key not in known]
             if self._heads.commit(head, projection, rows):
@@ -223,9 +225,9 @@ class SimpleDbLedger:
     def _fold_job(
         self, head: JobItem, change: Fold, positions: Sequence[int], first: int
     ) -> tuple[list[int], JobRows] | None:
-        """Fold one job's completions. Return the positions of the new ones and the job's rows.
+        """Fold the completions of one job. Return the positions of the new completions and the job's rows.
 
-        Return None if another process has folded later seqs.
+        Return None if another process has folded later seqs of the job.
         """
         job = _projection_of(head).job.id
         keys = ledger_projection.keys_of(change, positions)
@@ -248,7 +250,7 @@ class SimpleDbLedger:
         raise _busy(job)
 
     def _has(self, head: JobItem, first: int, last: int) -> bool:
-        """Return whether a completion of the job has one of these seqs."""
+        """Return whether a completion of the job has a seq from `first` to `last`."""
         bundle_rows = self._rows.folded(
             head.gen, _projection_of(head), stage=None, after=first - 1, failed=False, page=1
         )
@@ -346,16 +348,16 @@ class SimpleDbLedger:
         await self._write(forget)
 
     async def dump(self) -> dict[str, Json]:
-        """Return all rows, as `SqlLedger.dump` does."""
+        """Return all rows in the form of `SqlLedger.dump`."""
         return await self._read(self._dump)
 
     def _dump(self) -> dict[str, Json]:
         heads = (self._heads.get(JobId(n.removeprefix("job/"))) for n in self._heads.names())
-        # Jobs are read one at a time. The bundles of a job are read as its head describes them.
+        # The dump reads jobs one at a time. The bundles of a job are read as of the job's item.
         return dumped((h.projection, self._rows.all(h.gen, h.projection)) for h in heads if h and h.projection)
 
     async def close(self) -> None:
-        """Wait for running calls. No other call may follow."""
+        """Wait for running calls and close the connections. After `close`, no call may follow."""
         await self._run_lease.close(lambda: None)
         await self._run.close(self._store.close)
 

@@ -1,14 +1,15 @@
-"""SQLAlchemy engines with the transactions that `SqlLedger` needs, their errors, and the migration of their schema.
+"""SQLAlchemy engines for `SqlLedger`: transactions, errors, and the migration of the schema.
 
 Invariants: writing transactions exclude each other from their start, and a reading transaction sees one state
-(`transaction`). SQLite ensures the first with BEGIN IMMEDIATE and the second with WAL. `postgres` begins transactions
-of PostgreSQL.
+(`transaction`). SQLite ensures the exclusion with BEGIN IMMEDIATE, and the single state of a reading transaction with
+WAL. The module `postgres` begins transactions of PostgreSQL.
 
-A temporary failure (an outage, a lock, a failover) is Unreachable, so the caller retries it. A failure that a person
-must fix is BackendError at once. No message contains a password.
+A temporary failure (an outage, a lock, a failover) raises Unreachable, so the caller retries. A failure that a person
+must correct raises BackendError at once. No error message contains a password.
 
-One transaction of one writer changes the schema. So two processes that open a new database create one schema, and after
-SIGKILL the schema is the old or the new one. Alembic is imported only for a migration, because its import is slow.
+One transaction of one writer changes the schema. Two processes that open a new database at the same time therefore
+create one schema, and SIGKILL leaves the old or the new schema. Alembic is imported only for a migration, because its
+import is slow.
 """
 
 from __future__ import annotations
@@ -36,43 +37,46 @@ _BUSY_S = 10.0
 _RETRY_S = 0.01
 _LOCK_S = 0.01
 BEGIN = "batchlab_begin"
-"""Execution option with the `Begin` of an engine's transactions."""
+"""Name of the engine's execution option that contains its `Begin` function."""
 SCHEMA = "batchlab_schema"
-"""Execution option with the name of an engine's schema, if its database has several."""
+"""Name of the engine's execution option that contains its schema, if the database has several schemas."""
 
 _PRAGMAS = (
-    # This is safe against SIGKILL. SqlLedger flushes the log after changes that must survive a power loss.
+    # `synchronous = NORMAL` is safe against SIGKILL, but not against a power loss. SqlLedger flushes SQLite's log after
+    # changes that must survive a power loss.
     "PRAGMA synchronous = NORMAL",
     "PRAGMA foreign_keys = ON",
     "PRAGMA journal_size_limit = 67108864",
-    # 16 MiB is four times the default. Checkpoints wait for the disk, so fewer are better.
+    # A checkpoint every 4,096 pages (16 MiB) is four times the default interval. Checkpoints wait for the disk, so
+    # longer intervals are better.
     "PRAGMA wal_autocheckpoint = 4096",
 )
 
 
 class Begin(Protocol):
-    """Function that begins a transaction in the database's own way."""
+    """Protocol of functions that begin a transaction on one kind of database."""
 
     def __call__(self, connection: Connection, /, *, writes: bool, lasts: bool) -> None:
-        """Begin a transaction, read-only unless `writes`. With `lasts` it may take minutes."""
+        """Begin a transaction, read-only unless `writes`. With `lasts`, the transaction may take minutes."""
 
 
 @contextmanager
 def transaction(engine: Engine, *, writes: bool = False, lasts: bool = False) -> Iterator[Connection]:
-    """Run a transaction. Commit at the end, or roll back after an exception.
+    """Begin a transaction and yield its connection. Commit the transaction at the end, or roll back after an exception.
 
-    All work on an engine happens in such transactions.
+    Every statement on an engine runs in a transaction of this function.
     """
     with engine.begin() as connection:
-        # An event listener of SQLAlchemy would be slower: SQLAlchemy then looks for listeners at every step of every
-        # statement, which takes longer than the renewal of a lease.
+        # The transaction begins here instead of in an event listener of SQLAlchemy, which would be slower. With an
+        # event listener, SQLAlchemy checks for listeners at every step of every statement, which takes longer than a
+        # lease renewal.
         begin: Begin = engine.get_execution_options()[BEGIN]
         begin(connection, writes=writes, lasts=lasts)
         yield connection
 
 
 def sqlite_engine(path: Path | None) -> Engine:
-    """Return an engine with one connection to a file, or to a database in memory without `path`."""
+    """Return an engine with one connection to the file `path`, or to a database in memory without `path`."""
 
     def prepare(connection: sqlite3.Connection, _record: object) -> None:
         _switch_to_wal(connection)
@@ -85,14 +89,14 @@ def sqlite_engine(path: Path | None) -> Engine:
 
     engine = create_engine(
         URL.create("sqlite", database=str(path) if path else ":memory:"),
-        # One connection is enough, because SqlLedger never makes two calls at once.
+        # One connection per engine is enough, because SqlLedger never makes two calls at once.
         poolclass=StaticPool,
-        # A transaction is committed or rolled back before its connection is returned.
+        # Every transaction is committed or rolled back before its connection returns to the pool.
         pool_reset_on_return=None,
         connect_args={
             "timeout": _LOCK_S,
             "check_same_thread": False,
-            # The driver would begin transactions itself, but only before the first write.
+            # Python's SQLite driver would begin transactions itself, but only before the first write.
             "isolation_level": None,
         },
         execution_options={BEGIN: _begin},
@@ -103,8 +107,8 @@ def sqlite_engine(path: Path | None) -> Engine:
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:
-    # If two processes switch a new file at the same time, SQLite refuses one without waiting, because both have read
-    # and want to write.
+    # If two processes switch a new file to WAL at the same time, SQLite refuses one of them at once, because both want
+    # to write.
     deadline_s = time.monotonic() + _BUSY_S
     while True:
         try:
@@ -117,17 +121,17 @@ def _switch_to_wal(connection: sqlite3.Connection) -> None:
 
 
 def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:  # noqa: ARG001
-    # If a transaction began as a reader and then wrote, SQLite would refuse the write without waiting whenever another
-    # process has written meanwhile.
+    # If a transaction began as a reader and then wrote, SQLite would refuse its write at once after any write of
+    # another process.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 class WalFlush:
-    """Group commit for a SQLite file in WAL mode, for open connections of this process.
+    """Flush of a SQLite file in WAL mode, shared by the calls of this process.
 
-    With `synchronous = NORMAL`, a commit is in the log. The end of a process cannot harm it, but the log may not be on
-    disk. This class flushes the log outside of SQLite's lock, and calls that wait at the same time share one flush. A
-    checkpoint flushes both files itself.
+    With `synchronous = NORMAL`, a commit is only in SQLite's write-ahead log. The end of a process cannot harm a commit
+    in the log, but the log may not be on disk yet. The class flushes the log outside of SQLite's lock, and calls that
+    wait at the same time share one flush. A checkpoint of SQLite flushes the log and the database itself.
     """
 
     def __init__(self, path: Path) -> None:
@@ -138,12 +142,12 @@ class WalFlush:
         self._is_name_flushed = False
 
     async def __call__(self) -> None:
-        """Wait until every committed transaction is on disk. Raise BackendError if the flush fails."""
+        """Wait until every committed transaction is on disk. Raise BackendError if the flush to disk fails."""
         if self._next is None:
-            # The current flush may have begun before the caller's commit.
+            # A new flush is started, because the current flush may have begun before the caller's commit.
             self._next = asyncio.get_running_loop().create_task(self._flush_after(self._current))
             self._next.add_done_callback(_read_error)
-        # The cancellation of one caller must not cancel the flush of the others.
+        # The cancellation of one caller must not cancel the flush of the other callers.
         await asyncio.shield(self._next)
 
     async def _flush_after(self, before: asyncio.Task[None] | None) -> None:
@@ -163,26 +167,27 @@ class WalFlush:
                 sync_folder(self._path.parent)
                 self._is_name_flushed = True
         except FileNotFoundError:
-            return  # the last connection was closed, which moved the log into the database
+            return  # The last connection was closed, and SQLite moved the log into the database.
         except OSError as error:
             raise BackendError(f"{self._path} cannot be written: {error.strerror}.") from error
 
     def close(self) -> None:
-        """End the thread after its current flush."""
+        """End the flush thread after its current flush."""
         self._threads.shutdown(wait=False)
 
 
 def _read_error(flush: asyncio.Task[None]) -> None:
-    # All callers may have been canceled, and asyncio warns about an error that is never read.
+    # The error of the flush is read here, because asyncio warns about an unread error if all callers were canceled.
     if not flush.cancelled():
         flush.exception()
 
 
 _LOCKED = "55P03"
 _FOREIGN_KEY = "23503"
-# First characters of a SQLSTATE. 25006 means that the server has become a standby.
+# First characters of SQLSTATE codes that mean a temporary failure. The code 25006 means that the server has become a
+# standby.
 _PASSING = ("08", "25006", "40", "53", "57", "58")
-# A refused connection has only a text, from the server or from libpq.
+# A refused connection has no SQLSTATE, but only a text from the server or from libpq.
 _REMEDIES = (
     (
         ("authentication failed", "no password supplied", "no pg_hba.conf entry"),
@@ -204,7 +209,7 @@ _REMEDIES = (
 
 
 def name_of(engine: Engine) -> str:
-    """Return the name of the database for messages."""
+    """Return the name of the database for error messages."""
     url = engine.url
     if url.get_backend_name() == "sqlite":
         return str(url.database)
@@ -213,7 +218,7 @@ def name_of(engine: Engine) -> str:
 
 
 def other_database(engine: Engine) -> str:
-    """Return advice for the use of another database."""
+    """Return advice on how to use another database."""
     if engine.dialect.name == "sqlite":
         return "name another folder with --home"
     return "name another database"
@@ -274,7 +279,7 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def _nothing_there() -> NotFound:
-    # Rows that may exist are inserted conditionally, so this error is a missing foreign key.
+    # Rows that may already exist are inserted conditionally, so an IntegrityError means a missing foreign key.
     return NotFound("The ledger has no such job or stage.")
 
 
@@ -282,12 +287,12 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 def ensure(engine: Engine) -> None:
-    """Create or migrate the tables. Raise BackendError if a newer batchlab has migrated them."""
+    """Create or migrate the tables of the ledger. Raise BackendError if a newer batchlab has migrated the tables."""
     with transaction(engine) as connection:
         if _version(connection) == HEAD:
             return
     with transaction(engine, writes=True, lasts=True) as connection:
-        # The version is read again, because from now on no other process can change it.
+        # The schema version is read again, because only now can no other process change it.
         version = _version(connection)
         if version is None:
             _make_room(connection)
@@ -297,7 +302,7 @@ def ensure(engine: Engine) -> None:
 
 
 def _make_room(connection: Connection) -> None:
-    """Create the schema, if the database has schemas and lacks this one."""
+    """Create the ledger's schema if the database has schemas and lacks this schema."""
     schema = connection.get_execution_options().get(SCHEMA)
     # CREATE SCHEMA IF NOT EXISTS would need the permission to create even if the schema exists.
     if schema and not inspect(connection).has_schema(schema):
@@ -305,7 +310,7 @@ def _make_room(connection: Connection) -> None:
 
 
 def create(connection: Connection) -> None:
-    """Create the newest schema in an empty database."""
+    """Create the tables of the newest version in an empty database."""
     metadata.create_all(connection, checkfirst=False)
     connection.execute(insert(versions).values(version_num=HEAD))
 
@@ -321,7 +326,7 @@ def upgrade(connection: Connection) -> None:
 
 
 def _version(connection: Connection) -> str | None:
-    """Return None for a new database, and "" if Alembic has begun without a migration."""
+    """Return the version of the schema, None for a new database, and "" if Alembic has begun without a migration."""
     if not inspect(connection).has_table(versions.name):
         return None
     version = connection.execute(select(versions.c.version_num)).scalar() or ""

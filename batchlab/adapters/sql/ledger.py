@@ -1,7 +1,7 @@
 """The Ledger port on a SQL database.
 
-Invariant: each call is one transaction and may be repeated. A change loads the rows that it needs, applies the ledger
-projection, and stores the rows that changed. The event loop never waits for the database, except with `InlineRunner`.
+Invariant: each ledger call is one transaction and may be repeated. A change loads the rows that it needs, applies the
+ledger projection, and stores the changed rows. The event loop never waits for the database, except with `InlineRunner`.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ _release = (
 
 
 def open_sqlite(path: Path, sync: Sync = Sync.NONE) -> SqlLedger:
-    """Return the ledger in this file. The first call creates a missing file.
+    """Return the ledger in the SQLite file `path`. The first call of the ledger creates a missing file.
 
-    With `sync`, acknowledged changes wait for the disk. A power loss may undo folds, and the reconciler repeats them
-    from the bucket.
+    With `sync`, added jobs, control changes, and reopened jobs wait for the disk. A power loss may undo folds, and the
+    reconciler then repeats the folds from the bucket.
     """
     return SqlLedger(sqlite_engine(path), SingleThread(), sync, WalFlush(path))
 
@@ -76,17 +76,17 @@ def open_sqlite(path: Path, sync: Sync = Sync.NONE) -> SqlLedger:
 def open_postgres(
     url: str, *, schema: str = "batchlab", ca: Path | None = None, logins: Logins | None = None
 ) -> SqlLedger:
-    """Return the ledger in a schema of a PostgreSQL database, which must exist.
+    """Return the ledger in a schema of an existing PostgreSQL database.
 
-    The first call connects, and creates a missing schema. Grids that share a database have a schema each. `url` has
-    libpq's form `postgresql://user:password@host:port/database?sslmode=verify-full&...`. libpq supplies the parts that
-    it leaves out, such as a password.
+    The first call of the ledger connects, and creates a missing schema. Grids that share a database have one schema
+    each. The form of `url` is libpq's: `postgresql://user:password@host:port/database?sslmode=verify-full&...`. The
+    library libpq supplies missing parts of the URL, such as a password.
 
-    `ca` is a file of root certificates for a database on another machine. The server's certificate must then come from
-    one of them and match the URL's host, and the connection is encrypted.
+    `ca` is a file of root certificates for a database on another machine. With `ca`, the connection is encrypted, and
+    the server's certificate must come from a root in `ca` and match the URL's host.
 
-    `logins` supplies user and password for each connection. The server is then checked also without `ca`, against the
-    system's roots, unless the URL names another sslmode.
+    `logins` supplies user and password for each connection. With `logins`, the server's certificate is checked also
+    without `ca`, against the system's roots, unless the URL names another sslmode.
 
     Raise UsageError for an invalid URL or schema name, and for a `ca` that does not exist.
     """
@@ -96,7 +96,7 @@ def open_postgres(
 
 
 def open_memory() -> SqlLedger:
-    """Return a ledger in memory that runs in its caller's thread. It ends with its last reference."""
+    """Return a ledger in memory that runs in its caller's thread. The ledger ends with its last reference."""
     return open_memory_as(SqlLedger)
 
 
@@ -104,7 +104,8 @@ def open_memory_as(kind: type[L]) -> L:
     """Return a ledger in memory of the class `kind`."""
     engine = sqlite_engine(None)
     ledger = kind(engine, InlineRunner())
-    # A simulation does not close its ledger, and Python 3.13 warns about open databases.
+    # The finalizer closes the engine, because a simulation does not close its ledger, and Python 3.13 warns about open
+    # databases.
     weakref.finalize(ledger, engine.dispose)
     return ledger
 
@@ -113,12 +114,12 @@ class SqlLedger:
     """The Ledger port over a SQL database.
 
     Every call raises Unreachable if the database does not answer: a lock is not released, a file cannot be opened, or a
-    server is down. It raises NotFound if a job or stage to change does not exist. Any other failure is a BackendError,
-    such as a wrong password or a database of a newer batchlab.
+    server is down. A call raises NotFound if a job or stage to change does not exist. Any other failure raises
+    BackendError, for example a wrong password or a database of a newer batchlab.
     """
 
     def __init__(self, engine: Engine, run: CallRunner, sync: Sync = Sync.NONE, flush: WalFlush | None = None) -> None:
-        """Take over `engine`, which must have the transactions of `engines`, without opening it.
+        """Take over `engine` without opening it. The engine must have the transactions of the module `engines`.
 
         `flush` waits for the disk if a commit of the engine does not.
         """
@@ -138,13 +139,14 @@ class SqlLedger:
     async def apply(self, change: JobChange) -> ChangeResult: ...
 
     async def apply(self, change: Fold | JobChange) -> FoldResult | ChangeResult:
-        """Apply the change. A fold raises NotFound before it folds any completion."""
+        """Apply the change to its jobs. A fold raises NotFound before it folds any completion."""
         if isinstance(change, Fold):
             if not change.completions:
                 return FoldResult([], 0, {})
             return await self._write(lambda connection: self._fold(connection, change))
         written = await self._write(lambda connection: self._change(connection, change))
-        # The other changes do not wait for the disk, because the next manager finds them in the bucket.
+        # Changes other than AddJob, SetControl, and Reopen do not wait for the disk, because the next manager finds
+        # them in the bucket.
         if isinstance(change, (AddJob, SetControl, Reopen)):
             await self._on_disk(None)
         return written
@@ -154,7 +156,7 @@ class SqlLedger:
             return self._add_job(connection, change)
         projection = load_job(connection, change.job_id)
         before = Snapshot.of(projection)
-        # The existing bundles are not loaded, because the statement that stores bundles does not change them.
+        # Existing bundles are not loaded, because the statement that stores bundles does not change them.
         rows = ledger_projection.apply(projection, change, {})
         if rows is not None:
             self._store(connection, projection, before, rows)
@@ -270,14 +272,15 @@ class SqlLedger:
     async def dump(self) -> dict[str, Json]:
         """Return all rows about jobs, without leases and without `seq`.
 
-        Two ledgers with the same history are equal, in whatever order they received it. `seq` is this order.
+        The dumps of two ledgers with the same history are equal, in whatever order the ledgers received it. `seq` is
+        left out because it records the order in which a ledger received its changes.
         """
         return await self._read(
             lambda connection: {table.name: _dump(connection, table) for table in (jobs, stages, bundles)}
         )
 
     async def close(self) -> None:
-        """Wait for running calls. No other call may follow."""
+        """Wait for running calls and close the database. After `close`, no call may follow."""
         await self._run.close(self._engine.dispose)
         if self._flush:
             self._flush.close()
@@ -285,7 +288,7 @@ class SqlLedger:
     # --- Transactions ----------------------------------------------------------------------------
 
     async def _on_disk(self, written: T) -> T:
-        """Return what was written once a power loss cannot undo it."""
+        """Return `written` as soon as a power loss cannot undo the write."""
         if self._flush and self._sync.waits:
             await self._flush()
         return written

@@ -23,7 +23,7 @@ _thread = threading.local()
 
 
 class _SecretFilter(logging.Filter):
-    """Log filter that drops all records of a thread while it receives a secret."""
+    """Log filter that drops all records of a thread while the thread receives a secret."""
 
     def filter(self, record: logging.LogRecord) -> bool:  # noqa: ARG002
         return not getattr(_thread, "receives_secret", False)
@@ -54,16 +54,16 @@ class Login:
 
 
 class Logins(Protocol):
-    """Source of logins. It is asked for each new connection, from any thread."""
+    """Source of the logins of a database. The source is asked for each new connection, from any thread."""
 
     @property
     def where(self) -> str:
-        """Return the name of the source, as in "the password of ..."."""
+        """Return the name of the source of logins, for messages such as "the password of ..."."""
 
     def login(self, *, refused: Login | None = None) -> Login:
-        """Return the login for a new connection. Raise the errors of the AWS adapters.
+        """Return the login for a new database connection. Raise the same errors as the AWS adapters.
 
-        `refused` is the login that the database refused, so a newer one may exist.
+        `refused` is the login that the database has refused, so the source may have a newer login.
         """
 
 
@@ -72,7 +72,7 @@ class SecretLogins:
 
     The secret is JSON with `username` and `password`, as RDS creates and rotates it.
 
-    It is fetched once, and again when the database refuses the fetched login.
+    The secret is fetched once, and again when the database refuses the fetched login.
     """
 
     def __init__(self, endpoint: Endpoint, secret: str) -> None:
@@ -88,7 +88,7 @@ class SecretLogins:
 
     def login(self, *, refused: Login | None = None) -> Login:
         with self._lock:
-            # Another thread may have fetched it since the refused login was returned.
+            # Another thread may have fetched the secret since it returned the refused login.
             if self._login is None or self._login == refused:
                 self._login = self._fetch()
             return self._login
@@ -111,7 +111,7 @@ class SecretLogins:
         except (ValueError, KeyError, TypeError):
             doc = None
         if doc is None or not isinstance(user, str) or not isinstance(password, str):
-            # The error omits its cause, whose text might contain the secret.
+            # The error omits its cause, because the text of the cause might contain the secret.
             raise BackendError(
                 f"The secret {self._secret} does not contain a login.",
                 remedy='It must be JSON: {"username": ..., "password": ...}.',
@@ -122,11 +122,11 @@ class SecretLogins:
 class IamLogins:
     """Tokens of IAM database authentication, signed for each connection.
 
-    RDS accepts a token for 15 minutes, and checks it only when a connection is opened.
+    RDS accepts a token for 15 minutes, and checks the token only when a connection is opened.
     """
 
     def __init__(self, endpoint: Endpoint, *, host: str, port: int, user: str) -> None:
-        """Set the host and port that the client connects to. A token is valid only for them."""
+        """Set the host and port to which the client connects. A token is valid only for its host and port."""
         self._endpoint = endpoint
         self._host, self._port, self._user = host, port, user
         self._rds: Any = None

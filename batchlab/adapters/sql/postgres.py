@@ -1,8 +1,8 @@
 """PostgreSQL engine with the transactions that `SqlLedger` needs (see `engines`).
 
-Invariant: a writing transaction first takes the one lock of the schema. Each of its statements sees everything
-committed before. A reading transaction sees one state. Every wait has a limit: for the server's answer, for the lock,
-and for a suspended client that holds the lock.
+Invariant: a writing transaction first takes the one lock of the schema. Each statement of a writing transaction sees
+everything committed before that statement. A reading transaction sees one state of the database. Every wait has a
+limit: for the server's answer, for the lock, and for a suspended client that holds the lock.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from batchlab.adapters.sql.logins import Login, Logins
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 
 LOCK_S = 10.0
-"""Maximum wait for the lock in seconds."""
+"""Maximum wait for the schema's lock in seconds."""
 IDLE_CLIENT_S = 5.0
 """Time in seconds after which the server ends the transaction of a silent client.
 
-This frees the lock, so a suspended manager cannot keep another one from leading.
+The end of the transaction frees the lock, so a suspended manager cannot keep another manager from leading.
 """
 STATEMENT_S = 20.0
 LONG_S = 600.0
-"""Maximum duration of a statement in seconds: normally, and if it may take minutes."""
+"""Maximum duration of a statement in seconds: STATEMENT_S normally, and LONG_S for statements that may take minutes."""
 GRACE_S = 5.0
-"""Extra time in seconds before the client closes a connection.
+"""Extra time in seconds after a statement's limit before the client closes the connection.
 
-By then the server should have ended the statement itself.
+The server should have ended a statement itself before the client's extra time is over.
 """
 
 _SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_.-]{0,62}")
 _DEFAULTS = {
     "application_name": "batchlab",
     "connect_timeout": "5",
-    # A peer that disappears is noticed within 15 s.
+    # With the keepalive settings, the client notices within 15 s that its peer has disappeared.
     "keepalives_idle": "5",
     "keepalives_interval": "3",
     "keepalives_count": "3",
@@ -55,7 +55,7 @@ _DEFAULTS = {
 
 
 def postgres_engine(url: str, schema: str, *, ca: Path | None = None, logins: Logins | None = None) -> Engine:
-    """Return an engine for this schema of this database. See `open_postgres`.
+    """Return an engine for this schema of the PostgreSQL database. See `open_postgres`.
 
     Raise UsageError if the URL or the schema name is invalid.
     """
@@ -68,7 +68,7 @@ def postgres_engine(url: str, schema: str, *, ca: Path | None = None, logins: Lo
     defaults = _DEFAULTS | _tls(parsed, ca, is_remote=logins is not None)
     engine = create_engine(
         parsed,
-        # Options in the URL take precedence.
+        # Connection options in the URL take precedence over the defaults.
         connect_args={k: v for k, v in defaults.items() if k not in parsed.query},
         use_native_hstore=False,
         pool_size=1 + ReadWriteThreads.READERS,
@@ -101,7 +101,7 @@ def _tls(parsed: URL, ca: Path | None, *, is_remote: bool) -> dict[str, str]:
     if ca is None:
         if "sslmode" in parsed.query or not is_remote:
             return {}
-        # An sslrootcert in the URL takes precedence.
+        # An sslrootcert in the URL takes precedence over the system's roots.
         return {"sslmode": "verify-full", "sslrootcert": "system"}
     if parsed.query.get("sslmode", "verify-full") != "verify-full" or "sslrootcert" in parsed.query:
         raise UsageError(
@@ -120,13 +120,13 @@ def _tls(parsed: URL, ca: Path | None, *, is_remote: bool) -> dict[str, str]:
 
 
 class _Bounded(psycopg.Connection[Any]):
-    """A connection that limits its wait for a server that does not answer."""
+    """A PostgreSQL connection that limits its wait for a server that does not answer."""
 
     limit_s = STATEMENT_S + GRACE_S
 
     def __del__(self, *_: Any) -> None:
-        # SQLAlchemy drops an open connection whose set-up failed. The server must learn of its end before the garbage
-        # collector finds it.
+        # If the set-up of a connection fails, SQLAlchemy drops the connection without closing it. The server must learn
+        # of the connection's end before the garbage collector finds the connection.
         if hasattr(self, "pgconn") and not self.closed:
             self.close()
 
@@ -134,7 +134,10 @@ class _Bounded(psycopg.Connection[Any]):
         return super().wait(self._bounded(gen), *args, **kwargs)
 
     def _bounded(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        """Wrap `gen`, and end it after the limit. `gen` regularly gets 0 while it waits."""
+        """Run `gen`, and close the connection after the limit.
+
+        `gen` regularly receives 0 while it waits for the server.
+        """
         until_s = time.monotonic() + self.limit_s
         try:
             wanted = next(gen)
@@ -149,18 +152,18 @@ class _Bounded(psycopg.Connection[Any]):
 
 
 def _connect(_dialect: object, _record: object, args: Any, options: Any) -> _Bounded:
-    # The driver would begin transactions itself, with an extra round trip.
+    # Without autocommit, the driver would begin transactions itself, with an extra round trip.
     return _Bounded.connect(*args, autocommit=True, **options)
 
 
 class Connect:
-    """Factory of connections with the login of `logins`.
+    """Factory of database connections with the login of `logins`.
 
-    If the database refuses it, one more attempt uses the login that `logins` then returns.
+    If the database refuses the login, one more attempt uses the login that `logins` then returns.
     """
 
     def __init__(self, logins: Logins, ledger: str) -> None:
-        """Set the source of logins and the name of the database for messages."""
+        """Set the source of logins, and the name of the database for error messages."""
         self._logins = logins
         self._ledger = ledger
         self._has_worked: Login | None = None
@@ -183,7 +186,7 @@ class Connect:
                 raise
             text = f"The ledger {self._ledger} refuses the password of {self._logins.where}"
             if self._has_worked == login:
-                # The database already has the new password, but the secret still has the old one.
+                # The database already has the new password, but the secret still contains the old password.
                 raise Unreachable(f"{text}. The password is being changed.") from error
             raise BackendError(
                 f"{text}: {one_line(error)}.", remedy="Check the content of the secret and the permissions of the user."
@@ -199,8 +202,8 @@ class Connect:
 def _look(connection: _Bounded, _record: object, _proxy: object) -> None:
     """Discard a connection that the server has closed.
 
-    The server's message about it is then readable, so no round trip is needed. A connection that was lost without a
-    message fails at its first use.
+    The server's closing message is readable on the socket, so the check needs no round trip. A connection that was lost
+    without a message from the server fails at its first use.
     """
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLIN)
@@ -214,12 +217,13 @@ def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:
     driver = connection.connection.driver_connection
     assert isinstance(driver, _Bounded)
     driver.limit_s = limit_s + GRACE_S
-    # With READ COMMITTED each statement takes its snapshot after the lock. Other levels would take it before, and show
-    # an older state.
+    # With READ COMMITTED, each statement of the transaction takes its snapshot after the lock. Higher isolation levels
+    # would take the snapshot before the lock, and show an older state.
     kind = "READ COMMITTED, READ WRITE" if writes else "REPEATABLE READ, READ ONLY"
     statements = [
         f"BEGIN ISOLATION LEVEL {kind}",
-        # These settings apply to the transaction and not to the connection, which a pooler may give to another client.
+        # The settings apply to the transaction and not to the connection, because a pooler may give the connection to
+        # another client.
         f'SET LOCAL search_path TO "{schema}"',
         f"SET LOCAL statement_timeout TO {limit_s * 1000:.0f}",
         f"SET LOCAL lock_timeout TO {LOCK_S * 1000:.0f}",
@@ -227,11 +231,11 @@ def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:
     ]
     if writes:
         statements.append(f"SELECT pg_advisory_xact_lock({key(schema)})")
-    # One message takes one round trip.
+    # All statements are sent in one message, which takes one round trip.
     connection.exec_driver_sql("; ".join(statements))
 
 
 def key(schema: str) -> int:
-    """Return the number of the schema's lock in its database, signed 64 bits."""
+    """Return the number of the schema's advisory lock in its database, as a signed 64-bit integer."""
     digest = hashlib.blake2b(f"batchlab {schema}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, signed=True)

@@ -1,8 +1,8 @@
-"""Loading and storing of the rows of jobs, stages, and bundles.
+"""Functions that load and store the rows of jobs, stages, and bundles.
 
-Invariants: a writing transaction excludes others, so a loaded row has not changed when it is stored. The ledger
-projection decides what a change does. The row of a bundle changes once, from planned to done: the statement that stores
-rows does not change a done row.
+Invariants: a writing transaction excludes other writers, so a loaded row has not changed when it is stored. The ledger
+projection decides which rows a change alters. The row of a bundle changes once, from planned to done, because the
+statement that stores rows does not change a done row.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _by_token = select(jobs.c.id).where(jobs.c.token == bindparam("token"))
 _newest = select(jobs).order_by(jobs.c.submitted_s.desc(), jobs.c.id.desc()).limit(bindparam("limit"))
 _active = _newest.where(jobs.c.state.not_in(sorted(ENDED)))
 _STAGE = [field.name for field in fields(Stage) if field.name in stages.c and field.name != "uncut"]
-"""Columns in the order of the arguments of Stage, before `uncut`."""
+"""Columns of a stage in the order of the arguments of Stage, before `uncut`."""
 _job_with_stages = (
     select(
-        # The definition may be long, so only the row of the first stage has it.
+        # The definition of the job may be long, so only the row of the first stage contains it.
         case((stages.c.position == 0, jobs.c.spec)),
         *(jobs.c[name] for name in _JOB),
         stages.c.stage,
@@ -53,7 +53,7 @@ _update_job = update(jobs).where(jobs.c.id == bindparam("b_job")).values({name: 
 _stage = update(stages).where(stages.c.job == bindparam("b_job"), stages.c.stage == bindparam("b_stage"))
 _get_job = attrgetter(*_JOB)
 _GROUPS = tuple((attrgetter(*columns), columns) for columns in (_PLAN, _COUNTERS))
-"""Columns of a stage that change together, and a function that gets their values."""
+"""Columns of a stage that change together, and a function that returns their values."""
 _STORE = {columns: _stage.values({name: bindparam(name) for name in columns}) for _, columns in _GROUPS}
 
 
@@ -61,7 +61,7 @@ _STORE = {columns: _stage.values({name: bindparam(name) for name in columns}) fo
 
 
 def load_job(connection: Connection, name: JobId) -> Projection:
-    """Load a job with its stages. Raise NotFound if the job does not exist."""
+    """Load the rows of a job with its stages. Raise NotFound if the job does not exist."""
     rows = connection.execute(_job_with_stages, {"job": name}).all()
     if not rows:
         raise _no_job(name)
@@ -76,7 +76,7 @@ def load_job(connection: Connection, name: JobId) -> Projection:
 def rows_of(connection: Connection, name: JobId) -> JobRows:
     """Return the rows of a job with their stamp. Raise NotFound if the job does not exist."""
     projection = load_job(connection, name)
-    # Some completions change no counter, so the newest seq identifies the version of a job.
+    # The newest seq identifies the version of a job, because some completions do not change a counter.
     last = connection.execute(_last_seq, {"job": name}).scalar_one()
     return projection.rows(-1 if last is None else last)
 
@@ -114,7 +114,10 @@ def _record(row: RowMapping) -> JobRecord:
 
 @lru_cache(256)
 def _job_def(spec: str) -> JobDef:
-    """Parse a definition. It is cached, because it is read with the counters and never changes."""
+    """Parse the definition of a job.
+
+    Parsed definitions are cached, because they are read with the counters and never change.
+    """
     return json_format.job_from_json(json_format.loads(spec))
 
 
@@ -122,7 +125,10 @@ def _job_def(spec: str) -> JobDef:
 
 
 def add_job(connection: Connection, upserts: Upserts, projection: Projection) -> JobId | None:
-    """Insert a job with its stages. Return the id of the job that already has its id or token, or None."""
+    """Insert the rows of a job with its stages.
+
+    Return the id of an existing job with the same id or client token, or None after the insert.
+    """
     job = projection.job
     row = {
         "id": job.id,
@@ -147,7 +153,7 @@ def add_job(connection: Connection, upserts: Upserts, projection: Projection) ->
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Values of a job as they were loaded, for a comparison after a change."""
+    """Values of a job at the time of loading, for a comparison after a change."""
 
     job: tuple[Any, ...]
     stages: Mapping[StageName, Sequence[tuple[Any, ...]]]
@@ -161,7 +167,7 @@ class Snapshot:
 
 
 def store_job(connection: Connection, projection: Projection, before: Snapshot) -> None:
-    """Store the values that differ from `before`."""
+    """Store the values of the job that differ from `before`."""
     name = projection.job.id
     if _get_job(projection) != before.job:
         connection.execute(_update_job, {"b_job": name, **_job_values(projection)})
@@ -198,7 +204,7 @@ _make_void = (
 
 
 def load_known(connection: Connection, upserts: Upserts, keys: Sequence[tuple[JobId, Key]]) -> dict[JobId, Known]:
-    """Return which of these bundles exist, and whether each is done."""
+    """Return which of the bundles exist, and whether each bundle is done."""
     known: dict[JobId, Known] = {job: {} for job, _ in keys}
     rows = upserts.known(connection, [(job, *key) for job, key in keys])
     for job, stage, name, is_done in rows:
@@ -207,13 +213,16 @@ def load_known(connection: Connection, upserts: Upserts, keys: Sequence[tuple[Jo
 
 
 def make_void(connection: Connection, job: JobId, names: Iterable[StageName]) -> None:
-    """Mark the bundles of these stages as void."""
+    """Mark the bundles of the given stages as void."""
     for name in names:
         connection.execute(_make_void, {"b_job": job, "b_stage": name})
 
 
 def store_bundles(connection: Connection, upserts: Upserts, projection: Projection, rows: Iterable[BundleRow]) -> None:
-    """Store these rows. Leave a row that is done or that would be planned a second time."""
+    """Store the rows of the given bundles.
+
+    Leave the row of a bundle that is done or that would be planned a second time.
+    """
     job = projection.job.id
     values = []
     for row in rows:

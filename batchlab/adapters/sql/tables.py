@@ -1,8 +1,9 @@
-"""Tables of the ledger in this version, and the statements that insert or update rows.
+"""Tables of the ledger's current schema, and the statements that insert or update rows.
 
-Invariants: `metadata` and the migrations up to HEAD describe the same schema. A test compares them, so a new database
-may be created from either. Each insert-or-update statement decides and answers in one statement, so no second writer
-comes in between. Only its spelling differs between SQLite and PostgreSQL.
+Invariants: `metadata` and the migrations up to HEAD describe the same schema. A test compares `metadata` with the
+migrations, so a new database may be created from either. Each insert-or-update statement decides and returns its result
+in one step, so a second writer cannot come between. Insert-or-update statements for SQLite and PostgreSQL differ only
+in their spelling.
 """
 
 from __future__ import annotations
@@ -41,12 +42,15 @@ from sqlalchemy import (
 from sqlalchemy.sql.dml import ReturningInsert
 
 HEAD = "0002"
-"""The newest migration. Versions are numbered, so an older program recognizes a newer schema."""
+"""Number of the newest migration.
+
+Versions of the schema are numbered, so an older program recognizes a newer schema.
+"""
 
 metadata = MetaData()
 
-# Texts sort bytewise, as in SQLite and Python. If the order depended on a server's locale, two ledgers of one bucket
-# would differ.
+# Texts sort by their bytes, as in SQLite and Python. If the order of texts depended on a server's locale, two ledgers
+# of one bucket would differ.
 _Name = Text().with_variant(Text(collation="C"), "postgresql")
 
 jobs = Table(
@@ -62,7 +66,8 @@ jobs = Table(
     Column("round", Integer, nullable=False),
     Column("ended_s", Double),
     PrimaryKeyConstraint("id", name="jobs_pk"),
-    # NULL for a job without a token. NULLs are never equal.
+    # The token is NULL for a job without a client token. Several jobs may have NULL as their token, because NULLs are
+    # never equal.
     UniqueConstraint("token", name="jobs_token"),
 )
 Index("jobs_newest", jobs.c.submitted_s, jobs.c.id)
@@ -78,7 +83,7 @@ stages = Table(
     Column("failed", BigInteger, nullable=False),
     Column("cancelled", BigInteger, nullable=False),
     Column("retried", BigInteger, nullable=False),
-    # The unit is microseconds, because sums of floats would depend on the order of the outcomes.
+    # The unit of run times is microseconds, because sums of floats would depend on the order of the outcomes.
     Column("run_us", BigInteger, nullable=False),
     Column("first_start_s", Double),
     Column("last_end_s", Double),
@@ -88,8 +93,8 @@ stages = Table(
     PrimaryKeyConstraint("job", "stage", name="stages_pk"),
 )
 
-# `body` is the bundle's JSON while `seq` is NULL (planned), and then its completion's JSON. It is the grid's wire
-# format instead of one column per field.
+# `body` is the bundle's JSON while `seq` is NULL (planned), and then its completion's JSON. `body` contains the grid's
+# wire format instead of one column per field.
 bundles = Table(
     "bundles",
     metadata,
@@ -98,20 +103,20 @@ bundles = Table(
     Column("id", _Name, nullable=False),
     Column("seq", BigInteger),
     Column("failed", Integer, nullable=False),
-    # 1 for a bundle of a plan that a retry has replaced. The row stays, so that a late event is not counted, but
-    # listings omit the row.
+    # `void` is 1 for a bundle of a plan that a retry has replaced. The row of a void bundle stays, so that a late event
+    # is not counted, but listings omit the row.
     Column("void", Integer, nullable=False, server_default="0"),
     Column("body", Text, nullable=False),
     PrimaryKeyConstraint("job", "stage", "id", name="bundles_pk"),
     ForeignKeyConstraint(["job", "stage"], ["stages.job", "stages.stage"], name="bundles_stage"),
 )
-# The index has the order in which bundles are read and the columns that filter them. So no query of the port sorts, and
-# a search for failed bundles reads no other rows. (An index of only the failed bundles would need the import of
-# PostgreSQL's dialect for its declaration.)
+# The index `bundles_read` has the columns by which bundles are ordered and filtered. With the index, no query of the
+# Ledger port sorts, and a search for failed bundles reads no other rows. The index covers all bundles, because an index
+# of only the failed bundles would need the import of PostgreSQL's dialect.
 Index("bundles_read", bundles.c.job, bundles.c.seq, bundles.c.stage, bundles.c.id, bundles.c.failed)
 
-# The last `seq` that was given. max(seq) would start again after `forget`, and a reader that goes on after the last seq
-# it saw would then miss everything.
+# The table contains the last reserved `seq`. After `forget`, max(seq) would start again, and a reader that continues
+# after its last seq would miss all new bundles.
 counters = Table(
     "counters",
     metadata,
@@ -129,7 +134,7 @@ leases = Table(
     PrimaryKeyConstraint("name", name="leases_pk"),
 )
 
-# Alembic's own table, declared as Alembic creates it, so it can be read without Alembic.
+# Alembic's own table is declared as Alembic creates it, so the version can be read without Alembic.
 versions = Table(
     "alembic_version",
     metadata,
@@ -139,34 +144,37 @@ versions = Table(
 
 
 BUNDLE = ("job", "stage", "id", "seq", "failed", "void", "body")
-"""The columns of a bundle that are written together."""
+"""Columns of a bundle that are written together."""
 BundleValues = tuple[str, str, str, int | None, int, int, str]
-"""Values of these columns."""
+"""Values of the columns in BUNDLE."""
 _KEY = ("job", "stage", "id")
 KeyValues = tuple[str, str, str]
 _ROWS_AT_ONCE = 100
-"""Rows of one statement. SQLite allows 32,766 parameters in a statement."""
+"""Maximum number of rows in one statement. SQLite allows 32,766 parameters in one statement."""
 
 NOBODY = ""
-"""Owner of a released lease. Its row stays, so its beat never restarts."""
+"""Owner of a released lease. The row of a released lease stays, so the lease's beat never restarts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Upserts:
-    """Statements for one kind of database. Statements that return rows return only changed rows."""
+    """Insert-or-update statements and queries for one kind of database.
+
+    Insert-or-update statements that return rows return only changed rows.
+    """
 
     add_job: ReturningInsert[Any]
-    """Insert a job unless its id or its token exists."""
+    """Statement that inserts a job unless its id or its token exists."""
     known: Callable[[Connection, Sequence[KeyValues]], Iterable[Sequence[Any]]]
-    """Select the bundles of these keys: (job, stage, id, whether it is done)."""
+    """Function that returns (job, stage, id, whether the bundle is done) of the existing bundles with these keys."""
     store_bundles: Callable[[Connection, Sequence[BundleValues]], object]
-    """Insert bundles. Replace a planned bundle by a done one. Leave every other existing row."""
+    """Function that inserts bundles. A done bundle replaces a planned bundle. Other existing rows do not change."""
     take_seqs: ReturningInsert[Any]
-    """Reserve `count` sequence numbers. Return the last one."""
+    """Statement that reserves `count` sequence numbers. The statement returns the last reserved number."""
     take_lease: ReturningInsert[Any]
-    """Take a lease and return its new state.
+    """Statement that takes a lease and returns its new state.
 
-    The lease must be free, belong to the owner, or be at `over_owner` and `over_beat`.
+    The lease to take must be free, belong to the owner, or be at `over_owner` and `over_beat`.
     """
 
     @classmethod
@@ -176,7 +184,7 @@ class Upserts:
         store = insert(bundles)
         is_postgresql = dialect == "postgresql"
         if is_postgresql:
-            # It is one statement with one text, whatever the number of rows.
+            # On PostgreSQL, the statement has the same text for any number of rows.
             store = store.from_select(BUNDLE, _unpacked(BUNDLE))
         store = store.on_conflict_do_update(
             index_elements=[*bundles.primary_key],
@@ -207,7 +215,7 @@ class Upserts:
 
 
 def _insert(dialect: str) -> Callable[..., Any]:
-    # Only the dialect in use is imported. Both have the same methods, but no common type.
+    # Only the dialect in use is imported. The two dialects have the same methods, but not a common type.
     if dialect == "postgresql":
         from sqlalchemy.dialects import postgresql
 
@@ -220,7 +228,7 @@ def _insert(dialect: str) -> Callable[..., Any]:
 def _unpacked(names: Sequence[str]) -> Select[Any]:
     """Select the rows of the parameter `rows`, a JSON text.
 
-    The driver writes one text faster than an array for each column.
+    The driver writes one JSON text faster than an array for each column.
     """
     columns = (column(name, bundles.c[name].type.as_generic()) for name in names)
     rows = func.json_to_recordset(bindparam("rows", type_=JSON)).table_valued(*columns)
@@ -232,7 +240,7 @@ def _as_objects(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> dict[str
 
 
 def known_on_postgresql() -> Select[Any]:
-    """Select which bundles of the parameter `rows` exist, and whether each is done.
+    """Select which bundles of the parameter `rows` exist, and whether each bundle is done.
 
     The lateral query reads each bundle by the primary key. A join would read all bundles of the schema while the server
     lacks statistics of the table.
@@ -253,8 +261,8 @@ def _stored_on_postgresql(store: Any) -> Callable[[Connection, Sequence[BundleVa
     return lambda connection, rows: connection.execute(store, _as_objects(BUNDLE, rows))
 
 
-# SQLAlchemy would take a third of the time of a fold to process the parameters of each row. So on SQLite, the driver
-# executes these texts.
+# SQLAlchemy would take a third of the time of a fold to convert the parameters of each row. On SQLite, the driver
+# executes the statements as texts, without SQLAlchemy.
 
 
 def _known_on_sqlite(connection: Connection, keys: Sequence[KeyValues]) -> list[Any]:
@@ -272,7 +280,7 @@ def _stored_on_sqlite(store: Any) -> Callable[[Connection, Sequence[BundleValues
 
 
 def _in_parts(connection: Connection, before: str, row: str, after: str, rows: Sequence[Sequence[Any]]) -> list[Any]:
-    """Execute the statement with some of the rows at a time, each written as `row`."""
+    """Execute the statement for a limited number of rows at a time, each written as `row`."""
     returned: list[Any] = []
     for at in range(0, len(rows), _ROWS_AT_ONCE):
         batch = rows[at : at + _ROWS_AT_ONCE]

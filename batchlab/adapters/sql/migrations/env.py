@@ -1,6 +1,6 @@
 """Alembic's entry point, which uses the connection that `migrate` passes in.
 
-Invariant: the migration runs in the caller's transaction, so a partial schema is never visible.
+Invariant: the migration runs in the caller's transaction, so other connections never see a partial schema.
 """
 
 from __future__ import annotations

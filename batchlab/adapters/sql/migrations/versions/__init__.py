@@ -1,1 +1,1 @@
-"""Numbered schema versions. Each file declares its own tables and never changes."""
+"""Numbered versions of the ledger's schema. Each file of a version declares its own tables and never changes."""

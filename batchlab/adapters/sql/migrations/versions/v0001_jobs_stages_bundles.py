@@ -1,4 +1,4 @@
-"""The first schema: jobs, stages with counters, bundles, and leases."""
+"""First version of the schema: jobs, stages with counters, bundles, and leases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ down_revision = None
 
 
 def upgrade() -> None:
-    # The tables are written out here, because `tables` changes and this schema must not.
+    # This file repeats the table definitions, because the module `tables` changes and this version must not.
     name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
     op.create_table(
         "jobs",

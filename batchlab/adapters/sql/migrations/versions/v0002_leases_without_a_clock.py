@@ -1,4 +1,4 @@
-"""A lease is renewed by a count and not until a time, so clocks need not agree."""
+"""Schema version in which a lease is renewed by a count and not until a time, so clocks need not agree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    # Holders lose their leases here. The ledger is migrated only while no manager runs.
+    # The migration deletes the leases of all holders. The ledger is migrated only while no manager runs.
     op.drop_table("leases")
     op.create_table(
         "leases",
