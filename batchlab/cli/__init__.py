@@ -1,7 +1,8 @@
 """The command line: a client of the manager, and the services of a grid.
 
-Invariant: results for programs go to stdout, everything else to stderr. This package imports no other
-module of batchlab at its top, so that each command imports only the modules that it uses.
+Invariant: commands write results for programs to stdout, and all other output to stderr. The package `batchlab.cli`
+does not import other modules of batchlab at its top, so that each command imports only the modules that the command
+uses.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from batchlab.cli.startup import SERVICES, missing_module_message
 
 
 def main() -> None:
-    """Run the command line of this process (console script)."""
+    """Run the command line with the arguments of this process (entry point of the console script)."""
     try:
         _run(sys.argv[1:])
     except ModuleNotFoundError as error:
@@ -25,8 +26,8 @@ def main() -> None:
 
 def _run(arguments: list[str]) -> None:
     if arguments and arguments[0] in SERVICES:
-        # The grid starts a worker for each instance. The Typer commands would take longer to import
-        # than everything else that a worker needs.
+        # The import of the Typer commands would take longer than all other imports of a worker. A grid starts a worker
+        # for each instance.
         from batchlab.cli.services import serve
 
         serve(arguments)

@@ -48,7 +48,8 @@ def rebuild(home: Path | None = HOME, json: bool = JSON) -> None:
     """
     with connect(home) as client:
         view = client.rebuild_ledger()
-    # A manager of an earlier version stops at the first unreadable object instead.
+    # The response of a manager of an earlier version lacks "unreadable", because the rebuild stops at the first
+    # unreadable object.
     unreadable = view.get("unreadable", [])
     lines = [f"The ledger is rebuilt: {output.count(view['jobs'], 'job')}."]
     lines += [f"Not read: {problem['key']}: {problem['reason']}" for problem in unreadable]
@@ -134,10 +135,9 @@ for _name, _help in _ABOUT.items():
 
 
 def _sweep_aws(region: str | None, names: Sequence[str], *, removing: bool, json: bool) -> None:
-    """List resources of stacks, and with `removing` remove those of deleted stacks.
+    """List the resources of stacks in the region. If `removing` is true, remove the resources of deleted stacks.
 
-    Resources without a tag are removed only if `names` contains them. Raise BackendError if a
-    removal fails.
+    A resource without a tag is removed only if `names` contains its name. Raise BackendError if a removal fails.
     """
     from batchlab.deploy.account import Account
     from batchlab.deploy.leftovers import Leftovers, remove_left, select_removable

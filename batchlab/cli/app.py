@@ -1,7 +1,7 @@
 """The root command, which imports the module of a command on first use.
 
-Invariant: each BatchlabError is printed on stderr as a sentence and a remedy, and has its own exit
-code. Other errors show a traceback only with --debug.
+Invariant: each BatchlabError is printed on stderr as a sentence and a remedy, and determines the exit code. For other
+errors, a traceback is printed only with --debug.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from batchlab.cli.startup import missing_module_message
 from batchlab.core.errors import BatchlabError
 
 UNEXPECTED = 70
-"""Exit code of an unexpected error: EX_SOFTWARE of sysexits.h. No job outcome has this code."""
+"""Exit code of an unexpected error, as EX_SOFTWARE in sysexits.h. No job outcome has the exit code 70."""
 
 _OWN_DEBUG = "replay-task"
-"""The command with a --debug option of its own."""
+"""Name of the command that has its own --debug option."""
 
 
 class Command(NamedTuple):
-    """The module in `batchlab.cli` that registers a command, and its line in `batchlab --help`."""
+    """The module in `batchlab.cli` that registers a command, and the command's summary in `batchlab --help`."""
 
     module: str
     summary: str
@@ -60,19 +60,19 @@ COMMANDS = {
     "worker": Command("admin", "Run a worker (the manager does this)."),
     "connect": Command("admin", "Keep a connection to a manager on AWS open (`run` does this)."),
 }
-"""All commands, in the order in which a new user needs them."""
+"""All commands by name, in the order in which a new user needs the commands."""
 
 
 @cache
 def _registered(module: str) -> dict[str, Any]:
-    """Import a module of this package and return its commands and groups."""
+    """Import a module of `batchlab.cli`, and return the commands and groups that the module registers."""
     parent = typer.Typer(add_completion=False, rich_markup_mode=None)
     parent.add_typer(import_module(f"batchlab.cli.{module}").app)
     return dict(get_group(parent).commands)
 
 
 class _LazyCommands(MutableMapping[str, Any]):
-    """Commands by name. The module of a command is imported on first access."""
+    """Commands by name. The first access to a command imports the command's module."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] = {}
@@ -96,7 +96,7 @@ class _LazyCommands(MutableMapping[str, Any]):
 
 
 class _Commands(TyperGroup):
-    """Root group that lists its commands without importing them."""
+    """Root group that lists its commands without importing the commands' modules."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -142,7 +142,7 @@ app = typer.Typer(
     name="batchlab",
     cls=_Commands,
     no_args_is_help=True,
-    # rich takes longer to import than the rest of a command, so the help is plain text.
+    # The help is plain text, because the import of rich takes longer than the rest of a command.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -165,12 +165,12 @@ def batchlab(
 
 
 def start(arguments: Sequence[str]) -> None:
-    """Run one command line and exit with its code."""
+    """Run one command line, and exit the process with the command's exit code."""
     output.install_signal_handlers()
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end]
     if _OWN_DEBUG in arguments[:end]:
-        end = list(arguments).index(_OWN_DEBUG)  # a later --debug belongs to that command
+        end = list(arguments).index(_OWN_DEBUG)  # A later --debug belongs to `replay-task`.
     remaining = [one for i, one in enumerate(arguments) if one != "--debug" or i > end]
     try:
         app(remaining, prog_name="batchlab")
@@ -182,7 +182,7 @@ def start(arguments: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         if debug or missing_module_message(error) is None:
             _unexpected(error, debug=debug)
-        raise  # `main` prints the message
+        raise  # `cli.main` prints the message for a missing module.
     except Exception as error:  # noqa: BLE001 - outermost handler: print the error, exit code 70
         _unexpected(error, debug=debug)
 

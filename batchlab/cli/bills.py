@@ -1,6 +1,6 @@
-"""Bill of a job, and the present cost of a grid.
+"""Bill of a job, and the current cost of a grid.
 
-Invariant: if the bucket is a local folder, the bill of a job does not need a running grid.
+Invariant: if the grid's bucket is a local folder, the bill of a job does not need a running grid.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """A job and its usage."""
+    """A job, its usage, and the backend of its grid."""
 
     job: JobView
     use: JobUseView
@@ -45,9 +45,9 @@ class Facts:
 
 
 def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bill]:
-    """Return a job and its bill; raise UsageError if the job or a price does not exist.
+    """Return a job and its bill. Raise UsageError if the job or a price does not exist.
 
-    `types` replaces the instance types of pools.
+    `types` contains instance types by pool, and replaces the pools' own instance types.
     """
     from batchlab.runtime import aws_deployment, factory
 
@@ -55,7 +55,7 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
     backend = factory.load(facts.backend)
     book = load_prices(home.path)
     for name in types.values():
-        book.instance_usd_h(name)  # raises UsageError for an unknown type
+        book.instance_usd_h(name)  # `instance_usd_h` raises UsageError for an unknown instance type.
     pools = {
         name: PoolFacts(slots, types.get(name) or facts.use["types"].get(name, ""))
         for name, slots in facts.use["pools"].items()
@@ -80,7 +80,7 @@ def _retyped(account: Account, types: Mapping[str, str]) -> Account:
 
 
 def facts_of(home: Home, job: str) -> Facts:
-    """Return a job and its usage; raise UsageError if it does not exist. The grid may be down."""
+    """Return a job and its usage, even if the grid is down. Raise UsageError if the job does not exist."""
     record = home.record()
     if record is None:
         return asyncio.run(_facts_in_folder(home, job))
@@ -90,7 +90,7 @@ def facts_of(home: Home, job: str) -> Facts:
 
 
 async def _facts_in_folder(home: Home, text: str) -> Facts:
-    """Return the facts of a job of a grid that is down, from the ledger in its folder."""
+    """Return a job and its usage from the ledger in the folder of a grid that is down."""
     from batchlab.runtime import factory
     from batchlab.server.job_views import job_view
 
@@ -120,7 +120,7 @@ async def _facts_in_folder(home: Home, text: str) -> Facts:
 
 
 async def _stored_account(objects: Objects, job: str) -> Account | None:
-    """Return the account of a job that its last manager stored, if any."""
+    """Return the account of a job that the grid's last manager stored, or None if no account is stored."""
     from batchlab.core.protocol import json_format, object_keys
 
     for key in (object_keys.used(JobId(job)), object_keys.USE):
@@ -135,7 +135,7 @@ async def _stored_account(objects: Objects, job: str) -> Account | None:
 
 
 async def _stored_bytes(objects: Objects, job: str) -> int:
-    """Return the size of a job's objects in the bucket. S3 lists 1,000 objects per request."""
+    """Return the total size in bytes of a job's objects in the bucket."""
     size_bytes = 0
     for prefix in object_keys.everything_of(JobId(job)):
         async for page in objects.list(prefix):
@@ -144,7 +144,7 @@ async def _stored_bytes(objects: Objects, job: str) -> int:
 
 
 def bill_text(job: JobView, bill: Bill) -> str:
-    """Return the bill as text."""
+    """Return the bill of a job as text for a terminal."""
     rows = [(i.what, f"{i.usd.typical:.6f}", i.how) for i in bill.items]
     usd = bill.usd
     rows.append(("all", f"{usd.typical:.6f}", ""))
@@ -167,7 +167,7 @@ def bill_text(job: JobView, bill: Bill) -> str:
 
 
 class LiveCost:
-    """Cost of a grid or job per hour and so far, for billed backends or with --as-if-aws."""
+    """Current cost of a grid or a job, for billed backends or with --as-if-aws."""
 
     def __init__(self, home: Home, *, as_if_aws: bool) -> None:
         self._home = home
@@ -183,13 +183,16 @@ class LiveCost:
         return self._book
 
     def grid(self, client: Client) -> dict[str, object]:
-        """Return the cost per hour, the cost so far, and the cap of the grid, in USD."""
+        """Return the cost per hour, the cost so far, and the cost cap of the grid, in USD."""
         view = client.use()
         living = {Kind(one["pool"], one["type"], Market(one["market"])): one["instances"] for one in view["living"]}
         return self._figures(living, {}, account_of(view["total"]), view["max_cost_usd"], view["capped"])
 
     def job(self, client: Client, job: str, grid: GridView | None = None) -> dict[str, object]:
-        """Return the same for one job. The cost per hour is that of the instances of its pools."""
+        """Return the cost per hour, the cost so far, and the cost cap of one job, in USD.
+
+        The cost per hour includes all instances of the job's pools.
+        """
         view = client.job_use(job)
         account = account_of(view["account"]) if view["account"] else Account()
         used_pools = {kind.pool for kind in account.billed_s}
@@ -201,7 +204,7 @@ class LiveCost:
         return self._figures(living, view["types"], account, view["max_cost_usd"], view["capped"])
 
     def line(self, client: Client, job: str, grid: GridView | None) -> str:
-        """Return a sentence on the job's cost, or on why it is unknown."""
+        """Return the end of a sentence about the job's cost, or about the reason for an unknown cost."""
         try:
             return str(self.job(client, job, grid)["text"])
         except BatchlabError as error:

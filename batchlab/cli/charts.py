@@ -1,6 +1,6 @@
-"""Charts of characters for scenarios, and tables of verdicts.
+"""Text charts of scenarios, and tables of verdicts.
 
-The output is plain text, so that it looks the same in a terminal, a pipe, and a ticket.
+The charts are plain text, so that a chart looks the same in a terminal, a pipe, and a ticket.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _LOW = 4
 
 
 def text(scenario: Scenario, curve: Curve, *, fancy: bool = True) -> str:
-    """Return a chart of the work for each pool, a chart of the jobs, and the list of faults.
+    """Return a chart of the arriving work for each pool, a chart of the jobs, and a list of the faults.
 
-    Without `fancy` the text is ASCII.
+    If `fancy` is false, the text contains only ASCII characters.
     """
     width = len(curve.columns)
     column = span(curve.width_s)
@@ -52,9 +52,9 @@ def text(scenario: Scenario, curve: Curve, *, fancy: bool = True) -> str:
 
 
 def chart(values: Sequence[float], rows: int, *, fancy: bool, line: float | None = None, says: str = "") -> str:
-    """Return a chart of columns, `rows` lines high, with a horizontal line at `line`."""
+    """Return a column chart of the values, `rows` lines high, with a horizontal line at the value `line`."""
     peak = max(*values, 0.0, 1e-9)
-    # A line far above all columns would make them too low to read.
+    # A horizontal line far above all columns is left out, because the columns would be too low to read.
     is_shown = line is not None and line <= 4 * peak
     top = _round(max(peak, line if is_shown and line else 0.0))
     step = top / rows
@@ -85,7 +85,7 @@ def _cell(value: float, row: int, step: float, fancy: bool) -> str:
 
 
 def _round(top: float) -> float:
-    """Return the next larger number that is easy to read."""
+    """Return the next larger round number, such as 1.5, 20, or 600, for the top of an axis."""
     scale = 10.0 ** (ceil(log10(top)) - 1)
     return next(one * scale for one in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if one * scale >= top)
 
@@ -111,12 +111,12 @@ def _mark(number: int) -> str:
 
 
 def span(seconds: float) -> str:
-    """Return a duration without zero parts: 3 h, 90 s, 1 h 30 min."""
+    """Return a duration as text without zero parts, such as "3 h" or "1 h 30 min"."""
     return re.sub(r" 0?0 (h|min|s)$|\.0(?= )", "", output.span(seconds))
 
 
 def _axis(span_s: float, width: int) -> str:
-    """Return the labels of the time axis, as many as fit."""
+    """Return a line with up to five labels for the time axis, as many as fit."""
     line = [" "] * (width + 12)
     parts = max(1, min(4, width // 14))
     for part in range(parts + 1):
@@ -137,7 +137,7 @@ def _compare_to_fleet(ask: PoolLoad) -> str:
 
 
 def fault_text(fault: Fault) -> str:
-    """Return a line about a fault."""
+    """Return a line of text about a fault of a scenario."""
     text = f"{span(fault.at_s)}: {fault.name.value}, {fault.name.meaning}"
     if fault.name in (FaultName.S3_ERRORS, FaultName.SQS_DUPLICATES, FaultName.SQS_DELAYS):
         text += f" ({fault.rate:.0%})"
@@ -157,9 +157,9 @@ Label = Callable[[float], str]
 
 
 class Chart:
-    """Field of `width` × `height` characters over [0, most_x] and [0, most_y].
+    """Text chart of `width` × `height` characters, with x values from 0 to `most_x` and y values from 0 to `most_y`.
 
-    A maximum of 0 counts as 1. A later mark replaces an earlier one.
+    A later mark replaces an earlier mark in the same cell. A maximum of 0 counts as 1.
     """
 
     def __init__(self, most_x: float, most_y: float, *, width: int = WIDTH, height: int = HEIGHT) -> None:
@@ -168,10 +168,10 @@ class Chart:
         self._most_x = most_x if most_x > 0.0 else 1.0
         self._most_y = most_y if most_y > 0.0 else 1.0
         self._rows = [[" "] * width for _ in range(height)]
-        """Rows of cells, the top row first."""
+        """Rows of cells, from the top of the chart to the bottom."""
 
     def area(self, levels: Sequence[float], mark: str = AREA) -> None:
-        """Fill each column from its level down to the axis. Each level above 0 is visible."""
+        """Fill each column from its level down to the axis. Each level above 0 fills at least one cell."""
         for column, level in enumerate(levels[: self.width]):
             if level > 0.0:
                 for row in range(self._row(level), self._height):
@@ -183,19 +183,19 @@ class Chart:
             self._rows[self._row(level)][column] = mark
 
     def dot(self, x: float, y: float, mark: str = LINE) -> None:
-        """Mark a point. A point outside the field is marked at the edge."""
+        """Mark a point of the chart. A point outside the chart is marked at the edge."""
         column = round(x / self._most_x * (self.width - 1))
         self._rows[self._row(y)][min(self.width - 1, max(0, column))] = mark
 
     def wall(self, x: float, mark: str = "┊") -> None:
-        """Draw a vertical line in the empty cells of a column, if `x` is inside the field."""
+        """Draw a vertical line at `x` in the empty cells of the column, if `x` is inside the chart."""
         if 0.0 <= x <= self._most_x:
             column = round(x / self._most_x * (self.width - 1))
             for row in self._rows:
                 row[column] = mark if row[column] == " " else row[column]
 
     def text(self, x: Label, y: Label) -> str:
-        """Return the chart with its axes. `x` and `y` format the numbers."""
+        """Return the chart with its axes as text. The functions `x` and `y` format the numbers at the axes."""
         top, bottom = y(self._most_y), y(0.0)
         margin = max(len(top), len(bottom))
         names = [top, *[""] * (self._height - 2), bottom]
@@ -215,7 +215,7 @@ NOTHING = "-"
 
 
 def verdict_text(rows: Sequence[VerdictRow]) -> str:
-    """Return the table of verdicts and a sentence that counts them."""
+    """Return the table of verdicts, and a sentence with the number of each verdict."""
     if not rows:
         return "The scenario expects nothing, so nothing is judged."
     cells = [
@@ -227,7 +227,7 @@ def verdict_text(rows: Sequence[VerdictRow]) -> str:
 
 
 def number(value: float | None, unit: Unit) -> str:
-    """Return a measured value with its unit."""
+    """Return a measured value as text with its unit."""
     if value is None:
         return NOTHING
     if math.isinf(value):
@@ -259,7 +259,7 @@ def _sum(rows: Sequence[VerdictRow]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as a scenario file writes it, in the largest unit with a whole number."""
+    """Return a duration in the format of scenario files, such as "90m", in the largest unit with a whole number."""
     for unit, size_s in (("h", 3600), ("m", 60)):
         if seconds and seconds % size_s == 0:
             return f"{seconds / size_s:.0f}{unit}"

@@ -1,6 +1,6 @@
-"""`batchlab cost`, estimates and bills of the cost on AWS, and `prices`, the price book with its sources.
+"""`batchlab cost` for estimates and bills of the cost on AWS, and `batchlab prices` for the price book and its sources.
 
-Invariant: an estimate lists each value that it assumes.
+Invariant: an estimate lists each assumed value.
 """
 
 from __future__ import annotations
@@ -139,15 +139,16 @@ def bill(job: str = JOB, instance_type: list[str] | None = TYPES, home: Path | N
 
 
 DEFAULT_TYPE = "m7i.large"
-"""Instance type of a pool without one."""
+"""Instance type that an estimate assumes for a pool without an instance type."""
 MAX_EARLIER_JOBS = 200
-"""Most recent jobs that are searched for an earlier run."""
+"""Maximum number of recent jobs that are searched for an earlier run of the job."""
 
 
 def by_name(texts: Sequence[str], names: Sequence[str], *, all_: Sequence[str] | None = None) -> dict[str, str]:
-    """Parse `NAME=VALUE` for one name and `VALUE` for all others (or for `all_`).
+    """Return values by name from texts in the form `NAME=VALUE`.
 
-    Raise UsageError for an unknown name.
+    A text `VALUE` applies to all other names, or to the names in `all_`. Raise UsageError if a text has an unknown
+    name.
     """
     values: dict[str, str] = {}
     for text in texts:
@@ -164,7 +165,10 @@ def by_name(texts: Sequence[str], names: Sequence[str], *, all_: Sequence[str] |
 
 
 def _result_bytes(text: str, home: Home, name: str, assumed: list[str]) -> int | None:
-    """Return the size of fetched results by option, or else of an earlier run, which is noted in `assumed`."""
+    """Return the size of the fetched results in bytes, from the option or from an earlier run.
+
+    A size from an earlier run is noted in `assumed`.
+    """
     if text:
         try:
             return units.size_bytes(text)
@@ -184,7 +188,7 @@ def _task_count(text: str) -> int:
 
 
 def _duration_range(text: str) -> Three:
-    """Parse `2.5`, or a range such as `1-4`."""
+    """Return the low, typical, and high duration in seconds from a text such as `2.5` or `1-4`."""
     try:
         low, _, high = text.partition("-")
         span = (float(low), float(high or low))
@@ -196,9 +200,10 @@ def _duration_range(text: str) -> Three:
 
 
 async def count(jobfile: JobFile) -> tuple[int, int, int]:
-    """Return tasks, files, and bytes of a job's input, split like the planner splits it.
+    """Return the numbers of tasks, files, and bytes of a job's input.
 
-    Raise UsageError if the input is not on this machine.
+    The function splits the input in the same way as the manager. Raise UsageError if a file of the input is not on this
+    machine.
     """
     from batchlab.adapters.local.objects import open_local
     from batchlab.jobs.job_file import task_size
@@ -224,7 +229,7 @@ async def count(jobfile: JobFile) -> tuple[int, int, int]:
 
 
 def _measured(home: Home, name: str) -> tuple[dict[str, Three], str]:
-    """Return seconds per task by stage of the last run of a job, and a sentence on that run."""
+    """Return the seconds per task by stage from the last run of a job, and a clause about the run."""
     for job, means in _earlier(home, name):
         durations: dict[str, Three] = {}
         for stage, mean_s in means.items():
@@ -246,7 +251,7 @@ def _earlier(home: Home, name: str) -> list[tuple[str, dict[str, float]]]:
 
 
 async def _in_ledger(home: Home, name: str) -> list[tuple[str, dict[str, float]]]:
-    """Return earlier runs from the ledger of a grid that is down."""
+    """Return the mean task times of earlier runs from the ledger of a grid that is down."""
     from batchlab.runtime import factory
 
     ledger = factory.load("local").open_ledger(home)
@@ -272,7 +277,7 @@ def _plan_pools(
     spot_share: float,
     assumed: list[str],
 ) -> list[PoolPlan]:
-    """Return the job's pools as they would be on AWS. Note assumptions in `assumed`."""
+    """Return the plan of the job's pools on AWS, and append the assumptions to `assumed`."""
     from batchlab.core import instance_types
 
     backend_pools: dict[str, Pool] = {pool.name: pool for pool in backend.pools}
@@ -296,7 +301,7 @@ def _plan_pools(
 
 
 def text(estimate: Estimate) -> str:
-    """Return the estimate as text."""
+    """Return the estimate as text for a terminal."""
     items = [(item.what, item.usd, item.how) for item in estimate.items] + [("all", estimate.usd, "")]
     rows = [(what, f"{usd.low:.4f}", f"{usd.typical:.4f}", f"{usd.high:.4f}", how) for what, usd, how in items]
     low, typical, high = (output.span(span_s) for span_s in estimate.span_s)
@@ -328,7 +333,7 @@ def show(
     """
     book = load(home_of(home).path)
     for name in types or ():
-        book.instance_usd_h(name)  # raises UsageError for an unknown type
+        book.instance_usd_h(name)  # `instance_usd_h` raises UsageError for an unknown instance type.
     blocks = {}
     for name, block in book.blocks.items():
         source = {"region": block.region, "date": block.date.isoformat(), "source": block.source}
@@ -387,7 +392,7 @@ def refresh(
     book = price_refresh.refreshed(load(place.path), update)
     place.make()
     path = place.path / NAME
-    # Prices are public, and the manager of a grid in containers may be another user.
+    # All users may read the price book, because the manager of a grid in containers may run as another user.
     write_whole(path, write(book), mode=0o644)
     date_text = update.date.isoformat()
     document = {"path": str(path), "block": update.block, "region": update.region, "date": date_text}

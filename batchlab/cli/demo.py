@@ -1,7 +1,7 @@
-"""`batchlab demo` and `init`: files of first jobs, and the check of the demo's totals.
+"""`batchlab demo` and `batchlab init`: files of first jobs, and the check of the demo's totals.
 
-Invariant: the generator counts the facts of its claims before the job's code reads them. The demo
-reuses only a complete folder of claims. `init` replaces no existing file.
+Invariant: the generator of the demo's claims counts the expected totals before the job's code reads the claims. The
+demo reuses only a complete folder of claims. `batchlab init` does not replace existing files.
 """
 
 from __future__ import annotations
@@ -35,19 +35,25 @@ DATA = "data"
 DATA_MODULE = "example_data"
 _LEFT_OUT = {DATA, "out", "__pycache__"}
 _RECORDS_BYTES = 32 * 2**20
-"""Input size of the example `sort`, which takes a few seconds. Its README uses more."""
+"""Input size in bytes of the example `sort`, for a run of a few seconds.
+
+The README of the example uses a larger input.
+"""
 _VIDEO_S = 20
 
 
 def starter_files() -> dict[str, bytes]:
-    """Return the files of the starter job, content by name."""
+    """Return the contents of the starter job's files by file name."""
     from batchlab.core.installation import starter
 
     return {name: text.encode() for name, text in starter().items()}
 
 
 def example_files(name: str) -> dict[str, bytes]:
-    """Return the files of a shipped example without data and results; raise UsageError."""
+    """Return the contents of a shipped example's files by name, without data and results.
+
+    Raise UsageError if the example does not exist.
+    """
     root = installation.folder("examples")
     names = sorted(path.parent.name for path in root.glob("*/job.yaml") if path.parent.name != "starter")
     if name not in names:
@@ -60,7 +66,7 @@ def example_files(name: str) -> dict[str, bytes]:
 
 
 def make_data(name: str, folder: Path) -> str:
-    """Generate an example's input in `folder` and return its description.
+    """Generate the input of an example in `folder`, and return a description of the input.
 
     Raise UsageError if the input cannot be generated or written.
     """
@@ -127,14 +133,14 @@ def _make_video(folder: Path) -> str:
 
 
 def check_free(folder: Path, names: Iterable[str]) -> None:
-    """Raise UsageError if one of the names exists in the folder."""
+    """Raise UsageError if the folder contains a file with one of the names."""
     existing = [name for name in names if (folder / name).exists()]
     if existing:
         raise UsageError(f"{folder / existing[0]} already exists.", remedy="Name another folder, or remove it.")
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> list[str]:
-    """Write `files` into `folder`; raise UsageError before the first one if any exists."""
+    """Write `files` into `folder`. Raise UsageError without writing a file if one of the files exists."""
     check_free(folder, files)
     try:
         for name, content in files.items():
@@ -152,16 +158,16 @@ STAGE = "totals"
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A demo that is ready to run, with the generator's facts by payer."""
+    """Job file of a demo that is ready to run, and the generator's facts by payer."""
 
     job_file: Path
     facts: Mapping[str, Mapping[str, Any]]
 
 
 def prepare(home: Home, *, seed: int, files: int, claims_per_file: int) -> Prepared:
-    """Write the example and its claims into the grid's folder.
+    """Write the example job and its generated claims into the grid's folder.
 
-    The same arguments give the same files, so that --resume finds the run of an earlier demo.
+    The same arguments create the same files, so that --resume finds the run of an earlier demo.
     """
     home.make()
     folder = home.path / "demo" / f"{EXAMPLE}-seed{seed}-{files}x{claims_per_file}"
@@ -193,7 +199,7 @@ def _write_changed(path: Path, content: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TotalsCheck:
-    """Totals by payer, and their differences from the facts."""
+    """Totals by payer from the demo's results, and the differences from the generator's facts."""
 
     totals: list[dict[str, Any]]
     differences: list[str]
@@ -224,7 +230,7 @@ class TotalsCheck:
 
 
 def check(prepared: Prepared, summary: Summary) -> TotalsCheck:
-    """Compare the fetched totals with the facts."""
+    """Compare the fetched totals of the demo job with the generator's facts."""
     assert summary.fetched is not None
     with (summary.fetched.folder / f"{STAGE}.jsonl").open(encoding="utf-8") as file:
         totals = [json.loads(line)["value"] for line in file]
@@ -244,7 +250,7 @@ def check(prepared: Prepared, summary: Summary) -> TotalsCheck:
 
 
 def expected(fact: Mapping[str, Any]) -> dict[str, int]:
-    """Return the totals of a payer that follow from the generator's facts."""
+    """Return the expected totals of a payer, computed from the generator's facts."""
     denied = fact["duplicates"] + fact["zero_charge"] + fact["undiagnosed"]
     return {
         "claims": fact["claims"],
@@ -322,7 +328,7 @@ def init(
     else:
         files = example_files(example)
         check_free(folder, [*files, DATA])
-        # The data comes first: if it cannot be generated, nothing else is written.
+        # The data is generated first, so that no file is written if the data cannot be generated.
         data = make_data(example, folder / DATA)
         output.say(f"Wrote {', '.join(write(folder, files))}, and {data} into {DATA}.")
     output.say(f"Now run it: batchlab run {shlex.quote(str(folder / 'job.yaml'))}")

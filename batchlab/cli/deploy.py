@@ -1,6 +1,6 @@
 """`batchlab deploy`: the stack on AWS.
 
-Invariant: `plan`, `template`, and `status` change nothing on AWS.
+Invariant: `plan`, `template`, and `status` do not change resources on AWS.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def destroy(
 
 @contextmanager
 def _stack(arguments: DeployArguments, home: Home) -> Iterator[Stack]:
-    """Yield the stack that the arguments or the grid's folder name."""
+    """Yield the stack whose name is in the arguments or in the grid's folder."""
     from batchlab.deploy.account import Account
     from batchlab.deploy.stack import Stack
 

@@ -1,8 +1,8 @@
-"""Options of `batchlab deploy`, and the stack settings that result from them.
+"""Options and output of `batchlab deploy`, and the stack settings that result from the options.
 
-Output of `batchlab deploy`: a plan as text, the question before a change, and events.
+The output is a plan as text, a question before a change, and the events of an operation.
 
-Invariant: without a terminal, only --yes agrees to a change.
+Invariant: without a terminal, a change needs --yes.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ _OPTIONS = {
     "package": option("PyPI package that tasks need, such as pandas>=2,<3. May be repeated.", "NAME"),
     "database_ca": option("Certificates to verify PostgreSQL: AWS's bundle for the region.", "FILE.pem"),
 }
-"""Declared option of each field of DeployArguments."""
+"""Declarations of the options by field of DeployArguments."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeployArguments:
-    """Options of `deploy plan`, `template`, and `apply` (see `takes_arguments`)."""
+    """Values of the options of `deploy plan`, `template`, and `apply` (see `takes_arguments`)."""
 
     pool: list[str] | None = None
     settings: Path | None = None
@@ -86,7 +86,7 @@ class DeployArguments:
 
     @property
     def parameters(self) -> dict[str, str]:
-        """Return the parameters of the stack's template that options set; raise UsageError."""
+        """Return the template parameters of the stack that options set. Raise UsageError for an invalid option."""
         named = {"Ledger": self.ledger, "Egress": self.egress, "AlarmEmail": self.alarm_email}
         values = {name: value for name, value in named.items() if value is not None}
         if self.budget is not None:
@@ -95,13 +95,16 @@ class DeployArguments:
 
     @property
     def pool_parameters(self) -> dict[str, str]:
-        """Return the template's parameters of each pool that options set."""
+        """Return the template parameters that options set for each pool."""
         named = {"PoolOnDemandBase": self.on_demand_base, "PoolOnDemandPercent": self.on_demand_percent}
         return {name: str(value) for name, value in named.items() if value is not None}
 
 
 def takes_arguments(*missing: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of DeployArguments, except `missing` ones, in place of its parameter `arguments`."""
+    """Return a decorator that adds the options of DeployArguments to a command.
+
+    The options replace the command's parameter `arguments`. The command does not get the options in `missing`.
+    """
     types = get_type_hints(DeployArguments)
     options = {name: declared for name, declared in _OPTIONS.items() if name not in missing}
 
@@ -118,14 +121,14 @@ def takes_arguments(*missing: str) -> Callable[[Callable[..., None]], Callable[.
         ]
         own = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own]
         declared: Any = call
-        declared.__signature__ = Signature([*added, *own])  # typer reads the options here
+        declared.__signature__ = Signature([*added, *own])  # Typer reads the options of a command from `__signature__`.
         return call
 
     return decorate
 
 
 def stack_and_region(arguments: DeployArguments, home: Home) -> tuple[str, str | None]:
-    """Return the stack's name and region from the arguments, the settings file, or the folder."""
+    """Return the stack's name and region from the arguments, the settings file, or the grid's folder."""
     from batchlab.deploy import settings
     from batchlab.runtime import aws_deployment
 
@@ -142,10 +145,10 @@ def stack_and_region(arguments: DeployArguments, home: Home) -> tuple[str, str |
 
 
 def settings_for(arguments: DeployArguments, home: Home, stack: Stack) -> Settings:
-    """Return the settings that the stack is to have.
+    """Return the wanted settings of the stack.
 
-    They come from the named file, else from the grid's folder, else from the stack itself. Options
-    replace single values.
+    The settings come from the named file, from the grid's folder, or else from the stack on AWS. Options replace single
+    settings.
     """
     from batchlab.deploy import settings
 
@@ -162,10 +165,10 @@ def settings_for(arguments: DeployArguments, home: Home, stack: Stack) -> Settin
 
 
 def settings_without_aws(arguments: DeployArguments, home: Home) -> Settings:
-    """Return the settings without a call of AWS. The region may be empty.
+    """Return the wanted settings of the stack without calling AWS. The region in the settings may be empty.
 
-    They come from the named file, else from the grid's folder, else from the template. Options
-    replace single values.
+    The settings come from the named file, from the grid's folder, or else from the template's defaults. Options replace
+    single settings.
     """
     from batchlab.deploy import settings
 
@@ -180,7 +183,7 @@ def settings_without_aws(arguments: DeployArguments, home: Home) -> Settings:
 
 
 def check_settings(arguments: DeployArguments, home: Home, source: Template) -> None:
-    """Raise UsageError for settings that are wrong whatever the stack on AWS has."""
+    """Raise UsageError for settings that are invalid for every state of the stack on AWS."""
     from batchlab.deploy import settings
 
     wanted = settings_without_aws(arguments, home)
@@ -188,12 +191,12 @@ def check_settings(arguments: DeployArguments, home: Home, source: Template) -> 
     if arguments.settings or (stored and stored.stack == wanted.stack):
         settings.parameters(wanted, source)
     else:
-        # The stack itself may have the other parameters.
+        # The stack on AWS may have the missing parameters, so check only the given values.
         settings.values(wanted, source)
 
 
 def _with_arguments(wanted: Settings, arguments: DeployArguments) -> Settings:
-    """Return the settings with the values of the command line."""
+    """Return the settings with the values of the command line's options."""
     if arguments.pool:
         wanted = replace(wanted, pools=_pools(arguments.pool, wanted))
     if arguments.pool_parameters:
@@ -226,7 +229,10 @@ def _pools(texts: Sequence[str], before: Settings) -> tuple[PoolSettings, ...]:
 
 
 def release_archive(wanted: Settings, archive: Path | None, home: Home) -> Path:
-    """Return the release archive: the given one, or a new one; raise UsageError, BackendError."""
+    """Return the given release archive, or build a new release archive.
+
+    Raise UsageError for an invalid archive or settings, and BackendError if the build fails.
+    """
     import hashlib
 
     from batchlab.deploy import release
@@ -256,7 +262,10 @@ def release_archive(wanted: Settings, archive: Path | None, home: Home) -> Path:
 
 
 def retry_notes() -> output.ThrottledNotes:
-    """Return the printer of notes on a call that is retried, at most one note a second."""
+    """Return a receiver of the retry messages of one call to AWS.
+
+    The receiver prints at most one message per second.
+    """
     return output.ThrottledNotes(1.0)
 
 
@@ -269,12 +278,12 @@ _SHOWN_WHY = 3
 
 @dataclass(slots=True)
 class Person:
-    """User interface of a deployment (see deploy.apply.Interface), with or without a terminal."""
+    """User interface of a deployment with or without a terminal (see `deploy.apply.Interface`)."""
 
     yes: bool = False
     json: bool = False
     typed: str = ""
-    """Text that the user must type to agree; "y" if empty."""
+    """Text that the user must type to agree. The value "" stands for the text "y"."""
     plan: Plan | None = None
 
     def say(self, text: str) -> None:
@@ -315,7 +324,7 @@ class Person:
 
 
 def plan_text(plan: Plan) -> str:
-    """Return a plan as text: account and region, cost, and changes."""
+    """Return a plan as text with the account, the region, the cost, and the changes."""
     head = f"Stack {plan.settings.stack} in {plan.region}, account {plan.account}, as {plan.who}."
     parts = [head, "", *cost_lines(plan.cost), ""]
     if not plan.changes:
@@ -343,6 +352,6 @@ def plan_text(plan: Plan) -> str:
 
 
 def cost_lines(cost: Cost) -> list[str]:
-    """Return the lines on the cost."""
+    """Return the lines of text about the cost of a stack."""
     lines = [cost.hourly.text()] if cost.hourly else []
     return [*lines, *([cost.note] if cost.note else [])]

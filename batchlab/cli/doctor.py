@@ -1,9 +1,9 @@
 """`batchlab doctor`: checks of this machine, of the grid's folder, and of a backend.
 
-Each check tries the feature itself, because a version number is not a proof.
+Each check tries the feature itself, because a version number does not prove that the feature works.
 
-Invariant: a check leaves nothing behind and cannot make another check fail. Checks of a stack change
-nothing on AWS and cost nothing.
+Invariant: a check removes its temporary resources, and cannot make another check fail. Checks of a stack do not change
+resources on AWS, and are free of charge.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 class Level(StrEnum):
-    """Result of a check."""
+    """Result of one check of `batchlab doctor`."""
 
     OK = "ok"
     WARN = "warn"
@@ -57,7 +57,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report. `remedy` is a sentence on what to do."""
+    """One line of the report of `batchlab doctor`. `remedy` is a sentence that explains how to solve the problem."""
 
     about: str
     level: Level
@@ -111,7 +111,7 @@ def _bucket(home: Home, backend: Backend) -> Finding:
 
 
 def _endpoint(home: Home, backend: Backend) -> Iterator[Finding]:
-    """Check the named endpoint, the one of the running grid, or a temporary emulator."""
+    """Check the named endpoint, the endpoint of the running grid, or a temporary emulator."""
     if named := backend.named_place(home):
         yield from _endpoint_findings(backend.endpoint_at(home, named), "named")
         return
@@ -154,7 +154,7 @@ def _endpoint_findings(endpoint: Endpoint, whose: str) -> Iterator[Finding]:
 
 
 async def _failed_checks(at: Endpoint) -> list[str]:
-    """Return the failed checks that affect every job; raise BackendError if the endpoint fails."""
+    """Return the failed checks that affect every job. Raise BackendError if the endpoint returns an error."""
     from batchlab.adapters.aws.objects import open_s3
     from batchlab.adapters.aws.sqs import SqsQueue
 
@@ -171,7 +171,7 @@ async def _failed_checks(at: Endpoint) -> list[str]:
         if [message.body for message in await queue.receive(name, wait_s=5)] != ["sent"]:
             faults.append("a message that was sent is not received")
     finally:
-        with suppress(BackendError):  # the first error is reported, not one of the cleanup
+        with suppress(BackendError):  # An error of the cleanup must not replace the first error.
             await objects.delete(["a"])
             await queue.remove(name)
             with aws.translated("Bucket"):
@@ -181,7 +181,7 @@ async def _failed_checks(at: Endpoint) -> list[str]:
 
 
 def _caller(region: str | None) -> Finding:
-    """Check the credentials and the region that AWS's tools find."""
+    """Check the AWS credentials and the region of the environment."""
     from batchlab.cli.deploy_options import retry_notes
     from batchlab.deploy.account import Account
 
@@ -195,7 +195,7 @@ def _caller(region: str | None) -> Finding:
 
 
 def _stack_manager(home: Home, backend: Backend) -> Finding:
-    """Check the stack that the grid's folder names, and the instance of its manager."""
+    """Check the stack that the grid's folder names, and the instance of the stack's manager."""
     from batchlab.runtime import stack_connections
 
     try:
@@ -208,7 +208,7 @@ def _stack_manager(home: Home, backend: Backend) -> Finding:
 
 
 def stack_findings(home: Home, backend: Backend) -> Iterator[Finding]:
-    """Check the account, the stack, and the session to its manager."""
+    """Check the AWS account, the stack, and the session to the stack's manager."""
     from batchlab.client.aws_connection import VARIABLE
     from batchlab.runtime import aws_deployment, stack_connections
 
@@ -217,7 +217,7 @@ def stack_findings(home: Home, backend: Backend) -> Iterator[Finding]:
     except BackendError:
         deployment = None  # reported below
     yield (caller := _caller(deployment.region if deployment else None))
-    # Without credentials this check would only fail for the same reason.
+    # Without credentials, the check of the stack would fail for the same reason as the check of the account.
     if caller.level is Level.OK or not deployment:
         yield _stack_manager(home, backend)
     if named := os.environ.get(VARIABLE):
@@ -232,7 +232,7 @@ def stack_findings(home: Home, backend: Backend) -> Iterator[Finding]:
 MIN_ENGINE_VERSION = 25
 """First Docker version with a health check interval for starting containers."""
 MIN_COMPOSE_VERSION = (2, 20)
-"""First version in which a service may depend on an optional one."""
+"""First Docker Compose version in which a service may depend on an optional service."""
 LAST_WITHOUT_TOKEN = (4, 14)
 MIN_LOCALSTACK_VERSION = (4, 0)
 """First LocalStack version with conditional writes to S3."""
@@ -242,7 +242,7 @@ _POSTGRES = "postgres:17"
 
 
 def container_findings(home: Home, backend: Backend) -> Iterator[Finding]:
-    """Check Docker, its plugins, the images, the token, the network, and running services."""
+    """Check Docker, Docker's plugins, the images, the token, the network, and the running services."""
     version = compose_project.docker("version", "--format", "{{.Server.Version}}")
     if version.returncode:
         reason = (version.stderr.strip().splitlines() or ["no error text"])[-1]
@@ -362,7 +362,7 @@ WARN_BELOW_BYTES = 2 * 2**30
 MIN_CLOCK_S = 1_700_000_000.0
 MAX_SKEW_S = 2.0
 MAX_LISTED_OBJECTS = 20
-"""Most damaged objects that are listed."""
+"""Maximum number of damaged objects that are listed."""
 
 
 app = typer.Typer()
@@ -397,7 +397,7 @@ def doctor(
 
 
 def examine(home: Home, backend: str, endpoint: str | None = None, *, repair: bool = False) -> list[Finding]:
-    """Run all checks in order. With `repair`, move damaged objects away."""
+    """Run all checks of `batchlab doctor`. If `repair` is true, move damaged objects away."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", _python),
         ("extras", _extras),
@@ -445,7 +445,8 @@ def _folder(home: Home) -> Iterator[Finding]:
         file = Path(name) / "a"
         file.write_bytes(b"written")
         try:
-            # A conditional create is a hard link: it fails if the name exists.
+            # The local bucket creates objects with hard links, because the creation of a hard link fails if the name
+            # exists.
             os.link(file, Path(name) / "b")
         except OSError as error:
             yield fail(
@@ -465,7 +466,7 @@ def _folder(home: Home) -> Iterator[Finding]:
 
 
 def _objects(home: Home, *, repair: bool) -> Iterator[Finding]:
-    """Check the local bucket, if it exists, for damaged objects."""
+    """Check the local bucket for damaged objects, if the local bucket exists."""
     if not home.objects.is_dir():
         return
     damaged_objects = list(damaged(home.objects))
@@ -556,7 +557,7 @@ def _manager(home: Home) -> Iterator[Finding]:
         return
     with Client.of(home, record) as client:
         health = client.health()
-        grid = client.grid()  # with the token, unlike health
+        grid = client.grid()  # A request for the grid needs the token, and a request for the health does not.
     text = f"{record.url} (pid {record.pid}) answers"
     if health["leader"]:
         yield ok("manager", f"{text} and leads")

@@ -1,8 +1,8 @@
-"""`batchlab conform`, checks of an endpoint against AWS's services, and `asg`, a server of Auto Scaling groups.
+"""`batchlab conform`, which checks an endpoint against AWS's services, and `batchlab asg`, a server of Auto Scaling
+groups.
 
-Invariant: without --aws, `conform` does not use an AWS account. At its end, or on Ctrl-C, `conform`
-removes only the resources that it created. A server that other machines can reach without signatures
-prints a warning.
+Invariant: without --aws, `conform` does not use an AWS account. At the end, or on Ctrl-C, `conform` removes only the
+resources that the run created. `asg serve` prints a warning if other machines can reach the server without signatures.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _selected(service: str | None, *, only: str, needed: bool, markdown: Path | 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM raise Stopped inside the block."""
+    """Make Ctrl-C and SIGTERM raise Stopped inside the block."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise output.Stopped(output.INTERRUPTED)
@@ -176,7 +176,7 @@ def _target(url: str | None, region: str | None, bucket: str | None, template: s
     try:
         yield target
     except output.Stopped:
-        # The signals stay active until here: Python may drop a raised exception in a finalizer.
+        # The signal handlers stay active until Stopped is caught, because Python may drop an exception in a finalizer.
         for number in _BOTH:
             signal.signal(number, signal.SIG_IGN)
         output.say("Interrupted. Removing the created resources.")
@@ -311,7 +311,7 @@ def serve(
     """
     from batchlab.core import installation, logs
 
-    # The protocol is read from the service model in botocore.
+    # `asg serve` needs botocore, because botocore's service model defines the protocol.
     installation.need("aws", "`batchlab asg serve`", "botocore")
     if launcher == "docker":
         installation.need("docker", "The launcher docker", "docker")

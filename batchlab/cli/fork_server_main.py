@@ -1,7 +1,7 @@
 """Main program of the fork server, which forks each worker process of a local grid.
 
-Invariant: the process has one thread and opens no file, so that a fork is like a new process.
-`batchlab.adapters.local.fork_server` starts it and describes the messages.
+Invariant: the fork server has one thread and does not open files, so that a fork is like a new process.
+`batchlab.adapters.local.fork_server` starts the fork server, and describes the messages.
 
     python -P -m batchlab.cli.fork_server_main --home HOME --backend BACKEND DESCRIPTOR
 """
@@ -28,18 +28,18 @@ from batchlab.worker import environment  # noqa: F401
 
 MAX_DESCRIPTORS = 2
 NAME = "batchlab-worker"
-"""Process name of a fork. The command lines of all forks are the same."""
+"""Process name of a forked worker. The command lines of all forks are the same."""
 
 
 def main() -> None:
-    """Serve the fork server client that started this process."""
+    """Serve the fork server's client, which started this process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--home", type=Path, help="folder of the grid, shown in lists of processes")
     parser.add_argument("--backend")
     parser.add_argument("descriptor", type=int)
     options = parser.parse_args()
     factory.load(options.backend).import_for_worker()
-    # Forks share the memory of present objects until one of them writes to it.
+    # Forks share the memory of existing objects until a fork writes to the memory.
     gc.collect()
     gc.freeze()
     with socket.socket(fileno=options.descriptor) as connection:
@@ -50,9 +50,9 @@ def main() -> None:
 
 
 def serve_forks(connection: socket.socket) -> Sequence[str] | None:
-    """Answer requests until the client closes the connection, then return None.
+    """Respond to requests until the client closes the connection, and then return None.
 
-    In a fork, return the arguments of its worker.
+    In a forked process, return the arguments of the worker.
     """
     while True:
         message, descriptors, _, _ = socket.recv_fds(connection, MAX_BYTES, MAX_DESCRIPTORS)
@@ -84,7 +84,10 @@ def serve_forks(connection: socket.socket) -> Sequence[str] | None:
 
 
 def _fork() -> int:
-    """Return the pid of a fork that leads a session of its own; in the fork, return 0."""
+    """Fork this process, and return the process id of the fork.
+
+    In the fork, return 0. The fork is the leader of a new session.
+    """
     ready, led = os.pipe()
     try:
         try:
@@ -104,7 +107,7 @@ def _prepare_fork(env: dict[str, str], output: int, start: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     if not os.read(start, 1):
-        os._exit(0)  # the client ended before it recorded this process
+        os._exit(0)  # The client ended before it recorded the fork.
     Path("/proc/self/comm").write_text(NAME)
     os.environ.update(env)
     time.tzset()

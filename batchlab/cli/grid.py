@@ -1,12 +1,11 @@
-"""`batchlab grid`: the grid in one folder, its pools, and its workers.
+"""`batchlab grid`: commands for the grid in one folder, its pools, its workers, and its web page.
 
-`batchlab grid open`: the web page of the running grid.
+Invariant: no address contains the grid's token. The address of the web page contains a one-time code in the fragment,
+which browsers do not send to servers. A browser gets the address of the web page through a file that only the user can
+read, because other users can read command lines.
 
-Invariant: no address contains the grid's token. The address contains a one-time code in its
-fragment, which browsers do not send to servers. A browser gets the address through a file that only
-the user can read, because other users can read command lines.
-
-A pool as text: NAME:MIN-MAXxSLOTS, as in default:0-4x1; on AWS with @TYPE,TYPE behind it.
+The text form of a pool is NAME:MIN-MAXxSLOTS, such as default:0-4x1. On AWS, the text form of a pool may end with
+instance types, such as default:0-4x1@m7i.large,m6i.large.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def up(
         output.say("Connected to the stack; `batchlab grid down` disconnects.")
     else:
         output.say(f"A grid {'was up already' if was_up else 'is up'} in {place.path}.")
-        if home is None:  # otherwise each of these commands needs the same --home
+        if home is None:  # With --home, each command needs the same --home.
             output.say(
                 "`batchlab job submit FILE` submits a job, `batchlab grid open` shows the grid in a browser, "
                 "`batchlab grid down` stops it."
@@ -147,7 +146,7 @@ def down(home: Path | None = HOME) -> None:
             schedules = schedule.read_schedules(client)["schedules"]
             scheduled = sum(one["state"] == "active" for one in schedules)
     except BackendError as error:
-        # A manager that does not answer is stopped all the same.
+        # A manager that does not respond is also stopped.
         why = error.message if place.record() else "Its manager is not up."
         output.say(f"The unfinished jobs of the grid are unknown: {why}")
     emulator = place.place(compose_deployment.NAME)
@@ -402,18 +401,18 @@ def open_(
 
 
 def _handed_over(client: Client, home: Home, session: SessionView, url: str) -> bool:
-    """Open the address in a browser; return False if no browser can be started.
+    """Open the address of the web page in a browser. Return False if no browser can be started.
 
-    Raise Refused if a started browser does not request the page in time.
+    Raise Refused if the browser does not request the page before the one-time code expires.
     """
     try:
         file = _redirect(home, url, session["valid_s"])
     except OSError:
-        return False  # the folder cannot be written, so the address is printed instead
+        return False  # The folder cannot be written, so the caller prints the address.
     try:
         if not _opened(file.as_uri()):
             return False
-        # Stop before the code expires: an expired code does not count as waiting.
+        # Stop waiting before the code expires, because the manager reports an expired code like a used code.
         until_s = time.monotonic() + session["valid_s"] - _SOONER_S
         while client.code_waits(session["name"]):
             if time.monotonic() >= until_s:
@@ -431,14 +430,14 @@ def _handed_over(client: Client, home: Home, session: SessionView, url: str) -> 
 
 
 def _redirect(home: Home, url: str, valid_s: float) -> Path:
-    """Write a file that redirects to the address, which only the user can read.
+    """Write an HTML file that redirects to the address. Only the user can read the file.
 
-    It is in the grid's folder, because some browsers have a /tmp of their own.
+    The HTML file is in the grid's folder, because some browsers have their own /tmp.
     """
     for old_file in home.path.glob(f"{PREFIX}*{SUFFIX}"):
-        with suppress(FileNotFoundError):  # removed by another command
+        with suppress(FileNotFoundError):  # Another command removed the file.
             if time.time() - old_file.stat().st_mtime > valid_s:
-                old_file.unlink()  # left behind by a killed command
+                old_file.unlink()  # A killed command did not remove the file.
     number, name = tempfile.mkstemp(SUFFIX, PREFIX, home.path)
     with os.fdopen(number, "w", encoding="utf-8") as file:
         file.write(_PAGE.format(url=html.escape(url)))
@@ -446,12 +445,12 @@ def _redirect(home: Home, url: str, valid_s: float) -> Path:
 
 
 def _has_screen() -> bool:
-    """Whether a browser can open a window. A text browser would use the terminal."""
+    """Return whether a browser can open a window. Without a window, a text browser would use the terminal."""
     return sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
 
 
 def _opened(address: str) -> bool:
-    """Start a browser; return whether one was started."""
+    """Start a browser, and return whether a browser was started."""
     import webbrowser
 
     try:

@@ -1,7 +1,7 @@
 """`batchlab job logs`: the output of a job's tasks, stored or live.
 
-Invariant: each line is printed once, live or after its task ended. Output that came too fast is
-printed at the task's end, or a note names the missing bytes.
+Invariant: each line of a task's output is printed once, live or after the end of the task. Output that was too fast for
+the live log is printed at the end of the task, or a note reports the missing output.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _follow(home: Home, job: str, which: LogFilter, *, json: bool) -> None:
         try:
             follower.run()
         except Stopped:
-            # Print the last lines without a line end too.
+            # Also print the last lines, which do not end with a line break.
             with suppress(Stopped):
                 follower.close()
             raise
@@ -114,16 +114,16 @@ def _follow(home: Home, job: str, which: LogFilter, *, json: bool) -> None:
 
 ManagerCall = Callable[[Callable[["Client"], Any]], Any]
 Key = tuple[str, int, int, int, str]
-"""Stage, task, round, attempt, execution."""
+"""Key of an execution: stage, task, round, attempt, and id of the execution."""
 
 MAX_WAIT_S = 1.0
-"""Longest wait for the end of an attempt."""
+"""Maximum time in seconds for which a request waits for the end of an attempt."""
 MIN_REQUEST_INTERVAL_S = 0.1
-"""Least time between two requests without news."""
+"""Minimum time in seconds between two requests, unless an attempt has ended."""
 LOG_RETRY_INTERVAL_S = 5.0
-"""Interval of requests for a log that is not stored yet."""
+"""Interval in seconds of the requests for a log that is not stored yet."""
 MAX_LOG_RETRIES = 20
-"""Most logs that are requested again at a time."""
+"""Maximum number of missing logs that are requested again at the same time."""
 _CUT = "[... batchlab left out "
 
 
@@ -141,13 +141,13 @@ class Line:
 
     @property
     def name(self) -> str:
-        """Name such as `parse/3`, with the number of a later attempt."""
+        """Name of the attempt, such as `parse/3`. The name of a later attempt contains the attempt's number."""
         return attempt_name(self.stage, self.task, self.attempt)
 
 
 @dataclass(slots=True)
 class _Shown:
-    """Printed bytes of an attempt's output, and the last line, which has no end yet."""
+    """Number of printed bytes of an attempt's output, and the unprinted start of a line without a line break."""
 
     printed: int = 0
     rest: str = ""
@@ -155,7 +155,7 @@ class _Shown:
 
 @dataclass(frozen=True, slots=True)
 class LogFilter:
-    """Filter of output by stage, task, failure, and seconds since an attempt's end."""
+    """Filter of attempts by stage, task, failure, and seconds since the end of the attempt."""
 
     stage: str | None = None
     task: int | None = None
@@ -163,12 +163,15 @@ class LogFilter:
     since_s: float | None = None
 
     def matches(self, tail: TailView) -> bool:
-        """Whether the output of a running attempt is selected."""
+        """Return whether the filter selects the output of a running attempt."""
         return self.stage in (None, tail["stage"]) and self.task in (None, tail["task"])
 
 
 class Follower:
-    """Prints the output of a job as it comes. `call` calls the manager, or waits for a new one."""
+    """Follower of a job's output, which prints each line as soon as the line is available.
+
+    `call` calls the manager, or waits for a replacement manager.
+    """
 
     def __init__(self, job: str, which: LogFilter, call: ManagerCall, on_line: Callable[[Line], None]) -> None:
         self._job = job
@@ -178,11 +181,11 @@ class Follower:
         self._shown: dict[Key, _Shown] = {}
         self._done: set[Key] = set()
         self._late_logs: dict[Key, float] = {}
-        """Logs that are not stored yet, and when they were last requested."""
+        """Times of the last requests for logs that are not stored yet."""
         self._seq: int | None = None
 
     def run(self) -> None:
-        """Print every line until the job, or the selected task, has ended."""
+        """Print the job's output until the job, or the selected task, has ended."""
         every_s, due_s = MAX_WAIT_S, 0.0
         while True:
             asked_s = time.monotonic()
@@ -193,9 +196,9 @@ class Follower:
             self._request_late_logs(last=news["ended"])
             if news["ended"]:
                 break
-            # A new leader may answer at once, without waiting.
+            # A new leading manager may respond at once, so limit the rate of requests.
             time.sleep(max(0.0, 0 if news["logs"] else asked_s + MIN_REQUEST_INTERVAL_S - time.monotonic()))
-            # Running tasks have no result yet.
+            # With the filter `failed`, do not request live output, because a running task has no result yet.
             if not self._which.failed and time.monotonic() >= due_s:
                 tails: TailsView = self._call(lambda client: client.tails(self._job))
                 every_s = tails["every_s"]
@@ -206,7 +209,7 @@ class Follower:
         self.close()
 
     def close(self) -> None:
-        """Print the last lines, which do not end with a line break."""
+        """Print the last line of each attempt if the line does not end with a line break."""
         for key, output_state in self._shown.items():
             if output_state.rest:
                 self._say(key, output_state.rest)
@@ -264,7 +267,7 @@ class Follower:
         progress = self._shown.pop(key, _Shown())
         data = log["text"].encode()
         if progress.printed and _CUT in log["text"]:
-            # The stored log lacks its middle, so byte positions differ from the live output.
+            # The middle of the stored log is missing, so byte positions in the stored log differ from the live output.
             self._note(key, "it has printed more than is kept of it; the rest is in `job logs`")
             return
         self._lines(key, progress, data[progress.printed :].decode(errors="replace"))
@@ -304,7 +307,7 @@ def _key(view: TailView | LogView) -> Key:
 
 
 def to_json(job: str, line: Line) -> Mapping[str, Any]:
-    """Return a line as JSON."""
+    """Return a line of output, or a note about the output, as JSON."""
     return {
         "job": job,
         "stage": line.stage,

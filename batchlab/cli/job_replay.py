@@ -1,4 +1,4 @@
-"""`batchlab job replay-task`: runs a task of a grid on this machine, under a debugger."""
+"""`batchlab job replay-task`: the run of a grid's task on this machine, under a debugger."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _how(*, debug: bool | None, at_start: bool, debugpy: int | None, no_limits: 
 
 
 def _warning(how: RunOptions) -> str:
-    """Return the warning before a job's code runs on this machine."""
+    """Return the warning that is printed before a job's code runs on this machine."""
     from batchlab.client.debug.foreground import withheld, withheld_text
 
     kept_back = withheld_text(withheld(os.environ, how.passed))
@@ -105,7 +105,7 @@ def _warning(how: RunOptions) -> str:
 
 @contextmanager
 def _folder(keep: Path | None) -> Iterator[Path]:
-    """Yield the folder to prepare: the user's, or a temporary one."""
+    """Yield the folder to prepare for the task: the user's folder, or a temporary folder."""
     from batchlab.client.debug.prepare import make_folder
 
     if keep is None:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from batchlab.jobs.attempts import Attempt
 
 MAX_LOG_LINES = 5
-"""Lines of a failed task's log in `job why`."""
+"""Number of lines of a failed task's log that `job why` shows."""
 MAX_FINGERPRINTS = 3
-"""Fingerprints in `job why`, the most frequent first."""
+"""Number of the most frequent failure fingerprints that `job why` shows."""
 
 
 def show_task(
@@ -155,7 +155,7 @@ def why(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
 
 
 def _failed(client: Client, view: JobView, home: Path | None) -> list[dict[str, Any]]:
-    """Return a task of each fingerprint, the most frequent fingerprint first."""
+    """Return a failed task for each of the most frequent fingerprints, from the most frequent to the least frequent."""
     if not any(stage["failed"] for stage in view["stages"]):
         return []
     failed = []

@@ -1,4 +1,6 @@
-"""Values of options: folders, durations, amounts, pools, and the running manager with its jobs."""
+"""Parsers of option values, such as folders, durations, amounts, and pools, and access to the running manager and its
+jobs.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,17 @@ if TYPE_CHECKING:
 
 
 def home_of(option: Path | None) -> Home:
-    """Return the grid's folder for the value of --home."""
+    """Return the grid's folder for the value of --home, or the default folder."""
     from batchlab.runtime.home import find_home
 
     return find_home(option)
 
 
 def seconds_of(option: str, text: str, *, least_s: float = 0.0) -> float:
-    """Parse a duration such as `10m` or a number of seconds; raise UsageError below `least_s`."""
+    """Return the seconds of a duration such as `10m`, or of a number of seconds.
+
+    Raise UsageError for an invalid duration, or a duration below `least_s`.
+    """
     try:
         duration_s = seconds(float(text) if text.replace(".", "", 1).isdigit() else text)
     except ValueError as error:
@@ -39,7 +44,7 @@ def seconds_of(option: str, text: str, *, least_s: float = 0.0) -> float:
 
 
 def assignments(texts: Iterable[str], example: str, form: str = "KEY=VALUE") -> dict[str, str]:
-    """Parse KEY=VALUE texts; raise UsageError."""
+    """Return the values by key from KEY=VALUE texts. Raise UsageError for a text in another form."""
     values: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -50,12 +55,12 @@ def assignments(texts: Iterable[str], example: str, form: str = "KEY=VALUE") -> 
 
 
 def parameters_of(texts: Iterable[str] | None) -> dict[str, str]:
-    """Return the values of --set by parameter of the job; raise UsageError."""
+    """Return the values of --set by job parameter. Raise UsageError for a text in another form than KEY=VALUE."""
     return assignments(texts or (), "--set year=2026")
 
 
 def resume_command(arguments: Iterable[str]) -> str:
-    """Return the command line that resumes the one with these arguments."""
+    """Return the command line that resumes the run that a command with these arguments started."""
     import shlex
 
     same = [argument for argument in arguments if argument not in ("--resume", "--debug")]
@@ -63,14 +68,14 @@ def resume_command(arguments: Iterable[str]) -> str:
 
 
 def cap_of(text: str) -> float | None:
-    """Parse `5USD`, or `none` as None; raise UsageError."""
+    """Return a cost cap in USD from a text such as `5USD`, or None for `none`. Raise UsageError for other texts."""
     from batchlab.core.pricing.price_book import parse
 
     return None if text == "none" else parse(text)
 
 
 def cap_text(usd: float | None) -> str:
-    """Return a cap for a sentence: "capped at 5 USD"."""
+    """Return a cost cap as part of a sentence, such as "capped at 5 USD"."""
     return "not capped" if usd is None else f"capped at {usd:g} USD"
 
 
@@ -82,7 +87,7 @@ _JOB_ID = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{10}")
 
 @contextmanager
 def connect(home: Path | Home | None) -> Iterator[Client]:
-    """Yield a client of the running manager of a grid; raise Unreachable without a manager.
+    """Yield a client of the grid's running manager. Raise Unreachable if no manager is running.
 
     A NotFound error in the block becomes a UsageError, because the user gave a wrong name.
     """
@@ -100,10 +105,10 @@ def connect(home: Path | Home | None) -> Iterator[Client]:
 
 
 def no_grid(home: Home) -> Unreachable:
-    """Return the error of a command that needs a running grid."""
+    """Return the error for a command that needs a running grid."""
     from batchlab.runtime import aws_deployment
 
-    # Without --backend, `grid up` would start a second grid here instead of connecting.
+    # In a folder with a deployment on AWS, `grid up` without --backend would start a second grid on this machine.
     deployed = aws_deployment.path_in(home).exists()
     knows = ", which knows the jobs that ran here" if home.objects.is_dir() else ""
     remedy = (
@@ -116,7 +121,10 @@ def no_grid(home: Home) -> Unreachable:
 
 
 def resolve(client: Client, text: str) -> JobView:
-    """Return the job with this id, or unique beginning of an id, or the "last" job."""
+    """Return the job with this id or with this unique beginning of an id.
+
+    For the text "last", return the newest job.
+    """
     if text == "last":
         for newest in client.jobs(limit=1):
             return newest
@@ -143,7 +151,7 @@ def resolve(client: Client, text: str) -> JobView:
 def call_with_job(client: Client, text: str, verb: Callable[[Client, str], JobView]) -> JobView:
     """Call `verb` with the id of the job that `text` names.
 
-    A whole id is tried first, because the bucket may have a job that the manager's lists lack.
+    A complete id is tried first, because the bucket may contain a job that is missing in the manager's lists.
     """
     if _JOB_ID.fullmatch(text):
         with suppress(NotFound):
@@ -160,12 +168,12 @@ _KINDS = {
     "int_parsing": "a whole number",
     "int_parsing_size": "a whole number",
 }
-"""Expected kind of number by the error type of Typer's parser."""
+"""Expected kind of number by error type of Typer's parser."""
 
 
 def number_error(error: BadParameter) -> UsageError | None:
-    """Return a plain error for a wrong number, or None for other errors."""
-    # Typed as Any because these classes are internal to Typer.
+    """Return a UsageError for an invalid number, or None for other errors of Typer's parser."""
+    # The types are Any, because the classes are internal to Typer.
     option: Any = error.param
     mistakes: Any = getattr(error.__cause__, "errors", None)
     if option is None or mistakes is None:
@@ -197,7 +205,7 @@ _POOL_FORM = re.compile(r"([a-z0-9][a-z0-9_-]{0,39}):(\d{1,5})-(\d{1,5})x(\d{1,4
 
 
 def parse_pool(text: str) -> Pool:
-    """Parse a pool such as `default:0-4x1`; raise UsageError."""
+    """Return the pool for a text such as `default:0-4x1`. Raise UsageError for an invalid text."""
     from batchlab.core.model import Pool
 
     match = _POOL_FORM.fullmatch(text)
@@ -217,7 +225,10 @@ def parse_pool(text: str) -> Pool:
 
 
 def parse_typed_pool(text: str) -> tuple[Pool, tuple[str, ...]]:
-    """Parse a pool and the instance types after `@`; raise UsageError."""
+    """Return the pool and the instance types for a text such as `default:0-4x1@m7i.large`.
+
+    Raise UsageError for an invalid text.
+    """
     form, at, types = text.partition("@")
     names = tuple(one.strip() for one in types.split(","))
     if at and not all(names):
@@ -229,7 +240,7 @@ def parse_typed_pool(text: str) -> tuple[Pool, tuple[str, ...]]:
 
 
 def parse_pools(texts: Iterable[str]) -> list[Pool]:
-    """Parse pools; raise UsageError, also for a repeated name."""
+    """Return the pools for texts such as `default:0-4x1`. Raise UsageError for an invalid text or a repeated name."""
     pools = [parse_pool(text) for text in texts]
     names = [pool.name for pool in pools]
     for name in names:

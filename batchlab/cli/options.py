@@ -1,7 +1,7 @@
-"""Options that commands share: shell completion, declarations, and parsers of values.
+"""Options that several commands share: declarations and shell completion.
 
-Invariant: completion takes at most COMPLETION_TIMEOUT_S per request, prints no errors, and creates
-no files.
+Invariant: a completion takes at most COMPLETION_TIMEOUT_S seconds per request, does not print errors, and does not
+create files.
 """
 
 from __future__ import annotations
@@ -18,36 +18,45 @@ if TYPE_CHECKING:
     from batchlab.runtime.home import Home
 
 COMPLETION_TIMEOUT_S = 0.5
-"""Timeout of a completion's request to the manager, which usually answers much sooner."""
+"""Timeout in seconds of a completion's request to the manager. A manager usually responds much faster."""
 MAX_LISTED = 100
 LAST = "last"
 
 
 def backends(incomplete: str) -> list[str]:
-    """Complete names of backends."""
+    """Return the backends whose names begin with the incomplete text."""
     return _matching(incomplete, _shipped_names("backends", "*/backend.toml", lambda path: path.parent.name))
 
 
 def examples(incomplete: str) -> list[str]:
-    """Complete names of shipped examples that are jobs, without the starter job, which `init` writes by default."""
+    """Return the shipped examples whose names begin with the incomplete text.
+
+    The starter job is left out, because `init` writes the starter job by default.
+    """
     names = _shipped_names("examples", "*/job.yaml", lambda path: path.parent.name)
     return _matching(incomplete, (name for name in names if name != "starter"))
 
 
 def scenarios(incomplete: str) -> list[str]:
-    """Complete names of shipped scenarios. The shell offers files if none matches."""
+    """Return the shipped scenarios whose names begin with the incomplete text.
+
+    If no scenario matches, the shell offers files.
+    """
     return _matching(incomplete, _shipped_names("scenarios", "*.yaml", lambda path: path.stem))
 
 
 def jobs(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Complete ids of jobs, newest first, from the manager or else from the local bucket."""
+    """Return the job ids that begin with the incomplete text, newest first.
+
+    The ids come from the manager or else from the local bucket.
+    """
     home = _home(ctx)
     ids = [str(job["id"]) for job in _request_list(home, f"/v1/jobs?limit={MAX_LISTED}", "jobs")]
     return _matching(incomplete, [LAST, *(ids or _local_jobs(home))])
 
 
 def schedules(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Complete names of schedules."""
+    """Return the schedules whose names begin with the incomplete text."""
     views = _request_list(_home(ctx), "/v1/schedules", "schedules")
     return _matching(incomplete, (str(schedule["name"]) for schedule in views))
 
@@ -73,7 +82,7 @@ def _home(ctx: typer.Context) -> Home:
 
 
 def _request_list(home: Home, path: str, listed: str) -> list[dict[str, Any]]:
-    """Return a list of the running manager, or [] if it does not answer."""
+    """Request a list from the running manager. Return [] if the manager does not respond."""
     from batchlab.client.http import Client
 
     try:
@@ -88,7 +97,7 @@ def _request_list(home: Home, path: str, listed: str) -> list[dict[str, Any]]:
 
 
 def _local_jobs(home: Home) -> list[str]:
-    """Return the jobs in the local bucket, newest first."""
+    """Return the ids of the jobs in the local bucket, newest first."""
     try:
         jobs = [(path.stat().st_mtime, path.name) for path in (home.objects / "jobs").iterdir()]
     except OSError:
@@ -97,19 +106,22 @@ def _local_jobs(home: Home) -> list[str]:
 
 
 def option(text: str, metavar: str | None = None, *names: str, default: Any = None, **settings: Any) -> Any:
-    """Declare an option with the help `text`. It is named after its parameter unless `names` are given."""
+    """Declare an option with the help `text`.
+
+    The option has the name of the command's parameter unless `names` are given.
+    """
     settings.setdefault("show_default", default not in (None, ""))
     return typer.Option(default, *names, metavar=metavar, help=text, **settings)
 
 
 def argument(text: str, metavar: str, *, default: Any = ..., **settings: Any) -> Any:
-    """Declare an argument with the help `text`. It is required unless it has a default."""
+    """Declare an argument with the help `text`. The argument is required unless `default` is given."""
     settings.setdefault("show_default", default not in (..., None, ""))
     return typer.Argument(default, metavar=metavar, help=text, **settings)
 
 
 def flag(text: str, *names: str) -> Any:
-    """Declare a boolean option that is false unless it is set."""
+    """Declare a boolean option with the help `text` and the default False."""
     return typer.Option(False, *names, help=text)
 
 

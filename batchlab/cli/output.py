@@ -1,8 +1,7 @@
-"""Output on stdout and stderr: sentences, tables, times, and JSON.
+"""Output of commands on stdout and stderr: sentences, tables, times, and JSON.
 
+The module also contains the exception for Ctrl-C and SIGTERM, which asyncio, Typer, and finalizers do not swallow.
 Invariant: control characters in a text never reach the terminal.
-
-Ctrl-C and SIGTERM as an exception that asyncio, Typer, and finalizers do not swallow.
 """
 
 from __future__ import annotations
@@ -41,7 +40,10 @@ def say(text: str) -> None:
 
 
 class ThrottledNotes:
-    """Notes on long work: at most one every few seconds, and none at first."""
+    """Printer of notes on long work.
+
+    The printer prints at most one note every `every_s` seconds, and no note in the first `every_s` seconds.
+    """
 
     def __init__(self, every_s: float = 3.0) -> None:
         self._every_s = every_s
@@ -72,12 +74,15 @@ def show_json(value: Any, *, indent: int | None = 2) -> None:
 
 
 def answer(json: bool, value: Any, text: str) -> None:
-    """Print `value` as JSON, or else `text`."""
+    """Print `value` as JSON if `json` is true, and otherwise `text`."""
     show_json(value) if json else show(text)
 
 
 def listing(json: bool, value: Any, columns: Sequence[str], rows: Iterable[Sequence[object]], nothing: str) -> None:
-    """Print `value` as JSON, or else the rows as a table. Print the note `nothing` if there is no value."""
+    """Print `value` as JSON if `json` is true, and otherwise the rows as a table.
+
+    Print the note `nothing` instead of an empty table.
+    """
     if json:
         show_json(value)
     elif value:
@@ -87,17 +92,17 @@ def listing(json: bool, value: Any, columns: Sequence[str], rows: Iterable[Seque
 
 
 def attributes(value: object, *names: str) -> dict[str, Any]:
-    """Return the attributes of a value by name, for JSON."""
+    """Return the named attributes of a value by name, for output as JSON."""
     return {name: getattr(value, name) for name in names}
 
 
 def cells(view: Mapping[str, object], *keys: str) -> tuple[object, ...]:
-    """Return the values of a view in the order of the keys, for a row of a table."""
+    """Return the values of a view in the order of `keys`, for a row of a table."""
     return tuple(view[key] for key in keys)
 
 
 def show_error(error: BatchlabError) -> None:
-    """Print an error on stderr: a sentence, and below it the remedy."""
+    """Print an error on stderr, and the remedy on the next line."""
     errors: Sequence[BatchlabError] = getattr(error, "errors", ()) or [error]
     for one in errors:
         where = ""
@@ -109,9 +114,9 @@ def show_error(error: BatchlabError) -> None:
 
 
 def check_writable(file: Path, *, folder: bool = False) -> None:
-    """Raise UsageError if the file cannot be written, before long work begins.
+    """Raise UsageError if the file cannot be written. Commands call the function before long work begins.
 
-    With `folder`, create the folder of the file, but not the file.
+    If `folder` is true, create the folder of the file.
     """
     try:
         _try_to_write(file, folder=folder)
@@ -120,7 +125,7 @@ def check_writable(file: Path, *, folder: bool = False) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Create a folder of results; raise UsageError if it cannot be written."""
+    """Create a folder for results. Raise UsageError if the folder cannot be written."""
     try:
         _try_to_write(folder / "summary.json", folder=True)
     except OSError as error:
@@ -135,17 +140,17 @@ def _try_to_write(file: Path, *, folder: bool) -> None:
     if file.exists():
         file.open("ab").close()
     else:
-        # A dangling link is kept: create and remove its target.
+        # To keep a dangling link, create and remove the link's target.
         path = Path(os.path.realpath(file))
         path.open("xb").close()
         path.unlink()
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return aligned columns with two blanks between them, numbers aligned to the right.
+    """Return a text table with aligned columns, two blanks between columns, and right-aligned numbers.
 
-    Unlike rich's tables, the text is the same in a terminal, a pipe, and a ticket, and long cells
-    are not cut off at 80 columns.
+    Unlike a table of rich, the text table looks the same in a terminal, a pipe, and a ticket. Long cells are not cut
+    off at 80 columns.
     """
     cells = [[clean(str(cell)) for cell in row] for row in rows]
     right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
@@ -170,33 +175,33 @@ def clean(text: str) -> str:
 
 
 def moment(at_s: float | None) -> str:
-    """Return date and time in the local time zone."""
+    """Return the date and the time in the local time zone, or "-" for None."""
     if at_s is None:
         return "-"
     return datetime.fromtimestamp(at_s).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def optional_span(span_s: float | None) -> str:
-    """Return a duration, or "-" if it is unknown."""
+    """Return a duration as text, or "-" for an unknown duration."""
     return "-" if span_s is None else span(span_s)
 
 
 INTERRUPTED = 130
 RERAISE_DELAY_S = 0.05
-"""Delay after which an exception that Python dropped in a finalizer is raised again."""
+"""Delay in seconds after which an exception that Python dropped in a finalizer is raised again."""
 _BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(SystemExit):
-    """Ctrl-C or SIGTERM of this command.
+    """Interruption of the command by Ctrl-C or SIGTERM.
 
-    It is a SystemExit, because asyncio passes on only SystemExit and KeyboardInterrupt, and Typer
-    turns KeyboardInterrupt into exit code 1.
+    The base class is SystemExit, because asyncio propagates only SystemExit and KeyboardInterrupt, and Typer converts
+    KeyboardInterrupt to exit code 1.
     """
 
 
 def install_signal_handlers() -> None:
-    """Let both signals raise Stopped in the main thread."""
+    """Make SIGINT and SIGTERM raise Stopped in the main thread."""
     for number in _BOTH:
         signal.signal(number, _stop)
     sys.unraisablehook = _on_dropped
@@ -204,9 +209,10 @@ def install_signal_handlers() -> None:
 
 @contextmanager
 def as_keyboard_interrupt() -> Iterator[None]:
-    """Let both signals raise KeyboardInterrupt inside the block, and Stopped at its end.
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt inside the block.
 
-    The simulator runs a user's code in this process and takes a SystemExit for one of that code.
+    At the end of the block, replace KeyboardInterrupt by Stopped. The simulator runs a user's code in this process, and
+    attributes a SystemExit to the user's code.
     """
     before = {number: signal.signal(number, signal.default_int_handler) for number in _BOTH}
     try:
@@ -223,10 +229,10 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
 
 
 def _on_dropped(dropped: UnraisableHookArgs) -> None:
-    """Raise a dropped signal again.
+    """Send SIGINT again if Python dropped the exception of a signal.
 
-    Python drops an exception in a finalizer or in a callback of a weak reference. asyncio has such
-    a callback for each task.
+    Python drops an exception in a finalizer or in a callback of a weak reference. Each task of asyncio has a callback
+    of a weak reference.
     """
     if not issubclass(dropped.exc_type, (Stopped, KeyboardInterrupt)):
         sys.__unraisablehook__(dropped)

@@ -1,7 +1,7 @@
 """Progress of jobs, replays, deployments, and counted work on stderr.
 
-A terminal shows a live display, drawn by rich's own thread. Elsewhere, plain lines are printed from
-time to time. rich is imported only for a terminal.
+On a terminal, a thread of rich draws a live display. Without a terminal, plain lines are printed from time to time, and
+rich is not imported.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ LINE_EVERY_S = 3.0
 BAR_UPDATE_S = 0.1
 RATE_WINDOW_S = 10.0
 LATE_S = 0.5
-"""A submission later than this is reported."""
+"""Minimum delay in seconds of a submission that is reported as late."""
 SHOWN_RESOURCES = 8
 _STYLES = {"SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "yellow", "PAUSED": "yellow"}
 
 
 class Display:
-    """Context manager that shows progress: a live display on a terminal, otherwise lines."""
+    """Context manager that shows progress as a live display on a terminal, or as lines without a terminal."""
 
     refreshes_per_s = 8
 
@@ -48,26 +48,26 @@ class Display:
 
     @abstractmethod
     def draw(self) -> RenderableType:
-        """Return the present state for a terminal."""
+        """Return the current progress for the live display."""
 
     @property
     def elapsed_s(self) -> float:
         return time.monotonic() - self._started_s
 
     def say(self, text: str) -> None:
-        """Print a line that stays, above the live display if there is one."""
+        """Print a permanent line. On a terminal, the line appears above the live display."""
         if self._live:
             self._live.console.print(output.visible(text), markup=False, highlight=False)
         else:
             output.say(text)
 
     def say_at(self, at_s: float, text: str) -> None:
-        """Print a line with the time `at_s` in front."""
+        """Print a line that begins with the time `at_s`."""
         self._line_s = time.monotonic()
         output.say(f"[{output.span(at_s):>7}] {text}")
 
     def is_line_due(self) -> bool:
-        """Whether enough time has passed since the last line of `say_at`."""
+        """Return whether at least `every_s` seconds have passed since the last line of `say_at`."""
         return time.monotonic() - self._line_s >= self._every_s
 
     def __enter__(self) -> Self:
@@ -89,9 +89,10 @@ class Display:
 
 @contextmanager
 def bar(every_s: float = LINE_EVERY_S) -> Iterator[Callable[[int, int, str], None]]:
-    """Yield a function that shows work: units done, units in all, and a text about them.
+    """Yield a function that shows the progress of counted work.
 
-    A terminal shows a bar. Elsewhere, the text is printed every `every_s` seconds.
+    The arguments of the function are the finished units, all units, and a text. On a terminal, the function shows a
+    bar. Without a terminal, the function prints the text at most every `every_s` seconds.
     """
     if not sys.stderr.isatty():
         sometimes = output.ThrottledNotes(every_s)
@@ -118,12 +119,12 @@ def bar(every_s: float = LINE_EVERY_S) -> Iterator[Callable[[int, int, str], Non
 
 
 def count_ended(stage: StageView) -> int:
-    """Return the number of a stage's tasks in a terminal state."""
+    """Return the number of a stage's tasks that succeeded, failed, or were canceled."""
     return stage["succeeded"] + stage["failed"] + stage["cancelled"]
 
 
 def capacity(grid: GridView | None, job: JobView) -> tuple[int, int, int]:
-    """Return instances in service, desired capacity, and slots in service of the job's pools."""
+    """Return the instances in service, the desired capacity, and the slots in service of the job's pools."""
     names = {stage["pool"] for stage in job["stages"]}
     serving = desired = slots = 0
     for pool in grid["pools"] if grid else ():
@@ -137,7 +138,7 @@ def capacity(grid: GridView | None, job: JobView) -> tuple[int, int, int]:
 
 @dataclass(slots=True)
 class Rates:
-    """Tasks per second of each stage over the last RATE_WINDOW_S."""
+    """Tasks per second of each stage over the last RATE_WINDOW_S seconds."""
 
     samples: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)
 
@@ -145,20 +146,20 @@ class Rates:
         for stage in job["stages"]:
             samples = self.samples.setdefault(stage["name"], deque())
             if not count_ended(stage):
-                samples.clear()  # the wait for workers does not count
+                samples.clear()  # The rate excludes the wait for workers.
             samples.append((now_s, count_ended(stage)))
             while len(samples) > 2 and samples[1][0] < now_s - RATE_WINDOW_S:
                 samples.popleft()
 
     def of(self, stage: StageView) -> float | None:
-        """Return the rate, or None if no task ended in the window."""
+        """Return the rate of a stage in tasks per second, or None if no task ended within the time window."""
         samples = self.samples.get(stage["name"])
         if not samples or samples[-1][1] == samples[0][1]:
             return None
         return (samples[-1][1] - samples[0][1]) / (samples[-1][0] - samples[0][0])
 
     def left_s(self, stage: StageView) -> float | None:
-        """Return the seconds until the stage ends at its present rate, or None if unknown."""
+        """Return the seconds until the end of the stage at its current rate, or None if the rate is unknown."""
         rate = self.of(stage)
         if rate is None or stage["planned"] is None:
             return None
@@ -166,9 +167,9 @@ class Rates:
 
 
 class JobDisplay(Display):
-    """Progress of a job: one line with a bar for each stage, and one for the workers.
+    """Progress of a job, with one line and a bar for each stage, and a line for the workers.
 
-    Lines are printed when the job's state changes, when a stage ends, and every few seconds.
+    Without a terminal, lines are printed when the job's state changes, when a stage ends, and every few seconds.
     """
 
     def __init__(self, *, is_live: bool | None = None, every_s: float = LINE_EVERY_S) -> None:
@@ -180,7 +181,7 @@ class JobDisplay(Display):
         self._cost = ""
 
     def cost(self, text: str) -> None:
-        """Set the sentence on the job's cost, which is shown from the next update on."""
+        """Set the text about the job's cost, which the display shows from the next update on."""
         self._cost = f"it {text}" if text else ""
 
     def show(self, job: JobView, grid: GridView | None) -> None:
@@ -240,9 +241,9 @@ def _stage_text(stage: StageView) -> str:
 
 
 class ReplayDisplay(Display):
-    """Progress of a replay: a bar of jobs, and below it the queues, the fleet, and the faults.
+    """Progress of a replay, with a bar for the jobs, and lines for the queues, the fleet, and the faults.
 
-    Lines are printed when a fault begins or ends, and every few seconds.
+    Without a terminal, lines are printed when a fault begins or ends, and every few seconds.
     """
 
     refreshes_per_s = 4
@@ -306,9 +307,9 @@ def _notes(state: ReplayProgress) -> list[str]:
 
 
 class StackDisplay(Display):
-    """Progress of a stack operation: a bar, the resources in work, and failures as lines that stay.
+    """Progress of a stack operation, with a bar, the resources in progress, and permanent lines for failures.
 
-    Without a terminal there is a line for each event that ends or fails a resource.
+    Without a terminal, a line is printed for each event about the end or the failure of a resource.
     """
 
     def __init__(self, operation: str, total: int, *, is_live: bool | None = None) -> None:
@@ -319,7 +320,7 @@ class StackDisplay(Display):
         self._ended: set[str] = set()
 
     def show_event(self, event: Event) -> None:
-        """Show an event of CloudFormation."""
+        """Show an event of CloudFormation in the display."""
         is_in_progress = event.status.endswith("_IN_PROGRESS")
         if not self._is_live:
             if event.is_of_stack or not is_in_progress:

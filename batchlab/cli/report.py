@@ -1,9 +1,9 @@
 """`batchlab report`: performance data of jobs as SQL results, HTML pages, and folders.
 
-Invariant: the commands do not change jobs. A query of a folder needs only that folder. Text output
-has rounded numbers, JSON and CSV have every digit.
+Invariant: the commands do not change jobs. A query of a folder needs only the folder, without a grid or a network.
+Numbers in text output are rounded, and numbers in JSON and CSV have all digits.
 
-`batchlab report diff`: a comparison of two runs or sets of runs, with gates for CI.
+`batchlab report diff` compares two runs or sets of runs, with gates for CI.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def html(
         job = only_job(connection)
         file = out or Path(f"{job}.html")
         output.check_writable(file, folder=True)
-        # A page of a folder reads no bucket unless --backend names one.
+        # For a folder, the command does not read a bucket unless --backend names a backend.
         is_bare = Path(run).is_dir() and not backend
         cases = [] if no_logs or is_bare else failures.cases(Run(connection, job))
         samples = _samples(source, job, cases) if cases else {}
@@ -94,7 +94,10 @@ def html(
 
 
 def _samples(source: Source, job: str, cases: Sequence[Case]) -> dict[Case, Sample]:
-    """Return tracebacks and logs, or nothing and print a note if the bucket cannot be read."""
+    """Return tracebacks and logs of failed tasks.
+
+    If the bucket cannot be read, print a note and return no tracebacks and logs.
+    """
     import asyncio
 
     from batchlab.core.port_retries import patiently
@@ -152,7 +155,7 @@ def sql(
 def _run_query(
     sql: str, runs: list[str] | None, grid: tuple[Path | None, str, str | None], *, json: bool, csv: bool
 ) -> None:
-    """Run one SELECT. `grid` has the values of --home, --backend, and --endpoint."""
+    """Run one SELECT statement, and print the rows. `grid` contains the values of --home, --backend, and --endpoint."""
     from batchlab.cli.report_source import Source, folders
     from batchlab.reports.queries import store
 
@@ -270,7 +273,7 @@ app.command()(html)
 
 
 def show(names: Sequence[str], rows: Sequence[Sequence[Any]], *, json: bool = False, csv: bool = False) -> None:
-    """Print the rows as a table, as CSV, or as JSON: a list of objects under `rows`."""
+    """Print rows as a table, as CSV, or as a JSON object with a list of objects under the key `rows`."""
     if json and csv:
         raise UsageError("--json and --csv exclude each other.", remedy="Leave one of them out.")
     if json:
@@ -294,7 +297,10 @@ def _cell(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of JSON. Other types become text, and infinite or undefined numbers null."""
+    """Return a value in a form that JSON can represent.
+
+    Infinite or undefined numbers become null, and values of types unknown to JSON become text.
+    """
     if isinstance(value, Decimal):
         return float(value)
     if isinstance(value, float):
@@ -314,7 +320,8 @@ def _shown(value: Any) -> str:
     if isinstance(value, Decimal):
         value = float(value)
     if isinstance(value, float):
-        # Times need their fraction, and shares and prices their significant digits.
+        # Numbers from 1,000, such as epoch times, keep three decimal places. Smaller numbers, such as shares and
+        # prices, keep four significant digits.
         return f"{value:.3f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, list | tuple):
         return ", ".join(map(_shown, value))
@@ -369,7 +376,7 @@ def diff(
 
 
 def _runs_in(side: str) -> list[str]:
-    # A folder may have a comma in its name.
+    # The name of a folder may contain a comma.
     return [side] if Path(side).is_dir() else [run for run in side.split(",") if run]
 
 
@@ -378,7 +385,7 @@ def _rows(comparison: Comparison) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for change in comparison.changes:
         if not change.a and not change.b:
-            continue  # both values are 0, such as failures
+            continue  # Both values are 0, for example without failures.
         name, stage = change.measure.name, change.stage
         verdict = "TOO MUCH" if (name, stage) in broken else change.verdict
         between = "" if change.low is None else f"{change.low:+.1%} and {change.high:+.1%}"
@@ -444,10 +451,10 @@ def _markdown(comparison: Comparison, *, gated: bool) -> str:
 
 
 def _md(text: str) -> str:
-    """Escape a text of a job for Markdown, without markup, mentions, references, or links."""
+    """Escape a text of a job for Markdown, so that the text cannot contain markup, mentions, references, or links."""
     cleaned = output.clean(text)
     escaped = "".join(f"\\{c}" if c in "\\`*_[]|<>#" else c for c in cleaned)
-    # A backslash does not prevent links in the rendered page. An invisible comment inside the pattern does.
+    # An invisible comment inside a link prevents the link in the rendered page. A backslash does not prevent a link.
     return _LINKS.sub(lambda match: f"{match[0]}<!-- -->", escaped)
 
 

@@ -1,7 +1,7 @@
-"""Performance data of a RUN argument: a folder, a job of the grid, or the jobs of a replay.
+"""Performance data of a RUN argument, which names a folder, a job of the grid, or the jobs of a replay.
 
-Invariant: a folder needs no grid, account, or network. The data of a job is current: it is written
-again if the bucket has no up-to-date data.
+Invariant: reading a folder does not need a grid, an account, or a network. The data of a job is always current, because
+the data is written again if the data in the bucket is missing or outdated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The bucket of a grid. An empty `backend` means that of the running grid."""
+    """Source of performance data: the bucket of a grid.
+
+    If `backend` is "", the source uses the backend of the running grid.
+    """
 
     home: Home
     backend: str = ""
@@ -43,7 +46,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Name of the backend."""
+        """Name of the backend whose bucket has the jobs."""
         if self.backend:
             return self.backend
         record = self.home.record()
@@ -55,7 +58,7 @@ class Source:
 
 @contextmanager
 def folders(source: Source, runs: Sequence[str]) -> Iterator[list[Path]]:
-    """Yield the folders with the data of the runs, by default of the last job.
+    """Yield the folders with the performance data of the runs. Without runs, yield the folder of the last job.
 
     Raise UsageError for a run that is neither a folder nor a job.
     """
@@ -64,7 +67,10 @@ def folders(source: Source, runs: Sequence[str]) -> Iterator[list[Path]]:
 
 
 def expand_runs(runs: Sequence[str]) -> Iterator[str]:
-    """Yield the runs, with each record of a replay replaced by its jobs; raise UsageError."""
+    """Yield the runs, and the jobs of a replay in place of the replay's record.
+
+    Raise UsageError for a record of a simulation.
+    """
     from batchlab.scenarios import record
 
     for run in runs:
@@ -115,19 +121,25 @@ async def _folder_of_job(source: Source, job: JobId, stack: ExitStack) -> Path:
 
 
 async def _written(source: Source, backend: Backend, objects: Objects, job: JobId, stack: ExitStack) -> Path:
-    """Write the data into a temporary folder, and into the bucket if the job has ended."""
+    """Write the performance data of a job into a temporary folder.
+
+    If the job has ended, also write the data into the bucket.
+    """
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="batchlab-report-")))
     writer = writer_of(source, backend, objects)
     index = await writer.make(job, folder)
     if index.is_final:
-        # The upload only saves later commands work, and may not be permitted.
+        # A failed upload is ignored, because the upload only saves work for later commands, and may not be permitted.
         with suppress(BatchlabError):
             await writer.publish(job, folder, index)
     return folder
 
 
 def writer_of(source: Source, backend: Backend, objects: Objects) -> Writer:
-    """Return the writer. Without a readable price book it leaves out the cost and prints a note."""
+    """Return the writer of performance data.
+
+    If the price book cannot be read, the writer omits the cost and a note is printed.
+    """
     from batchlab.server.report_writer import open_writer
 
     return open_writer(
@@ -154,7 +166,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
 
 
 def copy_data(source: Source, job: JobId, out: Path) -> Index:
-    """Copy a job's data into the folder `out`, which may hold earlier data.
+    """Copy the performance data of a job into the folder `out`. Earlier performance data in `out` is replaced.
 
     Raise UsageError if `out` contains anything other than the data of a job.
     """
@@ -188,7 +200,7 @@ async def _copied(source: Source, job: JobId, folder: Path) -> Index:
 
 
 async def write_data(source: Source, job: JobId) -> Index:
-    """Write a job's data again and upload it to the bucket."""
+    """Write the performance data of a job again, and upload the data to the bucket."""
     backend = source.load()
     objects = backend.open_bucket(source.home)
     writer = writer_of(source, backend, objects)
@@ -202,9 +214,10 @@ async def write_data(source: Source, job: JobId) -> Index:
 
 
 def job_of(source: Source, text: str) -> JobId:
-    """Return the job with this id or beginning of an id, or the "last" one; raise UsageError.
+    """Return the id of the job with this id or this beginning of an id.
 
-    If the grid is down and its ledger is not local, only a whole id is accepted.
+    For the text "last", return the id of the newest job. Raise UsageError if no job matches. If the grid is down and
+    the grid's ledger is not local, only a complete id is accepted.
     """
     record = source.home.record()
     if record and record.backend == source.name:

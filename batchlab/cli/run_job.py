@@ -1,7 +1,7 @@
-"""A run of a job file from start to end, for `run` and `demo`, and its summary.
+"""Run of a job file from submission to results, for `batchlab run` and `batchlab demo`, and the summary of the run.
 
-Invariant: after any interruption, the same command with --resume continues the job. Each second of
-the wall time counts in exactly one phase. Work at the same time is a remark on a phase.
+Invariant: after any interruption, the same command with --resume continues the job. Each second of the wall time counts
+in exactly one phase. Concurrent work is mentioned in a remark on a phase.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from batchlab.jobs.job_file import JobFile
 
 MAX_FAILURES = 5
-MAX_TRACEBACK_LINES = 12  # of a traceback: its end, where it was raised
+MAX_TRACEBACK_LINES = 12  # The last lines of a traceback show the raising code.
 NEGLIGIBLE_S = 0.05
 
 _PHASES = {
@@ -63,24 +63,24 @@ _PHASES = {
 
 @dataclass(slots=True)
 class Phases:
-    """Wall time of a command by phase, in seconds."""
+    """Wall time in seconds of a command by phase."""
 
     begun_s: float = field(default_factory=time.monotonic)
     ended_s: float | None = None
     spent_s: dict[str, float] = field(default_factory=dict)
     beside: dict[str, str] = field(default_factory=dict)
-    """Remarks by phase on work at the same time."""
+    """Remarks by phase about concurrent work."""
 
     @classmethod
     def of_process(cls) -> Self:
-        """Return a stopwatch that began with this process."""
+        """Return phases that began with the start of this process."""
         phases = cls(START_S)
         phases.add("load", time.monotonic() - START_S)
         return phases
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to phase `name`."""
+        """Add the wall time of the block to the phase `name`."""
         begun_s = time.monotonic()
         try:
             yield
@@ -92,16 +92,19 @@ class Phases:
 
     @property
     def wall_s(self) -> float:
-        """Seconds from the beginning until `end`, or until now."""
+        """Seconds from the beginning of the first phase until the call of `end`, or until now."""
         return (time.monotonic() if self.ended_s is None else self.ended_s) - self.begun_s
 
     def end(self) -> None:
-        """Stop the watch, and count the rest of the time as a phase."""
+        """Stop the measurement, and count the remaining wall time as the phase "else"."""
         self.ended_s = time.monotonic()
         self.add("else", self.wall_s - sum(self.spent_s.values()))
 
     def split(self, name: str, earlier: str, seconds: float) -> None:
-        """Move the first `seconds` of phase `name`, at most all of it, to phase `earlier`."""
+        """Move the first `seconds` of the phase `name` to the phase `earlier`.
+
+        At most the whole phase `name` is moved.
+        """
         part_s = min(max(0.0, seconds), self.spent_s.get(name, 0.0))
         self.add(name, -part_s)
         self.add(earlier, part_s)
@@ -109,8 +112,11 @@ class Phases:
 
 @dataclass(slots=True)
 class Summary:
-    """End of a run. `slots` is the most slots in service by pool, `per_task` the slots of a task
-    by stage."""
+    """Summary of a run.
+
+    `slots` contains the maximum number of slots in service by pool, and `per_task` contains the slots of a task by
+    stage.
+    """
 
     job: JobView
     phases: Phases
@@ -158,7 +164,7 @@ class Summary:
         counts += [f"{retried:,} retried"]
         wall = output.span(self.phases.wall_s)
         yield f"{self.job['id']} {self.job['state']} in {wall}: {', '.join(counts)}"
-        # Show a task of each cause. Others of the same cause fail in the same way.
+        # Show one task for each cause, because tasks with the same cause fail in the same way.
         causes = {(failure["stage"], failure["fingerprint"]): failure for failure in reversed(self.failures)}
         reason = self.job["reason"]
         for cause in causes.values():
@@ -201,7 +207,7 @@ class Summary:
 
 
 def _raised(failure: FailureView) -> Sequence[str]:
-    """Return the lines of a traceback without those at its end that repeat the reason."""
+    """Return the lines of a traceback without the last lines that repeat the reason."""
     lines = output.visible(failure["traceback"]).rstrip("\n").splitlines()
     reason = output.clean(failure["reason"])
     for end in reversed(range(len(lines))):
@@ -215,7 +221,7 @@ def _raised(failure: FailureView) -> Sequence[str]:
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """Arguments of a run. `again` is the command that resumes it after an interruption."""
+    """Arguments of a run. `again` is the command that resumes the run after an interruption."""
 
     file: Path
     home: Home
@@ -233,7 +239,7 @@ class RunRequest:
 
 
 def run(request: RunRequest, phases: Phases) -> Summary:
-    """Run the job to its end and fetch its results; raise Stopped after a signal."""
+    """Run a job to its end, and fetch the job's results. Raise Stopped after SIGINT or SIGTERM."""
     if request.workers is not None and request.home.record() is not None:
         raise UsageError(
             f"A grid is up in {request.home.path}, so --workers cannot size one.",
@@ -246,7 +252,7 @@ def run(request: RunRequest, phases: Phases) -> Summary:
     with Session(request.home, backend, pools, keep_up=request.keep_up) as session:
         try:
             if not backend.capabilities.local_bucket:
-                with phases.phase("start"):  # the bucket is known only when the grid is up
+                with phases.phase("start"):  # The bucket is known only while the grid is up.
                     session.start()
             with phases.phase("check"):
                 submission = asyncio.run(submission.located())
@@ -270,7 +276,7 @@ def run(request: RunRequest, phases: Phases) -> Summary:
 
 
 def choose(earlier: EarlierRun | None, *, resume: bool, cache: bool) -> int:
-    """Return the number of this run: that of an earlier run to resume, or the next one."""
+    """Return the number of an earlier run to resume, or the number of a new run."""
     if earlier is None:
         return 1
     if resume and earlier.ended in (JobState.FAILED, JobState.CANCELLED):
@@ -291,11 +297,11 @@ def choose(earlier: EarlierRun | None, *, resume: bool, cache: bool) -> int:
 
 
 def pools_for(backend: Backend, jobfile: JobFile, workers: int | None = None) -> Sequence[Pool]:
-    """Return the pools of a grid for this job, with at most `workers` instances.
+    """Return the pools of a grid for this job, with at most `workers` instances in each pool.
 
-    They are the backend's own with enough slots for each stage.
+    The pools are the backend's own pools, with enough slots for the tasks of each stage.
 
-    Return no pools if those of the backend suffice or belong to a stack. Raise UsageError if
+    Return an empty sequence if the backend's own pools suffice, or if the pools belong to a stack. Raise UsageError if
     `workers` is given for a stack.
     """
     if backend.capabilities.fixed_pools:
@@ -331,7 +337,7 @@ class _Runner:
         job = asyncio.run(self._start(number, earlier_run))
         if earlier_run and earlier_run.ended:
             output.say(f"Job {job.id} has {earlier_run.ended} before, and nothing runs again.")
-            with self.phases.phase("start"):  # until the manager leads
+            with self.phases.phase("start"):  # The phase includes the wait for a leading manager.
                 view = self.session.call(lambda client: client.job(job.id))
         else:
             view = self._watch(job, earlier_run)
@@ -349,14 +355,14 @@ class _Runner:
     def _watch(self, job: JobDef, earlier: EarlierRun | None) -> JobView:
         begun_s = time.time()
         with self.phases.phase("run"):
-            # A submission with the same token gives the same job, wherever an earlier run ended.
+            # A repeated submission with the same token returns the same job, for any end of an earlier run.
             cap = partial(submit_capped, job, self.request.max_cost_usd)
             view = self.session.call(cap)
             output.say(f"Job {job.id}{' goes on' if earlier else ''}.")
             if view["state"] == JobState.PAUSED:
                 view = self.session.call(lambda client: client.resume(job.id))
             with JobDisplay() as display:
-                # The cost of a capped job is always shown.
+                # Show the cost of a job with a cost cap, even without --as-if-aws.
                 capped = self.request.max_cost_usd is not None or job.max_cost_usd is not None
                 live_cost = LiveCost(self.request.home, as_if_aws=self.request.as_if_aws or capped)
                 view = watch(self.session, view, display, self.slots, live_cost)
@@ -368,11 +374,13 @@ class _Runner:
         return view
 
     async def _start(self, number: int, earlier: EarlierRun | None) -> JobDef:
-        """Start the grid, and meanwhile upload run `number` or read its definition."""
+        """Start the grid, and at the same time upload the files of run `number` or read the definition of an earlier
+        run.
+        """
         begun_s = time.monotonic()
         up_s, (job, ready_s) = await asyncio.gather(self._bring_up(), self._prepare(number, earlier))
         self.phases.add("start", up_s - begun_s)
-        # The upload cost only the time that it took longer than the start.
+        # The phase "upload" contains only the time of the upload after the start of the grid.
         self.phases.add("upload", max(0.0, ready_s - up_s))
         return job
 

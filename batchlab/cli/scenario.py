@@ -1,6 +1,7 @@
-"""`batchlab scenario`: the group, and its commands `list`, `check`, `schema`, `simulate`, and `faults`.
+"""`batchlab scenario`: the group of commands for scenarios, and the commands `list`, `check`, `schema`, `simulate`, and
+`faults`.
 
-Invariant: exit code 0 of `simulate` means that no expectation was missed.
+Invariant: exit code 0 of `batchlab scenario simulate` means that the run missed no expectation.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def scenario_() -> None:
 
 
 MAX_ODD_KINDS = 10
-"""Most kinds of odd records that are listed."""
+"""Maximum number of kinds of odd trace records that are listed."""
 
 
 @app.command("list")
@@ -115,12 +116,14 @@ def check(
 
 
 def _fancy() -> bool:
-    """Whether stdout accepts more than ASCII."""
+    """Return whether stdout accepts characters outside ASCII."""
     return (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
 
 
 def _traces(scenario: Scenario) -> Iterator[str]:
-    """Yield the usable records of each trace, and its clock time at the scenario's start."""
+    """Yield a sentence for each trace, with the number of usable records and the trace's clock time at the start of the
+    scenario.
+    """
     from batchlab.scenarios.traces.source import Trace
 
     for source in scenario.arrivals:
@@ -133,7 +136,7 @@ def _traces(scenario: Scenario) -> Iterator[str]:
 
 
 def _odd(odd: Sequence[Anomaly]) -> Iterator[str]:
-    """Yield the kinds of odd records in traces, each with its first record."""
+    """Yield a line for each kind of odd records in traces. Each line names the first odd record of its kind."""
     from batchlab.scenarios.traces.rows import summarize
 
     kinds = summarize(odd)
@@ -198,7 +201,10 @@ def schema() -> None:
 
 
 def warnings(scenario: Scenario, schedule: Schedule, curve: Curve) -> Iterator[str]:
-    """Yield a sentence for each part of a scenario that changes nothing, which may be a mistake."""
+    """Yield a sentence for each part of a scenario without any effect.
+
+    A part without any effect may be a mistake of the author.
+    """
     arrived = {job.template.name for job in schedule.jobs}
     for name in scenario.jobs:
         if name not in arrived:
@@ -207,7 +213,7 @@ def warnings(scenario: Scenario, schedule: Schedule, curve: Curve) -> Iterator[s
     for pool_plan in scenario.pools:
         if pool_plan.pool.name not in used:
             yield f"Nothing that arrives runs in the pool '{pool_plan.pool.name}'."
-    # Work that arrives late in a column is done in the next column.
+    # Add the width of a column, because work that arrives late in a column is done in the next column.
     done_s = max((ask.idle_from_s for ask in curve.asks), default=0.0) + curve.width_s
     done = f"comes when all work could be done, after {charts.span(done_s)}"
     for fault in scenario.faults:
@@ -220,12 +226,13 @@ def warnings(scenario: Scenario, schedule: Schedule, curve: Curve) -> Iterator[s
 
 LINE_EVERY_S = 10.0
 MIN_TASKS_PER_S = 500
-"""Tasks that one core simulates per second at least.
+"""Minimum number of tasks that one core simulates per second.
 
-Measured on the shipped scenarios: 400 to 600 single tasks, and about ten times as many in bundles.
+In the shipped scenarios, one core simulates 400 to 600 single tasks per second, and about ten times as many tasks in
+bundles.
 """
 NOTE_FROM_TASKS = 120 * MIN_TASKS_PER_S
-"""A note is printed before a forecast of so many tasks."""
+"""Minimum number of tasks for a note before a long forecast."""
 
 
 @app.command()
@@ -282,7 +289,7 @@ def simulate(
 
 
 def _note_duration(scenario: Scenario, seed: int | None) -> None:
-    """Print a note before a long simulation, which a mistake in a trace can cause."""
+    """Print a note before a long simulation. A mistake in a trace can cause a long simulation."""
     jobs = expand(scenario, seed).jobs
     tasks = sum(sum(stage_sizes(job.template, job.tasks).values()) for job in jobs)
     if tasks >= NOTE_FROM_TASKS:
@@ -296,7 +303,7 @@ def _suggest_plan(scenario: str, record: Record, rows: list[VerdictRow]) -> None
     """Suggest `scenario plan` if the fleet was too slow."""
     late = [row for row in rows if row.verdict is Color.RED and row.measure in ("makespan", "late")]
     if late:
-        # The deadline of a compressed run is compressed, but a plan is for real time.
+        # A plan needs a deadline in real time, but the times of a compressed run are compressed.
         most_s = next((row.most for row in rows if row.measure == "makespan" and row.most), None)
         deadline = "TIME" if most_s is None or record.compressed != 1 else duration(most_s)
         output.say(f"`batchlab scenario plan {scenario} --deadline {deadline}` looks for a fleet that is in time.")
@@ -331,7 +338,7 @@ def _forecast_json(record: Record, rows: list[VerdictRow]) -> dict[str, object]:
 
 
 def _measures(record: Record) -> dict[str, float | None]:
-    """Return all measures of the run. Unknown and infinite values are None."""
+    """Return the values of all measures of a run by name. Unknown and infinite values are None."""
     values: dict[str, float | None] = {}
     for name, measure in MEASURES.items():
         value = measure.of(record, "")

@@ -1,4 +1,4 @@
-"""`batchlab scenario plan`: the search for a fleet, and its answer as text and YAML."""
+"""`batchlab scenario plan`: the search for the cheapest fleet, and the found plan as text and YAML."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def plan(
 def forecast(
     scenario: Scenario, seed: int, *, backend: str, calibration: Calibration | None, book: PriceBook | None = None
 ) -> Record:
-    """Simulate one run. Worker processes call this too."""
+    """Simulate one run of a scenario, and return the record. The search also calls `forecast` in worker processes."""
     from batchlab.runtime import factory
     from batchlab.scenarios.forecast.simulate import simulate
 
@@ -84,7 +84,7 @@ def forecast(
 
 
 def search_and_show(search: Search, *, json: bool) -> int:
-    """Search, print the answer, and return the exit code."""
+    """Search for a fleet, print the plan, and return the exit code."""
     interrupted = False
     try:
         with _progress(search):
@@ -120,7 +120,7 @@ CHOSEN = "◆"
 
 
 def text(plan: Plan) -> str:
-    """Return the plan as text."""
+    """Return the plan of a fleet as text for a terminal."""
     budget = plan.goal.budget_usd
     within = "" if budget is None else f" for at most {shown(budget)}"
     deadline, runs = output.span(plan.goal.deadline_s), output.count(plan.runs, "simulated run")
@@ -165,7 +165,7 @@ def _verdict(plan: Plan) -> str:
 
 
 def _cannot(plan: Plan) -> str:
-    """Return the reason if the arrivals alone take longer than the deadline."""
+    """Return a sentence if the arrivals of the jobs alone take longer than the deadline, and otherwise ""."""
     jobs = expand(plan.scenario).jobs
     span_s = jobs[-1].due_s - jobs[0].due_s if jobs else 0.0
     if span_s < plan.goal.deadline_s:
@@ -265,7 +265,7 @@ def _frontier(plan: Plan) -> Iterator[str]:
     yield f"Mean cost against latest end over {seeds} of the search; {CHOSEN} is the fleet above, ┊ the deadline"
     most_s = max(plan.goal.deadline_s, *(point.finish_s for point in points))
     chart = Chart(most_s, max(point.usd for point in points))
-    # The recommended point is drawn last, so that no other point covers it.
+    # The recommended point is drawn last, so that no other point covers the recommended point.
     for point in sorted(points, key=lambda point: point.candidate == plan.chosen.candidate):
         chart.dot(point.finish_s, point.usd, _mark(point, plan))
     chart.wall(plan.goal.deadline_s)

@@ -1,6 +1,6 @@
 """`batchlab scenario record`, `compare`, and `calibrate`: commands on records of past runs.
 
-Invariant: `record` only reads the grid's folder, whether or not its grid is up.
+Invariant: `batchlab scenario record` does not change the grid's folder, whether the grid is up or down.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RecordRequest:
 
 
 def write_scenario(request: RecordRequest, *, json: bool) -> None:
-    """Write the scenario and its trace, and print a summary."""
+    """Write a scenario of past jobs and the scenario's trace, and print a summary."""
     from batchlab.scenarios.replay import recording
 
     if request.jobs and request.record:
@@ -55,7 +55,7 @@ def write_scenario(request: RecordRequest, *, json: bool) -> None:
     path = request.out or Path(f"{past.name}.yaml")
     if path.exists() and request.out is None:
         raise Refused(f"The file {path} exists already.", remedy="Name another file with --out.")
-    # The trace is written next to the scenario, and could overwrite a record of the same name.
+    # The trace is written next to the scenario, and could overwrite a record with the same name.
     if request.record and request.record.resolve() in {path.resolve(), path.with_suffix(".jsonl").resolve()}:
         raise UsageError(f"{path} would overwrite the record {request.record}.", remedy="Name another file with --out.")
     written = recording.write(past, path)
@@ -115,7 +115,7 @@ async def _measured(
 
 
 def _fleet(home: Home, backend: Backend) -> tuple[list[PoolPlan], Mapping[str, float]]:
-    """Return pools and policy of the running grid, or of the last one in this folder."""
+    """Return the pools and the policy of the running grid, or of the last grid in the folder."""
     from batchlab.adapters.local.state_files import StateFile
     from batchlab.fleet import saved_state
     from batchlab.runtime import settings
@@ -133,7 +133,7 @@ def _fleet(home: Home, backend: Backend) -> tuple[list[PoolPlan], Mapping[str, f
 
 
 def _name(text: str) -> str:
-    """Return `text` as a valid name of a scenario."""
+    """Return a valid name of a scenario that resembles `text`."""
     name = re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-_")[:40]
     return name or "recorded"
 
@@ -224,7 +224,7 @@ def _quantity_text(quantity: CalibratedValue, value: float | None) -> str:
 
 
 def comparison_text(comparison: Comparison) -> str:
-    """Return a comparison as text, for `scenario compare` and `scenario replay`."""
+    """Return the comparison of a forecast with a real run as text, for `scenario compare` and `scenario replay`."""
     rows = [_row(one) for one in comparison.differences if (one.forecast, one.fact) != (None, None)]
     columns = ("measure", "jobs", "forecast", "fact", "error", "relative")
     at = "" if comparison.compressed == 1 else f", times divided by {comparison.compressed:g}"
@@ -259,9 +259,10 @@ def _draw(curves: CurvePair) -> str:
 
 
 def calibrated(file: Path | None, backend: str, compressed: float) -> Calibration | None:
-    """Read a calibration file, if given; raise UsageError if it is of another backend.
+    """Return the content of a calibration file, or None if `file` is None.
 
-    Print a note if its numbers may not fit.
+    Raise UsageError for a calibration of another backend. Print a note if the numbers of the calibration may not fit
+    the scenario.
     """
     from batchlab.scenarios.forecast import calibration as calibrate
 

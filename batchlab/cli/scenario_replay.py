@@ -1,7 +1,8 @@
-"""`batchlab scenario replay`: grid, run, record, verdict, and comparison with the forecast.
+"""`batchlab scenario replay`: the run of a scenario on a grid, the record, the verdict, and the comparison with a
+forecast.
 
-Invariant: the command stops the grid that it started. It writes the record before any step that
-could fail.
+Invariant: the command stops a grid that the command started. After the run, the command writes the record before any
+step that could fail.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ if TYPE_CHECKING:
     from batchlab.scenarios.faults.proxy import FaultProxy
 
 PROXY_FAULTS = frozenset({FaultName.S3_ERRORS, FaultName.PARTITION})
-"""Faults that a proxy in front of the endpoint injects, if the endpoint can have one."""
+"""Faults that need a proxy in front of the endpoint."""
 NOTE_FROM_PROCESSES = 100
-"""A note is printed if more instances than this are processes of this machine."""
+"""Maximum number of instances that run as processes of this machine without a note."""
 NOTE_FROM_DURATION_S = 600.0
-"""A note is printed before a replay that is longer than this."""
+"""Maximum duration in seconds of a replay without a note before its start."""
 SETTINGS_COMMENT = (
     "Of `batchlab scenario replay`, which takes it away when it has ended; left behind by one that "
     "was killed it may be deleted."
@@ -53,7 +54,7 @@ SETTINGS_COMMENT = (
 
 @dataclass(frozen=True, slots=True)
 class ReplayRequest:
-    """Arguments of a replay."""
+    """Arguments of the replay of a scenario."""
 
     scenario: str
     home: Home
@@ -69,7 +70,10 @@ class ReplayRequest:
 
 
 def run(request: ReplayRequest, *, json: bool) -> None:
-    """Replay and print the verdict; exit with 1 if it is red, with 130 after an interruption."""
+    """Replay a scenario, and print the verdict.
+
+    Exit with code 1 if an expectation is red, and with code 130 after an interruption.
+    """
     from batchlab.runtime import factory
     from batchlab.scenarios.model import loader
 
@@ -145,7 +149,7 @@ def _note_fleet(scenario: Scenario, backend: Backend) -> None:
 
 
 def _free(folder: Path, name: str) -> Path:
-    """Return the next free name for a record."""
+    """Return the path with the next free number for a record in the folder."""
     numbers = [
         int(match[1])
         for path in folder.glob(f"{name}-*.json")
@@ -179,7 +183,7 @@ def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path
         spot = {plan.pool.name: plan.spot for plan in scenario.pools}
         stack.enter_context(aws_stack.with_spot_shares(backend, home, spot))
         replay_record = asyncio.run(_run(request, session, scenario, front))
-        # The record is written before the changes for this replay are undone, which may fail.
+        # The record is written before the end of the block, which undoes the changes for the replay and may fail.
         record.write(replay_record, path)
     return replay_record
 
@@ -206,7 +210,7 @@ async def _run(request: ReplayRequest, session: Session, scenario: Scenario, fro
     manager_record = home.record()
     assert manager_record
 
-    # Faults start replacement managers at the same address, so the client works with each of them.
+    # Faults start replacement managers at the same address, so one client works with all managers.
     with Client.of(home, manager_record) as client, _stopping() as stop, ReplayDisplay() as display:
 
         def injector() -> FaultInjector:
@@ -229,7 +233,7 @@ async def _run(request: ReplayRequest, session: Session, scenario: Scenario, fro
 
 @contextmanager
 def _stopping() -> Iterator[asyncio.Event]:
-    """Yield an event that the first Ctrl-C or SIGTERM sets. The second one stops at once."""
+    """Yield an event that the first Ctrl-C or SIGTERM sets. The second Ctrl-C or SIGTERM raises Stopped."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -266,7 +270,10 @@ def _note_late(record: Record) -> None:
 def _compared(
     request: ReplayRequest, backend: Backend, scenario: Scenario, record: Record, calibration: Calibration | None
 ) -> Comparison | None:
-    """Return the comparison with a forecast, or print a note and return None if that fails."""
+    """Return the comparison of the record with a forecast.
+
+    If the simulation of the forecast fails, print a note and return None.
+    """
     from batchlab.scenarios.faults import fault_injection
     from batchlab.scenarios.forecast.simulate import ForecastOptions, simulate
 

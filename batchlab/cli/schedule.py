@@ -1,7 +1,7 @@
-"""`batchlab schedule`: jobs that run at due times.
+"""`batchlab schedule`: commands for jobs that run at due times.
 
-Invariant: a schedule runs the files that were uploaded when it was added. A later change of a file
-is reported, and used only after `schedule add --replace`.
+Invariant: a schedule runs the files that `schedule add` has uploaded. A later change of a file is reported, and takes
+effect only after `schedule add --replace`.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def run(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
     from batchlab.adapters.clock import RandomIds
     from batchlab.cli.session import Session
 
-    token = RandomIds().fresh("asked")  # a retry of the request with the same id has no further effect
+    token = RandomIds().fresh("asked")  # A repeated request with the same id has no further effect.
     with Session.attached(home_of(home)) as session:
         view = session.call(lambda client: client.run_schedule(name, token))
     if view["state"] == "skipped" or view["result"] == "REFUSED":
@@ -267,7 +267,10 @@ def _upload_and_add(
     *,
     replacing: bool,
 ) -> ScheduleView:
-    """Upload the files of a job file and add a schedule to the running grid. `due` is cron, at, and timezone."""
+    """Upload the files of a job file and add a schedule to the running grid.
+
+    The tuple `due` contains the options cron, at, and timezone.
+    """
     from batchlab.cli.session import Session
     from batchlab.jobs import job_file
     from batchlab.jobs.submission import code_digest, own_keys, prepare
@@ -292,7 +295,7 @@ def _upload_and_add(
             objects=backend.open_objects(home),
             clock=clock,
             patience=factory.patience(),
-            # The token depends on the content only, so files of an earlier upload are reused.
+            # The token depends only on the content of the files, so files of an earlier upload are reused.
             token=f"schedule/{name}/{job_file.source_digest(jobfile, packed[1])}",
             packed=packed,
             progress=output.ThrottledNotes().say_uploaded,
@@ -310,7 +313,7 @@ def _upload_and_add(
 def _due_times(
     jobfile: JobFile, cron: str | None, at: str | None, timezone: str | None, *, now_s: float
 ) -> dict[str, Json]:
-    """Return the due times by option, or else by job file."""
+    """Return the due times from the options, or else from the job file."""
     job = jobfile.job
     cron, at = cron or (None if at else job.cron), at or (None if cron else job.at)
     if not cron and not at:
@@ -323,9 +326,9 @@ def _due_times(
 
 
 def moment(text: str, zone: str, now_s: float) -> float:
-    """Parse `+10m` or an ISO 8601 time to epoch seconds; raise UsageError.
+    """Return the epoch seconds of a text such as `+10m` or of an ISO 8601 time. Raise UsageError for another text.
 
-    A time without a zone is in `zone`.
+    An ISO 8601 time without a time zone is in the time zone `zone`.
     """
     tz = due_times.zone_of(zone)
     try:
@@ -340,7 +343,7 @@ def moment(text: str, zone: str, now_s: float) -> float:
 
 
 def _checked_prefix(text: str) -> str:
-    """Return the prefix of `--input`; raise UsageError."""
+    """Return the prefix that `--input` names. Raise UsageError if the text is not a valid prefix."""
     from batchlab.jobs.submission import check_key
 
     check_key(text, text)
@@ -353,16 +356,16 @@ def _checked_prefix(text: str) -> str:
 
 
 def _digest_of(file: Path, code: str, needs_input: bool) -> str:
-    """Return the source digest of the file without --set."""
+    """Return the source digest of a job file without the values of --set."""
     from batchlab.jobs import job_file
 
     return job_file.source_digest(job_file.load(file, needs_input=needs_input), code)
 
 
 def change_note(view: ScheduleView) -> str:
-    """Return a sentence if the job file of a schedule has changed.
+    """Return a sentence if the job file of a schedule has changed since its upload.
 
-    Return "" if the file is unchanged or on another machine.
+    Return "" if the job file is unchanged, or does not exist on this machine.
     """
     from batchlab.jobs import job_file
     from batchlab.jobs.submission import code_digest
@@ -387,7 +390,10 @@ def change_note(view: ScheduleView) -> str:
 
 
 def read_schedules(client: Client) -> SchedulesView:
-    """Return the schedules of the grid. Managers of release 0.1.0 may have none."""
+    """Return the schedules of the grid.
+
+    The result is empty if the manager does not support schedules, as in release 0.1.0.
+    """
     try:
         return client.schedules()
     except NotFound:

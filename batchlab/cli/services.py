@@ -1,7 +1,8 @@
 """`batchlab manager`, `worker`, and `connect`: processes of a grid, and connections to AWS.
 
-Invariant: a service imports only what it needs, so that it starts fast. argparse takes 10% of the
-time of Typer. The parent process reads the last line of the log, so an error is one line.
+Invariant: a service imports only the modules that the service needs, so that the start is fast. The import of argparse
+takes 10% of the time of Typer's import. A service logs an error in one line, because the parent process reads the last
+line of the log.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from batchlab.core.errors import BatchlabError
 
 
 def serve(arguments: Sequence[str]) -> None:
-    """Run the service named by the first argument until it ends; exit with its code."""
+    """Run the service that the first argument names until the end of the service.
+
+    Exit with the exit code of the service.
+    """
     options = parsers()[0].parse_args(arguments)
-    gc_control.pause()  # until the service reports that it has started
+    gc_control.pause()  # Garbage collection is paused until the service has started.
     try:
         logs.set_format(options.log_format)
         if options.service == "manager":
@@ -28,7 +32,7 @@ def serve(arguments: Sequence[str]) -> None:
         else:
             _worker(options)
     except BatchlabError as error:
-        # The command that started this process shows the last line of its log.
+        # The command that started the service shows the last line of the service's log.
         logs.print_last_line(" ".join(str(error).split()))
         sys.exit(error.exit_code)
     finally:
@@ -71,7 +75,7 @@ def _worker(options: argparse.Namespace) -> None:
 
 
 def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
-    """Return the parser of the arguments, and the parser of each service by name."""
+    """Return the parser of all arguments, and the parsers of the services by name."""
     parser = argparse.ArgumentParser(prog="batchlab")
     services = parser.add_subparsers(dest="service", required=True)
     manager = _service(services, "manager", "Run a manager in the foreground, until SIGTERM.")

@@ -1,7 +1,8 @@
-"""Connections of commands to a grid: find, start, replace, or stop its manager; read its bucket.
+"""Connections of commands to a grid.
 
-Invariant: a command stops the grid that it started. A grid that was running before stays up, even
-if its manager dies and the command starts the next one.
+A connection starts, replaces, and stops the grid's manager, and reads the grid's bucket. Invariant: a command stops a
+grid that the command started. A grid that was running before the command stays up, even if the manager dies and the
+command starts the next manager.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ MAX_MANAGER_RESTARTS = 3
 
 
 class Session:
-    """Connection of a command to its grid, as a context manager. Call `start` first, in any thread.
+    """Connection of a command to its grid, as a context manager.
 
-    If the command started the grid, the end of the session stops it.
+    The caller must call `start` before other methods, in any thread. If the command started the grid, the end of the
+    session stops the grid.
     """
 
     def __init__(
@@ -53,11 +55,11 @@ class Session:
         self.home = home
         self.backend = backend
         self.ours = False
-        """Whether this session started the running manager, and stops it."""
+        """Whether the session started the running manager, and stops the manager at its end."""
         self._stands = keep_up
-        """Whether the grid stays up after this command."""
+        """Whether the grid stays up after the end of the command."""
         self.stop_s: float | None = None
-        """Seconds that the stop of the grid took."""
+        """Duration in seconds of the stop of the grid."""
         self._pools = pools
         self._keep_up = keep_up
         self._port = port
@@ -66,7 +68,7 @@ class Session:
 
     @classmethod
     def attached(cls, home: Home) -> Self:
-        """Return a session with the running grid in `home`; raise Unreachable without one."""
+        """Return a session with the running grid in `home`. Raise Unreachable if no grid is running."""
         record = home.record()
         if record is None:
             raise no_grid(home)
@@ -75,14 +77,15 @@ class Session:
         return session
 
     def start(self) -> None:
-        """Connect to the running grid, or start one. Later calls have no effect."""
+        """Connect to the running grid, or start a grid. Later calls of `start` have no effect."""
         if self._client is not None:
             return
         if self._port and not self.backend.capabilities.local_manager:
             raise UsageError(f"On {self.backend.name} the manager has a port of its own.", remedy="Leave out --port.")
         self.backend.check_installed()
         record = self.home.record()
-        # Containers may run without a manager for a moment, and contain the objects of all jobs.
+        # A grid in containers stays up even without a running manager, because the containers store the objects of all
+        # jobs.
         if self.backend.restarts_manager(self.home) or (record and not record.parent):
             self._stands = True
         self._bring_up()
@@ -90,9 +93,9 @@ class Session:
             self._pools, self._port = self._as_it_stands()
 
     def _as_it_stands(self) -> tuple[Sequence[Pool], int]:
-        """Return the pools and the port with which another manager continues this grid."""
+        """Return the pools and the port that a replacement manager of the grid needs."""
         if not self.backend.capabilities.local_manager:
-            return (), 0  # the grid stores them itself
+            return (), 0  # The grid stores the pools and the port itself.
         assert self._client is not None
         port = urlsplit(self._client.url).port or 0
         pools = self.call(lambda client: client.grid())["pools"]
@@ -100,10 +103,10 @@ class Session:
 
     def _bring_up(self) -> None:
 
-        self.backend.named_place(self.home)  # raises an error for an endpoint other than that of the folder
+        self.backend.named_place(self.home)  # Raise an error if the folder has another endpoint.
         record = self.home.record()
         if record is None:
-            # Set before the start: from now on there may be a process to stop.
+            # `ours` is set before the start, because an interrupted start may leave a process to stop.
             self.ours = not self._stands
             output.say(
                 f"Connecting to the stack {self.backend.stack(self.home).stack}."
@@ -113,7 +116,7 @@ class Session:
             record = manager_process.start_manager(
                 self.home, self.backend, pools=self._pools, parent=not self._stands, port=self._port, say=output.say
             )
-        # Another command may have started its manager first.
+        # Another command may have started a manager at the same time, and its manager may be the running manager.
         self.ours = not self._stands and manager_process.has_started(self.home, record)
         remedy = f"Say --backend {record.backend}, or name another folder with --home."
         self.home.check_backend(record, self.backend.name, remedy)
@@ -125,10 +128,10 @@ class Session:
         self._client = Client.of(self.home, record)
 
     def call(self, request: Callable[[Client], T]) -> T:
-        """Return the result of a call of the manager, and retry it while that may help.
+        """Call the manager, and return the result.
 
-        A manager that died is replaced a few times. Nothing is lost, because the grid's state is
-        in its folder.
+        The method retries a failed call while the manager may become reachable. The method replaces a dead manager a
+        limited number of times. A replacement loses no state, because the grid's state is in the grid's folder.
         """
         give_up_s = time.monotonic() + patience_s(restarted=self._is_restarted)
         while True:
@@ -144,7 +147,7 @@ class Session:
                 elif time.monotonic() > give_up_s:
                     raise
                 else:
-                    # The manager has just started and does not lead yet, or it is very busy.
+                    # The manager is still starting, does not lead yet, or is very busy.
                     time.sleep(0.05)
                     self._reconnect()
 
@@ -155,12 +158,12 @@ class Session:
 
     @property
     def ends_grid(self) -> bool:
-        """Whether the grid stops with this command."""
+        """Whether the grid stops at the end of the command."""
         return self.ours and not self.backend.capabilities.remote_manager
 
     @property
     def _is_restarted(self) -> bool:
-        """Whether Docker restarts the manager of a grid that this command did not start."""
+        """Whether the command did not start the grid and Docker restarts the grid's manager."""
         return not self.ours and self.backend.restarts_manager(self.home)
 
     def _revive(self, error: BackendError) -> None:
@@ -172,10 +175,10 @@ class Session:
             ) from error
         self._revivals_left -= 1
         output.say("The manager has ended; nothing is lost, and another one takes over.")
-        # Docker kills a manager in its container, and the deployment is then forgotten.
+        # After Docker has killed a manager in its container, the grid's folder has no record of the deployment.
         is_gone = self.backend.capabilities.container_manager or self.home.is_taken_down
         if is_gone and not self._keep_up:
-            self._stands = False  # the job continues on a new grid of this command
+            self._stands = False  # the job continues on a new grid of the command
         self._bring_up()
 
     def __enter__(self) -> Self:
@@ -189,7 +192,8 @@ class Session:
             self._client.close()
         if self.ours and manager_process.has_started(self.home, self.home.record()):
             begun_s = time.monotonic()
-            # A manager that is still starting stops when this process ends.
+            # A manager that is still starting stops at the end of this process, so only a started manager is stopped
+            # here.
             if manager_process.stop_manager(self.home):
                 if self.backend.capabilities.remote_manager:
                     return  # the grid continues on AWS
@@ -198,14 +202,14 @@ class Session:
 
 
 BUCKET_PATIENCE_S = 5.0
-"""Seconds for which failed requests to a bucket are retried while a user waits."""
+"""Time in seconds for which failed requests to a bucket are retried while a user waits."""
 
 _BUCKET_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Bucket with the objects of a job. `job` is its whole id."""
+    """Bucket with the objects of a job. `job` is the complete id of the job."""
 
     home: Home
     backend: Backend
@@ -217,15 +221,15 @@ class Bucket:
         return Patience(random.Random(), limit_s=BUCKET_PATIENCE_S)  # noqa: S311 - jitter, not a secret
 
     def read(self, call: Callable[[Objects, Patience], Coroutine[Any, Any, T]]) -> T:
-        """Run `call` with the bucket and a retry policy, and return its result."""
+        """Run `call` with the bucket and a retry policy, and return the result of `call`."""
         objects = self.backend.open_bucket(self.home)
         return asyncio.run(call(objects, self.patience))
 
 
 def find_bucket(home: Home, backend: str | None, job: str) -> Bucket:
-    """Return the bucket of a job; raise UsageError.
+    """Return the bucket of a job. Raise UsageError if the job is unknown, or if the folder has no grid.
 
-    A running manager resolves the id. Without one, `job` must be a whole id.
+    A running manager completes the job id. If no manager is running, `job` must be a complete id.
     """
 
     if record := home.record():
@@ -247,7 +251,7 @@ def find_bucket(home: Home, backend: str | None, job: str) -> Bucket:
 
 
 def find_stage(bucket: Bucket, stage: str | None) -> StageName:
-    """Return the named stage, or the only stage of the job; raise UsageError."""
+    """Return the named stage, or the only stage of the job. Raise UsageError if the stage or the job does not exist."""
 
     try:
         job = bucket.read(lambda objects, patience: attempts.definition(objects, JobId(bucket.job), patience))

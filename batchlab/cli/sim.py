@@ -1,7 +1,7 @@
-"""`batchlab sim`: random tests of the grid in the simulator, over many seeds or one.
+"""`batchlab sim`: random tests of the grid in the simulator, with one random seed or many.
 
-Invariant: exit code 0 means that every guarantee held in every seed. The table of faults lists
-every kind of fault, including those that did not happen.
+Invariant: exit code 0 means that every guarantee held in every simulated run. The table of faults lists every kind of
+fault, including faults that did not happen.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from batchlab.sim.faults import Fault, FaultKind
 from batchlab.sim.fuzz import WEATHERS, Failure, SeedResult, ShrinkResult, Tally, command, written
 
 MAX_SHRUNK_SEEDS = 3
-"""Most failing seeds that are shrunk, because one bug usually breaks many seeds."""
+"""Maximum number of failing seeds that are shrunk. One bug usually breaks many seeds."""
 MAX_LOG_LINES = 20
 
 app = typer.Typer(name="sim", no_args_is_help=True)
@@ -198,7 +198,7 @@ FAULT_COLUMNS = ("fault", "times", "in seeds", "meaning")
 
 @dataclass(slots=True)
 class Campaign:
-    """A run over `wanted` seeds from `first` on, with its results."""
+    """Tests with `wanted` seeds from the seed `first` on, with the results."""
 
     first: int
     wanted: int
@@ -206,22 +206,22 @@ class Campaign:
     processes: int
     tally: Tally = field(default_factory=Tally)
     fewest: dict[int, ShrinkResult[Fault] | None] = field(default_factory=dict)
-    """Shrunk faults by failed seed."""
+    """Smallest failing sets of faults by failed seed."""
     wall_s: float = 0.0
     cut: str = ""
-    """Reason for an end before the last seed."""
+    """Reason for the end of the tests before the last seed, or ""."""
 
     @property
     def failures(self) -> Sequence[Failure]:
         return self.tally.failures
 
     def replay(self, failure: Failure) -> str:
-        """Return the command that reproduces a failure with the fewest known faults."""
+        """Return the command that reproduces a failure with the smallest known set of faults."""
         shrunk = self.fewest.get(failure.seed)
         return command(failure, self.weather, shrunk.parts if shrunk else None)
 
     def text(self) -> str:
-        """Return the results as text."""
+        """Return the results of the tests as text for a terminal."""
         facts = [f"{name:<15}{value}" for name, value in self._facts().items()]
         faults = output.table(FAULT_COLUMNS, self._faults())
         seeds = f"{output.count(self.tally.seeds, 'seed')} from {self.first}, weather {self.weather}"
@@ -271,7 +271,7 @@ class Campaign:
         yield self.replay(failure)
 
     def markdown(self) -> str:
-        """Return two tables and the verdict as Markdown."""
+        """Return the results of the tests as Markdown, with two tables and the verdict."""
         facts = {
             "seeds": f"{self.tally.seeds:,}, from {self.first}",
             "weather": self.weather,

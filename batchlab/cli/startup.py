@@ -1,4 +1,4 @@
-"""Facts that the command line needs before it imports a command: start time, services, packages."""
+"""Facts that the command line needs before the import of a command: start time, services, and packages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import time
 
 START_S = time.monotonic()
-"""Monotonic time at which this process began, after Python's own start."""
+"""Monotonic time in seconds at which batchlab's code began in this process, after the start of Python."""
 
 SERVICES = ("manager", "worker", "connect")
 
@@ -33,11 +33,11 @@ REQUIRED_MODULES = frozenset(
         "yaml",
     }
 )
-"""Import names of the packages in every installation."""
+"""Import names of the packages that every installation of batchlab has."""
 
 
 def missing_module_message(error: ModuleNotFoundError) -> str | None:
-    """Return the error text for a missing required package or extra, or None for other modules."""
+    """Return the error text for a missing package of batchlab or of an extra, or None for other modules."""
     from batchlab.core import installation
 
     name = (error.name or "").partition(".")[0]

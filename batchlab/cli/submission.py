@@ -1,8 +1,8 @@
-"""Submission of a job file, its earlier runs, the wait for its end, and its results.
+"""Submission of a job file, search for earlier runs, wait for the end of the job, and fetch of the results.
 
-Invariant: only a job file that has passed all checks is uploaded. The client token of a run is the
-source digest, followed by #2, #3, and so on for later runs. So the same command finds its run
-again without a manager.
+Invariant: only a job file that has passed all checks is uploaded. The client token of a run is the source digest,
+followed by #2, #3, and so on for later runs. From the client token, a repeated command finds its earlier run without a
+manager.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EarlierRun:
-    """A submitted run. `ended` is its final state, or None before its end."""
+    """Run of a job file that was submitted before.
+
+    `ended` is the final state of the job, or None before the end of the job.
+    """
 
     number: int
     job: JobId
@@ -49,12 +52,12 @@ class EarlierRun:
 
 
 def token(source_digest: str, number: int) -> str:
-    """Return the client token of run `number` (from 1) of a job file."""
+    """Return the client token of the run `number` of a job file. The first run has the number 1."""
     return source_digest if number == 1 else f"{source_digest}#{number}"
 
 
 async def find_latest_run(objects: Objects, name: str, source_digest: str, patience: Patience) -> EarlierRun | None:
-    """Return the last run with this source digest, if any."""
+    """Return the latest run with the source digest, or None if no run exists."""
     number = 0
     job: JobId | None = None
     while True:
@@ -80,25 +83,25 @@ async def _ended(objects: Objects, job: JobId, patience: Patience) -> JobState |
 
 @dataclass(frozen=True)
 class Submission:
-    """A job file that has passed its checks, and its destination."""
+    """Job file that has passed all checks, with the grid and the backend for its run."""
 
     jobfile: JobFile
     packed: tuple[bytes, str]
-    """Code as a zip, and its digest."""
+    """Code of the job as a zip file, and the digest of the code."""
     source_digest: str
     home: Home
     backend: Backend
     keys: Sequence[str] | None = None
-    """Keys and prefixes of the input in the bucket, once `located`; None if files are uploaded."""
+    """Keys and prefixes of the input in the bucket after `located`, or None if the input files are uploaded."""
 
     @cached_property
     def objects(self) -> Objects:
-        """Bucket of the grid. Some backends have it only while the grid is up."""
+        """Bucket of the grid. Some backends have a bucket only while the grid is up."""
         return self.backend.open_objects(self.home)
 
     @classmethod
     def of(cls, file: Path, params: Mapping[str, str], home: Home, backend: Backend) -> Submission:
-        """Read and check a job file; raise JobFileErrors."""
+        """Read and check a job file. Raise JobFileErrors for an invalid job file."""
         from batchlab.jobs import job_file
         from batchlab.jobs.submission import check_input, code_digest, refuse_recurring
 
@@ -110,9 +113,10 @@ class Submission:
         return cls(jobfile, packed, source_digest, home, backend)
 
     async def located(self) -> Submission:
-        """Return the submission with its input in the bucket resolved; raise UsageError.
+        """Return the submission with the keys of its input objects in the bucket.
 
-        Changed objects change the source digest. Some backends need a running grid.
+        Raise UsageError if the input is invalid. The source digest covers the names, sizes, and ETags of the input
+        objects. With some backends, the grid must be running.
         """
         from batchlab.jobs.submission import contents, own_keys
 
@@ -124,15 +128,15 @@ class Submission:
         return replace(self, source_digest=digest, keys=keys)
 
     async def find_latest_run(self) -> EarlierRun | None:
-        """Return the last run with the same source digest, if any."""
+        """Return the latest run with the submission's source digest, or None if no run exists."""
 
         name = self.jobfile.job.name
         return await find_latest_run(self.objects, name, self.source_digest, patience())
 
     async def prepare(self, number: int, max_cost_usd: float | None = None) -> tuple[JobDef, str]:
-        """Upload the files of run `number`; return the job to submit and a text on the upload.
+        """Upload the files of the run `number`. Return the job to submit, and a text about the upload.
 
-        `max_cost_usd` replaces the cap of the file.
+        `max_cost_usd` replaces the cost cap of the job file.
         """
         from batchlab.jobs.submission import Uploaded, prepare
 
@@ -163,9 +167,10 @@ class Submission:
 
 
 def submit(home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float | None = None) -> JobView:
-    """Submit a job file to the running grid and return the job.
+    """Submit a job file to the running grid, and return the job.
 
-    If the same submission is still active, it is returned. `max_cost_usd` caps either.
+    If an earlier submission of the same job file is still active, the function returns the earlier job. `max_cost_usd`
+    caps the cost of a new job or of the earlier job.
     """
     with Session.attached(home) as session:
         submission = Submission.of(file, parameters_of(sets), home, session.backend)
@@ -180,7 +185,7 @@ def submit(home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float |
 
 
 def submit_capped(job: JobDef, max_cost_usd: float | None, client: Client) -> JobView:
-    """Submit the job with this cap. A job that was submitted before is capped too."""
+    """Submit the job, and cap its cost. The cost of a job that was submitted before is capped, too."""
     if max_cost_usd is None:
         return client.submit(job)
     view = client.submit(job)
@@ -190,17 +195,21 @@ def submit_capped(job: JobDef, max_cost_usd: float | None, client: Client) -> Jo
 
 
 MAX_WAIT_S = 1.0
-"""Longest wait for a change of the job, and interval of requests for the workers."""
+"""Maximum time in seconds for which a request waits for a change of the job."""
 MIN_REQUEST_INTERVAL_S = 0.1
-"""Least time between two requests, because a busy job changes all the time."""
+"""Minimum time in seconds between two requests.
+
+Without a minimum, the changes of a busy job would cause too many requests.
+"""
 
 
 def watch(
     session: Session, view: JobView, display: JobDisplay, slots: dict[str, int], live_cost: LiveCost | None = None
 ) -> JobView:
-    """Show the job until it ends, with its cost if that applies, and return its last view.
+    """Show the progress of the job until the end of the job, and return the last view of the job.
 
-    Write the most slots in service of each pool to `slots`.
+    The display includes the cost of a job with a billed backend. The function stores the maximum number of slots in
+    service of each pool in `slots`.
     """
     looked_s, grid = float("-inf"), None
     if live_cost and not live_cost.applies(session.backend.name):
@@ -231,7 +240,7 @@ def _note_slots(grid: GridView, slots: dict[str, int]) -> None:
 
 
 def fetched_json(fetched: Fetched) -> dict[str, object]:
-    """Return fetched results as JSON."""
+    """Return the summary of fetched results as a JSON object."""
     sizes = {"files": fetched.files, "size_bytes": fetched.size_bytes}
     return {"folder": str(fetched.folder), "results": dict(fetched.results), **sizes}
 
@@ -242,7 +251,10 @@ def default_folder(job: str) -> Path:
 
 
 def fetch_results(session: Session, view: JobView, out: Path | None, stages: Sequence[str] = ()) -> Fetched:
-    """Fetch the results of succeeded tasks into `out`, or else into out/<job name>."""
+    """Fetch the results of succeeded tasks into the folder `out`.
+
+    If `out` is None, fetch the results into out/<job name>.
+    """
     listing = listed(lambda after: session.call(partial(Client.outcomes, job=view["id"], after=after)))
     objects = session.backend.open_objects(session.home)
     folder = out or default_folder(view["name"])

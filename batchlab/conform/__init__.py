@@ -1,4 +1,5 @@
 """Conformance checks of S3, SQS, and Auto Scaling endpoints against the rules that batchlab needs.
 
-`CHECKS` is the table of checks, `run` runs them against an endpoint, and `report` shows the results.
+`check_table.CHECKS` is the table of checks, `run.run` runs checks against an endpoint, and `check_table.section`
+formats the results.
 """

@@ -235,9 +235,9 @@ async def port(site: Site) -> None:
 
 
 async def _until(site: Site, fleet: Ec2Fleet, members: Callable[[set[str]], bool]) -> list[str]:
-    """Wait until `members` accepts the instances and all of them are InService. Return their ids.
+    """Wait until `members` accepts the ids of the fleet's instances and all instances are InService.
 
-    Each instance is reported as ready as soon as it appears.
+    Return the ids of the instances. The function reports each instance as ready as soon as the instance appears.
     """
     ends_s = time.monotonic() + site.target.appears_s
     while True:

@@ -1,10 +1,11 @@
-"""Conformance check, its verdicts, and the AWS pages that state its rule.
+"""Conformance checks, their verdicts, and the AWS pages about the tested rules.
 
-Invariant: a check tests one rule of AWS. The function of a check returns if the endpoint agrees. It raises Differs with
-the observed behavior, or Untried with the reason why the rule was not tested.
+Invariant: a check tests one rule of AWS. The function of a check returns if the endpoint follows the rule. If the
+endpoint breaks the rule, the function of the check raises Differs with the observed behavior. If the rule cannot be
+tested, the function of the check raises Untried with the reason.
 
-The source of a check has parts `BOOK, TOPIC, TOPIC ...`, separated by semicolons. The topics of an API are its actions
-and types. A part without an AWS page, such as an RFC, is plain text.
+The source of a check consists of parts `BOOK, TOPIC, TOPIC ...`, separated by semicolons. The topics of an API
+reference are actions and types. A part of the source without an AWS page, such as an RFC, is plain text.
 """
 
 from __future__ import annotations
@@ -20,31 +21,35 @@ if TYPE_CHECKING:
     from batchlab.conform.site import Site
 
 Run = Callable[["Site"], Coroutine[Any, Any, None] | None]
-"""Function of a check. It is a coroutine function if it uses a port."""
+"""Function of a check. The function is a coroutine function if the check uses a port."""
 
 TIMEOUT_S = 40.0
-"""Timeout of a check in seconds, before the time for which counts settle is added."""
+"""Timeout of a check in seconds. `run` adds twice the time in which counts settle."""
 MIN_SERVER_ERROR = 500
 """Lowest HTTP status of a server error."""
 
 
 class Differs(Exception):
-    """The endpoint behaves differently. The text is one clause about the observed behavior."""
+    """The endpoint breaks a rule. The text of the exception is one clause about the observed behavior."""
 
 
 class Failed(Differs):
     """Server error (5xx) of the endpoint.
 
-    One server error does not disprove a rule. AWS's services sometimes return one, and clients repeat the call.
+    A single server error does not prove that an endpoint breaks a rule, because AWS's services sometimes return server
+    errors. Clients repeat a call after a server error.
     """
 
 
 class Untried(Exception):
-    """The rule could not be tested. The text is one clause with the reason."""
+    """A rule could not be tested. The text of the exception is one clause with the reason."""
 
 
 class Severity(StrEnum):
-    """Importance of a rule. batchlab keeps its promises without a NOTED rule, but not without a NEEDED one."""
+    """Importance of a rule for batchlab.
+
+    If a NEEDED rule does not hold, batchlab breaks a promise. Without the NOTED rules, batchlab keeps its promises.
+    """
 
     NEEDED = "needed"
     NOTED = "noted"
@@ -58,9 +63,9 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Rule with the function that tests it.
+    """Conformance check: a rule, and the function that tests the rule.
 
-    `source` names AWS's page about the rule. `promise` names the part of batchlab that needs the rule. `otherwise` is
+    `source` names AWS's pages about the rule. `promise` names the part of batchlab that needs the rule. `otherwise` is
     the effect on batchlab if the rule does not hold.
     """
 
@@ -84,10 +89,9 @@ class Check:
 
 
 class Table(list[Check]):
-    """Checks of one service in one file. The decorators `needed` and `noted` add a check.
+    """Table of the checks of one service in one module. The decorators `needed` and `noted` add a check to the table.
 
-    The docstring of the check's function is the rule. The name of the function becomes the name of the check, unless
-    `name` replaces it.
+    The docstring of the check's function is the rule. The name of the check is `name` or else the name of the function.
     """
 
     def __init__(self, service: str) -> None:
@@ -112,7 +116,7 @@ class Table(list[Check]):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Response to a call. `code` is the error code. It is empty for an accepted call."""
+    """Response to a call. `code` is the error code, or "" for an accepted call."""
 
     call: str
     status: int
@@ -128,13 +132,13 @@ class Answer:
         return f"{self.call} returns {error}"
 
     def accepted(self) -> Answer:
-        """Return the response. Raise Differs if the call was refused."""
+        """Return the response unchanged. Raise Differs if the endpoint refused the call."""
         if self.code:
             raise self._difference()
         return self
 
     def refused(self, status: int, *codes: str) -> None:
-        """Raise Differs unless the call was refused with this status and one of these codes."""
+        """Raise Differs unless the endpoint refused the call with the status and one of the error codes."""
         if not self.code or self.status != status or (codes and self.code not in codes):
             raise self._difference()
 
@@ -143,7 +147,7 @@ class Answer:
 
 
 def answer(call: str, request: Callable[[], Mapping[str, Any]]) -> Answer:
-    """Return the response to a request, even if it is an error. `call` is the action's AWS name."""
+    """Return the response to a request, even if the response is an error. `call` is the AWS name of the action."""
     try:
         data = request()
     except ClientError as error:
@@ -159,7 +163,7 @@ def snake(action: str) -> str:
 
 
 def expect(holds: bool, observed: str) -> None:
-    """Raise Differs with the observed behavior unless the condition holds."""
+    """Raise Differs with the observed behavior unless `holds` is true."""
     if not holds:
         raise Differs(observed)
 
@@ -171,7 +175,7 @@ _ASG = "https://docs.aws.amazon.com/autoscaling/ec2"
 
 _APIS = {"S3 API": f"{_S3}/API", "SQS API": f"{_SQS}/APIReference", "Auto Scaling API": f"{_ASG}/APIReference"}
 _API_PAGES = {"error responses": "ErrorResponses", "common errors": "CommonErrors"}
-"""Pages of an API that are not about one action or type."""
+"""Pages of an API reference that describe neither a single action nor a single type."""
 
 _GUIDES = {
     "S3 User Guide": (
@@ -234,7 +238,7 @@ def page(book: str, topic: str) -> str:
 
 
 def pages(source: str) -> list[tuple[str, str]]:
-    """Return the parts of a source in order, with their URLs. A part without a page has the URL ""."""
+    """Return the parts of a check's source with their URLs. A part without an AWS page has the URL ""."""
     linked_parts = []
     for part in source.split("; "):
         book, *topics = part.split(", ")
@@ -247,5 +251,5 @@ def pages(source: str) -> list[tuple[str, str]]:
 
 
 def linked(source: str) -> str:
-    """Return a source as Markdown with links."""
+    """Return the source of a check as Markdown with links to AWS's pages."""
     return ", ".join(f"[{text}]({url})" if url else text for text, url in pages(source))

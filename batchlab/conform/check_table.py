@@ -1,7 +1,7 @@
 """Table of all checks, and the report of a run as JSON and as sections of the page about emulators.
 
 Invariants: the names of checks are unique and begin with the name of the service. A report changes only if the endpoint
-changes, so a test can compare the page with a new run.
+changes, so a test can compare the page about emulators with a new run.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ CHECKS: tuple[Check, ...] = (
     *SQS_QUEUES,
     *SQS_PORTS,
 )
-"""Checks of S3 and SQS, which run by default."""
+"""Checks of S3 and SQS. `batchlab conform` runs the checks of S3 and SQS by default."""
 
 ASG_CHECKS: tuple[Check, ...] = (*ASG_GROUPS, *ASG_INSTANCES)
-"""Checks of EC2 Auto Scaling. They run only on request, because they launch instances."""
+"""Checks of EC2 Auto Scaling. The checks of Auto Scaling run only on request, because they launch instances."""
 
 SERVICES = ("s3", "sqs", "autoscaling")
 
 
 def of_service(service: str | None) -> Sequence[Check]:
-    """Return the checks of one of SERVICES, or else those of S3 and SQS."""
+    """Return the checks of a service, or the checks of S3 and SQS if `service` is None."""
     if service is None:
         return CHECKS
     return [check for check in (*CHECKS, *ASG_CHECKS) if check.service == service]
 
 
 def matching(pattern: str, checks: Sequence[Check] = CHECKS) -> list[Check]:
-    """Return the checks whose name matches a shell pattern, in order."""
+    """Return the checks whose names match a shell pattern."""
     return [check for check in checks if fnmatchcase(check.name, pattern)]
 
 
 ALL_CHECKS = "every check"
-"""Name of the section that lists all checks."""
+"""Name of the section that lists all checks on the page about emulators."""
 
 
 def count_results(results: Sequence[Result], verdict: Verdict, severity: str | None = None, service: str = "") -> int:
@@ -73,7 +73,7 @@ def needed_rules_hold(results: Sequence[Result]) -> bool:
 
 
 def agrees(results: Sequence[Result]) -> bool:
-    """Return whether all needed rules hold and no other rule differs."""
+    """Return whether the endpoint follows all needed rules and breaks no other rule."""
     return needed_rules_hold(results) and not count_results(results, Verdict.DIFFERS)
 
 
@@ -95,7 +95,7 @@ def to_json(result: Result) -> dict[str, Any]:
 
 
 def verdict_text(results: Sequence[Result]) -> str:
-    """Return a summary of the run in one or two sentences."""
+    """Return a summary of the results in one or two sentences."""
     parts = []
     for severity, what in ((Severity.NEEDED, "needed"), (Severity.NOTED, "noted")):
         rules = [result for result in results if result.check.severity is severity]
@@ -107,7 +107,7 @@ def verdict_text(results: Sequence[Result]) -> str:
 
 
 def section(name: str, results: Sequence[Result]) -> str:
-    """Return the results as a section of the page."""
+    """Return the results of a run as a section of the page about emulators."""
     lines = [f"### {name}", "", verdict_text(results)]
     for verdict, title in ((Verdict.DIFFERS, "observed"), (Verdict.UNTRIED, "why not tested")):
         rows = [
@@ -128,7 +128,7 @@ def section(name: str, results: Sequence[Result]) -> str:
 
 
 def list_section(checks: Iterable[Check]) -> str:
-    """Return the list of checks as a section of the page."""
+    """Return the list of all checks as a section of the page about emulators."""
     rows = [
         (f"`{check.name}`", check.severity.value, check.rule, linked(check.source), check.promise) for check in checks
     ]
@@ -144,7 +144,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def merged(page: str, name: str, text: str) -> str:
-    """Return `page` with the section `name` replaced, or appended if it does not exist."""
+    """Return `page` with a new content of the section `name`. If the page lacks the section, append the section."""
     begin, end = f"<!-- conform: {name} -->", "<!-- conform end -->"
     block = f"{begin}\n{text}\n{end}"
     match = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", page, re.DOTALL)

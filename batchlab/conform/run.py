@@ -1,7 +1,7 @@
-"""Concurrent execution of checks. Most checks wait most of the time.
+"""Concurrent execution of checks, because most checks wait for most of the time.
 
-Invariant: a check cannot delay the run or make another check fail. Each check has its own thread, which is abandoned if
-it takes too long. A check that ended with a 5xx response is repeated once.
+Invariant: a check cannot delay the run or make another check fail. Each check has its own thread, and `run` abandons
+the thread of a check that takes too long. A check that receives a 5xx response runs a second time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _THROTTLING = ("SlowDown", "RequestThrottled", "ThrottlingException", "Throttlin
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Result of a check. `observed` is empty if the endpoint agrees."""
+    """Result of a check. `observed` is "" if the endpoint follows the rule."""
 
     check: Check
     verdict: Verdict
@@ -46,12 +46,12 @@ def run(
     at_once: int = MAX_RUNNING_CHECKS,
     limit_s: float | None = None,
 ) -> list[Result]:
-    """Run all checks, at most `at_once` at a time. Return the results in the order of `checks`.
+    """Run the checks, at most `at_once` of them at the same time. Return the results in the order of `checks`.
 
-    `on_result` receives each result. A check that takes longer than `limit_s` seconds is abandoned.
+    `on_result` is called with the result of each check. A check that takes longer than `limit_s` seconds is abandoned.
     """
     limit_s = TIMEOUT_S + 2 * target.settles_s if limit_s is None else limit_s
-    # Start the checks of SQS first, because they mostly wait. The checks of S3 run in the meantime.
+    # Start the checks of SQS first, because the checks of SQS mostly wait. The checks of S3 run during the waits.
     waiting = deque(sorted(checks, key=lambda check: check.service, reverse=True))
     running: dict[str, tuple[Check, float]] = {}
     ended: queue.SimpleQueue[Result] = queue.SimpleQueue()
@@ -60,7 +60,8 @@ def run(
         while waiting and len(running) < at_once:
             check = waiting.popleft()
             running[check.name] = (check, time.monotonic())
-            # At its exit, the process would wait for the threads of an executor, but not for daemon threads.
+            # The thread is a daemon thread, because an exiting process waits for the threads of an executor, but not
+            # for daemon threads.
             threading.Thread(
                 target=lambda check=check: ended.put(_tried(target, check)), name=f"conform-{check.name}", daemon=True
             ).start()
@@ -71,7 +72,7 @@ def run(
             if now_s - begun_s > limit_s
         ]
         for result in (*_next(ended), *overdue):
-            # An abandoned check may still end. Ignore its result.
+            # If an abandoned check ends later, its result is ignored.
             if running.pop(result.check.name, None) is not None:
                 results[result.check.name] = result
                 on_result(result)
@@ -98,7 +99,7 @@ def _tried(target: Target, check: Check) -> Result:
 
 
 def _verdict(target: Target, check: Check, site: Site) -> tuple[Verdict, str]:
-    """Run a check and return the verdict and the observed behavior. Raise Failed for a 5xx response."""
+    """Run a check, and return the verdict and the observed behavior. Raise Failed for a 5xx response."""
     try:
         with target.creating() if check.service == "s3" else nullcontext():
             coroutine = check.run(site)

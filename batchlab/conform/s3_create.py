@@ -90,7 +90,8 @@ def _one_winner(site: Site, key: str, answers: Mapping[int, Answer]) -> None:
         elif answer.code:
             answer.refused(412, "PreconditionFailed")
     if not winners and conflicts:
-        # A conflict asks the caller to retry, and every racer may get one. The retry has no competitor.
+        # All competing calls may get a 409 conflict, after which a caller repeats the call. A single repeated call must
+        # succeed, because no other call competes with it.
         site.put(key, b"again", if_absent=True).accepted()
         return
     expect(len(winners) == 1, "more than one call succeeds" if winners else "no call succeeds")
@@ -244,7 +245,7 @@ ODD_KEYS = (
     "é",
     "e\u0301",
 )
-"""Keys with unusual characters. The last two look the same, but have different characters."""
+"""Keys with unusual characters. The last two keys look the same, but consist of different characters."""
 
 ORDERED = ("A", "B", "a", "a!", "a-b/x", "a.b", "a/b", "a0", "aa/b", "b/1", "b/10", "b/2")
 
@@ -289,7 +290,7 @@ def list_pages(site: Site) -> None:
 async def list_1000(site: Site) -> None:
     """A page has at most 1,000 keys, and the next page continues after it."""
     keys = [f"{number % 7}/{number:04d}" for number in range(MANY)]
-    # boto3 would need more time for 1,100 objects than all other checks. The adapter is faster.
+    # The adapter creates the objects, because boto3 would need more time for 1,100 objects than all other checks take.
     for start in range(0, MANY, AT_ONCE):
         chunk = keys[start : start + AT_ONCE]
         await asyncio.gather(*(site.objects.put(site.own(key), b"1") for key in chunk))
@@ -409,7 +410,7 @@ def keys_odd(site: Site) -> None:
 )
 def key_length(site: Site) -> None:
     """A key has at most 1,024 bytes. A longer key returns 400 KeyTooLongError."""
-    # The key has segments, because some endpoints store each segment as a file with the same name.
+    # The key has segments, because some endpoints store each segment of a key as a file name.
     room = 1024 - len(site.named("")["Key"].encode())
     longest = ("x" * 99 + "/") * (room // 100) + "y" * (room % 100)
     site.put(longest, b"1").accepted()

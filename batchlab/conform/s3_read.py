@@ -187,7 +187,7 @@ S3_UPLOAD = Table("s3")
 
 
 class Upload:
-    """Multipart upload to a key of a single check."""
+    """Multipart upload to a key that belongs to a single check."""
 
     def __init__(self, site: Site, key: str) -> None:
         self._s3: Any = site.target.s3
@@ -197,14 +197,14 @@ class Upload:
         self._parts: list[dict[str, object]] = []
 
     def part(self, data: bytes) -> Answer:
-        """Upload the next part."""
+        """Upload the next part of the object, and return the response."""
         number = len(self._parts) + 1
         response = answer("UploadPart", lambda: self._s3.upload_part(**self._named, PartNumber=number, Body=data))
         self._parts.append({"PartNumber": number, "ETag": response.data.get("ETag")})
         return response
 
     def complete(self, *, if_absent: bool = False, etags: Sequence[str] = ()) -> Answer:
-        """Call CompleteMultipartUpload. `etags` replaces the ETags that UploadPart returned."""
+        """Call CompleteMultipartUpload. The argument `etags` replaces the ETags that UploadPart returned."""
         parts = self._parts
         if etags:
             parts = [{**part, "ETag": etag} for part, etag in zip(parts, etags, strict=True)]

@@ -1,7 +1,7 @@
-"""Access of a single check to the endpoint: keys, queues, and Auto Scaling groups of the check.
+"""Access of a single check to the endpoint: the check's own keys, queues, and Auto Scaling groups.
 
-Invariants: checks do not share resources, so they can run at the same time and in any order. Every wait has a deadline.
-A check watches for `QUIET_S` seconds for an event that must not happen.
+Invariants: checks do not share resources, so checks can run at the same time and in any order. Every wait of a check
+has a deadline. To test that an event does not happen, a check waits for `QUIET_S` seconds.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from batchlab.core.ports import QueueSpec
 
 WAKES_S = 8.0
-"""Limit in seconds for a waiting receive to return a new message.
+"""Time limit in seconds in which a long poll must return a new message.
 
-It includes a reserve for a busy machine. A receive that takes longer counts as not woken.
+The time limit includes a reserve for a busy machine. A long poll that takes longer fails its check.
 """
 
 T = TypeVar("T")
@@ -40,7 +40,10 @@ _COUNTS = {
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """Message from one receive. `times_ms` are the times of the send and of the first receive."""
+    """Message that a receive returned.
+
+    `times_ms` contains the times of the send and of the first receive, in epoch milliseconds.
+    """
 
     id: str
     body: str
@@ -51,7 +54,7 @@ class Received:
 
 
 class Site:
-    """Access of the check `name` to `target`. `again` marks the second run of the check."""
+    """Access of the check `name` to the endpoint `target`. `again` is true in the second run of the check."""
 
     def __init__(self, target: Target, name: str, *, again: bool = False) -> None:
         self.target = target
@@ -64,7 +67,7 @@ class Site:
     # --- S3 ---------------------------------------------------------------------------------------
 
     def named(self, key: str) -> dict[str, str]:
-        """Return bucket and key as parameters of a request."""
+        """Return the parameters `Bucket` and `Key` of a request for one of the check's objects."""
         return {"Bucket": self.target.bucket, "Key": self._prefix + key}
 
     def _call_s3(self, action: str, key: str, client: S3Client, **more: Any) -> Answer:
@@ -72,17 +75,17 @@ class Site:
         return answer(action, lambda: getattr(client, snake(action))(**request))
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, **more: str) -> Answer:
-        """Call PutObject. `if_absent` sends `If-None-Match: *`."""
+        """Call PutObject. If `if_absent` is true, the request contains `If-None-Match: *`."""
         if if_absent:
             more["IfNoneMatch"] = "*"
         return self._call_s3("PutObject", key, self.target.s3, Body=data, **more)
 
     def get(self, key: str, **more: str) -> Answer:
-        """Call GetObject and read the body, over other connections than `put`."""
+        """Call GetObject and read the body. `get` and `put` use different connections."""
         return self._call_s3("GetObject", key, self.target.other_s3, **more)
 
     def head(self, key: str) -> Answer:
-        """Call HeadObject, over other connections than `put`."""
+        """Call HeadObject. `head` and `put` use different connections."""
         return self._call_s3("HeadObject", key, self.target.other_s3)
 
     def delete(self, key: str) -> Answer:
@@ -93,7 +96,7 @@ class Site:
         return answer("DeleteObjects", lambda: self.target.s3.delete_objects(**request))
 
     def page(self, prefix: str = "", *, after: str = "", token: str = "", most: int = 0) -> Answer:
-        """Call ListObjectsV2 for one page of this check's keys."""
+        """Call ListObjectsV2 once, and return a page of the check's keys."""
         request: Any = {"Bucket": self.target.bucket, "Prefix": self._prefix + prefix}
         if after:
             request["StartAfter"] = self._prefix + after
@@ -104,7 +107,7 @@ class Site:
         return answer("ListObjectsV2", lambda: self.target.other_s3.list_objects_v2(**request)).accepted()
 
     def keys_of(self, page: Answer) -> list[str]:
-        """Return the keys of a page without the check's prefix."""
+        """Return the keys on a page without the check's prefix."""
         return [entry["Key"].removeprefix(self._prefix) for entry in page.data.get("Contents", ())]
 
     def keys(self, prefix: str = "", *, after: str = "", most: int = 0) -> list[str]:
@@ -119,7 +122,7 @@ class Site:
         raise Differs("the pages of a listing never end")
 
     def own(self, key: str) -> str:
-        """Return the full key of one of this check's objects, for the adapter."""
+        """Return the full key of one of the check's objects, as the adapter needs it."""
         return self._prefix + key
 
     @property
@@ -137,19 +140,19 @@ class Site:
         return OwnQueue(self.target, name, response["QueueUrl"])
 
     def queue_with(self, *bodies: str, name: str = "", **attributes: str) -> OwnQueue:
-        """Create a queue and send these messages."""
+        """Create a queue, and send messages with the given bodies."""
         queue = self.queue(name, **attributes)
         (queue.send(bodies[0]) if len(bodies) == 1 else queue.send_batch(*bodies)).accepted()
         return queue
 
     def received_message(self, **attributes: str) -> tuple[OwnQueue, Received]:
-        """Create a queue, send a message, and receive it."""
+        """Create a queue, send a message, and receive the message."""
         queue = self.queue_with("a", **attributes)
         return queue, queue.one()
 
     @asynccontextmanager
     async def port(self) -> AsyncIterator[SqsQueue]:
-        """Return batchlab's own adapter. The names of its queues belong to this check."""
+        """Yield batchlab's own SQS adapter, with a prefix for the names of the check's queues."""
         queue = _PortQueue(self.target, f"{self.new_name()}-")
         try:
             yield queue
@@ -157,7 +160,7 @@ class Site:
             await queue.close()
 
     def until(self, holds: Callable[[], bool]) -> bool:
-        """Wait at most `settles_s` seconds for `holds` to return true. Return whether it did."""
+        """Wait at most `settles_s` seconds until `holds` returns true. Return whether `holds` returned true in time."""
         ends_s = time.monotonic() + self.target.settles_s
         while not holds():
             if time.monotonic() > ends_s:
@@ -167,7 +170,7 @@ class Site:
 
 
 class _PortQueue(SqsQueue):
-    """Adapter that records each new queue for removal."""
+    """SQS adapter that records each new queue for removal after the run."""
 
     def __init__(self, target: Target, prefix: str) -> None:
         super().__init__(target.endpoint, prefix=prefix)
@@ -181,7 +184,10 @@ class _PortQueue(SqsQueue):
 
 
 class OwnQueue:
-    """Queue of a single check. The methods return the endpoint's response, even if it is an error."""
+    """Queue that belongs to a single check.
+
+    The methods of the queue return the endpoint's responses, including errors.
+    """
 
     def __init__(self, target: Target, name: str, url: str) -> None:
         self.sqs = target.sqs
@@ -190,7 +196,7 @@ class OwnQueue:
         self.url = url
 
     def call(self, name: str, **request: Any) -> Answer:
-        """Call an action on this queue, by its AWS name."""
+        """Call the SQS action with the AWS name `name` on the queue."""
         method = getattr(self.sqs, snake(name))
         return answer(name, lambda: method(QueueUrl=self.url, **request))
 
@@ -198,12 +204,12 @@ class OwnQueue:
         return self.call("SendMessage", MessageBody=body, **more)
 
     def send_batch(self, *bodies: str, **more: Any) -> Answer:
-        """Call SendMessageBatch. The ids of its entries are numbers from "0"."""
+        """Call SendMessageBatch. The ids of the entries are "0", "1", and so on."""
         entries = [{"Id": str(i), "MessageBody": body, **more} for i, body in enumerate(bodies)]
         return self.call("SendMessageBatch", Entries=entries)
 
     def receive(self, most: int = 10, *, wait_s: int = 0, **more: Any) -> list[Received]:
-        """Call ReceiveMessage once."""
+        """Call ReceiveMessage once, and return the received messages."""
         response = self.call(
             "ReceiveMessage",
             MaxNumberOfMessages=most,
@@ -214,7 +220,10 @@ class OwnQueue:
         return [_received(message) for message in response.data.get("Messages", ())]
 
     def take(self, count: int = 1, *, after_s: float = 0.0, **more: Any) -> list[Received]:
-        """Receive `count` messages that become visible in `after_s` seconds. Raise Differs without them."""
+        """Receive `count` messages that become visible within `after_s` seconds.
+
+        Raise Differs if fewer messages arrive.
+        """
         messages: list[Received] = []
         ends_s = time.monotonic() + after_s + self.arrives_s
         while len(messages) < count:
@@ -265,7 +274,7 @@ def _received(raw: Mapping[str, Any]) -> Received:
 
 
 QUIET_S = 2.0
-"""If an event does not happen within this time in seconds, it counts as not happening."""
+"""Time in seconds for which a check watches for an event that must not happen."""
 
 LAUNCHING = "autoscaling:EC2_INSTANCE_LAUNCHING"
 TERMINATING = "autoscaling:EC2_INSTANCE_TERMINATING"
@@ -274,7 +283,7 @@ IN_SERVICE = "InService"
 
 
 class OwnGroup:
-    """Group of a single check. The constructor does not create the group at the endpoint."""
+    """Auto Scaling group that belongs to a single check. The constructor does not create the group at the endpoint."""
 
     def __init__(self, site: Site) -> None:
         self._target = site.target
@@ -287,7 +296,7 @@ class OwnGroup:
         return group
 
     def create(self, **more: Any) -> Answer:
-        """Call CreateAutoScalingGroup. The default is 0 to 3 instances from the run's template."""
+        """Call CreateAutoScalingGroup. By default, the group has 0 to 3 instances of the run's launch template."""
         request = {
             "MinSize": 0,
             "MaxSize": 3,
@@ -302,16 +311,19 @@ class OwnGroup:
 
     @classmethod
     def grown(cls, site: Site, size: int, **more: Any) -> tuple[OwnGroup, list[str]]:
-        """Create a group with `size` instances. Return the group and the ids when all are InService."""
+        """Create a group with `size` instances.
+
+        Return the group and the ids of the instances as soon as all instances are InService.
+        """
         group = cls.created(site, DesiredCapacity=size, **more)
         return group, group.has(size)
 
     def call(self, action: str, **request: Any) -> Answer:
-        """Call an action on this group, by its AWS name."""
+        """Call the Auto Scaling action with this AWS name on the group."""
         return self.ask(action, AutoScalingGroupName=self.name, **request)
 
     def ask(self, action: str, **request: Any) -> Answer:
-        """Call an action with exactly this request."""
+        """Call the Auto Scaling action with this AWS name, without adding parameters to the request."""
         method = getattr(self._target.asg, snake(action))
         return answer(action, lambda: method(**request))
 
@@ -327,18 +339,18 @@ class OwnGroup:
         return self.call("SetInstanceProtection", InstanceIds=list(instances), ProtectedFromScaleIn=True)
 
     def complete(self, hook: str, instance: str) -> Answer:
-        """Call CompleteLifecycleAction with CONTINUE."""
+        """Call CompleteLifecycleAction with the result CONTINUE."""
         return self.call(
             "CompleteLifecycleAction", LifecycleHookName=hook, InstanceId=instance, LifecycleActionResult="CONTINUE"
         )
 
     def described(self) -> list[dict[str, Any]]:
-        """Return the groups with this name from DescribeAutoScalingGroups."""
+        """Return the descriptions that DescribeAutoScalingGroups returns for the group's name."""
         response = self.ask("DescribeAutoScalingGroups", AutoScalingGroupNames=[self.name])
         return list(response.accepted().data["AutoScalingGroups"])
 
     def now(self) -> dict[str, Any]:
-        """Return the current description of the group."""
+        """Return the current description of the group. Raise Differs unless the endpoint returns exactly one group."""
         groups = self.described()
         if len(groups) != 1:
             raise Differs(f"DescribeAutoScalingGroups returns {len(groups)} groups for one name")
@@ -349,12 +361,15 @@ class OwnGroup:
         return int(self.now()["DesiredCapacity"])
 
     def ids(self, state: str = "") -> list[str]:
-        """Return the ids of the instances in this state, or of all instances."""
+        """Return the ids of the group's instances in a lifecycle state, or of all instances if `state` is ""."""
         instances = self.now().get("Instances", ())
         return [instance["InstanceId"] for instance in instances if state in ("", instance["LifecycleState"])]
 
     def until(self, holds: Callable[[], T], otherwise: str) -> T:
-        """Return the first true value of `holds`. Raise Differs(otherwise) after the deadline."""
+        """Call `holds` until the return value is true, and return the value.
+
+        Raise Differs with the text `otherwise` after the deadline.
+        """
         ends_s = time.monotonic() + self._target.appears_s
         while not (value := holds()):
             if time.monotonic() > ends_s:
@@ -363,7 +378,7 @@ class OwnGroup:
         return value
 
     def has(self, size: int) -> list[str]:
-        """Wait until the group has exactly `size` instances, all InService. Return their ids."""
+        """Wait until the group has exactly `size` instances, all InService. Return the ids of the instances."""
         self.until(
             lambda: len(self.ids()) == len(self.ids(IN_SERVICE)) == size,
             f"the group never has exactly {size} instances, all {IN_SERVICE}",
@@ -371,7 +386,9 @@ class OwnGroup:
         return self.ids(IN_SERVICE)
 
     def waits(self, state: str) -> str:
-        """Return the only instance that reaches this state and stays in it for `QUIET_S` seconds."""
+        """Return the id of the only instance that reaches the lifecycle state and stays in the state for `QUIET_S`
+        seconds.
+        """
         self.until(lambda: self.ids(state), f"no instance reaches {state}")
         time.sleep(QUIET_S)
         ids = self.ids(state)

@@ -190,7 +190,7 @@ def _redrive(dead: OwnQueue, receives: int) -> str:
 
 
 def _poison_queues(site: Site, receives: int) -> tuple[OwnQueue, OwnQueue, Received]:
-    """Create two queues and receive a message `receives` times without deleting it."""
+    """Create a queue and its dead-letter queue, and receive a message `receives` times without deleting the message."""
     dead = site.queue()
     queue = site.queue_with("poison", VisibilityTimeout="0", RedrivePolicy=_redrive(dead, receives))
     for number in range(1, receives + 1):
@@ -200,7 +200,7 @@ def _poison_queues(site: Site, receives: int) -> tuple[OwnQueue, OwnQueue, Recei
 
 
 def _dead_letter(queue: OwnQueue, dead: OwnQueue) -> Received:
-    # AWS moves the message by itself. Emulators move the message at the next receive.
+    # AWS moves the message to the dead-letter queue by itself, and emulators move the message during the next receive.
     expect(queue.empty(), "the message is received more often than maxReceiveCount")
     return dead.one()
 
@@ -260,7 +260,7 @@ def dead_letter_neighbours(site: Site) -> None:
     arrived: set[str] = set()
     ends_s = time.monotonic() + site.arrives_s
     while len(arrived) < 10 and time.monotonic() < ends_s:
-        # Emulators move the messages only during a receive.
+        # Emulators move messages to the dead-letter queue only during a receive.
         expect(not queue.receive(), "a dead letter is received again")
         arrived |= {received.body for received in dead.receive(wait_s=1)}
     expect(len(arrived) == 10, f"{10 - len(arrived)} of 10 messages do not reach the dead-letter queue")

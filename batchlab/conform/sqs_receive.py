@@ -13,7 +13,7 @@ from batchlab.conform.sqs_send import EARLY_S
 from batchlab.core.ports import MAX_VISIBILITY_S
 
 POLL_S = 12
-"""Wait time in seconds of a long poll: well above `WAKES_S`, and well below a check's timeout."""
+"""Wait time in seconds of a long poll. The wait time is well above `WAKES_S`, and well below the timeout of a check."""
 SANE_MS = 300_000
 
 SQS_RECEIVE = Table("sqs")
@@ -142,7 +142,7 @@ def give_back(site: Site) -> None:
 
 
 def _woken(queue: OwnQueue, call: Callable[[], Answer]) -> Received:
-    """Start a long poll, run `call`, and return the message of the long poll."""
+    """Start a long poll, run `call`, and return the message that the long poll received."""
     with ThreadPoolExecutor(1, thread_name_prefix="conform-poll") as threads:
         polling = threads.submit(queue.receive, wait_s=POLL_S)
         time.sleep(0.5)
@@ -290,7 +290,10 @@ SQS_RECEIPTS = Table("sqs")
 
 
 def _twice_received(site: Site) -> tuple[OwnQueue, Received, Received]:
-    """Receive a message twice. Return both receives. Only the receipt of the second is current."""
+    """Receive a message twice, and return the queue and both received messages.
+
+    The receipt of the second receive is the current receipt.
+    """
     queue, old = site.received_message(VisibilityTimeout="1")
     return queue, old, queue.one(VisibilityTimeout=4)
 
@@ -350,7 +353,7 @@ def delete_foreign(site: Site) -> None:
     """A receipt handle cannot delete a message of another queue."""
     queue, message = site.received_message(VisibilityTimeout="2")
     other = site.queue_with("b")
-    # The endpoint may accept or refuse the call, but both messages must still exist.
+    # The endpoint may accept or refuse the deletion, but both messages must still exist.
     other.delete(message.receipt)
     expect(other.one().body == "b", "the other queue's message is deleted")
     expect(queue.one().id == message.id, "the message is deleted through another queue")

@@ -12,7 +12,7 @@ from batchlab.core.ports import MAX_MESSAGE_BYTES
 
 MIB = 1024 * 1024
 EARLY_S = 0.3
-"""Tolerance in seconds for a delay that ends too early, because of clocks and rounding."""
+"""Tolerance in seconds for a delay that ends too early. Clocks and rounding cause early ends."""
 
 SQS_SEND = Table("sqs")
 
@@ -143,8 +143,9 @@ def _half_bad(site: Site, bad: dict[str, Any]) -> tuple[OwnQueue, Answer]:
 
 
 def _first_refused(site: Site) -> tuple[OwnQueue, Any]:
-    """Send a batch with a valid and an invalid entry. Return the queue and the failed entries."""
-    # Other checks test which entries an endpoint refuses. This check needs any refused entry.
+    """Send a batch with a valid and an invalid entry. Return the queue and the entries that failed."""
+    # The function tries several invalid entries, because an endpoint may accept some of them. Other checks test the
+    # single rules of entries.
     for bad in _BAD_ENTRIES:
         queue, answer = _half_bad(site, bad)
         if failed := answer.accepted().data.get("Failed"):
@@ -251,7 +252,7 @@ def _only_late(queue: OwnQueue, begun_s: float) -> None:
     messages = queue.take()
     expect([received.body for received in messages] == ["late"], "another message is received")
     expect(time.monotonic() - begun_s > 2 - EARLY_S, "the message is received too early")
-    # A slow machine may miss a delay of two seconds, but not one of ten minutes.
+    # A message with a delay of ten minutes must not arrive during the check, even on a slow machine.
     queue.delete(messages[0].receipt)
     expect(queue.empty(), "a message is received that is not due")
 

@@ -1,10 +1,11 @@
-"""Endpoint under test: its clients, and the resources that a run creates there.
+"""Endpoint under test, with its clients and the resources that a run creates at the endpoint.
 
-Invariants: every resource has the run's name and is recorded before it is created. `close` removes all of them, however
-the run ended, and nothing is created after `close` starts. boto3 does not retry, so a check sees the first response.
+Invariants: the name of every resource contains the run's name, and every resource is recorded before its creation.
+`Target.close` removes all recorded resources, even after a failed run. No resource is created after the start of
+`Target.close`. The boto3 clients do not retry calls, so a check gets the first response.
 
-The removal uses new clients, because those of the run are closed by then. It removes only resources of the run, and it
-stops as soon as the endpoint no longer responds.
+The removal uses new clients, because the run's clients refuse all calls after the end of the run. The removal affects
+only resources of the run, and stops as soon as the endpoint no longer responds.
 """
 
 from __future__ import annotations
@@ -48,14 +49,17 @@ _MISSING_CODES = ("NonExistentQueue", "QueueDoesNotExist", "NoSuchBucket", "404"
 
 
 class Cleaner:
-    """Removal of a run's resources. Each method returns messages about what it could not remove."""
+    """Removal of a run's resources. Each method returns a message for each resource that could not be removed."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._silent = ""
 
     def queues(self, urls: Mapping[str, str]) -> list[str]:
-        """Remove queues, given their URLs by name. If a URL is empty, look it up."""
+        """Remove the queues in `urls`, a mapping of queue names to URLs.
+
+        If the URL of a queue is "", ask the endpoint for the URL.
+        """
         if not urls:
             return []
         sqs = aws.client(self._endpoint, "sqs", connections=MAX_REQUESTS)
@@ -66,7 +70,7 @@ class Cleaner:
         return self._removed("queue", urls, delete)
 
     def groups(self, names: Sequence[str]) -> list[str]:
-        """Remove these Auto Scaling groups with their instances, if they exist."""
+        """Remove the Auto Scaling groups with these names, and the instances of the groups."""
         if not names:
             return []
         asg = aws.client(self._endpoint, "autoscaling", connections=MAX_REQUESTS)
@@ -75,14 +79,14 @@ class Cleaner:
             try:
                 asg.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
             except (ClientError, ResponseParserError):
-                # The error code does not reveal whether the group exists.
+                # The error code does not reveal whether the group exists, so ask the endpoint for the group.
                 if asg.describe_auto_scaling_groups(AutoScalingGroupNames=[name])["AutoScalingGroups"]:
                     raise
 
         return self._removed("Auto Scaling group", names, delete)
 
     def template(self, name: str) -> list[str]:
-        """Remove this launch template."""
+        """Remove the launch template with this name."""
         ec2 = aws.client(self._endpoint, "ec2", connections=1)
 
         def delete(name: str) -> None:
@@ -91,14 +95,15 @@ class Cleaner:
         return self._removed("launch template", [name], delete)
 
     def objects(self, bucket: str, prefix: str, *, with_bucket: bool) -> list[str]:
-        """Remove the objects and uploads below `prefix`, and with `with_bucket` also the bucket."""
+        """Remove the objects and multipart uploads below `prefix`. If `with_bucket` is true, also remove the bucket."""
         s3 = aws.client(self._endpoint, "s3", connections=1)
 
         def remove(_name: str) -> str | None:
             for upload in s3.list_multipart_uploads(Bucket=bucket).get("Uploads", ()):
                 if upload["Key"].startswith(prefix):
                     s3.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-            # A paginator could loop forever on an endpoint that pages or deletes incorrectly.
+            # A paginator could loop forever at an endpoint with incorrect pages or deletes, so each call reads the
+            # first page.
             previous: list[str] = []
             while contents := s3.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents"):
                 keys = [entry["Key"] for entry in contents]
@@ -115,16 +120,16 @@ class Cleaner:
         return self._removed("objects below", [f"{bucket}/{prefix}"], remove)
 
     def _removed(self, kind: str, names: Collection[str], remove: Callable[[str], str | None]) -> list[str]:
-        """Remove resources of one kind concurrently, and return the failures as messages.
+        """Remove resources of one kind concurrently, and return a message for each failure.
 
-        `remove` may return the reason of a failure as text.
+        The function `remove` may return the reason of a failure as text.
         """
         with ThreadPoolExecutor(MAX_REQUESTS, thread_name_prefix="conform-close") as threads:
             reasons = threads.map(lambda name: self._tried(partial(remove, name)), names)
             return [f"{kind} {name}: {reason}" for name, reason in zip(names, reasons, strict=True) if reason]
 
     def _tried(self, remove: Callable[[], str | None]) -> str:
-        """Return the reason of a failure, or "" if the resource was removed or did not exist."""
+        """Call `remove`, and return the reason of a failure, or "" if the resource was removed or did not exist."""
         if self._silent:
             return self._silent
         try:
@@ -142,8 +147,8 @@ class Cleaner:
 def endpoint(url: str | None, region: str | None) -> Endpoint:
     """Return the endpoint at `url`, or AWS itself if `url` is None. Raise UsageError for an invalid URL.
 
-    The access keys and the region of an endpoint come from the environment, and never from a profile. The default keys
-    are accepted by every emulator.
+    The access keys and the region of an endpoint come from environment variables, and never from a profile. Every
+    emulator accepts the default access keys.
     """
     if region and not re.fullmatch("[a-z0-9-]+", region):
         raise UsageError(f"{region} is not the name of a region.", remedy="An example is eu-west-1.")
@@ -177,10 +182,11 @@ def _in_aws(region: str | None) -> Endpoint:
 
 
 class Target:
-    """S3, SQS, and Auto Scaling at an endpoint.
+    """S3, SQS, and Auto Scaling at one endpoint, as the checks of a run use them.
 
-    `run` is a short, unique name. With `bucket`, the run uses this bucket and does not remove it. Without it, the run
-    creates a bucket and removes it. The same applies to `template`, a launch template.
+    `run` is the short, unique name of the run. If `bucket` names an existing bucket, the run uses and keeps the bucket.
+    If `template` names an existing launch template, the run uses and keeps the launch template. If `bucket` or
+    `template` is "", the run creates a temporary resource, and removes the temporary resource at its end.
     """
 
     def __init__(self, endpoint: Endpoint, *, run: str, clock: Clock, bucket: str = "", template: str = "") -> None:
@@ -191,23 +197,23 @@ class Target:
         self.lag_s = 60.0 if endpoint.url is None else 0.0
         """Time in seconds for purges and new attributes to reach every part of AWS's SQS."""
         self.settles_s = self.lag_s + 10.0
-        """Time in seconds for which counts may be wrong."""
+        """Time in seconds for which the message counts of a queue may be wrong."""
         self.arrives_s = 12.0
-        """Limit in seconds for the arrival of a visible message, even on a busy machine."""
+        """Time limit in seconds for the arrival of a visible message, even on a busy machine."""
         self.appears_s = 15.0
-        """Limit in seconds for the start or the end of an instance, even on a busy machine."""
+        """Time limit in seconds for the start or the end of an instance, even on a busy machine."""
         self.template = template or run
         self.zone = f"{endpoint.region}a"
         self.s3: S3Client
         self.other_s3: S3Client
-        """Second client with its own connections. This client reads the objects that `s3` has written."""
+        """Second S3 client with its own connections, which reads the objects that `s3` has written."""
         self.sqs: SQSClient
         self.asg: AutoScalingClient
         self._objects: ObstoreObjects
         self._keep_bucket = bool(bucket)
         self._changed = threading.Condition()
         self._queues: dict[str, str] = {}
-        """URLs of the queues by name. A URL is empty until it is known."""
+        """URLs of the queues by queue name. The URL is "" until CreateQueue has returned the URL."""
         self._creating = 0
         self._has_new_bucket = False
         self._keep_template = bool(template)
@@ -229,7 +235,7 @@ class Target:
             raise Untried("the run has ended")
 
     def open(self, services: Collection[str]) -> None:
-        """Check that these services respond, and create the bucket.
+        """Check that the services respond, and create the bucket or launch template of the run.
 
         Raise BackendError if a service does not respond.
         """
@@ -243,7 +249,8 @@ class Target:
         if "sqs" in services:
             self.sqs = self._own(aws.client(self.endpoint, "sqs", connections=MAX_CONNECTIONS))
             with self._responding("SQS"):
-                # Send a request first. If nothing responds, the run has not created anything.
+                # Send a read request first, so that the run has not created any resource if the endpoint does not
+                # respond.
                 answer("GetQueueUrl", lambda: self.sqs.get_queue_url(QueueName=self.run))
                 self.create_queue(self.run, {})
         if "autoscaling" in services:
@@ -284,9 +291,9 @@ class Target:
             ) from error
 
     def _own(self, client: C) -> C:
-        """Return the client after making it refuse calls after the end of the run.
+        """Make the client refuse calls after the end of the run, and return the client.
 
-        Raise UsageError if the run tests AWS but the configuration names another endpoint.
+        Raise UsageError if the run tests AWS, but the AWS configuration names another endpoint.
         """
         url = client.meta.endpoint_url
         if self.endpoint.url is None and ".amazonaws." not in url:
@@ -298,7 +305,7 @@ class Target:
         return client
 
     def _open_bucket(self) -> None:
-        # Send a request first. If nothing responds, the run has not created anything.
+        # Send a read request first, so that the run has not created any resource if the endpoint does not respond.
         response = answer("HeadBucket", lambda: self.s3.head_bucket(Bucket=self.bucket))
         if not self._keep_bucket:
             self._has_new_bucket = True
@@ -328,9 +335,9 @@ class Target:
 
     @contextmanager
     def creating(self) -> Iterator[None]:
-        """Enclose the creation of resources. `close` waits until it ends."""
+        """Make `close` wait for the end of the block, which creates resources."""
         with self._changed:
-            # An abandoned check may continue after the removal.
+            # An abandoned check may still run after the end of the run, and must not create a resource then.
             self._check_open()
             self._creating += 1
         try:
@@ -341,7 +348,7 @@ class Target:
                 self._changed.notify_all()
 
     def create_queue(self, name: str, attributes: dict[str, str]) -> Mapping[str, Any]:
-        """Call CreateQueue and record the queue for removal."""
+        """Call CreateQueue, and record the queue for removal after the run."""
         with self.creating():
             exists = name in self._queues
             self.record_queue(name)
@@ -355,25 +362,25 @@ class Target:
             return response
 
     def create_group(self, name: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Call CreateAutoScalingGroup and record the group for removal."""
+        """Call CreateAutoScalingGroup, and record the group for removal after the run."""
         with self.creating():
             self.record_group(name)
             parameters: Any = {**request, "AutoScalingGroupName": name}
             return cast("Mapping[str, Any]", self.asg.create_auto_scaling_group(**parameters))
 
     def record_group(self, name: str) -> None:
-        """Record a group for removal before its creation."""
+        """Record an Auto Scaling group for removal after the run. The caller creates the group afterwards."""
         self._groups.add(name)
 
     def record_queue(self, queue: str) -> None:
-        """Record a queue for removal before its creation."""
+        """Record a queue for removal after the run. The caller creates the queue afterwards."""
         self._queues.setdefault(queue, "")
 
     def close(self) -> list[str]:
-        """Remove everything that the run created. Return a message for each resource that remains."""
+        """Remove all resources that the run created. Return a message for each resource that remains."""
         with self._changed:
             self._closed = True
-            # Wait as long as the slowest request may take.
+            # A request that creates a resource takes at most `ANSWER_S` seconds.
             self._changed.wait_for(lambda: not self._creating, aws.ANSWER_S)
         cleaner = Cleaner(self.endpoint)
         remaining = cleaner.queues(self._queues)

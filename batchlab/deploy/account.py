@@ -1,8 +1,8 @@
-"""One AWS account in one region, with the credentials that boto3 finds: `Account.open(region)`.
+"""One AWS account in one region, with the credentials that boto3 finds (see `Account.open`).
 
-Invariant: every refusal by AWS becomes one sentence that names the caller and the permission. botocore's standard mode
-retries throttled calls and lost connections, with jitter, up to ten attempts in total. `notes` receives a line for each
-attempt without an answer.
+Invariant: an error for a call that AWS refuses names the caller and the missing permission. The standard mode of
+botocore retries throttled calls and lost connections, with jitter, up to ten attempts in total. `Account.notes`
+receives a message for each attempt without a response from AWS.
 """
 
 from __future__ import annotations
@@ -31,28 +31,31 @@ _OLD_KEYS = {"ExpiredToken", "RequestExpired", "TokenRefreshRequired"}
 
 
 class Notes(Protocol):
-    """Receiver of the retry messages of one call. The receiver decides which messages to show."""
+    """Receiver of the retry messages of one call to AWS. The receiver decides which retry messages the user sees."""
 
     def say(self, text: str) -> None: ...
 
 
 @dataclass
 class Account:
-    """Account with a client for each service, created on first use. The exit of the context closes the clients."""
+    """AWS account with a client for each service.
+
+    Each client is created on first use. The exit of the account's context closes the clients.
+    """
 
     region: str
     id: str = ""
     who: str = ""
     """ARN of the caller."""
     notes: Callable[[], Notes] | None = field(default=None, repr=False)
-    """Function that creates the receiver of the retry messages of one call."""
+    """Function that creates the receiver of the retry messages of one call to AWS."""
     _clients: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, region: str | None = None, *, notes: Callable[[], Notes] | None = None) -> Account:
-        """Ask STS for the account of the environment's credentials.
+        """Ask STS which account the credentials of the environment belong to.
 
-        Raise UsageError without a region or credentials.
+        Raise UsageError if the region or the credentials are missing.
         """
         account = cls(chosen_region(region), notes=notes)
         with aws_errors("AWS"):
@@ -69,18 +72,20 @@ class Account:
 
     @property
     def is_real(self) -> bool:
-        """Whether the calls go to AWS, and not to an emulator of AWS_ENDPOINT_URL."""
+        """Whether the calls reach AWS instead of an emulator that AWS_ENDPOINT_URL names."""
         host = urlsplit(self.client("cloudformation").meta.endpoint_url).hostname or ""
         return host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
 
     @property
     def arn(self) -> str:
-        """Common start of the account's ARNs, with {} for the service: "arn:aws:{}:eu-west-1:123456789012:"."""
+        """Common prefix of the account's ARNs, with {} in place of the service, such as
+        "arn:aws:{}:eu-west-1:123456789012:".
+        """
         partition = self.who.split(":")[1] if self.who.startswith("arn:") else "aws"
         return f"arn:{partition}:{{}}:{self.region}:{self.id}:"
 
     def pages(self, service: str, operation: str, key: str, **asking: Any) -> Iterator[Any]:
-        """Yield the items under `key` of all pages of a listing. Raise BackendError if AWS refuses the call."""
+        """Yield the items under `key` from all pages of a listing. Raise BackendError if AWS refuses the call."""
         with aws_errors(operation):
             for page in self.client(service).get_paginator(operation).paginate(**asking):
                 yield from page.get(key) or ()
@@ -105,7 +110,7 @@ class Account:
 
 
 def chosen_region(named: str | None) -> str:
-    """Return the given region, or the region that boto3 finds. Raise UsageError without a region."""
+    """Return the given region, or the region that boto3 finds. Raise UsageError if neither region exists."""
     installation.need("aws", "A deployment to AWS", "boto3")
     import boto3
     from botocore.exceptions import ProfileNotFound
@@ -130,24 +135,25 @@ def _client(service: str, region: str) -> Any:
         connect_timeout=CONNECT_S,
         read_timeout=ANSWER_S,
         retries={"total_max_attempts": MAX_ATTEMPTS, "mode": "standard"},
-        # A proxy cannot reach this machine's own address.
+        # A proxy cannot reach an endpoint on the loopback address of this machine.
         proxies={} if is_local else None,
     )
     with aws_errors("AWS"):
-        # boto3's stubs have a separate type for each service.
+        # boto3's type stubs have a separate type for each service, so the type here is Any.
         make: Any = session(region).client
         return make(service, config=config)
 
 
 def _report_retries(client: Any, notes: Callable[[], Notes]) -> None:
-    """Report each attempt of the client's calls without a response."""
+    """Report each attempt of a call to AWS that gets no response."""
     call_notes: list[Notes] = []
 
     def on_call(**_: Any) -> None:
         call_notes[:] = [notes()]
 
     def on_attempt(attempts: int, endpoint: Any, caught_exception: Exception | None = None, **_: Any) -> None:
-        # An error response is a response, too. The last attempt raises an error itself.
+        # AWS responded if no exception was caught. The last attempt is not reported, because its failure raises an
+        # error.
         if caught_exception is not None and attempts < MAX_ATTEMPTS:
             for note in call_notes:
                 note.say(f"{endpoint.host} does not respond. This was attempt {attempts} of {MAX_ATTEMPTS}.")
@@ -157,14 +163,14 @@ def _report_retries(client: Any, notes: Callable[[], Notes]) -> None:
 
 
 class Missing(NotFound):
-    """The object of a call does not exist, or does not exist yet."""
+    """Error for an AWS object that does not exist, or that AWS does not find yet."""
 
 
 @contextmanager
 def aws_errors(what: str, is_missing: Callable[[str, str], bool] = lambda _code, _message: False) -> Iterator[None]:
-    """Convert botocore's errors to batchlab's errors, with the subject `what`.
+    """Convert botocore's errors to batchlab's errors, whose texts begin with `what`.
 
-    Raise Missing if `is_missing` is true for an error's code and message.
+    Raise Missing if `is_missing` returns true for the error code and the message.
     """
     from botocore.exceptions import (
         BotoCoreError,

@@ -1,8 +1,8 @@
 """Creation or update of a stack in two phases (`batchlab deploy apply`).
 
-Invariant: `Apply` starts from any state of the stack, so a second run continues where the first run stopped. The first
-phase creates everything without a release, so no instance can boot yet. The second phase uploads the release to the
-stack's own bucket and sets it as the stack's parameter.
+Invariant: `Apply` starts from any state of the stack, so a second run continues after an interrupted first run. The
+first phase of `batchlab deploy apply` creates all resources without a release, so no instance can boot yet. The second
+phase uploads the release to the stack's own bucket and sets the stack's parameter `Release`.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from batchlab.runtime.home import Home
 
 
 class Interface(Protocol):
-    """The user interface of an operation: messages, questions, and progress."""
+    """The user interface of an operation on a stack: messages, questions, and progress."""
 
     def say(self, text: str) -> None: ...
 
     def agrees(self, question: str) -> bool:
-        """Return whether the user agrees. The question comes before any change."""
+        """Return whether the user agrees to a change of the stack. The caller asks the question before the change."""
 
     def show(self, plan: Plan) -> None: ...
 
     def watching(self, what: str, total: int) -> AbstractContextManager[Callable[[Event], None]]:
-        """Show the events of an operation on `total` resources when they occur."""
+        """Show the events of an operation on `total` resources as the events occur."""
 
 
 class StackFailed(BackendError):
-    """Failed operation on a stack. `cause` is the failure that caused all others."""
+    """Failed operation on a stack. `cause` is the failure of a resource that caused all other failures."""
 
     def __init__(self, state: State, cause: Cause | None) -> None:
         why = f": {cause.resource} ({cause.type}): {cause.reason.rstrip('.')}" if cause else ""
@@ -54,7 +54,9 @@ class StackFailed(BackendError):
 
 
 def follow_operation(stack: Stack, interface: Interface) -> State | None:
-    """Return the state of the stack after the operation in progress, if there is one."""
+    """Wait for the end of an operation in progress, and return the state of the stack, or None if the stack does not
+    exist.
+    """
     state = stack.state()
     if state and state.is_moving:
         interface.say(f"The stack {state.name} is {state.status}. Waiting for the end of this operation.")
@@ -66,7 +68,10 @@ def follow_operation(stack: Stack, interface: Interface) -> State | None:
 
 @dataclass(slots=True)
 class Apply:
-    """One run of `apply`. `archive` returns the release's path, and builds the release on its first call."""
+    """One run of `batchlab deploy apply`.
+
+    The first call of `archive` builds the release, and each call returns the path of the release.
+    """
 
     stack: Stack
     wanted: Settings
@@ -75,10 +80,13 @@ class Apply:
     interface: Interface
     archive: Callable[[], Path]
     is_renewed: bool = field(default=False, init=False)
-    """Whether instances of an earlier deployment may exist, which need a refresh."""
+    """Whether instances of an earlier deployment may exist.
+
+    An instance refresh replaces the instances of an earlier deployment.
+    """
 
     def run(self) -> AwsDeployment | None:
-        """Apply the settings, and return the deployment, or None if the user declined.
+        """Apply the wanted settings to the stack, and return the deployment, or None if the user declined.
 
         Raise StackFailed if CloudFormation fails, and BackendError if AWS refuses a call.
         """
@@ -109,7 +117,7 @@ class Apply:
     # --- State before the change -----------------------------------------------------------------
 
     def _wait_until_at_rest(self) -> State | None:
-        """Return the stack once no operation is in progress and no rollback has failed."""
+        """Return the state of the stack as soon as no operation is in progress and no rollback has failed."""
         state = follow_operation(self.stack, self.interface)
         if state and state.status == "DELETE_COMPLETE":
             return None
@@ -127,7 +135,7 @@ class Apply:
         return state
 
     def _delete_empty(self, state: State) -> bool:
-        """Delete a stack that allows no other operation. Return False if the user declined."""
+        """Delete a stack that CloudFormation can only delete. Return False if the user declined the deletion."""
         self._explain(state)
         if state.status != "ROLLBACK_COMPLETE":
             raise Refused(
@@ -157,7 +165,7 @@ class Apply:
             if not self.interface.agrees(f"Create the stack {self.stack.name}?"):
                 return None
             settings.write(self.home, self.wanted)
-            # If the release cannot be built, fail here, before the stack costs money.
+            # If the release cannot be built, apply fails before the stack costs money.
             self.archive()
             state = self._execute(plan, "creating")
         self.stack.protect(on=True)
@@ -201,7 +209,10 @@ class Apply:
         return StackFailed(state, self.stack.cause(state.id, self.stack.events(state.id, since)))
 
     def _refresh(self, state: State) -> None:
-        """Replace the instances with an older launch template, one after another. Workers finish their tasks first."""
+        """Replace the instances that have an older launch template, one after another.
+
+        Workers finish their tasks before their instances end.
+        """
         scaling = self.stack.account.client("autoscaling")
         groups = [status.output_of(state, "ManagerGroup"), *status.pool_groups(state)]
         for group in self.stack.account.groups(groups):

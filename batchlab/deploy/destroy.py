@@ -1,6 +1,6 @@
 """Deletion of a stack.
 
-Invariant: data is deleted only with the user's explicit consent. Resources that remain are listed.
+Invariant: data is deleted only with the user's explicit consent. `Destroy` returns the resources that remain.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from batchlab.deploy.stack_records import Resource, State
 MAX_PROTECTION_CALL = 50
 """Maximum number of instances in one call of SetInstanceProtection."""
 MAX_DRAIN_S = 600.0
-"""Limit in seconds for the end of all instances. An instance drains for at most two minutes."""
+"""Limit in seconds for the end of all instances. One instance drains for at most two minutes."""
 
 _BUCKET, _DATABASE, _DOMAIN = "AWS::S3::Bucket", "AWS::RDS::DBInstance", "AWS::SDB::Domain"
 _GROUP = "AWS::AutoScaling::AutoScalingGroup"
@@ -38,9 +38,10 @@ _FATES = {"Retain": "kept", "RetainExceptOnCreate": "kept", "Snapshot": "snapsho
 
 @dataclass(frozen=True, slots=True)
 class DataResource:
-    """Resource of a stack that holds data. `what` describes the data.
+    """Resource of a stack that holds data of the user. `what` describes the data.
 
-    `fate` is the effect of the stack's deletion: "deleted", "kept", or "snapshot" for a database with a last snapshot.
+    `fate` is the effect of the stack's deletion on the resource: "deleted", "kept", or "snapshot". The deletion of a
+    database with the fate "snapshot" creates a last snapshot.
     """
 
     resource: Resource
@@ -53,14 +54,14 @@ class DataResource:
 
 
 def data_resources(stack: Stack) -> list[DataResource]:
-    """Return the resources of the stack that hold data now."""
+    """Return the resources of the stack that currently hold data of the user."""
     declared = stack.template()["Resources"]
     resources = []
     for resource in stack.resources():
         if resource.status == "CREATE_FAILED":
-            continue  # The existing resource with this name belongs to another owner.
+            continue  # If a creation failed, an existing resource with the same name belongs to another owner.
         policy = declared.get(resource.id, {}).get("DeletionPolicy", "")
-        # CloudFormation's default is a snapshot for databases, and deletion for all else.
+        # By default, CloudFormation creates a snapshot of a database, and deletes all other resources.
         usual = "Snapshot" if resource.type == _DATABASE else "Delete"
         fate = _FATES.get(policy or usual, "deleted")
         if resource.type == _BUCKET and leftovers.has_data(stack.account, resource.physical):
@@ -74,7 +75,7 @@ def data_resources(stack: Stack) -> list[DataResource]:
 
 @dataclass(slots=True)
 class Destroy:
-    """One run of `destroy`. With `delete_data`, it deletes the data, too."""
+    """One run of `batchlab deploy destroy`. `delete_data` permits the deletion of all data of the stack."""
 
     stack: Stack
     interface: Interface
@@ -82,10 +83,10 @@ class Destroy:
     sleep: Callable[[float], None] = time.sleep
 
     def run(self) -> list[Resource] | None:
-        """Destroy the stack. Return the resources that remain, or None if the user declined.
+        """Destroy the stack. Return the resources that remain, or None if the user declined the deletion.
 
-        Raise Refused if the deletion would lose data without `delete_data`, StackFailed if CloudFormation fails, and
-        BackendError if AWS refuses a call.
+        Raise Refused if the deletion would lose data and `delete_data` is false. Raise StackFailed if CloudFormation
+        fails, and BackendError if AWS refuses a call.
         """
         state = follow_operation(self.stack, self.interface)
         if state is None:
@@ -126,15 +127,15 @@ class Destroy:
         return f"Destroy the stack {state.name}{f' ({remaining})' if remaining else ''}?"
 
     def _end_instances(self, state: State) -> None:
-        """End all instances before the deletion.
+        """End all instances before the deletion of the stack.
 
-        A manager would launch and protect instances, a worker would write into a bucket that is being emptied, and a
-        protected instance would keep its group.
+        During the deletion, a manager would launch and protect instances, and a worker would write into a bucket that
+        is being emptied. CloudFormation cannot delete a group with a protected instance.
         """
         names = [resource.physical for resource in self.stack.resources() if resource.type == _GROUP]
         if not names:
             return
-        # The manager ends first, because it sets the capacity of the other groups.
+        # The manager ends first, because the manager sets the capacity of the workers' groups.
         workers = status.pool_groups(state)
         for manager_only in (True, False):
             groups = [
@@ -163,7 +164,8 @@ class Destroy:
                 self.interface.say(f"{count(remaining, 'instance')} {'is' if remaining == 1 else 'are'} terminating.")
             for group in groups:
                 if self._unprotect(group):
-                    # The group may have given up on its instances because they were protected.
+                    # The Auto Scaling group may have stopped the termination of its protected instances, so set the
+                    # group's capacity again.
                     self._to_zero(group)
             if time.monotonic() > deadline_s:
                 raise Unreachable(
@@ -173,7 +175,7 @@ class Destroy:
             self.sleep(2.0)
 
     def _unprotect(self, group: Mapping[str, Any]) -> bool:
-        """Remove the scale-in protection of instances. Return whether an instance was protected."""
+        """Remove the scale-in protection of the group's instances. Return whether an instance was protected."""
         scaling = self.stack.account.client("autoscaling")
         guarded = [instance["InstanceId"] for instance in _instances(group) if instance["ProtectedFromScaleIn"]]
         for begin in range(0, len(guarded), MAX_PROTECTION_CALL):
@@ -192,7 +194,7 @@ class Destroy:
             if item.resource.type != _DATABASE or item.fate == "kept":
                 continue
             name = item.resource.physical
-            # The user may have deleted the database. CloudFormation ignores that.
+            # The user may have deleted the database already. CloudFormation accepts a missing database.
             with (
                 suppress(Missing),
                 aws_errors(f"Database {name!r}", lambda code, _: code.startswith("DBInstanceNotFound")),
@@ -202,7 +204,7 @@ class Destroy:
                     rds.modify_db_instance(DBInstanceIdentifier=name, DeletionProtection=False, ApplyImmediately=True)
 
     def _empty_buckets(self, data: list[DataResource]) -> None:
-        """Empty the buckets that CloudFormation must delete. A bucket that has only releases has no data."""
+        """Empty the buckets that CloudFormation deletes. Releases and templates are not data."""
         kept = [] if self.delete_data else [item.resource for item in data]
         for resource in self.stack.resources():
             if resource.type == _BUCKET and resource not in kept and resource.status != "CREATE_FAILED":
@@ -247,13 +249,13 @@ class Destroy:
                     logs = AwsResource(name, "logs:log-group", name, self.stack.name)
                     leftovers.remove(account, logs, self.interface.say)
             except BackendError as error:
-                # The stack is deleted in any case.
+                # Remaining logs do not stop `destroy`, because the stack is deleted already.
                 self.interface.say(f"Logs below {prefix} may remain: {error}")
 
     def _remove(self, resource: Resource) -> bool:
-        """Remove a resource that CloudFormation has kept, and return whether it was removed.
+        """Remove a resource that CloudFormation has kept. Return whether the resource was removed.
 
-        The resource stays unless the user wants to delete the data, or the resource is a bucket without data.
+        The function removes only buckets without data, unless the user wants to delete all data.
         """
         kind = _KINDS.get(resource.type)
         name, account = resource.physical, self.stack.account

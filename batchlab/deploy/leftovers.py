@@ -1,7 +1,7 @@
 """Leftovers of stacks in an account and region, and their removal.
 
 Invariants: a tag proves the owner of a resource, and a name only suggests the owner. A resource without a tag is
-therefore removed only if the user names it. Each failure is reported.
+removed only if the user names the resource. Each failed removal of a resource is reported.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from batchlab.deploy.plan import WITH_SIMPLEDB
 from batchlab.deploy.stack import TAG, Stack
 
 MAX_DELETED_KEYS = 1000
-"""Maximum of DeleteObjects."""
+"""Maximum number of keys in one call of DeleteObjects."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class AwsResource:
-    """Resource with its ARN. `kind` is the service and the type, such as "sqs:queue". `stack` comes from its tag."""
+    """AWS resource with its ARN.
+
+    `kind` is the service and the type, such as "sqs:queue". `stack` is the value of the resource's tag.
+    """
 
     arn: str
     kind: str
@@ -35,7 +38,7 @@ class AwsResource:
 
 
 _NAMED_ALONE = {"s3": "s3:bucket", "sns": "sns:topic", "sqs": "sqs:queue"}
-"""Services whose ARNs end in a name, without a type before it."""
+"""Kinds of resources by service, for services whose ARNs have no resource type before the name."""
 
 
 def resource_of(arn: str, stack: str) -> AwsResource:
@@ -50,7 +53,7 @@ def resource_of(arn: str, stack: str) -> AwsResource:
 
 
 def remove(account: Account, resource: AwsResource, say: Say) -> None:
-    """Remove the resource. Raise BackendError if AWS refuses, or if batchlab cannot remove this kind of resource."""
+    """Remove an AWS resource. Raise BackendError if AWS refuses, or if batchlab cannot remove this kind of resource."""
     remover = _REMOVERS.get(resource.kind)
     if remover is None:
         raise BackendError(f"batchlab cannot remove {resource.arn}.", remedy="Remove this resource in the console.")
@@ -62,7 +65,10 @@ OWN_FOLDERS = (release.PREFIX, plan.FOLDER)
 
 
 def has_data(account: Account, bucket: str) -> bool:
-    """Return whether the bucket has a version of an object outside `OWN_FOLDERS`. A deleted bucket has no data."""
+    """Return whether the bucket has a version of an object outside `OWN_FOLDERS`.
+
+    A bucket that does not exist has no data.
+    """
     try:
         with aws_errors(f"Bucket {bucket!r}"):
             page = account.client("s3").list_object_versions(Bucket=bucket, Delimiter="/")
@@ -73,9 +79,10 @@ def has_data(account: Account, bucket: str) -> bool:
 
 
 def empty(account: Account, bucket: str, say: Say) -> int:
-    """Delete every version of every object, and report the count after each batch. Return the count.
+    """Delete all versions of all objects in a bucket, and return the number of deleted versions.
 
-    A deleted bucket counts 0. Raise BackendError with the first object that cannot be deleted.
+    `say` receives a message with the number of deleted versions after each batch. The function returns 0 for a bucket
+    that does not exist. Raise BackendError for the first object that cannot be deleted.
     """
     s3 = account.client("s3")
     count = 0
@@ -118,7 +125,10 @@ def _group(account: Account, resource: AwsResource, _say: Say) -> None:
 
 
 def _calling(service: str, operation: str, parameter: str, **more: Any) -> Callable[..., None]:
-    """Return a remover with one call. The call has the resource's name, as a list if the parameter is plural."""
+    """Return a function that removes a resource with one call.
+
+    A plural parameter gets the resource's name in a list.
+    """
 
     def call(account: Account, resource: AwsResource, _say: Say) -> None:
         name = resource.arn if service in ("secretsmanager", "sns") else resource.name
@@ -140,7 +150,7 @@ _REMOVERS: Mapping[str, Callable[[Account, AwsResource, Say], None]] = {
     "logs:log-group": _calling("logs", "delete_log_group", "logGroupName"),
     "rds:snapshot": _calling("rds", "delete_db_snapshot", "DBSnapshotIdentifier"),
     "sdb:domain": _calling("sdb", "delete_domain", "DomainName"),
-    # The secret can be restored for seven days.
+    # AWS can restore a deleted secret for seven days.
     "secretsmanager:secret": _calling("secretsmanager", "delete_secret", "SecretId", RecoveryWindowInDays=7),
     "sns:topic": _calling("sns", "delete_topic", "TopicArn"),
 }
@@ -148,17 +158,17 @@ _REMOVERS: Mapping[str, Callable[[Account, AwsResource, Say], None]] = {
 
 _STACK = r"(?P<stack>[A-Za-z][A-Za-z0-9-]*)"
 _DOMAIN = re.compile(rf"{_STACK}-LedgerDomain-[0-9A-Za-z]+")
-"""CloudFormation's name for the domain of a stack."""
+"""Pattern of the names that CloudFormation generates for the SimpleDB domains of stacks."""
 _DATABASE_LOG = re.compile(rf"/aws/rds/instance/(?P<database>{_STACK}-ledger)/(postgresql|upgrade)")
-"""RDS's name for the logs of a stack's database."""
+"""Pattern of the names that RDS gives to the log groups of stacks' databases."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """Resource of a stack.
+    """Resource that belongs to a stack, or remains from a deleted stack.
 
-    `is_used` means that the stack exists and has the resource. `is_guessed` means that only the name suggests the
-    stack.
+    `is_used` means that the stack exists and has the resource. `is_guessed` means that only the resource's name
+    suggests the stack.
     """
 
     resource: AwsResource
@@ -167,7 +177,7 @@ class Leftover:
 
 
 class Leftovers:
-    """Search for leftovers in one account and region. Each stack is read once."""
+    """Search for leftovers of stacks in one account and region. The resources of each stack are read once."""
 
     def __init__(self, account: Account) -> None:
         self._account = account
@@ -187,10 +197,10 @@ class Leftovers:
                 yield Leftover(resource, _is_used(resource, self._parts_of(resource.stack)))
 
     def named(self, known: Collection[str], say: Callable[[str], None]) -> Iterator[Leftover]:
-        """Yield the resources without a tag whose names suggest a stack: SimpleDB domains, and logs of deleted
-        databases.
+        """Yield the SimpleDB domains and logs of deleted databases whose names suggest a stack.
 
-        `known` are the names of `tagged`. `say` receives a message for each listing that fails.
+        The method skips the names in `known`, which `tagged` yields. `say` receives a message for each listing that
+        fails.
         """
         for what, listing in (("SimpleDB domains", self._domains), ("RDS's logs", self._logs)):
             try:
@@ -219,7 +229,7 @@ class Leftovers:
         databases = self._account.pages("rds", "describe_db_instances", "DBInstances")
         existing = {database["DBInstanceIdentifier"] for database in databases}
         for group, match in named:
-            # A database with such a name may exist outside batchlab's stacks.
+            # A database whose name resembles a stack's database may exist outside batchlab's stacks.
             if match["database"] not in existing:
                 name = group["logGroupName"]
                 yield AwsResource(str(group.get("arn", name)), "logs:log-group", name, match["stack"])
@@ -234,9 +244,9 @@ class Leftovers:
 
 
 def select_removable(leftovers: Sequence[Leftover], names: Sequence[str]) -> list[Leftover]:
-    """Return the leftovers to remove. `names` are the user's choice of resources without a tag.
+    """Return the leftovers to remove. `names` contains the resources without a tag that the user has chosen.
 
-    Raise NotFound for an unknown name, and Refused for a resource in use.
+    Raise NotFound for an unknown name, and Refused for a resource that a stack uses.
     """
     guessed: Mapping[str, Leftover] = {
         leftover.resource.name: leftover for leftover in leftovers if leftover.is_guessed
@@ -263,14 +273,14 @@ def _is_used(resource: AwsResource, owned: list[str] | None) -> bool:
     if owned is None:
         return False
     # AWS does not list instances, volumes, and network interfaces as resources of a stack. Snapshots of databases
-    # remain after its deletion.
+    # remain after the deletion of a stack.
     if resource.kind in ("ec2:instance", "ec2:volume", "ec2:network-interface", "rds:snapshot"):
         return resource.kind != "rds:snapshot"
     return any(part in (resource.arn, resource.name) or part.endswith(f"/{resource.name}") for part in owned)
 
 
 def remove_left(account: Account, leftover: Leftover, say: Say) -> str:
-    """Remove a leftover. Return "" on success, else the error message."""
+    """Remove a leftover of a stack. Return "" on success, or the error message."""
     try:
         remove(account, leftover.resource, say)
     except BackendError as error:

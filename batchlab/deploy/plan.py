@@ -27,14 +27,17 @@ WITH_SIMPLEDB = (
     *("us-east-1", "us-west-1", "us-west-2", "eu-west-1"),
     *("ap-northeast-1", "ap-southeast-1", "ap-southeast-2", "sa-east-1"),
 )
-"""Regions with SimpleDB: https://docs.aws.amazon.com/general/latest/gr/simpledb.html"""
+"""Regions with SimpleDB (see https://docs.aws.amazon.com/general/latest/gr/simpledb.html)."""
 FOLDER = "deploy/"
 """Folder in the stack's own bucket for a template that is too large for a request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Hourly cost of the stack. `hourly` is None if the cost is unknown, and `note` has the reason."""
+    """Hourly cost of a stack.
+
+    `hourly` is None if the cost is unknown. `note` explains an unknown cost or prices of another region.
+    """
 
     hourly: Hourly | None
     note: str = ""
@@ -46,7 +49,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Change set that AWS has computed, with its settings and the cost of the stack.
+    """Plan of a stack: the change set that AWS has computed, the settings, and the cost of the stack.
 
     `parameters` contains all parameters of the stack, including defaults.
     """
@@ -97,9 +100,10 @@ def create_plan(
     home: Home | None = None,
     release: str | None = None,
 ) -> Iterator[Plan]:
-    """Yield the plan that changes the stack, which is now in `state`, to the wanted settings.
+    """Yield a plan that changes the stack from its current `state` to the wanted settings.
 
-    After the block, the plan is deleted unless it was executed. Without a `release`, the deployed release stays.
+    The end of the block deletes a plan that was not executed. If `release` is None, the plan keeps the deployed
+    release.
     """
     is_new = state is None or state.is_new
     deployed = {} if state is None or is_new else state.parameters
@@ -134,7 +138,7 @@ def create_plan(
             len(body.encode()),
         )
     finally:
-        # AWS deletes an executed change set itself.
+        # `withdraw` deletes only a change set that was not executed, because AWS deletes an executed change set itself.
         stack.withdraw(change_set, is_new=is_new)
 
 
@@ -148,7 +152,7 @@ def _sent(
         elif name in values:
             sent.append({"ParameterKey": name, "ParameterValue": values[name]})
         elif name in deployed and (name == RELEASE or text_of(form.get("NoEcho")) == "true"):
-            # AWS does not return secret values, so they cannot be sent again.
+            # AWS does not return secret values, so the request asks CloudFormation to keep the previous value.
             sent.append({"ParameterKey": name, "UsePreviousValue": True})
     return sent
 
@@ -159,20 +163,20 @@ def _effective(expanded: Template, values: Mapping[str, str]) -> dict[str, str]:
 
 
 def shape_of(template: Template) -> StackShape:
-    """Return the numbers of resources in the template that are billed per unit."""
+    """Return the numbers of the template's resources that AWS bills per unit."""
     resources = template["Resources"].values()
     kinds = [(resource["Type"], resource.get("Properties", {}).get("VpcEndpointType")) for resource in resources]
     return StackShape(
         interface_endpoints=kinds.count(("AWS::EC2::VPCEndpoint", "Interface")),
         alarms=kinds.count(("AWS::CloudWatch::Alarm", None)),
-        pool_alarms=0,  # These are counted with the others.
+        pool_alarms=0,  # `alarms` includes the alarms of the pools.
     )
 
 
 def cost(parameters: Mapping[str, str], region: str, home: Home | None, shape: StackShape) -> Cost:
     """Return the cost of a stack with these parameters.
 
-    Without prices for the region, the cost is at the prices of the price book's region.
+    If the price book lacks the stack's region, the cost has the prices of the price book's region.
     """
     book = price_book.load(home.path if home else None)
     note = ""
@@ -189,7 +193,7 @@ def cost(parameters: Mapping[str, str], region: str, home: Home | None, shape: S
 
 
 def offline_plan(wanted: Settings, source: Template, home: Home) -> tuple[Template, Cost]:
-    """Return the template with the settings as its defaults, and the cost of its stack, without calls to AWS.
+    """Return the template with the settings as its defaults, and the cost of the stack. The function does not call AWS.
 
     Raise UsageError for settings that the template does not accept.
     """
@@ -204,10 +208,10 @@ def offline_plan(wanted: Settings, source: Template, home: Home) -> tuple[Templa
 
 @contextmanager
 def _reachable(stack: Stack, body: str, state: State | None) -> Iterator[dict[str, str]]:
-    """Yield the template's arguments for CreateChangeSet.
+    """Yield the arguments of CreateChangeSet that pass the template.
 
-    The request contains a small template. AWS reads a larger template from the stack's own bucket, or for a new stack
-    from a bucket that exists during this block.
+    The request of CreateChangeSet contains a small template itself. AWS reads a larger template from the stack's own
+    bucket. For a new stack, AWS reads a larger template from a temporary bucket, which exists during the block.
     """
     if len(body.encode()) <= MAX_INLINE_BYTES:
         yield {"TemplateBody": body}

@@ -1,8 +1,8 @@
 """A release: one archive with everything that an instance needs to become a manager or a worker.
 
-Invariants: its name is the SHA-256 of its content. The same code, packages, and target give the same archive. An
-instance installs from the stack's bucket, without a package index. A package that is installed next to the command has
-the same version on instances, so instances run the tested versions.
+Invariants: the name of a release is the SHA-256 of its content. Releases of the same code, packages, and target are
+identical. An instance installs a release from the stack's bucket, without a package index. Packages that are installed
+on this machine have the same versions on instances, so instances run tested versions.
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ from batchlab.runtime import compose_project, descriptor
 
 ARCHITECTURES = ("x86_64", "aarch64")
 PYTHONS = ("3.11", "3.12", "3.13")
-"""Python versions in the repositories of Amazon Linux 2023 that batchlab supports."""
+"""Python versions that batchlab supports and Amazon Linux 2023 offers."""
 INSTALLER = "pip==25.3"
-"""Installer of the other wheels. The Python of an instance may lack it."""
+"""Package that installs the wheels on an instance. The Python of an instance may lack pip."""
 
 _GLIBC = 34
-"""Amazon Linux 2023 has glibc 2.34."""
+"""Minor version of glibc 2.34, which Amazon Linux 2023 has."""
 _OLDEST_GLIBC = 5
 _MISSING = re.compile(r"No matching distribution found for (\S+)")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The earliest time that a zip file can store."""
+"""The earliest time that a zip file can store, used for reproducible wheels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Target of the wheels: Linux with glibc, with an architecture and a Python version such as "3.12"."""
+    """Architecture and Python version, such as "3.12", of the instances that install the wheels."""
 
     architecture: str
     python: str
 
     @classmethod
     def of(cls, architecture: str, python: str) -> Target:
-        """Return the target. An empty version means the running Python.
+        """Return the target for an architecture and a Python version. An empty version means the running Python.
 
         Raise UsageError for a version or an architecture that instances do not support.
         """
-        # Functions are sent as bytecode, which only the same Python version can run.
+        # batchlab sends functions as bytecode, which only the same Python version can run.
         python = python or f"{sys.version_info.major}.{sys.version_info.minor}"
         if architecture not in ARCHITECTURES:
             raise UsageError(
@@ -79,7 +79,7 @@ class Target:
         return f"Python {self.python} on {self.architecture}"
 
     def markers(self) -> dict[str, str]:
-        """Return the environment for evaluating the markers of requirements."""
+        """Return the environment in which the markers of requirements are evaluated."""
         return {
             "implementation_name": "cpython",
             "implementation_version": f"{self.python}.0",
@@ -96,7 +96,7 @@ class Target:
 
     def pip(self) -> list[str]:
         """Return pip's options for wheels of this target."""
-        # pip does not know that a newer glibc runs wheels for an older one, so the options name all platforms.
+        # pip does not select wheels for an older glibc by itself, so the options name all platforms.
         names = [f"manylinux_2_{minor}" for minor in range(_GLIBC, _OLDEST_GLIBC - 1, -1)]
         names += ["manylinux2014", "manylinux2010", "manylinux1", "linux"]
         platforms = [f"--platform={name}_{self.architecture}" for name in names]
@@ -120,7 +120,7 @@ def own_wheel(folder: Path) -> Path:
     record.append(f"{info}/RECORD,,\n")
     content[f"{info}/RECORD"] = "\n".join(record).encode()
     path = folder / f"batchlab-{version}-py3-none-any.whl"
-    # The wheel is not compressed, because another version of the compression library would change the file.
+    # The wheel is not compressed, because the output of compression libraries differs between versions.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as wheel:
         for name, body in content.items():
             entry = zipfile.ZipInfo(name, _EPOCH)
@@ -147,10 +147,10 @@ def fetch(folder: Path, target: Target, packages: Sequence[str] = ()) -> list[st
 
 
 def _closure(roots: Sequence[str], target: Target, pip: _Pip) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the dependencies for the target as two lists of pins.
+    """Return the pins of the target's dependencies as two lists: packages that are installed here, and downloaded
+    packages.
 
-    The first list has the versions of packages that are installed here. The packages of the second list are downloaded,
-    because their metadata is needed.
+    A package that is not installed here is downloaded, because its metadata lists further dependencies.
     """
     pins: dict[str, str] = {}
     fetched: dict[str, metadata.Distribution] = {}
@@ -186,7 +186,10 @@ def _requirement(line: str) -> Requirement:
 
 
 class _Pip:
-    """pip of this environment or of a temporary environment. It downloads wheels for the target into `folder`."""
+    """Downloads of wheels for the target into `folder`.
+
+    The downloads use the pip of this environment or of a temporary environment.
+    """
 
     def __init__(self, target: Target, folder: Path) -> None:
         self._target = target
@@ -215,9 +218,10 @@ class _Pip:
         raise BackendError(f"pip reports a download of {requirement}, but its wheel is missing.")
 
     def download(self, requirements: Sequence[str]) -> None:
-        """Download a wheel of each requirement. Raise BackendError with pip's reason.
+        """Download a wheel for each requirement. Raise BackendError with pip's reason if a wheel is not available.
 
-        If a package has only a source distribution, build its wheel here. The wheel must fit any platform.
+        If a package has only a source distribution, pip builds a wheel on this machine. A wheel that is built here must
+        fit any platform.
         """
         wanted = list(requirements)
         while wanted:
@@ -241,7 +245,7 @@ class _Pip:
             wheel.replace(self._folder / wheel.name)
 
     def _run(self, command: str, *options: str, folder: str = "") -> str | None:
-        """Run pip. Return its error output, or None on success."""
+        """Run a pip command. Return pip's error output, or None on success."""
         done = subprocess.run(
             [
                 *(self._interpreter(), "-I", "-m", "pip", command),
@@ -253,7 +257,7 @@ class _Pip:
             capture_output=True,
             text=True,
             check=False,
-            # Without this variable, a wheel that is built here contains the time of day.
+            # Without SOURCE_DATE_EPOCH, a wheel that is built here contains the time of the build.
             env={**os.environ, "SOURCE_DATE_EPOCH": "315532800"},
         )
         return (done.stderr or done.stdout).strip() if done.returncode else None
@@ -287,7 +291,7 @@ class _Pip:
 
 
 class _WheelMetadata(metadata.Distribution):
-    """Distribution that has only its METADATA."""
+    """Distribution with only the METADATA file of a wheel."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -301,7 +305,7 @@ class _WheelMetadata(metadata.Distribution):
 
 SUFFIX = ".tar.gz"
 PREFIX = "boot/"
-"""Folder of releases in the stack's bucket. No lifecycle rule of the bucket deletes them."""
+"""Folder of releases in the stack's bucket. The lifecycle rules of the bucket do not delete releases."""
 DATABASE_CA = "database-ca.pem"
 _MIB = 1024 * 1024
 
@@ -316,9 +320,9 @@ def build_release(
     variables: Mapping[str, str] = MappingProxyType({}),
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """Write `<folder>/<sha256>.tar.gz` for the architecture and the Python version, and return its path.
+    """Build a release for the architecture and the Python version, and return the path `<folder>/<sha256>.tar.gz`.
 
-    An empty version means the running Python. The archive contains the PyPI `packages` of users' tasks, the
+    An empty `python` means the running version. The archive contains the PyPI `packages` of users' tasks, the
     certificates of the database, and `variables` for the environment of manager and workers. `say` receives progress
     messages. Raise BackendError if a package is not available, and UsageError for invalid arguments.
     """
@@ -331,7 +335,7 @@ def build_release(
         root = installation.folder("backends") / "aws" / "boot"
         content = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
         content["packages.txt"] = ("\n".join(pins) + "\n").encode()
-        # boot.sh reads these lines as shell variables.
+        # boot.sh reads the lines of the file `version` as shell variables.
         version = metadata.version("batchlab")
         content["version"] = f"VERSION={version}\nPYTHON={target.python}\nARCHITECTURE={target.architecture}\n".encode()
         if database_ca:
@@ -356,7 +360,7 @@ def key_of(release: str) -> str:
 
 
 def upload(objects: Objects, archive: Path, patience: Patience, say: Callable[[str], None]) -> str:
-    """Upload the archive to the stack's bucket unless it exists there, and return its key."""
+    """Upload the archive to the stack's bucket unless the bucket has the archive, and return the archive's key."""
     key, size = key_of(release_of(archive)), archive.stat().st_size
 
     async def put() -> None:
@@ -386,7 +390,8 @@ def _read(certificates: Path) -> bytes:
 
 def _write(folder: Path, content: dict[str, bytes]) -> Path:
     packed = BytesIO()
-    # The archive is not compressed. Wheels are compressed already, and another compressor would change the archive.
+    # The archive is not compressed, because the output of compression libraries differs between versions. Downloaded
+    # wheels are compressed already.
     with (
         gzip.GzipFile("", "wb", compresslevel=0, fileobj=packed, mtime=0) as squeezed,
         tarfile.open(fileobj=squeezed, mode="w", format=tarfile.GNU_FORMAT) as archive,

@@ -1,7 +1,8 @@
-"""Settings of a stack: its pools, and the parameters of its template.
+"""Settings of a stack: the pools, and the parameters of the template.
 
-Invariant: the loader refuses settings that AWS would refuse, as far as it can check this without AWS. The home stores
-the settings in `aws/settings.json` for the next plan. Without this file, the plan reads the settings from the stack.
+Invariant: the loader refuses settings that AWS would refuse, except errors that only AWS can detect. The home stores
+the settings in `aws/settings.json` for the next plan. Without `aws/settings.json`, the plan reads the settings from the
+stack.
 """
 
 from __future__ import annotations
@@ -24,30 +25,30 @@ from batchlab.runtime.home import Home
 
 STACK = "batchlab"
 RELEASE = "Release"
-"""Parameter with the SHA-256 of the release's archive. It is not a setting."""
+"""Template parameter with the SHA-256 of the release's archive. Users cannot set the parameter `Release`."""
 
 # With the longest stack and pool names, the name of a pool's dead-letter queue has the 80 characters that SQS allows.
 # RDS does not allow two hyphens in a row, and the database is named after the stack.
 _STACK_NAME = re.compile(r"(?=.{1,28}$)[a-z](-?[a-z0-9])*")
 _SHADOWED_NAME = re.compile(r".+-(tasks|pool)(-.*)?")
-"""Stack names whose queues or groups would match the rights of another stack.
+"""Pattern of stack names whose queues or groups another stack could use.
 
-The stack `x` may use the queues `x-tasks-*` and the groups `x-pool-*`.
+The roles of the stack `x` have access to all queues `x-tasks-*` and all groups `x-pool-*`.
 """
 _POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _TYPE = re.compile(r"[a-z][a-z0-9-]*\.[a-z0-9-]+")
 _IS_NAME = re.compile(r"Pool(\w*)Name")
 _MACHINES = {"x86_64": "x86_64", "arm64": "aarch64"}
-"""Processor names of EC2, which the instance catalog and Amazon's images use, with the names of `uname -m`."""
+"""Architecture names of `uname -m` by the names of EC2, which the instance catalog and Amazon's images use."""
 _AMAZONS = "resolve:ssm:/aws/service/ami-amazon-linux-latest/"
 _MANAGERS = {"x86_64": "t3.small", "arm64": "t4g.small"}
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
-    """Pool of workers. Without `types`, the template's default types apply.
+    """Settings of a pool of workers. If `types` is empty, the template's default instance types apply.
 
-    `parameters` are further template parameters that begin with "Pool", by their names in the file.
+    `parameters` contains further template parameters that begin with "Pool", with their names for the base pool.
     """
 
     name: str
@@ -58,7 +59,7 @@ class PoolSettings:
     parameters: tuple[tuple[str, str], ...] = ()
 
     def template_parameters(self) -> dict[str, str]:
-        """Return the pool's parameters, by their names in a template with one pool."""
+        """Return all parameters of the pool, with their names in a template with one pool."""
         sizes = {"PoolMin": str(self.min_size), "PoolMax": str(self.max_size), "PoolSlots": str(self.slots)}
         types = {"PoolInstanceTypes": ",".join(self.types)} if self.types else {}
         return {"PoolName": self.name, **sizes, **types, **dict(self.parameters)}
@@ -66,10 +67,11 @@ class PoolSettings:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Settings of a stack. A parameter that is not given has the template's default.
+    """Settings of a stack. A missing parameter has the template's default value.
 
-    `parameters` are the parameters outside of pools. The release contains `packages` from PyPI for users' tasks,
-    `database_ca` (a file of certificates for the database), and `environment` (variables of manager and workers).
+    `parameters` contains the template parameters of the whole stack. The release contains `packages` from PyPI for
+    users' tasks, `database_ca` (a file of certificates for the database), and `environment` (variables of manager and
+    workers).
     """
 
     stack: str = STACK
@@ -82,12 +84,12 @@ class Settings:
 
     @property
     def architecture(self) -> str:
-        """Return the architecture of the release, from the pools' types. Without types it is x86_64."""
+        """Return the architecture of the pools' instance types, or x86_64 if no pool has instance types."""
         return next((processor_of(type_) for pool in self.pools for type_ in pool.types), "x86_64")
 
     @property
     def machine(self) -> str:
-        """Return the architecture as `uname -m` prints it on an instance."""
+        """Return the architecture's name in the output of `uname -m` on an instance."""
         return _MACHINES[self.architecture]
 
     def with_parameters(self, parameters: Mapping[str, str]) -> Settings:
@@ -96,10 +98,10 @@ class Settings:
 
 
 def processor_of(instance_type: str) -> str:
-    """Return x86_64 or arm64.
+    """Return the architecture of an instance type, x86_64 or arm64.
 
-    For a type outside the catalog, the name decides: a "g" right after the generation means Graviton
-    (https://docs.aws.amazon.com/ec2/latest/instancetypes).
+    If the catalog lacks the type, a "g" after the generation in the name means arm64 (see
+    https://docs.aws.amazon.com/ec2/latest/instancetypes).
     """
     if catalog_entry := instance_types.load().types.get(instance_type):
         return catalog_entry.architecture
@@ -111,7 +113,10 @@ def path_in(home: Home) -> Path:
 
 
 def read(home: Home) -> Settings | None:
-    """Return the settings stored in this home, or None. Raise UsageError for invalid settings."""
+    """Return the settings that the home stores, or None if the home has no settings.
+
+    Raise UsageError for invalid settings.
+    """
     path = path_in(home)
     try:
         return parse(json.loads(path.read_text()), str(path))
@@ -132,7 +137,7 @@ def write(home: Home, settings: Settings) -> None:
 
 
 def load(path: Path) -> Settings:
-    """Return the settings in a user's YAML file. Raise UsageError for invalid settings."""
+    """Return the settings from a user's YAML file. Raise UsageError for invalid settings."""
     try:
         return parse(yaml.safe_load(path.read_text()), str(path))
     except OSError as error:
@@ -150,7 +155,7 @@ def document(settings: Settings) -> dict[str, Any]:
 
 
 def parse(document: Any, where: str) -> Settings:
-    """Return the settings of a YAML or JSON object. Raise UsageError with the invalid key."""
+    """Return the settings from a parsed YAML or JSON document. Raise UsageError with the name of an invalid key."""
     values = _values(document, Settings, where)
     pools = []
     for pool in values.pop("pools", None) or []:
@@ -165,7 +170,7 @@ def parse(document: Any, where: str) -> Settings:
 
 
 def _values(document: Any, kind: type[Settings | PoolSettings], where: str) -> dict[str, Any]:
-    """Return the values of an object by the names of the fields of `kind`."""
+    """Return the values of a parsed object by field of the class `kind`."""
     names = sorted(field.name for field in fields(kind))
     if not isinstance(document, dict):
         raise UsageError(f"{where} is not an object with {', '.join(names)}.", remedy="Write `name: value` lines.")
@@ -179,7 +184,7 @@ def _values(document: Any, kind: type[Settings | PoolSettings], where: str) -> d
 
 def _value(name: str, value: Any, where: str) -> Any:
     if name in ("min_size", "max_size", "slots"):
-        # In Python, True is an int.
+        # `isinstance` would accept True, because bool is a subclass of int.
         if type(value) is not int:
             raise UsageError(f"{where} is {value!r}, not a whole number.", remedy="Write a whole number.")
     elif name in ("pools", "types", "packages"):
@@ -196,22 +201,22 @@ def _value(name: str, value: Any, where: str) -> Any:
 
 
 def text_of(value: Any) -> str:
-    """Return a parameter's value as CloudFormation's text, with commas in lists."""
+    """Return a parameter's value as text for CloudFormation. Commas separate the elements of a list."""
     if isinstance(value, list):
         return ",".join(map(text_of, value))
     return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
 
 
 def from_stack(name: str, region: str, deployed: Mapping[str, str]) -> tuple[Settings, str]:
-    """Return the settings of an existing stack from its parameters, and the name of its base pool.
+    """Return the settings of a deployed stack from the stack's parameters, and the name of the base pool.
 
-    The logical ids of the base pool do not contain its name.
+    The logical ids of the base pool do not contain the pool's name.
     """
     names = {key: pool for key, pool in deployed.items() if _IS_NAME.fullmatch(key)}
     base = names.get("PoolName", BASE)
     rest = {key: value for key, value in deployed.items() if key != RELEASE}
     pools = []
-    # The longest name comes first, because "PoolBig…" also begins with "Pool".
+    # The loop begins with the longest parameter name, because "PoolBigName" also begins with "Pool".
     for key in sorted(names, key=len, reverse=True):
         begin = key.removesuffix("Name")
         own_keys = [name for name in rest if name.startswith(begin) and name != begin]
@@ -228,7 +233,7 @@ def _pool(own: dict[str, str]) -> PoolSettings:
 
 
 def parameters(settings: Settings, template: Template, base: str = BASE) -> dict[str, str]:
-    """Return all parameters with a value in the settings, by their names in the expanded template.
+    """Return the template parameters that the settings contain, with their names in the expanded template.
 
     Raise UsageError for a missing parameter, and for a parameter or a value that the template does not accept.
     """
@@ -241,7 +246,10 @@ def parameters(settings: Settings, template: Template, base: str = BASE) -> dict
 
 
 def values(settings: Settings, template: Template, base: str = BASE) -> dict[str, str]:
-    """Return the parameters of settings that may be incomplete. Each parameter is checked separately."""
+    """Return the template parameters of settings that may be incomplete.
+
+    The function checks each parameter separately.
+    """
     check(settings)
     per_pool = parameters_of(template)
     declared = template.get("Parameters", {})
@@ -261,9 +269,10 @@ def values(settings: Settings, template: Template, base: str = BASE) -> dict[str
 def _check_machines(
     settings: Settings, parameter_values: Mapping[str, str], declared: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Raise UsageError if the images or the manager have another processor than the pools' instance types.
+    """Raise UsageError if the architecture of an image or of the manager differs from the pools' instance types.
 
-    Such an instance could not launch or boot. The function does not check an AMI with an explicit id.
+    An instance cannot launch or boot with an image for another architecture. The function does not check an AMI with an
+    explicit id.
     """
     if not any(pool.types for pool in settings.pools):
         return
@@ -293,7 +302,7 @@ def _no_parameter(name: str, names: Sequence[str]) -> UsageError:
 
 
 def _accepted(name: str, value: str, form: Mapping[str, Any]) -> str:
-    """Return the value. Raise UsageError if CloudFormation would refuse it."""
+    """Return a parameter's value unchanged. Raise UsageError if CloudFormation would refuse the value."""
     allowed = [text_of(choice) for choice in form.get("AllowedValues", ())]
     wrong = f"{name} cannot be {value!r}"
     if allowed and value not in allowed:
@@ -314,7 +323,7 @@ def _accepted(name: str, value: str, form: Mapping[str, Any]) -> str:
 
 
 def check(settings: Settings) -> None:
-    """Raise UsageError unless AWS accepts the names and numbers."""
+    """Raise UsageError unless AWS accepts the names and numbers in the settings."""
     if not _STACK_NAME.fullmatch(settings.stack):
         raise UsageError(
             f"The stack cannot be called {settings.stack!r}.",

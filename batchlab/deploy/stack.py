@@ -1,7 +1,7 @@
 """CloudFormation operations on one stack: its state, change sets, events, and deletion.
 
-Invariant: AWS may not find a new object right after its creation. A read is therefore repeated for
-some time before the object counts as missing.
+Invariant: a read of a new object is repeated for some time before the object counts as missing. CloudFormation may not
+find a new object right after its creation.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from batchlab.deploy.stack_records import (
 from batchlab.deploy.template import Template, parse
 
 CAPABILITIES = ("CAPABILITY_NAMED_IAM",)
-"""Confirmation in the request that the template creates IAM roles. `plan` shows the roles."""
+"""Capabilities that confirm the creation of IAM roles by the template. The plan shows the IAM roles to the user."""
 TAG = "batchlab.stack"
 
 MAX_SETTLE_S = 60.0
-"""Time in seconds for which AWS may not find a new object."""
+"""Time in seconds for which AWS may not find a new change set or stack."""
 POLL_S = 3.0
 LOCAL_POLL_S = 0.1
-"""Poll interval in seconds for an emulator, which does not limit requests."""
+"""Poll interval in seconds for an emulator. Emulators do not limit the request rate."""
 
 _DETAILS_ELSEWHERE = "DescribeEvents"
-"""Part of a reason whose details are in DescribeEvents."""
+"""Text in a failure reason of CloudFormation whose details only DescribeEvents returns."""
 _NO_CHANGES = ("didn't contain changes", "No updates are to be performed")
 
 
 class Stack:
-    """The stack called `name` in an account."""
+    """CloudFormation stack with the name `name` in an account."""
 
     def __init__(
         self,
@@ -68,12 +68,15 @@ class Stack:
         return self.account.client("cloudformation")
 
     def _call(self, action: str, **request: Any) -> Any:
-        """Call an action by its AWS name. Raise Missing if the stack or the change set does not exist."""
+        """Call the CloudFormation action with this AWS name.
+
+        Raise Missing if the stack or the change set does not exist.
+        """
         with aws_errors(action, _is_missing):
             return getattr(self._cloud, re.sub("(?<!^)([A-Z])", r"_\1", action).lower())(**request)
 
     def state(self, stack: str | None = None) -> State | None:
-        """Return the stack with this name or id, or None. An id also finds deleted stacks."""
+        """Return the state of the stack with this name or id, or None. Only an id also finds a deleted stack."""
         try:
             stacks = self._call("DescribeStacks", StackName=stack or self.name)["Stacks"]
         except Missing:
@@ -90,14 +93,14 @@ class Stack:
                 part["LogicalResourceId"], part["ResourceType"], part["PhysicalResourceId"], part["ResourceStatus"]
             )
             for part in self.account.pages("cloudformation", operation, key, StackName=self.name)
-            # A resource without an id was never created.
+            # A resource without a physical id was never created.
             if part["ResourceStatus"] != "DELETE_COMPLETE" and part.get("PhysicalResourceId")
         ]
 
     def template(self) -> Template:
-        """Return the last deployed template."""
+        """Return the last deployed template of the stack."""
         body = self._call("GetTemplate", StackName=self.name, TemplateStage="Original")["TemplateBody"]
-        # botocore parses a JSON template itself.
+        # botocore returns a JSON template as a parsed object.
         return parse(body, self.name) if isinstance(body, str) else dict(body)
 
     # --- Change sets -----------------------------------------------------------------------------
@@ -105,9 +108,10 @@ class Stack:
     def propose(
         self, template: Mapping[str, str], parameters: Sequence[Mapping[str, Any]], *, is_new: bool
     ) -> ChangeSet:
-        """Create a change set, and return it once AWS has computed it. It is empty if it changes nothing.
+        """Create a change set, and return the change set as soon as AWS has computed the changes.
 
-        `template` is TemplateBody or TemplateURL. Raise BackendError with AWS's reason if AWS cannot make the changes.
+        The change set is empty if the stack does not change. `template` contains the argument TemplateBody or
+        TemplateURL. Raise BackendError with AWS's reason if AWS cannot make the changes.
         """
         try:
             response = self._call(
@@ -148,7 +152,8 @@ class Stack:
         begun_s = self._clock()
         while True:
             try:
-                # With the stack's name next to the change set's ARN, IAM checks the rights on the stack.
+                # The request names the stack in addition to the change set, so IAM checks the permissions for the
+                # stack.
                 description = self._call("DescribeChangeSet", StackName=self.name, ChangeSetName=change_set)
             except Missing as error:
                 if self._clock() - begun_s > MAX_SETTLE_S:
@@ -167,8 +172,9 @@ class Stack:
             yield change_of(page["ResourceChange"])
 
     def withdraw(self, change_set: ChangeSet, *, is_new: bool) -> None:
-        """Delete the change set, and a stack that was created only for it. AWS deletes an executed
-        change set itself.
+        """Delete the change set, and a stack that was created only for the change set.
+
+        AWS deletes an executed change set itself.
         """
         if change_set.id in self._executed:
             return
@@ -190,8 +196,9 @@ class Stack:
     # --- Operations ------------------------------------------------------------------------------
 
     def execute(self, change_set: ChangeSet) -> None:
-        """Start the changes of a change set. `follow` waits for the end."""
-        # Record the change set before the call: if its creation may have begun, the stack must not be deleted as empty.
+        """Start the execution of a change set. `follow` waits for the end of the execution."""
+        # Record the change set before the call of ExecuteChangeSet. After a failed call of ExecuteChangeSet, the
+        # execution may have begun, and then the stack must not be deleted as empty.
         self._executed.add(change_set.id)
         token = _token("execute")
         self._call("ExecuteChangeSet", StackName=self.name, ChangeSetName=change_set.id, ClientRequestToken=token)
@@ -201,26 +208,32 @@ class Stack:
         self._call("UpdateTerminationProtection", StackName=self.name, EnableTerminationProtection=on)
 
     def delete(self, stack_id: str, retain: Sequence[str] = ()) -> None:
-        """Start the deletion of the stack. After a failed deletion, `retain` lists the logical ids of resources to
-        keep.
+        """Start the deletion of the stack.
+
+        After a failed deletion, `retain` may list the logical ids of resources to keep.
         """
         more = {"RetainResources": list(retain)} if retain else {}
         self._call("DeleteStack", StackName=stack_id, ClientRequestToken=_token("delete"), **more)
 
     def resume_rollback(self) -> None:
-        """Continue a rollback that has failed."""
+        """Continue a failed rollback of the stack."""
         self._call("ContinueUpdateRollback", StackName=self.name, ClientRequestToken=_token("rollback"))
 
     # --- Events ----------------------------------------------------------------------------------
 
     def mark(self, stack_id: str) -> str:
-        """Return the id of the newest event, from which `follow` continues, or "" without events."""
+        """Return the id of the stack's newest event, or "" if the stack has no events.
+
+        `follow` reads the events after the event with the returned id.
+        """
         return next((event.id for event in self._events(stack_id)), "")
 
     def last_operation(self, stack_id: str) -> tuple[str, list[Event]]:
-        """Return the id of the event before the last operation, or "", and the events of the operation, oldest first.
+        """Return the id of the event before the last operation, and the events of the operation from the oldest to the
+        newest.
 
-        A rollback belongs to the operation that it rolls back.
+        The returned id is "" for the first operation of the stack. The events of an operation include the events of its
+        rollback.
         """
         events: list[Event] = []
         for event in self._events(stack_id):
@@ -230,21 +243,22 @@ class Stack:
         return "", events[::-1]
 
     def events(self, stack_id: str, since: str = "") -> list[Event]:
-        """Return the events after the event `since`, oldest first."""
+        """Return the events after the event `since`, from the oldest to the newest."""
         events = list(takewhile(lambda event: event.id != since, self._events(stack_id)))
         return events[::-1]
 
     def cause(self, stack_id: str, events: Sequence[Event]) -> Cause | None:
-        """Return the cause of a failed operation from its events, or None without a failure."""
+        """Return the cause of a failed operation from the operation's events, or None if no event is a failure."""
         cause = root_cause(events)
         if cause and (_DETAILS_ELSEWHERE in cause.reason or "alidation fail" in cause.reason):
-            # CloudFormation validates some resources before the operation. DescribeEvents has these errors.
+            # CloudFormation validates some resources before the operation. DescribeEvents returns the errors of the
+            # validation.
             return self._validation_error(StackName=stack_id) or cause
         return cause
 
     def _validation_error(self, **query: str) -> Cause | None:
-        """Return the first error of the validation before the operation."""
-        if not hasattr(self._cloud, "describe_events"):  # boto3 has this method since November 2025.
+        """Return the first error of CloudFormation's validation before the operation."""
+        if not hasattr(self._cloud, "describe_events"):  # boto3 has `describe_events` since November 2025.
             return None
         response = self._call("DescribeEvents", **query, Filters={"FailedEvents": True})
         for event in response.get("OperationEvents", ()):
@@ -254,7 +268,10 @@ class Stack:
         return None
 
     def _events(self, stack_id: str) -> Iterator[Event]:
-        """Yield the events, newest first. A stack that AWS does not find yet has no events."""
+        """Yield the events of the stack from the newest to the oldest.
+
+        The generator is empty if AWS does not find the stack yet.
+        """
         pages = self._cloud.get_paginator("describe_stack_events").paginate(StackName=stack_id)
         try:
             with aws_errors("DescribeStackEvents", _is_missing):
@@ -264,9 +281,9 @@ class Stack:
             return
 
     def follow(self, stack_id: str, since: str, on_event: Callable[[Event], None]) -> State:
-        """Wait for the end of the operation that began after the event `since`, and return the state.
+        """Wait for the end of the operation that began after the event `since`, and return the state of the stack.
 
-        `on_event` receives each event of the operation once, oldest first.
+        `on_event` receives each event of the operation once, from the oldest to the newest.
         """
         last, has_ended = since, False
         while True:
@@ -274,7 +291,7 @@ class Stack:
                 last = event.id
                 has_ended |= event.is_of_stack and event.ends_operation
                 on_event(event)
-            # Read the state only after the last event. Before that, AWS may still return the old state.
+            # Read the state only after the last event, because AWS may return the old state before the last event.
             if has_ended:
                 state = self.state(stack_id)
                 if state and not state.is_moving:

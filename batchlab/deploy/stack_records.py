@@ -1,9 +1,9 @@
-"""Records of CloudFormation's responses, the allowed operations by stack state, and causes of failures.
+"""Records of CloudFormation's responses, the operations that each stack state allows, and causes of failures.
 
-The states follow AWS's documentation: docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/view-stack-events.html
-(status codes), and the API reference's pages of ContinueUpdateRollback, RollbackStack, and DeleteStack.
+The page docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/view-stack-events.html lists the status codes. The API
+reference's pages of ContinueUpdateRollback, RollbackStack, and DeleteStack list the states that allow these operations.
 
-Invariant: the reason of a cause is AWS's text without changes. Only the remedy is batchlab's.
+Invariant: the reason of a cause is AWS's text without changes, and the remedy is batchlab's text.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from batchlab.core.errors import Refused
 _FAILED = ("CREATE_FAILED", "UPDATE_FAILED", "DELETE_FAILED", "IMPORT_FAILED")
 _BEGINS = ("CREATE_IN_PROGRESS", "UPDATE_IN_PROGRESS", "DELETE_IN_PROGRESS")
 _FOLLOWS = re.compile(r"^Resource (creation|update|deletion|creation Initiated)? ?cancelled", re.I)
-"""CloudFormation's reason for a resource that it stops after the failure of another resource."""
+"""Pattern of the reason of a resource that CloudFormation canceled after the failure of another resource."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Event of an operation. `at_s` is in epoch seconds. `is_of_stack` marks an event about the stack itself."""
+    """Event of an operation on a stack.
+
+    `at_s` is in epoch seconds. `is_of_stack` marks an event about the stack itself.
+    """
 
     id: str
     at_s: float
@@ -49,7 +52,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Cause of a failed operation, with AWS's reason."""
+    """Cause of a failed operation on a stack, with AWS's reason and batchlab's remedy."""
 
     resource: str
     type: str
@@ -125,11 +128,11 @@ _DENIED = re.compile(
 
 
 def root_cause(events: Iterable[Event]) -> Cause | None:
-    """Return the earliest failure of a resource that no other failure caused, or None without a failure."""
+    """Return the earliest failure of a resource that no other failure caused, or None if no event is a failure."""
     ordered = sorted(events, key=lambda event: event.at_s)
     failed = [event for event in ordered if event.has_failed and not event.is_of_stack]
     own = [event for event in failed if not _FOLLOWS.match(event.reason)]
-    # AWS refuses some stacks as a whole, before it begins with any resource.
+    # AWS refuses some stacks as a whole, before the creation of any resource.
     of_stack = [event for event in ordered if event.is_of_stack and event.reason]
     refusals = [event for event in of_stack if "FAILED" in event.status or "ROLLBACK" in event.status]
     for event in (*own, *failed, *refusals):
@@ -138,7 +141,7 @@ def root_cause(events: Iterable[Event]) -> Cause | None:
 
 
 def advice(reason: str) -> str:
-    """Return the remedy for a reason of AWS."""
+    """Return the remedy for the reason of a failed operation."""
     if denied := _DENIED.search(reason):
         action = denied["action"] or "the action in the reason"
         return f"Allow the deployer {action}. docs/deploy.md lists all actions of a deployment."
@@ -165,7 +168,10 @@ class State:
 
     @property
     def is_moving(self) -> bool:
-        """Return whether an operation is in progress. A stack that only awaits a change set is at rest."""
+        """Return whether an operation on the stack is in progress.
+
+        A new stack that awaits a change set has no operation in progress.
+        """
         return self.status.endswith("_IN_PROGRESS") and self.status != REVIEW
 
     @property
@@ -180,7 +186,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Change of one resource in a change set. `replacement` is True, False, Conditional, or empty."""
+    """Change of one resource in a change set. `replacement` is "True", "False", "Conditional", or ""."""
 
     action: str
     id: str
@@ -271,7 +277,7 @@ _BROKEN = ("UPDATE_ROLLBACK_FAILED", "UPDATE_FAILED", "IMPORT_ROLLBACK_FAILED")
 
 
 def next_step(state: State) -> str:
-    """Return the next step, or "" if none is needed."""
+    """Return the user's next step after an operation, or "" if no step is needed."""
     return NEXT.get(state.status, "").replace("{stack}", state.name)
 
 
@@ -281,7 +287,7 @@ def must_be_deleted(state: State) -> bool:
 
 
 def refuse_unchangeable(state: State) -> None:
-    """Raise Refused unless CloudFormation accepts an update now."""
+    """Raise Refused unless CloudFormation accepts an update in this state of the stack."""
     if state.is_moving:
         raise Refused(
             f"The stack {state.name} is {state.status}.",

@@ -18,11 +18,11 @@ from batchlab.runtime.aws_deployment import AwsDeployment, Database
 from batchlab.runtime.home import Home
 
 IAM_USER = "batchlab_iam"
-"""The template's name for the database user of an IAM token."""
+"""Name of the database user with IAM authentication in the template."""
 
 
 def output_of(state: State, name: str) -> str:
-    """Return an output of the stack. Raise BackendError if the output is missing."""
+    """Return the value of a stack output. Raise BackendError if the stack lacks the output."""
     if value := state.outputs.get(name):
         return value
     raise BackendError(
@@ -37,9 +37,10 @@ def pool_groups(state: State) -> list[str]:
 
 
 def deployment_of(state: State, region: str, python: str = "") -> AwsDeployment:
-    """Return the deployment from the outputs and parameters of the stack, with the `python` of its release.
+    """Return the deployment from the outputs and parameters of the stack, and the Python version of its release.
 
-    The outputs do not contain the Python version. Raise BackendError if an output is missing.
+    `python` is an argument because the stack's outputs do not contain the Python version. Raise BackendError if an
+    output is missing.
     """
     ledger = output_of(state, "Ledger")
     database = None
@@ -87,14 +88,15 @@ def _pools(state: State, region: str) -> tuple[Pool, ...]:
 
 
 ALARMS = ("waits", "dead-letters", "down", "does-not-collect")
-"""Suffixes of alarm names after the name of a group."""
+"""Suffixes of alarm names. An alarm name begins with the name of a group."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Auto Scaling group. `instances` are in service, and `others` counts those that start or end.
+    """Auto Scaling group of a stack.
 
-    `refresh` is the status of the last instance refresh, or "" without one.
+    `instances` contains the instances in service, and `others` is the number of other instances. `refresh` is the
+    status of the last instance refresh, or "" if the group had no instance refresh.
     """
 
     name: str
@@ -108,7 +110,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """Queue and its approximate numbers of messages."""
+    """Queue of a stack, with approximate numbers of messages."""
 
     name: str
     visible: int
@@ -125,7 +127,7 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Status of a stack. `drift` lists the fields in which the home's deployment.json differs from the stack."""
+    """Status of a stack. `drift` lists the fields that differ between the home's deployment.json and the stack."""
 
     state: State
     cause: Cause | None
@@ -137,7 +139,7 @@ class Status:
 
     @property
     def manager(self) -> str:
-        """Id of the manager's instance, or "" if none is in service."""
+        """Id of the manager's instance, or "" if no manager instance is in service."""
         name = self.deployment.manager_group if self.deployment else ""
         return next((group.instances[0] for group in self.groups if group.name == name and group.instances), "")
 
@@ -160,7 +162,7 @@ class Status:
 
 
 def read_status(stack: Stack, state: State, home: Home) -> Status:
-    """Return the stack's status. The home's files are not changed."""
+    """Return the stack's status. The function does not change files in the home."""
     account = stack.account
     cause = None
     if not state.has_succeeded and not state.is_moving and not state.is_new:
@@ -181,7 +183,7 @@ def read_status(stack: Stack, state: State, home: Home) -> Status:
 
 
 def _python(home: Home) -> str:
-    """Return the Python version of the home's deployment file, because the stack does not have it."""
+    """Return the Python version from the home's deployment file. The stack does not store the Python version."""
     try:
         deployment = aws_deployment.read(home)
     except BackendError:
@@ -229,7 +231,7 @@ def _queues(account: Account, deployment: AwsDeployment) -> Iterator[Queue]:
         "ApproximateNumberOfMessagesDelayed",
     )
     for url in account.pages("sqs", "list_queues", "QueueUrls", QueueNamePrefix=deployment.prefix):
-        # Another stack whose name begins with this stack's name has queues with this prefix, too.
+        # The queues of another stack have the same prefix if its name begins with the name of this stack.
         if url.rpartition("/")[2] not in names:
             continue
         with aws_errors(f"Queue {url!r}"):

@@ -1,18 +1,18 @@
-"""CloudFormation templates as values: read from YAML, expanded to several pools, and written as JSON.
+"""CloudFormation templates: reading YAML, expansion to several pools, and writing JSON.
 
-Invariants: the written template has the same meaning as the file. It is compact JSON, because CloudFormation accepts
-51,200 bytes of template in a request, and more than a third of the file is comments and indentation. The logical ids of
-a pool depend neither on other pools nor on their order, so a new or removed pool never replaces another pool's
-resources.
+Invariants: the written template has the same meaning as the template file. The written template is compact JSON,
+because a request may contain 51,200 bytes of template. Comments and indentation are more than a third of the template
+file. The logical ids of a pool depend neither on other pools nor on their order, so a new or removed pool never
+replaces another pool's resources.
 
-Emulators refuse a template with a resource type that they lack, even if its condition is false, and support fewer
-functions in conditions than AWS. A template for an emulator is therefore rendered without conditions. It creates the
-same resources as its source with the same parameters.
+An emulator refuses a template with an unknown resource type, even if the condition of the resource is false. Emulators
+also support fewer functions in conditions than AWS. For these reasons, a template for an emulator is rendered without
+conditions. A rendered template creates the same resources as its source with the same parameters.
 
-In the file, resources that exist once per pool have `Metadata: {batchlab: {per: pool}}` and a logical id that begins
-with "Pool". Parameters, conditions, and rules of a pool have such ids, too. For the pool `base` they keep their ids.
-For another pool, "PoolQueue" becomes "PoolBigQueue". If a shared part refers to them, the element of the innermost list
-with the reference is repeated for each pool.
+In the template file, resources that exist once per pool have `Metadata: {batchlab: {per: pool}}` and a logical id that
+begins with "Pool". The logical ids of a pool's parameters, conditions, and rules also begin with "Pool". The base pool
+keeps the logical ids of the template file. For a pool "big", the logical id "PoolQueue" becomes "PoolBigQueue". If a
+shared part refers to a resource of a pool, the innermost list element with the reference is repeated for each pool.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ READABLE_FILE = "Name an existing file that can be read."
 """Remedy for a file that cannot be read."""
 
 MAX_INLINE_BYTES = 51_200
-"""Maximum size of TemplateBody in CreateChangeSet."""
+"""Maximum size in bytes of TemplateBody in CreateChangeSet."""
 MAX_STORED_BYTES = 1_048_576
-"""Maximum size of a template behind TemplateURL."""
+"""Maximum size in bytes of a template that TemplateURL refers to."""
 LIMITS = {"Resources": 500, "Parameters": 200, "Outputs": 200, "Mappings": 200}
-"""Maximum numbers of entries in the sections of a template."""
+"""Maximum number of entries by section of a template."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader for CloudFormation's short forms such as !Ref. Like AWS, it reads dates such as a policy's Version as
-    text.
+    """YAML loader for CloudFormation's short forms such as !Ref.
+
+    The loader reads dates as text, as AWS does, for example the Version of a policy.
     """
 
 
@@ -72,12 +73,12 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def shipped() -> Path:
-    """Return the stack's template in this installation."""
+    """Return the path of the stack's template in this installation."""
     return installation.folder("backends") / "aws" / "stack.yaml"
 
 
 def load(path: Path) -> Template:
-    """Return the template in a YAML or JSON file. Raise UsageError if the file is not a template."""
+    """Return the template from a YAML or JSON file. Raise UsageError if the file is not a template."""
     try:
         return parse(path.read_text(), str(path))
     except OSError as error:
@@ -87,7 +88,7 @@ def load(path: Path) -> Template:
 
 
 def parse(text: str, where: str) -> Template:
-    """Return the template in a YAML or JSON text. Raise UsageError if the text is not a template."""
+    """Return the template from a YAML or JSON text. Raise UsageError if the text is not a template."""
     try:
         document = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
@@ -101,7 +102,7 @@ def parse(text: str, where: str) -> Template:
 
 
 def body(template: Template) -> str:
-    """Return the template as compact JSON. Raise UsageError if CloudFormation would refuse it."""
+    """Return the template as compact JSON. Raise UsageError if the template exceeds a limit of CloudFormation."""
     for section, most in LIMITS.items():
         if (count := len(template.get(section, ()))) > most:
             raise UsageError(
@@ -121,9 +122,9 @@ _NAMED = re.compile(r"\$\{([^!}][^}]*)\}")
 
 
 def render(template: Template, values: Mapping[str, str]) -> Template:
-    """Return the template without conditions and without the parts that they exclude.
+    """Return the template without conditions and without the parts whose conditions are false.
 
-    `values` has all parameters and the pseudo parameters that conditions may use, such as AWS::Region.
+    `values` contains all parameters, and the pseudo parameters that conditions may use, such as AWS::Region.
     """
     return _Rendering(template, values).result()
 
@@ -214,12 +215,12 @@ _NAMED_TEMPLATES = re.compile(r"\$\{(?!!)\s*([A-Za-z0-9:]+)([^}]*)\}")
 
 
 def id_part(pool: str) -> str:
-    """Return the pool's name as part of a logical id: "gpu-large" is "GpuLarge"."""
+    """Return the pool's name as part of a logical id, such as "GpuLarge" for "gpu-large"."""
     return "".join(part[:1].upper() + part[1:] for part in re.split(r"[^a-z0-9]+", pool))
 
 
 def renamed(name: str, pool: str, base: str = BASE) -> str:
-    """Return this pool's name for a logical id or parameter that begins with "Pool"."""
+    """Return the name that a logical id or parameter beginning with "Pool" has for this pool."""
     return name if pool == base else f"{PREFIX}{id_part(pool)}{name.removeprefix(PREFIX)}"
 
 
@@ -229,10 +230,10 @@ def parameters_of(template: Template) -> list[str]:
 
 
 def expand(template: Template, pools: Sequence[str], base: str = BASE) -> Template:
-    """Return a template with exactly these pools. Raise UsageError if their names collide.
+    """Return a template with exactly these pools. Raise UsageError if logical ids of two pools collide.
 
-    `base` is the pool whose logical ids do not contain its name. The result lacks the metadata for tools that read the
-    file.
+    `base` is the pool whose logical ids do not contain the pool's name. The returned template lacks the metadata for
+    tools that read the template file.
     """
     if not pools:
         raise UsageError("A stack needs a pool.", remedy="Add --pool default:0-10x2.")
@@ -294,7 +295,7 @@ class _Expansion:
         return rename
 
     def _spread(self, node: Any) -> tuple[Any, bool]:
-        """Return the node with repeated list elements, and whether it still refers to a resource of a pool."""
+        """Return the node with repeated list elements, and whether the node still refers to a resource of a pool."""
         if isinstance(node, dict):
             spread, is_open = {}, False
             for key, value in node.items():
@@ -308,7 +309,7 @@ class _Expansion:
             for element in node:
                 element_spread, is_open = self._spread(element)
                 if is_open or (isinstance(element, str) and element in self._resources):
-                    # A text is an element of DependsOn.
+                    # An element that is a text belongs to DependsOn.
                     renames = [self._for(pool) for pool in self._pools]
                     repeated += [
                         rename(element) if isinstance(element, str) else _mapped(element, rename) for rename in renames
@@ -320,13 +321,13 @@ class _Expansion:
 
     def _spread_in(self, key: str, value: Any) -> tuple[Any, bool]:
         if key.startswith("Fn::") and isinstance(value, list):
-            # Arguments of a function have fixed positions, so none is repeated.
+            # The arguments of a function have fixed positions, so no argument is repeated.
             parts = [self._spread(part) for part in value]
             return [part_spread for part_spread, _ in parts], any(is_open for _, is_open in parts)
         return self._spread(value)
 
     def _mentioned(self, node: dict[str, Any]) -> bool:
-        """Return whether this node itself, without its child nodes, refers to a resource of a pool."""
+        """Return whether the node itself, without its child nodes, refers to a resource of a pool."""
         is_mentioned = False
 
         def record(name: str) -> str:
@@ -340,7 +341,7 @@ class _Expansion:
         return is_mentioned
 
     def _interface(self, original: dict[str, Any]) -> dict[str, Any]:
-        """Return the groups and labels of parameters that the console shows."""
+        """Return the parameter groups and labels for the console, with the parameters of all pools."""
         interface = copy.deepcopy(original)
         for group in interface.get("ParameterGroups", ()):
             group["Parameters"] = [new for name in group.get("Parameters", ()) for new in self._names(name)]
@@ -349,7 +350,7 @@ class _Expansion:
         return interface
 
     def _names(self, name: str) -> list[str]:
-        """Return the names of a parameter for all pools, or the parameter of the whole stack."""
+        """Return the names of a pool's parameter for all pools, or the unchanged name of another parameter."""
         return [renamed(name, pool, self._base) for pool in self._pools] if name in self._per_pool else [name]
 
 
@@ -361,14 +362,17 @@ def _is_per_pool(name: str, resource: dict[str, Any]) -> bool:
 
 
 def _without_notes(resource: dict[str, Any]) -> dict[str, Any]:
-    """Return the resource without the metadata for checkov, cfn-lint, and this module."""
+    """Return the resource without the metadata for checkov, cfn-lint, and batchlab."""
     metadata = {k: v for k, v in resource.get("Metadata", {}).items() if k.startswith("AWS::")}
     stripped = {key: value for key, value in resource.items() if key != "Metadata"}
     return {**stripped, "Metadata": metadata} if metadata else stripped
 
 
 def _mentions(key: str, value: Any, rename: _Rename) -> Any:
-    """Return `value` under `key` with every logical id renamed that `value` names directly."""
+    """Return the value of `key`, with the logical ids renamed that the value itself contains.
+
+    Child nodes stay unchanged.
+    """
     if key in ("Ref", "Condition") and isinstance(value, str):
         return rename(value)
     if key == "DependsOn":

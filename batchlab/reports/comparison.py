@@ -1,8 +1,8 @@
-"""Comparison of two runs or two sets of runs: measures, changes, confidence, causes, and gates.
+"""Comparison of two jobs or two sets of jobs: measures, changes, confidence intervals, causes, and gates.
 
-Invariants: the runs and the seed alone determine a comparison, so a repeated comparison has equal results. A gate fails
-only if a measure got worse by more than the gate allows. If the confidence interval of the change is known, it must
-also exclude 0.
+Invariants: only the runs and the random seed determine a comparison, so a repeated comparison has equal results. A gate
+fails only if a measure got worse by more than the gate allows. If the confidence interval of a change is known, a gate
+fails only if the interval also excludes 0.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 DRAWS = 200
-"""Resamples of a run's tasks. A comparison draws more samples of the runs (see `comparison`)."""
+"""Number of resamples of the tasks of one run."""
 MIN_RESAMPLED_TASKS = 5
-"""A stage with fewer tasks gets percentiles without resamples."""
+"""Minimum number of tasks in a stage for resampled percentiles."""
 QUANTILES: Mapping[str, float] = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 _COLUMNS = (("", "run_s"), ("wait_", "wait_s"))
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Definition of a measure.
+    """Definition of a measure, such as the 95th percentile of the run time.
 
-    `unit` is "s", "usd", or "" for a number. `more_is_better` is None if neither direction is better. A gate cannot use
-    such a measure.
+    `unit` is "s", "usd", or "" for a number. `more_is_better` is None for a measure without a better direction. A gate
+    cannot use a measure without a better direction.
     """
 
     name: str
@@ -69,14 +69,14 @@ MEASURES: Mapping[str, Measure] = {
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Value of a measure in one run, with values of resamples of the run's tasks."""
+    """Value of a measure in one run, and its values in resamples of the run's tasks."""
 
     value: float
     draws: Sequence[float] = ()
 
 
 Key = tuple[str, str]
-"""Measure and stage. The stage is "" for the whole run."""
+"""Names of a measure and a stage. The stage name "" means the whole run."""
 
 
 @dataclass(slots=True)
@@ -100,7 +100,7 @@ class Run:
 
 
 def runs(folders: Sequence[Path], seed: int) -> list[Run]:
-    """Return every run in the folders in the order of submission. Raise UsageError if data is missing."""
+    """Return all runs in the folders in the order of their submission. Raise UsageError if a folder lacks data."""
     with store.opened(folders) as connection:
         by_job = {run.job: run for run in _jobs(connection, seed)}
         for run in by_job.values():
@@ -148,10 +148,10 @@ def _per_1000(run: Run, stage: str, row: Mapping[str, Any], wasted_s: float, rng
 
 
 def _tasks(connection: DuckDBPyConnection, run: Run, stage: str, rng: random.Random) -> None:
-    """Store the quantiles of a stage's tasks and of resamples.
+    """Store the quantiles of a stage's tasks and of resamples of the tasks.
 
-    A resample's quantile equals the value at a random rank, so the function draws ranks instead of building resamples.
-    DuckDB computes all of them in one pass.
+    The quantile of a resample equals the value at a random rank, so the function draws ranks instead of resamples.
+    DuckDB computes all quantiles in one pass.
     """
     where = "FROM tasks WHERE job = ? AND stage = ? AND state = 'SUCCEEDED'"
     (count,) = store.rows(connection, f"SELECT count(*) AS n {where}", [run.job, stage])
@@ -193,20 +193,20 @@ CONFIDENCE = 0.95
 THRESHOLD_MEASURES = ("p95", "tasks_per_s", "cost")
 """Measures to which `--threshold` applies."""
 MIN_CHANGE = 0.05
-"""A relative change below this value counts as the same if its interval is unknown."""
+"""Minimum relative change for the verdict "worse" or "better" if the confidence interval is unknown."""
 MIN_CHANGE_S = 0.01
-"""Times that differ by less than this many seconds pass every gate, because of machine noise."""
+"""Minimum difference in seconds for a failed gate. Smaller differences are noise of the machine."""
 _GATE = re.compile(r"\s*(?:(?P<stage>[\w.-]+)\.)?(?P<name>\w+)\s*>\s*(?P<share>[\d.]+)\s*%\s*")
 _SHARE = re.compile(r"\s*(?P<share>\d+(\.\d+)?)\s*%?\s*")
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Change of one measure between the medians of both sides.
+    """Change of one measure, from the median of the runs A to the median of the runs B.
 
-    `relative` is B's change as a share of A. It is infinite if A is 0 and B is not. `low` and `high` are the bounds of
-    its 95% confidence interval. They are None if the spread is unknown, for example for a measure of a whole run with
-    one run on each side.
+    `relative` is the change as a share of A, and infinite if only A is 0. `low` and `high` are the bounds of the 95%
+    confidence interval of `relative`. `low` and `high` are None if the spread is unknown, for example for the duration
+    of a single run.
     """
 
     measure: Measure
@@ -224,26 +224,29 @@ class Change:
 
     @property
     def worse_by(self) -> float:
-        """Relative worsening: negative if the measure got better, 0 if no direction counts as better."""
+        """Relative worsening of the measure.
+
+        A negative value is an improvement, and 0 also stands for a measure without a better direction.
+        """
         if self.measure.more_is_better is None:
             return 0.0
         return -self.relative if self.measure.more_is_better else self.relative
 
     @property
     def is_sure(self) -> bool | None:
-        """Whether the interval excludes 0, or None if the interval is unknown."""
+        """Whether the confidence interval of the change excludes 0, or None if the interval is unknown."""
         if self.low is None or self.high is None:
             return None
         return self.low > 0 or self.high < 0
 
     @property
     def is_small(self) -> bool:
-        """Whether the difference in seconds is too small for a gate."""
+        """Whether the difference is less than `MIN_CHANGE_S` seconds, so that no gate fails."""
         return self.measure.unit == "s" and abs(self.b - self.a) < MIN_CHANGE_S
 
     @property
     def verdict(self) -> str:
-        """ "worse", "better", or "same". It is "" if neither direction of the measure is better."""
+        """ "worse", "better", or "same", or "" for a measure without a better direction."""
         if self.measure.more_is_better is None:
             return ""
         unknown = self.is_sure is None and abs(self.relative) < MIN_CHANGE
@@ -268,7 +271,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """Limit for the worsening of a measure, as a share. An empty `stage` means the whole run and every stage."""
+    """Limit for the relative worsening of a measure.
+
+    A gate with an empty `stage` applies to the whole run and to every stage.
+    """
 
     measure: str
     stage: str
@@ -281,10 +287,10 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Result of a comparison.
+    """Result of a comparison of the runs A and B.
 
-    `changes` follow the order of the stages. `broken` contains the failed gates with their changes. `causes` are
-    sentences about what got slower and why, largest first.
+    `changes` is in the order of the stages. `broken` contains the failed gates with their changes. `causes` contains
+    sentences about slower stages, with the largest slowdown first.
     """
 
     a: Sequence[Run]
@@ -307,7 +313,7 @@ class Comparison:
 
 
 def gates(threshold: str | None, fail_on: Sequence[str]) -> list[Gate]:
-    """Return the gates of `--threshold` and `--fail-on`. Raise UsageError if one is invalid."""
+    """Return the gates of `--threshold` and `--fail-on`. Raise UsageError for an invalid gate."""
     gates = []
     if threshold is not None:
         share = _SHARE.fullmatch(threshold)
@@ -336,7 +342,7 @@ def _number(text: str) -> float:
 
 
 def compare(a: Sequence[Run], b: Sequence[Run], wanted: Sequence[Gate] = (), *, seed: int = 0) -> Comparison:
-    """Compare B with A. Raise UsageError if a gate names a stage that neither side has."""
+    """Compare the runs B with the runs A. Raise UsageError if a gate names a stage that no run has."""
     stages = list(dict.fromkeys(stage for run in (*b, *a) for stage in run.stages))
     unknown = next((gate for gate in wanted if gate.stage and gate.stage not in stages), None)
     if unknown:
@@ -374,7 +380,7 @@ def _change(key: Key, a: Sequence[Run], b: Sequence[Run], rng: random.Random) ->
         return change
     changes = sorted(_resampled_changes(samples, other_samples, rng))
     if len(changes) < RESAMPLES:
-        return change  # some resamples of A are 0, so their ratio is undefined
+        return change  # If a resample of A is 0, its ratio is undefined.
     tail = (1 - CONFIDENCE) / 2
     low, high = changes[int(tail * RESAMPLES)], changes[int((1 - tail) * RESAMPLES) - 1]
     return Change(change.measure, change.stage, before, after, low, high)
@@ -385,7 +391,10 @@ def _samples(key: Key, side: Sequence[Run]) -> list[Sample]:
 
 
 def _resampled_changes(a: Sequence[Sample], b: Sequence[Sample], rng: random.Random) -> Iterator[float]:
-    """Yield relative changes between resamples of the runs and of the tasks within each run."""
+    """Yield the relative change from a resample of A to a resample of B, up to `RESAMPLES` times.
+
+    A resample draws runs at random, and tasks within each run.
+    """
     for _ in range(RESAMPLES):
         before, after = _resampled(a, rng), _resampled(b, rng)
         if before:
@@ -393,8 +402,8 @@ def _resampled_changes(a: Sequence[Sample], b: Sequence[Sample], rng: random.Ran
 
 
 def _resampled(side: Sequence[Sample], rng: random.Random) -> float:
-    # This function runs about 100,000 times per comparison. The `random` and `statistics` functions take five times as
-    # long.
+    # A comparison calls `_resampled` about 100,000 times. Functions of `random` and `statistics` would take five times
+    # as long.
     draw, n = rng.random, len(side)
     values = []
     for i in range(n):
@@ -408,11 +417,14 @@ def _resampled(side: Sequence[Sample], rng: random.Random) -> float:
 # --- Causes as sentences -------------------------------------------------------------------------
 
 _MIN_REPORTED_CHANGE = 0.02
-"""A smaller relative change gets no sentence."""
+"""Minimum relative change that is reported in a sentence."""
 
 
 def _causes(changes: Mapping[Key, Change], stages: Sequence[str]) -> Iterator[str]:
-    """Yield sentences about what got slower or more expensive: stages by growth, then the fleet."""
+    """Yield sentences about slower stages, the fleet, and a higher cost.
+
+    The stage with the largest growth comes first.
+    """
 
     def grown_s(stage: str) -> float:
         span = changes.get(("span", stage))

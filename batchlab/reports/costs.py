@@ -1,7 +1,7 @@
 """Bill of a job, split by stage.
 
-Invariant: the parts of a line add up to the line, and all parts add up to the bill, exactly to 12 decimal places. A
-cost that belongs to no single stage has the stage None.
+Invariant: the parts of a bill's line add up to the line, and all parts add up to the bill, exactly to 12 decimal
+places. A cost that belongs to no single stage has the stage None.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DIGIT = Decimal("0.000000000001")
 _REQUESTS = {"SQS requests": "sqs", "S3 requests": "s3"}
 
 _Line = tuple[str, str | None, float | None, Mapping[str | None, float]]
-"""Kind, pool, seconds, and weights of the stages of a line of the bill."""
+"""Kind, pool, instance seconds, and weights of the stages of a line of the bill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class StageUsage:
-    """Usage of a stage.
+    """Usage of one stage of a job.
 
     `failed_slot_s` is the slot time of failed attempts. `bundles` counts the bundles with an outcome.
     """
@@ -57,10 +57,10 @@ def parts(
     stored_bytes: int,
     pace: Pace,
 ) -> tuple[Bill, list[Part]]:
-    """Return the bill and its lines, split by stage.
+    """Return the bill of a job, and the bill's lines split by stage.
 
-    Compute is split by run time, wasted work by failed attempts, and requests by bundles. The work lost with instances
-    is assigned to no stage.
+    The cost of compute is split by run time, of wasted work by failed attempts, and of requests by bundles. The cost of
+    work that was lost with instances belongs to no stage.
     """
     stages = [use.stage for use in uses]
     job_bill = bill(stages, account, pools, book, stored_bytes=stored_bytes, pace=pace)
@@ -93,10 +93,10 @@ def _of_pool(pool: str, billed: Billed, uses: Sequence[StageUsage], account: Acc
 
 
 def split(usd: Decimal, weights: Mapping[str | None, float]) -> dict[str | None, tuple[float, Decimal]]:
-    """Split `usd` in proportion to the weights, and return each share of 1 with its amount.
+    """Split `usd` in proportion to the weights, and return the relative weight and the amount of each key.
 
-    The amounts add up to `usd`, because the heaviest entry receives the rounding difference. Without a positive weight,
-    the key None receives everything.
+    The amounts add up to `usd`, because the key with the largest weight receives the rounding difference. Without a
+    positive weight, the key None receives the whole amount.
     """
     positive = {name: weight for name, weight in weights.items() if weight > 0}
     if not positive:
