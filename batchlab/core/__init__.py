@@ -1,2 +1,3 @@
-"""Values, ports, messages, and rules that every other room uses: the model, the protocol, the
-commit point, prices, and schedules."""
+"""Values, ports, messages, and rules that every other package of batchlab uses: the model, the protocol, the commit
+of outcomes, prices, and schedules.
+"""

@@ -1,16 +1,16 @@
 """Typed dicts for the responses of the HTTP API: jobs, tasks, logs, the fleet, and notifications.
 
-The manager fills them, and its clients read them.
+The manager creates these responses, and its clients read them.
 
-Invariant: the module is cheap to import, and a client needs nothing else to read a response. An address is shown by its
-host alone, because its path may be a secret.
+Invariant: the module is cheap to import, and a client can read every response with this module alone. Responses contain
+only the host of a webhook's address, because the path may be a secret.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import TypedDict  # pydantic refuses the standard one before Python 3.12
+from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
 
 if TYPE_CHECKING:
     from batchlab.core.notifications import Notification, Target
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class StageView(TypedDict):
-    """Counters of a stage. `running` counts tasks of bundles that workers report as running."""
+    """Counters of a stage. `running` is the number of tasks in bundles that workers report as running."""
 
     name: str
     pool: str
@@ -37,8 +37,8 @@ class StageView(TypedDict):
 class JobView(TypedDict):
     """A job.
 
-    `version` changes whenever another field changes, and is 0 once the job has ended. `report` gives the reason if the
-    job's performance data could not be written.
+    `version` changes whenever another field of the job changes, and is 0 once the job has ended. `report` is the reason
+    why the job's performance data could not be written, if the write failed.
     """
 
     id: str
@@ -65,15 +65,19 @@ class WhyView(TypedDict):
 
 
 UNCOUNTED = 0
-"""Value of `seq` for an outcome that is committed but not folded yet. It sorts before all others."""
+"""Value of `seq` for an outcome that is committed but not folded yet.
+
+UNCOUNTED sorts before the `seq` of every folded outcome.
+"""
 
 
 class OutcomeView(TypedDict):
     """A folded outcome.
 
     The response to a submission may also contain an outcome that is not folded yet, with `seq` 0. `tasks` are the
-    ranges of the tasks that succeeded in it. The object at `key` has their values. `failed` counts the tasks that
-    failed for good. `outcome` is the content of that object if the manager has it in memory.
+    ranges of the tasks that succeeded in the outcome. The object at `key` has the results of the tasks that succeeded.
+    `failed` is the number of tasks that failed and are not retried. `outcome` is the content of the object at `key` if
+    the manager has the content in memory.
     """
 
     seq: int
@@ -86,14 +90,17 @@ class OutcomeView(TypedDict):
 
 
 class OutcomesView(TypedDict):
-    """Outcomes of a job. `ended` is true if no others follow because the job has ended."""
+    """Outcomes of a job. `ended` is true if the job has ended and no more outcomes follow."""
 
     outcomes: list[OutcomeView]
     ended: bool
 
 
 class FailureView(TypedDict):
-    """A task that failed for good, in the outcome `seq`. Failures with the same cause have the same `fingerprint`."""
+    """A task that failed and is not retried, in the outcome `seq`.
+
+    Failures with the same cause have the same `fingerprint`.
+    """
 
     seq: int
     stage: str
@@ -108,14 +115,14 @@ class FailureView(TypedDict):
 
 
 class FailuresView(TypedDict):
-    """A page of failures. `next` is the value of `after` for the next page, None on the last page."""
+    """A page of failures. `next` is the value of the parameter `after` for the next page, or None on the last page."""
 
     failures: list[FailureView]
     next: str | None
 
 
 class FailureGroupView(TypedDict):
-    """Failures with one fingerprint: the number of tasks, and the first of them."""
+    """Failures with the same fingerprint: the number of failed tasks, and the first failed task."""
 
     fingerprint: str
     stage: str
@@ -124,9 +131,10 @@ class FailureGroupView(TypedDict):
 
 
 class FailureGroupsView(TypedDict):
-    """Groups of failures, largest first.
+    """Groups of failures, with the largest group first.
 
-    `is_whole` is false while only the first `read` of the `failed` failures have been read. The client then asks again.
+    `is_whole` is false while only the first `read` of the `failed` failures have been read. A client repeats the
+    request until `is_whole` is true.
     """
 
     groups: list[FailureGroupView]
@@ -138,8 +146,9 @@ class FailureGroupsView(TypedDict):
 class TaskView(TypedDict):
     """A task that has ended, according to its outcome.
 
-    `state` is succeeded, failed, cancelled, or, for the `seq` of an earlier outcome, retried. `input` and `log` are
-    text and are truncated if they are long. `input_of` names the file that the input is, or is a part of.
+    `state` is succeeded, failed, or cancelled. If `seq` belongs to an earlier outcome of the task, `state` is retried.
+    `input` and `log` are text and are truncated if they are long. `input_of` is the name of the file that contains the
+    input.
     """
 
     seq: int
@@ -161,8 +170,8 @@ class TaskView(TypedDict):
 class EtaView(TypedDict):
     """Remaining time of a job in seconds, as a range.
 
-    Both ends are None without an estimate, and `text` then gives the reason. The time of the `unmeasured` stages is not
-    included.
+    Without an estimate, both ends of the range are None, and `text` gives the reason. The range does not include the
+    time of the `unmeasured` stages.
     """
 
     low_s: float | None
@@ -175,7 +184,7 @@ class LogView(TypedDict):
     """Output of one attempt of a task.
 
     `state` is SUCCEEDED, FAILED, RETRIED (the attempt failed and another one follows), or CANCELLED. `ended_s` is the
-    end of the attempt's bundle. If the log is not `stored` yet, `text` gives the reason.
+    time at which the attempt's bundle ended. If the log is not `stored` yet, `text` gives the reason.
     """
 
     stage: str
@@ -196,8 +205,8 @@ class LogsView(TypedDict):
 class NewLogsView(TypedDict):
     """Logs of newly folded outcomes.
 
-    `seq` is the seq of the last outcome that was read. `ended` is true if no more logs follow, because the job or the
-    requested task has ended.
+    `seq` is the seq of the last outcome that was read. `ended` is true if the job or the requested task has ended and
+    its last logs are included.
     """
 
     logs: list[LogView]
@@ -206,7 +215,7 @@ class NewLogsView(TypedDict):
 
 
 class TailView(TypedDict):
-    """The latest output of a running attempt: bytes [start, stop) of its output."""
+    """The latest output of a running attempt: bytes [start, stop) of the attempt's output."""
 
     stage: str
     task: int
@@ -219,7 +228,7 @@ class TailView(TypedDict):
 
 
 class TailsView(TypedDict):
-    """Live logs of running tasks. Workers store new output at most every `every_s`."""
+    """Live logs of running tasks. Workers store new output at most once every `every_s` seconds."""
 
     tails: list[TailView]
     every_s: float
@@ -228,8 +237,9 @@ class TailsView(TypedDict):
 class InstanceView(TypedDict):
     """An instance of a pool.
 
-    `worker` is None until the instance's worker has reported. `busy` counts the bundles that the worker runs, and
-    `held` counts all bundles that it has received. `type` and `zone` are empty if all machines are alike.
+    `worker` is None until the instance's worker has sent a heartbeat. `busy` is the number of bundles that the worker
+    runs, and `held` is the number of all bundles that the worker holds. `type` and `zone` are empty if the backend does
+    not have instance types.
     """
 
     id: str
@@ -247,7 +257,7 @@ class InstanceView(TypedDict):
 
 
 class PoolView(TypedDict):
-    """A pool. `trouble` is the reason why its instances do not start, or is empty."""
+    """A pool. `trouble` is the reason why the pool's instances do not start, or "" if they start."""
 
     name: str
     min: int
@@ -271,8 +281,8 @@ class QueueView(TypedDict):
 class GridView(TypedDict):
     """A grid.
 
-    `settings` are the settings of its manager by name, mostly in seconds. `unreadable` counts the messages and objects
-    that the manager could not read.
+    `settings` are the settings of the grid's manager by name, mostly in seconds. `unreadable` is the number of messages
+    and objects that the manager could not read.
     """
 
     backend: str
@@ -285,7 +295,7 @@ class GridView(TypedDict):
 
 
 class ActivityView(TypedDict):
-    """A scaling activity. `ended_s` is None while it is in progress."""
+    """A scaling activity. `ended_s` is None while the activity is in progress."""
 
     id: int
     pool: str
@@ -301,10 +311,10 @@ class ActivitiesView(TypedDict):
 
 
 class PoolCurve(TypedDict):
-    """Curves of a pool, with one value per moment.
+    """Curves of a pool over time, with one value for each of `at_s` of the history.
 
-    They are the desired and the actual number of instances, and the numbers of bundles that run, wait in the pool's
-    queue, or are in flight.
+    The curves of a pool are its desired and actual number of instances, and its numbers of running, queued, and
+    in-flight bundles.
     """
 
     name: str
@@ -317,16 +327,16 @@ class PoolCurve(TypedDict):
 
 
 class HistoryView(TypedDict):
-    """Recent history of the fleet and its queues. Each curve has one value for each of `at_s`."""
+    """Recent history of the fleet and its queues. Each curve has one value for each time in `at_s`."""
 
     at_s: list[float]
     pools: list[PoolCurve]
 
 
 class SessionView(TypedDict):
-    """A one-time `code` that opens the web page at `path` within `valid_s`.
+    """A one-time `code` that opens the web page at `path` within `valid_s` seconds.
 
-    `name` identifies the code in a request for its state.
+    A client passes `name` to request the state of the code.
     """
 
     code: str
@@ -336,7 +346,7 @@ class SessionView(TypedDict):
 
 
 class CodeView(TypedDict):
-    """State of the code with that name. `waits` is true while the code is unused."""
+    """State of a one-time code. `waits` is true while the code is unused."""
 
     name: str
     waits: bool
@@ -349,7 +359,7 @@ class HealthView(TypedDict):
 
 
 class UnreadableView(TypedDict):
-    """An object that could not be read, with the reason."""
+    """An object that could not be read, with the reason why."""
 
     key: str
     reason: str
@@ -363,17 +373,18 @@ class RebuiltView(TypedDict):
 
 
 class ProblemView(TypedDict):
-    """An error: one sentence, and what to do."""
+    """An error, with one sentence about the problem and one sentence about the remedy."""
 
     error: str
     remedy: str
 
 
 class TargetView(TypedDict):
-    """A notification target.
+    """A notification target of the grid or of a job.
 
-    `to` is its address without parts that may be secret. `signed` is true if its messages are signed. `job` is the job
-    that the target belongs to, or "" for a target of the grid. `jobs` is true if jobs may name this target of the grid.
+    `to` is the target's address without parts that may be secret. `signed` is true if messages to the target are
+    signed. `job` is the job that the target belongs to, or "" for a target of the grid. `jobs` is true if jobs may use
+    the target, for a target of the grid.
     """
 
     name: str
@@ -394,8 +405,8 @@ class TargetsView(TypedDict):
 class NotificationView(TypedDict):
     """A notification.
 
-    `state` is pending, delivered, or given up. `due_s` is the time of the next try of a pending notification. `error`
-    is the error of the last try.
+    `state` is pending, delivered, or given up. `due_s` is the time of the next attempt to deliver a pending
+    notification. `error` is the error of the last attempt.
     """
 
     id: str
@@ -411,7 +422,7 @@ class NotificationView(TypedDict):
 
 
 class NotificationsView(TypedDict):
-    """Notifications: pending ones first, then the others, newest first."""
+    """Notifications: pending notifications first, then finished notifications, newest first."""
 
     notifications: list[NotificationView]
 
@@ -454,6 +465,6 @@ def notification_view(notification: Notification) -> NotificationView:
 
 
 def log_view(notifying: Notifier, limit: int) -> NotificationsView:
-    """Return at most `limit` notifications of the current log."""
+    """Return at most `limit` pending and finished notifications."""
     every = [*notifying.outbox.pending.values(), *reversed(notifying.outbox.log)]
     return {"notifications": [notification_view(notification) for notification in every[:limit]]}

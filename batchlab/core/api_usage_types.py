@@ -1,6 +1,7 @@
 """Typed dicts for the responses of the HTTP API about usage and schedules.
 
-The manager fills them, and its clients read them. They contain no prices, because the clients have a price book.
+The manager creates these responses, and its clients read them. Responses about usage do not contain prices, because the
+clients have a price book.
 
 Invariant: the module is pure and cheap to import.
 """
@@ -11,7 +12,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from typing_extensions import TypedDict  # pydantic refuses the standard one before Python 3.12
+from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
 
 from batchlab.core import due_times
 
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 
 
 class BilledView(TypedDict):
-    """Billed seconds of instances of one kind, as AWS counts them. `type` is empty if all machines are alike."""
+    """Billed seconds of instances of one kind, as AWS counts them.
+
+    `type` is empty if the backend does not have instance types.
+    """
 
     pool: str
     type: str
@@ -35,11 +39,11 @@ class BilledView(TypedDict):
 
 
 class AccountView(TypedDict):
-    """Recorded usage.
+    """Recorded usage of a job or of the grid.
 
-    `failed_s` (failed attempts) and `lost_s` (runs whose instance died) are slot seconds by pool. `requests` are the
-    requests that SQS and S3 bill. They are all 0 on a backend without SQS and S3. `is_whole` is false if some of the
-    usage was not counted.
+    `failed_s` (failed attempts) and `lost_s` (runs whose instance died) are slot seconds by pool. `requests` has the
+    numbers of requests that AWS bills for SQS and S3, which are 0 on a backend without SQS and S3. `is_whole` is false
+    if some of the usage was not counted.
     """
 
     billed: list[BilledView]
@@ -62,8 +66,8 @@ class LivingView(TypedDict):
 class UseView(TypedDict):
     """Usage of the grid since its account was opened.
 
-    `nobody` is the usage that belongs to no job. `capped` has, by pool, the reason why no more instances are launched.
-    The cap is in USD.
+    `nobody` is the usage that is not attributed to a job. `capped` has, by pool, the reason why a cap prevents the
+    launch of more instances. The cap of the grid is in USD.
     """
 
     total: AccountView
@@ -74,10 +78,10 @@ class UseView(TypedDict):
 
 
 class JobUseView(TypedDict):
-    """Usage of a job. `account` is None if the usage was not recorded.
+    """Usage of a job. `account` is None if the usage of the job was not recorded.
 
-    `pools` has the slots of an instance by pool, `types` the instance type by pool, and `slots` the slots of a task by
-    stage. `capped` names the cap that does not pay for the rest of the job, or is empty.
+    `pools` has the slots of an instance by pool, `types` has the instance type by pool, and `slots` has the slots of a
+    task by stage. `capped` names the cap that does not cover the remaining work of the job, or is empty.
     """
 
     job: str
@@ -104,7 +108,7 @@ def account_view(account: Account) -> AccountView:
 
 
 def account_of(view: AccountView) -> Account:
-    """Return the account that a response of the manager describes."""
+    """Return the Account in a response of the manager."""
     from batchlab.core.model import Market
     from batchlab.core.pricing.request_costs import Requests
     from batchlab.core.pricing.usage import Account, Kind
@@ -120,7 +124,7 @@ def account_of(view: AccountView) -> Account:
 
 
 def use_view(spending: Spending) -> UseView:
-    """Return the current account of the grid."""
+    """Return the current usage of the grid as a response."""
     kinds = Counter(life.kind for life in spending.meter.lives.values())
     return {
         "total": account_view(spending.meter.total),
@@ -150,10 +154,10 @@ def job_use_view(
 
 
 class RunView(TypedDict):
-    """A due time and its run. `due` is the due time in the schedule's zone.
+    """A run of a schedule. `due` is the run's due time in the schedule's zone.
 
-    `state` is waiting, running, ended, or skipped. `result` is the final state of the job. `tasks` is None if the
-    manager did not record it.
+    `state` is waiting, running, ended, or skipped. `result` is the final state of the run's job. `tasks` is None if the
+    manager did not record the number of tasks.
     """
 
     due_s: float
@@ -170,7 +174,7 @@ class RunView(TypedDict):
 
 
 class ScheduleView(TypedDict):
-    """A schedule with its runs, newest first.
+    """A schedule with its runs, newest run first.
 
     `state` is active, paused, or done. A schedule that is done does not run again. Either `cron` or `at_s` is set.
     `next` is the next due time in the schedule's zone.
@@ -198,14 +202,14 @@ class ScheduleView(TypedDict):
 
 
 class SchedulesView(TypedDict):
-    """All schedules. `notes` describe the runs that were missed before this manager began to lead."""
+    """All schedules. `notes` describe the runs that were missed before the current manager began to lead."""
 
     schedules: list[ScheduleView]
     notes: list[str]
 
 
 class DueView(TypedDict):
-    """A due time: in epoch seconds, in the schedule's zone, and in UTC."""
+    """A due time in three forms: in epoch seconds, in the schedule's zone, and in UTC."""
 
     at_s: float
     local: str
@@ -216,8 +220,8 @@ class ComingView(TypedDict):
     times: list[DueView]
 
 
-def schedule_view(schedule: Schedule, *, runs: int, input: Sequence[str] = ()) -> ScheduleView:  # noqa: A002 - the view's own word
-    """Return a schedule with its last `runs` runs. `input` are the prefixes listed at each run."""
+def schedule_view(schedule: Schedule, *, runs: int, input: Sequence[str] = ()) -> ScheduleView:  # noqa: A002 - the name is a field of the view
+    """Return a schedule with its last `runs` runs. `input` has the input prefixes that are listed at each run."""
     definition = schedule.definition
     when, next_s = definition.when, schedule.next_s()
     state = "paused" if schedule.paused else "done" if next_s is None else "active"
@@ -261,7 +265,7 @@ def run_view(schedule: Schedule, run: Run) -> RunView:
 
 
 def coming(schedule: Schedule, now_s: float, count: int) -> list[DueView]:
-    """Return the next due times, as if the schedule were not paused."""
+    """Return the next `count` due times, as if the schedule were not paused."""
     when = schedule.definition.when
     times: list[DueView] = []
     due_s = when.next_after(max(now_s, schedule.through_s))

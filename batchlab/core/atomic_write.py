@@ -3,9 +3,10 @@
 Invariant: after the end of a process, a power cut, or a full disk, a file that `write_whole` wrote has either its old
 or its new content. When `write_whole` returns, the new content is on the disk.
 
-`Sync` defines which writes of a local grid wait for the disk. A power cut on `local` ends the client, the manager, and
-the workers together. A job outlives them, so its writes wait for the disk. The result of a single call has a reader
-only while its client runs, so by default its writes do not wait.
+`Sync` defines which writes of a local grid wait for the disk. On the backend `local`, a power cut ends the client, the
+manager, and the workers together. Writes of a job wait for the disk, because a job must survive a power cut. By
+default, writes of a single call do not wait for the disk, because the client that reads the result does not survive a
+power cut.
 
 Every child process imports the module at its start, so it needs only the standard library.
 """
@@ -27,17 +28,17 @@ PRIVATE = 0o600
 PRIVATE_FOLDER = 0o700
 
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
-"""Errors of file systems that write names at once, or that cannot sync a folder."""
+"""Error numbers of file systems that cannot sync a folder, or that write names without a sync."""
 
 
 def write_whole(path: Path, content: str | bytes, *, mode: int = PRIVATE, durable: bool = True) -> None:
     """Replace the file's content and set its permissions. The file's folder must exist.
 
-    The file is never readable for more users than `mode` allows. Without `durable`, the content survives the end of the
+    At no time can more users read the file than `mode` allows. Without `durable`, the content survives the end of the
     process but not a power cut. Raise OSError if the file cannot be written.
     """
     staged = path.with_name(f"{path.name}.new")
-    staged.unlink(missing_ok=True)  # a file of an interrupted write may be read-only
+    staged.unlink(missing_ok=True)  # a file left by an interrupted write may be read-only
     data = content.encode() if isinstance(content, str) else content
     with open(staged, "xb", opener=private) as file:
         os.fchmod(file.fileno(), mode)
@@ -51,7 +52,10 @@ def write_whole(path: Path, content: str | bytes, *, mode: int = PRIVATE, durabl
 
 
 def write_once(path: Path, content: str) -> None:
-    """Create the file for its user only, unless it exists. The first of several writers wins."""
+    """Create the file, readable only for its user, unless the file exists.
+
+    If several processes write the file at once, the first one creates it.
+    """
     staged = path.with_name(f"{path.name}.{os.urandom(4).hex()}")
     write_whole(staged, content)
     try:
@@ -63,28 +67,28 @@ def write_once(path: Path, content: str) -> None:
 
 
 def private(path: str | os.PathLike[str], flags: int) -> int:
-    """Open a file that only its user may read."""
+    """Open a file, and create a missing file so that only its user may read it."""
     return os.open(path, flags, PRIVATE)
 
 
 def make_private(path: Path) -> None:
-    """Create the file, empty, if it does not exist, so that only its user may read it.
+    """Create an empty file that only its user may read, unless the file exists.
 
-    SQLite gives the same permissions to the log and the index next to it. This function ignores errors, because SQLite
-    later reports why it cannot open a file.
+    SQLite creates its log and its index with the permissions of the database file. `make_private` ignores errors,
+    because SQLite later reports why it cannot open a file.
     """
     with suppress(OSError):
         os.close(private(path, os.O_CREAT | os.O_RDWR))
 
 
 def make_folder(folder: Path) -> None:
-    """Create the folder for its user only, and its parents. Wait until their names are on the disk."""
+    """Create the folder, accessible only for its user, and its parents, and wait until their names are on the disk."""
     new_folders = []
     while not folder.exists():
         new_folders.append(folder)
         folder = folder.parent
     for path in reversed(new_folders):
-        # The parents get the permissions of the user's umask.
+        # Parent folders get the permissions of the user's umask.
         path.mkdir(PRIVATE_FOLDER if path is new_folders[0] else 0o777, exist_ok=True)
         sync_folder(path.parent)
 
@@ -108,12 +112,12 @@ _repeated: ContextVar[bool] = ContextVar("repeated", default=False)
 
 
 class Sync(StrEnum):
-    """Choice of the writes that wait for the disk."""
+    """Choice of the writes of a local grid that wait for the disk."""
 
     ALL = "all"
-    """Writes of jobs and of single calls."""
+    """Writes of jobs and of single calls wait for the disk."""
     JOBS = "jobs"
-    """Writes of jobs."""
+    """Only writes of jobs wait for the disk."""
     NONE = "none"
 
     @property
@@ -125,7 +129,7 @@ class Sync(StrEnum):
 
 
 def read_sync(environ: Mapping[str, str] = os.environ) -> Sync:
-    """Return the choice in BATCHLAB_SYNC, by default `jobs`. Raise UsageError if the value is unknown."""
+    """Return the Sync in BATCHLAB_SYNC, by default `jobs`. Raise UsageError if the value of the variable is unknown."""
     value = environ.get(VARIABLE) or Sync.JOBS
     try:
         return Sync(value)
@@ -137,16 +141,16 @@ def read_sync(environ: Mapping[str, str] = os.environ) -> Sync:
 
 @contextmanager
 def of_single_call(is_call: bool) -> Iterator[None]:
-    """Mark the writes of this context as writes of a single call. Tasks that start in this context are included."""
+    """Mark the writes of the current context, and of asyncio tasks that start in it, as writes of a single call."""
     with _set(_single_call, is_call):
         yield
 
 
 @contextmanager
 def repeated() -> Iterator[None]:
-    """Mark the writes of this context as writes that the next manager repeats after a power cut.
+    """Mark the writes of the current context as repeatable.
 
-    These writes do not wait for the disk.
+    Repeatable writes do not wait for the disk, because the next manager repeats them after a power cut.
     """
     with _set(_repeated, True):
         yield
@@ -164,18 +168,22 @@ def _set(variable: ContextVar[bool], value: bool) -> Iterator[None]:
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 STAGED = re.compile(r"#\d+$")
-"""Ending of the local store's files that are still being written."""
+"""Pattern of the end of the names of files that the local store is still writing."""
 
 NEVER_EMPTY = ("code/", "grid/", "jobs/", "logs/.workers/", "reports/")
-"""Prefixes of documents and archives. An empty file there is the remains of a power cut."""
+"""Prefixes of documents and archives, which are never empty.
+
+An empty file with a prefix in NEVER_EMPTY is left over from a power cut.
+"""
 
 VOLATILE = re.compile(r"^(logs/(\.workers|[^/]+/\.tails)/|jobs/[^/]+/[^/]+/(running|starts)/)")
-"""Keys of data about running workers, which does not need to survive a power cut: markers, their
-environment, and live logs."""
+"""Pattern of the keys of data about running workers, which need not survive a power cut: markers, environments, and
+live logs.
+"""
 
 
 def check_key(key: str) -> None:
-    """Raise ValueError if some backend cannot store the key."""
+    """Raise ValueError unless every backend can store the key."""
     if CONTROL.search(key):
         raise ValueError(f"object key {key!r} holds a control character")
     for segment in key.split("/"):
@@ -186,5 +194,5 @@ def check_key(key: str) -> None:
 
 
 def check_prefix(prefix: str) -> None:
-    """Raise ValueError if no key can have the prefix."""
+    """Raise ValueError if the prefix cannot be the prefix of a valid key."""
     check_key(f"{prefix}x")

@@ -1,6 +1,7 @@
 """Capabilities of backends, as their descriptors list them.
 
-Code checks a capability and never the name of a backend. A new backend therefore needs only a new descriptor.
+All code checks capabilities and never the name of a backend. Because code does not check names of backends, a new
+backend needs only a new descriptor.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from batchlab.core import installation
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """Capabilities of a backend. Each one is false unless the backend's descriptor lists it."""
+    """Capabilities of a backend. Each capability is false unless the backend's descriptor lists it."""
 
     local_bucket: bool = False
     """The bucket is a folder of the grid's home, so a client reads it without a manager."""
@@ -23,16 +24,20 @@ class Capabilities:
     local_manager: bool = False
     """The manager and the instances run the client's Python on the client's machine."""
     one_machine: bool = False
-    """Instances are processes of one machine. They share its disk. They do not have a market or a
-    zone. Only a client restarts the manager."""
+    """Instances are processes of one machine and share its disk.
+
+    Instances on one machine do not have a market or a zone. Only a client restarts a manager on the same machine.
+    """
     container_manager: bool = False
     """The manager runs in a container, which Docker restarts."""
     remote_manager: bool = False
-    """The manager runs where a client cannot start or stop it. Clients only connect to it."""
+    """Clients connect to the manager, but cannot start or stop it."""
     keeps_home: bool = False
-    """The next manager finds the home of the previous one and does not need to wait for its lease."""
+    """The next manager has the home folder of the previous manager, and does not need to wait until the previous
+    manager's lease expires.
+    """
     s3_endpoint: bool = False
-    """`--endpoint` may name the endpoint of S3 and SQS. Otherwise, they are AWS's own."""
+    """The option `--endpoint` may set the endpoint of S3 and SQS, whose default is AWS's own endpoint."""
     stack: bool = False
     """A CloudFormation stack created the bucket, the queues, and the groups."""
     fixed_pools: bool = False
@@ -44,7 +49,7 @@ class Capabilities:
     billed: bool = False
     """AWS bills the instances and the requests."""
     simulated: bool = False
-    """The grid runs in one process and in virtual time. It ends with the process."""
+    """The grid runs in one process and in virtual time, and ends with the process."""
 
 
 NO_CAPABILITIES = Capabilities()
@@ -61,10 +66,10 @@ def read_descriptor(name: str) -> dict[str, Any]:
 
 
 def capabilities_in(descriptor: dict[str, Any]) -> Capabilities:
-    """Return the capabilities listed in a descriptor."""
+    """Return the capabilities that a descriptor lists."""
     return Capabilities(**dict.fromkeys(descriptor["capabilities"], True))
 
 
 def capabilities_of(name: str) -> Capabilities:
-    """Return the capabilities of the backend with that name. An unknown backend has none."""
+    """Return the capabilities of the backend with that name. An unknown backend does not have any capability."""
     return capabilities_in(read_descriptor(name)) if name in backend_names() else NO_CAPABILITIES

@@ -1,11 +1,11 @@
 """Commit and forwarding of an outcome (steps 2 and 3 of a bundle's life), and access to control objects.
 
 Invariant (I1): an outcome is written once, by one conditional PUT. A worker that finds a committed outcome discards its
-own result and continues with the committed outcome. So every later step may be repeated.
+own result and continues with the committed outcome. Every step after the commit of an outcome may be repeated.
 
-A job's control object permits or forbids the start of tasks. Its content is a `ControlCommand`. A write succeeds only
-if the replaced command has not changed. A command contains its round and the number of commands before it, because
-equal contents have equal ETags on S3.
+A job's control object permits or forbids the start of tasks. The content of a control object is a `ControlCommand`. A
+write to a control object succeeds only if the replaced command has not changed. A command contains its round and the
+number of earlier commands, because equal contents have equal ETags on S3.
 
 Invariant: a request that arrives late never replaces a later command.
 """
@@ -29,22 +29,22 @@ from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.core.protocol.values import OUTCOME_WEIGHT
 
 INLINE_BYTES = 60_000
-"""Limit of the inputs that a message contains. Workers fetch larger inputs from the bucket. SQS
-bills in steps of 64 KB, so a message within the limit costs one request."""
+"""Maximum size of the inputs in a message.
+
+Workers fetch larger inputs from the bucket. SQS bills each started 64 KB as a request, so a message within the limit
+INLINE_BYTES costs one request.
+"""
 
 
 async def commit(objects: Objects, outcome: Outcome, patience: Patience, key: CommitKey) -> Outcome:
-    """Commit `outcome` and return the committed outcome.
-
-    The committed outcome is another one if another execution committed first.
-    """
+    """Commit `outcome` and return the committed outcome, which may be the outcome of another execution."""
     name = object_keys.outcome(outcome.bundle, key)
     data = json_format.outcome_text(outcome).encode()
     try:
         await patience(lambda: objects.put(name, data, if_absent=True))
     except AlreadyExists:
-        # Another worker committed first, or the response to our first try was lost. In both cases the stored outcome is
-        # the committed one.
+        # AlreadyExists means that another worker committed first, or that the response to our own earlier write was
+        # lost. After AlreadyExists, the stored outcome is the committed outcome.
         stored = await committed(objects, outcome.bundle, patience, key)
         if stored is None:
             raise NotFound(f"The object {name!r} exists but cannot be found.") from None
@@ -53,7 +53,10 @@ async def commit(objects: Objects, outcome: Outcome, patience: Patience, key: Co
 
 
 def outcome_at(name: str, data: bytes, key: CommitKey) -> Outcome:
-    """Return the outcome stored under `name`. Raise Malformed if it cannot be read or if `key` did not seal `name`."""
+    """Return the outcome in the object `name`.
+
+    Raise Malformed if the outcome is unreadable or if `key` did not seal `name`.
+    """
     outcome = json_format.outcome_from_bytes(data, name)
     if object_keys.outcome(outcome.bundle, key) != name:
         raise Malformed(f"The outcome {name} has a wrong seal.")
@@ -61,10 +64,10 @@ def outcome_at(name: str, data: bytes, key: CommitKey) -> Outcome:
 
 
 async def committed(objects: Objects, bundle: Bundle, patience: Patience, key: CommitKey) -> Outcome | None:
-    """Return the committed outcome of `bundle`, or None if there is none yet.
+    """Return the committed outcome of `bundle`, or None if the bundle does not have an outcome yet.
 
-    If its object cannot be read, return the replacement that the manager committed. Raise Malformed if the replacement
-    does not exist.
+    If the object of the outcome cannot be read, return the replacement that the manager committed. Raise Malformed if
+    the replacement does not exist.
     """
     try:
         return await read_outcome(objects, object_keys.outcome(bundle, key), patience)
@@ -79,9 +82,10 @@ async def committed(objects: Objects, bundle: Bundle, patience: Patience, key: C
 
 
 async def read_outcome(objects: Objects, name: str, patience: Patience) -> Outcome:
-    """Return the outcome in the object `name`. An object that is too large is not fetched.
+    """Return the outcome in the object `name`. An outcome object that is too large is not fetched.
 
-    Raise NotFound if the object does not exist. Raise Malformed if it cannot be read or belongs to another bundle.
+    Raise NotFound if the object does not exist. Raise Malformed if the object cannot be read or belongs to another
+    bundle.
     """
     try:
         data = await patience(lambda: objects.get(name, limit=OUTCOME_WEIGHT))
@@ -93,7 +97,10 @@ async def read_outcome(objects: Objects, name: str, patience: Patience) -> Outco
 async def uncommitted(
     objects: Objects, follows: Sequence[Follow], patience: Patience, key: CommitKey
 ) -> tuple[Follow, ...]:
-    """Return the follow-ups without a committed outcome. A committed outcome proves that its message was received."""
+    """Return the follow-ups without a committed outcome.
+
+    A follow-up with a committed outcome need not be sent again, because its message was received.
+    """
     object_infos = [await patience(partial(objects.head, object_keys.outcome(f.bundle, key))) for f in follows]
     return tuple(f for f, outcome in zip(follows, object_infos, strict=True) if outcome is None)
 
@@ -119,8 +126,9 @@ def address(
 ) -> Addressed:
     """Return the message for `bundle`, with the commit key of its job.
 
-    If the delay exceeds the maximum of SQS, `not_before_s` holds back the bundle for the rest of it. `trace` is the
-    trace context of the sender if the job is traced. By default, it is the trace context of the submission.
+    If the delay exceeds the maximum of SQS, the message's `not_before_s` delays the bundle for the remaining time.
+    `trace` is the trace context of the sender if the job is traced. The default of `trace` is the trace context of the
+    job's submission.
     """
     if items is not None and len(json.dumps(items)) > INLINE_BYTES:
         items = None
@@ -144,8 +152,8 @@ def follow_ups(
 ) -> list[Addressed]:
     """Return the messages that follow from `outcome`.
 
-    `items` are the known inputs of the bundle by task. They are sent with retries and splits, so workers do not fetch
-    them again. `trace` is as in `address`.
+    `items` are the known inputs of the bundle by task. Messages for retries and splits contain the known inputs, so
+    workers do not fetch the inputs again. `trace` has the same meaning as in `address`.
     """
     if not outcome.follows:
         return []
@@ -163,7 +171,7 @@ def follow_ups(
     def delay_s(follow: Follow) -> float:
         if follow.bundle.due_s is None:
             return settlement.delay_s(job, follow)
-        # An outcome may be forwarded again long after its commit.
+        # Follow-ups may be sent again long after the commit of their outcome, so compute the remaining wait.
         return min(follow.delay_s, settlement.wait_s(job, follow.bundle, now_s))
 
     return [
@@ -173,7 +181,7 @@ def follow_ups(
 
 
 def batches(messages: Sequence[Outgoing]) -> list[list[Outgoing]]:
-    """Split `messages` into calls of at most 10 messages and 256 KiB."""
+    """Split `messages` into batches of at most 10 messages and 256 KiB, one for each call."""
     calls: list[list[Outgoing]] = []
     size = 0
     for message in messages:
@@ -208,23 +216,26 @@ async def send_all(queue: Queue, messages: Sequence[Addressed], patience: Patien
 
 @dataclass(frozen=True, slots=True)
 class StoredCommand:
-    """A command with the ETag of the object that it was read from."""
+    """A command with the ETag of its control object at the time of the read."""
 
     command: ControlCommand
     etag: str
 
 
 async def read_if_changed(objects: Objects, job: JobId, etag: str | None) -> StoredCommand | None:
-    """Return the command, or None if its ETag is still `etag`. Raise NotFound if it does not exist."""
+    """Return the command of a job, or None if its ETag is still `etag`.
+
+    Raise NotFound if the control object does not exist.
+    """
     changed = await objects.get_if_changed(object_keys.control(job), etag)
     return StoredCommand(json_format.control_from_bytes(changed[0]), changed[1]) if changed else None
 
 
 async def read_stored(objects: Objects, job: JobId, patience: Patience) -> StoredCommand | None:
-    """Return the current command so that another one can replace it, or None if the object does not exist.
+    """Return the current command with its ETag, or None if the control object does not exist.
 
-    An object that cannot be read, or that has an unknown command, counts as RUN in the first round. Every command may
-    replace that.
+    A control object that cannot be read, or that has an unknown command, counts as RUN in the first round, which every
+    command may replace.
     """
     try:
         found = await patience(partial(objects.get_if_changed, object_keys.control(job), None))
@@ -239,17 +250,17 @@ async def read_stored(objects: Objects, job: JobId, patience: Patience) -> Store
 
 
 async def read_command(objects: Objects, job: JobId, patience: Patience) -> ControlCommand:
-    """Return the command. Raise NotFound if it does not exist."""
+    """Return the command of a job. Raise NotFound if the control object does not exist."""
     return json_format.control_from_bytes(await patience(partial(objects.get, object_keys.control(job))))
 
 
 async def replace_command(
     objects: Objects, job: JobId, command: ControlCommand, patience: Patience, *, over: StoredCommand | None
 ) -> bool:
-    """Replace the command `over` by `command`, and return whether this succeeded.
+    """Replace the command `over` with `command`, and return whether the write succeeded.
 
-    Return False if the object has changed since it was read. The new command may be a cancellation, or our own command
-    if the response to our write was lost.
+    Return False if the control object has changed since `over` was read. The changed control object may contain a
+    cancellation, or `command` itself if the response to an earlier write was lost.
     """
     numbered = replace(command, number=over.command.number + 1 if over else 0)
     put = partial(
@@ -271,8 +282,8 @@ async def write_cancellation(
 ) -> ControlCommand | None:
     """Write a cancellation over every other command of the same or an earlier round.
 
-    Return the cancellation in effect, which is the first one of that round. Return None and write nothing if the bucket
-    has a command of a later round.
+    Return the first cancellation of the round, which is the one in effect. If the bucket has a command of a later
+    round, return None and write nothing.
     """
     while True:
         stored = await read_stored(objects, job, patience)
@@ -287,7 +298,7 @@ async def write_cancellation(
 async def repair_command(objects: Objects, job: JobId, control: Control, round: int, patience: Patience) -> None:
     """Write the command of the ledger if the control object is missing or cannot be read.
 
-    A command that another manager wrote in between stays.
+    A command that another manager writes in the meantime is not replaced.
     """
     try:
         await read_command(objects, job, patience)
@@ -300,7 +311,7 @@ async def repair_command(objects: Objects, job: JobId, control: Control, round: 
 async def permit_round(objects: Objects, job: JobId, round: int, patience: Patience) -> None:
     """Write the command that permits the tasks of a new round over the commands of earlier rounds.
 
-    A command of that round or a later one stays.
+    A command of round `round` or of a later round is not replaced.
     """
     while True:
         stored = await read_stored(objects, job, patience)

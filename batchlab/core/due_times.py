@@ -1,13 +1,13 @@
 """Due times of schedules: cron expressions with five fields in a time zone, or one moment.
 
-Invariant: the due times of an expression depend only on the expression and its zone, and not on the current time.
-cron's own rules apply to clock changes. If the change skips a fixed time of day, the due time is the first minute after
-the change. If the change repeats it, the first occurrence is due. An expression with `*` as its minute or hour follows
-the clock. It is due twice in a repeated hour, and not at all in a skipped one.
+Invariant: the due times of an expression depend only on the expression and its zone, and not on the current time. The
+rules of cron apply to clock changes. If a clock change skips a fixed time of day, the due time is the first minute
+after the change. If a clock change repeats a fixed time of day, the first occurrence is due. An expression with `*` as
+its minute or hour follows the clock: it is due twice in a repeated hour, and not due in a skipped hour.
 
-`local_times` is the only reader of cron expressions, and uses cronsim. Its callers decide what happens to a local time
-that a clock change skips or repeats. Schedules follow cron, as above. Scheduled actions follow Auto Scaling
-(`fleet/scaling_policies.py`).
+`local_times` is the only reader of cron expressions, and uses cronsim. The callers of `local_times` decide how to treat
+a local time that a clock change skips or repeats. Schedules follow cron's rules for clock changes. Scheduled actions
+follow the rules of Auto Scaling (`fleet/scaling_policies.py`).
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ FIELDS = 5
 
 
 class NeverDue(ValueError):
-    """The expression is well formed, but its day does not occur in any of its months."""
+    """Error for a well-formed expression whose day does not occur in any of its months."""
 
 
 def local_times(expression: str, after: datetime) -> Iterator[datetime]:
-    """Return the local times after `after`, in order. They are naive if `after` is, else in its zone.
+    """Return the local times of the expression after `after`, in order.
 
-    The sequence ends if no time follows within fifty years. Raise ValueError with the name of the field if the
-    expression is not valid, and NeverDue if it is valid but never due.
+    The local times are naive if `after` is naive, and have the zone of `after` otherwise.
+
+    The sequence ends if no local time follows within fifty years. Raise ValueError with the name of the field if the
+    expression is not valid. Raise NeverDue if the expression is valid but never due.
     """
     from cronsim import CronSim, CronSimError
 
     fields = expression.split()
     if len(fields) != FIELDS:
-        # cronsim reads the first of six fields as seconds.
+        # Refuse six fields, because cronsim would read the first of six fields as seconds.
         noun = "field" if len(fields) == 1 else "fields"
         raise ValueError(f"it has {len(fields)} {noun}, not {FIELDS}")
     try:
@@ -54,17 +56,17 @@ def local_times(expression: str, after: datetime) -> Iterator[datetime]:
 
 _DAY_S = 86_400
 _LONGEST = 200
-"""Maximum length of an expression in characters. A longer one is probably a mistake."""
+"""Maximum length of an expression in characters. A longer expression is probably a mistake."""
 _NEVER = "Write five fields: minute, hour, day of month, month, weekday, such as '0 2 * * 1-5'."
 _FIRST_WINDOW_S = 3600.0
 
 
 @lru_cache(maxsize=256)
 def zone_of(name: str) -> ZoneInfo:
-    """Return the IANA time zone with that name. Raise UsageError if it does not exist."""
+    """Return the IANA time zone with that name. Raise UsageError if the time zone does not exist."""
     try:
         return ZoneInfo(name)
-    # a name that is a folder of the time zone database raises OSError
+    # OSError is the error for a name that is a folder of the time zone database
     except (KeyError, ValueError, OSError) as error:
         raise UsageError(
             f"The time zone {name!r} does not exist.", remedy="Write an IANA name such as Europe/Berlin or UTC."
@@ -72,7 +74,7 @@ def zone_of(name: str) -> ZoneInfo:
 
 
 def check(expression: str, zone: str) -> None:
-    """Raise UsageError if the expression or the zone is not valid, or if it is never due."""
+    """Raise UsageError if the expression or the zone is not valid, or if the expression is never due."""
     known = zone_of(zone)
     fields = len(expression.split())
     if fields != FIELDS:
@@ -86,16 +88,17 @@ def check(expression: str, zone: str) -> None:
 
 
 def next_after(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
-    """Return the first due time after `after_s` (epoch seconds), or None.
+    """Return the first due time after `after_s` (epoch seconds), or None if no due time follows within fifty years.
 
-    None means that no due time follows within fifty years. Raise UsageError if the expression is not valid.
+    Raise UsageError if the expression is not valid.
     """
     minute, hour, *_ = expression.split()
     if minute.startswith("*") or hour.startswith("*"):
         return _by_the_clock(expression, zone, after_s)
     moments = _cron(expression, datetime.fromtimestamp(after_s, zone))
     for moment in moments:
-        # If `after_s` is in a repeated hour, the sequence starts with the first pass of this hour.
+        # If `after_s` is in an hour that a clock change repeats, the sequence starts in the first occurrence of the
+        # hour.
         if moment.timestamp() > after_s:
             return moment.timestamp()
     return None
@@ -109,9 +112,9 @@ def due_times(expression: str, zone: ZoneInfo, after_s: float) -> Iterator[float
 
 
 def latest(expression: str, zone: ZoneInfo, after_s: float, until_s: float, most: int) -> tuple[list[float], bool]:
-    """Return the last due times in (after_s, until_s], and whether there are more.
+    """Return the last due times in (after_s, until_s], in order, and whether earlier due times were omitted.
 
-    They are in order, at most `most`. The search in a year takes no longer than in a week.
+    At most `most` due times are returned. The duration of the search does not depend on the length of the interval.
     """
     window_s = _FIRST_WINDOW_S
     while True:
@@ -127,7 +130,7 @@ def latest(expression: str, zone: ZoneInfo, after_s: float, until_s: float, most
 
 
 def of_local(naive: datetime, zone: ZoneInfo) -> float:
-    """Return the epoch second of a local time, with cron's rules for a fixed time of day."""
+    """Return the epoch second of a local time, with cron's rules for a fixed time of day at clock changes."""
     local = naive.replace(tzinfo=zone)
     while local.astimezone(UTC).astimezone(zone).replace(tzinfo=None) != naive:
         naive = naive.replace(second=0, microsecond=0) + timedelta(minutes=1)
@@ -141,7 +144,7 @@ def shown(at_s: float, zone: ZoneInfo) -> str:
 
 
 def iso(at_s: float, zone: ZoneInfo | None = None) -> str:
-    """Return a time such as `2026-03-29T03:00:00+02:00`. Without a zone, it is in UTC and ends in Z."""
+    """Return a time such as `2026-03-29T03:00:00+02:00`. Without a zone, the time is in UTC and ends in Z."""
     if zone is None:
         return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return datetime.fromtimestamp(at_s, zone).isoformat(timespec="seconds")
@@ -153,8 +156,8 @@ def iso(at_s: float, zone: ZoneInfo | None = None) -> str:
 def _by_the_clock(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
     """Return the next due time of an expression that follows the clock.
 
-    The function handles each span between two clock changes separately, because a span has one offset from UTC. cronsim
-    alone advances by whole hours and misses half an hour of due times if the clock changes by half an hour.
+    The function searches each span between two clock changes separately, because a span has one offset from UTC.
+    Without separate spans, cronsim would miss half an hour of due times if the clock changes by half an hour.
     """
     offset = _offset(after_s, zone)
     start_s = after_s
@@ -168,11 +171,11 @@ def _by_the_clock(expression: str, zone: ZoneInfo, after_s: float) -> float | No
         if change_s is None:
             return due_s
         after_s, offset = change_s, _offset(change_s, zone)
-        start_s = change_s - 1  # that minute itself may be due
+        start_s = change_s - 1  # the minute of the clock change itself may be due
 
 
 def _change(after_s: float, until_s: float, zone: ZoneInfo, offset: timedelta) -> float | None:
-    """Return the first second in (after_s, until_s] with another offset, or None."""
+    """Return the first second in (after_s, until_s] whose UTC offset differs from `offset`, or None."""
     low_s = int(after_s)
     while low_s < until_s:
         high_s = min(low_s + _DAY_S, int(until_s))

@@ -1,15 +1,17 @@
-"""Errors that batchlab raises on purpose. Adapters translate other errors and chain the cause.
+"""Errors that batchlab raises on purpose.
 
-A subclass of UsageError is exit code 2, of BackendError 3, and of JobFailed 1. Other modules define further subclasses,
-such as `core.protocol.values.NotAValue`, `core.notifications.NotDelivered`, `client.BrokenGridExecutor`,
-`deploy.StackFailed`, and `fleet.Fault`.
+Adapters convert the errors of services to errors of batchlab and chain the cause.
+
+The command line exits with code 2 for a UsageError, with 3 for a BackendError, and with 1 for a JobFailed. Other
+modules define further subclasses, such as `core.protocol.values.NotAValue`, `core.notifications.NotDelivered`,
+`client.BrokenGridExecutor`, `deploy.StackFailed`, and `fleet.Fault`.
 """
 
 from __future__ import annotations
 
 
 class BatchlabError(Exception):
-    """Base of every error that batchlab raises on purpose. Its text is one sentence for a person."""
+    """Base of every error that batchlab raises on purpose. The text of the error is one sentence for a person."""
 
     exit_code = 1
 
@@ -23,13 +25,16 @@ class BatchlabError(Exception):
 
 
 class UsageError(BatchlabError):
-    """The command line or an argument is wrong."""
+    """Error for a wrong command line or a wrong argument."""
 
     exit_code = 2
 
 
 class JobFileError(UsageError):
-    """A job file or scenario is wrong. `file` and `line` give the place, and `remedy` the correction."""
+    """Error in a job file or scenario.
+
+    `file` and `line` give the place of the error, and `remedy` gives the correction.
+    """
 
     def __init__(self, message: str, *, file: str = "", line: int | None = None, remedy: str = "") -> None:
         super().__init__(message, remedy=remedy)
@@ -42,19 +47,21 @@ class JobFileError(UsageError):
 
 
 class Refused(BatchlabError):
-    """The manager declines a request that is well formed (wrong state, unknown id)."""
+    """Error for a well-formed request that the manager refuses, for example because of a wrong state or an unknown
+    id.
+    """
 
     exit_code = 2
 
 
 class BackendError(BatchlabError):
-    """A port could not do its work."""
+    """Error for a call of a port that failed."""
 
     exit_code = 3
 
 
 class Unreachable(BackendError):
-    """The service behind a port does not answer."""
+    """The service that a port calls does not respond."""
 
 
 class Throttled(BackendError):
@@ -62,11 +69,13 @@ class Throttled(BackendError):
 
 
 class NotFound(BackendError):
-    """The object, queue, or row does not exist."""
+    """The requested object, queue, or row does not exist."""
 
 
 class AlreadyExists(BackendError):
-    """A conditional put found an existing object, or an object other than the expected one (HTTP 412)."""
+    """The condition of a conditional put was not met: the object exists, or its ETag is not the expected one (HTTP
+    412).
+    """
 
 
 class TooLarge(BackendError):
@@ -74,21 +83,24 @@ class TooLarge(BackendError):
 
 
 class TooNew(BackendError):
-    """A later batchlab wrote the data, and this version cannot read it."""
+    """The data was written by a later batchlab and cannot be read by the current version."""
 
 
 class Malformed(BackendError):
-    """A message or an object cannot be read. Its bytes do not match its name or its queue."""
+    """A message or an object cannot be read, because its content does not match its queue or its key."""
 
 
 class JobFailed(BatchlabError):
-    """The job ended FAILED or CANCELLED."""
+    """Error for a job that ended FAILED or CANCELLED."""
 
     exit_code = 1
 
 
 class TaskFailed(JobFailed):
-    """One task failed. `traceback` is from the worker, and the message is a sentence for a person."""
+    """Error for one failed task.
+
+    `traceback` is the traceback from the worker, and the message is a sentence for a person.
+    """
 
     def __init__(self, message: str, *, task: int = -1, traceback: str = "") -> None:
         super().__init__(message)

@@ -1,7 +1,8 @@
 """Estimate of a job's remaining time as a range, from its remaining work, task times, and the fleet.
 
-Invariant: the functions are pure and do not guess. Stages without measurements are named instead. The range widens with
-the spread of the task times, with few measurements, and with the possible changes of the fleet.
+Invariant: the functions of the module are pure. The range does not include stages without measurements, which are
+listed by name. The range is wider with a larger spread of task times, with fewer measurements, and with more possible
+changes of the fleet.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ from dataclasses import dataclass
 from batchlab.core.text import about
 
 SIGMAS = 2.0
-"""Half the width of the range, in standard deviations."""
+"""Half the width of the range of the remaining time, in standard deviations."""
 MIN_BUNDLES = 4
-"""With fewer measured bundles, the spread is assumed to be at least half the mean."""
+"""Minimum number of measured bundles for a measured spread.
+
+With fewer than MIN_BUNDLES bundles, the spread of task times is assumed to be at least half the mean.
+"""
 CLOSE = 0.15
-"""A range narrower than this share of its middle is shown as one number."""
+"""A range whose width is less than the share CLOSE of its middle is shown as one number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Measured seconds of a stage: the sum over `tasks` tasks in `bundles` bundles.
+    """Measured task time of a stage in seconds: the sum over `tasks` tasks in `bundles` bundles.
 
-    `squares` is the sum over bundles of seconds² ÷ tasks. The spread follows from it.
+    `squares` is the sum over bundles of seconds² ÷ tasks, from which the spread is calculated.
     """
 
     bundles: int = 0
@@ -33,7 +37,7 @@ class Pace:
     squares: float = 0.0
 
     def with_bundle(self, tasks: int, seconds: float) -> Pace:
-        """Return the pace with one more bundle, whose tasks took `seconds` in total."""
+        """Return the pace with one more bundle, whose `tasks` tasks took `seconds` in total."""
         if not tasks:
             return self
         return Pace(
@@ -49,7 +53,7 @@ class Pace:
         """Return the standard deviation of one task's time."""
         known = 0.0
         if self.bundles > 1:
-            # The mean of a bundle of n tasks has the variance of one task divided by n.
+            # The mean task time of a bundle with n tasks has the variance of one task's time divided by n.
             excess = self.squares - self.seconds * self.seconds / self.tasks
             known = math.sqrt(max(0.0, excess / (self.bundles - 1)))
         return known if self.bundles >= MIN_BUNDLES else max(known, 0.5 * self.mean_s)
@@ -59,7 +63,8 @@ class Pace:
 class StageWork:
     """Remaining work of a stage.
 
-    `left` is the number of remaining tasks, None before the stage is planned. `running` of them run.
+    `left` is the number of remaining tasks, or None before the stage is planned. `running` is the number of remaining
+    tasks that are running.
     """
 
     name: str
@@ -78,9 +83,9 @@ class StageWork:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Slots of a pool: the slots in service and the maximum.
+    """Slots of a pool: the slots in service and the maximum number of slots.
 
-    `rivals` is the number of other jobs that have work for the pool. A new instance takes `boot_s`.
+    `rivals` is the number of other jobs that have work for the pool. A new instance takes `boot_s` seconds to start.
     """
 
     now: int
@@ -92,7 +97,10 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Eta:
-    """Seconds until the job's end, from `low_s` to `high_s`. The time of the `unmeasured` stages is not included."""
+    """Range of the seconds until the job's end, from `low_s` to `high_s`.
+
+    The range does not include the time of the `unmeasured` stages.
+    """
 
     low_s: float
     high_s: float
@@ -100,9 +108,9 @@ class Eta:
 
 
 def estimate(stages: Sequence[StageWork], rooms: Mapping[str, Room]) -> Eta | None:
-    """Return the range of the remaining time.
+    """Return the range of a job's remaining time.
 
-    Return None if no remaining stage has been measured, or if a pool cannot have any slots.
+    Return None if none of the remaining stages has been measured, or if a pool cannot have any slots.
     """
     stage_works = [stage for stage in stages if stage.left and stage.is_known]
     unmeasured = tuple(stage.name for stage in stages if not stage.is_known)
@@ -116,7 +124,7 @@ def estimate(stages: Sequence[StageWork], rooms: Mapping[str, Room]) -> Eta | No
 
 
 def describe(eta: Eta) -> str:
-    """Return the range as a text for a person."""
+    """Return the range of the remaining time as a text for a person."""
     low, high = about(eta.low_s), about(eta.high_s)
     middle_s = (eta.low_s + eta.high_s) / 2
     narrow = low == high or eta.high_s - eta.low_s <= CLOSE * middle_s
@@ -131,7 +139,7 @@ def describe(eta: Eta) -> str:
 
 
 def _span_s(stages: Sequence[StageWork], rooms: Mapping[str, Room], side: float) -> float:
-    """Return the seconds at the optimistic (-1) or the pessimistic (+1) end."""
+    """Return the remaining seconds at the optimistic (`side` -1) or the pessimistic (`side` +1) end of the range."""
     by_name = {stage.name: stage for stage in stages}
     heads: dict[str, str] = {}
     ends_s: dict[str, float] = {}
@@ -141,7 +149,7 @@ def _span_s(stages: Sequence[StageWork], rooms: Mapping[str, Room], side: float)
         heads[stage.name] = head
         members.setdefault(head, []).append(stage)
     for head, group in members.items():
-        # A stage that waits begins when all of its upstream stages have ended.
+        # A gather stage begins when all of its upstream stages have ended.
         before = {heads[name] for name in by_name[head].after}
         start_s = max((ends_s[name] for name in before), default=0.0)
         ends_s[head] = start_s + _group_s(group, rooms, side)
@@ -151,13 +159,13 @@ def _span_s(stages: Sequence[StageWork], rooms: Mapping[str, Room], side: float)
 
 
 def _group_s(group: Sequence[StageWork], rooms: Mapping[str, Room], side: float) -> float:
-    """Return the seconds of stages that feed each other item by item and so run at the same time."""
+    """Return the remaining seconds of stages that feed each other item by item and therefore run at the same time."""
     open_ = [stage_work for stage_work in group if stage_work.left and stage_work.is_known]
     if not open_:
         return 0.0
     pools = {stage_work.pool for stage_work in open_}
     work_s = max(_pool_s(open_, pool, rooms[pool], side) for pool in pools)
-    # However many slots there are, the last item passes through one stage after the other.
+    # With any number of slots, the last item passes through one stage after the other.
     item_s = sum(_item_s(stage_work, side) for stage_work in open_)
     return work_s + item_s if side > 0 else max(work_s, item_s)
 
@@ -165,17 +173,17 @@ def _group_s(group: Sequence[StageWork], rooms: Mapping[str, Room], side: float)
 def _item_s(stage: StageWork, side: float) -> float:
     longest_s = stage.pace.mean_s + side * SIGMAS * stage.pace.spread_s
     waits = (stage.left or 0) > stage.running
-    # Running tasks have already done part of their work.
+    # If only running tasks remain, the optimistic end is 0, because the tasks may have done all of their work.
     return max(0.0, longest_s) * (1.0 if waits or side > 0 else 0.0)
 
 
 def _pool_s(stages: Iterable[StageWork], pool: str, room: Room, side: float) -> float:
-    """Return the seconds that the pool needs for the work of these stages."""
+    """Return the seconds that a pool needs for the remaining work of the stages."""
     stage_works = [stage for stage in stages if stage.pool == pool and stage.left and stage.is_known]
     if not stage_works:
         return 0.0
     if side < 0:
-        # The pool may grow to its maximum, but not beyond the number of slots that the tasks need.
+        # The pool may grow up to its maximum, but not beyond the number of slots that the remaining tasks need.
         wanted = sum((stage_work.left or 0) * stage_work.slots for stage_work in stage_works)
         slots = max(1, min(max(room.now, room.most), wanted))
         return sum(_work_s(stage_work, side) for stage_work in stage_works) / slots
@@ -189,7 +197,8 @@ def _pool_s(stages: Iterable[StageWork], pool: str, room: Room, side: float) -> 
 def _work_s(stage: StageWork, side: float) -> float:
     """Return the remaining work of a stage in slot seconds."""
     remaining, pace = stage.left or 0, stage.pace
-    # Task times vary, and their mean is estimated from `pace.tasks` tasks only.
+    # The variance includes the spread of task times and the error of their mean, which is estimated from `pace.tasks`
+    # tasks.
     sigma_s = pace.spread_s * math.sqrt(remaining + remaining * remaining / pace.tasks)
     done_s = 0.5 * pace.mean_s * min(stage.running, remaining) if side < 0 else 0.0
     return max(0.0, remaining * pace.mean_s - done_s + side * SIGMAS * sigma_s) * stage.slots

@@ -1,7 +1,7 @@
 """Garbage collection during and after the start of a process.
 
-A service keeps the modules and objects that it loads at its start until its end. A collection of these 300,000 objects
-takes 10% of the start-up time, and later pauses calls for many milliseconds.
+A service needs the 300,000 objects that it loads at its start until its end. Garbage collections of the loaded objects
+take 10% of the start-up time, and later pause calls for many milliseconds.
 
 Invariant: garbage collection is enabled again in every process that serves requests.
 """
@@ -17,6 +17,6 @@ def pause() -> None:
 
 
 def resume() -> None:
-    """Enable garbage collection, and exclude all existing objects from it."""
+    """Enable garbage collection, and exclude all existing objects from future collections."""
     gc.freeze()
     gc.enable()

@@ -1,9 +1,9 @@
 """Pool of HTTP connections to one host, and signatures of requests and responses.
 
 Invariants: a connection has one user at a time, and a connection that its server has closed is not used again. The
-grid's token, which makes the signatures, is never sent. A program without the token can sign neither a request nor a
-response. A signed response belongs to exactly one request. The module needs only the standard library, because every
-command imports it at its start.
+grid's token is the key of the signatures and is never sent. A program without the grid's token can sign neither a
+request nor a response. A signed response is valid for exactly one request. The module needs only the standard library,
+because every command imports it at its start.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 class Connections:
-    """Connections to one host, usable from several threads."""
+    """Thread-safe pool of connections to one host."""
 
     def __init__(
         self, host: str, tls: ssl.SSLContext | None, *, connect_s: float, idle_s: float = math.inf, unix: str = ""
     ) -> None:
-        """Create an empty pool.
+        """Create an empty pool of connections.
 
         `host` may contain a port. `unix` is the path of the host's Unix socket. A connection that was idle for `idle_s`
-        is not used again, because some servers close idle connections, and a request at that moment fails.
+        seconds is not used again, because a request fails if the server closes its idle connection at the same moment.
         """
         self._host = host
         self._tls = tls
@@ -46,7 +46,7 @@ class Connections:
         self._closed = False
 
     def close(self) -> None:
-        """Close the idle connections. Connections in use are closed when they are given back."""
+        """Close the idle connections now, and connections in use as soon as they are given back."""
         self._closed = True
         self._close_idle()
 
@@ -56,10 +56,10 @@ class Connections:
                 self._idle.pop()[1].close()
 
     def take(self) -> HTTPConnection:
-        """Return an open connection. Raise OSError if the host does not answer.
+        """Return an open connection. Raise OSError if the host does not respond.
 
-        The caller closes it or gives it back. The caller also sets the timeout of its socket, which is `connect_s` or
-        the last user's.
+        The caller closes the connection or gives it back. The caller also sets the timeout of the connection's socket,
+        which is initially `connect_s` or the previous user's timeout.
         """
         with suppress(IndexError):  # Another thread may have taken the connection.
             while True:
@@ -83,13 +83,13 @@ class Connections:
         return HTTPConnection(self._host, timeout=self._connect_s)
 
     def give_back(self, connection: HTTPConnection) -> None:
-        """Keep the connection for the next user.
+        """Return the connection to the pool for the next user.
 
-        Its last response must have been read to the end, and must not have announced that the server closes the
-        connection.
+        The connection's last response must have been read to its end, and must not have announced that the server
+        closes the connection.
         """
         self._idle.append((time.monotonic(), connection))
-        # the check follows the append, so a connection returned during `close` is closed too
+        # check after the append, so that a connection that is given back during `close` is also closed
         if self._closed:
             self._close_idle()
 
@@ -115,8 +115,8 @@ class _UnixConnection(HTTPConnection):
 def _is_open(connection: HTTPConnection) -> bool:
     if not connection.sock:
         return False
-    # An idle connection is readable only if its server has closed it.
-    look = select.poll()  # select() supports only about a thousand descriptors
+    # An idle connection is readable only if the server has closed the connection.
+    look = select.poll()  # select() does not support file descriptors above about 1,000
     look.register(connection.sock, select.POLLIN)
     return not look.poll(0)
 
@@ -126,7 +126,7 @@ SCHEME = "Batchlab-HMAC-SHA256"
 PROOF = "Batchlab-Proof"
 """Header with the signature of a response."""
 WINDOW_S = 300
-"""Maximum difference between a request's time and the manager's clock."""
+"""Maximum difference in seconds between a request's time and the manager's clock."""
 MAC_BYTES = 64
 """Length of a signature in hexadecimal digits."""
 _WHOLE, _STREAM = "whole", "stream"
@@ -135,7 +135,7 @@ _LONGEST_TIME = 15
 
 
 class Unproven(Exception):
-    """The response is not signed with the grid's token."""
+    """Error for a response that is not signed with the grid's token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,10 @@ def digest(body: bytes) -> str:
 
 
 def sign(token: str, method: str, target: str, body: bytes, at_s: float | None = None) -> Signed:
-    """Sign a request with the time `at_s`, by default now. `target` is the path and the query as they are sent."""
+    """Sign a request with the time `at_s`, by default now.
+
+    `target` is the path and the query of the request as sent.
+    """
     if at_s is None:
         at_s = time.time()  # noqa: TID251 - a client has no Clock
     fields = int(at_s), secrets.token_hex(16), digest(body)
@@ -171,7 +174,7 @@ def sign(token: str, method: str, target: str, body: bytes, at_s: float | None =
 def read(token: str, header: str, method: str, target: str) -> Signed | None:
     """Return the signature in an `Authorization` header, or None if it is not valid.
 
-    The caller checks its time, its reuse, and the body.
+    The caller checks the time of the signature, its reuse, and the body of the request.
     """
     scheme, _, text = header.partition(" ")
     fields = text.strip().split(".")
@@ -185,22 +188,22 @@ def read(token: str, header: str, method: str, target: str) -> Signed | None:
 
 
 def whole_proof(token: str, request: Signed, status: int, body: bytes) -> str:
-    """Return the value of the PROOF header of a response with this body."""
+    """Return the value of the PROOF header of a response whose body is `body`."""
     return f"{_WHOLE} {answer_mac(token, request.mac, status, digest(body))}"
 
 
 def stream_proof(token: str, request: Signed, status: int) -> str:
-    """Return the value of the PROOF header of a response whose body ends with its signature."""
+    """Return the value of the PROOF header of a response whose body ends with the body's signature."""
     return f"{_STREAM} {answer_mac(token, request.mac, status, _STREAM)}"
 
 
 def answer_mac(token: str, request_mac: str, status: int, body: str) -> str:
-    """Return the signature of a response. `body` is the SHA-256 of its body."""
+    """Return the signature of a response. `body` is the SHA-256 of the response's body."""
     return _mac(token, "batchlab answer", request_mac, str(status), body)
 
 
 class Expected:
-    """Check of the signature of one response. It raises Unproven if the signature is not valid."""
+    """Check of the signature of one response, which raises Unproven if the signature is not valid."""
 
     def __init__(self, token: str, request: Signed, status: int, proof: str | None) -> None:
         self._token = token
@@ -214,7 +217,7 @@ class Expected:
             raise Unproven
 
     def checked(self, content: bytes) -> bytes:
-        """Return the body in the content of the response, which was read to its end."""
+        """Return the body of a response from its complete content, after checking the signature."""
         body, proof = content, self._proof
         if self._is_stream:
             body = content[:-MAC_BYTES]
@@ -232,11 +235,11 @@ def _request_mac(token: str, method: str, target: str, at_s: int, nonce: str, bo
 
 
 def _mac(token: str, *fields: str) -> str:
-    # The lengths ensure that different fields never form the same text.
+    # Each field is preceded by its length, so that different fields never form the same text.
     text = "".join(f"{len(field)}:{field}" for field in fields)
     return hmac.new(token.encode(), text.encode(), hashlib.sha256).hexdigest()
 
 
 def _same(mac: str, expected: str) -> bool:
-    # The comparison takes constant time, so its duration does not reveal a part of the signature.
+    # Compare in constant time, so that the duration of the comparison does not reveal a part of the signature.
     return hmac.compare_digest(mac.encode(errors="replace"), expected.encode())

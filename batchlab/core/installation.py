@@ -1,9 +1,9 @@
-"""Extras of an installation: the packages that only a part of batchlab needs.
+"""Extras of an installation (packages that only a part of batchlab needs), and data folders.
 
-Invariant: the check for a package does not import it. The suggested command installs from the source of this
-installation, because batchlab does not own its name on the package index.
+Invariant: the check for a package does not import the package. The suggested command installs extras from the source of
+the existing installation, because batchlab does not own its name on the package index.
 
-Data folders that ship with the code: backends, scenarios, compose, examples.
+The data folders that ship with the code are backends, scenarios, compose, and examples.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "aws": ("boto3", "botocore", "packaging", "psycopg"),
         "docker": ("docker", "boto3", "botocore", "localstack_client", "packaging", "psycopg"),
         "ministack": ("boto3", "botocore"),
-        # FastAPI depends on OpenTelemetry's API itself.
+        # The OpenTelemetry API is not listed, because FastAPI installs it.
         "otel": ("opentelemetry.sdk", "opentelemetry.exporter"),
         "web": ("jinja2",),
     }
@@ -36,9 +36,9 @@ _ELSEWHERE = "file:///…/batchlab-….whl"
 
 
 def missing(extra: str, *modules: str) -> str | None:
-    """Return the first module of the extra that is not installed, or None if all are.
+    """Return the first module of the extra that is not installed, or None if all modules are installed.
 
-    If `modules` are given, only these are checked.
+    If `modules` are given, only these modules are checked.
     """
     return next((module for module in modules or MODULES[extra] if not _is_here(module)), None)
 
@@ -46,31 +46,31 @@ def missing(extra: str, *modules: str) -> str | None:
 def _is_here(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package is not installed
+    except ModuleNotFoundError:  # the parent package of the module is not installed
         return False
 
 
 def extra_of(module: str) -> str | None:
-    """Return an extra that installs the module, or None if no extra does."""
+    """Return an extra that installs the module, or None."""
     return next((extra for extra, modules in MODULES.items() if module in modules), None)
 
 
 def need(extra: str, what: str, *modules: str) -> None:
     """Raise UsageError if the extra, or one of `modules`, is not installed.
 
-    `what` needs the extra, and is the subject of the error's sentence.
+    `what` is the feature that needs the extra, and the subject of the error's sentence.
     """
     if module := missing(extra, *modules):
         raise UsageError(sentence(extra, what, module), remedy=remedy(extra))
 
 
 def sentence(extra: str, what: str, module: str) -> str:
-    """Return the error text for a missing `module` of the extra."""
+    """Return the error text for a missing `module` of an extra."""
     return f"{what} needs batchlab's extra `{extra}`, which is not installed: there is no package {module!r}."
 
 
 def remedy(*extras: str) -> str:
-    """Return a sentence with the command that installs the extras into this environment."""
+    """Return a sentence with the command that installs the extras into the current environment."""
     origin, names, python = _origin(), ",".join(extras), shlex.quote(sys.executable)
     url = str(origin.get("url") or _ELSEWHERE)
     if origin.get("dir_info", {}).get("editable"):
@@ -84,7 +84,7 @@ def remedy(*extras: str) -> str:
 
 
 def anywhere(extra: str) -> str:
-    """Return the sentence of `remedy` without paths of this machine."""
+    """Return the sentence of `remedy` without paths of the local machine."""
     return f"`pip install 'batchlab[{extra}] @ {_ELSEWHERE}'` brings it."
 
 
@@ -97,7 +97,7 @@ def for_a_manager(extra: str) -> str:
 
 
 def _origin() -> Mapping[str, Any]:
-    """Return the source of this installation, which the installer recorded in direct_url.json."""
+    """Return the source of the installation, which the installer recorded in direct_url.json."""
     from importlib import metadata  # a local import keeps the start of a worker fast
 
     try:
@@ -115,7 +115,10 @@ _MADE = {"data", "out"}
 
 
 def folder(name: str) -> Path:
-    """Return the folder `name`, in an installed wheel or in a checkout. Raise UsageError if neither has it."""
+    """Return the folder `name`, in an installed wheel or in a checkout.
+
+    Raise UsageError if the folder does not exist.
+    """
     for candidate in (_PACKAGE / "_data" / name, _PACKAGE.parent / name):
         if candidate.is_dir():
             return candidate
@@ -123,17 +126,19 @@ def folder(name: str) -> Path:
 
 
 def starter() -> dict[str, str]:
-    """Return the files of the first job that `batchlab init` writes: name relative to its folder, and text."""
+    """Return the files of the job that `batchlab init` writes: the name relative to the job's folder, and the text
+    of each file.
+    """
     root = folder("examples") / "starter"
-    # The names here differ: a folder with a job.yaml is an example of `init --example`, and a wheel contains no folder
-    # `data`, because that is the generated input of an example.
+    # The files of the starter job have other names in the package. A folder with a job.yaml would count as an example
+    # of `init --example`. A wheel omits folders with the name `data`, which contain the generated input of an example.
     files = {"job.yaml": "starter.yaml", "handlers.py": "handlers.py", "data/claims.csv": "claims.csv"}
     return {name: (root / file).read_text() for name, file in files.items()}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Return the document in a TOML file. Raise UsageError if it cannot be read."""
-    import tomllib  # a worker does not need it
+    """Return the document in a TOML file. Raise UsageError if the file cannot be read."""
+    import tomllib  # imported here because a worker does not need tomllib
 
     try:
         return tomllib.loads(path.read_text())
@@ -145,9 +150,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def files() -> Iterator[tuple[str, Path]]:
-    """Yield every file of the package as a wheel has it, with its path in the wheel, in order.
+    """Yield every file of the package with its path in a wheel, in order.
 
-    The files are the code and the data folders. Paths begin with "batchlab/". Raise UsageError if a folder is missing.
+    The files of a wheel are the code and the data folders. Paths in the wheel begin with "batchlab/". Raise UsageError
+    if a data folder is missing.
     """
     paths = {f"{_PACKAGE.name}/{path}": _PACKAGE / path for path in _below(_PACKAGE)}
     for name in FOLDERS:
@@ -161,7 +167,9 @@ def files() -> Iterator[tuple[str, Path]]:
 
 
 def _is_made(path: str) -> bool:
-    """Return whether a run of an example created the file: its input, its results, or a grid."""
+    """Return whether a run of an example created the file, which is then the example's input, its results, or a
+    grid.
+    """
     return any(part in _MADE or part.startswith(".") for part in path.split("/")[:-1])
 
 

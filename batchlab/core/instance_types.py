@@ -16,14 +16,14 @@ from batchlab.core.errors import UsageError
 
 ARCHITECTURES = ("x86_64", "arm64")
 MIN_MEMORY_MIB = 128
-"""Minimum memory of a share, which a worker needs before it runs a task."""
+"""Minimum memory of a share in MiB, which a worker needs before it runs a task."""
 
 _FIGURES = {"vcpu", "memory_mib", "architecture"}
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceType:
-    """A row of the catalog."""
+    """An instance type in the catalog."""
 
     name: str
     vcpu: int
@@ -46,7 +46,7 @@ class Catalog:
     types: Mapping[str, InstanceType]
 
     def of(self, name: str) -> InstanceType:
-        """Return the type called `name`. Raise UsageError if it does not exist."""
+        """Return the instance type with that name. Raise UsageError if the type does not exist."""
         if instance_type := self.types.get(name):
             return instance_type
         near = difflib.get_close_matches(name, self.types, n=3)
@@ -58,9 +58,9 @@ class Catalog:
         )
 
     def share(self, name: str, scale: float = 1.0) -> Share:
-        """Return the type's figures times `scale`, so that a laptop can hold a whole group.
+        """Return the CPUs and the memory of a type times `scale`, so that a laptop can run a whole group.
 
-        Memory is at least MIN_MEMORY_MIB. Raise UsageError unless 0 < scale ≤ 1.
+        The memory of a share is at least MIN_MEMORY_MIB. Raise UsageError unless 0 < scale ≤ 1.
         """
         if not 0.0 < scale <= 1.0:
             raise UsageError(f"Instances cannot be scaled by {scale:g}.", remedy="Give a number above 0 and up to 1.")
@@ -72,7 +72,7 @@ class Catalog:
 def load(path: Path | None = None) -> Catalog:
     """Return the catalog in the file `path`, by default the file that ships with batchlab.
 
-    Raise UsageError if it is not valid.
+    Raise UsageError if the catalog is not valid.
     """
     path = path or installation.folder("backends") / "instance-types.toml"
     doc = installation.read_toml(path)
@@ -91,7 +91,7 @@ def _type(path: Path, name: str, row: Any) -> InstanceType:
             f"{path}: the type {name!r} must have {', '.join(sorted(_FIGURES))}.", remedy="Write exactly these figures."
         )
     for key in ("vcpu", "memory_mib"):
-        # bool is a subclass of int in Python.
+        # Compare the exact type, because bool is a subclass of int in Python.
         if type(row[key]) is not int or row[key] < 1:
             raise UsageError(
                 f"{path}: {key} of {name!r} is {row[key]!r}, not a whole number above 0.",

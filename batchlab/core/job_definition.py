@@ -1,11 +1,12 @@
 """Definition of a job as the grid runs it: the content of `jobs/<job>/spec.json`.
 
-The values are frozen and pure, as in `core.model`. A job file or the Python API creates them. They do not depend on the
-machine that submitted the job.
+A job definition is a frozen value, as in `core.model`. A job file or the Python API creates the job definition. A job
+definition does not depend on the machine that submitted the job.
 
-Names of tasks: `parse/3` for one, and `parse/3,7-9` for several of a stage.
+The name of a task is `parse/3`, and a name of several tasks of one stage is `parse/3,7-9`.
 
-Invariant: names that are written here can be read here. Only this module combines a stage and an index.
+Invariant: `parse_task` reads every name that `task_name` writes. No other module combines the name of a stage and the
+index of a task.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class StageDef:
     """One stage of the job.
 
     A stage without `after` is a root, and its items come from the job's input. If `gather` is None, the stage is a
-    chain (item by item). If it is "*", all upstream results make one task. Any other text names the field of the
-    upstream results to group by. If a result is a list, it is the field of the list's elements. Exactly one of
-    `handler` ("module:function", or "pickle:<object key>") and `command` is set. If `bundle` is None, the size of
-    bundles follows the measured task time.
+    chain (item by item). If `gather` is "*", all upstream results are the input of one task. Any other value of
+    `gather` is the field by which upstream results, or the elements of results that are lists, are grouped. Exactly one
+    of `handler` ("module:function", or "pickle:<object key>") and `command` is set. If `bundle` is None, the size of
+    bundles is computed from the measured task time.
     """
 
     name: StageName
@@ -36,7 +37,10 @@ class StageDef:
     handler: str | None = None
     command: tuple[str, ...] = ()
     stdout: str | None = None
-    """Name of the output file for a command's standard output. If None, the output goes to the log."""
+    """Name of the output file for a command's standard output.
+
+    If `stdout` is None, the standard output is written to the log.
+    """
     timeout_s: float | None = None
     retry: RetryRule = RetryRule()
     slots: int = 1
@@ -46,10 +50,7 @@ class StageDef:
 
     @property
     def chained(self) -> bool:
-        """Return whether the workers of one upstream stage feed this stage item by item.
-
-        The manager does not take part in this.
-        """
+        """Return whether workers pass the results of one upstream stage to this stage item by item."""
         return self.gather is None and len(self.after) == 1
 
 
@@ -66,9 +67,10 @@ class SplitBy(StrEnum):
 class Split:
     """Rules and texts of one way to split input.
 
-    `meaning` describes the input of one task, `size` the unit of the key `size`, and `item` the argument of a handler.
-    If `size` is "", a job file cannot contain the key. If `in_bytes` is true, the size may also be text such as `8
-    MiB`. If `has_header` is true, each part may begin with the header of its file.
+    `meaning` describes the input of one task. `size` describes the unit of a job file's key `size`, and `item`
+    describes the argument of a handler. If `Split.size` is "", a job file cannot contain the key `size`. If `in_bytes`
+    is true, the key `size` may also be text such as `8 MiB`. If `has_header` is true, each part may begin with the
+    header of its file.
     """
 
     meaning: str
@@ -97,18 +99,21 @@ SPLITS: dict[SplitBy, Split] = {
         item="the JSON value, or a list of `size` of them",
     ),
 }
-"""All ways to split input. The schema of the job file, its checks, and its reference page are made
-from this table. `manager.input_split` has the function that reads the input for each way."""
+"""Table of all ways to split the input of a job.
+
+The schema of the job file, its checks, and its reference page are generated from the table SPLITS.
+`manager.input_split` has a function for each way to split input, which reads the input.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class InputDef:
     """Source of the items of the root stages.
 
-    `keys` are objects of the bucket (uploaded raw data) in order. A key that ends in "/" stands for every object under
-    it. `size` is the number of lines per task for LINES, of bytes for BYTES, and of items for ITEMS. With 1 item per
-    task, the input is the item itself, otherwise a list of items. `header` repeats the first line of each file in every
-    part (LINES and BYTES).
+    `keys` are objects of the bucket (uploaded raw data) in order. A key that ends in "/" selects every object whose key
+    begins with it. `size` is the number of lines per task for LINES, of bytes for BYTES, and of items for ITEMS. The
+    input of a task is a list of items, or the item itself if `size` is 1. If `header` is true, every part begins with
+    the first line of its file (LINES and BYTES).
     """
 
     keys: tuple[str, ...] = ()
@@ -119,12 +124,12 @@ class InputDef:
 
 @dataclass(frozen=True, slots=True)
 class NotifyDef:
-    """A notification target of a job, and its moments (see `core.notifications.MOMENTS`).
+    """A notification target of a job, and the moments of its notifications (see `core.notifications.MOMENTS`).
 
     `kind` is "webhook", "sns", or "target". `to` is the URL, the topic's ARN, or the name of one of the grid's own
-    targets. `secret` names the key that signs the messages, never the key itself. It is "env:NAME", a variable of the
-    manager's environment. `failures` is the number of failed tasks at which a notification is sent. `stuck_s` is the
-    time without progress after which one is sent.
+    targets. `secret` has the form "env:NAME" and names the variable of the manager's environment that contains the
+    signing key. `failures` is the number of failed tasks at which a notification is sent. `stuck_s` is the time in
+    seconds without progress after which a notification is sent.
     """
 
     kind: str
@@ -137,11 +142,12 @@ class NotifyDef:
 
 @dataclass(frozen=True, slots=True)
 class JobDef:
-    """A job ready to run, independent of the machine that submitted it.
+    """Definition of a job, independent of the machine that submitted the job.
 
     `max_failures` is a number of tasks or, with `max_failures_percent`, a percentage of the tasks planned in a stage. A
-    job with more failures is FAILED. With `fail_fast`, it stops at once. `items` is the number of items of a job that
-    came with its items (Python API) instead of `input`.
+    job with more failures than `max_failures` is FAILED. With `fail_fast`, a job stops as soon as it has more failures
+    than `max_failures`. `items` is the number of items of a job that was submitted with items (Python API) instead of
+    `input`.
     """
 
     id: JobId
@@ -159,24 +165,28 @@ class JobDef:
     priority: int = 0
     tags: tuple[tuple[str, str], ...] = ()
     token: str = ""
-    """Client token. A second submission with the same token returns the same job."""
+    """Client token of the submission. A second submission with the same token returns the same job."""
     start_at_s: float | None = None
     max_cost_usd: float | None = None
-    """Cap on the cost. Above it, nothing more is launched for the job (see `manager.cost_caps`)."""
+    """Cap on the cost of the job.
+
+    The manager launches instances and cuts bundles for a job only while the job's cap covers their cost (see
+    `manager.cost_caps`).
+    """
     notify: tuple[NotifyDef, ...] = ()
     """Notification targets of the job, in addition to those of the grid."""
     trace: str = ""
-    """W3C traceparent of the submission if the job is traced."""
+    """W3C traceparent of the submission, or "" if the job is not traced."""
     commit_hash: str = ""
-    """SHA-256 of the job's commit key (see `core.protocol.seals`); "" for a job of release 0.1.0."""
+    """SHA-256 of the job's commit key (see `core.protocol.object_keys`), or "" for a job of release 0.1.0."""
 
     @property
     def is_single_call(self) -> bool:
-        """Return whether the job is one call of the Python API, whose id only the caller has."""
+        """Return whether the job is a single call of the Python API, whose job id only the caller has."""
         return self.items == 1 and not self.token
 
     def stage(self, name: str) -> StageDef:
-        """Return the stage with that name. Raise KeyError if it does not exist."""
+        """Return the stage with that name. Raise KeyError if the stage does not exist."""
         for stage_def in self.stages:
             if stage_def.name == name:
                 return stage_def
@@ -215,19 +225,19 @@ def attempt_name(stage: str, task: int, attempt: int) -> str:
 
 
 def with_task(reason: str, stage: str, task: int, why: str) -> str:
-    """Return a job's `reason` with a task's own: `1 task failed; task parse/3: ValueError: bad`."""
+    """Return a job's `reason` followed by the name of a task and its reason `why`."""
     return f"{reason}; task {task_name(stage, task)}: {why}"
 
 
 def without_task(reason: str, stage: str, task: int, why: str) -> str:
-    """Return the reason that was passed to `with_task` with this task."""
+    """Return the job's reason from a result of `with_task`, without the reason of the task."""
     return reason.removesuffix(with_task("", stage, task, why))
 
 
 def parse_task(text: str) -> tuple[StageName | None, int]:
     """Return stage and index of `parse/3`, or None and the index of `3`.
 
-    Raise UsageError if the text is not such a name.
+    Raise UsageError if the text is not the name of a task.
     """
     match = _TASK.fullmatch(text.strip())
     if match is None:
@@ -238,7 +248,10 @@ def parse_task(text: str) -> tuple[StageName | None, int]:
 
 
 def parse_tasks(text: str) -> tuple[StageName, list[tuple[int, int]]]:
-    """Return stage and ranges [first, last + 1) of `parse/3,7-9`. Raise UsageError if the text is not such a name."""
+    """Return the stage and the index ranges [first, last + 1) in a text such as `parse/3,7-9`.
+
+    Raise UsageError if the text is not a name of tasks.
+    """
     stage, _, ranges = text.strip().rpartition("/")
     spans: list[tuple[int, int]] = []
     for text_range in ranges.split(","):

@@ -1,7 +1,7 @@
 """Ledger projection: pure functions that apply changes to the rows of one job.
 
-Invariant: every ledger loads these values, calls these functions, and stores what they return. So all ledgers follow
-the same rules. The functions do not read or write anything.
+Invariant: every ledger loads the rows of a job, calls the functions of this module, and stores the results, so all
+ledgers follow the same rules. The functions of the module do no I/O.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from batchlab.core.protocol import json_format
 US = 1_000_000
 """Microseconds in a second."""
 NEVER = -1
-"""Value of `void_at` before a retry has replaced the plan of a stage."""
+"""Value of `void_at` for a stage whose plan was never replaced by a retry."""
 
 Key = tuple[StageName, BundleId]
 Known = dict[Key, bool]
-"""The bundles of a job that exist, and whether each is done."""
+"""Existing bundles of a job, and whether each bundle is done."""
 
 _WAITING = (JobState.SUBMITTED, JobState.PENDING, JobState.RUNNABLE, JobState.STARTING)
 
@@ -61,8 +61,8 @@ _WAITING = (JobState.SUBMITTED, JobState.PENDING, JobState.RUNNABLE, JobState.ST
 class Stage:
     """Plan and counters of a stage.
 
-    Run time is in microseconds, because a sum of floats depends on the order of its terms. Bundles that were added at
-    write `void_at` or before belong to a plan that a retry has replaced.
+    Run time is in microseconds, because a sum of floats depends on the order of its terms. Bundles that were added by
+    write number `void_at` or an earlier write belong to a plan that a retry has replaced.
     """
 
     planned: int | None = None
@@ -94,9 +94,9 @@ class Stage:
         self.cancelled -= taken_back.cancelled
 
     def void(self, *, round: int, at: int) -> None:
-        """Make the plan unknown.
+        """Set the stage's plan to unknown, because a retry replaces the plan.
 
-        The round of the plan changes too, so that a late cut of the old plan does not count as a new one.
+        The round of the stage's plan is increased, so that a late cut of the old plan is ignored.
         """
         self.planned, self.plan_round, self.cut_seq = None, round, -1
         self.uncut, self.run_us, self.void_at = TaskSet(), 0, at
@@ -117,10 +117,10 @@ class Stage:
 
 
 class BundleRow(NamedTuple):
-    """The row of a bundle, or what a change writes to it.
+    """The row of a bundle as stored, or the part of the row that a change writes.
 
-    `planned` is the bundle as it was planned, `completion` its completion with the number `seq`. `at` is the number of
-    the write that added the bundle, None if the bundle existed before.
+    `planned` is the bundle as it was planned, and `completion` is its completion with the number `seq`. `at` is the
+    number of the write that added the bundle, or None if the bundle existed before.
     """
 
     stage: StageName
@@ -135,7 +135,7 @@ class BundleRow(NamedTuple):
         return self.stage, self.id
 
     def record(self, last_seq: int) -> BundleRecord:
-        """Return the record as it was when `last_seq` was the newest seq of the job."""
+        """Return the bundle's record at the time when `last_seq` was the newest seq of the job."""
         if self.completion and self.seq is not None and self.seq <= last_seq:
             return BundleRecord(self.completion.bundle, self.completion, self.seq)
         assert self.planned is not None
@@ -146,8 +146,8 @@ class BundleRow(NamedTuple):
 class Projection:
     """The row of a job and the rows of its stages.
 
-    `at` is the number of the current write, and `last_seq` the newest seq of a completion. A ledger that does not store
-    one of them leaves it at its default.
+    `at` is the number of the current write, and `last_seq` is the newest seq of a completion. A ledger that does not
+    store `at` or `last_seq` leaves the default value.
     """
 
     job: JobDef
@@ -168,7 +168,7 @@ class Projection:
         return JobRows(record, tuple(s.record(name) for name, s in self.stages.items()), stamp)
 
     def stage(self, name: StageName) -> Stage:
-        """Return the stage. Raise NotFound if it does not exist."""
+        """Return the stage with that name. Raise NotFound if the stage does not exist."""
         if name not in self.stages:
             raise NotFound(f"The ledger does not contain stage {name} of job {self.job.id}.")
         return self.stages[name]
@@ -178,7 +178,7 @@ class Projection:
         return row.at is not None and row.at <= self.stages[row.stage].void_at
 
     def to_json(self) -> dict[str, Json]:
-        """Return all fields except the definition of the job, which never changes."""
+        """Return all fields of the rows except the definition of the job, which never changes."""
         return {
             "state": self.state.value,
             "reason": self.reason,
@@ -219,8 +219,8 @@ def begin(change: AddJob) -> tuple[Projection, list[BundleRow]]:
 def apply(projection: Projection, change: JobChange, known: Known) -> list[BundleRow] | None:
     """Apply the change to an existing job.
 
-    Return the bundles that the change adds. Return None if it changes nothing. `known` has the existing bundles among
-    those of the change.
+    Return the bundles that the change adds, or None if the change modifies nothing. `known` has the bundles of the
+    change that exist.
     """
     if isinstance(change, AddCut):
         return add_cut(projection, change.cut, known)
@@ -311,7 +311,7 @@ def finish(projection: Projection, change: Finish) -> bool:
     ending = change.ending
     if change.round != projection.round or projection.state.ended:
         return False
-    # PostgreSQL's text cannot hold a NUL. A reason may quote any exception, and a job must end whatever its reason is.
+    # Replace NUL, which a reason may contain and PostgreSQL's text type cannot store, so that the job can end.
     projection.reason = ending.reason.replace("\0", "\N{REPLACEMENT CHARACTER}")
     projection.state, projection.ended_s = ending.state, ending.ended_s
     projection.control = Control.RUN
@@ -344,7 +344,7 @@ def check_stages(projections: Mapping[JobId, Projection], change: Fold) -> None:
 
 
 def keys_of(change: Fold, positions: Iterable[int], *, with_follows: bool = True) -> list[Key]:
-    """Return the bundles that a fold of these completions writes, each once."""
+    """Return the keys of the bundles that a fold of these completions writes, without duplicates."""
     keys: dict[Key, None] = {}
     for position in positions:
         c = change.completions[position]
@@ -357,10 +357,10 @@ def keys_of(change: Fold, positions: Iterable[int], *, with_follows: bool = True
 def fold(
     projection: Projection, change: Fold, positions: Sequence[int], known: Known, *, first_seq: int
 ) -> tuple[list[int], list[BundleRow] | None]:
-    """Fold one job's completions. The completion at position i gets the seq `first_seq` + i.
+    """Fold the completions of one job. The completion at position i gets the seq `first_seq` + i.
 
     Return the positions of the new completions, and the rows to write, or None if the fold changes nothing. `known` has
-    the existing bundles among those that the fold writes.
+    the bundles of the fold that exist.
     """
     new: list[int] = []
     rows: list[BundleRow] = []
@@ -379,7 +379,7 @@ def fold(
         for stage, lost in change.casualties[position].items():
             if stage in projection.stages:
                 projection.stages[stage].cancelled += lost
-    # Follow-ups come after the completions, because the same fold may complete a follow-up.
+    # Add follow-ups after all completions, because the same fold may also complete a follow-up.
     follows = (f.bundle for position in new for f in change.completions[position].follows)
     rows += _plan(projection, follows, known)
     if projection.state in _WAITING:
@@ -393,9 +393,9 @@ def fold(
 
 
 def restore(past: JobHistory, first_seq: int) -> tuple[Projection, list[BundleRow]]:
-    """Apply everything that the bucket contains about the job.
+    """Build the rows of a job from its history in the bucket.
 
-    Return the job and all of its bundles. The seqs of their completions begin at `first_seq`.
+    Return the job and all of its bundles. The seqs of the completions begin at `first_seq`.
     """
     projection, _ = begin(AddJob(past.job, past.state))
     job = past.job.id

@@ -1,7 +1,7 @@
 """Logging of every process of a grid: readable text or JSON lines, with the same fields.
 
-Invariant: a line never contains a secret that was passed to `hide`, whatever the source of its text. Fields are ids. A
-field never contains the input of a user's task.
+Invariant: a log line never contains a secret that was passed to `hide`, for any source of the line's text. The fields
+of a log line are ids. A field of a log line never contains the input of a user's task.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ FIELDS = (
     "task",
     "trace",
 )
-"""Fields that a line may have in addition to its text, in their order."""
+"""Fields that a log line may have in addition to its text, in their order."""
 
 HIDDEN = "[hidden]"
 MIN_SECRET_CHARACTERS = 6
-"""Minimum length of a secret in characters. A shorter text is not a secret, and hiding it would
-make every other line unreadable."""
+"""Minimum length of a secret in characters.
+
+Shorter texts are not hidden, because many log lines contain them and would become unreadable.
+"""
 MAX_JOBS = 1000
 _SECRET_NAME = re.compile(
     r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_KEY|API_?KEY|ACCESS_KEY|OTLP.*HEADERS|^BATCHLAB_NOTIFY_", re.I
@@ -59,12 +61,12 @@ _hidden: list[str] = []
 
 
 def add_fields(**fields: str | int) -> None:
-    """Add these fields to all later lines of this asyncio task and of the tasks that it starts."""
+    """Add fields to all later log lines of the current asyncio task and of the asyncio tasks that it starts."""
     _about.set({**_about.get({}), **fields})
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, str | int]:
-    """Return the fields of a line: those of the process, of the asyncio task, and its own `extra`."""
+    """Return the fields of a log line: the fields of the process, of the asyncio task, and of the record's `extra`."""
     shared = {**_process, **_about.get({})}
     own = {name: record.__dict__[name] for name in FIELDS if name in record.__dict__}
     fields = {**shared, **own}
@@ -75,11 +77,11 @@ def fields_of(record: logging.LogRecord) -> dict[str, str | int]:
 
 
 def hide(*secrets: str) -> None:
-    """Replace these secrets in all later lines of this process."""
+    """Replace the given secrets in all later log lines of the process."""
     for secret in secrets:
         if len(secret) >= MIN_SECRET_CHARACTERS and secret not in _hidden:
             _hidden.append(secret)
-    # A secret that contains another one is replaced first. Otherwise, the rest of it would stay.
+    # Replace longer secrets first, because a secret that contains another secret would otherwise stay in part.
     _hidden.sort(key=len, reverse=True)
 
 
@@ -111,11 +113,11 @@ class Text(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        # A message stays on one line, so that text from a user cannot imitate other lines. Control characters are
-        # replaced because they could change what a terminal shows.
+        # Escape line breaks, so that text from a user cannot imitate other log lines. Escape control characters,
+        # because they could change the output of a terminal.
         record.message = visible(record.message, layout="")
         line = super().formatMessage(record)
-        # The fields of the process are the same in every line, so they are left out.
+        # Omit the fields of the process, because they are the same in every line.
         own = {n: v for n, v in fields_of(record).items() if n not in _process}
         return f"{line} [{' '.join(f'{n}={v}' for n, v in own.items())}]" if own else line
 
@@ -134,7 +136,7 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": shown(record.getMessage()),
         }
-        # Secrets are replaced before JSON escapes characters in them.
+        # Replace secrets before JSON escapes characters of the secrets.
         for name, value in fields_of(record).items():
             doc[name] = value if isinstance(value, int) else shown(str(value))
         if record.exc_info:
@@ -163,13 +165,13 @@ def set_up(**process: str | int) -> None:
     hide(*secrets_of(os.environ))
     root = logging.getLogger()
     if root.handlers:
-        return  # the process belongs to a program that has configured its own logging
+        return  # the program of the process has configured its own logging
     handler = logging.StreamHandler()
     handler.setFormatter(formatter)
     root.addHandler(handler)
     root.setLevel(level.upper())
     logging.captureWarnings(capture=True)
-    # Without this hook, Python would print a traceback with the secrets in it.
+    # Replace Python's hook for uncaught exceptions, which would print secrets in a traceback.
     sys.excepthook = _unexpected
 
 
@@ -182,7 +184,7 @@ def _unexpected(kind: type[BaseException], error: BaseException, where: Tracebac
 
 
 def add_process_fields(**process: str | int) -> None:
-    """Add fields of the process that became known later, such as its worker's name."""
+    """Add fields to all later log lines of the process, such as its worker's name."""
     _process.update(process)
 
 
@@ -198,7 +200,7 @@ def _known(format_: str, where: str) -> str:
 
 
 def set_format(format_: str | None) -> None:
-    """Use this format here and in every process started from here. None changes nothing.
+    """Set the log format of the process and of all processes that it starts. None does not change the format.
 
     Raise UsageError if the format is unknown.
     """
@@ -209,11 +211,11 @@ def set_format(format_: str | None) -> None:
 
 
 def print_last_line(text: str) -> None:
-    """Print the last line of a process that cannot continue, for the process that started it."""
+    """Print the last line of a process that cannot continue, which its parent process reads."""
     if os.environ.get(FORMAT_VARIABLE) == "json":
         record = logging.LogRecord("batchlab", logging.ERROR, "", 0, "%s", (text,), None)
         text = JsonLines().format(record)
-    print(shown(text), file=sys.stderr, flush=True)  # noqa: T201 - the log of this process
+    print(shown(text), file=sys.stderr, flush=True)  # noqa: T201 - stderr is the log of the process
 
 
 def text_of(line: str) -> str:
@@ -226,9 +228,9 @@ def text_of(line: str) -> str:
 
 
 class Recent(logging.Handler):
-    """Most recent warning or error of each job, which helps to explain why a job makes no progress.
+    """Most recent warning or error of each job, which may explain why a job does not make progress.
 
-    It covers the `MAX_JOBS` jobs with the most recent warnings.
+    Only the `MAX_JOBS` jobs with the most recent warnings are stored.
     """
 
     def __init__(self) -> None:
@@ -244,5 +246,5 @@ class Recent(logging.Handler):
                 self._last.popitem(last=False)
 
     def last(self, job: str) -> tuple[float, str] | None:
-        """Return the time (epoch seconds) and the text, or None without a warning."""
+        """Return the time (epoch seconds) and the text of a job's last warning, or None without a warning."""
         return self._last.get(job)

@@ -1,6 +1,6 @@
 """Frozen values of the grid's domain, and the transitions between states of a job.
 
-Invariant: the code here does not read or write anything, and it means the same on every backend. The values are in one
+Invariant: the functions of this module do no I/O and do not depend on the backend. The values of the domain are in one
 file because all other code uses them.
 """
 
@@ -17,11 +17,14 @@ StageName = NewType("StageName", str)
 BundleId = NewType("BundleId", str)
 
 Json = Any
-"""A JSON value: None, bool, int, float, str, list or dict of the same."""
+"""A JSON value (None, bool, int, float, str, or a list or dict of JSON values)."""
 
 
 class JobState(StrEnum):
-    """Job states that a user sees. They are AWS Batch's states where AWS Batch has a matching one."""
+    """Job states that a user sees.
+
+    Job states have the names of AWS Batch's job states if AWS Batch has a matching state.
+    """
 
     SCHEDULED = "SCHEDULED"
     SUBMITTED = "SUBMITTED"
@@ -46,7 +49,7 @@ MOVES: dict[JobState, frozenset[JobState]] = {
     JobState.SCHEDULED: frozenset({JobState.SUBMITTED, JobState.CANCELLED}),
     JobState.SUBMITTED: _ACTIVE | ENDED,
     **{state: (_ACTIVE | ENDED) - {state} for state in _ACTIVE},
-    # A retry reopens the tasks that did not succeed. A job that succeeded has none.
+    # A retry reopens the tasks that did not succeed, so a job that succeeded cannot be retried.
     JobState.SUCCEEDED: frozenset(),
     JobState.FAILED: frozenset({JobState.PENDING}),
     JobState.CANCELLED: frozenset({JobState.PENDING}),
@@ -68,7 +71,10 @@ class Control(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TaskSet:
-    """Sorted set of task indices as disjoint half-open ranges. 10⁷ tasks may need only one pair."""
+    """Sorted set of task indices as disjoint half-open ranges.
+
+    A set of 10⁷ consecutive task indices is stored as one range.
+    """
 
     ranges: tuple[tuple[int, int], ...] = ()
 
@@ -86,7 +92,7 @@ class TaskSet:
 
     @classmethod
     def from_indices(cls, indices: Iterable[int]) -> TaskSet:
-        """Return the set of these indices, which may be unordered and repeated."""
+        """Return the set of the given indices, which may be unordered and repeated."""
         ordered = sorted(set(indices))
         if not ordered:
             return cls()
@@ -109,7 +115,7 @@ class TaskSet:
 
     def __len__(self) -> int:
         count = 0
-        for start, stop in self.ranges:  # a generator takes three times as long
+        for start, stop in self.ranges:  # a generator expression takes three times as long as this loop
             count += stop - start
         return count
 
@@ -153,7 +159,7 @@ class TaskSet:
         return self.ranges[-1][1] - 1
 
     def split_at(self, count: int) -> tuple[TaskSet, TaskSet]:
-        """Return the first `count` indices, and the rest."""
+        """Return the first `count` indices, and the remaining indices."""
         head: list[tuple[int, int]] = []
         for i, (start, stop) in enumerate(self.ranges):
             if count <= 0:
@@ -167,12 +173,12 @@ class TaskSet:
         return self, TaskSet()
 
     def halves(self) -> tuple[TaskSet, TaskSet]:
-        """Return two parts of nearly equal size. The first is the larger one."""
+        """Return two parts whose sizes differ by at most 1, the larger part first."""
         return self.split_at((len(self) + 1) // 2)
 
 
 class _Named:
-    """Cache of a bundle's name, which is read often.
+    """Cache of a bundle's id, which is read often.
 
     The cache is not a field, so it is not compared, not part of the repr, and not pickled.
     """
@@ -186,10 +192,10 @@ class Bundle(_Named):
     """A set of tasks of one stage that is sent as one message.
 
     `round` counts the user's own `job retry` calls. `attempt` counts the automatic retries within one round, from 1.
-    `losses` counts earlier deliveries that ended without an outcome. With losses, the next worker checks for poison
-    tasks (see `worker.poison_detection`). `losses` is not part of the identity. `source` is the upstream bundle whose
-    outcome has the inputs, or None if the plan has them. `due_s` (epoch) is the end of a retry's backoff. A manager
-    that sends the bundle again does not send it earlier.
+    `losses` counts earlier deliveries that ended without an outcome. If `losses` is not 0, the next worker checks the
+    bundle for poison tasks (see `worker.poison_detection`). `losses` is not part of the bundle's identity. `source` is
+    the upstream bundle whose outcome has the inputs, or None if the plan has the inputs. `due_s` (epoch) is the end of
+    a retry's backoff. A manager that sends the bundle again does not send it before `due_s`.
     """
 
     job: JobId
@@ -203,10 +209,11 @@ class Bundle(_Named):
 
     @property
     def id(self) -> BundleId:
-        """Return the id, which is derived from the other fields.
+        """Return the bundle's id, which is derived from the other fields.
 
-        Two bundles of a stage never have the same id. Several sets may contain the same task at one (round, attempt).
-        Each of them is a proper prefix or suffix of the one before, so their first or last tasks differ.
+        Two bundles of a stage never have the same id. If two bundles with the same (round, attempt) share a task, one
+        was split from the other as a proper prefix or suffix. The first or the last tasks of two bundles with the same
+        (round, attempt) differ.
         """
         try:
             return self._id
@@ -219,7 +226,7 @@ class Bundle(_Named):
 
 
 class FailureKind(StrEnum):
-    """Reasons for which an attempt of a task failed. Retry rules refer to them."""
+    """Reasons for which an attempt of a task failed, which retry rules refer to."""
 
     EXCEPTION = "exception"
     EXIT = "exit"
@@ -236,8 +243,9 @@ class FailureKind(StrEnum):
 class Failure:
     """One failed attempt of one task.
 
-    `final` is true if no retry follows. `reason` is one sentence for a person. Failures are grouped by `error`, which
-    is the exception's class name or a similar name. `exit_code` is negative for a signal.
+    `final` is true if the attempt is not retried. `reason` is one sentence for a person. Failures are grouped by
+    `error`, which is the exception's class name or a similar name. `exit_code` is negative if a signal ended the
+    process.
     """
 
     task: int
@@ -251,10 +259,10 @@ class Failure:
 
 
 class Ran(NamedTuple):
-    """The end of one task.
+    """Result of one attempt of a task.
 
-    If `failure` is None, the task succeeded with `value`. The value is encoded, and large values and files are already
-    in the object store. The class is a tuple because a job may have 10⁷ of them.
+    If `failure` is None, the task succeeded with `value`. A task's `value` is encoded, and large values and files are
+    already in the object store. The class `Ran` is a tuple for speed, because a job may have 10⁷ results.
     """
 
     task: int
@@ -265,14 +273,14 @@ class Ran(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Follow:
-    """A bundle that follows from an outcome, and its delay before it may start."""
+    """A bundle that follows from an outcome, and the delay before the bundle may start."""
 
     bundle: Bundle
     delay_s: float = 0.0
 
 
 class _Written:
-    """Cache of an outcome's JSON (see `json_format.outcome_text`), which is needed three times.
+    """Cache of an outcome's JSON (see `json_format.outcome_text`), which is used three times.
 
     The cache is not a field, so it is not compared, not part of the repr, and not pickled.
     """
@@ -285,9 +293,9 @@ class _Written:
 class Outcome(_Written):
     """Result of one execution of a bundle: the content of its conditional PUT.
 
-    `values` has one encoded result per index of `succeeded`, in order, and `run_s` the seconds of each. Tasks of the
-    bundle that are not in `succeeded`, `failed`, or `cancelled` are in one of `follows`. `execution` is part of the
-    keys of the execution's files and logs.
+    `values` has one encoded result per index of `succeeded`, in order, and `run_s` has the run time of each in seconds.
+    Tasks of the bundle that are not in `succeeded`, `failed`, or `cancelled` are in one of `follows`. `execution` is
+    part of the keys of the execution's files and logs.
     """
 
     bundle: Bundle
@@ -303,12 +311,12 @@ class Outcome(_Written):
     follows: tuple[Follow, ...] = ()
     log: str = ""
     log_spans: tuple[tuple[int, int, int], ...] = ()
-    """(task, first byte, last byte + 1) within the log object, for each task that printed."""
+    """(task, first byte, last byte + 1) within the log object, for each task that wrote output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """An outcome without its values. The events queue carries it, and the ledger folds it."""
+    """An outcome without its values. The events queue carries completions, and the ledger folds them."""
 
     bundle: Bundle
     worker: str
@@ -320,12 +328,12 @@ class Completion:
     run_s: float
     follows: tuple[Follow, ...] = ()
     retried: int = 0
-    """Number of attempts in this outcome that failed and that a retry follows."""
+    """Number of failed attempts in the outcome that are retried."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageCounts:
-    """One stage's row in the ledger. `planned` is None until the stage's plan is committed."""
+    """Counters of a stage in the ledger. `planned` is None until the stage's plan is committed."""
 
     stage: StageName
     planned: int | None = None
@@ -334,7 +342,7 @@ class StageCounts:
     cancelled: int = 0
     retried: int = 0
     run_s: float = 0.0
-    """Seconds of task run time, summed over the tasks that succeeded."""
+    """Total run time in seconds of the tasks that succeeded."""
     first_start_s: float | None = None
     last_end_s: float | None = None
 
@@ -353,7 +361,7 @@ class StageCounts:
 
 
 class LifecycleState(StrEnum):
-    """Lifecycle states of an instance, in the words of EC2 Auto Scaling."""
+    """Lifecycle states of an instance, with the names that EC2 Auto Scaling uses."""
 
     PENDING = "Pending"
     PENDING_WAIT = "Pending:Wait"
@@ -374,7 +382,7 @@ class LifecycleState(StrEnum):
 
 
 class Market(StrEnum):
-    """Purchase options of an instance, in EC2's words."""
+    """Purchase options of an instance, with the names that EC2 uses."""
 
     ON_DEMAND = "on-demand"
     SPOT = "spot"
@@ -382,7 +390,10 @@ class Market(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Type, zone, and market of an instance, as its group chose them. Fields without a choice are empty."""
+    """Type, zone, and market that a group chose for an instance.
+
+    A field is empty if the group did not choose its value.
+    """
 
     type: str = ""
     """Instance type from the catalog."""
@@ -401,14 +412,14 @@ class Instance:
     launched_s: float
     healthy: bool = True
     protected: bool = False
-    """Scale-in protection: the group does not choose it when the desired capacity falls."""
+    """Scale-in protection: the group does not terminate a protected instance when the desired capacity falls."""
     note: str = ""
     machine: Machine = Machine()
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """One scaling activity with its cause. Lists have the newest activity first."""
+    """One scaling activity with its cause. Lists of activities have the newest activity first."""
 
     id: int
     pool: str
@@ -417,9 +428,9 @@ class Activity:
     cause: str
     status: str = "Successful"
     ended_s: float | None = None
-    """None while it is in progress."""
+    """End of the activity, or None while the activity is in progress."""
     message: str = ""
-    """Reason why the activity failed, or ""."""
+    """Reason why the activity failed, or "" if it did not fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,10 +443,10 @@ class Pool:
     slots: int = 1
     """Task slots per instance."""
     boot_s: float = 0.0
-    """Expected seconds from launch to InService. This is a forecast and does not cause a delay."""
+    """Expected time in seconds from launch to InService. `boot_s` is only a forecast and does not delay an instance."""
     env: tuple[tuple[str, str], ...] = field(default=())
     instance_type: str = ""
-    """Instance type from the catalog. Empty if all machines are alike."""
+    """Instance type from the catalog, or "" if the backend does not have instance types."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,13 @@
 """Notifications about jobs (targets, moments, and messages), and the notification settings of a grid.
 
-Invariants: the id of a notification is derived from its event and its target, so a repeated notification has the same
-id. A job may name a web address or a topic, never a command. These values never contain a secret, only the name of the
-variable or the file that contains the secret.
+Invariants: the id of a notification is derived from its moment and its target, so a repeated notification has the same
+id. The targets of a job are web addresses or topics, and only the operator of a grid can configure a command. Targets
+and notifications never contain a secret, only the name of the variable or the file that contains the secret.
 
-The settings are in `notify.toml`: the grid's targets, and the limits for targets of jobs. Unless the operator permits
-it, a job cannot send a message to the manager's own machine, and its messages are not signed. Origins are compared as a
-whole: scheme, host, and port. A path is never compared, because clients, proxies, and servers read paths differently.
+The file `notify.toml` has the notification settings: the grid's targets, and the limits for targets of jobs. Unless the
+operator permits it, the targets of a job cannot be on the manager's own machine, and messages to them are not signed.
+Origins are compared as a whole: scheme, host, and port. The paths of addresses are never compared, because clients,
+proxies, and servers read paths differently.
 """
 
 from __future__ import annotations
@@ -29,17 +30,22 @@ from batchlab.core.protocol.field_checks import decode
 
 ENDS = ("succeeded", "failed", "cancelled")
 MOMENTS = ("ended", *ENDS, "failures", "stuck", "capped")
-"""Moments of notifications. `ended` is any of the three ends. `failures`: a number of tasks has failed. `stuck`: the
-job has made no progress for some time. `capped`: a cap on cost holds the job back.
+"""Moments of notifications.
+
+`ended` is any of the three final states of a job. `failures`: the number of failed tasks has reached a limit. `stuck`:
+the job has not made progress for some time. `capped`: the job waits because of a cap on cost.
 """
 KINDS = ("webhook", "sns", "command")
 MAX_TARGETS = 10
 """Maximum number of targets of one job."""
 NAMED = "target"
-"""Kind of a job's target that names one of the grid's own targets."""
+"""Kind of a job's target that refers to one of the grid's own targets by name."""
 MAX_URL_CHARACTERS = 2000
 SECRET_PREFIX = "BATCHLAB_NOTIFY_"  # noqa: S105 - prefix of the names of variables
-"""Prefix of the variables of the manager's environment that a job may name. All other variables have other purposes."""
+"""Prefix of the variables of the manager's environment that a job may name.
+
+A job cannot name other variables of the manager's environment.
+"""
 TOPIC = re.compile(r"arn:aws[a-z-]*:sns:([a-z0-9-]+):\d{12}:[A-Za-z0-9_-]{1,250}(\.fifo)?")
 TARGET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _ENV = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
@@ -48,7 +54,7 @@ _FILE = re.compile(r"file:/.+")
 
 
 class NotDelivered(BatchlabError):
-    """A notification did not reach its target. `final` is true if no other try can succeed."""
+    """Error for a notification that was not delivered. `final` is true if another attempt cannot succeed."""
 
     def __init__(self, message: str, *, final: bool = False) -> None:
         super().__init__(message)
@@ -59,8 +65,8 @@ class NotDelivered(BatchlabError):
 class Target:
     """A receiver of notifications.
 
-    `name` is the name of a target of the grid, or it identifies the job and the number of its target. `to` is empty for
-    a `command`. The other fields are as in NotifyDef.
+    `name` is the name of a target of the grid, or it identifies a job and the number of the job's target. `to` is empty
+    for a `command`. The other fields of a Target have the same meaning as in NotifyDef.
     """
 
     name: str
@@ -74,9 +80,9 @@ class Target:
     job: str = ""
     """Job that the target belongs to, or "" for a target of the grid."""
     jobs: bool = False
-    """For a target of the grid: jobs may name it."""
+    """Whether jobs may use the target, for a target of the grid."""
     local: bool = False
-    """For a target of a job: it may be on the manager's own machine."""
+    """Whether the target may be on the manager's own machine, for a target of a job."""
 
     @property
     def stays_out(self) -> bool:
@@ -85,7 +91,7 @@ class Target:
 
     @property
     def shown(self) -> str:
-        """Return the address without parts that may be secret, such as the path of a web address."""
+        """Return the target's address without parts that may be secret, such as the path of a web address."""
         if self.kind == "command":
             return self.command[0]
         if self.kind in ("sns", NAMED):
@@ -99,10 +105,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """A pending or finished notification. `body` is JSON, and times are epoch seconds.
+    """A pending or finished notification. `body` is JSON, and all times are epoch seconds.
 
-    `target` is the name of a target. For a target of a job, `own` is its definition, because the notification may
-    outlive the job in the manager's memory.
+    `target` is the name of a target. For a target of a job, `own` is the target's definition, because the manager may
+    remove the job from memory before it sends the notification.
     """
 
     id: str
@@ -115,9 +121,9 @@ class Notification:
     attempts: int = 0
     due_s: float = 0.0
     error: str = ""
-    """Error of the last try, or "" if it succeeded or there was none."""
+    """Error of the last attempt, or "" if the last attempt succeeded or if there was no attempt."""
     state: str = "pending"
-    """Later "delivered" or "given up"."""
+    """State of the notification, which is first "pending", and later "delivered" or "given up"."""
     ended_s: float | None = None
 
 
@@ -132,7 +138,10 @@ def own_target(job: str, number: int, notify_def: NotifyDef) -> Target:
 
 
 def derived_id(target: Target, job: str, round_: int, moment: str, key: str = "") -> str:
-    """Return the id of the notification of one moment of a job to one target. `key` distinguishes repeated moments."""
+    """Return the id of a notification, derived from its target, job, round, and moment.
+
+    `key` distinguishes notifications about repeated moments of a job.
+    """
     whole = "\0".join((target.name, target.to, *target.command, job, str(round_), moment, key))
     return hashlib.sha256(whole.encode()).hexdigest()[:32]
 
@@ -140,7 +149,7 @@ def derived_id(target: Target, job: str, round_: int, moment: str, key: str = ""
 def make_notification(
     target: Target, job: JobDef, round_: int, moment: str, body: Mapping[str, Json], *, at_s: float, key: str = ""
 ) -> Notification:
-    """Return a notification of this moment."""
+    """Return a new notification about a moment of a job."""
     id_ = derived_id(target, job.id, round_, moment, key)
     text = json_format.dumps({"v": json_format.VERSION, "id": id_, "moment": moment, "at_s": at_s, **body})
     own = job.notify[int(target.name.rpartition("#")[2]) - 1] if target.job else None
@@ -176,7 +185,7 @@ def body_of(record: JobRecord, stages: Sequence[StageRecord], **more: Json) -> d
 
 
 def problem(target: NotifyDef) -> str:
-    """Return what is wrong with a job's target as a sentence, or "" if it is valid."""
+    """Return the error in the definition of a job's target as a sentence, or "" if the target is valid."""
     if target.kind == NAMED:
         if target.secret:
             return "A target of the grid uses its own secret, so a job must not name a secret for it."
@@ -192,7 +201,7 @@ def problem(target: NotifyDef) -> str:
 
 
 def target_problem(target: Target) -> str:
-    """Return what is wrong with a target of the grid as a sentence, or "" if it is valid."""
+    """Return the error in the definition of a target of the grid as a sentence, or "" if the target is valid."""
     if target.kind == "command":
         if not target.command or not all(target.command):
             return "A command must be a list of a program and its arguments."
@@ -203,21 +212,23 @@ def target_problem(target: Target) -> str:
         return "Write env:NAME or file:/PATH for a secret, never the secret itself."
     if target.jobs and target.kind == "command":
         return "Jobs may not use a command. Set jobs = true only for a webhook or a topic."
-    # A target that exists only for jobs does not need moments of its own.
+    # A target that only jobs use does not need moments of its own.
     return _figures(target.on or (("ended",) if target.jobs else ()), target.failures, target.stuck_s)
 
 
 def address_problem(kind: str, to: str) -> str:
-    """Return what is wrong with a web address or a topic, without a name lookup. "" if it is valid."""
+    """Return the error in a web address or a topic as a sentence, or "" if the address is valid, without a name
+    lookup.
+    """
     if kind == "sns":
         fits = TOPIC.fullmatch(to)
         return "" if fits else "Write the ARN of the topic, such as arn:aws:sns:REGION:ID:NAME."
     try:
         parts = urlsplit(to)
-        parts.port  # noqa: B018 - raises ValueError if the port is not valid
+        parts.port  # noqa: B018 - the property raises ValueError if the port is not valid
     except ValueError:
         return "The webhook's address is not a URL."
-    # URLs are ASCII. Other characters must be percent-encoded or in punycode.
+    # URLs are ASCII, and all other characters must be percent-encoded or in punycode.
     if not to.isascii() or not to.isprintable() or " " in to or not parts.hostname:
         return "The webhook's address is not a URL."
     if len(to) > MAX_URL_CHARACTERS:
@@ -231,11 +242,11 @@ def address_problem(kind: str, to: str) -> str:
     try:
         return address_refusal(parts.hostname)
     except ValueError:
-        return ""  # it is a name, which is resolved when the webhook is called
+        return ""  # a host name is resolved and checked when the webhook is called
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host, as written, is this machine."""
+    """Return whether the text of a host denotes the local machine, without a name lookup."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -252,9 +263,9 @@ _COMPATIBLE = ipaddress.ip_network("::/96")
 
 
 def address_refusal(address: str) -> str:
-    """Return the reason why nothing is sent to an IP address, or "" if it is permitted.
+    """Return the reason why notifications cannot be sent to an IP address, or "" if the address is permitted.
 
-    Raise ValueError if the address is a name.
+    Raise ValueError if `address` is a host name.
     """
     parsed = ipaddress.ip_address(address.partition("%")[0])
     for candidate in (parsed, *_within(parsed)):
@@ -271,11 +282,11 @@ def _within(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipad
         return []
     addresses = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
     whole = int(address)
-    # `::` and `::1` have their own meaning and do not contain an IPv4 address.
+    # The addresses `::` and `::1` have a special meaning and do not contain an IPv4 address.
     if address in _NAT64 or (address in _COMPATIBLE and whole > 1):
         addresses.append(_low(whole))
     if address in _LOCAL_NAT64:
-        # The prefix may have one of four lengths, and bits 64 to 71 are skipped (RFC 6052).
+        # The NAT64 prefix may have one of four lengths, and bits 64 to 71 are skipped (RFC 6052).
         joined = (whole >> 64 << 56) | (whole & (1 << 56) - 1)
         addresses += [_low(whole), *(_low(joined >> shift) for shift in (40, 32, 24))]
     return [inner for inner in addresses if inner is not None]
@@ -303,9 +314,9 @@ def to_json(notification: Notification) -> dict[str, Json]:
 
 
 def from_json(doc: Mapping[str, Any]) -> Notification:
-    """Return the notification, without fields that a later batchlab added.
+    """Return the notification in a document, without fields that a later batchlab added.
 
-    Without this, one such notification would make the whole outbox unreadable.
+    Unknown fields are ignored, because one unreadable notification would make the whole outbox unreadable.
     """
     return decode(Notification, doc)
 
@@ -343,13 +354,13 @@ class NotificationSettings:
     secrets: Mapping[str, frozenset[str]] = field(default_factory=lambda: MappingProxyType({}))
 
     def named(self, name: str) -> Target | None:
-        """Return the grid's own target with that name."""
+        """Return the grid's own target with that name, or None."""
         return next((target for target in self.targets if target.name == name), None)
 
     def own(self, job: str, number: int, notify_def: NotifyDef) -> Target:
         """Return the job's target number `number`, with the grid's settings applied.
 
-        A target that `refusal` refuses stays as the job defined it.
+        A target that `refusal` refuses is returned as the job defined it.
         """
         said = own_target(job, number, notify_def)
         if notify_def.kind != NAMED:
@@ -357,13 +368,13 @@ class NotificationSettings:
         target = self.named(notify_def.to)
         if target is None or not target.jobs:
             return said
-        # The operator chose the address of this target, so it may be on the manager's machine.
+        # The operator chose the address of a target of the grid, so the address may be on the manager's machine.
         return replace(said, kind=target.kind, to=target.to, secret=target.secret, local=True)
 
     def refusal(self, notify_def: NotifyDef) -> str:
-        """Return the reason why the grid does not use a job's target, or "" if it does.
+        """Return the reason why the grid refuses a job's target, or "" if the target is permitted.
 
-        `notifications.problem` has checked the target before.
+        The caller has checked the target with `notifications.problem` before.
         """
         if notify_def.kind == NAMED:
             return self._of_named(notify_def.to)
@@ -395,8 +406,8 @@ class NotificationSettings:
 
 
 def _where(notify_def: NotifyDef) -> str:
-    """Return the origin of the target's address, or "" if it has none."""
+    """Return the origin of the target's address, or "" if the address does not have an origin."""
     try:
         return origin(notify_def.to)
     except ValueError:
-        return ""  # it is a topic, or an address that is refused because it is not a URL
+        return ""  # `to` is a topic, or an address that is refused because it is not a URL

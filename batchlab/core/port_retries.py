@@ -1,11 +1,11 @@
 """Retries of calls to ports, and waits for events.
 
-Patience waits through S3's 409 and 503, throttling of SQS, and short outages. It is only for calls that may be
-repeated. The protocol ensures this for all of its calls.
+Patience retries calls after S3's 409 and 503, throttling of SQS, and short outages. Patience is only for calls that may
+be repeated. All calls of the protocol may be repeated.
 
-Invariant: a cancellation is never lost, because a loop that misses one could not be stopped. Two cases need care. A
-cancellation may arrive together with the event, and `asyncio.wait_for` loses it before Python 3.12. An error may also
-hide a cancellation.
+Invariant: a cancellation is never lost, because a loop that misses a cancellation could not be stopped. Before Python
+3.12, `asyncio.wait_for` loses a cancellation that arrives together with the event. An error that a caller catches may
+also hide a cancellation.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 STEP_BACK_S = 0.001
-"""Pause after waking another process. Until this process pauses, the kernel may keep the other one
-waiting for the same core."""
+"""Pause in seconds after waking another process.
+
+Without a pause, the kernel may let the woken process wait for the core of the current process.
+"""
 
 
 def doubled_s(pause_s: float, longest_s: float, times: int = 1) -> float:
     """Return a pause after `times` doublings, at most `longest_s`.
 
-    All retries in this package use it. The retry rules of tasks use `RetryRule.wait_s`.
+    All retries in the package use `doubled_s`, except retries of tasks, which use `RetryRule.wait_s`.
     """
     return min(longest_s, pause_s * 2.0 ** min(times, 64))  # 2.0**1024 overflows
 
@@ -43,15 +45,19 @@ def cancels() -> int:
 def raise_if_cancelled(before: int = 0) -> None:
     """Raise CancelledError if the current task has received more than `before` cancellations.
 
-    It is for code that catches errors and continues. An error may hide a cancellation: the first error of a group of
-    calls, or an error from an object that was being closed. A cancellation is not delivered again.
+    Code that catches errors and continues must call `raise_if_cancelled`, because an error may hide a cancellation,
+    which is not delivered again. A cancellation may be hidden by the first error of a group of calls, or by an error
+    from an object that was being closed.
     """
     if cancels() > before:
         raise asyncio.CancelledError
 
 
 async def both(first: Awaitable[A], second: Awaitable[B]) -> tuple[A, B]:
-    """Await two things concurrently. If one fails or this call is canceled, the other is canceled."""
+    """Await two awaitables concurrently.
+
+    If one awaitable fails or the caller is canceled, both awaitables are canceled.
+    """
     tasks = asyncio.ensure_future(first), asyncio.ensure_future(second)
     try:
         return await asyncio.gather(*tasks)
@@ -62,7 +68,7 @@ async def both(first: Awaitable[A], second: Awaitable[B]) -> tuple[A, B]:
 
 
 async def set_within(event: asyncio.Event, seconds: float) -> bool:
-    """Wait at most `seconds` until the event is set. Return whether it is set."""
+    """Wait at most `seconds` until the event is set, and return whether the event is set."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()
@@ -76,14 +82,17 @@ LONGEST_WAIT_S = 5.0
 
 
 class Patience:
-    """Retries with exponentially growing waits and jitter, for at most `limit_s` in total."""
+    """Retries with exponentially growing waits and jitter, for at most `limit_s` seconds in total."""
 
     def __init__(self, rng: random.Random, *, limit_s: float = 60.0) -> None:
         self._rng = rng
         self._limit_s = limit_s
 
     async def __call__(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Return the result of `call`. Raise its last Throttled or Unreachable after the time limit."""
+        """Return the result of `call`.
+
+        After the time limit, raise the last Throttled or Unreachable that `call` raised.
+        """
         wait_s, waited_s, before = FIRST_WAIT_S, 0.0, cancels()
         while True:
             try:
@@ -92,7 +101,7 @@ class Patience:
                 raise_if_cancelled(before)
                 if waited_s >= self._limit_s:
                     raise
-            # Full jitter: workers that were throttled together must not retry together.
+            # Use full jitter, so that workers that were throttled at the same time do not retry at the same time.
             pause_s = self._rng.uniform(0, wait_s)
             await asyncio.sleep(pause_s)
             waited_s += pause_s
@@ -115,9 +124,9 @@ class _Patient:
 
 
 def patiently(port: T, patience: Patience) -> T:
-    """Return `port` with retries in every call. All methods must be async and repeatable.
+    """Return `port` with retries in every call. All methods of the port must be async and repeatable.
 
-    The result may be that of a second try, such as "not new" for a change that the first try made.
+    The result of a call may come from a second try, such as "not new" for a change that the first try made.
     """
-    # A dynamic proxy replaces about twenty methods that would only delegate their calls.
+    # Use a dynamic proxy instead of about twenty methods that would only delegate their calls.
     return cast(T, _Patient(port, patience))

@@ -1,11 +1,11 @@
 """Protocols of the ports: clock, ids, objects, queues, fleet, launcher, notices, and ledger.
 
 A port takes and returns plain data and contains no policy. Differences between backends are capabilities, never methods
-that raise. All times are seconds unless a name states another unit. Epoch times come from the Clock.
+that raise. All times are in seconds unless a name states another unit. Epoch times come from the Clock.
 
-The ledger is a projection of the bucket that people and the planner read. Each call of it is one transaction and may be
-repeated. A change names the round of the job, so a late call of a paused manager does not change a later round. The
-values follow from the bucket alone, so a rebuilt ledger has equal rows.
+The ledger is a projection of the bucket that people and the planner read. Each call of the ledger is one transaction
+and may be repeated. A change of the ledger names the round of the job, so a late call of a paused manager does not
+change a later round. The rows of the ledger follow from the bucket alone, so a rebuilt ledger has equal rows.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ MAX_WAIT_S = 20.0
 
 
 class Clock(Protocol):
-    """Source of the time. To wait, use `asyncio.sleep`, which is virtual in the simulator."""
+    """Source of the time. Use `asyncio.sleep` to wait, because the simulator replaces it with virtual time."""
 
     def now_s(self) -> float:
-        """Return seconds since the epoch. They may jump, so do not measure durations with them."""
+        """Return seconds since the epoch. The epoch time may jump, so do not measure durations with it."""
 
     def monotonic_s(self) -> float:
-        """Return seconds since an arbitrary start. They never go back."""
+        """Return seconds since an arbitrary start. The monotonic time never goes back."""
 
 
 class Ids(Protocol):
-    """Source of new identifiers, for things whose ids are not derived from others."""
+    """Source of new ids, for objects whose ids are not derived from other ids."""
 
     def fresh(self, kind: str) -> str:
-        """Return a short id such as `w-3f9c2a`, unique in the grid. `kind` is its prefix."""
+        """Return a short id such as `w-3f9c2a`, unique in the grid. `kind` is the prefix of the id."""
 
 
 # --- Objects (S3) --------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ class Ids(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One object in a listing. `size` is in bytes."""
+    """One object in a listing, with its `size` in bytes."""
 
     key: str
     size: int
@@ -69,36 +69,39 @@ class ObjectInfo:
 
 
 class Objects(Protocol):
-    """A bucket with read-after-write consistency. Keys are UTF-8, `/`-separated, without `..`."""
+    """A bucket with read-after-write consistency. Object keys are UTF-8, `/`-separated, and without `..`."""
 
     async def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Store `data` and return its ETag.
 
-        With `if_absent`, raise AlreadyExists if the object exists. With `if_match`, raise AlreadyExists if its ETag is
-        another one. An adapter that repeats such a put must recognize its own earlier write. If it cannot, it raises
-        AlreadyExists, and the caller reads the object.
+        With `if_absent`, raise AlreadyExists if the object exists. With `if_match`, raise AlreadyExists if the object's
+        ETag differs from `if_match`. An adapter that repeats a conditional put must recognize its own earlier write. An
+        adapter that cannot recognize its own earlier write raises AlreadyExists, and the caller reads the object.
         """
 
     async def get(self, key: str, *, limit: int | None = None) -> bytes:
-        """Return the object. Raise NotFound if it does not exist.
+        """Return the content of the object. Raise NotFound if the object does not exist.
 
-        Raise TooLarge, before the content is read, if it has more than `limit` bytes.
+        If the object has more than `limit` bytes, raise TooLarge before the content is read.
         """
 
     async def get_range(self, key: str, start: int, stop: int) -> bytes:
-        """Return the bytes from `start` up to `stop`, exclusive, or to the end of the object."""
+        """Return the bytes of the object from `start` up to but not including `stop`, or to the end of the object."""
 
     async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
-        """Return content and ETag, or None if the ETag is still `etag`. Raise NotFound if the object does not exist."""
+        """Return the object's content and ETag, or None if the ETag is still `etag`.
+
+        Raise NotFound if the object does not exist.
+        """
 
     async def head(self, key: str) -> ObjectInfo | None:
-        """Return size and ETag of the object, or None if it does not exist."""
+        """Return the size and the ETag of the object, or None if the object does not exist."""
 
     def list(self, prefix: str, *, after: str = "") -> AsyncIterator[Sequence[ObjectInfo]]:
         """Yield pages of objects under `prefix` with keys greater than `after`, in key order."""
 
     async def delete(self, keys: Sequence[str]) -> None:
-        """Delete these objects, and ignore those that do not exist."""
+        """Delete the objects with these keys, and ignore keys without an object."""
 
     async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
         """Store a local file, in parts if it is large, and return its size in bytes.
@@ -114,7 +117,7 @@ class Objects(Protocol):
 
 
 class LocalFiles(Protocol):
-    """Objects of a bucket that are files of this machine, so that a program can read them in place."""
+    """Objects of a bucket that are local files, so that a program can read them in place."""
 
     def path(self, key: str) -> Path | None:
         """Return the path of the object's file, or None if the object does not exist."""
@@ -125,7 +128,7 @@ class LocalFiles(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A message to send. `delay_s` is at most 900."""
+    """A message to send. `delay_s` is at most 900 seconds."""
 
     body: str
     delay_s: float = 0.0
@@ -133,20 +136,23 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A received message. `receive_count` counts this receive, so it is 1 the first time."""
+    """A received message.
+
+    `receive_count` includes the current receive, so it is 1 when a message is received for the first time.
+    """
 
     id: str
     body: str
     receipt: str
     receive_count: int
     sent_s: float
-    """Time at which it was sent, in epoch seconds."""
+    """Time at which the message was sent, in epoch seconds."""
     first_received_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class QueueSpec:
-    """Target configuration of a queue. After `max_receives`, a message moves to `dead_letters`."""
+    """Target configuration of a queue. After `max_receives` receives, a message moves to the queue `dead_letters`."""
 
     name: str
     visibility_s: float = 30.0
@@ -167,33 +173,32 @@ class Depth:
 class Queue(Protocol):
     """Queues by name, with the semantics of SQS standard queues.
 
-    Messages arrive at least once and in any order. A call takes at most 10 entries and 256 KiB. Otherwise, it raises
-    TooLarge. `delete` and `change_visibility` either ignore an expired receipt or return it as refused. A caller must
-    not rely on either.
+    Messages arrive at least once and in any order. A call with more than 10 entries or 256 KiB raises TooLarge.
+    `delete` and `change_visibility` either ignore an expired receipt or return it as refused, depending on the backend.
     """
 
     async def ensure(self, spec: QueueSpec) -> None:
-        """Create the queue, or change its attributes to `spec`. `dead_letters` must exist."""
+        """Create the queue, or change its attributes to `spec`. The queue `dead_letters` must exist."""
 
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
-        """Send up to 10 messages. After an exception, some may have been sent."""
+        """Send up to 10 messages. If the call raises an exception, some of the messages may have been sent."""
 
     async def receive(
         self, queue: str, *, max_messages: int = 10, wait_s: float = 20.0, visibility_s: float | None = None
     ) -> Sequence[Message]:
-        """Receive up to `max_messages` (≤ 10), and wait up to `wait_s` (≤ 20) for the first."""
+        """Receive up to `max_messages` (≤ 10), and wait up to `wait_s` seconds (≤ 20) for the first message."""
 
     async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
         """Delete up to 10 messages, and return the receipts that were refused."""
 
     async def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> Sequence[str]:
-        """Set up to 10 visibility timeouts, as (receipt, seconds from now). Return the refused receipts."""
+        """Set up to 10 visibility timeouts, given as (receipt, seconds from now), and return the refused receipts."""
 
     async def depth(self, queue: str) -> Depth:
         """Return approximate counts of the queue's messages."""
 
     async def purge(self, queue: str) -> None:
-        """Delete every message."""
+        """Delete every message of the queue."""
 
     async def remove(self, queue: str) -> None:
         """Delete the queue with its messages, if it exists."""
@@ -213,20 +218,25 @@ class Fleet(Protocol):
         """Create the pool's group, or change its limits."""
 
     async def describe(self) -> Sequence[GroupView]:
-        """Return every group with its instances. They include those that became Terminated less
-        than `KEEP_TERMINATED_S` ago."""
+        """Return every group with its instances.
+
+        Instances that became Terminated less than `KEEP_TERMINATED_S` ago are included.
+        """
 
     async def set_desired(self, pool: str, desired: int, *, cause: str) -> None:
-        """Set the desired capacity. Raise Refused if it is outside [min, max]."""
+        """Set the desired capacity of a pool. Raise Refused if `desired` is outside the pool's [min, max]."""
 
     async def terminate(self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str) -> None:
-        """Terminate the instances gracefully. With `decrement`, desired capacity falls as well."""
+        """Terminate the instances gracefully.
+
+        With `decrement`, reduce the desired capacity by the number of instances.
+        """
 
     async def protect(self, pool: str, instances: Sequence[str], *, on: bool) -> None:
-        """Set scale-in protection."""
+        """Set the scale-in protection of the instances."""
 
     async def ready(self, instance: str) -> None:
-        """Report the first heartbeat of the instance's worker: Pending becomes InService."""
+        """Report the first heartbeat of the instance's worker, which changes the instance from Pending to InService."""
 
     async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:
         """Report an instance's health. The group replaces an unhealthy instance."""
@@ -235,17 +245,20 @@ class Fleet(Protocol):
         """Return scaling activities with their causes, newest first."""
 
     async def tick(self) -> Sequence[Instance]:
-        """Converge one step, and return the instances found dead since the last call.
+        """Move the groups one step toward their desired capacity.
 
-        A managed service converges by itself, and its adapter only compares. `Instance.note` is the cause of the end
-        ("exit -9"). It begins with "terminated" if the group ended the instance.
+        Return the instances that were found dead since the last call.
+
+        The adapter of a managed service only looks for dead instances, because the service itself reaches the desired
+        capacity. `Instance.note` is the cause of the instance's end ("exit -9"). `Instance.note` begins with
+        "terminated" if the group ended the instance.
         """
 
 
 ANY_MACHINE = Machine()
 
 KEEP_ENDED_S = 600.0
-"""Time for which a launcher reports the end of an instance. A fleet asks every few seconds."""
+"""Time for which a launcher reports the end of an instance. A fleet reads the launcher's list every few seconds."""
 
 
 class Launcher(Protocol):
@@ -254,26 +267,28 @@ class Launcher(Protocol):
     async def launch(self, pool: Pool, instance: str, machine: Machine = ANY_MACHINE) -> None:
         """Start a worker with the instance id `instance`.
 
-        Launchers that have several types of machines start it on `machine`. Raise AlreadyExists if the id was used in
-        the last `KEEP_ENDED_S`, and BackendError if the instance cannot be started."""
+        Launchers that have several types of machines start the worker on `machine`. Raise AlreadyExists if the instance
+        id was used in the last `KEEP_ENDED_S`. Raise BackendError if the instance cannot be started."""
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
-        """Ask the instance to drain (SIGTERM), and kill it after `grace_s`. Return at once.
+        """Ask the instance to drain (SIGTERM), and kill it after `grace_s`, without waiting for its end.
 
-        If the call is repeated, the earlier deadline holds. Unknown and ended instances are ignored."""
+        If `terminate` is called again for an instance, the earlier deadline holds. Unknown and ended instances are
+        ignored."""
 
     async def running(self) -> Mapping[str, str | None]:
         """Return every instance until `KEEP_ENDED_S` after its end.
 
-        The value is None while the instance runs, and then the cause of its end ("exit -9").
+        The value for an instance is None while the instance runs, and the cause of its end ("exit -9") after its end.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Notice that the platform will terminate this instance.
+    """Notice that the platform will terminate the instance.
 
-    `why` is the reason in words. `by_s` is the latest time in epoch seconds, or None if it is unknown.
+    `why` is the reason of the termination in words. `by_s` is the latest time of the termination in epoch seconds, or
+    None if that time is unknown.
     """
 
     why: str
@@ -281,13 +296,13 @@ class Notice:
 
 
 class Notices(Protocol):
-    """Source of the platform's notices to an instance.
+    """Source of the platform's termination notices to an instance.
 
-    A notice is a Spot interruption, or Terminated as the target lifecycle state.
+    A notice is either a Spot interruption or the target lifecycle state Terminated.
     """
 
     async def notice(self) -> Notice | None:
-        """Return the current notice, or None if there is none. Raise BackendError if this fails."""
+        """Return the current notice, or None without a notice. Raise BackendError if the notice cannot be read."""
 
 
 # --- Ledger ---------------------------------------------------------------------------------------
@@ -295,7 +310,7 @@ class Notices(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job's row. `round` counts the user's retries."""
+    """The ledger's row of a job. `round` counts the user's retries."""
 
     job: JobDef
     state: JobState
@@ -307,10 +322,10 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class StageRecord:
-    """A stage's row: its counters, and the part of its plan that is cut into bundles.
+    """The ledger's row of a stage: its counters, and the progress of cutting its tasks into bundles.
 
-    `plan_round` is the round of the plan that defines its tasks. `cut_seq` numbers the cuts of that round, and is -1
-    before the first. `left` are the tasks that are not cut yet.
+    `plan_round` is the round of the plan that defines the stage's tasks. `cut_seq` is the number of the last cut in
+    `plan_round`, and is -1 before the first cut. `left` are the tasks of the stage that are not cut into bundles yet.
     """
 
     counts: StageCounts
@@ -321,7 +336,11 @@ class StageRecord:
 
 @dataclass(frozen=True, slots=True)
 class BundleRecord:
-    """A bundle's row. `completion` is None while the bundle is planned. `seq` is the order of folds."""
+    """The ledger's row of a bundle.
+
+    `completion` is None until the bundle's completion is folded. `seq` gives the order in which completions were
+    folded.
+    """
 
     bundle: Bundle
     completion: Completion | None = None
@@ -339,17 +358,17 @@ class Cut:
     bundles: tuple[Bundle, ...]
     left: TaskSet
     planned: int | None = None
-    """Number of tasks of the stage, set in its first cut."""
+    """Number of tasks of the stage, set in the stage's first cut."""
     at_s: float | None = field(default=None, compare=False)
-    """Time of the decision, for reports. None if the cut came with the job's submission."""
+    """Time of the cut for reports, or None if the cut came with the job's submission."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reopening:
     """Counts that a `job retry` takes back from a stage before the stage runs again.
 
-    `replan` is true if the stage's plan itself is void (a gather). Then `planned` is unknown again, and no listing
-    shows the stage's earlier bundles.
+    `replan` is true if the stage's plan itself is void, as for a gather. With `replan`, the stage's `planned` becomes
+    None, and listings omit the stage's earlier bundles.
     """
 
     stage: StageName
@@ -361,7 +380,7 @@ class Reopening:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """End of a round of a job. `closed` has the number of tasks of each stage that were never planned."""
+    """End of a round of a job. `closed` has, for each stage, the number of tasks that were never planned."""
 
     state: JobState
     reason: str
@@ -373,8 +392,8 @@ class Ending:
 class Round:
     """One round of a job, as the bucket describes it.
 
-    `planned` are the chained stages whose number of tasks follows from the first cuts of the round. `casualties` has
-    one mapping for each completion.
+    `planned` has the number of tasks of the chained stages that is known from the round's first cuts. `casualties` has
+    one mapping for each completion, from later stages to the number of their tasks that cannot run.
     """
 
     reopened: Sequence[Reopening]
@@ -399,7 +418,7 @@ class JobHistory:
 class JobRows:
     """The row of a job and the rows of its stages, in order, at one moment.
 
-    `stamp` distinguishes writes that leave equal rows. It is internal to the ledger, so it is not compared.
+    `stamp` distinguishes writes that leave equal rows. `stamp` is internal to the ledger, so comparisons ignore it.
     """
 
     job: JobRecord
@@ -407,22 +426,22 @@ class JobRows:
     stamp: str | int = field(default="", compare=False, repr=False)
 
     def is_version(self, other: JobRows | None) -> bool:
-        """Return whether the ledger has not changed the job between the two reads."""
+        """Return whether the job's rows in the ledger did not change between the two reads."""
         return other is not None and self == other and self.stamp == other.stamp
 
 
 @dataclass(frozen=True, slots=True)
 class ChangeResult:
-    """Result of a change of a job: the rows after the change, and whether it changed them."""
+    """Result of a change of a job: the job's rows after the change, and whether the change modified them."""
 
     rows: JobRows
     is_new: bool
 
     def has_control(self, change: SetControl) -> bool:
-        """Return whether the job has the control of the change.
+        """Return whether the job has the control command that the change sets.
 
-        The job must be in the round of the change and must not have ended. A repeated change is new only once, so
-        `is_new` does not answer this.
+        The job must be in the round of the change and must not have ended. `is_new` is false for a repeated change, so
+        `is_new` cannot be used instead.
         """
         job = self.rows.job
         return job.round == change.round and not job.state.ended and job.control is change.control
@@ -430,10 +449,10 @@ class ChangeResult:
 
 @dataclass(frozen=True, slots=True)
 class FoldResult:
-    """Result of a `Fold`: which completions were new, and the rows of their jobs after it.
+    """Result of a `Fold`: the new completions, and the rows of their jobs after the fold.
 
-    A new completion at position i has the seq `first_seq` + i. No other completion has a seq between `first_seq` and
-    the last of these.
+    A new completion at position i has the seq `first_seq` + i. The seqs of the new completions of one fold are
+    contiguous.
     """
 
     new: Sequence[bool]
@@ -443,9 +462,9 @@ class FoldResult:
 
 @dataclass(frozen=True, slots=True)
 class AddJob:
-    """Insert a job with its stages, and with its first cut if that is known.
+    """Insert a job with its stages, and with its first cut if the first cut is known.
 
-    A job with the same id or token leaves the existing rows unchanged.
+    If a job with the same id or token exists, its rows stay unchanged.
     """
 
     job: JobDef
@@ -459,7 +478,7 @@ class AddJob:
 
 @dataclass(frozen=True, slots=True)
 class MoveJob:
-    """Change the state of a job, if `may_move` allows it and the job is in that round."""
+    """Change the state of a job if `may_move` allows the change and the job is in round `round`."""
 
     job_id: JobId
     state: JobState
@@ -468,9 +487,9 @@ class MoveJob:
 
 @dataclass(frozen=True, slots=True)
 class SetControl:
-    """Record the command in the job's control object.
+    """Record in the ledger the command that the job's control object has.
 
-    The change is ignored if the job is in another round or has ended. A cancellation is final within its round.
+    The command is ignored if the job is in another round or has ended. A cancellation is final within its round.
     """
 
     job_id: JobId
@@ -482,7 +501,7 @@ class SetControl:
 class AddCut:
     """Record a cut and its bundles as planned. A SUBMITTED or PENDING job becomes RUNNABLE.
 
-    A cut is ignored if it is known, older than a known one, or of another round than the job. A stage whose
+    A cut is ignored if the ledger has the cut or a later one, or if the job is in another round. A stage whose
     `plan_round` is older than the cut takes the round of the cut.
     """
 
@@ -497,7 +516,7 @@ class AddCut:
 class SetPlanned:
     """Set the number of planned tasks of a chained stage.
 
-    The change is ignored if the number is known or the job is in another round.
+    SetPlanned is ignored if the stage's number of tasks is known or the job is in another round.
     """
 
     job_id: JobId
@@ -508,7 +527,7 @@ class SetPlanned:
 
 @dataclass(frozen=True, slots=True)
 class Reopen:
-    """Begin round `round` of a job that ended without success, unless that round has begun."""
+    """Begin round `round` of a job that ended without success, unless the job has begun that round."""
 
     job_id: JobId
     round: int
@@ -517,10 +536,10 @@ class Reopen:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """End the job if it is in round `round` and has not ended.
+    """End the job if the job is in round `round` and has not ended.
 
-    The tasks that `ending.closed` counts for each stage are counted as canceled. A stage without a plan gets that count
-    as its planned tasks.
+    The ledger counts the tasks in `ending.closed` as canceled. A stage without a plan gets its number in
+    `ending.closed` as its planned tasks.
     """
 
     job_id: JobId
@@ -530,11 +549,11 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Fold completions, each exactly once even if it arrives several times.
+    """Fold completions into the ledger, each exactly once even if it arrives several times.
 
-    A waiting job becomes RUNNING. The completion is added to the counters of the bundle's stage. `casualties` has one
-    mapping for each completion. Its counts are added to `cancelled` of these stages. The `follows` of a completion
-    become planned bundles, unless they are already folded.
+    A folded completion changes a waiting job to RUNNING, and is added to the counters of the bundle's stage.
+    `casualties` has one mapping for each completion, and its counts are added to the `cancelled` counters of the stages
+    in it. The `follows` of a completion become planned bundles, unless their own completions are already folded.
     """
 
     completions: Sequence[Completion]
@@ -542,8 +561,10 @@ class Fold:
 
 
 JobChange = AddJob | MoveJob | SetControl | AddCut | SetPlanned | Reopen | Finish
-"""A change of one job. Its effect depends on the round of the job. A late call of a former leader
-therefore does not change a later round."""
+"""A change of one job.
+
+Every change names a round of the job, so a late call of a former leader does not change a later round.
+"""
 Change = JobChange | Fold
 
 
@@ -551,9 +572,9 @@ Change = JobChange | Fold
 class Lease:
     """State of a lease. Every renewal adds 1 to `beat`.
 
-    A lease has expired if an observer sees it unchanged for its whole duration. The observer measures the duration on
-    its own clock, so clocks need not agree. `beat` never starts again, so if a renewal adds more than 1, another owner
-    may have held the lease in between.
+    A lease has expired if an observer sees it unchanged for its whole duration. The observer of a lease measures the
+    duration on its own clock, so the clocks of two machines may differ. `beat` never decreases. If a renewal finds that
+    `beat` grew by more than 1, another owner may have held the lease in between.
     """
 
     owner: str
@@ -563,8 +584,8 @@ class Lease:
 class Ledger(Protocol):
     """Rows of jobs, stages, and bundles, and the leases of managers.
 
-    Readers see whole transactions. The ledger does not store single tasks, because the outcomes contain them. A change
-    returns the rows that it leaves, which saves the caller a read.
+    Readers of the ledger see whole transactions. The ledger does not store single tasks, because the outcomes contain
+    them. A change of the ledger returns the resulting rows, which saves the caller a read.
     """
 
     @overload
@@ -572,19 +593,22 @@ class Ledger(Protocol):
 
     @overload
     async def apply(self, change: JobChange) -> ChangeResult:
-        """Apply the change, unless it was applied before. Raise NotFound if the job or a stage does not exist."""
+        """Apply the change unless it was applied before.
+
+        Raise NotFound if the job or one of its stages does not exist.
+        """
 
     async def job(self, job: JobId) -> JobRecord:
-        """Return one job. Raise NotFound if it does not exist."""
+        """Return the row of one job. Raise NotFound if the job does not exist."""
 
     async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRecord]:
-        """Return jobs, newest first by (submitted_s, id). `active` excludes jobs that have ended.
+        """Return jobs, newest first by (submitted_s, id). With `active`, exclude jobs that have ended.
 
-        `before` is the id of the last job of the previous page. Raise NotFound if it does not exist.
+        `before` is the id of the last job of the previous page. Raise NotFound if the job `before` does not exist.
         """
 
     async def rows(self, job: JobId) -> JobRows:
-        """Return the job with its stages. Raise NotFound if it does not exist."""
+        """Return the job with its stages. Raise NotFound if the job does not exist."""
 
     async def bundles(
         self,
@@ -596,30 +620,30 @@ class Ledger(Protocol):
         failed: bool = False,
         limit: int | None = None,
     ) -> Sequence[BundleRecord]:
-        """Return bundles in the order (seq, stage, id), planned ones last.
+        """Return bundles in the order (seq, stage, id), with planned bundles last.
 
-        `done` selects folded (True) or planned bundles (False). `after_seq` selects completions that were folded after
-        that one. `failed` selects bundles with failed tasks.
+        `done` selects folded (True) or planned bundles (False). `after_seq` selects bundles whose completions have a
+        greater seq. `failed` selects bundles with failed tasks.
         """
 
     async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
-        """Take the lease if it is free, or renew it if `owner` holds it. Return the resulting lease.
+        """Take the lease if it is free, or renew it if `owner` holds it, and return the resulting lease.
 
-        If the lease is still equal to `over`, which the caller read earlier, `owner` takes it over.
+        If the lease is still equal to `over`, which the caller read earlier, `owner` takes the lease over.
         """
 
     async def release(self, name: str, owner: str) -> None:
-        """Release the lease if the owner holds it. Its beat continues from there."""
+        """Release the lease if the owner holds it. The `beat` of a released lease continues from its last value."""
 
     async def restore(self, past: JobHistory, *, over: JobRows | None) -> bool:
-        """Replace all rows of a job by the state in the bucket.
+        """Replace all rows of a job with the job's state in the bucket.
 
-        `over` are the rows that `rows` returned before the bucket was read, None if the job did not exist. Return False
-        and change nothing if the job has changed since.
+        `over` are the rows that `rows` returned before the bucket was read, or None if the job did not exist. If the
+        job has changed since `over` was read, return False and change nothing.
         """
 
     async def forget(self, jobs: Sequence[JobId] | None = None) -> None:
-        """Delete these jobs, or all jobs. Leases stay."""
+        """Delete the rows of these jobs, or of all jobs, and keep the leases."""
 
     async def close(self) -> None:
-        """Release connections."""
+        """Release the connections of the ledger."""

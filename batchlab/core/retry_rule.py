@@ -1,6 +1,6 @@
-"""Retry rule of a stage: whether a failed task is tried again, and after which backoff.
+"""Retry rule of a stage: whether a failed task is retried, and after which backoff.
 
-Invariant: the rule and the failure determine the result, so every program reaches the same one.
+Invariant: the result depends only on the rule and the failure, so every program calculates the same result.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ _MAX_S = 1e11
 class RetryRule:
     """Rule for the retries of a failed task.
 
-    `attempts` counts the first try. The wait before attempt n+1 is `backoff_s · factor^(n-1)`, at most `max_backoff_s`,
-    times a jitter within ±`jitter`. Empty `kinds` means every kind except IMPORT and RESULT, which a retry cannot fix.
-    LOST is always final. Non-empty `exit_codes` or `exceptions` limit the retries of EXIT and EXCEPTION to those named.
+    `attempts` is the maximum number of attempts, including the first. The wait before attempt n+1 is `backoff_s ·
+    factor^(n-1)`, at most `max_backoff_s`, times a jitter within ±`jitter`. If `kinds` is empty, all kinds of failure
+    are retried except LOST, and except IMPORT and RESULT, which a retry cannot fix. A failure of the kind LOST is never
+    retried. If `exit_codes` or `exceptions` is not empty, a failure of the kind EXIT or EXCEPTION is retried only if
+    the list contains it.
     """
 
     attempts: int = 3
@@ -36,11 +38,11 @@ class RetryRule:
 
     @property
     def max_attempts(self) -> int:
-        """Return the maximum number of attempts of a task, whatever its failures are."""
+        """Return the maximum number of attempts of a task over all kinds of failure."""
         return self.attempts
 
     def attempts_after(self, failure: Failure) -> int:
-        """Return the maximum number of attempts of a task that failed like this."""
+        """Return the maximum number of attempts of a task with the given failure."""
         if failure.kind in _HOPELESS if not self.kinds else failure.kind not in self.kinds:
             return 1
         if self.exit_codes and failure.kind is FailureKind.EXIT and failure.exit_code not in self.exit_codes:
@@ -50,11 +52,11 @@ class RetryRule:
         return self.attempts
 
     def allows_retry(self, failure: Failure, attempt: int) -> bool:
-        """Return whether a further attempt follows this failure of the `attempt`-th one."""
+        """Return whether a task is retried after the given failure of its attempt number `attempt`."""
         return attempt < self.attempts_after(failure)
 
     def wait_s(self, bundle: Bundle) -> float:
-        """Return the backoff in seconds before the attempt after the one of `bundle`.
+        """Return the backoff in seconds before the attempt that follows the attempt of `bundle`.
 
         The jitter is derived from the bundle's id, so every program calculates the same wait.
         """
@@ -63,13 +65,13 @@ class RetryRule:
         return float(self._base_s(bundle.attempt) * (1 + self.jitter * (2 * unit - 1)))
 
     def wait_range_s(self, attempt: int) -> tuple[float, float]:
-        """Return the shortest and the longest backoff in seconds after the `attempt`-th attempt."""
+        """Return the shortest and the longest backoff in seconds after attempt number `attempt`."""
         base = self._base_s(attempt)
         return base * (1 - self.jitter), base * (1 + self.jitter)
 
     def _base_s(self, attempt: int) -> float:
         try:
-            # A float is used because an integer power with a forged attempt could fill the memory.
+            # Use a float, because an integer power with a forged attempt number could exhaust the memory.
             return min(self.max_backoff_s, self.backoff_s * float(self.factor) ** (attempt - 1))
         except OverflowError:
             return self.max_backoff_s if self.backoff_s else 0.0
@@ -79,7 +81,7 @@ class RetryRule:
         return replace(self, backoff_s=self.backoff_s / factor, max_backoff_s=self.max_backoff_s / factor)
 
     def limits(self) -> Iterator[tuple[str, float, float]]:
-        """Yield each number of the rule with its name and the largest value that a job may have."""
+        """Yield the name, the value, and the maximum of each number of the rule."""
         yield "number of attempts", self.attempts, _MAX_NUMBER
         yield "backoff", self.backoff_s, _MAX_S
         yield "longest backoff", self.max_backoff_s, _MAX_S

@@ -1,8 +1,9 @@
-"""Schedules and their runs as frozen values, the decision about each due time, and their format in the bucket.
+"""Schedules and their runs as frozen values, the decision about each due time, and the stored format of schedules.
 
-Invariants: a run is identified by its schedule and its due time. So every manager that decides a due time creates the
-same run, and the job with the same token. Each due time is decided once, in order, and the decision has a reason. If a
-clock is set back, due times without a run come again. A due time never runs twice. All functions are pure.
+Invariants: a run is identified by its schedule and its due time. Every manager that decides a due time therefore
+creates the same run, and the job with the same token. Each due time is decided once, in order, and the decision has a
+reason. If a clock is set back, due times without a run are decided again. A due time never runs twice. All functions of
+the module are pure.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import UNREADABLE, decode, figure, whole
 
 MAX_RUNS = 50
-"""Number of runs in a schedule, in addition to the runs that have not ended."""
+"""Maximum number of ended runs that a schedule stores."""
 
 
 class Missed(StrEnum):
@@ -40,7 +41,10 @@ class Overlap(StrEnum):
 
 
 class RunState(StrEnum):
-    """States of a run. A WAITING run is decided but does not have a job yet. A RUNNING one has or gets a job."""
+    """States of a run.
+
+    A WAITING run is decided but does not have a job yet. A RUNNING run has a job or is about to get one.
+    """
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -65,13 +69,15 @@ class When:
         return due_times.zone_of(self.zone)
 
     def next_after(self, after_s: float) -> float | None:
-        """Return the first due time after `after_s`, or None."""
+        """Return the first due time after `after_s`, or None if the schedule has no later due time."""
         if self.at_s is not None:
             return self.at_s if self.at_s > after_s else None
         return due_times.next_after(self.cron, self.tz, after_s)
 
     def latest(self, after_s: float, until_s: float, most: int) -> tuple[list[float], bool]:
-        """Return the last due times in (after_s, until_s], at most `most`, and whether there are more."""
+        """Return the last due times in (after_s, until_s], at most `most`, and whether earlier due times were
+        omitted.
+        """
         if self.at_s is not None:
             return ([self.at_s] if after_s < self.at_s <= until_s else []), False
         return due_times.latest(self.cron, self.tz, after_s, until_s, most)
@@ -79,12 +85,14 @@ class When:
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """Definition of a schedule, as its user wrote it. Durations are in seconds.
+    """Definition of a schedule, as its user wrote it. All durations of the definition are in seconds.
 
-    `template` is the key of the job's definition, and `job` its name. A run that was missed by more than
-    `missed_within_s` is not made up for. None sets no limit. `capacity` is the number of instances to have `prewarm_s`
-    before a due time. With None, it follows from the last runs. The job's parameter `due_param`, if any, gets the due
-    time. `source` is the job file, and `source_digest` is the digest of its content when the schedule was added.
+    `template` is the key of the job's definition, and `job` is the job's name. A run that was missed by more than
+    `missed_within_s` seconds does not run late. If `missed_within_s` is None, the lateness of missed runs is not
+    limited. `capacity` is the number of instances that must be running `prewarm_s` before a due time. If `capacity` is
+    None, the number of instances is derived from the last runs. If `due_param` is set, the due time is passed to the
+    job as the parameter with that name. `source` is the job file, and `source_digest` is the digest of the job file's
+    content when the schedule was added.
     """
 
     name: str
@@ -103,11 +111,11 @@ class Definition:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One due time and its result. Times are epoch seconds.
+    """One due time and its result, with times in epoch seconds.
 
-    `token` is the client token of its job. `asked` is the token of the request if a user requested the run. `result` is
-    the final state of its job. `peak` is the maximum number of instances of each pool that worked for the job at once.
-    `tasks` is the number of tasks in its first stages.
+    `token` is the client token of the run's job. `asked` is the token of the request if a user requested the run.
+    `result` is the final state of the run's job. `peak` is the maximum number of instances of each pool that worked for
+    the job at once. `tasks` is the number of tasks in the job's first stages.
     """
 
     due_s: float
@@ -128,9 +136,9 @@ class Run:
 class Schedule:
     """State of a schedule.
 
-    Each due time up to `through_s` is decided. `generation` distinguishes the schedule from a removed one with the same
-    name. `runs` are in the order of their decisions. `number` counts the earlier changes. So all contents of the object
-    differ, and a conditional write that is late fails because of its ETag.
+    Every due time up to `through_s` has been decided. `generation` distinguishes the schedule from a removed schedule
+    with the same name. `runs` are in the order of their decisions. `number` is the number of earlier changes. Because
+    of `number`, two versions of a schedule's object always have different ETags, so a late conditional write fails.
     """
 
     definition: Definition
@@ -155,13 +163,13 @@ class Schedule:
         return next((run for run in self.runs if run.state is RunState.RUNNING), None)
 
     def next_s(self) -> float | None:
-        """Return the next due time to decide. None if there is none, or if it is paused or removed."""
+        """Return the next due time to decide, or None if the schedule is paused or removed or has no more due times."""
         if self.paused or self.removed:
             return None
         return self.definition.when.next_after(self.through_s)
 
     def with_run(self, run: Run) -> Schedule:
-        """Return the schedule with this run. It replaces the run with the same token or is the last one."""
+        """Return the schedule with `run`, which replaces the run with the same token or is appended."""
         runs = list(self.runs)
         for i, earlier in enumerate(runs):
             if earlier.token == run.token:
@@ -175,7 +183,7 @@ class Schedule:
 
 
 def token_of(schedule: Schedule, due_s: float) -> str:
-    """Return the client token of the run at that due time."""
+    """Return the client token of the schedule's run at `due_s`."""
     return f"schedule/{schedule.name}/{schedule.generation}/{due_times.iso(due_s)}"
 
 
@@ -187,7 +195,7 @@ def token_by_hand(schedule: Schedule, asked: str) -> str:
 def job_of(schedule: Schedule, run: Run, template: JobDef, now_s: float) -> JobDef:
     """Return the job of a run.
 
-    Except for `submitted_s`, it depends only on the template, the run's name, and its due time.
+    Except for `submitted_s`, the job depends only on the template, the run's name, and the run's due time.
     """
     definition = schedule.definition
     due = due_times.iso(run.due_s, definition.when.tz)
@@ -209,7 +217,7 @@ def job_of(schedule: Schedule, run: Run, template: JobDef, now_s: float) -> JobD
 # --- Stored format --------------------------------------------------------------------------------
 
 _RENAMED = {"fingerprint": "source_digest"}
-"""Names of fields in objects of earlier releases, with their current names."""
+"""Names of fields in schedules that earlier releases wrote, with the current names of the fields."""
 
 
 def to_bytes(schedule: Schedule) -> bytes:
@@ -224,7 +232,7 @@ def to_bytes(schedule: Schedule) -> bytes:
 def from_bytes(data: bytes) -> Schedule:
     """Return the schedule in an object.
 
-    Raise TooNew if a later batchlab wrote it, and Malformed if it cannot be read.
+    Raise TooNew if a later batchlab wrote the object, and Malformed if the object cannot be read.
     """
     doc = json_format.loads(data)
     try:
@@ -240,18 +248,21 @@ def from_bytes(data: bytes) -> Schedule:
 
 
 ON_TIME_S = 60.0
-"""A due time that the manager sees later than this is missed."""
+"""Maximum lateness in seconds of a due time that is on time. A due time that the manager decides later is missed."""
 MAX_MISSED = 100
-"""Maximum number of missed due times that are made up for. The latest ones are taken."""
+"""Maximum number of missed due times that run late.
+
+If more than MAX_MISSED due times were missed, only the latest run.
+"""
 MAX_WAITING = 100
-"""Maximum number of runs that wait for the previous run. Further due times are skipped."""
+"""Maximum number of runs that wait for the previous run. Due times beyond MAX_WAITING are skipped."""
 SET_BACK_S = 60.0
-"""If the clock is behind the last decided due time by more than this, it was set back."""
+"""The clock was set back if it is more than SET_BACK_S seconds behind the last decided due time."""
 
 
 @dataclass(frozen=True, slots=True)
 class _DueRun:
-    """A due time that will run. `late` ones are made up for, one after the other."""
+    """A due time that will run. Due times with `late` set were missed, and their runs start one after the other."""
 
     due_s: float
     why: str = ""
@@ -259,7 +270,7 @@ class _DueRun:
 
 
 def decide_due_times(schedule: Schedule, now_s: float) -> Schedule:
-    """Decide all due times up to now. Return the schedule itself if there are none."""
+    """Decide all due times up to now. Return `schedule` itself if no due time needs a decision."""
     if schedule.paused or schedule.removed:
         return schedule
     schedule = _rewound(schedule, now_s)
@@ -290,7 +301,7 @@ def _rewound(schedule: Schedule, now_s: float) -> Schedule:
 
 
 def _chosen(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) -> tuple[list[_DueRun], Run | None]:
-    """Return the due times that will run, and a skipped run that stands for the others, if any."""
+    """Return the due times that will run, and one skipped run that represents all omitted due times, or None."""
     definition = schedule.definition
     on_time = [_DueRun(due_s) for due_s in due if now_s - due_s <= ON_TIME_S]
     missed = [due_s for due_s in due if now_s - due_s > ON_TIME_S]
@@ -306,7 +317,7 @@ def _chosen(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) 
         why = f"{were}; all of them are older than its limit for missed runs"
     elif definition.missed is Missed.RUN_ONCE:
         if on_time:
-            # The latest due time of all is the one that runs once.
+            # With the policy to run once, the due time that is on time also covers the missed due times.
             return [replace(on_time[0], why=f"{were}; this one is on time"), *on_time[1:]], None
         return [_DueRun(made_up[-1], f"{were}; it is the latest of them")], None
     else:
@@ -343,7 +354,7 @@ def _overlapped(schedule: Schedule, fire: _DueRun, now_s: float) -> Schedule:
 
 
 def by_hand(schedule: Schedule, asked: str, now_s: float) -> Schedule:
-    """Return the schedule with the run that a user requested. A repeated request changes nothing.
+    """Return the schedule with the run that a user requested. A repeated request does not add another run.
 
     Raise Refused if the previous run has not ended and the overlap policy is to skip.
     """
@@ -366,9 +377,9 @@ def by_hand(schedule: Schedule, asked: str, now_s: float) -> Schedule:
 
 
 def startable(schedule: Schedule) -> Run | None:
-    """Return the run that gets its job now, or None.
+    """Return the run whose job must be submitted now, or None.
 
-    A run starts only after the one before it has ended. In a paused schedule, only runs requested by a user start.
+    A run starts only after the previous run has ended. In a paused schedule, only runs requested by a user start.
     """
     if schedule.removed or schedule.running:
         return None
@@ -379,7 +390,10 @@ def startable(schedule: Schedule) -> Run | None:
 
 
 def started(schedule: Schedule, run: Run, now_s: float) -> Schedule:
-    """Return the schedule with the run marked as RUNNING. Once this is written, the job must be submitted."""
+    """Return the schedule with the run marked as RUNNING.
+
+    After a run is stored as RUNNING, its job must be submitted.
+    """
     job = object_keys.job_id(schedule.definition.job, run.token)
     return schedule.with_run(replace(run, state=RunState.RUNNING, job=job, started_s=now_s))
 
@@ -390,7 +404,7 @@ def skipped(schedule: Schedule, run: Run, now_s: float, why: str) -> Schedule:
 
 
 def replaced(schedule: Schedule) -> Run | None:
-    """Return the run whose job is to be canceled because another run waits, or None."""
+    """Return the run whose job must be canceled because another run waits, or None."""
     if schedule.removed or schedule.definition.overlap is not Overlap.REPLACE:
         return None
     waits = any(run.state is RunState.WAITING and (run.asked or not schedule.paused) for run in schedule.runs)
@@ -398,16 +412,17 @@ def replaced(schedule: Schedule) -> Run | None:
 
 
 def settled(schedule: Schedule, now_s: float) -> Schedule:
-    """Return the schedule with all due times up to now decided and not run.
+    """Return the schedule with all due times up to now marked as decided, without runs for them.
 
-    So due times of a paused schedule do not run later.
+    The manager calls `settled` when a schedule is paused, resumed, or changed, so that its earlier due times do not run
+    later.
     """
     schedule = _rewound(schedule, now_s)
     return replace(schedule, through_s=max(now_s, schedule.through_s))
 
 
 def removed(schedule: Schedule, now_s: float) -> Schedule:
-    """Return the schedule marked as removed, as the bucket stores it. Waiting runs are skipped."""
+    """Return the schedule marked as removed, with its waiting runs skipped."""
     for run in schedule.unfinished:
         if run.state is RunState.WAITING:
             schedule = skipped(schedule, run, now_s, "its schedule was removed")

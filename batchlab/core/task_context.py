@@ -1,8 +1,8 @@
 """Objects for user code: files as inputs and results, and the context of a task.
 
-Every child process imports the module at start-up, so it needs only a small part of the standard library.
+Every child process imports the module at start-up, so the module imports only a small part of the standard library.
 
-Invariant: an accepted relative name never leads out of its folder.
+Invariant: the path of an accepted relative file name is always inside its folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from batchlab.core.atomic_write import STAGED
 
 
 def name_problem(name: str) -> str | None:
-    """Return why `name` is not a safe relative file name, as the end of a sentence, or None if it is."""
+    """Return the reason why `name` is not a safe relative file name, as the end of a sentence, or None if `name` is
+    safe.
+    """
     parts = name.split("/")
     if not name or name.startswith("/") or "\\" in name:
         return "must be a relative name such as 'part.csv' or 'charts/part.png'"
@@ -30,9 +32,9 @@ def name_problem(name: str) -> str | None:
 
 
 class File:
-    """A local file: an input that was fetched for the task, or a file to which a result refers.
+    """A local file: an input that was fetched for the task, or a file that a result refers to.
 
-    Treat inputs as read-only. On some backends, `path` is the stored object itself.
+    Treat input files as read-only, because `path` is the stored object itself on some backends.
     """
 
     __slots__ = ("_origin", "name", "path")
@@ -44,7 +46,7 @@ class File:
 
     @classmethod
     def fetched(cls, path: str, name: str, origin: Any) -> File:
-        """Return a file with the content of the encoded reference `origin`."""
+        """Return a File with the content of the encoded reference `origin`."""
         file = cls(path, name)
         file._origin = (origin, file._stamp())
         return file
@@ -54,7 +56,7 @@ class File:
         return info.st_size, info.st_mtime_ns
 
     def origin(self) -> Any:
-        """Return the reference from which the file was fetched, or None if its content has changed."""
+        """Return the reference that the file was fetched from, or None if the content of the file has changed."""
         if self._origin is None or not self.path.is_file():
             return None
         reference, stamp = self._origin
@@ -62,7 +64,7 @@ class File:
 
     @property
     def size(self) -> int:
-        """Current size in bytes."""
+        """Current size of the file in bytes."""
         return self.path.stat().st_size
 
     def __fspath__(self) -> str:
@@ -73,11 +75,11 @@ class File:
         return self.path.open(mode, encoding=encoding)
 
     def read_bytes(self) -> bytes:
-        """Return the whole content."""
+        """Return the whole content of the file as bytes."""
         return self.path.read_bytes()
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """Return the whole content as text."""
+        """Return the whole content of the file as text."""
         return self.path.read_text(encoding)
 
     def __repr__(self) -> str:
@@ -85,7 +87,7 @@ class File:
 
 
 class Context:
-    """Information for a handler about its own task: `def handler(item, ctx)`.
+    """Information for a handler about its own task, passed as `ctx` to `def handler(item, ctx)`.
 
     `job` and `stage` are names, `task` is the index in the stage, and `attempt` counts from 1.
     """
@@ -99,7 +101,7 @@ class Context:
         self.attempt = attempt
         self.saved: dict[str, File] = {}
         self.touched = False
-        """Whether the task has a folder."""
+        """Whether the task's folder was created."""
         self._folder = folder
         self._params_json = params_json
         self._params: dict[str, Any] | None = None
@@ -107,9 +109,9 @@ class Context:
 
     @property
     def params(self) -> dict[str, Any]:
-        """Parameters of the job, as this task's own copy."""
-        # They are parsed on demand and per task. A handler that changes them must not affect other tasks, and most
-        # handlers do not read them.
+        """Parameters of the job, copied for the task."""
+        # Parse the parameters for each task, so that a handler that changes them does not affect other tasks. Parse the
+        # parameters on demand, because most handlers do not read them.
         if self._params is None:
             self._params = json.loads(self._params_json)
         return self._params
@@ -121,14 +123,14 @@ class Context:
 
     @property
     def scratch(self) -> Path:
-        """Private folder of this task. It is removed after the task."""
+        """Private folder of the task for temporary files, which is removed after the task."""
         return self.made("scratch")
 
     def save(self, content: str | os.PathLike[str] | bytes, name: str) -> File:
-        """Save a large output: bytes, or the path of a file, under a safe relative name.
+        """Save a large output of the task under a safe relative name. `content` is bytes or the path of a file.
 
-        The file is stored when the task succeeds. A path inside `scratch` or the current folder is moved, and any other
-        path is copied. Raise ValueError if the name is unsafe or in use.
+        A saved file is stored when the task succeeds. A file inside `scratch` or the current folder is moved, and any
+        other file is copied. Raise ValueError if the name is unsafe or in use.
         """
         if problem := name_problem(name):
             raise ValueError(f"cannot save {name!r}: the name {problem}")
@@ -144,21 +146,21 @@ class Context:
         return file
 
     def made(self, name: str) -> Path:
-        """Return the subfolder `name` of the task's folder. Create it if it does not exist."""
+        """Return the subfolder `name` of the task's folder, after creating it if it does not exist."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         self.touched = True
         return folder
 
     def take(self, source: Path, target: Path) -> None:
-        """Move a file to `target` if it is the task's own, else copy it."""
-        where = os.path.join(source.resolve().parent, "")  # noqa: PTH118 - for its final slash
+        """Move a file to `target` if the file belongs to the task, or copy it otherwise."""
+        where = os.path.join(source.resolve().parent, "")  # noqa: PTH118 - os.path.join adds the final slash
         ours = [f"{self.folder.resolve() / 'scratch'}/"]
         if self._cwd:
             ours.append(f"{Path(self._cwd).resolve()}/")
         if where.startswith(tuple(ours)) and not source.is_symlink():
             source.replace(target)
             return
-        import shutil  # shutil imports the compression modules, which would slow the start
+        import shutil  # imported here because shutil imports the compression modules, which would slow the start
 
         shutil.copyfile(source, target)

@@ -1,7 +1,8 @@
 """Conversion between text for people and durations, sizes, counts, names, and start times.
 
-Invariants: only this module converts these numbers to text, and always with a unit (`core.pricing.price_book` converts
-amounts of money). A text without a unit is refused. A plain number has one fixed unit.
+Invariants: only this module converts durations, sizes, and counts to text, and always with a unit
+(`core.pricing.price_book` converts amounts of money). A duration or a size in a text must have a unit. A duration or a
+size as a plain number has a fixed unit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 
 def span(seconds: float) -> str:
-    """Return a duration: 0 s, <0.1 ms, 0.3 ms, 40 ms, 3.2 s, 12 min 05 s, 3 h 20 min, 2 days 7 h."""
+    """Return a duration as text, such as 0 s, <0.1 ms, 0.3 ms, 40 ms, 3.2 s, 12 min 05 s, 3 h 20 min, 2 days 7 h."""
     if seconds <= 0:
         return "0 s"
     if seconds < 0.00005:
@@ -79,7 +80,7 @@ def capital(text: str) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Return a count: `1 task`, `2 tasks`."""
+    """Return a number with its noun, such as `1 task` or `2 tasks`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
@@ -92,7 +93,7 @@ def listed(names: Sequence[str], most: int = 4) -> str:
 
 
 def first_of(names: Sequence[str], most: int = 6) -> str:
-    """Return the first `most` names and the number of the others: `a, b and 3 more`."""
+    """Return the first `most` names and the number of further names, such as `a, b and 3 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -106,7 +107,7 @@ _NOTHING = str.maketrans("", "", _LAYOUT + _SPACES)
 def visible(text: str, layout: str = _LAYOUT) -> str:
     """Return `text` with escapes for all unprintable characters except line breaks and tabs.
 
-    So a terminal cannot execute a part of it, and its characters appear in their actual order.
+    The escapes prevent a terminal from executing a part of the text or reordering its characters.
     """
     if text.isprintable() or (layout == _LAYOUT and text.translate(_NOTHING).isprintable()):
         return text
@@ -119,8 +120,8 @@ def visible_json(value: Any, *, indent: int | None = None) -> str:
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     if text.translate(_NOTHING).isprintable():
         return text
-    # Outside of strings, the only such character in JSON is the line break. So JSON's own escapes are valid for all
-    # others.
+    # The only unprintable character outside of JSON strings is the line break, so JSON escapes are valid for all other
+    # unprintable characters.
     allowed = "\n" + _SPACES
     return "".join(c if c.isprintable() or c in allowed else json.dumps(c)[1:-1] for c in text)
 
@@ -132,7 +133,10 @@ AT_FORMS = "+10m or a time with its zone such as 2026-01-31T06:00:00Z"
 LONGEST_S = 100 * 366 * 86_400.0
 LARGEST_BYTES = 2**60
 _LAST_YEAR = 9998
-"""Limits. A larger number is probably a mistake, and some store, timer, or calendar cannot represent it."""
+"""Maximum of a duration, of a size, and of the year of a start time.
+
+A value above its maximum is probably a mistake, and some stores, timers, or calendars cannot represent it.
+"""
 
 DURATION_PATTERN = r"^\s*(\d+(\.\d+)?\s*(ms|s|m|min|h|d)\s*)+$"
 SIZE_PATTERN = r"^\s*\d+(\.\d+)?\s*([KMGT]i?)?B\s*$"
@@ -145,7 +149,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
 
 
 def shown(value: object) -> str:
-    """Return `value` for an error, shortened because a mistake may have made it long."""
+    """Return `value` as text for an error message, shortened because an invalid value may be long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:40]}…{text[-10:]}"
 
@@ -182,7 +186,10 @@ def size_bytes(value: object) -> int:
 
 
 def start_s(text: str, now_s: float) -> float:
-    """Return the epoch second of a start time. `+10m` counts from `now_s`. Raise ValueError for any other text."""
+    """Return the epoch second of a start time, which may be relative to `now_s`, such as `+10m`.
+
+    Raise ValueError if the text is not a start time.
+    """
     if text.startswith("+"):
         return now_s + seconds(text[1:])
     try:

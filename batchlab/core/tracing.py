@@ -1,7 +1,7 @@
-"""Interface to a tracer: spans with their job and their parent.
+"""Interface to a tracer, which records spans with their job and their parent.
 
-Invariants: for a job that is not traced, the only cost is the check of an empty text. Processes pass on only a W3C
-traceparent. A tracer never makes the work fail.
+Invariants: a call for a job that is not traced only checks whether a text is empty. The only trace data that processes
+send to each other is a W3C traceparent. An error in a tracer never causes a task or a job to fail.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Attribute = str | int | float | bool
 """Type of a span's attributes."""
 
 LINKS = 32
-"""Maximum number of spans of one upstream stage to which the span of a gather links."""
+"""Maximum number of spans of one upstream stage that the span of a gather links to."""
 _PARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class Subject(NamedTuple):
-    """Subject of a span that does not belong to a bundle."""
+    """Job, and optionally stage, of a span that does not belong to a bundle."""
 
     job: JobId
     stage: str = ""
@@ -33,22 +33,22 @@ class Span(Protocol):
 
     @property
     def context(self) -> str:
-        """Traceparent for child spans, or "" if the job is not traced."""
+        """W3C traceparent for child spans, or "" if the job is not traced."""
 
     def note(self, **attributes: Attribute) -> None:
         """Add attributes to the span before it ends."""
 
     def end(self, *, error: str = "") -> None:
-        """End the span. `error` is the class name of the error that ended it, or ""."""
+        """End the span. `error` is the class name of the error that ended the span, or ""."""
 
 
 class Tracer(Protocol):
-    """Receiver of spans. Times are epoch seconds. The default is the current time."""
+    """Receiver of spans. Times of spans are epoch seconds, by default the current time."""
 
     def root(self, name: str, about: Subject, *, parent: str = "") -> Span:
-        """Begin a job's trace, under `parent` if the submitter has a valid one.
+        """Begin the trace of a job, under the submitter's span `parent` if `parent` is valid.
 
-        This call decides once whether the job is traced. If it is not, the span's context is empty.
+        `root` decides once whether the job is traced. If the job is not traced, the context of the root span is empty.
         """
 
     def begin(
@@ -61,7 +61,7 @@ class Tracer(Protocol):
         links: Sequence[str] = (),
         **attributes: Attribute,
     ) -> Span:
-        """Begin a span under `parent`. Do nothing if `parent` is empty."""
+        """Begin a span under `parent`, or return a placeholder if `parent` is empty."""
 
     def record(
         self,
@@ -81,7 +81,7 @@ class Tracer(Protocol):
 
 
 class _Untraced:
-    """Placeholder for a span that is not recorded. Its children belong to its parent."""
+    """Placeholder for a span that is not recorded, whose children become children of its parent."""
 
     __slots__ = ("context",)
 
@@ -99,7 +99,7 @@ NO_SPAN: Span = _Untraced("")
 
 
 class _NoTracer:
-    """No-op tracer. It still passes on the context that it receives."""
+    """No-op tracer, which returns the context that it receives."""
 
     def root(self, *_args: object, **_more: object) -> Span:
         return NO_SPAN
@@ -130,7 +130,10 @@ def span(
     links: Sequence[str] = (),
     **attributes: Attribute,
 ) -> AbstractContextManager[Span]:
-    """Return a span for a `with` block. If an exception ends it, the span records the class name."""
+    """Return a span for a `with` block.
+
+    If an exception ends the `with` block, the span records the exception's class name.
+    """
     if not parent:
         return _OFF  # most jobs are not traced
     return ending(tracer.begin(name, parent, about, start_s=start_s, links=links, **attributes))
@@ -153,5 +156,5 @@ def is_context(text: str) -> bool:
 
 
 def trace_of(context: str) -> str:
-    """Return the trace's id in a traceparent, 32 hexadecimal digits, or "" if the text is empty."""
+    """Return the trace id in a traceparent, as 32 hexadecimal digits, or "" if the traceparent is empty."""
     return context[3:35]

@@ -1,7 +1,7 @@
 """Attempts of a task: how each attempt ended, its output, and its input.
 
-Invariants: this module only reads, through the Objects port. It therefore needs neither a manager nor a ledger, and it
-works on every backend.
+Invariants: the module only reads, through the Objects port. The module needs neither a manager nor a ledger, and works
+on every backend.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _READ_BYTES = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Result of one task in an outcome: the task succeeded, failed, or was canceled."""
+    """Result of one task in an outcome: success, failure, or cancellation."""
 
     task: int
     outcome: Outcome
@@ -38,7 +38,7 @@ class Attempt:
 
     @property
     def bundle(self) -> Bundle:
-        """Bundle that contains only this task, as it would be sent again."""
+        """Bundle with only the task of the attempt, and with `losses` set to 0."""
         return replace(self.outcome.bundle, tasks=TaskSet.from_indices([self.task]), losses=0)
 
     @property
@@ -48,7 +48,7 @@ class Attempt:
 
     @property
     def state(self) -> str:
-        """SUCCEEDED, FAILED, CANCELLED, or RETRIED. RETRIED means that a failure was tried again."""
+        """SUCCEEDED, FAILED, CANCELLED, or RETRIED. RETRIED is the state of a failed attempt that was retried."""
         if self.failure is not None:
             return "FAILED" if self.failure.final else "RETRIED"
         return "SUCCEEDED" if self.task in self.outcome.succeeded else "CANCELLED"
@@ -67,13 +67,13 @@ class Attempt:
 
     @property
     def value(self) -> Json:
-        """Encoded result, or None if the attempt has none."""
+        """Encoded result of the task, or None if the attempt did not succeed."""
         outcome = self.outcome
         return dict(zip(outcome.succeeded, outcome.values, strict=True)).get(self.task)
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Ranges of the task's output in the log object: (first byte, last byte + 1)."""
+        """Ranges (first byte, last byte + 1) of the task's output in the log object."""
         return [(start, stop) for task, start, stop in self.outcome.log_spans if task == self.task]
 
 
@@ -81,7 +81,7 @@ class Attempt:
 
 
 async def definition(objects: Objects, job: JobId, patience: Patience) -> JobDef:
-    """Return the job as it was submitted. Raise NotFound if it does not exist."""
+    """Return the job as it was submitted. Raise NotFound if the job does not exist."""
     data = await patience(partial(objects.get, object_keys.spec(job)))
     return json_format.job_from_json(json_format.loads(data))
 
@@ -89,8 +89,8 @@ async def definition(objects: Objects, job: JobId, patience: Patience) -> JobDef
 async def attempts(objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience) -> list[Attempt]:
     """Return every finished attempt of a task in order.
 
-    The function lists the stage's outcomes, with one request per 1000. It reads those whose bundles may contain the
-    task.
+    The function lists the stage's outcomes, with one request per 1000 outcomes. Only outcomes of bundles that may
+    contain the task are read.
     """
     bundles_found: list[Bundle] = []
     key = await CommitKeys(objects, patience).key_of(job)
@@ -110,7 +110,7 @@ async def attempts(objects: Objects, job: JobDef, stage: StageName, task: int, p
 
 
 def attempt_in(outcome: Outcome, task: int) -> Attempt | None:
-    """Return the attempt of the task in this outcome, or None if the outcome does not contain it."""
+    """Return the attempt of the task in an outcome, or None if the outcome does not contain the task."""
     for failure in outcome.failed:
         if failure.task == task:
             return Attempt(task, outcome, failure)
@@ -119,10 +119,10 @@ def attempt_in(outcome: Outcome, task: int) -> Attempt | None:
 
 
 def chosen(all_attempts: Sequence[Attempt], number: int | None = None, round_: int | None = None) -> Attempt | None:
-    """Return one of the attempts, or None if none matches.
+    """Return one of the attempts, or None if no attempt matches.
 
-    `number` and `round_` restrict the choice. The function returns the last failed attempt that matches, or else the
-    last attempt that matches.
+    If `number` or `round_` is given, only attempts with that number or round match. The function returns the last
+    failed attempt that matches, or else the last attempt that matches.
     """
     attempts = [attempt for attempt in all_attempts if round_ in (None, attempt.outcome.bundle.round)]
     if number is not None:
@@ -135,10 +135,10 @@ def chosen(all_attempts: Sequence[Attempt], number: int | None = None, round_: i
 
 
 async def printed(objects: Objects, outcome: Outcome, tasks: Iterable[int], patience: Patience) -> dict[int, bytes]:
-    """Return the output of each task in an outcome. It is b"" for a task without output.
+    """Return the output of each task in an outcome, or b"" for a task without output.
 
-    Outputs that are close to each other are read in one request. Raise NotFound if the log is not stored yet or has
-    expired.
+    Outputs that are close to each other in the log are read in one request. Raise NotFound if the log is not stored yet
+    or has expired.
     """
     wanted = set(tasks)
     spans = sorted((start, stop, task) for task, start, stop in outcome.log_spans if task in wanted)
@@ -158,10 +158,10 @@ async def printed(objects: Objects, outcome: Outcome, tasks: Iterable[int], pati
 async def log_end(
     outcome: Outcome, task: int, limit: int, read: Callable[[int, int], Awaitable[bytes]]
 ) -> tuple[bytes, int]:
-    """Return the last `limit` bytes of a task's output, and the number of bytes before them.
+    """Return the last `limit` bytes of a task's output, and the number of earlier bytes.
 
-    `read` returns the bytes [start, stop) of the log. If a task was restarted because its process was lost, its output
-    is in several places.
+    `read` returns the bytes [start, stop) of the log. The output of a task that was restarted after the loss of its
+    process is in several ranges of the log.
     """
     spans = sorted((start, stop) for owner, start, stop in outcome.log_spans if owner == task)
     parts: list[bytes] = []
@@ -176,7 +176,7 @@ async def log_end(
 
 
 async def task_bundle(objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience) -> Bundle:
-    """Return the bundle of a task that has not finished. The bundle locates the task's input.
+    """Return a bundle that contains only the given unfinished task, for the lookup of the task's input.
 
     Raise UsageError if the upstream task does not have a result yet. Raise NoSuchTask if the plan does not contain the
     upstream task.
@@ -184,7 +184,7 @@ async def task_bundle(objects: Objects, job: JobDef, stage: StageName, task: int
     step = job.stage(stage)
     alone = Bundle(job.id, stage, TaskSet.from_indices([task]))
     if step.gather is not None:
-        # A retry may have planned it first, after all upstream tasks had succeeded.
+        # Use the latest round, because a `job retry` may have planned the stage for the first time.
         return replace(alone, round=await _round(objects, job.id, patience))
     if not step.chained:
         return alone
@@ -203,7 +203,7 @@ async def task_bundle(objects: Objects, job: JobDef, stage: StageName, task: int
 
 
 async def _check_head(objects: Objects, job: JobDef, step: StageDef, task: int, patience: Patience) -> None:
-    """Raise NoSuchTask if the first stage of a chain is planned without this task."""
+    """Raise NoSuchTask if the plan of the first stage of a chain does not have the task."""
     head = step
     while head.chained:
         head = job.stage(head.after[0])
@@ -214,11 +214,11 @@ async def _check_head(objects: Objects, job: JobDef, step: StageDef, task: int, 
         name = task_name(step.name, task)
         raise NoSuchTask(f"The plan of job {job.id} has no task {name}.", remedy=error.remedy) from error
     except NotFound:
-        return  # the plan does not exist yet or was removed, so the answer is unknown
+        return  # the plan does not exist yet or was removed, so the task may exist
 
 
 async def _round(objects: Objects, job: JobId, patience: Patience) -> int:
-    """Return the last round that the job's user requested."""
+    """Return the number of the last round that the job's user requested."""
     round_ = 0
     while await patience(partial(objects.head, object_keys.retry(job, round_ + 1))):
         round_ += 1
@@ -228,8 +228,8 @@ async def _round(objects: Objects, job: JobId, patience: Patience) -> int:
 async def task_input(objects: Objects, job: JobDef, bundle: Bundle, patience: Patience) -> Json:
     """Return the encoded input of a bundle's only task, as a worker receives it.
 
-    The input is inline JSON or references to objects (see protocol.values). Raise NotFound if an object no longer
-    exists, or if the stage's plan does not contain the task.
+    The input is plain JSON or contains references to objects (see `protocol.values`). Raise NotFound if an object no
+    longer exists, or if the stage's plan does not contain the task.
     """
     inputs = Inputs(objects, patience)
     if bundle.source is None:
@@ -239,7 +239,7 @@ async def task_input(objects: Objects, job: JobDef, bundle: Bundle, patience: Pa
 
 
 def describe(item: Json) -> str:
-    """Describe an encoded input in a few words."""
+    """Return a description of an encoded input in a few words."""
     kind = values.kind(item)
     if kind == "$file":
         return f"the file {item['name']} ({item['size']:,} bytes)"

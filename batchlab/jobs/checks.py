@@ -1,7 +1,7 @@
 """Checks that concern several keys of a job file.
 
-Invariants: a valid job file names only existing stages, handlers, parameters, and files. Its stages form a graph
-without a cycle.
+Invariants: a valid job file names only existing stages, handlers, parameters, and files. The stages of a valid job file
+form a graph without a cycle.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from batchlab.jobs.yaml_source import Loc, Problem, suggest
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Job and the folder of its relative paths."""
+    """Job to check, and the folder that the job's paths are relative to."""
 
     job: JobSpec
     folder: Path
@@ -63,7 +63,7 @@ def is_url(pattern: str) -> bool:
 def bucket_and_key(url: str) -> tuple[str, str] | None:
     """Return the bucket and the key of s3://BUCKET/KEY, or None for any other text.
 
-    The scheme is s3 on every backend. BUCKET is the bucket of the grid.
+    The scheme of input URLs is s3 on every backend. BUCKET is the bucket of the grid.
     """
     match = _OBJECT_URL.fullmatch(url)
     return (match[1], match[2] or "") if match else None
@@ -101,14 +101,14 @@ def _handlers(subject: Subject) -> Iterator[Problem]:
         if problem := handler_lookup.missing(stage.python, subject.code):
             yield Problem((*loc, "python"), *problem)
             if problem[1] == handler_lookup.MEND:
-                # Report a broken module once, even if several stages use it.
+                # Report a broken module only once, even if several stages use the module.
                 broken.add(module)
 
 
 def _placeholders(subject: Subject) -> Iterator[Problem]:
     for loc, stage in subject.stages():
         for i, argument in enumerate(stage.command or ()):
-            # Only the first argument is the program, for which a special rule applies.
+            # A special rule applies to the first argument, which is the program.
             for message in values.check([argument] if i == 0 else ["program", argument]):
                 remedy = "Write a literal brace twice, as in {{ and }}."
                 yield Problem((*loc, "command", i), message, remedy)
@@ -197,7 +197,7 @@ def _matches(loc: Loc, pattern: str, folder: Path) -> Iterator[Problem]:
         if pattern and handler_lookup.is_folder(folder / pattern):
             remedy = f"It is a folder: write '{pattern.rstrip('/')}/*'."
         yield Problem(loc, message, remedy)
-    # Report only the first one. Several such names usually have the same reason.
+    # Report only the first unsuitable name, because several unsuitable names usually have the same reason.
     unfit = next((path for path in paths if handler_lookup.unfit(path.name)), None)
     if unfit is not None:
         message = f"The name of the input file {str(unfit)!r} {handler_lookup.unfit(unfit.name)}."
@@ -218,7 +218,7 @@ def _notify(subject: Subject) -> Iterator[Problem]:
 def notify_def(spec: NotifySpec) -> NotifyDef:
     """Return the notification target in the form that the grid uses."""
     ways = (("webhook", spec.webhook), ("sns", spec.sns), (notifications.NAMED, spec.target))
-    # The default is never used, because `_notify` refuses a target without an address.
+    # The default ("", "") is never used, because `_notify` refuses a target without an address.
     kind, to = next(((kind, to) for kind, to in ways if to is not None), ("", ""))
     return NotifyDef(kind, to, tuple(spec.on), spec.secret or "", spec.failures, spec.stuck_after)
 

@@ -1,8 +1,8 @@
 """Types of single values in a job file, the model of `notify`, and the checks of the order of stages.
 
-Invariants: the JSON Schema of a type accepts the same values as its check. Each error lists the accepted forms. A
-notification target of a job cannot be a command, because a user who submits jobs must not run commands on the manager's
-machine. Stages without a problem form a graph without a cycle.
+Invariants: the JSON Schema of a type accepts the same values as the type's check. Each error lists the accepted forms.
+A notification target of a job cannot be a command, because a user who submits jobs must not run commands on the
+manager's machine. If the checks yield no problem, the stages form a graph without a cycle.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from batchlab.jobs.yaml_source import Loc, Problem, suggest
 
 MIN_MEMORY_BYTES = 16 * 1024 * 1024
 MAX_TASKS = 10**12
-"""Limit for any number of tasks. A larger number is probably a typing error."""
+"""Maximum of any number of tasks in a job file. A larger number is probably a typing error."""
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 PARAM_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
@@ -42,7 +42,7 @@ _SHARE_PATTERN = r"^\d+(\.\d+)?\s*%$"
 
 
 def refusal(message: str, remedy: str) -> PydanticCustomError:
-    """Return an error of one field with its own message and remedy."""
+    """Return a pydantic error of one field with the given message and remedy."""
     return PydanticCustomError("refused", "{message}", {"message": message, "remedy": remedy})
 
 
@@ -139,7 +139,7 @@ def _auto(value: Any) -> Any:
 
 
 def one_or_many(value: Any) -> Any:
-    """Return a single text as a list of one."""
+    """Return a single text as a list with one element, and any other value unchanged."""
     return [value] if isinstance(value, str) else value
 
 
@@ -254,7 +254,7 @@ Notify = Annotated[
 
 
 class Staged(Protocol):
-    """Attributes of a stage that the checks need, in a job file or a scenario."""
+    """Attributes that the checks need of a stage in a job file or a scenario."""
 
     @property
     def name(self) -> str: ...
@@ -267,7 +267,7 @@ class Staged(Protocol):
 
 
 def upstream(stages: Sequence[Staged], stage: int) -> tuple[str, ...]:
-    """Return the names of the stages that a stage follows, including the default."""
+    """Return the names of the stages that a stage follows. Without `after`, a stage follows the previous stage."""
     names = stages[stage].after
     if names is not None:
         return tuple(names)
@@ -275,7 +275,7 @@ def upstream(stages: Sequence[Staged], stage: int) -> tuple[str, ...]:
 
 
 def unique_names(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
-    """Yield a problem for each repeated name. `at` is the location of the list in the file."""
+    """Yield a problem for each repeated name of a stage. `at` is the location of the list of stages in the file."""
     first: dict[str, int] = {}
     for i, stage in enumerate(stages):
         if stage.name in first:
@@ -286,7 +286,7 @@ def unique_names(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
 
 
 def order(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
-    """Yield problems of `after`: unknown stages, repeated or later stages, and cycles."""
+    """Yield the problems of each `after`: unknown stages, repeated or later stages, and cycles."""
     names = [stage.name for stage in stages]
     for i, stage in enumerate(stages):
         for j, before in enumerate(stage.after or ()):
@@ -312,7 +312,7 @@ def order(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
 
 
 def _cycle(before: dict[str, tuple[str, ...]]) -> list[str]:
-    """Return one cycle in the direction of the data, with its first stage repeated at the end."""
+    """Return the stages of one cycle in the direction of the data, with the first stage repeated at the end."""
     open_stages = dict(before)
     while ready := [name for name, names in open_stages.items() if not any(b in open_stages for b in names)]:
         for name in ready:

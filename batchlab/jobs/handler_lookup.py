@@ -1,8 +1,9 @@
-"""Lookup of `module:function` without running the user's code, and of the local files of a job file.
+"""Lookup of a handler `module:function` without running the user's code, and lookup of the local files of a job file.
 
-Invariants: a job whose handler does not exist is refused before anything is queued. The lookup does not import the
-module, because imports may be slow, unsafe, or missing. Symbolic links are not resolved. A lookup never raises an
-error: a path that cannot be accessed counts as missing. A lookup always ends, even if links form a cycle.
+Invariants: a job whose handler does not exist is refused before it is submitted. The lookup does not import the
+handler's module, because an import may be slow, unsafe, or fail locally. Symbolic links are not resolved. A lookup
+never raises an error: a path that cannot be accessed counts as missing. A lookup always ends, even if links form a
+cycle.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from batchlab.jobs.yaml_source import nearest
 
 def absolute(path: Path) -> Path:
     """Return `path` as an absolute path without `..`."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
+    return Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve() would follow links
 
 
 def is_file(path: Path) -> bool:
@@ -38,7 +39,7 @@ def is_folder(path: Path) -> bool:
 
 
 def unfit(name: str) -> str | None:
-    """Return why an object's key cannot end in `name`, as the end of a sentence, or None."""
+    """Return the reason why an object's key cannot end in `name`, as the end of a sentence, or None if it can."""
     if CONTROL.search(name):
         return "holds a control character"
     if STAGED.search(name):
@@ -53,7 +54,8 @@ def unfit(name: str) -> str | None:
 def matches(pattern: str, folder: Path) -> list[Path]:
     """Return the files that match `pattern` in `folder`, sorted by path.
 
-    A file with exactly this name takes precedence over the meaning of `[` and `*`.
+    If the pattern does not match a file that has exactly the name `pattern`, such as `a[1].csv`, only that file is
+    returned.
     """
     start = "/" if pattern.startswith("/") else ""
     parts = [part for part in pattern.split("/") if part]
@@ -61,23 +63,23 @@ def matches(pattern: str, folder: Path) -> list[Path]:
     names = set(_expand(folder, start, parts)) if parts else set()
     paths = [absolute(folder / name) for name in sorted(names) if is_file(folder / name)]
     if is_file(folder / pattern) and absolute(folder / pattern) not in paths:
-        # The name contains brackets or similar characters, which are literal here.
+        # A file has exactly the name `pattern`, so the special characters in the pattern are literal.
         return [absolute(folder / pattern)]
     return paths
 
 
 def _expand(folder: Path, place: str, parts: Sequence[str]) -> Iterator[str]:
-    """Yield the matches of `parts` in `place`. All paths are relative to `folder`.
+    """Yield the matches of `parts` in `place`, with all paths relative to `folder`.
 
-    `place` is "" or ends in a slash. The function expands one part at a time. The "**" of `glob` follows links in
-    cycles, and Path.glob includes hidden files.
+    `place` is "" or ends in a slash. The function expands one part at a time, because `glob.glob` with "**" follows
+    links in cycles, and Path.glob includes hidden files.
     """
     first, rest = parts[0], parts[1:]
     if first == "**":
         for inner in _folders(folder, place):
             yield from _expand(folder, inner, rest or ["*"])
         return
-    names = glob.glob(first, root_dir=folder / place)  # noqa: PTH207 - see above
+    names = glob.glob(first, root_dir=folder / place)  # noqa: PTH207 - Path.glob includes hidden files
     for name in names:
         if rest:
             yield from _expand(folder, f"{place}{name}/", rest)
@@ -86,16 +88,16 @@ def _expand(folder: Path, place: str, parts: Sequence[str]) -> Iterator[str]:
 
 
 def _folders(folder: Path, place: str) -> Iterator[str]:
-    """Yield `place` and every folder below it that is not hidden, each once.
+    """Yield `place` and every folder below it that is not hidden, without duplicates.
 
-    If links lead to the same folder, the path without links is used if it exists.
+    If several paths lead to the same folder, the path without links is used if it exists.
     """
     seen: set[tuple[int, int]] = set()
     waiting, linked = deque([place]), deque[str]()
     while waiting or linked:
         here = waiting.popleft() if waiting else linked.popleft()
         with suppress(OSError):  # skip folders that cannot be accessed
-            info = os.stat(folder / here)  # noqa: PTH116 - like os.scandir below
+            info = os.stat(folder / here)  # noqa: PTH116 - os.stat, for consistency with os.scandir below
             if (info.st_dev, info.st_ino) in seen:
                 continue
             seen.add((info.st_dev, info.st_ino))
@@ -109,16 +111,16 @@ def _folders(folder: Path, place: str) -> Iterator[str]:
 def _leads_on(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError:  # the entry is a link to itself
         return False
 
 
 MEND = "Correct the module."
-"""Remedy for an invalid module, whichever of its functions is looked up."""
+"""Remedy for an invalid module."""
 
 
 def missing(handler: str, code: Path) -> tuple[str, str] | None:
-    """Return (message, remedy) if the handler does not exist, else None."""
+    """Return (message, remedy) if the handler does not exist, or None if it exists."""
     module, _, function = handler.partition(":")
     source = _in_folder(module, code)
     if source is None:
@@ -148,11 +150,11 @@ def _missing_installed(module: str, function: str, code: Path) -> tuple[str, str
         return f"The handler does not exist: {message}", remedy
     if spec.origin and spec.origin.endswith(".py"):
         return _missing_in(Path(spec.origin), module, function, code)
-    return None  # Compiled modules cannot be read. A missing function fails on the worker.
+    return None  # compiled modules cannot be parsed, so a missing function is only found on the worker
 
 
 def _find(module: str) -> ModuleSpec | None:
-    """Find a module's spec like importlib.util.find_spec, which imports parent packages."""
+    """Return a module's spec as importlib.util.find_spec does, but without importing parent packages."""
     path: Sequence[str] | None = None
     spec: ModuleSpec | None = None
     parts = module.split(".")
@@ -165,7 +167,7 @@ def _find(module: str) -> ModuleSpec | None:
 
 
 def _ask_finders(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    # Workers do not run in the folder in which the job file is checked.
+    # Search without the current folder, because workers do not run in the folder in which the job file is checked.
     here = {"", str(Path.cwd())}
     for finder in sys.meta_path:
         is_path_finder = path is None and finder is PathFinder
@@ -181,7 +183,7 @@ def _missing_in(source: Path, module: str, function: str, code: Path) -> tuple[s
         names = set(_names(source, code, set()))
     except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
         line = f" line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        # The parser raises MemoryError if the nesting exceeds its own stack.
+        # Catch MemoryError, which the parser raises if the nesting exceeds the parser's stack.
         what = error.msg if isinstance(error, SyntaxError) else str(error) or "it nests too deeply"
         return f"{source.name}{line} cannot be read as Python: {what}.", MEND
     if function in names or _ANY in names:
@@ -198,9 +200,12 @@ def _missing_in(source: Path, module: str, function: str, code: Path) -> tuple[s
 
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 READ_BYTES = 1024 * 1024
-"""Larger modules are not parsed. Parsing takes about a hundred times the size in memory."""
+"""Maximum size in bytes of a module that is parsed.
+
+Parsing takes about a hundred times the size of the module in memory.
+"""
 _ANY = "*"
-"""Represents names that only running the module could reveal."""
+"""Placeholder for names that are known only after the module has run."""
 
 
 def _names(source: Path, code: Path, seen: set[Path]) -> Iterator[str]:
@@ -211,7 +216,7 @@ def _names(source: Path, code: Path, seen: set[Path]) -> Iterator[str]:
         yield _ANY
         return
     with warnings.catch_warnings():
-        # Hide Python's warnings about outdated escapes. They concern only the author of the module.
+        # Hide Python's warnings about outdated escapes, which concern only the author of the module.
         warnings.simplefilter("ignore")
         tree = ast.parse(source.read_bytes(), filename=str(source))
     for node in _statements(tree.body):
@@ -243,7 +248,7 @@ def _starred(node: ast.ImportFrom, source: Path, code: Path, seen: set[Path]) ->
 
 
 def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yield the statements of the module's own scope, including those in if, try, and with."""
+    """Yield the statements of the module's own scope, including the bodies of if, try, and with."""
     for node in body:
         yield node
         if not isinstance(node, _SCOPES):

@@ -1,7 +1,7 @@
 """Loading of a job file, and its conversion into the job that the grid runs.
 
-Invariants: a JobFile has passed every check. Only its content, its files, and the arguments determine the resulting
-job.
+Invariants: a JobFile has passed every check. The job is determined only by the content of the job file, by its files,
+and by the arguments.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class JobFile:
     code: Path
     """Folder of the user's code."""
     params: Mapping[str, Json]
-    """Parameters with the overrides applied."""
+    """Parameters of the job, with the overrides of the command line applied."""
     files: tuple[Path | str, ...]
     """Input in task order: local files, and S3 URLs as they were written."""
 
@@ -56,7 +56,7 @@ def load(path: Path, overrides: Mapping[str, str] | None = None, *, needs_input:
     """Read and check the job file at `path`.
 
     `overrides` (`--set`) replace parameters. The input files need to exist only if `needs_input` is set. Raise
-    JobFileErrors with all mistakes. The function does not run the user's code.
+    JobFileErrors with all mistakes of the file. The function does not run the user's code.
     """
     path = handler_lookup.absolute(path)
     document = yaml_source.parse(yaml_source.text_of(path, SHAPE.what, _NONE), is_text)
@@ -88,8 +88,8 @@ def compile_job(
 ) -> JobDef:
     """Return the job in the form that the grid runs.
 
-    `input_keys` are the objects with the input files, in order. A start time such as `+10m` counts from `submitted_s`
-    (epoch seconds).
+    `input_keys` are the keys of the objects with the input files, in order. A start time such as `+10m` is relative to
+    `submitted_s` (epoch seconds).
     """
     job = jobfile.job
     allowance = job.failure.max_failures
@@ -114,9 +114,9 @@ def compile_job(
 
 
 def source_digest(jobfile: JobFile, code_digest: str) -> str:
-    """Return a sha256 that changes if a new run of the job could have other results.
+    """Return a sha256 of everything that determines the results of the job.
 
-    It covers the job's content, parameters, and code, and the name, size, and time of each input file.
+    The sha256 covers the job's content, parameters, and code, and the name, size, and time of each input file.
     """
     facts: list[Json] = []
     for file in jobfile.files:
@@ -125,7 +125,7 @@ def source_digest(jobfile: JobFile, code_digest: str) -> str:
             facts.append([jobfile.name_of(file), stat.st_size, stat.st_mtime_ns])
         else:
             facts.append([file])
-    # These keys do not affect the results.
+    # The keys in `apart` do not affect the results of the job.
     apart = {"max_cost", "cron", "timezone", "notify"}
     content = jobfile.job.model_dump(mode="json", exclude=apart)
     whole = [content, dict(jobfile.params), code_digest, facts]
@@ -141,7 +141,7 @@ def _override(declared: Mapping[str, Json], overrides: Mapping[str, str]) -> tup
             problems.append(Problem(None, f"--set {key}: there is no parameter '{key}'.", remedy))
             continue
         try:
-            # If the default is text, keep the value as text: 007 stays 007.
+            # If the default of a parameter is text, keep its value as text, so that 007 stays 007.
             as_text = isinstance(declared[key], str)
             params[key] = yaml_source.plain_text(text) if as_text else yaml_source.scalar(text)
         except yaml_source.ScalarRefused as refused:

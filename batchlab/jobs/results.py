@@ -1,8 +1,8 @@
 """Download of a job's results into a folder, with their files and large values.
 
-Invariants: nothing is written outside this folder, whatever the names of results are. A file is written to the folder
-of its own task. A results file is written completely or not at all, with its lines in task order. Memory use does not
-grow with the job. Nothing is read beyond the granted limits (`FetchLimits`).
+Invariants: a fetch writes only inside its folder, for all names of results. A file is written to the folder of its own
+task. A results file is written completely or not at all, with its lines in task order. Memory use does not grow with
+the size of the job. A fetch does not read more bytes than its limits allow (`FetchLimits`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from batchlab.core.text import size
 from batchlab.jobs.attempts import definition
 
 VALUES_AT_ONCE = 16
-"""Results whose files and large values are fetched concurrently."""
+"""Number of results whose files and large values are fetched concurrently."""
 _DEEPEST = 8
 _PIECE_BYTES = 8 * 1024 * 1024
 _BY_PIECES = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
@@ -43,8 +43,9 @@ _WRITTEN = 4
 class FetchLimits:
     """Limits of a fetch, for results that other users' tasks have written.
 
-    `claim` is called before bytes are written to the disk, and raises an error if they are too many. `value_bytes`
-    limits the total size of one result without its files. `remedy` is the remedy if the result is larger.
+    `claim` is called before bytes are written to the disk, and raises an error if the number of bytes is too large.
+    `value_bytes` limits the total size of one result without its files. `remedy` is the remedy in the error for a
+    result that is larger.
     """
 
     claim: Callable[[int], None]
@@ -52,7 +53,7 @@ class FetchLimits:
     remedy: str
 
     async def read(self, objects: Objects, key: str, most_bytes: int, patience: Patience) -> bytes:
-        """Return an object of at most `most_bytes`. Raise UsageError if it is larger."""
+        """Return an object of at most `most_bytes`. Raise UsageError if the object is larger."""
         data = await patience(partial(objects.get_range, key, 0, most_bytes + 1))
         if len(data) > most_bytes:
             raise self.too_large(most_bytes)
@@ -67,7 +68,7 @@ class FetchLimits:
 def plain(encoded: Json, replacements: Mapping[str, Json]) -> Json:
     """Return the value as the task returned it, with references replaced by `replacements`.
 
-    A pickled object stays encoded. Reading it would run code, and JSON cannot represent it.
+    A pickled object stays encoded, because unpickling runs code and JSON cannot represent the object.
     """
     if type(encoded) is list:
         return [plain(part, replacements) for part in encoded]
@@ -98,19 +99,21 @@ class Files:
     count: int = 0
     size_bytes: int = 0
     value_bytes: int = 0
-    """Bytes of large values. They are part of the stage's file and do not have files of their own."""
+    """Number of bytes of large values, which are written into the stage's results file instead of into files of
+    their own.
+    """
     limit: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(VALUES_AT_ONCE))
 
     async def local(self, stage: str, task: int, value: Json) -> Json:
-        """Return the result with its large values, and with paths relative to `out` for its files."""
+        """Return the result with its large values in place, and with paths relative to `out` for its files."""
         left = _Left(self.within.value_bytes if self.within else 0)
         return await self._value(value, Names(f"files/{stage}/{task}"), left, _DEEPEST)
 
     def line(self, doc: Json) -> str:
         """Return a line of JSON with the large values in place.
 
-        A value is read once but may occur in several places, so its written size is known only while it is written.
-        Raise UsageError if it is too large.
+        A large value is read once but may occur in several places of a result, so the written size is known only during
+        the write. Raise UsageError if the written line is too large.
         """
         if self.within is None:
             return json_format.dumps(doc) + "\n"
@@ -124,7 +127,7 @@ class Files:
         return "".join((*pieces, "\n"))
 
     def claim(self, size_bytes: int) -> None:
-        """Announce that bytes will be written. An error is raised if they are too many."""
+        """Announce that bytes will be written. Raise an error if the number of bytes exceeds the limits."""
         if self.within:
             self.within.claim(size_bytes)
 
@@ -168,15 +171,15 @@ class Files:
                 else:
                     get = partial(self.objects.download, reference["$file"], path)
                     size_bytes = await self.patience(get)
-            # `+=` with await would use the value that the sum had before the wait.
+            # Await before `+=`, because `+=` with an await in it would use the value of the sum before the wait.
             self.size_bytes += size_bytes
             self.count += 1
         return name
 
     async def _size_of(self, reference: Json) -> int:
-        """Return the size of a file, or 0 if it does not exist. The later download then fails.
+        """Return the size of a file, or 0 if the file does not exist, so that the later download fails.
 
-        The size in the reference is not trusted, because every writer of outcomes may have written it.
+        The size in the reference is not trusted, because any worker may have written the reference.
         """
         info = await self.patience(partial(self.objects.head, reference.get("$file") or reference["$part"]))
         if info is None:
@@ -203,34 +206,37 @@ class Files:
 
 @dataclass(slots=True)
 class _Left:
-    """Remaining bytes for the large values of one result, if they are limited."""
+    """Remaining bytes for the large values of one result, if the fetch is limited."""
 
     value_bytes: int
 
 
 class Names:
-    """Safe file names in one task's folder. No name equals another one or is inside another one."""
+    """Safe file names in one task's folder.
+
+    A file name never equals another file name or is inside another file's path.
+    """
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._known: dict[str, str] = {}
         self._taken: set[str] = set()
-        """Names and their folders in case-folded form, because some file systems ignore case."""
+        """Used names and their folders in case-folded form, because some file systems ignore case."""
 
     def path_of(self, reference: Json) -> tuple[str, bool]:
-        """Return the path of the referenced file, and whether it is new."""
+        """Return the path of the referenced file, and whether the path is new."""
         key = _id(reference)
         if key in self._known:
             return self._known[key], False
         name = str(reference["name"])
         if name_problem(name):
-            # Do not trust the name. Every writer of outcomes may have written it.
+            # Do not trust the name in the reference, because any worker may have written the reference.
             last = name.replace("\\", "/").rpartition("/")[2]
             name = "file" if name_problem(last) else last
         number, free = 1, name
         while self._clashes(free):
             number += 1
-            # change the first part, because the folder may be the cause of the conflict
+            # change the first part of the path, because the folder may be the cause of the conflict
             free = f"{number}-{name}"
         parts = free.casefold().split("/")
         self._taken.update("/".join(parts[:i]) + "/" for i in range(1, len(parts)))
@@ -247,7 +253,7 @@ class Names:
 
 OUTCOMES_AT_ONCE = 8
 LIMITED_AT_ONCE = 2
-"""Outcomes and results that are in memory at the same time if the fetch is limited."""
+"""Number of outcomes, and of results, that are in memory at the same time if the fetch is limited."""
 
 Progress = Callable[[int, int], None]
 """Callback with the number of outcomes read and the total number."""
@@ -255,7 +261,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """Outcome as the manager lists it. `tasks` contains the tasks that succeeded."""
+    """Outcome in the manager's list of outcomes. `tasks` has the tasks of the outcome that succeeded."""
 
     stage: str
     key: str
@@ -267,7 +273,10 @@ class Listed:
 
 
 def listed(page: Callable[[int | None], OutcomesView]) -> list[Listed]:
-    """Return all outcomes that the job has now. `page` returns those after a seq, or the first ones."""
+    """Return all outcomes that the job has now.
+
+    `page` returns the outcomes after a seq, or the first outcomes for None.
+    """
     listings: list[Listed] = []
     after: int | None = None
     while outcomes := page(after)["outcomes"]:
@@ -278,7 +287,7 @@ def listed(page: Callable[[int | None], OutcomesView]) -> list[Listed]:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """Summary of a fetch: results by stage, and the files to which they refer.
+    """Summary of a fetch: number of results by stage, and the files that the results refer to.
 
     `read_bytes` is the number of bytes read from the bucket.
     """
@@ -309,9 +318,9 @@ async def fetch(
 ) -> Fetched:
     """Write `out/<stage>.jsonl`, `out/files/<stage>/<task>/…`, and `out/summary.json`.
 
-    `view` is the job as the manager shows it, and `listing` contains all of its outcomes. Without `stages`, the final
-    stages are fetched. The files of an earlier fetch of these stages are replaced. Raise UsageError for an unknown
-    stage, for a folder that cannot be written, and for results that exceed `within`.
+    `view` is the manager's view of the job, and `listing` contains all outcomes of the job. Without `stages`, the final
+    stages are fetched. The files of an earlier fetch of the same stages are replaced. Raise UsageError for an unknown
+    stage, for a folder that cannot be written, and for results that exceed the limits `within`.
     """
     job = await definition(objects, JobId(view["id"]), patience)
     chosen = {name: of_stage(name, listing) for name in _known(job, stages) or final_stages(job)}
@@ -356,14 +365,14 @@ def _write_summary(view: JobView, fetched: Fetched) -> None:
 
 
 def _make_room(out: Path, stages: Iterable[StageName]) -> None:
-    """Create the folder and remove the files of an earlier fetch, which may have had more tasks.
+    """Create the folder `out`, and remove the files of an earlier fetch, which may have had more tasks.
 
-    Files are removed only if a summary proves that a fetch wrote them, because the folder is the user's.
+    The folder belongs to the user, so files are removed only if a summary in the folder proves that a fetch wrote them.
     """
     out.mkdir(parents=True, exist_ok=True)
     if not any(out.iterdir()):
-        # Mark only an empty folder. A job's code may include the folder, and the user's files in it must not be
-        # skipped.
+        # Mark only an empty folder, because a marked folder is not part of a job's code, and the user's own files must
+        # not be left out.
         (out / object_keys.MADE).touch()
     try:
         known = json.loads((out / "summary.json").read_text())["results"]
@@ -376,7 +385,7 @@ def _make_room(out: Path, stages: Iterable[StageName]) -> None:
 
 @dataclass(slots=True)
 class _Steps:
-    """Progress of a fetch: the outcomes that were read, and their bytes."""
+    """Progress of a fetch: the number of outcomes that were read, and their bytes."""
 
     of: int
     tell: Progress | None
@@ -396,7 +405,7 @@ class _Steps:
 def of_stage(stage: StageName, listing: Iterable[Listed]) -> list[Listed]:
     """Return the outcomes of a stage that contain results, sorted by task.
 
-    The manager does not list outcomes that a retry made void.
+    Outcomes that a retry made void are not in the manager's list.
     """
     listeds = [one for one in listing if one.stage == stage and one.tasks]
     return sorted(listeds, key=lambda one: one.tasks.first)
@@ -411,7 +420,7 @@ async def in_task_order(
 ) -> AsyncIterator[tuple[int, Json]]:
     """Yield (task, encoded result) for the outcomes of `of_stage`, in task order.
 
-    `read` is called with the size of each outcome in bytes.
+    `read` is called with the size in bytes of each outcome that was read.
     """
     ready: list[tuple[int, Json]] = []
     fetching: deque[asyncio.Task[tuple[Outcome, int]]] = deque()
@@ -427,8 +436,8 @@ async def in_task_order(
             read(read_bytes)
             for pair in zip(outcome.succeeded, outcome.values, strict=True):
                 heapq.heappush(ready, pair)
-            # Retried tasks are within the range of an earlier bundle. All later results start at the first task of the
-            # next outcome, so the results before it are complete.
+            # Retried tasks are within the range of an earlier bundle. All results before the first task of the next
+            # outcome are complete, because later outcomes do not begin earlier.
             rest = outcomes[number + 1 : number + 2]
             while ready and (not rest or ready[0][0] < rest[0].tasks.first):
                 yield heapq.heappop(ready)
@@ -474,7 +483,7 @@ async def _write(stage: StageName, results: AsyncIterator[tuple[int, Json]], fil
         with staged.open("w", encoding="utf-8") as file:
             async for task, value in results:
                 count += 1
-                # Avoid a coroutine for plain values, because there may be millions of them.
+                # Avoid a coroutine for plain values, because a stage may have millions of plain values.
                 is_plain = next(values.references(value), None) is None
                 waiting.append(
                     (task, plain(value, {}))

@@ -1,6 +1,7 @@
 """Job file as pydantic models: the meaning, unit, and default of each key, and JSON Schemas for editors.
 
-Invariant: the published JSON Schema, the reference page, and the checks all use these models, so they cannot disagree.
+Invariant: the published JSON Schema, the reference page, and the checks are all derived from the models of this module,
+so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _RULE = RetryRule()
 
 
 def rule_of(value: Any) -> Any:
-    """Return a plain number as a mapping with this number of attempts."""
+    """Return a plain number as a mapping with the number as `attempts`, and a mapping unchanged."""
     if isinstance(value, int) and not isinstance(value, bool):
         return {"attempts": value}
     if isinstance(value, dict | RetrySpec):
@@ -52,7 +53,7 @@ def _group(value: Any) -> Any:
 
 
 class Keys(BaseModel):
-    """Mapping of the file. It refuses other keys and does not convert values."""
+    """Base model of a mapping in the file, which refuses unknown keys and does not convert values."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -93,7 +94,7 @@ class InputSpec(Keys):
 
 
 class RetrySpec(Keys):
-    """When and how often a failed task is tried again. A plain number means `attempts`.
+    """When and how often a failed task is retried. A plain number sets `attempts`.
 
     The loss of a worker (a crash of the machine, a Spot interruption, scale-in) does not count as an attempt.
     """
@@ -146,7 +147,7 @@ class RetrySpec(Keys):
                 yield key, f"'{key}' has no effect, because 'on' does not contain '{kind}'.", f"Add {kind} to on."
 
     def rule(self) -> RetryRule:
-        """Return the rule in the form that the grid uses."""
+        """Return the retry rule in the form that the grid uses."""
         return RetryRule(
             attempts=self.attempts,
             backoff_s=self.backoff,
@@ -159,7 +160,7 @@ class RetrySpec(Keys):
         )
 
 
-# The following types are also used by the stages and jobs of a scenario.
+# The stages and jobs of a scenario also use the types below.
 StageName = Annotated[
     field_types.Name,
     Field(
@@ -226,7 +227,8 @@ class ResourcesSpec(Keys):
 class GatherSpec(Keys):
     """Fan-in of the upstream results.
 
-    `gather: all` creates one task for all results. This mapping creates one task for each group.
+    `gather: all` creates one task for all upstream results. `gather` with a mapping creates one task for each group of
+    upstream results.
     """
 
     by: Annotated[str, BeforeValidator(_group)] = Field(
@@ -238,7 +240,7 @@ class GatherSpec(Keys):
 
 
 class StageSpec(Keys):
-    """One step. Exactly one of `python` and `command` defines what runs for each task."""
+    """One stage of the job. Exactly one of `python` and `command` defines the program that runs for each task."""
 
     name: StageName
     python: field_types.Handler | None = Field(
@@ -362,7 +364,7 @@ class JobSpec(Keys):
     )
 
     def upstream(self, stage: int) -> tuple[str, ...]:
-        """Return the names of the stages that a stage follows, including the default."""
+        """Return the names of the stages that a stage follows. Without `after`, a stage follows the previous stage."""
         return field_types.upstream(self.stages, stage)
 
 
@@ -376,7 +378,7 @@ SECTIONS: dict[Loc, type[BaseModel]] = {
     ("failure",): FailureSpec,
     ("notify", "*"): NotifySpec,
 }
-"""All models by the location of their mapping in the file. "*" stands for any index."""
+"""All models by the location of their mapping in the file. "*" in a location matches any index."""
 
 SHAPE = Shape(
     JobSpec,
@@ -405,7 +407,7 @@ _TEXT_PLACES: tuple[Loc, ...] = (
 
 
 def is_text(loc: Loc) -> bool:
-    """Return whether a scalar at `loc` is always text. For example, 2024 is a valid name."""
+    """Return whether a scalar at `loc` is always text, such as 2024 as a name."""
     return is_any_of(loc, _TEXT_PLACES)
 
 
@@ -415,7 +417,10 @@ def json_schema() -> dict[str, Json]:
 
 
 def schema_of(model: type[BaseModel], title: str) -> dict[str, Json]:
-    """Return the JSON Schema (draft 2020-12) of a `model`. Its definitions use the models' titles."""
+    """Return the JSON Schema (draft 2020-12) of a `model`.
+
+    The definitions in the schema have the titles of the models as names.
+    """
     schema: dict[str, Json] = _plain(model.model_json_schema())
     text = json.dumps(schema)
     for name, part in schema["$defs"].items():
@@ -428,9 +433,10 @@ def schema_of(model: type[BaseModel], title: str) -> dict[str, Json]:
 
 
 def _plain(schema: Json) -> Json:
-    """Return `schema` without two additions of pydantic.
+    """Return `schema` without two additions of pydantic: titles that repeat the key, and null as the default of an
+    optional key.
 
-    These are titles that repeat the key, and null as the default of an optional key. A job file cannot contain null.
+    The default null is removed because a job file cannot contain null.
     """
     if isinstance(schema, list):
         return [_plain(part) for part in schema if part != {"type": "null"}]

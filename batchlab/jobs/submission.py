@@ -1,6 +1,6 @@
 """Submission of a job file: upload of its code and input, and creation of the job.
 
-Invariant: everything that a job names is in the bucket before the manager receives the job.
+Invariant: every object that a job names is in the bucket before the manager receives the job.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from batchlab.jobs.job_file import JobFile, compile_job
 from batchlab.worker import code_cache
 
 RAW = "raw/"
-"""Prefix of the input in the bucket. Workers on AWS may read only below it."""
+"""Prefix of the input in the bucket. Workers on AWS may read input only below the prefix RAW."""
 UPLOADS_AT_ONCE = 16
 MANY_FILES = 1000
-"""Above this number of input files, the job names only the folder of the uploaded files.
+"""Maximum number of input files that a job's definition lists by name.
 
-With all keys, the job's definition would be as long as their list, and it is read very often.
+The definition of a job with more files names only the folder of the uploaded files, because it is read often and must
+be short.
 """
 
 
@@ -43,9 +44,9 @@ class Uploaded:
 
 
 def code_digest(jobfile: JobFile, most_bytes: int | None = None) -> tuple[bytes, str]:
-    """Return the code folder as a zip without the job's input, and its sha256.
+    """Return the code folder as a zip without the job's input, and the sha256 of the zip.
 
-    Raise UsageError if it exceeds `most_bytes` or the limit of the workers.
+    Raise UsageError if the zip exceeds `most_bytes` or the limit of the workers.
     """
     data = code_cache.pack(jobfile.code, [f for f in jobfile.input_files() if isinstance(f, Path)], most_bytes)
     return data, hashlib.sha256(data).hexdigest()
@@ -76,11 +77,12 @@ async def prepare(
 ) -> JobDef:
     """Upload the code and the input of `jobfile`, and return the job to submit.
 
-    With `recurring`, the result is the job that a schedule runs. `packed` is the result of `code_digest(jobfile)` if it
-    is known. A repeated upload is harmless.
+    With `recurring`, the result is the job that a schedule runs. `packed` is the result of `code_digest(jobfile)` if
+    the caller has it. `prepare` may be repeated, because a repeated upload stores the same objects.
 
-    `bucket` is the grid's bucket as job files name it. If it is empty, the input cannot be in the bucket. With `keys`,
-    the input is these objects, or the objects below these prefixes. It is then neither uploaded nor checked.
+    `bucket` is the name of the grid's bucket in job files. If `bucket` is empty, the job file cannot name input in the
+    bucket. With `keys`, the input consists of the objects with the given keys or prefixes, and is neither uploaded nor
+    checked.
     """
     if not recurring:
         refuse_recurring(jobfile)
@@ -90,7 +92,7 @@ async def prepare(
             await _look(objects, key, patience)
     data, digest = packed or code_digest(jobfile)
     code_key = object_keys.code(digest)
-    # the key is a hash of the content, so an existing object is the same
+    # the key is a hash of the content, so an existing object has the same content
     with suppress(AlreadyExists):
         await patience(lambda: objects.put(code_key, data, if_absent=True))
     job_id = object_keys.job_id(jobfile.job.name, token)
@@ -105,7 +107,7 @@ async def prepare(
 
 
 def check_input(jobfile: JobFile) -> None:
-    """Raise UsageError for URLs that no grid can read as input, whatever its bucket's name is."""
+    """Raise UsageError for URLs that cannot be the input on any grid."""
     urls = jobfile.urls
     if urls and len(urls) < len(jobfile.files):
         raise UsageError(
@@ -156,7 +158,7 @@ def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
             remedy=f"Copy it to s3://{bucket}/raw/ and name it there, or name local files, which are uploaded.",
         )
     keys = [_parts(url)[1] for url in urls]
-    # Drop keys below one of the prefixes, so that each object is used once.
+    # Remove keys below one of the prefixes, so that each object is used once.
     wider = [key for key in keys if key.endswith("/")]
     return [key for key in keys if not any(key != w and key.startswith(w) for w in wider)]
 
@@ -164,8 +166,8 @@ def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
 async def contents(objects: Objects, keys: Sequence[str], patience: Patience) -> tuple[str, list[str]]:
     """Return a sha256 of the input objects, and their keys.
 
-    The hash covers names, sizes, and ETags. If there are more than MANY_FILES objects, `keys` is returned unchanged.
-    Raise UsageError if a key or prefix matches no object.
+    The hash covers the names, sizes, and ETags of the input objects. If the input has more than MANY_FILES objects,
+    `keys` is returned unchanged. Raise UsageError if a key or prefix does not match any object.
     """
     digest = hashlib.sha256()
     keys_found: list[str] = []
@@ -183,7 +185,10 @@ async def contents(objects: Objects, keys: Sequence[str], patience: Patience) ->
 async def _look(
     objects: Objects, key: str, patience: Patience, note: Callable[[ObjectInfo], None] | None = None
 ) -> None:
-    """Call `note` for each object that `key` means. Without `note`, check that one exists."""
+    """Call `note` for each object that matches the key or prefix `key`.
+
+    Without `note`, check that one matching object exists.
+    """
     is_empty = True
     async for page in _pages(objects, key, patience):
         is_empty = False
@@ -201,13 +206,13 @@ async def _look(
 
 
 async def _pages(objects: Objects, key: str, patience: Patience) -> AsyncIterator[Sequence[ObjectInfo]]:
-    """Yield pages of the objects that a key or prefix means, without empty pages."""
+    """Yield non-empty pages of the objects that match a key or prefix."""
     if not key.endswith("/"):
         if info := await patience(partial(objects.head, key)):
             yield [info]
         return
     async for page in objects.list(key):
-        # The S3 console represents a folder as an empty object with this name.
+        # Skip keys that end in "/", because the S3 console represents a folder as an empty object with such a key.
         if object_infos := [info for info in page if not info.key.endswith("/")]:
             yield object_infos
 
@@ -227,7 +232,7 @@ async def _upload(
     digits = 9 if many else 7
     names = [f"{number:0{digits}d}/{path.name}" for number, path in enumerate(files)]
     if many:
-        # Use a separate folder for each list of files, so that the folder contains no other files.
+        # Use a separate folder for each list of files, so that the folder contains only the files of one list.
         prefix += f"{hashlib.sha256(chr(0).join(names).encode()).hexdigest()[:16]}/"
     await _upload_all(list(zip(files, names, strict=True)), prefix, objects, progress)
     return [prefix] if many else [prefix + name for name in names]
@@ -243,7 +248,7 @@ async def _upload_all(
         nonlocal done, size_bytes
         for path, name in waiting:
             try:
-                # `+=` with await would use the value that the sum had before the wait.
+                # Await before `+=`, because `+=` with an await in it would use the value of the sum before the wait.
                 uploaded_bytes = await objects.upload(prefix + name, path)
             except FileNotFoundError as error:
                 raise UsageError(
@@ -257,7 +262,7 @@ async def _upload_all(
             size_bytes += uploaded_bytes
             if progress:
                 progress(Uploaded(done, len(files), size_bytes))
-            # Let other tasks run. There may be a million uploads, and an upload may never wait.
+            # Let other asyncio tasks run, because a million uploads may follow each other without a wait.
             await asyncio.sleep(0)
 
     try:
@@ -265,5 +270,5 @@ async def _upload_all(
             for _ in range(min(UPLOADS_AT_ONCE, len(files))):
                 group.create_task(next_ones())
     except ExceptionGroup as several:
-        # Report one error. The others have the same reason or are cancellations.
+        # Report only the first error, because the other errors have the same reason or are cancellations.
         raise several.exceptions[0] from several

@@ -1,7 +1,7 @@
-"""Validation of plain data against models, with messages in the words of the file.
+"""Validation of plain data against models, with messages that use the keys of the file.
 
-Invariant: an invalid key does not hide later mistakes. The checks of several keys still run, except those that depend
-on an invalid key.
+Invariant: an invalid key does not hide later mistakes. Checks that concern several keys still run, except checks that
+depend on an invalid key.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PATTERNS = {
 
 @dataclass(frozen=True, slots=True)
 class Shape(Generic[M]):
-    """Kind of file: its model, and the words of its error messages."""
+    """Kind of file: its model, and the texts for its error messages."""
 
     model: type[M]
     what: str
@@ -53,15 +53,15 @@ class Shape(Generic[M]):
     stand_ins: Mapping[str, Json]
     """Values that replace missing keys until all mistakes are reported."""
     free: frozenset[Loc] = frozenset()
-    """Mappings whose keys the user chooses. Such a key may be without a value."""
+    """Locations of mappings whose keys the user chooses. A key that the user chooses may be without a value."""
 
 
 @dataclass(slots=True)
 class Structure(Generic[M]):
     """Result of a validation.
 
-    `whole` is None if the data is too incomplete for further checks. `broken` contains the invalid locations, which
-    stand-ins or defaults now fill.
+    `whole` is None if the data is too incomplete for further checks. `broken` contains the invalid locations, whose
+    values were replaced with stand-ins or defaults.
     """
 
     whole: M | None = None
@@ -69,14 +69,17 @@ class Structure(Generic[M]):
     broken: list[Loc] = field(default_factory=list)
 
     def sound(self, *places: Loc) -> bool:
-        """Return whether nothing at, around, or inside `places` is invalid. "*" stands for any part."""
+        """Return whether all values at, around, and inside `places` are valid.
+
+        "*" in a place matches any key or index.
+        """
         return not any(_related(loc, place) for loc in self.broken for place in places)
 
 
 def validate(data: Json, shape: Shape[M], refused: Collection[Loc | None] = ()) -> Structure[M]:
-    """Check `data` against the models of `shape`. Remove and report everything that is invalid.
+    """Check `data` against the models of `shape`, and remove and report every invalid value.
 
-    Problems at the locations `refused` were reported before and are not reported again.
+    Problems at the locations `refused` are not reported, because they were reported before.
     """
     structure = Structure[M]()
     if not isinstance(data, dict):
@@ -85,14 +88,14 @@ def validate(data: Json, shape: Shape[M], refused: Collection[Loc | None] = ()) 
     data = deepcopy(data)
     _drop_empty(data, (), structure, refused, shape.free)
     reported = False
-    # Repeat the validation, because removing a value can reveal that a key is missing.
+    # Repeat the validation, because the removal of a value can reveal that a key is missing.
     for _ in range(4):
         try:
             structure.whole = shape.model.model_validate(data)
             break
         except ValidationError as error:
             details = error.errors(include_url=False)
-            # Report a misspelled or empty key once, and not also as missing.
+            # Report a misspelled or empty key only once, and not also as missing.
             known = {*structure.broken, *(_blamed(shape, e) for e in details if e["type"] != "missing")}
             for detail in details:
                 again = detail["loc"] in (known if detail["type"] == "missing" else refused)
@@ -111,7 +114,7 @@ def _related(loc: Loc, place: Loc) -> bool:
 def _drop_empty(
     data: Any, loc: Loc, structure: Structure[M], refused: Collection[Loc | None], free: Collection[Loc]
 ) -> None:
-    """Report keys without a value. A missing value is a mistake and does not mean the default."""
+    """Remove and report keys without a value, which are mistakes and do not set the default."""
     if loc in free:
         return
     items = data.items() if isinstance(data, dict) else enumerate(data)
@@ -132,12 +135,12 @@ def keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
     return {
         field.alias or name: field
         for name, field in model.model_fields.items()
-        if not field.exclude  # only a validator writes excluded fields
+        if not field.exclude  # excluded fields are set by validators and are not keys of the file
     }
 
 
 def _place(shape: Shape[M], loc: Loc) -> tuple[type[BaseModel], str] | None:
-    """Return the model and the key of `loc`, or the last such pair on the way to it."""
+    """Return the model and the key of `loc`, or of the nearest parent of `loc` that has a model."""
     place: tuple[type[BaseModel], str] | None = None
     annotation: Any = shape.model
     for part in loc:
@@ -156,7 +159,7 @@ def _place(shape: Shape[M], loc: Loc) -> tuple[type[BaseModel], str] | None:
 
 
 def _bare(annotation: Any) -> Any:
-    """Return `annotation` without its checks. Among several forms, prefer the one with parts."""
+    """Return `annotation` without its checks. For a union, return the alternative that has parts."""
     if get_origin(annotation) is Annotated:
         return _bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -248,7 +251,7 @@ _BOUNDS = {"greater_than_equal": "at least", "less_than_equal": "at most", "grea
 
 def _pattern(shape: Shape[M], loc: Loc, name: str, value: str, pattern: str) -> Problem:
     takes = f"it must be {_PATTERNS[pattern]}."
-    # pydantic reports an error of a dict's key at "[key]".
+    # pydantic reports an error in the key of a dict at the location "[key]".
     if is_key := loc[-1] == "[key]":
         loc = loc[:-1]
         name = str(loc[-2])
@@ -263,7 +266,7 @@ def _blamed(shape: Shape[M], error: ErrorDetails) -> Loc:
     loc = error["loc"]
     if error["type"] != "extra_forbidden":
         return loc
-    # A misspelled key leaves the intended key unset.
+    # A misspelled key leaves the intended key without a value, so find the intended key.
     meant = nearest(str(loc[-1]), _known(shape, loc))
     return (*loc[:-1], meant or loc[-1])
 

@@ -1,9 +1,9 @@
-"""YAML text as plain data with the line of each key and value, and errors with these lines.
+"""YAML text as plain data with the line of each key and value, and errors with line numbers.
 
-Invariants: the text cannot run code, grow without a limit, or overwrite a key silently. Tags, nested aliases that
-multiply the text, and repeated keys are refused. Scalars follow YAML 1.2, so `on` is a name and a date is text. Each
-mistake becomes one sentence with its line and a remedy, and all mistakes are reported at once. Reading a path always
-ends, even if the path is a device or a pipe.
+Invariants: a YAML text cannot run code, expand without a limit, or overwrite a key silently. Tags, nested aliases that
+multiply the text, and repeated keys are refused. Scalars follow YAML 1.2, so `on` and a date are text. Each mistake is
+reported as one sentence with its line and a remedy, and all mistakes are reported together. Reading a path always ends,
+even if the path is a device or a pipe.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def is_any_of(loc: Loc, places: Collection[Loc]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Mistake in the file.
+    """Mistake in a job file or on the command line.
 
-    It is reported at the line of the value, or of the key with `at_key`. If `loc` is None, the mistake is on the
-    command line.
+    A mistake is reported at the line of the value, or with `at_key` at the line of the key. If `loc` is None, the
+    mistake is on the command line.
     """
 
     loc: Loc | None
@@ -48,7 +48,10 @@ class Problem:
 
 
 class JobFileErrors(JobFileError):
-    """All mistakes of a file in the order of their lines. The error's own fields are the first one's."""
+    """Error with all mistakes of a file in the order of their lines.
+
+    The fields of the error are those of the first mistake.
+    """
 
     def __init__(self, errors: Sequence[JobFileError]) -> None:
         first = errors[0]
@@ -60,7 +63,7 @@ class JobFileErrors(JobFileError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that `name` probably means, or None."""
+    """Return the known name that is most similar to `name`, or None."""
     matches_found = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches_found[0] if matches_found else None
 
@@ -100,7 +103,7 @@ for _name, _regex, _first in (
 
 
 class ScalarRefused(ValueError):
-    """Scalar that is ambiguous or invalid. `remedy` suggests another text."""
+    """Error for a scalar that is ambiguous or invalid. `remedy` suggests another text."""
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
@@ -108,12 +111,12 @@ class ScalarRefused(ValueError):
 
 
 class _TooMuch(Exception):
-    """Signals that the text has too many values or too many levels, for example through aliases."""
+    """Error for a text with too many values or too many levels, for example through aliases."""
 
 
 @dataclass(slots=True)
 class Document:
-    """Parsed document. `data` is the plain data, and `problems` are problems of the notation."""
+    """Parsed document. `data` is the plain data, and `problems` are the problems that the parser found."""
 
     data: Any = None
     problems: list[Problem] = field(default_factory=list)
@@ -121,7 +124,10 @@ class Document:
     """Lines of key and value by location."""
 
     def line(self, problem: Problem) -> int | None:
-        """Return the line of a problem. If its location is not in the text, use the nearest parent."""
+        """Return the line of a problem.
+
+        If the problem's location is not in the text, use the nearest parent of the location.
+        """
         if problem.loc is None:
             return None
         parent: Loc = ()
@@ -136,7 +142,7 @@ class Document:
 def parse(text: str, is_text: Callable[[Loc], bool]) -> Document:
     """Parse the only document in `text`.
 
-    Where `is_text(loc)` is true, a scalar stays as it is written. For example, 1.50 in a command stays 1.50.
+    A scalar at a location with `is_text(loc)` stays text as written, such as 1.50 in a command.
     """
     document = Document()
     if len(text) > MAX_CHARACTERS:
@@ -157,7 +163,7 @@ def parse(text: str, is_text: Callable[[Loc], bool]) -> Document:
 
 
 def scalar(text: str) -> Json:
-    """Return the value of `text` as one YAML scalar. Text that is not YAML stays text.
+    """Return the value of `text` as one YAML scalar, or `text` itself if it is not valid YAML.
 
     Raise ScalarRefused for a list or mapping, and for words that YAML 1.1 reads as true or false.
     """
@@ -205,9 +211,9 @@ def _scalar(node: ScalarNode) -> Json:
         return text.lower() == "true"
     try:
         if node.tag == _TAG + "int":
-            # A number with a leading zero is decimal in YAML 1.2, but int(text, 0) refuses it.
+            # Use int(text) for decimal numbers, because int(text, 0) refuses leading zeros, which YAML 1.2 permits.
             whole = int(text, 0) if text.startswith(("0o", "0x")) else int(text)
-            str(whole)  # raises ValueError for more digits than Python can print
+            str(whole)  # str() raises ValueError for more digits than Python can print
             return whole
         number = float(text) if node.tag == _TAG + "float" else math.nan
     except ValueError:
@@ -256,7 +262,10 @@ class _Reader:
             return None
 
     def _pairs(self, node: MappingNode, loc: Loc) -> dict[str, tuple[Node, Node]]:
-        """Return the keys of a mapping. Its own keys override merged keys, and earlier merges win."""
+        """Return the keys of a mapping with their nodes.
+
+        A mapping's own keys override merged keys, and earlier merges override later ones.
+        """
         self._values += len(node.value)
         if self._values > _MAX_VALUES:
             raise _TooMuch
@@ -295,16 +304,19 @@ class _Reader:
 
 
 _MAX_TOLD = 50
-"""Maximum number of reported mistakes per file. The first one may be the cause of the others."""
+"""Maximum number of reported mistakes per file.
+
+The number of reported mistakes is limited because the first mistake may be the cause of the others.
+"""
 
 
 def text_of(path: Path, what: str, none: str) -> str:
     """Return the text of a file of the kind `what`.
 
-    Raise JobFileError if the file cannot be read. `none` is the remedy if it does not exist.
+    Raise JobFileError if the file cannot be read. `none` is the remedy if the file does not exist.
     """
     try:
-        # Reading a pipe would wait, and a device may never end.
+        # Refuse pipes and devices, because reading them may wait forever.
         if path.exists() and not path.is_file():
             raise _unreadable(path, what, "it is not a file", _inside(path))
         with path.open(encoding="utf-8") as file:
@@ -330,16 +342,16 @@ def _unreadable(path: Path, what: str, why: str, remedy: str = "") -> JobFileErr
 
 
 def wrong_kind(path: Path, message: str, remedy: str) -> JobFileErrors:
-    """Return the error for a file of another kind, instead of an error for each of its keys."""
+    """Return one error for a file of another kind, instead of an error for each key of the file."""
     return JobFileErrors([JobFileError(message, file=str(path), remedy=remedy)])
 
 
 def errors(path: Path, document: Document, problems: Sequence[Problem]) -> JobFileErrors:
-    """Return the errors of a document: each mistake once, in the order of lines."""
+    """Return the error with all mistakes of a document, in the order of lines and without duplicates."""
     by_line = {}
     for problem in problems:
         line = document.line(problem)
-        # Aliases repeat a mistake in an anchored part, so report it once.
+        # Report a mistake once, because aliases repeat the mistakes of an anchored part.
         by_line[line, problem.message] = JobFileError(problem.message, file=str(path), line=line, remedy=problem.remedy)
     job_file_errors = [by_line[key] for key in sorted(by_line, key=lambda key: key[0] or 0)]
     if len(job_file_errors) > _MAX_TOLD:

@@ -1,7 +1,7 @@
 """Bill of a run: its actual or hypothetical cost on AWS, split by purpose.
 
-Invariant: the lines add up to the whole. Every billed instance second is in exactly one of compute, wasted work, and
-idle. Figures that are calculated and not counted are marked as derived.
+Invariant: the lines of a bill add up to its total. Every billed instance second is in exactly one of compute, wasted
+work, and idle. Figures that are calculated and not counted are marked as derived.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class StageUse:
 
 @dataclass(frozen=True, slots=True)
 class PoolFacts:
-    """Slots per instance of a pool, and the instance type and disk that it has on AWS."""
+    """Slots per instance of a pool, and the instance type and the disk of the pool on AWS."""
 
     slots: int
     instance_type: str = ""
@@ -51,7 +51,7 @@ class PoolFacts:
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """Lines of a bill, notes about them, and the source of the prices."""
+    """Lines of a bill, notes about the lines, and the source of the prices."""
 
     items: tuple[Item, ...]
     notes: tuple[str, ...]
@@ -72,7 +72,7 @@ class Bill:
 
 @dataclass(frozen=True, slots=True)
 class Billed:
-    """Instance seconds of one pool: all billed seconds, and their useful and wasted parts."""
+    """Billed instance seconds of one pool: the total, the useful part, and the wasted part."""
 
     all_s: float
     useful_s: float
@@ -95,9 +95,10 @@ def bill(
 ) -> Bill:
     """Return the bill of one job, at list prices in USD.
 
-    Instance seconds are derived from task times without an account, or if it was not recorded from the start. Without
-    counted requests (a backend without S3 and SQS), they are derived from bundles and time. `stored_bytes` is the size
-    of the job's objects in the bucket. `moved` describes the data that has left the bucket.
+    Instance seconds are derived from task times if the job does not have an account, or if its account was not recorded
+    from the start. Requests that were not counted, as on a backend without S3 and SQS, are derived from bundles and
+    time. `stored_bytes` is the size of the job's objects in the bucket. `moved` describes the data that has left the
+    bucket.
     """
     notes: list[str] = []
     account = account or Account(is_whole=False)
@@ -126,7 +127,7 @@ def bill(
 
 
 def seconds(pool: str, facts: PoolFacts, stages: Sequence[StageUse], account: Account | None) -> Billed:
-    """Return the billed seconds of one pool's instances. They are derived if not all of them were counted."""
+    """Return the billed seconds of one pool's instances, which are derived unless all of them were counted."""
     account = account or Account(is_whole=False)
     derived = not account.is_whole
     useful_s = sum(s.run_s * s.slots for s in stages if s.pool == pool) / facts.slots
@@ -135,12 +136,12 @@ def seconds(pool: str, facts: PoolFacts, stages: Sequence[StageUse], account: Ac
     needed_s = (useful_s + wasted_s) / (1 - UNUSED) if derived else useful_s + wasted_s
     if derived and needed_s:
         needed_s = max(needed_s, MIN_BILLED_S)
-    # Clocks differ, but the worked time cannot exceed the billed time.
+    # The work time may exceed the billed time because clocks differ, so the larger of the two is the billed time.
     return Billed(max(all_s, needed_s), useful_s, wasted_s)
 
 
 def usd_per_s(kinds: Mapping[Kind, float], facts: PoolFacts, book: PriceBook) -> Usd:
-    """Return the USD per second of an average instance, with its disk."""
+    """Return the USD per second of an average instance of the pool, including its disk."""
     seconds = sum(kinds.values())
     usd = NOTHING
     for kind, part_s in kinds.items():
@@ -203,9 +204,9 @@ def _moved(moved: TransferredData, account: Account, book: PriceBook, notes: lis
 
 
 def burn_usd_h(living: Mapping[Kind, int], types: Mapping[str, str], book: PriceBook) -> Usd:
-    """Return the cost per hour of these numbers of instances of each kind.
+    """Return the cost per hour of the running instances, given their number by kind.
 
-    `types` has the instance type by pool, for kinds without one.
+    `types` has the instance type by pool, for kinds without an instance type.
     """
     usd = NOTHING
     for kind, number in living.items():
@@ -214,7 +215,7 @@ def burn_usd_h(living: Mapping[Kind, int], types: Mapping[str, str], book: Price
 
 
 def spent_usd(account: Account, types: Mapping[str, str], book: PriceBook) -> Usd:
-    """Return the cost of an account so far: its instances, and its counted requests."""
+    """Return the cost of an account so far, for its instances and its counted requests."""
     usd = NOTHING
     for kind, seconds in account.billed_s.items():
         rate = book.rate(kind.type, kind.market, types.get(kind.pool, ""))

@@ -1,7 +1,7 @@
-"""Estimate of a run's cost before the run: a range for each line, and the assumptions behind it.
+"""Estimate of a run's cost before the run: lines with ranges, and the assumptions of the estimate.
 
-Invariant: the functions are pure arithmetic. The best, the typical, and the worst case use the same formulas. Every
-assumed number is listed.
+Invariant: the functions are pure arithmetic. The best, the typical, and the worst case use the same formulas. The
+estimate lists every assumed number.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ from batchlab.core.pricing.request_costs import Pace, Requests
 from batchlab.core.protocol import settlement
 
 BOOT_S = (30.0, 60.0, 180.0)
-"""Seconds from launch to the first bundle, for pools that do not set `boot_s`."""
+"""Seconds from launch to the first bundle in the three cases, for pools that do not set `boot_s`."""
 USED = (1.0, 0.9, 0.7)
-"""Share of the slots' time that tasks use while there is work."""
+"""Share of the slots' time that tasks use while the stage has work, in the three cases."""
 REQUESTS = (0.75, 1.0, 1.7)
-"""Factors for the measured requests of a bundle. The lowest case has few heartbeats and reads no
-plan. The highest case also writes a log."""
+"""Factors for the measured requests of a bundle in the three cases.
+
+A bundle in the best case has few heartbeats and does not read a plan. A bundle in the worst case also writes a log.
+"""
 SPOT_WASTE = (0.0, 0.02, 0.10)
-"""Share of the work that is lost to Spot interruptions."""
+"""Share of the work that is lost to Spot interruptions in the three cases."""
 MEASURED = (0.8, 1.0, 1.25)
-"""Factors by which task times may differ from those of an earlier run."""
+"""Factors by which task times may differ from the task times of an earlier run, in the three cases."""
 
 Three = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class StageLoad:
-    """Work of a stage: its tasks, and the seconds of each, in the three cases."""
+    """Work of a stage: the number of its tasks and the seconds of each task, in the three cases."""
 
     name: str
     tasks: Three
@@ -54,16 +56,16 @@ class StageLoad:
     bundle: int | None = None
     pool: str = "default"
     chained: str = ""
-    """The upstream stage whose bundles this stage continues item by item, or ""."""
+    """The upstream stage that this stage follows item by item, or ""."""
     reads_raw: bool = False
-    """Each task reads its part of the input from the bucket."""
+    """Whether each task reads its part of the input from the bucket."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolPlan:
     """Configuration of a pool on AWS.
 
-    `spot_share` is the share of its instances, 0 to 1. `disk_gb` is the size of each gp3 disk.
+    `spot_share` is the share of Spot Instances in the pool, 0 to 1. `disk_gb` is the size of each instance's gp3 disk.
     """
 
     name: str
@@ -87,7 +89,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Lines of an estimate, its duration in seconds, the instances by pool, and the assumptions."""
+    """Estimate of a run: its cost lines, its duration in seconds, its instances by pool, and its assumptions."""
 
     items: tuple[Item, ...]
     span_s: Three
@@ -113,12 +115,12 @@ class Estimate:
 
 
 def bundles_of(tasks: int, slots: int, mean_s: float, fixed: int | None) -> int:
-    """Return the number of bundles of a stage with this number of tasks (see `protocol.bundle_size`)."""
+    """Return the number of bundles of a stage with `tasks` tasks (see `protocol.settlement.bundle_size`)."""
     if tasks <= 0:
         return 0
     first = [] if fixed is not None else settlement.wave(tasks, slots, None, None, tasks)
     remaining, bundles = tasks - sum(first), len(first)
-    # While many tasks are left, the task time alone limits the bundle size. Only the last bundles shrink.
+    # The size of a bundle with many remaining tasks depends on the task time alone, and only the last bundles shrink.
     largest = settlement.bundle_size(10**12, slots, mean_s, fixed)
     bulk = max(0, (remaining - largest * slots * settlement.SHARES) // largest)
     remaining, bundles = remaining - bulk * largest, bundles + bulk
@@ -128,10 +130,11 @@ def bundles_of(tasks: int, slots: int, mean_s: float, fixed: int | None) -> int:
 def loads(
     stages: Sequence[StageDef], root_tasks: int, seconds: Mapping[str, Three], task_counts: Mapping[str, int]
 ) -> tuple[list[StageLoad], list[str]]:
-    """Return the work of each stage, and the assumptions.
+    """Return the work of each stage, and the assumptions of the estimate.
 
-    A root stage has `root_tasks` tasks, a chained stage those of its upstream stage, and a gather of all results one.
-    `task_counts` overrides these numbers. Raise UsageError if the task time of a stage is unknown.
+    A root stage has `root_tasks` tasks, a chained stage has as many as its upstream stage, and a gather of all results
+    has one task. `task_counts` overrides the numbers of tasks by stage. Raise UsageError if the task time of a stage is
+    unknown.
     """
     stage_loads: dict[str, StageLoad] = {}
     assumed: list[str] = []
@@ -180,7 +183,7 @@ def estimate(
     result_bytes: int | None = None,
     assumed: Sequence[str] = (),
 ) -> Estimate:
-    """Return the cost of these stages on these pools, in USD at list prices.
+    """Return the estimated cost of the stages on the pools, in USD at list prices.
 
     `result_bytes` is the size of the results that are fetched, or None if it is unknown. Raise UsageError for an
     instance type without a price.
@@ -218,7 +221,7 @@ def estimate(
 
 
 class _Case:
-    """One of the three cases. `which` is 0 for the best and 2 for the worst."""
+    """One of the three cases of an estimate. `which` is 0 for the best case and 2 for the worst case."""
 
     def __init__(
         self, which: int, stages: Sequence[StageLoad], pools: Sequence[PoolPlan], policy: Policy, input_files: int
@@ -248,7 +251,7 @@ class _Case:
         stage_loads = [stage for stage in self._stages if stage.pool == pool.name]
         work_s = sum(s.tasks[which] * s.seconds[which] * s.slots for s in stage_loads)
         parallel = max((s.tasks[which] * s.slots for s in stage_loads), default=0.0)
-        # The calculation is the same as in the autoscaler.
+        # The number of instances is calculated as in the autoscaler.
         needed = math.ceil(work_s / (policy.drain_target_s * pool.slots))
         useful = math.ceil(parallel / pool.slots)
         count = max(pool.min_size, min(pool.max_size, max(1, min(needed, useful))))
@@ -265,13 +268,13 @@ class _Case:
         self._slots[pool.name] = count * pool.slots
 
     def requests(self) -> Requests:
-        """Return all requests to SQS and S3."""
+        """Return the number of all requests to SQS and S3 in the case."""
         requests = request_costs.of_bundles(sum(self.bundles.values())).times(REQUESTS[self.which])
         pace = self._policy.pace
         for stage in self._stages:
             slots = max(1, self._slots[stage.pool])
             worked_s = stage.tasks[self.which] * stage.seconds[self.which] * stage.slots
-            # A worker polls once for all of its slots.
+            # A worker sends one poll for all of its slots.
             per_worker = slots / self.instances[stage.pool]
             bundle_s = worked_s / max(1.0, self.bundles[stage.name])
             requests += request_costs.of_workers(worked_s / per_worker, bundle_s, pace)
@@ -284,7 +287,7 @@ class _Case:
 
 
 def _compute(pool: PoolPlan, cases: Sequence[_Case], prices: PriceBook) -> list[Item]:
-    """Return the lines of a pool's instances."""
+    """Return the lines of the estimate for a pool's instances."""
     on_demand = prices.instance_usd_h(pool.instance_type)
     spot = prices.instance_usd_h(pool.instance_type, Market.SPOT)
     disk = prices.price("ebs", "gp3_usd_per_gb_month") * pool.disk_gb / HOURS_A_MONTH

@@ -1,7 +1,7 @@
 """Hourly cost of a stack: while it is idle, and for each additional worker.
 
-Invariant: the cost is a function of the stack's parameters and the price book. It does not include charges by use
-(requests, data, logs), which are listed separately.
+Invariant: the hourly cost is a function of the stack's parameters and the price book. The hourly cost does not include
+charges by use (requests, data, logs), which are listed separately.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from batchlab.core.pricing.price_book import HOURS_A_MONTH, WORKER_DISK_GB, Item
 
 EGRESS = (request_costs.ENDPOINTS, request_costs.NAT)
 LEDGERS = ("sqlite", "postgres", "simpledb")
-"""Values of the parameter Ledger. The first one is the default."""
+"""Values of the stack's parameter Ledger. The default value of Ledger is the first in the tuple."""
 ZONES = {"one": 1, "two": 2}
 _LIST = (
     "before tax, free tiers and discounts; Spot by an assumed range of discounts, unless the price "
@@ -26,10 +26,11 @@ _LIST = (
 
 @dataclass(frozen=True, slots=True)
 class StackShape:
-    """Parts of the template that no parameter changes.
+    """Numbers of the template's resources that do not depend on parameters.
 
-    AWS bills interface endpoints for each zone. The gateway endpoint of S3 is free. `alarms` counts the stack's own
-    alarms, and `pool_alarms` the alarms of each pool. `secrets` does not include the database's own secret.
+    AWS bills interface endpoints for each zone. The gateway endpoint of S3 is free. `alarms` is the number of the
+    stack's own alarms, and `pool_alarms` is the number of alarms of each pool. `secrets` does not include the
+    database's own secret.
     """
 
     zones: int = 2
@@ -44,7 +45,7 @@ class StackShape:
 class Worker:
     """Hourly cost of one more worker of a pool.
 
-    `mixed` is the cost with the pool's on-demand share. It applies to instances above the on-demand base of
+    `mixed` is the average cost with the pool's on-demand share, which applies to instances above the first
     `on_demand_base` instances.
     """
 
@@ -72,8 +73,8 @@ class Worker:
 class Hourly:
     """Hourly cost of a stack.
 
-    `idle` are the lines of the idle stack, including the minimum number of workers. `workers` are the costs of each
-    additional worker. `prices` names the region and the day of the prices.
+    `idle` has the cost lines of the idle stack, including the minimum number of workers. `workers` has the cost of each
+    additional worker by pool. `prices` is a text with the region and the day of the prices.
     """
 
     idle: tuple[Item, ...]
@@ -97,7 +98,7 @@ class Hourly:
         }
 
     def text(self) -> str:
-        """Return the hourly cost as a text for a person, before the stack is created."""
+        """Return the hourly cost as a text for a person, which is shown before the stack is created."""
         width = max(len(item.what) for item in self.idle)
         lines = ["While nothing runs, per hour:"]
         lines += [f"{item.what:<{width}}  {item.usd}" for item in self.idle]
@@ -114,12 +115,12 @@ class Hourly:
 def hourly_cost(
     parameters: Mapping[str, object], prices: PriceBook, *, region: str = "", shape: StackShape | None = None
 ) -> Hourly:
-    """Return the hourly cost of a stack with these parameters in `region`.
+    """Return the hourly cost of a stack with the given parameters in `region`.
 
-    By default, the region is that of the price book. `parameters` are named as in `backends/aws/stack.yaml`, with texts
-    or numbers as values. A missing parameter has the template's default. Each parameter `Pool…InstanceTypes` defines
-    one pool. If it lists several instance types, the first one determines the on-demand price, and all of them the
-    range of the Spot price. Raise UsageError for a type, class, or region without a price.
+    The default of `region` is the region of the price book. `parameters` are named as in `backends/aws/stack.yaml`,
+    with texts or numbers as values. A missing parameter has the template's default. Each parameter `Pool…InstanceTypes`
+    defines one pool. The first instance type of a pool determines the on-demand price, and all of its instance types
+    determine the range of the Spot price. Raise UsageError for a type, class, or region without a price.
     """
     if region:
         prices = prices.at(region)
@@ -262,7 +263,7 @@ def _number(p: Mapping[str, object], key: str, default: float) -> float:
 
 
 def _one_of(p: Mapping[str, object], key: str, choices: tuple[str, ...]) -> str:
-    """Return the value of the parameter, by default the first of the `choices` ones."""
+    """Return the value of a parameter, by default the first of `choices`."""
     value = str(p.get(key) or choices[0])
     if value not in choices:
         raise UsageError(f"{key} is {value!r}.", remedy=f"Write {', '.join(choices)}.")

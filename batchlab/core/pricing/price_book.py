@@ -2,8 +2,8 @@
 
 The price book contains AWS's list prices with their region, date, and source.
 
-Invariants: a loaded book has every price, and each price is a number of at least 0. The book never returns a price for
-another region than its own. An amount is never shown without its currency.
+Invariants: a loaded price book has every price, and each price is a number of at least 0. A price book only returns
+prices for its own region. An amount is always shown with its currency.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ HOURS_A_MONTH = 730.0
 GB = 1024.0**3
 """Bytes of a GB in AWS's storage prices."""
 MIN_BILLED_S = 60.0
-"""Minimum billed time of an instance. AWS bills Linux instances by the second, both on-demand and
-Spot (aws.amazon.com/ec2/pricing)."""
+"""Minimum billed time of an instance in seconds.
+
+AWS bills Linux instances by the second, both on-demand and Spot (aws.amazon.com/ec2/pricing).
+"""
 WORKER_DISK_GB = 50.0
-"""Size of a worker's gp3 disk in the stack. The parameter PoolDiskGiB overrides it."""
+"""Default size of a worker's gp3 disk in the stack. The stack's parameter PoolDiskGiB overrides WORKER_DISK_GB."""
 
 PATTERN = r"^\s*(\d+(\.\d+)?|\.\d+)\s*[Uu][Ss][Dd]\s*$"
-"""Texts that `parse` accepts, for a JSON Schema."""
+"""Regular expression of the texts that `parse` accepts, for a JSON Schema."""
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*|\$)")
 
 
 @dataclass(frozen=True, slots=True)
 class Usd:
-    """A range in US dollars. It is an amount if its three values are equal."""
+    """A range in US dollars: the lowest, typical, and highest amount. The three values of an exact amount are equal."""
 
     low: float
     typical: float
@@ -76,7 +78,7 @@ class Item:
 
 
 def total(items: Iterable[Item]) -> Usd:
-    """Return the sum of the lines."""
+    """Return the sum of the lines of a bill."""
     usd = NOTHING
     for item in items:
         usd += item.usd
@@ -84,27 +86,27 @@ def total(items: Iterable[Item]) -> Usd:
 
 
 def range_json(usd: Usd) -> dict[str, float]:
-    """Return the range for a program. The name of the member that contains it has the currency."""
+    """Return the range as JSON. The JSON member that contains the range has the currency in its name."""
     return {"low": usd.low, "typical": usd.typical, "high": usd.high}
 
 
 def _digits(usd: float) -> str:
     if abs(usd) >= 0.995:
         return f"{usd:,.2f}"
-    # Three significant digits, down to amounts that are too small to matter.
+    # Write three significant digits, except for amounts that are too small to matter.
     text = f"{usd:.3g}" if abs(usd) >= 0.0001 else f"{usd:.6f}"
     return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
 def shown(usd: float) -> str:
-    """Return an amount as a text for a person: `1.25 USD`, `0.00432 USD`."""
+    """Return an amount as a text for a person, such as `1.25 USD` or `0.00432 USD`."""
     return f"{_digits(usd)} {CURRENCY}"
 
 
 def parse(text: str) -> float:
     """Return the dollars in a text such as "5USD", "5 USD", or "0.50 usd".
 
-    Raise UsageError if the text is not such an amount.
+    Raise UsageError if the text is not an amount in US dollars.
     """
     match = _AMOUNT.fullmatch(text.strip())
     if match is None or match[2].upper() != CURRENCY:
@@ -140,17 +142,17 @@ BLOCKS: Mapping[str, Sequence[str]] = {
 """Names of the prices in each block."""
 
 TABLES: Mapping[str, str] = {"on_demand": "usd_per_hour", "rds": "usd_per_hour", "spot": "usd_per_hour"}
-"""Blocks with a table of prices by instance type or class. The table of `spot` is optional."""
+"""Blocks that have a table of prices by instance type or class. The block `spot` may lack its table."""
 
 AS_IF = "m7i.large"
-"""Instance type that applies to pools without one."""
+"""Instance type whose price applies to pools without an instance type."""
 
 HOW = "`batchlab prices refresh --from FILE` takes prices from a file; see docs/costs.md."
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Prices that were looked up together. They are in USD, and discounts are shares of 1."""
+    """Prices with the same region, date, and source. Prices are in USD, and discounts are shares of 1."""
 
     name: str
     region: str
@@ -158,12 +160,12 @@ class Block:
     source: str
     prices: Mapping[str, float]
     table: Mapping[str, Any]
-    """USD per hour by type. For Spot, a list of the lowest, typical, and highest observed price."""
+    """USD per hour by type. The value of a Spot type is a list of the lowest, typical, and highest observed price."""
 
 
 @dataclass(frozen=True, slots=True)
 class PriceBook:
-    """All blocks by name."""
+    """Price book: all blocks of prices by name."""
 
     blocks: Mapping[str, Block]
     path: Path | None = None
@@ -180,7 +182,7 @@ class PriceBook:
         return f"AWS's list prices of {self.region} in USD, as of {day.isoformat()}"
 
     def price(self, block: str, price: str) -> float:
-        """Return one price. Raise KeyError if the block does not have it."""
+        """Return one price of a block. Raise KeyError if the block does not have the price."""
         return self.blocks[block].prices[price]
 
     def at(self, region: str) -> PriceBook:
@@ -195,9 +197,9 @@ class PriceBook:
         return self
 
     def instance_usd_h(self, name: str, market: Market = Market.ON_DEMAND) -> Usd:
-        """Return the price of an instance of that type per hour.
+        """Return the price per hour of an instance of the type `name`.
 
-        A Spot price is a range. Raise UsageError if the type is not in the book.
+        A Spot price is a range. Raise UsageError if the type is not in the price book.
         """
         on_demand = self._of_type("on_demand", name, "instance type")
         if market is Market.ON_DEMAND:
@@ -212,18 +214,18 @@ class PriceBook:
         )
 
     def rate(self, type_: str, market: Market, otherwise: str = "") -> Usd:
-        """Return the price per hour as `instance_usd_h` does, for a type that may not be in the book.
+        """Return the price per hour as `instance_usd_h` does, for a type that may not be in the price book.
 
-        If it is not, the type `otherwise` applies, and then AS_IF.
+        If the price book does not have `type_`, return the price of the type `otherwise`, or else of AS_IF.
         """
         table = self.blocks["on_demand"].table
         name = next((candidate for candidate in (type_, otherwise) if candidate in table), AS_IF)
         return self.instance_usd_h(name, market)
 
     def database_usd_h(self, name: str) -> float:
-        """Return the price of a database instance of that class per hour in one zone.
+        """Return the price per hour of a database instance of the class `name` in one zone.
 
-        Raise UsageError if the class is not in the book.
+        Raise UsageError if the class is not in the price book.
         """
         return self._of_type("rds", name, "database instance class")
 
@@ -237,9 +239,9 @@ class PriceBook:
 
 
 def load(home: Path | None = None) -> PriceBook:
-    """Return the grid's own price book if its folder has one, else the one that ships with batchlab.
+    """Return the grid's own price book if the folder `home` has one, or else the price book that ships with batchlab.
 
-    Raise UsageError if the book is not valid.
+    Raise UsageError if the price book is not valid.
     """
     if home is not None and (home / NAME).exists():
         return read(home / NAME)
@@ -251,14 +253,14 @@ def _shipped() -> Path:
 
 
 def read(path: Path) -> PriceBook:
-    """Return the price book in a file. Raise UsageError if it is not valid."""
+    """Return the price book in a file. Raise UsageError if the price book is not valid."""
     return from_doc(installation.read_toml(path), path)
 
 
 def from_doc(doc: Mapping[str, Any], path: Path) -> PriceBook:
     """Return the price book in a TOML document.
 
-    Raise UsageError if the document is not a valid price book. The message names `path`.
+    Raise UsageError, with `path` in its message, if the document is not a valid price book.
     """
     if doc.get("currency") != CURRENCY:
         raise UsageError(
@@ -282,7 +284,7 @@ def _block(path: Path, name: str, doc: Any) -> Block:
     for key in ("region", "source"):
         if not isinstance(doc.get(key), str) or not doc[key].strip():
             raise UsageError(f"{path}: [{name}] lacks its {key}.", remedy=HOW)
-    # datetime is a subclass of date in Python.
+    # Compare the exact type, because datetime is a subclass of date in Python.
     if type(doc.get("date")) is not date:
         raise UsageError(f"{path}: [{name}] lacks the date of its prices.", remedy="Write date = 2026-07-20.")
     table_name = TABLES.get(name)
@@ -303,7 +305,7 @@ def _block(path: Path, name: str, doc: Any) -> Block:
 
 
 def _number(path: Path, block: str, key: str, value: Any) -> Any:
-    # bool is a subclass of int in Python.
+    # Compare the exact type, because bool is a subclass of int in Python.
     if type(value) not in (int, float) or not 0 <= value < 1e9:
         raise UsageError(f"{path}: {key} of [{block}] is {value!r}, not a price at or above 0.", remedy=HOW)
     return float(value)
@@ -332,7 +334,7 @@ def _check_spot(path: Path, prices: Mapping[str, float]) -> None:
 
 
 def write(book: PriceBook) -> str:
-    """Return the book as TOML. `from_doc` returns an equal book for it."""
+    """Return the price book as TOML, from which `from_doc` returns an equal price book."""
     lines = [f'currency = "{CURRENCY}"']
     for name, block in book.blocks.items():
         lines += ["", f"[{name}]", f"region = {_text(block.region)}"]

@@ -1,6 +1,6 @@
-"""Import of newer prices from a file: AWS's price lists and Spot history, or a small CSV.
+"""Import of newer prices from files (AWS's price lists, AWS's Spot history, or a small CSV).
 
-Invariant: nothing is taken from a refused file. Prices that the file does not contain stay.
+Invariant: a refused file does not change any price. Prices that an imported file does not contain stay unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from batchlab.core.errors import UsageError
 from batchlab.core.pricing.price_book import Block, PriceBook
 
 SMALL = ("region", "instance_type", "linux_on_demand_usd_per_hour")
-"""Columns of a small CSV."""
+"""Required columns of a small CSV file."""
 FORMS = (
     "Give the offer file of AmazonEC2, AmazonRDS or AWSDataTransfer from AWS's price list (CSV or "
     "JSON), the output of `aws ec2 describe-spot-price-history`, or a CSV with the columns " + ",".join(SMALL) + "."
@@ -29,9 +29,9 @@ _METADATA_ROWS = 5
 
 @dataclass(frozen=True, slots=True)
 class ImportedPrices:
-    """Prices that a file contains for one block of the book.
+    """Prices that a file contains for one block of the price book.
 
-    `table` has prices in USD per hour by type. `prices` has prices by their names in the book.
+    `table` has prices in USD per hour by type. `prices` has prices by their names in the price book.
     """
 
     block: str
@@ -47,9 +47,10 @@ class ImportedPrices:
 
 
 def refreshed(book: PriceBook, imported: ImportedPrices) -> PriceBook:
-    """Return the book with the prices that were found.
+    """Return the price book with the imported prices.
 
-    Prices of another region replace all prices of the block. Otherwise, prices of other types stay.
+    Imported prices of another region replace all prices of the block. Imported prices of the same region do not change
+    the prices of other types.
     """
     before = book.blocks[imported.block]
     same = before.region == imported.region
@@ -66,10 +67,10 @@ def refreshed(book: PriceBook, imported: ImportedPrices) -> PriceBook:
 
 
 def find(path: Path, *, region: str = "", day: date | None = None) -> ImportedPrices:
-    """Read a file in any known format.
+    """Return the prices in a file of any known format.
 
-    `region` selects the region if the file has several. `day` is required if the file lacks a date. Raise UsageError if
-    the file cannot be used.
+    `region` selects the region if the file has several regions. `day` is required if the file lacks a date. Raise
+    UsageError if the file cannot be used.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -131,7 +132,7 @@ _OFFERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
         {"databaseengine": "PostgreSQL", "deploymentoption": "Single-AZ", "productfamily": "Database Instance"},
     ),
 }
-"""Block of each offer, and the attributes that a row must have."""
+"""Block of each offer in AWS's price list, and the attributes that a row of the offer must have."""
 
 
 def _offer(code: str, published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str) -> ImportedPrices:
@@ -151,7 +152,8 @@ def _offer(code: str, published: str, rows: Iterable[Mapping[str, str]], path: P
         usd_h = _price(row.get("priceperunit", ""), path)
         if not (name and place and usd_h):
             continue
-        # Some types have several offers, such as storage with and without I/O. The cheapest one is the plain offer.
+        # Some types have several offers, such as storage with and without I/O. The cheapest offer of a type is the
+        # plain offer.
         known = table.setdefault(place, {})
         known[name] = min(usd_h, known.get(name, usd_h))
     day = _day(published, path)
@@ -163,14 +165,14 @@ _TRANSFERS: Mapping[str, str] = {
     "DataTransfer-Out-Bytes": "internet_usd_per_gb",
     "DataTransfer-Regional-Bytes": "zone_usd_per_gb_each_way",
 }
-"""Usage types in the book, without the region prefix that most of them have."""
+"""Usage types of data transfer in the price book, without the region prefix that most usage types have."""
 
 
 def _transfer(published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str) -> ImportedPrices:
     """Return the prices of data transfer.
 
-    In a price with tiers, the highest tier price is taken. It belongs to the first billed tier. The tier before it is
-    free, and each later tier is cheaper.
+    For a price with tiers, the highest tier price is taken, which is the price of the first billed tier. An earlier
+    tier is free, and each later tier is cheaper.
     """
     table: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -222,7 +224,7 @@ def _plain(name: str) -> str:
 
 
 def _spot(history: Iterable[Mapping[str, Any]], path: Path, region: str) -> ImportedPrices:
-    """Return the lowest, median, and highest price of each type, over all zones and times."""
+    """Return the lowest, median, and highest Spot price of each type, over all zones and times."""
     prices_by_region: dict[str, dict[str, list[float]]] = {}
     newest = ""
     for entry in history:

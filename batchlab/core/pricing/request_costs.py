@@ -1,10 +1,11 @@
 """Counts and estimates of requests to S3 and SQS, and the costs of requests and data transfer.
 
-Estimates use the model of `benchmarks/request_counts.py`. Most requests are proportional to bundles. Polls are
-proportional to time: workers poll their job's control object, and the manager polls its queues.
+Estimates use the model of `benchmarks/request_counts.py`. The number of most requests is proportional to the number of
+bundles. The number of polls is proportional to time: workers poll their job's control object, and the manager polls its
+queues.
 
 Invariants: a count never decreases, so the last reported count is the total. The cost of data transfer covers counted
-bytes only. The bill lists the bytes that are not counted.
+bytes only. The bill lists the kinds of data transfer that are not counted.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from dataclasses import astuple, dataclass
 from batchlab.core.pricing.price_book import GB, Item, PriceBook, Usd, shown
 
 STEP_BYTES = 64 * 1024
-"""SQS bills each started step of this size in a payload as a request (aws.amazon.com/sqs/pricing)."""
+"""SQS bills each started step of 64 KiB in a payload as a request (aws.amazon.com/sqs/pricing)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
     """Numbers of billed requests.
 
-    `sqs` counts every step of 64 KiB, and `sqs_empty` the receives without messages. `s3_puts` counts PUT, COPY, POST,
-    and LIST, and `s3_gets` GET, HEAD, and all other requests. DELETE is free and is counted for information only.
-    `sqs_bytes` are the bytes of the messages' bodies in both directions, for which a NAT gateway or a VPC endpoint is
-    billed.
+    `sqs` counts every step of 64 KiB, and `sqs_empty` counts the receives without messages. `s3_puts` counts PUT, COPY,
+    POST, and LIST, and `s3_gets` counts GET, HEAD, and all other requests. DELETE is free and is counted for
+    information only. `sqs_bytes` is the number of bytes of messages' bodies in both directions, which AWS bills for a
+    NAT gateway or a VPC endpoint.
     """
 
     sqs: float = 0
@@ -57,11 +58,11 @@ class WorkerRequests:
     instance: str
     requests: Requests
     is_spot: bool = False
-    """True if its instance is a Spot Instance. The description of a group does not contain this."""
+    """Whether the worker's instance is a Spot Instance, which the description of its group does not contain."""
 
 
 def steps(payload_bytes: int) -> int:
-    """Return the number of requests that SQS bills for one call with this payload."""
+    """Return the number of requests that SQS bills for one call with a payload of this size."""
     return max(1, -(-payload_bytes // STEP_BYTES))
 
 
@@ -74,25 +75,25 @@ class RequestCounter:
         self._sqs = self._empty = self._puts = self._gets = self._deletes = self._sqs_bytes = 0
 
     def sqs(self, payload_bytes: int = 0) -> None:
-        """Count one call of SQS with this payload in its request or response."""
+        """Count one call of SQS with a payload of this size in its request or response."""
         with self._lock:
             self._sqs += steps(payload_bytes)
             self._sqs_bytes += payload_bytes
 
     def received(self, payload_bytes: int, messages: int) -> None:
-        """Count one receive. AWS bills it even if it returns no message."""
+        """Count one receive, which AWS bills even if the receive does not return messages."""
         with self._lock:
             self._sqs += steps(payload_bytes)
             self._sqs_bytes += payload_bytes
             self._empty += not messages
 
     def put(self, requests: int = 1) -> None:
-        """Count requests billed as PUT: PUT, COPY, POST, or LIST."""
+        """Count requests that AWS bills as PUT (PUT, COPY, POST, or LIST)."""
         with self._lock:
             self._puts += requests
 
     def get(self, requests: int = 1) -> None:
-        """Count requests billed as GET: GET, HEAD, or a conditional GET without new content."""
+        """Count requests that AWS bills as GET (GET, HEAD, or a conditional GET without new content)."""
         with self._lock:
             self._gets += requests
 
@@ -102,7 +103,7 @@ class RequestCounter:
             self._deletes += 1
 
     def read(self) -> Requests:
-        """Return the current counts."""
+        """Return the current counts of requests."""
         with self._lock:
             return Requests(self._sqs, self._empty, self._puts, self._gets, self._deletes, self._sqs_bytes)
 
@@ -110,19 +111,20 @@ class RequestCounter:
 PER_BUNDLE = Requests(sqs=7.5, s3_puts=1.5, s3_gets=1.0)
 """Requests per bundle by the manager and the workers, measured on `ministack` with two workers.
 
-SQS: a send, a receive, and a delete each for the bundle and for its event, and a share of the heartbeats' requests. S3:
-a PUT of the outcome, half a PUT of the cut, and a GET of the part of the plan with the inputs. A bundle whose tasks
-print needs another PUT.
+SQS requests per bundle: a send, a receive, and a delete each for the bundle and for its event, and a share of the
+heartbeats' requests. S3 requests per bundle: a PUT of the outcome, half a PUT of the cut, and a GET of the part of the
+plan with the inputs. A bundle whose tasks write output needs another PUT for the log.
 """
 
 BILLED_POLL_S = 5.0
-"""Interval at which a long poll of an empty queue costs one request on AWS (see `adapters.aws.sqs`). On a quiet queue
-the interval is 20 s. The estimate ignores this, so it is too high for long waits.
+"""Interval in seconds at which a long poll of an empty queue costs one request on AWS (see `adapters.aws.sqs`).
+
+The estimate of polls ignores that the interval is 20 s on a quiet queue, so the estimate is too high for long waits.
 """
 LOOKS_A_LEASE = 3
-"""Reads of a job's control object by a worker in each control lease."""
+"""Number of times that a worker reads a job's control object in each control lease."""
 EVENT_REQUESTS = 3
-"""Requests per heartbeat: send, receive, and delete."""
+"""Number of requests per heartbeat: send, receive, and delete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +138,14 @@ class Pace:
 
 
 def of_bundles(bundles: float) -> Requests:
-    """Return the requests for this number of bundles."""
+    """Return the requests for a number of bundles."""
     return PER_BUNDLE.times(bundles)
 
 
 def of_workers(busy_s: float, bundle_s: float, pace: Pace) -> Requests:
     """Return the requests of workers that run bundles of `bundle_s` for `busy_s` in total.
 
-    They are reads of control objects and, for long bundles, visibility heartbeats and heartbeats.
+    The requests of workers are reads of control objects and, for long bundles, visibility heartbeats and heartbeats.
     """
     extended = busy_s / (pace.visibility_s / 3) if bundle_s > pace.visibility_s / 3 else 0.0
     beats = busy_s / pace.beat_s if bundle_s > pace.beat_s else 0.0
@@ -159,14 +161,14 @@ def of_idle_workers(idle_s: float) -> Requests:
 def of_manager(span_s: float, pools: int, pace: Pace) -> Requests:
     """Return the requests of a manager that has jobs for `span_s`.
 
-    It reads the depth of each pool's queue at every tick, at most once a second, and polls for events.
+    The manager reads the depth of each pool's queue at every tick, at most once a second, and polls for events.
     """
     polls = span_s / BILLED_POLL_S
     return Requests(sqs=span_s / max(pace.tick_s, 1.0) * pools + polls, sqs_empty=polls)
 
 
 def usd_of(requests: Requests, prices: PriceBook) -> tuple[float, float]:
-    """Return the cost in USD of the requests: SQS, S3."""
+    """Return the cost in USD of the requests to SQS and to S3, as a pair."""
     sqs = requests.sqs * prices.price("sqs", "usd_per_million_requests") / 1e6
     puts = requests.s3_puts * prices.price("s3", "usd_per_1000_puts") / 1000
     gets = requests.s3_gets * prices.price("s3", "usd_per_1000_gets") / 1000
@@ -174,7 +176,10 @@ def usd_of(requests: Requests, prices: PriceBook) -> tuple[float, float]:
 
 
 def items(cases: Sequence[Requests], prices: PriceBook, source: str) -> list[Item]:
-    """Return the two lines of a bill. `cases` are the lowest, the typical, and the highest numbers."""
+    """Return the two lines of a bill for SQS and S3.
+
+    `cases` are the lowest, the typical, and the highest numbers of requests.
+    """
     (q0, s0), (q1, s1), (q2, s2) = (usd_of(case, prices) for case in cases)
     typical = cases[1]
     how_sqs = f"{typical.sqs:,.0f} requests in steps of 64 KiB, {typical.sqs_empty:,.0f} empty"
@@ -186,16 +191,18 @@ def items(cases: Sequence[Requests], prices: PriceBook, source: str) -> list[Ite
 
 
 ENDPOINTS, NAT, OWN = "endpoints", "nat", "own"
-"""Routes from instances to AWS: the stack's VPC endpoints, its NAT gateway, or a network of the
-user's. In the first two, a gateway endpoint gives free access to S3."""
+"""Routes from instances to AWS: the stack's VPC endpoints, the stack's NAT gateway, or the user's own network.
+
+With ENDPOINTS and NAT, a gateway endpoint gives free access to S3.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class TransferredData:
     """Known data transfer of a job.
 
-    `fetched_bytes` were fetched from the bucket to the machine that makes the bill. `egress` is the route from the
-    stack's instances to AWS, or "" without a stack.
+    `fetched_bytes` is the number of bytes fetched from the bucket to the machine that creates the bill. `egress` is the
+    route from the stack's instances to AWS, or "" without a stack.
     """
 
     fetched_bytes: int = 0
@@ -203,15 +210,15 @@ class TransferredData:
 
 
 def out_of_aws(size_bytes: float, prices: PriceBook, how: str) -> Item:
-    """Return the line for this number of bytes that leave AWS."""
+    """Return the line of the bill for a number of bytes that leave AWS."""
     usd = size_bytes / GB * prices.price("transfer", "internet_usd_per_gb")
     return Item("data out of AWS", Usd.exactly(usd), f"{size_bytes / GB:,.3f} GB of {how}")
 
 
 def through(egress: str, size_bytes: float, prices: PriceBook) -> Item | None:
-    """Return the line for this number of bytes between instances and SQS.
+    """Return the line of the bill for a number of bytes between instances and SQS.
 
-    Return None if AWS does not bill them, or if they pass a network that is not the stack's.
+    Return None if AWS does not bill the bytes, or if they pass through the user's own network.
     """
     if egress not in (ENDPOINTS, NAT) or not size_bytes:
         return None
@@ -226,9 +233,9 @@ def through(egress: str, size_bytes: float, prices: PriceBook) -> Item | None:
 
 
 def nat_usd_gb(prices: PriceBook) -> tuple[float, float, float]:
-    """Return the cost of a GB through the gateway in three cases.
+    """Return the cost of a GB through the NAT gateway in three cases.
 
-    The data comes from the gateway's own zone, half of it from the other zone, or all of it from there.
+    In the three cases, none, half, or all of the data comes from another zone than the gateway's.
     """
     gateway = prices.price("network", "nat_usd_per_gb")
     crossing = 2 * prices.price("transfer", "zone_usd_per_gb_each_way")
@@ -236,7 +243,9 @@ def nat_usd_gb(prices: PriceBook) -> tuple[float, float, float]:
 
 
 def not_counted(egress: str) -> list[str]:
-    """Return sentences, without a final period, about the costs that such a bill does not include."""
+    """Return sentences, without a final period, about the costs that a bill with the route `egress` does not
+    include.
+    """
     if egress == OWN:
         return ["what goes through your own network's NAT or endpoints is not in it"]
     if egress not in (ENDPOINTS, NAT):

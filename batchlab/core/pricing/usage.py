@@ -1,8 +1,9 @@
 """Meter of a grid's usage as AWS would bill it, and the remaining budgets of caps on cost.
 
-Invariants: the functions are pure arithmetic, and counts never decrease. Every billed second belongs to the jobs that
-the instance runs. If it runs none, the second belongs to the jobs that it waits for, or else to no job. A cost that is
-committed from a budget stays committed until the budget is created again from the actual costs.
+Invariants: the functions are pure arithmetic, and counts never decrease. Every billed second is attributed to the jobs
+that the instance runs. The billed seconds of an idle instance are attributed to the jobs that the instance waits for,
+or else to no job. A cost that is committed from a budget stays committed until the budget is created again from the
+actual costs.
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ from batchlab.core.pricing.request_costs import RequestCounter, Requests
 K = TypeVar("K")
 
 MAX_PROCESSES = 20_000
-"""Maximum number of processes whose request counts are stored. The process without a report for the
-longest time is dropped first."""
+"""Maximum number of processes whose request counts are stored.
+
+The process with the oldest last report is dropped first.
+"""
 _FREE = {LifecycleState.TERMINATED, LifecycleState.WARMED_STOPPED, LifecycleState.WARMED_HIBERNATED}
 """States in which AWS does not bill an instance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Properties that determine the price of an instance. `type` is empty if all machines are alike."""
+    """Properties that determine the price of an instance.
+
+    `type` is empty if the backend does not have instance types.
+    """
 
     pool: str
     type: str = ""
@@ -39,10 +45,11 @@ Rates = Callable[[Kind], float]
 
 @dataclass(frozen=True, slots=True)
 class Accounting:
-    """Configuration of the accounts.
+    """Configuration of the accounts of a grid.
 
-    `rates` returns the price of instances (USD per hour). Without it, caps do not apply. `request_usd` returns the
-    price of requests. `tally` counts this process's own requests. `max_cost_usd` caps the whole grid.
+    `rates` returns the price of instances (USD per hour). Without `rates`, caps on cost do not apply. `request_usd`
+    returns the price of requests. `tally` counts the requests of the manager's process. `max_cost_usd` is the cap on
+    the cost of the whole grid.
     """
 
     rates: Rates | None = None
@@ -64,7 +71,7 @@ class Account:
     lost_s: dict[str, float] = field(default_factory=dict)
     requests: Requests = field(default_factory=Requests)
     bundles: int = 0
-    """Number of outcomes."""
+    """Number of outcomes of the job."""
     is_whole: bool = True
 
     def bill(self, kind: Kind, seconds: float) -> None:
@@ -79,10 +86,7 @@ class Account:
         self.lost_s[pool] = self.lost_s.get(pool, 0.0) + seconds
 
     def merge(self, other: Account) -> None:
-        """Merge the account of another process that started from the same account.
-
-        The larger value of each figure is taken.
-        """
+        """Merge the account of another process, taking the larger value of each figure."""
         _merge_counts(self.billed_s, other.billed_s)
         _merge_counts(self.failed_s, other.failed_s)
         _merge_counts(self.lost_s, other.lost_s)
@@ -118,7 +122,10 @@ class Account:
 
 @dataclass(slots=True)
 class Life:
-    """A billed instance. `seen_s` is monotonic, or None if another process saw the instance."""
+    """A billed instance.
+
+    `seen_s` is the monotonic time of the last bill, or None if another process billed the instance last.
+    """
 
     kind: Kind
     age_s: float = 0.0
@@ -127,12 +134,12 @@ class Life:
 
     @property
     def prepaid_s(self) -> float:
-        """Return the seconds that are billed in advance."""
+        """Return the seconds of the instance that are billed in advance."""
         return max(0.0, self.billed_s - self.age_s)
 
 
 class Meter:
-    """Meter of the whole grid. `nobody` is the usage that belongs to no job."""
+    """Meter of the whole grid. `nobody` is the usage that is not attributed to a job."""
 
     def __init__(self) -> None:
         self.lives: dict[str, Life] = {}
@@ -140,7 +147,7 @@ class Meter:
         self.nobody = Account()
         self.total = Account()
         self._heard: dict[str, Requests] = {}
-        """Last reported counts of each process."""
+        """Last reported request counts of each process."""
 
     def bill_instance(
         self,
@@ -153,10 +160,10 @@ class Meter:
         accounts: Mapping[JobId, Account],
         is_spot: bool = False,
     ) -> None:
-        """Bill the instance up to now, divided by these shares. They sum to 1, or are empty.
+        """Bill the instance up to now, divided by the shares of jobs, which sum to 1 or are empty.
 
-        The bill begins at the launch and covers at least one minute. The Spot price applies from the time at which
-        `is_spot` is known.
+        The bill of an instance begins at its launch and covers at least one minute. The Spot price applies from the
+        time at which `is_spot` is known.
         """
         if instance.state in _FREE:
             self.lives.pop(instance.id, None)
@@ -167,7 +174,8 @@ class Meter:
         life = self.lives.setdefault(instance.id, Life(kind))
         life.kind = kind
         if life.seen_s is None:
-            # The wall clock may jump, so it is read once. After that, the monotonic clock is used.
+            # The wall clock may jump, so it only gives the age of an instance at the first bill by this process. Later
+            # bills use the monotonic clock.
             life.age_s = max(life.age_s, now_s - instance.launched_s)
         else:
             life.age_s += monotonic_s - life.seen_s
@@ -186,7 +194,7 @@ class Meter:
             self.nobody.bill(life.kind, more_s * left)
 
     def retain(self, instances: set[str]) -> bool:
-        """Forget all instances except these. Return whether there were any others."""
+        """Remove all instances except `instances`. Return whether any instance was removed."""
         dropped = self.lives.keys() - instances
         for instance in dropped:
             del self.lives[instance]
@@ -195,15 +203,15 @@ class Meter:
     def count_requests(
         self, process: str, so_far: Requests, shares: Mapping[JobId, float], accounts: Mapping[JobId, Account]
     ) -> None:
-        """Count the requests of a process, which reports its total since its start.
+        """Count the requests of a process, which reports its total since the start of the process.
 
-        A report that is older than the last one changes nothing.
+        A report that is older than the last report of its process is ignored.
         """
         before = self._heard.get(process, Requests())
         if so_far.sqs < before.sqs or so_far.s3_gets < before.s3_gets:
             return
         more = so_far - before
-        # move to the end, so that processes that still report are dropped last
+        # move the process to the end, so that processes that still report are dropped last
         self._heard.pop(process, None)
         self._heard[process] = so_far
         while len(self._heard) > MAX_PROCESSES:
@@ -227,8 +235,8 @@ class Meter:
             mine = self.lives.setdefault(name, life)
             mine.billed_s = max(mine.billed_s, life.billed_s)
             if mine.age_s < life.age_s:
-                # The other age already covers a part of the interval since our `seen_s`. Without the reset, this part
-                # would be billed twice.
+                # Reset `seen_s`, because the other leader has billed a part of the interval since our `seen_s`, and
+                # billing must not repeat it.
                 mine.age_s, mine.seen_s = life.age_s, None
 
     def to_json(self) -> dict[str, Any]:
@@ -256,7 +264,7 @@ class Meter:
 
 
 def larger_counts(a: Requests, b: Requests) -> Requests:
-    """Return the larger value of each count."""
+    """Return the larger value of each count of `a` and `b`."""
     return Requests(*(max(x, y) for x, y in zip(astuple(a), astuple(b), strict=True)))
 
 
@@ -266,7 +274,7 @@ def _merge_counts(own: dict[K, float], other: Mapping[K, float]) -> None:
 
 
 PROBED_S = 3600.0
-"""Assumed maximum time of a task in a stage without measurements."""
+"""Assumed maximum time in seconds of a task in a stage without measurements."""
 
 
 @dataclass(slots=True)
@@ -274,7 +282,7 @@ class CapBudget:
     """Remaining budget of one cap, in USD."""
 
     whose: str
-    """Owner of the cap in a sentence: "the grid" or "the job"."""
+    """Owner of the cap in a sentence, either "the grid" or "the job"."""
     cap_usd: float
     spent_usd: float = 0.0
     committed_usd: float = 0.0
@@ -287,7 +295,7 @@ class CapBudget:
         self.committed_usd += usd
 
     def text(self) -> str:
-        """Return a text about what is spent and what is committed."""
+        """Return a text with the spent and the committed cost."""
         return (
             f"{self.whose} may cost {shown(self.cap_usd)}, has cost {shown(self.spent_usd)}, and "
             f"{shown(max(0.0, self.committed_usd))} more is committed"
@@ -314,9 +322,9 @@ class Budget:
             cap.commit(usd)
 
     def afford(self, sizes: Sequence[int], pool: str, task_s: float) -> list[int]:
-        """Return the first of these bundles that the budget pays for, and commit their cost.
+        """Return the sizes of the first bundles that the budget pays for, and commit their cost.
 
-        `task_s` is the slot seconds of one task. The last bundle may be smaller than requested.
+        `task_s` is the slot seconds of one task. The last returned bundle may be smaller than requested.
         """
         usd = self.slot_usd_s.get(pool, 0.0) * task_s
         paid: list[int] = []
@@ -331,10 +339,10 @@ class Budget:
         return paid
 
     def probe(self, sizes: Sequence[int], pool: str, task_s: float, out: int) -> list[int]:
-        """Return the first of these bundles for a stage without measurements. `out` tasks have begun.
+        """Return the sizes of the first bundles for a stage without measurements, of which `out` tasks have begun.
 
-        Together with these, the result has at most as many tasks as fit into one instance, or as the budget pays for,
-        if that is more. Each task is assumed to take `task_s`, at most an hour.
+        The returned bundles and the `out` tasks together have at most as many tasks as one instance runs at once, or as
+        the budget pays for, whichever is more. Each task is assumed to take `task_s`, at most an hour.
         """
         usd = self.slot_usd_s.get(pool, 0.0) * min(task_s, PROBED_S)
         paid = self.slots.get(pool, 1) if usd <= 0 else _times(self.left_usd, usd)
@@ -351,13 +359,13 @@ class Budget:
 def launch_usd(usd_h: float, tail_s: float = 0.0) -> float:
     """Return the cost that is due as soon as an instance is launched.
 
-    That is one minute, or its boot and tail if they take longer.
+    The cost of a launch covers one minute, or the boot and the tail of the instance if they take longer.
     """
     return usd_h * max(MIN_BILLED_S, tail_s) / 3600
 
 
 def launches(wanted: int, each: float, caps: Sequence[CapBudget]) -> int:
-    """Return how many of `wanted` launches these budgets pay for, and commit their cost.
+    """Return how many of `wanted` launches the budgets of all `caps` pay for, and commit the cost of these launches.
 
     `each` is the cost of one launch in USD.
     """

@@ -1,7 +1,7 @@
 """Inputs of a bundle: from its message, from the upstream outcome, or from the stage's plan.
 
 Invariant: the manager, workers, and clients read a referenced object only after `JobObjects` has checked the reference.
-A worker writes an outcome, and a reader of the outcome may have more rights than the worker.
+References need a check because the reader of an outcome may have more rights than the worker that wrote the outcome.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _MAX_PARTS = 4
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Plan of a stage with `count` tasks. Part i has the inputs from index `starts[i]` on.
+    """Plan of a stage with `count` tasks. Part i of the plan has the inputs of the tasks from index `starts[i]` on.
 
-    `parts` has the name of each part. In plans of release 0.1.0 it is empty, and parts have numbers.
+    `parts` has the name of each part. In plans of release 0.1.0, `parts` is empty, and the parts have numbers as names.
     """
 
     count: int
@@ -47,12 +47,12 @@ class Manifest:
     parts: tuple[str, ...] = ()
 
     def part(self, number: int) -> str:
-        """Return the name of that part (see `object_keys.part`)."""
+        """Return the name of the part with this number (see `object_keys.part`)."""
         return self.parts[number] if self.parts else object_keys.old_part(number)
 
     @classmethod
     def of_items(cls, items: Sequence[Json]) -> Manifest:
-        """Return the plan of items that came with the job's definition. It has one part."""
+        """Return the plan, with one part, of the items that the job was submitted with."""
         return cls(len(items), (0,))
 
     def to_bytes(self) -> bytes:
@@ -69,7 +69,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """Return the plan in a document. Raise Malformed if it is not a plan."""
+        """Return the plan in a document. Raise Malformed if the document is not a plan."""
         doc = json_format.loads(data)
         try:
             return _consistent(
@@ -86,10 +86,10 @@ class Manifest:
 
 
 def _consistent(plan: Manifest) -> Manifest:
-    """Return `plan`.
+    """Return `plan` unchanged if it is consistent.
 
-    Raise ValueError if its parts do not begin at 0, are not in order, or lack names. A plan without tasks may be
-    without parts.
+    Raise ValueError if the parts of the plan do not begin at 0, are not in order, or lack names. A plan without tasks
+    may be without parts.
     """
     starts = plan.starts
     if (starts or plan.count) and starts[:1] != (0,):
@@ -102,11 +102,13 @@ def _consistent(plan: Manifest) -> Manifest:
 
 
 class NoSuchTask(NotFound):
-    """The stage's plan does not have the task."""
+    """Error for a task that is not in the plan of its stage."""
 
 
 class Inputs:
-    """Reader of inputs. It caches the last few plan parts, because neighboring bundles share them."""
+    """Reader of the inputs of bundles, with a cache of the last few plan parts, because neighboring bundles share
+    plan parts.
+    """
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
@@ -117,7 +119,8 @@ class Inputs:
     async def resolve(self, job: JobDef, bundle: Bundle, key: CommitKey) -> Sequence[Json]:
         """Return one encoded input per task of `bundle`.
 
-        Raise NotFound if a required object does not exist, and Malformed if the bundle does not fit its stage.
+        Raise NotFound if a required object does not exist, and Malformed if the bundle does not match its stage's
+        definition.
         """
         if bundle.source is not None:
             stage = job.stage(bundle.stage)
@@ -146,7 +149,7 @@ class Inputs:
     async def check(self, job: JobDef, bundle: Bundle) -> None:
         """Raise NoSuchTask if the plan of `bundle` does not have the bundle's last task.
 
-        Raise NotFound if the plan does not exist, or not yet.
+        Raise NotFound if the plan does not exist yet.
         """
         manifest = await self._manifest(job, bundle)
         if bundle.tasks.last >= manifest.count:
@@ -155,7 +158,7 @@ class Inputs:
     async def values(
         self, job: JobDef, stage: StageName, bundle: BundleId, tasks: TaskSet, key: CommitKey
     ) -> list[Json]:
-        """Return the committed results of `tasks` in that upstream bundle."""
+        """Return the committed results of `tasks` in an upstream bundle."""
         stored = object_keys.outcome_of(job.id, stage, bundle, key)
         outcome = await self._outcome(stored)
         by_task = dict(zip(outcome.succeeded, outcome.values, strict=True))
@@ -179,11 +182,11 @@ class Inputs:
         try:
             return await read_outcome(self._objects, name, self._patience)
         except Malformed as error:
-            # An unreadable outcome counts as absent. The task fails with a reason that names the object.
+            # An unreadable outcome counts as absent, so the task fails with a reason that names the object.
             raise NotFound(error.message) from error
 
     async def _manifest(self, job: JobDef, bundle: Bundle) -> Manifest:
-        """Return the plan of the bundle's round, or of the latest earlier round that made one."""
+        """Return the plan of the bundle's round, or of the latest earlier round that has a plan."""
         for round_ in range(bundle.round, -1, -1):
             known = self._manifests.get((bundle.job, bundle.stage, round_))
             if known:
@@ -198,9 +201,9 @@ class Inputs:
         return await self._brought(job, bundle, key)
 
     async def _brought(self, job: JobDef, bundle: Bundle, lost: str) -> Manifest:
-        """Return the plan of the items that came with the job's definition, for its root stage.
+        """Return the plan of a root stage whose items the job was submitted with.
 
-        `lost` is the key of the missing object.
+        `lost` is the key of the missing plan object.
         """
         if job.stage(bundle.stage).after:
             what = f"Stage {bundle.stage} of job {bundle.job}"
@@ -214,7 +217,7 @@ class Inputs:
         return self.keep(bundle.job, bundle.stage, opening.items)
 
     def keep(self, job: JobId, stage: StageName, items: Sequence[Json]) -> Manifest:
-        """Cache the items that came with a job's definition, and return their plan."""
+        """Cache the items that a job was submitted with, and return their plan."""
         manifest = Manifest.of_items(items)
         self._keep_part(object_keys.part(job, stage, 0, manifest.part(0)), items)
         return self._keep_manifest(job, stage, manifest)
@@ -248,7 +251,7 @@ class Inputs:
 def _read_or_absent(key: str, data: bytes, read: Callable[[bytes], T]) -> T:
     """Return the result of `read` for an object.
 
-    An object that cannot be read counts as absent. Its tasks fail with a reason that names it.
+    An object that cannot be read counts as absent, so tasks that need the object fail with a reason that names it.
     """
     try:
         return read(data)
@@ -257,7 +260,7 @@ def _read_or_absent(key: str, data: bytes, read: Callable[[bytes], T]) -> T:
 
 
 def _items(name: str, data: bytes) -> Sequence[Json]:
-    """Return the items of the part of a plan with that name, which is the digest of its content."""
+    """Return the items of a part of a plan. The name of the part is the digest of its content."""
     if len(name) == len(object_keys.name_digest(b"")) and object_keys.name_digest(data) != name:
         raise Malformed("Its content does not match its name.")
     try:
@@ -267,7 +270,7 @@ def _items(name: str, data: bytes) -> Sequence[Json]:
 
 
 def _gather_in(item: dict[str, Any]) -> dict[StageName, list[tuple[BundleId, TaskSet]]]:
-    """Return the tasks whose results the item collects, by stage and bundle.
+    """Return the upstream tasks whose results the item collects, by stage and bundle.
 
     Raise NotFound if the item cannot be read.
     """
@@ -297,13 +300,13 @@ def is_gather(item: Json) -> bool:
 
 
 class ForeignReference(UsageError):
-    """A reference names an object that its job may not use, or the object's content has changed."""
+    """Error for a reference to an object that the job may not use, or whose content has changed."""
 
 
 class JobObjects:
     """Objects that one job may use.
 
-    A job of the Python API may also use files and raw data of other jobs, because its user passes them on as File
+    A job of the Python API may also use files and raw data of other jobs, because its user may pass them as File
     objects.
     """
 
@@ -324,7 +327,7 @@ class JobObjects:
         return cls(job.id, keys, is_python=is_python(job))
 
     def key(self, reference: Json) -> str:
-        """Return the key in a reference. Raise ForeignReference if the job may not use it."""
+        """Return the key in a reference. Raise ForeignReference if the job may not use the object."""
         name = reference.get(values.kind(reference) or "")
         if not isinstance(name, str) or not self._has(name):
             raise ForeignReference(
@@ -336,7 +339,7 @@ class JobObjects:
     def value(self, reference: Json, data: bytes) -> Json:
         """Return the encoded value in the object of a `$value` reference.
 
-        Raise ForeignReference if the object has another content than the reference was made for.
+        Raise ForeignReference if the content of the object does not match the hash in the reference.
         """
         digest = reference.get("sha256")
         if digest is not None and hashlib.sha256(data).hexdigest() != digest:
@@ -353,5 +356,5 @@ class JobObjects:
 
 
 def is_python(job: JobDef) -> bool:
-    """Return whether the job comes from the Python API. Its items and results may be pickled."""
+    """Return whether the job comes from the Python API, which may pickle items and results."""
     return any((stage.handler or "").startswith("pickle:") for stage in job.stages)

@@ -1,14 +1,15 @@
 """Commit keys of a grid's jobs, proofs in event messages, and the object with a job's definition.
 
-The commit keys are derived from a secret in the bucket. A proof shows that the worker that sent a message has the
-commit keys of its jobs.
+The commit keys are derived from a secret in the bucket. A proof in a message shows that the worker that sent the
+message has the commit key of a job.
 
 Invariants: the secret is created once, by a conditional PUT. Every program that may read `grid/` of the bucket can
-derive all commit keys. Workers must not read `grid/`, and receive the keys with their messages. A proof covers the
-whole text of its message, so it is not valid for another message. The proofs are the first member of the message's
-object, and the text is the message without this member.
+derive all commit keys. Workers must not be permitted to read `grid/`, and receive commit keys with their messages. A
+proof covers the whole text of its message, so a proof is not valid for another message. The proofs are the first member
+of the message's JSON object. A proof covers all members of the message except the proofs.
 
-The object `jobs/<job>/spec.json` contains the definition of a job and an optional opening. One PUT commits both.
+The object `jobs/<job>/spec.json` contains the definition of a job and an optional opening. One PUT commits the
+definition and the opening together.
 """
 
 from __future__ import annotations
@@ -32,23 +33,28 @@ from batchlab.core.protocol.messages import Events
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey, commit_key, digest, opens, proof, summary
 
 MAX_KEYS = 4096
-"""Maximum number of keys in memory."""
+"""Maximum number of commit keys in memory."""
 
 
 class CommitKeys:
-    """Commit keys of one grid. The secret is read at the first use."""
+    """Commit keys of one grid. The secret of the grid is read when a commit key is first needed."""
 
     def __init__(self, objects: Objects, patience: Patience | None = None, ids: Ids | None = None) -> None:
-        """Without `patience`, failed calls are not retried. With `ids`, which a manager passes, a
-        missing secret is created."""
+        """Without `patience`, failed calls are not retried.
+
+        Only a manager passes `ids`, which permits the creation of a missing secret.
+        """
         self._objects = objects
-        self._patience = patience or Patience(random.Random(0), limit_s=0.0)  # noqa: S311 - it never waits
+        self._patience = patience or Patience(random.Random(0), limit_s=0.0)  # noqa: S311 - with limit_s=0.0, Patience never waits
         self._ids = ids
         self._secret: bytes | None = None
         self._keys: dict[JobId, CommitKey] = {}
 
     async def ensure(self) -> None:
-        """Read the secret, or create it. If the bucket has lost the secret, write the one in memory."""
+        """Read the secret of the grid, or create it.
+
+        If the secret is no longer in the bucket, write the secret from memory.
+        """
         try:
             secret = await self._read()
         except NotFound:
@@ -71,9 +77,9 @@ class CommitKeys:
         return secret
 
     async def key_of(self, job: JobDef) -> CommitKey:
-        """Return the commit key of a job, or UNSEALED for a job without one.
+        """Return the commit key of a job, or UNSEALED for a job without a commit key.
 
-        Raise BackendError if the bucket has lost the secret under which the job was submitted.
+        Raise BackendError if the bucket no longer has the secret that the job was submitted with.
         """
         if not job.commit_hash:
             return UNSEALED
@@ -91,7 +97,7 @@ class CommitKeys:
         return await self.key_of(json_format.job_from_json(json_format.loads(data)))
 
     async def new(self, job: JobId) -> CommitKey:
-        """Return the commit key of the job with this id. The job may not exist yet."""
+        """Return the commit key for a job id, even if the job does not exist yet."""
         if self._secret is None:
             await self.ensure()
         assert self._secret is not None
@@ -103,7 +109,7 @@ class CommitKeys:
         return key
 
     async def sealed(self, job: JobDef) -> JobDef:
-        """Return the job with the hash of its commit key, as the manager accepts it."""
+        """Return the job's definition with the hash of its commit key, which the manager requires."""
         return replace(job, commit_hash=digest(await self.new(job.id)))
 
     async def _read(self) -> bytes:
@@ -123,12 +129,12 @@ class CommitKeys:
 
 
 MAX_PROOFS = 2_000
-"""Maximum number of proofs in a message, and so of the jobs that it is about."""
+"""Maximum number of proofs in a message, which also limits the number of jobs that the message is about."""
 _START = '{"p":{'
 
 
 def jobs_in(events: Events) -> set[JobId]:
-    """Return the jobs that a message is about."""
+    """Return the jobs that the events of a message are about."""
     jobs = {completion.bundle.job for completion in events.completions}
     jobs |= {outcome.bundle.job for outcome in events.outcomes}
     jobs |= {held.job for beat in events.beats for held in beat.held}
@@ -139,7 +145,7 @@ def jobs_in(events: Events) -> set[JobId]:
 
 
 def with_proofs(text: str, jobs: Iterable[JobId], key_of: Callable[[JobId], CommitKey]) -> str:
-    """Return the message `text` with a proof for each of these jobs that has a commit key."""
+    """Return the message `text` with a proof for each of `jobs` that has a commit key."""
     keys = [(job, key) for job in sorted(jobs) if (key := key_of(job))]
     if not keys:
         return text
@@ -163,9 +169,10 @@ def split(body: str) -> tuple[str, Mapping[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """Additional content of the object with a job's definition, committed with the same PUT.
+    """Additional content of a spec object, committed with the same PUT as the job's definition.
 
-    It has the encoded items of the root stage, if there are few, and that stage's first cut.
+    An opening has the encoded items of the root stage, if there are only a few items, and the first cut of the root
+    stage.
     """
 
     items: Sequence[Json]
@@ -184,7 +191,7 @@ def to_bytes(job: JobDef, opening: Opening | None = None) -> bytes:
 def from_json(doc: dict[str, Any]) -> tuple[JobDef, Opening | None]:
     """Return the job and the opening in a spec object.
 
-    Raise TooNew if a later batchlab wrote it, and Malformed if it cannot be read.
+    Raise TooNew if a later batchlab wrote the spec object, and Malformed if the spec object cannot be read.
     """
     return json_format.job_from_json(doc), opening_in(doc)
 

@@ -1,7 +1,7 @@
 """Checks of values that another process has written.
 
-Invariant: each check returns the value unchanged, of the type in the function's name and within the bounds given here,
-or raises ValueError. `decode` does this for a whole dataclass by its annotations.
+Invariant: each check returns the value unchanged if it has the required type and is within the bounds of this module,
+and raises ValueError otherwise. `decode` checks all fields of a dataclass by their annotations.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ Read = Callable[[Any], Any]
 """Function that checks a JSON value and returns the value of a field, or raises one of UNREADABLE."""
 
 UNREADABLE = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
-"""Exceptions that a malformed document causes. Every reader turns them into Malformed."""
+"""Exceptions that a malformed document causes.
+
+Every reader of documents converts the exceptions in UNREADABLE to Malformed.
+"""
 
 MAX_TASKS = 1 << 40
 """Upper bound of a task's index."""
 MAX_IN_BUNDLE = 1 << 16
-"""Upper bound of the tasks in one bundle. The planner cuts bundles of at most `bundle_size.CAP`."""
+"""Upper bound of the tasks in one bundle. The planner cuts bundles of at most `settlement.CAP` tasks."""
 MAX_ROUNDS = 10_000
 """Upper bound of a job's rounds. A worker looks for the plan of a bundle's round, and then for the
 plan of each earlier round."""
 MAX_COUNT = 1 << 53
-"""Upper bound of every counter. Larger numbers are not exact in JSON and do not fit into SQL columns."""
+"""Upper bound of every counter. Larger counters are not exact in JSON and do not fit into SQL columns."""
 MAX_S = 1e11
-"""Upper bound of every time in seconds. As epoch seconds, it is in the year 5138."""
+"""Upper bound of every time in seconds. MAX_S as epoch seconds is in the year 5138."""
 MAX_TEXT = 1 << 20
 MAX_KEY = 1024
 MAX_DEPTH = 256
@@ -50,7 +53,7 @@ _CONTAINERS = frozenset({dict, list})
 
 
 def text(value: Any, most: int = MAX_TEXT) -> str:
-    """Return `value`. Raise ValueError if it is not a text of at most `most` characters."""
+    """Return `value`. Raise ValueError if `value` is not a text of at most `most` characters."""
     if type(value) is str and len(value) <= most:
         return value
     raise ValueError(f"a text of at most {most} characters is expected, not {_kind(value)}")
@@ -67,24 +70,24 @@ def _is_label(value: str) -> bool:
 
 
 def name(value: Any) -> str:
-    """Return `value`. Raise ValueError if it cannot name a job or a stage."""
-    # Only short texts from outside go into the cache.
+    """Return `value`. Raise ValueError if `value` is not a valid name of a job or a stage."""
+    # Check the length first, so that long texts from other processes are not stored in the cache.
     if type(value) is str and len(value) <= _LONGEST_NAME and _is_name(value):
         return value
     raise ValueError(f"a name is expected, not {_kind(value)}")
 
 
 def label(value: Any) -> str:
-    """Return `value`. Raise ValueError if it cannot name a worker, an instance, a pool, or a queue."""
+    """Return `value`. Raise ValueError if `value` is not a valid name of a worker, an instance, a pool, or a queue."""
     if type(value) is str and len(value) <= _LONGEST_NAME and _is_label(value):
         return value
     raise ValueError(f"a label is expected, not {_kind(value)}")
 
 
 def new_label(value: Any) -> str:
-    """Return `value` as `label` does, without its cache.
+    """Return `value` as `label` does, without the cache of `label`.
 
-    It is for names of executions and bundles. Few messages repeat them, so a cache does not help.
+    `new_label` checks names of executions and bundles, which few messages repeat, so a cache does not help.
     """
     if type(value) is str and _LABEL.fullmatch(value):
         return value
@@ -92,14 +95,14 @@ def new_label(value: Any) -> str:
 
 
 def bundle_name(value: Any) -> str:
-    """Return `value`. Raise ValueError if it is not a bundle's id."""
+    """Return `value`. Raise ValueError if `value` is not a bundle's id."""
     if type(value) is str and len(value) <= _LONGEST_NAME and _BUNDLE.fullmatch(value):
         return value
     raise ValueError(f"a bundle's id is expected, not {_kind(value)}")
 
 
 def handler(value: Any) -> str:
-    """Return `value`. Raise ValueError if it is neither module:function nor a pickled function's key."""
+    """Return `value`. Raise ValueError if `value` is neither module:function nor a pickled function's key."""
     kind, _, rest = text(value, MAX_KEY).partition(":")
     if kind == "pickle":
         check_key(rest)
@@ -111,48 +114,51 @@ def handler(value: Any) -> str:
 
 
 def flag(value: Any) -> bool:
-    """Return `value`. Raise ValueError if it is neither True nor False."""
+    """Return `value`. Raise ValueError if `value` is neither True nor False."""
     if type(value) is bool:
         return value
     raise ValueError(f"true or false is expected, not {_kind(value)}")
 
 
 def figure(value: Any, most: float = MAX_S) -> float:
-    """Return `value`. Raise ValueError if it is not a number from 0 to `most`."""
+    """Return `value`. Raise ValueError if `value` is not a number from 0 to `most`."""
     if (type(value) is float or type(value) is int) and 0 <= value <= most:
         return value
     raise ValueError(f"a number from 0 to {most:g} is expected, not {_kind(value)}")
 
 
 def whole(value: Any, most: int = MAX_COUNT) -> int:
-    """Return `value`. Raise ValueError if it is not a whole number from 0 to `most`."""
+    """Return `value`. Raise ValueError if `value` is not a whole number from 0 to `most`."""
     if type(value) is int and 0 <= value <= most:
         return value
     raise ValueError(f"a whole number from 0 to {most} is expected, not {_kind(value)}")
 
 
 def integer(value: Any, most: int = MAX_COUNT) -> int:
-    """Return `value`. Raise ValueError if it is not a whole number from -`most` to `most`."""
+    """Return `value`. Raise ValueError if `value` is not a whole number from -`most` to `most`."""
     if type(value) is int and -most <= value <= most:
         return value
     raise ValueError(f"a whole number is expected, not {_kind(value)}")
 
 
 def listed(value: Any) -> Sequence[Any]:
-    """Return `value`. Raise ValueError if it is not a list, or a tuple of a document in memory."""
+    """Return `value`. Raise ValueError if `value` is not a list, or a tuple of a document in memory."""
     if type(value) is list or type(value) is tuple:
         return value
     raise ValueError(f"a list is expected, not {_kind(value)}")
 
 
 def figures(value: Any, most: float = MAX_S) -> tuple[float, ...]:
-    """Return the numbers in the list `value`. Raise ValueError if one is not from 0 to `most`."""
+    """Return the numbers in the list `value`.
+
+    Raise ValueError if an element of `value` is not a number from 0 to `most`.
+    """
     numbers = tuple(listed(value))
     if len(numbers) == 1:
         figure(numbers[0], most)
         return numbers
-    # Loops in C are faster than one in Python, and `sum` is faster than `max`. `json_format.loads` has already refused
-    # NaN.
+    # Built-in functions are faster than a loop in Python, and `sum` is faster than `max`. NaN cannot occur here,
+    # because `json_format.loads` has refused it.
     if numbers and not (
         _NUMBERS.issuperset(map(type, numbers)) and min(numbers) >= 0 and (sum(numbers) <= most or max(numbers) <= most)
     ):
@@ -163,7 +169,7 @@ def figures(value: Any, most: float = MAX_S) -> tuple[float, ...]:
 def fitted(value: T) -> T:
     """Return `value`, an instance of a dataclass.
 
-    Raise ValueError if a field has a value that its annotation or the bounds given here do not allow.
+    Raise ValueError if a field has a value that its annotation or the bounds of this module do not allow.
     """
     for field, hint in _hints(type(value)).items():
         if not _fits(getattr(value, field), hint):
@@ -203,7 +209,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def shallow(values: Sequence[Any]) -> None:
     """Raise ValueError if a JSON value is nested too deeply or contains a number that is not finite.
 
-    The maximum depth is MAX_DEPTH levels. The number 1e999, for example, is read as infinity.
+    The maximum depth of a JSON value is MAX_DEPTH levels. Python's JSON parser reads the number 1e999, for example, as
+    infinity.
     """
     layer = values
     for _ in range(MAX_DEPTH + 1):
@@ -220,7 +227,8 @@ def shallow(values: Sequence[Any]) -> None:
 
 def _are_finite(values: Sequence[Any], kinds: set[type]) -> bool:
     numbers = values if len(kinds) == 1 else [value for value in values if type(value) is float]
-    # The sum of finite numbers is finite, unless it is too large for a float.
+    # An infinite number makes the sum infinite. Only if the sum is infinite, check each number, because a sum of finite
+    # numbers may be too large for a float.
     return isfinite(sum(numbers)) or all(map(isfinite, numbers))
 
 
@@ -231,7 +239,7 @@ def _kind(value: Any) -> str:
 
 
 def _converter(hint: Any) -> Read | None:
-    """Return the function that converts a JSON value to the type `hint`, or None for an unchanged value."""
+    """Return the function that converts a JSON value to the type `hint`, or None if JSON values need no conversion."""
     parts = get_args(hint)
     if get_origin(hint) in (Union, UnionType):
         inner = next(filter(None, map(_converter, parts)), None)
@@ -254,8 +262,8 @@ def _converters(kind: Hashable) -> list[tuple[str, Read | None]]:
 def decode(kind: type[T], doc: Any) -> T:
     """Return the dataclass in a document, with the types of its annotations.
 
-    A missing field has its default. Fields that a later batchlab added are ignored. Raise one of UNREADABLE if a field
-    is required or has a value that it cannot have.
+    A missing field has its default. Fields that a later batchlab added are ignored. Raise one of UNREADABLE if a
+    required field is missing or a field has an invalid value.
     """
     if type(doc) is not dict:
         raise ValueError(f"a document is expected, not {_kind(doc)}")

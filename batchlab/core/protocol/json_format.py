@@ -1,8 +1,9 @@
 """JSON format of jobs, cuts, bundles, outcomes, completions, control commands, and endings.
 
 Invariant: `x_from_json(x_to_json(x)) == x`. A reader ignores fields that a later batchlab added. If readers must know a
-new field, the later batchlab changes `v`, or sets `needs` in the job. Readers refuse such a document. Outcomes,
-completions, and bundles are converted by hand, because a table of fields takes up to five times as long.
+new field, the later batchlab increases `v` in the document, or `needs` in the job. Readers refuse a document with an
+unknown `v` or `needs`. Outcomes, completions, and bundles have hand-written converters, because generic conversion by a
+table of fields takes up to five times as long.
 """
 
 from __future__ import annotations
@@ -55,24 +56,27 @@ from batchlab.core.protocol.values import BRACKET_WEIGHT, OUTCOME_WEIGHT, weight
 
 T = TypeVar("T")
 Known = tuple[Any, TaskSet]
-"""The JSON of a set of tasks, and the set that was read from it."""
+"""The JSON of a set of tasks, and the TaskSet that was read from that JSON."""
 
 VERSION = 1
 PROTOCOL = 2
-"""Version of the protocol that this batchlab knows. A release whose workers need new behavior for
-some jobs increases it, and writes it as `needs` into these jobs only."""
+"""Version of the protocol that this batchlab knows.
+
+A release increases PROTOCOL if some jobs need new behavior of workers, and writes the new version as `needs` into only
+those jobs.
+"""
 SEALED = 2
 """First protocol version with commit keys."""
 FAILURE_KINDS = frozenset(kind.value for kind in FailureKind)
 CONTROL_VALUES = frozenset(word.value for word in Control)
 NO_TASKS = TaskSet()
-# Cycles are detected earlier, when values are encoded.
+# Cyclic values are detected earlier, when a task's result is encoded.
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False).encode
 
 
 def dumps(value: Json) -> str:
     """Return compact JSON. Raise ValueError for NaN and infinity."""
-    return _encode(value)  # json.dumps would create an encoder for each call
+    return _encode(value)  # json.dumps with options creates an encoder for each call
 
 
 def to_bytes(value: Json) -> bytes:
@@ -88,7 +92,7 @@ _decode = json.JSONDecoder(parse_constant=_refuse).decode
 
 def is_too_heavy(data: bytes | str) -> bool:
     """Return whether a JSON text exceeds the maximum weight of an outcome."""
-    # Counting brackets takes time, and most texts are too short to need it.
+    # Skip the slow count of brackets if the text is too short to exceed the maximum weight.
     if len(data) * (1 + BRACKET_WEIGHT) <= OUTCOME_WEIGHT:
         return False
     return weight(data if isinstance(data, str) else data.decode("latin-1")) > OUTCOME_WEIGHT
@@ -97,7 +101,7 @@ def is_too_heavy(data: bytes | str) -> bool:
 def loads(data: bytes | str) -> dict[str, Any]:
     """Return a versioned document.
 
-    Raise TooNew if a later version wrote it, and Malformed if it is not a document of batchlab.
+    Raise TooNew if a later version wrote the document, and Malformed if `data` is not a document of batchlab.
     """
     try:
         text = data if isinstance(data, str) else data.decode()
@@ -120,7 +124,7 @@ def loads(data: bytes | str) -> dict[str, Any]:
 
 
 def brief(error: Exception) -> str:
-    """Return the problem in at most 200 characters, without text that a worker chose."""
+    """Return the error's description in at most 200 characters, without text that a worker chose."""
     if isinstance(error, BatchlabError):
         return error.message.rstrip(".")[:200]
     if isinstance(error, KeyError):
@@ -132,9 +136,9 @@ def brief(error: Exception) -> str:
 
 
 def fields(value: Any) -> dict[str, Json]:
-    """Return the fields of a value by name. Its class must have slots.
+    """Return the fields of a value by name. The value's class must have slots.
 
-    `asdict` also converts nested values and takes ten times as long.
+    `dataclasses.asdict` is not used, because it also converts nested values and takes ten times as long.
     """
     return {name: getattr(value, name) for name in value.__slots__}
 
@@ -144,7 +148,7 @@ def tasks_to_json(tasks: TaskSet) -> list[list[int]]:
 
 
 def tasks_from_json(doc: Sequence[Sequence[int]], known: Known | None = None) -> TaskSet:
-    """Return the tasks in a document. `known` is the task set of its bundle, which is often the same."""
+    """Return the tasks in a document. `known` is the task set of the document's bundle, which is often the same set."""
     if known and doc == known[0]:
         return known[1]
     if not listed(doc):
@@ -200,7 +204,7 @@ def _follows_from_json(docs: Any, known: Known) -> tuple[Follow, ...]:
 
 
 def _each(read: Callable[[Any], T], docs: Any) -> tuple[T, ...]:
-    """Return the result of `read` for each document in a list. Most lists are empty."""
+    """Return the result of `read` for each document in a list."""
     return tuple([read(doc) for doc in listed(docs)]) if docs != [] else ()
 
 
@@ -230,7 +234,8 @@ def check_parts(
 ) -> None:
     """Raise ValueError unless every task of the bundle has exactly one result.
 
-    A task succeeded, failed for good, was canceled, or is in one follow-up of the same stage (see `settlement.settle`).
+    The result of a task is success, final failure, cancellation, or one follow-up of the same stage (see
+    `settlement.settle`).
     """
     if succeeded.ranges == bundle.tasks.ranges and not (follows or failed.ranges or cancelled.ranges):
         return
@@ -280,7 +285,7 @@ def outcome_to_json(o: Outcome) -> dict[str, Json]:
 
 
 def outcome_text(o: Outcome) -> str:
-    """Return the outcome's JSON, which is created once."""
+    """Return the outcome's JSON, which is created once and cached."""
     try:
         return o._text
     except AttributeError:
@@ -290,9 +295,9 @@ def outcome_text(o: Outcome) -> str:
 
 
 def fitting(outcome: Outcome) -> Outcome:
-    """Return the outcome, without its tracebacks if they would make it too heavy.
+    """Return the outcome, without its tracebacks if the outcome with tracebacks exceeds the maximum weight.
 
-    Its values always fit (see `worker.task_executor`).
+    The values of an outcome are always below the maximum weight (see `worker.task_executor`).
     """
     if not is_too_heavy(outcome_text(outcome)):
         return outcome
@@ -300,7 +305,7 @@ def fitting(outcome: Outcome) -> Outcome:
 
 
 def outcome_from_json(doc: dict[str, Any]) -> Outcome:
-    """Return the outcome in a document. Raise one of UNREADABLE if it is not an outcome."""
+    """Return the outcome in a document. Raise one of UNREADABLE if the document is not an outcome."""
     bundle = bundle_from_json(doc["bundle"])
     known = doc["bundle"]["t"], bundle.tasks
     succeeded = tasks_from_json(doc["succeeded"], known)
@@ -340,9 +345,10 @@ def outcome_from_json(doc: dict[str, Any]) -> Outcome:
 def outcome_from_bytes(data: bytes, key: str) -> Outcome:
     """Return the outcome in the object `key`, which is the key of an outcome or of a replacement.
 
-    Raise Malformed, with the key, if the object cannot be read or is the outcome of another bundle. This includes
-    objects in a later format. If this release can read a job's definition, all outcomes of the job have the format of
-    this release (see PROTOCOL). So a worker cannot block a job by writing another version number.
+    Raise Malformed, with the key, if the object cannot be read, has a later format, or is the outcome of another
+    bundle. If this release can read a job's definition, all outcomes of the job have the format of this release (see
+    PROTOCOL). An outcome with a later version number is malformed, so a worker cannot block a job by writing a later
+    version number.
     """
     try:
         if is_too_heavy(data):
@@ -376,9 +382,9 @@ def completion_to_json(c: Completion) -> dict[str, Json]:
 
 
 def completion_from_json(doc: dict[str, Any]) -> Completion:
-    """Return the completion in a document. Raise one of UNREADABLE if it is not a completion.
+    """Return the completion in a document. Raise one of UNREADABLE if the document is not a completion.
 
-    The reader of a worker's message also checks the parts (see `check_parts`).
+    The reader of a worker's message also checks the completion's parts (see `check_parts`).
     """
     bundle = bundle_from_json(doc["b"])
     known = doc["b"]["t"], bundle.tasks
@@ -415,7 +421,7 @@ def cut_to_json(c: Cut) -> dict[str, Json]:
 def cut_from_json(doc: dict[str, Any]) -> Cut:
     """Return the cut in a document.
 
-    Raise Malformed if it is not a cut, or if it has a bundle of another job, stage, or round.
+    Raise Malformed if the document is not a cut, or if the cut has a bundle of another job, stage, or round.
     """
     try:
         at_s, planned = doc.get("at"), doc["planned"]
@@ -442,7 +448,7 @@ def reopening_to_json(r: Reopening) -> dict[str, Json]:
 
 
 def reopening_from_json(doc: dict[str, Any]) -> Reopening:
-    """Return the reopening in a document. Raise one of UNREADABLE if it is not a reopening."""
+    """Return the reopening in a document. Raise one of UNREADABLE if the document is not a reopening."""
     return Reopening(
         StageName(name(doc["stage"])),
         whole(doc.get("succeeded", 0)),
@@ -456,7 +462,7 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
     doc = {"v": VERSION, **fields(job)}
     doc["stages"] = [{**fields(stage), "retry": fields(stage.retry)} for stage in job.stages]
     doc["input"] = fields(job.input) if job.input else None
-    # Fields that earlier releases do not know are omitted if they are empty.
+    # Omit empty fields that earlier releases do not know, so that those releases can read the job.
     if job.max_cost_usd is None:
         del doc["max_cost_usd"]
     if not job.trace:
@@ -473,13 +479,16 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
 
 
 _STAGE_FIELDS = {"after", "command", "handler", "retry"}
-"""Fields that every release writes. A stage without one of them is not run with a default."""
+"""Fields of a stage that every release writes.
+
+A stage that lacks a field of _STAGE_FIELDS is refused instead of run with a default.
+"""
 
 
 def job_from_json(doc: dict[str, Any]) -> JobDef:
     """Return the job in a spec object or in the result of `job_to_json`.
 
-    Raise TooNew if the job needs a later protocol, or if the definition cannot be read.
+    Raise TooNew if the job needs a later protocol, or if the job's definition cannot be read.
     """
     needs = doc.get("needs", 1)
     if not isinstance(needs, int) or not 1 <= needs <= PROTOCOL:
@@ -507,10 +516,10 @@ class ControlCommand:
     """Content of a control object.
 
     With CANCEL, `state` and `reason` are the final state of the job and its reason. `round` is the round of the job to
-    which the command applies. A command never replaces the command of a later round. Because of `round`, the commands
-    of two rounds differ in buckets whose ETags are hashes. `tail` grows with each request for live logs, and `tail_s`
-    (epoch) is the time of the last request (see `worker.live_logs`). `number` counts the commands before it, so all
-    commands of a job differ.
+    which the command applies. A command never replaces the command of a later round. The contents of two commands in
+    different rounds differ by `round`, so their ETags differ even if ETags are hashes of the content. `tail` grows with
+    each request for live logs, and `tail_s` (epoch) is the time of the last request (see `worker.live_logs`). `number`
+    is the number of earlier commands, so all commands of a job differ.
     """
 
     control: Control
@@ -540,7 +549,7 @@ def control_to_bytes(command: ControlCommand) -> bytes:
 def control_from_bytes(data: bytes) -> ControlCommand:
     """Return the command in a control object.
 
-    Raise BackendError if it cannot be read. In that case, the caller must not start tasks.
+    Raise BackendError if the command cannot be read. A caller that cannot read the command must not start tasks.
     """
     doc = loads(data)
     try:
@@ -566,7 +575,7 @@ def ending_to_json(e: Ending) -> dict[str, Json]:
 
 
 def ending_from_json(doc: dict[str, Any]) -> Ending:
-    """Return the ending in a document. Raise Malformed if it is not an ending."""
+    """Return the ending in a document. Raise Malformed if the document is not an ending."""
     try:
         closed = {StageName(name(k)): whole(v, MAX_COUNT) for k, v in doc["closed"].items()}
         state = JobState(doc["state"])

@@ -1,10 +1,10 @@
 """Messages on the queues, and the format of live logs.
 
-The messages are bundles for workers, and events from workers for the manager. Live logs contain the output of running
-tasks while a client follows them.
+A message contains either a bundle for a worker, or events from a worker for the manager. Live logs contain the output
+of running tasks while a client follows the tasks.
 
 Invariant: `read_x(x(m)) == m` for all parts that the reader needs. Messages have the format of `json_format`. A reader
-refuses any other message as a whole with Malformed, so a message never takes effect in part.
+raises Malformed for a whole message if any part is invalid, so a message never takes effect in part.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ T = TypeVar("T")
 MAX_SLOTS = 1 << 20
 MAX_REQUESTS = 1e15
 MAX_RECEIPT = 2048
-"""Maximum length in characters. A receipt handle of SQS has at most 1,024."""
+"""Maximum length of a receipt in characters. A receipt handle of SQS has at most 1,024 characters."""
 MAX_TRACE = 200
 MAX_KEY = 1024
 _COUNTED = len(Requests.__slots__)
@@ -60,12 +60,13 @@ _COUNTED = len(Requests.__slots__)
 
 @dataclass(frozen=True, slots=True)
 class TaskMessage:
-    """Message on a pool's queue.
+    """Message with a bundle on a pool's queue.
 
     `items` are the encoded inputs, one per task of the bundle, if they are small enough for the message. `not_before_s`
     (epoch) is the end of a delay that is longer than the maximum DelaySeconds. `watchdog` marks a watchdog message: the
-    bundle still runs, and it runs again only if its worker has stopped reporting. `trace` is the W3C traceparent of the
-    sender if the job is traced. `key` is the commit key of the job. A worker compares it with the job's definition.
+    bundle is running, and it runs again only if its worker has stopped reporting. `trace` is the W3C traceparent of the
+    sender if the job is traced. `key` is the commit key of the job. A worker compares the commit key with its hash in
+    the job's definition.
     """
 
     bundle: Bundle
@@ -92,9 +93,9 @@ def task_message(m: TaskMessage) -> str:
 
 
 def read_task_message(body: str) -> TaskMessage:
-    """Return the task message with that body.
+    """Return the task message in a body.
 
-    Raise TooNew if a later batchlab sent it, and Malformed if it cannot be read.
+    Raise TooNew if a later batchlab sent the message, and Malformed if the message cannot be read.
     """
     return _read(body, "A task message", _task_message_from_json)
 
@@ -117,9 +118,9 @@ def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
 
 
 def _read(body: str, what: str, read: Callable[[dict[str, Any]], T]) -> T:
-    """Return the result of `read` for the document in a body. Malformed errors begin with `what`."""
+    """Return the result of `read` for the document in a body. The texts of Malformed errors begin with `what`."""
     try:
-        # The limit applies to characters here. Counting bytes would need to encode the text.
+        # Compare the number of characters with the limit, because counting bytes would need to encode the text.
         if len(body) > MAX_MESSAGE_BYTES:
             raise ValueError(f"it has {len(body)} characters")
         return read(loads(body))
@@ -131,7 +132,7 @@ def _read(body: str, what: str, read: Callable[[dict[str, Any]], T]) -> T:
 
 @dataclass(frozen=True, slots=True)
 class HeldBundle:
-    """A bundle that a worker holds. If the instance dies, the manager makes its message visible.
+    """A bundle that a worker holds. If the worker's instance dies, the manager makes the bundle's message visible.
 
     `receipt` is None if a watchdog message has taken over the bundle.
     """
@@ -146,7 +147,10 @@ class HeldBundle:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A worker's heartbeat. `held` is complete as of `at_s`. `leaving` is true if the worker drains."""
+    """A worker's heartbeat.
+
+    `held` has all bundles that the worker held at `at_s`. `leaving` is true if the worker drains.
+    """
 
     worker: str
     instance: str
@@ -156,21 +160,23 @@ class Beat:
     busy: int
     held: tuple[HeldBundle, ...]
     number: int
-    """Number of the heartbeat. The queue may deliver an older one later, and clocks may jump."""
+    """Number of the heartbeat, because the queue may deliver an older heartbeat later, and clocks may jump."""
     leaving: bool = False
     gone: bool = False
-    """True in the last heartbeat, after the worker has returned all of its messages."""
+    """Whether the heartbeat is the worker's last, sent after the worker has returned all of its messages."""
     key: str = field(default="", repr=False)
-    """Key of the worker's instance, a secret that its workers share. "" for a worker of release 0.1.0."""
+    """Key of the worker's instance, a secret that all workers of the instance share, or "" for a worker of release
+    0.1.0.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
     """Duplicate work that a worker noticed.
 
-    `kind` is "message" for a message of a bundle that had an outcome, and "execution" for an execution that lost to
-    another one, with its slot seconds. `execution` is the worker's own execution. It identifies the duplicate, so a
-    repeated report counts only once.
+    `kind` is "message" for a message of a bundle that had an outcome. `kind` is "execution" for an execution that ended
+    after another execution had committed, with its slot seconds. `execution` is the worker's own execution. `execution`
+    identifies the duplicate, so a repeated report of a duplicate counts only once.
     """
 
     job: JobId
@@ -198,17 +204,19 @@ class Events:
 
     completions: tuple[Completion, ...] = ()
     committed: tuple[str, ...] = ()
-    """Keys of outcomes whose completion is too large for a message. The reader fetches them."""
+    """Keys of outcomes whose completion is too large for a message, so that the reader fetches the outcomes."""
     beats: tuple[Beat, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
-    """Small outcomes, sent instead of completions, so that clients that wait for results do not need to fetch them."""
+    """Small outcomes, sent instead of completions, so that clients that wait for results do not need to fetch the
+    outcomes.
+    """
     requests: tuple[WorkerRequests, ...] = ()
-    """Workers send them together with heartbeats."""
+    """Request counts of workers, sent together with heartbeats."""
     duplicates: tuple[Duplicate, ...] = ()
     counters: tuple[CounterReport, ...] = ()
-    """Workers send them together with heartbeats."""
+    """Counters of workers, sent together with heartbeats."""
     traces: Traces = ()
-    """Trace contexts of those outcomes in this message whose job is traced."""
+    """Trace contexts of the outcomes in the message whose job is traced."""
 
 
 def events_message(e: Events) -> str:
@@ -303,13 +311,13 @@ def _key_from_json(value: Any) -> str:
 def read_events_message(body: str) -> Events:
     """Return the events in a message.
 
-    Raise TooNew if a later batchlab sent it, and Malformed if any part of it cannot be read.
+    Raise TooNew if a later batchlab sent the message, and Malformed if any part of the message cannot be read.
     """
     return _read(body, "An event", _events_from_json)
 
 
 def _events_from_json(doc: dict[str, Any]) -> Events:
-    # Most messages have one or two of these parts, and an absent part must not cost time.
+    # Skip absent parts to save time, because most messages have only one or two parts.
     return Events(
         tuple([_checked(completion_from_json(c)) for c in listed(doc["c"])]) if "c" in doc else (),
         tuple([_key_from_json(key) for key in listed(doc["k"])]) if "k" in doc else (),
@@ -323,13 +331,15 @@ def _events_from_json(doc: dict[str, Any]) -> Events:
 
 
 ASKED_S = 30.0
-"""Time for which a worker stores live logs after a request. A client that follows a job repeats its
-request twice in this time."""
+"""Time in seconds for which a worker stores live logs after a request.
+
+A client that follows a job requests live logs twice in ASKED_S seconds.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """The latest output of a running attempt: bytes [start, stop) of its output."""
+    """The latest output of a running attempt: bytes [start, stop) of the attempt's output."""
 
     stage: str
     task: int
@@ -347,7 +357,7 @@ def to_bytes(tails: list[Tail]) -> bytes:
 
 
 def from_bytes(data: bytes) -> list[Tail]:
-    """Return the live logs in an object. Raise Malformed if they cannot be read."""
+    """Return the live logs in an object. Raise Malformed if the live logs cannot be read."""
     doc: dict[str, Any] = json_format.loads(data)
     try:
         return [decode(Tail, one) for one in listed(doc["tails"])]

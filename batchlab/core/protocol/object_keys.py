@@ -1,9 +1,9 @@
 """Object keys, queue names, and the commit keys and seals that they contain.
 
-Invariants: a name is a function of the named thing, so every writer uses the same name. A seal or a proof is a function
-of the commit key and of the covered text. The manager derives the commit key of each job from the secret of the grid. A
-worker receives the commit key with the job's messages. Jobs of release 0.1.0 do not have a commit key, and their names
-do not have a seal.
+Invariants: a key or a queue name is a function of the object that it names, so every writer uses the same name. A seal
+or a proof is a function of the commit key and of the text that it authenticates. The manager derives the commit key of
+each job from the secret of the grid. A worker receives the commit key with the job's messages. Jobs of release 0.1.0 do
+not have a commit key, and the keys of their objects do not contain a seal.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, BundleId, JobId, StageName
 
 CommitKey = NewType("CommitKey", str)
-"""128 bits in hexadecimal digits, or UNSEALED."""
+"""A job's commit key: 128 bits in hexadecimal digits, or UNSEALED."""
 
 UNSEALED = CommitKey("")
-"""Value for a job without a commit key."""
+"""Commit key of a job of release 0.1.0, which does not have one."""
 
 _DIGITS = 32
 
@@ -32,12 +32,12 @@ def commit_key(secret: bytes, job: JobId) -> CommitKey:
 
 
 def digest(key: CommitKey) -> str:
-    """Return the SHA-256 of a commit key, which is part of its job's definition."""
+    """Return the SHA-256 of a commit key, which the definition of the key's job contains."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def opens(key: CommitKey, job: JobDef) -> bool:
-    """Return whether `key` is the commit key of the job, or the job does not have one."""
+    """Return True if `key` is the commit key of the job, or if the job does not have a commit key."""
     return not job.commit_hash or hmac.compare_digest(digest(key), job.commit_hash)
 
 
@@ -47,7 +47,7 @@ def seal(key: CommitKey, *parts: str) -> str:
 
 
 def summary(text: str) -> bytes:
-    """Return the hash of a text. `proof` uses it to make one proof for each job."""
+    """Return the hash of a text, from which `proof` computes a proof for each job."""
     return hashlib.sha256(text.encode()).digest()
 
 
@@ -57,7 +57,7 @@ def proof(key: CommitKey, summary: bytes) -> str:
 
 
 def proves(key: CommitKey, summary: bytes, claimed: str) -> bool:
-    """Return whether `claimed` is the proof of a text under this commit key."""
+    """Return whether `claimed` is the proof of a text, given its `summary`, under this commit key."""
     return hmac.compare_digest(proof(key, summary).encode(), claimed.encode())
 
 
@@ -79,8 +79,10 @@ _BUNDLE = re.compile(
 _STARTED = re.compile(r"(.+?-\d+)(?:\.(\d+|withdrawn))?", re.ASCII | re.DOTALL)
 
 MADE = ".batchlab-made"
-"""File that marks a local folder as batchlab's own, such as a grid's home or fetched results. Such
-a folder is never part of a job's code."""
+"""Name of the file that marks a local folder as created by batchlab, such as a grid's home or fetched results.
+
+A folder with the file `.batchlab-made` is never part of a job's code.
+"""
 
 
 def tasks_queue(pool: str) -> str:
@@ -93,12 +95,16 @@ def dead_letters(pool: str) -> str:
 
 
 def job_id(name: str, token: str) -> JobId:
-    """Return the id of the job with this client token. Repeated submissions get the same id."""
+    """Return the id of the job with this client token.
+
+    Repeated submissions with one client token get the same job id.
+    """
     return JobId(f"{name}-{hashlib.sha256(f'{name}/{token}'.encode()).hexdigest()[:10]}")
 
 
 def _spread(name: str) -> str:
-    # S3 partitions by key prefix. Without this, all outcomes of a stage would have the same prefix.
+    # S3 partitions objects by key prefix, so a hash at the start of the name spreads the outcomes of a stage over
+    # several prefixes.
     return hashlib.sha256(name.encode()).hexdigest()[:2]
 
 
@@ -106,23 +112,23 @@ GRID = "grid/"
 """Prefix of the objects that only the manager reads and writes."""
 
 COMMIT_SECRET = "grid/commit-secret.json"  # noqa: S105 - the name of the object, not the secret
-"""The secret from which the commit keys of all jobs are derived. Workers cannot read it."""
+"""Key of the secret from which the commit keys of all jobs are derived. Workers cannot read the commit secret."""
 USE = "grid/use.json"
-"""Usage of the grid, as AWS would bill it, and the caps on its cost."""
+"""Key of the grid's usage, as AWS would bill it, and of the caps on the grid's cost."""
 NOTIFICATIONS = "grid/notifications.json"
-"""Pending notifications, and the results of finished ones."""
+"""Key of the pending notifications, and of the results of finished notifications."""
 INSTANCES = "grid/instances.json"
-"""Digests of the keys of the fleet's instances."""
+"""Key of the object with the digests of the access keys of the fleet's instances."""
 RECORD = "grid/record.json"
-"""Recorded queues and fleet while jobs ran, for the reports of these jobs."""
+"""Key of the queue depths and fleet sizes that were recorded while jobs ran, for reports of jobs."""
 SCHEDULES = "grid/schedules/"
-"""Prefix of the schedules, one object each."""
+"""Prefix of the schedules. Each schedule is one object."""
 JOBS = "jobs/"
-"""Prefix of all committed objects, of every job."""
+"""Prefix of the committed objects of all jobs."""
 NO_STAGES = frozenset({"spec.json", "control.json"})
-"""Objects in a job's folder whose names cannot be the name of a stage."""
+"""Names of objects in a job's folder, which are not permitted as names of stages."""
 WITHDRAWN = "withdrawn"
-"""End of the name of a marker that withdraws a start."""
+"""Suffix of the name of a marker that withdraws a start of a suspect (a bundle that may contain a poison task)."""
 
 
 def addresses(job: JobId, digest: str) -> str:
@@ -140,7 +146,7 @@ def reports(job: JobId) -> str:
 
 
 def schedule(name: str) -> str:
-    """Return the key of a schedule with its runs. Writes to it are conditional on its ETag."""
+    """Return the key of a schedule with its runs. Writes to a schedule's object are conditional on its ETag."""
     return f"{SCHEDULES}{name}.json"
 
 
@@ -178,7 +184,7 @@ def retry(job: JobId, round: int) -> str:
 
 
 def final(job: JobId, round: int) -> str:
-    """Return the key whose PUT commits the job's end in that round."""
+    """Return the key whose PUT commits the job's end in round `round`."""
     return f"jobs/{job}/final/{round:04d}.json"
 
 
@@ -195,7 +201,7 @@ def name_digest(data: bytes) -> str:
 def part(job: JobId, stage: StageName, round: int, name: str) -> str:
     """Return the key of one part of a plan's inputs, named by the digest of its content.
 
-    A planner that was paused cannot replace a part of another planner's plan.
+    Because the name is a digest, a planner that was paused cannot replace a part of another planner's plan.
     """
     return f"jobs/{job}/{stage}/plan/{round:04d}/part-{name}.json"
 
@@ -220,20 +226,20 @@ def outcomes(job: JobId, stage: StageName) -> str:
 
 
 def outcome_of(job: JobId, stage: StageName, bundle: BundleId, key: CommitKey) -> str:
-    """Return the key of a bundle's outcome. It cannot be derived without the job's commit key."""
+    """Return the key of a bundle's outcome. The key of an outcome cannot be derived without the job's commit key."""
     sealed = f".{seal(key, 'outcome', stage, bundle)}" if key else ""
     return f"{outcomes(job, stage)}{_spread(bundle)}/{bundle}{sealed}.json"
 
 
 def outcome(bundle: Bundle, key: CommitKey) -> str:
-    """Return the key whose conditional PUT commits this bundle."""
+    """Return the key whose conditional PUT commits the outcome of a bundle."""
     return outcome_of(bundle.job, bundle.stage, bundle.id, key)
 
 
 def replacement(bundle: Bundle) -> str:
     """Return the key of the outcome that replaces an unreadable object at `outcome(bundle)`.
 
-    Only a manager writes it.
+    Only a manager writes the replacement of an outcome.
     """
     return f"jobs/{bundle.job}/{bundle.stage}/replaced/{_spread(bundle.id)}/{bundle.id}.json"
 
@@ -243,13 +249,17 @@ def is_replacement(key: str) -> bool:
 
 
 def _execution(kind: str, bundle: Bundle, execution: str, key: CommitKey) -> str:
-    # These objects are written once. The seal prevents another worker from writing the name first.
+    # Logs and start markers are written once. The seal prevents a worker without the commit key from writing the same
+    # key first.
     sealed = f".{seal(key, kind, bundle.stage, bundle.id, execution)}" if key else ""
     return f"{bundle.job}/{bundle.stage}/{_spread(bundle.id)}/{bundle.id}/{execution}{sealed}"
 
 
 def files(bundle: Bundle, execution: str, key: CommitKey) -> str:
-    """Return the prefix of the files of one execution. Other executions do not write under it."""
+    """Return the prefix of the files of one execution.
+
+    Other executions do not write under the prefix of an execution.
+    """
     return f"files/{_execution('files', bundle, execution, key)}/"
 
 
@@ -302,7 +312,7 @@ class OutcomeKey:
 
 
 def is_outcome_of(name: str, bundle: Bundle) -> bool:
-    """Return whether `name` is a key for the outcome of `bundle`: with any seal, or a replacement."""
+    """Return whether `name` is the key of an outcome of `bundle` with any seal, or of a replacement of the outcome."""
     key = outcome_key(name)
     if key is None:
         return name == replacement(bundle)
@@ -310,7 +320,7 @@ def is_outcome_of(name: str, bundle: Bundle) -> bool:
 
 
 def outcome_key(key: str) -> OutcomeKey | None:
-    """Return the parts of an outcome's key, sealed or not. Return None for any other key."""
+    """Return the parts of an outcome's key, with or without a seal, or None if `key` is not the key of an outcome."""
     match = _BUNDLE.match(key)
     if match is None:
         return None
@@ -325,23 +335,23 @@ def is_genuine(name: str, key: CommitKey) -> bool:
 
 
 def everything_of(job: JobId) -> tuple[str, ...]:
-    """Return the prefixes of all objects of a job, except its code, which other jobs may share.
+    """Return the prefixes of all objects of a job except the job's code, which other jobs may share.
 
-    Objects that tasks write are not under jobs/. A rebuild lists committed objects only, and S3's lifecycle rules and
-    policies match a prefix and not the middle of a key.
+    Objects that tasks write are not under jobs/. Objects that tasks write have their own prefixes, because a rebuild
+    lists committed objects only, and S3's lifecycle rules and policies match prefixes only.
     """
     return (committed(job), raw(job), f"files/{job}/", f"logs/{job}/", reports(job))
 
 
 def starts(bundle: Bundle) -> str:
-    """Return the prefix of a suspect's start markers. Each start by a worker writes one."""
+    """Return the prefix of a suspect's start markers. A worker writes one start marker whenever it starts a suspect."""
     return f"jobs/{bundle.job}/{bundle.stage}/starts/{bundle.id}/"
 
 
 def start(bundle: Bundle, execution: str, key: CommitKey, then: str = "") -> str:
-    """Return the key of the marker that this execution has started a suspect.
+    """Return the key of the marker which shows that an execution has started a suspect.
 
-    `then` is the number of a renewal, or WITHDRAWN. Markers are never overwritten or deleted.
+    `then` is the number of a renewal, or WITHDRAWN. Start markers are never overwritten or deleted.
     """
     label = f"{execution}.{then}" if then else execution
     sealed = f".{seal(key, 'start', bundle.stage, bundle.id, label)}" if key else ""
@@ -351,7 +361,7 @@ def start(bundle: Bundle, execution: str, key: CommitKey, then: str = "") -> str
 def started_by(bundle: Bundle, name: str, key: CommitKey) -> tuple[str, str] | None:
     """Return the execution whose start marker has this name, and its suffix (see `start`).
 
-    Return None if the seal is wrong.
+    Return None if the seal in `name` is wrong.
     """
     label = name.removeprefix(starts(bundle))
     if key:
@@ -361,6 +371,9 @@ def started_by(bundle: Bundle, name: str, key: CommitKey) -> tuple[str, str] | N
 
 
 def running(bundle: Bundle, key: CommitKey) -> str:
-    """Return the key of the marker which shows that a handed-over bundle still runs. Its worker renews it."""
+    """Return the key of the marker which shows that a handed-over bundle still runs.
+
+    The worker that runs the bundle renews the marker.
+    """
     sealed = f".{seal(key, 'running', bundle.stage, bundle.id)}" if key else ""
     return f"jobs/{bundle.job}/{bundle.stage}/running/{bundle.id}{sealed}.json"

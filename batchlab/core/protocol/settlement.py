@@ -2,21 +2,22 @@
 
 Invariant (I1, I2): every task of the bundle is in exactly one of the outcome's `succeeded`, final `failed`,
 `cancelled`, or one follow-up of the same stage. Every task that succeeded is in one follow-up of each chained stage.
-All of this is decided once, before the commit. A program that repeats the forwarding reads the decision from the
-outcome.
+The results and the follow-ups of an outcome are decided once, before its commit. A program that sends the follow-ups
+again reads them from the committed outcome.
 
 The failure policy decides when failed tasks fail the job, and when they stop the job at once. The fingerprint of a
-failure is equal for tasks that failed for the same reason. It depends only on the failure in the outcome, and not on
-the machine (folders, process ids) or on the item (numbers, quoted text).
+failure is equal for tasks that failed for the same reason. A fingerprint depends only on the failure in the outcome,
+and not on the machine (folders, process ids) or on the item (numbers, quoted text).
 
 Three effects determine the size of a bundle. A bundle costs the same number of requests at any size, so bundles are
-large. A lost or slow bundle delays all of its tasks, so a bundle has at most 0.75 s of work. The last bundles determine
-the makespan, so bundles shrink toward the end of the stage. With bundles of a fixed size, the tail takes a quarter of
-the makespan.
+large. A lost or slow bundle delays all of its tasks, so a bundle has at most 0.75 s of work. The last bundles of a
+stage determine the makespan, so bundles shrink toward the end of the stage. With bundles of a fixed size, the last
+bundles take a quarter of the makespan.
 
-Task times are not known in advance, so workers correct wrong sizes. A worker splits a bundle that is past its budget,
-and gives away the tasks that wait behind a long task (see `worker.work_handoff`). So a long task delays its neighbors
-by at most the budget, and counts at most the budget for the sizes of other bundles.
+Task times are not known in advance, so workers correct wrong sizes of bundles. A worker splits a bundle that is past
+its budget, and hands over the tasks that wait behind a long task (see `worker.work_handoff`). A long task delays the
+other tasks of its bundle by at most BUDGET_S. A long task counts at most BUDGET_S when the sizes of other bundles are
+computed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ from batchlab.core.model import (
 from batchlab.core.retry_rule import RetryRule
 
 LOSS_LIMIT = 3
-"""Number of times that a task starts alone and ends without an outcome before it is FAILED as a poison task."""
+"""Number of times that a task may start alone and end without an outcome, after which the task is FAILED as a
+poison task.
+"""
 
 _task = attrgetter("task")
 _NO_TASKS = TaskSet()
@@ -52,7 +55,7 @@ _NO_TASKS = TaskSet()
 def wait_s(job: JobDef, bundle: Bundle, now_s: float) -> float:
     """Return the remaining wait in seconds until the end of a retry's backoff.
 
-    It is never longer than the backoff, even if the clocks of two machines differ.
+    The remaining wait is never longer than the backoff, even if the clocks of two machines differ.
     """
     if bundle.due_s is None:
         return 0.0
@@ -62,7 +65,7 @@ def wait_s(job: JobDef, bundle: Bundle, now_s: float) -> float:
 def delay_s(job: JobDef, follow: Follow) -> float:
     """Return the delay of a follow-up in seconds.
 
-    It is never longer than the backoff, whatever value the outcome has.
+    The delay is at most the backoff, even if a worker wrote a longer delay into the outcome.
     """
     return min(follow.delay_s, _longest_s(job, follow.bundle)) if follow.delay_s else 0.0
 
@@ -87,9 +90,9 @@ def settle(
 ) -> Outcome:
     """Return the outcome of an execution with the results `ran`.
 
-    The rest are the tasks of the bundle without a result. With `cancelled` (the job is being canceled), the rest and
-    all retries are CANCELLED, and follow-ups are not created. Otherwise, the rest is split into two bundles, so that
-    other workers can help. The tasks in `kept` are still running and become a bundle of their own.
+    With `cancelled` (the job is being canceled), tasks without a result are CANCELLED, failed tasks are not retried,
+    and follow-ups are not created. Without `cancelled`, tasks without a result are split into two bundles, so that two
+    workers can run the bundles in parallel. The tasks in `kept` are still running and become a bundle of their own.
     """
     stage = job.stage(bundle.stage)
     good = sorted((r for r in ran if r.failure is None), key=_task)
@@ -120,7 +123,8 @@ def settle(
         ended_s,
         succeeded,
         tuple([r.value for r in good]),
-        # Rounded once, here. A rebuild sums the written values and must get the same sum.
+        # Run times are rounded before they are summed, because a rebuild sums the written values and must get the same
+        # sum.
         tuple([round(r.run_s, 6) for r in good]),
         tuple(failed),
         rest if cancelled else TaskSet(),
@@ -143,9 +147,9 @@ def _split(bundle: Bundle, rest: TaskSet) -> list[Follow]:
 
 
 def fits(job: JobDef, bundle: Bundle, follows: Sequence[Follow]) -> bool:
-    """Return whether an outcome of `bundle` with these follow-ups fits the job.
+    """Return whether an outcome of `bundle` with these follow-ups is consistent with the job's definition.
 
-    Each follow-up must be in the bundle's own stage, or in a stage that it feeds item by item.
+    Each follow-up must be in the bundle's own stage, or in a stage that the bundle's stage feeds item by item.
     """
     unknown = {bundle.stage, *[follow.bundle.stage for follow in follows]}
     for stage in job.stages:
@@ -155,7 +159,7 @@ def fits(job: JobDef, bundle: Bundle, follows: Sequence[Follow]) -> bool:
 
 
 def chain(job: JobDef, bundle: Bundle, succeeded: TaskSet) -> list[Follow]:
-    """Return the bundles that pass `succeeded` on to each stage that follows item by item."""
+    """Return the bundles that pass the tasks in `succeeded` to each stage that follows item by item."""
     if not succeeded:
         return []
     return [
@@ -165,9 +169,9 @@ def chain(job: JobDef, bundle: Bundle, succeeded: TaskSet) -> list[Follow]:
 
 
 def bisect(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outcome:
-    """Return the outcome of a bundle that repeatedly loses its workers: two untouched halves.
+    """Return an outcome that splits a bundle into two halves without results, because its workers repeatedly died.
 
-    A bundle with one task cannot be split. `poisoned` ends it.
+    A bundle with one task cannot be split, and `poisoned` returns the outcome that ends it.
     """
     first, second = bundle.tasks.halves()
     halves = [replace(bundle, tasks=part, losses=1) for part in (first, second)]
@@ -175,15 +179,15 @@ def bisect(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outc
 
 
 def poisoned(bundle: Bundle, reason: str, *, execution: str, worker: str, now_s: float) -> Outcome:
-    """Return the outcome of a bundle whose tasks are abandoned. They are FAILED with `reason`."""
+    """Return the outcome of a bundle whose tasks are abandoned, with all tasks FAILED with `reason`."""
     failed = tuple(Failure(t, FailureKind.LOST, reason, error="WorkerLost") for t in bundle.tasks)
     return Outcome(bundle, execution, worker, now_s, now_s, failed=failed)
 
 
 def unreadable(job: JobDef, bundle: Bundle, reason: str, *, now_s: float) -> Outcome:
-    """Return the outcome that replaces an object that cannot be read.
+    """Return the outcome that replaces the unreadable outcome object of a bundle.
 
-    Its tasks count as crashed for that reason. They are retried if the stage's retry rule allows it.
+    The tasks of the bundle count as crashed with `reason`, and are retried if the stage's retry rule allows it.
     """
     ran = [
         Ran(task, 0.0, failure=Failure(task, FailureKind.CRASH, reason, error="UnreadableOutcome"))
@@ -221,9 +225,9 @@ def completion(outcome: Outcome) -> Completion:
 
 
 def casualties(job: JobDef, done: Completion) -> dict[StageName, int]:
-    """Return the tasks of later stages that `done` has made impossible, by stage.
+    """Return, by stage, the number of tasks of later stages that cannot run because of failures in `done`.
 
-    These are stages that follow item by item.
+    Only stages that follow item by item are counted.
     """
     lost = len(done.failed) + len(done.cancelled)
     if not lost:
@@ -235,7 +239,7 @@ def casualties(job: JobDef, done: Completion) -> dict[StageName, int]:
 class Verdict:
     """Verdict on a job.
 
-    `failed` is true if too many tasks have failed for the job to succeed. `stop` is true if the job ends at once.
+    `failed` is true if too many tasks have failed for the job to succeed. `stop` is true if the job must stop at once.
     """
 
     failed: bool = False
@@ -244,9 +248,10 @@ class Verdict:
 
 
 def judge(job: JobDef, stages: Sequence[StageCounts]) -> Verdict:
-    """Return the verdict on a job with these counters.
+    """Return the verdict on a job, given the counters of its stages.
 
-    A number allows that many failed tasks in the whole job. A percentage applies to the planned tasks of each stage.
+    A `max_failures` number is the permitted number of failed tasks in the whole job. A `max_failures` percentage
+    applies to the planned tasks of each stage.
     """
     failed = sum(s.failed for s in stages)
     if not failed:
@@ -261,11 +266,14 @@ def judge(job: JobDef, stages: Sequence[StageCounts]) -> Verdict:
 
 
 LENGTH = 12
-"""Length in hexadecimal digits. Among a million reasons, two have equal fingerprints with a probability of 0.2%."""
+"""Length of a fingerprint in hexadecimal digits.
+
+Among a million reasons, two have equal fingerprints with a probability of 0.2%.
+"""
 
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in ([^\n]+)')
 _COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>")
-"""Comprehensions have their own frames only before Python 3.12."""
+"""Names of the frames of comprehensions, which only Python before 3.12 creates."""
 _QUOTED = re.compile(r"""'[^'\n]*'|"[^"\n]*"|`[^`\n]*`""")
 _PATH = re.compile(r"(?:[\w.~-]*/)+[\w.~-]*")
 _NUMBERED = re.compile(r"[\w-]*\d[\w.-]*")
@@ -275,8 +283,9 @@ _INSTALLED = re.compile(r"^.*/(?:site|dist)-packages/|^.*/lib/python3[^/]*/")
 def fingerprint(failure: Failure) -> str:
     """Return a fingerprint of twelve hexadecimal digits.
 
-    An exception is identified by its class and the lines of the user's code that led to it. A failure without such
-    lines is identified by its kind and its reason, without numbers, quoted text, and paths.
+    The fingerprint of an exception depends on its class and on the lines of the user's code in its traceback. The
+    fingerprint of a failure without a traceback depends on its kind and its reason, without numbers, quoted text, and
+    paths.
     """
     parts = [failure.kind.value, failure.error, str(failure.exit_code or "")]
     frames = _frames(failure.traceback)
@@ -288,7 +297,7 @@ def fingerprint(failure: Failure) -> str:
 
 
 def shape(text: str) -> str:
-    """Return a sentence without the parts that differ between tasks."""
+    """Return an error text without the parts that differ between tasks."""
     for pattern, mark in ((_QUOTED, "'…'"), (_PATH, "/…"), (_NUMBERED, "#")):
         text = pattern.sub(mark, text)
     return " ".join(text.split())
@@ -297,35 +306,44 @@ def shape(text: str) -> str:
 def _frames(traceback: str) -> list[str]:
     """Return `file:line:function` of the job's own code, outermost first.
 
-    If the traceback does not contain code of the job, return all frames. Repeated frames of a recursion count once.
+    If the traceback does not contain code of the job, return all frames. Repeated frames of a recursion are returned
+    once.
     """
     frames = [frame for frame in _FRAME.findall(traceback) if frame[2] not in _COMPREHENSIONS]
-    # The worker writes paths in the code folder without that folder.
+    # Relative paths are the job's own code, because the worker writes paths relative to the code folder.
     own = [frame for frame in frames if not frame[0].startswith(("/", "<"))] or frames
     names = [f"{_INSTALLED.sub('', path)}:{line}:{name}" for path, line, name in own]
     return list(dict.fromkeys(names))
 
 
 TARGET_S = 0.75
-"""Work in a bundle once the task time is known."""
+"""Target duration of a bundle in seconds once the mean task time is known."""
 
 BUDGET_S = 2 * TARGET_S
-"""After this time, a worker starts no further task of a bundle and gives the rest away. One task
-may still be running then."""
+"""Time in seconds after which a worker does not start further tasks of a bundle and hands over the tasks not
+started. One task of the bundle may still be running at the end of the budget.
+"""
 
 FIRST_WAVE = 2
-"""Bundles per slot that are sent before the first measurement. The first one is a single task, so
-its result arrives soonest. The second one keeps the slot busy until the next bundle arrives."""
+"""Number of bundles per slot that are sent before the first measurement of the task time.
+
+A slot's first bundle is a single task, so that its result arrives soon. A slot's second bundle keeps the slot busy
+until the next bundle arrives.
+"""
 
 FIRST_CAP = 8
 FIRST_SHARES = 8
-"""Limits of the second bundle: FIRST_CAP tasks, and 1/FIRST_SHARES of a slot's work. The task time is not known yet."""
+"""A slot's second bundle has at most FIRST_CAP tasks and 1/FIRST_SHARES of a slot's work, because the task time is
+not known yet.
+"""
 
 CAP = 4096
-"""Maximum number of tasks in a bundle. It keeps outcome objects and messages well below their limits."""
+"""Maximum number of tasks in a bundle, which keeps outcome objects and messages well below their size limits."""
 
 FLOOR_S = 0.05
-"""Minimum work of a bundle while every slot gets one. A smaller bundle would be mostly overhead."""
+"""Minimum duration of a bundle in seconds while every slot gets a bundle, because the overhead dominates in smaller
+bundles.
+"""
 
 SHARES = 2
 """A bundle has at most 1/SHARES of a slot's remaining work."""
@@ -334,8 +352,8 @@ SHARES = 2
 def weight_s(tasks: int, run_s: float) -> float:
     """Return the seconds that a bundle's tasks count for the sizes of other bundles.
 
-    Each task counts at most one budget. All of them together count at most two budgets, because only a long last task
-    can exceed the first one.
+    A single task counts at most BUDGET_S. All tasks of a bundle together count at most 2 * BUDGET_S, because only a
+    long last task can run past BUDGET_S.
     """
     return min(run_s, tasks * BUDGET_S, 2 * BUDGET_S)
 
@@ -343,8 +361,8 @@ def weight_s(tasks: int, run_s: float) -> float:
 def bundle_size(left: int, slots: int, mean_s: float | None, fixed: int | None) -> int:
     """Return the size of the next bundle of a stage with `left` uncut tasks and `slots` slots.
 
-    `mean_s` is the measured time per task in seconds, None before the first measurement. `fixed` is the user's own
-    size, which takes precedence.
+    `mean_s` is the measured time per task in seconds, or None before the first measurement. `fixed` is the bundle size
+    that the user set, which takes precedence.
     """
     if left <= 0:
         return 0
@@ -360,7 +378,7 @@ def bundle_size(left: int, slots: int, mean_s: float | None, fixed: int | None) 
 
 
 def wave(left: int, slots: int, mean_s: float | None, fixed: int | None, room: int) -> list[int]:
-    """Return the sizes of up to `room` bundles to cut now, in order."""
+    """Return the sizes of the next bundles of a stage, at most `room`, in order."""
     slots = max(1, slots)
     if fixed is None and mean_s is None:
         return _first_wave(left, slots, room)
@@ -368,8 +386,8 @@ def wave(left: int, slots: int, mean_s: float | None, fixed: int | None, room: i
     sizes: list[int] = []
     while left and len(sizes) < room:
         if fixed is None and mean_s is not None and left * mean_s <= last_s and left > slots:
-            # Halving would make bundles that are mostly overhead. The rest is cut into the smallest number of bundles,
-            # all of the same size.
+            # The remaining tasks are cut into the smallest number of bundles of equal size, because smaller bundles
+            # would be mostly overhead.
             count = slots * -(-left // (slots * CAP))
             even = -(-left // count)
             sizes += [min(even, left - at) for at in range(0, left, even)][: room - len(sizes)]

@@ -1,20 +1,21 @@
 """JSON encoding of values.
 
-Plain data is encoded unchanged, files and large values are references, and other objects are pickled.
+Plain data is encoded unchanged, files and large values become references, and other objects are pickled.
 
 Invariant: decoding returns exactly the encoded value. A dict with a key that begins with one `$` is always a reference,
-because a user's own keys that begin with `$` get one more. Every child process imports the module, so it needs the
-standard library and `batchlab.core.task_context` only.
+because the encoding adds a second `$` to a user's own keys that begin with `$`. Every child process imports the module,
+so the module only imports the standard library and `batchlab.core.task_context`. References and pickled objects are
+encoded as follows.
 
     {"$file": key, "name": …, "size": …}                            an object, as a File
     {"$part": key, "start": …, "stop": …, "header": …, "name": …}   some bytes of it, as a File
     {"$value": key, "sha256": …}                                    an encoded value in an object
     {"$pickle": base64, "files": […]}                               any Python object
 
-Placeholders in the command of a job file, and their values.
+The module also expands the placeholders in the command of a job file.
 
-Invariant: `expand` can expand every command that `check` accepts, and an output name never leads out of the task's
-folder. A literal brace is written twice.
+Invariant: `expand` can expand every command that `check` accepts, and the path of an output is always inside the task's
+folder. A literal brace in a command is written twice. The placeholders of a command are as follows.
 
     {input}           path of the task's item        {output:NAME}   path to write an output to
     {inputs}          one argument per item          {params.KEY}    a parameter of the job
@@ -40,15 +41,21 @@ Json = Any
 
 MAX_DEPTH = 200
 _MAX_PATH = 12
-# Python refuses to convert longer integers to text (more than 4,300 digits).
+# Python refuses to convert integers of more than 4,300 digits to text.
 _MAX_INT_BITS = 14_000
 
 
 OUTCOME_WEIGHT = 32 * 1024 * 1024
-"""Maximum weight of an outcome. Workers do not write heavier ones, and readers refuse them."""
+"""Maximum weight of an outcome.
+
+Workers do not write outcomes above OUTCOME_WEIGHT, and readers refuse outcomes above it.
+"""
 BRACKET_WEIGHT = 24
-"""Weight of a list or a dict, in addition to the byte of its bracket. In memory, an empty one takes
-at least 64 bytes, so a limit on bytes alone would not limit a reader's memory."""
+"""Weight of a list or a dict, in addition to the byte of its bracket.
+
+An empty list or dict takes at least 64 bytes in memory, so a limit on the text's length alone would not limit a
+reader's memory.
+"""
 
 
 def weight(text: str) -> int:
@@ -57,11 +64,11 @@ def weight(text: str) -> int:
 
 
 class NotAValue(UsageError):
-    """A value that cannot be encoded or decoded. The text describes the value and its position."""
+    """Error for a value that cannot be encoded or decoded. The error's text describes the value and its position."""
 
 
 class _EncodingProblem(Exception):
-    """Problem of a value. Callers add its position, innermost part first."""
+    """Problem with a value during its encoding. Callers add the value's position, innermost part first."""
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
@@ -80,21 +87,21 @@ def file_ref(key: str, name: str, size: int) -> Json:
 def part_ref(key: str, start: int, stop: int, *, name: str, header: tuple[int, int] | None = None) -> Json:
     """Return a reference to the bytes [start, stop) of an object as one File.
 
-    The bytes [a, b) of `header` come first.
+    The content of the File begins with the bytes of the object in the range `header`.
     """
     return {"$part": key, "start": start, "stop": stop, "header": list(header) if header else None, "name": name}
 
 
 def value_ref(key: str, sha256: str | None = None) -> Json:
-    """Return a reference to the object `key`, which has the JSON of an encoded value.
+    """Return a reference to the object `key`, which contains the JSON of an encoded value.
 
-    `sha256` is the hash of that JSON.
+    `sha256` is the hash of the value's JSON.
     """
     return {"$value": key, "sha256": sha256} if sha256 else {"$value": key}
 
 
 def kind(encoded: Json) -> str | None:
-    """Return the kind of a reference: "$file", "$part", "$value", or "$pickle". None for plain data."""
+    """Return the kind of a reference ("$file", "$part", "$value", or "$pickle"), or None for plain data."""
     if type(encoded) is dict:
         for name in ("$file", "$part", "$value", "$pickle"):
             if name in encoded:
@@ -136,7 +143,7 @@ def replace(encoded: Json, change: Callable[[Json], Json]) -> Json:
 def roughly(encoded: Json) -> int:
     """Return the approximate number of bytes of the value's JSON.
 
-    Encoding it only to measure it would take ten times as long.
+    The number is approximate, because encoding a value only to measure it would take ten times as long.
     """
     cls = type(encoded)
     if cls is str:
@@ -156,12 +163,12 @@ def roughly(encoded: Json) -> int:
 
 
 def no_files(file: File) -> Json:
-    """Refuse a File. For calls of `encode` that do not allow files."""
+    """Raise an error for a File, for calls of `encode` that do not allow files."""
     raise NotAValue(f"{file!r} is a file, and files are not allowed here.")
 
 
 def encode(value: object, file: Callable[[File], Json] = no_files, *, what: str = "result") -> Json:
-    """Return strict JSON, for jobs that come from a job file. Tuples become lists.
+    """Return the value as strict JSON, for jobs from a job file. Tuples become lists in the encoded value.
 
     `file` returns the reference for a File. Raise NotAValue for any other value that JSON does not have, including NaN
     and infinity.
@@ -208,7 +215,7 @@ def _encode_list(value: Any, file: Callable[[File], Json], depth: int) -> Json:
     done: list[Json] = []
     try:
         for item in value:
-            done.append(_encode(item, file, depth + 1))  # noqa: PERF401 - its length is used below
+            done.append(_encode(item, file, depth + 1))  # noqa: PERF401 - the loop reads the length of `done`
     except _EncodingProblem as odd:
         odd.where.append(f"[{len(done)}]")
         raise
@@ -287,14 +294,14 @@ def _pickle(value: object, file: Callable[[File], Json]) -> Json:
 
 @cache
 def _pickler() -> Any:
-    # only the Python API needs it, and the import takes as long as the start of Python
+    # only the Python API needs cloudpickle, and its import takes as long as the start of Python
     import cloudpickle
 
     def persistent_id(self: Any, obj: object) -> int | None:
         number: int | None = self.told_of(obj) if isinstance(obj, File) else None
         return number
 
-    # cloudpickle is untyped, so a class statement would be a subclass of Any.
+    # Because cloudpickle is untyped, the type checker refuses a class statement with a base class of cloudpickle.
     return type("Pickler", (cloudpickle.Pickler,), {"persistent_id": persistent_id})
 
 
@@ -302,10 +309,10 @@ def _pickler() -> Any:
 
 
 def decode(encoded: Json, file: Callable[[Json], Any], *, pickles: bool) -> Any:
-    """Return the decoded value. `file` returns the value of a $file, $part, or $value reference.
+    """Return the value that an encoding represents. `file` returns the value of a $file, $part, or $value reference.
 
-    `pickles` is for the Python API only. It runs code from the writer of the value and raises any exception of that
-    code. Without it, raise NotAValue for a pickled object.
+    With `pickles`, which is for the Python API only, unpickling runs code from the writer of the value and may raise
+    any exception. Without `pickles`, raise NotAValue for a pickled object.
     """
     if type(encoded) is list:
         return [decode(part, file, pickles=pickles) for part in encoded]
@@ -343,7 +350,7 @@ _KNOWN = (*(f"{{{name}}}" for name in (*_SINGLE, "inputs")), "{output:NAME}", "{
 
 
 def check(template: Sequence[str], params: Collection[str] | None = None) -> list[str]:
-    """Return the problems of a command, one sentence each. `params` are the existing keys."""
+    """Return the problems of a command, one sentence each. `params` are the keys of the job's parameters."""
     problems = [] if template else ["The command is empty."]
     for argument in template:
         for token in _TOKEN.finditer(argument):
@@ -376,12 +383,15 @@ def _problem(argument: str, token: re.Match[str], params: Collection[str] | None
 
 
 def used(template: Sequence[str]) -> list[str]:
-    """Return the placeholders in a command without their braces, in order, each once."""
+    """Return the placeholders in a command without their braces, in order and without duplicates."""
     return list(dict.fromkeys(_names(template)))
 
 
 def outputs(template: Sequence[str]) -> list[str]:
-    """Return the names of the outputs in a command, in order, each once. The name of a folder ends in a slash."""
+    """Return the names of the outputs in a command, in order and without duplicates.
+
+    The name of a folder ends in a slash.
+    """
     names = (name.removeprefix("output:") for name in used(template) if name.startswith("output:"))
     return list(names)
 
@@ -398,7 +408,7 @@ def expand(
 ) -> list[str]:
     """Return the arguments of a command.
 
-    `values` has the values of the other placeholders by name. Raise KeyError if one is missing.
+    `values` has the values of the other placeholders by name. Raise KeyError if the value of a placeholder is missing.
     """
 
     def one(token: re.Match[str]) -> str:
