@@ -1,8 +1,8 @@
 """Process that holds a connection to the manager of a stack on AWS.
 
-Invariant: while the process runs, the home's record names the local address of the connection, so every command finds
-the manager as it finds a local manager. The process ends by a signal or with its parent process, and does not change
-the stack.
+Invariant: while the process runs, the home's record names the local address of the connection, so a command finds the
+manager of a stack and a local manager in the same way. The process ends after a signal or with its parent process, and
+does not change the stack.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VARIABLE = "BATCHLAB_MANAGER_URL"
 OPEN_S = 20.0
 """Time in seconds within which the port of a session must answer."""
 BOOT_S = 600.0
-"""Time in seconds that an instance may take from its launch until its manager answers."""
+"""Time in seconds within which the manager of an instance must answer after the launch of the instance."""
 MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
 """Shortest and longest pause in seconds before a new session replaces an ended session."""
 
@@ -43,8 +43,8 @@ async def hold(home: Home, backend: Backend, stop: asyncio.Event) -> None:
     """Hold the connection until `stop` is set.
 
     Raise BackendError if the first connection fails for BOOT_S, within which an instance boots. After the first
-    connection, reconnect without a time limit. Raise UsageError if the Session Manager plugin is missing, or if
-    VARIABLE is invalid.
+    connection, reconnect as often as necessary, without a time limit. Raise UsageError if the Session Manager plugin is
+    missing, or if VARIABLE is invalid.
     """
     at = backend.stack(home)
     token = await asyncio.to_thread(backend.api_token, home)
@@ -57,7 +57,7 @@ async def hold(home: Home, backend: Backend, stop: asyncio.Event) -> None:
         _write_record(home, backend, url)
         await stop.wait()
         return
-    stack_connections.find_plugin()  # raises UsageError before the retries begin
+    stack_connections.find_plugin()  # an invalid setting raises UsageError before the retries begin
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -88,7 +88,7 @@ def _write_record(home: Home, backend: Backend, url: str) -> None:
 
 
 async def _open_session(home: Home, at: AwsDeployment, port: int, manager: Client) -> subprocess.Popen[bytes]:
-    """Open a session to the manager. Raise Unreachable if the manager does not answer."""
+    """Open a session to the manager. Raise Unreachable if the manager does not answer in time."""
     instance = await asyncio.to_thread(stack_connections.manager_instance, at)
     session = await asyncio.to_thread(stack_connections.open_session, at, instance, port, home.manager_log)
     try:
@@ -113,7 +113,7 @@ async def _open_session(home: Home, at: AwsDeployment, port: int, manager: Clien
 
 
 async def _stopped_first(session: subprocess.Popen[bytes], stop: asyncio.Event) -> bool:
-    """Return whether `stop` was set before the session ended. If so, end the session."""
+    """Return whether `stop` was set before the session ended. End the session if `stop` is set."""
     while session.poll() is None:
         if await set_within(stop, 0.5):
             _end(session)

@@ -1,8 +1,9 @@
 """Thread of an executor, which sends calls to the grid and sets the results of their futures.
 
-Invariant: every future of the executor ends. The thread exists while the executor has work. Only the thread uses the
-state of the executor, except for the queue of waiting calls. Calls that arrive during the submission of a batch form
-the next batch. So a single call is sent at once, and ten thousand calls need only a few jobs.
+Invariant: every future of the executor gets a result or an error, or is canceled. The dispatcher's thread exists while
+the executor has work. Only the dispatcher's thread uses the state of the executor, except for the queue of waiting
+calls. Calls that arrive during the submission of a batch form the next batch. A single call is therefore sent at once,
+and ten thousand calls need only a few jobs.
 """
 
 from __future__ import annotations
@@ -34,21 +35,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_CALLS = 10_000
-"""Limit of the calls in one batch. The calls of a batch run while the next batch is pickled."""
+"""Maximum number of calls in one batch. The calls of a batch run while the next batch is pickled."""
 
 
 @dataclass(slots=True, eq=False)
 class _ThreadRun:
-    """Lifetime of the thread, from the first call until all work is done."""
+    """Lifetime of the dispatcher's thread, from the first call until all work is done."""
 
     over: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
 
 
 class Dispatch:
-    """Dispatcher of an executor. Every thread may call the methods.
+    """Dispatcher of an executor.
 
-    The dispatcher refers to the grid. The thread and the futures refer to the dispatcher, so the grid stays open.
+    Every thread may call the methods of a dispatcher. The dispatcher refers to the grid, and the thread and the futures
+    refer to the dispatcher, so the grid stays open.
     """
 
     def __init__(
@@ -65,19 +67,25 @@ class Dispatch:
         self._broken: tuple[str, BaseException] | None = None
         self._turn: _ThreadRun | None = None
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        """Actions for the thread."""
+        """Actions for the dispatcher's thread."""
         self._batches: dict[str, Batch] = {}
         """Batches on the grid, by job."""
         self._watch: JobWatch | None = None
-        """Watch of the jobs while the thread runs. The watch refers to this object, so an idle executor has none."""
+        """Watch of the jobs while the thread runs.
+
+        An idle executor has no watch, because the watch refers to the dispatcher.
+        """
         self._is_canceling = False
         self._abandoned = False
 
     # --- Called on any thread --------------------------------------------------------------------
 
     def submit(self, call: Call) -> None:
-        """Send the call, together with other waiting calls. Raise RuntimeError after `shutdown`,
-        and its subclass BrokenGridExecutor if the executor can no longer run calls."""
+        """Send the call, together with other waiting calls.
+
+        Raise RuntimeError after `shutdown`. Raise BrokenGridExecutor, a subclass of RuntimeError, if the executor can
+        no longer run calls.
+        """
         self._check_grid()
         with self._lock:
             self._wake()
@@ -88,7 +96,7 @@ class Dispatch:
             batch.whole = len(batch.calls) >= MAX_CALLS
 
     def submit_all(self, calls: Sequence[Call], *, bundle: int | None) -> None:
-        """Send these calls in batches without other calls. Raise the same errors as `submit`."""
+        """Send the calls in batches that contain no other calls. Raise the same errors as `submit`."""
         self._check_grid()
         with self._lock:
             self._wake()
@@ -98,8 +106,9 @@ class Dispatch:
                 self._waiting.append(batch)
 
     def shutdown(self, *, wait: bool, cancel: bool) -> None:
-        """Accept no further calls. With `cancel`, cancel the calls that have not started. With `wait`, wait for all
-        calls.
+        """Accept no further calls.
+
+        With `cancel`, cancel the calls that have not started. With `wait`, wait for all calls.
 
         Do nothing in a forked child, because the calls belong to the parent process and the lock may be held.
         """
@@ -126,7 +135,7 @@ class Dispatch:
         self._events.put(self._abandon)
 
     def _check_grid(self) -> None:
-        # This check comes before the lock, because a forked child may have a copy of a held lock.
+        # The check for a fork comes before the lock, because a forked child may have a copy of a held lock.
         try:
             self._link.check_open()
         except UsageError as error:
@@ -147,8 +156,8 @@ class Dispatch:
     def _start(self) -> None:
         self._turn = turn = _ThreadRun()
         try:
-            # `over` is set after the thread has dropped its reference to this object. The last reference closes the
-            # grid.
+            # `over` is set after the thread has dropped its reference to the dispatcher, because the end of the last
+            # reference closes the grid.
             thread_cache.run(partial(self._run, turn), turn.over.set)
             thread_cache.delay_exit_until(turn.over)
         except BaseException:
@@ -176,15 +185,16 @@ class Dispatch:
             try:
                 event()
             except BaseException as error:
-                # A bug in this module. Without this handler, every future would wait forever.
+                # Such an exception is a bug in this module. Without this exception handler, every future would wait
+                # forever.
                 log.critical("an executor has failed", exc_info=True)
                 self._break(f"{type(error).__name__}: {error}", error)
-            del event  # it may have the last reference to a future
+            del event  # the event may have the last reference to a future
             if not self._send_next():
                 return
 
     def _send_next(self) -> bool:
-        """Send the next batch. Return False if all work is done."""
+        """Send the next batch of calls. Return False if all work is done."""
         with self._lock:
             if self._sending:
                 return True
@@ -194,15 +204,15 @@ class Dispatch:
                 return bool(self._batches)
             batch = self._waiting.popleft()
             self._sending = True
-        # `_send` is not a coroutine of the link, because it must end even if the link is closed.
+        # `_send` is not a coroutine of the link, because `_send` must end even if the link is closed.
         try:
             thread_cache.run(partial(self._send, batch))
-        except RuntimeError:  # no thread can be started, or Python is exiting
+        except RuntimeError:  # in this case, no thread can be started, or Python is exiting
             self._send(batch)
         return True
 
     def _send(self, batch: Batch) -> None:
-        """Send a batch. This method has its own thread, because pickling or a busy manager may take long."""
+        """Send a batch. The method runs on a thread of its own, because pickling or a busy manager may take long."""
 
         def accepted() -> None:
             self._events.put(partial(self._sent, batch, None))
@@ -221,7 +231,7 @@ class Dispatch:
             self._events.put(partial(self._lost, batch, problem))
 
     def _sent(self, batch: Batch, problem: BaseException | None) -> None:
-        """Handle the end of the submission. The grid has accepted the batch unless `problem` is set."""
+        """Record the end of the submission of a batch. The grid has accepted the batch unless `problem` is set."""
         with self._lock:
             self._sending = False
         rejected, batch.rejected = batch.rejected, []
@@ -294,7 +304,7 @@ class Dispatch:
 
     def _value(self, future: CallFuture | None, value: Any) -> None:
         if future is None:
-            return  # a repeated result, because the manager lists outcomes again after a rebuild of the ledger
+            return  # the result is a repetition, because the manager lists outcomes again after a rebuild of the ledger
         if not isinstance(value, Raised):
             error = value if isinstance(value, TaskFailed) else None
             _end(future, value, error)
@@ -322,7 +332,7 @@ class Dispatch:
                 _end(future, withdrawn=True)
 
     def _check_wanted(self, batch: Batch) -> None:
-        """Cancel the rest of the batch's job if no caller waits for its results."""
+        """Cancel the rest of the batch's job if no caller waits for a result of the job."""
         if batch.ending or batch.job not in self._batches or self._watch is None:
             return
         if self._is_canceling or batch.abandoned:
@@ -330,7 +340,7 @@ class Dispatch:
             self._watch.cancel_gracefully(batch.job)
 
     def _close(self, job: str, view: JobView) -> None:
-        """Handle the end of the job. The open calls will get no result."""
+        """End the batch after the end of its job. The open calls of the job will get no result."""
         batch = self._batches.get(job)
         if batch is None:
             return
@@ -346,7 +356,7 @@ class Dispatch:
             self._fail(batch, lambda: JobFailed(text))
 
     def _lost(self, batch: Batch, error: BaseException) -> None:
-        """Handle an error after which the batch gets no more results."""
+        """End the batch with an error, because the batch gets no more results."""
         if isinstance(error, Unreachable | CancelledError) or self._is_closed():
             self._break(str(error) or "The grid was closed.", error)
             self._fail(batch, self._error)
@@ -381,7 +391,7 @@ class Dispatch:
 
 
 def _nothing() -> None:
-    """Do nothing. This event only wakes the thread."""
+    """Do nothing. As an event, `_nothing` only wakes the dispatcher's thread."""
 
 
 def _end(future: CallFuture, value: Any = None, error: BaseException | None = None, *, withdrawn: bool = False) -> None:
@@ -394,5 +404,5 @@ def _end(future: CallFuture, value: Any = None, error: BaseException | None = No
             future.set_exception(error)
         else:
             future.set_result(value)
-    except BaseException:  # concurrent.futures only catches subclasses of Exception
+    except BaseException:  # concurrent.futures catches only subclasses of Exception
         log.critical("a callback of %r raised", future, exc_info=True)

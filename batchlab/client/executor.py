@@ -1,4 +1,4 @@
-"""`concurrent.futures` on the grid. Code for other executors runs on it unchanged.
+"""`concurrent.futures` on the grid. Code for other executors runs unchanged on a GridExecutor.
 
 Invariant: the docstring of GridExecutor lists all differences from a ProcessPoolExecutor.
 """
@@ -24,22 +24,22 @@ T = TypeVar("T")
 
 
 class GridExecutor(Executor):
-    """Executor that `Grid.executor` returns. It is thread-safe, and is best used as a context manager.
+    """Executor that `Grid.executor` returns. A GridExecutor is thread-safe, and is best used as a context manager.
 
     As with a ProcessPoolExecutor, the future of a call raises the call's own exception, with the worker's traceback as
     its cause. Done-callbacks run on one thread of this process. Python exits only after all submitted calls are done.
     Differences:
 
     - cloudpickle pickles functions, arguments, and results, so lambdas and closures work.
-    - If a call ends its process (a crash, `os._exit`), only this call fails. Its error WorkerDied
-      is a BrokenExecutor, but the executor continues. The executor breaks when the grid is closed,
-      when its manager is unreachable for some time, or when the initializer raises. Then all open
-      and further calls raise BrokenGridExecutor.
-    - A future is running as soon as its call is sent, which is soon. Then its `cancel` returns
-      False, and the call runs to its end. `shutdown(cancel_futures=True)`, and a `map` whose
-      iterator is closed early, also cancel calls that were sent and have not begun.
-    - If Ctrl-C ends a `with` block, all of its calls are canceled, including the running ones.
-    - An exception that cannot be unpickled here arrives as TaskFailed with its traceback.
+    - If a call ends its process (a crash, `os._exit`), only this call fails. The error of this call, WorkerDied, is a
+      BrokenExecutor, but the executor continues. The executor breaks when the grid is closed, when its manager is
+      unreachable for some time, or when the initializer raises. After the executor breaks, all open and further calls
+      raise BrokenGridExecutor.
+    - A future is running as soon as its call is sent, which is soon. The `cancel` method of a running future returns
+      False, and the call runs to its end. `shutdown(cancel_futures=True)`, and a `map` whose iterator is closed early,
+      also cancel calls that were sent and have not begun.
+    - If Ctrl-C ends a `with` block, all calls of the block are canceled, including the running calls.
+    - An exception that cannot be unpickled on this machine arrives as TaskFailed with its traceback.
     """
 
     def __init__(
@@ -70,13 +70,19 @@ class GridExecutor(Executor):
 
     @cached_property
     def _max_workers(self) -> int:
-        """Return the number of calls that can run at once. Other libraries read this private attribute of executors."""
+        """Return the number of calls that can run at once.
+
+        Other libraries read the private attribute `_max_workers` of executors.
+        """
         pools = self._link.call(lambda client: client.grid())["pools"]
         return sum(pool["max"] * pool["slots"] for pool in pools if pool["name"] == "default") or 1
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Run `fn(*args, **kwargs)` on a worker. Raise RuntimeError after `shutdown`, and its
-        subclass BrokenGridExecutor if the executor can no longer run calls."""
+        """Run `fn(*args, **kwargs)` on a worker.
+
+        Raise RuntimeError after `shutdown`. Raise BrokenGridExecutor, a subclass of RuntimeError, if the executor can
+        no longer run calls.
+        """
         future = CallFuture()
         self._dispatch.submit(Call(future, fn, args, kwargs))
         return future
@@ -91,10 +97,11 @@ class GridExecutor(Executor):
     ) -> Iterator[T]:
         """Return the results of `map(fn, *iterables)`, computed by the workers.
 
-        All arguments are read at once. With `buffersize`, at most this number of calls is ahead of the result that the
-        caller reads. `timeout` is the time in seconds from now within which each result must arrive. TimeoutError is
-        raised after it. The grid chooses the size of the bundles if `chunksize` is 1. Another value sets the size. If
-        the iterator is closed early or raises, the remaining calls are canceled.
+        By default, `map` reads all arguments at once. With `buffersize`, at most `buffersize` calls are ahead of the
+        result that the caller reads. `timeout` is the time in seconds, counted from the call of `map`, within which
+        each result must arrive. After the timeout, TimeoutError is raised. The grid chooses the size of the bundles if
+        `chunksize` is 1. Another value of `chunksize` sets the size of the bundles. If the iterator is closed early or
+        raises, the remaining calls are canceled.
         """
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
@@ -104,7 +111,7 @@ class GridExecutor(Executor):
             raise ValueError("buffersize must be None or > 0")
         clock = self._link.clock.monotonic_s
         end_s = None if timeout is None else clock() + timeout
-        # The iterator refers to the dispatcher only, so an iterator that is not read to its end does not keep the
+        # The iterator refers only to the dispatcher, so an iterator that is not read to its end does not keep the
         # executor alive.
         dispatch = self._dispatch
         drawn = (Call(CallFuture(), fn, args, {}) for args in zip(*iterables, strict=False))
@@ -126,10 +133,10 @@ class GridExecutor(Executor):
         return results()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Accept no further calls. A repetition does no harm.
+        """Accept no further calls. A repeated call of `shutdown` does nothing.
 
         With `wait`, return when all calls are done. With `cancel_futures`, cancel the calls that have not begun, also
-        on the grid, which takes some seconds. The other calls run to their end.
+        on the grid, which takes some seconds. Calls that are not canceled run to their end.
         """
         self._dispatch.shutdown(wait=wait, cancel=cancel_futures)
 
@@ -140,9 +147,11 @@ class GridExecutor(Executor):
 
 
 def _next(futures: deque[CallFuture], timeout_s: float | None) -> Any:
-    """Remove the first future, and return its result. A separate function, because the frame of the iterator must not
-    refer to the result while the iterator is suspended. After a timeout, the future is not removed, so that the
-    iterator cancels the call."""
+    """Remove the first future, and return its result.
+
+    `_next` is a separate function, because the frame of the iterator must not refer to the result while the iterator is
+    suspended. After a timeout, the future is not removed, so that the iterator cancels the call.
+    """
     result = futures[0].result(timeout_s)
     futures.popleft()
     return result

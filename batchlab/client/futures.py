@@ -40,7 +40,7 @@ _PLAIN = frozenset({type(None), bool, int, float, str})
 
 @dataclass(slots=True)
 class Call:
-    """The call `function(*args, **kwargs)` and its future."""
+    """The call `function(*args, **kwargs)` and the future of the call."""
 
     future: CallFuture
     function: Callable[..., Any]
@@ -50,7 +50,7 @@ class Call:
 
 @dataclass(slots=True)
 class Packed:
-    """The pickled handler, and the calls as items in the order of `futures`."""
+    """Packed calls: the pickled handler, and the calls as items in the order of `futures`."""
 
     handler: bytes
     chunks: list[Chunk]
@@ -59,7 +59,7 @@ class Packed:
 
 
 class Packer:
-    """Packer of the calls of one executor."""
+    """Packer that pickles the calls of one executor."""
 
     def __init__(self, shipping: ObjectPickler, initializer: Initializer | None) -> None:
         self._shipping = shipping
@@ -67,7 +67,7 @@ class Packer:
         self._sent: dict[bytes, None] = {}
 
     def pack(self, job: JobId, calls: Sequence[Call]) -> Packed:
-        """Encode these calls as the items of `job`."""
+        """Encode the calls as the items of `job`."""
         with self._shipping.by_value():
             functions = self._functions(calls)
             table: dict[bytes, int] = {}
@@ -89,17 +89,17 @@ class Packer:
         return packed
 
     def _functions(self, calls: Sequence[Call]) -> dict[int, tuple[bytes, bool]]:
-        """Return each function that can be pickled, by its id, and whether it belongs in the table.
+        """Return each function that can be pickled, by id, and whether the function belongs in the table of functions.
 
-        The table is sent once for all calls of its functions, but every process loads the whole table. A function that
-        is called once (a bound method, a partial) is sent with its call.
+        The table of functions is sent once for all calls, but every worker process loads the whole table. A function
+        that is called once (a bound method, a partial) is sent with its call.
         """
         functions: dict[int, bytes] = {}
         uses: Counter[bytes] = Counter()
         for call in calls:
             key = id(call.function)
             if key not in functions:
-                with suppress(Exception):  # `_reference` raises the error again for each call
+                with suppress(Exception):  # `_reference` raises the pickling error again for each call
                     functions[key] = pickled(call.function)
             if key in functions:
                 uses[functions[key]] += 1
@@ -116,7 +116,8 @@ class Packer:
 def _reference(function: Callable[..., Any], entry: tuple[bytes, bool] | None, table: dict[bytes, int]) -> Json:
     if not callable(function):
         raise TypeError(f"{function!r} is not callable")
-    # Without an entry, the function could not be pickled. Each call of the function gets its own error here.
+    # A function without an entry could not be pickled. Each call of a function without an entry gets its own error
+    # here.
     data, shared = entry or (pickled(function), False)
     if shared:
         return table.setdefault(data, len(table))
@@ -131,7 +132,7 @@ def _arguments(call: Call, chunk: Chunk, job: JobId) -> list[Json]:
     except values.NotAValue as error:
         if error.__cause__ is None:
             raise
-        # Raise pickle's own error, which users of executors expect.
+        # The error is pickle's own error, which users of executors expect.
         raise error.__cause__ from None
 
 
@@ -140,12 +141,15 @@ _PROCESS_ENDS = (FailureKind.CRASH, FailureKind.EXIT, FailureKind.MEMORY, Failur
 
 class BrokenGridExecutor(BackendError, BrokenExecutor):
     """The executor can no longer run calls, because the grid was closed, its manager is
-    unreachable, or the initializer raised."""
+    unreachable, or the initializer raised.
+    """
 
 
 class WorkerDied(TaskFailed, BrokenExecutor):
-    """The call ended its process by a crash, by `os._exit`, or because of its memory limit. Other calls are not
-    affected, and the executor continues."""
+    """The call ended its process by a crash, by `os._exit`, or because of its memory limit.
+
+    The death of a worker does not affect other calls, and the executor continues.
+    """
 
 
 class RemoteTraceback(Exception):
@@ -165,8 +169,10 @@ def death(outcome: Outcome, failure: Failure) -> TaskFailed:
 
 
 def revived(raised: Raised) -> BaseException:
-    """Return the exception that the call raised. If the exception cannot be unpickled here, return a TaskFailed with
-    its text."""
+    """Return the exception that the call raised.
+
+    If the exception cannot be unpickled in this process, return a TaskFailed with the text of the exception.
+    """
     try:
         error = pickle.loads(raised.pickled) if raised.pickled else None  # noqa: S301 - pickled by this job
     except Exception:  # noqa: BLE001 - unpickling runs the code of the exception's class
@@ -178,8 +184,11 @@ def revived(raised: Raised) -> BaseException:
 
 
 class CallFuture(Future[Any]):
-    """Future of a call. A future is RUNNING after its call was sent, because this process does not know when a worker
-    starts the call. `cancel` then returns False, and the future ends with the call's result."""
+    """Future of a call.
+
+    A future is RUNNING after its call was sent, because this process does not know when a worker starts the call. The
+    `cancel` method of a RUNNING future returns False, and the future ends with the call's result.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +201,8 @@ class CallFuture(Future[Any]):
 
     def disown(self) -> None:
         """Cancel the call, because no caller waits for it. A call that was sent and has not started is canceled when no
-        caller waits for any call of its job."""
+        caller waits for any call of its job.
+        """
         if not self.cancel() and (batch := self.batch):
             batch.mark_unwanted(self)
 
@@ -206,7 +216,7 @@ class CallFuture(Future[Any]):
         return error
 
     def withdraw(self) -> None:
-        """Mark the call as canceled. Future does not offer the change from RUNNING to CANCELLED."""
+        """Mark the call as canceled. The base class Future does not offer the change from RUNNING to CANCELLED."""
         self._withdrawn = True
         self.set_exception(CancelledError())
 
@@ -215,16 +225,18 @@ class Batch:
     """Calls that form one job."""
 
     def __init__(self, on_unwanted: Callable[[Batch], None], *, bundle: int | None = None, whole: bool = False) -> None:
-        """`on_unwanted` is called, on any thread, when no caller waits for a result of the batch any longer. `bundle`
-        sets the number of calls in a bundle. No call can join a `whole` batch."""
+        """`on_unwanted` is called, on any thread, when no caller waits for a result of the batch any longer.
+
+        `bundle` sets the number of calls in a bundle. No further call can join a batch that is `whole`.
+        """
         self.calls: list[Call] = []
         self.bundle = bundle
         self.whole = whole
         self.job = ""
         self.open: dict[int, CallFuture] = {}
-        """Futures that are not done, by task."""
+        """Futures of the batch that are not done, by task."""
         self.rejected: list[tuple[CallFuture, Exception]] = []
-        """Calls that could not be sent, with their errors."""
+        """Calls of the batch that could not be sent, with their errors."""
         self.ending = False
         self._on_unwanted = on_unwanted
         self._lock = threading.Lock()
@@ -237,13 +249,17 @@ class Batch:
         return self._unwanted >= self._remaining
 
     def claim(self) -> list[Call]:
-        """Return the calls that are not canceled. From now on, these calls cannot be canceled."""
+        """Return the calls that are not canceled, and mark their futures as RUNNING.
+
+        A RUNNING future cannot be canceled.
+        """
         calls, self.calls = self.calls, []
         with self._lock:
             self._remaining += len(calls)
         wanted = []
         for call in calls:
-            # The batch is set first, so that a concurrent cancellation finds no RUNNING future without a batch.
+            # The batch of a future is set before the state RUNNING, so that a concurrent cancellation finds no RUNNING
+            # future without a batch.
             call.future.batch = self
             if call.future.set_running_or_notify_cancel():
                 wanted.append(call)
@@ -253,19 +269,19 @@ class Batch:
         return wanted
 
     def drain(self) -> list[CallFuture]:
-        """Remove and return the open futures."""
+        """Remove and return the open futures of the batch."""
         futures, self.open = list(self.open.values()), {}
         return futures
 
     def settle(self, future: CallFuture) -> None:
-        """Remove the future from the batch just before it is done."""
+        """Remove the future from the batch just before the future is done."""
         with self._lock:
             self._remaining -= 1
             self._unwanted -= future.unwanted
             future.batch = None
 
     def mark_unwanted(self, future: CallFuture) -> None:
-        """Record that no caller waits for this future."""
+        """Record that no caller waits for the future."""
         with self._lock:
             if future.unwanted or future.batch is None:
                 return
@@ -277,14 +293,17 @@ class Batch:
 
 
 FIRST_S = 0.2
-"""Time in seconds that the submission of a batch waits for first results. Short calls then need no second request."""
+"""Time in seconds that the submission of a batch waits for first results.
+
+With the wait, short calls need no second request.
+"""
 
 OnOutcome = Callable[[str, Outcome], None]
 """Callback that receives a job's id and an outcome."""
 
 
 class Sender:
-    """Sender of the batches of one executor. The methods run on the caller's thread."""
+    """Sender of the batches of one executor. The methods of a Sender run on the caller's thread."""
 
     def __init__(self, link: Link, outgoing: JobSubmitter, name: str | None, initializer: Initializer | None) -> None:
         """`name` is the name of the jobs."""
@@ -296,11 +315,12 @@ class Sender:
     def send(
         self, batch: Batch, calls: Sequence[Call], accepted: Callable[[], None], on_outcome: OnOutcome
     ) -> int | None:
-        """Submit the calls as the batch's job, without the calls that cannot be packed. Return the seq of the last
-        outcome that `on_outcome` received.
+        """Submit all calls that can be packed as the job of the batch.
 
-        `accepted` is called once, when the batch has its job. Raise the error that prevents the submission. Raise
-        nothing after the manager has accepted the job.
+        Return the seq of the last outcome that `on_outcome` received.
+
+        `accepted` is called once, when the manager has accepted the job of the batch. Raise the error that prevents the
+        submission. No error is raised after the manager has accepted the job.
         """
         stage = StageDef(MAP, retry=RetryRule(attempts=1), bundle=batch.bundle)
         draft = self._outgoing.draft(job_name(calls[0].function, self._name), stage)
@@ -329,4 +349,4 @@ class Sender:
         except (BackendError, UsageError):
             if not batch.job:
                 raise
-            return None  # the watch of the job will raise the same error
+            return None  # the watch of the job will report the same error

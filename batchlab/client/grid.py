@@ -47,10 +47,11 @@ class MapOptions(TypedDict, total=False):
 
 
 class Grid:
-    """Grid in a folder. If no grid is up there, this object starts one, and `close` stops it.
+    """Grid in a folder.
 
-    It is thread-safe, and is best used as a context manager. A grid that is left open is closed when no reference to it
-    exists, or when Python exits.
+    If no grid is up in the folder, the Grid object starts a grid, and `close` stops this grid. A Grid object is
+    thread-safe, and is best used as a context manager. A Grid object that is left open is closed when no reference to
+    the object exists, or when Python exits.
     """
 
     def __init__(
@@ -62,11 +63,12 @@ class Grid:
         pools: Sequence[Pool] = (),
         warm: bool = False,
     ) -> None:
-        """`home` is the grid's folder. The default is BATCHLAB_HOME, or `.batchlab` in the current folder.
+        """`home` is the grid's folder. The default of `home` is BATCHLAB_HOME, or `.batchlab` in the current folder.
 
         With `workers`, the default pool has from 0 to `workers` instances with one slot each. `pools` replaces the
-        pools. The default is the backend's own pools. `warm` keeps the pools at their maximum size. All three apply
-        only to a grid that is not up yet. Raise UsageError if they are given for a grid that is up.
+        pools. The default of `pools` is the backend's own pools. `warm` keeps the pools at their maximum size.
+        `workers`, `pools`, and `warm` apply only to a grid that is not up yet. Raise UsageError if `workers`, `pools`,
+        or `warm` is given for a grid that is up.
         """
         descriptor = factory.load(backend)
         sized = _sized(descriptor.pools, workers, pools, warm=warm)
@@ -95,14 +97,14 @@ class Grid:
         """Return the results of `function(item)`, or `function(item, ctx)`, for every item, computed by the grid's
         workers.
 
-        All items are read and submitted before this method returns. Results come in the order of the items, or with
-        `ordered=False` as they arrive. A failed task raises TaskFailed at its position and cancels the rest. With
-        `return_exceptions`, the TaskFailed is a result, and the other tasks continue. If the iterator is dropped or
-        closed, the remaining tasks are canceled.
+        `map` reads and submits all items before `map` returns. Results come in the order of the items, or with
+        `ordered=False` in the order of arrival. A failed task raises TaskFailed at its position and cancels the
+        remaining tasks. With `return_exceptions`, the TaskFailed is a result, and the other tasks continue. If the
+        iterator is dropped or closed, the remaining tasks are canceled.
 
-        `timeout_s` is the limit of each task. `retry` is a rule or a number of attempts. By default, a task that raises
-        is not retried. The loss of a worker is never a task's failure. `bundle` sets the number of tasks in a bundle.
-        Raise UsageError and submit nothing if the function or an item cannot be pickled.
+        `timeout_s` is the time limit of each task. `retry` is a rule or a number of attempts. By default, a task that
+        raises an exception is not retried. The loss of a worker is never a task's failure. `bundle` sets the number of
+        tasks in a bundle. Raise UsageError and submit nothing if the function or an item cannot be pickled.
         """
         return self._map(
             function,
@@ -118,7 +120,10 @@ class Grid:
     def starmap(
         self, function: Callable[..., Any], items: Iterable[Iterable[Any]], **options: Unpack[MapOptions]
     ) -> Generator[Any, None, None]:
-        """Return the results of `function(*item)` for every item, a sequence of arguments. Otherwise like `map`."""
+        """Return the results of `function(*item)` for every item, which is a sequence of arguments.
+
+        All options are the same as for `map`.
+        """
         return self._map(function, items, starred=True, **options)
 
     def _map(
@@ -141,7 +146,10 @@ class Grid:
         return results
 
     def _results(self, job: JobDef | None, *, ordered: bool, return_exceptions: bool) -> Generator[Any, None, None]:
-        """Yield the results of a map. The generator refers to the grid, so that the grid is not closed during a map."""
+        """Yield the results of a map.
+
+        The generator of the results refers to the grid, so that the grid is not closed during a map.
+        """
         if job is None:
             yield None
             return
@@ -167,8 +175,8 @@ class Grid:
     ) -> GridExecutor:
         """Return a `concurrent.futures.Executor` whose calls run on the grid's workers.
 
-        `name` is the name of its jobs. By default, a job has the name of its function. Each worker process calls
-        `initializer(*initargs)` before its first call. Raise UsageError if the initializer cannot be pickled.
+        `name` is the name of the executor's jobs. By default, a job has the name of its function. Each worker process
+        calls `initializer(*initargs)` before its first call. Raise UsageError if the initializer cannot be pickled.
         """
         from batchlab.client.executor import GridExecutor
 
@@ -183,10 +191,11 @@ class Grid:
         timeout_s: float | None = None,
         max_cost_usd: float | None = None,
     ) -> JobResult:
-        """Run a job file to its end, and return its result in every case. With `out`, write its results there.
+        """Run a job file to its end, and return the job's result whether the job succeeds or fails.
 
-        `params` replace the parameters of the file, and `max_cost_usd` replaces its cap. At the cap, the manager
-        launches nothing more for the job. After `timeout_s` seconds, the job is canceled and JobFailed is raised.
+        With `out`, write the job's results to the folder `out`. `params` replaces parameters of the job file, and
+        `max_cost_usd` replaces the cost cap of the job file. When the job reaches the cost cap, the manager launches no
+        more instances for the job. After `timeout_s` seconds, the job is canceled and JobFailed is raised.
         JobFileErrors lists all mistakes in the file.
         """
         _check_positive(timeout_s=timeout_s)
@@ -207,13 +216,13 @@ class Grid:
     def submit(
         self, job: PathText | JobDef, *, params: Mapping[str, Any] | None = None, max_cost_usd: float | None = None
     ) -> str:
-        """Submit a job file as `run` does, or a JobDef, without waiting. Return the job's id."""
+        """Submit a job file as `run` does, or a JobDef, without waiting for the job. Return the job's id."""
         job_def = job if isinstance(job, JobDef) else self._prepared(Path(job), params or {})
         job_def = _capped(job_def, max_cost_usd)
         return self._link.call(lambda client: client.submit(job_def))["id"]
 
     def _prepared(self, file: Path, params: Mapping[str, Any]) -> JobDef:
-        # Imported here, because the imports of pydantic and yaml take longer than a map.
+        # The import is inside the method, because the imports of pydantic and yaml take longer than a map.
         from batchlab.jobs import submission
         from batchlab.jobs.job_file import load
 
@@ -230,7 +239,7 @@ class Grid:
         )
 
     def wait(self, job: str) -> JobResult:
-        """Wait until a job has ended. If the wait is interrupted, the job continues."""
+        """Wait until a job has ended. If the wait for a job is interrupted, the job continues."""
         return self._wait(job, None)
 
     def _wait(self, job: str, timeout_s: float | None) -> JobResult:
@@ -249,9 +258,9 @@ class Grid:
         return JobResult(self, link, view)
 
     def close(self) -> None:
-        """Cancel the jobs whose results a caller still waits for, and stop the grid if this object started it.
+        """Cancel the jobs whose results a caller still waits for, and stop the grid if the Grid object started it.
 
-        Files among the results may be deleted afterwards. A repetition does no harm.
+        Files among the results may be deleted after `close`. A repeated call of `close` does nothing.
         """
         self._end()
 

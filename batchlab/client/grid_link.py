@@ -1,7 +1,8 @@
-"""Connection of a program to a grid. It starts the grid if none is up, restarts it, and stops it.
+"""Connection of a program to a grid.
 
-Invariant: a grid that this process started ends with this process. A grid that was up before stays up. In both cases,
-jobs are canceled when no caller waits for their results.
+The connection starts the grid if the grid is not up, restarts the grid, and stops the grid. Invariant: a grid that this
+process started ends with this process. A grid that was up before the connection stays up. Jobs are canceled when no
+caller waits for their results.
 """
 
 from __future__ import annotations
@@ -35,31 +36,31 @@ log = logging.getLogger(__name__)
 POLL_S = 20.0
 RECORD_POLL_S = 0.1
 _OURS = "batchlab-grid"
-"""Prefix of the names of the event loop's thread and of the threads of its pool."""
+"""Prefix of the names of the event loop's thread and of the threads in the event loop's pool."""
 LOOP_TIMEOUT_S = 10.0
 """Time in seconds after which an event loop that does not respond is considered stuck."""
 JOB_END_WAIT_S = 3.0
-"""Time in seconds that closing waits for the end of jobs to become visible."""
+"""Time in seconds that `close` waits until the manager shows the end of jobs."""
 
 
 class Link:
     """Connection to the manager of `home`, with the thread on which the async ports run."""
 
     def __init__(self, backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
-        """`pools` are the pools of a new grid. Raise UsageError if `pools` is not empty and a grid is up."""
+        """`pools` are the pools of a new grid. Raise UsageError if `pools` is not empty and a grid is already up."""
         self.backend = backend
         self.home = home
         self.clock = backend.open_clock()
         self.ids = backend.open_ids()
         self.patience = factory.patience()
         self.ours = False
-        """Whether this process started the grid. Then `close` stops the grid."""
+        """Whether this process started the grid. `close` stops only a grid that this process started."""
         self._pools = pools
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
         self._clients: list[Client] = []
-        """Clients of the manager. The last client is current, but threads may still use earlier clients."""
+        """Clients of the manager. The last client in the list is current, but threads may still use earlier clients."""
         self._live: set[str] = set()
         """Jobs for which a caller waits."""
         self._cancelling: dict[Future[None], str] = {}
@@ -68,11 +69,12 @@ class Link:
         """Jobs that no caller waits for any more, and that may not have ended yet."""
         self._folder: Path | None = None
         self._connect()
-        # The location of the bucket is known only after a grid has started.
+        # The bucket is opened now, because the location of the bucket is known only after a grid has started.
         self.objects = backend.open_objects(home)
         self.files = backend.open_local_files(home)
         self._loop = asyncio.new_event_loop()
-        # The thread is a daemon. At its exit, Python would wait for a normal thread before it calls `close`.
+        # The event loop's thread is a daemon, because Python would wait for the end of a normal thread before the call
+        # of `close` at exit.
         self._loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix=_OURS))
         self._thread = threading.Thread(target=self._loop.run_forever, name=_OURS, daemon=True)
         self._thread.start()
@@ -80,7 +82,8 @@ class Link:
     # --- The manager -----------------------------------------------------------------------------
 
     def _connect(self) -> None:
-        self.backend.named_place(self.home)  # raises UsageError if the home belongs to another endpoint
+        # `named_place` raises UsageError if the home belongs to another endpoint
+        self.backend.named_place(self.home)
         record = self.home.record()
         if record is None:
             record = manager_process.start_manager(self.home, self.backend, pools=self._pools, parent=True)
@@ -105,7 +108,7 @@ class Link:
         """Return whether this process started the manager process or the manager's container."""
         if self.backend.capabilities.container_manager:
             return manager_process.has_started(self.home, record)
-        try:  # asks the system, because a forked process has a copy of its parent's state
+        try:  # the operating system is asked, because a forked process has a copy of its parent's state
             os.waitid(os.P_PID, record.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return False
@@ -119,18 +122,21 @@ class Link:
 
     @property
     def forked(self) -> bool:
-        """Return whether this object is a copy in a forked child process."""
+        """Return whether the Link object is a copy in a forked child process."""
         return os.getpid() != self._pid
 
     def check_open(self) -> None:
         """Raise UsageError after `close`."""
-        # In a forked child, the thread does not exist, and waiting for it would never end.
+        # In a forked child, the event loop's thread does not exist, and a wait for this thread would never end.
         if self._closed or not self._thread.is_alive():
             raise UsageError("This grid is closed in this process.", remedy="Create another Grid.")
 
     def call(self, request: Callable[[Client], T]) -> T:
-        """Return the manager's answer. If the manager of this process has ended, start another manager. The grid's
-        folder contains the state, so nothing is lost."""
+        """Return the manager's answer to `request`.
+
+        If the manager of this process has ended, start another manager. The grid's folder contains the state of the
+        grid, so a restart of the manager loses nothing.
+        """
         give_up_s: float | None = None
         while True:
             client = self.client
@@ -162,7 +168,7 @@ class Link:
                 log.warning("the manager has ended, and another manager replaces it")
                 self._connect()
                 return
-        time.sleep(0.05)  # the manager runs, but does not answer
+        time.sleep(0.05)  # the manager process runs, but does not answer
 
     # --- The ports -------------------------------------------------------------------------------
 
@@ -171,11 +177,14 @@ class Link:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Return the result of a coroutine. An interrupt cancels the coroutine. Raise UsageError after `close`."""
+        """Return the result of a coroutine.
+
+        An interrupt of the caller cancels the coroutine. Raise UsageError after `close`.
+        """
         try:
             self.check_open()
         except UsageError:
-            coroutine.close()  # avoids a warning about a coroutine that never ran
+            coroutine.close()  # `close` avoids a warning about a coroutine that never ran
             raise
         future = self.start(coroutine)
         try:
@@ -185,7 +194,7 @@ class Link:
 
     @property
     def folder(self) -> Path:
-        """Return this process's folder for fetched files. `close` removes the folder."""
+        """Return this process's folder for fetched files. `close` removes the folder for fetched files."""
         if self._folder is None:
             self._folder = self.home.scratch / self.ids.fresh("client")
         return self._folder
@@ -193,14 +202,14 @@ class Link:
     # --- Jobs ------------------------------------------------------------------------------------
 
     def follow(self, job: str) -> None:
-        """Record that a caller waits for this job. `close` cancels the job unless `leave` is called first."""
+        """Record that a caller waits for the job. `close` cancels the job unless `leave` is called first."""
         self._live.add(job)
 
     def leave(self, job: str, *, cancel: bool) -> None:
         """Record that no caller waits for the job any longer. With `cancel`, start the cancellation of the job, and
         `close` waits for the end of the cancellation.
 
-        The garbage collector may call this method, on any thread and after `close`.
+        The garbage collector may call `leave`, on any thread and after `close`.
         """
         if job not in self._live or self._closed or not self._thread.is_alive():
             return
@@ -215,15 +224,15 @@ class Link:
         try:
             self._clients[-1].cancel(job)
         except (Refused, NotFound):
-            return  # the job has ended, or was never submitted
+            return  # in this case, the job has ended, or was never submitted
         except BackendError as error:
             log.warning("job %s could not be canceled: %s", job, error)
 
     def _cancelled(self, cancelling: Future[None]) -> None:
         error = None if cancelling.cancelled() else cancelling.exception()
         if error and thread_cache.is_exiting():
-            # Python is exiting, so no thread can be started. `close` runs next and cancels the job. The job is added to
-            # `_live` before its removal from `_cancelling`, so that `close` always finds the job.
+            # In this case, Python is exiting, so no thread can be started. `close` runs next and cancels the job. The
+            # job is added to `_live` before its removal from `_cancelling`, so that `close` always finds the job.
             self._live.add(self._cancelling[cancelling])
         elif error:
             log.error("a job could not be canceled", exc_info=error)
@@ -232,12 +241,16 @@ class Link:
     # --- Closing ---------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Cancel the remaining jobs, and stop the grid if this process started it. Later calls do nothing."""
-        # A forked child has a copy of this object, but the grid belongs to the parent process.
+        """Cancel the remaining jobs, and stop the grid if this process started it.
+
+        Repeated calls of `close` do nothing.
+        """
+        # A forked child does not close the grid, because the grid belongs to the parent process.
         if self._closed or self.forked:
             return
         if threading.current_thread().name.startswith(_OURS):
-            # The last reference may be dropped on any thread, and a thread of this object cannot join itself.
+            # The grid is closed on another thread, because the last reference may be dropped on a thread of the link,
+            # which cannot join itself.
             threading.Thread(target=self.close, name="batchlab-close").start()
             return
         with self._lock:
@@ -254,7 +267,7 @@ class Link:
             for client in self._clients:
                 steps.callback(client.close)
             steps.callback(lambda: self._cancel_remaining(is_stuck))
-            # This check is not a step, because an interrupt during the check must not skip the steps.
+            # The check of the event loop is not a step, because an interrupt during the check must not skip the steps.
             is_stuck = self._is_stuck()
 
     def _cancel_remaining(self, is_stuck: bool) -> None:
@@ -262,18 +275,21 @@ class Link:
         if not is_stuck:
             wait(cancelling)
         failed = set(cancelling.values())
-        if not is_stuck:  # a stuck loop may hold the lock of a future forever
+        if not is_stuck:  # a stuck event loop may hold the lock of a future forever
             failed = {job for future, job in cancelling.items() if not future.cancelled() and future.exception()}
         for job in failed | self._live:
-            # On this thread, because no thread can be started while Python exits.
+            # The cancellation runs on this thread, because no thread can be started while Python exits.
             self._cancel(job)
             self._ending.append(job)
         if self.ours and self._ending:
             self._wait_for_ends()
 
     def _is_stuck(self) -> bool:
-        """Return whether the event loop is stuck. An interrupt of a thread that waits for a future of the loop can
-        leave the lock of this future held. The loop then waits for this lock."""
+        """Return whether the event loop is stuck.
+
+        If a thread that waits for a future is interrupted, the lock of the future may stay held. The event loop is
+        stuck if it waits for a lock that stays held.
+        """
         responded = threading.Event()
         self._loop.call_soon_threadsafe(responded.set)
         if responded.wait(LOOP_TIMEOUT_S):
@@ -282,8 +298,10 @@ class Link:
         return True
 
     def _wait_for_ends(self) -> None:
-        """Wait until the manager shows the jobs as ended. If the grid stopped earlier, the next manager would show
-        finished jobs as running."""
+        """Wait until the manager shows the jobs as ended.
+
+        If the grid stopped before the manager shows the end, the next manager would show finished jobs as running.
+        """
         client = self._clients[-1]
         give_up_s = self.clock.monotonic_s() + JOB_END_WAIT_S
         try:
@@ -297,7 +315,8 @@ class Link:
 
     def _stop_manager(self) -> None:
         record = self.home.record()
-        # The manager of this process may have ended, and another process may have started a new manager.
+        # The record is checked, because the manager of this process may have ended and another process may have started
+        # a new manager.
         if record and self._has_started(record):
             manager_process.stop_manager(self.home)
 

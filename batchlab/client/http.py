@@ -1,7 +1,7 @@
 """The manager's HTTP API as Python calls, for the command line and the Python API.
 
-Invariant: the module and the client must be fast to import and to create, because every command uses them. Every
-failure is an error class of batchlab.
+Invariant: the import of the module and the creation of a client are fast, because every command uses a client. Every
+failed request raises an error class of batchlab.
 """
 
 from __future__ import annotations
@@ -39,55 +39,59 @@ if TYPE_CHECKING:
 
 REBUILD_S = 3600.0
 MAX_LISTED = 1000
-"""Limit of the rows in one answer."""
+"""Maximum number of rows in one answer of the manager."""
 
 
 class Client(Calls):
-    """Connections to one manager. The client is thread-safe, and is a context manager.
+    """Connections to one manager. A client is thread-safe, and is a context manager.
 
     Each method raises Unreachable if the manager does not answer, NotFound for an unknown id, Refused if the manager
     refuses the request, UsageError for an invalid request, and BackendError if the manager cannot work at the moment.
-    Times are in seconds. The client does not use proxies.
+    Times in the API are in seconds. A client does not use HTTP proxies.
     """
 
     # --- The manager -----------------------------------------------------------------------------
 
     def health(self) -> HealthView:
-        """Return whether the manager responds, and whether it is the leader."""
+        """Return whether the manager responds, and whether the manager is the leader."""
         return cast("HealthView", self._call("GET", "/v1/health"))
 
     def shutdown(self) -> None:
-        """Request the manager's shutdown, and return when it has accepted the request."""
+        """Request the manager's shutdown, and return when the manager has accepted the request."""
         self._call("POST", "/v1/shutdown")
 
     def open_session(self) -> SessionView:
-        """Return a code that opens the web page once."""
+        """Return a one-time code that opens the web page."""
         return cast("SessionView", self._call("POST", "/v1/sessions"))
 
     def code_waits(self, name: str) -> bool:
-        """Return whether the code with this name is still valid and unused."""
+        """Return whether the one-time code with the name `name` is still valid and unused."""
         return bool(self._call("GET", _path("sessions", name))["waits"])
 
     def rebuild(self) -> int:
-        """Rebuild the ledger from the bucket, and return the number of jobs that were found."""
+        """Rebuild the ledger from the bucket, and return the number of jobs in the bucket."""
         return self.rebuild_ledger()["jobs"]
 
     def rebuild_ledger(self) -> RebuiltView:
-        """Rebuild the ledger from the bucket, and return what was found."""
+        """Rebuild the ledger from the bucket, and return a report of the rebuild."""
         return cast("RebuiltView", self._call("POST", "/v1/ledger/rebuild", answer_s=REBUILD_S))
 
     # --- Jobs ------------------------------------------------------------------------------------
 
     def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> JobView:
-        """Submit a job, with its encoded items if the job has a few own items. Repeated requests with the same client
-        token return the same job."""
+        """Submit a job, with its encoded items if the job has a few own items.
+
+        Repeated submissions with the same client token return the same job.
+        """
         return cast("JobView", self._call("POST", "/v1/jobs", body=_submission(job, items)))
 
     def submit_and_hear(
         self, job: JobDef, items: Sequence[Json] | None, accepted: Callable[[], None], *, wait_s: float
     ) -> OutcomesView:
-        """Submit a job as `submit` does, and wait up to `wait_s` for its first outcomes. `accepted` is called when the
-        manager has accepted the job."""
+        """Submit a job as `submit` does, and wait up to `wait_s` seconds for the job's first outcomes.
+
+        `accepted` is called when the manager has accepted the job.
+        """
         body = _submission(job, items)
         with self._answer("POST", "/v1/jobs", body, ANSWER_S, {"wait_s": wait_s}) as answer:
             self._document(answer.line())
@@ -100,15 +104,18 @@ class Client(Calls):
         return cast("list[JobView]", answer["jobs"])
 
     def job(self, job: str, *, version: int | None = None, wait_s: float = 0.0) -> JobView:
-        """Return one job. With `version`, wait up to `wait_s` until the version of the job differs."""
+        """Return one job.
+
+        With `version`, wait up to `wait_s` seconds until the job's version differs from `version`.
+        """
         return cast("JobView", self._call("GET", _job_path(job), version=version, wait_s=wait_s))
 
     def cancel(self, job: str) -> JobView:
-        """Cancel a job. Return when no further task of the job can start."""
+        """Cancel a job, and return when no further task of the job can start."""
         return cast("JobView", self._call("POST", _job_path(job, "/cancel")))
 
     def pause(self, job: str) -> JobView:
-        """Pause a job. Running tasks continue, and no further task starts."""
+        """Pause a job. Running tasks of a paused job continue, and no further task starts."""
         return cast("JobView", self._call("POST", _job_path(job, "/pause")))
 
     def resume(self, job: str) -> JobView:
@@ -122,8 +129,11 @@ class Client(Calls):
         fingerprints: Sequence[str] = (),
         tasks: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     ) -> JobView:
-        """Run all tasks again that did not succeed. With `fingerprints` or `tasks`, only run the failed tasks with
-        these fingerprints or in these ranges. A range includes its first task and excludes its end."""
+        """Run all tasks again that did not succeed.
+
+        With `fingerprints` or `tasks`, only run the failed tasks with the given fingerprints or in the given ranges. A
+        range of tasks includes its first task and excludes its end.
+        """
         choice = {"fingerprints": list(fingerprints), "tasks": tasks or {}} if fingerprints or tasks else None
         return cast("JobView", self._call("POST", _job_path(job, "/retry"), body=choice))
 
@@ -138,13 +148,15 @@ class Client(Calls):
     def outcomes(
         self, job: str, *, stage: str | None = None, after: int | None = None, limit: int = 1000, wait_s: float = 0.0
     ) -> OutcomesView:
-        """Return outcomes with a seq above `after`, in the order of their seq. Wait up to `wait_s` for the first
-        outcome."""
+        """Return outcomes with a seq above `after`, in the order of their seq.
+
+        Wait up to `wait_s` seconds until at least one outcome exists.
+        """
         query: dict[str, Any] = {"stage": stage, "after": after, "limit": limit, "wait_s": wait_s}
         return cast("OutcomesView", self._call("GET", _job_path(job, "/outcomes"), **query))
 
     def failures(self, job: str, *, limit: int = 100, fingerprint: str | None = None) -> list[FailureView]:
-        """Return tasks that failed permanently. `fingerprint` selects one cause."""
+        """Return tasks that failed permanently. `fingerprint` selects the failures of one cause."""
         failures: list[FailureView] = []
         path, after = _job_path(job, "/failures"), None
         while len(failures) < limit:
@@ -177,8 +189,11 @@ class Client(Calls):
         failed: bool = False,
         since_s: float | None = None,
     ) -> list[LogView]:
-        """Return the logs of tasks, ordered by stage, task, and attempt. `failed` selects tasks that failed
-        permanently. `since_s` selects attempts that ended within this number of seconds."""
+        """Return the logs of tasks, ordered by stage, task, and attempt.
+
+        `failed` selects tasks that failed permanently. `since_s` selects attempts that ended within the last `since_s`
+        seconds.
+        """
         query: dict[str, Any] = {
             "stage": stage,
             "task": task,
@@ -199,7 +214,10 @@ class Client(Calls):
         since_s: float | None = None,
         wait_s: float = 0.0,
     ) -> NewLogsView:
-        """Return the logs of outcomes with a seq above `seq`. Wait up to `wait_s` for the first outcome."""
+        """Return the logs of outcomes with a seq above `seq`.
+
+        Wait up to `wait_s` seconds until at least one outcome exists.
+        """
         query: dict[str, Any] = {"stage": stage, "task": task, "failed": failed or None, "since_s": since_s}
         answer = self._call("GET", _job_path(job, "/logs/after"), seq=seq, wait_s=wait_s, **query)
         return cast("NewLogsView", answer)
@@ -228,13 +246,15 @@ class Client(Calls):
         desired: int | None = None,
         auto: bool | None = None,
     ) -> PoolView:
-        """Set the limits of a pool, and its desired capacity. With `auto` True, the autoscaler sets the desired
-        capacity again."""
+        """Set the limits of a pool, and its desired capacity.
+
+        If `auto` is True, the autoscaler sets the desired capacity again.
+        """
         body = {"min": min, "max": max, "desired": desired, "auto": auto}
         return cast("PoolView", self._call("POST", _path("grid/pools", pool), body=body))
 
     def drain(self, pool: str | None = None) -> GridView:
-        """Scale one pool or all pools to zero instances, and keep them there."""
+        """Scale one pool or all pools to zero instances, and keep the pools at zero instances."""
         return cast("GridView", self._call("POST", "/v1/grid/drain", body={"pool": pool}))
 
     # --- Usage and caps --------------------------------------------------------------------------
@@ -244,7 +264,7 @@ class Client(Calls):
         return cast("UseView", self._call("GET", "/v1/use"))
 
     def cap_grid(self, max_cost_usd: float | None) -> UseView:
-        """Set the cap in USD on the grid's cost since its account was opened. None removes the cap."""
+        """Set the cap in USD on the grid's cost since the grid's account was opened. The value None removes the cap."""
         return cast("UseView", self._call("POST", "/v1/use/cap", body={"max_cost_usd": max_cost_usd}))
 
     def job_use(self, job: str) -> JobUseView:
@@ -252,7 +272,7 @@ class Client(Calls):
         return cast("JobUseView", self._call("GET", _job_path(job, "/use")))
 
     def cap_job(self, job: str, max_cost_usd: float | None) -> JobUseView:
-        """Set the cap in USD on the cost of a job. None removes the cap."""
+        """Set the cap in USD on the cost of a job. The value None removes the cap."""
         return cast("JobUseView", self._call("POST", _job_path(job, "/cap"), body={"max_cost_usd": max_cost_usd}))
 
     # --- Notifications ---------------------------------------------------------------------------
@@ -275,7 +295,8 @@ class Client(Calls):
     def add_schedule(self, schedule: Mapping[str, Json], job: JobDef, *, replace: bool = False) -> ScheduleView:
         """Add a schedule in the format of POST /v1/schedules, with its job.
 
-        Raise Refused if a schedule with this name exists and `replace` is False."""
+        Raise Refused if a schedule with the same name exists and `replace` is False.
+        """
         from batchlab.core.protocol import json_format
 
         body = {"schedule": schedule, "job": json_format.job_to_json(job), "replace": replace}
@@ -294,11 +315,11 @@ class Client(Calls):
         return cast("list[DueView]", self._call("GET", _path("schedules", name, "/next"), count=count)["times"])
 
     def pause_schedule(self, name: str) -> ScheduleView:
-        """Pause a schedule. Due times during the pause start no runs."""
+        """Pause a schedule. Due times during the pause of a schedule start no runs."""
         return cast("ScheduleView", self._call("POST", _path("schedules", name, "/pause")))
 
     def resume_schedule(self, name: str) -> ScheduleView:
-        """Resume a schedule. The next run starts at the next due time."""
+        """Resume a schedule. The next run of a resumed schedule starts at the next due time."""
         return cast("ScheduleView", self._call("POST", _path("schedules", name, "/resume")))
 
     def remove_schedule(self, name: str) -> ScheduleView:
@@ -306,7 +327,10 @@ class Client(Calls):
         return cast("ScheduleView", self._call("POST", _path("schedules", name, "/remove")))
 
     def run_schedule(self, name: str, token: str) -> RunView:
-        """Run the job of a schedule now. Repeated requests with the same token return the same run."""
+        """Run the job of a schedule now.
+
+        Repeated requests to run a schedule with the same `token` return the same run.
+        """
         return cast("RunView", self._call("POST", _path("schedules", name, "/run"), body={"token": token}))
 
 

@@ -1,7 +1,7 @@
 """Watch of many jobs at once, on the event loop of the grid's link.
 
-Invariant: a listener receives each outcome with results once. The last event is the end of the job, or the error that
-ended the watch.
+Invariant: a listener receives each outcome with results once. The last event of a watch is the end of the job, or the
+error that ended the watch.
 """
 
 from __future__ import annotations
@@ -34,22 +34,25 @@ CONNECTIONS = 64
 SHORT_POLL_S = 1.0
 """Duration in seconds of a long poll if more jobs are watched than there are connections."""
 GAP_S = 0.05
-"""Maximum pause in seconds between two polls of a job. A program may need a result for its next call."""
+"""Maximum pause in seconds between two polls of a job.
+
+The pause is short, because a program may need a result for its next call.
+"""
 HEARTBEATS_S = 1.0
 """Time in seconds after the control lease within which heartbeats report every started task."""
 
 
 class Listener(Protocol):
-    """Receiver of a job's events. Its methods run on the loop's thread and must return quickly."""
+    """Receiver of a job's events. The methods of a listener run on the event loop's thread and must return quickly."""
 
     def outcome(self, job: str, outcome: Outcome) -> None: ...
     def ended(self, job: str, view: JobView) -> None: ...
     def lost(self, job: str, error: Exception) -> None:
-        """Handle the end of the watch by an error. The job may still run."""
+        """Receive the error that ended the watch. The job may still run after this error."""
 
 
 class JobWatch:
-    """Watch of jobs for one listener. Every thread may call the public methods."""
+    """Watch of jobs for one listener. Every thread may call the public methods of a watch."""
 
     def __init__(self, link: Link, listener: Listener) -> None:
         self._link = link
@@ -57,23 +60,23 @@ class JobWatch:
         self._jobs: set[str] = set()
         self._count = 0
         self._http: httpx.AsyncClient | None = None
-        """HTTP client while jobs are watched. The end of the last watch closes the client."""
+        """HTTP client that exists while jobs are watched. The end of the last watched job closes the client."""
         self._url = ""
 
     def add(self, job: str, after: int | None) -> None:
-        """Watch this job for outcomes with a seq above `after`. Raise UsageError after the link was closed."""
+        """Watch a job for outcomes with a seq above `after`. Raise UsageError if the link is closed."""
         self._link.check_open()
         self._jobs.add(job)
         self._link.start(self._follow(job, after))
 
     def drop(self, job: str) -> None:
         """Stop the watch of a job that has ended or is about to end."""
-        # The current poll is not canceled, because its answer comes soon. anyio would leak the socket of a request that
-        # is canceled during the connection.
+        # The current poll is not canceled, because the answer to the poll comes soon. anyio would leak the socket of a
+        # request that is canceled during the connection.
         self._jobs.discard(job)
 
     def cancel_gracefully(self, job: str) -> None:
-        """Cancel the job, but first wait for the end of its started tasks."""
+        """Wait for the end of the job's started tasks, and then cancel the job."""
         self._link.check_open()
         self._link.start(self._cancel(job)).add_done_callback(_log_bugs)
 
@@ -81,7 +84,7 @@ class JobWatch:
 
     @asynccontextmanager
     async def _asking(self) -> AsyncIterator[None]:
-        """Keep the HTTP client open during the block. The end of the last such block closes it."""
+        """Keep the HTTP client open during the block. The end of the last open block closes the HTTP client."""
         self._count += 1
         try:
             yield
@@ -95,7 +98,7 @@ class JobWatch:
         try:
             async with self._asking():
                 view = await self._pass_on(job, after)
-        except asyncio.CancelledError:  # the loop is ending
+        except asyncio.CancelledError:  # the event loop is ending
             self._listener.lost(job, Unreachable("The grid was closed.", remedy="Create another Grid."))
             raise
         except Exception as error:  # noqa: BLE001 - any error ends the watch
@@ -105,7 +108,10 @@ class JobWatch:
                 self._listener.ended(job, view)
 
     async def _pass_on(self, job: str, after: int | None) -> JobView | None:
-        """Pass every outcome to the listener. Return the job after its end, or None after `drop`."""
+        """Pass every outcome of a job to the listener.
+
+        Return the view of the job after its end, or None after `drop`.
+        """
         now_s = self._link.clock.monotonic_s
         began_s = now_s()
         while job in self._jobs:
@@ -131,15 +137,18 @@ class JobWatch:
                     lambda client: client.outcomes(job, after=after),
                 )
             except Unreachable:
-                raise  # the link has already retried this request
+                raise  # the link has already retried the failed request
             except BackendError:
                 if self._link.clock.monotonic_s() > give_up_s:
                     raise
             await asyncio.sleep(0.5)
 
     async def _ask(self, path: str, query: dict[str, Any], request: Callable[[Client], T]) -> T:
-        """Return the manager's answer to a long poll, which needs no thread. After an error, send `request` through
-        the link, which restarts a manager and raises batchlab's errors."""
+        """Return the manager's answer to a long poll, which needs no thread.
+
+        After an error, send `request` through the link, which restarts the manager if necessary and raises batchlab's
+        errors.
+        """
         import httpx
 
         client = self._link.client
@@ -163,14 +172,14 @@ class JobWatch:
             async with self._asking():
                 await self._pause_and_cancel(job)
         except (Refused, NotFound, UsageError):
-            return  # the job has ended, or the grid was closed, which cancels the job
+            return  # in this case, the job has ended, or the grid was closed, which cancels the job
         except BackendError as error:
             log.warning("job %s could not be canceled: %s", job, error)
 
     async def _pause_and_cancel(self, job: str) -> None:
         now_s = self._link.clock.monotonic_s
         view = await self._call(lambda client: client.pause(job))
-        # A worker that read the control object just before the pause may start tasks until this time.
+        # A worker that read the control object just before the pause may start tasks until `safe_s`.
         safe_s = now_s() + self._link.backend.manager.control_lease_s + HEARTBEATS_S
         while view["state"] not in ENDED:
             if now_s() > safe_s and not any(stage["running"] for stage in view["stages"]):

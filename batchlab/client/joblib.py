@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # joblib lacks type annotations
 else:
 
     class _Base(AutoBatchingMixin, ParallelBackendBase):
-        """joblib's base classes. They increase the batch size until a batch takes 0.2 s."""
+        """Base classes from joblib, which increase the batch size until a batch takes 0.2 s."""
 
 
 class GridBackend(_Base):
@@ -88,12 +88,14 @@ class GridBackend(_Base):
         return result
 
     def batch_completed(self, batch_size: int, duration: float) -> None:  # noqa: ARG002 - see below
-        """Report the run time of the last retrieved result on the worker. joblib's `duration` includes the transfer.
-        With that duration, joblib would never batch very short calls."""
+        """Report the run time on the worker of the last retrieved result.
+
+        The `duration` that joblib measures includes the transfer, so joblib would never batch very short calls.
+        """
         super().batch_completed(batch_size, self._run_s)
 
     def abort_everything(self, ensure_ready: bool = True) -> None:  # noqa: ARG002 - joblib's signature
-        """Cancel the remaining calls. The next call of `submit` creates another executor."""
+        """Cancel the remaining calls of the executor. The next call of `submit` creates another executor."""
         self._close(cancel=True)
 
     def terminate(self) -> None:

@@ -1,7 +1,7 @@
 """Single requests to the manager, over persistent connections.
 
-Invariant: the module must be fast to import and its objects fast to create, because every command uses it. Every
-failure is an error class of batchlab.
+Invariant: the import of the module and the creation of its objects are fast, because every command uses the module.
+Every failed request raises an error class of batchlab.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ CONNECT_S = 5.0
 ANSWER_S = 60.0
 """Timeout of an answer in seconds, in addition to the wait of a long poll."""
 IDLE_S = 2.0
-"""Idle time in seconds after which a persistent connection is not reused. The server closes it
-after 5 s, and a request at that moment would fail."""
+"""Idle time in seconds after which a persistent connection is not reused.
+
+The server closes an idle connection after 5 s, and a request during the close would fail.
+"""
 
 PATIENCE_S = 20.0
 """Time in seconds for which a client retries while a running manager does not answer or does not lead."""
@@ -40,7 +42,7 @@ RESTARTED_S = 60.0
 TRACE_VARIABLE = "TRACEPARENT"
 """Environment variable with the W3C trace context in which the command was called."""
 MIN_ERROR_STATUS = 300
-"""Lowest HTTP status that is an error. The manager does not send redirects."""
+"""Lowest HTTP status that counts as an error, because the manager does not send redirects."""
 
 _JSON = {"Content-Type": "application/json"}
 _ERRORS: dict[int, type[BatchlabError]] = {
@@ -53,16 +55,19 @@ _ERRORS: dict[int, type[BatchlabError]] = {
 
 
 def patience_s(*, restarted: bool = False) -> float:
-    """Return the time in seconds for which a client retries. `restarted` is True if Docker restarts the manager."""
+    """Return the time in seconds for which a client retries failed requests.
+
+    `restarted` is True if Docker restarts the manager.
+    """
     return RESTARTED_S if restarted else PATIENCE_S
 
 
 class Calls:
-    """Connections to one manager. The object is thread-safe, and is a context manager.
+    """Connections to one manager.
 
-    The token itself is sent only over a Unix socket, which only its user can open. Another program may listen on the
-    manager's port while no manager runs. So a request to a port is signed with the token, and its answer must be signed
-    as well.
+    A Calls object is thread-safe, and is a context manager. The client sends the token itself only over a Unix socket,
+    which only the user can open. Another program may listen on the manager's port while no manager runs. The client
+    therefore signs a request to a port with the token, and the answer must also be signed.
     """
 
     def __init__(self, url: str, token: str, unix: Path | None = None) -> None:
@@ -71,7 +76,8 @@ class Calls:
         self._token = token
         self._unix = str(unix or "")
         parts = urlsplit(url)
-        # Reading the system's certificates takes longer than the rest of this method.
+        # The certificates are read only for HTTPS, because reading the system's certificates takes longer than the rest
+        # of the constructor.
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._headers = {"Authorization": f"Bearer {token}"} if unix else {}
         if parent := _trace(os.environ.get(TRACE_VARIABLE, "")):
@@ -80,18 +86,20 @@ class Calls:
 
     @classmethod
     def of(cls, home: Home, record: ManagerRecord) -> Self:
-        """Return a client of the manager that runs in `home`."""
+        """Return a client of the manager that the record in `home` describes."""
         return cls(record.url, home.token(), home.socket(record))
 
     def for_loop(self, connections: int) -> httpx.AsyncClient:
-        """Return a client of the same manager for an event loop, with this number of connections. The caller closes the
-        client."""
+        """Return an httpx client of the same manager for an event loop, with `connections` connections.
+
+        The caller must close the httpx client.
+        """
         import httpx
 
         from batchlab.client.signed_http import Signing
 
         limits = httpx.Limits(max_connections=connections, keepalive_expiry=IDLE_S)
-        # This context trusts no certificate, so a redirect to https fails safely.
+        # A context without certificates trusts no certificate, so a redirect to HTTPS fails safely.
         tls = self._tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         return httpx.AsyncClient(
             base_url=self.url,
@@ -118,7 +126,7 @@ class Calls:
     def _call(
         self, method: str, path: str, *, body: Any = None, answer_s: float = ANSWER_S, **query: str | float | None
     ) -> Any:
-        """Return the JSON of the answer. The query omits values that are None."""
+        """Return the JSON of the answer to a request. The query omits parameters that are None."""
         with self._answer(method, path, body, answer_s, query) as answer:
             return self._document(answer.read())
 
@@ -150,7 +158,7 @@ class Calls:
                 signed = http_connections.sign(self._token, method, target, data or b"")
                 headers = {**headers, "Authorization": signed.header}
             connection.request(method, target, data, headers)
-            # The response is closed here, because Python ignores an interrupt during a finalizer.
+            # The `with` block closes the response, because Python ignores an interrupt during a finalizer.
             with connection.getresponse() as response:
                 answer = _Answer(self._token, signed, response)
                 if response.status >= MIN_ERROR_STATUS:
@@ -177,7 +185,7 @@ class Calls:
 
 
 class _Answer:
-    """Body of an answer. The answer to a signed request must be signed, or the methods raise Unproven."""
+    """Body of an answer. If the answer to a signed request is not signed, the methods of the body raise Unproven."""
 
     def __init__(self, token: str, signed: Signed | None, response: HTTPResponse) -> None:
         self._response = response
@@ -185,12 +193,15 @@ class _Answer:
         self._expected = Expected(token, signed, response.status, response.headers.get(PROOF)) if signed else None
 
     def line(self) -> bytes:
-        """Return the first line as soon as it arrives. `read` checks the signature of the line."""
+        """Return the first line of the body as soon as the line arrives.
+
+        A later call of `read` checks the signature of the line.
+        """
         self._line = self._response.readline()
         return self._line
 
     def read(self) -> bytes:
-        """Return the rest of the body."""
+        """Return the rest of the answer's body."""
         rest = self._response.read()
         if self._expected is None:
             return rest
@@ -198,7 +209,7 @@ class _Answer:
 
 
 def _trace(context: str) -> str:
-    """Return the trace context if it is valid, else ""."""
+    """Return the trace context if the trace context is valid, else ""."""
     if not context:
         return ""
     from batchlab.core.tracing import is_context

@@ -1,7 +1,7 @@
 """Results of a map and of a job file, which are read in parts.
 
-Invariant: each task's result is returned once. Memory contains only a few outcomes, even for a long job or a slow
-caller. JobResult reads results on request, in task order.
+Invariant: each task's result is returned once. A MapResults object has only a few outcomes in memory, even for a long
+job or a slow caller. JobResult reads results on request, in task order.
 """
 
 from __future__ import annotations
@@ -34,16 +34,19 @@ if TYPE_CHECKING:
     from batchlab.core.api_types import FailureView, JobView
 
 MAX_FETCHES = 4
-"""Number of outcomes that are fetched in advance."""
+"""Maximum number of outcomes that are fetched in advance."""
 GAP_S = 0.2
 GAP_SHARE = 0.1
-"""Pause between two polls, as a share of the watched time. The pause is at most `GAP_S`, and shorter if little work
-remains. Without a pause, the manager would answer a poll for each new outcome of a busy job."""
+"""Pause between two polls, as a share of the watched time.
+
+The pause between two polls is at most `GAP_S`, and shorter if little work remains. Without a pause, the manager would
+answer a poll for each new outcome of a busy job.
+"""
 VALUES_AT_ONCE = 16
 """Number of large values and files that are fetched at the same time."""
 
 Run = tuple[int, list[Json | TaskFailed]]
-"""Results of consecutive tasks: the first task, and for each task its encoded value or its failure."""
+"""Results of consecutive tasks: the index of the first task, and the encoded value or the failure of each task."""
 
 
 class MapResults:
@@ -59,9 +62,9 @@ class MapResults:
         """Number of ended tasks in the listed outcomes."""
         self._began_s = self._answered_s = link.clock.monotonic_s()
         self._listed: list[tuple[float, int, OutcomeView]] = []
-        """Heap of outcomes to fetch: (first task or seq of the outcome, seq, view)."""
+        """Heap of outcomes to fetch, as tuples (first task or seq of the outcome, seq, view)."""
         self._fetching: list[tuple[float, int, Future[Outcome]]] = []
-        """Heap of outcomes that are being fetched, in the same order."""
+        """Heap of outcomes that are being fetched, in the order of the heap of outcomes to fetch."""
 
     def runs(self) -> Iterator[Run]:
         """Yield every task's result once, in task order or in the order of arrival."""
@@ -85,7 +88,10 @@ class MapResults:
             future.cancel()
 
     def _next(self, needed: float) -> Outcome | None:
-        """Return the next outcome that may contain a needed result. Return None if no listed outcome does."""
+        """Return the next outcome that may contain a needed result.
+
+        Return None if no listed outcome may contain a needed result.
+        """
         listed, fetching = self._listed, self._fetching
         while listed and (len(fetching) < MAX_FETCHES or listed[0][0] <= needed < fetching[0][0]):
             at, seq, view = heappop(listed)
@@ -95,7 +101,7 @@ class MapResults:
         return heappop(fetching)[2].result()
 
     def _poll(self, returned: int) -> None:
-        """Wait for outcomes. Raise JobFailed if the job has ended without outcomes for all tasks."""
+        """Wait for further outcomes. Raise JobFailed if the job has ended without outcomes for all tasks."""
         now_s = self._link.clock.monotonic_s
         left = (self._count - self._ended) / self._ended if self._ended else math.inf
         pause_s = gap_s(self._answered_s - self._began_s, left)
@@ -105,9 +111,11 @@ class MapResults:
         for view in page["outcomes"]:
             self._after = view["seq"]
             self._ended += view["failed"] + sum(stop - start for start, stop in view["tasks"])
-            # An outcome without ended tasks contains no results. Its tasks are retried, split off, or canceled.
+            # An outcome without ended tasks contains no results, because all tasks of the outcome are retried, split
+            # off, or canceled.
             if view["tasks"] or view["failed"]:
-                # The view does not list the failed tasks, so the first task of the bundle is used.
+                # If tasks failed, the first task of the bundle is used, because the view does not list the failed
+                # tasks.
                 first = int(view["bundle"].partition("-")[0]) if view["failed"] else view["tasks"][0][0]
                 heappush(self._listed, (first if self._ordered else view["seq"], view["seq"], view))
         if page["ended"] and not page["outcomes"]:
@@ -118,12 +126,16 @@ class MapResults:
 
 def gap_s(watched_s: float, left: float = math.inf, *, most_s: float = GAP_S) -> float:
     """Return the pause in seconds between an answer and the next poll. `watched_s` is the time since the first poll,
-    and `left` is the ratio of remaining tasks to ended tasks."""
+    and `left` is the ratio of remaining tasks to ended tasks.
+    """
     return min(most_s, GAP_SHARE * watched_s * min(1.0, max(0.0, left)))
 
 
 async def fetched(link: Link, view: OutcomeView) -> Outcome:
-    """Return the outcome in the view. If the view does not contain the outcome, fetch it from the bucket."""
+    """Return the outcome that the view describes.
+
+    If the view does not contain the outcome, fetch the outcome from the bucket.
+    """
     if view["outcome"]:
         outcome = json_format.outcome_from_json(view["outcome"])
     else:
@@ -172,10 +184,10 @@ def failed(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFail
 def decoded(
     link: Link, where: str, stage: str, tasks: Sequence[int], encoded: Sequence[Json | TaskFailed], own: JobObjects
 ) -> Iterator[Any]:
-    """Decode the values of these tasks of a stage, and fetch their files and large values into the folder `where`.
+    """Decode the values of the tasks `tasks` of a stage, and fetch files and large values into the folder `where`.
 
-    Errors are yielded as TaskFailed: a TaskFailed in `encoded`, and the error of a value that cannot be read. Pickled
-    objects are read only for a job of the Python API.
+    Each error is yielded as TaskFailed, which is either a TaskFailed in `encoded` or the error of a value that cannot
+    be read. Pickled objects are read only for a job of the Python API.
     """
     if not any(type(value) is dict or type(value) is list for value in encoded):
         yield from encoded
@@ -218,15 +230,15 @@ SHOWN_FAILURES = 100
 
 
 class JobResult:
-    """A job that has ended. Its results can be read while the grid is open."""
+    """A job that has ended. The results of the job can be read while the grid is open."""
 
     def __init__(self, owner: object, link: Link, view: JobView) -> None:
-        """`owner` closes `link` when no reference to `owner` exists. This object keeps a reference."""
+        """`owner` closes `link` when no reference to `owner` exists. The JobResult keeps a reference to `owner`."""
         self._owner = owner
         self._link = link
         self.view = view
         self.fetched: Fetched | None = None
-        """The written results, if the job was run with `out`."""
+        """The results that were written to `out`, or None for a job that was run without `out`."""
         self.failures: list[FailureView] = []
         """The first 100 tasks that failed permanently."""
         if any(stage["failed"] for stage in view["stages"]):
@@ -248,7 +260,10 @@ class JobResult:
         return self.view["reason"]
 
     def raise_for_state(self) -> None:
-        """Raise an error unless the job SUCCEEDED: TaskFailed with its first failure, or JobFailed."""
+        """Raise an error unless the job's state is SUCCEEDED.
+
+        The error is TaskFailed with the job's first failure, or JobFailed.
+        """
         if self.state is JobState.SUCCEEDED:
             return
         text = f"Job {self.id} ended {self.state}: {self.reason}."
@@ -259,8 +274,9 @@ class JobResult:
     def results(self, stage: str | None = None) -> Iterator[Any]:
         """Return the values of `stage` in task order.
 
-        Without `stage`, return the values of all final stages, one stage after the other. Tasks
-        that did not succeed are skipped. Raise UsageError for an unknown stage."""
+        If `stage` is None, return the values of all final stages, one stage after the other. The result of a task that
+        did not succeed is skipped. Raise UsageError for an unknown stage.
+        """
         link = self._link
         job = link.run(attempts.definition(link.objects, JobId(self.id), link.patience))
         names = [stage_def.name for stage_def in job.stages]
@@ -282,7 +298,7 @@ class JobResult:
                     yield value
 
     def fetch(self, out: Path) -> Fetched:
-        """Write the final stages' results and their files into the folder `out`."""
+        """Write the results of the final stages and the files of these results into the folder `out`."""
         link = self._link
         listing = list_outcomes(link, self.id)
         self.fetched = link.run(results.fetch(link.objects, self.view, listing, out, patience=link.patience))

@@ -11,7 +11,7 @@ from batchlab.core.http_connections import PROOF, Expected, Unproven
 
 
 class Signing(httpx.Auth):
-    """Signs each request with the grid's token, and checks the signature of each answer."""
+    """Authentication that signs each request with the grid's token, and checks the signature of each answer."""
 
     requires_request_body = True
     requires_response_body = True

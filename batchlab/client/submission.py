@@ -3,7 +3,7 @@ request.
 
 Invariant: an object is written before the objects that refer to it. A job that could not be submitted leaves no
 objects. The items of a map are read on the caller's thread, in parts. Modules that a worker can import are pickled by
-name, and other modules by value. cloudpickle's settings are restored afterwards.
+name, and other modules are pickled by value. The settings of cloudpickle are restored after the pickling.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def _with_file(code: CodeType) -> tuple[Any, ...]:
     return constructor, tuple(code.co_filename if value == "<dynamic-code>" else value for value in arguments)
 
 
-# Not a class statement, because cloudpickle lacks type annotations and the type checker rejects a subclass of Any.
+# The class is created by `type`, because cloudpickle lacks type annotations and the type checker rejects a subclass of
+# Any.
 _Pickler = type(
     "_Pickler",
     (cloudpickle.Pickler,),
@@ -72,7 +73,7 @@ _Pickler = type(
 
 
 def pickled(function: Callable[..., Any]) -> bytes:
-    """Pickle a function within `ObjectPickler.by_value`. Raise the error of the pickling."""
+    """Pickle a function within `ObjectPickler.by_value`. An error of the pickling is raised unchanged."""
     buffer = io.BytesIO()
     _Pickler(buffer).dump(function)
     return buffer.getvalue()
@@ -84,10 +85,10 @@ class ObjectPickler:
     def __init__(self) -> None:
         self._checked: set[str] = set()
         self._local: list[ModuleType] = []
-        """Top-level modules that workers cannot import. cloudpickle also pickles their submodules by value."""
+        """Top-level modules that workers cannot import. The submodules of these modules are also pickled by value."""
 
     def function(self, function: Callable[..., Any]) -> bytes:
-        """Return the pickled function. Raise UsageError if it cannot be pickled."""
+        """Return the pickled function. Raise UsageError if the function cannot be pickled."""
         name = getattr(function, "__qualname__", None) or repr(function)
         if not callable(function):
             raise UsageError(f"{name} is not a function.", remedy="Pass a callable to map.")
@@ -103,7 +104,8 @@ class ObjectPickler:
 
     def items(self, items: Sequence[Any], first: int, file: Callable[[File], Json], *, starred: bool) -> list[Json]:
         """Return encoded items, or for `starred` lists of encoded arguments. Raise UsageError with the number of the
-        item, counted from `first`, if an item cannot be encoded."""
+        item, counted from `first`, if an item cannot be encoded.
+        """
         encoded: list[Json] = []
         encode = _arguments if starred else values.encode_object
         with self.by_value():
@@ -133,7 +135,7 @@ class ObjectPickler:
                     cloudpickle.unregister_pickle_by_value(module)
 
     def _check_modules(self) -> None:
-        """Check the modules that were imported since the last call."""
+        """Find modules that workers cannot import among the modules that were imported since the last call."""
         new = sys.modules.keys() - self._checked
         paths = sysconfig.get_paths()
         installed = (f"{paths['purelib']}/", f"{paths['platlib']}/")
@@ -143,7 +145,8 @@ class ObjectPickler:
             if "." not in name and (place := _place(name)) and not place.startswith(installed)
         }
         if places:
-            # As in a task's process, -P excludes the current folder and the script's folder from the path.
+            # As in a task's process, the option -P excludes the current folder and the script's folder from the module
+            # search path.
             command = [sys.executable, "-P", "-c", _FIND_MODULES, *places]
             answer = subprocess.run(command, capture_output=True, text=True, check=True)
             workers_places: dict[str, str | None] = json.loads(answer.stdout.splitlines()[-1])
@@ -161,7 +164,8 @@ def _arguments(item: Any, file: Callable[[File], Json]) -> Json:
 
 def _place(name: str) -> str | None:
     """Return the file or folder that a module was loaded from. Return None for the standard library, for `__main__`,
-    and for modules without a file."""
+    and for modules without a file.
+    """
     module = sys.modules.get(name)
     if name in sys.stdlib_module_names or name == "__main__":
         return None
@@ -193,7 +197,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _PreparedJob:
-    """A job to submit. `items` are the items of a small job, or None if the bucket contains the items."""
+    """A job that is ready for submission.
+
+    `items` are the items of a small job, or None if the bucket contains the items.
+    """
 
     job: JobDef
     items: list[Json] | None
@@ -221,8 +228,8 @@ class JobSubmitter:
         """Submit a job with one task per item. Return None if `items` is empty.
 
         The items of a `starred` function are sequences of arguments. `stage` describes the tasks, without the handler.
-        A `tolerant` job succeeds even if tasks fail. Submit nothing and raise UsageError if an object cannot be
-        pickled. Submit nothing if the iteration over the items raises an error.
+        A `tolerant` job succeeds even if tasks fail. Submit no job and raise UsageError if an object cannot be pickled.
+        Submit no job if the iteration over the items raises an error.
         """
         self._link.check_open()
         pickled = self.shipping.function(Starred(function) if starred else function)
@@ -235,18 +242,20 @@ class JobSubmitter:
         return prepared.job
 
     def draft(self, name: str, stage: StageDef) -> JobDef:
-        """Return a job with an id and without items."""
+        """Return a new job that has an id and no items."""
         link = self._link
         job = object_keys.job_id(name, link.ids.fresh("map"))
-        # A client token is not needed, because no other process can use the id. A job without a token is accepted
+        # The job has no client token, because no other process can use its id. A job without a client token is accepted
         # faster.
         return JobDef(job, name, (stage,), link.clock.now_s())
 
     def send(
         self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], accepted: Callable[[], None], *, wait_s: float
     ) -> OutcomesView | None:
-        """Submit a tolerant job with its encoded items and its pickled handler. Wait up to `wait_s` for its first
-        outcomes. `accepted` may be called twice."""
+        """Submit a tolerant job with its encoded items and its pickled handler.
+
+        Wait up to `wait_s` seconds for the job's first outcomes. The function `accepted` may be called twice.
+        """
         prepared = self._prepare(draft, pickled, chunks, tolerant=True)
         if prepared is None:
             return None
@@ -257,7 +266,7 @@ class JobSubmitter:
     def _prepare(
         self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], *, tolerant: bool
     ) -> _PreparedJob | None:
-        """Store the job's objects in the bucket and return the job. Return None for a job without items."""
+        """Store the job's objects in the bucket and return the job, or None for a job without items."""
         link, job = self._link, draft.id
         (stage,) = draft.stages
         key = f"code/{hashlib.sha256(pickled).hexdigest()}.pkl"
@@ -291,7 +300,8 @@ class JobSubmitter:
         self, job: JobId, key: str, pickled: bytes, chunks: Iterable[Chunk]
     ) -> tuple[int, list[Json] | None]:
         """Store the handler in the bucket, and also the items of a large job. Return the number of items, and the items
-        of a small job, which the submission contains."""
+        of a small job, which the submission contains.
+        """
         run = self._link.run
         writer = PartWriter(self._link.objects, self._link.patience, job, MAP, 0)
         pending: list[Chunk] = []
@@ -352,14 +362,14 @@ class JobSubmitter:
                 await patience(partial(objects.put, key, data))
             chunk.items[number] = values.value_ref(key)
 
-        # The writer would store large items one after the other.
+        # Large items are stored in parallel here, because the writer would store large items one after the other.
         large = [number for number, item in enumerate(chunk.items) if values.roughly(item) > ITEM_BYTES]
         await asyncio.gather(*(upload(path, key) for path, key in chunk.files), *map(put, large))
         await writer.add(*chunk.items)
 
     async def _store(self, key: str, pickled: bytes) -> None:
         put = partial(self._link.objects.put, key, pickled, if_absent=True)
-        with suppress(AlreadyExists):  # the key is a hash, so the content is equal
+        with suppress(AlreadyExists):  # the key is a hash of the content, so the stored content is equal
             await self._link.patience(put)
         self._stored.add(key)
 
@@ -370,7 +380,7 @@ class JobSubmitter:
 
 
 def _reference(prefix: str, files: list[tuple[Path, str]], file: File) -> Json:
-    """Return the reference to a file in an item. A local file is added to `files`, which are uploaded."""
+    """Return the reference to a file in an item. A local file is added to `files` and uploaded later."""
     origin = file.origin()
     if origin is not None:
         return origin

@@ -1,16 +1,16 @@
 """Threads that are reused for a short time, and a delay of Python's exit until the executors' work is done.
 
-The start of a thread takes a noticeable part of a short call on an idle grid. Invariant: an idle thread does not refer
-to its past work and does not delay the exit of Python. After `is_exiting` returns True, executors accept no new calls,
-and complete the accepted calls.
+Threads are reused, because the start of a thread takes a noticeable part of a short call on an idle grid. Invariant: an
+idle thread does not refer to its past work and does not delay the exit of Python. After `is_exiting` returns True,
+executors accept no new calls, and complete the accepted calls.
 """
 
 from __future__ import annotations
 
 import atexit
 
-# The import registers the hook of concurrent.futures, which stops every pool of threads at the exit of Python. Hooks
-# run in the reverse order of their registration, and the hook below must run first.
+# The import of concurrent.futures registers a hook, which stops every pool of threads at the exit of Python. Exit hooks
+# run in the reverse order of their registration, and the hook below must run before the hook of concurrent.futures.
 import concurrent.futures.thread  # noqa: F401 - see above
 import os
 import threading
@@ -36,7 +36,7 @@ class ThreadCache:
         self._spare_s = spare_s
         self._lock = threading.Lock()
         self._spare: list[SimpleQueue[tuple[Work, Work]]] = []
-        """Queues of the idle threads. The thread of the last queue has waited for the shortest time."""
+        """Queues of the idle threads. The thread of the last queue in the list has been idle for the shortest time."""
 
     @property
     def count(self) -> int:
@@ -44,11 +44,15 @@ class ThreadCache:
         return len(self._spare)
 
     def run(self, work: Work, then: Work = _nothing) -> None:
-        """Run `work` on a thread, and then `then` after the thread has dropped its reference to `work`. Both functions
-        must not raise errors. Raise RuntimeError if no thread can be started, or if Python is exiting."""
+        """Run `work` on a thread, and then `then` after the thread has dropped its reference to `work`.
+
+        `work` and `then` must not raise errors. Raise RuntimeError if no thread can be started, or if Python is
+        exiting.
+        """
         with self._lock:
             if self._spare:
-                # The order of these lines matters: Ctrl-C between them does not lose a thread.
+                # The work is put into the queue before the queue is removed from the list, so that Ctrl-C between both
+                # lines does not lose a thread.
                 self._spare[-1].put((work, then))
                 self._spare.pop()
                 return
@@ -58,7 +62,8 @@ class ThreadCache:
 
     def reset(self) -> None:
         """Reset the pool in a forked child, which does not have the threads."""
-        self._lock = threading.Lock()  # a thread of the parent may have held the lock
+        # the lock is new, because a thread of the parent process may have held the old lock
+        self._lock = threading.Lock()
         self._spare = []
 
     def _live(self, inbox: SimpleQueue[tuple[Work, Work]]) -> None:
@@ -68,18 +73,19 @@ class ThreadCache:
             except Empty:
                 with self._lock:
                     if not inbox.empty():
-                        continue  # work has just arrived
+                        continue  # work has just arrived in the queue
                     self._spare.remove(inbox)
                     return
             try:
                 work()
             finally:
-                # This may be the last reference to `work`. Its finalizers must run before `then`.
+                # The reference is deleted before `then`, because the finalizers of `work` must run before `then`.
                 del work
                 then()
             del then
             with self._lock:
-                # A thread with waiting work is not idle. New work in its queue would wait for that work.
+                # A thread whose queue contains work is not idle, because new work in the queue would wait for the
+                # earlier work.
                 if inbox not in self._spare and inbox.empty():
                     self._spare.append(inbox)
 
@@ -108,9 +114,10 @@ def _at_exit() -> None:
         end.wait()
 
 
-# In a forked child, the threads that would set these events do not exist.
+# A forked child must not wait for the events, because the threads that would set the events do not exist in the child.
 os.register_at_fork(after_in_child=_awaited.clear)
 
-# Hooks of atexit run when threads can no longer be started. This hook of `threading` is not public, but
-# concurrent.futures and joblib use it too. Without the hook, unfinished calls are canceled at the exit.
+# The hook is not registered with atexit, because hooks of atexit run when threads can no longer be started. The
+# function `_register_atexit` of `threading` is not public, but concurrent.futures and joblib use it too. If the
+# function does not exist, unfinished calls are canceled at the exit.
 getattr(threading, "_register_atexit", atexit.register)(_at_exit)

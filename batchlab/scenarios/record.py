@@ -1,6 +1,6 @@
 """Record of a run of a scenario, with the same format for forecasts and replays.
 
-Times are seconds from the start of the run. In a compressed run, they are compressed.
+Times in a record are seconds from the start of the run. In a compressed run, the recorded times are compressed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class JobRun:
-    """Result of one job. Counts are tasks of all stages.
+    """Result of one job. Counts refer to the tasks of all stages.
 
     `due_s` is the planned arrival, `submitted_s` the submission, and `started_s` the start of the first task. `tasks`
     is the number of tasks of the first stage, and `done_s` the end of the last task, which is before the end of the
-    job. None stands for a time or number that was not observed.
+    job. A time or number is None if it was not observed.
     """
 
     index: int
@@ -52,7 +52,10 @@ class JobRun:
 
     @classmethod
     def of(cls, job: Job, *, job_id: str = "", tasks: int | None = None, **measured: Any) -> JobRun:
-        """Return the result of the scenario's job with these measured values. `job_id` is the grid's id of the job."""
+        """Return the result of the scenario's job with the values in `measured`.
+
+        `job_id` is the id of the job on the grid.
+        """
         deadline_s = None if job.template.deadline_s is None else job.due_s + job.template.deadline_s
         return cls(
             index=job.index,
@@ -71,8 +74,8 @@ class JobRun:
 class StageRun:
     """Totals of one stage of one template.
 
-    `run_s` is the measured time of the succeeded tasks, and `declared_s` their time in the scenario. `span_s` is the
-    sum of the bundles' times in their workers.
+    `run_s` is the measured time of the succeeded tasks, and `declared_s` is the time of the same tasks in the scenario.
+    `span_s` is the sum of the bundles' times in their workers.
     """
 
     template: str
@@ -88,10 +91,11 @@ class StageRun:
     """Even sample of at most 200 sorted task times."""
     after: tuple[str, ...] = ()
     gather: str | None = None
-    """Upstream stages and the gather value, as in a job's stage."""
+    """Upstream stages and the gather value of the stage, as in a job definition."""
     over_s: tuple[float, ...] = ()
-    """Even samples of the time that bundles took beyond their tasks, and of the ratio of measured to declared time.
-    Both are empty if they were not recorded.
+    """Even samples of the bundles' time in addition to their tasks, and of the ratio of measured to declared task time.
+
+    A sample is empty if its values were not recorded.
     """
     stretch: tuple[float, ...] = ()
 
@@ -109,7 +113,7 @@ class PoolSample:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """State of the grid at one time. `waiting` and `in_flight` are messages of all task queues."""
+    """State of the grid at one time. `waiting` and `in_flight` are numbers of messages in all task queues."""
 
     at_s: float
     pools: Mapping[str, PoolSample]
@@ -119,7 +123,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class InstanceRun:
-    """Life of one instance. `ready_s` is the time at which it was first seen InService."""
+    """Life of one instance. `ready_s` is the time at which the instance was first seen InService."""
 
     id: str
     pool: str
@@ -133,24 +137,24 @@ class InstanceRun:
 
     @property
     def boot_s(self) -> float | None:
-        """Return the time from launch to InService. None if this was not observed, as for instances that were ready at
-        the start.
+        """Return the seconds from launch to InService, or None if the boot was not observed, as for instances that were
+        ready at the start.
         """
         if self.ready_s is None or self.ready_s <= 0.0:
             return None
         return self.ready_s - self.launched_s
 
     def lived_s(self, end_s: float) -> float:
-        """Return the seconds from its launch to its end, or to the run's end at `end_s`."""
+        """Return the seconds from the instance's launch to its end, or to the run's end at `end_s`."""
         return max(0.0, (end_s if self.ended_s is None else self.ended_s) - self.launched_s)
 
 
 @dataclass(frozen=True, slots=True)
 class InjectedFault:
-    """Injected fault. `evidence` describes the observed effect.
+    """Injected fault.
 
-    `impossible` has the reason why the fault could not be injected. `trouble` has a failure: of the injection, of the
-    observation in time, or of the rollback.
+    `evidence` describes the observed effect of the fault. `impossible` has the reason why the fault could not be
+    injected. `trouble` describes a failure of the fault's injection, observation, or rollback.
     """
 
     name: str
@@ -163,12 +167,12 @@ class InjectedFault:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One run. `usd` is its cost on AWS at list prices, and `usd_items` has the parts of the cost.
+    """Record of one run. `usd` is the cost of the run on AWS at list prices, and `usd_items` has the parts of the cost.
 
     `lost` counts tasks of ended jobs without a terminal state and tasks of jobs that never ended. `duplicates` counts
-    tasks with several committed results. `settings` has the seconds of the manager's and the workers' settings, and
-    `cores`, the number of shared cores (0: unlimited). `again_s` is the slot time of failed and lost executions, or
-    None if it is unknown.
+    tasks with several committed results. `settings` has the settings of the manager and the workers in seconds, and
+    under `cores` the number of shared cores (0: unlimited). `again_s` is the slot time of failed and lost executions,
+    or None if it is unknown.
     """
 
     scenario: str
@@ -192,11 +196,11 @@ class Record:
     settings: Mapping[str, float] = field(default_factory=dict)
     simulated: bool = False
     wall_s: float = 0.0
-    """Wall time of the run."""
+    """Wall-clock duration of the run in seconds."""
     log_digest: str = ""
-    """SHA-256 of the event log, if there is one."""
+    """SHA-256 of the event log, or "" if the run has no event log."""
     cut: str = ""
-    """Reason why it ended before its jobs."""
+    """Reason why the run ended before its jobs ended, or ""."""
     version: int = VERSION
 
 
@@ -215,7 +219,10 @@ def write(record: Record, path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes, what: str) -> None:
-    """Write a file and its folder. Raise UsageError, which names the file by `what`, if this is impossible."""
+    """Write a file, and create its folder if necessary.
+
+    Raise UsageError, which names the file by `what`, if the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -226,7 +233,7 @@ def write_file(path: Path, data: bytes, what: str) -> None:
 
 
 def read_file(path: Path, what: str, remedy: str) -> bytes:
-    """Read a file. Raise UsageError, which names the file by `what`, if this is impossible."""
+    """Read a file. Raise UsageError, which names the file by `what`, if the file cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:

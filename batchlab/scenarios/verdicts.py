@@ -1,7 +1,7 @@
 """Measures of a run, and the verdicts on its expectations.
 
-A job that has not ended counts as one that never ends, so its times are infinite and exceed every bound. Costs are not
-judged in a compressed run, in which instances live shorter than on AWS.
+A job that has not ended by the end of the run has infinite times, which exceed every bound. Expectations about costs
+are not judged in a compressed run, because its instances live shorter than on AWS.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Unit(StrEnum):
     """Unit of a measure."""
 
     SECONDS = "s"
-    """Seconds of the run. In a compressed run, measures and expectations are compressed."""
+    """Seconds of the run. In a compressed run, the seconds of measures and expectations are compressed."""
     USD = "USD"
     NUMBER = ""
     SHARE = "share"
@@ -31,7 +31,7 @@ class Unit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """The record does not have the measure; `why` gives the reason."""
+    """The record does not have the requested measure; `why` gives the reason."""
 
     why: str
 
@@ -43,9 +43,9 @@ _NO_JOB = Unknown("there is no such job")
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Measure of a record. `of` takes a record and a template's name ("" for all jobs).
+    """Measure of a record. The function `of` takes a record and a template's name ("" for all jobs).
 
-    `by_template` is True if a template can be named.
+    `by_template` is True if the measure also exists for a single job template.
     """
 
     name: str
@@ -56,8 +56,9 @@ class Measure:
 
 
 def quantile(numbers: Iterable[float], share: float) -> float:
-    """Return the nearest-rank quantile: the smallest number that is at least as large as `share` of all. Raise
-    ValueError for no numbers.
+    """Return the nearest-rank quantile: the smallest number that is at least as large as `share` of all.
+
+    Raise ValueError if `numbers` is empty.
     """
     ordered = sorted(numbers)
     if not ordered:
@@ -70,8 +71,9 @@ def _jobs(record: Record, template: str) -> Sequence[JobRun]:
 
 
 def waits_s(record: Record, template: str) -> list[float]:
-    """Return each job's time from its due time to its first task's start, without jobs that ended before any task
-    started.
+    """Return the seconds from each job's due time to its first task's start.
+
+    Jobs that ended before a task started are skipped.
     """
     waits = []
     for job in _jobs(record, template):
@@ -83,12 +85,12 @@ def waits_s(record: Record, template: str) -> list[float]:
 
 
 def turnarounds_s(record: Record, template: str) -> list[float]:
-    """Return each job's time from its due time to its end."""
+    """Return the seconds from each job's due time to its end."""
     return [math.inf if job.ended_s is None else max(0.0, job.ended_s - job.due_s) for job in _jobs(record, template)]
 
 
 MEASURES: dict[str, Measure] = {}
-"""Measures by name. A scenario's `expect` may use these names."""
+"""Measures by name. The keys under `expect` in a scenario are names of measures."""
 
 _Function = Callable[[Record, str], Measured]
 
@@ -173,8 +175,9 @@ def end_s(record: Record) -> float:
 
 
 def fleet_sizes(record: Record) -> list[tuple[float, int]]:
-    """Return the number of instances in service over time, as (start time, number). Without samples, it comes from the
-    instances' own times.
+    """Return the number of instances in service over time, as (start time, number) pairs.
+
+    If the record has no samples, the numbers are derived from the times of the instances.
     """
     if record.samples:
         return [(sample.at_s, sum(pool.in_service for pool in sample.pools.values())) for sample in record.samples]
@@ -249,15 +252,15 @@ def _idle_share(record: Record, _: str) -> Measured:
 
 
 ENDED = "ended"
-"""Row for the completion of the run."""
+"""Name of the row that judges whether the run was completed."""
 ARRIVALS = "arrivals"
-"""Row for the existence of jobs."""
+"""Name of the row that judges whether the run had jobs."""
 _SLACK = 1e-9
 """Relative tolerance for rounding errors of sums."""
 
 
 class Color(StrEnum):
-    """Result of an expectation."""
+    """Result of a check of an expectation."""
 
     GREEN = "green"
     RED = "red"
@@ -268,8 +271,8 @@ class Color(StrEnum):
 class VerdictRow:
     """Expectation and its measured value in `unit`.
 
-    Without a template, it applies to all jobs. `measured` is None if it is unknown and infinite if something never
-    ended. `why` explains a result that is not green.
+    An expectation without a template applies to all jobs. `measured` is None if the value is unknown, and infinite if a
+    job never ended. `why` explains a result that is not green.
     """
 
     measure: str
@@ -288,7 +291,7 @@ class VerdictRow:
 
 
 def judge(record: Record, expectations: Iterable[Expectation]) -> list[VerdictRow]:
-    """Judge the expectations.
+    """Return the verdict on each expectation.
 
     Rows about the whole run come first: a cut run is red, and a fault that was not injected as planned is not judged.
     Raise UsageError for an unknown measure.
@@ -297,7 +300,7 @@ def judge(record: Record, expectations: Iterable[Expectation]) -> list[VerdictRo
 
 
 def is_red(rows: Iterable[VerdictRow]) -> bool:
-    """Return whether a gate must fail."""
+    """Return whether one of the verdicts is red, so that a gate must fail."""
     return any(row.verdict is Color.RED for row in rows)
 
 
@@ -314,14 +317,17 @@ def _judge_run(record: Record) -> Iterator[VerdictRow]:
 
 
 def uncertainty(fault: InjectedFault) -> str:
-    """Return why the effect of a fault is uncertain, or ""."""
+    """Return the reason why the effect of a fault is uncertain, or ""."""
     if fault.impossible:
         return f"it could not be injected: {fault.impossible}"
     return f"it did not go as it should: {fault.trouble}" if fault.trouble else ""
 
 
 def measure_of(name: str, template: str = "") -> Measure:
-    """Return the measure. Raise UsageError if it does not exist, or not for one template."""
+    """Return the measure with this name.
+
+    Raise UsageError if the measure does not exist, or if it does not exist for a single template.
+    """
     measure = MEASURES.get(name)
     if measure is None:
         raise UsageError(f"The measure {name!r} does not exist.", remedy=f"The measures are {', '.join(MEASURES)}.")

@@ -27,7 +27,10 @@ from batchlab.manager.manager import Manager
 from batchlab.manager.state import LiveJob, ManagerSettings, Outstanding, WorkerStatus
 
 MAX_ACTIVITIES = 20
-"""Number of scaling activities that are read per pool. They include several launches of a crash loop."""
+"""Number of scaling activities that are read per pool.
+
+The number is large enough for several launches of a crash loop.
+"""
 
 Key = tuple[StageName, BundleId]
 
@@ -36,9 +39,10 @@ Key = tuple[StageName, BundleId]
 class Facts:
     """Facts about a job and its grid.
 
-    `groups`, `held` (manually set capacity), `activities` (newest first), `capped` (why a cap on cost stops launches),
-    and `stopped` (why launches that would fail are stopped) are keyed by pool. `workers` is keyed by instance. `live`
-    is None if the manager does not run the job. `trouble` is the reason why the manager's last tick was skipped.
+    The keys of `groups`, `held` (manually set capacity), `activities` (newest first), `capped`, and `stopped` are
+    pools. `capped` has the reason why a cap on cost stops launches, and `stopped` the reason why failing launches are
+    stopped. The keys of `workers` are instances. `live` is None if the manager does not run the job. `trouble` is the
+    reason why the manager's last tick was skipped.
     """
 
     record: JobRecord
@@ -58,7 +62,7 @@ class Facts:
     lag_s: float = 0.0
     """Age in seconds of the oldest unprocessed event of the workers."""
     warning: tuple[float, str] | None = None
-    """Last warning about this job in the manager's log: its epoch time and its text."""
+    """Last warning about the job in the manager's log, as the epoch time and the text of the warning."""
     unreadable: str = ""
     """Messages and objects of the job that cannot be read, as a clause."""
     undelivered: str = ""
@@ -93,7 +97,7 @@ class Facts:
 
     @cached_property
     def idle(self) -> list[Outstanding]:
-        """Return the outstanding bundles that no worker runs."""
+        """Return the idle bundles, which are outstanding bundles that no worker runs."""
         return [outstanding for key, outstanding in self.outstanding.items() if key not in self.running]
 
     @cached_property
@@ -104,7 +108,10 @@ class Facts:
 
     @cached_property
     def queued(self) -> list[Outstanding]:
-        """Return the idle bundles without a backoff. A worker can receive them, or has prefetched them."""
+        """Return the idle bundles without a backoff.
+
+        A worker can receive an idle bundle without a backoff, or has prefetched the bundle.
+        """
         return [outstanding for outstanding in self.idle if outstanding.heard_s <= self.monotonic_s]
 
     def pools(self) -> list[str]:
@@ -120,7 +127,7 @@ class Facts:
         return [i for i in self.groups[pool].instances if i.state is LifecycleState.PENDING]
 
     def rivals(self, pool: str) -> Iterator[LiveJob]:
-        """Return the other running jobs that have work for the pool, oldest first."""
+        """Return the running jobs, except for the job itself, that have work for the pool, oldest first."""
         for live in sorted(self.lives.values(), key=lambda live: (live.job.submitted_s, live.id)):
             runs = live.record.control is Control.RUN
             if live.id == self.record.job.id or not runs or live.record.state is JobState.SCHEDULED:
@@ -136,7 +143,7 @@ async def gather(manager: Manager, job: JobId) -> Facts:
     groups = await fleet_commands.groups(manager)
     activities = {pool: await fleet.activities(pool, limit=MAX_ACTIVITIES) for pool in groups}
     rows = await ledger.rows(job)
-    # No await follows, so that all facts from the manager's memory are from the same moment.
+    # The rest of the function has no await, so that all facts from the manager's memory are from the same moment.
     live = manager.lives.get(job)
     return Facts(
         record=live.record if live else rows.job,

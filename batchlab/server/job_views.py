@@ -1,6 +1,6 @@
 """Views of the API, built from the manager's data.
 
-Invariant: the functions are pure and depend only on their arguments.
+Invariant: the functions of the module are pure and depend only on their arguments.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def job_view(
     workers: Iterable[WorkerStatus] = (),
     report: str = "",
 ) -> JobView:
-    """Return the view of a job. A `live` job has a version and running tasks."""
+    """Return the view of a job. With `live`, the view has a version and the number of running tasks."""
     job = record.job
     running = running_tasks(live, workers) if live else {}
     is_active = live is not None and not record.state.ended
@@ -68,7 +68,7 @@ def job_view(
 
 
 def _pick(source: object, names: str) -> dict[str, Any]:
-    """Return the attributes with these names."""
+    """Return the attributes of `source` with the names in `names`, by name."""
     return {name: getattr(source, name) for name in names.split()}
 
 
@@ -86,7 +86,8 @@ def _stage_view(job: JobDef, stage: StageRecord, running: int) -> StageView:
 
 def running_tasks(live: LiveJob, workers: Iterable[WorkerStatus]) -> Mapping[str, int]:
     """Return the number of running tasks by stage, according to the heartbeats. A bundle that several workers run
-    counts once."""
+    counts once.
+    """
     bundles = {
         (held.stage, held.bundle)
         for worker_status in workers
@@ -102,8 +103,10 @@ def running_tasks(live: LiveJob, workers: Iterable[WorkerStatus]) -> Mapping[str
 
 
 def outcome_view(record: BundleRecord, key: CommitKey, outcome: Outcome | None = None) -> OutcomeView:
-    """Return the view of a bundle that the ledger has folded. `key` is the commit key of its job. Raise ValueError for
-    a bundle without an outcome."""
+    """Return the view of a bundle that the ledger has folded.
+
+    `key` is the commit key of the bundle's job. Raise ValueError if the bundle has no outcome.
+    """
     if record.completion is None or record.seq is None:
         raise ValueError(f"bundle {record.bundle.id} has no outcome")
     return {
@@ -118,7 +121,7 @@ def outcome_view(record: BundleRecord, key: CommitKey, outcome: Outcome | None =
 
 
 def failure_view(seq: int, outcome: Outcome, failure: Failure) -> FailureView:
-    """Return the view of one failure in the outcome with this seq."""
+    """Return the view of one failure in the outcome with the seq `seq`."""
     view = {
         "seq": seq,
         "stage": outcome.bundle.stage,
@@ -156,7 +159,7 @@ def tail_view(tail: Tail) -> TailView:
 def pool_view(
     view: GroupView, backlog: Backlog, workers: Mapping[str, WorkerStatus], *, held: bool, trouble: str = ""
 ) -> PoolView:
-    """Return the view of a pool: its group, its work, and its workers."""
+    """Return the view of a pool, which describes its group, its work, and its workers."""
     pool = view.pool
     return {
         "name": pool.name,

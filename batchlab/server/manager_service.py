@@ -1,7 +1,7 @@
-"""Manager process: its ports, its API and web page, and its workers if it starts them.
+"""Manager process, with the manager's ports, API, web page, and local workers.
 
-Invariant: SIGTERM ends the manager, leaves no process running, and loses no data. After a kill, the next manager
-continues with the stored data and with the workers that still run.
+Invariant: SIGTERM ends the manager, leaves no process running, and loses no data. After the kill of a manager, the next
+manager continues with the stored data and with the workers that still run.
 """
 
 from __future__ import annotations
@@ -37,15 +37,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEASE_RETRY_S = 1.0
-"""Pause in seconds between the loss of the lease and the next attempt to get the lease."""
+"""Pause in seconds between the loss of the lease and the next attempt to acquire the lease."""
 DELIVERY_WAIT_S = 3.0
 """Time in seconds that an ending manager waits for the first delivery attempts of new notifications."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManagerOptions:
-    """Options of a manager process. The process ends with the process `parent`, if `parent` is not 0. The web
-    page accepts the names of this machine, `host`, and `hosts` in the Host header."""
+    """Options of a manager process.
+
+    If `parent` is not 0, the manager process ends when the process `parent` ends. The web page accepts the names of
+    this machine, `host`, and `hosts` in the Host header.
+    """
 
     home: Home
     backend: Backend
@@ -70,8 +73,10 @@ def manager_main(options: ManagerOptions) -> None:
 
 @asynccontextmanager
 async def _emulator_running(home: Home, backend: Backend) -> AsyncIterator[None]:
-    """Run the block while the backend's emulator of AWS runs, if the backend has an emulator. This function
-    starts, supervises, and stops the emulator."""
+    """Run the block while the backend's emulator of AWS runs, if the backend has an emulator.
+
+    The function `_emulator_running` starts, supervises, and stops the emulator.
+    """
     emulator = backend.open_emulator(home)
     if emulator is None:
         backend.settle(home, None)
@@ -119,8 +124,9 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     )
     owner = ids.fresh("manager")
     logs.add_process_fields(manager=owner)
-    # This call is not retried, so that the user sees a damaged file or a newer file format at once. This process holds
-    # the lock of the folder. So the previous manager has ended, and its lease can be released.
+    # The release of the lease is not retried, so that the user sees a damaged file or a newer file format at once. This
+    # process holds the lock of the folder, so the previous manager has ended and the previous manager's lease can be
+    # released.
     await ledger.release(LEASE, home.last_owner() or owner)
     if backend.capabilities.local_queue:
         await queue.ensure(events_queue(backend.manager))
@@ -156,12 +162,12 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     if backend.capabilities.local_manager and (local := listen_locally(home)):
         listeners.append(local[0])
         home.write_socket(owner, local[1])
-    # The record is written before this manager leads, because the next manager must know the owner of the lease. Early
-    # requests wait for the server.
+    # The record is written before this manager leads, because the next manager must know the owner of the lease.
+    # Requests that arrive before the server runs wait for the server.
     home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name, options.parent))
     lead = _Lead(_with_reasons(new_manager()))
     leading = loop.create_task(_lead_on(lead, new_manager))
-    # The server is created while the workers boot, which takes about as long.
+    # The server is created while the workers boot, because both take about the same time.
     try:
         server, served = await asyncio.to_thread(_server, lead, token, options, stop.set)
     except BaseException:
@@ -172,10 +178,11 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
         raise
     gc_control.resume()
     lead.serve(served)
-    # The history module imports the API. The thread has just imported the API, so this import is fast.
+    # The import of the history module is fast, because the thread has just imported the API, which the history module
+    # needs.
     from batchlab.server.http.history import record_history
 
-    # uvicorn handles SIGTERM and SIGINT while it serves. Its return ends this process.
+    # While uvicorn serves, uvicorn handles SIGTERM and SIGINT. The process ends when the uvicorn server returns.
     serving = loop.create_task(server.serve(sockets=listeners))
     watching = [
         loop.create_task(end_with(options.parent, stop)),
@@ -188,7 +195,7 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     await asyncio.wait({stopping, leading, serving}, return_when=asyncio.FIRST_COMPLETED)
     log.info("manager %s ends", owner)
     if (notifier := lead.manager.notifier) and lead.manager.is_leader.is_set():
-        # A grid may run a single job and stop after the job. The user of the job waits for the notification.
+        # A grid may run a single job and stop after the job. The user of a single job waits for the job's notification.
         await notifier.wait_for_attempts(DELIVERY_WAIT_S)
     server.should_exit = True
     for task in (leading, stopping, *watching):
@@ -225,7 +232,10 @@ class _Lead:
 def _server(
     lead: _Lead, token: str, options: ManagerOptions, on_shutdown: Callable[[], None]
 ) -> tuple[uvicorn.Server, ServerState]:
-    """Create the server with the API and the web page. Their imports and routes take half of a grid's start-up time."""
+    """Create the server with the API and the web page.
+
+    The imports and routes of the API and the web page take half of a grid's start-up time.
+    """
     import uvicorn
 
     from batchlab.adapters.local.state_files import StateFile
@@ -240,7 +250,7 @@ def _server(
         capabilities=backend.capabilities,
         on_shutdown=on_shutdown,
         # After a manager on this machine ends, another program may listen on its port and receive the requests of an
-        # open page. So the sessions of such a manager are not stored and end with the manager.
+        # open page. The sessions of a manager on this machine are therefore not stored and end with the manager.
         sessions=StateFile(home.sessions_file) if backend.capabilities.remote_manager else None,
         hosts=[options.host, *options.hosts],
     )
@@ -252,7 +262,7 @@ def _server(
     web.mount(app, served, prices=prices)
     config = uvicorn.Config(
         app,
-        log_config=None,  # the process sets up its own logs
+        log_config=None,  # the process configures its logs itself
         log_level="warning",
         timeout_graceful_shutdown=2,
         lifespan="off",
@@ -262,10 +272,11 @@ def _server(
 
 
 async def _lead_on(lead: _Lead, new_manager: Callable[[], Manager]) -> None:
-    """Run the manager, and create a new manager object after each loss of the lease. A full disk, a long outage of the
-    database, or another manager can cause a loss.
+    """Run the manager, and create a new manager object after each loss of the lease.
 
-    Raise BackendError if the first attempt to get the lease fails, so that the user sees the error at once.
+    A full disk, a long outage of the database, or another manager can cause a loss of the lease.
+
+    Raise BackendError if the first attempt to acquire the lease fails, so that the user sees the error at once.
     """
     has_led = False
     while True:
@@ -303,7 +314,7 @@ async def _wake_on_change(lead: _Lead, changed: asyncio.Event) -> None:
 
 
 def accounting_of(home: Home, pools: Sequence[Pool], tally: RequestCounter) -> Accounting:
-    """Return the accounting of the grid. Without a readable price book, prices are missing."""
+    """Return the accounting of the grid. If the price book cannot be read, the accounting has no prices."""
     try:
         book = price_book.load(home.path)
     except UsageError as error:

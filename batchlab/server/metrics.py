@@ -1,7 +1,7 @@
-"""Prometheus metrics of a manager, computed from its memory on request, and their endpoint, which requires the token.
+"""Prometheus metrics of a manager, computed from its memory on request. The endpoint of the metrics requires the token.
 
-Invariant: a request for metrics calls no service and reads no row of the ledger. Pools, states, and kinds limit the
-number of series. No label contains a job or a user's text.
+Invariant: a request for metrics calls no service and reads no row of the ledger. The labels of metrics contain pools,
+states, and kinds, which limits the number of series. No label of a metric contains a job or a user's text.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def _gauge(name: str, help_: str, samples: float | Samples, *labels: str) -> Met
 
 
 def _counter(name: str, help_: str, samples: float | Samples, *labels: str) -> Metric:
-    """Return a counter. The client library appends `_total` to its name."""
+    """Return a counter. The client library appends `_total` to the name of a counter."""
     from prometheus_client.core import CounterMetricFamily
 
     return _filled(CounterMetricFamily(f"batchlab_{name}", help_, labels=labels), samples)
@@ -285,8 +285,8 @@ router = APIRouter(dependencies=[Depends(require_token)])
 
 @router.get("/metrics", include_in_schema=False)
 async def metrics(served: StateDep, request: Request) -> Response:
-    """Return the metrics. A manager that is not the leader also returns them."""
+    """Return the metrics. A manager that is not the leader also returns metrics."""
     accept = request.headers.get("accept", "")
     content, kind = exposition(served.manager, served.backend_name, accept)
-    # FastAPI would add a charset to `media_type`, which already has one.
+    # The content type is set as a header, because FastAPI would add a second charset to `media_type`.
     return Response(content, headers={"Content-Type": kind})

@@ -1,4 +1,4 @@
-"""Writers of job performance data, with the prices of the home."""
+"""Writers of job performance data, with the prices that the home defines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def open_reporter(backend: Backend, home: Home, objects: Objects, pools: Sequence[Pool]) -> Writer:
     """Return the writer of performance data for the manager of the grid."""
     scratch = home.scratch / "reports"
-    shutil.rmtree(scratch, ignore_errors=True)  # may contain files of a killed manager
+    shutil.rmtree(scratch, ignore_errors=True)  # the folder may contain files of a killed manager
 
     def on_error(error: UsageError) -> None:
         log.warning("job performance data has no cost: %s", error)
@@ -39,8 +39,10 @@ def open_writer(
     on_error: Callable[[UsageError], None],
     scratch: Path | None = None,
 ) -> Writer:
-    """Return a writer of job performance data with the prices of the home. If the price book cannot be read, costs are
-    missing from the data, and `on_error` is called with the error."""
+    """Return a writer of job performance data with the prices that the home defines.
+
+    If the price book cannot be read, costs are missing from the data, and `on_error` is called with the error.
+    """
     from batchlab.core.pricing import price_book
     from batchlab.reports.tables.build import Setting
     from batchlab.reports.tables.write import Writer

@@ -1,6 +1,6 @@
 """Shutdown of long-lived processes by a signal or with their parent process, and shutdown of their instances.
 
-Invariant: a service ends everything that it started, first gracefully and then by force.
+Invariant: a service ends everything that the service started, first gracefully and then by force.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ async def end_with(parent: int, stop: asyncio.Event) -> None:
 
 
 async def end_instances(launcher: ProcessLauncher | ContainerLauncher, drain_s: float) -> None:
-    """Drain every instance, wait for up to `drain_s`, and kill the remaining ones."""
+    """Drain every instance, wait up to `drain_s` seconds, and kill the remaining instances."""
     running = [name for name, ended in (await launcher.running()).items() if ended is None]
     for name in running:
         await launcher.terminate(name, grace_s=drain_s)
     deadline_s = time.monotonic() + drain_s
     while time.monotonic() < deadline_s:
-        launcher.changed.clear()  # before the check, so that a change during the check is not lost
+        launcher.changed.clear()  # the event is cleared before the check, so that a change during the check is not lost
         living = await launcher.running()
         if all(living.get(name) is not None for name in running):
             break

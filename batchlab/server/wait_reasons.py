@@ -1,8 +1,8 @@
 """Explanation in one line of why a job has not progressed further.
 
-Invariant: an explanation always exists, and it is derived from facts of the grid. Users of other batch services
-complain most about jobs that wait forever without a reason. `_REASONS` lists the reasons, and the first reason that
-applies is the explanation, so more specific reasons come first.
+Invariant: an explanation always exists, and the explanation is derived from facts of the grid. Users of other batch
+services complain most about jobs that wait forever without a reason. `_REASONS` lists the reasons, and the first reason
+that applies is the explanation, so more specific reasons come first.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ MAX_WARNING_AGE_S = 600.0
 LONG_RUN_S = 10.0
 """Run time in seconds above which the explanation mentions the log of the oldest bundle."""
 MAX_LISTED_JOBS = 3
-"""Number of jobs that are listed by id. Further jobs are only counted."""
+"""Number of jobs that an explanation lists by id. The explanation only counts further jobs."""
 
 
 def why(facts: Facts) -> str:
-    """Return the explanation, without line breaks."""
+    """Return the explanation of why the job waits, without line breaks."""
     reason, explanation = next((reason, text) for reason in _REASONS if (text := reason(facts)))
-    # Append other problems that the user can solve.
+    # The explanation ends with other problems that the user can solve.
     notes = [f"Also, {text}." for note in _NOTES if (text := note(facts, reason))]
     return " ".join(" ".join([explanation, *notes]).split())
 
@@ -84,8 +84,10 @@ def _stopping(f: Facts) -> str | None:
 
 
 def _misplaced(f: Facts) -> str | None:
-    """Return the reason if a stage does not fit the pools. The submission refuses such a job, but a grid can be
-    restarted with other pools."""
+    """Return the reason if a stage does not fit the pools.
+
+    The submission refuses a job that does not fit the pools, but a grid can be restarted with other pools.
+    """
     for stage in f.open_stages:
         group = f.groups.get(stage.pool)
         if group is None:
@@ -139,7 +141,10 @@ def _blocked(f: Facts) -> str | None:
 
 
 def _crashes(f: Facts, group: GroupView) -> str | None:
-    """Return why the pool's instances fail to start. Return None if no launch has failed since the last success."""
+    """Return the reason why the pool's instances fail to start.
+
+    Return None if no launch has failed since the last successful launch.
+    """
     pool = group.pool.name
     failed: list[Activity] = []
     for activity in f.activities.get(pool, ()):
@@ -263,8 +268,7 @@ def _delayed(f: Facts) -> str | None:
 
 
 def _uncut(f: Facts) -> str | None:
-    """Return the reason if tasks are planned and none of their bundles was sent, because the pool already has
-    enough bundles."""
+    """Return the reason if no bundle of the planned tasks was sent because the pool already has enough bundles."""
     for stage in f.open_stages:
         tasks = len(f.by_stage[stage.name].left)
         if not tasks:
@@ -307,7 +311,7 @@ def _closing(f: Facts) -> str | None:
 
 
 def _between(f: Facts) -> str:
-    """Return the reason if every open task is between two bundles."""
+    """Return the reason if no open task belongs to a bundle at the moment."""
     return _joined(
         f"{_progress(f)}, and no bundle is outstanding at this moment.",
         f"The manager checks the job again within {f.settings.tick_s:g} s.",
@@ -352,7 +356,8 @@ def _behind(f: Facts, reason: Reason) -> str:
 
 def _warned(f: Facts, reason: Reason) -> str:
     """Return the log's last warning about a job that does not run, unless the explanation already contains the
-    warning."""
+    warning.
+    """
     if f.warning is None or reason in (_ended, _scheduled, _paused, _running, _troubled):
         return ""
     at_s, text = f.warning
@@ -373,7 +378,7 @@ _NOTES: tuple[Callable[[Facts, Reason], str], ...] = (
 
 
 def _joined(*sentences: str) -> str:
-    """Return the sentences that are not empty as one line. Each of them begins with a capital letter or a command."""
+    """Return the sentences that are not empty as one line. Each sentence begins with a capital letter or a command."""
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -399,7 +404,7 @@ def _retries(f: Facts) -> str:
 
 
 def _next_stage(f: Facts) -> str:
-    """Return a sentence about a stage that waits for another whole stage, or "" if the job has none."""
+    """Return a sentence about a stage that waits for another whole stage, or "" if no stage waits for a whole stage."""
     for stage in f.open_stages:
         if stage.chained:
             continue

@@ -29,15 +29,14 @@ from batchlab.worker.process_runner import ProcessRunner
 log = logging.getLogger(__name__)
 
 ORPHAN_S = 15.0
-"""Time in seconds without a manager after which a worker on the same machine drains and ends, so
-that no process remains."""
+"""Time in seconds without a manager after which a worker on the same machine drains and ends. No process remains."""
 
 
 def worker_main(home: Home, backend: Backend, *, pool: str = "", slots: int = 0, instance: str = "") -> None:
     """Run a worker until SIGTERM or a notice. A worker on the manager's machine also ends if no manager runs for
     ORPHAN_S.
 
-    Omitted arguments come from the instance's metadata service.
+    The values of omitted arguments come from the instance's metadata service.
     """
     logs.set_up(service="worker")
     asyncio.run(_work(home, backend, pool, slots, instance))
@@ -73,7 +72,7 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.drain)
     background = [loop.create_task(_store_environment(objects, worker.who.worker, imds))]
-    # A worker on AWS cannot read the record of the manager. The Auto Scaling group ends such a worker.
+    # A worker on AWS cannot read the record of the manager. The Auto Scaling group ends a worker on AWS.
     if not (imds or backend.capabilities.remote_manager):
         background.append(loop.create_task(_drain_orphan(home, worker.drain)))
     gc_control.resume()
@@ -88,8 +87,11 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
 
 
 def _instance_key(home: Home, instance: str) -> str:
-    """Return the key of an instance. The key is stored, so the next worker on the same instance has the same key.
-    Without `instance`, return a new key, as for a worker on this machine."""
+    """Return the key of an instance.
+
+    The key of an instance is stored, so the next worker on the same instance has the same key. If `instance` is empty,
+    return a new key, as for a worker on the manager's machine.
+    """
     key = secrets.token_hex(16)
     if not instance:
         return key
@@ -102,7 +104,8 @@ def _instance_key(home: Home, instance: str) -> str:
     except FileExistsError:
         return path.read_text() or key
     except OSError as error:
-        # The manager will not accept the next worker on this instance, and the group replaces the instance.
+        # If the key cannot be stored, the manager will not accept the next worker on the instance, and the group
+        # replaces the instance.
         log.warning("the key of this instance cannot be stored: %s", error)
     return key
 

@@ -1,7 +1,7 @@
 """Process in which a task runs again: the worker's code for tasks, with a debugger around it.
 
-Invariant: the code of a worker's child process finds and calls the handler, and classifies its errors. The run changes
-nothing on the grid. This module imports only the standard library and a few light modules of batchlab.
+Invariant: the code of a worker's child process finds and calls the handler, and classifies its errors. The run of the
+task changes nothing on the grid. This module imports only the standard library and a few light modules of batchlab.
 
     python -P -m batchlab.client.debug.child FOLDER [--pdb] [--break] [--debugpy PORT]
                                           [--env NAME] [--supervised]
@@ -34,19 +34,20 @@ USER_LEFT = (bdb.BdbQuit, KeyboardInterrupt)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the task of a folder. Exit with 0 if it succeeded, and with 1 if it failed."""
+    """Run the task of a folder. Exit with code 0 if the task succeeded, and with code 1 if the task failed."""
     options = _parser().parse_args(arguments)
-    # Python would use outdated bytecode if the user changes code within one second and its length stays the same.
+    # Python would use outdated bytecode if the user changes code within one second without a change of its length.
     sys.dont_write_bytecode = True
     try:
         task_run = read(options.folder)
     except NotATaskFolder as error:
         sys.exit(f"Error: {error}")
     if options.supervised:
-        # The supervisor ignores Ctrl-C, and this process handles it. This process must end with the supervisor.
+        # The supervisor ignores Ctrl-C, so this process must react to Ctrl-C. This process must end with the
+        # supervisor.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # If the task exceeds its time limit, the supervisor sends SIGUSR1, and this process prints its stack.
+    # If the task exceeds its time limit, the supervisor sends SIGUSR1, and this process prints the stack of the task.
     faulthandler.enable(2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     environ = dict(os.environ)
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(task_run: TaskRun, debugger: debuggers.Debugger, board: ChildState | None) -> RunResult:
-    """Run the task, and pass its exceptions to the debugger."""
+    """Run the task, and pass the task's exceptions to the debugger."""
     began_s = time.monotonic()
 
     def mark(task: int) -> None:

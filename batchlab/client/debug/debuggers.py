@@ -1,7 +1,7 @@
 """Debuggers for a task: none, pdb, or an IDE with debugpy.
 
 Invariant: a debugger does not change the exception that the task raises. The process that runs the task imports this
-module, which therefore uses only light modules, and debugpy on request.
+module, so the module imports only light modules, and debugpy on request.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ HOST = "127.0.0.1"
 
 
 class Debugger:
-    """No debugger: the task just runs."""
+    """Debugger that does nothing, so the task runs without a debugger."""
 
     def begin(self, task_run: TaskRun) -> None:
-        """Prepare for the call of the loaded handler."""
+        """Prepare the debugger for the call of the loaded handler."""
 
     @contextmanager
     def around(self, task_run: TaskRun) -> Iterator[None]:
@@ -33,11 +33,11 @@ class Debugger:
         yield
 
     def failed(self, error: BaseException | None) -> None:
-        """Handle the exception that the task raised. `error` is None if the user's code was not running."""
+        """Inspect the exception that the task raised. `error` is None if the user's code was not running."""
 
 
 class Pdb(Debugger):
-    """Python's own debugger. It starts at the exception, and with `at_start` also at the handler's first line."""
+    """Python's own debugger. Pdb starts at the exception, and with `at_start` also at the handler's first line."""
 
     def __init__(self, *, at_start: bool) -> None:
         self._at_start = at_start
@@ -88,7 +88,7 @@ class _Stop:
 
 
 class Ide(Debugger):
-    """debugpy, which waits until an IDE attaches. The IDE has its own breakpoints."""
+    """The debugger debugpy, which waits until an IDE attaches. The IDE sets its own breakpoints."""
 
     def __init__(self, port: int, *, at_start: bool) -> None:
         self._port = port
@@ -108,7 +108,7 @@ class Ide(Debugger):
 
 
 def choose(*, pdb: bool, at_start: bool, port: int | None) -> Debugger:
-    """Return the requested debugger."""
+    """Return the debugger that the options request."""
     if port is not None:
         return Ide(port, at_start=at_start)
     return Pdb(at_start=at_start) if pdb or at_start else Debugger()

@@ -2,8 +2,8 @@
 
 Invariant: the worker's code checks the limits, and all processes that the task started end with the task. The task gets
 an environment variable only if the user names the variable or `environment.is_harmless` lists it. No rule recognizes
-every secret, so only harmless variables are listed. This is not a sandbox: the task runs with the user's rights. The
-process that runs the task imports this module, which therefore uses few imports.
+every secret, so the list contains only harmless variables. The foreground run is not a sandbox, because the task runs
+with the user's rights. The process that runs the task imports this module, so the module has few imports.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ from batchlab.worker.shared_memory import ChildState
 from batchlab.worker.task_executor import decoded
 
 NAMED = 5
-"""Number of withheld variables that a text lists by name. The text only counts further variables."""
+"""Number of withheld variables that a message lists by name. The message only counts further variables."""
 _LOGIN = re.compile(r"://[^/@\s]*:[^/@\s]+@")
-"""A URL with a password."""
+"""Pattern of a URL with a password."""
 
 
 def withheld(environ: Mapping[str, str], passed: Collection[str] = ()) -> list[str]:
-    """Return the names of the variables that the task does not get. The task gets the variables in `passed`."""
+    """Return the names of the environment variables that the task does not get.
+
+    The task gets the variables in `passed`.
+    """
     return sorted(
         name
         for name, value in environ.items()
@@ -54,7 +57,7 @@ def task_environment(environ: Mapping[str, str], passed: Collection[str] = ()) -
 
 
 def withheld_text(names: list[str]) -> str:
-    """Return a sentence about the withheld variables, or "" if there are none."""
+    """Return a sentence about the withheld variables, or "" if no variable is withheld."""
     if not names:
         return ""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
@@ -65,16 +68,16 @@ def withheld_text(names: list[str]) -> str:
 
 
 _STACK_S = 0.2
-"""Time in seconds that a task has to print its stack after its time limit."""
+"""Time in seconds within which a task must print its stack after the task's time limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
     """The user's options for a run.
 
-    `pdb` debugs at the exception, `at_start` also at the first line, and `debugpy` is the port for an IDE. `no_limits`
-    ignores the job's limits. `aside` redirects the output of the task to stderr, so that a program can read stdout. The
-    task gets the variables in `passed`, which may be secrets.
+    `pdb` starts pdb at the exception, `at_start` also at the first line, and `debugpy` is the port for an IDE.
+    `no_limits` ignores the job's limits. `aside` redirects the output of the task to stderr, so that a program can read
+    stdout. The task gets the variables in `passed`, which may be secrets.
     """
 
     pdb: bool = False
@@ -126,7 +129,10 @@ def argv(task_run: TaskRun, how: RunOptions) -> list[str]:
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Ignore SIGINT in this process. The terminal also sends SIGINT to the task or its debugger, which handles it."""
+    """Ignore SIGINT in this process.
+
+    The terminal also sends SIGINT to the task or its debugger, which reacts to SIGINT.
+    """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -141,8 +147,10 @@ class _Watched:
 
 
 class _Memory:
-    """Memory of a process and its descendants. The terminal requires that the process is in this process group, so a
-    process group cannot identify them."""
+    """Memory of a process and its descendants.
+
+    The terminal requires that the process is in this process group, so a process group cannot identify the descendants.
+    """
 
     def resident_bytes(self, group: int, since_s: float) -> int:
         del since_s
@@ -180,10 +188,11 @@ def _watch(task_run: TaskRun, how: RunOptions, watched: _Watched, process: subpr
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill the process and its descendants. Unlike a worker's child process, the process does not lead a process
-    group."""
+    group.
+    """
     if process.poll() is None:
         for pid in family(process.pid):
-            with suppress(ProcessLookupError):  # the process has just ended
+            with suppress(ProcessLookupError):  # the process has ended before the kill
                 os.kill(pid, signal.SIGKILL)
         process.wait()
 
@@ -210,8 +219,11 @@ class Shell:
 
 
 def shell(task_run: TaskRun, passed: Collection[str] = ()) -> Shell:
-    """Prepare the task for a shell. Raise UsageError if the task is not a command, or if its command cannot be built.
-    `passed` is as in RunOptions."""
+    """Prepare the task for a shell.
+
+    Raise UsageError if the task is not a command, or if its command cannot be built. `passed` has the same meaning as
+    in RunOptions.
+    """
     if not task_run.is_command:
         raise UsageError(
             f"{task_run.name} is a Python function, not a command.",
@@ -230,7 +242,7 @@ def shell(task_run: TaskRun, passed: Collection[str] = ()) -> Shell:
 
 
 def typed(call: programs.Call) -> str:
-    """Return a call as a line for a shell."""
+    """Return the command call as a line for a shell."""
     line = shlex.join(call.arguments)
     return f"{line} > {shlex.quote(str(call.stdout))}" if call.stdout else line
 

@@ -1,6 +1,6 @@
 """Preparation of a task folder: the worker's code copies a task's input and code from the bucket.
 
-Invariant: `ReadOnlyObjects` cannot write to the bucket. The folder contains copies, so debugging cannot change the
+Invariant: `ReadOnlyObjects` cannot write to the bucket. The task folder contains copies, so debugging cannot change the
 grid.
 """
 
@@ -33,7 +33,7 @@ _FORBIDDEN = ("403", "AccessDenied", "Access Denied", "PermissionDenied", "Forbi
 
 
 class ReadOnlyObjects:
-    """Objects port that only reads."""
+    """Objects port that only reads objects."""
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
@@ -99,9 +99,10 @@ async def prepare_task(
 ) -> TaskRun:
     """Prepare `folder` for a task.
 
-    `number` and `round_` select the attempt. Without them, select the last failed attempt, or else the last attempt. A
-    task without an ended attempt is prepared if its input exists. Raise UsageError if the task or the attempt does not
-    exist, or if one of its objects was deleted. Raise BackendError if the bucket cannot be read.
+    `number` and `round_` select the attempt. If `number` and `round_` are omitted, select the last failed attempt, or
+    else the last attempt. A task without an ended attempt is prepared if its input exists. Raise UsageError if the task
+    or the attempt does not exist, or if an object of the task was deleted. Raise BackendError if the bucket cannot be
+    read.
     """
     reading = ReadOnlyObjects(objects, patience)
     with _denied_access():
@@ -222,7 +223,7 @@ def _notes(attempt: Attempt | None, worker: Environment | None, *, is_pickled: b
 
 
 def _missing(what: str, stage: str, task: int, reason: str) -> UsageError:
-    """Return the error for a missing part of the task, with a remedy."""
+    """Return the error for a part of the task that is missing, with a remedy."""
     if what == "code":
         remedy = "Submit the job again from its folder, which uploads its code again."
     elif "'files/" in reason:
@@ -236,8 +237,10 @@ def _missing(what: str, stage: str, task: int, reason: str) -> UsageError:
 
 
 def make_folder(folder: Path) -> None:
-    """Create `folder`, or empty it if it is the folder of an earlier task. Raise UsageError if the folder has other
-    contents or cannot be created."""
+    """Create `folder`, or empty `folder` if it contains an earlier task.
+
+    Raise UsageError if the folder has other contents or cannot be created.
+    """
     try:
         if folder.is_dir() and any(folder.iterdir()):
             if not ((folder / object_keys.MADE).is_file() and (folder / TASK).is_file()):

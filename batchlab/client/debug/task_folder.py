@@ -1,7 +1,7 @@
 """Task folder: the input and the code of a task, and `task.json`, which describes the run.
 
 Invariant: the folder contains only copies, and every path in `task.json` is relative to the folder, so the folder can
-be moved and shared. The process that runs the task imports this module, which uses few imports.
+be moved and shared. The process that runs the task imports this module, so the module has few imports.
 
     README.md    a description of the folder, and the commands
     run.py       runs the task, also in an IDE
@@ -12,7 +12,7 @@ be moved and shared. The process that runs the task imports this module, which u
     ended.json   how the last local run ended
 
 The module also compares a local run with the run on the grid, and writes the README and `run.py` of a task folder. The
-comparison depends only on `task.json`, the result of the run, and the environment.
+comparison of runs depends only on `task.json`, the result of the local run, and the environment.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class NotATaskFolder(Exception):
 class TaskRun:
     """Contents of `task.json`.
 
-    The paths in `request` and `item` are in the current folder. `state` is the attempt's state on the grid, or "" if
+    The paths in `request` and `item` refer to the current folder. `state` is the attempt's state on the grid, or "" if
     the attempt has not ended. `failure` has the fields of the attempt's Failure, and `value` is the encoded result.
-    `there` is the recorded environment of the worker. `notes` are differences that were found by the preparation.
+    `there` is the recorded environment of the worker. `notes` lists differences that the preparation found.
     """
 
     folder: Path
@@ -91,7 +91,7 @@ class TaskRun:
         """Delete the task's output of earlier runs, and keep its input."""
         own = self.folder / EXECUTION / str(self.task)
         for name in ("out", "scratch", "value", "kept"):
-            shutil.rmtree(own / name, ignore_errors=True)  # only some tasks create these
+            shutil.rmtree(own / name, ignore_errors=True)  # only some tasks create these folders
         shutil.rmtree(self.request["cwd"], ignore_errors=True)
         os.makedirs(self.request["cwd"])  # noqa: PTH103 - as the worker does
         (self.folder / ENDED).unlink(missing_ok=True)
@@ -134,8 +134,10 @@ def _moved(reference: Json, move: Any) -> Json:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """Result of a local run: `failure` (the fields of a Failure) or the encoded `value`. `left` is True if the user
-    ended the debugger before the end of the task."""
+    """Result of a local run, with either `failure` (the fields of a Failure) or the encoded `value`.
+
+    `left` is True if the user ended the debugger before the end of the task.
+    """
 
     failure: dict[str, Any] | None = None
     value: Json = None
@@ -151,7 +153,7 @@ def write_ended(folder: Path, ended: RunResult) -> None:
 
 
 def read_ended(folder: Path) -> RunResult | None:
-    """Return the result of the last run, or None if the run did not write one."""
+    """Return the result of the last run, or None if the last run did not write a result."""
     try:
         return RunResult(**json.loads((folder / ENDED).read_text()))
     except FileNotFoundError:
@@ -164,11 +166,12 @@ SUCCEEDED, FAILED, LEFT = "succeeded", "failed", "left"
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Result of the comparison.
+    """Result of the comparison of a local run with the run on the grid.
 
     If the task failed on the grid, `word` is "same" (the local run failed in the same way), "different", or "not at
-    all" (the local run did not fail). Otherwise, `word` is "succeeded" or "failed". If the user ended the debugger
-    before the end, `word` is "left". `here` and `there` are fingerprints, or "" without a failure.
+    all" (the local run did not fail). If the task did not fail on the grid, `word` is "succeeded" or "failed". If the
+    user ended the debugger before the end, `word` is "left". `here` and `there` are fingerprints of the failures, or ""
+    for a run without a failure.
     """
 
     word: str
@@ -179,7 +182,7 @@ class Comparison:
 
     @property
     def lines(self) -> list[str]:
-        """Return the result as lines for the user."""
+        """Return the result of the comparison as lines for the user."""
         if not self.differences:
             return [self.sentence]
         return [
@@ -190,7 +193,7 @@ class Comparison:
 
 
 def failure_of(task_run: dict[str, Any] | None) -> Failure | None:
-    """Return the Failure with these fields."""
+    """Return the Failure with the given fields, or None."""
     if task_run is None:
         return None
     return Failure(**{"task": 0, **task_run, "kind": FailureKind(task_run["kind"])})
@@ -198,7 +201,8 @@ def failure_of(task_run: dict[str, Any] | None) -> Failure | None:
 
 def compare(task_run: TaskRun, ended: RunResult, environ: Mapping[str, str] = os.environ) -> Comparison:
     """Compare the local run with the run on the grid. `environ` is the user's environment, which contains variables
-    that the task did not get."""
+    that the task did not get.
+    """
     differences = list(task_run.notes)
     if task_run.there is not None:
         there = environment.from_json(task_run.there)
@@ -234,12 +238,12 @@ def _word(
 def _result(task_run: TaskRun, ended: RunResult) -> str:
     for value in (task_run.value, ended.value):
         if next(values.references(value), None) is not None or values.kind(value):
-            return ""  # the names of files and pickled objects always differ
+            return ""  # the names of files and of pickled objects differ in every run
     return ", with the same result" if task_run.value == ended.value else ", with another result"
 
 
 def text(task_run: TaskRun, input_text: str) -> str:
-    """Return the text of the README. `input_text` describes the input."""
+    """Return the text of the README. `input_text` describes the input of the task."""
     script = f"{shlex.quote(sys.executable)} {shlex.quote(str(task_run.folder / RUN))}"
     what = "Its command" if task_run.is_command else f"The handler `{task_run.request['handler']}`"
     files = f"`{EXECUTION}/{task_run.task}/in`" if _has_files(task_run) else f"`item` in `task.json`: {input_text}"

@@ -1,7 +1,7 @@
 """Faults of a stack on AWS with the caller's own permissions, zone outages, and Spot shares.
 
-Only instances of the stack's groups are terminated, and only its database is rebooted. Every changed Auto Scaling group
-gets its original settings back.
+The faults terminate only instances of the stack's groups, and reboot only the stack's database. Every Auto Scaling
+group that a fault has changed gets its original settings back.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ _LAUNCH = ["Launch"]
 
 @contextmanager
 def _calling(endpoint: Endpoint, service: Any, what: str) -> Iterator[Any]:
-    """Yield a client of the service, and translate the errors of its calls. `what` is their subject."""
+    """Yield a client of the AWS service, and convert errors of the client's calls.
+
+    `what` is the subject of the error texts.
+    """
     with closing(client(endpoint, service, connections=1)) as api, translated(what):
         yield api
 
@@ -54,13 +57,16 @@ def _describe_groups(endpoint: Endpoint, names: Sequence[str]) -> list[dict[str,
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """A pool's group before the outage. `subnets` are those of its zones, if it has any."""
+    """Auto Scaling group of a pool before a zone outage.
+
+    `subnets` lists the subnets of the group's zones, if the group has subnets.
+    """
 
     name: str
     zones: tuple[str, ...]
     subnets: tuple[str, ...]
     suspended: bool
-    """Whether its launches were already suspended."""
+    """Whether the group's launches were already suspended before the outage."""
     desired: int
     instances: Mapping[str, str]
     """Zone of each instance."""
@@ -69,7 +75,8 @@ class _Group:
 class ZoneOutage:
     """Zone outage of the groups whose names begin with `prefix`.
 
-    During the outage the groups leave the zone, so nothing is launched there, and the zone's instances are killed.
+    During a zone outage, the groups do not use the zone, so no instance is launched in the zone, and the zone's
+    instances are killed.
     """
 
     def __init__(self, endpoint: Endpoint, *, prefix: str) -> None:
@@ -84,8 +91,9 @@ class ZoneOutage:
         inside: Callable[[str], Awaitable[list[str]]],
         kill: Callable[[Sequence[str]], Awaitable[list[str]]],
     ) -> FaultResult:
-        """Remove the fault's zone for its time; without a name, the first zone of the groups. `inside` lists the living
-        instances of a zone, and `kill` ends instances and reports how.
+        """Remove the zone that the fault names, or the first zone of the groups, for the duration of the fault.
+
+        `inside` lists the living instances of a zone, and `kill` ends instances and describes how they ended.
         """
         names = [self._prefix + pool for pool in await grid.pool_names(fault.pool)]
         groups = await asyncio.to_thread(self._groups, names)
@@ -106,7 +114,7 @@ class ZoneOutage:
                     partial(in_thread, self._leave, group, zone, subnet_zones),
                 )
             during = await asyncio.to_thread(self._groups, names)
-            # A launch in progress still completes in the zone, and then its instance is killed.
+            # A launch that began before the outage may still complete in the zone, and then the new instance is killed.
             while True:
                 if instances := await inside(zone):
                     ended |= dict(zip(instances, await kill(instances), strict=False))
@@ -171,38 +179,40 @@ def _used_zones(groups: Sequence[_Group]) -> str:
 
 
 def _find_zone(name: str, zones: Sequence[str]) -> str:
-    """Return the zone by its name or last letter, the first zone for an empty name, or the unknown name itself."""
+    """Return the zone with this name or last letter, the first zone for an empty name, or an unknown name unchanged."""
     if not name:
         return zones[0] if zones else ""
     return next((zone for zone in zones if name in (zone, zone[-1])), name)
 
 
 def _launched_elsewhere(before: Sequence[_Group], now: Sequence[_Group], zone: str) -> set[str]:
-    """Return the instances launched in other zones since then."""
+    """Return the instances that were launched in other zones during a zone outage."""
     old = {instance for group in before for instance in group.instances}
     instances = (item for group in now for item in group.instances.items())
     return {instance for instance, place in instances if instance not in old and place != zone}
 
 
 def _count_waiting(before: Sequence[_Group], now: Sequence[_Group]) -> int:
-    """Count the missing instances of groups that cannot launch without a zone."""
+    """Count the missing instances of groups that have no other zone for their launches."""
     stopped = {group.name for group in now if group.suspended} - {group.name for group in before if group.suspended}
     return sum(max(0, group.desired - len(group.instances)) for group in now if group.name in stopped)
 
 
 def _placement(zones: Sequence[str], subnets: Sequence[str]) -> dict[str, Any]:
-    """Return zones or subnets as AWS accepts them: only one of both, because a subnet implies its zone."""
+    """Return the group's subnets or, if the group has no subnets, its zones, because a subnet implies its zone."""
     return {"VPCZoneIdentifier": ",".join(subnets)} if subnets else {"AvailabilityZones": list(zones)}
 
 
 _GROUPS_TIMEOUT_S = 60.0
-"""Time in which a new manager must create its groups."""
+"""Time in seconds within which a new manager must create its Auto Scaling groups."""
 
 
 @contextmanager
 def with_spot_shares(backend: Backend, home: Home, spot: Mapping[str, float]) -> Iterator[None]:
-    """Let each of these pools launch this share as Spot Instances; existing instances stay. Other backends are not
-    changed, because a stack on AWS has its own shares. Raise BackendError.
+    """Set the share of Spot Instances among the future launches of each pool in `spot`; existing instances stay.
+
+    The shares apply only on backends with the capability `sets_spot_share`. A stack on AWS has its own shares. Raise
+    BackendError.
     """
     shares = {pool: share for pool, share in spot.items() if share > 0}
     if not backend.capabilities.sets_spot_share or not shares:
@@ -217,7 +227,7 @@ def with_spot_shares(backend: Backend, home: Home, spot: Mapping[str, float]) ->
             scaling.update_auto_scaling_group(AutoScalingGroupName=name, **changes)
 
     groups = _wait_for_groups(endpoint, list(names))
-    # Every group is restored, even if another one failed.
+    # The stack restores every group, even if the restore of another group fails.
     with ExitStack() as stack:
         for name, share in names.items():
             template, policy = _template(groups[name]), groups[name].get("MixedInstancesPolicy")
@@ -248,7 +258,10 @@ def _wait_for_groups(endpoint: Endpoint, names: Sequence[str]) -> dict[str, Any]
 
 
 def _template(group: Mapping[str, Any]) -> dict[str, str]:
-    """Return the launch template by name. AWS accepts a name or an id, but returns both."""
+    """Return the launch template by name.
+
+    AWS returns the name and the id of a launch template, but accepts only one of them.
+    """
     template = (
         group.get("LaunchTemplate") or (group["MixedInstancesPolicy"]["LaunchTemplate"]["LaunchTemplateSpecification"])
     )
@@ -277,11 +290,11 @@ class StackFaults:
 
     def _terminate(self, instances: Sequence[str]) -> None:
         with _calling(self._endpoint, "ec2", "The instances") as ec2:
-            # A normal shutdown drains first, which a crash does not.
+            # A normal shutdown drains the instance first, but a crash does not.
             ec2.terminate_instances(InstanceIds=list(instances), SkipOsShutdown=True)
 
     async def _lifecycle(self, pool: str) -> dict[str, tuple[str, str]]:
-        """Return the zone and the lifecycle state of each instance of the pool, or of all pools."""
+        """Return the zone and the lifecycle state of each instance of one pool, or of all pools."""
         names = [self.at.groups_prefix + name for name in await self._grid.pool_names(pool)]
         return {
             instance["InstanceId"]: (instance["AvailabilityZone"], instance["LifecycleState"])
@@ -340,7 +353,7 @@ class StackFaults:
                         InstanceId=instance, ShouldDecrementDesiredCapacity=False
                     )
             except Refused as error:
-                if not is_missing_instance(error):  # otherwise it ended before the call
+                if not is_missing_instance(error):  # an instance that is missing ended before the call
                     raise
 
     async def zone_loss(self, fault: Fault) -> FaultResult:
@@ -375,7 +388,7 @@ class StackFaults:
         return f"{end}; {leader} on {successor} led {took_s:.0f} s later, in place of {owner}"
 
     async def lose_database(self, fault: Fault) -> FaultResult:
-        """Lose the ledger in the way that its kind allows."""
+        """Destroy the ledger by the method that suits its kind of database."""
         if self.at.domain:
             return await services.lose_ledger(self._grid, fault)
         jobs = await services.count_jobs(self._grid)
@@ -388,7 +401,7 @@ class StackFaults:
                 target = self.at.database.host
                 evidence = await self._reboot(target)
             else:
-                # The ledger's file is on the disk of the manager's instance and is lost with it.
+                # The ledger's file is on the disk of the manager's instance and is lost with the instance.
                 target = (await self._grid.grid())["owner"]
                 evidence = await self._replace_manager(target)
             held_s = await self._grid.hold(fault.for_s)
@@ -400,7 +413,7 @@ class StackFaults:
         )
 
     async def _reboot(self, host: str) -> str:
-        """Reboot the database at this address and return its states."""
+        """Reboot the database at the address `host` and return the observed states of the database."""
         name = await asyncio.to_thread(self._database_at, host)
         began_s = time.monotonic()
         states: list[str] = []

@@ -1,7 +1,7 @@
 """Faults of a grid in containers, through Docker and the grid's own Auto Scaling endpoint.
 
-A crash is a signal from outside to a container's first process, so Docker treats it as a crash and restarts the
-container if configured.
+A crash fault kills a container's first process from outside the container, so Docker restarts the container if a
+restart policy is configured.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _PROBE = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.arg
 
 
 class ContainerFaults:
-    """Faults of the containers of the grid's project, which are found by their labels."""
+    """Faults of the containers of the grid's project. Labels identify these containers."""
 
     def __init__(self, grid: TargetGrid) -> None:
         self._grid = grid
@@ -73,7 +73,7 @@ class ContainerFaults:
         return {row["Labels"][INSTANCE]: row for row in rows}
 
     async def service(self, name: str) -> str:
-        """Return the container id of a service. Raise BackendError if there is none."""
+        """Return the container id of a service. Raise BackendError if the service has no container."""
         filters = {"label": [f"{LABEL}={self.at.project}", f"{SERVICE}={name}"]}
         rows = await self.do(name, lambda api: api.containers(all=True, filters=filters))
         if not rows:
@@ -81,7 +81,7 @@ class ContainerFaults:
         return str(rows[0]["Id"])
 
     async def look(self, container: str) -> Mapping[str, Any]:
-        """Inspect a container. Return an empty mapping if it no longer exists."""
+        """Inspect a container. Return an empty mapping if the container no longer exists."""
         with suppress(NotFound):
             state: Mapping[str, Any] = await self.do(
                 f"Container {container[:12]}", lambda api: api.inspect_container(container)
@@ -104,7 +104,7 @@ class ContainerFaults:
     async def killed(self, targets: Mapping[str, str]) -> list[str]:
         """Kill the first process of each container and return the final states."""
         for name, container in targets.items():
-            with suppress(NotFound):  # it has already ended
+            with suppress(NotFound):  # the container has already ended
                 await complete(self.breaks(name, partial(_kill, container)))
         return [f"{name}: {await self._wait_for_end(container)}" for name, container in targets.items()]
 
@@ -178,7 +178,7 @@ class ContainerFaults:
             try:
                 await self.do("The network", lambda api: api.connect_container_to_network(container, self.at.project))
             except BackendError:
-                if await self.is_running(container):  # otherwise it ended during the call
+                if await self.is_running(container):  # a container that no longer runs ended during the call
                     raise
 
     async def _is_connected(self, container: str) -> bool:
@@ -232,7 +232,8 @@ class ContainerFaults:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         else:
-            # The process belongs to another user or a virtual machine. Docker then treats the kill as a stop.
+            # Docker sends the signal if the process belongs to another user or a virtual machine, and then treats the
+            # end as a stop.
             await complete(self.breaks(service, partial(_kill, container)))
             await start()
 
@@ -292,7 +293,7 @@ def _disconnect(container: str, network: str, api: APIClient) -> None:
 
 
 def _is_its(pid: int, container: str) -> bool:
-    """Return whether the process belongs to the container and accepts signals from here."""
+    """Return whether the process belongs to the container and accepts signals from this process."""
     with suppress(OSError):
         if container in Path(f"/proc/{pid}/cgroup").read_text():
             os.kill(pid, 0)

@@ -1,7 +1,7 @@
 """Injection of a scenario's faults into a running grid, and the table of supported faults.
 
-Each fault is undone, also on a cancellation, and a failed rollback is reported. Faults that would affect the same part
-run one after another. docs/faults.md and `scenario faults` print the table.
+The injector undoes each fault, also on a cancellation, and reports a failed rollback. Faults that would affect the same
+part run one after another. docs/faults.md and `scenario faults` print the table.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ if TYPE_CHECKING:
     from batchlab.scenarios.faults.proxy import FaultProxy
 
 BACKENDS = ("local", "ministack", "localstack", "aws")
-"""The backends with faults. On any other backend, a replay skips every fault."""
+"""Backends that support fault injection. On any other backend, a replay skips every fault."""
 
 
 @dataclass(frozen=True, slots=True)
 class FaultSupport:
-    """Support of one fault on one backend: `how` it is injected, or `why_not` if this is impossible."""
+    """Support of one fault on one backend.
+
+    `how` describes the injection, and `why_not` is the reason why an injection is impossible.
+    """
 
     how: str = ""
     why_not: str = ""
@@ -161,12 +164,12 @@ TABLE: Mapping[FaultName, Mapping[str, FaultSupport]] = {
 
 
 def support_of(fault: FaultName, backend: str) -> FaultSupport:
-    """Return how the fault is injected on the backend, or why it is impossible."""
+    """Return a description of the fault's injection on the backend, or the reason why the injection is impossible."""
     return TABLE[fault].get(backend, _UNSUPPORTED)
 
 
 def impossible(backend: str) -> dict[FaultName, str]:
-    """Return the impossible faults of the backend, each with its reason as a part of a sentence."""
+    """Return the faults that cannot be injected on the backend, each with the reason as a part of a sentence."""
     cells = {fault: support_of(fault, backend) for fault in FaultName}
     return {fault: cell.why_not.removesuffix(".") for fault, cell in cells.items() if not cell.possible}
 
@@ -189,8 +192,9 @@ class FaultInjector:
     async def inject(self, fault: Fault, at_s: float) -> InjectedFault:
         """Inject the fault, hold it for `for_s`, undo it, and return what was observed.
 
-        A cancellation undoes the fault first. `trouble` has an error of the injection, of the observation (the fault is
-        undone anyway), or of the rollback. A fault waits for a conflicting one and then has its full time.
+        A cancellation first undoes the current fault. The field `trouble` of the result has an error of the injection,
+        the observation, or the rollback of the fault. A fault waits until a conflicting fault has ended, and then lasts
+        for its full duration.
         """
         row = support_of(fault.name, self._grid.backend.name)
         action = self._actions.get(fault.name)
@@ -199,7 +203,7 @@ class FaultInjector:
         begun_s = time.monotonic()
         while conflicts := [task for task, other in self._active.items() if fault.shares(other)]:
             await asyncio.wait(conflicts)
-            await asyncio.sleep(0)  # lets the caller of the other fault run first
+            await asyncio.sleep(0)  # lets the caller of the conflicting fault run first
             at_s, begun_s = at_s + time.monotonic() - begun_s, time.monotonic()
         if self._grid.over.is_set():
             return InjectedFault(fault.name, at_s, impossible=RUN_ENDED)
@@ -218,7 +222,7 @@ class FaultInjector:
         return InjectedFault(fault.name, at_s, result.targets, result.evidence)
 
     async def undo(self) -> None:
-        """Undo all current faults and inject no more. Every `inject` then returns."""
+        """Undo all current faults and inject no more. After the rollback, every call of `inject` returns."""
         self._grid.over.set()
         if self._active:
             await asyncio.wait(set(self._active))
@@ -240,9 +244,9 @@ def injector_for(
 ) -> FaultInjector:
     """Create the injector of a running grid, inside an event loop.
 
-    `pools` and `parent` are the arguments with which its manager was started. A restarted manager gets the same
-    address, so that `client` continues to work. `front` is the proxy before its endpoint (see `with_proxy`). Raise
-    UsageError for a backend without real processes.
+    `pools` and `parent` are the arguments with which the grid's manager was started. A restarted manager gets the same
+    address, so that `client` continues to work. `front` is the proxy before the grid's endpoint (see `with_proxy`).
+    Raise UsageError if the backend does not run real processes.
     """
     if backend.capabilities.simulated:
         raise UsageError(

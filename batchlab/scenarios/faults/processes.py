@@ -1,6 +1,6 @@
-"""Faults of a grid whose manager and instances are processes of this machine, and slow disks.
+"""Faults of a grid whose manager and instances are processes on this machine, including slow disks.
 
-A signal is sent to a process only while the launcher's record has this process.
+A process gets a signal only while the launcher's record lists the process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ if TYPE_CHECKING:
     from batchlab.scenarios.faults.proxy import FaultProxy
 
 WRITER_COUNTS = (4, 8, 16)
-"""Numbers of programs. More programs start if the slowdown is too small."""
+"""Numbers of writer programs that are tried one after another to slow down the disk.
+
+If the slowdown is too small, the next larger number of writers is started.
+"""
 MIN_SLOWDOWN = 2.0
 """Minimum factor by which an fsync must slow down."""
 _PROBES = 25
@@ -61,8 +64,8 @@ with tempfile.TemporaryFile(dir=sys.argv[1]) as file:
 async def slow_disk(grid: TargetGrid, fault: Fault) -> FaultResult:
     """Keep the disk of the workers' folders busy with programs that write and fsync without a pause.
 
-    The programs use unnamed files and end with this process. Raise BackendError if the disk is full or no process can
-    start, and EffectNotSeen if the slowdown is too small.
+    The programs that slow down the disk use unnamed files and end with this process. Raise BackendError if the disk is
+    full or no process can start, and EffectNotSeen if the slowdown is too small.
     """
     folder = grid.home.scratch
     try:
@@ -106,7 +109,7 @@ async def _slow_disk(grid: TargetGrid, fault: Fault, folder: Path) -> FaultResul
 
 
 def _start_writer(folder: Path) -> subprocess.Popen[bytes]:
-    # The writer has its own session, so Ctrl-C does not reach it.
+    # The writer program has its own session, so Ctrl-C does not reach the writer.
     command = [sys.executable, "-I", "-c", WRITER_PROGRAM, str(folder)]
     null = subprocess.DEVNULL
     return subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
@@ -143,12 +146,13 @@ class ProcessFaults:
         self._root = grid.home.fleet
 
     async def targets(self, fault: Fault) -> dict[str, int]:
-        """Return the process ids of the targets by instance."""
+        """Return the process ids of the targeted instances, by instance."""
         pids = await asyncio.to_thread(living, self._root)
         return {name: pids[name] for name in await self._grid.targets(fault, pids)}
 
     async def _wait_for_end(self, instances: Collection[str]) -> Mapping[str, str]:
-        """Wait until all have ended, and return how, by the launcher's records."""
+        """Wait until all killed processes have ended, and return how the processes ended according to the launcher's
+        records."""
 
         async def look() -> Mapping[str, str]:
             ends = {instance: end_of(self._root, instance) for instance in instances}
@@ -167,7 +171,7 @@ class ProcessFaults:
     def _kill(self, targets: Mapping[str, int]) -> None:
         for pid in targets.values():
             members = family(pid)
-            # The worker is killed first, so that it cannot report the deaths of its tasks.
+            # The worker is killed before its tasks, so that the worker cannot report the deaths of its tasks.
             _send(signal.SIGKILL, [pid, *sorted(members - {pid})])
 
     async def pause(self, fault: Fault) -> FaultResult:
@@ -191,7 +195,10 @@ class ProcessFaults:
         )
 
     async def _wait_for_state(self, halted: Mapping[int, int], what: str, *, stopped: bool) -> int:
-        """Wait until all living processes are stopped or run again, and count them. A signal needs some time."""
+        """Wait until all living processes are stopped or run again, and count these processes.
+
+        A signal takes effect after a short time.
+        """
 
         async def look() -> int:
             alive = [pid for pid, ticks in halted.items() if start_ticks(pid) == ticks]
@@ -273,10 +280,10 @@ def _send(number: signal.Signals, pids: Iterable[int]) -> None:
 
 
 def _halt(leaders: Iterable[int], halted: dict[int, int]) -> None:
-    """Stop the processes and their children. `halted` gets the start times."""
+    """Stop the processes and their children. The function adds the start time of each stopped process to `halted`."""
     for leader in leaders:
         while new := family(leader) - halted.keys():
-            # The worker is stopped first, so that it starts no more children.
+            # The worker is stopped before its children, so that the worker starts no more children.
             for pid in sorted(new, key=lambda pid: pid != leader):
                 if ticks := start_ticks(pid):
                     halted[pid] = ticks

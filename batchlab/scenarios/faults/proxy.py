@@ -1,8 +1,9 @@
-"""Proxy before an endpoint of S3 and SQS, which answers a share of S3's requests with 503 or delays clients.
+"""Proxy before an endpoint of S3 and SQS that answers a share of S3's requests with status 503 or delays clients.
 
-Requests are forwarded unchanged, including the Host header, because the signature covers this header. A client is
-identified by the owner of its port on this machine (Linux). On a grid in containers, this module is also a program that
-takes LocalStack's address, forwards requests, and prints its counts at the end.
+The proxy forwards requests unchanged, including the Host header, because a request's signature covers the Host header.
+The proxy identifies a client by the process that owns the client's port on this machine (Linux only). On a grid in
+containers, this module is also a program that takes LocalStack's address, forwards requests, and prints its counts at
+the end.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ _SLOW_DOWN = (
     b"<Message>Please reduce your request rate.</Message><RequestId>0</RequestId></Error>"
 )
 _ANSWER_S = 120.0
-"""Timeout in seconds of a forwarded request. It is longer than the timeout of any client."""
+"""Timeout in seconds of a forwarded request. The timeout is longer than the timeout of any client."""
 
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
@@ -66,7 +67,7 @@ Send = Callable[[Event], Awaitable[None]]
 
 @dataclass
 class RequestCounts:
-    """Numbers of S3 requests, of those answered with 503, and of requests that had to wait."""
+    """Number of S3 requests, number of S3 requests answered with 503, and number of requests that had to wait."""
 
     asked: int = 0
     refused: int = 0
@@ -81,14 +82,15 @@ class FaultProxy:
         self.rate = 0.0
         self.counts = RequestCounts()
         self.url = ""
-        """Its address while it runs."""
+        """Address of the proxy while the proxy runs."""
         self._random = random.Random(1)  # noqa: S311 - no secret
         self._cut: Callable[[int], bool] | None = None
         self._client: httpx.AsyncClient | None = None
 
     def cut(self, is_cut: Callable[[int], bool] | None) -> None:
-        """Leave clients without an answer if `is_cut` returns True for their port. None answers all clients again. Any
-        thread may call this.
+        """Leave clients without an answer if `is_cut` returns True for their port.
+
+        With None, answer all clients again. Any thread may call this method.
         """
         self._cut = is_cut
 
@@ -106,7 +108,8 @@ class FaultProxy:
             self.counts.asked += 1
             if self._random.random() < self.rate:
                 self.counts.refused += 1
-                # A client that gets an answer before it has sent its body would see a broken connection.
+                # The request body is read first, because an early answer would break the connection of a client that
+                # still sends the body.
                 await _drain(receive)
                 await _answer(send, 503, b"application/xml", _SLOW_DOWN)
                 return
@@ -214,10 +217,12 @@ def run_proxy(front: FaultProxy) -> Iterator[FaultProxy]:
 
 @contextmanager
 def with_proxy(backend: Backend, home: Home, say: Callable[[str], None]) -> Iterator[tuple[Backend, FaultProxy | None]]:
-    """Run a proxy before the endpoint of a grid that is started later. Yield the backend with the proxy's address, and
-    the proxy, which must run as long as the grid. On other backends, yield the unchanged backend and None.
+    """Run a proxy before the endpoint of a grid that starts after the proxy.
 
-    The home has the proxy's address during this time and the endpoint's address afterwards. Raise BackendError or
+    Yield the backend with the proxy's address, and the proxy, which must run as long as the grid. Yield the unchanged
+    backend and None if the backend needs no proxy.
+
+    The home has the proxy's address while the proxy runs, and the endpoint's address afterwards. Raise BackendError or
     UsageError.
     """
     if backend.emulator is None:
@@ -228,7 +233,7 @@ def with_proxy(backend: Backend, home: Home, say: Callable[[str], None]) -> Iter
         backend.provide(home, say)
         stored, place = home.place(backend.name), backend.named_place(home)
         if place is None:
-            # The emulator that the grid itself would start, with its data.
+            # This emulator is the emulator that the grid itself would start, with the same data.
             emulator = backend.open_emulator(home)
             assert emulator
             url = stack.enter_context(emulator).url
@@ -241,7 +246,10 @@ def with_proxy(backend: Backend, home: Home, say: Callable[[str], None]) -> Iter
 
 @contextmanager
 def _proxied_home(home: Home, name: str, place: Place, url: str, *, is_new: bool) -> Iterator[None]:
-    """Store the proxy's address in the home. A new place is removed again unless a grid has stored it meanwhile."""
+    """Store the proxy's address in the home.
+
+    On exit, a new `place` is removed from the home unless a grid has stored a place during the block.
+    """
     written = home.backend_folder(name) / "endpoint.json"
     ours: tuple[int, int] | None = None
     try:
@@ -256,13 +264,14 @@ def _proxied_home(home: Home, name: str, place: Place, url: str, *, is_new: bool
 
 
 def _version(file: Path) -> tuple[int, int]:
-    """Return a value that changes when the file is replaced."""
+    """Return a value that changes when another file replaces the file."""
     state = file.stat()
     return state.st_ino, state.st_mtime_ns
 
 
 def is_port_of(leaders: Collection[int], port: int) -> bool:
-    """Return whether one of these processes, or a child of one, owns the connection at this local port."""
+    """Return whether one of the processes `leaders`, or a descendant of one of them, owns the connection at the local
+    port `port`."""
     links = {f"socket:[{inode}]" for inode in _inodes(port)}
     if not links:
         return False
@@ -281,7 +290,7 @@ def _inodes(port: int) -> list[str]:
 
 def _open_files(pid: int) -> list[str]:
     files = []
-    # The process may end or close files meanwhile.
+    # The process may end or close files during the search.
     with suppress(OSError):
         for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - called often
             with suppress(OSError):
@@ -295,7 +304,8 @@ _WHAT = "The proxy before LocalStack"
 PYTHON = "/opt/batchlab/venv/bin/python"
 """Python in the images that compose/Dockerfile builds."""
 _ASIDE, _BESIDE = 9, 8
-"""Last byte of LocalStack's address while the proxy has its own, and of the proxy's address before that."""
+"""Last byte of LocalStack's address while the proxy has LocalStack's usual address, and last byte of the proxy's
+address before the change."""
 _STOP_S = 5
 _MARGIN_S = 60.0
 _MEMORY = "256m"
@@ -313,8 +323,9 @@ class LocalStackProxy:
         self._beside = f"{containers.at.subnet}.{_BESIDE}"
 
     async def hold(self, grid: TargetGrid, fault: Fault) -> FaultResult:
-        """Answer the fault's share of S3 requests with 503 for its time."""
-        # The name is known before the creation, because a cancellation would lose the id.
+        """Answer the fault's share of S3 requests with status 503 for the duration of the fault."""
+        # The container's name is chosen before the container's creation, because a cancellation would lose the
+        # container's id.
         front = grid.backend.open_ids().fresh(f"{self._containers.at.project}-front")
         counts, backs_s = RequestCounts(), [0.0]
 
@@ -361,7 +372,7 @@ class LocalStackProxy:
 
         def create(api: APIClient) -> None:
             address = api.create_endpoint_config(ipv4_address=self._beside)
-            # The type stubs are wrong here.
+            # The type stubs of the Docker SDK have a wrong type for these addresses.
             beside: Any = {at.project: address}
             networking: Any = api.create_networking_config(beside)
             api.create_container(
@@ -393,7 +404,7 @@ class LocalStackProxy:
         await wait_for(listens, f"an answer at {host}:{self._port}")
 
     def _move(self, container: str, address: str) -> Callable[[APIClient], None]:
-        """Return a call that gives the container this address on the grid's network."""
+        """Return a function that gives the container the address `address` on the grid's network."""
         network = self._containers.at.project
 
         def move(api: APIClient) -> None:
@@ -407,7 +418,7 @@ class LocalStackProxy:
         return move
 
     async def _give_back(self, front: str) -> None:
-        """Give LocalStack its address back and wait until it answers."""
+        """Give LocalStack its usual address back and wait until LocalStack answers."""
         try:
             await self._do(self._move(front, self._beside))
         except BackendError:
@@ -417,7 +428,7 @@ class LocalStackProxy:
         await self._wait_for_answer(self._host)
 
     async def _end(self, front: str, counts: RequestCounts) -> None:
-        """Remove the proxy and read its counts."""
+        """Remove the proxy's container and read the proxy's request counts."""
         with suppress(NotFound):
             try:
                 await self._do(lambda api: api.stop(front, timeout=_STOP_S))
@@ -441,8 +452,9 @@ def _answers(host: str, port: int) -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the proxy with the arguments PORT TARGET-HOST:PORT RATE SECONDS until SIGTERM, then print the counts. After
-    SECONDS it only forwards requests, because the process that should have stopped it has died.
+    """Run the proxy with the arguments PORT TARGET-HOST:PORT RATE SECONDS until SIGTERM, and print the request counts.
+
+    After SECONDS, the proxy only forwards requests, because the process that should have stopped the proxy has died.
     """
     port, target, rate = int(arguments[0]), arguments[1], float(arguments[2])
     front = FaultProxy(f"http://{target}")

@@ -1,7 +1,7 @@
 """Faults of services on every backend: duplicate and late messages, a manager crash, and the loss of the ledger.
 
-Message faults use the Queue port. If this process dies, the visibility timeout returns its messages, so no message is
-lost.
+Message faults use the Queue port. If the process that injects a fault dies, the visibility timeout returns the messages
+of that process, so no message is lost.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ _MARGIN_S = 20.0
 _PAUSE_S = 0.1
 """Pause between two receives.
 
-It doubles after each receive that returns known messages, because receives count toward the limit of the dead-letter
-queue.
+The pause doubles after each receive that returns only known messages, because each receive increases a message's
+receive count toward the dead-letter limit.
 """
 
 
 @dataclass
 class _QueueState:
-    """Messages seen in one queue.
+    """Messages that were received from one queue.
 
-    `hidden` has the messages that are hidden from others, by receipt, with their receive times.
+    `hidden` maps the receipts of messages that are hidden from other consumers to these messages and their receive
+    times.
     """
 
     ids: dict[str, set[str]] = field(default_factory=dict)
@@ -79,12 +80,12 @@ def _digest(body: str) -> str:
 
 
 def _is_hit(message: Message, rate: float) -> bool:
-    """Decide by the body, so that the result is the same for every copy."""
+    """Return whether the fault affects the message, which depends only on its body and is equal for every copy."""
     return int(_digest(message.body)[:8], 16) < rate * 16**8
 
 
 async def duplicates(grid: TargetGrid, fault: Fault) -> FaultResult:
-    """Duplicate a share of the messages."""
+    """Send a second copy of a share of the messages."""
 
     async def work(queue: Queue, name: str, state: _QueueState, rest_s: Callable[[], float]) -> None:
         async for new, batch in _received_batches(queue, name, state, rest_s, lambda: _HELD_S):
@@ -138,8 +139,9 @@ async def delays(grid: TargetGrid, fault: Fault) -> FaultResult:
 async def _release(
     queue: Queue, name: str, state: _QueueState, batch: Sequence[Message], *, held: bool = False
 ) -> set[str]:
-    """Make messages visible again, and return the receipts that were still valid. A receipt is valid if no other
-    consumer has received the message. Record the hold time of `held` messages.
+    """Make messages visible again, and return the receipts that were still valid at that moment.
+
+    A receipt is valid if no other consumer has received the message. Record the hold time of `held` messages.
     """
     valid: set[str] = set()
     for start in range(0, len(batch), _BATCH):
@@ -164,7 +166,7 @@ async def _received_batches(
 
     pause_s = _PAUSE_S
     while (wait_s := rest_s()) > 0:
-        # A receive that is cancelled midway would hide messages without a record of them.
+        # A canceled receive would hide messages of which this process has no record.
         batch = await complete(receive(min(_WAIT_S, wait_s)))
         new = state.new_messages(batch)
         if batch:
@@ -213,7 +215,7 @@ NO_JOB = "The ledger had no jobs."
 
 
 async def crash_manager(grid: TargetGrid, fault: Fault) -> FaultResult:
-    """Kill the manager's process on this machine, and start another one after the fault's time."""
+    """Kill the manager's process on this machine, and start another manager after the fault's duration."""
     owner = (await grid.grid())["owner"]
     running = grid.home.record()
     if running is None:
@@ -242,8 +244,9 @@ async def crash_manager(grid: TargetGrid, fault: Fault) -> FaultResult:
 async def lose_ledger(
     grid: TargetGrid, fault: Fault, *, before: Callable[[Rollback], Awaitable[str]] | None = None
 ) -> FaultResult:
-    """Empty the ledger, and let the manager rebuild it from the bucket after the fault's time. `before` first breaks
-    the database and returns its evidence.
+    """Empty the ledger, and let the manager rebuild the ledger from the bucket after the fault's duration.
+
+    If given, `before` first breaks the database and returns the evidence of the failure.
     """
     ledger = grid.backend.open_ledger(grid.home)
     rebuilt: list[int] = []
@@ -274,12 +277,12 @@ async def lose_ledger(
 
 
 def add_rebuild(grid: TargetGrid, undoing: Rollback, rebuilt: list[int]) -> None:
-    """Register the rebuild of a lost ledger. `rebuilt` gets the number of rebuilt jobs."""
+    """Register the rebuild of a lost ledger. The undo function adds the number of rebuilt jobs to `rebuilt`."""
 
     async def rebuild() -> None:
         rebuilt.append(await rebuild_ledger(grid))
 
-    # The rebuild itself waits for an absent manager.
+    # The rebuild itself waits until a manager answers.
     undoing.owe("the loss of the ledger", rebuild, tries=1)
 
 
@@ -292,7 +295,10 @@ async def count_jobs(grid: TargetGrid) -> int:
 
 
 async def rebuild_ledger(grid: TargetGrid) -> int:
-    """Let the manager rebuild the ledger and return the number of jobs. Wait for an absent manager."""
+    """Let the manager rebuild the ledger and return the number of rebuilt jobs.
+
+    If no manager answers, wait for a manager.
+    """
     began_s = time.monotonic()
     while True:
         try:

@@ -1,7 +1,7 @@
-"""Running grid that faults are injected into, and the rollback of their changes.
+"""Running grid that is the target of fault injection, and the rollback of the faults' changes.
 
-The undo of each change is registered before the change. On exit, all changes are undone, the latest change first, even
-after a cancellation or a failed undo.
+An undo function is registered before each change of the grid. On exit, a rollback undoes all changes of the grid, the
+latest change first, even after a cancellation or a failed undo.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ T = TypeVar("T")
 
 POLL_S = 0.1
 EFFECT_TIMEOUT_S = 60.0
-"""Time in which an effect must become visible."""
+"""Time in seconds within which the effect of a fault must become visible."""
 NO_INSTANCE = "No instance was in service."
 NOTHING_HIT = "No {unit} was affected: there were none, or too few."
 
 
 class EffectNotSeen(Unreachable):
-    """An effect was not seen in time."""
+    """The expected effect of a fault was not seen in time."""
 
 
 class RunEnded(BatchlabError):
-    """The run is over, so nothing more may be broken."""
+    """The run has ended, so no fault may change the grid."""
 
     def __init__(self) -> None:
         super().__init__(RUN_ENDED)
 
 
 class NothingHit(BatchlabError):
-    """The fault did not have a target or an effect. The message gives the reason."""
+    """The fault did not have a target or an effect. The exception's message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,35 +62,35 @@ class FaultResult:
 FaultAction = Callable[[Fault], Coroutine[Any, Any, FaultResult]]
 """Coroutine that injects a fault, holds it for its time, and undoes it, also on a cancellation.
 
-It raises NothingHit for a fault without a target or an effect.
+The coroutine raises NothingHit for a fault without a target or an effect.
 """
 
 
 @dataclass
 class TargetGrid:
-    """Running grid into which faults are injected. `over` is set when all faults must be undone early."""
+    """Running grid into which faults are injected. The event `over` is set when all faults must be undone early."""
 
     backend: Backend
     home: Home
     client: Client
     pools: Sequence[Pool] = ()
     parent: bool = False
-    """Whether a restarted manager ends with this process."""
+    """Whether a manager that a fault restarts ends with this process."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
     leaving: AsyncExitStack = field(default_factory=AsyncExitStack)
     """Resources to close after the last fault."""
 
     async def hold(self, seconds: float) -> float:
-        """Wait for this time or until all faults must be undone. Return the seconds waited."""
+        """Wait for `seconds` or until all faults must be undone. Return the waiting time in seconds."""
         begun_s = time.monotonic()
         await set_within(self.over, max(0.0, seconds))
         return time.monotonic() - begun_s
 
     async def grid(self) -> GridView:
-        """Return the pools with their instances. Wait for a manager that does not answer."""
+        """Return the pools with their instances. If the manager does not answer, wait until a manager answers."""
 
         async def look() -> GridView | None:
-            with suppress(BackendError):  # the manager or a service behind it does not answer
+            with suppress(BackendError):  # the manager or a service that the manager needs does not answer
                 return await asyncio.to_thread(self.client.grid)
             return None
 
@@ -99,8 +99,9 @@ class TargetGrid:
         return view
 
     async def targets(self, fault: Fault, among: Collection[str] | None = None) -> list[str]:
-        """Return the fault's targets, optionally only those in `among`. Raise NothingHit if there are none, and
-        RunEnded if nothing more may be broken.
+        """Return the fault's targets, or only the targets in `among`.
+
+        Raise NothingHit if the fault has no target, and RunEnded if the run has ended.
         """
         grid = await self.grid()
         if self.over.is_set():
@@ -115,7 +116,7 @@ class TargetGrid:
         return [view["name"] for view in (await self.grid())["pools"] if pool in ("", view["name"])]
 
     async def leader(self, *, after: str, within_s: float = 5 * EFFECT_TIMEOUT_S) -> str:
-        """Wait for another leader than `after` and return its name."""
+        """Wait until another manager than `after` leads, and return the name of the new leader."""
 
         async def look() -> str:
             with suppress(BatchlabError):
@@ -128,7 +129,7 @@ class TargetGrid:
 
 
 def select_targets(grid: GridView, fault: Fault, among: Collection[str] | None = None) -> list[str]:
-    """Return the fault's count or share of the instances in service, the oldest first."""
+    """Return the number or share of instances in service that the fault specifies, the oldest instances first."""
     instances: list[InstanceView] = [
         instance
         for pool in grid["pools"]
@@ -141,7 +142,7 @@ def select_targets(grid: GridView, fault: Fault, among: Collection[str] | None =
 
 
 async def wait_for(look: Callable[[], Awaitable[T]], what: str, *, within_s: float = EFFECT_TIMEOUT_S) -> T:
-    """Poll `look` until its result is true. Raise EffectNotSeen after `within_s`."""
+    """Call `look` repeatedly until the result is true. Raise EffectNotSeen after `within_s` seconds."""
     deadline_s = time.monotonic() + within_s
     while not (result := await look()):
         if time.monotonic() > deadline_s:
@@ -155,14 +156,15 @@ log = logging.getLogger(__name__)
 Undo = Callable[[], Awaitable[object]]
 """Function that undoes one change.
 
-It also runs after a failed change and again after its own failure, so it must accept an intact part.
+The undo function also runs after a failed change and after its own failure, so it must accept an intact part of the
+grid.
 """
 
 UNDO_TRIES = 3
 MAX_UNDO_RESTARTS = 3
-"""Maximum number of restarts of a stopped undo."""
+"""Maximum number of restarts of an undo that was stopped."""
 PAUSE_S = 0.5
-"""Pause between two tries of an undo."""
+"""Pause in seconds between two attempts of an undo."""
 
 
 class RollbackFailed(BackendError):
@@ -172,8 +174,9 @@ class RollbackFailed(BackendError):
 class Rollback:
     """Async context manager that undoes all changes on exit, the latest change first.
 
-    `over` is set when nothing more may be broken. The exit raises RollbackFailed for the changes that it could not
-    undo, with the message of the original error. On a cancellation, it logs them instead.
+    The event `over` is set when no fault may change the grid any more. The exit raises RollbackFailed with the changes
+    that could not be undone and the message of the original error. On a cancellation, the exit logs the changes that
+    could not be undone.
     """
 
     def __init__(self, over: asyncio.Event) -> None:
@@ -181,16 +184,18 @@ class Rollback:
         self._owed: list[tuple[str, Undo, int]] = []
 
     def owe(self, what: str, undo: Undo, *, tries: int = UNDO_TRIES) -> None:
-        """Register the undo of a change that follows. Raise RunEnded if nothing more may be broken, except for a fault
-        that has already begun.
+        """Register the undo of a change before the change.
+
+        Raise RunEnded if the run has ended, except for a fault that has already begun.
         """
         if self._over.is_set() and not self._owed:
             raise RunEnded
         self._owed.append((what, undo, tries))
 
     async def breaking(self, what: str, undo: Undo, call: Callable[[], Awaitable[T]]) -> T:
-        """Register the undo and then call `call`. On a cancellation, wait for the end of the call, because a change can
-        be undone only after it was made.
+        """Register the undo function `undo`, and then call `call`.
+
+        On a cancellation, wait for the end of `call`, because a change can be undone only after the change was made.
         """
         self.owe(what, undo)
         return await complete(call())
@@ -220,7 +225,7 @@ class Rollback:
 
 
 async def _run_undo(undo: Undo, tries: int) -> tuple[BaseException | None, asyncio.CancelledError | None]:
-    """Run an undo. Return its error and a cancellation that arrived meanwhile."""
+    """Run an undo. Return the error of the undo, and a cancellation that arrived during the undo."""
 
     async def run() -> None:
         await undo()
@@ -243,7 +248,7 @@ async def _run_undo(undo: Undo, tries: int) -> tuple[BaseException | None, async
 
 
 async def _wait_uncancelled(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
-    """Wait for the end. Return a cancellation that arrived meanwhile."""
+    """Wait for the end of `future`. Return a cancellation that arrived during the wait."""
     cancelled = None
     while not future.done():
         try:
@@ -254,8 +259,9 @@ async def _wait_uncancelled(future: asyncio.Future[Any]) -> asyncio.CancelledErr
 
 
 async def complete(doing: Awaitable[T]) -> T:
-    """Await to the end, even if the caller is cancelled meanwhile; then raise the cancellation. A call in a thread
-    cannot be stopped.
+    """Await `doing` to its end even if the caller is canceled, and then raise the cancellation.
+
+    A call that runs in a thread cannot be stopped.
     """
     future = asyncio.ensure_future(doing)
     cancelled = await _wait_uncancelled(future)

@@ -1,6 +1,7 @@
 """Calibration of forecasts by measured runs: boot times, overheads, and task times.
 
-The values are medians, so single outliers do not change them. A value needs at least MIN_OBSERVATIONS observations.
+Each calibrated value is a median, so single outliers do not change it. A calibrated value needs at least
+MIN_OBSERVATIONS observations.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.record import JobRun, Record, StageRun, read_file, write_file
 
 MIN_OBSERVATIONS = 3
-"""Fewer observations are not enough for a value."""
+"""Minimum number of observations from which a value is calibrated."""
 
 MAX_CORES = 4096
-"""Upper limit of cores. No machine has more, and each one needs memory in the simulator."""
+"""Upper limit of the number of cores. No machine has more cores, and each core needs memory in the simulator."""
 
 _ADAPTER: TypeAdapter[Calibration] = TypeAdapter(Calibration)
 
@@ -34,12 +35,13 @@ _ADAPTER: TypeAdapter[Calibration] = TypeAdapter(Calibration)
 class CalibratedValue:
     """Median and quartiles of one quantity, in seconds, except for the factor `stretch`.
 
-    `what` names the observations. `value` is None if there were too few; `why` names the missing observations.
+    `what` names the observations. `value` is None if the records have too few observations, and then `why` names the
+    missing observations.
     """
 
     name: str
     of: str
-    """Pool, or template/stage, or "" for the whole grid."""
+    """Subject of the value: a pool, "template/stage", or "" for the whole grid."""
     value: float | None
     low: float | None
     high: float | None
@@ -53,7 +55,7 @@ class CalibratedValue:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationResult:
-    """Calibration with the values that it is derived from."""
+    """Calibration with the values from which the calibration is derived."""
 
     calibration: Calibration
     quantities: tuple[CalibratedValue, ...]
@@ -61,8 +63,9 @@ class CalibrationResult:
 
 
 def calibrate(records: Sequence[Record]) -> CalibrationResult:
-    """Calibrate by runs of the same backend and compression. Raise UsageError if these differ, or if no value can be
-    derived.
+    """Return a calibration from runs of the same backend and compression.
+
+    Raise UsageError if the backends or compressions differ, or if no value can be derived.
     """
     names = sorted({record.backend for record in records})
     if len(names) != 1:
@@ -129,8 +132,8 @@ def _calibration(backend: str, quantities: Iterable[CalibratedValue], runs: int,
         return {of: value for (kind, of), value in values.items() if kind == name}
 
     usual = factory.load(backend).usual if backend in backend_names() else Calibration(backend)
-    # A measured bundle time includes its time on a core. The simulator adds this again for shared cores, so it is
-    # subtracted.
+    # A measured bundle time includes the bundle's time on a core. The simulator adds the time on a core for shared
+    # cores, so the calibration subtracts this time.
     bundle_s = values.get(("bundle", ""))
     shared_s = usual.bundle_cpu_s if usual.cores else 0.0
     return replace(
@@ -168,8 +171,10 @@ def _boots(records: Sequence[Record]) -> Iterator[CalibratedValue]:
 
 
 def _bundle_overheads(records: Sequence[Record]) -> Iterator[tuple[float, float]]:
-    """Yield the time of bundles beyond their tasks, from a sample with weights. A failed task's time is only in the
-    bundle's time, so templates with failures are left out.
+    """Yield the sampled times that bundles took in addition to their tasks, each with a weight.
+
+    Templates with failures are skipped, because the time of a failed task is recorded only as a part of its bundle's
+    time.
     """
     for record in records:
         spoilt = {job.template for job in record.jobs if job.failed or job.retried or job.cancelled}
@@ -180,7 +185,7 @@ def _bundle_overheads(records: Sequence[Record]) -> Iterator[tuple[float, float]
 
 
 def _submit_delays(record: Record) -> Iterator[float]:
-    """Yield the delays from submission to the first task of jobs that waited neither for other jobs nor for a boot."""
+    """Yield the seconds from submission to the first task, for jobs that did not wait for other jobs or for a boot."""
     for job in record.jobs:
         at_s = job.submitted_s
         if job.started_s is None or not _runs_alone(job, record.jobs):

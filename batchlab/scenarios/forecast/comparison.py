@@ -1,6 +1,7 @@
 """Comparison of a forecast with a real run of the same scenario.
 
-An error is forecast minus fact. A value that one record lacks is reported as missing, not as an error of 0.
+An error of a forecast is the forecast value minus the measured value. A value that one record lacks is reported as
+missing, and not as an error of 0.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ RUN_MEASURES = (
     "again",
     "idle_share",
 )
-"""Measures of the whole run that are compared."""
+"""Measures of the whole run that a comparison contains."""
 TEMPLATE_MEASURES = ("makespan", "p95_wait", "p95_turnaround")
-"""Measures of each job template, if there are several templates."""
+"""Measures that are compared for each job template if the scenario has several templates."""
 CURVE_POINTS = 400
 """Number of times at which two curves are compared."""
 
 StepCurve = Sequence[tuple[float, float]]
-"""Curve of (time, value) that is constant between times."""
+"""Step curve as (time, value) pairs; the value is constant until the next time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
     """One measure of both records.
 
-    None means that a record lacks it or that something never ended. `absolute` is in `unit`, and `relative` is a share
-    of the fact.
+    A value is None if the record lacks the measure or if a job never ended. `absolute` is in `unit`, and `relative` is
+    a share of the measured value.
     """
 
     measure: str
@@ -57,7 +58,7 @@ class Difference:
 
     @property
     def relative(self) -> float | None:
-        """Return the error as a share of the fact, or None if only the fact is 0."""
+        """Return the forecast's error as a share of the measured value, or None if only the measured value is 0."""
         absolute = self.absolute
         if absolute is None or (absolute and not self.fact):
             return None
@@ -71,7 +72,7 @@ class Difference:
 class CurvePair:
     """One curve of both records.
 
-    `mean_error` is the mean distance over the longer run's time, in the unit of `what`.
+    `mean_error` is the mean distance of the two curves over the duration of the longer run, in the unit of `what`.
     """
 
     what: str
@@ -83,7 +84,8 @@ class CurvePair:
 
     @property
     def relative(self) -> float | None:
-        """Return `mean_error` as a share of the fact's mean. None if only that mean is 0."""
+        """Return `mean_error` as a share of the measured curve's mean, or None if only the measured curve's mean is
+        0."""
         if self.mean_fact:
             return self.mean_error / self.mean_fact
         return None if self.mean_error else 0.0
@@ -101,7 +103,7 @@ class CurvePair:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Complete comparison. `notes` are reasons why the two runs are not fully comparable."""
+    """Complete comparison. `notes` lists reasons why the two runs are not fully comparable."""
 
     scenario: str
     forecast_backend: str
@@ -112,7 +114,7 @@ class Comparison:
     notes: tuple[str, ...]
 
     def of(self, measure: str, template: str = "") -> Difference:
-        """Return the difference of a measure. Raise KeyError if it was not compared."""
+        """Return the difference of a measure. Raise KeyError if the measure was not compared."""
         return {(difference.measure, difference.template): difference for difference in self.differences}[
             measure, template
         ]
@@ -130,7 +132,7 @@ class Comparison:
 
 
 def compare(forecast: Record, fact: Record) -> Comparison:
-    """Compare two records. Raise UsageError if they have different scenarios or compressions."""
+    """Compare two records. Raise UsageError if the records have different scenarios or compressions."""
     if forecast.scenario != fact.scenario:
         raise UsageError(
             f"The forecast is of scenario {forecast.scenario}, and the fact is of scenario {fact.scenario}.",
@@ -188,7 +190,10 @@ def _curve_pair(what: str, forecast: Record, fact: Record, curve: Callable[[Reco
 
 
 def sample_curve(curve: StepCurve, until_s: float, points: int = CURVE_POINTS) -> list[float]:
-    """Sample the curve in the middle of equal intervals. It is 0 before its first time and constant after the last."""
+    """Return the curve's values in the middle of `points` equal intervals.
+
+    A curve is 0 before its first time and constant after its last time.
+    """
     moments = [at_s for at_s, _ in curve]
     indexes = (bisect_right(moments, (i + 0.5) * until_s / points) - 1 for i in range(points))
     return [curve[index][1] if index >= 0 else 0.0 for index in indexes]

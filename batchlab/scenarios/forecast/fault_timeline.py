@@ -1,6 +1,7 @@
 """Faults of a scenario, injected into a simulated grid.
 
-The evidence counts effects in the simulated world. A fault without an effect is reported as not injected.
+The evidence of a fault counts the fault's effects in the simulated world. A fault without an effect is reported as not
+injected.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from batchlab.sim.faults import FaultKind, Faults, Point
 from batchlab.sim.world import SimWorker, World
 
 DELAY_RANGE_S = (1.0, 60.0)
-"""Range of the delay of a delayed message."""
+"""Minimum and maximum delay in seconds of a delayed message."""
 
 
 @dataclass(slots=True)
 class ServiceFaults:
     """Current faults of services.
 
-    `cut_off` counts the partitions of each actor. The rates are shares of all S3 requests and of all sent messages.
+    `cut_off` counts the partition faults of each actor. The rates are shares of all S3 requests or of all sent
+    messages.
     """
 
     cut_off: Counter[str] = field(default_factory=Counter)
@@ -42,11 +44,11 @@ class ServiceFaults:
     duplicates: float = 0.0
     delays: float = 0.0
     hits: Counter[str] = field(default_factory=Counter)
-    """Number of effects, by the name of the rate or of the actor."""
+    """Number of effects of the faults, by the name of the rate or of the actor."""
 
 
 class ScenarioCallFaults(Faults):
-    """Latencies of a grid's calls, and the call faults of a scenario."""
+    """Latencies of a grid's calls, and the faults that affect calls."""
 
     def __init__(self, rng: random.Random, services: ServiceFaults, *, latency_s: tuple[float, float]) -> None:
         super().__init__(rng, latency_s=latency_s, answers=False)
@@ -67,7 +69,8 @@ class ScenarioCallFaults(Faults):
 class FaultyQueue(SimQueue):
     """Queue that may duplicate or delay messages.
 
-    `compressed` divides the delays. The choice depends only on `seed` and the message.
+    The queue divides the delays by `compressed`. The choice of affected messages depends only on `seed` and the
+    message.
     """
 
     def __init__(
@@ -115,10 +118,10 @@ KILLED = "exit -9"
 INTERRUPTED = "Spot interruption"
 
 SETTLE_S = 0.001
-"""Time in which a crash takes effect."""
+"""Time in seconds within which a crash takes effect."""
 
 SLOW_DISK_START_S = 1.0
-"""Delay of a bundle's start on a slow disk."""
+"""Delay in seconds of a bundle's start on a slow disk."""
 
 NO_INSTANCE = "no instance{of} was in service then"
 
@@ -127,12 +130,12 @@ TargetsAndEvidence = tuple[Sequence[str], str]
 
 
 class NothingHit(Exception):
-    """The fault did not have a target or an effect. The message gives the reason."""
+    """The fault did not have a target or an effect. The exception's message gives the reason."""
 
 
 @dataclass(slots=True)
 class FaultTimeline:
-    """Faults of one run. Faults in `impossible` are skipped, with their reasons."""
+    """Faults of one simulated run. `impossible` has the faults to skip, with the reasons."""
 
     scenario: Scenario
     backend: Backend
@@ -144,13 +147,13 @@ class FaultTimeline:
     impossible: Mapping[FaultName, str]
     injected: list[InjectedFault] = field(default_factory=list)
     restart_blocks: int = 0
-    """Number of faults that prevent a restart of the manager."""
+    """Number of current faults that prevent a restart of the manager."""
     pauses: Counter[str] = field(default_factory=Counter)
-    """Number of pauses of each instance."""
+    """Number of current pause faults of each instance."""
     _unblocked: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
-        """Inject all faults at their times. Return after the last one is over."""
+        """Inject all faults at their times. Return after the last fault has ended."""
         faults = sorted(self.scenario.faults, key=lambda fault: fault.at_s)
         self.injected = list(await asyncio.gather(*map(self._inject, faults)))
 
@@ -187,7 +190,10 @@ class FaultTimeline:
         return InjectedFault(name, at_s, tuple(targets), evidence)
 
     def _targets(self, fault: Fault, *, market: Market | None = None, zone: str = "") -> list[str]:
-        """Return the targets of a fault, the oldest first, as in a replay. Raise NothingHit if there are none."""
+        """Return the targeted instances of a fault, the oldest first, as in a replay.
+
+        Raise NothingHit if the fault has no target.
+        """
         names = [
             name
             for name, life in self.machines.alive(fault.pool).items()
@@ -204,7 +210,7 @@ class FaultTimeline:
         return [execution for execution, worker in self.work.running.items() if worker in workers]
 
     async def _crash(self, names: Sequence[str], how: str) -> tuple[int, int]:
-        """Crash these instances. Return the numbers of ended instances and of lost bundles."""
+        """Crash the instances in `names`. Return the number of ended instances and the number of lost bundles."""
         executions = self._executions(names)
         for name in names:
             self.world.launcher.crash(name, how)
@@ -235,7 +241,7 @@ class FaultTimeline:
             actor = self._worker(name).actor
             steps += loop.parked(actor)
             self.world.watch.on_fault(actor)
-            # A pause that begins when another one ends may be processed first.
+            # If a pause begins at the moment at which another pause ends, the new pause may be counted first.
             if not self.pauses[name]:
                 actor.thaw()
         return names, (
@@ -257,7 +263,7 @@ class FaultTimeline:
         return names, f"{calls} calls of {count(len(names), 'instance')} could not reach a service"
 
     async def _interrupt_spot(self, fault: Fault) -> TargetsAndEvidence:
-        # Processes are not Spot Instances, so any of them is interrupted, by a normal drain without an end time.
+        # Processes are not Spot Instances, so the fault interrupts any process, by a normal drain without an end time.
         has_market = not self.backend.capabilities.one_machine
         names = self._targets(fault, market=Market.SPOT if has_market else None)
         bundles = len(self._executions(names))
@@ -310,7 +316,7 @@ class FaultTimeline:
     async def _slow_disks(self, fault: Fault) -> TargetsAndEvidence:
         disks = self.work.disks
         bundles, tasks, added_s = disks.slowed_bundles, disks.slowed_tasks, disks.added_s
-        if self.backend.capabilities.one_machine:  # all workers share one disk
+        if self.backend.capabilities.one_machine:  # on this backend, all workers share one disk
             names, slow = self.machines.oldest_first(self.machines.alive()), [ALL_WORKERS]
         else:
             names = self._targets(fault)
@@ -333,7 +339,7 @@ class FaultTimeline:
         if leader is None:
             raise NothingHit("no manager ran then")
         jobs, died_s = len(leader.manager.lives), self.now_s()
-        # On other backends, Docker or the group restarts the manager at its own time.
+        # Without a local manager, Docker or the Auto Scaling group decides when the manager restarts.
         waits = self.backend.capabilities.local_manager
         self.restart_blocks += waits
         leader.actor.kill()

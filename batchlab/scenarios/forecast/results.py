@@ -1,7 +1,7 @@
 """Results of a simulated run: outcomes, samples of the grid, and the bill.
 
-Results are counted from the outcomes in the bucket, so tasks that the ledger lost or that ran twice are found. Sampling
-does not change the run.
+Results are counted from the outcomes in the bucket, so the counts include tasks that the ledger lost and tasks that ran
+twice. Sampling of the grid does not change the simulated run.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class EvenSample:
             self._every *= 2
 
     def spread(self) -> tuple[float, ...]:
-        """Return at most SAMPLE_SIZE numbers, evenly from the sorted ones."""
+        """Return at most SAMPLE_SIZE of the numbers, sorted and evenly spread."""
         ordered = sorted(self._numbers)
         if len(ordered) <= SAMPLE_SIZE:
             return tuple(ordered)
@@ -86,7 +86,7 @@ class EvenSample:
 
 @dataclass(slots=True)
 class StageTotals:
-    """Totals of one stage of one template."""
+    """Totals of one stage of one job template."""
 
     tasks: int = 0
     bundles: int = 0
@@ -102,8 +102,8 @@ class StageTotals:
 class Results:
     """Counted results of a run.
 
-    `failed_s` and `thrown_s` are slot seconds per pool of failed attempts and of executions without a committed
-    outcome.
+    `failed_s` has the slot seconds of failed attempts, and `thrown_s` the slot seconds of executions without a
+    committed outcome, both by pool.
     """
 
     jobs: list[JobRun] = field(default_factory=list)
@@ -155,8 +155,10 @@ class ResultCounter:
     results: Results = field(default_factory=Results)
 
     async def count(self, jobs: Sequence[Job], submitted_s: Mapping[str, float], end_s: float) -> Results:
-        """Count the results of these jobs. `submitted_s` has the submission of each job in run seconds. A job ends at
-        least `end_s` after its last task.
+        """Count the results of `jobs`.
+
+        `submitted_s` has the submission time of each job in run seconds. A job ends at least `end_s` seconds after its
+        last task.
         """
         spans = dict(self.work.spans)
         for job in jobs:
@@ -171,7 +173,7 @@ class ResultCounter:
         last_s = 0.0
         async for outcome in read_outcomes(self.objects, name):
             self._add(job, outcome, spans)
-            # The values and times of single tasks are left out, because they need much memory.
+            # The shortened outcome omits the values and times of single tasks, which need much memory.
             slim = Outcome(outcome.bundle, outcome.execution, "", 0.0, 0.0, outcome.succeeded, failed=outcome.failed)
             outcomes.setdefault(outcome.bundle.stage, []).append(slim)
             last_s = max(last_s, outcome.ended_s)
@@ -207,7 +209,7 @@ class ResultCounter:
         results, name = self.results, str(outcome.bundle.stage)
         stage = self.work.stage(JobId(job.id), name)
         totals = results.totals.setdefault((job.template.name, name), StageTotals())
-        # The writer of a bundle that was split after worker losses did not run it.
+        # If a bundle was split after worker losses, the process that wrote the bundle's outcome did not run the bundle.
         has_run = spans.pop(outcome.execution, None) is not None
         results.bundles += 1
         run_s = sum(outcome.run_s)
@@ -244,7 +246,7 @@ class ResultCounter:
 
 
 MAX_QUIET_SAMPLES = 1000
-"""Maximum number of unchanged samples. Beyond it, every second one is dropped."""
+"""Maximum number of unchanged samples. If more unchanged samples exist, every second unchanged sample is dropped."""
 
 _PENDING_STATES = {LifecycleState.PENDING, LifecycleState.PENDING_WAIT, LifecycleState.PENDING_PROCEED}
 
@@ -265,7 +267,7 @@ class GridSampler:
     base_s: float = 0.0
     samples: list[Sample] = field(default_factory=list)
     _quiet: list[int] = field(default_factory=list)
-    """Indexes of unchanged samples."""
+    """Indexes of samples in which no group had changed."""
     _last: dict[str, Counts] = field(default_factory=dict)
 
     def begin(self, base_s: float) -> None:
@@ -273,7 +275,7 @@ class GridSampler:
         self.samples, self._quiet, self._last = [], [], {}
 
     async def look(self) -> None:
-        """Take a sample if something changed or the last one is old enough."""
+        """Take a sample if a group has changed or if the latest sample is old enough."""
         manager = self.world.manager
         if manager is None or not manager.is_leader.is_set() or not manager.groups:
             return
@@ -343,7 +345,10 @@ class ForecastSetup:
         end_s: float,
         **rest: Any,
     ) -> Record:
-        """Return the record of a run that ended at `end_s`, with its bill. Living instances count until then."""
+        """Return the record of a run that ended at `end_s`, with its bill.
+
+        An instance that still lives at the end of the run counts until `end_s`.
+        """
         pools, worker, manager = self.pools(), self.backend.worker, self.manager()
         meter = Meter()
         for instance in instances:
@@ -386,8 +391,9 @@ class ForecastSetup:
 
 
 def minimum_usd(record: Record, until_s: float, book: PriceBook) -> float:
-    """Return the cost of the pools' minimum sizes from the run's end until `until_s`. Living instances stay, and
-    missing ones are On-Demand.
+    """Return the cost of the pools' minimum sizes from the run's end until `until_s`.
+
+    The cost assumes that living instances stay and that each missing instance is an On-Demand Instance.
     """
     rest_s = until_s - end_s(record)
     if rest_s <= 0:

@@ -43,19 +43,22 @@ from batchlab.sim.world import World
 from batchlab.worker.inflight_message import Runner
 
 DEFAULT_BACKEND = "aws"
-"""Default backend of a forecast's settings."""
+"""Backend whose settings a forecast uses by default."""
 
 READY_S = 600.0
-"""Time in which permanent instances must be ready before the run, beyond their boot time."""
+"""Time in seconds, in addition to the boot time, within which permanent instances must be ready before the run."""
 
 STALL_LIMIT_S = 4 * 3600.0
-"""A run without any work for this time, and without later events, is cut."""
+"""Time in seconds after which a run without any work and without later events is cut."""
 
 SHRINK_LIMIT_S = 3600.0
-"""Time in which the fleet must shrink to its minimum after the last job's end."""
+"""Time in seconds within which the fleet must shrink to its minimum size after the end of the last job."""
 
 SUBMIT_CALLS = 4
-"""Port calls from a submission to the receive of its first bundle. Each takes one latency."""
+"""Number of port calls from a job's submission to the receive of the job's first bundle.
+
+Each port call takes one latency.
+"""
 
 Examine = Callable[[World, Sequence[JobId]], Awaitable[None]]
 """Function that examines the world at the end of a run, with the submitted jobs."""
@@ -65,8 +68,9 @@ Examine = Callable[[World, Sequence[JobId]], Awaitable[None]]
 class ForecastOptions:
     """Rarely used options of a forecast.
 
-    `fifo` and `max_wait_s` belong to the queue (see SimQueue). `watched` enables the runtime checks of the protocol.
-    `examine` is called with the world at the end. Faults in `impossible` are skipped, with their reasons.
+    `fifo` and `max_wait_s` are options of the queue (see SimQueue). `watched` enables the runtime checks of the
+    protocol. `examine` is called with the simulated world at the end of the run. `impossible` has the faults to skip,
+    with the reasons.
     """
 
     fifo: bool = False
@@ -102,9 +106,9 @@ def simulate(
 ) -> Record:
     """Run the scenario and its faults to their end.
 
-    `seed` replaces the scenario's own. `like` is the backend whose settings apply (default: aws). Lines of the event
-    log are appended to `log`. Without `book`, the shipped price book applies. Raise UsageError for a scenario that no
-    grid can run.
+    `seed` replaces the scenario's own seed. `like` is the backend whose settings apply (default: aws). The function
+    appends the lines of the event log to `log`. The default of `book` is the shipped price book. Raise UsageError for a
+    scenario that no grid can run.
     """
     begun_s = time.monotonic()
     backend = factory.load(DEFAULT_BACKEND) if like is None else like
@@ -119,7 +123,7 @@ def simulate(
 class ForecastGrid:
     """Simulated world of one scenario on the running SimLoop.
 
-    `now_s` returns the run's time, which is negative until `come_up` returns.
+    `now_s` returns the time of the run in seconds, which is negative until `come_up` returns.
     """
 
     def __init__(
@@ -200,7 +204,7 @@ class ForecastGrid:
         return manager if manager is not None and manager.is_leader.is_set() else None
 
     async def supervise(self) -> None:
-        """Start managers one after another, as the backend does. This coroutine never returns."""
+        """Start managers one after another, as the backend does. The coroutine `supervise` never returns."""
         world, rng = self.world, self.world.rng("supervisor")
         while True:
             await asyncio.wait([world.start_manager()])
@@ -210,8 +214,9 @@ class ForecastGrid:
                 await world.ledger.release(LEASE, world.last_owner)
 
     async def come_up(self) -> None:
-        """Wait until a manager leads and the permanent instances are ready, then start the run. Raise UsageError on a
-        timeout.
+        """Wait until a manager leads and the permanent instances are ready, then start the run.
+
+        Raise UsageError if the grid is not ready in time.
         """
         least = sum(pool.min_size for pool in self.pools.values())
         limit_s = READY_S + 2 * max((pool.boot_s for pool in self.pools.values()), default=0.0)
@@ -227,7 +232,7 @@ class ForecastGrid:
                 )
             await asyncio.sleep(min(1.0, self.manager.tick_s))
         self.base_s = self.world.clock.monotonic_s()
-        # A replay sets the Spot share only for later launches.
+        # A replay sets the Spot share only for launches after its start.
         self.machines.begin(ready, on_demand=self._backend.capabilities.sets_spot_share)
         self.sampler.begin(self.base_s)
 
@@ -240,7 +245,10 @@ class ForecastGrid:
         )
 
     async def ask(self, call: Callable[[Manager], object], name: str) -> object:
-        """Call the leading manager until it answers. Raise its error if it refuses."""
+        """Call the leading manager until the manager answers.
+
+        Raise the manager's error if the manager refuses the call.
+        """
         answer = await self.world.ask(call, name)
         if isinstance(answer, BatchlabError):
             raise answer
@@ -260,7 +268,7 @@ class _Simulation:
         self._jobs = expand(setup.scenario, setup.seed).jobs
         self._submitted_s: dict[str, float] = {}
         self._open: dict[str, None] = {}
-        """Submitted jobs that are not known to have ended."""
+        """Submitted jobs whose end has not been observed yet."""
         self._progress_s = 0.0
         """Run time of the last observed progress."""
         self._begun = 0
@@ -328,7 +336,7 @@ class _Simulation:
         await grid.ask(lambda manager: manager.job_commands.submit(definition, items), f"submit {job.id}")
 
     async def _prewarm(self, plan: Prewarm) -> None:
-        """Keep the pool prewarmed until the plan's end. A new leader gets the size again."""
+        """Keep the pool prewarmed until the end of the plan. A new leader receives the minimum size again."""
         grid = self._grid
         await asyncio.sleep(max(0.0, plan.at_s - grid.now_s()))
         managers = 0
@@ -340,7 +348,7 @@ class _Simulation:
         await self._set_minimum(plan.pool)
 
     async def _set_minimum(self, pool: str) -> None:
-        """Set the pool's minimum to the value planned for now."""
+        """Set the pool's minimum size to the size that is planned for the current time."""
         now_s, plans = self._grid.now_s(), self._scenario.prewarm
         sizes = [plan.min_size for plan in plans if plan.pool == pool and plan.at_s <= now_s < plan.until_s]
         least = max(self._grid.pools[pool].min_size, *sizes, 0)

@@ -1,8 +1,8 @@
 """Simulated work of a forecast: job definitions, shared cores and disks, the task runner, and machines of instances.
 
-An item is the number of its task. A task's behavior depends only on the scenario's seed and on the task's job, stage,
-number, and attempt, so a forecast needs neither data nor code. The machine of a launch depends only on the living
-instances."""
+The item of a task is the number of the task. The behavior of a task depends only on the scenario's seed and the task's
+job, stage, number, and attempt. A forecast therefore needs neither data nor code. The machine of a launched instance
+depends only on the living instances."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def job_def(job: Job, submitted_s: float) -> JobDef:
 
 
 def task_result(stages: tuple[StageTemplate, ...], stage: str, task: int) -> Json:
-    """Return a task's result: its group, for each stage that gathers it by key."""
+    """Return a task's result: the task's group for each stage that gathers the results by key."""
     gathers = (after for after in stages if after.gather == "key" and stage in after.after)
     return {after.name: f"{task % after.groups:06d}" for after in gathers} or None
 
@@ -80,11 +80,12 @@ async def store_items(job: JobDef, objects: Objects, patience: Patience) -> list
 
 @dataclass(slots=True)
 class SharedCores:
-    """`count` shared cores (0: unlimited). A bundle takes `bundle_s` of a core, and bundles take cores in order.
+    """Shared cores of a machine.
 
-    The time of a bundle includes its send, receive, run, commit, and count. A CPU-bound task holds a core whenever it
-    can. The kernel shares cores fairly among processes, so such tasks slow down the manager and the workers, and
-    bundles take longer.
+    `count` is the number of cores (0: unlimited). A bundle takes `bundle_s` seconds of a core, and bundles take cores
+    in order. The core time of a bundle covers its send, receive, run, commit, and count. A CPU-bound task uses a core
+    whenever a core is free. The kernel shares cores fairly among processes, so CPU-bound tasks slow down the manager
+    and the workers, and bundles take longer.
     """
 
     count: int
@@ -95,7 +96,7 @@ class SharedCores:
     _computing: int = 0
 
     def begin(self, now_s: float, worker: str, *, computes: bool) -> float:
-        """Start a bundle in this worker. Return the seconds until its share of the core is done."""
+        """Start a bundle in this worker. Return the seconds until the bundle's time on a core has ended."""
         if not (self.count and self.bundle_s):
             return 0.0
         self._free_s = self._free_s or [now_s] * self.count
@@ -116,27 +117,27 @@ class SharedCores:
 
 
 BUDGETED_BATCH_S = 0.15
-"""Short tasks run together for this time in a bundle with a time budget.
+"""Time in seconds that consecutive short tasks run together in a bundle with a time budget.
 
-In another bundle they run until the worker's next check for a stop.
+In a bundle without a time budget, short tasks run until the worker's next check for a stop.
 """
 
 DECLARED_FAILURE = "ScenarioFailure"
-"""Error name of an attempt that fails by the scenario's declaration."""
+"""Error name of an attempt that fails because the scenario declares the failure."""
 
 
 SLOW_DISK_FACTOR = 4.0
 
 ALL_WORKERS = ""
-"""Stands for all workers, including later ones."""
+"""Name that stands for all workers, including workers that start later."""
 
 
 @dataclass(slots=True)
 class SimulatedDisks:
     """Disks of the instances.
 
-    On a slow disk, I/O takes SLOW_DISK_FACTOR times as long, and a bundle starts `start_s` later because its scratch
-    folder and its log are files. `slow` counts the slow-disk faults per worker.
+    On a slow disk, I/O takes SLOW_DISK_FACTOR times as long. A bundle starts `start_s` seconds later on a slow disk,
+    because its scratch folder and its log are files. `slow` counts the slow-disk faults per worker.
     """
 
     start_s: float = 0.0
@@ -146,7 +147,7 @@ class SimulatedDisks:
     added_s: float = 0.0
 
     def io_s(self, worker: str, takes_s: float, tasks: int) -> float:
-        """Return the time of `tasks` tasks on this worker's disk."""
+        """Return the seconds that `tasks` tasks take on this worker's disk."""
         if not (times := self._times(worker)):
             return takes_s
         slow_s = takes_s * SLOW_DISK_FACTOR**times
@@ -155,7 +156,7 @@ class SimulatedDisks:
         return slow_s
 
     def begin_s(self, worker: str) -> float:
-        """Return the delay of a bundle's start on this disk."""
+        """Return the delay in seconds of a bundle's start on this worker's disk."""
         if not (times := self._times(worker)):
             return 0.0
         self.slowed_bundles += 1
@@ -168,7 +169,7 @@ class SimulatedDisks:
 
 @dataclass(slots=True)
 class SimulatedStage:
-    """Stage of one job with its declared times, stretched as measured."""
+    """Stage of one job with its declared task times, multiplied by the measured `stretch` factor."""
 
     job: Job
     template: StageTemplate
@@ -177,7 +178,7 @@ class SimulatedStage:
 
 @dataclass(slots=True)
 class SimulatedWork:
-    """Work of all simulated workers, and what they have run."""
+    """Work of all simulated workers, with a record of their executions."""
 
     seed: int
     jobs: Mapping[JobId, Job]
@@ -190,7 +191,7 @@ class SimulatedWork:
     spans: dict[str, tuple[str, float]] = field(default_factory=dict)
     """(pool, slot seconds) of each ended execution, committed or not."""
     running: dict[str, str] = field(default_factory=dict)
-    """Running executions and their workers."""
+    """Worker of each running execution."""
     begun: int = 0
     _stages: dict[tuple[JobId, str], SimulatedStage] = field(default_factory=dict)
 
@@ -221,7 +222,7 @@ class SimulatedWork:
 
 
 class DeclaredRunner:
-    """Runner of declared tasks on one instance. A task that kills its worker calls `die`."""
+    """Runner of a scenario's declared tasks on one instance. A task that kills its worker calls `die`."""
 
     def __init__(self, work: SimulatedWork, clock: Clock, die: Callable[[], None]) -> None:
         self._work = work
@@ -263,7 +264,7 @@ class DeclaredRunner:
         """Do nothing."""
 
     async def _add_results(self, stage: SimulatedStage, work: Work, runs: AsyncIterator[Ran]) -> AsyncIterator[Ran]:
-        """Add declared failures and results to the tasks that ran."""
+        """Add the failures and results that the scenario declares to the tasks that ran."""
         bundle = work.bundle
         failing = expansion.failing_tasks(self._work.seed, stage.job, stage.template, bundle.tasks, bundle.attempt)
         stages, name = stage.job.template.stages, stage.template.name
@@ -278,7 +279,7 @@ class DeclaredRunner:
     async def _run_with_poison(
         self, stage: SimulatedStage, work: Work, handle: Handle, runner: TimedRunner
     ) -> AsyncIterator[Ran]:
-        """Run up to the first task that kills the worker, and half of that task."""
+        """Run the tasks before the first task that kills the worker, and half of the killing task."""
         tasks = list(work.bundle.tasks)
         deadly = (n for n, t in enumerate(tasks) if expansion.kills_worker(stage.job, stage.template, t))
         place = next(deadly, len(tasks))
@@ -310,13 +311,13 @@ _EXACT = 1e-9
 
 
 def zone_names(count: int) -> tuple[str, ...]:
-    """Return the names of `count` availability zones."""
+    """Return names for `count` availability zones."""
     return tuple(f"us-east-1{chr(ord('a') + n)}" for n in range(count))
 
 
 @dataclass(slots=True)
 class SimulatedInstance:
-    """Simulated instance. Times are in run seconds."""
+    """Simulated instance. Times are in seconds from the start of the run."""
 
     pool: str
     machine: Machine
@@ -329,8 +330,8 @@ class SimulatedInstance:
 class Machines:
     """Machines of all pools.
 
-    A launch gets a Spot Instance according to the pool's share, in the zone with the fewest instances of the pool.
-    `now_s` returns the run's time.
+    The pool's Spot share decides whether a launch gets a Spot Instance. A launch uses the zone with the fewest
+    instances of the pool. `now_s` returns the time of the run in seconds.
     """
 
     def __init__(self, plans: Sequence[PoolPlan], zones: Sequence[str], now_s: Callable[[], float]) -> None:
@@ -338,21 +339,21 @@ class Machines:
         """Instances in launch order."""
         self.lost_zones: list[str] = []
         self.refused = 0
-        """Number of launches without an available zone."""
+        """Number of refused launches for which no zone was available."""
         self._spot = {plan.pool.name: plan.spot for plan in plans}
         self._zones = zones
         self._now_s = now_s
         self._alive: dict[str, dict[str, None]] = {plan.pool.name: {} for plan in plans}
 
     def refuse(self, _pool: Pool, _instance: str) -> str | None:
-        """Return why no launch is possible, or None."""
+        """Return the reason why no launch is possible, or None."""
         if all(zone in self.lost_zones for zone in self._zones):
             self.refused += 1
             return f"{NO_CAPACITY}: no zone has capacity."
         return None
 
     def launched(self, pool: Pool, instance: str) -> None:
-        """Record a launch and choose its machine."""
+        """Record a launch and choose the machine of the new instance."""
         alive = self._alive[pool.name]
         machines = [self.lives[name].machine for name in alive]
         spot = sum(machine.market is Market.SPOT for machine in machines)
@@ -381,8 +382,10 @@ class Machines:
         return len(self._alive[pool])
 
     def begin(self, ready: Sequence[str], *, on_demand: bool = False) -> None:
-        """Start the run: living instances count from second 0, and those in `ready` are ready. With `on_demand`, none
-        of them is a Spot Instance.
+        """Start the run.
+
+        The living instances count from second 0 of the run, and the instances in `ready` are ready. If `on_demand` is
+        True, all living instances become On-Demand Instances.
         """
         self.lives = {name: life for name, life in self.lives.items() if life.ended_s is None}
         for life in self.lives.values():
@@ -393,8 +396,9 @@ class Machines:
             self.lives[name].ready_s = 0.0
 
     def zone(self, name: str) -> str:
-        """Return the zone by its name or last letter; the first zone for an empty name. Raise UsageError for an unknown
-        zone.
+        """Return the zone with this name or last letter, or the first zone for an empty name.
+
+        Raise UsageError for an unknown zone.
         """
         if not name:
             return self._zones[0]
@@ -409,12 +413,12 @@ class Machines:
         return [name for name, life in lives if life.ready_s is None and life.machine.zone == zone]
 
     def oldest_first(self, names: Iterable[str]) -> list[str]:
-        """Sort instances by launch."""
+        """Sort instances by their launch."""
         chosen = set(names)
         return [name for name in self.lives if name in chosen]
 
     def since(self, at_s: float) -> list[SimulatedInstance]:
-        """Return the instances launched since then."""
+        """Return the instances that were launched since `at_s`."""
         return [life for life in self.lives.values() if life.launched_s >= at_s]
 
     def runs(self) -> tuple[InstanceRun, ...]:
@@ -428,7 +432,7 @@ class Machines:
 
 
 def calibrated_pool(plan: PoolPlan, calibration: Calibration) -> Pool:
-    """Return the plan's pool with the measured boot time, if there is one."""
+    """Return the plan's pool, with the measured boot time if the calibration has a boot time."""
     pool = plan.pool
     boot_s = pool.boot_s if calibration.other_boot_s is None else calibration.other_boot_s
     return replace(pool, boot_s=calibration.boot_s.get(pool.name, boot_s))

@@ -1,8 +1,8 @@
 """Synthetic arrival processes: Poisson, bursts, daily and monthly profiles, steps, and ramps.
 
-All sources but `FixedTimes` are Poisson processes with a variable rate. Event times of a process with rate one are
-mapped through the integral of the rate (Cinlar 1975), so the draw is exact. Rates are in jobs per hour, times in
-seconds from the start of the scenario. A day always has 24 hours.
+All sources except `FixedTimes` are Poisson processes with a variable rate. The event times of a process with rate one
+are mapped through the integral of the variable rate (Cinlar 1975), so the drawn arrivals are exact. Rates are in jobs
+per hour, and times are in seconds from the start of the scenario. A day in a profile always has 24 hours.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ _WEEK = re.compile(r"\s*([a-z]{3,9})(?:\s+(\d{1,2}):(\d{2}))?\s*", re.IGNORECASE
 
 
 def parse_week_time_s(text: str) -> float:
-    """Return the seconds from Monday 00:00 to a time such as `tue 06:30`. Raise ValueError for other texts."""
+    """Return the seconds from Monday 00:00 to a time such as `tue 06:30`.
+
+    Raise ValueError for a text in another format.
+    """
     if match := _WEEK.fullmatch(text):
         name, hour, minute = match.groups(default="0")
         days = [i for i, day in enumerate(WEEKDAYS) if name.lower() in (day, day[:3])]
@@ -38,7 +41,10 @@ def parse_week_time_s(text: str) -> float:
 
 
 def split_by_hour(from_s: float, until_s: float, offset_s: float = 0.0) -> Iterator[tuple[float, float, int]]:
-    """Split the span at every full hour into (start, end, hour). Hour 0 begins `offset_s` before time 0."""
+    """Split the time span at every full hour into (start, end, hour).
+
+    Hour 0 begins `offset_s` seconds before time 0.
+    """
     hour = int((from_s + offset_s) // HOUR_S)
     start_s = from_s
     while start_s < until_s:
@@ -55,7 +61,7 @@ def is_working_day(day: date, holidays: Container[date] = ()) -> bool:
 
 
 def count_working_days(day: date, step: int, holidays: Container[date] = ()) -> int:
-    """Count the working days after `day` in its month, or before it if `step` is -1."""
+    """Count the working days after `day` in the month of `day`, or the working days before `day` if `step` is -1."""
     count = 0
     other = day + timedelta(step)
     while other.month == day.month:
@@ -65,12 +71,15 @@ def count_working_days(day: date, step: int, holidays: Container[date] = ()) -> 
 
 
 MAX_JOBS = 1_000_000
-"""A scenario with more jobs is probably a mistake."""
+"""Maximum number of jobs, because a scenario with more jobs is probably a mistake."""
 MAX_BURSTS = 1_000_000
-"""A source with more bursts is probably a mistake."""
+"""Maximum number of bursts, because a source with more bursts is probably a mistake."""
 
 Segment = tuple[float, float, float, float]
-"""Start, end, and the hourly rates at both; the rate is linear in between."""
+"""Segment of a rate: start, end, hourly rate at the start, and hourly rate at the end.
+
+The rate is linear within a segment.
+"""
 
 
 def _poisson_times(segments: Iterable[Segment], random: Random) -> Iterator[float]:
@@ -80,19 +89,20 @@ def _poisson_times(segments: Iterable[Segment], random: Random) -> Iterator[floa
         area = length_s * (first_s + last_s) / 2
         slope = (last_s - first_s) / length_s if length_s > 0 else 0.0
         while due < area:
-            # The root of first·x + slope·x²/2 = due, in the form that is stable for all slopes.
+            # The formula is the root of first·x + slope·x²/2 = due, in a form that is numerically stable for all
+            # slopes.
             rate_s = sqrt(max(first_s**2 + 2 * slope * due, 0.0))
             moment_s = start_s + 2 * due / (first_s + rate_s)
             if moment_s >= end_s:
                 break
             yield moment_s
             due += random.expovariate(1.0)
-        # Rounding errors could make the difference negative.
+        # The maximum with 0 is necessary, because rounding errors could make the difference negative.
         due = max(due - area, 0.0)
 
 
 def _likely_minimum(mean: float) -> float:
-    """Return the value six standard deviations below the mean of a Poisson variable."""
+    """Return the value that is six standard deviations below the mean of a Poisson variable."""
     return max(0.0, mean - 6 * sqrt(mean))
 
 
@@ -116,7 +126,7 @@ class _PoissonProcess(ABC):
 
     @abstractmethod
     def numbers(self) -> Iterable[float]:
-        """Return all rates and factors. Negative values are invalid."""
+        """Return all rates and factors of the process. Negative rates and factors are invalid."""
 
     @abstractmethod
     def segments(self, random: Random) -> Iterable[Segment]:
@@ -127,7 +137,7 @@ class _PoissonProcess(ABC):
             yield Arrival(moment_s / self.speed, self.template)
 
     def at_least(self) -> float:
-        """Return a minimum of jobs that is exceeded except with a chance of one in a billion."""
+        """Return a number of jobs that the source exceeds with a probability of all but one in a billion."""
         segments = self.segments(Random(0))  # noqa: S311 - these rates are not random
         return _likely_minimum(sum((end - start) * (first + last) / 2 for start, end, first, last in segments) / HOUR_S)
 
@@ -153,8 +163,11 @@ class Poisson(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnOff(_PoissonProcess):
-    """Bursts: `per_hour` in on periods and `idle_per_hour` in off periods, starting with an on period. Periods last
-    `on_s` and `off_s` on average and are exponentially distributed. With `regular` they have exactly this length.
+    """Bursts of arrivals.
+
+    The rate is `per_hour` in on periods and `idle_per_hour` in off periods, and the first period is an on period.
+    Periods last `on_s` and `off_s` seconds on average and are exponentially distributed. With `regular`, each period
+    has exactly the average length.
     """
 
     per_hour: float
@@ -167,7 +180,7 @@ class OnOff(_PoissonProcess):
         return self.per_hour, self.idle_per_hour
 
     def __post_init__(self) -> None:
-        # super() does not work here: a dataclass with slots is a new class.
+        # super() does not work in a dataclass with slots, because the decorator creates a new class.
         _PoissonProcess.__post_init__(self)
         for length_s in (self.on_s, self.off_s):
             if not (isfinite(length_s) and length_s > 0):
@@ -195,8 +208,9 @@ class OnOff(_PoissonProcess):
 class Profile(_PoissonProcess):
     """Hourly and weekly profile.
 
-    `daily` has a rate for each hour of the day, `weekly` a factor for each day from Monday. With `per_hour`, both are
-    weights, and `per_hour` is the mean over a week. `begins_s` is the scenario's start in seconds after Monday 00:00.
+    `daily` has a rate for each hour of the day, and `weekly` has a factor for each day from Monday. With `per_hour`,
+    the values of `daily` and `weekly` are weights, and `per_hour` is the mean rate over a week. `begins_s` is the
+    scenario's start in seconds after Monday 00:00.
     """
 
     daily: tuple[float, ...]
@@ -227,11 +241,12 @@ class Profile(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MonthEnd(_PoissonProcess):
-    """Calendar profile: `per_hour` on an ordinary working day, and multiples of it around the turn of a month.
+    """Calendar profile.
 
-    `last` has the factors of the month's last working days, the last day first. `first` has the factors of its first
-    working days, and `off` is the factor of weekends and `holidays`. `daily` has weights for the 24 hours. The scenario
-    starts on the day `begins` at 00:00.
+    The rate is `per_hour` on an ordinary working day, and a multiple of `per_hour` around the turn of a month. `last`
+    has the factors of the month's last working days, the last day first. `first` has the factors of the month's first
+    working days, and `off` is the factor of weekends and `holidays`. `daily` has weights for the 24 hours of a day. The
+    scenario starts on the day `begins` at 00:00.
     """
 
     per_hour: float
@@ -251,7 +266,7 @@ class MonthEnd(_PoissonProcess):
         return (self.per_hour, *self.last, *self.first, self.off, *self.daily)
 
     def factor(self, day: date) -> float:
-        """Return the day's rate relative to an ordinary working day."""
+        """Return the day's rate relative to the rate of an ordinary working day."""
         if not is_working_day(day, self.holidays):
             return self.off
         after = count_working_days(day, 1, self.holidays)
@@ -273,11 +288,11 @@ class MonthEnd(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step(_PoissonProcess):
-    """A rate of `per_hour` that changes at the times in `steps`."""
+    """Poisson process with a rate of `per_hour` that changes at the times in `steps`."""
 
     per_hour: float
     steps: tuple[tuple[float, float], ...]
-    """(start time, jobs per hour), in order of time."""
+    """Pairs of (start time, jobs per hour), in order of time."""
 
     def __post_init__(self) -> None:
         _PoissonProcess.__post_init__(self)
@@ -300,7 +315,7 @@ class Step(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ramp(_PoissonProcess):
-    """A rate that changes linearly from `per_hour` to `to_per_hour`."""
+    """Poisson process with a rate that changes linearly from `per_hour` to `to_per_hour`."""
 
     per_hour: float
     to_per_hour: float
@@ -318,7 +333,7 @@ class FixedTimes:
 
     template: str
     moments: tuple[tuple[float, int], ...]
-    """(time, number of jobs)"""
+    """Pairs of (time, number of jobs)."""
     speed: float = 1.0
 
     def __post_init__(self) -> None:
@@ -344,4 +359,4 @@ class FixedTimes:
 
 
 Synthetic = _PoissonProcess | FixedTimes
-"""All sources except traces."""
+"""All types of arrival sources except traces."""

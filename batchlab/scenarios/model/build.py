@@ -1,6 +1,7 @@
 """Conversion of a scenario file's models to the values of values.py.
 
-Each mistake becomes a Problem with its location, and a placeholder replaces the value, so one check finds all mistakes.
+Each mistake in the file becomes a Problem with its location. A placeholder replaces each invalid value, so one check
+finds all mistakes.
 """
 
 from __future__ import annotations
@@ -45,26 +46,29 @@ from batchlab.scenarios.verdicts import MEASURES, Unit
 
 T = TypeVar("T")
 ONE_STAGE = "work"
-"""Name of the stage of a job that has only a task time."""
+"""Name of the single stage of a job template that has only a task time."""
 
 
 @dataclass(slots=True)
 class ScenarioBuilder:
-    """Builder of the values of one file. Paths are relative to `folder`."""
+    """Builder of the values of one scenario file. Paths in the scenario file are relative to `folder`."""
 
     structure: Structure[ScenarioSpec]
     folder: Path
     problems: list[Problem] = field(default_factory=list)
     jobs: float = 0.0
-    """Minimum number of jobs from the sources built so far."""
+    """Minimum number of jobs from the sources that were built so far."""
 
     def report(self, loc: Loc, message: str, remedy: str, *, at_key: bool = False) -> None:
-        """Report a mistake, unless its location already has one."""
+        """Report a mistake, unless a mistake is already reported for the same location."""
         if self.structure.sound(loc):
             self.problems.append(Problem(loc, message, remedy, at_key))
 
     def build(self, loc: Loc, make: Callable[[], T], placeholder: T, remedy: str) -> T:
-        """Return the result of `make`. If it fails, report the error at `loc` and return the placeholder."""
+        """Return the result of `make`.
+
+        If `make` raises an error, report the error at `loc` and return the placeholder.
+        """
         if not self.structure.sound(loc):
             return placeholder
         try:
@@ -200,7 +204,7 @@ class ScenarioBuilder:
         )
 
     def path(self, text: str, loc: Loc) -> Path | None:
-        """Return the path of a file relative to the scenario's folder, or None after a mistake."""
+        """Return the path of a file relative to the scenario's folder, or None if the path has a mistake."""
         if "://" in text or Path(text).is_absolute():
             remedy = "Write a path relative to the scenario, so that it can be moved with it."
             self.report(loc, f"{text!r} is not a path relative to the scenario.", remedy)
@@ -254,12 +258,15 @@ class ScenarioBuilder:
 
 
 def _gather(spec: GatherSpec | GroupsSpec | None) -> str | None:
-    """Return the gather value of a StageTemplate. Stand-ins do not need the group's field name."""
+    """Return the gather value of a StageTemplate.
+
+    Stand-in tasks do not need the name of the field by which results are grouped.
+    """
     return None if spec is None else "*" if spec.by == "*" else "key"
 
 
 def _unused_keys(form: TraceFormat, spec: TraceSpec, job: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield each ineffective key, with the reason."""
+    """Yield each key that has no effect, with the reason."""
     if form is not TraceFormat.TABLE:
         for key in sorted({"names", "delimiter"} & spec.model_fields_set, reverse=True):
             yield (key,), f"in a trace of the format {form.value}"
@@ -283,7 +290,7 @@ _COLUMN_FIELDS = {"every": "every_s", "job": "template"}
 
 
 def _column_map(form: TraceFormat, spec: ColumnsSpec | None) -> Columns | None:
-    """Return the format's column map with the changes in `spec`. Raise ValueError if the map is invalid."""
+    """Return the format's column map with the changes in `spec`. Raise ValueError if the column map is invalid."""
     if spec is None:
         return None
     changes: dict[str, Any] = {_COLUMN_FIELDS.get(name, name): getattr(spec, name) for name in spec.model_fields_set}
@@ -328,7 +335,7 @@ FAULTS: Mapping[str, FaultName] = {name.value: name for name in FaultName}
 
 
 def fault(spec: FaultSpec) -> Fault:
-    """Build a fault."""
+    """Build the fault that `spec` describes."""
     fields = spec.model_dump(include={"share", "count", "rate", "zone", "pool"}, exclude_none=True)
     if spec.notice is not None:
         fields["notice_s"] = spec.notice
@@ -336,7 +343,7 @@ def fault(spec: FaultSpec) -> Fault:
 
 
 def expectations(spec: ScenarioSpec) -> tuple[Expectation, ...]:
-    """Build the expectations: first those for all jobs, then those for the jobs of one template."""
+    """Build the expectations for all jobs, followed by the expectations for the jobs of one template."""
     expect: Any = spec.expect
     scopes = [("", expect), *expect.jobs.items()]
     return tuple(expectation for template, scope in scopes for expectation in _expectations(scope, template))

@@ -1,8 +1,9 @@
 """Distributions of task times and job sizes, and named streams of random numbers.
 
-A number of a Stream depends only on the seed, the stream's name, and the number's index. So a change of one part of a
-scenario does not change the draws of another part, and a task takes the same time in the simulator and in a replay. The
-generator is SplitMix64 (Steele, Lea, and Flood, OOPSLA 2014), whose n-th output needs no state.
+A number of a Stream depends only on the seed, the stream's name, and the number's index. Because of named streams, a
+change of one part of a scenario does not change the random numbers of another part. A task takes the same time in the
+simulator and in a replay. The generator of random numbers is SplitMix64 (Steele, Lea, and Flood, OOPSLA 2014), whose
+n-th output needs no state.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class Exponential:
 
 @dataclass(frozen=True, slots=True)
 class Lognormal:
-    """Lognormal distribution with this median. `sigma` is the standard deviation of the logarithm."""
+    """Lognormal distribution with the median `median`. `sigma` is the standard deviation of the logarithm."""
 
     median: float
     sigma: float
@@ -118,7 +119,8 @@ class Lognormal:
 class Weibull:
     """Weibull distribution.
 
-    A `shape` below 1 has a heavier tail than the exponential distribution, a `shape` above 1 a lighter one.
+    A `shape` below 1 gives a heavier tail than the exponential distribution, and a `shape` above 1 gives a lighter
+    tail.
     """
 
     scale: float
@@ -141,8 +143,9 @@ class Weibull:
 
 @dataclass(frozen=True, slots=True)
 class Pareto:
-    """Pareto distribution from `least`, with a tail that falls as x^-alpha, optionally cut at `most`. Without `most`,
-    `alpha` must be above 1, because otherwise the mean is infinite.
+    """Pareto distribution from `least`, with a tail that falls as x^-alpha, optionally cut at `most`.
+
+    Without `most`, `alpha` must be above 1, because the mean is infinite for a smaller `alpha`.
     """
 
     least: float
@@ -180,7 +183,7 @@ class Pareto:
 
 @dataclass(frozen=True, slots=True)
 class Empirical:
-    """Measured values, each with the same probability."""
+    """Distribution of measured values, which all have the same probability."""
 
     values: tuple[float, ...]
 
@@ -206,7 +209,8 @@ class Empirical:
 class Mixture:
     """Weighted mixture of distributions.
 
-    `at` has the right distribution but is not monotonic: the unit selects the part and then a position within it.
+    The method `at` has the right distribution, but its result is not monotonic, because the unit selects a part and a
+    position within the part.
     """
 
     parts: tuple[tuple[float, Distribution], ...]
@@ -228,7 +232,7 @@ class Mixture:
     def at(self, unit: float) -> float:
         part = bisect_right(self._ends, unit)
         start = self._ends[part - 1] if part else 0.0
-        # Rounding could make the share 1, which is outside [0, 1).
+        # The minimum is necessary, because rounding could make the share 1, which is outside [0, 1).
         share = min((unit - start) / (self._ends[part] - start), 1 - 2**-53)
         return self.parts[part][1].at(share)
 
@@ -242,19 +246,19 @@ _SECOND = 0x94D049BB133111EB
 _MASK = 2**64 - 1
 _UNIT = 2.0**-53
 
-# A large integer holds many numbers in lanes of 128 bits, wide enough for the product of two 64-bit numbers. One
-# multiplication in C then replaces `_LANES` multiplications in Python.
+# One large integer contains many numbers in lanes of 128 bits, which are wide enough for the product of two 64-bit
+# numbers. One multiplication in C replaces `_LANES` multiplications in Python.
 _LANES = 256
 _ONES = sum(1 << (128 * lane) for lane in range(_LANES))
 _STEPS = sum((lane * _STEP & _MASK) << (128 * lane) for lane in range(_LANES))
 _MASKS = _MASK * _ONES
 _MASKS_53 = (2**53 - 1) * _ONES
 _MIN_LANES = 9
-"""Smallest count for which lanes are faster than a loop."""
+"""Smallest count of numbers for which lanes are faster than a loop."""
 
 
 class Stream:
-    """Random numbers of a seed and names. Equal arguments give the same stream everywhere."""
+    """Stream of random numbers for a seed and names. Equal arguments give the same stream on every machine."""
 
     __slots__ = ("_key",)
 
@@ -263,14 +267,14 @@ class Stream:
         self._key = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
     def unit(self, i: int = 0) -> float:
-        """Return number `i` of the stream, uniform in [0, 1)."""
+        """Return number `i` of the stream, which is uniform in [0, 1)."""
         z = self._key + i * _STEP & _MASK
         z = (z ^ z >> 30) * _FIRST & _MASK
         z = (z ^ z >> 27) * _SECOND & _MASK
         return ((z ^ z >> 31) >> 11) * _UNIT
 
     def units(self, start: int, stop: int) -> list[float]:
-        """Return `unit(i)` for i from `start` to `stop` - 1, about ten times as fast."""
+        """Return `unit(i)` for i from `start` to `stop` - 1, about ten times as fast as single calls."""
         if stop - start < _MIN_LANES:
             return [self.unit(i) for i in range(start, stop)]
         numbers: list[float] = []
@@ -284,7 +288,7 @@ class Stream:
             cut = (1 << (128 * count)) - 1
             ones, steps, masks, masks_53 = ones & cut, steps & cut, masks & cut, masks_53 & cut
         z = ones * (self._key + start * _STEP & _MASK) + steps & masks
-        # A shift moves bits of a lane into the upper half of the lane below. The masks clear them.
+        # A shift moves bits of a lane into the upper half of the lane below. The masks clear the shifted bits.
         z = (z ^ z >> 30 & masks) * _FIRST & masks
         z = (z ^ z >> 27 & masks) * _SECOND & masks
         z = (z ^ z >> 31 & masks) >> 11 & masks_53
@@ -292,5 +296,5 @@ class Stream:
         return [lane * _UNIT for lane in lanes]
 
     def random(self) -> _random.Random:
-        """Return a generator seeded by this stream, for sequential draws."""
+        """Return a random generator for sequential draws, seeded by this stream."""
         return _random.Random(self._key)  # noqa: S311 - simulation

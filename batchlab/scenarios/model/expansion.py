@@ -1,13 +1,12 @@
 """Jobs of a scenario, their task times and failures, and compression of a scenario.
 
-Jobs, their times, and their sizes depend only on the scenario and the seed. Each source has its own random stream, so
-another source does not change its arrivals. Task times and failures depend only on (seed, job, stage, task, attempt),
-so they are equal in the simulator and in a replay.
+Jobs, their times, and their sizes depend only on the scenario and the seed. Each source has its own random stream, so a
+source does not change the arrivals of another source. Task times and failures depend only on (seed, job, stage, task,
+attempt), so task times and failures are equal in the simulator and in a replay.
 
-Demand of a scenario over time: jobs and work that arrive, compared with the capacity of its fleet.
-
-The curve depends only on the scenario and its jobs. Work is in slot seconds: the mean task times multiplied by the
-slots of each task.
+The module also computes the demand of a scenario over time: the arriving jobs and work, compared with the capacity of
+the fleet. The demand curve depends only on the scenario and its jobs. Work is measured in slot seconds, which are the
+mean task times multiplied by the slots of each task.
 """
 
 from __future__ import annotations
@@ -45,10 +44,10 @@ T = TypeVar("T", bound="DataclassInstance")
 
 
 def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
-    """Return all jobs in order of time; at equal times, in the order of the sources.
+    """Return all jobs in order of time. Jobs with equal times are in the order of their sources.
 
-    `seed` replaces the scenario's seed. Raise UsageError for an unknown job name, for stages with unequal numbers of
-    tasks in a join, and for more than MAX_JOBS jobs.
+    `seed` replaces the scenario's seed. Raise UsageError for an unknown job name, a join of stages with unequal numbers
+    of tasks, or more than MAX_JOBS jobs.
     """
     seed = scenario.seed if seed is None else seed
     identity = (scenario.name, scenario.digest, scenario.compressed, seed)
@@ -60,7 +59,8 @@ def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
 
     streams = [numbered(number, source) for number, source in enumerate(scenario.arrivals)]
     units = [Stream(seed, "sizes", number) for number, _ in enumerate(scenario.arrivals)]
-    # The limit is checked before jobs are built, because a job costs three times as much as an arrival.
+    # The limit is checked before jobs are built, because building a job takes three times as long as drawing an
+    # arrival.
     arrived = list(islice(merge(*streams), MAX_JOBS + 1))
     if len(arrived) > MAX_JOBS:
         raise UsageError(
@@ -92,7 +92,7 @@ def _template(scenario: Scenario, arrival: Arrival) -> JobTemplate:
 
 
 def _size(template: JobTemplate, arrival: Arrival, unit: float) -> int:
-    """Return the number of tasks: the drawn size rounded, and at least 1."""
+    """Return the number of tasks, which is the rounded drawn size, but at least 1."""
     if arrival.tasks is not None:
         return arrival.tasks
     drawn = template.tasks.at(unit)
@@ -105,8 +105,10 @@ def _size(template: JobTemplate, arrival: Arrival, unit: float) -> int:
 
 
 def compress_scenario(scenario: Scenario, factor: float) -> Scenario:
-    """Divide every time in the scenario by `factor`. Costs, counts, and shares stay the same. Real work of a job file
-    takes as long as before.
+    """Divide every time in the scenario by `factor`.
+
+    Compression does not change costs, counts, and shares. The real work of a job file takes as long as without
+    compression.
     """
     if not 0 < factor < float("inf"):
         raise UsageError(f"A scenario cannot be compressed {factor:g}-fold.", remedy="Use a number above 0.")
@@ -114,7 +116,7 @@ def compress_scenario(scenario: Scenario, factor: float) -> Scenario:
         return scenario
 
     def divided(value: T, *names: str) -> T:
-        """Return a copy of the dataclass in which these times are divided."""
+        """Return a copy of the dataclass in which the times in the fields `names` are divided."""
         return replace(value, **{name: _divided(getattr(value, name), factor) for name in names})
 
     def compressed_stage(stage: StageTemplate) -> StageTemplate:
@@ -147,12 +149,12 @@ def _expectation(expectation: Expectation, factor: float) -> Expectation:
     return replace(expectation, least=_divided(expectation.least, factor), most=_divided(expectation.most, factor))
 
 
-# Bundles of a job are consecutive and often small, so streams are cached.
+# Streams are cached, because consecutive bundles of a job use the same streams and are often small.
 _stream = lru_cache(maxsize=1024)(Stream)
 
 
 def _fixed_task_s(job: Job, stage: StageTemplate) -> float | None:
-    """Return the time of every task of the stage if it is not random."""
+    """Return the time of every task of the stage if the time is fixed, or None if the time is random."""
     if job.task_s is not None and not stage.after:
         return job.task_s
     return stage.task_s.value if isinstance(stage.task_s, Constant) else None
@@ -164,7 +166,7 @@ def mean_task_s(job: Job, stage: StageTemplate) -> float:
 
 
 def task_s(seed: int, job: Job, stage: StageTemplate, task: int) -> float:
-    """Return the seconds that a task takes in every attempt."""
+    """Return the seconds that a task takes. All attempts of a task take the same time."""
     fixed_s = _fixed_task_s(job, stage)
     if fixed_s is not None:
         return fixed_s
@@ -172,7 +174,7 @@ def task_s(seed: int, job: Job, stage: StageTemplate, task: int) -> float:
 
 
 def task_times_s(seed: int, job: Job, stage: StageTemplate, tasks: TaskSet) -> list[float]:
-    """Return `task_s` of each task, in order. It takes well under a microsecond per task."""
+    """Return `task_s` of each task, in order. The computation takes well under a microsecond per task."""
     fixed_s = _fixed_task_s(job, stage)
     if fixed_s is not None:
         return [fixed_s] * len(tasks)
@@ -184,14 +186,14 @@ def task_times_s(seed: int, job: Job, stage: StageTemplate, tasks: TaskSet) -> l
 
 
 def attempt_fails(seed: int, job: Job, stage: StageTemplate, task: int, attempt: int) -> bool:
-    """Return whether this attempt (counted from 1) raises an exception."""
+    """Return whether attempt `attempt` (counted from 1) of the task raises an exception."""
     if not stage.fails:
         return False
     return _stream(seed, "fails", job.index, stage.name, attempt).unit(task) < stage.fails
 
 
 def failing_tasks(seed: int, job: Job, stage: StageTemplate, tasks: TaskSet, attempt: int) -> frozenset[int]:
-    """Return the tasks whose attempt fails."""
+    """Return the tasks whose attempt `attempt` fails."""
     if not stage.fails:
         return frozenset()
     stream = _stream(seed, "fails", job.index, stage.name, attempt)
@@ -204,12 +206,12 @@ def failing_tasks(seed: int, job: Job, stage: StageTemplate, tasks: TaskSet, att
 
 
 def kills_worker(job: Job, stage: StageTemplate, task: int) -> bool:  # noqa: ARG001 - of every job
-    """Return whether a task kills its worker in every attempt."""
+    """Return whether every attempt of a task kills its worker."""
     return task < stage.poison
 
 
 def stage_sizes(template: JobTemplate, tasks: int) -> dict[str, int]:
-    """Return the number of tasks of each stage if all tasks succeed. Raise ValueError for a cycle of stages."""
+    """Return the number of tasks of each stage if all tasks succeed. Raise ValueError if the stages form a cycle."""
     sizes: dict[str, int] = {}
     waiting = list(template.stages)
     while waiting:
@@ -226,12 +228,12 @@ def stage_sizes(template: JobTemplate, tasks: int) -> dict[str, int]:
 
 
 def item_joins(template: JobTemplate) -> list[StageTemplate]:
-    """Return the stages that join several stages item by item. These must have equal numbers of tasks."""
+    """Return the stages that join several stages item by item. The joined stages must have equal numbers of tasks."""
     return [stage for stage in template.stages if stage.gather is None and len(stage.after) > 1]
 
 
 def find_unequal_join(template: JobTemplate, tasks: int) -> StageTemplate | None:
-    """Return the first join of stages with unequal numbers of tasks. Raise ValueError for a cycle."""
+    """Return the first join of stages with unequal numbers of tasks. Raise ValueError if the stages form a cycle."""
     joins = item_joins(template)
     sizes = stage_sizes(template, tasks) if joins else {}
     return next((stage for stage in joins if len({sizes[name] for name in stage.after}) > 1), None)
@@ -262,12 +264,14 @@ COLUMN_WIDTHS_S = (
     *(factor * _HOUR for factor in (1, 2, 3, 6, 12)),
     *(factor * _DAY for factor in (1, 2, 7, 14, 30, 90, 365, 3650)),
 )
-"""Possible column widths: round numbers of seconds, minutes, hours, and days."""
+"""Possible widths of a column, which are round numbers of seconds, minutes, hours, and days."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Arrivals from `at_s` until the next column: jobs, tasks of all stages, and slot seconds per pool."""
+    """Arrivals from `at_s` until the next column: number of jobs, number of tasks of all stages, and slot seconds per
+    pool.
+    """
 
     at_s: float
     jobs: int
@@ -277,9 +281,11 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class PoolLoad:
-    """Load of one pool. `slots` is the capacity of its largest fleet, and `busy` is the work that arrives in each
-    column, in busy slots. `behind_s` is the longest delay of work on the largest fleet, and `behind_at_s` its time.
-    `idle_from_s` is the time at which all work would be done.
+    """Load of one pool.
+
+    `slots` is the capacity of the pool's largest fleet, and `busy` is the work that arrives in each column, in busy
+    slots. `behind_s` is the longest delay of work on the largest fleet, and `behind_at_s` is the time of the longest
+    delay. `idle_from_s` is the time at which the largest fleet would have finished all work.
     """
 
     pool: str
@@ -296,7 +302,7 @@ class PoolLoad:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Arrivals over time, in columns of `width_s` from the start of the scenario."""
+    """Arrivals over time, in columns of `width_s` seconds from the start of the scenario."""
 
     width_s: float
     columns: tuple[Column, ...]
@@ -312,8 +318,8 @@ class Curve:
 
 
 def build_curve(scenario: Scenario, jobs: Sequence[Job], most: int = 72) -> Curve:
-    """Build the curve of `jobs` with at most `most` columns."""
-    # The span ends shortly after the last event of the scenario.
+    """Build the arrival curve of `jobs` with at most `most` columns."""
+    # The time span of the curve ends shortly after the last event of the scenario.
     ends = [prewarm.until_s for prewarm in scenario.prewarm]
     ends += [at_s * (1 + 1e-9) for at_s in (*(job.due_s for job in jobs[-1:]), *(f.at_s for f in scenario.faults))]
     span_s = max([1.0, *ends])
@@ -345,7 +351,10 @@ def column_width_s(span_s: float, most: int) -> float:
 
 
 def _backlog(arriving: Sequence[float], slots: int, width_s: float) -> tuple[float, float, float]:
-    """Return the longest delay, its time, and the time at which all work is done. Work is treated as a fluid."""
+    """Return the longest delay, the time of the longest delay, and the time at which all work is done.
+
+    The model treats work as a fluid.
+    """
     backlog_s, worst_s, worst_at_s, idle_s = 0.0, 0.0, 0.0, 0.0
     for i, work_s in enumerate(arriving):
         total_s = backlog_s + work_s

@@ -1,7 +1,7 @@
-"""Scenario files: find, load, and check them, and list the shipped ones.
+"""Loader of scenario files: search, load, check, and list of the shipped scenarios.
 
-A loaded Scenario has passed every check: its jobs, pools, zones, and instance types exist, and a record has its
-expected measures.
+A loaded Scenario has passed every check. The jobs, pools, zones, and instance types of a loaded Scenario exist, and a
+record has its expected measures.
 """
 
 from __future__ import annotations
@@ -38,13 +38,16 @@ class CheckedScenario:
     jobs: Mapping[str, JobTemplate]
 
     def is_sound(self, *loc: str | int) -> bool:
-        """Return whether the file is free of mistakes at the location."""
+        """Return whether the file has no mistake at the location."""
         return self.structure.sound(loc)
 
     def check_name(
         self, section: str, name: str, loc: Loc, purpose: str = "", *, at_key: bool = False
     ) -> list[Problem]:
-        """Return a problem if the section lacks the name. An invalid entry of that name is not a problem."""
+        """Return a problem if the section lacks an entry with the name.
+
+        An entry that has the name but is invalid is not reported a second time.
+        """
         entries = getattr(self.spec, section)
         if name in entries:
             return []
@@ -72,13 +75,13 @@ _FAULTS_BY_KEY: Mapping[str, frozenset[FaultName]] = {
 }
 """Keys that have an effect only for some faults."""
 _MAY_END_AT_ONCE = frozenset({FaultName.MANAGER_CRASH, FaultName.DATABASE_LOSS})
-"""Faults that may have a duration of 0."""
+"""Faults whose duration may be 0."""
 _ZERO_MESSAGES = {
     "for_s": "It is over as soon as it has begun.",
     "share": "A share of 0 hits no instance.",
     "rate": "A rate of 0 hits nothing.",
 }
-"""Messages for a value of 0."""
+"""Messages about a value of 0, by key."""
 
 
 def find_problems(structure: Structure[ScenarioSpec], jobs: Mapping[str, JobTemplate]) -> list[Problem]:
@@ -120,7 +123,10 @@ def _stages(subject: CheckedScenario) -> Iterator[Problem]:
 
 
 def _stage_location(subject: CheckedScenario, template: JobTemplate, stage: int, key: str) -> Loc:
-    """Return the location of the stage's key. Without stages, return the location of the job or of its file."""
+    """Return the location of the stage's key.
+
+    If the job has no stages, return the location of the job or of the job's file.
+    """
     loc: Loc = ("jobs", template.name)
     if template.file is not None:
         return (*loc, "file")
@@ -128,7 +134,7 @@ def _stage_location(subject: CheckedScenario, template: JobTemplate, stage: int,
 
 
 def _joins(subject: CheckedScenario) -> Iterator[Problem]:
-    """Check item-by-item joins, except for jobs whose task counts come from a trace."""
+    """Check the item-by-item joins of stages, except for jobs whose numbers of tasks come from a trace."""
     for template in subject.jobs.values():
         if any(arrival.trace is not None and arrival.job in (None, template.name) for arrival in subject.spec.arrivals):
             continue
@@ -152,7 +158,7 @@ def _arrivals(subject: CheckedScenario) -> Iterator[Problem]:
 
 
 def _steps(spec: StepSpec, loc: Loc) -> Iterator[Problem]:
-    """Report steps without an effect."""
+    """Report steps of a rate that have no effect."""
     for i, step in enumerate(spec.steps):
         if step.at_s >= spec.until_s:
             message = f"Nothing arrives from {spec.until_s:g} s on: this step never comes."
@@ -196,7 +202,7 @@ def _faults(subject: CheckedScenario) -> Iterator[Problem]:
 
 
 def _overlaps(subject: CheckedScenario) -> Iterator[Problem]:
-    """Report overlapping faults: the end of the first would also end the second."""
+    """Report overlapping faults of the same kind, because the end of one fault would also end the other fault."""
     specs = enumerate(subject.spec.faults)
     faults = [(("faults", i), build.fault(spec)) for i, spec in specs if subject.is_sound("faults", i)]
     for n, (loc, fault) in enumerate(faults):
@@ -291,7 +297,7 @@ _REMEDY = "Write its path, or the name of one that `batchlab scenario list` show
 
 @dataclass(frozen=True, slots=True)
 class ShippedScenario:
-    """Scenario that is part of the package. `teaches` is the lesson from its own description."""
+    """Scenario that is part of the package. `teaches` is the lesson from the scenario's own description."""
 
     name: str
     teaches: str
@@ -310,14 +316,16 @@ def shipped_scenarios() -> list[ShippedScenario]:
 
 
 def lesson_of(about: str) -> str:
-    """Return the rest of the sentence that starts with "It teaches", up to a colon, or else the first sentence."""
+    """Return the text after "It teaches", up to the end of the sentence or a colon, or else return the first
+    sentence.
+    """
     text = " ".join(about.split())
     text = text.partition(_TEACHES)[2] or text
     return text.partition(". ")[0].partition(": ")[0].rstrip(".")
 
 
 def find(text: str) -> Path:
-    """Return the path of the scenario that `text` names: a file or a shipped scenario."""
+    """Return the path of the scenario that `text` names. `text` is a path or the name of a shipped scenario."""
     if handler_lookup.is_file(Path(text)) or "/" in text or text.endswith((SUFFIX, ".yml")):
         return Path(text)
     if text not in names():
@@ -326,13 +334,13 @@ def find(text: str) -> Path:
 
 
 def load(path: Path) -> Scenario:
-    """Read and check a scenario. Raise JobFileErrors with all mistakes."""
+    """Read and check a scenario. Raise JobFileErrors with all mistakes in the file."""
     path = handler_lookup.absolute(path)
     return parse(yaml_source.text_of(path, SHAPE.what, _REMEDY), path)
 
 
 def parse(text: str, path: Path) -> Scenario:
-    """Parse and check the text of a scenario file. Raise JobFileErrors with all mistakes."""
+    """Parse and check the text of a scenario file. Raise JobFileErrors with all mistakes in the text."""
     document = yaml_source.parse(text, is_text)
     if isinstance(document.data, dict) and {"input", "stages"} <= document.data.keys():
         raise yaml_source.wrong_kind(

@@ -1,6 +1,6 @@
 """Pydantic models of the scenario file: meaning, unit, and default of each key.
 
-The published JSON Schema, the reference page, and the checks come from these models.
+The published JSON Schema, the reference page, and the checks come from the models in this module.
 """
 
 from __future__ import annotations
@@ -499,7 +499,7 @@ _TEXT_PLACES: tuple[Loc, ...] = (
 
 
 def is_text(loc: Loc) -> bool:
-    """Return whether a scalar at `loc` is always text."""
+    """Return whether a scalar at the location `loc` is always read as text."""
     return is_any_of(loc, _TEXT_PLACES)
 
 

@@ -54,7 +54,8 @@ def _date(value: Any) -> Any:
         day = date.fromisoformat(value)
     except (TypeError, ValueError) as error:
         raise field_types.refusal(f"{text.shown(value)} is not a date.", remedy) from error
-    # The days of neighboring months are computed, and a scenario may last a century.
+    # The limit keeps all dates valid, because a scenario may last a century and the days of neighboring months are
+    # computed.
     if day.year not in _YEARS:
         raise field_types.refusal(f"{value!r} is too far away.", remedy)
     return day

@@ -1,6 +1,7 @@
-"""Immutable values of a scenario. Forecasts and replays read the same values.
+"""Immutable values of a scenario. Forecasts and replays read the same scenario values.
 
-Times are seconds from the start of the scenario, and durations are in seconds, unless a name has another unit.
+Times are seconds from the start of the scenario, and durations are in seconds, unless the name of a field has another
+unit.
 """
 
 from __future__ import annotations
@@ -17,27 +18,28 @@ from batchlab.core.model import Pool
 from batchlab.core.retry_rule import RetryRule
 
 TENANT_TAG = "tenant"
-"""Tag of a job with the name of its tenant."""
+"""Key of the job tag that has the name of the job's tenant."""
 
 
 class Distribution(Protocol):
     """Distribution of numbers of at least 0, as a quantile function.
 
-    The result depends only on the given unit, so a task takes the same time wherever and whenever it runs.
+    The drawn number depends only on the argument `unit`, so a task takes the same time on every machine and at every
+    time.
     """
 
     @property
     def mean(self) -> float: ...
 
     def at(self, unit: float) -> float:
-        """Return the quantile of `unit`, which is in [0, 1)."""
+        """Return the quantile of the distribution at `unit`, which is in [0, 1)."""
 
     def scaled(self, factor: float) -> Distribution:
         """Return the distribution with all numbers multiplied by `factor`."""
 
 
 class WorkKind(StrEnum):
-    """Work of a stand-in while its time passes."""
+    """Kind of work that a stand-in task does during its time."""
 
     SLEEP = "sleep"
     CPU = "cpu"
@@ -47,11 +49,11 @@ class WorkKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StageTemplate:
-    """Stage of a job template, with times instead of code.
+    """Stage of a job template, with task times instead of code.
 
-    `gather` is None (item by item), "*" (one task of all results), or "key" (one task for each of `groups`). `fails` is
-    the share of attempts that raise an exception. The first `poison` tasks of each job kill their worker in every
-    attempt.
+    `gather` is None (item by item), "*" (one task of all results), or "key" (one task for each of `groups` groups).
+    `fails` is the share of attempts that raise an exception. The first `poison` tasks of each job kill their worker in
+    every attempt.
     """
 
     name: str
@@ -73,8 +75,8 @@ class StageTemplate:
 class JobTemplate:
     """Job template.
 
-    `file` is a job file. A replay then runs the file's real work instead of stand-ins, and the template has the file's
-    stages. `deadline_s` is the time from the arrival to the deadline. `max_failures` is a number of tasks.
+    With a job file in `file`, a replay runs the real work of the job file, and the template has the stages of the job
+    file. `deadline_s` is the time from a job's arrival to its deadline. `max_failures` is a number of tasks.
     """
 
     name: str
@@ -89,10 +91,10 @@ class JobTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One job that arrives at `at_s`.
+    """Arrival of one job at `at_s`.
 
-    `tasks` and `task_s` (of each root task) replace draws of the template. `label` is its name in the trace, and
-    `tenant` replaces the template's.
+    `tasks` and `task_s` (the time of each root task) replace values that the template would draw. `label` is the job's
+    name in the trace, and `tenant` replaces the tenant of the template.
     """
 
     at_s: float
@@ -107,7 +109,7 @@ class Arrival:
 class Anomaly:
     """Problem of a trace's record, and the action that the reader took.
 
-    Records with the same problem have the same `what`; `detail` is specific to the record.
+    Records with the same problem have the same `what`, and `detail` is specific to the record.
     """
 
     file: str
@@ -121,13 +123,13 @@ class Source(Protocol):
     """Source of arrivals: a synthetic process or a trace."""
 
     def arrivals(self, random: Random) -> Iterable[Arrival]:
-        """Return the arrivals in order of time. They depend only on the state of `random`."""
+        """Return the arrivals in order of time. The arrivals depend only on the state of `random`."""
 
     def odd(self) -> Iterable[Anomaly]:
-        """Return the problems of the records that it read."""
+        """Return the problems of the records that the source has read."""
 
     def compressed(self, factor: float) -> Source:
-        """Return the source with times and task times divided by `factor`."""
+        """Return the source with all times and task times divided by `factor`."""
 
 
 class FaultName(StrEnum):
@@ -160,11 +162,12 @@ LASTING_FAULTS = frozenset(FaultName) - {FaultName.KILL, FaultName.SPOT_WAVE}
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault from `at_s` for `for_s`.
+    """One fault that starts at `at_s` and lasts `for_s` seconds.
 
-    A fault of instances hits `share` of the pool's instances in service (rounded up), or `count` of them. Without a
-    pool it hits all pools. `rate` is the share of affected requests or messages of s3-errors, sqs-duplicates, and
-    sqs-delays. `notice_s` is the notice of a Spot wave.
+    A fault of instances affects the share `share` of the pool's instances in service (rounded up), or `count` instances
+    in service. A fault without a pool affects all pools. `rate` is the share of affected requests or messages in the
+    faults s3-errors, sqs-duplicates, and sqs-delays. `notice_s` is the time in seconds between the notice and the
+    interruption of a Spot wave.
     """
 
     name: FaultName
@@ -176,16 +179,17 @@ class Fault:
     rate: float = 0.2
     notice_s: float = 120.0
     zone: str = ""
-    """Lost zone. An empty name means the first zone."""
+    """Name of the lost zone. An empty name means the first zone."""
 
     def among(self, number: int) -> int:
-        """Return how many of `number` instances the fault hits."""
-        # The subtraction corrects products such as 0.14 × 50, which is slightly above 7.
+        """Return the number of instances that the fault affects if `number` instances are in service."""
+        # The subtraction corrects the rounding errors of products such as 0.14 × 50, which is slightly above 7 in
+        # binary.
         most = ceil(self.share * number - 1e-9) if self.count is None else self.count
         return min(most, number)
 
     def shares(self, other: Fault) -> bool:
-        """Return whether the end of one fault would also end the other."""
+        """Return whether the end of one fault would also end the other fault."""
         apart = self.pool and other.pool and self.pool != other.pool
         alike = self.name is other.name and self.name in LASTING_FAULTS
         return alike and not (apart and self.name is FaultName.PAUSE)
@@ -193,7 +197,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class PoolPlan:
-    """Pool of the scenario. `spot` is the share of its Spot Instances."""
+    """Pool of the scenario. `spot` is the share of Spot Instances in the pool."""
 
     pool: Pool
     spot: float = 0.0
@@ -201,7 +205,7 @@ class PoolPlan:
 
 @dataclass(frozen=True, slots=True)
 class Prewarm:
-    """Scheduled capacity: at least `min_size` instances from `at_s` until `until_s`."""
+    """Scheduled capacity: the pool has at least `min_size` instances from `at_s` until `until_s`."""
 
     pool: str
     min_size: int
@@ -211,14 +215,14 @@ class Prewarm:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Settings of the scaling policy, as in ManagerSettings. None means the backend's value."""
+    """Settings of the scaling policy, as in ManagerSettings. A setting of None stands for the backend's value."""
 
     drain_target_s: float | None = None
     cooldown_in_s: float | None = None
     idle_s: float | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that the scenario has, by the manager's names."""
+        """Return the settings that the scenario defines, by the names of ManagerSettings."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -226,7 +230,7 @@ class Policy:
 class Expectation:
     """Required range of a measure (see scenarios.verdicts).
 
-    Without a template, it applies to all jobs. Times are in seconds, and costs are in USD.
+    An expectation without a template applies to all jobs. Expected times are in seconds, and expected costs are in USD.
     """
 
     measure: str
@@ -237,9 +241,10 @@ class Expectation:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Complete scenario. A replay divides times by `compress` by default.
+    """Complete scenario.
 
-    `compressed` is the factor that has already been applied.
+    By default, a replay divides all times by `compress`. `compressed` is the factor by which the times have already
+    been divided.
     """
 
     name: str
@@ -256,20 +261,20 @@ class Scenario:
     compress: float = 1.0
     compressed: float = 1.0
     digest: str = ""
-    """SHA-256 of the file's text."""
+    """SHA-256 of the text of the scenario file."""
     path: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job of a run: an arrival with all values drawn.
+    """One job of a run: an arrival of which all random values are drawn.
 
-    `task_s` is the time of each root task if the trace has one.
+    `task_s` is the time of each root task if the trace has task times.
     """
 
     index: int
     id: str
-    """The id is also the client token: the same scenario, seed, and index give the same job."""
+    """Id of the job, which is also the client token. The same scenario, seed, and index give the same id."""
     template: JobTemplate
     due_s: float
     tasks: int

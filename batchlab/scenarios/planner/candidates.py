@@ -1,7 +1,7 @@
 """Candidates of the planner (fleets and policies), and their trials in the simulator or the fast model.
 
-All candidates run with the same arrivals and task times for a seed (common random numbers), so their results differ
-only by the candidates.
+For each seed, all candidates run with the same arrivals and task times (common random numbers). The results of
+candidates therefore differ only because of the candidates.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from batchlab.scenarios.verdicts import MEASURES, Unknown, quantile
 from batchlab.sim.process_pool import ProcessDeath, ProcessPool
 
 BUSIEST_WINDOW = 0.25
-"""Length of the busiest window, as a share of the deadline."""
+"""Length of the window with the most work, as a share of the deadline."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolConfig:
-    """Size limits of one pool, and its share of Spot Instances."""
+    """Size limits of one pool, and the pool's share of Spot Instances."""
 
     pool: str
     min_size: int
@@ -41,7 +41,10 @@ class PoolConfig:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Fleet and policy. `drain_s` is the drain target in seconds, or None for the backend's own."""
+    """Candidate of the planner: a fleet and a scaling policy.
+
+    `drain_s` is the drain target in seconds, or None for the backend's default.
+    """
 
     fleets: tuple[PoolConfig, ...]
     drain_s: float | None
@@ -79,8 +82,9 @@ def current_candidate(scenario: Scenario) -> Candidate:
 
 
 def apply_candidate(scenario: Scenario, candidate: Candidate, wave_s: float | None = None) -> Scenario:
-    """Return the scenario with this fleet and policy. If it has Spot Instances, AWS interrupts all of them once at
-    `wave_s`.
+    """Return the scenario with the candidate's fleet and policy.
+
+    If the fleet has Spot Instances, AWS interrupts all Spot Instances once at `wave_s`.
     """
     fleets = {fleet.pool: fleet for fleet in candidate.fleets}
     pools = []
@@ -97,8 +101,9 @@ def apply_candidate(scenario: Scenario, candidate: Candidate, wave_s: float | No
 
 @dataclass(frozen=True, slots=True)
 class PoolDemand:
-    """Observed demand of a pool: slot seconds of work, tasks times slots, the time at which half of the peak was
-    desired, and the boot time of its instances.
+    """Observed demand of a pool: slot seconds of work, number of tasks times slots, and the pool's boot time.
+
+    `rise_s` is the time at which half of the peak capacity was desired.
     """
 
     work_s: float
@@ -109,7 +114,9 @@ class PoolDemand:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Goal of a plan: the last job ends within `deadline_s` after the first job's due time, and a run costs at most
+    """Goal of a plan.
+
+    The last job must end within `deadline_s` seconds after the first job's due time, and a run must cost at most
     `budget_usd`.
     """
 
@@ -117,7 +124,7 @@ class Goal:
     budget_usd: float | None = None
 
     def met(self, result: TrialResult) -> bool:
-        """Return whether a run finished its work in time and within the budget."""
+        """Return whether a run finished all work within the deadline and the budget."""
         return self.in_time(result) and self.in_budget(result)
 
     def in_time(self, result: TrialResult) -> bool:
@@ -129,12 +136,12 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """Result of one seed.
+    """Result of a trial with one seed.
 
-    `finish_s` is the time from the first job's due time to the last job's end. It is infinite if a job never ended,
-    tasks were lost, or too many jobs failed. `usd` is the cost of the run and of the minimum sizes until the deadline.
-    `hit` is True if a Spot wave hit an instance, and None without a wave. `busiest_s` is the start of the busiest
-    quarter of the deadline, in run seconds.
+    `finish_s` is the time from the first job's due time to the last job's end. `finish_s` is infinite if a job never
+    ended, tasks were lost, or too many jobs failed. `usd` is the cost of the run, plus the cost of the pools' minimum
+    sizes until the deadline. `hit` is True if a Spot wave hit an instance, and None if the trial has no Spot wave.
+    `busiest_s` is the start of the busiest window, in run seconds.
     """
 
     seed: int
@@ -159,7 +166,7 @@ def trial_result(
     deadline_s: float = 0.0,
     allowed_failures: Mapping[str, float] = MappingProxyType({}),
 ) -> TrialResult:
-    """Derive the result of a run. Raise UsageError for a record without a cost."""
+    """Derive the trial's result from the record of a run. Raise UsageError for a record without a cost."""
     if record.usd is None:
         raise UsageError(
             f"The forecast of {record.scenario} has no cost, and a plan needs it.",
@@ -186,7 +193,11 @@ def trial_result(
 
 
 def _busiest_s(record: Record, first_s: float, deadline_s: float) -> float:
-    """Return the start of the busiest window, the earliest if there are several: faster runs are busy then too."""
+    """Return the start of the busiest window.
+
+    If several windows are equally busy, return the earliest start, because faster runs are busy in the earliest window
+    too.
+    """
     moments = [sample.at_s for sample in record.samples]
     busy = [
         float(sum(pool.in_service for pool in sample.pools.values() if pool.backlog_tasks)) for sample in record.samples
@@ -196,7 +207,7 @@ def _busiest_s(record: Record, first_s: float, deadline_s: float) -> float:
         areas.append(areas[-1] + count * (next_s - at_s))
 
     def until(at_s: float) -> float:
-        """Return the instance seconds with work until then."""
+        """Return the instance seconds with work until `at_s`."""
         i = bisect_right(moments, at_s) - 1
         if i < 0:
             return 0.0
@@ -209,8 +220,9 @@ def _busiest_s(record: Record, first_s: float, deadline_s: float) -> float:
 
 
 def allowed_failures(scenario: Scenario) -> dict[str, float]:
-    """Return the allowed failed jobs by template ("" for all jobs) from the scenario's expectations. Without an
-    expectation, no job may fail.
+    """Return the allowed number of failed jobs by template ("" for all jobs), from the scenario's expectations.
+
+    If the scenario has no expectation about failed jobs, no job may fail.
     """
     limits: dict[str, float] = {}
     for expectation in scenario.expect:
@@ -251,7 +263,7 @@ class EvaluatedCandidate:
 
     @property
     def finish_s(self) -> float:
-        """Return the latest finish, because a mean does not show missed deadlines."""
+        """Return the latest finish of all seeds, because a mean does not show missed deadlines."""
         return max(outcome.finish_s for outcome in self.outcomes)
 
     @property
@@ -277,18 +289,21 @@ QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "most": 1.0}
 
 
 def quantiles(numbers: Sequence[float]) -> dict[str, float | None]:
-    """Return quantiles by name. None replaces infinity, which JSON does not have."""
+    """Return quantiles of the numbers by name. None replaces an infinite quantile, because JSON has no infinity."""
     values = {name: quantile(numbers, share) for name, share in QUANTILES.items()}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 Forecaster = Callable[[Scenario, int], Record]
-"""Function that forecasts a scenario with a seed. It is pickled for several processes."""
+"""Function that forecasts a scenario with a seed. The function is pickled and sent to several processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run of one candidate. `wave_s` is the time of the Spot wave. `rough` runs use the fast model."""
+    """One run of one candidate.
+
+    `wave_s` is the time of the Spot wave. If `rough` is True, the trial uses the fast model.
+    """
 
     candidate: Candidate
     index: int
@@ -319,7 +334,7 @@ class _TrialTask:
 
 @dataclass(slots=True)
 class TrialRunner:
-    """Runner of trials. Its processes live until it is closed."""
+    """Runner of trials. The processes of the runner live until the runner is closed."""
 
     scenario: Scenario
     goal: Goal
@@ -339,11 +354,11 @@ class TrialRunner:
 
     @property
     def waves(self) -> bool:
-        """Return whether a Spot wave is added, because the scenario has none."""
+        """Return whether the runner adds a Spot wave, because the scenario has no Spot wave."""
         return all(fault.name is not FaultName.SPOT_WAVE for fault in self.scenario.faults)
 
     def trial(self, candidate: Candidate, index: int, *, rough: bool = False) -> Trial:
-        """Return a trial with the seed of that index, counted from the scenario's seed."""
+        """Return a trial of the candidate. The seed of the trial is the scenario's seed plus `index`."""
         seed = self.scenario.seed + index
         wave_s = None
         if self.waves:
@@ -352,7 +367,7 @@ class TrialRunner:
         return Trial(candidate, index, seed, wave_s, rough)
 
     def base(self) -> TrialResult:
-        """Run the unchanged scenario without an added wave, in the fast model if there is one."""
+        """Run the unchanged scenario without an added Spot wave, in the fast model if the runner has a fast model."""
         start, rough = current_candidate(self.scenario), self.sketch is not None
         return _result_or_raise(self._work(Trial(start, 0, self.scenario.seed, None, rough)))
 

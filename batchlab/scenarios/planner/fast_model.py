@@ -1,7 +1,7 @@
 """Fast model of a run: tasks, slots, boots, and the grid's scaling policy.
 
-The model simulates neither messages nor the manager. It takes a hundredth of a forecast's time and is less precise. It
-selects the candidates that are worth a forecast.
+The model simulates neither messages nor the manager. The fast model takes a hundredth of a forecast's time and is less
+precise. The planner uses the fast model to select the candidates for forecasts.
 """
 
 from __future__ import annotations
@@ -41,15 +41,18 @@ from batchlab.scenarios.planner.work_units import (
 from batchlab.scenarios.record import InjectedFault, PoolSample, Record, Sample
 
 MAX_POLICY_CHECKS = 2000
-"""Maximum number of policy checks while jobs arrive. Later checks happen at each tick of the policy."""
+"""Maximum number of policy checks while jobs arrive.
+
+After the last arrival, the model checks the policy at each tick of the policy.
+"""
 
 
 @dataclass(slots=True)
 class FastModel:
     """Fast runs of one scenario with any fleet and policy.
 
-    Without a calibration, the backend's usual values apply. The model is pickled for several processes, and each caches
-    the work of its seeds.
+    The default calibration has the backend's usual values. The model is pickled and sent to several processes, and each
+    process caches the work of its seeds.
     """
 
     backend: str
@@ -87,7 +90,7 @@ class _FastRun:
         self._checks_policy = False
         self._cut = ""
         self._due_s = work[-1].job.due_s if work else 0.0
-        """Due time of the last job."""
+        """Due time of the last job of the scenario."""
         self._check_s = max(self._manager.tick_s, self._due_s / MAX_POLICY_CHECKS)
 
     def _at(self, at_s: float, what: Callable[[], None]) -> None:
@@ -95,7 +98,7 @@ class _FastRun:
         heapq.heappush(self._events, (at_s, self._number, what))
 
     def record(self) -> Record:
-        """Run to the end and return the record."""
+        """Run the model to the end of the run and return the record."""
         for pool in self._pools.values():
             for _ in range(pool.pool.min_size):
                 self._launch(pool, boot_s=0.0)
@@ -151,7 +154,7 @@ class _FastRun:
         self._assign()
 
     def _queue(self, job: JobProgress, unit: WorkUnit, *, first: bool = False) -> None:
-        """Queue a ready unit. With `first`, the worker of its predecessor continues with it."""
+        """Queue a ready work unit. With `first`, the worker of the unit's predecessor runs the unit next."""
         template = job.work.job.template
         pool = self._pools[template.stages[unit.stage].pool]
         units = pool.ready.setdefault(template.priority, {}).setdefault(unit.job, deque())
@@ -169,7 +172,8 @@ class _FastRun:
                 number, units = next(iter(jobs.items()))
                 job = self._open[number]
                 slots = job.work.job.template.stages[units[0].stage].slots
-                # On a real grid the order is random; the instance with the least work usually receives first.
+                # On a real grid, the order of receives is random. The instance with the least work usually receives
+                # first.
                 instance = max(pool.open.values(), key=lambda instance: instance.free)
                 if instance.free < slots:
                     break
@@ -194,7 +198,7 @@ class _FastRun:
 
     def _finish(self, job: JobProgress, unit: WorkUnit, instance: ModelInstance, slots: int) -> None:
         if unit not in instance.running:
-            return  # the unit was lost with its instance
+            return  # the work unit was lost with its instance
         del instance.running[unit]
         instance.free += slots
         if not instance.leaving:
@@ -223,7 +227,7 @@ class _FastRun:
                 self._queue(job, unit, first=not is_gather)
 
     def _start_policy_checks(self) -> None:
-        """Start the periodic policy checks, until no decision is left."""
+        """Check the policy periodically until no decision is left."""
         if not self._checks_policy:
             self._checks_policy = True
             self._at(self._now_s, self._check_policy)
@@ -269,7 +273,10 @@ class _FastRun:
         return Backlog(seconds, tasks)
 
     def _scale(self, pool: ModelPool) -> Backlog:
-        """Scale the pool like the manager's autoscaler and its group. Return the backlog."""
+        """Scale the pool as the manager's autoscaler and the pool's Auto Scaling group do.
+
+        Return the pool's backlog.
+        """
         backlog = self._backlog(pool.pool.name)
         limits = replace(pool.pool, min_size=self._minimum(pool))
         desired, _ = desired_capacity(backlog, GroupView(limits, pool.desired, ()), self._manager.drain_target_s)
@@ -321,7 +328,7 @@ class _FastRun:
         self._machines.ended(instance.name, "")
 
     def _interrupt_spot(self, fault: Fault) -> None:
-        """Interrupt Spot Instances: they take no more work and end after the notice."""
+        """Interrupt Spot Instances. An interrupted instance takes no more work and ends after the notice."""
         pools = [pool for name, pool in self._pools.items() if fault.pool in ("", name)]
         spot = [
             instance

@@ -1,6 +1,7 @@
 """Answer of the planner: the recommended fleet, its certainty, and the alternatives.
 
-Certainty is computed only from fresh seeds, because a search selects candidates that were lucky in its own seeds.
+The certainty of an answer is computed only from fresh seeds, because a search selects candidates that were lucky with
+the seeds of the search.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ P = TypeVar("P", bound=Priced)
 
 
 def frontier(points: Iterable[P]) -> list[P]:
-    """Return the points that no other point beats, from the cheapest to the fastest. Points without an end or a price
-    are left out.
+    """Return the points that no other point beats in both cost and time, from the cheapest to the fastest.
+
+    Points with an infinite time or cost are skipped.
     """
     best: list[P] = []
     finite = (point for point in points if math.isfinite(point.usd) and math.isfinite(point.finish_s))
@@ -56,7 +58,7 @@ class SeedShare:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Return Wilson's score interval (J. Am. Stat. Assoc. 22, 1927), which suits shares of 0 and 1 too."""
+        """Return Wilson's score interval (1927), which is also valid for shares of 0 and 1."""
         if not self.of:
             return 0.0, 1.0
         n, p, z2 = self.of, self.value, Z_95**2
@@ -70,17 +72,18 @@ class SeedShare:
 
 
 REQUIRED_SHARE = 0.95
-"""Share of seeds in which a recommended fleet must meet the goal."""
+"""Share of seeds with which a recommended fleet must meet the goal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Answer of the planner.
 
-    `chosen` is recommended if it `holds`; otherwise it is the nearest candidate. `searched` seeds selected it. `fresh`
-    has its results for other seeds, of which `seeds` are required. `failed` candidates failed the confirmation before.
-    `frontier` is sorted from the cheapest to the fastest; the latest finish of the searched seeds counts. `waves` is
-    True if a Spot wave was added to the scenario.
+    `chosen` is the recommended candidate if `holds` is true, or else the candidate nearest to the goal. `searched` is
+    the number of seeds that selected `chosen`. `fresh` has the results of `chosen` for other seeds, and `seeds` is the
+    required number of other seeds. `failed` lists the candidates that failed the confirmation before. `frontier` is
+    sorted from the cheapest to the fastest candidate, by the latest finish of the searched seeds. `waves` is True if a
+    Spot wave was added to the scenario.
     """
 
     scenario: Scenario
@@ -97,12 +100,12 @@ class Plan:
 
     @property
     def outcomes(self) -> tuple[TrialResult, ...]:
-        """Return the results of the fresh seeds, or of the search if there are none."""
+        """Return the results of the fresh seeds, or the results of the search if no fresh seed has run."""
         return self.fresh or self.chosen.outcomes
 
     @property
     def met(self) -> SeedShare:
-        """Return the share of results that meet the whole goal."""
+        """Return the share of results that meet both the deadline and the budget."""
         return self._share(self.goal.met)
 
     @property
@@ -112,7 +115,7 @@ class Plan:
 
     @property
     def in_budget(self) -> SeedShare | None:
-        """Return the share of results within the budget, or None without a budget."""
+        """Return the share of results within the budget, or None if the goal has no budget."""
         return None if self.goal.budget_usd is None else self._share(self.goal.in_budget)
 
     def _share(self, met: Callable[[TrialResult], bool]) -> SeedShare:
@@ -120,12 +123,12 @@ class Plan:
 
     @property
     def sure(self) -> bool:
-        """Return whether all requested fresh seeds have run."""
+        """Return whether all required fresh seeds have run."""
         return len(self.fresh) == self.seeds
 
     @property
     def holds(self) -> bool:
-        """Return whether enough of all fresh seeds meet the goal."""
+        """Return whether all required fresh seeds have run and enough of them meet the goal."""
         return self.sure and is_enough(self.met)
 
     @property
@@ -141,7 +144,7 @@ class Plan:
 
     @property
     def affordable(self) -> EvaluatedCandidate | None:
-        """Return the fastest point of the frontier within the budget, or None."""
+        """Return the fastest candidate of the frontier within the budget, or None."""
         if self.goal.budget_usd is None:
             return None
         within = [point for point in self.frontier if all(map(self.goal.in_budget, point.outcomes))]
@@ -154,8 +157,9 @@ class Plan:
 
     @property
     def idle_waves(self) -> tuple[Fault, ...]:
-        """Return the scenario's Spot waves without a target in the chosen fleet. A scenario with such a wave is
-        invalid.
+        """Return the scenario's Spot waves that have no target in the chosen fleet.
+
+        A scenario is invalid if a Spot wave has no target.
         """
         on_spot = {fleet.pool for fleet in self.chosen.candidate.fleets if fleet.spot}
         return tuple(
@@ -166,7 +170,7 @@ class Plan:
 
     @property
     def assumed(self) -> list[str]:
-        """Return the assumptions, one sentence each."""
+        """Return the assumptions of the plan, with one sentence for each assumption."""
         wave = (
             "as the scenario has no Spot wave, all Spot Instances are interrupted once, in the quarter of the deadline "
             "in which most of them have work"
@@ -209,5 +213,5 @@ class Plan:
 
 
 def is_enough(share: SeedShare) -> bool:
-    """Return whether the share is large enough."""
+    """Return whether the share of seeds is large enough for a recommendation."""
     return share.met >= REQUIRED_SHARE * share.of - 1e-9

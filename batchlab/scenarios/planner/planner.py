@@ -1,7 +1,7 @@
-"""Deadline planner: search of the cheapest fleet and policy that meets a goal, with a confirmation by fresh seeds.
+"""Deadline planner: search for the cheapest fleet and policy that meet a goal, with a confirmation by fresh seeds.
 
-The answer depends only on the scenario and its seed, not on the number of processes. If the search is interrupted, the
-best candidate so far is the answer.
+The planner's answer depends only on the scenario and its seed, and not on the number of processes. If the search is
+interrupted, the best candidate so far is the answer.
 """
 
 from __future__ import annotations
@@ -38,27 +38,30 @@ from batchlab.scenarios.planner.search_steps import (
 )
 
 SEARCH_SEEDS = 3
-"""Seeds of every serious candidate. Confirmation uses later seeds."""
+"""Number of seeds with which the search runs every serious candidate. The confirmation uses other seeds."""
 GUIDED_SEEDS = 2
-"""The same if the fast model has preselected the candidates."""
+"""Number of seeds for every serious candidate if the fast model has preselected the candidates."""
 MAX_CONFIRMATIONS = 4
-"""Maximum number of candidates that are confirmed."""
+"""Maximum number of candidates that the planner tries to confirm."""
 FIRST_SEEDS = 4
-"""Seeds of the first part of a confirmation. The rest run only if it has not failed."""
+"""Number of seeds in the first part of a confirmation. The other seeds run only if the first part has not failed."""
 EXPLORATION_SHARE = 0.75
-"""Share of the search runs that are used until there is a first answer."""
+"""Share of the search runs that the planner uses before the first confirmation."""
 MAX_RUNS = 300
 MAX_MODEL_RUNS = 500
 """Maximum number of runs of the fast model."""
 MAX_ROUNDS = 4
 """Maximum number of corrections of the fast model by the simulator."""
 PICKED_CANDIDATES = 3
-"""Candidates of the fast model that are simulated per round. The first round adds as many from the frontier."""
+"""Number of candidates of the fast model that are simulated per round.
+
+The first round also simulates the same number of candidates from the frontier.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class SearchProgress:
-    """Progress of the search: simulated runs, the maximum, the phase, and the best candidate."""
+    """Progress of the search: number of simulated runs, maximum number of runs, phase, and best candidate."""
 
     done: int
     runs: int
@@ -68,9 +71,10 @@ class SearchProgress:
 
 @dataclass(slots=True)
 class Search:
-    """Search and its state.
+    """Search of the planner, with its state.
 
-    `seeds` confirm the answer. `sketch` runs a scenario in the fast model to select candidates.
+    `seeds` is the number of seeds that confirm the answer. `sketch` runs a scenario in the fast model to select
+    candidates.
     """
 
     scenario: Scenario
@@ -86,12 +90,12 @@ class Search:
     cut: str = ""
     """Reason why the search ended early."""
     real: Evaluations = field(init=False)
-    """Evaluations in the simulator."""
+    """Evaluations of candidates in the simulator."""
     attempts: dict[Candidate, list[int]] = field(default_factory=dict)
-    """Candidates to confirm, in order, with their fresh seeds."""
+    """Fresh seeds of each candidate that was or is being confirmed, in the order of the confirmations."""
     _trials: TrialRunner = field(init=False)
     _rough: Evaluations = field(init=False)
-    """Evaluations in the fast model, if there is one."""
+    """Evaluations of candidates in the fast model, if the search has a fast model."""
 
     def __post_init__(self) -> None:
         if self.goal.deadline_s <= 0:
@@ -104,7 +108,7 @@ class Search:
             )
         self._trials = TrialRunner(self.scenario, self.goal, self.run, self.sketch, self.processes, self.book)
         searched = min(SEARCH_SEEDS if self.sketch is None else GUIDED_SEEDS, self.seeds)
-        # Runs for the confirmation of the best candidate are reserved, and some for the next one.
+        # The limit reserves runs for the confirmation of the best candidate, and some runs for the next candidate.
         limit = max(1, int(EXPLORATION_SHARE * (self.runs - self.seeds)))
         self.real = Evaluations(self._trials, self.goal, list(range(searched)), limit)
         self.real.phase = "the scenario as it is"
@@ -117,7 +121,7 @@ class Search:
         return self.real.runs
 
     def search(self) -> None:
-        """Run the search. The answer is available even if an exception ends it."""
+        """Run the search. The answer of the planner is available even if an exception ends the search."""
         try:
             self._search()
         finally:
@@ -149,7 +153,8 @@ class Search:
         self.on_progress(SearchProgress(self.done, self.runs, self.real.phase, self.real.best()))
 
     def _guided(self, start: Candidate, limits: SizeLimits) -> None:
-        """Search in the fast model, simulate its best candidates, correct the model, and repeat."""
+        """Search in the fast model, simulate the best candidates of the fast model, correct the goal of the fast model,
+        and repeat."""
         self.real.phase = "the fast model"
         _until_run_limit(partial(self._rough.explore, start, limits))
         edge = [point.candidate for point in frontier(self._rough.points())]
@@ -168,14 +173,14 @@ class Search:
         self._simulate(self._promising())
 
     def _simulate(self, candidates: Sequence[Candidate]) -> None:
-        """Simulate with one seed, and the best of them with all seeds."""
+        """Simulate the candidates with one seed, and the best candidates with all seeds."""
         self.real.phase = "the best of the fast model"
         points = self.real.preselect(list(dict.fromkeys(candidates)))
         good = [*points[: PICKED_CANDIDATES - 1], *frontier(points)]
         self.real.measure([point.candidate for point in good], self.real.hard)
 
     def _promising(self) -> list[Candidate]:
-        """Return the best candidates of the fast model that were not simulated, no two of them similar."""
+        """Return the best candidates of the fast model that were not simulated yet, without similar candidates."""
         best: dict[tuple[float, float], Candidate] = {}
         for point in self._rough.ranked():
             kind = (tolerance_class(point.usd, USD_TOLERANCE), tolerance_class(point.finish_s, TIME_TOLERANCE))
@@ -201,7 +206,10 @@ class Search:
         )
 
     def _confirm(self, limits: SizeLimits) -> None:
-        """Confirm the best candidate with fresh seeds. If it fails, confirm the next one with others."""
+        """Confirm the best candidate with fresh seeds.
+
+        If a confirmation fails, confirm the next candidate with other seeds.
+        """
         while (best := self._candidate()) is not None:
             self.real.phase = f"confirmation by {self.seeds} fresh seeds"
             first = SEARCH_SEEDS + len(self.attempts) * self.seeds
@@ -211,7 +219,8 @@ class Search:
             self.real.limit = max(1, self.runs - self.seeds)
             if missed is None or not self.real.meets(best) or len(self.attempts) == MAX_CONFIRMATIONS:
                 return
-            # The failed candidate was lucky before, so all others must pass the failed seed too.
+            # The candidate that failed was only lucky with the earlier seeds, so all other candidates must pass the
+            # failed seed too.
             self.real.phase = "a harder seed"
             self._until_limit(partial(self._add_failed_seed, limits, missed))
             if self.done + self.seeds > self.runs:
@@ -223,7 +232,7 @@ class Search:
         return None if best is None or (self.attempts and not self.real.meets(best)) else best
 
     def _missed(self, candidate: Candidate, fresh: Sequence[int]) -> int | None:
-        """Return the index of the worst seed if too many seeds miss the goal."""
+        """Return the index of the worst seed if too many seeds miss the goal, else None."""
         for indices in (fresh[:FIRST_SEEDS], fresh):
             self.real.measure([candidate], indices)
             outcomes = self.real.results[candidate]
@@ -233,7 +242,8 @@ class Search:
         return None
 
     def _add_failed_seed(self, limits: SizeLimits, missed: int) -> None:
-        """Add the failed seed: run candidates with it until one passes, then refine."""
+        """Add the failed seed to the search: run candidates with the failed seed until one candidate passes, and then
+        refine the search."""
         rivals = self.real.ranked()
         self.real.hard.append(missed)
         for rival in rivals:
@@ -259,7 +269,7 @@ class Search:
             point
             for point in self.real.points()
             if point.candidate != chosen.candidate
-            # The simpler of nearly equal candidates was chosen and represents them.
+            # Of several nearly equal candidates, the simplest candidate was chosen and represents the others.
             and not (point.usd <= chosen.usd and point.finish_s <= chosen.finish_s)
         )
         return Plan(
@@ -277,7 +287,8 @@ class Search:
         )
 
     def _chosen(self) -> tuple[EvaluatedCandidate | None, tuple[TrialResult, ...]]:
-        """Return the confirmed or nearest candidate with its fresh results."""
+        """Return the confirmed candidate, or else the candidate nearest to the goal, with its results for fresh
+        seeds."""
         attempts = []
         for candidate, indices in self.attempts.items():
             results = self.real.results[candidate]

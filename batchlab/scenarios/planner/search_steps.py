@@ -1,6 +1,6 @@
-"""Search of candidates: a coarse grid, growth, and ever smaller steps from the best candidate.
+"""Search for candidates: a coarse grid, growth, and ever smaller steps from the best candidate.
 
-The search is deterministic: the same results lead to the same candidates in the same order.
+The search is deterministic, so equal results lead to the same candidates in the same order.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from batchlab.scenarios.planner.candidates import (
 from batchlab.scenarios.planner.plan import frontier
 
 SIZE_FACTORS = (0.7, 1.0, 1.4, 2.0, 3.0, 5.0)
-"""Multiples of the size that would do all work within the deadline without overhead."""
+"""Sizes to try, as multiples of the size that would finish all work by the deadline without overhead."""
 DRAIN_SHARES = (0.6, 0.25, 0.08)
-"""Drain targets as shares of the deadline."""
+"""Drain targets to try, as shares of the deadline."""
 MIN_DRAIN_S = 1.0
 MIN_PREWARM_S = 60.0
-"""Minimum duration of prewarming."""
+"""Minimum duration of prewarming in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class SizeLimits:
     """Sensible sizes of each pool.
 
-    `needed` instances finish by the deadline if they are always busy, and more than `useful` instances would be idle.
+    `needed` instances finish all work by the deadline if the instances are always busy. With more than `useful`
+    instances, some instances would always be idle.
     """
 
     needed: Mapping[str, int]
@@ -44,7 +45,7 @@ class SizeLimits:
 
     @classmethod
     def of(cls, scenario: Scenario, base: TrialResult, deadline_s: float) -> SizeLimits:
-        """Derive the limits from the run of the unchanged scenario."""
+        """Derive the size limits from the run of the unchanged scenario."""
         needed, useful = {}, {}
         for pool in (plan.pool for plan in scenario.pools):
             demand = base.pools[pool.name]
@@ -62,7 +63,7 @@ class SizeLimits:
 
 
 def round_to_two_digits(number: float) -> float:
-    """Round to two significant digits."""
+    """Round a number to two significant digits."""
     if number <= 0:
         return 0.0
     digits = 1 - math.floor(math.log10(number))
@@ -70,7 +71,7 @@ def round_to_two_digits(number: float) -> float:
 
 
 def scale_pools(start: Candidate, limits: SizeLimits, factor: float) -> Candidate:
-    """Scale all pools to `factor` times their needed size, up to the useful size."""
+    """Return the candidate with all pools scaled to `factor` times their needed size, up to their useful size."""
     sizes = {f.pool: math.ceil(factor * limits.needed[f.pool] - 1e-9) for f in start.fleets}
     fleets = [with_max_size(fleet, limits.fit(fleet.pool, sizes[fleet.pool])) for fleet in start.fleets]
     return _fit_prewarming(start, fleets)
@@ -81,7 +82,7 @@ def with_max_size(fleet: PoolConfig, most: int) -> PoolConfig:
 
 
 def _fit_prewarming(start: Candidate, fleets: Sequence[PoolConfig]) -> Candidate:
-    """Replace the pools and limit prewarming to sizes between their minimum and maximum."""
+    """Replace the pools of the candidate, and limit the sizes of prewarmings to the range of the new pools."""
     by_pool = {fleet.pool: fleet for fleet in fleets}
     warm = (replace(warm, min_size=min(warm.min_size, by_pool[warm.pool].max_size)) for warm in start.prewarm)
     prewarm = tuple(plan for plan in warm if plan.min_size > by_pool[plan.pool].min_size)
@@ -100,8 +101,8 @@ def coarse_grid(start: Candidate, limits: SizeLimits, deadline_s: float) -> list
 def with_spot_variants(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Return each candidate with 0%, 50%, and 100% Spot.
 
-    A larger Spot fleet may be cheaper than a smaller fleet without Spot, and small steps do not lead from one to the
-    other.
+    A larger Spot fleet may be cheaper than a smaller On-Demand fleet, but small steps do not lead from the On-Demand
+    fleet to the Spot fleet.
     """
     return [
         replace(candidate, fleets=tuple(replace(fleet, spot=share) for fleet in candidate.fleets))
@@ -111,14 +112,17 @@ def with_spot_variants(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def double_size(start: Candidate, limits: SizeLimits) -> Candidate | None:
-    """Double the sizes up to the useful size, or return None."""
+    """Return the candidate with doubled sizes, up to the useful sizes, or None if no size can grow."""
     fleets = [with_max_size(f, min(limits.useful[f.pool], 2 * f.max_size)) for f in start.fleets]
     candidate = _fit_prewarming(start, fleets)
     return None if candidate == start else candidate
 
 
 def neighbors(best: Candidate, limits: SizeLimits, step: float) -> list[Candidate]:
-    """Return candidates near `best`. `step` is the relative change, 0.5 at first and then smaller."""
+    """Return candidates near `best`.
+
+    `step` is the relative change of sizes, which starts at 0.5 and becomes smaller.
+    """
     candidates = [
         *_size_changes(best, limits, step),
         *_drain_changes(best, step),
@@ -167,7 +171,7 @@ def _spot_changes(best: Candidate, step: float) -> Iterator[Candidate]:
 
 
 def _size_and_spot_changes(best: Candidate, limits: SizeLimits, step: float) -> Iterator[Candidate]:
-    """Change sizes and Spot shares together: more instances compensate for a Spot wave."""
+    """Yield candidates with changed sizes and Spot shares, because more instances compensate for a Spot wave."""
     for sign, share, extra in product((1, -1), (step, 2 * step), (1, 2)):
         fleets = []
         for fleet in best.fleets:
@@ -185,7 +189,10 @@ def _minimum_changes(best: Candidate, step: float) -> Iterator[Candidate]:
 
 
 def _prewarm_changes(best: Candidate, limits: SizeLimits, step: float) -> Iterator[Candidate]:
-    """Remove, shrink, or grow each prewarming, and add the first one of a pool, early enough for its rise."""
+    """Yield candidates with a removed, smaller, larger, or new prewarming.
+
+    A pool without a prewarming gets a prewarming that begins before the pool's demand rises.
+    """
 
     def with_plans(*plans: Prewarm) -> Candidate:
         return replace(best, prewarm=tuple(sorted(plans, key=lambda plan: (plan.at_s, plan.pool))))
@@ -208,12 +215,12 @@ def _prewarm_changes(best: Candidate, limits: SizeLimits, step: float) -> Iterat
             candidate = with_plans(*best.prewarm, Prewarm(fleet.pool, size, float(at_s), float(until_s)))
             if size > fleet.min_size:
                 yield candidate
-            if fleet.min_size:  # the prewarming replaces the permanent instances
+            if fleet.min_size:  # here the prewarming replaces the pool's permanent instances
                 yield _replace_pools(candidate, {fleet.pool: replace(fleet, min_size=0)})
 
 
 def pick_evenly(points: Sequence[Candidate], number: int) -> list[Candidate]:
-    """Pick `number` of them evenly, including the first and the last."""
+    """Return `number` evenly spread candidates of `points`, including the first and the last candidate."""
     if len(points) <= number:
         return list(points)
     steps = [round(i * (len(points) - 1) / (number - 1)) for i in range(number)]
@@ -222,21 +229,24 @@ def pick_evenly(points: Sequence[Candidate], number: int) -> list[Candidate]:
 
 STEP_SIZES = (0.5, 0.25, 0.12, 0.06)
 PROMOTED_CANDIDATES = 8
-"""Candidates of the coarse grid that run with more than one seed. Later rounds take half as many."""
+"""Number of candidates of the coarse grid that run with more than one seed.
+
+Each round after the coarse grid promotes half as many candidates.
+"""
 USD_TOLERANCE, TIME_TOLERANCE = 1.005, 1.01
 """Relative differences of costs and times below which candidates count as equal."""
 
 
 class RunLimitReached(Exception):
-    """The search has used all of its runs."""
+    """The search has used all of its allowed runs."""
 
 
 @dataclass(slots=True)
 class Evaluations:
-    """Candidates that were evaluated in one way, with their results.
+    """Candidates that were evaluated in the simulator or in the fast model, with their results.
 
-    `hard` has the indexes of the seeds that serious candidates must pass. The first seed is for preselection. `limit`
-    is the maximum number of runs.
+    `hard` has the indexes of the seeds that serious candidates must pass. The first seed in `hard` is also used to
+    preselect candidates. `limit` is the maximum number of runs.
     """
 
     trials: TrialRunner
@@ -251,7 +261,7 @@ class Evaluations:
     runs: int = 0
 
     def measure(self, candidates: Iterable[Candidate], indices: Sequence[int]) -> None:
-        """Run the missing trials. Raise RunLimitReached at the limit."""
+        """Run the trials without a result yet. Raise RunLimitReached if the limit of runs is reached."""
         missing = [
             (candidate, index)
             for candidate in dict.fromkeys(candidates)
@@ -259,7 +269,7 @@ class Evaluations:
             if index not in self.results.get(candidate, {})
         ]
         for candidate, _ in missing:
-            # Candidates are inserted in this order, because ties go to the first one.
+            # Candidates are inserted in the given order, because the first candidate wins a tie.
             self.results.setdefault(candidate, {})
         allowed = missing[: max(0, self.limit - self.runs)]
         trials = [self.trials.trial(candidate, index, rough=self.rough) for candidate, index in allowed]
@@ -275,7 +285,7 @@ class Evaluations:
         return EvaluatedCandidate(candidate, tuple(results[i] for i in indices))
 
     def points(self) -> list[EvaluatedCandidate]:
-        """Return the candidates with results for all seeds, or for as many as possible."""
+        """Return the candidates with results for all seeds, or else the candidates with results for the most seeds."""
         for count in range(len(self.hard), 0, -1):
             indices = self.hard[:count]
             done = [candidate for candidate, results in self.results.items() if all(i in results for i in indices)]
@@ -290,8 +300,10 @@ class Evaluations:
         return point.met(self.goal) == len(point.outcomes)
 
     def rank(self, point: EvaluatedCandidate) -> tuple[float, ...]:
-        """Return a sort key. Candidates that meet the goal come first, by cost, time, and simplicity. Then come those
-        in time but too expensive, and then the others by lateness and unfinished work.
+        """Return a sort key.
+
+        Candidates that meet the goal come first, by cost, time, and simplicity. Candidates that are in time but too
+        expensive come second. All other candidates come last, by lateness and unfinished work.
         """
         usd, finish_s = (tolerance_class(point.usd, USD_TOLERANCE), tolerance_class(point.finish_s, TIME_TOLERANCE))
         exactly = (*map(float, point.candidate.simplicity), point.usd, point.finish_s)
@@ -304,18 +316,18 @@ class Evaluations:
         return sorted(self.points(), key=self.rank)
 
     def best(self) -> EvaluatedCandidate | None:
-        """Return the cheapest candidate that meets the goal in all seeds, or the nearest one."""
+        """Return the cheapest candidate that meets the goal with all seeds, or else the nearest candidate."""
         return min(self.points(), key=self.rank, default=None)
 
     def explore(self, start: Candidate, limits: SizeLimits) -> None:
-        """Run a complete search. Raise RunLimitReached at the limit."""
+        """Run a complete search. Raise RunLimitReached if the limit of runs is reached."""
         self.phase = "a coarse grid"
         grid = coarse_grid(start, limits, self.goal.deadline_s)
         best = self._best_of_each_size(self.preselect(grid))
         points = self.preselect([*grid, *with_spot_variants(point.candidate for point in best)])
         edge = pick_evenly([point.candidate for point in frontier(points)], PROMOTED_CANDIDATES)
         self.measure([*(point.candidate for point in points[:PROMOTED_CANDIDATES]), *edge], self.hard)
-        # The fleet is doubled while no candidate is in time and it still gets faster.
+        # The search doubles the fleet while no candidate is in time and larger fleets are still faster.
         while (point := self.best()) is not None and not self.in_time(point):
             larger = double_size(point.candidate, limits)
             if larger is None or larger in self.results:
@@ -326,7 +338,7 @@ class Evaluations:
         self.refine(limits, STEP_SIZES)
 
     def preselect(self, candidates: Sequence[Candidate]) -> list[EvaluatedCandidate]:
-        """Evaluate with the first seed and sort, the best first."""
+        """Evaluate the candidates with the first seed, and return them in order, the best candidate first."""
         self.measure(candidates, self.hard[:1])
         return sorted((self.point(candidate, self.hard[:1]) for candidate in candidates), key=self.rank)
 
@@ -340,10 +352,14 @@ class Evaluations:
         ]
 
     def refine(self, limits: SizeLimits, steps: Sequence[float]) -> None:
-        """Search around the best candidate with decreasing steps. Raise RunLimitReached at the limit."""
+        """Search around the best candidate with decreasing steps.
+
+        Raise RunLimitReached if the limit of runs is reached.
+        """
         for step in steps:
             self.phase = f"steps of {step:.0%} from the best"
-            # A better candidate may have another good neighbor at the same distance.
+            # A second round with the same step follows, because a better candidate may have another good neighbor at
+            # the same distance.
             for _ in range(2):
                 before = self.best()
                 assert before is not None
@@ -357,7 +373,7 @@ class Evaluations:
 
 
 def tolerance_class(number: float, factor: float) -> float:
-    """Return a number that is equal for nearly equal numbers and keeps their order."""
+    """Return a number that is equal for nearly equal arguments and keeps the order of different arguments."""
     if not 0 < number < math.inf:
         return -math.inf if number <= 0 else number
     return float(math.floor(math.log(number) / math.log(factor)))

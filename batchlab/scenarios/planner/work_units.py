@@ -1,6 +1,7 @@
 """Work units of a scenario's jobs for the fast model, and the model's state.
 
-Tasks and times are the same as in the simulator. Short neighbors form one unit, and a long task is its own unit.
+The fast model uses the same tasks and task times as the simulator. Consecutive short tasks form one work unit, and a
+long task forms its own work unit.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from batchlab.scenarios.model.values import LASTING_FAULTS, FaultName, Job, Scen
 from batchlab.scenarios.record import JobRun, StageRun
 
 TARGET_UNITS = 20_000
-"""Approximate number of units for all work, if there are more tasks."""
+"""Approximate number of work units of a scenario that has more tasks than this number."""
 MAX_FAILURE_SHARE = 0.9
-"""Upper limit of the failure share in the estimate of attempts."""
+"""Upper limit of the share of failed attempts in the estimate of the number of attempts."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkUnit:
     """Tasks of one stage that run one after another in the same slots.
 
-    `run_s` is their total time, and `bundles` the number of bundles on a real grid.
+    `run_s` is the total time of the unit's tasks, and `bundles` is the number of bundles on a real grid.
     """
 
     job: int
@@ -39,14 +40,14 @@ class WorkUnit:
 
 @dataclass(frozen=True, slots=True)
 class JobWork:
-    """One job. `stages` has the units of each stage."""
+    """One job as work units. `stages` has the work units of each stage."""
 
     job: Job
     stages: tuple[tuple[WorkUnit, ...], ...]
 
 
 def split_jobs(schedule: Schedule, seed: int, calibration: Calibration) -> tuple[JobWork, ...]:
-    """Split all jobs into units."""
+    """Split all jobs into work units."""
     total_s = 0.0
     for job in schedule.jobs:
         counts = expansion.stage_sizes(job.template, job.tasks)
@@ -72,8 +73,9 @@ def _split_job(job: Job, seed: int, calibration: Calibration, grain_s: float) ->
 
 
 def _join_groups(stages: Sequence[StageTemplate]) -> list[int]:
-    """Return for each stage the first stage that it is joined with item by item. A unit that follows several stages
-    waits for the same items of each.
+    """Return for each stage the index of the first stage with which the stage is joined item by item.
+
+    A work unit that follows several stages waits for the same items of each upstream stage.
     """
     base = list(range(len(stages)))
     places = {stage.name: n for n, stage in enumerate(stages)}
@@ -105,7 +107,7 @@ def _work_units(job: Job, number: int, cuts: list[tuple[int, int]], times_s: lis
 
 @dataclass(slots=True, eq=False)
 class ModelInstance:
-    """Instance with `free` slots."""
+    """Simulated instance with `free` slots."""
 
     name: str
     pool: ModelPool
@@ -122,9 +124,9 @@ class ModelPool:
     desired: int
     alive: dict[str, ModelInstance] = field(default_factory=dict)
     open: dict[str, ModelInstance] = field(default_factory=dict)
-    """Instances with free slots."""
+    """Instances of the pool that have free slots."""
     ready: dict[int, dict[int, deque[WorkUnit]]] = field(default_factory=dict)
-    """Ready units by priority and job, in order of turns."""
+    """Ready work units by priority and job, in the order in which jobs take turns."""
     shrunk_s: float | None = None
     idle_since_s: float | None = None
 
@@ -137,7 +139,7 @@ class StageProgress:
     remaining: int
     units: int
     waits: list[int]
-    """For each unit, the number of units that it waits for."""
+    """Number of other work units for which each work unit of the stage waits."""
     began_s: float | None = None
     done: int = 0
     done_s: float = 0.0
@@ -152,7 +154,7 @@ class JobProgress:
 
 
 def stage_runs(scenario: Scenario, split_jobs: Sequence[JobWork]) -> Iterator[StageRun]:
-    """Yield the totals by template and stage."""
+    """Yield the totals of all jobs by template and stage."""
     totals: dict[tuple[str, int], tuple[int, int, float]] = {}
     for work in split_jobs:
         for key, units in (((work.job.template.name, n), units) for n, units in enumerate(work.stages)):
@@ -165,8 +167,9 @@ def stage_runs(scenario: Scenario, split_jobs: Sequence[JobWork]) -> Iterator[St
 
 
 def stages_known_at_start(stages: Iterable[StageTemplate]) -> set[str]:
-    """Return the stages whose tasks are known at the start. The tasks of a gather and of its followers are known only
-    after the gathered tasks.
+    """Return the stages whose tasks are known at the start.
+
+    The tasks of a gathering stage and of its followers are known only after the gathered tasks have ended.
     """
     names: set[str] = set()
     for stage in stages:
@@ -176,7 +179,10 @@ def stages_known_at_start(stages: Iterable[StageTemplate]) -> set[str]:
 
 
 def end_times_s(scenario: Scenario) -> list[float]:
-    """Return the end times of prewarmings and faults. A run lasts at least until then."""
+    """Return the end times of prewarmings and faults.
+
+    A run lasts at least until all prewarmings and faults have ended.
+    """
     ends = [warm.until_s for warm in scenario.prewarm]
     for fault in scenario.faults:
         lasts_s = fault.for_s if fault.name in LASTING_FAULTS else 0.0

@@ -1,7 +1,7 @@
 """Replay of a scenario in real time on a running grid, and its record.
 
-A replay always ends with a record of its measurements. Values that could not be read are left empty. The cost uses the
-grid's own account and the calculation of `batchlab cost bill`.
+A replay always ends with a record of its measurements. The record leaves values empty that could not be read. The cost
+in the record uses the grid's own account and the calculation of `batchlab cost bill`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RunCost:
-    """Cost at list prices, with its parts by purpose."""
+    """Cost of a run at list prices, with the parts of the cost by purpose."""
 
     usd: float
     items: Mapping[str, float]
@@ -54,8 +54,9 @@ def compute_cost(
     backend: Backend,
     book: PriceBook,
 ) -> RunCost:
-    """Compute the cost between two accounts. Except on AWS, instances count with the types and Spot shares of the
-    scenario's pools.
+    """Compute the cost of the usage between two accounts.
+
+    On a backend that is not billed, instances count with the types and Spot shares of the scenario's pools.
     """
     plans = {plan.pool.name: plan for plan in pools}
     used = Account(
@@ -77,7 +78,7 @@ def compute_cost(
 
 
 def wasted_s(before: Account, after: Account) -> float:
-    """Return the slot seconds of failed attempts and lost executions between two accounts."""
+    """Return the slot seconds of failed attempts and lost executions, as the difference of two accounts."""
     first_s, last_s = (sum(account.failed_s.values()) + sum(account.lost_s.values()) for account in (before, after))
     return last_s - first_s
 
@@ -87,7 +88,10 @@ def _subtract(before: Mapping[T, float], after: Mapping[T, float]) -> dict[T, fl
 
 
 def _as_planned(billed_s: Mapping[Kind, float], plans: Mapping[str, PoolPlan]) -> dict[Kind, float]:
-    """Return the instance seconds by the planned types and Spot shares. Spot Instances stay as they are."""
+    """Return the instance seconds by the planned types and Spot shares.
+
+    The seconds of actual Spot Instances do not change.
+    """
     planned_s: dict[Kind, float] = {}
     for kind, seconds in billed_s.items():
         plan = plans.get(kind.pool)
@@ -102,9 +106,9 @@ def _as_planned(billed_s: Mapping[Kind, float], plans: Mapping[str, PoolPlan]) -
 
 
 MAX_REQUESTS = 4
-"""Maximum number of parallel requests for accounts of jobs."""
+"""Maximum number of parallel requests for the accounts of jobs."""
 FINAL_TIMEOUT_S = 10.0
-"""Timeout of the last requests to the manager."""
+"""Timeout in seconds of the last requests to the manager."""
 
 
 async def build_record(
@@ -117,7 +121,7 @@ async def build_record(
     objects: Objects,
     patience: Patience,
 ) -> Record:
-    """Build the record of a run that has ended. `before` is the grid's account at its start."""
+    """Build the record of a run that has ended. `before` is the grid's account at the start of the run."""
     after = await _account(link, list(state.running))
     cut = state.cut
     try:
@@ -127,7 +131,7 @@ async def build_record(
         cut = cut or f"The results of its tasks cannot be read: {error.message}"
     scenario = state.scenario
     types = {plan.pool.name: plan.pool.instance_type for plan in scenario.pools}
-    # Instances without a type count with the pool's type, as in their cost.
+    # An instance without a type counts with the type of its pool, as in the cost.
     instances = tuple(replace(life, type=life.type or types.get(life.pool, "")) for life in sampler.instances())
     stages = measured.runs()
     cost = None
@@ -164,8 +168,9 @@ async def build_record(
 
 
 async def _account(link: ManagerConnection, jobs: Sequence[str]) -> Account | None:
-    """Return the grid's account, or None if the manager does not answer. The wasted attempts come from the accounts of
-    these jobs, because the grid's account does not have them.
+    """Return the grid's account, or None if the manager does not answer.
+
+    The time of failed attempts comes from the accounts of `jobs`, because the grid's account does not have this time.
     """
     limit = asyncio.Semaphore(MAX_REQUESTS)
 
@@ -214,11 +219,11 @@ def _run_time(at_s: float | None, begun_s: float) -> float | None:
 
 
 ABSENCE_LIMIT_S = 120.0
-"""Time that a manager may be absent, beyond the scenario's faults."""
+"""Time in seconds that a manager may be absent, in addition to the duration of the scenario's faults."""
 IDLE_TIMEOUT_S = 15.0
-"""Time in which jobs of an earlier run must end."""
+"""Time in seconds within which jobs of an earlier run must end."""
 EXTRA_S = 300.0
-"""Time that a replay may take beyond twice the time of its work on the whole fleet."""
+"""Time in seconds that a replay may take in addition to twice the time of its work on the whole fleet."""
 
 
 _REMEDY = "Take it down with `batchlab grid down`, or name another folder with --home."
@@ -227,8 +232,9 @@ _TOLERANCE = 1e-6
 
 
 def check_grid(grid: GridView, scenario: Scenario, *, deployed: bool) -> None:
-    """Check the grid's pools and policy against the scenario. Raise Refused if they differ. Other pools of the grid are
-    ignored.
+    """Raise Refused if the grid's pools or policy differ from the scenario.
+
+    Pools of the grid that the scenario does not have are ignored.
     """
     remedy = _STACK_REMEDY if deployed else _REMEDY
     pools = {pool["name"]: pool for pool in grid["pools"]}
@@ -257,7 +263,7 @@ def check_grid(grid: GridView, scenario: Scenario, *, deployed: bool) -> None:
 
 
 def check_idle(active: Sequence[JobView]) -> None:
-    """Raise Refused if the grid has other jobs, because they would be measured too."""
+    """Raise Refused if the grid has other jobs, because a replay would measure these jobs too."""
     if active:
         others = f" and {len(active) - 1} others" if len(active) > 1 else ""
         raise Refused(
@@ -271,8 +277,9 @@ def _describe_pool(least: int, most: int, slots: int) -> str:
 
 
 def limit_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
-    """Return the default time limit of a replay in run seconds: twice the time of its work on the whole fleet after the
-    last arrival, plus spare time.
+    """Return the default time limit of a replay in run seconds.
+
+    After the last arrival, a replay has twice the time of its work on the whole fleet, plus spare time.
     """
     slots = {plan.pool.name: plan.pool.max_size * plan.pool.slots for plan in scenario.pools}
     work: dict[str, float] = {}
@@ -287,7 +294,7 @@ def limit_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
 
 
 async def _wait_until_idle(link: ManagerConnection) -> None:
-    """Wait until canceled jobs of an earlier run have ended. Raise Refused on a timeout."""
+    """Wait until canceled jobs of an earlier run have ended. Raise Refused if a job does not end in time."""
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + IDLE_TIMEOUT_S
     while active := await link.call(lambda client: client.jobs(active=True)):
@@ -310,9 +317,10 @@ async def replay(
 ) -> Record:
     """Run the compressed scenario on the grid in `home` and measure it.
 
-    `limit` (run seconds, see `limit_s`) or `stop` ends the run early; the record's `cut` then has the reason.
-    `injector` creates the injector of the scenario's faults. Raise Refused if the grid differs from the scenario or has
-    other work, UsageError for a job that the grid refuses, and BackendError if the manager stays absent before the run.
+    `limit` (in run seconds, see `limit_s`) or `stop` ends the run early, and the field `cut` of the record has the
+    reason. `injector` creates the injector of the scenario's faults. Raise Refused if the grid differs from the
+    scenario or has other work, UsageError for a job that the grid refuses, and BackendError if the manager stays absent
+    before the run.
     """
     seed = scenario.seed if seed is None else seed
     schedule = expand(scenario, seed)

@@ -1,4 +1,4 @@
-"""Jobs of a replay: stand-ins with the drawn times, or real work.
+"""Jobs of a replay: stand-in tasks with the drawn task times, or the real work of a job file.
 
 All objects of a job are in the bucket before the job is due, so its submission is one request.
 """
@@ -27,12 +27,12 @@ from batchlab.worker import code_cache
 
 HANDLER = "standins:work"
 SCENARIO_TAG = "scenario"
-"""Tag of a job with the name of its scenario."""
+"""Key of the job tag that has the name of the job's scenario."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedJob:
-    """Job that is ready for submission, with its items if they are sent along."""
+    """Job that is ready for submission, with its items if the submission contains the items."""
 
     due: Job
     job: JobDef
@@ -43,7 +43,7 @@ class PreparedJob:
 class JobPreparer:
     """Preparation of the jobs of one run.
 
-    `run` is an id that distinguishes the jobs of this run from the jobs of other runs of the same scenario.
+    `run` is an id that distinguishes the jobs of one run from the jobs of other runs of the same scenario.
     """
 
     scenario: str
@@ -96,7 +96,7 @@ class JobPreparer:
     async def _code(self) -> str:
         key = code_cache.key(self._packed)
         if key not in self._stored:
-            with suppress(AlreadyExists):  # the name is a content hash
+            with suppress(AlreadyExists):  # the key is a hash of the code, so the stored object is equal
                 await self.patience(partial(self.objects.put, key, self._packed, if_absent=True))
             self._stored.add(key)
         return key
@@ -117,7 +117,7 @@ class JobPreparer:
         tags = {**dict(job.tags), **dict(self._tags(due))}
         template = due.template
         job = replace(job, tags=tuple(tags.items()), priority=template.priority or job.priority)
-        if template.max_failures:  # otherwise the job file's limit applies
+        if template.max_failures:  # without a limit in the scenario, the job file's limit applies
             job = replace(job, max_failures=template.max_failures, max_failures_percent=False)
         return PreparedJob(due, job)
 
@@ -142,7 +142,10 @@ def _gathers_by_key(stage: StageTemplate) -> bool:
 
 
 def item_followers(template: JobTemplate, name: str) -> list[StageTemplate]:
-    """Return the stages that follow `name` item by item, directly or indirectly, so have the same number of tasks."""
+    """Return the stages that follow `name` item by item, directly or indirectly.
+
+    All these stages have the same number of tasks.
+    """
     names, followers = {name}, []
     for stage in template.stages:
         if stage.gather is None and names.intersection(stage.after):
@@ -161,7 +164,7 @@ def job_items(seed: int, due: Job) -> Iterator[Json]:
 
 
 def stage_parameters(seed: int, due: Job) -> dict[str, Any]:
-    """Return the stand-ins' parameters of each stage (see standins)."""
+    """Return the parameters of the stand-in tasks of each stage (see standins)."""
     template = due.template
     counts = expansion.stage_sizes(template, due.tasks)
     parameters: dict[str, Any] = {}
@@ -170,7 +173,7 @@ def stage_parameters(seed: int, due: Job) -> dict[str, Any]:
         gathers = [after for after in template.stages if _gathers_by_key(after) and stage.name in after.after]
         parameters[stage.name] = {
             "kind": stage.kind.value,
-            # The interpreter needs the other half of the limit.
+            # A stand-in holds half of the memory limit, because the Python interpreter needs the other half.
             "hold": stage.memory_bytes // 2 if stage.memory_bytes else None,
             "passes": [follower.name for follower in followers],
             "groups": {f"group_{after.name}": after.groups for after in gathers},
@@ -184,7 +187,7 @@ def stage_parameters(seed: int, due: Job) -> dict[str, Any]:
 
 
 def _task_entries(seed: int, due: Job, stage: StageTemplate, count: int) -> list[Json]:
-    """Return each task's entry: seconds, failing attempts, and whether it kills its worker."""
+    """Return an entry for each task: the seconds, the failing attempts, and whether the task kills its worker."""
     seconds = expansion.task_times_s(seed, due, stage, TaskSet.span(0, count))
     attempts = range(1, stage.retry.max_attempts + 1) if stage.fails else ()
     return [
@@ -198,7 +201,7 @@ def _task_entries(seed: int, due: Job, stage: StageTemplate, count: int) -> list
 
 
 def declared_s(seed: int, due: Job, stage: str, tasks: TaskSet) -> dict[int, float]:
-    """Return the declared time of each task, or nothing for an unknown stage."""
+    """Return the declared time of each task, or an empty mapping for an unknown stage."""
     for template in due.template.stages:
         if template.name == stage:
             return dict(zip(tasks, expansion.task_times_s(seed, due, template, tasks), strict=True))

@@ -1,6 +1,6 @@
 """Measurements of a run's jobs from the committed outcomes: task times, lost tasks, and duplicates.
 
-The outcomes come from the bucket, so errors of the ledger are found too.
+The outcomes come from the bucket, so the measurements also show errors of the ledger.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from batchlab.scenarios.replay.jobs import declared_s
 
 MAX_PARALLEL_READS = 16
 MAX_PARALLEL_JOBS = 8
-"""Jobs whose outcomes are in memory at the same time."""
+"""Maximum number of jobs whose outcomes are in memory at the same time."""
 SAMPLE_SIZE = 200
 """Number of task times per stage in a record."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObservedJob:
-    """Job of the run with its latest view. `due` is the scenario's job, or None."""
+    """Job of the run with its latest view. `due` is the job in the scenario, or None for a job without a scenario."""
 
     template: str
     view: JobView
@@ -41,7 +41,7 @@ class ObservedJob:
 
 @dataclass(slots=True)
 class StageTotals:
-    """Totals of a stage of one template. `slots` are those of a task."""
+    """Totals of a stage of one template. `slots` is the number of slots of a task."""
 
     pool: str
     slots: int
@@ -58,7 +58,7 @@ class StageTotals:
 
 @dataclass(slots=True)
 class Measurements:
-    """Totals by (template, stage). `lost` and `duplicates` are as in a Record."""
+    """Totals by (template, stage). `lost` and `duplicates` have the same meaning as in a Record."""
 
     stages: dict[tuple[str, str], StageTotals] = field(default_factory=dict)
     lost: int = 0
@@ -74,7 +74,7 @@ class Measurements:
         self.duplicates += other.duplicates
 
     def runs(self) -> tuple[StageRun, ...]:
-        """Return the stages for the record, in order of appearance."""
+        """Return the stages for the record, in the order in which the stages were measured."""
         return tuple(
             StageRun(
                 template=template,
@@ -97,7 +97,7 @@ class Measurements:
 
 
 def even_sample(numbers: Iterable[float], most: int) -> tuple[float, ...]:
-    """Return at most `most` of the sorted numbers, evenly spread."""
+    """Return at most `most` evenly spread numbers of the sorted numbers."""
     ordered = sorted(numbers)
     if len(ordered) <= most:
         return tuple(ordered)
@@ -105,7 +105,10 @@ def even_sample(numbers: Iterable[float], most: int) -> tuple[float, ...]:
 
 
 async def measure(jobs: Sequence[ObservedJob], seed: int, objects: Objects, patience: Patience) -> Measurements:
-    """Read the outcomes of these jobs. `seed` is the run's, for declared times. Raise BackendError."""
+    """Measure jobs by their outcomes in the bucket.
+
+    `seed` is the seed of the run, from which declared times are drawn. Raise BackendError if the bucket cannot be read.
+    """
     measurements = Measurements()
     reader = _OutcomeReader(objects, patience)
     for start in range(0, len(jobs), MAX_PARALLEL_JOBS):
@@ -125,7 +128,7 @@ def _add(
     seed: int,
 ) -> None:
     stage = job.stage(view["name"])
-    # In a record, "key" stands for any field.
+    # In a record, the gather value "key" stands for any field name.
     gather = stage.gather if stage.gather in (None, "*") else "key"
     totals = measurements.stages.setdefault(
         (observed.template, stage.name), StageTotals(stage.pool, stage.slots, tuple(stage.after), gather)
@@ -146,7 +149,7 @@ def _add(
 
 
 def succeeded_s(outcomes: Iterable[Outcome]) -> dict[int, float]:
-    """Return the seconds of each succeeded task. The last round counts."""
+    """Return the seconds of each succeeded task. If a task succeeded in several rounds, the last round counts."""
     times: dict[int, float] = {}
     for outcome in sorted(outcomes, key=lambda outcome: outcome.bundle.round):
         times.update(zip(outcome.succeeded, outcome.run_s, strict=True))
@@ -154,7 +157,7 @@ def succeeded_s(outcomes: Iterable[Outcome]) -> dict[int, float]:
 
 
 def duplicates(outcomes: Iterable[Outcome]) -> int:
-    """Count the tasks with several terminal states within a round (I1)."""
+    """Count the tasks that have several terminal states within one round (invariant I1)."""
     ended: set[tuple[int, int]] = set()
     twice: set[int] = set()
     for outcome in outcomes:
@@ -169,8 +172,8 @@ def duplicates(outcomes: Iterable[Outcome]) -> int:
 def _lost(job: JobView, stage: StageView, succeeded: int) -> int:
     """Count the lost tasks.
 
-    In an ended job these are tasks without a terminal state and counted successes without an outcome. In another job
-    they are all tasks without a success.
+    In an ended job, a task is lost if it has no terminal state, or if its counted success has no outcome. In a job that
+    has not ended, every task without a success is lost.
     """
     planned = stage["planned"] or 0
     if job["state"] not in ENDED:

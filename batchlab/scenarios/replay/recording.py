@@ -1,6 +1,6 @@
 """Recording of past jobs as a scenario: a trace of arrivals, measured task times, and the pools.
 
-Measured times are scaled, so that with the file's own seed the total task time equals the measured total.
+The recording scales the measured times, so that the total task time with the file's own seed equals the measured total.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DIGITS = 6
 
 @dataclass(frozen=True, slots=True)
 class RecordedArrival:
-    """Past job: its arrival in seconds after the first one, and its number of root tasks."""
+    """Past job: its arrival in seconds after the first job, and its number of root tasks."""
 
     due_s: float
     template: str
@@ -43,7 +43,7 @@ class RecordedArrival:
 
 @dataclass(slots=True)
 class RecordedTemplate:
-    """Common properties of the jobs of one template. `jobs` is their number."""
+    """Common properties of the jobs of one template. `jobs` is the number of these jobs."""
 
     stages: list[StageRun]
     jobs: int
@@ -51,12 +51,12 @@ class RecordedTemplate:
     priority: int = 0
     max_failures: int = 0
     definition: JobDef | None = None
-    """Job definition, for values that a record lacks."""
+    """Job definition, which has values that a record lacks."""
 
 
 @dataclass(slots=True)
 class RecordedWorkload:
-    """Past workload. Its times were compressed by `compressed`."""
+    """Past workload. The times of the workload were compressed by the factor `compressed`."""
 
     name: str
     about: str
@@ -67,12 +67,12 @@ class RecordedWorkload:
     compressed: float = 1.0
     seed: int = 1
     left_out: int = 0
-    """Number of jobs with too little information."""
+    """Number of skipped jobs that had too little information."""
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenScenario:
-    """Written files and their content."""
+    """Files that were written, with their content."""
 
     scenario: Path
     trace: Path
@@ -80,11 +80,11 @@ class WrittenScenario:
     tasks: int
     task_s: float
     left_out: int = 0
-    """Number of jobs left out because of too little information."""
+    """Number of jobs that were skipped because of too little information."""
 
 
 def from_record(record: Record, name: str) -> RecordedWorkload:
-    """Convert a record. Raise UsageError if no job has enough information."""
+    """Convert the record of a run to a workload. Raise UsageError if no job has enough information."""
     stages: dict[str, list[StageRun]] = defaultdict(list)
     for stage in record.stages:
         stages[stage.template].append(stage)
@@ -139,7 +139,10 @@ def from_jobs(
     pools: Sequence[PoolPlan],
     policy: Mapping[str, float],
 ) -> RecordedWorkload:
-    """Convert ended jobs with their measurements by job id. Jobs of the same name and stages form one template."""
+    """Convert ended jobs, with their measurements by job id, to a workload.
+
+    Jobs of the same name and stages form one template.
+    """
     ordered = sorted(jobs, key=lambda pair: pair[0]["submitted_s"])
     ids = [view["id"] for view, _ in ordered]
     begun_s = ordered[0][0]["submitted_s"]
@@ -169,8 +172,9 @@ def from_jobs(
 
 
 def write(workload: RecordedWorkload, path: Path) -> WrittenScenario:
-    """Write the scenario to `path`, and its trace to a JSON Lines file of the same name. Raise UsageError for an
-    unwritable file, an existing file with the trace's name, or an invalid scenario.
+    """Write the workload as a scenario to `path`, and its trace to a JSON Lines file with the same name.
+
+    Raise UsageError for an unwritable file, an existing file with the trace's name, or an invalid scenario.
     """
     trace = path.with_suffix(".jsonl")
     if trace == path:
@@ -207,7 +211,7 @@ def _traces(path: Path) -> set[str]:
 
 
 def drawn_times(path: Path) -> dict[tuple[str, str], tuple[int, float]]:
-    """Return the number of tasks and their total seconds by template and stage, drawn with the file's own seed."""
+    """Return the number of tasks and the total task seconds by template and stage, drawn with the file's own seed."""
     scenario = loader.load(path)
     totals: dict[tuple[str, str], tuple[int, float]] = {}
     for job in expand(scenario).jobs:
@@ -221,8 +225,9 @@ def drawn_times(path: Path) -> dict[tuple[str, str], tuple[int, float]]:
 
 
 def _scale_factors(workload: RecordedWorkload, path: Path) -> dict[tuple[str, str], float]:
-    """Return the factor for each stage's times so that they sum to the measured total. Failed tasks count with the mean
-    time of the others.
+    """Return a factor for each stage with which the sum of the stage's task times equals the measured total.
+
+    A failed task counts with the mean time of the succeeded tasks.
     """
     factors = {}
     for (template, name), (count, seconds) in drawn_times(path).items():
@@ -265,7 +270,7 @@ def _text(workload: RecordedWorkload, trace: Path, factors: Mapping[tuple[str, s
 
 
 class _FlowList(list[float]):
-    """List that YAML writes on one line."""
+    """List that the YAML dumper writes on one line."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -279,7 +284,7 @@ _Dumper.add_representer(
 
 def _pool(plan: PoolPlan, compressed: float) -> dict[str, Any]:
     pool = plan.pool
-    # A pool that was reduced to 0 had an instance before.
+    # A pool whose maximum size was reduced to 0 had at least one instance before the reduction.
     doc: dict[str, Any] = {"min": pool.min_size, "max": max(1, pool.max_size), "slots": pool.slots}
     rest = {
         "boot": round(pool.boot_s * compressed, 3),

@@ -1,6 +1,6 @@
 """Control loops of a replay: submission, observation, sampling, prewarming, and faults.
 
-At every end of a run, its faults are undone, pool sizes are restored, and its unfinished jobs are canceled.
+At every end of a run, the replay undoes the faults, restores the pool sizes, and cancels the unfinished jobs.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from batchlab.scenarios.replay.run_state import (
 )
 
 MAX_PREPARED = 64
-"""Number of jobs that are prepared ahead."""
+"""Maximum number of jobs that are prepared in advance."""
 MAX_REQUESTS = 4
 """Maximum number of parallel requests of one kind."""
 POLL_INTERVAL_S = 0.5
-"""Interval between two reads of the unfinished jobs."""
+"""Minimum pause in seconds between two reads of the unfinished jobs."""
 POLL_PAUSE_FACTOR = 4.0
-"""Minimum pause after a read, as a multiple of its duration."""
+"""Minimum pause after a read of the jobs, as a multiple of the duration of the read."""
 PAGE = 1000
 ACTIVITIES_INTERVAL = 10
-"""Scaling activities are read with every tenth look at the grid."""
+"""Number of samples of the grid after which the scaling activities are read."""
 READY_TIMEOUT_S = 600.0
-"""Time in which permanent instances must be ready before the run."""
+"""Time in seconds within which permanent instances must be ready before the run."""
 SHRINK_TIMEOUT_S = 60.0
-"""Time in which the fleet must shrink after the last job's end, beyond its idle time."""
+"""Time in seconds, in addition to the idle time, within which the fleet must shrink after the last job's end."""
 FINAL_TIMEOUT_S = 5.0
 """Timeout in seconds of the final request when the manager does not respond."""
 CANCEL_TIMEOUT_S = 60.0
 """Timeout in seconds of the cancellation of all jobs."""
 MAX_CANCELLATIONS = 10
-"""Each cancellation waits until no worker can start a task."""
+"""The cancellation of a job waits until no worker can start a task of the job."""
 INTERRUPTED = "It was interrupted."
 
 
 class Prewarmer:
     """Scheduled capacity of one run, as a raised minimum size of a pool.
 
-    The largest of several sizes applies, and the pool's own minimum is restored at the end. After a change of the
-    leader the size is set again, because a new leader has the original limits.
+    If several prewarmings overlap, the largest minimum size applies, and the pool's own minimum size is restored at the
+    end. After a change of the leader, the minimum size is set again, because a new leader has the original limits.
     """
 
     def __init__(self, state: RunState, link: ManagerConnection, sampler: GridSampler) -> None:
@@ -68,12 +68,15 @@ class Prewarmer:
         self._own = {plan.pool.name: plan.pool.min_size for plan in state.scenario.pools}
         self._wanted: dict[str, list[int]] = defaultdict(list)
         self._sent: dict[str, tuple[int, str]] = {}
-        """Latest minimum size of each pool, and the leader at that time."""
+        """Latest minimum size that was sent for each pool, and the leader at that time."""
         self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._requests: set[asyncio.Task[PoolView]] = set()
 
     async def warm(self, plan: Prewarm) -> None:
-        """Wait for the start and keep the pool warm until the end. Raise BackendError."""
+        """Wait for the start of the prewarming, and keep the pool warm until the end of the prewarming.
+
+        Raise BackendError if the manager is absent for too long.
+        """
         await self._state.until(plan.at_s)
         self._wanted[plan.pool].append(plan.min_size)
         while (rest_s := plan.until_s - self._state.at_s()) > 0:
@@ -83,25 +86,25 @@ class Prewarmer:
         await self._send(plan.pool)
 
     async def restore(self, *, within_s: float) -> None:
-        """Restore the minimum sizes of all pools, as far as the manager responds."""
-        if self._requests:  # otherwise a call in a thread could arrive after the next one
+        """Restore the minimum sizes of all pools, if the manager responds in time."""
+        if self._requests:  # an earlier call in a thread must not arrive after the last call
             _, late = await asyncio.wait(set(self._requests), timeout=within_s)
             for task in late:
                 task.cancel()
         for pool in list(self._sent):
             self._wanted[pool].clear()
-            # The recorded request may have failed.
+            # The request is repeated in any case, because a recorded request may have failed.
             self._sent.pop(pool, None)
             with suppress(BackendError):
                 await self._send(pool, within_s=within_s)
 
     async def _send(self, pool: str, *, within_s: float | None = None) -> None:
-        async with self._locks[pool]:  # the last request must be the wanted one
+        async with self._locks[pool]:  # the lock keeps the order, so the last request has the wanted size
             least = max(self._own[pool], *self._wanted[pool], 0)
             leader = self._sampler.grid["owner"] if self._sampler.grid else ""
             if self._sent.get(pool) == (least, leader):
                 return
-            # It is recorded before the call, so that a cancellation restores it.
+            # The size is recorded before the call, so that `restore` resets the size even after a cancellation.
             self._sent[pool] = least, leader
             call = self._link.call(lambda client: client.scale(pool, min=least), within_s=within_s)
             request = asyncio.create_task(call)
@@ -114,7 +117,7 @@ class Injector(Protocol):
     """Fault injector (see scenarios.faults)."""
 
     async def inject(self, fault: Fault, at_s: float) -> InjectedFault:
-        """Inject the fault, hold it for its time, undo it, and return the result."""
+        """Inject the fault, hold the fault for its duration, undo the fault, and return the result."""
 
     async def undo(self) -> None:
         """Undo all current faults and inject no more."""
@@ -124,7 +127,7 @@ class Injector(Protocol):
 
 
 class ReplayRun:
-    """One run, for a single call of `run`. `state` and `sampler` then have the measurements."""
+    """One run of a replay, for a single call of `run`. After the run, `state` and `sampler` have the measurements."""
 
     def __init__(
         self, state: RunState, link: ManagerConnection, preparer: JobPreparer, clock: Clock, injector: Injector | None
@@ -138,7 +141,7 @@ class ReplayRun:
         self._sizes = {plan.pool.name: plan.pool.min_size for plan in state.scenario.pools}
         self._prepared = asyncio.Event()
         self._injecting: set[asyncio.Task[Any]] = set()
-        """Tasks that currently inject a fault."""
+        """Asyncio tasks that currently inject a fault."""
         self._prewarmer = Prewarmer(state, link, self.sampler)
         self._submissions: dict[str, tuple[PreparedJob, asyncio.Task[None]]] = {}
         """Submissions in progress by job id."""
@@ -204,7 +207,8 @@ class ReplayRun:
                 self.state.cut = INTERRUPTED
                 return
             work.result()
-            # Late instances cost money too, so the run ends when the fleet has shrunk to its minimum.
+            # The run ends when the fleet has shrunk to its minimum size, because instances also cost money after the
+            # last job.
             settings = self.sampler.grid["settings"] if self.sampler.grid else {}
             async with _time_limit(settings.get("idle_s", 0.0) + SHRINK_TIMEOUT_S):
                 while not (self.sampler.is_down_to(self._sizes) or stopping.done()):  # noqa: ASYNC110
@@ -212,8 +216,8 @@ class ReplayRun:
         except BackendError as error:
             self.state.cut = error.message
         finally:
-            # Faults are undone and recorded first: a call in a thread may still break something, and no cancellation
-            # stops it.
+            # Faults are undone and recorded before the cancellation, because no cancellation stops a call in a thread
+            # that changes the grid.
             if self._injector:
                 await self._injector.undo()
             if self._injecting:
@@ -250,7 +254,7 @@ class ReplayRun:
                 prepared = await ready.get()
                 await self.state.until(prepared.due.due_s)
                 await limit.acquire()
-                # A separate task, because a call in a thread completes even after a cancellation.
+                # The submission is a separate task, because a call in a thread completes even after a cancellation.
                 submission = asyncio.create_task(self._submit_one(prepared, limit))
                 self._submissions[prepared.job.id] = prepared, submission
                 group.create_task(wait_shielded(submission))
@@ -268,13 +272,13 @@ class ReplayRun:
         del self._submissions[prepared.job.id]
 
     async def _await_submissions(self) -> None:
-        """Wait for the submissions in progress. Look up each unanswered one by its id."""
+        """Wait for the submissions in progress. Look up the job of each unanswered submission by the job's id."""
         if not self._submissions:
             return
         await asyncio.wait([task for _, task in self._submissions.values()], timeout=FINAL_TIMEOUT_S)
         for job, (prepared, task) in list(self._submissions.items()):
             task.cancel()
-            with suppress(BatchlabError):  # then its submission is unknown
+            with suppress(BatchlabError):  # after an error, it is unknown whether the job was submitted
                 view = await self._link.call(methodcaller("job", job), within_s=FINAL_TIMEOUT_S)
                 self._record(prepared, view)
 
@@ -284,15 +288,16 @@ class ReplayRun:
             await asyncio.sleep(pause_s)
             begun_s, unanswered = self.state.at_s(), self._link.unanswered
             await self._read_jobs()
-            # With many jobs, a read is work for the manager too. Waiting for an absent manager is not, and must not
-            # delay the next read.
+            # The pause depends on the duration of the read, because a read of many jobs is much work for the manager.
+            # The time of a wait for an absent manager is not counted, so the wait does not delay the next read.
             took_s = self.state.at_s() - begun_s if self._link.unanswered == unanswered else 0.0
             pause_s = max(POLL_INTERVAL_S, POLL_PAUSE_FACTOR * took_s)
 
     async def _read_jobs(self) -> None:
         """Update the unfinished jobs with one or two requests."""
         running = self.state.running
-        unfinished = self.state.open  # read first: later submissions may be missing in the answer
+        # read before the request, because the answer may lack jobs that are submitted later
+        unfinished = self.state.open
         if not unfinished:
             return
         active = await self._active_jobs()
@@ -303,7 +308,7 @@ class ReplayRun:
                 try:
                     running[job].view = await self._link.call(lambda client: client.job(job))
                 except NotFound:
-                    # A lost ledger has the job again after its rebuild.
+                    # After the loss of the ledger, an unknown job is found again after the rebuild.
                     faults = self.state.scenario.faults if self._injector else ()
                     if not any(fault.name is FaultName.DATABASE_LOSS for fault in faults):
                         raise
@@ -336,11 +341,11 @@ class ReplayRun:
             await self._sample()
             if number % ACTIVITIES_INTERVAL == 0:
                 await self.sampler.read_activities()
-            # The schedule follows the run's clock, so a slow answer delays only one sample.
+            # The sample times are multiples of the interval, so a slow answer delays only one sample.
             await self.state.until((self.state.at_s() // SAMPLE_INTERVAL_S + 1) * SAMPLE_INTERVAL_S)
 
     async def _sample(self) -> None:
-        # The wall clock may jump.
+        # The sample time comes from the run's clock, because the wall clock may jump.
         await self.sampler.sample(self.state.begun_s + self.state.at_s())
 
     async def _report(self, progress: Callable[[ReplayProgress], None]) -> None:
@@ -369,7 +374,7 @@ class ReplayRun:
         self.state.injected.append(injected)
 
     async def _cancel(self, jobs: Sequence[str]) -> None:
-        """Cancel these jobs. The record keeps their earlier states."""
+        """Cancel the jobs. The record keeps the states from before the cancellation."""
         limit = asyncio.Semaphore(MAX_CANCELLATIONS)
 
         async def cancel(job: str) -> None:
@@ -383,13 +388,13 @@ class ReplayRun:
 
 @asynccontextmanager
 async def _time_limit(seconds: float) -> AsyncIterator[None]:
-    """Stop the block silently after this time."""
+    """Stop the block after `seconds`, without an error."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             yield
 
 
 def _first(errors: BaseExceptionGroup[BatchlabError]) -> BatchlabError:
-    """Return the first error. The other errors have the same cause."""
+    """Return the first error of the group. All errors of the group have the same cause."""
     error = errors.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -1,6 +1,7 @@
 """State of a replay, its connection to the manager, and samples of the grid.
 
-A replay does not start or stop a manager. Calls wait for an absent manager, because a fault may have stopped it.
+A replay does not start or stop a manager. Calls wait for an absent manager, because a fault may have stopped the
+manager.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ RUN_ENDED = "the run was over before"
 class ReplayProgress:
     """Progress of a replay, with numbers of jobs.
 
-    `bad` jobs ended without success. `late_s` is the longest delay of a submission, `left_s` an estimate of the
-    remaining time, and `doing` lists the current faults.
+    `bad` is the number of jobs that ended without success. `late_s` is the longest delay of a submission, `left_s` is
+    an estimate of the remaining time, and `doing` lists the current faults.
     """
 
     at_s: float
@@ -64,7 +65,7 @@ class RunState:
     """State of a run.
 
     `begun_s` is the start as epoch time, and `begun_at_s` the start by the event loop's clock. `running` has the
-    submitted jobs by id. `cut` has the reason for an early end.
+    submitted jobs by id. `cut` has the reason for an early end of the run.
     """
 
     scenario: Scenario
@@ -79,7 +80,7 @@ class RunState:
     took_s: float = 0.0
 
     def begin(self, now_s: float) -> None:
-        """Start the run. `now_s` is the current epoch time."""
+        """Set the start of the run to `now_s`, the current epoch time."""
         self.begun_s, self.begun_at_s = now_s, asyncio.get_running_loop().time()
 
     def at_s(self) -> float:
@@ -87,7 +88,7 @@ class RunState:
         return asyncio.get_running_loop().time() - self.begun_at_s
 
     async def until(self, at_s: float) -> None:
-        """Wait until this second of the run."""
+        """Wait until second `at_s` of the run."""
         await asyncio.sleep(max(0.0, at_s - self.at_s()))
 
     @property
@@ -135,23 +136,23 @@ MAX_REQUESTS = 12
 
 
 class ManagerConnection:
-    """Connection to the manager of one home. The home's record has the address of a restarted manager."""
+    """Connection to the manager of one home. The record in the home has the address of a restarted manager."""
 
     def __init__(self, home: Home, *, away_s: float) -> None:
-        """Create a connection. Each call waits up to `away_s` for an absent manager."""
+        """Create a connection. Each call waits up to `away_s` seconds for an absent manager."""
         self._home = home
         self._away_s = away_s
         self.unanswered = 0
         """Number of repeated calls to an absent manager."""
         self._client: Client | None = None
-        # Its own threads, so that waiting calls do not block fault injection.
+        # The connection has its own threads, so that waiting calls do not block fault injection.
         self._threads = ThreadPoolExecutor(MAX_REQUESTS, "replay")
 
     async def call(self, request: Callable[[Client], T], *, within_s: float | None = None) -> T:
         """Call the manager and return its answer.
 
-        Raise Unreachable or BackendError if the manager is absent for too long. Raise its refusals (NotFound, Refused,
-        UsageError) at once.
+        Raise Unreachable or BackendError if the manager is absent for too long. Raise the manager's refusals (NotFound,
+        Refused, UsageError) at once.
         """
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + (self._away_s if within_s is None else within_s)
@@ -167,7 +168,7 @@ class ManagerConnection:
             await asyncio.sleep(RETRY_INTERVAL_S)
 
     async def try_call(self, request: Callable[[Client], T]) -> T | None:
-        """Call the manager once. Return None if it does not answer."""
+        """Call the manager once. Return None if the manager does not answer."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, self._request, request)
         except BackendError:
@@ -205,10 +206,7 @@ _END = re.compile(r"Terminating (?:EC2 )?instance: (\S+)")
 
 @dataclass(slots=True)
 class _InstanceHistory:
-    """Known life of one instance.
-
-    Times are the manager's (epoch). `ready_s` and `ended_s` come from activities if possible.
-    """
+    """Observed life of one instance. Times are epoch times of the manager's clock."""
 
     view: InstanceView
     pool: str
@@ -217,7 +215,7 @@ class _InstanceHistory:
 
 
 class GridSampler:
-    """Samples of a grid since `begin`."""
+    """Samples of a grid since the call of `begin`."""
 
     def __init__(self, link: ManagerConnection) -> None:
         self.samples: list[Sample] = []
@@ -237,13 +235,13 @@ class GridSampler:
         self._begun_s = begun_s
 
     async def has_in_service(self, sizes: Mapping[str, int]) -> bool:
-        """Return whether each pool has this many instances in service."""
+        """Return whether each pool has the number of instances in service that `sizes` requires."""
         grid = await self._link.try_call(Client.grid)
         numbers = {pool["name"]: _pool_sample(pool).in_service for pool in grid["pools"]} if grid else {}
         return all(numbers.get(name, -1) >= size for name, size in sizes.items())
 
     def is_down_to(self, sizes: Mapping[str, int]) -> bool:
-        """Return whether each pool had this size in the latest view, with no instance in termination."""
+        """Return whether each pool had the size in `sizes` in the latest view, without a terminating instance."""
         if self.last is None or self.grid is None:
             return False
         ended = LifecycleState.TERMINATED.value
@@ -300,7 +298,10 @@ class GridSampler:
                 self._activities[activity["pool"], activity["id"]] = activity
 
     def instances(self) -> tuple[InstanceRun, ...]:
-        """Return every instance of the run by launch. Earlier launches count from the run's start."""
+        """Return every instance of the run, sorted by launch.
+
+        An instance that was launched before the run counts from the start of the run.
+        """
         ready, ended = self._times(_LAUNCH), self._times(_END)
         runs = []
         for name, life in self._lives.items():
@@ -329,7 +330,7 @@ class GridSampler:
         return None if at_s is None else at_s - self._begun_s
 
     def _unseen(self, ended: Mapping[str, float]) -> Iterator[InstanceRun]:
-        """Yield instances that lived only between two samples, by their activities."""
+        """Yield instances that lived only between two samples, according to the scaling activities."""
         for activity in self._activities.values():
             launch = _LAUNCH.match(activity["description"])
             if launch and launch[1] not in self._lives and activity["at_s"] >= self._begun_s:

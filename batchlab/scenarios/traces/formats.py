@@ -1,8 +1,8 @@
 """Readers of trace files: JSON Lines, whole records, the Standard Workload Format, and tables of text.
 
-Files may be compressed with gzip. A file that is damaged, truncated, or not in UTF-8 is read as far as possible, and
-the problem is reported. The Standard Workload Format is that of the Parallel Workloads Archive (version 2.2, swf.html
-there). In a table, every line is one record, so an unclosed quote affects only one record.
+Trace files may be compressed with gzip. The readers read a file that is damaged, truncated, or not in UTF-8 as far as
+possible, and report the problem. The Standard Workload Format is defined by the Parallel Workloads Archive (version
+2.2, page swf.html). Every line of a table is one record, so an unclosed quote affects only one record.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from batchlab.scenarios.traces.rows import (
 
 _CHUNK = 1 << 18
 _UTF16_PROBE_BYTES = 64
-"""Number of bytes that detect UTF-16."""
+"""Number of bytes at the start of a file that are checked for UTF-16."""
 _GZIP = b"\x1f\x8b"
 _DAMAGED = "the file is damaged from here"
 _PRESENT_READ = "those that are there were read"
@@ -49,7 +49,7 @@ _CHECKS = ("incorrect data check", "incorrect length check")
 
 
 class _ReadProblem(NamedTuple):
-    """Reason why a file is not read further. `intact` is True if the data before the problem is intact."""
+    """Reason why the rest of a file is not read. `intact` is True if the data before the problem is intact."""
 
     what: str
     done: str = LEFT_OUT
@@ -58,7 +58,7 @@ class _ReadProblem(NamedTuple):
 
 
 class _UnreadableError(Exception):
-    """The rest of the file cannot be read."""
+    """The rest of a trace file cannot be read."""
 
     def __init__(self, problem: _ReadProblem) -> None:
         super().__init__(problem.what)
@@ -66,8 +66,9 @@ class _UnreadableError(Exception):
 
 
 def read_lines(path: Path, odd: list[Anomaly]) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, text) of every line, and add problems to `odd`. Raise UsageError if the file cannot be
-    read.
+    """Yield (number, text) of every line, counted from 1, and add problems to `odd`.
+
+    Raise UsageError if the file cannot be read.
     """
     number = 0
     rest = separator = b""
@@ -80,7 +81,7 @@ def read_lines(path: Path, odd: list[Anomaly]) -> Iterator[tuple[int, str]]:
                 yield number, _decode(line, number, path, odd)
     except _UnreadableError as error:
         problem = error.problem
-        # A truncated value could still look like a number.
+        # The last line is dropped if the data is damaged, because a truncated value could still look like a number.
         rest = rest if problem.intact else b""
         odd.append(Anomaly(str(path), number + 1 + bool(rest), problem.what, problem.done, problem.detail))
     if rest:
@@ -88,7 +89,7 @@ def read_lines(path: Path, odd: list[Anomaly]) -> Iterator[tuple[int, str]]:
 
 
 def _line_separator(chunk: bytes, path: Path) -> bytes:
-    """Return the line separator, from the first chunk. Raise UsageError for UTF-16."""
+    """Return the line separator that the first chunk of a file shows. Raise UsageError for a file in UTF-16."""
     start = chunk[:_UTF16_PROBE_BYTES]
     is_wide = len(start) == _UTF16_PROBE_BYTES and not (any(start[::2]) and any(start[1::2]))
     if is_wide or chunk.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
@@ -100,7 +101,7 @@ def _line_separator(chunk: bytes, path: Path) -> bytes:
 
 
 def read_unpacked(path: Path) -> bytes:
-    """Return the readable part of the file. Raise UsageError if it cannot be opened."""
+    """Return the readable part of the file. Raise UsageError if the file cannot be opened."""
     data = bytearray()
     with suppress(_UnreadableError):
         for chunk in _chunks(path):
@@ -117,7 +118,7 @@ def _decode(line: bytes, number: int, path: Path, odd: list[Anomaly]) -> str:
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    """Yield the unpacked file in chunks. Raise _UnreadableError if the rest cannot be read."""
+    """Yield the unpacked file in chunks. Raise _UnreadableError if the rest of the file cannot be read."""
     try:
         with path.open("rb") as file:
             chunk = file.read(_CHUNK)
@@ -135,7 +136,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _gzip_members(file: BinaryIO, data: bytes) -> Iterator[bytes]:
-    """Unpack the members of a gzip file. Zeros may follow each member."""
+    """Unpack the members of a gzip file. Zero bytes may follow each member."""
     while data.startswith(_GZIP):
         unpacker = zlib.decompressobj(wbits=31)
         while data and not unpacker.eof:
@@ -153,7 +154,7 @@ def _gzip_members(file: BinaryIO, data: bytes) -> Iterator[bytes]:
 
 
 def _decompress(unpacker: zlib._Decompress, data: bytes) -> Iterator[bytes]:
-    """Unpack `data` in pieces of bounded size."""
+    """Yield the unpacked `data` in pieces of limited size."""
     while data:
         before = unpacker.copy()
         try:
@@ -166,7 +167,7 @@ def _decompress(unpacker: zlib._Decompress, data: bytes) -> Iterator[bytes]:
 
 
 def _decompress_until_damage(unpacker: zlib._Decompress, data: bytes) -> Iterator[bytes]:
-    """Unpack byte by byte, because zlib drops the output of a call that fails."""
+    """Unpack the data byte by byte, because zlib drops the output of a call that fails."""
     for at in range(len(data)):
         try:
             piece = unpacker.decompress(data[at : at + 1])
@@ -185,8 +186,10 @@ _RECORD_KEYS = frozenset({"scenario", "jobs", "version"})
 
 
 def read_jsonl(path: Path, columns: Columns = RECORD_COLUMNS) -> TraceContent:
-    """Read JSON Lines or a whole record. In a record, the line of a job is its number. Raise UsageError for an
-    unreadable file, or if all records lack a column.
+    """Read a file in JSON Lines or a whole record of a run.
+
+    In a record of a run, the number of a job serves as its line number. Raise UsageError if the file cannot be read, or
+    if all records lack a required column.
     """
     odd: list[Anomaly] = []
     mapper = RowMapper(path, columns, odd)
@@ -198,7 +201,10 @@ def read_jsonl(path: Path, columns: Columns = RECORD_COLUMNS) -> TraceContent:
 
 
 def _is_a_record(line: str, path: Path) -> bool:
-    """Detect a whole record by its first line. A record has many lines, or one if it was reformatted."""
+    """Return whether the first line belongs to a whole record of a run.
+
+    A record of a run has many lines, or one line if the record was reformatted.
+    """
     if line.strip() == "{":
         return isinstance(_parse_json(read_unpacked(path)), dict)
     document = _parse_json(line)
@@ -209,7 +215,7 @@ def _record_jobs(run: record.Record, columns: Columns, mapper: RowMapper) -> Ite
     names = [field.name for field in fields(record.JobRun)]
     for number, job in enumerate(run.jobs, 1):
         values = {name: getattr(job, name) for name in names}
-        # Times of a compressed run are stretched again.
+        # The reader multiplies the times of a compressed run by the compression factor.
         times = {
             name: value * run.compressed for name, value in values.items() if name.endswith("_s") and value is not None
         }
@@ -219,7 +225,7 @@ def _record_jobs(run: record.Record, columns: Columns, mapper: RowMapper) -> Ite
 def _json_lines(
     numbered: Iterator[tuple[int, str]], path: Path, columns: Columns, mapper: RowMapper
 ) -> Iterator[RawRecord | None]:
-    # Only the time column of RECORD_COLUMNS is required.
+    # With RECORD_COLUMNS, only the time column is required.
     missing = set(columns.used()) - set(RECORD_COLUMNS.used())
     keys: list[str] = []
     for number, line in numbered:
@@ -284,7 +290,10 @@ SWF_FIELDS = (
     "preceding",
     "think",
 )
-"""Names of the 18 fields, in order. memory and requested_memory are in KB per processor."""
+"""Names of the 18 fields of the Standard Workload Format, in order.
+
+The fields memory and requested_memory are in KB per processor.
+"""
 
 _UNKNOWN = -1.0
 _PARTIAL = frozenset({"2", "3", "4"})
@@ -292,7 +301,10 @@ _RECORDS = re.compile(r";\s*(MaxRecords|MaxJobs)\s*:\s*(\d+)\s*", re.IGNORECASE)
 
 
 def read_swf(path: Path, columns: Columns = SWF_COLUMNS) -> TraceContent:
-    """Read a file in the Standard Workload Format. Raise UsageError for an unreadable file or unknown columns."""
+    """Read a file in the Standard Workload Format.
+
+    Raise UsageError if the file cannot be read or a column is unknown.
+    """
     odd: list[Anomaly] = []
     mapper = RowMapper(path, columns, odd, unknown=_UNKNOWN)
     reader = _SwfReader(path, columns, mapper, odd)
@@ -319,7 +331,8 @@ class _SwfReader:
                 continue
             count += 1
             yield self._record(number, line, jobs)
-        # MaxRecords is the number of lines. MaxJobs is the same number, unless jobs were swapped out.
+        # The header MaxRecords is the number of lines. The header MaxJobs is also the number of lines, unless jobs were
+        # swapped out.
         at, promised = self._promised.get("maxrecords") or self._promised.get("maxjobs", (0, count))
         if promised != count:
             what = "the header promises another number of records"
@@ -354,10 +367,12 @@ _DELIMITERS = "\t;|,"
 
 
 def read_table(path: Path, columns: Columns, *, names: tuple[str, ...] = (), delimiter: str = "") -> TraceContent:
-    """Read a table of text. `names` are the column names of a table without a header. Without `delimiter`, the most
-    frequent of tab, semicolon, bar, and comma in the first line is used.
+    """Read a text file that contains a table.
 
-    Raise UsageError for an unreadable file or a missing column.
+    `names` are the column names of a table without a header. If `delimiter` is omitted, the most frequent of tab,
+    semicolon, bar, and comma in the first line is used.
+
+    Raise UsageError if the file cannot be read or lacks a column.
     """
     odd: list[Anomaly] = []
     mapper = RowMapper(path, columns, odd)

@@ -1,8 +1,8 @@
 """Conversion of a trace's records to rows by a map of columns, independent of the format.
 
-Every record becomes a row or is reported in `odd`. A changed record is in both. A column is named by a table's header,
-by a field of the Standard Workload Format (see formats.SWF_FIELDS), or by a key of a JSON object, with dots for nested
-objects.
+Every record of a trace becomes a row or is reported in `odd`. A record that the reader changed becomes a row and is
+reported. The name of a column is a table's header, a field of the Standard Workload Format (see formats.SWF_FIELDS), or
+a key of a JSON object. Dots separate the keys of nested JSON objects.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LEAP_YEAR = 1972
 
 
 class TimestampKind(Enum):
-    """Form of a timestamp."""
+    """Form of a time value in a trace."""
 
     NUMBER = "a number"
     ZONED = "a timestamp with a zone"
@@ -42,7 +42,7 @@ class TimestampKind(Enum):
 
 
 class Timestamp(NamedTuple):
-    """Time in seconds. Timestamps count from 1970."""
+    """Time in seconds. A timestamp counts from 1970."""
 
     at_s: float
     kind: TimestampKind
@@ -55,7 +55,7 @@ def check_unit(unit: str) -> None:
     if "%" not in unit:
         raise ValueError(f"the unit must be one of {', '.join(UNITS)} or a time format")
     try:
-        # A valid format can parse its own output.
+        # The unit is a valid strptime format if strptime can parse the output of strftime.
         _strptime(_EPOCH.strftime(unit), unit)
     except (ValueError, re.error) as error:
         why = error if isinstance(error, ValueError) else "it repeats a directive"
@@ -63,7 +63,7 @@ def check_unit(unit: str) -> None:
 
 
 def parse_number(value: object) -> float | None:
-    """Return a finite number from a number or a text, or None."""
+    """Return a number or the number in a text as a finite float, or None."""
     if isinstance(value, str):
         if not _NUMBER.fullmatch(value):
             return None
@@ -77,15 +77,15 @@ def parse_number(value: object) -> float | None:
 
 
 def all_numbers(text: str) -> bool:
-    """Return whether `text` contains only numbers and blanks. This check is fast and covers most lines."""
+    """Return whether `text` contains only numbers and blanks. The check is fast and covers most lines."""
     return _NUMBERS.fullmatch(text) is not None
 
 
 def parse_timestamp(value: object, unit: str) -> Timestamp | None:
-    """Parse a timestamp, or return None. A timestamp without a zone is read as UTC.
+    """Return the time in `value`, or None.
 
-    A number counts in `unit`. A text is in ISO 8601 (a space may replace the T, and a fraction may have any number of
-    digits) or in the strptime format `unit`.
+    A timestamp without a zone is read as UTC. A number is a time in the unit `unit`. A text is in ISO 8601 or in the
+    strptime format `unit`. In ISO 8601, a space may replace the T, and a fraction may have any number of digits.
     """
     if unit in UNITS:
         number = parse_number(value)
@@ -105,17 +105,18 @@ def parse_timestamp(value: object, unit: str) -> Timestamp | None:
 def _strptime(text: str, form: str) -> datetime:
     directives = set(_DIRECTIVE.findall(form))
     if "d" in directives and not directives & {"Y", "y", "G"}:
-        # strptime assumes 1900, a year without 29 February. Python 3.15 refuses such formats.
+        # Without a year, strptime assumes 1900, which has no 29 February. Python 3.15 refuses formats that have a day
+        # but no year.
         text, form = f"{_LEAP_YEAR} {text}", f"%Y {form}"
     return datetime.strptime(text, form)  # noqa: DTZ007 - the caller asks for the zone
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnSum:
-    """Number of a record: the sum of its `columns`, divided by `per`.
+    """Number that is derived from a record: the sum of the record's `columns`, divided by `per`.
 
     `ColumnSum(("duration_ms",), per=1000)` gives seconds. `ColumnSum(("input", "shuffle"), per=64 * 2**20)` gives tasks
-    of 64 MiB each. Unless it is `needed`, a record may lack these columns.
+    of 64 MiB each. A record may lack the columns if `needed` is False.
     """
 
     columns: tuple[str, ...]
@@ -131,14 +132,15 @@ class ColumnSum:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Columns from which each value of a record is read. The job's template has the other values.
+    """Columns from which the values of a record are read.
 
-    `at` is the arrival time, a number or a timestamp. `minus` is a column of seconds that is subtracted from the
-    arrival time, for traces that record ends. `unit` is the unit of a number in `at`, one of UNITS, or a strptime
-    format (with a %) for timestamps that are not in ISO 8601. With `count`, a record is an interval of `every_s` from
-    `at` in which `count` times `scale` jobs arrive. Without `every_s`, the most common gap between records is the
-    length. `tasks` is the number of a job's root tasks, rounded up to at least one, and `task_s` is the time of each.
-    `label`, `tenant`, and `template` are text columns.
+    Values without a column come from the job's template. `at` is the column of the arrival time, which is a number or a
+    timestamp. `minus` is a column of seconds that are subtracted from the time, for traces that record the ends of
+    jobs. `unit` is the unit of a number in `at` (one of UNITS), or a strptime format (with a %) for timestamps that are
+    not in ISO 8601. With `count`, a record is an interval of `every_s` seconds from `at` in which `count` times `scale`
+    jobs arrive. If `every_s` is omitted, an interval has the length of the most common gap between records. `tasks` is
+    the number of a job's root tasks, rounded up to at least one, and `task_s` is the time of each root task. `label`,
+    `tenant`, and `template` are text columns.
     """
 
     at: str
@@ -163,12 +165,12 @@ class Columns:
             raise ValueError(f"scale must be a number above 0, not {self.scale}")
 
     def used(self) -> tuple[str, ...]:
-        """Return the columns that a trace must have."""
+        """Return the names of the columns that a trace must have."""
         numbers = (name for number in self._sums() for name in number.columns)
         return _distinct(*self.needed(), *numbers, self.label, self.tenant)
 
     def needed(self) -> tuple[str, ...]:
-        """Return the columns that every record must have."""
+        """Return the names of the columns that every record must have."""
         numbers = (name for number in self._sums() if number.needed for name in number.columns)
         return _distinct(self.at, self.minus, self.count, self.template, *numbers)
 
@@ -181,12 +183,15 @@ def _distinct(*names: str) -> tuple[str, ...]:
 
 
 SWF_COLUMNS = Columns("submit", task_s=ColumnSum(("run",)), label="job")
-"""Each job of the log becomes a job of the scenario, and each of its tasks takes the job's run time."""
+"""Columns of the Standard Workload Format.
+
+Each job of the log becomes a job of the scenario, and each task of the job takes the job's run time.
+"""
 
 RECORD_COLUMNS = Columns(
     "due_s", tasks=ColumnSum(("tasks",), needed=False), label="label", tenant="tenant", template="template"
 )
-"""The jobs of a record of a forecast or a replay. Lines in other files may have fewer fields."""
+"""Columns of the jobs in a record of a forecast or a replay. Lines in other JSON Lines files may have fewer fields."""
 
 
 LEFT_OUT = "left out"
@@ -194,16 +199,16 @@ _MAX_SHOWN = 20
 
 
 class RawRecord(NamedTuple):
-    """Record in its own format."""
+    """Record of a trace with the field names of the trace's format."""
 
     line: int
     values: Mapping[str, object]
 
 
 class TraceRow(NamedTuple):
-    """Record as a job at `at_s`, or as `jobs` jobs in the `wide_s` seconds from `at_s`.
+    """Record of a trace as a job at `at_s`, or as `jobs` jobs in the `wide_s` seconds from `at_s`.
 
-    Times are seconds on the trace's own time line. Rows of a file are in order of time.
+    Times in a row are seconds on the trace's own time line. The rows of a file are in order of time.
     """
 
     line: int
@@ -219,9 +224,7 @@ class TraceRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TraceContent:
-    """Content of a trace: its rows in order of time, the number of `records`, the reports in order of lines, and the
-    form of the first valid time.
-    """
+    """Content of a trace: rows in order of time, number of records, problems by line, and form of the times."""
 
     rows: tuple[TraceRow, ...]
     records: int
@@ -230,7 +233,7 @@ class TraceContent:
 
 
 class _LeftOutError(Exception):
-    """A record cannot be used because of a value."""
+    """A record cannot be used because one of its values is invalid."""
 
     def __init__(self, what: str, value: object = "") -> None:
         super().__init__(what)
@@ -239,14 +242,14 @@ class _LeftOutError(Exception):
 
 
 def _checked_size(number: float, *columns: str) -> float:
-    """Return `number`, or raise if sums of many such values could overflow."""
+    """Return `number`, or raise _LeftOutError if sums of many numbers of this size could overflow."""
     if abs(number) > MAX_TASKS:
         raise _LeftOutError(f"{' and '.join(columns)} is too large", number)
     return number
 
 
 class RowMapper:
-    """Converter of records by a column map. `unknown` is the number that stands for a missing value."""
+    """Converter of records to rows by a column map. `unknown` is the number that stands for a missing value."""
 
     def __init__(self, path: Path, columns: Columns, odd: list[Anomaly], *, unknown: float | None = None) -> None:
         self._file = str(path)
@@ -256,8 +259,10 @@ class RowMapper:
         self._kind: TimestampKind | None = None
 
     def reading(self, records: Iterable[RawRecord | None]) -> TraceContent:
-        """Convert all records. None stands for a record that was left out and reported already. Raise UsageError if the
-        length of intervals cannot be derived.
+        """Convert all records to rows.
+
+        None stands for a record that was already skipped and reported. Raise UsageError if the length of intervals
+        cannot be derived.
         """
         rows: list[TraceRow] = []
         count, before_s = 0, float("-inf")
@@ -270,7 +275,8 @@ class RowMapper:
             except _LeftOutError as error:
                 self.note(record.line, error.what, LEFT_OUT, error.detail)
                 continue
-            # A trace that is sorted by end times need not be sorted by start times.
+            # With `minus`, the order is not checked, because a trace that is sorted by end times need not be sorted by
+            # start times.
             if row.at_s < before_s and not self._columns.minus:
                 self.note(record.line, "earlier than the record before it", "put in order of time")
             before_s = row.at_s
@@ -318,7 +324,7 @@ class RowMapper:
         first = self._kind = self._kind or kind
         if kind is first:
             return _checked_size(at_s, name)
-        # The time cannot be placed on the time line of the other records.
+        # A time in another form than the first time cannot be placed on the time line of the other records.
         if kind is TimestampKind.NUMBER:
             raise _LeftOutError(f"{name} is a number, unlike the first", value)
         if first is TimestampKind.NUMBER:
@@ -384,7 +390,7 @@ class RowMapper:
                     remedy="Write it, for example every: 5m.",
                 )
             every_s = gaps.most_common(1)[0][0]
-        # The fraction of a timestamp may be rounded.
+        # The comparison has a tolerance, because the fraction of a timestamp may be rounded.
         slack_s = every_s / 1000
         intervals: list[TraceRow] = []
         for row, after in pairwise(rows):
@@ -399,7 +405,7 @@ class RowMapper:
 
 
 def check_columns(used: Iterable[str], columns: Sequence[str], path: Path) -> None:
-    """Raise UsageError for a column that is missing or duplicated."""
+    """Raise UsageError for a column that is missing or that occurs twice."""
     for name in used:
         times = columns.count(name)
         if times == 1:
@@ -409,14 +415,14 @@ def check_columns(used: Iterable[str], columns: Sequence[str], path: Path) -> No
 
 
 def list_names(names: Sequence[str]) -> str:
-    """List the names, or only the first of many."""
+    """Return a list of the names as text, or of the first names if there are many."""
     clear = (name if name.isprintable() and len(name) <= 40 else shown(name) for name in names)
     first = ", ".join(islice(clear, _MAX_SHOWN))
     return f"{first} and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else first
 
 
 def skip_blank_lines(numbered: Iterable[tuple[int, str]], path: Path, odd: list[Anomaly]) -> Iterable[tuple[int, str]]:
-    """Skip blank lines. Blank lines between records are reported, those at the end are not."""
+    """Skip blank lines. The function reports blank lines between records, but not blank lines at the end."""
     blank: list[int] = []
     for number, line in numbered:
         if not line or line.isspace():
@@ -439,7 +445,7 @@ class AnomalyKind:
 
 
 def summarize(odds: Iterable[Anomaly]) -> tuple[AnomalyKind, ...]:
-    """Group the problems by file and kind, the most frequent first."""
+    """Group the problems by file and kind, the most frequent group first."""
     lines: dict[tuple[str, str, str], list[int]] = {}
     for odd in odds:
         lines.setdefault((odd.file, odd.what, odd.done), []).append(odd.line)
@@ -448,6 +454,6 @@ def summarize(odds: Iterable[Anomaly]) -> tuple[AnomalyKind, ...]:
 
 
 def describe(odd: Anomaly) -> str:
-    """Return one sentence with the file and line."""
+    """Return one sentence about the problem, with the file and line."""
     detail = f" ({odd.detail})" if odd.detail else ""
     return f"{odd.file}:{odd.line}: {odd.what}{detail}: {odd.done}"

@@ -1,4 +1,7 @@
-"""Source of arrivals from a trace. The trace's first job, or `from_s` after it, arrives at `starts_s`."""
+"""Source of arrivals from a trace.
+
+The trace's first job, or the job `from_s` seconds after the first job, arrives at `starts_s`.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +40,10 @@ class TraceFormat(StrEnum):
 class Trace:
     """Arrivals from the trace at `path`, as jobs of `template`.
 
-    Without a template, each record names its own. Without `columns`, the format's own columns apply (`SWF_COLUMNS` or
-    `RECORD_COLUMNS`); a table has none. `names` and `delimiter` are for tables. The source uses records from `from_s`
-    until `until_s` after the trace's first job, at most `limit` jobs. `speed` is the factor by which the scenario was
-    compressed.
+    If `template` is empty, each record names its template. If `columns` is omitted, the columns of the format apply
+    (`SWF_COLUMNS` or `RECORD_COLUMNS`). A table always needs `columns`. `names` and `delimiter` apply only to tables.
+    The source uses the records from `from_s` until `until_s` seconds after the trace's first job, up to `limit` jobs.
+    `speed` is the factor by which the scenario was compressed.
     """
 
     template: str
@@ -71,7 +74,7 @@ class Trace:
             raise ValueError("neither the arrival nor a column names the job")
 
     def arrivals(self, random: Random) -> Iterator[Arrival]:
-        """Yield the arrivals. Raise UsageError for a trace that is unreadable or lacks a valid record."""
+        """Yield the arrivals. Raise UsageError if the trace cannot be read or has no valid record."""
         reading = self.reading()
         if not reading.rows:
             raise self._useless(reading)
@@ -94,12 +97,13 @@ class Trace:
             )
 
     def odd(self) -> tuple[Anomaly, ...]:
-        """Return the problems of the whole trace, even if only a part is used."""
+        """Return the problems of the whole trace, even if the source uses only a part of the trace."""
         return self.reading().odd
 
     def begins(self) -> str:
-        """Return the time at second 0 of the scenario in ISO 8601, without a zone if the trace has none, or "" if its
-        times are numbers.
+        """Return the time at second 0 of the scenario in ISO 8601.
+
+        The time has a zone only if the trace has zones. Return "" if the times of the trace are numbers.
         """
         reading = self.reading()
         if not reading.rows or reading.kind not in (TimestampKind.ZONED, TimestampKind.LOCAL):
@@ -116,7 +120,7 @@ class Trace:
         return replace(self, speed=self.speed * factor)
 
     def reading(self) -> TraceContent:
-        """Read the whole trace. Raise UsageError if it cannot be read."""
+        """Read the whole trace. Raise UsageError if the trace cannot be read."""
         stamp = (0, 0)
         with suppress(OSError):
             state = self.path.stat()
@@ -148,7 +152,8 @@ class Trace:
             if row.wide_s is None:
                 yield row.at_s - begin_s, row
                 continue
-            # Fractions are carried over, so that the total is right for small scales.
+            # Fractions of jobs are carried over to the next row, so that the total number of jobs is right for small
+            # scales.
             total += row.jobs * scale
             due = floor(total + 1e-9) - sent
             sent += due
@@ -157,8 +162,9 @@ class Trace:
 
 
 def _random_times(count: int, wide_s: float, random: Random) -> Iterator[float]:
-    """Draw `count` uniform times within `wide_s`, in order and without a list. The largest of k uniform numbers is
-    distributed as the k-th root of one.
+    """Yield `count` uniform random times within `wide_s` seconds, in order and without a list.
+
+    The largest of k uniform random numbers has the same distribution as the k-th root of one uniform random number.
     """
     rest = 1.0
     for k in range(count, 0, -1):

@@ -1,7 +1,7 @@
 """ASGI application that passes HTTP requests to the emulated AWS services.
 
-Invariant: every request gets an answer in AWS's format, even a malformed one. The answer to an internal error contains
-no details. The log contains them.
+Invariant: every request gets an answer in AWS's format, even a malformed request. The answer to an internal error
+contains no details, and the log contains the details.
 
 Invariant: every request must name a credential, even if signatures are not checked. A web page cannot make a browser
 send the Authorization header to another origin, so a page cannot send requests to a server on the user's machine.
@@ -42,7 +42,7 @@ _COMMON = {
     "SignatureDoesNotMatch": 403,
     "Throttling": 400,
 }
-"""HTTP status of the errors that every AWS service can return and that its model does not list."""
+"""HTTP status of the errors that every AWS service can return and that the service models do not list."""
 
 
 class Fault(Exception):
@@ -61,14 +61,14 @@ def invalid(message: str) -> Fault:
 
 @dataclass(frozen=True, slots=True)
 class FaultStatus:
-    """HTTP status of a fault, and whether the sender caused it."""
+    """HTTP status of a fault, and whether the sender caused the fault."""
 
     status: int
     is_senders: bool
 
 
 class Faults:
-    """Statuses of the faults of one service, by their code."""
+    """Statuses of the faults of one service, by the code of the fault."""
 
     def __init__(self, service: ServiceModel) -> None:
         self._statuses = {code: FaultStatus(status, status < 500) for code, status in _COMMON.items()}
@@ -113,7 +113,7 @@ class Credential:
 
 
 def credential(request: Request) -> Credential:
-    """Return the parsed Authorization header. Raise Fault if it is missing or malformed."""
+    """Return the parsed Authorization header. Raise Fault if the header is missing or malformed."""
     text = request.header("authorization")
     if text is None:
         raise Fault("MissingAuthenticationToken", "Missing Authentication Token")
@@ -151,7 +151,7 @@ def check_signature(request: Request, signed: Credential, key: Keys, now_s: floa
 
 
 class _AsSigned(SigV4Auth):
-    """Signer that signs all headers of the request. SigV4Auth does not sign some headers."""
+    """Signer that signs all headers of the request. The base class SigV4Auth does not sign some headers."""
 
     def headers_to_sign(self, request: AWSRequest) -> HTTPHeaders:
         return request.headers
@@ -171,8 +171,10 @@ def _signature(request: Request, signed: Credential, key: Keys, stamp: str) -> s
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1024 * 1024
-"""Limit of a request body in bytes. The largest request of Auto Scaling creates a group with tags, hooks, and
-overrides, and needs a tenth of this limit."""
+"""Limit of a request body in bytes.
+
+The largest request of Auto Scaling creates a group with tags, hooks, and overrides, and needs a tenth of the limit.
+"""
 
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -180,7 +182,7 @@ _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """HTTP request. The names of the headers are in lower case."""
+    """HTTP request. The names of the request's headers are in lower case."""
 
     method: str
     path: str
@@ -201,10 +203,10 @@ class Response:
 
 
 class Service(Protocol):
-    """One AWS service. The implementation determines its wire protocol."""
+    """One AWS service. The implementation of a service determines its wire protocol."""
 
     async def answer(self, request: Request, request_id: str) -> Response:
-        """Return the answer to a request. Raise Fault if the service refuses it."""
+        """Return the answer to a request. Raise Fault if the service refuses the request."""
 
     def refuse(self, request: Request, fault: Fault, request_id: str) -> Response:
         """Return the answer that reports a fault."""
@@ -248,7 +250,7 @@ class App:
         if body is None:
             fault = Fault("RequestEntityTooLarge", f"More than {MAX_BODY_BYTES} bytes.")
             response = self._default.refuse(request, fault, request_id)
-        elif request.method in ("GET", "HEAD"):  # a health check or a browser
+        elif request.method in ("GET", "HEAD"):  # the sender is a health check or a browser
             response = Response(404, b"Nothing here.\n", "text/plain")
             if request.path == "/":
                 response = Response(200, b"EC2 Auto Scaling, by batchlab.\n", "text/plain")
@@ -273,11 +275,11 @@ class App:
 
 
 class _Disconnected(Exception):
-    """The client disconnected before it had sent the whole request."""
+    """The client disconnected before the whole request was received."""
 
 
 async def _body(receive: _Receive) -> bytes | None:
-    """Return the request body, or None if it is larger than MAX_BODY_BYTES."""
+    """Return the request body, or None if the body is larger than MAX_BODY_BYTES."""
     parts, size = [], 0
     while True:
         message = await receive()

@@ -1,7 +1,7 @@
-"""The part of CloudWatch that target tracking needs: clients put custom metrics, and scaling policies read them.
+"""The part of CloudWatch that target tracking needs: clients put custom metrics, and scaling policies read the metrics.
 
-Metrics stay in memory for MAX_POINT_AGE_S. Clients put new values regularly, so a restart loses little. The module also
-contains the server side of AWS's JSON protocol, which boto3 uses for CloudWatch.
+Metrics stay in memory for MAX_POINT_AGE_S. Clients put new values regularly, so a restart loses few data points. The
+module also contains the server side of AWS's JSON protocol, which boto3 uses for CloudWatch.
 """
 
 from __future__ import annotations
@@ -57,14 +57,18 @@ class JsonService:
 
 
 def parse(service: ServiceModel, target: str, body: bytes) -> tuple[OperationModel, dict[str, Any]]:
-    """Return the requested operation and its parameters. Raise Fault for an unknown operation or a
-    malformed body. Parameters that the model does not have are ignored."""
+    """Return the requested operation and its parameters.
+
+    Raise Fault for an unknown operation or a malformed body. The function ignores parameters that the model does not
+    have.
+    """
     prefix, _, action = target.partition(".")
     if prefix != service.metadata.get("targetPrefix") or action not in service.operation_names:
         raise Fault("InvalidAction", f"Could not find operation {target or 'without a name'}")
     operation = service.operation_model(action)
     try:
-        # NaN and the infinities are not JSON, but Python's parser accepts them without `parse_constant`.
+        # NaN and the infinities are not valid JSON, but Python's parser accepts NaN and the infinities without
+        # `parse_constant`.
         sent = json.loads(body or b"{}", parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise Fault("SerializationException", "The request is not JSON.") from error
@@ -97,7 +101,7 @@ def _read(shape: Shape, value: Any, path: str) -> Any:
 
 
 def _expect(value: Any, kinds: tuple[type, ...], path: str) -> None:
-    # In Python, a bool is also an int. In the protocol, a boolean is not a number.
+    # A bool in Python is also an int. A boolean is not a number in the JSON protocol.
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         place = path.lstrip(".") or "the top"
         raise Fault("SerializationException", f"The value at {place!r} cannot be read.")
@@ -116,7 +120,10 @@ def _scalar(shape: Shape, value: Any, path: str) -> Any:
 
 
 def result(operation: OperationModel, answer: Mapping[str, Any]) -> bytes:
-    """Return the body of a successful answer. Raise ValueError if it does not match the operation's output shape."""
+    """Return the body of a successful answer.
+
+    Raise ValueError if the answer does not match the operation's output shape.
+    """
     shape = operation.output_shape
     if shape is None:
         if answer:
@@ -144,9 +151,9 @@ def _write(shape: Shape, value: Any) -> Any:
 
 
 PERIOD_S = 60.0
-"""Length in seconds of the period of a statistic. The period ends with the newest data point."""
+"""Length in seconds of the period of a statistic. The period of a statistic ends with the newest data point."""
 MAX_POINT_AGE_S = 300.0
-"""Maximum age in seconds of a data point. Older ones are ignored."""
+"""Maximum age in seconds of a data point. Older data points are ignored."""
 MAX_VALUE = 2.0**360
 """Largest absolute value that CloudWatch accepts."""
 MAX_METRICS = 1_000
@@ -177,14 +184,18 @@ _STATISTICS: Mapping[str, Callable[[Sequence[Point]], float]] = {
 
 class MetricStore:
     """Implementation of the Metrics port on the metrics that clients put. Predefined metrics and
-    metric math return no data."""
+    metric math return no data.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._points: dict[_Name, list[Point]] = {}
 
     def put(self, namespace: str, data: Sequence[Parameters]) -> None:
-        """Store the data of a PutMetricData request. Raise Fault and store nothing if a part of it is invalid."""
+        """Store the data of a PutMetricData request.
+
+        Raise Fault and store nothing if a part of the request is invalid.
+        """
         now_s = self._clock.now_s()
         fresh = [(_name(namespace, datum), point) for datum in data for point in _points(datum, now_s)]
         for name, point in fresh:
@@ -238,7 +249,7 @@ def _points(datum: Parameters, now_s: float) -> Sequence[Point]:
 
 
 class CloudWatch:
-    """PutMetricData in the two protocols that clients use here: JSON and query."""
+    """Service for PutMetricData in the two protocols that clients use, JSON and query."""
 
     def __init__(self, store: MetricStore) -> None:
         async def act(operation: OperationModel, parameters: Parameters) -> Mapping[str, Any]:

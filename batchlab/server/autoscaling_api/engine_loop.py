@@ -38,7 +38,10 @@ from batchlab.server.shutdown import end_instances, stop_by_signal
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0
-"""Interval of the engine's ticks in seconds while nothing changes. Cooldowns and timeouts are whole seconds."""
+"""Interval of the engine's ticks in seconds while nothing changes.
+
+A shorter interval is not needed, because cooldowns and timeouts are whole seconds.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +56,28 @@ class AsgSettings:
     port: int = 0
     key: Keys | None = None
     drain_s: float = 30.0
-    """Time in seconds that an instance has to end before it is killed."""
+    """Time in seconds within which an instance must end before the process kills the instance."""
     grid: str = "asg"
     """Name that is a part of container names and labels."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Additional labels of containers."""
     images: tuple[str, ...] = ()
-    """Allowed images of containers, which must not run as root. If empty, all images and users are allowed."""
+    """Allowed images of containers, which must not run as root.
+
+    If the list of images is empty, all images and users are allowed.
+    """
     scale: float = 1.0
-    """Share of the processors and the memory of its instance type that a container gets."""
+    """Share of the processors and the memory of a container's instance type that the container gets."""
     metadata_port: int | None = None
-    """Port of the instances' metadata service on `host`. With None, no metadata service runs."""
+    """Port of the instances' metadata service on `host`. If the port is None, no metadata service runs."""
 
 
 @contextmanager
 def locked(state: Path) -> Iterator[None]:
-    """Create the folder and hold its lock, so that only one server uses it. Raise Refused if
-    another server holds the lock."""
+    """Create the state folder and hold the folder's lock, so that only one server uses the folder.
+
+    Raise Refused if another server holds the lock.
+    """
     state.mkdir(parents=True, exist_ok=True)
     with (state / "server.lock").open("a") as file:
         try:
@@ -85,8 +93,10 @@ def locked(state: Path) -> Iterator[None]:
 def application(
     engine: AutoScaling, clock: Clock, changed: asyncio.Event, *, metrics: MetricStore, key: Keys | None = None
 ) -> App:
-    """Return the application that answers requests for the engine and stores the metrics that the
-    engine reads. Each action sets `changed`."""
+    """Return the application that answers requests for the engine and stores the metrics that the engine reads.
+
+    Each action sets the event `changed`.
+    """
     service = QueryService(model("autoscaling"), act(engine, changed.set))
     services: dict[str, Service] = {
         "autoscaling": service,
@@ -112,7 +122,7 @@ async def run(
 
 
 async def _keep(engine: AutoScaling, changed: asyncio.Event) -> None:
-    """Tick about once per second, and at once when `changed` is set. Never return.
+    """Tick the engine about once per second, and at once when `changed` is set. The loop never returns.
 
     The loop logs a failed tick and repeats the tick. The loop does not log repetitions of the same failure. The loop
     must not end, because the end of this process ends every instance.
@@ -142,7 +152,7 @@ async def _serve(app: App, listener: socket.socket, stop: asyncio.Event) -> None
         uvicorn.Config(
             app,
             interface="asgi3",
-            log_config=None,  # the process sets up its own logs
+            log_config=None,  # the process configures its logs itself
             log_level="warning",
             timeout_graceful_shutdown=2,
             lifespan="off",

@@ -1,6 +1,7 @@
 """Actions on groups, instances, and tags, and the request that an action receives.
 
-Most actions only pass their parameters to the engine. `forward` creates such an action from parameter names.
+Most actions only pass their parameters to the engine. `forward` creates an action that only passes parameters, from the
+names of the parameters.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ class Call:
 
     @property
     def group(self) -> str:
-        """Return the group's name. The model requires this parameter."""
+        """Return the group's name, which the model requires in every request."""
         return str(self.parameters[GROUP_NAME])
 
     def optional(self, *names: str) -> dict[str, Any]:
-        """Return those of the parameters that the request contains, by the engine's names."""
+        """Return the parameters among `names` that the request contains, by the engine's names."""
         return {
             _ENGINE_NAMES.get(name, xform_name(name)): self.parameters[name]
             for name in names
@@ -58,7 +59,7 @@ class Call:
         }
 
     def answer(self, member: str, value: Any) -> Answer:
-        """Return an answer with this member only."""
+        """Return an answer with the single member `member`."""
         return {member: to_answer(self._shape(member), value)}
 
     def paged(
@@ -85,15 +86,15 @@ class Call:
 def forward(*positional: str, optional: Sequence[str] = (), answer: str = "") -> Action:
     """Return an action that calls the engine's method with the name of the operation.
 
-    The engine gets the parameters `positional` as positional arguments, and those of `optional` that the request
-    contains as keyword arguments. `answer` is the member of the answer that has the method's result.
+    The engine gets the parameters `positional` as positional arguments. The parameters `optional` that the request
+    contains are passed as keyword arguments. `answer` is the member of the answer that has the method's result.
     """
 
     def action(call: Call) -> Answer:
         if len(call.parameters.get("InstanceIds", ())) > MAX_INSTANCES:
             raise invalid(f"At most {MAX_INSTANCES} instances may be named at a time.")
         method = getattr(call.engine, xform_name(call.operation.name))
-        # Only lists are positional and may be omitted.
+        # Positional parameters that may be omitted are always lists.
         arguments = [call.parameters.get(name, ()) for name in positional]
         result = method(*arguments, **call.optional(*optional))
         return call.answer(answer, result) if answer else {}
@@ -102,9 +103,11 @@ def forward(*positional: str, optional: Sequence[str] = (), answer: str = "") ->
 
 
 def matching(call: Call, items: Sequence[T], names: Mapping[str, Callable[[T], Sequence[str]]]) -> Sequence[T]:
-    """Return the items that match all filters of the request. An item matches a filter if one of
-    the filter's values is among the values that `names` returns for it. A filter named `tag:KEY`
-    uses the entry "tag:" of `names`, and its values have the form `KEY=value`."""
+    """Return the items that match all filters of the request.
+
+    An item matches a filter if one of the filter's values is among the values that `names` returns for the item. A
+    filter named `tag:KEY` uses the entry "tag:" of `names`, whose values have the form `KEY=value`.
+    """
     for condition in call.parameters.get("Filters", ()):
         name, wanted = condition.get("Name", ""), set(condition.get("Values", ()))
         if name.startswith("tag:"):
@@ -221,7 +224,7 @@ def describe_instances(call: Call) -> Answer:
 
 
 def _instance(shape: StructureShape, instance: InstanceDetails) -> dict[str, Any]:
-    # AWS writes this value in capitals here, but not in DescribeAutoScalingGroups.
+    # AWS writes the health status in capitals in this answer, but not in DescribeAutoScalingGroups.
     return {**to_answer(shape, instance), "HealthStatus": instance.health_status.upper()}
 
 

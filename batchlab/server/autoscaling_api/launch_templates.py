@@ -8,8 +8,8 @@
     type = "m7i.large"
     slots = 2
 
-The id of a template is derived from its name. The server reads the file again when it has changed, so `$Latest` is the
-latest version at every launch.
+The id of a template is derived from its name. The server reads the file again when the file has changed, so `$Latest`
+is the latest version at every launch.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from batchlab.core.model import Market, Pool
 from batchlab.fleet.api_types import LaunchTemplate, Template, ValidationError
 
 VARIABLE = "BATCHLAB_LAUNCH_TEMPLATE"
-"""Environment variable of an instance with its launch template and version, such as `worker:1`. A launcher uses the
-variable to find the fields of the template that the engine does not know."""
+"""Environment variable of an instance with its launch template and version, such as `worker:1`.
+
+A launcher uses the variable BATCHLAB_LAUNCH_TEMPLATE to find the fields of the template that the engine does not know.
+"""
 
 MAX_USER_DATA = 16 * 1024
 """Limit of user data in bytes, before base64."""
 
 _PLAIN_USER = re.compile(r"[1-9]\d*(:\d+)?")
-"""A numeric user id other than root. Docker also reads 00 as root."""
+"""A numeric user id other than root. Zeros at the start are not allowed, because Docker also reads 00 as root."""
 
 _UNKNOWN = "You must use a valid fully-formed launch template. The specified launch template, with"
 
@@ -58,7 +60,7 @@ class _Strict(BaseModel):
 
 
 class Role(_Strict):
-    """Role with the access keys that its instances get."""
+    """Role with the access keys that instances with this role get."""
 
     name: Annotated[str, Field(pattern=r"^[\w+=,.@-]{1,64}$")]
     access_key: str
@@ -70,9 +72,9 @@ class Version(_Strict):
     """One version of a template in the file."""
 
     command: tuple[str, ...] = ()
-    """Command of an instance that is a process. {instance}, {group}, and {slots} are replaced."""
+    """Command of an instance that is a process. The placeholders {instance}, {group}, and {slots} are replaced."""
     image: str = ""
-    """Image of an instance that is a container. The words of `command` are its arguments."""
+    """Image of an instance that is a container. The words of `command` are the arguments of the container."""
     network: str = "bridge"
     """Docker network of an instance that is a container."""
     user: str = "65534:65534"
@@ -85,7 +87,10 @@ class Version(_Strict):
     system: bool = False
     """Whether the image boots an init system, as a machine does, and gets the privileges of a machine."""
     user_data: Annotated[str, AfterValidator(_decoded)] = ""
-    """Decoded user data, which the metadata service returns. The file contains base64, as EC2 requires."""
+    """Decoded user data, which the metadata service returns.
+
+    The file contains the user data in base64, as EC2 requires.
+    """
     role: Role | None = None
     """Role whose credentials the metadata service returns."""
 
@@ -99,16 +104,18 @@ _FILE = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[a-zA-Z0-9().\-/_]{3,12
 
 
 def template_id(name: str) -> str:
-    """Return the id of the template with this name, in EC2's form."""
+    """Return the id of the template with the name `name`, in EC2's form."""
     return f"lt-{hashlib.sha256(name.encode()).hexdigest()[:17]}"
 
 
 class TemplateFile:
-    """Implementation of the Templates port on a file. Launchers also read their own fields from the file."""
+    """Implementation of the Templates port on a file. Launchers also read fields for their own use from the file."""
 
     def __init__(self, path: Path, images: Collection[str] = ()) -> None:
-        """Raise UsageError if the file cannot be read. With `images`, a version must use one of these images, a user
-        other than root, and no `system`."""
+        """Raise UsageError if the file cannot be read.
+
+        If `images` is not empty, a version must use one of the images, a user other than root, and no `system`.
+        """
         self._path = path
         self._images = frozenset(images)
         self._stamp = (0, 0)
@@ -129,8 +136,10 @@ class TemplateFile:
         )
 
     def launch_configuration(self, name: str) -> Template:
-        """Raise ValidationError, because the endpoint does not support launch configurations. AWS does not accept
-        new ones either."""
+        """Raise ValidationError, because the endpoint does not support launch configurations.
+
+        AWS does not accept new launch configurations either.
+        """
         raise ValidationError(f"Launch configuration name not found - {name}")
 
     def argv(self, pool: Pool, instance: str) -> Sequence[str]:
@@ -151,7 +160,7 @@ class TemplateFile:
         return self._version(name, int(number))
 
     def referred(self, reference: LaunchTemplate) -> Version:
-        """Return the referenced version. Raise ValidationError if it does not exist."""
+        """Return the version that `reference` names. Raise ValidationError if the version does not exist."""
         self._refresh()
         name = self._name(reference)
         return self._version(name, self._number(name, reference.version))

@@ -1,8 +1,8 @@
 """Metadata of instances from the engine, and a service that sends notices to instances.
 
-AWS decides when it sends a Spot interruption or a rebalance recommendation. With this endpoint, a user requests such a
-notice. The notice service is not a part of AWS. Its requests and answers are JSON, and its requests have the same
-signatures as requests of AWS's services.
+On AWS, only AWS decides when to send a Spot interruption or a rebalance recommendation. With the notice service, a user
+requests a Spot interruption or a rebalance recommendation. The notice service is not a part of AWS. Requests and
+answers of the notice service are JSON, and the requests are signed like requests to AWS's services.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CREDENTIALS_S = 6 * 3600.0
 
 
 class InstanceFacts:
-    """InstanceFacts of the engine about an instance. `engine` is set after the launcher is created."""
+    """InstanceFacts of the engine about an instance. The attribute `engine` is set after the launcher is created."""
 
     engine: AutoScaling
 
@@ -47,7 +47,8 @@ class InstanceFacts:
 
     def of(self, launcher: object, templates: TemplateFile, clock: Clock) -> MetadataSource:
         """Return a source of the launcher's metadata with the group's tags, and with the user data
-        and the credentials of the launch template."""
+        and the credentials of the launch template.
+        """
         return _GroupMetadata(self, launcher, templates, clock)
 
 
@@ -89,13 +90,16 @@ class _GroupMetadata:
 
 
 NAME = "batchlab"
-"""Service name in the signatures of its requests."""
+"""Service name in the signatures of requests to the notice service."""
 _MAX_NOTICE_S = 3600.0
 _TIMEOUT_S = 10.0
 
 
 class NoticeService:
-    """Service that sends notices to instances through the engine. `changed` is called after each success."""
+    """Service that sends notices to instances through the engine.
+
+    The service calls `changed` after each successful request.
+    """
 
     def __init__(self, engine: AutoScaling, changed: Callable[[], None]) -> None:
         self._engine = engine

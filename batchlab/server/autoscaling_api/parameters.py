@@ -2,8 +2,8 @@
 
 `check` tests the model's constraints (required, lengths, ranges, patterns, enums) and reports violations in AWS's
 words. `parse_into` and `to_answer` convert between AWS's parameters and the engine's dataclasses. A field of a
-dataclass has AWS's name in snake case, as botocore writes it. A type with another structure than AWS's has its own
-conversion functions. `page` splits long answers by MaxRecords and NextToken.
+dataclass has AWS's name in snake case, as botocore writes it. A type whose structure differs from AWS's structure has
+its own conversion functions. `page` splits long answers by MaxRecords and NextToken.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check(operation: OperationModel, parameters: Mapping[str, Any]) -> None:
 
 def _structure(shape: StructureShape, values: Mapping[str, Any], path: str) -> Iterator[str]:
     for name, member in shape.members.items():
-        # AWS writes these paths with the field names of its Java classes.
+        # AWS writes the paths of parameters with the field names of its Java classes.
         place = f"{path}{name[0].lower()}{name[1:]}"
         if name in values:
             yield from _value(member, values[name], place)
@@ -104,8 +104,10 @@ def _text(value: Any) -> str:
 
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """Return the compiled pattern. The model has Java patterns, which write characters above U+FFFF
-    as surrogate pairs."""
+    """Return the compiled pattern of the model.
+
+    The model has Java patterns, which write characters above U+FFFF as surrogate pairs.
+    """
     return re.compile(_PAIR.sub(_joined, pattern))
 
 
@@ -122,8 +124,11 @@ Parameters = Mapping[str, Any]
 
 
 def parse_into(kind: type[T], parameters: Parameters, **more: Any) -> T:
-    """Create the dataclass from `more` and from the parameters that are its fields. Raise Fault if a field without
-    a default is missing, which AWS's model allows for some fields."""
+    """Create an instance of `kind` from `more` and from the parameters that are fields of the dataclass.
+
+    Raise Fault if a field without a default is missing, because AWS's model allows requests without some of these
+    fields.
+    """
     values = {**fields(kind, parameters), **more}
     dataclass: Any = kind
     for name in _required(dataclass):
@@ -146,7 +151,7 @@ def other_parameters(kind: type, parameters: Parameters) -> dict[str, Any]:
 
 @cache
 def _required(kind: Any) -> list[str]:
-    """Return the fields without a default."""
+    """Return the names of the fields that have no default."""
     return [
         field.name for field in dataclass_fields(kind) if field.default is MISSING and field.default_factory is MISSING
     ]
@@ -201,7 +206,8 @@ _PARSERS: dict[Any, Callable[[Parameters], Parameters]] = {
 
 def to_answer(shape: Shape, value: Any) -> Any:
     """Convert the value into an answer of the shape. The answer omits None, "", and members without a field in the
-    value, except a required member with the value ""."""
+    value, except a required member with the value "".
+    """
     if isinstance(shape, StructureShape):
         return _WRITERS.get(type(value), _answer_structure)(shape, value)
     if isinstance(shape, ListShape):
@@ -260,10 +266,11 @@ DEFAULT_ITEMS = 50
 def page(
     items: Sequence[T], parameters: Parameters, key: Callable[[T], str], *, most: int = MAX_ITEMS
 ) -> tuple[Sequence[T], dict[str, Any]]:
-    """Return the requested page, and its NextToken if more items follow.
+    """Return the requested page, and the NextToken of the page if more items follow.
 
-    `key` identifies an item. A token contains the key and the index of the last item. The next page starts after
-    that item. If the item no longer exists, the page starts at the index.
+    The function `key` returns the identity of an item. A NextToken contains the key and the index of the last item of a
+    page. The next page starts after the item with the key in the token. If the item no longer exists, the next page
+    starts at the index in the token.
     """
     size = parameters.get("MaxRecords", min(DEFAULT_ITEMS, most))
     if not 1 <= size <= most:

@@ -32,7 +32,7 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 @dataclass(slots=True)
 class _Node:
-    """Node in the tree of field names: the text of the field with this name, and the fields below the name."""
+    """Node in the tree of field names: the text of the field with the node's name, and the fields below this name."""
 
     text: str | None = None
     parts: dict[str, _Node] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class _Node:
 def parse(service: ServiceModel, form: str) -> tuple[OperationModel, dict[str, Any]]:
     """Return the requested operation and its parameters. Raise Fault for an unknown operation or a malformed form.
 
-    Parameters that the model does not have are ignored, as on AWS.
+    As on AWS, the function ignores parameters that the model does not have.
     """
     try:
         fields = dict(parse_qsl(form, keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="strict"))
@@ -72,7 +72,7 @@ def _tree(fields: Mapping[str, str]) -> _Node:
 
 
 def _value(shape: Shape, node: _Node, path: str) -> Any:
-    """Return the value at `path`, or None if it was not sent."""
+    """Return the value at `path`, or None if the request does not contain the value."""
     if isinstance(shape, StructureShape):
         return _structure(shape, node, path)
     if isinstance(shape, ListShape):
@@ -90,7 +90,8 @@ def _structure(shape: StructureShape, node: _Node, path: str) -> dict[str, Any] 
     for name, member in shape.members.items():
         wire = member.serialization.get("name", name)
         if isinstance(member, ListShape) and member.serialization.get("flattened"):
-            # The entries of a flattened list have their own name. Otherwise the list's name is used.
+            # A request may contain the entries of a flattened list under the name of the entries or under the list's
+            # name.
             entries = member.member.serialization.get("name", wire)
             wire = entries if entries in node.parts else wire
         if wire in node.parts:
@@ -160,8 +161,10 @@ def _scalar(shape: Shape, text: str) -> Any:
 
 
 def result(operation: OperationModel, answer: Mapping[str, Any], request_id: str) -> bytes:
-    """Return the body of a successful answer. Raise ValueError if it does not match the operation's
-    output shape, which is a bug."""
+    """Return the body of a successful answer.
+
+    Raise ValueError if the answer does not match the operation's output shape, which is a bug.
+    """
     name, shape = operation.name, operation.output_shape
     inner = ""
     if shape is not None:
@@ -187,7 +190,7 @@ def _document(root: str, service: ServiceModel, inner: str) -> bytes:
 
 
 def _element(name: str, shape: Shape, value: Any) -> str:
-    """Return `value` as an element with this name. A flattened list or map becomes several elements."""
+    """Return `value` as an XML element with the name `name`. A flattened list or map becomes several XML elements."""
     flattened = bool(shape.serialization.get("flattened"))
     if isinstance(shape, ListShape):
         own = shape.member.serialization.get("name")
@@ -247,7 +250,7 @@ def _text(text: str) -> str:
 
 
 Act = Callable[[OperationModel, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
-"""Function that performs an operation with checked parameters. The function raises Fault if the operation fails."""
+"""Function that performs an operation with checked parameters. An Act raises Fault if the operation fails."""
 
 
 @cache

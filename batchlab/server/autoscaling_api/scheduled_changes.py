@@ -1,7 +1,7 @@
 """Actions on hooks, policies, scheduled actions, instance refreshes, and warm pools, and the table of all actions.
 
-Invariant: an action contains no rule of Auto Scaling. An action converts parameters whose structure differs from AWS's,
-and calls a method of the engine.
+Invariant: an action contains no rule of Auto Scaling. An action converts parameters whose structure differs from AWS's
+structure, and calls a method of the engine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_WARM = 50
 
 
 def put_hook(call: Call) -> Answer:
-    """Create or update a hook. As on AWS, omitted parameters of an existing hook keep their values."""
+    """Create or update a lifecycle hook. As on AWS, omitted parameters of an existing hook keep their values."""
     hooks = call.engine.describe_lifecycle_hooks(call.group, [call.parameters["LifecycleHookName"]])
     changes = fields(LifecycleHook, call.parameters)
     call.engine.put_lifecycle_hook(
@@ -72,10 +72,10 @@ def put_scheduled(call: Call) -> Answer:
 
 
 def _schedule(call: Call, parameters: Parameters) -> None:
-    """Create or update a scheduled action. Omitted fields of an existing action keep their values."""
+    """Create or update a scheduled action. Omitted fields of an existing scheduled action keep their values."""
     changes = fields(ScheduledAction, parameters)
     if "Time" in parameters:
-        # `Time` is the former name of `StartTime`.
+        # The parameter `Time` is the former name of `StartTime`.
         changes.setdefault("start_time", parameters["Time"].timestamp())
     name = parameters["ScheduledActionName"]
     actions = call.engine.describe_scheduled_actions(call.group, scheduled_action_names=[name])
@@ -213,8 +213,10 @@ ALL_ACTIONS: Mapping[str, Action] = {
 
 
 def act(engine: AutoScaling, changed: Callable[[], None]) -> Act:
-    """Return the function that performs the actions on this engine. The function calls `changed` after each action
-    except Describe actions, so that the engine ticks soon."""
+    """Return the function that performs the actions on `engine`.
+
+    The returned function calls `changed` after each action except Describe actions, so that the engine ticks soon.
+    """
 
     async def perform(operation: OperationModel, parameters: Parameters) -> Answer:
         action = ALL_ACTIONS.get(operation.name)

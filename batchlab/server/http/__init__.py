@@ -1,6 +1,7 @@
-"""HTTP API of the manager: JSON below /v1, described at /openapi.json.
+"""HTTP API of the manager: JSON below /v1, with a description at /openapi.json.
 
-Invariant: the endpoints contain no business rules. An endpoint calls the manager and returns a view of the result.
+Invariant: the endpoints contain no business rules. An endpoint of the API calls the manager and returns a view of the
+result.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def create_app(
 ) -> tuple[FastAPI, ServerState]:
     """Return the application, and the state that its endpoints share. `on_shutdown` is called in the event loop
     after the answer to a shutdown request was sent. `sessions` stores the sessions of the web page. A request without
-    the token must use a name of this machine or of `hosts`."""
+    the token must use a name of this machine or of `hosts`.
+    """
     app = _app_with_routes()
     page_sessions = Sessions(token, manager.ports.clock, sessions)
     names = LOCAL_NAMES | {host.lower() for host in hosts} - _ANY_ADDRESS
@@ -55,7 +57,7 @@ def create_app(
 
 
 def description() -> dict[str, Any]:
-    """Return the OpenAPI document of the API. This function does not need a manager."""
+    """Return the OpenAPI document of the API. The document does not depend on a running manager."""
     return _app_with_routes().openapi()
 
 
@@ -63,7 +65,7 @@ def _app_with_routes() -> FastAPI:
     app = FastAPI(
         title="batchlab",
         version=__version__,
-        # These pages load scripts from the internet, so they do not work offline.
+        # FastAPI's documentation pages load scripts from the internet, so these pages do not work offline.
         docs_url=None,
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,

@@ -1,15 +1,15 @@
 """Checks before every route (signature, bearer token, host, and origin), and the sessions of the web page.
 
 Invariant: the manager does not read the body of a request without the token, so a stranger cannot fill the manager's
-memory. A web page of another origin gets no answer. A signed request gets a signed answer. The body of a request with
-the token has up to MAX_BYTES.
+memory. A request from a web page of another origin is refused. A signed request gets a signed answer. The body of a
+request with the token has at most MAX_BYTES.
 
 Invariant of the sessions: no cookie and no address contains the grid's token. A request of a session needs the cookie
 and the place of the session, and the place is a part of the page's addresses. A browser sends a cookie to every port of
-a host, but only below the cookie's path. A program on another port does not know this path. A code opens the page once,
-within CODE_S. A session ends at its expiry, when it is closed, or when the grid's token changes. The file of the closed
-sessions also contains the seed of the signing key. If the file is lost, all sessions end, so a closed session never
-becomes valid again.
+a host, but only below the cookie's path. A program on another port does not know the session's path. A one-time code
+opens the web page once, within CODE_S. A session ends when the session expires or is closed, or when the grid's token
+changes. The file of the closed sessions also contains the seed of the signing key. If the file of the closed sessions
+is lost, all sessions end, so a closed session never becomes valid again.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ MAX_BYTES = 64 * 1024**2
 MAX_SIGNATURES = 50_000
 """Maximum number of stored signatures. A signature is accepted only once."""
 PAGE = "/ui"
-"""Path of the web page. `Guard` protects it."""
+"""Path of the web page. `Guard` protects the web page."""
 LOCAL_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 SAFE_METHODS = frozenset({"GET", "HEAD"})
-"""Methods that change nothing."""
+"""HTTP methods that change nothing."""
 
 _PATHS = ("/v1/", "/metrics")
 _FILES = "/v1/jobs/files"
@@ -52,7 +52,8 @@ _FILES = "/v1/jobs/files"
 
 class AccessCheck:
     """Middleware before the API. The application gets a signed request with the bearer token, and a request without
-    the token with an empty body."""
+    the token with an empty body.
+    """
 
     def __init__(
         self,
@@ -62,8 +63,11 @@ class AccessCheck:
         hosts: frozenset[str],
         on_error: Callable[[Scope, Exception], Response],
     ) -> None:
-        """`now_s` is the wall clock. `hosts` are the manager's names. `on_error` returns the answer to an error that
-        the application does not handle."""
+        """`now_s` returns the wall-clock time.
+
+        `hosts` are the host names of the manager. `on_error` returns the answer to an error that the application does
+        not handle.
+        """
         self._app = app
         self._token = token
         self._now_s = now_s
@@ -103,7 +107,7 @@ class AccessCheck:
             await self._app(scope, receive, send)
 
     def _signature_error(self, signed: Signed) -> dict[str, str] | None:
-        """Return the error for a signed request that is too old or repeated. Return None for other requests."""
+        """Return the error for a signed request that is too old or repeated, or None for a valid request."""
         now_s = self._now_s()
         if abs(now_s - signed.at_s) > WINDOW_S:
             return {
@@ -115,8 +119,11 @@ class AccessCheck:
         return None
 
     async def _call_signed(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the application, and answer its unhandled errors. Starlette would answer these errors outside of every
-        middleware, and then the answer would not be signed."""
+        """Call the application, and answer its unhandled errors.
+
+        Starlette answers unhandled errors outside of every middleware, and an answer outside of the middleware would
+        not be signed.
+        """
         has_begun = False
 
         async def send_noted(message: Message) -> None:
@@ -132,7 +139,7 @@ class AccessCheck:
             raise
 
     def _signing(self, signed: Signed, send: Send) -> Send:
-        """Return a `send` that signs the answer. The signature of a body in several parts follows the body."""
+        """Return a `send` that signs the answer. If a body has several parts, the signature follows the body."""
         token = self._token
         start: Message = {}
         streamed = hashlib.sha256()
@@ -178,8 +185,10 @@ class _Signatures:
         """Time up to which all signatures are refused."""
 
     def is_first(self, signed: Signed, now_s: float) -> bool:
-        """Record a signature. Return False if the signature was recorded before, or if its record may have been
-        removed."""
+        """Record a signature.
+
+        Return False if the signature was recorded before, or if the record of the signature may have been removed.
+        """
         mac = bytes.fromhex(signed.mac)
         if signed.at_s <= self._floor_s or mac in self._times_s:
             return False
@@ -203,8 +212,11 @@ def host_name(host: str) -> str:
 
 
 def is_same_origin(headers: Headers) -> bool:
-    """Return whether a page of the manager sent the request. A browser sends `Sec-Fetch-Site` only to HTTPS addresses
-    and to this machine. For other addresses, `Origin` must name the manager's own origin."""
+    """Return whether a page of the manager sent the request.
+
+    A browser sends the header `Sec-Fetch-Site` only to HTTPS addresses and to the browser's own machine. Without
+    `Sec-Fetch-Site`, the header `Origin` must name the manager's own origin.
+    """
     site = headers.get("sec-fetch-site")
     if site is not None:
         return site == "same-origin"
@@ -213,10 +225,12 @@ def is_same_origin(headers: Headers) -> bool:
 
 
 def _refusal(headers: Headers, hosts: frozenset[str] | None) -> Response | None:
-    """Return the answer that refuses a request of another web page, or None. `hosts` are the allowed names, or None for
-    a request with the token, because no web page has the token."""
-    # The DNS name of an attacker may resolve to this machine. A browser then lets the attacker's pages read the
-    # manager's answers (DNS rebinding). An IP address in the Host header cannot be rebound.
+    """Return the answer that refuses a request of another web page, or None.
+
+    `hosts` are the allowed host names, or None for a request with the token, because no web page has the token.
+    """
+    # If an attacker's DNS name resolves to this machine, a browser lets the attacker's pages read the manager's answers
+    # (DNS rebinding). An IP address in the Host header is safe, because an IP address cannot be rebound.
     name = host_name(headers.get("host", ""))
     if hosts is not None and not (name in hosts or ":" in name or name.replace(".", "").isdigit()):
         return PlainTextResponse("The manager does not accept this host name.\n", 421)
@@ -233,8 +247,10 @@ def _target(scope: Scope) -> str:
 
 
 def _hashed(receive: Receive, signed: Signed) -> Receive:
-    """Return a `receive` that checks the SHA-256 of the body, which is signed. The `receive` raises HTTPException at
-    the end of a different body."""
+    """Return a `receive` that checks the signed SHA-256 of the body.
+
+    At the end of a body with another SHA-256, the returned `receive` raises HTTPException.
+    """
     digest = hashlib.sha256()
 
     async def hashed() -> Message:
@@ -263,7 +279,7 @@ def _limited(receive: Receive) -> Receive:
 
 
 def _without_body(receive: Receive) -> Receive:
-    """Return a `receive` that first returns an empty body, and does not read the real body."""
+    """Return a `receive` that returns an empty body first and does not read the real body."""
     first = True
 
     async def receive_empty() -> Message:
@@ -284,11 +300,11 @@ PLACE_CHARS = 32
 """Length of a session's place in hexadecimal digits."""
 MAX_CODES = 100
 MAX_CLOSED = 1000
-"""Maximum number of stored closed sessions. If more sessions are closed, all sessions end."""
+"""Maximum number of stored closed sessions. If more sessions are closed, all open sessions end too."""
 
 
 class SessionStore(Protocol):
-    """Storage of the sessions. The methods raise BackendError if they fail."""
+    """Storage of the sessions. The methods of a SessionStore raise BackendError if the storage fails."""
 
     def load(self) -> bytes | None: ...
 
@@ -297,14 +313,14 @@ class SessionStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Session of the web page. The session is valid until `until_s`, in epoch seconds."""
+    """Session of the web page. A session is valid until `until_s`, in epoch seconds."""
 
     name: str
     until_s: int
 
 
 class Sessions:
-    """All sessions of one manager. With `store`, the sessions survive a restart of the manager."""
+    """All sessions of one manager. If `store` is given, the sessions survive a restart of the manager."""
 
     def __init__(self, token: str, clock: Clock, store: SessionStore | None = None) -> None:
         self._clock = clock
@@ -313,9 +329,9 @@ class Sessions:
         self._codes: dict[str, float] = {}
         """Expiry of each code in monotonic seconds."""
         self._seed = ""
-        """Seed of the signing key, which also depends on the token. The seed is not secret."""
+        """Seed of the signing key. The seed is not secret, because the signing key also depends on the token."""
         self._closed: dict[str, int] = {}
-        """Sessions that were closed before their expiry, and their expiry."""
+        """Expiry of each session that was closed before its expiry."""
         self._load()
 
     def _load(self) -> None:
@@ -343,16 +359,16 @@ class Sessions:
             log.warning("closed sessions of the web page cannot be stored, and a restart reopens them: %s", error)
 
     def place(self, session: Session) -> str:
-        """Return the part of the page's addresses that only the browser of this session knows."""
+        """Return the part of the page's addresses that only the browser of the session knows."""
         return self._sign("place", session)[:PLACE_CHARS]
 
     def cookie(self, place: str) -> str:
-        """Return the name of the cookie of the session with this place."""
+        """Return the name of the cookie of the session with the place `place`."""
         digest = hmac.digest(self._token.encode(), f"the cookie at {place}".encode(), "sha256")
         return f"batchlab-{digest.hex()[:12]}"
 
     def new_code(self) -> str:
-        """Return a new code that opens one session."""
+        """Return a new one-time code that opens one session."""
         now_s = self._clock.monotonic_s()
         self._codes = {code: over_s for code, over_s in self._codes.items() if over_s > now_s}
         while len(self._codes) >= MAX_CODES:
@@ -362,26 +378,28 @@ class Sessions:
         return code
 
     def is_code_valid(self, name: str) -> bool:
-        """Return whether the code with this name is still valid."""
+        """Return whether the code with the name `name` is still valid."""
         now_s = self._clock.monotonic_s()
         return any(page_session_name(code) == name and over_s > now_s for code, over_s in self._codes.items())
 
     def accepts(self, secret: str) -> bool:
-        """Return whether `secret` is the token or a valid code. A code becomes invalid with this call."""
+        """Return whether `secret` is the token or a valid code. A call with a valid code makes the code invalid."""
         if _are_equal(secret, self._token):
             return True
         match = next((code for code in self._codes if _are_equal(secret, code)), None)
         return match is not None and self._codes.pop(match) > self._clock.monotonic_s()
 
     def start(self) -> tuple[Session, str]:
-        """Start a session. Return the session and the value of its cookie."""
+        """Start a session. Return the new session and the value of the session's cookie."""
         until_s = int(self._clock.now_s() + SESSION_S)
         session = Session(secrets.token_urlsafe(12), until_s)
         return session, f"{until_s}.{session.name}.{self._sign('session', session)}"
 
     def find(self, cookie: str, place: str) -> Session | None:
-        """Return the session of a cookie's value. Return None if the cookie is not signed by this manager, has expired,
-        or has another place."""
+        """Return the session of a cookie's value.
+
+        Return None if the cookie is not signed by the manager, has expired, or belongs to another place.
+        """
         until, _, rest = cookie.partition(".")
         name, _, signature = rest.rpartition(".")
         if not (until.isascii() and until.isdigit() and len(until) < 15 and name):
@@ -402,11 +420,14 @@ class Sessions:
             self._save()
 
     def form_token(self, session: Session) -> str:
-        """Return the token in every form of the session. Other sites do not know the token and cannot send a form."""
+        """Return the token that every form of the session contains.
+
+        Other sites do not know the form token, so they cannot send a form.
+        """
         return self._sign("form", session)
 
     def is_form_token(self, session: Session, token: str) -> bool:
-        """Return whether `token` is the form token of this session."""
+        """Return whether `token` is the form token of the session."""
         return _are_equal(token, self.form_token(session))
 
     def _sign(self, purpose: str, session: Session) -> str:
@@ -421,5 +442,5 @@ def page_session_name(code: str) -> str:
 
 
 def _are_equal(sent: str, expected: str) -> bool:
-    # The comparison takes constant time, so the response time does not reveal how much of a guess was right.
+    # The comparison takes constant time, so the response time does not reveal which part of a guessed token was right.
     return compare_digest(sent.encode(errors="replace"), expected.encode())

@@ -39,15 +39,17 @@ Cause = tuple[str, str]
 """Stage and fingerprint of a group of failures."""
 
 MAX_CAUSES = 500
-"""Maximum number of groups of a job. The failures of all further causes form one group for each stage."""
+"""Maximum number of failure groups of a job. The failures of all further causes form one group for each stage."""
 OTHERS = "others"
-"""Fingerprint of the group of all further causes."""
+"""Fingerprint of the group with the failures of all further causes."""
 
 
 @dataclass(slots=True)
 class Groups:
-    """Failures of one round, grouped by cause: the tasks of each group, and its first failure. `seq` belongs to the
-    last outcome that was read. A failure may be added twice."""
+    """Failures of one round, grouped by cause: the tasks of each group, and the first failure of each group.
+
+    `seq` is the seq of the last outcome that was read. A failure may be added to a group twice without an effect.
+    """
 
     round: int
     seq: int = 0
@@ -56,7 +58,7 @@ class Groups:
 
     @property
     def others(self) -> Mapping[str, set[int]]:
-        """Return the tasks of further causes, by stage."""
+        """Return the tasks of all further causes, by stage."""
         return {stage: tasks for (stage, cause), tasks in self.tasks.items() if cause == OTHERS}
 
     def add(self, failure: FailureView) -> None:
@@ -69,13 +71,17 @@ class Groups:
         self.first.setdefault(cause, failure)
 
 
-# Pydantic builds each validator on its first use. The validators of all views took 4% of a manager's start-up time.
+# Pydantic builds each validator on the validator's first use. Building the validators of all views took 4% of a
+# manager's start-up time.
 for _view in vars(api_types).values():
     if is_typeddict(_view):
         _view.__pydantic_config__ = ConfigDict(defer_build=True)
 
 LEADER_WAIT_S = 3.0
-"""Time in seconds that a request waits for a manager that is about to become the leader. Then the request fails."""
+"""Time in seconds that a request waits for a manager that is about to become the leader.
+
+If the manager does not become the leader in this time, the request fails.
+"""
 MAX_WAIT_S = 60.0
 MAX_LISTED = 1000
 MAX_ERROR_CHARS = 10_000
@@ -92,10 +98,10 @@ class _Unauthorized(BatchlabError):
 
 @dataclass(slots=True)
 class ServerState:
-    """Arguments of `create_app`, and the state that the endpoints share."""
+    """Arguments of `create_app`, and the state that all endpoints share."""
 
     manager: Manager
-    """Current manager object. After a loss of the lease, a new manager object replaces the old one."""
+    """Current manager object. After a loss of the lease, a new manager object replaces the old manager object."""
     token: str
     backend_name: str
     capabilities: Capabilities
@@ -107,11 +113,11 @@ class ServerState:
     """Groups of failures of the most recently requested jobs."""
     history: History = field(default_factory=History)
     archiving: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Lock that is held while an archive of results is created or sent."""
+    """Lock that an endpoint holds while the endpoint creates or sends an archive of results."""
 
 
-# All dependencies are coroutines, because FastAPI runs a plain function on a thread, which takes longer. These
-# dependencies only depend on the request, because each nested dependency takes 1% of a short call.
+# All dependencies are coroutines, because FastAPI runs a plain function on a thread, which takes longer. The
+# dependencies depend only on the request, because each nested dependency takes 1% of the time of a short call.
 async def _state(request: Request) -> ServerState:
     return cast(ServerState, request.app.state.served)
 
@@ -135,7 +141,7 @@ async def require_token(
 async def _leader(request: Request) -> Manager:
     manager = (await _state(request)).manager
     if not manager.is_leader.is_set():
-        # A manager that has just started is about to become the leader, and its first client may already wait.
+        # A request waits, because a manager that has just started is about to become the leader.
         await set_within(manager.is_leader, LEADER_WAIT_S)
     if not manager.is_leader.is_set():
         raise BackendError(
@@ -169,8 +175,9 @@ SchedulesDep = Annotated[ScheduleCommands, Depends(_scheduler)]
 Limit = Annotated[int, Query(ge=1, le=MAX_LISTED)]
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Long poll, seconds")]
 
-# Only the response 422 has the model, and the other responses refer to its schema. FastAPI creates a validator for
-# every model of every endpoint. The validators of all these responses took 10% of a manager's start-up time.
+# Only the response 422 has the model of an error, and the other responses refer to the schema of this model. FastAPI
+# creates a validator for every model of every endpoint. Validators for the models of all error responses took 10% of a
+# manager's start-up time.
 _PROBLEM = {"schema": {"$ref": f"#/components/schemas/{api_types.ProblemView.__name__}"}}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {422: {"model": api_types.ProblemView}}
 for _code in (400, 401, 404, 409, 413, 503):
@@ -178,12 +185,12 @@ for _code in (400, 401, 404, 409, 413, 503):
 
 
 def guarded() -> APIRouter:
-    """Return a router whose endpoints require the token."""
+    """Return a router whose endpoints require the bearer token."""
     return APIRouter(prefix="/v1", dependencies=[Depends(require_token)], responses=_PROBLEMS)
 
 
 def without_version(doc: Any) -> Any:
-    """Return a posted job without its format version. Raise ValueError if this manager reads another version."""
+    """Return a posted job without its format version. Raise ValueError if the manager reads another format version."""
     if not isinstance(doc, dict):
         return doc
     if doc.get("v") != json_format.VERSION:
@@ -209,8 +216,11 @@ def error_response(request: Request, error: Exception) -> JSONResponse:
 
 
 def problem_of(request: Request, error: Exception) -> tuple[int, api_types.ProblemView]:
-    """Return the status and the description of an error. The description may contain text of the request, so it is
-    cut to MAX_ERROR_CHARS, and a lone surrogate becomes a question mark."""
+    """Return the status and the description of an error.
+
+    The description may contain text of the request, so the function cuts the description to MAX_ERROR_CHARS. A lone
+    surrogate in the description becomes a question mark.
+    """
     status, problem = _problem_of(request, error)
     problem["error"] = problem["error"].encode(errors="replace").decode()[:MAX_ERROR_CHARS]
     return status, problem
@@ -246,8 +256,10 @@ def _problem_of(request: Request, error: Exception) -> tuple[int, api_types.Prob
 
 
 def _text(error: BatchlabError) -> str:
-    """Return the text of an error. For a job file, the text contains the first mistake and the lines of the other
-    mistakes."""
+    """Return the text of an error.
+
+    For a job file, the error text contains the first mistake and the lines of the other mistakes.
+    """
     if not isinstance(error, JobFileError):
         return error.message
     first, *others = getattr(error, "errors", (error,))
@@ -259,12 +271,18 @@ def _text(error: BatchlabError) -> str:
 MAX_PARALLEL_READS = 16
 
 NOT_STORED = "(The log is stored when the following tasks of the bundle have ended.)\n"
-"""Text in place of a log that is not stored yet. A worker stores the log of a bundle after the bundle's last task. The
-outcome of earlier tasks may already exist while a long task runs."""
+"""Text in place of a log that is not stored yet.
+
+A worker stores the log of a bundle after the bundle's last task. The outcome of earlier tasks of a bundle may already
+exist while a long task of the bundle runs.
+"""
 
 
 async def outcomes_of(manager: Manager, records: Sequence[BundleRecord]) -> AsyncIterator[tuple[BundleRecord, Outcome]]:
-    """Read the outcomes of these bundles of one job in order. Up to MAX_PARALLEL_READS reads run in parallel."""
+    """Yield the bundles in `records`, which belong to one job, with their outcomes, in order.
+
+    Up to MAX_PARALLEL_READS reads run in parallel.
+    """
     if not records:
         return
     objects, patience = manager.ports.objects, manager.ports.patience

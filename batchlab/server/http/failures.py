@@ -1,7 +1,7 @@
 """Endpoints of failed tasks: page by page, and grouped by cause.
 
-Invariant: a request reads failures from at most MAX_OUTCOMES_READ outcomes in the bucket. The groups that are stored
-between requests are a cache.
+Invariant: a request reads failures from at most MAX_OUTCOMES_READ outcomes in the bucket. The failure groups that the
+manager stores between requests are a cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ router = guarded()
 
 MAX_OUTCOMES_READ = 500
 MAX_CACHED_JOBS = 8
-"""Number of jobs whose groups are cached."""
+"""Maximum number of jobs whose failure groups are cached."""
 
 
 @router.get("/jobs/{job}/failures")
@@ -36,8 +36,11 @@ async def failures(
     after: Annotated[str | None, Query(description="`next` of the previous page")] = None,
     fingerprint: str | None = None,
 ) -> api_types.FailuresView:
-    """Return failed tasks, in the order in which the ledger folded their outcomes. The answer omits tasks that a retry
-    runs again. `fingerprint` selects one cause. A page with fewer than `limit` tasks may have a next page."""
+    """Return failed tasks, in the order in which the ledger folded their outcomes.
+
+    The answer omits failed tasks that a retry runs again. The parameter `fingerprint` selects the failures of one
+    cause. A page with fewer than `limit` tasks may have a next page.
+    """
     begin = _cursor(after)
     record = await manager.ports.ledger.job(job)
     rows = await _rows(manager, job, begin[0] - 1)
@@ -85,7 +88,10 @@ async def failure_groups(manager: Leader, served: StateDep, job: JobId) -> api_t
 async def chosen_tasks(
     manager: Manager, served: ServerState, job: JobId, fingerprints: Collection[str], tasks: TaskSelection
 ) -> TaskSelection:
-    """Return the failed tasks with these fingerprints, and `tasks`. Raise Refused for an unknown fingerprint."""
+    """Return the tasks in `tasks` together with the failed tasks that have one of the fingerprints.
+
+    Raise Refused for an unknown fingerprint.
+    """
     chosen: dict[StageName, list[TaskSet]] = {name: [task_set] for name, task_set in tasks.items()}
     record = await manager.ports.ledger.job(job)
     is_whole = not fingerprints
@@ -105,7 +111,10 @@ async def chosen_tasks(
 
 
 async def _read_more(manager: Manager, served: ServerState, record: JobRecord) -> tuple[Groups, bool]:
-    """Add the next outcomes to the groups. Return the groups, and whether all outcomes were read."""
+    """Add the next outcomes to the failure groups of a job.
+
+    Return the failure groups, and whether all outcomes were read.
+    """
     cache = served.groups
     groups = cache.pop(record.job.id, None)
     if groups is None or groups.round != record.round:
@@ -128,8 +137,10 @@ async def _rows(manager: Manager, job: JobId, after_seq: int) -> Sequence[Bundle
 async def _current_failures(
     manager: Manager, record: JobRecord, rows: Sequence[BundleRecord]
 ) -> AsyncIterator[tuple[tuple[int, int], api_types.FailureView]]:
-    """Return the failures in these rows that no retry runs again. The position of a failure is the seq of its outcome,
-    and its index in the outcome."""
+    """Yield the failures of the bundles in `rows` that no retry runs again, each with its position.
+
+    The position of a failure is the seq of the outcome and the failure's index in the outcome.
+    """
     retried = await RetriedTasks.read(manager.ports, record)
     async for row, outcome in outcomes_of(manager, rows):
         seq, failed = row.seq or 0, row.completion.failed if row.completion else TaskSet()

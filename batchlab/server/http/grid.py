@@ -1,6 +1,7 @@
 """Endpoints of the grid: pools, queues, capacity, ledger, shutdown, notifications, usage, and cost caps.
 
-Invariant: the endpoints do not change the notification targets. The grid's own files and the jobs define the targets.
+Invariant: the endpoints do not change the notification targets. The grid's own files and the jobs define the
+notification targets.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ router = guarded()
 
 @public.get("/health")
 async def health(served: StateDep) -> api_types.HealthView:
-    """Return whether the manager responds, and whether it is the leader."""
+    """Return whether the manager responds, and whether the manager is the leader."""
     leads = served.manager.is_leader.is_set()
     return {"status": "ok", "version": __version__, "leader": leads}
 
 
 @router.post("/shutdown", status_code=202)
 async def shutdown(served: StateDep, after: BackgroundTasks) -> api_types.HealthView:
-    """End the manager and the processes that it started."""
+    """End the manager and the processes that the manager started."""
 
-    async def end() -> None:  # a coroutine, because FastAPI runs a plain function on another thread
+    async def end() -> None:  # `end` is a coroutine, because FastAPI runs a plain function on another thread
         served.on_shutdown()
 
     after.add_task(end)
@@ -48,11 +49,13 @@ async def shutdown(served: StateDep, after: BackgroundTasks) -> api_types.Health
 
 @router.post("/sessions", status_code=201)
 async def open_session(served: StateDep) -> api_types.SessionView:
-    """Return a code that opens the web page once. An address contains the code, because an address must not contain
-    the token."""
+    """Return a one-time code that opens the web page.
+
+    The address of the web page contains a one-time code, because the address must not contain the token.
+    """
     if module := installation.missing("web"):
         error = installation.sentence("web", "The grid's page", module)
-        # The remedy names a path of this process, which helps only a client on the same machine.
+        # The remedy names a path on the manager's machine, which helps only a client on the same machine.
         is_local = served.capabilities.local_manager
         raise Refused(error, remedy=installation.remedy("web") if is_local else installation.for_a_manager("web"))
     code = served.sessions.new_code()
@@ -62,13 +65,16 @@ async def open_session(served: StateDep) -> api_types.SessionView:
 
 @router.get("/sessions/{name}")
 async def session_code(served: StateDep, name: str) -> api_types.CodeView:
-    """Return whether the code with this name is still valid. A code becomes invalid after its use or at its expiry."""
+    """Return whether the one-time code with the given name is still valid.
+
+    A one-time code becomes invalid after its use or at its expiry.
+    """
     return {"name": name, "waits": served.sessions.is_code_valid(name)}
 
 
 @router.post("/ledger/rebuild")
 async def rebuild(manager: Leader) -> api_types.RebuiltView:
-    """Rebuild the ledger from the bucket. The answer lists the objects that could not be read."""
+    """Rebuild the ledger from the bucket. The answer to a rebuild lists the objects that could not be read."""
     rebuilt = await manager.rebuild_ledger()
     unreadable = rebuilt.unreadable.items()
     return {"jobs": rebuilt.jobs, "unreadable": [{"key": key, "reason": reason} for key, reason in unreadable]}
@@ -78,8 +84,10 @@ async def rebuild(manager: Leader) -> api_types.RebuiltView:
 
 
 class Scaling(BaseModel):
-    """Limits and desired capacity of a pool. Omitted values do not change. If `auto` is true, the autoscaler sets the
-    desired capacity again."""
+    """Limits and desired capacity of a pool.
+
+    A value that the request omits does not change. If `auto` is true, the autoscaler sets the desired capacity again.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -90,7 +98,7 @@ class Scaling(BaseModel):
 
 
 class Draining(BaseModel):
-    """The pool to drain. Without a pool, all pools are drained."""
+    """The pool to drain. If no pool is named, all pools are drained."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -127,7 +135,7 @@ async def scale(manager: Leader, pool: str, scaling: Scaling) -> api_types.PoolV
 
 @router.post("/grid/drain")
 async def drain(manager: Leader, draining: Draining, served: StateDep) -> api_types.GridView:
-    """Scale one pool or all pools to zero instances, and keep them there."""
+    """Scale one pool or all pools to zero instances, and keep the pools at zero instances."""
     await fleet_commands.drain(manager, draining.pool)
     return await _grid(manager, served.backend_name)
 
@@ -193,7 +201,7 @@ async def test(notifier: NotifierDep, target: str) -> api_types.TestedView:
 
 
 class Cap(BaseModel):
-    """Cap in USD. The value null removes the cap."""
+    """Cost cap in USD. The value null removes the cost cap."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -208,7 +216,7 @@ async def use(spending: SpendingDep) -> api_usage_types.UseView:
 
 @router.post("/use/cap")
 async def cap_grid(spending: SpendingDep, manager: Leader, cap: Cap) -> api_usage_types.UseView:
-    """Set the cap on the grid's cost since its account was opened."""
+    """Set the cap on the grid's cost since the grid's account was opened."""
     spending.set_cap(None, cap.max_cost_usd)
     manager.wake()
     return api_usage_types.use_view(spending)

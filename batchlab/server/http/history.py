@@ -1,7 +1,7 @@
 """Recent history of the fleet and its queues, and the estimate of a job's remaining time.
 
-Invariant: the history has a limited size, and all values come from the memory of the manager. The history of an earlier
-manager comes from the recorder, which records only while jobs run.
+Invariant: the history has a limited size, and all values of the history come from the memory of the manager. The
+history of an earlier manager comes from the recorder, which records only while jobs run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from batchlab.server.job_views import running_tasks
 
 INTERVAL_S = 2.0
 MAX_MOMENTS = 900
-"""Number of stored moments, which cover half an hour."""
+"""Maximum number of stored moments, which cover half an hour."""
 MAX_SHOWN_MOMENTS = 300
-"""Maximum number of moments in one answer. An answer with more moments would include only every second or third one."""
+"""Maximum number of moments in one answer.
+
+If the history has more moments, an answer includes only every second or third moment.
+"""
 
 _CURVES = ("desired", "in_service", "pending", "running", "waiting", "in_flight")
 _NONE = (0,) * len(_CURVES)
@@ -32,7 +35,7 @@ _NONE = (0,) * len(_CURVES)
 
 @dataclass(slots=True)
 class History:
-    """Moments in order: the time, and for each pool the values of _CURVES."""
+    """Moments in order of time. A moment has its time and, for each pool, the values of _CURVES."""
 
     moments: deque[tuple[float, dict[str, tuple[int, ...]]]] = field(default_factory=lambda: deque(maxlen=MAX_MOMENTS))
 
@@ -40,7 +43,7 @@ class History:
         """Record the current values of the manager."""
         now_s = manager.ports.clock.now_s()
         if not self.moments and manager.recorder:
-            # Start with the values that an earlier manager has recorded.
+            # The history starts with the values that an earlier manager has recorded.
             earlier: dict[float, dict[str, tuple[int, ...]]] = {}
             for name, points in manager.recorder.samples(now_s - MAX_MOMENTS * INTERVAL_S).items():
                 for at_s, _, visible, in_flight, delayed, _, desired, booting, in_service, *_, busy_slots in points:
@@ -87,7 +90,7 @@ async def record_history(history: History, manager: Callable[[], Manager]) -> No
 
 
 def eta_of(manager: Manager, job: JobId) -> EtaView:
-    """Return the minimum and the maximum of the remaining time of a job, or the reason why the time is unknown."""
+    """Return the minimum and the maximum remaining time of a job, or the reason why the remaining time is unknown."""
     live = manager.lives.get(job)
     why = _unknown(live)
     if live and not why:
@@ -126,7 +129,7 @@ def _work(manager: Manager, live: LiveJob) -> list[StageWork]:
         counts = live.stages[stage.name].counts
         pace = live.measured.get(stage.name, Pace())
         if pace.bundles < eta.MIN_BUNDLES and pace.tasks < counts.succeeded:
-            # An earlier manager measured these tasks, and the ledger has only their sum.
+            # If an earlier manager measured the task times, the ledger has only the sum of the times.
             pace = Pace().with_bundle(counts.succeeded, counts.run_s)
         works.append(
             StageWork(

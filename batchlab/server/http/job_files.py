@@ -1,8 +1,9 @@
 """Endpoint that accepts a form with a job file, its code, and its data.
 
-Invariant: the endpoint reads and writes only inside temporary folders of the request, which it removes afterwards. The
-names of the files and the contents of the job file cannot change that. The files of a form are written to disk while
-they arrive, and not kept in memory. The disk must have room for the whole form before the first byte is read.
+Invariant: the endpoint reads and writes only inside temporary folders of the request, and removes these folders after
+the request. The names of the uploaded files and the contents of the job file cannot make the endpoint read or write
+other folders. The endpoint writes the files of a form to disk while the files arrive, and does not keep the files in
+memory. The disk must have room for the whole form before the endpoint reads the first byte.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def disk_folder() -> str:
 
 
 def has_room(folder: Path | str, size_bytes: int) -> bool:
-    """Return whether MIN_FREE_BYTES stay free after `size_bytes` more are written."""
+    """Return whether MIN_FREE_BYTES stay free on the disk after `size_bytes` more bytes are written."""
     return shutil.disk_usage(folder).free - size_bytes >= MIN_FREE_BYTES
 
 
@@ -56,8 +57,10 @@ async def form_with_files(
     request: Request, size_bytes: int, *, max_files: int, max_fields: int, remedy: str
 ) -> FormData:
     """Return the request's form, which the caller closes. `size_bytes` is the declared size of the request. Raise
-    UsageError if the disk does not have room for the form."""
-    # Twice the size, because the manager copies and packs the files before it removes the upload.
+    UsageError if the disk does not have room for the form.
+    """
+    # The disk needs twice the size of the form, because the manager copies and packs the files before the manager
+    # removes the upload.
     if not has_room(disk_folder(), 2 * size_bytes):
         raise UsageError(f"The manager's disk has no room for an upload of {size(size_bytes)}.", remedy=remedy)
     folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-form-", dir=disk_folder()))
@@ -74,13 +77,13 @@ async def form_with_files(
         raise
     if not parser.files:
         await asyncio.to_thread(folder.rmdir)
-    # The finalizer also removes the files of a form that is never closed, for example after a refused request.
+    # A finalizer also removes the files of a form that is never closed, for example after a refused request.
     weakref.finalize(form, shutil.rmtree, folder, ignore_errors=True)
     return form
 
 
 class _Parser(MultiPartParser):
-    """Parser that writes the files to `folder`. Starlette's parser keeps all files of a form in memory or open."""
+    """Form parser that writes the files to `folder`. Starlette's parser keeps all files of a form in memory or open."""
 
     folder: Path
     files: int = 0
@@ -95,11 +98,17 @@ class _Parser(MultiPartParser):
 
 
 class _File:
-    """File of a form. The file is open during a write, and from the first read until the next `seek`. `close` deletes
-    the file, and also the folder if the folder is then empty."""
+    """File of a form.
+
+    The file on disk is open during a write, and from the first read until the next `seek`. `close` deletes the file,
+    and also deletes the folder if no other file is left in the folder.
+    """
 
     _rolled = False
-    """Attribute that Starlette reads. With False, Starlette writes without a thread, because small writes are fast."""
+    """Attribute that Starlette reads.
+
+    If the attribute is False, Starlette writes without a thread, which is faster for small writes.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -108,8 +117,8 @@ class _File:
         path.touch()
 
     def write(self, data: bytes) -> int:
-        # A received block can contain many files, and Starlette ends none of them before it has written all of them. So
-        # the file is not kept open.
+        # The file is open only during a write, because Starlette may write many files of one received block before it
+        # ends the first of these files.
         with self._path.open("ab") as file:
             self._size_bytes += file.write(data)
         return len(data)
@@ -122,7 +131,7 @@ class _File:
         return self._open.read(size)
 
     def seek(self, offset: int) -> int:
-        """Go back to the start. Starlette's forms use no other position."""
+        """Set the position to the start of the file. Starlette's forms use no other position."""
         assert offset == 0
         self._shut()
         return 0
@@ -130,7 +139,7 @@ class _File:
     def close(self) -> None:
         self._shut()
         self._path.unlink(missing_ok=True)
-        with suppress(OSError):  # fails while the folder contains other files
+        with suppress(OSError):  # rmdir fails while the folder contains other files
             self._path.parent.rmdir()
 
     def _shut(self) -> None:
@@ -144,7 +153,7 @@ router = guarded()
 MAX_BYTES = 1024**3
 """Limit of one upload in bytes. `batchlab job submit` stores larger data directly in the bucket."""
 MAX_CODE_BYTES = 64 * 1024**2
-"""Limit of the code in an upload in bytes. The manager packs the code in memory."""
+"""Limit in bytes of the code in an upload, because the manager packs the code in memory."""
 MAX_FILES = 5000
 MAX_FIELDS = 200
 _UPLOAD_NAME = "the uploaded folder"
@@ -211,12 +220,12 @@ async def submit_files(manager: Leader, request: Request) -> api_types.JobView:
 
 
 async def read_form(request: Request, size_bytes: int) -> FormData:
-    """Return the form with a job's files. The caller closes the form."""
+    """Return the form with a job's files. The caller must close the form."""
     return await form_with_files(request, size_bytes, max_files=MAX_FILES, max_fields=MAX_FIELDS, remedy=_REMEDY)
 
 
 def check_length(text: str | None, most: int = MAX_BYTES) -> int:
-    """Return the length of a body. Raise UsageError if it is missing or above the limit."""
+    """Return the length in bytes of a request body. Raise UsageError if the length is missing or above the limit."""
     if text is None or not (text.isascii() and text.isdigit()):
         raise UsageError("The request has no valid Content-Length.", remedy="Send the header Content-Length.")
     if int(text) > most:
@@ -225,7 +234,7 @@ def check_length(text: str | None, most: int = MAX_BYTES) -> int:
 
 
 async def submit_form(manager: Manager, form: FormData) -> api_types.JobView:
-    """Submit the job that the files of the form define. The manager does not run the job's code."""
+    """Submit the job that the files of the form define. The manager does not run the code of the submitted job."""
     from batchlab.jobs import submission
 
     files, data = _files_of(form, "files"), _files_of(form, "data")
@@ -250,7 +259,10 @@ async def submit_form(manager: Manager, form: FormData) -> api_types.JobView:
 
 
 def _files_of(form: FormData, name: str) -> list[UploadFile]:
-    """Return the files of one field. If the user chose no file, a browser sends an empty file without a name."""
+    """Return the files of one field of the form.
+
+    Empty files without a name are skipped, because a browser sends such a file if the user chose no file.
+    """
     return [item for item in form.getlist(name) if isinstance(item, UploadFile) and (item.filename or item.size)]
 
 
@@ -270,12 +282,14 @@ def _overrides(texts: Iterable[str]) -> dict[str, str]:
 
 
 def _paths(files: Sequence[UploadFile], data: Sequence[UploadFile], data_folder: str) -> list[str]:
-    """Return the path of each file in the job's folder. Raise UsageError if a path would leave the folder, or if two
-    paths are equal."""
+    """Return the path of each file in the job's folder.
+
+    Raise UsageError if a file's path would leave the job's folder, or if two paths are equal.
+    """
     paths = [PurePosixPath(_safe(file.filename or "")) for file in files]
     tops = {path.parts[0] for path in paths}
     if len(tops) == 1 and all(len(path.parts) > 1 for path in paths):
-        # If a user chooses a folder, the browser adds the folder's name to each path.
+        # If a user chooses a folder, the browser adds the folder's name to the path of each file.
         paths = [PurePosixPath(*path.parts[1:]) for path in paths]
     folder = PurePosixPath(_safe(data_folder))
     paths += [folder / _safe((upload.filename or "").rpartition("/")[2]) for upload in data]
@@ -351,8 +365,10 @@ def _load(path: Path, folder: Path, overrides: Mapping[str, str]) -> tuple[JobFi
 
 
 def _check_paths(path: Path) -> None:
-    """Raise UsageError if the job file names a local path that is not below its folder. This check comes before the
-    search for files, because a pattern may match a whole disk."""
+    """Raise UsageError if the job file names a local path that is not below the job file's folder.
+
+    The check of the paths comes before the search for files, because a pattern may match a whole disk.
+    """
     from batchlab.jobs import yaml_source
     from batchlab.jobs.schema import SHAPE
 
@@ -368,7 +384,7 @@ def _check_paths(path: Path) -> None:
 
 
 def _without_folder(error: JobFileError, folder: Path) -> JobFileError:
-    """Return the error without the path of the temporary folder, which means nothing to the user."""
+    """Return the error without the path of the temporary folder, which the user does not know."""
     from batchlab.jobs.yaml_source import JobFileErrors
 
     return JobFileErrors(

@@ -1,7 +1,7 @@
 """Endpoints of jobs: submission, state, control, and outcomes.
 
 Invariant: the answer to a request shows the job after the request has taken effect. The ledger lists the outcomes, and
-the endpoints read them from the bucket. A change of a job wakes the requests that wait for the change.
+the endpoints read the outcomes from the bucket. A change of a job wakes the requests that wait for the change.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ async def wait_for_change(live: LiveJob, version: int, wait_s: float) -> None:
 
 
 async def first_outcomes(manager: Manager, job: JobId, wait_s: float) -> api_types.OutcomesView:
-    """Return the first outcomes of a new job as soon as they are committed. The ledger may not have counted these
-    outcomes yet."""
+    """Return the first outcomes of a new job as soon as they are committed.
+
+    The ledger may not have counted the first outcomes yet.
+    """
     loop = asyncio.get_running_loop()
     end_s = loop.time() + wait_s
     if live := manager.lives.get(job):
@@ -68,13 +70,16 @@ async def first_outcomes(manager: Manager, job: JobId, wait_s: float) -> api_typ
 async def outcomes_page(
     manager: Manager, job: JobId, stage: StageName | None, after: int | None, limit: int, wait_s: float
 ) -> api_types.OutcomesView:
-    """Return outcomes with a seq above `after`, of one stage or of all stages. Wait up to `wait_s` for the first
-    outcome."""
+    """Return outcomes with a seq above `after`, of one stage or of all stages.
+
+    If no outcome exists, wait up to `wait_s` seconds for an outcome.
+    """
     loop = asyncio.get_running_loop()
     end_s = loop.time() + wait_s
     while True:
         live = manager.lives.get(job)
-        # The number of folds is read before the outcomes. A fold during the read then ends the wait below.
+        # The number of folds is read before the outcomes, so that a fold during the read of the outcomes ends the wait
+        # below.
         folds = live.folds if live else 0
         record = live.record if live else await manager.ports.ledger.job(job)
         ended = record.state.ended
@@ -96,8 +101,10 @@ async def outcomes_page(
 
 
 submission_router = guarded()
-"""Router of the submission. The application matches this router first, because the latency of short calls depends on
-the submission."""
+"""Router of the endpoint that accepts jobs.
+
+The application matches the submission router first, because the latency of short calls depends on the submission.
+"""
 router = guarded()
 
 NDJSON = "application/x-ndjson"
@@ -125,12 +132,13 @@ async def submit(
     """Accept a job. The status is 201 for a new job. The status is 200 if a job with the same id or client token
     exists.
 
-    A job without an input has its own items. The request contains a few items, encoded as in a plan. The bucket
-    contains more items. With `wait_s`, the answer has two lines of JSON. The first line is the job, and the manager
-    sends it at once. The second line has the first outcomes, as /outcomes returns them. The manager sends the second
-    line when outcomes exist. The seq of an outcome is 0 if the outcome is committed but not counted yet. /outcomes
-    lists such an outcome again. If the grid records traces, the W3C header `traceparent` names the parent of the job's
-    trace.
+    A job without an input has its own items. A request contains the items if there are only a few, encoded as in a
+    plan. If a job has more items, the bucket contains the items. With `wait_s`, the answer has two lines of JSON. The
+    first line of the answer is the job, and the manager sends this line at once. The second line of the answer has the
+    first outcomes, in the format of /outcomes. The manager sends the second line when outcomes exist. The seq of an
+    outcome is 0 if the outcome is committed but not counted yet. The endpoint /outcomes lists an outcome with the seq 0
+    again after the outcome was counted. If the grid records traces, the W3C header `traceparent` names the parent of
+    the job's trace.
     """
     written = await accept(manager, replace(job, trace=traceparent), items)
     status = 201 if written.is_new else 200
@@ -146,17 +154,18 @@ async def submit(
 
 
 async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> ChangeResult:
-    """Submit the job. Raise UsageError if this grid cannot run the job."""
+    """Submit the job. Raise UsageError if the grid cannot run the job."""
     try:
-        # On a file system that ignores case, the objects of two jobs would be the same files.
+        # Job ids must be in lower case, because two ids that differ only in case would name the same files on a file
+        # system that ignores case.
         if job.id != job.id.lower():
             raise UsageError(f"The job id {job.id!r} has capital letters.", remedy="Use small letters.")
         manager.admit(job)
     except UsageError as error:
-        # A job that was accepted before stays accepted, even if this grid would refuse the job now.
+        # A job that was accepted before stays accepted, even if the grid would refuse the job now.
         try:
             await manager.ports.ledger.job(job.id)
-        except (NotFound, UnicodeEncodeError):  # UnicodeEncodeError: an id that no job can have
+        except (NotFound, UnicodeEncodeError):  # a UnicodeEncodeError means that no job can have the id
             raise error from None
     try:
         shallow([*(items or ()), *(value for _, value in job.params)])
@@ -174,10 +183,10 @@ async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Chan
 
 
 class _JobAndOutcomes(Response):
-    """Response with the job, and then with its first outcomes.
+    """Response with the job, followed by the job's first outcomes.
 
-    A StreamingResponse would start a task that detects a disconnected client. That task takes 10% of the time of a
-    short call. This class waits for the outcomes even if the client has disconnected.
+    A StreamingResponse would start an asyncio task that detects a disconnected client, which takes 10% of the time of a
+    short call. A _JobAndOutcomes response waits for the outcomes even if the client has disconnected.
     """
 
     media_type = NDJSON
@@ -211,7 +220,7 @@ async def list_jobs(
 
 @router.get("/jobs/{job}")
 async def job(manager: Leader, job: JobId, version: int | None = None, wait_s: Wait = 0.0) -> api_types.JobView:
-    """Return one job. With `version`, the manager waits until the version of the job differs."""
+    """Return one job. With `version`, the manager waits until the job's version differs from `version`."""
     live = manager.lives.get(job)
     if live and version is not None:
         await wait_for_change(live, version, wait_s)
@@ -220,7 +229,7 @@ async def job(manager: Leader, job: JobId, version: int | None = None, wait_s: W
 
 @router.post("/jobs/{job}/cancel")
 async def cancel(manager: Leader, job: JobId) -> api_types.JobView:
-    """Cancel a job. The manager answers when no further task of the job can start."""
+    """Cancel a job. The manager answers the request when no further task of the job can start."""
     record = await manager.job_record(job)
     await manager.job_commands.cancel(job)
     return await current_view(manager, record)
@@ -228,7 +237,7 @@ async def cancel(manager: Leader, job: JobId) -> api_types.JobView:
 
 @router.post("/jobs/{job}/pause")
 async def pause(manager: Leader, job: JobId) -> api_types.JobView:
-    """Pause a job. Running tasks continue, and no further task starts."""
+    """Pause a job. Running tasks of a paused job continue, and no further task starts."""
     record = await manager.ports.ledger.job(job)
     await manager.job_commands.pause(job)
     return await current_view(manager, record)
@@ -243,8 +252,10 @@ async def resume(manager: Leader, job: JobId) -> api_types.JobView:
 
 
 class Choice(BaseModel):
-    """Selection of failed tasks to run again, by fingerprint, and by stage as ranges. A range includes its first task
-    and excludes its end."""
+    """Selection of failed tasks to run again, by fingerprint, and by stage as ranges of tasks.
+
+    A range of tasks includes its first task and excludes its end.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -254,8 +265,10 @@ class Choice(BaseModel):
 
 @router.post("/jobs/{job}/retry")
 async def retry(manager: Leader, served: StateDep, job: JobId, choice: Choice | None = None) -> api_types.JobView:
-    """Run all tasks again that did not succeed. With a choice, run only the chosen failed tasks and the canceled
-    tasks again."""
+    """Run all tasks again that did not succeed.
+
+    If the request contains a choice, run only the chosen failed tasks and the canceled tasks again.
+    """
     chosen = None
     if choice is not None:
         sets = {stage: TaskSet.union(TaskSet.span(*ends) for ends in ranges) for stage, ranges in choice.tasks.items()}
@@ -277,7 +290,7 @@ async def explain(manager: Leader, job: JobId) -> api_types.WhyView:
 
 
 async def current_view(manager: Manager, record: JobRecord) -> api_types.JobView:
-    """Return the view of the job in its current state. `record` may be outdated."""
+    """Return the view of the job in its current state. The argument `record` may be outdated."""
     job = record.job.id
     live = manager.lives.get(job)
     if live:
@@ -297,6 +310,8 @@ async def outcomes(
     limit: Limit = MAX_LISTED,
     wait_s: Wait = 0.0,
 ) -> api_types.OutcomesView:
-    """Return outcomes with a seq above `after`, in the order of their seq. With `wait_s`, the manager waits for the
-    first outcome."""
+    """Return outcomes with a seq above `after`, in the order of their seq.
+
+    With `wait_s`, the manager waits until at least one outcome exists.
+    """
     return await outcomes_page(manager, job, stage, after, limit, wait_s)

@@ -1,7 +1,7 @@
 """Endpoints of task logs: complete logs of ended tasks, and live logs of running tasks.
 
-Invariant: the ledger lists the outcomes, and the endpoints read their logs from the bucket. An answer contains at most
-MAX_BYTES of logs, and has a remark in place of each omitted log.
+Invariant: the ledger lists the outcomes, and the endpoints read the logs of the outcomes from the bucket. An answer
+contains at most MAX_BYTES of logs, and has a remark in place of each omitted log.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ router = guarded()
 
 @dataclass(slots=True)
 class _Room:
-    """Remaining size of an answer. `is_over` is True after a log was omitted."""
+    """Remaining space for logs in an answer. `is_over` is True after a log was omitted."""
 
     left_bytes: int = field(default_factory=lambda: MAX_BYTES)
     is_over: bool = False
 
     def reserve(self, outcome: Outcome, attempt: Attempt) -> bool:
-        """Reserve room for a log. Return False if the log is too large for the rest of the answer."""
+        """Reserve space for a log in the answer. Return False if the log is too large for the remaining space."""
         spans = (stop - start for task, start, stop in outcome.log_spans if task == attempt.task)
         size_bytes = sum(max(0, span) for span in spans)
         if size_bytes > self.left_bytes:
@@ -55,14 +55,17 @@ async def logs(
     failed: bool = False,
     since_s: float | None = None,
 ) -> api_types.LogsView:
-    """Return the logs of tasks, one for each attempt, including retried attempts. `failed` selects tasks that failed
-    permanently. `since_s` selects attempts that ended within this number of seconds."""
+    """Return the logs of tasks, one for each attempt, including retried attempts.
+
+    The parameter `failed` selects tasks that failed permanently. The parameter `since_s` selects attempts that ended
+    within the last `since_s` seconds.
+    """
     record = await manager.ports.ledger.job(job)
     records = await manager.ports.ledger.bundles(job, stage=stage, done=True, failed=failed)
     if task is not None:
         records = [r for r in records if task in r.bundle.tasks]
     if failed:
-        # Failures of earlier rounds are outdated, because the retry ran their tasks again.
+        # Failures of earlier rounds are outdated, because a retry ran the failed tasks again.
         records = [r for r in records if r.bundle.round == record.round]
     views: list[api_types.LogView] = []
     room = _Room()
@@ -84,8 +87,10 @@ async def logs_after(
     since_s: float | None = None,
     wait_s: Wait = 0.0,
 ) -> api_types.NewLogsView:
-    """Return the logs of outcomes with a seq above `seq`, in the order of their seq. The manager waits up to `wait_s`
-    for the first outcome."""
+    """Return the logs of outcomes with a seq above `seq`, in the order of their seq.
+
+    The manager waits up to `wait_s` seconds until at least one outcome exists.
+    """
     live = manager.lives.get(job)
     round_ = live.round if live else (await manager.ports.ledger.job(job)).round
     first_page = await outcomes_page(manager, job, stage, seq, 1, wait_s)
@@ -105,7 +110,7 @@ async def logs_after(
         if outcome.bundle.id in bundle_ids and (current or not failed):
             views += await _logs_of(manager, outcome, task, MAX_LISTED, room, failed=failed)
         if room.is_over or room.left_bytes < MAX_BYTES / 2:
-            last = record.seq  # the next answer contains the other logs
+            last = record.seq  # the next answer contains the logs that did not fit
             break
     ended = first_page["ended"] and not records
     return {"logs": views, "seq": last, "ended": ended or task_ended}
@@ -113,8 +118,11 @@ async def logs_after(
 
 @router.post("/jobs/{job}/tails")
 async def tails(manager: Leader, job: JobId) -> api_types.TailsView:
-    """Return the end of the logs of running tasks. Workers store live logs only while a client requests them, so the
-    first answers may be empty. A client repeats the request every `every_s` seconds."""
+    """Return the end of the logs of running tasks.
+
+    Workers store live logs only while a client requests them, so the first answers may be empty. A client that follows
+    live logs repeats the request every `every_s` seconds.
+    """
     live = manager.lives.get(job)
     if live is None:
         await manager.ports.ledger.job(job)

@@ -1,4 +1,4 @@
-"""Endpoints of schedules: add, list, pause, resume, run, and remove them.
+"""Endpoints that add, list, pause, resume, run, and remove schedules.
 
 Invariant: the answer to a request shows the schedule after the request has taken effect.
 """
@@ -20,7 +20,7 @@ from batchlab.server.http.common import Leader, SchedulesDep, guarded, without_v
 router = guarded()
 
 MAX_TIME_S = 253_000_000_000
-"""Latest allowed time in epoch seconds, in the year 9987. Python's calendar ends in the year 9999."""
+"""Latest allowed time in epoch seconds, in the year 9987, because Python's calendar ends in the year 9999."""
 MAX_MISSED_WITHIN_S = 10 * 366 * 86_400.0
 MAX_PREWARM_S = 86_400.0
 MAX_DUE_TIMES = 1000
@@ -29,8 +29,10 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)]
 
 
 class Timed(BaseModel):
-    """Due times of a schedule, and policies for missed and overlapping runs. Durations are in seconds, and `at_s` is
-    in epoch seconds. Either `at_s` or `cron` is set."""
+    """Due times of a schedule, and policies for missed and overlapping runs.
+
+    Durations of a schedule are in seconds, and `at_s` is in epoch seconds. A schedule has either `at_s` or `cron`.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,7 +51,7 @@ class Timed(BaseModel):
 
 
 class Adding(BaseModel):
-    """A schedule and its job. With `replace`, it replaces the schedule with the same name."""
+    """A schedule and its job. With `replace`, the new schedule replaces an existing schedule with the same name."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -59,7 +61,7 @@ class Adding(BaseModel):
 
 
 class Asking(BaseModel):
-    """Request to run a schedule. Repeated requests with the same `token` return the same run."""
+    """Request to run a schedule. Repeated requests to run a schedule with the same `token` return the same run."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -68,7 +70,10 @@ class Asking(BaseModel):
 
 @router.post("/schedules", status_code=201)
 async def add_schedule(schedules: SchedulesDep, adding: Adding, response: Response) -> api_usage_types.ScheduleView:
-    """Add a schedule. The status is 201 if the schedule is new or changed, and 200 if the same schedule exists."""
+    """Add a schedule.
+
+    The status is 201 if the schedule is new or changed, and 200 if an equal schedule already exists.
+    """
     timed = adding.schedule
     if bool(timed.cron) == (timed.at_s is not None):
         raise UsageError(
@@ -107,13 +112,13 @@ async def coming(
 
 @router.post("/schedules/{name}/pause")
 async def pause_schedule(schedules: SchedulesDep, name: str) -> api_usage_types.ScheduleView:
-    """Pause a schedule. Due times during the pause start no runs."""
+    """Pause a schedule. Due times during the pause of a schedule start no runs."""
     return await _view(schedules, await schedules.pause(name))
 
 
 @router.post("/schedules/{name}/resume")
 async def resume_schedule(schedules: SchedulesDep, name: str) -> api_usage_types.ScheduleView:
-    """Resume a schedule. It runs at its next due time."""
+    """Resume a schedule. A resumed schedule runs at its next due time."""
     return await _view(schedules, await schedules.resume(name))
 
 

@@ -1,9 +1,9 @@
-"""Endpoint of one task with its result, input, and log, and endpoint that returns the results of a job as an archive.
+"""Endpoint of one task with its result, input, and log, and endpoint of the results of a job as an archive.
 
-Invariant: the endpoints never unpickle a value, because that could run code. An answer contains at most MAX_SHOWN_BYTES
-of the input and of the log. No result can exhaust the manager's memory or disk: the size of an object is known before
-the object is read, and an archive has a total limit. The manager creates one archive at a time and removes the archive
-after it was sent.
+Invariant: the endpoints never unpickle a value, because unpickling could run code. The answer about a task contains at
+most MAX_SHOWN_BYTES of the input and at most MAX_SHOWN_BYTES of the log. No result can exhaust the manager's memory or
+disk: the size of an object is known before the object is read, and an archive has a total limit. The manager creates
+one archive at a time, and removes the archive after sending the archive.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Seq = Annotated[int | None, Query(ge=1, le=2**53, description="The seq of the ou
 
 @router.get("/jobs/{job}/stages/{stage}/tasks/{task}")
 async def task(manager: Leader, job: JobId, stage: StageName, task: Index, seq: Seq = None) -> api_types.TaskView:
-    """Return an ended task according to its last outcome, or to the outcome `seq`."""
+    """Return an ended task according to its last outcome, or according to the outcome with the seq `seq`."""
     record = await manager.ports.ledger.job(job)
     row = await _row_of(manager, job, stage, task, seq)
     objects, patience = manager.ports.objects, manager.ports.patience
@@ -85,7 +85,10 @@ async def task(manager: Leader, job: JobId, stage: StageName, task: Index, seq: 
 
 
 async def _row_of(manager: Manager, job: JobId, stage: StageName, task: int, seq: int | None) -> BundleRecord | None:
-    """Return the bundle with the task whose outcome has this `seq`. Without `seq`, return the latest bundle."""
+    """Return the bundle that contains the task and whose outcome has the seq `seq`.
+
+    If `seq` is None, return the latest bundle that contains the task.
+    """
     ledger = manager.ports.ledger
     if seq is not None:
         rows = await ledger.bundles(job, stage=stage, after_seq=seq - 1, limit=1)
@@ -102,9 +105,9 @@ async def _row_of(manager: Manager, job: JobId, stage: StageName, task: int, seq
 
 
 async def _input(manager: Manager, job: JobDef, bundle: Bundle, task: int) -> tuple[str, str, bool]:
-    """Return the input as text, its file, and whether the text is incomplete."""
+    """Return the task's input as text, the file of the input, and whether the text is incomplete."""
     if job.stage(bundle.stage).gather == "*":
-        # The input has the size of the results of whole stages, which is too large to show.
+        # The input of a gathering task has the size of the results of whole stages, which is too large to show.
         return f"All results of {', '.join(job.stage(bundle.stage).after)}.", "", False
     ports = manager.ports
     task_bundle = Bundle(
@@ -145,7 +148,7 @@ async def _describe_item(manager: Manager, item: Json, own: JobObjects) -> tuple
 
 
 async def _log(manager: Manager, outcome: Outcome, task: int) -> tuple[str, bool]:
-    """Return the end of the task's log, and whether it is incomplete."""
+    """Return the end of the task's log, and whether the returned text is incomplete."""
     objects, patience = manager.ports.objects, manager.ports.patience
     try:
         text, before = await log_end(
@@ -160,10 +163,10 @@ async def _log(manager: Manager, outcome: Outcome, task: int) -> tuple[str, bool
 
 
 MAX_BYTES = 2 * 1024**3
-"""Limit of the results in an archive. `batchlab job results` fetches larger results."""
+"""Limit in bytes of the results in an archive. `batchlab job results` also fetches larger results."""
 MAX_OUTCOMES = 50_000
 MAX_VALUE_BYTES = 16 * 1024**2
-"""Limit of the inline values of one result, because all of them are in memory at once."""
+"""Limit in bytes of the inline values of one result, because all inline values are in memory at the same time."""
 ARCHIVE_WAIT_S = 3.0
 """Time in seconds that a request waits until the previous archive was sent."""
 
@@ -178,9 +181,11 @@ _REMEDY = "Use `batchlab job results`, which fetches any number of results from 
 async def archive(
     manager: Leader, served: StateDep, job: JobId, stage: Annotated[list[str] | None, Query()] = None
 ) -> FileResponse:
-    """Return the job's results as a ZIP archive of the files that `batchlab job results` writes. For a running job, the
-    archive contains the results so far. An archive has up to 2 GiB. While the manager creates or sends an archive,
-    another request gets status 503."""
+    """Return the job's results as a ZIP archive of the files that `batchlab job results` writes.
+
+    The archive of a running job contains the results so far. An archive has a size of at most 2 GiB. While the manager
+    creates or sends an archive, another request gets status 503.
+    """
     try:
         async with asyncio.timeout(ARCHIVE_WAIT_S):
             await served.archiving.acquire()
@@ -206,7 +211,8 @@ async def _archive(manager: Manager, job: JobId, stages: Sequence[str], on_end: 
     listing = [Listed.from_view(job_views.outcome_view(row, key)) for row in rows if row.completion]
     folder = pathlib.Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-results-", dir=disk_folder()))
     try:
-        # On another thread with its own event loop, because `_pack` decodes and writes thousands of results.
+        # `_pack` runs on another thread with its own event loop, because `_pack` decodes and writes thousands of
+        # results.
         path = await asyncio.to_thread(_pack, manager, view, listing, stages, folder)
     except BaseException:
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -258,5 +264,5 @@ def _pack(
             if file.is_file() and not file.name.startswith(".batchlab"):
                 claim(0)
                 zipped.write(file, f"{view['id']}/{file.relative_to(out).as_posix()}")
-                file.unlink()  # saves disk space, because the archive contains the file now
+                file.unlink()  # the file is removed to save disk space, because the archive contains the file now
     return path

@@ -1,4 +1,4 @@
-"""Web page of the manager: HTML for people, rendered from the same data as /v1.
+"""Web page of the manager, which is HTML for people, rendered from the same data as /v1.
 
 Invariant: the page contains no business rules. A view shows the answers of endpoints of /v1, and an action calls one
 endpoint of /v1. The page shows only data that the API also returns.
@@ -25,8 +25,11 @@ from batchlab.server.web.security import Guard
 
 
 def mount(app: FastAPI, served: ServerState, *, prices: PriceBook | None = None) -> None:
-    """Add the page to `app` below PAGE. Without `prices`, the page shows no costs. Without the extra `web`, the page
-    only reports that the extra is missing."""
+    """Add the page to `app` below PAGE.
+
+    If `prices` is None, the page shows no costs. If the extra `web` is not installed, the page only reports that the
+    extra is missing.
+    """
 
     async def redirect_to_page() -> RedirectResponse:
         return RedirectResponse(f"{PAGE}/", 303)
@@ -54,7 +57,8 @@ def page_of(served: ServerState, prices: PriceBook | None) -> FastAPI:
 
 class _LazyPage:
     """Application that the first request creates, so that a grid starts faster. The application reports a missing extra
-    `web`, which may be installed while the grid runs."""
+    `web`, which may be installed while the grid runs.
+    """
 
     def __init__(self, create: Callable[[], ASGIApp]) -> None:
         self._create = create

@@ -1,7 +1,7 @@
 """Actions of the web page on jobs, the grid, and schedules, and the pages of schedules.
 
-Invariant: an action calls one endpoint of the API. An irreversible action needs a confirmation, which the server
-checks. A form without the confirmation leads to the page that asks for the confirmation.
+Invariant: an action of the web page calls one endpoint of the API. An irreversible action needs a confirmation, which
+the server checks. A form without the necessary confirmation leads to a page that asks for the confirmation.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _job(job: str) -> str:
 
 @router.get("/jobs/{job}/cancel")
 async def ask_cancel(request: Request, manager: Leader, job: JobId) -> Response:
-    """Ask for a confirmation of the cancellation."""
+    """Ask for a confirmation of the cancellation of the job."""
     view = await jobs.job(manager, job)
     return render(request, "ask_cancel.html", here="jobs", job=view, progress=text.of_job(view))
 
@@ -153,7 +153,7 @@ async def ask_scale(request: Request, manager: Leader, served: StateDep, page: P
 
 @router.post("/grid/pools/{pool}")
 async def scale(request: Request, manager: Leader, pool: str) -> Response:
-    """Set the limits of a pool, and whether its capacity is set manually or by the autoscaler."""
+    """Set the limits of a pool, and select whether the autoscaler or the user sets the pool's capacity."""
     form = await form_of(request)
     by_hand = field_of(form, "by") == "hand"
     scaling = grid.Scaling(
@@ -181,7 +181,7 @@ def _number(form: FormData, name: str) -> int | None:
 async def ask_drain(
     request: Request, manager: Leader, served: StateDep, page: PageDep, pool: str | None = None
 ) -> Response:
-    """Ask for a confirmation of the drain."""
+    """Ask for a confirmation of the drain of pools."""
     view = await page.grid(manager, served)
     pools = [pool_view for pool_view in view["pools"] if pool in (None, pool_view["name"])]
     return render(request, "ask_drain.html", here="grid", pools=pools, pool=pool)
@@ -200,7 +200,10 @@ async def drain(request: Request, manager: Leader, served: StateDep) -> Response
 
 @router.get("/submit")
 async def submit_page(request: Request) -> Response:
-    """Show the submission form. The form contains a client token, so a repeated submission creates only one job."""
+    """Show the submission form.
+
+    The form contains a client token, so a repeated submission of the form creates only one job.
+    """
     return render(
         request,
         "submit.html",
@@ -213,7 +216,7 @@ async def submit_page(request: Request) -> Response:
 
 @router.post("/submit")
 async def submit(request: Request, manager: Leader) -> Response:
-    """Submit the job in the form, and redirect to it."""
+    """Submit the job in the form, and redirect to the page of the job."""
     form = await form_of(request)
     try:
         view = await submit_form(manager, form)
@@ -269,7 +272,10 @@ async def resume_schedule(request: Request, scheduler: SchedulesDep, name: str) 
 
 @router.post("/schedules/{name}/run")
 async def run(request: Request, scheduler: SchedulesDep, name: str) -> Response:
-    """Run the job of the schedule now. The form contains a token, so a repeated submission starts only one run."""
+    """Run the job of the schedule now.
+
+    The form contains a token, so a repeated submission of the form starts only one run.
+    """
     token = field_of(await form_of(request), "token") or secrets.token_urlsafe(16)
     try:
         asking = schedules.Asking(token=token)
@@ -283,7 +289,7 @@ async def run(request: Request, scheduler: SchedulesDep, name: str) -> Response:
 
 @router.get("/schedules/{name}/remove")
 async def ask_remove(request: Request, scheduler: SchedulesDep, name: str) -> Response:
-    """Ask for a confirmation of the removal."""
+    """Ask for a confirmation of the removal of the schedule."""
     view = await schedules.schedule(scheduler, name)
     return render(request, "ask_remove.html", here="schedules", schedule=view)
 

@@ -1,8 +1,8 @@
-"""Rendering of templates and errors, the static files, and the forms of the page.
+"""Rendering of templates and errors, the static files, and the forms of the web page.
 
-Invariant: every value is escaped when it is inserted into a page. A template that uses a missing value fails. Only
-files of this package's `static` folder can be downloaded. A form is used only after its token was checked. The fleet
-and the queues are read at most once in GRID_CACHE_S, regardless of the number of browsers.
+Invariant: every value is escaped on insertion into a page. A template that uses a missing value fails. Only files of
+this package's `static` folder can be downloaded. A form is used only after the form's token was checked. The page reads
+the fleet and the queues at most once in GRID_CACHE_S seconds, regardless of the number of browsers.
 """
 
 from __future__ import annotations
@@ -92,8 +92,10 @@ def _is_part(request: Request) -> bool:
 
 
 def live(request: Request, page: str, *, here: str, **values: Any) -> HTMLResponse:
-    """Return a page that updates itself, or only its changing part. The template of the changing part is named `page`
-    with the suffix `_live`."""
+    """Return a page that updates itself, or only the changing part of the page.
+
+    The template of the changing part is named `page` with the suffix `_live`.
+    """
     url = request.url.include_query_params(part="live")
     values["live_url"] = f"{url.path}?{url.query}"
     values["live_part"] = f"{page}_live.html"
@@ -110,7 +112,8 @@ def _root(request: Request) -> str:
 async def problem_page(request: Request, error: Exception) -> HTMLResponse:
     """Return the page for an error, with one sentence and a remedy."""
     status, problem = problem_of(request, error)
-    # FastAPI's errors have a method `errors`, so the attribute is read only from batchlab's errors.
+    # The attribute `errors` is read only from batchlab's errors, because FastAPI's errors have a method of the same
+    # name.
     mistakes = getattr(error, "errors", ()) if isinstance(error, BatchlabError) else ()
     return render(
         request,
@@ -124,8 +127,10 @@ async def problem_page(request: Request, error: Exception) -> HTMLResponse:
 
 
 def _previous_page(request: Request) -> str:
-    """Return the page that sent the request, according to the `Referer` header. Without the header, return the page's
-    root."""
+    """Return the page that sent the request, according to the `Referer` header.
+
+    If the header is missing, return the root of the web page.
+    """
     referer, root = urlsplit(request.headers.get("referer", "")), f"{_root(request)}/"
     if referer.netloc != request.url.netloc or not referer.path.startswith(root):
         return root
@@ -145,7 +150,7 @@ class Assets:
             for file in folder.iterdir():
                 kind = _TYPES.get(file.name.rpartition(".")[2])
                 if kind and file.is_file():
-                    # no-cache, so that a page never uses the script of an earlier release.
+                    # The header is no-cache, so that a page never uses the script of an earlier release.
                     headers = {"Cache-Control": "no-cache", "Content-Type": kind}
                     self._responses[prefix + file.name] = Response(file.read_bytes(), headers=headers)
 
@@ -169,7 +174,7 @@ class PageState:
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def grid(self, manager: Manager, served: ServerState) -> api_types.GridView:
-        """Return the pools, instances, and queues. The view is at most GRID_CACHE_S old."""
+        """Return the pools, instances, and queues. The returned view is at most GRID_CACHE_S seconds old."""
         async with self._lock:
             now_s = manager.ports.clock.monotonic_s()
             if self._grid is None or now_s - self._grid[0] > GRID_CACHE_S:
@@ -185,7 +190,7 @@ PageDep = Annotated[PageState, Depends(_state)]
 
 
 async def form_of(request: Request) -> FormData:
-    """Return the request's form. The form of an upload is read only once."""
+    """Return the request's form. The function reads the form of an upload once and stores the form in the request."""
     kind = request.headers.get("content-type", "")
     is_upload = request.url.path.endswith("/submit") and kind.startswith("multipart/")
     size_bytes = check_length(request.headers.get("content-length"), MAX_BYTES if is_upload else MAX_FORM_BYTES)
@@ -218,7 +223,7 @@ def redirect(request: Request, path: str) -> Response:
 
 
 def field_of(form: FormData, name: str) -> str:
-    """Return the value of a text field, or "" if it is missing."""
+    """Return the value of a text field of the form, or "" if the field is missing."""
     value = form.get(name)
     return "" if value is None or isinstance(value, UploadFile) else value.strip()
 

@@ -31,8 +31,8 @@ HEADERS = MappingProxyType(
             )
         ),
         "X-Content-Type-Options": "nosniff",
-        # With no-referrer, a browser sends forms with the origin "null". Over HTTP to another machine, no other header
-        # shows the origin of the form.
+        # The policy is not no-referrer, because a browser with no-referrer sends forms with the origin "null". Over
+        # HTTP to another machine, only the header Origin shows the origin of a form.
         "Referrer-Policy": "same-origin",
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Resource-Policy": "same-origin",
@@ -49,7 +49,7 @@ _BELOW = re.compile(r"/s/(?P<place>[0-9a-f]+)(?=/)", re.ASCII)
 
 
 def below(place: str) -> str:
-    """Return the path below which the pages of one session are."""
+    """Return the path that contains the pages of one session."""
     return f"{PAGE}/s/{place}"
 
 
@@ -85,8 +85,8 @@ class Guard:
         await (refusal or self._app)(scope, receive, send_guarded)
 
     def _refusal(self, method: str, path: str, headers: Headers, session: Session | None) -> Response | None:
-        # The DNS name of an attacker may resolve to this machine. The attacker's pages could then read the manager's
-        # pages (DNS rebinding).
+        # If an attacker's DNS name resolves to this machine, the attacker's pages could read the manager's pages (DNS
+        # rebinding).
         if host_name(headers.get("host", "")) not in self._hosts:
             return PlainTextResponse("The web page does not accept this host name.\n", 421)
         if method not in SAFE_METHODS and not is_same_origin(headers):

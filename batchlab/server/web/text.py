@@ -1,6 +1,6 @@
 """Texts of the page: the formats of `batchlab/core/text.py`, and states, bars, and times.
 
-Invariant: the functions are pure. Returned markup contains only escaped values.
+Invariant: the functions of the module are pure, and returned markup contains only escaped values.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def number(value: float | None) -> str:
 
 
 def amount(usd: Usd) -> tuple[str, str]:
-    """Return the most likely amount, and the range of an uncertain amount or ""."""
+    """Return the most likely amount, and the range of the amount, or "" for a certain amount."""
     text, _, between = str(usd).partition(" (")
     return text, between.removesuffix(")")
 
 
 def to_go(view: EtaView) -> tuple[str, str]:
-    """Return the remaining time of a job, and a remark."""
+    """Return the remaining time of a job as text, and a remark about the remaining time."""
     if view["low_s"] is None or view["high_s"] is None:
         return "–", view["text"].removeprefix("unknown: ")
     time, _, remark = view["text"].partition("; ")
@@ -69,7 +69,8 @@ def to_go(view: EtaView) -> tuple[str, str]:
 
 def when(at_s: float | None, *, unless: str = "", before: str = "") -> Markup:
     """Return a time as an element that the browser shows in the reader's time zone, after the text `before`. The
-    browser hides the element if the reader's time zone is `unless`."""
+    browser hides the element if the reader's time zone is `unless`.
+    """
     if at_s is None:
         return Markup("–")
     at = datetime.fromtimestamp(at_s, UTC)
@@ -87,7 +88,7 @@ def ticks(text: str) -> Markup:
 
 
 def path(text: object) -> str:
-    """Return the name as a quoted segment of an address."""
+    """Return the name, quoted as a segment of an address."""
     return quote(str(text), safe="")
 
 
@@ -105,7 +106,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Progress of tasks. `planned` is None if the number of tasks is not known yet."""
+    """Progress of tasks. `planned` is None if the number of planned tasks is not known yet."""
 
     planned: int | None
     succeeded: int
@@ -121,13 +122,13 @@ class Progress:
 
     @property
     def percent(self) -> int:
-        """Return the percentage of planned tasks that have ended. The percentage is rounded down."""
+        """Return the percentage of planned tasks that have ended. The percentage of ended tasks is rounded down."""
         planned = max(self.planned or 0, self.ended)
         return self.ended * 100 // planned if planned else 0
 
     @property
     def parts(self) -> list[Part]:
-        """Return the parts of the bar. Each part is wide enough to be visible."""
+        """Return the parts of the progress bar. Each part of the bar is wide enough to be visible."""
         whole = max(self.planned or 0, self.ended + self.running, 1)
         parts: list[Part] = []
         at = 0.0
@@ -170,7 +171,9 @@ def of_job(job: JobView) -> Progress:
 
 def took_s(job: JobView, now_s: float) -> float | None:
     """Return the seconds from the start of the job's first task to the job's end, or to `now_s`.
-    Return None before the start."""
+
+    Return None before the job's first task starts.
+    """
     if job["started_s"] is None:
         return None
     return (job["ended_s"] or now_s) - job["started_s"]

@@ -68,7 +68,7 @@ async def job_page(request: Request, manager: Leader, served: StateDep, page: Pa
 
 
 async def _cost(manager: Manager, page: PageState, job: JobId) -> dict[str, object] | None:
-    """Return the costs and the cap of the job. Return None if the account or the prices are missing."""
+    """Return the costs and the cost cap of the job. Return None if the account or the prices are missing."""
     if manager.spending is None or page.prices is None:
         return None
     use = await grid.job_use(manager.spending, manager, job)
@@ -225,12 +225,12 @@ async def grid_page(request: Request, manager: Leader, served: StateDep, page: P
 
 @router.get("/history.json")
 async def history(manager: Leader, served: StateDep) -> Response:
-    """Return the data of the curves."""
+    """Return the data of the curves on the page of the fleet."""
     return JSONResponse(await grid.history(manager, served))
 
 
 login_router = APIRouter()
-"""Routes without a form token, because a visitor gets a session only by signing in."""
+"""Routes that need no form token, because a visitor gets a session only by signing in."""
 session_router = guarded()
 
 MAX_SECRET_CHARS = 200
@@ -238,13 +238,16 @@ MAX_SECRET_CHARS = 200
 
 @login_router.get("/login")
 async def login_page(request: Request) -> Response:
-    """Ask for the token. A fragment of the address may contain a code, which `grid open` adds."""
+    """Show the page that asks for the token.
+
+    The fragment of the address may contain a one-time code, which `grid open` adds.
+    """
     return render(request, "login.html", refused=False)
 
 
 @login_router.post("/login")
 async def log_in(request: Request, served: StateDep) -> Response:
-    """Start a session."""
+    """Start a session for a visitor with the token or a one-time code."""
     secret = field_of(await form_of(request), "word")
     if not secret or len(secret) > MAX_SECRET_CHARS or not served.sessions.accepts(secret):
         return render(request, "login.html", status=403, refused=True)
@@ -265,7 +268,7 @@ async def log_in(request: Request, served: StateDep) -> Response:
 
 @session_router.post("/logout")
 async def log_out(request: Request, served: StateDep) -> Response:
-    """End the session. Its cookie becomes invalid in every browser."""
+    """End the session. The cookie of an ended session is invalid in every browser."""
     session = request.scope[SESSION]
     place = served.sessions.place(session)
     served.sessions.close(session)

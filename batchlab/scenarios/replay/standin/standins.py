@@ -1,10 +1,11 @@
 """Stand-in tasks, which take exactly the times in the scenario.
 
-This module is sent to the workers as a job's code, so it needs only the standard library and does not depend on a
+The workers receive this module as a job's code. The module uses only the standard library, so it does not depend on a
 worker's version of batchlab.
 
-Item and result: {"t": {stage: [seconds, [failing attempts], kills]}, "group_STAGE": group}. An item has the entries of
-its own stage and of stages that follow it item by item. A gather's task finds its entry in the job's parameters.
+Format of items and results: {"t": {stage: [seconds, [failing attempts], kills]}, "group_STAGE": group}. An item has an
+entry for its own stage and for each stage that follows item by item. A task of a gathering stage finds its entry in the
+job's parameters.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ FILE_BYTES = 16 * 1024 * 1024
 """Size at which a task overwrites its file from the start, so that the disk does not fill up."""
 PAGE_BYTES = 4096
 HELD_BYTES = 64 * 1024 * 1024
-"""Memory of a task whose stage declares none."""
+"""Memory in bytes of a task whose stage declares no memory."""
 
 
 class Task(Protocol):
-    """Used part of batchlab.core.task_context.Context."""
+    """Part of batchlab.core.task_context.Context that stand-ins use."""
 
     stage: str
     task: int
@@ -44,7 +45,7 @@ class ScenarioFailure(Exception):
 
 
 def work(item: Any, ctx: Task) -> Any:
-    """Take the task's time, and then fail if the scenario declares it."""
+    """Run for the task's time, and then raise ScenarioFailure if the scenario declares a failure of the attempt."""
     begun_s = time.monotonic()
     shape = ctx.params["stages"][ctx.stage]
     entries = _entries(item, ctx, shape)
@@ -69,15 +70,15 @@ def _entries(item: Any, ctx: Task, shape: dict[str, Any]) -> dict[str, Any]:
         return entries
     if "t" in item:
         return dict(item["t"])
-    # After several stages, the item has the values of all of them by stage.
+    # A task that follows several stages has an item with the values of all upstream stages, by stage.
     return {name: entry for value in item.values() for name, entry in value["t"].items()}
 
 
 def _kill_worker() -> None:
     worker = os.getppid()
-    if worker > 1:  # otherwise the worker has ended, and the parent is another process
+    if worker > 1:  # a parent with id 1 is not the worker, because the worker has ended
         os.kill(worker, signal.SIGKILL)
-    # This process ends with the worker.
+    # The task's process ends when the worker ends.
     time.sleep(60.0)
 
 
@@ -93,7 +94,7 @@ def _cpu(until_s: float, _shape: dict[str, Any], _ctx: Task) -> None:
 
 
 def _memory(until_s: float, shape: dict[str, Any], _ctx: Task) -> None:
-    # The memory comes from the system, so that it is released after the task.
+    # The memory comes from the operating system, so that the memory is released after the task.
     size = max(PAGE_BYTES, int(shape["hold"] or HELD_BYTES))
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         for at in range(0, len(memory), PAGE_BYTES):
