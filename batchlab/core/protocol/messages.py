@@ -188,7 +188,7 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class CounterReport:
-    """Counters of a worker since its start, by name (see `worker.worker_counters`)."""
+    """Counters of a worker since its start, by name (see `worker.outbox`)."""
 
     worker: str
     counts: Mapping[str, int]
