@@ -15,9 +15,9 @@ stage determine the makespan, so bundles shrink toward the end of the stage. Wit
 bundles take a quarter of the makespan.
 
 Task times are not known in advance, so workers correct wrong sizes of bundles. A worker splits a bundle that is past
-its budget, and hands over the tasks that wait behind a long task (see `worker.commit_and_forward`). A long task delays the
-other tasks of its bundle by at most BUDGET_S. A long task counts at most BUDGET_S when the sizes of other bundles are
-computed.
+its budget, and hands over the tasks that wait behind a long task (see `worker.commit_and_forward`). A long task delays
+the other tasks of its bundle by at most BUDGET_S. A long task counts at most BUDGET_S when the sizes of other bundles
+are computed.
 """
 
 from __future__ import annotations
