@@ -1,8 +1,8 @@
 """Process that holds a connection to the manager of a stack on AWS.
 
-Invariant: while the process runs, the home's record names the local address of the connection, so a command finds the
-manager of a stack and a local manager in the same way. The process ends after a signal or with its parent process, and
-does not change the stack.
+Invariant: while the process runs, the home's record names the local address of the connection. A command therefore
+finds the manager of a stack in the same way as a local manager. The process ends after a signal or with its parent
+process, and does not change the stack.
 """
 
 from __future__ import annotations

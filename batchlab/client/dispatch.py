@@ -67,7 +67,7 @@ class Dispatch:
         self._broken: tuple[str, BaseException] | None = None
         self._turn: _ThreadRun | None = None
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        """Actions for the dispatcher's thread."""
+        """Queue of actions for the dispatcher's thread."""
         self._batches: dict[str, Batch] = {}
         """Batches on the grid, by job."""
         self._watch: JobWatch | None = None
@@ -108,7 +108,7 @@ class Dispatch:
     def shutdown(self, *, wait: bool, cancel: bool) -> None:
         """Accept no further calls.
 
-        With `cancel`, cancel the calls that have not started. With `wait`, wait for all calls.
+        With `cancel`, cancel the calls that have not started. If `wait` is True, wait until all calls are done.
 
         Do nothing in a forked child, because the calls belong to the parent process and the lock may be held.
         """
@@ -130,7 +130,7 @@ class Dispatch:
             turn.over.wait()
 
     def abandon(self) -> None:
-        """Cancel all calls, including those that run on the grid, and do not wait."""
+        """Cancel all calls, including calls that run on the grid, and do not wait for the end of the calls."""
         self.shutdown(wait=False, cancel=True)
         self._events.put(self._abandon)
 
@@ -185,8 +185,8 @@ class Dispatch:
             try:
                 event()
             except BaseException as error:
-                # Such an exception is a bug in this module. Without this exception handler, every future would wait
-                # forever.
+                # An exception in an event is a bug in this module. Without the exception handler, every future would
+                # wait forever.
                 log.critical("an executor has failed", exc_info=True)
                 self._break(f"{type(error).__name__}: {error}", error)
             del event  # the event may have the last reference to a future
@@ -207,7 +207,7 @@ class Dispatch:
         # `_send` is not a coroutine of the link, because `_send` must end even if the link is closed.
         try:
             thread_cache.run(partial(self._send, batch))
-        except RuntimeError:  # in this case, no thread can be started, or Python is exiting
+        except RuntimeError:  # a RuntimeError means that no thread can be started or that Python is exiting
             self._send(batch)
         return True
 
@@ -391,7 +391,7 @@ class Dispatch:
 
 
 def _nothing() -> None:
-    """Do nothing. As an event, `_nothing` only wakes the dispatcher's thread."""
+    """Do nothing. The event `_nothing` only wakes the dispatcher's thread."""
 
 
 def _end(future: CallFuture, value: Any = None, error: BaseException | None = None, *, withdrawn: bool = False) -> None:

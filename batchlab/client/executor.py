@@ -31,10 +31,10 @@ class GridExecutor(Executor):
     Differences:
 
     - cloudpickle pickles functions, arguments, and results, so lambdas and closures work.
-    - If a call ends its process (a crash, `os._exit`), only this call fails. The error of this call, WorkerDied, is a
-      BrokenExecutor, but the executor continues. The executor breaks when the grid is closed, when its manager is
-      unreachable for some time, or when the initializer raises. After the executor breaks, all open and further calls
-      raise BrokenGridExecutor.
+    - If a call ends its process (a crash, `os._exit`), only this call fails. A call that ends its process raises
+      WorkerDied, which is a BrokenExecutor, but the executor continues. The executor breaks when the grid is closed,
+      when its manager is unreachable for some time, or when the initializer raises. After the executor breaks, all open
+      and further calls raise BrokenGridExecutor.
     - A future is running as soon as its call is sent, which is soon. The `cancel` method of a running future returns
       False, and the call runs to its end. `shutdown(cancel_futures=True)`, and a `map` whose iterator is closed early,
       also cancel calls that were sent and have not begun.
@@ -135,8 +135,8 @@ class GridExecutor(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no further calls. A repeated call of `shutdown` does nothing.
 
-        With `wait`, return when all calls are done. With `cancel_futures`, cancel the calls that have not begun, also
-        on the grid, which takes some seconds. Calls that are not canceled run to their end.
+        If `wait` is True, return only when all calls are done. With `cancel_futures`, cancel the calls that have not
+        begun. The cancellation of calls on the grid takes some seconds. Calls that are not canceled run to their end.
         """
         self._dispatch.shutdown(wait=wait, cancel=cancel_futures)
 

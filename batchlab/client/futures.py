@@ -1,8 +1,8 @@
 """Futures of an executor, their batches and errors, and the encoding and submission of a batch.
 
-Invariant: a future belongs to a batch from just before it is RUNNING until just before it is done. A call that cannot
-be pickled fails alone, and the other calls of its batch are sent. An accepted batch stays accepted, even if the request
-for its first results fails.
+Invariant: a future belongs to a batch from just before it is RUNNING until just before it is done. If a call cannot be
+pickled, only this call fails, and the other calls of the batch are sent. An accepted batch stays accepted, even if the
+request for its first results fails.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from batchlab.core.api_types import OutcomeView
 
 MAX_KNOWN_FUNCTIONS = 4096
-"""Number of functions that are remembered as sent."""
+"""Maximum number of sent functions that are remembered."""
 
 _PLAIN = frozenset({type(None), bool, int, float, str})
 
@@ -116,8 +116,7 @@ class Packer:
 def _reference(function: Callable[..., Any], entry: tuple[bytes, bool] | None, table: dict[bytes, int]) -> Json:
     if not callable(function):
         raise TypeError(f"{function!r} is not callable")
-    # A function without an entry could not be pickled. Each call of a function without an entry gets its own error
-    # here.
+    # A function without an entry could not be pickled. Each call of a function without an entry gets its own error.
     data, shared = entry or (pickled(function), False)
     if shared:
         return table.setdefault(data, len(table))
@@ -184,7 +183,7 @@ def revived(raised: Raised) -> BaseException:
 
 
 class CallFuture(Future[Any]):
-    """Future of a call.
+    """Future of a call on the grid.
 
     A future is RUNNING after its call was sent, because this process does not know when a worker starts the call. The
     `cancel` method of a RUNNING future returns False, and the future ends with the call's result.
@@ -222,7 +221,7 @@ class CallFuture(Future[Any]):
 
 
 class Batch:
-    """Calls that form one job."""
+    """Calls of an executor that form one job."""
 
     def __init__(self, on_unwanted: Callable[[Batch], None], *, bundle: int | None = None, whole: bool = False) -> None:
         """`on_unwanted` is called, on any thread, when no caller waits for a result of the batch any longer.
@@ -295,7 +294,7 @@ class Batch:
 FIRST_S = 0.2
 """Time in seconds that the submission of a batch waits for first results.
 
-With the wait, short calls need no second request.
+The wait saves a second request for short calls.
 """
 
 OnOutcome = Callable[[str, Outcome], None]

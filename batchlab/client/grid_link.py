@@ -224,15 +224,15 @@ class Link:
         try:
             self._clients[-1].cancel(job)
         except (Refused, NotFound):
-            return  # in this case, the job has ended, or was never submitted
+            return  # an error means that the job has ended or was never submitted
         except BackendError as error:
             log.warning("job %s could not be canceled: %s", job, error)
 
     def _cancelled(self, cancelling: Future[None]) -> None:
         error = None if cancelling.cancelled() else cancelling.exception()
         if error and thread_cache.is_exiting():
-            # In this case, Python is exiting, so no thread can be started. `close` runs next and cancels the job. The
-            # job is added to `_live` before its removal from `_cancelling`, so that `close` always finds the job.
+            # While Python exits, no thread can be started, and `close` cancels the job. The job is added to `_live`
+            # before its removal from `_cancelling`, so that `close` always finds the job.
             self._live.add(self._cancelling[cancelling])
         elif error:
             log.error("a job could not be canceled", exc_info=error)

@@ -45,9 +45,9 @@ MAX_LISTED = 1000
 class Client(Calls):
     """Connections to one manager. A client is thread-safe, and is a context manager.
 
-    Each method raises Unreachable if the manager does not answer, NotFound for an unknown id, Refused if the manager
-    refuses the request, UsageError for an invalid request, and BackendError if the manager cannot work at the moment.
-    Times in the API are in seconds. A client does not use HTTP proxies.
+    Each method raises Unreachable if the manager does not answer, and BackendError if the manager cannot work at the
+    moment. Each method raises NotFound for an unknown id, UsageError for an invalid request, and Refused if the manager
+    refuses the request. Times in the API are in seconds. A client does not use HTTP proxies.
     """
 
     # --- The manager -----------------------------------------------------------------------------
@@ -106,7 +106,7 @@ class Client(Calls):
     def job(self, job: str, *, version: int | None = None, wait_s: float = 0.0) -> JobView:
         """Return one job.
 
-        With `version`, wait up to `wait_s` seconds until the job's version differs from `version`.
+        If `version` is given, wait up to `wait_s` seconds until the job's version differs from `version`.
         """
         return cast("JobView", self._call("GET", _job_path(job), version=version, wait_s=wait_s))
 
@@ -115,7 +115,7 @@ class Client(Calls):
         return cast("JobView", self._call("POST", _job_path(job, "/cancel")))
 
     def pause(self, job: str) -> JobView:
-        """Pause a job. Running tasks of a paused job continue, and no further task starts."""
+        """Pause a job. Running tasks of a paused job continue, but no further task starts."""
         return cast("JobView", self._call("POST", _job_path(job, "/pause")))
 
     def resume(self, job: str) -> JobView:

@@ -48,7 +48,7 @@ class Listener(Protocol):
     def outcome(self, job: str, outcome: Outcome) -> None: ...
     def ended(self, job: str, view: JobView) -> None: ...
     def lost(self, job: str, error: Exception) -> None:
-        """Receive the error that ended the watch. The job may still run after this error."""
+        """Receive the error that ended the watch. The job may still run after the end of its watch."""
 
 
 class JobWatch:
@@ -71,8 +71,8 @@ class JobWatch:
 
     def drop(self, job: str) -> None:
         """Stop the watch of a job that has ended or is about to end."""
-        # The current poll is not canceled, because the answer to the poll comes soon. anyio would leak the socket of a
-        # request that is canceled during the connection.
+        # The current poll is not canceled, because the answer to the poll comes soon. The library anyio would leak the
+        # socket of a request that is canceled during the connection.
         self._jobs.discard(job)
 
     def cancel_gracefully(self, job: str) -> None:
@@ -172,7 +172,7 @@ class JobWatch:
             async with self._asking():
                 await self._pause_and_cancel(job)
         except (Refused, NotFound, UsageError):
-            return  # in this case, the job has ended, or the grid was closed, which cancels the job
+            return  # an error means that the job has ended, or that the grid was closed, which cancels the job
         except BackendError as error:
             log.warning("job %s could not be canceled: %s", job, error)
 

@@ -7,7 +7,7 @@ The import of this module registers the backend:
     with joblib.parallel_config("batchlab", grid=grid):
         GridSearchCV(estimator, parameters).fit(x, y)
 
-Invariant: each call of Parallel has its own executor, so an aborted call does not affect other calls.
+Invariant: each call of Parallel has an executor of its own, so an aborted call of Parallel does not affect other calls.
 """
 
 from __future__ import annotations

@@ -185,7 +185,10 @@ class Calls:
 
 
 class _Answer:
-    """Body of an answer. If the answer to a signed request is not signed, the methods of the body raise Unproven."""
+    """Body of an HTTP answer of the manager.
+
+    If the answer to a signed request is not signed, the methods of the body raise Unproven.
+    """
 
     def __init__(self, token: str, signed: Signed | None, response: HTTPResponse) -> None:
         self._response = response

@@ -39,8 +39,8 @@ GAP_S = 0.2
 GAP_SHARE = 0.1
 """Pause between two polls, as a share of the watched time.
 
-The pause between two polls is at most `GAP_S`, and shorter if little work remains. Without a pause, the manager would
-answer a poll for each new outcome of a busy job.
+The pause between two polls is at most `GAP_S`, and shorter if little work remains. Without a pause between polls, the
+manager would answer a poll for each new outcome of a busy job.
 """
 VALUES_AT_ONCE = 16
 """Number of large values and files that are fetched at the same time."""
@@ -101,7 +101,7 @@ class MapResults:
         return heappop(fetching)[2].result()
 
     def _poll(self, returned: int) -> None:
-        """Wait for further outcomes. Raise JobFailed if the job has ended without outcomes for all tasks."""
+        """Wait for further outcomes of the job. Raise JobFailed if the job has ended without outcomes for all tasks."""
         now_s = self._link.clock.monotonic_s
         left = (self._count - self._ended) / self._ended if self._ended else math.inf
         pause_s = gap_s(self._answered_s - self._began_s, left)

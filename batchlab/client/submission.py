@@ -80,12 +80,15 @@ def pickled(function: Callable[..., Any]) -> bytes:
 
 
 class ObjectPickler:
-    """Pickler of functions and items. The pickler knows the modules of this process that workers cannot import."""
+    """Pickler of functions and items. The pickler stores the modules of this process that workers cannot import."""
 
     def __init__(self) -> None:
         self._checked: set[str] = set()
         self._local: list[ModuleType] = []
-        """Top-level modules that workers cannot import. The submodules of these modules are also pickled by value."""
+        """Top-level modules that workers cannot import.
+
+        The submodules of a module that workers cannot import are also pickled by value.
+        """
 
     def function(self, function: Callable[..., Any]) -> bytes:
         """Return the pickled function. Raise UsageError if the function cannot be pickled."""

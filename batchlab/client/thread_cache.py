@@ -51,8 +51,8 @@ class ThreadCache:
         """
         with self._lock:
             if self._spare:
-                # The work is put into the queue before the queue is removed from the list, so that Ctrl-C between both
-                # lines does not lose a thread.
+                # The work is put into the queue before the removal of the queue, so that Ctrl-C between both lines does
+                # not lose a thread.
                 self._spare[-1].put((work, then))
                 self._spare.pop()
                 return
@@ -118,6 +118,6 @@ def _at_exit() -> None:
 os.register_at_fork(after_in_child=_awaited.clear)
 
 # The hook is not registered with atexit, because hooks of atexit run when threads can no longer be started. The
-# function `_register_atexit` of `threading` is not public, but concurrent.futures and joblib use it too. If the
-# function does not exist, unfinished calls are canceled at the exit.
+# function `_register_atexit` of `threading` is not public, but concurrent.futures and joblib use it too. If
+# `_register_atexit` does not exist, unfinished calls are canceled at the exit.
 getattr(threading, "_register_atexit", atexit.register)(_at_exit)

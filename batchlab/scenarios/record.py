@@ -26,8 +26,8 @@ class JobRun:
     """Result of one job. Counts refer to the tasks of all stages.
 
     `due_s` is the planned arrival, `submitted_s` the submission, and `started_s` the start of the first task. `tasks`
-    is the number of tasks of the first stage, and `done_s` the end of the last task, which is before the end of the
-    job. A time or number is None if it was not observed.
+    is the number of tasks of the first stage. `done_s` is the end of the last task, which is before the end of the job.
+    The time or the number of an event that was not observed is None.
     """
 
     index: int
@@ -93,9 +93,9 @@ class StageRun:
     gather: str | None = None
     """Upstream stages and the gather value of the stage, as in a job definition."""
     over_s: tuple[float, ...] = ()
-    """Even samples of the bundles' time in addition to their tasks, and of the ratio of measured to declared task time.
+    """Even samples of the bundles' overhead in seconds, and of the ratio of measured to declared task time.
 
-    A sample is empty if its values were not recorded.
+    A sample is empty if the run did not record its values.
     """
     stretch: tuple[float, ...] = ()
 
@@ -172,7 +172,7 @@ class Record:
     `lost` counts tasks of ended jobs without a terminal state and tasks of jobs that never ended. `duplicates` counts
     tasks with several committed results. `settings` has the settings of the manager and the workers in seconds, and
     under `cores` the number of shared cores (0: unlimited). `again_s` is the slot time of failed and lost executions,
-    or None if it is unknown.
+    or None if this time is unknown.
     """
 
     scenario: str
@@ -241,12 +241,12 @@ def read_file(path: Path, what: str, remedy: str) -> bytes:
 
 
 def read(path: Path) -> Record:
-    """Read a record. Raise UsageError if the file is missing or is not a record of this version."""
+    """Read a record. Raise UsageError if the file is missing, or is not a record in the current format version."""
     return parse(read_file(path, "record", _REMEDY), path)
 
 
 def parse(data: bytes, path: Path) -> Record:
-    """Parse the record in `path`. Raise UsageError as in `read`."""
+    """Parse the record in `path`. Raise UsageError under the same conditions as `read`."""
     try:
         record = _ADAPTER.validate_json(data)
         version: object = record.version

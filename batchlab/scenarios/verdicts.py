@@ -19,7 +19,7 @@ from batchlab.scenarios.record import InjectedFault, InstanceRun, JobRun, Record
 
 
 class Unit(StrEnum):
-    """Unit of a measure."""
+    """Unit of a measure of a run."""
 
     SECONDS = "s"
     """Seconds of the run. In a compressed run, the seconds of measures and expectations are compressed."""
@@ -31,7 +31,7 @@ class Unit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """The record does not have the requested measure; `why` gives the reason."""
+    """Absence of a measure in a record. `why` gives the reason of the absence."""
 
     why: str
 
@@ -43,7 +43,9 @@ _NO_JOB = Unknown("there is no such job")
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Measure of a record. The function `of` takes a record and a template's name ("" for all jobs).
+    """Measure that can be computed from a record.
+
+    The function `of` takes a record and a template's name ("" for all jobs).
 
     `by_template` is True if the measure also exists for a single job template.
     """
@@ -326,7 +328,7 @@ def uncertainty(fault: InjectedFault) -> str:
 def measure_of(name: str, template: str = "") -> Measure:
     """Return the measure with this name.
 
-    Raise UsageError if the measure does not exist, or if it does not exist for a single template.
+    Raise UsageError if the measure does not exist, or if the measure exists only for the whole run.
     """
     measure = MEASURES.get(name)
     if measure is None:

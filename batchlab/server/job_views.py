@@ -159,7 +159,7 @@ def tail_view(tail: Tail) -> TailView:
 def pool_view(
     view: GroupView, backlog: Backlog, workers: Mapping[str, WorkerStatus], *, held: bool, trouble: str = ""
 ) -> PoolView:
-    """Return the view of a pool, which describes its group, its work, and its workers."""
+    """Return the view of a pool, which describes the pool's group, work, and workers."""
     pool = view.pool
     return {
         "name": pool.name,

@@ -214,7 +214,10 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
 
 @dataclass
 class _Lead:
-    """Current manager object. The API reads the manager from `served`, which is None until the API exists."""
+    """Holder of the current manager object.
+
+    The API reads the manager from `served`, which is None until the API exists.
+    """
 
     manager: Manager
     served: ServerState | None = None

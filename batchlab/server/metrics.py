@@ -268,7 +268,7 @@ def _gauge(name: str, help_: str, samples: float | Samples, *labels: str) -> Met
 
 
 def _counter(name: str, help_: str, samples: float | Samples, *labels: str) -> Metric:
-    """Return a counter. The client library appends `_total` to the name of a counter."""
+    """Return a Prometheus counter. The client library appends `_total` to the name of a counter."""
     from prometheus_client.core import CounterMetricFamily
 
     return _filled(CounterMetricFamily(f"batchlab_{name}", help_, labels=labels), samples)
@@ -285,7 +285,7 @@ router = APIRouter(dependencies=[Depends(require_token)])
 
 @router.get("/metrics", include_in_schema=False)
 async def metrics(served: StateDep, request: Request) -> Response:
-    """Return the metrics. A manager that is not the leader also returns metrics."""
+    """Return the metrics of the manager. A manager that is not the leader also returns metrics."""
     accept = request.headers.get("accept", "")
     content, kind = exposition(served.manager, served.backend_name, accept)
     # The content type is set as a header, because FastAPI would add a second charset to `media_type`.

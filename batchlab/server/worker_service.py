@@ -29,7 +29,10 @@ from batchlab.worker.process_runner import ProcessRunner
 log = logging.getLogger(__name__)
 
 ORPHAN_S = 15.0
-"""Time in seconds without a manager after which a worker on the same machine drains and ends. No process remains."""
+"""Time in seconds without a manager after which a worker on the same machine drains and ends.
+
+The limit ensures that no worker process remains.
+"""
 
 
 def worker_main(home: Home, backend: Backend, *, pool: str = "", slots: int = 0, instance: str = "") -> None:

@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except NotATaskFolder as error:
         sys.exit(f"Error: {error}")
     if options.supervised:
-        # The supervisor ignores Ctrl-C, so this process must react to Ctrl-C. This process must end with the
-        # supervisor.
+        # The supervisor ignores Ctrl-C, so this process must react to Ctrl-C. The death signal ends this process
+        # together with the supervisor.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # If the task exceeds its time limit, the supervisor sends SIGUSR1, and this process prints the stack of the task.

@@ -33,7 +33,7 @@ from batchlab.worker.shared_memory import ChildState
 from batchlab.worker.task_executor import decoded
 
 NAMED = 5
-"""Number of withheld variables that a message lists by name. The message only counts further variables."""
+"""Number of withheld variables that a message lists by name. The message only counts further withheld variables."""
 _LOGIN = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 """Pattern of a URL with a password."""
 
@@ -73,7 +73,7 @@ _STACK_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """The user's options for a run.
+    """The user's options for a local run of a task.
 
     `pdb` starts pdb at the exception, `at_start` also at the first line, and `debugpy` is the port for an IDE.
     `no_limits` ignores the job's limits. `aside` redirects the output of the task to stderr, so that a program can read
@@ -149,7 +149,8 @@ class _Watched:
 class _Memory:
     """Memory of a process and its descendants.
 
-    The terminal requires that the process is in this process group, so a process group cannot identify the descendants.
+    The process must stay in the process group of the terminal, so its process group does not identify the descendants
+    of the process.
     """
 
     def resident_bytes(self, group: int, since_s: float) -> int:

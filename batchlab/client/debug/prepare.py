@@ -239,7 +239,7 @@ def _missing(what: str, stage: str, task: int, reason: str) -> UsageError:
 def make_folder(folder: Path) -> None:
     """Create `folder`, or empty `folder` if it contains an earlier task.
 
-    Raise UsageError if the folder has other contents or cannot be created.
+    Raise UsageError if `folder` contains anything else or cannot be created.
     """
     try:
         if folder.is_dir() and any(folder.iterdir()):

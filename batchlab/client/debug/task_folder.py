@@ -168,10 +168,10 @@ SUCCEEDED, FAILED, LEFT = "succeeded", "failed", "left"
 class Comparison:
     """Result of the comparison of a local run with the run on the grid.
 
-    If the task failed on the grid, `word` is "same" (the local run failed in the same way), "different", or "not at
-    all" (the local run did not fail). If the task did not fail on the grid, `word` is "succeeded" or "failed". If the
-    user ended the debugger before the end, `word` is "left". `here` and `there` are fingerprints of the failures, or ""
-    for a run without a failure.
+    If the task failed on the grid, `word` is "same" (the local run failed equally), "different", or "not at all" (the
+    local run did not fail). If the task did not fail on the grid, `word` is "succeeded" or "failed". If the user ended
+    the debugger before the end, `word` is "left". `here` and `there` are fingerprints of the failures, or "" for a run
+    without a failure.
     """
 
     word: str

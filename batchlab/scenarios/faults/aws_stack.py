@@ -69,7 +69,7 @@ class _Group:
     """Whether the group's launches were already suspended before the outage."""
     desired: int
     instances: Mapping[str, str]
-    """Zone of each instance."""
+    """Zone of each instance of the group."""
 
 
 class ZoneOutage:
@@ -211,8 +211,8 @@ _GROUPS_TIMEOUT_S = 60.0
 def with_spot_shares(backend: Backend, home: Home, spot: Mapping[str, float]) -> Iterator[None]:
     """Set the share of Spot Instances among the future launches of each pool in `spot`; existing instances stay.
 
-    The shares apply only on backends with the capability `sets_spot_share`. A stack on AWS has its own shares. Raise
-    BackendError.
+    The shares apply only on backends with the capability `sets_spot_share`. A stack on AWS has Spot shares of its own,
+    which do not change. Raise BackendError.
     """
     shares = {pool: share for pool, share in spot.items() if share > 0}
     if not backend.capabilities.sets_spot_share or not shares:
@@ -258,7 +258,7 @@ def _wait_for_groups(endpoint: Endpoint, names: Sequence[str]) -> dict[str, Any]
 
 
 def _template(group: Mapping[str, Any]) -> dict[str, str]:
-    """Return the launch template by name.
+    """Return a reference by name to the group's launch template.
 
     AWS returns the name and the id of a launch template, but accepts only one of them.
     """
@@ -275,7 +275,7 @@ _ENDING = ("shutting-down", "terminated")
 
 
 class StackFaults:
-    """Faults of the stack."""
+    """Fault actions of a stack on AWS."""
 
     def __init__(self, grid: TargetGrid) -> None:
         self._grid = grid
@@ -449,7 +449,7 @@ class StackFaults:
 
 
 def actions(grid: TargetGrid) -> Mapping[FaultName, FaultAction]:
-    """Return the faults that the table declares possible."""
+    """Return the fault actions that the table of faults declares possible."""
     stack = StackFaults(grid)
     return {
         FaultName.KILL: stack.kill,

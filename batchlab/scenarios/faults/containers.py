@@ -50,7 +50,7 @@ _PROBE = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.arg
 
 
 class ContainerFaults:
-    """Faults of the containers of the grid's project. Labels identify these containers."""
+    """Faults of the containers of the grid's project. Labels identify the containers of a project."""
 
     def __init__(self, grid: TargetGrid) -> None:
         self._grid = grid
@@ -63,7 +63,7 @@ class ContainerFaults:
         return await self.engine.run(what, call)
 
     def breaks(self, what: str, call: Callable[[APIClient], T]) -> asyncio.Future[T]:
-        """Run like `do`, but in a thread that no cancellation stops."""
+        """Run a Docker call as `do` does, but in a thread that no cancellation stops."""
         return in_thread(self.engine.do, what, call)
 
     async def instances(self) -> dict[str, Mapping[str, Any]]:
@@ -93,7 +93,7 @@ class ContainerFaults:
         return bool((await self.look(container)).get("State", {}).get("Running"))
 
     async def targets(self, fault: Fault, among: Mapping[str, Any] | None = None) -> dict[str, str]:
-        """Return the containers of the targets by instance."""
+        """Return the containers of the targeted instances, by instance."""
         rows = await self.instances() if among is None else among
         return {name: str(rows[name]["Id"]) for name in await self._grid.targets(fault, rows)}
 
@@ -302,7 +302,7 @@ def _is_its(pid: int, container: str) -> bool:
 
 
 def actions(grid: TargetGrid) -> Mapping[FaultName, FaultAction]:
-    """Return the faults that the table declares possible."""
+    """Return the fault actions that the table of faults declares possible."""
     faults = ContainerFaults(grid)
     return {
         FaultName.KILL: faults.kill,

@@ -190,7 +190,7 @@ class FaultInjector:
         self._active: dict[asyncio.Task[FaultResult], Fault] = {}
 
     async def inject(self, fault: Fault, at_s: float) -> InjectedFault:
-        """Inject the fault, hold it for `for_s`, undo it, and return what was observed.
+        """Inject the fault, hold the fault for `for_s` seconds, undo the fault, and return the observed result.
 
         A cancellation first undoes the current fault. The field `trouble` of the result has an error of the injection,
         the observation, or the rollback of the fault. A fault waits until a conflicting fault has ended, and then lasts
@@ -203,7 +203,7 @@ class FaultInjector:
         begun_s = time.monotonic()
         while conflicts := [task for task, other in self._active.items() if fault.shares(other)]:
             await asyncio.wait(conflicts)
-            await asyncio.sleep(0)  # lets the caller of the conflicting fault run first
+            await asyncio.sleep(0)  # the pause lets the caller of the conflicting fault run first
             at_s, begun_s = at_s + time.monotonic() - begun_s, time.monotonic()
         if self._grid.over.is_set():
             return InjectedFault(fault.name, at_s, impossible=RUN_ENDED)
@@ -215,7 +215,7 @@ class FaultInjector:
             return InjectedFault(fault.name, at_s, impossible=error.message.removesuffix("."))
         except BatchlabError as error:
             return InjectedFault(fault.name, at_s, trouble=error.message)
-        except OSError as error:  # this machine lacks disk space, processes, or sockets
+        except OSError as error:  # an OSError means that this machine lacks disk space, processes, or sockets
             return InjectedFault(fault.name, at_s, trouble=f"This machine refused it: {error}.")
         finally:
             del self._active[task]
@@ -228,7 +228,7 @@ class FaultInjector:
             await asyncio.wait(set(self._active))
 
     async def close(self) -> None:
-        """Undo all faults and close the used resources. The client belongs to the caller."""
+        """Undo all faults and close the used resources. The caller of `injector_for` closes the client."""
         await self.undo()
         await self._grid.leaving.aclose()
 

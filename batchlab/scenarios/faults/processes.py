@@ -152,7 +152,8 @@ class ProcessFaults:
 
     async def _wait_for_end(self, instances: Collection[str]) -> Mapping[str, str]:
         """Wait until all killed processes have ended, and return how the processes ended according to the launcher's
-        records."""
+        records.
+        """
 
         async def look() -> Mapping[str, str]:
             ends = {instance: end_of(self._root, instance) for instance in instances}
@@ -304,7 +305,7 @@ def _is_stopped(pid: int) -> bool:
 
 
 def actions(grid: TargetGrid, front: FaultProxy | None) -> Mapping[FaultName, FaultAction]:
-    """Return the faults that the table declares possible."""
+    """Return the fault actions that the table of faults declares possible."""
     instances = ProcessFaults(grid)
     possible: dict[FaultName, FaultAction] = {
         FaultName.KILL: instances.kill,

@@ -90,12 +90,12 @@ class FaultProxy:
     def cut(self, is_cut: Callable[[int], bool] | None) -> None:
         """Leave clients without an answer if `is_cut` returns True for their port.
 
-        With None, answer all clients again. Any thread may call this method.
+        If `is_cut` is None, answer all clients again. Any thread may call `cut`.
         """
         self._cut = is_cut
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        """Handle a request as an ASGI application."""
+        """Answer or forward a request as an ASGI application."""
         if scope["type"] != "http":
             return
         is_counted = False
@@ -233,7 +233,7 @@ def with_proxy(backend: Backend, home: Home, say: Callable[[str], None]) -> Iter
         backend.provide(home, say)
         stored, place = home.place(backend.name), backend.named_place(home)
         if place is None:
-            # This emulator is the emulator that the grid itself would start, with the same data.
+            # The opened emulator is the emulator that the grid itself would start, with the same data.
             emulator = backend.open_emulator(home)
             assert emulator
             url = stack.enter_context(emulator).url
@@ -271,7 +271,8 @@ def _version(file: Path) -> tuple[int, int]:
 
 def is_port_of(leaders: Collection[int], port: int) -> bool:
     """Return whether one of the processes `leaders`, or a descendant of one of them, owns the connection at the local
-    port `port`."""
+    port `port`.
+    """
     links = {f"socket:[{inode}]" for inode in _inodes(port)}
     if not links:
         return False
@@ -302,10 +303,11 @@ T = TypeVar("T")
 
 _WHAT = "The proxy before LocalStack"
 PYTHON = "/opt/batchlab/venv/bin/python"
-"""Python in the images that compose/Dockerfile builds."""
+"""Path of Python in the images that compose/Dockerfile builds."""
 _ASIDE, _BESIDE = 9, 8
 """Last byte of LocalStack's address while the proxy has LocalStack's usual address, and last byte of the proxy's
-address before the change."""
+address before the change.
+"""
 _STOP_S = 5
 _MARGIN_S = 60.0
 _MEMORY = "256m"
@@ -372,7 +374,7 @@ class LocalStackProxy:
 
         def create(api: APIClient) -> None:
             address = api.create_endpoint_config(ipv4_address=self._beside)
-            # The type stubs of the Docker SDK have a wrong type for these addresses.
+            # The type stubs of the Docker SDK have a wrong type for the addresses of a container.
             beside: Any = {at.project: address}
             networking: Any = api.create_networking_config(beside)
             api.create_container(
@@ -422,7 +424,7 @@ class LocalStackProxy:
         try:
             await self._do(self._move(front, self._beside))
         except BackendError:
-            with suppress(NotFound):  # an ended container does not have the address either
+            with suppress(NotFound):  # an error means that the container has ended and does not have the address either
                 await self._do(lambda api: api.stop(front, timeout=_STOP_S))
         await self._do(self._move(self._storage, self._host))
         await self._wait_for_answer(self._host)

@@ -38,10 +38,10 @@ from batchlab.scenarios.model.values import Fault
 _BATCH = 10
 _WAIT_S = 1.0
 _HELD_S = 10.0
-"""Visibility timeout of messages that are only inspected."""
+"""Visibility timeout in seconds of messages that are only inspected."""
 _MARGIN_S = 20.0
 _PAUSE_S = 0.1
-"""Pause between two receives.
+"""Initial pause in seconds between two receives.
 
 The pause doubles after each receive that returns only known messages, because each receive increases a message's
 receive count toward the dead-letter limit.
@@ -57,10 +57,10 @@ class _QueueState:
     """
 
     ids: dict[str, set[str]] = field(default_factory=dict)
-    """Ids of each body, by the body's digest."""
+    """Message ids with each body, by the body's digest."""
     released: int = 0
     hit: dict[str, str] = field(default_factory=dict)
-    """First id of each affected body, by the body's digest."""
+    """First message id of each affected body, by the body's digest."""
     held_s: list[float] = field(default_factory=list)
     hidden: dict[str, tuple[float, Message]] = field(default_factory=dict)
 
@@ -80,7 +80,10 @@ def _digest(body: str) -> str:
 
 
 def _is_hit(message: Message, rate: float) -> bool:
-    """Return whether the fault affects the message, which depends only on its body and is equal for every copy."""
+    """Return whether the fault affects the message.
+
+    The decision depends only on the message's body, so the decision is equal for every copy.
+    """
     return int(_digest(message.body)[:8], 16) < rate * 16**8
 
 
@@ -110,7 +113,7 @@ async def duplicates(grid: TargetGrid, fault: Fault) -> FaultResult:
 
 
 async def delays(grid: TargetGrid, fault: Fault) -> FaultResult:
-    """Hide a share of the messages for a while."""
+    """Hide a share of the messages from consumers for some time."""
 
     async def work(queue: Queue, name: str, state: _QueueState, rest_s: Callable[[], float]) -> None:
         def hidden_s() -> float:
@@ -277,7 +280,10 @@ async def lose_ledger(
 
 
 def add_rebuild(grid: TargetGrid, undoing: Rollback, rebuilt: list[int]) -> None:
-    """Register the rebuild of a lost ledger. The undo function adds the number of rebuilt jobs to `rebuilt`."""
+    """Register the rebuild of a lost ledger as an undo function.
+
+    The undo function adds the number of rebuilt jobs to `rebuilt`.
+    """
 
     async def rebuild() -> None:
         rebuilt.append(await rebuild_ledger(grid))

@@ -60,9 +60,9 @@ class FaultResult:
 
 
 FaultAction = Callable[[Fault], Coroutine[Any, Any, FaultResult]]
-"""Coroutine that injects a fault, holds it for its time, and undoes it, also on a cancellation.
+"""Coroutine that injects a fault, holds the fault for its duration, and undoes the fault, also on a cancellation.
 
-The coroutine raises NothingHit for a fault without a target or an effect.
+A FaultAction raises NothingHit for a fault without a target or an effect.
 """
 
 
@@ -168,7 +168,7 @@ PAUSE_S = 0.5
 
 
 class RollbackFailed(BackendError):
-    """A change could not be undone."""
+    """A change of the grid could not be undone."""
 
 
 class Rollback:
@@ -225,7 +225,7 @@ class Rollback:
 
 
 async def _run_undo(undo: Undo, tries: int) -> tuple[BaseException | None, asyncio.CancelledError | None]:
-    """Run an undo. Return the error of the undo, and a cancellation that arrived during the undo."""
+    """Run an undo function. Return the error of the undo, and a cancellation that arrived during the undo."""
 
     async def run() -> None:
         await undo()
@@ -235,7 +235,7 @@ async def _run_undo(undo: Undo, tries: int) -> tuple[BaseException | None, async
     for _ in range(tries + MAX_UNDO_RESTARTS):
         task = asyncio.ensure_future(run())
         cancelled = await _wait_uncancelled(task) or cancelled
-        if task.cancelled():  # a closing loop cancels all tasks: try again
+        if task.cancelled():  # the undo is tried again, because a closing event loop cancels all tasks
             continue
         failure = task.exception()
         if failure is None:

@@ -33,7 +33,7 @@ DELAY_RANGE_S = (1.0, 60.0)
 
 @dataclass(slots=True)
 class ServiceFaults:
-    """Current faults of services.
+    """Current faults that affect services.
 
     `cut_off` counts the partition faults of each actor. The rates are shares of all S3 requests or of all sent
     messages.

@@ -100,7 +100,7 @@ class StageTotals:
 
 @dataclass(slots=True)
 class Results:
-    """Counted results of a run.
+    """Counted results of a simulated run.
 
     `failed_s` has the slot seconds of failed attempts, and `thrown_s` the slot seconds of executions without a
     committed outcome, both by pool.
@@ -251,7 +251,7 @@ MAX_QUIET_SAMPLES = 1000
 _PENDING_STATES = {LifecycleState.PENDING, LifecycleState.PENDING_WAIT, LifecycleState.PENDING_PROCEED}
 
 Counts = tuple[int, int, int]
-"""Desired capacity, instances in service, and pending instances."""
+"""Counts of a group: desired capacity, instances in service, and pending instances."""
 
 
 @dataclass(slots=True)

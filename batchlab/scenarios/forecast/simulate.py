@@ -1,8 +1,8 @@
 """Forecast: run of a scenario on a simulated grid in virtual time, with the manager, fleet, and worker of every
 backend.
 
-The record (without the wall time) and the event log depend only on the scenario, the seed, the backend's settings, the
-calibration, and the price book.
+The record (without the wall time) and the event log depend only on scenario, seed, backend settings, calibration, and
+price book.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class ForecastGrid:
     def __init__(
         self, setup: ForecastSetup, jobs: Mapping[JobId, Job], log: list[str] | None, options: ForecastOptions
     ) -> None:
-        """Build the grid. Raise UsageError for unknown pools and impossible jobs."""
+        """Build the simulated grid. Raise UsageError for unknown pools and impossible jobs."""
         scenario, backend = setup.scenario, setup.backend
         self._backend, self._manager_s = backend, setup.calibration.manager_s
         self.pools = setup.pools()
@@ -147,7 +147,7 @@ class ForecastGrid:
         )
         self.sampler = GridSampler(self.world, self.machines, self.manager.tick_s)
         self.base_s = 0.0
-        """Loop time at second 0 of the run."""
+        """Time of the event loop at second 0 of the run."""
 
     def _check_names(self, scenario: Scenario) -> None:
         slots = {name: pool.slots for name, pool in self.pools.items()}
@@ -214,7 +214,7 @@ class ForecastGrid:
                 await world.ledger.release(LEASE, world.last_owner)
 
     async def come_up(self) -> None:
-        """Wait until a manager leads and the permanent instances are ready, then start the run.
+        """Wait until a manager leads and the permanent instances are ready, and then start the simulated run.
 
         Raise UsageError if the grid is not ready in time.
         """

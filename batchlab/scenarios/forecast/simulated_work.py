@@ -2,7 +2,8 @@
 
 The item of a task is the number of the task. The behavior of a task depends only on the scenario's seed and the task's
 job, stage, number, and attempt. A forecast therefore needs neither data nor code. The machine of a launched instance
-depends only on the living instances."""
+depends only on the living instances.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +135,7 @@ ALL_WORKERS = ""
 
 @dataclass(slots=True)
 class SimulatedDisks:
-    """Disks of the instances.
+    """Simulated disks of the instances.
 
     On a slow disk, I/O takes SLOW_DISK_FACTOR times as long. A bundle starts `start_s` seconds later on a slow disk,
     because its scratch folder and its log are files. `slow` counts the slow-disk faults per worker.
@@ -217,7 +218,7 @@ class SimulatedWork:
         return times_s if factor == 1 else [time_s * factor for time_s in times_s]
 
     def start_s(self, work: Work) -> float:
-        """Return the seconds before a bundle's first task."""
+        """Return the seconds from a bundle's start to its first task."""
         return self.calibration.bundle_s + self.disks.begin_s(_worker(work))
 
 
@@ -328,7 +329,7 @@ class SimulatedInstance:
 
 
 class Machines:
-    """Machines of all pools.
+    """Simulated machines of all pools.
 
     The pool's Spot share decides whether a launch gets a Spot Instance. A launch uses the zone with the fewest
     instances of the pool. `now_s` returns the time of the run in seconds.

@@ -1,8 +1,8 @@
-"""Synthetic arrival processes: Poisson, bursts, daily and monthly profiles, steps, and ramps.
+"""Synthetic arrival processes with constant rates, bursts, daily and monthly profiles, steps, and ramps.
 
 All sources except `FixedTimes` are Poisson processes with a variable rate. The event times of a process with rate one
-are mapped through the integral of the variable rate (Cinlar 1975), so the drawn arrivals are exact. Rates are in jobs
-per hour, and times are in seconds from the start of the scenario. A day in a profile always has 24 hours.
+are mapped through the integral of the variable rate (Cinlar 1975), so the draw is exact. Rates are in jobs per hour,
+and times are in seconds from the start of the scenario. A day in a profile always has 24 hours.
 """
 
 from __future__ import annotations
@@ -137,7 +137,10 @@ class _PoissonProcess(ABC):
             yield Arrival(moment_s / self.speed, self.template)
 
     def at_least(self) -> float:
-        """Return a number of jobs that the source exceeds with a probability of all but one in a billion."""
+        """Return a lower bound of the number of jobs.
+
+        The number of jobs is below the bound with a probability of one in a billion.
+        """
         segments = self.segments(Random(0))  # noqa: S311 - these rates are not random
         return _likely_minimum(sum((end - start) * (first + last) / 2 for start, end, first, last in segments) / HOUR_S)
 
@@ -150,7 +153,7 @@ class _PoissonProcess(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Poisson(_PoissonProcess):
-    """Independent arrivals with a constant mean rate."""
+    """Arrival process with independent arrivals and a constant mean rate."""
 
     per_hour: float
 
@@ -163,7 +166,7 @@ class Poisson(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnOff(_PoissonProcess):
-    """Bursts of arrivals.
+    """Arrival process with bursts.
 
     The rate is `per_hour` in on periods and `idle_per_hour` in off periods, and the first period is an on period.
     Periods last `on_s` and `off_s` seconds on average and are exponentially distributed. With `regular`, each period
@@ -206,7 +209,7 @@ class OnOff(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile(_PoissonProcess):
-    """Hourly and weekly profile.
+    """Arrival process with an hourly and weekly profile.
 
     `daily` has a rate for each hour of the day, and `weekly` has a factor for each day from Monday. With `per_hour`,
     the values of `daily` and `weekly` are weights, and `per_hour` is the mean rate over a week. `begins_s` is the
@@ -241,7 +244,7 @@ class Profile(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MonthEnd(_PoissonProcess):
-    """Calendar profile.
+    """Arrival process with a calendar profile.
 
     The rate is `per_hour` on an ordinary working day, and a multiple of `per_hour` around the turn of a month. `last`
     has the factors of the month's last working days, the last day first. `first` has the factors of the month's first
@@ -329,7 +332,7 @@ class Ramp(_PoissonProcess):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FixedTimes:
-    """Arrivals at fixed times."""
+    """Arrival source with fixed arrival times."""
 
     template: str
     moments: tuple[tuple[float, int], ...]

@@ -258,7 +258,7 @@ class ScenarioBuilder:
 
 
 def _gather(spec: GatherSpec | GroupsSpec | None) -> str | None:
-    """Return the gather value of a StageTemplate.
+    """Return the gather value for a StageTemplate.
 
     Stand-in tasks do not need the name of the field by which results are grouped.
     """

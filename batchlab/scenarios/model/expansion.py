@@ -2,7 +2,7 @@
 
 Jobs, their times, and their sizes depend only on the scenario and the seed. Each source has its own random stream, so a
 source does not change the arrivals of another source. Task times and failures depend only on (seed, job, stage, task,
-attempt), so task times and failures are equal in the simulator and in a replay.
+attempt). The simulator and a replay therefore have equal task times and failures.
 
 The module also computes the demand of a scenario over time: the arriving jobs and work, compared with the capacity of
 the fleet. The demand curve depends only on the scenario and its jobs. Work is measured in slot seconds, which are the
@@ -281,7 +281,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class PoolLoad:
-    """Load of one pool.
+    """Load of one pool over time.
 
     `slots` is the capacity of the pool's largest fleet, and `busy` is the work that arrives in each column, in busy
     slots. `behind_s` is the longest delay of work on the largest fleet, and `behind_at_s` is the time of the longest

@@ -81,7 +81,7 @@ _ZERO_MESSAGES = {
     "share": "A share of 0 hits no instance.",
     "rate": "A rate of 0 hits nothing.",
 }
-"""Messages about a value of 0, by key."""
+"""Messages about a value of 0 in a fault, by key."""
 
 
 def find_problems(structure: Structure[ScenarioSpec], jobs: Mapping[str, JobTemplate]) -> list[Problem]:
@@ -143,7 +143,7 @@ def _joins(subject: CheckedScenario) -> Iterator[Problem]:
         try:
             stage = expansion.find_unequal_join(template, tasks)
         except ValueError:
-            continue  # the cycle of its stages is already reported
+            continue  # the check skips the job, because the cycle of its stages is already reported
         if stage is not None:
             loc = _stage_location(subject, template, template.stages.index(stage), "after")
             yield Problem(loc, expansion.unequal_join_message(stage), expansion.UNEQUAL_JOIN_REMEDY)

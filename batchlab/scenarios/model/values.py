@@ -75,8 +75,8 @@ class StageTemplate:
 class JobTemplate:
     """Job template.
 
-    With a job file in `file`, a replay runs the real work of the job file, and the template has the stages of the job
-    file. `deadline_s` is the time from a job's arrival to its deadline. `max_failures` is a number of tasks.
+    With a job file in `file`, a replay runs the file's real work, and the template has the file's stages. `deadline_s`
+    is the time from a job's arrival to its deadline. `max_failures` is a number of tasks.
     """
 
     name: str
@@ -184,12 +184,12 @@ class Fault:
     def among(self, number: int) -> int:
         """Return the number of instances that the fault affects if `number` instances are in service."""
         # The subtraction corrects the rounding errors of products such as 0.14 × 50, which is slightly above 7 in
-        # binary.
+        # floating-point arithmetic.
         most = ceil(self.share * number - 1e-9) if self.count is None else self.count
         return min(most, number)
 
     def shares(self, other: Fault) -> bool:
-        """Return whether the end of one fault would also end the other fault."""
+        """Return whether the end of one of the two faults would also end the other fault."""
         apart = self.pool and other.pool and self.pool != other.pool
         alike = self.name is other.name and self.name in LASTING_FAULTS
         return alike and not (apart and self.name is FaultName.PAUSE)

@@ -61,7 +61,7 @@ class FastModel:
     _works: dict[int, tuple[JobWork, ...]] = field(default_factory=dict)
 
     def __call__(self, scenario: Scenario, seed: int) -> Record:
-        """Run the model. Raise UsageError for an unknown backend."""
+        """Run the fast model of a scenario. Raise UsageError for an unknown backend."""
         backend = factory.load(self.backend)
         setup = ForecastSetup(scenario, seed, backend, self.calibration or backend.usual, self.book)
         if seed not in self._works:
@@ -154,7 +154,10 @@ class _FastRun:
         self._assign()
 
     def _queue(self, job: JobProgress, unit: WorkUnit, *, first: bool = False) -> None:
-        """Queue a ready work unit. With `first`, the worker of the unit's predecessor runs the unit next."""
+        """Put a ready work unit into the queue of its pool.
+
+        With `first`, the worker of the unit's predecessor runs the unit next.
+        """
         template = job.work.job.template
         pool = self._pools[template.stages[unit.stage].pool]
         units = pool.ready.setdefault(template.priority, {}).setdefault(unit.job, deque())
@@ -308,7 +311,7 @@ class _FastRun:
         name = f"{pool.pool.name}-{len(self._machines.lives)}"
         self._machines.launched(pool.pool, name)
         market = self._machines.lives[name].machine.market
-        # Processes are not Spot Instances, so a Spot wave can interrupt any of them.
+        # Processes are not Spot Instances, so a Spot wave can interrupt any process.
         is_spot = market is Market.SPOT or not self._has_market
         pool.alive[name] = instance = ModelInstance(name, pool, pool.pool.slots, self._now_s + boot_s, is_spot)
         self._at(instance.ready_s, partial(self._booted, instance))

@@ -20,7 +20,7 @@ Z_95 = 1.959964
 
 
 class Priced(Protocol):
-    """Item with a cost and a time."""
+    """Protocol of an item with a cost and a time."""
 
     @property
     def usd(self) -> float: ...
@@ -128,7 +128,7 @@ class Plan:
 
     @property
     def holds(self) -> bool:
-        """Return whether all required fresh seeds have run and enough of them meet the goal."""
+        """Return whether all required fresh seeds have run and enough fresh seeds meet the goal."""
         return self.sure and is_enough(self.met)
 
     @property

@@ -38,13 +38,19 @@ from batchlab.scenarios.planner.search_steps import (
 )
 
 SEARCH_SEEDS = 3
-"""Number of seeds with which the search runs every serious candidate. The confirmation uses other seeds."""
+"""Number of seeds with which the search runs every serious candidate.
+
+The confirmation of a candidate uses other seeds than the search.
+"""
 GUIDED_SEEDS = 2
 """Number of seeds for every serious candidate if the fast model has preselected the candidates."""
 MAX_CONFIRMATIONS = 4
 """Maximum number of candidates that the planner tries to confirm."""
 FIRST_SEEDS = 4
-"""Number of seeds in the first part of a confirmation. The other seeds run only if the first part has not failed."""
+"""Number of seeds in the first part of a confirmation.
+
+The remaining seeds of a confirmation run only if the first part has not failed.
+"""
 EXPLORATION_SHARE = 0.75
 """Share of the search runs that the planner uses before the first confirmation."""
 MAX_RUNS = 300
@@ -154,7 +160,8 @@ class Search:
 
     def _guided(self, start: Candidate, limits: SizeLimits) -> None:
         """Search in the fast model, simulate the best candidates of the fast model, correct the goal of the fast model,
-        and repeat."""
+        and repeat.
+        """
         self.real.phase = "the fast model"
         _until_run_limit(partial(self._rough.explore, start, limits))
         edge = [point.candidate for point in frontier(self._rough.points())]
@@ -242,8 +249,10 @@ class Search:
         return None
 
     def _add_failed_seed(self, limits: SizeLimits, missed: int) -> None:
-        """Add the failed seed to the search: run candidates with the failed seed until one candidate passes, and then
-        refine the search."""
+        """Add the failed seed to the search.
+
+        Run candidates with the failed seed until one candidate passes, and then refine the search.
+        """
         rivals = self.real.ranked()
         self.real.hard.append(missed)
         for rival in rivals:
@@ -288,7 +297,8 @@ class Search:
 
     def _chosen(self) -> tuple[EvaluatedCandidate | None, tuple[TrialResult, ...]]:
         """Return the confirmed candidate, or else the candidate nearest to the goal, with its results for fresh
-        seeds."""
+        seeds.
+        """
         attempts = []
         for candidate, indices in self.attempts.items():
             results = self.real.results[candidate]

@@ -101,8 +101,8 @@ def coarse_grid(start: Candidate, limits: SizeLimits, deadline_s: float) -> list
 def with_spot_variants(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Return each candidate with 0%, 50%, and 100% Spot.
 
-    A larger Spot fleet may be cheaper than a smaller On-Demand fleet, but small steps do not lead from the On-Demand
-    fleet to the Spot fleet.
+    A larger Spot fleet may be cheaper than a smaller On-Demand fleet, but small steps do not lead from one fleet to the
+    other.
     """
     return [
         replace(candidate, fleets=tuple(replace(fleet, spot=share) for fleet in candidate.fleets))
@@ -215,7 +215,7 @@ def _prewarm_changes(best: Candidate, limits: SizeLimits, step: float) -> Iterat
             candidate = with_plans(*best.prewarm, Prewarm(fleet.pool, size, float(at_s), float(until_s)))
             if size > fleet.min_size:
                 yield candidate
-            if fleet.min_size:  # here the prewarming replaces the pool's permanent instances
+            if fleet.min_size:  # the yielded candidate replaces the pool's permanent instances by the prewarming
                 yield _replace_pools(candidate, {fleet.pool: replace(fleet, min_size=0)})
 
 
@@ -257,7 +257,7 @@ class Evaluations:
     phase: str = ""
     on_progress: Callable[[], None] = lambda: None
     results: dict[Candidate, dict[int, TrialResult]] = field(default_factory=dict)
-    """Results by candidate and seed index."""
+    """Results of trials by candidate and seed index."""
     runs: int = 0
 
     def measure(self, candidates: Iterable[Candidate], indices: Sequence[int]) -> None:
@@ -300,10 +300,10 @@ class Evaluations:
         return point.met(self.goal) == len(point.outcomes)
 
     def rank(self, point: EvaluatedCandidate) -> tuple[float, ...]:
-        """Return a sort key.
+        """Return the sort key of a candidate.
 
         Candidates that meet the goal come first, by cost, time, and simplicity. Candidates that are in time but too
-        expensive come second. All other candidates come last, by lateness and unfinished work.
+        expensive come second. Candidates that are late come last, by lateness and unfinished work.
         """
         usd, finish_s = (tolerance_class(point.usd, USD_TOLERANCE), tolerance_class(point.finish_s, TIME_TOLERANCE))
         exactly = (*map(float, point.candidate.simplicity), point.usd, point.finish_s)

@@ -18,7 +18,7 @@ from batchlab.scenarios.model.values import LASTING_FAULTS, FaultName, Job, Scen
 from batchlab.scenarios.record import JobRun, StageRun
 
 TARGET_UNITS = 20_000
-"""Approximate number of work units of a scenario that has more tasks than this number."""
+"""Approximate number of work units of a scenario that has more than 20,000 tasks."""
 MAX_FAILURE_SHARE = 0.9
 """Upper limit of the share of failed attempts in the estimate of the number of attempts."""
 
@@ -191,7 +191,7 @@ def end_times_s(scenario: Scenario) -> list[float]:
 
 
 def job_run(job: JobProgress) -> JobRun:
-    """Return the job for the record."""
+    """Return the result of the job for the record."""
     done = sum(stage.done for stage in job.stages)
     return JobRun.of(
         job.work.job,

@@ -136,7 +136,7 @@ async def build_record(
     stages = measured.runs()
     cost = None
     if after is not None:
-        with suppress(UsageError):  # an unreadable price book leaves the cost empty
+        with suppress(UsageError):  # if the price book cannot be read, the record has no cost
             cost = compute_cost(before, after, stages, scenario.pools, backend, price_book.load(home.path))
     jobs = (job_run(job, state.begun_s) for job in state.running.values())
     return Record(
@@ -194,7 +194,7 @@ async def _account(link: ManagerConnection, jobs: Sequence[str]) -> Account | No
 
 
 def job_run(job: SubmittedJob, begun_s: float) -> JobRun:
-    """Return the job for the record."""
+    """Return the result of the job for the record."""
     view, stages = job.view, job.view["stages"]
     ends = [stage["last_end_s"] for stage in stages if stage["last_end_s"] is not None]
     return JobRun.of(
@@ -315,12 +315,12 @@ async def replay(
     stop: asyncio.Event | None = None,
     progress: Callable[[ReplayProgress], None] = lambda _: None,
 ) -> Record:
-    """Run the compressed scenario on the grid in `home` and measure it.
+    """Run the compressed scenario on the grid in `home` and measure the run.
 
     `limit` (in run seconds, see `limit_s`) or `stop` ends the run early, and the field `cut` of the record has the
     reason. `injector` creates the injector of the scenario's faults. Raise Refused if the grid differs from the
-    scenario or has other work, UsageError for a job that the grid refuses, and BackendError if the manager stays absent
-    before the run.
+    scenario or has other work. Raise UsageError if the grid refuses a job, and BackendError if the manager is absent
+    for too long before the run.
     """
     seed = scenario.seed if seed is None else seed
     schedule = expand(scenario, seed)

@@ -1,6 +1,6 @@
 """Jobs of a replay: stand-in tasks with the drawn task times, or the real work of a job file.
 
-All objects of a job are in the bucket before the job is due, so its submission is one request.
+All objects of a job are in the bucket before the job is due, so the submission of the job is one request.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _gathers_by_key(stage: StageTemplate) -> bool:
 def item_followers(template: JobTemplate, name: str) -> list[StageTemplate]:
     """Return the stages that follow `name` item by item, directly or indirectly.
 
-    All these stages have the same number of tasks.
+    Stages that follow each other item by item have the same number of tasks.
     """
     names, followers = {name}, []
     for stage in template.stages:

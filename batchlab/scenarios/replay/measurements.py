@@ -58,7 +58,7 @@ class StageTotals:
 
 @dataclass(slots=True)
 class Measurements:
-    """Totals by (template, stage). `lost` and `duplicates` have the same meaning as in a Record."""
+    """Totals of each stage by (template, stage). `lost` and `duplicates` have the same meaning as in a Record."""
 
     stages: dict[tuple[str, str], StageTotals] = field(default_factory=dict)
     lost: int = 0
@@ -172,8 +172,8 @@ def duplicates(outcomes: Iterable[Outcome]) -> int:
 def _lost(job: JobView, stage: StageView, succeeded: int) -> int:
     """Count the lost tasks.
 
-    In an ended job, a task is lost if it has no terminal state, or if its counted success has no outcome. In a job that
-    has not ended, every task without a success is lost.
+    In an ended job, a task is lost if the task has no terminal state, or if its counted success has no outcome. In a
+    job that has not ended, every task without a success is lost.
     """
     planned = stage["planned"] or 0
     if job["state"] not in ENDED:

@@ -43,7 +43,7 @@ class RecordedArrival:
 
 @dataclass(slots=True)
 class RecordedTemplate:
-    """Common properties of the jobs of one template. `jobs` is the number of these jobs."""
+    """Common properties of the jobs of one template. `jobs` is the number of jobs of the template."""
 
     stages: list[StageRun]
     jobs: int

@@ -388,7 +388,7 @@ class ReplayRun:
 
 @asynccontextmanager
 async def _time_limit(seconds: float) -> AsyncIterator[None]:
-    """Stop the block after `seconds`, without an error."""
+    """Context manager that stops its block after `seconds`, without an error."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             yield

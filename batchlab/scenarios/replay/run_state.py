@@ -143,7 +143,7 @@ class ManagerConnection:
         self._home = home
         self._away_s = away_s
         self.unanswered = 0
-        """Number of repeated calls to an absent manager."""
+        """Number of calls that were repeated because the manager was absent."""
         self._client: Client | None = None
         # The connection has its own threads, so that waiting calls do not block fault injection.
         self._threads = ThreadPoolExecutor(MAX_REQUESTS, "replay")

@@ -1,8 +1,8 @@
-"""Readers of trace files: JSON Lines, whole records, the Standard Workload Format, and tables of text.
+"""Readers of trace files in JSON Lines, whole records, the Standard Workload Format, and tables of text.
 
-Trace files may be compressed with gzip. The readers read a file that is damaged, truncated, or not in UTF-8 as far as
-possible, and report the problem. The Standard Workload Format is defined by the Parallel Workloads Archive (version
-2.2, page swf.html). Every line of a table is one record, so an unclosed quote affects only one record.
+Trace files may be compressed with gzip. If a file is damaged, truncated, or not in UTF-8, the readers read as much as
+possible and report the problem. The Standard Workload Format is defined by the Parallel Workloads Archive (version 2.2,
+page swf.html). Every line of a table is one record, so an unclosed quote affects only one record.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class TimestampKind(Enum):
 
 
 class Timestamp(NamedTuple):
-    """Time in seconds. A timestamp counts from 1970."""
+    """Time of a record in seconds. A timestamp counts from 1970."""
 
     at_s: float
     kind: TimestampKind
@@ -136,11 +136,11 @@ class Columns:
 
     Values without a column come from the job's template. `at` is the column of the arrival time, which is a number or a
     timestamp. `minus` is a column of seconds that are subtracted from the time, for traces that record the ends of
-    jobs. `unit` is the unit of a number in `at` (one of UNITS), or a strptime format (with a %) for timestamps that are
-    not in ISO 8601. With `count`, a record is an interval of `every_s` seconds from `at` in which `count` times `scale`
-    jobs arrive. If `every_s` is omitted, an interval has the length of the most common gap between records. `tasks` is
-    the number of a job's root tasks, rounded up to at least one, and `task_s` is the time of each root task. `label`,
-    `tenant`, and `template` are text columns.
+    jobs. `unit` is the unit of a number in `at` (one of UNITS), or a strptime format for timestamps that are not in ISO
+    8601. A strptime format contains a %. With `count`, a record is an interval of `every_s` seconds from `at` in which
+    `count` times `scale` jobs arrive. If `every_s` is omitted, an interval has the length of the most common gap
+    between records. `tasks` is the number of a job's root tasks, rounded up to at least one, and `task_s` is the time
+    of each root task. `label`, `tenant`, and `template` are text columns.
     """
 
     at: str

@@ -4,8 +4,8 @@ Invariant: every request gets an answer in AWS's format, even a malformed reques
 contains no details, and the log contains the details.
 
 Invariant: every request must name a credential, even if signatures are not checked. A web page cannot make a browser
-send the Authorization header to another origin, so a page cannot send requests to a server on the user's machine.
-botocore's signer computes the signatures.
+send the Authorization header to another origin. A web page therefore cannot send valid requests to a server on the
+user's machine. The signer of botocore computes the signatures.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _signature(request: Request, signed: Credential, key: Keys, stamp: str) -> s
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1024 * 1024
-"""Limit of a request body in bytes.
+"""Maximum size of a request body in bytes.
 
 The largest request of Auto Scaling creates a group with tags, hooks, and overrides, and needs a tenth of the limit.
 """

@@ -1,7 +1,7 @@
 """Process that serves the API of EC2 Auto Scaling: the loop of the engine, and the HTTP server.
 
 Invariant: SIGTERM or SIGINT ends the process and its instances. The instances of a killed process continue to run, and
-the next process with the same state folder manages them.
+the next process with the same state folder manages these instances.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ async def run(
 
 
 async def _keep(engine: AutoScaling, changed: asyncio.Event) -> None:
-    """Tick the engine about once per second, and at once when `changed` is set. The loop never returns.
+    """Tick the engine about once per second, and at once when `changed` is set. The loop of the engine never returns.
 
     The loop logs a failed tick and repeats the tick. The loop does not log repetitions of the same failure. The loop
     must not end, because the end of this process ends every instance.

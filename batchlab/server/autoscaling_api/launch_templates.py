@@ -138,7 +138,7 @@ class TemplateFile:
     def launch_configuration(self, name: str) -> Template:
         """Raise ValidationError, because the endpoint does not support launch configurations.
 
-        AWS does not accept new launch configurations either.
+        AWS also refuses new launch configurations.
         """
         raise ValidationError(f"Launch configuration name not found - {name}")
 

@@ -30,7 +30,10 @@ CREDENTIALS_S = 6 * 3600.0
 
 
 class InstanceFacts:
-    """InstanceFacts of the engine about an instance. The attribute `engine` is set after the launcher is created."""
+    """Facts about an instance, which come from the engine.
+
+    The attribute `engine` is set after the launcher is created.
+    """
 
     engine: AutoScaling
 

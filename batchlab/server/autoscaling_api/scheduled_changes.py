@@ -187,7 +187,7 @@ ACTIONS: Mapping[str, Action] = {
 
 
 _LIMITS = {"MaxNumberOfAutoScalingGroups": 500, "MaxNumberOfLaunchConfigurations": 200}
-"""AWS's default limits of an account. The engine does not enforce these limits."""
+"""AWS's default limits of an account. The engine does not enforce the limits of an account."""
 
 
 def _limits(call: Call) -> Answer:

@@ -1,4 +1,4 @@
-"""HTTP API of the manager: JSON below /v1, with a description at /openapi.json.
+"""HTTP API of the manager, with JSON below /v1 and a description at /openapi.json.
 
 Invariant: the endpoints contain no business rules. An endpoint of the API calls the manager and returns a view of the
 result.

@@ -51,8 +51,9 @@ _FILES = "/v1/jobs/files"
 
 
 class AccessCheck:
-    """Middleware before the API. The application gets a signed request with the bearer token, and a request without
-    the token with an empty body.
+    """Middleware that checks requests before the API.
+
+    The application gets a signed request with the bearer token, and a request without the token with an empty body.
     """
 
     def __init__(
@@ -422,7 +423,7 @@ class Sessions:
     def form_token(self, session: Session) -> str:
         """Return the token that every form of the session contains.
 
-        Other sites do not know the form token, so they cannot send a form.
+        Other sites do not know the form token, so other sites cannot send a form.
         """
         return self._sign("form", session)
 

@@ -101,7 +101,10 @@ class ServerState:
     """Arguments of `create_app`, and the state that all endpoints share."""
 
     manager: Manager
-    """Current manager object. After a loss of the lease, a new manager object replaces the old manager object."""
+    """Manager object that currently serves the API.
+
+    After a loss of the lease, a new manager object replaces the old manager object.
+    """
     token: str
     backend_name: str
     capabilities: Capabilities

@@ -117,8 +117,8 @@ class _File:
         path.touch()
 
     def write(self, data: bytes) -> int:
-        # The file is open only during a write, because Starlette may write many files of one received block before it
-        # ends the first of these files.
+        # The file is open only during a write, because Starlette may write many files of one received block before
+        # Starlette closes the first file.
         with self._path.open("ab") as file:
             self._size_bytes += file.write(data)
         return len(data)
@@ -131,7 +131,7 @@ class _File:
         return self._open.read(size)
 
     def seek(self, offset: int) -> int:
-        """Set the position to the start of the file. Starlette's forms use no other position."""
+        """Set the position to the start of the file. Starlette's forms use no position except the start of the file."""
         assert offset == 0
         self._shut()
         return 0

@@ -34,14 +34,14 @@ from batchlab.server.wait_reasons import why
 
 
 async def wait_for_change(live: LiveJob, version: int, wait_s: float) -> None:
-    """Wait until the job's version differs from `version`, at most `wait_s`."""
+    """Wait up to `wait_s` seconds until the job's version differs from `version`."""
     with suppress(TimeoutError):
         async with asyncio.timeout(wait_s):
             await live.wait_for_change(version)
 
 
 async def first_outcomes(manager: Manager, job: JobId, wait_s: float) -> api_types.OutcomesView:
-    """Return the first outcomes of a new job as soon as they are committed.
+    """Return the first outcomes of a new job as soon as the first outcomes are committed.
 
     The ledger may not have counted the first outcomes yet.
     """
@@ -132,7 +132,7 @@ async def submit(
     """Accept a job. The status is 201 for a new job. The status is 200 if a job with the same id or client token
     exists.
 
-    A job without an input has its own items. A request contains the items if there are only a few, encoded as in a
+    A job without an input has its own items. A request contains the items of a job with few items, encoded as in a
     plan. If a job has more items, the bucket contains the items. With `wait_s`, the answer has two lines of JSON. The
     first line of the answer is the job, and the manager sends this line at once. The second line of the answer has the
     first outcomes, in the format of /outcomes. The manager sends the second line when outcomes exist. The seq of an
@@ -156,8 +156,8 @@ async def submit(
 async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> ChangeResult:
     """Submit the job. Raise UsageError if the grid cannot run the job."""
     try:
-        # Job ids must be in lower case, because two ids that differ only in case would name the same files on a file
-        # system that ignores case.
+        # Job ids must be in lower case. On a file system that ignores case, two ids that differ only in case would name
+        # the same files.
         if job.id != job.id.lower():
             raise UsageError(f"The job id {job.id!r} has capital letters.", remedy="Use small letters.")
         manager.admit(job)
@@ -237,7 +237,7 @@ async def cancel(manager: Leader, job: JobId) -> api_types.JobView:
 
 @router.post("/jobs/{job}/pause")
 async def pause(manager: Leader, job: JobId) -> api_types.JobView:
-    """Pause a job. Running tasks of a paused job continue, and no further task starts."""
+    """Pause a job. Running tasks of a paused job continue, but no further task starts."""
     record = await manager.ports.ledger.job(job)
     await manager.job_commands.pause(job)
     return await current_view(manager, record)
@@ -312,6 +312,6 @@ async def outcomes(
 ) -> api_types.OutcomesView:
     """Return outcomes with a seq above `after`, in the order of their seq.
 
-    With `wait_s`, the manager waits until at least one outcome exists.
+    The manager waits up to `wait_s` seconds until at least one outcome exists.
     """
     return await outcomes_page(manager, job, stage, after, limit, wait_s)

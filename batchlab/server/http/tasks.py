@@ -2,8 +2,8 @@
 
 Invariant: the endpoints never unpickle a value, because unpickling could run code. The answer about a task contains at
 most MAX_SHOWN_BYTES of the input and at most MAX_SHOWN_BYTES of the log. No result can exhaust the manager's memory or
-disk: the size of an object is known before the object is read, and an archive has a total limit. The manager creates
-one archive at a time, and removes the archive after sending the archive.
+disk. The manager knows the size of an object before it reads the object, and an archive has a total limit. The manager
+creates one archive at a time, and removes the archive after sending the archive.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ async def resume(request: Request, manager: Leader, job: JobId) -> Response:
 
 @router.post("/jobs/{job}/retry")
 async def retry(request: Request, manager: Leader, served: StateDep, job: JobId) -> Response:
-    """Run all tasks again that did not succeed, or the selected groups and tasks."""
+    """Run the selected groups and tasks again, or all tasks that did not succeed."""
     form = await form_of(request)
     choice = _choice(form) if field_of(form, "which") != "all" else None
     await jobs.retry(manager, served, job, choice)

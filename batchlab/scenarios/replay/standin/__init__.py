@@ -1,1 +1,1 @@
-"""Code of a replay's jobs. The whole folder is sent to the workers."""
+"""Code of a replay's jobs. The workers receive the whole folder `standin`."""

@@ -1,7 +1,7 @@
 """Stand-in tasks, which take exactly the times in the scenario.
 
-The workers receive this module as a job's code. The module uses only the standard library, so it does not depend on a
-worker's version of batchlab.
+The workers receive the module of the stand-ins as a job's code. The module uses only the standard library, so it does
+not depend on a worker's version of batchlab.
 
 Format of items and results: {"t": {stage: [seconds, [failing attempts], kills]}, "group_STAGE": group}. An item has an
 entry for its own stage and for each stage that follows item by item. A task of a gathering stage finds its entry in the
@@ -41,7 +41,7 @@ class Task(Protocol):
 
 
 class ScenarioFailure(Exception):
-    """The scenario declares that this attempt fails."""
+    """The scenario declares that the task's attempt fails."""
 
 
 def work(item: Any, ctx: Task) -> Any:
