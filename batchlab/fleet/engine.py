@@ -76,7 +76,10 @@ def admit_members(
 def _admit_member(
     changes: Changes, group: Group, now_s: float, sources: Sources, *, warm_pool: bool = False
 ) -> PendingLaunch | None:
-    """Add one member. If the member's template does not exist, record a failed activity and return None."""
+    """Add one instance to the group.
+
+    If the template of the instance does not exist, record a failed activity and return None.
+    """
     assert group.asg is not None
     try:
         place = placement.choose(group, group.asg, sources, changes.steady.now_s(), warm=warm_pool)

@@ -202,6 +202,6 @@ class ControlPoller:
                 try:
                     await self.read(job)
                 except BackendError:
-                    # Without an answer, the lease expires, which stops new tasks. An expired lease is safe, so an
-                    # outage needs no other reaction.
+                    # Without an answer of the bucket, the control lease of the job expires, and then no task of the
+                    # job starts.
                     continue

@@ -346,7 +346,7 @@ class FaultSpec(Keys):
     notice: field_types.Duration | None = key(
         "Notice of a Spot Instance before its end. The default is two minutes.", "2m", None
     )
-    zone: str | None = key("Letter of the lost zone: `a`, `b`, and so on. The default is `a`.", "b", None)
+    zone: str | None = key("Letter of the lost zone: `a`, `b`, and so on. The default zone is `a`.", "b", None)
 
 
 class Bound(Of[N], Generic[N]):

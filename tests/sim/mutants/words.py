@@ -75,8 +75,8 @@ def retry_without_its_due_time(plant: Plant) -> None:
 
 @planted("retries", "step 3", "I1", "I2", "I3")
 def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
-    """If the object of its round exists, a retry continues with its own choice. The ledger re-opens
-    other tasks than the bucket contains (I3)."""
+    """If the bucket already has a retry of this round, a second retry ignores it and continues with the
+    tasks that its user chose. The ledger re-opens other tasks than the bucket contains (I3)."""
 
     original = JobCommands.retry
 
