@@ -262,7 +262,10 @@ SET_BACK_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class _DueRun:
-    """Due time at which the schedule will start a run. Due times with `late` set were missed, and their runs start one after the other."""
+    """Due time at which the schedule will start a run.
+
+    Due times with `late` set were missed, and their runs start one after the other.
+    """
 
     due_s: float
     why: str = ""

@@ -1,4 +1,6 @@
-"""Simulated instances. The boot of a simulated instance takes virtual time. Then the launcher calls a function that starts a worker.
+"""Simulated instances.
+
+The boot of a simulated instance takes virtual time. Then the launcher calls a function that starts a worker.
 
 Invariant: only the calls and the random source determine the events, so a seed reproduces a run.
 """
