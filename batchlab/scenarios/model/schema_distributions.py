@@ -111,7 +111,8 @@ class Pareto(Of[N], Generic[N]):
 
     least: N = key("Minimum value, above 0.", 10)
     alpha: Amount = key(
-        "Speed at which the tail falls: 3 gives a light tail, 1.1 a heavy one. Without `most`, `alpha` must be above 1.",
+        "Speed at which the tail falls: 3 gives a light tail, 1.1 a heavy one. "
+        "Without `most`, `alpha` must be above 1.",
         1.5,
     )
     most: N | None = key("Maximum value. Without it the distribution has no maximum.", 3600, None)
