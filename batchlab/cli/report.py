@@ -86,8 +86,12 @@ def html(
     if findings := report_page.to_do:
         summary = f"{output.count(len(findings), 'finding')}, first: {output.clean(findings[0].title)}."
     to_change = [
-        {"level": one.level.name.lower(), **output.attributes(one, "check", "title", "figure", "setting")}
-        for one in findings
+        {
+            "check": finding.check,
+            "level": finding.level.name.lower(),
+            **output.attributes(finding, "title", "figure", "setting"),
+        }
+        for finding in findings
     ]
     document = {"job": job, "file": str(file), "size_bytes": size_bytes, "to_change": to_change}
     output.answer(json, document, f"{file}: {output.size(size_bytes)}. {summary}")

@@ -163,7 +163,7 @@ def test_a_manager_on_the_host_runs_no_command_that_a_container_has_written(tmp_
     home.notify_file.write_text('[mine]\ncommand = ["touch", "/tmp/x"]\n')
     assert settings.read_notifications(home).targets[0].command
     compose_deployment.folder(home).mkdir()  # the manager's container cannot remove it
-    with pytest.raises(UsageError, match="a manager in a container could have written it"):
+    with pytest.raises(UsageError, match="a manager in a container may have written it"):
         settings.read_notifications(home)
     assert settings.read_notifications(home, in_container=True).targets[0].command
     home.notify_file.write_text('[mine]\nwebhook = "https://hooks.example.org"\n')

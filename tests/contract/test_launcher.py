@@ -42,7 +42,7 @@ async def test_an_id_is_used_once(rig: LauncherRig) -> None:
 @on_every_launcher
 async def test_failed_launch_gives_its_reason_and_leaves_no_instance(rig: LauncherRig) -> None:
     """Pain 1: stuck, and no reason given."""
-    with pytest.raises(BackendError, match=r"no capacity|No such (file|image)"):
+    with pytest.raises(BackendError, match=r"no capacity|No such (file|image)|does not exist"):
         await rig.launcher.launch(ABSENT, "w-1")
     assert await rig.launcher.running() == {}
     await rig.start(STEADY, "w-1")

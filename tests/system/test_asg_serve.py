@@ -194,7 +194,7 @@ def test_one_server_for_one_folder(server: Server) -> None:
     server.start()
     second = subprocess.run(server.command(), capture_output=True, text=True, timeout=60)
     assert second.returncode == 2
-    assert "is served from" in second.stderr
+    assert "Another `batchlab asg serve` uses the folder" in second.stderr
 
 
 def test_keys_are_required_on_request(server: Server) -> None:

@@ -274,7 +274,7 @@ def test_a_sweep_takes_everything_with_the_labels_and_nothing_else(grid: DockerG
         finally:
             remove_resources(engine, other)
         assert kinds(engine, other) == []
-        with pytest.raises(UsageError, match="without a label"):
+        with pytest.raises(UsageError, match="At least one label is required"):
             remove_resources(engine, {})
 
 

@@ -133,7 +133,7 @@ def test_an_object_that_cannot_be_written_is_not_acknowledged(python: Path, tmp_
     async def put_while_it_cannot(emulator: Emulator, in_the_way: Path) -> None:
         putting = asyncio.create_task(put(emulator, b"second"))
         await asyncio.to_thread(until, lambda: not emulator.is_running(), 30.0)
-        assert "ends without an answer" in emulator.log.read_text()
+        assert "exits without an answer" in emulator.log.read_text()
         assert not putting.done()
         in_the_way.rmdir()
         await asyncio.to_thread(emulator.start)

@@ -286,7 +286,7 @@ def test_no_secret_is_in_any_log(observed: Observed) -> None:
 
 
 def test_target_not_named_by_the_operator_is_not_reached(observed: Observed) -> None:
-    assert "http://127.0.0.1:9 is the manager's own machine" in observed.refused
+    assert "http://127.0.0.1:9 is on the manager's own machine" in observed.refused
     assert "admin" not in observed.refused
 
 
@@ -319,9 +319,9 @@ def test_delivery_log_shows_each_result(observed: Observed) -> None:
 
 
 def test_why_tells_of_what_could_not_be_delivered(observed: Observed) -> None:
-    assert observed.why.startswith("It ended SUCCEEDED: ")
+    assert observed.why.startswith("The job ended SUCCEEDED: ")
     assert f"Also, a notification about the job to {observed.hook.url}… was not delivered" in observed.why
-    assert "HTTP 500 (`batchlab notify log` has more)." in observed.why
+    assert "HTTP 500. `batchlab notify log` shows the attempts." in observed.why
 
 
 def test_no_secret_is_in_the_bucket(observed: Observed) -> None:

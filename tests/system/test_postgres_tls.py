@@ -56,7 +56,7 @@ def test_server_is_verified_for_dynamic_logins(remote: Remote) -> None:
 
 def test_option_that_contradicts_the_bundle_is_refused(remote: Remote, tmp_path: Path) -> None:
     for query in ({"sslmode": "require"}, {"sslrootcert": "x"}):
-        with pytest.raises(UsageError, match="disagree"):
+        with pytest.raises(UsageError, match="set different checks of the server"):
             open_postgres(remote.url(**query), ca=remote.ca)
     with pytest.raises(UsageError, match=r"The CA bundle .*nowhere\.pem does not exist"):
         open_postgres(remote.url(), ca=tmp_path / "nowhere.pem")

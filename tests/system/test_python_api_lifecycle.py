@@ -204,7 +204,7 @@ def test_connecting_to_a_grid_leaves_it_up(grid: Grid, home: Path) -> None:
         assert list(other.map(lambda x: x, range(3))) == [0, 1, 2]
     assert Home(home).record() == before
     assert list(grid.map(lambda x: x, range(3))) == [0, 1, 2]
-    with pytest.raises(UsageError, match="cannot be sized"):
+    with pytest.raises(UsageError, match="cannot be set"):
         Grid("local", home=home, workers=2)
     with pytest.raises(UsageError, match="Unknown backend 'moon'"):
         Grid("moon", home=home)

@@ -115,7 +115,7 @@ def ask(world: Path, grid: Shell) -> dict[str, Any]:
     (folder / "job.yaml").write_text(SLOW)
     running = _submitted(shell)
     deadline_s = time.monotonic() + WAIT_S
-    while "It is running" not in shell("job", "why", running).out:
+    while "The job runs" not in shell("job", "why", running).out:
         assert time.monotonic() < deadline_s, "the job does not start"
     ids = {"done": done, "failed": failed, "running": running}
     found: dict[str, Any] = {"ids": ids, "told": {}}

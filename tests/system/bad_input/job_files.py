@@ -97,7 +97,7 @@ VALUES = [
     Case(
         "size zero",
         "wants parts of no bytes",
-        "A part of no bytes",
+        "A part of 0 bytes is empty",
         swap("data/*", "data/*\n  split: bytes\n  size: 0 MB"),
     ),
     Case(
@@ -167,7 +167,7 @@ VALUES = [
         "is not a valid value here",
         swap("limit: 1", "limit: " + "9" * 5000),
     ),
-    Case("infinite", "writes an infinite number", "1e999 is no value", swap("limit: 1", "limit: 1e999")),
+    Case("infinite", "writes an infinite number", "1e999 is not a valid value", swap("limit: 1", "limit: 1e999")),
     Case("failures", "allows 101 % failures", "a share such as 5%", job(JOB + "failure: {max_failures: 101%}\n")),
     Case("at", "starts it in the year 9999", "is too far in the future", job(JOB + "at: 9999-12-31T23:59:59Z\n")),
     Case(
@@ -191,7 +191,7 @@ GRAPH = [
     Case(
         "unknown stage",
         "names a stage that is not there",
-        "There is no stage 'onne' to come after",
+        "The stage 'onne' in 'after' does not exist",
         swap("after: []", "after: onne"),
     ),
     Case("no stages", "has no stages", "'stages' is empty", job("name: bad\ninput: {files: data/*}\nstages: []\n")),

@@ -97,7 +97,7 @@ PLACES = [
     Case(
         "damaged queue",
         "has a queue file that is damaged",
-        "Move the file away and start the grid again. The manager sends the messages again",
+        "Move the file away and start the grid again. The manager sends its messages again",
         home("queue.sqlite", GARBAGE),
         RUN,
         3,
