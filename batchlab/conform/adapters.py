@@ -25,10 +25,10 @@ S3_PORTS = Table("s3")
 @S3_PORTS.needed(
     source="S3 User Guide, conditional writes",
     promise="I1, Objects.put(if_absent)",
-    otherwise="two workers both commit one bundle, or one treats the other's commit as an outage",
+    otherwise="two workers both commit one bundle, or one worker treats the other worker's commit as an outage",
 )
 async def port_create(site: Site) -> None:
-    """The loser of a conditional create gets AlreadyExists, also in a race of 16 calls."""
+    """The loser of a conditional create gets AlreadyExists, even in a race of 16 calls."""
     objects = site.objects
 
     async def create(key: str, who: int) -> int | None:
@@ -52,7 +52,9 @@ async def port_create(site: Site) -> None:
     otherwise="the last part of an input, or an empty input, fails its task",
 )
 async def port_ranges(site: Site) -> None:
-    """A range is shortened at the end of the object, and empty after it."""
+    """The adapter shortens a range that ends after the end of an object, and returns an empty range if it starts after
+    this end.
+    """
     objects, at = site.objects, site.own
     await objects.put(at("ten"), b"0123456789")
     await objects.put(at("empty"), b"")
@@ -65,10 +67,10 @@ async def port_ranges(site: Site) -> None:
 @S3_PORTS.needed(
     source="S3 User Guide, conditional reads",
     promise="I4, Objects.get_if_changed",
-    otherwise="workers do not notice a cancellation, or read the object every time",
+    otherwise="workers do not notice a cancellation, or read the control object every time",
 )
 async def port_unchanged(site: Site) -> None:
-    """An object is read again only if its ETag has changed."""
+    """The adapter reads an object again only if the ETag of the object has changed."""
     objects, at = site.objects, site.own
     etag = await objects.put(at("control"), b"run")
     expect(await objects.get_if_changed(at("control"), etag) is None, "an unchanged object is read again")
@@ -83,7 +85,7 @@ async def port_unchanged(site: Site) -> None:
     otherwise="a bundle without an outcome looks like an outage",
 )
 async def port_missing(site: Site) -> None:
-    """Every read of a missing object raises NotFound, and a delete of it succeeds."""
+    """Every read of a missing object raises NotFound, and a delete of a missing object succeeds."""
     objects, at = site.objects, site.own
     reads: list[Callable[[], Awaitable[object]]] = [
         partial(objects.get, at("nothing")),
@@ -119,7 +121,7 @@ async def port_list(site: Site) -> None:
 @S3_PORTS.needed(
     source="S3 User Guide, naming objects",
     promise="Objects: keys are UTF-8",
-    otherwise="inputs and results with such names are lost or confused",
+    otherwise="inputs and results with unusual names are lost or confused",
 )
 async def port_keys(site: Site) -> None:
     """Keys with spaces, accents, and special characters are returned as they were written."""
@@ -193,7 +195,7 @@ async def port_round(site: Site) -> None:
     otherwise="a changed visibility timeout never takes effect",
 )
 async def port_ensure(site: Site) -> None:
-    """An existing queue accepts new attributes, including dead letters on and off."""
+    """The adapter can change the attributes of an existing queue, and can turn its dead-letter queue on and off."""
     async with site.port() as queue:
         await queue.ensure(QueueSpec("dead"))
         for spec in (
@@ -222,7 +224,7 @@ async def port_ensure(site: Site) -> None:
     otherwise="one foreign message stops the heartbeats of all messages",
 )
 async def port_refused(site: Site) -> None:
-    """Invalid receipts are returned as refused, and the valid ones in the same call work."""
+    """The adapter returns invalid receipts as refused, and the valid receipts in the same call work."""
     async with site.port() as queue:
         await queue.ensure(QueueSpec("a", visibility_s=300))
         await queue.send("a", [Outgoing("one"), Outgoing("two")])

@@ -65,7 +65,8 @@ def create_template(site: Site) -> None:
 
 
 @ASG_GROUPS.noted(
-    source="Auto Scaling API, CreateAutoScalingGroup, common errors", promise="none: the adapter refuses it"
+    source="Auto Scaling API, CreateAutoScalingGroup, common errors",
+    promise="none: the adapter refuses a minimum above the maximum",
 )
 def create_limits(site: Site) -> None:
     """A MinSize above MaxSize returns 400 ValidationError."""
@@ -75,16 +76,16 @@ def create_limits(site: Site) -> None:
 @ASG_GROUPS.needed(
     source="Auto Scaling API, DescribeAutoScalingGroups; the reference does not say",
     promise="Fleet.tick raises NotFound for a deleted group",
-    otherwise="a deleted group looks like an outage, and the manager waits for it",
+    otherwise="a deleted group looks like an outage, and the manager waits for the group",
 )
 def missing(site: Site) -> None:
-    """DescribeAutoScalingGroups ignores a name without a group."""
+    """DescribeAutoScalingGroups ignores the name of a group that does not exist."""
     expect(OwnGroup(site).described() == [], "DescribeAutoScalingGroups returns a group")
 
 
 @ASG_GROUPS.noted(
     source="Auto Scaling API, SetDesiredCapacity, DeleteAutoScalingGroup, common errors",
-    promise="none: the next description of the groups shows it",
+    promise="none: the next description of the groups shows that the group is missing",
     otherwise="the error message is less clear",
 )
 def missing_refused(site: Site) -> None:
@@ -100,8 +101,8 @@ def missing_refused(site: Site) -> None:
     otherwise="the manager treats pools after the first page as deleted",
 )
 def pages(site: Site) -> None:
-    """DescribeAutoScalingGroups returns at most MaxRecords groups and a NextToken. All pages together contain each
-    group once.
+    """DescribeAutoScalingGroups returns at most MaxRecords groups and a NextToken. All pages of the description
+    together contain each group once.
     """
     groups = [OwnGroup(site) for _ in range(5)]
     for group in groups:
@@ -146,7 +147,7 @@ def desired(site: Site) -> None:
 
 @ASG_GROUPS.noted(
     source="Auto Scaling API, SetDesiredCapacity, common errors; Auto Scaling User Guide, scaling limits",
-    promise="none: the adapter refuses it",
+    promise="none: the adapter refuses a desired capacity outside of the limits",
 )
 def desired_outside(site: Site) -> None:
     """A desired capacity below MinSize or above MaxSize returns 400 ValidationError."""
@@ -201,8 +202,8 @@ def cooldown_honoured(site: Site) -> None:
     otherwise="an operator cannot stop the scaling of a pool",
 )
 def suspend(site: Site) -> None:
-    """While Launch is suspended, the group launches no instances. After ResumeProcesses, it launches the
-    missing ones.
+    """While Launch is suspended, the group launches no instances. After ResumeProcesses, the group launches the missing
+    instances.
     """
     group = OwnGroup.created(site)
     group.call("SuspendProcesses", ScalingProcesses=["Launch"]).accepted()
@@ -221,8 +222,8 @@ def suspend(site: Site) -> None:
     otherwise="users cannot see why instances start and end",
 )
 def activities(site: Site) -> None:
-    """DescribeScalingActivities lists each launch and termination, newest first. The Description contains the instance,
-    and the Cause contains the reason.
+    """DescribeScalingActivities lists each launch and termination, newest first. The Description of an activity
+    contains the instance, and the Cause contains the reason of the activity.
     """
     group, (instance,) = OwnGroup.grown(site, 1)
     group.size(0).accepted()
@@ -245,7 +246,7 @@ def activities(site: Site) -> None:
 @ASG_GROUPS.noted(
     source="Auto Scaling API, DeleteAutoScalingGroup",
     promise="none: the grid uses ForceDelete",
-    otherwise="a mistake deletes a pool in use",
+    otherwise="a mistaken call deletes a pool that is in use",
 )
 def delete_in_use(site: Site) -> None:
     """DeleteAutoScalingGroup of a group with instances returns 400 ResourceInUse."""

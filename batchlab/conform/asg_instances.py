@@ -27,8 +27,8 @@ ASG_INSTANCES = Table("autoscaling")
     otherwise="instances without a running worker count as capacity",
 )
 def launch_hook(site: Site) -> None:
-    """A launch hook keeps a new instance in Pending:Wait. CompleteLifecycleAction with CONTINUE moves it
-    to InService.
+    """A launch hook keeps a new instance in Pending:Wait. CompleteLifecycleAction with CONTINUE moves the instance to
+    InService.
     """
     group = OwnGroup.created(site, DesiredCapacity=1, LifecycleHookSpecificationList=[hook("up", LAUNCHING)])
     instance = group.waits("Pending:Wait")
@@ -42,10 +42,12 @@ def launch_hook(site: Site) -> None:
         "API, CompleteLifecycleAction"
     ),
     promise="a worker returns its work before its instance ends",
-    otherwise="running work is noticed only after the visibility timeout, and repeated",
+    otherwise="running work is lost, and another worker repeats the work only after the visibility timeout",
 )
 def drain_hook(site: Site) -> None:
-    """A termination hook keeps an instance in Terminating:Wait. CompleteLifecycleAction with CONTINUE terminates it."""
+    """A termination hook keeps an instance in Terminating:Wait. CompleteLifecycleAction with CONTINUE terminates the
+    instance.
+    """
     group, (instance,) = OwnGroup.grown(site, 1, LifecycleHookSpecificationList=[hook("down", TERMINATING)])
     group.size(0).accepted()
     expect(group.waits("Terminating:Wait") == instance, "another instance reaches Terminating:Wait")
@@ -122,7 +124,9 @@ def terminate_replace(site: Site) -> None:
     otherwise="the error message is less clear",
 )
 def terminate_unknown(site: Site) -> None:
-    """Terminating an instance outside of all groups returns 400 ValidationError. So does setting its health."""
+    """TerminateInstanceInAutoScalingGroup for an instance outside of all groups returns 400 ValidationError.
+    SetInstanceHealth of such an instance also returns 400 ValidationError.
+    """
     group = OwnGroup(site)
     unknown = "i-00000000000000000"
     group.terminate(unknown, decrement=False).refused(400, REFUSED)
@@ -183,7 +187,7 @@ def protect_all(site: Site) -> None:
 
 @ASG_INSTANCES.noted(
     source="Auto Scaling API, SetInstanceProtection, common errors; the reference does not say",
-    promise="none: the adapter refuses it",
+    promise="none: the adapter refuses to protect such an instance",
 )
 def protect_waiting(site: Site) -> None:
     """SetInstanceProtection of an instance that is not InService returns 400 ValidationError."""
@@ -192,7 +196,7 @@ def protect_waiting(site: Site) -> None:
 
 
 @ASG_INSTANCES.noted(
-    source="Auto Scaling API, SetInstanceProtection", promise="none: the adapter sends at most 50 at a time"
+    source="Auto Scaling API, SetInstanceProtection", promise="none: the adapter sends at most 50 instances in one call"
 )
 def protect_51(site: Site) -> None:
     """SetInstanceProtection of more than 50 instances returns 400 ValidationError."""
@@ -207,8 +211,8 @@ def protect_51(site: Site) -> None:
     otherwise="a grid's pools cannot run on this endpoint",
 )
 async def port(site: Site) -> None:
-    """A pool grows, its instances count when they report, a named instance ends, and a second manager sees the same
-    pool.
+    """A pool grows, an instance of the pool counts when its worker reports, a named instance ends, and a second manager
+    sees the same pool.
     """
     target = site.target
     prefix = f"{site.new_name()}-"

@@ -34,7 +34,7 @@ def create_free(site: Site) -> None:
 )
 def create_taken(site: Site) -> None:
     """PutObject with If-None-Match: * on an existing key returns 412 PreconditionFailed and does not change the object,
-    even if it is empty or has the same content.
+    even if the object is empty or has the same content.
     """
     for key, before in (("full", b"first"), ("empty", b"")):
         site.put(key, before).accepted()
@@ -65,8 +65,8 @@ def create_repeated(site: Site) -> None:
     otherwise="two workers both commit one bundle",
 )
 def create_race(site: Site) -> None:
-    """When 16 conditional PutObject calls race for one key, one succeeds. The others get 412, or 409
-    ConditionalRequestConflict, which is retried.
+    """When 16 conditional PutObject calls race for one key, one call succeeds. The other calls return 412, or 409
+    ConditionalRequestConflict, after which the caller repeats the call.
     """
     start = threading.Barrier(RACERS, timeout=20)
 
@@ -176,7 +176,7 @@ def put_empty(site: Site) -> None:
 @S3_CREATE.needed(
     source="S3 API, Object",
     promise="Objects.head, list, and get_if_changed",
-    otherwise="workers read the control object every time, or never again",
+    otherwise="workers read the control object before every task, or never again",
 )
 def etag_agrees(site: Site) -> None:
     """PutObject, HeadObject, GetObject, and ListObjectsV2 return the same ETag."""
@@ -212,8 +212,8 @@ def etag_md5(site: Site) -> None:
 
 @S3_CREATE.noted(
     source="S3 User Guide, checking object integrity",
-    promise="results arrive as they were computed",
-    otherwise="a body that was damaged in transit is stored",
+    promise="the bucket stores results as a worker computed them",
+    otherwise="S3 stores a body that was damaged in transit",
 )
 def put_damaged(site: Site) -> None:
     """PutObject with a CRC32 that does not match the body returns 400 BadDigest and stores nothing."""
@@ -272,8 +272,8 @@ def list_order(site: Site) -> None:
     source="S3 API, ListObjectsV2", promise="Objects.list, I3", otherwise="a rebuilt ledger misses outcomes"
 )
 def list_pages(site: Site) -> None:
-    """A page has at most MaxKeys keys. IsTruncated and NextContinuationToken lead to the next page, and all pages
-    together contain each key once.
+    """A page of a listing has at most MaxKeys keys. IsTruncated and NextContinuationToken lead to the next page, and
+    all pages together contain each key once.
     """
     keys = [f"{number % 3}/{number:02d}" for number in range(25)]
     _fill(site, *keys)
@@ -288,7 +288,7 @@ def list_pages(site: Site) -> None:
     source="S3 API, ListObjectsV2", promise="Objects.list, I3", otherwise="a rebuilt ledger misses outcomes"
 )
 async def list_1000(site: Site) -> None:
-    """A page has at most 1,000 keys, and the next page continues after it."""
+    """A page of a listing has at most 1,000 keys, and the next page continues after the last of these keys."""
     keys = [f"{number % 7}/{number:04d}" for number in range(MANY)]
     # The adapter creates the objects, because boto3 would need more time for 1,100 objects than all other checks take.
     for start in range(0, MANY, AT_ONCE):
@@ -304,10 +304,10 @@ async def list_1000(site: Site) -> None:
 @S3_LIST.needed(
     source="S3 API, ListObjectsV2",
     promise="Objects.list(after)",
-    otherwise="the collector misses outcomes, or reads all of them every time",
+    otherwise="the collector misses outcomes, or reads all outcomes every time",
 )
 def list_after(site: Site) -> None:
-    """StartAfter skips all keys up to and including the given key, which does not need to exist."""
+    """ListObjectsV2 with StartAfter skips all keys up to and including the given key, which does not need to exist."""
     _fill(site, *ORDERED)
     for after in (*ORDERED, "a/", "b/1/", "zzz"):
         expected = [key for key in sorted(ORDERED) if key > after]
@@ -318,11 +318,11 @@ def list_after(site: Site) -> None:
 
 @S3_LIST.noted(
     source="S3 User Guide, listing object keys",
-    promise="Objects.list(after): the grid uses only its own keys here, which are ASCII",
+    promise="Objects.list(after): the grid passes only its own keys as StartAfter, and these keys are ASCII",
     otherwise="a listing that continues after the name of an input file misses some files",
 )
 def list_after_unicode(site: Site) -> None:
-    """StartAfter compares keys by their UTF-8 bytes, also for non-ASCII keys."""
+    """ListObjectsV2 with StartAfter compares keys by their UTF-8 bytes, even if the keys are not ASCII."""
     keys = ("a!", "aa", "aß", "日", "😀")
     _fill(site, *keys)
     for after in (*keys, "a", "a-"):
@@ -336,7 +336,7 @@ def list_after_unicode(site: Site) -> None:
     otherwise="input files are missed or read twice",
 )
 def list_pages_unicode(site: Site) -> None:
-    """Pages contain each key once and in order, also for non-ASCII keys."""
+    """The pages of a listing contain each key once and in order, even if the keys are not ASCII."""
     keys = sorted((*ODD_KEYS, *(f"ß{n}" for n in range(9)), "a!", "日"), key=str.encode)
     _fill(site, *keys)
     for most in (2, 5):
@@ -346,10 +346,12 @@ def list_pages_unicode(site: Site) -> None:
 @S3_LIST.needed(
     source="S3 API, ListObjectsV2",
     promise="Objects.list(prefix)",
-    otherwise="a job's listing contains objects of other jobs, or misses its own",
+    otherwise="a job's listing contains objects of other jobs, or misses objects of the job",
 )
 def list_prefix(site: Site) -> None:
-    """Prefix is compared by character and does not need to end with a slash."""
+    """ListObjectsV2 compares the Prefix with keys character by character, and the Prefix does not need to end with a
+    slash.
+    """
     keys = ("p/a/1", "p/a/2", "p/ab/3", "p/b", "pa")
     _fill(site, *keys)
     for prefix in ("p", "p/", "p/a", "p/a/", "p/ab", "p/b", "p/a/2"):
@@ -386,11 +388,11 @@ def list_changing(site: Site) -> None:
 @S3_LIST.needed(
     source="S3 User Guide, naming objects",
     promise="Objects: keys are UTF-8",
-    otherwise="inputs and results with such names are lost or confused",
+    otherwise="inputs and results with unusual names are lost or confused",
 )
 def keys_odd(site: Site) -> None:
-    """A key is any sequence of Unicode characters. It is returned as it was written, without changes of case, accents,
-    or encoding.
+    """A key is any sequence of Unicode characters. S3 returns a key as it was written, without changes of case,
+    accents, or encoding.
     """
     for key in ODD_KEYS:
         answer = site.put(key, key.encode())
@@ -406,10 +408,10 @@ def keys_odd(site: Site) -> None:
 @S3_LIST.noted(
     source="S3 User Guide, naming objects",
     promise="none: the keys of a grid are short, but users name input files",
-    otherwise="a name that works here fails on AWS",
+    otherwise="a long file name that works on the emulator fails on AWS",
 )
 def key_length(site: Site) -> None:
-    """A key has at most 1,024 bytes. A longer key returns 400 KeyTooLongError."""
+    """A key has at most 1,024 bytes. A call with a longer key returns 400 KeyTooLongError."""
     # The key has segments, because some endpoints store each segment of a key as a file name.
     room = 1024 - len(site.named("")["Key"].encode())
     longest = ("x" * 99 + "/") * (room // 100) + "y" * (room % 100)
@@ -420,7 +422,7 @@ def key_length(site: Site) -> None:
 @S3_LIST.noted(
     source="S3 User Guide, naming objects",
     promise="none: the grid never uses a key and the same key with a suffix after a slash",
-    otherwise="raw data with such names cannot be uploaded",
+    otherwise="raw data with names such as a and a/b cannot be uploaded",
 )
 def key_below(site: Site) -> None:
     """The objects a and a/b may exist together, because a key is a name and not a path."""

@@ -119,7 +119,7 @@ def range_cut(site: Site) -> None:
 @S3_READ.noted(
     source="S3 API, GetObject",
     promise="Objects.get_range: the adapter checks the size itself",
-    otherwise="one more request for an empty part",
+    otherwise="the adapter sends one more request for an empty part of an input",
 )
 def range_behind(site: Site) -> None:
     """A range that starts after the end of the object returns 416 InvalidRange."""
@@ -132,7 +132,7 @@ def range_behind(site: Site) -> None:
 @S3_READ.needed(
     source="S3 User Guide, conditional reads",
     promise="Objects.get_if_changed",
-    otherwise="workers fetch the control object every time",
+    otherwise="workers fetch the content of the control object even if the object has not changed",
 )
 def get_unchanged(site: Site) -> None:
     """GetObject with If-None-Match and the current ETag returns 304 without the body."""
@@ -175,7 +175,7 @@ def delete_many(site: Site) -> None:
     expect(site.keys() == ["b"], "the remaining objects are wrong")
 
 
-@S3_READ.noted(source="S3 API, DeleteObjects", promise="none: the adapter sends at most 1,000")
+@S3_READ.noted(source="S3 API, DeleteObjects", promise="none: the adapter sends at most 1,000 keys in one call")
 def delete_over_1000(site: Site) -> None:
     """DeleteObjects with more than 1,000 keys returns 400 MalformedXML."""
     site.delete_many([f"{n:04d}" for n in range(1001)]).refused(400, "MalformedXML")
@@ -243,7 +243,9 @@ def multipart_whole(site: Site) -> None:
     otherwise="a worker reads an incomplete input",
 )
 def multipart_unseen(site: Site) -> None:
-    """Until an upload is completed, no read or listing returns it, and the previous object still exists."""
+    """Until a multipart upload is completed, no read or listing returns the new object, and the previous object still
+    exists.
+    """
     upload = _begun(site, "new")
     site.get("new").refused(404, "NoSuchKey")
     expect(site.keys() == [], "an incomplete upload is listed")
@@ -257,7 +259,7 @@ def multipart_unseen(site: Site) -> None:
 @S3_UPLOAD.noted(
     source="S3 API, AbortMultipartUpload",
     promise="a failed Objects.upload leaves nothing behind",
-    otherwise="invisible parts are billed",
+    otherwise="AWS bills the invisible parts of an aborted upload",
 )
 def multipart_abort(site: Site) -> None:
     """After AbortMultipartUpload, the object does not exist, and UploadPart returns 404 NoSuchUpload."""
@@ -270,11 +272,11 @@ def multipart_abort(site: Site) -> None:
 @S3_UPLOAD.noted(
     source="S3 User Guide, multipart upload limits",
     promise="none: the adapter's parts have 8 MiB",
-    otherwise="an upload that works here fails on AWS",
+    otherwise="an upload that works on the emulator fails on AWS",
 )
 def multipart_small_part(site: Site) -> None:
-    """Every part except the last one has at least 5 MiB. Otherwise CompleteMultipartUpload returns 400
-    EntityTooSmall.
+    """Every part of a multipart upload except the last part must have at least 5 MiB. If another part is smaller,
+    CompleteMultipartUpload returns 400 EntityTooSmall.
     """
     _begun(site, "a", b"1", b"2").complete().refused(400, "EntityTooSmall")
 
@@ -282,7 +284,7 @@ def multipart_small_part(site: Site) -> None:
 @S3_UPLOAD.noted(
     source="S3 API, CompleteMultipartUpload",
     promise="Objects.upload",
-    otherwise="a part that was overwritten in between is not noticed",
+    otherwise="the adapter does not notice that a part was overwritten during the upload",
 )
 def multipart_wrong_part(site: Site) -> None:
     """CompleteMultipartUpload with a wrong ETag of a part returns 400 InvalidPart."""
@@ -296,8 +298,8 @@ def multipart_wrong_part(site: Site) -> None:
     otherwise="a worker can overwrite a file of another job",
 )
 def multipart_create_taken(site: Site) -> None:
-    """CompleteMultipartUpload with If-None-Match: * on a key that exists by then returns 412 PreconditionFailed and
-    does not change the object.
+    """CompleteMultipartUpload with If-None-Match: * on a key that was created during the upload returns 412
+    PreconditionFailed and does not change the object.
     """
     upload = _begun(site, "a")
     site.put("a", b"first").accepted()
@@ -319,11 +321,11 @@ def multipart_create_free(site: Site) -> None:
 @S3_UPLOAD.noted(
     source="S3 User Guide, conditional writes",
     promise="the adapter raises Throttled for 409, and the call is repeated",
-    otherwise="batchlab sees 409 for the first time in production",
+    otherwise="batchlab receives the status 409 for the first time in production",
 )
 def multipart_create_conflict(site: Site) -> None:
     """CompleteMultipartUpload with If-None-Match: * returns 409 ConditionalRequestConflict if the key was deleted
-    during the upload. The upload must be repeated.
+    during the upload. The client must repeat the whole upload.
     """
     site.put("a", b"first").accepted()
     upload = _begun(site, "a")

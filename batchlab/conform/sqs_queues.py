@@ -25,7 +25,9 @@ def _create(site: Site, name: str, **attributes: str) -> Answer:
     otherwise="a restarted manager fails, or loses messages",
 )
 def create_same(site: Site) -> None:
-    """CreateQueue with the name and attributes of an existing queue returns its URL and keeps its messages."""
+    """CreateQueue with the name and attributes of an existing queue returns the URL of the existing queue, which keeps
+    its messages.
+    """
     name = site.new_name()
     first = site.queue_with("a", name=name, VisibilityTimeout="40")
     second = site.queue(name, VisibilityTimeout="40")
@@ -85,16 +87,18 @@ def queue_url(site: Site) -> None:
     otherwise="other clients cannot reach the queue",
 )
 def queue_url_host(site: Site) -> None:
-    """A queue's URL works without changes."""
+    """Clients can use the URL of a queue without changes."""
     if site.target.endpoint.url is None:
         raise Untried("the check does not apply to AWS itself")
     host = urlsplit(site.queue().url).netloc
     expect(host == urlsplit(site.target.endpoint.url).netloc, "the queue's URL has another host or port")
 
 
-@SQS_QUEUES.noted(source="SQS API, CreateQueue", promise="none: the adapter refuses others")
+@SQS_QUEUES.noted(source="SQS API, CreateQueue", promise="none: the adapter refuses other names")
 def queue_name(site: Site) -> None:
-    """A queue's name has 1 to 80 letters, digits, -, or _. Other names return 400 InvalidParameterValue."""
+    """A queue's name has 1 to 80 letters, digits, -, or _. CreateQueue with any other name returns 400
+    InvalidParameterValue.
+    """
     run = site.target.run
     for name in (f"{run} spaces", f"{run}.dot", f"{run}-{'x' * (80 - len(run))}"):
         _create(site, name).refused(400, "InvalidParameterValue")
@@ -120,7 +124,7 @@ def attributes_update(site: Site) -> None:
 @SQS_QUEUES.noted(
     source="SQS API, SetQueueAttributes",
     promise="none: the grid's settings stay within the limits",
-    otherwise="a setting that works here fails on AWS",
+    otherwise="a queue setting that works on the emulator fails on AWS",
 )
 def attributes_refused(site: Site) -> None:
     """A VisibilityTimeout over 12 h or a retention under 60 s returns 400 InvalidAttributeValue."""
@@ -152,7 +156,9 @@ def counts(site: Site) -> None:
     source="SQS API, PurgeQueue", promise="Queue.purge", otherwise="messages of a purged grid appear again"
 )
 def purge(site: Site) -> None:
-    """PurgeQueue deletes every message, including hidden and delayed ones (within a minute). Later messages arrive."""
+    """PurgeQueue deletes every message, including hidden and delayed ones (within a minute). A message that is sent
+    after PurgeQueue is not deleted.
+    """
     queue = site.queue_with("a", "b", "c", VisibilityTimeout="2")
     queue.send("late", DelaySeconds=2).accepted()
     queue.one()
@@ -233,7 +239,9 @@ def dead_letter_history(site: Site) -> None:
     expect(dead_letter.count == message.count + 1, "the receive count of the dead letter starts again")
 
 
-@SQS_QUEUES.noted(source="SQS API, ReceiveMessage; recorded answers of AWS", promise="none: the body names its stage")
+@SQS_QUEUES.noted(
+    source="SQS API, ReceiveMessage; recorded answers of AWS", promise="none: the body of a message names its stage"
+)
 def dead_letter_source(site: Site) -> None:
     """DeadLetterQueueSourceArn of a dead letter names its source queue."""
     queue, dead, _ = _poison_queues(site, 1)
@@ -268,20 +276,20 @@ def dead_letter_neighbours(site: Site) -> None:
 
 @SQS_QUEUES.noted(
     source="SQS Developer Guide, dead-letter queues",
-    promise="Queue.ensure: dead letters exist already",
-    otherwise="a wrong name is noticed only when the first poison task is lost",
+    promise="Queue.ensure: the dead-letter queue exists already",
+    otherwise="a wrong name of a dead-letter queue is noticed only when the first poison task is lost",
 )
 def dead_letter_missing(site: Site) -> None:
-    """A RedrivePolicy with a missing queue returns 400."""
+    """A RedrivePolicy that names a missing queue returns 400."""
     queue = site.queue()
     target = f"{queue.arn()}-nowhere"
     policy = json.dumps({"deadLetterTargetArn": target, "maxReceiveCount": 3})
     queue.call("SetQueueAttributes", Attributes={"RedrivePolicy": policy}).refused(400)
 
 
-@SQS_QUEUES.noted(source="SQS API, SetQueueAttributes", promise="none: the grid's setting is within the limits")
+@SQS_QUEUES.noted(source="SQS API, SetQueueAttributes", promise="none: the grid's maxReceiveCount is within the limits")
 def dead_letter_limits(site: Site) -> None:
-    """maxReceiveCount is 1 to 1,000. Other values return 400."""
+    """The maxReceiveCount of a RedrivePolicy is 1 to 1,000. Any other maxReceiveCount returns 400."""
     queue, dead = site.queue(), site.queue()
     for receives in (0, 1001):
         policy = _redrive(dead, receives)
@@ -290,11 +298,11 @@ def dead_letter_limits(site: Site) -> None:
 
 @SQS_QUEUES.noted(
     source="recorded answers of AWS",
-    promise="Queue.ensure without dead letters",
+    promise="Queue.ensure without a dead-letter queue",
     otherwise="messages still move to an unused queue",
 )
 def dead_letter_off(site: Site) -> None:
-    """Setting RedrivePolicy to an empty text removes it."""
+    """SetQueueAttributes with an empty text as the RedrivePolicy removes the RedrivePolicy from the queue."""
     dead = site.queue()
     queue = site.queue(RedrivePolicy=_redrive(dead, 3))
     queue.call("SetQueueAttributes", Attributes={"RedrivePolicy": ""}).accepted()

@@ -25,7 +25,7 @@ SQS_RECEIVE = Table("sqs")
     otherwise="every bundle runs on several workers",
 )
 def hidden(site: Site) -> None:
-    """No other receiver gets a received message during its visibility timeout."""
+    """During the visibility timeout of a received message, no other receiver gets the message."""
     queue = site.queue_with("a", VisibilityTimeout="30")
     queue.one()
     expect(queue.empty(wait_s=2), "the message is received again at once")
@@ -48,7 +48,7 @@ def redelivery(site: Site) -> None:
 
 @SQS_RECEIVE.needed(
     source="SQS API, ReceiveMessage",
-    promise="Message.receive_count: it reveals suspects and poison tasks",
+    promise="Message.receive_count reveals suspects and poison tasks",
     otherwise="a task that kills its workers is tried forever",
 )
 def receive_count(site: Site) -> None:
@@ -60,7 +60,7 @@ def receive_count(site: Site) -> None:
 
 @SQS_RECEIVE.noted(
     source="SQS Developer Guide, queue and message identifiers",
-    promise="none: the commit decides, not the delete",
+    promise="none: the commit of an outcome decides which result counts, not the delete of a message",
     otherwise="a late worker returns or deletes a message that another worker holds",
 )
 def new_handle(site: Site) -> None:
@@ -92,20 +92,21 @@ def times(site: Site) -> None:
 @SQS_RECEIVE.needed(
     source="SQS API, ReceiveMessage",
     promise="Queue.receive(visibility_s)",
-    otherwise="messages are received again during the work, or much too late",
+    otherwise="messages are received again while a worker processes them, or much too late",
 )
 def receive_visibility(site: Site) -> None:
-    """The VisibilityTimeout of a receive replaces the queue's."""
+    """The VisibilityTimeout in a ReceiveMessage call replaces the visibility timeout of the queue."""
     queue = site.queue_with("a", VisibilityTimeout="1")
     queue.one(VisibilityTimeout=30)
     expect(queue.empty(wait_s=3), "the queue's timeout applies")
 
 
 @SQS_RECEIVE.noted(
-    source="SQS API, ReceiveMessage; recorded answers of AWS", promise="none: a worker keeps what it receives"
+    source="SQS API, ReceiveMessage; recorded answers of AWS",
+    promise="none: a worker keeps the messages that it receives",
 )
 def receive_zero(site: Site) -> None:
-    """A receive with VisibilityTimeout 0 leaves the message visible."""
+    """A ReceiveMessage call with VisibilityTimeout 0 leaves the message visible."""
     queue = site.queue_with("a", VisibilityTimeout="30")
     queue.one(VisibilityTimeout=0)
     queue.one(VisibilityTimeout=30)
@@ -115,10 +116,12 @@ def receive_zero(site: Site) -> None:
 @SQS_RECEIVE.needed(
     source="SQS API, ChangeMessageVisibility",
     promise="Queue.change_visibility: heartbeats",
-    otherwise="a task longer than the timeout runs twice",
+    otherwise="a task that is longer than the visibility timeout runs twice",
 )
 def extend(site: Site) -> None:
-    """ChangeMessageVisibility sets a new timeout from now on, any number of times."""
+    """ChangeMessageVisibility sets a new visibility timeout, which starts at the call. A message may have any number of
+    such calls.
+    """
     queue, message = site.received_message(VisibilityTimeout="2")
     for seconds in (300, 200):
         queue.hide(message.receipt, seconds).accepted()
@@ -131,7 +134,7 @@ def extend(site: Site) -> None:
 @SQS_RECEIVE.needed(
     source="SQS Developer Guide, visibility timeout",
     promise="I6: a worker that leaves returns its work at once",
-    otherwise="unfinished work waits for a timeout",
+    otherwise="unfinished work waits for the visibility timeout",
 )
 def give_back(site: Site) -> None:
     """ChangeMessageVisibility to 0 makes the message visible at once."""
@@ -200,7 +203,7 @@ def wake_due(site: Site) -> None:
 
 @SQS_RECEIVE.needed(
     source="SQS Developer Guide, short and long polling",
-    promise="requests are billed: an idle worker sends three a minute",
+    promise="AWS bills requests: an idle worker sends three requests a minute",
     otherwise="idle workers poll without a pause",
 )
 def wait_empty(site: Site) -> None:
@@ -226,14 +229,14 @@ def wait_partial(site: Site) -> None:
     expect(time.monotonic() - begun_s < WAKES_S, "the long poll waits for more messages")
 
 
-@SQS_RECEIVE.noted(source="SQS API, ReceiveMessage", promise="none: the adapter refuses it")
+@SQS_RECEIVE.noted(source="SQS API, ReceiveMessage", promise="none: the adapter refuses a longer wait")
 def wait_21(site: Site) -> None:
     """WaitTimeSeconds over 20 returns 400 InvalidParameterValue."""
     queue = site.queue_with("a")
     queue.call("ReceiveMessage", WaitTimeSeconds=21).refused(400, "InvalidParameterValue")
 
 
-@SQS_RECEIVE.noted(source="SQS API, ReceiveMessage", promise="none: the adapter refuses it")
+@SQS_RECEIVE.noted(source="SQS API, ReceiveMessage", promise="none: the adapter refuses a larger number of messages")
 def receive_11(site: Site) -> None:
     """MaxNumberOfMessages over 10 returns 400 InvalidParameterValue."""
     queue = site.queue()
@@ -246,7 +249,7 @@ def receive_11(site: Site) -> None:
     otherwise="a worker holds more bundles than its slots can run",
 )
 def receive_most(site: Site) -> None:
-    """A receive never returns more than MaxNumberOfMessages."""
+    """A ReceiveMessage call never returns more messages than MaxNumberOfMessages."""
     queue = site.queue()
     queue.send_batch(*"abcdefghij").accepted()
     queue.send_batch(*"klmnopqrst").accepted()
@@ -264,7 +267,9 @@ def receive_most(site: Site) -> None:
     otherwise="bundles are lost",
 )
 def share(site: Site) -> None:
-    """With many receivers, each message reaches one of them. Rarely, it may reach two."""
+    """With many receivers, each message reaches one of the receivers. In rare cases, a message may reach two
+    receivers.
+    """
     queue = site.queue(VisibilityTimeout="60")
     sent = {str(number) for number in range(60)}
     for start in range(0, 60, 10):
@@ -318,7 +323,9 @@ def delete(site: Site) -> None:
     otherwise="a slightly late bundle is received again, although its outcome exists",
 )
 def delete_expired(site: Site) -> None:
-    """After its timeout, a receipt still deletes the message if no other receiver has received it."""
+    """After the visibility timeout of a message, its receipt still deletes the message if no other receiver has
+    received the message.
+    """
     queue, message = site.received_message(VisibilityTimeout="1")
     time.sleep(1.5)
     queue.delete(message.receipt).accepted()
@@ -327,19 +334,21 @@ def delete_expired(site: Site) -> None:
 
 @SQS_RECEIPTS.noted(
     source="SQS API, DeleteMessage; recorded answers of AWS",
-    promise="Queue.delete: the adapter returns a refusal and does not raise",
-    otherwise="a worker that repeats a delete after a lost response is refused",
+    promise="Queue.delete: the adapter returns a refusal and does not raise an exception",
+    otherwise="the emulator refuses a worker that repeats a delete after a lost response",
 )
 def delete_twice(site: Site) -> None:
-    """Deleting a deleted message is accepted."""
+    """SQS accepts a second DeleteMessage for a message that was already deleted."""
     queue, message = site.received_message()
     queue.delete(message.receipt).accepted()
     queue.delete(message.receipt).accepted()
 
 
-@SQS_RECEIPTS.noted(source="SQS API, DeleteMessage", promise="none: the adapter returns a refusal and does not raise")
+@SQS_RECEIPTS.noted(
+    source="SQS API, DeleteMessage", promise="none: the adapter returns a refusal and does not raise an exception"
+)
 def delete_nonsense(site: Site) -> None:
-    """Deleting with an invalid receipt handle returns ReceiptHandleIsInvalid."""
+    """DeleteMessage with an invalid receipt handle returns ReceiptHandleIsInvalid."""
     answer = site.queue().delete("nonsense")
     expect(answer.code == "ReceiptHandleIsInvalid", str(answer))
 
@@ -361,12 +370,12 @@ def delete_foreign(site: Site) -> None:
 
 @SQS_RECEIPTS.noted(
     source="SQS API, DeleteMessageBatch",
-    promise="none: the adapter then repeats the calls one by one",
-    otherwise="more requests",
+    promise="none: the adapter repeats the calls of a refused batch one by one",
+    otherwise="the adapter sends more requests",
 )
 def delete_batch_partial(site: Site) -> None:
-    """If one receipt of DeleteMessageBatch is invalid, the other messages are deleted. The response is 200 and lists
-    the invalid receipt under Failed.
+    """If one receipt of DeleteMessageBatch is invalid, SQS deletes the other messages. The response to such a batch is
+    200 and lists the invalid receipt under Failed.
     """
     queue, message = site.received_message(VisibilityTimeout="2")
     _call_with_invalid_receipt(queue, "DeleteMessageBatch", message)
@@ -387,12 +396,12 @@ def _call_with_invalid_receipt(queue: OwnQueue, action: str, message: Received, 
 
 @SQS_RECEIPTS.noted(
     source="SQS API, ChangeMessageVisibilityBatch",
-    promise="none: the adapter then repeats the calls one by one",
-    otherwise="more requests",
+    promise="none: the adapter repeats the calls of a refused batch one by one",
+    otherwise="the adapter sends more requests",
 )
 def change_batch_partial(site: Site) -> None:
-    """If one receipt of ChangeMessageVisibilityBatch is invalid, the others are changed. The response is 200 and lists
-    the invalid receipt under Failed.
+    """If one receipt of ChangeMessageVisibilityBatch is invalid, SQS changes the other messages. The response to such a
+    batch is 200 and lists the invalid receipt under Failed.
     """
     queue, message = site.received_message(VisibilityTimeout="600")
     _call_with_invalid_receipt(queue, "ChangeMessageVisibilityBatch", message, VisibilityTimeout=0)
@@ -401,26 +410,26 @@ def change_batch_partial(site: Site) -> None:
 
 @SQS_RECEIPTS.noted(
     source="SQS API, DeleteMessage",
-    promise="Queue.delete: the adapter returns a refusal and does not raise",
-    otherwise="a worker learns that it lost its message, which AWS does not report",
+    promise="Queue.delete: the adapter returns a refusal and does not raise an exception",
+    otherwise="on the emulator, a worker is notified that it lost its message, but AWS does not report this loss",
 )
 def stale_delete_answer(site: Site) -> None:
-    """Deleting with the receipt of an earlier receive is accepted."""
+    """SQS accepts DeleteMessage with the receipt of an earlier receive."""
     queue, old, _ = _twice_received(site)
     queue.delete(old.receipt).accepted()
 
 
 @SQS_RECEIPTS.noted(
     source="SQS API, DeleteMessage",
-    promise="none: the commit decides, not the delete",
+    promise="none: the commit of an outcome decides which result counts, not the delete of a message",
     otherwise=(
-        "a late worker deletes a message that another worker holds. If that worker dies, too, the"
-        " reconciler sends the bundle again"
+        "a late worker deletes a message that another worker holds. If the other worker dies too, the "
+        "reconciler sends the bundle again"
     ),
 )
 def stale_delete_spares(site: Site) -> None:
     """The receipt of an earlier receive may fail to delete a message that was received again. Only the latest receipt
-    always deletes it.
+    of a message always deletes the message.
     """
     queue, old, new = _twice_received(site)
     queue.delete(old.receipt)
@@ -432,11 +441,11 @@ def stale_delete_spares(site: Site) -> None:
 
 @SQS_RECEIPTS.noted(
     source="recorded answers of AWS; the reference does not say",
-    promise="Queue.change_visibility: the adapter returns a refusal and does not raise",
-    otherwise="a late heartbeat is refused, but AWS accepts it",
+    promise="Queue.change_visibility: the adapter returns a refusal and does not raise an exception",
+    otherwise="the emulator refuses a late heartbeat, but AWS accepts a late heartbeat",
 )
 def stale_change(site: Site) -> None:
-    """ChangeMessageVisibility with the receipt of an earlier receive is accepted."""
+    """SQS accepts ChangeMessageVisibility with the receipt of an earlier receive."""
     queue, old, _ = _twice_received(site)
     queue.hide(old.receipt, 10).accepted()
 
@@ -447,8 +456,8 @@ def stale_change(site: Site) -> None:
     otherwise="a bundle whose worker was late is lost",
 )
 def change_expired(site: Site) -> None:
-    """ChangeMessageVisibility after the timeout is accepted, or refused with 400 MessageNotInflight. In both cases, the
-    message is received again.
+    """SQS accepts ChangeMessageVisibility after the visibility timeout, or refuses the call with 400
+    MessageNotInflight. A receiver receives the message again in both cases.
     """
     queue, message = site.received_message(VisibilityTimeout="1")
     time.sleep(2.5)
@@ -458,7 +467,9 @@ def change_expired(site: Site) -> None:
     expect(queue.one().id == message.id, "another message is received")
 
 
-@SQS_RECEIPTS.noted(source="recorded answers of AWS", promise="none: the adapter returns a refusal and does not raise")
+@SQS_RECEIPTS.noted(
+    source="recorded answers of AWS", promise="none: the adapter returns a refusal and does not raise an exception"
+)
 def change_deleted(site: Site) -> None:
     """ChangeMessageVisibility of a deleted message returns 400 InvalidParameterValue."""
     queue, message = site.received_message()
@@ -469,7 +480,7 @@ def change_deleted(site: Site) -> None:
 @SQS_RECEIPTS.noted(
     source="SQS API, ChangeMessageVisibility",
     promise="Queue.change_visibility: at most 12 h",
-    otherwise="a heartbeat that works here fails on AWS",
+    otherwise="a heartbeat that works on the emulator fails on AWS",
 )
 def change_over_12h(site: Site) -> None:
     """A VisibilityTimeout over 43,200 s returns 400 InvalidParameterValue."""
@@ -479,12 +490,12 @@ def change_over_12h(site: Site) -> None:
 
 @SQS_RECEIPTS.noted(
     source="SQS Developer Guide, visibility timeout",
-    promise="a longer task gets a new message before the limit, so it continues",
-    otherwise="a task of more than 12 hours works here and runs twice on AWS",
+    promise="a task that is longer than the limit gets a new message before the limit, so the task continues",
+    otherwise="a task of more than 12 hours works on the emulator and runs twice on AWS",
 )
 def change_total_12h(site: Site) -> None:
-    """The limit of 12 hours starts at the receive. A timeout that would end later returns 400 InvalidParameterValue,
-    and an extension does not restart the limit.
+    """The limit of 12 hours for the visibility timeout starts when a message is received. A visibility timeout that
+    would end after this limit returns 400 InvalidParameterValue, and an extension does not restart the limit.
     """
     queue, message = site.received_message()
     time.sleep(2)
@@ -493,10 +504,10 @@ def change_total_12h(site: Site) -> None:
 
 @SQS_RECEIPTS.noted(
     source="SQS API, CreateQueue",
-    promise="none: the adapter rounds up",
-    otherwise="a fraction that works here fails on AWS",
+    promise="none: the adapter rounds times up to whole seconds",
+    otherwise="a fraction of a second that works on the emulator fails on AWS",
 )
 def whole_seconds(site: Site) -> None:
-    """Timeouts and delays are whole seconds. 1.5 returns 400."""
+    """Visibility timeouts and delays are whole seconds. A call with a value such as 1.5 returns 400."""
     queue = site.queue()
     queue.call("SetQueueAttributes", Attributes={"VisibilityTimeout": "1.5"}).refused(400)

@@ -19,8 +19,8 @@ SQS_SEND = Table("sqs")
 
 @SQS_SEND.needed(source="SQS API, SendMessage", promise="Queue.send", otherwise="bundles arrive damaged")
 def body(site: Site) -> None:
-    """A body of any Unicode text, including line breaks and tabs, is received as it was sent. The response contains its
-    MD5.
+    """A body of any Unicode text, including line breaks and tabs, is received as it was sent. The response to
+    SendMessage contains the MD5 of the body.
     """
     text = '{"text": "Grüße, 日本 😀 \\u0001", "quote": "\'", "xml": "<a>&amp;</a>", "n": "\r\n\t"}'
     queue = site.queue()
@@ -33,7 +33,9 @@ def body(site: Site) -> None:
 
 
 @SQS_SEND.noted(
-    source="SQS API, SendMessage", promise="none: JSON escapes them", otherwise="a body that works here fails on AWS"
+    source="SQS API, SendMessage",
+    promise="none: JSON escapes control characters",
+    otherwise="a body that works on the emulator fails on AWS",
 )
 def body_control(site: Site) -> None:
     """A body with a control character other than tabs and line breaks returns 400 InvalidMessageContents."""
@@ -54,19 +56,23 @@ def body_empty(site: Site) -> None:
     otherwise="large bundles cannot be sent",
 )
 def body_256k(site: Site) -> None:
-    """A message may have 256 KiB (and up to 1 MiB)."""
+    """SQS accepts a message of 256 KiB (AWS accepts up to 1 MiB)."""
     queue = site.queue()
     queue.send("x" * MAX_MESSAGE_BYTES).accepted()
     expect(len(queue.one().body) == MAX_MESSAGE_BYTES, "the message is received with another body")
 
 
-@SQS_SEND.noted(source="SQS Developer Guide, message quotas", promise="none: the adapter refuses more than 256 KiB")
+@SQS_SEND.noted(
+    source="SQS Developer Guide, message quotas", promise="none: the adapter refuses a message of more than 256 KiB"
+)
 def body_over_1m(site: Site) -> None:
     """A message of more than 1 MiB returns 400 InvalidParameterValue."""
     site.queue().send("x" * (MIB + 1)).refused(400, "InvalidParameterValue")
 
 
-@SQS_SEND.noted(source="SQS API, SetQueueAttributes", promise="none: the adapter refuses more than 256 KiB")
+@SQS_SEND.noted(
+    source="SQS API, SetQueueAttributes", promise="none: the adapter refuses a message of more than 256 KiB"
+)
 def body_over_own_limit(site: Site) -> None:
     """A message larger than the queue's MaximumMessageSize returns 400 InvalidParameterValue."""
     queue = site.queue(MaximumMessageSize="1024")
@@ -86,14 +92,16 @@ def batch_10(site: Site) -> None:
     expect(sorted(entry.body for entry in queue.take(10)) == bodies, "other messages are received than were sent")
 
 
-@SQS_SEND.noted(source="SQS API, SendMessageBatch", promise="none: the adapter refuses more than 10")
+@SQS_SEND.noted(
+    source="SQS API, SendMessageBatch", promise="none: the adapter refuses a batch of more than 10 messages"
+)
 def batch_11(site: Site) -> None:
     """A batch of more than 10 messages returns 400 AWS.SimpleQueueService.TooManyEntriesInBatchRequest."""
     answer = site.queue().send_batch(*"abcdefghijk")
     answer.refused(400, "AWS.SimpleQueueService.TooManyEntriesInBatchRequest")
 
 
-@SQS_SEND.noted(source="SQS API, SendMessageBatch", promise="none: the adapter numbers its entries")
+@SQS_SEND.noted(source="SQS API, SendMessageBatch", promise="none: the adapter numbers the entries of a batch")
 def batch_same_ids(site: Site) -> None:
     """A batch with two entries of the same id returns 400 AWS.SimpleQueueService.BatchEntryIdsNotDistinct."""
     entries = [{"Id": "a", "MessageBody": "1"}, {"Id": "a", "MessageBody": "2"}]
@@ -114,7 +122,7 @@ def batch_empty(site: Site) -> None:
     otherwise="large bundles cannot be sent together",
 )
 def batch_256k(site: Site) -> None:
-    """A batch may have 256 KiB in total (and up to 1 MiB)."""
+    """SQS accepts a batch of 256 KiB in total (AWS accepts up to 1 MiB)."""
     queue = site.queue()
     half = "x" * (MAX_MESSAGE_BYTES // 2)
     sent = queue.send_batch(half, half).accepted().data
@@ -122,7 +130,9 @@ def batch_256k(site: Site) -> None:
     expect([received.body for received in queue.take(2)] == [half, half], "the messages are received with other bodies")
 
 
-@SQS_SEND.noted(source="SQS Developer Guide, message quotas", promise="none: the adapter refuses more than 256 KiB")
+@SQS_SEND.noted(
+    source="SQS Developer Guide, message quotas", promise="none: the adapter refuses a batch of more than 256 KiB"
+)
 def batch_over_1m(site: Site) -> None:
     """A batch of more than 1 MiB in total returns 400 AWS.SimpleQueueService.BatchRequestTooLong."""
     answer = site.queue().send_batch("x" * (MIB // 2), "x" * (MIB // 2), "y")
@@ -155,7 +165,7 @@ def _first_refused(site: Site) -> tuple[OwnQueue, Any]:
 
 @SQS_SEND.needed(
     source="SQS API, SendMessageBatch",
-    promise="Queue.send: all or an exception",
+    promise="Queue.send sends all messages or raises an exception",
     otherwise="a bundle that was not sent counts as sent until the reconciler sends it again",
 )
 def batch_told(site: Site) -> None:
@@ -175,11 +185,11 @@ def batch_told(site: Site) -> None:
 @SQS_SEND.noted(
     source="SQS API, SendMessageBatch",
     promise="none: after an exception, some messages may have been sent",
-    otherwise="one invalid message blocks the others in its batch",
+    otherwise="one invalid message blocks the other messages in its batch",
 )
 def batch_partial(site: Site) -> None:
-    """If one entry of a batch is invalid, the others are sent. The response is 200 and lists the invalid entry under
-    Failed.
+    """If one entry of a batch is invalid, SQS sends the other entries. The response to such a batch is 200 and lists
+    the invalid entry under Failed.
     """
     queue, failed = _first_refused(site)
     expect([entry["Id"] for entry in failed] == ["bad"], "Failed lists a valid entry")
@@ -190,10 +200,12 @@ def batch_partial(site: Site) -> None:
 @SQS_SEND.noted(
     source="SQS API, BatchResultErrorEntry",
     promise="none: the adapter also recognizes an invalid body by its error code",
-    otherwise="a permanent error looks like a temporary one",
+    otherwise="a permanent error looks like a temporary error",
 )
 def batch_fault(site: Site) -> None:
-    """An entry under Failed states whether the error is the sender's fault, such as an invalid body."""
+    """In the response to a batch, an entry under Failed states whether the error is the sender's fault, such as an
+    invalid body.
+    """
     _, failed = _first_refused(site)
     expect(failed[0].get("SenderFault") is True, "the error is not reported as the sender's fault")
 
@@ -204,7 +216,9 @@ def batch_fault(site: Site) -> None:
     otherwise="the grid cannot read messages of other programs",
 )
 def message_attributes(site: Site) -> None:
-    """Message attributes do not change the body and its MD5, and a receiver gets them only on request."""
+    """Message attributes do not change the body of a message and the MD5 of the body. A receiver gets message
+    attributes only on request.
+    """
     queue = site.queue()
     attributes = {"trace": {"DataType": "String", "StringValue": "abc"}}
     queue.send("a", MessageAttributes=attributes).accepted()
@@ -221,7 +235,7 @@ def message_attributes(site: Site) -> None:
     otherwise="a task is retried without its backoff, or never",
 )
 def delay(site: Site) -> None:
-    """A message with DelaySeconds is received after this time, and not before."""
+    """A message with DelaySeconds is received after this delay, and not before."""
     queue = site.queue()
     begun_s = time.monotonic()
     queue.send("much later", DelaySeconds=600).accepted()
@@ -258,7 +272,8 @@ def _only_late(queue: OwnQueue, begun_s: float) -> None:
 
 
 @SQS_SEND.noted(
-    source="SQS API, SendMessage", promise="none: the adapter refuses it, and longer delays use several messages"
+    source="SQS API, SendMessage",
+    promise="none: the adapter refuses a longer delay, and the grid uses several messages for longer delays",
 )
 def delay_901(site: Site) -> None:
     """A DelaySeconds over 900 returns 400 InvalidParameterValue."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class StageView(TypedDict):
-    """Counters of a stage. `running` is the number of tasks in bundles that workers report as running."""
+    """Counters of a stage. `running` is the number of the stage's tasks in bundles that workers report as running."""
 
     name: str
     pool: str
@@ -35,10 +35,10 @@ class StageView(TypedDict):
 
 
 class JobView(TypedDict):
-    """A job.
+    """State of a job.
 
-    `version` changes whenever another field of the job changes, and is 0 once the job has ended. `report` is the reason
-    why the job's performance data could not be written, if the write failed.
+    `version` changes whenever another field of the JobView changes, and is 0 once the job has ended. `report` is the
+    reason why the manager could not write the job's performance data, or "" if the write did not fail.
     """
 
     id: str
@@ -72,12 +72,12 @@ UNCOUNTED sorts before the `seq` of every folded outcome.
 
 
 class OutcomeView(TypedDict):
-    """A folded outcome.
+    """A folded outcome of a bundle.
 
-    The response to a submission may also contain an outcome that is not folded yet, with `seq` 0. `tasks` are the
-    ranges of the tasks that succeeded in the outcome. The object at `key` has the results of the tasks that succeeded.
-    `failed` is the number of tasks that failed and are not retried. `outcome` is the content of the object at `key` if
-    the manager has the content in memory.
+    The response to a submission may also contain an outcome that is not folded yet. The `seq` of such an outcome is 0.
+    `tasks` are the ranges of the bundle's tasks that succeeded. The object at `key` contains the results of these
+    tasks. `failed` is the number of the bundle's tasks that failed and are not retried. `outcome` is the content of the
+    object at `key` if the manager has the content in memory.
     """
 
     seq: int
@@ -90,14 +90,14 @@ class OutcomeView(TypedDict):
 
 
 class OutcomesView(TypedDict):
-    """Outcomes of a job. `ended` is true if the job has ended and no more outcomes follow."""
+    """Outcomes of a job. `ended` is true if the job has ended and the job has no more outcomes."""
 
     outcomes: list[OutcomeView]
     ended: bool
 
 
 class FailureView(TypedDict):
-    """A task that failed and is not retried, in the outcome `seq`.
+    """Failure of a task that is not retried. `seq` is the number of the outcome that contains the failure.
 
     Failures with the same cause have the same `fingerprint`.
     """
@@ -115,14 +115,21 @@ class FailureView(TypedDict):
 
 
 class FailuresView(TypedDict):
-    """A page of failures. `next` is the value of the parameter `after` for the next page, or None on the last page."""
+    """A page of a job's failures.
+
+    `next` is the value of the parameter `after` in the request for the next page of failures. `next` is None on the
+    last page.
+    """
 
     failures: list[FailureView]
     next: str | None
 
 
 class FailureGroupView(TypedDict):
-    """Failures with the same fingerprint: the number of failed tasks, and the first failed task."""
+    """Group of a job's failures with the same fingerprint.
+
+    `count` is the number of failed tasks in the group, and `first` is the failure of the first of these tasks.
+    """
 
     fingerprint: str
     stage: str
@@ -131,10 +138,11 @@ class FailureGroupView(TypedDict):
 
 
 class FailureGroupsView(TypedDict):
-    """Groups of failures, with the largest group first.
+    """Groups of a job's failures, with the largest group first.
 
-    `is_whole` is false while only the first `read` of the `failed` failures have been read. A client repeats the
-    request until `is_whole` is true.
+    `failed` is the number of the job's failures, and `read` is the number of failures that the manager has read so far.
+    `is_whole` is false while `read` is smaller than `failed`. A client repeats the request for the groups until
+    `is_whole` is true.
     """
 
     groups: list[FailureGroupView]
@@ -144,11 +152,11 @@ class FailureGroupsView(TypedDict):
 
 
 class TaskView(TypedDict):
-    """A task that has ended, according to its outcome.
+    """A task that has ended, according to the outcome of its bundle.
 
-    `state` is succeeded, failed, or cancelled. If `seq` belongs to an earlier outcome of the task, `state` is retried.
-    `input` and `log` are text and are truncated if they are long. `input_of` is the name of the file that contains the
-    input.
+    The `state` of a task is succeeded, failed, or cancelled. The `state` is retried if `seq` belongs to an earlier
+    outcome of the task. `input` and `log` are the text of the task's input and log. The manager truncates a long input
+    and a long log. `input_of` is the name of the file that contains the task's input.
     """
 
     seq: int
@@ -168,10 +176,10 @@ class TaskView(TypedDict):
 
 
 class EtaView(TypedDict):
-    """Remaining time of a job in seconds, as a range.
+    """Estimate of a job's remaining time in seconds, as a range from `low_s` to `high_s`.
 
-    Without an estimate, both ends of the range are None, and `text` gives the reason. The range does not include the
-    time of the `unmeasured` stages.
+    If the manager has no estimate, `low_s` and `high_s` are None, and `text` gives the reason. The range of the
+    remaining time does not include the time of the stages in `unmeasured`.
     """
 
     low_s: float | None
@@ -181,10 +189,11 @@ class EtaView(TypedDict):
 
 
 class LogView(TypedDict):
-    """Output of one attempt of a task.
+    """Log of one attempt of a task.
 
-    `state` is SUCCEEDED, FAILED, RETRIED (the attempt failed and another one follows), or CANCELLED. `ended_s` is the
-    time at which the attempt's bundle ended. If the log is not `stored` yet, `text` gives the reason.
+    The `state` of the attempt is SUCCEEDED, FAILED, RETRIED, or CANCELLED. RETRIED means that the attempt failed and
+    another attempt follows. `ended_s` is the time at which the attempt's bundle ended. If `stored` is false, the log is
+    not stored yet, and `text` gives the reason.
     """
 
     stage: str
@@ -203,10 +212,10 @@ class LogsView(TypedDict):
 
 
 class NewLogsView(TypedDict):
-    """Logs of newly folded outcomes.
+    """Logs of a job's newly folded outcomes.
 
-    `seq` is the seq of the last outcome that was read. `ended` is true if the job or the requested task has ended and
-    its last logs are included.
+    `seq` is the number of the last outcome whose logs the manager has read. `ended` is true if the job or the requested
+    task has ended and the response includes its last logs.
     """
 
     logs: list[LogView]
@@ -215,7 +224,7 @@ class NewLogsView(TypedDict):
 
 
 class TailView(TypedDict):
-    """The latest output of a running attempt: bytes [start, stop) of the attempt's output."""
+    """Latest output of a running attempt. `text` contains the bytes [`start`, `stop`) of the attempt's output."""
 
     stage: str
     task: int
@@ -228,7 +237,7 @@ class TailView(TypedDict):
 
 
 class TailsView(TypedDict):
-    """Live logs of running tasks. Workers store new output at most once every `every_s` seconds."""
+    """Live logs of running tasks. A worker stores new output of a task at most once every `every_s` seconds."""
 
     tails: list[TailView]
     every_s: float
@@ -237,9 +246,9 @@ class TailsView(TypedDict):
 class InstanceView(TypedDict):
     """An instance of a pool.
 
-    `worker` is None until the instance's worker has sent a heartbeat. `busy` is the number of bundles that the worker
-    runs, and `held` is the number of all bundles that the worker holds. `type` and `zone` are empty if the backend does
-    not have instance types.
+    `worker` is None until the worker of the instance has sent a heartbeat. `busy` is the number of bundles that the
+    worker of the instance runs, and `held` is the number of all bundles that this worker holds. `type` and `zone` are
+    empty if the backend does not have instance types.
     """
 
     id: str
@@ -257,7 +266,7 @@ class InstanceView(TypedDict):
 
 
 class PoolView(TypedDict):
-    """A pool. `trouble` is the reason why the pool's instances do not start, or "" if they start."""
+    """A pool of instances. `trouble` is the reason why the pool's instances do not start, or "" if they start."""
 
     name: str
     min: int
@@ -279,10 +288,10 @@ class QueueView(TypedDict):
 
 
 class GridView(TypedDict):
-    """A grid.
+    """State of a grid.
 
-    `settings` are the settings of the grid's manager by name, mostly in seconds. `unreadable` is the number of messages
-    and objects that the manager could not read.
+    `settings` maps the name of each setting of the grid's manager to its value, which is in seconds for most settings.
+    `unreadable` is the number of messages and objects that the manager could not read.
     """
 
     backend: str
@@ -295,7 +304,7 @@ class GridView(TypedDict):
 
 
 class ActivityView(TypedDict):
-    """A scaling activity. `ended_s` is None while the activity is in progress."""
+    """A scaling activity of a pool. `ended_s` is None while the scaling activity is in progress."""
 
     id: int
     pool: str
@@ -311,10 +320,10 @@ class ActivitiesView(TypedDict):
 
 
 class PoolCurve(TypedDict):
-    """Curves of a pool over time, with one value for each of `at_s` of the history.
+    """Curves of a pool over time. Each curve has one value for each time in `at_s` of the HistoryView.
 
-    The curves of a pool are its desired and actual number of instances, and its numbers of running, queued, and
-    in-flight bundles.
+    The curves of a pool are its desired number of instances, its actual number of instances, and its numbers of
+    running, queued, and in-flight bundles.
     """
 
     name: str
@@ -327,7 +336,7 @@ class PoolCurve(TypedDict):
 
 
 class HistoryView(TypedDict):
-    """Recent history of the fleet and its queues. Each curve has one value for each time in `at_s`."""
+    """Recent history of the fleet and its queues. Each curve of a pool has one value for each time in `at_s`."""
 
     at_s: list[float]
     pools: list[PoolCurve]
@@ -336,7 +345,7 @@ class HistoryView(TypedDict):
 class SessionView(TypedDict):
     """A one-time `code` that opens the web page at `path` within `valid_s` seconds.
 
-    A client passes `name` to request the state of the code.
+    A client passes `name` in a request for the state of the one-time code.
     """
 
     code: str
@@ -346,7 +355,7 @@ class SessionView(TypedDict):
 
 
 class CodeView(TypedDict):
-    """State of a one-time code. `waits` is true while the code is unused."""
+    """State of a one-time code. `waits` is true while the one-time code is unused."""
 
     name: str
     waits: bool
@@ -359,21 +368,27 @@ class HealthView(TypedDict):
 
 
 class UnreadableView(TypedDict):
-    """An object that could not be read, with the reason why."""
+    """An object that the manager could not read, and the reason why the manager could not read the object."""
 
     key: str
     reason: str
 
 
 class RebuiltView(TypedDict):
-    """Result of a rebuild: the number of jobs in the ledger, and the objects that could not be read."""
+    """Result of a rebuild of the ledger.
+
+    `jobs` is the number of jobs in the rebuilt ledger, and `unreadable` are the objects that the manager could not
+    read.
+    """
 
     jobs: int
     unreadable: list[UnreadableView]
 
 
 class ProblemView(TypedDict):
-    """An error, with one sentence about the problem and one sentence about the remedy."""
+    """An error of a request. `error` is one sentence about the problem, and `remedy` is one sentence about its
+    solution.
+    """
 
     error: str
     remedy: str
@@ -382,9 +397,9 @@ class ProblemView(TypedDict):
 class TargetView(TypedDict):
     """A notification target of the grid or of a job.
 
-    `to` is the target's address without parts that may be secret. `signed` is true if messages to the target are
-    signed. `job` is the job that the target belongs to, or "" for a target of the grid. `jobs` is true if jobs may use
-    the target, for a target of the grid.
+    `to` is the target's address without parts that may be secret. `signed` is true if the manager signs its messages to
+    the target. `job` is the id of the job that the target belongs to, or "" for a target of the grid. `jobs` is true
+    for a target of the grid that jobs may use.
     """
 
     name: str
@@ -403,10 +418,10 @@ class TargetsView(TypedDict):
 
 
 class NotificationView(TypedDict):
-    """A notification.
+    """A notification and the state of its delivery.
 
-    `state` is pending, delivered, or given up. `due_s` is the time of the next attempt to deliver a pending
-    notification. `error` is the error of the last attempt.
+    The `state` of a notification is pending, delivered, or given up. `due_s` is the time of the next attempt to deliver
+    a pending notification. `error` is the error of the last attempt to deliver the notification.
     """
 
     id: str
@@ -422,13 +437,15 @@ class NotificationView(TypedDict):
 
 
 class NotificationsView(TypedDict):
-    """Notifications: pending notifications first, then finished notifications, newest first."""
+    """Notifications of the grid: first the pending notifications, then the finished notifications with the newest
+    first.
+    """
 
     notifications: list[NotificationView]
 
 
 class TestedView(TypedDict):
-    """Result of a test notification. `error` is "" if the test was delivered."""
+    """Result of a test notification. `error` is "" if the manager delivered the test notification."""
 
     target: str
     error: str

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 class BilledView(TypedDict):
-    """Billed seconds of instances of one kind, as AWS counts them.
+    """Billed seconds of the instances of one kind, counted in the way that AWS counts them.
 
-    `type` is empty if the backend does not have instance types.
+    `type` is the instance type of the instances, or "" if the backend does not have instance types.
     """
 
     pool: str
@@ -41,9 +41,10 @@ class BilledView(TypedDict):
 class AccountView(TypedDict):
     """Recorded usage of a job or of the grid.
 
-    `failed_s` (failed attempts) and `lost_s` (runs whose instance died) are slot seconds by pool. `requests` has the
-    numbers of requests that AWS bills for SQS and S3, which are 0 on a backend without SQS and S3. `is_whole` is false
-    if some of the usage was not counted.
+    `failed_s` maps each pool to the slot seconds of failed attempts. `lost_s` maps each pool to the slot seconds of
+    runs whose instance died. `requests` contains the numbers of requests that AWS bills for SQS and S3. `requests`
+    contains only zeros on a backend without SQS and S3. `is_whole` is false if the manager did not count some of the
+    usage.
     """
 
     billed: list[BilledView]
@@ -55,7 +56,7 @@ class AccountView(TypedDict):
 
 
 class LivingView(TypedDict):
-    """Instances of one kind that AWS bills now."""
+    """Number of the instances of one kind that AWS bills now."""
 
     pool: str
     type: str
@@ -64,10 +65,10 @@ class LivingView(TypedDict):
 
 
 class UseView(TypedDict):
-    """Usage of the grid since its account was opened.
+    """Usage of the grid since the grid's account was opened.
 
-    `nobody` is the usage that is not attributed to a job. `capped` has, by pool, the reason why a cap prevents the
-    launch of more instances. The cap of the grid is in USD.
+    `nobody` is the usage that is not attributed to a job. `capped` maps a pool to the reason why a cap prevents the
+    launch of more instances in the pool. `max_cost_usd` is the cap of the grid in USD.
     """
 
     total: AccountView
@@ -78,10 +79,11 @@ class UseView(TypedDict):
 
 
 class JobUseView(TypedDict):
-    """Usage of a job. `account` is None if the usage of the job was not recorded.
+    """Usage of a job. `account` is None if the manager did not record the usage of the job.
 
-    `pools` has the slots of an instance by pool, `types` has the instance type by pool, and `slots` has the slots of a
-    task by stage. `capped` names the cap that does not cover the remaining work of the job, or is empty.
+    `pools` maps each pool to the task slots of its instances, `types` maps each pool to its instance type, and `slots`
+    maps each stage to the task slots of one task. `capped` names the cap that does not cover the remaining work of the
+    job. If every cap covers the remaining work, `capped` is "".
     """
 
     job: str
@@ -154,10 +156,10 @@ def job_use_view(
 
 
 class RunView(TypedDict):
-    """A run of a schedule. `due` is the run's due time in the schedule's zone.
+    """A run of a schedule. `due` is the due time of the run in the time zone of the schedule.
 
-    `state` is waiting, running, ended, or skipped. `result` is the final state of the run's job. `tasks` is None if the
-    manager did not record the number of tasks.
+    The `state` of a run is waiting, running, ended, or skipped. `result` is the final state of the run's job. `tasks`
+    is the number of the job's tasks, or None if the manager did not record this number.
     """
 
     due_s: float
@@ -174,10 +176,11 @@ class RunView(TypedDict):
 
 
 class ScheduleView(TypedDict):
-    """A schedule with its runs, newest run first.
+    """A schedule with its runs, with the newest run first.
 
-    `state` is active, paused, or done. A schedule that is done does not run again. Either `cron` or `at_s` is set.
-    `next` is the next due time in the schedule's zone.
+    The `state` of a schedule is active, paused, or done. A schedule with the state done does not run again. Every
+    schedule has a value in either `cron` or `at_s`. `next` is the next due time of the schedule in the schedule's time
+    zone.
     """
 
     name: str
@@ -202,14 +205,16 @@ class ScheduleView(TypedDict):
 
 
 class SchedulesView(TypedDict):
-    """All schedules. `notes` describe the runs that were missed before the current manager began to lead."""
+    """All schedules of the grid. `notes` describe the runs that the grid missed before the current manager began to
+    lead.
+    """
 
     schedules: list[ScheduleView]
     notes: list[str]
 
 
 class DueView(TypedDict):
-    """A due time in three forms: in epoch seconds, in the schedule's zone, and in UTC."""
+    """A due time of a schedule in three forms: in seconds since 1970, in the schedule's time zone, and in UTC."""
 
     at_s: float
     local: str

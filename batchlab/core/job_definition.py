@@ -82,21 +82,24 @@ class Split:
 
 
 SPLITS: dict[SplitBy, Split] = {
-    SplitBy.FILE: Split(meaning="a whole `file`"),
+    SplitBy.FILE: Split(meaning="a whole file"),
     SplitBy.LINES: Split(
-        meaning="some `lines` of a file", size="a number of lines, default 1000", default_size=1000, has_header=True
+        meaning="some lines of a file", size="a number of lines (1000 by default)", default_size=1000, has_header=True
     ),
     SplitBy.BYTES: Split(
-        meaning="a part of about `size` `bytes` that begins and ends between lines",
-        size="bytes or a size, default `8 MiB`; a longer line is a part of its own",
+        meaning="a part of a file with about `size` bytes, which begins and ends between lines",
+        size="a number of bytes, or a size such as `16 MiB` (`8 MiB` by default). A line that is "
+        "longer than `size` is a part of its own",
         default_size=8 * 1024 * 1024,
         in_bytes=True,
         has_header=True,
     ),
     SplitBy.ITEMS: Split(
-        meaning="or `items`, the JSON values of a JSON Lines file",
-        size="a number of items. With 1 (default), the task receives the item itself, otherwise a list",
-        item="the JSON value, or a list of `size` of them",
+        meaning="one or several JSON values of a JSON Lines file (items)",
+        size="a number of items (1 by default). With `split: items` and `size: 1`, a task receives "
+        "the item itself. With `split: items` and a larger `size`, a task receives a list of "
+        "items",
+        item="the JSON value, or a list of `size` JSON values",
     ),
 }
 """Table of all ways to split the input of a job.

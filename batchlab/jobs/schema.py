@@ -59,84 +59,107 @@ class Keys(BaseModel):
 
 
 class InputSpec(Keys):
-    """Source of the tasks of the first stage, and how raw data is split into tasks."""
+    """The job's input: the files that become the tasks of the first stage, and the way they are split into tasks."""
 
     files: field_types.OneOrMany = Field(
         min_length=1,
-        description="Raw data, one pattern or a list of one kind. A local pattern is relative to "
-        "the job file. `**` matches folders, each of them once, even if several links lead to it. "
-        "Hidden files need a pattern that contains the dot. `s3://BUCKET/raw/prefix/` means all "
-        "objects below a prefix in the grid's own bucket, and `s3://BUCKET/raw/key` one object. "
-        "`batchlab grid env` prints the name of BUCKET; on `local` it is `local`. Matches of one "
-        "pattern are sorted by path. A file that several patterns match is used once.",
+        description="Path or pattern of the input files, or a list of paths and patterns. All entries of the "
+        "list are local, or all are in the bucket. A local pattern is relative to the job file. "
+        "In a pattern, `**` matches any number of folders. batchlab searches each folder once, "
+        "even if several links lead to the folder. Hidden files match only a pattern that "
+        "contains the dot of their names. `s3://BUCKET/raw/prefix/` selects all objects below a "
+        "prefix in the grid's own bucket, and `s3://BUCKET/raw/key` selects one object. `batchlab "
+        "grid env` prints the name of the grid's bucket, which is `local` on the backend `local`. "
+        "The files that match one pattern are sorted by path. A file that matches several "
+        "patterns is used once.",
         examples=["data/*.csv"],
     )
     split: Annotated[
         SplitBy, Field(strict=False), WithJsonSchema({"type": "string", "enum": [str(way) for way in SplitBy]})
     ] = Field(
         default=SplitBy.FILE,
-        description=f"Input of one task: {'; '.join(split.meaning for split in SPLITS.values())}. "
-        "A task never has parts of several files, and a line is never split.",
+        description="The way in which the input files are split into tasks. "
+        + " ".join(f"With `split: {way}`, each task receives {split.meaning}." for way, split in SPLITS.items())
+        + " A task never receives parts of several files, and batchlab never splits a line.",
         examples=["lines"],
     )
     size: field_types.TaskSize | None = Field(
         default=None,
         description="Amount of input for one task. "
-        + " ".join(f"With `{way}`: {split.size}." for way, split in SPLITS.items() if split.size),
+        + " ".join(f"With `split: {way}`, `size` is {split.size}." for way, split in SPLITS.items() if split.size),
         examples=["8 MiB"],
     )
     header: bool = Field(
         default=False,
-        description="Whether the first line of each file is a header. Every part of the file then "
-        f"begins with the header. Only with {' and '.join(f'`{way}`' for way in SPLITS if SPLITS[way].has_header)}.",
+        description="Whether the first line of each input file is a header. If `header` is true, every part of a file "
+        "begins with the file's header. A job file may contain `header: true` only with "
+        f"{' or '.join(f'`split: {way}`' for way in SPLITS if SPLITS[way].has_header)}.",
         examples=[True],
     )
 
 
 class RetrySpec(Keys):
-    """When and how often a failed task is retried. A plain number sets `attempts`.
+    """Retry rule of a stage: when and how often a failed task is retried. A plain number as the value of `retry` sets
+    `attempts`.
 
     The loss of a worker (a crash of the machine, a Spot interruption, scale-in) does not count as an attempt.
     """
 
     attempts: int = Field(
-        default=_RULE.attempts, ge=1, le=9999, description="Total number of attempts; 1 means no retry.", examples=[3]
+        default=_RULE.attempts,
+        ge=1,
+        le=9999,
+        description="Maximum number of attempts of a task, including the first attempt. With `attempts: 1`, a "
+        "failed task is not retried.",
+        examples=[3],
     )
     backoff: field_types.Duration = Field(
         default=_RULE.backoff_s,
-        description="Wait before the second attempt, in seconds or as text with a unit.",
+        description="Wait between a task's first and second attempt, in seconds or as text with a unit.",
         examples=["2s"],
     )
     factor: float = Field(
-        default=_RULE.factor, ge=1, le=1000, description="Factor by which each further wait grows.", examples=[2.0]
+        default=_RULE.factor,
+        ge=1,
+        le=1000,
+        description="Factor by which the wait between two attempts of a task grows after each attempt.",
+        examples=[2.0],
     )
     max_backoff: field_types.Duration = Field(
-        default=_RULE.max_backoff_s, description="Longest wait, in seconds or as text with a unit.", examples=["15m"]
+        default=_RULE.max_backoff_s,
+        description="Longest wait between two attempts of a task, in seconds or as text with a unit.",
+        examples=["15m"],
     )
     jitter: float = Field(
         default=_RULE.jitter,
         ge=0,
         le=1,
-        description="Share by which each wait is changed at random: 0.25 means ±25%.",
+        description="Share by which the wait between two attempts is changed at random. With `jitter: 0.25`, "
+        "the wait changes by up to 25% in either direction.",
         examples=[0.25],
     )
     on: Annotated[
         list[RetryKind], BeforeValidator(field_types.one_or_many, json_schema_input_type=RetryKind | list[RetryKind])
     ] = Field(
         default_factory=list,
-        description="Kinds of failure that are tried again: `exception` (the handler raised one), "
-        "`exit` (the command's exit status), `timeout`, `memory` (the limit was exceeded), "
-        "`crash` (the process died), `input` (the input could not be read). Default: all of them.",
+        description="Kinds of failure after which a task is retried: `exception` (the handler raised an "
+        "exception), `exit` (the command ended with an error status), `timeout` (the task ran "
+        "longer than its `timeout`), `memory` (the task exceeded its memory limit), `crash` "
+        "(the task's process died), and `input` (the task's input could not be read). By "
+        "default, a task is retried after each of these kinds of failure.",
         examples=[["timeout", "exit"]],
     )
     exit_codes: list[int] = Field(
         default_factory=list,
-        description="Only these exit statuses of a command are tried again; a negative number means a signal.",
+        description="Exit statuses of a command after which a task is retried. A negative number is the "
+        "number of the signal that ended the command. By default, a task is retried after every "
+        "exit status that is an error.",
         examples=[[75]],
     )
     exceptions: list[str] = Field(
         default_factory=list,
-        description="Only exceptions of these class names are tried again.",
+        description="Class names of the exceptions after which a task is retried. By default, a task is "
+        "retried after every exception.",
         examples=[["ConnectionError"]],
     )
 
@@ -164,18 +187,21 @@ class RetrySpec(Keys):
 StageName = Annotated[
     field_types.Name,
     Field(
-        description="Name of the stage, unique in the job: lower case letters, digits, `-`, and "
-        "`_`, at most 40 characters.",
+        description="Name of the stage, which must be unique in the job. The name has at most 40 lower case "
+        "letters, digits, `-`, and `_`.",
         examples=["total"],
     ),
 ]
 After = Annotated[
     field_types.OneOrMany | None,
     Field(
-        description="The stage or stages that this stage follows. They must be listed before it. "
-        "Default: the previous stage in the list; for the first stage, the job's input. `[]` "
-        "means the job's input. Without `gather`, several stages must have the same number of "
-        "tasks, and a task receives the result of each, by the stage's name.",
+        description="Name of the stage that this stage follows, or a list of names. `after` may name only "
+        "stages that are listed before this stage. By default, a stage follows the previous "
+        "stage in the list, and the first stage reads the job's input. With `after: []`, the "
+        "stage reads the job's input. If a stage without `gather` follows several stages, "
+        "these stages must have the same number of tasks. Each task of a stage that follows "
+        "several stages receives a mapping from the name of each previous stage to its "
+        "result.",
         examples=["total"],
     ),
 ]
@@ -184,7 +210,7 @@ Retry = Annotated[
     BeforeValidator(rule_of, json_schema_input_type=int | RetrySpec),
     Field(
         default_factory=RetrySpec,
-        description="When a failed task is tried again. Default: 3 attempts in total.",
+        description="Rule that defines when a failed task is retried. By default, a task has 3 attempts in total.",
         examples=[3],
     ),
 ]
@@ -193,32 +219,46 @@ Slots = Annotated[
     Field(
         ge=1,
         le=9999,
-        description="Task slots that a task uses. A worker has one slot per CPU, or the number that its pool defines.",
+        description="Number of task slots that one task uses. A worker has one task slot per CPU, or the "
+        "number of slots that its pool defines.",
         examples=[2],
     ),
 ]
 Memory = Annotated[
     field_types.Memory | None,
     Field(
-        description="Memory limit of the task, in bytes or as text with a unit, at least 16 MiB. "
-        "A task that needs more fails with `memory`. Default: no limit.",
+        description="Memory limit of one task, in bytes or as text with a unit. The memory limit must be "
+        "at least 16 MiB. A task that exceeds its memory limit fails with the kind `memory`. "
+        "By default, a task has no memory limit.",
         examples=["512 MiB"],
     ),
 ]
 Bundle = Annotated[
     field_types.BundleSize,
     Field(
-        description="Number of tasks in one message. `auto` (default) depends on the measured run "
-        "time, so that small tasks do not need a message each.",
+        description="Number of tasks of the stage that are sent to a worker in one message. With `auto` (the "
+        "default), batchlab computes the number from the measured run time of tasks, so that "
+        "several short tasks share one message.",
         examples=[100],
     ),
 ]
-Pool = Annotated[field_types.Name, Field(description="Pool of workers that runs the stage.", examples=["big-memory"])]
-Priority = Annotated[int, Field(ge=-1000, le=1000, description="Jobs with a higher number start first.", examples=[10])]
+Pool = Annotated[
+    field_types.Name,
+    Field(description="Name of the pool whose workers run the tasks of the stage.", examples=["big-memory"]),
+]
+Priority = Annotated[
+    int,
+    Field(
+        ge=-1000,
+        le=1000,
+        description="Priority of the job. Jobs with a higher priority start before jobs with a lower priority.",
+        examples=[10],
+    ),
+]
 
 
 class ResourcesSpec(Keys):
-    """Resources of the worker that one task needs."""
+    """Resources of the worker that one task of the stage needs."""
 
     slots: Slots = 1
     memory: Memory = None
@@ -233,8 +273,9 @@ class GatherSpec(Keys):
 
     by: Annotated[str, BeforeValidator(_group)] = Field(
         min_length=1,
-        description="Field of the upstream results, or of the elements of results that are lists. "
-        "Its value is the name of the group.",
+        description="Name of the field by which upstream results are grouped. Results with the same value of "
+        "the field are in one group, and the value is the name of the group. If a result is a "
+        "list, each element of the list is grouped by the field.",
         examples=["region"],
     )
 
@@ -245,22 +286,24 @@ class StageSpec(Keys):
     name: StageName
     python: field_types.Handler | None = Field(
         default=None,
-        description="Python function to call, `module:function`. The module is in the code "
-        "folder, or installed on the workers. batchlab checks that the function exists before it "
-        "accepts the job, without running any code.",
+        description="Python function that runs for each task, in the form `module:function`. The module "
+        "must be in the code folder, or installed on the workers. batchlab checks that the "
+        "function exists before it accepts the job. batchlab does not run the module for this "
+        "check.",
         examples=["handlers:total"],
     )
     command: list[str] | None = Field(
         default=None,
         min_length=1,
-        description="Program and arguments to run, with placeholders, without a shell. A number "
-        "is passed as it is written.",
+        description="Program that runs for each task, and its arguments, as a list that may contain "
+        "placeholders. batchlab runs the program without a shell. A number in `command` is passed "
+        "to the program exactly as the job file contains it.",
         examples=[["wc", "-l", "{input}"]],
     )
     stdout: field_types.OutputName | None = Field(
         default=None,
-        description="Name of the output file for the command's standard output. Default: standard "
-        "output goes to the log.",
+        description="Name of the file to which the standard output of the stage's command is written. By "
+        "default, the standard output is written to the task's log.",
         examples=["count.txt"],
     )
     after: After = None
@@ -268,99 +311,115 @@ class StageSpec(Keys):
         GatherSpec | None, BeforeValidator(_gather, json_schema_input_type=Literal["all"] | GatherSpec)
     ] = Field(
         default=None,
-        description="Wait for all tasks of the previous stages. `all` creates one task for all "
-        "their results, `{by: FIELD}` one task for each value of a field. Without `gather`, each "
-        "result becomes a task of this stage as soon as it exists.",
+        description="Fan-in: the stage waits for all tasks of the previous stages. `gather: all` creates one "
+        "task for all results of the previous stages. `gather: {by: FIELD}` creates one task for "
+        "each value of the field FIELD in these results. Without `gather`, each result of the "
+        "previous stage becomes a task of this stage as soon as the result exists.",
         examples=["all"],
     )
     timeout: field_types.Timeout | None = Field(
         default=None,
-        description="Longest run time of one task, in seconds or as text with a unit. Default: no limit.",
+        description="Longest run time of one task of the stage, in seconds or as text with a unit. By "
+        "default, the run time is not limited.",
         examples=["5m"],
     )
     retry: Retry
     resources: ResourcesSpec = Field(
-        default_factory=ResourcesSpec, description="Resources that one task needs.", examples=[{"memory": "512 MiB"}]
+        default_factory=ResourcesSpec,
+        description="Resources that one task of the stage needs.",
+        examples=[{"memory": "512 MiB"}],
     )
     bundle: Bundle = None
     pool: Pool = "default"
 
 
 class FailureSpec(Keys):
-    """Effect of failed tasks on the job."""
+    """Number of failed tasks that the job allows, and the effect of more failed tasks on the job."""
 
     max_failures: field_types.Allowance = Field(
         default=0,
-        description="Number of failed tasks that the job allows, or a percentage of the tasks of "
-        "a stage. With more failures, the job ends FAILED.",
+        description="Number of failed tasks that the job allows, or a percentage of the tasks of a stage. A "
+        "job with more failed tasks ends in the state FAILED.",
         examples=["5%"],
     )
     then: Literal["carry_on", "stop"] = Field(
         default="carry_on",
-        description="With too many failures, `carry_on` runs all tasks that can still run, and "
-        "`stop` cancels the rest immediately.",
+        description="Effect of more failed tasks than `max_failures` allows. With `then: carry_on`, the job "
+        "runs all tasks that can still run. With `then: stop`, the job immediately cancels its "
+        "remaining tasks.",
         examples=["stop"],
     )
 
 
 class JobSpec(Keys):
-    """The job as a whole."""
+    """The keys of a job file at the top level."""
 
     name: field_types.Name = Field(
-        description="Name of the job, and part of its id: lower case letters, digits, `-`, and "
-        "`_`, at most 40 characters.",
+        description="Name of the job, which is also a part of the job's id. The name has at most 40 lower "
+        "case letters, digits, `-`, and `_`.",
         examples=["month-end-claims"],
     )
     code: str = Field(
         default=".",
-        description="Folder of your code, relative to the job file. Default: the job file's own "
-        "folder. Workers receive a copy, without the input, caches, virtual environments, and "
-        "`.git`.",
+        description="Folder of the job's code, relative to the job file. By default, the code is in the job "
+        "file's own folder. Each worker receives a copy of the code folder, which does not "
+        "contain the job's input, caches, virtual environments, or `.git`.",
         examples=["src"],
     )
-    input: InputSpec = Field(description="The job's input.", examples=[{"files": "data/*.csv"}])
+    input: InputSpec = Field(
+        description="Files that the job reads, and the way they are split into tasks.",
+        examples=[{"files": "data/*.csv"}],
+    )
     stages: list[StageSpec] = Field(
-        min_length=1, description="The steps, in order.", examples=[[{"name": "total", "python": "handlers:total"}]]
+        min_length=1,
+        description="Stages of the job, in order.",
+        examples=[[{"name": "total", "python": "handlers:total"}]],
     )
     failure: FailureSpec = Field(
         default_factory=FailureSpec,
-        description="How many failed tasks the job allows, and what happens with more.",
+        description="Number of failed tasks that the job allows, and the effect of more failed tasks.",
         examples=[{"max_failures": "5%"}],
     )
     priority: Priority = 0
     tags: dict[str, str] = Field(
         default_factory=dict,
-        description="Labels for your own accounting; keys and values are text.",
+        description="Labels of the job, as a mapping of text to text. batchlab stores the tags with the job "
+        "and does not interpret them.",
         examples=[{"cost-centre": "4711"}],
     )
     params: dict[field_types.ParamName, JsonValue] = Field(
         default_factory=dict,
-        description="Parameters with their defaults, for handlers and as `{params.KEY}` for "
-        "commands. `--set KEY=VALUE` replaces one.",
+        description="Parameters of the job with their default values. A handler reads a parameter from "
+        "`ctx.params`, and a command contains it as `{params.KEY}`. The option `--set KEY=VALUE` "
+        "replaces the default value of one parameter.",
         examples=[{"currency": "USD"}],
     )
     notify: Notify = Field(default_factory=list)
     max_cost: field_types.Cost | None = Field(
         default=None,
-        description="Cap on the cost of the job on AWS, in USD at list prices. At the cap, no "
-        "more instances are launched for the job, running tasks are finished, and the job waits "
-        "until the cap is raised. Default: no cap.",
+        description="Cap on the cost of the job on AWS, in USD at list prices. When the cost reaches the cap, "
+        "batchlab does not launch more instances for the job and finishes the job's running "
+        "tasks. The job then waits until its cap is raised. By default, a job has no cap.",
         examples=["5USD"],
     )
     at: field_types.Start | None = Field(
         default=None,
-        description="Start time: a wait such as `+10m`, or an ISO 8601 time with its time zone. Default: immediately.",
+        description="Start time of the job: a wait such as `+10m`, or an ISO 8601 time with its time zone. By "
+        "default, the job starts immediately.",
         examples=["2026-01-31T06:00:00Z"],
     )
     cron: field_types.Cron | None = Field(
         default=None,
-        description="Cron expression for repeated runs: minute, hour, day of month, month, and "
-        "weekday. Only for `batchlab schedule add`, whose options override it. `run`, `job "
-        "submit`, and the web page run a job once, so they refuse it.",
+        description="Cron expression for repeated runs of the job: minute, hour, day of month, month, and "
+        "weekday. Only `batchlab schedule add` uses `cron`, and the options of this command "
+        "override `cron`. `batchlab run`, `batchlab job submit`, and the web page run a job once, "
+        "so they refuse a job file with `cron`.",
         examples=["0 2 * * 1-5"],
     )
     timezone: field_types.Zone = Field(
-        default="UTC", description="IANA name of the time zone of `cron`.", examples=["Europe/Berlin"]
+        default="UTC",
+        description="IANA name of the time zone in which the `cron` expression is evaluated.",
+        examples=["Europe/Berlin"],
     )
 
     def upstream(self, stage: int) -> tuple[str, ...]:

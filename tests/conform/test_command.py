@@ -129,7 +129,7 @@ def test_text_output(run: Run, verdicts: dict[str, Verdict]) -> None:
         "DIFFERS  s3-range-behind (noted)",
         "  AWS   A range that starts after the end of the object returns 416 InvalidRange. [S3 API, GetObject]",
         "  here  something else",
-        "  so    one more request for an empty part",
+        "  so    the adapter sends one more request for an empty part of an input",
     ]
     assert summary.startswith("Mine: 2 of 2 needed rules hold; 0 of 1 noted rules hold. (")
     _, out, _ = run(*call, "--all")

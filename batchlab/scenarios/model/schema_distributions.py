@@ -87,70 +87,101 @@ class Of(Keys, Generic[N]):
 
 
 class Uniform(Of[N], Generic[N]):
-    """Uniform distribution between two numbers."""
+    """Uniform distribution between a minimum and a maximum value."""
 
-    least: N = key("Minimum value.", 2)
-    most: N = key("Maximum value.", 8)
+    least: N = key("Minimum value of the uniform distribution.", 2)
+    most: N = key("Maximum value of the uniform distribution.", 8)
 
 
 class Exponential(Of[N], Generic[N]):
-    """Exponential distribution: many short times, few long ones."""
+    """Exponential distribution: many values are small, and a few are large."""
 
-    mean: N = key("The mean, above 0.", 30)
+    mean: N = key("Mean of the exponential distribution. The mean must be above 0.", 30)
 
 
 class Lognormal(Of[N], Generic[N]):
-    """Lognormal distribution, which fits most run times: a peak with a long right tail."""
+    """Lognormal distribution, which has a peak and a long right tail. The lognormal distribution fits the run times of
+    most tasks.
+    """
 
-    median: N = key("Median: half of all values are below it. It must be above 0.", 200)
-    sigma: Amount = key("Standard deviation of the logarithm: 0.5 is a small spread, 1.5 a large one.", 0.6)
+    median: N = key(
+        "Median of the lognormal distribution: half of all values are below the median. The median must be above 0.",
+        200,
+    )
+    sigma: Amount = key(
+        "Standard deviation of the logarithm of the values. With a `sigma` of 0.5, the values are "
+        "close together, and with 1.5, they are far apart.",
+        0.6,
+    )
 
 
 class Pareto(Of[N], Generic[N]):
     """Pareto distribution: most values are near the minimum, and a few are very large."""
 
-    least: N = key("Minimum value, above 0.", 10)
+    least: N = key("Minimum value of the Pareto distribution. The minimum must be above 0.", 10)
     alpha: Amount = key(
-        "Speed at which the tail falls: 3 gives a light tail, 1.1 a heavy one. "
-        "Without `most`, `alpha` must be above 1.",
+        "Exponent of the Pareto distribution's tail: with an `alpha` of 3, large values are rare, "
+        "and with 1.1, they are common. In a distribution without `most`, `alpha` must be above "
+        "1.",
         1.5,
     )
-    most: N | None = key("Maximum value. Without it the distribution has no maximum.", 3600, None)
+    most: N | None = key(
+        "Maximum value of the Pareto distribution. By default, the Pareto distribution has no maximum.", 3600, None
+    )
 
 
 class Weibull(Of[N], Generic[N]):
-    """Weibull distribution: like exponential, with a heavier or lighter tail."""
+    """Weibull distribution, which is similar to the exponential distribution, but has a heavier or lighter tail."""
 
-    scale: N = key("Scale: about two thirds of all values are below it. It must be above 0.", 60)
-    shape: Amount = key("Below 1 the tail is heavier than exponential, above 1 it is lighter.", 0.7)
+    scale: N = key(
+        "Scale of the Weibull distribution: about two thirds of all values are below the scale. "
+        "The scale must be above 0.",
+        60,
+    )
+    shape: Amount = key(
+        "Shape of the Weibull distribution. With a `shape` below 1, the tail is heavier than the "
+        "tail of the exponential distribution, and with a `shape` above 1, the tail is lighter.",
+        0.7,
+    )
 
 
 class One(Of[N], Generic[N]):
-    """A distribution, given by exactly one of these keys."""
+    """A distribution, which is defined by exactly one of the keys in this mapping."""
 
-    constant: N | None = key("Constant value.", 4, None)
-    uniform: Uniform[N] | None = key("Uniform distribution between two numbers.", {"least": 2, "most": 8}, None)
-    exponential: Exponential[N] | None = key("Exponential distribution with this mean.", {"mean": 30}, None)
+    constant: N | None = key("Constant value that the distribution always has.", 4, None)
+    uniform: Uniform[N] | None = key(
+        "Uniform distribution between a minimum and a maximum value.", {"least": 2, "most": 8}, None
+    )
+    exponential: Exponential[N] | None = key("Exponential distribution with a given mean.", {"mean": 30}, None)
     lognormal: Lognormal[N] | None = key(
-        "Lognormal distribution, which fits most run times.", {"median": 4, "sigma": 0.8}, None
+        "Lognormal distribution, which fits the run times of most tasks.", {"median": 4, "sigma": 0.8}, None
     )
     pareto: Pareto[N] | None = key("Pareto distribution, which has a heavy tail.", {"least": 10, "alpha": 1.5}, None)
     weibull: Weibull[N] | None = key(
-        "Weibull distribution, whose tail is heavier or lighter than exponential.", {"scale": 60, "shape": 0.7}, None
+        "Weibull distribution, whose tail is heavier or lighter than the tail of the exponential distribution.",
+        {"scale": 60, "shape": 0.7},
+        None,
     )
     empirical: list[N] | None = key(
-        "Measured values, each with the same probability.", [3, 4, 4, 9], None, min_length=1
+        "List of measured values, each of which the distribution has with the same probability.",
+        [3, 4, 4, 9],
+        None,
+        min_length=1,
     )
 
 
 class Part(One[N], Generic[N]):
-    """One of the distributions of a mixture, with its weight."""
+    """One part of a mixture of distributions: a distribution and its weight."""
 
-    weight: Amount = key("Weight relative to the other parts, above 0.", 9)
+    weight: Amount = key(
+        "Weight of this part of the mixture, relative to the weights of the other parts. The weight must be above 0.", 9
+    )
 
 
 class Draw(One[N], Generic[N]):
-    """A distribution, given by exactly one of these keys. A plain number means `constant`."""
+    """A distribution, which is defined by exactly one of the keys in this mapping. A plain number or time is a
+    distribution with this number or time as its `constant` value.
+    """
 
     mixture: list[Part[N]] | None = key(
         "Weighted mixture of distributions, for example mostly short times and some long ones.",
@@ -169,7 +200,7 @@ Times = Annotated[
 
 
 class TaskTimes(Draw[field_types.Duration]):
-    """Times of tasks. With a job file, times by stage."""
+    """Run times of the tasks of a job template. With a job file, the run times are a mapping by stage."""
 
     by_stage: dict[str, Times] | None = Field(default=None, exclude=True)
 
@@ -183,50 +214,63 @@ JobTimes = Annotated[
 
 
 class Span(Keys):
-    """Start and end of a source of arrivals."""
+    """Start and end of the time in which a source of arrivals creates jobs."""
 
-    from_s: field_types.Duration = key("Time from which jobs may arrive.", "30m", 0.0, alias="from")
-    until_s: field_types.Duration = key("Time from which no jobs arrive.", "8h", alias="until")
+    from_s: field_types.Duration = key(
+        "Time after the start of the scenario from which jobs may arrive.", "30m", 0.0, alias="from"
+    )
+    until_s: field_types.Duration = key(
+        "Time after the start of the scenario from which no more jobs arrive.", "8h", alias="until"
+    )
 
 
-_PER_HOUR = "Jobs an hour, on average."
+_PER_HOUR = "Mean number of jobs that arrive per hour."
 
 
 class PoissonSpec(Span):
-    """Independent arrivals at one rate."""
+    """Arrivals that are independent of each other, with a constant mean rate (a Poisson process)."""
 
     per_hour: Amount = key(_PER_HOUR, 30)
 
 
 class OnOffSpec(Span):
-    """Bursts and pauses, starting with a burst."""
+    """Alternating bursts and pauses of arrivals. The first burst is at the start of the source."""
 
-    per_hour: Amount = key("Mean number of jobs per hour in a burst.", 120)
-    on_s: field_types.Duration = key("Mean length of a burst.", "5m", alias="on")
-    off_s: field_types.Duration = key("Mean length of a pause.", "25m", alias="off")
-    idle_per_hour: Amount = key("Mean number of jobs per hour in a pause.", 2, 0.0)
-    regular: bool = key("Whether bursts and pauses always have their mean length.", True, False)
+    per_hour: Amount = key("Mean number of jobs that arrive per hour in a burst.", 120)
+    on_s: field_types.Duration = key("Mean length of a burst of arrivals.", "5m", alias="on")
+    off_s: field_types.Duration = key("Mean length of the pause between two bursts.", "25m", alias="off")
+    idle_per_hour: Amount = key("Mean number of jobs that arrive per hour in a pause between two bursts.", 2, 0.0)
+    regular: bool = key(
+        "Whether every burst has the same length, and every pause has the same length. By "
+        "default, the lengths of bursts and pauses are random.",
+        True,
+        False,
+    )
 
 
 class ProfileSpec(Span):
-    """Profile with a rate for each hour of the day and a factor for each day of the week."""
+    """Profile of arrivals, with a rate for each hour of the day and a factor for each day of the week."""
 
     daily: list[Amount] = key(
-        "24 numbers, one for each hour from midnight: jobs per hour, or weights if `per_hour` is given.",
+        "List of 24 numbers, one for each hour of the day from midnight. Each number in "
+        "`daily` is the mean number of jobs that arrive in this hour of the day. If "
+        "`per_hour` is given, the numbers in `daily` are weights instead.",
         [2] * 24,
         min_length=24,
         max_length=24,
     )
     weekly: list[Amount] = key(
-        "7 factors, one for each day from Monday. The default is 1 for each.",
+        "List of 7 factors, one for each day of the week from Monday. The rates of a day are "
+        "multiplied by the factor of the day. By default, the factor of each day is 1.",
         [1, 1, 1, 1, 1, 0.3, 0.1],
         default_factory=lambda: [1.0] * 7,
         min_length=7,
         max_length=7,
     )
-    per_hour: Amount | None = key("Mean number of jobs per hour over a whole week.", 30, None)
+    per_hour: Amount | None = key("Mean number of jobs that arrive per hour over a whole week.", 30, None)
     begins_s: Week = key(
-        f"Time of the week at the scenario's start: {WEEK_FORMS}. The default is Monday at midnight.",
+        f"Time of the week at which the scenario starts: {WEEK_FORMS}. "
+        "By default, the scenario starts on Monday at midnight.",
         "monday 06:00",
         alias="begins",
         default_factory=lambda: 0.0,
@@ -234,24 +278,29 @@ class ProfileSpec(Span):
 
 
 class MonthEndSpec(Span):
-    """Calendar profile with an ordinary rate and higher rates around the turn of a month."""
+    """Calendar profile of arrivals, with an ordinary rate and higher rates around the turn of a month."""
 
-    per_hour: Amount = key("Mean number of jobs per hour on an ordinary working day.", 2)
-    begins: Day = key("Date on which the scenario starts at midnight.", "2026-01-26")
+    per_hour: Amount = key("Mean number of jobs that arrive per hour on an ordinary working day.", 2)
+    begins: Day = key("Date of the day on which the scenario starts at midnight.", "2026-01-26")
     last: list[Amount] = key(
-        "Factors for the month's last working day, the one before it, and so on. The default is 6, 4, and 2.",
+        "List of factors for the rate on the last working days of a month. The first factor "
+        "in `last` applies to the last working day, the second factor to the working day "
+        "before the last, and so on. By default, the factors in `last` are 6, 4, and 2.",
         [6, 4, 2],
         default_factory=lambda: [6.0, 4.0, 2.0],
     )
     first: list[Amount] = key(
-        "Factors for the month's first working day and those after it. The default is 3.",
+        "List of factors for the rate on the first working days of a month, in order. By default, "
+        "the factor of the first working day is 3, and the other working days have no factor.",
         [3, 1.5],
         default_factory=lambda: [3.0],
     )
-    off: Amount = key("Factor for weekends and holidays.", 0.1, 0.1)
-    holidays: list[Day] = key("Days without work.", ["2026-01-01"], default_factory=list)
+    off: Amount = key("Factor for the rate on weekends and holidays.", 0.1, 0.1)
+    holidays: list[Day] = key("List of the dates that are holidays.", ["2026-01-01"], default_factory=list)
     daily: list[Amount] = key(
-        "24 weights, one for each hour from midnight. The default is 1 for each.",
+        "List of 24 weights, one for each hour of the day from midnight. The arrivals of a day "
+        "are distributed over the hours by these weights. By default, the weight of each hour is "
+        "1.",
         [1] * 24,
         default_factory=lambda: [1.0] * 24,
         min_length=24,
@@ -260,31 +309,35 @@ class MonthEndSpec(Span):
 
 
 class StepAt(Keys):
-    """A change of the rate."""
+    """A change of the arrival rate at a given time."""
 
-    at_s: field_types.Duration = key("Start time.", "1h", alias="at")
+    at_s: field_types.Duration = key(
+        "Time after the start of the scenario at which the arrival rate changes.", "1h", alias="at"
+    )
     per_hour: Amount = key(_PER_HOUR, 120)
 
 
 class StepSpec(Span):
-    """A rate that changes at given times."""
+    """Arrivals whose rate changes at given times."""
 
-    per_hour: Amount = key("Mean number of jobs per hour at the start.", 10)
-    steps: list[StepAt] = key("The changes, in order of time.", [{"at": "1h", "per_hour": 120}], min_length=1)
+    per_hour: Amount = key("Mean number of jobs that arrive per hour until the first step.", 10)
+    steps: list[StepAt] = key(
+        "List of the changes of the arrival rate, in order of time.", [{"at": "1h", "per_hour": 120}], min_length=1
+    )
 
 
 class RampSpec(Span):
-    """A rate that changes linearly from start to end."""
+    """Arrivals whose rate changes linearly between the start and the end of the source."""
 
-    per_hour: Amount = key("Jobs per hour at the start.", 0)
-    to_per_hour: Amount = key("Jobs per hour at the end.", 120)
+    per_hour: Amount = key("Mean number of jobs that arrive per hour at the start of the ramp.", 0)
+    to_per_hour: Amount = key("Mean number of jobs that arrive per hour at the end of the ramp.", 120)
 
 
 class MomentSpec(Keys):
-    """A time at which several jobs arrive."""
+    """A time at which one or several jobs arrive."""
 
-    at_s: field_types.Duration = key("Time of the arrivals.", "2h", alias="at")
-    count: int = key("Number of jobs that arrive at this time.", 50, 1, ge=0, le=1_000_000)
+    at_s: field_types.Duration = key("Time after the start of the scenario at which the jobs arrive.", "2h", alias="at")
+    count: int = key("Number of jobs that arrive at the time `at`.", 50, 1, ge=0, le=1_000_000)
 
 
 def _moment(value: Any) -> Any:
