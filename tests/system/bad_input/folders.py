@@ -80,7 +80,11 @@ COMMANDS = [
         "set list", "sets a parameter to a list", "It is a list or a mapping", nothing, (*CHECK, "--set", "limit=[1]")
     ),
     Case(
-        "set huge", "sets a parameter to 5,000 digits", "is not a valid value", nothing, (*CHECK, "--set", "limit=" + "9" * 5000)
+        "set huge",
+        "sets a parameter to 5,000 digits",
+        "is not a valid value",
+        nothing,
+        (*CHECK, "--set", "limit=" + "9" * 5000),
     ),
     Case(
         "backend",
