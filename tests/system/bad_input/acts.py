@@ -43,7 +43,7 @@ EXCEPTIONS = [
 RESULTS = [
     Act("returns_an_object", "result", "result is of type object"),
     Act("returns_a_set", "result", "result['deep'][0] is of type set"),
-    Act("returns_bytes", "result", "a File may stand for anything else"),
+    Act("returns_bytes", "result", "use a File for other data"),
     Act("returns_a_generator", "result", "result is of type generator"),
     Act("returns_a_coroutine", "result", "result is of type coroutine"),
     Act("returns_nan", "result", "result['mean'] is the number nan, which JSON does not have"),
