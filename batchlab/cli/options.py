@@ -145,7 +145,7 @@ AS_IF = flag("Show the cost on AWS also on backends that cost nothing.", "--as-i
 MAX_COST = option("Launch no more instances once the cost on AWS reaches this, such as 5USD.", "AMOUNT")
 LOG_FORMAT = option("Format of the grid's logs. Default: $BATCHLAB_LOG_FORMAT, else text.", "text|json")
 
-CAP = argument("Such as 5USD, or 'none'.", "AMOUNT")
+CAP = argument("Amount such as 5USD, or 'none' to remove the cap.", "AMOUNT")
 JOB = argument("Id of a job, beginning of an id, or 'last'.", "JOB", autocompletion=jobs)
 TASK = argument("A task, such as parse/3, or only 3 if the job has one stage.", "TASK")
 ANY_BACKEND = option("Backend of a grid that is not running. Default: local.", "NAME", autocompletion=backends)

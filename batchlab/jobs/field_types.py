@@ -33,7 +33,7 @@ from batchlab.jobs.yaml_source import Loc, Problem, suggest
 
 MIN_MEMORY_BYTES = 16 * 1024 * 1024
 MAX_TASKS = 10**12
-"""Maximum of any number of tasks in a job file. A larger number is probably a typing error."""
+"""Largest number of tasks that a job file may state. A larger number is probably a typing error."""
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 PARAM_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"

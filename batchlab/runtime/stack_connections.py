@@ -27,7 +27,7 @@ The AWS CLI also runs the program session-manager-plugin.
 _GRANTED = "AWS_SSM_START_SESSION_RESPONSE"
 """Environment variable with the token of a session.
 
-AWS's program reads the variable if its first argument is the variable's name.
+session-manager-plugin reads the token from this variable if the plugin's first argument is the name of the variable.
 """
 _DOCUMENT = "AWS-StartPortForwardingSession"
 

@@ -241,7 +241,7 @@ def _again(record: Record, _: str) -> Measured:
     return _WASTE_UNKNOWN if record.again_s is None else record.again_s
 
 
-@_measure("idle_share", Unit.SHARE, "of the slots' time from launch to end, that without a task")
+@_measure("idle_share", Unit.SHARE, "share of the slots' time, from launch to end, without a task")
 def _idle_share(record: Record, _: str) -> Measured:
     slots = {name: slots for name, (_, _, slots) in record.pools.items()}
     total_s = sum(life_s * slots.get(instance.pool, 0) for instance, life_s in lifetimes_s(record))
@@ -295,7 +295,8 @@ class VerdictRow:
 def judge(record: Record, expectations: Iterable[Expectation]) -> list[VerdictRow]:
     """Return the verdict on each expectation.
 
-    Rows about the whole run come first: a cut run is red, and a fault that was not injected as planned is not judged.
+    Rows about the whole run come first. The row of an aborted run is red, and the row of a fault that was not injected
+    as planned has no verdict.
     Raise UsageError for an unknown measure.
     """
     return [*_judge_run(record), *(_judge_one(record, expectation) for expectation in expectations)]

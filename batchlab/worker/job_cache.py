@@ -125,8 +125,8 @@ class ControlPoller:
         """Read the control object of a job.
 
         Return the control word, and the monotonic time at which the word's lease ends. A missing control object means
-        RUN if the job `is_new` or the job's definition exists. A missing control object without a definition means
-        CANCEL, because the job has been removed.
+        RUN if the job `is_new` or the job's definition exists. If the control object and the job's definition are both
+        missing, the control word is CANCEL, because the job has been removed.
         """
         entry = self._entries.get(job)
         # The lease starts before the request, because the answer may be as old as the request.

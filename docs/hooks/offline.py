@@ -1,7 +1,7 @@
-"""A hook of MkDocs: a page that would fetch something from elsewhere as it opens is a warning.
+"""MkDocs hook that warns of pages which load data from another host.
 
-Invariant: with `--strict` no site is built whose readers are told of to anybody. Links that a
-reader follows are none of it.
+Invariant: with `--strict`, no page of the site sends a request to another host when a browser opens the page. Links are
+allowed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RELS = {"stylesheet", "icon", "preload", "prefetch", "preconnect", "dns-prefetc
 
 
 class _Fetches(HTMLParser):
-    """What a page has its browser fetch by itself."""
+    """Addresses that a browser loads when it opens a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,12 +40,12 @@ class _Fetches(HTMLParser):
         if tag == "link" and _RELS & set(given.get("rel", "").split()):
             self.found.append(given.get("href", ""))
         if "mermaid" in given.get("class", "").split():
-            # The theme would fetch what draws it; diagrams are SVG files here.
+            # The theme would load a library for the diagram. The diagrams of this site are SVG files.
             self.found.append("https://unpkg.com/mermaid")
 
 
 def fetches(page: str) -> list[str]:
-    """The addresses of other hosts that `page` (HTML) fetches from as it opens."""
+    """Return the addresses of other hosts that `page` (HTML) loads when a browser opens it."""
     parser = _Fetches()
     parser.feed(page)
     return [one for one in parser.found if one.startswith(("http:", "https:", "//"))]

@@ -1,10 +1,10 @@
-"""What the job does. A handler gets its task's input and, if it wants one, the context."""
+"""Handlers of the job. A handler gets its task's input and, as an optional second argument, the context."""
 
 import csv
 
 
 def summarise(item, ctx):
-    """One part of a file: the claims and cents of each state in it."""
+    """Return the claims and cents of each state in one part of a file."""
     states = {}
     with item.open("r", encoding="utf-8") as part:
         for row in csv.DictReader(part):
@@ -18,7 +18,7 @@ def summarise(item, ctx):
 
 
 def total(item):
-    """All results of one state."""
+    """Return the sums of all results of one state."""
     return {
         "state": item[0]["state"],
         "claims": sum(part["claims"] for part in item),

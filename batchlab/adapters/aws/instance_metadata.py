@@ -115,7 +115,7 @@ class Imds:
             return self._token
 
     def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
-        # The request bypasses proxies, because a proxy could not reach the metadata service, and must not.
+        # The request bypasses proxies. A proxy on another machine would read the metadata of that machine.
         with closing(http.client.HTTPConnection(self._host, self._port, timeout=ANSWER_S)) as connection:
             try:
                 connection.request(method, f"/latest/{path}", headers=dict(headers))

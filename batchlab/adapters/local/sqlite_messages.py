@@ -180,7 +180,7 @@ class SqliteMessages:
 
     @contextmanager
     def _my_turn(self) -> Iterator[None]:
-        # SQLite waits for its own lock with an unfair backoff. Of 16 busy processes, some made only 10% of the calls of
+        # SQLite waits for its own lock with an unfair backoff. Some of 16 busy processes made only 10% of the calls of
         # others, and waited up to 2 s. The kernel's file lock is fair and cheap, and the kernel releases the lock of a
         # killed process.
         try:

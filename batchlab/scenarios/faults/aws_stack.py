@@ -1,4 +1,4 @@
-"""Faults of a stack on AWS with the caller's own permissions, zone outages, and Spot shares.
+"""Fault injection, zone outages, and shares of Spot instances on a stack of AWS, with the caller's permissions.
 
 The faults terminate only instances of the stack's groups, and reboot only the stack's database. Every Auto Scaling
 group that a fault has changed gets its original settings back.

@@ -278,7 +278,7 @@ class Search:
             point
             for point in self.real.points()
             if point.candidate != chosen.candidate
-            # Of several nearly equal candidates, the simplest candidate was chosen and represents the others.
+            # The simplest of several nearly equal candidates was chosen, and represents the others.
             and not (point.usd <= chosen.usd and point.finish_s <= chosen.finish_s)
         )
         return Plan(
