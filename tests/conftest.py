@@ -101,13 +101,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     process of a run does the same, since xdist compares their lists."""
     if not config.option.all_tests:
         given = selection.given_paths(config)
-        left_out = [one for one in items if selection.is_slow(one) and not selection.is_named(one, given)]
+        left_out = [item for item in items if selection.is_slow(item) and not selection.is_named(item, given)]
         config.hook.pytest_deselected(items=left_out)
         dropped = set(left_out)
-        items[:] = [one for one in items if one not in dropped]
+        items[:] = [item for item in items if item not in dropped]
     processes: int = getattr(config, "workerinput", {}).get("workercount", 1)
     if processes > 1:
-        items[:] = [items[n] for n in order.dealt([one.nodeid for one in items], processes)]
+        items[:] = [items[n] for n in order.dealt([item.nodeid for item in items], processes)]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -225,7 +225,11 @@ def _quantity_text(quantity: CalibratedValue, value: float | None) -> str:
 
 def comparison_text(comparison: Comparison) -> str:
     """Return the comparison of a forecast with a real run as text, for `scenario compare` and `scenario replay`."""
-    rows = [_row(one) for one in comparison.differences if (one.forecast, one.fact) != (None, None)]
+    rows = [
+        _row(difference)
+        for difference in comparison.differences
+        if (difference.forecast, difference.fact) != (None, None)
+    ]
     columns = ("measure", "jobs", "forecast", "fact", "error", "relative")
     at = "" if comparison.compressed == 1 else f", times divided by {comparison.compressed:g}"
     sides = f"forecast ({comparison.forecast_backend}) against fact ({comparison.fact_backend})"

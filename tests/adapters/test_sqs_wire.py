@@ -116,8 +116,8 @@ class Service:
         self._thread.start()
 
     def hang_up(self) -> None:
-        for one in self.connections:
-            one.shutdown(socket.SHUT_RDWR)
+        for connection in self.connections:
+            connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._server.shutdown()

@@ -81,5 +81,5 @@ def test_failed_notification_is_logged_and_ends_no_instance(
     drained = DrainHook(endpoint, group.name, Imds(service.url))
     assert not asyncio.run(drained.complete(Patience(random.Random(1), limit_s=0.1)))
     service.start()
-    said = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len([one for one in said if "waits until its hook times out" in one]) == 2, said

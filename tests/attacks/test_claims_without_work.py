@@ -63,7 +63,7 @@ async def claim_for_ever(world: World, liar: SimWorker, held: Iterable[HeldBundl
 
 async def causes(world: World) -> str:
     assert world.manager is not None
-    return "\n".join(one.cause for one in await world.manager.ports.fleet.activities())
+    return "\n".join(activity.cause for activity in await world.manager.ports.fleet.activities())
 
 
 async def comes_down(world: World) -> None:
@@ -115,7 +115,7 @@ def test_name_of_a_busy_worker_proves_nothing(of_the_manager: bool) -> None:
         while len(world.workers) < 2:
             await asyncio.sleep(0.1)
         liar = await liar_of(world)
-        honest = next(one for one in world.workers.values() if one is not liar)
+        honest = next(worker for worker in world.workers.values() if worker is not liar)
         await asyncio.sleep(60.0)
         name = "manager" if of_the_manager else honest.who.worker
         lying = liar.actor.spawn(claim_for_ever(world, liar, [], name), name="lies")

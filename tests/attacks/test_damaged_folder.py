@@ -65,8 +65,8 @@ def test_doctor_names_a_damaged_object_and_moves_it(tmp_path: Path, content: byt
     assert [one.text for one in named if ".zip" in one.text]
     assert "--repair" in named[-1].remedy
     assert (home.objects / "jobs/j-1/spec.json").exists()
-    assert [one.level for one in findings(repair=True)] == [Level.WARN]
+    assert [finding.level for finding in findings(repair=True)] == [Level.WARN]
     assert (home.damaged / "jobs/j-1/spec.json").read_bytes() == content
     assert not (home.objects / "jobs/j-1/spec.json").exists()
     assert (home.objects / "jobs/j-1/control.json").exists()
-    assert [one.level for one in findings()] == [Level.OK]
+    assert [finding.level for finding in findings()] == [Level.OK]

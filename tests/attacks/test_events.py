@@ -139,7 +139,7 @@ def test_no_worker_learns_the_id_of_a_new_instance() -> None:
     ids = {RandomIds().fresh("w") for _ in range(100)}
     assert len(ids) == 100
     assert all(re.fullmatch("w-[0-9a-f]{16}", one) for one in ids)
-    listing = {one for one in actions() if re.search(":(Describe|List|[*])", one)}
+    listing = {action for action in actions() if re.search(":(Describe|List|[*])", action)}
     assert listing == {"s3:ListBucket"}
 
 
@@ -149,7 +149,7 @@ def test_no_worker_learns_the_id_of_a_new_instance() -> None:
 def take(rig: Rig, *messages: str) -> None:
     """Let the manager take event messages, and wait until it has."""
     collector = rig.manager._collector
-    rig.run(collector._process([Message("m", one, "r", 1, 0.0, 0.0) for one in messages]))
+    rig.run(collector._process([Message("m", message, "r", 1, 0.0, 0.0) for message in messages]))
 
 
 def test_only_the_first_key_of_an_instance_is_believed(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
@@ -276,7 +276,7 @@ def test_job_with_counted_but_uncommitted_outcomes_restarts_from_the_bucket(rig:
     name = JobId(rig.submit(job(tasks=tasks)))
     bundles = [one.bundle for one in rig.outstanding(name, tasks)]
     key = rig.run(rig.manager.ports.keys.stored(name))
-    forgeries = tuple(settlement.completion(forged(one)) for one in bundles)
+    forgeries = tuple(settlement.completion(forged(bundle)) for bundle in bundles)
     text = events_message(Events(completions=forgeries))
     before = rig.manager.lives[name]
     take(rig, with_proofs(text, {name}, lambda _: key))

@@ -55,7 +55,7 @@ class Relay:
 
 
 def sent(requests: list[Request]) -> str:
-    return "\n".join(repr(one) for one in requests)
+    return "\n".join(repr(request) for request in requests)
 
 
 def test_a_false_manager_learns_no_token() -> None:

@@ -21,9 +21,9 @@ from tests.support.server.api import MAP, Rig, job
 def commit_and_tell(rig: Rig, name: JobId, *outcomes: Outcome) -> None:
     """Do what a worker with the key of the job can do: commit outcomes, and send their events."""
     key = rig.run(rig.manager.ports.keys.stored(name))
-    for one in outcomes:
-        rig.run(commit(rig.objects, one, rig.manager.ports.patience, key))
-    done = tuple(settlement.completion(one) for one in outcomes)
+    for outcome in outcomes:
+        rig.run(commit(rig.objects, outcome, rig.manager.ports.patience, key))
+    done = tuple(settlement.completion(outcome) for outcome in outcomes)
     take(rig, with_proofs(events_message(Events(completions=done)), {name}, lambda _: key))
 
 
@@ -35,7 +35,7 @@ def test_job_whose_outcomes_lack_follow_ups_fails(rig: Rig) -> None:
     name = JobId(rig.submit(job(tasks=2, after=[follower])))
     bundles = [one.bundle for one in rig.outstanding(name, 2)]
     before = rig.manager.lives[name]
-    commit_and_tell(rig, name, *(forged(one) for one in bundles))
+    commit_and_tell(rig, name, *(forged(bundle) for bundle in bundles))
     view = rig.ended(name)
     assert before.ended.is_set()
     assert (view["state"], view["stages"][1]["cancelled"]) == ("FAILED", 2)

@@ -307,7 +307,7 @@ def test_the_manager_counts_nothing_of_malformed_events_and_reports_each_once(ca
             for _ in range(2):
                 drive(loop, desk.take(*batch, first=first))
             assert desk.counts.unreadable["event"] - reported == len(bad)
-            told = [one for one in caplog.records if "dropped an event" in one.getMessage()]
+            told = [record for record in caplog.records if "dropped an event" in record.getMessage()]
             assert len(told) == len(bad)
 
         await asyncio.to_thread(take)
@@ -419,7 +419,7 @@ def test_a_rebuild_names_each_unreadable_object_and_restores_every_other_job() -
         rebuilt = await rebuild(desk.ports)
         assert rebuilt.jobs == 2
         assert set(rebuilt.unreadable) == {cut, object_keys.outcome(BUNDLE, UNSEALED)}
-        assert {one.job.id for one in await desk.ledger.jobs()} == {JOB.id, other.id}
+        assert {job.job.id for job in await desk.ledger.jobs()} == {JOB.id, other.id}
         await desk.ledger.close()
 
     asyncio.run(main())

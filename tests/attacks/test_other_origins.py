@@ -65,7 +65,7 @@ def test_no_answer_permits_another_origin(grid: LocalGrid, http: httpx.Client, a
     for path in {path for _, path in asked} | {"/", "/ui/", "/ui/login", "/ui/static/page.css"}:
         for method, headers in (("OPTIONS", preflight), ("GET", {"Host": "localhost"})):
             answer = http.request(method, path, headers=headers)
-            assert not [one for one in answer.headers if one.startswith("access-control-")], path
+            assert not [header for header in answer.headers if header.startswith("access-control-")], path
             assert method == "GET" or answer.status_code >= 400
 
 

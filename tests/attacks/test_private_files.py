@@ -48,7 +48,7 @@ def test_other_users_cannot_read_the_folder_of_a_grid(tmp_path: Path) -> None:
         others = readable_by_others(tmp_path / "grid")
         # The folder is closed, and what holds a job's data is closed by itself as well.
         closed = (".sqlite", "token", "manager.log", ".json")
-        named = [one for one in others if one.split()[0].endswith(closed)]
+        named = [other for other in others if other.split()[0].endswith(closed)]
         objects = [p for p in (tmp_path / "grid" / "objects").rglob("*") if p.is_file()]
         assert objects
         assert named == []

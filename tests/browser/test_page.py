@@ -103,7 +103,7 @@ def logged_in(scene: Scene, browser: Browser, path: str = "/", **context: Any) -
             page.goto(f"{place_of(page)}{path}")
         yield page, seen
         assert seen.errors == []
-        assert [one for one in seen.requests if not one.startswith(client.url)] == []
+        assert [request for request in seen.requests if not request.startswith(client.url)] == []
 
 
 def views(scene: Scene) -> list[str]:
@@ -153,7 +153,7 @@ def test_every_view_is_sound(scene: Scene, browser: Browser, context: dict[str, 
 def test_code_of_an_address_works_once(scene: Scene, browser: Browser) -> None:
     with logged_in(scene, browser) as (page, seen):
         assert page.url == f"{place_of(page)}/"
-        assert not [one for one in seen.requests[1:] if "#" in one]
+        assert not [request for request in seen.requests[1:] if "#" in request]
         page.go_back()
         assert "#" not in page.url
 
@@ -178,7 +178,7 @@ def test_page_follows_a_running_job(scene: Scene, browser: Browser) -> None:
         ended = page.locator(".figure dd").first
         before = ended.inner_text()
         page.wait_for_function("before => document.querySelector('.figure dd').innerText !== before", arg=before)
-        assert len([one for one in seen.requests if one.endswith(f"/jobs/{scene.runs}")]) == 1
+        assert len([request for request in seen.requests if request.endswith(f"/jobs/{scene.runs}")]) == 1
         assert page.get_by_text("Remaining time").is_visible()
         assert page.locator("#content .why").inner_text()
 
@@ -209,7 +209,7 @@ def test_page_reports_an_unreachable_manager_and_reconnects(scene: Scene, browse
         page.unroute("**/*part=live*")
         page.locator("#away").wait_for(state="hidden")
         # The browser's own words on that, and htmx's; none of ours.
-        assert [one for one in seen.errors if not re.search("ERR_FAILED|^htmx:", one)] == []
+        assert [error for error in seen.errors if not re.search("ERR_FAILED|^htmx:", error)] == []
         seen.errors.clear()
 
 
@@ -217,7 +217,9 @@ def test_page_reports_an_unreachable_manager_and_reconnects(scene: Scene, browse
 
 
 def test_select_all_during_loading_selects_all(scene: Scene, browser: Browser) -> None:
-    (group,) = [one for one in scene.grid.client.failure_groups(scene.failed) if one["count"] == 3]
+    (group,) = [
+        failure_group for failure_group in scene.grid.client.failure_groups(scene.failed) if failure_group["count"] == 3
+    ]
     path = f"/jobs/{scene.failed}/failures/{group['fingerprint']}"
     held: list[Route] = []
 

@@ -95,7 +95,7 @@ def test_dark_is_dark(browser: Browser, file: Path) -> None:
     for scheme in ("light", "dark"):
         with shown(browser, file.as_uri(), color_scheme=scheme) as (page, _):
             grounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-    light, dark = (sum(int(n) for n in re.findall(r"\d+", one)[:3]) for one in grounds)
+    light, dark = (sum(int(n) for n in re.findall(r"\d+", ground)[:3]) for ground in grounds)
     assert light > 700
     assert dark < 100
 

@@ -278,7 +278,7 @@ def test_why_lists_each_reason_once_with_a_remedy(manager: type[FakeClient], run
         f"  {command.format(0)}",
     ]
     code, out, _ = run("job", "why", "sums-0123456789", "--json")
-    assert [one["tasks"] for one in json.loads(out)["failed"]] == [2, 1]
+    assert [load["tasks"] for load in json.loads(out)["failed"]] == [2, 1]
 
 
 def test_watch_ends_with_the_jobs_own_verdict(manager: type[FakeClient], run: Run) -> None:
@@ -301,7 +301,7 @@ def test_a_job_may_be_named_by_the_beginning_of_its_id(manager: type[FakeClient]
     jobs = [a_job(f"{name}-{i:010x}") for i, name in enumerate(["sums", "sums", "tots", "top"])]
 
     def page(*, limit: int, before: str | None = None) -> list[dict[str, Any]]:
-        ids = [one["id"] for one in jobs]
+        ids = [job["id"] for job in jobs]
         first = ids.index(before) + 1 if before else 0
         return jobs[first : first + min(limit, 2)]
 

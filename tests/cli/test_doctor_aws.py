@@ -32,7 +32,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("nobody")
 def test_doctor_lists_missing_parts_before_the_first_stack(tmp_path: Path) -> None:
-    found = {one.about: one for one in stack_findings(Home(tmp_path), factory.load("aws"))}
+    found = {finding.about: finding for finding in stack_findings(Home(tmp_path), factory.load("aws"))}
     assert list(found) == ["account", "stack", "session"]
     assert {one.level for one in found.values()} == {Level.FAIL}
     assert found["account"].text == "AWS credentials are missing."
@@ -44,7 +44,7 @@ def test_doctor_lists_missing_parts_before_the_first_stack(tmp_path: Path) -> No
 def test_known_stack_is_not_queried_without_credentials(tmp_path: Path) -> None:
     home = Home(tmp_path)
     aws_deployment.write(home, KNOWN)
-    assert [one.about for one in stack_findings(home, factory.load("aws"))] == ["account", "session"]
+    assert [finding.about for finding in stack_findings(home, factory.load("aws"))] == ["account", "session"]
 
 
 @pytest.mark.usefixtures("nobody")

@@ -55,7 +55,7 @@ ALL = LogFilter()
 def followed(manager: Manager, which: LogFilter = ALL) -> list[str]:
     lines: list[Line] = []
     Follower("j", which, lambda ask: ask(manager), lines.append).run()  # type: ignore[arg-type]
-    return [f"{one.name}{'!' if one.is_note else ':'}{one.text}" for one in lines]
+    return [f"{line.name}{'!' if line.is_note else ':'}{line.text}" for line in lines]
 
 
 def test_repeated_lines_are_printed_once() -> None:

@@ -155,8 +155,8 @@ def test_a_package_that_is_missing_is_named_and_what_to_do(
 
 def test_required_dependencies_match_the_installation() -> None:
     homes = metadata.packages_distributions()
-    asked = {canonicalize_name(Requirement(one).name) for one in metadata.requires("batchlab") or ()
-             if "extra ==" not in one}  # fmt: skip
+    asked = {canonicalize_name(Requirement(require).name) for require in metadata.requires("batchlab") or ()
+             if "extra ==" not in require}  # fmt: skip
     given = {canonicalize_name(name) for module in REQUIRED_MODULES for name in homes.get(module, ())}
     assert asked == given
 

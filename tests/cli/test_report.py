@@ -83,7 +83,7 @@ def test_mistakes_are_clear_sentences(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BATCHLAB_HOME", raising=False)
-    code, out, err = run("report", *(made if one == "MADE" else one for one in arguments))
+    code, out, err = run("report", *(made if argument == "MADE" else argument for argument in arguments))
     assert code == 2, err
     assert said in err
     assert out == ""

@@ -208,7 +208,7 @@ def test_dead_manager_is_replaced_and_the_request_repeated(managers: Callable[[l
         grid.start()
         assert [grid.call(lambda _: made.answer()) for _ in range(4)] == ["answer"] * 4
     assert (made.started, made.stopped) == (3, 1)
-    assert all(one["parent"] for one in made.options), "each must end with the command"
+    assert all(option["parent"] for option in made.options), "each must end with the command"
 
 
 def test_managers_that_keep_dying_are_given_up_with_exit_code_three(managers: Callable[[list[int]], Managers]) -> None:

@@ -22,11 +22,11 @@ def test_every_command_has_help_with_one_example(run: Run, command: str) -> None
 def test_shipped_scenarios_are_listed_with_their_lessons(run: Run) -> None:
     code, out, _ = run("scenario", "list")
     assert code == 0
-    for one in loader.shipped_scenarios():
-        assert f"{one.name} " in out
-        assert one.teaches in out
+    for scenario in loader.shipped_scenarios():
+        assert f"{scenario.name} " in out
+        assert scenario.teaches in out
     code, out, _ = run("scenario", "list", "--json")
-    assert [one["name"] for one in json.loads(out)] == loader.names()
+    assert [load["name"] for load in json.loads(out)] == loader.names()
 
 
 def test_check_describes_the_scenario_and_draws_its_peak(run: Run, tmp_path: Path) -> None:

@@ -236,8 +236,8 @@ def test_the_kinds_of_faults_are_listed(run: Run) -> None:
     _, out, _ = run("sim", "faults")
     assert set(rows(out)) == {"FAULT", *(kind.value for kind in FaultKind)}
     _, out, _ = run("sim", "faults", "--json")
-    assert [one["fault"] for one in json.loads(out)] == [kind.value for kind in FaultKind]
-    assert all(one["meaning"] for one in json.loads(out))
+    assert [load["fault"] for load in json.loads(out)] == [kind.value for kind in FaultKind]
+    assert all(load["meaning"] for load in json.loads(out))
 
 
 # --- In a terminal -------------------------------------------------------------------------------

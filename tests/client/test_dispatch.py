@@ -128,7 +128,7 @@ def test_each_result_arrives_once(grid: FakeGrid, dispatch: Dispatch) -> None:
     dispatch.outcome(JOB, outcome(10, 11))
     dispatch.outcome(JOB, outcome(99, 98))
     dispatch.outcome(JOB, outcome(12, first=2))
-    assert [one.future.result(WAIT_S) for one in calls] == [10, 11, 12]
+    assert [call.future.result(WAIT_S) for call in calls] == [10, 11, 12]
     dispatch.shutdown(wait=True, cancel=False)
     assert grid.left == [(JOB, False)]
 
@@ -316,7 +316,7 @@ def test_outcome_listed_twice_is_read_once(grid: FakeGrid, dispatch: Dispatch, m
 
     monkeypatch.setattr("batchlab.client.dispatch.decoded", noting)
     futures = [CallFuture(), CallFuture()]
-    dispatch.submit_all([Call(one, abs, (-1,), {}) for one in futures], bundle=None)
+    dispatch.submit_all([Call(future, abs, (-1,), {}) for future in futures], bundle=None)
     grid.wait_for_job()
     dispatch.outcome(JOB, outcome(6))
     assert futures[0].result(WAIT_S) == 6

@@ -104,7 +104,7 @@ def test_many_calls_are_cut_into_chunks_that_name_their_first(packer: Packer) ->
     calls = [call(abs, i) for i in range(PART_ITEMS + 1)]
     calls.insert(0, call(abs, threading.Lock()))
     packed = packer.pack(JOB, calls)
-    assert [(one.first, len(one.items)) for one in packed.chunks] == [(0, PART_ITEMS), (PART_ITEMS, 1)]
+    assert [(chunk.first, len(chunk.items)) for chunk in packed.chunks] == [(0, PART_ITEMS), (PART_ITEMS, 1)]
 
 
 def test_nothing_that_can_be_sent_makes_no_chunk(packer: Packer) -> None:
@@ -212,7 +212,7 @@ def test_a_call_is_cancelled_for_sure_until_it_is_claimed() -> None:
     assert futures[1].cancel()
     assert [one.future for one in batch.claim()] == [futures[0], futures[2]]
     assert list(batch.open.values()) == [futures[0], futures[2]]
-    assert [one.running() for one in futures] == [True, False, True]
+    assert [future.running() for future in futures] == [True, False, True]
     assert not futures[0].cancel()
     assert not futures[0].cancelled()
     assert not looked

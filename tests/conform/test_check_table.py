@@ -181,7 +181,7 @@ def test_a_section_lists_what_differs_and_what_was_not_tried() -> None:
     assert head == "### Mine 1.0"
     assert tables[0].startswith("1 of 3 needed rules")
     row = r"| `s3-a` | needed | A \| B. | it \| does not | nothing: it is new |"
-    assert [one.split("\n")[2:] for one in tables[1:]] == [[row], [row]]
+    assert [table.split("\n")[2:] for table in tables[1:]] == [[row], [row]]
     assert "observed" in tables[1]
     assert "why not tested" in tables[2]
     assert check_table.section("Mine 1.0", [a_result(Verdict.AGREES)]).count("\n\n") == 1

@@ -88,7 +88,7 @@ def test_hanging_check_is_abandoned_and_delays_no_other(target: Target) -> None:
     told: list[running.Result] = []
     checks = [_check("sqs-a", hangs), _check("s3-a", lambda _: None), _check("sqs-b", hangs)]
     results = running.run(target, checks, on_result=told.append, limit_s=0.0, at_once=1)
-    assert [one.check.name for one in results] == ["sqs-a", "s3-a", "sqs-b"]
+    assert [result.check.name for result in results] == ["sqs-a", "s3-a", "sqs-b"]
     assert results[0].verdict is Verdict.UNTRIED
     assert results[0].observed == "the check takes longer than 0 s"
     assert len(told) == 3

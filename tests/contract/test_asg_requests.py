@@ -107,7 +107,7 @@ def test_protection_is_set_fifty_at_a_time(tmp_path: Path) -> None:
         instances = await at.rig.grow(replace(STEADY, max_size=120), 120)
         asked = await at.during(at.fleet.protect(POOL, instances, on=True))
         assert asked["SetInstanceProtection"] == 3
-        assert all(one.protected for one in (await at.rig.view()).instances)
+        assert all(instance.protected for instance in (await at.rig.view()).instances)
 
     run(check, tmp_path)
 

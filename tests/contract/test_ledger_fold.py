@@ -280,8 +280,8 @@ def test_the_order_of_events_leaves_no_trace(make: Callable[[], DumpingLedger], 
             for ledger in (plain, rough):
                 await submit(ledger)
                 await ledger.apply(SetPlanned(JOB.id, INDEX, tasks, 0))
-            for one in cuts:
-                await plain.apply(AddCut(one))
+            for cut in cuts:
+                await plain.apply(AddCut(cut))
             await fold_in_batches(plain, completions, lambda: 1)
             batch: list[Completion] = []
             for event in events:

@@ -108,8 +108,8 @@ def _past(rng: Random) -> JobHistory:
     cuts, completions = history(rng, 9)
     # As they come off the wire, with microseconds; memory keeps what it is given.
     some = [
-        json_format.completion_from_json(json_format.completion_to_json(one))
-        for one in completions[: rng.randint(0, len(completions))]
+        json_format.completion_from_json(json_format.completion_to_json(completion))
+        for completion in completions[: rng.randint(0, len(completions))]
     ]
     lost = tuple(settlement.casualties(JOB, one) for one in some)
     end = Ending(JobState.FAILED, "no luck", 50.0, {RESIZE: 2, TOTAL: 1})

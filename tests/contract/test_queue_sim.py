@@ -42,7 +42,7 @@ def _history(seed: int) -> list[tuple[float, int, str, int]]:
         async def receiver(who: int) -> None:
             while messages := await queue.receive("q", max_messages=3):
                 now_s = asyncio.get_running_loop().time()
-                seen.extend((now_s, who, one.body, one.receive_count) for one in messages)
+                seen.extend((now_s, who, message.body, message.receive_count) for message in messages)
                 await asyncio.sleep(rng.random())
                 if rng.random() < 0.8:
                     await queue.delete("q", receipts(messages))

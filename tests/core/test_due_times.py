@@ -83,7 +83,7 @@ def test_fixed_times_are_due_once_a_day(minute: str, hour: str, change: tuple[st
     local = [datetime.fromtimestamp(one, ZoneInfo(zone)).replace(tzinfo=None) for one in found]
     assert len(set(local)) == len(local)
     fits = {datetime.fromtimestamp(one, ZoneInfo(zone)) for one in walked(cron, zone, after_s, until_s)}
-    there = {one.replace(tzinfo=None) for one in fits}
+    there = {fit.replace(tzinfo=None) for fit in fits}
     # All that there are; and the first minute after a time that is left out.
     assert there <= set(local)
     for one in set(local) - there:

@@ -32,7 +32,7 @@ def without_remedy() -> Iterator[str]:
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
                 continue
-            given = {one.arg for one in node.keywords}
+            given = {keyword.arg for keyword in node.keywords}
             # `**` may hold it.
             if node.func.id in CAUSED and not given & {"remedy", None}:
                 yield f"{name}:{node.lineno}: {ast.unparse(node)[:100]}"

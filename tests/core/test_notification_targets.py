@@ -269,7 +269,7 @@ command = ["/usr/local/bin/page", "--urgent"]
 """,
     )
     read = settings.read_notifications(home, {"CHAT_URL": "https://chat.example/x"})
-    found = {one.name: one for one in read.targets}
+    found = {target.name: target for target in read.targets}
     assert found == {
         "ops": Target(
             name="ops",
@@ -347,7 +347,7 @@ def test_the_file_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.L
     now = settings.notification_watcher(home)
 
     def names() -> list[str]:
-        return [one.name for one in now().targets]
+        return [target.name for target in now().targets]
 
     assert names() == ["a"]
     home.notify_file.write_text("[a]\ncommand = ['x']\n[b]\ncommand = ['y']\n")

@@ -153,12 +153,12 @@ def test_the_doctor_names_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(installation, "_origin", dict)
     code, out, _ = run("doctor", "--json", "--home", tmp_path / "h")
     assert code == 0, "the backend local needs none"
-    (found,) = (one for one in json.loads(out) if one["check"] == "extras")
+    (found,) = (load for load in json.loads(out) if load["check"] == "extras")
     assert found["text"].startswith("installed: otel; not installed")
     assert "batchlab[aws,docker,ministack,web]" in found["remedy"]
     code, out, _ = run("doctor", "--json", "--home", tmp_path / "h", "--backend", "ministack")
     assert code == 1
-    (found,) = (one for one in json.loads(out) if one["check"] == "extra")
+    (found,) = (load for load in json.loads(out) if load["check"] == "extra")
     assert found["level"] == "fail"
     assert "The backend ministack needs batchlab's extra `ministack`" in found["text"]
     assert "batchlab[ministack]" in found["remedy"]

@@ -71,7 +71,9 @@ def test_value_with_files_round_trips(value: Any) -> None:
         found = list(values.references(encoded))
         assert all(values.kind(one) == "$file" for one in found)
         moved = values.replace(encoded, lambda ref: {**ref, "$file": f"there/{ref['$file']}"})
-        assert [one["$file"] for one in values.references(moved)] == [f"there/{one['$file']}" for one in found]
+        assert [reference["$file"] for reference in values.references(moved)] == [
+            f"there/{one['$file']}" for one in found
+        ]
 
 
 ANYTHING = nested(st.floats() | st.binary(max_size=3) | st.complex_numbers() | st.text(max_size=3) | PLAIN)

@@ -37,7 +37,7 @@ def test_no_two_requests_have_one_signature() -> None:
     macs = {http_connections.sign("t", "GET", "/a", b"", 1.0).mac for _ in range(10)}
     assert len(macs) == 10
     fields = (("GET", "/a\nb"), ("GET", "/a\\nb"), ("GET\n/a", "b"), ("GET/a", "b"), ("G", "ET/ab"))
-    same = {http_connections._request_mac("t", *one, 1, "nonce", "body") for one in fields}
+    same = {http_connections._request_mac("t", *field, 1, "nonce", "body") for field in fields}
     assert len(same) == len(fields)
 
 

@@ -187,7 +187,7 @@ def test_sampling_is_by_job(
         with tracing.span(tracer, "plan", root.context, Subject(JOB.id)):
             pass
         asyncio.run(tracer.close())
-        names = [one.name for one in receiver.spans()]
+        names = [span.name for span in receiver.spans()]
     assert bool(root.context) == is_traced
     assert names == (["submit", "plan"] if is_traced else [])
 

@@ -45,7 +45,7 @@ class Cloud:
         self._stubs[service].add_client_error(method, code, message, http_status_code=403)
 
     def has_logs(self, *names: str) -> None:
-        groups = [{"logGroupName": one, "arn": f"{ARN.format('logs')}{one}:*"} for one in names]
+        groups = [{"logGroupName": name, "arn": f"{ARN.format('logs')}{name}:*"} for name in names]
         self.tells("logs", "describe_log_groups", logGroups=groups)
 
     def has_domains(self, *names: str) -> None:

@@ -48,7 +48,7 @@ def wheel(folder: Path, name: str, version: str, *requires: str, tag: str = "py3
     """A wheel that says what it needs."""
     path = folder / f"{name}-{version}-{tag}.whl"
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
-    lines += [f"Requires-Dist: {one}" for one in requires]
+    lines += [f"Requires-Dist: {require}" for require in requires]
     with zipfile.ZipFile(path, "w") as made:
         # Else it would have the time of day in it, and be another one two seconds later.
         entry = zipfile.ZipInfo(f"{name}-{version}.dist-info/METADATA")
@@ -65,8 +65,8 @@ class Pip(release._Pip):
     def download(self, requirements: object) -> None:
         assert isinstance(requirements, list)
         self.asked = [*getattr(self, "asked", []), *requirements]
-        for one in requirements:
-            if make := self.index.get(one):
+        for requirement in requirements:
+            if make := self.index.get(requirement):
                 make(self._folder)
 
 
@@ -298,7 +298,7 @@ def test_the_image_is_made_of_the_package_and_of_pinned_packages_alone(tmp_path:
     assert copied == made - {"Dockerfile"}
     users = re.findall(r"^USER (.+)$", recipe, re.MULTILINE)
     assert users
-    assert all(re.fullmatch(r"[1-9]\d*:[1-9]\d*", one) for one in users), "root, or a name"
+    assert all(re.fullmatch(r"[1-9]\d*:[1-9]\d*", user) for user in users), "root, or a name"
     assert "-c /opt/batchlab/constraints.txt" in recipe
     pinned = {line.partition("==")[0] for line in (tmp_path / "constraints.txt").read_text().splitlines()}
     wanted = (tmp_path / "requirements.txt").read_text()

@@ -125,8 +125,8 @@ def test_pools_with_similar_names_are_distinguished() -> None:
     pools = (PoolSettings("big"), PoolSettings("bigger", slots=3), PoolSettings("default"))
     given = settings.parameters(Settings(pools=pools), source())
     found, _ = settings.from_stack("batchlab", "", given)
-    assert {(one.name, one.slots) for one in found.pools} == {("big", 2), ("bigger", 3), ("default", 2)}
-    assert all(not one.parameters for one in found.pools)
+    assert {(pool.name, pool.slots) for pool in found.pools} == {("big", 2), ("bigger", 3), ("default", 2)}
+    assert all(not pool.parameters for pool in found.pools)
 
 
 @pytest.mark.parametrize(

@@ -284,15 +284,15 @@ def test_last_operation_is_separated_from_earlier_ones(stack: Stack, stub: Stubb
 def stack_event(rows: list[dict[str, Any]]) -> list[Event]:
     return [
         Event(
-            one["EventId"],
-            one["Timestamp"].timestamp(),
-            one["LogicalResourceId"],
-            one["ResourceType"],
-            one["ResourceStatus"],
-            one["ResourceStatusReason"],
+            row["EventId"],
+            row["Timestamp"].timestamp(),
+            row["LogicalResourceId"],
+            row["ResourceType"],
+            row["ResourceStatus"],
+            row["ResourceStatusReason"],
             is_of_stack=True,
         )
-        for one in rows
+        for row in rows
     ]
 
 

@@ -63,8 +63,8 @@ def test_checkov_finds_nothing_but_what_the_template_explains(checkov: Path) -> 
     results = report["results"]
     assert report["summary"]["parsing_errors"] == 0
     assert len(results["passed_checks"]) > 25, "it has looked at little"
-    assert [(one["check_id"], one["resource"]) for one in results["failed_checks"]] == []
-    used = {(one["check_id"], one["resource"].split(".")[1]) for one in results["skipped_checks"]}
+    assert [(result["check_id"], result["resource"]) for result in results["failed_checks"]] == []
+    used = {(result["check_id"], result["resource"].split(".")[1]) for result in results["skipped_checks"]}
     assert used == skipped("checkov"), "an exception that nothing needs"
 
 

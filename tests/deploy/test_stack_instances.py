@@ -64,7 +64,7 @@ def test_one_to_four_types(count: int) -> None:
     types = ["m7i.large", "m7a.large", "m6i.large", "m6a.large"][:count]
     made = cfn.Rendered(TEMPLATE, PoolInstanceTypes=",".join(types)).properties("PoolGroup")
     overrides = made["MixedInstancesPolicy"]["LaunchTemplate"]["Overrides"]
-    assert [one["InstanceType"] for one in overrides] == types
+    assert [override["InstanceType"] for override in overrides] == types
 
 
 def test_nothing_runs_without_a_release() -> None:
@@ -93,8 +93,8 @@ def test_peak_is_scheduled_on_request() -> None:
 def test_instances_give_credentials_by_token_only_and_encrypt(shape: cfn.Rendered) -> None:
     templates = shape.of_type("AWS::EC2::LaunchTemplate")
     assert len(templates) == 2
-    for one in templates.values():
-        data = one["LaunchTemplateData"]
+    for template in templates.values():
+        data = template["LaunchTemplateData"]
         assert data["MetadataOptions"] == {
             "HttpEndpoint": "enabled",
             "HttpTokens": "required",

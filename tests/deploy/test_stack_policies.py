@@ -118,7 +118,7 @@ def test_the_store_is_reached_in_the_one_way_that_was_chosen() -> None:
 
     def of(shape: str, action: str) -> list[str]:
         role = SHOWN[shape].properties("ManagerRole")
-        found = [one for one in cfn.statements(role) if action in cfn.as_list(one["Action"])]
+        found = [statement for statement in cfn.statements(role) if action in cfn.as_list(statement["Action"])]
         return [resource for one in found for resource in cfn.as_list(one["Resource"])]
 
     assert of("postgres", secret) == ["<TokenSecret.Id>", "<Database.MasterUserSecret.SecretArn>"]
@@ -286,14 +286,14 @@ def test_users_may_open_a_way_to_the_manager_and_no_shell_on_it() -> None:
     """Where no document is named AWS starts a shell, unless each statement has that condition."""
     page = ROOT / "docs" / "aws-security.md"
     (policy,) = re.findall(r"```json\n(.*?)```", page.read_text(), re.DOTALL)
-    sessions = [one for one in json.loads(policy)["Statement"] if "ssm:StartSession" in one["Action"]]
-    assert [one["Resource"].rpartition(":")[2] for one in sessions] == [
+    sessions = [load for load in json.loads(policy)["Statement"] if "ssm:StartSession" in load["Action"]]
+    assert [session["Resource"].rpartition(":")[2] for session in sessions] == [
         "instance/*",
         "document/AWS-StartPortForwardingSession",
     ]
-    for one in sessions:
+    for session in sessions:
         checked = {"ssm:SessionDocumentAccessCheck": "true"}
-        assert one["Condition"]["BoolIfExists"] == checked, one["Sid"]
+        assert session["Condition"]["BoolIfExists"] == checked, session["Sid"]
     assert sessions[0]["Condition"]["StringEquals"] == {
         "ssm:resourceTag/batchlab.stack": "batchlab",
         "ssm:resourceTag/batchlab.role": "manager",

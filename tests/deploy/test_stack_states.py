@@ -110,7 +110,7 @@ def test_apply_in_each_state(status: str, tmp_path: Path) -> None:
     assert case.applied in apply_to(cloud, front, tmp_path)
     assert tuple(cloud.calls) == case.calls
     assert len(front.questions) == bool(case.asked)
-    assert all(case.asked in one for one in front.questions)
+    assert all(case.asked in question for question in front.questions)
     followed = [one for one in front.said if "Waiting for the end of this operation" in one]
     assert len(followed) == (case.planned == FOLLOWED)
 

@@ -215,7 +215,7 @@ def test_endpoints_refuse_other_accounts() -> None:
 
 def test_in_a_network_of_yours_none_is_made() -> None:
     own = SHOWN["own-network"]
-    kinds = {one["Type"] for one in own.resources.values()}
+    kinds = {resource["Type"] for resource in own.resources.values()}
     assert not kinds & {f"AWS::EC2::{it}" for it in ("VPC", "Subnet", "VPCEndpoint", "RouteTable")}
     subnets = ["subnet-0123456789abcdef0", "subnet-0123456789abcdef1"]
     for name in ("PoolGroup", "ManagerGroup"):
@@ -229,7 +229,7 @@ def test_in_a_network_of_yours_none_is_made() -> None:
 
 def rules_of(shape: cfn.Rendered) -> dict[str, dict[str, Any]]:
     rules = shape.properties("Bucket")["LifecycleConfiguration"]["Rules"]
-    return {one["Id"]: one for one in rules}
+    return {rule["Id"]: rule for rule in rules}
 
 
 def test_bucket_expires_logs_and_optionally_files() -> None:
@@ -284,7 +284,7 @@ def test_database_logs_expire_and_are_deleted_with_the_stack(name: str) -> None:
         for one, found in shape.of_type("AWS::Logs::LogGroup").items()
         if found["LogGroupName"].startswith("/aws/rds/")
     }
-    assert {one["LogGroupName"] for one in groups.values()} == {
+    assert {group["LogGroupName"] for group in groups.values()} == {
         f"/aws/rds/instance/batchlab-ledger/{log}" for log in made["EnableCloudwatchLogsExports"]
     }
     assert set(shape.resources["Database"]["DependsOn"]) == groups.keys(), "they are there first"
@@ -326,8 +326,8 @@ def test_alarms_reach_the_topic(shape: cfn.Rendered) -> None:
     assert {"PoolWaitsTooLong", "PoolHasDeadLetters"} <= alarms.keys()
     runs = shape is not SHOWN["empty"]
     assert ({"ManagerIsDown", "ManagerDoesNotCollect"} <= alarms.keys()) == runs
-    for one in alarms.values():
-        assert one["AlarmActions"] == one["OKActions"] == ["<AlarmTopic>"]
+    for alarm in alarms.values():
+        assert alarm["AlarmActions"] == alarm["OKActions"] == ["<AlarmTopic>"]
     if "Budget" in shape.resources:
         told = shape.properties("Budget")["NotificationsWithSubscribers"]
         assert {s["Address"] for one in told for s in one["Subscribers"]} == {"<AlarmTopic>"}

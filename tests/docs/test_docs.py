@@ -46,7 +46,7 @@ def parses(page: str, call: str) -> None:
     while words and hasattr(command, "commands") and not words[0].startswith("--"):
         assert words[0] in command.commands, f"{page}: batchlab {call}"
         command = command.commands[words.pop(0)]
-    known = {name for one in command.params for name in (*one.opts, *one.secondary_opts)}
+    known = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
     known.add("--help")
     for word in words:
         if word.startswith("--"):
@@ -75,7 +75,7 @@ def test_architecture_page_names_existing_code() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     for path in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)", page):
         candidates = [ROOT / path, *(ROOT / "batchlab").rglob(path.rsplit("/", 1)[-1])]
-        assert any(one.exists() and one.as_posix().endswith(path) for one in candidates), path
+        assert any(candidate.exists() and candidate.as_posix().endswith(path) for candidate in candidates), path
     for path, name in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py) ([A-Za-z_.]+)`", page):
         modules = [
             one.read_text()

@@ -30,7 +30,7 @@ TAIL = "SE*12*0001~GE*1*1~IEA*1*000000007~"
 def run(folder: Path, *parsed: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The job without a grid: totals by payer."""
     results = parsed or [parse(File(path)) for path in sorted(folder.iterdir())]
-    groups = gathered([adjudicate(one) for one in results], by="payer")
+    groups = gathered([adjudicate(result) for result in results], by="payer")
     return {total["payer"]: total for total in map(totals, groups)}
 
 

@@ -73,8 +73,8 @@ def test_every_option_of_a_service_is_in_the_reference() -> None:
 
 
 def test_every_setting_has_a_meaning() -> None:
-    assert list(settings.MANAGER) == [one.name for one in fields(ManagerSettings)]
-    assert list(settings.WORKER) == [one.name for one in fields(WorkerSettings)]
+    assert list(settings.MANAGER) == [field.name for field in fields(ManagerSettings)]
+    assert list(settings.WORKER) == [field.name for field in fields(WorkerSettings)]
 
 
 def test_every_environment_variable_is_documented_and_exists() -> None:
@@ -83,7 +83,7 @@ def test_every_environment_variable_is_documented_and_exists() -> None:
         *(ROOT / "batchlab").rglob("*.py"),
         *(one for one in (ROOT / "compose").rglob("*") if one.suffix in (".yaml", ".sh")),
     ]
-    code = "\n".join(one.read_text() for one in sources)
+    code = "\n".join(source.read_text() for source in sources)
     read = set(re.findall(r"\bBATCHLAB_[A-Z_]+", code))
     assert read - told - settings.INTERNAL == set(), "tell of them in docs/reference/settings.py"
     assert {name for name in told | settings.INTERNAL if name not in code} <= {

@@ -233,7 +233,7 @@ async def test_only_one_refresh_runs_and_an_ended_one_cannot_be_canceled(w: Worl
         with pytest.raises(ActiveInstanceRefreshNotFound, match="No in progress or pending"):
             ask(GROUP)
     second = start(w)
-    assert [one.status for one in w.asg.describe_instance_refreshes(GROUP)] == ["Pending", "Successful"]
+    assert [refresh.status for refresh in w.asg.describe_instance_refreshes(GROUP)] == ["Pending", "Successful"]
     assert len(w.asg.describe_instance_refreshes(GROUP, [second])) == 1
 
 

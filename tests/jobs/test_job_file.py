@@ -247,9 +247,9 @@ def test_the_starter_job_loads_and_its_handlers_work(tmp_path: Path, monkeypatch
     [source] = jobfile.input_files()
     results = handlers.summarise(File(source), context)
     groups = [handlers.total([result]) for result in results]
-    assert [(one["state"], one["claims"]) for one in groups] == [("CA", 4), ("NY", 4), ("TX", 4)]
+    assert [(group["state"], group["claims"]) for group in groups] == [("CA", 4), ("NY", 4), ("TX", 4)]
     rows = [row.split(",") for row in starter()["data/claims.csv"].splitlines()[1:]]
-    assert sum(one["cents"] for one in groups) == sum(round(float(r[2]) * 100) for r in rows)
+    assert sum(group["cents"] for group in groups) == sum(round(float(r[2]) * 100) for r in rows)
 
 
 def test_every_key_is_described_with_an_example_that_is_accepted() -> None:

@@ -126,7 +126,7 @@ def test_failed_tasks_leave_no_line(bucket: Bucket, tmp_path: Path) -> None:
     bucket.outcome([0, 1, 2], {0: 1, 2: 3})
     bucket.outcome([3], {})
     bucket.fetch(tmp_path / "out")
-    assert [one["task"] for one in lines(tmp_path / "out/parse.jsonl")] == [0, 2]
+    assert [line["task"] for line in lines(tmp_path / "out/parse.jsonl")] == [0, 2]
 
 
 def test_only_final_stages_are_downloaded_by_default(tmp_path: Path) -> None:

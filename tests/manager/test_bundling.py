@@ -50,7 +50,7 @@ def test_a_job_with_nothing_left_to_cut_looks_at_no_other_job() -> None:
     assert bundler.wave(first, STAGE, TaskSet(), 0) == ((), TaskSet())
     assert lives.looks == 0
     bundles, left = bundler.wave(first, STAGE, TaskSet.span(0, 5), 0)
-    assert sum(len(one.tasks) for one in bundles) + len(left) == 5
+    assert sum(len(bundle.tasks) for bundle in bundles) + len(left) == 5
     assert bundles
     assert lives.looks > 0
 

@@ -38,7 +38,7 @@ def test_a_leader_reads_every_active_job_of_a_ledger_with_more_than_10_000() -> 
         await ledger.apply(AddJob(JOB, JobState.SUBMITTED))
         with ledger._engine.begin() as connection:
             connection.execute(text(COPIES), {"last": JOBS - 1})
-        found = {one.job.id async for one in list_jobs(ports, active=True)}
+        found = {job.job.id async for job in list_jobs(ports, active=True)}
         await ledger.close()
         return set(found)
 

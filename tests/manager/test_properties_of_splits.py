@@ -154,7 +154,7 @@ ITEMS = st.recursive(
 @SLOW
 @given(st.lists(ITEMS, max_size=12), st.integers(1, 5), NEWLINES.filter(lambda n: b"\n" in n))
 def test_items(items: list[Any], size: int, newline: bytes) -> None:
-    content = newline.join(json.dumps(one, ensure_ascii=False).encode() for one in items)
+    content = newline.join(json.dumps(item, ensure_ascii=False).encode() for item in items)
     (found,) = read([content], SplitBy.ITEMS, size)
     if size > 1:
         assert all(len(group) == size for group in found[:-1])

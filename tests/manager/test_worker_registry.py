@@ -35,7 +35,7 @@ JOBS = frozenset({JobId("j-1")})
 def registry_of(ports: Ports) -> WorkerRegistry:
     registry = WorkerRegistry(ports, {})
     names = ("i-1", "i-2", "i-gone", "i-here", "i-beats")
-    there = {one: Instance(one, "default", LifecycleState.IN_SERVICE, 0.0) for one in names}
+    there = {name: Instance(name, "default", LifecycleState.IN_SERVICE, 0.0) for name in names}
     registry.instances.update_instances(there)
     return registry
 

@@ -66,7 +66,7 @@ HIT = [
 def test_each_finding_names_its_figure_and_its_setting(
     check: str, level: Level, seen: RunFigures, figures: tuple[str, ...], setting: str
 ) -> None:
-    (found,) = [one for one in findings(seen) if one.level is not Level.GOOD]
+    (found,) = [finding for finding in findings(seen) if finding.level is not Level.GOOD]
     assert (found.check, found.level) == (check, level)
     assert [figure for figure in figures if figure not in found.figure] == []
     assert setting in found.setting
@@ -92,17 +92,17 @@ def test_each_finding_names_its_figure_and_its_setting(
     ],
 )
 def test_values_within_bounds_have_no_finding(seen: RunFigures) -> None:
-    assert [one for one in findings(seen) if one.level is not Level.GOOD] == []
+    assert [finding for finding in findings(seen) if finding.level is not Level.GOOD] == []
 
 
 def test_problems_are_listed_first() -> None:
     seen = signs(harmful=1, full_s=400.0, lost_s=300.0)
-    levels = [one.level for one in findings(seen)]
+    levels = [finding.level for finding in findings(seen)]
     assert levels == sorted(levels, reverse=True)
     assert levels[0] is Level.WRONG
 
 
 def test_stage_name_with_backticks_cannot_break_a_command() -> None:
-    (found,) = [one for one in findings(of_stage(name="a`b", too_long=1)) if one.setting]
+    (found,) = [finding for finding in findings(of_stage(name="a`b", too_long=1)) if finding.setting]
     assert "a'b" in found.title
     assert found.setting.count("`") % 2 == 0

@@ -154,10 +154,10 @@ def test_percentiles_and_histograms(run: Run, tasks: list[Row], column: str) -> 
 
 def test_a_histograms_table_has_every_task(run: Run) -> None:
     spreads = durations.spreads(run, "run_s")
-    for one in durations.draw_histograms(run, spreads, "run_s"):
-        (spread,) = [spread for spread in spreads if spread.stage == one.title]
-        assert one.data
-        assert sum(int(row[1].replace(",", "")) for row in one.data.rows) == spread.tasks
+    for histogram in durations.draw_histograms(run, spreads, "run_s"):
+        (spread,) = [spread for spread in spreads if spread.stage == histogram.title]
+        assert histogram.data
+        assert sum(int(row[1].replace(",", "")) for row in histogram.data.rows) == spread.tasks
 
 
 def test_the_longest_tasks(run: Run, tasks: list[Row]) -> None:
@@ -280,7 +280,7 @@ def test_signs_of_stages(seen: RunFigures, tasks: list[Row], bundles: list[Row])
     for stage in seen.stages:
         runs = [task["run_s"] for task in tasks if task["stage"] == stage.name]
         mine = [b for b in bundles if b["stage"] == stage.name]
-        assert (stage.tasks, stage.tiny) == (len(runs), sum(one < 0.1 for one in runs))
+        assert (stage.tasks, stage.tiny) == (len(runs), sum(run < 0.1 for run in runs))
         assert stage.median_s == pytest.approx(median(runs))
         assert stage.longest_s == max(runs)
         assert stage.bundles == len(mine)
@@ -293,11 +293,11 @@ def test_signs_of_waste(seen: RunFigures, folder: Path) -> None:
     attempts = rows_of(folder, "attempts")
     duplicates = rows_of(folder, "duplicates")
     (job,) = rows_of(folder, "jobs")
-    failed_s = sum(one["run_s"] for one in attempts if one["state"] == "FAILED")
+    failed_s = sum(attempt["run_s"] for attempt in attempts if attempt["state"] == "FAILED")
     assert seen.failed_s == pytest.approx(failed_s)
     assert seen.lost_s == job["lost_slot_s"]
-    assert seen.repeated_s == sum(one["wasted_slot_s"] for one in duplicates)
-    assert seen.harmful == sum(one["harmful"] for one in duplicates)
+    assert seen.repeated_s == sum(duplicate["wasted_slot_s"] for duplicate in duplicates)
+    assert seen.harmful == sum(duplicate["harmful"] for duplicate in duplicates)
 
 
 # --- Money ---------------------------------------------------------------------------------------
@@ -325,13 +325,13 @@ def test_the_bill_is_split_in_three_ways_that_add_up(run: Run, folder: Path) -> 
 
 def test_failures_by_cause(run: Run, folder: Path, tasks: list[Row]) -> None:
     found = failures.failures(run)
-    attempts = [one for one in rows_of(folder, "attempts") if one["state"] == "FAILED"]
+    attempts = [row for row in rows_of(folder, "attempts") if row["state"] == "FAILED"]
     (job,) = rows_of(folder, "jobs")
     assert found.tasks == job["failed"] > 0
     assert found.attempts == len(attempts)
     assert found.causes == len(found.groups) == 2
     for group in found.groups:
-        mine = [one for one in attempts if one["fingerprint"] == group.fingerprint]
+        mine = [attempt for attempt in attempts if attempt["fingerprint"] == group.fingerprint]
         assert group.attempts == len(mine)
         assert group.retried == sum(not one["is_final"] for one in mine)
         assert group.tasks == sum(task["fingerprint"] == group.fingerprint for task in tasks)

@@ -23,5 +23,5 @@ def test_a_loaded_backend_has_the_capabilities_that_its_descriptor_lists(name: s
 
 def test_each_capability_belongs_to_some_backend_and_not_to_all() -> None:
     known = [capabilities_of(name) for name in backend_names()]
-    for one in fields(Capabilities):
-        assert {getattr(found, one.name) for found in known} == {True, False}, one.name
+    for field in fields(Capabilities):
+        assert {getattr(found, field.name) for found in known} == {True, False}, field.name

@@ -60,7 +60,7 @@ def a_run(seed: int, *, stretch: float = STRETCH) -> Record:
 
 
 def by_name(found: CalibrationResult) -> dict[str, CalibratedValue]:
-    return {f"{one.name} {one.of}".strip(): one for one in found.quantities}
+    return {f"{quantity.name} {quantity.of}".strip(): quantity for quantity in found.quantities}
 
 
 def test_parameters_are_recovered_despite_outliers() -> None:
@@ -214,7 +214,7 @@ def test_unmeasured_values_keep_the_backends_default() -> None:
     # Bundles share the machine's cores, measured or not; and take no less than nothing beside.
     assert (made.bundle_cpu_s, made.cores) == (usual.bundle_cpu_s, usual.cores)
     assert usual.bundle_cpu_s > 0
-    quick = tuple(replace(one, over_s=(0.001,) * 40) for one in told.stages)
+    quick = tuple(replace(stage, over_s=(0.001,) * 40) for stage in told.stages)
     made = calibration.calibrate([replace(told, stages=quick)]).calibration
     assert (made.bundle_s, made.bundle_cpu_s) == (0.0, usual.bundle_cpu_s)
     bare = calibration.calibrate([replace(told, stages=())]).calibration

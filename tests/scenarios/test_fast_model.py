@@ -47,7 +47,7 @@ def test_available_instances_run_the_tasks_in_rounds() -> None:
         assert (found.lost, of(found, "peak_fleet")) == (0, size)
         # Each of them from the beginning to the end.
         assert len(found.instances) == size
-        assert all(one.launched_s == 0 and one.ended_s is None for one in found.instances)
+        assert all(instance.launched_s == 0 and instance.ended_s is None for instance in found.instances)
 
 
 def test_fleet_grows_after_a_boot_and_shrinks_when_idle() -> None:
@@ -55,7 +55,7 @@ def test_fleet_grows_after_a_boot_and_shrinks_when_idle() -> None:
     found = sketched(claims(MINUTE, jobs=1, tasks=8, pool=plan))
     first, *_ = found.instances
     assert first.ready_s == first.launched_s + 90.0
-    assert all(one.ended_s is not None for one in found.instances)
+    assert all(instance.ended_s is not None for instance in found.instances)
     assert 150.0 <= of(found, "makespan") <= 90.0 + 4 * 60.0 + 90.0
     warm = (Prewarm("default", 2, 0.0, 200.0),)
     early = claims(MINUTE, jobs=1, tasks=8, pool=plan, prewarm=warm)
@@ -67,7 +67,7 @@ def test_gather_waits_for_all_and_a_chain_continues_by_piece() -> None:
     gathers = StageTemplate("all", Constant(5.0), after=("price",), gather="*")
     found = sketched(claims(MINUTE, follows, gathers, jobs=1, tasks=16, pool=fixed(4)))
     assert of(found, "makespan") == 2 * 2 * 60.0 + 5.0
-    assert [one.tasks for one in found.stages] == [16, 16, 1]
+    assert [stage.tasks for stage in found.stages] == [16, 16, 1]
 
 
 @pytest.mark.parametrize("after", [("slow", "quick"), ("quick", "slow"), ("quick", "more")])
@@ -106,7 +106,7 @@ def test_a_spot_wave_takes_what_does_not_end_in_time() -> None:
     found = sketched(replace(plan, faults=(wave,)))
     (hit,) = found.faults
     assert (len(hit.targets), hit.impossible) == (4, "")
-    assert sum(one.ended_s == 40.0 for one in found.instances) == 4
+    assert sum(instance.ended_s == 40.0 for instance in found.instances) == 4
     # Others boot for 30 s and do it all again.
     assert 130.0 <= of(found, "makespan") <= 140.0
     assert found.lost == 0
@@ -119,7 +119,7 @@ def test_defaults_of_the_backend_apply_without_a_calibration() -> None:
     wave = Fault(FaultName.SPOT_WAVE, 30.0, notice_s=10.0)
     plan = claims(MINUTE, jobs=1, tasks=8, faults=(wave,))
     found = FastModel("local")(plan, 1)
-    assert {one.boot_s for one in found.instances} == {factory.load("local").usual.other_boot_s}
+    assert {instance.boot_s for instance in found.instances} == {factory.load("local").usual.other_boot_s}
     (hit,) = found.faults
     assert hit.targets
     assert not hit.impossible
@@ -132,7 +132,7 @@ def test_run_ends_after_the_last_prewarming_and_fault() -> None:
     found, exact = sketched(late), simulate(late, like=factory.load("aws"))
     assert of(found, "peak_fleet") == of(exact, "peak_fleet") == 3
     assert found.usd == pytest.approx(exact.usd, rel=0.02)
-    warmed = [one for one in found.instances if one.launched_s >= 4500.0]
+    warmed = [instance for instance in found.instances if instance.launched_s >= 4500.0]
     assert len(warmed) == 3
     assert all(one.ended_s and one.ended_s >= 6000.0 for one in warmed)
     wave = Fault(FaultName.SPOT_WAVE, 4500.0)
@@ -143,7 +143,7 @@ def test_run_ends_after_the_last_prewarming_and_fault() -> None:
 def test_idle_time_after_the_last_job_is_checked_at_each_tick() -> None:
     tick_s = factory.load("aws").manager.tick_s
     plan = claims(MINUTE, jobs=2, gap_s=10 * fast_model.MAX_POLICY_CHECKS * tick_s, tasks=64)
-    moments = [one.at_s for one in sketched(plan).samples]
+    moments = [sample.at_s for sample in sketched(plan).samples]
     last_s = 10 * fast_model.MAX_POLICY_CHECKS * tick_s
     late = [b - a for a, b in pairwise(at_s for at_s in moments if at_s >= last_s)]
     assert set(late[1:]) == {tick_s}

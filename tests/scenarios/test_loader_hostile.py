@@ -13,7 +13,7 @@ from batchlab.scenarios.model import loader
 from tests.support.mistakes import altered, complete, mangled
 from tests.support.properties import SLOW
 
-SHIPPED = [one.path for one in loader.shipped_scenarios()]
+SHIPPED = [scenario.path for scenario in loader.shipped_scenarios()]
 
 
 @pytest.mark.parametrize("spoil", [mangled, altered])

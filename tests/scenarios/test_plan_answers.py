@@ -94,7 +94,7 @@ def test_a_wave_that_has_no_spot_instance_to_take_is_to_be_deleted() -> None:
     # One that is of a pool finds nothing in another.
     of_one = a_scenario(faults=(replace(wave, pool="default"), replace(wave, pool="big")))
     fleets = (PoolConfig("default", 0, 2), PoolConfig("big", 0, 2, 1.0))
-    assert [one.pool for one in a_plan(of_one, *fleets).idle_waves] == ["default"]
+    assert [idle_wave.pool for idle_wave in a_plan(of_one, *fleets).idle_waves] == ["default"]
 
 
 @pytest.mark.parametrize(("deadline_s", "cannot"), [(1200.0, True), (1201.0, False)])

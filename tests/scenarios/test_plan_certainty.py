@@ -167,7 +167,7 @@ def test_a_candidate_changes_fleet_and_policy_and_nothing_else() -> None:
     assert (plan.pool.slots, plan.pool.boot_s) == (2, 60.0)
     assert made.policy == Policy(60.0, 120.0, 60.0)
     assert made.prewarm == ()
-    assert [(one.name, one.at_s) for one in made.faults] == [(FaultName.SPOT_WAVE, 50.0)]
+    assert [(fault.name, fault.at_s) for fault in made.faults] == [(FaultName.SPOT_WAVE, 50.0)]
     assert apply_candidate(scenario, Candidate((PoolConfig("default", 1, 9),), 60.0), wave_s=50.0).faults == ()
     assert replace(made, pools=(), policy=Policy(), prewarm=(), faults=()) == replace(
         scenario, pools=(), policy=Policy(), prewarm=(), faults=()

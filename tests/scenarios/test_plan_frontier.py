@@ -25,7 +25,7 @@ numbers = st.one_of(st.integers(0, 6).map(float), st.just(math.inf))
 @given(st.lists(st.builds(Point, numbers, numbers)))
 def test_no_point_is_beaten_and_every_other_one_is(points: list[Point]) -> None:
     found = frontier(points)
-    able = [one for one in points if math.isfinite(one.usd) and math.isfinite(one.finish_s)]
+    able = [point for point in points if math.isfinite(point.usd) and math.isfinite(point.finish_s)]
     assert all(a.usd < b.usd and a.finish_s > b.finish_s for a, b in pairwise(found))
     assert all(one in able for one in found)
     for one in able:

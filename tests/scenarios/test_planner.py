@@ -104,7 +104,7 @@ def test_each_pool_has_its_own_size() -> None:
 
     found = a_plan(run, Goal(660.0), a_scenario(pools=pools))
     assert found.holds
-    sizes = {one.pool: one.max_size for one in found.chosen.candidate.fleets}
+    sizes = {fleet.pool: fleet.max_size for fleet in found.chosen.candidate.fleets}
     # Twenty rounds of two tasks an instance: one does the 40, ten do the 400.
     assert sizes["small"] <= 2
     assert found.chosen.outcomes[0].peak <= 12
@@ -122,7 +122,7 @@ def test_a_fleet_is_recommended_that_is_in_time_with_other_luck_too() -> None:
     # By hand: the same fleet with the same twenty seeds, none of which the search has seen.
     seeds = {one.seed for one in found.fresh}
     assert len(seeds) == 20
-    assert not seeds & {one.seed for one in found.chosen.outcomes}
+    assert not seeds & {outcome.seed for outcome in found.chosen.outcomes}
     ends = [trial_result(grid(found.planned, seed), BOOK).finish_s for seed in seeds]
     assert sum(end_s <= 660.0 for end_s in ends) == found.in_time.met
     assert sorted(one.finish_s for one in found.fresh) == sorted(ends)
@@ -242,7 +242,7 @@ def test_one_crew_lives_through_all_rounds(is_stopped: bool, monkeypatch: pytest
     seen: set[int | None] = set()
 
     def look(progress: SearchProgress) -> None:
-        seen.update(one.pid for one in multiprocessing.active_children())
+        seen.update(child.pid for child in multiprocessing.active_children())
         if is_stopped and progress.done == 30:
             raise KeyboardInterrupt
 

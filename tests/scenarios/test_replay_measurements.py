@@ -111,7 +111,7 @@ def test_an_instances_life_is_put_together_from_looks_and_activities() -> None:
     asyncio.run(go())
     assert [sample.at_s for sample in sampler.samples] == pytest.approx([1.2, 3.0, 5.0])
     assert [sample.pools["default"].in_service for sample in sampler.samples] == [0, 2, 1]
-    lives = {one.id: (one.launched_s, one.ready_s, one.ended_s) for one in sampler.instances()}
+    lives = {instance.id: (instance.launched_s, instance.ready_s, instance.ended_s) for instance in sampler.instances()}
     assert lives == {
         "w-1": pytest.approx((1.0, 1.4, 4.2)),
         "i-2": (1.0, 3.0, None),

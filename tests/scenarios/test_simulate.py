@@ -28,8 +28,8 @@ def test_every_job_runs_all_stages_on_a_changing_fleet() -> None:
     assert counted == {("parse", 180), ("price", 180), ("payer", 18), ("sum", 6)}
     assert record.samples[-1].pools["default"].in_service == 0
     assert max(sample.pools["default"].in_service for sample in record.samples) >= 2
-    assert all(one.ended_s is not None for one in record.instances)
-    boots_s = [one.ready_s - one.launched_s for one in record.instances if one.ready_s is not None]
+    assert all(instance.ended_s is not None for instance in record.instances)
+    boots_s = [instance.ready_s - instance.launched_s for instance in record.instances if instance.ready_s is not None]
     assert all(0.75 * 90 <= boot_s <= 1.25 * 90 + 10 for boot_s in boots_s)
     assert [(p.submitted, p.ended, p.jobs) for p in told[-1:]] == [(6, 6, 6)]
     assert record.settings["drain_target_s"] == factory.load("aws").manager.drain_target_s
@@ -61,7 +61,7 @@ def test_attempts_fail_and_poison_kills_as_configured() -> None:
     assert job.failed >= 1, "the poisonous one"
     assert job.succeeded + job.failed == job.planned == 20
     assert (record.lost, record.duplicates) == (0, 0)
-    killed = [one for one in record.instances if one.note == "exit -9"]
+    killed = [instance for instance in record.instances if instance.note == "exit -9"]
     assert len(killed) >= LOSS_LIMIT, "each start of the poisonous task kills a worker"
     assert (record.again_s or 0.0) > 3 * 0.5
 
@@ -69,11 +69,11 @@ def test_attempts_fail_and_poison_kills_as_configured() -> None:
 def test_instances_are_purchased_and_placed_as_configured() -> None:
     pool = Pool("default", 5, 5, 2, 30.0, instance_type="m7i.large")
     record = simulate(claims(PRICE_ALONE, jobs=1, pool=PoolPlan(pool, 0.5), zones=3))
-    spot = [one for one in record.instances if one.market == Market.SPOT.value]
+    spot = [instance for instance in record.instances if instance.market == Market.SPOT.value]
     assert (len(record.instances), len(spot)) == (5, 2)
-    zones = [one.zone for one in record.instances]
+    zones = [instance.zone for instance in record.instances]
     assert sorted(map(zones.count, set(zones))) == [1, 2, 2]
-    assert {one.launched_s for one in record.instances} == {0.0}, "they were there before"
+    assert {instance.launched_s for instance in record.instances} == {0.0}, "they were there before"
     dear = simulate(claims(PRICE_ALONE, jobs=1, pool=PoolPlan(pool, 0.0), zones=3))
     assert dear.usd is not None
     assert record.usd is not None

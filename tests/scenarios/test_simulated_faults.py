@@ -74,7 +74,7 @@ def test_a_fault_is_injected_and_seen_and_loses_no_task(name: FaultName) -> None
     for place, least in COUNTS[name]:
         assert numbers[place] >= least, record.faults
     told = record.faults[0]
-    ended = {one.id: one for one in record.instances if one.id in told.targets}
+    ended = {instance.id: instance for instance in record.instances if instance.id in told.targets}
     if name in (FaultName.KILL, FaultName.ZONE_LOSS):
         assert {one.ended_s for one in ended.values()} == {told.at_s}
     if name is FaultName.SPOT_WAVE:
@@ -83,7 +83,7 @@ def test_a_fault_is_injected_and_seen_and_loses_no_task(name: FaultName) -> None
         assert "ended within 20 s of the interruption notice" in told.evidence
     if name is FaultName.ZONE_LOSS:
         (zone,) = {one.zone for one in ended.values()}
-        later = [one for one in record.instances if AT_S < one.launched_s < AT_S + FOR_S]
+        later = [instance for instance in record.instances if AT_S < instance.launched_s < AT_S + FOR_S]
         assert later, "what died is replaced"
         assert zone not in {one.zone for one in later}
     if name is FaultName.DATABASE_LOSS:
@@ -104,7 +104,7 @@ def test_a_pool_in_one_zone_cannot_launch_while_that_is_lost() -> None:
     fault = Fault(FaultName.ZONE_LOSS, 20.0, 60.0)
     record = simulate(claims(*STAGES, jobs=1, tasks=60, pool=pool, zones=1, faults=(fault,)))
     assert record.lost == 0
-    assert not [one for one in record.instances if 20 <= one.launched_s < 80]
+    assert not [instance for instance in record.instances if 20 <= instance.launched_s < 80]
     assert "0 launches were refused" not in record.faults[0].evidence
 
 
@@ -152,14 +152,14 @@ def test_spot_wave_hits_the_instances_of_its_backend(like: str, taken: int) -> N
 def test_existing_container_instances_are_not_spot() -> None:
     # A replay has its groups buy the Spot share of what they launch from then on.
     record = struck(like="localstack", pool=replace(POOL, spot=1.0))
-    markets = [one.market for one in record.instances]
+    markets = [instance.market for instance in record.instances]
     assert markets[:4] == [Market.ON_DEMAND] * 4
     assert set(markets[4:]) == {Market.SPOT}
 
 
 def test_the_oldest_instances_are_hit_as_in_a_replay() -> None:
     record = struck(Fault(FaultName.KILL, AT_S, count=2))
-    assert list(record.faults[0].targets) == [one.id for one in record.instances[:2]]
+    assert list(record.faults[0].targets) == [instance.id for instance in record.instances[:2]]
 
 
 def test_additional_fault_does_not_change_other_faults() -> None:
@@ -205,5 +205,5 @@ def test_slow_disk_affects_the_selected_instances() -> None:
 
 def test_adjacent_pauses_are_continuous() -> None:
     first, second = (Fault(FaultName.PAUSE, at_s, 15.0, count=1) for at_s in (AT_S, AT_S + 15.0))
-    steps = [int(re.findall(r"(\d+) of their steps", one.evidence)[0]) for one in struck(first, second).faults]
+    steps = [int(re.findall(r"(\d+) of their steps", fault.evidence)[0]) for fault in struck(first, second).faults]
     assert steps[1] >= steps[0] > 0, "who had been let go between the two would have fewer"

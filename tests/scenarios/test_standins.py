@@ -123,8 +123,8 @@ def test_a_jobs_items_carry_what_the_scenario_draws_through_every_kind_of_stage(
             seconds = expansion.task_s(7, job, one, task)
             assert item["t"][one.name] == [pytest.approx(seconds, abs=1e-6), [], False]
     assert expansion.stage_sizes(template, 12) == {"parse": 12, "price": 12, "by": 3, "sum": 1, "last": 1}
-    assert [set(one) for one in shapes["by"]["tasks"]] == [{"by"}] * 3
-    assert [set(one) for one in shapes["sum"]["tasks"]] == [{"sum", "last"}]
+    assert [set(shape) for shape in shapes["by"]["tasks"]] == [{"by"}] * 3
+    assert [set(shape) for shape in shapes["sum"]["tasks"]] == [{"sum", "last"}]
     assert shapes["price"]["groups"] == {"group_by": 3}
     assert shapes["parse"]["passes"] == ["price"]
     assert declared_s(7, job, "parse", TaskSet.span(0, 12)) == pytest.approx(
@@ -137,7 +137,9 @@ def test_results_hand_on_what_the_next_stages_need_and_nothing_else() -> None:
     quick = claims(4)
     quick = JobTemplate(
         quick.name,
-        tuple(StageTemplate(one.name, Constant(0.0), one.after, one.gather, one.groups) for one in quick.stages),
+        tuple(
+            StageTemplate(stage.name, Constant(0.0), stage.after, stage.gather, stage.groups) for stage in quick.stages
+        ),
         quick.tasks,
     )
     job = Job(0, "j", quick, 0.0, 4)

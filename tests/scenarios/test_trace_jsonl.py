@@ -27,11 +27,11 @@ def test_jobs_of_a_record_as_lines(tmp_path: Path) -> None:
         a_job(0, template="claims", due_s=10.0, tasks=5, planned=6, tenant="a", label="first"),
         a_job(1, template="media", due_s=25.0, tasks=None, planned=6),
     ]
-    text = "\n".join(json.dumps(one) for one in record_jobs(a_record(*runs)))
+    text = "\n".join(json.dumps(job) for job in record_jobs(a_record(*runs)))
     trace = jsonl(written(tmp_path, text), template="")
     assert arrivals(trace) == [Arrival(0.0, "claims", 5, None, "first", "a"), Arrival(15.0, "media", 6)]
     assert odd(trace) == [(2, "no count of its first stage's tasks", "that of all stages was taken", "")]
-    assert {one.template for one in arrivals(jsonl(trace.path))} == {"j"}
+    assert {arrival.template for arrival in arrivals(jsonl(trace.path))} == {"j"}
 
 
 def record_jobs(run: record.Record) -> list[dict[str, object]]:
@@ -43,7 +43,7 @@ def test_a_whole_record_is_stretched_to_its_own_time(tmp_path: Path) -> None:
     run = replace(a_record(a_job(0, due_s=1.0, tasks=5), a_job(1, due_s=3.0, tasks=4)), compressed=60.0)
     path = tmp_path / "run.json"
     record.write(run, path)
-    assert [(one.at_s, one.tasks) for one in arrivals(jsonl(path))] == [(0.0, 5), (120.0, 4)]
+    assert [(arrival.at_s, arrival.tasks) for arrival in arrivals(jsonl(path))] == [(0.0, 5), (120.0, 4)]
     flat = json.dumps(json.loads(path.read_text())).encode()
     for number, data in enumerate((flat, gzip.compress(flat), gzip.compress(path.read_bytes()))):
         again = jsonl(written(tmp_path, data, f"again-{number}"))
@@ -94,10 +94,10 @@ def test_task_count_may_come_from_the_template(tmp_path: Path) -> None:
     lines = [{"when": 5}, {"when": 6, "tasks": 4}, {"when": 7, "planned": 3}, {"when": 8, "n": 2}]
     path = written(tmp_path, "\n".join(map(json.dumps, lines)))
     trace = jsonl(path, replace(RECORD_COLUMNS, at="when"))
-    assert [one.tasks for one in arrivals(trace)] == [None, 4, 3, None]
+    assert [arrival.tasks for arrival in arrivals(trace)] == [None, 4, 3, None]
     assert [one[0] for one in odd(trace)] == [3]
     asked = jsonl(path, replace(RECORD_COLUMNS, at="when", tasks=ColumnSum(("n",))))
-    assert [one.tasks for one in arrivals(asked)] == [2]
+    assert [arrival.tasks for arrival in arrivals(asked)] == [2]
     assert [one[:2] for one in odd(asked)] == [(line, "n is missing") for line in (1, 2, 3)]
 
 

@@ -36,7 +36,7 @@ def test_swf_gzip_is_detected_under_any_name(tmp_path: Path) -> None:
 def test_swf_with_other_numbers_of_fields(tmp_path: Path) -> None:
     lines = [job(1), f"{job(2)} 1 2 3", "3 20 -1 5", "4 30", f"{job(5)} 9"]
     trace = swf(written(tmp_path, "\n".join(lines)))
-    assert [one.label for one in arrivals(trace)] == ["1", "2", "5", "3"]
+    assert [arrival.label for arrival in arrivals(trace)] == ["1", "2", "5", "3"]
     assert odd(trace) == [
         (2, "more than 18 fields", "the first 18 were read", "21"),
         (3, "fewer than 18 fields", "those that are there were read", "4"),
@@ -56,7 +56,7 @@ def test_short_record_without_a_name_is_accepted(tmp_path: Path) -> None:
 def test_invalid_swf_run_times_are_skipped(tmp_path: Path) -> None:
     lines = [job(1, 0, -1), job(2, 1, -50), job(3, 2, 0), JOB.format(n=4, at=3, run="x"), job(5, -1)]
     trace = swf(written(tmp_path, "\n".join(lines)))
-    assert [one.label for one in arrivals(trace)] == ["3"]
+    assert [arrival.label for arrival in arrivals(trace)] == ["3"]
     assert odd(trace) == [
         (1, "run is unknown (-1)", "left out", ""),
         (2, "run is below 0", "left out", "-50.0"),
@@ -68,20 +68,20 @@ def test_invalid_swf_run_times_are_skipped(tmp_path: Path) -> None:
 def test_invalid_swf_processor_counts_are_skipped(tmp_path: Path) -> None:
     lines = [job(1), job(2).replace(" 4 ", " -1 "), job(3).replace(" 4 ", " 0 ")]
     path = written(tmp_path, "\n".join(lines))
-    assert [one.tasks for one in arrivals(swf(path, PROCESSORS))] == [4, 1]
+    assert [arrival.tasks for arrival in arrivals(swf(path, PROCESSORS))] == [4, 1]
     assert odd(swf(path, PROCESSORS)) == [
         (2, "processors is unknown (-1)", "left out", ""),
         (3, "processors is 0", "counted as one task", ""),
     ]
     asked = replace(SWF_COLUMNS, tasks=ColumnSum(("requested_processors",)))
-    assert [one.tasks for one in arrivals(swf(path, asked))] == [8, 8, 8]
+    assert [arrival.tasks for arrival in arrivals(swf(path, asked))] == [8, 8, 8]
 
 
 def test_swf_job_parts_duplicates_and_invalid_numbers(tmp_path: Path) -> None:
     part = job(1).replace(" 1 12 ", " 2 12 ")
     lines = [job(1), part, job(1), job(4).replace(" 12 ", " anna ")]
     trace = swf(written(tmp_path, "\n".join(lines)))
-    assert [one.label for one in arrivals(trace)] == ["1", "1", "4"]
+    assert [arrival.label for arrival in arrivals(trace)] == ["1", "1", "4"]
     assert odd(trace) == [
         (
             2,
@@ -127,7 +127,7 @@ def cut(whole: int, end: bytes) -> bytes:
 def test_rows_before_the_damage_of_a_gzip_file_are_read(tmp_path: Path, whole: int, end: bytes) -> None:
     trace = swf(written(tmp_path, cut(whole, end)))
     rows = ROWS[:whole].count(b"\n")
-    assert [f"{one.task_s:.0f}" for one in arrivals(trace)] == [
+    assert [f"{arrival.task_s:.0f}" for arrival in arrivals(trace)] == [
         line.split()[3].decode() for line in ROWS.splitlines()[:rows]
     ]
     assert [one[:3] for one in odd(trace)] == [(rows + 1, DAMAGED, "left out")]

@@ -55,7 +55,7 @@ def test_odd_rows_of_a_table(tmp_path: Path) -> None:
         '"m",11,0,1000',
     ]
     trace = table(written(tmp_path, "\n".join(rows)), LOG)
-    assert [one.label for one in arrivals(trace)] == ["a", "c", "l", "m"]
+    assert [arrival.label for arrival in arrivals(trace)] == ["a", "c", "l", "m"]
     assert odd(trace) == [
         (3, "a quote that is not closed", "left out", ""),
         (4, "more fields than columns", "the first 4 were read", "5"),
@@ -91,14 +91,14 @@ def test_odd_rows_of_a_table(tmp_path: Path) -> None:
 )
 def test_forms_of_timestamps(tmp_path: Path, first: str, second: str, unit: str, gap_s: float) -> None:
     trace = table(written(tmp_path, f"at;n\n{first};1\n{second};2\n"), Columns("at", unit=unit))
-    assert [one.at_s for one in arrivals(trace)] == pytest.approx([0.0, gap_s], abs=2e-6)
+    assert [arrival.at_s for arrival in arrivals(trace)] == pytest.approx([0.0, gap_s], abs=2e-6)
     assert not trace.odd()
 
 
 def test_a_zone_unlike_the_first_is_odd(tmp_path: Path) -> None:
     text = "at\n2026-01-01 00:00\n2026-01-01T02:00+01:00\n2026-01-01 02:00\n"
     trace = table(written(tmp_path, text), Columns("at"))
-    assert [one.at_s for one in arrivals(trace)] == [0.0, 3600.0, 7200.0]
+    assert [arrival.at_s for arrival in arrivals(trace)] == [0.0, 3600.0, 7200.0]
     assert odd(trace) == [
         (3, "at has a zone, unlike the first", "what has none is read as UTC", "'2026-01-01T02:00+01:00'")
     ]
@@ -129,7 +129,7 @@ _COLUMNS: dict[str, Any] = {one: ColumnSum((one,)) for one in ("tasks", "task_s"
 
 def test_table_with_cr_line_ends_is_read(tmp_path: Path) -> None:
     trace = table(written(tmp_path, "at,name\r5,a\r6,b"), Columns("at", label="name"))
-    assert [one.label for one in arrivals(trace)] == ["a", "b"]
+    assert [arrival.label for arrival in arrivals(trace)] == ["a", "b"]
 
 
 @pytest.mark.parametrize("code", ["utf-16", "utf-16-le", "utf-16-be"])
@@ -152,7 +152,7 @@ def test_counts_become_arrivals_within_their_intervals(tmp_path: Path) -> None:
     text = "t,n\n0,2\n60,0\n120,3.0\n240,1\n270,4\n330,x\n390,-1\n450,1\n"
     columns = Columns("t", count="n")
     trace = table(written(tmp_path, text), columns)
-    found = [one.at_s for one in arrivals(trace)]
+    found = [arrival.at_s for arrival in arrivals(trace)]
     assert found == sorted(found)
     spans = [(0, 60), (120, 180), (240, 270), (270, 330), (450, 510)]
     assert [sum(a <= at < b for at in found) for a, b in spans] == [2, 3, 1, 4, 1]
@@ -173,7 +173,7 @@ def test_counts_are_spread_evenly_and_sum_up_at_any_scale(tmp_path: Path) -> Non
     assert len(few) == 70
     gaps = [b.at_s - a.at_s for a, b in pairwise(few)]
     assert max(gaps) < 60 * 17
-    many = [one.at_s % 60 for one in arrivals(table(path, Columns("t", count="n", every_s=60.0)))]
+    many = [arrival.at_s % 60 for arrival in arrivals(table(path, Columns("t", count="n", every_s=60.0)))]
     assert len(many) == 7000
     quarters = [sum(a <= at < a + 15 for at in many) for a in (0, 15, 30, 45)]
     # Four standard deviations of 1,750 of 7,000.

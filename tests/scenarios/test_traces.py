@@ -24,9 +24,11 @@ from tests.support.scenarios.trace_files import LOG, PROCESSORS, arrivals, job, 
 def test_a_part_of_a_trace(tmp_path: Path) -> None:
     path = written(tmp_path, "\n".join(job(n, 100 + 10 * n, 6) for n in range(20)))
     part = replace(swf(path), from_s=50.0, until_s=100.0, starts_s=1000.0)
-    assert [(one.at_s, one.label) for one in arrivals(part)] == [(1000.0 + 10 * n, str(5 + n)) for n in range(5)]
+    assert [(arrival.at_s, arrival.label) for arrival in arrivals(part)] == [
+        (1000.0 + 10 * n, str(5 + n)) for n in range(5)
+    ]
     assert len(arrivals(replace(part, limit=2))) == 2
-    assert [(one.at_s, one.task_s) for one in arrivals(replace(part, limit=2).compressed(10))] == [
+    assert [(arrival.at_s, arrival.task_s) for arrival in arrivals(replace(part, limit=2).compressed(10))] == [
         (100.0, 0.6),
         (101.0, 0.6),
     ]

@@ -66,11 +66,11 @@ def test_subnets_of_a_lost_zone_are_taken_and_given_back(moto: Endpoint, tmp_pat
     def state() -> dict[str, tuple[set[str], list[str]]]:
         ours = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=["s-wide", "s-narrow"])
         return {
-            one["AutoScalingGroupName"]: (
-                set(one["VPCZoneIdentifier"].split(",")),
-                [process["ProcessName"] for process in one["SuspendedProcesses"]],
+            our["AutoScalingGroupName"]: (
+                set(our["VPCZoneIdentifier"].split(",")),
+                [process["ProcessName"] for process in our["SuspendedProcesses"]],
             )
-            for one in ours["AutoScalingGroups"]
+            for our in ours["AutoScalingGroups"]
         }
 
     before, meanwhile = state(), []
@@ -82,7 +82,7 @@ def test_subnets_of_a_lost_zone_are_taken_and_given_back(moto: Endpoint, tmp_pat
 
     async def kill(instances: Sequence[str]) -> list[str]:
         killed.extend(instances)
-        return [f"{one}: terminated" for one in instances]
+        return [f"{instance}: terminated" for instance in instances]
 
     async def lose(**more: Any) -> FaultResult:
         scene = TargetGrid(factory.load("aws"), Home(tmp_path), Manager())

@@ -31,7 +31,7 @@ def rig() -> Iterator[Rig]:
 
 
 def failed(rig: Rig, name: str) -> list[int]:
-    return sorted(one["task"] for one in rig.client.failures(name))
+    return sorted(failure["task"] for failure in rig.client.failures(name))
 
 
 # --- Grouped -------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def test_failures_are_paged_once_each(rig: Rig, monkeypatch: pytest.MonkeyPatch)
             break
     assert sorted(found) == list(range(11))
     assert failed(rig, name) == list(range(11))
-    assert [one["count"] for one in rig.client.failure_groups(name)] == [6, 5]
+    assert [group["count"] for group in rig.client.failure_groups(name)] == [6, 5]
 
 
 @pytest.mark.parametrize("after", ["", "x", "1", "1.", ".1", "-1.0", "1.-1", "9" * 30 + ".0", "²."])
@@ -95,7 +95,7 @@ def test_only_the_chosen_cause_runs_again(rig: Rig) -> None:
     stage = view["stages"][0]
     assert (view["state"], stage["succeeded"], stage["failed"]) == ("FAILED", 2, 2)
     assert failed(rig, name) == [1, 2]
-    assert [one["count"] for one in rig.client.failure_groups(name)] == [1, 1]
+    assert [group["count"] for group in rig.client.failure_groups(name)] == [1, 1]
 
     rig.client.retry(name)  # all that is left, of either round
     rig.work(name, 2)

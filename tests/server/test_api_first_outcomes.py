@@ -38,8 +38,8 @@ def outcomes_of(rig: Rig, name: JobId, count: int) -> list[Outcome]:
         for one in found
     ]
     key = rig.run(rig.manager.ports.keys.key_of(live.job))
-    for one in outcomes:
-        rig.run(commit(rig.objects, one, rig.manager.ports.patience, key))
+    for outcome in outcomes:
+        rig.run(commit(rig.objects, outcome, rig.manager.ports.patience, key))
     return outcomes
 
 

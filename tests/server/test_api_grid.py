@@ -76,7 +76,7 @@ def test_drain_ends_busy_instances_and_launches_none(rig: Rig) -> None:
 
     def protected() -> bool:
         instances = rig.client.grid()["pools"][0]["instances"]
-        return [one["protected"] for one in instances if one["id"] == ids[0]] == [True]
+        return [instance["protected"] for instance in instances if instance["id"] == ids[0]] == [True]
 
     rig.until(protected, "the protection of the busy")
     (pool,) = rig.client.drain("default")["pools"]

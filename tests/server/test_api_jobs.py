@@ -115,7 +115,7 @@ def test_a_retry_runs_what_failed_and_forgets_its_failures(rig: Rig) -> None:
     rig.work(name, 3, bad=[0, 2])
     assert rig.ended(name)["state"] == "FAILED"
     failures = rig.client.failures(name)
-    assert [one["task"] for one in failures] == [0, 2]
+    assert [failure["task"] for failure in failures] == [0, 2]
     assert failures[0]["fingerprint"] == failures[1]["fingerprint"]
     assert failures[0] == {
         "seq": failures[0]["seq"],
@@ -135,7 +135,7 @@ def test_a_retry_runs_what_failed_and_forgets_its_failures(rig: Rig) -> None:
     assert rig.client.retry(name)["round"] == 1
     rig.work(name, 2, bad=[2])
     assert rig.ended(name)["state"] == "FAILED"
-    assert [one["task"] for one in rig.client.failures(name)] == [2]
+    assert [failure["task"] for failure in rig.client.failures(name)] == [2]
 
 
 # --- What came of the tasks ----------------------------------------------------------------------

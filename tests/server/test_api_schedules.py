@@ -22,7 +22,7 @@ def test_schedule_is_created_shown_changed_and_removed(rig: Rig) -> None:
     assert view["next_s"] == client.coming("nightly", count=1)[0]["at_s"]
     times = client.coming("nightly", count=400)
     assert len(times) == 400
-    assert {one["local"][11:16] for one in times} <= {"02:00", "03:00"}
+    assert {time["local"][11:16] for time in times} <= {"02:00", "03:00"}
     assert client.add_schedule(described(), job()) == view
     with pytest.raises(Refused, match="when it is due"):
         client.add_schedule(described(cron="0 3 * * *"), job())
@@ -31,7 +31,7 @@ def test_schedule_is_created_shown_changed_and_removed(rig: Rig) -> None:
     with pytest.raises(Refused, match="paused already"):
         client.pause_schedule("nightly")
     assert client.resume_schedule("nightly")["next_s"]
-    assert [one["name"] for one in client.schedules()["schedules"]] == ["nightly"]
+    assert [schedule["name"] for schedule in client.schedules()["schedules"]] == ["nightly"]
     client.remove_schedule("nightly")
     assert client.schedules() == {"schedules": [], "notes": []}
     with pytest.raises(NotFound, match="schedule 'nightly' does not exist"):

@@ -66,7 +66,7 @@ def operations(app: FastAPI) -> Sequence[Any]:
     from schemathesis.core.result import Ok
 
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
-    found = [one.ok() for one in schema.get_all_operations() if isinstance(one, Ok)]
+    found = [operation.ok() for operation in schema.get_all_operations() if isinstance(operation, Ok)]
     assert len(found) >= 25
     return found
 

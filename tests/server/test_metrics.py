@@ -30,9 +30,9 @@ def samples(rig: Rig) -> Mapping[tuple[str, frozenset[tuple[str, str]]], float]:
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain")
     return {
-        (one.name.removeprefix("batchlab_"), frozenset(one.labels.items())): one.value
+        (sample.name.removeprefix("batchlab_"), frozenset(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(answer.text)
-        for one in family.samples
+        for sample in family.samples
     }
 
 

@@ -106,7 +106,7 @@ def test_losing_the_list_of_logouts_ends_all_sessions(clock: ManualClock, tmp_pa
     before.close(before.start()[0])
     file.write_bytes(damage)
     for again in (Sessions(TOKEN, clock, StateFile(file)), Sessions(TOKEN, clock)):
-        assert [again.find(*one) for one in cookies] == [None, None]
+        assert [again.find(*cooky) for cooky in cookies] == [None, None]
         assert again.start()[1]
 
 

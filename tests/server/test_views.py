@@ -136,7 +136,7 @@ def test_every_watcher_wakes_at_a_change_and_none_without() -> None:
         live = live_job()
         watchers = [asyncio.create_task(live.wait_for_change(7)) for _ in range(3)]
         await asyncio.sleep(0)
-        assert not any(one.done() for one in watchers)
+        assert not any(watcher.done() for watcher in watchers)
         live.notify()
         await asyncio.wait_for(asyncio.gather(*watchers), 1)
         late = asyncio.create_task(live.wait_for_change(8))

@@ -170,7 +170,7 @@ def test_a_cap_on_the_grid_holds_for_all_jobs_together() -> None:
         assert await spent_usd(world) <= 0.01 + MINUTE_USD
         manager = await leader(world)
         assert manager.spending
-        assert all("the grid may cost 0.01 USD" in one.capped for one in manager.lives.values())
+        assert all("the grid may cost 0.01 USD" in live.capped for live in manager.lives.values())
         manager.spending.set_cap(None, 10.0)
         for one in (first, second):
             assert (await ended(world, one)).state is JobState.SUCCEEDED
@@ -206,7 +206,7 @@ def test_the_account_survives_the_manager(every_s: float, unled_s: float) -> Non
         await settled(world, within_s=4000)
         manager = await leader(world)
         assert manager.spending
-        real = sum(one.billed_s for one in manager.spending.meter.lives.values())
+        real = sum(live.billed_s for live in manager.spending.meter.lives.values())
         assert real == 0.0
         usd = manager.lives[made.id].account.usd(rates)
         unled_usd = POOLS[0].max_size * unled_s / 60 * MINUTE_USD

@@ -35,7 +35,9 @@ SENT, WRITTEN = "sent", "written"
 async def staffed(world: World) -> Manager:
     """The leader, once it has instances in service."""
     manager = await leader(world)
-    while not any(one.state is LifecycleState.IN_SERVICE for g in manager.groups.values() for one in g.instances):
+    while not any(
+        instance.state is LifecycleState.IN_SERVICE for g in manager.groups.values() for instance in g.instances
+    ):
         await asyncio.sleep(1.0)
     return manager
 

@@ -174,7 +174,7 @@ def test_no_world_is_left_in_memory() -> None:
     assert kept[0].failure is None
     assert kept[1].failure is not None
     gc.collect()
-    assert not [one for one in gc.get_objects() if isinstance(one, World)]
+    assert not [get_object for get_object in gc.get_objects() if isinstance(get_object, World)]
 
 
 # --- Faults as text ------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_working_types_of_a_pool_continue() -> None:
         await asyncio.sleep(900.0)
         assert manager.autoscaler.launch_breaker.trouble("default")
         assert len(machines.launched) < 14
-        there = {one.id for one in (await fleet_commands.group(manager, "default")).instances}
+        there = {instance.id for instance in (await fleet_commands.group(manager, "default")).instances}
         assert working <= there, "nobody who works is sent off"
         assert (await ended(world, made)).state is JobState.SUCCEEDED
 
@@ -160,14 +160,14 @@ def test_booting_instances_beside_failed_ones_are_awaited() -> None:
         manager = await leader(world)
         await fleet_commands.scale(manager, "default", desired=8)
         await asyncio.sleep(30.0)
-        booting = [one.id for one in (await fleet_commands.group(manager, "default")).instances]
+        booting = [instance.id for instance in (await fleet_commands.group(manager, "default")).instances]
         assert len(booting) == 8
         assert not manager.registry.workers
         for name in booting[:3]:
             world.launcher.crash(name, "taken by the market")
         await asyncio.sleep(30.0)
         assert manager.autoscaler.launch_breaker.trouble("default")
-        there = {one.id for one in (await fleet_commands.group(manager, "default")).instances}
+        there = {instance.id for instance in (await fleet_commands.group(manager, "default")).instances}
         assert set(booting[3:]) <= there
         await asyncio.sleep(300.0)
         assert set(booting[3:]) <= manager.registry.workers.keys()
@@ -222,7 +222,7 @@ def test_booting_instance_missing_from_one_answer_is_accepted(monkeypatch: pytes
         async def tick(real: Any) -> list[Instance]:
             dead = list(await real())
             for view in await fleet.describe():
-                booting = [one for one in view.instances if one.state is LifecycleState.PENDING]
+                booting = [instance for instance in view.instances if instance.state is LifecycleState.PENDING]
                 if booting and not missed:
                     missed.append(booting[0].id)
                     dead.append(replace(booting[0], state=LifecycleState.TERMINATED))

@@ -124,7 +124,7 @@ def test_processes_are_reused_between_batches_and_end_with_the_pool() -> None:
     with closing(ProcessPool(who, 2)) as crew:
         first = {pid for _, pid in crew.each(range(6))}
         second = {pid for _, pid in crew.each(range(6))}
-        assert first | second <= {one.pid for one in multiprocessing.active_children()}
+        assert first | second <= {child.pid for child in multiprocessing.active_children()}
         assert len(first | second) <= 2
         # Who leaves in between leaves nobody at work whose answer the next lot would get.
         results = crew.each(count())

@@ -95,7 +95,7 @@ def test_a_slow_resume_does_not_undo_an_acknowledged_cancel(slow_s: float, monke
         assert record.state is JobState.CANCELLED
         await asyncio.sleep(60)
         assert not slow
-        assert not [one for one in world.starts if one[1] == made.id and one[0] > acknowledged_s]
+        assert not [start for start in world.starts if start[1] == made.id and start[0] > acknowledged_s]
         await invariants.check_all(world, [made.id])
 
     in_world(act, script=takes(0.3))

@@ -153,7 +153,7 @@ def test_task_beside_a_poisonous_one_is_not_called_poison(kills_after_s: float) 
         await submitted(world, made)
         assert (await ended(world, made)).state is JobState.SUCCEEDED
         outcomes = await invariants.outcomes_of(world.objects, made.id)
-        failed = {failure.task for one in outcomes for failure in one.failed}
+        failed = {failure.task for outcome in outcomes for failure in outcome.failed}
         assert failed == poison
 
     in_world(act, script=script, pools=(Pool("default", 0, 2, 4),))

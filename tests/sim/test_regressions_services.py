@@ -172,7 +172,7 @@ def test_job_with_an_unreported_split_matches_its_rebuilt_ledger(monkeypatch: py
 
         async def send(real: Any, queue: str, messages: Sequence[Outgoing]) -> object:
             if queue == object_keys.EVENTS:
-                messages = [await _without_splits(world, one, lost) for one in messages]
+                messages = [await _without_splits(world, message, lost) for message in messages]
             return await real(queue, messages)
 
         around(monkeypatch, world.queue, "send", send)
@@ -288,8 +288,8 @@ def test_instances_that_boot_slowly_do_not_call_for_more_of_them() -> None:
         await ends_well(world, made)
         assert world.manager
         activities = await world.manager.ports.fleet.activities(limit=100)
-        launched = [one for one in activities if one.description.startswith("Launching")]
-        assert len(launched) <= 2, [one.cause for one in activities]
+        launched = [activity for activity in activities if activity.description.startswith("Launching")]
+        assert len(launched) <= 2, [activity.cause for activity in activities]
 
     pool = Pool("default", 0, 10, 2, boot_s=90.0)
     in_world(act, script=takes(0.05), pools=(pool,), manager_settings=replace(MANAGER, drain_target_s=120.0))

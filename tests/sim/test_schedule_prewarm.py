@@ -62,7 +62,7 @@ def test_fleet_is_warm_before_the_peak_and_released_after_it() -> None:
         (view,) = await world.groups()
         assert view.desired == len(view.instances) == 4
         manager = await leader(world)
-        causes = [one.cause for one in await manager.ports.fleet.activities()]
+        causes = [activity.cause for activity in await manager.ports.fleet.activities()]
         told = "schedule nightly is due at 2026-03-02 10:00:00 UTC: 4 as it asks for"
         assert any(told in cause for cause in causes), causes
         await until(world, "2026-03-02T09:59:59")
@@ -121,7 +121,7 @@ def test_pool_limit_and_manual_capacity_hold() -> None:
         await until(world, "2026-03-02T09:55:00")
         assert await desired(world) == 6
         manager = await leader(world)
-        causes = [one.cause for one in await manager.ports.fleet.activities()]
+        causes = [activity.cause for activity in await manager.ports.fleet.activities()]
         assert any("of which its limit leaves 6" in cause for cause in causes)
         manager.autoscaler.user_capacity["default"] = 2
         await manager.ports.fleet.set_desired("default", 2, cause="by hand")
@@ -143,7 +143,7 @@ def test_a_cap_on_cost_is_not_passed_for_a_warm_fleet(whose: str) -> None:
         await until(world, "2026-03-02T09:55:00")
         assert 1 <= await desired(world) < 6
         manager = await leader(world)
-        causes = [one.cause for one in await manager.ports.fleet.activities()]
+        causes = [activity.cause for activity in await manager.ports.fleet.activities()]
         assert any("a cap on cost pays for" in cause for cause in causes)
         await until(world, "2026-03-02T09:59:50")
         assert 1 <= await desired(world) < 6

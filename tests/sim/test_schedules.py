@@ -134,7 +134,7 @@ def test_a_manager_killed_around_a_due_time_leaves_one_run_of_it(call: int, monk
         assert world.managers == 2
         assert states(await shown(world)) == ["10:00 SUCCEEDED", "10:05 SUCCEEDED"]
         assert await jobs(world) == ["2026-03-02T10:00:00+00:00", "2026-03-02T10:05:00+00:00"]
-        assert len(world.starts) == len({one[1:] for one in world.starts}) == 2
+        assert len(world.starts) == len({start[1:] for start in world.starts}) == 2
 
     in_time(act)
 
@@ -314,7 +314,7 @@ def test_a_clock_that_is_set_back_runs_nothing_twice_and_loses_nothing(back_s: f
         due = await jobs(world)
         assert len(due) == len(set(due))
         assert {f"2026-03-02T{at}:00+00:00" for at in ("09:00", "09:50", "10:00", "10:10", "10:20")} <= set(due)
-        assert len(world.starts) == len({one[1:] for one in world.starts}) == len(due)
+        assert len(world.starts) == len({start[1:] for start in world.starts}) == len(due)
         assert all(run.result == "SUCCEEDED" for run in schedule.runs)
 
     in_time(act, **UNHURRIED)

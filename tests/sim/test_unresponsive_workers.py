@@ -48,7 +48,7 @@ def test_hanging_worker_delays_no_job_and_its_instance_is_replaced() -> None:
         async with asyncio.timeout(300):
             while (await manager.ports.fleet.describe())[0].desired:
                 await asyncio.sleep(5)
-        causes = [one.cause for one in await manager.ports.fleet.activities()]
+        causes = [activity.cause for activity in await manager.ports.fleet.activities()]
         assert any("its worker has been silent for" in cause for cause in causes)
 
     in_world(act, script=takes(2.0))
@@ -75,9 +75,9 @@ class Group(NoFleet):
         (self.instances if instance in self.instances else self.others).remove(instance)
 
     async def describe(self) -> Sequence[GroupView]:
-        up = [Instance(one, "default", LifecycleState.IN_SERVICE, 0.0) for one in self.instances]
+        up = [Instance(instance, "default", LifecycleState.IN_SERVICE, 0.0) for instance in self.instances]
         boots = Instance("i-boots", "default", LifecycleState.PENDING, 0.0)
-        there = [Instance(one, "other", LifecycleState.IN_SERVICE, 0.0) for one in self.others]
+        there = [Instance(other, "other", LifecycleState.IN_SERVICE, 0.0) for other in self.others]
         return (GroupView(POOL, len(up), (*up, boots)), GroupView(OTHER, len(there), tuple(there)))
 
 

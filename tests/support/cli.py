@@ -143,7 +143,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
     def run(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
-            app.start([str(one) for one in arguments])
+            app.start([str(argument) for argument in arguments])
         told = capsys.readouterr()
         code = ended.value.code
         return (code if isinstance(code, int) else 0), told.out, told.err

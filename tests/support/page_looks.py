@@ -313,7 +313,7 @@ class Looks:
         shades = [min(15, round(abs(one - ground) / GREYS)) for one in small]
         if self._writes:
             self._new["line"] = width
-            self._new[name] = f"{ground:02x} " + "".join(f"{one:x}" for one in shades)
+            self._new[name] = f"{ground:02x} " + "".join(f"{shade:x}" for shade in shades)
             return
         if not self._is_same_font(width):
             return

@@ -87,7 +87,7 @@ def licence(found: metadata.Distribution) -> str:
     names = {
         one.rpartition(" :: ")[2] for one in told.get_all("Classifier", []) if one.startswith("License :: OSI Approved")
     }
-    return " AND ".join(sorted(_IN_SPDX.get(one, one) for one in names))
+    return " AND ".join(sorted(_IN_SPDX.get(name, name) for name in names))
 
 
 def is_allowed(expression: str) -> bool:

@@ -72,7 +72,7 @@ class Receiver(Listening):
             for resource in request.resource_spans:
                 own = {a.key: a.value.string_value for a in resource.resource.attributes}
                 for scope in resource.scope_spans:
-                    self._spans += [_received(one, own) for one in scope.spans]
+                    self._spans += [_received(span, own) for span in scope.spans]
 
     def spans(self) -> list[Received]:
         with self._lock:
@@ -99,7 +99,7 @@ def _received(span: Any, resource: dict[str, str]) -> Received:
         span.status.message if span.status.code == 2 else "",
         resource["service.name"],
         resource["service.instance.id"],
-        {one.key: _value(one.value) for one in span.attributes},
+        {attribute.key: _value(attribute.value) for attribute in span.attributes},
         tuple(link.span_id.hex() for link in span.links),
     )
 
@@ -111,4 +111,4 @@ def _value(value: Any) -> Any:
 def named(spans: Iterable[Received], name: str, **attributes: Any) -> list[Received]:
     """Those of that name with these attributes, whose names begin with `batchlab.`."""
     wanted = {f"batchlab.{key.replace('__', '.')}": value for key, value in attributes.items()}
-    return [one for one in spans if one.name == name and wanted.items() <= one.attributes.items()]
+    return [span for span in spans if span.name == name and wanted.items() <= span.attributes.items()]

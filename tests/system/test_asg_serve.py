@@ -78,9 +78,9 @@ class Server:
         """The pids of the instances that run, by instance."""
         records = [json.loads(p.read_text()) for p in self.state.glob("instances/*.json")]
         return {
-            one["instance"]: one["pid"]
-            for one in records
-            if one["pid"] and start_ticks(one["pid"]) == one["start_ticks"]
+            record["instance"]: record["pid"]
+            for record in records
+            if record["pid"] and start_ticks(record["pid"]) == record["start_ticks"]
         }
 
     def log(self, instance: str) -> str:
@@ -160,7 +160,7 @@ def test_the_aws_cli_makes_processes_appear_and_vanish(server: Server) -> None:
     until(lambda: not server.pids(), 10.0)
     assert server.log(instance) == told + "bye\n"
     activities = aws("describe-scaling-activities", *named, "--max-items", "2")[1]["Activities"]
-    assert [one["Description"].partition(":")[0] for one in activities] == ["Terminating EC2 instance"] * 2
+    assert [activity["Description"].partition(":")[0] for activity in activities] == ["Terminating EC2 instance"] * 2
 
 
 def test_a_server_that_is_killed_leaves_its_instances_to_the_next(server: Server) -> None:

@@ -96,7 +96,7 @@ def test_failing_launches_are_reported_and_retried_slowly(
         batchlab(there, "job", "submit", job, "--home", home.path)
         until(lambda: any(a["StatusCode"] in ("Failed", "Cancelled") for a in activities(there)), 90)
         shown, _ = batchlab(there, "grid", "activities", "--home", home.path, "--json")
-        told = [f"{one['description']} {one['cause']}" for one in json.loads(shown)]
+        told = [f"{load['description']} {load['cause']}" for load in json.loads(shown)]
         assert any(said in one for one in told), told
         assert len(activities(there)) < 20
         there.write_templates()
@@ -135,4 +135,4 @@ def test_pool_with_failing_boots_stops_and_resumes_after_the_repair(
 
 
 def launches(there: Account) -> list[Any]:
-    return [one for one in activities(there) if one["Description"].startswith("Launching")]
+    return [activity for activity in activities(there) if activity["Description"].startswith("Launching")]

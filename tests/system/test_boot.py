@@ -68,7 +68,7 @@ def check_end(there: Fleet, group: str, worker: str) -> None:
     """Nobody but the worker completes the drain hook, and it would hold for two minutes."""
     until(lambda: there.instances(group).get(worker) != "InService", 150, pause_s=0.5)
     until(lambda: worker not in there.instances(group), SOON_S, pause_s=0.5)
-    ended = next(one for one in there.activities(group) if is_end(one, worker))
+    ended = next(activity for activity in there.activities(group) if is_end(activity, worker))
     assert (ended["EndTime"] - ended["StartTime"]).total_seconds() < SOON_S
 
 
@@ -130,9 +130,9 @@ def abandoned(there: Fleet, group: str) -> str:
 
 def cancelled(there: Fleet, group: str, instance: str) -> str:
     """What is said of its launch once that is cancelled."""
-    for one in there.activities(group):
-        if one["StatusCode"] == "Cancelled" and instance in one["Description"]:
-            return str(one["StatusMessage"])
+    for activity in there.activities(group):
+        if activity["StatusCode"] == "Cancelled" and instance in activity["Description"]:
+            return str(activity["StatusMessage"])
     return ""
 
 
@@ -193,7 +193,7 @@ def test_a_job_completes_on_instances_that_run_a_container_image(
 
 
 def another(there: Fleet, group: str, before: str) -> str:
-    return next((one for one in there.instances(group) if one != before), "")
+    return next((instance for instance in there.instances(group) if instance != before), "")
 
 
 def check_box(there: Fleet, instance: str, role: str) -> None:

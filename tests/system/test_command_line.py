@@ -266,7 +266,7 @@ def test_a_grid_that_is_up_serves_every_command(cli: Cli) -> None:
     job = job.strip()
     assert cli("job", "watch", job)[0] == 0
     code, out, _ = cli("job", "list", "--json")
-    assert [one["id"] for one in json.loads(out)] == [job]
+    assert [load["id"] for load in json.loads(out)] == [job]
     assert job in cli("job", "show", "last")[1]
     assert "SUCCEEDED" in cli("job", "why", "numbers")[1]
     assert "worked on 3" in cli("job", "logs", job, "3")[1]

@@ -58,7 +58,7 @@ def _sqs(endpoint: Endpoint) -> SQSClient:
 
 def _made(endpoint: Endpoint) -> list[str]:
     """The buckets and queues of runs that are there."""
-    buckets = [one["Name"] for one in _s3(endpoint).list_buckets()["Buckets"]]
+    buckets = [bucket["Name"] for bucket in _s3(endpoint).list_buckets()["Buckets"]]
     queues = _sqs(endpoint).list_queues(QueueNamePrefix="batchlab-conform-").get("QueueUrls", [])
     return [one for one in (*buckets, *queues) if "batchlab-conform-" in one]
 

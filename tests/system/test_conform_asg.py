@@ -131,7 +131,7 @@ def test_page_matches_moto(moto: Endpoint, run: Run, tmp_path: Path) -> None:
     assert differing == MOTO_DIFFERS_IN_NEEDED
     ec2 = aws.client(moto, "ec2", connections=1)
     templates = ec2.describe_launch_templates()["LaunchTemplates"]
-    assert not [one for one in templates if "conform" in one["LaunchTemplateName"]]
+    assert not [template for template in templates if "conform" in template["LaunchTemplateName"]]
 
 
 def test_missing_template_is_requested(ours: Endpoint, run: Run) -> None:
@@ -208,7 +208,11 @@ def _unexpected(
             # What the sabotage kept from being removed.
             left = Cleaner(endpoint).groups(sorted(target._groups))
     assert left == []
-    return {one.check.name: f"{one.verdict.value} {one.observed}" for one in results if one.verdict is not expected}
+    return {
+        result.check.name: f"{result.verdict.value} {result.observed}"
+        for result in results
+        if result.verdict is not expected
+    }
 
 
 def test_every_check_that_is_needed_is_spoiled() -> None:

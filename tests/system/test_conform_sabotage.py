@@ -75,11 +75,11 @@ def _unexpected(moto: Endpoint, number: int, layer: Mapping[str, str], names: Se
     # What is slow looks like what waits: on a busy machine a few may need a second try, alone.
     for again in ("", "-again"):
         results = _tried(moto, f"sabotage-{number}{again}", layer, names)
-        assert all(one.observed for one in results if one.verdict is Verdict.DIFFERS)
+        assert all(result.observed for result in results if result.verdict is Verdict.DIFFERS)
         found = {
-            one.check.name: f"{layer.get(one.check.name)}: {one.verdict.value} {one.observed}"
-            for one in results
-            if one.verdict is not expected
+            result.check.name: f"{layer.get(result.check.name)}: {result.verdict.value} {result.observed}"
+            for result in results
+            if result.verdict is not expected
         }
         names = found.keys()
         if not 0 < len(names) <= 3:
@@ -100,6 +100,6 @@ def test_sabotage_is_detected_by_the_right_check(moto: Endpoint) -> None:
     tried = [(every, {}), *((layer.keys(), layer) for layer in layers)]
     with ThreadPoolExecutor(len(tried)) as threads:
         runs = [threads.submit(_unexpected, moto, number, layer, names) for number, (names, layer) in enumerate(tried)]
-    unspoiled, *spoiled = [one.result() for one in runs]
+    unspoiled, *spoiled = [run.result() for run in runs]
     assert unspoiled == {}
     assert spoiled == [{} for _ in layers]

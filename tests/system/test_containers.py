@@ -35,9 +35,9 @@ def test_grid_works_with_the_aws_cli_and_leaves_nothing(tmp_path: Path) -> None:
     label = f"label=batchlab.grid={at.project}"
     try:
         services = inspected("--filter", label, "--filter", "label=com.docker.compose.service")
-        for one in services:
-            check_restraint(one)
-        assert {name_of(one) for one in services} == {"localstack", "postgres", *OURS}
+        for service in services:
+            check_restraint(service)
+        assert {name_of(service) for service in services} == {"localstack", "postgres", *OURS}
         # On the disk, and where it may write.
         ask = ("python", "-c", "import tempfile; print(tempfile.gettempdir())")
         assert checked("exec", f"{at.project}-manager-1", *ask).strip() == "/var/tmp"

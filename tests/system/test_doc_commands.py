@@ -213,7 +213,7 @@ def test_developer_pages_name_existing_code(command: str) -> None:
         for option in re.findall(r" (--\w+)", command):
             shared = ("measured.py", "harness.py")
             files = [ROOT / path, *(ROOT / "benchmarks" / name for name in shared)]
-            assert any(f'"{option}"' in one.read_text() for one in files), option
+            assert any(f'"{option}"' in file.read_text() for file in files), option
     for variable in re.findall(r"\bBATCHLAB_\w+", command):
         assert [
             one

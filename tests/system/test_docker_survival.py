@@ -279,7 +279,7 @@ def test_a_sweep_takes_everything_with_the_labels_and_nothing_else(grid: DockerG
 
 
 def kinds(engine: Engine, labels: dict[str, str]) -> list[str]:
-    return sorted(one.kind for one in find_resources(engine, labels))
+    return sorted(resource.kind for resource in find_resources(engine, labels))
 
 
 def test_close_leaves_no_thread_and_no_file(grid: DockerGrid) -> None:

@@ -105,7 +105,7 @@ def test_call_canceled_elsewhere_raises(grid: Grid, tmp_path: Path) -> None:
     gate = Gate(tmp_path)
     with grid.executor(name="victim") as executor:
         call = executor.submit(gate.wait)
-        until(lambda: any(one["name"] == "victim" for one in grid.client.jobs()))
+        until(lambda: any(job["name"] == "victim" for job in grid.client.jobs()))
         grid.client.cancel(newest(grid))
         with pytest.raises(Exception, match=r"Job victim-\w+ ended CANCELLED .*before the call"):
             call.result()

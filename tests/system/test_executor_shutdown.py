@@ -213,7 +213,7 @@ def test_executor_continues_when_its_manager_is_killed(tmp_path: Path) -> None:
     with Grid("local", home=tmp_path, workers=1) as grid, grid.executor() as executor:
         call = executor.submit(wait_for, tmp_path / "gate", 5)
         try:
-            until(lambda: any(one["stages"][0]["running"] for one in grid.client.jobs()), 60)
+            until(lambda: any(job["stages"][0]["running"] for job in grid.client.jobs()), 60)
             record = Home(tmp_path).record()
             assert record is not None
             os.kill(record.pid, signal.SIGKILL)
@@ -262,7 +262,7 @@ def late_calls(grid: str, last: str) -> str:
 def test_submitted_calls_complete_before_python_exits(grid: Grid, home: Path, tmp_path: Path) -> None:
     script = late_calls(f"home={str(home)!r}", "executor.shutdown(wait=False)")
     assert sorted(output(tmp_path, script)) == ["\n", "\n", "\n", "0", "1", "2"]
-    states = {one["state"] for one in grid.client.jobs() if one["name"] == "late"}
+    states = {job["state"] for job in grid.client.jobs() if job["name"] == "late"}
     assert states == {"SUCCEEDED"}
 
 

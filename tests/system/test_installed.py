@@ -78,8 +78,8 @@ def test_the_wheel_has_what_was_written_and_nothing_else(built: Built) -> None:
     assert {"batchlab/py.typed", f"{vendor}/htmx.min.js", f"{DATA}/compose/compose.yaml"} <= own
     licences = {one.removeprefix(f"{info}/licenses/") for one in content if "/licenses/" in one}
     assert licences == {"LICENSE", *(one for one in own if one.endswith(".LICENSE"))}
-    for one in json.loads(content[f"{vendor}/versions.json"]):
-        name = one["name"].removesuffix(".org")
+    for load in json.loads(content[f"{vendor}/versions.json"]):
+        name = load["name"].removesuffix(".org")
         assert f"{vendor}/{name}.LICENSE" in licences, "vendored without its licence"
 
 
@@ -103,7 +103,7 @@ def test_metadata_of_the_package_is_complete(built: Built) -> None:
     assert str(told.get_payload()).startswith("# batchlab\n")
     classifiers = told.get_all("Classifier", [])
     assert "Typing :: Typed" in classifiers
-    assert not [one for one in classifiers if one.startswith("License ::")]
+    assert not [classifier for classifier in classifiers if classifier.startswith("License ::")]
     assert set(told.get_all("Provides-Extra", [])) == set(EXTRAS)
 
 
@@ -170,7 +170,7 @@ def installed(built: Built, uv: Uv, tmp_path_factory: pytest.TempPathFactory) ->
 
 def of_extras(installed: Installed) -> dict[str, str]:
     """What the doctor says of them."""
-    (found,) = (one for one in json.loads(installed("doctor", "--json")) if one["check"] == "extras")
+    (found,) = (load for load in json.loads(installed("doctor", "--json")) if load["check"] == "extras")
     told: dict[str, str] = found
     return told
 
@@ -245,8 +245,8 @@ def test_its_page_has_all_that_it_shows(installed: Installed) -> None:
         assert re.search("/ui/s/[0-9a-f]+/$", answer.url)
         page = answer.read().decode()
     assets = set(re.findall(r'(?:src|href)="(/ui/static/[^"]+)"', page))
-    assert any("/vendor/htmx" in one for one in assets)
-    for one in assets:
-        with browser.open(urllib.parse.urljoin(address, one), timeout=WAIT_S) as answer:
-            assert answer.status == 200, one
+    assert any("/vendor/htmx" in asset for asset in assets)
+    for asset in assets:
+        with browser.open(urllib.parse.urljoin(address, asset), timeout=WAIT_S) as answer:
+            assert answer.status == 200, asset
     installed("grid", "down")

@@ -136,7 +136,7 @@ def allowed(role: str) -> set[str]:
 
 def is_busy(there: Account, home: Home) -> bool:
     shown, _ = batchlab(there, "grid", "workers", "--json", "--home", home.path)
-    return any(one["busy"] for one in json.loads(shown))
+    return any(load["busy"] for load in json.loads(shown))
 
 
 def notified(there: Account, home: Home) -> list[NotificationView]:

@@ -115,14 +115,14 @@ class Observed:
 
     def _tried(self) -> int:
         """How many of those that failed are in the bucket as tried."""
-        return sum(one["attempts"] > 0 for one in json.loads(self.kept())["pending"])
+        return sum(load["attempts"] > 0 for load in json.loads(self.kept())["pending"])
 
     def kept(self) -> str:
         """What the bucket has of notifications."""
         return (self.grid.home.objects / object_keys.NOTIFICATIONS).read_text()
 
     def _paths(self) -> Counter[str]:
-        return Counter(one.path for one in self.hook.calls)
+        return Counter(call.path for call in self.hook.calls)
 
     def _log(self) -> list[NotificationView]:
         return self.grid.client.notifications()
@@ -145,7 +145,7 @@ class Observed:
         home = self.grid.home
         files = [home.manager_log, *sorted((home.fleet / "logs").glob("*.log"))]
         assert len(files) >= 3, "a manager and two workers"
-        return "".join(one.read_text() for one in files)
+        return "".join(file.read_text() for file in files)
 
 
 @pytest.fixture(scope="module")
@@ -182,13 +182,13 @@ def lineage(spans: Sequence[Received], one: Received) -> list[Received]:
 
 
 def test_the_spans_of_a_job_are_one_tree(spans: Sequence[Received], observed: Observed) -> None:
-    assert {one.trace for one in spans} == {ABOVE.split("-")[1]}
-    assert {one.attributes["batchlab.job"] for one in spans} == {observed.view["id"]}
-    ids = [one.id for one in spans]
+    assert {span.trace for span in spans} == {ABOVE.split("-")[1]}
+    assert {span.attributes["batchlab.job"] for span in spans} == {observed.view["id"]}
+    ids = [span.id for span in spans]
     assert len(set(ids)) == len(ids)
     above = ABOVE.split("-")[2]
-    roots = [one for one in spans if one.parent not in ids]
-    assert [(one.name, one.parent) for one in roots] == [("submit", above)]
+    roots = [span for span in spans if span.parent not in ids]
+    assert [(root.name, root.parent) for root in roots] == [("submit", above)]
 
 
 def test_a_task_is_followed_from_its_submission_to_its_result(spans: Sequence[Received]) -> None:
@@ -197,7 +197,7 @@ def test_a_task_is_followed_from_its_submission_to_its_result(spans: Sequence[Re
     above = [one.name for one in lineage(spans, task)]
     assert above == ["task", "run", "receive", "send", "cut", "plan", "submit"]
     (receive,) = [one for one in lineage(spans, task) if one.name == "receive"]
-    below = [one for one in spans if one.parent == receive.id]
+    below = [span for span in spans if span.parent == receive.id]
     assert {one.name for one in below} >= {"run", "commit", "forward"}
     (forward,) = [one for one in below if one.name == "forward"]
 
@@ -206,7 +206,7 @@ def test_a_task_is_followed_from_its_submission_to_its_result(spans: Sequence[Re
     assert names[:4] == ["task", "run", "receive", "forward"]
     assert lineage(spans, next_)[3] == forward
 
-    (fold,) = [one for one in spans if one.name == "fold" and one.parent == forward.id]
+    (fold,) = [span for span in spans if span.name == "fold" and span.parent == forward.id]
     assert fold.service == "batchlab-manager"
     assert forward.service == "batchlab-worker"
 
@@ -233,25 +233,25 @@ def test_retry_is_traced_below_the_failed_attempt(spans: Sequence[Received]) -> 
 
 
 def test_processes_and_times_are_sane(spans: Sequence[Received]) -> None:
-    managers = {one.process for one in spans if one.service == "batchlab-manager"}
-    workers = {one.process for one in spans if one.service == "batchlab-worker"}
+    managers = {span.process for span in spans if span.service == "batchlab-manager"}
+    workers = {span.process for span in spans if span.service == "batchlab-worker"}
     assert len(managers) == 1, "the next one had nothing to do with it"
     assert 1 <= len(workers) <= 2
-    by_id = {one.id: one for one in spans}
+    by_id = {span.id: span for span in spans}
     now_ns = time.time_ns()
-    for one in spans:
-        assert now_ns - 300e9 < one.start_ns <= one.end_ns <= now_ns, one
-        if above := by_id.get(one.parent):
-            assert one.start_ns >= above.start_ns, (one, above)
-            if one.name in ("task", "run", "commit", "forward", "fetch input"):
-                assert one.end_ns <= above.end_ns + 2e6, (one, above)
+    for span in spans:
+        assert now_ns - 300e9 < span.start_ns <= span.end_ns <= now_ns, span
+        if above := by_id.get(span.parent):
+            assert span.start_ns >= above.start_ns, (span, above)
+            if span.name in ("task", "run", "commit", "forward", "fetch input"):
+                assert span.end_ns <= above.end_ns + 2e6, (span, above)
     (run,) = named(spans, "run", stage="double", task__first=0)
     assert (run.attributes["batchlab.succeeded"], run.attributes["batchlab.failed"]) == (3, 0)
 
 
 def test_the_receivers_key_is_sent(spans: Sequence[Received], observed: Observed) -> None:
     assert spans
-    assert {one["x-api-key"] for one in observed.receiver.headers} == {"k3y-of-the-receiver"}
+    assert {header["x-api-key"] for header in observed.receiver.headers} == {"k3y-of-the-receiver"}
 
 
 # --- Logs ----------------------------------------------------------------------------------------
@@ -263,15 +263,15 @@ def _lines(observed: Observed) -> list[dict[str, Any]]:
 
 def test_every_line_of_every_log_is_json(observed: Observed) -> None:
     lines = _lines(observed)
-    assert {one["service"] for one in lines} == {"manager", "worker"}
-    mine = [one for one in lines if one.get("job") == observed.view["id"]]
+    assert {line["service"] for line in lines} == {"manager", "worker"}
+    mine = [line for line in lines if line.get("job") == observed.view["id"]]
     assert {"accepted", "ended SUCCEEDED in round 0"} <= {one["message"] for one in mine}
     (failed,) = [one for one in mine if "failed" in one["message"]]
     assert failed["message"] == "the task failed (exception: ValueError) and is tried again"
     assert (failed["stage"], failed["task"], failed["attempt"]) == ("double", 3, 1)
     assert failed["trace"] == ABOVE.split("-")[1]
     assert {"worker", "instance", "pool", "bundle", "execution"} <= failed.keys()
-    launched = [one for one in lines if one["message"].startswith("launched")]
+    launched = [line for line in lines if line["message"].startswith("launched")]
     assert {one["instance"] for one in launched} >= {failed["instance"]}
 
 
@@ -294,14 +294,14 @@ def test_notification_arrives_after_the_managers_death(observed: Observed) -> No
     """Both receivers failed at first, the manager was killed, and the next one told them."""
     calls = observed.hook.calls
     for path in ("/own", "/ops/s3cret-path"):
-        first, again = [one for one in calls if one.path == path][:2]
+        first, again = [call for call in calls if call.path == path][:2]
         assert first.headers["Batchlab-Notification"] == again.headers["Batchlab-Notification"]
         assert first.body == again.body
         assert int(again.headers["Batchlab-Attempt"]) >= 2
         assert first.doc["moment"] == "succeeded"
         assert first.doc["job"]["id"] == observed.view["id"]
         assert first.doc["tasks"]["succeeded"] == 13
-    own = next(one for one in calls if one.path == "/own")
+    own = next(call for call in calls if call.path == "/own")
     at_s, code = (part.split("=")[1] for part in own.headers["Batchlab-Signature"].split(","))
     signed = hmac.new(b"signs-what-is-sent", f"{at_s}.".encode() + own.body, hashlib.sha256)
     assert signed.hexdigest() == code
@@ -315,7 +315,7 @@ def test_delivery_log_shows_each_result(observed: Observed) -> None:
     assert found["ops"]["attempts"] >= 2
     assert "s3cret" not in json.dumps(observed.log)
     assert observed.tested == {"target": "ops", "error": ""}
-    assert [one["to"] for one in observed.targets] == [f"{observed.hook.url}…", "sh"]
+    assert [target["to"] for target in observed.targets] == [f"{observed.hook.url}…", "sh"]
 
 
 def test_why_tells_of_what_could_not_be_delivered(observed: Observed) -> None:

@@ -85,7 +85,7 @@ def test_any_object_round_trips(grid: Grid) -> None:
     ]
     results = list(grid.map(lambda x: x, items))
     assert results == items
-    assert [type(one) for one in results] == [type(one) for one in items]
+    assert [type(result) for result in results] == [type(item) for item in items]
 
 
 def test_a_closure_and_a_method_run_on_the_workers(grid: Grid) -> None:
@@ -179,7 +179,7 @@ def test_failures_are_listed_once_in_either_order(grid: Grid) -> None:
 
     for ordered in (True, False):
         results = list(grid.map(odd, range(60), ordered=ordered, return_exceptions=True))
-        told = [one.task if isinstance(one, TaskFailed) else one for one in results]
+        told = [result.task if isinstance(result, TaskFailed) else result for result in results]
         assert sorted(told) == list(range(60))
         assert told == sorted(told) or not ordered
 
@@ -257,7 +257,7 @@ def test_arguments_that_make_no_sense_are_refused(grid: Grid, wrong: dict[str, A
 
 def test_large_items_and_large_results_make_the_trip(grid: Grid) -> None:
     items = [bytes([i]) * 1_000_000 for i in range(20)]
-    assert list(grid.map(lambda b: b[::-1] + b"!", items)) == [one + b"!" for one in items]
+    assert list(grid.map(lambda b: b[::-1] + b"!", items)) == [item + b"!" for item in items]
     assert list(grid.map(len, ["x" * 200_000])) == [200_000]
 
 

@@ -72,7 +72,7 @@ def test_a_scenario_with_a_kill_is_replayed_on_a_stack(ministack: Endpoint, moto
     assert kill.evidence == f"{target}: terminated"
     (asked,) = [one for one in machines.asked if one["Action"] == "TerminateInstances"]
     assert asked["InstanceId.1"] == target
-    lives = {one.id: one for one in run.instances}
+    lives = {instance.id: instance for instance in run.instances}
     assert lives[target].ended_s is not None
     assert len(lives) >= 2, "its group has replaced it"
     assert run.settings["idle_s"] == IDLE_S, "the stack's own policy"

@@ -67,10 +67,10 @@ def test_faults_have_their_times_and_are_undone_at_the_end(tmp_path: Path) -> No
     for (_, at_s), due_s in zip(asked.asked, (0.5, 1.0, 1.5), strict=True):
         assert due_s <= at_s < due_s + 0.5
     assert (asked.undone, asked.closed) == (1, 1)
-    told = {one.name: (one.evidence, one.impossible) for one in run.faults}
+    told = {fault.name: (fault.evidence, fault.impossible) for fault in run.faults}
     assert told["kill"] == ("seen", "")
     assert told["slow-disk"] == ("", "")
-    assert [one.trouble for one in run.faults if one.trouble] == ["The disk was not to be slowed."]
+    assert [fault.trouble for fault in run.faults if fault.trouble] == ["The disk was not to be slowed."]
     # What still stands when all is done is mended, and what has not come by then is no secret.
     assert told["pause"] == ("seen", "")
     assert told["partition"] == ("", "the run was over before")
@@ -89,7 +89,7 @@ def test_a_killed_instance_and_a_crashed_manager_cost_only_time(tmp_path: Path) 
     assert (crash.name, crash.impossible) == ("manager-crash", "")
     assert kill.evidence
     assert crash.evidence
-    (dead,) = [one for one in run.instances if one.id == kill.targets[0]]
+    (dead,) = [instance for instance in run.instances if instance.id == kill.targets[0]]
     assert dead.ended_s is not None
     assert (run.lost, run.duplicates) == (0, 0)
     assert sum(job.succeeded for job in run.jobs) == 32

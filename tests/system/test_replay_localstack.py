@@ -28,7 +28,7 @@ def test_a_scenario_with_its_policy_and_a_kill_on_localstack(tmp_path: Path) -> 
     # The manager in its container was told the scenario's policy, and not the backend's own.
     assert (run.settings["drain_target_s"], run.settings["idle_s"]) == (15.0, 4.0)
     assert run.faults[0].evidence
-    assert all(one.type for one in run.instances)
-    assert {one.zone for one in run.instances} - {""}, "a group chooses zones"
+    assert all(instance.type for instance in run.instances)
+    assert {instance.zone for instance in run.instances} - {""}, "a group chooses zones"
     assert compose_deployment.read(Home(home)) is None, "something is still there"
     assert not Home(home).settings_file.exists()

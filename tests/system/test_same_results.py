@@ -182,9 +182,9 @@ def end_one(world: World, stop: threading.Event, ended: list[str]) -> None:
         groups = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=[f"{prefix}pool-default"])[
             "AutoScalingGroups"
         ]
-        for one in groups[0]["Instances"]:
-            if one["LifecycleState"] == "InService" and not ended:
+        for group in groups[0]["Instances"]:
+            if group["LifecycleState"] == "InService" and not ended:
                 scaling.terminate_instance_in_auto_scaling_group(
-                    InstanceId=one["InstanceId"], ShouldDecrementDesiredCapacity=False
+                    InstanceId=group["InstanceId"], ShouldDecrementDesiredCapacity=False
                 )
-                ended.append(one["InstanceId"])
+                ended.append(group["InstanceId"])

@@ -56,8 +56,8 @@ def judged(asg: Any, name: str) -> None:
     # moto takes 0 for unset.
     assert group["DefaultCooldown"] == (300 if name == AT_MOTO else 0)
     hooks = {
-        one["LifecycleHookName"]: (one["LifecycleTransition"], one["HeartbeatTimeout"], one["DefaultResult"])
-        for one in asg.describe_lifecycle_hooks(AutoScalingGroupName=name)["LifecycleHooks"]
+        hook["LifecycleHookName"]: (hook["LifecycleTransition"], hook["HeartbeatTimeout"], hook["DefaultResult"])
+        for hook in asg.describe_lifecycle_hooks(AutoScalingGroupName=name)["LifecycleHooks"]
     }
     wanted = {
         READY_HOOK: ("autoscaling:EC2_INSTANCE_LAUNCHING", 300, "ABANDON"),

@@ -37,12 +37,12 @@ def test_release_changes_instances_and_no_stored_data(plane: Plane) -> None:
     assert set(sizes().values()) == {(0, 0)}
     changes = stack.change_set("release", empty, Release=RELEASE)
     assert set(sizes().values()) == {(0, 0)}, "it is only a plan"
-    changed = {one["LogicalResourceId"] for one in changes}
+    changed = {change["LogicalResourceId"] for change in changes}
     assert {"ManagerGroup", "PoolGroup"} <= changed
     # MiniStack lists as changed what a condition leaves out, and leaves out what it lets in.
     runs = {"ManagerTemplate", "PoolTemplate", "ManagerIsDown", "ManagerDoesNotCollect"}
     assert changed <= {"ManagerGroup", "PoolGroup", "PoolPeakBegins", "PoolPeakEnds", *runs}
-    assert {one["Action"] for one in changes} <= {"Add", "Modify"}
+    assert {change["Action"] for change in changes} <= {"Add", "Modify"}
     assert stack.execute("release") == "UPDATE_COMPLETE"
     assert sizes() == {"two-phases-manager": (1, 1), "two-phases-pool-default": (0, 10)}
     after = stack.ids()
@@ -96,7 +96,7 @@ def assert_gone(plane: Plane, name: str) -> None:
     sqs, asg = plane.client("sqs"), plane.client("autoscaling")
     assert sqs.list_queues(QueueNamePrefix=f"{name}-").get("QueueUrls", []) == []
     groups = asg.describe_auto_scaling_groups()["AutoScalingGroups"]
-    assert not [one for one in groups if one["AutoScalingGroupName"].startswith(f"{name}-")]
+    assert not [group for group in groups if group["AutoScalingGroupName"].startswith(f"{name}-")]
     for prefix in (f"/batchlab/{name}", f"/aws/rds/instance/{name}-"):
         logs = plane.client("logs").describe_log_groups(logGroupNamePrefix=prefix)
         assert logs["logGroups"] == []
@@ -104,14 +104,14 @@ def assert_gone(plane: Plane, name: str) -> None:
     assert not [r for r in iam.list_roles()["Roles"] if r["RoleName"].startswith(f"{name}-")]
     ec2 = plane.client("ec2")
     templates = ec2.describe_launch_templates()["LaunchTemplates"]
-    assert not [one for one in templates if one["LaunchTemplateName"].startswith(f"{name}-")]
+    assert not [template for template in templates if template["LaunchTemplateName"].startswith(f"{name}-")]
     tagged = [{"Name": "tag:batchlab.stack", "Values": [name]}]
     assert ec2.describe_vpcs(Filters=tagged)["Vpcs"] == []
     assert ec2.describe_security_groups(Filters=tagged)["SecurityGroups"] == []
     alarms = plane.client("cloudwatch").describe_alarms(AlarmNamePrefix=f"{name}-")
     assert alarms["MetricAlarms"] == []
     secrets = plane.client("secretsmanager").list_secrets()["SecretList"]
-    assert not [one for one in secrets if one["Name"].startswith(f"{name}-")]
+    assert not [secret for secret in secrets if secret["Name"].startswith(f"{name}-")]
 
 
 @pytest.mark.parametrize(

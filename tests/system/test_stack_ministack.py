@@ -63,7 +63,7 @@ def test_outputs_name_existing_resources(plane: Plane, stack: Stack, ids: dict[s
     outputs = stack.outputs()
     plane.client("s3").head_bucket(Bucket=outputs["Bucket"])
     groups = plane.client("autoscaling").describe_auto_scaling_groups()["AutoScalingGroups"]
-    names = {one["AutoScalingGroupName"] for one in groups}
+    names = {group["AutoScalingGroupName"] for group in groups}
     assert {outputs["ManagerGroup"], *outputs["PoolGroups"].split(",")} == names
     token = plane.client("secretsmanager").describe_secret(SecretId=outputs["TokenSecret"])
     assert token["ARN"] == outputs["TokenSecret"]
@@ -196,7 +196,7 @@ def test_the_launch_templates(plane: Plane, ids: dict[str, str], name: str, who:
 
 def test_the_groups(plane: Plane, ids: dict[str, str]) -> None:
     asg = plane.client("autoscaling")
-    found = {one["AutoScalingGroupName"]: one for one in asg.describe_auto_scaling_groups()["AutoScalingGroups"]}
+    found = {group["AutoScalingGroupName"]: group for group in asg.describe_auto_scaling_groups()["AutoScalingGroups"]}
     pool, manager = found["batchlab-pool-default"], found["batchlab-manager"]
     assert (pool["MinSize"], pool["MaxSize"]) == (1, 10)
     assert {manager[size] for size in ("MinSize", "MaxSize", "DesiredCapacity")} == {1}
@@ -220,13 +220,13 @@ def test_the_network(plane: Plane, ids: dict[str, str]) -> None:
     ec2 = plane.client("ec2")
     ours = [{"Name": "vpc-id", "Values": [ids["Vpc"]]}]
     subnets = ec2.describe_subnets(Filters=ours)["Subnets"]
-    assert {one["SubnetId"] for one in subnets} == {ids["PrivateSubnetA"], ids["PrivateSubnetB"]}
-    assert len({one["AvailabilityZone"] for one in subnets}) == 2
-    assert not any(one["MapPublicIpOnLaunch"] for one in subnets)
+    assert {subnet["SubnetId"] for subnet in subnets} == {ids["PrivateSubnetA"], ids["PrivateSubnetB"]}
+    assert len({subnet["AvailabilityZone"] for subnet in subnets}) == 2
+    assert not any(subnet["MapPublicIpOnLaunch"] for subnet in subnets)
     (routes,) = ec2.describe_route_tables(RouteTableIds=[ids["PrivateRoutes"]])["RouteTables"]
-    assert [one.get("GatewayId") for one in routes["Routes"]] == ["local"]
+    assert [route.get("GatewayId") for route in routes["Routes"]] == ["local"]
     endpoints = ec2.describe_vpc_endpoints()["VpcEndpoints"]
-    assert {one["ServiceName"].rpartition(".")[2] for one in endpoints} == {
+    assert {endpoint["ServiceName"].rpartition(".")[2] for endpoint in endpoints} == {
         "s3",
         "sqs",
         "autoscaling",
@@ -280,19 +280,19 @@ def test_the_database(plane: Plane, ids: dict[str, str]) -> None:
     values = {p["ParameterName"]: p.get("ParameterValue") for page in pages for p in page["Parameters"]}
     assert values["rds.force_ssl"] == "1"
     (subnets,) = rds.describe_db_subnet_groups(DBSubnetGroupName=ids["DatabaseSubnets"])["DBSubnetGroups"]
-    assert len({one["SubnetAvailabilityZone"]["Name"] for one in subnets["Subnets"]}) == 2
+    assert len({subnet["SubnetAvailabilityZone"]["Name"] for subnet in subnets["Subnets"]}) == 2
 
 
 def test_token_logs_and_alarms(plane: Plane, ids: dict[str, str]) -> None:
     secret = plane.client("secretsmanager").get_secret_value(SecretId=ids["TokenSecret"])
     assert len(secret["SecretString"]) == 43
     groups = plane.client("logs").describe_log_groups()["logGroups"]
-    assert {one["logGroupName"]: one["retentionInDays"] for one in groups} == {
+    assert {group["logGroupName"]: group["retentionInDays"] for group in groups} == {
         "/batchlab/batchlab": 14,
         "/aws/rds/instance/batchlab-ledger/postgresql": 14,
         "/aws/rds/instance/batchlab-ledger/upgrade": 14,
     }
-    alarms = {one["AlarmName"]: one for one in plane.client("cloudwatch").describe_alarms()["MetricAlarms"]}
+    alarms = {alarm["AlarmName"]: alarm for alarm in plane.client("cloudwatch").describe_alarms()["MetricAlarms"]}
     assert alarms.keys() == {
         "batchlab-pool-default-waits",
         "batchlab-pool-default-dead-letters",
@@ -302,7 +302,7 @@ def test_token_logs_and_alarms(plane: Plane, ids: dict[str, str]) -> None:
     waits = alarms["batchlab-pool-default-waits"]
     assert waits["Dimensions"] == [{"Name": "QueueName", "Value": "batchlab-tasks-default"}]
     assert waits["Threshold"] == 600
-    assert all(one["AlarmActions"] == [ids["AlarmTopic"]] for one in alarms.values())
+    assert all(alarm["AlarmActions"] == [ids["AlarmTopic"]] for alarm in alarms.values())
     (mail,) = plane.client("sns").list_subscriptions()["Subscriptions"]
     assert (mail["Endpoint"], mail["TopicArn"]) == ("ops@example.org", ids["AlarmTopic"])
 

@@ -81,7 +81,7 @@ def test_messages_and_outcomes_of_an_earlier_release_are_read() -> None:
     assert (outcome.values, [one.kind for one in outcome.failed]) == ((7,), [FailureKind.TIMEOUT])
     events = read_events_message((BEFORE / "events.json").read_text())
     assert events.outcomes == (outcome,)
-    assert [one.execution for one in events.duplicates] == ["w-1-1"]
+    assert [duplicate.execution for duplicate in events.duplicates] == ["w-1-1"]
     assert events.requests[0].requests.sqs_bytes == 6
     assert events.beats[0].held[0].bundle == BUNDLE.id
     assert control_from_bytes((BEFORE / "word.json").read_bytes()).control is Control.CANCEL

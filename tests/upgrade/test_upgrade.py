@@ -50,7 +50,7 @@ def test_stored_data_of_earlier_releases_exists() -> None:
 
 def test_work_of_an_earlier_release_continues(kept: Kept, bring_up: Bring, tmp_path: Path) -> None:
     grid = bring_up(folder=kept.home)
-    now = {one["name"]: one for one in grid.client.jobs()}
+    now = {job["name"]: job for job in grid.client.jobs()}
     assert set(now) == {"ended", "paused", "working"}
     for name, told in kept.jobs.items():
         assert now[name]["id"] == told["id"]

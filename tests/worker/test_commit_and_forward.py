@@ -49,11 +49,11 @@ class Sent:
         self.events: list[Events] = []
 
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
-        for one in messages:
+        for message in messages:
             if queue == object_keys.EVENTS:
-                self.events.append(read_events_message(one.body))
+                self.events.append(read_events_message(message.body))
             else:
-                self.tasks.append(read_task_message(one.body))
+                self.tasks.append(read_task_message(message.body))
 
 
 class Spans:
@@ -148,7 +148,7 @@ def test_handed_over_tasks_are_committed_reported_and_traced(caplog: pytest.LogC
         assert rig.counters.unsent() == {"retried.exception": 1}
 
     in_rig(act)
-    (line,) = [one for one in caplog.records if "the task failed" in one.message]
+    (line,) = [record for record in caplog.records if "the task failed" in record.message]
     assert line.message == "the task failed (exception: ValueError) and is tried again"
     assert vars(line)["task"] == 1
 

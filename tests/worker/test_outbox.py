@@ -35,7 +35,7 @@ class Sent:
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         if self.away:
             raise Unreachable("The queue is away.")
-        self.events += [read_events_message(one.body) for one in messages]
+        self.events += [read_events_message(message.body) for message in messages]
 
     async def receive(self, queue: str, **_: object) -> Sequence[Message]:
         await asyncio.sleep(20.0)
@@ -43,7 +43,7 @@ class Sent:
 
     @property
     def duplicates(self) -> list[str]:
-        return [one.execution for events in self.events for one in events.duplicates]
+        return [duplicate.execution for events in self.events for duplicate in events.duplicates]
 
 
 def beat(number: int) -> Beat:
@@ -77,7 +77,7 @@ def test_unsent_report_is_part_of_the_next_event() -> None:
         sent.away = False
         await outbox.send_event(beat(3))
         assert sent.duplicates == ["w-1-1"]
-        assert [one.counts for events in sent.events for one in events.counters] == [{"duplicate": 1}]
+        assert [counter.counts for events in sent.events for counter in events.counters] == [{"duplicate": 1}]
         # Told once, and no more.
         await outbox.send_event(beat(4))
         assert not sent.events[-1].duplicates

@@ -87,8 +87,8 @@ def test_exceptions_are_failures_with_the_users_frames_only(tmp_path: Path) -> N
                 ]
             )
             failures = [one.failure for one in ran[:-1]]
-            assert all(one and one.kind is FailureKind.EXCEPTION for one in failures)
-            assert [one.error for one in failures if one] == [
+            assert all(failure and failure.kind is FailureKind.EXCEPTION for failure in failures)
+            assert [failure.error for failure in failures if failure] == [
                 "ValueError",
                 "KeyboardInterrupt",
                 "MemoryError",
@@ -102,7 +102,7 @@ def test_exceptions_are_failures_with_the_users_frames_only(tmp_path: Path) -> N
             assert first.reason == "ValueError: a bad value"
             assert 'File "acts.py", line' in first.traceback
             assert "in do_raise" in first.traceback
-            assert all(one and "batchlab/" not in one.traceback for one in failures)
+            assert all(failure and "batchlab/" not in failure.traceback for failure in failures)
             chained = failures[5]
             assert chained is not None
             assert "cannot save '../unsafe'" in chained.traceback

@@ -180,7 +180,7 @@ def test_full_disk_is_a_failure_that_names_it(tmp_path: Path, bare: bool) -> Non
             ran = await rig.run([file, "fine"])
             failures = [one.failure for one in ran if one.failure]
             assert len(ran) == 2
-            assert [one.kind for one in failures] == [FailureKind.INPUT]
+            assert [failure.kind for failure in failures] == [FailureKind.INPUT]
             assert failures[0].reason == ("Its input does not fit on the worker: No space left on device")
 
     go(main())

@@ -39,10 +39,10 @@ def gather_on_message_count(plant: Plant) -> None:
     async def _fold(
         self: LedgerWriter, completions: Sequence[Completion], whole: OutcomesByBundle = EMPTY, traces: Traces = EMPTY
     ) -> None:
-        for one in completions:
-            if not one.bundle.round:
-                ended = len(one.succeeded) + len(one.failed) + len(one.cancelled)
-                heard[one.bundle.job, one.bundle.stage] += ended
+        for completion in completions:
+            if not completion.bundle.round:
+                ended = len(completion.succeeded) + len(completion.failed) + len(completion.cancelled)
+                heard[completion.bundle.job, completion.bundle.stage] += ended
         await fold(self, completions, whole, traces)
 
     @plant.method(JobCoordinator, "_plan")

@@ -96,8 +96,8 @@ def percentage_of_the_whole_job(plant: Plant) -> None:
 
     @plant.everywhere(settlement.judge)
     def judge(job: JobDef, stages: Sequence[StageCounts]) -> Verdict:
-        failed = sum(one.failed for one in stages)
-        planned = sum(one.planned or 0 for one in stages)
+        failed = sum(stage.failed for stage in stages)
+        planned = sum(stage.planned or 0 for stage in stages)
         over = failed > job.max_failures
         if job.max_failures_percent:
             over = failed * 100 > job.max_failures * planned

@@ -99,7 +99,7 @@ class WorkerRights:
     def release(self, queue: str, *receipts: str) -> None:
         """Make received messages visible again at once."""
         _check("sqs:ChangeMessageVisibility", *_queue_arns(queue))
-        self._await(self._queue.change_visibility(queue, [(one, 0.0) for one in receipts]))
+        self._await(self._queue.change_visibility(queue, [(receipt, 0.0) for receipt in receipts]))
 
     def _await(self, work: Coroutine[Any, Any, T]) -> T:
         found: T = self._run(work)

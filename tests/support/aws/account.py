@@ -154,7 +154,7 @@ class Account:
         """Of the processes that stand for the pool's instances."""
         records = [json.loads(p.read_text()) for p in self.folder.glob("asg/instances/*.json")]
         pool = f"{self.at.groups_prefix}{POOL.name}"
-        return [one["pid"] for one in records if one["pool"] == pool and one["pid"] and not one["ended"]]
+        return [record["pid"] for record in records if record["pool"] == pool and record["pid"] and not record["ended"]]
 
     def disconnect(self) -> None:
         """End what a test that failed has left connected."""

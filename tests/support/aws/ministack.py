@@ -189,9 +189,9 @@ class Stack:
         """Why each resource failed that did."""
         events = self._api.describe_stack_events(StackName=self.name)["StackEvents"]
         return {
-            one["LogicalResourceId"]: one.get("ResourceStatusReason", "")
-            for one in events
-            if one["ResourceStatus"].endswith("FAILED")
+            event["LogicalResourceId"]: event.get("ResourceStatusReason", "")
+            for event in events
+            if event["ResourceStatus"].endswith("FAILED")
         }
 
     def _request(self, template: cfn.Template, parameters: Mapping[str, Any]) -> dict[str, Any]:

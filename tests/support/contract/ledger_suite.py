@@ -200,7 +200,16 @@ def done(
     bad, rest = of.tasks.split_at(failed)
     dropped, good = rest.split_at(cancelled)
     return Completion(
-        of, "w-1", started_s, started_s + 2.5, good, bad, dropped, run_s, tuple(Follow(one) for one in follows), retried
+        of,
+        "w-1",
+        started_s,
+        started_s + 2.5,
+        good,
+        bad,
+        dropped,
+        run_s,
+        tuple(Follow(follow) for follow in follows),
+        retried,
     )
 
 

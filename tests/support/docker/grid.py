@@ -19,9 +19,9 @@ def need_containers(tmp_path: Path) -> None:
     home = Home(tmp_path / "doctor")
     try:
         bad = [
-            one.text
-            for one in container_findings(home, factory.load("localstack"))
-            if one.level is Level.FAIL or (one.about == "image" and one.level is Level.WARN)
+            finding.text
+            for finding in container_findings(home, factory.load("localstack"))
+            if finding.level is Level.FAIL or (finding.about == "image" and finding.level is Level.WARN)
         ]
     except BatchlabError as error:
         bad = [str(error)]

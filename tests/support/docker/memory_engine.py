@@ -118,8 +118,8 @@ class Docker:
 
         def effect() -> None:
             taken = {
-                one["NetworkSettings"]["Networks"].get(network, {}).get("IPAddress")
-                for one in self.containers_.values()
+                container["NetworkSettings"]["Networks"].get(network, {}).get("IPAddress")
+                for container in self.containers_.values()
             }
             if ipv4_address in taken - {None} or network in self._of(name)["NetworkSettings"]:
                 raise APIError("Address already in use")

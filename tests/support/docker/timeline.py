@@ -114,7 +114,7 @@ class Timeline:
     @property
     def peak(self) -> int:
         """Most instances at once: those of the group, or the containers that run."""
-        return max(max(one.in_service + one.pending, one.containers) for one in self.looks)
+        return max(max(look.in_service + look.pending, look.containers) for look in self.looks)
 
     @property
     def asked_back_s(self) -> float:
@@ -130,7 +130,9 @@ class Timeline:
         """The most that the policy asks for, by its rule, for any backlog that was seen."""
         view = GroupView(self.pool, 0, ())
         target_s = backend.manager.drain_target_s
-        return max(desired_capacity(Backlog(one.backlog_s, one.backlog_tasks), view, target_s)[0] for one in self.looks)
+        return max(
+            desired_capacity(Backlog(look.backlog_s, look.backlog_tasks), view, target_s)[0] for look in self.looks
+        )
 
     def flaps(self, within_s: float) -> int:
         """Changes of desired capacity that turn the one before around less than `within_s` after
@@ -147,8 +149,8 @@ class Timeline:
             "first_task_s": self.first_task_s,
             "last_task_s": self.last_task_s,
             "boots_s": self.boots_s,
-            "steps": [asdict(one) for one in self.steps],
-            "looks": [asdict(one) for one in self.looks],
+            "steps": [asdict(step) for step in self.steps],
+            "looks": [asdict(look) for look in self.looks],
         }
 
 
@@ -266,7 +268,7 @@ async def _foretold(backend: Backend, pool: Pool, path: Path, naps_s: Sequence[f
 def _simulated(world: World, pool: Pool, at_s: float) -> Look:
     assert world.manager is not None
     group = world.manager.groups[pool.name]
-    states = [one.state for one in group.instances]
+    states = [instance.state for instance in group.instances]
     backlog = world.manager.autoscaler.backlog(pool.name)
     in_service = states.count(LifecycleState.IN_SERVICE)
     return Look(

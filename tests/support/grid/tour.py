@@ -148,7 +148,7 @@ def what_it_did_is_told(world: World, job: JobId, runs: Path) -> None:
     assert answer["rows"] == [{"succeeded": ITEMS, "failed": 1, "backend": world.backend}]
     spent = "select kind, sum(cost_usd)::double as usd from cost group by kind"
     rows = json.loads(report("sql", spent, runs / job, "--json"))["rows"]
-    cost = {one["kind"]: one["usd"] for one in rows}
+    cost = {row["kind"]: row["usd"] for row in rows}
     assert cost["s3"] > 0, cost
     assert cost["sqs"] > 0, cost
     bill = asked(world, "cost", "bill", job)

@@ -77,7 +77,7 @@ class Grid:
             Sample(self.due_s, {"default": PoolSample(count, count, 0, self.tasks, 1.0)}, 0, 0),
             Sample(end_s, {"default": PoolSample(count, count, 0, 0, 0.0)}, 0, 0),
         )
-        waves = [one for one in scenario.faults if one.name is FaultName.SPOT_WAVE]
+        waves = [fault for fault in scenario.faults if fault.name is FaultName.SPOT_WAVE]
         missed = "" if plan.spot else "no instance on Spot was in service then"
         launched = an_instance(0, launched_s=ready[0] - self.boot_s, ready_s=ready[0])
         return a_record(
@@ -87,7 +87,7 @@ class Grid:
             stages=(work,),
             samples=samples,
             instances=(launched,),
-            faults=tuple(InjectedFault("spot-wave", one.at_s, impossible=missed) for one in waves),
+            faults=tuple(InjectedFault("spot-wave", wave.at_s, impossible=missed) for wave in waves),
             usd=rate * paid_s / 3600,
         )
 
@@ -99,7 +99,7 @@ class Grid:
         return [*there[: max(count, warm)], *[self.due_s + self.boot_s] * max(0, count - len(there))]
 
     def _struck(self, faults: tuple[Fault, ...], spot: float, task_s: float) -> float:
-        hit = any(one.name is FaultName.SPOT_WAVE for one in faults)
+        hit = any(fault.name is FaultName.SPOT_WAVE for fault in faults)
         return (self.boot_s + task_s) * spot if hit else 0.0
 
 

@@ -226,9 +226,9 @@ class StillGrid:
     async def _ended(self, ports: Ports, job: JobDef, state: JobState, reason: str, ended_s: float) -> None:
         rows = await ports.ledger.rows(job.id)
         closed = {
-            one.counts.stage: (one.counts.planned or 1) - one.counts.terminal
-            for one in rows.stages
-            if not one.counts.ended
+            stage.counts.stage: (stage.counts.planned or 1) - stage.counts.terminal
+            for stage in rows.stages
+            if not stage.counts.ended
         }
         await ports.ledger.apply(Finish(job.id, Ending(state, reason, ended_s, closed), 0))
 

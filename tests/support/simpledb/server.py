@@ -320,7 +320,7 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length", "0"))
         body = self.rfile.read(length)
         if self.path.startswith("/_fake"):
-            known = {one.name for one in fields(Weather)}
+            known = {field.name for field in fields(Weather)}
             changes = json.loads(body)
             assert known.issuperset(changes), changes
             self.service.set_weather(**changes)

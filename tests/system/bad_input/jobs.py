@@ -104,7 +104,7 @@ def calls(name: str) -> Callable[[Path], None]:
 
 def more(*stages: str) -> Callable[[Path], None]:
     """Further stages."""
-    return swap("retry: 1}\n", "retry: 1}\n" + "".join(f"  - {{{one}}}\n" for one in stages))
+    return swap("retry: 1}\n", "retry: 1}\n" + "".join(f"  - {{{stage}}}\n" for stage in stages))
 
 
 ALL = 'name: all, python: "work:one", gather: all'

@@ -100,7 +100,7 @@ def test_a_full_scratch_fails_the_task_that_filled_it(shell: Shell, small_scratc
         file.write("  - {name: fill, python: 'work:fill', gather: all, retry: 1}\n")
         file.write("  - {name: again, python: 'work:again', gather: all, retry: 1}\n")
     told = shell(*RUN, "--json", "--keep-up")
-    failures = {(one["stage"], one["task"]): one["reason"] for one in json.loads(told.out)["failures"]}
+    failures = {(load["stage"], load["task"]): load["reason"] for load in json.loads(told.out)["failures"]}
     assert shell("job", "results", "last", "--stage", "one", "--out", "one").code == 0
     assert shell("grid", "down").code == 0
     assert told.code == 0, told

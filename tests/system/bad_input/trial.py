@@ -111,7 +111,7 @@ def _run(shell: Shell) -> Evidence:
 
 def fetched(out: Path) -> dict[str, list[Any]]:
     """The results by stage, in the order of their tasks."""
-    return {file.stem: [one["value"] for one in lines(file)] for file in out.glob("*.jsonl")}
+    return {file.stem: [line["value"] for line in lines(file)] for file in out.glob("*.jsonl")}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -134,9 +134,9 @@ def _run_acts(shell: Shell) -> Evidence:
     found = _run(shell)
     job = Told.of(found["told"]).out.split()[0]
     failures = shell("job", "failures", job, "--each", "--limit", "500", "--json")
-    values = {one["task"]: one["value"] for one in lines(shell.folder / "out/act.jsonl")}
+    values = {line["task"]: line["value"] for line in lines(shell.folder / "out/act.jsonl")}
     return {
         "told": found["told"],
-        "failures": {str(one["task"]): one for one in json.loads(failures.out)},
+        "failures": {str(load["task"]): load for load in json.loads(failures.out)},
         "values": {str(task): value for task, value in values.items()},
     }

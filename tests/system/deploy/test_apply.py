@@ -93,7 +93,7 @@ def test_second_apply_changes_nothing_and_pools_are_added_and_removed_alone(
 
     _, out, _ = deploy("plan", "--json", "--pool", "default:0-10x2", "--pool", "big:0-1x4")
     changes = json.loads(out)["changes"]
-    assert {one["id"] for one in changes if one["action"] == "Add"} >= {
+    assert {change["id"] for change in changes if change["action"] == "Add"} >= {
         "PoolBigTasks",
         "PoolBigDead",
         "PoolBigGroup",
@@ -114,7 +114,7 @@ def test_second_apply_changes_nothing_and_pools_are_added_and_removed_alone(
     assert client("cloudformation").describe_stacks()["Stacks"][0]["StackId"] == made
     found = aws_deployment.read(home)
     assert found is not None
-    assert [one.name for one in found.pools] == ["big"]
+    assert [pool.name for pool in found.pools] == ["big"]
 
 
 def test_large_template_is_uploaded_to_the_stacks_bucket(
@@ -125,10 +125,10 @@ def test_large_template_is_uploaded_to_the_stacks_bucket(
     monkeypatch.setattr("batchlab.deploy.plan.MAX_INLINE_BYTES", 100)
     code, out, err = deploy("plan", "--json", "--pool", "default:0-20x2")
     assert (code, err) == (0, "")
-    assert [one["id"] for one in json.loads(out)["changes"]] == ["PoolGroup"]
+    assert [load["id"] for load in json.loads(out)["changes"]] == ["PoolGroup"]
     found = aws_deployment.read(home)
     assert found is not None
-    assert [one["Name"] for one in client("s3").list_buckets()["Buckets"]] == [found.bucket]
+    assert [bucket["Name"] for bucket in client("s3").list_buckets()["Buckets"]] == [found.bucket]
     left = client("s3").list_objects_v2(Bucket=found.bucket, Prefix="deploy/")
     assert left["KeyCount"] == 0
 

@@ -73,7 +73,7 @@ def test_shipped_stack_with_two_pools_is_created_checked_changed_and_deleted(
     assert s3.head_object(Bucket=at.bucket, Key=f"boot/{archive.name}")["ContentLength"]
     assert s3.list_objects_v2(Bucket=at.bucket, Prefix="deploy/")["KeyCount"] == 0
     profiles = client("iam").list_instance_profiles()["InstanceProfiles"]
-    assert len([one for one in profiles if one["Roles"]]) == 3  # of each pool and the manager
+    assert len([profile for profile in profiles if profile["Roles"]]) == 3  # of each pool and the manager
 
     code, out, err = deploy("status", "--json")
     assert code == 0, err
@@ -104,7 +104,7 @@ def pools_in(name: str) -> list[str]:
     (version,) = told["LaunchTemplateVersions"]
     text = base64.b64decode(version["LaunchTemplateData"]["UserData"]).decode()
     (found,) = re.findall(r'^ *\{"stack": .*?\n', text, re.M | re.S)
-    return [one["name"] for one in json.loads(found)["pools"]]
+    return [load["name"] for load in json.loads(found)["pools"]]
 
 
 # --- Who may -------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def test_a_database_that_leaves_no_snapshot_is_data(
         code, _, err = deploy("destroy", "--yes", "--delete-data")
     assert code == 0, err
     assert client("rds").describe_db_instances()["DBInstances"] == []
-    left = [one["DBSnapshotIdentifier"] for one in client("rds").describe_db_snapshots()["DBSnapshots"]]
+    left = [snapshot["DBSnapshotIdentifier"] for snapshot in client("rds").describe_db_snapshots()["DBSnapshots"]]
     assert len(left) == (policy == "Snapshot")
     assert client("logs").describe_log_groups()["logGroups"] == []
     assert [name for name in left if f"{name} (AWS::RDS::DBSnapshot) stays." in out] == left
@@ -240,10 +240,10 @@ def test_gc_lists_leftovers_and_removes_them_on_request(
     assert "gone-events" in queues()
     code, out, _ = run("gc", "--aws", "--yes", "--json")
     assert code == 0
-    removed = [one["name"] for one in json.loads(out) if one["removed"]]
+    removed = [load["name"] for load in json.loads(out) if load["removed"]]
     assert removed == [f"gone-{account}", "gone-events"]
     assert queues() == ["batchlab-events", "batchlab-tasks-default", "batchlab-tasks-default-dead", "somebody-elses"]
-    assert f"gone-{account}" not in [one["Name"] for one in s3.list_buckets()["Buckets"]]
+    assert f"gone-{account}" not in [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]]
     _, _, err = run("gc", "--yes")
     assert "Add --aws" in err
 
@@ -275,7 +275,7 @@ def test_leftover_known_only_by_name_needs_that_name(
     assert f"No leftover without a tag has the name {simpledb.domain}" in err
     code, out, err = run("gc", "--aws", "--yes", "--name", domain, "--json")
     assert code == 0
-    assert [(one["name"], one["known_by"], one["removed"]) for one in json.loads(out)] == [
+    assert [(load["name"], load["known_by"], load["removed"]) for load in json.loads(out)] == [
         (logs, "name", False),
         (domain, "name", True),
     ]
