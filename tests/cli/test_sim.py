@@ -61,6 +61,7 @@ def rows(text: str) -> dict[str, list[str]]:
 # --- fuzz ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_campaign_shows_what_happened_and_how_often(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "report.md"
     code, out, err = run(
@@ -79,6 +80,7 @@ def test_a_campaign_shows_what_happened_and_how_often(run: Run, tmp_path: Path) 
     assert f"| `kill_before` | {told['kill_before'][0]} |" in markdown
 
 
+@pytest.mark.slow
 def test_json_matches_the_text(run: Run) -> None:
     code, out, _ = run("sim", "fuzz", "--seeds", 2, "--weather", "storm", "--jobs", 1, "--json")
     told = json.loads(out)
@@ -258,6 +260,7 @@ def gone(group: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_ends_it_at_once_and_leaves_no_process() -> None:
     terminal, far_end = pty.openpty()
     process = subprocess.Popen(

@@ -25,6 +25,8 @@ from tests.support.contract.ledger_suite import (
     submit,
 )
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["place"]
 
 

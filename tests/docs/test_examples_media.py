@@ -13,7 +13,7 @@ import pytest
 from batchlab.core.task_context import File
 from tests.support.examples import contexts, gathered, handler
 
-pytestmark = pytest.mark.usefixtures("ffmpeg")
+pytestmark = [pytest.mark.usefixtures("ffmpeg"), pytest.mark.slow]
 
 segment = handler("media", "video:segment")
 transcode = handler("media", "video:transcode")

@@ -51,6 +51,7 @@ async def spent_usd(world: World) -> float:
     return manager.spending.meter.total.usd(rates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cap", "run_s", "boot_s", "slots"),
     [

@@ -44,6 +44,7 @@ from tests.support.sim.scenes import (
 )
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_event_log_byte_for_byte() -> None:
     program = "from batchlab.sim import trial;print([trial.run(seed, logged=True).digest for seed in (1, 2, 3)])"
     answers = {
@@ -65,6 +66,7 @@ SELDOM_S = 60.0
 """Of fourteen virtual hours, looking each second would be most of the work."""
 
 
+@pytest.mark.slow
 def test_a_task_longer_than_twelve_hours_runs_once_and_is_handed_over_in_time() -> None:
     """SQS hides a message for 12 hours at most."""
 
@@ -77,6 +79,7 @@ def test_a_task_longer_than_twelve_hours_runs_once_and_is_handed_over_in_time() 
     in_world(act, script=takes(14 * 3600.0), **UNHURRIED)
 
 
+@pytest.mark.slow
 def test_a_hand_over_that_a_queue_did_not_take_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was taken for done: at the cap the message came back, and the task ran twice."""
 
@@ -99,6 +102,7 @@ def test_a_hand_over_that_a_queue_did_not_take_is_tried_again(monkeypatch: pytes
     in_world(act, script=takes(14 * 3600.0), **UNHURRIED)
 
 
+@pytest.mark.slow
 def test_a_watchdog_that_waits_longer_than_a_message_can_is_still_one() -> None:
     async def act(world: World) -> None:
         made = job(stage(A), items=1)
@@ -109,6 +113,7 @@ def test_a_watchdog_that_waits_longer_than_a_message_can_is_still_one() -> None:
     in_world(act, script=takes(14 * 3600.0), **{**UNHURRIED, "worker_settings": rare})
 
 
+@pytest.mark.slow
 def test_a_worker_lost_after_the_hand_over_is_noticed_by_the_watchdog() -> None:
     async def act(world: World) -> None:
         made = job(stage(A), items=1)

@@ -23,6 +23,7 @@ from tests.sim.mutants.kit import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda one: one.name.replace(" ", "-"))
 def test_a_planted_bug_is_caught(mutant: Mutant) -> None:
     """A simulation that finds nothing proves something only if it would find this (all pains)."""

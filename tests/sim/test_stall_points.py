@@ -189,6 +189,7 @@ def broken_by(scene: Scene, call: int, how: After) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCENES)
 def test_a_call_that_lands_late_breaks_no_promise(name: str) -> None:
     """I. Trust, stale leaders: calls of a leader land after another manager has led."""
