@@ -1,6 +1,7 @@
-"""batchlab: batch work on AWS, the same grid on a laptop, in a simulator and in production.
+"""batchlab runs batch jobs on the same kind of grid on AWS, on a laptop, or in a simulator.
 
-Names are imported on first use: every task's child process imports this package, and must be up in milliseconds.
+The names of the package are imported on first use, because every task's child process imports the package and must
+start in milliseconds.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ _PUBLISHED = {
     "batchlab.model": "batchlab.core.model",
     "batchlab.task": "batchlab.core.task_context",
 }
-"""Module names of release 0.1.0 that programs and stored pickles use, and the modules they name."""
+"""Map of module names of release 0.1.0, which programs and stored pickles may use, to the current module names."""
 
 
 class _PublishedModules:
@@ -77,7 +78,7 @@ class _PublishedModules:
         return ModuleSpec(fullname, loader, is_package=fullname == "batchlab.grid")
 
     def create_module(self, _spec: ModuleSpec) -> None:
-        """Return None: the import system creates the module."""
+        """Return None, so that the import system creates the module."""
 
     def exec_module(self, module: ModuleType) -> None:
         found = vars(import_module(_PUBLISHED[module.__name__]))

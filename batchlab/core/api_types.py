@@ -1,9 +1,9 @@
 """Typed dicts for the responses of the HTTP API: jobs, tasks, logs, the fleet, and notifications.
 
-The manager creates these responses, and its clients read them.
+The manager creates the responses of the HTTP API, and clients read the responses.
 
-Invariant: the module is cheap to import, and a client can read every response with this module alone. Responses contain
-only the host of a webhook's address, because the path may be a secret.
+Invariants: the module is cheap to import. A response contains only the host of a webhook's address, because the path of
+the address may be a secret.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class OutcomeView(TypedDict):
     """A folded outcome of a bundle.
 
     The response to a submission may also contain an outcome that is not folded yet. The `seq` of such an outcome is 0.
-    `tasks` are the ranges of the bundle's tasks that succeeded. The object at `key` contains the results of these
-    tasks. `failed` is the number of the bundle's tasks that failed and are not retried. `outcome` is the content of the
-    object at `key` if the manager has the content in memory.
+    `tasks` are the ranges of the bundle's tasks that succeeded. The object at `key` contains the results of the tasks
+    in `tasks`. `failed` is the number of the bundle's tasks that failed and are not retried. `outcome` is the content
+    of the object at `key` if the manager has the content in memory.
     """
 
     seq: int
@@ -90,14 +90,15 @@ class OutcomeView(TypedDict):
 
 
 class OutcomesView(TypedDict):
-    """Outcomes of a job. `ended` is true if the job has ended and the job has no more outcomes."""
+    """Outcomes of a job. `ended` is true if the job has ended and the response contains the job's last outcomes."""
 
     outcomes: list[OutcomeView]
     ended: bool
 
 
 class FailureView(TypedDict):
-    """Failure of a task that is not retried. `seq` is the number of the outcome that contains the failure.
+    """Failure of a task, after which the task is not retried. `seq` is the number of the outcome that contains the
+    failure.
 
     Failures with the same cause have the same `fingerprint`.
     """
@@ -128,7 +129,7 @@ class FailuresView(TypedDict):
 class FailureGroupView(TypedDict):
     """Group of a job's failures with the same fingerprint.
 
-    `count` is the number of failed tasks in the group, and `first` is the failure of the first of these tasks.
+    `count` is the number of failed tasks in the group, and `first` is the failure of the group's first task.
     """
 
     fingerprint: str
@@ -152,7 +153,7 @@ class FailureGroupsView(TypedDict):
 
 
 class TaskView(TypedDict):
-    """A task that has ended, according to the outcome of its bundle.
+    """A task that has ended, as described in the outcome of the task's bundle.
 
     The `state` of a task is succeeded, failed, or cancelled. The `state` is retried if `seq` belongs to an earlier
     outcome of the task. `input` and `log` are the text of the task's input and log. The manager truncates a long input
@@ -178,8 +179,8 @@ class TaskView(TypedDict):
 class EtaView(TypedDict):
     """Estimate of a job's remaining time in seconds, as a range from `low_s` to `high_s`.
 
-    If the manager has no estimate, `low_s` and `high_s` are None, and `text` gives the reason. The range of the
-    remaining time does not include the time of the stages in `unmeasured`.
+    If the manager does not have an estimate, `low_s` and `high_s` are None, and `text` gives the reason. The range of
+    the remaining time does not include the time of the stages in `unmeasured`.
     """
 
     low_s: float | None
@@ -189,7 +190,7 @@ class EtaView(TypedDict):
 
 
 class LogView(TypedDict):
-    """Log of one attempt of a task.
+    """Log of an attempt of a task.
 
     The `state` of the attempt is SUCCEEDED, FAILED, RETRIED, or CANCELLED. RETRIED means that the attempt failed and
     another attempt follows. `ended_s` is the time at which the attempt's bundle ended. If `stored` is false, the log is
@@ -247,7 +248,7 @@ class InstanceView(TypedDict):
     """An instance of a pool.
 
     `worker` is None until the worker of the instance has sent a heartbeat. `busy` is the number of bundles that the
-    worker of the instance runs, and `held` is the number of all bundles that this worker holds. `type` and `zone` are
+    worker of the instance runs, and `held` is the number of all bundles that the worker holds. `type` and `zone` are
     empty if the backend does not have instance types.
     """
 
@@ -266,7 +267,7 @@ class InstanceView(TypedDict):
 
 
 class PoolView(TypedDict):
-    """A pool of instances. `trouble` is the reason why the pool's instances do not start, or "" if they start."""
+    """A pool of instances. `trouble` is the reason why the instances do not start, or "" if the instances start."""
 
     name: str
     min: int
@@ -290,8 +291,8 @@ class QueueView(TypedDict):
 class GridView(TypedDict):
     """State of a grid.
 
-    `settings` maps the name of each setting of the grid's manager to its value, which is in seconds for most settings.
-    `unreadable` is the number of messages and objects that the manager could not read.
+    `settings` maps the name of each setting of the grid's manager to the value of the setting. Most values are in
+    seconds. `unreadable` is the number of messages and objects that the manager could not read.
     """
 
     backend: str
@@ -322,8 +323,8 @@ class ActivitiesView(TypedDict):
 class PoolCurve(TypedDict):
     """Curves of a pool over time. Each curve has one value for each time in `at_s` of the HistoryView.
 
-    The curves of a pool are its desired number of instances, its actual number of instances, and its numbers of
-    running, queued, and in-flight bundles.
+    The curves of a pool show the desired and the actual number of instances, and the numbers of running, queued, and
+    in-flight bundles.
     """
 
     name: str
@@ -377,7 +378,7 @@ class UnreadableView(TypedDict):
 class RebuiltView(TypedDict):
     """Result of a rebuild of the ledger.
 
-    `jobs` is the number of jobs in the rebuilt ledger, and `unreadable` are the objects that the manager could not
+    `jobs` is the number of jobs in the rebuilt ledger, and `unreadable` lists the objects that the manager could not
     read.
     """
 
@@ -386,8 +387,8 @@ class RebuiltView(TypedDict):
 
 
 class ProblemView(TypedDict):
-    """An error of a request. `error` is one sentence about the problem, and `remedy` is one sentence about its
-    solution.
+    """An error of a request. `error` is a sentence about the problem, and `remedy` is a sentence about the solution of
+    the problem.
     """
 
     error: str
@@ -437,9 +438,7 @@ class NotificationView(TypedDict):
 
 
 class NotificationsView(TypedDict):
-    """Notifications of the grid: first the pending notifications, then the finished notifications with the newest
-    first.
-    """
+    """Notifications of the grid: first the pending notifications, then the finished notifications from new to old."""
 
     notifications: list[NotificationView]
 

@@ -1,7 +1,7 @@
 """Typed dicts for the responses of the HTTP API about usage and schedules.
 
-The manager creates these responses, and its clients read them. Responses about usage do not contain prices, because the
-clients have a price book.
+The manager creates the responses of the HTTP API, and clients read the responses. Responses about usage do not contain
+prices, because the clients have a price book.
 
 Invariant: the module is pure and cheap to import.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class BilledView(TypedDict):
-    """Billed seconds of the instances of one kind, counted in the way that AWS counts them.
+    """Billed seconds of the instances with the same pool, type, and market, as AWS counts billed seconds.
 
     `type` is the instance type of the instances, or "" if the backend does not have instance types.
     """
@@ -42,9 +42,9 @@ class AccountView(TypedDict):
     """Recorded usage of a job or of the grid.
 
     `failed_s` maps each pool to the slot seconds of failed attempts. `lost_s` maps each pool to the slot seconds of
-    runs whose instance died. `requests` contains the numbers of requests that AWS bills for SQS and S3. `requests`
-    contains only zeros on a backend without SQS and S3. `is_whole` is false if the manager did not count some of the
-    usage.
+    work that was lost because an instance died. `requests` contains the numbers of requests that AWS bills for SQS and
+    S3. `requests` contains only zeros on a backend without SQS and S3. `is_whole` is false if the manager did not count
+    some of the usage.
     """
 
     billed: list[BilledView]
@@ -56,7 +56,7 @@ class AccountView(TypedDict):
 
 
 class LivingView(TypedDict):
-    """Number of the instances of one kind that AWS bills now."""
+    """Number of instances with the same pool, type, and market that AWS bills now."""
 
     pool: str
     type: str
@@ -65,7 +65,7 @@ class LivingView(TypedDict):
 
 
 class UseView(TypedDict):
-    """Usage of the grid since the grid's account was opened.
+    """Usage of the grid since the beginning of the grid's account.
 
     `nobody` is the usage that is not attributed to a job. `capped` maps a pool to the reason why a cap prevents the
     launch of more instances in the pool. `max_cost_usd` is the cap of the grid in USD.
@@ -159,7 +159,7 @@ class RunView(TypedDict):
     """A run of a schedule. `due` is the due time of the run in the time zone of the schedule.
 
     The `state` of a run is waiting, running, ended, or skipped. `result` is the final state of the run's job. `tasks`
-    is the number of the job's tasks, or None if the manager did not record this number.
+    is the number of the job's tasks, or None if the manager did not record the number of tasks.
     """
 
     due_s: float
@@ -176,7 +176,7 @@ class RunView(TypedDict):
 
 
 class ScheduleView(TypedDict):
-    """A schedule with its runs, with the newest run first.
+    """A schedule with its runs from new to old.
 
     The `state` of a schedule is active, paused, or done. A schedule with the state done does not run again. Every
     schedule has a value in either `cron` or `at_s`. `next` is the next due time of the schedule in the schedule's time
@@ -226,7 +226,9 @@ class ComingView(TypedDict):
 
 
 def schedule_view(schedule: Schedule, *, runs: int, input: Sequence[str] = ()) -> ScheduleView:  # noqa: A002 - the name is a field of the view
-    """Return a schedule with its last `runs` runs. `input` has the input prefixes that are listed at each run."""
+    """Return a schedule with its last `runs` runs. `input` lists the key prefixes of the job's input, under which each
+    run looks for objects.
+    """
     definition = schedule.definition
     when, next_s = definition.when, schedule.next_s()
     state = "paused" if schedule.paused else "done" if next_s is None else "active"
@@ -270,7 +272,7 @@ def run_view(schedule: Schedule, run: Run) -> RunView:
 
 
 def coming(schedule: Schedule, now_s: float, count: int) -> list[DueView]:
-    """Return the next `count` due times, as if the schedule were not paused."""
+    """Return the next `count` due times of a schedule, whether or not the schedule is paused."""
     when = schedule.definition.when
     times: list[DueView] = []
     due_s = when.next_after(max(now_s, schedule.through_s))

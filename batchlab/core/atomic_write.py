@@ -1,14 +1,14 @@
 """Atomic and durable writes of files and folders, and rules for object keys.
 
 Invariant: after the end of a process, a power cut, or a full disk, a file that `write_whole` wrote has either its old
-or its new content. When `write_whole` returns, the new content is on the disk.
+or its new content. By default, the new content is on the disk when `write_whole` returns.
 
 `Sync` defines which writes of a local grid wait for the disk. On the backend `local`, a power cut ends the client, the
 manager, and the workers together. Writes of a job wait for the disk, because a job must survive a power cut. By
-default, writes of a single call do not wait for the disk, because the client that reads the result does not survive a
-power cut.
+default, writes for a single call of the Python API do not wait for the disk, because the client that waits for the
+result does not survive a power cut.
 
-Every child process imports the module at its start, so it needs only the standard library.
+Every child process imports the module at its start, so the module needs only the standard library.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
 def write_whole(path: Path, content: str | bytes, *, mode: int = PRIVATE, durable: bool = True) -> None:
     """Replace the file's content and set its permissions. The file's folder must exist.
 
-    At no time can more users read the file than `mode` allows. Without `durable`, the content survives the end of the
-    process but not a power cut. Raise OSError if the file cannot be written.
+    During the write, the file is never readable for more users than `mode` allows. Without `durable`, the written
+    content survives the end of the process but not a power cut. Raise OSError if the file cannot be written.
     """
     staged = path.with_name(f"{path.name}.new")
     staged.unlink(missing_ok=True)  # a file left by an interrupted write may be read-only
@@ -52,9 +52,9 @@ def write_whole(path: Path, content: str | bytes, *, mode: int = PRIVATE, durabl
 
 
 def write_once(path: Path, content: str) -> None:
-    """Create the file, readable only for its user, unless the file exists.
+    """Create a file that only its user can read, unless the file exists.
 
-    If several processes write the file at once, the first one creates it.
+    If several processes write the file at the same time, the first process creates the file.
     """
     staged = path.with_name(f"{path.name}.{os.urandom(4).hex()}")
     write_whole(staged, content)
@@ -82,7 +82,9 @@ def make_private(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create the folder, accessible only for its user, and its parents, and wait until their names are on the disk."""
+    """Create the folder and its missing parents, and wait until the names of all new folders are on the disk. Only the
+    user can access the folder.
+    """
     new_folders = []
     while not folder.exists():
         new_folders.append(folder)
@@ -94,7 +96,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Wait until the names in the folder are on the disk."""
+    """Wait until the names of the files in the folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -112,10 +114,10 @@ _repeated: ContextVar[bool] = ContextVar("repeated", default=False)
 
 
 class Sync(StrEnum):
-    """Choice of the writes of a local grid that wait for the disk."""
+    """Choice of which writes of a local grid wait for the disk."""
 
     ALL = "all"
-    """Writes of jobs and of single calls wait for the disk."""
+    """Writes of jobs and of single calls of the Python API wait for the disk."""
     JOBS = "jobs"
     """Only writes of jobs wait for the disk."""
     NONE = "none"
@@ -141,7 +143,9 @@ def read_sync(environ: Mapping[str, str] = os.environ) -> Sync:
 
 @contextmanager
 def of_single_call(is_call: bool) -> Iterator[None]:
-    """Mark the writes of the current context, and of asyncio tasks that start in it, as writes of a single call."""
+    """Mark the writes of the current context, and of asyncio tasks that start in the context, as writes of a single
+    call.
+    """
     with _set(_single_call, is_call):
         yield
 
@@ -168,10 +172,10 @@ def _set(variable: ContextVar[bool], value: bool) -> Iterator[None]:
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 STAGED = re.compile(r"#\d+$")
-"""Pattern of the end of the names of files that the local store is still writing."""
+"""Pattern of the end of a file's name while the local store is still writing the file."""
 
 NEVER_EMPTY = ("code/", "grid/", "jobs/", "logs/.workers/", "reports/")
-"""Prefixes of documents and archives, which are never empty.
+"""Prefixes of the keys of documents and archives, which are never empty.
 
 An empty file with a prefix in NEVER_EMPTY is left over from a power cut.
 """
@@ -183,7 +187,7 @@ live logs.
 
 
 def check_key(key: str) -> None:
-    """Raise ValueError unless every backend can store the key."""
+    """Raise ValueError unless every backend can store an object with the key."""
     if CONTROL.search(key):
         raise ValueError(f"object key {key!r} holds a control character")
     for segment in key.split("/"):

@@ -18,7 +18,7 @@ class Capabilities:
     """Capabilities of a backend. Each capability is false unless the backend's descriptor lists it."""
 
     local_bucket: bool = False
-    """The bucket is a folder of the grid's home, so a client reads it without a manager."""
+    """The bucket is a folder of the grid's home, so a client can read the bucket without a manager."""
     local_queue: bool = False
     """The queues are in a file of the grid's home."""
     local_manager: bool = False
@@ -26,15 +26,16 @@ class Capabilities:
     one_machine: bool = False
     """Instances are processes of one machine and share its disk.
 
-    Instances on one machine do not have a market or a zone. Only a client restarts a manager on the same machine.
+    Instances on one machine do not have a purchase option or an availability zone. Only a client can restart a manager
+    on the same machine.
     """
     container_manager: bool = False
     """The manager runs in a container, which Docker restarts."""
     remote_manager: bool = False
-    """Clients connect to the manager, but cannot start or stop it."""
+    """Clients connect to the manager, but cannot start or stop the manager."""
     keeps_home: bool = False
-    """The next manager has the home folder of the previous manager, and does not need to wait until the previous
-    manager's lease expires.
+    """A new manager has the home folder of the previous manager, and does not need to wait until the previous manager's
+    lease expires.
     """
     s3_endpoint: bool = False
     """The option `--endpoint` may set the endpoint of S3 and SQS, whose default is AWS's own endpoint."""
@@ -66,7 +67,7 @@ def read_descriptor(name: str) -> dict[str, Any]:
 
 
 def capabilities_in(descriptor: dict[str, Any]) -> Capabilities:
-    """Return the capabilities that a descriptor lists."""
+    """Return the capabilities that a backend's descriptor lists."""
     return Capabilities(**dict.fromkeys(descriptor["capabilities"], True))
 
 

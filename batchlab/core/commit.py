@@ -1,13 +1,13 @@
-"""Commit and forwarding of an outcome (steps 2 and 3 of a bundle's life), and access to control objects.
+"""Functions that commit an outcome, send its follow-ups, and read or write control objects.
 
 Invariant (I1): an outcome is written once, by one conditional PUT. A worker that finds a committed outcome discards its
 own result and continues with the committed outcome. Every step after the commit of an outcome may be repeated.
 
 A job's control object permits or forbids the start of tasks. The content of a control object is a `ControlCommand`. A
-write to a control object succeeds only if the replaced command has not changed. A command contains its round and the
-number of earlier commands, because equal contents have equal ETags on S3.
+write to a control object succeeds only if the replaced command has not changed. A command contains the job's round and
+the number of earlier commands, because equal contents would have equal ETags on S3.
 
-Invariant: a request that arrives late never replaces a later command.
+Invariant: a write of a command that arrives late never replaces a later command.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.core.protocol.values import OUTCOME_WEIGHT
 
 INLINE_BYTES = 60_000
-"""Maximum size of the inputs in a message.
+"""Maximum size in bytes of the inputs that a message contains.
 
 Workers fetch larger inputs from the bucket. SQS bills each started 64 KB as a request, so a message within the limit
 INLINE_BYTES costs one request.
@@ -43,8 +43,8 @@ async def commit(objects: Objects, outcome: Outcome, patience: Patience, key: Co
     try:
         await patience(lambda: objects.put(name, data, if_absent=True))
     except AlreadyExists:
-        # AlreadyExists means that another worker committed first, or that the response to our own earlier write was
-        # lost. After AlreadyExists, the stored outcome is the committed outcome.
+        # AlreadyExists means that another worker committed first, or that the response to an earlier write of this
+        # worker was lost. After AlreadyExists, the stored outcome is the committed outcome.
         stored = await committed(objects, outcome.bundle, patience, key)
         if stored is None:
             raise NotFound(f"The object {name!r} exists but cannot be found.") from None
@@ -99,7 +99,8 @@ async def uncommitted(
 ) -> tuple[Follow, ...]:
     """Return the follow-ups without a committed outcome.
 
-    A follow-up with a committed outcome need not be sent again, because its message was received.
+    A follow-up with a committed outcome need not be sent again, because a worker has received the message of the
+    follow-up.
     """
     object_infos = [await patience(partial(objects.head, object_keys.outcome(f.bundle, key))) for f in follows]
     return tuple(f for f, outcome in zip(follows, object_infos, strict=True) if outcome is None)
@@ -152,8 +153,8 @@ def follow_ups(
 ) -> list[Addressed]:
     """Return the messages that follow from `outcome`.
 
-    `items` are the known inputs of the bundle by task. Messages for retries and splits contain the known inputs, so
-    workers do not fetch the inputs again. `trace` has the same meaning as in `address`.
+    `items` maps tasks of the bundle to their inputs, as far as the inputs are known. Messages for retries and splits
+    contain the known inputs, so workers do not fetch the inputs again. `trace` has the same meaning as in `address`.
     """
     if not outcome.follows:
         return []
@@ -181,7 +182,7 @@ def follow_ups(
 
 
 def batches(messages: Sequence[Outgoing]) -> list[list[Outgoing]]:
-    """Split `messages` into batches of at most 10 messages and 256 KiB, one for each call."""
+    """Split `messages` into batches of at most 10 messages and 256 KiB, one batch for each call of a queue."""
     calls: list[list[Outgoing]] = []
     size = 0
     for message in messages:
@@ -203,7 +204,7 @@ def by_queue(messages: Iterable[Addressed]) -> dict[str, list[Outgoing]]:
 
 
 async def send_to(queue: Queue, name: str, messages: Sequence[Outgoing], patience: Patience) -> None:
-    """Send every message to one queue, in as few calls as the limits allow."""
+    """Send all messages to the queue `name`, in as few calls as the limits of a queue allow."""
     for call in batches(messages):
         await patience(partial(queue.send, name, call))
 
@@ -223,7 +224,7 @@ class StoredCommand:
 
 
 async def read_if_changed(objects: Objects, job: JobId, etag: str | None) -> StoredCommand | None:
-    """Return the command of a job, or None if its ETag is still `etag`.
+    """Return the command of a job, or None if the ETag of the job's control object is still `etag`.
 
     Raise NotFound if the control object does not exist.
     """
@@ -234,8 +235,8 @@ async def read_if_changed(objects: Objects, job: JobId, etag: str | None) -> Sto
 async def read_stored(objects: Objects, job: JobId, patience: Patience) -> StoredCommand | None:
     """Return the current command with its ETag, or None if the control object does not exist.
 
-    A control object that cannot be read, or that has an unknown command, counts as RUN in the first round, which every
-    command may replace.
+    A control object that cannot be read, or that has an unknown command, counts as the command RUN of the first round,
+    so every command may replace it.
     """
     try:
         found = await patience(partial(objects.get_if_changed, object_keys.control(job), None))
@@ -280,10 +281,10 @@ async def replace_command(
 async def write_cancellation(
     objects: Objects, job: JobId, command: ControlCommand, patience: Patience
 ) -> ControlCommand | None:
-    """Write a cancellation over every other command of the same or an earlier round.
+    """Replace the job's command with a cancellation, unless the job's command belongs to a later round.
 
-    Return the first cancellation of the round, which is the one in effect. If the bucket has a command of a later
-    round, return None and write nothing.
+    Return the first cancellation of the round, which is in effect. If the bucket has a command of a later round, return
+    None without a write.
     """
     while True:
         stored = await read_stored(objects, job, patience)
@@ -296,9 +297,9 @@ async def write_cancellation(
 
 
 async def repair_command(objects: Objects, job: JobId, control: Control, round: int, patience: Patience) -> None:
-    """Write the command of the ledger if the control object is missing or cannot be read.
+    """Write the command `control` of the ledger if the job's control object is missing or cannot be read.
 
-    A command that another manager writes in the meantime is not replaced.
+    A command that another manager writes at the same time is not replaced.
     """
     try:
         await read_command(objects, job, patience)
@@ -309,7 +310,7 @@ async def repair_command(objects: Objects, job: JobId, control: Control, round: 
 
 
 async def permit_round(objects: Objects, job: JobId, round: int, patience: Patience) -> None:
-    """Write the command that permits the tasks of a new round over the commands of earlier rounds.
+    """Replace a command of an earlier round with the command RUN, which permits the tasks of the round `round`.
 
     A command of round `round` or of a later round is not replaced.
     """

@@ -2,12 +2,13 @@
 
 Invariant: the due times of an expression depend only on the expression and its zone, and not on the current time. The
 rules of cron apply to clock changes. If a clock change skips a fixed time of day, the due time is the first minute
-after the change. If a clock change repeats a fixed time of day, the first occurrence is due. An expression with `*` as
-its minute or hour follows the clock: it is due twice in a repeated hour, and not due in a skipped hour.
+after the change. If a clock change repeats a fixed time of day, the first occurrence is due. A cron expression with `*`
+as its minute or hour follows the clock. Such an expression is due twice in a repeated hour, and not due in a skipped
+hour.
 
-`local_times` is the only reader of cron expressions, and uses cronsim. The callers of `local_times` decide how to treat
-a local time that a clock change skips or repeats. Schedules follow cron's rules for clock changes. Scheduled actions
-follow the rules of Auto Scaling (`fleet/scaling_policies.py`).
+`local_times` is the only reader of cron expressions, and uses cronsim. Each caller of `local_times` decides how to
+treat a local time that a clock change skips or repeats. Schedules follow cron's rules for clock changes. Scheduled
+actions follow the rules of Auto Scaling (`fleet/scaling_policies.py`).
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ FIELDS = 5
 
 
 class NeverDue(ValueError):
-    """Error for a well-formed expression whose day does not occur in any of its months."""
+    """Error for a well-formed cron expression whose day does not occur in any of its months, such as February 30."""
 
 
 def local_times(expression: str, after: datetime) -> Iterator[datetime]:
-    """Return the local times of the expression after `after`, in order.
+    """Return the due times of a cron expression after `after`, in order and as local times.
 
     The local times are naive if `after` is naive, and have the zone of `after` otherwise.
 
-    The sequence ends if no local time follows within fifty years. Raise ValueError with the name of the field if the
-    expression is not valid. Raise NeverDue if the expression is valid but never due.
+    The sequence of local times ends if no further local time follows within fifty years. Raise ValueError with the name
+    of the invalid field if the expression is not valid. Raise NeverDue if the expression is valid but never due.
     """
     from cronsim import CronSim, CronSimError
 
@@ -56,14 +57,14 @@ def local_times(expression: str, after: datetime) -> Iterator[datetime]:
 
 _DAY_S = 86_400
 _LONGEST = 200
-"""Maximum length of an expression in characters. A longer expression is probably a mistake."""
+"""Maximum length of a cron expression in characters. A longer cron expression is probably a mistake."""
 _NEVER = "Write five fields: minute, hour, day of month, month, weekday, such as '0 2 * * 1-5'."
 _FIRST_WINDOW_S = 3600.0
 
 
 @lru_cache(maxsize=256)
 def zone_of(name: str) -> ZoneInfo:
-    """Return the IANA time zone with that name. Raise UsageError if the time zone does not exist."""
+    """Return the IANA time zone `name`. Raise UsageError if the time zone does not exist."""
     try:
         return ZoneInfo(name)
     # OSError is the error for a name that is a folder of the time zone database
@@ -74,7 +75,7 @@ def zone_of(name: str) -> ZoneInfo:
 
 
 def check(expression: str, zone: str) -> None:
-    """Raise UsageError if the expression or the zone is not valid, or if the expression is never due."""
+    """Raise UsageError if the cron expression or the time zone is not valid, or if the expression is never due."""
     known = zone_of(zone)
     fields = len(expression.split())
     if fields != FIELDS:
@@ -105,7 +106,7 @@ def next_after(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
 
 
 def due_times(expression: str, zone: ZoneInfo, after_s: float) -> Iterator[float]:
-    """Yield every due time after `after_s`, in order."""
+    """Yield every due time of a cron expression after `after_s`, in order."""
     while (found := next_after(expression, zone, after_s)) is not None:
         yield found
         after_s = found
@@ -114,7 +115,8 @@ def due_times(expression: str, zone: ZoneInfo, after_s: float) -> Iterator[float
 def latest(expression: str, zone: ZoneInfo, after_s: float, until_s: float, most: int) -> tuple[list[float], bool]:
     """Return the last due times in (after_s, until_s], in order, and whether earlier due times were omitted.
 
-    At most `most` due times are returned. The duration of the search does not depend on the length of the interval.
+    At most `most` due times are returned. The duration of the search for due times does not depend on the length of the
+    interval (after_s, until_s].
     """
     window_s = _FIRST_WINDOW_S
     while True:
@@ -139,12 +141,12 @@ def of_local(naive: datetime, zone: ZoneInfo) -> float:
 
 
 def shown(at_s: float, zone: ZoneInfo) -> str:
-    """Return a time such as `2026-03-29 03:00:00 CEST`."""
+    """Return the local time in a zone as text, such as `2026-03-29 03:00:00 CEST`."""
     return datetime.fromtimestamp(at_s, zone).strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
 def iso(at_s: float, zone: ZoneInfo | None = None) -> str:
-    """Return a time such as `2026-03-29T03:00:00+02:00`. Without a zone, the time is in UTC and ends in Z."""
+    """Return a time as text, such as `2026-03-29T03:00:00+02:00`. Without `zone`, the text is in UTC and ends in Z."""
     if zone is None:
         return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return datetime.fromtimestamp(at_s, zone).isoformat(timespec="seconds")
@@ -154,7 +156,7 @@ def iso(at_s: float, zone: ZoneInfo | None = None) -> str:
 
 
 def _by_the_clock(expression: str, zone: ZoneInfo, after_s: float) -> float | None:
-    """Return the next due time of an expression that follows the clock.
+    """Return the next due time of a cron expression that follows the clock.
 
     The function searches each span between two clock changes separately, because a span has one offset from UTC.
     Without separate spans, cronsim would miss half an hour of due times if the clock changes by half an hour.

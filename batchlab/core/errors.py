@@ -1,6 +1,6 @@
 """Errors that batchlab raises on purpose.
 
-Adapters convert the errors of services to errors of batchlab and chain the cause.
+Adapters convert the errors of services to errors of batchlab, and set the original error as the cause.
 
 The command line exits with code 2 for a UsageError, with 3 for a BackendError, and with 1 for a JobFailed. Other
 modules define further subclasses, such as `core.protocol.values.NotAValue`, `core.notifications.NotDelivered`,
@@ -33,7 +33,7 @@ class UsageError(BatchlabError):
 class JobFileError(UsageError):
     """Error in a job file or scenario.
 
-    `file` and `line` give the place of the error, and `remedy` gives the correction.
+    `file` and `line` give the place of the error, and `remedy` is a sentence about its correction.
     """
 
     def __init__(self, message: str, *, file: str = "", line: int | None = None, remedy: str = "") -> None:
@@ -73,7 +73,7 @@ class NotFound(BackendError):
 
 
 class AlreadyExists(BackendError):
-    """The condition of a conditional put was not met: the object exists, or its ETag is not the expected one (HTTP
+    """The condition of a conditional put was not met: the object exists, or its ETag is not the expected ETag (HTTP
     412).
     """
 

@@ -1,8 +1,9 @@
-"""Estimate of a job's remaining time as a range, from its remaining work, task times, and the fleet.
+"""Estimate of a job's remaining time as a range, calculated from the job's remaining work, its task times, and the
+fleet.
 
-Invariant: the functions of the module are pure. The range does not include stages without measurements, which are
-listed by name. The range is wider with a larger spread of task times, with fewer measurements, and with more possible
-changes of the fleet.
+Invariant: the functions of the module are pure. The range of the remaining time does not include stages without
+measurements, which are listed by name. A larger spread of task times, fewer measurements, and more possible changes of
+the fleet make the range wider.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from batchlab.core.text import about
 SIGMAS = 2.0
 """Half the width of the range of the remaining time, in standard deviations."""
 MIN_BUNDLES = 4
-"""Minimum number of measured bundles for a measured spread.
+"""Minimum number of measured bundles from which the spread of task times is calculated.
 
 With fewer than MIN_BUNDLES bundles, the spread of task times is assumed to be at least half the mean.
 """
 CLOSE = 0.15
-"""A range whose width is less than the share CLOSE of its middle is shown as one number."""
+"""A range of the remaining time is shown as one number if its width is less than CLOSE times its middle value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Measured task time of a stage in seconds: the sum over `tasks` tasks in `bundles` bundles.
+    """Measured task times of a stage: `seconds` is the total time of `tasks` tasks in `bundles` bundles.
 
     `squares` is the sum over bundles of seconds² ÷ tasks, from which the spread is calculated.
     """
@@ -37,7 +38,7 @@ class Pace:
     squares: float = 0.0
 
     def with_bundle(self, tasks: int, seconds: float) -> Pace:
-        """Return the pace with one more bundle, whose `tasks` tasks took `seconds` in total."""
+        """Return the Pace after the measurement of one more bundle, whose `tasks` tasks took `seconds` in total."""
         if not tasks:
             return self
         return Pace(
@@ -53,7 +54,8 @@ class Pace:
         """Return the standard deviation of one task's time."""
         known = 0.0
         if self.bundles > 1:
-            # The mean task time of a bundle with n tasks has the variance of one task's time divided by n.
+            # The variance of the mean task time in a bundle with n tasks is the variance of one task's time divided by
+            # n.
             excess = self.squares - self.seconds * self.seconds / self.tasks
             known = math.sqrt(max(0.0, excess / (self.bundles - 1)))
         return known if self.bundles >= MIN_BUNDLES else max(known, 0.5 * self.mean_s)
@@ -135,7 +137,7 @@ def describe(eta: Eta) -> str:
     return f"about {about(middle_s)} left" if narrow else f"{low} to {high} left"
 
 
-# --- One end of the range -------------------------------------------------------------------------
+# --- One end of the range of the remaining time ---------------------------------------------------
 
 
 def _span_s(stages: Sequence[StageWork], rooms: Mapping[str, Room], side: float) -> float:
@@ -159,13 +161,13 @@ def _span_s(stages: Sequence[StageWork], rooms: Mapping[str, Room], side: float)
 
 
 def _group_s(group: Sequence[StageWork], rooms: Mapping[str, Room], side: float) -> float:
-    """Return the remaining seconds of stages that feed each other item by item and therefore run at the same time."""
+    """Return the remaining seconds of stages that pass items to each other and therefore run at the same time."""
     open_ = [stage_work for stage_work in group if stage_work.left and stage_work.is_known]
     if not open_:
         return 0.0
     pools = {stage_work.pool for stage_work in open_}
     work_s = max(_pool_s(open_, pool, rooms[pool], side) for pool in pools)
-    # With any number of slots, the last item passes through one stage after the other.
+    # Even with many slots, the last item passes through the stages one after another.
     item_s = sum(_item_s(stage_work, side) for stage_work in open_)
     return work_s + item_s if side > 0 else max(work_s, item_s)
 
@@ -173,7 +175,7 @@ def _group_s(group: Sequence[StageWork], rooms: Mapping[str, Room], side: float)
 def _item_s(stage: StageWork, side: float) -> float:
     longest_s = stage.pace.mean_s + side * SIGMAS * stage.pace.spread_s
     waits = (stage.left or 0) > stage.running
-    # If only running tasks remain, the optimistic end is 0, because the tasks may have done all of their work.
+    # If all remaining tasks are running, the optimistic end of the range is 0, because the tasks may be about to end.
     return max(0.0, longest_s) * (1.0 if waits or side > 0 else 0.0)
 
 
@@ -195,7 +197,7 @@ def _pool_s(stages: Iterable[StageWork], pool: str, room: Room, side: float) -> 
 
 
 def _work_s(stage: StageWork, side: float) -> float:
-    """Return the remaining work of a stage in slot seconds."""
+    """Return the remaining work of a stage in slot seconds, at one end of the range."""
     remaining, pace = stage.left or 0, stage.pace
     # The variance includes the spread of task times and the error of their mean, which is estimated from `pace.tasks`
     # tasks.

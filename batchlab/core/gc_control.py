@@ -1,7 +1,7 @@
 """Garbage collection during and after the start of a process.
 
-A service needs the 300,000 objects that it loads at its start until its end. Garbage collections of the loaded objects
-take 10% of the start-up time, and later pause calls for many milliseconds.
+A service loads 300,000 objects at its start and needs these objects until its end. Garbage collections of the loaded
+objects take 10% of the start-up time, and later delay calls by many milliseconds.
 
 Invariant: garbage collection is enabled again in every process that serves requests.
 """

@@ -3,7 +3,7 @@
 Invariants: a connection has one user at a time, and a connection that its server has closed is not used again. The
 grid's token is the key of the signatures and is never sent. A program without the grid's token can sign neither a
 request nor a response. A signed response is valid for exactly one request. The module needs only the standard library,
-because every command imports it at its start.
+because every command imports the module at its start.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Connections:
         self._closed = False
 
     def close(self) -> None:
-        """Close the idle connections now, and connections in use as soon as they are given back."""
+        """Close the idle connections now, and close each used connection when its user gives it back."""
         self._closed = True
         self._close_idle()
 
@@ -89,7 +89,7 @@ class Connections:
         closes the connection.
         """
         self._idle.append((time.monotonic(), connection))
-        # check after the append, so that a connection that is given back during `close` is also closed
+        # check `_closed` after the append, so that a connection that is given back during `close` is also closed
         if self._closed:
             self._close_idle()
 
@@ -161,7 +161,7 @@ def digest(body: bytes) -> str:
 
 
 def sign(token: str, method: str, target: str, body: bytes, at_s: float | None = None) -> Signed:
-    """Sign a request with the time `at_s`, by default now.
+    """Sign a request with the time `at_s`, by default the current time.
 
     `target` is the path and the query of the request as sent.
     """
@@ -172,9 +172,9 @@ def sign(token: str, method: str, target: str, body: bytes, at_s: float | None =
 
 
 def read(token: str, header: str, method: str, target: str) -> Signed | None:
-    """Return the signature in an `Authorization` header, or None if it is not valid.
+    """Return the signature in an `Authorization` header, or None if the signature is not valid.
 
-    The caller checks the time of the signature, its reuse, and the body of the request.
+    The caller must check the time of the signature, the reuse of the signature, and the body of the request.
     """
     scheme, _, text = header.partition(" ")
     fields = text.strip().split(".")
@@ -235,7 +235,7 @@ def _request_mac(token: str, method: str, target: str, at_s: int, nonce: str, bo
 
 
 def _mac(token: str, *fields: str) -> str:
-    # Each field is preceded by its length, so that different fields never form the same text.
+    # The length of each field precedes the field, so that two different lists of fields never form the same text.
     text = "".join(f"{len(field)}:{field}" for field in fields)
     return hmac.new(token.encode(), text.encode(), hashlib.sha256).hexdigest()
 

@@ -1,7 +1,7 @@
 """Extras of an installation (packages that only a part of batchlab needs), and data folders.
 
-Invariant: the check for a package does not import the package. The suggested command installs extras from the source of
-the existing installation, because batchlab does not own its name on the package index.
+Invariant: the check for a package does not import the package. The command that an error suggests installs extras from
+the source of the existing installation, because batchlab does not own its name on the package index.
 
 The data folders that ship with the code are backends, scenarios, compose, and examples.
 """
@@ -38,7 +38,7 @@ _ELSEWHERE = "file:///…/batchlab-….whl"
 def missing(extra: str, *modules: str) -> str | None:
     """Return the first module of the extra that is not installed, or None if all modules are installed.
 
-    If `modules` are given, only these modules are checked.
+    If `modules` are given, only the modules in `modules` are checked.
     """
     return next((module for module in modules or MODULES[extra] if not _is_here(module)), None)
 
@@ -51,7 +51,7 @@ def _is_here(module: str) -> bool:
 
 
 def extra_of(module: str) -> str | None:
-    """Return an extra that installs the module, or None."""
+    """Return the name of an extra that installs the module, or None if the module does not belong to an extra."""
     return next((extra for extra, modules in MODULES.items() if module in modules), None)
 
 
@@ -115,7 +115,7 @@ _MADE = {"data", "out"}
 
 
 def folder(name: str) -> Path:
-    """Return the folder `name`, in an installed wheel or in a checkout.
+    """Return the path of the data folder `name`, in an installed wheel or in a checkout.
 
     Raise UsageError if the folder does not exist.
     """
@@ -126,8 +126,8 @@ def folder(name: str) -> Path:
 
 
 def starter() -> dict[str, str]:
-    """Return the files of the job that `batchlab init` writes: the name relative to the job's folder, and the text
-    of each file.
+    """Return the files of the job that `batchlab init` writes, as a dict from the relative name to the text of each
+    file.
     """
     root = folder("examples") / "starter"
     # The files of the starter job have other names in the package. A folder with a job.yaml would count as an example
@@ -138,7 +138,7 @@ def starter() -> dict[str, str]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the document in a TOML file. Raise UsageError if the file cannot be read."""
-    import tomllib  # imported here because a worker does not need tomllib
+    import tomllib  # tomllib is imported only here, because a worker does not need tomllib
 
     try:
         return tomllib.loads(path.read_text())
@@ -150,10 +150,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def files() -> Iterator[tuple[str, Path]]:
-    """Yield every file of the package with its path in a wheel, in order.
+    """Yield the path in a wheel and the local path of every file of the package, sorted by the path in the wheel.
 
-    The files of a wheel are the code and the data folders. Paths in the wheel begin with "batchlab/". Raise UsageError
-    if a data folder is missing.
+    The files of a wheel are the code and the data folders. All paths in a wheel begin with "batchlab/". Raise
+    UsageError if a data folder is missing.
     """
     paths = {f"{_PACKAGE.name}/{path}": _PACKAGE / path for path in _below(_PACKAGE)}
     for name in FOLDERS:
@@ -167,9 +167,7 @@ def files() -> Iterator[tuple[str, Path]]:
 
 
 def _is_made(path: str) -> bool:
-    """Return whether a run of an example created the file, which is then the example's input, its results, or a
-    grid.
-    """
+    """Return whether the file was created by a run of an example, as input, as results, or as a part of a grid."""
     return any(part in _MADE or part.startswith(".") for part in path.split("/")[:-1])
 
 

@@ -1,6 +1,6 @@
 """EC2 instance types (`backends/instance-types.toml`), and scaled-down shares for containers.
 
-Invariant: in a loaded catalog, each type has every figure, and every figure is valid.
+Invariant: in a loaded catalog, every field of every instance type has a valid value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from batchlab.core.errors import UsageError
 
 ARCHITECTURES = ("x86_64", "arm64")
 MIN_MEMORY_MIB = 128
-"""Minimum memory of a share in MiB, which a worker needs before it runs a task."""
+"""Minimum memory in MiB of a container. A worker needs at least MIN_MEMORY_MIB even before it runs a task."""
 
 _FIGURES = {"vcpu", "memory_mib", "architecture"}
 
@@ -33,7 +33,7 @@ class InstanceType:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """CPUs and memory that a container may use in place of an instance."""
+    """CPUs and memory that a container may use when it takes the place of an instance."""
 
     cpus: float
     memory_mib: int
@@ -46,7 +46,7 @@ class Catalog:
     types: Mapping[str, InstanceType]
 
     def of(self, name: str) -> InstanceType:
-        """Return the instance type with that name. Raise UsageError if the type does not exist."""
+        """Return the instance type `name`. Raise UsageError if the type does not exist."""
         if instance_type := self.types.get(name):
             return instance_type
         near = difflib.get_close_matches(name, self.types, n=3)
@@ -58,7 +58,8 @@ class Catalog:
         )
 
     def share(self, name: str, scale: float = 1.0) -> Share:
-        """Return the CPUs and the memory of a type times `scale`, so that a laptop can run a whole group.
+        """Return the CPUs and the memory of an instance type, multiplied by `scale`, so that a laptop can run a whole
+        group.
 
         The memory of a share is at least MIN_MEMORY_MIB. Raise UsageError unless 0 < scale ≤ 1.
         """

@@ -3,7 +3,7 @@
 A job definition is a frozen value, as in `core.model`. A job file or the Python API creates the job definition. A job
 definition does not depend on the machine that submitted the job.
 
-The name of a task is `parse/3`, and a name of several tasks of one stage is `parse/3,7-9`.
+Task 3 of stage `parse` is named `parse/3`, and several tasks of the stage are named `parse/3,7-9`.
 
 Invariant: `parse_task` reads every name that `task_name` writes. No other module combines the name of a stage and the
 index of a task.
@@ -22,13 +22,13 @@ from batchlab.core.retry_rule import RetryRule
 
 @dataclass(frozen=True, slots=True)
 class StageDef:
-    """One stage of the job.
+    """One stage of a job.
 
     A stage without `after` is a root, and its items come from the job's input. If `gather` is None, the stage is a
-    chain (item by item). If `gather` is "*", all upstream results are the input of one task. Any other value of
-    `gather` is the field by which upstream results, or the elements of results that are lists, are grouped. Exactly one
-    of `handler` ("module:function", or "pickle:<object key>") and `command` is set. If `bundle` is None, the size of
-    bundles is computed from the measured task time.
+    chain, which processes its input item by item. If `gather` is "*", all upstream results are the input of one task.
+    Any other value of `gather` is the field by which upstream results, or the elements of results that are lists, are
+    grouped. Exactly one of `handler` ("module:function", or "pickle:<object key>") and `command` is set. If `bundle` is
+    None, the size of bundles is computed from the measured task time.
     """
 
     name: StageName
@@ -50,7 +50,7 @@ class StageDef:
 
     @property
     def chained(self) -> bool:
-        """Return whether workers pass the results of one upstream stage to this stage item by item."""
+        """Return whether the stage receives the results of one upstream stage item by item from workers."""
         return self.gather is None and len(self.after) == 1
 
 
@@ -65,12 +65,12 @@ class SplitBy(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Rules and texts of one way to split input.
+    """Rules and texts for one way to split a job's input into tasks.
 
     `meaning` describes the input of one task. `size` describes the unit of a job file's key `size`, and `item`
     describes the argument of a handler. If `Split.size` is "", a job file cannot contain the key `size`. If `in_bytes`
-    is true, the key `size` may also be text such as `8 MiB`. If `has_header` is true, each part may begin with the
-    header of its file.
+    is true, the key `size` may also be text such as `8 MiB`. If `has_header` is true, the input of each task may begin
+    with the header of its file.
     """
 
     meaning: str
@@ -113,10 +113,10 @@ The schema of the job file, its checks, and its reference page are generated fro
 class InputDef:
     """Source of the items of the root stages.
 
-    `keys` are objects of the bucket (uploaded raw data) in order. A key that ends in "/" selects every object whose key
-    begins with it. `size` is the number of lines per task for LINES, of bytes for BYTES, and of items for ITEMS. The
-    input of a task is a list of items, or the item itself if `size` is 1. If `header` is true, every part begins with
-    the first line of its file (LINES and BYTES).
+    `keys` are the keys of the objects in the bucket that contain the input, in order. A key that ends in "/" is a
+    prefix and selects every object under the prefix. `size` is the number of lines per task for LINES, of bytes for
+    BYTES, and of items for ITEMS. The input of a task is a list of items, or the item itself if `size` is 1. If
+    `header` is true, the input of every task begins with the first line of its file (LINES and BYTES).
     """
 
     keys: tuple[str, ...] = ()
@@ -127,7 +127,7 @@ class InputDef:
 
 @dataclass(frozen=True, slots=True)
 class NotifyDef:
-    """A notification target of a job, and the moments of its notifications (see `core.notifications.MOMENTS`).
+    """A notification target of a job, and the events that the target receives (see `core.notifications.MOMENTS`).
 
     `kind` is "webhook", "sns", or "target". `to` is the URL, the topic's ARN, or the name of one of the grid's own
     targets. `secret` has the form "env:NAME" and names the variable of the manager's environment that contains the
@@ -177,7 +177,7 @@ class JobDef:
     `manager.cost_caps`).
     """
     notify: tuple[NotifyDef, ...] = ()
-    """Notification targets of the job, in addition to those of the grid."""
+    """Notification targets of the job, in addition to the notification targets of the grid."""
     trace: str = ""
     """W3C traceparent of the submission, or "" if the job is not traced."""
     commit_hash: str = ""
@@ -189,7 +189,7 @@ class JobDef:
         return self.items == 1 and not self.token
 
     def stage(self, name: str) -> StageDef:
-        """Return the stage with that name. Raise KeyError if the stage does not exist."""
+        """Return the stage `name`. Raise KeyError if the stage does not exist."""
         for stage_def in self.stages:
             if stage_def.name == name:
                 return stage_def
@@ -228,17 +228,17 @@ def attempt_name(stage: str, task: int, attempt: int) -> str:
 
 
 def with_task(reason: str, stage: str, task: int, why: str) -> str:
-    """Return a job's `reason` followed by the name of a task and its reason `why`."""
+    """Return a job's `reason` followed by the name of a task and the reason `why` the task failed."""
     return f"{reason}; task {task_name(stage, task)}: {why}"
 
 
 def without_task(reason: str, stage: str, task: int, why: str) -> str:
-    """Return the job's reason from a result of `with_task`, without the reason of the task."""
+    """Return the `reason` that was passed to `with_task`, given the result of `with_task`."""
     return reason.removesuffix(with_task("", stage, task, why))
 
 
 def parse_task(text: str) -> tuple[StageName | None, int]:
-    """Return stage and index of `parse/3`, or None and the index of `3`.
+    """Return the stage and the index in a name such as `parse/3`, or None and the index for a text such as `3`.
 
     Raise UsageError if the text is not the name of a task.
     """

@@ -46,13 +46,13 @@ from batchlab.core.ports import (
 from batchlab.core.protocol import json_format
 
 US = 1_000_000
-"""Microseconds in a second."""
+"""Number of microseconds in a second."""
 NEVER = -1
 """Value of `void_at` for a stage whose plan was never replaced by a retry."""
 
 Key = tuple[StageName, BundleId]
 Known = dict[Key, bool]
-"""Existing bundles of a job, and whether each bundle is done."""
+"""Map of a job's existing bundles to whether each bundle is done."""
 
 _WAITING = (JobState.SUBMITTED, JobState.PENDING, JobState.RUNNABLE, JobState.STARTING)
 
@@ -61,8 +61,8 @@ _WAITING = (JobState.SUBMITTED, JobState.PENDING, JobState.RUNNABLE, JobState.ST
 class Stage:
     """Plan and counters of a stage.
 
-    Run time is in microseconds, because a sum of floats depends on the order of its terms. Bundles that were added by
-    write number `void_at` or an earlier write belong to a plan that a retry has replaced.
+    Run time is a whole number of microseconds, because a sum of floats depends on the order of its terms. Bundles that
+    were added by write number `void_at` or an earlier write belong to a plan that a retry has replaced.
     """
 
     planned: int | None = None
@@ -96,7 +96,7 @@ class Stage:
     def void(self, *, round: int, at: int) -> None:
         """Set the stage's plan to unknown, because a retry replaces the plan.
 
-        The round of the stage's plan is increased, so that a late cut of the old plan is ignored.
+        The plan's round becomes `round`, so that a late cut of the old plan is ignored.
         """
         self.planned, self.plan_round, self.cut_seq = None, round, -1
         self.uncut, self.run_us, self.void_at = TaskSet(), 0, at
@@ -117,10 +117,10 @@ class Stage:
 
 
 class BundleRow(NamedTuple):
-    """The row of a bundle as stored, or the part of the row that a change writes.
+    """The stored row of a bundle, or the part of the row that a change writes.
 
     `planned` is the bundle as it was planned, and `completion` is its completion with the number `seq`. `at` is the
-    number of the write that added the bundle, or None if the bundle existed before.
+    number of the write that added the bundle, or None if the change does not add the bundle.
     """
 
     stage: StageName
@@ -135,7 +135,7 @@ class BundleRow(NamedTuple):
         return self.stage, self.id
 
     def record(self, last_seq: int) -> BundleRecord:
-        """Return the bundle's record at the time when `last_seq` was the newest seq of the job."""
+        """Return the bundle's record as of the time when `last_seq` was the newest seq of the job."""
         if self.completion and self.seq is not None and self.seq <= last_seq:
             return BundleRecord(self.completion.bundle, self.completion, self.seq)
         assert self.planned is not None
@@ -168,7 +168,7 @@ class Projection:
         return JobRows(record, tuple(s.record(name) for name, s in self.stages.items()), stamp)
 
     def stage(self, name: StageName) -> Stage:
-        """Return the stage with that name. Raise NotFound if the stage does not exist."""
+        """Return the stage `name`. Raise NotFound if the stage does not exist."""
         if name not in self.stages:
             raise NotFound(f"The ledger does not contain stage {name} of job {self.job.id}.")
         return self.stages[name]
@@ -220,7 +220,7 @@ def apply(projection: Projection, change: JobChange, known: Known) -> list[Bundl
     """Apply the change to an existing job.
 
     Return the bundles that the change adds, or None if the change modifies nothing. `known` has the bundles of the
-    change that exist.
+    change that the ledger already has.
     """
     if isinstance(change, AddCut):
         return add_cut(projection, change.cut, known)
@@ -311,7 +311,7 @@ def finish(projection: Projection, change: Finish) -> bool:
     ending = change.ending
     if change.round != projection.round or projection.state.ended:
         return False
-    # Replace NUL, which a reason may contain and PostgreSQL's text type cannot store, so that the job can end.
+    # Replace NUL in the reason, because PostgreSQL's text type cannot store NUL, and the job could not end.
     projection.reason = ending.reason.replace("\0", "\N{REPLACEMENT CHARACTER}")
     projection.state, projection.ended_s = ending.state, ending.ended_s
     projection.control = Control.RUN
@@ -344,7 +344,7 @@ def check_stages(projections: Mapping[JobId, Projection], change: Fold) -> None:
 
 
 def keys_of(change: Fold, positions: Iterable[int], *, with_follows: bool = True) -> list[Key]:
-    """Return the keys of the bundles that a fold of these completions writes, without duplicates."""
+    """Return the keys of the bundles that a fold of the completions at `positions` writes, without duplicates."""
     keys: dict[Key, None] = {}
     for position in positions:
         c = change.completions[position]
@@ -357,10 +357,10 @@ def keys_of(change: Fold, positions: Iterable[int], *, with_follows: bool = True
 def fold(
     projection: Projection, change: Fold, positions: Sequence[int], known: Known, *, first_seq: int
 ) -> tuple[list[int], list[BundleRow] | None]:
-    """Fold the completions of one job. The completion at position i gets the seq `first_seq` + i.
+    """Fold the completions of one job. The completion at position i of the fold gets the seq `first_seq` + i.
 
     Return the positions of the new completions, and the rows to write, or None if the fold changes nothing. `known` has
-    the bundles of the fold that exist.
+    the bundles of the fold that the ledger already has.
     """
     new: list[int] = []
     rows: list[BundleRow] = []

@@ -1,7 +1,7 @@
 """Logging of every process of a grid: readable text or JSON lines, with the same fields.
 
-Invariant: a log line never contains a secret that was passed to `hide`, for any source of the line's text. The fields
-of a log line are ids. A field of a log line never contains the input of a user's task.
+Invariant: a log line never contains a secret that was passed to `hide`, even if the text of the line comes from a
+library. The fields of a log line are ids. A field of a log line never contains the input of a user's task.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ FIELDS = (
     "task",
     "trace",
 )
-"""Fields that a log line may have in addition to its text, in their order."""
+"""Fields that a log line may have in addition to its text, in the order in which they are written."""
 
 HIDDEN = "[hidden]"
 MIN_SECRET_CHARACTERS = 6
 """Minimum length of a secret in characters.
 
-Shorter texts are not hidden, because many log lines contain them and would become unreadable.
+A shorter secret is not hidden, because many log lines may contain its text and would become unreadable.
 """
 MAX_JOBS = 1000
 _SECRET_NAME = re.compile(
@@ -81,7 +81,8 @@ def hide(*secrets: str) -> None:
     for secret in secrets:
         if len(secret) >= MIN_SECRET_CHARACTERS and secret not in _hidden:
             _hidden.append(secret)
-    # Replace longer secrets first, because a secret that contains another secret would otherwise stay in part.
+    # Replace longer secrets first, because a part of a secret that contains another secret would otherwise stay
+    # visible.
     _hidden.sort(key=len, reverse=True)
 
 
@@ -117,7 +118,7 @@ class Text(logging.Formatter):
         # because they could change the output of a terminal.
         record.message = visible(record.message, layout="")
         line = super().formatMessage(record)
-        # Omit the fields of the process, because they are the same in every line.
+        # Omit the fields of the process, because these fields are the same in every log line.
         own = {n: v for n, v in fields_of(record).items() if n not in _process}
         return f"{line} [{' '.join(f'{n}={v}' for n, v in own.items())}]" if own else line
 
@@ -211,7 +212,7 @@ def set_format(format_: str | None) -> None:
 
 
 def print_last_line(text: str) -> None:
-    """Print the last line of a process that cannot continue, which its parent process reads."""
+    """Print the last log line of a process that cannot continue. The parent process reads the last log line."""
     if os.environ.get(FORMAT_VARIABLE) == "json":
         record = logging.LogRecord("batchlab", logging.ERROR, "", 0, "%s", (text,), None)
         text = JsonLines().format(record)
@@ -219,7 +220,7 @@ def print_last_line(text: str) -> None:
 
 
 def text_of(line: str) -> str:
-    """Return the text of a log line in either format."""
+    """Return the text of a log line, which is in the text format or a JSON object."""
     try:
         doc = json.loads(line)
     except ValueError:
@@ -246,5 +247,7 @@ class Recent(logging.Handler):
                 self._last.popitem(last=False)
 
     def last(self, job: str) -> tuple[float, str] | None:
-        """Return the time (epoch seconds) and the text of a job's last warning, or None without a warning."""
+        """Return the time (epoch seconds) and the text of a job's last warning, or None if the job does not have a
+        warning.
+        """
         return self._last.get(job)

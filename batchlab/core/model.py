@@ -104,7 +104,7 @@ class TaskSet:
 
     @classmethod
     def union(cls, sets: Iterable[TaskSet]) -> TaskSet:
-        """Return every index that is in at least one of `sets`."""
+        """Return the set of all task indices that are in at least one of `sets`."""
         merged: list[tuple[int, int]] = []
         for start, stop in sorted(pair for task_set in sets for pair in task_set.ranges):
             if merged and start <= merged[-1][1]:
@@ -115,7 +115,7 @@ class TaskSet:
 
     def __len__(self) -> int:
         count = 0
-        for start, stop in self.ranges:  # a generator expression takes three times as long as this loop
+        for start, stop in self.ranges:  # a generator expression would take three times as long as a loop
             count += stop - start
         return count
 
@@ -159,7 +159,7 @@ class TaskSet:
         return self.ranges[-1][1] - 1
 
     def split_at(self, count: int) -> tuple[TaskSet, TaskSet]:
-        """Return the first `count` indices, and the remaining indices."""
+        """Return the set of the first `count` task indices, and the set of the remaining task indices."""
         head: list[tuple[int, int]] = []
         for i, (start, stop) in enumerate(self.ranges):
             if count <= 0:
@@ -173,14 +173,14 @@ class TaskSet:
         return self, TaskSet()
 
     def halves(self) -> tuple[TaskSet, TaskSet]:
-        """Return two parts whose sizes differ by at most 1, the larger part first."""
+        """Return two parts of the set whose sizes differ by at most 1, with the larger part first."""
         return self.split_at((len(self) + 1) // 2)
 
 
 class _Named:
     """Cache of a bundle's id, which is read often.
 
-    The cache is not a field, so it is not compared, not part of the repr, and not pickled.
+    The cache is not a field, so the cache is not compared, not part of the repr, and not pickled.
     """
 
     __slots__ = ("_id",)
@@ -192,10 +192,10 @@ class Bundle(_Named):
     """A set of tasks of one stage that is sent as one message.
 
     `round` counts the user's own `job retry` calls. `attempt` counts the automatic retries within one round, from 1.
-    `losses` counts earlier deliveries that ended without an outcome. If `losses` is not 0, the next worker checks the
-    bundle for poison tasks (see `worker.poison_detection`). `losses` is not part of the bundle's identity. `source` is
-    the upstream bundle whose outcome has the inputs, or None if the plan has the inputs. `due_s` (epoch) is the end of
-    a retry's backoff. A manager that sends the bundle again does not send it before `due_s`.
+    `losses` counts earlier deliveries of the bundle that ended without an outcome. If `losses` is not 0, the next
+    worker checks the bundle for poison tasks (see `worker.poison_detection`). `losses` is not part of the bundle's
+    identity. `source` is the upstream bundle whose outcome has the inputs, or None if the plan has the inputs. `due_s`
+    (epoch) is the end of a retry's backoff. A manager that sends the bundle again waits until `due_s`.
     """
 
     job: JobId
@@ -209,11 +209,11 @@ class Bundle(_Named):
 
     @property
     def id(self) -> BundleId:
-        """Return the bundle's id, which is derived from the other fields.
+        """Return the bundle's id, which is derived from the fields of the bundle.
 
-        Two bundles of a stage never have the same id. If two bundles with the same (round, attempt) share a task, one
-        was split from the other as a proper prefix or suffix. The first or the last tasks of two bundles with the same
-        (round, attempt) differ.
+        Two bundles of a stage never have the same id. Two bundles of a stage with the same round and attempt share a
+        task only if one bundle consists of the first or the last tasks of the other bundle. Therefore the round, the
+        attempt, the first task, and the last task identify a bundle of a stage.
         """
         try:
             return self._id
@@ -226,7 +226,7 @@ class Bundle(_Named):
 
 
 class FailureKind(StrEnum):
-    """Reasons for which an attempt of a task failed, which retry rules refer to."""
+    """Kinds of failures of an attempt. A retry rule names the kinds of failures after which a task is retried."""
 
     EXCEPTION = "exception"
     EXIT = "exit"
@@ -241,7 +241,7 @@ class FailureKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One failed attempt of one task.
+    """A failed attempt of a task.
 
     `final` is true if the attempt is not retried. `reason` is one sentence for a person. Failures are grouped by
     `error`, which is the exception's class name or a similar name. `exit_code` is negative if a signal ended the
@@ -282,7 +282,7 @@ class Follow:
 class _Written:
     """Cache of an outcome's JSON (see `json_format.outcome_text`), which is used three times.
 
-    The cache is not a field, so it is not compared, not part of the repr, and not pickled.
+    The cache is not a field, so the cache is not compared, not part of the repr, and not pickled.
     """
 
     __slots__ = ("_text",)
@@ -291,9 +291,9 @@ class _Written:
 
 @dataclass(frozen=True, slots=True)
 class Outcome(_Written):
-    """Result of one execution of a bundle: the content of its conditional PUT.
+    """Result of one execution of a bundle, which the worker commits with a conditional PUT.
 
-    `values` has one encoded result per index of `succeeded`, in order, and `run_s` has the run time of each in seconds.
+    `values` has the encoded results and `run_s` has the run times in seconds of the tasks in `succeeded`, in order.
     Tasks of the bundle that are not in `succeeded`, `failed`, or `cancelled` are in one of `follows`. `execution` is
     part of the keys of the execution's files and logs.
     """
@@ -311,12 +311,14 @@ class Outcome(_Written):
     follows: tuple[Follow, ...] = ()
     log: str = ""
     log_spans: tuple[tuple[int, int, int], ...] = ()
-    """(task, first byte, last byte + 1) within the log object, for each task that wrote output."""
+    """Position in the log object of the output of each task, as (task, first byte, last byte + 1)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """An outcome without its values. The events queue carries completions, and the ledger folds them."""
+    """An outcome without its values. Workers send completions to the events queue, and the ledger folds the
+    completions.
+    """
 
     bundle: Bundle
     worker: str
@@ -392,11 +394,11 @@ class Market(StrEnum):
 class Machine:
     """Type, zone, and market that a group chose for an instance.
 
-    A field is empty if the group did not choose its value.
+    A field is empty if the group did not choose a value for the field.
     """
 
     type: str = ""
-    """Instance type from the catalog."""
+    """Name of an instance type in the catalog."""
     zone: str = ""
     """Availability zone."""
     market: Market = Market.ON_DEMAND
@@ -430,7 +432,7 @@ class Activity:
     ended_s: float | None = None
     """End of the activity, or None while the activity is in progress."""
     message: str = ""
-    """Reason why the activity failed, or "" if it did not fail."""
+    """Reason why the activity failed, or "" if the activity did not fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,7 +448,7 @@ class Pool:
     """Expected time in seconds from launch to InService. `boot_s` is only a forecast and does not delay an instance."""
     env: tuple[tuple[str, str], ...] = field(default=())
     instance_type: str = ""
-    """Instance type from the catalog, or "" if the backend does not have instance types."""
+    """Name of an instance type in the catalog, or "" if the backend does not have instance types."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,13 @@
-"""Notifications about jobs (targets, moments, and messages), and the notification settings of a grid.
+"""Notifications about events of jobs, and the notification settings of a grid.
 
-Invariants: the id of a notification is derived from its moment and its target, so a repeated notification has the same
+Invariants: the id of a notification is derived from its event and its target, so a repeated notification has the same
 id. The targets of a job are web addresses or topics, and only the operator of a grid can configure a command. Targets
 and notifications never contain a secret, only the name of the variable or the file that contains the secret.
 
-The file `notify.toml` has the notification settings: the grid's targets, and the limits for targets of jobs. Unless the
-operator permits it, the targets of a job cannot be on the manager's own machine, and messages to them are not signed.
-Origins are compared as a whole: scheme, host, and port. The paths of addresses are never compared, because clients,
-proxies, and servers read paths differently.
+The file `notify.toml` has the notification settings: the grid's targets, and the limits for targets of jobs. Without a
+permission in the settings, the targets of a job cannot be on the manager's own machine, and messages to the targets of
+a job are not signed. Origins are compared as a whole: scheme, host, and port. The paths of addresses are never
+compared, because clients, proxies, and servers read paths differently.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from batchlab.core.protocol.field_checks import decode
 
 ENDS = ("succeeded", "failed", "cancelled")
 MOMENTS = ("ended", *ENDS, "failures", "stuck", "capped")
-"""Moments of notifications.
+"""Events of a job about which notifications are sent (called moments).
 
-`ended` is any of the three final states of a job. `failures`: the number of failed tasks has reached a limit. `stuck`:
-the job has not made progress for some time. `capped`: the job waits because of a cap on cost.
+`ended` means that the job has reached any of its three final states. `failures` means that the number of failed tasks
+has reached a limit. `stuck` means that the job has not made progress for some time. `capped` means that the job waits
+because of a cap on cost.
 """
 KINDS = ("webhook", "sns", "command")
 MAX_TARGETS = 10
@@ -42,9 +43,9 @@ NAMED = "target"
 """Kind of a job's target that refers to one of the grid's own targets by name."""
 MAX_URL_CHARACTERS = 2000
 SECRET_PREFIX = "BATCHLAB_NOTIFY_"  # noqa: S105 - prefix of the names of variables
-"""Prefix of the variables of the manager's environment that a job may name.
+"""Prefix of the names of the manager's environment variables that a job may name.
 
-A job cannot name other variables of the manager's environment.
+A job cannot name an environment variable of the manager without the prefix SECRET_PREFIX.
 """
 TOPIC = re.compile(r"arn:aws[a-z-]*:sns:([a-z0-9-]+):\d{12}:[A-Za-z0-9_-]{1,250}(\.fifo)?")
 TARGET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
@@ -65,8 +66,8 @@ class NotDelivered(BatchlabError):
 class Target:
     """A receiver of notifications.
 
-    `name` is the name of a target of the grid, or it identifies a job and the number of the job's target. `to` is empty
-    for a `command`. The other fields of a Target have the same meaning as in NotifyDef.
+    `name` is the name of a target of the grid. For a target of a job, `name` consists of the id of the job and the
+    target's number. `to` is empty for a `command`. The other fields of a Target have the same meaning as in NotifyDef.
     """
 
     name: str
@@ -78,11 +79,11 @@ class Target:
     failures: int = 1
     stuck_s: float = 600.0
     job: str = ""
-    """Job that the target belongs to, or "" for a target of the grid."""
+    """Id of the job that the target belongs to, or "" for a target of the grid."""
     jobs: bool = False
-    """Whether jobs may use the target, for a target of the grid."""
+    """Whether jobs may use this target of the grid."""
     local: bool = False
-    """Whether the target may be on the manager's own machine, for a target of a job."""
+    """Whether this target of a job may be on the manager's own machine."""
 
     @property
     def stays_out(self) -> bool:
@@ -121,7 +122,9 @@ class Notification:
     attempts: int = 0
     due_s: float = 0.0
     error: str = ""
-    """Error of the last attempt, or "" if the last attempt succeeded or if there was no attempt."""
+    """Error of the last attempt to deliver the notification, or "" if the last attempt succeeded or no attempt was
+    made.
+    """
     state: str = "pending"
     """State of the notification, which is first "pending", and later "delivered" or "given up"."""
     ended_s: float | None = None
@@ -138,9 +141,9 @@ def own_target(job: str, number: int, notify_def: NotifyDef) -> Target:
 
 
 def derived_id(target: Target, job: str, round_: int, moment: str, key: str = "") -> str:
-    """Return the id of a notification, derived from its target, job, round, and moment.
+    """Return the id of a notification, derived from its target, job, round, and event (`moment`).
 
-    `key` distinguishes notifications about repeated moments of a job.
+    `key` distinguishes notifications about repeated events of a job.
     """
     whole = "\0".join((target.name, target.to, *target.command, job, str(round_), moment, key))
     return hashlib.sha256(whole.encode()).hexdigest()[:32]
@@ -149,7 +152,7 @@ def derived_id(target: Target, job: str, round_: int, moment: str, key: str = ""
 def make_notification(
     target: Target, job: JobDef, round_: int, moment: str, body: Mapping[str, Json], *, at_s: float, key: str = ""
 ) -> Notification:
-    """Return a new notification about a moment of a job."""
+    """Return a new notification about an event of a job."""
     id_ = derived_id(target, job.id, round_, moment, key)
     text = json_format.dumps({"v": json_format.VERSION, "id": id_, "moment": moment, "at_s": at_s, **body})
     own = job.notify[int(target.name.rpartition("#")[2]) - 1] if target.job else None
@@ -212,7 +215,7 @@ def target_problem(target: Target) -> str:
         return "Write env:NAME or file:/PATH for a secret, never the secret itself."
     if target.jobs and target.kind == "command":
         return "Jobs may not use a command. Set jobs = true only for a webhook or a topic."
-    # A target that only jobs use does not need moments of its own.
+    # A target that only jobs use does not need its own list of events.
     return _figures(target.on or (("ended",) if target.jobs else ()), target.failures, target.stuck_s)
 
 
@@ -345,8 +348,9 @@ def origin(url: str) -> str:
 class NotificationSettings:
     """Notification settings that the operator of a grid wrote.
 
-    `local` are origins on the manager's machine that webhooks of jobs may call. `secrets` maps the variable with a
-    secret to the origins whose job webhooks may be signed with this secret.
+    `local` are origins on the manager's machine that webhooks of jobs may call. `secrets` maps the name of a variable
+    with a secret to origins. Messages to a job's webhook at one of the origins of a secret may be signed with the
+    secret.
     """
 
     targets: tuple[Target, ...] = ()
@@ -354,7 +358,7 @@ class NotificationSettings:
     secrets: Mapping[str, frozenset[str]] = field(default_factory=lambda: MappingProxyType({}))
 
     def named(self, name: str) -> Target | None:
-        """Return the grid's own target with that name, or None."""
+        """Return the grid's own target `name`, or None if the grid does not have the target."""
         return next((target for target in self.targets if target.name == name), None)
 
     def own(self, job: str, number: int, notify_def: NotifyDef) -> Target:
@@ -406,8 +410,8 @@ class NotificationSettings:
 
 
 def _where(notify_def: NotifyDef) -> str:
-    """Return the origin of the target's address, or "" if the address does not have an origin."""
+    """Return the origin of a target's address, or "" if the address does not have an origin."""
     try:
         return origin(notify_def.to)
     except ValueError:
-        return ""  # `to` is a topic, or an address that is refused because it is not a URL
+        return ""  # `to` is a topic, or an address that is refused because the address is not a URL

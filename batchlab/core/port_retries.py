@@ -1,11 +1,11 @@
 """Retries of calls to ports, and waits for events.
 
-Patience retries calls after S3's 409 and 503, throttling of SQS, and short outages. Patience is only for calls that may
-be repeated. All calls of the protocol may be repeated.
+The class Patience retries calls after S3's errors 409 and 503, throttling of SQS, and short outages. Patience is only
+for calls that may be repeated. All calls of the protocol may be repeated.
 
 Invariant: a cancellation is never lost, because a loop that misses a cancellation could not be stopped. Before Python
-3.12, `asyncio.wait_for` loses a cancellation that arrives together with the event. An error that a caller catches may
-also hide a cancellation.
+3.12, `asyncio.wait_for` loses a cancellation that arrives at the same time as the awaited event. An error that a caller
+catches may also hide a cancellation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Without a pause, the kernel may let the woken process wait for the core of the c
 
 
 def doubled_s(pause_s: float, longest_s: float, times: int = 1) -> float:
-    """Return a pause after `times` doublings, at most `longest_s`.
+    """Return `pause_s` after it was doubled `times` times, but at most `longest_s`.
 
     All retries in the package use `doubled_s`, except retries of tasks, which use `RetryRule.wait_s`.
     """
@@ -37,13 +37,13 @@ def doubled_s(pause_s: float, longest_s: float, times: int = 1) -> float:
 
 
 def cancels() -> int:
-    """Return how often the current task has been asked to cancel."""
+    """Return the number of requests to cancel the current asyncio task."""
     task = asyncio.current_task()
     return task.cancelling() if task else 0
 
 
 def raise_if_cancelled(before: int = 0) -> None:
-    """Raise CancelledError if the current task has received more than `before` cancellations.
+    """Raise CancelledError if the current asyncio task has received more than `before` cancellations.
 
     Code that catches errors and continues must call `raise_if_cancelled`, because an error may hide a cancellation,
     which is not delivered again. A cancellation may be hidden by the first error of a group of calls, or by an error
@@ -126,7 +126,8 @@ class _Patient:
 def patiently(port: T, patience: Patience) -> T:
     """Return `port` with retries in every call. All methods of the port must be async and repeatable.
 
-    The result of a call may come from a second try, such as "not new" for a change that the first try made.
+    The result of a call may come from a second try. For example, the second try may return "not new" for a change that
+    the first try made.
     """
     # Use a dynamic proxy instead of about twenty methods that would only delegate their calls.
     return cast(T, _Patient(port, patience))

@@ -1,11 +1,13 @@
 """Protocols of the ports: clock, ids, objects, queues, fleet, launcher, notices, and ledger.
 
-A port takes and returns plain data and contains no policy. Differences between backends are capabilities, never methods
-that raise. All times are in seconds unless a name states another unit. Epoch times come from the Clock.
+A port takes and returns plain data and does not contain policy. Differences between backends are expressed as
+capabilities, and never as methods that raise errors. All times are in seconds unless a name states another unit. Epoch
+times come from the Clock.
 
-The ledger is a projection of the bucket that people and the planner read. Each call of the ledger is one transaction
-and may be repeated. A change of the ledger names the round of the job, so a late call of a paused manager does not
-change a later round. The rows of the ledger follow from the bucket alone, so a rebuilt ledger has equal rows.
+The ledger is a projection of the bucket. People and the planner read the ledger. Each call of the ledger is one
+transaction and may be repeated. A change of the ledger names the round of the job, so a late call of a paused manager
+does not change a later round. The rows of the ledger are derived from the bucket alone, so a rebuilt ledger has the
+same rows.
 """
 
 from __future__ import annotations
@@ -40,17 +42,17 @@ MAX_WAIT_S = 20.0
 
 
 class Clock(Protocol):
-    """Source of the time. Use `asyncio.sleep` to wait, because the simulator replaces it with virtual time."""
+    """Source of the time. Use `asyncio.sleep` to wait, because the simulator runs `asyncio.sleep` in virtual time."""
 
     def now_s(self) -> float:
-        """Return seconds since the epoch. The epoch time may jump, so do not measure durations with it."""
+        """Return seconds since the epoch. The epoch time may jump, so do not measure durations with `now_s`."""
 
     def monotonic_s(self) -> float:
         """Return seconds since an arbitrary start. The monotonic time never goes back."""
 
 
 class Ids(Protocol):
-    """Source of new ids, for objects whose ids are not derived from other ids."""
+    """Source of new ids that are not derived from other ids."""
 
     def fresh(self, kind: str) -> str:
         """Return a short id such as `w-3f9c2a`, unique in the grid. `kind` is the prefix of the id."""
@@ -101,23 +103,23 @@ class Objects(Protocol):
         """Yield pages of objects under `prefix` with keys greater than `after`, in key order."""
 
     async def delete(self, keys: Sequence[str]) -> None:
-        """Delete the objects with these keys, and ignore keys without an object."""
+        """Delete the objects with the keys `keys`, and ignore keys without an object."""
 
     async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
-        """Store a local file, in parts if it is large, and return its size in bytes.
+        """Store a local file, in parts if the file is large, and return the size of the file in bytes.
 
         With `if_absent`, raise AlreadyExists if the object exists.
         """
 
     async def download(self, key: str, path: Path) -> int:
-        """Write the object to a local file, and return its size in bytes.
+        """Write the object to a local file, and return the size of the object in bytes.
 
         Raise NotFound if the object does not exist.
         """
 
 
 class LocalFiles(Protocol):
-    """Objects of a bucket that are local files, so that a program can read them in place."""
+    """Objects of a bucket that are local files. A program can read the files in place."""
 
     def path(self, key: str) -> Path | None:
         """Return the path of the object's file, or None if the object does not exist."""
@@ -138,7 +140,7 @@ class Outgoing:
 class Message:
     """A received message.
 
-    `receive_count` includes the current receive, so it is 1 when a message is received for the first time.
+    `receive_count` includes the current receive, so `receive_count` is 1 when a message is received for the first time.
     """
 
     id: str
@@ -163,7 +165,7 @@ class QueueSpec:
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Approximate counts of messages, as SQS returns them."""
+    """Approximate counts of a queue's messages, as SQS reports them."""
 
     visible: int
     in_flight: int
@@ -201,7 +203,7 @@ class Queue(Protocol):
         """Delete every message of the queue."""
 
     async def remove(self, queue: str) -> None:
-        """Delete the queue with its messages, if it exists."""
+        """Delete the queue with its messages, if the queue exists."""
 
 
 # --- Fleet (Auto Scaling group) ------------------------------------------------------------------
@@ -215,7 +217,7 @@ class Fleet(Protocol):
     """Auto Scaling groups, one for each pool. Desired capacity stays within [min, max] (I5)."""
 
     async def ensure(self, pool: Pool) -> None:
-        """Create the pool's group, or change its limits."""
+        """Create the pool's Auto Scaling group, or change the limits of the group."""
 
     async def describe(self) -> Sequence[GroupView]:
         """Return every group with its instances.
@@ -242,10 +244,10 @@ class Fleet(Protocol):
         """Report an instance's health. The group replaces an unhealthy instance."""
 
     async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
-        """Return scaling activities with their causes, newest first."""
+        """Return scaling activities with their causes, from new to old."""
 
     async def tick(self) -> Sequence[Instance]:
-        """Move the groups one step toward their desired capacity.
+        """Move every group one step toward the group's desired capacity.
 
         Return the instances that were found dead since the last call.
 
@@ -302,7 +304,9 @@ class Notices(Protocol):
     """
 
     async def notice(self) -> Notice | None:
-        """Return the current notice, or None without a notice. Raise BackendError if the notice cannot be read."""
+        """Return the current notice, or None if the platform has not sent a notice. Raise BackendError if the notice
+        cannot be read.
+        """
 
 
 # --- Ledger ---------------------------------------------------------------------------------------
@@ -365,10 +369,10 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Reopening:
-    """Counts that a `job retry` takes back from a stage before the stage runs again.
+    """Counts that a `job retry` subtracts from a stage's counters before the stage runs again.
 
-    `replan` is true if the stage's plan itself is void, as for a gather. With `replan`, the stage's `planned` becomes
-    None, and listings omit the stage's earlier bundles.
+    `replan` is true if the stage's plan is no longer valid, as for a gather. With `replan`, the stage's `planned`
+    becomes None, and listings omit the stage's earlier bundles.
     """
 
     stage: StageName
@@ -418,7 +422,8 @@ class JobHistory:
 class JobRows:
     """The row of a job and the rows of its stages, in order, at one moment.
 
-    `stamp` distinguishes writes that leave equal rows. `stamp` is internal to the ledger, so comparisons ignore it.
+    `stamp` distinguishes two writes after which the rows are equal. `stamp` is internal to the ledger, so comparisons
+    ignore it.
     """
 
     job: JobRecord
@@ -426,7 +431,9 @@ class JobRows:
     stamp: str | int = field(default="", compare=False, repr=False)
 
     def is_version(self, other: JobRows | None) -> bool:
-        """Return whether the job's rows in the ledger did not change between the two reads."""
+        """Return whether the job's rows in the ledger did not change between the read of `other` and the read of this
+        JobRows.
+        """
         return other is not None and self == other and self.stamp == other.stamp
 
 
@@ -501,8 +508,8 @@ class SetControl:
 class AddCut:
     """Record a cut and its bundles as planned. A SUBMITTED or PENDING job becomes RUNNABLE.
 
-    A cut is ignored if the ledger has the cut or a later one, or if the job is in another round. A stage whose
-    `plan_round` is older than the cut takes the round of the cut.
+    A cut is ignored if the ledger already has the cut or a later cut of the stage, or if the job is in another round. A
+    stage whose `plan_round` is older than the cut takes the round of the cut.
     """
 
     cut: Cut
@@ -527,7 +534,7 @@ class SetPlanned:
 
 @dataclass(frozen=True, slots=True)
 class Reopen:
-    """Begin round `round` of a job that ended without success, unless the job has begun that round."""
+    """Begin round `round` of a job that ended without success, unless the job has already begun round `round`."""
 
     job_id: JobId
     round: int
@@ -538,8 +545,8 @@ class Reopen:
 class Finish:
     """End the job if the job is in round `round` and has not ended.
 
-    The ledger counts the tasks in `ending.closed` as canceled. A stage without a plan gets its number in
-    `ending.closed` as its planned tasks.
+    The ledger counts the tasks in `ending.closed` as canceled. The number of a stage in `ending.closed` becomes the
+    number of its planned tasks if the stage does not have a plan.
     """
 
     job_id: JobId
@@ -549,11 +556,11 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Fold completions into the ledger, each exactly once even if it arrives several times.
+    """Fold completions into the ledger, and fold each completion exactly once even if it arrives several times.
 
     A folded completion changes a waiting job to RUNNING, and is added to the counters of the bundle's stage.
-    `casualties` has one mapping for each completion, and its counts are added to the `cancelled` counters of the stages
-    in it. The `follows` of a completion become planned bundles, unless their own completions are already folded.
+    `casualties` has one mapping of stages to counts for each completion. Each count is added to the `cancelled` counter
+    of its stage. The `follows` of a completion become planned bundles, unless their own completions are already folded.
     """
 
     completions: Sequence[Completion]
@@ -561,7 +568,7 @@ class Fold:
 
 
 JobChange = AddJob | MoveJob | SetControl | AddCut | SetPlanned | Reopen | Finish
-"""A change of one job.
+"""A change of the rows of one job.
 
 Every change names a round of the job, so a late call of a former leader does not change a later round.
 """
@@ -572,9 +579,9 @@ Change = JobChange | Fold
 class Lease:
     """State of a lease. Every renewal adds 1 to `beat`.
 
-    A lease has expired if an observer sees it unchanged for its whole duration. The observer of a lease measures the
-    duration on its own clock, so the clocks of two machines may differ. `beat` never decreases. If a renewal finds that
-    `beat` grew by more than 1, another owner may have held the lease in between.
+    A lease has expired if an observer sees that the lease stays unchanged for its whole duration. The observer of a
+    lease measures the duration on its own clock, so the clocks of two machines may differ. `beat` never decreases. If a
+    renewal finds that `beat` grew by more than 1, another owner may have held the lease in between.
     """
 
     owner: str
@@ -593,7 +600,7 @@ class Ledger(Protocol):
 
     @overload
     async def apply(self, change: JobChange) -> ChangeResult:
-        """Apply the change unless it was applied before.
+        """Apply the change unless the change was applied before.
 
         Raise NotFound if the job or one of its stages does not exist.
         """
@@ -602,7 +609,7 @@ class Ledger(Protocol):
         """Return the row of one job. Raise NotFound if the job does not exist."""
 
     async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRecord]:
-        """Return jobs, newest first by (submitted_s, id). With `active`, exclude jobs that have ended.
+        """Return jobs, sorted by (submitted_s, id) in descending order. With `active`, exclude jobs that have ended.
 
         `before` is the id of the last job of the previous page. Raise NotFound if the job `before` does not exist.
         """
@@ -627,23 +634,26 @@ class Ledger(Protocol):
         """
 
     async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
-        """Take the lease if it is free, or renew it if `owner` holds it, and return the resulting lease.
+        """Take the lease if it is free, or renew the lease if `owner` holds it, and return the resulting lease.
 
-        If the lease is still equal to `over`, which the caller read earlier, `owner` takes the lease over.
+        `over` is a lease that the caller read earlier. If the lease is still equal to `over`, `owner` takes over the
+        lease.
         """
 
     async def release(self, name: str, owner: str) -> None:
-        """Release the lease if the owner holds it. The `beat` of a released lease continues from its last value."""
+        """Release the lease if `owner` holds the lease. The next owner continues the lease's `beat` from its last
+        value.
+        """
 
     async def restore(self, past: JobHistory, *, over: JobRows | None) -> bool:
         """Replace all rows of a job with the job's state in the bucket.
 
-        `over` are the rows that `rows` returned before the bucket was read, or None if the job did not exist. If the
-        job has changed since `over` was read, return False and change nothing.
+        `over` is the result of `rows` from before the bucket was read, or None if the job did not exist. If the job has
+        changed since `over` was read, return False and change nothing.
         """
 
     async def forget(self, jobs: Sequence[JobId] | None = None) -> None:
-        """Delete the rows of these jobs, or of all jobs, and keep the leases."""
+        """Delete the rows of the jobs in `jobs`, or of all jobs, and keep the leases."""
 
     async def close(self) -> None:
         """Release the connections of the ledger."""

@@ -1,6 +1,7 @@
 """Retry rule of a stage: whether a failed task is retried, and after which backoff.
 
-Invariant: the result depends only on the rule and the failure, so every program calculates the same result.
+Invariant: the decision about a retry depends only on the rule and the failure, so every program makes the same
+decision.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class RetryRule:
 
     @property
     def max_attempts(self) -> int:
-        """Return the maximum number of attempts of a task over all kinds of failure."""
+        """Return the largest number of attempts that the rule permits for any kind of failure."""
         return self.attempts
 
     def attempts_after(self, failure: Failure) -> int:
@@ -52,7 +53,7 @@ class RetryRule:
         return self.attempts
 
     def allows_retry(self, failure: Failure, attempt: int) -> bool:
-        """Return whether a task is retried after the given failure of its attempt number `attempt`."""
+        """Return whether a task is retried after its attempt number `attempt` ended with the given failure."""
         return attempt < self.attempts_after(failure)
 
     def wait_s(self, bundle: Bundle) -> float:
@@ -77,7 +78,7 @@ class RetryRule:
             return self.max_backoff_s if self.backoff_s else 0.0
 
     def divided(self, factor: float) -> RetryRule:
-        """Return the rule with its backoffs divided by `factor`."""
+        """Return a copy of the rule with all backoffs divided by `factor`."""
         return replace(self, backoff_s=self.backoff_s / factor, max_backoff_s=self.max_backoff_s / factor)
 
     def limits(self) -> Iterator[tuple[str, float, float]]:

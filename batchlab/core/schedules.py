@@ -1,9 +1,9 @@
 """Schedules and their runs as frozen values, the decision about each due time, and the stored format of schedules.
 
 Invariants: a run is identified by its schedule and its due time. Every manager that decides a due time therefore
-creates the same run, and the job with the same token. Each due time is decided once, in order, and the decision has a
-reason. If a clock is set back, due times without a run are decided again. A due time never runs twice. All functions of
-the module are pure.
+creates the same run, and a job with the same client token. The due times of a schedule are decided once, in order, and
+each decision has a reason. If a clock is set back, due times without a run are decided again. A due time never runs
+twice. All functions of the module are pure.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Overlap(StrEnum):
 class RunState(StrEnum):
     """States of a run.
 
-    A WAITING run is decided but does not have a job yet. A RUNNING run has a job or is about to get one.
+    A WAITING run is decided but does not have a job yet. A RUNNING run has a job, or its job is about to be submitted.
     """
 
     WAITING = "waiting"
@@ -75,7 +75,7 @@ class When:
         return due_times.next_after(self.cron, self.tz, after_s)
 
     def latest(self, after_s: float, until_s: float, most: int) -> tuple[list[float], bool]:
-        """Return the last due times in (after_s, until_s], at most `most`, and whether earlier due times were
+        """Return at most `most` of the last due times in (after_s, until_s], and whether earlier due times were
         omitted.
         """
         if self.at_s is not None:
@@ -111,11 +111,11 @@ class Definition:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One due time and its result, with times in epoch seconds.
+    """One due time of a schedule and the result of its job. All times are in epoch seconds.
 
     `token` is the client token of the run's job. `asked` is the token of the request if a user requested the run.
     `result` is the final state of the run's job. `peak` is the maximum number of instances of each pool that worked for
-    the job at once. `tasks` is the number of tasks in the job's first stages.
+    the job at once. `tasks` is the number of tasks in the job's root stages.
     """
 
     due_s: float
@@ -163,13 +163,13 @@ class Schedule:
         return next((run for run in self.runs if run.state is RunState.RUNNING), None)
 
     def next_s(self) -> float | None:
-        """Return the next due time to decide, or None if the schedule is paused or removed or has no more due times."""
+        """Return the next due time to decide, or None if the schedule is paused, removed, or done."""
         if self.paused or self.removed:
             return None
         return self.definition.when.next_after(self.through_s)
 
     def with_run(self, run: Run) -> Schedule:
-        """Return the schedule with `run`, which replaces the run with the same token or is appended."""
+        """Return the schedule with `run`. The run `run` replaces the run with the same token, or is appended."""
         runs = list(self.runs)
         for i, earlier in enumerate(runs):
             if earlier.token == run.token:
@@ -188,7 +188,7 @@ def token_of(schedule: Schedule, due_s: float) -> str:
 
 
 def token_by_hand(schedule: Schedule, asked: str) -> str:
-    """Return the client token of the run that a user requested."""
+    """Return the client token of the run that a user requested with the token `asked`."""
     return f"schedule/{schedule.name}/{schedule.generation}/by-hand/{asked}"
 
 
@@ -217,7 +217,7 @@ def job_of(schedule: Schedule, run: Run, template: JobDef, now_s: float) -> JobD
 # --- Stored format --------------------------------------------------------------------------------
 
 _RENAMED = {"fingerprint": "source_digest"}
-"""Names of fields in schedules that earlier releases wrote, with the current names of the fields."""
+"""Map of field names in the stored schedules of earlier releases to the current field names."""
 
 
 def to_bytes(schedule: Schedule) -> bytes:
@@ -248,23 +248,26 @@ def from_bytes(data: bytes) -> Schedule:
 
 
 ON_TIME_S = 60.0
-"""Maximum lateness in seconds of a due time that is on time. A due time that the manager decides later is missed."""
+"""Maximum lateness in seconds of a due time that counts as on time. A due time that the manager decides more than
+ON_TIME_S late counts as missed.
+"""
 MAX_MISSED = 100
 """Maximum number of missed due times that run late.
 
-If more than MAX_MISSED due times were missed, only the latest run.
+If more than MAX_MISSED due times were missed, only the latest MAX_MISSED due times run.
 """
 MAX_WAITING = 100
-"""Maximum number of runs that wait for the previous run. Due times beyond MAX_WAITING are skipped."""
+"""Maximum number of a schedule's waiting runs. The schedule skips due times while it has MAX_WAITING waiting runs."""
 SET_BACK_S = 60.0
-"""The clock was set back if it is more than SET_BACK_S seconds behind the last decided due time."""
+"""A clock counts as set back if it is more than SET_BACK_S seconds behind the last decided due time."""
 
 
 @dataclass(frozen=True, slots=True)
 class _DueRun:
     """Due time at which the schedule will start a run.
 
-    Due times with `late` set were missed, and their runs start one after the other.
+    A due time with `late` was missed or follows a missed due time. The runs of late due times start one after the
+    other.
     """
 
     due_s: float
@@ -273,7 +276,7 @@ class _DueRun:
 
 
 def decide_due_times(schedule: Schedule, now_s: float) -> Schedule:
-    """Decide all due times up to now. Return `schedule` itself if no due time needs a decision."""
+    """Decide all due times of a schedule up to now. Return `schedule` itself if no due time needs a decision."""
     if schedule.paused or schedule.removed:
         return schedule
     schedule = _rewound(schedule, now_s)
@@ -320,7 +323,7 @@ def _chosen(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) 
         why = f"{were}; all of them are older than its limit for missed runs"
     elif definition.missed is Missed.RUN_ONCE:
         if on_time:
-            # With the policy to run once, the due time that is on time also covers the missed due times.
+            # With the policy RUN_ONCE, the run of the due time that is on time also covers the missed due times.
             return [replace(on_time[0], why=f"{were}; this one is on time"), *on_time[1:]], None
         return [_DueRun(made_up[-1], f"{were}; it is the latest of them")], None
     else:
@@ -336,7 +339,7 @@ def _chosen(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) 
 
 
 def _overlapped(schedule: Schedule, fire: _DueRun, now_s: float) -> Schedule:
-    """Return the schedule with the run added, either waiting or skipped because of an unfinished run."""
+    """Return the schedule with a run for the due time. The run waits, or is skipped because of an unfinished run."""
     run = Run(fire.due_s, token_of(schedule, fire.due_s), RunState.WAITING, now_s, reason=fire.why)
     unfinished, overlap = schedule.unfinished, schedule.definition.overlap
     waiting = [earlier for earlier in unfinished if earlier.state is RunState.WAITING]
@@ -359,7 +362,7 @@ def _overlapped(schedule: Schedule, fire: _DueRun, now_s: float) -> Schedule:
 def by_hand(schedule: Schedule, asked: str, now_s: float) -> Schedule:
     """Return the schedule with the run that a user requested. A repeated request does not add another run.
 
-    Raise Refused if the previous run has not ended and the overlap policy is to skip.
+    Raise Refused if the previous run has not ended and the overlap policy is SKIP.
     """
     if any(run.asked == asked for run in schedule.runs):
         return schedule
@@ -380,7 +383,7 @@ def by_hand(schedule: Schedule, asked: str, now_s: float) -> Schedule:
 
 
 def startable(schedule: Schedule) -> Run | None:
-    """Return the run whose job must be submitted now, or None.
+    """Return the run whose job must be submitted now, or None if no run can start now.
 
     A run starts only after the previous run has ended. In a paused schedule, only runs requested by a user start.
     """
@@ -407,7 +410,7 @@ def skipped(schedule: Schedule, run: Run, now_s: float, why: str) -> Schedule:
 
 
 def replaced(schedule: Schedule) -> Run | None:
-    """Return the run whose job must be canceled because another run waits, or None."""
+    """Return the run whose job must be canceled because another run waits, or None if no job must be canceled."""
     if schedule.removed or schedule.definition.overlap is not Overlap.REPLACE:
         return None
     waits = any(run.state is RunState.WAITING and (run.asked or not schedule.paused) for run in schedule.runs)
@@ -415,7 +418,7 @@ def replaced(schedule: Schedule) -> Run | None:
 
 
 def settled(schedule: Schedule, now_s: float) -> Schedule:
-    """Return the schedule with all due times up to now marked as decided, without runs for them.
+    """Return the schedule with all due times up to now marked as decided, without new runs.
 
     The manager calls `settled` when a schedule is paused, resumed, or changed, so that its earlier due times do not run
     later.

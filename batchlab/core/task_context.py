@@ -46,7 +46,7 @@ class File:
 
     @classmethod
     def fetched(cls, path: str, name: str, origin: Any) -> File:
-        """Return a File with the content of the encoded reference `origin`."""
+        """Return a File for the local copy at `path` of the object that the encoded reference `origin` names."""
         file = cls(path, name)
         file._origin = (origin, file._stamp())
         return file
@@ -87,9 +87,10 @@ class File:
 
 
 class Context:
-    """Information for a handler about its own task, passed as `ctx` to `def handler(item, ctx)`.
+    """Information about the task for its handler, passed as `ctx` to `def handler(item, ctx)`.
 
-    `job` and `stage` are names, `task` is the index in the stage, and `attempt` counts from 1.
+    `job` and `stage` are names, `task` is the task's index in the stage, and `attempt` counts the task's attempts from
+    1.
     """
 
     def __init__(
@@ -110,8 +111,8 @@ class Context:
     @property
     def params(self) -> dict[str, Any]:
         """Parameters of the job, copied for the task."""
-        # Parse the parameters for each task, so that a handler that changes them does not affect other tasks. Parse the
-        # parameters on demand, because most handlers do not read them.
+        # Parse the parameters separately for each task, so that a handler's changes of the parameters do not affect
+        # other tasks. Parse the parameters on demand, because most handlers do not read the parameters.
         if self._params is None:
             self._params = json.loads(self._params_json)
         return self._params
@@ -123,7 +124,7 @@ class Context:
 
     @property
     def scratch(self) -> Path:
-        """Private folder of the task for temporary files, which is removed after the task."""
+        """Private folder for temporary files of the task. The folder is removed after the task."""
         return self.made("scratch")
 
     def save(self, content: str | os.PathLike[str] | bytes, name: str) -> File:
@@ -146,7 +147,7 @@ class Context:
         return file
 
     def made(self, name: str) -> Path:
-        """Return the subfolder `name` of the task's folder, after creating it if it does not exist."""
+        """Create the subfolder `name` of the task's folder unless it exists, and return the path of the subfolder."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         self.touched = True

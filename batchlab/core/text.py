@@ -1,8 +1,8 @@
-"""Conversion between text for people and durations, sizes, counts, names, and start times.
+"""Conversion of durations, sizes, counts, names, and start times to and from text for people.
 
 Invariants: only this module converts durations, sizes, and counts to text, and always with a unit
-(`core.pricing.price_book` converts amounts of money). A duration or a size in a text must have a unit. A duration or a
-size as a plain number has a fixed unit.
+(`core.pricing.price_book` converts amounts of money). A duration or a size that a user writes as text must have a unit.
+A plain number is a duration in seconds or a size in bytes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def figures(seconds: float) -> str:
 
 
 def size(size_bytes: float) -> str:
-    """Return a size: 312 B, 4.0 KiB, 1.2 GiB."""
+    """Return a size as text, such as 312 B, 4.0 KiB, or 1.2 GiB."""
     if size_bytes < 1024:
         return f"{size_bytes:.0f} B"
     for unit in ("KiB", "MiB", "GiB"):
@@ -85,7 +85,7 @@ def count(number: int, noun: str) -> str:
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """Return names as `a`, `a and b`, or `a, b and 3 more`, with at most `most` parts."""
+    """Return a list of names as text, such as `a`, `a and b`, or `a, b and 3 more`, with at most `most` parts."""
     names = list(names)
     if len(names) > most:
         names = [*names[: most - 1], f"{len(names) - most + 1} more"]
@@ -107,7 +107,7 @@ _NOTHING = str.maketrans("", "", _LAYOUT + _SPACES)
 def visible(text: str, layout: str = _LAYOUT) -> str:
     """Return `text` with escapes for all unprintable characters except line breaks and tabs.
 
-    The escapes prevent a terminal from executing a part of the text or reordering its characters.
+    The escapes prevent a terminal from executing a part of the text or reordering the characters of the text.
     """
     if text.isprintable() or (layout == _LAYOUT and text.translate(_NOTHING).isprintable()):
         return text
@@ -133,9 +133,9 @@ AT_FORMS = "+10m or a time with its zone such as 2026-01-31T06:00:00Z"
 LONGEST_S = 100 * 366 * 86_400.0
 LARGEST_BYTES = 2**60
 _LAST_YEAR = 9998
-"""Maximum of a duration, of a size, and of the year of a start time.
+"""LONGEST_S, LARGEST_BYTES, and _LAST_YEAR are the maximum of a duration, of a size, and of the year of a start time.
 
-A value above its maximum is probably a mistake, and some stores, timers, or calendars cannot represent it.
+A larger duration, size, or year is probably a mistake, and some stores, timers, or calendars cannot represent it.
 """
 
 DURATION_PATTERN = r"^\s*(\d+(\.\d+)?\s*(ms|s|m|min|h|d)\s*)+$"

@@ -1,7 +1,8 @@
-"""Interface to a tracer, which records spans with their job and their parent.
+"""Interface of tracers. A tracer records spans with their job and their parent span.
 
-Invariants: a call for a job that is not traced only checks whether a text is empty. The only trace data that processes
-send to each other is a W3C traceparent. An error in a tracer never causes a task or a job to fail.
+Invariants: for a job that is not traced, a call of a tracer only checks whether the trace context is empty. The only
+trace data that processes send to each other is a W3C traceparent. An error in a tracer never causes a task or a job to
+fail.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Attribute = str | int | float | bool
 """Type of a span's attributes."""
 
 LINKS = 32
-"""Maximum number of spans of one upstream stage that the span of a gather links to."""
+"""Maximum number of links from the span of a gather to spans of one upstream stage."""
 _PARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -39,7 +40,7 @@ class Span(Protocol):
         """Add attributes to the span before it ends."""
 
     def end(self, *, error: str = "") -> None:
-        """End the span. `error` is the class name of the error that ended the span, or ""."""
+        """End the span. `error` is the class name of the error that ended the span, or "" without an error."""
 
 
 class Tracer(Protocol):
@@ -81,7 +82,7 @@ class Tracer(Protocol):
 
 
 class _Untraced:
-    """Placeholder for a span that is not recorded, whose children become children of its parent."""
+    """Placeholder for a span that is not recorded. Children of the placeholder become children of its parent."""
 
     __slots__ = ("context",)
 

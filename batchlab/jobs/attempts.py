@@ -1,7 +1,7 @@
-"""Attempts of a task: how each attempt ended, its output, and its input.
+"""Attempts of a task: the result, the output, and the input of each attempt.
 
-Invariants: the module only reads, through the Objects port. The module needs neither a manager nor a ledger, and works
-on every backend.
+Invariants: the functions only read objects, through the port Objects. The module works on every backend, and does not
+need a manager or a ledger.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Attempt:
 
     @property
     def state(self) -> str:
-        """SUCCEEDED, FAILED, CANCELLED, or RETRIED. RETRIED is the state of a failed attempt that was retried."""
+        """State of the attempt: SUCCEEDED, FAILED, CANCELLED, or RETRIED. RETRIED is the state of a failed attempt that
+        was retried.
+        """
         if self.failure is not None:
             return "FAILED" if self.failure.final else "RETRIED"
         return "SUCCEEDED" if self.task in self.outcome.succeeded else "CANCELLED"
@@ -60,7 +62,7 @@ class Attempt:
 
     @property
     def run_s(self) -> float | None:
-        """Run time in seconds, or None if the attempt did not run."""
+        """Run time of the attempt in seconds, or None if the attempt did not run."""
         if self.failure is not None:
             return self.failure.run_s
         return dict(zip(self.outcome.succeeded, self.outcome.run_s, strict=True)).get(self.task)
@@ -73,7 +75,7 @@ class Attempt:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Ranges (first byte, last byte + 1) of the task's output in the log object."""
+        """Ranges of the attempt's output in the log object, each as (first byte, last byte + 1)."""
         return [(start, stop) for task, start, stop in self.outcome.log_spans if task == self.task]
 
 
@@ -81,7 +83,7 @@ class Attempt:
 
 
 async def definition(objects: Objects, job: JobId, patience: Patience) -> JobDef:
-    """Return the job as it was submitted. Raise NotFound if the job does not exist."""
+    """Return the definition of a job. Raise NotFound if the job does not exist."""
     data = await patience(partial(objects.get, object_keys.spec(job)))
     return json_format.job_from_json(json_format.loads(data))
 
@@ -89,8 +91,8 @@ async def definition(objects: Objects, job: JobId, patience: Patience) -> JobDef
 async def attempts(objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience) -> list[Attempt]:
     """Return every finished attempt of a task in order.
 
-    The function lists the stage's outcomes, with one request per 1000 outcomes. Only outcomes of bundles that may
-    contain the task are read.
+    The function lists the stage's outcomes, with one request per 1000 outcomes, and reads the outcomes of bundles that
+    may contain the task.
     """
     bundles_found: list[Bundle] = []
     key = await CommitKeys(objects, patience).key_of(job)
@@ -119,10 +121,10 @@ def attempt_in(outcome: Outcome, task: int) -> Attempt | None:
 
 
 def chosen(all_attempts: Sequence[Attempt], number: int | None = None, round_: int | None = None) -> Attempt | None:
-    """Return one of the attempts, or None if no attempt matches.
+    """Return an attempt that matches `number` and `round_`, or None if none of the attempts matches.
 
-    If `number` or `round_` is given, only attempts with that number or round match. The function returns the last
-    failed attempt that matches, or else the last attempt that matches.
+    An attempt matches if its number is `number` and its round is `round_`. The value None matches every number or
+    round. If several attempts match, return the last failed attempt, or else the last attempt.
     """
     attempts = [attempt for attempt in all_attempts if round_ in (None, attempt.outcome.bundle.round)]
     if number is not None:
@@ -160,8 +162,8 @@ async def log_end(
 ) -> tuple[bytes, int]:
     """Return the last `limit` bytes of a task's output, and the number of earlier bytes.
 
-    `read` returns the bytes [start, stop) of the log. The output of a task that was restarted after the loss of its
-    process is in several ranges of the log.
+    `read` returns the bytes [start, stop) of the log. If a task's process died and the task was started again, the
+    task's output is in several ranges of the log.
     """
     spans = sorted((start, stop) for owner, start, stop in outcome.log_spans if owner == task)
     parts: list[bytes] = []
@@ -184,7 +186,7 @@ async def task_bundle(objects: Objects, job: JobDef, stage: StageName, task: int
     step = job.stage(stage)
     alone = Bundle(job.id, stage, TaskSet.from_indices([task]))
     if step.gather is not None:
-        # Use the latest round, because a `job retry` may have planned the stage for the first time.
+        # Use the job's latest round, because the stage may have been planned for the first time after a `job retry`.
         return replace(alone, round=await _round(objects, job.id, patience))
     if not step.chained:
         return alone
@@ -214,7 +216,7 @@ async def _check_head(objects: Objects, job: JobDef, step: StageDef, task: int, 
         name = task_name(step.name, task)
         raise NoSuchTask(f"The plan of job {job.id} has no task {name}.", remedy=error.remedy) from error
     except NotFound:
-        return  # the plan does not exist yet or was removed, so the task may exist
+        return  # The plan does not exist yet or was removed, so the task may be valid.
 
 
 async def _round(objects: Objects, job: JobId, patience: Patience) -> int:
@@ -228,8 +230,8 @@ async def _round(objects: Objects, job: JobId, patience: Patience) -> int:
 async def task_input(objects: Objects, job: JobDef, bundle: Bundle, patience: Patience) -> Json:
     """Return the encoded input of a bundle's only task, as a worker receives it.
 
-    The input is plain JSON or contains references to objects (see `protocol.values`). Raise NotFound if an object no
-    longer exists, or if the stage's plan does not contain the task.
+    The input is plain JSON or contains references to objects (see `protocol.values`). Raise NotFound if a required
+    object no longer exists, or if the stage's plan does not contain the task.
     """
     inputs = Inputs(objects, patience)
     if bundle.source is None:
@@ -239,7 +241,7 @@ async def task_input(objects: Objects, job: JobDef, bundle: Bundle, patience: Pa
 
 
 def describe(item: Json) -> str:
-    """Return a description of an encoded input in a few words."""
+    """Return a short description of a task's encoded input."""
     kind = values.kind(item)
     if kind == "$file":
         return f"the file {item['name']} ({item['size']:,} bytes)"

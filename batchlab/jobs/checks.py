@@ -23,7 +23,7 @@ from batchlab.jobs.yaml_source import Loc, Problem, suggest
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Job to check, and the folder that the job's paths are relative to."""
+    """Job to check, and the folder to which the job's paths are relative."""
 
     job: JobSpec
     folder: Path
@@ -38,9 +38,9 @@ class Subject:
 
 
 def run(structure: Structure[JobSpec], folder: Path, *, needs_input: bool = True) -> list[Problem]:
-    """Return the problems of all checks whose keys are valid.
+    """Run the checks of a job file whose keys are valid, and return the problems that the checks find.
 
-    The input files need to exist only if `needs_input` is set.
+    A missing input file is a problem only with `needs_input`.
     """
     if structure.whole is None:
         return []
@@ -56,12 +56,12 @@ _OBJECT_URL = re.compile(r"s3://([a-z0-9][a-z0-9._-]+)(?:/(.*))?", re.DOTALL)
 
 
 def is_url(pattern: str) -> bool:
-    """Return whether an input is the URL of an object store and not a local pattern."""
+    """Return whether an input is the URL of an object and not a pattern of local files."""
     return "://" in pattern
 
 
 def bucket_and_key(url: str) -> tuple[str, str] | None:
-    """Return the bucket and the key of s3://BUCKET/KEY, or None for any other text.
+    """Return BUCKET and KEY of a text with the form s3://BUCKET/KEY, or None for any other text.
 
     The scheme of input URLs is s3 on every backend. BUCKET is the bucket of the grid.
     """
@@ -108,7 +108,7 @@ def _handlers(subject: Subject) -> Iterator[Problem]:
 def _placeholders(subject: Subject) -> Iterator[Problem]:
     for loc, stage in subject.stages():
         for i, argument in enumerate(stage.command or ()):
-            # A special rule applies to the first argument, which is the program.
+            # The first argument of a command is the program, for which a special rule applies.
             for message in values.check([argument] if i == 0 else ["program", argument]):
                 remedy = "Write a literal brace twice, as in {{ and }}."
                 yield Problem((*loc, "command", i), message, remedy)
@@ -197,7 +197,7 @@ def _matches(loc: Loc, pattern: str, folder: Path) -> Iterator[Problem]:
         if pattern and handler_lookup.is_folder(folder / pattern):
             remedy = f"It is a folder: write '{pattern.rstrip('/')}/*'."
         yield Problem(loc, message, remedy)
-    # Report only the first unsuitable name, because several unsuitable names usually have the same reason.
+    # Report only the first file name that cannot be in a key, because several such names usually have the same reason.
     unfit = next((path for path in paths if handler_lookup.unfit(path.name)), None)
     if unfit is not None:
         message = f"The name of the input file {str(unfit)!r} {handler_lookup.unfit(unfit.name)}."

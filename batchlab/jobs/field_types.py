@@ -1,8 +1,8 @@
-"""Types of single values in a job file, the model of `notify`, and the checks of the order of stages.
+"""Types of single values in a job file, the model of the key `notify`, and the checks of the order of stages.
 
-Invariants: the JSON Schema of a type accepts the same values as the type's check. Each error lists the accepted forms.
-A notification target of a job cannot be a command, because a user who submits jobs must not run commands on the
-manager's machine. If the checks yield no problem, the stages form a graph without a cycle.
+Invariants: the JSON Schema of a type accepts the same values as the type's check. The error for an invalid value lists
+the accepted forms. A notification target of a job cannot be a command, because a user who submits jobs must not run
+commands on the manager's machine. Stages that pass the checks form a graph without a cycle.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from batchlab.jobs.yaml_source import Loc, Problem, suggest
 
 MIN_MEMORY_BYTES = 16 * 1024 * 1024
 MAX_TASKS = 10**12
-"""Largest number of tasks that a job file may state. A larger number is probably a typing error."""
+"""Maximum value of a number of tasks in a job file. A larger number is probably a typing error."""
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 PARAM_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
@@ -42,7 +42,7 @@ _SHARE_PATTERN = r"^\d+(\.\d+)?\s*%$"
 
 
 def refusal(message: str, remedy: str) -> PydanticCustomError:
-    """Return a pydantic error of one field with the given message and remedy."""
+    """Return a pydantic error for a field, with the given message and remedy."""
     return PydanticCustomError("refused", "{message}", {"message": message, "remedy": remedy})
 
 
@@ -254,7 +254,7 @@ Notify = Annotated[
 
 
 class Staged(Protocol):
-    """Attributes that the checks need of a stage in a job file or a scenario."""
+    """Attributes of a stage in a job file or in a scenario that the checks use."""
 
     @property
     def name(self) -> str: ...
@@ -267,7 +267,9 @@ class Staged(Protocol):
 
 
 def upstream(stages: Sequence[Staged], stage: int) -> tuple[str, ...]:
-    """Return the names of the stages that a stage follows. Without `after`, a stage follows the previous stage."""
+    """Return the names of the upstream stages of the stage with the index `stage`. Without `after`, a stage follows the
+    previous stage.
+    """
     names = stages[stage].after
     if names is not None:
         return tuple(names)
@@ -286,7 +288,7 @@ def unique_names(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
 
 
 def order(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
-    """Yield the problems of each `after`: unknown stages, repeated or later stages, and cycles."""
+    """Yield a problem for each unknown, repeated, or later stage in a key `after`, and for a cycle of stages."""
     names = [stage.name for stage in stages]
     for i, stage in enumerate(stages):
         for j, before in enumerate(stage.after or ()):
@@ -312,7 +314,7 @@ def order(stages: Sequence[Staged], at: Loc) -> Iterator[Problem]:
 
 
 def _cycle(before: dict[str, tuple[str, ...]]) -> list[str]:
-    """Return the stages of one cycle in the direction of the data, with the first stage repeated at the end."""
+    """Return the stages of a cycle in the direction of the data. The first stage is repeated at the end."""
     open_stages = dict(before)
     while ready := [name for name, names in open_stages.items() if not any(b in open_stages for b in names)]:
         for name in ready:

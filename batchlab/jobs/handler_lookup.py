@@ -1,9 +1,9 @@
 """Lookup of a handler `module:function` without running the user's code, and lookup of the local files of a job file.
 
 Invariants: a job whose handler does not exist is refused before it is submitted. The lookup does not import the
-handler's module, because an import may be slow, unsafe, or fail locally. Symbolic links are not resolved. A lookup
-never raises an error: a path that cannot be accessed counts as missing. A lookup always ends, even if links form a
-cycle.
+handler's module, because an import may be slow or unsafe, or may fail locally. Symbolic links are not resolved. A
+lookup never raises an error, and a path that cannot be accessed counts as missing. A lookup always ends, even if
+symbolic links form a cycle.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def is_folder(path: Path) -> bool:
 
 
 def unfit(name: str) -> str | None:
-    """Return the reason why an object's key cannot end in `name`, as the end of a sentence, or None if it can."""
+    """Return the reason why an object's key cannot end in `name`, as the end of a sentence, or None if the key may end
+    in `name`.
+    """
     if CONTROL.search(name):
         return "holds a control character"
     if STAGED.search(name):
@@ -54,8 +56,8 @@ def unfit(name: str) -> str | None:
 def matches(pattern: str, folder: Path) -> list[Path]:
     """Return the files that match `pattern` in `folder`, sorted by path.
 
-    If the pattern does not match a file that has exactly the name `pattern`, such as `a[1].csv`, only that file is
-    returned.
+    A name such as `a[1].csv` may contain special characters of a pattern. If a file has exactly the name `pattern` but
+    does not match the pattern, only the file with this name is returned.
     """
     start = "/" if pattern.startswith("/") else ""
     parts = [part for part in pattern.split("/") if part]
@@ -69,10 +71,10 @@ def matches(pattern: str, folder: Path) -> list[Path]:
 
 
 def _expand(folder: Path, place: str, parts: Sequence[str]) -> Iterator[str]:
-    """Yield the matches of `parts` in `place`, with all paths relative to `folder`.
+    """Yield the paths that match the pattern `parts` in the folder `place`. All paths are relative to `folder`.
 
-    `place` is "" or ends in a slash. The function expands one part at a time, because `glob.glob` with "**" follows
-    links in cycles, and Path.glob includes hidden files.
+    `place` is "" or ends in a slash. The function expands one part of the pattern at a time, because `glob.glob` with
+    "**" follows cycles of links, and Path.glob includes hidden files.
     """
     first, rest = parts[0], parts[1:]
     if first == "**":
@@ -90,7 +92,7 @@ def _expand(folder: Path, place: str, parts: Sequence[str]) -> Iterator[str]:
 def _folders(folder: Path, place: str) -> Iterator[str]:
     """Yield `place` and every folder below it that is not hidden, without duplicates.
 
-    If several paths lead to the same folder, the path without links is used if it exists.
+    If several paths lead to one folder, the function yields the path without links if such a path exists.
     """
     seen: set[tuple[int, int]] = set()
     waiting, linked = deque([place]), deque[str]()
@@ -120,7 +122,7 @@ MEND = "Correct the module."
 
 
 def missing(handler: str, code: Path) -> tuple[str, str] | None:
-    """Return (message, remedy) if the handler does not exist, or None if it exists."""
+    """Return the message and the remedy for a missing handler, or None if the handler exists."""
     module, _, function = handler.partition(":")
     source = _in_folder(module, code)
     if source is None:
@@ -150,7 +152,7 @@ def _missing_installed(module: str, function: str, code: Path) -> tuple[str, str
         return f"The handler does not exist: {message}", remedy
     if spec.origin and spec.origin.endswith(".py"):
         return _missing_in(Path(spec.origin), module, function, code)
-    return None  # compiled modules cannot be parsed, so a missing function is only found on the worker
+    return None  # A compiled module cannot be parsed, so only the worker detects a missing function.
 
 
 def _find(module: str) -> ModuleSpec | None:
@@ -167,7 +169,8 @@ def _find(module: str) -> ModuleSpec | None:
 
 
 def _ask_finders(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    # Search without the current folder, because workers do not run in the folder in which the job file is checked.
+    # Search for the module without the current folder, because workers do not run in the folder in which the job file
+    # is checked.
     here = {"", str(Path.cwd())}
     for finder in sys.meta_path:
         is_path_finder = path is None and finder is PathFinder
@@ -183,7 +186,7 @@ def _missing_in(source: Path, module: str, function: str, code: Path) -> tuple[s
         names = set(_names(source, code, set()))
     except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
         line = f" line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        # Catch MemoryError, which the parser raises if the nesting exceeds the parser's stack.
+        # Catch MemoryError, which the parser raises if the source is nested too deeply for the parser's stack.
         what = error.msg if isinstance(error, SyntaxError) else str(error) or "it nests too deeply"
         return f"{source.name}{line} cannot be read as Python: {what}.", MEND
     if function in names or _ANY in names:
@@ -205,7 +208,7 @@ READ_BYTES = 1024 * 1024
 Parsing takes about a hundred times the size of the module in memory.
 """
 _ANY = "*"
-"""Placeholder for names that are known only after the module has run."""
+"""Placeholder for names that a module defines only when the module runs."""
 
 
 def _names(source: Path, code: Path, seen: set[Path]) -> Iterator[str]:
@@ -216,7 +219,7 @@ def _names(source: Path, code: Path, seen: set[Path]) -> Iterator[str]:
         yield _ANY
         return
     with warnings.catch_warnings():
-        # Hide Python's warnings about outdated escapes, which concern only the author of the module.
+        # Hide Python's warnings about outdated escapes in strings, which concern only the author of the module.
         warnings.simplefilter("ignore")
         tree = ast.parse(source.read_bytes(), filename=str(source))
     for node in _statements(tree.body):
@@ -248,7 +251,7 @@ def _starred(node: ast.ImportFrom, source: Path, code: Path, seen: set[Path]) ->
 
 
 def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yield the statements of the module's own scope, including the bodies of if, try, and with."""
+    """Yield the statements of a module's top level, including the statements in the bodies of if, try, and with."""
     for node in body:
         yield node
         if not isinstance(node, _SCOPES):

@@ -1,7 +1,7 @@
-"""Loading of a job file, and its conversion into the job that the grid runs.
+"""Functions that load a job file and convert the job file into the job that the grid runs.
 
-Invariants: a JobFile has passed every check. The job is determined only by the content of the job file, by its files,
-and by the arguments.
+Invariants: a JobFile has passed every check. The content of a job file, its files, and the arguments alone determine
+the job.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class JobFile:
     params: Mapping[str, Json]
     """Parameters of the job, with the overrides of the command line applied."""
     files: tuple[Path | str, ...]
-    """Input in task order: local files, and S3 URLs as they were written."""
+    """Input files of the job in task order: local files, and S3 URLs as the user wrote the URLs."""
 
     def input_files(self) -> list[Path | str]:
-        """Return the input in task order: local files, and S3 URLs as they were written."""
+        """Return the input files of the job in task order: local files, and S3 URLs as the user wrote the URLs."""
         return list(self.files)
 
     @property
     def urls(self) -> list[str]:
-        """S3 URLs of the input, as they were written."""
+        """S3 URLs of the input, as the user wrote the URLs."""
         return [file for file in self.files if isinstance(file, str)]
 
     def name_of(self, file: Path) -> str:
@@ -55,7 +55,7 @@ class JobFile:
 def load(path: Path, overrides: Mapping[str, str] | None = None, *, needs_input: bool = True) -> JobFile:
     """Read and check the job file at `path`.
 
-    `overrides` (`--set`) replace parameters. The input files need to exist only if `needs_input` is set. Raise
+    `overrides` (`--set`) replace parameters. A missing input file is a mistake only with `needs_input`. Raise
     JobFileErrors with all mistakes of the file. The function does not run the user's code.
     """
     path = handler_lookup.absolute(path)
@@ -86,7 +86,7 @@ def load(path: Path, overrides: Mapping[str, str] | None = None, *, needs_input:
 def compile_job(
     jobfile: JobFile, *, job_id: JobId, token: str, code_key: str | None, input_keys: Sequence[str], submitted_s: float
 ) -> JobDef:
-    """Return the job in the form that the grid runs.
+    """Return the definition of the job in the form that the grid runs.
 
     `input_keys` are the keys of the objects with the input files, in order. A start time such as `+10m` is relative to
     `submitted_s` (epoch seconds).
@@ -114,9 +114,10 @@ def compile_job(
 
 
 def source_digest(jobfile: JobFile, code_digest: str) -> str:
-    """Return a sha256 of everything that determines the results of the job.
+    """Return a SHA-256 of everything that determines the results of the job.
 
-    The sha256 covers the job's content, parameters, and code, and the name, size, and time of each input file.
+    The source digest covers the keys of the job file, the parameters, the code, and the name, size, and time of each
+    local input file.
     """
     facts: list[Json] = []
     for file in jobfile.files:
@@ -141,7 +142,7 @@ def _override(declared: Mapping[str, Json], overrides: Mapping[str, str]) -> tup
             problems.append(Problem(None, f"--set {key}: there is no parameter '{key}'.", remedy))
             continue
         try:
-            # If the default of a parameter is text, keep its value as text, so that 007 stays 007.
+            # If the default of a parameter is text, the value of the parameter stays text, so that 007 stays 007.
             as_text = isinstance(declared[key], str)
             params[key] = yaml_source.plain_text(text) if as_text else yaml_source.scalar(text)
         except yaml_source.ScalarRefused as refused:
@@ -160,7 +161,7 @@ def _files(job: JobSpec, folder: Path) -> tuple[Path | str, ...]:
 
 
 def task_size(job: JobSpec) -> int:
-    """Return the amount of input for one task, in lines, bytes, or items."""
+    """Return the amount of input per task in lines, bytes, or items."""
     size = job.input.size
     return SPLITS[job.input.split].default_size if size is None else units.size_bytes(size)
 

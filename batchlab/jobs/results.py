@@ -1,8 +1,9 @@
-"""Download of a job's results into a folder, with their files and large values.
+"""Download of a job's results into a folder, with the files and large values of the results.
 
-Invariants: a fetch writes only inside its folder, for all names of results. A file is written to the folder of its own
-task. A results file is written completely or not at all, with its lines in task order. Memory use does not grow with
-the size of the job. A fetch does not read more bytes than its limits allow (`FetchLimits`).
+Invariants: a fetch of results writes only inside its folder, even for a file name that a malicious task chose. A file
+is written to the folder of its own task. A results file is written completely or not at all, with its lines in task
+order. The memory use of a fetch does not grow with the size of the job. A fetch does not read more bytes than its
+limits allow (`FetchLimits`).
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ from batchlab.core.text import size
 from batchlab.jobs.attempts import definition
 
 VALUES_AT_ONCE = 16
-"""Number of results whose files and large values are fetched concurrently."""
+"""Maximum number of results whose files and large values are fetched concurrently."""
 _DEEPEST = 8
 _PIECE_BYTES = 8 * 1024 * 1024
 _BY_PIECES = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _WRITTEN = 4
-"""Limit for the size of a written result, as a multiple of `FetchLimits.value_bytes`."""
+"""Maximum size of a written result, as a multiple of `FetchLimits.value_bytes`."""
 
 
 @dataclass(frozen=True, slots=True)
 class FetchLimits:
-    """Limits of a fetch, for results that other users' tasks have written.
+    """Limits of a fetch of results that other users' tasks may have written.
 
-    `claim` is called before bytes are written to the disk, and raises an error if the number of bytes is too large.
-    `value_bytes` limits the total size of one result without its files. `remedy` is the remedy in the error for a
-    result that is larger.
+    `claim` is called with a number of bytes before the bytes are written to the disk, and raises an error if the number
+    is too large. `value_bytes` is the maximum size of one result without its files. `remedy` is the remedy in the error
+    for a larger result.
     """
 
     claim: Callable[[int], None]
@@ -53,22 +54,22 @@ class FetchLimits:
     remedy: str
 
     async def read(self, objects: Objects, key: str, most_bytes: int, patience: Patience) -> bytes:
-        """Return an object of at most `most_bytes`. Raise UsageError if the object is larger."""
+        """Return the content of an object. Raise UsageError if the object has more than `most_bytes`."""
         data = await patience(partial(objects.get_range, key, 0, most_bytes + 1))
         if len(data) > most_bytes:
             raise self.too_large(most_bytes)
         return data
 
     def too_large(self, most_bytes: int | None = None) -> UsageError:
-        """Return the error for a result that is too large."""
+        """Return the UsageError for a result that is too large."""
         most = size(self.value_bytes if most_bytes is None else most_bytes)
         return UsageError(f"One of the results is larger than {most}, without being a file.", remedy=self.remedy)
 
 
 def plain(encoded: Json, replacements: Mapping[str, Json]) -> Json:
-    """Return the value as the task returned it, with references replaced by `replacements`.
+    """Return a result as the task returned it, with each reference replaced by its value in `replacements`.
 
-    A pickled object stays encoded, because unpickling runs code and JSON cannot represent the object.
+    A pickled object stays encoded, because unpickling would run code, and JSON cannot represent the object.
     """
     if type(encoded) is list:
         return [plain(part, replacements) for part in encoded]
@@ -99,18 +100,18 @@ class Files:
     count: int = 0
     size_bytes: int = 0
     value_bytes: int = 0
-    """Number of bytes of large values, which are written into the stage's results file instead of into files of
-    their own.
-    """
+    """Number of bytes of the large values. Large values are written into the results file of their stage."""
     limit: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(VALUES_AT_ONCE))
 
     async def local(self, stage: str, task: int, value: Json) -> Json:
-        """Return the result with its large values in place, and with paths relative to `out` for its files."""
+        """Return a result with its large values instead of references to large values, and with paths relative to `out`
+        instead of references to files.
+        """
         left = _Left(self.within.value_bytes if self.within else 0)
         return await self._value(value, Names(f"files/{stage}/{task}"), left, _DEEPEST)
 
     def line(self, doc: Json) -> str:
-        """Return a line of JSON with the large values in place.
+        """Return a result as a line of JSON with its large values instead of references to large values.
 
         A large value is read once but may occur in several places of a result, so the written size is known only during
         the write. Raise UsageError if the written line is too large.
@@ -127,7 +128,9 @@ class Files:
         return "".join((*pieces, "\n"))
 
     def claim(self, size_bytes: int) -> None:
-        """Announce that bytes will be written. Raise an error if the number of bytes exceeds the limits."""
+        """Announce the write of `size_bytes` bytes. Raise an error if the number of bytes exceeds the limits of the
+        fetch.
+        """
         if self.within:
             self.within.claim(size_bytes)
 
@@ -171,13 +174,14 @@ class Files:
                 else:
                     get = partial(self.objects.download, reference["$file"], path)
                     size_bytes = await self.patience(get)
-            # Await before `+=`, because `+=` with an await in it would use the value of the sum before the wait.
+            # Await the size before `+=`, because `+=` with an `await` on its right side would add to the sum from
+            # before the wait.
             self.size_bytes += size_bytes
             self.count += 1
         return name
 
     async def _size_of(self, reference: Json) -> int:
-        """Return the size of a file, or 0 if the file does not exist, so that the later download fails.
+        """Return the size of a file. Return 0 for a missing file, whose download fails later.
 
         The size in the reference is not trusted, because any worker may have written the reference.
         """
@@ -200,13 +204,13 @@ class Files:
                     piece = await self.patience(get)
                     size_bytes += file.write(piece)
                     if not piece:
-                        break  # the reference ends beyond the end of the object
+                        break  # The range in the reference extends beyond the end of the object.
         return size_bytes
 
 
 @dataclass(slots=True)
 class _Left:
-    """Remaining bytes for the large values of one result, if the fetch is limited."""
+    """Number of bytes that the remaining large values of a result may have, if the fetch has limits."""
 
     value_bytes: int
 
@@ -214,17 +218,17 @@ class _Left:
 class Names:
     """Safe file names in one task's folder.
 
-    A file name never equals another file name or is inside another file's path.
+    Each file name is unique, and a file's path never contains the path of another file.
     """
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._known: dict[str, str] = {}
         self._taken: set[str] = set()
-        """Used names and their folders in case-folded form, because some file systems ignore case."""
+        """Used file names and their folders in case-folded form, because some file systems ignore case."""
 
     def path_of(self, reference: Json) -> tuple[str, bool]:
-        """Return the path of the referenced file, and whether the path is new."""
+        """Return the path for a referenced file, and whether the function was not called before with the reference."""
         key = _id(reference)
         if key in self._known:
             return self._known[key], False
@@ -236,7 +240,7 @@ class Names:
         number, free = 1, name
         while self._clashes(free):
             number += 1
-            # change the first part of the path, because the folder may be the cause of the conflict
+            # Change the first part of the path, because the name of the folder may be the cause of the conflict.
             free = f"{number}-{name}"
         parts = free.casefold().split("/")
         self._taken.update("/".join(parts[:i]) + "/" for i in range(1, len(parts)))
@@ -253,15 +257,15 @@ class Names:
 
 OUTCOMES_AT_ONCE = 8
 LIMITED_AT_ONCE = 2
-"""Number of outcomes, and of results, that are in memory at the same time if the fetch is limited."""
+"""Maximum number of outcomes, and of results, that are in memory at the same time if the fetch has limits."""
 
 Progress = Callable[[int, int], None]
-"""Callback with the number of outcomes read and the total number."""
+"""Callback with the number of outcomes that were read and the total number of outcomes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """Outcome in the manager's list of outcomes. `tasks` has the tasks of the outcome that succeeded."""
+    """Outcome in the manager's list of outcomes. `tasks` has those tasks of the outcome that succeeded."""
 
     stage: str
     key: str
@@ -273,9 +277,9 @@ class Listed:
 
 
 def listed(page: Callable[[int | None], OutcomesView]) -> list[Listed]:
-    """Return all outcomes that the job has now.
+    """Return all current outcomes of a job.
 
-    `page` returns the outcomes after a seq, or the first outcomes for None.
+    `page` returns a page of outcomes after a given seq, or the first page for None.
     """
     listings: list[Listed] = []
     after: int | None = None
@@ -287,7 +291,7 @@ def listed(page: Callable[[int | None], OutcomesView]) -> list[Listed]:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """Summary of a fetch: number of results by stage, and the files that the results refer to.
+    """Summary of a fetch: the number of results by stage, and the number of files that the results refer to.
 
     `read_bytes` is the number of bytes read from the bucket.
     """
@@ -300,7 +304,7 @@ class Fetched:
 
 
 def final_stages(job: JobDef) -> list[StageName]:
-    """Return the stages that no other stage follows."""
+    """Return the stages that are not the upstream stage of another stage."""
     followed = {name for stage in job.stages for name in stage.after}
     return [stage.name for stage in job.stages if stage.name not in followed]
 
@@ -365,14 +369,16 @@ def _write_summary(view: JobView, fetched: Fetched) -> None:
 
 
 def _make_room(out: Path, stages: Iterable[StageName]) -> None:
-    """Create the folder `out`, and remove the files of an earlier fetch, which may have had more tasks.
+    """Create the folder `out`, and remove the files of an earlier fetch, because the earlier fetch may have had more
+    tasks.
 
-    The folder belongs to the user, so files are removed only if a summary in the folder proves that a fetch wrote them.
+    The folder belongs to the user. Files are removed only if a summary in the folder proves that a fetch wrote the
+    files.
     """
     out.mkdir(parents=True, exist_ok=True)
     if not any(out.iterdir()):
-        # Mark only an empty folder, because a marked folder is not part of a job's code, and the user's own files must
-        # not be left out.
+        # Mark only an empty folder, because a marked folder is never part of a job's code. The user's own files must
+        # stay part of the code.
         (out / object_keys.MADE).touch()
     try:
         known = json.loads((out / "summary.json").read_text())["results"]
@@ -385,7 +391,7 @@ def _make_room(out: Path, stages: Iterable[StageName]) -> None:
 
 @dataclass(slots=True)
 class _Steps:
-    """Progress of a fetch: the number of outcomes that were read, and their bytes."""
+    """Progress of a fetch: the number of outcomes that were read, and the number of their bytes."""
 
     of: int
     tell: Progress | None
@@ -405,7 +411,7 @@ class _Steps:
 def of_stage(stage: StageName, listing: Iterable[Listed]) -> list[Listed]:
     """Return the outcomes of a stage that contain results, sorted by task.
 
-    Outcomes that a retry made void are not in the manager's list.
+    The manager's list does not contain outcomes that a `job retry` has invalidated.
     """
     listeds = [one for one in listing if one.stage == stage and one.tasks]
     return sorted(listeds, key=lambda one: one.tasks.first)
@@ -418,9 +424,9 @@ async def in_task_order(
     read: Callable[[int], None] = lambda _: None,
     within: FetchLimits | None = None,
 ) -> AsyncIterator[tuple[int, Json]]:
-    """Yield (task, encoded result) for the outcomes of `of_stage`, in task order.
+    """Yield the task and the encoded result of each task in the outcomes of a stage, in task order.
 
-    `read` is called with the size in bytes of each outcome that was read.
+    `outcomes` is a result of `of_stage`. `read` is called with the size in bytes of each outcome that was read.
     """
     ready: list[tuple[int, Json]] = []
     fetching: deque[asyncio.Task[tuple[Outcome, int]]] = deque()
@@ -436,8 +442,8 @@ async def in_task_order(
             read(read_bytes)
             for pair in zip(outcome.succeeded, outcome.values, strict=True):
                 heapq.heappush(ready, pair)
-            # Retried tasks are within the range of an earlier bundle. All results before the first task of the next
-            # outcome are complete, because later outcomes do not begin earlier.
+            # The tasks of a retry are within the range of an earlier bundle. All results before the first task of the
+            # next outcome are complete, because later outcomes do not begin earlier.
             rest = outcomes[number + 1 : number + 2]
             while ready and (not rest or ready[0][0] < rest[0].tasks.first):
                 yield heapq.heappop(ready)
@@ -483,7 +489,7 @@ async def _write(stage: StageName, results: AsyncIterator[tuple[int, Json]], fil
         with staged.open("w", encoding="utf-8") as file:
             async for task, value in results:
                 count += 1
-                # Avoid a coroutine for plain values, because a stage may have millions of plain values.
+                # Do not call a coroutine for a plain value, because a stage may have millions of plain values.
                 is_plain = next(values.references(value), None) is None
                 waiting.append(
                     (task, plain(value, {}))

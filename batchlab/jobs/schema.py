@@ -1,7 +1,7 @@
-"""Job file as pydantic models: the meaning, unit, and default of each key, and JSON Schemas for editors.
+"""Pydantic models of the job file with the meaning, unit, and default of each key, and JSON Schemas for editors.
 
-Invariant: the published JSON Schema, the reference page, and the checks are all derived from the models of this module,
-so they cannot disagree.
+Invariant: the published JSON Schema, the reference page of the job file, and the checks of a job file are derived from
+the models of this module.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class RetrySpec(Keys):
     )
 
     def problems(self) -> Iterator[tuple[str, str, str]]:
-        """Yield the key, the message, and the remedy of each contradiction between keys."""
+        """Yield the key, the message, and the remedy for each contradiction between keys of a retry rule."""
         for key, kind in (("exit_codes", "exit"), ("exceptions", "exception")):
             if getattr(self, key) and self.on and kind not in self.on:
                 yield key, f"'{key}' has no effect, because 'on' does not contain '{kind}'.", f"Add {kind} to on."
@@ -423,7 +423,9 @@ class JobSpec(Keys):
     )
 
     def upstream(self, stage: int) -> tuple[str, ...]:
-        """Return the names of the stages that a stage follows. Without `after`, a stage follows the previous stage."""
+        """Return the names of the upstream stages of the stage with the index `stage`. Without `after`, a stage follows
+        the previous stage.
+        """
         return field_types.upstream(self.stages, stage)
 
 
@@ -437,7 +439,8 @@ SECTIONS: dict[Loc, type[BaseModel]] = {
     ("failure",): FailureSpec,
     ("notify", "*"): NotifySpec,
 }
-"""All models by the location of their mapping in the file. "*" in a location matches any index."""
+"""Map of locations in a job file to the models of the mappings at the locations. "*" in a location matches any index.
+"""
 
 SHAPE = Shape(
     JobSpec,
@@ -466,7 +469,7 @@ _TEXT_PLACES: tuple[Loc, ...] = (
 
 
 def is_text(loc: Loc) -> bool:
-    """Return whether a scalar at `loc` is always text, such as 2024 as a name."""
+    """Return whether a scalar at the location `loc` is always text. For example, 2024 as a name is text."""
     return is_any_of(loc, _TEXT_PLACES)
 
 
@@ -478,7 +481,7 @@ def json_schema() -> dict[str, Json]:
 def schema_of(model: type[BaseModel], title: str) -> dict[str, Json]:
     """Return the JSON Schema (draft 2020-12) of a `model`.
 
-    The definitions in the schema have the titles of the models as names.
+    The names of the definitions in the JSON Schema are the titles of the models.
     """
     schema: dict[str, Json] = _plain(model.model_json_schema())
     text = json.dumps(schema)
@@ -495,7 +498,7 @@ def _plain(schema: Json) -> Json:
     """Return `schema` without two additions of pydantic: titles that repeat the key, and null as the default of an
     optional key.
 
-    The default null is removed because a job file cannot contain null.
+    The default null of a key is removed because a job file cannot contain null.
     """
     if isinstance(schema, list):
         return [_plain(part) for part in schema if part != {"type": "null"}]

@@ -1,4 +1,4 @@
-"""Submission of a job file: upload of its code and input, and creation of the job.
+"""Submission of a job file: upload of the code and the input, and creation of the job.
 
 Invariant: every object that a job names is in the bucket before the manager receives the job.
 """
@@ -24,19 +24,19 @@ from batchlab.jobs.job_file import JobFile, compile_job
 from batchlab.worker import code_cache
 
 RAW = "raw/"
-"""Prefix of the input in the bucket. Workers on AWS may read input only below the prefix RAW."""
+"""Prefix of the keys of uploaded input in the bucket. Workers on AWS may read input only below the prefix RAW."""
 UPLOADS_AT_ONCE = 16
 MANY_FILES = 1000
 """Maximum number of input files that a job's definition lists by name.
 
-The definition of a job with more files names only the folder of the uploaded files, because it is read often and must
-be short.
+The definition of a job with more input files names only the folder of the uploaded files. A job's definition must be
+short, because the definition is read often.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Uploaded:
-    """Progress of an upload: finished files, all files, and bytes so far."""
+    """Progress of an upload: the numbers of uploaded files, of all files, and of uploaded bytes."""
 
     files: int
     of: int
@@ -44,7 +44,7 @@ class Uploaded:
 
 
 def code_digest(jobfile: JobFile, most_bytes: int | None = None) -> tuple[bytes, str]:
-    """Return the code folder as a zip without the job's input, and the sha256 of the zip.
+    """Return a zip of the code folder without the job's input, and the SHA-256 of the zip.
 
     Raise UsageError if the zip exceeds `most_bytes` or the limit of the workers.
     """
@@ -77,12 +77,12 @@ async def prepare(
 ) -> JobDef:
     """Upload the code and the input of `jobfile`, and return the job to submit.
 
-    With `recurring`, the result is the job that a schedule runs. `packed` is the result of `code_digest(jobfile)` if
-    the caller has it. `prepare` may be repeated, because a repeated upload stores the same objects.
+    With `recurring`, the returned job is for a schedule. `packed` is the result of `code_digest(jobfile)` if the caller
+    has it. `prepare` may be repeated, because a repeated upload stores the same objects.
 
     `bucket` is the name of the grid's bucket in job files. If `bucket` is empty, the job file cannot name input in the
-    bucket. With `keys`, the input consists of the objects with the given keys or prefixes, and is neither uploaded nor
-    checked.
+    bucket. With `keys`, the input consists of the objects with the given keys or prefixes. The function neither uploads
+    nor checks the objects in `keys`.
     """
     if not recurring:
         refuse_recurring(jobfile)
@@ -92,7 +92,7 @@ async def prepare(
             await _look(objects, key, patience)
     data, digest = packed or code_digest(jobfile)
     code_key = object_keys.code(digest)
-    # the key is a hash of the content, so an existing object has the same content
+    # The key of the code is a hash of its content, so an existing object has the same content.
     with suppress(AlreadyExists):
         await patience(lambda: objects.put(code_key, data, if_absent=True))
     job_id = object_keys.job_id(jobfile.job.name, token)
@@ -107,7 +107,7 @@ async def prepare(
 
 
 def check_input(jobfile: JobFile) -> None:
-    """Raise UsageError for URLs that cannot be the input on any grid."""
+    """Raise UsageError for an input URL that is not valid on any grid."""
     urls = jobfile.urls
     if urls and len(urls) < len(jobfile.files):
         raise UsageError(
@@ -131,10 +131,10 @@ def check_key(shown: str, key: str) -> None:
 
 
 def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
-    """Return the keys and prefixes in the grid's `bucket` that are the job's input.
+    """Return the keys and key prefixes of the job's input in the grid's bucket `bucket`.
 
-    A prefix ends in a slash. Return None if the input consists of local files. Raise UsageError if the grid cannot read
-    the input.
+    A prefix ends in a slash. Return None if the job's input consists of local files. Raise UsageError if the grid
+    cannot read the input.
     """
     check_input(jobfile)
     urls = jobfile.urls
@@ -158,16 +158,16 @@ def own_keys(jobfile: JobFile, bucket: str) -> list[str] | None:
             remedy=f"Copy it to s3://{bucket}/raw/ and name it there, or name local files, which are uploaded.",
         )
     keys = [_parts(url)[1] for url in urls]
-    # Remove keys below one of the prefixes, so that each object is used once.
+    # Remove a key if one of the prefixes covers it, so that each object is used once.
     wider = [key for key in keys if key.endswith("/")]
     return [key for key in keys if not any(key != w and key.startswith(w) for w in wider)]
 
 
 async def contents(objects: Objects, keys: Sequence[str], patience: Patience) -> tuple[str, list[str]]:
-    """Return a sha256 of the input objects, and their keys.
+    """Return a hash of the input objects, and the keys of the input objects.
 
-    The hash covers the names, sizes, and ETags of the input objects. If the input has more than MANY_FILES objects,
-    `keys` is returned unchanged. Raise UsageError if a key or prefix does not match any object.
+    The hash is a SHA-256 of the names, sizes, and ETags of the input objects. If the input has more than MANY_FILES
+    objects, `keys` is returned unchanged. Raise UsageError if a key or prefix does not match any object.
     """
     digest = hashlib.sha256()
     keys_found: list[str] = []
@@ -212,7 +212,8 @@ async def _pages(objects: Objects, key: str, patience: Patience) -> AsyncIterato
             yield [info]
         return
     async for page in objects.list(key):
-        # Skip keys that end in "/", because the S3 console represents a folder as an empty object with such a key.
+        # Skip keys that end in "/", because the S3 console represents a folder as an empty object whose key ends in
+        # "/".
         if object_infos := [info for info in page if not info.key.endswith("/")]:
             yield object_infos
 
@@ -232,7 +233,7 @@ async def _upload(
     digits = 9 if many else 7
     names = [f"{number:0{digits}d}/{path.name}" for number, path in enumerate(files)]
     if many:
-        # Use a separate folder for each list of files, so that the folder contains only the files of one list.
+        # Upload each list of files to a separate folder, so that a folder contains only the files of one list.
         prefix += f"{hashlib.sha256(chr(0).join(names).encode()).hexdigest()[:16]}/"
     await _upload_all(list(zip(files, names, strict=True)), prefix, objects, progress)
     return [prefix] if many else [prefix + name for name in names]
@@ -248,7 +249,8 @@ async def _upload_all(
         nonlocal done, size_bytes
         for path, name in waiting:
             try:
-                # Await before `+=`, because `+=` with an await in it would use the value of the sum before the wait.
+                # Await the upload before `+=`, because `+=` with an `await` on its right side would add to the sum from
+                # before the wait.
                 uploaded_bytes = await objects.upload(prefix + name, path)
             except FileNotFoundError as error:
                 raise UsageError(
@@ -262,7 +264,7 @@ async def _upload_all(
             size_bytes += uploaded_bytes
             if progress:
                 progress(Uploaded(done, len(files), size_bytes))
-            # Let other asyncio tasks run, because a million uploads may follow each other without a wait.
+            # Let other asyncio tasks run, because a million uploads may follow each other without a pause.
             await asyncio.sleep(0)
 
     try:

@@ -1,7 +1,7 @@
-"""Validation of plain data against models, with messages that use the keys of the file.
+"""Validation of the plain data of a file against pydantic models, with error messages in terms of the file's keys.
 
-Invariant: an invalid key does not hide later mistakes. Checks that concern several keys still run, except checks that
-depend on an invalid key.
+Invariant: an invalid key does not hide later mistakes. A check that concerns several keys still runs unless it depends
+on an invalid key.
 """
 
 from __future__ import annotations
@@ -43,25 +43,26 @@ _PATTERNS = {
 
 @dataclass(frozen=True, slots=True)
 class Shape(Generic[M]):
-    """Kind of file: its model, and the texts for its error messages."""
+    """Kind of file, with the model of the file and the texts for its error messages."""
 
     model: type[M]
     what: str
     """Name of the kind of file, such as "job file"."""
     begin: str
-    """Remedy for an empty file."""
+    """Remedy in the error for an empty file."""
     stand_ins: Mapping[str, Json]
-    """Values that replace missing keys until all mistakes are reported."""
+    """Values for required keys that are missing. The values are used only until all mistakes of the file are reported.
+    """
     free: frozenset[Loc] = frozenset()
-    """Locations of mappings whose keys the user chooses. A key that the user chooses may be without a value."""
+    """Locations of mappings whose keys the user chooses. A key that the user chooses need not have a value."""
 
 
 @dataclass(slots=True)
 class Structure(Generic[M]):
     """Result of a validation.
 
-    `whole` is None if the data is too incomplete for further checks. `broken` contains the invalid locations, whose
-    values were replaced with stand-ins or defaults.
+    `whole` is None if the data is too incomplete for further checks. `broken` contains the locations of invalid values.
+    Each invalid value was replaced by a stand-in or a default.
     """
 
     whole: M | None = None
@@ -79,7 +80,7 @@ class Structure(Generic[M]):
 def validate(data: Json, shape: Shape[M], refused: Collection[Loc | None] = ()) -> Structure[M]:
     """Check `data` against the models of `shape`, and remove and report every invalid value.
 
-    Problems at the locations `refused` are not reported, because they were reported before.
+    Problems at the locations in `refused` are not reported again.
     """
     structure = Structure[M]()
     if not isinstance(data, dict):
@@ -95,7 +96,7 @@ def validate(data: Json, shape: Shape[M], refused: Collection[Loc | None] = ()) 
             break
         except ValidationError as error:
             details = error.errors(include_url=False)
-            # Report a misspelled or empty key only once, and not also as missing.
+            # Report a misspelled or empty key only once, and do not also report the intended key as missing.
             known = {*structure.broken, *(_blamed(shape, e) for e in details if e["type"] != "missing")}
             for detail in details:
                 again = detail["loc"] in (known if detail["type"] == "missing" else refused)
@@ -114,7 +115,7 @@ def _related(loc: Loc, place: Loc) -> bool:
 def _drop_empty(
     data: Any, loc: Loc, structure: Structure[M], refused: Collection[Loc | None], free: Collection[Loc]
 ) -> None:
-    """Remove and report keys without a value, which are mistakes and do not set the default."""
+    """Remove and report keys without a value. A key without a value is a mistake and does not select the default."""
     if loc in free:
         return
     items = data.items() if isinstance(data, dict) else enumerate(data)
@@ -135,7 +136,7 @@ def keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
     return {
         field.alias or name: field
         for name, field in model.model_fields.items()
-        if not field.exclude  # excluded fields are set by validators and are not keys of the file
+        if not field.exclude  # Validators set the excluded fields, which are not keys of the file.
     }
 
 
@@ -159,7 +160,9 @@ def _place(shape: Shape[M], loc: Loc) -> tuple[type[BaseModel], str] | None:
 
 
 def _bare(annotation: Any) -> Any:
-    """Return `annotation` without its checks. For a union, return the alternative that has parts."""
+    """Return the type `annotation` without its checks. For a union, return the alternative that is a model or has type
+    arguments.
+    """
     if get_origin(annotation) is Annotated:
         return _bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -174,7 +177,7 @@ def _is_model(kind: Any) -> bool:
 
 
 def _known(shape: Shape[M], loc: Loc) -> dict[str, FieldInfo]:
-    """Return the keys that are allowed at `loc`."""
+    """Return the keys that are permitted at the location `loc`."""
     place = _place(shape, loc)
     return keys(place[0]) if place else {}
 
@@ -266,7 +269,7 @@ def _blamed(shape: Shape[M], error: ErrorDetails) -> Loc:
     loc = error["loc"]
     if error["type"] != "extra_forbidden":
         return loc
-    # A misspelled key leaves the intended key without a value, so find the intended key.
+    # If a key is misspelled, the key that the user intended is missing, so find the intended key.
     meant = nearest(str(loc[-1]), _known(shape, loc))
     return (*loc[:-1], meant or loc[-1])
 

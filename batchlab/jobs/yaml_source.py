@@ -1,9 +1,9 @@
 """YAML text as plain data with the line of each key and value, and errors with line numbers.
 
-Invariants: a YAML text cannot run code, expand without a limit, or overwrite a key silently. Tags, nested aliases that
-multiply the text, and repeated keys are refused. Scalars follow YAML 1.2, so `on` and a date are text. Each mistake is
-reported as one sentence with its line and a remedy, and all mistakes are reported together. Reading a path always ends,
-even if the path is a device or a pipe.
+Invariants: a YAML text cannot run code, expand without a limit, or overwrite a key silently. YAML tags, nested aliases
+that multiply the text, and repeated keys are refused. Scalars follow YAML 1.2, so `on` and a date are text. Each
+mistake is reported as one sentence with its line and a remedy, and all mistakes are reported together. The read of a
+file always ends, even if the path is a device or a pipe.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from batchlab.core.errors import JobFileError
 from batchlab.core.model import Json
 
 Loc = tuple[str | int, ...]
-"""Location in the document: keys and list indices from the root."""
+"""Location in a YAML document: the keys and list indices on the way from the root."""
 
 
 def is_any_of(loc: Loc, places: Collection[Loc]) -> bool:
-    """Return whether `loc` is one of `places`, where "*" is any index or key."""
+    """Return whether the location `loc` matches one of `places`. "*" in a place matches any index or key."""
     return any(
         len(loc) == len(place) and all(b in (a, "*") for a, b in zip(loc, place, strict=True)) for place in places
     )
@@ -37,8 +37,8 @@ def is_any_of(loc: Loc, places: Collection[Loc]) -> bool:
 class Problem:
     """Mistake in a job file or on the command line.
 
-    A mistake is reported at the line of the value, or with `at_key` at the line of the key. If `loc` is None, the
-    mistake is on the command line.
+    The error names the line of the value, or with `at_key` the line of the key. `loc` is None for a mistake on the
+    command line.
     """
 
     loc: Loc | None
@@ -50,7 +50,7 @@ class Problem:
 class JobFileErrors(JobFileError):
     """Error with all mistakes of a file in the order of their lines.
 
-    The fields of the error are those of the first mistake.
+    The file, line, and remedy of the error are the file, line, and remedy of the first mistake.
     """
 
     def __init__(self, errors: Sequence[JobFileError]) -> None:
@@ -63,13 +63,13 @@ class JobFileErrors(JobFileError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is most similar to `name`, or None."""
+    """Return the name in `known` that is most similar to `name`, or None if none of the names is similar."""
     matches_found = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches_found[0] if matches_found else None
 
 
 def suggest(name: str, known: Iterable[str], what: str) -> str:
-    """Return a remedy for an unknown name: the nearest known name, or a list of all names."""
+    """Return a remedy for an unknown name: the most similar known name, or a list of all known names."""
     names = list(known)
     close = nearest(name, names)
     if close is not None:
@@ -90,7 +90,7 @@ class _Loader(yaml.SafeLoader):
     pass
 
 
-# PyYAML follows YAML 1.1, where `on:` is a key named true and 1:30 is the number 90.
+# PyYAML follows YAML 1.1, in which `on` as a key means true and 1:30 is the number 90.
 _Loader.yaml_implicit_resolvers = {}
 for _name, _regex, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -103,7 +103,7 @@ for _name, _regex, _first in (
 
 
 class ScalarRefused(ValueError):
-    """Error for a scalar that is ambiguous or invalid. `remedy` suggests another text."""
+    """Error for an ambiguous or invalid YAML scalar. `remedy` suggests another text for the scalar."""
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
@@ -116,17 +116,17 @@ class _TooMuch(Exception):
 
 @dataclass(slots=True)
 class Document:
-    """Parsed document. `data` is the plain data, and `problems` are the problems that the parser found."""
+    """Parsed YAML document. `data` is the plain data, and `problems` are the problems that the parser found."""
 
     data: Any = None
     problems: list[Problem] = field(default_factory=list)
     lines: dict[Loc, tuple[int, int]] = field(default_factory=dict)
-    """Lines of key and value by location."""
+    """Line of the key and line of the value for each location."""
 
     def line(self, problem: Problem) -> int | None:
         """Return the line of a problem.
 
-        If the problem's location is not in the text, use the nearest parent of the location.
+        If the location of the problem is not in the text, return the line of the nearest parent of the location.
         """
         if problem.loc is None:
             return None
@@ -140,9 +140,10 @@ class Document:
 
 
 def parse(text: str, is_text: Callable[[Loc], bool]) -> Document:
-    """Parse the only document in `text`.
+    """Parse the YAML document in `text`, which must contain a single document.
 
-    A scalar at a location with `is_text(loc)` stays text as written, such as 1.50 in a command.
+    If `is_text` returns true for a location, the scalar at the location stays text. For example, 1.50 in a command is
+    text.
     """
     document = Document()
     if len(text) > MAX_CHARACTERS:
@@ -163,7 +164,7 @@ def parse(text: str, is_text: Callable[[Loc], bool]) -> Document:
 
 
 def scalar(text: str) -> Json:
-    """Return the value of `text` as one YAML scalar, or `text` itself if it is not valid YAML.
+    """Return the value of `text` as one YAML scalar, or `text` itself if the text is not valid YAML.
 
     Raise ScalarRefused for a list or mapping, and for words that YAML 1.1 reads as true or false.
     """
@@ -179,7 +180,7 @@ def scalar(text: str) -> Json:
 
 
 def plain_text(text: str) -> str:
-    """Return `text`. Raise ScalarRefused if UTF-8 or a command line cannot represent it."""
+    """Return `text`. Raise ScalarRefused if UTF-8 or a command line cannot represent the text."""
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise ScalarRefused("It contains a character that text must not contain.", "Write it without.")
     return text
@@ -264,7 +265,8 @@ class _Reader:
     def _pairs(self, node: MappingNode, loc: Loc) -> dict[str, tuple[Node, Node]]:
         """Return the keys of a mapping with their nodes.
 
-        A mapping's own keys override merged keys, and earlier merges override later ones.
+        A mapping's own keys override the keys of merged mappings, and the keys of earlier merged mappings override the
+        keys of later ones.
         """
         self._values += len(node.value)
         if self._values > _MAX_VALUES:
@@ -306,17 +308,17 @@ class _Reader:
 _MAX_TOLD = 50
 """Maximum number of reported mistakes per file.
 
-The number of reported mistakes is limited because the first mistake may be the cause of the others.
+The number of reported mistakes is limited because the first mistake may be the cause of all other mistakes.
 """
 
 
 def text_of(path: Path, what: str, none: str) -> str:
     """Return the text of a file of the kind `what`.
 
-    Raise JobFileError if the file cannot be read. `none` is the remedy if the file does not exist.
+    Raise JobFileError if the file cannot be read. `none` is the remedy in the error for a missing file.
     """
     try:
-        # Refuse pipes and devices, because reading them may wait forever.
+        # Refuse pipes and devices, because a read of a pipe or a device may wait forever.
         if path.exists() and not path.is_file():
             raise _unreadable(path, what, "it is not a file", _inside(path))
         with path.open(encoding="utf-8") as file:
@@ -342,16 +344,16 @@ def _unreadable(path: Path, what: str, why: str, remedy: str = "") -> JobFileErr
 
 
 def wrong_kind(path: Path, message: str, remedy: str) -> JobFileErrors:
-    """Return one error for a file of another kind, instead of an error for each key of the file."""
+    """Return a single error for a file of the wrong kind, instead of an error for each key of the file."""
     return JobFileErrors([JobFileError(message, file=str(path), remedy=remedy)])
 
 
 def errors(path: Path, document: Document, problems: Sequence[Problem]) -> JobFileErrors:
-    """Return the error with all mistakes of a document, in the order of lines and without duplicates."""
+    """Return the error with all mistakes of a document, sorted by line and without duplicates."""
     by_line = {}
     for problem in problems:
         line = document.line(problem)
-        # Report a mistake once, because aliases repeat the mistakes of an anchored part.
+        # Report each mistake only once, because an alias repeats the mistakes of its anchor.
         by_line[line, problem.message] = JobFileError(problem.message, file=str(path), line=line, remedy=problem.remedy)
     job_file_errors = [by_line[key] for key in sorted(by_line, key=lambda key: key[0] or 0)]
     if len(job_file_errors) > _MAX_TOLD:

@@ -1,1 +1,1 @@
-"""Backends and the processes of a grid: composition root, home folder, and settings."""
+"""Backends, home folders, settings, and the start and end of a grid's processes."""

@@ -1,6 +1,6 @@
 """Locations of a grid's parts on AWS, from the outputs of its stack.
 
-Invariants: clients and instances read the same format from `aws/deployment.json` in their home. The file
+Invariants: clients and instances read the file `aws/deployment.json` in their home, which has one format. The file
 `aws/deployment.json` contains the ARNs of secrets, but never a secret.
 """
 
@@ -18,7 +18,7 @@ from batchlab.core.model import Pool
 from batchlab.runtime.home import Home
 
 NAME = "aws"
-"""Name of the backend whose folder in the home contains the deployment's file."""
+"""Name of the backend, and of the folder in the home that contains `deployment.json`."""
 
 MANAGER_PORT = 8080
 """Port of the manager's API. The manager listens only on 127.0.0.1 of its own instance."""
@@ -26,11 +26,11 @@ MANAGER_PORT = 8080
 
 @dataclass(frozen=True, slots=True)
 class Database:
-    """PostgreSQL server.
+    """Connection parameters of the PostgreSQL server.
 
     `secret` is the ARN of the secret with the database user's name and password. With `iam`, the client creates a token
-    for each connection and does not use the secret. `ca` is a file with the certificates of trusted authorities. If
-    `ca` is empty, the system's certificates apply.
+    for each connection and does not use the secret. `ca` is a file with the certificates of trusted certificate
+    authorities. If `ca` is empty, the system's certificates apply.
     """
 
     host: str
@@ -47,8 +47,8 @@ class AwsDeployment:
     """A stack on AWS and the locations of its parts.
 
     The names of queues and groups start with `prefix`. `domain` is the SimpleDB domain. `python` is the Python version
-    of the instances, such as "3.12". `egress` is the instances' route to AWS: "endpoints", "nat", or the user's "own"
-    network. `python` and `egress` are empty if unknown.
+    of the instances, such as "3.12". `egress` is the route from the instances to AWS: "endpoints", "nat", or "own" for
+    the user's own network. `python` and `egress` are empty if their value is unknown.
     """
 
     stack: str
@@ -71,7 +71,7 @@ class AwsDeployment:
         return f"{self.prefix}pool-"
 
     def document(self) -> dict[str, Any]:
-        """Return the deployment as a JSON object for `parse`."""
+        """Return the deployment as a JSON object that `parse` accepts."""
         return asdict(self)
 
 
@@ -85,7 +85,7 @@ def path_in(home: Home) -> Path:
 
 
 def read(home: Home) -> AwsDeployment | None:
-    """Return the deployment of this home, or None if it does not have one.
+    """Return the deployment that the home records, or None if the home does not record a deployment.
 
     Raise BackendError if the deployment's file is unreadable or invalid.
     """
@@ -96,7 +96,7 @@ def read(home: Home) -> AwsDeployment | None:
 def parse(fields: Mapping[str, Any]) -> AwsDeployment:
     """Return the deployment that a JSON object describes.
 
-    Raise ValueError, TypeError, or KeyError if the object does not describe a deployment.
+    Raise ValueError, TypeError, or KeyError if the JSON object does not describe a deployment.
     """
     from batchlab.core.pricing.hourly import LEDGERS
 
@@ -113,7 +113,7 @@ def parse(fields: Mapping[str, Any]) -> AwsDeployment:
 
 
 def write(home: Home, deployment: AwsDeployment) -> None:
-    """Save the deployment atomically."""
+    """Write the file of the deployment atomically."""
     home.make()
     path = path_in(home)
     path.parent.mkdir(exist_ok=True)
@@ -121,5 +121,5 @@ def write(home: Home, deployment: AwsDeployment) -> None:
 
 
 def forget(home: Home) -> None:
-    """Delete the record of a stack that no longer exists."""
+    """Delete the home's record of a stack that no longer exists."""
     path_in(home).unlink(missing_ok=True)

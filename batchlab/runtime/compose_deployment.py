@@ -1,6 +1,6 @@
 """Locations of a grid's parts in containers (compose/compose.yaml): one private network, and one address per part.
 
-Invariant: an address is the same on the host and in every container, so the URL of a queue works on both.
+Invariant: the address of a part is the same on the host and in every container, so the URL of a queue works everywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from batchlab.core.errors import UsageError
 from batchlab.runtime.home import Home
 
 NAME = "localstack"
-"""Name of the backend whose folder in the home contains the deployment's file."""
+"""Name of the backend, and of the folder in the home that contains `deployment.json`."""
 
 MANAGER_PORT = 8080
 AUTOSCALING_PORT = 8000
@@ -33,7 +33,7 @@ TEMPLATE = "worker-{pool}"
 ZONES = ("us-east-1a", "us-east-1b", "us-east-1c")
 
 STATE = "asg"
-"""Folder next to the deployment's file, in which the Auto Scaling endpoint stores groups."""
+"""Folder next to `deployment.json` in which the Auto Scaling endpoint stores its groups."""
 
 HOME = "/var/lib/batchlab"
 """Path of the home in the containers of the manager and the Auto Scaling endpoint."""
@@ -45,9 +45,9 @@ _BLOCK = [f"10.213.{n}" for n in range(64, 256)]
 class Deployment:
     """Description of a grid in containers: its name, its network, and its image.
 
-    `subnet` contains the first three numbers of the network's addresses. The manager and the workers run as `user`
-    ("uid:gid") on the Python version `python` ("3.12"). `pools` are the user's pools, in the form of the manager's
-    option --pool.
+    `subnet` contains the first three numbers of the network's IP addresses. The manager and the workers run as `user`
+    ("uid:gid") on the Python version `python` ("3.12"). `pools` are the pools that the user chose, in the form of the
+    manager's option --pool.
     """
 
     project: str
@@ -75,9 +75,9 @@ class Deployment:
         return f"http://{self.subnet}.10:{port}"
 
     def postgres_url(self, password: str) -> str:
-        """Return the URL of the ledger in PostgreSQL.
+        """Return the URL of the grid's PostgreSQL database, which stores the ledger.
 
-        The URL of the ledger contains the password, so it must not be shown.
+        The URL contains the database's password, so the URL must not be shown.
         """
         return f"postgresql://batchlab:{password}@{self.subnet}.11:{POSTGRES_PORT}/batchlab"
 
@@ -99,14 +99,14 @@ def password_file(home: Home) -> Path:
 def keys_file(home: Home) -> Path:
     """Return the path of the file with the keys that sign requests to the Auto Scaling endpoint.
 
-    Only the host's commands, the manager, and the Auto Scaling endpoint can read the file of keys. Instances do not
-    have the keys of the Auto Scaling endpoint.
+    Only the host's commands, the manager, and the Auto Scaling endpoint can read the file of keys. Instances cannot
+    read the keys of the Auto Scaling endpoint.
     """
     return folder(home) / "secrets" / "autoscaling.json"
 
 
 def autoscaling(home: Home, at: Deployment) -> Endpoint:
-    """Return the Auto Scaling endpoint with its keys. An Auto Scaling endpoint of release 0.1.0 does not have keys."""
+    """Return the address and the keys of the Auto Scaling endpoint. An endpoint of release 0.1.0 does not have keys."""
     own = state_files.read_keys(keys_file(home))
     if own is None:
         return Endpoint(at.autoscaling_url)
@@ -114,7 +114,7 @@ def autoscaling(home: Home, at: Deployment) -> Endpoint:
 
 
 def read(home: Home) -> Deployment | None:
-    """Return the deployment of this home, or None if it does not have one.
+    """Return the deployment that the home records, or None if the home does not record a deployment.
 
     Raise BackendError if the deployment's file is unreadable or invalid.
     """
@@ -122,30 +122,33 @@ def read(home: Home) -> Deployment | None:
         folder(home) / "deployment.json",
         lambda fields: Deployment(**{**fields, "pools": tuple(fields.get("pools", ()))}),
         "a description of a grid in containers",
-        # `batchlab gc` skips containers that a home still records, so the user must delete the file first.
+        # `batchlab gc` skips containers that a home still records, so the user must delete `deployment.json` first.
         remedy="Delete the file, then remove the remaining containers with `batchlab gc`.",
     )
 
 
 _CREATED_HERE: set[Path] = set()
-"""Homes whose deployment this process created."""
+"""Paths of the homes whose deployment this process created."""
 
 
 def is_created_here(home: Home) -> bool:
-    """Return whether this process created the deployment of this home."""
+    """Return whether this process created the deployment of the home."""
     return home.path in _CREATED_HERE
 
 
 def write(home: Home, deployment: Deployment) -> None:
-    """Save the deployment atomically. Create the password and the keys of the grid if they do not exist."""
+    """Write the file of the deployment atomically. Create the grid's password and keys if the password and the keys do
+    not exist.
+    """
     path = folder(home) / "deployment.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The mode is set here, because the manager's container mounts the folder read-only.
+    # Set the mode of the folder now, because the manager's container mounts the folder read-only and cannot set the
+    # mode.
     path.parent.chmod(PRIVATE_FOLDER)
     password = password_file(home)
     password.parent.mkdir(mode=0o700, exist_ok=True)
     if not password.exists():
-        # The write is atomic, because a full disk could otherwise leave an empty password file.
+        # Write the password atomically, because a full disk could otherwise leave an empty password file.
         write_whole(password, secrets.token_urlsafe(24), mode=0o444)
     state_files.provide_keys(keys_file(home))
     (path.parent / STATE).mkdir(exist_ok=True)
@@ -160,12 +163,12 @@ def locked(home: Home) -> AbstractContextManager[None]:
 
 
 def forget(home: Home) -> None:
-    """Delete the files of a deployment whose parts are removed."""
-    # The deployment's own file is deleted last, because it records that containers must be removed.
+    """Delete the files of a deployment whose containers were removed."""
+    # Delete `deployment.json` last, because `deployment.json` records that containers must be removed.
     password_file(home).unlink(missing_ok=True)
     keys_file(home).unlink(missing_ok=True)
-    # The next grid in this home has the same project name. If the groups of the old grid remained, the next grid's Auto
-    # Scaling endpoint would launch instances for them.
+    # The next grid in the home has the project name of the old grid. If the groups of the old grid remained, the next
+    # grid's Auto Scaling endpoint would launch instances for them.
     (folder(home) / STATE / "groups.json").unlink(missing_ok=True)
     (folder(home) / "deployment.json").unlink(missing_ok=True)
     _CREATED_HERE.discard(home.path)
@@ -174,9 +177,9 @@ def forget(home: Home) -> None:
 def free_subnet(used: Iterable[str], project: str = "") -> str:
     """Return the first three numbers of the first of batchlab's /24 networks that does not overlap a network in `used`.
 
-    `used` contains networks such as "10.0.0.0/8". Each project starts the search at another network, because two
-    projects that start at the same time do not see each other's network. Raise UsageError if all of batchlab's networks
-    are taken.
+    `used` contains networks such as "10.0.0.0/8". Each project starts the search at a different network, because two
+    projects that start at the same time cannot see each other's network. Raise UsageError if all of batchlab's networks
+    are in use.
     """
     networks = [ipaddress.ip_network(address, strict=False) for address in used]
     begin = zlib.crc32(project.encode()) % len(_BLOCK)

@@ -1,4 +1,4 @@
-"""Compose project of a grid's containers, and the image of these containers.
+"""Docker Compose project of a grid's containers, and the image of the containers.
 
 Invariants: every created container, network, and volume has the label `batchlab.grid` with the project's name.
 Resources without the label `batchlab.grid` are never changed. The image of a grid contains the installed code of
@@ -37,7 +37,7 @@ REPOSITORY = "batchlab/grid"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Contents of a grid's image in addition to the code.
+    """Contents of a grid's image in addition to the code of batchlab.
 
     `base` is an image with Python. `apt` and `pip` are packages of Debian and PyPI for users' tasks.
     """
@@ -50,7 +50,8 @@ class Recipe:
     def from_settings(cls, settings: Mapping[str, str], *, apt: Sequence[str], pip: Sequence[str]) -> Recipe:
         """Return the image recipe from BATCHLAB_BASE_IMAGE, BATCHLAB_IMAGE_APT, and BATCHLAB_IMAGE_PIP.
 
-        Unset variables default to an image with this Python version, and to the arguments `apt` and `pip`.
+        The default of the base image is an image with this process's Python version. The defaults of the packages are
+        `apt` and `pip`.
         """
         # Functions are sent as bytecode, which only the same version of Python can run.
         default = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
@@ -62,9 +63,10 @@ class Recipe:
 
 
 def provide(recipe: Recipe, log: Path, say: Callable[[str], None]) -> str:
-    """Return the tag of the grid's image. Build the image if it does not exist.
+    """Return the tag of the grid's image. Build the grid's image if the image does not exist.
 
-    `say` is called before a build. Raise BackendError if the build fails. The build writes its output to `log`.
+    `say` is called before a build of the image. The build writes its output to `log`. Raise BackendError if the build
+    fails.
     """
     if named := os.environ.get("BATCHLAB_IMAGE"):
         return named
@@ -116,7 +118,7 @@ def requirements() -> list[str]:
 
 
 def _extras() -> list[str]:
-    """Return the names of the installed extras, and "" for the required dependencies.
+    """Return the names of the installed extras, and "" for the required dependencies of batchlab.
 
     The extra `otel` is left out of images. Users who want traces must add the packages of `otel` to the image.
     """
@@ -124,9 +126,9 @@ def _extras() -> list[str]:
 
 
 def constraints() -> list[str]:
-    """Return all direct and indirect dependencies with their installed versions.
+    """Return all direct and indirect dependencies of batchlab with their installed versions.
 
-    With version constraints, the result of a build does not depend on its date.
+    With version constraints, the content of an image does not depend on the date of the image's build.
     """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
@@ -192,7 +194,7 @@ def _cause(log: Path) -> str:
 
 
 def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the Docker command line client. Raise UsageError if the Docker command line client is not installed."""
+    """Run the command `docker`. Raise UsageError if the command `docker` is not installed."""
     try:
         return subprocess.run(
             ["docker", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
@@ -209,13 +211,13 @@ HOME_LABEL = "batchlab.home"
 START_TIMEOUT_S = 240.0
 _POLL_S = 0.3
 _RESTARTS = 3
-"""Number of restarts after which a service counts as failed."""
+"""Number of restarts of a service's container after which the service counts as failed."""
 _STOP_S = "5"
 _SOCKET = "/var/run/docker.sock"
 
 
 def name_for(home: Home) -> str:
-    """Return the project name of a home.
+    """Return the name of a home's Compose project.
 
     The project name of a home never changes, so a home has at most one project.
     """
@@ -224,8 +226,8 @@ def name_for(home: Home) -> str:
 
 def networks() -> list[str]:
     """Return the subnets of every Docker network. Raise Unreachable if Docker does not respond."""
-    # One call lists all networks with their details. With a list and one further call per network, a network could be
-    # removed between the calls.
+    # List all networks with their details in one call. With a further call for each network, a network could be removed
+    # between two calls.
     with Engine() as engine:
         answer = engine.do("list the networks", lambda api: api.networks())
     configs = [config for network in answer for config in (network.get("IPAM", {}).get("Config") or [])]
@@ -233,12 +235,12 @@ def networks() -> list[str]:
 
 
 class Project:
-    """Compose project of one home, which can be started and removed."""
+    """Docker Compose project of one home, which can be started and removed."""
 
     def __init__(self, home: Home, at: Deployment, *, settings: Mapping[str, str], passed: Sequence[str] = ()) -> None:
-        """Set the parameters of the project without starting its containers.
+        """Set the parameters of the project. The containers of the project are not started.
 
-        `passed` names environment variables of this process that the manager receives.
+        `passed` has the names of environment variables of this process that the manager receives.
         """
         self._home = home
         self._at = at
@@ -251,11 +253,11 @@ class Project:
         """Start every service of the project and wait until all services are healthy.
 
         With `storage`, the project includes its own LocalStack. Raise BackendError with the reason if a service fails.
-        After a failure, the containers that already run keep running.
+        After a failure, the containers that have started keep running.
         """
         say("Starting the containers; missing images are pulled, which may take minutes.")
-        # The file contains only the names of the passed variables. Compose takes the values of the passed variables
-        # from its environment, so no file contains a value.
+        # The Compose file contains only the names of the passed variables. Compose reads the values of the passed
+        # variables from its environment, so the values are not in a file.
         more = {"services": {"manager": {"environment": dict.fromkeys(self._passed)}}}
         self._more.parent.mkdir(parents=True, exist_ok=True)
         self._more.write_text(json.dumps(more))
@@ -270,7 +272,8 @@ class Project:
         while True:
             details = self._inspected()
             states = {service: _state(detail["State"]) for service, detail in details.items()}
-            # Docker restarts a container that ends, so the restarts are counted, because its state is rarely "exited".
+            # Docker restarts a container that ends, so the state of the container is rarely "exited". Therefore count
+            # the restarts of the container.
             restarts = {service: int(detail["RestartCount"]) for service, detail in details.items()}
             before = {**restarts, **before}
             for service, state in sorted(states.items()):
@@ -303,7 +306,7 @@ class Project:
         return {detail["Config"]["Labels"]["com.docker.compose.service"]: detail for detail in details}
 
     def last_line(self, service: str) -> str:
-        """Return the last line of a service's output, for an error message."""
+        """Return the last line of a service's output for an error message."""
         logs = self._run("logs", "--no-color", "--no-log-prefix", "--tail", "20", service)
         lines = (logs.stdout + logs.stderr).strip().splitlines()
         return lines[-1].strip().rstrip(".") if lines else "it printed no error message"
@@ -311,18 +314,18 @@ class Project:
     def down(self, *, drain_s: float = 0.0) -> None:
         """Stop and remove all parts of the project, including the instances.
 
-        The instances have `drain_s` seconds to return their work. Parts of the project that no longer exist are
+        The workers of the instances have `drain_s` seconds to return their work. Missing parts of the project are
         ignored.
         """
-        # A failed write, for example on a full disk, must not prevent the removal of a grid.
+        # An error while the logs are written, for example on a full disk, must not prevent the removal of a grid.
         with suppress(OSError):
             self._keep_logs()
         self._run("stop", "--timeout", _STOP_S, "manager")
-        # The Auto Scaling endpoint is killed first, because it would replace the instances that end.
+        # Kill the Auto Scaling endpoint first, because it would replace the instances that end.
         self._run("kill", "asg")
         remove_instances(self._at.project, drain_s=drain_s)
-        # Compose does not remove a network that still has containers. `remove_project` removes a network that Compose
-        # has left.
+        # Compose does not remove a network that still has containers. `remove_project` removes the networks that
+        # Compose has left.
         self._run("--profile", "localstack", "down", "--timeout", _STOP_S, "--volumes", "--remove-orphans")
         remove_project(self._at.project)
 
@@ -380,7 +383,7 @@ class Project:
 
 
 def unpulled_of(lines: Sequence[str]) -> list[str]:
-    """Return the services whose images Compose could not pull, according to its output."""
+    """Return the services whose images Compose could not pull, according to the output of Compose."""
     parts = ("Container", "Network", "Volume")  # Compose prints " Error " for containers, networks, and volumes too.
     failed = [line.split()[0] for line in lines if " Error " in line]
     return [name for name in failed if name not in parts]
@@ -394,7 +397,7 @@ def _state(state: Mapping[str, object]) -> str:
 
 
 def _group(settings: Mapping[str, str]) -> int:
-    """Return the group id of Docker's socket, or 0 if the socket is not on this machine."""
+    """Return the group id of Docker's Unix socket, or 0 if the socket is not on this machine."""
     path = Path(settings.get("BATCHLAB_DOCKER_SOCKET") or _SOCKET)
     try:
         status = path.stat()
@@ -404,7 +407,7 @@ def _group(settings: Mapping[str, str]) -> int:
 
 
 def checked(*arguments: str) -> str:
-    """Return the output of a docker command. Raise Unreachable if the docker command fails."""
+    """Return the output of a `docker` command. Raise Unreachable if the command fails."""
     done = docker(*arguments)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
@@ -432,30 +435,33 @@ def remove_project(project: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ProjectParts:
-    """Number of Docker resources of one project on this machine."""
+    """Numbers of the Docker resources of one Compose project on this machine."""
 
     project: str
     home: str
-    """Folder of the grid, or "" if the labels do not name it."""
+    """Path of the grid's home, or "" if the labels of the resources do not name the home."""
     parts: int
 
     @property
     def is_orphan(self) -> bool:
-        """Whether the grid's folder is missing or does not record the project.
+        """Whether the home of the grid is missing or does not record the project.
 
-        A project without a folder belongs to its user, for example a separate `asg serve`.
+        A project without a home, such as the project of a separate `asg serve`, belongs to its user and is not an
+        orphan.
         """
         if not self.home:
             return False
         try:
             deployment = compose_deployment.read(Home(Path(self.home)))
         except BackendError:
-            return False  # The file is damaged or belongs to another user, so the project's owner is unknown.
+            return False  # The file is damaged or belongs to another user, so the owner of the project is unknown.
         return deployment is None or deployment.project != self.project
 
 
 def projects() -> list[ProjectParts]:
-    """Return every project with parts on this machine. Raise Unreachable if Docker does not respond."""
+    """Return every Compose project of batchlab that has resources on this machine. Raise Unreachable if Docker does not
+    respond.
+    """
     homes: dict[str, str] = {}
     parts: Counter[str] = Counter()
     with Engine() as engine:

@@ -1,6 +1,7 @@
 """Functions that start and remove a grid in containers.
 
-Invariant: `up` either starts the whole grid or removes the parts that it created. `down` removes all parts of the grid.
+Invariant: `up` either starts the whole grid or removes the parts of the grid that `up` created. `down` removes all
+parts of the grid.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _NOBODY = 10001
 def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str], None]) -> ManagerRecord:
     """Start the grid with the installed code, or restart the grid's stopped parts.
 
-    The function returns when the manager leads the grid or is about to lead it. Raise BackendError if a part of the
-    grid does not start, and UsageError if the settings or the home are unsuitable.
+    The function returns when the manager leads the grid or is about to take the lease. Raise BackendError if a part of
+    the grid does not start, and UsageError if the settings or the home are unsuitable.
     """
     place = backend.named_place(home)
     if place:
@@ -52,7 +53,7 @@ def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str],
     home.make()
     compose_deployment.folder(home).mkdir(exist_ok=True)
     with compose_deployment.locked(home):
-        if running := home.record():  # Another command has started the grid in the meantime.
+        if running := home.record():  # Another command has started the grid while this command waited for the lock.
             return running
         return _up(home, backend, pools, place, say)
 
@@ -60,14 +61,14 @@ def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str],
 def _up(
     home: Home, backend: Backend, pools: Sequence[Pool], named: Place | None, say: Callable[[str], None]
 ) -> ManagerRecord:
-    passed = notification_variables(home)  # The notification settings are checked before any part starts.
+    passed = notification_variables(home)  # Check the notification settings before any part of the grid starts.
     deployment = compose_deployment.read(home)
     try:
         at = _plan(home, backend, pools, deployment, named, say)
         project = Project(home, at, settings=_settings(at), passed=passed)
         project.up(say, storage=named is None)
     except BaseException:
-        # A grid that existed before is kept, because it has work and a database.
+        # Keep the parts of a grid that existed before, because the grid has work and a database.
         if deployment is None:
             if begun := compose_deployment.read(home):
                 Project(home, begun, settings={}).down()
@@ -91,7 +92,8 @@ def down(home: Home, backend: Backend) -> bool:
         if at is None:
             return False
         place = home.place(backend.name)
-        # The instances need not return their work to a LocalStack of the grid, because that LocalStack is removed too.
+        # The instances need not return their work to the grid's own LocalStack, because this LocalStack is also
+        # removed.
         keeps = place is not None and place.named
         Project(home, at, settings={}).down(drain_s=backend.worker.drain_s if keeps else 0.0)
         _forget(home, backend)
@@ -106,7 +108,7 @@ def _plan(
     named: Place | None,
     say: Callable[[str], None],
 ) -> Deployment:
-    """Decide the locations of all parts, build the image, and save the deployment.
+    """Choose the locations of all parts of the grid, build the image, and write the deployment.
 
     An existing grid keeps the locations of its parts.
     """
@@ -127,13 +129,13 @@ def _plan(
     )
     compose_deployment.write(home, at)
     path = compose_deployment.folder(home) / "templates.toml"
-    if existing and not pools and path.exists():  # The user may have edited the existing templates.
+    if existing and not pools and path.exists():  # The user may have edited the existing launch templates.
         old, new = (f"image = {json.dumps(deployment.image)}" for deployment in (existing, at))
         templates = path.read_text().replace(old, new)
     else:
         more = descriptor.inherited_variables(os.environ)
         templates = templates_for(at, place, pools or backend.pools, more)
-    write_whole(path, templates)  # The write is atomic, because an Auto Scaling endpoint may read the file.
+    write_whole(path, templates)  # The write is atomic, because an Auto Scaling endpoint may read the templates.
     home.write_place(backend.name, place)
     home.token()
     _change_owner(home, at.user)
@@ -143,7 +145,7 @@ def _plan(
 def templates_for(
     at: Deployment, place: Place, pools: Sequence[Pool], more: Mapping[str, str] = MappingProxyType({})
 ) -> str:
-    """Return the launch templates of the pools for `asg serve`, with the variables `more` in the environment."""
+    """Return the launch templates of the pools for `asg serve`, with the environment variables `more`."""
     env = {**more, VARIABLE: f"{place.url}/{place.bucket}", "AWS_EC2_METADATA_SERVICE_ENDPOINT": at.metadata_url}
     table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in env.items())
     lines = []
@@ -184,7 +186,7 @@ def _storage_port() -> int:
 
 
 def _refuse_foreign(home: Home) -> None:
-    """Raise UsageError if root uses a folder with other files, because the grid changes the folder's owner."""
+    """Raise UsageError if root uses a home with other files, because the grid changes the owner of the home."""
     folder = home.path
     grid_files = {object_keys.MADE, home.settings_file.name, home.notify_file.name}
     is_grids = not folder.exists() or (folder / object_keys.MADE).exists()
@@ -196,9 +198,9 @@ def _refuse_foreign(home: Home) -> None:
 
 
 def _user() -> str:
-    """Return the calling user's ids, so that this user owns the files that the containers create.
+    """Return the user id and the group id of the calling user, who then owns the files that the containers create.
 
-    For root, the result is an unprivileged user.
+    For root, return the ids of an unprivileged user.
     """
     uid, gid = os.getuid(), os.getgid()
     return f"{uid}:{gid}" if uid else f"{_NOBODY}:{_NOBODY}"
@@ -210,8 +212,7 @@ def _change_owner(home: Home, user: str) -> None:
         return
     uid, gid = (int(part) for part in user.split(":"))
     for path in container_paths(home):
-        # Symbolic links are not followed when the owner changes. The new owner of the folder may replace a file with a
-        # symbolic link.
+        # Do not follow symbolic links, because the new owner of the folder may replace a file with a symbolic link.
         with suppress(FileNotFoundError):
             os.chown(path, uid, gid, follow_symlinks=False)
 
@@ -219,7 +220,7 @@ def _change_owner(home: Home, user: str) -> None:
 def container_paths(home: Home) -> list[Path]:
     """Return the paths in a home that the containers use.
 
-    The home may contain other files of the user. The owner of the user's other files does not change.
+    The home may also contain other files of the user, whose owner does not change.
     """
     files = [home.path / name for name in (object_keys.MADE, "token", "manager.json", "manager.lock")]
     files += [home.settings_file, home.notify_file]
@@ -245,13 +246,13 @@ def _settings(at: Deployment) -> dict[str, str]:
         command += ["--pool", pool]
     settings = {"BATCHLAB_MANAGER_COMMAND": " ".join(command)}
     if os.environ.get("LOCALSTACK_AUTH_TOKEN") and not os.environ.get("BATCHLAB_LOCALSTACK_IMAGE"):
-        # With a token, the grid uses a newer LocalStack image, which requires the token.
+        # With a token for LocalStack, the grid uses a newer LocalStack image, which requires the token.
         settings["BATCHLAB_LOCALSTACK_IMAGE"] = "localstack/localstack:latest"
     return settings
 
 
 def _forget(home: Home, backend: Backend) -> None:
-    """Delete the deployment, and the record of the grid's own LocalStack and its bucket."""
+    """Delete the file of the deployment, and the record of the bucket in the grid's own LocalStack."""
     compose_deployment.forget(home)
     place = home.place(backend.name)
     if place and not place.named:

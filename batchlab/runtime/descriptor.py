@@ -1,7 +1,7 @@
 """Descriptors of backends, addresses of endpoints, and the environment variables of instances.
 
-A descriptor is the content of `backends/<name>/backend.toml`. Invariant: the descriptor module does not import adapters
-and does not open files or connections of a grid.
+A descriptor is the content of `backends/<name>/backend.toml`. Invariant: the module does not import adapters and does
+not open files or connections of a grid.
 
 A release contains the environment variables of a stack's manager and workers. Invariants: no variable of a release is a
 secret, because every reader of the stack's bucket can read the release. Each value of a variable means the same to
@@ -29,7 +29,7 @@ from batchlab.worker.inflight_message import WorkerSettings
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Times of a simulated grid, as measured in runs on `backend`.
+    """Times of a simulated grid, which were measured in runs on the backend `backend`.
 
     - `boot_s`: time from launch to InService, by pool. `other_boot_s` applies to all pools that `boot_s` does not
       contain. If `other_boot_s` is None, the scenario defines the boot time of the other pools.
@@ -56,21 +56,21 @@ class Calibration:
     bundle_cpu_s: float = 0.0
     cores: int = 0
     runs: int = 0
-    """Number of records of runs from which the times were measured."""
+    """Number of recorded runs in which the times were measured."""
     compressed: float = 1.0
-    """Factor by which the times of the measured runs were divided."""
+    """Factor by which the times of the scenario were divided in the measured runs."""
 
 
 VARIABLE = "BATCHLAB_ENDPOINT"
-"""Environment variable that names an endpoint if the option --endpoint does not."""
+"""Environment variable that names an endpoint if the option --endpoint is not given."""
 
 _ENDPOINT = re.compile(r"(?P<url>https?://[^/?#@\s]+)/?(?P<bucket>[a-z0-9][a-z0-9-]{1,26}[a-z0-9])?/?")
 # The names of a grid's queues start with the bucket's name. SQS allows 80 characters without dots in the name of a
-# queue, and a dead-letter queue's name needs up to 51 of them after the bucket's name.
+# queue. The name of a dead-letter queue needs up to 51 characters after the bucket's name.
 
 
 def parse_endpoint(endpoint: str, scheme: str = "") -> Place:
-    """Return the URL and the bucket of an endpoint. The bucket is "" if the endpoint does not name one.
+    """Return the URL and the bucket of an endpoint. The bucket is "" if the endpoint does not name a bucket.
 
     With a `scheme`, the endpoint must be the address of a bucket, such as gs://my-bucket. Raise UsageError if the
     endpoint is invalid.
@@ -85,7 +85,7 @@ def parse_endpoint(endpoint: str, scheme: str = "") -> Place:
         return Place(match[1], match[2], named=True)
     match = _ENDPOINT.fullmatch(endpoint)
     if match is None:
-        # The error must not show the name and password of the URL.
+        # The error must not show the user name and the password in the URL.
         shown = re.sub(r"//[^/@]*@", "//…@", endpoint)
         raise UsageError(
             f"The endpoint {shown!r} is not a URL with a bucket's name as its path.",
@@ -96,7 +96,7 @@ def parse_endpoint(endpoint: str, scheme: str = "") -> Place:
 
 
 def new_bucket_name() -> str:
-    """Return a new bucket name with a random part."""
+    """Return a new name for a bucket. The name has a random part."""
     return f"batchlab-{secrets.token_hex(5)}"
 
 
@@ -113,14 +113,14 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """Descriptor of a backend as read from its file."""
+    """Descriptor of a backend, which was read from the backend's file."""
 
     name: str
     description: str
     objects: str
-    """Module whose `open_objects` opens the bucket."""
+    """Name of the module whose function `open_objects` opens the bucket."""
     objects_name: str
-    """Name of the object store for the documentation."""
+    """Name of the object store in the documentation."""
     queue: str
     ledger: str
     fleet: str
@@ -128,23 +128,23 @@ class Descriptor:
     worker: WorkerSettings
     pools: tuple[Pool, ...]
     emulator: str | None = None
-    """Emulator that the grid starts if the user does not name an endpoint."""
+    """Name of the emulator that the grid starts if the user does not name an endpoint."""
     endpoint: str | None = None
     """URL of the endpoint that the user named. The path of the URL may be a bucket."""
     image: Image = Image()
     usual: Calibration = field(default_factory=lambda: Calibration(""))
     """Times of a simulated grid for a forecast without a calibration."""
     bucket_scheme: str = ""
-    """Scheme of the address with which `--endpoint` names an existing bucket, such as "gs"."""
+    """Scheme of the addresses of buckets in the option `--endpoint`, such as "gs"."""
     extra: str | None = None
-    """Name of the extra of the installation that the backend needs."""
+    """Name of the extra that the backend needs."""
     capabilities: Capabilities = NO_CAPABILITIES
 
     @property
     def pace(self) -> Pace:
-        """Intervals of the requests of the backend's manager and workers.
+        """Intervals at which the backend's manager and workers send requests.
 
-        Numbers of uncounted requests are derived from the intervals.
+        The numbers of requests that were not counted are derived from the intervals.
         """
         manager, worker = self.manager, self.worker
         return Pace(worker.control_lease_s, worker.visibility_s, worker.beat_s, manager.tick_s)
@@ -153,8 +153,8 @@ class Descriptor:
 def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
     """Return the descriptor of the backend `name` as an object of the class `kind`.
 
-    The endpoint is the argument `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an unknown
-    name and for an endpoint that the backend cannot use.
+    The endpoint is the argument `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError if the backend
+    does not exist or cannot use the endpoint.
     """
     if name not in backend_names():
         raise UsageError(f"Unknown backend {name!r}.", remedy=f"The backends are {', '.join(backend_names())}.")
@@ -206,7 +206,9 @@ def _usual(name: str, doc: dict[str, Any]) -> Calibration:
 
 
 def _cores() -> int:
-    """Return the number of CPUs that this process may use. A container or taskset may limit the number of CPUs."""
+    """Return the number of CPUs that this process may use. A container or the program taskset may limit the number of
+    CPUs.
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -218,12 +220,12 @@ def with_pools(backend: D, pools: Sequence[Pool]) -> D:
 
 
 def pool_option(pool: Pool) -> str:
-    """Return the pool in the form of the option --pool."""
+    """Return a pool in the form of the option --pool."""
     return f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"
 
 
 FILE = "environment"
-"""Name of the file with environment variables in a release."""
+"""Name of the file in a release that contains environment variables."""
 INHERITED = (
     logs.LEVEL_VARIABLE,
     logs.FORMAT_VARIABLE,
@@ -235,17 +237,17 @@ INHERITED = (
     "OTEL_TRACES_SAMPLER_ARG",
     "OTEL_BSP_SCHEDULE_DELAY",
 )
-"""Variables that a grid in containers inherits from the environment of `grid up`.
+"""Environment variables that a grid in containers inherits from the command `grid up`.
 
-OTEL_EXPORTER_OTLP_HEADERS is not inherited, because it may contain a key. Every task can read the environment variables
-of its worker.
+OTEL_EXPORTER_OTLP_HEADERS is not inherited, because the variable may contain a key, and every task can read the
+environment variables of its worker.
 """
 _NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _VALUE = re.compile(r"[A-Za-z0-9_./:,=@%+*?&~-]*")
 
 
 def check(variables: Mapping[str, str], where: str) -> None:
-    """Raise UsageError for a variable that cannot be passed to instances, or that must stay secret."""
+    """Raise UsageError for an environment variable that cannot be passed to instances or must stay secret."""
     for name, value in variables.items():
         if not _NAME.fullmatch(name):
             raise UsageError(

@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Backend(BackendLocations):
-    """Backend: a named choice of adapters. Each `open_` method of a backend opens one adapter for a home."""
+    """A named choice of adapters. Each `open_` method of a backend opens one adapter for a home."""
 
     def open_clock(self) -> Clock:
         from batchlab.adapters.clock import WallClock
@@ -92,7 +92,7 @@ class Backend(BackendLocations):
         from batchlab.adapters.notifications import Deliveries
 
         def endpoint_of(region: str) -> Endpoint:
-            """Return the endpoint of SNS: the grid's own endpoint if it has one, or else AWS."""
+            """Return the endpoint of SNS, which is the grid's own endpoint if the grid has one, or else AWS."""
             if not self.capabilities.s3_endpoint:
                 return Endpoint(None, region)
             return replace(self.services(home).endpoint, region=region)
@@ -105,7 +105,9 @@ class Backend(BackendLocations):
         return RandomIds()
 
     def open_objects(self, home: Home, tally: RequestCounter | None = None) -> Objects:
-        """Open the grid's bucket. `tally` counts the requests. Raise Unreachable if the grid has never been up."""
+        """Open the grid's bucket. `tally` counts the requests to the bucket. Raise Unreachable if the grid has never
+        been up.
+        """
         if self.capabilities.simulated:
             raise _not_a_process("objects", self.objects)
         bucket = self._bucket(home, tally)
@@ -150,7 +152,9 @@ class Backend(BackendLocations):
     def open_queue(
         self, home: Home, clock: Clock, tally: RequestCounter | None = None
     ) -> SqliteQueue | LocalWakeupQueue | SqsQueue:
-        """Open the grid's queues. `tally` counts the requests. Raise Unreachable if the grid has never been up."""
+        """Open the grid's queues. `tally` counts the requests to the queues. Raise Unreachable if the grid has never
+        been up.
+        """
         if self.queue == "sqlite":
             from batchlab.adapters.local.sqlite_queue import SqliteQueue
 
@@ -167,7 +171,8 @@ class Backend(BackendLocations):
         queue = SqsQueue(services.endpoint, prefix=services.queue_prefix, makes=makes, tally=tally)
         if not self.capabilities.one_machine:
             return queue
-        # Instances and clients of this backend run on the same machine, so senders can wake receivers locally.
+        # The instances and the clients of the backend run on one machine, so a sender can wake a receiver on this
+        # machine.
         return LocalWakeupQueue(queue, home.backend_folder(self.name) / "wake")
 
     def open_ledger(self, home: Home) -> Ledger:
@@ -191,7 +196,7 @@ class Backend(BackendLocations):
         return open_sqlite(path, read_sync()) if self.capabilities.local_bucket else open_sqlite(path)
 
     def open_launcher(self, home: Home, clock: Clock) -> ProcessLauncher | None:
-        """Return the launcher of instances, or None if an Auto Scaling service launches them."""
+        """Return the launcher of instances, or None if an Auto Scaling service launches the instances."""
         if self.fleet == "autoscaling":
             return None
         _require("fleet", self.fleet, "process")
@@ -241,7 +246,7 @@ class Backend(BackendLocations):
         )
 
     def open_drain_hook(self, home: Home, pool: str, imds: Imds) -> DrainHook | None:
-        """Return the lifecycle hook that a worker completes when it has ended.
+        """Return the lifecycle hook that a worker on a terminating instance completes at its end.
 
         Return None if the backend does not use a lifecycle hook for ending instances.
         """
@@ -254,7 +259,9 @@ class Backend(BackendLocations):
         return DrainHook(Endpoint(region=at.region), f"{at.groups_prefix}{pool}", imds)
 
     def open_emulator(self, home: Home) -> Emulator | None:
-        """Return the grid's own emulator, or None if an endpoint is named or the backend does not need an emulator."""
+        """Return the grid's own emulator, or None if the user named an endpoint or the backend does not need an
+        emulator.
+        """
         if self.emulator is None or self.named_place(home):
             return None
         _require("emulator", self.emulator, "ministack")
@@ -267,7 +274,8 @@ class Backend(BackendLocations):
 def open_asg_launcher(
     settings: AsgSettings, templates: TemplateFile, clock: Clock, signals: Callable[[str], Signals]
 ) -> ProcessLauncher | ContainerLauncher:
-    """Return the launcher that `asg serve --launcher` names. Raise UsageError for an unknown launcher name.
+    """Return the launcher that the option `--launcher` of `asg serve` names. Raise UsageError for an unknown launcher
+    name.
 
     The Docker launcher passes `signals` to its instances through the metadata service.
     """
@@ -307,16 +315,16 @@ def open_asg_launcher(
 
 
 def load(name: str, endpoint: str | None = None) -> Backend:
-    """Return the backend of that name.
+    """Return the backend `name`.
 
-    The endpoint is the argument `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError for an unknown
-    name and for an endpoint that the backend cannot use.
+    The endpoint is the argument `endpoint`, or else the value of BATCHLAB_ENDPOINT. Raise UsageError if the backend
+    does not exist or cannot use the endpoint.
     """
     return descriptor.read(Backend, name, endpoint)
 
 
 def _is_traced(environ: Mapping[str, str]) -> bool:
-    """Return whether the OTEL_* variables enable traces in the supported protocol."""
+    """Return whether the OTEL_* environment variables enable traces with a protocol that batchlab supports."""
     endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
     is_off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if not endpoint or is_off or environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
@@ -331,7 +339,7 @@ def _is_traced(environ: Mapping[str, str]) -> bool:
 
 
 def patience() -> Patience:
-    """Return the retry policy of real backends. The jitter of the retries differs between processes."""
+    """Return the Patience for backends other than the simulator. The jitter of retries differs between processes."""
     return Patience(random.Random())  # noqa: S311 - jitter, not a secret
 
 

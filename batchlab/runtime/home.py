@@ -1,7 +1,8 @@
 """Folder of a grid: its files, the record of its manager, and the manager's sockets.
 
-Invariants: every file of the home survives SIGKILL, and `ls` shows the state. `fetched.jsonl` has one line for each
-fetch of results. Each line of `fetched.jsonl` is appended by one write, so concurrent fetches do not lose lines.
+Invariants: every file in the folder survives SIGKILL, and the names of the files show the state of the grid.
+`fetched.jsonl` has one line for each fetch of results. One write appends each line of `fetched.jsonl`, so concurrent
+fetches do not lose lines.
 
     objects/        the bucket           queue.sqlite    the queues
     ledger.sqlite   the ledger           fleet/          instance records, logs, group state
@@ -63,9 +64,9 @@ PROBE_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class ManagerRecord:
-    """Record of a running manager: the URL of its API, and its name as owner of the lease.
+    """Record of a running manager, with the URL of the manager's API and the manager's name as owner of the lease.
 
-    If `parent` is not 0, the manager ends when the process with this pid ends.
+    If `parent` is not 0, the manager ends when the process with the pid `parent` ends.
     """
 
     url: str
@@ -79,8 +80,8 @@ class ManagerRecord:
 class Place:
     """Location of a grid's bucket and queues: an endpoint and a bucket.
 
-    `named` is true if the user named the endpoint. If `named` is false, the endpoint is the grid's own emulator. If a
-    replay puts a proxy at `url`, `behind` is the URL of the endpoint itself.
+    `named` is true if the user named the endpoint. If `named` is false, the endpoint is the grid's own emulator. During
+    a replay with a proxy, `url` is the URL of the proxy, and `behind` is the URL of the endpoint.
     """
 
     url: str
@@ -95,12 +96,12 @@ class Place:
 
     @property
     def without_proxy(self) -> Place:
-        """The same location without the proxy of a replay."""
+        """Location of the bucket and queues without the proxy of a replay."""
         return Place(self.behind or self.url, self.bucket, self.named)
 
 
 class Home:
-    """Folder of a grid. The folder of a grid is created on first use."""
+    """Folder of a grid, which is created on first use."""
 
     def __init__(self, path: Path) -> None:
         self.path = path = path.absolute()
@@ -109,11 +110,11 @@ class Home:
         self.scratch = path / "scratch"
         self.records = path / "records"
         self.reports = path / "reports"
-        """Folder of fetched performance data of jobs whose bucket is elsewhere."""
+        """Folder with fetched performance data of jobs in other buckets."""
         self.damaged = path / "damaged"
-        """Folder of damaged objects that `doctor --repair` has moved away.
+        """Folder with the damaged objects that `doctor --repair` has removed from the bucket.
 
-        The path of a damaged object in the folder is its key.
+        The path of a damaged object in the folder is the key of the object.
         """
         self.queue_file = path / "queue.sqlite"
         self.ledger_file = path / "ledger.sqlite"
@@ -130,21 +131,21 @@ class Home:
         self._token = path / "token"
 
     def backend_folder(self, backend: str) -> Path:
-        """Return the folder of one backend in this home.
+        """Return the path of the folder of one backend in the home.
 
         A ledger belongs to one bucket, so backends in the same home must not share a ledger.
         """
         return self.path / backend
 
     def check_backend(self, record: ManagerRecord, wanted: str, remedy: str) -> None:
-        """Raise UsageError if the manager of this home runs on another backend."""
+        """Raise UsageError if the manager in `record` runs on another backend than `wanted`."""
         if record.backend != wanted:
             raise UsageError(f"The grid in {self.path} runs on backend {record.backend}, not {wanted}.", remedy=remedy)
 
     def place(self, backend: str) -> Place | None:
         """Return the location of the backend's bucket and queues, or None if the grid has never been up.
 
-        The recorded location may be from the last time that the grid was up.
+        If the grid is down, the location is from the last time that the grid was up.
         """
         values = _read(self.backend_folder(backend) / "endpoint.json", Place)
         return Place(**values) if values else None
@@ -160,7 +161,7 @@ class Home:
     def make(self) -> None:
         """Create the folder of the grid. Raise UsageError if the home or a folder in it cannot be created or written.
 
-        Without this check of the folders, only the workers would fail, and the grid would not run any task.
+        Without this check of the folders, the grid would start, but all of its workers would fail.
         """
         try:
             for folder in (self.path, self.objects, self.fleet, self.scratch):
@@ -181,7 +182,7 @@ class Home:
         """Remove the permissions of other users from the grid's files and folders.
 
         Earlier releases created the grid's files with the default permissions. The permissions of the home itself
-        change only if it has the default name or contains only files of the grid.
+        change only if the home has the default name or contains only files of the grid.
         """
         folders = _FOLDERS | {path.name for path in installation.folder("backends").iterdir()}
         has_other_files = False
@@ -196,8 +197,8 @@ class Home:
     def token(self) -> str:
         """Return the API's bearer token, which is created on first use.
 
-        Only the owner of the grid can read the token. If two processes create the token at the same time, both use the
-        token of the first process. Raise UsageError if the token cannot be read.
+        Only the owner of the grid can read the token. If two processes create the token at the same time, both
+        processes use the token of the first process. Raise UsageError if the token cannot be read.
         """
         self.make()
         try:
@@ -221,9 +222,9 @@ class Home:
             write_whole(self._token, token)
 
     def record(self) -> ManagerRecord | None:
-        """Return the record of the manager that runs in this home, or None.
+        """Return the record of the manager that runs in the home, or None if the home does not have a running manager.
 
-        The result is None if no process holds the manager's lock, and until a new manager has recorded its address.
+        A new manager counts as running after it has recorded its address.
         """
         values = _read(self._manager_record, ManagerRecord)
         if values is None:
@@ -233,19 +234,19 @@ class Home:
             holder = self._manager_lock.read_bytes()
         except FileNotFoundError:
             return None
-        # Without the check of the pid, the lock of a new manager would make the previous manager's record look valid.
-        # With the record of a previous manager, a SIGTERM would go to a process that no longer exists.
+        # Check the pid, because the record may be the record of a previous manager while a new manager holds the lock.
+        # With a previous manager's record, a SIGTERM would be sent to a wrong pid.
         return record if holder == str(record.pid).encode() and self.is_locked else None
 
     def socket(self, record: ManagerRecord) -> Path | None:
-        """Return the Unix socket of the manager in `record`, or None if it does not have a socket."""
+        """Return the path of the Unix socket of the manager in `record`, or None if the socket does not exist."""
         path = self.last_socket(record.owner)
         return path if path and path.exists() else None
 
     def last_socket(self, owner: str | None = None) -> Path | None:
         """Return the path of the last manager's Unix socket, or None if the last manager did not have a socket.
 
-        With `owner`, return the path only if the last manager has this name.
+        With `owner`, return the path only if the name of the last manager is `owner`.
         """
         try:
             values = json.loads(self._socket_record.read_bytes())
@@ -258,24 +259,26 @@ class Home:
         write_whole(self._socket_record, json.dumps({"owner": owner, "path": str(path)}))
 
     def forget_socket(self) -> None:
-        """Delete the record of the Unix socket."""
+        """Delete the record of the manager's Unix socket."""
         self._socket_record.unlink(missing_ok=True)
 
     def last_owner(self) -> str | None:
-        """Return the lease owner of the last manager in this home, running or not."""
+        """Return the name under which the last manager in the home held the lease. The last manager may still be
+        running.
+        """
         values = _read(self._manager_record, ManagerRecord)
         return str(values["owner"]) if values else None
 
     def write_record(self, record: ManagerRecord) -> None:
-        """Record the running manager atomically."""
+        """Write the record of the running manager atomically."""
         write_whole(self._manager_record, json.dumps(asdict(record)))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock that allows only one manager in a home. Raise Refused if another manager holds the lock.
 
-        The kernel releases the lock of a process however it ends. A file with a pid cannot guarantee that a lock ends
-        with its process.
+        The kernel releases the lock of a process even if the process is killed. A file with a pid would remain after a
+        kill.
         """
         self.make()
         with open(self._manager_lock, "a", opener=private) as file:
@@ -285,13 +288,13 @@ class Home:
             file.write(str(os.getpid()))
             file.flush()
             yield
-            # Only a regular end of the manager empties the lock file. After an error or a kill, the lock file keeps the
-            # pid.
+            # Empty the lock file only after a regular end of the manager. After an error or a kill, the lock file still
+            # contains the pid.
             file.truncate(0)
 
     @property
     def is_taken_down(self) -> bool:
-        """Whether the last manager in this home ended regularly."""
+        """Whether the last manager in the home ended without an error and without a kill."""
         try:
             return not self._manager_lock.read_bytes()
         except FileNotFoundError:
@@ -303,7 +306,7 @@ class Home:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                # A process that checks the lock holds the lock for a moment.
+                # Try again, because a process that only checks the lock holds the lock for a moment.
                 if time.monotonic() > give_up_s:
                     raise Refused(
                         f"A manager is already running in {self.path}.",
@@ -315,7 +318,7 @@ class Home:
 
     @property
     def is_locked(self) -> bool:
-        """Whether a manager runs or starts in this home."""
+        """Whether a manager is running or starting in the home."""
         try:
             with self._manager_lock.open("a") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -339,7 +342,7 @@ def _check(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
-        # os.access asks the kernel, which also detects read-only file systems.
+        # os.access also detects read-only file systems, because os.access calls the kernel.
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
@@ -355,14 +358,14 @@ def _read(path: Path, kind: type[ManagerRecord | Place]) -> dict[str, Any] | Non
 
 
 def find_home(option: Path | None) -> Home:
-    """Return the home that the option or BATCHLAB_HOME names, or else `.batchlab` in the current folder."""
+    """Return the home that the option --home or BATCHLAB_HOME names, by default `.batchlab` in the current folder."""
     return Home(option or Path(os.environ.get("BATCHLAB_HOME") or DEFAULT))
 
 
 def record_fetch(home: Home, job: str, read_bytes: int) -> None:
-    """Append the number of bytes that were read for the job's results to `fetched.jsonl`.
+    """Append a line with the number of bytes that were read for a job's results to `fetched.jsonl`.
 
-    If the line cannot be written, log a warning, because the fetched results themselves are complete.
+    If the line cannot be written, only log a warning, because the fetched results are complete.
     """
     line = json.dumps({"job": job, "read_bytes": read_bytes}) + "\n"
     try:
@@ -373,12 +376,12 @@ def record_fetch(home: Home, job: str, read_bytes: int) -> None:
 
 
 def fetched_bytes(home: Home, job: str) -> int:
-    """Return the number of bytes that were read for a job's results, in all fetches."""
+    """Return the total number of bytes that all fetches of a job's results have read."""
     return sum(size for name, size in _fetches(home) if name == job)
 
 
 def last_fetch(home: Home, name: str) -> tuple[str, int] | None:
-    """Return the job with the given name whose results were fetched last, and the bytes of that fetch."""
+    """Return the last fetched job with the name `name`, and the number of bytes that the fetch has read."""
     pattern = re.compile(rf"{re.escape(name)}-[0-9a-f]{{10}}")
     fetches = [(job, size) for job, size in _fetches(home) if pattern.fullmatch(job)]
     return fetches[-1] if fetches else None
@@ -398,25 +401,26 @@ def _fetches(home: Home) -> Iterator[tuple[str, int]]:
 MAX_PATH_BYTES = 100
 """Maximum length of a Unix socket's path in bytes.
 
-For the path of a Unix socket, macOS allows 103 bytes, and Linux allows 107.
+The path of a Unix socket may have 103 bytes on macOS and 107 bytes on Linux.
 """
 _PREFIX, _NAME = "batchlab-", "manager.sock"
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket for the service. With port 0, the socket takes any free port.
+    """Return a listening TCP socket. With port 0, the socket takes any free port.
 
-    Raise UsageError if the address is taken or does not belong to this machine.
+    Raise UsageError if the address is in use or does not belong to this machine.
 
     The socket disables Nagle's algorithm, which delays every response over a reused connection by 40 ms until the
     client's acknowledgement. The module asyncio disables Nagle's algorithm only for sockets with a protocol number, and
-    `create_server` does not set one. Accepted connections inherit the disabled algorithm from the socket.
+    `create_server` does not set a protocol number. Accepted connections inherit the disabled algorithm from the
+    listening socket.
     """
     try:
         listener = socket.create_server((host, port))
     except (OSError, OverflowError) as error:
         number = getattr(error, "errno", None) or 0
-        # The error of a host name that cannot be resolved has a negative number, which strerror does not know.
+        # If a host name cannot be resolved, the error has a negative number, which strerror does not support.
         why = os.strerror(number) if number > 0 else str(error).partition(" (")[0]
         raise UsageError(
             f"The server cannot listen on {host}:{port}: {why.rstrip('.')}.",
@@ -427,7 +431,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def listen_locally(home: Home) -> tuple[socket.socket, Path] | None:
-    """Return a listening Unix socket that only this user can open, and its path.
+    """Return a listening Unix socket that only the current user can open, and the path of the socket.
 
     Return None if the file systems of this machine do not allow a Unix socket. The caller must hold the lock of the
     grid's manager.
@@ -437,7 +441,7 @@ def listen_locally(home: Home) -> tuple[socket.socket, Path] | None:
         try:
             path.unlink(missing_ok=True)
             listener.bind(os.fspath(path))
-            # A socket refuses connections before listen(), so its permissions apply to every connection.
+            # The socket refuses connections until listen() is called, so the permissions apply to every connection.
             path.chmod(0o600)
             listener.listen()
         except OSError as error:
@@ -451,7 +455,7 @@ def listen_locally(home: Home) -> tuple[socket.socket, Path] | None:
 
 
 def remove_socket(home: Home) -> None:
-    """Remove the Unix socket of a manager that ends, and its record."""
+    """Remove the Unix socket of a manager that ends, and the record of the socket."""
     if last := home.last_socket():
         last.unlink(missing_ok=True)
         if _is_fallback(last):
@@ -463,7 +467,7 @@ def remove_socket(home: Home) -> None:
 def _candidates(home: Home) -> Iterator[Path]:
     if len(os.fsencode(home.socket_file)) <= MAX_PATH_BYTES:
         yield home.socket_file
-    # The address of the previous manager comes first, because clients wait for the next manager at this address.
+    # Try the socket path of the previous manager first, because clients wait for the next manager at this path.
     if (last := home.last_socket()) and _is_fallback(last):
         yield last
     for folder in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):  # noqa: S108

@@ -1,7 +1,7 @@
-"""Locations of a grid's parts: its containers, its stack on AWS, its bucket, and its queues.
+"""Locations of a grid's containers, stack on AWS, bucket, and queues.
 
-Invariant: the program that creates a part of the grid records its location in the home, once. A part of the grid
-without a record raises Unreachable, and the error names the command that creates the part.
+Invariant: the program that creates a part of a grid records the location of the part once, in the home. The lookup of a
+part without a record raises Unreachable with the command that creates the part.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Endpoint and names of a grid's S3 and SQS."""
+    """Endpoint of S3 and SQS, and the names of a grid's bucket and queues."""
 
     endpoint: Endpoint
     bucket: str
@@ -41,18 +41,18 @@ class Services:
 
 @dataclass(frozen=True, slots=True)
 class BackendLocations(Descriptor):
-    """Descriptor of a backend that finds the parts of its grid in a home."""
+    """Descriptor of a backend, with methods that find the parts of a grid in a home."""
 
     def check_installed(self, *modules: str) -> None:
-        """Raise UsageError unless the extra that this backend needs is installed.
+        """Raise UsageError unless the extra that the backend needs is installed.
 
-        If the caller names `modules`, only these modules of the backend's extra must be installed.
+        If `modules` are given, only the modules in `modules` must be installed.
         """
         if self.extra:
             installation.need(self.extra, f"The backend {self.name}", *modules)
 
     def deployment(self, home: Home) -> Deployment:
-        """Return the locations of the grid's containers. Raise Unreachable if this home does not record containers."""
+        """Return the locations of the grid's containers. Raise Unreachable if the home does not record containers."""
         if at := compose_deployment.read(home):
             return at
         raise Unreachable(
@@ -61,11 +61,11 @@ class BackendLocations(Descriptor):
         )
 
     def restarts_manager(self, home: Home) -> bool:
-        """Return whether Docker restarts a manager that has ended."""
+        """Return whether Docker restarts the grid's manager after the manager has ended."""
         return self.capabilities.container_manager and compose_deployment.read(home) is not None
 
     def manager_log(self, home: Home) -> str:
-        """Return the location of the manager's log, as text for a user."""
+        """Return the location of the manager's log as text for a user."""
         if self.capabilities.container_manager and (at := compose_deployment.read(home)):
             return f"the output of `docker logs {at.project}-manager-1`"
         return str(home.manager_log)
@@ -73,7 +73,7 @@ class BackendLocations(Descriptor):
     def check_python(self, home: Home) -> None:
         """Raise UsageError unless the instances run the same Python version as this process.
 
-        Functions are sent as bytecode, which other versions of Python cannot run.
+        Clients send functions as bytecode, which other versions of Python cannot run.
         """
         own = f"{sys.version_info.major}.{sys.version_info.minor}"
         grids, remedy = "", ""
@@ -94,7 +94,7 @@ class BackendLocations(Descriptor):
     # --- The stack on AWS ------------------------------------------------------------------------
 
     def stack(self, home: Home) -> AwsDeployment:
-        """Return the locations of the stack's parts. Raise Unreachable if this home records no stack."""
+        """Return the locations of the stack's parts. Raise Unreachable if the home does not record a stack."""
         if at := aws_deployment.read(home):
             return at
         raise Unreachable(
@@ -104,7 +104,7 @@ class BackendLocations(Descriptor):
         )
 
     def pools_in(self, home: Home) -> tuple[Pool, ...]:
-        """Return the pools of the grid. With a stack, the grid's pools are the pools of the stack."""
+        """Return the pools of the grid. The pools of a grid with a stack are the pools of the stack."""
         return self.stack(home).pools if self.capabilities.stack else self.pools
 
     def api_token(self, home: Home) -> str:
@@ -127,8 +127,8 @@ class BackendLocations(Descriptor):
         if place := home.place(self.name):
             return place
         if self.endpoint and (named := parse_endpoint(self.endpoint, self.bucket_scheme)).bucket:
-            return named  # An instance has no record, but its environment names the endpoint.
-        # A grid in containers loses its bucket when it goes down.
+            return named  # The environment of an instance names the endpoint, which its home does not record.
+        # A grid in containers loses its bucket when the grid goes down.
         verb = "is" if self.capabilities.container_manager else "has been"
         raise Unreachable(
             f"No grid on {self.name} {verb} up in {home.path}, so its bucket does not exist.",
@@ -136,7 +136,9 @@ class BackendLocations(Descriptor):
         )
 
     def endpoint_at(self, home: Home, place: Place) -> Endpoint:
-        """Return the endpoint of a location with its access keys. The grid's own emulator has its own access keys."""
+        """Return the endpoint of a location with the endpoint's access keys. The grid's own emulator has its own access
+        keys.
+        """
         from batchlab.adapters.aws.endpoint import Endpoint
 
         own = None
@@ -147,7 +149,9 @@ class BackendLocations(Descriptor):
         return Endpoint(place.url, access_key=own.access_key, secret_key=own.secret_key)
 
     def services(self, home: Home) -> Services:
-        """Return the location of S3 and SQS. Raise Unreachable if the grid has never been up."""
+        """Return the endpoint of S3 and SQS, and the names of the grid's bucket and queues. Raise Unreachable if the
+        grid has never been up.
+        """
         from batchlab.adapters.aws.endpoint import Endpoint
 
         if self.capabilities.stack:
@@ -157,7 +161,7 @@ class BackendLocations(Descriptor):
         return Services(self.endpoint_at(home, place), place.bucket, f"{place.bucket}-")
 
     def bucket(self, home: Home) -> str:
-        """Return the bucket name that job files use in `s3://BUCKET/…` for the grid's own bucket.
+        """Return the name of the grid's own bucket, as a job file writes the name in `s3://BUCKET/…`.
 
         The name of a bucket in a local folder is the name of the backend. Raise Unreachable if the grid has never been
         up.
@@ -167,13 +171,15 @@ class BackendLocations(Descriptor):
         return self.place(home).bucket if self.bucket_scheme else self.services(home).bucket
 
     def folder(self, home: Home) -> Path:
-        """Return the folder of the backend's own files, which is the home if the bucket is in the home."""
+        """Return the folder for files of the backend. If the bucket is a local folder, the folder for files is the home
+        itself.
+        """
         return home.path if self.capabilities.local_bucket else home.backend_folder(self.name)
 
     def provide(self, home: Home, say: Callable[[str], None]) -> None:
-        """Install the emulator, or check the named endpoint or bucket.
+        """Install the emulator, or check the endpoint or the bucket that the user named.
 
-        A client calls `provide` before it starts a manager, so that the user sees the errors. `say` is called with
+        A client calls `provide` before it starts a manager, so that the user sees an error. `say` is called with
         messages about the installation. Raise UsageError or BackendError if the installation or the check fails.
         """
         place = self.named_place(home)
@@ -203,15 +209,15 @@ class BackendLocations(Descriptor):
             ) from error
 
     def named_place(self, home: Home) -> Place | None:
-        """Return the endpoint that the user has named, now or when this home was first used.
+        """Return the endpoint that the user names now, or that the user named at the first use of the home.
 
-        During a replay, the result is the proxy in front of the named endpoint. The result is None if the user did not
-        name an endpoint. Raise UsageError if the bucket of this home is at another endpoint.
+        During a replay, the result is the address of the proxy for the named endpoint. The result is None if the user
+        never named an endpoint. Raise UsageError if the bucket of the home is at another endpoint.
         """
         recorded = home.place(self.name)
         place = parse_endpoint(self.endpoint, self.bucket_scheme) if self.endpoint else None
         if recorded and recorded.behind and not (place and place.url == recorded.url):
-            recorded = recorded.without_proxy  # The recorded proxy ended with a replay that was killed.
+            recorded = recorded.without_proxy  # The recorded proxy no longer runs, because its replay was killed.
         if place is None:
             return recorded if recorded and recorded.named else None
         wanted = replace(place, bucket=place.bucket or (recorded.bucket if recorded else new_bucket_name()))
@@ -226,7 +232,7 @@ class BackendLocations(Descriptor):
         )
 
     def settle(self, home: Home, emulator: Emulator | None) -> None:
-        """Create the bucket and record the location of bucket and queues.
+        """Create the bucket, and record the location of the bucket and the queues.
 
         The manager calls `settle` as soon as the endpoint responds. Raise BackendError if the bucket cannot be created.
         """
@@ -263,7 +269,7 @@ def client_environment(backend: BackendLocations, home: Home) -> dict[str, str]:
         "BATCHLAB_BUCKET": services.bucket,
         "BATCHLAB_QUEUES": services.queue_prefix,
     }
-    if at.url is None:  # On AWS itself, clients use their own credentials.
+    if at.url is None:  # On AWS, clients use their own credentials.
         return variables
     keys = {"AWS_ACCESS_KEY_ID": at.access_key, "AWS_SECRET_ACCESS_KEY": at.secret_key}
     return {"AWS_ENDPOINT_URL": at.url, **keys, **variables}

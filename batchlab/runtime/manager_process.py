@@ -1,7 +1,7 @@
-"""Start, connection, and end of a grid's manager, from the view of other processes.
+"""Functions with which other processes start, find, stop, and kill a grid's manager.
 
-Invariant: the home's record names the running manager. A process that starts a manager waits until the manager's record
-exists, or reports why it does not exist.
+Invariant: the record in the home names the running manager. A process that starts a manager waits until the manager's
+record exists, or reports why the manager did not start.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ START_S = 30.0
 CONNECT_S = 660.0
 """Timeout in seconds for the connection to a manager on AWS.
 
-The timeout exceeds the time that a connection waits for the boot of an instance.
+The timeout is longer than the time for which the connection process waits for the boot of the manager's instance.
 """
 SLOW_S = 10.0
 STOP_S = 30.0
 _STARTED: dict[int, subprocess.Popen[bytes]] = {}
 """Managers that this process has started, by pid.
 
-The processes are stored, because a dead child stays a zombie until its parent waits, and Python warns about a dropped
-Popen.
+The Popen objects are stored, because Python warns about a dropped Popen. A child process that has ended stays a zombie
+until its parent waits for the child process.
 """
 
 
@@ -54,11 +54,12 @@ def start_manager(
     port: int = 0,
     say: Callable[[str], None] = log.info,
 ) -> ManagerRecord:
-    """Start a manager, and return its record when it responds. If a manager already runs, return its record.
+    """Start a manager, and return the record of the manager when it responds. If a manager already runs, return its
+    record.
 
     With `parent`, the manager ends when this process ends. `port` is the manager's port on 127.0.0.1, and 0 takes a
-    free port. `say` is called with messages about slow steps. The manager of a stack runs on AWS, so for a stack the
-    function starts a connection process.
+    free port. `say` is called with messages about slow steps. The manager of a stack runs on AWS, so the function
+    starts a process that connects to the manager.
 
     Raise Unreachable with the last line of the manager's log if the manager does not start. The function also raises
     the errors of `Backend.provide`.
@@ -89,7 +90,7 @@ def start_manager(
     if port:
         argv += ["--port", str(port)]
     with open(home.manager_log, "ab", opener=private) as output:
-        # The manager runs in a new session, so that Ctrl-C in the terminal does not end the manager.
+        # Start the manager in a new session, so that Ctrl-C in the terminal does not end the manager.
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
     _STARTED[process.pid] = process
     try:
@@ -98,7 +99,7 @@ def start_manager(
         else:
             record = _wait_for_record(home, process, START_S)
     except BaseException:
-        # Without a signal, the connection process would keep trying to connect.
+        # Terminate the connection process, because the process would otherwise keep trying to connect.
         if backend.capabilities.remote_manager:
             process.terminate()
         raise
@@ -121,7 +122,7 @@ def _check_pools(backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
 def _wait_for_record(
     home: Home, process: subprocess.Popen[bytes], within_s: float, say: Callable[[str], None] | None = None
 ) -> ManagerRecord | None:
-    """Return the record of `process`, or of a manager that another command has started meanwhile.
+    """Return the record of the manager `process`, or of a manager that another command has started at the same time.
 
     Return None if no manager starts within `within_s` seconds. `say` is called once if the start takes longer than
     `SLOW_S` seconds.
@@ -153,7 +154,7 @@ def _is_in_container(record: ManagerRecord) -> bool:
 
 
 def stop_manager(home: Home) -> bool:
-    """Stop the manager of this home and its instances. Return False if no manager runs."""
+    """Stop the manager of the home and the manager's instances. Return False if no manager runs."""
     record = home.record()
     _reap()
     if compose_deployment.read(home) and (record is None or _is_in_container(record)):
@@ -163,8 +164,8 @@ def stop_manager(home: Home) -> bool:
     if record is None:
         return False
     if _is_in_container(record):
-        # The recorded pid is valid only inside the container. On this machine, the container's pid identifies another
-        # process.
+        # The recorded pid is valid only inside the manager's container. Outside the container, the pid belongs to
+        # another process.
         raise BackendError(
             f"The manager of {home.path} runs in a container, but the home does not record which one.",
             remedy="Remove the container with `batchlab gc`.",
@@ -185,9 +186,9 @@ def stop_manager(home: Home) -> bool:
 
 
 def kill_manager(home: Home) -> ManagerRecord | None:
-    """Send SIGKILL to the manager of this home, as a fault would, and wait until the manager has ended.
+    """Send SIGKILL to the manager of the home, to inject a fault, and wait until the manager has ended.
 
-    Return the manager's record, or None if no manager runs.
+    Return the record of the killed manager, or None if no manager was running.
     """
     record = home.record()
     if record is None:
@@ -203,7 +204,7 @@ def kill_manager(home: Home) -> ManagerRecord | None:
 
 @atexit.register
 def _reap() -> None:
-    """Wait for managers of this process that ended on their own, so that these managers do not stay zombies."""
+    """Wait for ended managers that this process started, so that the managers do not stay zombies."""
     for pid, process in list(_STARTED.items()):
         if process.poll() is not None:
             _STARTED.pop(pid, None)

@@ -1,15 +1,15 @@
 """Settings files of a home: `settings.toml` for the manager, and `notify.toml` for notifications.
 
-`settings.toml` overrides the settings of the backend. Invariant: the settings apply to every later start of a manager,
-on this machine or in a container, until the file changes.
+`settings.toml` overrides the settings of the backend. Invariant: every manager that starts later uses the settings in
+`settings.toml`, on this machine or in a container, until the file changes.
 
     [manager]
     drain_target_s = 600
     cooldown_in_s = 120
 
 `notify.toml` lists the targets that receive the events of every job, and limits the targets of jobs. Invariant: only
-`notify.toml` can contain a command to run. A user who can write `notify.toml` can run commands anyway. A user who may
-only submit jobs cannot add a command.
+`notify.toml` can contain a command to run. A user who can write `notify.toml` can also run commands without
+`notify.toml`. A user who may only submit jobs cannot make the manager run a command.
 
     [ops]
     webhook = "https://hooks.example.org/batch"
@@ -60,7 +60,7 @@ KEYS = (*KINDS, "on", "secret", "failures", "stuck_after", "jobs")
 CONTAINERS = "localstack"
 """Name of the backend whose manager runs in a container. The backend's folder in a home has the backend's name."""
 JOBS = "jobs"
-"""Name of the table in `notify.toml` with the limits of jobs' targets.
+"""Name of the table in `notify.toml` with the limits for the targets of jobs.
 
 Every other table of `notify.toml` describes a target.
 """
@@ -75,14 +75,15 @@ def _require(is_valid: object, problem: str, remedy: str) -> None:
 
 
 def with_home_settings(backend: Backend, home: Home) -> Backend:
-    """Return the backend with the settings of the home.
+    """Return the backend with the settings in the home's `settings.toml`.
 
-    Raise UsageError if `settings.toml` is invalid, or if its control lease is shorter than the workers' lease.
+    Raise UsageError if `settings.toml` is invalid, or if the control lease in `settings.toml` is shorter than the
+    workers' control lease.
     """
     manager = ManagerSettings(**{**asdict(backend.manager), **read(home)})
     workers_s = backend.worker.control_lease_s
-    # With a control lease shorter than the workers' lease, a cancellation could be acknowledged while workers may still
-    # start tasks.
+    # If the manager's control lease were shorter than the workers' control lease, the manager could acknowledge a
+    # cancellation while workers may still start tasks.
     _require(
         manager.control_lease_s >= workers_s,
         f"{home.settings_file} sets control_lease_s = {manager.control_lease_s:g}, which is "
@@ -126,10 +127,10 @@ def _is_valid(name: str, value: object) -> bool:
 
 @contextmanager
 def temporary_settings(home: Home, values: Mapping[str, float], *, why: str, keep: bool = False) -> Iterator[None]:
-    """Write these settings to the home's `settings.toml` for the duration of the context.
+    """Write the settings `values` to the home's `settings.toml` for the duration of a `with` block.
 
-    The temporary settings are merged with the existing settings. At the end of the context, the previous file is
-    restored, unless `keep` is set. Without `values`, the settings file does not change.
+    The settings in `values` are merged with the existing settings. At the end of the `with` block, the previous file is
+    restored, unless `keep` is set. If `values` is empty, `settings.toml` does not change.
     """
     if not values:
         yield
@@ -155,10 +156,11 @@ def temporary_settings(home: Home, values: Mapping[str, float], *, why: str, kee
 def read_notifications(
     home: Home, environ: Mapping[str, str] = os.environ, *, in_container: bool = False
 ) -> NotificationSettings:
-    """Return the notification settings, empty without `notify.toml`. Raise UsageError if `notify.toml` is invalid.
+    """Return the settings in `notify.toml`, or empty settings without the file. Raise UsageError if the file is
+    invalid.
 
-    A manager in a container can write `notify.toml`, but must not choose a command for its user. If the home was ever
-    used by a manager in a container, commands are refused outside a container.
+    A manager in a container can write `notify.toml`, but must not choose a command that runs outside its container. If
+    a manager in a container has ever used the home, commands in `notify.toml` are refused outside a container.
     """
     path = home.notify_file
     doc = read_toml(path) if path.exists() else {}
@@ -174,10 +176,10 @@ def read_notifications(
 
 
 def notification_variables(home: Home, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Return the names of the set environment variables that the manager needs for its notifications.
+    """Return the names of those environment variables in `environ` that the manager needs for notifications.
 
-    The manager needs the variables that the grid's targets name, and those that jobs may name. Raise UsageError if
-    `notify.toml` is invalid.
+    The manager needs the variables that the grid's targets name, and the variables that jobs may name. Raise UsageError
+    if `notify.toml` is invalid.
     """
     read_notifications(home, environ, in_container=True)
     doc = read_toml(home.notify_file) if home.notify_file.exists() else {}
@@ -215,7 +217,7 @@ def notification_watcher(home: Home, *, in_container: bool = False) -> Callable[
 
 
 def _limits_of_jobs(where: str, table: Any) -> tuple[frozenset[str], dict[str, frozenset[str]]]:
-    """Return the local origins that jobs' targets may use, and the allowed origins of each secret."""
+    """Return the local origins that jobs' targets may use, and the permitted origins of each secret."""
     _require(
         isinstance(table, dict) and isinstance(table.get("secrets", {}), dict),
         f"{where}: [{JOBS}] must be a table with the limits of jobs, and [{JOBS}.secrets] a table too.",
@@ -258,8 +260,7 @@ def _origins(where: str, texts: Any) -> frozenset[str]:
 
 
 def _target(where: str, name: str, table: Any, environ: Mapping[str, str]) -> Target:
-    # The module `core.text` is imported here and not at the start. `core.text` imports the whole job file module, which
-    # would slow every worker's start.
+    # Only the function `_target` needs the module `core.text`.
     from batchlab.core import text as units
 
     def require(is_valid: object, problem: str, remedy: str) -> None:
@@ -290,7 +291,7 @@ def _target(where: str, name: str, table: Any, environ: Mapping[str, str]) -> Ta
     require(isinstance(jobs, bool), f"has jobs = {jobs!r}", "Write true if jobs may name it, else false.")
     address = "" if kind == "command" else str(table[kind])
     if address.startswith(_ENV):
-        # The address of a target may be a secret, so an environment variable may contain it.
+        # The address of a target may be a secret, so the user may write the address in an environment variable.
         variable = address.removeprefix(_ENV)
         address = environ.get(variable, "")
         require(

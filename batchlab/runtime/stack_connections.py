@@ -1,7 +1,7 @@
-"""Connections to the parts of a stack on AWS: its secrets, its manager, and its ledger.
+"""Connections to the secrets, the manager, and the ledger of a stack on AWS.
 
 Invariants: a client reaches the manager through Session Manager, so the manager's instance does not open any port.
-Every connection to a database is encrypted, and its certificate is checked.
+Every connection to a database is encrypted, and the client checks the certificate of the database.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from batchlab.core.ports import Ledger
 from batchlab.runtime.aws_deployment import MANAGER_PORT, AwsDeployment, Database
 
 PLUGIN = "session-manager-plugin"
-"""Name of AWS's program that forwards a session to a local port.
+"""Name of AWS's program that forwards a session of Session Manager to a local port.
 
 The AWS CLI also runs the program session-manager-plugin.
 """
 _GRANTED = "AWS_SSM_START_SESSION_RESPONSE"
-"""Environment variable with the token of a session.
+"""Name of the environment variable that contains the token of a session.
 
-session-manager-plugin reads the token from this variable if the plugin's first argument is the name of the variable.
+The program session-manager-plugin reads the token from the environment variable that its first argument names.
 """
 _DOCUMENT = "AWS-StartPortForwardingSession"
 
@@ -40,7 +40,7 @@ def secret_text(region: str, secret: str) -> str:
 
 
 def manager_instance(at: AwsDeployment) -> str:
-    """Return the id of the manager's instance. Raise Unreachable while no instance is InService."""
+    """Return the id of the manager's EC2 instance. Raise Unreachable while the instance is not InService."""
     scaling = client(Endpoint(region=at.region), "autoscaling", connections=1)
     with closing(scaling), translated(f"Auto Scaling group {at.manager_group!r}"):
         groups = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=[at.manager_group])["AutoScalingGroups"]
@@ -98,7 +98,7 @@ def open_session(at: AwsDeployment, instance: str, port: int, log: Path) -> subp
 def open_ledger(at: AwsDeployment, file: Path) -> Ledger:
     """Return the ledger of the stack. The ledger connects at the first call.
 
-    `file` is the path of the ledger if the stack stores it in a file.
+    `file` is the path of the ledger if the stack stores the ledger in a file.
     """
     if at.database:
         return _postgres(at.database, Endpoint(region=at.region))

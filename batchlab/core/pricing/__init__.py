@@ -1,1 +1,1 @@
-"""Costs of a grid on AWS: price book, estimate, and bill, as arithmetic on given facts."""
+"""Costs of a grid on AWS: the price book, the estimate, and the bill."""

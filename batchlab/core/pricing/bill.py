@@ -1,7 +1,7 @@
-"""Bill of a run: its actual or hypothetical cost on AWS, split by purpose.
+"""Bill of a job: the actual or hypothetical cost of the job on AWS, split by purpose.
 
-Invariant: the lines of a bill add up to its total. Every billed instance second is in exactly one of compute, wasted
-work, and idle. Figures that are calculated and not counted are marked as derived.
+Invariant: the lines of a bill add up to its total. Every billed instance second counts as exactly one of compute,
+wasted work, and idle. Figures of a bill that are calculated and not counted are marked as derived.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from batchlab.core.pricing.request_costs import Pace, Requests, TransferredData
 from batchlab.core.pricing.usage import Account, Kind
 
 UNUSED = 0.15
-"""Assumed idle share of the instance time of a run whose instance time was not counted."""
+"""Assumed idle share of the instance time of a job whose instance time was not counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageUse:
-    """Useful work of a stage: the seconds of tasks that succeeded, and the slots of each task."""
+    """Useful work of a stage: the run time of tasks that succeeded, and the slots of each task."""
 
     name: str
     pool: str
@@ -42,7 +42,7 @@ class StageUse:
 
 @dataclass(frozen=True, slots=True)
 class PoolFacts:
-    """Slots per instance of a pool, and the instance type and the disk of the pool on AWS."""
+    """Slots per instance, instance type, and disk of a pool on AWS."""
 
     slots: int
     instance_type: str = ""
@@ -95,10 +95,10 @@ def bill(
 ) -> Bill:
     """Return the bill of one job, at list prices in USD.
 
-    Instance seconds are derived from task times if the job does not have an account, or if its account was not recorded
-    from the start. Requests that were not counted, as on a backend without S3 and SQS, are derived from bundles and
-    time. `stored_bytes` is the size of the job's objects in the bucket. `moved` describes the data that has left the
-    bucket.
+    Instance seconds are derived from task times if the job does not have an account, or if the account does not cover
+    the whole job. If requests were not counted, as on a backend without S3 and SQS, the number of requests is derived
+    from bundles and time. `stored_bytes` is the size of the job's objects in the bucket. `moved` describes the data
+    that has left the bucket.
     """
     notes: list[str] = []
     account = account or Account(is_whole=False)
@@ -127,7 +127,9 @@ def bill(
 
 
 def seconds(pool: str, facts: PoolFacts, stages: Sequence[StageUse], account: Account | None) -> Billed:
-    """Return the billed seconds of one pool's instances, which are derived unless all of them were counted."""
+    """Return the billed seconds of one pool's instances. If some seconds were not counted, the result is derived from
+    task times.
+    """
     account = account or Account(is_whole=False)
     derived = not account.is_whole
     useful_s = sum(s.run_s * s.slots for s in stages if s.pool == pool) / facts.slots
@@ -136,7 +138,8 @@ def seconds(pool: str, facts: PoolFacts, stages: Sequence[StageUse], account: Ac
     needed_s = (useful_s + wasted_s) / (1 - UNUSED) if derived else useful_s + wasted_s
     if derived and needed_s:
         needed_s = max(needed_s, MIN_BILLED_S)
-    # The work time may exceed the billed time because clocks differ, so the larger of the two is the billed time.
+    # The work time may exceed the billed time because clocks differ, so return the larger of the work time and the
+    # billed time.
     return Billed(max(all_s, needed_s), useful_s, wasted_s)
 
 
@@ -204,9 +207,9 @@ def _moved(moved: TransferredData, account: Account, book: PriceBook, notes: lis
 
 
 def burn_usd_h(living: Mapping[Kind, int], types: Mapping[str, str], book: PriceBook) -> Usd:
-    """Return the cost per hour of the running instances, given their number by kind.
+    """Return the cost per hour of the running instances. `living` has the number of instances by kind.
 
-    `types` has the instance type by pool, for kinds without an instance type.
+    `types` maps each pool to an instance type for kinds without an instance type.
     """
     usd = NOTHING
     for kind, number in living.items():

@@ -1,7 +1,7 @@
-"""Estimate of a run's cost before the run: lines with ranges, and the assumptions of the estimate.
+"""Estimate of a job's cost before the job runs: cost lines with ranges, and the assumptions of the estimate.
 
-Invariant: the functions are pure arithmetic. The best, the typical, and the worst case use the same formulas. The
-estimate lists every assumed number.
+Invariant: the functions are pure arithmetic. The estimates of the best, the typical, and the worst case use the same
+formulas. An estimate lists every number that it assumes.
 """
 
 from __future__ import annotations
@@ -29,25 +29,27 @@ from batchlab.core.pricing.request_costs import Pace, Requests
 from batchlab.core.protocol import settlement
 
 BOOT_S = (30.0, 60.0, 180.0)
-"""Seconds from launch to the first bundle in the three cases, for pools that do not set `boot_s`."""
+"""Seconds from an instance's launch to its first bundle in the best, typical, and worst case, for pools without
+`boot_s`.
+"""
 USED = (1.0, 0.9, 0.7)
-"""Share of the slots' time that tasks use while the stage has work, in the three cases."""
+"""Share of the slots' time that tasks use while the stage has work, in the best, typical, and worst case."""
 REQUESTS = (0.75, 1.0, 1.7)
-"""Factors for the measured requests of a bundle in the three cases.
+"""Factors for the measured requests of a bundle in the best, typical, and worst case.
 
 A bundle in the best case has few heartbeats and does not read a plan. A bundle in the worst case also writes a log.
 """
 SPOT_WASTE = (0.0, 0.02, 0.10)
-"""Share of the work that is lost to Spot interruptions in the three cases."""
+"""Share of the work that is lost to Spot interruptions in the best, typical, and worst case."""
 MEASURED = (0.8, 1.0, 1.25)
-"""Factors by which task times may differ from the task times of an earlier run, in the three cases."""
+"""Factors by which task times may differ from measured task times, in the best, typical, and worst case."""
 
 Three = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class StageLoad:
-    """Work of a stage: the number of its tasks and the seconds of each task, in the three cases."""
+    """Work of a stage: the number of tasks and the seconds of each task, in the best, typical, and worst case."""
 
     name: str
     tasks: Three
@@ -56,7 +58,7 @@ class StageLoad:
     bundle: int | None = None
     pool: str = "default"
     chained: str = ""
-    """The upstream stage that this stage follows item by item, or ""."""
+    """Name of the upstream stage whose results the stage processes item by item, or ""."""
     reads_raw: bool = False
     """Whether each task reads its part of the input from the bucket."""
 
@@ -89,7 +91,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Estimate of a run: its cost lines, its duration in seconds, its instances by pool, and its assumptions."""
+    """Estimate for a job: cost lines, duration in seconds, number of instances by pool, and assumptions."""
 
     items: tuple[Item, ...]
     span_s: Three
@@ -120,7 +122,8 @@ def bundles_of(tasks: int, slots: int, mean_s: float, fixed: int | None) -> int:
         return 0
     first = [] if fixed is not None else settlement.wave(tasks, slots, None, None, tasks)
     remaining, bundles = tasks - sum(first), len(first)
-    # The size of a bundle with many remaining tasks depends on the task time alone, and only the last bundles shrink.
+    # While a stage has many remaining tasks, the bundle size depends on the task time alone. Only the last bundles
+    # shrink.
     largest = settlement.bundle_size(10**12, slots, mean_s, fixed)
     bulk = max(0, (remaining - largest * slots * settlement.SHARES) // largest)
     remaining, bundles = remaining - bulk * largest, bundles + bulk
@@ -132,9 +135,9 @@ def loads(
 ) -> tuple[list[StageLoad], list[str]]:
     """Return the work of each stage, and the assumptions of the estimate.
 
-    A root stage has `root_tasks` tasks, a chained stage has as many as its upstream stage, and a gather of all results
-    has one task. `task_counts` overrides the numbers of tasks by stage. Raise UsageError if the task time of a stage is
-    unknown.
+    A root stage has `root_tasks` tasks, a chained stage has as many tasks as its upstream stage, and a gather of all
+    results has one task. `task_counts` maps stages to numbers of tasks that take precedence. Raise UsageError if the
+    task time of a stage is unknown.
     """
     stage_loads: dict[str, StageLoad] = {}
     assumed: list[str] = []
@@ -185,7 +188,7 @@ def estimate(
 ) -> Estimate:
     """Return the estimated cost of the stages on the pools, in USD at list prices.
 
-    `result_bytes` is the size of the results that are fetched, or None if it is unknown. Raise UsageError for an
+    `result_bytes` is the size of the results that are fetched, or None if the size is unknown. Raise UsageError for an
     instance type without a price.
     """
     policy = policy or Policy()
@@ -221,7 +224,7 @@ def estimate(
 
 
 class _Case:
-    """One of the three cases of an estimate. `which` is 0 for the best case and 2 for the worst case."""
+    """The best, the typical, or the worst case of an estimate, with `which` set to 0, 1, or 2."""
 
     def __init__(
         self, which: int, stages: Sequence[StageLoad], pools: Sequence[PoolPlan], policy: Policy, input_files: int
@@ -232,10 +235,12 @@ class _Case:
         self._input_files = input_files
         self.instances: dict[str, int] = {}
         self.busy_s: dict[str, float] = {}
-        """Instance seconds with tasks by pool, including lost work."""
+        """Seconds for which instances run tasks, by pool, including lost work."""
         self.wasted_s: dict[str, float] = {}
         self.idle_s: dict[str, float] = {}
-        """Instance seconds without tasks: boot, tail, and the billed minimum."""
+        """Billed seconds for which instances do not run tasks: the boot, the idle end, and the rest of the minimum
+        time.
+        """
         self.bundles: dict[str, float] = {}
         self.span_s = 0.0
         self._slots: dict[str, int] = {}
@@ -251,7 +256,7 @@ class _Case:
         stage_loads = [stage for stage in self._stages if stage.pool == pool.name]
         work_s = sum(s.tasks[which] * s.seconds[which] * s.slots for s in stage_loads)
         parallel = max((s.tasks[which] * s.slots for s in stage_loads), default=0.0)
-        # The number of instances is calculated as in the autoscaler.
+        # The autoscaler calculates the number of instances with the same formula.
         needed = math.ceil(work_s / (policy.drain_target_s * pool.slots))
         useful = math.ceil(parallel / pool.slots)
         count = max(pool.min_size, min(pool.max_size, max(1, min(needed, useful))))
@@ -268,7 +273,7 @@ class _Case:
         self._slots[pool.name] = count * pool.slots
 
     def requests(self) -> Requests:
-        """Return the number of all requests to SQS and S3 in the case."""
+        """Return the numbers of requests to SQS and S3 in the best, typical, or worst case."""
         requests = request_costs.of_bundles(sum(self.bundles.values())).times(REQUESTS[self.which])
         pace = self._policy.pace
         for stage in self._stages:

@@ -1,4 +1,4 @@
-"""Hourly cost of a stack: while it is idle, and for each additional worker.
+"""Hourly cost of an idle stack, and hourly cost of each additional worker.
 
 Invariant: the hourly cost is a function of the stack's parameters and the price book. The hourly cost does not include
 charges by use (requests, data, logs), which are listed separately.
@@ -16,7 +16,7 @@ from batchlab.core.pricing.price_book import HOURS_A_MONTH, WORKER_DISK_GB, Item
 
 EGRESS = (request_costs.ENDPOINTS, request_costs.NAT)
 LEDGERS = ("sqlite", "postgres", "simpledb")
-"""Values of the stack's parameter Ledger. The default value of Ledger is the first in the tuple."""
+"""Values of the stack's parameter Ledger. The first value is the default."""
 ZONES = {"one": 1, "two": 2}
 _LIST = (
     "before tax, free tiers and discounts; Spot by an assumed range of discounts, unless the price "
@@ -26,11 +26,11 @@ _LIST = (
 
 @dataclass(frozen=True, slots=True)
 class StackShape:
-    """Numbers of the template's resources that do not depend on parameters.
+    """Numbers of those resources in the stack's template that do not depend on parameters.
 
     AWS bills interface endpoints for each zone. The gateway endpoint of S3 is free. `alarms` is the number of the
-    stack's own alarms, and `pool_alarms` is the number of alarms of each pool. `secrets` does not include the
-    database's own secret.
+    stack's own alarms, and `pool_alarms` is the number of alarms of each pool. `secrets` is the number of secrets
+    without the database's own secret.
     """
 
     zones: int = 2
@@ -43,10 +43,10 @@ class StackShape:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """Hourly cost of one more worker of a pool.
+    """Hourly cost of one additional worker of a pool.
 
-    `mixed` is the average cost with the pool's on-demand share, which applies to instances above the first
-    `on_demand_base` instances.
+    `mixed` is the average hourly cost of a worker beyond the first `on_demand_base` instances, with the pool's share of
+    on-demand instances.
     """
 
     pool: str
@@ -81,7 +81,7 @@ class Hourly:
     workers: tuple[Worker, ...]
     prices: str
     by_use: str
-    """Sentence about the charges by use."""
+    """Sentence about the charges that depend on use, such as requests and data."""
 
     @property
     def idle_usd_h(self) -> Usd:
@@ -98,7 +98,7 @@ class Hourly:
         }
 
     def text(self) -> str:
-        """Return the hourly cost as a text for a person, which is shown before the stack is created."""
+        """Return the hourly cost of a stack as text. The text is shown before the stack is created."""
         width = max(len(item.what) for item in self.idle)
         lines = ["While nothing runs, per hour:"]
         lines += [f"{item.what:<{width}}  {item.usd}" for item in self.idle]
@@ -117,10 +117,11 @@ def hourly_cost(
 ) -> Hourly:
     """Return the hourly cost of a stack with the given parameters in `region`.
 
-    The default of `region` is the region of the price book. `parameters` are named as in `backends/aws/stack.yaml`,
-    with texts or numbers as values. A missing parameter has the template's default. Each parameter `Pool…InstanceTypes`
-    defines one pool. The first instance type of a pool determines the on-demand price, and all of its instance types
-    determine the range of the Spot price. Raise UsageError for a type, class, or region without a price.
+    The default of `region` is the region of the price book. `parameters` maps parameter names of
+    `backends/aws/stack.yaml` to texts or numbers. A missing parameter has the default value of the template. Each
+    parameter `Pool…InstanceTypes` defines one pool. The first instance type of a pool determines the on-demand price,
+    and all of its instance types determine the range of the Spot price. Raise UsageError for an instance type, a
+    database class, or a region without a price.
     """
     if region:
         prices = prices.at(region)
@@ -217,7 +218,7 @@ def _workers(p: Mapping[str, object], prices: PriceBook) -> list[Worker]:
         names = [price.strip() for price in str(p[key]).split(",") if price.strip()]
         if not names:
             raise UsageError(f"{key} does not name an instance type.", remedy="Write for example m7i.large.")
-        # The template's defaults are an on-demand base of 0 and Spot for all other instances.
+        # By default, the template uses only Spot Instances.
         percent = _number(p, f"{prefix}OnDemandPercent", 0.0)
         disk = Usd.exactly(_disk_usd_h(prices, _number(p, f"{prefix}DiskGiB", WORKER_DISK_GB)))
         on_demand = prices.instance_usd_h(names[0])
@@ -263,7 +264,7 @@ def _number(p: Mapping[str, object], key: str, default: float) -> float:
 
 
 def _one_of(p: Mapping[str, object], key: str, choices: tuple[str, ...]) -> str:
-    """Return the value of a parameter, by default the first of `choices`."""
+    """Return the value of a parameter, by default the first value in `choices`."""
     value = str(p.get(key) or choices[0])
     if value not in choices:
         raise UsageError(f"{key} is {value!r}.", remedy=f"Write {', '.join(choices)}.")

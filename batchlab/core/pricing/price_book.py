@@ -22,9 +22,9 @@ from batchlab.core.model import Market
 
 CURRENCY = "USD"
 HOURS_A_MONTH = 730.0
-"""Hours of a month in AWS's monthly prices."""
+"""Number of hours that a month has in AWS's monthly prices."""
 GB = 1024.0**3
-"""Bytes of a GB in AWS's storage prices."""
+"""Number of bytes that a GB has in AWS's storage prices."""
 MIN_BILLED_S = 60.0
 """Minimum billed time of an instance in seconds.
 
@@ -34,7 +34,7 @@ WORKER_DISK_GB = 50.0
 """Default size of a worker's gp3 disk in the stack. The stack's parameter PoolDiskGiB overrides WORKER_DISK_GB."""
 
 PATTERN = r"^\s*(\d+(\.\d+)?|\.\d+)\s*[Uu][Ss][Dd]\s*$"
-"""Regular expression of the texts that `parse` accepts, for a JSON Schema."""
+"""Regular expression for the texts that `parse` accepts. A JSON Schema uses PATTERN."""
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*|\$)")
 
 
@@ -86,7 +86,7 @@ def total(items: Iterable[Item]) -> Usd:
 
 
 def range_json(usd: Usd) -> dict[str, float]:
-    """Return the range as JSON. The JSON member that contains the range has the currency in its name."""
+    """Return the range as JSON. The name of the JSON member that contains the range must contain the currency."""
     return {"low": usd.low, "typical": usd.typical, "high": usd.high}
 
 
@@ -104,7 +104,7 @@ def shown(usd: float) -> str:
 
 
 def parse(text: str) -> float:
-    """Return the dollars in a text such as "5USD", "5 USD", or "0.50 usd".
+    """Return the amount in US dollars in a text such as "5USD", "5 USD", or "0.50 usd".
 
     Raise UsageError if the text is not an amount in US dollars.
     """
@@ -139,10 +139,12 @@ BLOCKS: Mapping[str, Sequence[str]] = {
     "cloudwatch": ("logs_usd_per_gb", "logs_usd_per_gb_month", "usd_per_alarm_month"),
     "simpledb": ("usd_per_machine_hour", "usd_per_gb_month"),
 }
-"""Names of the prices in each block."""
+"""Names of the prices in each block of a price book."""
 
 TABLES: Mapping[str, str] = {"on_demand": "usd_per_hour", "rds": "usd_per_hour", "spot": "usd_per_hour"}
-"""Blocks that have a table of prices by instance type or class. The block `spot` may lack its table."""
+"""Blocks of a price book that have a table of prices by instance type or database class. The block `spot` may lack its
+table.
+"""
 
 AS_IF = "m7i.large"
 """Instance type whose price applies to pools without an instance type."""
@@ -152,7 +154,7 @@ HOW = "`batchlab prices refresh --from FILE` takes prices from a file; see docs/
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Prices with the same region, date, and source. Prices are in USD, and discounts are shares of 1."""
+    """Block of prices with the same region, date, and source. Prices are in USD, and discounts are shares of 1."""
 
     name: str
     region: str
@@ -165,19 +167,19 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class PriceBook:
-    """Price book: all blocks of prices by name."""
+    """Price book, which consists of named blocks of prices."""
 
     blocks: Mapping[str, Block]
     path: Path | None = None
 
     @property
     def region(self) -> str:
-        """Return the region of the book's instance prices."""
+        """Return the region of the price book's instance prices."""
         return self.blocks["on_demand"].region
 
     @property
     def source(self) -> str:
-        """Return the region and the newest date of the prices, as a part of a sentence."""
+        """Return the region and the newest date of the prices in the price book, as a part of a sentence."""
         day = max(block.date for block in self.blocks.values())
         return f"AWS's list prices of {self.region} in USD, as of {day.isoformat()}"
 
@@ -186,7 +188,7 @@ class PriceBook:
         return self.blocks[block].prices[price]
 
     def at(self, region: str) -> PriceBook:
-        """Return the book for prices in `region`. Raise UsageError if the book is for another region."""
+        """Return the price book itself. Raise UsageError if the price book is for another region than `region`."""
         others = sorted({b.region for b in self.blocks.values() if b.region != region})
         if others:
             names = ", ".join(n for n, b in self.blocks.items() if b.region != region)
@@ -197,9 +199,9 @@ class PriceBook:
         return self
 
     def instance_usd_h(self, name: str, market: Market = Market.ON_DEMAND) -> Usd:
-        """Return the price per hour of an instance of the type `name`.
+        """Return the price per hour of an instance with the instance type `name`.
 
-        A Spot price is a range. Raise UsageError if the type is not in the price book.
+        A Spot price is a range. Raise UsageError if the instance type is not in the price book.
         """
         on_demand = self._of_type("on_demand", name, "instance type")
         if market is Market.ON_DEMAND:
@@ -214,7 +216,7 @@ class PriceBook:
         )
 
     def rate(self, type_: str, market: Market, otherwise: str = "") -> Usd:
-        """Return the price per hour as `instance_usd_h` does, for a type that may not be in the price book.
+        """Return the price per hour of an instance type that may not be in the price book.
 
         If the price book does not have `type_`, return the price of the type `otherwise`, or else of AS_IF.
         """
@@ -239,7 +241,7 @@ class PriceBook:
 
 
 def load(home: Path | None = None) -> PriceBook:
-    """Return the grid's own price book if the folder `home` has one, or else the price book that ships with batchlab.
+    """Return the price book in the folder `home` of a grid, by default the price book that ships with batchlab.
 
     Raise UsageError if the price book is not valid.
     """
@@ -334,7 +336,7 @@ def _check_spot(path: Path, prices: Mapping[str, float]) -> None:
 
 
 def write(book: PriceBook) -> str:
-    """Return the price book as TOML, from which `from_doc` returns an equal price book."""
+    """Return the price book as TOML. `from_doc` reads an equal price book from the TOML document."""
     lines = [f'currency = "{CURRENCY}"']
     for name, block in book.blocks.items():
         lines += ["", f"[{name}]", f"region = {_text(block.region)}"]

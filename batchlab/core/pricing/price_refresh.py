@@ -1,6 +1,6 @@
 """Import of newer prices from files (AWS's price lists, AWS's Spot history, or a small CSV).
 
-Invariant: a refused file does not change any price. Prices that an imported file does not contain stay unchanged.
+Invariant: a refused file does not change any price. A price that an imported file does not contain stays unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _METADATA_ROWS = 5
 class ImportedPrices:
     """Prices that a file contains for one block of the price book.
 
-    `table` has prices in USD per hour by type. `prices` has prices by their names in the price book.
+    `table` has prices in USD per hour by instance type. `prices` has prices by their names in the price book.
     """
 
     block: str
@@ -49,8 +49,8 @@ class ImportedPrices:
 def refreshed(book: PriceBook, imported: ImportedPrices) -> PriceBook:
     """Return the price book with the imported prices.
 
-    Imported prices of another region replace all prices of the block. Imported prices of the same region do not change
-    the prices of other types.
+    If the region of the imported prices differs from the region of the block, the imported prices replace all prices of
+    the block. Otherwise, the import does not change the prices of other instance types.
     """
     before = book.blocks[imported.block]
     same = before.region == imported.region
@@ -67,10 +67,10 @@ def refreshed(book: PriceBook, imported: ImportedPrices) -> PriceBook:
 
 
 def find(path: Path, *, region: str = "", day: date | None = None) -> ImportedPrices:
-    """Return the prices in a file of any known format.
+    """Return the prices in a file with a price list, a Spot history, or a small CSV.
 
     `region` selects the region if the file has several regions. `day` is required if the file lacks a date. Raise
-    UsageError if the file cannot be used.
+    UsageError if the file does not contain usable prices.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -132,7 +132,8 @@ _OFFERS: Mapping[str, tuple[str, Mapping[str, str]]] = {
         {"databaseengine": "PostgreSQL", "deploymentoption": "Single-AZ", "productfamily": "Database Instance"},
     ),
 }
-"""Block of each offer in AWS's price list, and the attributes that a row of the offer must have."""
+"""Map of each offer in AWS's price list to a block of the price book and the required attributes of the offer's rows.
+"""
 
 
 def _offer(code: str, published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str) -> ImportedPrices:
@@ -152,8 +153,8 @@ def _offer(code: str, published: str, rows: Iterable[Mapping[str, str]], path: P
         usd_h = _price(row.get("priceperunit", ""), path)
         if not (name and place and usd_h):
             continue
-        # Some types have several offers, such as storage with and without I/O. The cheapest offer of a type is the
-        # plain offer.
+        # AWS has several offers for some instance types, such as storage with and without I/O. Take the cheapest offer,
+        # which is the offer without extras.
         known = table.setdefault(place, {})
         known[name] = min(usd_h, known.get(name, usd_h))
     day = _day(published, path)
@@ -165,14 +166,14 @@ _TRANSFERS: Mapping[str, str] = {
     "DataTransfer-Out-Bytes": "internet_usd_per_gb",
     "DataTransfer-Regional-Bytes": "zone_usd_per_gb_each_way",
 }
-"""Usage types of data transfer in the price book, without the region prefix that most usage types have."""
+"""Map of AWS's usage types of data transfer, without their region prefix, to names of prices in the price book."""
 
 
 def _transfer(published: str, rows: Iterable[Mapping[str, str]], path: Path, region: str) -> ImportedPrices:
     """Return the prices of data transfer.
 
-    For a price with tiers, the highest tier price is taken, which is the price of the first billed tier. An earlier
-    tier is free, and each later tier is cheaper.
+    If a price has tiers, take the highest price, which is the price of the first billed tier. The tier before the first
+    billed tier is free, and each later tier is cheaper.
     """
     table: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -224,7 +225,7 @@ def _plain(name: str) -> str:
 
 
 def _spot(history: Iterable[Mapping[str, Any]], path: Path, region: str) -> ImportedPrices:
-    """Return the lowest, median, and highest Spot price of each type, over all zones and times."""
+    """Return the lowest, median, and highest Spot price of each instance type over all zones and times."""
     prices_by_region: dict[str, dict[str, list[float]]] = {}
     newest = ""
     for entry in history:

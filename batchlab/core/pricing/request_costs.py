@@ -1,11 +1,11 @@
 """Counts and estimates of requests to S3 and SQS, and the costs of requests and data transfer.
 
 Estimates use the model of `benchmarks/request_counts.py`. The number of most requests is proportional to the number of
-bundles. The number of polls is proportional to time: workers poll their job's control object, and the manager polls its
-queues.
+bundles. The number of polls is proportional to time, because workers poll their job's control object and the manager
+polls its queues.
 
-Invariants: a count never decreases, so the last reported count is the total. The cost of data transfer covers counted
-bytes only. The bill lists the kinds of data transfer that are not counted.
+Invariants: a count of requests never decreases, so the last reported count is the total. The cost of data transfer
+covers only counted bytes. The bill lists the kinds of data transfer that are not counted.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from dataclasses import astuple, dataclass
 from batchlab.core.pricing.price_book import GB, Item, PriceBook, Usd, shown
 
 STEP_BYTES = 64 * 1024
-"""SQS bills each started step of 64 KiB in a payload as a request (aws.amazon.com/sqs/pricing)."""
+"""Number of bytes of a payload that SQS bills as one request (aws.amazon.com/sqs/pricing)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
     """Numbers of billed requests.
 
-    `sqs` counts every step of 64 KiB, and `sqs_empty` counts the receives without messages. `s3_puts` counts PUT, COPY,
-    POST, and LIST, and `s3_gets` counts GET, HEAD, and all other requests. DELETE is free and is counted for
-    information only. `sqs_bytes` is the number of bytes of messages' bodies in both directions, which AWS bills for a
-    NAT gateway or a VPC endpoint.
+    `sqs` counts every started 64 KiB of a payload as a request, and `sqs_empty` counts the receives without messages.
+    `s3_puts` counts PUT, COPY, POST, and LIST, and `s3_gets` counts GET, HEAD, and all other requests. DELETE requests
+    are free and are counted for information only. `sqs_bytes` is the number of bytes of sent and received message
+    bodies, which AWS bills for a NAT gateway or a VPC endpoint.
     """
 
     sqs: float = 0
@@ -58,11 +58,13 @@ class WorkerRequests:
     instance: str
     requests: Requests
     is_spot: bool = False
-    """Whether the worker's instance is a Spot Instance, which the description of its group does not contain."""
+    """Whether the worker's instance is a Spot Instance. The description of an Auto Scaling group does not say which
+    instances are Spot Instances.
+    """
 
 
 def steps(payload_bytes: int) -> int:
-    """Return the number of requests that SQS bills for one call with a payload of this size."""
+    """Return the number of requests that SQS bills for one call with a payload of `payload_bytes`."""
     return max(1, -(-payload_bytes // STEP_BYTES))
 
 
@@ -75,7 +77,7 @@ class RequestCounter:
         self._sqs = self._empty = self._puts = self._gets = self._deletes = self._sqs_bytes = 0
 
     def sqs(self, payload_bytes: int = 0) -> None:
-        """Count one call of SQS with a payload of this size in its request or response."""
+        """Count one call of SQS whose request or response has a payload of `payload_bytes`."""
         with self._lock:
             self._sqs += steps(payload_bytes)
             self._sqs_bytes += payload_bytes
@@ -98,7 +100,7 @@ class RequestCounter:
             self._gets += requests
 
     def delete(self) -> None:
-        """Count a DELETE, or a DeleteObjects call, which is a POST but also free."""
+        """Count a free request, which is a DELETE or a POST of DeleteObjects."""
         with self._lock:
             self._deletes += 1
 
@@ -111,20 +113,20 @@ class RequestCounter:
 PER_BUNDLE = Requests(sqs=7.5, s3_puts=1.5, s3_gets=1.0)
 """Requests per bundle by the manager and the workers, measured on `ministack` with two workers.
 
-SQS requests per bundle: a send, a receive, and a delete each for the bundle and for its event, and a share of the
-heartbeats' requests. S3 requests per bundle: a PUT of the outcome, half a PUT of the cut, and a GET of the part of the
-plan with the inputs. A bundle whose tasks write output needs another PUT for the log.
+The SQS requests of a bundle are a send, a receive, and a delete of the bundle's message, the same three requests for
+the message with its event, and a share of the heartbeats. The S3 requests of a bundle are a PUT of the outcome, half a
+PUT of the cut, and a GET of the inputs. A bundle whose tasks write output needs another PUT for the log.
 """
 
 BILLED_POLL_S = 5.0
 """Interval in seconds at which a long poll of an empty queue costs one request on AWS (see `adapters.aws.sqs`).
 
-The estimate of polls ignores that the interval is 20 s on a quiet queue, so the estimate is too high for long waits.
+AWS bills one request per 20 s on a quiet queue, so an estimate with BILLED_POLL_S is too high for long waits.
 """
 LOOKS_A_LEASE = 3
 """Number of times that a worker reads a job's control object in each control lease."""
 EVENT_REQUESTS = 3
-"""Number of requests per heartbeat: send, receive, and delete."""
+"""Number of SQS requests per heartbeat, which are a send, a receive, and a delete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +140,15 @@ class Pace:
 
 
 def of_bundles(bundles: float) -> Requests:
-    """Return the requests for a number of bundles."""
+    """Return the estimated numbers of requests for `bundles` bundles."""
     return PER_BUNDLE.times(bundles)
 
 
 def of_workers(busy_s: float, bundle_s: float, pace: Pace) -> Requests:
-    """Return the requests of workers that run bundles of `bundle_s` for `busy_s` in total.
+    """Return the estimated numbers of requests of workers that run bundles of `bundle_s` seconds for `busy_s` seconds
+    in total.
 
-    The requests of workers are reads of control objects and, for long bundles, visibility heartbeats and heartbeats.
+    The estimate covers the reads of control objects and, for long bundles, the visibility heartbeats and heartbeats.
     """
     extended = busy_s / (pace.visibility_s / 3) if bundle_s > pace.visibility_s / 3 else 0.0
     beats = busy_s / pace.beat_s if bundle_s > pace.beat_s else 0.0
@@ -153,15 +156,15 @@ def of_workers(busy_s: float, bundle_s: float, pace: Pace) -> Requests:
 
 
 def of_idle_workers(idle_s: float) -> Requests:
-    """Return the requests of workers that wait for work."""
+    """Return the estimated numbers of requests of workers that wait for work for `idle_s` seconds in total."""
     polls = idle_s / BILLED_POLL_S
     return Requests(sqs=polls, sqs_empty=polls)
 
 
 def of_manager(span_s: float, pools: int, pace: Pace) -> Requests:
-    """Return the requests of a manager that has jobs for `span_s`.
+    """Return the estimated numbers of requests of a manager that has jobs for `span_s` seconds.
 
-    The manager reads the depth of each pool's queue at every tick, at most once a second, and polls for events.
+    The manager reads the depth of each pool's queue at every tick, at most once a second, and polls the events queue.
     """
     polls = span_s / BILLED_POLL_S
     return Requests(sqs=span_s / max(pace.tick_s, 1.0) * pools + polls, sqs_empty=polls)
@@ -176,7 +179,7 @@ def usd_of(requests: Requests, prices: PriceBook) -> tuple[float, float]:
 
 
 def items(cases: Sequence[Requests], prices: PriceBook, source: str) -> list[Item]:
-    """Return the two lines of a bill for SQS and S3.
+    """Return two lines of a bill: the line for SQS and the line for S3.
 
     `cases` are the lowest, the typical, and the highest numbers of requests.
     """
@@ -210,15 +213,15 @@ class TransferredData:
 
 
 def out_of_aws(size_bytes: float, prices: PriceBook, how: str) -> Item:
-    """Return the line of the bill for a number of bytes that leave AWS."""
+    """Return the line of the bill for `size_bytes` bytes that leave AWS."""
     usd = size_bytes / GB * prices.price("transfer", "internet_usd_per_gb")
     return Item("data out of AWS", Usd.exactly(usd), f"{size_bytes / GB:,.3f} GB of {how}")
 
 
 def through(egress: str, size_bytes: float, prices: PriceBook) -> Item | None:
-    """Return the line of the bill for a number of bytes between instances and SQS.
+    """Return the line of the bill for `size_bytes` bytes between instances and SQS.
 
-    Return None if AWS does not bill the bytes, or if they pass through the user's own network.
+    Return None if AWS does not bill the bytes, or if the bytes pass through the user's own network.
     """
     if egress not in (ENDPOINTS, NAT) or not size_bytes:
         return None
@@ -233,9 +236,9 @@ def through(egress: str, size_bytes: float, prices: PriceBook) -> Item | None:
 
 
 def nat_usd_gb(prices: PriceBook) -> tuple[float, float, float]:
-    """Return the cost of a GB through the NAT gateway in three cases.
+    """Return the lowest, the typical, and the highest cost in USD of a GB through the NAT gateway.
 
-    In the three cases, none, half, or all of the data comes from another zone than the gateway's.
+    None, half, or all of the data comes from another availability zone than the zone of the gateway.
     """
     gateway = prices.price("network", "nat_usd_per_gb")
     crossing = 2 * prices.price("transfer", "zone_usd_per_gb_each_way")
@@ -243,8 +246,8 @@ def nat_usd_gb(prices: PriceBook) -> tuple[float, float, float]:
 
 
 def not_counted(egress: str) -> list[str]:
-    """Return sentences, without a final period, about the costs that a bill with the route `egress` does not
-    include.
+    """Return sentences about the costs that a bill with the route `egress` does not include. The sentences do not end
+    in a period.
     """
     if egress == OWN:
         return ["what goes through your own network's NAT or endpoints is not in it"]
@@ -255,7 +258,7 @@ def not_counted(egress: str) -> list[str]:
 
 
 def rates(prices: PriceBook, egress: str) -> str:
-    """Return a text with the prices per GB, for data of unknown size."""
+    """Return a text with the prices of data transfer per GB, for data of unknown size."""
     internet = shown(prices.price("transfer", "internet_usd_per_gb"))
     text = f"{internet} per GB out of AWS"
     if egress == ENDPOINTS:

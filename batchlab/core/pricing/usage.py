@@ -2,8 +2,8 @@
 
 Invariants: the functions are pure arithmetic, and counts never decrease. Every billed second is attributed to the jobs
 that the instance runs. The billed seconds of an idle instance are attributed to the jobs that the instance waits for,
-or else to no job. A cost that is committed from a budget stays committed until the budget is created again from the
-actual costs.
+or else to no job. A cost that is committed in a budget stays committed until a new budget is created from the actual
+costs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ K = TypeVar("K")
 MAX_PROCESSES = 20_000
 """Maximum number of processes whose request counts are stored.
 
-The process with the oldest last report is dropped first.
+The process whose last report is the oldest is dropped first.
 """
 _FREE = {LifecycleState.TERMINATED, LifecycleState.WARMED_STOPPED, LifecycleState.WARMED_HIBERNATED}
 """States in which AWS does not bill an instance."""
@@ -40,14 +40,14 @@ class Kind:
 
 
 Rates = Callable[[Kind], float]
-"""Function that returns the USD per hour of an instance."""
+"""Function that returns the price per hour in USD of an instance of a kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accounting:
     """Configuration of the accounts of a grid.
 
-    `rates` returns the price of instances (USD per hour). Without `rates`, caps on cost do not apply. `request_usd`
+    `rates` returns the price of an instance in USD per hour. Without `rates`, caps on cost do not apply. `request_usd`
     returns the price of requests. `tally` counts the requests of the manager's process. `max_cost_usd` is the cap on
     the cost of the whole grid.
     """
@@ -62,8 +62,9 @@ class Accounting:
 class Account:
     """Usage of one job.
 
-    `billed_s` are instance seconds. `failed_s` (failed attempts) and `lost_s` (runs whose instance died) are slot
-    seconds by pool. `is_whole` is true if all usage since the job's start was counted.
+    `billed_s` has instance seconds by kind. `failed_s` has the slot seconds of failed attempts by pool. `lost_s` has
+    the slot seconds by pool of work that was lost because an instance died. `is_whole` is true if all usage since the
+    job's start was counted.
     """
 
     billed_s: dict[Kind, float] = field(default_factory=dict)
@@ -82,11 +83,11 @@ class Account:
         self.failed_s[pool] = self.failed_s.get(pool, 0.0) + seconds
 
     def lose(self, pool: str, seconds: float) -> None:
-        """Count the slot seconds of runs that ended with their instance."""
+        """Count the slot seconds of work that was lost because an instance died."""
         self.lost_s[pool] = self.lost_s.get(pool, 0.0) + seconds
 
     def merge(self, other: Account) -> None:
-        """Merge the account of another process, taking the larger value of each figure."""
+        """Merge the account of another process into this account. The result has the larger value of each figure."""
         _merge_counts(self.billed_s, other.billed_s)
         _merge_counts(self.failed_s, other.failed_s)
         _merge_counts(self.lost_s, other.lost_s)
@@ -124,7 +125,8 @@ class Account:
 class Life:
     """A billed instance.
 
-    `seen_s` is the monotonic time of the last bill, or None if another process billed the instance last.
+    `seen_s` is the monotonic time at which the instance was last billed, or None if another process last billed the
+    instance.
     """
 
     kind: Kind
@@ -139,11 +141,11 @@ class Life:
 
 
 class Meter:
-    """Meter of the whole grid. `nobody` is the usage that is not attributed to a job."""
+    """Meter of the usage of the whole grid. `nobody` is the usage that is not attributed to a job."""
 
     def __init__(self) -> None:
         self.lives: dict[str, Life] = {}
-        """Billed instances by id."""
+        """Billed instances by instance id."""
         self.nobody = Account()
         self.total = Account()
         self._heard: dict[str, Requests] = {}
@@ -160,7 +162,8 @@ class Meter:
         accounts: Mapping[JobId, Account],
         is_spot: bool = False,
     ) -> None:
-        """Bill the instance up to now, divided by the shares of jobs, which sum to 1 or are empty.
+        """Bill the instance up to now, and divide the billed time among the jobs in `shares`. The shares sum to 1 or
+        are empty.
 
         The bill of an instance begins at its launch and covers at least one minute. The Spot price applies from the
         time at which `is_spot` is known.
@@ -174,8 +177,8 @@ class Meter:
         life = self.lives.setdefault(instance.id, Life(kind))
         life.kind = kind
         if life.seen_s is None:
-            # The wall clock may jump, so it only gives the age of an instance at the first bill by this process. Later
-            # bills use the monotonic clock.
+            # The wall clock may jump, so use the wall clock only when this process bills an instance for the first
+            # time. Later, use the monotonic clock.
             life.age_s = max(life.age_s, now_s - instance.launched_s)
         else:
             life.age_s += monotonic_s - life.seen_s
@@ -211,7 +214,7 @@ class Meter:
         if so_far.sqs < before.sqs or so_far.s3_gets < before.s3_gets:
             return
         more = so_far - before
-        # move the process to the end, so that processes that still report are dropped last
+        # Move the process to the end of the dict, so that processes that still report are dropped last.
         self._heard.pop(process, None)
         self._heard[process] = so_far
         while len(self._heard) > MAX_PROCESSES:
@@ -226,7 +229,7 @@ class Meter:
             self.nobody.requests += more.times(left)
 
     def merge(self, other: Meter) -> None:
-        """Merge the counts of another leader that started from the same counts."""
+        """Merge the counts of another leader into this meter. The two leaders started from the same stored counts."""
         self.nobody.merge(other.nobody)
         self.total.merge(other.total)
         for process, requests in other._heard.items():
@@ -235,8 +238,8 @@ class Meter:
             mine = self.lives.setdefault(name, life)
             mine.billed_s = max(mine.billed_s, life.billed_s)
             if mine.age_s < life.age_s:
-                # Reset `seen_s`, because the other leader has billed a part of the interval since our `seen_s`, and
-                # billing must not repeat it.
+                # Reset `seen_s`, because the other leader has billed a part of the time since `seen_s`, and that part
+                # must not be billed twice.
                 mine.age_s, mine.seen_s = life.age_s, None
 
     def to_json(self) -> dict[str, Any]:
@@ -295,7 +298,7 @@ class CapBudget:
         self.committed_usd += usd
 
     def text(self) -> str:
-        """Return a text with the spent and the committed cost."""
+        """Return a text with the cap, the cost so far, and the committed cost."""
         return (
             f"{self.whose} may cost {shown(self.cap_usd)}, has cost {shown(self.spent_usd)}, and "
             f"{shown(max(0.0, self.committed_usd))} more is committed"
@@ -306,7 +309,7 @@ class CapBudget:
 class Budget:
     """The remaining budgets of all caps that apply to a job.
 
-    `slot_usd_s` has the price of a slot second by pool, and `slots` the slots of an instance by pool.
+    `slot_usd_s` maps each pool to the price of a slot second, and `slots` maps each pool to the slots of an instance.
     """
 
     caps: tuple[CapBudget, ...]
@@ -322,9 +325,10 @@ class Budget:
             cap.commit(usd)
 
     def afford(self, sizes: Sequence[int], pool: str, task_s: float) -> list[int]:
-        """Return the sizes of the first bundles that the budget pays for, and commit their cost.
+        """Return the sizes of the first bundles in `sizes` that the budget pays for, and commit the cost of these
+        bundles.
 
-        `task_s` is the slot seconds of one task. The last returned bundle may be smaller than requested.
+        `task_s` is the slot seconds of one task. The last returned size may be smaller than requested.
         """
         usd = self.slot_usd_s.get(pool, 0.0) * task_s
         paid: list[int] = []
@@ -339,10 +343,10 @@ class Budget:
         return paid
 
     def probe(self, sizes: Sequence[int], pool: str, task_s: float, out: int) -> list[int]:
-        """Return the sizes of the first bundles for a stage without measurements, of which `out` tasks have begun.
+        """Return the sizes of the first bundles for a stage without measurements. `out` tasks of the stage have begun.
 
-        The returned bundles and the `out` tasks together have at most as many tasks as one instance runs at once, or as
-        the budget pays for, whichever is more. Each task is assumed to take `task_s`, at most an hour.
+        The new bundles have at most as many tasks as an instance runs at once or as the budget pays for, whichever
+        number is larger, minus the `out` tasks. A task is assumed to take `task_s` seconds, at most an hour.
         """
         usd = self.slot_usd_s.get(pool, 0.0) * min(task_s, PROBED_S)
         paid = self.slots.get(pool, 1) if usd <= 0 else _times(self.left_usd, usd)
@@ -359,7 +363,7 @@ class Budget:
 def launch_usd(usd_h: float, tail_s: float = 0.0) -> float:
     """Return the cost that is due as soon as an instance is launched.
 
-    The cost of a launch covers one minute, or the boot and the tail of the instance if they take longer.
+    The cost covers `tail_s` seconds from the launch, but at least one minute.
     """
     return usd_h * max(MIN_BILLED_S, tail_s) / 3600
 

@@ -1,1 +1,1 @@
-"""The protocol as pure functions: object keys, JSON format, bundle sizes, and follow-ups."""
+"""Protocol of clients, the manager, and workers: object keys, messages, JSON format, bundle sizes, and follow-ups."""

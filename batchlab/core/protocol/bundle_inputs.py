@@ -1,4 +1,4 @@
-"""Inputs of a bundle: from its message, from the upstream outcome, or from the stage's plan.
+"""Inputs of a bundle, which come from the bundle's message, from an upstream outcome, or from the stage's plan.
 
 Invariant: the manager, workers, and clients read a referenced object only after `JobObjects` has checked the reference.
 References need a check because the reader of an outcome may have more rights than the worker that wrote the outcome.
@@ -36,7 +36,8 @@ _MAX_PARTS = 4
 class Manifest:
     """Plan of a stage with `count` tasks. Part i of the plan has the inputs of the tasks from index `starts[i]` on.
 
-    `parts` has the name of each part. In plans of release 0.1.0, `parts` is empty, and the parts have numbers as names.
+    `parts` has the name of each part of the plan. In plans of release 0.1.0, `parts` is empty, and the parts have
+    numbers as names.
     """
 
     count: int
@@ -47,12 +48,12 @@ class Manifest:
     parts: tuple[str, ...] = ()
 
     def part(self, number: int) -> str:
-        """Return the name of the part with this number (see `object_keys.part`)."""
+        """Return the name of part number `number` of the plan (see `object_keys.part`)."""
         return self.parts[number] if self.parts else object_keys.old_part(number)
 
     @classmethod
     def of_items(cls, items: Sequence[Json]) -> Manifest:
-        """Return the plan, with one part, of the items that the job was submitted with."""
+        """Return a plan with one part for the items that a job was submitted with."""
         return cls(len(items), (0,))
 
     def to_bytes(self) -> bytes:
@@ -89,7 +90,7 @@ def _consistent(plan: Manifest) -> Manifest:
     """Return `plan` unchanged if it is consistent.
 
     Raise ValueError if the parts of the plan do not begin at 0, are not in order, or lack names. A plan without tasks
-    may be without parts.
+    may have an empty list of parts.
     """
     starts = plan.starts
     if (starts or plan.count) and starts[:1] != (0,):
@@ -106,8 +107,8 @@ class NoSuchTask(NotFound):
 
 
 class Inputs:
-    """Reader of the inputs of bundles, with a cache of the last few plan parts, because neighboring bundles share
-    plan parts.
+    """Reader of the inputs of bundles. The reader caches the last few parts of plans, because successive bundles often
+    need the same part.
     """
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
@@ -117,10 +118,10 @@ class Inputs:
         self._manifests: OrderedDict[tuple[str, str, int], Manifest] = OrderedDict()
 
     async def resolve(self, job: JobDef, bundle: Bundle, key: CommitKey) -> Sequence[Json]:
-        """Return one encoded input per task of `bundle`.
+        """Return the encoded input of each task of `bundle`.
 
-        Raise NotFound if a required object does not exist, and Malformed if the bundle does not match its stage's
-        definition.
+        Raise NotFound if a required object does not exist. Raise Malformed if the bundle does not match the definition
+        of its stage.
         """
         if bundle.source is not None:
             stage = job.stage(bundle.stage)
@@ -167,7 +168,7 @@ class Inputs:
         return [by_task[task] for task in tasks]
 
     async def _gathered(self, job: JobDef, item: dict[str, Any], key: CommitKey) -> Json:
-        """Return all results of the upstream stages in task order: a list, or one list per stage."""
+        """Return all results of the upstream stages in task order, as one list or as a dict with one list per stage."""
         lists: dict[str, list[Json]] = {}
         for stage, bundles in _gather_in(item).items():
             values: list[tuple[int, Json]] = []
@@ -186,7 +187,9 @@ class Inputs:
             raise NotFound(error.message) from error
 
     async def _manifest(self, job: JobDef, bundle: Bundle) -> Manifest:
-        """Return the plan of the bundle's round, or of the latest earlier round that has a plan."""
+        """Return the plan of the bundle's stage for the bundle's round, or for the latest earlier round that has a
+        plan.
+        """
         for round_ in range(bundle.round, -1, -1):
             known = self._manifests.get((bundle.job, bundle.stage, round_))
             if known:
@@ -201,7 +204,7 @@ class Inputs:
         return await self._brought(job, bundle, key)
 
     async def _brought(self, job: JobDef, bundle: Bundle, lost: str) -> Manifest:
-        """Return the plan of a root stage whose items the job was submitted with.
+        """Return the plan of a root stage of a job that was submitted with items.
 
         `lost` is the key of the missing plan object.
         """
@@ -249,9 +252,10 @@ class Inputs:
 
 
 def _read_or_absent(key: str, data: bytes, read: Callable[[bytes], T]) -> T:
-    """Return the result of `read` for an object.
+    """Return the result of `read` for the content `data` of the object `key`.
 
-    An object that cannot be read counts as absent, so tasks that need the object fail with a reason that names it.
+    An object that cannot be read counts as absent, so tasks that need the object fail with a reason that names the
+    object.
     """
     try:
         return read(data)
@@ -260,7 +264,7 @@ def _read_or_absent(key: str, data: bytes, read: Callable[[bytes], T]) -> T:
 
 
 def _items(name: str, data: bytes) -> Sequence[Json]:
-    """Return the items of a part of a plan. The name of the part is the digest of its content."""
+    """Return the items of a part of a plan. The name of the part is the digest of the part's content."""
     if len(name) == len(object_keys.name_digest(b"")) and object_keys.name_digest(data) != name:
         raise Malformed("Its content does not match its name.")
     try:
@@ -270,7 +274,7 @@ def _items(name: str, data: bytes) -> Sequence[Json]:
 
 
 def _gather_in(item: dict[str, Any]) -> dict[StageName, list[tuple[BundleId, TaskSet]]]:
-    """Return the upstream tasks whose results the item collects, by stage and bundle.
+    """Return the upstream tasks whose results the input `item` of a gather collects, by stage and bundle.
 
     Raise NotFound if the item cannot be read.
     """
@@ -295,7 +299,7 @@ def _no_such_task(bundle: Bundle, task: int, manifest: Manifest) -> NoSuchTask:
 
 
 def is_gather(item: Json) -> bool:
-    """Return whether the item collects the results of whole stages."""
+    """Return whether `item` is the input of a gather task, which collects the results of whole stages."""
     return isinstance(item, dict) and "$gather" in item
 
 
@@ -306,8 +310,7 @@ class ForeignReference(UsageError):
 class JobObjects:
     """Objects that one job may use.
 
-    A job of the Python API may also use files and raw data of other jobs, because its user may pass them as File
-    objects.
+    A job of the Python API may also use files and raw data of other jobs, because a user may pass them as File objects.
     """
 
     def __init__(self, job: JobId, inputs: Iterable[str] = (), *, is_python: bool) -> None:
@@ -327,7 +330,7 @@ class JobObjects:
         return cls(job.id, keys, is_python=is_python(job))
 
     def key(self, reference: Json) -> str:
-        """Return the key in a reference. Raise ForeignReference if the job may not use the object."""
+        """Return the object key in a reference. Raise ForeignReference if the job may not use the object."""
         name = reference.get(values.kind(reference) or "")
         if not isinstance(name, str) or not self._has(name):
             raise ForeignReference(

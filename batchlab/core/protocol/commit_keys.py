@@ -1,12 +1,12 @@
-"""Commit keys of a grid's jobs, proofs in event messages, and the object with a job's definition.
+"""Commit keys of a grid's jobs, proofs in messages on the events queue, and the object with a job's definition.
 
-The commit keys are derived from a secret in the bucket. A proof in a message shows that the worker that sent the
-message has the commit key of a job.
+The commit keys of a grid are derived from a secret in the grid's bucket. A proof in a message shows that the worker
+that sent the message has the commit key of a job.
 
-Invariants: the secret is created once, by a conditional PUT. Every program that may read `grid/` of the bucket can
-derive all commit keys. Workers must not be permitted to read `grid/`, and receive commit keys with their messages. A
-proof covers the whole text of its message, so a proof is not valid for another message. The proofs are the first member
-of the message's JSON object. A proof covers all members of the message except the proofs.
+Invariants: the secret of a grid is created once, by a conditional PUT. Every program that may read `grid/` of the
+bucket can derive all commit keys. Workers must not be permitted to read `grid/`, and receive commit keys with their
+messages. A proof covers the whole text of its message, so a proof is not valid for another message. The proofs are the
+first member of the message's JSON object. A proof covers all other members of the JSON object.
 
 The object `jobs/<job>/spec.json` contains the definition of a job and an optional opening. One PUT commits the
 definition and the opening together.
@@ -40,7 +40,8 @@ class CommitKeys:
     """Commit keys of one grid. The secret of the grid is read when a commit key is first needed."""
 
     def __init__(self, objects: Objects, patience: Patience | None = None, ids: Ids | None = None) -> None:
-        """Without `patience`, failed calls are not retried.
+        """Provide the commit keys of the grid with the bucket `objects`. Without `patience`, failed calls of the bucket
+        are not retried.
 
         Only a manager passes `ids`, which permits the creation of a missing secret.
         """
@@ -51,9 +52,9 @@ class CommitKeys:
         self._keys: dict[JobId, CommitKey] = {}
 
     async def ensure(self) -> None:
-        """Read the secret of the grid, or create it.
+        """Read the secret of the grid, or create the secret if it does not exist.
 
-        If the secret is no longer in the bucket, write the secret from memory.
+        If the secret was deleted from the bucket, write the secret in memory to the bucket.
         """
         try:
             secret = await self._read()
@@ -92,12 +93,12 @@ class CommitKeys:
         return key
 
     async def stored(self, job: JobId) -> CommitKey:
-        """Return the commit key of a job in the bucket. Raise NotFound if the job does not exist."""
+        """Return the commit key of a job in the grid's bucket. Raise NotFound if the job does not exist."""
         data = await self._patience(partial(self._objects.get, object_keys.spec(job)))
         return await self.key_of(json_format.job_from_json(json_format.loads(data)))
 
     async def new(self, job: JobId) -> CommitKey:
-        """Return the commit key for a job id, even if the job does not exist yet."""
+        """Return the commit key for a job id. The job may not exist yet."""
         if self._secret is None:
             await self.ensure()
         assert self._secret is not None
@@ -109,7 +110,7 @@ class CommitKeys:
         return key
 
     async def sealed(self, job: JobDef) -> JobDef:
-        """Return the job's definition with the hash of its commit key, which the manager requires."""
+        """Return the job's definition with the hash of the job's commit key, which the manager requires."""
         return replace(job, commit_hash=digest(await self.new(job.id)))
 
     async def _read(self) -> bytes:
@@ -129,12 +130,12 @@ class CommitKeys:
 
 
 MAX_PROOFS = 2_000
-"""Maximum number of proofs in a message, which also limits the number of jobs that the message is about."""
+"""Maximum number of proofs in a message. MAX_PROOFS also limits the number of jobs that a message is about."""
 _START = '{"p":{'
 
 
 def jobs_in(events: Events) -> set[JobId]:
-    """Return the jobs that the events of a message are about."""
+    """Return the ids of the jobs that the events of a message are about."""
     jobs = {completion.bundle.job for completion in events.completions}
     jobs |= {outcome.bundle.job for outcome in events.outcomes}
     jobs |= {held.job for beat in events.beats for held in beat.held}
@@ -145,7 +146,7 @@ def jobs_in(events: Events) -> set[JobId]:
 
 
 def with_proofs(text: str, jobs: Iterable[JobId], key_of: Callable[[JobId], CommitKey]) -> str:
-    """Return the message `text` with a proof for each of `jobs` that has a commit key."""
+    """Return the message `text` with a proof for each job in `jobs` that has a commit key."""
     keys = [(job, key) for job in sorted(jobs) if (key := key_of(job))]
     if not keys:
         return text
@@ -169,10 +170,9 @@ def split(body: str) -> tuple[str, Mapping[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """Additional content of a spec object, committed with the same PUT as the job's definition.
+    """Items and first cut of a small job, committed with the same PUT as the job's definition.
 
-    An opening has the encoded items of the root stage, if there are only a few items, and the first cut of the root
-    stage.
+    An opening has the encoded items of the root stage, and the first cut of the root stage if the cut is known.
     """
 
     items: Sequence[Json]
@@ -197,7 +197,7 @@ def from_json(doc: dict[str, Any]) -> tuple[JobDef, Opening | None]:
 
 
 def opening_in(doc: dict[str, Any]) -> Opening | None:
-    """Return the opening in a spec object, or None if it does not have one.
+    """Return the opening in a spec object, or None if the spec object does not have an opening.
 
     Raise Malformed if the opening cannot be read.
     """

@@ -1,7 +1,7 @@
 """Checks of values that another process has written.
 
-Invariant: each check returns the value unchanged if it has the required type and is within the bounds of this module,
-and raises ValueError otherwise. `decode` checks all fields of a dataclass by their annotations.
+Invariant: each check returns a valid value unchanged, and raises ValueError for a value of a wrong type or outside the
+bounds. `decode` checks all fields of a dataclass against their annotations.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ Every reader of documents converts the exceptions in UNREADABLE to Malformed.
 """
 
 MAX_TASKS = 1 << 40
-"""Upper bound of a task's index."""
+"""Maximum index of a task in its stage."""
 MAX_IN_BUNDLE = 1 << 16
-"""Upper bound of the tasks in one bundle. The planner cuts bundles of at most `settlement.CAP` tasks."""
+"""Upper bound of the number of tasks in one bundle. The planner cuts bundles of at most `settlement.CAP` tasks."""
 MAX_ROUNDS = 10_000
-"""Upper bound of a job's rounds. A worker looks for the plan of a bundle's round, and then for the
-plan of each earlier round."""
+"""Upper bound of the round of a job, because a worker may look for a plan in every earlier round."""
 MAX_COUNT = 1 << 53
-"""Upper bound of every counter. Larger counters are not exact in JSON and do not fit into SQL columns."""
+"""Upper bound of every counter. A larger counter is not exact in JSON and does not fit into an SQL column."""
 MAX_S = 1e11
-"""Upper bound of every time in seconds. MAX_S as epoch seconds is in the year 5138."""
+"""Upper bound of every time in seconds. The epoch second MAX_S is in the year 5138."""
 MAX_TEXT = 1 << 20
 MAX_KEY = 1024
 MAX_DEPTH = 256
@@ -71,7 +70,7 @@ def _is_label(value: str) -> bool:
 
 def name(value: Any) -> str:
     """Return `value`. Raise ValueError if `value` is not a valid name of a job or a stage."""
-    # Check the length first, so that long texts from other processes are not stored in the cache.
+    # Check the length of a name first, so that the cache of `_is_name` does not store long texts from other processes.
     if type(value) is str and len(value) <= _LONGEST_NAME and _is_name(value):
         return value
     raise ValueError(f"a name is expected, not {_kind(value)}")
@@ -87,7 +86,8 @@ def label(value: Any) -> str:
 def new_label(value: Any) -> str:
     """Return `value` as `label` does, without the cache of `label`.
 
-    `new_label` checks names of executions and bundles, which few messages repeat, so a cache does not help.
+    `new_label` checks names of executions and bundles. Few messages repeat the name of an execution or bundle, so a
+    cache would not help.
     """
     if type(value) is str and _LABEL.fullmatch(value):
         return value
@@ -142,7 +142,9 @@ def integer(value: Any, most: int = MAX_COUNT) -> int:
 
 
 def listed(value: Any) -> Sequence[Any]:
-    """Return `value`. Raise ValueError if `value` is not a list, or a tuple of a document in memory."""
+    """Return `value`. Raise ValueError if `value` is neither a list nor a tuple. A document that was not parsed from
+    JSON may have tuples.
+    """
     if type(value) is list or type(value) is tuple:
         return value
     raise ValueError(f"a list is expected, not {_kind(value)}")
@@ -157,8 +159,8 @@ def figures(value: Any, most: float = MAX_S) -> tuple[float, ...]:
     if len(numbers) == 1:
         figure(numbers[0], most)
         return numbers
-    # Built-in functions are faster than a loop in Python, and `sum` is faster than `max`. NaN cannot occur here,
-    # because `json_format.loads` has refused it.
+    # Built-in functions are faster than a loop in Python, and `sum` is faster than `max`. The numbers do not include
+    # NaN, because `json_format.loads` refuses NaN.
     if numbers and not (
         _NUMBERS.issuperset(map(type, numbers)) and min(numbers) >= 0 and (sum(numbers) <= most or max(numbers) <= most)
     ):
@@ -227,8 +229,8 @@ def shallow(values: Sequence[Any]) -> None:
 
 def _are_finite(values: Sequence[Any], kinds: set[type]) -> bool:
     numbers = values if len(kinds) == 1 else [value for value in values if type(value) is float]
-    # An infinite number makes the sum infinite. Only if the sum is infinite, check each number, because a sum of finite
-    # numbers may be too large for a float.
+    # An infinite number makes the sum infinite. If the sum is infinite, check each number, because a sum of finite
+    # numbers may also be too large for a float.
     return isfinite(sum(numbers)) or all(map(isfinite, numbers))
 
 
@@ -239,7 +241,7 @@ def _kind(value: Any) -> str:
 
 
 def _converter(hint: Any) -> Read | None:
-    """Return the function that converts a JSON value to the type `hint`, or None if JSON values need no conversion."""
+    """Return the function that converts a JSON value to the type `hint`, or None if a conversion is not needed."""
     parts = get_args(hint)
     if get_origin(hint) in (Union, UnionType):
         inner = next(filter(None, map(_converter, parts)), None)
@@ -260,10 +262,10 @@ def _converters(kind: Hashable) -> list[tuple[str, Read | None]]:
 
 
 def decode(kind: type[T], doc: Any) -> T:
-    """Return the dataclass in a document, with the types of its annotations.
+    """Return the instance of the dataclass `kind` in a document, with the types of the dataclass's annotations.
 
-    A missing field has its default. Fields that a later batchlab added are ignored. Raise one of UNREADABLE if a
-    required field is missing or a field has an invalid value.
+    A missing field of the document has its default value in the dataclass. Fields that a later batchlab added are
+    ignored. Raise one of UNREADABLE if a required field is missing or a field has an invalid value.
     """
     if type(doc) is not dict:
         raise ValueError(f"a document is expected, not {_kind(doc)}")

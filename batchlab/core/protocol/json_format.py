@@ -1,9 +1,9 @@
 """JSON format of jobs, cuts, bundles, outcomes, completions, control commands, and endings.
 
-Invariant: `x_from_json(x_to_json(x)) == x`. A reader ignores fields that a later batchlab added. If readers must know a
-new field, the later batchlab increases `v` in the document, or `needs` in the job. Readers refuse a document with an
-unknown `v` or `needs`. Outcomes, completions, and bundles have hand-written converters, because generic conversion by a
-table of fields takes up to five times as long.
+Invariant: `x_from_json(x_to_json(x)) == x`. A reader of a document ignores fields that a later batchlab added. If
+readers must know a new field, the later batchlab increases `v` in the document, or `needs` in the job. Readers refuse a
+document with an unknown `v` or `needs`. Outcomes, completions, and bundles have hand-written converters, because
+generic conversion by a table of fields takes up to five times as long.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ from batchlab.core.protocol.values import BRACKET_WEIGHT, OUTCOME_WEIGHT, weight
 
 T = TypeVar("T")
 Known = tuple[Any, TaskSet]
-"""The JSON of a set of tasks, and the TaskSet that was read from that JSON."""
+"""The JSON of a set of tasks, together with the TaskSet that was read from the JSON."""
 
 VERSION = 1
 PROTOCOL = 2
-"""Version of the protocol that this batchlab knows.
+"""Latest version of the protocol that this release of batchlab supports.
 
 A release increases PROTOCOL if some jobs need new behavior of workers, and writes the new version as `needs` into only
 those jobs.
@@ -70,12 +70,12 @@ SEALED = 2
 FAILURE_KINDS = frozenset(kind.value for kind in FailureKind)
 CONTROL_VALUES = frozenset(word.value for word in Control)
 NO_TASKS = TaskSet()
-# Cyclic values are detected earlier, when a task's result is encoded.
+# The check for cyclic values is off, because the encoding of a task's result already detects cyclic values.
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False).encode
 
 
 def dumps(value: Json) -> str:
-    """Return compact JSON. Raise ValueError for NaN and infinity."""
+    """Return a value as compact JSON. Raise ValueError for NaN and infinity."""
     return _encode(value)  # json.dumps with options creates an encoder for each call
 
 
@@ -91,7 +91,7 @@ _decode = json.JSONDecoder(parse_constant=_refuse).decode
 
 
 def is_too_heavy(data: bytes | str) -> bool:
-    """Return whether a JSON text exceeds the maximum weight of an outcome."""
+    """Return whether the weight of a JSON text exceeds OUTCOME_WEIGHT."""
     # Skip the slow count of brackets if the text is too short to exceed the maximum weight.
     if len(data) * (1 + BRACKET_WEIGHT) <= OUTCOME_WEIGHT:
         return False
@@ -99,7 +99,7 @@ def is_too_heavy(data: bytes | str) -> bool:
 
 
 def loads(data: bytes | str) -> dict[str, Any]:
-    """Return a versioned document.
+    """Return the document in a JSON text, which must have a known version.
 
     Raise TooNew if a later version wrote the document, and Malformed if `data` is not a document of batchlab.
     """
@@ -107,7 +107,7 @@ def loads(data: bytes | str) -> dict[str, Any]:
         text = data if isinstance(data, str) else data.decode()
         doc = _decode(text)
         if "\\u" in text and ("\\ud" in text or "\\uD" in text):
-            # An escaped half of a surrogate pair is valid JSON, but it cannot be encoded as UTF-8.
+            # An escaped half of a surrogate pair is valid JSON, but cannot be encoded as UTF-8.
             dumps(doc).encode()
     except UNREADABLE as error:
         raise Malformed(f"This is not a JSON text that batchlab reads: {brief(error)}.") from error
@@ -136,9 +136,9 @@ def brief(error: Exception) -> str:
 
 
 def fields(value: Any) -> dict[str, Json]:
-    """Return the fields of a value by name. The value's class must have slots.
+    """Return the fields of a dataclass value by name. The dataclass must have slots.
 
-    `dataclasses.asdict` is not used, because it also converts nested values and takes ten times as long.
+    `dataclasses.asdict` would also convert nested values, and would take ten times as long.
     """
     return {name: getattr(value, name) for name in value.__slots__}
 
@@ -148,7 +148,9 @@ def tasks_to_json(tasks: TaskSet) -> list[list[int]]:
 
 
 def tasks_from_json(doc: Sequence[Sequence[int]], known: Known | None = None) -> TaskSet:
-    """Return the tasks in a document. `known` is the task set of the document's bundle, which is often the same set."""
+    """Return the tasks in a document. `known` is the JSON and the task set of the bundle. If `doc` equals the JSON in
+    `known`, return the task set in `known`.
+    """
     if known and doc == known[0]:
         return known[1]
     if not listed(doc):
@@ -285,7 +287,7 @@ def outcome_to_json(o: Outcome) -> dict[str, Json]:
 
 
 def outcome_text(o: Outcome) -> str:
-    """Return the outcome's JSON, which is created once and cached."""
+    """Return the JSON of an outcome. The JSON is created once and cached."""
     try:
         return o._text
     except AttributeError:
@@ -295,9 +297,9 @@ def outcome_text(o: Outcome) -> str:
 
 
 def fitting(outcome: Outcome) -> Outcome:
-    """Return the outcome, without its tracebacks if the outcome with tracebacks exceeds the maximum weight.
+    """Return the outcome, or the outcome without its tracebacks if it exceeds the maximum weight with tracebacks.
 
-    The values of an outcome are always below the maximum weight (see `worker.task_executor`).
+    The weight of an outcome's values is always below the maximum weight (see `worker.task_executor`).
     """
     if not is_too_heavy(outcome_text(outcome)):
         return outcome
@@ -346,9 +348,8 @@ def outcome_from_bytes(data: bytes, key: str) -> Outcome:
     """Return the outcome in the object `key`, which is the key of an outcome or of a replacement.
 
     Raise Malformed, with the key, if the object cannot be read, has a later format, or is the outcome of another
-    bundle. If this release can read a job's definition, all outcomes of the job have the format of this release (see
-    PROTOCOL). An outcome with a later version number is malformed, so a worker cannot block a job by writing a later
-    version number.
+    bundle. A later version number is always an error, because a release that can read a job's definition can read all
+    outcomes of the job (see PROTOCOL). Therefore a worker cannot block a job by writing a later version number.
     """
     try:
         if is_too_heavy(data):
@@ -384,7 +385,7 @@ def completion_to_json(c: Completion) -> dict[str, Json]:
 def completion_from_json(doc: dict[str, Any]) -> Completion:
     """Return the completion in a document. Raise one of UNREADABLE if the document is not a completion.
 
-    The reader of a worker's message also checks the completion's parts (see `check_parts`).
+    The reader of a message from a worker must also call `check_parts` for the completion.
     """
     bundle = bundle_from_json(doc["b"])
     known = doc["b"]["t"], bundle.tasks
@@ -462,7 +463,7 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
     doc = {"v": VERSION, **fields(job)}
     doc["stages"] = [{**fields(stage), "retry": fields(stage.retry)} for stage in job.stages]
     doc["input"] = fields(job.input) if job.input else None
-    # Omit empty fields that earlier releases do not know, so that those releases can read the job.
+    # Omit empty fields that earlier releases do not know, so that earlier releases can read the job.
     if job.max_cost_usd is None:
         del doc["max_cost_usd"]
     if not job.trace:
@@ -479,16 +480,16 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
 
 
 _STAGE_FIELDS = {"after", "command", "handler", "retry"}
-"""Fields of a stage that every release writes.
+"""Fields of a stage's JSON that every release writes.
 
-A stage that lacks a field of _STAGE_FIELDS is refused instead of run with a default.
+A reader refuses a stage that lacks a field of _STAGE_FIELDS, and does not use a default for the field.
 """
 
 
 def job_from_json(doc: dict[str, Any]) -> JobDef:
     """Return the job in a spec object or in the result of `job_to_json`.
 
-    Raise TooNew if the job needs a later protocol, or if the job's definition cannot be read.
+    Raise TooNew if the job needs a later version of the protocol, or if the job's definition cannot be read.
     """
     needs = doc.get("needs", 1)
     if not isinstance(needs, int) or not 1 <= needs <= PROTOCOL:
@@ -516,10 +517,10 @@ class ControlCommand:
     """Content of a control object.
 
     With CANCEL, `state` and `reason` are the final state of the job and its reason. `round` is the round of the job to
-    which the command applies. A command never replaces the command of a later round. The contents of two commands in
-    different rounds differ by `round`, so their ETags differ even if ETags are hashes of the content. `tail` grows with
+    which the command applies. A command never replaces the command of a later round. The commands of different rounds
+    have different contents and therefore different ETags, even if an ETag is a hash of the content. `tail` grows with
     each request for live logs, and `tail_s` (epoch) is the time of the last request (see `worker.live_logs`). `number`
-    is the number of earlier commands, so all commands of a job differ.
+    is the number of earlier commands of the job, so all commands of a job differ.
     """
 
     control: Control

@@ -3,8 +3,8 @@
 A message contains either a bundle for a worker, or events from a worker for the manager. Live logs contain the output
 of running tasks while a client follows the tasks.
 
-Invariant: `read_x(x(m)) == m` for all parts that the reader needs. Messages have the format of `json_format`. A reader
-raises Malformed for a whole message if any part is invalid, so a message never takes effect in part.
+Invariant: `read_x(x(m)) == m` for all parts of a message that its reader needs. Messages have the format of
+`json_format`. If any part of a message is invalid, the reader raises Malformed and ignores the whole message.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ _COUNTED = len(Requests.__slots__)
 class TaskMessage:
     """Message with a bundle on a pool's queue.
 
-    `items` are the encoded inputs, one per task of the bundle, if they are small enough for the message. `not_before_s`
-    (epoch) is the end of a delay that is longer than the maximum DelaySeconds. `watchdog` marks a watchdog message: the
-    bundle is running, and it runs again only if its worker has stopped reporting. `trace` is the W3C traceparent of the
-    sender if the job is traced. `key` is the commit key of the job. A worker compares the commit key with its hash in
-    the job's definition.
+    `items` has the encoded input of each task of the bundle, or is None if the inputs are too large for the message.
+    `not_before_s` (epoch) is the end of a delay that is longer than the maximum DelaySeconds. `watchdog` is true for a
+    watchdog message. The bundle of a watchdog message is running, and runs again only if its worker has stopped sending
+    heartbeats. `trace` is the W3C traceparent of the sender if the job is traced. `key` is the commit key of the job. A
+    worker compares the commit key with its hash in the job's definition.
     """
 
     bundle: Bundle
@@ -93,7 +93,7 @@ def task_message(m: TaskMessage) -> str:
 
 
 def read_task_message(body: str) -> TaskMessage:
-    """Return the task message in a body.
+    """Return the task message in the body of a queue message.
 
     Raise TooNew if a later batchlab sent the message, and Malformed if the message cannot be read.
     """
@@ -118,9 +118,10 @@ def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
 
 
 def _read(body: str, what: str, read: Callable[[dict[str, Any]], T]) -> T:
-    """Return the result of `read` for the document in a body. The texts of Malformed errors begin with `what`."""
+    """Return the result of `read` for the document in `body`. The text of a Malformed error begins with `what`."""
     try:
-        # Compare the number of characters with the limit, because counting bytes would need to encode the text.
+        # Compare the number of characters and not of bytes with the limit, because counting the bytes would require
+        # encoding the text.
         if len(body) > MAX_MESSAGE_BYTES:
             raise ValueError(f"it has {len(body)} characters")
         return read(loads(body))
@@ -149,7 +150,7 @@ class HeldBundle:
 class Beat:
     """A worker's heartbeat.
 
-    `held` has all bundles that the worker held at `at_s`. `leaving` is true if the worker drains.
+    `held` has all bundles that the worker held at `at_s`. `leaving` is true if the worker is draining.
     """
 
     worker: str
@@ -160,10 +161,12 @@ class Beat:
     busy: int
     held: tuple[HeldBundle, ...]
     number: int
-    """Number of the heartbeat, because the queue may deliver an older heartbeat later, and clocks may jump."""
+    """Number of the heartbeat. The number gives the order of heartbeats, because queues may deliver heartbeats in
+    another order and clocks may jump.
+    """
     leaving: bool = False
     gone: bool = False
-    """Whether the heartbeat is the worker's last, sent after the worker has returned all of its messages."""
+    """Whether the heartbeat is the worker's last heartbeat, sent after the worker has returned all of its messages."""
     key: str = field(default="", repr=False)
     """Key of the worker's instance, a secret that all workers of the instance share, or "" for a worker of release
     0.1.0.
@@ -174,9 +177,10 @@ class Beat:
 class Duplicate:
     """Duplicate work that a worker noticed.
 
-    `kind` is "message" for a message of a bundle that had an outcome. `kind` is "execution" for an execution that ended
-    after another execution had committed, with its slot seconds. `execution` is the worker's own execution. `execution`
-    identifies the duplicate, so a repeated report of a duplicate counts only once.
+    `kind` is "message" if the worker received a message of a bundle with an outcome. `kind` is "execution" if the
+    worker's execution ended after another execution had committed, and `slot_s` has the slot seconds of the worker's
+    execution. `execution` is the id of the worker's execution. The id identifies the duplicate, so a repeated report of
+    a duplicate counts only once.
     """
 
     job: JobId
@@ -195,7 +199,7 @@ class CounterReport:
 
 
 Traces = tuple[tuple[JobId, StageName, BundleId, str], ...]
-"""Trace context of each bundle for its follow-ups, as a W3C traceparent."""
+"""Trace context for the follow-ups of each bundle, as a W3C traceparent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +208,12 @@ class Events:
 
     completions: tuple[Completion, ...] = ()
     committed: tuple[str, ...] = ()
-    """Keys of outcomes whose completion is too large for a message, so that the reader fetches the outcomes."""
+    """Keys of outcomes whose completions are too large for a message. The reader of the message fetches the outcomes.
+    """
     beats: tuple[Beat, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
-    """Small outcomes, sent instead of completions, so that clients that wait for results do not need to fetch the
-    outcomes.
+    """Small outcomes that are sent instead of completions, so that clients that wait for results do not need to fetch
+    the outcomes.
     """
     requests: tuple[WorkerRequests, ...] = ()
     """Request counts of workers, sent together with heartbeats."""
@@ -216,7 +221,7 @@ class Events:
     counters: tuple[CounterReport, ...] = ()
     """Counters of workers, sent together with heartbeats."""
     traces: Traces = ()
-    """Trace contexts of the outcomes in the message whose job is traced."""
+    """Trace contexts of those outcomes in the message whose job is traced."""
 
 
 def events_message(e: Events) -> str:
@@ -317,7 +322,7 @@ def read_events_message(body: str) -> Events:
 
 
 def _events_from_json(doc: dict[str, Any]) -> Events:
-    # Skip absent parts to save time, because most messages have only one or two parts.
+    # Skip absent parts of a message to save time, because most messages have only one or two parts.
     return Events(
         tuple([_checked(completion_from_json(c)) for c in listed(doc["c"])]) if "c" in doc else (),
         tuple([_key_from_json(key) for key in listed(doc["k"])]) if "k" in doc else (),

@@ -1,9 +1,9 @@
-"""Object keys, queue names, and the commit keys and seals that they contain.
+"""Object keys and queue names, and the seals in object keys.
 
 Invariants: a key or a queue name is a function of the object that it names, so every writer uses the same name. A seal
 or a proof is a function of the commit key and of the text that it authenticates. The manager derives the commit key of
-each job from the secret of the grid. A worker receives the commit key with the job's messages. Jobs of release 0.1.0 do
-not have a commit key, and the keys of their objects do not contain a seal.
+each job from the secret of the grid. A worker receives the commit key of a job with the job's messages. Jobs of release
+0.1.0 do not have a commit key, and the keys of their objects do not contain a seal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CommitKey = NewType("CommitKey", str)
 """A job's commit key: 128 bits in hexadecimal digits, or UNSEALED."""
 
 UNSEALED = CommitKey("")
-"""Commit key of a job of release 0.1.0, which does not have one."""
+"""Value for a job of release 0.1.0, which does not have a commit key."""
 
 _DIGITS = 32
 
@@ -32,7 +32,7 @@ def commit_key(secret: bytes, job: JobId) -> CommitKey:
 
 
 def digest(key: CommitKey) -> str:
-    """Return the SHA-256 of a commit key, which the definition of the key's job contains."""
+    """Return the SHA-256 of a commit key. The definition of a job contains the SHA-256 of its commit key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -47,17 +47,17 @@ def seal(key: CommitKey, *parts: str) -> str:
 
 
 def summary(text: str) -> bytes:
-    """Return the hash of a text, from which `proof` computes a proof for each job."""
+    """Return the hash of a text. `proof` computes the proof of each job from the hash of the text."""
     return hashlib.sha256(text.encode()).digest()
 
 
 def proof(key: CommitKey, summary: bytes) -> str:
-    """Return the proof that the writer of a text has the commit key."""
+    """Return the proof that the writer of the text with the hash `summary` has the commit key `key`."""
     return _mac(key.encode(), b"proof/" + summary)
 
 
 def proves(key: CommitKey, summary: bytes, claimed: str) -> bool:
-    """Return whether `claimed` is the proof of a text, given its `summary`, under this commit key."""
+    """Return whether `claimed` is the proof for the commit key `key` and the text with the hash `summary`."""
     return hmac.compare_digest(proof(key, summary).encode(), claimed.encode())
 
 
@@ -95,9 +95,9 @@ def dead_letters(pool: str) -> str:
 
 
 def job_id(name: str, token: str) -> JobId:
-    """Return the id of the job with this client token.
+    """Return the id of the job with the name `name` and the client token `token`.
 
-    Repeated submissions with one client token get the same job id.
+    Repeated submissions of a job with one client token get the same job id.
     """
     return JobId(f"{name}-{hashlib.sha256(f'{name}/{token}'.encode()).hexdigest()[:10]}")
 
@@ -112,19 +112,23 @@ GRID = "grid/"
 """Prefix of the objects that only the manager reads and writes."""
 
 COMMIT_SECRET = "grid/commit-secret.json"  # noqa: S105 - the name of the object, not the secret
-"""Key of the secret from which the commit keys of all jobs are derived. Workers cannot read the commit secret."""
+"""Key of the object with the secret from which the commit keys of all jobs are derived. Workers cannot read the commit
+secret.
+"""
 USE = "grid/use.json"
-"""Key of the grid's usage, as AWS would bill it, and of the caps on the grid's cost."""
+"""Key of the object with the grid's usage, as AWS would bill it, and with the caps on the grid's cost."""
 NOTIFICATIONS = "grid/notifications.json"
-"""Key of the pending notifications, and of the results of finished notifications."""
+"""Key of the object with the pending notifications and the results of finished notifications."""
 INSTANCES = "grid/instances.json"
 """Key of the object with the digests of the access keys of the fleet's instances."""
 RECORD = "grid/record.json"
-"""Key of the queue depths and fleet sizes that were recorded while jobs ran, for reports of jobs."""
+"""Key of the object with the queue depths and fleet sizes that were recorded while jobs ran. Reports use the recorded
+depths and sizes.
+"""
 SCHEDULES = "grid/schedules/"
-"""Prefix of the schedules. Each schedule is one object."""
+"""Prefix of the keys of schedules. Each schedule is one object."""
 JOBS = "jobs/"
-"""Prefix of the committed objects of all jobs."""
+"""Prefix of the keys of the committed objects of all jobs."""
 NO_STAGES = frozenset({"spec.json", "control.json"})
 """Names of objects in a job's folder, which are not permitted as names of stages."""
 WITHDRAWN = "withdrawn"
@@ -132,12 +136,12 @@ WITHDRAWN = "withdrawn"
 
 
 def addresses(job: JobId, digest: str) -> str:
-    """Return the key of a job's webhook addresses, named by their content."""
+    """Return the key of the object with a job's webhook addresses. `digest` is the digest of the object's content."""
     return f"grid/addresses/{job}/{digest}.json"
 
 
 def used(job: JobId) -> str:
-    """Return the key of the usage of a job that has ended."""
+    """Return the key of the object with the usage of a job that has ended."""
     return f"grid/used/{job}.json"
 
 
@@ -146,17 +150,19 @@ def reports(job: JobId) -> str:
 
 
 def schedule(name: str) -> str:
-    """Return the key of a schedule with its runs. Writes to a schedule's object are conditional on its ETag."""
+    """Return the key of the object with a schedule and its runs. Writes to a schedule's object are conditional on its
+    ETag.
+    """
     return f"{SCHEDULES}{name}.json"
 
 
 def template(digest: str) -> str:
-    """Return the key of the job that a schedule runs, named by its content."""
+    """Return the key of the definition of the job that a schedule runs. `digest` is the digest of the definition."""
     return f"grid/templates/{digest}.json"
 
 
 def committed(job: JobId) -> str:
-    """Return the prefix of all committed objects of a job."""
+    """Return the prefix of the keys of all committed objects of a job."""
     return f"{JOBS}{job}/"
 
 
@@ -170,7 +176,7 @@ def control(job: JobId) -> str:
 
 
 def code(digest: str) -> str:
-    """Return the key of a zip of code, named by its content."""
+    """Return the key of a zip of code. `digest` is the digest of the zip."""
     return f"code/{digest}.zip"
 
 
@@ -194,12 +200,12 @@ def manifest(job: JobId, stage: StageName, round: int) -> str:
 
 
 def name_digest(data: bytes) -> str:
-    """Return the name of an object that is named by its content."""
+    """Return the name of an object whose name is a digest of its content."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 
 def part(job: JobId, stage: StageName, round: int, name: str) -> str:
-    """Return the key of one part of a plan's inputs, named by the digest of its content.
+    """Return the key of one part of a stage's plan. `name` is the digest of the part's content.
 
     Because the name is a digest, a planner that was paused cannot replace a part of another planner's plan.
     """
@@ -212,12 +218,12 @@ def old_part(number: int) -> str:
 
 
 def item(job: JobId, stage: StageName, round: int, name: str) -> str:
-    """Return the key of an input too large for its part, named by the digest of its content."""
+    """Return the key of an input that is too large for a part of a plan. `name` is the digest of the input."""
     return f"jobs/{job}/{stage}/plan/{round:04d}/item-{name}.json"
 
 
 def cut(job: JobId, stage: StageName, round: int, seq: int) -> str:
-    """Return the key whose PUT commits one cut."""
+    """Return the key whose PUT commits cut number `seq` of a stage."""
     return f"jobs/{job}/{stage}/plan/{round:04d}/cuts/{seq:08d}.json"
 
 
@@ -249,16 +255,16 @@ def is_replacement(key: str) -> bool:
 
 
 def _execution(kind: str, bundle: Bundle, execution: str, key: CommitKey) -> str:
-    # Logs and start markers are written once. The seal prevents a worker without the commit key from writing the same
-    # key first.
+    # Logs and start markers are written once. The seal prevents a worker without the commit key from being the first to
+    # write an object with the key.
     sealed = f".{seal(key, kind, bundle.stage, bundle.id, execution)}" if key else ""
     return f"{bundle.job}/{bundle.stage}/{_spread(bundle.id)}/{bundle.id}/{execution}{sealed}"
 
 
 def files(bundle: Bundle, execution: str, key: CommitKey) -> str:
-    """Return the prefix of the files of one execution.
+    """Return the prefix of the keys of the files that one execution writes.
 
-    Other executions do not write under the prefix of an execution.
+    Each execution has a prefix of its own for its files.
     """
     return f"files/{_execution('files', bundle, execution, key)}/"
 
@@ -277,12 +283,12 @@ def environment(worker: str) -> str:
 
 
 def tails(job: JobId) -> str:
-    """Return the prefix of the live logs of a job."""
+    """Return the prefix of the keys of a job's live logs."""
     return f"logs/{job}/.tails/"
 
 
 def tail(job: JobId, worker: str) -> str:
-    """Return the key of the live logs of all tasks of the job that one worker runs."""
+    """Return the key of the object with the live logs of all tasks of a job that one worker runs."""
     return f"{tails(job)}{worker}.json"
 
 
@@ -312,7 +318,9 @@ class OutcomeKey:
 
 
 def is_outcome_of(name: str, bundle: Bundle) -> bool:
-    """Return whether `name` is the key of an outcome of `bundle` with any seal, or of a replacement of the outcome."""
+    """Return whether `name` is the key of an outcome of `bundle`, with any seal, or the key of a replacement of the
+    outcome.
+    """
     key = outcome_key(name)
     if key is None:
         return name == replacement(bundle)
@@ -329,7 +337,7 @@ def outcome_key(key: str) -> OutcomeKey | None:
 
 
 def is_genuine(name: str, key: CommitKey) -> bool:
-    """Return whether `name` is the key of an outcome, sealed with `key`."""
+    """Return whether `name` is the key of an outcome with the seal of the commit key `key`."""
     parts = outcome_key(name)
     return parts is not None and outcome_of(parts.job, parts.stage, parts.bundle, key) == name
 
@@ -337,21 +345,24 @@ def is_genuine(name: str, key: CommitKey) -> bool:
 def everything_of(job: JobId) -> tuple[str, ...]:
     """Return the prefixes of all objects of a job except the job's code, which other jobs may share.
 
-    Objects that tasks write are not under jobs/. Objects that tasks write have their own prefixes, because a rebuild
-    lists committed objects only, and S3's lifecycle rules and policies match prefixes only.
+    Objects that tasks write have prefixes other than jobs/, because a rebuild lists committed objects only, and S3's
+    lifecycle rules and policies match prefixes only.
     """
     return (committed(job), raw(job), f"files/{job}/", f"logs/{job}/", reports(job))
 
 
 def starts(bundle: Bundle) -> str:
-    """Return the prefix of a suspect's start markers. A worker writes one start marker whenever it starts a suspect."""
+    """Return the prefix of the keys of a suspect's start markers. A worker writes one start marker whenever it starts a
+    suspect.
+    """
     return f"jobs/{bundle.job}/{bundle.stage}/starts/{bundle.id}/"
 
 
 def start(bundle: Bundle, execution: str, key: CommitKey, then: str = "") -> str:
-    """Return the key of the marker which shows that an execution has started a suspect.
+    """Return the key of the start marker that an execution writes when it starts a suspect.
 
-    `then` is the number of a renewal, or WITHDRAWN. Start markers are never overwritten or deleted.
+    `then` is "", the number of a renewal of the start marker, or WITHDRAWN. Start markers are never overwritten or
+    deleted.
     """
     label = f"{execution}.{then}" if then else execution
     sealed = f".{seal(key, 'start', bundle.stage, bundle.id, label)}" if key else ""
@@ -359,7 +370,7 @@ def start(bundle: Bundle, execution: str, key: CommitKey, then: str = "") -> str
 
 
 def started_by(bundle: Bundle, name: str, key: CommitKey) -> tuple[str, str] | None:
-    """Return the execution whose start marker has this name, and its suffix (see `start`).
+    """Return the execution in the name of a start marker, and the suffix `then` of the name (see `start`).
 
     Return None if the seal in `name` is wrong.
     """
@@ -371,7 +382,7 @@ def started_by(bundle: Bundle, name: str, key: CommitKey) -> tuple[str, str] | N
 
 
 def running(bundle: Bundle, key: CommitKey) -> str:
-    """Return the key of the marker which shows that a handed-over bundle still runs.
+    """Return the key of a marker that shows that a handed-over bundle is still running.
 
     The worker that runs the bundle renews the marker.
     """

@@ -2,22 +2,22 @@
 
 Invariant (I1, I2): every task of the bundle is in exactly one of the outcome's `succeeded`, final `failed`,
 `cancelled`, or one follow-up of the same stage. Every task that succeeded is in one follow-up of each chained stage.
-The results and the follow-ups of an outcome are decided once, before its commit. A program that sends the follow-ups
-again reads them from the committed outcome.
+The results and the follow-ups of an outcome are decided once, before its commit. A program that sends follow-ups again
+reads the follow-ups from the committed outcome.
 
-The failure policy decides when failed tasks fail the job, and when they stop the job at once. The fingerprint of a
-failure is equal for tasks that failed for the same reason. A fingerprint depends only on the failure in the outcome,
-and not on the machine (folders, process ids) or on the item (numbers, quoted text).
+The failure policy of a job decides when failed tasks fail the job, and when failed tasks stop the job at once. The
+fingerprint of a failure is equal for tasks that failed for the same reason. A fingerprint depends only on the failure
+in the outcome, and not on the machine (folders, process ids) or on the item (numbers, quoted text).
 
-Three effects determine the size of a bundle. A bundle costs the same number of requests at any size, so bundles are
-large. A lost or slow bundle delays all of its tasks, so a bundle has at most 0.75 s of work. The last bundles of a
-stage determine the makespan, so bundles shrink toward the end of the stage. With bundles of a fixed size, the last
-bundles take a quarter of the makespan.
+Three effects determine the size of a bundle. The number of requests for a bundle does not depend on its size, so
+bundles are large. A lost or slow bundle delays all of its tasks, so a bundle has at most 0.75 s of work. The last
+bundles of a stage determine the duration of the job, so bundles shrink toward the end of the stage. With bundles of a
+fixed size, the last bundles would take a quarter of the job's duration.
 
-Task times are not known in advance, so workers correct wrong sizes of bundles. A worker splits a bundle that is past
-its budget, and hands over the tasks that wait behind a long task (see `worker.commit_and_forward`). A long task delays
-the other tasks of its bundle by at most BUDGET_S. A long task counts at most BUDGET_S when the sizes of other bundles
-are computed.
+Task times are not known in advance, so workers correct wrong sizes of bundles. A worker splits a bundle that has taken
+longer than BUDGET_S, and hands over the tasks that wait behind a long task (see `worker.commit_and_forward`). A long
+task delays the other tasks of its bundle by at most BUDGET_S. A long task counts at most BUDGET_S when the sizes of
+other bundles are computed.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ from batchlab.core.model import (
 from batchlab.core.retry_rule import RetryRule
 
 LOSS_LIMIT = 3
-"""Number of times that a task may start alone and end without an outcome, after which the task is FAILED as a
-poison task.
-"""
+"""Number of starts of a single task without an outcome after which the task is FAILED as a poison task."""
 
 _task = attrgetter("task")
 _NO_TASKS = TaskSet()
@@ -90,9 +88,10 @@ def settle(
 ) -> Outcome:
     """Return the outcome of an execution with the results `ran`.
 
-    With `cancelled` (the job is being canceled), tasks without a result are CANCELLED, failed tasks are not retried,
-    and follow-ups are not created. Without `cancelled`, tasks without a result are split into two bundles, so that two
-    workers can run the bundles in parallel. The tasks in `kept` are still running and become a bundle of their own.
+    `cancelled` is true if the job is being canceled. With `cancelled`, tasks without a result are CANCELLED, failed
+    tasks are not retried, and follow-ups are not created. Without `cancelled`, tasks without a result are split into
+    two bundles, so that two workers can run the bundles in parallel. The tasks in `kept` are still running and become a
+    separate bundle.
     """
     stage = job.stage(bundle.stage)
     good = sorted((r for r in ran if r.failure is None), key=_task)
@@ -123,7 +122,7 @@ def settle(
         ended_s,
         succeeded,
         tuple([r.value for r in good]),
-        # Run times are rounded before they are summed, because a rebuild sums the written values and must get the same
+        # Round the run times before they are summed, because a rebuild sums the written run times and must get the same
         # sum.
         tuple([round(r.run_s, 6) for r in good]),
         tuple(failed),
@@ -147,7 +146,7 @@ def _split(bundle: Bundle, rest: TaskSet) -> list[Follow]:
 
 
 def fits(job: JobDef, bundle: Bundle, follows: Sequence[Follow]) -> bool:
-    """Return whether an outcome of `bundle` with these follow-ups is consistent with the job's definition.
+    """Return whether an outcome of `bundle` with the follow-ups `follows` is consistent with the job's definition.
 
     Each follow-up must be in the bundle's own stage, or in a stage that the bundle's stage feeds item by item.
     """
@@ -159,7 +158,7 @@ def fits(job: JobDef, bundle: Bundle, follows: Sequence[Follow]) -> bool:
 
 
 def chain(job: JobDef, bundle: Bundle, succeeded: TaskSet) -> list[Follow]:
-    """Return the bundles that pass the tasks in `succeeded` to each stage that follows item by item."""
+    """Return the follow-ups that pass the results of the tasks in `succeeded` to each chained stage."""
     if not succeeded:
         return []
     return [
@@ -169,9 +168,10 @@ def chain(job: JobDef, bundle: Bundle, succeeded: TaskSet) -> list[Follow]:
 
 
 def bisect(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outcome:
-    """Return an outcome that splits a bundle into two halves without results, because its workers repeatedly died.
+    """Return an outcome without results that splits a bundle into two halves, because workers that ran the bundle died
+    repeatedly.
 
-    A bundle with one task cannot be split, and `poisoned` returns the outcome that ends it.
+    A bundle with one task cannot be split, so `poisoned` returns the outcome of a bundle with one task.
     """
     first, second = bundle.tasks.halves()
     halves = [replace(bundle, tasks=part, losses=1) for part in (first, second)]
@@ -179,7 +179,7 @@ def bisect(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outc
 
 
 def poisoned(bundle: Bundle, reason: str, *, execution: str, worker: str, now_s: float) -> Outcome:
-    """Return the outcome of a bundle whose tasks are abandoned, with all tasks FAILED with `reason`."""
+    """Return the outcome of an abandoned bundle. All tasks of the bundle are FAILED with `reason`."""
     failed = tuple(Failure(t, FailureKind.LOST, reason, error="WorkerLost") for t in bundle.tasks)
     return Outcome(bundle, execution, worker, now_s, now_s, failed=failed)
 
@@ -227,7 +227,7 @@ def completion(outcome: Outcome) -> Completion:
 def casualties(job: JobDef, done: Completion) -> dict[StageName, int]:
     """Return, by stage, the number of tasks of later stages that cannot run because of failures in `done`.
 
-    Only stages that follow item by item are counted.
+    Only the tasks of chained stages are counted.
     """
     lost = len(done.failed) + len(done.cancelled)
     if not lost:
@@ -237,7 +237,7 @@ def casualties(job: JobDef, done: Completion) -> dict[StageName, int]:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Verdict on a job.
+    """Result of applying a job's failure policy.
 
     `failed` is true if too many tasks have failed for the job to succeed. `stop` is true if the job must stop at once.
     """
@@ -248,7 +248,7 @@ class Verdict:
 
 
 def judge(job: JobDef, stages: Sequence[StageCounts]) -> Verdict:
-    """Return the verdict on a job, given the counters of its stages.
+    """Apply the failure policy of a job to the counters of its stages.
 
     A `max_failures` number is the permitted number of failed tasks in the whole job. A `max_failures` percentage
     applies to the planned tasks of each stage.
@@ -268,12 +268,12 @@ def judge(job: JobDef, stages: Sequence[StageCounts]) -> Verdict:
 LENGTH = 12
 """Length of a fingerprint in hexadecimal digits.
 
-Among a million reasons, two have equal fingerprints with a probability of 0.2%.
+The probability that two of a million different reasons have equal fingerprints is 0.2%.
 """
 
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in ([^\n]+)')
 _COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>")
-"""Names of the frames of comprehensions, which only Python before 3.12 creates."""
+"""Names of the traceback frames of comprehensions. Only Python before 3.12 creates such frames."""
 _QUOTED = re.compile(r"""'[^'\n]*'|"[^"\n]*"|`[^`\n]*`""")
 _PATH = re.compile(r"(?:[\w.~-]*/)+[\w.~-]*")
 _NUMBERED = re.compile(r"[\w-]*\d[\w.-]*")
@@ -281,11 +281,11 @@ _INSTALLED = re.compile(r"^.*/(?:site|dist)-packages/|^.*/lib/python3[^/]*/")
 
 
 def fingerprint(failure: Failure) -> str:
-    """Return a fingerprint of twelve hexadecimal digits.
+    """Return the fingerprint of a failure, which has twelve hexadecimal digits.
 
-    The fingerprint of an exception depends on its class and on the lines of the user's code in its traceback. The
-    fingerprint of a failure without a traceback depends on its kind and its reason, without numbers, quoted text, and
-    paths.
+    The fingerprint of an exception depends on the exception's class and on the lines of the user's code in the
+    traceback. The fingerprint of a failure without a traceback depends on its kind and its reason, without numbers,
+    quoted text, and paths.
     """
     parts = [failure.kind.value, failure.error, str(failure.exit_code or "")]
     frames = _frames(failure.traceback)
@@ -304,13 +304,13 @@ def shape(text: str) -> str:
 
 
 def _frames(traceback: str) -> list[str]:
-    """Return `file:line:function` of the job's own code, outermost first.
+    """Return the traceback's frames in the job's own code as `file:line:function`, outermost frame first.
 
-    If the traceback does not contain code of the job, return all frames. Repeated frames of a recursion are returned
+    If the traceback does not contain code of the job, return all frames. A frame that a recursion repeats is returned
     once.
     """
     frames = [frame for frame in _FRAME.findall(traceback) if frame[2] not in _COMPREHENSIONS]
-    # Relative paths are the job's own code, because the worker writes paths relative to the code folder.
+    # A relative path belongs to the job's own code, because the worker writes paths relative to the code folder.
     own = [frame for frame in frames if not frame[0].startswith(("/", "<"))] or frames
     names = [f"{_INSTALLED.sub('', path)}:{line}:{name}" for path, line, name in own]
     return list(dict.fromkeys(names))
@@ -320,29 +320,29 @@ TARGET_S = 0.75
 """Target duration of a bundle in seconds once the mean task time is known."""
 
 BUDGET_S = 2 * TARGET_S
-"""Time in seconds after which a worker does not start further tasks of a bundle and hands over the tasks not
-started. One task of the bundle may still be running at the end of the budget.
+"""Time in seconds after which a worker does not start further tasks of a bundle. The worker hands over the tasks that
+it has not started. One task may still be running at the end of BUDGET_S.
 """
 
 FIRST_WAVE = 2
 """Number of bundles per slot that are sent before the first measurement of the task time.
 
-A slot's first bundle is a single task, so that its result arrives soon. A slot's second bundle keeps the slot busy
-until the next bundle arrives.
+The first bundle for a slot is a single task, so that the first result arrives soon. The second bundle for a slot keeps
+the slot busy until the next bundle arrives.
 """
 
 FIRST_CAP = 8
 FIRST_SHARES = 8
-"""A slot's second bundle has at most FIRST_CAP tasks and 1/FIRST_SHARES of a slot's work, because the task time is
-not known yet.
+"""The second bundle for a slot has at most FIRST_CAP tasks, and at most 1/FIRST_SHARES of the slot's share of the
+tasks, because the task time is not known yet.
 """
 
 CAP = 4096
 """Maximum number of tasks in a bundle, which keeps outcome objects and messages well below their size limits."""
 
 FLOOR_S = 0.05
-"""Minimum duration of a bundle in seconds while every slot gets a bundle, because the overhead dominates in smaller
-bundles.
+"""Minimum duration of a bundle in seconds while every slot gets a bundle, because a smaller bundle would be mostly
+overhead.
 """
 
 SHARES = 2
@@ -350,10 +350,10 @@ SHARES = 2
 
 
 def weight_s(tasks: int, run_s: float) -> float:
-    """Return the seconds that a bundle's tasks count for the sizes of other bundles.
+    """Return the run time of a bundle's tasks that counts in the calculation of the sizes of other bundles.
 
-    A single task counts at most BUDGET_S. All tasks of a bundle together count at most 2 * BUDGET_S, because only a
-    long last task can run past BUDGET_S.
+    A single task counts with at most BUDGET_S. All tasks of a bundle together count with at most 2 * BUDGET_S, because
+    only a long last task can run past BUDGET_S.
     """
     return min(run_s, tasks * BUDGET_S, 2 * BUDGET_S)
 
@@ -362,7 +362,7 @@ def bundle_size(left: int, slots: int, mean_s: float | None, fixed: int | None) 
     """Return the size of the next bundle of a stage with `left` uncut tasks and `slots` slots.
 
     `mean_s` is the measured time per task in seconds, or None before the first measurement. `fixed` is the bundle size
-    that the user set, which takes precedence.
+    that the user set, or None. A bundle size of the user takes precedence.
     """
     if left <= 0:
         return 0
@@ -378,7 +378,7 @@ def bundle_size(left: int, slots: int, mean_s: float | None, fixed: int | None) 
 
 
 def wave(left: int, slots: int, mean_s: float | None, fixed: int | None, room: int) -> list[int]:
-    """Return the sizes of the next bundles of a stage, at most `room`, in order."""
+    """Return the sizes of the next bundles of a stage, in order. The result has at most `room` sizes."""
     slots = max(1, slots)
     if fixed is None and mean_s is None:
         return _first_wave(left, slots, room)

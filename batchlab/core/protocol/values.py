@@ -1,11 +1,11 @@
-"""JSON encoding of values.
+"""JSON encoding of the inputs and results of tasks.
 
 Plain data is encoded unchanged, files and large values become references, and other objects are pickled.
 
-Invariant: decoding returns exactly the encoded value. A dict with a key that begins with one `$` is always a reference,
-because the encoding adds a second `$` to a user's own keys that begin with `$`. Every child process imports the module,
-so the module only imports the standard library and `batchlab.core.task_context`. References and pickled objects are
-encoded as follows.
+Invariant: decoding returns a value equal to the encoded value. In encoded JSON, a dict with a key that begins with one
+`$` is always a reference, because the encoding adds a second `$` to a user's own keys that begin with `$`. Every child
+process imports the module, so the module only imports the standard library and `batchlab.core.task_context`. References
+and pickled objects are encoded as follows.
 
     {"$file": key, "name": …, "size": …}                            an object, as a File
     {"$part": key, "start": …, "stop": …, "header": …, "name": …}   some bytes of it, as a File
@@ -46,20 +46,20 @@ _MAX_INT_BITS = 14_000
 
 
 OUTCOME_WEIGHT = 32 * 1024 * 1024
-"""Maximum weight of an outcome.
+"""Maximum weight of an outcome, as `weight` calculates it.
 
-Workers do not write outcomes above OUTCOME_WEIGHT, and readers refuse outcomes above it.
+Workers do not write outcomes with a larger weight, and readers refuse outcomes with a larger weight.
 """
 BRACKET_WEIGHT = 24
-"""Weight of a list or a dict, in addition to the byte of its bracket.
+"""Additional weight of each list and each dict in a JSON text.
 
-An empty list or dict takes at least 64 bytes in memory, so a limit on the text's length alone would not limit a
+An empty list or dict takes at least 64 bytes in memory, so a limit on the length of a JSON text alone would not limit a
 reader's memory.
 """
 
 
 def weight(text: str) -> int:
-    """Return the length of a JSON text plus BRACKET_WEIGHT for each list and dict in it."""
+    """Return the length of a JSON text plus BRACKET_WEIGHT for each list and each dict in the text."""
     return len(text) + BRACKET_WEIGHT * (text.count("[") + text.count("{"))
 
 
@@ -68,7 +68,9 @@ class NotAValue(UsageError):
 
 
 class _EncodingProblem(Exception):
-    """Problem with a value during its encoding. Callers add the value's position, innermost part first."""
+    """Problem with a value during its encoding. Callers add the position of the value, with the innermost part of the
+    position first.
+    """
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
@@ -110,7 +112,9 @@ def kind(encoded: Json) -> str | None:
 
 
 def references(encoded: Json) -> Iterator[Json]:
-    """Yield every reference to an object, at any depth, in the order of `replace`."""
+    """Yield every reference to an object in an encoded value, at any depth, in the order in which `replace` finds the
+    references.
+    """
     if type(encoded) is list:
         for part in encoded:
             yield from references(part)
@@ -126,7 +130,7 @@ def references(encoded: Json) -> Iterator[Json]:
 
 
 def replace(encoded: Json, change: Callable[[Json], Json]) -> Json:
-    """Return the value with every reference to an object replaced by `change(reference)`."""
+    """Return the encoded value with every reference to an object replaced by `change(reference)`."""
     if type(encoded) is list:
         return [replace(part, change) for part in encoded]
     if type(encoded) is dict:
@@ -141,9 +145,9 @@ def replace(encoded: Json, change: Callable[[Json], Json]) -> Json:
 
 
 def roughly(encoded: Json) -> int:
-    """Return the approximate number of bytes of the value's JSON.
+    """Return the approximate number of bytes of an encoded value's JSON.
 
-    The number is approximate, because encoding a value only to measure it would take ten times as long.
+    An exact number would take ten times as long, because the value would have to be written as JSON.
     """
     cls = type(encoded)
     if cls is str:
@@ -163,12 +167,13 @@ def roughly(encoded: Json) -> int:
 
 
 def no_files(file: File) -> Json:
-    """Raise an error for a File, for calls of `encode` that do not allow files."""
+    """Raise NotAValue, because the value to encode must not contain a File."""
     raise NotAValue(f"{file!r} is a file, and files are not allowed here.")
 
 
 def encode(value: object, file: Callable[[File], Json] = no_files, *, what: str = "result") -> Json:
-    """Return the value as strict JSON, for jobs from a job file. Tuples become lists in the encoded value.
+    """Return the encoding of a value as strict JSON, for a job from a job file. Tuples become lists in the encoded
+    value.
 
     `file` returns the reference for a File. Raise NotAValue for any other value that JSON does not have, including NaN
     and infinity.
@@ -259,8 +264,8 @@ def type_name(cls: type) -> str:
 def encode_object(value: object, file: Callable[[File], Json] = no_files) -> Json:
     """Return the encoding of any object, for the Python API.
 
-    None, bool, int, finite float, and str become JSON. All other objects are pickled. Files at any depth become
-    references. Raise NotAValue if the object cannot be pickled.
+    A value of None, bool, int, finite float, or str becomes JSON. All other objects are pickled. Files at any depth
+    become references. Raise NotAValue if the object cannot be pickled.
     """
     cls = type(value)
     if cls in (type(None), bool, int, float, str):
@@ -294,7 +299,7 @@ def _pickle(value: object, file: Callable[[File], Json]) -> Json:
 
 @cache
 def _pickler() -> Any:
-    # only the Python API needs cloudpickle, and its import takes as long as the start of Python
+    # Only the Python API needs cloudpickle, and the import of cloudpickle takes as long as the start of Python.
     import cloudpickle
 
     def persistent_id(self: Any, obj: object) -> int | None:
@@ -309,7 +314,7 @@ def _pickler() -> Any:
 
 
 def decode(encoded: Json, file: Callable[[Json], Any], *, pickles: bool) -> Any:
-    """Return the value that an encoding represents. `file` returns the value of a $file, $part, or $value reference.
+    """Return the value of an encoding. The function `file` returns the value of a $file, $part, or $value reference.
 
     With `pickles`, which is for the Python API only, unpickling runs code from the writer of the value and may raise
     any exception. Without `pickles`, raise NotAValue for a pickled object.
@@ -350,7 +355,7 @@ _KNOWN = (*(f"{{{name}}}" for name in (*_SINGLE, "inputs")), "{output:NAME}", "{
 
 
 def check(template: Sequence[str], params: Collection[str] | None = None) -> list[str]:
-    """Return the problems of a command, one sentence each. `params` are the keys of the job's parameters."""
+    """Return a sentence for each problem of a command's placeholders. `params` has the keys of the job's parameters."""
     problems = [] if template else ["The command is empty."]
     for argument in template:
         for token in _TOKEN.finditer(argument):
@@ -383,7 +388,7 @@ def _problem(argument: str, token: re.Match[str], params: Collection[str] | None
 
 
 def used(template: Sequence[str]) -> list[str]:
-    """Return the placeholders in a command without their braces, in order and without duplicates."""
+    """Return the names of the placeholders in a command, in order and without duplicates."""
     return list(dict.fromkeys(_names(template)))
 
 
@@ -406,9 +411,10 @@ def _names(template: Sequence[str]) -> Iterator[str]:
 def expand(
     template: Sequence[str], values: Mapping[str, str], inputs: Sequence[str], output: Callable[[str], str]
 ) -> list[str]:
-    """Return the arguments of a command.
+    """Return the arguments of a command with every placeholder replaced by its value.
 
-    `values` has the values of the other placeholders by name. Raise KeyError if the value of a placeholder is missing.
+    `values` has the values of those placeholders that do not have a parameter of their own. Raise KeyError if the value
+    of a placeholder is missing.
     """
 
     def one(token: re.Match[str]) -> str:
