@@ -1,6 +1,6 @@
-"""batchlab as a peer of the benchmark harness, with two instances of one slot each and default settings.
+"""Adapter that runs batchlab under the benchmark harness, with two instances of one slot each and default settings.
 
-`run.py` copies this file to the harness's adapters. Its interface is the harness's `Adapter`.
+`run.py` copies this file into the harness's folder of adapters. The harness defines the base class `Adapter`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from batchlab.runtime.home import Home
 
 
 class Batchlab(Adapter):
-    """`backend` is a backend of batchlab. All backends but `local` use the harness's emulator."""
+    """Adapter for one backend of batchlab, which the setting `backend` names.
+
+    All backends except `local` use the emulator that the harness names.
+    """
 
     def start(self, workers: int = 2, reliable: bool = False, warm: bool = True) -> None:
-        """All workloads use the same durable settings."""
+        """Start a grid with the same durable settings for all workloads."""
         backend = self.kw["backend"]
         if backend != "local":
             os.environ["BATCHLAB_ENDPOINT"] = self.cfg["aws_endpoint"]
@@ -52,7 +55,7 @@ class Batchlab(Adapter):
         return self.executor.submit(tasks.FUNCS[fn], *args).result()
 
     def node_pids(self, pid: int) -> list[int]:
-        """Return the ids of the worker process of this child and of all children of that process."""
+        """Return the ids of the worker process above `pid` and of all child processes of the worker."""
         workers = set(living(self.home.fleet).values())
         while pid not in workers:
             pid = _parent(pid)

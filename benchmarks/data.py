@@ -1,17 +1,18 @@
 """Upload of raw input and download of results on the backend `local`.
 
-Targets, on two cores:
-- 1 GB of raw input, split by lines and by bytes, is uploaded, split, and planned at 300 MB/s in constant
-  memory. The same run also measures a plain copy of the file.
-- 1,000,000 input files are listed and planned in under 60 s: 1,000 folders of 1,000 files in the
-  bucket, selected by folder or by file, and one folder for each file, as an upload creates them.
-- The results of 1,000,000 tasks are downloaded in under 60 s: by `Grid.map` of no-ops on two workers,
-  which includes their execution, and then from the same job as `batchlab fetch` does it.
+Targets on a machine with two cores:
+- A file of 1 GB is uploaded, split by lines or by bytes, and planned at 300 MB/s in constant memory. The benchmark also
+  measures a plain copy of the file.
+- 1,000,000 input files are listed and planned in under 60 s. The bucket has 1,000 folders of 1,000 files, and the job
+  names either the folder or each file. Another measurement has one folder for each file, as after an upload.
+- The results of 1,000,000 tasks are downloaded in under 60 s. The first measurement is `Grid.map` over tasks without
+  work on two workers, including the execution of the tasks. The second measurement downloads the results of the same
+  job in the same way as `batchlab fetch`.
 
     python benchmarks/data.py [--small] [--json FILE] [--only stream|listing|results]
 
-All data is generated in a scratch folder (TMPDIR) and deleted at the end. The best of three rounds
-counts, because the first round uses memory that the machine must first provide.
+The benchmark generates all data in a temporary folder (TMPDIR) and deletes the data at the end. A file is measured
+three times and the best figure counts, because the first measurement uses memory that the machine must first provide.
 """
 
 from __future__ import annotations
@@ -41,14 +42,17 @@ MB_PER_SECOND = 300
 WITHIN_S = 60
 ROUNDS = 3
 MEMORY_MB = 100
-"""Maximum memory growth of a splitting process: a range of input, and a part of the plan."""
+"""Maximum memory growth in MB of a process that splits input.
+
+The process holds one range of input and one part of the plan.
+"""
 SIZES = {SplitBy.LINES: 1000, SplitBy.BYTES: 1 << 20}
-"""Lines or bytes of a task."""
+"""Number of lines or bytes of one task's input, by the way of splitting."""
 JOB = JobId("bench-0123456789")
 
 
 async def plan(objects: Objects, source: InputDef, stage: str) -> int:
-    """Split and plan `source`. Return its number of tasks."""
+    """Split and plan the input `source`. Return the number of planned tasks."""
     writer = PartWriter(objects, Patience(Random(1)), JOB, StageName(stage), 0)
     async for item in input_split.items(objects, source):
         await writer.add(item)
@@ -59,7 +63,7 @@ async def plan(objects: Objects, source: InputDef, stage: str) -> int:
 
 
 def stream(by: str, megabytes: int) -> list[Row]:
-    """Upload and split a file of this size in MB."""
+    """Measure the upload and the split of a file of `megabytes` MB."""
     source = SplitBy(by)
     with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as name:
         folder = Path(name)
@@ -78,7 +82,7 @@ def stream(by: str, megabytes: int) -> list[Row]:
 
 
 def write_records(path: Path, size: int) -> int:
-    """Write a CSV of different records. Return its size."""
+    """Write a CSV file of at least `size` bytes with different records. Return the size of the file in bytes."""
     record = "%010d,some text of a record of about a hundred bytes,%012d,and the rest of it\n"
     block = "".join(record % (number, number * 7919) for number in range(10_000)).encode()
     written = 0
@@ -89,7 +93,7 @@ def write_records(path: Path, size: int) -> int:
 
 
 async def one_round(folder: Path, by: SplitBy, size: int) -> tuple[float, float, float]:
-    """Measure the MB per second of the upload, the plan, and both together."""
+    """Return the MB per second of the upload, of the planning, and of the upload and the planning together."""
     objects = open_local(folder / "bucket")
     began_s = time.perf_counter()
     await objects.upload("raw/input.csv", folder / "input.csv")
@@ -114,7 +118,7 @@ def copied(folder: Path, size: int) -> float:
 
 
 def listing(folders: int, each: int) -> list[Row]:
-    """List `folders` folders of `each` files, and plan one task for each file."""
+    """Measure listing `folders` folders of `each` files and planning one task for each file."""
     count = folders * each
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as name:
@@ -129,7 +133,7 @@ def listing(folders: int, each: int) -> list[Row]:
             assert asyncio.run(plan(open_local(bucket), InputDef(keys), stage)) == count
             took_s = time.perf_counter() - began_s
             how = "named one by one" if is_named else "named by their folder"
-            # A smaller form has its share of the time.
+            # The time limit is proportional to the number of files.
             within_s = WITHIN_S * count / 1_000_000
             rows += [
                 Row(f"{folders:,} × {each:,} files, {how}", took_s, "s", within_s, at_most=True),
@@ -162,7 +166,7 @@ def no_op(item: int) -> int:
 
 
 def results(count: int) -> list[Row]:
-    """Read the results of a map of `count` no-ops, and then download them into a folder."""
+    """Measure `Grid.map` over `count` tasks without work, and then the download of the results into a folder."""
     with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as name:
         folder = Path(name)
         with Grid("local", home=folder / "home", workers=2, warm=True) as grid:
@@ -186,7 +190,7 @@ def results(count: int) -> list[Row]:
 
 
 def choose(small: bool) -> list[tuple[str, list[Any]]]:
-    """Return the parts to run."""
+    """Return the parts of the benchmark to run, with the arguments of each part."""
     if small:
         return [
             *(("stream", [by.value, 100]) for by in SIZES),

@@ -1,8 +1,10 @@
-"""Comparison of forecasts with replays: shipped scenarios, compressed, on a real grid, one after another.
+"""Comparison of forecasts with replays of batchlab's scenarios on a real grid, in compressed time.
 
-Target: the forecast is within 10% of the makespan, and within one instance of the largest fleet. No
-calibration is used. Other work on this machine disturbs a replay. The table therefore shows how busy
-the machine was before each replay, and a row of a busy machine proves nothing.
+The replays run one after another.
+
+Target: the forecast makespan is within 10% of the measured makespan, and the forecast largest fleet is within one
+instance of the measured fleet. The forecasts do not use a calibration. Other work on this machine disturbs a replay.
+The table therefore shows how busy the machine was before each replay. A row of a busy machine proves nothing.
 
     python benchmarks/fact.py [SCENARIO ...] [--backend NAME] [--compress K] [--keep FOLDER]
 """
@@ -37,18 +39,25 @@ COMPRESS: Mapping[str, float] = {
     "poison-batch": 30,
     "claims-month-end": 120,
 }
-"""Each of them takes less than three minutes, most a minute, but for the last: five."""
+"""Time compression by scenario.
+
+A replay of the last scenario takes five minutes. A replay of any other scenario takes less than three minutes, and most
+replays take one minute.
+"""
 MAKESPAN, FLEET = 0.10, 1.0
 LOOK_S = 5.0
 BUSY = 0.10
-"""A machine that is busier than this before a replay is busy with something else."""
+"""Share of the machine's cores in use before a replay from which the machine counts as busy with other work."""
 LONGEST_S = 900.0
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One scenario. `told` contains differences of the whole run by measure. `busy` is the share of the
-    machine's cores that other processes used before."""
+    """Result of one scenario.
+
+    `told` contains the differences between forecast and replay for the whole run, by measure. `busy` is the share of
+    the machine's cores that other processes used before the replay.
+    """
 
     name: str
     compress: float
@@ -87,7 +96,7 @@ HEADS = (
 
 
 def busy_share() -> float:
-    """Return the share of this machine's cores that is in use now, from the kernel's counters (Linux)."""
+    """Return the share of this machine's cores that is in use now, measured for `LOOK_S` seconds (Linux)."""
 
     def ticks() -> tuple[int, int]:
         fields = [int(one) for one in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
@@ -100,7 +109,10 @@ def busy_share() -> float:
 
 
 def measured(name: str, backend: str, compress: float, folder: Path) -> Row:
-    """Replay the scenario. Raise SystemExit if the replay fails, or if work is lost."""
+    """Replay the scenario, and return the result.
+
+    Raise SystemExit if the replay fails, or if tasks are lost or duplicated.
+    """
     busy = busy_share()
     out = folder / f"{name}.json"
     command = [
@@ -123,7 +135,7 @@ def measured(name: str, backend: str, compress: float, folder: Path) -> Row:
         done = subprocess.run(
             [*command, "--home", home], env=os.environ, capture_output=True, text=True, check=False, timeout=LONGEST_S
         )
-    # A red verdict is accepted, because a compressed second cannot resolve waits of milliseconds.
+    # A replay with a red verdict is accepted, because compressed time cannot resolve waits of milliseconds.
     if done.returncode not in (0, 1):
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
     said = json.loads(done.stdout)

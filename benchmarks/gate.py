@@ -1,12 +1,12 @@
-"""Gate against slower releases: ratios of batchlab to a process pool, compared with recorded ratios.
+"""Check for slower releases: ratios of batchlab's figures to a process pool's figures, compared with recorded ratios.
 
     python benchmarks/gate.py --harness FOLDER [--small] [--record]
 
-The gate runs the harness, which is outside of this repository (`harness.py`), for batchlab's backends
-and, in the same run, for the standard library's process pool. The ratio of the two counts, since both
-run on the same machine. A figure that is a share of an ideal counts as it is. The gate compares the
-ratios with `recorded.json`, which `--record` writes. It reports workloads that became slower by more
-than their noise, and does not fail for them.
+The gate runs the harness, which is outside of this repository (see `harness.py`), for batchlab's backends and for the
+standard library's process pool. The gate compares ratios of batchlab's figures to the pool's figures, because batchlab
+and the pool run on the same machine. A figure that is a share of an ideal value is compared without a ratio. The gate
+compares the figures with `recorded.json`, which `--record` writes. The gate reports a workload that became slower by
+more than its noise, but does not fail.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Figures = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Figure of one workload. `of` computes it from the figures of batchlab and of the pool."""
+    """Figure of one workload. `of` computes the figure from batchlab's results and the process pool's results."""
 
     what: str
     more_is_better: bool
     of: Callable[[Figures, Figures], float]
     noise: float = 0.15
-    """The same code measured twice differs by so much on a machine that does nothing else."""
+    """Relative difference between two measurements of the same code on an otherwise idle machine."""
 
 
 MEASURES: Mapping[str, Measure] = {
@@ -56,7 +56,7 @@ SMALL_BACKENDS = ("batchlab_local",)
 def measured(
     folder: Path, backends: tuple[str, ...], workloads: tuple[str, ...], repeat: int
 ) -> dict[str, dict[str, float]]:
-    """Return the ratios by backend and workload of one run of the harness in `folder`."""
+    """Run the harness in `folder` once. Return the figures of the run by backend and workload."""
     with tempfile.TemporaryDirectory(prefix="batchlab-gate-") as scratch:
         results = Path(scratch) / "results.json"
         command = [sys.executable, str(HERE / "run.py"), "--harness", str(folder)]
@@ -76,7 +76,7 @@ def measured(
 
 
 def change(name: str, now: float, before: float | None) -> str:
-    """Describe how `now` compares with the recorded ratio."""
+    """Return a text that compares the figure `now` with the recorded figure `before`."""
     if before is None:
         return "not on record"
     measure = MEASURES[name]
@@ -87,7 +87,7 @@ def change(name: str, now: float, before: float | None) -> str:
 
 
 def main() -> None:
-    """Measure, compare, and print."""
+    """Run the harness, and print the comparison with the recorded figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     harness.add_to(parser)
     parser.add_argument("--small", action="store_true", help="three workloads on one backend, once")

@@ -1,7 +1,7 @@
-"""Location and check of the harness that measures batchlab and its peers.
+"""Option for the harness's folder, and a check of the folder. The harness measures batchlab and other schedulers.
 
-Invariant: a missing harness is reported before anything is installed or measured. The module uses only
-the standard library.
+Invariant: a benchmark reports a missing harness before the benchmark installs or measures anything. The module uses
+only the standard library.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WHAT = (
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names the harness's folder."""
+    """Add the command-line option that names the harness's folder."""
     parser.add_argument(
         "--harness",
         type=Path,
@@ -32,7 +32,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 
 def there(folder: Path) -> Path:
-    """Return the folder. End the program with a sentence if the folder does not contain a harness."""
+    """Return `folder`. Exit with an error message if `folder` does not contain a harness."""
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing:
         sys.exit(

@@ -1,14 +1,16 @@
 """Speed of the manager's fold of completions, and the manager's memory for jobs of several sizes.
 
-Targets, on two cores:
-- SQLite folds 10,000 bundles a second. The benchmark measures the ledger alone, in transactions of 10
-  completions (one receive of the collector) and more, and the whole manager, which receives the events
-  from a queue on SQLite, ten messages at a time.
-- The manager's memory does not grow up to 10⁷ tasks. A manager plans an input of this many lines, cuts
-  it into bundles of 4,096, and folds their completions. The workers are simulated. Each size runs in its
-  own process, which reports its memory after the first hundredth of the job and at its end.
-- PostgreSQL folds 2,000 bundles a second in transactions of 10, which wait for its network and its disk.
-  BATCHLAB_POSTGRES_URL names the database. The benchmark uses its own schema and deletes it afterwards.
+Targets on a machine with two cores:
+- The ledger on SQLite folds 10,000 bundles a second. The benchmark measures the ledger alone, in transactions of 10
+  completions (one receive of the manager) and more. The benchmark also measures a whole manager, which receives the
+  events from a SQLite queue, ten messages at a time.
+- The manager's memory does not grow with the size of a job, up to 10⁷ tasks. A manager plans an input with one line for
+  each task, groups the tasks into bundles of 4,096, and folds the completions of the bundles. The workers are
+  simulated. Each size of a job runs in its own process, which reports its largest memory and its memory at the end of
+  the job.
+- The ledger on PostgreSQL folds 2,000 bundles a second in transactions of 10 completions. Each transaction waits for
+  PostgreSQL's network and disk. BATCHLAB_POSTGRES_URL names the database. The benchmark creates its own schema and
+  deletes this schema at the end.
 
     python benchmarks/ledger.py [--small] [--json FILE] [--only fold|postgres|collect|memory]
 """
@@ -28,7 +30,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-# A script finds what is in its own folder, not what is in the one above.
+# Python adds only the script's own folder to the import path, so this line adds the folder above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from measured import Part, Row, peak_mb, rss_mb, run
@@ -52,10 +54,10 @@ PER_SECOND = 10_000
 PER_SECOND_POSTGRES = 2_000
 POSTGRES = "BATCHLAB_POSTGRES_URL"
 GROWTH_MB = 32
-"""Maximum difference between the manager's memory for the largest and the smallest job."""
+"""Maximum difference in MB between the manager's largest memory for a job of any size and for the smallest job."""
 BUNDLE = 4096
 TASKS = 100
-"""Tasks of each bundle that is only folded."""
+"""Number of tasks of each bundle in the measurements of folds."""
 ROUNDS = 10
 STAGE = StageName("map")
 JOB = JobDef(JobId("bench-0123456789"), "bench", (StageDef(STAGE, handler="work:one"),), 0.0)
@@ -91,14 +93,14 @@ def completion(bundle: Bundle) -> Completion:
 
 
 def fold(batch: int, count: int) -> list[Row]:
-    """Fold the completions of `count` bundles with the ledger alone, `batch` in a transaction."""
+    """Measure the fold of `count` completions by the ledger on SQLite, `batch` completions in a transaction."""
     with tempfile.TemporaryDirectory(prefix="batchlab-bench-") as folder:
         rate = asyncio.run(_fold(open_sqlite(Path(folder) / "ledger.db"), batch, count))
     return [Row(f"ledger: {batch} completions a transaction", rate, "/s", PER_SECOND)]
 
 
 def postgres(batch: int, count: int) -> list[Row]:
-    """Fold on PostgreSQL."""
+    """Measure the fold of `count` completions by the ledger on PostgreSQL, `batch` completions in a transaction."""
     import psycopg
 
     url, schema = os.environ[POSTGRES], f"batchlab_bench_{os.getpid()}"
@@ -112,7 +114,7 @@ def postgres(batch: int, count: int) -> list[Row]:
 
 
 async def _fold(ledger: Ledger, batch: int, count: int) -> float:
-    """Return the best of some rounds, in bundles a second."""
+    """Fold `count` completions in several rounds. Return the rate of the fastest round, in bundles a second."""
     planned = bundles(count)
     await ledger.apply(AddJob(JOB, JobState.SUBMITTED))
     await ledger.apply(AddCut(Cut(JOB.id, STAGE, 0, 0, planned, TaskSet(), TASKS * count)))
@@ -131,8 +133,10 @@ async def _fold(ledger: Ledger, batch: int, count: int) -> float:
 
 
 def collect(each: int, count: int) -> list[Row]:
-    """Run a whole manager from `count` completions on the events queue, `each` in a message, to
-    the end of the job."""
+    """Measure how fast a whole manager folds `count` completions from the events queue.
+
+    Each message has `each` completions.
+    """
 
     async def measure(folder: Path) -> float:
         ports = open_ports(folder)
@@ -160,7 +164,7 @@ def collect(each: int, count: int) -> list[Row]:
 
 @asynccontextmanager
 async def leading(ports: Ports) -> AsyncIterator[Manager]:
-    """Run a leading manager on these ports."""
+    """Run a manager on `ports` that holds the lease."""
     manager = Manager(ports, ManagerSettings(), [POOL], "bench")
     task = asyncio.create_task(manager.run())
     leads = asyncio.create_task(manager.is_leader.wait())
@@ -187,7 +191,7 @@ async def end_of(manager: Manager) -> None:
 
 
 def memory(sizes: list[int]) -> list[Row]:
-    """Measure the manager's memory for a job of each size, the smallest first."""
+    """Measure the manager's memory for a job of each size in `sizes`. The sizes are in ascending order."""
     import json
     import subprocess
     import sys
@@ -204,7 +208,7 @@ def memory(sizes: list[int]) -> list[Row]:
 
 
 def manage(tasks: int) -> list[Row]:
-    """Run a job of this many tasks from its submission to its end."""
+    """Measure the manager during a job of `tasks` tasks, from the submission to the end of the job."""
 
     async def measure(folder: Path) -> float:
         ports = open_ports(folder)
@@ -235,7 +239,7 @@ def manage(tasks: int) -> list[Row]:
 
 
 async def work(ports: Ports) -> None:
-    """Complete every bundle that is sent."""
+    """Simulate the workers: receive each bundle that the manager sends, and report a completion of the bundle."""
     queue, name = ports.queue, object_keys.tasks_queue(POOL.name)
     while True:
         messages = await queue.receive(name, wait_s=1.0)
@@ -247,7 +251,7 @@ async def work(ports: Ports) -> None:
 
 
 def choose(small: bool) -> list[tuple[str, list[Any]]]:
-    """Return the parts to run."""
+    """Return the parts of the benchmark to run, with the arguments of each part."""
     some = 1 if small else 4
     largest = 5 if small else 7
     batches = (10, 100, 1000)

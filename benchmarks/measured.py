@@ -1,4 +1,4 @@
-"""Shared code of the benchmarks: parts that run in their own processes, and a table of figures."""
+"""Shared code of the benchmarks, which runs each part of a benchmark in its own process and prints the figures."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ Part = Callable[..., "list[Row]"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure. `target` is its minimum, or with `at_most` its maximum, or None for a figure
-    without a target."""
+    """One measured figure.
+
+    `target` is the figure's required minimum, or the required maximum with `at_most`. A figure without a requirement
+    has the target None.
+    """
 
     what: str
     value: float
@@ -48,8 +51,11 @@ def rss_mb() -> float:
 
 
 def run(doc: str | None, parts: Mapping[str, Part], choose: Callable[[bool], Sequence[tuple[str, list[Any]]]]) -> None:
-    """Run the main program of a benchmark: each (part, arguments) of `choose(is_small)` in its own
-    process, so that its memory is separate. Print the figures as a table."""
+    """Run the main program of a benchmark, and print the figures as a table.
+
+    Each (part, arguments) of `choose(is_small)` runs in its own process, so that the memory of each part is measured
+    separately.
+    """
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="less of everything, for a check")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")

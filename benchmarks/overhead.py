@@ -1,10 +1,11 @@
-"""Cost of containers and LocalStack: the same jobs on `local` and on `localstack`, in one run.
+"""Cost of containers and LocalStack: the benchmark runs the same jobs on the backends `local` and `localstack`.
 
     python benchmarks/overhead.py [--small] [--json FILE]
 
-The benchmark needs Docker. Each grid has two slots. The grids take turns, and medians are compared. The
-table also shows the requests in LocalStack's log, the duration of one request inside of the network,
-the CPU time of each part, and the requests of an idle minute with two workers and without workers.
+The benchmark needs Docker. Each of the two grids has two slots. The grids run a job alternately, and the benchmark
+compares the medians of the durations. The table also shows the requests in LocalStack's log, the duration of one
+request inside the containers' network, and the CPU time of each container. The table also shows the requests of an idle
+grid per minute, with two workers and without workers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# A script finds what is in its own folder, not what is in the one above.
+# Python adds only the script's own folder to the import path, so this line adds the folder above.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from docker import DockerClient
@@ -38,7 +39,7 @@ from tests.support.grid.local_grid import LocalGrid
 SLOTS = 2
 POOL = "default"
 QUIET_S = 70.0
-"""From the last job on, until beats and polls are those of a grid at rest."""
+"""Wait in seconds after the last job, until the heartbeats and polls are as rare as on an idle grid."""
 PYTHON = "/opt/batchlab/venv/bin/python"
 SERVICES = ("localstack", "manager", "asg", "postgres")
 
@@ -87,7 +88,7 @@ print(json.dumps({kind: statistics.median(each) for kind, each in taken.items()}
 
 
 class Parts:
-    """The containers of a grid on `localstack`."""
+    """Containers of a grid on the backend `localstack`."""
 
     def __init__(self, home: Home) -> None:
         self.home = home
@@ -97,24 +98,27 @@ class Parts:
         self._engine = DockerClient.from_env()
 
     def ids(self, *labels: str) -> list[str]:
-        """Return the ids of running containers with these labels."""
+        """Return the ids of the grid's running containers with all of the labels."""
         named = [word for label in labels for word in ("--filter", f"label={label}")]
         return docker("ps", "-q", "--filter", f"label=batchlab.grid={self.project}", *named).split()
 
     def service(self, name: str) -> str:
-        """Return the container of a service."""
+        """Return the id of the container that runs the Compose service `name`."""
         (found,) = self.ids(f"com.docker.compose.service={name}")
         return found
 
     def requests(self) -> Counter[str]:
-        """Return the number of LocalStack's requests so far, by kind."""
+        """Return the number of requests in LocalStack's log so far, by kind of request."""
         log = self._engine.containers.get(self.service("localstack")).logs().decode()
         found = Counter(re.findall(r"\bAWS ((?:s3|sqs)\.\w+) => ", log))
         assert found, "LocalStack does not log what it is asked"
         return found
 
     def cpu_s(self) -> dict[str, float]:
-        """Return the CPU seconds of each part so far. All running instances count as one part."""
+        """Return the CPU seconds of each service's container so far.
+
+        All running instances together count as "workers".
+        """
         parts = {name: [self.service(name)] for name in SERVICES}
         parts["workers"] = self.ids("batchlab.instance")
         return {name: sum(map(self._cpu_s, ids)) for name, ids in parts.items()}
@@ -124,7 +128,10 @@ class Parts:
         return float(told["cpu_stats"]["cpu_usage"]["total_usage"]) / 1e9
 
     def latency_ms(self, count: int) -> dict[str, float]:
-        """Return the medians of single calls, one after another, in the manager's container."""
+        """Make `count` requests of each kind, one after another, in the manager's container.
+
+        Return the median duration by kind.
+        """
         place = self.home.place(compose_deployment.NAME)
         assert place
         probe = (PYTHON, "-c", PROBE, place.url, place.bucket, str(count))
@@ -134,23 +141,26 @@ class Parts:
 
 @dataclass
 class Job:
-    """Job with its durations on both backends. The other figures are of `localstack`."""
+    """Job with its measured durations on the backends `local` and `localstack`.
+
+    Other figures are only for `localstack`.
+    """
 
     name: str
     items: Sequence[float]
-    """How long each task sleeps, seconds."""
+    """Sleep time of each task in seconds."""
     ideal_s: float
-    """By the tasks' own time on all slots."""
+    """Duration of the job in seconds without overhead: the sleep time of all tasks divided by the slots."""
     wall_s: dict[str, list[float]] = field(default_factory=dict)
     requests: Counter[str] = field(default_factory=Counter)
     cpu_s: dict[str, float] = field(default_factory=dict)
 
     def used(self, part: str, seconds: float) -> None:
-        """Add CPU time."""
+        """Add `seconds` to the CPU time of the part `part`."""
         self.cpu_s[part] = self.cpu_s.get(part, 0.0) + seconds
 
     def run(self, grid: LocalGrid) -> float:
-        """Return the seconds from the submission to the end of the job."""
+        """Run the job on `grid`. Return the seconds from the submission to the end of the job."""
         folder = Path(tempfile.mkdtemp(dir=grid.home.path.parent))
         (folder / "work.py").write_text(WORK)
         (folder / "items.jsonl").write_text("".join(f"{one}\n" for one in self.items))
@@ -161,7 +171,7 @@ class Job:
         return time.monotonic() - begun_s
 
     def row(self, latency_ms: Mapping[str, float]) -> dict[str, Any]:
-        """Return the medians, and the means of one run."""
+        """Return the table row of the job: medians of the durations, and means per run of the other figures."""
         local, remote = (statistics.median(self.wall_s[name]) for name in ("local", "localstack"))
         rounds = len(self.wall_s["localstack"])
         waited = sum(n * latency_ms.get(kind, 0.0) for kind, n in self.requests.items())
@@ -180,7 +190,7 @@ class Job:
 
 @contextmanager
 def counted(parts: Parts, job: Job) -> Iterator[None]:
-    """Add the requests and the CPU time of the block to the job."""
+    """Count the requests and the CPU time during the `with` block, and add both counts to the job."""
     requests, cpu = parts.requests(), parts.cpu_s()
     yield
     time.sleep(0.5)
@@ -191,7 +201,7 @@ def counted(parts: Parts, job: Job) -> Iterator[None]:
 
 @contextmanager
 def up(backend: str, folder: Path) -> Iterator[LocalGrid]:
-    """Start a grid whose pool may have one instance for each slot."""
+    """Start a grid with up to `SLOTS` instances of one slot each, and stop the grid at the end of the block."""
     grid = LocalGrid(folder, (Pool(POOL, 0, SLOTS, 1),), backend=backend)
     try:
         yield grid
@@ -200,13 +210,13 @@ def up(backend: str, folder: Path) -> Iterator[LocalGrid]:
 
 
 def serving(grid: LocalGrid) -> int:
-    """Return the number of instances in service."""
+    """Return the number of the grid's instances that are InService."""
     (pool,) = grid.client.grid()["pools"]
     return sum(one["state"] == LifecycleState.IN_SERVICE for one in pool["instances"])
 
 
 def asked_in(parts: Parts, seconds: float) -> Counter[str]:
-    """Return the requests per minute of an idle grid."""
+    """Count the requests of an idle grid for `seconds` seconds. Return the requests per minute, by kind of request."""
     before = parts.requests()
     time.sleep(seconds)
     asked = parts.requests() - before
@@ -214,7 +224,7 @@ def asked_in(parts: Parts, seconds: float) -> Counter[str]:
 
 
 def measure(folder: Path, *, small: bool) -> list[dict[str, Any]]:
-    """Return the rows of the table."""
+    """Run all measurements, and return the rows of the table."""
     rounds, idle_s = (2, 20.0) if small else (3, 60.0)
     naps_s = [0.05] * (100 if small else 400)
     jobs = [
@@ -260,7 +270,7 @@ def measure(folder: Path, *, small: bool) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure and print the table."""
+    """Run the measurements, and print the table of results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="less of everything, for a check")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")

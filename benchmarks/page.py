@@ -1,11 +1,11 @@
-"""Duration of each view of the page, and of its API requests, while a grid runs a large job.
+"""Duration of each view of the web page, and of each API request for the web page, while a grid runs a large job.
 
     python benchmarks/page.py [--tasks N] [--times N] [--json FILE] [--docs]
 
-Target: with a job of 100,000 tasks, of which 5,000 have failed, the 95th percentile of every view
-is below 100 ms. The grid runs on `local`, and its two workers run the job during all requests. Each
-request of a view alternates with a bare request, `/v1/health`. Other work on the machine delays both,
-so the ratio is more reliable than the milliseconds. `--docs` writes the table into docs/page.md.
+Target: with a job of 100,000 tasks, of which 5,000 have failed, the 95th percentile of every view's duration is below
+100 ms. The grid runs on `local`, and its two workers run the job during all requests. Each request of a view alternates
+with a bare request to `/v1/health`. Other work on the machine delays both kinds of requests, so the ratio of their
+durations is more reliable than the milliseconds. The option `--docs` writes the table into docs/page.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.support.grid.local_grid import LocalGrid
 TARGET_MS = 100.0
 BARE = "/v1/health"
 BAD = 20
-"""One of this many tasks fails. The failing tasks come first."""
+"""One of `BAD` tasks fails. The failing tasks come first."""
 WITHIN_S = 30.0
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- views: begin -->", "<!-- views: end -->"
@@ -66,7 +66,7 @@ def total(numbers):
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Milliseconds of one view, and of the bare requests between its requests."""
+    """Durations in milliseconds of one view's requests, and of the bare requests between the view's requests."""
 
     view: str
     p50_ms: float
@@ -77,12 +77,12 @@ class Figure:
 
     @property
     def ratio(self) -> float:
-        """Return the ratio of the medians."""
+        """Return the median duration of the view's requests divided by the median duration of the bare requests."""
         return self.p50_ms / self.bare_p50_ms
 
 
 def written(place: Path, tasks: int) -> Path:
-    """Write the job's folder."""
+    """Write the folder of a job with `tasks` tasks, and return the path of its job file."""
     (place / "data").mkdir(parents=True)
     (place / "job.yaml").write_text(JOB)
     (place / "handlers.py").write_text(CODE)
@@ -92,7 +92,7 @@ def written(place: Path, tasks: int) -> Path:
 
 
 def views(job: str, first: Mapping[str, object]) -> dict[str, str]:
-    """Return every view by its name. `first` is a failure of the job."""
+    """Return the path of every view by the view's name. `first` is one failure of the job `job`."""
     cause, task = first["fingerprint"], f"stages/look/tasks/{first['task']}"
     page, api = f"/ui/jobs/{job}", f"/v1/jobs/{job}"
     return {
@@ -118,7 +118,7 @@ def views(job: str, first: Mapping[str, object]) -> dict[str, str]:
 
 
 def measured(grid: LocalGrid, job: str, times: int) -> list[Figure]:
-    """Request each view this many times. No request may fail."""
+    """Request each view `times` times, and return the measured durations. Raise an error if a request fails."""
     token = grid.home.token()
     bearer = {"Authorization": f"Bearer {token}"}
     with httpx.Client(base_url=grid.client.url, trust_env=False, verify=False) as http:
@@ -143,7 +143,7 @@ def measured(grid: LocalGrid, job: str, times: int) -> list[Figure]:
                     answer.raise_for_status()
                     if answer.status_code != 200:
                         raise RuntimeError(f"{asked}: {answer.status_code}")
-                    # The first ones fill what is kept.
+                    # The first two requests of a view fill caches, so their durations do not count.
                     if turn >= 2:
                         into.append(spent_ms)
                     size = len(answer.content) if into is took_ms else size
@@ -170,7 +170,7 @@ def table(found: list[Figure]) -> str:
 
 
 def document(tasks: int, state: JobView, found: list[Figure]) -> None:
-    """Put the table into docs/page.md."""
+    """Write the table of durations into docs/page.md."""
     file = ROOT / "docs" / "page.md"
     text = file.read_text()
     before, _, rest = text.partition(BEGIN)

@@ -1,14 +1,14 @@
-"""Comparison with every peer that this machine can run, in one run, and the table for the docs.
+"""Comparison of batchlab with every peer that this machine can run, and the comparison's table in the documentation.
 
     python benchmarks/peers.py --harness FOLDER --install [--docs]
     python benchmarks/peers.py --harness FOLDER --small --peers batchlab_local,dask,ray
 
-The harness is outside of this repository (`harness.py`). With --install, uv installs the missing peers in
-their own virtual environments (--venvs). The harness runs all peers through `run.py`. Each round measures
-every peer once, so a slow phase of the machine affects all of them. A peer that needs a missing program
-is named and skipped. Each figure of the table is the median of its rounds. With --docs, the table replaces
-the one in `docs/benchmarks.md`. A round of all peers takes about 20 minutes on an idle machine. --small
-runs one round of a tenth of the work, as a check without reliable figures.
+A peer is another scheduler. The harness is outside of this repository (see `harness.py`). With --install, uv installs
+the missing peers in their own virtual environments (--venvs). `run.py` runs the harness for all peers. Each round of
+the harness measures every peer once, so a slow phase of the machine affects all peers. If a peer needs a program that
+is missing, the benchmark names and skips the peer. Each figure of the table is the median of all rounds. With --docs,
+the new table replaces the old table in `docs/benchmarks.md`. A round of all peers takes about 20 minutes on an idle
+machine. The option --small runs one round with a tenth of the work, as a check without reliable figures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ PACKAGES: Mapping[str, Sequence[str]] = {
     "ray": ("ray",),
     "parsl": ("parsl",),
 }
-"""By the harness's environments, which Ray and Parsl cannot share with others."""
+"""Packages of the peers, by virtual environment of the harness.
+
+Ray and Parsl cannot share an environment with other peers.
+"""
 
 OURS = {"batchlab_local": "batchlab, `local`", "batchlab_ministack": "batchlab, `ministack`"}
 PEERS: Mapping[str, tuple[str, str, str]] = {
@@ -47,11 +50,11 @@ PEERS: Mapping[str, tuple[str, str, str]] = {
     "rq_simple": ("RQ (SimpleWorker)", "main", "redis-server"),
     "parallel": ("GNU parallel", "", "parallel"),
 }
-"""Title, environment, and required program of each peer."""
+"""Title, virtual environment, and required program of each peer."""
 
 
 def present(peers: Iterable[str], venvs: Path) -> list[str]:
-    """Return the peers that can run here. Print what each other peer lacks."""
+    """Return the peers that can run on this machine. For each other peer, print what the peer lacks."""
     found: list[str] = []
     for peer in peers:
         _, venv, program = PEERS.get(peer, ("", "", ""))
@@ -65,7 +68,7 @@ def present(peers: Iterable[str], venvs: Path) -> list[str]:
 
 
 def install(venvs: Path) -> None:
-    """Create the missing environments."""
+    """Create the missing virtual environments of the peers."""
     uv = shutil.which("uv")
     if uv is None:
         sys.exit("Peers are installed with uv, which is not here; install it, or name --venvs.")
@@ -79,7 +82,7 @@ def install(venvs: Path) -> None:
 
 
 def versions(venvs: Path) -> str:
-    """Return the installed versions for the caption."""
+    """Return the installed versions of the peers, for the caption of the table."""
     told: list[str] = []
     for name, packages in PACKAGES.items():
         python = venvs / f"v_{name}" / "bin" / "python"
@@ -92,7 +95,7 @@ def versions(venvs: Path) -> str:
 
 
 def table(runs: Mapping[str, Mapping[str, Mapping[str, Any]]], peers: Sequence[str]) -> str:
-    """Return the figures in Markdown, a row for each peer."""
+    """Return the table of figures in Markdown, with one row for each peer."""
     head = "| | W1 | W2 | W3 | W4 | W5 median / p99 | W6 | W7 | W7N |"
     lines = [head, f"| --- |{' ---: |' * 8}"]
     for peer in peers:
@@ -123,7 +126,7 @@ def _cell(workload: str, figures: Mapping[str, Any]) -> str:
 
 
 def write(text: str, path: Path) -> None:
-    """Replace the table between the two marks."""
+    """Replace the table between the marks BEGIN and END in the file `path`."""
     before, begin, rest = path.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -132,7 +135,7 @@ def write(text: str, path: Path) -> None:
 
 
 def main() -> None:
-    """Install, measure, and print."""
+    """Install the peers, run the harness, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--peers", default=",".join((*OURS, *PEERS)), help="comma list")
     parser.add_argument("--workloads", default="all", help="comma list of W1 … W7N, or all")

@@ -1,4 +1,4 @@
-"""Duration of every named query over generated data of a run with a given number of tasks.
+"""Duration of every named query of the reports, over generated performance data of a job with a given number of tasks.
 
     python benchmarks/reports.py [--tasks N] [--keep DIR] [--json FILE]
 
@@ -30,7 +30,7 @@ CORES = 2
 
 
 def measured(folder: Path) -> dict[str, float]:
-    """Return the median seconds of each query. They include the opening of the files, because a user waits for it."""
+    """Return the median seconds of each query, and the seconds for opening the files, which a user also waits for."""
     begun_s = time.perf_counter()
     with store.opened([folder]) as connection:
         found = {"(opening)": time.perf_counter() - begun_s}
@@ -62,7 +62,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as made:
         folder = given.keep or Path(made) / "run"
         if not (folder / TABLES[0].file).exists():
-            # Two stages have the tasks, half each.
+            # The generated job has two stages, and each stage has half of the tasks.
             write_run(folder, Made(tasks=given.tasks // 2, per_bundle=500, workers=64))
         size_bytes = sum(one.stat().st_size for one in folder.glob("*.parquet"))
         found = measured(folder)

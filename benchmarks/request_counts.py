@@ -1,10 +1,10 @@
-"""Requests of a grid to S3 and SQS, counted on the network: idle, and for a million tasks, in USD.
+"""Number and price of a grid's requests to S3 and SQS, for an idle grid and for a million tasks.
 
     python benchmarks/request_counts.py [--small] [--json FILE]
 
-The grid runs on `ministack` with two workers, and a proxy counts its requests. Targets: an idle grid sends
-at most 6 requests per minute and worker, and uses under 1% of a core. Tiny tasks need at most 0.05
-requests each. Prices are those of `backends/aws/prices.toml`.
+The grid runs on `ministack` with two workers, and a proxy counts the grid's requests. Targets: an idle grid sends at
+most 6 requests per minute and worker, and uses under 1% of a core. Each tiny task needs at most 0.05 requests. The
+prices come from `backends/aws/prices.toml`.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Meter:
 
     @contextmanager
     def span(self) -> Iterator[Counter[str]]:
-        """Yield a counter of the requests in the block. It is complete at the block's end."""
+        """Yield a counter of the requests during the `with` block. The counter is filled at the end of the block."""
         before, found = self.counts.copy(), Counter[str]()
         yield found
         found.update(self.counts - before)
 
 
 def usd(counts: Mapping[str, int]) -> float:
-    """Return the list price of these requests in USD."""
+    """Return AWS's list price of the counted requests in USD."""
     found = Requests(
         sqs=sum(count for name, count in counts.items() if name.startswith("SQS ")),
         s3_puts=counts.get("S3 PUT", 0) + counts.get("S3 LIST", 0),
@@ -66,14 +66,14 @@ def usd(counts: Mapping[str, int]) -> float:
 
 
 def cpu_s(pid: int) -> float:
-    """Return the CPU seconds of a process and its descendants so far."""
+    """Return the CPU seconds that a process and its descendants have used so far."""
     parents: dict[int, list[int]] = {}
     used: dict[int, float] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except OSError:
-            continue  # it has ended
+            continue  # The process has ended since the folder /proc was listed.
         parents.setdefault(int(fields[1]), []).append(int(entry.name))
         used[int(entry.name)] = (int(fields[11]) + int(fields[12])) / TICKS
 
@@ -84,7 +84,7 @@ def cpu_s(pid: int) -> float:
 
 
 def measure(idle_s: float, tasks: int) -> list[dict[str, Any]]:
-    """Return the rows of the table."""
+    """Run all measurements, and return the rows of the table."""
     from batchlab import Grid
     from batchlab.runtime.home import Home
 
@@ -100,7 +100,8 @@ def measure(idle_s: float, tasks: int) -> list[dict[str, Any]]:
             list(grid.map(abs, range(20)))
             record = home.record()
             assert record
-            # Until what follows a job has died down: beats, and the looks of a busy receiver.
+            # After a job, workers and receivers send more heartbeats and polls for a while, so the measurement starts
+            # later.
             time.sleep(idle_s)
             begun_s = cpu_s(record.pid)
             with meter.span() as idle:
@@ -142,7 +143,7 @@ def nap(item: int) -> int:
 
 
 def main() -> None:
-    """Measure and print the table."""
+    """Run the measurements, and print the table of results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--small", action="store_true", help="a minute instead of five")
     parser.add_argument("--json", type=Path)

@@ -2,10 +2,11 @@
 
     python benchmarks/run.py --harness FOLDER --peers batchlab_local,dask --workloads W1,W5
 
-The harness is outside of this repository (`harness.py`). The program copies it to a scratch folder, adds
-batchlab's adapter, and runs the copy. The results are in `benchmarks/results/`. Peers need their own
-virtual environments below --venvs (`peers.py --install` creates them). batchlab runs in the environment of
-this project. Other options are passed to the harness. The program uses only the standard library.
+The harness is outside of this repository (see `harness.py`). The program copies the harness to a temporary folder, adds
+batchlab's adapter, and runs the copy. The program writes the results to `benchmarks/results/`. Peers need their own
+virtual environments in the folder --venvs, where `peers.py --install` creates the environments. batchlab runs in the
+virtual environment of this project. Other options are passed to the harness. The program uses only the standard
+library.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import harness
 HERE = Path(__file__).resolve().parent
 PEERS = {f"batchlab_{backend}": backend for backend in ("local", "ministack")}
 
-# Joined to the end of the harness's registry of adapters.
+# Code that `join` appends to the harness's registry of adapters.
 _JOIN = """
 for _name, _backend in %r.items():
     PEERS[_name] = ("batchlab_peer", "Batchlab", {"backend": _backend})
@@ -40,7 +41,10 @@ def needs(name):
 
 
 def main() -> None:
-    """Parse, prepare, and run. The harness prints each measurement at once."""
+    """Parse the options, copy the harness, and run the copy.
+
+    The harness prints each figure as soon as it is measured.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     harness.add_to(parser)
     parser.add_argument("--venvs", type=Path, help="the peers' virtual environments")
@@ -68,7 +72,7 @@ def main() -> None:
 
 
 def join(source: Path, copy: Path) -> None:
-    """Copy the harness and add batchlab's adapter."""
+    """Copy the harness from `source` to `copy`, and add batchlab's adapter to the copy."""
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("results", "__pycache__"))
     for path in [copy, *copy.rglob("*")]:
         path.chmod(path.stat().st_mode | 0o200)
@@ -79,7 +83,10 @@ def join(source: Path, copy: Path) -> None:
 
 @contextmanager
 def emulator(folder: Path, peers: Sequence[str]) -> Iterator[str]:
-    """Yield the endpoint of a MiniStack if one of the peers needs it."""
+    """Start MiniStack if a peer needs SQS, and yield the endpoint.
+
+    Without such a peer, yield the address of an unused port.
+    """
     if not any("sqs" in peer or peer == "batchlab_ministack" for peer in peers):
         yield "http://127.0.0.1:9"
         return
@@ -87,7 +94,7 @@ def emulator(folder: Path, peers: Sequence[str]) -> Iterator[str]:
     from batchlab.adapters.local import state_files
     from batchlab.adapters.local.ministack import Emulator, install
 
-    # All peers sign with the keys of an endpoint that is named.
+    # All peers sign requests with the default keys of `Endpoint`, so this MiniStack gets the default keys.
     known = Endpoint()
     pair = {"access_key": known.access_key, "secret_key": known.secret_key}
     folder.mkdir(exist_ok=True)

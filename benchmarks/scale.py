@@ -1,9 +1,10 @@
-"""Scale of the simulator: 10,000 workers and up to 10 million tasks, in bundles as on a real grid.
+"""Speed and memory of the simulator with 10,000 workers and up to 10 million tasks, in bundles as on a real grid.
 
-Target: 10,000 workers and 10,000,000 tasks on two cores in under 60 s of wall time and under
-2 GiB, and cost that grows linearly from 10⁴ to 10⁷ tasks. The manager, fleet and worker objects are
-those of every backend. Services and ledger are in memory, every port call takes a simulated 2 to
-20 ms, and no fault occurs. Each row runs in its own process, so that its peak memory is separate.
+Target: 10,000 workers and 10,000,000 tasks run on two cores in under 60 s of wall time and under 2 GiB of memory. The
+CPU time grows linearly from 10⁴ to 10⁷ tasks. The manager, the fleet, and the workers run the same code as on every
+backend. The services and the ledger are in memory, every port call takes a simulated 2 to 20 ms, and the simulator does
+not inject faults. Each row of the table runs in its own process, so that the peak memory of each row is measured
+separately.
 
     python benchmarks/scale.py [--small] [--json FILE]
 """
@@ -35,13 +36,13 @@ TASK_S = 0.1
 """Duration of each task in virtual seconds."""
 
 BUNDLE = 1000
-"""Tasks of a bundle, as a user would set it."""
+"""Number of tasks in each bundle, as in a user's setting `bundle`."""
 
 STAGE = StageName("a")
 ITEMS_AT_ONCE = 4096
 
-# As on a grid of thousands: everything that is paid per worker and second is slower than on a
-# laptop. A cancellation then takes up to a minute to be acknowledged.
+# The settings are for a grid with thousands of workers: heartbeats, leases, and ticks are less frequent than on a
+# laptop. With these settings, workers may acknowledge a cancellation up to a minute late.
 LEASE_S = 60.0
 MANAGER = ManagerSettings(control_lease_s=LEASE_S, visibility_s=600.0, silence_s=600.0, tick_s=5.0, lease_ttl_s=60.0)
 WORKER = WorkerSettings(control_lease_s=LEASE_S, visibility_s=600.0, beat_s=60.0, beat_gap_s=5.0)
@@ -49,8 +50,11 @@ WORKER = WorkerSettings(control_lease_s=LEASE_S, visibility_s=600.0, beat_s=60.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run. `virtual_s` lasts from the submission to the job's end. `started_s` is the wall time of
-    the workers' boot. `wall_s` and `cpu_s` include everything."""
+    """Figures of one run.
+
+    `virtual_s` is the virtual time from the submission to the end of the job. `started_s` is the wall time until all
+    workers are known to the manager. `wall_s` and `cpu_s` are the times of the whole run.
+    """
 
     tasks: int
     workers: int
@@ -64,12 +68,12 @@ class Row:
 
     @property
     def us_per_task(self) -> float:
-        """Return the CPU time per task, including start and end of the workers."""
+        """Return the CPU time per task in microseconds, including the start and the end of the workers."""
         return self.cpu_s / self.tasks * 1e6
 
 
 def measure(tasks: int, workers: int) -> Row:
-    """Run one job in this process."""
+    """Run one job with `tasks` tasks in the simulator, in this process."""
     loop = SimLoop(inline_executor=True)
     return loop.run(_main(loop, tasks, workers))
 
@@ -116,14 +120,14 @@ async def _main(loop: SimLoop, tasks: int, workers: int) -> Row:
 
 
 def apart(tasks: int, workers: int) -> Row:
-    """Run one job in its own process."""
+    """Run `measure` in a new process, and return the figures of the run."""
     command = [sys.executable, __file__, "--one", str(tasks), str(workers)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return Row(**json.loads(done.stdout))
 
 
 def main() -> None:
-    """Parse, measure, and print."""
+    """Parse the options, run the measurements, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--small", action="store_true", help="1,000 workers, up to 10⁵ tasks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")

@@ -2,10 +2,10 @@
 
     python benchmarks/scaling.py [--small] [--json FILE] [--svg FILE]
 
-The benchmark needs Docker. Each burst begins on an idle grid without an instance. Targets: the pool never
-exceeds the policy, it does not flap (no change of desired capacity is reversed within a cooldown), and
-its steps of desired capacity differ from the simulator's by at most one instance. The simulator gets only
-the median boot time of a container from this machine.
+The benchmark needs Docker. Each burst begins on an idle grid without an instance. Targets: the pool never has more
+instances than the scaling policy requests. The pool does not flap: no change of desired capacity is reversed within a
+cooldown. The steps of desired capacity differ from the forecast's steps by at most one instance. The only figure that
+the simulator gets from this machine is the median boot time of a container.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SMALL: Mapping[str, list[float]] = {"60 tasks of 0.5 s": [0.5] * 60}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One burst, measured and forecast."""
+    """One burst of work, with the measured and the forecast course of the pool."""
 
     name: str
     naps_s: list[float]
@@ -47,14 +47,14 @@ class Run:
     told: Timeline
 
     def knowing(self, backend: Backend) -> int:
-        """Return the instances that the policy would request if it knew the durations of tasks."""
+        """Return the number of instances that the scaling policy would request if all task durations were known."""
         pool = self.seen.pool
         drained = backend.manager.drain_target_s * pool.slots
         return min(pool.max_size, max(1, math.ceil(sum(self.naps_s) / drained)))
 
 
 def measure(bursts: Mapping[str, list[float]], folder: Path) -> tuple[Backend, list[Run]]:
-    """Measure one burst after another on one grid."""
+    """Run the bursts one after another on one grid, and forecast each burst."""
     grid = LocalGrid(folder / "home", backend="localstack")
     try:
         runs = []
@@ -71,7 +71,7 @@ def measure(bursts: Mapping[str, list[float]], folder: Path) -> tuple[Backend, l
 
 
 def rows(run: Run, backend: Backend) -> list[Row]:
-    """Return the figures of a burst."""
+    """Return the figures of one burst as rows of the table."""
     seen, told, cooldown_s = run.seen, run.told, backend.manager.cooldown_in_s
     needed = seen.needed(backend)
     return [
@@ -92,12 +92,12 @@ def rows(run: Run, backend: Backend) -> list[Row]:
 
 
 def steps(timeline: Timeline) -> str:
-    """Return the levels of desired capacity and their start times."""
+    """Return a text with the levels of desired capacity and the start time of each level."""
     return ", ".join(f"{one.level} at {one.at_s:.1f} s" for one in timeline.steps)
 
 
 def picture(runs: list[Run]) -> str:
-    """Draw two panels for each burst: instances and remaining work."""
+    """Return an SVG picture with two panels for each burst: instances and remaining work."""
     panels = []
     for run in runs:
         seen, told = run.seen.looks, run.told.looks
@@ -120,7 +120,7 @@ def _points(looks: list[Look], name: str) -> list[tuple[float, float]]:
 
 
 def main() -> None:
-    """Measure, print, and draw."""
+    """Run the measurements, print the figures, and draw the picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="one short burst")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the timelines there")

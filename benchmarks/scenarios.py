@@ -1,12 +1,12 @@
 """Simulation of a day of a real cluster: 24 hours of Facebook's Hadoop jobs in 2009.
 
-Target: the 5,894 jobs of the trace in under 30 s. A job has a task for each 128 MiB of its input;
-the fleet grows and shrinks with the backlog, instances boot for 90 s, and the settings are those of
-AWS. Each row runs in its own process, so that its peak memory is separate.
+Target: the simulator runs the 5,894 jobs of the trace in under 30 s. A job has one task for each 128 MiB of its input.
+The fleet grows and shrinks with the backlog, and instances boot for 90 s. The settings are the settings of the backend
+`aws`. Each row of the table runs in its own process, so that the peak memory of each row is measured separately.
 
     python benchmarks/scenarios.py TRACE [--small] [--json FILE]
 
-TRACE is FB-2009_samples_24_times_1hr_0.tsv of the workload suite in github.com/SWIMProjectUCB/SWIM.
+TRACE is the file FB-2009_samples_24_times_1hr_0.tsv of the workload suite in github.com/SWIMProjectUCB/SWIM.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ from batchlab.scenarios.traces.source import Trace, TraceFormat
 HOURS = (1, 6, 24)
 TASK_BYTES = 128 * 2**20
 TASK_S = 2.0
-"""Duration of each task: a read of 128 MiB at 64 MiB per second."""
+"""Duration of each task in seconds: the time to read 128 MiB at 64 MiB per second."""
 
 BUNDLE = 64
-"""Tasks of a bundle, as a user would set it. Most jobs have one task, and some have thousands."""
+"""Maximum number of tasks in a bundle, as in a user's setting `bundle`.
+
+Most jobs of the trace have one task, and some jobs have thousands of tasks.
+"""
 
 POOL = Pool("default", 0, 40, slots=4, boot_s=90.0)
 COLUMNS = ("job", "submit", "gap", "input", "shuffle", "output")
@@ -42,7 +45,10 @@ COLUMNS = ("job", "submit", "gap", "input", "shuffle", "output")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run of the first `hours` of the trace. `virtual_s` is the time of the last job's end."""
+    """Figures of a simulation of the first `hours` of the trace.
+
+    `virtual_s` is the time at which the last job ended.
+    """
 
     hours: float
     jobs: int
@@ -56,7 +62,7 @@ class Row:
 
 
 def facebook(trace: Path, hours: float) -> Scenario:
-    """Return the first `hours` of the trace as a scenario."""
+    """Return the first `hours` hours of the trace as a scenario."""
     columns = Columns("submit", tasks=ColumnSum(("input",), per=TASK_BYTES), label="job")
     stage = StageTemplate("map", Constant(TASK_S), bundle=BUNDLE)
     source = Trace(
@@ -73,7 +79,7 @@ def facebook(trace: Path, hours: float) -> Scenario:
 
 
 def measure(trace: Path, hours: float) -> Row:
-    """Run the scenario in this process."""
+    """Simulate the first `hours` hours of the trace in this process."""
     begun_s, cpu_s = time.perf_counter(), time.process_time()
     record = simulate(facebook(trace, hours))
     if {job.state for job in record.jobs} != {"SUCCEEDED"} or record.lost or record.duplicates:
@@ -92,14 +98,14 @@ def measure(trace: Path, hours: float) -> Row:
 
 
 def apart(trace: Path, hours: float) -> Row:
-    """Run the scenario in its own process."""
+    """Run `measure` in a new process, and return the figures of the simulation."""
     command = [sys.executable, __file__, str(trace), "--one", str(hours)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return Row(**json.loads(done.stdout))
 
 
 def main() -> None:
-    """Parse, measure, and print."""
+    """Parse the options, run the simulations, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("trace", type=Path, metavar="TRACE")
     parser.add_argument("--small", action="store_true", help="its first hour only")

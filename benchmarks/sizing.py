@@ -1,19 +1,19 @@
-"""Automatic bundle sizes: the makespan compared with a clairvoyant schedule, in the simulator.
+"""Makespan with automatic bundle sizes in the simulator, compared with a schedule that knows all durations beforehand.
 
-Target: without settings, the makespan is within 5% of a schedule that knows all durations beforehand
-(longest task first, on the same slots, without overhead), on three distributions:
+Target: without settings, the makespan is within 5% of the makespan of a schedule that knows all durations beforehand.
+This clairvoyant schedule starts the longest task first, on the same slots, without overhead. The target is for three
+distributions of task durations:
 
-- mixed: for each slot 3 tasks of 10 minutes among 2,000 of 10 µs, in random order;
-- heavy: Pareto with α = 1.3 from 50 ms on, capped at 20 s, 600 s of work a slot on average;
-- giants: 5,000 even tasks of 100 ms a slot, and at the end of the list a giant of 20 s for every
-  second slot.
+- mixed: for each slot, 3 tasks of 10 minutes among 2,000 tasks of 10 µs, in random order;
+- heavy: a Pareto distribution with α = 1.3 from 50 ms, limited to 20 s, with 600 s of work for each slot on average;
+- giants: for each slot, 5,000 tasks of about 100 ms, and at the end of the list one task of 20 s for every second slot.
 
-In all three, the longest tasks are a small part of the work. If the last task took as long as all others
-together, no schedule without knowledge of the durations could be within 5%.
+In all three distributions, each long task is a small part of the work. If the last task took as long as all other tasks
+together, a schedule without knowledge of the durations could not be within 5%.
 
-The makespan lasts from the submission to the job's end in the ledger, on running workers, with 2 to 20 ms
-for every port call. Requests are the port calls of manager and workers from the submission to the end,
-including polls and heartbeats.
+The makespan is the time from the submission of a job to its end in the ledger. All workers run before the submission,
+and every port call takes 2 to 20 ms. The table counts as requests all port calls of the manager and the workers from
+the submission to the end of the job, including polls and heartbeats.
 
     python benchmarks/sizing.py [--small] [--json FILE]
 """
@@ -45,14 +45,14 @@ Draw = Callable[[random.Random, int], list[float]]
 
 
 def mixed(rng: random.Random, slots: int) -> list[float]:
-    """Return tasks of 10 µs and of 10 minutes."""
+    """Return the durations of the tasks of the distribution "mixed": 10 µs and 10 minutes."""
     found = [600.0] * (3 * slots) + [1e-5] * (2000 * slots)
     rng.shuffle(found)
     return found
 
 
 def heavy(rng: random.Random, slots: int) -> list[float]:
-    """Return tasks with a capped Pareto distribution."""
+    """Return the durations of the tasks of the distribution "heavy", a Pareto distribution with a maximum."""
     found: list[float] = []
     left_s = 600.0 * slots
     while left_s > 0:
@@ -62,13 +62,16 @@ def heavy(rng: random.Random, slots: int) -> list[float]:
 
 
 def giants(rng: random.Random, slots: int) -> list[float]:
-    """Return equal tasks, with a few long ones at the end of the list."""
+    """Return the durations of the tasks of the distribution "giants", with a few long tasks at the end of the list."""
     even = [0.1 * rng.uniform(0.95, 1.05) for _ in range(5000 * slots)]
     return even + [20.0] * max(1, slots // 2)
 
 
 def even(rng: random.Random, slots: int) -> list[float]:
-    """Return tasks of 5 ms. They show the cost of a bundle and have no target."""
+    """Return task durations of about 5 ms.
+
+    The distribution "even" shows the cost of a bundle and does not have a target.
+    """
     return [0.005 * rng.uniform(0.95, 1.05) for _ in range(12000 * slots)]
 
 
@@ -76,7 +79,7 @@ DRAWS: dict[str, Draw] = {"mixed": mixed, "heavy": heavy, "giants": giants, "eve
 
 
 def clairvoyant_s(durations: Sequence[float], slots: int) -> float:
-    """Return the makespan of the list schedule that begins with the longest task."""
+    """Return the makespan of a list schedule that starts the tasks in order of duration, the longest task first."""
     free = [0.0] * slots
     for run_s in sorted(durations, reverse=True):
         heapq.heapreplace(free, free[0] + run_s)
@@ -85,7 +88,7 @@ def clairvoyant_s(durations: Sequence[float], slots: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run. `ratio` is its makespan divided by the clairvoyant one."""
+    """Figures of one run. `ratio` is the makespan of the run divided by the makespan of the clairvoyant schedule."""
 
     name: str
     slots: int
@@ -102,7 +105,7 @@ class Row:
 
 
 def measure(name: str, slots: int, seed: int) -> Row:
-    """Run one job on its own grid."""
+    """Run one job with durations of the distribution `name` on a new simulated grid."""
     durations = DRAWS[name](random.Random(f"{seed}/{name}/{slots}"), slots)
     loop = SimLoop(inline_executor=True)
     return loop.run(_main(loop, name, slots, seed, durations))
@@ -123,7 +126,7 @@ async def _main(loop: SimLoop, name: str, slots: int, seed: int, durations: list
     supervisor = asyncio.create_task(world.supervise(), name="supervisor")
     while not (world.manager and len(world.manager.registry.workers) == slots):  # noqa: ASYNC110
         await asyncio.sleep(1.0)
-    await asyncio.sleep(5.0)  # a tick later the manager knows how many slots it has
+    await asyncio.sleep(5.0)  # After the next tick, the manager knows the number of slots.
     job = JobDef(JobId("job"), "job", (StageDef(STAGE, handler="sim:task"),), EPOCH_S, items=len(durations), token="t")
     await bring_items(world, job)
     before, since_s = sum(faults.calls.values()), loop.time()
@@ -141,7 +144,7 @@ async def _main(loop: SimLoop, name: str, slots: int, seed: int, durations: list
 
 
 def main() -> None:
-    """Parse, measure, and print."""
+    """Parse the options, run the measurements, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--small", action="store_true", help="2 and 16 slots, one seed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")

@@ -1,4 +1,4 @@
-"""Step plots over time as SVG text: panels below one another, each with axes, units, and a key.
+"""Step plots over time as SVG text. The panels are below one another, and each panel has axes, units, and a legend.
 
 The colors follow the reader's preference for light or dark pages.
 """
@@ -27,7 +27,10 @@ text{font:12px system-ui,sans-serif;fill:#333}.t{font-weight:600;font-size:13px}
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Value that stays constant until the next point (time, value). `colour` is 0 to 3."""
+    """Line of a step plot.
+
+    The value of a point (time, value) stays constant until the next point. `colour` is 0 to 3.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -37,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Lines over a time in seconds. `unit` is the unit of the other axis."""
+    """Panel of a step plot, with lines over a time in seconds. `unit` is the unit of the vertical axis."""
 
     title: str
     unit: str
@@ -46,7 +49,7 @@ class Panel:
 
 
 def svg(panels: Sequence[Panel], label: str) -> str:
-    """Return the whole picture. `label` is its text for screen readers."""
+    """Return the picture with all panels as SVG. `label` is the text of the picture for screen readers."""
     body, top = [], 0
     for panel in panels:
         body.append(f'<g transform="translate(0 {top})">{_panel(panel)}</g>')
@@ -92,7 +95,7 @@ def _panel(panel: Panel) -> str:
 
 
 def _path(points: Sequence[tuple[float, float]], x: _Scale, y: _Scale) -> str:
-    """Return a path with a point at each change of the value."""
+    """Return the data of an SVG path with a point at each change of the value."""
     first, value = points[0]
     drawn = [f"M{x(first):.1f} {y(value):.1f}"]
     for at, new in points[1:]:
@@ -108,7 +111,7 @@ def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
 
 
 def _ticks(first: float, last: float, about: int) -> list[float]:
-    """Return about this many round numbers."""
+    """Return about `about` round numbers between `first` and `last`, for the ticks of an axis."""
     rough = (last - first) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = max(1.0, next(power * n for n in (1, 2, 5, 10) if power * n >= rough))

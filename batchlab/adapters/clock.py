@@ -1,8 +1,8 @@
 """Real time, random ids, and the threads that run the blocking calls of a ledger or a queue.
 
 Invariants: the core gets the wall time and the randomness of a real backend only from this module. If an object
-supports one thread at a time, never more than one thread uses it. The invariant of one thread at a time also holds if
-the task that waits for a call is canceled.
+supports one thread at a time, only one thread at a time uses the object. The invariant of one thread at a time also
+holds if the task that waits for a call is canceled.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class WallClock:
         return time.time()
 
     def monotonic_s(self) -> float:
-        """Return seconds since an arbitrary start, as a time that never goes back.
+        """Return the seconds since an arbitrary start. The returned time never goes back.
 
-        Where the operating system supports it, the time of a suspended machine counts. A lease expires while a laptop
-        is suspended, if the operating system counts the suspended time.
+        On some operating systems, the returned time includes the time for which the machine was suspended. If the
+        operating system counts the suspended time, a lease expires while a laptop is suspended.
         """
         return boot_s()
 
 
 class RandomIds:
-    """Random ids from the operating system, which processes draw without coordination."""
+    """Random ids from the operating system. Processes draw ids without coordination."""
 
     def fresh(self, kind: str) -> str:
         """Return a new id with the prefix `kind`. With 64 bits, ten million ids do not collide."""
@@ -64,14 +64,14 @@ class CallRunner(Protocol):
         """Return the result of `call`. A `quick` call takes about a millisecond."""
 
     async def close(self, last: Callable[[], None]) -> None:
-        """Run `last` after all earlier calls, and accept no call after it.
+        """Run `last` after all earlier calls. The runner does not accept calls after `last`.
 
-        `last` also runs if the task that waits for it is canceled.
+        `last` also runs if the task that waits for `last` is canceled.
         """
 
 
 class InlineRunner:
-    """Runner that uses the caller's thread, for the simulator, which runs without threads."""
+    """Runner that makes calls in the caller's thread, because the simulator runs without threads."""
 
     async def __call__(self, call: Callable[[], T], /, *, writes: bool, quick: bool) -> T:  # noqa: ARG002
         return call()
@@ -83,8 +83,8 @@ class InlineRunner:
 class SingleThread:
     """Runner with one thread, which makes the calls in the order of their submission.
 
-    A quick call that finds the thread idle runs in the caller's thread, because a change of threads takes as long as
-    the call.
+    If the runner's thread is idle, a quick call runs in the caller's thread, because a change of threads takes as long
+    as the quick call.
     """
 
     def __init__(self, name: str = "ledger") -> None:

@@ -2,7 +2,7 @@
 
 The library obstore uses the XML API and finds credentials like Google's own tools. The credentials come from the file
 that GOOGLE_APPLICATION_CREDENTIALS names, from the login of `gcloud auth application-default`, or from the metadata
-server. STORAGE_EMULATOR_HOST names an emulator, which needs no credentials.
+server. STORAGE_EMULATOR_HOST names an emulator. An emulator does not need credentials.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class GcsObjects(ObstoreObjects):
 
 
 def open_objects(bucket: Bucket) -> GcsObjects:
-    """Return the bucket of that name without a request to the service."""
+    """Return the bucket without a request to Google Cloud Storage."""
     config: GCSConfig = {"base_url": _URL}
     if emulator := os.environ.get(_EMULATOR):
         url = emulator if "://" in emulator else f"http://{emulator}"

@@ -45,7 +45,7 @@ def check_batch(entries: Sequence[object]) -> None:
 
 
 def check_send(messages: Sequence[Outgoing]) -> None:
-    """Raise TooLarge for more than 10 messages or 256 KiB in a call, ValueError for a bad delay."""
+    """Raise TooLarge for a send of more than 10 messages or 256 KiB, and ValueError for an invalid delay."""
     check_batch(messages)
     size = sum(body_bytes(message.body) for message in messages)
     if size > MAX_MESSAGE_BYTES:

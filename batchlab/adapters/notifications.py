@@ -6,7 +6,7 @@ Invariant: every failure of a delivery is a NotDelivered, and every wait has a l
   boto3 block, so a delivery to SNS runs in a thread.
 - Commands: only the grid's settings name commands. A command of the grid runs without a shell, and its arguments do not
   contain text of a job. The command of a grid reads the notification from its standard input. A command that reaches
-  its timeout is killed with all processes that it started.
+  its timeout is killed with all processes that the command started.
 - Webhooks: a notification is a signed HTTP POST to an allowed address. A webhook's connection goes to the address that
   was checked, so its name cannot change to another address in between. Webhook deliveries do not follow redirects and
   do not use proxies. Logs never contain the address of a webhook, because its path may be a secret.
@@ -169,7 +169,7 @@ async def run_command(target: Target, notification: Notification) -> None:
 
 async def _write_input(process: asyncio.subprocess.Process, body: bytes) -> None:
     assert process.stdin
-    with suppress(BrokenPipeError, ConnectionResetError):  # A command need not read its input.
+    with suppress(BrokenPipeError, ConnectionResetError):  # The command may exit without reading its input.
         process.stdin.write(body)
         await process.stdin.drain()
     process.stdin.close()
@@ -281,13 +281,14 @@ class Webhooks:
         import httpx
 
         if self._tls is None:
-            # Creating the TLS context reads all of the system's certificates, so it runs in a thread.
+            # Creating the TLS context reads all of the system's certificates, so the TLS context is created in a
+            # thread.
             self._tls = await asyncio.to_thread(ssl.create_default_context)
         return httpx.AsyncClient(verify=self._tls, trust_env=False, follow_redirects=False, timeout=WEBHOOK_TIMEOUT_S)
 
 
 async def resolve(parts: SplitResult, *, stays_out: bool) -> str:
-    """Return an allowed address of the URL's host. With `stays_out`, addresses of this machine are refused.
+    """Return an allowed address of the URL's host. With `stays_out`, refuse addresses of this machine.
 
     Raise NotDelivered if any address of the host is refused, because a mix of allowed and refused addresses may be an
     attack.

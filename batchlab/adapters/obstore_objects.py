@@ -82,10 +82,10 @@ class ObstoreObjects:
         self._tally = tally or RequestCounter()
         self._created_count = 0
         self._making = threading.Lock()
-        # The async calls of obstore are not used, because they can abort the process and are slower than threads. Rust
-        # threads complete the futures of obstore's async calls, and abort a process (SIGABRT) that exits at that
-        # moment. With obstore's async calls, a process that exited right after a put was aborted in 6 of 10 runs. The
-        # async calls of obstore also take 2 to 4 times the CPU time of a Python thread.
+        # The async calls of obstore are not used, because async calls can abort the process and are slower than
+        # threads. Rust threads complete the futures of obstore's async calls, and abort a process (SIGABRT) that exits
+        # at that moment. With obstore's async calls, a process that exited right after a put was aborted in 6 of 10
+        # runs. The async calls of obstore also take 2 to 4 times the CPU time of a Python thread.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="objects")
 
     def check(self) -> None:
@@ -113,7 +113,7 @@ class ObstoreObjects:
                     self._created_count += 1
         return call()
 
-    # --- Where stores differ ---------------------------------------------------------------------
+    # --- Methods for subclasses ------------------------------------------------------------------
 
     def _make_bucket(self) -> bool:
         """Create the missing bucket, or return False if the store must not create buckets."""
@@ -162,7 +162,7 @@ class ObstoreObjects:
 
     @contextmanager
     def _translated(self, key: str) -> Iterator[None]:
-        """Raise batchlab's errors instead of obstore's. A missing bucket never raises NotFound."""
+        """Raise batchlab's errors instead of obstore's errors. A missing bucket never raises NotFound."""
         try:
             yield
         except (BaseError, OSError, NotFound) as error:
@@ -173,8 +173,8 @@ class ObstoreObjects:
                 raise NotFound(f"No object {key!r}.") from error
             is_busy = not self.busy_statuses.isdisjoint(_STATUS.findall(text))
             if isinstance(error, AlreadyExistsError | PreconditionError):
-                # After status 412, another writer has won. After status 409 of S3, the race of the writers is still
-                # open.
+                # Status 412 means that another writer has changed the object. Status 409 of S3 means that another
+                # conditional write is still in progress.
                 kind = Throttled if is_busy else AlreadyExists
                 raise kind(f"Object {key!r} exists, or another writer has replaced it.") from error
             outage = Unreachable if _OUTAGE.search(text) else BackendError
@@ -333,7 +333,7 @@ def retries() -> RetryConfig:
 
 
 def _puts(size_bytes: int, chunk_bytes: int) -> int:
-    """Return the number of requests to put an object: one, or one for each part and two more."""
+    """Return the number of requests to put an object: one, or the number of parts plus two."""
     return 1 if size_bytes <= chunk_bytes else -(-size_bytes // chunk_bytes) + 2
 
 

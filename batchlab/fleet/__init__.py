@@ -1,1 +1,1 @@
-"""The Auto Scaling engine: groups, policies, lifecycle hooks, instance refresh, and warm pools."""
+"""Implementation of AWS's Auto Scaling: groups, policies, lifecycle hooks, instance refresh, and warm pools."""

@@ -1,8 +1,9 @@
-"""Types and errors of AWS's Auto Scaling API, and protocols of a group's data sources.
+"""Types and errors of AWS's Auto Scaling API, and protocols of the data sources that Auto Scaling groups need.
 
 Every field has AWS's name in snake case (`botocore.xform_name`), AWS's default, and AWS's unit. Durations are in
 seconds, times are in seconds since the epoch, and percentages are from 0 to 100. Fields that AWS omits from a response
-are None. The name of an error class is AWS's error code. An error has AWS's message if the message is known.
+are None. The name of an error class is AWS's error code. An error has the text of AWS's error message if this text is
+known.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class InstancesDistribution:
     on_demand_percentage_above_base_capacity: int = 100
     spot_allocation_strategy: str = "lowest-price"
     spot_instance_pools: int | None = None
-    """Number of Spot capacity pools. A number of None means 2 Spot capacity pools with the strategy lowest-price."""
+    """Number of Spot capacity pools. None means 2 Spot capacity pools if the allocation strategy is lowest-price."""
     spot_max_price: str = ""
 
 
@@ -264,8 +265,8 @@ class RefreshPreferences:
     min_healthy_percentage: int = 90
     max_healthy_percentage: int = 100
     instance_warmup: int | None = None
-    """Warm-up time of new instances in seconds. A warm-up of None means the group's default warm-up, or without a
-    default the group's health check grace period."""
+    """Warm-up time of new instances in seconds. None means the group's default warm-up time. If the group does not have
+    a default warm-up time, None means the group's health check grace period."""
     skip_matching: bool = False
     auto_rollback: bool = False
     checkpoint_percentages: tuple[int, ...] = ()
@@ -301,9 +302,8 @@ class InstanceRefresh:
 
 @dataclass(frozen=True, slots=True)
 class WarmPool:
-    """Parameters of PutWarmPool. The size of the warm pool is `max_group_prepared_capacity` − desired capacity. A
-    `max_group_prepared_capacity` of None means the group's maximum size. The warm pool has at least `min_size`
-    instances."""
+    """Parameters of PutWarmPool. The size of the warm pool is `max_group_prepared_capacity` minus desired capacity, and
+    at least `min_size`. If `max_group_prepared_capacity` is None, the group's maximum size is used instead."""
 
     min_size: int = 0
     max_group_prepared_capacity: int | None = None
@@ -325,7 +325,7 @@ class Metadata:
     target_lifecycle_state: str
     """Value of `autoscaling/target-lifecycle-state`, for example InService, Terminated, or Warmed:Stopped."""
     spot_action: str = ""
-    """Value of `spot/instance-action`: terminate, or empty without an interruption, for which the service returns
+    """Value of `spot/instance-action`: terminate, or "" without an interruption. For "", the metadata service returns
     404."""
     spot_time: float | None = None
     """Time when the Spot interruption terminates the instance, in seconds since the epoch."""
@@ -356,7 +356,7 @@ class LimitExceeded(Fault):
 
 
 class ResourceInUse(Fault):
-    """Error for the deletion of a group with instances without ForceDelete."""
+    """Error for the deletion of a group that has instances, if the request does not set ForceDelete."""
 
 
 class ScalingActivityInProgress(Fault):
@@ -377,7 +377,7 @@ class IrreversibleInstanceRefresh(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Data of a launch template version that a launch needs."""
+    """Data that a launch reads from a launch template version."""
 
     reference: LaunchTemplate
     instance_type: str = ""
@@ -422,5 +422,5 @@ class Prices(Protocol):
     """Prices of instances, for the allocation strategy `lowest-price`."""
 
     def hourly(self, machine: Machine) -> float | None:
-        """Return the price of an instance in USD per hour, or None if unknown. Without prices, the order of the
-        overrides decides which instance type is launched."""
+        """Return the price of an instance in USD per hour, or None if the price is unknown. Without prices, the order
+        of the overrides decides which instance type is launched."""

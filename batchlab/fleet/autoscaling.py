@@ -113,8 +113,8 @@ class PolicyRequests(Requests):
         self._save()
 
     def _step(self, group: Group, asg: Asg, policy: ScalingPolicy, breach: float) -> None:
-        """Apply a policy's step for a breach. Scale-out is relative to warm capacity, so two consecutive breaches of
-        the same size add instances once. Scale-in waits until all instances have warmed up."""
+        """Apply a policy's step for a breach. Scale-out is relative to the capacity that has warmed up, so two
+        consecutive breaches of the same size add instances once. Scale-in waits until all instances have warmed up."""
         step = scaling_policies.step_for(policy, breach)
         if step is None:
             return
@@ -211,7 +211,7 @@ class ScheduleRequests(Requests):
             raise LimitExceeded(f"A group may have {MAX_ACTIONS} scheduled actions.")
 
     def delete_scheduled_action(self, name: str, scheduled_action_name: str) -> None:
-        """Delete a scheduled action. Raise ValidationError if the action does not exist."""
+        """Delete a scheduled action. Raise ValidationError if the scheduled action does not exist."""
         _, asg = self._changeable(name)
         if scheduled_action_name not in asg.scheduled:
             raise ValidationError(f"Scheduled action name not found: {scheduled_action_name}")
@@ -365,7 +365,7 @@ class WarmPoolRequests(Requests):
             raise InstanceRefreshInProgress("The warm pool cannot be changed while an instance refresh is in progress.")
         group_requests.one_of("PoolState", warm_pool.pool_state, tuple(warm.RESTED))
         prepared = warm_pool.max_group_prepared_capacity
-        # As on AWS, -1 disables the setting.
+        # As on AWS, -1 disables MaxGroupPreparedCapacity.
         prepared = None if prepared is not None and prepared < 0 else prepared
         if warm_pool.min_size < 0:
             raise ValidationError("MinSize must not be negative.")
@@ -394,7 +394,8 @@ class WarmPoolRequests(Requests):
         self._save()
 
     def describe_warm_pool(self, name: str) -> tuple[WarmPool | None, Sequence[InstanceDetails]]:
-        """Return the warm pool's configuration, or None without a warm pool, and the warm pool's instances."""
+        """Return the configuration and the instances of the group's warm pool. Without a warm pool, the configuration
+        is None."""
         group, asg = self._asg_group(name)
         return asg.warm_pool, [instance_details(group, member) for member in warm.members(group)]
 
@@ -402,4 +403,4 @@ class WarmPoolRequests(Requests):
 class AutoScaling(
     GroupRequests, InstanceRequests, HookRequests, PolicyRequests, ScheduleRequests, RefreshRequests, WarmPoolRequests
 ):
-    """All requests of the API, with AWS's names in snake case."""
+    """All requests of AWS's Auto Scaling API, with AWS's names in snake case."""

@@ -1,8 +1,8 @@
-"""Changes of a group's state without I/O, and the record of all changes.
+"""Changes to the in-memory state of groups, and the record of all changes. The module does no I/O.
 
-Invariant: each change starts or ends exactly one activity, and marks the state as unsaved. Activities of a plain pool
-have a short text. Activities of an Auto Scaling group have AWS's wording, with sentences that begin with a time and are
-separated by two spaces.
+Invariant: each change starts or ends exactly one activity, and marks the state as unsaved. Activities of a pool of the
+Fleet port have a short text. Activities of an Auto Scaling group have AWS's wording, with sentences that begin with a
+time and are separated by two spaces.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from batchlab.fleet.termination import CRASH_LOOP, crash_loop_wait_s, victims
 
 
 class SteadyClock:
-    """Clock in seconds since the epoch that is valid after a restart and never goes back. The SteadyClock adds the
-    monotonic clock's progress to the wall clock's value at the start."""
+    """Clock in seconds since the epoch that never goes back while the process runs. The SteadyClock adds the monotonic
+    clock's progress to the wall clock's value at the start of the process, so saved times stay valid after a
+    restart."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -79,8 +80,8 @@ class Record:
         return "  ".join([asg.cause] * bool(asg.cause) + [f"At {at} {s}." for s in sentences])
 
     def explain(self, asg: Asg, sentence: str) -> None:
-        """Add a reason of the desired capacity, stored until the group reaches the capacity. The group stores only the
-        latest KEEP_REASONS reasons."""
+        """Add a reason for a change of desired capacity. The group stores the latest KEEP_REASONS reasons until the
+        group reaches desired capacity."""
         reasons = self.cause_text(asg, sentence).split("  ")
         asg.cause = "  ".join(reasons[-KEEP_REASONS:])
         self.unsaved = True
@@ -95,14 +96,15 @@ class Changes(Record):
     """Writer of all changes to groups and their activity log."""
 
     def create_group(self, pool: Pool) -> Group:
-        """Return a new group for a plain pool."""
+        """Return a new group for a pool of the Fleet port."""
         limits = f"min: {pool.min_size}, max: {pool.max_size}, desired: {pool.min_size}"
         self.note(pool.name, "Creating group", f"a user request created the group with {limits}")
         return Group(pool, pool.min_size)
 
     def set_desired(self, group: Group, desired: int, cause: str, *, cooldown: int | None = None) -> None:
-        """Set desired capacity, and terminate surplus instances in the same call to preserve I5. `cooldown` replaces
-        the group's default cooldown, which starts when the group reaches the capacity."""
+        """Set desired capacity. The same call terminates surplus instances, so that invariant I5 of the module `engine`
+        holds. `cooldown` replaces the group's default cooldown. The cooldown starts when the group reaches desired
+        capacity."""
         before = group.desired
         if desired != before:
             group.desired = desired
@@ -117,8 +119,8 @@ class Changes(Record):
         self.scale_in(group)
 
     def scale_in(self, group: Group) -> None:
-        """Terminate the instances chosen by `victims`, or return them to the warm pool. If too many instances have
-        scale-in protection, record one activity."""
+        """Terminate the instances chosen by `victims`, or return the chosen instances to the warm pool. If too many
+        instances have scale-in protection, record one activity."""
         if group.suspended(Process.TERMINATE):
             return
         size = weigh(group.staying())
@@ -191,8 +193,8 @@ class Changes(Record):
         return f"the last {group.failures} ended before they were ready: {group.reason}"
 
     def arrive(self, group: Group, member: Member) -> None:
-        """Put an instance into service if the instance is ready. In a plain pool, the instance's worker must have
-        reported readiness. In an Auto Scaling group, the launch hooks of the instance must be completed."""
+        """Put an instance into service if the instance is ready. In a pool of the Fleet port, the instance's worker
+        must have reported readiness. In an Auto Scaling group, the launch hooks of the instance must be completed."""
         if not member.running or member.asg.asleep:
             return
         if member.state in WARMING:
@@ -221,7 +223,7 @@ class Changes(Record):
         member.asg.moving, member.asg.warm = 0, False
 
     def move(self, member: Member, state: LifecycleState) -> None:
-        """Change a member's state, without a change of its note and its activity."""
+        """Change the state of a member. The note and the activity of the member stay unchanged."""
         member.move(state, note=member.instance.note)
         self.unsaved = True
 
@@ -236,7 +238,8 @@ class Changes(Record):
         self.retire(group, member, why=why or f"a health check: {how}", note=note, hooked=not dead)
 
     def fail_launch(self, group: Group, member: Member, how: str) -> None:
-        """Record a failed launch. The call records no termination activity, because no instance exists."""
+        """Record a failed launch. The call does not record a termination activity, because the instance does not
+        exist."""
         self._count_failed_start(group, member, how)
         member.move(LifecycleState.TERMINATING, note=how)
 
@@ -248,8 +251,8 @@ class Changes(Record):
         self.retire(group, member, why=why, note=f"terminated: {how}")
 
     def retire(self, group: Group, member: Member, *, why: str, note: str, hooked: bool = True) -> None:
-        """Start the termination of an instance, even if it has scale-in protection. Termination hooks run only for
-        instances in state InService, EnteringStandby, or Standby."""
+        """Start the termination of an instance, even if the instance has scale-in protection. Termination hooks run
+        only for instances in state InService, EnteringStandby, or Standby."""
         if member.asg.moving:
             self.settle(group, member.asg.moving, "Cancelled")
             member.asg.moving = 0
@@ -281,7 +284,7 @@ class Changes(Record):
         self.dead.append(member.instance)
 
     def disown(self, instance: str) -> None:
-        """Record the termination of a running instance that belongs to no group."""
+        """Record the termination of a running instance that does not belong to a group."""
         why = "no group knowing it"
         self.note("", f"Terminating orphaned instance: {instance}", f"{_OUT} {why}")
 
@@ -309,7 +312,7 @@ class Changes(Record):
         self.unsaved = True
 
     def back_off(self, group: Group, now_s: float) -> None:
-        """Start the next wait of a crash loop if another launch has failed."""
+        """If another launch has failed, start the next wait of the group's crash loop."""
         if group.failed and group.failures >= CRASH_LOOP:
             pause_s = crash_loop_wait_s(group.waits)
             group.waits += 1

@@ -1,17 +1,16 @@
-"""Engine of groups on a launcher: requests change the state of groups, and `tick` applies the state.
+"""Engine that runs groups on a launcher: requests change the state of groups, and `tick` applies the state to the
+instances.
 
 Invariant (I5): desired capacity is within [min, max] after every call. The number of Pending and InService instances is
-at most the group's maximum, with two exceptions. Protected instances stay after the limits were lowered, and instances
-of an Auto Scaling group stay until their replacements are InService.
+at most the group's maximum, with two exceptions. Instances with scale-in protection stay after the limits were lowered,
+and instances of an Auto Scaling group stay until their replacements are InService.
 
 The steps of a tick, and the effect of a crash after each step:
 
-1. Read the running instances from the launcher, then replace instances and scale in. A crash after this step loses
-   nothing.
-2. Save the state, then request that the launcher ends Terminating instances. After a crash, the next tick repeats the
-   requests.
-3. Save the new instances as Pending, then launch the new instances. After a crash, the next tick replaces instances
-   that were not launched.
+1. Read the running instances from the launcher, then replace instances and scale in. A crash after step 1 loses
+nothing. 2. Save the state, then request that the launcher ends Terminating instances. After a crash, the next tick
+repeats the requests. 3. Save the new instances as Pending, then launch the new instances. After a crash, the next tick
+replaces instances that were not launched.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from batchlab.fleet.termination import shortfall
 
 @dataclass(frozen=True, slots=True)
 class PendingLaunch:
-    """Launch of a member in the current tick. `place` is None in a plain pool."""
+    """Launch of a member in the current tick. `place` is None in a pool of the Fleet port."""
 
     group: Group
     member: Member
@@ -47,7 +46,8 @@ class PendingLaunch:
 def admit_members(
     changes: Changes, group: Group, missing: int, now_s: float, sources: Sources | None
 ) -> list[PendingLaunch]:
-    """Add members for `missing` units of capacity and for the warm pool, and return their launches."""
+    """Add members for `missing` units of capacity and for the warm pool, and return the launches of the added
+    members."""
     if group.asg is None or sources is None:
         size = len(group.counted())
         return [PendingLaunch(group, changes.admit(group, size + n, now_s, None)) for n in range(missing)]
@@ -95,7 +95,7 @@ def _admit_member(
 
 
 def _record_failed_launch(changes: Changes, fresh: PendingLaunch, error: str) -> None:
-    """Record a failed launch, and avoid the launch's capacity pool for `AVOID_S`."""
+    """Record a failed launch, and avoid the capacity pool of the failed launch for `AVOID_S` seconds."""
     group, member = fresh.group, fresh.member
     if group.asg is not None:
         placement.avoid(group.asg, member.instance.machine, changes.steady.now_s())
@@ -147,11 +147,12 @@ _TO_END = frozenset({LifecycleState.TERMINATING, LifecycleState.TERMINATING_PROC
 
 
 class Engine:
-    """Engine of plain pools and Auto Scaling groups. The engine is the only user of the launcher.
+    """Engine of pools of the Fleet port and of Auto Scaling groups. The engine is the only user of the launcher.
 
-    An engine with Auto Scaling groups needs `sources`, and target-tracking policies need `metrics`. In a plain pool,
-    the engine replaces an instance that sends no heartbeat within `health.GRACE_S` plus the pool's `boot_s` after its
-    launch. A terminated instance has `drain_s` seconds to finish before the launcher kills it.
+    An engine with Auto Scaling groups needs `sources`, and target-tracking policies need `metrics`. In a pool of the
+    Fleet port, the engine replaces an instance that does not send a heartbeat within `health.GRACE_S` plus `boot_s`
+    seconds after its launch. A terminated instance has `drain_s` seconds to finish before the launcher kills the
+    instance.
     """
 
     def __init__(
@@ -183,15 +184,15 @@ class Engine:
         self._ticking = asyncio.Lock()
         for _, member in self._members():
             member.since_s = clock.monotonic_s()
-            # Ends of instances are reported again, because the previous manager may have died before it acted on the
-            # end of an instance.
+            # Ends of instances are reported again, because the previous manager may have died before acting on the end
+            # of an instance.
             if member.state is LifecycleState.TERMINATED:
                 self._changes.dead.append(member.instance)
 
     async def tick(self) -> Sequence[Instance]:
         """Run one tick, and return the instances that ended since the last call. The engine reports the end of an
-        instance at least once, and again after a restart. Raise BackendError if the launcher or the store fails, after
-        which the next tick continues."""
+        instance at least once, and again after a restart. Raise BackendError if the launcher or the store fails. The
+        next tick continues after a BackendError."""
         async with self._ticking:
             instances = await self._launcher.running()
             now_s = self._clock.monotonic_s()
@@ -220,8 +221,9 @@ class Engine:
             self._changes.unsaved = True
 
     def _orphans(self, instances: Mapping[str, str | None]) -> list[str]:
-        """Return newly found running instances that belong to no group. An orphan exists if the saved state is older
-        than the instance, or if a launch that was reported as failed has started the instance."""
+        """Return newly found orphans: running instances that do not belong to a group. An instance becomes an orphan if
+        the saved state is older than the instance. An instance also becomes an orphan if its launch was reported as
+        failed."""
         living = {m.instance.id for _, m in self._members() if m.state is not LifecycleState.TERMINATED}
         strangers = [name for name, ended in instances.items() if ended is None and name not in living]
         return [name for name in strangers if name not in self._disowned]

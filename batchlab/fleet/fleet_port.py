@@ -1,4 +1,4 @@
-"""Implementation of the Fleet port for plain pools, whose workers are equal and report their readiness."""
+"""Implementation of the Fleet port on a launcher. All workers of a pool are equal and report their readiness."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class ManagedFleet(Engine):
         return [group.view() for group in self._groups.values()]
 
     async def set_desired(self, pool: str, desired: int, *, cause: str) -> None:
-        """Set desired capacity (see the Fleet port). The call chooses the instances to terminate, and the next tick
-        ends the chosen instances."""
+        """Set desired capacity (see the Fleet port). The call chooses the instances to terminate, and the next tick of
+        the engine ends the chosen instances."""
         group = self._group(pool)
         check_desired(group.pool, desired)
         self._changes.set_desired(group, desired, cause)
@@ -91,8 +91,8 @@ class ManagedFleet(Engine):
             self._changes.arrive(group, member)
 
     async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
-        """Return activities of a pool or of all pools (see the Fleet port). Pool "" has the activities without a group,
-        such as terminations of orphans."""
+        """Return activities of a pool or of all pools (see the Fleet port). The pool name "" selects the activities
+        that do not belong to a group, such as terminations of instances without a group."""
         return self._changes.log.newest(pool, limit)
 
     def _group(self, pool: str) -> Group:

@@ -53,9 +53,10 @@ SHORTEST_LIFETIME_S = 86_400
 
 
 class Requests(Engine):
-    """Base class of all requests. A group that names only subnets uses `zones`. Target-tracking policies need
-    `metrics`, and `alarm_period_s` is the period of their alarms. A terminated instance has `drain_s` seconds to finish
-    before it is killed. `shortest_lifetime_s` is the minimum of MaxInstanceLifetime, which a test may lower."""
+    """Base class of all requests. A group whose configuration names only subnets is spread over `zones`.
+    Target-tracking policies need `metrics`, and `alarm_period_s` is the period of their alarms. A terminated instance
+    has `drain_s` seconds to finish before the launcher kills the instance. `shortest_lifetime_s` is the minimum of
+    MaxInstanceLifetime, which a test may lower."""
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ LONGEST_LIFETIME_S = 31_536_000
 
 
 def checked_group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int) -> GroupConfig:
-    """Return the configuration in its normal form. Raise ValidationError if the configuration is invalid."""
+    """Return the group's configuration in normal form. Raise ValidationError if the configuration is invalid."""
     low, high = config.min_size, config.max_size
     if not 1 <= len(config.auto_scaling_group_name) <= 255:
         raise ValidationError("AutoScalingGroupName must have 1 to 255 characters.")
@@ -169,7 +170,7 @@ def checked_group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s
     return replace(
         config,
         max_instance_lifetime=lifetime,
-        # As on AWS, -1 disables the setting.
+        # As on AWS, -1 disables the default warm-up time.
         default_instance_warmup=None if warmup is not None and warmup < 0 else warmup,
         termination_policies=config.termination_policies or ("Default",),
     )
@@ -208,7 +209,7 @@ def check_result(name: str, value: str) -> None:
 
 
 def parse_processes(names: Sequence[str]) -> list[Process]:
-    """Return the named processes, or all processes if `names` is empty."""
+    """Return the processes of a group with the given names, or all processes if `names` is empty."""
     valid = [str(process) for process in Process]
     for name in names:
         if name not in valid:

@@ -32,8 +32,8 @@ from batchlab.fleet.api_types import (
 
 @dataclass(slots=True)
 class Alarm:
-    """State of the two alarms of a target-tracking policy: the times since which the metric is above or below its
-    thresholds."""
+    """State of the two alarms of a target-tracking policy: the times since which the metric has been above or below the
+    thresholds of the alarms."""
 
     above_since_s: float | None = None
     below_since_s: float | None = None
@@ -84,15 +84,15 @@ class Asg:
     warm_pool: WarmPool | None = None
     deleting: bool = False
     cause: str = ""
-    """Reason of the desired capacity in AWS's wording, stored until the group reaches the capacity."""
+    """Reason for the desired capacity in AWS's wording, stored until the group reaches the desired capacity."""
     replacing: list[str] = field(default_factory=list)
-    """Reasons of the next launches, with one reason for each lost instance."""
+    """Reasons for the next launches, one reason for each lost instance."""
     cooling: int = 0
     """Seconds of the cooldown that starts after the activities in progress have ended."""
     cooled_s: float = 0.0
     barren_s: dict[str, float] = field(default_factory=dict)
-    """Capacity pools (`type/zone/market`) without capacity, with the time until which launches avoid each capacity
-    pool."""
+    """Capacity pools (`type/zone/market`) in which a launch failed or an instance was interrupted. The value is the
+    time until which launches avoid the capacity pool."""
 
 
 S = LifecycleState
@@ -120,7 +120,8 @@ MOVES: dict[LifecycleState, frozenset[LifecycleState]] = {
 }
 STARTING = frozenset({S.PENDING, S.PENDING_WAIT, S.PENDING_PROCEED})
 COUNTED = STARTING | {S.IN_SERVICE}
-"""Lifecycle states that count towards desired capacity. I5 limits the number of instances in COUNTED states."""
+"""Lifecycle states that count towards desired capacity. The group's maximum size limits the number of instances in
+COUNTED states (see I5 in `engine`)."""
 ENDING = frozenset({S.TERMINATING, S.TERMINATING_WAIT, S.TERMINATING_PROCEED})
 ON_STANDBY = frozenset({S.ENTERING_STANDBY, S.STANDBY})
 WARMING = frozenset({S.WARMED_PENDING, S.WARMED_PENDING_WAIT, S.WARMED_PENDING_PROCEED})
@@ -168,8 +169,8 @@ class AsgMember:
     vouched: bool = False
     """Whether a launch hook was completed for the instance, which proves a successful start."""
     leaving: str = ""
-    """Reason for a termination after the replacement is InService, or "". A leaving instance does not count as
-    staying."""
+    """Reason for terminating the instance after its replacement is InService, or "". `Group.staying` omits an instance
+    with such a reason."""
     rebalance_s: float | None = None
     """Time of a rebalance recommendation, in seconds since the epoch."""
     interrupted_by_s: float | None = None
@@ -214,7 +215,7 @@ class Member:
 
     @property
     def staying(self) -> bool:
-        """Whether the member counts towards desired capacity and has no planned replacement."""
+        """Whether the member counts towards desired capacity and does not have a planned replacement."""
         return self.counted and not self.asg.leaving
 
     def move(self, state: LifecycleState, *, note: str) -> None:
@@ -226,9 +227,10 @@ class Member:
 
 @dataclass(slots=True)
 class Group:
-    """A plain pool or an Auto Scaling group. `members` are in order of launch, the newest last. `asg` is None for a
-    plain pool, whose workers are equal and report their readiness. The engine does not save the crash-loop fields,
-    because the cause of a crash loop is often fixed before the manager is restarted."""
+    """A pool of the Fleet port, or an Auto Scaling group of AWS's API. `members` are in order of launch, the newest
+    last. `asg` is None for a pool of the Fleet port. All workers of a pool of the Fleet port are equal and report their
+    readiness. The engine does not save the crash-loop fields, because the cause of a crash loop is often fixed before
+    the manager is restarted."""
 
     pool: Pool
     desired: int
@@ -236,7 +238,7 @@ class Group:
     stuck: int = 0
     """Number of protected instances above desired capacity at the last report."""
     failures: int = 0
-    """Number of consecutive instances that ended before they were ready."""
+    """Number of consecutive instances that ended without becoming ready."""
     reason: str = ""
     failed: bool = False
     """Whether another instance has failed since the start of the last wait."""
@@ -273,7 +275,8 @@ def weigh(members: Sequence[Member]) -> int:
 
 
 class ActivityLog:
-    """Log of the last 200 activities of each pool. Pool "" has the activities without a group."""
+    """Log of the last 200 activities of each pool. The pool name "" has the activities that do not belong to a
+    group."""
 
     def __init__(self) -> None:
         self._next = 1

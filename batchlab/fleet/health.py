@@ -1,9 +1,9 @@
 """Health checks, replacements, forced terminations, and moves into and out of Standby.
 
-A `leaving` instance does not count, so the group launches a replacement. The group terminates a leaving instance after
-enough other instances are InService. For zone balance and maximum lifetime, at most 10% of the group's maximum size,
-but at least one instance, may leave at a time. The group may exceed its maximum size by the number of leaving
-instances.
+A `leaving` instance does not count towards desired capacity, so the group launches a replacement. The group terminates
+a leaving instance after enough other instances are InService. To balance the zones and to enforce the maximum lifetime,
+the group replaces at most 10% of its maximum size at a time, but at least one instance. The group may exceed its
+maximum size by the number of leaving instances.
 
 A Standby instance belongs to the group, but does not count towards desired capacity, and its health is not checked.
 """
@@ -152,8 +152,9 @@ def _retire_old(changes: Changes, group: Group, asg: Asg) -> None:
 
 
 def _balance(changes: Changes, group: Group, asg: Asg, zones: tuple[str, ...]) -> None:
-    """Replace one instance for zone balance if no other change is in progress. The replaced instance is in the fullest
-    zone, or in a zone that the group no longer uses. The replacement is launched in the emptiest zone."""
+    """Replace one instance to balance the zones, if no other change of the group is in progress. The replaced instance
+    is in the fullest zone, or in a zone that the group no longer uses. The replacement is launched in the emptiest
+    zone."""
     members = group.members.values()
     busy = any(member.state in STARTING or member.state in ENDING for member in members)
     staying, now_s = group.staying(), changes.steady.now_s()

@@ -1,9 +1,9 @@
 """Instance refresh, which replaces a group's instances in steps while enough capacity is ready.
 
-A new instance is ready after it has been InService for the warm-up time. If the maximum healthy percentage is above
-100, the group launches replacements first. With a maximum healthy percentage of 100, the group terminates instances
-first. The minimum healthy percentage limits the number of instances terminated at a time, but at least one instance is
-terminated.
+A new instance is ready after the instance has been InService for the warm-up time. If the maximum healthy percentage is
+above 100, the group launches replacements first. With a maximum healthy percentage of 100, the group terminates
+instances first. The minimum healthy percentage limits the number of instances terminated at a time, but at least one
+instance is terminated.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ class InstanceRequests(Requests):
     def terminate_instance_in_auto_scaling_group(
         self, instance_id: str, *, should_decrement_desired_capacity: bool
     ) -> ActivityDetails:
-        """Terminate an instance, even if it has scale-in protection, and return the termination activity. If the
-        instance is already ending, return its existing termination activity."""
+        """Terminate an instance, even a protected instance, and return the termination activity. If the instance is
+        already ending, return its existing termination activity."""
         group, asg, member = self._instance(instance_id)
         if member.state in WARM:
             raise ValidationError(f"The instance {instance_id} is in a warm pool.")
@@ -158,7 +158,7 @@ class InstanceRequests(Requests):
 
     def interrupt(self, instance_id: str, *, notice_s: float = 120.0) -> None:
         """Interrupt a Spot Instance, which is killed after `notice_s`. A group with capacity rebalancing launches a
-        replacement without a wait."""
+        replacement at once."""
         group, asg, member = self._spot(instance_id)
         now_s = self._changes.steady.now_s()
         member.asg.interrupted_by_s = now_s + notice_s

@@ -1,7 +1,7 @@
 """Lifecycle hooks, in which an instance waits until its lifecycle actions are completed or time out.
 
-An instance waits in all hooks of one transition at the same time. On launch, ABANDON terminates the instance. On
-termination, ABANDON ends the wait for the other hooks.
+An instance waits in all lifecycle hooks of its launch, or of its termination, at the same time. On launch, ABANDON
+terminates the instance. On termination, ABANDON ends the wait for the other hooks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from batchlab.fleet.changes import Changes
 
 SETTLING_S = 10.0
-"""Time in state InService that proves a successful start. An instance that ends earlier counts as a failed start for a
-crash loop, which does not exist on AWS."""
+"""Time in state InService that proves a successful start. An instance that ends earlier counts as a failed start, and
+several failed starts in a row start a crash loop. AWS does not have crash loops."""
 
 EC2 = "EC2"
 _PROCEED = {

@@ -26,7 +26,7 @@ from batchlab.fleet.api_types import (
 from batchlab.fleet.group_state import Asg, AsgMember, Group, Member, weigh
 
 AVOID_S = 300.0
-"""Time for which launches avoid a failed capacity pool, which AWS does not document."""
+"""Time in seconds for which launches avoid a failed capacity pool. AWS does not document its own time."""
 
 
 def pool_name(machine: Machine) -> str:
@@ -48,8 +48,8 @@ def avoided_zones(asg: Asg, now_s: float) -> set[str]:
 
 
 def wanted_on_demand(shares: InstancesDistribution, capacity: int) -> int:
-    """Return the On-Demand units of `capacity`, which are the base and a percentage of the remaining capacity, rounded
-    up."""
+    """Return the On-Demand units of `capacity`: the On-Demand base capacity plus a percentage of the remaining
+    capacity, rounded up."""
     base = min(shares.on_demand_base_capacity, capacity)
     above = (capacity - base) * shares.on_demand_percentage_above_base_capacity
     return base + math.ceil(above / 100)
@@ -133,7 +133,7 @@ class Sources:
 
 
 def configuration(asg: Asg) -> GroupConfig:
-    """Return the configuration for new instances, which is the target of an active refresh or the group's own
+    """Return the configuration for new instances: the target of the active instance refresh, or else the group's own
     configuration."""
     rolling = asg.rolling
     wanted = rolling.refresh.desired_configuration if rolling else None

@@ -1,5 +1,5 @@
-"""Encoding of a fleet's saved state. Format 1 of the saved state has only plain pools, and activities without end
-times."""
+"""Encoding of a fleet's saved state. Format 1 of the saved state has only pools of the Fleet port, and activities
+without end times."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Target tracking changes capacity in proportion to a metric, fast for scale-out and slowly for scale-in. As on AWS, a
 target-tracking policy has two alarms. The high alarm fires after 3 periods above the target, and the low alarm fires
 after 15 periods below 90% of the target. Any policy may scale out, but the group scales in only if all policies agree.
-Without metric data, desired capacity stays.
+Without metric data, a policy does not change desired capacity.
 
 Scheduled actions use the wall clock. After a restart, a missed scheduled action runs once and late. A scheduled action
 that was due while ScheduledActions was suspended does not run.
@@ -37,8 +37,8 @@ from batchlab.fleet.termination import clamp
 
 
 def warmup_s(config: GroupConfig, policy: ScalingPolicy) -> int:
-    """Return the policy's warm-up time. For a policy without a warm-up time, return the group's default warm-up, or
-    without a default its default cooldown."""
+    """Return the policy's warm-up time. For a policy without a warm-up time, return the group's default warm-up time.
+    If the group does not have a default warm-up time, return the group's default cooldown."""
     if policy.estimated_instance_warmup is not None:
         return policy.estimated_instance_warmup
     if config.default_instance_warmup is not None:
@@ -191,7 +191,7 @@ def _act(changes: Changes, group: Group, asg: Asg, policy: ScalingPolicy, desire
 
 
 MAX_INSTANCES = 99_999
-"""Maximum number of instances of one group, because a larger number is probably a mistake."""
+"""Maximum number of instances of one group. A larger maximum size is probably a mistake."""
 
 
 def check_limits(pool: Pool, *, most: int = MAX_INSTANCES) -> str:
@@ -226,7 +226,7 @@ def set_limits(
     changes: Changes, group: Group, min_size: int | None, max_size: int | None, desired: int | None, *, cause: str
 ) -> None:
     """Set the sizes that are not None, and move desired capacity into the new limits. If the minimum is above the
-    maximum, record a failed activity, because a scheduled action has no caller for an error."""
+    maximum, record a failed activity instead of an error, because a scheduled action does not have a caller."""
     asg = group.asg
     assert asg is not None
     low = asg.config.min_size if min_size is None else min_size

@@ -22,14 +22,14 @@ from batchlab.fleet.placement import configuration
 
 HOUR_S = 3600.0
 PLAIN = "PendingThenNewest"
-"""Name of a plain pool's termination policy, which does not exist on AWS."""
+"""Name of the termination policy of pools of the Fleet port. AWS does not have this termination policy."""
 
 Policy = Callable[[Asg, Sequence[Member], float], Sequence[Member]]
 
 
 def pending_then_newest(members: Sequence[Member]) -> Sequence[Member]:
-    """Return the unprotected members, Pending before InService, newest before oldest. All instances of a plain pool are
-    equal, and the newest instance has the least cached state (code, child processes) to lose."""
+    """Return the unprotected members, Pending before InService, newest before oldest. All instances of a pool of the
+    Fleet port are equal, and the newest instance has the least cached state (code, child processes) to lose."""
     unprotected = [member for member in reversed(members) if not member.instance.protected]
     # The stable sort preserves the order by age within each state.
     return sorted(unprotected, key=lambda member: member.state is not LifecycleState.PENDING)

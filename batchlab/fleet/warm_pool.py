@@ -34,7 +34,7 @@ def _pool(group: Group) -> WarmPool | None:
 
 
 def size(group: Group) -> int:
-    """Return the target size of the warm pool, which is the prepared capacity above desired capacity."""
+    """Return the target size of the warm pool: the group's prepared capacity minus desired capacity."""
     pool = _pool(group)
     if pool is None or pool.status is not None:
         return 0
@@ -56,14 +56,14 @@ def room(group: Group, now_s: float) -> int:
 
 def trim(changes: Changes, group: Group, asg: Asg) -> None:
     """Terminate unhealthy instances of the warm pool, and surplus instances chosen by the default termination policy.
-    Remove a deleted warm pool when no instance is left in it."""
+    Remove a deleted warm pool when the warm pool is empty."""
     if not group.suspended(Process.TERMINATE):
         members_now = members(group)
         for member in members_now:
             if not member.instance.healthy and not group.suspended(Process.REPLACE_UNHEALTHY):
                 changes.retire(group, member, why="a user health-check", note="terminated")
         members_now = members(group)
-        # Instances that the group needs for missing capacity are not surplus.
+        # Warm instances that the group needs to reach desired capacity are not surplus.
         owed = max(0, group.desired - weigh(group.staying()))
         excess = len(members_now) - owed - size(group)
         for member in take_by_default(asg, members_now, excess, changes.steady.now_s()):

@@ -80,18 +80,18 @@ class Endpoint:
 
     @property
     def loopback(self) -> str:
-        """Return the url's host if it is this machine, which no proxy can reach, else ""."""
+        """Return the host of `url` if the host is this machine, else "". A proxy cannot reach this machine."""
         return loopback(self.url or "")
 
 
 def loopback(url: str) -> str:
-    """Return the url's host if it is this machine, else ""."""
+    """Return the host of `url` if the host is this machine, else ""."""
     host = urlsplit(url).hostname or ""
     return host if host in ("127.0.0.1", "::1", "localhost") else ""
 
 
 def s3_url(endpoint: Endpoint) -> str:
-    """Return the url of S3 in the same way as boto3 finds it.
+    """Return the url that boto3 uses for S3.
 
     The url comes from the endpoint, from AWS_ENDPOINT_URL_S3, from a profile, or from AWS's default.
     """
@@ -136,9 +136,9 @@ def client(
     connections: int,
     of: boto3.Session | None = None,
 ) -> Any:
-    """Return a client that makes each call once, because the callers retry.
+    """Return a boto3 client that sends each request once, because the callers of the client retry.
 
-    The client belongs to the boto3 session `of`, or to a new session.
+    The client belongs to the boto3 session `of`. Without `of`, the client belongs to a new session.
     """
     from botocore.config import Config
 
@@ -158,7 +158,7 @@ def client(
 
 
 def session_of(endpoint: Endpoint) -> boto3.Session:
-    """Return a session for clients of the endpoint."""
+    """Return a boto3 session for clients of the endpoint."""
     with translated("AWS"):
         if endpoint.url is None:
             return session(endpoint.region)
@@ -168,19 +168,21 @@ def session_of(endpoint: Endpoint) -> boto3.Session:
 def session(region: str | None, *, keys: tuple[str, str] | None = None) -> boto3.Session:
     """Return a boto3 session. With `keys` (access key, secret key), the session ignores the user's profiles.
 
-    All sessions of a process share one loader of botocore's service models. With its own loader, the first client of
-    each session would search 400 folders, which takes 0.5 s for some services.
+    All sessions of a process share one loader of botocore's service models. If each session had its own loader, the
+    first client of each session would search 400 folders. Searching 400 folders takes 0.5 s for some services.
     """
     import boto3
     import botocore.session
 
-    # A session with keys must not use a profile that the environment names, and the profile may be missing.
+    # A session with keys ignores the AWS profile that an environment variable names, because the profile may be
+    # missing.
     core = botocore.session.Session({"profile": (None, None, None, None)} if keys else None)
     models = _models(core.get_config_variable("data_path"))
     core.register_component("data_loader", models)
     key, secret = keys or (None, None)
     new = boto3.Session(key, secret, region_name=region, botocore_session=core)
-    # boto3 adds its own data folder with each session, so the duplicates are removed.
+    # Each new boto3 session adds boto3's data folder to the search paths of the shared loader, so duplicate paths are
+    # removed.
     models.search_paths[:] = dict.fromkeys(models.search_paths)
     return new
 
@@ -204,7 +206,7 @@ def short_code(code: str) -> str:
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Raise batchlab's errors instead of botocore's. The messages of the errors begin with `what`."""
+    """Raise batchlab's errors instead of botocore's errors. The messages of batchlab's errors begin with `what`."""
     from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
     from botocore.exceptions import ConnectionError as NoConnection
     from botocore.parsers import ResponseParserError
@@ -243,7 +245,7 @@ def _refusal(what: str, error: ClientError) -> BatchlabError:
 
 
 def check(endpoint: Endpoint) -> None:
-    """Make one free request to S3 and one to SQS at the endpoint's url.
+    """Send one request to S3 and one request to SQS at the endpoint's url.
 
     Raise Unreachable if S3 or SQS at the url does not answer as AWS does.
     """
@@ -271,7 +273,7 @@ def _answers(endpoint: Endpoint, service: str, ask: Callable[[], object]) -> Non
         cause, text = error, f"No service answers at {endpoint.url}."
     except (ClientError, ResponseParserError, BotoCoreError, KeyError) as error:
         code = code_of(error) if isinstance(error, ClientError) else ""
-        # botocore uses the HTTP status as the code of an answer that it cannot parse.
+        # If botocore cannot parse an answer, botocore uses the HTTP status as the error code.
         shown = f" (its error code is {code})" if code and not code.isdigit() else ""
         cause, text = error, f"{endpoint.url} does not answer like {service}{shown}."
     raise Unreachable(text, remedy="Start an emulator of S3 and SQS at this URL, or name another URL.") from cause

@@ -1,13 +1,14 @@
 """Fleet of EC2 Auto Scaling groups, on AWS or at an endpoint with the same API.
 
-Invariant: a request that AWS would refuse is refused before it is sent, because an emulator may accept more than AWS
-does.
+Invariant: the fleet refuses each request that AWS would refuse, because an emulator may accept such a request.
 
 An instance waits in the launch hook (Pending:Wait) until its worker reports. An instance waits in the drain hook
 (Terminating:Wait) while its worker returns its work. One DescribeAutoScalingGroups request describes the groups of all
-pools. On AWS, the Describe request is sent at most every `POLL_S`, and also after each change that this process made.
+pools. On AWS, the fleet sends the Describe request at most every `POLL_S` seconds, but sooner after a change that this
+process made.
 
-If the drain hook is not completed, the instance waits until the hook times out, and its whole wait is billed.
+If no program completes the drain hook, the instance waits until the hook times out. AWS bills the instance during the
+whole wait.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ _CALLS = 8
 class Ec2Fleet:
     """Fleet port over boto3. The name of a pool's group is `prefix` followed by the pool's name.
 
-    Calls of boto3 block, so each call runs in a thread. The fleet adopts an existing Auto Scaling group with the name
-    of a pool's group. Without `form`, the fleet does not create groups, so a stack must have created the groups.
+    A boto3 call blocks its thread, so the fleet makes boto3 calls in separate threads. The fleet adopts an existing
+    Auto Scaling group with the name of a pool's group. Without `form`, the fleet does not create groups, so a stack
+    must have created the groups.
     """
 
     def __init__(self, endpoint: Endpoint, clock: Clock, form: GroupParameters | None, *, prefix: str) -> None:
@@ -82,7 +84,7 @@ class Ec2Fleet:
         self._activity_log = ActivityLog()
         self._ready: set[str] = set()
         self._described_s: float | None = None
-        """Monotonic time of the last description of the groups, None if the groups have changed since."""
+        """Monotonic time of the last description of the groups, or None if a group has changed since then."""
         self._describing = asyncio.Lock()
         self._calling = ThreadPoolExecutor(_CALLS, thread_name_prefix="autoscaling")
 
@@ -100,14 +102,15 @@ class Ec2Fleet:
         del self._groups[pool]
 
     async def _call(self, pool: str, call: Callable[[str], T]) -> T:
-        """Call `call` with the name of the pool's group.
+        """Return the result of `call`, which gets the name of the pool's group.
 
-        After the call, the cached description of the groups is out of date.
+        After `call`, the cached description of the groups is out of date.
         """
         try:
             return await self._request(pool, call)
         finally:
-            # A description of the groups that began during the call may not contain the change.
+            # If a description of the groups began while `call` was running, the description may lack the change that
+            # `call` made.
             self._described_s = None
 
     async def _request(self, pool: str, call: Callable[[str], T]) -> T:
@@ -139,7 +142,7 @@ class Ec2Fleet:
         group.pool = pool
 
     async def _create_group(self, pool: Pool) -> None:
-        """Create the group, or set the hooks of an existing group."""
+        """Create the pool's group. If the group exists, set the lifecycle hooks of the group."""
         if self._form is None:
             return
         form = self._form
@@ -155,7 +158,7 @@ class Ec2Fleet:
         )
 
     async def _adopt(self, pool: Pool) -> None:
-        """Add the group to the known groups, with its current state."""
+        """Add the pool's group to `_groups`, with the group's current state."""
         before = self._groups.get(pool.name)
         self._groups[pool.name] = before or GroupState(pool)
         try:
@@ -164,7 +167,7 @@ class Ec2Fleet:
             if before is None:
                 del self._groups[pool.name]
             if isinstance(error, NotFound) and self._form is None:
-                # With NotFound, the caller would create a group.
+                # The error is not NotFound, because the caller would create a group after NotFound.
                 raise BackendError(
                     f"The Auto Scaling group {self._prefix + pool.name!r} does not exist.",
                     remedy="Create it with the grid's stack: `batchlab deploy apply`.",
@@ -199,7 +202,7 @@ class Ec2Fleet:
             self._activity_log.note(pool, self._clock.now_s(), what, why)
 
     async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
-        """Return the service's newest scaling activities, with the causes of this process's changes."""
+        """Return the newest scaling activities, with the causes of the changes that this process made."""
         pools = list(self._groups) if pool is None else [pool] if pool in self._groups else []
         self._activity_log.merge({name: await self._request(name, self._activities) for name in pools})
         return self._activity_log.newest(pool, limit)
@@ -211,9 +214,10 @@ class Ec2Fleet:
     # --- Instances --------------------------------------------------------------------------------
 
     async def terminate(self, pool: str, instances: Sequence[str], *, decrement: bool, cause: str) -> None:
-        """Terminate the instances with one request each. Raise Refused in the same cases as `ManagedFleet`.
+        """Terminate each instance with its own request. Raise Refused in the same cases as `ManagedFleet.terminate`.
 
-        If a termination request fails, the earlier requests have taken effect, and the call may be repeated.
+        If one termination request fails, the earlier termination requests have already taken effect. The caller may
+        repeat the call.
         """
         group = await self._current(pool, instances)
         leaving = [name for name in dict.fromkeys(instances) if group.is_counted(name)]
@@ -235,8 +239,8 @@ class Ec2Fleet:
             try:
                 await self._call(pool, partial(self._protect, batch, on))
             except Refused as error:
-                # An instance has left its group since the last description. The next description of the groups lists
-                # the remaining instances.
+                # An instance has left its group since the last description of the groups. The next description of the
+                # groups lists the remaining instances.
                 if not is_missing_instance(error):
                     raise
 
@@ -249,7 +253,7 @@ class Ec2Fleet:
         self._asg.set_instance_protection(AutoScalingGroupName=group, InstanceIds=instances, ProtectedFromScaleIn=on)
 
     async def ready(self, instance: str) -> None:
-        """Complete the launch hook of the instance, now or as soon as the instance waits in it."""
+        """Complete the launch hook of the instance, now or as soon as the instance waits in the launch hook."""
         if instance in self._ready:
             return
         self._ready.add(instance)
@@ -292,7 +296,8 @@ class Ec2Fleet:
     async def tick(self) -> Sequence[Instance]:
         """Describe the groups, then complete the hooks of instances whose workers have reported.
 
-        Raise BackendError if the service fails or a group is missing. The next tick may succeed after a failure.
+        Raise BackendError if EC2 Auto Scaling fails or a group is missing. After a BackendError, the next tick may
+        succeed.
         """
         now_s = self._clock.monotonic_s()
         try:
@@ -310,12 +315,12 @@ class Ec2Fleet:
         ended, self._ended = self._ended, []
         return ended
 
-    # --- Looking ----------------------------------------------------------------------------------
+    # --- Descriptions -----------------------------------------------------------------------------
 
     async def _describe(self) -> None:
         """Describe all groups with one request.
 
-        One more request is made for each group that lost an instance without a known reason.
+        Send one more request for each group that lost an instance for an unknown reason.
         """
         async with self._describing:
             if not self._groups:
@@ -349,7 +354,10 @@ class Ec2Fleet:
         return self._groups[pool]
 
     async def _current(self, pool: str, instances: Sequence[str] = ()) -> GroupState:
-        """Return the pool's state, described again if the group changed or if one of the instances is unknown."""
+        """Return the state of the pool's group.
+
+        Describe the groups again if a group has changed or an instance is unknown.
+        """
         group = self._group_of(pool)
         if self._described_s is None or not all(name in group.instances for name in instances):
             await self._describe()
@@ -388,7 +396,8 @@ class DrainHook:
         except Refused as error:
             if NO_ACTION not in str(error):
                 log.warning("the group refuses the completion of the hook: %s", error)
-            return False  # The hook has timed out or does not exist, so the instance ends without a completion.
+            # The drain hook has timed out or does not exist, so the instance ends although the hook was not completed.
+            return False
         except BackendError as error:
             log.warning("this instance waits until its hook times out: %s", error)
             return False

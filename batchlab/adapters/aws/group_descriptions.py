@@ -1,8 +1,9 @@
-"""State of Auto Scaling groups, derived from successive descriptions, and the parameters of new groups.
+"""State of Auto Scaling groups, derived from successive descriptions of the groups, and the parameters of new groups.
 
-EC2 Auto Scaling drops instances that have ended, and never reports when an instance was launched or how it ended. This
-module records the launch and the end of an instance, as far as two successive descriptions show them. A worker reads
-its pool and its number of slots from the tags of its instance, which are parameters of the group.
+EC2 Auto Scaling's description of a group does not list ended instances. The description does not contain the launch
+time of an instance or the reason for its end. This module derives the launch and the end of an instance from two
+successive descriptions of the group. A worker reads its pool and its number of slots from the tags of its instance,
+which are parameters of the group.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ NEVER_UP = "the instance ended before it was in service"
 SCALE_IN_S = 60.0
 """Time in seconds after a decrease of the desired capacity.
 
-A Pending instance that ends within this time counts as ended by the decrease of the desired capacity.
+A Pending instance that ends within `SCALE_IN_S` seconds after the decrease counts as ended by the decrease.
 """
 
 
@@ -62,11 +63,11 @@ class GroupState:
     """Instances that the launch hook holds until their workers report."""
     ends: dict[str, str] = field(default_factory=dict)
     gone_s: dict[str, float] = field(default_factory=dict)
-    """Epoch seconds at which each Terminated instance was first missing."""
+    """Time in epoch seconds at which a Terminated instance was first missing in a description, by instance id."""
     unexplained: set[str] = field(default_factory=set)
-    """Instances that ended for a reason that is not known yet.
+    """Ids of the instances that ended for a reason that is not known yet.
 
-    An unexplained instance disappeared between two descriptions, or left before it was in service.
+    An unexplained instance disappeared between two descriptions, or left its group before the instance was in service.
     """
     served: set[str] = field(default_factory=set)
     """Instances that have been in service, or that may have been in service before the first description."""
@@ -100,7 +101,8 @@ class GroupState:
     def _update_instance(self, listed: InstanceTypeDef, state: LifecycleState, now_s: float) -> None:
         name = listed["InstanceId"]
         if state is not LifecycleState.TERMINATED and self.gone_s.pop(name, None) is not None:
-            # The instance was missing in an earlier description and is listed again.
+            # The instance was missing in an earlier description of the group, and this description lists the instance
+            # again.
             self.instances[name] = replace(self.instances[name], note="")
         old = self.instances.get(name)
         if listed["LifecycleState"] == _WAITS:
@@ -132,7 +134,7 @@ class GroupState:
         return "terminated: scale-in" if healthy else "the instance failed a health check of its group"
 
     def _end_missing(self, here: set[str], now_s: float) -> list[Instance]:
-        """Return the newly ended instances: missing in the description, or listed as Terminated."""
+        """Return the newly ended instances. The description lacks a newly ended instance, or lists it as Terminated."""
         gone = []
         for name, old in list(self.instances.items()):
             if name in self.gone_s:
@@ -156,7 +158,7 @@ class GroupState:
         return gone
 
     def explain(self, activities: Sequence[ActivityTypeDef]) -> list[Instance]:
-        """Return the instances whose end is explained by an activity, each with its reason."""
+        """Return the instances whose end a scaling activity explains, each with the reason for its end."""
         explained = []
         for name in self.unexplained & self.instances.keys():
             own = [activity for activity in activities if name in activity.get("Description", "")]
@@ -186,33 +188,33 @@ def _termination(activities: Iterable[ActivityTypeDef]) -> str:
 def _state(aws_state: str) -> LifecycleState | None:
     """Return the fleet model's state for AWS's lifecycle state.
 
-    Return None for an instance in standby or in a warm pool, because it does not work for its group.
+    Return None for an instance in standby or in a warm pool, because such an instance does not work for its group.
     """
     return _STATES.get(aws_state.partition(":")[0])
 
 
 class ActivityLog:
-    """List of the service's scaling activities, and of the causes of the requests that this process made.
+    """Scaling activities of EC2 Auto Scaling, and the causes of the requests that this process made.
 
-    Activities from the service do not have numbers. Each activity gets a number when it is first seen, in order of
-    time.
+    EC2 Auto Scaling does not number its activities. The log numbers each activity when the log first receives the
+    activity. The numbers are in order of time.
     """
 
     def __init__(self) -> None:
         self._next = 1
         self._notes: list[Activity] = []
         self._activities: dict[str, Activity] = {}
-        """Key: the service's id of an activity, or the number of a note."""
+        """Activities by EC2 Auto Scaling's activity id. The key of a note is the number of the note."""
 
     def note(self, pool: str, at_s: float, description: str, cause: str) -> None:
         """Record a request of this process and the cause of the request.
 
-        The service does not store the cause of a request.
+        EC2 Auto Scaling does not store the cause of a request.
         """
         self._notes.append(Activity(0, pool, at_s, description, cause))
 
     def merge(self, described: Mapping[str, Sequence[ActivityTypeDef]]) -> None:
-        """Add the service's activities of these pools to the list."""
+        """Add the described scaling activities of the given pools to this log."""
         new: list[tuple[str, Activity]] = [("", note) for note in self._notes]
         self._notes = []
         for pool, activities in described.items():
@@ -253,7 +255,7 @@ DRAIN_HOOK = "batchlab-drain"
 NOT_THERE = ("is not part of Auto Scaling group", "Instance Id not found")
 """Texts of EC2 Auto Scaling's errors for an instance that its group no longer contains."""
 NO_ACTION = "No active Lifecycle Action"
-"""Text of AWS's error for an instance that is not waiting in the hook."""
+"""Text of AWS's error for an instance that is not waiting in the lifecycle hook."""
 _TIMEOUT_S = (30.0, 7200.0)
 """Minimum and maximum timeout of a lifecycle hook on AWS, in seconds."""
 
@@ -275,7 +277,7 @@ class GroupParameters:
     drain_s: float = 120.0
 
     def request(self, name: str, pool: Pool) -> CreateAutoScalingGroupTypeTypeDef:
-        """Return the pool's parameters of CreateAutoScalingGroup."""
+        """Return the parameters of CreateAutoScalingGroup for the pool."""
         request: CreateAutoScalingGroupTypeTypeDef = {
             "AutoScalingGroupName": name,
             "LaunchTemplate": {
@@ -285,10 +287,11 @@ class GroupParameters:
             "MinSize": pool.min_size,
             "MaxSize": pool.max_size,
             "DesiredCapacity": pool.min_size,
-            # The groups have no cooldown, because batchlab's scaling policy has its own cooldowns.
+            # The cooldown of the groups is 0, because batchlab's scaling policy has its own cooldowns.
             "DefaultCooldown": 0,
             "HealthCheckGracePeriod": 0,
-            # The newest instance has the least warm state (code, child processes) to lose.
+            # Scale-in terminates the newest instance, because the newest instance has the least cached state (code,
+            # child processes).
             "TerminationPolicies": ["NewestInstance"],
             "LifecycleHookSpecificationList": self.hooks(pool),
             "Tags": [_tag(POOL_TAG, pool.name), _tag(SLOTS_TAG, str(pool.slots))],
@@ -331,5 +334,5 @@ def _timeout(seconds: float) -> int:
 
 
 def is_missing_instance(error: Exception) -> bool:
-    """Return whether the service refused a request because it no longer has the instance."""
+    """Return whether EC2 Auto Scaling refused a request because the instance no longer exists in its group."""
     return any(words in str(error) for words in NOT_THERE)

@@ -1,4 +1,4 @@
-"""Client of EC2's instance metadata service, version 2, and the Notices port over it.
+"""Client of EC2's instance metadata service, version 2, and the Notices port over the metadata service.
 
 The client works on EC2 and in batchlab's containers. AWS_EC2_METADATA_SERVICE_ENDPOINT, which AWS's SDKs also read,
 sets another address of the metadata service. Invariant: a request fails after `ANSWER_S` seconds without an answer.
@@ -36,8 +36,8 @@ _LEAVING = ("Terminated", "Warmed:Terminated")
 class Imds:
     """Metadata service of the instance that runs this process. Several threads may share one client.
 
-    `url` is the address of the metadata service. The default address of the metadata service is that of AWS's SDKs. The
-    methods raise the same errors as `get`.
+    `url` is the address of the metadata service. The default address of the metadata service is the address that AWS's
+    SDKs use. All methods of this class raise the same errors as `get`.
     """
 
     def __init__(self, url: str = "", environ: Mapping[str, str] = os.environ) -> None:
@@ -58,16 +58,17 @@ class Imds:
         self._renewing = threading.Lock()
 
     def get(self, path: str) -> str | None:
-        """Return the content of `path` below `latest/`, None if it does not exist. The request blocks its thread.
+        """Return the content of `path` below `latest/`, or None if `path` does not exist. The call blocks its thread.
 
-        Raise Unreachable if the metadata service does not answer, and BackendError if it refuses the request.
+        Raise Unreachable if the metadata service does not answer. Raise BackendError if the service refuses the
+        request.
         """
         for _ in range(2):
             token = self._current_token()
             status, body = self._ask("GET", path, {"X-aws-ec2-metadata-token": token})
             if status != 401:
                 break
-            # The service does not know the token, or the address of this instance has changed.
+            # The metadata service does not know the session token, or the address of this instance has changed.
             with self._renewing:
                 if self._token == token:
                     self._token = ""
@@ -82,11 +83,11 @@ class Imds:
         return self._needed("meta-data/instance-id")
 
     def image(self) -> str:
-        """Return the machine image of the instance, "" if it is not from EC2."""
+        """Return the id of the instance's Amazon Machine Image, or "" if the instance is not from EC2."""
         return (self.get("meta-data/ami-id") or "").strip()
 
     def is_spot(self) -> bool:
-        """Return whether EC2 may interrupt the instance, because it is a Spot instance."""
+        """Return whether the instance is a Spot instance, which EC2 may interrupt."""
         return self._needed("meta-data/instance-life-cycle") == "spot"
 
     def is_leaving(self) -> bool:
@@ -115,7 +116,8 @@ class Imds:
             return self._token
 
     def _ask(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, bytes]:
-        # The request bypasses proxies. A proxy on another machine would read the metadata of that machine.
+        # The metadata request bypasses proxies. A proxy on another machine would return the metadata of the proxy's
+        # machine.
         with closing(http.client.HTTPConnection(self._host, self._port, timeout=ANSWER_S)) as connection:
             try:
                 connection.request(method, f"/latest/{path}", headers=dict(headers))
@@ -157,7 +159,7 @@ class ImdsNotices:
 
 
 def _interruption(content: str) -> Notice:
-    """Return the notice of an instance-action document, also if the document cannot be parsed."""
+    """Return the Spot interruption notice of an `instance-action` document, even if the document cannot be parsed."""
     try:
         document = json.loads(content)
         why = f"a Spot interruption will {document['action']} the instance"

@@ -1,14 +1,14 @@
 """Server of EC2's instance metadata service, version 2, for containers that act as instances.
 
-Invariant: every answer requires a session token. A token is valid only for the instance that requested it. A request
-through a proxy (with X-Forwarded-For) does not get a token.
+Invariant: every answer requires a session token. A session token is valid only for the instance that requested the
+token. A request through a proxy (with X-Forwarded-For) does not get a token.
 
 The server identifies an instance by the address of its connection, as EC2 does. No address translation may take place
 between an instance and the server, because the address identifies the instance.
 
-`metadata_tree` returns the metadata of one instance as a tree of paths. The metadata paths, values, and formats are
-those of AWS's "Instance metadata categories". The server answers 404 for a path that the tree does not contain, as for
-data that an instance lacks or batchlab does not use.
+`metadata_tree` returns the metadata of one instance as a tree of paths. The paths, values, and formats of the metadata
+follow AWS's documentation page "Instance metadata categories". The server answers 404 for a path that the tree does not
+contain. The tree lacks data that batchlab does not use.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Signals:
     """Announcements of the platform about the future of an instance."""
 
     lifecycle: str = "InService"
-    """Lifecycle state to which its Auto Scaling group moves the instance, "" without a group."""
+    """Lifecycle state to which an Auto Scaling group moves the instance, or "" for an instance without a group."""
     interruption: Interruption | None = None
     rebalance_s: float | None = None
     """Epoch seconds of a rebalance recommendation: a Spot interruption has become more likely."""
@@ -85,7 +85,7 @@ class Metadata:
 def metadata_tree(of: Metadata) -> dict[str, str]:
     """Return the metadata content by path below `latest/`.
 
-    Paths with empty values are left out, so the server answers 404 for these paths.
+    The tree does not contain paths with empty values, so the server answers 404 for a path with an empty value.
     """
     machine, signals = of.machine, of.signals
     spot = machine.market is Market.SPOT
@@ -136,7 +136,7 @@ def content_at(paths: Mapping[str, str], path: str) -> str | None:
 
 
 def iso(epoch_s: float) -> str:
-    """Format a time in whole seconds, as the metadata service does."""
+    """Return a time as ISO 8601 text in whole seconds, in the format of EC2's metadata service."""
     return datetime.fromtimestamp(epoch_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -178,10 +178,10 @@ _HEAD_BYTES = 16 * 1024
 
 
 class MetadataSource(Protocol):
-    """Source of the metadata of instances."""
+    """Source of instance metadata for the metadata server."""
 
     async def metadata(self, address: str) -> Metadata | None:
-        """Return the metadata of the instance that has this address now, or None without such an instance.
+        """Return the metadata of the instance that now has `address`, or None if no instance has `address`.
 
         Raise BackendError if the instance of the address cannot be determined.
         """
@@ -210,18 +210,18 @@ class _MalformedError(Exception):
 
 
 class MetadataServer:
-    """HTTP server that answers for the instances of `source` from `start` to `close`."""
+    """HTTP server that returns the metadata of the instances of `source`. The server runs from `start` to `close`."""
 
     def __init__(self, source: MetadataSource, clock: Clock) -> None:
         self._source = source
         self._clock = clock
-        # Tokens are signed instead of stored, so requests for many tokens cannot fill the memory.
+        # The server signs session tokens instead of storing the tokens, so many token requests cannot fill the memory.
         self._key = secrets.token_bytes(32)
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def start(self, host: str, port: int = 0) -> str:
-        """Listen on the address, with port 0 on any free port.
+        """Listen on the address. Port 0 selects any free port.
 
         Return the URL for AWS_EC2_METADATA_SERVICE_ENDPOINT. Raise UsageError if the address is not available.
         """

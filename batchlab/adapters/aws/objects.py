@@ -1,4 +1,4 @@
-"""Objects port over S3, on AWS and on its emulators."""
+"""Objects port over S3, on AWS and on emulators of S3."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class S3Objects(ObstoreObjects):
         return True
 
     def _create_in_parts(self, key: str, path: Path, part_bytes: int) -> None:
-        # obstore does not support a conditional upload in parts, so this upload uses boto3.
+        # obstore does not support a conditional upload in parts, so a conditional upload in parts uses boto3.
         _create_in_parts(self._endpoint, self._bucket, key, path, part_bytes)
 
 
@@ -51,9 +51,9 @@ def open_objects(bucket: Bucket) -> S3Objects:
 
 
 def open_s3(endpoint: Endpoint, bucket: str, tally: RequestCounter | None = None) -> S3Objects:
-    """Return the bucket of that name without a request. `tally` counts the requests.
+    """Return the S3 bucket named `bucket` without a request to S3. `tally` counts the requests to the bucket.
 
-    At an endpoint's url, a missing bucket is created, also after the start of the grid. An emulator that has lost its
+    If the endpoint has a url, a missing bucket is created, even while the grid runs. An emulator that has lost its
     state is empty, and the grid must see the bucket as empty. On AWS, a missing bucket raises BackendError. A missing
     bucket never raises NotFound, because NotFound would mean that nothing has been committed.
     """
@@ -91,7 +91,8 @@ def _create_in_parts(endpoint: Endpoint, bucket: str, key: str, path: Path, part
                 Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
             )
         except s3.exceptions.NoSuchUpload as error:
-            # boto3 may have repeated the completing request, and its first attempt may have completed the upload.
+            # boto3 may have sent the request CompleteMultipartUpload twice, and the first request may have completed
+            # the upload.
             listed = s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
             if any(entry["Key"] == key for entry in listed):
                 raise AlreadyExists(f"Object {key!r} exists.") from error

@@ -1,6 +1,6 @@
 """Queue port over SQS, on AWS or at an emulator's endpoint: `SqsQueue(endpoint, prefix="grid-")`.
 
-Invariant: each message that this process receives reaches a caller or becomes visible at once.
+Invariant: each message that this process receives from SQS is returned to a caller, or made visible again immediately.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ IDLE_POLL_S = 20
 FREE_POLL_S = 1
 """Duration of one request of a long poll in seconds.
 
-The duration at an emulator is `FREE_POLL_S`. AWS bills each request, so the duration on AWS is `BILLED_POLL_S`, or
-`IDLE_POLL_S` after `IDLE_AFTER_S` without a message.
+A long-poll request to an emulator lasts `FREE_POLL_S`. AWS bills each request, so a long-poll request to AWS lasts
+`BILLED_POLL_S`. After `IDLE_AFTER_S` seconds without a message, a long-poll request to AWS lasts `IDLE_POLL_S`.
 
 A long-poll request that has been sent cannot be canceled. The process cannot exit while a long-poll request is open. If
 the process is killed, the next messages go to the lost request and stay hidden for their visibility timeout.
@@ -60,8 +60,8 @@ _BAD_BODY = {"InvalidMessageContents"}
 class SqsQueue:
     """Queue port over SQS. The name of a queue in SQS is `prefix` followed by the name that batchlab uses.
 
-    SQS calls block, so each call runs in a thread. At most 32 receives run at once, in their own threads, so receives
-    do not delay other calls. SQS supports only whole seconds, so times are rounded up.
+    An SQS call blocks its thread, so the queue makes SQS calls in separate threads. At most 32 receives run at once, in
+    their own threads, so receives do not delay other calls. SQS supports only whole seconds, so times are rounded up.
     """
 
     def __init__(
@@ -95,7 +95,8 @@ class SqsQueue:
     def _call(self, operation: str, request: Mapping[str, Any]) -> Any:
         """Call an SQS operation over `SqsWire` if possible, else over boto3.
 
-        With boto3, an operation takes three times the CPU time, so the operations of every message use this method.
+        An SQS operation over boto3 takes three times the CPU time of `SqsWire`, so the operations for every message use
+        `_call`.
         """
         if self._wire:
             return self._wire.call(operation, request)
@@ -105,7 +106,7 @@ class SqsQueue:
         return await asyncio.wrap_future(self._callers.submit(self._at, queue, call))
 
     def _at(self, queue: str, call: Callable[[str], T]) -> T:
-        """Call `call` with the queue's url."""
+        """Return the result of `call`, which gets the queue's url."""
         try:
             with translated(f"Queue {queue!r}"):
                 url = self._urls.get(queue)
@@ -133,7 +134,7 @@ class SqsQueue:
         try:
             await self._run(queue, lambda url: url)
         except NotFound as error:
-            # With NotFound, the caller would create a queue.
+            # The error is not NotFound, because the caller would create a queue after NotFound.
             raise BackendError(
                 f"The queue {self._prefix + queue!r} does not exist.",
                 remedy="Create it with the grid's stack: `batchlab deploy apply`.",
@@ -162,8 +163,8 @@ class SqsQueue:
             except ClientError as error:
                 if code_of(error) not in ("QueueNameExists", "QueueAlreadyExists"):
                     raise
-        # The queue exists with other attributes, or perhaps with a redrive policy to remove. CreateQueue does not
-        # compare attributes that a request leaves out.
+        # The queue exists with other attributes, or may have a redrive policy that must be removed. CreateQueue does
+        # not compare attributes that a request leaves out.
         wanted["RedrivePolicy"] = redrive
         self._tally.sqs()
         self._at(spec.name, lambda url: self._sqs.set_queue_attributes(QueueUrl=url, Attributes=wanted))
@@ -214,9 +215,9 @@ class SqsQueue:
         try:
             return await asyncio.wrap_future(receiving)
         except asyncio.CancelledError:
-            # The receive request continues after the cancellation, and its messages would stay hidden for a visibility
-            # timeout. The return of the messages is submitted now, because a process that is ending accepts no new
-            # work.
+            # The receive request continues after the cancellation, and the received messages would stay hidden for a
+            # visibility timeout. `_return_messages` is submitted now, because the threads of an ending process do not
+            # accept new calls.
             self._receivers.submit(self._return_messages, queue, receiving)
             raise
 
@@ -268,7 +269,7 @@ class SqsQueue:
         return too_long + self._refused("ChangeMessageVisibilityBatch", url, entries)
 
     def _refused(self, operation: str, url: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Call the batch operation. Return the receipts that the service refuses."""
+        """Call the batch operation of SQS. Return the receipts that SQS refuses."""
         if not entries:
             return []
         self._tally.sqs()
@@ -280,7 +281,8 @@ class SqsQueue:
                 raise
             if len(entries) == 1:
                 return [entries[0]["ReceiptHandle"]]
-            # One bad receipt made the batch call fail for all entries, so each entry is sent alone.
+            # One invalid receipt made the batch request fail for all entries, so each entry is now sent in its own
+            # request.
             return [receipt for entry in entries for receipt in self._refused(operation, url, [entry])]
         for failed in failures:
             if short_code(failed["Code"]) not in _BAD_RECEIPT:

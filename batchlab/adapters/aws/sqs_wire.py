@@ -1,8 +1,8 @@
-"""SQS's JSON protocol, for the calls that are made for every message.
+"""Client of SQS's JSON protocol for the SQS operations that every message needs.
 
-Invariant: a call returns and raises the same as boto3, with a third of its CPU time. A call raises ClientError if the
-service refuses, and botocore's errors if the service does not answer. The client makes each call once and never
-retries.
+Invariant: a call of `SqsWire` returns the same results and raises the same errors as a call of boto3, with a third of
+the CPU time. A call raises ClientError if SQS refuses the request. A call raises botocore's errors if SQS does not
+answer. The client makes each call once and never retries.
 
 Sources: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/Welcome.html and
 https://docs.aws.amazon.com/IAM/latest/UserGuide/create-signed-request.html
@@ -85,7 +85,7 @@ class SqsWire:
     """Connections to the endpoint of SQS. Several threads may share the connections."""
 
     def __init__(self, url: str, region: str, credentials: Credentials | None, tls: ssl.SSLContext | None) -> None:
-        """Set the url of the service and the credentials, which may change during use."""
+        """Set the url of SQS and the credentials. The credentials may change during use."""
         self._url = url
         self._host = urlsplit(url).netloc
         self._path = urlsplit(url).path or "/"
@@ -130,12 +130,12 @@ class SqsWire:
         return {name: value for name, value in answer.items() if value is not None}
 
     def _answer(self, body: bytes, headers: Mapping[str, str]) -> tuple[int, str, bytes]:
-        """Return the status, the error code of the service, and the body of the answer."""
+        """Return the HTTP status, the error code, and the body of SQS's answer."""
         connection: HTTPConnection | None = None
         is_reusable = False
         try:
             connection = self._connected()
-            with suppress(BrokenPipeError):  # SQS refused early, and its answer contains the reason.
+            with suppress(BrokenPipeError):  # SQS refused the request early, and the answer of SQS has the reason.
                 connection.request("POST", self._path, body, dict(headers))
             response = connection.getresponse()
             answer = response.status, response.headers.get("x-amzn-query-error", ""), response.read()
@@ -164,7 +164,7 @@ class SqsWire:
 
 
 def authorization(headers: Mapping[str, str], path: str, body: bytes, region: str, access_key: str, secret: str) -> str:
-    """Return the Authorization header of a POST (Signature Version 4).
+    """Return the Authorization header of a POST request (Signature Version 4).
 
     The signature covers all headers in `headers`.
     """
@@ -191,6 +191,6 @@ def _refused(operation: str, status: int, query_code: str, answer: Mapping[str, 
     kind = str(answer.get("__type", "")).partition(":")[0].rpartition("#")[2]
     code = query_code.partition(";")[0] or kind or str(status)
     message = str(answer.get("message") or answer.get("Message") or "")
-    # The result contains only the fields that callers read.
+    # The response of the ClientError contains only the fields that callers read.
     response: Any = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
     return ClientError(response, operation)

@@ -1,7 +1,7 @@
-"""One container as an instance: its settings, and the calls to create, signal, and inspect it.
+"""Settings of a container that acts as an instance, and the calls to create, signal, and inspect the container.
 
-The calls of this module block their thread. `Engine.run` makes the calls of this module in threads and translates their
-errors.
+The calls of this module block their thread. `Engine.run` makes the calls of this module in threads and translates the
+errors of the calls.
 """
 
 from __future__ import annotations
@@ -67,14 +67,15 @@ _LAST_SIGNAL = 64
 class Template:
     """Settings of a pool's containers, similar to a launch template of EC2 instances.
 
-    `env` and `labels` are added to those of every instance. `type` limits the resources of a container whose group does
-    not name an instance type. With the type "", the resources of a container are unlimited. `tmpfs` maps the writable
-    paths under a read-only root to mount options, and its use counts as memory.
+    `env` and `labels` are added to the variables and labels that every instance has. `type` limits the resources of a
+    container whose group does not name an instance type. With the type "", the resources of a container are unlimited.
+    `tmpfs` maps the writable paths under a read-only root to mount options. Files in writable paths use the container's
+    memory.
 
-    Process 1 of a container is Docker's init unless `init` is off. A worker as process 1 would ignore SIGTERM until it
-    is ready, and would have to reap the processes that its tasks leave behind. `stop_s` is the timeout of `docker
-    stop`. With `system`, process 1 is the image's systemd, which may mount, write, and change users as on a machine.
-    Use `system` only for a trusted image.
+    Process 1 of a container is Docker's init unless `init` is off. A worker as process 1 would ignore SIGTERM until the
+    worker is ready, and would have to reap the processes that its tasks leave behind. `stop_s` is the timeout of
+    `docker stop`. With `system`, process 1 is the image's systemd, which may mount, write, and change users as on a
+    machine. Use `system` only for a trusted image.
     """
 
     image: str
@@ -96,7 +97,7 @@ class Template:
 
     @property
     def stop_signal(self) -> str:
-        """Return the signal that asks process 1 to stop. With systemd, SIGTERM has another purpose."""
+        """Return the signal that asks process 1 to stop. systemd does not stop on SIGTERM."""
         return "SIGRTMIN+4" if self.system else "SIGTERM"
 
 
@@ -134,7 +135,7 @@ def container_settings(
 ) -> dict[str, Any]:
     """Return the parameters of a container, in the form of Docker's SDK.
 
-    Without a share, the resources of the container are unlimited.
+    `share` limits the CPUs and the memory of the container. Without `share`, the container's resources are unlimited.
     """
     host: dict[str, Any] = {
         "network_mode": template.network,
@@ -154,7 +155,7 @@ def container_settings(
         # Docker refuses nano_cpus above the number of the machine's CPUs.
         host["cpu_period"] = _PERIOD_US
         host["cpu_quota"] = max(_LEAST_QUOTA_US, round(share.cpus * _PERIOD_US))
-        # With the same value for memory and swap, the container cannot swap.
+        # If `memswap_limit`, the limit of memory plus swap, equals `mem_limit`, the container cannot swap.
         host["mem_limit"] = host["memswap_limit"] = f"{share.memory_mib}m"
     return {
         "image": template.image,
@@ -239,7 +240,7 @@ def _keep_log(container: str, log_file: Path, api: APIClient) -> None:
 
 
 def end_text(state: Mapping[str, Any], *, killed: bool) -> str:
-    """Return how a container ended. `killed` means that the container was killed at its deadline.
+    """Return a text about the end of a container. `killed` means that the container was killed at its deadline.
 
     Docker reports a death by a signal as 128 plus the signal's number, like shells. A program that itself exits with a
     code above 128 therefore counts as killed.

@@ -1,7 +1,7 @@
 """Client of a Docker Engine: calls in threads, events, and the removal of resources by label.
 
-Invariant: only resources with the given labels are removed. A request to Docker fails after `ANSWER_S` seconds without
-an answer.
+Invariant: this module removes only resources with the given labels. A request to Docker fails after `ANSWER_S` seconds
+without an answer.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ def _connect(url: str) -> APIClient:
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Raise batchlab's errors instead of the SDK's. The messages of the errors begin with `what`."""
+    """Raise batchlab's errors instead of the Docker SDK's errors.
+
+    The messages of batchlab's errors begin with `what`.
+    """
     from docker.errors import APIError, DockerException
     from docker.errors import NotFound as Missing
     from requests.exceptions import RequestException
@@ -126,7 +129,7 @@ class EventStream:
     """Stream of the events of containers and networks, read by its own thread until `close`.
 
     `seen` is called with each event, in the stream's thread. `seen` is called with None when events may have been
-    missed: after the stream was opened, and when it breaks. A broken event stream is opened again.
+    missed: after the stream was opened, and when the stream breaks. A broken event stream is opened again.
     """
 
     def __init__(self, engine: Engine, on_event: Callable[[Mapping[str, Any] | None], None]) -> None:
@@ -145,7 +148,8 @@ class EventStream:
         self._closing.set()
         while self._thread.is_alive():
             if self._stream is not None:
-                # The Engine has closed the connection, or an earlier iteration of this loop has partly closed it.
+                # The Engine has closed the connection, or an earlier iteration of this loop has partly closed the
+                # connection.
                 with suppress(OSError, AttributeError):
                     self._stream.close()
             self._thread.join(0.05)
@@ -204,7 +208,7 @@ def find_resources(engine: Engine, labels: Mapping[str, str | None]) -> Sequence
 
 
 def remove_resources(engine: Engine, labels: Mapping[str, str | None]) -> Sequence[LabeledResource]:
-    """Remove the resources with all of these labels, running or not. Return them.
+    """Remove the resources with all of these labels, even running containers. Return the removed resources.
 
     Ignore resources that no longer exist. If some resources cannot be removed, remove the others and then raise
     BackendError.
@@ -227,7 +231,7 @@ def _remove(resource: LabeledResource, api: APIClient) -> None:
     if resource.kind == "container":
         remove_container(api, resource.id)
     elif resource.kind == "network":
-        # Docker does not remove a network while a container is connected to it.
+        # Docker does not remove a network while a container is connected to the network.
         for container in api.inspect_network(resource.id)["Containers"] or {}:
             api.disconnect_container_from_network(container, resource.id, force=True)
         api.remove_network(resource.id)

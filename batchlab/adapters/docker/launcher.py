@@ -3,9 +3,9 @@
 Invariant: A new launcher finds every container of a killed launcher, and the removal by label also finds forgotten
 containers.
 
-The deadline of a draining instance is in `<folder>/ending/<instance>.json`, because Docker cannot store it. Invariant:
-each deadline file is for one container, so the file of an older container is ignored. `<folder>/logs/<instance>.log`
-contains the output of an ended instance.
+The deadline of a draining instance is in `<folder>/ending/<instance>.json`, because Docker cannot store the deadline.
+Invariant: each deadline file is for one container, so the file of an older container is ignored. The file
+`<folder>/logs/<instance>.log` contains the output of an ended instance.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class StopDeadlines:
     def note(self, instance: str, container: str, grace_s: float) -> None:
         """Store the deadline of the instance, which is `grace_s` seconds from now.
 
-        If the disk is full, the deadline is lost only when another launcher takes over. The current launcher continues
-        without the file, because an instance that cannot be ended would be worse.
+        If the disk is full, the deadline is not written to disk, and a later launcher will not know the deadline. The
+        current launcher still ends the instance at the deadline.
         """
         note = {"container": container, "by_s": self._clock.now_s() + grace_s}
         try:
@@ -70,7 +70,7 @@ class StopDeadlines:
             log.warning("the deadline of the instance cannot be stored: %s", error, extra={"instance": instance})
 
     def left_s(self, instance: str, container: str) -> float | None:
-        """Return the seconds until the deadline of the instance, None without a deadline."""
+        """Return the seconds until the deadline of the instance, or None if the instance does not have a deadline."""
         try:
             note = json.loads(self._path(instance).read_text())
             if note["container"] != container:
@@ -95,14 +95,14 @@ _RETRY = "%s The launcher tries again at the next check."
 SETTLED_S = 1.0
 """Seconds after the start from which a container reliably receives signals.
 
-Docker may report a container as started shortly before its program runs. A container loses a signal that is sent before
-this time.
+Docker may report a container as started shortly before its program runs. A container may lose a signal that is sent in
+the first `SETTLED_S` seconds.
 """
 
 
 @dataclass(slots=True)
 class _Container:
-    """State of one container. `id` is "" while it is being created."""
+    """State of one container. `id` is "" while the container is being created."""
 
     instance: str
     id: str = ""
@@ -130,8 +130,9 @@ class ContainerLauncher:
 
     `labels` are set on every container and name its owner (`batchlab.grid=<grid>`). `template` returns the settings of
     a pool's containers. A container gets the resources of its instance type times `scale`. A container is created at
-    once and started `boot_s` later, like the boot of a machine. `changed` is set when an instance ends, and the task
-    that waits for it clears it. `signals` returns the announcements of the metadata service to an instance.
+    once and started `boot_s` seconds later, like the boot of a machine. The launcher sets `changed` when an instance
+    ends. The task that waits for `changed` clears `changed`. `signals` returns the announcements of the metadata
+    service to an instance.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class ContainerLauncher:
         self._boot(container)
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
-        """Ask the instance to stop, and kill it after `grace_s` seconds.
+        """Ask the instance to stop, and kill the instance after `grace_s` seconds.
 
         Raise BackendError if Docker cannot send the stop signal. The deadline of the instance also holds if Docker
         cannot send the signal.
@@ -198,8 +199,8 @@ class ContainerLauncher:
             return
         due_s = asyncio.get_running_loop().time() + grace_s
         if container.due_s is None or due_s < container.due_s:
-            # The deadline is stored before the signal is sent. If this process dies before it sends the signal, the
-            # next launcher sends the signal.
+            # The deadline is stored before the signal is sent. If this process dies between storing the deadline and
+            # sending the stop signal, the next launcher sends the signal.
             self._deadlines.note(instance, container.id, grace_s)
             self._set_deadline(container, due_s)
         if container.is_waiting:
@@ -233,7 +234,7 @@ class ContainerLauncher:
     # --- For the metadata service ----------------------------------------------------------------
 
     async def metadata(self, address: str) -> Metadata | None:
-        """Return the instance that has this address now, with its announcements, or None without such an instance.
+        """Return the instance that now has `address`, with its announcements, or None if no instance has `address`.
 
         Raise Unreachable while Docker does not answer.
         """
@@ -264,7 +265,8 @@ class ContainerLauncher:
         try:
             share = self._catalogue.share(kind, self._scale) if kind else None
         except UsageError as error:
-            # The instance type comes from an Auto Scaling group, so the fleet must see a launch that failed.
+            # The unknown instance type comes from an Auto Scaling group, so the fleet must see a failed launch and not
+            # a UsageError.
             raise BackendError(error.message, remedy=error.remedy) from error
         env = container_environment(template, pool, instance, machine, kind)
         tags = instance_labels(pool, instance, machine, kind, self._clock.now_s(), booted_s)
@@ -346,7 +348,7 @@ class ContainerLauncher:
             container.killing = None
 
     async def _remove(self, container: _Container) -> None:
-        """Save the output of the container and remove the container, running or not."""
+        """Save the output of the container and remove the container, even if the container is running."""
         if container.ended is None:
             await self._signal(container, "SIGKILL")
             await self._save_end(container)
@@ -363,7 +365,7 @@ class ContainerLauncher:
     def _is_late(self, container: _Container) -> bool:
         return container.due_s is not None and asyncio.get_running_loop().time() >= container.due_s
 
-    # --- Looking ---------------------------------------------------------------------------------
+    # --- State of containers ---------------------------------------------------------------------
 
     async def _adopt_all(self) -> None:
         """Adopt the containers of earlier launchers at the first call."""

@@ -1,8 +1,8 @@
 """Client of a fork server, a process that has imported the program of an instance.
 
-Each instance is a fork of the fork server. Invariant: a fork does nothing until the process that requested it has
-recorded it. A fork exits if the confirmation of its record never comes. If the fork server ends, its forks continue,
-and new instances start more slowly.
+Each instance is a fork of the fork server. Invariant: a fork does nothing until the process that requested the fork has
+recorded its pid. A fork exits if the requesting process does not confirm the record. If the fork server ends, its forks
+continue, and new instances start more slowly.
 
 `batchlab.cli.fork_server_main` is the program of the server. Requests to the fork server and its answers are JSON
 messages over a pair of sockets. The server answers requests in their order.
@@ -72,8 +72,9 @@ class ForkServer:
     async def fork(self, argv: Sequence[str], env: Mapping[str, str], output: BinaryIO) -> PendingFork:
         """Return a fork that will behave like the process `argv`, in a new session.
 
-        The environment of the fork is that of the server, with the variables of `env`. The fork writes to `output`.
-        Raise ForkServerEndedError if the server has ended, and OSError if it cannot create another process.
+        The environment of the fork is the fork server's environment, with the variables of `env`. The fork writes to
+        `output`. Raise ForkServerEndedError if the server has ended, and OSError if the server cannot create another
+        process.
         """
         read_end, write_end = os.pipe()
         try:
@@ -108,7 +109,7 @@ class ForkServer:
             self._socket.close()
             self._socket = None
         if self._process is not None:
-            self._process.kill()  # The fork server holds no state that could be lost.
+            self._process.kill()  # Killing the fork server does not lose any state.
             self._process.wait()
             self._process = None
         while self._requests:

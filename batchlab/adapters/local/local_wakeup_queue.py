@@ -1,9 +1,10 @@
-"""Queue over an emulator's queue on one machine, whose senders wake its receivers.
+"""Queue port over an emulator's queue on one machine. Senders wake waiting receivers.
 
-A waiting receiver creates a FIFO, and a sender in another process writes to it. Invariants: every message goes through
-the emulator. A wakeup only makes a receiver poll the emulator. A receiver that misses a wakeup finds the message at its
-next regular poll. Only one sender can unlink the name of a FIFO, and this sender must then wake the FIFO's receiver. A
-receiver that is awake or has left has no FIFO name, so no wakeup goes to it.
+A waiting receiver creates a FIFO, and a sender in another process writes to the FIFO. Invariants: every message goes
+through the emulator. A wakeup only makes a receiver poll the emulator. A receiver that misses a wakeup finds the
+message at its next regular poll. Only one sender can unlink the name of a FIFO, and this sender must then wake the
+FIFO's receiver. The FIFO of a receiver that is awake or has left does not have a name, so senders cannot wake this
+receiver.
 
 Wakeups replace the emulator's long polls. An emulator's long polls check for messages only every 100 ms, so a message
 may wait for 100 ms. A long poll that is open when its process is killed hides the next message for a visibility
@@ -35,14 +36,16 @@ ALL_RECEIVERS = 1_000_000
 class WakeupFifo:
     """FIFO with which a sender wakes one waiting receiver once.
 
-    A FIFO is used because a socket's path is limited to 107 bytes, and inotify wakes all receivers.
+    A FIFO is used instead of a socket, because a socket's path is limited to 107 bytes. A FIFO is used instead of
+    inotify, because inotify wakes all receivers.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = secrets.token_hex(8)
         self._path = folder / name
-        # The FIFO gets its name after it is open, because senders remove a FIFO without a reader.
+        # The FIFO gets its final name after the receiver has opened the FIFO, because senders remove a FIFO without a
+        # reader.
         hidden = folder / f".{name}"
         os.mkfifo(hidden)
         # The receiver opens the FIFO also for writing. Without a writer, the FIFO would be at its end of file and wake
@@ -89,7 +92,7 @@ async def wait_for_messages(
     woken = False
     while True:
         if woken:
-            # A woken receiver polls before it creates the next FIFO, because a wakeup usually means that a message has
+            # A woken receiver polls before creating the next FIFO, because a wakeup usually means that a message has
             # arrived.
             messages, _ = await poll()
             if messages:
@@ -97,8 +100,8 @@ async def wait_for_messages(
         fifo, woken = WakeupFifo(folder), False
         try:
             while not woken:
-                # The receiver polls after it has created the FIFO. If the receiver polled before the creation of its
-                # FIFO, it would miss a send between the poll and the creation.
+                # The receiver polls after creating the FIFO. If the receiver polled before creating the FIFO, the
+                # receiver would miss a message that is sent in between.
                 messages, next_s = await poll()
                 left_s = ends_s - clock()
                 if messages or left_s <= 0:
@@ -176,7 +179,8 @@ MAX_POLL_S = 60.0
 POLL_SHARE = 0.5
 """Share of the idle time after which a receiver polls again, between `POLL_S` and `MAX_POLL_S`.
 
-Polls find messages without a wakeup, after a visibility timeout or after the death of a delayed message's sender.
+Regular polls find messages that become visible without a wakeup: after a visibility timeout, or after the death of a
+delayed message's sender.
 """
 
 LINGER_S = 0.02
@@ -253,7 +257,7 @@ class LocalWakeupQueue:
         if messages:
             idle_time.halve(clock())
         if len(messages) == max_messages:
-            receiver.has_all = False  # The queue may contain more messages.
+            receiver.has_all = False  # The queue may contain more messages than this receive returned.
         if queue not in self._receivers:
             self._receivers[queue] = receiver
             receiver.timer = asyncio.get_running_loop().call_later(LINGER_S, self._forget, queue, receiver)
@@ -289,8 +293,8 @@ class LocalWakeupQueue:
 class _Receiver:
     """Receiver with a FIFO that stays open from one receive to the next.
 
-    A receiver does not need a poll if it was not woken since its last poll. An open FIFO saves requests, which cost far
-    more than FIFOs.
+    A receiver does not need another poll if no sender has woken the receiver since its last poll. An open FIFO saves
+    requests, which cost far more than FIFOs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -298,7 +302,7 @@ class _Receiver:
         self._fifo = WakeupFifo(folder)
         self._polled_s = 0.0
         self.timer: asyncio.TimerHandle | None = None
-        """Timer that closes the receiver unless it waits again."""
+        """Timer that closes the receiver unless the receiver waits again."""
         self.has_all = False
         """Whether a poll after the creation of the FIFO found all messages."""
 

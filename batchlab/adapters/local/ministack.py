@@ -1,8 +1,9 @@
 """MiniStack, an emulator of S3 and SQS, as a child process with its own Python environment.
 
 Invariant: MiniStack gets none of the user's AWS_* variables, and leaves no process behind. The owner of the emulator
-stops it. Without an owner, the emulator exits within `ORPHAN_S` seconds (see `ministack_guard`). An emulator's folder
-has one owner, and the next owner takes over the running emulator of the previous one. The folder contains:
+stops the emulator. Without an owner, the emulator exits within `ORPHAN_S` seconds (see `ministack_guard`). An
+emulator's folder has one owner, and the next owner takes over the running emulator of the previous owner. The folder
+contains:
 
     s3/             objects, each written before it is acknowledged
     state/          queues, written when the emulator stops
@@ -13,9 +14,9 @@ has one owner, and the next owner takes over the running emulator of the previou
     tmp/            temporary files
 
 Each user has one Python environment with MiniStack for all grids. Invariants: MiniStack never uses the user's own
-Python environment, because MiniStack pins an exact version of botocore. The Python environment counts only when its
-marker file exists, so an incomplete environment is never used. A lock prevents two processes from creating the
-environment at the same time.
+Python environment, because MiniStack pins an exact version of botocore. batchlab uses MiniStack's Python environment
+only if its marker file exists, so an incomplete environment is never used. A lock prevents two processes from creating
+the environment at the same time.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def provide(say: Callable[[str], None]) -> None:
 def environment() -> Path:
     """Return the folder of MiniStack's environment, which `install` creates in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    # The name of the folder differs from that of release 0.1.0, which did not check the hashes of packages.
+    # The name of the folder differs from the name in release 0.1.0, because release 0.1.0 did not check the hashes of
+    # packages.
     return Path(cache) / "batchlab" / f"ministack-{VERSION}-locked"
 
 
@@ -110,7 +112,7 @@ def requirements() -> Path:
 
 
 def install(say: Callable[[str], None]) -> Path:
-    """Return the Python that has MiniStack. Create MiniStack's environment if it does not exist.
+    """Return the Python that has MiniStack. Create MiniStack's Python environment if the environment does not exist.
 
     `say` receives a message about the progress of the installation. Raise BackendError if the installation fails.
     """
@@ -169,7 +171,7 @@ def pip_reason(output: str) -> str:
 def installed_version(python: Path) -> str | None:
     """Return the version of MiniStack in the environment of that Python.
 
-    Return None if MiniStack or a package that serves it is missing.
+    Return None if MiniStack or a package of MiniStack's HTTP server is missing.
     """
     code = "import httptools, uvicorn; from importlib.metadata import version; "
     code += "print(version('ministack'))"
@@ -183,12 +185,12 @@ START_S = 30.0
 STOP_S = 10.0
 
 _HOST = "127.0.0.1"
-# The emulator's ports are below the range that the kernel uses for outgoing connections. Without this rule, a client of
-# a stopped emulator could get the emulator's port itself, and connect to itself.
+# The emulator's ports are below the range that the kernel uses for outgoing connections. If the kernel gave the port of
+# a stopped emulator to a client's own connection, the client could connect to itself.
 _PORTS = range(20_000, 32_000)
 _PORTS_TRIED = 50
 _PROBE_S = 0.2
-"""Maximum time in seconds for which a process holds the owner lock only to test it."""
+"""Maximum time in seconds for which a process holds the owner lock only to test whether the emulator has an owner."""
 _MAX_RETRY_S = 5.0
 """Maximum wait in seconds between two attempts to start the emulator."""
 
@@ -202,7 +204,7 @@ class _Record:
     start_ticks: int
     boot: str
     checks_signatures: bool = False
-    """False for an emulator that release 0.1.0 started and that does not check signatures."""
+    """Whether the emulator checks signatures. An emulator that release 0.1.0 started does not check signatures."""
 
 
 class Emulator:
@@ -297,7 +299,7 @@ class Emulator:
             self._owner_lock = None
 
     async def supervise(self, restarted: Callable[[], None]) -> None:
-        """Restart the emulator whenever it ends.
+        """Restart the emulator whenever the emulator ends.
 
         Call `restarted` after each start of the emulator. `supervise` never returns.
         """
@@ -315,7 +317,7 @@ class Emulator:
     async def _in_thread(self, call: Callable[[], bool]) -> bool:
         """Return the result of `call`, which runs in a thread.
 
-        A canceled task also waits for the call, so `stop` cannot run meanwhile.
+        A canceled task also waits for the end of `call`, so `stop` cannot run at the same time as `call`.
         """
         calling = asyncio.create_task(asyncio.to_thread(call))
         try:
@@ -354,7 +356,7 @@ class Emulator:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
-                # An emulator that tests whether it has an owner holds the lock briefly.
+                # An emulator briefly holds the owner lock to test whether the emulator has an owner.
                 if time.monotonic() > give_up_s:
                     file.close()
                     raise Refused(f"Another process already owns the emulator in {self.folder}.") from error
@@ -408,7 +410,7 @@ class Emulator:
     def _environment(self, port: int) -> dict[str, str]:
         """Return the complete environment variables of the emulator.
 
-        The emulator does not inherit AWS_* variables, because they would affect it.
+        The emulator does not inherit AWS_* variables, because AWS_* variables would change the emulator's behavior.
         """
         inherited = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         return inherited | {
@@ -430,7 +432,7 @@ class Emulator:
             try:
                 return socket.create_server((_HOST, port), backlog=256)
             except OSError:
-                continue  # The port is in use.
+                continue  # Another program uses the port.
         raise Unreachable(
             f"All ports that the emulator may use on {_HOST} are in use.", remedy="Stop other programs that use them."
         )
@@ -440,7 +442,8 @@ class Emulator:
         if port:
             return [port]  # Clients of the emulator know its previous port.
         previous = self._read_record()
-        # A folder always tries the same ports first, and another folder most likely tries different ports.
+        # The emulator of a folder always tries the same ports first. The emulator of another folder most likely tries
+        # different ports.
         first = zlib.crc32(bytes(self.folder))
         others = [_PORTS[(first + i) % len(_PORTS)] for i in range(_PORTS_TRIED)]
         return [previous.port, *others] if previous else others

@@ -1,9 +1,9 @@
 """Server program of MiniStack, which runs in MiniStack's own Python environment.
 
-The guard exits when its owner is missing, and before it acknowledges an object that it could not write.
+The guard exits when its owner has ended, and instead of acknowledging an object that could not be written.
 
-The guard passes on a request only if the request is signed with the grid's own keys (Signature Version 4). MiniStack
-itself accepts requests of any user of the machine and of any web page.
+The guard passes a request to MiniStack only if the request is signed with the grid's own keys (Signature Version 4).
+MiniStack itself accepts requests of any user of the machine and of any web page.
 
 Invariant: this file does not import batchlab, because its Python has only MiniStack, uvicorn, and httptools. The
 guard's owner holds a lock on a file, and the kernel releases the lock however the owner dies. The kernel's
@@ -41,9 +41,9 @@ POLL_S = 0.5
 MAX_SKEW_S = 900.0
 """Maximum difference in seconds between a request's time and the clock, as on AWS."""
 MAX_UNHASHED_BYTES = 4 * 1024 * 1024
-"""Maximum size in bytes of a body without a hash among its headers.
+"""Maximum size in bytes of a request body whose hash is not in the headers of the request.
 
-Only SQS, SNS, and STS receive bodies without a hash, and their largest request has 1 MiB.
+Only SQS, SNS, and STS receive bodies without a hash. The largest request of SQS, SNS, and STS has 1 MiB.
 """
 
 Event = MutableMapping[str, Any]
@@ -83,7 +83,7 @@ def main(listening: str, lock: str, orphan_s: float, keys: str) -> None:
         server_header=False,
         date_header=False,  # MiniStack sets its own Date header.
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=1,  # A longer timeout would let open long polls delay the end.
+        timeout_graceful_shutdown=1,  # With a longer timeout, open long polls would delay the exit.
     )
     uvicorn.Server(config).run(sockets=[listener])
 
@@ -114,8 +114,8 @@ class _Signature:
 class Signed:
     """ASGI application that passes on only requests signed with the grid's pair of keys.
 
-    A web page cannot sign a request. A request with an Origin or another machine's Host comes from a web page, so it is
-    refused even if it is signed. No answer of the guard has a CORS header.
+    A web page cannot sign a request. A request with the header Origin or with another machine's Host comes from a web
+    page. The guard refuses such a request even if the request is signed. No answer of the guard has a CORS header.
     """
 
     def __init__(self, app: App, access_key: str, secret_key: str) -> None:
@@ -126,7 +126,7 @@ class Signed:
         )
 
     async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
-        """Answer one request as ASGI defines it."""
+        """Answer one request as an ASGI application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -152,7 +152,7 @@ class Signed:
         await self._app(scope, receive, send_without_cors)
 
     async def _checked(self, scope: Event, headers: Mapping[bytes, bytes], receive: Receive) -> Receive:
-        """Return a function that receives the request's body. Raise Refusal unless the request is signed."""
+        """Return an ASGI `receive` function for the request's body. Raise Refusal unless the request is signed."""
         asked_query = scope["query_string"].decode("latin-1")
         query = parse_qsl(asked_query, keep_blank_values=True) if asked_query else []
         signature = _signature(headers, dict(query))

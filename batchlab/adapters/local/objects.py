@@ -62,7 +62,7 @@ def download_whole(path: Path, write: Callable[[Path], object]) -> int:
 
 
 def head(root: Path, key: str) -> ObjectInfo | None:
-    """Return the object `key`, or None if the object does not exist."""
+    """Return the size and the ETag of the object `key`, or None if the object does not exist."""
     return _info(f"{root}/{key}", key)
 
 
@@ -110,7 +110,7 @@ def etag_of(status: os.stat_result) -> str:
 
 
 def is_remains(key: str, size: int) -> bool:
-    """Return whether a file of that size is a remainder of a power loss and counts as absent."""
+    """Return whether a file of this size is left from a power loss, so that the object counts as absent."""
     return not size and key.startswith(NEVER_EMPTY)
 
 
@@ -168,8 +168,8 @@ def damaged(root: Path) -> Iterator[tuple[str, str]]:
 class FileWriter:
     """Writer of the objects of one bucket. With `durable`, a call returns when the object is on disk.
 
-    The file system commits concurrent flushes together. The names of new folders are flushed at the same time as the
-    content of the object, and not later.
+    The file system commits concurrent flushes together, so the writer flushes the names of new folders at the same time
+    as the object's content.
     """
 
     def __init__(self, root: Path) -> None:
@@ -265,7 +265,7 @@ def _stage(target: str) -> tuple[str, BinaryIO]:
         try:
             return staged, open(staged, "xb", opener=private)
         except FileExistsError:
-            continue  # The file belongs to another writer, or a killed process left it.
+            continue  # The file belongs to another writer, or to a process that was killed.
         except FileNotFoundError:
             os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120
     raise AssertionError("count() never ends")
@@ -403,14 +403,14 @@ class LocalObjects:
             try:
                 (self._root / key).unlink(missing_ok=True)
             except (NotADirectoryError, IsADirectoryError):
-                # The key is below or above another object, so no object has this key.
+                # The key is below or above the key of another object, so an object with this key does not exist.
                 continue
 
     async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
         check_key(key)
         durable = self._is_durable(key)
-        # The caller receives an error of the uploaded file unchanged. An error of the bucket becomes one of batchlab's
-        # errors.
+        # The caller receives an error of the uploaded file unchanged. An error of the bucket is raised as an error of
+        # batchlab.
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             write = self._writer.create if if_absent else self._writer.replace
@@ -438,7 +438,7 @@ class FilesInPlace:
 
 
 def open_local(root: Path, sync: Sync = Sync.JOBS) -> LocalObjects:
-    """Return the bucket in the folder `root`. Create the folder if it does not exist."""
+    """Return the bucket in the folder `root`. Create the folder `root` if the folder does not exist."""
     make_folder(root)
     return LocalObjects(root, sync)
 

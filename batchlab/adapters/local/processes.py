@@ -1,11 +1,11 @@
 """Launcher of instances that are local processes (Linux), each in its own session.
 
-Invariant: signals reach only processes that this launcher or an earlier one launched. A process is identified by its
-pid, its start time, and the boot id, so a reused pid is never mistaken for the earlier process.
+Invariant: signals reach only processes that this launcher or an earlier launcher started. A process is identified by
+its pid, its start time, and the boot id, so a reused pid is never mistaken for the earlier process.
 
-`<root>/instances/<id>.json` is the record of an instance, and `<root>/logs/<id>.log` its output. The records of
-instances outlive the manager, so a new launcher over the same root adopts the running instances. When an instance ends,
-its process group is killed, like the processes of a machine that ends.
+The file `<root>/instances/<id>.json` is the record of an instance, and `<root>/logs/<id>.log` has the instance's
+output. The records of instances outlive the manager, so a new launcher over the same root adopts the running instances.
+When an instance ends, its process group is killed, like the processes of a machine that ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
 def boot_id() -> str:
     """Return the kernel's boot id.
 
-    Start times of processes count from the boot, so they are unique only within one boot.
+    Start times of processes count from the boot, so start times identify processes only within one boot.
     """
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
@@ -125,8 +125,8 @@ class ProcessLauncher:
 
     `argv` returns the command line of a pool's instance. `env` is the environment of instances, to which the pool's own
     variables are added. With a `fork_server`, `argv` must begin with the server's program. With a `fork_server`,
-    instances are its forks, except in pools with their own environment. `changed` is set when an instance ends, and the
-    task that waits for it clears it.
+    instances are its forks, except in pools with their own environment. The launcher sets `changed` when an instance
+    ends. The task that waits for `changed` clears `changed`.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class ProcessLauncher:
             return
         if not process.is_stopping:
             process.is_stopping = True
-            # The process may have exited before this launcher noticed it.
+            # The process may have exited before this launcher noticed the exit.
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(process.pidfd, signal.SIGTERM)
         loop = asyncio.get_running_loop()
@@ -232,7 +232,7 @@ class ProcessLauncher:
         self._path(record.instance).unlink(missing_ok=True)
 
     async def _fork(self, argv: list[str], pool: Pool, instance: str) -> PendingFork | None:
-        """Return a fork of the fork server, or None without a usable server."""
+        """Return a fork of the fork server, or None if the fork server cannot be used."""
         # A program reads most of its environment at its start, so a fork cannot change the environment.
         if self._fork_server is None or pool.env:
             return None
@@ -255,8 +255,8 @@ class ProcessLauncher:
             child = subprocess.Popen(
                 argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        # The launcher itself waits for the end of the process. With a return code, Popen does not warn when it is
-        # deleted.
+        # The launcher itself waits for the end of the process. The return code is set, so Python does not warn when the
+        # Popen object is deleted.
         child.returncode = 0
         return child.pid
 
@@ -363,14 +363,14 @@ def living(root: Path) -> dict[str, int]:
         try:
             record = _Record(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
-            continue  # The record is being removed or is incomplete, so it does not identify a process.
+            continue  # The record is being removed or is incomplete, so the record does not identify a process.
         if record.ended is None and is_alive(record.pid, record.start_ticks, record.boot):
             pids[record.instance] = record.pid
     return pids
 
 
 def end_of(root: Path, instance: str) -> str:
-    """Return the end of the instance as its record describes it, or "" if the record does not contain an end."""
+    """Return the text about the end of the instance in the record of the instance, or "" without an end."""
     try:
         fields = json.loads((root / "instances" / f"{instance}.json").read_text())
     except (FileNotFoundError, ValueError):
@@ -379,7 +379,7 @@ def end_of(root: Path, instance: str) -> str:
 
 
 def _leader_of(instance: str) -> int:
-    """Return the pid of the process that was started as `instance`, or 0 if no process was.
+    """Return the pid of the process that was started as `instance`, or 0 if the process is not found.
 
     The process of an instance is found by its environment.
     """

@@ -25,8 +25,8 @@ _AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _DROPPED_AT_ONCE = 1000
 
 # AUTOINCREMENT keeps the ids of rows unique, because a receipt contains the id of its row. A message with `visible_s`
-# in the future is in flight if it has been received, and else delayed. The column `total` lets `depth` skip a count of
-# the visible messages, which may be a million.
+# in the future is in flight if the message has been received, and delayed otherwise. The column `total` lets `depth`
+# skip a count of the visible messages, which may be a million.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS queues (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -128,9 +128,9 @@ class SqliteMessages:
         self._connection: sqlite3.Connection | None = None
         self._turn = -1
         self._waits = self._has_patience = True
-        """Whether calls wait, and whether the SQLite connection is set to wait.
+        """Whether calls wait for the queue file's lock, and whether the SQLite connection is set to wait.
 
-        The setting of the SQLite connection changes only when needed, which is seldom.
+        The setting of the SQLite connection is changed only if a call needs the other setting.
         """
 
     @property
@@ -163,7 +163,8 @@ class SqliteMessages:
             make_private(self._path)
             db = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
             try:
-                # Without the lock, two processes that create the queue file at the same time would find it locked.
+                # Without this file lock, two processes that create the queue file at the same time would get SQLite's
+                # error for a locked file.
                 with self._my_turn():
                     for pragma in _PRAGMAS:
                         db.execute(pragma)

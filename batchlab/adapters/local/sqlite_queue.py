@@ -1,7 +1,7 @@
 """Queue port with the behavior of SQS standard queues, over one SQLite file for many processes.
 
 Invariant: a waiting receiver finds a visible message within `POLL_S` seconds, even if a process was killed while waking
-it. A waiting receiver usually gets a sent message within about a millisecond.
+the receiver. A waiting receiver usually gets a sent message within about a millisecond.
 
 No call of this queue waits for the disk. A power loss may undo the calls of the last seconds. After a power loss, a
 received or deleted message may become visible again, as after its visibility timeout. The manager sends lost messages
@@ -73,7 +73,8 @@ class SqliteQueue:
         return await asyncio.wrap_future(self._thread.submit(partial(call, *args, **kwargs)))
 
     async def _may_be_quick(self) -> bool:
-        # Other tasks run before this call. Without the sleep, successive calls would never let other tasks run.
+        # The sleep lets other tasks run before this call. Without the sleep, successive calls would never let other
+        # tasks run.
         await asyncio.sleep(0)
         return self._thread.is_idle and self._messages.is_open
 
@@ -146,7 +147,8 @@ class SqliteQueue:
         return result
 
     def _undo_receive(self, queue: str, receiving: Future[ReceiveResult]) -> None:
-        # If the undo fails, the messages become visible at their visibility timeout, so they are late but not lost.
+        # If the undo fails, the messages become visible at their visibility timeout, so the messages are late but not
+        # lost.
         failed = receiving.cancelled() or receiving.exception() is not None
         messages = () if failed else receiving.result().messages
         if messages:

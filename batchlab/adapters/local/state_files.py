@@ -22,7 +22,8 @@ T = TypeVar("T")
 def read_record(path: Path, parse: Callable[[Any], T], what: str, *, remedy: str) -> T | None:
     """Return the parsed content of a JSON file, or None if the file does not exist.
 
-    Raise BackendError if the file cannot be read. If the content is not `what`, the error has the `remedy`.
+    Raise BackendError if the file cannot be read. If the content of the file is not `what`, raise BackendError with
+    `remedy`.
     """
     try:
         return parse(json.loads(path.read_bytes()))
@@ -60,13 +61,16 @@ def new_keys() -> Keys:
 
 
 def read_keys(path: Path) -> Keys | None:
-    """Return the access keys in the file, or None if the file does not exist. Raise BackendError."""
+    """Return the access keys in the file, or None if the file does not exist. Raise BackendError if reading fails."""
     remedy = "Delete the file while the grid is down. The next start creates new keys."
     return read_record(path, lambda keys: Keys(**keys), "a pair of access keys", remedy=remedy)
 
 
 def provide_keys(path: Path) -> Keys:
-    """Return the access keys in the file. Create the file with new keys if it does not exist. Raise BackendError."""
+    """Return the access keys in the file. If the file does not exist, create the file with new keys.
+
+    Raise BackendError if the file cannot be read.
+    """
     if keys := read_keys(path):
         return keys
     write_once(path, json.dumps(asdict(new_keys())))

@@ -22,7 +22,7 @@ from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S
 class SimInstance(Protocol):
     """A worker process in the simulator.
 
-    `ended` is None while the worker runs, and then describes its end ("exit 0").
+    `ended` is None while the worker runs, and then describes the end of the worker ("exit 0").
     """
 
     ended: str | None
@@ -36,7 +36,10 @@ class SimInstance(Protocol):
 
 @dataclass(slots=True)
 class _Slot:
-    """State of an instance since its launch. An instance has `booting` until it has started, and then `worker`."""
+    """State of an instance since its launch.
+
+    `booting` is set until the instance has started, and `worker` is set afterward.
+    """
 
     booting: asyncio.TimerHandle | None
     worker: SimInstance | None = None
@@ -49,9 +52,9 @@ class SimLauncher:
     """The Launcher port over coroutines of one event loop.
 
     The boot of an instance takes the pool's `boot_s` plus or minus 25%, drawn from `rng`. `refuse` may return a reason
-    not to launch, such as no capacity, which becomes the text of the BackendError. `launched` is called with (pool,
-    instance) after a launch, and `ended` with (instance, how) after an end. `crash` sets `changed`. The launcher
-    notices at its next call that a worker has exited by itself.
+    not to launch, such as a lack of capacity. The launch then raises a BackendError with the reason as its text.
+    `launched` is called with (pool, instance) after a launch, and `ended` with (instance, how) after an end. `crash`
+    sets `changed`. The launcher notices at its next call that a worker has exited by itself.
     """
 
     def __init__(self, start: Callable[[Pool, str], SimInstance], rng: Random) -> None:

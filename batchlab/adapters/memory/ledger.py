@@ -1,8 +1,8 @@
 """The Ledger port in memory, for the simulator and for forecasts.
 
-Invariant: a ledger call checks everything before it changes anything, so a call that raises changes nothing. The
-contract suite compares the answers of the memory ledger with those of SqlLedger. `dumped` returns rows in the form of
-`SqlLedger.dump`, so that tests can compare ledgers.
+Invariant: a ledger call makes all checks before its first change, so a call that raises an error changes nothing. The
+contract suite compares the answers of the memory ledger with the answers of SqlLedger. `dumped` returns rows in the
+form of `SqlLedger.dump`, so that tests can compare ledgers.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ _NO_SEQ = -1
 class _Job:
     """Rows of one job in the ledger. `stamp` is the number of the last write that had an effect.
 
-    `known` contains every bundle, `folded` the done bundles in the order of their seqs, and `planned` the other
-    bundles.
+    `known` contains every bundle of the job. `folded` contains the done bundles in the order of their seqs, and
+    `planned` contains the bundles that are not done.
     """
 
     projection: Projection
@@ -126,7 +126,8 @@ class _Job:
                 self.planned[row.key] = row
                 continue
             before = self.planned.pop(row.key, None)
-            # The plan of the bundle may be void at the time of this write, so the write that added the bundle counts.
+            # The plan of the bundle may be void at the time of this write, so `at` is the number of the write that
+            # added the bundle.
             at = before.at if before else row.at
             self.folded.append(BundleRow(row.stage, row.id, at, None, row.completion, row.seq))
 
@@ -149,9 +150,9 @@ def _seq(row: BundleRow) -> int:
 
 
 class SimLedger:
-    """The Ledger port in memory. The rows of the memory ledger end with its process.
+    """The Ledger port in memory. The rows of the memory ledger are lost when its process ends.
 
-    A completion keeps its run time as the caller passed it, while SqlLedger rounds the time to microseconds.
+    The memory ledger does not round the run time of a completion, while SqlLedger rounds the run time to microseconds.
     """
 
     def __init__(self) -> None:
@@ -214,7 +215,7 @@ class SimLedger:
         return FoldResult(new, first, {name: job.rows for name, job in jobs.items()})
 
     def _end_write(self, job: _Job, rows: Iterable[BundleRow] | None) -> None:
-        """Store the bundles of a write, and count the write if it had an effect."""
+        """Store the bundles of a write, and count the write if the write had an effect."""
         if rows is not None:
             job.put(rows)
             self._count_write(job)
@@ -317,4 +318,4 @@ class SimLedger:
         return dumped((j.projection, [*j.folded, *j.planned.values()]) for j in self._jobs.values())
 
     async def close(self) -> None:
-        """Do nothing."""
+        """Do nothing, because the memory ledger does not hold connections or files."""

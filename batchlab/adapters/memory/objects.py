@@ -22,7 +22,7 @@ _MAX_INSERTIONS = 64
 
 
 class SimObjects:
-    """The Objects port over one dict in memory. The keys of objects are sorted when a caller lists them."""
+    """The Objects port over one dict in memory. The keys of objects are sorted when a caller lists the keys."""
 
     def __init__(self) -> None:
         # The value None marks a deleted key that is still among the sorted keys.
@@ -130,7 +130,7 @@ class SimObjects:
     async def download(self, key: str, path: Path) -> int:
         return _write(path, self._stored(key)[0])
 
-    # --- What a test sees and does ---------------------------------------------------------------
+    # --- Access for tests ------------------------------------------------------------------------
 
     def names(self) -> Sequence[str]:
         return sorted(key for key, stored in self._objects.items() if stored is not None)

@@ -114,7 +114,7 @@ def entry_of(queue: QueueState, receipt: str) -> Entry | None:
 _DISORDER = 32
 """Number of the oldest messages from which a receive picks. The order of messages in SQS is loose, but not random."""
 
-# Resolution of an epoch second as a float. A timer may fire too early by the resolution of a float.
+# Resolution in seconds of an epoch time as a float. A timer may fire too early by the resolution of a float.
 _TICK_S = 1e-6
 
 
@@ -125,8 +125,8 @@ class SimQueue:
     a waiting receive returns no messages, as with SQS.
 
     The options `fifo` and `max_wait_s` go beyond SQS, for simulations that are compared with theory or idle for hours.
-    With `fifo`, receives return messages in the order in which they became visible. A receive may wait for up to
-    `max_wait_s` seconds.
+    With `fifo`, receives return messages in the order in which the messages became visible. A receive may wait for up
+    to `max_wait_s` seconds.
     """
 
     def __init__(
@@ -391,7 +391,7 @@ class SimQueue:
             for waiter in queue_state.waiters.values():
                 _settle(waiter.result)
 
-    # --- What a test sees and does ---------------------------------------------------------------
+    # --- Access for tests ------------------------------------------------------------------------
 
     def names(self) -> list[str]:
         return sorted(self._queues)
@@ -410,7 +410,7 @@ class SimQueue:
         return max(0.0, entry.visible_s - self._clock.now_s())
 
     def redeliver(self, queue: str, rng: random.Random) -> str | None:
-        """Inject a fault: make a random message in flight visible while a worker still has it.
+        """Inject a fault: make a random message in flight visible while a worker still has the message.
 
         Return the id of the message, or None if no message is in flight.
         """

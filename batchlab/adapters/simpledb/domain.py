@@ -4,8 +4,8 @@ Invariants: every read of the domain is consistent. This module retries a call t
 lost. After the retry of a conditional write, the module checks whether the lost attempt succeeded. All written texts
 are printable ASCII, because SimpleDB returns other characters in an encoded form.
 
-A SimpleDB value has at most 1,024 bytes. A longer text is split over attributes of its item, or over further items if
-it does not fit.
+A SimpleDB value has at most 1,024 bytes. A longer text is split over attributes of its item. A text that does not fit
+into one item is split over further items.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ _FIRST_WAIT_S = 0.05
 _LONGEST_WAIT_S = 2.0
 _LOST_ANSWERS = 6
 _AT_ONCE = 8
-"""Maximum number of concurrent requests of one call."""
+"""Maximum number of concurrent requests of one call of `Store`."""
 
 _CONDITION = {"ConditionalCheckFailed", "AttributeDoesNotExist", "MultiValuedAttribute"}
 _FULL = {"NumberDomainBytesExceeded", "NumberDomainAttributesExceeded"}
 
 Pairs = Sequence[tuple[str, str]]
-"""Attributes of an item to write, as (name, value). (name, value)."""
+"""Attributes of an item to write, as pairs (name, value)."""
 Item = Mapping[str, str]
 """Attributes of an item that was read. Several values of one attribute are joined by commas."""
 
 
 class _ConditionFailed(Exception):
-    """The item in SimpleDB does not have the expected value."""
+    """Error for a condition that failed: the item in SimpleDB does not have the expected value."""
 
 
 def quoted(text: str) -> str:
@@ -66,7 +66,7 @@ class Store:
     """A SimpleDB domain as a store of items. Calls block their thread, and several threads may share the store.
 
     The store raises Throttled, Unreachable, and BackendError like the other AWS adapters, and TooLarge for content that
-    does not fit into an item.
+    is too large for an item.
     """
 
     def __init__(self, endpoint: Endpoint, domain: str, *, connections: int) -> None:
@@ -80,7 +80,7 @@ class Store:
         self._random = random.Random()  # noqa: S311 (spreads retries)
 
     def close(self) -> None:
-        """End the threads and close the connections, after which no call may follow."""
+        """End the threads and close the connections. The store does not accept calls after `close`."""
         self._threads.shutdown()
         self._sdb.close()
 
@@ -96,7 +96,8 @@ class Store:
         return list(self._threads.map(self.get, names))
 
     def put_if(self, name: str, pairs: Pairs, key: str, value: str | None, *, more: Pairs = ()) -> bool | None:
-        """Write `pairs` to the item if `key` has `value` now. If `value` is None, `key` must not exist in the item.
+        """Write `pairs` to the item if its attribute `key` has `value`. If `value` is None, `key` must not exist in the
+        item.
 
         `pairs` must give `key` a value that `key` never had before. Return False if the condition on `key` failed.
         Return None if an answer was lost and another process has changed the item since.
@@ -195,7 +196,7 @@ class Store:
     # --- Calls ------------------------------------------------------------------------------------
 
     def _ask(self, operation: str, **parameters: Any) -> Any:
-        """Make a call that may be repeated, with retries."""
+        """Make a SimpleDB call with retries. The call must be safe to repeat."""
         return self._patiently(lambda: self._call(operation, **parameters))
 
     def _patiently(self, call: Callable[[], T]) -> T:
@@ -229,7 +230,8 @@ class Store:
                 if code == "RequestTimeout":
                     raise Throttled(f"SimpleDB domain {self.domain!r} is slow.") from error
                 if code == "NoSuchDomain":
-                    # With NotFound, the caller would conclude that the job does not exist.
+                    # The error is not NotFound, because the caller would conclude from NotFound that the job does not
+                    # exist.
                     raise BackendError(
                         f"The SimpleDB domain {self.domain} does not exist.",
                         remedy="Deploy the stack with Ledger=simpledb, or name another domain.",
@@ -246,12 +248,13 @@ class Store:
 def _check_region(sdb: Any, region: str) -> None:
     """Raise UsageError for a region without SimpleDB.
 
-    The host name of a region without SimpleDB would fail like an outage.
+    Without this check, a request to a region without SimpleDB would fail in the same way as during an outage of
+    SimpleDB.
     """
     import boto3
 
     if sdb.meta.endpoint_url != f"https://sdb.{region}.amazonaws.com":
-        return  # The url belongs to an emulator, or to us-east-1, which has its own host name.
+        return  # The url belongs to an emulator or to us-east-1. SimpleDB's host name in us-east-1 has another form.
     regions = boto3.Session().get_available_regions("sdb")
     if region not in regions:
         raise UsageError(
@@ -288,8 +291,8 @@ def _batches(items: Mapping[str, Pairs]) -> Iterator[list[tuple[str, Pairs]]]:
     batch: list[tuple[str, Pairs]] = []
     size = 0
     for name, pairs in items.items():
-        # The estimate of the request's size counts three bytes per byte, for percent encoding, and adds the parameter
-        # names.
+        # The estimate of the request's size counts three bytes for each byte, because of percent encoding. The estimate
+        # also includes the parameter names.
         cost = 3 * len(name.encode()) + 60
         cost += sum(3 * (len(k.encode()) + len(v.encode())) + 120 for k, v in pairs)
         if batch and (len(batch) == MAX_BATCH or size + cost > MAX_REQUEST):
@@ -316,7 +319,7 @@ def dumps(value: Json) -> str:
 def split(
     name: str, prefix: str, text: str, gen: str, *, inline: int = INLINE
 ) -> tuple[list[tuple[str, str]], dict[str, Pairs]]:
-    """Return the attributes for `text`, and the further items for a long text.
+    """Return the attributes that store `text`, and the further items that a long text needs.
 
     The attributes contain the text or refer to the further items. The further items belong to the generation `gen`,
     have names that begin with `name`, and must be written first.

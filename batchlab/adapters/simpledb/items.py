@@ -1,13 +1,13 @@
 """Items of jobs and bundles in SimpleDB, and the queries on them.
 
 Invariants: a conditional put of the item of a job commits a change of the job. The put requires the stamp that was read
-from the job's item, and writes a new unique stamp. A change writes its other items before the put of the job's item,
-and these items count only after the put. If the put contains the other items (`redo`), the next reader or writer of the
-job writes them.
+from the job's item, and writes a new unique stamp. A change writes its other items before the put of the job's item.
+The other items count only after the put. If the put contains the other items of the change (`redo`), the next reader or
+writer of the job writes the other items.
 
-The item of a bundle only gains attributes, from the write that planned the bundle and from the write that folded it.
-Each write of a bundle stores the number of the write in the bundle's item. The numbers of the writes show a reader the
-bundles as of its read of the job's item, even if other writes happen meanwhile.
+Writes only add attributes to the item of a bundle. One write plans the bundle, and one write folds the bundle. Each
+write of a bundle stores the number of the write in the bundle's item. With the numbers of the writes, a reader sees the
+bundles as of its read of the job's item, even if other processes write meanwhile.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from batchlab.core.protocol import json_format
 def row_items(gen: str, row: BundleRow) -> dict[str, Pairs]:
     """Return the SimpleDB items to write for a bundle.
 
-    Further items for long texts come before the item of the bundle.
+    The further items for long texts come before the bundle's own item.
     """
     name = _name(gen, row.key)
     pairs: list[tuple[str, str]] = []
@@ -74,7 +74,7 @@ class BundleItems:
         self._store = store
 
     def known(self, gen: str, keys: Sequence[Key]) -> Known:
-        """Return which of these bundles exist, and whether each is done."""
+        """Return, for each existing bundle of `keys`, whether the bundle is done."""
         names = {_name(gen, key): key for key in keys}
         items = self._store.select_named("at, done", list(names))
         return {names[name]: "done" in item for name, item in items.items()}
@@ -104,7 +104,7 @@ class BundleItems:
         return sorted(open_, key=lambda row: row.key)
 
     def all(self, gen: str, projection: Projection) -> list[BundleRow]:
-        """Return all bundles as of `projection`, including those of void plans."""
+        """Return all bundles as of `projection`, including the bundles of void plans."""
         where = f"gen = {quoted(gen)} and stage is not null"
         rows = (self._row(item) for _, item in self._store.select("*", where))
         return [row for row in rows if _is_there(row, projection)]
@@ -137,7 +137,7 @@ def _is_there(row: BundleRow, projection: Projection) -> bool:
 
 
 NOBODY = "-"
-"""Value that replaces a job's order in an item that reserves a name without a job."""
+"""Placeholder for an attribute without a value, for example the job's order in an item without a job."""
 _STAMP = "v"
 _READ_TRIES = 20
 
@@ -146,8 +146,8 @@ _READ_TRIES = 20
 class JobItem:
     """Item of a job with the attributes that were read. `projection` is None for an item without a job.
 
-    The items of the generation `gen` belong to the current state of the job. `gens` lists all generations that may have
-    items.
+    Each `install` of a job begins a new generation of items. The items of the generation `gen` belong to the current
+    state of the job. `gens` lists all generations that may have items.
     """
 
     name: str
@@ -247,16 +247,16 @@ class JobItems:
         return projections
 
     def names(self) -> list[str]:
-        """Return the names of all items of jobs, also of those without a job."""
+        """Return the names of all items of jobs, also of items without a job."""
         return [name for name, _ in self._store.select("itemName()", "okey is not null")]
 
     # --- Changing ---------------------------------------------------------------------------------
 
     def commit(self, head: JobItem, projection: Projection, rows: Sequence[BundleRow]) -> bool | None:
-        """Replace the job by `projection` and write `rows`.
+        """Replace the job's rows by `projection`, and write the bundles `rows`.
 
-        Return False if the job has changed since `head` was read. Return None if this call may have changed the job:
-        its answer was lost, and another process has changed the job since.
+        Return False if the job has changed since `head` was read. Return None if it is unknown whether this call
+        changed the job, because the answer of SimpleDB was lost and another process has changed the job since.
         """
         gen, stamp = head.gen, unique()
         items = _items_of(gen, rows)
@@ -290,8 +290,8 @@ class JobItems:
         state, extra = self._state(projection, gen, stamp)
         items |= {**extra, **_items_of(gen, rows)}
         if items:
-            # The job's item names the generation before the other items exist, so they can be found and deleted if this
-            # process ends here.
+            # The job's item names the generation before the other items exist. If this process ends here, another
+            # process can find the other items and delete the generation.
             place = [(_STAMP, unique())]
             if head is None:
                 place += [("okey", NOBODY), ("live", NOBODY)]
@@ -309,7 +309,7 @@ class JobItems:
         return bool(is_ours)
 
     def hold(self, job: JobId, head: JobItem | None) -> bool:
-        """Change the stamp of an item without a job. Return False if the item has changed.
+        """Change the stamp of an item without a job. Return False if the item has changed since `head` was read.
 
         The changed stamp makes another process that is about to add the job read the item again.
         """
@@ -337,9 +337,9 @@ class JobItems:
         self._store.delete_all([name for name, _ in self._store.select("itemName()", where)])
 
     def sweep_lost(self) -> None:
-        """Delete the items of generations that no item of a job names.
+        """Delete the items of all generations that are not named in the item of a job.
 
-        The item of a job names a generation before the generation has items.
+        The item of a job names each generation before the generation has items.
         """
         lost = {item["gen"] for _, item in self._store.select("gen", "gen is not null")}
         for _, item in self._store.select("gens", "okey is not null"):
@@ -360,10 +360,10 @@ class JobItems:
         live = NOBODY if projection.state.ended else order
         return [(_STAMP, stamp), ("okey", order), ("live", live), *state], items
 
-    # --- What a commit leaves to be written -------------------------------------------------------
+    # --- Completion of a commit -------------------------------------------------------------------
 
     def _settle(self, name: str, item: Item, items: Mapping[str, Pairs] | None = None) -> bool:
-        """Write the items that the job's last change contains, and then remove them from the change.
+        """Write the items that the job's last change contains, and then remove the written items from the change.
 
         Return False if another process has just written the items of the change. A repeated or late write of the items
         of a change does no harm.
@@ -398,8 +398,8 @@ class JobItems:
                 return head.projection
             if self._store.put_if(name, pairs, _STAMP, item[_STAMP]):
                 break
-        # The process that claimed the token for the other job may have read the token earlier, and may still add that
-        # job.
+        # The process that claimed the token for `other` may have read the token earlier, and may still add the job
+        # `other`.
         while not self.hold(other, head):
             head = self.get(other, settle=False)
             if head and head.projection:

@@ -1,8 +1,8 @@
 """The Ledger port on Amazon SimpleDB.
 
 Invariant: a ledger call changes a job in one transaction (see `items`), and may be repeated. SimpleDB calls block, so
-they run in threads. Writing calls run one at a time, in the order of the calls. The items of the leases and of the
-counter of sequence numbers are changed conditionally.
+the ledger makes SimpleDB calls in threads. Writing calls run one at a time, in the order of the calls. The items of the
+leases and of the counter of sequence numbers are changed conditionally.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _STAMP = "v"
 class Leases:
     """Leases of the Ledger port (see `ports.Ledger.lease`). Calls of this class block their thread.
 
-    A released lease keeps its item, so the lease's beat never repeats.
+    A released lease keeps its item, so the lease's renewal counter `beat` never repeats a value.
     """
 
     def __init__(self, store: Store) -> None:
@@ -81,9 +81,10 @@ def _lease(item: Item | None) -> Lease | None:
 
 
 class SequenceNumbers:
-    """Increasing numbers, each given once among all processes. Only one thread may use a SequenceNumbers object.
+    """Increasing sequence numbers, each returned to only one of all processes. Only one thread may use a
+    SequenceNumbers object.
 
-    Sequence numbers are reserved in blocks, so most numbers need no request.
+    Sequence numbers are reserved in blocks, so most calls of `take` do not send a request.
     """
 
     _NAME = "counter/seq"
@@ -117,7 +118,7 @@ _RETRY_S = 0.01
 
 
 def open_simpledb(endpoint: Endpoint, domain: str) -> SimpleDbLedger:
-    """Return the ledger in this SimpleDB domain, which must exist and belong to this grid.
+    """Return the ledger in the SimpleDB domain `domain`. The domain must exist and belong to this grid.
 
     The ledger connects at the first call. Raise UsageError if the region does not have SimpleDB.
     """
@@ -172,8 +173,8 @@ class SimpleDbLedger:
             head = self._heads.get(job.id)
             if head and head.projection:
                 return ChangeResult(_rows_of(head), is_new=False)
-            # The job's item is read before the token is claimed, because a process that takes over the token changes
-            # the item afterward.
+            # The job's item is read before the token is claimed, because a process that takes over the token then
+            # changes the job's item.
             other = self._heads.claim(job.token, job.id) if job.token else None
             if other:
                 return ChangeResult(other.rows(), is_new=False)
@@ -191,7 +192,7 @@ class SimpleDbLedger:
             if rows is None:
                 return ChangeResult(_rows_of(head), is_new=False)
             if rows:
-                # Only a new cut needs to read which of its bundles exist.
+                # Only a new cut must read which bundles of the cut already exist.
                 known = self._rows.known(head.gen, [row.key for row in rows])
                 rows = [row for row in rows if row.key not in known]
             if self._heads.commit(head, projection, rows):

@@ -1,8 +1,8 @@
 """SQLAlchemy engines for `SqlLedger`: transactions, errors, and the migration of the schema.
 
 Invariants: writing transactions exclude each other from their start, and a reading transaction sees one state
-(`transaction`). SQLite ensures the exclusion with BEGIN IMMEDIATE, and the single state of a reading transaction with
-WAL. The module `postgres` begins transactions of PostgreSQL.
+(`transaction`). On SQLite, BEGIN IMMEDIATE excludes other writers. SQLite's write-ahead log (WAL) lets a reading
+transaction see one state. The module `postgres` begins transactions of PostgreSQL.
 
 A temporary failure (an outage, a lock, a failover) raises Unreachable, so the caller retries. A failure that a person
 must correct raises BackendError at once. No error message contains a password.
@@ -64,7 +64,7 @@ class Begin(Protocol):
 def transaction(engine: Engine, *, writes: bool = False, lasts: bool = False) -> Iterator[Connection]:
     """Begin a transaction and yield its connection. Commit the transaction at the end, or roll back after an exception.
 
-    Every statement on an engine runs in a transaction of this function.
+    Every statement on an engine runs in a transaction that `transaction` has begun.
     """
     with engine.begin() as connection:
         # The transaction begins here instead of in an event listener of SQLAlchemy, which would be slower. With an
@@ -76,7 +76,7 @@ def transaction(engine: Engine, *, writes: bool = False, lasts: bool = False) ->
 
 
 def sqlite_engine(path: Path | None) -> Engine:
-    """Return an engine with one connection to the file `path`, or to a database in memory without `path`."""
+    """Return a SQLite engine with one connection to the file `path`. Without `path`, the database is in memory."""
 
     def prepare(connection: sqlite3.Connection, _record: object) -> None:
         _switch_to_wal(connection)
@@ -107,8 +107,8 @@ def sqlite_engine(path: Path | None) -> Engine:
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:
-    # If two processes switch a new file to WAL at the same time, SQLite refuses one of them at once, because both want
-    # to write.
+    # If two processes switch a new file to WAL at the same time, SQLite refuses one of the processes at once, because
+    # both processes want to write.
     deadline_s = time.monotonic() + _BUSY_S
     while True:
         try:
@@ -121,7 +121,7 @@ def _switch_to_wal(connection: sqlite3.Connection) -> None:
 
 
 def _begin(connection: Connection, *, writes: bool, lasts: bool) -> None:  # noqa: ARG001
-    # If a transaction began as a reader and then wrote, SQLite would refuse its write at once after any write of
+    # If a transaction began as a reader and then wrote, SQLite would immediately refuse the write after any write of
     # another process.
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
@@ -131,7 +131,7 @@ class WalFlush:
 
     With `synchronous = NORMAL`, a commit is only in SQLite's write-ahead log. The end of a process cannot harm a commit
     in the log, but the log may not be on disk yet. The class flushes the log outside of SQLite's lock, and calls that
-    wait at the same time share one flush. A checkpoint of SQLite flushes the log and the database itself.
+    wait at the same time share one flush. At a checkpoint, SQLite itself flushes the log and the database.
     """
 
     def __init__(self, path: Path) -> None:
@@ -167,7 +167,7 @@ class WalFlush:
                 sync_folder(self._path.parent)
                 self._is_name_flushed = True
         except FileNotFoundError:
-            return  # The last connection was closed, and SQLite moved the log into the database.
+            return  # SQLite moved the log into the database when the last connection was closed.
         except OSError as error:
             raise BackendError(f"{self._path} cannot be written: {error.strerror}.") from error
 
@@ -187,7 +187,7 @@ _FOREIGN_KEY = "23503"
 # First characters of SQLSTATE codes that mean a temporary failure. The code 25006 means that the server has become a
 # standby.
 _PASSING = ("08", "25006", "40", "53", "57", "58")
-# A refused connection has no SQLSTATE, but only a text from the server or from libpq.
+# The error of a refused connection does not have a SQLSTATE, but only a text from the server or from libpq.
 _REMEDIES = (
     (
         ("authentication failed", "no password supplied", "no pg_hba.conf entry"),
@@ -226,7 +226,7 @@ def other_database(engine: Engine) -> str:
 
 @contextmanager
 def translated(engine: Engine) -> Iterator[None]:
-    """Raise batchlab's errors instead of the database's."""
+    """Raise batchlab's errors instead of the database's errors."""
     try:
         yield
     except SQLAlchemyError as error:
@@ -292,7 +292,8 @@ def ensure(engine: Engine) -> None:
         if _version(connection) == HEAD:
             return
     with transaction(engine, writes=True, lasts=True) as connection:
-        # The schema version is read again, because only now can no other process change it.
+        # This transaction reads the schema version again, because other processes cannot change the version during a
+        # writing transaction.
         version = _version(connection)
         if version is None:
             _make_room(connection)
@@ -302,9 +303,9 @@ def ensure(engine: Engine) -> None:
 
 
 def _make_room(connection: Connection) -> None:
-    """Create the ledger's schema if the database has schemas and lacks this schema."""
+    """Create the ledger's schema if the database supports schemas and the ledger's schema does not exist."""
     schema = connection.get_execution_options().get(SCHEMA)
-    # CREATE SCHEMA IF NOT EXISTS would need the permission to create even if the schema exists.
+    # CREATE SCHEMA IF NOT EXISTS would need the permission to create schemas even if the schema exists.
     if schema and not inspect(connection).has_schema(schema):
         connection.execute(CreateSchema(schema))
 
@@ -326,7 +327,10 @@ def upgrade(connection: Connection) -> None:
 
 
 def _version(connection: Connection) -> str | None:
-    """Return the version of the schema, None for a new database, and "" if Alembic has begun without a migration."""
+    """Return the version of the schema, or None for a new database.
+
+    Return "" if Alembic's table does not contain a version.
+    """
     if not inspect(connection).has_table(versions.name):
         return None
     version = connection.execute(select(versions.c.version_num)).scalar() or ""

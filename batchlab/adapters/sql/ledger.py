@@ -1,7 +1,7 @@
 """The Ledger port on a SQL database.
 
-Invariant: each ledger call is one transaction and may be repeated. A change loads the rows that it needs, applies the
-ledger projection, and stores the changed rows. The event loop never waits for the database, except with `InlineRunner`.
+Invariant: each ledger call is one transaction and may be repeated. A change loads the needed rows, applies the ledger
+projection, and stores the changed rows. The event loop never waits for the database, except with `InlineRunner`.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ _release = (
 def open_sqlite(path: Path, sync: Sync = Sync.NONE) -> SqlLedger:
     """Return the ledger in the SQLite file `path`. The first call of the ledger creates a missing file.
 
-    With `sync`, added jobs, control changes, and reopened jobs wait for the disk. A power loss may undo folds, and the
-    reconciler then repeats the folds from the bucket.
+    With `sync`, a call that adds a job, changes a job's control, or reopens a job waits for the disk. A power loss may
+    undo folds. The reconciler then repeats the folds from the bucket.
     """
     return SqlLedger(sqlite_engine(path), SingleThread(), sync, WalFlush(path))
 
@@ -96,7 +96,10 @@ def open_postgres(
 
 
 def open_memory() -> SqlLedger:
-    """Return a ledger in memory that runs in its caller's thread. The ledger ends with its last reference."""
+    """Return a ledger in memory that runs in its caller's thread.
+
+    The ledger is discarded with the last reference to the ledger.
+    """
     return open_memory_as(SqlLedger)
 
 
@@ -119,9 +122,9 @@ class SqlLedger:
     """
 
     def __init__(self, engine: Engine, run: CallRunner, sync: Sync = Sync.NONE, flush: WalFlush | None = None) -> None:
-        """Take over `engine` without opening it. The engine must have the transactions of the module `engines`.
+        """Take over `engine` without connecting. The engine must have the transactions of the module `engines`.
 
-        `flush` waits for the disk if a commit of the engine does not.
+        `flush` waits for the disk if a commit of the engine does not wait for the disk.
         """
         self._sync = sync
         self._flush = flush
@@ -145,8 +148,8 @@ class SqlLedger:
                 return FoldResult([], 0, {})
             return await self._write(lambda connection: self._fold(connection, change))
         written = await self._write(lambda connection: self._change(connection, change))
-        # Changes other than AddJob, SetControl, and Reopen do not wait for the disk, because the next manager finds
-        # them in the bucket.
+        # Changes other than AddJob, SetControl, and Reopen do not wait for the disk, because the next manager can
+        # repeat such changes from the bucket.
         if isinstance(change, (AddJob, SetControl, Reopen)):
             await self._on_disk(None)
         return written
@@ -156,7 +159,7 @@ class SqlLedger:
             return self._add_job(connection, change)
         projection = load_job(connection, change.job_id)
         before = Snapshot.of(projection)
-        # Existing bundles are not loaded, because the statement that stores bundles does not change them.
+        # Existing bundles are not loaded, because the statement that stores bundles does not change existing bundles.
         rows = ledger_projection.apply(projection, change, {})
         if rows is not None:
             self._store(connection, projection, before, rows)
@@ -272,8 +275,8 @@ class SqlLedger:
     async def dump(self) -> dict[str, Json]:
         """Return all rows about jobs, without leases and without `seq`.
 
-        The dumps of two ledgers with the same history are equal, in whatever order the ledgers received it. `seq` is
-        left out because it records the order in which a ledger received its changes.
+        If two ledgers received the same changes in a different order, their dumps are equal. The dump omits `seq`,
+        because `seq` records the order in which a ledger received its changes.
         """
         return await self._read(
             lambda connection: {table.name: _dump(connection, table) for table in (jobs, stages, bundles)}

@@ -54,7 +54,7 @@ class Login:
 
 
 class Logins(Protocol):
-    """Source of the logins of a database. The source is asked for each new connection, from any thread."""
+    """Source of the logins of a database. Each new connection asks the source for a login, from any thread."""
 
     @property
     def where(self) -> str:
@@ -63,20 +63,20 @@ class Logins(Protocol):
     def login(self, *, refused: Login | None = None) -> Login:
         """Return the login for a new database connection. Raise the same errors as the AWS adapters.
 
-        `refused` is the login that the database has refused, so the source may have a newer login.
+        `refused` is an earlier login of the source that the database has refused.
         """
 
 
 class SecretLogins:
-    """Login in a secret of Secrets Manager.
+    """Database login in a secret of AWS Secrets Manager.
 
-    The secret is JSON with `username` and `password`, as RDS creates and rotates it.
+    The secret is a JSON document with `username` and `password`, in the form in which RDS creates and rotates secrets.
 
     The secret is fetched once, and again when the database refuses the fetched login.
     """
 
     def __init__(self, endpoint: Endpoint, secret: str) -> None:
-        """Set the name or ARN of the secret, without fetching it."""
+        """Set the name or ARN of the secret, without fetching the secret."""
         self._endpoint = endpoint
         self._secret = secret
         self._login: Login | None = None
@@ -88,7 +88,7 @@ class SecretLogins:
 
     def login(self, *, refused: Login | None = None) -> Login:
         with self._lock:
-            # Another thread may have fetched the secret since it returned the refused login.
+            # Another thread may have fetched the secret since `login` returned the refused login.
             if self._login is None or self._login == refused:
                 self._login = self._fetch()
             return self._login

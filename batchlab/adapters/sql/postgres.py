@@ -55,7 +55,7 @@ _DEFAULTS = {
 
 
 def postgres_engine(url: str, schema: str, *, ca: Path | None = None, logins: Logins | None = None) -> Engine:
-    """Return an engine for this schema of the PostgreSQL database. See `open_postgres`.
+    """Return an engine for the schema `schema` of the PostgreSQL database. See `open_postgres`.
 
     Raise UsageError if the URL or the schema name is invalid.
     """
@@ -125,8 +125,8 @@ class _Bounded(psycopg.Connection[Any]):
     limit_s = STATEMENT_S + GRACE_S
 
     def __del__(self, *_: Any) -> None:
-        # If the set-up of a connection fails, SQLAlchemy drops the connection without closing it. The server must learn
-        # of the connection's end before the garbage collector finds the connection.
+        # If the set-up of a connection fails, SQLAlchemy drops the connection without closing the connection. The
+        # server must learn of the connection's end before the garbage collector finds the connection.
         if hasattr(self, "pgconn") and not self.closed:
             self.close()
 
@@ -134,9 +134,9 @@ class _Bounded(psycopg.Connection[Any]):
         return super().wait(self._bounded(gen), *args, **kwargs)
 
     def _bounded(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        """Run `gen`, and close the connection after the limit.
+        """Run `gen`, and close the connection if the server does not answer within `limit_s` seconds.
 
-        `gen` regularly receives 0 while it waits for the server.
+        `gen` regularly receives 0 while `gen` waits for the server.
         """
         until_s = time.monotonic() + self.limit_s
         try:
@@ -159,7 +159,7 @@ def _connect(_dialect: object, _record: object, args: Any, options: Any) -> _Bou
 class Connect:
     """Factory of database connections with the login of `logins`.
 
-    If the database refuses the login, one more attempt uses the login that `logins` then returns.
+    If the database refuses the login, the factory makes one more attempt with the login that `logins` then returns.
     """
 
     def __init__(self, logins: Logins, ledger: str) -> None:

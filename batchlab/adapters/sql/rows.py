@@ -1,8 +1,8 @@
 """Functions that load and store the rows of jobs, stages, and bundles.
 
-Invariants: a writing transaction excludes other writers, so a loaded row has not changed when it is stored. The ledger
-projection decides which rows a change alters. The row of a bundle changes once, from planned to done, because the
-statement that stores rows does not change a done row.
+Invariants: a writing transaction excludes other writers, so a loaded row cannot change before the row is stored. The
+ledger projection decides which rows a change alters. The row of a bundle changes once, from planned to done, because
+the statement that stores rows does not change a done row.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _STAGE = [field.name for field in fields(Stage) if field.name in stages.c and fi
 """Columns of a stage in the order of the arguments of Stage, before `uncut`."""
 _job_with_stages = (
     select(
-        # The definition of the job may be long, so only the row of the first stage contains it.
+        # The definition of the job may be long, so only the row of the first stage contains the definition.
         case((stages.c.position == 0, jobs.c.spec)),
         *(jobs.c[name] for name in _JOB),
         stages.c.stage,
@@ -116,7 +116,8 @@ def _record(row: RowMapping) -> JobRecord:
 def _job_def(spec: str) -> JobDef:
     """Parse the definition of a job.
 
-    Parsed definitions are cached, because they are read with the counters and never change.
+    Parsed definitions are cached, because every read of a job's counters also reads the job's definition. The
+    definition of a job never changes.
     """
     return json_format.job_from_json(json_format.loads(spec))
 
@@ -204,7 +205,7 @@ _make_void = (
 
 
 def load_known(connection: Connection, upserts: Upserts, keys: Sequence[tuple[JobId, Key]]) -> dict[JobId, Known]:
-    """Return which of the bundles exist, and whether each bundle is done."""
+    """Return, for each existing bundle of `keys`, whether the bundle is done."""
     known: dict[JobId, Known] = {job: {} for job, _ in keys}
     rows = upserts.known(connection, [(job, *key) for job, key in keys])
     for job, stage, name, is_done in rows:
@@ -221,7 +222,7 @@ def make_void(connection: Connection, job: JobId, names: Iterable[StageName]) ->
 def store_bundles(connection: Connection, upserts: Upserts, projection: Projection, rows: Iterable[BundleRow]) -> None:
     """Store the rows of the given bundles.
 
-    Leave the row of a bundle that is done or that would be planned a second time.
+    The call does not change the row of a bundle that is done. The call does not plan a bundle a second time.
     """
     job = projection.job.id
     values = []

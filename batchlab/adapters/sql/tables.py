@@ -134,7 +134,7 @@ leases = Table(
     PrimaryKeyConstraint("name", name="leases_pk"),
 )
 
-# Alembic's own table is declared as Alembic creates it, so the version can be read without Alembic.
+# This declaration of Alembic's own table lets the ledger read the schema version without importing Alembic.
 versions = Table(
     "alembic_version",
     metadata,
@@ -146,27 +146,30 @@ versions = Table(
 BUNDLE = ("job", "stage", "id", "seq", "failed", "void", "body")
 """Columns of a bundle that are written together."""
 BundleValues = tuple[str, str, str, int | None, int, int, str]
-"""Values of the columns in BUNDLE."""
+"""Values of the columns that BUNDLE names, for one row of a bundle."""
 _KEY = ("job", "stage", "id")
 KeyValues = tuple[str, str, str]
 _ROWS_AT_ONCE = 100
 """Maximum number of rows in one statement. SQLite allows 32,766 parameters in one statement."""
 
 NOBODY = ""
-"""Owner of a released lease. The row of a released lease stays, so the lease's beat never restarts."""
+"""Owner of a released lease.
+
+The row of a released lease stays, so the lease's renewal counter `beat` never restarts.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Upserts:
     """Insert-or-update statements and queries for one kind of database.
 
-    Insert-or-update statements that return rows return only changed rows.
+    If an insert-or-update statement returns rows, the statement returns only the rows that it has changed.
     """
 
     add_job: ReturningInsert[Any]
     """Statement that inserts a job unless its id or its token exists."""
     known: Callable[[Connection, Sequence[KeyValues]], Iterable[Sequence[Any]]]
-    """Function that returns (job, stage, id, whether the bundle is done) of the existing bundles with these keys."""
+    """Function that returns (job, stage, id, whether the bundle is done) for each existing bundle with a given key."""
     store_bundles: Callable[[Connection, Sequence[BundleValues]], object]
     """Function that inserts bundles. A done bundle replaces a planned bundle. Other existing rows do not change."""
     take_seqs: ReturningInsert[Any]
@@ -174,7 +177,8 @@ class Upserts:
     take_lease: ReturningInsert[Any]
     """Statement that takes a lease and returns its new state.
 
-    The lease to take must be free, belong to the owner, or be at `over_owner` and `over_beat`.
+    The lease must be free, belong to the owner, or still have the owner `over_owner` and the renewal counter
+    `over_beat`.
     """
 
     @classmethod
@@ -280,7 +284,7 @@ def _stored_on_sqlite(store: Any) -> Callable[[Connection, Sequence[BundleValues
 
 
 def _in_parts(connection: Connection, before: str, row: str, after: str, rows: Sequence[Sequence[Any]]) -> list[Any]:
-    """Execute the statement for a limited number of rows at a time, each written as `row`."""
+    """Execute the statement for a limited number of rows at a time. In the statement, each row is written as `row`."""
     returned: list[Any] = []
     for at in range(0, len(rows), _ROWS_AT_ONCE):
         batch = rows[at : at + _ROWS_AT_ONCE]

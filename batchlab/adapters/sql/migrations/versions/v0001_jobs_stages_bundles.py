@@ -10,7 +10,8 @@ down_revision = None
 
 
 def upgrade() -> None:
-    # This file repeats the table definitions, because the module `tables` changes and this version must not.
+    # This file repeats the table definitions of the module `tables`, because `tables` may change and this version must
+    # not change.
     name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
     op.create_table(
         "jobs",

@@ -1,4 +1,4 @@
-"""Schema version in which a lease is renewed by a count and not until a time, so clocks need not agree."""
+"""Schema version in which a lease counts its renewals instead of storing a time, so clocks need not agree."""
 
 from __future__ import annotations
 
