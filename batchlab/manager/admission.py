@@ -1,9 +1,9 @@
-"""Checks whether a grid can run a job, and storage of the job's webhook addresses.
+"""Validation of a job before the grid accepts the job, and storage of the job's webhook addresses.
 
 Invariants: an admitted job names only pools that exist and have enough slots for its tasks. A webhook address often
-contains a secret, and workers may read `jobs/*`. The spec object therefore contains a reference instead of each webhook
-address, and an object below `grid/` contains the addresses. A spec of release 0.1.0 contains the webhook addresses and
-stays readable.
+contains a secret, and workers may read `jobs/*`. The job's spec object contains a reference in place of each webhook
+address, and an object below `grid/` contains the addresses. A spec object of release 0.1.0 contains the webhook
+addresses themselves, and stays readable.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from batchlab.manager.state import Ports
 MAX_NAME_LENGTH = 200
 MAX_TAG_LENGTH = 1000
 MAX_TIME_S = 1e11
-"""Limit of times and durations in seconds, equal to a time in the year 5138."""
+"""Upper limit of a job's times and durations, in seconds. As a Unix time, the limit is in the year 5138."""
 MAX_NUMBER = 2**31 - 1
-"""Limit of counts and priorities, which is the largest number that the ledger's columns store."""
+"""Upper limit of counts and priorities. The ledger's columns cannot store a larger number."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 def is_name(text: str) -> bool:
-    """Return whether the text can name a job or a stage, because object keys contain the names."""
+    """Return whether the text is a valid name of a job or a stage. A valid name can be part of an object key."""
     return _NAME.fullmatch(text) is not None
 
 
@@ -86,7 +86,7 @@ def _admit_texts(job: JobDef) -> None:
 
 def _admit_numbers(job: JobDef) -> None:
     for what, number, least, most in _numbers(job):
-        if number is not None and not least <= number <= most:  # also rejects NaN
+        if number is not None and not least <= number <= most:  # the comparison also rejects NaN
             raise UsageError(f"{what} is {number!r:.40}.", remedy=f"Write {least:g} to {most:g}, or leave it out.")
 
 
@@ -108,8 +108,8 @@ def _numbers(job: JobDef) -> Iterator[tuple[str, float | None, float, float]]:
 
 
 def _admit_key(key: str) -> None:
-    """Raise UsageError for an impossible input key, and for a key of the manager, because a task must not read the
-    manager's objects."""
+    """Raise UsageError for an input key that no object can have, and for a key of the manager's objects. A task must
+    not read the manager's objects."""
     try:
         check_key(key.removesuffix("/"))
     except ValueError as error:
@@ -182,8 +182,8 @@ def hide_addresses(job: JobDef) -> JobDef:
 
 
 async def store_addresses(ports: Ports, job: JobDef) -> None:
-    """Store the webhook addresses that `hide_addresses` removed. The object key is derived from the content, so a
-    second manager writes the same object."""
+    """Store the webhook addresses that `hide_addresses` removed. The object key is a hash of the addresses, so two
+    managers write the same object."""
     if hide_addresses(job).notify != job.notify:
         content = _address_document(job)
         key = object_keys.addresses(job.id, hashlib.sha256(content).hexdigest())
@@ -191,8 +191,8 @@ async def store_addresses(ports: Ports, job: JobDef) -> None:
 
 
 async def restore_addresses(ports: Ports, job: JobDef) -> JobDef:
-    """Return the job with its webhook addresses in place of the references. A reference whose object is missing stays
-    in the job, and the manager sends no notification to this target."""
+    """Return the job with its webhook addresses in place of the references. If the object of a reference is missing,
+    the reference stays in the job, and the manager does not notify the target."""
     targets = []
     for notify_def in job.notify:
         if notify_def.kind == _KIND and (reference := _REFERENCE.fullmatch(notify_def.to)):

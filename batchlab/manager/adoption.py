@@ -1,8 +1,8 @@
-"""Adoption of new, taken-over, and reopened jobs, and the start of delayed jobs.
+"""Adoption of jobs: the leader starts an asyncio task for each job that is new, reopened, or from an earlier leader.
 
-Invariants: one asyncio task conducts each job that has not ended. An outage or a bug that affects one job does not stop
-another job. A delayed job does not start before its start time by the current wall clock. If the clock was set back by
-more than `SET_BACK_S`, a job starts at most `SET_BACK_S` after its original wait.
+Invariants: one asyncio task advances each job that has not ended. An outage or a bug that affects one job does not stop
+another job. A job with a start time does not start before the wall clock shows the start time. If the wall clock was
+set back, the job starts at most `SET_BACK_S` after its original wait.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ SET_BACK_S = 60.0
 
 
 class DelayedJobs:
-    """Jobs in state SCHEDULED that one manager conducts."""
+    """Jobs in state SCHEDULED, which one manager starts at their start times."""
 
     def __init__(self, ports: Ports) -> None:
         self._ports = ports
         self._due_s: dict[JobId, float] = {}
-        """Monotonic start time of each job, computed when the manager first saw the job SCHEDULED."""
+        """Start time of each job on the monotonic clock, computed when the manager first found the job in state
+        SCHEDULED."""
 
     def add(self, job: JobDef) -> None:
         self._due_s.setdefault(job.id, self._starts_s(job))
@@ -65,7 +66,7 @@ class DelayedJobs:
 
 
 class Adoption(Part):
-    """Adoption of jobs into `lives`, with an asyncio task for each adopted job."""
+    """Adoption of jobs into `lives`, the map of live jobs, with an asyncio task for each adopted job."""
 
     def __init__(self, context: Context, coordinator: JobCoordinator, spending: Spending | None) -> None:
         super().__init__(context)
@@ -73,7 +74,7 @@ class Adoption(Part):
         self._spending = spending
         self.delayed_jobs = DelayedJobs(context.ports)
         self.group: asyncio.TaskGroup | None = None
-        """Task group of the conducted jobs, or None while this manager does not lead."""
+        """Task group with the asyncio tasks of the adopted jobs, or None while this manager does not lead."""
         self.searched_s = 0.0
         """Monotonic time of the last search of the ledger for jobs without an asyncio task."""
 
@@ -86,13 +87,14 @@ class Adoption(Part):
             try:
                 await self.adopt(ChangeResult(rows, is_new=False))
             except (Malformed, TooNew, NotFound) as error:
-                # A job that cannot be adopted must not block other jobs, and the next search tries to adopt it again.
+                # A job that cannot be adopted must not block other jobs. The next search of the ledger tries to adopt
+                # the job again.
                 key = object_keys.committed(record.job.id)
                 self._quarantine.object(key, error, record.job.id, "object")
 
     async def adopt(self, result: ChangeResult, *, concurrent: bool = False) -> LiveJob:
-        """Conduct a new, taken-over, or reopened job. With `concurrent`, other asyncio tasks may fold completions
-        during the adoption."""
+        """Adopt a new job, a reopened job, or a job of an earlier leader. With `concurrent`, other asyncio tasks may
+        fold completions during the adoption."""
         ledger, rows = self._ledger, result.rows
         job = rows.job.job
         # The cuts of a retry are written again, because the previous leader may have died before it wrote all ledger
@@ -104,9 +106,9 @@ class Adoption(Part):
         if not result.is_new:
             planned = await ledger.bundles(job.id, done=False)
             if concurrent:
-                # The job rows are read again after the bundles, because older counters would miss a bundle folded
-                # between the two reads. A bundle folded between the two reads stays outstanding until the reconciler
-                # finds its outcome.
+                # The job's rows are read again after the job's bundles, because older counters would miss a bundle that
+                # was folded in between. A bundle that is folded between the reads of bundles and rows stays outstanding
+                # until the reconciler finds its outcome.
                 rows = await ledger.rows(job.id)
         if rows.job.state is JobState.SCHEDULED:
             self.delayed_jobs.add(job)
@@ -122,10 +124,10 @@ class Adoption(Part):
             complete_after=0 if result.is_new else None,
         )
         if not result.is_new:
-            # The reduced silence lets the reconciler recover bundles that a crashed leader planned but did not send
-            # well before `silence_s`.
+            # The silence of each bundle starts at 75% of `silence_s`, so that the reconciler soon sends the bundles
+            # that a crashed leader planned but did not send.
             heard_s = self._clock.monotonic_s() - 0.75 * self._settings.silence_s
-            # The silence of a retry begins at the end of its backoff.
+            # The silence of a retried bundle begins at the end of the bundle's backoff.
             now_s = self._clock.now_s()
             live.add_outstanding((r.bundle, heard_s + settlement.wait_s(job, r.bundle, now_s)) for r in planned)
         if self._spending:
@@ -134,7 +136,7 @@ class Adoption(Part):
             self._recorder.adopt(live)
         live_job = self._lives.get(job.id)
         # Another task may have adopted the job first, for example if two submissions use one client token. A live job
-        # of an earlier round is replaced, because a retry may begin before the task of the earlier round ends.
+        # of an earlier round is replaced, because a retry may begin before the earlier round's asyncio task ends.
         if live_job and not live_job.ended.is_set() and live_job.round >= live.round:
             return live_job
         self._lives[job.id] = live
@@ -145,7 +147,8 @@ class Adoption(Part):
         return live
 
     async def _cuts(self, record: JobRecord) -> tuple[Sequence[Cut], UnreadableObject | None]:
-        """Return the cuts of the retry that began the round, or the error of the retry object."""
+        """Return the cuts of the retry that began the job's current round, or the error of the unreadable retry
+        object."""
         try:
             return await cuts_of_round(self._ports, record), None
         except UnreadableObject as error:
@@ -189,7 +192,7 @@ class Adoption(Part):
         return rows.job.job
 
     async def readopt(self, live: LiveJob) -> None:
-        """Restore a job from the bucket and conduct it again, because the ledger does not match the bucket."""
+        """Restore a job from the bucket and adopt the restored job, because the ledger does not match the bucket."""
         await restore(self._ports, live.id)
         live.ended.set()
         await self.adopt(ChangeResult(await self._ledger.rows(live.id), is_new=False), concurrent=True)
@@ -221,7 +224,7 @@ class Adoption(Part):
                 await self._give_up(live, error)
             except BackendError as error:
                 raise_if_cancelled()
-                # The job continues after the outage, because the bucket has its state.
+                # The job continues after the backend's outage, because the bucket has the state of the job.
                 log.warning("job %s waits for the backend: %s", live.id, error)
                 live.trouble = str(error)
                 await asyncio.sleep(self._settings.tick_s)

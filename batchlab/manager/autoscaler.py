@@ -7,7 +7,7 @@ only idle instances. An idle pool shrinks to the pool's minimum size.
 The launch breaker stops launches in a pool whose instances do not start, because an Auto Scaling group replaces failed
 instances forever, and every launch is billed. After consecutive failed launches, the pool keeps its running and booting
 instances, and the launch breaker permits one more launch after each pause. Each pause between launches is twice as long
-as the previous pause. The launch breaker closes after the start of the first instance.
+as the previous pause. The launch breaker permits all launches again after one instance has started.
 
 Prewarming sets a minimum capacity of a pool before a schedule is due. Prewarming ends when the scaling policy knows the
 work of the schedule's job, or when no job starts at the due time. Cost caps limit prewarming.
@@ -42,8 +42,8 @@ _ENDED = (LifecycleState.TERMINATING, LifecycleState.TERMINATED)
 @dataclass(slots=True)
 class _PoolLaunches:
     booting: dict[str, float] = field(default_factory=dict)
-    """Pending instances whose worker has not sent a heartbeat, with the monotonic time of each instance's first
-    observation."""
+    """Ids of Pending instances without a heartbeat, with the monotonic time at which the manager first saw each
+    instance."""
     failures: int = 0
     last: str = ""
     """Id of the last failed instance, and the fleet's note about the instance's end."""
@@ -81,7 +81,7 @@ class LaunchBreaker:
                     log.warning("pool %s starts instances again, and scaling continues", name, extra={"pool": name})
                 pool.failures, pool.pause_s, pool.last = 0, 0.0, ""
         elif instance.id in pool.booting and not (instance.healthy and instance.note.startswith("terminated")):
-            # The instance failed, because nothing requested its end.
+            # The instance counts as a failed launch, because no program requested the instance's end.
             self._failed(name, pool, instance, pool.booting.pop(instance.id))
 
     def _failed(self, name: str, pool: _PoolLaunches, instance: Instance, since_s: float) -> None:
@@ -95,7 +95,7 @@ class LaunchBreaker:
         elif since_s >= pool.retry_s:
             pool.pause_s = doubled_s(pool.pause_s, MAX_PAUSE_S)
         else:
-            return  # the instance was launched before the breaker opened, so the launch was not an attempt
+            return  # the instance was launched before the pause ended, so it was not the permitted launch
         pool.retry_s = now_s + pool.pause_s
         log.warning("%s", self.trouble(name), extra={"pool": name})
 
@@ -120,7 +120,7 @@ class LaunchBreaker:
             pool.retry_s = min(pool.retry_s, self._clock.monotonic_s())
 
     def trouble(self, name: str) -> str:
-        """Return a phrase about failed launches of the pool, or "" after too few failures."""
+        """Return a phrase about failed launches of the pool, or "" while the breaker does not stop launches."""
         pool = self._pools.get(name)
         if pool is None or pool.failures < self._tries:
             return ""
@@ -140,13 +140,13 @@ class LaunchBreaker:
 
 
 def desired_capacity(backlog: Backlog, view: GroupView, drain_target_s: float) -> tuple[int, str]:
-    """Return the desired capacity for a backlog, and the reason."""
+    """Return the desired capacity for a backlog, and the reason for the capacity."""
     pool = view.pool
     if not backlog.tasks:
         return pool.min_size, "there is no backlog"
     needed = math.ceil(backlog.seconds / (drain_target_s * pool.slots))
-    # The number of tasks limits the capacity, because instances without a task would idle. The capacity is at least one
-    # instance, even if the only task is short.
+    # The number of tasks limits the desired capacity, because an instance without a task would be idle. The capacity is
+    # at least one instance, even if the only task is short.
     useful = math.ceil(backlog.tasks / pool.slots)
     desired = max(pool.min_size, min(pool.max_size, max(1, min(needed, useful))))
     work = f"a backlog of {count(backlog.tasks, 'task')} ({backlog.seconds:.1f} s of work)"
@@ -192,8 +192,8 @@ class Autoscaler(Part):
                     continue
                 remaining = max(0, counts.planned - counts.terminal)
                 if live.is_held or (live.budget and counts.mean_s is None):
-                    # A job at its cost cap counts only with its outstanding bundles. A capped job whose task duration
-                    # is unknown also counts only with its outstanding bundles.
+                    # For a job at its cost cap, the backlog includes only the outstanding bundles. For a job with a
+                    # cost cap and an unknown task duration, the backlog is limited in the same way.
                     remaining = min(remaining, live.cut_tasks(stage.name))
                 seconds += remaining * live.task_s(stage, now_s)
                 tasks += remaining * stage.slots
@@ -216,8 +216,8 @@ class Autoscaler(Part):
             desired, why = self._caps.limit_launches(view, desired, why)
         limit = self.launch_breaker.limit(view)
         if limit is not None and (view.desired > limit or desired > limit):
-            # The launch breaker's limit takes effect without a cooldown, because Pending instances will fail and be
-            # replaced.
+            # The launch breaker's limit takes effect without a cooldown, because the group replaces each Pending
+            # instance that fails.
             await self.set_desired(view, limit, self.launch_breaker.trouble(pool))
             return
         if desired > view.desired:
@@ -256,7 +256,8 @@ class Autoscaler(Part):
         return now_s - self._shrunk_s.setdefault(pool, now_s) >= self._settings.cooldown_in_s
 
     async def _shrink(self, view: GroupView, desired: int, why: str) -> None:
-        """Terminate only idle instances (I5), and lower desired capacity by the number of Pending instances."""
+        """Terminate only idle instances (promise I5), and lower the desired capacity by the number of Pending
+        instances."""
         alive = {i.id for i in view.instances if i.state is LifecycleState.IN_SERVICE}
         before, surplus = view, view.desired - desired
         pool = view.pool.name
@@ -272,20 +273,22 @@ class Autoscaler(Part):
 
     async def protect_the_busy(self, view: GroupView) -> None:
         """Set scale-in protection for busy instances. The autoscaler protects busy instances before a group shrinks
-        (I5)."""
+        (promise I5)."""
         pool = view.pool.name
         alive = [i for i in view.instances if i.state is LifecycleState.IN_SERVICE]
         busy = frozenset(self._registry.busy(pool))
-        # The comparison uses the group's protection state, because another manager may have changed the protection.
+        # The comparison uses the scale-in protection that the group reports, because another manager may have changed
+        # it.
         for on in (True, False):
             if ids := sorted(i.id for i in alive if (i.id in busy) is on and i.protected is not on):
                 await self._fleet.protect(pool, ids, on=on)
 
 
 MAX_PLANNING_S = 600.0
-"""Maximum planning time of a job that keeps its prewarmed capacity."""
+"""Maximum time after the start of a scheduled run for which the prewarmed capacity stays while the run's job is
+planned."""
 MAX_PEAKS = 5
-"""Number of recent runs whose peak capacity sets the prewarmed capacity."""
+"""Number of recent runs of a schedule whose peak capacity determines the prewarmed capacity."""
 _ALIVE = (LifecycleState.PENDING, LifecycleState.IN_SERVICE)
 
 
@@ -326,7 +329,7 @@ class Prewarm(Part):
         return MinimumCapacity(paid, why) if paid else None
 
     def _due_s(self, schedule: Schedule) -> float | None:
-        """Return the due time for which the fleet must be ready, or None."""
+        """Return the schedule's due time for which the fleet must be ready now, or None without such a due time."""
         now_s = self._clock.now_s()
         run = schedule.running
         if run and not run.asked and not self._scheduler.has_begun(run):
@@ -340,7 +343,7 @@ class Prewarm(Part):
         return None
 
     def _count(self, schedule: Schedule, template: JobDef, view: GroupView) -> tuple[int, str]:
-        """Return the number of instances to prewarm, and the reason."""
+        """Return the number of instances to prewarm, and the reason for the number."""
         pool = view.pool.name
         if schedule.definition.capacity is not None:
             return schedule.definition.capacity, f"{schedule.definition.capacity} as it asks for"

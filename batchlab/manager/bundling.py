@@ -1,6 +1,7 @@
-"""Number and sizes of the bundles in the next cut of a stage.
+"""Computation of the number and the sizes of the bundles in the next cut of a stage.
 
-Invariant: the computed bundles depend only on data in memory, and have no effect until the coordinator commits the cut.
+Invariant: the computed bundles depend only on data in memory, and take effect only when the coordinator commits the
+cut.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class Bundler(Part):
     def opening(self, job: JobDef, items: Sequence[Json]) -> commit_keys.Opening:
         """Return the items and first bundles that are stored in one object with the job's definition."""
         waits = job.start_at_s is not None and job.start_at_s > self._clock.now_s()
-        # A job with a cost cap has no opening cut, because its remaining budget is not known yet.
+        # The opening of a job with a cost cap does not contain a cut, because the job's remaining budget is not known
+        # yet.
         if waits or len(job.roots()) != 1 or job.max_cost_usd is not None:
             return commit_keys.Opening(items)
         (stage,) = job.roots()
@@ -33,7 +35,7 @@ class Bundler(Part):
     def wave(self, live: LiveJob, stage: StageDef, uncut: TaskSet, round_: int) -> tuple[tuple[Bundle, ...], TaskSet]:
         """Return the bundles of the next cut, and the tasks that remain after the cut."""
         if not uncut:
-            return (), uncut  # skips the computation of room, which iterates over all other jobs
+            return (), uncut  # the early return avoids the loop of `_room` over all other jobs
         pace_s = live.pace_s(stage.name)
         sizes = settlement.wave(
             len(uncut),
@@ -51,8 +53,9 @@ class Bundler(Part):
         return tuple(bundles), uncut
 
     def _room(self, live: LiveJob, stage: StageDef) -> int:
-        """Return the number of bundles of the stage that may be sent now. Jobs of the highest priority with uncut tasks
-        share the window evenly, and jobs of lower priority wait."""
+        """Return the number of bundles of the stage that may be sent now. The window is the maximum number of
+        outstanding bundles in a pool. The jobs of the highest priority with uncut tasks share the window evenly, and
+        jobs of lower priority wait."""
         if live.is_held:
             return 0
         pool = stage.pool
@@ -61,10 +64,10 @@ class Bundler(Part):
 
         def worth(room: int) -> int:
             # A cut has at least one bundle for every slot, because a cut costs the same for any number of bundles. A
-            # smaller cut is worth its cost if no bundle waits behind the running bundles.
+            # cut with fewer bundles than slots is worth its cost if no bundle waits behind the running bundles.
             return room if room >= slots or outstanding <= slots else 0
 
-        # The loop stops as soon as no room is left, because each of many other jobs only reduces the room.
+        # The loop over other jobs stops as soon as no room is left, because each further job only reduces the room.
         room, peers = window - outstanding, 1
         if worth(room) <= 0:
             return 0
@@ -76,7 +79,7 @@ class Bundler(Part):
             if worth(room) <= 0:
                 return 0
         if peers == 1:
-            # Bundles of paused jobs must not fill the window, because workers delete the messages of these bundles.
+            # Bundles of paused jobs must not fill the window, because workers delete the messages of paused jobs.
             unpaused = {job: other for job, other in self._lives.items() if other.record.control is not Control.PAUSE}
             room = min(room, window - outstanding_in_pool(unpaused, pool))
         return worth(room)

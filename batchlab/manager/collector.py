@@ -1,8 +1,8 @@
 """Consumer of the events queue: completions go to the ledger, and heartbeats go to the worker registry.
 
-Invariants: a fact about a sealed job counts only if the sender proves that it has the job's commit key. A job of
-release 0.1.0 does not have a commit key, so facts about an unsealed job count without proof. Facts about a job wait
-until the submission has written the job to the ledger.
+Invariants: a fact about a job with a commit key counts only if the sender proves that it has the commit key. A job of
+release 0.1.0 does not have a commit key, so facts about a job of release 0.1.0 count without proof. Facts about a job
+wait until the submission has written the job to the ledger.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ DELETE_DELAY_S = 0.5
 """Delay before the deletion of folded messages, so that one request deletes several messages."""
 
 FOLD_BYTES = 32 * 1024
-"""Size of the message batches in which a backlog is folded, about 100 completions. One transaction per receive would
-cost three times as much per completion."""
+"""Size in bytes of the batches in which waiting event messages are folded. A batch contains about 100 completions. A
+fold after each receive call would cost three times as much per completion."""
 
 MAX_NAMES = 3
 """Maximum number of job names that the collector looks up in an unreadable event."""
@@ -126,7 +126,7 @@ def _read(body: str) -> tuple[Events, str, Mapping[str, str]]:
 
 
 class Collector(Part):
-    """Consumer of the events queue, of which a grid has only one at a time."""
+    """Consumer of the events queue. A grid has only one running collector at a time."""
 
     def __init__(self, context: Context, ledger_writer: LedgerWriter) -> None:
         super().__init__(context)
@@ -139,7 +139,7 @@ class Collector(Part):
 
     async def collect(self) -> None:
         """Receive, fold, and delete messages in an endless loop. A message is deleted only after its fold. After a
-        crash, a repeated fold of the same message counts no completion twice."""
+        crash, a repeated fold of the same message does not count any completion twice."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._delete(), name="delete events")
             await self._collect()
@@ -174,13 +174,14 @@ class Collector(Part):
             self._is_folded.set()
             if len(self._folded) >= MAX_BATCH:
                 self._is_request_full.set()
-            if len(messages) < MAX_BATCH:  # only a backlog is folded without a pause
+            if len(messages) < MAX_BATCH:  # the loop continues without a pause only after a full batch
                 await asyncio.sleep(STEP_BACK_S)
         if self._registry.outage_s == math.inf:
             self._registry.outage_s = self._clock.monotonic_s()
 
     async def _receive_batch(self) -> list[Message]:
-        """Return the messages for one fold. During a backlog, several receive calls supply the messages of one fold."""
+        """Return the messages for one fold. While many messages wait in the queue, several receive calls supply the
+        messages of one fold."""
         messages = list(await self._patience(partial(self._receive, self._settings.wait_s)))
         size = sum(len(message.body) for message in messages)
         last = len(messages)
@@ -195,7 +196,7 @@ class Collector(Part):
             last = len(more)
         oldest_s = min((message.sent_s for message in messages), default=math.inf)
         if last == MAX_BATCH and self._clock.now_s() - oldest_s > self._settings.tick_s:
-            # During a backlog, the latest heartbeats are not received yet.
+            # While older messages wait in the events queue, the manager has not received the latest heartbeats.
             self._registry.outage_s = self._clock.monotonic_s()
         return messages
 
@@ -205,7 +206,7 @@ class Collector(Part):
                 object_keys.EVENTS, max_messages=MAX_BATCH, wait_s=wait_s, visibility_s=self._settings.visibility_s
             )
         except BackendError:
-            # The outage is recorded before the retries of `patience`, because retries may take minutes.
+            # The outage is recorded before `patience` retries the receive call, because the retries may take minutes.
             self._registry.outage_s = math.inf
             raise
 
@@ -221,7 +222,8 @@ class Collector(Part):
                 try:
                     await self._patience(delete)
                 except BackendError as error:
-                    # Undeleted messages return to the queue, and the repeated fold has no effect.
+                    # Messages that are not deleted return to the queue, and a second fold of a message does not change
+                    # the ledger.
                     log.warning("events are not deleted: %s", error)
 
     async def _process(self, messages: Sequence[Message]) -> None:
@@ -244,7 +246,8 @@ class Collector(Part):
             whole |= self._retained(events.outcomes, len(message.body))
         await self._context.pending_submissions.ended({completion.bundle.job for completion in completions})
         if self._notify_clients(whole.values()):
-            # The pause lets the clients run before the fold, because a fold takes as long as all other steps together.
+            # The pause lets the waiting clients run before the completions are folded. A fold takes as long as all
+            # other steps of the collector together.
             await asyncio.sleep(STEP_BACK_S)
         await self._registry.instances.bind(beat for events, _ in verified for beat in events.beats)
         traces: dict[BundleKey, str] = {}
@@ -298,7 +301,7 @@ class Collector(Part):
         outcome_key = object_keys.outcome_key(name)
         job = await self._ledger_writer.job(outcome_key.job) if outcome_key else None
         if job is None or not object_keys.is_genuine(name, await self._keys.key_of(job)):
-            return []  # the outcome's job was removed, or the outcome key is forged
+            return []  # the job of the outcome was removed, or the outcome key is forged
         try:
             outcome = await read_outcome(self._objects, name, self._patience)
             return [settlement.completion(outcome)]
@@ -311,14 +314,14 @@ class Collector(Part):
 
     def _reset_silences(self) -> None:
         """Reset the silence of all bundles during an outage of the events queue, so that the reconciler does not send
-        these bundles again."""
+        the bundles again."""
         now_s = self._clock.monotonic_s()
         for live in self._lives.values():
             for outstanding in live.all_outstanding():
                 outstanding.heard_s = max(outstanding.heard_s, now_s)
 
     def _reset_silence(self, beat: Beat, trusted: Collection[JobId]) -> None:
-        """Reset the silence of the bundles in a worker's heartbeat."""
+        """Reset the silence of each bundle that a worker's heartbeat lists."""
         now_s = self._clock.monotonic_s()
         for held in beat.held:
             live = self._lives.get(held.job) if held.job in trusted else None

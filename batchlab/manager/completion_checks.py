@@ -1,9 +1,9 @@
 """Final checks of a job: every counted bundle is committed, and every planned task has ended.
 
-Invariants: a sealed job ends only when the bucket has the outcome of each counted bundle under its sealed name. The
-bucket is checked, because a worker with the job's commit key can send events of outcomes that it never committed. A job
-ends even if its bundles have ended before its tasks (I7), because a worker with the commit key can commit outcomes
-without their follow-up bundles.
+Invariants: a job with a commit key ends only when the bucket has a sealed outcome for each bundle that the ledger
+counts. The bucket is checked, because a worker with the job's commit key can send events of outcomes that it never
+committed. A worker with the commit key can also commit outcomes without their follow-up bundles. Every job ends, even
+if all of its bundles have ended before some of its tasks (promise I7).
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from batchlab.core.protocol import object_keys
 from batchlab.manager.state import LiveJob, Ports
 
 MAX_SINGLE_REQUESTS = 8
-"""Maximum number of bundles for which single requests are faster than a listing."""
+"""Maximum number of bundles whose outcomes are checked with single requests, which are faster than a listing."""
 _PAGE = 2_000
 MAX_JOBS = 1_000
 
 
 async def uncommitted_bundles(ports: Ports, live: LiveJob) -> list[Bundle]:
-    """Return the job's counted bundles without an outcome object. For an unsealed job, the returned list is empty."""
+    """Return the job's counted bundles without an outcome object. For a job without a commit key, the returned list is
+    empty."""
     key = await ports.keys.key_of(live.job)
     if not key:
         return []
@@ -47,7 +48,7 @@ async def uncommitted_bundles(ports: Ports, live: LiveJob) -> list[Bundle]:
 
 
 class Recovery(Enum):
-    """Action for a job whose bundles have all ended before its tasks."""
+    """Action for a job whose bundles have all ended, although some of its tasks have not ended."""
 
     NONE = auto()
     RESTORE = auto()
@@ -60,7 +61,8 @@ class LostTasks:
     """Detector of jobs with tasks that are in no bundle."""
 
     def __init__(self, ports: Ports, wait_s: float) -> None:
-        """A job must lack bundles for `wait_s` before a recovery, because counters and bundles change one by one."""
+        """A recovery starts after a job has lacked bundles for `wait_s` seconds, because counters and bundles change
+        one by one."""
         self._clock = ports.clock
         self._wait_s = wait_s
         self._since_s: OrderedDict[tuple[JobId, int], float] = OrderedDict()

@@ -23,7 +23,7 @@ EMPTY_POOL_SIZE = 8
 """Assumed number of instances of an empty pool, used to size the first wave of bundles."""
 
 Deliver = Callable[[Target, Notification], Awaitable[None]]
-"""Function that delivers a notification, or raises NotDelivered."""
+"""Function that delivers a notification to a target, or raises NotDelivered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,12 @@ class Context:
     counts: Counters = field(default_factory=Counters)
     tracer: Tracer = NO_TRACER
     channels: NotificationChannels | None = None
-    """Channels of notifications, or None if this manager sends no notifications."""
+    """Channels of notifications, or None if this manager does not send notifications."""
     recorder: Recorder | None = None
-    """Recorder of performance data, or None if this manager records no performance data."""
+    """Recorder of performance data, or None if this manager does not record performance data."""
     reports: ReportQueue = field(default_factory=ReportQueue)
     slots: dict[str, int] = field(default_factory=dict)
-    """Number of slots of each pool, or the assumed number for an empty pool."""
+    """Number of slots of each pool, by pool name. An empty pool has an assumed number of slots."""
     depths: dict[str, Depth] = field(default_factory=dict)
     """Most recent depth of each pool's task queue."""
     groups: dict[str, GroupView] = field(default_factory=dict)
@@ -81,7 +81,8 @@ class Context:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     """Event that starts the next tick without a wait."""
     ledger_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Lock held by folds, ticks, and rebuilds, because each operation needs an unchanged ledger."""
+    """Lock that each fold, tick, and rebuild holds, because no other operation may change the ledger at the same
+    time."""
     pending_submissions: PendingSubmissions = field(default_factory=PendingSubmissions)
     quarantine: Quarantine = field(init=False)
     registry: WorkerRegistry = field(init=False)
@@ -110,7 +111,8 @@ class Context:
             self.wake.set()
 
     def update_slots(self, name: str) -> None:
-        """Set the slot number of a pool from the pool's group. An empty pool counts as EMPTY_POOL_SIZE instances."""
+        """Set the number of slots of a pool from the pool's group. An empty pool counts as EMPTY_POOL_SIZE
+        instances."""
         pool = self.groups[name].pool if name in self.groups else self.pools[name]
         assumed = max(1, min(pool.max_size, EMPTY_POOL_SIZE)) * pool.slots
         self.slots[name] = self.slots_in_service(name) or assumed

@@ -1,9 +1,9 @@
 """Cost caps of the grid and of jobs, and attribution of instances to jobs.
 
-Invariants: without a cost cap, the manager limits no launch and no cut. With a cost cap, the sum of spent cost,
-committed cost, and the cost of one more launch never exceeds the cap. The remaining budget must cover the cost of a
-launch or a cut in advance. Running tasks finish even if a cost cap is reached. The shares that jobs have in an instance
-sum to 1, or are empty.
+Invariants: without a cost cap, the manager does not limit launches and cuts. With a cost cap, the sum of spent cost,
+committed cost, and the cost of one more launch never exceeds the cap. Before a launch or a cut, the remaining budget
+must cover the cost of the launch or the cut. Running tasks finish even if a cost cap is reached. The jobs' shares of
+one instance sum to 1, unless the instance is not attributed to any job.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class UsageAttribution:
-    """Attribution of instances to jobs by the last heartbeats of workers."""
+    """Attribution of the use of instances to jobs, based on the last heartbeats of workers."""
 
     def __init__(self, lives: Mapping[JobId, LiveJob], registry: WorkerRegistry) -> None:
         self._lives = lives
@@ -40,8 +40,8 @@ class UsageAttribution:
         return dict.fromkeys(job_ids, 1 / len(job_ids)) if job_ids else {}
 
     def shares_of(self, instance: str, waiting: Mapping[JobId, float]) -> Mapping[JobId, float]:
-        """Return each job's share of an instance by the bundles that the instance runs or holds. For an instance
-        without a bundle, return `waiting`."""
+        """Return each job's share of an instance by the bundles that the instance runs or holds. For an instance that
+        does not hold a bundle, return `waiting`."""
         worker_status = self._registry.workers.get(instance)
         held = worker_status.beat.held if worker_status else ()
         jobs = [h.job for h in held if h.running] or [h.job for h in held]
@@ -55,7 +55,7 @@ class UsageAttribution:
 
 
 USED_SHARE = 0.8
-"""Minimum share of a slot's time that tasks use when bundles follow one another."""
+"""Minimum share of a slot's time that tasks use while a worker runs one bundle after another."""
 
 
 class CostCaps(Part):
@@ -156,7 +156,7 @@ class CostCaps(Part):
             live.wake.set()
         budget = empty
         if live.capped and not empty:
-            # The job stays capped while a budget does not cover its uncut tasks, because each bundle that cost less
+            # The job stays capped while a budget does not cover the job's uncut tasks, because a bundle that cost less
             # than estimated frees a part of the budget.
             budget = next((p for p in budgets if p.left_usd < uncut_usd), None)
         text = f"its cost is capped: {budget.text()}" if budget else ""
@@ -169,7 +169,7 @@ class CostCaps(Part):
         live.capped = text
 
     def _next_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
-        """Return the minimum cost of the job's next task, including a launch if the task's pool has no instance."""
+        """Return the minimum cost of the job's next task, including a launch if the task's pool is empty."""
         now_s, costs_usd = self._clock.monotonic_s(), []
         for stage in live.job.stages:
             record = live.stages[stage.name]

@@ -1,6 +1,7 @@
 """Counters and histograms of one manager process, for the metrics endpoint.
 
-Invariant: a count never decreases. Metric labels contain no user text except pool names, which are few.
+Invariant: a count never decreases. Metric labels do not contain user text except pool names, because a grid has few
+pools.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from batchlab.core.protocol import json_format
 from batchlab.core.protocol.messages import CounterReport
 
 MAX_WORKERS = 20_000
-"""Maximum number of workers whose last counts are stored. Above MAX_WORKERS, the manager removes the worker that has
-been silent longest."""
+"""Maximum number of workers whose last counts are stored. Above MAX_WORKERS, the manager forgets the counts of the
+worker that has been silent longest."""
 TICK_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 DUPLICATE = "duplicate"
 WORKER_COUNTERS = frozenset(
     {DUPLICATE, *(f"{what}.{k}" for what in ("retried", "failed") for k in json_format.FAILURE_KINDS)}
 )
-"""Names of the counts that workers report (see worker/outbox.py). The manager ignores other names, because a worker may
-run another program."""
+"""Names of the counts that workers report (see worker/outbox.py). The manager ignores all other names of counts,
+because a worker may run a program other than batchlab."""
 BEAT = "heartbeat"
 UNREADABLE_KINDS = ("event", "unproven event", BEAT, "dead letter", "outcome", "object")
 STAGE_KINDS = ("input", "chain", "join", "gather")
@@ -42,8 +43,8 @@ def stage_kind(stage: StageDef) -> str:
 
 @dataclass(slots=True)
 class Histogram:
-    """Number of observations by upper bound in seconds. The last element of `counts` counts the observations above all
-    bounds."""
+    """Histogram of durations, with the number of observations for each upper bound in seconds. The last element of
+    `counts` counts the observations above all bounds."""
 
     bounds_s: tuple[float, ...] = TICK_BOUNDS_S
     counts: list[int] = field(default_factory=list)
@@ -77,7 +78,7 @@ class Counters:
     """Number of changes of desired capacity, by pool and direction ("out" or "in")."""
     events: int = 0
     lag_s: float = 0.0
-    """Age of the oldest message of the last receive, or 0 if the last receive was empty."""
+    """Age in seconds of the oldest message of the last receive call, or 0 if the last call returned no message."""
     ticks: Histogram = field(default_factory=Histogram)
     skipped: int = 0
     """Number of ticks that ended early because of a backend error."""
@@ -103,8 +104,8 @@ class Counters:
             self.decisions[pool, "out" if after > before else "in"] += 1
 
     def record_worker_counts(self, report: CounterReport) -> None:
-        """Add the increase since the worker's last report. A report that is older than the last report has no
-        effect."""
+        """Add the increase since the worker's last report. Ignore a report that is older than the worker's last
+        report."""
         before = self._reported.get(report.worker, {})
         counts = dict(before)
         for name in WORKER_COUNTERS & report.counts.keys():
@@ -117,7 +118,7 @@ class Counters:
                 self.duplicates += more
             else:
                 self.attempts[kind, what] += more
-        # The worker moves to the end, because the limit must not remove a worker that still reports.
+        # The worker moves to the end of the dict, because the limit removes the first worker of the dict.
         self._reported.pop(report.worker, None)
         self._reported[report.worker] = counts
         while len(self._reported) > MAX_WORKERS:

@@ -43,7 +43,7 @@ async def scale(
 ) -> GroupView:
     """Change a pool's limits, then hold the pool's capacity at `desired`, or return the pool to the scaling policy with
     `auto`. With `auto=False`, hold the pool's current capacity. Raise UsageError for contradictory arguments, and
-    Refused for impossible sizes."""
+    Refused for sizes that the pool cannot have."""
     if auto and desired is not None:
         raise UsageError("A pool is either scaled by hand or by the policy.", remedy="Leave one of the two out.")
     view = await group(manager, pool)
@@ -74,7 +74,8 @@ async def _limit(manager: Manager, view: GroupView, min_size: int | None, max_si
 async def _hold(manager: Manager, view: GroupView, desired: int) -> None:
     capacities, pool = manager.autoscaler.user_capacity, view.pool.name
     before = capacities.get(pool)
-    # The user's capacity is stored before the call, because a tick during the call would restore the policy's capacity.
+    # The user's capacity is stored before the call of the fleet, because a tick of the manager during the call would
+    # restore the capacity of the scaling policy.
     capacities[pool] = desired
     try:
         await manager.autoscaler.set_desired(view, desired, CAUSE)

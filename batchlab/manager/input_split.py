@@ -1,7 +1,7 @@
 """Splitting of raw input objects into task items, in constant memory.
 
 Invariant: items follow the order of keys and bytes. Every byte after the header is in exactly one part, and each record
-is in one part. Repeated planning of the same input therefore produces the same plan.
+is in one part. Repeated planning of the same input produces the same plan.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from batchlab.core.ports import ObjectInfo, Objects
 from batchlab.core.protocol import values
 
 READ_BYTES = 8 * 1024 * 1024
-"""Number of bytes per read when the whole object is read."""
+"""Number of bytes per read request when a whole input object is read."""
 ITEMS_BYTES = 1024 * 1024
-"""Number of bytes per read for items, which is smaller because parsing JSON takes longer than reading."""
+"""Number of bytes per read request for an object with JSON items. The number is smaller than READ_BYTES, because
+parsing JSON takes longer than reading."""
 PEEK_BYTES = 64 * 1024
 """Number of bytes in the first read around a boundary when the rest of the part is not read."""
 _PEEK_FROM = 16 * PEEK_BYTES
@@ -45,7 +46,8 @@ async def items(objects: Objects, raw: InputDef) -> AsyncIterator[Json]:
 
 
 async def _objects(objects: Objects, keys: Sequence[str]) -> AsyncIterator[ObjectInfo]:
-    """Yield every input object in order. A key that ends in "/" is a prefix of all objects below the key."""
+    """Yield every input object in the order of `keys`. An element of `keys` that ends in "/" is a prefix of object
+    keys."""
     for first in range(0, len(keys), _HEADS):
         window = keys[first : first + _HEADS]
         object_infos = iter(await asyncio.gather(*(objects.head(key) for key in window if not key.endswith("/"))))
@@ -117,7 +119,7 @@ def _name(info: ObjectInfo) -> str:
 class _Text:
     """A text object, read through one cached range.
 
-    `read_bytes` is the size of the first range. Each search without a result doubles the range size.
+    `read_bytes` is the size of the first range that is read. Each search without a result doubles the range size.
     """
 
     def __init__(self, objects: Objects, info: ObjectInfo, read_bytes: int) -> None:
@@ -128,7 +130,7 @@ class _Text:
         self._data = b""
 
     async def skip(self, at: int, count: int) -> int:
-        """Return the end of `count` records from `at`, or the end of the object."""
+        """Return the position after `count` records from position `at`, or the end of the object."""
         length = self._read_bytes
         while count and at < self._info.size:
             if not self._at <= at < self._at + len(self._data):
@@ -139,7 +141,8 @@ class _Text:
         return at
 
     async def end_before(self, start: int, limit: int) -> int:
-        """Return the last record end in (start, limit], or the first record end after `limit`."""
+        """Return the position of the last end of a record in (start, limit], or of the first end of a record after
+        `limit`."""
         if limit >= self._info.size:
             return self._info.size
         length = self._read_bytes
@@ -166,7 +169,7 @@ class _Text:
 
 
 def _skip_lines(data: bytes, at: int, count: int) -> tuple[int, int]:
-    """Return (position after `count` newlines from `at`, 0), or (end of data, missing newlines).
+    """Return (position after `count` newlines from `at`, 0), or (end of data, number of missing newlines).
 
     The function counts all newlines but the last few, because counting newlines in a range is ten times faster than
     finding each newline. The length of the previous lines determines the size of the next counted range.
@@ -266,4 +269,4 @@ _READERS: dict[SplitBy, Callable[[Objects, ObjectInfo, InputDef], AsyncIterator[
     SplitBy.BYTES: _bytes,
     SplitBy.ITEMS: _items,
 }
-"""Function that yields the items of one object, for each way to split."""
+"""Function that yields the items of one input object, by the way in which the object is split."""

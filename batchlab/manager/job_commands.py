@@ -1,8 +1,8 @@
 """User commands for jobs: submit, cancel, pause, resume, and retry.
 
-Invariant: the bucket stores each command first (spec, control object, or retry object) and the ledger second, so that a
-rebuild finds the command. The manager responds after the bucket and the ledger have stored the command. A client may
-repeat a command.
+Invariant: the manager stores each command in the bucket first (as a spec, control object, or retry object) and in the
+ledger second. A rebuild of the ledger therefore finds the command. The manager responds after the bucket and the ledger
+have stored the command. A client may repeat a command.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class JobCommands(Part):
         """Jobs whose retry may be in the bucket but not in the ledger."""
 
     async def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> ChangeResult:
-        """Accept a job, with the job's encoded items if the items are few. For a repeated client token, return the
-        existing job, or raise Refused if the two jobs differ. The accepted job continues the trace of its
+        """Accept a job. A job with few items is submitted together with its encoded items. For a repeated client token,
+        return the existing job, or raise Refused if the two jobs differ. The accepted job continues the trace of its
         definition."""
         with ending(self._tracer.root("submit", Subject(job.id), parent=job.trace)) as submitting:
             sealed = await self._keys.sealed(job)
@@ -62,8 +62,8 @@ class JobCommands(Part):
             return await self._accept(job, opening, is_sent=await self._send_opening(job, opening))
 
     def _may_begin(self, job: JobDef, opening: commit_keys.Opening) -> bool:
-        """Return whether the first bundles may be sent while the ledger's row is written. An early send requires a new
-        job without a token, few bundles, and instances that are InService."""
+        """Return whether the job's first bundles may be sent while the manager writes the job to the ledger. An early
+        send requires a new job without a client token, few bundles, and instances that are InService."""
         cut = opening.cut
         if cut is None or not 0 < len(cut.bundles) <= MAX_BATCH:
             return False
@@ -84,9 +84,9 @@ class JobCommands(Part):
     async def _accept(
         self, job: JobDef, opening: commit_keys.Opening | None, *, is_ours: bool = True, is_sent: bool | None = None
     ) -> ChangeResult:
-        """Write the job to the ledger, conduct the job, and send its first bundles unless `is_sent` (None without an
-        earlier attempt). If the first send failed, or another request created the job, the bundles are sent as
-        copies."""
+        """Write the job to the ledger, adopt the job, and send its first bundles unless `is_sent` (None without an
+        earlier attempt). If the first send failed, or another request created the job, the bundles are sent as copies,
+        which workers first check for an outcome."""
         now_s = self._clock.now_s()
         later = job.start_at_s is not None and job.start_at_s > now_s
         state = JobState.SCHEDULED if later else JobState.SUBMITTED
@@ -94,8 +94,8 @@ class JobCommands(Part):
         with of_single_call(job.is_single_call):
             written = await self._ledger.apply(AddJob(job, state, cut))
             if is_ours and not written.is_new and written.rows.job.state.ended:
-                # The bucket has lost the ended job of the ledger's row, because this call created the job's definition
-                # in the bucket.
+                # The ledger has an ended job with this id, but the bucket has lost the ended job, because this call
+                # could create the job's definition.
                 log.warning("the bucket lost this job, so it begins anew", extra={"job": job.id})
                 await self._ledger.forget([job.id])
                 written = await self._ledger.apply(AddJob(job, state, cut))
@@ -103,7 +103,7 @@ class JobCommands(Part):
             self._counts.submitted += 1
             log.info("accepted", extra={"job": job.id})
         if not written.rows.job.state.ended and job.id not in self._lives:
-            # If another manager created the job, its completions may already be in the queue.
+            # If another manager created the job, the job's completions may already be in the events queue.
             live = await self._adoption.adopt(replace(written, is_new=written.is_new and is_ours), concurrent=True)
             if opening and cut and written.is_new:
                 self._coordinator.begin(live, cut)
@@ -148,8 +148,8 @@ class JobCommands(Part):
         return job, opening, True
 
     async def cancel(self, job: JobId) -> None:
-        """Cancel the job, and return when no further task of the job can start (I4). Raise Refused if the job has
-        ended."""
+        """Cancel the job, and return when no further task of the job can start (promise I4). Raise Refused if the job
+        has ended."""
         live = self.running(job, "cancelled")
         word = json_format.ControlCommand(Control.CANCEL, JobState.CANCELLED, "cancelled by its user")
         await self._coordinator.forbid(live, word)
@@ -169,15 +169,15 @@ class JobCommands(Part):
             raise Refused(f"Job {job} is not paused.", remedy="`batchlab job why` shows its state.")
         await self._control(live, Control.RUN)
         await set_job_state(self._ports, live, JobState.RUNNABLE)
-        # The bundles are sent as copies, for which workers first check for an outcome, because some old messages may
-        # still be in the queue.
+        # The bundles are sent as copies, because some of the old messages may still be in the queue. Before a worker
+        # runs a copy of a bundle, the worker checks whether the bundle has an outcome.
         again = [replace(outstanding.bundle, losses=1) for outstanding in live.all_outstanding()]
         await self._coordinator.send(live.job, again)
         live.wake.set()
 
     async def retry(self, job: JobId, chosen: TaskSelection | None = None) -> JobRecord:
         """Run unsuccessful tasks again in a new round. With `chosen`, run only the selected failed tasks. Raise Refused
-        if the job still runs, or if the job has no task to run again."""
+        if the job still runs or has SUCCEEDED, or if `chosen` does not match the failed tasks."""
         record = await self._ledger.job(job)
         if not record.state.ended:
             raise Refused(f"Job {job} is still {record.state}.", remedy="Wait, or cancel it first.")
@@ -188,8 +188,8 @@ class JobCommands(Part):
             )
         round_ = record.round + 1
         retry = await self._retries.plan(record, chosen)
-        # The control object permits the round first, because a manager that finds the retry object must not find the
-        # round forbidden.
+        # The control object permits the new round before the retry object is written, because a manager that finds the
+        # retry object must not find the round forbidden.
         await commit.permit_round(self._objects, job, round_, self._patience)
         key = object_keys.retry(job, round_)
         self._unfinished.add(job)
@@ -204,15 +204,15 @@ class JobCommands(Part):
         return live.record
 
     async def find_unfinished_retries(self) -> None:
-        """Collect the jobs that ended without success, because an earlier leader may have begun a retry of any such
-        job."""
+        """Collect the jobs that ended without success, because an earlier leader may have begun a retry of one of the
+        jobs."""
         async for job in list_jobs(self._ports):
             if job.state.ended and job.state is not JobState.SUCCEEDED:
                 self._unfinished.add(job.job.id)
 
     async def finish_retries(self) -> None:
-        """Complete retries that are in the bucket but not in the ledger. The manager that began such a retry crashed or
-        returned an error."""
+        """Complete retries that are in the bucket but not in the ledger, because their manager crashed or returned an
+        error."""
         for job in sorted(self._unfinished):
             # The job may be removed from the ledger, or another manager may have completed the retry.
             with suppress(NotFound, Refused):
@@ -258,7 +258,7 @@ def _read_definition(data: bytes) -> tuple[JobDef, commit_keys.Opening | None]:
 
 
 def _comparable(job: JobDef, opening: commit_keys.Opening | None) -> bytes:
-    """Return the job's content without times, trace, and commit hash. A job of an earlier release does not have a
-    commit hash."""
+    """Return the job's content as bytes for a comparison, without times, trace, and commit hash. A job of an earlier
+    release does not have a commit hash."""
     timeless = replace(job, submitted_s=0.0, start_at_s=None, trace="", commit_hash="")
     return commit_keys.to_bytes(timeless, commit_keys.Opening(opening.items) if opening else None)

@@ -2,7 +2,7 @@
 
 Invariants: a conditional PUT commits each plan, cut, and end of a job in advance, so managers never make two different
 decisions. The manager plans a gather when the ledger shows that every upstream task has ended, never by counting
-messages. A job always ends (I7).
+messages. Every job ends (promise I7).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ log = logging.getLogger(__name__)
 
 MAX_CONCURRENT_OUTCOMES = 16
 CONTROL_OBJECT_DELAY_S = 0.05
-"""Delay before the manager writes a job's control object. A job that ends within `CONTROL_OBJECT_DELAY_S` needs no
-control object, because workers read the spec instead."""
+"""Delay before the manager writes a job's control object. A job that ends within `CONTROL_OBJECT_DELAY_S` does not need
+a control object, because workers read the spec instead."""
 ADVANCE_DELAY_S = 0.001
-"""Delay between a change of a job and the next step."""
+"""Delay between a change of a job and the coordinator's next step for the job."""
 
 
 class JobCoordinator(Part):
@@ -53,7 +53,8 @@ class JobCoordinator(Part):
         notifier: Notifier | None,
         on_missing: Callable[[LiveJob], Awaitable[None]],
     ) -> None:
-        """The coordinator calls `on_missing` with a job that has counted bundles without an outcome."""
+        """The coordinator calls `on_missing` with each job that has bundles counted by the ledger but without an
+        outcome in the bucket."""
         super().__init__(context)
         self._ledger_writer = ledger_writer
         self._bundler = bundler
@@ -66,7 +67,7 @@ class JobCoordinator(Part):
     async def conduct(self, live: LiveJob) -> None:
         """Advance the job after each change, until the job has ended."""
         if live.all_outstanding() and not live.allowed:
-            # The control object is written after a delay, because its write would slow down the job's first bundles.
+            # The control object is written after a delay, because the write would slow down the job's first bundles.
             await set_within(live.wake, CONTROL_OBJECT_DELAY_S)
             await asyncio.sleep(ADVANCE_DELAY_S)
         while not live.ended.is_set():
@@ -104,7 +105,7 @@ class JobCoordinator(Part):
             await self._fail(live, await self._reason(live, verdict))
         elif live.is_complete and await self._fetch_missing_outcomes(live):
             if live.doubtful:
-                return  # the next call of `advance` reads the control word
+                return  # the next call of `advance` reads the job's control object
             if missing := await completion_checks.uncommitted_bundles(self._ports, live):
                 log.error("%d bundles were counted and not committed", len(missing), extra={"job": live.id})
                 await self._on_missing(live)
@@ -115,7 +116,8 @@ class JobCoordinator(Part):
             await self._end_lost(live)
 
     async def _end_lost(self, live: LiveJob) -> None:
-        """Restore a job with tasks that are in no bundle, or end the job if the bucket also lacks the bundles (I7)."""
+        """Restore a job with tasks that are in no bundle, or end the job if the bucket also lacks the bundles (promise
+        I7)."""
         recovery = self._lost_tasks.recovery(live)
         if recovery is completion_checks.Recovery.RESTORE:
             log.error("all bundles of the job have ended, but not all of its tasks", extra={"job": live.id})
@@ -140,7 +142,8 @@ class JobCoordinator(Part):
         if live.doubtful or any(not live.stages[u].counts.ended for u in stage.after):
             return
         if stage.gather is not None and judge(live.job, live.counts).failed:
-            # A gather over a part of the input would look like a gather over the whole input.
+            # After upstream failures, the gather does not run, because its result would not show that a part of the
+            # input is missing.
             await self._first_cut(live, stage, TaskSet())
             return
         links = [context for upstream in stage.after for context in live.traced.get(upstream, ())]
@@ -180,8 +183,8 @@ class JobCoordinator(Part):
         self._context.wake_if_short(stage.pool)
 
     async def send_opening(self, job: JobDef, opening: commit_keys.Opening, *, again: bool = False) -> None:
-        """Send the bundles of the opening. With `again`, the bundles are sent as copies, because workers check a copy
-        for an outcome first."""
+        """Send the bundles of a job's opening. With `again`, the bundles are sent as copies, which workers first check
+        for an outcome."""
         assert opening.cut
         self._inputs.keep(job.id, opening.cut.stage, opening.items)
         bundles = opening.cut.bundles
@@ -206,7 +209,7 @@ class JobCoordinator(Part):
             await self._commit_and_send(live, cut)
 
     async def _commit_cut(self, live: LiveJob, cut: Cut) -> Cut:
-        """Commit a cut, and return the committed cut, which may come from an earlier manager."""
+        """Commit a cut, and return the committed cut, which may be the cut of an earlier manager."""
         cut = await self.plans.opening_cut(live.job, cut) or await self._put_cut(cut)
         await self._ledger_writer.write(live, AddCut(cut))
         now_s = self._clock.monotonic_s()
@@ -230,9 +233,9 @@ class JobCoordinator(Part):
             counts = await self._commit_cut(live, cut)
         bundles = counts.bundles
         if counts is not cut:
-            # An earlier manager may have sent the bundles, and the ledger may have lost the cut in a power failure.
-            # Bundles that an earlier manager may have sent are sent as copies, because workers check a copy for an
-            # outcome first.
+            # An earlier manager may have sent the bundles, and the ledger may have lost the cut in a power failure. The
+            # bundles are therefore sent as copies, because a worker checks for an outcome before it runs a copy of a
+            # bundle.
             bundles = tuple(replace(bundle, losses=1) for bundle in bundles)
         await self.send(live.job, bundles, trace=cutting.context)
 
@@ -255,11 +258,11 @@ class JobCoordinator(Part):
         await self.stop(live, json_format.ControlCommand(Control.CANCEL, JobState.FAILED, reason))
 
     async def stop(self, live: LiveJob, word: json_format.ControlCommand) -> None:
-        """End the job early: workers cannot start further tasks, and the manager seals outstanding bundles. `word` sets
-        the job's final state, unless the bucket already has a "cancel"."""
+        """End the job early: workers cannot start further tasks, and the manager commits CANCELLED for outstanding
+        bundles. `word` sets the job's final state, unless the bucket already has a "cancel"."""
         await self.forbid(live, word)
         closed = await self._seal(live)
-        # The cancellation is written again, because the bucket may have lost the control word during the sealing.
+        # The cancellation is written again, because the bucket may have lost the control object in the meantime.
         written = await commit.write_cancellation(
             self._objects, live.id, replace(word, round=live.round), self._patience
         )
@@ -279,13 +282,13 @@ class JobCoordinator(Part):
             await self.abandon(live, reason)
 
     async def abandon(self, live: LiveJob, reason: str) -> None:
-        """End a job only in the ledger, because the bucket has lost its objects."""
+        """End a job only in the ledger, because the bucket has lost the job's objects."""
         await self._record(live, Ending(JobState.FAILED, reason, self._clock.now_s(), _uncut_tasks(live)))
 
     async def forbid(self, live: LiveJob, word: json_format.ControlCommand) -> None:
-        """Write "cancel" to the control object, and wait until workers cannot start a task (I4). The first "cancel"
-        stays in the control object, so a new leader ends the job in the same state. Raise Superseded if the job is in a
-        later round."""
+        """Write "cancel" to the job's control object, and wait until workers cannot start a task of the job (promise
+        I4). The first "cancel" stays in the control object, so a new leader ends the job in the state that the first
+        "cancel" names. Raise Superseded if the job is in a later round."""
         if live.forbidden:
             return
         async with live.control_lock:
@@ -307,7 +310,8 @@ class JobCoordinator(Part):
         live.allowed = True
 
     async def record_control(self, live: LiveJob, word: Control) -> None:
-        """Record the control word in the ledger and in memory. Raise Superseded if the job is in a later round."""
+        """Record the job's control command in the ledger and in memory. Raise Superseded if the job is in a later
+        round."""
         change = SetControl(live.id, word, live.round)
         if (await self._ledger.apply(change)).has_control(change):
             live.record = replace(live.record, control=word)
@@ -316,7 +320,7 @@ class JobCoordinator(Part):
             await self._ledger_writer.refresh(live)
 
     async def _recheck_control(self, live: LiveJob) -> None:
-        live.doubtful = False  # reset before the read, because another event may set the flag during the read
+        live.doubtful = False  # the flag is reset before the read, because an event during the read may set the flag
         try:
             await self.follow_control(live)
         except BackendError:
@@ -324,8 +328,8 @@ class JobCoordinator(Part):
             raise
 
     async def follow_control(self, live: LiveJob) -> None:
-        """Read the control word from the bucket, and apply the word to the job. Another manager may have written a
-        control word without a change of the ledger."""
+        """Read the control command from the bucket, and apply the command to the job. Another manager may have written
+        a control command without a change of the ledger."""
         async with live.control_lock:
             if live.record.control is Control.CANCEL:
                 return
@@ -347,12 +351,13 @@ class JobCoordinator(Part):
         live.wake.set()
 
     async def _read_control(self, live: LiveJob) -> json_format.ControlCommand | None:
-        """Return the control word from the bucket, or None. If the control object is lost or damaged, write the
-        ledger's control word again."""
+        """Return the command in the job's control object, or None if the object is lost or damaged. Write a lost or
+        damaged control object again from the ledger."""
         try:
             return await commit.read_command(self._objects, live.id, self._patience)
         except NotFound:
-            # A lost control object with "run" needs no repair, because workers run a job without a control object.
+            # A job whose command is "run" does not need its control object, because workers run a job without a control
+            # object.
             if live.record.control is Control.RUN:
                 return None
         except Malformed as error:
@@ -367,7 +372,8 @@ class JobCoordinator(Part):
             record = live.stages[stage.name]
             if not stage.chained and (record.left or record.counts.planned is None):
                 await self._close_cuts(live, stage.name, record)
-        # The refresh reads a first cut that another manager committed, which sets the number of tasks of later stages.
+        # The refresh reads the first cuts that another manager committed. A first cut sets the number of tasks of later
+        # stages.
         await self._ledger_writer.refresh(live)
         for stage in live.job.stages:
             if stage.chained:
@@ -382,7 +388,7 @@ class JobCoordinator(Part):
 
     async def _close_cuts(self, live: LiveJob, stage: StageName, record: StageRecord) -> None:
         """Commit an empty next cut, so that an earlier leader cannot commit further cuts. If an earlier leader has
-        already committed the next cut, the bundles of the committed cut are sealed too."""
+        already committed the next cut, the bundles of the committed cut are canceled too."""
         round_ = live.round
         seq = record.cut_seq + 1 if record.plan_round == round_ else 0
         while True:
@@ -393,8 +399,8 @@ class JobCoordinator(Part):
             seq += 1
 
     async def _end(self, live: LiveJob, state: JobState, reason: str, closed: Mapping[StageName, int]) -> None:
-        """Commit the end of the job, and record the committed end. `closed` has the number of tasks of each stage that
-        will never run."""
+        """Commit the end of the job, and record the committed end. `closed` has the number of tasks that will never
+        run, by stage."""
         with span(self._tracer, "end", live.job.trace, Subject(live.id), state=state.value):
             closed = {name: tasks for name, tasks in closed.items() if tasks}
             await self._record(
@@ -417,7 +423,7 @@ class JobCoordinator(Part):
         return ending
 
     async def _record(self, live: LiveJob, ending: Ending) -> None:
-        """Record the end of the job in the ledger, and wake the clients that wait for the end."""
+        """Record the committed end of the job in the ledger, and wake the clients that wait for the job's end."""
         if self._notifier:
             await self._notifier.ended(live, ending)
         if await self._ledger_writer.write(live, Finish(live.id, ending, live.round)):
@@ -427,7 +433,7 @@ class JobCoordinator(Part):
         live.end()
 
     async def _reason(self, live: LiveJob, verdict: Verdict) -> str:
-        """Return the verdict's reason with the message of the first failure."""
+        """Return the reason of the job's end, with the message of the job's first failure."""
         if not verdict.reason:
             return ""
         for record in await self._ledger.bundles(live.id, failed=True, limit=1):
@@ -435,16 +441,16 @@ class JobCoordinator(Part):
             try:
                 outcome = await committed(self._objects, record.bundle, self._patience, key)
             except Malformed:
-                break  # the stored outcome was damaged after the manager had counted it
+                break  # the bucket's outcome was damaged after the manager had counted the outcome
             for failure in outcome.failed if outcome else ():
                 if failure.final:
                     return with_task(verdict.reason, record.bundle.stage, failure.task, failure.reason)
         return verdict.reason
 
     async def _fetch_missing_outcomes(self, live: LiveJob) -> bool:
-        """Fold committed outcomes whose event was lost. Return whether the ledger has every bundle's outcome (I3). All
-        tasks of a job can end before the ledger has every outcome, because a split bundle's event may arrive after the
-        events of its halves."""
+        """Fold committed outcomes whose event was lost. Return whether the ledger has every bundle's outcome (promise
+        I3). All tasks of a job can end before the ledger has every outcome, because a split bundle's event may arrive
+        after the events of its halves."""
         while outstanding := live.all_outstanding()[:MAX_CONCURRENT_OUTCOMES]:
             results = await asyncio.gather(*(self._outcomes.read(live.job, o.bundle) for o in outstanding))
             outcomes = [outcome for outcome in results if outcome]

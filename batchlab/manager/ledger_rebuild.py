@@ -1,8 +1,8 @@
-"""Rebuild of the ledger from the bucket alone (`ledger rebuild`, I3).
+"""Rebuild of the ledger from the bucket alone (command `ledger rebuild`, promise I3).
 
-Invariant: one transaction restores each job, only if the job's rows have not changed since the bucket was read. Users,
-and a manager that has just lost the lease, may therefore change jobs during a rebuild. A reader sees each job either in
-its old state or in its new state.
+Invariant: each job is restored in one transaction, and only if the job's rows have not changed since the bucket was
+read. Users, and a manager that has just lost the lease, may therefore change jobs during a rebuild. A reader of the
+ledger sees each job either as before the rebuild or as after the rebuild.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _MAX_ATTEMPTS = 10
 class RebuildResult:
     jobs: int
     unreadable: dict[str, str] = field(default_factory=dict)
-    """Reason for each unreadable object, by key. A job with an unreadable outcome or end is restored without that
-    object, and a job with an unreadable control word is restored as paused. A job with an unreadable object of another
-    kind keeps its ledger rows."""
+    """Reason for each unreadable object, by key. A job with an unreadable outcome or end is restored without the
+    unreadable object. A job with an unreadable control object is restored as paused. A job with any other unreadable
+    object keeps its rows in the ledger."""
 
 
 async def rebuild(ports: Ports) -> RebuildResult:
@@ -224,7 +224,7 @@ async def _ending(ports: Ports, job: JobId, round_: int, job_objects: _JobObject
     except NotFound:
         return None
     except UnreadableObject as error:
-        # The manager computes an unreadable end of a job again from the counters.
+        # If the stored end of a job is unreadable, the manager computes the end again from the counters.
         job_objects.unreadable[error.key] = error.message
         return None
 
@@ -235,8 +235,8 @@ async def _control(ports: Ports, job: JobId, job_objects: _JobObjects) -> Contro
     except NotFound:
         return Control.RUN
     except Malformed as error:
-        # An unreadable control word pauses the job, because the control word may have been a cancellation and the user
-        # can resume the job.
+        # A job with an unreadable control object is restored as paused. The control object may have contained a
+        # cancellation, and the user can resume a paused job.
         job_objects.unreadable[object_keys.control(job)] = error.message
         return Control.PAUSE
     except TooNew as error:

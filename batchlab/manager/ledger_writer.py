@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 BundleKey = tuple[JobId, StageName, BundleId]
 OutcomesByBundle = Mapping[BundleKey, RetainedOutcome]
 Traces = Mapping[BundleKey, str]
-"""Traceparents of completions, by bundle."""
+"""Trace contexts (`traceparent` values) of completions, by bundle."""
 EMPTY: Mapping[BundleKey, Any] = MappingProxyType({})
 
 
@@ -40,8 +40,8 @@ class LedgerWriter(Part):
     async def fold(
         self, completions: Sequence[Completion], whole: OutcomesByBundle = EMPTY, traces: Traces = EMPTY
     ) -> None:
-        """Fold completions, and wake the jobs of the completions. `whole` has the outcomes that events contained
-        completely."""
+        """Fold completions, and wake the jobs of the completions. `whole` has the outcomes that events contained with
+        all their values."""
         accepted = await self._accepted(completions)
         if not accepted:
             return
@@ -93,7 +93,8 @@ class LedgerWriter(Part):
                 continue
             accepted.append((completion, job))
             live = self._lives.get(job.id)
-            # The flag is set before the fold, because the job must read the control word before it ends.
+            # The flag is set before the fold, because the coordinator must read the control object before it ends the
+            # job.
             if live is not None and completion.cancelled and live.record.control is not Control.CANCEL:
                 live.doubtful = True
         return accepted
@@ -101,7 +102,7 @@ class LedgerWriter(Part):
     def _update_lives(
         self, completions: Sequence[Completion], folded: FoldResult, whole: OutcomesByBundle
     ) -> list[LiveJob]:
-        """Update outstanding bundles and recent outcomes of live jobs, and return these jobs."""
+        """Update the outstanding bundles and recent outcomes of live jobs, and return the updated jobs."""
         if folded.first_seq != self._next_seq:
             # Another leader has folded completions, or the response of an earlier fold was lost.
             for every in self._lives.values():
@@ -154,7 +155,8 @@ class LedgerWriter(Part):
             raise Superseded(live)
 
     async def _update_rows(self, live: LiveJob, before: JobRecord | None, rows: JobRows) -> None:
-        """Copy rows to memory. `before` is the job's record at the time of the request for the rows."""
+        """Copy the ledger's rows of a job to memory. `before` is the job's record at the time of the request for the
+        rows."""
         # If the record has changed since the request, the rows may be old, and old rows would overwrite a cancellation.
         while live.record is not before:
             before = live.record

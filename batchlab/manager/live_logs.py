@@ -1,9 +1,10 @@
 """Live logs of running tasks: requests to workers, and reads of the stored output.
 
-Invariant: a request for live logs does not change the control word. A request for live logs replaces only the version
-of the control object that was read, with a larger request number. For any number of clients, live logs of a job cost
-one GET and one PUT per half of a request's validity. Each half of a control lease adds one LIST. The memory use of live
-logs is bounded, and the manager drops logs soon after the last read.
+Invariant: a request for live logs does not change the command in the control object. A request for live logs has a
+larger request number than earlier requests, and replaces only the version of the control object that was read. For any
+number of clients, the live logs of a job cost one GET and one PUT in each half of a request's validity, and one LIST in
+each half of a control lease. The memory use of live logs is bounded, and the manager drops a job's live logs soon after
+the last client has read them.
 """
 
 from __future__ import annotations
@@ -112,18 +113,18 @@ class LiveLogs(Part):
                 worker_logs = job_logs.stored.get(info.key)
                 if worker_logs is None or worker_logs.etag != info.etag:
                     if info.size > free_bytes:
-                        continue  # above the memory limit, the output of further workers is left out
+                        continue  # further workers' output that exceeds the memory limit is left out
                     worker_logs = await self._read_stored(info, free_bytes)
                 elif not _running_only(live, worker_logs.tails):
-                    worker_logs = _WorkerLogs(info.etag, 0, ())  # the worker's bundles have ended
+                    worker_logs = _WorkerLogs(info.etag, 0, ())  # the bundles of the stored output have ended
                 if worker_logs.size <= free_bytes:
                     stored[info.key] = worker_logs
                     free_bytes -= worker_logs.size
         job_logs.stored = stored
 
     async def _read_stored(self, info: ObjectInfo, limit: int) -> _WorkerLogs:
-        """Return the output that a worker has stored. Return no output if the stored object is unreadable or larger
-        than `limit`, because the worker may have grown the object since the listing."""
+        """Return the output that a worker has stored. The result is empty if the stored object is unreadable or larger
+        than `limit`, because the object may have grown since the listing."""
         get = partial(self._objects.get, info.key, limit=limit)
         try:
             data = await self._patience(get)

@@ -4,9 +4,9 @@ Invariant: only the holder of the lease collects, plans, and scales. Two manager
 because every decision is a conditional PUT and every fold counts once. This module creates and connects all parts of
 the manager.
 
-Invariant of the lease: the clocks of the managers need not agree. A standby takes the lease only after the holder's
-beat has not changed for the lease's duration, measured by the standby's monotonic clock. The holder stops leading
-before a standby can take the lease.
+Invariant of the lease: the clocks of different managers need not agree. A standby manager takes the lease only after
+the lease's beat counter has not changed for the lease's duration by the standby's monotonic clock. The holder stops
+leading before a standby can take the lease.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class LeaderLease:
             now_s = self._clock.monotonic_s()
             await asyncio.sleep(max(0.0, self._renewed_s + self._ttl_s / 3 - now_s))
             asked_s = self._clock.monotonic_s()
-            # The lease counts from the last request, because the response may have arrived much later. A process that
-            # was paused for longer than the lease's duration sends one more request.
+            # The lease's duration starts with the last request, because the response may have arrived much later. A
+            # manager process that was paused for longer than the lease's duration sends one more request.
             left_s = self._renewed_s + self._ttl_s - asked_s
             try:
                 async with asyncio.timeout(left_s if left_s > 0 else self._ttl_s * 2 / 3):
@@ -94,8 +94,8 @@ class LeaderLease:
             if lease.owner != self._owner:
                 return
             if lease.beat != self._beat + 1:
-                # The lease was free while this process was paused, or a request was sent twice after a lost response. A
-                # call of `on_gap` after a repeated request is harmless.
+                # The lease was free while this process was paused, or a request was sent twice after a lost response.
+                # An unnecessary call of `on_gap` is harmless.
                 on_gap()
             self._beat, self._renewed_s = lease.beat, asked_s
 
@@ -271,13 +271,14 @@ class Manager:
         if not self._others_led:
             return
         log.warning("another manager led while %s was paused: all jobs are adopted again", self.owner)
-        # The flags are reset before the reads, because another manager may lead again during the reads.
+        # The flags are reset before the ledger is read, because another manager may lead again during the reads.
         self._others_led = self._retries_searched = False
         if self.scheduler:
             self.scheduler.reload()
         await self._adoption.drop_all()
         try:
-            # The manager reads usage and recorded data before it adopts jobs, because adopted jobs use both.
+            # The manager reads usage and recorded data before it adopts jobs, because adopted jobs continue the usage
+            # and the recording.
             if self.spending:
                 await self.spending.reread()
             if self.recorder:
@@ -291,7 +292,7 @@ class Manager:
         while True:
             try:
                 if not self._retries_searched:
-                    self._retries_searched = True  # set early, as another manager may lead during the search
+                    self._retries_searched = True  # set first, as another manager may lead during the search
                     await self.job_commands.find_unfinished_retries()
                 await self.job_commands.finish_retries()
             except BackendError as error:
@@ -372,7 +373,8 @@ class Manager:
             await self._show_start(live)
             live.wake.set()
         if self.spending:
-            # The accounts of ended jobs are closed first, because the recorder removes the data of ended jobs.
+            # The accounts of ended jobs are closed before the recorder samples, because the recorder removes the data
+            # of ended jobs.
             self.spending.close_ended()
         if self.recorder:
             self.recorder.observe(self.groups, self.depths, self.autoscaler.backlog)
@@ -385,7 +387,7 @@ class Manager:
     async def _check_queues(self) -> None:
         """Read the queue depths, drain the dead-letter queues, and recover silent bundles."""
         now_s = self.ports.clock.monotonic_s()
-        # The tolerance of 1 ms covers a tick that starts slightly early.
+        # The tolerance of 1 ms allows for a tick that starts slightly early.
         if now_s - self._checked_s < (QUEUE_CHECK_S if self.lives else IDLE_QUEUE_CHECK_S) - 0.001:
             return
         self._checked_s = now_s
@@ -396,7 +398,7 @@ class Manager:
             await self._reconciler.recover_silent()
         except BackendError:
             if self.lives:
-                self._checked_s = -IDLE_QUEUE_CHECK_S  # the next tick checks again and reports the outage
+                self._checked_s = -IDLE_QUEUE_CHECK_S  # the next tick reads the depths again and reports the outage
             raise
 
     async def _show_start(self, live: LiveJob) -> None:

@@ -5,8 +5,8 @@ shows the job's end, and stays in the bucket until a leader delivers the notific
 delays only its own notifications. The outbox has each notification id once, either pending or done, and a done
 notification never becomes pending again.
 
-Triggers read only data in memory. A job without progress is at a standstill if no worker runs the job, and the job does
-not wait for its user, a retry delay, or a cap.
+Notification triggers read only data in memory. A job without progress is at a standstill if no worker runs the job, and
+the job does not wait for its user, a retry delay, or a cap.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _LastProgress:
-    """State and time of a job's last progress."""
+    """A job's progress marker, and the time at which the marker last changed."""
 
     marker: tuple[int, ...]
     since_s: float
 
 
 class NotificationTriggers(Part):
-    """Notification triggers of the jobs that one manager conducts. The cost caps in `caps` become part of the keys of
+    """Notification triggers of the live jobs of one manager. The cost caps in `caps` become part of the keys of
     notifications."""
 
     def __init__(self, context: Context, caps: CostCaps | None) -> None:
@@ -57,8 +57,8 @@ class NotificationTriggers(Part):
         self._progress.pop(job, None)
 
     def fired(self, live: LiveJob, target: Target, standstill_s: float) -> Iterator[tuple[str, str]]:
-        """Yield the moment of each trigger that has fired for `target`, and a key that distinguishes repeated triggers.
-        `standstill_s` is the time since the job's last progress."""
+        """Yield the name of each trigger that has fired for `target`, such as "stuck", and a key that distinguishes
+        repeated triggers. `standstill_s` is the time since the job's last progress."""
         failed = sum(counts.failed for counts in live.counts)
         if target.wants("failures") and failed >= target.failures:
             yield "failures", str(target.failures)
@@ -96,8 +96,8 @@ MAX_DONE_IDS = 1000
 
 @dataclass(slots=True)
 class Outbox:
-    """Pending notifications, and the results of done notifications, newest last. One object in the bucket stores the
-    outbox."""
+    """Pending notifications, and the results of done notifications, sorted from oldest to newest. One object in the
+    bucket stores the outbox."""
 
     pending: dict[str, Notification] = field(default_factory=dict)
     log: list[Notification] = field(default_factory=list)
@@ -161,7 +161,7 @@ CLOSE_S = 1.0
 MAX_EXPLANATIONS = 5
 """Maximum number of stuck jobs explained per tick. Each explanation of a stuck job reads the fleet and the ledger."""
 MAX_PENDING = 2000
-"""Maximum number of pending notifications. Above this limit, the manager gives up the oldest notification."""
+"""Maximum number of pending notifications. Above MAX_PENDING, the manager gives up the oldest pending notification."""
 
 
 class Notifier(Part):
@@ -177,7 +177,7 @@ class Notifier(Part):
         self._saved_version = 0
         self._lock = asyncio.Lock()
         self._write_due_s: float | None = None
-        """Monotonic time of the next write of delivery results, or None."""
+        """Monotonic time of the next write of delivery results to the bucket, or None if no write is due."""
         self._written_s = float("-inf")
         self._unwritten = asyncio.Event()
         self._due = asyncio.Event()
@@ -230,7 +230,8 @@ class Notifier(Part):
                         continue
                     explained += moment == "stuck"
                     if moment == "stuck" and explained > MAX_EXPLANATIONS:
-                        # The tick waits for each explanation, so the next tick explains the remaining jobs.
+                        # The tick waits for each explanation of a stuck job, so the next tick explains the remaining
+                        # stuck jobs.
                         continue
                     known_ids.add(id_)
                     fired.append(await self._notification(live, target, moment, key))
@@ -268,7 +269,7 @@ class Notifier(Part):
     async def _add(self, new: Sequence[Notification]) -> None:
         new = [notification for notification in new if not self.outbox.has(notification.id)]
         if not new and self._saved_version >= self._version:
-            return  # the bucket already has every change
+            return  # the bucket already has every change of the outbox
         for notification in new:
             self.outbox.pending[notification.id] = notification
         while len(self.outbox.pending) > MAX_PENDING:
@@ -286,7 +287,7 @@ class Notifier(Part):
             if self._saved_version >= required:
                 return
             version, due_s = self._version, self._write_due_s
-            self._write_due_s = None  # the next write stores results that arrive during this write
+            self._write_due_s = None  # the next write of the outbox stores results that arrive during this write
             try:
                 await self._document.write(self.outbox.to_bytes)
                 self._saved_version, due_s = version, None
@@ -366,7 +367,8 @@ class Notifier(Part):
         try:
             await self._try(notification)
         finally:
-            # If the manager dies before the write, the next manager sends the notification twice or sooner.
+            # If the manager dies before the write of the delivery result, the next manager sends the notification again
+            # or sooner.
             pending = self.outbox.pending.get(notification.id)
             within_s = min(SOON_S, len(self.outbox.pending) / SMALL)
             if pending and pending.attempts > 1:
@@ -411,7 +413,7 @@ class Notifier(Part):
             return
         self._counts.deliveries[kind, "failed"] += 1
         wait_s = _pause_s(tried)
-        if notification.id in self.outbox.pending:  # another leader may have delivered the notification
+        if notification.id in self.outbox.pending:  # another leader may have removed the pending notification
             self.outbox.pending[notification.id] = replace(tried, due_s=now_s + wait_s)
         log.warning("a notification to %s is tried again in %.0f s: %s", shown, wait_s, error.message, extra=extra)
 
@@ -426,7 +428,8 @@ class Notifier(Part):
         return self.directory().named(notification.target)
 
     async def test(self, name: str) -> str:
-        """Send a test notification to one target without retries. Return the delivery error, or ""."""
+        """Send a test notification to one target without retries. Return the delivery error, or "" after a successful
+        delivery."""
         target = self.directory().named(name)
         if target is None:
             names = ", ".join(t.name for t in self.directory().targets) or "none"
@@ -444,7 +447,7 @@ class Notifier(Part):
             self._close(replace(notification, attempts=1), "delivered", "")
             return ""
         finally:
-            with suppress(BackendError):  # the test's result is still in this manager's memory
+            with suppress(BackendError):  # the result of the test stays in this manager's memory
                 await self._save()
 
     def trouble(self, job: str) -> str:
@@ -466,5 +469,5 @@ def _pause_s(notification: Notification) -> float:
 
 
 def _destination(notification: Notification) -> str:
-    """Return the address of a job's own target, or the name of a grid's target."""
+    """Return the address of a job's own notification target, or the name of a notification target of the grid."""
     return notification.own.to if notification.own else notification.target

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_REPORTED = 20_000
-"""Maximum number of reported messages and objects that are stored, so that a second delivery is not reported again."""
+"""Maximum number of remembered messages and objects. A remembered message is not reported again after a second
+delivery."""
 MAX_JOBS = 1_000
 MAX_OBJECTS_PER_JOB = 20
 
@@ -44,7 +45,7 @@ class Quarantine:
 
     def message(self, kind: str, id_: str, length: int, error: Exception, job: JobId | None = None) -> None:
         """Report a dropped message of the kind "event" or "dead letter" with `length` characters."""
-        # The log omits the content of the message, because the content may be a user's text.
+        # The log omits the message's content, because the content may be a user's text.
         what = f"{kind} of {length} characters"
         if self._is_new(kind, f"{kind} {id_}"):
             article = "an" if kind[0] in "aeiou" else "a"
@@ -96,11 +97,11 @@ class Quarantine:
             self._jobs.popitem(last=False)
 
     def unreadable(self, job: JobId) -> Mapping[str, str]:
-        """Return the error of each unreadable message or object of the job, by name."""
+        """Return the error of each unreadable message or object of the job, by the name of the message or object."""
         return self._jobs.get(job, {})
 
     def trouble(self, job: JobId) -> str:
-        """Return a phrase about unreadable messages and objects of the job, or "" without such errors."""
+        """Return a phrase about unreadable messages and objects of the job, or "" if all were readable."""
         errors = self.unreadable(job)
         if not errors:
             return ""
@@ -142,8 +143,8 @@ class OutcomeStore:
         self._quarantine = quarantine
 
     async def read(self, job: JobDef, bundle: Bundle) -> Outcome | None:
-        """Return the committed outcome of `bundle`, or None. If the object is unreadable, commit a replacement in which
-        the tasks fail or are retried."""
+        """Return the committed outcome of `bundle`, or None without a committed outcome. If the outcome's object is
+        unreadable, commit a replacement in which the tasks fail or are retried."""
         try:
             key = await self._ports.keys.key_of(job)
             outcome = await committed(self._ports.objects, bundle, self._ports.patience, key)
@@ -170,8 +171,8 @@ class OutcomeStore:
             await patience(lambda: objects.put(name, data, if_absent=True))
         except AlreadyExists:
             draft = await read_outcome(objects, name, patience)
-        # The manager sends the follow-ups of the replacement, because the worker only has the follow-ups of its own
-        # outcome.
+        # The manager sends the follow-ups of the replacement outcome, because the worker has only the follow-ups of its
+        # own outcome.
         messages = follow_ups(job, draft, key, now_s=self._ports.clock.now_s())
         await send_all(self._ports.queue, messages, patience)
         return draft

@@ -1,7 +1,8 @@
 """Recovery of lost work: silent bundles without an outcome, and dead letters.
 
-Invariant (I7): a lost message, a purged queue, or a missing event delays a job by `silence_s`, and every job ends. The
-manager can safely send a bundle again, because bundle ids are derived and each commit is conditional.
+Invariant (promise I7): a lost message, a purged queue, or a missing event delays a job by `silence_s`, and every job
+ends. The manager can safely send a bundle again, because the bundle keeps its id and each commit of an outcome is
+conditional.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ RECOVERED_AT_ONCE = 50
 DEAD_LETTER_BATCHES = 5
 
 DELIVERY_LIMIT = 50
-"""Number of deliveries without an outcome after which a single task is FAILED."""
+"""Number of deliveries without an outcome after which the task of a bundle with one task is FAILED."""
 
 
 class Reconciler(Part):
@@ -59,12 +60,14 @@ class Reconciler(Part):
                 continue
             silent: list[Outstanding] = []
             for stage, waiting in live.outstanding.items():
-                # A stage of an unknown pool has no silence limit, because the manager does not read the pool's queue.
+                # A stage of an unknown pool does not have a silence limit, because the manager does not read the pool's
+                # queue.
                 limit_s = limits_s.get(live.job.stage(stage).pool)
                 if limit_s == math.inf:
-                    # The silence of bundles does not grow, because the next worker needs time for its first heartbeat.
-                    # The silence so far stays, because messages of not yet known follow-ups would reset the silence of
-                    # lost bundles repeatedly.
+                    # While the limit is infinite, the silence of the pool's bundles does not grow, because a worker
+                    # that receives a bundle needs time for its first heartbeat. The silence is not reset either,
+                    # because messages of follow-ups that the manager does not know yet would repeatedly reset the
+                    # silence of lost bundles.
                     for outstanding in waiting.values():
                         outstanding.heard_s = max(outstanding.heard_s, min(now_s, outstanding.heard_s + step_s))
                 elif limit_s is not None:
@@ -73,8 +76,8 @@ class Reconciler(Part):
                 await self._try_recover(live, silent[:RECOVERED_AT_ONCE])
 
     def _limit_s(self, pool: str, depth: Depth) -> float:
-        """Return the maximum silence of a bundle of the pool. The limit is infinite while the queue has at least as
-        many messages as outstanding bundles, because no message of a bundle is lost."""
+        """Return the maximum silence of a bundle of the pool. The limit is infinite while the pool's queue has at least
+        one message for each outstanding bundle, because no message seems to be lost."""
         if not depth.visible:
             return self._settings.silence_s
         messages = depth.visible + depth.in_flight + depth.delayed
@@ -118,7 +121,7 @@ class Reconciler(Part):
             if outcome:
                 await self.forward(live.job, outcome)
             else:
-                # The bundle is sent as a copy, for which the worker checks for an outcome before it runs the tasks.
+                # The bundle is sent as a copy. A worker checks for an outcome before it runs the tasks of a copy.
                 again.append(replace(outstanding.bundle, losses=max(1, outstanding.bundle.losses)))
                 outstanding.heard_s = self._clock.monotonic_s()
                 outstanding.copies += 1
@@ -128,7 +131,7 @@ class Reconciler(Part):
 
     async def _is_defined(self, live: LiveJob) -> bool:
         """Return whether the bucket has the job's definition. If the definition is missing, the job's asyncio task ends
-        the job, because an end takes longer than a tick."""
+        the job, because the end of a job takes longer than a tick."""
         key = object_keys.spec(live.id)
 
         def defined(data: bytes) -> None:
@@ -148,7 +151,8 @@ class Reconciler(Part):
         return False
 
     async def follow_control(self, live: LiveJob) -> None:
-        """Apply the control word in the bucket to the job, unless another call is writing a control word now."""
+        """Apply the command in the job's control object to the job, unless another call is writing the control object
+        now."""
         if not live.control_lock.locked():
             await self._coordinator.follow_control(live)
 
@@ -175,8 +179,8 @@ class Reconciler(Part):
                 await self._patience(partial(self._queue.delete, name, [message.receipt]))
 
     async def _handle_dead_letter(self, message: Message) -> None:
-        """Convert one dead letter to an outcome or a new message. A single task returns to the workers up to
-        `DELIVERY_LIMIT`, because outages of the bucket also raise the receive count."""
+        """Convert one dead letter to an outcome or a new message. A bundle with one task returns to the workers until
+        it has been delivered `DELIVERY_LIMIT` times, because outages of the bucket also raise the receive count."""
         try:
             task = read_task_message(message.body)
             bundle = task.bundle
@@ -202,7 +206,7 @@ class Reconciler(Part):
             await self._coordinator.send(live.job, [again])
 
     async def _job(self, name: JobId) -> JobDef:
-        """Return the job, and restore the job from the bucket if the ledger has lost it. Raise NotFound if the bucket
+        """Return the job. If the ledger has lost the job, restore the job from the bucket. Raise NotFound if the bucket
         does not have the job."""
         try:
             return (await self._ledger.job(name)).job

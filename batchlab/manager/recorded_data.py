@@ -1,8 +1,8 @@
-"""Functions and classes for recorded performance data: a job's part, merges, time series, and the history of instances.
+"""Recorded performance data: a job's part of the data, merges of two recordings, time series, and the instance history.
 
 Invariants: functions on documents are pure. The steps of a time series follow one another without gaps. The length of a
-merged step is at most the step's age divided by `FINE`. The instance history is bounded, and drops rows that no live
-job needs first. The instance history finds a job's rows without reading older rows.
+merged step is at most the step's age divided by `FINE`. The size of the instance history is bounded. The first rows
+that it drops are rows that no live job needs. The instance history finds a job's rows without reading older rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from batchlab.core.pricing.usage import Account
 from batchlab.manager.worker_registry import WorkerRegistry
 
 RecordedData = dict[str, Any]
-"""Document of `Recorder`. Each pool in `pools` has `slots`, `type`, and the points of its `series`. `scaling`,
+"""Document that `Recorder` stores. Each pool in `pools` has `slots`, `type`, and the points of its `series`. `scaling`,
 `instances`, and `workers` contain rows. A job's part of the document also has `requests` and `duplicates`."""
 
 BEFORE_S = 5.0
@@ -133,7 +133,7 @@ def merge_fleets(a: RecordedData, b: RecordedData) -> RecordedData:
 
 
 def _completeness(instance: Sequence[Any]) -> tuple[bool, bool]:
-    """Return whether the instance's end was observed, and whether its InService state was observed."""
+    """Return whether the recorder observed the end of the instance, and whether it observed the instance InService."""
     return instance[6] is not None, instance[5] is not None
 
 
@@ -152,7 +152,7 @@ def _interleave(a: Sequence[Sequence[Any]], b: Sequence[Sequence[Any]]) -> list[
 
 
 def _cumulative(points: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """Return points whose counts never decrease, because the points come from two observers."""
+    """Return the points with counts raised so that they never decrease, because the points come from two observers."""
     cumulative: list[list[Any]] = []
     for point in points:
         most = cumulative[-1][2:] if cumulative else point[2:]
@@ -175,15 +175,15 @@ FINE = 256
 """Resolution of a time series. The series of a job that has just ended has at least `FINE` steps of similar length. A
 series over a month has fewer than five thousand steps."""
 EVERY = 64
-"""Number of added points between two attempts to merge points."""
+"""Number of points added to a time series between two attempts to merge points."""
 
 Point = list[Json]
 """Point of a time series: time (seconds since the epoch), duration (seconds), and values."""
 
 
 class TimeSeries:
-    """Points in order of time. A time series merges older points into longer steps. `merge` returns one point for two
-    neighboring points, without their times."""
+    """Series of points, sorted by time. A time series merges older points into longer steps. The function `merge`
+    returns the merged values of two neighboring points."""
 
     def __init__(self, merge: Callable[[Point, Point], Point], points: Sequence[Point] = ()) -> None:
         self._merge = merge
@@ -226,7 +226,7 @@ def merge_pool_points(a: Point, b: Point) -> Point:
 
 
 def latest_point(_a: Point, b: Point) -> Point:
-    """Return the later of two points, because counts only grow."""
+    """Return the later of two points of cumulative counts, because the counts never decrease."""
     return b
 
 
@@ -255,9 +255,9 @@ class InstanceHistory:
         self._registry = registry
         self.living: dict[str, list[Any]] = {}
         self.ended: dict[str, list[Any]] = {}
-        """Rows of ended instances, in the order of their ends."""
+        """Rows of ended instances, sorted by the time of the end."""
         self.workers: dict[str, list[Any]] = {}
-        """Rows of workers, the most recently seen worker last."""
+        """Rows of workers, sorted so that the most recently seen worker is last."""
 
     def record_instances(self, views: Iterable[GroupView], now_s: float, since_s: Callable[[], float]) -> None:
         """Record the instances of the groups. `since_s()` returns the start of the recording."""
@@ -334,7 +334,7 @@ class InstanceHistory:
 
     @classmethod
     def from_doc(cls, doc: Mapping[str, Any], registry: WorkerRegistry) -> InstanceHistory:
-        """Read rows that `to_doc` has written, possibly in another leader."""
+        """Return the instance history from a document that `to_doc` of this or another leader has written."""
         instance_history = cls(registry)
         instance_history.living = {name: list(row) for name, row in doc["instances"].items()}
         ended = sorted((row[6], name) for name, row in instance_history.living.items() if row[6] is not None)

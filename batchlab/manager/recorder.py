@@ -1,9 +1,9 @@
-"""Recorder of queues, fleet, scaling, instances, and requests while jobs run, and queue of reports to write.
+"""Recorder of queues, fleet, scaling, instances, and requests while jobs run, and the queue of reports to write.
 
-Invariants: the recorder samples only data in memory, at most once a second. The recorded data is bounded, and becomes
-coarser with age. The recorder stores its data once a minute while jobs run, so that the next leader continues the
-recording. The account of each ended job also stores the job's recorded data. No job waits for a report, and an error of
-a report does not affect a job. A report can be written later from the data in the bucket.
+Invariants: the recorder samples only data in memory, at most once a second. The size of the recorded data is bounded,
+because older data is stored in longer time steps. The recorder stores its data once a minute while jobs run, so that
+the next leader continues the recording. The account of each ended job also stores the job's recorded data. No job waits
+for a report, and an error of a report does not affect a job. A report can be written later from the data in the bucket.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 SAMPLE_S = 1.0
 REQUESTS_S = 10.0
-"""Interval between samples of a job's requests."""
+"""Interval in seconds between two samples of a job's request counts."""
 SAVE_S = 60.0
 CLOSE_S = 1.0
 SHORT_S = 5.0
@@ -52,8 +52,8 @@ MAX_ROWS_OF_SHORT_JOB = 64
 """Maximum number of instances, and of workers, recorded for a job shorter than `SHORT_S`."""
 MAX_DECISIONS = 2_000
 MAX_JOBS = 200
-"""Maximum number of jobs whose requests are sampled. For further jobs, the recorder stores only the total of their
-requests."""
+"""Maximum number of jobs whose requests are sampled. For jobs above MAX_JOBS, the recorder stores only the total number
+of requests."""
 MAX_DUPLICATES = 4_096
 """Maximum number of stored duplicate ids, which let the recorder count each duplicate once."""
 _BOOTING = {LifecycleState.PENDING, LifecycleState.PENDING_WAIT, LifecycleState.PENDING_PROCEED}
@@ -72,7 +72,7 @@ class _LiveRecording:
         self.duplicates: dict[str, dict[str, list[float]]] = {}
         """Count and slot seconds of duplicates by stage and kind."""
         self.live: LiveJob | None = None
-        """The live job if this manager conducts the job, or None."""
+        """The live job, or None if this manager has not adopted the job."""
 
     def took_s(self, now_s: float, monotonic_s: float) -> float:
         """Return the duration of the job's round. The duration is the longer of two measurements: by the monotonic
@@ -102,7 +102,7 @@ class Recorder:
         self._registry = registry
         self._pools: dict[str, TimeSeries] = {}
         self._slots: dict[str, tuple[int, str]] = {}
-        """Slots and type of the instances of each pool."""
+        """Number of slots and type of the instances of each pool."""
         self._decisions: deque[list[Any]] = deque(maxlen=MAX_DECISIONS)
         self._history = InstanceHistory(registry)
         self._jobs: dict[JobId, _LiveRecording] = {}
@@ -144,7 +144,7 @@ class Recorder:
                     live_recording.requests.add(request_point(live.account, now_s, step_s))
 
     def _note_jobs(self) -> None:
-        """Add new jobs, and forget ended jobs."""
+        """Start the recording of new jobs, and remove ended jobs."""
         for live in self._lives.values():
             self.adopt(live)
         for job in [job_id for job_id in self._jobs if job_id not in self._lives]:
@@ -183,8 +183,8 @@ class Recorder:
         return closed
 
     def _part(self, job: JobId, seen: _LiveRecording | None, took_s: float) -> RecordedData:
-        """Return the recorded data of the job. The call reads no rows older than the job, because many jobs may end
-        together."""
+        """Return the recorded data of the job. The function does not read rows older than the job, because many jobs
+        may end together."""
         doc: RecordedData = {"jobs": {}, "earlier": {job: self._earlier[job]} if job in self._earlier else {}}
         if seen:
             # The limit of rows keeps the data of short jobs small, because most jobs are short and each job would
@@ -262,7 +262,7 @@ class Recorder:
         if live_recording is None:
             live = self._lives.get(job)
             if live is None:
-                return  # the job has ended, and its data is already stored
+                return  # the job has ended, and the job's recorded data is already stored
             live_recording = self._begin(live)
         counted = live_recording.duplicates.setdefault(stage, {}).setdefault(kind, [0, 0.0])
         counted[0] += 1
@@ -272,7 +272,7 @@ class Recorder:
         self._earlier[job] = earlier
 
     def _since_s(self, now_s: float) -> float:
-        """Return the start of the oldest live job (seconds since the epoch), or `now_s`."""
+        """Return the start of the oldest live job (seconds since the epoch), or `now_s` without live jobs."""
         return min((live_recording.since_s for live_recording in self._jobs.values()), default=now_s)
 
     def _forget(self, now_s: float) -> None:
@@ -381,8 +381,8 @@ class Reporter(Protocol):
 
 
 class ReportQueue:
-    """Queue of ended jobs that need a report. The queue writes one report at a time, oldest first. Without a
-    `reporter`, the queue writes no reports."""
+    """Queue of ended jobs that need a report. The queue writes one report at a time, starting with the job that ended
+    first. Without a `reporter`, the queue does not write reports."""
 
     def __init__(self, reporter: Reporter | None = None, counts: Counters | None = None) -> None:
         self._reporter = reporter

@@ -1,7 +1,7 @@
-"""Plans of retries: the tasks that run again, and the results that are revoked.
+"""Plans of job retries: the tasks that run again, and the results that a retry revokes.
 
-Invariant: a retry is one object in the bucket, computed from the ledger's state. A manager that finds an existing retry
-object carries out the stored retry instead of its own.
+Invariant: a retry is one object in the bucket, computed from the ledger's state. A manager that finds a stored retry
+object carries out the stored retry instead of its own retry.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TaskSelection = Mapping[StageName, TaskSet]
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Content of a retry object: results that are revoked, and cuts that run again."""
+    """Content of a retry object: the results that the retry revokes, and the cuts that run again."""
 
     reopened: tuple[Reopening, ...]
     cuts: tuple[Cut, ...]
@@ -68,8 +68,8 @@ async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
 
 
 async def read_retry(ports: Ports, job: JobDef, round_: int) -> Retry:
-    """Return the retry that began a round. Raise NotFound if the retry object does not exist, or UnreadableObject if
-    the object is unreadable or belongs to another job or round."""
+    """Return the retry that began a round of the job. Raise NotFound if the retry object does not exist, or
+    UnreadableObject if the object is unreadable or belongs to another job or round."""
     key = object_keys.retry(job.id, round_)
     retry = await read_stored(ports, key, Retry.from_bytes)
     stages = {stage.name for stage in job.stages}
@@ -83,7 +83,7 @@ async def read_retry(ports: Ports, job: JobDef, round_: int) -> Retry:
 
 @dataclass(frozen=True, slots=True)
 class RetriedTasks:
-    """Tasks that the retries of a job have run again, by round from 1."""
+    """Tasks that the retries of a job have run again, by the number of the round, which starts at 1."""
 
     by_round: tuple[Retry, ...]
 
@@ -114,14 +114,14 @@ async def failed_tasks(ports: Ports, record: JobRecord) -> dict[StageName, TaskS
 
 @dataclass(slots=True)
 class _PlanState:
-    """Decisions of the retry planner about the stages so far."""
+    """Decisions of the retry planner about the stages that it has already planned."""
 
     kept: TaskSelection
     void: set[StageName] = field(default_factory=set)
     redone: set[StageName] = field(default_factory=set)
     out: dict[StageName, TaskSet] = field(default_factory=dict)
-    """Tasks without a result after the retry, which are unretried failures and the later tasks that depend on unretried
-    failures."""
+    """Tasks that will not have a result after the retry: failed tasks that are not retried, and tasks that depend on
+    them."""
 
 
 class RetryPlanner:
@@ -205,8 +205,8 @@ class RetryPlanner:
         if not stage.chained:
             planned = await self._planned_tasks(record, stage, before.counts)
             return Cut(job.id, stage.name, round_, 0, (), planned - task_set - out, at_s=now_s)
-        # The new bundles contain the tasks with an input and without a result. Tasks without an input start as
-        # follow-ups of the upstream bundles that run again.
+        # The bundles of the retry contain the tasks that have an input but not a result. Tasks without an input start
+        # as follow-ups of the upstream bundles that run again.
         bundles = []
         for row in await successful_bundles(self._ports, job.id, stages[stage.after[0]].counts):
             tasks = (row.completion.succeeded if row.completion else TaskSet()) - task_set - out

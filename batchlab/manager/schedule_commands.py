@@ -38,7 +38,7 @@ class ScheduleCommands(Scheduler):
             raise BackendError("The schedules have not been read yet.", remedy="Try again in some seconds.") from None
 
     async def all(self) -> list[Schedule]:
-        """Return the schedules that are not removed, sorted by name."""
+        """Return all schedules that users have not removed, sorted by name."""
         await self._wait_until_read()
         by_name = self.store.schedules
         return [by_name[name] for name in sorted(by_name) if not by_name[name].removed]
@@ -144,7 +144,8 @@ class ScheduleCommands(Scheduler):
         return await self._change(name, schedules.removed)
 
     async def run_now(self, name: str, asked: str) -> tuple[Schedule, Run]:
-        """Start a run of the schedule now. A repeated request with the same `asked` returns the same run."""
+        """Start a run of the schedule now. A repeated request with the same `asked` returns the run of the first
+        request."""
 
         def change(schedule: Schedule, now_s: float) -> Schedule:
             return schedules.by_hand(schedule, asked, now_s)
@@ -153,7 +154,7 @@ class ScheduleCommands(Scheduler):
         return after, next(run for run in after.runs if run.asked == asked)
 
     async def _change(self, name: str, change: Callable[[Schedule, float], Schedule]) -> Schedule:
-        """Decide about due runs, then apply `change` and store the schedule."""
+        """Decide about the schedule's due runs, then apply `change` and store the changed schedule."""
         await self._wait_until_read()
         async with self._lock:
             for _ in range(MAX_ATTEMPTS):

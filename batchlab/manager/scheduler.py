@@ -1,10 +1,11 @@
-"""Scheduler that decides about due runs, submits the jobs of runs, records the ends of runs, and stores the schedules.
+"""Scheduler, which decides about due runs of schedules, submits the runs' jobs, records the runs' ends, and stores the
+schedules.
 
 Invariants: a conditional PUT of the schedule stores the decision about a due time before the job is submitted. The id
-of a run's job is derived from the schedule and the due time, so the next leader submits the same job once after a
-crash. A write of a schedule overwrites only the version that the manager has read. If two managers decide about the
-same due time, one write fails, and the losing manager reads the stored decision. The scheduler does not call a port
-while no run is due.
+of a run's job is derived from the schedule and the due time, so after a crash, the next leader does not submit a second
+job for the run. A write of a schedule overwrites only the version that the manager has read. If two managers decide
+about one due time, the write of one manager fails, and this manager reads the stored decision. The scheduler does not
+call a port while no run is due.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class ScheduleStore:
         return self._templates.get(key)
 
     async def is_empty(self, job: JobDef) -> bool:
-        """Return whether the job's input consists only of prefixes without objects."""
+        """Return whether no object of the bucket matches the prefixes that are the job's input."""
         keys = job.input.keys if job.input else ()
         if not keys or not all(key.endswith("/") for key in keys):
             return False
@@ -126,7 +127,7 @@ class ScheduleStore:
 
 MAX_NOTES = 100
 LATE_BY_S = 60.0
-"""Maximum delay of a schedule with a single due time after the clock was set back (docs/decisions/0019)."""
+"""Maximum delay of a schedule with a single due time, if the wall clock was set back (docs/decisions/0019)."""
 
 _BEFORE_PLANNED = (JobState.SUBMITTED, JobState.PENDING, JobState.SCHEDULED)
 
@@ -145,7 +146,7 @@ class Scheduler(Part):
         self._submitted: set[JobId] = set()
         """Jobs of unfinished runs that are in the ledger."""
         self._waits_s: dict[str, tuple[float, float]] = {}
-        """Due time of each schedule with a single due time, by the wall clock and by the monotonic clock."""
+        """Due time of each schedule that runs only once, by the wall clock and by the monotonic clock."""
         self._next: dict[str, tuple[Schedule, float | None]] = {}
         self._peaks: dict[JobId, dict[str, int]] = {}
         self._cancelling: dict[JobId, asyncio.Task[None]] = {}
@@ -161,7 +162,7 @@ class Scheduler(Part):
                 task.cancel()
 
     def reload(self) -> None:
-        """Request a new read of the schedules, because another manager may have led."""
+        """Request a new read of the schedules from the bucket, because another manager may have led."""
         self._is_read.clear()
         self._submitted.clear()
         self._wake.set()
@@ -215,7 +216,7 @@ class Scheduler(Part):
         if after is not before:
             if not await self.store.put(after):
                 self._wake.set()
-                return  # another manager has changed the schedule, so the next round tries again
+                return  # another manager has changed the schedule, so the scheduler's next pass decides again
             self._log_decisions(before, after)
         run = after.running
         if run and run.job and run.job not in self._submitted:
@@ -230,7 +231,7 @@ class Scheduler(Part):
         if definition.prewarm_s and due_s is not None:
             soon = due_s - self._clock.now_s() <= definition.prewarm_s
             if soon and self.store.cached_template(definition.template) is None:
-                with suppress(NotFound):  # the missing job is reported at the due time
+                with suppress(NotFound):  # the missing job is reported at the schedule's due time
                     await self.store.template(definition.template)
 
     def _with_lapsed_runs(self, schedule: Schedule) -> Schedule:
@@ -254,7 +255,7 @@ class Scheduler(Part):
         return monotonic_s - wait[1] > LATE_BY_S and schedule.next_s() is not None
 
     async def _with_started_run(self, schedule: Schedule) -> Schedule:
-        """Return the schedule with its next startable run marked as started."""
+        """Return the schedule. Mark the next run that may start as started."""
         while run := schedules.startable(schedule):
             now_s = self._clock.now_s()
             try:
@@ -282,7 +283,8 @@ class Scheduler(Part):
         self._submitted.add(run.job)
 
     async def _job_for(self, schedule: Schedule, run: Run) -> JobDef | None:
-        """Return the job of a run. If this grid cannot run the job, record the end of the run and return None."""
+        """Return the job of a schedule's run. If this grid cannot run the job, record the end of the run and return
+        None."""
         assert run.job
         try:
             template = await self.store.template(schedule.definition.template)
@@ -296,7 +298,7 @@ class Scheduler(Part):
         return replace(job_def, id=run.job)
 
     async def _with_ended_run(self, schedule: Schedule) -> Schedule:
-        """Return the schedule, with its run marked as ended if the run's job has ended."""
+        """Return the schedule. Mark its run as ended if the job of the run has ended."""
         run = schedule.running
         if run is None or run.job is None or run.job not in self._submitted:
             return schedule
@@ -356,9 +358,9 @@ class Scheduler(Part):
         async def cancel() -> None:
             try:
                 await self._requests.cancel(job)
-            except BatchlabError as error:  # the job has ended, or the backend does not answer
+            except BatchlabError as error:  # the job has already ended, or the backend does not answer
                 log.warning("%s is not cancelled: %s", job, error)
-                self._cancelling.pop(job, None)  # the next round cancels the job again if the job still runs
+                self._cancelling.pop(job, None)  # the scheduler's next pass cancels the job again if it still runs
 
         self._cancelling[job] = asyncio.get_running_loop().create_task(cancel(), name=f"replace {job}")
 

@@ -1,7 +1,7 @@
 """Usage accounts of the grid and of each job, stored in the bucket.
 
 Invariants: the accounts survive the manager. The manager stores the grid's account regularly, and a job's account after
-the job's end. If two leaders counted the same account, the merged account has the larger value of each count, so usage
+the job's end. If two leaders counted one account, the merged account has the larger value of each count, so that usage
 never decreases.
 """
 
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class GridUsage:
-    """Stored usage of the grid. `own` has the managers' requests to S3 and SQS, and `cap` is the grid's cost cap in
-    USD. `caps` has the cost caps that users have set for jobs, and `jobs` has the accounts of live jobs."""
+    """Stored usage of the grid. `own` has the numbers of the managers' requests to S3 and SQS, and `cap` is the grid's
+    cost cap in USD. `caps` has the cost caps that users have set for jobs, and `jobs` has the accounts of live jobs."""
 
     meter: Meter = field(default_factory=Meter)
     own: Requests = field(default_factory=Requests)
@@ -67,8 +67,8 @@ class GridUsage:
 
 @dataclass(slots=True)
 class JobUsage:
-    """Stored usage of a job, and the job's recorded data. `took_s` is the duration of the job's longest round that is
-    not stored yet."""
+    """Stored usage of a job, and the job's recorded data. Among the rounds that are not stored yet, `took_s` is the
+    duration of the longest round."""
 
     account: Account
     record: RecordedData | None = None
@@ -100,7 +100,7 @@ SAVE_S = 60.0
 CLOSE_S = 2.0
 """Maximum time that an exiting manager waits for the write of its accounts."""
 MANAGER = "manager"
-"""Name of the manager as a source of requests."""
+"""Name that stands for the manager in the counts of requests by source."""
 
 
 class Spending(Part):
@@ -119,7 +119,7 @@ class Spending(Part):
         self._accounts: dict[JobId, Account] = {}
         """Accounts of the jobs that were live at the last count of usage, or when the previous manager stopped."""
         self._foreign_accounts: dict[JobId, Account] = {}
-        """Accounts of jobs that another leader has counted and that this manager does not conduct."""
+        """Accounts of jobs that another leader has counted and that this manager has not adopted."""
         self._job_documents: dict[JobId, VersionedDocument] = {}
         """Documents with the stored usage of live jobs that ended in an earlier round."""
         self._document = VersionedDocument(context.ports, object_keys.USE, self._merge)
@@ -191,7 +191,7 @@ class Spending(Part):
         self.caps.update_budgets(self.meter, self._views)
 
     def spent_usd(self) -> float | None:
-        """Return the cost of the grid so far, or None without prices."""
+        """Return the cost of the grid so far, or None if the grid does not have prices."""
         return self.caps.spent_usd(self.meter.total)
 
     async def load(self) -> None:
@@ -245,7 +245,8 @@ class Spending(Part):
         return self._earlier_requests + self._tally.read()
 
     async def open_account(self, live: LiveJob, *, is_new: bool) -> None:
-        """Give the live job its existing account, or keep its new account if none exists."""
+        """Give the live job the account of its earlier rounds. If no earlier account exists, the live job keeps its new
+        account."""
         ended = self._ended.get(live.id)
         account = self._accounts.get(live.id) or (ended.account if ended else None)
         if ended and self._recorder and ended.record is not None:
@@ -300,8 +301,8 @@ class Spending(Part):
         """Store the accounts if they have changed, and regularly while jobs use instances."""
         now_s = self._clock.monotonic_s()
         age_s = None if self._saved_s is None else now_s - self._saved_s
-        # Without live jobs, no regular write is needed, because every manager can bill instances without a job from
-        # their launch.
+        # Without live jobs, regular writes of the account are unnecessary, because any manager can count the usage of
+        # instances without a job from their launch.
         is_old = self._accounts and self.meter.lives and (age_s is None or age_s >= SAVE_S)
         is_due = self._is_changed and (age_s is None or age_s >= self._settings.idle_s)
         if not (is_old or is_due):

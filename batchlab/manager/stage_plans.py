@@ -61,7 +61,7 @@ class StagePlans:
         self._ports = ports
 
     async def read(self, job: JobDef, stage: StageName, round: int) -> Manifest | None:
-        """Return the stage's committed plan of a round, or None."""
+        """Return the committed plan of the stage for a round, or None without a committed plan."""
         key = object_keys.manifest(job.id, stage, round)
         try:
             return await read_stored(self._ports, key, Manifest.from_bytes)
@@ -75,7 +75,7 @@ class StagePlans:
         return Manifest.of_items(opening.items) if opening else None
 
     async def opening_cut(self, job: JobDef, cut: Cut) -> Cut | None:
-        """Return the first cut of a stage that was committed with the job's definition, or None."""
+        """Return the first cut of a stage if the cut was committed together with the job's definition, else None."""
         if cut.seq or cut.round or job.items is None:
             return None
         opening = await self._opening(job)
@@ -180,8 +180,8 @@ class StagePlans:
             raise _missing_results(stage, error) from error
 
     async def _result(self, stage: StageName, own: JobObjects, reference: Json) -> Json:
-        """Return a large result from its object. The object is checked, because a worker wrote the object with any size
-        and content."""
+        """Return a large result from its object. The object is checked, because a worker may have written an object of
+        any size and content."""
         key = own.key(reference)
         get = partial(self._ports.objects.get, key, limit=RESULT_WEIGHT)
         try:
@@ -231,8 +231,8 @@ class PartWriter:
                 await self._flush()
 
     async def _store_large_item(self, item: Json) -> tuple[Json, int]:
-        """Return the item and the item's size. For an item larger than `ITEM_BYTES`, store the item in a separate
-        object, and return a reference."""
+        """Return the item and the item's size. Store an item that is larger than `ITEM_BYTES` in a separate object, and
+        return a reference to the object instead."""
         data = json_format.to_bytes(item)
         if len(data) <= ITEM_BYTES:
             return item, len(data)
@@ -262,7 +262,8 @@ class PartWriter:
         await self._patience(partial(self._objects.put, key, data))
         self._items, self._bytes = [], 0
         if len(self._parts) % PARTS_PER_PAUSE == 0:
-            # The pause lets other asyncio tasks run, because reads and writes may not have suspended this task.
+            # The pause lets other asyncio tasks run, because this asyncio task may not have waited for any read or
+            # write.
             await asyncio.sleep(0)
 
 

@@ -1,8 +1,9 @@
 """In-memory state of the manager: its ports, its time constants, and each job that has not ended.
 
 Invariants: the state in memory can be discarded at any moment, because a new leader reads the ledger. Retained outcomes
-take at most MAX_RETAINED_BYTES. The manager releases the oldest outcome first, and clients read released outcomes from
-the bucket. This module imports no other module of the manager, because workers also import the time constants.
+take at most MAX_RETAINED_BYTES. The manager releases the oldest retained outcome first, and clients read released
+outcomes from the bucket. This module does not import other modules of the manager, because workers also import the time
+constants.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.core.tracing import LINKS
 
 MAX_RETAINED_BYTES = 16 * 1024**2
-"""Limit of retained outcomes of all jobs together, in bytes of JSON."""
+"""Maximum size of the retained outcomes of all jobs together, in bytes of JSON."""
 MIN_OUTCOME_BYTES = 1024
-"""Minimum size counted for an outcome, which bounds the number of outcomes."""
+"""Minimum size in bytes that is counted for a retained outcome. The minimum limits the number of retained outcomes."""
 
 
 @dataclass(slots=True)
 class RetainedOutcome:
-    """An outcome that stays in memory for clients until the manager releases it."""
+    """An outcome that the manager keeps in memory for clients until the total size of outcomes exceeds a limit."""
 
     outcome: Outcome | None
     size_bytes: int
@@ -54,7 +55,7 @@ class RetainedOutcome:
 
 
 class RetainedOutcomes:
-    """Retained outcomes of all jobs of a grid, oldest first."""
+    """Retained outcomes of all jobs of a grid, sorted from oldest to newest."""
 
     def __init__(self) -> None:
         self._order: deque[RetainedOutcome] = deque()
@@ -83,7 +84,7 @@ MAX_RECENT_OUTCOMES = 32
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """External systems that the manager uses."""
+    """Interfaces to the external systems that the manager uses, such as objects, queues, and the ledger."""
 
     objects: Objects
     queue: Queue
@@ -101,19 +102,19 @@ class Ports:
 @dataclass(slots=True)
 class Outstanding:
     """A planned bundle without an outcome. `heard_s` is the monotonic time of the bundle's last send or heartbeat, or
-    the due time of its delayed message."""
+    the due time of the bundle's delayed message."""
 
     bundle: Bundle
     heard_s: float
     since_s: float = 0.0
     """Monotonic time when this manager sent or found the bundle."""
     copies: int = 0
-    """Number of copies of the bundle that were sent because of silence."""
+    """Number of copies of the bundle that the reconciler sent because the bundle was silent."""
 
 
 @dataclass(slots=True)
 class LiveJob:
-    """A job that has not ended."""
+    """In-memory state of a job that has not ended."""
 
     record: JobRecord
     stages: dict[StageName, StageRecord]
@@ -123,21 +124,21 @@ class LiveJob:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     control_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Lock held from the read of the control word to its next write, because a slow "run" must not overwrite an
-    acknowledged "cancel"."""
+    """Lock held from a read of the job's control object to the next write of the control object, because a slow "run"
+    must not overwrite an acknowledged "cancel"."""
     conducting: asyncio.Task[None] | None = None
     allowed: bool = False
     """Whether the job's control object exists."""
     forbidden: bool = False
     """Whether the job's cancellation is acknowledged, after which no worker can start a task of the job."""
     doubtful: bool = False
-    """Whether the manager must read the control object again. Examples are a job that another manager has conducted,
-    and workers that cancel tasks without a request to this manager."""
+    """Whether the manager must read the control object again. The flag is set, for example, for a job from an earlier
+    leader, or if workers cancel tasks without a request to this manager."""
     trouble: str = ""
-    """Error of the job's last step, or ""."""
+    """Error message of the job's last step, or "" after a successful step."""
     unreadable: Malformed | None = None
     retried_s: float | None = None
-    """Time of the request for this round's retry (seconds since the epoch), or None if unknown."""
+    """Time of the user's request for the retry that began this round (seconds since the epoch), or None if unknown."""
     version: int = 0
     """Number of visible changes of the job. The version starts above the version of any earlier manager."""
     folds: int = 0
@@ -151,27 +152,28 @@ class LiveJob:
     """Number of clients that wait for the job's first outcomes. Waiting clients may receive the first outcomes before
     the fold."""
     early_outcomes: list[RetainedOutcome] = field(default_factory=list)
-    """The job's first outcomes, at most MAX_RECENT_OUTCOMES, collected while a client waits and no outcome is
-    folded."""
+    """The job's first outcomes, at most MAX_RECENT_OUTCOMES, collected while a client waits and before the first
+    fold."""
     early_bundles: dict[tuple[StageName, BundleId], None] = field(default_factory=dict)
-    """The last bundles whose outcome arrived before their plan. A short follow-up bundle may finish before the manager
-    receives the event of the previous bundle."""
+    """The last bundles whose outcome arrived before the manager knew the bundles. A short follow-up bundle may finish
+    before the manager receives the event of the previous bundle."""
     paces: dict[StageName, tuple[int, float]] = field(default_factory=dict)
-    """Tasks and seconds by stage of the outcomes that this manager folded (see `pace_s`)."""
+    """Number of tasks and seconds of run time in the outcomes that this manager folded, by stage (see `pace_s`)."""
     measured: dict[StageName, Pace] = field(default_factory=dict)
     spans: dict[StageName, str] = field(default_factory=dict)
     traced: dict[StageName, deque[str]] = field(default_factory=dict)
-    """Traceparents of the last outcomes of each stage. The trace of a gather links to the traceparents."""
+    """Traceparents of the last outcomes of each stage. The trace of a gather links to these traceparents of its
+    upstream stages."""
     account: Account = field(default_factory=Account)
     """Usage of the job, as AWS would bill it."""
     budget: Budget | None = None
     """Remaining budget under a cost cap, or None without a cap."""
     is_held: bool = False
-    """Whether the remaining budget of a cost cap is too small for the job's next task. The manager launches no instance
-    and cuts no bundle for a held job."""
+    """Whether the remaining budget of a cost cap is too small for the job's next task. The manager does not launch
+    instances and does not cut bundles for a held job."""
     capped: str = ""
     """Text that names the cap that holds the job back, and the spent part of the cap. The text stays until the cap
-    covers all uncut tasks, because a nearly spent cap holds the job back repeatedly."""
+    covers all uncut tasks of the job, because a nearly spent cap holds the job back repeatedly."""
     round: int = field(init=False)
     """The job's round that this object represents. The job record may already show a later round."""
     _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
@@ -189,7 +191,7 @@ class LiveJob:
 
     @property
     def is_complete(self) -> bool:
-        """Return whether every task has ended according to the ledger."""
+        """Return whether every task of the job has ended, according to the ledger."""
         return all(counts.ended for counts in self.counts)
 
     @property
@@ -201,7 +203,8 @@ class LiveJob:
         self.wake.set()
 
     def update_rows(self, rows: JobRows) -> None:
-        # The record and the stages are replaced together, because a reader must not see an ended job with old counters.
+        # The job's record and stages are replaced together, because a reader must not see an ended job with old
+        # counters.
         self.record = rows.job
         self.stages = {s.counts.stage: s for s in rows.stages}
         self.notify()
@@ -227,7 +230,7 @@ class LiveJob:
 
     @property
     def first_outcomes(self) -> list[Outcome]:
-        """Return the outcomes of `early_outcomes` that are still in memory."""
+        """Return the job's first outcomes in `early_outcomes` that the manager has not released from memory."""
         return [retained_outcome.outcome for retained_outcome in self.early_outcomes if retained_outcome.outcome]
 
     def forget_outcomes(self, seq: int) -> None:
@@ -242,7 +245,7 @@ class LiveJob:
                 retained_outcome.release()
 
     def record_pace(self, done: Completion) -> None:
-        """Record how long the tasks of a completion took, and its failed attempts."""
+        """Record how long the tasks of a completion took, and the completion's failed attempts."""
         tasks, seconds = self.paces.get(done.bundle.stage, (0, 0.0))
         count = len(done.succeeded)
         seconds += settlement.weight_s(count, done.run_s)
@@ -257,7 +260,8 @@ class LiveJob:
             self.account.fail(stage.pool, failed_s * stage.slots)
 
     def pace_s(self, stage: StageName) -> float | None:
-        """Return the measured seconds per task of a stage, from which bundle sizes are computed, or None."""
+        """Return the measured seconds per task of a stage, or None before the first measurement. Bundle sizes depend on
+        the result."""
         tasks, seconds = self.paces.get(stage, (0, 0.0))
         return seconds / tasks if tasks else self.stages[stage].counts.mean_s
 
@@ -274,7 +278,7 @@ class LiveJob:
                 released.release()
 
     def outcomes_after(self, seq: int | None) -> list[tuple[BundleRecord, Outcome | None]] | None:
-        """Return the outcomes folded after `seq`, or None if only the ledger has all these outcomes."""
+        """Return the outcomes folded after `seq`, or None if the memory does not have all outcomes after `seq`."""
         if self.complete_after is None or (seq or 0) < self.complete_after:
             return None
         return [
@@ -299,18 +303,18 @@ class LiveJob:
         return [outstanding for stage in self.outstanding.values() for outstanding in stage.values()]
 
     def task_s(self, stage: StageDef, now_s: float) -> float:
-        """Return the slot seconds of one task. Before the first measurement, the estimate is the run time of the
-        stage's first bundle so far."""
+        """Return the estimated slot seconds of one task. Before the first measurement, the estimate is the time for
+        which the stage's first bundle has run."""
         # The estimate does not use `pace_s`, because `pace_s` gives less weight to long tasks.
         mean_s = self.stages[stage.name].counts.mean_s
         if mean_s is None:
-            # The time counts from the stage's first running bundle, because the boot time of instances must not launch
-            # more instances.
+            # The estimate starts with the stage's first running bundle. If the estimate included the boot time of
+            # instances, the autoscaler would launch too many instances.
             mean_s = max(UNKNOWN_TASK_S, now_s - self.began_s.get(stage.name, now_s))
         return mean_s * stage.slots
 
     def has_work(self, pool: str) -> bool:
-        """Return whether the job has work for instances of the pool, without work that a cost cap holds back."""
+        """Return whether the job has work for the pool's instances. Work that a cost cap holds back does not count."""
         if self.record.control is not Control.RUN or self.record.state is JobState.SCHEDULED:
             return False
         for stage in self.job.stages:
@@ -343,7 +347,7 @@ class LiveJob:
 
 
 class Superseded(Refused):
-    """Error raised because the round of a live job has ended, and a retry began the next round."""
+    """Error raised for a live job whose round has ended because a retry began the job's next round."""
 
     def __init__(self, live: LiveJob) -> None:
         super().__init__(
@@ -353,8 +357,8 @@ class Superseded(Refused):
 
 
 async def list_jobs(ports: Ports, *, active: bool = False) -> AsyncIterator[JobRecord]:
-    """Yield the jobs of the ledger page by page, newest first. With `active`, the listing skips ended jobs. If the last
-    job of a page is removed during the listing, the listing starts again."""
+    """Yield the jobs of the ledger page by page, sorted from newest to oldest. With `active`, the listing skips ended
+    jobs. If the last job of a page is removed during the listing, the listing starts again."""
     last: JobId | None = None
     while True:
         try:
@@ -405,7 +409,8 @@ class WorkerStatus:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """Remaining work of a pool: `seconds` of task time × slots, in `tasks` tasks that can run in parallel."""
+    """Remaining work of a pool: the sum of task time × slots in `seconds`, and the number of parallel tasks in
+    `tasks`."""
 
     seconds: float = 0.0
     tasks: int = 0
@@ -418,12 +423,12 @@ manager's latency. A short queue lets bundle sizes follow new measurements, and 
 
 @dataclass(frozen=True, slots=True)
 class ManagerSettings:
-    """Time constants of the manager in seconds, and three numbers. `control_lease_s` is also a setting of the workers
-    (see WorkerSettings). The reconciler recovers a bundle after `silence_s` without a heartbeat. `lease_ttl_s` is the
-    time to live of the leader's lease. `tick_s` is the interval of the autoscaler, the reconciler, and the fleet. The
-    scaling policy uses `drain_target_s`, `cooldown_in_s`, and `idle_s`. After `boot_tries` consecutive failed launches
-    in a pool, the next launch waits for `boot_pause_s` (0 for a fleet with its own backoff; see LaunchBreaker).
-    `boot_tries`, `max_receives`, and `window` (bundles per slot) are numbers without a unit."""
+    """Settings of the manager: time constants in seconds, and three numbers. `control_lease_s` is also a setting of the
+    workers (see WorkerSettings). The reconciler recovers a bundle after `silence_s` without a heartbeat. `lease_ttl_s`
+    is the time to live of the leader's lease. `tick_s` is the interval of the autoscaler, the reconciler, and the
+    fleet. The scaling policy uses `drain_target_s`, `cooldown_in_s`, and `idle_s`. After `boot_tries` consecutive
+    failed launches in a pool, the next launch waits for `boot_pause_s` (0 for a fleet with its own backoff; see
+    LaunchBreaker). `boot_tries`, `max_receives`, and `window` (bundles per slot) are numbers without a unit."""
 
     control_lease_s: float = 1.0
     visibility_s: float = 30.0

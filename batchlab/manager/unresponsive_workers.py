@@ -1,4 +1,4 @@
-"""Replacement of instances whose worker is silent, or shows no evidence of work.
+"""Replacement of instances whose worker is silent or does not show evidence of work.
 
 An Auto Scaling group replaces instances that fail the group's own health checks, but keeps an instance whose worker has
 stopped.
@@ -9,9 +9,9 @@ silent, the cause may be the manager, so the manager replaces instances one at a
 
 Evidence of work is a counted outcome, or a held bundle of a live job whose commit key the worker has. A worker's report
 alone is not evidence of work. A held bundle need not be outstanding, because another worker with the commit key could
-have reported the bundle's end. A worker with false reports loses its evidence when the reported jobs have ended. An
-honest worker that runs only copies of bundles of ended jobs also lacks evidence, and the grid discards the results of
-these copies.
+have reported the bundle's end. A worker with false reports loses its evidence of work when the reported jobs have
+ended. An honest worker that runs only copies of bundles of ended jobs also lacks evidence of work, and the grid
+discards its results.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ log = logging.getLogger(__name__)
 NO_WORK_TAKEN = "its worker has taken no work"
 UNKNOWN_WORK = "its worker reports work of which the manager knows nothing"
 MANAGER = "manager"
-"""Worker name in outcomes that the manager commits."""
+"""Name of the worker in outcomes that the manager itself commits."""
 
 
 class WorkEvidence(Part):
     """Evidence of work for each worker of a grid."""
 
     def __init__(self, context: Context, job_record: Callable[[JobId], Awaitable[JobRecord]]) -> None:
-        """`job_record` returns a job from the ledger or the bucket, or raises NotFound."""
+        """The function `job_record` returns a job from the ledger or the bucket, or raises NotFound."""
         super().__init__(context)
         self._job_record = job_record
 
     def missing(self, pools: Mapping[str, str]) -> dict[str, str]:
-        """Return each instance without evidence of work, with the reason. `pools` maps instances to pools. An idle
-        instance needs no evidence while its pool has no waiting work."""
+        """Return the reason for each instance that does not have evidence of work. `pools` maps instances to pools. An
+        idle instance does not need evidence of work while no work waits in its pool."""
         waits = {pool: self._has_waiting_work(pool) for pool in dict.fromkeys(pools.values())}
         lacking: dict[str, str] = {}
         for instance, pool in pools.items():
@@ -60,9 +60,9 @@ class WorkEvidence(Part):
         return lacking
 
     async def is_refuted(self, instance: str) -> bool:
-        """Return whether every held bundle belongs to a job that has ended or does not exist. The check reads the
-        ledger and the bucket, because a manager may have died before the write of a job to the ledger. Raise
-        BackendError if the backend is unavailable."""
+        """Return whether every bundle that the instance's worker reports belongs to a job that has ended or does not
+        exist. The check reads the ledger and the bucket, because a manager may have died before the write of a job to
+        the ledger. Raise BackendError if the backend is unavailable."""
         worker_status = self._registry.workers.get(instance)
         for job in sorted({held.job for held in worker_status.beat.held} - self._lives.keys() if worker_status else ()):
             try:
@@ -79,8 +79,8 @@ class WorkEvidence(Part):
         return is_own and beat.worker != MANAGER and beat.worker in self._registry.authors
 
     def _has_waiting_work(self, pool: str) -> bool:
-        """Return whether the pool's queue has visible messages, and a due bundle that no worker holds exists. Messages
-        alone are not waiting work, because a worker can send messages that no worker can run."""
+        """Return whether the pool's queue has visible messages, and at least one due bundle is not held by any worker.
+        Messages alone are not waiting work, because a worker can send messages that no worker can run."""
         depth = self._context.depths.get(pool)
         if depth is None or not depth.visible:
             return False
@@ -104,12 +104,12 @@ class WorkEvidence(Part):
 
 
 SILENCE_FACTOR = 3
-"""Limit of silence as a multiple of `silence_s`. The reconciler recovers a silent worker's bundles before the worker is
-replaced."""
+"""Maximum silence of a worker before its instance is replaced, as a multiple of `silence_s`. The reconciler recovers a
+silent worker's bundles before the worker is replaced."""
 STEPS = 10
-"""Number of steps to which stored silences are rounded, from 0 to the limit."""
+"""Number of equal steps between 0 and the silence limit. Stored silences are rounded down to a step."""
 MAX_TICKS = 2
-"""Maximum time between two checks that counts as silence, in ticks."""
+"""Maximum time between two checks of workers that counts as silence, in manager ticks."""
 
 
 class UnresponsiveWorkers(Part):
@@ -121,20 +121,21 @@ class UnresponsiveWorkers(Part):
         self._step_s = MAX_TICKS * context.settings.tick_s
         self.limit_s = max(LOST_S, SILENCE_FACTOR * context.settings.silence_s)
         self._silences_s: dict[str, float] = {}
-        """Seconds of silence, by instance."""
+        """Seconds for which the manager has not received a heartbeat, by instance."""
         self._unproven_s: dict[str, float] = {}
         """Seconds without evidence of work, by instance."""
         self._checked_s: float | None = None
 
     async def check(self, views: Sequence[GroupView]) -> None:
-        """Update silences and times without evidence, and replace instances above the limit."""
+        """Update each instance's silence and time without evidence of work, and replace instances above the limit."""
         now_s = self._clock.monotonic_s()
         if self._checked_s is None:
             self._silences_s = dict(self._registry.instances.silences_s)
         since_s = now_s if self._checked_s is None else self._checked_s
         self._checked_s = now_s
         is_deaf = self._registry.outage_s is not None and self._registry.outage_s >= since_s
-        # During an outage, the silence so far stays, because a reset would prevent replacement under steady load.
+        # During an outage of the events queue, silences stay as they are, because a reset would prevent replacement
+        # under steady load.
         step_s = 0.0 if is_deaf else min(now_s - since_s, self._step_s)
         pools = {
             instance.id: view.pool.name
@@ -152,7 +153,7 @@ class UnresponsiveWorkers(Part):
             self._silences_s[instance_id] = 0.0
         part_s = self.limit_s / STEPS
         stored_s = {instance_id: part_s * (quiet_s // part_s) for instance_id, quiet_s in self._silences_s.items()}
-        # The rounded silences rarely change, because few instances are silent for long.
+        # The rounded silences rarely change and are rarely written, because few instances are silent for long.
         self._registry.instances.record_silences({instance_id: s for instance_id, s in stored_s.items() if s})
         missing = self._evidence.missing(pools)
         self._unproven_s = {

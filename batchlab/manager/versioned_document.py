@@ -1,8 +1,9 @@
 """Document in the bucket that only the leader writes.
 
-Invariant: a write replaces only the version of the document that was read. After a crash or a pause, another leader may
-have written the document. The manager merges the other leader's version before it writes the document. Equal contents
-have equal ETags on S3, which is safe because the content is the whole state.
+Invariant: a write replaces only the version of the document that the leader has read or written last. After a crash or
+a pause, another leader may have written the document. The manager merges the other leader's version before it writes
+the document. On S3, equal contents have equal ETags. The equal ETags are safe, because the content is the whole state
+of the document.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class VersionedDocument:
 
     The function `merge` adds a stored content to the leader's state, and raises one of UNREADABLE for an unreadable
     content. A write replaces an unreadable content, because a document of a later release must not prevent a manager
-    from leading. With `keeps_unreadable`, a write leaves an unreadable content in the bucket.
+    from leading. With `keeps_unreadable`, an unreadable content stays in the bucket.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class VersionedDocument:
             self._try_merge(content)
 
     async def write(self, encode: Callable[[], bytes]) -> None:
-        """Replace the version that was read with the result of `encode`. If another leader has written the document,
-        merge the other leader's version first. Raise BackendError if the write fails."""
+        """Replace the last read version of the document with the result of `encode`. If another leader has written the
+        document, merge the other leader's version first. Raise BackendError if the write fails."""
         for remaining in reversed(range(MAX_WRITES)):
             data = encode()
             put = partial(self._ports.objects.put, self._key, data, if_absent=self._etag is None, if_match=self._etag)

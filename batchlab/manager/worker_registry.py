@@ -2,10 +2,10 @@
 
 Invariants: a heartbeat counts only for an instance that the fleet describes, with the instance's pool, and with the key
 of the instance's first heartbeat. A heartbeat of an unknown instance waits until the fleet describes the instance. An
-instance keeps the key of its first heartbeat. A worker cannot know another instance's id in advance, because ids are
-random and the role of workers cannot list instances. If a heartbeat with a second key ended the instance, a worker
-could end other instances. The bucket has the digest of a key before a heartbeat with that key counts, so the next
-leader binds the same key.
+instance keeps the key of its first heartbeat. Before an instance's first heartbeat, other workers cannot know the id of
+the instance, because ids are random and the role of workers cannot list instances. A heartbeat with a second key does
+not end the instance, because a worker could otherwise end other instances. A key's digest is in the bucket before a
+heartbeat with the key counts, so the next leader binds the instance to the same key.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class InstanceKeys:
         self._on_rejected = on_rejected
         self._instances: Mapping[str, Instance] = {}
         self._digests: dict[str, str] = {}
-        """Digest of each instance's key, or "" for a worker of release 0.1.0."""
+        """Digest of the key of each instance, by instance. A worker of release 0.1.0 has the digest ""."""
         self._unsaved: dict[str, str] = {}
-        """Digests of first heartbeats that may not be in the bucket yet."""
+        """Digests of keys that may not be in the bucket yet, by instance."""
         self._waiting: dict[str, Waiting] = {}
         self._are_changed = False
         """Whether the stored document still contains ended instances, or the silences of instances have changed."""
         self.silences_s: dict[str, float] = {}
-        """Seconds of silence, for instances with a long silence."""
+        """Seconds since the last heartbeat, for instances with a long silence."""
         self._saving = asyncio.Lock()
 
     async def bind(self, beats: Iterable[Beat]) -> None:
@@ -120,7 +120,7 @@ class InstanceKeys:
             if (data := await self._document.read()) is None:
                 return
             self._digests = _keys_from_bytes(data)
-            # A document of release 0.1.0 contains no silences.
+            # A document of release 0.1.0 does not contain the silences of instances.
             silences_s = json_format.loads(data).get("quiet_s", {})
             self.silences_s = {str(instance): float(silence_s) for instance, silence_s in silences_s.items()}
         except (Malformed, TooNew, *UNREADABLE) as error:
@@ -167,9 +167,9 @@ def _digest(key: str) -> str:
 MAX_DEPARTED = 1000
 MAX_SPOT = 20_000
 MAX_PER_S = 5_000.0
-"""Maximum plausible number of requests of one kind per second."""
+"""Maximum plausible number of requests of one kind that one worker sends per second."""
 GRACE_S = 3_600.0
-"""Tolerance of an instance's age, because clocks differ."""
+"""Tolerance in seconds for the age of an instance, because the clocks of machines differ."""
 LOST_S = 300.0
 """Silence after which a worker counts as lost. An idle worker sends five heartbeats within `LOST_S`."""
 
@@ -179,15 +179,15 @@ class _DepartedWorker:
     """The last worker of an instance, after the worker left or the instance died."""
 
     worker: str
-    """Name of the worker, or "" if the manager received no heartbeat of the worker."""
+    """Name of the worker, or "" if the manager has not received a heartbeat of the worker."""
     has_reported_departure: bool
 
 
 class WorkerRegistry:
-    """Registry of workers by instance. Invariant (I6): a dead instance's messages return to the queue as soon as the
-    fleet reports the death. If the fleet ended the instance, the manager sends the instance's bundles as new messages.
-    If an instance died by itself, the manager makes its messages visible again, which increases their receive count.
-    After a silence of `LOST_S`, the messages of a worker have already returned to the queue."""
+    """Registry of workers by instance. Invariant (promise I6): a dead instance's messages return to the queue as soon
+    as the fleet reports the death. If the fleet ended the instance, the manager sends the instance's bundles as new
+    messages. If an instance died by itself, the manager makes its messages visible again, which increases their receive
+    count. The messages of a worker that has been silent for `LOST_S` have already returned to the queue."""
 
     def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob], quarantine: Quarantine | None = None) -> None:
         self._ports = ports
@@ -199,18 +199,18 @@ class WorkerRegistry:
         """Instance of the first worker that reported each worker name. Every worker can read worker names in outcomes,
         so a later heartbeat with the same name is not evidence."""
         self.authors: set[str] = set()
-        """Workers that wrote the outcomes counted since the last check for evidence of work."""
+        """Workers whose outcomes the manager has counted since the last check for evidence of work."""
         self.outage_s: float | None = None
         """Monotonic time of the last outage or backlog of the events queue, or inf during an outage. The manager cannot
         receive current heartbeats during an outage or backlog."""
         self._ready: set[str] = set()
         """Instances whose lifecycle action is completed."""
         self.spot: dict[str, None] = {}
-        """Instances that reported to be Spot Instances, in order."""
+        """Instances that reported to be Spot Instances, sorted by the time of the report."""
         self.requests: dict[str, WorkerRequests] = {}
         self._departed: dict[str, _DepartedWorker] = {}
-        """The last instances whose worker left or died. A late heartbeat of a departed worker does not count, but
-        another worker may start on the same instance."""
+        """The last worker of each instance whose worker left or died recently. A late heartbeat of a departed worker
+        does not count, but another worker may start on the same instance."""
 
     async def receive_beat(self, beat: Beat, trusted: Collection[JobId]) -> bool:
         """Record a heartbeat, which may hold bundles of the `trusted` jobs. The first heartbeat of an instance makes
@@ -222,7 +222,7 @@ class WorkerRegistry:
         beat = replace(beat, held=self._credible(beat, trusted))
         worker_status = self.workers.get(beat.instance)
         if worker_status and worker_status.beat.worker == beat.worker and worker_status.beat.number > beat.number:
-            return True  # the queue may deliver heartbeats out of order
+            return True  # the queue may deliver an older heartbeat after a newer heartbeat
         departed = self._departed.get(beat.instance)
         if departed and departed.worker in ("", beat.worker):
             return True
@@ -270,7 +270,8 @@ class WorkerRegistry:
             await self.receive_beat(beat, trusted)
 
     async def _report_ready(self, instance: str) -> None:
-        """Complete the instance's lifecycle action. After an error, the instance's next heartbeat repeats the call."""
+        """Complete the instance's lifecycle action. If the call of the fleet fails, the instance's next heartbeat
+        repeats the call."""
         try:
             await self._ports.fleet.ready(instance)
         except (BackendError, Refused) as error:
@@ -314,8 +315,8 @@ class WorkerRegistry:
         return worker_status
 
     def forget_vanished(self, existing: Collection[str]) -> None:
-        """Remove workers that were silent for `LOST_S` on instances that no longer exist, because another leader
-        recorded their end."""
+        """Remove workers that were silent for `LOST_S` on instances that no longer exist, because another leader has
+        recorded the end of the instances."""
         since_s = self._ports.clock.monotonic_s() - LOST_S
         for instance, worker_status in list(self.workers.items()):
             if worker_status.heard_s < since_s and instance not in existing:
@@ -340,7 +341,7 @@ class WorkerRegistry:
         return bool(departed and departed.has_reported_departure)
 
     def idle(self, pool: str) -> list[str]:
-        """Return the pool's instances without a bundle, longest silent first."""
+        """Return the pool's instances without a bundle. The instance that has been silent longest is first."""
         beats = [
             worker_status.beat
             for worker_status in self.workers.values()
@@ -356,7 +357,7 @@ class WorkerRegistry:
         )
 
     async def release_messages(self, dead: Sequence[Instance]) -> None:
-        """Return the messages of dead instances to the queue, unless the messages have already returned."""
+        """Make the messages of dead instances visible in their queue again, unless they are already visible."""
         for instance in dead:
             worker_status = self._remove(instance.id)
             if worker_status is None or not worker_status.beat.held:
@@ -389,7 +390,7 @@ class WorkerRegistry:
         await self._release([our for our in received if our not in copied], visible=True)
 
     async def _release(self, held: Sequence[HeldBundle], *, visible: bool) -> None:
-        """Make messages visible again, or delete messages after copies have replaced them."""
+        """Make messages visible in their queue again, or delete messages that copies have replaced."""
         queue, patience = self._ports.queue, self._ports.patience
         receipts: dict[str, list[str]] = {}
         for bundle in held:

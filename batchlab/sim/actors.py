@@ -1,4 +1,4 @@
-"""Actors (the processes of the simulated grid), their clocks and ids, and the control words of their jobs.
+"""Actors (the processes of the simulated grid), their clocks and ids, and the control commands of their jobs.
 
 Invariant: no port call of a dead actor's tasks has any effect. Actors read the time of the event loop, and derive ids
 from a seed. Actors never read the clock or the random source of the machine.
@@ -78,8 +78,8 @@ class Actor:
     def spawn(self, coro: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
         """Run `coro` as a task of the actor. Every task that `coro` creates also belongs to the actor.
 
-        Wait for the task's end with `asyncio.wait([task])`, because `await task` would raise ActorKilled in the waiting
-        task. Raise SimulationError if the actor is dead.
+        Callers wait for the task's end with `asyncio.wait([task])`, because `await task` would raise ActorKilled in the
+        caller. Raise SimulationError if the actor is dead.
         """
         if not self.alive:
             coro.close()
@@ -203,7 +203,7 @@ class SimIds:
 
 @dataclass(slots=True)
 class JobControls:
-    """Record of the control words, cancellations, retries, and ends of all jobs of a world."""
+    """Record of the control commands, cancellations, retries, and ends of all jobs of a world."""
 
     clock: Clock
     forbidden_s: dict[JobId, float] = field(default_factory=dict)
@@ -216,12 +216,12 @@ class JobControls:
     _retries: dict[JobId, list[int]] = field(default_factory=dict)
     """Numbers of requested and of acknowledged retries of each job."""
     choices: dict[JobId, list[TaskSelection | None]] = field(default_factory=dict)
-    """Choices of failures to retry that users made, by job. A choice of None stands for all failures."""
+    """Failed tasks that users chose to retry, by job. A choice of None stands for all failures."""
 
     # --- Control words ---------------------------------------------------------------------------
 
     def on_write(self, job: str, word: ControlCommand) -> None:
-        """Record a control word that was written to the bucket."""
+        """Record a control command that was written to the bucket."""
         self._words.setdefault(job, []).append((self.clock.monotonic_s(), word.control))
         if word.control is Control.CANCEL:
             self._cancelled[job] = max(word.round, self._cancelled.get(job, -1))
@@ -230,7 +230,7 @@ class JobControls:
         self._ended.add(job)
 
     def is_live(self, job: str) -> bool:
-        """Return whether no round of the job has ended and the job's last control word is RUN."""
+        """Return whether no round of the job has ended and the job's last control command is RUN."""
         words = self._words.get(job, [])
         return job not in self._ended and (not words or words[-1][1] is Control.RUN)
 

@@ -54,7 +54,7 @@ class CachedLedger(SqlLedger):
     async def lease(self, name: str, owner: str, *, over: Lease | None = None) -> Lease:
         """Renew the lease without a reset of the cache.
 
-        The frequent writes of the lease change no job, so the cache stays valid.
+        The frequent writes of the lease do not change jobs, so the cache stays valid.
         """
         lease = await super().lease(name, owner, over=over)
         self._written -= 1

@@ -1,4 +1,4 @@
-"""Event log of the effects at the ports, in order, and a lenient reader of bundles in messages.
+"""Event log of the effects of port calls, sorted by time, and a lenient reader of bundles in messages.
 
 Invariant: a line of the log depends only on the values in the line, never on addresses, hash seeds, or folder names.
 """
@@ -57,7 +57,7 @@ def canonical(value: Any) -> str:
     Python's `repr` shows addresses, and its order of sets depends on the hash seed.
     """
     if value is None or isinstance(value, str | int | float):
-        # A str or int enum is shown by its value, so that a renamed member changes no log.
+        # A str or int enum is shown by its value, so that a renamed member does not change the log.
         return repr(value.value if isinstance(value, Enum) else value)
     if isinstance(value, bytes):
         return repr(value) if len(value) <= MAX_VALUE_LENGTH else f"{len(value)} bytes#{_hash(value)}"
@@ -111,7 +111,7 @@ def bundle_in(doc: Mapping[str, Any]) -> Bundle | None:
     """Return the bundle in a task message, or None if the bundle is missing or malformed."""
     try:
         return json_format.bundle_from_json(doc["b"])
-    except Exception:  # noqa: BLE001 - as above
+    except Exception:  # noqa: BLE001 - a malformed message may cause any error
         return None
 
 
@@ -128,5 +128,5 @@ def reported_in(doc: Mapping[str, Any]) -> list[Name]:
         bundles += [json_format.bundle_from_json(outcome["bundle"]) for outcome in doc.get("o", ())]
         keys = map(object_keys.outcome_key, doc.get("k", ()))
         return [*map(name_of_bundle, bundles), *((key.job, key.stage, key.bundle) for key in keys if key)]
-    except Exception:  # noqa: BLE001 - as above
+    except Exception:  # noqa: BLE001 - a malformed message may cause any error
         return []

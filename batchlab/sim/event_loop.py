@@ -1,7 +1,7 @@
 """An asyncio event loop whose clock jumps to the next timer when no callback is ready.
 
 Invariant: the simulated program alone decides which callbacks run, and in which order. Callbacks with equal times run
-in the order in which they were scheduled. Threads, sockets, and wall time cannot affect the order.
+in the order in which they were scheduled. Threads, sockets, and wall time cannot affect the order of callbacks.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ class SimLoop(asyncio.BaseEventLoop):
                     handle._context.run(handle._callback, *handle._args)
                 except (SystemExit, KeyboardInterrupt):
                     raise
-                except BaseException as error:  # noqa: BLE001 - as asyncio's, for `run` to raise
+                except BaseException as error:  # noqa: BLE001 - as in asyncio; `run` raises the error
                     message = f"Exception in callback {handle._callback!r}"
                     self.call_exception_handler({"message": message, "exception": error, "handle": handle})
                 # The traceback of a failed task may refer to the handle that ran the task. Without a reference from the

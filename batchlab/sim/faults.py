@@ -1,7 +1,7 @@
 """Faults of port calls and of the world, drawn from a seed or replayed from a list.
 
 Invariant: every port call and every draw of a world event has an identity (actor, number), which alone determines its
-random values. Leaving out a fault therefore does not change the latencies and draws of other calls.
+random values. The omission of a fault does not change the latencies and draws of other calls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DELAY_S = (1.0, 60.0)
 LATE_S = (1.0, 300.0)
 
 WEATHER = "weather"
-"""Label and actor name of world events, which happen without a port call."""
+"""Label and actor name of world events, which are faults that happen without a port call."""
 
 USER = "user"
 """Label of the requests of a user."""
@@ -159,7 +159,7 @@ class Weather:
         return rate
 
     def of_seed(self, rng: random.Random, *, heaviness: float = 1.0) -> Weather:
-        """Return the weather of one seed."""
+        """Return the probabilities of faults for one seed."""
         if not self.varied:
             return self
         rates: dict[str, Any] = {k.value: self.rate(k) * rng.choice(_SHARES) * heaviness for k in FaultKind}
@@ -205,10 +205,10 @@ class Point:
 class Faults:
     """Source of the faults and latencies of one run, shared by all wrapped ports.
 
-    `budget` limits the number of injected faults per kind; a kind without a budget has no limit. `latency_s` is the
-    range of the total time of a request and its answer. `delay_s` is the range of the additional time of a DELAYED
-    fault. Without `answers`, the request takes the whole latency, which halves the number of waits. Runs whose answers
-    are never lost can set `answers` to False.
+    `budget` limits the number of injected faults per kind. Faults of a kind without a budget are not limited.
+    `latency_s` is the range of the total time of a request and its answer. `delay_s` is the range of the additional
+    time of a DELAYED fault. Without `answers`, the request takes the whole latency, which halves the number of waits.
+    Runs whose answers are never lost can set `answers` to False.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class Faults:
         self.slow_looks_s: tuple[float, float] | None = None
         """Range of seconds that slow answers to reads of control objects take."""
         self.injected: list[Fault] = []
-        """Injected faults in order, for a replay by `from_list`."""
+        """Injected faults in the order of their injection, for a replay by `from_list`."""
         self._seed = rng.getrandbits(64)
         self._rates = rates
         self._budget = dict(budget or {})
@@ -313,7 +313,7 @@ class Faults:
         self.injected.append(Fault(point.actor, point.call, kind))
 
     def delay_s(self, point: Point) -> tuple[float, float]:
-        """Return the delays that DELAYED adds to the request and to the answer. One of the two delays is 0."""
+        """Return the delays of the request and of the answer by a DELAYED fault. One of the delays is 0."""
         low, high = self._delay_s
         late_answer, fraction = divmod(point.pick * 2, 1)
         extra_s = low + (high - low) * fraction

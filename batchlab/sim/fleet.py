@@ -79,7 +79,7 @@ class SimFleet:
         on_replace: OnReplace = lambda *_: None,
     ) -> None:
         self.registry: WorkerRegistry | None = None
-        """Record of workers of the manager, set after the fleet is created."""
+        """The manager's registry of workers, set after the fleet is created."""
         self._fleet: _CheckedFleet | None = None
         self._launcher, self._clock, self._ids = launcher, clock, ids
         self._state, self._drain_s, self._fail = state, drain_s, fail
@@ -153,7 +153,7 @@ class _CheckedChanges(Changes):
         self._busy_and_idle = busy_and_idle
 
     def scale_in(self, group: Group) -> None:
-        """Check that scale-in selects no busy worker if the manager knows of an idle worker."""
+        """Check that scale-in does not select a busy worker while the manager knows an idle worker."""
         before = {m.instance.id for m in group.counted() if m.state is LifecycleState.IN_SERVICE}
         super().scale_in(group)
         after = before & {m.instance.id for m in group.counted()}

@@ -1,7 +1,7 @@
 """Fuzzing: run one random world per seed, shrink failures, and print the commands to replay the failures.
 
-Invariant: the result of a seed depends only on the seed, the weather, and the faults. The sums over seeds depend
-neither on the order of the seeds nor on the number of processes.
+Invariant: the result of a seed depends only on the seed, the fault rates (weather), and the faults. The sums over seeds
+depend neither on the order of the seeds nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ MAX_TRIES = 400
 
 @dataclass(frozen=True, slots=True)
 class ShrinkResult(Generic[T]):
-    """The smallest failing list of parts. `least` is False if the limit of tries or time ended the search early."""
+    """Result of `shrink`: the smallest list of parts that still fails. `least` is False if the limit of tries or time
+    ended the search early."""
 
     parts: tuple[T, ...]
     tries: int
@@ -124,7 +125,7 @@ MAX_SHRINK_S = 180.0
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Seed whose world broke a promise after `faults`."""
+    """Seed whose world broke a promise of the grid after the injection of `faults`."""
 
     seed: int
     promise: str
@@ -149,12 +150,12 @@ class SeedResult:
 
 
 def try_seed(seed: int, weather: str) -> SeedResult:
-    """Run a seed's world with the faults that its weather draws."""
+    """Run a seed's world with the faults drawn from the rates in `weather`."""
     return replay(seed, weather, None)
 
 
 def replay(seed: int, weather: str, only: Iterable[Fault] | None, log: list[str] | None = None) -> SeedResult:
-    """Run a seed's world with `only` the given faults, or with the faults of the weather if `only` is None.
+    """Run a seed's world with the faults in `only`, or with faults drawn from the rates in `weather` if `only` is None.
 
     A fault that does not fit its call does not happen. The lines of the event log are appended to `log`.
     """
@@ -259,8 +260,8 @@ def fewest(
 ) -> ShrinkResult[Fault] | None:
     """Return the fewest of a failure's faults that break the same promise.
 
-    Return None if a replay does not break the promise. The search starts no attempt after `limit_s` seconds on the
-    clock `now_s`.
+    Return None if a replay does not break the promise. The search does not start further attempts after `limit_s`
+    seconds on the clock `now_s`.
     """
     end_s = now_s() + limit_s
 

@@ -173,7 +173,8 @@ async def check_rebuild(world: World) -> RebuildResult:
     """Check I3: a ledger rebuilt from the bucket equals the ledger that the managers wrote."""
     again = open_memory()
     rng = world.rng("rebuild")
-    # The rebuild does not use a manager, because the manager may have just died. A rebuild needs no fleet.
+    # The rebuild does not use a manager, because the manager may have just died. A rebuild of the ledger does not need
+    # a fleet.
     no_fleet = cast(Fleet, None)
     ids, patience = SimIds(rng), Patience(rng)
     result = await rebuild(Ports(world.objects, world.queue, no_fleet, again, world.clock, ids, patience))
@@ -281,7 +282,7 @@ def check_failures(world: World, task_plans: TaskPlans, job: JobDef, outcomes: S
 
 
 async def results_of(objects: Objects, ledger: Ledger, job: JobId, stage: str) -> Mapping[int, Json]:
-    """Return the encoded result of each task, based on the ledger's list of bundles as for a user."""
+    """Return the encoded result of each task, based on the list of bundles that the ledger shows to users."""
     values: dict[int, Json] = {}
     key = await CommitKeys(objects).stored(job)
     for row in await ledger.bundles(job, done=True):

@@ -40,9 +40,9 @@ async def check_damaged(world: World, jobs: Sequence[JobId], rebuilt: RebuildRes
     """Check the jobs that have a damaged object, once the world has come to rest.
 
     A job with a damaged object must end. The reason of a task's failure must name the damaged object that caused the
-    failure. The reason of a job's end must name the damaged object if the job's counters do not explain the end. The
-    reasons of a job with a changed bit need not name the damaged object. A rebuild of the ledger reports the torn
-    objects that it reads.
+    failure. The reason of a job's end must name the damaged object if the job's counters do not explain the end. If an
+    object of the job has a changed bit, the reasons need not name the damaged object. A rebuild of the ledger reports
+    the torn objects that it reads.
     """
     _check_rebuild_reports(world, rebuilt)
     for job in jobs:
@@ -65,7 +65,7 @@ async def is_lost(world: World, job: JobId) -> bool:
 
     A job may wait forever if a rebuild restores the job after its user has left, because the job's end was lost. A
     restored job waits only if its control object is damaged: the job is paused, or a changed bit has made the control
-    word unknown.
+    command unknown.
     """
     record = await world.find(job)
     if record is None or record.state.ended or object_keys.control(job) not in world.damage.hit:
@@ -79,7 +79,7 @@ def _has_changed_bit(world: World, job: JobId) -> bool:
 
 def _check_rebuild_reports(world: World, rebuilt: RebuildResult) -> None:
     skipped = {job_of(key) for key in rebuilt.unreadable if group_of(key) != "outcomes"}
-    # If a retry is unreadable, a rebuild reads no object of the retry's round.
+    # If the object of a retry is unreadable, a rebuild does not read any object of the retry's round.
     skipped |= {job_of(key) for key in world.damage.hit if group_of(key) == "retries"}
     for key in world.damage.standing([FaultKind.TORN]):
         group = group_of(key)
@@ -152,9 +152,9 @@ TOLERANCE_S = 0.001
 async def check_account(world: World, job: JobDef, outcomes: Sequence[Outcome], *, undisturbed: bool) -> None:
     """Compare the account that is stored at the end of a job with the job's outcomes.
 
-    No outcome is counted twice, whatever happens to the managers. A job counts as `undisturbed` if it succeeded without
-    a retry, under a single manager, and without a rebuild. The account of an undisturbed job has each outcome and the
-    slot seconds of each failed attempt. An account has no outcome that was committed after the end of the job.
+    No outcome is counted twice, even if managers crash. A job counts as `undisturbed` if it succeeded without a retry,
+    under a single manager, and without a rebuild. The account of an undisturbed job has each outcome and the slot
+    seconds of each failed attempt. An account does not include outcomes that were committed after the end of the job.
     """
     if not outcomes:
         return  # A job without an account may have begun and ended between two ticks of the manager.
@@ -202,7 +202,7 @@ def check_rounds(
 
 
 def _standing_failures(earlier: Sequence[Retry], outcomes: Sequence[Outcome], round_: int) -> dict[StageName, TaskSet]:
-    """Return the failures of the rounds before `round_` that no earlier retry has reset."""
+    """Return the failed tasks of the rounds before `round_` that no earlier retry has run again."""
     standing: dict[StageName, TaskSet] = {}
     for outcome in outcomes:
         stage, failed_round = outcome.bundle.stage, outcome.bundle.round

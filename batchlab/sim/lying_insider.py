@@ -25,7 +25,7 @@ MAX_LIES = 24
 GAP_S = (0.1, 6.0)
 """Range of seconds between two lies."""
 TAKING_SHARE = 0.3
-"""Share of insiders that also receive messages themselves, and run no task of the messages."""
+"""Share of insiders that also receive messages themselves, and do not run the tasks of the messages."""
 MAX_TASKS = 40
 """Maximum number of task messages that an insider remembers."""
 FORGED_STARTS = 3
@@ -38,7 +38,7 @@ class Insider:
     def __init__(self, ports: WorkerPorts, liar: Liar, rng: random.Random) -> None:
         self._ports, self._liar, self._rng = ports, liar, rng
         self._tasks: list[Doc] = []
-        """Task messages with a commit key, oldest first."""
+        """Remembered task messages with a commit key, sorted from oldest to newest."""
         self._takes = rng.random() < TAKING_SHARE
         self._may_be_huge = True
         self._lies: Sequence[Callable[[], Awaitable[None]]] = (

@@ -143,7 +143,7 @@ class WorkerPorts:
         await self.queue.send(queue, [Outgoing(body)])
 
     async def bait(self, rng: random.Random) -> str:
-        """Return the key of a new object that belongs to no job of the worker."""
+        """Return the key of a new object that does not belong to any job of the worker."""
         self.baits += 1
         name = f"bait-{self.who.instance}-{self.baits}.json"
         folder = rng.choice(("grid/", "raw/nobody/", "code/", "boot/", "reports/nobody/"))
@@ -154,7 +154,7 @@ class WorkerPorts:
 
 
 class Liar:
-    """Lying part of one worker, which needs no commit key of any job."""
+    """Lying part of one worker, which does not need the commit key of any job."""
 
     def __init__(self, ports: WorkerPorts, rng: random.Random) -> None:
         self._ports, self._rng = ports, rng
@@ -517,7 +517,7 @@ class Liar:
         Each job whose messages are stolen becomes touched.
         """
         if self._rng.random() < 0.5:
-            return  # Half of the attempts do nothing, so that some jobs remain untouched.
+            return  # Half of the attempts to steal messages do nothing, so that lying workers do not touch every job.
         queue = self.tasks_queue()
         messages: Sequence[Message] = await self._queue.receive(queue, max_messages=2, wait_s=0.0)
         receipts = [message.receipt for message in messages]

@@ -1,7 +1,7 @@
-"""Plan of the world of one seed: pools, jobs, settings, their sizes, and the focus of the world.
+"""Plan of the simulated world of one seed: pools, jobs, settings, and the focus (a rare situation made frequent).
 
-Invariant: a plan is a function of its seed alone, whatever the weather. The focus of a seed has its own random source,
-so a new focus does not change the worlds of other seeds.
+Invariant: a plan is a function of its seed alone, whatever the fault rates. The focus of a world has its own random
+source, so a new kind of focus does not change the worlds of other seeds.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Plan:
 
     `run_s` has the possible durations of a task in seconds. `heaviness` scales the rates of faults of port calls.
     `pace` stretches the pauses between world events and between user requests, so that faults also hit the last hours
-    of a long world. All jobs must end within `limit_s` (I7).
+    of a long world. All jobs must end within `limit_s` (promise I7).
     """
 
     pools: tuple[Pool, ...]
@@ -56,7 +56,7 @@ class Plan:
     pace: float = 1.0
     limit_s: float = LIMIT_S
     focus: str = ""
-    """The focus of the world (see `Focus`), or ""."""
+    """The focus of the world (a rare situation made frequent, see `Focus`), or "" for an ordinary world."""
     slow_looks_s: tuple[float, float] | None = None
     """Range of seconds that a slow answer to a worker's read of a control object takes."""
 

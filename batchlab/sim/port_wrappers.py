@@ -1,6 +1,6 @@
 """Wrappers of ports, which add latency, faults, and log lines, and prevent effects of a dead actor's calls.
 
-Invariant: every port call of a wrapped actor is one fault point and one line of the event log.
+Invariant: every port call of a wrapped actor can have one fault, and adds one line to the event log.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def wrap(
     `port` is the name of the port in the log. The faults of a queue apply only to calls of the port "queue". `rights`
     refuses the calls that the actor's role does not allow.
 
-    Without faults and log, return `inner` itself, which costs no time, but prevents a kill of the actor. An actor can
-    be killed if it has a source of faults, even with rates and latencies of 0.
+    Without faults and log, return `inner` itself. The unwrapped port costs no time, but prevents a kill of the actor.
+    An actor can be killed if it has a source of faults, even with rates and latencies of 0.
     """
     if faults is None and log is None:
         actor.guarded = False
@@ -184,8 +184,8 @@ class _Port:
         try:
             await self._pause(takes_s + extra_s)
         except asyncio.CancelledError:
-            # A port promises that a canceled receive loses no message. An SQS adapter can only make a lost message
-            # visible again, and a dead process cannot call SQS.
+            # A port promises that a canceled receive does not lose messages. An SQS adapter can only make a lost
+            # message visible again, and a dead process cannot call SQS.
             if received and self._actor.alive:
                 await self._inner.change_visibility(args[0], [(message.receipt, 0.0) for message in received])
             raise
@@ -242,7 +242,7 @@ async def _effect(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Perform the call of a queue with the faults of queues."""
+    """Perform a call of the queue port with its fault, such as a lost or repeated message."""
     if kind is FaultKind.DROPPED:
         await target(*args, **kwargs)
         return []

@@ -29,7 +29,7 @@ FREE = ("ledger.lease", "ledger.release")
 class LeadershipChecks:
     """Checks that a manager stops in time when it loses the lease.
 
-    The object stores when each manager renewed the lease, and when each manager learned of another holder.
+    LeadershipChecks stores when each manager renewed the lease, and when each manager learned of another holder.
     """
 
     check: Check
@@ -58,7 +58,7 @@ class LeadershipChecks:
         if renewed_s is None or label in FREE:
             return
         patience_s = self.ttl_s * 2 / 3 + SLACK_S
-        # A thawed process asks for the lease once before the process stops.
+        # A manager process that was frozen requests the lease once after the thaw, before the process stops.
         is_thawed = now_s - self.thawed_s(actor) < patience_s
         age_s = now_s - renewed_s
         facts = f"{actor.name} calls {label} {age_s:.1f} s after it last renewed its lease"

@@ -1,7 +1,7 @@
 """World events: random faults that hit a world without a port call.
 
-Invariant: the pause before each world event, and the target of the event, are drawn separately for each event. Leaving
-out one event therefore does not change the other events, as long as their targets exist.
+Invariant: the pause before each world event, and the target of the event, are drawn separately for each event. The
+omission of one event does not change the other events, as long as their targets exist.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class WorldFaults:
         return [worker for worker in self._world.workers.values() if worker.ended is None]
 
     def _a_process(self, rng: random.Random) -> tuple[Actor, SkewedClock] | None:
-        # Managers are preferred, because managers are few, and faults of managers find more bugs.
+        # The choice of a process prefers managers, because managers are few, and faults of managers find more bugs.
         managers = [(process.actor, process.clock) for process in self._world.manager_processes if process.actor.alive]
         workers = [(worker.actor, worker.clock) for worker in self._workers()]
         return _choose(rng, managers if managers and rng.random() < 0.4 else managers + workers)

@@ -1,6 +1,6 @@
 """Checks of the grid's promises during a simulation: at each write, send, delete, and start of a task.
 
-Invariant: the watch only observes the simulation. The watch records the effects of port calls at the services, so its
+Invariant: a `Watch` only observes the simulation. A `Watch` records the effects of port calls at the services, so its
 checks are valid for any code that calls the ports.
 """
 
@@ -122,12 +122,12 @@ class Watch:
     """The writer and the time of the first write of each start marker, except withdrawn markers."""
     _planned: set[Name] = field(default_factory=set)
     _opened: set[Name] = field(default_factory=set)
-    """Planned bundles of job definitions.
+    """Bundles that are planned in job definitions.
 
     The manager sends another copy of the planned bundles if a client repeats its request.
     """
     _following: set[Name] = field(default_factory=set)
-    """Planned bundles that follow from an outcome."""
+    """Planned bundles that are follow-ups of an outcome."""
     _committed: set[Name] = field(default_factory=set)
     _holds: dict[tuple[str, str], HeldMessage] = field(default_factory=dict)
     _settled_s: dict[tuple[Actor, Name], float] = field(default_factory=dict)
@@ -184,7 +184,7 @@ class Watch:
             return
         self.check(before in (None, data), "I1", f"{key} has changed after its commit", job)
         # The parts of a manifest are written before the manifest that commits the parts. The name of a part is a hash
-        # of the part's content, so a part needs no condition.
+        # of the part's content, so the write of a part does not need a condition.
         is_conditional = if_absent or parts[-1].startswith(("part-", "item-"))
         self.check(is_conditional, "I1", f"{key} is written without a condition")
         self._record_plan(kind, parts[-2], data)
@@ -242,7 +242,7 @@ class Watch:
     # --- Port calls ------------------------------------------------------------------------------
 
     def on_fault(self, actor: Actor, for_s: float = 0.0) -> None:
-        """Record that a lasting fault has hit the actor, which may therefore be late."""
+        """Record that a lasting fault has hit the actor. Checks then accept late calls of the actor."""
         until_s = self.clock.monotonic_s() + for_s
         self._disturbed_s[actor] = max(until_s, self._disturbed_s.get(actor, 0.0))
 
@@ -391,8 +391,8 @@ class Watch:
     def _gives_back(self, hold: HeldMessage, visibility_s: float) -> bool:
         """Return whether a change of the visibility timeout returns the message to the queue.
 
-        A timeout that is shorter than `visibility_s` returns the message. The worker's wait after a service error also
-        returns the message, even if the wait exceeds a short `visibility_s`.
+        A timeout that is shorter than `visibility_s` returns the message. The timeout that a worker sets after a
+        service error also returns the message, even if it exceeds a short `visibility_s`.
         """
         return visibility_s < self.visibility_s or visibility_s == RETURN_S * hold.receives
 
@@ -417,7 +417,7 @@ class Watch:
         loop.call_later(GIVE_BACK_S, self._check_drain, actor, context=self._context)
 
     def _check_drain(self, actor: Actor) -> None:
-        """Check I6: a draining worker holds no message whose tasks the worker has not begun."""
+        """Check I6: a draining worker does not hold messages whose tasks the worker has not begun."""
         for (queue, receipt), hold in list(self._holds.items()):
             is_kept = hold.actor is actor and not hold.given_back and actor.alive
             if not is_kept or self.waste.has_begun(actor, hold.bundle):
@@ -439,9 +439,9 @@ class Watch:
         self.silences.check_progress(lost, max(since_s, default=None), self.clock.monotonic_s())
 
     def on_exit(self, actor: Actor) -> None:
-        """Check I6: a worker that has drained and exited holds no message, unless the worker's calls were lost.
+        """Check I6: a worker that has drained and exited does not hold messages, unless the worker's calls were lost.
 
-        A message that the worker returned with a wait does not count as held.
+        A message that the worker returned to the queue with a delay does not count as held.
         """
         for (queue, receipt), hold in list(self._holds.items()):
             if hold.actor is not actor or hold.given_back:

@@ -1,6 +1,7 @@
 """Damage to objects in the store, and writes that a power cut may undo.
 
-Invariant: the store damages only objects of vulnerable jobs. Every promise is checked for jobs that are not vulnerable.
+Invariant: the store damages only objects of the jobs in `vulnerable`. For jobs that are not in `vulnerable`, every
+promise of the grid is checked.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class Damage:
             vars(self.ledger).update(copy.deepcopy(self._flushed))
 
     def strike(self, kind: FaultKind, rng: random.Random) -> str | None:
-        """Damage an object of a vulnerable job.
+        """Damage an object of a job in `vulnerable`.
 
-        Return the key of the damaged object, or None if no vulnerable job has an object.
+        Return the key of the damaged object, or None if the jobs in `vulnerable` do not have objects.
         """
         groups: dict[str, list[str]] = {}
         for key in self.objects.names():

@@ -1,4 +1,4 @@
-"""Durations and results of simulated tasks, which run no code.
+"""Durations and results of simulated tasks, which do not run code.
 
 Invariant: the result of a task is a function of the seed, the task's name, and the attempt.
 """
@@ -143,7 +143,8 @@ class TaskPlans:
         try:
             value = value_of(scene.stage.name, scene.item)
         except (KeyError, TypeError):
-            # Only a lie leads to an item without the expected fields, and a real handler would fail at the item.
+            # Only a lying worker creates an item without the expected fields, and a real handler would fail at such an
+            # item.
             failure = Failure(scene.task, FailureKind.EXCEPTION, "an odd item", error="Odd")
             return Play(plan.run_s, failure=failure)
         return Play(plan.run_s, value)
@@ -201,8 +202,8 @@ class TimedRunner:
         tasks = list(work.bundle.tasks)
         durations = self._durations(work)
         begun_s = self._clock.monotonic_s()
-        # Results are reported in groups, at the latest before a long task. Thousands of concurrent bundles therefore do
-        # not store the results of their tasks.
+        # Results are reported in groups, at the latest before a long task. The groups keep thousands of concurrent
+        # bundles from storing the results of their tasks.
         reported = 0
         for first, takes_s in self._groups(durations):
             now_s = self._clock.monotonic_s()

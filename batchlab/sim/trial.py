@@ -1,4 +1,4 @@
-"""One random world from one seed: jobs, pools, weather, and users with random requests.
+"""One random simulated world from one seed: jobs, pools, fault rates, and users with random requests.
 
 Invariant: a trial is a function of its seed. A trial checks every promise, and raises an error for a broken promise.
 """
@@ -25,7 +25,7 @@ from batchlab.sim.world import World
 _USERS = Weather(cancelled=0.08, paused=0.12, resumed=0.1, retried=0.1, resubmitted=0.03)
 
 CRASHES = replace(_USERS, kill_before=0.004, kill_after=0.004)
-"""Weather with crashes of workers and of the manager between any two port calls."""
+"""Fault rates for crashes of workers and of the manager between any two port calls."""
 
 STORM = replace(
     _USERS,
@@ -41,7 +41,7 @@ STORM = replace(
     late=0.02,
     dropped=0.02,
 )
-"""Weather with crashes, and with services that refuse, lose, repeat, and delay calls."""
+"""Fault rates for crashes, and for services that refuse, lose, repeat, and delay calls."""
 
 ALL = replace(
     STORM,
@@ -65,19 +65,19 @@ ALL = replace(
     ledger_rebuilt=0.015,
     varied=True,
 )
-"""Weather with all kinds of faults. Each seed chooses some kinds of faults, and their rates."""
+"""Rates of all kinds of faults. Each seed chooses some kinds of faults, and their rates."""
 
 TIMED = replace(ALL, timed=True)
-"""Weather with all faults, in worlds with a schedule."""
+"""Rates of all kinds of faults, for worlds with a schedule."""
 
 LIES = replace(ALL, corrupted=0.3, lies=True)
-"""Weather with all faults, in worlds with lying workers."""
+"""Rates of all kinds of faults, for worlds with lying workers."""
 
 STORAGE = replace(ALL, torn=0.1, missing=0.1, rotted=0.05, unsynced=0.04, storage=True)
-"""Weather with all faults, in worlds where the store damages objects."""
+"""Rates of all kinds of faults, for worlds where the store damages objects."""
 
 ACCOUNTS = replace(ALL, accounts=True)
-"""Weather with all faults, in worlds whose managers record the usage of each job."""
+"""Rates of all kinds of faults, for worlds whose managers record the usage of each job."""
 
 BUDGET = dict.fromkeys(FaultKind, 12) | dict.fromkeys((FaultKind.CORRUPTED, *DAMAGES), 3)
 BUDGET[FaultKind.FROZEN] = 2
@@ -90,7 +90,7 @@ Worlds whose seed is not divisible by SQL_EVERY use SimLedger. Both ledgers give
 the SQL ledger takes a third of a world's run time.
 """
 NOTIFY_EVERY = 7
-"""One of NOTIFY_EVERY worlds notifies a target of each end of a job."""
+"""In one of NOTIFY_EVERY worlds, the managers notify a target of each end of a job."""
 MAX_STEPS = 5_000_000
 CHECK_S = 15.0
 MAX_WAITS, MAX_WAITS_WITH_LIARS = 600, 4_000
@@ -112,7 +112,7 @@ class Report:
 
 
 def calm(seed: int, *, answers: bool = True) -> Faults:
-    """Return a source of latencies that injects no faults."""
+    """Return a source of latencies that does not inject faults."""
     return Faults(_fault_rng(seed), answers=answers)
 
 
@@ -127,7 +127,7 @@ def _focus_of(seed: int, weather: Weather, plan: Plan) -> Focus | None:
 
 
 def plan_of(seed: int, weather: Weather = ALL) -> Plan:
-    """Return the plan of the world of `seed` in the given weather."""
+    """Return the plan of the world of `seed` with the fault rates `weather`."""
     plan = draw(seed)
     focus = _focus_of(seed, weather, plan)
     if (weather.lies or weather.storage) and plan.limit_s == LIMIT_S:
@@ -136,7 +136,7 @@ def plan_of(seed: int, weather: Weather = ALL) -> Plan:
 
 
 def weather_of(seed: int, weather: Weather = ALL) -> Weather:
-    """Return the part of `weather` that the world of `seed` has, with its rates."""
+    """Return the fault rates of the world of `seed`, which are chosen from `weather`."""
     focus = _focus_of(seed, weather, draw(seed))
     if focus:
         return FOCUS_WEATHERS[focus]
@@ -170,7 +170,7 @@ def run(
     """
     faults, plan = faults or faults_for(seed, weather), plan_of(seed, weather)
     faults.slow_looks_s = plan.slow_looks_s
-    # A world of many hours has no schedule, because its tasks are longer than any schedule's period.
+    # A world of many hours does not have a schedule, because its tasks are longer than any schedule's period.
     timed = weather.timed and plan.limit_s == LIMIT_S
 
     def make_world() -> World:
@@ -249,8 +249,8 @@ async def _wait_for_rest(world: World, longest_s: float) -> None:
     """Wait until the fleet has scaled in and all queues exist.
 
     If the fleet is not at rest after `longest_s`, the later checks report the reason. An old copy of a committed bundle
-    may still run, and another copy may wait for a slot. A lying worker keeps its instance until the manager has no
-    evidence of work on the instance.
+    may still run, and another copy may wait for a slot. A lying worker keeps its instance until the manager stops
+    seeing evidence of work on the instance.
     """
     for _ in range(MAX_WAITS_WITH_LIARS if world.watch.trust.lies else MAX_WAITS):
         manager = world.manager

@@ -38,9 +38,9 @@ PAUSES_S = (0.0, 0.1, 1.0, 5.0, 20.0)
 """Approximate pauses in seconds between the requests of a user."""
 
 POLL_S = 4.0
-"""Maximum time in seconds between two reads of a job by a waiting user.
+"""Minimum time in seconds between two reads of a job by a waiting user.
 
-The pause limits the reads, which are the largest cost of a user.
+The minimum keeps reads rare, because reads are the largest cost of a simulated user.
 """
 
 
@@ -111,7 +111,7 @@ class User:
             state = await self._wait_for_end()
 
     async def _make_request(self) -> None:
-        """Make a random request, or make no request."""
+        """Make a random request of the user, or do nothing."""
         point = self._faults.next(self._name)
         rng = random.Random(point.pick)  # noqa: S311 - simulation
         await asyncio.sleep(rng.choice(PAUSES_S) * rng.uniform(0.5, 1.5) * self._pace)
@@ -266,7 +266,7 @@ class ScheduleUser:
         await self._world.objects.put(INPUT, lines.encode())
         first = await self._add(self._definition, replacing=False)
         await asyncio.sleep(self._lasts_s)
-        # The replaced schedule is not due for ten years, so waiting runs can still start.
+        # The new schedule is not due for ten years, so only runs that already wait can start.
         at_s = self._world.clock.now_s() + LATER_S
         last = await self._add(replace(self._definition, when=When(at_s=at_s)), replacing=True)
         while True:

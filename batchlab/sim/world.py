@@ -80,7 +80,7 @@ class World:
 
     `script` defines the simulated tasks. `make_runner` replaces the runner of simulated tasks, for example by a runner
     of real handlers. The wall clock of each process is off by up to `skew_s`. The clock of the simulated services is
-    right.
+    exact.
 
     Without `watched`, the steps of the protocol are not checked. For a worker with thousands of tasks, the checks of
     the protocol cost as much as the worker itself. With `accounting`, the managers record the usage of the grid. With
@@ -115,7 +115,7 @@ class World:
     watch: Watch = field(init=False)
     damage: Damage = field(init=False)
     manager_processes: list[ManagerProcess] = field(init=False, default_factory=list)
-    """Running managers, with the oldest manager first."""
+    """Running managers, sorted by start time with the oldest manager first."""
     workers: dict[str, SimWorker] = field(init=False, default_factory=dict)
     managers: int = field(init=False, default=0)
     rebuilding: int = field(init=False, default=0)
@@ -240,7 +240,7 @@ class World:
         self.watch.on_notification(notification.job, notification.moment, ending)
 
     def _replaced(self, instance: str, cause: str) -> None:
-        """Check that a manager may replace an instance."""
+        """Check that the manager has a valid reason to replace the instance."""
         worker = self.workers.get(instance)
         if worker is not None:
             self.watch.on_replace(worker.actor, cause)

@@ -33,7 +33,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class RequestLine(TypedDict):
-    """One request to a child process: tasks in order, and limits for the start of tasks."""
+    """One request to a child process: the tasks to run, and the limits after which no further task starts."""
 
     request: ExecutionRequest
     items: list[tuple[int, Any]]
@@ -119,7 +119,7 @@ class Child:
         self._board.mark(task, started_s, log_at)
         try:
             done = executor.run(task, item)
-        except BaseException as error:  # noqa: BLE001 - every way to fail is the task's failure
+        except BaseException as error:  # noqa: BLE001 - any exception is a failure of the task
             run_s = time.monotonic() - started_s
             self._exit_if_forked()
             word, text = "failed", json.dumps(executor.explain(error))
@@ -144,8 +144,8 @@ class Child:
             os._exit(0)
 
     def _answer(self, text: str) -> None:
-        # A handler may have closed the pipe of answers, and a later open may have reused the pipe's number. The process
-        # exits to avoid a write into a user's file.
+        # A handler may have closed the pipe of answers, and a later call of `open` may have reused the pipe's file
+        # descriptor. The process exits to avoid a write into a user's file.
         data = text.encode() + b"\n"
         try:
             if os.fstat(self._answers).st_ino != self._inodes[1]:
@@ -161,7 +161,8 @@ class Child:
                 return
         except OSError:
             pass  # The process exits if the pipe of requests is closed, as if its descriptor had been reused.
-        # Every task has answered, so the exit fails no task, and another child serves the next request.
+        # Every task of the request has answered, so the exit does not fail any task. Another child serves the next
+        # request.
         os._exit(EXIT_PIPE_LOST)
 
 
@@ -206,8 +207,8 @@ class Output:
     def settle(self, log_at: int) -> int:
         """Restore the output state after a task, and return the log's size.
 
-        `settle` flushes the streams, trims the task's output to its share, and restores the streams, the descriptors,
-        and the current folder.
+        `settle` flushes the streams, trims the task's output to its size limit, and restores the streams, the
+        descriptors, and the current folder.
         """
         out, err = self._streams
         try:
@@ -222,7 +223,7 @@ class Output:
                 is_large = first.st_size - log_at > task_log.share(log_at)
                 return task_log.trim(self._log, log_at) if is_large else first.st_size
         except (OSError, ValueError):
-            os.makedirs(self._cwd, exist_ok=True)  # noqa: PTH103 - the task may have removed it
+            os.makedirs(self._cwd, exist_ok=True)  # noqa: PTH103 - the task may have removed the folder
         self.attach(self._log, self._cwd)
         return self.size()
 
@@ -234,7 +235,7 @@ def _stream(fd: int) -> IO[str]:
 class ProcessState:
     """Kernel state of the child process that a task may change: the umask and alarms.
 
-    Python's own state (modules, os.environ) is not restored, because handlers change it on purpose.
+    Python's own state (modules, os.environ) is not restored, because handlers change the state of Python on purpose.
     """
 
     def __init__(self) -> None:
@@ -248,7 +249,7 @@ class ProcessState:
 
 
 class MemoryGrowth:
-    """Memory growth of the child process, which decides when a new child process must replace it.
+    """Memory growth of a child process. After too much growth, a new child process replaces the child process.
 
     Python seldom returns memory to the system, so the memory of earlier tasks would count for a later task.
     """

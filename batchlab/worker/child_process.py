@@ -1,8 +1,9 @@
-"""The worker's side of its warm child processes: pipes, exit, kill, limits, and the pool.
+"""The worker's side of warm child processes: pipes, exit, kill, limits, and the pool of child processes.
 
-Invariants: no call of the parent side blocks the event loop, and an ended child is reaped after its process group is
-killed. A kill ends the process group and all descendants with existing parents, so a program of a task does not outlive
-the task. A worker has at most as many children as slots, and a child runs only handlers of one code folder.
+Invariants: no call of this module blocks the worker's event loop, and an ended child is reaped after its process group
+is killed. A kill ends the process group and all descendants whose parent processes still exist, so a program of a task
+does not outlive the task. A worker has at most as many children as slots, and a child runs only handlers of one code
+folder.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Process(NamedTuple):
 def table() -> list[Process]:
     """Return every readable process of the machine. A read of the process table takes about 10 µs per process."""
     processes: list[Process] = []
-    for name in os.listdir("/proc"):  # noqa: PTH208 - 3 times as fast as Path.iterdir, 20 times a s
+    for name in os.listdir("/proc"):  # noqa: PTH208 - 3 times as fast as Path.iterdir
         if name.isdigit():
             # A process may exit between the listing of /proc and the read of its file.
             with suppress(OSError):
@@ -206,7 +207,7 @@ class ChildProcess:
 
         Lines that arrive within `gather_s` of the previous read are returned together.
         """
-        # Answers are read in batches, because a wake-up costs as much as ten tiny tasks.
+        # Answers are read in batches, because a wake-up of the event loop costs as much as ten tiny tasks.
         gap_s = self._loop.time() - self._read_s
         if gap_s < gather_s:
             await asyncio.sleep(gather_s - gap_s)
@@ -413,7 +414,7 @@ class Termination(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """Text of the failure that the reason causes."""
+        """Text of the task failure that the Termination causes."""
         return f"Loading the handler {self.reason}." if self.task == IMPORTING else self.reason
 
 

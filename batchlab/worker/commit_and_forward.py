@@ -2,8 +2,8 @@
 
 Invariant: a worker deletes a message only in one of three cases. The three cases are: the outcome is committed and
 forwarded, a copy of the message has been sent, or the job is canceled or paused. The manager knows the outstanding
-tasks of a canceled or paused job. A crash between any two lines of the module loses no task, because the message is
-deleted last.
+tasks of a canceled or paused job. A crash between any two lines of the module does not lose a task, because the worker
+deletes the message last.
 """
 
 from __future__ import annotations
@@ -155,14 +155,14 @@ class BundleFinisher:
         committed outcome. The run finds another worker's committed outcome at the end of the run.
         """
         spans = [span for span in inflight.handle.log_spans if span[0] not in part.tasks]
-        # The worker stores the log itself after the end of the run.
+        # The worker stores the execution's log after the end of the run.
         key = object_keys.log(inflight.bundle, inflight.execution, inflight.key) if spans else ""
         draft = self._draft(inflight, key, spans, part=part.tasks)
         outcome = await self._commit(inflight, draft)
         if outcome != draft:
             return False
         log_failures(outcome)
-        # The part needs no message, because the same worker runs the part.
+        # The remaining part of the bundle does not need a message, because this worker runs the part.
         others = tuple(follow for follow in outcome.follows if follow.bundle != part)
         await self._forward(inflight, outcome, replace(outcome, follows=others))
         return True
@@ -276,7 +276,7 @@ class BundleFinisher:
             await self._context.outbox.delete(inflight.queue, receipt, urgent=len(self._context.inflight) > 1)
 
 
-# --- Handoff of the tasks behind a long task ---------------------------------------------------------
+# --- Hand-off of the tasks behind a long task ---------------------------------------------------------
 
 HANDOFF_CHECK_S = 0.1
 """Seconds until the next hand-off check if no task is running."""
@@ -321,8 +321,9 @@ async def _hand_off_when_due(finisher: BundleFinisher, inflight: InflightMessage
     bundle = inflight.bundle
     part = replace(bundle, tasks=bundle.tasks - ended - _waiting_tasks(inflight, running))
     if await finisher.hand_off(inflight, part):
-        # The part is set after the commit, because the manager no longer needs the message once a heartbeat reports the
-        # part. If another worker's outcome is the committed outcome, the run finds the outcome at its end.
+        # The remaining part is set after the commit, because the manager no longer needs the bundle's message once a
+        # heartbeat reports the part. If another worker's outcome is the committed outcome, the run finds the outcome at
+        # its end.
         inflight.narrow(part)
 
 

@@ -175,7 +175,7 @@ A sentence with more names ends with the number of further names.
 
 
 def differences(worker: Environment, local: Environment) -> list[str]:
-    """Return one sentence for each difference between `local` and the worker, most relevant differences first."""
+    """Return one sentence for each difference between `local` and the worker, sorted by relevance."""
     sentences = []
     if (worker.implementation, worker.python) != (local.implementation, local.python):
         sentences.append(

@@ -1,8 +1,9 @@
 """One execution of a bundle in child processes: its tasks, the tasks' limits, and the causes of failures.
 
-Invariant: every task of an execution ends in exactly one Ran, or in no Ran if the run is stopped. The death of a child
-fails only the task that was running in the child. The remaining tasks continue in a new child. All steps of an
-execution share the remaining tasks and the state of the child, so the steps are methods of one class.
+Invariant: the execution yields exactly one result (Ran) for every task, or no result for a task that has not ended when
+the run stops. The death of a child fails only the task that was running in the child. The remaining tasks continue in a
+new child. All steps of an execution share the remaining tasks and the state of the child, so the steps are methods of
+one class.
 """
 
 from __future__ import annotations
@@ -84,12 +85,12 @@ class Execution:
         """Whether the child has a request and has not reported the request's end."""
         self._unfinished = dict.fromkeys(work.bundle.tasks)
         self._pending: dict[int, Json] = {}
-        """Unfinished tasks with local inputs, and their items."""
+        """Items of the unfinished tasks whose inputs are on the worker's disk, by task."""
         self._started = False
         self._pace_s = 0.0
         """Average seconds per task in the most recent batch of answers."""
         self._empty_requests = 0
-        """Number of consecutive requests that ended no task."""
+        """Number of consecutive requests in which no task ended."""
         self._sigkills: Counter[int] = Counter()
         """Number of deaths of each task's process by a SIGKILL that the worker did not send."""
         own = JobObjects.of_job(work.job)
@@ -162,7 +163,7 @@ class Execution:
         return asyncio.create_task(self._inputs.fetch(chunk)) if refers else chunk
 
     def _cached_request(self) -> tuple[ExecutionRequest, str, Path | None] | None:
-        """Return the result of `_prepare` if the preparation needs no fetch, else None."""
+        """Return the result of `_prepare` if the preparation does not need to fetch anything, else None."""
         key = materialization.function_key(self._work)
         function = self._code_cache.cached_function(key) if key else None
         if self._work.job.code or (key and function is None):
@@ -207,7 +208,7 @@ class Execution:
     async def _run_request(self, request: ExecutionRequest, digest: str, code: Path | None) -> bool:
         """Send the pending tasks to a child, and read the child's answers until the child finishes or dies.
 
-        Return False if the run is over.
+        Return False if the run of the bundle is over.
         """
         left_s = self._left_s()
         is_spent = left_s is not None and left_s <= 0 and self._started
@@ -275,7 +276,7 @@ class Execution:
     def _gathering_s(self) -> float:
         left_s = self._left_s()
         if self._pending and (self._stopped or (left_s is not None and left_s < 2 * _MAX_GATHER_S)):
-            # Tasks that end or start during a long wait would be handed off and run twice.
+            # The wait is short, because tasks that end or start during a long wait would be handed off and run twice.
             return _MIN_GATHER_S
         return gathering_s(len(self._pending), self._pace_s)
 

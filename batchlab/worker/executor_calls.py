@@ -19,7 +19,7 @@ from batchlab.worker import handlers
 _SHARED = (FunctionType, BuiltinFunctionType, type)
 
 _prepared = ""
-"""Owner of the initializer that the process ran last."""
+"""Owner (the executor) of the initializer that the process ran last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Raised:
 
 @dataclass(frozen=True, slots=True)
 class Initializer:
-    """Pickled function that runs before the first call of `owner` in a process."""
+    """Pickled function that runs in a process before the first call of the executor `owner`."""
 
     owner: str
     pickled: bytes
@@ -82,7 +82,7 @@ class Calls:
     def _function(self, number: int) -> Callable[..., Any]:
         if number in self._loaded:
             return self._loaded[number]
-        function: Callable[..., Any] = pickle.loads(self._functions[number])  # noqa: S301 - as above
+        function: Callable[..., Any] = pickle.loads(self._functions[number])  # noqa: S301 - the user's own code
         # A callable outside of `_SHARED` may change its state during a call, so each call unpickles a new object.
         if isinstance(function, _SHARED):
             self._loaded[number] = function

@@ -112,9 +112,9 @@ def _existing_functions(module: Any) -> str:
 
 @lru_cache(maxsize=4)
 def _unpickled(path: Path) -> Any:
-    import cloudpickle  # noqa: F401 - unpickling a function needs it
+    import cloudpickle  # noqa: F401 - unpickling a function needs cloudpickle
 
-    return pickle.loads(path.read_bytes())  # noqa: S301 - the job's own code, run as such
+    return pickle.loads(path.read_bytes())  # noqa: S301 - the job's own code
 
 
 def _import_problem(handler: str, error: BaseException) -> Problem:
@@ -193,7 +193,7 @@ def _explain(error: BaseException) -> Fault:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
-        # The text of a SyntaxError has the file and line number, but no source code.
+        # The text of a SyntaxError has the file and line number, but not the source code.
         return f"{type(error).__name__}: {error}"
     lines = traceback.format_exception_only(type(error), error)
     return " ".join("".join(lines).split())

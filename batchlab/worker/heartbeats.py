@@ -1,7 +1,7 @@
 """Heartbeats of a worker, and the visibility heartbeat of its in-flight messages.
 
-Invariant (I6): a worker reports each received or released message soon. When an instance dies, the manager can return
-the messages in the last heartbeat of its worker to the queue.
+Invariant (promise I6): a worker reports each received or released message soon. When an instance dies, the manager can
+return the messages in the last heartbeat of its worker to the queue.
 
 Invariant: a worker extends the visibility timeout of every in-flight message after each third of the timeout. SQS
 limits the visibility of a message to 12 h from the receive. Before the 12 h limit, a delayed watchdog message replaces
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 SETTLE_S = 0.005
 """Seconds between a change and the heartbeat that reports the change.
 
-A bundle that ends within SETTLE_S needs no heartbeat.
+A bundle that ends within SETTLE_S does not need a heartbeat.
 """
 
 
 class Heartbeats:
-    """Sender of heartbeats, soon after each change and in intervals without changes."""
+    """Sender of heartbeats. A heartbeat is sent soon after each change, and at intervals while nothing changes."""
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context

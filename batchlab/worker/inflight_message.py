@@ -86,9 +86,9 @@ class Runner(Protocol):
     def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
         """Run the tasks of a bundle in order, one at a time, and yield each result soon after its task ends.
 
-        A run ends early after `handle.stop`, after `handle.kill`, or when the time budget is used up. A task for which
-        `run` yields no result did not run to its end. An error of user code becomes a Failure in the task's result. A
-        BackendError of a port propagates to the worker, which then returns the bundle to the queue.
+        A run ends early after `handle.stop`, after `handle.kill`, or when the time budget is used up. If `run` does not
+        yield a result for a task, the task did not run to its end. An error of user code becomes a Failure in the
+        task's result. A BackendError of a port propagates to the worker, which then returns the bundle to the queue.
         """
 
     async def close(self) -> None:
@@ -149,7 +149,7 @@ class InflightMessage:
     trace: str = ""
     """Parent (a traceparent) of the message's spans, or "" if the message's job is not traced."""
     marked_s: float | None = None
-    """Time of the last refresh of the running marker of a long-running bundle."""
+    """Time of the last refresh of the running marker, for a long-running bundle."""
     handed_over: bool = False
     """Whether the watchdog message has been sent."""
 
@@ -224,7 +224,7 @@ class WorkerSettings:
     def marker_stale_s(self) -> float:
         """Age in seconds of a running marker at which its worker counts as dead.
 
-        The age limit of a marker is well above clock skew.
+        The age limit of a marker is well above the clock skew between machines.
         """
         return self.watchdog_s / 2
 

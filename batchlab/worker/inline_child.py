@@ -53,7 +53,7 @@ MAX_CHILDREN = 8
 class InlineChildren:
     """Child processes for requests of one task, with one request at a time.
 
-    The runners of all simulated workers share the child processes, because a killed worker closes nothing.
+    The runners of all simulated workers share the child processes, because a killed worker does not close its runner.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class InlineChildren:
         self._thread.start()
 
     def ask(self, stage: StageDef, code: Path | None, request: RequestLine) -> Answer | None:
-        """Return the child's answer, or None if the request has no task and the handler loads.
+        """Return the child's answer, or None if the request does not contain a task and the handler loads.
 
         After a crash or an exceeded limit, return the answer of a failed task. A child that cannot start raises
         BackendError.

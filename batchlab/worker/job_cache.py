@@ -1,8 +1,9 @@
 """Caches of a worker for the definitions and the control objects of its jobs.
 
-Invariant (I4): a task starts only within the control lease after a read of the job's control object that allowed the
-start. One lease after the manager writes "cancel", no task of the job can start, even on a slow, paused, or
-disconnected worker. The manager does not need to ask the workers whether tasks may still start.
+Invariant (promise I4): a task starts only within the control lease after a read of the job's control object that
+allowed the start. When one control lease has passed after the manager wrote "cancel", no task of the job can start,
+even on a slow, paused, or disconnected worker. The manager does not need to ask the workers whether tasks may still
+start.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class ControlPoller:
     """Poller of the control objects of in-flight jobs.
 
     The poller compares ETags, and reads each control object after every third of the lease. After each read, the poller
-    applies the control word to the in-flight messages of the job. `on_tail(job)` is called when a read finds a new
+    applies the control command to the in-flight messages of the job. `on_tail(job)` is called when a read finds a new
     request for the live logs of the job.
     """
 
@@ -124,9 +125,9 @@ class ControlPoller:
     async def read(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
         """Read the control object of a job.
 
-        Return the control word, and the monotonic time at which the word's lease ends. A missing control object means
-        RUN if the job `is_new` or the job's definition exists. If the control object and the job's definition are both
-        missing, the control word is CANCEL, because the job has been removed.
+        Return the control command, and the monotonic time at which the control lease ends. A missing control object
+        means RUN if the job `is_new` or the job's definition exists. If the control object and the job's definition are
+        both missing, the control command is CANCEL, because the job has been removed.
         """
         entry = self._entries.get(job)
         # The lease starts before the request, because the answer may be as old as the request.

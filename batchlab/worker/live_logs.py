@@ -1,8 +1,8 @@
 """Live logs: the recent output of running tasks, which a worker stores while a client follows the output.
 
-Invariant: live logs cause no requests unless a client follows them. The client's request for live logs is part of the
-control object, which a worker reads anyway. The request for live logs is valid for ASKED_S from the worker's read. In
-each step, a worker makes at most one PUT per job, and no PUT without new output.
+Invariant: live logs cause requests to the bucket only while a client follows them. The client's request for live logs
+is part of the control object, which a worker reads anyway. The request for live logs is valid for ASKED_S from the
+worker's read. In each step, a worker makes at most one PUT per job, and makes a PUT only for new output.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from batchlab.worker.inflight_message import InflightMessage, WorkerContext
 log = logging.getLogger(__name__)
 
 MAX_LOG_BYTES_PER_TASK = 64 * 1024
-"""Maximum size in bytes of the stored output of one running task. The stored part of the output is its end."""
+"""Maximum size in bytes of the stored output of one running task. Only the end of longer output is stored."""
 MAX_LOG_BYTES_PER_JOB = 256 * 1024
 """Maximum size in bytes of the stored output of all tasks that a worker runs for one job."""
 
@@ -77,7 +77,7 @@ class LiveLogs:
             await self._context.objects.put(object_keys.tail(job, self._context.who.worker), to_bytes(tails))
         except BackendError as error:
             log.warning("live logs of %s could not be stored: %s", job, error)
-            return  # The next step tries to store the live logs again.
+            return  # The next step of `run` tries to store the live logs again.
         following.stored = tails
 
 

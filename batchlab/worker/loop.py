@@ -264,7 +264,7 @@ class Worker:
 
     @property
     def _busy_slots(self) -> int:
-        """Number of task slots in use or requested. A bundle whose commit is in progress uses no slot."""
+        """Number of task slots in use or requested. A bundle whose commit is in progress does not use a slot."""
         return sum(inflight.slots for inflight in self._inflight.values() if not inflight.committing)
 
     def _accept(self, message: Message, group: asyncio.TaskGroup) -> TooNew | None:
@@ -402,7 +402,7 @@ class Worker:
             # A poison task that runs alone cannot crash other bundles. The wait for all slots is limited, because
             # another bundle may run for half a day.
             is_alone = await self._acquire_slots(inflight, self._slots.total, self._settings.visibility_s)
-            # A bundle that runs with others needs fewer slots than all, so the worker may have room again.
+            # A bundle that runs together with other bundles does not need all slots, so the worker may have room again.
             self._has_room.set()
         if not is_alone:
             # A bundle that needs several slots keeps its place in the waiting list. A bundle that is sent again might
@@ -426,8 +426,8 @@ class Worker:
             self._has_room.set()
         cancelled = inflight.control is Control.CANCEL
         if not inflight.ran and not cancelled:
-            # A run in which no task has ended has nothing to commit. The follow-up of an outcome without tasks would be
-            # the bundle itself.
+            # A run of a bundle in which no task has ended does not have results to commit. If an outcome without tasks
+            # were committed, its follow-up would be the bundle itself.
             await self._poison_detector.withdraw(inflight)
             await self._finisher.send_again(inflight)
             return
@@ -471,15 +471,15 @@ class Worker:
     async def _drop_if_stopped(self, inflight: InflightMessage) -> bool:
         """Delete the message if its job is canceled or paused, and return whether the message was deleted.
 
-        The ledger has the outstanding bundles of a canceled or paused job. The manager seals the outstanding bundles
-        after a cancellation, and sends them again on resume.
+        The ledger has the outstanding bundles of a canceled or paused job. The manager commits CANCELLED for the
+        outstanding bundles after a cancellation, and sends the bundles again on resume.
         """
         if inflight.control is Control.RUN:
             control, _ = await self._controls.current(inflight.bundle.job)
             if control is Control.RUN:
                 return False
-        # The control object is read again, because an outdated control word must not drop a message that `resume` has
-        # just sent.
+        # The control object is read again, because an outdated control command must not drop a message that `resume`
+        # has just sent.
         control, _ = await self._controls.read(inflight.bundle.job)
         if control is Control.RUN:
             return False

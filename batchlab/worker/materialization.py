@@ -1,7 +1,7 @@
 """Download of the objects that a task's item refers to, and upload of its outputs.
 
 Invariant: an input that is missing or does not fit on the disk fails only the task of the input. An unavailable service
-fails no task, and the BackendError of the service propagates.
+does not fail any task, and the BackendError of the service propagates.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def request(work: Work, folder: Path, *, function: Path | None, code: Path | Non
 
 
 def function_key(work: Work) -> str | None:
-    """Return the object key of the stage's pickled function, or None if the stage has no pickled function."""
+    """Return the object key of the stage's pickled function, or None for a stage without a pickled function."""
     handler = work.stage.handler or ""
     return handler.removeprefix("pickle:") if handler.startswith("pickle:") else None
 

@@ -48,7 +48,7 @@ MAX_DUPLICATES = 2_000
 LINGER_S = 0.02
 
 Event = tuple[Outcome | Beat, str]
-"""Event, and the trace context of the event's bundle."""
+"""Event to send, and the trace context of the event's bundle."""
 
 
 class WorkerCounters:

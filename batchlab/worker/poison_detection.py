@@ -1,9 +1,9 @@
 """Poison detection: find the tasks that crash their workers.
 
-Invariant (I7): a bundle that returned without an outcome is split in half until each bundle has a single task. A bundle
-with a single task fails after LOSS_LIMIT workers have started the task and then died. Only recorded starts count, so a
-message that a dying worker had only prefetched does not count. Poison detection does not use up the retries of a task.
-A live worker renews its start markers, so concurrent copies of a task do not count as deaths.
+Invariant (promise I7): a bundle that returned without an outcome is split in half until each bundle has a single task.
+A bundle with a single task fails after LOSS_LIMIT workers have started the task and then died. Only recorded starts
+count, so a message that a dying worker had only prefetched does not count. Poison detection does not use up the retries
+of a task. A live worker renews its start markers, so concurrent copies of a task do not count as deaths.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class PoisonDetector:
                     log.warning("a start marker could not be renewed: %s", error)
 
     async def outcome(self, inflight: InflightMessage) -> Outcome | None:
-        """Return the committed outcome of the bundle."""
+        """Return the committed outcome of the bundle, if it exists."""
         return await committed(self._context.objects, inflight.bundle, self._context.patience, inflight.key)
 
     async def verdict(self, inflight: InflightMessage) -> Outcome | None:

@@ -65,7 +65,7 @@ class ChildState:
         self._ints[_TASK] = task
 
     def rest(self) -> None:
-        """Record that the child runs no user code."""
+        """Record that the child is idle and does not run user code."""
         self._ints[_TASK] = IDLE
 
     def may_start(self) -> bool:

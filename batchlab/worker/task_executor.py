@@ -25,10 +25,11 @@ INLINE_BYTES = 32 * 1024
 INLINE_WEIGHT = values.OUTCOME_WEIGHT // 4
 """Maximum total weight of the inline values of an execution. Values beyond the maximum weight are stored as objects.
 
-The rest of an outcome's weight limit is for failures, and for executions that need several processes.
+The remaining three quarters of an outcome's weight limit are for failures, and for executions that need several
+processes.
 """
 MIN_OBJECT_LENGTH = 256
-"""A shorter value always stays inline, because a reference to an object is about as long."""
+"""Minimum length of a value stored as an object. A shorter value stays inline, because a reference is about as long."""
 
 _MAX_SHORT_INT = 1 << 64
 _PLAIN = frozenset({type(None), bool, int, float, str})
@@ -46,7 +47,7 @@ class ExecutionRequest(TypedDict):
     command: list[str]
     stdout: str | None
     code: str
-    """Folder of unpacked code, or "" if the job has no code."""
+    """Folder of the job's unpacked code, or "" for a job without code."""
     params_json: str
     job: str
     stage: str
@@ -210,7 +211,7 @@ class Outputs:
         if problem := name_problem(plain):
             raise values.NotAValue(f"The result names the file {plain!r}, but a name {problem}.")
         name, number = plain, 1
-        # Two files must have different keys, and no key may be the folder of another key.
+        # Two files must have different keys, and the key of a file must not be the folder of another file's key.
         while any(f"{a}/".startswith(f"{b}/") for other in self._names for a, b in ((other, name), (name, other))):
             number += 1
             name = f"{number}-{plain}"

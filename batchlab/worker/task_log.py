@@ -1,6 +1,6 @@
 """Log file of one execution, to which the output of all tasks of the execution is appended.
 
-Invariant: the output of a task is trimmed to its share, so a task cannot fill the disk. The module imports only the
+Invariant: the output of a task is trimmed to a size limit, so a task cannot fill the disk. The module imports only the
 standard library, because every child process imports the module.
 """
 
@@ -10,11 +10,11 @@ import os
 import re
 
 TASK_BYTES = 1024 * 1024
-"""Maximum size in bytes of one task's output. A trim keeps the first and the last half of the maximum size."""
+"""Maximum size in bytes of one task's output. A trim keeps the beginning and the end, each half of the maximum size."""
 _EXECUTION_BYTES = 64 * 1024 * 1024
 _MIN_SHARE_BYTES = 4096
 _STRAY = re.compile("[\udc80-\udcff]")
-# The output of a running task may reach _SLACK times its share before the worker trims the output.
+# The output of a running task may reach _SLACK times its size limit before the worker trims the output.
 _SLACK = 16
 
 
@@ -49,10 +49,11 @@ def overflowing(size: int, start: int) -> bool:
 
 
 def trim(path: str, start: int) -> int:
-    """Trim the output after byte `start` to its share, so that its head and tail remain.
+    """Trim the output after byte `start` to its size limit, so that the beginning and the end of the output remain.
 
     Return the new size of the log. All writers append (O_APPEND), so output that is written during the trim follows the
-    tail. Output that is written between the read of the size and the truncation is lost with the middle.
+    end. Output that is written between the read of the size and the truncation is lost together with the middle of the
+    output.
     """
     fd = os.open(path, os.O_RDWR | os.O_APPEND)
     try:
