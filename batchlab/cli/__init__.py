@@ -1,8 +1,8 @@
-"""The command line: a client of the manager, and the services of a grid.
+"""Command line of batchlab, which calls the manager of a grid and runs the grid's services.
 
 Invariant: commands write results for programs to stdout, and all other output to stderr. The package `batchlab.cli`
-does not import other modules of batchlab at its top, so that each command imports only the modules that the command
-uses.
+does not import other modules of batchlab at module level, so that each command imports only the modules that the
+command uses.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def main() -> None:
         message = missing_module_message(error)
         if message is None:
             raise
-        print(message, file=sys.stderr)  # noqa: T201 - batchlab.cli.output may not be importable
+        print(message, file=sys.stderr)  # noqa: T201 - the import of batchlab.cli.output may fail
         sys.exit(2)
 
 
 def _run(arguments: list[str]) -> None:
     if arguments and arguments[0] in SERVICES:
-        # The import of the Typer commands would take longer than all other imports of a worker. A grid starts a worker
-        # for each instance.
+        # A service starts without Typer, because the import of the Typer commands takes longer than all imports of a
+        # worker. A grid starts a worker for each instance.
         from batchlab.cli.services import serve
 
         serve(arguments)

@@ -1,4 +1,4 @@
-"""`batchlab ledger`, `schema`, `gc`, and `notify`, and the help of the services."""
+"""Commands `ledger`, `schema`, `gc`, and `notify`, and the help texts of `manager`, `worker`, and `connect`."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def rebuild(home: Path | None = HOME, json: bool = JSON) -> None:
     """
     with connect(home) as client:
         view = client.rebuild_ledger()
-    # The response of a manager of an earlier version lacks "unreadable", because the rebuild stops at the first
-    # unreadable object.
+    # A manager of an earlier version stops the rebuild at the first unreadable object, so its response lacks the key
+    # "unreadable".
     unreadable = view.get("unreadable", [])
     lines = [f"The ledger is rebuilt: {output.count(view['jobs'], 'job')}."]
     lines += [f"Not read: {problem['key']}: {problem['reason']}" for problem in unreadable]
@@ -124,7 +124,7 @@ def _sweep_docker(*, dry_run: bool, json: bool) -> None:
 
 
 def service(context: typer.Context) -> None:
-    """Run a service, which parses its arguments itself (see `cli.services`)."""
+    """Run the service that the user named. The service parses its own arguments (see `cli.services`)."""
     from batchlab.cli.services import serve
 
     serve([str(context.info_name), *context.args])
@@ -135,9 +135,11 @@ for _name, _help in _ABOUT.items():
 
 
 def _sweep_aws(region: str | None, names: Sequence[str], *, removing: bool, json: bool) -> None:
-    """List the resources of stacks in the region. If `removing` is true, remove the resources of deleted stacks.
+    """List the AWS resources of batchlab stacks in the region. If `removing` is true, remove the resources of deleted
+    stacks.
 
-    A resource without a tag is removed only if `names` contains its name. Raise BackendError if a removal fails.
+    A resource without batchlab's tag is removed only if `names` contains the resource's name. Raise BackendError if the
+    removal of a resource fails.
     """
     from batchlab.deploy.account import Account
     from batchlab.deploy.leftovers import Leftovers, remove_left, select_removable

@@ -1,7 +1,7 @@
-"""The root command, which imports the module of a command on first use.
+"""The root command `batchlab`, which imports the module of a subcommand on the first use of the subcommand.
 
-Invariant: each BatchlabError is printed on stderr as a sentence and a remedy, and determines the exit code. For other
-errors, a traceback is printed only with --debug.
+Invariant: each BatchlabError is printed on stderr as a sentence and a remedy, and determines the exit code. For an
+exception of another class, a traceback is printed only with --debug.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from batchlab.cli.startup import missing_module_message
 from batchlab.core.errors import BatchlabError
 
 UNEXPECTED = 70
-"""Exit code of an unexpected error, as EX_SOFTWARE in sysexits.h. No job outcome has the exit code 70."""
+"""Exit code of an unexpected error, equal to EX_SOFTWARE in sysexits.h. The outcomes of jobs have other exit codes."""
 
 _OWN_DEBUG = "replay-task"
 """Name of the command that has its own --debug option."""
@@ -60,7 +60,7 @@ COMMANDS = {
     "worker": Command("admin", "Run a worker (the manager does this)."),
     "connect": Command("admin", "Keep a connection to a manager on AWS open (`run` does this)."),
 }
-"""All commands by name, in the order in which a new user needs the commands."""
+"""All commands by name. A command that a new user needs earlier comes first."""
 
 
 @cache
@@ -96,7 +96,7 @@ class _LazyCommands(MutableMapping[str, Any]):
 
 
 class _Commands(TyperGroup):
-    """Root group that lists its commands without importing the commands' modules."""
+    """Typer group of the command `batchlab` that lists its subcommands without importing the subcommands' modules."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -123,7 +123,7 @@ class _Commands(TyperGroup):
                 raise usage_error from error
             raise
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - as above
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - signature of the base class
         with formatter.section("Commands"):
             formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
 
@@ -142,7 +142,8 @@ app = typer.Typer(
     name="batchlab",
     cls=_Commands,
     no_args_is_help=True,
-    # The help is plain text, because the import of rich takes longer than the rest of a command.
+    # Help texts are printed without the package rich, because the import of rich takes longer than the rest of a
+    # command.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -170,7 +171,7 @@ def start(arguments: Sequence[str]) -> None:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end]
     if _OWN_DEBUG in arguments[:end]:
-        end = list(arguments).index(_OWN_DEBUG)  # A later --debug belongs to `replay-task`.
+        end = list(arguments).index(_OWN_DEBUG)  # A --debug after `replay-task` is an option of `replay-task`.
     remaining = [one for i, one in enumerate(arguments) if one != "--debug" or i > end]
     try:
         app(remaining, prog_name="batchlab")
@@ -182,7 +183,7 @@ def start(arguments: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         if debug or missing_module_message(error) is None:
             _unexpected(error, debug=debug)
-        raise  # `cli.main` prints the message for a missing module.
+        raise  # `cli.main` prints the message about the missing module.
     except Exception as error:  # noqa: BLE001 - outermost handler: print the error, exit code 70
         _unexpected(error, debug=debug)
 

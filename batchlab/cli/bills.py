@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from batchlab.core.ports import Objects
 
 
-# --- The bill ------------------------------------------------------------------------------------
+# --- Bill of a job -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,11 @@ class Facts:
 
 
 def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bill]:
-    """Return a job and its bill. Raise UsageError if the job or a price does not exist.
+    """Return a job and its bill. Raise UsageError if the job does not exist, or if the price of an instance type is
+    unknown.
 
-    `types` contains instance types by pool, and replaces the pools' own instance types.
+    `types` contains instance types by pool. For a pool in `types`, the bill uses this instance type instead of the
+    recorded instance type.
     """
     from batchlab.runtime import aws_deployment, factory
 
@@ -144,7 +146,7 @@ async def _stored_bytes(objects: Objects, job: str) -> int:
 
 
 def bill_text(job: JobView, bill: Bill) -> str:
-    """Return the bill of a job as text for a terminal."""
+    """Return the bill of a job on AWS as text for a terminal."""
     rows = [(i.what, f"{i.usd.typical:.6f}", i.how) for i in bill.items]
     usd = bill.usd
     rows.append(("all", f"{usd.typical:.6f}", ""))
@@ -163,11 +165,11 @@ def bill_text(job: JobView, bill: Bill) -> str:
     )
 
 
-# --- While it runs -------------------------------------------------------------------------------
+# --- Current cost --------------------------------------------------------------------------------
 
 
 class LiveCost:
-    """Current cost of a grid or a job, for billed backends or with --as-if-aws."""
+    """Current cost of a grid or a job, which is shown for billed backends, and with --as-if-aws for all backends."""
 
     def __init__(self, home: Home, *, as_if_aws: bool) -> None:
         self._home = home
@@ -204,7 +206,9 @@ class LiveCost:
         return self._figures(living, view["types"], account, view["max_cost_usd"], view["capped"])
 
     def line(self, client: Client, job: str, grid: GridView | None) -> str:
-        """Return the end of a sentence about the job's cost, or about the reason for an unknown cost."""
+        """Return a predicate about the cost, such as "costs 0.5 USD an hour now", or the reason why the cost is
+        unknown.
+        """
         try:
             return str(self.job(client, job, grid)["text"])
         except BatchlabError as error:

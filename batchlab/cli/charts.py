@@ -54,7 +54,8 @@ def text(scenario: Scenario, curve: Curve, *, fancy: bool = True) -> str:
 def chart(values: Sequence[float], rows: int, *, fancy: bool, line: float | None = None, says: str = "") -> str:
     """Return a column chart of the values, `rows` lines high, with a horizontal line at the value `line`."""
     peak = max(*values, 0.0, 1e-9)
-    # A horizontal line far above all columns is left out, because the columns would be too low to read.
+    # A horizontal line far above all columns is not drawn, because the chart's scale would make the columns too low to
+    # read.
     is_shown = line is not None and line <= 4 * peak
     top = _round(max(peak, line if is_shown and line else 0.0))
     step = top / rows
@@ -85,7 +86,7 @@ def _cell(value: float, row: int, step: float, fancy: bool) -> str:
 
 
 def _round(top: float) -> float:
-    """Return the next larger round number, such as 1.5, 20, or 600, for the top of an axis."""
+    """Return the smallest round number from `top` on, such as 1.5, 20, or 600, as the upper end of a chart's axis."""
     scale = 10.0 ** (ceil(log10(top)) - 1)
     return next(one * scale for one in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if one * scale >= top)
 
@@ -116,7 +117,7 @@ def span(seconds: float) -> str:
 
 
 def _axis(span_s: float, width: int) -> str:
-    """Return a line with up to five labels for the time axis, as many as fit."""
+    """Return a line of labels for the time axis of a chart. The line has as many labels as fit, but at most five."""
     line = [" "] * (width + 12)
     parts = max(1, min(4, width // 14))
     for part in range(parts + 1):
@@ -137,7 +138,7 @@ def _compare_to_fleet(ask: PoolLoad) -> str:
 
 
 def fault_text(fault: Fault) -> str:
-    """Return a line of text about a fault of a scenario."""
+    """Return a line of text that describes a fault of a scenario."""
     text = f"{span(fault.at_s)}: {fault.name.value}, {fault.name.meaning}"
     if fault.name in (FaultName.S3_ERRORS, FaultName.SQS_DUPLICATES, FaultName.SQS_DELAYS):
         text += f" ({fault.rate:.0%})"
@@ -159,7 +160,8 @@ Label = Callable[[float], str]
 class Chart:
     """Text chart of `width` × `height` characters, with x values from 0 to `most_x` and y values from 0 to `most_y`.
 
-    A later mark replaces an earlier mark in the same cell. A maximum of 0 counts as 1.
+    A later mark replaces an earlier mark in the same cell. If `most_x` or `most_y` is 0, the chart uses 1 as the
+    maximum.
     """
 
     def __init__(self, most_x: float, most_y: float, *, width: int = WIDTH, height: int = HEIGHT) -> None:
@@ -215,7 +217,7 @@ NOTHING = "-"
 
 
 def verdict_text(rows: Sequence[VerdictRow]) -> str:
-    """Return the table of verdicts, and a sentence with the number of each verdict."""
+    """Return a table of the expectations' verdicts as text, and a sentence with the number of each verdict."""
     if not rows:
         return "The scenario expects nothing, so nothing is judged."
     cells = [

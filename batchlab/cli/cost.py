@@ -1,6 +1,6 @@
 """`batchlab cost` for estimates and bills of the cost on AWS, and `batchlab prices` for the price book and its sources.
 
-Invariant: an estimate lists each assumed value.
+Invariant: the output of `batchlab cost estimate` lists each value that the estimate assumes.
 """
 
 from __future__ import annotations
@@ -141,14 +141,14 @@ def bill(job: str = JOB, instance_type: list[str] | None = TYPES, home: Path | N
 DEFAULT_TYPE = "m7i.large"
 """Instance type that an estimate assumes for a pool without an instance type."""
 MAX_EARLIER_JOBS = 200
-"""Maximum number of recent jobs that are searched for an earlier run of the job."""
+"""Maximum number of recent jobs among which an estimate searches for an earlier run of its job."""
 
 
 def by_name(texts: Sequence[str], names: Sequence[str], *, all_: Sequence[str] | None = None) -> dict[str, str]:
     """Return values by name from texts in the form `NAME=VALUE`.
 
-    A text `VALUE` applies to all other names, or to the names in `all_`. Raise UsageError if a text has an unknown
-    name.
+    The value of a text without a name applies to all other names, or only to the names in `all_`. Raise UsageError if a
+    text has an unknown name.
     """
     values: dict[str, str] = {}
     for text in texts:
@@ -165,9 +165,10 @@ def by_name(texts: Sequence[str], names: Sequence[str], *, all_: Sequence[str] |
 
 
 def _result_bytes(text: str, home: Home, name: str, assumed: list[str]) -> int | None:
-    """Return the size of the fetched results in bytes, from the option or from an earlier run.
+    """Return the size in bytes of a job's results, from the option --results or from the last fetch of the job's
+    results.
 
-    A size from an earlier run is noted in `assumed`.
+    If the size comes from the last fetch, append a note about the job of the fetch to `assumed`.
     """
     if text:
         try:
@@ -202,7 +203,7 @@ def _duration_range(text: str) -> Three:
 async def count(jobfile: JobFile) -> tuple[int, int, int]:
     """Return the numbers of tasks, files, and bytes of a job's input.
 
-    The function splits the input in the same way as the manager. Raise UsageError if a file of the input is not on this
+    `count` splits the input into tasks as the manager does. Raise UsageError if a file of the input is not on this
     machine.
     """
     from batchlab.adapters.local.objects import open_local
@@ -229,7 +230,7 @@ async def count(jobfile: JobFile) -> tuple[int, int, int]:
 
 
 def _measured(home: Home, name: str) -> tuple[dict[str, Three], str]:
-    """Return the seconds per task by stage from the last run of a job, and a clause about the run."""
+    """Return the task times in seconds by stage from the last run of a job, and a clause that names the run."""
     for job, means in _earlier(home, name):
         durations: dict[str, Three] = {}
         for stage, mean_s in means.items():
@@ -251,7 +252,7 @@ def _earlier(home: Home, name: str) -> list[tuple[str, dict[str, float]]]:
 
 
 async def _in_ledger(home: Home, name: str) -> list[tuple[str, dict[str, float]]]:
-    """Return the mean task times of earlier runs from the ledger of a grid that is down."""
+    """Return the earlier runs of a job with their mean task times by stage, from the ledger of a grid that is down."""
     from batchlab.runtime import factory
 
     ledger = factory.load("local").open_ledger(home)
@@ -277,7 +278,7 @@ def _plan_pools(
     spot_share: float,
     assumed: list[str],
 ) -> list[PoolPlan]:
-    """Return the plan of the job's pools on AWS, and append the assumptions to `assumed`."""
+    """Return the assumed pools of a job on AWS, and append a text about each assumption to `assumed`."""
     from batchlab.core import instance_types
 
     backend_pools: dict[str, Pool] = {pool.name: pool for pool in backend.pools}

@@ -1,7 +1,9 @@
-"""`batchlab demo` and `batchlab init`: files of first jobs, and the check of the demo's totals.
+"""Commands `batchlab demo`, which runs an example job and checks its totals, and `batchlab init`, which writes example
+files.
 
-Invariant: the generator of the demo's claims counts the expected totals before the job's code reads the claims. The
-demo reuses only a complete folder of claims. `batchlab init` does not replace existing files.
+Invariant: the generator of the demo's insurance claims counts the expected totals before the job's code reads the
+claims. `batchlab demo` reuses an earlier folder of generated claims only if the folder is complete. `batchlab init`
+does not replace existing files.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ DATA = "data"
 DATA_MODULE = "example_data"
 _LEFT_OUT = {DATA, "out", "__pycache__"}
 _RECORDS_BYTES = 32 * 2**20
-"""Input size in bytes of the example `sort`, for a run of a few seconds.
+"""Input size in bytes of the example `sort`, chosen so that the example runs for a few seconds.
 
 The README of the example uses a larger input.
 """
@@ -43,7 +45,7 @@ _VIDEO_S = 20
 
 
 def starter_files() -> dict[str, bytes]:
-    """Return the contents of the starter job's files by file name."""
+    """Return the contents of the files that `batchlab init` writes by default, by file name."""
     from batchlab.core.installation import starter
 
     return {name: text.encode() for name, text in starter().items()}
@@ -158,7 +160,9 @@ STAGE = "totals"
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Job file of a demo that is ready to run, and the generator's facts by payer."""
+    """Job file of a demo, and the facts about the generated claims by payer, from which the expected totals are
+    computed.
+    """
 
     job_file: Path
     facts: Mapping[str, Mapping[str, Any]]
@@ -167,7 +171,7 @@ class Prepared:
 def prepare(home: Home, *, seed: int, files: int, claims_per_file: int) -> Prepared:
     """Write the example job and its generated claims into the grid's folder.
 
-    The same arguments create the same files, so that --resume finds the run of an earlier demo.
+    Equal arguments create equal files, so that --resume finds the run of an earlier demo.
     """
     home.make()
     folder = home.path / "demo" / f"{EXAMPLE}-seed{seed}-{files}x{claims_per_file}"
@@ -199,7 +203,7 @@ def _write_changed(path: Path, content: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TotalsCheck:
-    """Totals by payer from the demo's results, and the differences from the generator's facts."""
+    """Totals by payer from the results of a demo job, and their differences from the expected totals."""
 
     totals: list[dict[str, Any]]
     differences: list[str]
@@ -230,7 +234,7 @@ class TotalsCheck:
 
 
 def check(prepared: Prepared, summary: Summary) -> TotalsCheck:
-    """Compare the fetched totals of the demo job with the generator's facts."""
+    """Compare the fetched totals of the demo job with the totals that the generator of the claims expects."""
     assert summary.fetched is not None
     with (summary.fetched.folder / f"{STAGE}.jsonl").open(encoding="utf-8") as file:
         totals = [json.loads(line)["value"] for line in file]
@@ -250,7 +254,7 @@ def check(prepared: Prepared, summary: Summary) -> TotalsCheck:
 
 
 def expected(fact: Mapping[str, Any]) -> dict[str, int]:
-    """Return the expected totals of a payer, computed from the generator's facts."""
+    """Return the expected totals of a payer, computed from the generator's counts of the payer's claims."""
     denied = fact["duplicates"] + fact["zero_charge"] + fact["undiagnosed"]
     return {
         "claims": fact["claims"],
@@ -328,7 +332,8 @@ def init(
     else:
         files = example_files(example)
         check_free(folder, [*files, DATA])
-        # The data is generated first, so that no file is written if the data cannot be generated.
+        # The input data is generated before the files are written, so that a failed generation leaves no job file
+        # behind.
         data = make_data(example, folder / DATA)
         output.say(f"Wrote {', '.join(write(folder, files))}, and {data} into {DATA}.")
     output.say(f"Now run it: batchlab run {shlex.quote(str(folder / 'job.yaml'))}")

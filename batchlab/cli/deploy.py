@@ -1,6 +1,7 @@
-"""`batchlab deploy`: the stack on AWS.
+"""Commands of `batchlab deploy`, which plan, create, update, show, and destroy the CloudFormation stack of a grid on
+AWS.
 
-Invariant: `plan`, `template`, and `status` do not change resources on AWS.
+Invariant: the commands `plan`, `template`, and `status` do not change resources of the stack.
 """
 
 from __future__ import annotations
@@ -246,7 +247,7 @@ def destroy(
 
 @contextmanager
 def _stack(arguments: DeployArguments, home: Home) -> Iterator[Stack]:
-    """Yield the stack whose name is in the arguments or in the grid's folder."""
+    """Yield the CloudFormation stack that the command's arguments or the files in the grid's folder name."""
     from batchlab.deploy.account import Account
     from batchlab.deploy.stack import Stack
 

@@ -1,8 +1,8 @@
 """Options and output of `batchlab deploy`, and the stack settings that result from the options.
 
-The output is a plan as text, a question before a change, and the events of an operation.
+The module prints a plan as text, asks the user before a change of the stack, and prints the events of an operation.
 
-Invariant: without a terminal, a change needs --yes.
+Invariant: without a terminal, a command changes a stack only with the option --yes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _OPTIONS = {
     "package": option("PyPI package that tasks need, such as pandas>=2,<3. May be repeated.", "NAME"),
     "database_ca": option("Certificates to verify PostgreSQL: AWS's bundle for the region.", "FILE.pem"),
 }
-"""Declarations of the options by field of DeployArguments."""
+"""Declarations of the command-line options by field of DeployArguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,9 @@ class DeployArguments:
 
     @property
     def parameters(self) -> dict[str, str]:
-        """Return the template parameters of the stack that options set. Raise UsageError for an invalid option."""
+        """Return the stack's template parameters that the user set with options. Raise UsageError for an invalid
+        option.
+        """
         named = {"Ledger": self.ledger, "Egress": self.egress, "AlarmEmail": self.alarm_email}
         values = {name: value for name, value in named.items() if value is not None}
         if self.budget is not None:
@@ -95,7 +97,7 @@ class DeployArguments:
 
     @property
     def pool_parameters(self) -> dict[str, str]:
-        """Return the template parameters that options set for each pool."""
+        """Return the values that the user's options set for all pools, by template parameter."""
         named = {"PoolOnDemandBase": self.on_demand_base, "PoolOnDemandPercent": self.on_demand_percent}
         return {name: str(value) for name, value in named.items() if value is not None}
 
@@ -103,7 +105,7 @@ class DeployArguments:
 def takes_arguments(*missing: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that adds the options of DeployArguments to a command.
 
-    The options replace the command's parameter `arguments`. The command does not get the options in `missing`.
+    The options replace the command's parameter `arguments`. The command lacks the options whose names are in `missing`.
     """
     types = get_type_hints(DeployArguments)
     options = {name: declared for name, declared in _OPTIONS.items() if name not in missing}
@@ -147,8 +149,8 @@ def stack_and_region(arguments: DeployArguments, home: Home) -> tuple[str, str |
 def settings_for(arguments: DeployArguments, home: Home, stack: Stack) -> Settings:
     """Return the wanted settings of the stack.
 
-    The settings come from the named file, from the grid's folder, or else from the stack on AWS. Options replace single
-    settings.
+    The settings come from the file of --settings, from the grid's folder, or else from the stack on AWS. The command's
+    other options replace single settings.
     """
     from batchlab.deploy import settings
 
@@ -165,10 +167,10 @@ def settings_for(arguments: DeployArguments, home: Home, stack: Stack) -> Settin
 
 
 def settings_without_aws(arguments: DeployArguments, home: Home) -> Settings:
-    """Return the wanted settings of the stack without calling AWS. The region in the settings may be empty.
+    """Return the wanted settings of the stack without calling AWS. The field `region` of the settings may be empty.
 
-    The settings come from the named file, from the grid's folder, or else from the template's defaults. Options replace
-    single settings.
+    The settings come from the file of --settings, from the grid's folder, or else from the template's defaults. The
+    command's other options replace single settings.
     """
     from batchlab.deploy import settings
 
@@ -191,12 +193,12 @@ def check_settings(arguments: DeployArguments, home: Home, source: Template) -> 
     if arguments.settings or (stored and stored.stack == wanted.stack):
         settings.parameters(wanted, source)
     else:
-        # The stack on AWS may have the missing parameters, so check only the given values.
+        # The stack on AWS may already have values for missing parameters, so check only the given values.
         settings.values(wanted, source)
 
 
 def _with_arguments(wanted: Settings, arguments: DeployArguments) -> Settings:
-    """Return the settings with the values of the command line's options."""
+    """Return the settings with the changes that the command line's options request."""
     if arguments.pool:
         wanted = replace(wanted, pools=_pools(arguments.pool, wanted))
     if arguments.pool_parameters:
@@ -262,9 +264,9 @@ def release_archive(wanted: Settings, archive: Path | None, home: Home) -> Path:
 
 
 def retry_notes() -> output.ThrottledNotes:
-    """Return a receiver of the retry messages of one call to AWS.
+    """Return a printer of messages about the retries of one call to AWS.
 
-    The receiver prints at most one message per second.
+    The printer prints at most one message per second.
     """
     return output.ThrottledNotes(1.0)
 
@@ -273,17 +275,17 @@ _PLAN_COLUMNS = ("action", "id", "type", "replacement", "why")
 _SHOWN_WHY = 3
 
 
-# --- The person in front -------------------------------------------------------------------------
+# --- Questions to the user -----------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Person:
-    """User interface of a deployment with or without a terminal (see `deploy.apply.Interface`)."""
+    """User interface of a deployment, which prints plans and asks questions (see `deploy.apply.Interface`)."""
 
     yes: bool = False
     json: bool = False
     typed: str = ""
-    """Text that the user must type to agree. The value "" stands for the text "y"."""
+    """Text that the user must type to agree. If `typed` is "", the user types "y" or "yes"."""
     plan: Plan | None = None
 
     def say(self, text: str) -> None:
@@ -324,7 +326,7 @@ class Person:
 
 
 def plan_text(plan: Plan) -> str:
-    """Return a plan as text with the account, the region, the cost, and the changes."""
+    """Return the plan of a stack as text with the account, the region, the cost, and the changes."""
     head = f"Stack {plan.settings.stack} in {plan.region}, account {plan.account}, as {plan.who}."
     parts = [head, "", *cost_lines(plan.cost), ""]
     if not plan.changes:

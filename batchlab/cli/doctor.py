@@ -1,9 +1,9 @@
-"""`batchlab doctor`: checks of this machine, of the grid's folder, and of a backend.
+"""Command `batchlab doctor`, which checks this machine, the grid's folder, and a backend.
 
-Each check tries the feature itself, because a version number does not prove that the feature works.
+Each check uses the feature that it tests, because a version number does not prove that a feature works.
 
-Invariant: a check removes its temporary resources, and cannot make another check fail. Checks of a stack do not change
-resources on AWS, and are free of charge.
+Invariant: a check removes its own temporary resources, and cannot make another check fail. Checks of a stack do not
+change resources on AWS, and are free of charge.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report of `batchlab doctor`. `remedy` is a sentence that explains how to solve the problem."""
+    """One line of the report of `batchlab doctor`. `remedy` is a sentence that explains how to solve the reported
+    problem.
+    """
 
     about: str
     level: Level
@@ -111,7 +113,7 @@ def _bucket(home: Home, backend: Backend) -> Finding:
 
 
 def _endpoint(home: Home, backend: Backend) -> Iterator[Finding]:
-    """Check the named endpoint, the endpoint of the running grid, or a temporary emulator."""
+    """Check the endpoint that the user named, or else the running grid's endpoint, or else a temporary emulator."""
     if named := backend.named_place(home):
         yield from _endpoint_findings(backend.endpoint_at(home, named), "named")
         return
@@ -154,7 +156,9 @@ def _endpoint_findings(endpoint: Endpoint, whose: str) -> Iterator[Finding]:
 
 
 async def _failed_checks(at: Endpoint) -> list[str]:
-    """Return the failed checks that affect every job. Raise BackendError if the endpoint returns an error."""
+    """Test a conditional create in S3 and a message in SQS, and return a text for each failed test. Raise BackendError
+    if the endpoint returns an error.
+    """
     from batchlab.adapters.aws.objects import open_s3
     from batchlab.adapters.aws.sqs import SqsQueue
 
@@ -171,7 +175,7 @@ async def _failed_checks(at: Endpoint) -> list[str]:
         if [message.body for message in await queue.receive(name, wait_s=5)] != ["sent"]:
             faults.append("a message that was sent is not received")
     finally:
-        with suppress(BackendError):  # An error of the cleanup must not replace the first error.
+        with suppress(BackendError):  # An error of the cleanup must not hide an error of the tests.
             await objects.delete(["a"])
             await queue.remove(name)
             with aws.translated("Bucket"):
@@ -195,7 +199,7 @@ def _caller(region: str | None) -> Finding:
 
 
 def _stack_manager(home: Home, backend: Backend) -> Finding:
-    """Check the stack that the grid's folder names, and the instance of the stack's manager."""
+    """Check that the stack named in the grid's folder is known, and that the stack's manager runs on an instance."""
     from batchlab.runtime import stack_connections
 
     try:
@@ -208,14 +212,14 @@ def _stack_manager(home: Home, backend: Backend) -> Finding:
 
 
 def stack_findings(home: Home, backend: Backend) -> Iterator[Finding]:
-    """Check the AWS account, the stack, and the session to the stack's manager."""
+    """Check the AWS account, the stack, and the program that opens sessions to the stack's manager."""
     from batchlab.client.aws_connection import VARIABLE
     from batchlab.runtime import aws_deployment, stack_connections
 
     try:
         deployment = aws_deployment.read(home)
     except BackendError:
-        deployment = None  # reported below
+        deployment = None  # `_stack_manager` reports the error.
     yield (caller := _caller(deployment.region if deployment else None))
     # Without credentials, the check of the stack would fail for the same reason as the check of the account.
     if caller.level is Level.OK or not deployment:
@@ -230,7 +234,7 @@ def stack_findings(home: Home, backend: Backend) -> Iterator[Finding]:
 
 
 MIN_ENGINE_VERSION = 25
-"""First Docker version with a health check interval for starting containers."""
+"""First Docker version in which a starting container can have its own health check interval."""
 MIN_COMPOSE_VERSION = (2, 20)
 """First Docker Compose version in which a service may depend on an optional service."""
 LAST_WITHOUT_TOKEN = (4, 14)
@@ -343,7 +347,7 @@ def _parts(home: Home) -> Iterator[Finding]:
         if "localstack" in states and (place := home.place(compose_deployment.NAME)):
             url = f"{place.url}/_localstack/health"
             try:
-                with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own network
+                with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - the grid's emulator
                     version = str(json.load(answer).get("version", "unknown"))
             except (OSError, ValueError, urllib.error.URLError) as error:
                 raise BackendError(f"LocalStack does not answer at {url}: {error}.") from error
@@ -397,7 +401,7 @@ def doctor(
 
 
 def examine(home: Home, backend: str, endpoint: str | None = None, *, repair: bool = False) -> list[Finding]:
-    """Run all checks of `batchlab doctor`. If `repair` is true, move damaged objects away."""
+    """Run all checks of `batchlab doctor`. If `repair` is true, move damaged objects out of the local bucket."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", _python),
         ("extras", _extras),
@@ -445,8 +449,8 @@ def _folder(home: Home) -> Iterator[Finding]:
         file = Path(name) / "a"
         file.write_bytes(b"written")
         try:
-            # The local bucket creates objects with hard links, because the creation of a hard link fails if the name
-            # exists.
+            # Test hard links, because the local bucket creates an object with a hard link. The creation of a hard link
+            # fails if the name exists.
             os.link(file, Path(name) / "b")
         except OSError as error:
             yield fail(
@@ -533,7 +537,7 @@ def _clock(home: Home) -> Iterator[Finding]:
     with tempfile.NamedTemporaryFile(dir=home.path, prefix="doctor-") as file:
         file.write(b"now")
         file.flush()
-        skew_s = os.stat(file.name).st_mtime - time.time()  # noqa: PTH116 - a name, not a Path
+        skew_s = os.stat(file.name).st_mtime - time.time()  # noqa: PTH116 - `file.name` is a string
     if time.time() < MIN_CLOCK_S:
         remedy = "Set the clock: schedules and leases are times."
         yield fail("clock", f"It says {time.ctime()}.", remedy)
@@ -557,7 +561,7 @@ def _manager(home: Home) -> Iterator[Finding]:
         return
     with Client.of(home, record) as client:
         health = client.health()
-        grid = client.grid()  # A request for the grid needs the token, and a request for the health does not.
+        grid = client.grid()  # Unlike `health`, `grid` sends a request that needs the token.
     text = f"{record.url} (pid {record.pid}) answers"
     if health["leader"]:
         yield ok("manager", f"{text} and leads")

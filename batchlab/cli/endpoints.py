@@ -2,7 +2,7 @@
 groups.
 
 Invariant: without --aws, `conform` does not use an AWS account. At the end, or on Ctrl-C, `conform` removes only the
-resources that the run created. `asg serve` prints a warning if other machines can reach the server without signatures.
+resources that the run created. `asg serve` prints a warning if other machines can send unsigned requests to the server.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _selected(service: str | None, *, only: str, needed: bool, markdown: Path | 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Make Ctrl-C and SIGTERM raise Stopped inside the block."""
+    """Make Ctrl-C and SIGTERM raise Stopped inside the `with` block."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise output.Stopped(output.INTERRUPTED)
@@ -176,7 +176,9 @@ def _target(url: str | None, region: str | None, bucket: str | None, template: s
     try:
         yield target
     except output.Stopped:
-        # The signal handlers stay active until Stopped is caught, because Python may drop an exception in a finalizer.
+        # Ignore further signals, so that they do not interrupt the removal. The signal handlers stay active until
+        # Stopped is caught, because Python drops a Stopped that is raised in a finalizer, and a signal is then sent
+        # again.
         for number in _BOTH:
             signal.signal(number, signal.SIG_IGN)
         output.say("Interrupted. Removing the created resources.")

@@ -1,7 +1,7 @@
 """Main program of the fork server, which forks each worker process of a local grid.
 
-Invariant: the fork server has one thread and does not open files, so that a fork is like a new process.
-`batchlab.adapters.local.fork_server` starts the fork server, and describes the messages.
+Invariant: the fork server has one thread and does not open files, so that a forked process is like a new process. The
+module `batchlab.adapters.local.fork_server` starts the fork server, and documents the messages of the fork server.
 
     python -P -m batchlab.cli.fork_server_main --home HOME --backend BACKEND DESCRIPTOR
 """
@@ -23,7 +23,7 @@ from batchlab.adapters.local.fork_server import MAX_BYTES
 from batchlab.adapters.local.processes import exit_code
 from batchlab.cli.services import serve
 from batchlab.runtime import factory
-from batchlab.server import worker_service  # noqa: F401 - imported once for all forks
+from batchlab.server import worker_service  # noqa: F401 - imported before the forks, so that forks share the module
 from batchlab.worker import environment  # noqa: F401
 
 MAX_DESCRIPTORS = 2
@@ -32,14 +32,15 @@ NAME = "batchlab-worker"
 
 
 def main() -> None:
-    """Serve the fork server's client, which started this process."""
+    """Serve the requests of the process that started the fork server."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--home", type=Path, help="folder of the grid, shown in lists of processes")
     parser.add_argument("--backend")
     parser.add_argument("descriptor", type=int)
     options = parser.parse_args()
     factory.load(options.backend).import_for_worker()
-    # Forks share the memory of existing objects until a fork writes to the memory.
+    # After `gc.freeze`, garbage collection in a forked process does not write to existing objects, so the processes
+    # share the memory of existing objects.
     gc.collect()
     gc.freeze()
     with socket.socket(fileno=options.descriptor) as connection:
@@ -52,7 +53,7 @@ def main() -> None:
 def serve_forks(connection: socket.socket) -> Sequence[str] | None:
     """Respond to requests until the client closes the connection, and then return None.
 
-    In a forked process, return the arguments of the worker.
+    In a forked process, return the command-line arguments of the worker.
     """
     while True:
         message, descriptors, _, _ = socket.recv_fds(connection, MAX_BYTES, MAX_DESCRIPTORS)
@@ -86,7 +87,7 @@ def serve_forks(connection: socket.socket) -> Sequence[str] | None:
 def _fork() -> int:
     """Fork this process, and return the process id of the fork.
 
-    In the fork, return 0. The fork is the leader of a new session.
+    In the forked process, return 0. The forked process is the leader of a new session of the operating system.
     """
     ready, led = os.pipe()
     try:
@@ -107,7 +108,7 @@ def _prepare_fork(env: dict[str, str], output: int, start: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     if not os.read(start, 1):
-        os._exit(0)  # The client ended before it recorded the fork.
+        os._exit(0)  # The client ended before it recorded the forked process.
     Path("/proc/self/comm").write_text(NAME)
     os.environ.update(env)
     time.tzset()

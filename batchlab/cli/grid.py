@@ -1,11 +1,11 @@
-"""`batchlab grid`: commands for the grid in one folder, its pools, its workers, and its web page.
+"""Commands of `batchlab grid`, for the grid in a folder, its pools, its workers, and its web page.
 
-Invariant: no address contains the grid's token. The address of the web page contains a one-time code in the fragment,
-which browsers do not send to servers. A browser gets the address of the web page through a file that only the user can
-read, because other users can read command lines.
+Invariant: a URL never contains the grid's token. The URL of the web page contains a one-time code in its fragment,
+which browsers do not send to servers. A browser gets the URL through a file that only the user can read, because other
+users can read the command line of a browser.
 
-The text form of a pool is NAME:MIN-MAXxSLOTS, such as default:0-4x1. On AWS, the text form of a pool may end with
-instance types, such as default:0-4x1@m7i.large,m6i.large.
+An option describes a pool in the form NAME:MIN-MAXxSLOTS, such as default:0-4x1. On AWS, the description of a pool may
+end with instance types, such as default:0-4x1@m7i.large,m6i.large.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def up(
         output.say("Connected to the stack; `batchlab grid down` disconnects.")
     else:
         output.say(f"A grid {'was up already' if was_up else 'is up'} in {place.path}.")
-        if home is None:  # With --home, each command needs the same --home.
+        if home is None:  # With --home, the suggested commands would also need --home.
             output.say(
                 "`batchlab job submit FILE` submits a job, `batchlab grid open` shows the grid in a browser, "
                 "`batchlab grid down` stops it."
@@ -146,7 +146,7 @@ def down(home: Path | None = HOME) -> None:
             schedules = schedule.read_schedules(client)["schedules"]
             scheduled = sum(one["state"] == "active" for one in schedules)
     except BackendError as error:
-        # A manager that does not respond is also stopped.
+        # An error must not end the command, because `grid down` also stops a manager that does not respond.
         why = error.message if place.record() else "Its manager is not up."
         output.say(f"The unfinished jobs of the grid are unknown: {why}")
     emulator = place.place(compose_deployment.NAME)
@@ -401,18 +401,19 @@ def open_(
 
 
 def _handed_over(client: Client, home: Home, session: SessionView, url: str) -> bool:
-    """Open the address of the web page in a browser. Return False if no browser can be started.
+    """Open the URL of the web page in a browser. Return False if no browser can be started, or if the grid's folder
+    cannot be written.
 
     Raise Refused if the browser does not request the page before the one-time code expires.
     """
     try:
         file = _redirect(home, url, session["valid_s"])
     except OSError:
-        return False  # The folder cannot be written, so the caller prints the address.
+        return False  # If the grid's folder cannot be written, the caller prints the URL.
     try:
         if not _opened(file.as_uri()):
             return False
-        # Stop waiting before the code expires, because the manager reports an expired code like a used code.
+        # Stop waiting before the one-time code expires, because the manager reports an expired code as used.
         until_s = time.monotonic() + session["valid_s"] - _SOONER_S
         while client.code_waits(session["name"]):
             if time.monotonic() >= until_s:
@@ -430,14 +431,14 @@ def _handed_over(client: Client, home: Home, session: SessionView, url: str) -> 
 
 
 def _redirect(home: Home, url: str, valid_s: float) -> Path:
-    """Write an HTML file that redirects to the address. Only the user can read the file.
+    """Write an HTML file that redirects a browser to the URL. Only the user can read the HTML file.
 
-    The HTML file is in the grid's folder, because some browsers have their own /tmp.
+    The HTML file is in the grid's folder, because some browsers cannot read the user's /tmp.
     """
     for old_file in home.path.glob(f"{PREFIX}*{SUFFIX}"):
-        with suppress(FileNotFoundError):  # Another command removed the file.
+        with suppress(FileNotFoundError):  # Another command may have removed the old file.
             if time.time() - old_file.stat().st_mtime > valid_s:
-                old_file.unlink()  # A killed command did not remove the file.
+                old_file.unlink()  # A command that was killed left the old file.
     number, name = tempfile.mkstemp(SUFFIX, PREFIX, home.path)
     with os.fdopen(number, "w", encoding="utf-8") as file:
         file.write(_PAGE.format(url=html.escape(url)))
@@ -445,7 +446,7 @@ def _redirect(home: Home, url: str, valid_s: float) -> Path:
 
 
 def _has_screen() -> bool:
-    """Return whether a browser can open a window. Without a window, a text browser would use the terminal."""
+    """Return whether a browser can open a window. Without a display, a text browser would take over the terminal."""
     return sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
 
 

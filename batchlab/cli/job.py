@@ -1,4 +1,4 @@
-"""`batchlab job`: submit, list, show, and control jobs of a running grid, and check job files."""
+"""Commands of `batchlab job`, which submit, list, show, and control jobs of a running grid, and check job files."""
 
 from __future__ import annotations
 

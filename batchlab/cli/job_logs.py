@@ -1,7 +1,7 @@
-"""`batchlab job logs`: the output of a job's tasks, stored or live.
+"""Command `batchlab job logs`, which prints the stored or the live output of a job's tasks.
 
-Invariant: each line of a task's output is printed once, live or after the end of the task. Output that was too fast for
-the live log is printed at the end of the task, or a note reports the missing output.
+Invariant: `job logs --follow` prints a line of a task's output at most once, live or after the end of the task. Output
+that the live log misses is printed after the end of the task, or a note reports the missing output.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _follow(home: Home, job: str, which: LogFilter, *, json: bool) -> None:
         try:
             follower.run()
         except Stopped:
-            # Also print the last lines, which do not end with a line break.
+            # Also print the last line of each task, even if the line does not end with a line break.
             with suppress(Stopped):
                 follower.close()
             raise
@@ -117,19 +117,19 @@ Key = tuple[str, int, int, int, str]
 """Key of an execution: stage, task, round, attempt, and id of the execution."""
 
 MAX_WAIT_S = 1.0
-"""Maximum time in seconds for which a request waits for the end of an attempt."""
+"""Maximum time in seconds for which a request for logs waits for the end of an attempt."""
 MIN_REQUEST_INTERVAL_S = 0.1
-"""Minimum time in seconds between two requests, unless an attempt has ended."""
+"""Minimum time in seconds between two requests for logs, unless an attempt has ended."""
 LOG_RETRY_INTERVAL_S = 5.0
 """Interval in seconds of the requests for a log that is not stored yet."""
 MAX_LOG_RETRIES = 20
-"""Maximum number of missing logs that are requested again at the same time."""
+"""Maximum number of missing logs that are requested again before the next request for news of the job."""
 _CUT = "[... batchlab left out "
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of an attempt's output, or a note of batchlab about the output."""
+    """A line that an attempt of a task printed, or a note of batchlab about the attempt's output."""
 
     stage: str
     task: int
@@ -141,13 +141,17 @@ class Line:
 
     @property
     def name(self) -> str:
-        """Name of the attempt, such as `parse/3`. The name of a later attempt contains the attempt's number."""
+        """Name of a task's attempt, such as `parse/3`. The name of a second or later attempt also contains the
+        attempt's number.
+        """
         return attempt_name(self.stage, self.task, self.attempt)
 
 
 @dataclass(slots=True)
 class _Shown:
-    """Number of printed bytes of an attempt's output, and the unprinted start of a line without a line break."""
+    """Number of bytes of an attempt's output that were received, and the text after the last line break, which is not
+    printed yet.
+    """
 
     printed: int = 0
     rest: str = ""
@@ -170,7 +174,7 @@ class LogFilter:
 class Follower:
     """Follower of a job's output, which prints each line as soon as the line is available.
 
-    `call` calls the manager, or waits for a replacement manager.
+    The argument `call` sends a request to the manager, and waits for a replacement if the manager does not respond.
     """
 
     def __init__(self, job: str, which: LogFilter, call: ManagerCall, on_line: Callable[[Line], None]) -> None:
@@ -196,9 +200,9 @@ class Follower:
             self._request_late_logs(last=news["ended"])
             if news["ended"]:
                 break
-            # A new leading manager may respond at once, so limit the rate of requests.
+            # A manager that has just become the leader may respond without waiting, so limit the rate of requests.
             time.sleep(max(0.0, 0 if news["logs"] else asked_s + MIN_REQUEST_INTERVAL_S - time.monotonic()))
-            # With the filter `failed`, do not request live output, because a running task has no result yet.
+            # With the filter `failed`, do not request live output, because a running task has not failed yet.
             if not self._which.failed and time.monotonic() >= due_s:
                 tails: TailsView = self._call(lambda client: client.tails(self._job))
                 every_s = tails["every_s"]
@@ -232,7 +236,7 @@ class Follower:
         news: NewLogsView = self._call(ask)
         return news
 
-    # --- While it runs ---------------------------------------------------------------------------
+    # --- Running attempts ------------------------------------------------------------------------
 
     def _runs(self, tail: TailView) -> None:
         key = _key(tail)
@@ -253,7 +257,7 @@ class Follower:
         for line in lines:
             self._say(key, line)
 
-    # --- When it has ended -----------------------------------------------------------------------
+    # --- Ended attempts --------------------------------------------------------------------------
 
     def _ended(self, log: LogView) -> None:
         key = _key(log)
@@ -267,7 +271,8 @@ class Follower:
         progress = self._shown.pop(key, _Shown())
         data = log["text"].encode()
         if progress.printed and _CUT in log["text"]:
-            # The middle of the stored log is missing, so byte positions in the stored log differ from the live output.
+            # The middle of the stored log is missing, so byte positions in the stored log differ from byte positions in
+            # the live output.
             self._note(key, "it has printed more than is kept of it; the rest is in `job logs`")
             return
         self._lines(key, progress, data[progress.printed :].decode(errors="replace"))
@@ -307,7 +312,7 @@ def _key(view: TailView | LogView) -> Key:
 
 
 def to_json(job: str, line: Line) -> Mapping[str, Any]:
-    """Return a line of output, or a note about the output, as JSON."""
+    """Return a line of a task's output, or a note about the output, as a JSON object."""
     return {
         "job": job,
         "stage": line.stage,

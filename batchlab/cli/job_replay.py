@@ -1,4 +1,4 @@
-"""`batchlab job replay-task`: the run of a grid's task on this machine, under a debugger."""
+"""Command `batchlab job replay-task`, which runs a task of a grid again on this machine, under a debugger."""
 
 from __future__ import annotations
 

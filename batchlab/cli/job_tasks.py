@@ -1,4 +1,4 @@
-"""`batchlab job show-task`, `why`, `failures`, and `retry`: tasks of a job and their failures."""
+"""Commands `batchlab job show-task`, `why`, `failures`, and `retry`, which show or retry tasks of a job."""
 
 from __future__ import annotations
 
@@ -122,12 +122,12 @@ def _show(doc: dict[str, Any]) -> None:
 
 
 def replay_command(job: str, task: str, home: Path | None) -> str:
-    """Return the shell command that runs a task on this machine."""
+    """Return the shell command that runs a task again on this machine."""
     where = ["--home", str(home)] if home else []
     return shlex.join(["batchlab", "job", "replay-task", job, task, "--local", *where])
 
 
-# --- Why -----------------------------------------------------------------------------------------
+# --- Reasons of waiting and failures -------------------------------------------------------------
 
 
 def why(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
@@ -155,7 +155,7 @@ def why(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
 
 
 def _failed(client: Client, view: JobView, home: Path | None) -> list[dict[str, Any]]:
-    """Return a failed task for each of the most frequent fingerprints, from the most frequent to the least frequent."""
+    """Return one failed task for each of the job's most frequent failure fingerprints, ordered by falling frequency."""
     if not any(stage["failed"] for stage in view["stages"]):
         return []
     failed = []

@@ -44,7 +44,7 @@ def seconds_of(option: str, text: str, *, least_s: float = 0.0) -> float:
 
 
 def assignments(texts: Iterable[str], example: str, form: str = "KEY=VALUE") -> dict[str, str]:
-    """Return the values by key from KEY=VALUE texts. Raise UsageError for a text in another form."""
+    """Return the values by key from texts such as KEY=VALUE. Raise UsageError for a text in another form."""
     values: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -55,12 +55,16 @@ def assignments(texts: Iterable[str], example: str, form: str = "KEY=VALUE") -> 
 
 
 def parameters_of(texts: Iterable[str] | None) -> dict[str, str]:
-    """Return the values of --set by job parameter. Raise UsageError for a text in another form than KEY=VALUE."""
+    """Return the values of the option --set by job parameter. Raise UsageError for a text in another form than
+    KEY=VALUE.
+    """
     return assignments(texts or (), "--set year=2026")
 
 
 def resume_command(arguments: Iterable[str]) -> str:
-    """Return the command line that resumes the run that a command with these arguments started."""
+    """Return the command line that resumes a run of a job. `arguments` are the arguments of the command that started
+    the run.
+    """
     import shlex
 
     same = [argument for argument in arguments if argument not in ("--resume", "--debug")]
@@ -89,7 +93,7 @@ _JOB_ID = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{10}")
 def connect(home: Path | Home | None) -> Iterator[Client]:
     """Yield a client of the grid's running manager. Raise Unreachable if no manager is running.
 
-    A NotFound error in the block becomes a UsageError, because the user gave a wrong name.
+    A NotFound error in the `with` block becomes a UsageError, because the user gave a wrong name.
     """
     from batchlab.client.http import Client
 
@@ -108,7 +112,7 @@ def no_grid(home: Home) -> Unreachable:
     """Return the error for a command that needs a running grid."""
     from batchlab.runtime import aws_deployment
 
-    # In a folder with a deployment on AWS, `grid up` without --backend would start a second grid on this machine.
+    # In a folder with a deployment on AWS, `grid up` without --backend would start another grid on this machine.
     deployed = aws_deployment.path_in(home).exists()
     knows = ", which knows the jobs that ran here" if home.objects.is_dir() else ""
     remedy = (
@@ -121,7 +125,7 @@ def no_grid(home: Home) -> Unreachable:
 
 
 def resolve(client: Client, text: str) -> JobView:
-    """Return the job with this id or with this unique beginning of an id.
+    """Return the job whose id is `text`, or the only job whose id begins with `text`.
 
     For the text "last", return the newest job.
     """
@@ -151,7 +155,8 @@ def resolve(client: Client, text: str) -> JobView:
 def call_with_job(client: Client, text: str, verb: Callable[[Client, str], JobView]) -> JobView:
     """Call `verb` with the id of the job that `text` names.
 
-    A complete id is tried first, because the bucket may contain a job that is missing in the manager's lists.
+    The function first uses `text` as a complete id, because the bucket may contain a job that the manager does not
+    list.
     """
     if _JOB_ID.fullmatch(text):
         with suppress(NotFound):
@@ -168,12 +173,12 @@ _KINDS = {
     "int_parsing": "a whole number",
     "int_parsing_size": "a whole number",
 }
-"""Expected kind of number by error type of Typer's parser."""
+"""Kind of number that an option expects, by error type of Typer's parser."""
 
 
 def number_error(error: BadParameter) -> UsageError | None:
     """Return a UsageError for an invalid number, or None for other errors of Typer's parser."""
-    # The types are Any, because the classes are internal to Typer.
+    # The variables have the type Any, because the classes of these objects are internal to Typer.
     option: Any = error.param
     mistakes: Any = getattr(error.__cause__, "errors", None)
     if option is None or mistakes is None:

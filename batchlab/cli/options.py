@@ -1,4 +1,4 @@
-"""Options that several commands share: declarations and shell completion.
+"""Declarations and shell completion of options that several commands share.
 
 Invariant: a completion takes at most COMPLETION_TIMEOUT_S seconds per request, does not print errors, and does not
 create files.
@@ -31,7 +31,7 @@ def backends(incomplete: str) -> list[str]:
 def examples(incomplete: str) -> list[str]:
     """Return the shipped examples whose names begin with the incomplete text.
 
-    The starter job is left out, because `init` writes the starter job by default.
+    The example `starter` is left out, because `batchlab init` writes the files of `starter` by default.
     """
     names = _shipped_names("examples", "*/job.yaml", lambda path: path.parent.name)
     return _matching(incomplete, (name for name in names if name != "starter"))
@@ -46,7 +46,7 @@ def scenarios(incomplete: str) -> list[str]:
 
 
 def jobs(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Return the job ids that begin with the incomplete text, newest first.
+    """Return the ids of jobs that begin with the incomplete text. The id of the newest job comes first.
 
     The ids come from the manager or else from the local bucket.
     """
@@ -97,7 +97,7 @@ def _request_list(home: Home, path: str, listed: str) -> list[dict[str, Any]]:
 
 
 def _local_jobs(home: Home) -> list[str]:
-    """Return the ids of the jobs in the local bucket, newest first."""
+    """Return the ids of the jobs in the local bucket. The id of the newest job comes first."""
     try:
         jobs = [(path.stat().st_mtime, path.name) for path in (home.objects / "jobs").iterdir()]
     except OSError:
@@ -108,7 +108,7 @@ def _local_jobs(home: Home) -> list[str]:
 def option(text: str, metavar: str | None = None, *names: str, default: Any = None, **settings: Any) -> Any:
     """Declare an option with the help `text`.
 
-    The option has the name of the command's parameter unless `names` are given.
+    The option has the names in `names`, or by default the name of the command's parameter.
     """
     settings.setdefault("show_default", default not in (None, ""))
     return typer.Option(default, *names, metavar=metavar, help=text, **settings)

@@ -1,7 +1,7 @@
-"""Output of commands on stdout and stderr: sentences, tables, times, and JSON.
+"""Output of commands on stdout and stderr, as sentences, tables, times, and JSON.
 
-The module also contains the exception for Ctrl-C and SIGTERM, which asyncio, Typer, and finalizers do not swallow.
-Invariant: control characters in a text never reach the terminal.
+The module also contains the exception Stopped for Ctrl-C and SIGTERM. asyncio, Typer, and finalizers do not swallow
+Stopped. Invariant: control characters in a text are replaced before the text is printed on a terminal.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def say(text: str) -> None:
 class ThrottledNotes:
     """Printer of notes on long work.
 
-    The printer prints at most one note every `every_s` seconds, and no note in the first `every_s` seconds.
+    The printer prints at most one note every `every_s` seconds. The first note is printed after `every_s` seconds at
+    the earliest.
     """
 
     def __init__(self, every_s: float = 3.0) -> None:
@@ -60,12 +61,12 @@ class ThrottledNotes:
 
 def show(text: str) -> None:
     """Print a result on stdout."""
-    print(visible(text), flush=True)  # noqa: T201 - the one place that does
+    print(visible(text), flush=True)  # noqa: T201 - prints results for the user
 
 
 def show_exact(text: str) -> None:
-    """Print a result unchanged for a program, but without control characters on a terminal."""
-    print(visible(text) if sys.stdout.isatty() else text, flush=True)  # noqa: T201 - as above
+    """Print a result for a program on stdout. If stdout is a terminal, control characters are replaced."""
+    print(visible(text) if sys.stdout.isatty() else text, flush=True)  # noqa: T201 - prints results for programs
 
 
 def show_json(value: Any, *, indent: int | None = 2) -> None:
@@ -97,12 +98,12 @@ def attributes(value: object, *names: str) -> dict[str, Any]:
 
 
 def cells(view: Mapping[str, object], *keys: str) -> tuple[object, ...]:
-    """Return the values of a view in the order of `keys`, for a row of a table."""
+    """Return the values of `view` in the order of `keys`, as the cells of one row of a table."""
     return tuple(view[key] for key in keys)
 
 
 def show_error(error: BatchlabError) -> None:
-    """Print an error on stderr, and the remedy on the next line."""
+    """Print the message of an error on stderr, and the error's remedy on the next line."""
     errors: Sequence[BatchlabError] = getattr(error, "errors", ()) or [error]
     for one in errors:
         where = ""
@@ -114,7 +115,7 @@ def show_error(error: BatchlabError) -> None:
 
 
 def check_writable(file: Path, *, folder: bool = False) -> None:
-    """Raise UsageError if the file cannot be written. Commands call the function before long work begins.
+    """Raise UsageError if the file cannot be written. Commands call `check_writable` before long work begins.
 
     If `folder` is true, create the folder of the file.
     """
@@ -140,7 +141,7 @@ def _try_to_write(file: Path, *, folder: bool) -> None:
     if file.exists():
         file.open("ab").close()
     else:
-        # To keep a dangling link, create and remove the link's target.
+        # If `file` is a symbolic link to a missing file, create and remove the missing file, and keep the link.
         path = Path(os.path.realpath(file))
         path.open("xb").close()
         path.unlink()
@@ -149,8 +150,8 @@ def _try_to_write(file: Path, *, folder: bool) -> None:
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a text table with aligned columns, two blanks between columns, and right-aligned numbers.
 
-    Unlike a table of rich, the text table looks the same in a terminal, a pipe, and a ticket. Long cells are not cut
-    off at 80 columns.
+    Unlike a table of the package rich, the text table looks the same in a terminal, a pipe, and a ticket. Long cells
+    are not cut off at 80 columns.
     """
     cells = [[clean(str(cell)) for cell in row] for row in rows]
     right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
@@ -182,13 +183,13 @@ def moment(at_s: float | None) -> str:
 
 
 def optional_span(span_s: float | None) -> str:
-    """Return a duration as text, or "-" for an unknown duration."""
+    """Return a duration as text, or "-" if `span_s` is None."""
     return "-" if span_s is None else span(span_s)
 
 
 INTERRUPTED = 130
 RERAISE_DELAY_S = 0.05
-"""Delay in seconds after which an exception that Python dropped in a finalizer is raised again."""
+"""Delay in seconds before SIGINT is sent again, if Python has dropped the exception of a signal handler."""
 _BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -209,10 +210,10 @@ def install_signal_handlers() -> None:
 
 @contextmanager
 def as_keyboard_interrupt() -> Iterator[None]:
-    """Make SIGINT and SIGTERM raise KeyboardInterrupt inside the block.
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt inside the `with` block.
 
-    At the end of the block, replace KeyboardInterrupt by Stopped. The simulator runs a user's code in this process, and
-    attributes a SystemExit to the user's code.
+    A KeyboardInterrupt that leaves the `with` block becomes Stopped. The simulator runs a user's code in this process,
+    and attributes a SystemExit to the user's code.
     """
     before = {number: signal.signal(number, signal.default_int_handler) for number in _BOTH}
     try:
@@ -229,10 +230,10 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
 
 
 def _on_dropped(dropped: UnraisableHookArgs) -> None:
-    """Send SIGINT again if Python dropped the exception of a signal.
+    """Send SIGINT again if Python dropped an exception that a signal handler raised.
 
-    Python drops an exception in a finalizer or in a callback of a weak reference. Each task of asyncio has a callback
-    of a weak reference.
+    Python drops an exception that is raised in a finalizer or in a callback of a weak reference. Each task of asyncio
+    has a callback of a weak reference.
     """
     if not issubclass(dropped.exc_type, (Stopped, KeyboardInterrupt)):
         sys.__unraisablehook__(dropped)

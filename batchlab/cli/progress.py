@@ -1,7 +1,7 @@
 """Progress of jobs, replays, deployments, and counted work on stderr.
 
-On a terminal, a thread of rich draws a live display. Without a terminal, plain lines are printed from time to time, and
-rich is not imported.
+On a terminal, a thread of the package rich draws a live display. Without a terminal, plain lines are printed every few
+seconds, and rich is not imported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LINE_EVERY_S = 3.0
 BAR_UPDATE_S = 0.1
 RATE_WINDOW_S = 10.0
 LATE_S = 0.5
-"""Minimum delay in seconds of a submission that is reported as late."""
+"""Delay in seconds above which the submission of a job is reported as late."""
 SHOWN_RESOURCES = 8
 _STYLES = {"SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "yellow", "PAUSED": "yellow"}
 
@@ -91,8 +91,9 @@ class Display:
 def bar(every_s: float = LINE_EVERY_S) -> Iterator[Callable[[int, int, str], None]]:
     """Yield a function that shows the progress of counted work.
 
-    The arguments of the function are the finished units, all units, and a text. On a terminal, the function shows a
-    bar. Without a terminal, the function prints the text at most every `every_s` seconds.
+    The arguments of the yielded function are the number of finished units, the number of all units, and a text. On a
+    terminal, the yielded function shows a progress bar. Without a terminal, the yielded function prints the text at
+    most every `every_s` seconds.
     """
     if not sys.stderr.isatty():
         sometimes = output.ThrottledNotes(every_s)
@@ -124,7 +125,9 @@ def count_ended(stage: StageView) -> int:
 
 
 def capacity(grid: GridView | None, job: JobView) -> tuple[int, int, int]:
-    """Return the instances in service, the desired capacity, and the slots in service of the job's pools."""
+    """Return the number of instances in service, the desired capacity, and the number of slots in service of the job's
+    pools.
+    """
     names = {stage["pool"] for stage in job["stages"]}
     serving = desired = slots = 0
     for pool in grid["pools"] if grid else ():
@@ -146,7 +149,7 @@ class Rates:
         for stage in job["stages"]:
             samples = self.samples.setdefault(stage["name"], deque())
             if not count_ended(stage):
-                samples.clear()  # The rate excludes the wait for workers.
+                samples.clear()  # The rate excludes the time in which no task of the stage has ended yet.
             samples.append((now_s, count_ended(stage)))
             while len(samples) > 2 and samples[1][0] < now_s - RATE_WINDOW_S:
                 samples.popleft()
@@ -181,7 +184,7 @@ class JobDisplay(Display):
         self._cost = ""
 
     def cost(self, text: str) -> None:
-        """Set the text about the job's cost, which the display shows from the next update on."""
+        """Set the text about the job's cost that the display shows from its next update on."""
         self._cost = f"it {text}" if text else ""
 
     def show(self, job: JobView, grid: GridView | None) -> None:
@@ -320,7 +323,7 @@ class StackDisplay(Display):
         self._ended: set[str] = set()
 
     def show_event(self, event: Event) -> None:
-        """Show an event of CloudFormation in the display."""
+        """Show a CloudFormation event of the stack in the display."""
         is_in_progress = event.status.endswith("_IN_PROGRESS")
         if not self._is_live:
             if event.is_of_stack or not is_in_progress:
@@ -342,7 +345,7 @@ class StackDisplay(Display):
         from rich.text import Text
 
         done = len(self._ended)
-        # CloudFormation may also send events of resources that an update leaves unchanged.
+        # CloudFormation may also send events of unchanged resources, so more resources than planned may end.
         total = max(self._total, done)
         head = Table.grid(padding=(0, 2))
         head.add_row(

@@ -1,9 +1,9 @@
-"""`batchlab report`: performance data of jobs as SQL results, HTML pages, and folders.
+"""Commands of `batchlab report`, which show performance data of jobs as SQL results, HTML pages, and folders.
 
 Invariant: the commands do not change jobs. A query of a folder needs only the folder, without a grid or a network.
 Numbers in text output are rounded, and numbers in JSON and CSV have all digits.
 
-`batchlab report diff` compares two runs or sets of runs, with gates for CI.
+`batchlab report diff` compares two runs or two sets of runs, with gates that make a CI job fail.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def html(
         job = only_job(connection)
         file = out or Path(f"{job}.html")
         output.check_writable(file, folder=True)
-        # For a folder, the command does not read a bucket unless --backend names a backend.
+        # If the user named a folder and did not use --backend, the command does not read a bucket.
         is_bare = Path(run).is_dir() and not backend
         cases = [] if no_logs or is_bare else failures.cases(Run(connection, job))
         samples = _samples(source, job, cases) if cases else {}
@@ -98,9 +98,9 @@ def html(
 
 
 def _samples(source: Source, job: str, cases: Sequence[Case]) -> dict[Case, Sample]:
-    """Return tracebacks and logs of failed tasks.
+    """Return the traceback and the log of an example task for each case of failure.
 
-    If the bucket cannot be read, print a note and return no tracebacks and logs.
+    If the bucket cannot be read, print a note and return an empty dictionary.
     """
     import asyncio
 
@@ -159,7 +159,9 @@ def sql(
 def _run_query(
     sql: str, runs: list[str] | None, grid: tuple[Path | None, str, str | None], *, json: bool, csv: bool
 ) -> None:
-    """Run one SELECT statement, and print the rows. `grid` contains the values of --home, --backend, and --endpoint."""
+    """Run one SELECT statement on the performance data of the runs, and print the rows. `grid` contains the values of
+    --home, --backend, and --endpoint.
+    """
     from batchlab.cli.report_source import Source, folders
     from batchlab.reports.queries import store
 
@@ -303,7 +305,7 @@ def _cell(value: Any) -> Any:
 def _plain(value: Any) -> Any:
     """Return a value in a form that JSON can represent.
 
-    Infinite or undefined numbers become null, and values of types unknown to JSON become text.
+    An infinite or undefined number becomes null. A value of a type that JSON lacks becomes text.
     """
     if isinstance(value, Decimal):
         return float(value)
@@ -324,8 +326,8 @@ def _shown(value: Any) -> str:
     if isinstance(value, Decimal):
         value = float(value)
     if isinstance(value, float):
-        # Numbers from 1,000, such as epoch times, keep three decimal places. Smaller numbers, such as shares and
-        # prices, keep four significant digits.
+        # A number of at least 1,000, such as an epoch time, keeps three decimal places. A smaller number, such as a
+        # share or a price, keeps four significant digits.
         return f"{value:.3f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, list | tuple):
         return ", ".join(map(_shown, value))
@@ -380,7 +382,7 @@ def diff(
 
 
 def _runs_in(side: str) -> list[str]:
-    # The name of a folder may contain a comma.
+    # The text of an existing folder is not split, because the name of a folder may contain a comma.
     return [side] if Path(side).is_dir() else [run for run in side.split(",") if run]
 
 
@@ -389,7 +391,7 @@ def _rows(comparison: Comparison) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for change in comparison.changes:
         if not change.a and not change.b:
-            continue  # Both values are 0, for example without failures.
+            continue  # A measure without a value, or with the value 0, on both sides is not shown.
         name, stage = change.measure.name, change.stage
         verdict = "TOO MUCH" if (name, stage) in broken else change.verdict
         between = "" if change.low is None else f"{change.low:+.1%} and {change.high:+.1%}"

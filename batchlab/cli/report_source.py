@@ -1,7 +1,7 @@
-"""Performance data of a RUN argument, which names a folder, a job of the grid, or the jobs of a replay.
+"""Performance data of the runs that a user names. A run is a folder, a job of the grid, or the jobs of a replay.
 
-Invariant: reading a folder does not need a grid, an account, or a network. The data of a job is always current, because
-the data is written again if the data in the bucket is missing or outdated.
+Invariant: the read of a folder does not need a grid, an AWS account, or a network. If the performance data of a job in
+the bucket is missing or outdated, the data is computed again.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Source of performance data: the bucket of a grid.
+    """The grid from whose bucket performance data is read.
 
-    If `backend` is "", the source uses the backend of the running grid.
+    If `backend` is "", the grid has the backend of the running manager, or else the backend local.
     """
 
     home: Home
@@ -46,7 +46,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Name of the backend whose bucket has the jobs."""
+        """Name of the backend whose bucket contains the objects of the jobs."""
         if self.backend:
             return self.backend
         record = self.home.record()
@@ -67,9 +67,9 @@ def folders(source: Source, runs: Sequence[str]) -> Iterator[list[Path]]:
 
 
 def expand_runs(runs: Sequence[str]) -> Iterator[str]:
-    """Yield the runs, and the jobs of a replay in place of the replay's record.
+    """Yield the names of runs. A name of a replay's record is replaced by the ids of the replay's jobs.
 
-    Raise UsageError for a record of a simulation.
+    Raise UsageError for the record of a forecast, because the jobs of a forecast have not run.
     """
     from batchlab.scenarios import record
 
@@ -121,22 +121,23 @@ async def _folder_of_job(source: Source, job: JobId, stack: ExitStack) -> Path:
 
 
 async def _written(source: Source, backend: Backend, objects: Objects, job: JobId, stack: ExitStack) -> Path:
-    """Write the performance data of a job into a temporary folder.
+    """Compute the performance data of a job in a temporary folder, and return the folder.
 
-    If the job has ended, also write the data into the bucket.
+    If the data is final, also upload the data to the bucket.
     """
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="batchlab-report-")))
     writer = writer_of(source, backend, objects)
     index = await writer.make(job, folder)
     if index.is_final:
-        # A failed upload is ignored, because the upload only saves work for later commands, and may not be permitted.
+        # A failed upload is ignored, because the upload only saves work for later commands, and the user may not have
+        # the permission to write.
         with suppress(BatchlabError):
             await writer.publish(job, folder, index)
     return folder
 
 
 def writer_of(source: Source, backend: Backend, objects: Objects) -> Writer:
-    """Return the writer of performance data.
+    """Return the report writer for a grid's bucket.
 
     If the price book cannot be read, the writer omits the cost and a note is printed.
     """
@@ -153,7 +154,7 @@ def writer_of(source: Source, backend: Backend, objects: Objects) -> Writer:
 
 @contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
-    """Yield a new folder that replaces `folder` at the end of the block."""
+    """Yield a new temporary folder, which replaces `folder` at the end of the `with` block."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
@@ -200,7 +201,7 @@ async def _copied(source: Source, job: JobId, folder: Path) -> Index:
 
 
 async def write_data(source: Source, job: JobId) -> Index:
-    """Write the performance data of a job again, and upload the data to the bucket."""
+    """Compute the performance data of a job again, and upload the data to the bucket."""
     backend = source.load()
     objects = backend.open_bucket(source.home)
     writer = writer_of(source, backend, objects)
@@ -214,10 +215,10 @@ async def write_data(source: Source, job: JobId) -> Index:
 
 
 def job_of(source: Source, text: str) -> JobId:
-    """Return the id of the job with this id or this beginning of an id.
+    """Return the id of the job whose id is `text`, or of the only job whose id begins with `text`.
 
     For the text "last", return the id of the newest job. Raise UsageError if no job matches. If the grid is down and
-    the grid's ledger is not local, only a complete id is accepted.
+    its bucket is not local, `text` must be a complete id.
     """
     record = source.home.record()
     if record and record.backend == source.name:

@@ -1,4 +1,4 @@
-"""`batchlab run`: the run of a job file on a grid or in the simulator."""
+"""Command `batchlab run`, which runs a job file on a grid or in the simulator."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def run_simulated(
     file: Path, out: Path | None, overrides: Mapping[str, str], *, workers: int | None, seed: int, json: bool
 ) -> None:
     """Run a job in the simulator, and print the summary. Exit with code 1 unless the job succeeded."""
-    # The import of the simulator takes half a second, so the simulator is imported here.
+    # The import of the simulator takes half a second, so only this function imports the simulator.
     from batchlab.cli.run_job import pools_for
     from batchlab.cli.submission import default_folder
     from batchlab.core.pricing.price_book import load as load_prices
@@ -104,8 +104,8 @@ def run_simulated(
     pools = pools_for(backend, jobfile, workers) or backend.pools
     folder = out or default_folder(jobfile.job.name)
     output.check_folder(folder)
-    # The job's handlers run in this process, and the output of the handlers must not mix with the output of the
-    # command.
+    # The job's handlers run in this process, so the output of the handlers is written to a file, separate from the
+    # output of the command.
     with (folder / PRINTED).open("w") as printed, redirect_stdout(printed):
         setting = Setting(backend.name, pools, backend.pace, load_prices())
         with output.as_keyboard_interrupt():

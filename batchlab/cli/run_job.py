@@ -1,7 +1,7 @@
-"""Run of a job file from submission to results, for `batchlab run` and `batchlab demo`, and the summary of the run.
+"""Run of a job file from its submission to its results, and summary of the run, for `batchlab run` and `batchlab demo`.
 
 Invariant: after any interruption, the same command with --resume continues the job. Each second of the wall time counts
-in exactly one phase. Concurrent work is mentioned in a remark on a phase.
+in exactly one phase. A remark on a phase mentions work that runs at the same time as the phase.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from batchlab.jobs.job_file import JobFile
 
 MAX_FAILURES = 5
-MAX_TRACEBACK_LINES = 12  # The last lines of a traceback show the raising code.
+MAX_TRACEBACK_LINES = 12  # The last lines of a traceback show the code that raised the exception.
 NEGLIGIBLE_S = 0.05
 
 _PHASES = {
@@ -63,24 +63,24 @@ _PHASES = {
 
 @dataclass(slots=True)
 class Phases:
-    """Wall time in seconds of a command by phase."""
+    """Wall time in seconds that a command has spent in each phase."""
 
     begun_s: float = field(default_factory=time.monotonic)
     ended_s: float | None = None
     spent_s: dict[str, float] = field(default_factory=dict)
     beside: dict[str, str] = field(default_factory=dict)
-    """Remarks by phase about concurrent work."""
+    """Remarks by phase, about work that runs at the same time as the phase."""
 
     @classmethod
     def of_process(cls) -> Self:
-        """Return phases that began with the start of this process."""
+        """Return phases whose time begins at the start of this process."""
         phases = cls(START_S)
         phases.add("load", time.monotonic() - START_S)
         return phases
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the wall time of the block to the phase `name`."""
+        """Add the wall time of the `with` block to the phase `name`."""
         begun_s = time.monotonic()
         try:
             yield
@@ -96,14 +96,14 @@ class Phases:
         return (time.monotonic() if self.ended_s is None else self.ended_s) - self.begun_s
 
     def end(self) -> None:
-        """Stop the measurement, and count the remaining wall time as the phase "else"."""
+        """Stop the measurement, and add the wall time outside of all phases to the phase "else"."""
         self.ended_s = time.monotonic()
         self.add("else", self.wall_s - sum(self.spent_s.values()))
 
     def split(self, name: str, earlier: str, seconds: float) -> None:
         """Move the first `seconds` of the phase `name` to the phase `earlier`.
 
-        At most the whole phase `name` is moved.
+        If the phase `name` is shorter than `seconds`, move the whole time of the phase.
         """
         part_s = min(max(0.0, seconds), self.spent_s.get(name, 0.0))
         self.add(name, -part_s)
@@ -114,8 +114,8 @@ class Phases:
 class Summary:
     """Summary of a run.
 
-    `slots` contains the maximum number of slots in service by pool, and `per_task` contains the slots of a task by
-    stage.
+    `slots` contains the largest observed number of slots in service by pool. `per_task` contains the number of slots
+    that one task occupies, by stage.
     """
 
     job: JobView
@@ -150,7 +150,7 @@ class Summary:
         }
 
     def text(self) -> str:
-        """Return the summary as text."""
+        """Return the summary of a run as text."""
         return "\n".join([*self._outcome(), "", *self._times(), *self._results()])
 
     def _outcome(self) -> Iterator[str]:
@@ -164,7 +164,7 @@ class Summary:
         counts += [f"{retried:,} retried"]
         wall = output.span(self.phases.wall_s)
         yield f"{self.job['id']} {self.job['state']} in {wall}: {', '.join(counts)}"
-        # Show one task for each cause, because tasks with the same cause fail in the same way.
+        # Show one failed task for each cause, because tasks with one cause fail in the same way.
         causes = {(failure["stage"], failure["fingerprint"]): failure for failure in reversed(self.failures)}
         reason = self.job["reason"]
         for cause in causes.values():
@@ -207,7 +207,7 @@ class Summary:
 
 
 def _raised(failure: FailureView) -> Sequence[str]:
-    """Return the lines of a traceback without the last lines that repeat the reason."""
+    """Return the lines of a failure's traceback, without the last lines if they repeat the failure's reason."""
     lines = output.visible(failure["traceback"]).rstrip("\n").splitlines()
     reason = output.clean(failure["reason"])
     for end in reversed(range(len(lines))):
@@ -221,7 +221,7 @@ def _raised(failure: FailureView) -> Sequence[str]:
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """Arguments of a run. `again` is the command that resumes the run after an interruption."""
+    """Arguments of the run of a job file. `again` is the command line that resumes the run after an interruption."""
 
     file: Path
     home: Home
@@ -252,7 +252,7 @@ def run(request: RunRequest, phases: Phases) -> Summary:
     with Session(request.home, backend, pools, keep_up=request.keep_up) as session:
         try:
             if not backend.capabilities.local_bucket:
-                with phases.phase("start"):  # The bucket is known only while the grid is up.
+                with phases.phase("start"):  # This backend has a bucket only while the grid is up.
                     session.start()
             with phases.phase("check"):
                 submission = asyncio.run(submission.located())
@@ -276,7 +276,7 @@ def run(request: RunRequest, phases: Phases) -> Summary:
 
 
 def choose(earlier: EarlierRun | None, *, resume: bool, cache: bool) -> int:
-    """Return the number of an earlier run to resume, or the number of a new run."""
+    """Return the number of the earlier run if the earlier run is resumed or reused, or else the number of a new run."""
     if earlier is None:
         return 1
     if resume and earlier.ended in (JobState.FAILED, JobState.CANCELLED):
@@ -299,10 +299,10 @@ def choose(earlier: EarlierRun | None, *, resume: bool, cache: bool) -> int:
 def pools_for(backend: Backend, jobfile: JobFile, workers: int | None = None) -> Sequence[Pool]:
     """Return the pools of a grid for this job, with at most `workers` instances in each pool.
 
-    The pools are the backend's own pools, with enough slots for the tasks of each stage.
+    The backend's default pools are extended, so that each stage has a pool with enough slots for one task of the stage.
 
-    Return an empty sequence if the backend's own pools suffice, or if the pools belong to a stack. Raise UsageError if
-    `workers` is given for a stack.
+    Return an empty sequence if the backend's default pools suffice, or if the pools belong to a stack. Raise UsageError
+    if `workers` is given for a stack.
     """
     if backend.capabilities.fixed_pools:
         if workers is not None:
@@ -337,7 +337,7 @@ class _Runner:
         job = asyncio.run(self._start(number, earlier_run))
         if earlier_run and earlier_run.ended:
             output.say(f"Job {job.id} has {earlier_run.ended} before, and nothing runs again.")
-            with self.phases.phase("start"):  # The phase includes the wait for a leading manager.
+            with self.phases.phase("start"):  # The phase "start" includes the wait until a manager leads.
                 view = self.session.call(lambda client: client.job(job.id))
         else:
             view = self._watch(job, earlier_run)
@@ -355,14 +355,15 @@ class _Runner:
     def _watch(self, job: JobDef, earlier: EarlierRun | None) -> JobView:
         begun_s = time.time()
         with self.phases.phase("run"):
-            # A repeated submission with the same token returns the same job, for any end of an earlier run.
+            # If an earlier run has submitted the job already, the repeated submission returns the job of the earlier
+            # run.
             cap = partial(submit_capped, job, self.request.max_cost_usd)
             view = self.session.call(cap)
             output.say(f"Job {job.id}{' goes on' if earlier else ''}.")
             if view["state"] == JobState.PAUSED:
                 view = self.session.call(lambda client: client.resume(job.id))
             with JobDisplay() as display:
-                # Show the cost of a job with a cost cap, even without --as-if-aws.
+                # Show the cost of a job that has a cost cap, even without --as-if-aws.
                 capped = self.request.max_cost_usd is not None or job.max_cost_usd is not None
                 live_cost = LiveCost(self.request.home, as_if_aws=self.request.as_if_aws or capped)
                 view = watch(self.session, view, display, self.slots, live_cost)
@@ -380,7 +381,7 @@ class _Runner:
         begun_s = time.monotonic()
         up_s, (job, ready_s) = await asyncio.gather(self._bring_up(), self._prepare(number, earlier))
         self.phases.add("start", up_s - begun_s)
-        # The phase "upload" contains only the time of the upload after the start of the grid.
+        # The phase "upload" contains only the part of the upload's time that follows the start of the grid.
         self.phases.add("upload", max(0.0, ready_s - up_s))
         return job
 

@@ -1,7 +1,6 @@
-"""`batchlab scenario`: the group of commands for scenarios, and the commands `list`, `check`, `schema`, `simulate`, and
-`faults`.
+"""Command group `batchlab scenario`, with the commands `list`, `check`, `schema`, `simulate`, and `faults`.
 
-Invariant: exit code 0 of `batchlab scenario simulate` means that the run missed no expectation.
+Invariant: `batchlab scenario simulate` exits with code 1 if an expectation of the scenario has the verdict red.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def scenario_() -> None:
 
 
 MAX_ODD_KINDS = 10
-"""Maximum number of kinds of odd trace records that are listed."""
+"""Maximum number of kinds of anomalies in traces that are listed."""
 
 
 @app.command("list")
@@ -121,8 +120,8 @@ def _fancy() -> bool:
 
 
 def _traces(scenario: Scenario) -> Iterator[str]:
-    """Yield a sentence for each trace, with the number of usable records and the trace's clock time at the start of the
-    scenario.
+    """Yield a sentence for each trace of the scenario. The sentence contains the number of usable records, and the time
+    in the trace at which the scenario starts.
     """
     from batchlab.scenarios.traces.source import Trace
 
@@ -136,7 +135,9 @@ def _traces(scenario: Scenario) -> Iterator[str]:
 
 
 def _odd(odd: Sequence[Anomaly]) -> Iterator[str]:
-    """Yield a line for each kind of odd records in traces. Each line names the first odd record of its kind."""
+    """Yield a line for each kind of anomaly in the records of traces. Each line names the first record with the
+    anomaly.
+    """
     from batchlab.scenarios.traces.rows import summarize
 
     kinds = summarize(odd)
@@ -201,9 +202,9 @@ def schema() -> None:
 
 
 def warnings(scenario: Scenario, schedule: Schedule, curve: Curve) -> Iterator[str]:
-    """Yield a sentence for each part of a scenario without any effect.
+    """Yield a sentence for each part of a scenario that does not affect the run.
 
-    A part without any effect may be a mistake of the author.
+    A part that does not affect the run may be a mistake of the scenario's author.
     """
     arrived = {job.template.name for job in schedule.jobs}
     for name in scenario.jobs:
@@ -213,7 +214,7 @@ def warnings(scenario: Scenario, schedule: Schedule, curve: Curve) -> Iterator[s
     for pool_plan in scenario.pools:
         if pool_plan.pool.name not in used:
             yield f"Nothing that arrives runs in the pool '{pool_plan.pool.name}'."
-    # Add the width of a column, because work that arrives late in a column is done in the next column.
+    # Add the width of a chart column, because work that arrives late in a column is done in the next column.
     done_s = max((ask.idle_from_s for ask in curve.asks), default=0.0) + curve.width_s
     done = f"comes when all work could be done, after {charts.span(done_s)}"
     for fault in scenario.faults:
@@ -226,13 +227,13 @@ def warnings(scenario: Scenario, schedule: Schedule, curve: Curve) -> Iterator[s
 
 LINE_EVERY_S = 10.0
 MIN_TASKS_PER_S = 500
-"""Minimum number of tasks that one core simulates per second.
+"""Assumed number of tasks that one core simulates per second, for an upper bound of a simulation's duration.
 
 In the shipped scenarios, one core simulates 400 to 600 single tasks per second, and about ten times as many tasks in
 bundles.
 """
 NOTE_FROM_TASKS = 120 * MIN_TASKS_PER_S
-"""Minimum number of tasks for a note before a long forecast."""
+"""Minimum number of tasks of a scenario for which a note is printed before the forecast."""
 
 
 @app.command()
@@ -289,7 +290,7 @@ def simulate(
 
 
 def _note_duration(scenario: Scenario, seed: int | None) -> None:
-    """Print a note before a long simulation. A mistake in a trace can cause a long simulation."""
+    """Print a note before a simulation of many tasks, because a mistake in a trace can cause a very long simulation."""
     jobs = expand(scenario, seed).jobs
     tasks = sum(sum(stage_sizes(job.template, job.tasks).values()) for job in jobs)
     if tasks >= NOTE_FROM_TASKS:
@@ -300,10 +301,10 @@ def _note_duration(scenario: Scenario, seed: int | None) -> None:
 
 
 def _suggest_plan(scenario: str, record: Record, rows: list[VerdictRow]) -> None:
-    """Suggest `scenario plan` if the fleet was too slow."""
+    """Suggest the command `scenario plan` if the scenario's fleet was too slow."""
     late = [row for row in rows if row.verdict is Color.RED and row.measure in ("makespan", "late")]
     if late:
-        # A plan needs a deadline in real time, but the times of a compressed run are compressed.
+        # `scenario plan` needs a deadline in uncompressed time, so a time of a compressed run cannot be the deadline.
         most_s = next((row.most for row in rows if row.measure == "makespan" and row.most), None)
         deadline = "TIME" if most_s is None or record.compressed != 1 else duration(most_s)
         output.say(f"`batchlab scenario plan {scenario} --deadline {deadline}` looks for a fleet that is in time.")
@@ -338,7 +339,7 @@ def _forecast_json(record: Record, rows: list[VerdictRow]) -> dict[str, object]:
 
 
 def _measures(record: Record) -> dict[str, float | None]:
-    """Return the values of all measures of a run by name. Unknown and infinite values are None."""
+    """Return the values of all measures of a run by the measure's name. An unknown or infinite value is None."""
     values: dict[str, float | None] = {}
     for name, measure in MEASURES.items():
         value = measure.of(record, "")

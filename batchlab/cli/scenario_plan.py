@@ -1,4 +1,4 @@
-"""`batchlab scenario plan`: the search for the cheapest fleet, and the found plan as text and YAML."""
+"""Command `batchlab scenario plan`, which searches for the cheapest fleet and prints its plan as text and YAML."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def plan(
 def forecast(
     scenario: Scenario, seed: int, *, backend: str, calibration: Calibration | None, book: PriceBook | None = None
 ) -> Record:
-    """Simulate one run of a scenario, and return the record. The search also calls `forecast` in worker processes."""
+    """Simulate one run of a scenario, and return the record of the run. The search for a fleet also calls `forecast` in
+    worker processes.
+    """
     from batchlab.runtime import factory
     from batchlab.scenarios.forecast.simulate import simulate
 
@@ -84,7 +86,7 @@ def forecast(
 
 
 def search_and_show(search: Search, *, json: bool) -> int:
-    """Search for a fleet, print the plan, and return the exit code."""
+    """Search for the cheapest fleet, print the plan of the found fleet, and return the exit code of the command."""
     interrupted = False
     try:
         with _progress(search):
@@ -165,7 +167,7 @@ def _verdict(plan: Plan) -> str:
 
 
 def _cannot(plan: Plan) -> str:
-    """Return a sentence if the arrivals of the jobs alone take longer than the deadline, and otherwise ""."""
+    """Return a sentence if the last job arrives after the deadline, so that every fleet is too slow, or else ""."""
     jobs = expand(plan.scenario).jobs
     span_s = jobs[-1].due_s - jobs[0].due_s if jobs else 0.0
     if span_s < plan.goal.deadline_s:
@@ -265,7 +267,7 @@ def _frontier(plan: Plan) -> Iterator[str]:
     yield f"Mean cost against latest end over {seeds} of the search; {CHOSEN} is the fleet above, ┊ the deadline"
     most_s = max(plan.goal.deadline_s, *(point.finish_s for point in points))
     chart = Chart(most_s, max(point.usd for point in points))
-    # The recommended point is drawn last, so that no other point covers the recommended point.
+    # The point of the recommended fleet is drawn last, so that other points do not cover the point.
     for point in sorted(points, key=lambda point: point.candidate == plan.chosen.candidate):
         chart.dot(point.finish_s, point.usd, _mark(point, plan))
     chart.wall(plan.goal.deadline_s)
@@ -289,11 +291,11 @@ def _row(point: EvaluatedCandidate, plan: Plan) -> tuple[str, ...]:
     return (*result, *sizes, spot, _drain(point.candidate), _warm(point.candidate))
 
 
-# --- To paste ------------------------------------------------------------------------------------
+# --- YAML of the plan ----------------------------------------------------------------------------
 
 
 def as_yaml(scenario: Scenario) -> str:
-    """Return pools, policy, and pre-warming as YAML for a scenario file."""
+    """Return the pools, the policy, and the prewarming of a scenario as YAML, to paste into a scenario file."""
     doc: dict[str, object] = {"pools": {plan.pool.name: {} for plan in scenario.pools}}
     doc["pools"] = {
         plan.pool.name: _filled(

@@ -1,4 +1,4 @@
-"""`batchlab scenario record`, `compare`, and `calibrate`: commands on records of past runs.
+"""Commands `batchlab scenario record`, `compare`, and `calibrate`, which read records of past runs.
 
 Invariant: `batchlab scenario record` does not change the grid's folder, whether the grid is up or down.
 """
@@ -46,7 +46,7 @@ class RecordRequest:
 
 
 def write_scenario(request: RecordRequest, *, json: bool) -> None:
-    """Write a scenario of past jobs and the scenario's trace, and print a summary."""
+    """Write a scenario file of past jobs and the file of the scenario's trace, and print a summary of both files."""
     from batchlab.scenarios.replay import recording
 
     if request.jobs and request.record:
@@ -55,7 +55,7 @@ def write_scenario(request: RecordRequest, *, json: bool) -> None:
     path = request.out or Path(f"{past.name}.yaml")
     if path.exists() and request.out is None:
         raise Refused(f"The file {path} exists already.", remedy="Name another file with --out.")
-    # The trace is written next to the scenario, and could overwrite a record with the same name.
+    # The trace is written next to the scenario file, and could overwrite a record with the same name.
     if request.record and request.record.resolve() in {path.resolve(), path.with_suffix(".jsonl").resolve()}:
         raise UsageError(f"{path} would overwrite the record {request.record}.", remedy="Name another file with --out.")
     written = recording.write(past, path)
@@ -265,8 +265,8 @@ def _draw(curves: CurvePair) -> str:
 def calibrated(file: Path | None, backend: str, compressed: float) -> Calibration | None:
     """Return the content of a calibration file, or None if `file` is None.
 
-    Raise UsageError for a calibration of another backend. Print a note if the numbers of the calibration may not fit
-    the scenario.
+    Raise UsageError if the calibration belongs to another backend. Print a note if the numbers of the calibration may
+    not fit the scenario's compression of time.
     """
     from batchlab.scenarios.forecast import calibration as calibrate
 

@@ -1,8 +1,8 @@
-"""`batchlab scenario replay`: the run of a scenario on a grid, the record, the verdict, and the comparison with a
-forecast.
+"""Command `batchlab scenario replay`, which runs a scenario on a grid, writes the record of the run, and compares the
+run with the scenario's expectations and a forecast.
 
-Invariant: the command stops a grid that the command started. After the run, the command writes the record before any
-step that could fail.
+Invariant: the command stops a grid that the command started, unless the user keeps the grid up. After the run, the
+command writes the record before any other step, because a later step could fail.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 PROXY_FAULTS = frozenset({FaultName.S3_ERRORS, FaultName.PARTITION})
 """Faults that need a proxy in front of the endpoint."""
 NOTE_FROM_PROCESSES = 100
-"""Maximum number of instances that run as processes of this machine without a note."""
+"""Number of instances above which a note warns that all instances run as processes of this machine."""
 NOTE_FROM_DURATION_S = 600.0
-"""Maximum duration in seconds of a replay without a note before its start."""
+"""Duration in seconds above which a note is printed before the start of a replay."""
 SETTINGS_COMMENT = (
     "Of `batchlab scenario replay`, which takes it away when it has ended; left behind by one that "
     "was killed it may be deleted."
@@ -70,7 +70,7 @@ class ReplayRequest:
 
 
 def run(request: ReplayRequest, *, json: bool) -> None:
-    """Replay a scenario, and print the verdict.
+    """Replay a scenario, and print the verdict for each expectation.
 
     Exit with code 1 if an expectation is red, and with code 130 after an interruption.
     """
@@ -149,7 +149,7 @@ def _note_fleet(scenario: Scenario, backend: Backend) -> None:
 
 
 def _free(folder: Path, name: str) -> Path:
-    """Return the path with the next free number for a record in the folder."""
+    """Return the path of a new record in the folder. The name of the record ends with the next free number."""
     numbers = [
         int(match[1])
         for path in folder.glob(f"{name}-*.json")
@@ -183,7 +183,8 @@ def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path
         spot = {plan.pool.name: plan.spot for plan in scenario.pools}
         stack.enter_context(aws_stack.with_spot_shares(backend, home, spot))
         replay_record = asyncio.run(_run(request, session, scenario, front))
-        # The record is written before the end of the block, which undoes the changes for the replay and may fail.
+        # The record is written inside the `with` block, because the end of the block undoes the changes for the replay
+        # and may fail.
         record.write(replay_record, path)
     return replay_record
 
@@ -210,7 +211,7 @@ async def _run(request: ReplayRequest, session: Session, scenario: Scenario, fro
     manager_record = home.record()
     assert manager_record
 
-    # Faults start replacement managers at the same address, so one client works with all managers.
+    # A fault that ends the manager starts a new manager at the same address, so one client works with all managers.
     with Client.of(home, manager_record) as client, _stopping() as stop, ReplayDisplay() as display:
 
         def injector() -> FaultInjector:
@@ -270,7 +271,7 @@ def _note_late(record: Record) -> None:
 def _compared(
     request: ReplayRequest, backend: Backend, scenario: Scenario, record: Record, calibration: Calibration | None
 ) -> Comparison | None:
-    """Return the comparison of the record with a forecast.
+    """Return the comparison of a replay's record with a forecast of the same scenario.
 
     If the simulation of the forecast fails, print a note and return None.
     """

@@ -1,7 +1,7 @@
-"""`batchlab schedule`: commands for jobs that run at due times.
+"""Commands of `batchlab schedule`, for jobs that run at due times.
 
-Invariant: a schedule runs the files that `schedule add` has uploaded. A later change of a file is reported, and takes
-effect only after `schedule add --replace`.
+Invariant: a schedule runs the files that `schedule add` has uploaded. `schedule show` reports a later change of a file.
+The change takes effect only after `schedule add --replace`.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def run(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
     from batchlab.adapters.clock import RandomIds
     from batchlab.cli.session import Session
 
-    token = RandomIds().fresh("asked")  # A repeated request with the same id has no further effect.
+    token = RandomIds().fresh("asked")  # A repeated request with the same token starts one run.
     with Session.attached(home_of(home)) as session:
         view = session.call(lambda client: client.run_schedule(name, token))
     if view["state"] == "skipped" or view["result"] == "REFUSED":
@@ -269,7 +269,7 @@ def _upload_and_add(
 ) -> ScheduleView:
     """Upload the files of a job file and add a schedule to the running grid.
 
-    The tuple `due` contains the options cron, at, and timezone.
+    The tuple `due` contains the values of the options --cron, --at, and --timezone.
     """
     from batchlab.cli.session import Session
     from batchlab.jobs import job_file
@@ -295,7 +295,8 @@ def _upload_and_add(
             objects=backend.open_objects(home),
             clock=clock,
             patience=factory.patience(),
-            # The token depends only on the content of the files, so files of an earlier upload are reused.
+            # The token depends only on the name of the schedule and the content of the files, so an earlier upload is
+            # reused.
             token=f"schedule/{name}/{job_file.source_digest(jobfile, packed[1])}",
             packed=packed,
             progress=output.ThrottledNotes().say_uploaded,
@@ -313,7 +314,7 @@ def _upload_and_add(
 def _due_times(
     jobfile: JobFile, cron: str | None, at: str | None, timezone: str | None, *, now_s: float
 ) -> dict[str, Json]:
-    """Return the due times from the options, or else from the job file."""
+    """Return the due times of a schedule from the command's options, or else from the job file."""
     job = jobfile.job
     cron, at = cron or (None if at else job.cron), at or (None if cron else job.at)
     if not cron and not at:
@@ -356,7 +357,7 @@ def _checked_prefix(text: str) -> str:
 
 
 def _digest_of(file: Path, code: str, needs_input: bool) -> str:
-    """Return the source digest of a job file without the values of --set."""
+    """Return the source digest of a job file, computed without the values of the option --set."""
     from batchlab.jobs import job_file
 
     return job_file.source_digest(job_file.load(file, needs_input=needs_input), code)
@@ -392,7 +393,7 @@ def change_note(view: ScheduleView) -> str:
 def read_schedules(client: Client) -> SchedulesView:
     """Return the schedules of the grid.
 
-    The result is empty if the manager does not support schedules, as in release 0.1.0.
+    If the manager does not support schedules, as in release 0.1.0, the list of schedules is empty.
     """
     try:
         return client.schedules()

@@ -1,8 +1,8 @@
-"""`batchlab manager`, `worker`, and `connect`: processes of a grid, and connections to AWS.
+"""Commands `batchlab manager`, `worker`, and `connect`, which run a process of a grid or a connection to AWS.
 
-Invariant: a service imports only the modules that the service needs, so that the start is fast. The import of argparse
-takes 10% of the time of Typer's import. A service logs an error in one line, because the parent process reads the last
-line of the log.
+Invariant: a service imports only the modules that the service needs, so that the service starts fast. Services use
+argparse, because the import of argparse takes 10% of the time of Typer's import. A service logs an error in one line,
+because the process that started the service shows the last line of the log.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def serve(arguments: Sequence[str]) -> None:
     Exit with the exit code of the service.
     """
     options = parsers()[0].parse_args(arguments)
-    gc_control.pause()  # Garbage collection is paused until the service has started.
+    gc_control.pause()  # Garbage collection during the start would slow down the service.
     try:
         logs.set_format(options.log_format)
         if options.service == "manager":

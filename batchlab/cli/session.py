@@ -1,8 +1,8 @@
 """Connections of commands to a grid.
 
 A connection starts, replaces, and stops the grid's manager, and reads the grid's bucket. Invariant: a command stops a
-grid that the command started. A grid that was running before the command stays up, even if the manager dies and the
-command starts the next manager.
+grid that the command started, unless the user keeps the grid up. A grid that was running before the command stays up,
+even if the manager dies and the command starts another manager.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ MAX_MANAGER_RESTARTS = 3
 class Session:
     """Connection of a command to its grid, as a context manager.
 
-    The caller must call `start` before other methods, in any thread. If the command started the grid, the end of the
-    session stops the grid.
+    The caller must call `start` before all other methods. Any thread may call `start`. If the command started the grid,
+    the end of the session stops the grid.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Session:
         self.home = home
         self.backend = backend
         self.ours = False
-        """Whether the session started the running manager, and stops the manager at its end."""
+        """Whether the session started the running manager. If so, the end of the session stops the manager."""
         self._stands = keep_up
         """Whether the grid stays up after the end of the command."""
         self.stop_s: float | None = None
-        """Duration in seconds of the stop of the grid."""
+        """Time in seconds that the stop of the grid took, or None if the session did not stop the grid."""
         self._pools = pools
         self._keep_up = keep_up
         self._port = port
@@ -68,7 +68,7 @@ class Session:
 
     @classmethod
     def attached(cls, home: Home) -> Self:
-        """Return a session with the running grid in `home`. Raise Unreachable if no grid is running."""
+        """Return a session that is connected to the running grid in `home`. Raise Unreachable if no grid is running."""
         record = home.record()
         if record is None:
             raise no_grid(home)
@@ -77,7 +77,7 @@ class Session:
         return session
 
     def start(self) -> None:
-        """Connect to the running grid, or start a grid. Later calls of `start` have no effect."""
+        """Connect to the running grid, or start a grid. If the session is connected, do nothing."""
         if self._client is not None:
             return
         if self._port and not self.backend.capabilities.local_manager:
@@ -95,7 +95,7 @@ class Session:
     def _as_it_stands(self) -> tuple[Sequence[Pool], int]:
         """Return the pools and the port that a replacement manager of the grid needs."""
         if not self.backend.capabilities.local_manager:
-            return (), 0  # The grid stores the pools and the port itself.
+            return (), 0  # A grid in containers or on AWS stores its pools and its port itself.
         assert self._client is not None
         port = urlsplit(self._client.url).port or 0
         pools = self.call(lambda client: client.grid())["pools"]
@@ -103,10 +103,12 @@ class Session:
 
     def _bring_up(self) -> None:
 
-        self.backend.named_place(self.home)  # Raise an error if the folder has another endpoint.
+        # `named_place` raises an error if the grid's folder belongs to another endpoint.
+        self.backend.named_place(self.home)
         record = self.home.record()
         if record is None:
-            # `ours` is set before the start, because an interrupted start may leave a process to stop.
+            # `ours` is set before the manager's start, because an interrupted start may leave a manager process that
+            # the session must stop.
             self.ours = not self._stands
             output.say(
                 f"Connecting to the stack {self.backend.stack(self.home).stack}."
@@ -116,7 +118,7 @@ class Session:
             record = manager_process.start_manager(
                 self.home, self.backend, pools=self._pools, parent=not self._stands, port=self._port, say=output.say
             )
-        # Another command may have started a manager at the same time, and its manager may be the running manager.
+        # Another command may have started the running manager at the same time.
         self.ours = not self._stands and manager_process.has_started(self.home, record)
         remedy = f"Say --backend {record.backend}, or name another folder with --home."
         self.home.check_backend(record, self.backend.name, remedy)
@@ -130,8 +132,9 @@ class Session:
     def call(self, request: Callable[[Client], T]) -> T:
         """Call the manager, and return the result.
 
-        The method retries a failed call while the manager may become reachable. The method replaces a dead manager a
-        limited number of times. A replacement loses no state, because the grid's state is in the grid's folder.
+        The method retries a failed call for a limited time, because the manager may become reachable. The method
+        replaces a dead manager a limited number of times. The replacement of a manager keeps all state, because the
+        state of the grid is in the grid's folder.
         """
         give_up_s = time.monotonic() + patience_s(restarted=self._is_restarted)
         while True:
@@ -147,7 +150,7 @@ class Session:
                 elif time.monotonic() > give_up_s:
                     raise
                 else:
-                    # The manager is still starting, does not lead yet, or is very busy.
+                    # Retry, because the manager may still be starting, may not lead yet, or may be very busy.
                     time.sleep(0.05)
                     self._reconnect()
 
@@ -163,7 +166,7 @@ class Session:
 
     @property
     def _is_restarted(self) -> bool:
-        """Whether the command did not start the grid and Docker restarts the grid's manager."""
+        """Whether Docker restarts the grid's manager, and the command did not start the grid."""
         return not self.ours and self.backend.restarts_manager(self.home)
 
     def _revive(self, error: BackendError) -> None:
@@ -175,10 +178,10 @@ class Session:
             ) from error
         self._revivals_left -= 1
         output.say("The manager has ended; nothing is lost, and another one takes over.")
-        # After Docker has killed a manager in its container, the grid's folder has no record of the deployment.
+        # After Docker has killed a manager in its container, the grid's folder lacks the record of the deployment.
         is_gone = self.backend.capabilities.container_manager or self.home.is_taken_down
         if is_gone and not self._keep_up:
-            self._stands = False  # the job continues on a new grid of the command
+            self._stands = False  # The job continues on a new grid, which this command starts and stops.
         self._bring_up()
 
     def __enter__(self) -> Self:
@@ -192,11 +195,11 @@ class Session:
             self._client.close()
         if self.ours and manager_process.has_started(self.home, self.home.record()):
             begun_s = time.monotonic()
-            # A manager that is still starting stops at the end of this process, so only a started manager is stopped
-            # here.
+            # A manager that is still starting stops at the end of this process, so only a manager that has started must
+            # be stopped.
             if manager_process.stop_manager(self.home):
                 if self.backend.capabilities.remote_manager:
-                    return  # the grid continues on AWS
+                    return  # The grid itself continues to run on AWS.
                 self.stop_s = time.monotonic() - begun_s
                 output.say(f"The grid is stopped ({output.span(self.stop_s)}).")
 
@@ -209,7 +212,7 @@ _BUCKET_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True)
 class Bucket:
-    """Bucket with the objects of a job. `job` is the complete id of the job."""
+    """Bucket of a grid that contains the objects of the job `job`. `job` is a complete id."""
 
     home: Home
     backend: Backend
@@ -221,15 +224,17 @@ class Bucket:
         return Patience(random.Random(), limit_s=BUCKET_PATIENCE_S)  # noqa: S311 - jitter, not a secret
 
     def read(self, call: Callable[[Objects, Patience], Coroutine[Any, Any, T]]) -> T:
-        """Run `call` with the bucket and a retry policy, and return the result of `call`."""
+        """Run the coroutine of `call` with the bucket and a retry policy, and return the result."""
         objects = self.backend.open_bucket(self.home)
         return asyncio.run(call(objects, self.patience))
 
 
 def find_bucket(home: Home, backend: str | None, job: str) -> Bucket:
-    """Return the bucket of a job. Raise UsageError if the job is unknown, or if the folder has no grid.
+    """Return the bucket that contains a job. Raise UsageError if the job is unknown, or if the folder does not contain
+    a grid.
 
-    A running manager completes the job id. If no manager is running, `job` must be a complete id.
+    A running manager accepts a beginning of the job's id, or "last". If no manager is running, `job` must be a complete
+    id.
     """
 
     if record := home.record():

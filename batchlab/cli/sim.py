@@ -1,4 +1,4 @@
-"""`batchlab sim`: random tests of the grid in the simulator, with one random seed or many.
+"""Commands of `batchlab sim`, which test the grid in the simulator with random faults, for one seed or many seeds.
 
 Invariant: exit code 0 means that every guarantee held in every simulated run. The table of faults lists every kind of
 fault, including faults that did not happen.
@@ -27,7 +27,9 @@ from batchlab.sim.faults import Fault, FaultKind
 from batchlab.sim.fuzz import WEATHERS, Failure, SeedResult, ShrinkResult, Tally, command, written
 
 MAX_SHRUNK_SEEDS = 3
-"""Maximum number of failing seeds that are shrunk. One bug usually breaks many seeds."""
+"""Maximum number of failing seeds for which the smallest failing set of faults is searched. One bug usually breaks many
+seeds.
+"""
 MAX_LOG_LINES = 20
 
 app = typer.Typer(name="sim", no_args_is_help=True)
@@ -198,7 +200,7 @@ FAULT_COLUMNS = ("fault", "times", "in seeds", "meaning")
 
 @dataclass(slots=True)
 class Campaign:
-    """Tests with `wanted` seeds from the seed `first` on, with the results."""
+    """Random tests with `wanted` consecutive seeds from `first` on, and their results."""
 
     first: int
     wanted: int
@@ -206,17 +208,19 @@ class Campaign:
     processes: int
     tally: Tally = field(default_factory=Tally)
     fewest: dict[int, ShrinkResult[Fault] | None] = field(default_factory=dict)
-    """Smallest failing sets of faults by failed seed."""
+    """Smallest set of faults with which the test fails, by failed seed. The value is None if a replay with only the
+    recorded faults succeeds.
+    """
     wall_s: float = 0.0
     cut: str = ""
-    """Reason for the end of the tests before the last seed, or ""."""
+    """Reason why the tests ended before the last seed, or "" if all seeds were tested."""
 
     @property
     def failures(self) -> Sequence[Failure]:
         return self.tally.failures
 
     def replay(self, failure: Failure) -> str:
-        """Return the command that reproduces a failure with the smallest known set of faults."""
+        """Return the command line that reproduces a failure with the smallest known set of faults."""
         shrunk = self.fewest.get(failure.seed)
         return command(failure, self.weather, shrunk.parts if shrunk else None)
 

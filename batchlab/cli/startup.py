@@ -6,7 +6,7 @@ import sys
 import time
 
 START_S = time.monotonic()
-"""Monotonic time in seconds at which batchlab's code began in this process, after the start of Python."""
+"""Monotonic time in seconds at which this process began to run batchlab's code."""
 
 SERVICES = ("manager", "worker", "connect")
 
@@ -33,11 +33,11 @@ REQUIRED_MODULES = frozenset(
         "yaml",
     }
 )
-"""Import names of the packages that every installation of batchlab has."""
+"""Import names of the packages that every installation of batchlab requires."""
 
 
 def missing_module_message(error: ModuleNotFoundError) -> str | None:
-    """Return the error text for a missing package of batchlab or of an extra, or None for other modules."""
+    """Return the error text for a missing package that batchlab or an extra requires, or None for any other module."""
     from batchlab.core import installation
 
     name = (error.name or "").partition(".")[0]

@@ -1,8 +1,8 @@
-"""Submission of a job file, search for earlier runs, wait for the end of the job, and fetch of the results.
+"""Functions that submit a job file, find earlier runs of a job file, wait for the end of a job, and fetch its results.
 
 Invariant: only a job file that has passed all checks is uploaded. The client token of a run is the source digest,
-followed by #2, #3, and so on for later runs. From the client token, a repeated command finds its earlier run without a
-manager.
+followed by #2, #3, and so on for later runs. A repeated command computes the client token again, and so finds its
+earlier run without a manager.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def token(source_digest: str, number: int) -> str:
 
 
 async def find_latest_run(objects: Objects, name: str, source_digest: str, patience: Patience) -> EarlierRun | None:
-    """Return the latest run with the source digest, or None if no run exists."""
+    """Return the latest run of a job file with the source digest, or None if no run exists."""
     number = 0
     job: JobId | None = None
     while True:
@@ -83,7 +83,7 @@ async def _ended(objects: Objects, job: JobId, patience: Patience) -> JobState |
 
 @dataclass(frozen=True)
 class Submission:
-    """Job file that has passed all checks, with the grid and the backend for its run."""
+    """Job file that has passed all checks, with the grid and the backend that will run the job."""
 
     jobfile: JobFile
     packed: tuple[bytes, str]
@@ -92,11 +92,11 @@ class Submission:
     home: Home
     backend: Backend
     keys: Sequence[str] | None = None
-    """Keys and prefixes of the input in the bucket after `located`, or None if the input files are uploaded."""
+    """Keys and prefixes of the input if the input is already in the bucket, or None if the input files are uploaded."""
 
     @cached_property
     def objects(self) -> Objects:
-        """Bucket of the grid. Some backends have a bucket only while the grid is up."""
+        """Objects port of the grid's bucket. With some backends, the bucket exists only while the grid is up."""
         return self.backend.open_objects(self.home)
 
     @classmethod
@@ -116,7 +116,7 @@ class Submission:
         """Return the submission with the keys of its input objects in the bucket.
 
         Raise UsageError if the input is invalid. The source digest covers the names, sizes, and ETags of the input
-        objects. With some backends, the grid must be running.
+        objects. If the backend's bucket exists only while the grid is up, the grid must be running.
         """
         from batchlab.jobs.submission import contents, own_keys
 
@@ -134,7 +134,8 @@ class Submission:
         return await find_latest_run(self.objects, name, self.source_digest, patience())
 
     async def prepare(self, number: int, max_cost_usd: float | None = None) -> tuple[JobDef, str]:
-        """Upload the files of the run `number`. Return the job to submit, and a text about the upload.
+        """Upload the files of the run `number`. Return the definition of the job to submit, and a text about the
+        upload.
 
         `max_cost_usd` replaces the cost cap of the job file.
         """
@@ -185,7 +186,7 @@ def submit(home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float |
 
 
 def submit_capped(job: JobDef, max_cost_usd: float | None, client: Client) -> JobView:
-    """Submit the job, and cap its cost. The cost of a job that was submitted before is capped, too."""
+    """Submit the job, and cap the job's cost. If the job was submitted before, change the cap of the existing job."""
     if max_cost_usd is None:
         return client.submit(job)
     view = client.submit(job)
@@ -206,7 +207,7 @@ Without a minimum, the changes of a busy job would cause too many requests.
 def watch(
     session: Session, view: JobView, display: JobDisplay, slots: dict[str, int], live_cost: LiveCost | None = None
 ) -> JobView:
-    """Show the progress of the job until the end of the job, and return the last view of the job.
+    """Show the progress of a job until the job ends, and return the last view of the job.
 
     The display includes the cost of a job with a billed backend. The function stores the maximum number of slots in
     service of each pool in `slots`.

@@ -1,8 +1,8 @@
-"""Process that holds a connection to the manager of a stack on AWS.
+"""Process that keeps a connection to the manager of a stack on AWS open.
 
 Invariant: while the process runs, the home's record names the local address of the connection. A command therefore
-finds the manager of a stack in the same way as a local manager. The process ends after a signal or with its parent
-process, and does not change the stack.
+finds the manager of a stack in the same way as a local manager. The process of the connection ends after a signal or
+with its parent process, and does not change the stack.
 """
 
 from __future__ import annotations
@@ -32,19 +32,21 @@ VARIABLE = "BATCHLAB_MANAGER_URL"
 """Environment variable with the URL of a manager that is reachable without a session."""
 
 OPEN_S = 20.0
-"""Time in seconds within which the port of a session must answer."""
+"""Time in seconds within which the manager must answer through a new session."""
 BOOT_S = 600.0
-"""Time in seconds within which the manager of an instance must answer after the launch of the instance."""
+"""Time in seconds for which the first connection to a manager is retried, because the manager's instance may be
+booting.
+"""
 MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 30.0
 """Shortest and longest pause in seconds before a new session replaces an ended session."""
 
 
 async def hold(home: Home, backend: Backend, stop: asyncio.Event) -> None:
-    """Hold the connection until `stop` is set.
+    """Keep a connection to the stack's manager open until `stop` is set.
 
-    Raise BackendError if the first connection fails for BOOT_S, within which an instance boots. After the first
-    connection, reconnect as often as necessary, without a time limit. Raise UsageError if the Session Manager plugin is
-    missing, or if VARIABLE is invalid.
+    Raise BackendError if the first connection fails for BOOT_S seconds, within which an instance boots. After the first
+    connection, reconnect whenever the connection ends. Raise UsageError if the Session Manager plugin is missing, or if
+    VARIABLE is invalid.
     """
     at = backend.stack(home)
     token = await asyncio.to_thread(backend.api_token, home)
@@ -57,7 +59,7 @@ async def hold(home: Home, backend: Backend, stop: asyncio.Event) -> None:
         _write_record(home, backend, url)
         await stop.wait()
         return
-    stack_connections.find_plugin()  # an invalid setting raises UsageError before the retries begin
+    stack_connections.find_plugin()  # Raise UsageError for a missing plugin before the first attempt.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -122,7 +124,8 @@ async def _stopped_first(session: subprocess.Popen[bytes], stop: asyncio.Event) 
 
 
 def _end(session: subprocess.Popen[bytes]) -> None:
-    # After SIGTERM, the session reports its end to AWS at once. AWS detects the end of a killed session later.
+    # After SIGTERM, the session reports its end to AWS at once. AWS would detect the end of a killed session only
+    # later.
     session.send_signal(signal.SIGTERM)
     try:
         session.wait(5.0)
@@ -132,7 +135,7 @@ def _end(session: subprocess.Popen[bytes]) -> None:
 
 
 def connection_main(home: Home, backend: Backend, *, parent: int = 0) -> None:
-    """Hold a connection to a stack's manager until SIGTERM, SIGINT, or the end of process `parent`."""
+    """Keep a connection to a stack's manager open until SIGTERM, SIGINT, or the end of the process `parent`."""
     gc_control.resume()
     logs.set_up(service="connect")
     with home.locked():

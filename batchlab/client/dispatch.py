@@ -1,9 +1,9 @@
-"""Thread of an executor, which sends calls to the grid and sets the results of their futures.
+"""Dispatcher of an executor, whose thread sends calls to the grid and sets the results of the calls' futures.
 
 Invariant: every future of the executor gets a result or an error, or is canceled. The dispatcher's thread exists while
 the executor has work. Only the dispatcher's thread uses the state of the executor, except for the queue of waiting
-calls. Calls that arrive during the submission of a batch form the next batch. A single call is therefore sent at once,
-and ten thousand calls need only a few jobs.
+calls. Calls that arrive while a batch of calls is being submitted form the next batch. A single call is therefore sent
+at once, and ten thousand calls need only a few jobs.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_CALLS = 10_000
-"""Maximum number of calls in one batch. The calls of a batch run while the next batch is pickled."""
+"""Maximum number of calls in one batch. The limit lets the calls of one batch run while the next batch is pickled."""
 
 
 @dataclass(slots=True, eq=False)
 class _ThreadRun:
-    """Lifetime of the dispatcher's thread, from the first call until all work is done."""
+    """One run of the dispatcher's thread, which lasts from the first call until all calls are done."""
 
     over: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
@@ -49,14 +49,16 @@ class _ThreadRun:
 class Dispatch:
     """Dispatcher of an executor.
 
-    Every thread may call the methods of a dispatcher. The dispatcher refers to the grid, and the thread and the futures
-    refer to the dispatcher, so the grid stays open.
+    Every thread may call the public methods of a dispatcher. The dispatcher's thread and the futures refer to the
+    dispatcher, and the dispatcher refers to the grid, so the grid stays open while calls run.
     """
 
     def __init__(
         self, owner: object, link: Link, outgoing: JobSubmitter, name: str | None, initializer: Initializer | None
     ) -> None:
-        """`owner` closes `link` when no reference to `owner` exists. `name` is the name of the jobs."""
+        """When the last reference to `owner` is dropped, `owner` closes `link`. `name` is the name of the jobs on the
+        grid.
+        """
         self._owner = owner
         self._link = link
         self._sender = Sender(link, outgoing, name, initializer)
@@ -67,21 +69,21 @@ class Dispatch:
         self._broken: tuple[str, BaseException] | None = None
         self._turn: _ThreadRun | None = None
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        """Queue of actions for the dispatcher's thread."""
+        """Queue of functions that the dispatcher's thread calls."""
         self._batches: dict[str, Batch] = {}
-        """Batches on the grid, by job."""
+        """Batches whose job runs on the grid, by the id of the job."""
         self._watch: JobWatch | None = None
-        """Watch of the jobs while the thread runs.
+        """Watch of the executor's jobs while the dispatcher's thread runs.
 
-        An idle executor has no watch, because the watch refers to the dispatcher.
+        The watch is None while the executor is idle, because the watch would keep a reference to the dispatcher.
         """
         self._is_canceling = False
         self._abandoned = False
 
-    # --- Called on any thread --------------------------------------------------------------------
+    # --- Methods for any thread ------------------------------------------------------------------
 
     def submit(self, call: Call) -> None:
-        """Send the call, together with other waiting calls.
+        """Add the call to the next batch, which the dispatcher's thread sends to the grid.
 
         Raise RuntimeError after `shutdown`. Raise BrokenGridExecutor, a subclass of RuntimeError, if the executor can
         no longer run calls.
@@ -96,7 +98,7 @@ class Dispatch:
             batch.whole = len(batch.calls) >= MAX_CALLS
 
     def submit_all(self, calls: Sequence[Call], *, bundle: int | None) -> None:
-        """Send the calls in batches that contain no other calls. Raise the same errors as `submit`."""
+        """Send the calls in batches of their own, without calls of `submit`. Raise the errors that `submit` raises."""
         self._check_grid()
         with self._lock:
             self._wake()
@@ -106,11 +108,11 @@ class Dispatch:
                 self._waiting.append(batch)
 
     def shutdown(self, *, wait: bool, cancel: bool) -> None:
-        """Accept no further calls.
+        """Refuse all further calls.
 
-        With `cancel`, cancel the calls that have not started. If `wait` is True, wait until all calls are done.
+        If `cancel` is True, cancel the calls that have not started. If `wait` is True, wait until all calls are done.
 
-        Do nothing in a forked child, because the calls belong to the parent process and the lock may be held.
+        In a forked child process, `shutdown` does nothing, because the calls belong to the parent process.
         """
         if self._link.forked:
             return
@@ -130,12 +132,12 @@ class Dispatch:
             turn.over.wait()
 
     def abandon(self) -> None:
-        """Cancel all calls, including calls that run on the grid, and do not wait for the end of the calls."""
+        """Cancel all calls, including the calls that run on the grid, without waiting for the end of the calls."""
         self.shutdown(wait=False, cancel=True)
         self._events.put(self._abandon)
 
     def _check_grid(self) -> None:
-        # The check for a fork comes before the lock, because a forked child may have a copy of a held lock.
+        # Check for a fork before the lock is taken, because a forked child may have a copy of a lock that stays held.
         try:
             self._link.check_open()
         except UsageError as error:
@@ -156,17 +158,18 @@ class Dispatch:
     def _start(self) -> None:
         self._turn = turn = _ThreadRun()
         try:
-            # `over` is set after the thread has dropped its reference to the dispatcher, because the end of the last
+            # `over` is set after the thread has dropped its reference to the dispatcher, because the drop of the last
             # reference closes the grid.
             thread_cache.run(partial(self._run, turn), turn.over.set)
             thread_cache.delay_exit_until(turn.over)
         except BaseException:
-            # Ctrl-C may interrupt the start of the thread. If the thread has started, `_run` returns at once.
+            # Ctrl-C may interrupt the start of the thread. If the thread has started anyway, its call of `_run` returns
+            # at once.
             self._turn = None
             raise
 
     def _error(self) -> BrokenGridExecutor:
-        """Return a new exception for each caller, because a raised exception has its own traceback."""
+        """Return a new exception for each caller, because callers cannot share the traceback of one exception."""
         assert self._broken
         reason, cause = self._broken
         error = BrokenGridExecutor(f"This executor is broken: {reason}")
@@ -185,11 +188,11 @@ class Dispatch:
             try:
                 event()
             except BaseException as error:
-                # An exception in an event is a bug in this module. Without the exception handler, every future would
-                # wait forever.
+                # An exception in a queued function is a bug in this module. If the exception ended the thread, every
+                # caller would wait for its future forever.
                 log.critical("an executor has failed", exc_info=True)
                 self._break(f"{type(error).__name__}: {error}", error)
-            del event  # the event may have the last reference to a future
+            del event  # The queued function may hold the last reference to a future.
             if not self._send_next():
                 return
 
@@ -204,15 +207,17 @@ class Dispatch:
                 return bool(self._batches)
             batch = self._waiting.popleft()
             self._sending = True
-        # `_send` is not a coroutine of the link, because `_send` must end even if the link is closed.
+        # `_send` does not run on the link's event loop, because `_send` must end even if the link is closed.
         try:
             thread_cache.run(partial(self._send, batch))
-        except RuntimeError:  # a RuntimeError means that no thread can be started or that Python is exiting
+        except RuntimeError:  # A thread cannot be started, or Python is exiting.
             self._send(batch)
         return True
 
     def _send(self, batch: Batch) -> None:
-        """Send a batch. The method runs on a thread of its own, because pickling or a busy manager may take long."""
+        """Send a batch of calls. `_send` runs on a separate thread, because pickling and the manager's answer may take
+        long.
+        """
 
         def accepted() -> None:
             self._events.put(partial(self._sent, batch, None))
@@ -223,7 +228,7 @@ class Dispatch:
                 after = self._sender.send(batch, calls, accepted, self.outcome)
                 if batch.job:
                     self._events.put(partial(self._start_watch, batch, after))
-        except BaseException as error:  # noqa: BLE001 - any error ends the batch
+        except BaseException as error:  # noqa: BLE001 - any error ends the batch of calls
             problem = error
         if not batch.job:
             self._events.put(partial(self._sent, batch, problem))
@@ -231,7 +236,7 @@ class Dispatch:
             self._events.put(partial(self._lost, batch, problem))
 
     def _sent(self, batch: Batch, problem: BaseException | None) -> None:
-        """Record the end of the submission of a batch. The grid has accepted the batch unless `problem` is set."""
+        """Record that the submission of a batch has ended. If `problem` is None, the grid has accepted the batch."""
         with self._lock:
             self._sending = False
         rejected, batch.rejected = batch.rejected, []
@@ -251,11 +256,11 @@ class Dispatch:
                 self._check_wanted(batch)
 
     def _start_watch(self, batch: Batch, after: int | None) -> None:
-        """Watch the batch for outcomes with a seq above `after`."""
+        """Watch the job of the batch for outcomes whose seq is greater than `after`."""
         if batch.job in self._batches and self._watch:
             self._watch.add(batch.job, after)
 
-    # --- Called by the watch on the link's thread ------------------------------------------------
+    # --- Calls of the watch, on the link's thread ------------------------------------------------
 
     def outcome(self, job: str, outcome: Outcome) -> None:
         self._events.put(partial(self._receive, job, outcome))
@@ -278,7 +283,7 @@ class Dispatch:
             return
         at = 0
         for start, stop in outcome.succeeded.ranges:
-            # The first answer to a submission may contain outcomes that are listed again later.
+            # The answer to the submission of a job may contain outcomes that the manager lists again later.
             if any(task in batch.open for task in range(start, stop)):
                 self._values(batch, range(start, stop), outcome.values[at : at + stop - start])
             at += stop - start
@@ -304,7 +309,8 @@ class Dispatch:
 
     def _value(self, future: CallFuture | None, value: Any) -> None:
         if future is None:
-            return  # the result is a repetition, because the manager lists outcomes again after a rebuild of the ledger
+            # The future has its result already. After a rebuild of the ledger, the manager lists outcomes again.
+            return
         if not isinstance(value, Raised):
             error = value if isinstance(value, TaskFailed) else None
             _end(future, value, error)
@@ -314,7 +320,7 @@ class Dispatch:
         else:
             _end(future, error=revived(value))
 
-    # --- Ending ----------------------------------------------------------------------------------
+    # --- Ends of batches -------------------------------------------------------------------------
 
     def _check_later(self, batch: Batch) -> None:
         self._events.put(partial(self._check_wanted, batch))
@@ -332,7 +338,7 @@ class Dispatch:
                 _end(future, withdrawn=True)
 
     def _check_wanted(self, batch: Batch) -> None:
-        """Cancel the rest of the batch's job if no caller waits for a result of the job."""
+        """Cancel the remaining tasks of the batch's job if no caller waits for a result of the job."""
         if batch.ending or batch.job not in self._batches or self._watch is None:
             return
         if self._is_canceling or batch.abandoned:
@@ -340,7 +346,7 @@ class Dispatch:
             self._watch.cancel_gracefully(batch.job)
 
     def _close(self, job: str, view: JobView) -> None:
-        """End the batch after the end of its job. The open calls of the job will get no result."""
+        """End the batch after its job has ended. Calls without a result are canceled, or get an error."""
         batch = self._batches.get(job)
         if batch is None:
             return
@@ -356,7 +362,7 @@ class Dispatch:
             self._fail(batch, lambda: JobFailed(text))
 
     def _lost(self, batch: Batch, error: BaseException) -> None:
-        """End the batch with an error, because the batch gets no more results."""
+        """Set an error as the result of each open call of the batch, because further results cannot arrive."""
         if isinstance(error, Unreachable | CancelledError) or self._is_closed():
             self._break(str(error) or "The grid was closed.", error)
             self._fail(batch, self._error)
@@ -391,7 +397,7 @@ class Dispatch:
 
 
 def _nothing() -> None:
-    """Do nothing. The event `_nothing` only wakes the dispatcher's thread."""
+    """Do nothing. In the queue of functions, `_nothing` only wakes the dispatcher's thread."""
 
 
 def _end(future: CallFuture, value: Any = None, error: BaseException | None = None, *, withdrawn: bool = False) -> None:
@@ -404,5 +410,5 @@ def _end(future: CallFuture, value: Any = None, error: BaseException | None = No
             future.set_exception(error)
         else:
             future.set_result(value)
-    except BaseException:  # concurrent.futures catches only subclasses of Exception
+    except BaseException:  # A callback of the future raised an exception that concurrent.futures does not catch.
         log.critical("a callback of %r raised", future, exc_info=True)

@@ -1,4 +1,5 @@
-"""`concurrent.futures` on the grid. Code for other executors runs unchanged on a GridExecutor.
+"""Executor of `concurrent.futures` that runs calls on a grid. Code for other executors runs unchanged on a
+GridExecutor.
 
 Invariant: the docstring of GridExecutor lists all differences from a ProcessPoolExecutor.
 """
@@ -27,19 +28,20 @@ class GridExecutor(Executor):
     """Executor that `Grid.executor` returns. A GridExecutor is thread-safe, and is best used as a context manager.
 
     As with a ProcessPoolExecutor, the future of a call raises the call's own exception, with the worker's traceback as
-    its cause. Done-callbacks run on one thread of this process. Python exits only after all submitted calls are done.
-    Differences:
+    its cause. Done-callbacks run on one thread of this process. Python exits only after all submitted calls are done. A
+    GridExecutor differs from a ProcessPoolExecutor as follows:
 
     - cloudpickle pickles functions, arguments, and results, so lambdas and closures work.
-    - If a call ends its process (a crash, `os._exit`), only this call fails. A call that ends its process raises
-      WorkerDied, which is a BrokenExecutor, but the executor continues. The executor breaks when the grid is closed,
+    - If a call ends its process (a crash, `os._exit`), only the future of this call raises an error. The error is
+      WorkerDied, a subclass of BrokenExecutor, but the executor continues. The executor breaks when the grid is closed,
       when its manager is unreachable for some time, or when the initializer raises. After the executor breaks, all open
       and further calls raise BrokenGridExecutor.
-    - A future is running as soon as its call is sent, which is soon. The `cancel` method of a running future returns
+    - A future is running as soon as its call is sent to the grid. The `cancel` method of a running future returns
       False, and the call runs to its end. `shutdown(cancel_futures=True)`, and a `map` whose iterator is closed early,
       also cancel calls that were sent and have not begun.
     - If Ctrl-C ends a `with` block, all calls of the block are canceled, including the running calls.
-    - An exception that cannot be unpickled on this machine arrives as TaskFailed with its traceback.
+    - If the exception of a call cannot be unpickled on this machine, the future raises TaskFailed with the exception's
+      traceback.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class GridExecutor(Executor):
         initializer: Callable[..., object] | None,
         initargs: Iterable[Any],
     ) -> None:
-        """`owner` closes `link` when no reference to `owner` exists."""
+        """When the last reference to `owner` is dropped, `owner` closes `link`."""
         start = None
         if initializer is not None:
             if not callable(initializer):
@@ -72,13 +74,13 @@ class GridExecutor(Executor):
     def _max_workers(self) -> int:
         """Return the number of calls that can run at once.
 
-        Other libraries read the private attribute `_max_workers` of executors.
+        The attribute exists because other libraries read the private attribute `_max_workers` of executors.
         """
         pools = self._link.call(lambda client: client.grid())["pools"]
         return sum(pool["max"] * pool["slots"] for pool in pools if pool["name"] == "default") or 1
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """Run `fn(*args, **kwargs)` on a worker.
+        """Run `fn(*args, **kwargs)` on a worker of the grid, and return the future of the call.
 
         Raise RuntimeError after `shutdown`. Raise BrokenGridExecutor, a subclass of RuntimeError, if the executor can
         no longer run calls.
@@ -97,11 +99,11 @@ class GridExecutor(Executor):
     ) -> Iterator[T]:
         """Return the results of `map(fn, *iterables)`, computed by the workers.
 
-        By default, `map` reads all arguments at once. With `buffersize`, at most `buffersize` calls are ahead of the
-        result that the caller reads. `timeout` is the time in seconds, counted from the call of `map`, within which
-        each result must arrive. After the timeout, TimeoutError is raised. The grid chooses the size of the bundles if
-        `chunksize` is 1. Another value of `chunksize` sets the size of the bundles. If the iterator is closed early or
-        raises, the remaining calls are canceled.
+        By default, `map` reads all arguments at once. With `buffersize`, `map` submits at most `buffersize` calls whose
+        results the caller has not read. `timeout` is the time in seconds, counted from the call of `map`, within which
+        each result must arrive. After `timeout` seconds, the iterator raises TimeoutError. If `chunksize` is 1, the
+        grid chooses the number of calls in a bundle. Any other `chunksize` sets the number of calls in a bundle. If the
+        iterator is closed early or raises an error, the remaining calls are canceled.
         """
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
@@ -111,7 +113,7 @@ class GridExecutor(Executor):
             raise ValueError("buffersize must be None or > 0")
         clock = self._link.clock.monotonic_s
         end_s = None if timeout is None else clock() + timeout
-        # The iterator refers only to the dispatcher, so an iterator that is not read to its end does not keep the
+        # The iterator refers to the dispatcher instead of the executor, so an unfinished iterator does not keep the
         # executor alive.
         dispatch = self._dispatch
         drawn = (Call(CallFuture(), fn, args, {}) for args in zip(*iterables, strict=False))
@@ -133,10 +135,10 @@ class GridExecutor(Executor):
         return results()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Accept no further calls. A repeated call of `shutdown` does nothing.
+        """Refuse all further calls. A repeated call of `shutdown` does nothing.
 
-        If `wait` is True, return only when all calls are done. With `cancel_futures`, cancel the calls that have not
-        begun. The cancellation of calls on the grid takes some seconds. Calls that are not canceled run to their end.
+        If `wait` is True, return only when all calls are done. If `cancel_futures` is True, cancel the calls that have
+        not begun. The cancellation of calls on the grid takes some seconds. Calls that have begun run to their end.
         """
         self._dispatch.shutdown(wait=wait, cancel=cancel_futures)
 
@@ -147,10 +149,10 @@ class GridExecutor(Executor):
 
 
 def _next(futures: deque[CallFuture], timeout_s: float | None) -> Any:
-    """Remove the first future, and return its result.
+    """Remove the first future from `futures`, and return the result of the future.
 
-    `_next` is a separate function, because the frame of the iterator must not refer to the result while the iterator is
-    suspended. After a timeout, the future is not removed, so that the iterator cancels the call.
+    `_next` is a separate function, because a suspended iterator must not keep a reference to a result. After a timeout,
+    the future stays in `futures`, so that the iterator cancels the future's call.
     """
     result = futures[0].result(timeout_s)
     futures.popleft()

@@ -1,8 +1,8 @@
-"""Futures of an executor, their batches and errors, and the encoding and submission of a batch.
+"""Futures of an executor, the batches of calls that form jobs, the errors of calls, and the submission of a batch.
 
-Invariant: a future belongs to a batch from just before it is RUNNING until just before it is done. If a call cannot be
-pickled, only this call fails, and the other calls of the batch are sent. An accepted batch stays accepted, even if the
-request for its first results fails.
+Invariant: a future belongs to a batch from just before the future's state is RUNNING until just before the future is
+done. If a call cannot be pickled, only the future of this call gets an error, and the other calls of the batch are
+sent. A batch that the manager has accepted runs, even if the request for the batch's first results fails.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from batchlab.core.api_types import OutcomeView
 
 MAX_KNOWN_FUNCTIONS = 4096
-"""Maximum number of sent functions that are remembered."""
+"""Maximum number of sent functions whose hash an executor remembers."""
 
 _PLAIN = frozenset({type(None), bool, int, float, str})
 
 
 @dataclass(slots=True)
 class Call:
-    """The call `function(*args, **kwargs)` and the future of the call."""
+    """A call `function(*args, **kwargs)` that a user submitted, and the future of the call."""
 
     future: CallFuture
     function: Callable[..., Any]
@@ -50,7 +50,9 @@ class Call:
 
 @dataclass(slots=True)
 class Packed:
-    """Packed calls: the pickled handler, and the calls as items in the order of `futures`."""
+    """Calls in the form of a job: the pickled handler, and one item for each call. The items have the order of
+    `futures`.
+    """
 
     handler: bytes
     chunks: list[Chunk]
@@ -59,7 +61,7 @@ class Packed:
 
 
 class Packer:
-    """Packer that pickles the calls of one executor."""
+    """Encoder of the calls of one executor as items of jobs."""
 
     def __init__(self, shipping: ObjectPickler, initializer: Initializer | None) -> None:
         self._shipping = shipping
@@ -67,7 +69,7 @@ class Packer:
         self._sent: dict[bytes, None] = {}
 
     def pack(self, job: JobId, calls: Sequence[Call]) -> Packed:
-        """Encode the calls as the items of `job`."""
+        """Encode the calls as the items of the job `job`."""
         with self._shipping.by_value():
             functions = self._functions(calls)
             table: dict[bytes, int] = {}
@@ -78,7 +80,7 @@ class Packer:
                 try:
                     function = _reference(call.function, functions.get(id(call.function)), table)
                     item = [function, *_arguments(call, chunk, job)]
-                except Exception as error:  # noqa: BLE001 - pickling runs the objects' own code
+                except Exception as error:  # noqa: BLE001 - pickling runs code of the pickled objects
                     packed.rejected.append((call.future, error))
                     continue
                 if not chunk.items:
@@ -89,17 +91,20 @@ class Packer:
         return packed
 
     def _functions(self, calls: Sequence[Call]) -> dict[int, tuple[bytes, bool]]:
-        """Return each function that can be pickled, by id, and whether the function belongs in the table of functions.
+        """Return the pickled functions of the calls by `id(function)`. A flag shows whether the function is in the
+        table of functions.
 
-        The table of functions is sent once for all calls, but every worker process loads the whole table. A function
-        that is called once (a bound method, a partial) is sent with its call.
+        A function that several calls share is in the table of functions, which is sent once, but which every worker
+        process loads. A function that is called once, such as a bound method or a partial, is sent with its call. A
+        function that cannot be pickled is left out.
         """
         functions: dict[int, bytes] = {}
         uses: Counter[bytes] = Counter()
         for call in calls:
             key = id(call.function)
             if key not in functions:
-                with suppress(Exception):  # `_reference` raises the pickling error again for each call
+                # `_reference` pickles the function again for each call, and raises the error.
+                with suppress(Exception):
                     functions[key] = pickled(call.function)
             if key in functions:
                 uses[functions[key]] += 1
@@ -116,7 +121,8 @@ class Packer:
 def _reference(function: Callable[..., Any], entry: tuple[bytes, bool] | None, table: dict[bytes, int]) -> Json:
     if not callable(function):
         raise TypeError(f"{function!r} is not callable")
-    # A function without an entry could not be pickled. Each call of a function without an entry gets its own error.
+    # If `entry` is None, the function could not be pickled, and `pickled` raises a new error for each call of the
+    # function.
     data, shared = entry or (pickled(function), False)
     if shared:
         return table.setdefault(data, len(table))
@@ -131,7 +137,7 @@ def _arguments(call: Call, chunk: Chunk, job: JobId) -> list[Json]:
     except values.NotAValue as error:
         if error.__cause__ is None:
             raise
-        # The error is pickle's own error, which users of executors expect.
+        # Raise the error of pickle itself, because users of executors expect an error of pickle.
         raise error.__cause__ from None
 
 
@@ -152,7 +158,7 @@ class WorkerDied(TaskFailed, BrokenExecutor):
 
 
 class RemoteTraceback(Exception):
-    """Cause of an exception that a call raised. `tb` is the traceback from the worker."""
+    """Cause of an exception that a call raised. `tb` is the text of the traceback on the worker."""
 
     def __init__(self, tb: str) -> None:
         super().__init__(tb)
@@ -163,17 +169,17 @@ class RemoteTraceback(Exception):
 
 
 def death(outcome: Outcome, failure: Failure) -> TaskFailed:
-    """Return the error of a call that the grid could not run."""
+    """Return the error for a call that failed permanently without an exception of its own, such as a crash."""
     return failed(outcome, failure, WorkerDied if failure.kind in _PROCESS_ENDS else TaskFailed)
 
 
 def revived(raised: Raised) -> BaseException:
-    """Return the exception that the call raised.
+    """Unpickle the exception that a call raised on a worker.
 
     If the exception cannot be unpickled in this process, return a TaskFailed with the text of the exception.
     """
     try:
-        error = pickle.loads(raised.pickled) if raised.pickled else None  # noqa: S301 - pickled by this job
+        error = pickle.loads(raised.pickled) if raised.pickled else None  # noqa: S301 - pickled by the job's worker
     except Exception:  # noqa: BLE001 - unpickling runs the code of the exception's class
         error = None
     if not isinstance(error, BaseException):
@@ -199,8 +205,8 @@ class CallFuture(Future[Any]):
         return super().cancel() or self._withdrawn
 
     def disown(self) -> None:
-        """Cancel the call, because no caller waits for it. A call that was sent and has not started is canceled when no
-        caller waits for any call of its job.
+        """Record that the caller does not wait for the call. A call that was not sent is canceled at once. A call that
+        was sent and has not started is canceled when no caller waits for a call of the same job.
         """
         if not self.cancel() and (batch := self.batch):
             batch.mark_unwanted(self)
@@ -215,7 +221,7 @@ class CallFuture(Future[Any]):
         return error
 
     def withdraw(self) -> None:
-        """Mark the call as canceled. The base class Future does not offer the change from RUNNING to CANCELLED."""
+        """Mark a RUNNING future as canceled, which the base class Future does not support."""
         self._withdrawn = True
         self.set_exception(CancelledError())
 
@@ -224,16 +230,17 @@ class Batch:
     """Calls of an executor that form one job."""
 
     def __init__(self, on_unwanted: Callable[[Batch], None], *, bundle: int | None = None, whole: bool = False) -> None:
-        """`on_unwanted` is called, on any thread, when no caller waits for a result of the batch any longer.
+        """`on_unwanted` is called when no caller waits for a result of the batch any longer. The call may come from any
+        thread.
 
-        `bundle` sets the number of calls in a bundle. No further call can join a batch that is `whole`.
+        `bundle` sets the number of calls in a bundle. If `whole` is True, the batch does not accept further calls.
         """
         self.calls: list[Call] = []
         self.bundle = bundle
         self.whole = whole
         self.job = ""
         self.open: dict[int, CallFuture] = {}
-        """Futures of the batch that are not done, by task."""
+        """Futures of the batch that are not done, by the number of the call's task."""
         self.rejected: list[tuple[CallFuture, Exception]] = []
         """Calls of the batch that could not be sent, with their errors."""
         self.ending = False
@@ -244,11 +251,11 @@ class Batch:
 
     @property
     def abandoned(self) -> bool:
-        """Return whether no caller waits for any remaining call."""
+        """Return whether the callers have stopped waiting for all remaining calls of the batch."""
         return self._unwanted >= self._remaining
 
     def claim(self) -> list[Call]:
-        """Return the calls that are not canceled, and mark their futures as RUNNING.
+        """Return the calls of the batch that are not canceled, and mark the futures of these calls as RUNNING.
 
         A RUNNING future cannot be canceled.
         """
@@ -257,8 +264,8 @@ class Batch:
             self._remaining += len(calls)
         wanted = []
         for call in calls:
-            # The batch of a future is set before the state RUNNING, so that a concurrent cancellation finds no RUNNING
-            # future without a batch.
+            # The batch of a future is set before the state RUNNING, so that a concurrent cancellation finds a batch for
+            # each RUNNING future.
             call.future.batch = self
             if call.future.set_running_or_notify_cancel():
                 wanted.append(call)
@@ -268,19 +275,19 @@ class Batch:
         return wanted
 
     def drain(self) -> list[CallFuture]:
-        """Remove and return the open futures of the batch."""
+        """Remove the futures that are not done from the batch, and return the removed futures."""
         futures, self.open = list(self.open.values()), {}
         return futures
 
     def settle(self, future: CallFuture) -> None:
-        """Remove the future from the batch just before the future is done."""
+        """Remove a future from the batch. The caller sets the result of the future right after `settle`."""
         with self._lock:
             self._remaining -= 1
             self._unwanted -= future.unwanted
             future.batch = None
 
     def mark_unwanted(self, future: CallFuture) -> None:
-        """Record that no caller waits for the future."""
+        """Record that no caller waits for the result of the future."""
         with self._lock:
             if future.unwanted or future.batch is None:
                 return
@@ -292,9 +299,9 @@ class Batch:
 
 
 FIRST_S = 0.2
-"""Time in seconds that the submission of a batch waits for first results.
+"""Time in seconds for which the submission of a batch waits for the batch's first results.
 
-The wait saves a second request for short calls.
+If short calls end during the wait, their results do not need a second request.
 """
 
 OnOutcome = Callable[[str, Outcome], None]
@@ -305,7 +312,7 @@ class Sender:
     """Sender of the batches of one executor. The methods of a Sender run on the caller's thread."""
 
     def __init__(self, link: Link, outgoing: JobSubmitter, name: str | None, initializer: Initializer | None) -> None:
-        """`name` is the name of the jobs."""
+        """`name` is the name of the submitted jobs, or None for the name of the first call's function."""
         self._link = link
         self._outgoing = outgoing
         self._packer = Packer(outgoing.shipping, initializer)
@@ -314,12 +321,12 @@ class Sender:
     def send(
         self, batch: Batch, calls: Sequence[Call], accepted: Callable[[], None], on_outcome: OnOutcome
     ) -> int | None:
-        """Submit all calls that can be packed as the job of the batch.
+        """Submit the calls as the job of the batch, without the calls that cannot be pickled.
 
-        Return the seq of the last outcome that `on_outcome` received.
+        Return the seq of the last outcome that `on_outcome` received, or None.
 
-        `accepted` is called once, when the manager has accepted the job of the batch. Raise the error that prevents the
-        submission. No error is raised after the manager has accepted the job.
+        `accepted` is called once, when the manager has accepted the job of the batch. An error that prevents the
+        submission of the job is raised. BackendError and UsageError after the acceptance of the job are ignored.
         """
         stage = StageDef(MAP, retry=RetryRule(attempts=1), bundle=batch.bundle)
         draft = self._outgoing.draft(job_name(calls[0].function, self._name), stage)
@@ -348,4 +355,4 @@ class Sender:
         except (BackendError, UsageError):
             if not batch.job:
                 raise
-            return None  # the watch of the job will report the same error
+            return None  # If the error persists, the watch of the job reports the error.

@@ -1,6 +1,7 @@
-"""Python API: a grid as a context manager, functions mapped over items, and job files.
+"""Python API of batchlab. The class Grid starts a grid, maps functions over items, and runs job files.
 
-Invariant: if a caller stops waiting for a job, by an error, by Ctrl-C, or by leaving a loop early, the job is canceled.
+Invariant: a job of `map` or `run` is canceled if its caller stops waiting, because of an error or Ctrl-C, or by leaving
+a loop early.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PathText = str | os.PathLike[str]
 
 
 class MapOptions(TypedDict, total=False):
-    """Options of `map` and `starmap`. See `map`."""
+    """Options of the methods `map` and `starmap` of a Grid. The docstring of `map` describes the options."""
 
     name: str | None
     timeout_s: float | None
@@ -49,9 +50,9 @@ class MapOptions(TypedDict, total=False):
 class Grid:
     """Grid in a folder.
 
-    If no grid is up in the folder, the Grid object starts a grid, and `close` stops this grid. A Grid object is
-    thread-safe, and is best used as a context manager. A Grid object that is left open is closed when no reference to
-    the object exists, or when Python exits.
+    If a grid is not up in the folder, the Grid object starts a grid, and `close` stops the started grid. A Grid object
+    is thread-safe, and is best used as a context manager. A Grid object that is left open is closed when the last
+    reference to the object is dropped, or when Python exits.
     """
 
     def __init__(
@@ -65,15 +66,15 @@ class Grid:
     ) -> None:
         """`home` is the grid's folder. The default of `home` is BATCHLAB_HOME, or `.batchlab` in the current folder.
 
-        With `workers`, the default pool has from 0 to `workers` instances with one slot each. `pools` replaces the
-        pools. The default of `pools` is the backend's own pools. `warm` keeps the pools at their maximum size.
-        `workers`, `pools`, and `warm` apply only to a grid that is not up yet. Raise UsageError if `workers`, `pools`,
-        or `warm` is given for a grid that is up.
+        With `workers`, the default pool has from 0 to `workers` instances with one slot each. `pools` sets all pools of
+        the grid. By default, the grid has the default pools of its backend. `warm` keeps the pools at their maximum
+        size. `workers`, `pools`, and `warm` apply only to a new grid. Raise UsageError if `workers`, `pools`, or `warm`
+        is given for a grid that is already up.
         """
         descriptor = factory.load(backend)
         sized = _sized(descriptor.pools, workers, pools, warm=warm)
         self._link = Link(descriptor, find_home(Path(home) if home else None), sized)
-        # Unlike __del__, a finalizer also runs when Python exits.
+        # Unlike the method `__del__`, a callback of `weakref.finalize` also runs when Python exits.
         self._end = weakref.finalize(self, self._link.close)
         self._outgoing = JobSubmitter(self._link)
 
@@ -97,14 +98,16 @@ class Grid:
         """Return the results of `function(item)`, or `function(item, ctx)`, for every item, computed by the grid's
         workers.
 
-        `map` reads and submits all items before `map` returns. Results come in the order of the items, or with
-        `ordered=False` in the order of arrival. A failed task raises TaskFailed at its position and cancels the
-        remaining tasks. With `return_exceptions`, the TaskFailed is a result, and the other tasks continue. If the
-        iterator is dropped or closed, the remaining tasks are canceled.
+        `map` reads and submits all items before `map` returns. The results have the order of the items, or with
+        `ordered=False` the order in which the tasks end. If a task fails, the iterator raises TaskFailed at the
+        position of the task's result, and the remaining tasks are canceled. With `return_exceptions`, the TaskFailed is
+        returned as the result of the task, and the other tasks continue. If the iterator is dropped or closed, the
+        remaining tasks are canceled.
 
-        `timeout_s` is the time limit of each task. `retry` is a rule or a number of attempts. By default, a task that
-        raises an exception is not retried. The loss of a worker is never a task's failure. `bundle` sets the number of
-        tasks in a bundle. Raise UsageError and submit nothing if the function or an item cannot be pickled.
+        `timeout_s` is the time limit of each task. `retry` is a RetryRule or the maximum number of attempts of a task.
+        By default, a task that raises an exception is not retried. The loss of a worker does not count as a failure of
+        a task. `bundle` sets the number of tasks in a bundle. Raise UsageError and submit nothing if the function or an
+        item cannot be pickled.
         """
         return self._map(
             function,
@@ -120,9 +123,9 @@ class Grid:
     def starmap(
         self, function: Callable[..., Any], items: Iterable[Iterable[Any]], **options: Unpack[MapOptions]
     ) -> Generator[Any, None, None]:
-        """Return the results of `function(*item)` for every item, which is a sequence of arguments.
+        """Return the results of `function(*item)` for every item. Each item is a sequence of arguments.
 
-        All options are the same as for `map`.
+        The options are the options of `map`.
         """
         return self._map(function, items, starred=True, **options)
 
@@ -141,14 +144,15 @@ class Grid:
         name = job_name(function, options.get("name"))
         job = self._outgoing.submit(name, function, items, stage, tolerant=return_exceptions, starred=starred)
         results = self._results(job, ordered=options.get("ordered", True), return_exceptions=return_exceptions)
-        # The generator is started, so that its `finally` block runs even if no result is read.
+        # Start the generator, so that its `finally` block runs even if the caller does not read a result.
         next(results)
         return results
 
     def _results(self, job: JobDef | None, *, ordered: bool, return_exceptions: bool) -> Generator[Any, None, None]:
         """Yield the results of a map.
 
-        The generator of the results refers to the grid, so that the grid is not closed during a map.
+        The generator keeps a reference to the Grid object, so that the grid is not closed while the caller reads
+        results.
         """
         if job is None:
             yield None
@@ -166,7 +170,7 @@ class Grid:
                     yield value
             done = True
         finally:
-            # The garbage collector may run this block on any thread, so the block must not wait.
+            # The garbage collector may run the `finally` block on any thread, so the `finally` block must not wait.
             incoming.cancel()
             link.leave(job.id, cancel=not done)
 
@@ -175,8 +179,9 @@ class Grid:
     ) -> GridExecutor:
         """Return a `concurrent.futures.Executor` whose calls run on the grid's workers.
 
-        `name` is the name of the executor's jobs. By default, a job has the name of its function. Each worker process
-        calls `initializer(*initargs)` before its first call. Raise UsageError if the initializer cannot be pickled.
+        `name` is the name of the executor's jobs. By default, a job has the name of the function that its first call
+        calls. Each worker process calls `initializer(*initargs)` before its first call. Raise UsageError if the
+        initializer cannot be pickled.
         """
         from batchlab.client.executor import GridExecutor
 
@@ -193,10 +198,10 @@ class Grid:
     ) -> JobResult:
         """Run a job file to its end, and return the job's result whether the job succeeds or fails.
 
-        With `out`, write the job's results to the folder `out`. `params` replaces parameters of the job file, and
-        `max_cost_usd` replaces the cost cap of the job file. When the job reaches the cost cap, the manager launches no
-        more instances for the job. After `timeout_s` seconds, the job is canceled and JobFailed is raised.
-        JobFileErrors lists all mistakes in the file.
+        If `out` is given, the job's results are written to the folder `out`. `params` replaces parameters of the job
+        file, and `max_cost_usd` replaces the cost cap of the job file. When the job reaches the cost cap, the manager
+        launches no more instances for the job. After `timeout_s` seconds, the job is canceled, and `run` raises
+        JobFailed. For an invalid job file, `run` raises JobFileErrors with all mistakes in the file.
         """
         _check_positive(timeout_s=timeout_s)
         link = self._link
@@ -216,13 +221,14 @@ class Grid:
     def submit(
         self, job: PathText | JobDef, *, params: Mapping[str, Any] | None = None, max_cost_usd: float | None = None
     ) -> str:
-        """Submit a job file as `run` does, or a JobDef, without waiting for the job. Return the job's id."""
+        """Submit a job file or a JobDef without waiting for the end of the job, and return the job's id."""
         job_def = job if isinstance(job, JobDef) else self._prepared(Path(job), params or {})
         job_def = _capped(job_def, max_cost_usd)
         return self._link.call(lambda client: client.submit(job_def))["id"]
 
     def _prepared(self, file: Path, params: Mapping[str, Any]) -> JobDef:
-        # The import is inside the method, because the imports of pydantic and yaml take longer than a map.
+        # The import is inside the method, because the import of pydantic and yaml takes longer than a short call of
+        # `map`.
         from batchlab.jobs import submission
         from batchlab.jobs.job_file import load
 
@@ -258,9 +264,10 @@ class Grid:
         return JobResult(self, link, view)
 
     def close(self) -> None:
-        """Cancel the jobs whose results a caller still waits for, and stop the grid if the Grid object started it.
+        """Cancel the jobs for which a caller waits, and stop the grid if the Grid object started the grid.
 
-        Files among the results may be deleted after `close`. A repeated call of `close` does nothing.
+        `close` deletes fetched result files that are not in a folder of the caller. A repeated call of `close` does
+        nothing.
         """
         self._end()
 
@@ -275,7 +282,7 @@ class Grid:
 
 
 def _sized(own: Sequence[Pool], workers: int | None, pools: Sequence[Pool], *, warm: bool) -> Sequence[Pool]:
-    """Return the pools of a new grid, or an empty sequence for the backend's own pools."""
+    """Return the pools of a new grid, or an empty sequence if the grid gets the default pools of its backend."""
     _check_positive(workers=workers)
     if workers is not None and pools:
         raise UsageError("Both workers and pools are set.", remedy="Set only one of them.")
@@ -299,7 +306,7 @@ def _rule(retry: RetryRule | int | None) -> RetryRule:
 
 
 def _text(value: Any) -> str:
-    """Return a parameter in the form of the option --set."""
+    """Return the value of a job parameter as the text that the option --set would have."""
     if isinstance(value, str):
         return value
     if value is None or isinstance(value, bool | int | float):

@@ -1,8 +1,8 @@
-"""Connection of a program to a grid.
+"""Connection of a Python program to a grid.
 
-The connection starts the grid if the grid is not up, restarts the grid, and stops the grid. Invariant: a grid that this
-process started ends with this process. A grid that was up before the connection stays up. Jobs are canceled when no
-caller waits for their results.
+The connection starts a grid if the grid is not up, replaces a manager that has ended, and stops the grid. Invariant: a
+grid that this process started ends with this process. A grid that was up before the connection stays up. A job of
+`map`, `run`, or an executor is canceled when no caller waits for the job's results.
 """
 
 from __future__ import annotations
@@ -36,25 +36,27 @@ log = logging.getLogger(__name__)
 POLL_S = 20.0
 RECORD_POLL_S = 0.1
 _OURS = "batchlab-grid"
-"""Prefix of the names of the event loop's thread and of the threads in the event loop's pool."""
+"""Prefix of the names of the link's threads: the thread of the event loop, and the threads in the event loop's pool."""
 LOOP_TIMEOUT_S = 10.0
 """Time in seconds after which an event loop that does not respond is considered stuck."""
 JOB_END_WAIT_S = 3.0
-"""Time in seconds that `close` waits until the manager shows the end of jobs."""
+"""Maximum time in seconds for which `close` waits until the manager lists canceled jobs as ended."""
 
 
 class Link:
-    """Connection to the manager of `home`, with the thread on which the async ports run."""
+    """Connection to the manager of the grid in `home`, with a thread for the event loop that calls the grid's ports."""
 
     def __init__(self, backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
-        """`pools` are the pools of a new grid. Raise UsageError if `pools` is not empty and a grid is already up."""
+        """`pools` are the pools of the grid if the link starts a grid. Raise UsageError if `pools` is not empty and a
+        grid is already up.
+        """
         self.backend = backend
         self.home = home
         self.clock = backend.open_clock()
         self.ids = backend.open_ids()
         self.patience = factory.patience()
         self.ours = False
-        """Whether this process started the grid. `close` stops only a grid that this process started."""
+        """Whether this process started the manager. `close` stops only a manager that this process started."""
         self._pools = pools
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -62,32 +64,33 @@ class Link:
         self._clients: list[Client] = []
         """Clients of the manager. The last client in the list is current, but threads may still use earlier clients."""
         self._live: set[str] = set()
-        """Jobs for which a caller waits."""
+        """Ids of the jobs for which a caller waits."""
         self._cancelling: dict[Future[None], str] = {}
-        """Jobs that the event loop is canceling."""
+        """Ids of the jobs that are being canceled, by the future of the cancellation."""
         self._ending: deque[str] = deque(maxlen=64)
-        """Jobs that no caller waits for any more, and that may not have ended yet."""
+        """Ids of jobs that may not have ended yet, and for which no caller waits any longer."""
         self._folder: Path | None = None
         self._connect()
-        # The bucket is opened now, because the location of the bucket is known only after a grid has started.
+        # The bucket is opened after `_connect`, because the location of the bucket is known only after the grid has
+        # started.
         self.objects = backend.open_objects(home)
         self.files = backend.open_local_files(home)
         self._loop = asyncio.new_event_loop()
-        # The event loop's thread is a daemon, because Python would wait for the end of a normal thread before the call
-        # of `close` at exit.
+        # The event loop's thread is a daemon thread. At exit, Python waits for the end of all other threads before
+        # `close` is called, and so would wait forever.
         self._loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix=_OURS))
         self._thread = threading.Thread(target=self._loop.run_forever, name=_OURS, daemon=True)
         self._thread.start()
 
-    # --- The manager -----------------------------------------------------------------------------
+    # --- Manager ---------------------------------------------------------------------------------
 
     def _connect(self) -> None:
-        # `named_place` raises UsageError if the home belongs to another endpoint
+        # `named_place` raises UsageError if the home belongs to another endpoint.
         self.backend.named_place(self.home)
         record = self.home.record()
         if record is None:
             record = manager_process.start_manager(self.home, self.backend, pools=self._pools, parent=True)
-            # Another process may have started the manager at the same time.
+            # The manager may belong to another process that started a manager at the same time.
             self.ours = self._has_started(record)
         elif self._pools and not self.ours:
             raise UsageError(
@@ -108,7 +111,7 @@ class Link:
         """Return whether this process started the manager process or the manager's container."""
         if self.backend.capabilities.container_manager:
             return manager_process.has_started(self.home, record)
-        try:  # the operating system is asked, because a forked process has a copy of its parent's state
+        try:  # Ask the operating system, because a forked process has a copy of the state of its parent process.
             os.waitid(os.P_PID, record.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return False
@@ -116,26 +119,27 @@ class Link:
 
     @property
     def client(self) -> Client:
-        """Return the manager's client. Raise UsageError after `close`."""
+        """Return the current client of the manager. Raise UsageError after `close`."""
         self.check_open()
         return self._clients[-1]
 
     @property
     def forked(self) -> bool:
-        """Return whether the Link object is a copy in a forked child process."""
+        """Return whether this process is a forked child of the process that created the Link object."""
         return os.getpid() != self._pid
 
     def check_open(self) -> None:
         """Raise UsageError after `close`."""
-        # In a forked child, the event loop's thread does not exist, and a wait for this thread would never end.
+        # In a forked child process, the event loop's thread does not exist, and a wait for the event loop would never
+        # end.
         if self._closed or not self._thread.is_alive():
             raise UsageError("This grid is closed in this process.", remedy="Create another Grid.")
 
     def call(self, request: Callable[[Client], T]) -> T:
         """Return the manager's answer to `request`.
 
-        If the manager of this process has ended, start another manager. The grid's folder contains the state of the
-        grid, so a restart of the manager loses nothing.
+        If a manager that this process started has ended, start another manager. The state of the grid stays in the
+        grid's folder and bucket.
         """
         give_up_s: float | None = None
         while True:
@@ -168,23 +172,23 @@ class Link:
                 log.warning("the manager has ended, and another manager replaces it")
                 self._connect()
                 return
-        time.sleep(0.05)  # the manager process runs, but does not answer
+        time.sleep(0.05)  # The manager process runs, but does not answer yet.
 
-    # --- The ports -------------------------------------------------------------------------------
+    # --- Ports -----------------------------------------------------------------------------------
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine on the event loop's thread."""
+        """Run a coroutine on the event loop's thread, and return its future."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Return the result of a coroutine.
 
-        An interrupt of the caller cancels the coroutine. Raise UsageError after `close`.
+        If the wait for the result is interrupted, the coroutine is canceled. Raise UsageError after `close`.
         """
         try:
             self.check_open()
         except UsageError:
-            coroutine.close()  # `close` avoids a warning about a coroutine that never ran
+            coroutine.close()  # Avoid Python's warning about a coroutine that never ran.
             raise
         future = self.start(coroutine)
         try:
@@ -194,7 +198,7 @@ class Link:
 
     @property
     def folder(self) -> Path:
-        """Return this process's folder for fetched files. `close` removes the folder for fetched files."""
+        """Return the folder for the files that this process fetches. `close` removes the folder."""
         if self._folder is None:
             self._folder = self.home.scratch / self.ids.fresh("client")
         return self._folder
@@ -202,11 +206,11 @@ class Link:
     # --- Jobs ------------------------------------------------------------------------------------
 
     def follow(self, job: str) -> None:
-        """Record that a caller waits for the job. `close` cancels the job unless `leave` is called first."""
+        """Record that a caller waits for the job. `close` cancels the job unless `leave` was called for the job."""
         self._live.add(job)
 
     def leave(self, job: str, *, cancel: bool) -> None:
-        """Record that no caller waits for the job any longer. With `cancel`, start the cancellation of the job, and
+        """Record that no caller waits for the job any longer. If `cancel` is True, start the cancellation of the job.
         `close` waits for the end of the cancellation.
 
         The garbage collector may call `leave`, on any thread and after `close`.
@@ -224,15 +228,15 @@ class Link:
         try:
             self._clients[-1].cancel(job)
         except (Refused, NotFound):
-            return  # an error means that the job has ended or was never submitted
+            return  # The job has ended, or was never submitted.
         except BackendError as error:
             log.warning("job %s could not be canceled: %s", job, error)
 
     def _cancelled(self, cancelling: Future[None]) -> None:
         error = None if cancelling.cancelled() else cancelling.exception()
         if error and thread_cache.is_exiting():
-            # While Python exits, no thread can be started, and `close` cancels the job. The job is added to `_live`
-            # before its removal from `_cancelling`, so that `close` always finds the job.
+            # While Python exits, threads cannot be started, so `close` must cancel the job. The job is added to `_live`
+            # before the job is removed from `_cancelling`, so that `close` always finds the job.
             self._live.add(self._cancelling[cancelling])
         elif error:
             log.error("a job could not be canceled", exc_info=error)
@@ -241,7 +245,7 @@ class Link:
     # --- Closing ---------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Cancel the remaining jobs, and stop the grid if this process started it.
+        """Cancel the jobs for which a caller still waits, and stop the grid if this process started the grid.
 
         Repeated calls of `close` do nothing.
         """
@@ -249,8 +253,8 @@ class Link:
         if self._closed or self.forked:
             return
         if threading.current_thread().name.startswith(_OURS):
-            # The grid is closed on another thread, because the last reference may be dropped on a thread of the link,
-            # which cannot join itself.
+            # Close the link on a new thread, because the current thread belongs to the link, and a thread cannot wait
+            # for its own end.
             threading.Thread(target=self.close, name="batchlab-close").start()
             return
         with self._lock:
@@ -267,7 +271,8 @@ class Link:
             for client in self._clients:
                 steps.callback(client.close)
             steps.callback(lambda: self._cancel_remaining(is_stuck))
-            # The check of the event loop is not a step, because an interrupt during the check must not skip the steps.
+            # The check of the event loop is not one of the callbacks, because the callbacks must run even if the check
+            # is interrupted.
             is_stuck = self._is_stuck()
 
     def _cancel_remaining(self, is_stuck: bool) -> None:
@@ -275,10 +280,10 @@ class Link:
         if not is_stuck:
             wait(cancelling)
         failed = set(cancelling.values())
-        if not is_stuck:  # a stuck event loop may hold the lock of a future forever
+        if not is_stuck:  # If the event loop is stuck, the lock of a future may be held forever.
             failed = {job for future, job in cancelling.items() if not future.cancelled() and future.exception()}
         for job in failed | self._live:
-            # The cancellation runs on this thread, because no thread can be started while Python exits.
+            # The cancellation runs on the current thread, because threads cannot be started while Python exits.
             self._cancel(job)
             self._ending.append(job)
         if self.ours and self._ending:
@@ -287,8 +292,8 @@ class Link:
     def _is_stuck(self) -> bool:
         """Return whether the event loop is stuck.
 
-        If a thread that waits for a future is interrupted, the lock of the future may stay held. The event loop is
-        stuck if it waits for a lock that stays held.
+        If Ctrl-C interrupts a thread that waits for a future, the future's lock may stay locked. An event loop that
+        waits for the future's lock is stuck.
         """
         responded = threading.Event()
         self._loop.call_soon_threadsafe(responded.set)
@@ -298,9 +303,10 @@ class Link:
         return True
 
     def _wait_for_ends(self) -> None:
-        """Wait until the manager shows the jobs as ended.
+        """Wait until the manager lists the jobs in `_ending` as ended.
 
-        If the grid stopped before the manager shows the end, the next manager would show finished jobs as running.
+        If the manager stopped before it recorded the end of a job, the next manager would list the ended job as
+        running.
         """
         client = self._clients[-1]
         give_up_s = self.clock.monotonic_s() + JOB_END_WAIT_S
@@ -315,8 +321,8 @@ class Link:
 
     def _stop_manager(self) -> None:
         record = self.home.record()
-        # The record is checked, because the manager of this process may have ended and another process may have started
-        # a new manager.
+        # Check the record, because the manager of this process may have ended, and another process may have started a
+        # new manager.
         if record and self._has_started(record):
             manager_process.stop_manager(self.home)
 

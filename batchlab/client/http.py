@@ -1,7 +1,7 @@
-"""The manager's HTTP API as Python calls, for the command line and the Python API.
+"""HTTP client of a grid's manager. The command line and the Python API use the client.
 
-Invariant: the import of the module and the creation of a client are fast, because every command uses a client. Every
-failed request raises an error class of batchlab.
+Invariant: the import of the module and the creation of a client are fast, because most commands use a client. A failed
+request raises an exception of a class in `batchlab.core.errors`.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ MAX_LISTED = 1000
 class Client(Calls):
     """Connections to one manager. A client is thread-safe, and is a context manager.
 
-    Each method raises Unreachable if the manager does not answer, and BackendError if the manager cannot work at the
-    moment. Each method raises NotFound for an unknown id, UsageError for an invalid request, and Refused if the manager
-    refuses the request. Times in the API are in seconds. A client does not use HTTP proxies.
+    Each method raises Unreachable if the manager does not answer, and BackendError if the manager cannot serve requests
+    at the moment. Each method raises NotFound for an unknown id, UsageError for an invalid request, and Refused if the
+    manager refuses the request. Times in the API are in seconds. A client does not use HTTP proxies.
     """
 
-    # --- The manager -----------------------------------------------------------------------------
+    # --- Manager ---------------------------------------------------------------------------------
 
     def health(self) -> HealthView:
         """Return whether the manager responds, and whether the manager is the leader."""
@@ -61,7 +61,7 @@ class Client(Calls):
         self._call("POST", "/v1/shutdown")
 
     def open_session(self) -> SessionView:
-        """Return a one-time code that opens the web page."""
+        """Request a one-time code that opens a session of the web page, and return the code."""
         return cast("SessionView", self._call("POST", "/v1/sessions"))
 
     def code_waits(self, name: str) -> bool:
@@ -79,9 +79,9 @@ class Client(Calls):
     # --- Jobs ------------------------------------------------------------------------------------
 
     def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> JobView:
-        """Submit a job, with its encoded items if the job has a few own items.
+        """Submit a job. `items` contains the encoded items of a small job whose items are not in the bucket.
 
-        Repeated submissions with the same client token return the same job.
+        A repeated submission with the same client token returns the job of the first submission.
         """
         return cast("JobView", self._call("POST", "/v1/jobs", body=_submission(job, items)))
 
@@ -99,14 +99,16 @@ class Client(Calls):
             return cast("OutcomesView", self._document(answer.read()))
 
     def jobs(self, *, limit: int = 100, before: str | None = None, active: bool = False) -> list[JobView]:
-        """Return jobs, newest first. `before` is the id of the last job of the previous page."""
+        """Return a page of the jobs. The newest job comes first. `before` is the id of the last job of the previous
+        page.
+        """
         answer = self._call("GET", "/v1/jobs", limit=limit, before=before, active=active)
         return cast("list[JobView]", answer["jobs"])
 
     def job(self, job: str, *, version: int | None = None, wait_s: float = 0.0) -> JobView:
         """Return one job.
 
-        If `version` is given, wait up to `wait_s` seconds until the job's version differs from `version`.
+        If `version` is given, wait up to `wait_s` seconds until the version number of the job differs from `version`.
         """
         return cast("JobView", self._call("GET", _job_path(job), version=version, wait_s=wait_s))
 
@@ -129,10 +131,10 @@ class Client(Calls):
         fingerprints: Sequence[str] = (),
         tasks: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     ) -> JobView:
-        """Run all tasks again that did not succeed.
+        """Run all tasks of an ended job again that did not succeed.
 
-        With `fingerprints` or `tasks`, only run the failed tasks with the given fingerprints or in the given ranges. A
-        range of tasks includes its first task and excludes its end.
+        With `fingerprints` or `tasks`, run only the failed tasks with one of the fingerprints or in one of the ranges.
+        `tasks` contains ranges by stage. A range (first, stop) includes task `first` and excludes task `stop`.
         """
         choice = {"fingerprints": list(fingerprints), "tasks": tasks or {}} if fingerprints or tasks else None
         return cast("JobView", self._call("POST", _job_path(job, "/retry"), body=choice))
@@ -142,13 +144,13 @@ class Client(Calls):
         return cast("EtaView", self._call("GET", _job_path(job, "/eta")))
 
     def why(self, job: str) -> str:
-        """Return one line that explains why the job has not progressed further."""
+        """Return one line that explains why the job is waiting."""
         return str(self._call("GET", _job_path(job, "/why"))["why"])
 
     def outcomes(
         self, job: str, *, stage: str | None = None, after: int | None = None, limit: int = 1000, wait_s: float = 0.0
     ) -> OutcomesView:
-        """Return outcomes with a seq above `after`, in the order of their seq.
+        """Return the outcomes of a job whose seq is greater than `after`, ordered by seq.
 
         Wait up to `wait_s` seconds until at least one outcome exists.
         """
@@ -156,7 +158,7 @@ class Client(Calls):
         return cast("OutcomesView", self._call("GET", _job_path(job, "/outcomes"), **query))
 
     def failures(self, job: str, *, limit: int = 100, fingerprint: str | None = None) -> list[FailureView]:
-        """Return tasks that failed permanently. `fingerprint` selects the failures of one cause."""
+        """Return the tasks of a job that failed permanently. `fingerprint` selects the failures with one cause."""
         failures: list[FailureView] = []
         path, after = _job_path(job, "/failures"), None
         while len(failures) < limit:
@@ -169,14 +171,14 @@ class Client(Calls):
         return failures
 
     def failure_groups(self, job: str) -> list[FailureGroupView]:
-        """Return the failed tasks by fingerprint, the largest group first."""
+        """Return the failed tasks of a job in groups by fingerprint. The largest group comes first."""
         while True:
             answer = self._call("GET", _job_path(job, "/failures/groups"))
             if answer["is_whole"]:
                 return cast("list[FailureGroupView]", answer["groups"])
 
     def task(self, job: str, stage: str, task: int) -> TaskView:
-        """Return one ended task, with its input and its log."""
+        """Return one ended task of a job, with the input and the log of the task."""
         return cast("TaskView", self._call("GET", _job_path(job, f"/stages/{quote(stage, safe='')}/tasks/{task}")))
 
     def logs(
@@ -189,7 +191,7 @@ class Client(Calls):
         failed: bool = False,
         since_s: float | None = None,
     ) -> list[LogView]:
-        """Return the logs of tasks, ordered by stage, task, and attempt.
+        """Return the logs of a job's tasks, ordered by stage, task, and attempt.
 
         `failed` selects tasks that failed permanently. `since_s` selects attempts that ended within the last `since_s`
         seconds.
@@ -214,7 +216,7 @@ class Client(Calls):
         since_s: float | None = None,
         wait_s: float = 0.0,
     ) -> NewLogsView:
-        """Return the logs of outcomes with a seq above `seq`.
+        """Return the logs of outcomes whose seq is greater than `seq`.
 
         Wait up to `wait_s` seconds until at least one outcome exists.
         """
@@ -226,14 +228,14 @@ class Client(Calls):
         """Return the live logs of running tasks. Workers store live logs only while a client requests them."""
         return cast("TailsView", self._call("POST", _job_path(job, "/tails")))
 
-    # --- The grid --------------------------------------------------------------------------------
+    # --- Grid ------------------------------------------------------------------------------------
 
     def grid(self) -> GridView:
-        """Return the pools with their instances, and the queues with their depths."""
+        """Return the pools of the grid with their instances, and the queues with their numbers of messages."""
         return cast("GridView", self._call("GET", "/v1/grid"))
 
     def activities(self, *, pool: str | None = None, limit: int = 50) -> list[ActivityView]:
-        """Return scaling activities with their causes, newest first."""
+        """Return the scaling activities of pools with the cause of each activity. The newest activity comes first."""
         answer = self._call("GET", "/v1/grid/activities", pool=pool, limit=limit)
         return cast("list[ActivityView]", answer["activities"])
 
@@ -246,7 +248,7 @@ class Client(Calls):
         desired: int | None = None,
         auto: bool | None = None,
     ) -> PoolView:
-        """Set the limits of a pool, and its desired capacity.
+        """Set the minimum, the maximum, and the desired capacity of a pool.
 
         If `auto` is True, the autoscaler sets the desired capacity again.
         """
@@ -260,11 +262,11 @@ class Client(Calls):
     # --- Usage and caps --------------------------------------------------------------------------
 
     def use(self) -> UseView:
-        """Return the grid's usage, and the instances that are billed now."""
+        """Return the recorded usage of the grid, and the instances that are billed at the moment."""
         return cast("UseView", self._call("GET", "/v1/use"))
 
     def cap_grid(self, max_cost_usd: float | None) -> UseView:
-        """Set the cap in USD on the grid's cost since the grid's account was opened. The value None removes the cap."""
+        """Set the cap in USD on the grid's total cost since its account was opened. The value None removes the cap."""
         return cast("UseView", self._call("POST", "/v1/use/cap", body={"max_cost_usd": max_cost_usd}))
 
     def job_use(self, job: str) -> JobUseView:
@@ -293,7 +295,7 @@ class Client(Calls):
     # --- Schedules -------------------------------------------------------------------------------
 
     def add_schedule(self, schedule: Mapping[str, Json], job: JobDef, *, replace: bool = False) -> ScheduleView:
-        """Add a schedule in the format of POST /v1/schedules, with its job.
+        """Add a schedule in the format of POST /v1/schedules. `job` is the job that the schedule runs.
 
         Raise Refused if a schedule with the same name exists and `replace` is False.
         """
@@ -303,7 +305,7 @@ class Client(Calls):
         return cast("ScheduleView", self._call("POST", "/v1/schedules", body=body))
 
     def schedules(self) -> SchedulesView:
-        """Return all schedules by name, each with its last run, and notes on missed runs."""
+        """Return all schedules in the order of their names, each with its last run, and notes on missed runs."""
         return cast("SchedulesView", self._call("GET", "/v1/schedules"))
 
     def schedule(self, name: str) -> ScheduleView:
@@ -327,9 +329,9 @@ class Client(Calls):
         return cast("ScheduleView", self._call("POST", _path("schedules", name, "/remove")))
 
     def run_schedule(self, name: str, token: str) -> RunView:
-        """Run the job of a schedule now.
+        """Run the job of a schedule now, in addition to the schedule's due times.
 
-        Repeated requests to run a schedule with the same `token` return the same run.
+        A repeated request with the same `token` returns the run of the first request.
         """
         return cast("RunView", self._call("POST", _path("schedules", name, "/run"), body={"token": token}))
 

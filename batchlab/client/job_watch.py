@@ -1,4 +1,4 @@
-"""Watch of many jobs at once, on the event loop of the grid's link.
+"""Watch that polls the outcomes of many jobs at the same time, on the event loop of the grid's link.
 
 Invariant: a listener receives each outcome with results once. The last event of a watch is the end of the job, or the
 error that ended the watch.
@@ -36,23 +36,26 @@ SHORT_POLL_S = 1.0
 GAP_S = 0.05
 """Maximum pause in seconds between two polls of a job.
 
-The pause is short, because a program may need a result for its next call.
+The pause between two polls is short, because a program may need a result for its next call.
 """
 HEARTBEATS_S = 1.0
-"""Time in seconds after the control lease within which heartbeats report every started task."""
+"""Time in seconds after the end of the control lease until the heartbeats of workers have reported every started task.
+"""
 
 
 class Listener(Protocol):
-    """Receiver of a job's events. The methods of a listener run on the event loop's thread and must return quickly."""
+    """Receiver of the events of watched jobs. The methods of a listener run on the event loop's thread and must return
+    quickly.
+    """
 
     def outcome(self, job: str, outcome: Outcome) -> None: ...
     def ended(self, job: str, view: JobView) -> None: ...
     def lost(self, job: str, error: Exception) -> None:
-        """Receive the error that ended the watch. The job may still run after the end of its watch."""
+        """Receive the error that ended the watch of a job. The job itself may still run."""
 
 
 class JobWatch:
-    """Watch of jobs for one listener. Every thread may call the public methods of a watch."""
+    """Watch of the jobs of one listener. Every thread may call the public methods of a watch."""
 
     def __init__(self, link: Link, listener: Listener) -> None:
         self._link = link
@@ -64,15 +67,15 @@ class JobWatch:
         self._url = ""
 
     def add(self, job: str, after: int | None) -> None:
-        """Watch a job for outcomes with a seq above `after`. Raise UsageError if the link is closed."""
+        """Watch a job for outcomes whose seq is greater than `after`. Raise UsageError if the link is closed."""
         self._link.check_open()
         self._jobs.add(job)
         self._link.start(self._follow(job, after))
 
     def drop(self, job: str) -> None:
         """Stop the watch of a job that has ended or is about to end."""
-        # The current poll is not canceled, because the answer to the poll comes soon. The library anyio would leak the
-        # socket of a request that is canceled during the connection.
+        # The current poll of the job is not canceled, because the manager answers the poll soon. If a request is
+        # canceled while it connects, the library anyio leaks a socket.
         self._jobs.discard(job)
 
     def cancel_gracefully(self, job: str) -> None:
@@ -84,7 +87,9 @@ class JobWatch:
 
     @asynccontextmanager
     async def _asking(self) -> AsyncIterator[None]:
-        """Keep the HTTP client open during the block. The end of the last open block closes the HTTP client."""
+        """Keep the HTTP client open inside the `with` block. The end of the last open `with` block closes the HTTP
+        client.
+        """
         self._count += 1
         try:
             yield
@@ -98,10 +103,10 @@ class JobWatch:
         try:
             async with self._asking():
                 view = await self._pass_on(job, after)
-        except asyncio.CancelledError:  # the event loop is ending
+        except asyncio.CancelledError:  # The event loop is ending.
             self._listener.lost(job, Unreachable("The grid was closed.", remedy="Create another Grid."))
             raise
-        except Exception as error:  # noqa: BLE001 - any error ends the watch
+        except Exception as error:  # noqa: BLE001 - any error ends the watch of the job
             self._listener.lost(job, error)
         else:
             if view:
@@ -110,7 +115,7 @@ class JobWatch:
     async def _pass_on(self, job: str, after: int | None) -> JobView | None:
         """Pass every outcome of a job to the listener.
 
-        Return the view of the job after its end, or None after `drop`.
+        Return the last view of the job when the job has ended, or None after `drop`.
         """
         now_s = self._link.clock.monotonic_s
         began_s = now_s()
@@ -137,17 +142,17 @@ class JobWatch:
                     lambda client: client.outcomes(job, after=after),
                 )
             except Unreachable:
-                raise  # the link has already retried the failed request
+                raise  # The link has already retried the request.
             except BackendError:
                 if self._link.clock.monotonic_s() > give_up_s:
                     raise
             await asyncio.sleep(0.5)
 
     async def _ask(self, path: str, query: dict[str, Any], request: Callable[[Client], T]) -> T:
-        """Return the manager's answer to a long poll, which needs no thread.
+        """Return the manager's answer to a long poll, without using a thread for the wait.
 
-        After an error, send `request` through the link, which restarts the manager if necessary and raises batchlab's
-        errors.
+        After an error, send `request` through the link, which replaces an ended manager and raises batchlab's
+        exceptions.
         """
         import httpx
 
@@ -165,21 +170,21 @@ class JobWatch:
     async def _call(self, request: Callable[[Client], T]) -> T:
         return await asyncio.to_thread(self._link.call, request)
 
-    # --- Ending ----------------------------------------------------------------------------------
+    # --- Cancellation ----------------------------------------------------------------------------
 
     async def _cancel(self, job: str) -> None:
         try:
             async with self._asking():
                 await self._pause_and_cancel(job)
         except (Refused, NotFound, UsageError):
-            return  # an error means that the job has ended, or that the grid was closed, which cancels the job
+            return  # The job has ended, or the grid was closed. The close of a grid cancels the job.
         except BackendError as error:
             log.warning("job %s could not be canceled: %s", job, error)
 
     async def _pause_and_cancel(self, job: str) -> None:
         now_s = self._link.clock.monotonic_s
         view = await self._call(lambda client: client.pause(job))
-        # A worker that read the control object just before the pause may start tasks until `safe_s`.
+        # A worker that has read the job's control object just before the pause may start tasks until `safe_s`.
         safe_s = now_s() + self._link.backend.manager.control_lease_s + HEARTBEATS_S
         while view["state"] not in ENDED:
             if now_s() > safe_s and not any(stage["running"] for stage in view["stages"]):

@@ -1,6 +1,6 @@
-"""joblib backend that runs `Parallel`, and so scikit-learn's `n_jobs`, on the grid.
+"""Backend for joblib that runs the calls of `joblib.Parallel` on a grid, also for scikit-learn's parameter `n_jobs`.
 
-The import of this module registers the backend:
+The import of this module registers the backend "batchlab" in joblib:
 
     import batchlab.client.joblib
 
@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
 
 NAME = "batchlab"
 
-if TYPE_CHECKING:  # joblib lacks type annotations
+if TYPE_CHECKING:  # The declarations replace joblib's missing type annotations.
 
     class _Base:
         def __init__(self, *, nesting_level: int | None) -> None: ...
@@ -41,11 +41,11 @@ if TYPE_CHECKING:  # joblib lacks type annotations
 else:
 
     class _Base(AutoBatchingMixin, ParallelBackendBase):
-        """Base classes from joblib, which increase the batch size until a batch takes 0.2 s."""
+        """Base classes from joblib, which put more calls into a batch until the run of a batch takes 0.2 s."""
 
 
 class GridBackend(_Base):
-    """Implementation of joblib's backend interface."""
+    """Implementation of joblib's interface for backends, with an executor of the grid."""
 
     default_n_jobs = -1
     supports_retrieve_callback = True
@@ -62,7 +62,9 @@ class GridBackend(_Base):
         self.parallel: Any = None
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
-        """Return the number of jobs. A negative `n_jobs` counts down from the maximum, as in joblib."""
+        """Return the number of calls that run in parallel. As in joblib, a negative `n_jobs` counts down from the
+        maximum.
+        """
         if n_jobs == 0:
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
         if n_jobs is not None and n_jobs > 0:
@@ -87,10 +89,11 @@ class GridBackend(_Base):
         result, self._run_s = out.result()
         return result
 
-    def batch_completed(self, batch_size: int, duration: float) -> None:  # noqa: ARG002 - see below
-        """Report the run time on the worker of the last retrieved result.
+    def batch_completed(self, batch_size: int, duration: float) -> None:  # noqa: ARG002 - joblib's signature
+        """Report to joblib how long the batch of the last retrieved result ran on its worker.
 
-        The `duration` that joblib measures includes the transfer, so joblib would never batch very short calls.
+        joblib chooses the batch size by the reported time. The argument `duration` includes the transfer of the batch,
+        so with `duration` joblib would never batch very short calls.
         """
         super().batch_completed(batch_size, self._run_s)
 

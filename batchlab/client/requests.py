@@ -1,7 +1,7 @@
-"""Single requests to the manager, over persistent connections.
+"""Single HTTP requests to the manager of a grid, over persistent connections.
 
-Invariant: the import of the module and the creation of its objects are fast, because every command uses the module.
-Every failed request raises an error class of batchlab.
+Invariant: the import of the module and the creation of its objects are fast, because most commands use the module. A
+failed request raises an exception of a class in `batchlab.core.errors`.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 
 CONNECT_S = 5.0
 ANSWER_S = 60.0
-"""Timeout of an answer in seconds, in addition to the wait of a long poll."""
+"""Timeout in seconds of an answer. For a long poll, the requested wait is added to the timeout."""
 IDLE_S = 2.0
 """Idle time in seconds after which a persistent connection is not reused.
 
-The server closes an idle connection after 5 s, and a request during the close would fail.
+The server closes an idle connection after 5 s, and a request during the close of its connection would fail.
 """
 
 PATIENCE_S = 20.0
-"""Time in seconds for which a client retries while a running manager does not answer or does not lead."""
+"""Time in seconds for which a client retries a request while a running manager does not answer or does not lead."""
 RESTARTED_S = 60.0
-"""Time in seconds for which a client retries while Docker restarts the manager, on a busy machine."""
+"""Time in seconds for which a client retries a request while Docker restarts the manager, even on a busy machine."""
 
 TRACE_VARIABLE = "TRACEPARENT"
-"""Environment variable with the W3C trace context in which the command was called."""
+"""Environment variable with the W3C trace context of the program that called the command."""
 MIN_ERROR_STATUS = 300
-"""Lowest HTTP status that counts as an error, because the manager does not send redirects."""
+"""Lowest HTTP status that counts as an error. A redirect is an error, because the manager does not send redirects."""
 
 _JSON = {"Content-Type": "application/json"}
 _ERRORS: dict[int, type[BatchlabError]] = {
@@ -65,9 +65,9 @@ def patience_s(*, restarted: bool = False) -> float:
 class Calls:
     """Connections to one manager.
 
-    A Calls object is thread-safe, and is a context manager. The client sends the token itself only over a Unix socket,
-    which only the user can open. Another program may listen on the manager's port while no manager runs. The client
-    therefore signs a request to a port with the token, and the answer must also be signed.
+    A Calls object is thread-safe, and is a context manager. The grid's token itself is sent only over a Unix socket,
+    which only the user can open. Another program may listen on the manager's port while the manager is down. A request
+    to a port is therefore signed with the token, and the answer must also be signed.
     """
 
     def __init__(self, url: str, token: str, unix: Path | None = None) -> None:
@@ -76,8 +76,8 @@ class Calls:
         self._token = token
         self._unix = str(unix or "")
         parts = urlsplit(url)
-        # The certificates are read only for HTTPS, because reading the system's certificates takes longer than the rest
-        # of the constructor.
+        # The system's certificates are read only for HTTPS, because the read takes longer than the rest of the
+        # constructor.
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._headers = {"Authorization": f"Bearer {token}"} if unix else {}
         if parent := _trace(os.environ.get(TRACE_VARIABLE, "")):
@@ -86,7 +86,7 @@ class Calls:
 
     @classmethod
     def of(cls, home: Home, record: ManagerRecord) -> Self:
-        """Return a client of the manager that the record in `home` describes."""
+        """Return a client of the manager that `record` describes, with the token in `home`."""
         return cls(record.url, home.token(), home.socket(record))
 
     def for_loop(self, connections: int) -> httpx.AsyncClient:
@@ -99,7 +99,7 @@ class Calls:
         from batchlab.client.signed_http import Signing
 
         limits = httpx.Limits(max_connections=connections, keepalive_expiry=IDLE_S)
-        # A context without certificates trusts no certificate, so a redirect to HTTPS fails safely.
+        # For HTTP, the TLS context does not trust any certificate, so a redirect to HTTPS fails safely.
         tls = self._tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         return httpx.AsyncClient(
             base_url=self.url,
@@ -120,13 +120,15 @@ class Calls:
         self.close()
 
     def get(self, path: str, *, answer_s: float) -> Any:
-        """Return the JSON at a path of the API within `answer_s`."""
+        """Send a GET request for a path of the API, and return the JSON of the answer. `answer_s` is the timeout in
+        seconds.
+        """
         return self._call("GET", path, answer_s=answer_s)
 
     def _call(
         self, method: str, path: str, *, body: Any = None, answer_s: float = ANSWER_S, **query: str | float | None
     ) -> Any:
-        """Return the JSON of the answer to a request. The query omits parameters that are None."""
+        """Send a request, and return the JSON of the answer. Query parameters with the value None are left out."""
         with self._answer(method, path, body, answer_s, query) as answer:
             return self._document(answer.read())
 
@@ -140,7 +142,9 @@ class Calls:
     def _answer(
         self, method: str, path: str, body: Any, answer_s: float, query: Mapping[str, str | float | None]
     ) -> Iterator[_Answer]:
-        """Yield the answer to a successful request. If the caller reads the whole answer, the connection is reused."""
+        """Send a request, and yield the successful answer. If the caller reads the whole answer, a later request reuses
+        the connection.
+        """
         values = {
             key: str(value).lower() if isinstance(value, bool) else str(value)
             for key, value in query.items()
@@ -158,7 +162,7 @@ class Calls:
                 signed = http_connections.sign(self._token, method, target, data or b"")
                 headers = {**headers, "Authorization": signed.header}
             connection.request(method, target, data, headers)
-            # The `with` block closes the response, because Python ignores an interrupt during a finalizer.
+            # The `with` block closes the response, because Python would drop an interrupt in the response's finalizer.
             with connection.getresponse() as response:
                 answer = _Answer(self._token, signed, response)
                 if response.status >= MIN_ERROR_STATUS:
@@ -187,7 +191,7 @@ class Calls:
 class _Answer:
     """Body of an HTTP answer of the manager.
 
-    If the answer to a signed request is not signed, the methods of the body raise Unproven.
+    If the answer to a signed request is not signed correctly, `read` raises Unproven.
     """
 
     def __init__(self, token: str, signed: Signed | None, response: HTTPResponse) -> None:
@@ -198,13 +202,13 @@ class _Answer:
     def line(self) -> bytes:
         """Return the first line of the body as soon as the line arrives.
 
-        A later call of `read` checks the signature of the line.
+        The signature of the line is checked by a later call of `read`.
         """
         self._line = self._response.readline()
         return self._line
 
     def read(self) -> bytes:
-        """Return the rest of the answer's body."""
+        """Return the body of the answer after the lines that `line` has returned."""
         rest = self._response.read()
         if self._expected is None:
             return rest
@@ -212,7 +216,7 @@ class _Answer:
 
 
 def _trace(context: str) -> str:
-    """Return the trace context if the trace context is valid, else ""."""
+    """Return `context` if `context` is a valid W3C trace context, and otherwise ""."""
     if not context:
         return ""
     from batchlab.core.tracing import is_context

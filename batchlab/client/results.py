@@ -1,7 +1,7 @@
-"""Results of a map and of a job file, which are read in parts.
+"""Results of `Grid.map` and of job files. The results of a job are read in parts.
 
-Invariant: each task's result is returned once. A MapResults object has only a few outcomes in memory, even for a long
-job or a slow caller. JobResult reads results on request, in task order.
+Invariant: the result of each task is returned once. A MapResults object has only a few outcomes in memory, even for a
+large job or a slow caller. A JobResult reads results on request, in task order.
 """
 
 from __future__ import annotations
@@ -34,23 +34,25 @@ if TYPE_CHECKING:
     from batchlab.core.api_types import FailureView, JobView
 
 MAX_FETCHES = 4
-"""Maximum number of outcomes that are fetched in advance."""
+"""Maximum number of outcomes that are fetched at the same time."""
 GAP_S = 0.2
 GAP_SHARE = 0.1
-"""Pause between two polls, as a share of the watched time.
+"""Pause between two polls of a job, as a share of the time since the first poll.
 
-The pause between two polls is at most `GAP_S`, and shorter if little work remains. Without a pause between polls, the
-manager would answer a poll for each new outcome of a busy job.
+The pause between two polls is at most `GAP_S` seconds, and is shorter if few tasks remain. Without a pause between
+polls, the manager would answer a poll for each new outcome of a busy job.
 """
 VALUES_AT_ONCE = 16
 """Number of large values and files that are fetched at the same time."""
 
 Run = tuple[int, list[Json | TaskFailed]]
-"""Results of consecutive tasks: the index of the first task, and the encoded value or the failure of each task."""
+"""Results of consecutive tasks, as a tuple of the number of the first task, and the encoded value or failure of each
+task.
+"""
 
 
 class MapResults:
-    """Results of one map, as an iterator of encoded values."""
+    """Results of one call of `Grid.map`, as encoded values."""
 
     def __init__(self, link: Link, job: str, count: int, *, ordered: bool) -> None:
         self._link = link
@@ -59,12 +61,14 @@ class MapResults:
         self._ordered = ordered
         self._after: int | None = None
         self._ended = 0
-        """Number of ended tasks in the listed outcomes."""
+        """Number of ended tasks in all outcomes that the manager has listed."""
         self._began_s = self._answered_s = link.clock.monotonic_s()
         self._listed: list[tuple[float, int, OutcomeView]] = []
-        """Heap of outcomes to fetch, as tuples (first task or seq of the outcome, seq, view)."""
+        """Heap of outcomes to fetch, as tuples (rank, seq, view). The rank is the outcome's first task in task order,
+        and otherwise the seq.
+        """
         self._fetching: list[tuple[float, int, Future[Outcome]]] = []
-        """Heap of outcomes that are being fetched, in the order of the heap of outcomes to fetch."""
+        """Heap of outcomes that are being fetched, as tuples (rank, seq, future)."""
 
     def runs(self) -> Iterator[Run]:
         """Yield every task's result once, in task order or in the order of arrival."""
@@ -83,14 +87,15 @@ class MapResults:
                 self._poll(returned)
 
     def cancel(self) -> None:
-        """Cancel the fetches, because no more results are needed."""
+        """Cancel the running fetches of outcomes, because the caller does not need more results."""
         for _, _, future in self._fetching:
             future.cancel()
 
     def _next(self, needed: float) -> Outcome | None:
         """Return the next outcome that may contain a needed result.
 
-        Return None if no listed outcome may contain a needed result.
+        Return None if the listed outcomes cannot contain a needed result. `needed` is the next task in task order, or
+        infinity if the result of any task is needed.
         """
         listed, fetching = self._listed, self._fetching
         while listed and (len(fetching) < MAX_FETCHES or listed[0][0] <= needed < fetching[0][0]):
@@ -114,7 +119,7 @@ class MapResults:
             # An outcome without ended tasks contains no results, because all tasks of the outcome are retried, split
             # off, or canceled.
             if view["tasks"] or view["failed"]:
-                # If tasks failed, the first task of the bundle is used, because the view does not list the failed
+                # If tasks failed, use the number of the bundle's first task, because the view does not list the failed
                 # tasks.
                 first = int(view["bundle"].partition("-")[0]) if view["failed"] else view["tasks"][0][0]
                 heappush(self._listed, (first if self._ordered else view["seq"], view["seq"], view))
@@ -125,16 +130,16 @@ class MapResults:
 
 
 def gap_s(watched_s: float, left: float = math.inf, *, most_s: float = GAP_S) -> float:
-    """Return the pause in seconds between an answer and the next poll. `watched_s` is the time since the first poll,
-    and `left` is the ratio of remaining tasks to ended tasks.
+    """Return the pause in seconds between the answer to a poll and the next poll. `watched_s` is the time from the
+    beginning of the watch to the answer, and `left` is the ratio of remaining tasks to ended tasks.
     """
     return min(most_s, GAP_SHARE * watched_s * min(1.0, max(0.0, left)))
 
 
 async def fetched(link: Link, view: OutcomeView) -> Outcome:
-    """Return the outcome that the view describes.
+    """Return the outcome that an OutcomeView describes.
 
-    If the view does not contain the outcome, fetch the outcome from the bucket.
+    If the OutcomeView does not contain the outcome itself, fetch the outcome from the bucket.
     """
     if view["outcome"]:
         outcome = json_format.outcome_from_json(view["outcome"])
@@ -148,7 +153,7 @@ async def fetched(link: Link, view: OutcomeView) -> Outcome:
 
 
 async def outcomes(link: Link, views: Sequence[OutcomeView]) -> AsyncIterator[Outcome]:
-    """Read the outcomes with ended tasks. Up to MAX_FETCHES reads run in parallel."""
+    """Yield the outcomes that contain ended tasks. Up to MAX_FETCHES outcomes are fetched in parallel."""
     with_results = [view for view in views if view["tasks"] or view["failed"]]
     for first in range(0, len(with_results), MAX_FETCHES):
         batch = (fetched(link, view) for view in with_results[first : first + MAX_FETCHES])
@@ -184,10 +189,11 @@ def failed(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFail
 def decoded(
     link: Link, where: str, stage: str, tasks: Sequence[int], encoded: Sequence[Json | TaskFailed], own: JobObjects
 ) -> Iterator[Any]:
-    """Decode the values of the tasks `tasks` of a stage, and fetch files and large values into the folder `where`.
+    """Yield the decoded results of the tasks `tasks` of a stage. Files and large values are fetched into the folder
+    `where`.
 
-    Each error is yielded as TaskFailed, which is either a TaskFailed in `encoded` or the error of a value that cannot
-    be read. Pickled objects are read only for a job of the Python API.
+    A TaskFailed in `encoded` is yielded unchanged. For a value that cannot be read, a TaskFailed is yielded. Pickled
+    objects are unpickled only for a job of the Python API.
     """
     if not any(type(value) is dict or type(value) is list for value in encoded):
         yield from encoded
@@ -210,7 +216,7 @@ def _decoded(stage: str, task: int, encoded: Json | Failure | TaskFailed, *, pic
         return TaskFailed(f"The result of task {name} cannot be fetched: {encoded.reason}", task=task)
     try:
         return values.decode(encoded, _file, pickles=pickles)
-    except Exception as error:  # noqa: BLE001 - unpickling runs code that the value names
+    except Exception as error:  # noqa: BLE001 - unpickling runs arbitrary code
         name = task_name(stage, task)
         task_failed = TaskFailed(
             f"The result of task {name} cannot be read here: {type(error).__name__}: {error}", task=task
@@ -230,17 +236,19 @@ SHOWN_FAILURES = 100
 
 
 class JobResult:
-    """A job that has ended. The results of the job can be read while the grid is open."""
+    """Result of a job that has ended. The values of the job's tasks can be read while the Grid object is open."""
 
     def __init__(self, owner: object, link: Link, view: JobView) -> None:
-        """`owner` closes `link` when no reference to `owner` exists. The JobResult keeps a reference to `owner`."""
+        """When the last reference to `owner` is dropped, `owner` closes `link`. The JobResult keeps a reference to
+        `owner`.
+        """
         self._owner = owner
         self._link = link
         self.view = view
         self.fetched: Fetched | None = None
-        """The results that were written to `out`, or None for a job that was run without `out`."""
+        """Summary of the results that `fetch` has written to a folder, or None before `fetch`."""
         self.failures: list[FailureView] = []
-        """The first 100 tasks that failed permanently."""
+        """Failures of the first 100 tasks of the job that failed permanently."""
         if any(stage["failed"] for stage in view["stages"]):
             self.failures = link.call(lambda client: client.failures(view["id"], limit=SHOWN_FAILURES))
 
@@ -262,7 +270,7 @@ class JobResult:
     def raise_for_state(self) -> None:
         """Raise an error unless the job's state is SUCCEEDED.
 
-        The error is TaskFailed with the job's first failure, or JobFailed.
+        If a task failed, the error is TaskFailed with the first failure. Otherwise, the error is JobFailed.
         """
         if self.state is JobState.SUCCEEDED:
             return
@@ -274,8 +282,8 @@ class JobResult:
     def results(self, stage: str | None = None) -> Iterator[Any]:
         """Return the values of `stage` in task order.
 
-        If `stage` is None, return the values of all final stages, one stage after the other. The result of a task that
-        did not succeed is skipped. Raise UsageError for an unknown stage.
+        If `stage` is None, return the values of all final stages, one stage after the other. Tasks that did not succeed
+        are skipped. Raise UsageError for an unknown stage.
         """
         link = self._link
         job = link.run(attempts.definition(link.objects, JobId(self.id), link.patience))
@@ -307,7 +315,7 @@ class JobResult:
 
 
 def list_outcomes(link: Link, job: str) -> list[Listed]:
-    """Return all outcomes of a job that has ended."""
+    """Return the list of all outcomes of a job that has ended."""
     return results.listed(lambda after: link.call(partial(Client.outcomes, job=job, after=after)))
 
 

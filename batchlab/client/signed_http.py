@@ -1,4 +1,4 @@
-"""Signing of an httpx client's requests to a manager."""
+"""Authentication of an httpx client that signs the client's requests to a manager."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Submission of jobs with their own items: pickling of the function and the items, storage in the bucket, and the
-request.
+"""Submission of jobs from Python. The module pickles a function and encodes its items, stores the function and the
+items, and submits the job.
 
-Invariant: an object is written before the objects that refer to it. A job that could not be submitted leaves no
-objects. The items of a map are read on the caller's thread, in parts. Modules that a worker can import are pickled by
-name, and other modules are pickled by value. The settings of cloudpickle are restored after the pickling.
+Invariant: an object is written to the bucket before any object that refers to it. If a job cannot be submitted, the
+objects of the job are removed. The items of a map are read on the caller's thread, in parts. Modules that a worker can
+import are pickled by name, and other modules are pickled by value. The settings of cloudpickle are restored after the
+pickling.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from batchlab.core.api_types import OutcomesView
 
 _REGISTRY = threading.RLock()
-"""Lock for changes of cloudpickle's registry, which is global to the process."""
+"""Lock for changes of cloudpickle's registry of modules, which is global to the process."""
 
 _FIND_MODULES = """
 import importlib.util, json, sys
@@ -58,13 +59,13 @@ json.dump({name: place(name) for name in sys.argv[1:]}, sys.stdout)
 
 
 def _with_file(code: CodeType) -> tuple[Any, ...]:
-    """Reduce a code object as cloudpickle does, but keep the file name for tracebacks."""
+    """Reduce a code object for pickle as cloudpickle does, but keep the file name of the code for tracebacks."""
     constructor, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)
     return constructor, tuple(code.co_filename if value == "<dynamic-code>" else value for value in arguments)
 
 
-# The class is created by `type`, because cloudpickle lacks type annotations and the type checker rejects a subclass of
-# Any.
+# The class is created with `type`, because cloudpickle lacks type annotations, and the type checker rejects a class
+# statement with the base class Any.
 _Pickler = type(
     "_Pickler",
     (cloudpickle.Pickler,),
@@ -73,21 +74,23 @@ _Pickler = type(
 
 
 def pickled(function: Callable[..., Any]) -> bytes:
-    """Pickle a function within `ObjectPickler.by_value`. An error of the pickling is raised unchanged."""
+    """Return the pickled function. The caller must call `pickled` inside `ObjectPickler.by_value`. An error of pickle
+    is raised unchanged.
+    """
     buffer = io.BytesIO()
     _Pickler(buffer).dump(function)
     return buffer.getvalue()
 
 
 class ObjectPickler:
-    """Pickler of functions and items. The pickler stores the modules of this process that workers cannot import."""
+    """Pickler of functions and items. The pickler remembers the modules of this process that workers cannot import."""
 
     def __init__(self) -> None:
         self._checked: set[str] = set()
         self._local: list[ModuleType] = []
         """Top-level modules that workers cannot import.
 
-        The submodules of a module that workers cannot import are also pickled by value.
+        The submodules of a module in the list are also pickled by value.
         """
 
     def function(self, function: Callable[..., Any]) -> bytes:
@@ -106,15 +109,15 @@ class ObjectPickler:
                 ) from error
 
     def items(self, items: Sequence[Any], first: int, file: Callable[[File], Json], *, starred: bool) -> list[Json]:
-        """Return encoded items, or for `starred` lists of encoded arguments. Raise UsageError with the number of the
-        item, counted from `first`, if an item cannot be encoded.
+        """Return the encoded items. If `starred` is True, each item is encoded as a list of arguments. If an item
+        cannot be encoded, raise UsageError with the item's number. The numbers begin with `first`.
         """
         encoded: list[Json] = []
         encode = _arguments if starred else values.encode_object
         with self.by_value():
             try:
                 for item in items:
-                    encoded.append(encode(item, file))  # noqa: PERF401 - the length is needed after an error
+                    encoded.append(encode(item, file))  # noqa: PERF401 - an error message needs the length
             except values.NotAValue as error:
                 raise UsageError(
                     f"Item {first + len(encoded)} cannot be sent to the workers: {error.message.rstrip('.')}.",
@@ -124,7 +127,7 @@ class ObjectPickler:
 
     @contextmanager
     def by_value(self) -> Iterator[None]:
-        """During the block, cloudpickle pickles the modules by value that the workers cannot import."""
+        """Inside the `with` block, let cloudpickle pickle by value all modules that workers cannot import."""
         with _REGISTRY:
             self._check_modules()
             registered = cloudpickle.list_registry_pickle_by_value()
@@ -138,7 +141,7 @@ class ObjectPickler:
                     cloudpickle.unregister_pickle_by_value(module)
 
     def _check_modules(self) -> None:
-        """Find modules that workers cannot import among the modules that were imported since the last call."""
+        """Among the modules that were imported since the last call, find the modules that workers cannot import."""
         new = sys.modules.keys() - self._checked
         paths = sysconfig.get_paths()
         installed = (f"{paths['purelib']}/", f"{paths['platlib']}/")
@@ -148,8 +151,8 @@ class ObjectPickler:
             if "." not in name and (place := _place(name)) and not place.startswith(installed)
         }
         if places:
-            # As in a task's process, the option -P excludes the current folder and the script's folder from the module
-            # search path.
+            # The option -P excludes the current folder and the script's folder from the module search path, as in a
+            # task's process.
             command = [sys.executable, "-P", "-c", _FIND_MODULES, *places]
             answer = subprocess.run(command, capture_output=True, text=True, check=True)
             workers_places: dict[str, str | None] = json.loads(answer.stdout.splitlines()[-1])
@@ -166,8 +169,8 @@ def _arguments(item: Any, file: Callable[[File], Json]) -> Json:
 
 
 def _place(name: str) -> str | None:
-    """Return the file or folder that a module was loaded from. Return None for the standard library, for `__main__`,
-    and for modules without a file.
+    """Return the file or folder from which a module was loaded. Return None for a module of the standard library, for
+    `__main__`, and for a module without a file.
     """
     module = sys.modules.get(name)
     if name in sys.stdlib_module_names or name == "__main__":
@@ -187,22 +190,24 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 @dataclass(slots=True)
 class Chunk:
-    """Encoded items from index `first`, and the files (path, key) in these items."""
+    """Consecutive encoded items of a job. `first` is the number of the first item, and `files` lists the path and the
+    key of each file in the items.
+    """
 
     first: int
     items: list[Json]
     files: list[tuple[Path, str]]
 
     def file(self, job: JobId) -> Callable[[File], Json]:
-        """Return the function that encodes a file in one of the items."""
+        """Return the function that encodes a File object in an item of the chunk."""
         return partial(_reference, f"{object_keys.raw(job)}{self.first:08d}", self.files)
 
 
 @dataclass(frozen=True, slots=True)
 class _PreparedJob:
-    """A job that is ready for submission.
+    """A job whose objects are in the bucket, and which can be submitted.
 
-    `items` are the items of a small job, or None if the bucket contains the items.
+    `items` are the encoded items of a small job, or None if the bucket contains the items.
     """
 
     job: JobDef
@@ -210,13 +215,13 @@ class _PreparedJob:
 
 
 class JobSubmitter:
-    """Submitter of jobs with their own items to one grid."""
+    """Submitter of jobs of the Python API to one grid."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
         self.shipping = ObjectPickler()
         self._stored: set[str] = set()
-        """Keys of the functions that are in the bucket."""
+        """Keys of the pickled functions that this process has stored in the bucket."""
 
     def submit(
         self,
@@ -228,11 +233,11 @@ class JobSubmitter:
         tolerant: bool,
         starred: bool = False,
     ) -> JobDef | None:
-        """Submit a job with one task per item. Return None if `items` is empty.
+        """Submit a job that calls `function` for each item in a task of its own. Return None if `items` is empty.
 
-        The items of a `starred` function are sequences of arguments. `stage` describes the tasks, without the handler.
-        A `tolerant` job succeeds even if tasks fail. Submit no job and raise UsageError if an object cannot be pickled.
-        Submit no job if the iteration over the items raises an error.
+        If `starred` is True, each item is a sequence of arguments. `stage` describes the tasks, without the handler. If
+        `tolerant` is True, the job succeeds even if tasks fail. If an object cannot be pickled, raise UsageError. The
+        job is submitted only after the iteration over the items has ended without an error.
         """
         self._link.check_open()
         pickled = self.shipping.function(Starred(function) if starred else function)
@@ -245,19 +250,20 @@ class JobSubmitter:
         return prepared.job
 
     def draft(self, name: str, stage: StageDef) -> JobDef:
-        """Return a new job that has an id and no items."""
+        """Return the definition of a new job with a fresh id, without items."""
         link = self._link
         job = object_keys.job_id(name, link.ids.fresh("map"))
-        # The job has no client token, because no other process can use its id. A job without a client token is accepted
-        # faster.
+        # The job does not need a client token, because its id is random. The manager accepts a job without a client
+        # token faster.
         return JobDef(job, name, (stage,), link.clock.now_s())
 
     def send(
         self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], accepted: Callable[[], None], *, wait_s: float
     ) -> OutcomesView | None:
-        """Submit a tolerant job with its encoded items and its pickled handler.
+        """Submit a job with encoded items and a pickled handler. The job succeeds even if tasks fail.
 
-        Wait up to `wait_s` seconds for the job's first outcomes. The function `accepted` may be called twice.
+        Wait up to `wait_s` seconds for the job's first outcomes, and return the outcomes. `accepted` is called when the
+        manager has accepted the job, and may be called twice. Return None for a job without items.
         """
         prepared = self._prepare(draft, pickled, chunks, tolerant=True)
         if prepared is None:
@@ -269,7 +275,7 @@ class JobSubmitter:
     def _prepare(
         self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], *, tolerant: bool
     ) -> _PreparedJob | None:
-        """Store the job's objects in the bucket and return the job, or None for a job without items."""
+        """Store the job's handler and items in the bucket, and return the job. Return None for a job without items."""
         link, job = self._link, draft.id
         (stage,) = draft.stages
         key = f"code/{hashlib.sha256(pickled).hexdigest()}.pkl"
@@ -295,15 +301,15 @@ class JobSubmitter:
             link.run(self._remove(job.id))
             raise
         except BaseException:
-            # The manager may have accepted the job in spite of the error.
+            # The manager may have accepted the job before the error, so the job is canceled.
             link.leave(job.id, cancel=True)
             raise
 
     def _store_objects(
         self, job: JobId, key: str, pickled: bytes, chunks: Iterable[Chunk]
     ) -> tuple[int, list[Json] | None]:
-        """Store the handler in the bucket, and also the items of a large job. Return the number of items, and the items
-        of a small job, which the submission contains.
+        """Store the handler and the items of a large job in the bucket. Return the number of items, and the items of a
+        small job. The request for the submission contains the items of a small job.
         """
         run = self._link.run
         writer = PartWriter(self._link.objects, self._link.patience, job, MAP, 0)
@@ -332,7 +338,8 @@ class JobSubmitter:
                 await self._store(key, pickled)
             await writer.commit(TaskSet())
 
-        # One call of the event loop stores the last chunks and the handler. Most maps have a single chunk.
+        # One call of the event loop stores both the last chunks of items and the handler, because most maps have a
+        # single chunk.
         run(commit())
         return count, None
 
@@ -365,14 +372,16 @@ class JobSubmitter:
                 await patience(partial(objects.put, key, data))
             chunk.items[number] = values.value_ref(key)
 
-        # Large items are stored in parallel here, because the writer would store large items one after the other.
+        # Large items are stored in parallel before the other items, because the writer would store large items one
+        # after another.
         large = [number for number, item in enumerate(chunk.items) if values.roughly(item) > ITEM_BYTES]
         await asyncio.gather(*(upload(path, key) for path, key in chunk.files), *map(put, large))
         await writer.add(*chunk.items)
 
     async def _store(self, key: str, pickled: bytes) -> None:
         put = partial(self._link.objects.put, key, pickled, if_absent=True)
-        with suppress(AlreadyExists):  # the key is a hash of the content, so the stored content is equal
+        # The key is a hash of the content, so an existing object with the key has equal content.
+        with suppress(AlreadyExists):
             await self._link.patience(put)
         self._stored.add(key)
 
@@ -383,7 +392,9 @@ class JobSubmitter:
 
 
 def _reference(prefix: str, files: list[tuple[Path, str]], file: File) -> Json:
-    """Return the reference to a file in an item. A local file is added to `files` and uploaded later."""
+    """Return the reference that encodes a File object in an item. A local file is added to `files`, and is uploaded
+    later.
+    """
     origin = file.origin()
     if origin is not None:
         return origin
@@ -397,7 +408,9 @@ def _reference(prefix: str, files: list[tuple[Path, str]], file: File) -> Json:
 
 
 def job_name(function: Callable[..., Any], name: str | None) -> str:
-    """Return `name`, or a name that is derived from the function's name. Raise UsageError if `name` is invalid."""
+    """Return `name`, or a job name that is derived from the function's name if `name` is None. Raise UsageError if
+    `name` is invalid.
+    """
     if name is None:
         text = str(getattr(function, "__name__", "")).lower()
         return re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:40] or "map"

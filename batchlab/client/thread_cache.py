@@ -1,17 +1,18 @@
-"""Threads that are reused for a short time, and a delay of Python's exit until the executors' work is done.
+"""Pool of threads that are reused for a short time, and a delay of Python's exit until the executors' work is done.
 
-Threads are reused, because the start of a thread takes a noticeable part of a short call on an idle grid. Invariant: an
-idle thread does not refer to its past work and does not delay the exit of Python. After `is_exiting` returns True,
-executors accept no new calls, and complete the accepted calls.
+Threads are reused, because the start of a thread takes a noticeable part of the time of a short call on an idle grid.
+Invariant: an idle thread does not refer to its past work and does not delay the exit of Python. After `is_exiting`
+returns True, executors refuse new calls, and complete the accepted calls.
 """
 
 from __future__ import annotations
 
 import atexit
 
-# The import of concurrent.futures registers a hook, which stops every pool of threads at the exit of Python. Exit hooks
-# run in the reverse order of their registration, and the hook below must run before the hook of concurrent.futures.
-import concurrent.futures.thread  # noqa: F401 - see above
+# The import of concurrent.futures registers an exit hook, which stops every thread pool at the exit of Python. Exit
+# hooks run in the reverse order of their registration. The hook of this module must run before the hook of
+# concurrent.futures, so concurrent.futures is imported first.
+import concurrent.futures.thread  # noqa: F401 - imported for its exit hook
 import os
 import threading
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from queue import Empty, SimpleQueue
 from weakref import WeakSet
 
 MAX_IDLE_S = 1.0
-"""Time in seconds that an idle thread waits for more work."""
+"""Time in seconds for which an idle thread waits for more work."""
 
 Work = Callable[[], None]
 
@@ -29,7 +30,7 @@ def _nothing() -> None:
 
 
 class ThreadCache:
-    """Pool of daemon threads."""
+    """Pool of daemon threads. An idle thread ends after `spare_s` seconds."""
 
     def __init__(self, name: str, spare_s: float = MAX_IDLE_S) -> None:
         self._name = name
@@ -44,15 +45,16 @@ class ThreadCache:
         return len(self._spare)
 
     def run(self, work: Work, then: Work = _nothing) -> None:
-        """Run `work` on a thread, and then `then` after the thread has dropped its reference to `work`.
+        """Call `work` on an idle or a new thread. Then call `then`, after the thread has dropped its reference to
+        `work`.
 
-        `work` and `then` must not raise errors. Raise RuntimeError if no thread can be started, or if Python is
+        `work` and `then` must not raise errors. Raise RuntimeError if a thread cannot be started, or if Python is
         exiting.
         """
         with self._lock:
             if self._spare:
-                # The work is put into the queue before the removal of the queue, so that Ctrl-C between both lines does
-                # not lose a thread.
+                # The work is put into the thread's queue before the queue is removed from `_spare`, so that Ctrl-C
+                # between the two lines does not lose the thread.
                 self._spare[-1].put((work, then))
                 self._spare.pop()
                 return
@@ -61,8 +63,9 @@ class ThreadCache:
         threading.Thread(target=self._live, args=(inbox,), name=self._name, daemon=True).start()
 
     def reset(self) -> None:
-        """Reset the pool in a forked child, which does not have the threads."""
-        # the lock is new, because a thread of the parent process may have held the old lock
+        """Empty the pool in a forked child process, because the pool's threads do not exist in the child process."""
+        # A thread of the parent process may have held the old lock during the fork, so the child process needs a new
+        # lock.
         self._lock = threading.Lock()
         self._spare = []
 
@@ -73,26 +76,27 @@ class ThreadCache:
             except Empty:
                 with self._lock:
                     if not inbox.empty():
-                        continue  # work has just arrived in the queue
+                        continue  # Work has just arrived in the queue.
                     self._spare.remove(inbox)
                     return
             try:
                 work()
             finally:
-                # The reference is deleted before `then`, because the finalizers of `work` must run before `then`.
+                # The reference to `work` is deleted before `then` is called, because the finalizers of `work` must run
+                # before `then`.
                 del work
                 then()
             del then
             with self._lock:
-                # A thread whose queue contains work is not idle, because new work in the queue would wait for the
-                # earlier work.
+                # A thread whose queue contains work does not count as idle, because new work would wait for the queued
+                # work.
                 if inbox not in self._spare and inbox.empty():
                     self._spare.append(inbox)
 
 
 _spares = ThreadCache("batchlab-executor")
 run = _spares.run
-"""Run work on an idle or a new thread of this process."""
+"""Run a function on an idle or a new thread of this process (see `ThreadCache.run`)."""
 
 os.register_at_fork(after_in_child=_spares.reset)
 
@@ -104,7 +108,7 @@ is_exiting = _begun.is_set
 
 
 def delay_exit_until(end: threading.Event) -> None:
-    """Delay the exit of Python until `end` is set. In a forked child, the exit is not delayed."""
+    """Delay the exit of Python until `end` is set. The exit of a forked child process is not delayed."""
     _awaited.add(end)
 
 
@@ -114,10 +118,11 @@ def _at_exit() -> None:
         end.wait()
 
 
-# A forked child must not wait for the events, because the threads that would set the events do not exist in the child.
+# A forked child process must not wait for the events, because the threads that set the events do not exist in the child
+# process.
 os.register_at_fork(after_in_child=_awaited.clear)
 
-# The hook is not registered with atexit, because hooks of atexit run when threads can no longer be started. The
-# function `_register_atexit` of `threading` is not public, but concurrent.futures and joblib use it too. If
-# `_register_atexit` does not exist, unfinished calls are canceled at the exit.
+# The exit hook is not registered with the module atexit, because hooks of atexit run when threads can no longer be
+# started. The function `_register_atexit` of `threading` is not public, but concurrent.futures and joblib also use
+# `_register_atexit`. If `_register_atexit` does not exist, unfinished calls are canceled at the exit.
 getattr(threading, "_register_atexit", atexit.register)(_at_exit)

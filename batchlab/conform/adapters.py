@@ -1,4 +1,4 @@
-"""Checks of batchlab's own S3 and SQS adapters: the Objects and Queue ports on this endpoint."""
+"""Conformance checks that call the endpoint through batchlab's own S3 and SQS adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batchlab.core.ports import Message, Outgoing, QueueSpec
 
 RACERS = 16
 UPLOAD_BYTES = 17 * 1024 * 1024
-"""Size in bytes of an upload with three parts."""
+"""Size in bytes of a file that batchlab's S3 adapter uploads in three parts."""
 
 S3_PORTS = Table("s3")
 

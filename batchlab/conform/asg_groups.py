@@ -1,4 +1,4 @@
-"""Auto Scaling checks: groups, limits, capacity, pages, activities, and deletion."""
+"""Conformance checks of Auto Scaling groups, their limits and capacity, pages of listings, activities, and deletion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Auto Scaling checks: instances, lifecycle hooks, protection, health, and batchlab's own adapter."""
+"""Conformance checks of Auto Scaling for instances, lifecycle hooks, protection, health, and batchlab's own adapter."""
 
 from __future__ import annotations
 
@@ -239,9 +239,10 @@ async def port(site: Site) -> None:
 
 
 async def _until(site: Site, fleet: Ec2Fleet, members: Callable[[set[str]], bool]) -> list[str]:
-    """Wait until `members` accepts the ids of the fleet's instances and all instances are InService.
+    """Wait until `members` returns true for the ids of the fleet's instances, and all instances are InService.
 
-    Return the ids of the instances. The function reports each instance as ready as soon as the instance appears.
+    Return the ids of the instances. `_until` reports each instance as ready as soon as the instance appears in the
+    fleet.
     """
     ends_s = time.monotonic() + site.target.appears_s
     while True:

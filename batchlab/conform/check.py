@@ -1,11 +1,11 @@
-"""Conformance checks, their verdicts, and the AWS pages about the tested rules.
+"""Classes of conformance checks and their verdicts, and URLs of AWS's pages about the tested rules.
 
-Invariant: a check tests one rule of AWS. The function of a check returns if the endpoint follows the rule. If the
-endpoint breaks the rule, the function of the check raises Differs with the observed behavior. If the rule cannot be
-tested, the function of the check raises Untried with the reason.
+Invariant: a check tests one rule that AWS's service follows. The function of a check returns if the endpoint follows
+the rule. If the endpoint breaks the rule, the function of the check raises Differs with the observed behavior. If the
+rule cannot be tested, the function of the check raises Untried with the reason.
 
 The source of a check consists of parts `BOOK, TOPIC, TOPIC ...`, separated by semicolons. The topics of an API
-reference are actions and types. A part of the source without an AWS page, such as an RFC, is plain text.
+reference are actions and types. A part of the source that is not a book of AWS, such as an RFC, is shown as plain text.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ if TYPE_CHECKING:
     from batchlab.conform.site import Site
 
 Run = Callable[["Site"], Coroutine[Any, Any, None] | None]
-"""Function of a check. The function is a coroutine function if the check uses a port."""
+"""Function of a check. If the check uses a port of batchlab, the function is a coroutine function."""
 
 TIMEOUT_S = 40.0
-"""Timeout of a check in seconds. `run` adds twice the time in which counts settle."""
+"""Timeout of a check in seconds. `run` adds twice the time `settles_s` that the endpoint needs for message counts."""
 MIN_SERVER_ERROR = 500
 """Lowest HTTP status of a server error."""
 
 
 class Differs(Exception):
-    """The endpoint breaks a rule. The text of the exception is one clause about the observed behavior."""
+    """Error of a check whose rule the endpoint breaks. The text of the exception is one clause about the observed
+    behavior.
+    """
 
 
 class Failed(Differs):
-    """Server error (5xx) of the endpoint.
+    """Error of a check to whose call the endpoint returned a server error (5xx).
 
     A single server error does not prove that an endpoint breaks a rule, because AWS's services sometimes return server
     errors. Clients repeat a call after a server error.
@@ -42,13 +44,14 @@ class Failed(Differs):
 
 
 class Untried(Exception):
-    """A rule could not be tested. The text of the exception is one clause with the reason."""
+    """Error of a check whose rule could not be tested. The text of the exception is one clause with the reason."""
 
 
 class Severity(StrEnum):
     """Importance of a rule for batchlab.
 
-    If a NEEDED rule does not hold, batchlab breaks a promise. Without the NOTED rules, batchlab keeps its promises.
+    If an endpoint breaks a NEEDED rule, a part of batchlab does not work correctly on the endpoint. If an endpoint
+    breaks only NOTED rules, batchlab works correctly on the endpoint.
     """
 
     NEEDED = "needed"
@@ -66,7 +69,7 @@ class Check:
     """Conformance check: a rule, and the function that tests the rule.
 
     `source` names AWS's pages about the rule. `promise` names the part of batchlab that needs the rule. `otherwise` is
-    the effect on batchlab if the rule does not hold.
+    the effect on batchlab if the endpoint breaks the rule.
     """
 
     name: str
@@ -79,7 +82,9 @@ class Check:
 
     @property
     def follows(self) -> str:
-        """Effect on batchlab if the rule does not hold, or the reason why there is no effect."""
+        """Effect on batchlab if the endpoint breaks the rule, or "nothing" with the reason why batchlab is not
+        affected.
+        """
         why = self.promise.removeprefix("none: ")
         return f"nothing: {why}" if self.otherwise == "nothing" else self.otherwise
 
@@ -89,9 +94,11 @@ class Check:
 
 
 class Table(list[Check]):
-    """Table of the checks of one service in one module. The decorators `needed` and `noted` add a check to the table.
+    """Table of the checks that a module defines for one service. The decorators `needed` and `noted` add a check to the
+    table.
 
-    The docstring of the check's function is the rule. The name of the check is `name` or else the name of the function.
+    The docstring of a check's function is the tested rule. The name of a check ends with the argument `name`, or else
+    with the name of the function.
     """
 
     def __init__(self, service: str) -> None:
@@ -116,7 +123,9 @@ class Table(list[Check]):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Response to a call. `code` is the error code, or "" for an accepted call."""
+    """Response of the endpoint to a call of an AWS action. `code` is the error code, or "" if the endpoint accepted the
+    call.
+    """
 
     call: str
     status: int
@@ -138,7 +147,7 @@ class Answer:
         return self
 
     def refused(self, status: int, *codes: str) -> None:
-        """Raise Differs unless the endpoint refused the call with the status and one of the error codes."""
+        """Raise Differs unless the endpoint refused the call with HTTP status `status` and one of the error codes."""
         if not self.code or self.status != status or (codes and self.code not in codes):
             raise self._difference()
 
@@ -147,7 +156,7 @@ class Answer:
 
 
 def answer(call: str, request: Callable[[], Mapping[str, Any]]) -> Answer:
-    """Return the response to a request, even if the response is an error. `call` is the AWS name of the action."""
+    """Send a request, and return the response, even for an error. `call` is AWS's name of the action."""
     try:
         data = request()
     except ClientError as error:
@@ -158,7 +167,7 @@ def answer(call: str, request: Callable[[], Mapping[str, Any]]) -> Answer:
 
 
 def snake(action: str) -> str:
-    """Return boto3's name of an action, such as "create_queue" for CreateQueue."""
+    """Return boto3's method name for an AWS action, such as "create_queue" for CreateQueue."""
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in action).lstrip("_")
 
 
@@ -225,7 +234,7 @@ _GUIDES = {
 
 
 def page(book: str, topic: str) -> str:
-    """Return the URL of AWS's page about a topic, or "" for a book of another publisher.
+    """Return the URL of AWS's page about a topic of a book, or "" if AWS does not publish the book.
 
     Raise KeyError if the topic is unknown.
     """
@@ -238,7 +247,9 @@ def page(book: str, topic: str) -> str:
 
 
 def pages(source: str) -> list[tuple[str, str]]:
-    """Return the parts of a check's source with their URLs. A part without an AWS page has the URL ""."""
+    """Return the parts of a check's source, each with the URL of AWS's page. The URL is "" if AWS does not publish the
+    part.
+    """
     linked_parts = []
     for part in source.split("; "):
         book, *topics = part.split(", ")

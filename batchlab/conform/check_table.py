@@ -1,7 +1,7 @@
-"""Table of all checks, and the report of a run as JSON and as sections of the page about emulators.
+"""Table of all conformance checks. The module also writes the results of a run as JSON and as Markdown sections.
 
-Invariants: the names of checks are unique and begin with the name of the service. A report changes only if the endpoint
-changes, so a test can compare the page about emulators with a new run.
+Invariants: the names of checks are unique and begin with the name of the service. A Markdown section changes only if
+the endpoint changes, so a test can compare the documentation page about emulators with a new run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ CHECKS: tuple[Check, ...] = (
 """Checks of S3 and SQS. `batchlab conform` runs the checks of S3 and SQS by default."""
 
 ASG_CHECKS: tuple[Check, ...] = (*ASG_GROUPS, *ASG_INSTANCES)
-"""Checks of EC2 Auto Scaling. The checks of Auto Scaling run only on request, because they launch instances."""
+"""Checks of EC2 Auto Scaling. `batchlab conform` runs these checks only on request, because the checks launch
+instances.
+"""
 
 SERVICES = ("s3", "sqs", "autoscaling")
 
@@ -59,7 +61,9 @@ ALL_CHECKS = "every check"
 
 
 def count_results(results: Sequence[Result], verdict: Verdict, severity: str | None = None, service: str = "") -> int:
-    """Return the number of results with this verdict, severity, and service."""
+    """Return the number of results with the given verdict, severity, and service. A severity of None and a service of
+    "" match all results.
+    """
     return sum(
         result.verdict is verdict
         and severity in (None, result.check.severity)
@@ -73,7 +77,7 @@ def needed_rules_hold(results: Sequence[Result]) -> bool:
 
 
 def agrees(results: Sequence[Result]) -> bool:
-    """Return whether the endpoint follows all needed rules and breaks no other rule."""
+    """Return whether the endpoint follows all NEEDED rules, and does not break a NOTED rule."""
     return needed_rules_hold(results) and not count_results(results, Verdict.DIFFERS)
 
 
@@ -95,7 +99,7 @@ def to_json(result: Result) -> dict[str, Any]:
 
 
 def verdict_text(results: Sequence[Result]) -> str:
-    """Return a summary of the results in one or two sentences."""
+    """Return a summary of the results of a run in one or two sentences."""
     parts = []
     for severity, what in ((Severity.NEEDED, "needed"), (Severity.NOTED, "noted")):
         rules = [result for result in results if result.check.severity is severity]
@@ -107,7 +111,7 @@ def verdict_text(results: Sequence[Result]) -> str:
 
 
 def section(name: str, results: Sequence[Result]) -> str:
-    """Return the results of a run as a section of the page about emulators."""
+    """Return the results of a run as a Markdown section of the documentation page about emulators."""
     lines = [f"### {name}", "", verdict_text(results)]
     for verdict, title in ((Verdict.DIFFERS, "observed"), (Verdict.UNTRIED, "why not tested")):
         rows = [
@@ -128,7 +132,7 @@ def section(name: str, results: Sequence[Result]) -> str:
 
 
 def list_section(checks: Iterable[Check]) -> str:
-    """Return the list of all checks as a section of the page about emulators."""
+    """Return the list of all checks as a Markdown section of the documentation page about emulators."""
     rows = [
         (f"`{check.name}`", check.severity.value, check.rule, linked(check.source), check.promise) for check in checks
     ]
@@ -144,7 +148,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def merged(page: str, name: str, text: str) -> str:
-    """Return `page` with a new content of the section `name`. If the page lacks the section, append the section."""
+    """Return the Markdown text `page` with `text` as the content of the section `name`. If the page lacks the section,
+    append the section.
+    """
     begin, end = f"<!-- conform: {name} -->", "<!-- conform end -->"
     block = f"{begin}\n{text}\n{end}"
     match = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", page, re.DOTALL)

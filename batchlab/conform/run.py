@@ -1,7 +1,7 @@
-"""Concurrent execution of checks, because most checks wait for most of the time.
+"""Concurrent execution of conformance checks. Checks run at the same time, because most checks mostly wait.
 
-Invariant: a check cannot delay the run or make another check fail. Each check has its own thread, and `run` abandons
-the thread of a check that takes too long. A check that receives a 5xx response runs a second time.
+Invariant: a check cannot block the run or make another check fail. Each check has its own thread. If a check takes too
+long, `run` continues without waiting for the check's thread. A check that receives a 5xx response runs a second time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _THROTTLING = ("SlowDown", "RequestThrottled", "ThrottlingException", "Throttlin
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Result of a check. `observed` is "" if the endpoint follows the rule."""
+    """Result of a check. `observed` is a clause about the observed behavior, or "" if the endpoint follows the rule."""
 
     check: Check
     verdict: Verdict
@@ -46,9 +46,10 @@ def run(
     at_once: int = MAX_RUNNING_CHECKS,
     limit_s: float | None = None,
 ) -> list[Result]:
-    """Run the checks, at most `at_once` of them at the same time. Return the results in the order of `checks`.
+    """Run the checks, with at most `at_once` checks at the same time. Return the results in the order of `checks`.
 
-    `on_result` is called with the result of each check. A check that takes longer than `limit_s` seconds is abandoned.
+    `on_result` is called with the result of each check. A check that takes longer than `limit_s` seconds gets the
+    verdict UNTRIED.
     """
     limit_s = TIMEOUT_S + 2 * target.settles_s if limit_s is None else limit_s
     # Start the checks of SQS first, because the checks of SQS mostly wait. The checks of S3 run during the waits.
@@ -60,8 +61,7 @@ def run(
         while waiting and len(running) < at_once:
             check = waiting.popleft()
             running[check.name] = (check, time.monotonic())
-            # The thread is a daemon thread, because an exiting process waits for the threads of an executor, but not
-            # for daemon threads.
+            # Each check has a daemon thread, because an exiting process does not wait for daemon threads.
             threading.Thread(
                 target=lambda check=check: ended.put(_tried(target, check)), name=f"conform-{check.name}", daemon=True
             ).start()
@@ -72,7 +72,7 @@ def run(
             if now_s - begun_s > limit_s
         ]
         for result in (*_next(ended), *overdue):
-            # If an abandoned check ends later, its result is ignored.
+            # If a check ends after its time limit, the later result is ignored.
             if running.pop(result.check.name, None) is not None:
                 results[result.check.name] = result
                 on_result(result)
@@ -123,7 +123,7 @@ def _verdict(target: Target, check: Check, site: Site) -> tuple[Verdict, str]:
         return Verdict.DIFFERS, str(error)
     except (LookupError, TypeError, ValueError) as error:
         return Verdict.DIFFERS, f"a response is malformed: {type(error).__name__}: {error}"
-    except Exception as error:  # noqa: BLE001 - reported as the reason of the verdict
+    except Exception as error:  # noqa: BLE001 - the verdict contains the error
         return Verdict.UNTRIED, f"the check itself fails: {type(error).__name__}: {error}"
     return Verdict.AGREES, ""
 

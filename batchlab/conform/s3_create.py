@@ -1,4 +1,4 @@
-"""S3 checks: conditional creates, overwrites, ETags, listings, and valid keys."""
+"""Conformance checks of S3 for conditional creates, overwrites, ETags, listings, and valid keys."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def _one_winner(site: Site, key: str, answers: Mapping[int, Answer]) -> None:
         elif answer.code:
             answer.refused(412, "PreconditionFailed")
     if not winners and conflicts:
-        # All competing calls may get a 409 conflict, after which a caller repeats the call. A single repeated call must
-        # succeed, because no other call competes with it.
+        # All competing calls may get a 409 conflict, after which a caller repeats the call. A repeated call without a
+        # competing call must succeed.
         site.put(key, b"again", if_absent=True).accepted()
         return
     expect(len(winners) == 1, "more than one call succeeds" if winners else "no call succeeds")
@@ -245,7 +245,7 @@ ODD_KEYS = (
     "é",
     "e\u0301",
 )
-"""Keys with unusual characters. The last two keys look the same, but consist of different characters."""
+"""Object keys with unusual characters. The last two keys look the same, but consist of different characters."""
 
 ORDERED = ("A", "B", "a", "a!", "a-b/x", "a.b", "a/b", "a0", "aa/b", "b/1", "b/10", "b/2")
 

@@ -1,4 +1,4 @@
-"""S3 checks: reads, ranges, conditional reads, deletes, and multipart uploads."""
+"""Conformance checks of S3 for reads, ranges, conditional reads, deletes, and multipart uploads."""
 
 from __future__ import annotations
 

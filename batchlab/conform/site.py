@@ -1,7 +1,7 @@
-"""Access of a single check to the endpoint: the check's own keys, queues, and Auto Scaling groups.
+"""Access of a single check to the endpoint, with keys, queues, and Auto Scaling groups that belong to the check.
 
 Invariants: checks do not share resources, so checks can run at the same time and in any order. Every wait of a check
-has a deadline. To test that an event does not happen, a check waits for `QUIET_S` seconds.
+has a deadline. To test that an event does not happen, a check waits for a fixed time such as `QUIET_S`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 WAKES_S = 8.0
 """Time limit in seconds in which a long poll must return a new message.
 
-The time limit includes a reserve for a busy machine. A long poll that takes longer fails its check.
+The time limit includes a reserve for a busy machine. If the long poll takes longer, the endpoint breaks the rule.
 """
 
 T = TypeVar("T")
@@ -40,9 +40,9 @@ _COUNTS = {
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """Message that a receive returned.
+    """Message that a call of ReceiveMessage returned.
 
-    `times_ms` contains the times of the send and of the first receive, in epoch milliseconds.
+    `times_ms` contains the time of the message's send and the time of its first receive, in epoch milliseconds.
     """
 
     id: str
@@ -54,7 +54,9 @@ class Received:
 
 
 class Site:
-    """Access of the check `name` to the endpoint `target`. `again` is true in the second run of the check."""
+    """Access of the check `name` to the endpoint `target`. `again` is true if the check runs a second time after a
+    server error.
+    """
 
     def __init__(self, target: Target, name: str, *, again: bool = False) -> None:
         self.target = target
@@ -81,11 +83,11 @@ class Site:
         return self._call_s3("PutObject", key, self.target.s3, Body=data, **more)
 
     def get(self, key: str, **more: str) -> Answer:
-        """Call GetObject and read the body. `get` and `put` use different connections."""
+        """Call GetObject, and read the whole body. `get` does not use the connections of `put`."""
         return self._call_s3("GetObject", key, self.target.other_s3, **more)
 
     def head(self, key: str) -> Answer:
-        """Call HeadObject. `head` and `put` use different connections."""
+        """Call HeadObject. `head` does not use the connections of `put`."""
         return self._call_s3("HeadObject", key, self.target.other_s3)
 
     def delete(self, key: str) -> Answer:
@@ -107,7 +109,7 @@ class Site:
         return answer("ListObjectsV2", lambda: self.target.other_s3.list_objects_v2(**request)).accepted()
 
     def keys_of(self, page: Answer) -> list[str]:
-        """Return the keys on a page without the check's prefix."""
+        """Return the keys on a page of a listing. The common prefix of the check's keys is removed."""
         return [entry["Key"].removeprefix(self._prefix) for entry in page.data.get("Contents", ())]
 
     def keys(self, prefix: str = "", *, after: str = "", most: int = 0) -> list[str]:
@@ -122,7 +124,7 @@ class Site:
         raise Differs("the pages of a listing never end")
 
     def own(self, key: str) -> str:
-        """Return the full key of one of the check's objects, as the adapter needs it."""
+        """Return the full key of one of the check's objects. batchlab's own S3 adapter needs the full key."""
         return self._prefix + key
 
     @property
@@ -152,7 +154,7 @@ class Site:
 
     @asynccontextmanager
     async def port(self) -> AsyncIterator[SqsQueue]:
-        """Yield batchlab's own SQS adapter, with a prefix for the names of the check's queues."""
+        """Yield batchlab's own SQS adapter. The adapter adds the check's prefix to the names of queues."""
         queue = _PortQueue(self.target, f"{self.new_name()}-")
         try:
             yield queue
@@ -170,7 +172,7 @@ class Site:
 
 
 class _PortQueue(SqsQueue):
-    """SQS adapter that records each new queue for removal after the run."""
+    """batchlab's SQS adapter, extended to record each new queue for removal after the run."""
 
     def __init__(self, target: Target, prefix: str) -> None:
         super().__init__(target.endpoint, prefix=prefix)
@@ -186,7 +188,7 @@ class _PortQueue(SqsQueue):
 class OwnQueue:
     """Queue that belongs to a single check.
 
-    The methods of the queue return the endpoint's responses, including errors.
+    Most methods return the endpoint's response, even if the response is an error.
     """
 
     def __init__(self, target: Target, name: str, url: str) -> None:
@@ -196,7 +198,7 @@ class OwnQueue:
         self.url = url
 
     def call(self, name: str, **request: Any) -> Answer:
-        """Call the SQS action with the AWS name `name` on the queue."""
+        """Call the SQS action with AWS's name `name`, such as "SendMessage", for the queue."""
         method = getattr(self.sqs, snake(name))
         return answer(name, lambda: method(QueueUrl=self.url, **request))
 
@@ -253,7 +255,7 @@ class OwnQueue:
         return {name: int(attributes.get(key, -1)) for key, name in _COUNTS.items()}
 
     def arn(self) -> str:
-        """Return the queue's ARN for a redrive policy."""
+        """Return the queue's ARN, which a redrive policy needs."""
         arn = self.attributes().get("QueueArn")
         if arn is None:
             raise Untried("GetQueueAttributes does not return QueueArn")
@@ -302,7 +304,7 @@ class OwnGroup:
             "MaxSize": 3,
             "AvailabilityZones": [self._target.zone],
             "LaunchTemplate": {"LaunchTemplateName": self._target.template},
-            # A cooldown would delay most checks.
+            # A cooldown of the group would delay most checks.
             "DefaultCooldown": 0,
             "HealthCheckGracePeriod": 0,
             **more,
@@ -319,11 +321,11 @@ class OwnGroup:
         return group, group.has(size)
 
     def call(self, action: str, **request: Any) -> Answer:
-        """Call the Auto Scaling action with this AWS name on the group."""
+        """Call the Auto Scaling action with AWS's name `action` for the group."""
         return self.ask(action, AutoScalingGroupName=self.name, **request)
 
     def ask(self, action: str, **request: Any) -> Answer:
-        """Call the Auto Scaling action with this AWS name, without adding parameters to the request."""
+        """Call the Auto Scaling action with AWS's name `action`. The request contains only the given parameters."""
         method = getattr(self._target.asg, snake(action))
         return answer(action, lambda: method(**request))
 
@@ -366,9 +368,9 @@ class OwnGroup:
         return [instance["InstanceId"] for instance in instances if state in ("", instance["LifecycleState"])]
 
     def until(self, holds: Callable[[], T], otherwise: str) -> T:
-        """Call `holds` until the return value is true, and return the value.
+        """Call `holds` repeatedly until `holds` returns a true value, and return the value.
 
-        Raise Differs with the text `otherwise` after the deadline.
+        If `holds` does not return a true value before the deadline, raise Differs with the text `otherwise`.
         """
         ends_s = time.monotonic() + self._target.appears_s
         while not (value := holds()):
@@ -378,7 +380,9 @@ class OwnGroup:
         return value
 
     def has(self, size: int) -> list[str]:
-        """Wait until the group has exactly `size` instances, all InService. Return the ids of the instances."""
+        """Wait until the group has exactly `size` instances, and all instances are InService. Return the ids of the
+        instances.
+        """
         self.until(
             lambda: len(self.ids()) == len(self.ids(IN_SERVICE)) == size,
             f"the group never has exactly {size} instances, all {IN_SERVICE}",

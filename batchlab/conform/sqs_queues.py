@@ -1,4 +1,4 @@
-"""SQS checks: queues, attributes, counts, dead-letter queues, and purges."""
+"""Conformance checks of SQS for queues, attributes, message counts, dead-letter queues, and purges."""
 
 from __future__ import annotations
 
@@ -206,7 +206,8 @@ def _poison_queues(site: Site, receives: int) -> tuple[OwnQueue, OwnQueue, Recei
 
 
 def _dead_letter(queue: OwnQueue, dead: OwnQueue) -> Received:
-    # AWS moves the message to the dead-letter queue by itself, and emulators move the message during the next receive.
+    # Receive once more, because emulators move the message to the dead-letter queue only during a receive. AWS moves
+    # the message without a receive.
     expect(queue.empty(), "the message is received more often than maxReceiveCount")
     return dead.one()
 

@@ -1,4 +1,4 @@
-"""SQS checks: receives, long polls, visibility timeouts, and receipt handles."""
+"""Conformance checks of SQS for receives, long polls, visibility timeouts, and receipt handles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from batchlab.conform.sqs_send import EARLY_S
 from batchlab.core.ports import MAX_VISIBILITY_S
 
 POLL_S = 12
-"""Wait time in seconds of a long poll. The wait time is well above `WAKES_S`, and well below the timeout of a check."""
+"""Wait time in seconds of a long poll. The wait time is longer than `WAKES_S`, and shorter than the timeout of a check.
+"""
 SANE_MS = 300_000
 
 SQS_RECEIVE = Table("sqs")
@@ -145,7 +146,7 @@ def give_back(site: Site) -> None:
 
 
 def _woken(queue: OwnQueue, call: Callable[[], Answer]) -> Received:
-    """Start a long poll, run `call`, and return the message that the long poll received."""
+    """Start a long poll of the queue, run `call`, and return the message that the long poll received."""
     with ThreadPoolExecutor(1, thread_name_prefix="conform-poll") as threads:
         polling = threads.submit(queue.receive, wait_s=POLL_S)
         time.sleep(0.5)
@@ -297,7 +298,7 @@ SQS_RECEIPTS = Table("sqs")
 def _twice_received(site: Site) -> tuple[OwnQueue, Received, Received]:
     """Receive a message twice, and return the queue and both received messages.
 
-    The receipt of the second receive is the current receipt.
+    Only the receipt of the second receive is the latest receipt of the message.
     """
     queue, old = site.received_message(VisibilityTimeout="1")
     return queue, old, queue.one(VisibilityTimeout=4)

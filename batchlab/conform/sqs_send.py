@@ -1,4 +1,4 @@
-"""SQS checks: sends, size limits, batches, and delays."""
+"""Conformance checks of SQS for sends, size limits, batches, and delays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batchlab.core.ports import MAX_MESSAGE_BYTES
 
 MIB = 1024 * 1024
 EARLY_S = 0.3
-"""Tolerance in seconds for a delay that ends too early. Clocks and rounding cause early ends."""
+"""Time in seconds by which a message's delay may end too early, because of clocks and rounding."""
 
 SQS_SEND = Table("sqs")
 
@@ -153,9 +153,9 @@ def _half_bad(site: Site, bad: dict[str, Any]) -> tuple[OwnQueue, Answer]:
 
 
 def _first_refused(site: Site) -> tuple[OwnQueue, Any]:
-    """Send a batch with a valid and an invalid entry. Return the queue and the entries that failed."""
-    # The function tries several invalid entries, because an endpoint may accept some of them. Other checks test the
-    # single rules of entries.
+    """Send a batch with a valid and an invalid entry. Return the queue and the entries under Failed in the response."""
+    # The function tries several invalid entries, because an endpoint may accept some invalid entries. Other checks test
+    # the rules that the entries break.
     for bad in _BAD_ENTRIES:
         queue, answer = _half_bad(site, bad)
         if failed := answer.accepted().data.get("Failed"):

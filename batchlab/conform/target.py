@@ -1,11 +1,11 @@
-"""Endpoint under test, with its clients and the resources that a run creates at the endpoint.
+"""Endpoint that a run tests, with the run's clients and the resources that the run creates at the endpoint.
 
 Invariants: the name of every resource contains the run's name, and every resource is recorded before its creation.
-`Target.close` removes all recorded resources, even after a failed run. No resource is created after the start of
-`Target.close`. The boto3 clients do not retry calls, so a check gets the first response.
+`Target.close` removes all recorded resources, even after a failed run. After the start of `Target.close`, a check
+cannot create resources. The boto3 clients do not retry calls, so a check gets the first response.
 
-The removal uses new clients, because the run's clients refuse all calls after the end of the run. The removal affects
-only resources of the run, and stops as soon as the endpoint no longer responds.
+`Target.close` uses new clients, because the run's clients refuse all calls after the end of the run. `Target.close`
+removes only resources of the run, and stops as soon as the endpoint does not respond.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from batchlab.core.ports import Clock
 
 MAX_REQUESTS = 8
-"""Maximum number of concurrent requests of a removal."""
+"""Maximum number of concurrent requests during the removal of a run's resources."""
 
 C = TypeVar("C", bound="BaseClient")
 
@@ -49,7 +49,7 @@ _MISSING_CODES = ("NonExistentQueue", "QueueDoesNotExist", "NoSuchBucket", "404"
 
 
 class Cleaner:
-    """Removal of a run's resources. Each method returns a message for each resource that could not be removed."""
+    """Remover of the resources of a run. Each method returns a message for each resource that could not be removed."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -70,7 +70,7 @@ class Cleaner:
         return self._removed("queue", urls, delete)
 
     def groups(self, names: Sequence[str]) -> list[str]:
-        """Remove the Auto Scaling groups with these names, and the instances of the groups."""
+        """Remove the Auto Scaling groups whose names are in `names`, and the instances of the groups."""
         if not names:
             return []
         asg = aws.client(self._endpoint, "autoscaling", connections=MAX_REQUESTS)
@@ -79,14 +79,15 @@ class Cleaner:
             try:
                 asg.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
             except (ClientError, ResponseParserError):
-                # The error code does not reveal whether the group exists, so ask the endpoint for the group.
+                # The error code does not reveal whether the group exists, so ask the endpoint for the group's
+                # description.
                 if asg.describe_auto_scaling_groups(AutoScalingGroupNames=[name])["AutoScalingGroups"]:
                     raise
 
         return self._removed("Auto Scaling group", names, delete)
 
     def template(self, name: str) -> list[str]:
-        """Remove the launch template with this name."""
+        """Remove the launch template with the name `name`."""
         ec2 = aws.client(self._endpoint, "ec2", connections=1)
 
         def delete(name: str) -> None:
@@ -102,7 +103,7 @@ class Cleaner:
             for upload in s3.list_multipart_uploads(Bucket=bucket).get("Uploads", ()):
                 if upload["Key"].startswith(prefix):
                     s3.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-            # A paginator could loop forever at an endpoint with incorrect pages or deletes, so each call reads the
+            # A paginator could loop forever if the endpoint's listings or deletes are incorrect, so each call lists the
             # first page.
             previous: list[str] = []
             while contents := s3.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents"):
@@ -122,7 +123,7 @@ class Cleaner:
     def _removed(self, kind: str, names: Collection[str], remove: Callable[[str], str | None]) -> list[str]:
         """Remove resources of one kind concurrently, and return a message for each failure.
 
-        The function `remove` may return the reason of a failure as text.
+        The function `remove` returns the reason of a failure as text, or None, or raises an error.
         """
         with ThreadPoolExecutor(MAX_REQUESTS, thread_name_prefix="conform-close") as threads:
             reasons = threads.map(lambda name: self._tried(partial(remove, name)), names)
@@ -147,8 +148,8 @@ class Cleaner:
 def endpoint(url: str | None, region: str | None) -> Endpoint:
     """Return the endpoint at `url`, or AWS itself if `url` is None. Raise UsageError for an invalid URL.
 
-    The access keys and the region of an endpoint come from environment variables, and never from a profile. Every
-    emulator accepts the default access keys.
+    The access keys and the region of an endpoint come from environment variables, and never from a profile. Emulators
+    accept the access keys that are used by default.
     """
     if region and not re.fullmatch("[a-z0-9-]+", region):
         raise UsageError(f"{region} is not the name of a region.", remedy="An example is eu-west-1.")
@@ -182,11 +183,12 @@ def _in_aws(region: str | None) -> Endpoint:
 
 
 class Target:
-    """S3, SQS, and Auto Scaling at one endpoint, as the checks of a run use them.
+    """The services S3, SQS, and Auto Scaling at one endpoint, for the checks of a run.
 
     `run` is the short, unique name of the run. If `bucket` names an existing bucket, the run uses and keeps the bucket.
     If `template` names an existing launch template, the run uses and keeps the launch template. If `bucket` or
-    `template` is "", the run creates a temporary resource, and removes the temporary resource at its end.
+    `template` is "", the run creates a temporary bucket or launch template, and removes the temporary resource at the
+    end of the run.
     """
 
     def __init__(self, endpoint: Endpoint, *, run: str, clock: Clock, bucket: str = "", template: str = "") -> None:
@@ -195,7 +197,7 @@ class Target:
         self.clock = clock
         self.bucket = bucket or run
         self.lag_s = 60.0 if endpoint.url is None else 0.0
-        """Time in seconds for purges and new attributes to reach every part of AWS's SQS."""
+        """Time in seconds after which a purge or a new attribute of a queue takes effect for all calls on AWS."""
         self.settles_s = self.lag_s + 10.0
         """Time in seconds for which the message counts of a queue may be wrong."""
         self.arrives_s = 12.0
@@ -206,7 +208,7 @@ class Target:
         self.zone = f"{endpoint.region}a"
         self.s3: S3Client
         self.other_s3: S3Client
-        """Second S3 client with its own connections, which reads the objects that `s3` has written."""
+        """Second S3 client with connections of its own, which reads the objects that the client `s3` has written."""
         self.sqs: SQSClient
         self.asg: AutoScalingClient
         self._objects: ObstoreObjects
@@ -249,8 +251,8 @@ class Target:
         if "sqs" in services:
             self.sqs = self._own(aws.client(self.endpoint, "sqs", connections=MAX_CONNECTIONS))
             with self._responding("SQS"):
-                # Send a read request first, so that the run has not created any resource if the endpoint does not
-                # respond.
+                # Send a read request before the first creation. If the endpoint does not respond, the run has not
+                # created a resource yet.
                 answer("GetQueueUrl", lambda: self.sqs.get_queue_url(QueueName=self.run))
                 self.create_queue(self.run, {})
         if "autoscaling" in services:
@@ -305,7 +307,8 @@ class Target:
         return client
 
     def _open_bucket(self) -> None:
-        # Send a read request first, so that the run has not created any resource if the endpoint does not respond.
+        # Send a read request before the first creation. If the endpoint does not respond, the run has not created a
+        # resource yet.
         response = answer("HeadBucket", lambda: self.s3.head_bucket(Bucket=self.bucket))
         if not self._keep_bucket:
             self._has_new_bucket = True
@@ -335,9 +338,10 @@ class Target:
 
     @contextmanager
     def creating(self) -> Iterator[None]:
-        """Make `close` wait for the end of the block, which creates resources."""
+        """Make `close` wait for the end of the `with` block, because the block creates resources."""
         with self._changed:
-            # An abandoned check may still run after the end of the run, and must not create a resource then.
+            # A check that exceeded its time limit may still run after the end of the run, and must not create
+            # resources.
             self._check_open()
             self._creating += 1
         try:
@@ -380,7 +384,7 @@ class Target:
         """Remove all resources that the run created. Return a message for each resource that remains."""
         with self._changed:
             self._closed = True
-            # A request that creates a resource takes at most `ANSWER_S` seconds.
+            # Wait at most `ANSWER_S` seconds, because a request that creates a resource does not take longer.
             self._changed.wait_for(lambda: not self._creating, aws.ANSWER_S)
         cleaner = Cleaner(self.endpoint)
         remaining = cleaner.queues(self._queues)

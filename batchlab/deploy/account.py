@@ -1,7 +1,7 @@
-"""One AWS account in one region, with the credentials that boto3 finds (see `Account.open`).
+"""Access to one AWS account in one region, with the credentials that boto3 finds (see `Account.open`).
 
-Invariant: an error for a call that AWS refuses names the caller and the missing permission. The standard mode of
-botocore retries throttled calls and lost connections, with jitter, up to ten attempts in total. `Account.notes`
+Invariant: the error for a call that AWS refuses names the caller and the missing permission. botocore's retry mode
+"standard" repeats throttled calls and calls with a lost connection, up to ten attempts in total. `Account.notes`
 receives a message for each attempt without a response from AWS.
 """
 
@@ -21,7 +21,7 @@ from batchlab.core.errors import BackendError, NotFound, Unreachable, UsageError
 
 MAX_ATTEMPTS = 10
 DOCS = "docs/deploy.md"
-"""Documentation of the permissions that a deployer needs."""
+"""Page that documents the permissions of a user who deploys the stack."""
 
 _REGION = re.compile(r"[a-z]{2}(-[a-z]+){1,2}-\d")
 _NOT_ALLOWED = re.compile(r"(?:User: (?P<who>\S+) is )?not authorized to perform: (?P<action>[\w-]+:\w+)")
@@ -31,7 +31,7 @@ _OLD_KEYS = {"ExpiredToken", "RequestExpired", "TokenRefreshRequired"}
 
 
 class Notes(Protocol):
-    """Receiver of the retry messages of one call to AWS. The receiver decides which retry messages the user sees."""
+    """Receiver of messages about the retries of one call to AWS. The receiver decides which messages the user sees."""
 
     def say(self, text: str) -> None: ...
 
@@ -40,20 +40,20 @@ class Notes(Protocol):
 class Account:
     """AWS account with a client for each service.
 
-    Each client is created on first use. The exit of the account's context closes the clients.
+    The client of a service is created on first use. The end of the account's `with` block closes all clients.
     """
 
     region: str
     id: str = ""
     who: str = ""
-    """ARN of the caller."""
+    """ARN of the user or role to which the credentials belong."""
     notes: Callable[[], Notes] | None = field(default=None, repr=False)
-    """Function that creates the receiver of the retry messages of one call to AWS."""
+    """Function that creates, for each call to AWS, the receiver of messages about the call's retries."""
     _clients: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, region: str | None = None, *, notes: Callable[[], Notes] | None = None) -> Account:
-        """Ask STS which account the credentials of the environment belong to.
+        """Return the account to which the credentials of the environment belong. The function asks AWS's service STS.
 
         Raise UsageError if the region or the credentials are missing.
         """
@@ -72,7 +72,7 @@ class Account:
 
     @property
     def is_real(self) -> bool:
-        """Whether the calls reach AWS instead of an emulator that AWS_ENDPOINT_URL names."""
+        """Whether calls reach AWS. Calls reach an emulator if AWS_ENDPOINT_URL names an emulator."""
         host = urlsplit(self.client("cloudformation").meta.endpoint_url).hostname or ""
         return host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".api.aws"))
 
@@ -85,15 +85,17 @@ class Account:
         return f"arn:{partition}:{{}}:{self.region}:{self.id}:"
 
     def pages(self, service: str, operation: str, key: str, **asking: Any) -> Iterator[Any]:
-        """Yield the items under `key` from all pages of a listing. Raise BackendError if AWS refuses the call."""
+        """Call a listing operation of a service, and yield the items under `key` from all pages of the response. Raise
+        BackendError if AWS refuses the call.
+        """
         with aws_errors(operation):
             for page in self.client(service).get_paginator(operation).paginate(**asking):
                 yield from page.get(key) or ()
 
     def groups(self, names: Sequence[str]) -> list[Any]:
-        """Return the descriptions of the existing Auto Scaling groups with these names."""
+        """Return AWS's descriptions of the Auto Scaling groups with the names in `names`. Skip missing groups."""
         if not names:
-            return []  # Without names, AWS would list every group of the region.
+            return []  # For an empty list of names, AWS would return all groups of the region.
         operation, key = "describe_auto_scaling_groups", "AutoScalingGroups"
         return list(self.pages("autoscaling", operation, key, AutoScalingGroupNames=list(names)))
 
@@ -110,7 +112,7 @@ class Account:
 
 
 def chosen_region(named: str | None) -> str:
-    """Return the given region, or the region that boto3 finds. Raise UsageError if neither region exists."""
+    """Return the region `named`, or else the region that boto3 finds. Raise UsageError if a region is not set."""
     installation.need("aws", "A deployment to AWS", "boto3")
     import boto3
     from botocore.exceptions import ProfileNotFound
@@ -118,7 +120,7 @@ def chosen_region(named: str | None) -> str:
     if named and not _REGION.fullmatch(named):
         raise UsageError(f"{named!r} is not a region.", remedy="An example is eu-west-1.")
     try:
-        # All other AWS tools read AWS_REGION, but boto3 does not.
+        # Other AWS tools read the variable AWS_REGION, but boto3 ignores AWS_REGION.
         region = named or os.environ.get("AWS_REGION") or boto3.Session().region_name
     except ProfileNotFound as error:
         raise UsageError(f"{error}.", remedy="Set AWS_PROFILE to a profile of ~/.aws/config.") from error
@@ -145,15 +147,15 @@ def _client(service: str, region: str) -> Any:
 
 
 def _report_retries(client: Any, notes: Callable[[], Notes]) -> None:
-    """Report each attempt of a call to AWS that gets no response."""
+    """Report each attempt of a call to which AWS does not respond, except the last attempt."""
     call_notes: list[Notes] = []
 
     def on_call(**_: Any) -> None:
         call_notes[:] = [notes()]
 
     def on_attempt(attempts: int, endpoint: Any, caught_exception: Exception | None = None, **_: Any) -> None:
-        # AWS responded if no exception was caught. The last attempt is not reported, because its failure raises an
-        # error.
+        # botocore caught an exception only if AWS did not respond. The last attempt is not reported, because a failed
+        # last attempt raises an error.
         if caught_exception is not None and attempts < MAX_ATTEMPTS:
             for note in call_notes:
                 note.say(f"{endpoint.host} does not respond. This was attempt {attempts} of {MAX_ATTEMPTS}.")
@@ -213,7 +215,7 @@ def aws_errors(what: str, is_missing: Callable[[str, str], bool] = lambda _code,
 
 @contextmanager
 def _with_remedy() -> Iterator[None]:
-    """Add a remedy to the error for an endpoint that does not respond."""
+    """Add a remedy to an Unreachable error, which means that the endpoint of AWS does not respond."""
     try:
         yield
     except Unreachable as error:
@@ -231,7 +233,7 @@ def message_of(error: Any) -> str:
 
 
 def refusal(error: Any) -> BackendError | UsageError | None:
-    """Return an error about permissions or credentials, or None if AWS's error has another cause."""
+    """Return batchlab's error for an AWS error about permissions or credentials, or None for any other AWS error."""
     code, message = code_of(error), message_of(error)
     operation = error.operation_name
     if code in _OLD_KEYS:

@@ -1,7 +1,7 @@
-"""Creation or update of a stack in two phases (`batchlab deploy apply`).
+"""Command `batchlab deploy apply`, which creates or updates a stack in two phases.
 
-Invariant: `Apply` starts from any state of the stack, so a second run continues after an interrupted first run. The
-first phase of `batchlab deploy apply` creates all resources without a release, so no instance can boot yet. The second
+Invariant: `Apply` works from any state of the stack, so a second run continues after an interrupted first run. The
+first phase of `batchlab deploy apply` creates all resources without a release, so instances cannot boot yet. The second
 phase uploads the release to the stack's own bucket and sets the stack's parameter `Release`.
 """
 
@@ -30,12 +30,12 @@ from batchlab.runtime.home import Home
 
 
 class Interface(Protocol):
-    """The user interface of an operation on a stack: messages, questions, and progress."""
+    """User interface of an operation on a stack, which shows messages, questions, and progress."""
 
     def say(self, text: str) -> None: ...
 
     def agrees(self, question: str) -> bool:
-        """Return whether the user agrees to a change of the stack. The caller asks the question before the change."""
+        """Ask the user a question before a change of the stack, and return whether the user agrees."""
 
     def show(self, plan: Plan) -> None: ...
 
@@ -44,7 +44,7 @@ class Interface(Protocol):
 
 
 class StackFailed(BackendError):
-    """Failed operation on a stack. `cause` is the failure of a resource that caused all other failures."""
+    """Error for a failed operation on a stack. `cause` is the resource's failure that caused all other failures."""
 
     def __init__(self, state: State, cause: Cause | None) -> None:
         why = f": {cause.resource} ({cause.type}): {cause.reason.rstrip('.')}" if cause else ""
@@ -70,7 +70,7 @@ def follow_operation(stack: Stack, interface: Interface) -> State | None:
 class Apply:
     """One run of `batchlab deploy apply`.
 
-    The first call of `archive` builds the release, and each call returns the path of the release.
+    The function `archive` returns the path of the release's archive. The first call of `archive` builds the release.
     """
 
     stack: Stack
@@ -114,10 +114,12 @@ class Apply:
             self._refresh(state)
         return deployment
 
-    # --- State before the change -----------------------------------------------------------------
+    # --- State of the stack before the change ----------------------------------------------------
 
     def _wait_until_at_rest(self) -> State | None:
-        """Return the state of the stack as soon as no operation is in progress and no rollback has failed."""
+        """Wait for the end of an operation on the stack, and continue a failed rollback if the user agrees. Return the
+        stack's state.
+        """
         state = follow_operation(self.stack, self.interface)
         if state and state.status == "DELETE_COMPLETE":
             return None
@@ -135,7 +137,9 @@ class Apply:
         return state
 
     def _delete_empty(self, state: State) -> bool:
-        """Delete a stack that CloudFormation can only delete. Return False if the user declined the deletion."""
+        """Delete an empty stack in a state in which CloudFormation allows only the deletion. Return False if the user
+        declined the deletion.
+        """
         self._explain(state)
         if state.status != "ROLLBACK_COMPLETE":
             raise Refused(
@@ -157,7 +161,7 @@ class Apply:
                 f" {cause.reason}"
             )
 
-    # --- The two phases --------------------------------------------------------------------------
+    # --- First and second phase ------------------------------------------------------------------
 
     def _create(self, state: State | None) -> State | None:
         with create_plan(self.stack, self.wanted, self.source, state, home=self.home, release="") as plan:
@@ -165,7 +169,7 @@ class Apply:
             if not self.interface.agrees(f"Create the stack {self.stack.name}?"):
                 return None
             settings.write(self.home, self.wanted)
-            # If the release cannot be built, apply fails before the stack costs money.
+            # Build the release before the stack is created, because a stack costs money even if the build fails.
             self.archive()
             state = self._execute(plan, "creating")
         self.stack.protect(on=True)
@@ -209,7 +213,8 @@ class Apply:
         return StackFailed(state, self.stack.cause(state.id, self.stack.events(state.id, since)))
 
     def _refresh(self, state: State) -> None:
-        """Replace the instances that have an older launch template, one after another.
+        """Start the replacement of instances that have an older launch template. AWS replaces the instances one after
+        another.
 
         Workers finish their tasks before their instances end.
         """
@@ -220,7 +225,8 @@ class Apply:
                 continue
             name = group["AutoScalingGroupName"]
             preferences: dict[str, Any] = {
-                # The manager is the only instance of its group, so it must end before the next manager starts.
+                # The group of the manager has a single instance, so the old manager must end before the new manager
+                # starts.
                 "MinHealthyPercentage": 0 if name == groups[0] else 90,
                 "SkipMatching": True,
                 "ScaleInProtectedInstances": "Wait",
@@ -238,7 +244,7 @@ class Apply:
 
 
 def python_of(archive: Path) -> str:
-    """Return the Python version of a release. Raise UsageError if the file is not a release."""
+    """Return the Python version of the release in `archive`. Raise UsageError if the file is not a release."""
     try:
         with tarfile.open(archive) as opened:
             member = opened.extractfile("version")

@@ -1,6 +1,6 @@
-"""Deletion of a stack.
+"""Command `batchlab deploy destroy`, which deletes a stack.
 
-Invariant: data is deleted only with the user's explicit consent. `Destroy` returns the resources that remain.
+Invariant: data is deleted only with the user's explicit consent. `Destroy.run` returns the resources that remain.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from batchlab.deploy.stack_records import Resource, State
 MAX_PROTECTION_CALL = 50
 """Maximum number of instances in one call of SetInstanceProtection."""
 MAX_DRAIN_S = 600.0
-"""Limit in seconds for the end of all instances. One instance drains for at most two minutes."""
+"""Maximum time in seconds until all instances have ended. A worker finishes or returns its tasks within two minutes."""
 
 _BUCKET, _DATABASE, _DOMAIN = "AWS::S3::Bucket", "AWS::RDS::DBInstance", "AWS::SDB::Domain"
 _GROUP = "AWS::AutoScaling::AutoScalingGroup"
@@ -38,7 +38,7 @@ _FATES = {"Retain": "kept", "RetainExceptOnCreate": "kept", "Snapshot": "snapsho
 
 @dataclass(frozen=True, slots=True)
 class DataResource:
-    """Resource of a stack that holds data of the user. `what` describes the data.
+    """Resource of a stack that contains data of the user. `what` describes the data.
 
     `fate` is the effect of the stack's deletion on the resource: "deleted", "kept", or "snapshot". The deletion of a
     database with the fate "snapshot" creates a last snapshot.
@@ -54,14 +54,17 @@ class DataResource:
 
 
 def data_resources(stack: Stack) -> list[DataResource]:
-    """Return the resources of the stack that currently hold data of the user."""
+    """Return the resources of the stack that contain data of the user."""
     declared = stack.template()["Resources"]
     resources = []
     for resource in stack.resources():
         if resource.status == "CREATE_FAILED":
-            continue  # If a creation failed, an existing resource with the same name belongs to another owner.
+            # If CloudFormation could not create the resource, an existing resource with its name belongs to another
+            # owner.
+            continue
         policy = declared.get(resource.id, {}).get("DeletionPolicy", "")
-        # By default, CloudFormation creates a snapshot of a database, and deletes all other resources.
+        # Without a DeletionPolicy, CloudFormation takes a snapshot of a database before its deletion, and deletes all
+        # other resources.
         usual = "Snapshot" if resource.type == _DATABASE else "Delete"
         fate = _FATES.get(policy or usual, "deleted")
         if resource.type == _BUCKET and leftovers.has_data(stack.account, resource.physical):
@@ -85,7 +88,7 @@ class Destroy:
     def run(self) -> list[Resource] | None:
         """Destroy the stack. Return the resources that remain, or None if the user declined the deletion.
 
-        Raise Refused if the deletion would lose data and `delete_data` is false. Raise StackFailed if CloudFormation
+        Raise Refused if the deletion would delete data and `delete_data` is false. Raise StackFailed if CloudFormation
         fails, and BackendError if AWS refuses a call.
         """
         state = follow_operation(self.stack, self.interface)
@@ -129,13 +132,13 @@ class Destroy:
     def _end_instances(self, state: State) -> None:
         """End all instances before the deletion of the stack.
 
-        During the deletion, a manager would launch and protect instances, and a worker would write into a bucket that
-        is being emptied. CloudFormation cannot delete a group with a protected instance.
+        During the deletion of the stack, a running manager would launch and protect instances, and a running worker
+        would write into a bucket that is being emptied. CloudFormation cannot delete a group with a protected instance.
         """
         names = [resource.physical for resource in self.stack.resources() if resource.type == _GROUP]
         if not names:
             return
-        # The manager ends first, because the manager sets the capacity of the workers' groups.
+        # The manager must end before the workers, because a manager sets the capacity of the workers' groups.
         workers = status.pool_groups(state)
         for manager_only in (True, False):
             groups = [
@@ -164,8 +167,8 @@ class Destroy:
                 self.interface.say(f"{count(remaining, 'instance')} {'is' if remaining == 1 else 'are'} terminating.")
             for group in groups:
                 if self._unprotect(group):
-                    # The Auto Scaling group may have stopped the termination of its protected instances, so set the
-                    # group's capacity again.
+                    # The Auto Scaling group may have given up the termination of instances that were protected, so set
+                    # the group's capacity to 0 again.
                     self._to_zero(group)
             if time.monotonic() > deadline_s:
                 raise Unreachable(
@@ -175,7 +178,7 @@ class Destroy:
             self.sleep(2.0)
 
     def _unprotect(self, group: Mapping[str, Any]) -> bool:
-        """Remove the scale-in protection of the group's instances. Return whether an instance was protected."""
+        """Remove the scale-in protection of all instances of the group. Return whether an instance was protected."""
         scaling = self.stack.account.client("autoscaling")
         guarded = [instance["InstanceId"] for instance in _instances(group) if instance["ProtectedFromScaleIn"]]
         for begin in range(0, len(guarded), MAX_PROTECTION_CALL):
@@ -194,7 +197,8 @@ class Destroy:
             if item.resource.type != _DATABASE or item.fate == "kept":
                 continue
             name = item.resource.physical
-            # The user may have deleted the database already. CloudFormation accepts a missing database.
+            # A missing database is not an error, because the user may have deleted the database, and CloudFormation
+            # ignores a missing database.
             with (
                 suppress(Missing),
                 aws_errors(f"Database {name!r}", lambda code, _: code.startswith("DBInstanceNotFound")),
@@ -204,7 +208,9 @@ class Destroy:
                     rds.modify_db_instance(DBInstanceIdentifier=name, DeletionProtection=False, ApplyImmediately=True)
 
     def _empty_buckets(self, data: list[DataResource]) -> None:
-        """Empty the buckets that CloudFormation deletes. Releases and templates are not data."""
+        """Empty the buckets of the stack, because CloudFormation cannot delete other buckets. Without `delete_data`,
+        buckets with data of the user are not emptied.
+        """
         kept = [] if self.delete_data else [item.resource for item in data]
         for resource in self.stack.resources():
             if resource.type == _BUCKET and resource not in kept and resource.status != "CREATE_FAILED":
@@ -225,7 +231,7 @@ class Destroy:
         return [resource for resource in before if resource.id in skipped and not self._remove(resource)]
 
     def _snapshots(self, data: list[DataResource]) -> Iterator[Resource]:
-        """Yield the last snapshots of deleted databases."""
+        """Yield the snapshots that were taken of the stack's databases before their deletion."""
         for item in data:
             if item.fate != "snapshot":
                 continue
@@ -235,8 +241,8 @@ class Destroy:
                 yield Resource(item.resource.id, "AWS::RDS::DBSnapshot", name, status)
 
     def _delete_logs(self, data: list[DataResource]) -> None:
-        """Delete the log groups that RDS created again for its last messages, after the stack's own log groups were
-        deleted.
+        """Delete the log groups that RDS creates again for its last messages, after CloudFormation has deleted the
+        stack's own log groups.
         """
         account = self.stack.account
         for item in data:
@@ -249,13 +255,14 @@ class Destroy:
                     logs = AwsResource(name, "logs:log-group", name, self.stack.name)
                     leftovers.remove(account, logs, self.interface.say)
             except BackendError as error:
-                # Remaining logs do not stop `destroy`, because the stack is deleted already.
+                # Remaining logs are not an error, because the stack is already deleted.
                 self.interface.say(f"Logs below {prefix} may remain: {error}")
 
     def _remove(self, resource: Resource) -> bool:
-        """Remove a resource that CloudFormation has kept. Return whether the resource was removed.
+        """Remove a resource that CloudFormation kept during the stack's deletion. Return whether the resource was
+        removed.
 
-        The function removes only buckets without data, unless the user wants to delete all data.
+        Without `delete_data`, the function removes only a bucket without data of the user.
         """
         kind = _KINDS.get(resource.type)
         name, account = resource.physical, self.stack.account

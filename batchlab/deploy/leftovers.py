@@ -1,7 +1,7 @@
-"""Leftovers of stacks in an account and region, and their removal.
+"""Search for resources that remain from deleted stacks in an AWS account and region, and removal of these resources.
 
-Invariants: a tag proves the owner of a resource, and a name only suggests the owner. A resource without a tag is
-removed only if the user names the resource. Each failed removal of a resource is reported.
+Invariants: batchlab's tag proves that a resource belongs to a stack, and a resource's name only suggests the stack. A
+resource without the tag is removed only if the user names the resource. Each failed removal of a resource is reported.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class AwsResource:
-    """AWS resource with its ARN.
+    """AWS resource that may belong to a stack.
 
-    `kind` is the service and the type, such as "sqs:queue". `stack` is the value of the resource's tag.
+    `kind` is the service and the type of the resource, such as "sqs:queue". `stack` is the name of the stack in the
+    resource's tag, or else in the resource's name.
     """
 
     arn: str
@@ -38,7 +39,7 @@ class AwsResource:
 
 
 _NAMED_ALONE = {"s3": "s3:bucket", "sns": "sns:topic", "sqs": "sqs:queue"}
-"""Kinds of resources by service, for services whose ARNs have no resource type before the name."""
+"""Kind of resource by service, for services whose ARNs lack a resource type before the name of the resource."""
 
 
 def resource_of(arn: str, stack: str) -> AwsResource:
@@ -53,7 +54,9 @@ def resource_of(arn: str, stack: str) -> AwsResource:
 
 
 def remove(account: Account, resource: AwsResource, say: Say) -> None:
-    """Remove an AWS resource. Raise BackendError if AWS refuses, or if batchlab cannot remove this kind of resource."""
+    """Remove an AWS resource. Raise BackendError if AWS refuses the removal, or if batchlab cannot remove this kind of
+    resource.
+    """
     remover = _REMOVERS.get(resource.kind)
     if remover is None:
         raise BackendError(f"batchlab cannot remove {resource.arn}.", remedy="Remove this resource in the console.")
@@ -61,13 +64,13 @@ def remove(account: Account, resource: AwsResource, say: Say) -> None:
 
 
 OWN_FOLDERS = (release.PREFIX, plan.FOLDER)
-"""Folders in a stack's bucket without data of users: releases and templates."""
+"""Folders in a stack's bucket that contain releases and templates instead of data of users."""
 
 
 def has_data(account: Account, bucket: str) -> bool:
-    """Return whether the bucket has a version of an object outside `OWN_FOLDERS`.
+    """Return whether the bucket contains a version of an object outside the folders in `OWN_FOLDERS`.
 
-    A bucket that does not exist has no data.
+    For a missing bucket, return False.
     """
     try:
         with aws_errors(f"Bucket {bucket!r}"):
@@ -125,9 +128,10 @@ def _group(account: Account, resource: AwsResource, _say: Say) -> None:
 
 
 def _calling(service: str, operation: str, parameter: str, **more: Any) -> Callable[..., None]:
-    """Return a function that removes a resource with one call.
+    """Return a function that removes a resource with one call of an operation. The argument `parameter` names the
+    operation's parameter for the resource.
 
-    A plural parameter gets the resource's name in a list.
+    If the name of the parameter ends with "s", the parameter gets a list with the resource's name.
     """
 
     def call(account: Account, resource: AwsResource, _say: Say) -> None:
@@ -150,7 +154,7 @@ _REMOVERS: Mapping[str, Callable[[Account, AwsResource, Say], None]] = {
     "logs:log-group": _calling("logs", "delete_log_group", "logGroupName"),
     "rds:snapshot": _calling("rds", "delete_db_snapshot", "DBSnapshotIdentifier"),
     "sdb:domain": _calling("sdb", "delete_domain", "DomainName"),
-    # AWS can restore a deleted secret for seven days.
+    # AWS keeps a deleted secret for seven days, so that a user can restore the secret.
     "secretsmanager:secret": _calling("secretsmanager", "delete_secret", "SecretId", RecoveryWindowInDays=7),
     "sns:topic": _calling("sns", "delete_topic", "TopicArn"),
 }
@@ -165,9 +169,9 @@ _DATABASE_LOG = re.compile(rf"/aws/rds/instance/(?P<database>{_STACK}-ledger)/(p
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """Resource that belongs to a stack, or remains from a deleted stack.
+    """Resource that belongs to an existing stack, or remains from a deleted stack.
 
-    `is_used` means that the stack exists and has the resource. `is_guessed` means that only the resource's name
+    `is_used` is true if the stack exists and has the resource. `is_guessed` is true if only the resource's name
     suggests the stack.
     """
 
@@ -177,14 +181,14 @@ class Leftover:
 
 
 class Leftovers:
-    """Search for leftovers of stacks in one account and region. The resources of each stack are read once."""
+    """Search for leftovers of stacks in one account and region. The resources of each stack are listed once."""
 
     def __init__(self, account: Account) -> None:
         self._account = account
         self._parts: dict[str, list[str] | None] = {}
 
     def tagged(self) -> Iterator[Leftover]:
-        """Yield the resources with the tag of a batchlab stack.
+        """Yield the resources in the account and region that have the tag of a batchlab stack.
 
         AWS's list of tagged resources lacks IAM roles and resources that cannot have tags.
         """
@@ -197,10 +201,10 @@ class Leftovers:
                 yield Leftover(resource, _is_used(resource, self._parts_of(resource.stack)))
 
     def named(self, known: Collection[str], say: Callable[[str], None]) -> Iterator[Leftover]:
-        """Yield the SimpleDB domains and logs of deleted databases whose names suggest a stack.
+        """Yield the SimpleDB domains whose names suggest a stack, and the log groups of deleted databases whose names
+        suggest a stack.
 
-        The method skips the names in `known`, which `tagged` yields. `say` receives a message for each listing that
-        fails.
+        The method skips resources whose names are in `known`. `say` receives a message for each listing that fails.
         """
         for what, listing in (("SimpleDB domains", self._domains), ("RDS's logs", self._logs)):
             try:
@@ -229,7 +233,7 @@ class Leftovers:
         databases = self._account.pages("rds", "describe_db_instances", "DBInstances")
         existing = {database["DBInstanceIdentifier"] for database in databases}
         for group, match in named:
-            # A database whose name resembles a stack's database may exist outside batchlab's stacks.
+            # The logs of an existing database are not leftovers. The database may belong to another owner.
             if match["database"] not in existing:
                 name = group["logGroupName"]
                 yield AwsResource(str(group.get("arn", name)), "logs:log-group", name, match["stack"])
@@ -244,7 +248,7 @@ class Leftovers:
 
 
 def select_removable(leftovers: Sequence[Leftover], names: Sequence[str]) -> list[Leftover]:
-    """Return the leftovers to remove. `names` contains the resources without a tag that the user has chosen.
+    """Return the leftovers to remove. `names` contains the names of resources without a tag that the user has chosen.
 
     Raise NotFound for an unknown name, and Refused for a resource that a stack uses.
     """
@@ -272,15 +276,15 @@ def select_removable(leftovers: Sequence[Leftover], names: Sequence[str]) -> lis
 def _is_used(resource: AwsResource, owned: list[str] | None) -> bool:
     if owned is None:
         return False
-    # AWS does not list instances, volumes, and network interfaces as resources of a stack. Snapshots of databases
-    # remain after the deletion of a stack.
+    # AWS does not list instances, volumes, and network interfaces as resources of a stack, so they count as used while
+    # the stack exists. A snapshot of a database counts as a leftover even while the stack exists.
     if resource.kind in ("ec2:instance", "ec2:volume", "ec2:network-interface", "rds:snapshot"):
         return resource.kind != "rds:snapshot"
     return any(part in (resource.arn, resource.name) or part.endswith(f"/{resource.name}") for part in owned)
 
 
 def remove_left(account: Account, leftover: Leftover, say: Say) -> str:
-    """Remove a leftover of a stack. Return "" on success, or the error message."""
+    """Remove a leftover of a stack. Return "" on success, or the message of the error."""
     try:
         remove(account, leftover.resource, say)
     except BackendError as error:

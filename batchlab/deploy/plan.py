@@ -1,6 +1,6 @@
-"""Plan of a stack's changes and costs, made before any change.
+"""Plan of a stack, which shows changes and costs to the user before any change.
 
-Invariant: a plan that is not executed leaves no change set, no empty stack, and no bucket behind.
+Invariant: if a plan is not executed, its change set, its empty new stack, and its temporary bucket are deleted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WITH_SIMPLEDB = (
     *("us-east-1", "us-west-1", "us-west-2", "eu-west-1"),
     *("ap-northeast-1", "ap-southeast-1", "ap-southeast-2", "sa-east-1"),
 )
-"""Regions with SimpleDB (see https://docs.aws.amazon.com/general/latest/gr/simpledb.html)."""
+"""AWS regions that offer SimpleDB (see https://docs.aws.amazon.com/general/latest/gr/simpledb.html)."""
 FOLDER = "deploy/"
 """Folder in the stack's own bucket for a template that is too large for a request."""
 
@@ -36,7 +36,8 @@ FOLDER = "deploy/"
 class Cost:
     """Hourly cost of a stack.
 
-    `hourly` is None if the cost is unknown. `note` explains an unknown cost or prices of another region.
+    `hourly` is None if the cost is unknown. `note` explains why the cost is unknown, or why prices of another region
+    are used.
     """
 
     hourly: Hourly | None
@@ -51,7 +52,7 @@ class Cost:
 class Plan:
     """Plan of a stack: the change set that AWS has computed, the settings, and the cost of the stack.
 
-    `parameters` contains all parameters of the stack, including defaults.
+    `parameters` contains the values of all template parameters of the stack, including default values.
     """
 
     settings: Settings
@@ -102,8 +103,8 @@ def create_plan(
 ) -> Iterator[Plan]:
     """Yield a plan that changes the stack from its current `state` to the wanted settings.
 
-    The end of the block deletes a plan that was not executed. If `release` is None, the plan keeps the deployed
-    release.
+    If the plan was not executed, the end of the `with` block deletes the plan's change set. If `release` is None, the
+    plan keeps the deployed release.
     """
     is_new = state is None or state.is_new
     deployed = {} if state is None or is_new else state.parameters
@@ -138,7 +139,8 @@ def create_plan(
             len(body.encode()),
         )
     finally:
-        # `withdraw` deletes only a change set that was not executed, because AWS deletes an executed change set itself.
+        # `withdraw` does nothing after the execution of the change set, because AWS deletes an executed change set
+        # itself.
         stack.withdraw(change_set, is_new=is_new)
 
 
@@ -152,7 +154,8 @@ def _sent(
         elif name in values:
             sent.append({"ParameterKey": name, "ParameterValue": values[name]})
         elif name in deployed and (name == RELEASE or text_of(form.get("NoEcho")) == "true"):
-            # AWS does not return secret values, so the request asks CloudFormation to keep the previous value.
+            # AWS does not return the values of secret parameters, so the request asks CloudFormation to keep the
+            # deployed value.
             sent.append({"ParameterKey": name, "UsePreviousValue": True})
     return sent
 
@@ -163,20 +166,21 @@ def _effective(expanded: Template, values: Mapping[str, str]) -> dict[str, str]:
 
 
 def shape_of(template: Template) -> StackShape:
-    """Return the numbers of the template's resources that AWS bills per unit."""
+    """Return the numbers of VPC interface endpoints and alarms in the template, which AWS bills per unit."""
     resources = template["Resources"].values()
     kinds = [(resource["Type"], resource.get("Properties", {}).get("VpcEndpointType")) for resource in resources]
     return StackShape(
         interface_endpoints=kinds.count(("AWS::EC2::VPCEndpoint", "Interface")),
         alarms=kinds.count(("AWS::CloudWatch::Alarm", None)),
-        pool_alarms=0,  # `alarms` includes the alarms of the pools.
+        pool_alarms=0,  # The number `alarms` includes the alarms of the pools.
     )
 
 
 def cost(parameters: Mapping[str, str], region: str, home: Home | None, shape: StackShape) -> Cost:
-    """Return the cost of a stack with these parameters.
+    """Return the hourly cost of a stack with the template parameters `parameters`.
 
-    If the price book lacks the stack's region, the cost has the prices of the price book's region.
+    If the price book lacks prices of the stack's region, the cost is computed with prices of the price book's own
+    region.
     """
     book = price_book.load(home.path if home else None)
     note = ""
@@ -193,7 +197,8 @@ def cost(parameters: Mapping[str, str], region: str, home: Home | None, shape: S
 
 
 def offline_plan(wanted: Settings, source: Template, home: Home) -> tuple[Template, Cost]:
-    """Return the template with the settings as its defaults, and the cost of the stack. The function does not call AWS.
+    """Return the template with the settings as default values of its parameters, and the cost of the stack. The
+    function does not call AWS.
 
     Raise UsageError for settings that the template does not accept.
     """
@@ -208,10 +213,11 @@ def offline_plan(wanted: Settings, source: Template, home: Home) -> tuple[Templa
 
 @contextmanager
 def _reachable(stack: Stack, body: str, state: State | None) -> Iterator[dict[str, str]]:
-    """Yield the arguments of CreateChangeSet that pass the template.
+    """Yield the argument of CreateChangeSet that passes the template to CloudFormation.
 
-    The request of CreateChangeSet contains a small template itself. AWS reads a larger template from the stack's own
-    bucket. For a new stack, AWS reads a larger template from a temporary bucket, which exists during the block.
+    The request of CreateChangeSet contains a small template itself. CloudFormation reads a larger template from the
+    stack's own bucket. For a new stack, CloudFormation reads a larger template from a temporary bucket, which exists
+    until the end of the `with` block.
     """
     if len(body.encode()) <= MAX_INLINE_BYTES:
         yield {"TemplateBody": body}
@@ -225,7 +231,8 @@ def _reachable(stack: Stack, body: str, state: State | None) -> Iterator[dict[st
             s3.put_object(Bucket=bucket, Key=key, Body=body.encode())
         try:
             signed = s3.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key})
-            # CloudFormation reads the template with the caller's own permissions.
+            # The URL does not need a signature, because CloudFormation reads the template with the caller's
+            # permissions.
             yield {"TemplateURL": signed.partition("?")[0]}
         finally:
             with aws_errors(f"Bucket {bucket!r}"):
@@ -241,7 +248,7 @@ def _temporary_bucket(account: Account, stack: str) -> Iterator[str]:
         s3.create_bucket(Bucket=bucket, **({} if account.region == "us-east-1" else location))
     try:
         with aws_errors(f"Bucket {bucket!r}"):
-            # If this process is killed, `batchlab gc --aws` finds the bucket by its tag.
+            # If this process is killed, `batchlab gc --aws` finds the temporary bucket by its tag.
             s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": [{"Key": TAG, "Value": stack}]})
         yield bucket
     finally:

@@ -1,8 +1,8 @@
-"""A release: one archive with everything that an instance needs to become a manager or a worker.
+"""Release archive, which contains everything that an instance needs to become a manager or a worker.
 
 Invariants: the name of a release is the SHA-256 of its content. Releases of the same code, packages, and target are
-identical. An instance installs a release from the stack's bucket, without a package index. Packages that are installed
-on this machine have the same versions on instances, so instances run tested versions.
+identical. An instance installs a release from the stack's bucket, without a package index. If a package is installed on
+this machine, instances get the same version of the package, so instances run tested versions.
 """
 
 from __future__ import annotations
@@ -39,32 +39,35 @@ from batchlab.runtime import compose_project, descriptor
 
 ARCHITECTURES = ("x86_64", "aarch64")
 PYTHONS = ("3.11", "3.12", "3.13")
-"""Python versions that batchlab supports and Amazon Linux 2023 offers."""
+"""Python versions that batchlab supports and that Amazon Linux 2023 offers."""
 INSTALLER = "pip==25.3"
-"""Package that installs the wheels on an instance. The Python of an instance may lack pip."""
+"""Package that installs the wheels of a release on an instance, because the Python of an instance may lack pip."""
 
 _GLIBC = 34
-"""Minor version of glibc 2.34, which Amazon Linux 2023 has."""
+"""Minor version of glibc on Amazon Linux 2023, which has glibc 2.34."""
 _OLDEST_GLIBC = 5
 _MISSING = re.compile(r"No matching distribution found for (\S+)")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The earliest time that a zip file can store, used for reproducible wheels."""
+"""Earliest time that a zip file can store. Each file of a wheel gets the time `_EPOCH`, so that wheels are
+reproducible.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Architecture and Python version, such as "3.12", of the instances that install the wheels."""
+    """Architecture and Python version, such as "3.12", of the instances that install a release."""
 
     architecture: str
     python: str
 
     @classmethod
     def of(cls, architecture: str, python: str) -> Target:
-        """Return the target for an architecture and a Python version. An empty version means the running Python.
+        """Return the Target for an architecture and a Python version. If `python` is "", use the version of the running
+        Python.
 
-        Raise UsageError for a version or an architecture that instances do not support.
+        Raise UsageError for a Python version or an architecture that instances do not support.
         """
-        # batchlab sends functions as bytecode, which only the same Python version can run.
+        # batchlab sends functions as bytecode, so instances need the Python version of the sender.
         python = python or f"{sys.version_info.major}.{sys.version_info.minor}"
         if architecture not in ARCHITECTURES:
             raise UsageError(
@@ -79,7 +82,7 @@ class Target:
         return f"Python {self.python} on {self.architecture}"
 
     def markers(self) -> dict[str, str]:
-        """Return the environment in which the markers of requirements are evaluated."""
+        """Return the variables with which the environment markers of package requirements are evaluated."""
         return {
             "implementation_name": "cpython",
             "implementation_version": f"{self.python}.0",
@@ -95,8 +98,8 @@ class Target:
         }
 
     def pip(self) -> list[str]:
-        """Return pip's options for wheels of this target."""
-        # pip does not select wheels for an older glibc by itself, so the options name all platforms.
+        """Return the options with which pip selects wheels for the target."""
+        # With an explicit platform, pip ignores wheels for an older glibc, so the options name all supported platforms.
         names = [f"manylinux_2_{minor}" for minor in range(_GLIBC, _OLDEST_GLIBC - 1, -1)]
         names += ["manylinux2014", "manylinux2010", "manylinux1", "linux"]
         platforms = [f"--platform={name}_{self.architecture}" for name in names]
@@ -120,7 +123,7 @@ def own_wheel(folder: Path) -> Path:
     record.append(f"{info}/RECORD,,\n")
     content[f"{info}/RECORD"] = "\n".join(record).encode()
     path = folder / f"batchlab-{version}-py3-none-any.whl"
-    # The wheel is not compressed, because the output of compression libraries differs between versions.
+    # The wheel is not compressed, because the output of a compression library differs between the library's versions.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as wheel:
         for name, body in content.items():
             entry = zipfile.ZipInfo(name, _EPOCH)
@@ -137,8 +140,8 @@ def _digest(body: bytes) -> str:
 def fetch(folder: Path, target: Target, packages: Sequence[str] = ()) -> list[str]:
     """Download the wheels of batchlab's dependencies and of `packages` from pip's configured index.
 
-    Return the packages as "name==version". Raise BackendError with pip's reason, and UsageError for an invalid package
-    name.
+    Return the downloaded packages as "name==version". Raise BackendError with pip's reason if a download fails, and
+    UsageError for an invalid package name.
     """
     with _Pip(target, folder) as pip:
         pins, missing = _closure([*compose_project.requirements(), *packages], target, pip)
@@ -147,10 +150,10 @@ def fetch(folder: Path, target: Target, packages: Sequence[str] = ()) -> list[st
 
 
 def _closure(roots: Sequence[str], target: Target, pip: _Pip) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the pins of the target's dependencies as two lists: packages that are installed here, and downloaded
-    packages.
+    """Return the pins of all required packages as two lists: packages that are installed on this machine, and packages
+    that the function has downloaded.
 
-    A package that is not installed here is downloaded, because its metadata lists further dependencies.
+    A package that is not installed on this machine is downloaded, because its metadata lists further dependencies.
     """
     pins: dict[str, str] = {}
     fetched: dict[str, metadata.Distribution] = {}
@@ -186,9 +189,9 @@ def _requirement(line: str) -> Requirement:
 
 
 class _Pip:
-    """Downloads of wheels for the target into `folder`.
+    """Runner of pip that downloads wheels for a target into `folder`.
 
-    The downloads use the pip of this environment or of a temporary environment.
+    If the current Python environment lacks pip, the downloads use pip of a temporary environment.
     """
 
     def __init__(self, target: Target, folder: Path) -> None:
@@ -204,7 +207,7 @@ class _Pip:
         self._made.cleanup()
 
     def one(self, requirement: str, name: str) -> metadata.Distribution:
-        """Download a package that is not installed here, and return the metadata of its wheel."""
+        """Download a package that is not installed on this machine, and return the metadata of its wheel."""
         self.download([requirement])
         for path in self._folder.glob("*.whl"):
             if parse_wheel_filename(path.name)[0] == name:
@@ -220,8 +223,8 @@ class _Pip:
     def download(self, requirements: Sequence[str]) -> None:
         """Download a wheel for each requirement. Raise BackendError with pip's reason if a wheel is not available.
 
-        If a package has only a source distribution, pip builds a wheel on this machine. A wheel that is built here must
-        fit any platform.
+        If a package has only a source distribution, pip builds a wheel on this machine. A wheel that is built on this
+        machine must be a wheel for any platform.
         """
         wanted = list(requirements)
         while wanted:
@@ -245,7 +248,7 @@ class _Pip:
             wheel.replace(self._folder / wheel.name)
 
     def _run(self, command: str, *options: str, folder: str = "") -> str | None:
-        """Run a pip command. Return pip's error output, or None on success."""
+        """Run a pip command. Return the error output of pip, or None if pip succeeds."""
         done = subprocess.run(
             [
                 *(self._interpreter(), "-I", "-m", "pip", command),
@@ -257,7 +260,7 @@ class _Pip:
             capture_output=True,
             text=True,
             check=False,
-            # Without SOURCE_DATE_EPOCH, a wheel that is built here contains the time of the build.
+            # Without SOURCE_DATE_EPOCH, a wheel that pip builds would contain the time of the build.
             env={**os.environ, "SOURCE_DATE_EPOCH": "315532800"},
         )
         return (done.stderr or done.stdout).strip() if done.returncode else None
@@ -291,7 +294,7 @@ class _Pip:
 
 
 class _WheelMetadata(metadata.Distribution):
-    """Distribution with only the METADATA file of a wheel."""
+    """Distribution of `importlib.metadata` that contains only the METADATA file of a wheel."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -322,9 +325,9 @@ def build_release(
 ) -> Path:
     """Build a release for the architecture and the Python version, and return the path `<folder>/<sha256>.tar.gz`.
 
-    An empty `python` means the running version. The archive contains the PyPI `packages` of users' tasks, the
-    certificates of the database, and `variables` for the environment of manager and workers. `say` receives progress
-    messages. Raise BackendError if a package is not available, and UsageError for invalid arguments.
+    If `python` is "", use the version of the running Python. The archive contains the PyPI `packages` that users' tasks
+    need, the certificates of the database, and `variables` for the environment of the manager and the workers. `say`
+    receives progress messages. Raise BackendError if a package is not available, and UsageError for invalid arguments.
     """
     target = Target.of(architecture, python)
     with tempfile.TemporaryDirectory(prefix="batchlab-release-") as temporary:
@@ -335,7 +338,7 @@ def build_release(
         root = installation.folder("backends") / "aws" / "boot"
         content = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
         content["packages.txt"] = ("\n".join(pins) + "\n").encode()
-        # boot.sh reads the lines of the file `version` as shell variables.
+        # The script boot.sh on an instance reads the lines of the file `version` as shell variables.
         version = metadata.version("batchlab")
         content["version"] = f"VERSION={version}\nPYTHON={target.python}\nARCHITECTURE={target.architecture}\n".encode()
         if database_ca:
@@ -350,17 +353,19 @@ def build_release(
 
 
 def release_of(archive: Path) -> str:
-    """Return the value of the stack's parameter `Release` from an archive's name."""
+    """Return the SHA-256 in the name of a release archive, which is the value of the stack's parameter `Release`."""
     return archive.name.removesuffix(SUFFIX)
 
 
 def key_of(release: str) -> str:
-    """Return the key of a release in the bucket."""
+    """Return the key of a release in the stack's bucket."""
     return f"{PREFIX}{release}{SUFFIX}"
 
 
 def upload(objects: Objects, archive: Path, patience: Patience, say: Callable[[str], None]) -> str:
-    """Upload the archive to the stack's bucket unless the bucket has the archive, and return the archive's key."""
+    """Upload the release archive to the stack's bucket, unless the bucket already contains the archive. Return the
+    archive's key.
+    """
     key, size = key_of(release_of(archive)), archive.stat().st_size
 
     async def put() -> None:
@@ -390,8 +395,8 @@ def _read(certificates: Path) -> bytes:
 
 def _write(folder: Path, content: dict[str, bytes]) -> Path:
     packed = BytesIO()
-    # The archive is not compressed, because the output of compression libraries differs between versions. Downloaded
-    # wheels are compressed already.
+    # The archive is not compressed, because the output of a compression library differs between the library's versions.
+    # Downloaded wheels are already compressed.
     with (
         gzip.GzipFile("", "wb", compresslevel=0, fileobj=packed, mtime=0) as squeezed,
         tarfile.open(fileobj=squeezed, mode="w", format=tarfile.GNU_FORMAT) as archive,

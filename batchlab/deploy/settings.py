@@ -1,8 +1,8 @@
-"""Settings of a stack: the pools, and the parameters of the template.
+"""Settings of a stack, which are its pools and the values of its template parameters.
 
-Invariant: the loader refuses settings that AWS would refuse, except errors that only AWS can detect. The home stores
-the settings in `aws/settings.json` for the next plan. Without `aws/settings.json`, the plan reads the settings from the
-stack.
+Invariant: this module raises UsageError for settings that AWS would refuse, except for errors that only AWS can detect.
+The file `aws/settings.json` in the grid's folder stores the settings for the next plan. Without `aws/settings.json`,
+the plan reads the settings from the stack.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ from batchlab.runtime.home import Home
 
 STACK = "batchlab"
 RELEASE = "Release"
-"""Template parameter with the SHA-256 of the release's archive. Users cannot set the parameter `Release`."""
+"""Template parameter for the SHA-256 of the release archive. Users cannot set the template parameter `Release`."""
 
-# With the longest stack and pool names, the name of a pool's dead-letter queue has the 80 characters that SQS allows.
-# RDS does not allow two hyphens in a row, and the database is named after the stack.
+# A stack name has at most 28 characters, so that the name of a pool's dead-letter queue has at most the 80 characters
+# that SQS allows. A stack name does not contain two hyphens in a row, because RDS does not allow two hyphens in a row
+# in the name of the stack's database.
 _STACK_NAME = re.compile(r"(?=.{1,28}$)[a-z](-?[a-z0-9])*")
 _SHADOWED_NAME = re.compile(r".+-(tasks|pool)(-.*)?")
-"""Pattern of stack names whose queues or groups another stack could use.
+"""Pattern of stack names that are not allowed, because another stack could use the queues or groups of such a stack.
 
-The roles of the stack `x` have access to all queues `x-tasks-*` and all groups `x-pool-*`.
+The IAM roles of a stack `x` have access to all queues `x-tasks-*` and all Auto Scaling groups `x-pool-*`.
 """
 _POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _TYPE = re.compile(r"[a-z][a-z0-9-]*\.[a-z0-9-]+")
 _IS_NAME = re.compile(r"Pool(\w*)Name")
 _MACHINES = {"x86_64": "x86_64", "arm64": "aarch64"}
-"""Architecture names of `uname -m` by the names of EC2, which the instance catalog and Amazon's images use."""
+"""Architecture names in the output of `uname -m`, by EC2's architecture names. The instance catalog and the names of
+Amazon's images use EC2's names.
+"""
 _AMAZONS = "resolve:ssm:/aws/service/ami-amazon-linux-latest/"
 _MANAGERS = {"x86_64": "t3.small", "arm64": "t4g.small"}
 
@@ -48,7 +51,8 @@ _MANAGERS = {"x86_64": "t3.small", "arm64": "t4g.small"}
 class PoolSettings:
     """Settings of a pool of workers. If `types` is empty, the template's default instance types apply.
 
-    `parameters` contains further template parameters that begin with "Pool", with their names for the base pool.
+    `parameters` contains the values of further template parameters of the pool. The names of the parameters are the
+    names in the template file, which begin with "Pool".
     """
 
     name: str
@@ -59,7 +63,7 @@ class PoolSettings:
     parameters: tuple[tuple[str, str], ...] = ()
 
     def template_parameters(self) -> dict[str, str]:
-        """Return all parameters of the pool, with their names in a template with one pool."""
+        """Return the values of the pool's template parameters, with the parameter names in the template file."""
         sizes = {"PoolMin": str(self.min_size), "PoolMax": str(self.max_size), "PoolSlots": str(self.slots)}
         types = {"PoolInstanceTypes": ",".join(self.types)} if self.types else {}
         return {"PoolName": self.name, **sizes, **types, **dict(self.parameters)}
@@ -67,11 +71,11 @@ class PoolSettings:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Settings of a stack. A missing parameter has the template's default value.
+    """Settings of a stack. A template parameter that is missing in the settings has the template's default value.
 
-    `parameters` contains the template parameters of the whole stack. The release contains `packages` from PyPI for
-    users' tasks, `database_ca` (a file of certificates for the database), and `environment` (variables of manager and
-    workers).
+    `parameters` contains the values of the template parameters that do not belong to a single pool. The release of the
+    stack contains `packages` from PyPI for users' tasks, `database_ca` (a file of certificates for the database), and
+    `environment` (environment variables of the manager and the workers).
     """
 
     stack: str = STACK
@@ -84,24 +88,26 @@ class Settings:
 
     @property
     def architecture(self) -> str:
-        """Return the architecture of the pools' instance types, or x86_64 if no pool has instance types."""
+        """Return the architecture of the first instance type in the settings, or x86_64 if the settings do not name
+        instance types.
+        """
         return next((processor_of(type_) for pool in self.pools for type_ in pool.types), "x86_64")
 
     @property
     def machine(self) -> str:
-        """Return the architecture's name in the output of `uname -m` on an instance."""
+        """Return the name of the instances' architecture in the output of `uname -m`."""
         return _MACHINES[self.architecture]
 
     def with_parameters(self, parameters: Mapping[str, str]) -> Settings:
-        """Return the settings with these parameters added or replaced."""
+        """Return the settings with the values of `parameters` added or replaced."""
         return replace(self, parameters=tuple(sorted({**dict(self.parameters), **parameters}.items())))
 
 
 def processor_of(instance_type: str) -> str:
     """Return the architecture of an instance type, x86_64 or arm64.
 
-    If the catalog lacks the type, a "g" after the generation in the name means arm64 (see
-    https://docs.aws.amazon.com/ec2/latest/instancetypes).
+    If the catalog of instance types lacks the type, a "g" after the generation number in the type's name means arm64
+    (see https://docs.aws.amazon.com/ec2/latest/instancetypes).
     """
     if catalog_entry := instance_types.load().types.get(instance_type):
         return catalog_entry.architecture
@@ -113,7 +119,7 @@ def path_in(home: Home) -> Path:
 
 
 def read(home: Home) -> Settings | None:
-    """Return the settings that the home stores, or None if the home has no settings.
+    """Return the settings that the grid's folder stores, or None if the grid's folder does not store settings.
 
     Raise UsageError for invalid settings.
     """
@@ -147,7 +153,7 @@ def load(path: Path) -> Settings:
 
 
 def document(settings: Settings) -> dict[str, Any]:
-    """Return the settings in the form that `parse` accepts."""
+    """Return the settings as a JSON document that `parse` accepts."""
     document = asdict(settings)
     for part in (document, *document["pools"]):
         part["parameters"] = dict(part["parameters"])
@@ -155,7 +161,9 @@ def document(settings: Settings) -> dict[str, Any]:
 
 
 def parse(document: Any, where: str) -> Settings:
-    """Return the settings from a parsed YAML or JSON document. Raise UsageError with the name of an invalid key."""
+    """Return the settings from a parsed YAML or JSON document. If a key is unknown or its value is invalid, raise
+    UsageError with the key.
+    """
     values = _values(document, Settings, where)
     pools = []
     for pool in values.pop("pools", None) or []:
@@ -170,7 +178,7 @@ def parse(document: Any, where: str) -> Settings:
 
 
 def _values(document: Any, kind: type[Settings | PoolSettings], where: str) -> dict[str, Any]:
-    """Return the values of a parsed object by field of the class `kind`."""
+    """Return the checked values of a parsed JSON object, by field of the class `kind`."""
     names = sorted(field.name for field in fields(kind))
     if not isinstance(document, dict):
         raise UsageError(f"{where} is not an object with {', '.join(names)}.", remedy="Write `name: value` lines.")
@@ -184,7 +192,7 @@ def _values(document: Any, kind: type[Settings | PoolSettings], where: str) -> d
 
 def _value(name: str, value: Any, where: str) -> Any:
     if name in ("min_size", "max_size", "slots"):
-        # `isinstance` would accept True, because bool is a subclass of int.
+        # `isinstance` would accept the value True, because bool is a subclass of int.
         if type(value) is not int:
             raise UsageError(f"{where} is {value!r}, not a whole number.", remedy="Write a whole number.")
     elif name in ("pools", "types", "packages"):
@@ -208,15 +216,16 @@ def text_of(value: Any) -> str:
 
 
 def from_stack(name: str, region: str, deployed: Mapping[str, str]) -> tuple[Settings, str]:
-    """Return the settings of a deployed stack from the stack's parameters, and the name of the base pool.
+    """Return the settings of a deployed stack, computed from the stack's template parameters, and the name of the base
+    pool.
 
-    The logical ids of the base pool do not contain the pool's name.
+    The base pool is the pool whose logical ids in the template do not contain the pool's name.
     """
     names = {key: pool for key, pool in deployed.items() if _IS_NAME.fullmatch(key)}
     base = names.get("PoolName", BASE)
     rest = {key: value for key, value in deployed.items() if key != RELEASE}
     pools = []
-    # The loop begins with the longest parameter name, because "PoolBigName" also begins with "Pool".
+    # The loop begins with the longest parameter name, because "PoolBigName" of the pool "big" also begins with "Pool".
     for key in sorted(names, key=len, reverse=True):
         begin = key.removesuffix("Name")
         own_keys = [name for name in rest if name.startswith(begin) and name != begin]
@@ -233,9 +242,9 @@ def _pool(own: dict[str, str]) -> PoolSettings:
 
 
 def parameters(settings: Settings, template: Template, base: str = BASE) -> dict[str, str]:
-    """Return the template parameters that the settings contain, with their names in the expanded template.
+    """Return the values of the template parameters in the settings, by parameter name in the expanded template.
 
-    Raise UsageError for a missing parameter, and for a parameter or a value that the template does not accept.
+    Raise UsageError if a required parameter is missing, or if the template does not accept a parameter or its value.
     """
     parameter_values, declared = values(settings, template, base), template.get("Parameters", {})
     for name, form in declared.items():
@@ -246,9 +255,10 @@ def parameters(settings: Settings, template: Template, base: str = BASE) -> dict
 
 
 def values(settings: Settings, template: Template, base: str = BASE) -> dict[str, str]:
-    """Return the template parameters of settings that may be incomplete.
+    """Return the values of the template parameters in the settings, by parameter name. Required parameters may be
+    missing.
 
-    The function checks each parameter separately.
+    `values` checks each value alone, and does not compare values.
     """
     check(settings)
     per_pool = parameters_of(template)
@@ -271,8 +281,8 @@ def _check_machines(
 ) -> None:
     """Raise UsageError if the architecture of an image or of the manager differs from the pools' instance types.
 
-    An instance cannot launch or boot with an image for another architecture. The function does not check an AMI with an
-    explicit id.
+    An instance cannot launch or boot with an image for another architecture. The function does not check an image that
+    is named by an AMI id.
     """
     if not any(pool.types for pool in settings.pools):
         return
@@ -302,7 +312,7 @@ def _no_parameter(name: str, names: Sequence[str]) -> UsageError:
 
 
 def _accepted(name: str, value: str, form: Mapping[str, Any]) -> str:
-    """Return a parameter's value unchanged. Raise UsageError if CloudFormation would refuse the value."""
+    """Return the value of a parameter unchanged. Raise UsageError if CloudFormation would refuse the value."""
     allowed = [text_of(choice) for choice in form.get("AllowedValues", ())]
     wrong = f"{name} cannot be {value!r}"
     if allowed and value not in allowed:
@@ -323,7 +333,7 @@ def _accepted(name: str, value: str, form: Mapping[str, Any]) -> str:
 
 
 def check(settings: Settings) -> None:
-    """Raise UsageError unless AWS accepts the names and numbers in the settings."""
+    """Raise UsageError if AWS would refuse a name or a number in the settings."""
     if not _STACK_NAME.fullmatch(settings.stack):
         raise UsageError(
             f"The stack cannot be called {settings.stack!r}.",

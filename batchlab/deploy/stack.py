@@ -1,7 +1,7 @@
-"""CloudFormation operations on one stack: its state, change sets, events, and deletion.
+"""CloudFormation's operations on one stack, for the stack's state, change sets, events, and deletion.
 
-Invariant: a read of a new object is repeated for some time before the object counts as missing. CloudFormation may not
-find a new object right after its creation.
+Invariant: a read of a new stack or change set is repeated for some time before the object counts as missing.
+CloudFormation may not find a stack or a change set right after its creation.
 """
 
 from __future__ import annotations
@@ -31,22 +31,26 @@ from batchlab.deploy.stack_records import (
 from batchlab.deploy.template import Template, parse
 
 CAPABILITIES = ("CAPABILITY_NAMED_IAM",)
-"""Capabilities that confirm the creation of IAM roles by the template. The plan shows the IAM roles to the user."""
+"""CloudFormation capabilities that confirm that the template creates IAM roles. The plan shows the IAM roles to the
+user.
+"""
 TAG = "batchlab.stack"
 
 MAX_SETTLE_S = 60.0
-"""Time in seconds for which AWS may not find a new change set or stack."""
+"""Time in seconds after its creation for which AWS may not find a change set or a stack."""
 POLL_S = 3.0
 LOCAL_POLL_S = 0.1
-"""Poll interval in seconds for an emulator. Emulators do not limit the request rate."""
+"""Poll interval in seconds for an emulator, which does not limit the rate of requests."""
 
 _DETAILS_ELSEWHERE = "DescribeEvents"
-"""Text in a failure reason of CloudFormation whose details only DescribeEvents returns."""
+"""Text in CloudFormation's reason of a failure. Only DescribeEvents returns the details of a failure whose reason
+contains the text.
+"""
 _NO_CHANGES = ("didn't contain changes", "No updates are to be performed")
 
 
 class Stack:
-    """CloudFormation stack with the name `name` in an account."""
+    """CloudFormation stack with the name `name` in an AWS account. The stack may not exist yet."""
 
     def __init__(
         self,
@@ -68,7 +72,7 @@ class Stack:
         return self.account.client("cloudformation")
 
     def _call(self, action: str, **request: Any) -> Any:
-        """Call the CloudFormation action with this AWS name.
+        """Call the CloudFormation action with AWS's name `action`.
 
         Raise Missing if the stack or the change set does not exist.
         """
@@ -76,7 +80,9 @@ class Stack:
             return getattr(self._cloud, re.sub("(?<!^)([A-Z])", r"_\1", action).lower())(**request)
 
     def state(self, stack: str | None = None) -> State | None:
-        """Return the state of the stack with this name or id, or None. Only an id also finds a deleted stack."""
+        """Return the state of the stack with the name or id `stack`, or None if the stack does not exist. A deleted
+        stack is found only by its id.
+        """
         try:
             stacks = self._call("DescribeStacks", StackName=stack or self.name)["Stacks"]
         except Missing:
@@ -93,14 +99,14 @@ class Stack:
                 part["LogicalResourceId"], part["ResourceType"], part["PhysicalResourceId"], part["ResourceStatus"]
             )
             for part in self.account.pages("cloudformation", operation, key, StackName=self.name)
-            # A resource without a physical id was never created.
+            # CloudFormation has not created a resource without a physical id.
             if part["ResourceStatus"] != "DELETE_COMPLETE" and part.get("PhysicalResourceId")
         ]
 
     def template(self) -> Template:
         """Return the last deployed template of the stack."""
         body = self._call("GetTemplate", StackName=self.name, TemplateStage="Original")["TemplateBody"]
-        # botocore returns a JSON template as a parsed object.
+        # botocore returns a JSON template as a parsed object, and a YAML template as text.
         return parse(body, self.name) if isinstance(body, str) else dict(body)
 
     # --- Change sets -----------------------------------------------------------------------------
@@ -108,10 +114,10 @@ class Stack:
     def propose(
         self, template: Mapping[str, str], parameters: Sequence[Mapping[str, Any]], *, is_new: bool
     ) -> ChangeSet:
-        """Create a change set, and return the change set as soon as AWS has computed the changes.
+        """Create a change set for the stack, and return the change set as soon as AWS has computed the changes.
 
-        The change set is empty if the stack does not change. `template` contains the argument TemplateBody or
-        TemplateURL. Raise BackendError with AWS's reason if AWS cannot make the changes.
+        If the stack would not change, the returned change set is empty. `template` contains the argument TemplateBody
+        or TemplateURL. Raise BackendError with AWS's reason if AWS cannot make the changes.
         """
         try:
             response = self._call(
@@ -152,8 +158,8 @@ class Stack:
         begun_s = self._clock()
         while True:
             try:
-                # The request names the stack in addition to the change set, so IAM checks the permissions for the
-                # stack.
+                # The request names the stack in addition to the change set, so that IAM checks the caller's permissions
+                # for the stack.
                 description = self._call("DescribeChangeSet", StackName=self.name, ChangeSetName=change_set)
             except Missing as error:
                 if self._clock() - begun_s > MAX_SETTLE_S:
@@ -172,7 +178,8 @@ class Stack:
             yield change_of(page["ResourceChange"])
 
     def withdraw(self, change_set: ChangeSet, *, is_new: bool) -> None:
-        """Delete the change set, and a stack that was created only for the change set.
+        """Delete a change set that was not executed. If the stack was created only for the change set, also delete the
+        stack.
 
         AWS deletes an executed change set itself.
         """
@@ -197,20 +204,20 @@ class Stack:
 
     def execute(self, change_set: ChangeSet) -> None:
         """Start the execution of a change set. `follow` waits for the end of the execution."""
-        # Record the change set before the call of ExecuteChangeSet. After a failed call of ExecuteChangeSet, the
-        # execution may have begun, and then the stack must not be deleted as empty.
+        # Record the change set before the call of ExecuteChangeSet. Even if the call fails, the execution may have
+        # begun, so `withdraw` must not delete the stack.
         self._executed.add(change_set.id)
         token = _token("execute")
         self._call("ExecuteChangeSet", StackName=self.name, ChangeSetName=change_set.id, ClientRequestToken=token)
 
     def protect(self, *, on: bool) -> None:
-        """Turn termination protection on or off."""
+        """Turn the termination protection of the stack on or off."""
         self._call("UpdateTerminationProtection", StackName=self.name, EnableTerminationProtection=on)
 
     def delete(self, stack_id: str, retain: Sequence[str] = ()) -> None:
         """Start the deletion of the stack.
 
-        After a failed deletion, `retain` may list the logical ids of resources to keep.
+        If an earlier deletion failed, `retain` may list the logical ids of resources that CloudFormation must keep.
         """
         more = {"RetainResources": list(retain)} if retain else {}
         self._call("DeleteStack", StackName=stack_id, ClientRequestToken=_token("delete"), **more)
@@ -222,18 +229,18 @@ class Stack:
     # --- Events ----------------------------------------------------------------------------------
 
     def mark(self, stack_id: str) -> str:
-        """Return the id of the stack's newest event, or "" if the stack has no events.
+        """Return the id of the stack's newest event, or "" if the stack does not have an event.
 
         `follow` reads the events after the event with the returned id.
         """
         return next((event.id for event in self._events(stack_id)), "")
 
     def last_operation(self, stack_id: str) -> tuple[str, list[Event]]:
-        """Return the id of the event before the last operation, and the events of the operation from the oldest to the
-        newest.
+        """Return the id of the event before the stack's last operation, and the events of the last operation from the
+        oldest to the newest.
 
-        The returned id is "" for the first operation of the stack. The events of an operation include the events of its
-        rollback.
+        If the last operation is the stack's first operation, the returned id is "". The events of an operation include
+        the events of the operation's rollback.
         """
         events: list[Event] = []
         for event in self._events(stack_id):
@@ -243,7 +250,7 @@ class Stack:
         return "", events[::-1]
 
     def events(self, stack_id: str, since: str = "") -> list[Event]:
-        """Return the events after the event `since`, from the oldest to the newest."""
+        """Return the stack's events after the event with the id `since`, from the oldest to the newest."""
         events = list(takewhile(lambda event: event.id != since, self._events(stack_id)))
         return events[::-1]
 
@@ -251,14 +258,14 @@ class Stack:
         """Return the cause of a failed operation from the operation's events, or None if no event is a failure."""
         cause = root_cause(events)
         if cause and (_DETAILS_ELSEWHERE in cause.reason or "alidation fail" in cause.reason):
-            # CloudFormation validates some resources before the operation. DescribeEvents returns the errors of the
-            # validation.
+            # CloudFormation validates some resources before an operation. Only the action DescribeEvents returns the
+            # errors of this validation.
             return self._validation_error(StackName=stack_id) or cause
         return cause
 
     def _validation_error(self, **query: str) -> Cause | None:
-        """Return the first error of CloudFormation's validation before the operation."""
-        if not hasattr(self._cloud, "describe_events"):  # boto3 has `describe_events` since November 2025.
+        """Return the first error of the validation before an operation, or None if the error is unknown."""
+        if not hasattr(self._cloud, "describe_events"):  # boto3 offers `describe_events` since November 2025.
             return None
         response = self._call("DescribeEvents", **query, Filters={"FailedEvents": True})
         for event in response.get("OperationEvents", ()):
@@ -270,7 +277,7 @@ class Stack:
     def _events(self, stack_id: str) -> Iterator[Event]:
         """Yield the events of the stack from the newest to the oldest.
 
-        The generator is empty if AWS does not find the stack yet.
+        If AWS does not find the stack yet, the generator does not yield events.
         """
         pages = self._cloud.get_paginator("describe_stack_events").paginate(StackName=stack_id)
         try:
@@ -281,7 +288,8 @@ class Stack:
             return
 
     def follow(self, stack_id: str, since: str, on_event: Callable[[Event], None]) -> State:
-        """Wait for the end of the operation that began after the event `since`, and return the state of the stack.
+        """Wait for the end of the operation that began after the event with the id `since`, and return the state of the
+        stack.
 
         `on_event` receives each event of the operation once, from the oldest to the newest.
         """
@@ -291,7 +299,8 @@ class Stack:
                 last = event.id
                 has_ended |= event.is_of_stack and event.ends_operation
                 on_event(event)
-            # Read the state only after the last event, because AWS may return the old state before the last event.
+            # Read the stack's state only after the last event of the operation, because AWS may return an old state
+            # before the event.
             if has_ended:
                 state = self.state(stack_id)
                 if state and not state.is_moving:

@@ -1,9 +1,11 @@
-"""Records of CloudFormation's responses, the operations that each stack state allows, and causes of failures.
+"""Classes for CloudFormation's stacks, events, and change sets, and functions for causes of failures and the user's
+next step.
 
-The page docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/view-stack-events.html lists the status codes. The API
-reference's pages of ContinueUpdateRollback, RollbackStack, and DeleteStack list the states that allow these operations.
+The page docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/view-stack-events.html lists the status codes of stacks.
+The pages about ContinueUpdateRollback, RollbackStack, and DeleteStack in CloudFormation's API reference list the states
+in which a stack accepts each operation.
 
-Invariant: the reason of a cause is AWS's text without changes, and the remedy is batchlab's text.
+Invariant: the reason of a Cause is AWS's text without changes, and the remedy is batchlab's text.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from batchlab.core.errors import Refused
 _FAILED = ("CREATE_FAILED", "UPDATE_FAILED", "DELETE_FAILED", "IMPORT_FAILED")
 _BEGINS = ("CREATE_IN_PROGRESS", "UPDATE_IN_PROGRESS", "DELETE_IN_PROGRESS")
 _FOLLOWS = re.compile(r"^Resource (creation|update|deletion|creation Initiated)? ?cancelled", re.I)
-"""Pattern of the reason of a resource that CloudFormation canceled after the failure of another resource."""
+"""Pattern of AWS's reason in the event of a resource that CloudFormation canceled because another resource failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """Event of an operation on a stack.
 
-    `at_s` is in epoch seconds. `is_of_stack` marks an event about the stack itself.
+    `at_s` is the time of the event in epoch seconds. `is_of_stack` is true for an event about the stack itself.
     """
 
     id: str
@@ -128,11 +130,13 @@ _DENIED = re.compile(
 
 
 def root_cause(events: Iterable[Event]) -> Cause | None:
-    """Return the earliest failure of a resource that no other failure caused, or None if no event is a failure."""
+    """Return the earliest failure of a resource that was not canceled because of another failure. Return None if the
+    events do not contain a failure.
+    """
     ordered = sorted(events, key=lambda event: event.at_s)
     failed = [event for event in ordered if event.has_failed and not event.is_of_stack]
     own = [event for event in failed if not _FOLLOWS.match(event.reason)]
-    # AWS refuses some stacks as a whole, before the creation of any resource.
+    # If AWS refuses a stack as a whole, only an event about the stack itself contains the reason.
     of_stack = [event for event in ordered if event.is_of_stack and event.reason]
     refusals = [event for event in of_stack if "FAILED" in event.status or "ROLLBACK" in event.status]
     for event in (*own, *failed, *refusals):
@@ -141,7 +145,7 @@ def root_cause(events: Iterable[Event]) -> Cause | None:
 
 
 def advice(reason: str) -> str:
-    """Return the remedy for the reason of a failed operation."""
+    """Return batchlab's remedy for AWS's reason of a failed operation on a stack."""
     if denied := _DENIED.search(reason):
         action = denied["action"] or "the action in the reason"
         return f"Allow the deployer {action}. docs/deploy.md lists all actions of a deployment."
@@ -156,7 +160,9 @@ REVIEW = "REVIEW_IN_PROGRESS"
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """State of a stack from DescribeStacks. `changed_s` is in epoch seconds."""
+    """State of a stack from DescribeStacks. `changed_s` is the time of the last update or the creation in epoch
+    seconds.
+    """
 
     id: str
     name: str
@@ -170,13 +176,13 @@ class State:
     def is_moving(self) -> bool:
         """Return whether an operation on the stack is in progress.
 
-        A new stack that awaits a change set has no operation in progress.
+        The state REVIEW_IN_PROGRESS of a new stack does not count as an operation.
         """
         return self.status.endswith("_IN_PROGRESS") and self.status != REVIEW
 
     @property
     def is_new(self) -> bool:
-        """Whether no resource of the stack was ever created."""
+        """Whether the stack is new, so that CloudFormation has not created a resource of the stack yet."""
         return self.status == REVIEW
 
     @property
@@ -186,7 +192,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Change of one resource in a change set. `replacement` is "True", "False", "Conditional", or ""."""
+    """Change of one resource in a change set. `replacement` is AWS's value "True", "False", or "Conditional", or ""."""
 
     action: str
     id: str
@@ -198,7 +204,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class ChangeSet:
-    """Change set that AWS has computed. A change set without changes cannot be executed."""
+    """Change set whose changes AWS has computed. AWS refuses to execute a change set without changes."""
 
     id: str
     stack_id: str
@@ -270,24 +276,24 @@ NEXT = {
     "DELETE_FAILED": "Correct the problem in the reason, then run `batchlab deploy destroy` again. To keep a resource "
     "that cannot be deleted, use `aws cloudformation delete-stack --stack-name {stack} --retain-resources ID`.",
 }
-"""Next step of the user by the state of the stack after an operation."""
+"""Text about the user's next step, by the state of the stack after a failed operation."""
 
 _DELETE_ONLY = ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED", "CREATE_FAILED", "DELETE_FAILED")
 _BROKEN = ("UPDATE_ROLLBACK_FAILED", "UPDATE_FAILED", "IMPORT_ROLLBACK_FAILED")
 
 
 def next_step(state: State) -> str:
-    """Return the user's next step after an operation, or "" if no step is needed."""
+    """Return a text about the user's next step after an operation, or "" if the user does not need to act."""
     return NEXT.get(state.status, "").replace("{stack}", state.name)
 
 
 def must_be_deleted(state: State) -> bool:
-    """Return whether the stack can only be deleted."""
+    """Return whether CloudFormation accepts only the deletion of the stack in its current state."""
     return state.status in _DELETE_ONLY
 
 
 def refuse_unchangeable(state: State) -> None:
-    """Raise Refused unless CloudFormation accepts an update in this state of the stack."""
+    """Raise Refused if CloudFormation does not accept an update of a stack in the state `state`."""
     if state.is_moving:
         raise Refused(
             f"The stack {state.name} is {state.status}.",

@@ -1,4 +1,4 @@
-"""Status of a stack, and the conversion of its outputs to the deployment that `--backend aws` uses."""
+"""Status of a stack, and the deployment file for `--backend aws` that results from the stack's outputs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from batchlab.runtime.aws_deployment import AwsDeployment, Database
 from batchlab.runtime.home import Home
 
 IAM_USER = "batchlab_iam"
-"""Name of the database user with IAM authentication in the template."""
+"""Name of the template's database user that signs in with IAM authentication."""
 
 
 def output_of(state: State, name: str) -> str:
-    """Return the value of a stack output. Raise BackendError if the stack lacks the output."""
+    """Return the value of the stack output with the name `name`. Raise BackendError if the stack lacks the output."""
     if value := state.outputs.get(name):
         return value
     raise BackendError(
@@ -32,15 +32,16 @@ def output_of(state: State, name: str) -> str:
 
 
 def pool_groups(state: State) -> list[str]:
-    """Return the names of the Auto Scaling groups of the workers."""
+    """Return the names of the Auto Scaling groups of the stack's workers."""
     return [name for name in state.outputs.get("PoolGroups", "").split(",") if name]
 
 
 def deployment_of(state: State, region: str, python: str = "") -> AwsDeployment:
-    """Return the deployment from the outputs and parameters of the stack, and the Python version of its release.
+    """Return the AwsDeployment that the outputs and the parameters of a stack describe. `python` is the Python version
+    of the stack's release.
 
-    `python` is an argument because the stack's outputs do not contain the Python version. Raise BackendError if an
-    output is missing.
+    The Python version is an argument, because the outputs of a stack do not contain the Python version. Raise
+    BackendError if an output is missing.
     """
     ledger = output_of(state, "Ledger")
     database = None
@@ -88,15 +89,15 @@ def _pools(state: State, region: str) -> tuple[Pool, ...]:
 
 
 ALARMS = ("waits", "dead-letters", "down", "does-not-collect")
-"""Suffixes of alarm names. An alarm name begins with the name of a group."""
+"""Suffixes of alarm names. An alarm name begins with the name of an Auto Scaling group."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """Auto Scaling group of a stack.
 
-    `instances` contains the instances in service, and `others` is the number of other instances. `refresh` is the
-    status of the last instance refresh, or "" if the group had no instance refresh.
+    `instances` contains the ids of the instances that are InService, and `others` is the number of all other instances.
+    `refresh` is the status of the group's last instance refresh, or "" if an instance refresh was never started.
     """
 
     name: str
@@ -110,7 +111,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """Queue of a stack, with approximate numbers of messages."""
+    """SQS queue of a stack, with the approximate numbers of its messages."""
 
     name: str
     visible: int
@@ -127,7 +128,9 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Status of a stack. `drift` lists the fields that differ between the home's deployment.json and the stack."""
+    """Status of a stack. `drift` lists the fields in which the deployment file in the grid's folder differs from the
+    stack.
+    """
 
     state: State
     cause: Cause | None
@@ -139,7 +142,7 @@ class Status:
 
     @property
     def manager(self) -> str:
-        """Id of the manager's instance, or "" if no manager instance is in service."""
+        """Id of the instance on which the manager runs, or "" if the instance is not InService."""
         name = self.deployment.manager_group if self.deployment else ""
         return next((group.instances[0] for group in self.groups if group.name == name and group.instances), "")
 
@@ -162,7 +165,7 @@ class Status:
 
 
 def read_status(stack: Stack, state: State, home: Home) -> Status:
-    """Return the stack's status. The function does not change files in the home."""
+    """Return the status of a stack. The function does not change files in the grid's folder."""
     account = stack.account
     cause = None
     if not state.has_succeeded and not state.is_moving and not state.is_new:
@@ -183,7 +186,9 @@ def read_status(stack: Stack, state: State, home: Home) -> Status:
 
 
 def _python(home: Home) -> str:
-    """Return the Python version from the home's deployment file. The stack does not store the Python version."""
+    """Return the Python version from the deployment file in the grid's folder, because the stack does not store the
+    version.
+    """
     try:
         deployment = aws_deployment.read(home)
     except BackendError:
@@ -192,7 +197,7 @@ def _python(home: Home) -> str:
 
 
 def drift(home: Home, expected: AwsDeployment) -> Iterator[str]:
-    """Yield the fields in which the home's file differs from the stack's outputs."""
+    """Yield the names of the fields in which the deployment file in the grid's folder differs from `expected`."""
     try:
         deployment = aws_deployment.read(home)
     except BackendError:
@@ -231,7 +236,7 @@ def _queues(account: Account, deployment: AwsDeployment) -> Iterator[Queue]:
         "ApproximateNumberOfMessagesDelayed",
     )
     for url in account.pages("sqs", "list_queues", "QueueUrls", QueueNamePrefix=deployment.prefix):
-        # The queues of another stack have the same prefix if its name begins with the name of this stack.
+        # Skip the queues of another stack, which have the same prefix if its name begins with the name of this stack.
         if url.rpartition("/")[2] not in names:
             continue
         with aws_errors(f"Queue {url!r}"):

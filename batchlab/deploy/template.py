@@ -1,18 +1,20 @@
-"""CloudFormation templates: reading YAML, expansion to several pools, and writing JSON.
+"""Functions that read a CloudFormation template as YAML, expand the template to several pools, and write the template
+as JSON.
 
 Invariants: the written template has the same meaning as the template file. The written template is compact JSON,
-because a request may contain 51,200 bytes of template. Comments and indentation are more than a third of the template
-file. The logical ids of a pool depend neither on other pools nor on their order, so a new or removed pool never
-replaces another pool's resources.
+because a request to CloudFormation may contain at most 51,200 bytes of template. Comments and indentation are more than
+a third of the template file. The logical ids of a pool depend neither on other pools nor on their order, so a new or
+removed pool never replaces another pool's resources.
 
 An emulator refuses a template with an unknown resource type, even if the condition of the resource is false. Emulators
-also support fewer functions in conditions than AWS. For these reasons, a template for an emulator is rendered without
-conditions. A rendered template creates the same resources as its source with the same parameters.
+also support fewer functions in conditions than AWS. A template for an emulator is therefore rendered without
+conditions. A rendered template creates the same resources as the original template with the same parameters.
 
-In the template file, resources that exist once per pool have `Metadata: {batchlab: {per: pool}}` and a logical id that
+In the template file, a resource that exists once per pool has `Metadata: {batchlab: {per: pool}}` and a logical id that
 begins with "Pool". The logical ids of a pool's parameters, conditions, and rules also begin with "Pool". The base pool
 keeps the logical ids of the template file. For a pool "big", the logical id "PoolQueue" becomes "PoolBigQueue". If a
-shared part refers to a resource of a pool, the innermost list element with the reference is repeated for each pool.
+part of the template that all pools share refers to a resource of a pool, the innermost list element with the reference
+is repeated for each pool.
 """
 
 from __future__ import annotations
@@ -35,17 +37,17 @@ READABLE_FILE = "Name an existing file that can be read."
 """Remedy for a file that cannot be read."""
 
 MAX_INLINE_BYTES = 51_200
-"""Maximum size in bytes of TemplateBody in CreateChangeSet."""
+"""Maximum size in bytes of the parameter TemplateBody of CreateChangeSet."""
 MAX_STORED_BYTES = 1_048_576
-"""Maximum size in bytes of a template that TemplateURL refers to."""
+"""Maximum size in bytes of a template to which the parameter TemplateURL of CreateChangeSet refers."""
 LIMITS = {"Resources": 500, "Parameters": 200, "Outputs": 200, "Mappings": 200}
-"""Maximum number of entries by section of a template."""
+"""CloudFormation's maximum number of entries in a section of a template, by the name of the section."""
 
 
 class _Loader(yaml.SafeLoader):
     """YAML loader for CloudFormation's short forms such as !Ref.
 
-    The loader reads dates as text, as AWS does, for example the Version of a policy.
+    Like AWS, the loader reads a date, such as the Version of an IAM policy, as text.
     """
 
 
@@ -73,7 +75,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def shipped() -> Path:
-    """Return the path of the stack's template in this installation."""
+    """Return the path of the template file in this installation of batchlab."""
     return installation.folder("backends") / "aws" / "stack.yaml"
 
 
@@ -90,7 +92,7 @@ def load(path: Path) -> Template:
 def parse(text: str, where: str) -> Template:
     """Return the template from a YAML or JSON text. Raise UsageError if the text is not a template."""
     try:
-        document = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        document = yaml.load(text, Loader=_Loader)  # noqa: S506 - `_Loader` is a SafeLoader
     except yaml.YAMLError as error:
         raise UsageError(f"{where} is not YAML: {error}.", remedy="Correct this line.") from error
     if not isinstance(document, dict) or not isinstance(document.get("Resources"), dict):
@@ -102,7 +104,7 @@ def parse(text: str, where: str) -> Template:
 
 
 def body(template: Template) -> str:
-    """Return the template as compact JSON. Raise UsageError if the template exceeds a limit of CloudFormation."""
+    """Return a template as compact JSON. Raise UsageError if the template exceeds a limit of CloudFormation."""
     for section, most in LIMITS.items():
         if (count := len(template.get(section, ()))) > most:
             raise UsageError(
@@ -122,9 +124,11 @@ _NAMED = re.compile(r"\$\{([^!}][^}]*)\}")
 
 
 def render(template: Template, values: Mapping[str, str]) -> Template:
-    """Return the template without conditions and without the parts whose conditions are false.
+    """Return a copy of the template without conditions. The copy lacks the resources and outputs whose conditions are
+    false.
 
-    `values` contains all parameters, and the pseudo parameters that conditions may use, such as AWS::Region.
+    `values` contains the values of all parameters, and of the pseudo parameters that conditions may use, such as
+    AWS::Region.
     """
     return _Rendering(template, values).result()
 
@@ -153,7 +157,7 @@ class _Rendering:
         return self._test(self._template["Conditions"][name])
 
     def _chosen(self, node: Any) -> Any:
-        """Return the node with every Fn::If evaluated."""
+        """Return a copy of a template node in which each Fn::If is replaced by its chosen value."""
         if isinstance(node, list):
             return [self._chosen(part) for part in node]
         if not isinstance(node, dict):
@@ -215,25 +219,28 @@ _NAMED_TEMPLATES = re.compile(r"\$\{(?!!)\s*([A-Za-z0-9:]+)([^}]*)\}")
 
 
 def id_part(pool: str) -> str:
-    """Return the pool's name as part of a logical id, such as "GpuLarge" for "gpu-large"."""
+    """Return the form of a pool's name in logical ids, such as "GpuLarge" for the pool "gpu-large"."""
     return "".join(part[:1].upper() + part[1:] for part in re.split(r"[^a-z0-9]+", pool))
 
 
 def renamed(name: str, pool: str, base: str = BASE) -> str:
-    """Return the name that a logical id or parameter beginning with "Pool" has for this pool."""
+    """Return the logical id or the parameter name for the pool `pool`. `name` is the name in the template file, which
+    begins with "Pool".
+    """
     return name if pool == base else f"{PREFIX}{id_part(pool)}{name.removeprefix(PREFIX)}"
 
 
 def parameters_of(template: Template) -> list[str]:
-    """Return the template's parameters that exist once per pool."""
+    """Return the names of the template parameters that exist once per pool."""
     return [name for name in template.get("Parameters", {}) if name.startswith(PREFIX)]
 
 
 def expand(template: Template, pools: Sequence[str], base: str = BASE) -> Template:
-    """Return a template with exactly these pools. Raise UsageError if logical ids of two pools collide.
+    """Return a copy of the template with the pools `pools`. Raise UsageError if two pools would have the same logical
+    ids.
 
-    `base` is the pool whose logical ids do not contain the pool's name. The returned template lacks the metadata for
-    tools that read the template file.
+    `base` is the pool whose logical ids do not contain the pool's name. The copy lacks the metadata for tools that read
+    the template file, such as cfn-lint.
     """
     if not pools:
         raise UsageError("A stack needs a pool.", remedy="Add --pool default:0-10x2.")
@@ -295,7 +302,9 @@ class _Expansion:
         return rename
 
     def _spread(self, node: Any) -> tuple[Any, bool]:
-        """Return the node with repeated list elements, and whether the node still refers to a resource of a pool."""
+        """Return a copy of a template node in which list elements that refer to a pool are repeated for each pool. Also
+        return whether the copy still refers to a pool outside of a list.
+        """
         if isinstance(node, dict):
             spread, is_open = {}, False
             for key, value in node.items():
@@ -309,7 +318,7 @@ class _Expansion:
             for element in node:
                 element_spread, is_open = self._spread(element)
                 if is_open or (isinstance(element, str) and element in self._resources):
-                    # An element that is a text belongs to DependsOn.
+                    # A list element that is a text is a logical id in DependsOn.
                     renames = [self._for(pool) for pool in self._pools]
                     repeated += [
                         rename(element) if isinstance(element, str) else _mapped(element, rename) for rename in renames
@@ -321,13 +330,13 @@ class _Expansion:
 
     def _spread_in(self, key: str, value: Any) -> tuple[Any, bool]:
         if key.startswith("Fn::") and isinstance(value, list):
-            # The arguments of a function have fixed positions, so no argument is repeated.
+            # The arguments of a CloudFormation function have fixed positions, so an argument must not be repeated.
             parts = [self._spread(part) for part in value]
             return [part_spread for part_spread, _ in parts], any(is_open for _, is_open in parts)
         return self._spread(value)
 
     def _mentioned(self, node: dict[str, Any]) -> bool:
-        """Return whether the node itself, without its child nodes, refers to a resource of a pool."""
+        """Return whether a template node refers to a part of a pool. References in child nodes do not count."""
         is_mentioned = False
 
         def record(name: str) -> str:
@@ -341,7 +350,7 @@ class _Expansion:
         return is_mentioned
 
     def _interface(self, original: dict[str, Any]) -> dict[str, Any]:
-        """Return the parameter groups and labels for the console, with the parameters of all pools."""
+        """Return the parameter groups and labels for CloudFormation's console, with the parameters of all pools."""
         interface = copy.deepcopy(original)
         for group in interface.get("ParameterGroups", ()):
             group["Parameters"] = [new for name in group.get("Parameters", ()) for new in self._names(name)]
@@ -350,7 +359,9 @@ class _Expansion:
         return interface
 
     def _names(self, name: str) -> list[str]:
-        """Return the names of a pool's parameter for all pools, or the unchanged name of another parameter."""
+        """Return the names of a parameter for all pools. If the parameter does not belong to a pool, return only the
+        unchanged name.
+        """
         return [renamed(name, pool, self._base) for pool in self._pools] if name in self._per_pool else [name]
 
 
@@ -362,16 +373,17 @@ def _is_per_pool(name: str, resource: dict[str, Any]) -> bool:
 
 
 def _without_notes(resource: dict[str, Any]) -> dict[str, Any]:
-    """Return the resource without the metadata for checkov, cfn-lint, and batchlab."""
+    """Return a copy of a resource without the metadata for the tools checkov and cfn-lint and for batchlab."""
     metadata = {k: v for k, v in resource.get("Metadata", {}).items() if k.startswith("AWS::")}
     stripped = {key: value for key, value in resource.items() if key != "Metadata"}
     return {**stripped, "Metadata": metadata} if metadata else stripped
 
 
 def _mentions(key: str, value: Any, rename: _Rename) -> Any:
-    """Return the value of `key`, with the logical ids renamed that the value itself contains.
+    """Return `value`, the value of `key` in a template node. Logical ids that `value` itself contains are renamed with
+    `rename`.
 
-    Child nodes stay unchanged.
+    Child nodes of the template node stay unchanged.
     """
     if key in ("Ref", "Condition") and isinstance(value, str):
         return rename(value)
@@ -395,7 +407,7 @@ def _mentions(key: str, value: Any, rename: _Rename) -> Any:
 
 
 def _mapped(node: Any, rename: _Rename) -> Any:
-    """Return a copy of the node with all logical ids renamed."""
+    """Return a copy of a template node in which all logical ids are renamed with `rename`."""
     if isinstance(node, dict):
         return {key: _mapped(_mentions(key, value, rename), rename) for key, value in node.items()}
     if isinstance(node, list):

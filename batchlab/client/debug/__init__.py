@@ -1,1 +1,1 @@
-"""Replay of one task of a job on this machine, in the foreground and with a debugger."""
+"""Replay of one task of a job on the user's machine, in the foreground and optionally with a debugger."""

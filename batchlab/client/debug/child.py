@@ -1,7 +1,8 @@
-"""Process in which a task runs again: the worker's code for tasks, with a debugger around it.
+"""Process that runs a task of a grid again on the user's machine, under a debugger.
 
-Invariant: the code of a worker's child process finds and calls the handler, and classifies its errors. The run of the
-task changes nothing on the grid. This module imports only the standard library and a few light modules of batchlab.
+Invariant: the code of a worker's child process finds and calls the handler, and classifies the handler's errors. The
+run of the task does not change the grid. This module imports only the standard library and a few small modules of
+batchlab.
 
     python -P -m batchlab.client.debug.child FOLDER [--pdb] [--break] [--debugpy PORT]
                                           [--env NAME] [--supervised]
@@ -30,24 +31,25 @@ from batchlab.worker.task_executor import TaskExecutor
 _PR_SET_PDEATHSIG = 1
 
 USER_LEFT = (bdb.BdbQuit, KeyboardInterrupt)
-"""Exceptions that the debugger raises if the user ends the task."""
+"""Exceptions that are raised in a task if the user ends the debugger."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the task of a folder. Exit with code 0 if the task succeeded, and with code 1 if the task failed."""
+    """Run the task of a task folder. Exit with code 0 if the task succeeded, and with code 1 if the task failed."""
     options = _parser().parse_args(arguments)
-    # Python would use outdated bytecode if the user changes code within one second without a change of its length.
+    # If the user changed a file of code within one second without changing its length, Python would use outdated
+    # bytecode.
     sys.dont_write_bytecode = True
     try:
         task_run = read(options.folder)
     except NotATaskFolder as error:
         sys.exit(f"Error: {error}")
     if options.supervised:
-        # The supervisor ignores Ctrl-C, so this process must react to Ctrl-C. The death signal ends this process
-        # together with the supervisor.
+        # The supervising process ignores Ctrl-C, so this process must react to Ctrl-C. The parent-death signal ends
+        # this process together with the supervising process.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # If the task exceeds its time limit, the supervisor sends SIGUSR1, and this process prints the stack of the task.
+    # If the task exceeds a limit, the supervising process sends SIGUSR1, and this process prints the stack of the task.
     faulthandler.enable(2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     environ = dict(os.environ)
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _say("\n".join(task_folder.compare(task_run, ended, environ).lines))
     sys.stdout.flush()
     sys.stderr.flush()
-    # As in a worker's child process, the exit does not wait for threads that a handler has started.
+    # `os._exit` does not wait for threads that a handler has started. A worker's child process exits in the same way.
     os._exit(1 if ended.failure or ended.left else 0)
 
 
@@ -101,7 +103,7 @@ def run(task_run: TaskRun, debugger: debuggers.Debugger, board: ChildState | Non
             board.mark(task, time.monotonic())
 
     def rest() -> None:
-        # The time limit does not apply while the user debugs.
+        # The time limit of the task does not apply while the user debugs the task.
         if board:
             board.rest()
 
@@ -124,7 +126,7 @@ def run(task_run: TaskRun, debugger: debuggers.Debugger, board: ChildState | Non
         if (task_run.failure or {}).get("error") == type(error).__name__:
             return RunResult(executor.explain(error), run_s=time.monotonic() - began_s)
         return RunResult(left=True)
-    except BaseException as error:  # noqa: BLE001 - every way to fail is the task's failure
+    except BaseException as error:  # noqa: BLE001 - any exception is a failure of the task
         run_s = time.monotonic() - began_s
         rest()
         fault = executor.explain(error)
@@ -141,7 +143,7 @@ def _tell(fault: handlers.Fault) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 - prints for the user
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - prints a message to the user
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Debuggers for a task: none, pdb, or an IDE with debugpy.
+"""Debuggers for the local run of a task: pdb, an IDE with debugpy, or a placeholder without a debugger.
 
 Invariant: a debugger does not change the exception that the task raises. The process that runs the task imports this
-module, so the module imports only light modules, and debugpy on request.
+module, so the module imports only small modules, and debugpy only if the user requests debugpy.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ HOST = "127.0.0.1"
 
 
 class Debugger:
-    """Debugger that does nothing, so the task runs without a debugger."""
+    """Placeholder whose methods do nothing, so that the task runs without a debugger."""
 
     def begin(self, task_run: TaskRun) -> None:
-        """Prepare the debugger for the call of the loaded handler."""
+        """Prepare the debugger just before the task's handler is called."""
 
     @contextmanager
     def around(self, task_run: TaskRun) -> Iterator[None]:
-        """Wrap the handler's call."""
+        """Wrap the call of the task's handler."""
         del task_run
         yield
 
@@ -71,7 +71,7 @@ class Pdb(Debugger):
 
 
 class _Stop:
-    """Trace function that starts pdb when the function is called."""
+    """Trace function that starts pdb when the function with the code object `code` is called."""
 
     def __init__(self, code: CodeType) -> None:
         self._code = code
@@ -115,16 +115,16 @@ def choose(*, pdb: bool, at_start: bool, port: int | None) -> Debugger:
 
 
 def _code(task_run: TaskRun) -> CodeType | None:
-    """Return the code of the user's function without its decorators, or None."""
+    """Return the code object of the handler without the handler's decorators, or None if the code object is unknown."""
     handler = task_run.request["handler"]
     if not handler:
         return None
     function = inspect.unwrap(handlers.find(handler, task_run.request["function"]))
     if not inspect.isfunction(function) and not inspect.ismethod(function):
-        function = getattr(type(function), "__call__", None)  # noqa: B004 - reads its code
+        function = getattr(type(function), "__call__", None)  # noqa: B004 - reads the code of `__call__`
     code = getattr(function, "__code__", None)
     return code if isinstance(code, CodeType) else None
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 - prints for the user
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - prints a message to the user

@@ -1,9 +1,10 @@
-"""Foreground run of a prepared task, within the job's limits, or a shell for the task.
+"""Local run of a prepared task in the foreground, within the job's limits, and a shell for the task.
 
 Invariant: the worker's code checks the limits, and all processes that the task started end with the task. The task gets
-an environment variable only if the user names the variable or `environment.is_harmless` lists it. No rule recognizes
-every secret, so the list contains only harmless variables. The foreground run is not a sandbox, because the task runs
-with the user's rights. The process that runs the task imports this module, so the module has few imports.
+an environment variable only if the user names the variable or `environment.is_harmless` lists the variable. The list
+contains harmless variables instead of secret variables, because a rule cannot recognize every secret. The foreground
+run is not a sandbox, because the task runs with the user's rights. The process that runs the task imports this module,
+so the module imports few other modules.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from batchlab.worker.shared_memory import ChildState
 from batchlab.worker.task_executor import decoded
 
 NAMED = 5
-"""Number of withheld variables that a message lists by name. The message only counts further withheld variables."""
+"""Maximum number of withheld variables that a message lists by name. The message only counts the other variables."""
 _LOGIN = re.compile(r"://[^/@\s]*:[^/@\s]+@")
-"""Pattern of a URL with a password."""
+"""Pattern of a user name and a password in a URL."""
 
 
 def withheld(environ: Mapping[str, str], passed: Collection[str] = ()) -> list[str]:
@@ -51,13 +52,13 @@ def withheld(environ: Mapping[str, str], passed: Collection[str] = ()) -> list[s
 
 
 def task_environment(environ: Mapping[str, str], passed: Collection[str] = ()) -> dict[str, str]:
-    """Return the environment without the withheld variables."""
+    """Return the environment of a local run, without the environment variables that `withheld` returns."""
     kept_back = frozenset(withheld(environ, passed))
     return {name: value for name, value in environ.items() if name not in kept_back}
 
 
 def withheld_text(names: list[str]) -> str:
-    """Return a sentence about the withheld variables, or "" if no variable is withheld."""
+    """Return a sentence about the withheld environment variables in `names`, or "" if `names` is empty."""
     if not names:
         return ""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
@@ -68,16 +69,17 @@ def withheld_text(names: list[str]) -> str:
 
 
 _STACK_S = 0.2
-"""Time in seconds within which a task must print its stack after the task's time limit."""
+"""Time in seconds that a task has for printing its stack before the task is killed at a limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
     """The user's options for a local run of a task.
 
-    `pdb` starts pdb at the exception, `at_start` also at the first line, and `debugpy` is the port for an IDE.
-    `no_limits` ignores the job's limits. `aside` redirects the output of the task to stderr, so that a program can read
-    stdout. The task gets the variables in `passed`, which may be secrets.
+    `pdb` starts pdb at the exception of the task, `at_start` also at the first line of the handler, and `debugpy` is
+    the port for an IDE. With `no_limits`, the job's limits do not apply. `aside` redirects the output of the task to
+    stderr, so that a program can read the command's stdout. The task gets the variables in `passed`, which may be
+    secrets.
     """
 
     pdb: bool = False
@@ -93,7 +95,7 @@ class RunOptions:
 
     @property
     def takes_time(self) -> bool:
-        """Return whether the user may be at a prompt while the task runs."""
+        """Return whether a debugger may wait for the user during the task, so that the time limit cannot apply."""
         return self.at_start or self.debugpy is not None
 
 
@@ -105,7 +107,7 @@ def run(task_run: TaskRun, how: RunOptions) -> RunResult:
         process = subprocess.Popen(
             argv(task_run, how),
             env=task_environment(os.environ, how.passed),
-            # A task on a worker cannot read from stdin either.
+            # The local run cannot read from stdin, because a task on a worker cannot read from stdin.
             stdin=None if how.is_interactive else subprocess.DEVNULL,
             stdout=2 if how.aside else None,
         )
@@ -117,7 +119,7 @@ def run(task_run: TaskRun, how: RunOptions) -> RunResult:
 
 
 def argv(task_run: TaskRun, how: RunOptions) -> list[str]:
-    """Return the command of the task's process."""
+    """Return the command line that starts the process of the task."""
     debugging = [
         *(["--pdb"] if how.pdb else []),
         *(["--break"] if how.at_start else []),
@@ -131,7 +133,7 @@ def argv(task_run: TaskRun, how: RunOptions) -> list[str]:
 def _interrupts_ignored() -> Iterator[None]:
     """Ignore SIGINT in this process.
 
-    The terminal also sends SIGINT to the task or its debugger, which reacts to SIGINT.
+    The terminal sends SIGINT to the task's process too, and the task or its debugger reacts to SIGINT.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -149,8 +151,8 @@ class _Watched:
 class _Memory:
     """Memory of a process and its descendants.
 
-    The process must stay in the process group of the terminal, so its process group does not identify the descendants
-    of the process.
+    The measured process stays in the foreground process group of the terminal, so the process group does not identify
+    the descendants of the process.
     """
 
     def resident_bytes(self, group: int, since_s: float) -> int:
@@ -188,18 +190,16 @@ def _watch(task_run: TaskRun, how: RunOptions, watched: _Watched, process: subpr
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and its descendants. Unlike a worker's child process, the process does not lead a process
-    group.
-    """
+    """Kill the process and its descendants one by one, because the process does not lead a process group of its own."""
     if process.poll() is None:
         for pid in family(process.pid):
-            with suppress(ProcessLookupError):  # the process has ended before the kill
+            with suppress(ProcessLookupError):  # The process has already ended.
                 os.kill(pid, signal.SIGKILL)
         process.wait()
 
 
 def not_applied(task_run: TaskRun, how: RunOptions) -> list[str]:
-    """Return one sentence for each limit of the job that does not apply to the run."""
+    """Return one sentence for each limit of the job that did not apply to the local run."""
     sentences = []
     if task_run.timeout_s is not None and (how.no_limits or how.takes_time):
         sentences.append(f"The time limit of {task_run.timeout_s:g} s did not apply.")
@@ -208,12 +208,12 @@ def not_applied(task_run: TaskRun, how: RunOptions) -> list[str]:
     return sentences
 
 
-# --- A shell -------------------------------------------------------------------------------------
+# --- Shell for a command -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Shell:
-    """Prepared task of a command stage. `command` is the line to type in the shell."""
+    """Prepared task of a stage that runs a command. `command` is the line that the user types in the shell."""
 
     command: str
     call: programs.Call
@@ -222,8 +222,8 @@ class Shell:
 def shell(task_run: TaskRun, passed: Collection[str] = ()) -> Shell:
     """Prepare the task for a shell.
 
-    Raise UsageError if the task is not a command, or if its command cannot be built. `passed` has the same meaning as
-    in RunOptions.
+    Raise UsageError if the task does not run a command, or if the command line cannot be built. `passed` has the
+    meaning of the field `passed` of RunOptions.
     """
     if not task_run.is_command:
         raise UsageError(
@@ -243,13 +243,13 @@ def shell(task_run: TaskRun, passed: Collection[str] = ()) -> Shell:
 
 
 def typed(call: programs.Call) -> str:
-    """Return the command call as a line for a shell."""
+    """Return the command of the task as a line that the user can type in a shell."""
     line = shlex.join(call.arguments)
     return f"{line} > {shlex.quote(str(call.stdout))}" if call.stdout else line
 
 
 def open_shell(ready: Shell) -> int:
-    """Run the user's shell in the folder of the command, and return its exit code."""
+    """Run the user's shell in the current folder of the task's command, and return the exit code of the shell."""
     with _interrupts_ignored():
         return subprocess.run(
             [os.environ.get("SHELL") or "/bin/sh"], cwd=ready.call.cwd, env=ready.call.environment, check=False

@@ -1,4 +1,4 @@
-"""Preparation of a task folder: the worker's code copies a task's input and code from the bucket.
+"""Preparation of a task folder, for which the worker's code copies the input and the code of a task from the bucket.
 
 Invariant: `ReadOnlyObjects` cannot write to the bucket. The task folder contains copies, so debugging cannot change the
 grid.
@@ -33,7 +33,7 @@ _FORBIDDEN = ("403", "AccessDenied", "Access Denied", "PermissionDenied", "Forbi
 
 
 class ReadOnlyObjects:
-    """Objects port that only reads objects."""
+    """Implementation of the Objects port that can only read objects."""
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
@@ -75,7 +75,7 @@ def _only_reads(key: str) -> Refused:
 
 
 class _Layout(Scratch):
-    """Scratch folder of a worker, with the paths of a task folder."""
+    """Scratch folder for the worker's code, with the paths of a task folder instead of the paths on a worker."""
 
     def code(self, digest: str) -> Path:
         del digest
@@ -99,10 +99,10 @@ async def prepare_task(
 ) -> TaskRun:
     """Prepare `folder` for a task.
 
-    `number` and `round_` select the attempt. If `number` and `round_` are omitted, select the last failed attempt, or
-    else the last attempt. A task without an ended attempt is prepared if its input exists. Raise UsageError if the task
-    or the attempt does not exist, or if an object of the task was deleted. Raise BackendError if the bucket cannot be
-    read.
+    `number` and `round_` select the attempt of the task. Without `number` and `round_`, the last failed attempt or else
+    the last attempt is selected. If no attempt of the task has ended, the folder is prepared from the task's input.
+    Raise UsageError if the task or the attempt does not exist, or if an object of the task was deleted. Raise
+    BackendError if the bucket cannot be read.
     """
     reading = ReadOnlyObjects(objects, patience)
     with _denied_access():
@@ -208,7 +208,7 @@ async def _fetch(
 
 
 def _notes(attempt: Attempt | None, worker: Environment | None, *, is_pickled: bool) -> list[str]:
-    """Return notes on differences from the grid that the run itself cannot detect."""
+    """Return notes on differences between this machine and the grid that the local run itself cannot detect."""
     notes = []
     if attempt and worker is None:
         notes.append(
@@ -223,7 +223,7 @@ def _notes(attempt: Attempt | None, worker: Environment | None, *, is_pickled: b
 
 
 def _missing(what: str, stage: str, task: int, reason: str) -> UsageError:
-    """Return the error for a part of the task that is missing, with a remedy."""
+    """Return the error for a missing part of a task, such as the task's input or code, with a remedy."""
     if what == "code":
         remedy = "Submit the job again from its folder, which uploads its code again."
     elif "'files/" in reason:
@@ -237,9 +237,9 @@ def _missing(what: str, stage: str, task: int, reason: str) -> UsageError:
 
 
 def make_folder(folder: Path) -> None:
-    """Create `folder`, or empty `folder` if it contains an earlier task.
+    """Create `folder`. If `folder` is the task folder of an earlier task, remove the folder's content.
 
-    Raise UsageError if `folder` contains anything else or cannot be created.
+    Raise UsageError if `folder` contains other files, or cannot be created.
     """
     try:
         if folder.is_dir() and any(folder.iterdir()):

@@ -1,7 +1,8 @@
 """Task folder: the input and the code of a task, and `task.json`, which describes the run.
 
-Invariant: the folder contains only copies, and every path in `task.json` is relative to the folder, so the folder can
-be moved and shared. The process that runs the task imports this module, so the module has few imports.
+Invariant: a task folder contains only copies, and every path in `task.json` is relative to the task folder, so a task
+folder can be moved and shared. The process that runs the task imports this module, so the module imports few other
+modules.
 
     README.md    a description of the folder, and the commands
     run.py       runs the task, also in an IDE
@@ -42,16 +43,17 @@ CODE, EXECUTION = "code", "run"
 
 
 class NotATaskFolder(Exception):
-    """The folder is not a task folder, or another version of batchlab prepared it."""
+    """Error for a folder that is not a task folder, or that another version of batchlab prepared."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskRun:
     """Contents of `task.json`.
 
-    The paths in `request` and `item` refer to the current folder. `state` is the attempt's state on the grid, or "" if
-    the attempt has not ended. `failure` has the fields of the attempt's Failure, and `value` is the encoded result.
-    `there` is the recorded environment of the worker. `notes` lists differences that the preparation found.
+    The paths in `request` and `item` begin with the path of the task folder `folder`. `state` is the attempt's state on
+    the grid, or "" if the attempt has not ended. `failure` has the fields of the attempt's Failure, and `value` is the
+    attempt's encoded result. `there` is the recorded environment of the worker that ran the attempt. `notes` lists
+    differences from the grid that the preparation of the folder found.
     """
 
     folder: Path
@@ -80,7 +82,7 @@ class TaskRun:
 
     @property
     def context(self) -> Context:
-        """Return the context that the task receives."""
+        """Return the Context object that the task's handler receives."""
         return context(self.request, self.task)
 
     @property
@@ -88,12 +90,13 @@ class TaskRun:
         return self.folder / BOARD
 
     def clean(self) -> None:
-        """Delete the task's output of earlier runs, and keep its input."""
+        """Delete the output of earlier local runs of the task, and keep the input of the task."""
         own = self.folder / EXECUTION / str(self.task)
         for name in ("out", "scratch", "value", "kept"):
-            shutil.rmtree(own / name, ignore_errors=True)  # only some tasks create these folders
+            # Ignore a missing folder, because only some tasks create the folder.
+            shutil.rmtree(own / name, ignore_errors=True)
         shutil.rmtree(self.request["cwd"], ignore_errors=True)
-        os.makedirs(self.request["cwd"])  # noqa: PTH103 - as the worker does
+        os.makedirs(self.request["cwd"])  # noqa: PTH103 - the worker also calls `os.makedirs`
         (self.folder / ENDED).unlink(missing_ok=True)
 
 
@@ -111,7 +114,7 @@ def write(task_run: TaskRun) -> None:
 
 
 def read(folder: Path) -> TaskRun:
-    """Return the run that a folder describes. Raise NotATaskFolder if the folder is not a task folder."""
+    """Return the TaskRun that `task.json` in a task folder describes. Raise NotATaskFolder for any other folder."""
     folder = folder.absolute()
     try:
         doc = json.loads((folder / TASK).read_text())
@@ -146,14 +149,14 @@ class RunResult:
 
 
 def write_ended(folder: Path, ended: RunResult) -> None:
-    """Write the result of a run atomically."""
+    """Write the result of a local run to the task folder atomically."""
     staged = folder / f".{ENDED}"
     staged.write_text(json.dumps(json_format.fields(ended)))
     staged.replace(folder / ENDED)
 
 
 def read_ended(folder: Path) -> RunResult | None:
-    """Return the result of the last run, or None if the last run did not write a result."""
+    """Return the result of the last local run, or None if the last local run did not write a result."""
     try:
         return RunResult(**json.loads((folder / ENDED).read_text()))
     except FileNotFoundError:
@@ -168,10 +171,11 @@ SUCCEEDED, FAILED, LEFT = "succeeded", "failed", "left"
 class Comparison:
     """Result of the comparison of a local run with the run on the grid.
 
-    If the task failed on the grid, `word` is "same" (the local run failed equally), "different", or "not at all" (the
-    local run did not fail). If the task did not fail on the grid, `word` is "succeeded" or "failed". If the user ended
-    the debugger before the end, `word` is "left". `here` and `there` are fingerprints of the failures, or "" for a run
-    without a failure.
+    If the task failed on the grid, `word` is "same" (the local failure has the same fingerprint), "different" (the
+    local failure has another fingerprint), or "not at all" (the local run did not fail). If the task did not fail on
+    the grid, `word` is "succeeded" or "failed", which is the result of the local run. If the user ended the debugger
+    before the end of the task, `word` is "left". `here` and `there` are the fingerprints of the local failure and of
+    the failure on the grid. The fingerprint is "" for a run without a failure.
     """
 
     word: str
@@ -193,15 +197,15 @@ class Comparison:
 
 
 def failure_of(task_run: dict[str, Any] | None) -> Failure | None:
-    """Return the Failure with the given fields, or None."""
+    """Return a Failure with the fields in `task_run`, or None if `task_run` is None."""
     if task_run is None:
         return None
     return Failure(**{"task": 0, **task_run, "kind": FailureKind(task_run["kind"])})
 
 
 def compare(task_run: TaskRun, ended: RunResult, environ: Mapping[str, str] = os.environ) -> Comparison:
-    """Compare the local run with the run on the grid. `environ` is the user's environment, which contains variables
-    that the task did not get.
+    """Compare the local run with the run on the grid. `environ` contains the user's environment variables, including
+    variables that the local run did not get.
     """
     differences = list(task_run.notes)
     if task_run.there is not None:
@@ -238,7 +242,8 @@ def _word(
 def _result(task_run: TaskRun, ended: RunResult) -> str:
     for value in (task_run.value, ended.value):
         if next(values.references(value), None) is not None or values.kind(value):
-            return ""  # the names of files and of pickled objects differ in every run
+            # Results with files or pickled objects cannot be compared, because their names differ in every run.
+            return ""
     return ", with the same result" if task_run.value == ended.value else ", with another result"
 
 
@@ -294,7 +299,7 @@ def script(task_run: TaskRun) -> str:
 
 
 def limits(task_run: TaskRun) -> str:
-    """Return the job's limits in words."""
+    """Return a text about the job's limits for a task."""
     texts = []
     if task_run.timeout_s is not None:
         texts.append(f"{task_run.timeout_s:g} s")
