@@ -1,1 +1,1 @@
-"""Job performance data: Parquet files in the bucket that describe a job, and queries over them."""
+"""Job performance data: Parquet files in the bucket that describe a job, and SQL queries over the files."""

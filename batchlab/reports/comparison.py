@@ -1,8 +1,8 @@
 """Comparison of two jobs or two sets of jobs: measures, changes, confidence intervals, causes, and gates.
 
 Invariants: only the runs and the random seed determine a comparison, so a repeated comparison has equal results. A gate
-fails only if a measure got worse by more than the gate allows. If the confidence interval of a change is known, a gate
-fails only if the interval also excludes 0.
+fails only if a measure got worse by more than the gate allows. If the confidence interval of the measure's change is
+known, the gate fails only if the interval also excludes 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DRAWS = 200
 """Number of resamples of the tasks of one run."""
 MIN_RESAMPLED_TASKS = 5
-"""Minimum number of tasks in a stage for resampled percentiles."""
+"""Minimum number of tasks in a stage for which percentiles are resampled."""
 QUANTILES: Mapping[str, float] = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 _COLUMNS = (("", "run_s"), ("wait_", "wait_s"))
 
@@ -36,7 +36,7 @@ class Measure:
     """Definition of a measure, such as the 95th percentile of the run time.
 
     `unit` is "s", "usd", or "" for a number. `more_is_better` is None for a measure without a better direction. A gate
-    cannot use a measure without a better direction.
+    cannot use a measure for which `more_is_better` is None.
     """
 
     name: str
@@ -69,7 +69,7 @@ MEASURES: Mapping[str, Measure] = {
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Value of a measure in one run, and its values in resamples of the run's tasks."""
+    """Value of a measure in one run, and values of the measure in resamples of the run's tasks."""
 
     value: float
     draws: Sequence[float] = ()
@@ -81,7 +81,7 @@ Key = tuple[str, str]
 
 @dataclass(slots=True)
 class Run:
-    """Measures of one job."""
+    """Measures of one job, by measure and stage."""
 
     job: str
     name: str
@@ -94,7 +94,7 @@ class Run:
             self.samples[measure, stage] = Sample(float(value))
 
     def count(self, measure: str, stage: str, number: int, of: int, rng: random.Random) -> None:
-        """Store a rate per 1,000, with draws that express the uncertainty of a count."""
+        """Store the rate of `number` in 1,000, with random draws that express the uncertainty of `number`."""
         draws = tuple(1000 * rng.gammavariate(number + 0.5, 1.0) / of for _ in range(DRAWS))
         self.samples[measure, stage] = Sample(1000 * number / of, draws)
 
@@ -148,10 +148,10 @@ def _per_1000(run: Run, stage: str, row: Mapping[str, Any], wasted_s: float, rng
 
 
 def _tasks(connection: DuckDBPyConnection, run: Run, stage: str, rng: random.Random) -> None:
-    """Store the quantiles of a stage's tasks and of resamples of the tasks.
+    """Store the quantiles of the times of a stage's tasks, and the quantiles of resamples of the tasks.
 
     The quantile of a resample equals the value at a random rank, so the function draws ranks instead of resamples.
-    DuckDB computes all quantiles in one pass.
+    DuckDB computes the values at all ranks in one pass.
     """
     where = "FROM tasks WHERE job = ? AND stage = ? AND state = 'SUCCEEDED'"
     (count,) = store.rows(connection, f"SELECT count(*) AS n {where}", [run.job, stage])
@@ -191,22 +191,22 @@ def _fleet(connection: DuckDBPyConnection, runs_by_job: Mapping[str, Run]) -> No
 RESAMPLES = 1_000
 CONFIDENCE = 0.95
 THRESHOLD_MEASURES = ("p95", "tasks_per_s", "cost")
-"""Measures to which `--threshold` applies."""
+"""Measures to which the option `--threshold` applies."""
 MIN_CHANGE = 0.05
 """Minimum relative change for the verdict "worse" or "better" if the confidence interval is unknown."""
 MIN_CHANGE_S = 0.01
-"""Minimum difference in seconds for a failed gate. Smaller differences are noise of the machine."""
+"""Minimum difference in seconds for which a gate fails. Smaller differences are noise of the machine."""
 _GATE = re.compile(r"\s*(?:(?P<stage>[\w.-]+)\.)?(?P<name>\w+)\s*>\s*(?P<share>[\d.]+)\s*%\s*")
 _SHARE = re.compile(r"\s*(?P<share>\d+(\.\d+)?)\s*%?\s*")
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Change of one measure, from the median of the runs A to the median of the runs B.
+    """Change of one measure, from its median in the runs A to its median in the runs B.
 
-    `relative` is the change as a share of A, and infinite if only A is 0. `low` and `high` are the bounds of the 95%
-    confidence interval of `relative`. `low` and `high` are None if the spread is unknown, for example for the duration
-    of a single run.
+    `relative` is the change as a share of the median in A, and infinite if only the median in A is 0. `low` and `high`
+    are the bounds of the 95% confidence interval of `relative`. `low` and `high` are None if the spread is unknown, for
+    example for the duration of a single run.
     """
 
     measure: Measure
@@ -226,7 +226,7 @@ class Change:
     def worse_by(self) -> float:
         """Relative worsening of the measure.
 
-        A negative value is an improvement, and 0 also stands for a measure without a better direction.
+        A negative result is an improvement. The result is also 0 for a measure without a better direction.
         """
         if self.measure.more_is_better is None:
             return 0.0
@@ -241,12 +241,14 @@ class Change:
 
     @property
     def is_small(self) -> bool:
-        """Whether the difference is less than `MIN_CHANGE_S` seconds, so that no gate fails."""
+        """Whether the difference of the medians is less than `MIN_CHANGE_S` seconds. A gate does not fail for a small
+        difference.
+        """
         return self.measure.unit == "s" and abs(self.b - self.a) < MIN_CHANGE_S
 
     @property
     def verdict(self) -> str:
-        """ "worse", "better", or "same", or "" for a measure without a better direction."""
+        """Verdict "worse", "better", or "same", or "" for a measure without a better direction."""
         if self.measure.more_is_better is None:
             return ""
         unknown = self.is_sure is None and abs(self.relative) < MIN_CHANGE
@@ -289,8 +291,8 @@ class Gate:
 class Comparison:
     """Result of a comparison of the runs A and B.
 
-    `changes` is in the order of the stages. `broken` contains the failed gates with their changes. `causes` contains
-    sentences about slower stages, with the largest slowdown first.
+    `changes` lists the changes in the order of the stages. `broken` contains each failed gate with the change that the
+    gate does not allow. `causes` contains sentences about slower stages, with the largest slowdown first.
     """
 
     a: Sequence[Run]
@@ -313,7 +315,7 @@ class Comparison:
 
 
 def gates(threshold: str | None, fail_on: Sequence[str]) -> list[Gate]:
-    """Return the gates of `--threshold` and `--fail-on`. Raise UsageError for an invalid gate."""
+    """Return the gates in the options `--threshold` and `--fail-on`. Raise UsageError for an invalid gate."""
     gates = []
     if threshold is not None:
         share = _SHARE.fullmatch(threshold)
@@ -342,7 +344,9 @@ def _number(text: str) -> float:
 
 
 def compare(a: Sequence[Run], b: Sequence[Run], wanted: Sequence[Gate] = (), *, seed: int = 0) -> Comparison:
-    """Compare the runs B with the runs A. Raise UsageError if a gate names a stage that no run has."""
+    """Compare the runs `b` with the runs `a`. Raise UsageError if a gate names a stage that does not exist in the
+    runs.
+    """
     stages = list(dict.fromkeys(stage for run in (*b, *a) for stage in run.stages))
     unknown = next((gate for gate in wanted if gate.stage and gate.stage not in stages), None)
     if unknown:
@@ -380,7 +384,7 @@ def _change(key: Key, a: Sequence[Run], b: Sequence[Run], rng: random.Random) ->
         return change
     changes = sorted(_resampled_changes(samples, other_samples, rng))
     if len(changes) < RESAMPLES:
-        return change  # If a resample of A is 0, its ratio is undefined.
+        return change  # If a resample of A is 0, the relative change is undefined.
     tail = (1 - CONFIDENCE) / 2
     low, high = changes[int(tail * RESAMPLES)], changes[int((1 - tail) * RESAMPLES) - 1]
     return Change(change.measure, change.stage, before, after, low, high)
@@ -393,7 +397,7 @@ def _samples(key: Key, side: Sequence[Run]) -> list[Sample]:
 def _resampled_changes(a: Sequence[Sample], b: Sequence[Sample], rng: random.Random) -> Iterator[float]:
     """Yield the relative change from a resample of A to a resample of B, up to `RESAMPLES` times.
 
-    A resample draws runs at random, and tasks within each run.
+    A resample draws runs at random, and then draws tasks within each run.
     """
     for _ in range(RESAMPLES):
         before, after = _resampled(a, rng), _resampled(b, rng)
@@ -417,13 +421,13 @@ def _resampled(side: Sequence[Sample], rng: random.Random) -> float:
 # --- Causes as sentences -------------------------------------------------------------------------
 
 _MIN_REPORTED_CHANGE = 0.02
-"""Minimum relative change that is reported in a sentence."""
+"""Minimum relative change that a sentence about a cause reports."""
 
 
 def _causes(changes: Mapping[Key, Change], stages: Sequence[str]) -> Iterator[str]:
     """Yield sentences about slower stages, the fleet, and a higher cost.
 
-    The stage with the largest growth comes first.
+    The stage whose time grew most comes first.
     """
 
     def grown_s(stage: str) -> float:

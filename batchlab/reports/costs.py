@@ -1,7 +1,7 @@
-"""Bill of a job, split by stage.
+"""Costs of a job in lines of a bill, split by stage.
 
-Invariant: the parts of a bill's line add up to the line, and all parts add up to the bill, exactly to 12 decimal
-places. A cost that belongs to no single stage has the stage None.
+Invariant: the parts of a line of the bill add up to the line, and all parts add up to the bill, exactly to 12 decimal
+places. A cost that does not belong to a single stage has the stage None.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _Line = tuple[str, str | None, float | None, Mapping[str | None, float]]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Row of the cost table: a line of the bill, or a stage's part of it. `seconds` are instance seconds."""
+    """Row of the cost table: a line of the bill, or a stage's part of a line. `seconds` are instance seconds."""
 
     line: str
     kind: str
@@ -59,8 +59,8 @@ def parts(
 ) -> tuple[Bill, list[Part]]:
     """Return the bill of a job, and the bill's lines split by stage.
 
-    The cost of compute is split by run time, of wasted work by failed attempts, and of requests by bundles. The cost of
-    work that was lost with instances belongs to no stage.
+    The cost of compute is split by run time, the cost of wasted work by failed attempts, and the cost of requests by
+    bundles. The cost of work that was lost with instances does not belong to a stage.
     """
     stages = [use.stage for use in uses]
     job_bill = bill(stages, account, pools, book, stored_bytes=stored_bytes, pace=pace)
@@ -95,8 +95,8 @@ def _of_pool(pool: str, billed: Billed, uses: Sequence[StageUsage], account: Acc
 def split(usd: Decimal, weights: Mapping[str | None, float]) -> dict[str | None, tuple[float, Decimal]]:
     """Split `usd` in proportion to the weights, and return the relative weight and the amount of each key.
 
-    The amounts add up to `usd`, because the key with the largest weight receives the rounding difference. Without a
-    positive weight, the key None receives the whole amount.
+    The amounts add up to `usd`, because the key with the largest weight receives the rounding difference. If all
+    weights are 0, the key None receives the whole amount.
     """
     positive = {name: weight for name, weight in weights.items() if weight > 0}
     if not positive:

@@ -26,8 +26,8 @@ class JobRun:
     """Result of one job. Counts refer to the tasks of all stages.
 
     `due_s` is the planned arrival, `submitted_s` the submission, and `started_s` the start of the first task. `tasks`
-    is the number of tasks of the first stage. `done_s` is the end of the last task, which is before the end of the job.
-    The time or the number of an event that was not observed is None.
+    is the number of tasks of a root stage. `done_s` is the end of the last task, which is before the end of the job. A
+    field is None if its event was not observed.
     """
 
     index: int
@@ -93,9 +93,9 @@ class StageRun:
     gather: str | None = None
     """Upstream stages and the gather value of the stage, as in a job definition."""
     over_s: tuple[float, ...] = ()
-    """Even samples of the bundles' overhead in seconds, and of the ratio of measured to declared task time.
+    """Sample of the bundles' overhead in seconds. `stretch` is a sample of the ratio of measured to declared task time.
 
-    A sample is empty if the run did not record its values.
+    A sample is empty if the run did not record the sampled values.
     """
     stretch: tuple[float, ...] = ()
 
@@ -169,10 +169,10 @@ class InjectedFault:
 class Record:
     """Record of one run. `usd` is the cost of the run on AWS at list prices, and `usd_items` has the parts of the cost.
 
-    `lost` counts tasks of ended jobs without a terminal state and tasks of jobs that never ended. `duplicates` counts
-    tasks with several committed results. `settings` has the settings of the manager and the workers in seconds, and
-    under `cores` the number of shared cores (0: unlimited). `again_s` is the slot time of failed and lost executions,
-    or None if this time is unknown.
+    `lost` counts tasks without a terminal state in ended jobs, and tasks without a success in jobs that never ended.
+    `duplicates` counts tasks with several committed results. `settings` has the settings of the manager and the workers
+    in seconds, and under `cores` the number of shared cores (0: unlimited). `again_s` is the slot seconds of failed and
+    lost executions, or None if the slot seconds are unknown.
     """
 
     scenario: str
@@ -198,7 +198,7 @@ class Record:
     wall_s: float = 0.0
     """Wall-clock duration of the run in seconds."""
     log_digest: str = ""
-    """SHA-256 of the event log, or "" if the run has no event log."""
+    """SHA-256 of the event log, or "" if the run did not write an event log."""
     cut: str = ""
     """Reason why the run ended before its jobs ended, or ""."""
     version: int = VERSION
@@ -221,7 +221,7 @@ def write(record: Record, path: Path) -> None:
 def write_file(path: Path, data: bytes, what: str) -> None:
     """Write a file, and create its folder if necessary.
 
-    Raise UsageError, which names the file by `what`, if the file cannot be written.
+    If the file cannot be written, raise UsageError with `what` as the name of the file.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,7 @@ def write_file(path: Path, data: bytes, what: str) -> None:
 
 
 def read_file(path: Path, what: str, remedy: str) -> bytes:
-    """Read a file. Raise UsageError, which names the file by `what`, if the file cannot be read."""
+    """Read a file. If the file cannot be read, raise UsageError with `what` as the name of the file."""
     try:
         return path.read_bytes()
     except OSError as error:

@@ -1,7 +1,7 @@
 """Measures of a run, and the verdicts on its expectations.
 
 A job that has not ended by the end of the run has infinite times, which exceed every bound. Expectations about costs
-are not judged in a compressed run, because its instances live shorter than on AWS.
+are not judged in a compressed run, because instances of a compressed run exist for a shorter time than on AWS.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Unit(StrEnum):
     USD = "USD"
     NUMBER = ""
     SHARE = "share"
-    """Share of 1."""
+    """Share, as a number from 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Absence of a measure in a record. `why` gives the reason of the absence."""
+    """Result for a measure that a record lacks. `why` is the reason why the record lacks the measure."""
 
     why: str
 
@@ -58,7 +58,8 @@ class Measure:
 
 
 def quantile(numbers: Iterable[float], share: float) -> float:
-    """Return the nearest-rank quantile: the smallest number that is at least as large as `share` of all.
+    """Return the nearest-rank quantile: the smallest number that is at least as large as the share `share` of all
+    numbers.
 
     Raise ValueError if `numbers` is empty.
     """
@@ -179,7 +180,7 @@ def end_s(record: Record) -> float:
 def fleet_sizes(record: Record) -> list[tuple[float, int]]:
     """Return the number of instances in service over time, as (start time, number) pairs.
 
-    If the record has no samples, the numbers are derived from the times of the instances.
+    If the record lacks samples, the numbers are derived from the times of the instances.
     """
     if record.samples:
         return [(sample.at_s, sum(pool.in_service for pool in sample.pools.values())) for sample in record.samples]
@@ -254,9 +255,9 @@ def _idle_share(record: Record, _: str) -> Measured:
 
 
 ENDED = "ended"
-"""Name of the row that judges whether the run was completed."""
+"""Name of the verdict row that judges whether the run was completed."""
 ARRIVALS = "arrivals"
-"""Name of the row that judges whether the run had jobs."""
+"""Name of the verdict row that judges whether the run had jobs."""
 _SLACK = 1e-9
 """Relative tolerance for rounding errors of sums."""
 
@@ -274,7 +275,7 @@ class VerdictRow:
     """Expectation and its measured value in `unit`.
 
     An expectation without a template applies to all jobs. `measured` is None if the value is unknown, and infinite if a
-    job never ended. `why` explains a result that is not green.
+    job never ended. `why` explains a verdict that is not green.
     """
 
     measure: str
@@ -295,9 +296,8 @@ class VerdictRow:
 def judge(record: Record, expectations: Iterable[Expectation]) -> list[VerdictRow]:
     """Return the verdict on each expectation.
 
-    Rows about the whole run come first. The row of an aborted run is red, and the row of a fault that was not injected
-    as planned has no verdict.
-    Raise UsageError for an unknown measure.
+    Rows about the whole run come first. If the run was aborted, the row `ended` is red. The row of a fault that was not
+    injected as planned is neither green nor red. Raise UsageError for an unknown measure.
     """
     return [*_judge_run(record), *(_judge_one(record, expectation) for expectation in expectations)]
 
@@ -320,7 +320,7 @@ def _judge_run(record: Record) -> Iterator[VerdictRow]:
 
 
 def uncertainty(fault: InjectedFault) -> str:
-    """Return the reason why the effect of a fault is uncertain, or ""."""
+    """Return the reason why the effect of a fault is uncertain, or "" if the effect is certain."""
     if fault.impossible:
         return f"it could not be injected: {fault.impossible}"
     return f"it did not go as it should: {fault.trouble}" if fault.trouble else ""
@@ -361,7 +361,7 @@ def _color(record: Record, measure: Measure, expectation: Expectation, measured:
     if expectation.most is not None and measured > expectation.most + _SLACK * abs(expectation.most):
         return Color.RED, "more than expected"
     if expectation.least is not None and measured < expectation.least - _SLACK * abs(expectation.least):
-        # A cut run might still have reached the value, but then the row `ended` is red.
+        # A run that ended early might still have reached the value later, but then the row `ended` is red.
         return Color.RED, "less than expected"
     if record.cut:
         return Color.NOT_JUDGED, "the run was cut before it had ended"

@@ -1,2 +1,3 @@
-"""Processes of the manager, the worker, and the Auto Scaling endpoint, with the HTTP API, the web
-page, and the metrics."""
+"""Processes of the manager, the worker, and the Auto Scaling endpoint, and the manager's HTTP API, web page, and
+metrics.
+"""

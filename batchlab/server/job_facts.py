@@ -1,4 +1,4 @@
-"""Facts about a job that `wait_reasons` turns into an explanation.
+"""Facts about a job, from which `wait_reasons` derives the reason why the job waits.
 
 Invariant: each fact is a row of the ledger, a heartbeat, or an answer of the fleet.
 """
@@ -27,9 +27,9 @@ from batchlab.manager.manager import Manager
 from batchlab.manager.state import LiveJob, ManagerSettings, Outstanding, WorkerStatus
 
 MAX_ACTIVITIES = 20
-"""Number of scaling activities that are read per pool.
+"""Number of scaling activities that are read for each pool.
 
-The number is large enough for several launches of a crash loop.
+With 20 activities, the facts include several launches of a crash loop.
 """
 
 Key = tuple[StageName, BundleId]
@@ -39,10 +39,10 @@ Key = tuple[StageName, BundleId]
 class Facts:
     """Facts about a job and its grid.
 
-    The keys of `groups`, `held` (manually set capacity), `activities` (newest first), `capped`, and `stopped` are
-    pools. `capped` has the reason why a cap on cost stops launches, and `stopped` the reason why failing launches are
-    stopped. The keys of `workers` are instances. `live` is None if the manager does not run the job. `trouble` is the
-    reason why the manager's last tick was skipped.
+    The mappings `groups`, `held` (manually set capacity), `activities` (newest first), `capped`, and `stopped` have
+    pools as keys. `capped` has the reason why a cost cap stops launches, and `stopped` has the reason why failing
+    launches are stopped. The keys of `workers` are instances. `live` is None if the manager does not run the job.
+    `trouble` is the reason why the manager's last tick was skipped.
     """
 
     record: JobRecord
@@ -64,9 +64,9 @@ class Facts:
     warning: tuple[float, str] | None = None
     """Last warning about the job in the manager's log, as the epoch time and the text of the warning."""
     unreadable: str = ""
-    """Messages and objects of the job that cannot be read, as a clause."""
+    """Clause about the messages and objects of the job that cannot be read."""
     undelivered: str = ""
-    """Reason why a notification of the job is not delivered, as a clause."""
+    """Clause with the reason why a notification of the job is not delivered."""
 
     @cached_property
     def by_stage(self) -> Mapping[StageName, StageRecord]:
@@ -74,19 +74,20 @@ class Facts:
 
     @cached_property
     def open_stages(self) -> list[StageDef]:
-        """Return the stages that have not ended, in order."""
+        """Return the stages that have not ended, in the order of the job's stages."""
         return [s for s in self.record.job.stages if not self.by_stage[s.name].counts.ended]
 
     @cached_property
     def outstanding(self) -> Mapping[Key, Outstanding]:
         every = self.live.all_outstanding() if self.live else []
-        # An ended stage may keep an outstanding bundle whose outcome came before the bundle was expected.
+        # A stage that has ended may still have an outstanding bundle, if the outcome arrived before the manager
+        # expected the bundle.
         open_ = {stage.name for stage in self.open_stages}
         return {(o.bundle.stage, o.bundle.id): o for o in every if o.bundle.stage in open_}
 
     @cached_property
     def running(self) -> Mapping[Key, tuple[float, str]]:
-        """Return the start (monotonic) and the instance of each outstanding bundle that runs."""
+        """Return the start (in monotonic seconds) and the instance of each outstanding bundle that runs."""
         running: dict[Key, tuple[float, str]] = {}
         for instance, worker_status in self.workers.items():
             for held, since_s in worker_status.since_s.items():
@@ -108,14 +109,14 @@ class Facts:
 
     @cached_property
     def queued(self) -> list[Outstanding]:
-        """Return the idle bundles without a backoff.
+        """Return the idle bundles without a backoff or whose backoff has expired.
 
-        A worker can receive an idle bundle without a backoff, or has prefetched the bundle.
+        A worker can receive each of these idle bundles now, or has prefetched the bundle.
         """
         return [outstanding for outstanding in self.idle if outstanding.heard_s <= self.monotonic_s]
 
     def pools(self) -> list[str]:
-        """Return the pools in which tasks of the job could start now, in order."""
+        """Return the sorted names of the pools in which tasks of the job could start now."""
         busy = {self.record.job.stage(outstanding.bundle.stage).pool for outstanding in self.queued}
         busy |= {s.pool for s in self.open_stages if self.by_stage[s.name].left}
         return sorted(busy)
@@ -127,7 +128,7 @@ class Facts:
         return [i for i in self.groups[pool].instances if i.state is LifecycleState.PENDING]
 
     def rivals(self, pool: str) -> Iterator[LiveJob]:
-        """Return the running jobs, except for the job itself, that have work for the pool, oldest first."""
+        """Yield the other running jobs that have work for the pool. The oldest job is the first."""
         for live in sorted(self.lives.values(), key=lambda live: (live.job.submitted_s, live.id)):
             runs = live.record.control is Control.RUN
             if live.id == self.record.job.id or not runs or live.record.state is JobState.SCHEDULED:
@@ -143,7 +144,7 @@ async def gather(manager: Manager, job: JobId) -> Facts:
     groups = await fleet_commands.groups(manager)
     activities = {pool: await fleet.activities(pool, limit=MAX_ACTIVITIES) for pool in groups}
     rows = await ledger.rows(job)
-    # The rest of the function has no await, so that all facts from the manager's memory are from the same moment.
+    # The rest of the function does not await, so that all facts from the manager's memory are from the same moment.
     live = manager.lives.get(job)
     return Facts(
         record=live.record if live else rows.job,

@@ -1,6 +1,6 @@
 """Views of the API, built from the manager's data.
 
-Invariant: the functions of the module are pure and depend only on their arguments.
+Invariant: the functions in the module are pure, so their results depend only on their arguments.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def job_view(
     workers: Iterable[WorkerStatus] = (),
     report: str = "",
 ) -> JobView:
-    """Return the view of a job. With `live`, the view has a version and the number of running tasks."""
+    """Return the view of a job. If `live` is given, the view has a version and the number of running tasks."""
     job = record.job
     running = running_tasks(live, workers) if live else {}
     is_active = live is not None and not record.state.ended
@@ -105,7 +105,7 @@ def running_tasks(live: LiveJob, workers: Iterable[WorkerStatus]) -> Mapping[str
 def outcome_view(record: BundleRecord, key: CommitKey, outcome: Outcome | None = None) -> OutcomeView:
     """Return the view of a bundle that the ledger has folded.
 
-    `key` is the commit key of the bundle's job. Raise ValueError if the bundle has no outcome.
+    `key` is the commit key of the bundle's job. Raise ValueError if the bundle does not have an outcome.
     """
     if record.completion is None or record.seq is None:
         raise ValueError(f"bundle {record.bundle.id} has no outcome")

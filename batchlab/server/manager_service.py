@@ -124,9 +124,9 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     )
     owner = ids.fresh("manager")
     logs.add_process_fields(manager=owner)
-    # The release of the lease is not retried, so that the user sees a damaged file or a newer file format at once. This
-    # process holds the lock of the folder, so the previous manager has ended and the previous manager's lease can be
-    # released.
+    # The release of the lease is not retried, so that the user sees a damaged file or a newer file format at once. The
+    # manager process holds the lock of the home, so the previous manager has ended, and the lease of the previous
+    # manager can be released.
     await ledger.release(LEASE, home.last_owner() or owner)
     if backend.capabilities.local_queue:
         await queue.ensure(events_queue(backend.manager))
@@ -162,8 +162,8 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     if backend.capabilities.local_manager and (local := listen_locally(home)):
         listeners.append(local[0])
         home.write_socket(owner, local[1])
-    # The record is written before this manager leads, because the next manager must know the owner of the lease.
-    # Requests that arrive before the server runs wait for the server.
+    # The record is written before this manager leads, because the next manager must know the owner of the lease. A
+    # request that arrives before the server runs waits for the server.
     home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name, options.parent))
     lead = _Lead(_with_reasons(new_manager()))
     leading = loop.create_task(_lead_on(lead, new_manager))
@@ -178,8 +178,8 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
         raise
     gc_control.resume()
     lead.serve(served)
-    # The import of the history module is fast, because the thread has just imported the API, which the history module
-    # needs.
+    # The import of the history module is fast, because a thread has just imported the API, on which the history module
+    # depends.
     from batchlab.server.http.history import record_history
 
     # While uvicorn serves, uvicorn handles SIGTERM and SIGINT. The process ends when the uvicorn server returns.
@@ -195,7 +195,7 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     await asyncio.wait({stopping, leading, serving}, return_when=asyncio.FIRST_COMPLETED)
     log.info("manager %s ends", owner)
     if (notifier := lead.manager.notifier) and lead.manager.is_leader.is_set():
-        # A grid may run a single job and stop after the job. The user of a single job waits for the job's notification.
+        # The user of a grid that runs a single job and then stops still waits for the job's notification.
         await notifier.wait_for_attempts(DELIVERY_WAIT_S)
     server.should_exit = True
     for task in (leading, stopping, *watching):
@@ -252,8 +252,9 @@ def _server(
         backend_name=backend.name,
         capabilities=backend.capabilities,
         on_shutdown=on_shutdown,
-        # After a manager on this machine ends, another program may listen on its port and receive the requests of an
-        # open page. The sessions of a manager on this machine are therefore not stored and end with the manager.
+        # After a manager on the user's machine ends, another program may listen on the manager's port and receive the
+        # requests of an open page. The sessions of a manager on the user's machine are therefore not stored and end
+        # with the manager.
         sessions=StateFile(home.sessions_file) if backend.capabilities.remote_manager else None,
         hosts=[options.host, *options.hosts],
     )
@@ -265,7 +266,7 @@ def _server(
     web.mount(app, served, prices=prices)
     config = uvicorn.Config(
         app,
-        log_config=None,  # the process configures its logs itself
+        log_config=None,  # the process configures its own logs
         log_level="warning",
         timeout_graceful_shutdown=2,
         lifespan="off",
@@ -317,7 +318,7 @@ async def _wake_on_change(lead: _Lead, changed: asyncio.Event) -> None:
 
 
 def accounting_of(home: Home, pools: Sequence[Pool], tally: RequestCounter) -> Accounting:
-    """Return the accounting of the grid. If the price book cannot be read, the accounting has no prices."""
+    """Return the accounting of the grid. If the price book cannot be read, the accounting does not have prices."""
     try:
         book = price_book.load(home.path)
     except UsageError as error:

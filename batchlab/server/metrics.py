@@ -1,7 +1,8 @@
-"""Prometheus metrics of a manager, computed from its memory on request. The endpoint of the metrics requires the token.
+"""Prometheus metrics of a manager, computed from the manager's memory on request. The endpoint of the metrics requires
+the token.
 
-Invariant: a request for metrics calls no service and reads no row of the ledger. The labels of metrics contain pools,
-states, and kinds, which limits the number of series. No label of a metric contains a job or a user's text.
+Invariant: a request for metrics does not call a service or read the ledger. The labels of metrics contain pools,
+states, and kinds, so the number of time series is limited. The labels never contain a job or a user's text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writers of job performance data, with the prices that the home defines."""
+"""Writers of job performance data, with the prices that are defined in the grid's home."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def open_writer(
     on_error: Callable[[UsageError], None],
     scratch: Path | None = None,
 ) -> Writer:
-    """Return a writer of job performance data with the prices that the home defines.
+    """Return a writer of job performance data with the prices that are defined in the grid's home.
 
-    If the price book cannot be read, costs are missing from the data, and `on_error` is called with the error.
+    If the price book cannot be read, the data does not contain costs, and `on_error` is called with the error.
     """
     from batchlab.core.pricing import price_book
     from batchlab.reports.tables.build import Setting

@@ -1,4 +1,5 @@
-"""Shutdown of long-lived processes by a signal or with their parent process, and shutdown of their instances.
+"""Shutdown of a long-lived process by a signal or with its parent process, and shutdown of the instances that the
+process started.
 
 Invariant: a service ends everything that the service started, first gracefully and then by force.
 """

@@ -1,8 +1,8 @@
-"""Explanation in one line of why a job has not progressed further.
+"""One-line explanation of why a job has not progressed further.
 
 Invariant: an explanation always exists, and the explanation is derived from facts of the grid. Users of other batch
-services complain most about jobs that wait forever without a reason. `_REASONS` lists the reasons, and the first reason
-that applies is the explanation, so more specific reasons come first.
+services complain most about jobs that wait forever without a reason. The explanation is the first reason in `_REASONS`
+that applies, so more specific reasons come first.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from batchlab.server.job_facts import Facts
 
 Reason = Callable[[Facts], str | None]
 LAG_S = 10.0
-"""Lag in seconds below which no user needs to act."""
+"""Lag of the manager in seconds below which the user does not need to act."""
 MAX_WARNING_AGE_S = 600.0
-"""Maximum age in seconds of a log warning in an explanation."""
+"""Maximum age in seconds of a warning from the manager's log in an explanation."""
 LONG_RUN_S = 10.0
 """Run time in seconds above which the explanation mentions the log of the oldest bundle."""
 MAX_LISTED_JOBS = 3
@@ -30,7 +30,7 @@ MAX_LISTED_JOBS = 3
 def why(facts: Facts) -> str:
     """Return the explanation of why the job waits, without line breaks."""
     reason, explanation = next((reason, text) for reason in _REASONS if (text := reason(facts)))
-    # The explanation ends with other problems that the user can solve.
+    # Notes about other problems that the user can solve are at the end of the explanation.
     notes = [f"Also, {text}." for note in _NOTES if (text := note(facts, reason))]
     return " ".join(" ".join([explanation, *notes]).split())
 
@@ -84,9 +84,9 @@ def _stopping(f: Facts) -> str | None:
 
 
 def _misplaced(f: Facts) -> str | None:
-    """Return the reason if a stage does not fit the pools.
+    """Return the reason if a stage of the job does not fit the grid's pools.
 
-    The submission refuses a job that does not fit the pools, but a grid can be restarted with other pools.
+    The manager refuses a new job that does not fit the pools, but a grid can be restarted with other pools.
     """
     for stage in f.open_stages:
         group = f.groups.get(stage.pool)
@@ -268,7 +268,9 @@ def _delayed(f: Facts) -> str | None:
 
 
 def _uncut(f: Facts) -> str | None:
-    """Return the reason if no bundle of the planned tasks was sent because the pool already has enough bundles."""
+    """Return the reason if planned tasks were not sent as bundles yet, because their pool already has enough
+    bundles.
+    """
     for stage in f.open_stages:
         tasks = len(f.by_stage[stage.name].left)
         if not tasks:
@@ -311,7 +313,7 @@ def _closing(f: Facts) -> str | None:
 
 
 def _between(f: Facts) -> str:
-    """Return the reason if no open task belongs to a bundle at the moment."""
+    """Return the reason of a job that does not have outstanding bundles at the moment."""
     return _joined(
         f"{_progress(f)}, and no bundle is outstanding at this moment.",
         f"The manager checks the job again within {f.settings.tick_s:g} s.",
@@ -355,8 +357,8 @@ def _behind(f: Facts, reason: Reason) -> str:
 
 
 def _warned(f: Facts, reason: Reason) -> str:
-    """Return the log's last warning about a job that does not run, unless the explanation already contains the
-    warning.
+    """Return the last warning in the manager's log about a job that does not run, unless the explanation already
+    contains the warning.
     """
     if f.warning is None or reason in (_ended, _scheduled, _paused, _running, _troubled):
         return ""
@@ -378,7 +380,7 @@ _NOTES: tuple[Callable[[Facts, Reason], str], ...] = (
 
 
 def _joined(*sentences: str) -> str:
-    """Return the sentences that are not empty as one line. Each sentence begins with a capital letter or a command."""
+    """Join the sentences that are not empty into one line. Each sentence begins with a capital letter or a command."""
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -404,7 +406,9 @@ def _retries(f: Facts) -> str:
 
 
 def _next_stage(f: Facts) -> str:
-    """Return a sentence about a stage that waits for another whole stage, or "" if no stage waits for a whole stage."""
+    """Return a sentence about a stage that waits for the end of another stage, or "" if no stage waits for another
+    stage.
+    """
     for stage in f.open_stages:
         if stage.chained:
             continue

@@ -1,7 +1,7 @@
-"""Worker process.
+"""Process of a worker, from its start to its end.
 
 Invariant: a worker that gets SIGTERM returns its messages to the queue before it ends. A worker on the manager's
-machine ends soon after its manager.
+machine ends soon after the manager.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 ORPHAN_S = 15.0
 """Time in seconds without a manager after which a worker on the same machine drains and ends.
 
-The limit ensures that no worker process remains.
+The limit ensures that worker processes do not outlive their grid.
 """
 
 
@@ -90,7 +90,7 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
 
 
 def _instance_key(home: Home, instance: str) -> str:
-    """Return the key of an instance.
+    """Return the secret key of an instance.
 
     The key of an instance is stored, so the next worker on the same instance has the same key. If `instance` is empty,
     return a new key, as for a worker on the manager's machine.

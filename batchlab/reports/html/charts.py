@@ -1,10 +1,11 @@
-"""Charts as paths, marks, and labels. The page's template draws them as SVG.
+"""Charts as paths, marks, and labels, which the template of the page draws as SVG.
 
 Invariants: the size of a chart is independent of the size of the run. A chart has at most as many shapes as bins or
-lanes, and a table with the same data. Every tick is on its axis, and the labels of an axis differ from each other.
+lanes. Each chart has a table with the data of the chart. Every tick is on its axis, and the labels of an axis differ
+from each other.
 
-The plot is 1,000 units wide and is stretched to the page's width. Heights are in pixels. Labels are outside the plot,
-so stretching does not distort text.
+The plot of a chart is 1,000 units wide and is stretched to the page's width. Heights are in pixels. Labels are outside
+the plot, so stretching does not distort text.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _TIMES_S = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30),
     *(60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400),
 )
-"""Round steps of a time axis."""
+"""Round steps between the ticks of a time axis."""
 _POWERS_S = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0, 360000.0)
 """Tick positions of a logarithmic time axis."""
 _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (0.001, "ms"), (1e-6, "µs"))
@@ -27,7 +28,7 @@ _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (0.001, "ms"
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Tick of an axis. `at` is its position in [0, 1] of the axis."""
+    """Tick of an axis. `at` is the tick's position on the axis, from 0 to 1."""
 
     at: float
     label: str
@@ -36,7 +37,8 @@ class Tick:
 def time_label(seconds: float, unit_s: float = 0.0) -> str:
     """Return the label of a time, such as `90 s` or `1.5 h`.
 
-    The unit is the one with `unit_s` seconds, or else the largest unit that is not above the time.
+    The label's unit has `unit_s` seconds. If `unit_s` is 0, the unit is the largest unit that is not longer than the
+    time.
     """
     if not seconds:
         return "0"
@@ -47,21 +49,21 @@ def time_label(seconds: float, unit_s: float = 0.0) -> str:
 
 
 def time_ticks(span_s: float) -> tuple[Tick, ...]:
-    """Return the ticks of an axis from 0 to `span_s`: one at 0 and at most `MAX_TICKS` others."""
+    """Return the ticks of an axis from 0 to `span_s`: one tick at 0, and at most `MAX_TICKS` other ticks."""
     if span_s <= 0:
         return (Tick(0.0, "0"),)
     step_s = next((s for s in _TIMES_S if span_s / s <= MAX_TICKS), 0.0)
     if not step_s:
         step_s = 86400.0 * _step(span_s / 86400.0, MAX_TICKS)
     unit_s = next((u for u, _ in _UNITS if step_s >= u * 0.999), 1e-6)
-    # Label half hours in hours: 0.5 h, 1 h, 1.5 h.
+    # Ticks at half hours have labels in hours, such as 0.5 h, 1 h, and 1.5 h.
     unit_s = 3600.0 if unit_s == 60.0 and step_s >= 1800 else unit_s
     number = int(span_s / step_s * (1 + 1e-9))
     return tuple(Tick(n * step_s / span_s, time_label(n * step_s, unit_s)) for n in range(number + 1))
 
 
 def count_ticks(most: float, ticks: int = 4) -> tuple[float, tuple[Tick, ...]]:
-    """Return the top of an integer axis that includes `most`, and the axis's ticks from 0."""
+    """Return the largest value of an integer axis that includes `most`, and the ticks of the axis from 0."""
     step = max(1.0, _step(max(most, 1.0), ticks))
     number = math.ceil(max(most, 1.0) / step * (1 - 1e-6))
     top = number * step
@@ -98,7 +100,9 @@ class LogAxis:
         return float(10.0 ** (number / self.PER_DECADE))
 
     def at(self, seconds: float) -> float:
-        """Return the position of a time in [0, 1]. A time outside the axis gets the nearest end."""
+        """Return the position of a time on the axis, from 0 to 1. A time outside the axis gets the position of the
+        nearest end.
+        """
         if seconds <= 0:
             return 0.0
         place = (math.log10(seconds) * self.PER_DECADE - self.first) / self.bins
@@ -115,14 +119,14 @@ class LogAxis:
 
 
 def _step(span: float, most: int) -> float:
-    """Return the smallest of 1, 2, 5, 10 … that divides `span` into at most `most` steps."""
+    """Return the smallest of the numbers 1, 2, 5, 10, … that divides `span` into at most `most` steps."""
     least = span / most
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 WIDTH = 1000.0
-"""Width of a plot, in its own units."""
+"""Width of every plot, in units of the plot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +140,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Marker on the time axis at a position in [0, 1]."""
+    """Marker on the time axis. `at` is the marker's position on the axis, from 0 to 1."""
 
     at: float
     look: str
@@ -145,7 +149,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Entry of the legend."""
+    """Entry of a chart's legend."""
 
     look: str
     name: str
@@ -153,7 +157,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Table. A column whose name starts with `#` contains numbers."""
+    """Table of a chart or a section. A column whose name starts with `#` contains numbers."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -162,10 +166,10 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Chart for the template.
+    """Chart that the page's template draws.
 
-    `text` describes the chart. The template shows it above the chart unless `quiet` is set. With `lanes`, the left axis
-    shows names instead of numbers and is wider.
+    `text` describes the chart. The template shows the text above the chart unless `quiet` is set. If `lanes` is True,
+    the left axis shows names instead of numbers and is wider.
     """
 
     id: str
@@ -183,15 +187,15 @@ class Chart:
 
 
 def number(value: float) -> str:
-    """Return a coordinate, rounded to a tenth, in its shortest form."""
+    """Return a coordinate as text, rounded to a tenth, in the shortest form."""
     text = f"{value:.1f}"
     return (text[:-2] if text.endswith(".0") else text) if text != "-0.0" else "0"
 
 
 def area(levels: Sequence[float], top: float, height: float) -> str:
-    """Return the path of filled bins of equal width, or "" if all levels are 0.
+    """Return the path of a filled area over bins of equal width, or "" if all levels are 0.
 
-    `top` is the level at the top edge of the plot.
+    `top` is the value of a level at the top edge of the plot.
     """
     if not any(levels):
         return ""
@@ -199,7 +203,7 @@ def area(levels: Sequence[float], top: float, height: float) -> str:
 
 
 def line(levels: Sequence[float | None], top: float, height: float) -> str:
-    """Return the path of a line that steps from bin to bin. The line has a gap where a level is None."""
+    """Return the path of a line that steps from bin to bin. A level of None makes a gap in the line."""
     width = WIDTH / max(1, len(levels))
     path: list[str] = []
     before: float | None = None
@@ -228,7 +232,7 @@ def _steps(levels: Sequence[float], top: float, height: float) -> str:
 
 
 def stacked(layers: Sequence[Sequence[float]], top: float, height: float) -> list[str]:
-    """Return one path per layer, stacked from the bottom. The path of an empty layer is ""."""
+    """Return one path for each layer, with the first layer at the bottom. The path of an empty layer is ""."""
     below = [0.0] * (len(layers[0]) if layers else 0)
     paths: list[str] = []
     for levels in layers:
@@ -251,7 +255,9 @@ def _band(below: Sequence[float], above: Sequence[float], top: float, height: fl
 
 
 def columns(heights: Sequence[float], top: float, height: float) -> str:
-    """Return the path of a histogram with gaps between its columns. A level above 0 stays visible."""
+    """Return the path of a histogram with gaps between its columns. A column above 0 is always high enough to be
+    visible.
+    """
     width = WIDTH / max(1, len(heights))
     path: list[str] = []
     for k, level in enumerate(heights):
@@ -262,7 +268,7 @@ def columns(heights: Sequence[float], top: float, height: float) -> str:
 
 
 def box(left: float, right: float, top: float, height: float) -> str:
-    """Return the path of a box between two positions in [0, 1]. A short box stays visible."""
+    """Return the path of a box between two positions from 0 to 1. A short box is always wide enough to be visible."""
     return _box(left * WIDTH, top, max(0.6, (right - left) * WIDTH), height)
 
 
@@ -271,6 +277,8 @@ def _box(x: float, y: float, width: float, height: float) -> str:
 
 
 def cells(runs: Iterable[tuple[int, int, float]], bins: int, height: float) -> str:
-    """Return the path of equal cells in lanes: (first bin, bin after the last, top of the lane)."""
+    """Return the path of cells with equal colors. Each entry of `runs` is (first bin, bin after the last bin, top of
+    the lane).
+    """
     width = WIDTH / bins
     return "".join(_box(first * width, top, (after - first) * width, height) for first, after, top in runs)

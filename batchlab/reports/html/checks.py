@@ -1,8 +1,8 @@
 """Checks of a run: the size of its tasks, the size and timing of its fleet, waste, and cost.
 
 Invariants: each finding contains the figures on which it is based, and a problem also names the setting to change. A
-check without a problem reports what it examined, so every page lists all checks. A check of stages returns one finding
-for each stage with a problem.
+check that does not find a problem reports the examined figures, so every page lists all checks. A check of stages
+returns one finding for each stage with a problem.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from batchlab.reports.html.metrics import LONG_ON_SPOT_S, TINY_S, RunFigures, St
 from batchlab.reports.html.source import share, visible
 
 MIN_PROBLEM_S = 5.0
-"""Shorter times in seconds are not a problem, even if they are a large share of a short run."""
+"""Minimum time in seconds of a problem. A shorter time is not a problem, even if the time is a large share of a short
+run.
+"""
 MAX_TINY_SHARE = 0.5
 MAX_OVERHEAD_SHARE = 0.2
 MAX_SLOWDOWN = 1.3
 MAX_NAMED_STAGES = 3
-"""Maximum number of stages in a finding without a problem."""
+"""Maximum number of stages that a finding without a problem lists."""
 MIN_FILLED_SHARE = 0.6
 MAX_IDLE_SHARE, MAX_NOTED_IDLE_SHARE = 0.35, 0.6
 MAX_UNUSED_SHARE = 0.25
@@ -36,7 +38,7 @@ FINER = "Split the input into smaller parts (`size` in the job file's `input`)"
 
 
 class Level(IntEnum):
-    """Importance of a finding. A higher level comes first."""
+    """Importance of a finding. Findings with a higher level come first."""
 
     GOOD = 0
     NOTE = 1
@@ -48,7 +50,7 @@ class Level(IntEnum):
 class Finding:
     """Result of the check `check`, with the evidence in `figure`.
 
-    `setting` describes what to change, with code between backticks. It is empty if the level is GOOD.
+    `setting` describes what to change, with code between backticks. `setting` is empty if the level is GOOD.
     """
 
     check: str
@@ -64,7 +66,9 @@ Check = Callable[[RunFigures], Iterator[Finding]]
 def _judged(
     check: str, is_problem: bool, *, good: str, title: str, figure: str, setting: str, level: Level = Level.NOTE
 ) -> Finding:
-    """Return the problem with its setting, or a finding with the title `good` and the same figure."""
+    """Return a finding with the problem and the setting to change. Without a problem, return a finding with the title
+    `good`.
+    """
     return Finding(check, level, title, figure, setting) if is_problem else Finding(check, Level.GOOD, good, figure)
 
 
@@ -87,7 +91,7 @@ def _slots_of(pool: str) -> str:
 
 
 def tiny(run: RunFigures) -> Iterator[Finding]:
-    """Check for stages with tasks below 100 ms. Each task costs a message, a commit, and a row."""
+    """Check for stages with tasks shorter than 100 ms. Each task adds the cost of a message, a commit, and a row."""
     problems = [_tiny(stage) for stage in run.stages if stage.bundles and stage.tiny > MAX_TINY_SHARE * stage.tasks]
     medians = [f"{_name(stage.name)} {span(stage.median_s)}" for stage in run.stages[:MAX_NAMED_STAGES]]
     figure = f"Median run time of a task: {', '.join(medians)}." if medians else "No task ran."
@@ -113,7 +117,7 @@ def _has_overhead(stage: StageFigures) -> bool:
 
 
 def overhead(run: RunFigures) -> Iterator[Finding]:
-    """Check how much of the bundles' time no task ran, for stages without tiny tasks."""
+    """Check which share of the bundles' time was not used by tasks. Stages with tiny tasks are skipped."""
     problems = [
         Finding(
             "overhead",
@@ -134,7 +138,7 @@ def overhead(run: RunFigures) -> Iterator[Finding]:
 
 
 def long_on_spot(run: RunFigures) -> Iterator[Finding]:
-    """Check for tasks above 10 minutes on Spot instances, which get a notice of 2 minutes."""
+    """Check for tasks longer than 10 minutes on Spot Instances, because a Spot Instance gets a notice of 2 minutes."""
     problems = [
         Finding(
             "long tasks on Spot",
@@ -155,7 +159,7 @@ def long_on_spot(run: RunFigures) -> Iterator[Finding]:
 
 
 def too_long(run: RunFigures) -> Iterator[Finding]:
-    """Check for tasks above 11 hours. SQS hides a message for at most 12 hours."""
+    """Check for tasks longer than 11 hours, because SQS hides a message for at most 12 hours."""
     problems = [
         Finding(
             "task length",
@@ -227,7 +231,7 @@ def idle_slots(run: RunFigures) -> Iterator[Finding]:
 
 
 def lag(run: RunFigures) -> Iterator[Finding]:
-    """Check how long work waited for instances to come into service."""
+    """Check how long tasks waited for instances to come into service."""
     wait_s = run.first_wait_s or 0.0
     boots = ""
     if run.boots and run.boot_s is not None:
@@ -291,7 +295,8 @@ def too_large(run: RunFigures) -> Iterator[Finding]:
 def idle_cost(run: RunFigures) -> Iterator[Finding]:
     """Check whether idle instance time cost more than the work.
 
-    Idle instance time includes the boot, the tail, and the minimum of 60 billed seconds.
+    Idle instance time includes the boot, the tail of the run, and seconds that are billed because of the minimum of 60
+    s.
     """
     if not run.total:
         yield Finding("idle cost", Level.GOOD, "The cost of idle instances is unknown", "The run has no prices.")
@@ -390,7 +395,7 @@ def _waste_setting(run: RunFigures) -> str:
 
 
 def requests(run: RunFigures) -> Iterator[Finding]:
-    """Check whether requests cost more than the work."""
+    """Check whether the requests to S3 and SQS cost more than the work."""
     if not run.total:
         yield Finding("requests", Level.GOOD, "The cost of requests is unknown", "The run has no prices.")
         return
@@ -411,10 +416,10 @@ CHECKS: tuple[Check, ...] = (
     *(wasted, tiny, overhead, long_on_spot, too_long, crowding, idle_slots, lag, too_small, too_large, idle_cost),
     *(starved, tail, requests),
 )
-"""All checks. Findings of equal level keep this order."""
+"""All checks. Findings with equal levels are in the order of the checks."""
 
 
 def findings(run: RunFigures) -> tuple[Finding, ...]:
-    """Return the findings of all checks, most important first. Each check returns at least one."""
+    """Return the findings of all checks, with the most important finding first. Each check has at least one finding."""
     findings = [finding for check in CHECKS for finding in check(run)]
     return tuple(sorted(findings, key=lambda finding: -finding.level))

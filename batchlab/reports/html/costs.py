@@ -1,6 +1,7 @@
 """Cost of the run, split by kind and by stage.
 
-Invariant: the displayed parts add up exactly to the displayed total. Each part is a sum of rows of the bill.
+Invariant: the displayed parts of the cost add up exactly to the displayed total. Each part of the cost is a sum of rows
+of the bill.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ KINDS = {
     "storage": "S3 storage",
     "ledger": "ledger",
 }
-"""Labels of the kinds of cost, in drawing order. Unknown kinds follow under their own names."""
+"""Labels of the kinds of cost, in the order of the chart. Other kinds of cost come last, with their names as labels."""
 BAR = 26.0
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Part of the cost. `usd` is exact. The rounded `shown` of all parts add up to the total."""
+    """Part of the cost. `usd` is the exact amount. The rounded amounts `shown` of all parts add up to the displayed
+    total.
+    """
 
     look: str
     name: str
@@ -44,8 +47,8 @@ class Part:
 class Cost:
     """Cost section of the page.
 
-    `total` comes from the job's row, and `lines` come from the bill. `kinds` and `stages` split the same amount in two
-    ways. `brief` is the total with few digits.
+    `total` comes from the job's row, and `lines` come from the bill. `kinds` and `stages` both split the total. `brief`
+    is the total with few digits.
     """
 
     total: Decimal
@@ -60,7 +63,7 @@ class Cost:
     is_whole: bool
 
     def of(self, kind: str) -> Decimal:
-        """Return the exact cost of a kind."""
+        """Return the exact amount of one kind of cost."""
         return sum((part.usd for part in self.kinds if part.name == KINDS.get(kind, kind)), ZERO)
 
 
@@ -68,7 +71,7 @@ ZERO = Decimal(0)
 
 
 def cost(run: Run) -> Cost | None:
-    """Return the cost section, or None for a run without prices."""
+    """Return the cost section of the page, or None for a run without prices."""
     rows = run.rows(
         """SELECT line, kind, pool, sum(cost_usd) AS usd, sum(seconds) AS seconds,
                   any_value(how) AS how

@@ -1,7 +1,7 @@
 """Wait times and run times of tasks by stage: percentiles and histograms.
 
-Invariant: each histogram contains every task of its stage's count. Percentiles are exact, with linear interpolation
-between neighboring values.
+Invariant: a histogram contains every task that the table counts for its stage. Percentiles are exact, with linear
+interpolation between neighboring values.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from batchlab.reports.html.charts import Chart, Data, Key, LogAxis, Shape, count
 from batchlab.reports.html.source import Row, Run, share, visible
 
 MAX_HISTOGRAMS = 8
-"""Maximum number of histograms. The stages with the most time get one, and the table has all."""
+"""Maximum number of histograms. Only the stages with the most time get a histogram, but the table has all stages."""
 MAX_LONGEST_TASKS = 10
-"""Rows in the table of the longest tasks."""
+"""Number of rows in the table of the longest tasks."""
 HEIGHT = 110.0
 MIN_TIMES_S = {"run_s": 0.0001, "wait_s": 0.001}
-"""Upper bound of the first bin, per column. Shorter times are counted in it."""
+"""Minimum time in seconds in a histogram, by column. The histogram counts shorter times as the minimum time."""
 MIN_TASKS = 5
-"""Stages with fewer tasks get no histogram."""
+"""Minimum number of tasks in a stage that gets a histogram."""
 PERCENTILES = (50, 90, 95, 99)
 
 
@@ -43,9 +43,9 @@ class Spread:
 
 
 def spreads(run: Run, column: str) -> list[Spread]:
-    """Return the spread of `run_s` or `wait_s` for each stage, in the job's order.
+    """Return the spread of the column `run_s` or `wait_s` for each stage, in the order of the job's stages.
 
-    Stages without values are left out.
+    Stages without values in the column are skipped.
     """
     points = ", ".join(f"{p / 100}" for p in PERCENTILES)
     rows = run.rows(
@@ -92,7 +92,7 @@ def table(spreads: Sequence[Spread]) -> Data:
 
 
 def longest(run: Run) -> Data:
-    """Return the table of the longest tasks. It compares each task with its stage's median."""
+    """Return the table of the longest tasks. The table compares each task with the median of the task's stage."""
     rows = run.rows(
         """WITH typical AS (
              SELECT stage, median(run_s) AS median_s FROM tasks
@@ -126,7 +126,7 @@ def longest(run: Run) -> Data:
 
 
 def draw_histograms(run: Run, candidates: Sequence[Spread], column: str) -> list[Chart]:
-    """Return a histogram for each of the stages with the most time. All share one axis."""
+    """Return a histogram for each of the stages with the most time. All histograms have the same axis."""
     spreads = [spread for spread in candidates if spread.tasks >= MIN_TASKS]
     if not spreads:
         return []

@@ -1,7 +1,7 @@
-"""Failures grouped by cause, with the traceback and the log of one failed attempt per cause.
+"""Failures of a run by cause, with the traceback and the log of one failed attempt for each cause.
 
-Invariants: the failed tasks of all groups, shown or not, add up to the failed tasks of the job. The page reads at most
-two objects per case, and only the displayed part of a log.
+Invariants: the failed tasks of all groups, including hidden groups, add up to the failed tasks of the job. The page
+reads at most two objects for each displayed attempt, and reads only the displayed part of a log.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from batchlab.reports.html.charts import Data
 from batchlab.reports.html.source import Row, Run, moment, visible, visible_lines
 
 MAX_GROUPS = 20
-"""Maximum number of groups on the page. The page has the sums of the others."""
+"""Maximum number of groups of failures on the page. The page shows only sums of the other groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Attempt that represents its group. The fields identify its outcome and its log in the bucket."""
+    """Failed attempt that represents its group of failures. The fields identify the attempt's outcome and log in the
+    bucket.
+    """
 
     stage: str
     task: int
@@ -41,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Traceback and log of a case."""
+    """Traceback and log of a failed attempt."""
 
     traceback: str = ""
     log: str = ""
@@ -55,8 +57,8 @@ Samples = Callable[[Case], Sample | None]
 class Group:
     """Failures with one cause.
 
-    `tasks` counts the tasks that failed for good with this cause. `retried` counts the attempts that another attempt
-    followed.
+    `tasks` counts the tasks that failed permanently with the cause. `retried` counts failed attempts that another
+    attempt followed.
     """
 
     fingerprint: str
@@ -80,8 +82,8 @@ class Group:
 class Failures:
     """Failures section of the page.
 
-    `groups` contains the shown groups, and `more` describes the others. `tasks` counts the tasks that failed for good.
-    `causes` counts all causes.
+    `groups` contains the shown groups, and `more` describes the hidden groups. `tasks` counts the tasks that failed
+    permanently. `causes` counts all causes.
     """
 
     groups: tuple[Group, ...]
@@ -92,12 +94,14 @@ class Failures:
 
 
 def cases(run: Run) -> list[Case]:
-    """Return one case for each group that is shown."""
+    """Return one representative attempt for each group of failures that the page shows."""
     return [_case(row["one"]) for row in run.rows(_GROUPS)[:MAX_GROUPS] if row["one"]]
 
 
 def failures(run: Run, samples: Samples | None = None) -> Failures:
-    """Return the failures. Groups with the most failed tasks come first, then the most attempts."""
+    """Return the failures of the run. Groups are sorted by the number of failed tasks, then by the number of attempts,
+    the largest first.
+    """
     rows = run.rows(_GROUPS)
     shown = [_group(run, row, samples) for row in rows[:MAX_GROUPS]]
     rest = rows[MAX_GROUPS:]
@@ -201,7 +205,7 @@ _TWICE = {
 
 
 def twice(run: Run) -> Data | None:
-    """Return the table of duplicates by kind, or None for a run without duplicates."""
+    """Return the table of duplicate messages and results by kind, or None for a run without duplicates."""
     rows = run.rows(
         """SELECT kind, sum(seen)::BIGINT AS seen, sum(harmless)::BIGINT AS harmless,
                   sum(harmful)::BIGINT AS harmful, sum(wasted_slot_s) AS wasted_s
@@ -223,11 +227,11 @@ def twice(run: Run) -> Data | None:
 
 
 LOG_BYTES = 8000
-"""Size of the last part of a log. The error is usually at the end."""
+"""Number of bytes at the end of a log that the page shows, because the error is usually at the end."""
 
 
 async def samples(objects: Objects, job: str, cases: Iterable[Case]) -> dict[Case, Sample]:
-    """Return samples for the cases whose outcome is still in the bucket.
+    """Return a sample for each case in `cases` whose outcome is still in the bucket.
 
     Raise BackendError if the bucket does not respond.
     """

@@ -1,7 +1,8 @@
-"""Gantt chart: a lane for each slot, instance, or group of instances, over the run's time.
+"""Gantt chart of a run, with a lane for each slot, instance, or group of instances.
 
-Invariant: the chart has at most `MAX_LANES` lanes, whatever the size of the run. A small run shows each bundle as a
-bar. A large run shows cells. A cell's shade is its busy share, and its color is the stage with the most slots.
+Invariant: the chart has at most `MAX_LANES` lanes, whatever the size of the run. The chart of a small run shows each
+bundle as a bar. The chart of a large run shows cells. The shade of a cell is the cell's busy share, and the color is
+the stage with the most slots in the cell.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from batchlab.reports.html.source import PLACED, PLACES, Row, Run, offset, share
 
 MAX_LANES = 40
 MAX_BARS = 1000
-"""Maximum number of bundles for which the chart draws one bar per bundle."""
+"""Maximum number of bundles in a chart with one bar for each bundle."""
 BINS = 150
 LEVELS = 5
-"""Number of shades of a cell. The shade depends on the busy share."""
+"""Number of shades of cells. The shade of a cell depends on the cell's busy share."""
 MAX_TALL_LANES = 16
-"""Maximum number of lanes for which lanes are drawn taller."""
+"""Maximum number of lanes in a chart with tall lanes."""
 MAX_TABLE_ROWS = 100
 """Maximum number of rows in the table of bundles."""
 
@@ -32,9 +33,9 @@ Busy = dict[tuple[int, int], dict[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """Lane of the chart.
+    """Lane of the Gantt chart.
 
-    `places` are the instances in the lane. `slot` is None if the lane shows all of their slots.
+    `places` are the instances in the lane. `slot` is None if the lane shows all slots of the instances.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Lane:
 
 
 def draw(run: Run) -> Chart | None:
-    """Return the chart, or None if the job used no instance and ran no bundle."""
+    """Return the Gantt chart, or None if the job did not use an instance and did not run a bundle."""
     places = run.rows(f"SELECT * FROM {PLACES} ORDER BY pool, launched_s, begin_s, place")
     if not places:
         return None
@@ -107,16 +108,16 @@ def _table_row(run: Run, row: Row, slots: Sequence[int]) -> tuple[str, ...]:
 
 
 def _assign_slots(run: Run, slots: Mapping[str, int]) -> Iterator[tuple[Row, tuple[int, ...]]]:
-    """Yield each bundle with as many slots of its instance as it takes.
+    """Yield each bundle with the slots of its instance that the bundle used.
 
-    The slots were free when the bundle started. If clocks differ and too few slots were free, the bundle gets the slots
-    that became free first.
+    A bundle gets slots that were free when the bundle started. If too few slots were free, because clocks differ, the
+    bundle gets the slots that became free first.
     """
     free = {place: [0.0] * number for place, number in slots.items()}
     rows = run.rows(f"SELECT * FROM {PLACED} ORDER BY started_s, ended_s, bundle")
     for row in rows:
         ends_s = free[row["place"]]
-        # Prefer the lowest free slots. A half-idle worker then has an empty lane.
+        # A bundle gets the lowest free slots, so that the chart of a half-idle worker has an empty lane.
         ready = sorted(range(len(ends_s)), key=lambda n: (max(ends_s[n], row["started_s"]), n))
         used_slots = tuple(sorted(ready[: row["slots"]]))
         for slot in used_slots:
@@ -211,7 +212,7 @@ def _busy_s(run: Run, busy: Busy, lane: int) -> float:
 def _instance_shapes(run: Run, places: Sequence[Row], tops: Mapping[str, tuple[float, float]]) -> list[Shape]:
     """Return shapes for the time in service and the boot time of each instance.
 
-    `tops` contains the top and the height of each instance's lanes.
+    `tops` maps each instance to the top and the height of the instance's lanes.
     """
     in_service, boots = [], []
     for row in places:
@@ -227,7 +228,7 @@ def _instance_shapes(run: Run, places: Sequence[Row], tops: Mapping[str, tuple[f
 
 
 def _group_shapes(run: Run, lanes: Sequence[Lane], tall: float) -> list[Shape]:
-    """Return shapes for groups of instances. Their shade is the share of instances in service."""
+    """Return shapes for the lanes of groups of instances. The shade of a shape is the share of instances in service."""
     members = [len(lane.places) for lane in lanes]
     shares = [[0.0] * BINS for _ in lanes]
     rows = run.over(_with_lanes(PLACES), "begin_s", "end_s", "1", "lane", BINS, **_lane_parameters(lanes))
@@ -246,7 +247,7 @@ def _group_shapes(run: Run, lanes: Sequence[Lane], tall: float) -> list[Shape]:
 
 
 def _equal_ranges(levels: Sequence[object]) -> Iterator[tuple[int, int]]:
-    """Yield ranges of equal neighbors as (first, index after the last)."""
+    """Yield the ranges of equal neighboring levels as (first index, index after the last)."""
     first = 0
     for k in range(1, len(levels) + 1):
         if k == len(levels) or levels[k] != levels[first]:
@@ -266,7 +267,7 @@ def _lane_parameters(lanes: Sequence[Lane]) -> dict[str, object]:
 
 
 def _positions(run: Run, begin_s: float, end_s: float) -> tuple[float, float]:
-    """Return both times as positions in [0, 1] of the run."""
+    """Return the two times as positions from 0 to 1 on the time axis of the run."""
     first, last = ((at_s - run.start_s) / run.span_s for at_s in (begin_s, end_s))
     return min(1.0, max(0.0, first)), min(1.0, max(0.0, last))
 
@@ -276,7 +277,7 @@ def _lane_height(lanes: int) -> float:
 
 
 def _lane_name(place: str, slot: int | None, slots: int) -> str:
-    """Return a lane's name. It uses the end of the instance's name, where names differ."""
+    """Return a lane's name. A long name of an instance is reduced to its end, because names differ at the end."""
     name = _tail(place)
     return name if slot is None or slots == 1 else f"{name} · {slot + 1}"
 
@@ -290,7 +291,8 @@ def _chart(run: Run, lanes: Sequence[Lane], shapes: Iterable[Shape], text: str, 
     tall = _lane_height(len(lanes))
     shapes = tuple(shapes)
     stages = [row["stage"] for row in run.stages]
-    # The chart does not draw boots for groups of instances.
+    # The legend has an entry for booting only if the chart shows boots. A chart with groups of instances does not show
+    # boots.
     boots = [Key("box boot", "booting")] if any(shape.look == "fill boot" for shape in shapes) else []
     return Chart(
         "gantt",

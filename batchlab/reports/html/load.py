@@ -1,4 +1,4 @@
-"""Work and fleet over time: running tasks, slots, remaining tasks, and scaling decisions.
+"""Work and fleet of a run over time: running tasks, slots, remaining tasks, and scaling decisions.
 
 Invariant: the area under the running tasks equals the slot time of the run's bundles.
 """
@@ -15,12 +15,12 @@ from batchlab.reports.html.source import PLACED, PLACES, Row, Run, at, offset, v
 
 BINS = 120
 ROWS = 24
-"""Rows of a chart's table."""
+"""Number of rows in the table of a chart."""
 HEIGHT = 150.0
 MIN_OTHERS_RATIO = 1.1
-"""The chart shows the tasks of all jobs if they exceed this multiple of the job's own tasks."""
+"""Minimum ratio of all jobs' tasks to the job's own tasks for which the chart shows the tasks of all jobs."""
 MAX_DECISIONS = 40
-"""Maximum number of decisions on the page. The page prefers the largest changes."""
+"""Maximum number of scaling decisions on the page. The page prefers the decisions with the largest changes."""
 
 _WAITS = """(SELECT ready_s, coalesce(started_s, $b) AS begun_s, tasks FROM bundles
              WHERE job = $job AND (started_s IS NOT NULL OR state = 'PLANNED'))"""
@@ -32,9 +32,10 @@ Levels = list[float | None]
 class Series:
     """Figures of the run in `BINS` equal intervals.
 
-    `running` contains busy slots by stage, and `slots` the slots in service. `waiting` counts the tasks that are ready.
-    `left` counts the tasks that had not ended at the interval's end, and `left_of_all` counts those of all jobs of the
-    grid. `desired`, `in_service`, and `pending` count instances. A value is None if nothing was recorded.
+    `running` contains the busy slots by stage, and `slots` contains the slots in service. `waiting` counts the tasks
+    that are ready. `left` counts the job's tasks that had not ended at the interval's end, and `left_of_all` counts the
+    remaining tasks of all jobs of the grid. `desired`, `in_service`, and `pending` count instances. A value is None if
+    nothing was recorded.
     """
 
     running: dict[str, list[float]]
@@ -52,7 +53,7 @@ class Series:
 
 
 def series(run: Run) -> Series:
-    """Return the figures of the charts."""
+    """Return the figures of the run that the charts show."""
     running = {row["stage"]: [0.0] * BINS for row in run.stages}
     for row in run.over(PLACED, "started_s", "ended_s", "slots", "stage", BINS):
         running.setdefault(row["stage"], [0.0] * BINS)[row["bin"]] = row["amount"]
@@ -92,10 +93,10 @@ def _left(run: Run) -> list[float]:
 
 
 def _seen(run: Run, table: str, columns: Sequence[str]) -> Iterator[Levels]:
-    """Yield each column of a table of recorded values, summed over all pools.
+    """Yield the values of each column of a table of recorded values, summed over all pools, for each interval.
 
-    Each interval has the last value that was recorded before its end. `table` and `columns` are constants of this
-    module.
+    The value of an interval is the last value that was recorded before the end of the interval. `table` and `columns`
+    are constants of this module.
     """
     sums = ", ".join(f"sum({name}) AS {name}" for name in columns)
     rows = run.rows(
@@ -117,7 +118,9 @@ def _seen(run: Run, table: str, columns: Sequence[str]) -> Iterator[Levels]:
 
 
 def draw(run: Run, series: Series, decisions: Sequence[Decision]) -> tuple[Chart, ...]:
-    """Return two or three charts over one time axis. The third needs recorded instances."""
+    """Return the charts of the work and the fleet over one time axis. The third chart exists only if instances were
+    recorded.
+    """
     charts = [_running(run, series), _backlog(run, series)]
     if any(desired is not None for desired in series.desired):
         charts.append(_instances(run, series, decisions))
@@ -267,7 +270,7 @@ def _number(value: float | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Change of a pool's desired capacity. `place` is its position in [0, 1] on the time axis."""
+    """Change of a pool's desired capacity. `place` is the position of the change on the time axis, from 0 to 1."""
 
     place: float
     at: str
@@ -290,7 +293,7 @@ class Decision:
 def decisions(run: Run) -> tuple[list[Decision], int]:
     """Return at most `MAX_DECISIONS` scaling decisions in order of time, and the number of all decisions.
 
-    The function prefers the largest changes.
+    The function prefers the decisions with the largest changes.
     """
     rows = run.rows(
         """SELECT * FROM (

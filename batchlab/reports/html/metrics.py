@@ -1,6 +1,6 @@
-"""Figures of a run on which the checks are based.
+"""Figures of a run on which the checks in `checks.py` are based.
 
-Invariant: no figure is estimated. A figure that the data does not contain is None.
+Invariant: the figures are not estimates. A figure that the data does not contain is None.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ TINY_S = 0.1
 LONG_ON_SPOT_S = 600.0
 TOO_LONG_S = 11 * 3600.0
 MAX_ALONE_SHARE, MIN_CROWDED_SHARE = 0.25, 0.75
-"""Busy shares of the instance's other slots for a bundle that ran alone, and for one on a busy instance."""
+"""Two busy shares of the other slots of a bundle's instance: the maximum for a bundle that ran alone, and the minimum
+for a bundle on a busy instance.
+"""
 MIN_COMPARED_BUNDLES = 10
-"""Minimum number of bundles on each side of the comparison."""
+"""Minimum number of bundles that ran alone, and of bundles on busy instances, for a comparison of their task times."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageFigures:
     """Figures of one stage.
 
-    Counts include the tasks with a run time. `overhead_s` is the part of the bundles' slot time during which no task
-    ran. `alone_s` is the mean time of a task while the other slots of its instance were idle. `crowded_s` is the mean
-    time of a task while these slots were busy.
+    Counts include only tasks with a recorded run time. `overhead_s` is the part of the bundles' slot time during which
+    no task ran. `alone_s` is the mean time of a task while the other slots of its instance were idle. `crowded_s` is
+    the mean time of a task while the other slots of its instance were busy.
     """
 
     name: str
@@ -53,13 +55,13 @@ class StageFigures:
 
 @dataclass(frozen=True, slots=True)
 class RunFigures:
-    """Figures of the run.
+    """Figures of a whole run.
 
     `slot_s` is the slot time in service, and `busy_s` is the part that the job's bundles used. `starved_s` is the slot
     time that was idle while tasks were ready. `full_s` is the time during which at least 90% of the slots were busy
     while tasks were ready. `tail_s` is the time at the end during which less than half of the peak number of slots were
-    busy. `filled` is the busy share of an instance's slots while at least one of them was busy. If no instance is
-    recorded, the counts are of workers, and `noun` is "worker".
+    busy. `filled` is the busy share of an instance's slots while at least one of the slots was busy. If instances were
+    not recorded, the figures count workers, and `noun` is "worker".
     """
 
     span_s: float
@@ -90,7 +92,7 @@ class RunFigures:
 
     @property
     def pool(self) -> str:
-        """Pool with the most work, or "" if nothing ran."""
+        """Pool of the stage with the most work, or "" if the run does not have stages."""
         largest = max(self.stages, key=lambda stage: stage.took_s, default=None)
         return largest.pool if largest else ""
 
@@ -100,7 +102,7 @@ class RunFigures:
 
 
 def run_figures(run: Run, series: Series, cost: Cost | None) -> RunFigures:
-    """Return the figures of a run."""
+    """Compute the figures on which the checks are based."""
     bin_s = run.span_s / BINS
     running, slots = series.in_flight, series.slots
     loads = list(zip(running, slots, series.waiting, strict=True))

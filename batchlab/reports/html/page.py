@@ -1,8 +1,8 @@
-"""HTML page of a report, and its summary: one file that includes its style sheet and loads nothing else.
+"""HTML page of a report with a summary, as one file that includes its style sheet and does not load other files.
 
-Invariants: the template escapes all text from jobs and from the grid. The page does not contain scripts. Its
-Content-Security-Policy allows only the one style sheet, by its hash. The summary is computed from the figures of the
-other sections.
+Invariants: the template escapes all text from jobs and from the grid. The page does not contain scripts. The page's
+Content-Security-Policy allows only the included style sheet, by the hash of the style sheet. The summary is computed
+from the figures of the page's other sections.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BAD_STATES = frozenset({"FAILED", "CANCELLED"})
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Large figure with its name and a note. `look` is a CSS class: good, bad, or empty."""
+    """Large figure at the top of the page, with a name and a note. `look` is a CSS class: good, bad, or empty."""
 
     name: str
     value: str
@@ -49,7 +49,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Data for the summary."""
+    """Data from which the summary of the page is computed."""
 
     run: Run
     figures: RunFigures
@@ -68,7 +68,7 @@ class Answer:
 
 
 def answers(facts: Facts) -> list[Answer]:
-    """Return the summary: the work, the fleet, the cost, the failures, and the next step."""
+    """Return the answers of the summary: the work, the fleet, the cost, the failures, and the next step."""
     sentences = {
         "Work": _work(facts),
         "Fleet": _fleet(facts),
@@ -176,7 +176,7 @@ def _sentence(text: str) -> str:
 
 
 def tiles(facts: Facts) -> list[Tile]:
-    """Return six figures, or five for a run without prices."""
+    """Return the large figures of the page: six figures, or five figures for a run without prices."""
     job, figures, cost = facts.run.job, facts.figures, facts.cost
     state = str(job["state"])
     look = "good" if state in GOOD_STATES else "bad" if state in BAD_STATES else ""
@@ -200,7 +200,7 @@ def tiles(facts: Facts) -> list[Tile]:
 
 
 def stages(run: Run) -> Data:
-    """Return a table with one row per stage, and a total if there are several stages."""
+    """Return a table with one row for each stage, and with a row of totals if the job has several stages."""
     rows = [
         (
             visible(row["stage"], 60),
@@ -256,10 +256,10 @@ _HERE = Path(__file__).parent
 
 
 class Page:
-    """Data of the template for a job in an opened store (`batchlab.reports.queries.store.opened`).
+    """Data of the page's template for a job in an opened store (`batchlab.reports.queries.store.opened`).
 
-    `samples` returns tracebacks and logs of failed attempts. `version` is the version of batchlab. The constructor
-    raises UsageError if the store does not contain the job.
+    The function `samples` returns the traceback and log of a failed attempt. `version` is the version of batchlab. The
+    constructor raises UsageError if the store does not contain the job.
     """
 
     def __init__(
@@ -304,7 +304,8 @@ def render(page: Page) -> str:
     from markupsafe import Markup
 
     template = _environment().get_template("page.html.jinja")
-    # The style sheet is a file of this package. Escaping would change it, and then the hash would not match.
+    # The style sheet is a file of this package and is not escaped, because the hash of an escaped style sheet would not
+    # match.
     return template.render(page=page, style=Markup(style), style_hash=digest)  # noqa: S704
 
 

@@ -1,4 +1,4 @@
-"""Queries of the page on the tables of one run, and the formats of moments, shares, and untrusted text.
+"""Queries of the report's page on the tables of one run, and the formats of moments, shares, and untrusted text.
 
 Invariants: DuckDB computes all figures of a page from the run's Parquet files. Untrusted text, such as names and logs,
 cannot change how the surrounding text reads: non-printable characters become visible escapes, and long text is
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 MIN_SPAN_S = 0.001
-"""Minimum duration of a run in seconds. A shorter run would have an empty time axis."""
+"""Minimum duration of a run in seconds. The time axis of a shorter run would be empty."""
 
-# A worker without a known instance takes the place of an instance.
+# The place of a bundle is the instance of the bundle's worker, or the worker if the worker's instance is unknown.
 PLACED = """(
   SELECT b.stage, b.bundle, b.ready_s, b.started_s, b.ended_s, b.tasks, b.succeeded, b.failed,
          b.retried, b.run_s, coalesce(b.slots, 1) AS slots,
@@ -33,7 +33,7 @@ PLACED = """(
   FROM bundles b LEFT JOIN workers w ON w.job = b.job AND w.worker = b.worker
   WHERE b.job = $job AND b.started_s IS NOT NULL AND b.ended_s IS NOT NULL
 )"""
-"""SQL for the bundles that ran, each with its place: an instance, or a worker without one."""
+"""SQL for the bundles that ran, each with its place, which is an instance or a worker."""
 
 LEVELS = f"""
 moves AS (
@@ -45,10 +45,10 @@ moves AS (
   SELECT place, t, sum(d) OVER w AS level, coalesce(lead(t) OVER w, t) - t AS lasts_s
   FROM moves WINDOW w AS (PARTITION BY place ORDER BY t)
 )"""
-"""SQL for a WITH clause: the busy slots of each place from each moment, and the duration."""
+"""SQL for a WITH clause that lists the numbers of busy slots of each place, with their start times and durations."""
 
-# An instance counts as in service from its first record. If it ran a bundle before that, it counts from the start of
-# this bundle. If its number of slots is unknown, the most slots that were busy at once are used.
+# An instance counts as in service from its recorded time in service, or from the start of its first bundle if the
+# bundle started earlier. If the number of an instance's slots is unknown, the largest number of busy slots is used.
 PLACES = f"""(
   SELECT coalesce(i.instance, u.place) AS place, coalesce(i.pool, u.pool, '') AS pool,
          coalesce(i.slots, u.slots, u.most, 1)::INTEGER AS slots,
@@ -69,7 +69,7 @@ PLACES = f"""(
     GROUP BY p.place
   ) u ON u.place = i.instance
 )"""
-"""SQL for the instances, their time in service, and whether they ran a part of the job.
+"""SQL for the instances, with the time in service of each instance, and whether the instance ran a part of the job.
 
 `begin_s` is NULL for an instance that was never in service.
 """
@@ -100,7 +100,9 @@ class Run:
         self.job: Row = rows[0]
 
     def rows(self, sql: str, **values: object) -> list[Row]:
-        """Run a query. `$job` is the job's id. `$a` and `$b` are the start and end of the run."""
+        """Run a query and return its rows. In the query, `$job` is the job's id, and `$a` and `$b` are the start and
+        end of the run.
+        """
         parameters = {"job": self.id, **values}
         if "$a" in sql or "$b" in sql:
             parameters |= {"a": self.start_s, "b": self.end_s}
@@ -108,13 +110,13 @@ class Run:
         return list(store.rows(self._connection, sql, used))
 
     def one(self, sql: str, **values: object) -> Row:
-        """Run a query that always returns one row, and return this row."""
+        """Run a query that always returns one row, and return the row."""
         (row,) = self.rows(sql, **values)
         return row
 
     @cached_property
     def stages(self) -> Sequence[Row]:
-        """Rows of the stages, in the job's order."""
+        """Rows of the table of stages, in the order of the job's stages."""
         return self.rows("SELECT * FROM stages WHERE job = $job ORDER BY position, stage")
 
     @cached_property
@@ -143,7 +145,7 @@ class Run:
 
     @cached_property
     def end_s(self) -> float:
-        """End of the time axis: the end of the job, or of its last recorded bundle."""
+        """End of the time axis: the end of the job or the end of the job's last recorded bundle, whichever is later."""
         ends = [self.job["ended_s"], self._edges["ended_s"]]
         known_ends = [end for end in ends if end is not None]
         return max(self.start_s + MIN_SPAN_S, *known_ends) if known_ends else self.start_s + MIN_SPAN_S
@@ -153,11 +155,11 @@ class Run:
         return self.end_s - self.start_s
 
     def over(self, table: str, begin: str, end: str, weight: str, by: str, bins: int, **values: object) -> list[Row]:
-        """Return rows (`by`, `bin`, `amount`) for `bins` equal intervals of the run.
+        """Return rows with `by`, `bin`, and `amount` for `bins` equal intervals of the run.
 
-        `amount` is the mean over the interval of the sum of `weight`. A row of `table` counts from `begin` to `end`.
-        `table`, `begin`, `end`, `weight`, and `by` are SQL constants of this package, and `values` are their
-        parameters. `by` may contain several columns.
+        `amount` is the sum of `weight` over the rows of `table`, as a mean over the interval. A row of `table` counts
+        from the time `begin` to the time `end`. `table`, `begin`, `end`, `weight`, and `by` are SQL constants of this
+        package, and `values` are parameters of the SQL. `by` may contain several columns.
         """
         return self.rows(
             f"""WITH there AS (
@@ -186,7 +188,7 @@ ISOLATE, END = "\u2068", "\u2069"
 def visible(text: str, most: int = 200) -> str:
     """Return `text` as one line of at most `most` characters, with control characters as escapes.
 
-    Characters that change the writing direction are escaped too. Right-to-left text is isolated, so that the
+    Characters that change the writing direction are also escaped. Right-to-left text is isolated, so that the
     surrounding words keep their order.
     """
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
@@ -197,10 +199,10 @@ def visible(text: str, most: int = 200) -> str:
 
 
 def visible_lines(text: str, most: int = 4000) -> str:
-    """Return `text` with its line breaks and tabs, and other control characters as escapes.
+    """Return `text` with line breaks and tabs unchanged, and with other control characters as escapes.
 
-    If the text is longer than `most` characters, keep its beginning (a third of `most`) and its end (two thirds of
-    `most`).
+    If the text is longer than `most` characters, keep the beginning of the text (a third of `most`) and the end (two
+    thirds of `most`).
     """
     shown = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text.replace("\r\n", "\n"))
     if len(shown) <= most:
@@ -211,14 +213,14 @@ def visible_lines(text: str, most: int = 4000) -> str:
 
 
 def moment(at_s: float | None) -> str:
-    """Format a moment in UTC, to the second."""
+    """Format an epoch time as a date and time in UTC, to the second."""
     if at_s is None:
         return "–"
     return f"{datetime.fromtimestamp(at_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def offset(seconds: float, span_s: float) -> str:
-    """Format the time since the run's start. The precision depends on the length `span_s` of the run."""
+    """Format `seconds` as the time since the run's start. The precision depends on the length `span_s` of the run."""
     if span_s < 100:
         return f"{seconds:.2f} s" if span_s < 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(max(0.0, seconds)), 60)
@@ -229,12 +231,12 @@ def offset(seconds: float, span_s: float) -> str:
 
 
 def at(run: Run, part: int, parts: int) -> str:
-    """Format the end of one of `parts` equal intervals of the run."""
+    """Format the end time of interval `part` of `parts` equal intervals of the run."""
     return offset((part + 1) * run.span_s / parts, run.span_s)
 
 
 def share(part: float, whole: float) -> str:
-    """Format a percentage, such as `42%` or `<0.1%`. Only a full share is shown as 100%."""
+    """Format a share as a percentage, such as `42%` or `<0.1%`. Only a full share is shown as 100%."""
     if not whole or not part:
         return "0%"
     per_cent = part / whole * 100
@@ -246,7 +248,7 @@ def share(part: float, whole: float) -> str:
 
 
 def adding_up(parts: Sequence[Decimal], decimals: int) -> list[Decimal]:
-    """Round the parts to `decimals` so that they add up to their rounded sum.
+    """Round the parts to `decimals` decimals so that the rounded parts add up to the rounded sum.
 
     The parts with the largest remainders are rounded up.
     """

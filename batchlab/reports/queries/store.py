@@ -1,7 +1,7 @@
-"""SQL access to folders of Parquet files, with one view per table, and the named queries.
+"""SQL access to folders of Parquet files, with one view for each table, and the named queries.
 
-Invariants: a query can only read the opened files. It cannot reach other files or the network, load extensions, change
-settings, or write (see `check_query`). The text of a named query in `queries.sql` runs unchanged.
+Invariants: a query can only read the opened files. A query cannot reach other files or the network, load extensions,
+change settings, or write (see `check_query`). The text of a named query in `queries.sql` runs unchanged.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 _NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
-"""Allowed node types of a parsed query. Other types can write, even within a WITH clause."""
+"""Allowed node types of a parsed query. Nodes of other types can write, even within a WITH clause."""
 _TABLE_FUNCTIONS = {"unnest", "range", "generate_series", "json_each", "json_tree", "repeat"}
 """Allowed table functions. Other table functions read files or run text as SQL."""
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """Return the folder if it contains a run, or else its subfolders that do. Raise UsageError if no run is found."""
+    """Return the folder if the folder contains a run, or else its subfolders with a run. Raise UsageError if no run is
+    found.
+    """
     if (folder / JOBS.file).is_file():
         return [folder]
     paths = sorted(path.parent for path in folder.glob(f"*/{JOBS.file}")) if folder.is_dir() else []
@@ -42,10 +44,10 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def opened(folders: Sequence[Path]) -> DuckDBPyConnection:
-    """Return a connection with one view per table of the schema, over all runs in `folders`.
+    """Return a DuckDB connection with one view for each table of the schema, over all runs in `folders`.
 
-    A table that an older version did not write is empty, and such a column is NULL. Raise UsageError for a folder
-    without data, for data of a newer version, and for a job that occurs twice.
+    A table that an older version of batchlab did not write is empty. A column that an older version did not write is
+    NULL. Raise UsageError for a folder without data, for data of a newer version, and for a job that occurs twice.
     """
     import duckdb
 
@@ -80,7 +82,7 @@ def _view(connection: DuckDBPyConnection, table: Table, paths: Sequence[str]) ->
         columns = ", ".join(f'NULL::{c.type} AS "{c.name}"' for c in table.columns)
         return f'CREATE VIEW "{table.name}" AS SELECT {columns} WHERE false'
     files = f"[{', '.join(_quoted(path) for path in paths)}]"
-    # Files of older versions lack newer columns, so this query lists the columns that exist.
+    # Files of older versions lack newer columns, so the following query lists the columns that exist.
     rows = connection.execute(
         f"SELECT name, count(*) FROM parquet_schema({files}) GROUP BY name"  # noqa: S608 - paths
     ).fetchall()
@@ -127,7 +129,7 @@ def _sentence(error: Exception) -> str:
 
 
 def rows(connection: DuckDBPyConnection, sql: str, parameters: object = None) -> list[dict[str, Any]]:
-    """Run one of batchlab's own queries, and return its rows by column name."""
+    """Run one of batchlab's own queries, and return each row as a mapping from column names to values."""
     result = connection.execute(sql, parameters)
     names = [str(column[0]) for column in result.description or ()]
     return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
@@ -141,7 +143,7 @@ def run_query(
 ) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Run a user's query and return its column names and rows.
 
-    Raise UsageError with DuckDB's message if the query is invalid, or if it does more than read.
+    Raise UsageError with DuckDB's message if the query is invalid. Raise UsageError if the query does more than read.
     """
     import duckdb
 
@@ -160,8 +162,8 @@ def run_query(
 def check_query(connection: DuckDBPyConnection, sql: str) -> None:
     """Raise UsageError unless `sql` is one query that only reads the views.
 
-    DuckDB accepts COPY and INSERT within a WITH clause, and these could overwrite the opened files. This function
-    therefore inspects the parsed query and accepts only nodes that are known to read.
+    DuckDB accepts COPY and INSERT within a WITH clause, and COPY and INSERT could overwrite the opened files. The
+    function therefore inspects the parsed query and accepts only types of nodes that are known to read.
     """
     from duckdb import StatementType
 
@@ -207,7 +209,7 @@ _NAME = re.compile(r"^-- name: (\w+)\n((?:-- .*\n)*)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """Named query. `meaning` describes its answer in one or two sentences."""
+    """Named query. `meaning` describes the query's answer in one or two sentences."""
 
     name: str
     meaning: str
@@ -216,7 +218,7 @@ class Query:
 
 @cache
 def named_queries() -> Mapping[str, Query]:
-    """Return all named queries in the file's order."""
+    """Return all named queries, in the order of the file `queries.sql`."""
     text = FILE.read_text()
     meanings = {head[1]: head[2].replace("\n-- ", " ").removeprefix("-- ").strip() for head in _NAME.finditer(text)}
     return {name: Query(name, meanings[name], sql) for name, sql in sections(text).items()}
@@ -230,7 +232,7 @@ def sections(text: str) -> dict[str, str]:
 
 
 def named(name: str) -> Query:
-    """Return the query with this name. Raise UsageError if it does not exist."""
+    """Return the query with the name `name`. Raise UsageError if the query does not exist."""
     if query := named_queries().get(name):
         return query
     near = difflib.get_close_matches(name, named_queries(), n=2)

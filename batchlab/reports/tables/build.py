@@ -1,8 +1,9 @@
 """Construction of a job's tables with DuckDB, from the data that `gather` read.
 
-Invariants: the gathered data alone determines the contents of the files. A file has the columns of its table in order
-and with their types. Its metadata contains the schema version. Memory is bounded: DuckDB writes larger data to the
-scratch folder. It uses one core, so that the manager has the others.
+Invariants: the gathered data alone determines the contents of the files. A file has the columns of its table in the
+order of the schema and with the types of the schema. The metadata of a file contains the schema version. Memory is
+bounded, because DuckDB writes larger data to the scratch folder. DuckDB uses one core, so that the manager has the
+other cores.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 ROW_GROUP_ROWS = 122_880
-"""Rows of a row group, the unit that DuckDB reads on one core."""
+"""Number of rows in a row group of a Parquet file. DuckDB reads a row group on one core."""
 
 
 def save(connection: DuckDBPyConnection, table: Table, query: str, path: Path, *, ordered: bool = False) -> int:
-    """Write the rows of a query to a Parquet file and return their number.
+    """Write the rows of a query to a Parquet file and return the number of rows.
 
-    The rows are sorted by the table's key, unless `ordered` says that the query already sorts them. The query must
-    return every column of the table, in any order. DuckDB raises its Error if a column is missing or if a value does
+    The rows are sorted by the table's key. If `ordered` is True, the query already sorts the rows. The query must
+    return every column of the table, in any order. DuckDB raises duckdb.Error if a column is missing or if a value does
     not have the column's type.
     """
     order = "" if ordered else "ORDER BY " + ", ".join(f'"{name}"' for name in table.key)
@@ -78,14 +79,14 @@ _RECORDED = {
     "requests": ("at_s", "step_s", "sqs", "sqs_empty", "s3_puts", "s3_gets", "s3_deletes"),
     "duplicates": ("stage", "kind", "seen", "harmless", "harmful", "wasted_slot_s"),
 }
-"""Columns of the recorded data, in the order of their values in a row."""
+"""Columns of the recorded data, in the order of the values in a recorded row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Facts about a grid that its bucket does not contain: backend, pools, poll intervals, and prices.
+    """Facts about a grid that the grid's bucket does not contain: backend, pools, poll intervals, and prices.
 
-    `pools` is used for pools without recorded data. Without `book`, the job gets no cost.
+    `pools` is used for pools without recorded data. If `book` is None, the tables do not contain costs.
     """
 
     backend: str
@@ -107,16 +108,16 @@ class TableBuilder:
         self._connection: DuckDBPyConnection = duckdb.connect(str(scratch / "work.duckdb"))
 
     def interrupt(self) -> None:
-        """Stop the running query as soon as possible. Another thread may call this at any time."""
+        """Stop the running query as soon as possible. Another thread may call `interrupt` at any time."""
         import duckdb
 
         with suppress(duckdb.ConnectionException):
             self._connection.interrupt()
 
     def run(self, folder: Path) -> dict[str, int]:
-        """Write every table into `folder` and return the rows of each table.
+        """Write every table into `folder` and return the number of rows of each table.
 
-        Raise duckdb.Error or OSError if this fails.
+        Raise duckdb.Error or OSError if a table cannot be written.
         """
         try:
             return self._run(folder)
@@ -156,7 +157,8 @@ class TableBuilder:
     def _save_tasks(self, folder: Path) -> int:
         query, table = self._steps["table_tasks"], BY_NAME["tasks"]
         if self._gathered.results_twice:
-            # A task must never have two results. If it has, the table still contains each task once.
+            # A task must never have two results. If a task has two results, the table still contains the task only
+            # once.
             query = f"SELECT DISTINCT ON (stage, task) * FROM ({query})"  # noqa: S608 - own queries
         return save(self._connection, table, query, folder / table.file, ordered=True)
 
@@ -172,7 +174,7 @@ class TableBuilder:
         )
 
     def _fill(self, name: str, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> None:
-        """Create a table from a small number of rows."""
+        """Create the table `name` from a small number of rows."""
         path = self._scratch / f"{name}.ndjson"
         with path.open("w", encoding="utf-8") as file:
             for row in rows:
@@ -215,7 +217,7 @@ class TableBuilder:
         self._fill("stage_facts", _STAGE, stages)
 
     def _follow_losses(self) -> None:
-        """Mark tasks as canceled in a running job if the task that they follow failed or was canceled."""
+        """In a running job, mark a task as canceled if the task that it follows has failed or was canceled."""
         for stage in self._gathered.job.stages:
             if stage.chained:
                 self._connection.execute(
@@ -250,7 +252,9 @@ class TableBuilder:
             self._fill(f"seen_{table}", types(table, names=names), rows)
 
     def _requests(self) -> list[Sequence[Any]]:
-        """Return the recorded requests. The last row is the total, even if nothing was recorded."""
+        """Return the recorded numbers of requests. If the job has an account, the last row has the total from the
+        account.
+        """
         rows: list[Sequence[Any]] = list(self._gathered.record["requests"])
         if account := self._gathered.account:
             requests = account.requests
@@ -273,7 +277,7 @@ class TableBuilder:
     # --- The bill --------------------------------------------------------------------------------
 
     def _cost(self) -> str | None:
-        """Create the lines of the bill. Return the name of the price list, or None without one."""
+        """Create the table of the bill's lines. Return the name of the price list, or None without a price book."""
         prices, rows = None, []
         if self._setting.book:
             bill, parts = costs.parts(

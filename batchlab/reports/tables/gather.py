@@ -1,7 +1,7 @@
 """Reader of a job's data in the bucket: definition, cuts, outcomes, end, and recorded data.
 
-Invariants: only the bucket is read, so the data of a job can be written again at any time with the same result. Only a
-few outcomes are in memory at a time.
+Invariants: the reader reads only the bucket, so the tables of a job can be built again at any time with the same
+result. Only a few outcomes are in memory at a time.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from batchlab.manager.retry_rounds import Retry
 from batchlab.reports.tables.staging import Staging, planned_tasks
 
 MAX_FETCHES = 8
-"""Objects that are fetched concurrently. The value is low because the manager sends other requests."""
+"""Number of objects that are fetched concurrently. The number is low, because the manager also sends other requests."""
 MAX_BATCH = 64
 MAX_BATCH_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class JobData:
-    """JobData data that is not in the staged files.
+    """Data of a job that is not in the staged files.
 
-    `account` is None if the usage was not recorded. `planned` contains the tasks of each planned stage. `began_s` is
-    the start of the last round.
+    `account` is None if the usage of the job was not recorded. `planned` contains the tasks of each planned stage.
+    `began_s` is the start of the last round.
     """
 
     job: JobDef
@@ -51,7 +51,7 @@ class JobData:
 
 
 class JobDataReader:
-    """Reader of the jobs of one bucket."""
+    """Reader of the data of jobs in one bucket."""
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
@@ -59,7 +59,7 @@ class JobDataReader:
         self._keys = CommitKeys(objects, patience)
 
     async def gather(self, job: JobId, folder: Path) -> JobData:
-        """Read the job, and stage the data that grows with its size in `folder`.
+        """Read the job. Stage the data that grows with the size of the job in `folder`.
 
         Raise UsageError if the bucket does not contain the job.
         """
@@ -119,7 +119,9 @@ class JobDataReader:
             return None
 
     async def _outcomes(self, job: JobDef, staging: Staging, cuts: list[Cut]) -> int:
-        """Stage every outcome and append every cut to `cuts`. Return the size of these objects in bytes."""
+        """Stage every outcome of the job, and append every cut to `cuts`. Return the size in bytes of the outcomes and
+        cuts.
+        """
         key = await self._keys.key_of(job)
         size_bytes, batch_bytes = 0, 0
         batch: list[str] = []
@@ -150,7 +152,7 @@ class JobDataReader:
         return size_bytes
 
     async def _used(self, job: JobId) -> tuple[Account | None, recorded_data.RecordedData]:
-        """Return the usage of the job and the data recorded while it ran."""
+        """Return the usage of the job, and the data that was recorded while the job ran."""
         try:
             doc = await self._doc(object_keys.used(job))
             return Account.from_json(doc["account"]), doc.get("record") or recorded_data.empty_part()

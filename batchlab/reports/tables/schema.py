@@ -10,18 +10,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 VERSION = 1
-"""Version of the schema. It grows only for a change that readers must know, not for a new column."""
+"""Version of the schema. The version grows only with a change that readers must support, and not with a new column."""
 
 USD = "DECIMAL(24,12)"
-"""Type of amounts in US dollars. Sums are exact."""
+"""Type of amounts in US dollars. Sums of amounts are exact."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
     """Column of a table, with DuckDB's type.
 
-    The suffix gives the unit: `_s` for seconds, `_usd` for US dollars, and `_bytes` for bytes. A moment (`…ed_s`,
-    `at_s`) is in seconds since 1970 in UTC.
+    The suffix of a column's name gives the unit: `_s` for seconds, `_usd` for US dollars, and `_bytes` for bytes. A
+    moment (`…ed_s`, `at_s`) is in seconds since 1970 in UTC.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Table:
         return f"{self.name}.parquet"
 
     def select(self) -> str:
-        """Return the columns in order, cast to their types, for a SELECT on any version."""
+        """Return the SQL list of the table's columns, cast to their types, for a SELECT on data of any version."""
         return ", ".join(f'"{c.name}"::{c.type} AS "{c.name}"' for c in self.columns)
 
 
@@ -377,9 +377,9 @@ BY_NAME = {table.name: table for table in TABLES}
 
 
 def types(*tables: str, names: Iterable[str], **others: str) -> dict[str, str]:
-    """Return DuckDB's types of the columns `names` of these tables, and add the types of `others`.
+    """Return DuckDB's types of the columns `names` of the tables `tables`, and add the types in `others`.
 
-    If several tables have a column, the first of these tables determines its type.
+    If several of the tables have a column, the first table with the column determines the type.
     """
     column_types = {column.name: column.type for table in reversed(tables) for column in BY_NAME[table].columns}
     return {**{name: column_types[name] for name in names}, **others}

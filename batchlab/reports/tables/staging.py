@@ -1,7 +1,7 @@
 """Staging of outcomes and cuts as JSON lines, from which DuckDB builds the tables.
 
-Invariants: memory holds one byte per task, and nothing else that grows with the job. The lines contain when, where, and
-how each task ended, but not the result values. Their order is arbitrary.
+Invariants: the memory in use grows only by one byte for each task. The lines contain when, where, and how each task
+ended, but not the result values. The order of the lines is arbitrary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from batchlab.core.protocol.settlement import fingerprint
 from batchlab.reports.tables.schema import types
 
 MAX_RUN_TIMES = 8_192
-"""Maximum number of run times in one line."""
+"""Maximum number of tasks' run times in one line of a staged file."""
 MAX_REASON_CHARS = 500
 
 _BUNDLE = ("stage", "bundle", "round", "attempt", "tasks", "first_task", "last_task", "source", "losses")
@@ -29,7 +29,7 @@ _FAILURE = ("stage", "task", "is_final", "run_s", "kind", "error", "reason", "ex
 _RANGE = {"stage": "VARCHAR", "start": "BIGINT", "stop": "BIGINT"}
 
 FILES: Mapping[str, Mapping[str, str]] = {
-    # A column of `outcomes` that only the table of tasks has gets its type from that table.
+    # If only the table `tasks` has a column of `outcomes`, the table `tasks` determines the column's type.
     "outcomes": types("bundles", "tasks", names=(*_BUNDLE, *_OUTCOME, *_COUNTS), n="BIGINT", is_void="BOOLEAN"),
     "runs": {"n": "BIGINT", "stage": "VARCHAR", "first_task": "BIGINT", "run_s": "DOUBLE[]"},
     "failures": types("attempts", names=_FAILURE, n="BIGINT"),
@@ -37,19 +37,21 @@ FILES: Mapping[str, Mapping[str, str]] = {
     "planned": types("bundles", names=(*_BUNDLE, "ready_s")),
     "rest": _RANGE,
 }
-"""Columns of each file with DuckDB's types. `n` is the number of the outcome."""
+"""Columns of each staged file with DuckDB's types. The column `n` is the number of the outcome."""
 
 
 def plain(text: str) -> str:
-    """Replace NUL characters, which the tables cannot store. An exception's message may contain them."""
+    """Replace NUL characters, because tables cannot store NUL characters. An exception's message may contain NUL
+    characters.
+    """
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 class Staging:
     """Writer of the staged files of one job.
 
-    `void_before` contains stages whose plan a retry replaced, with the first round that counts. Leave the context
-    manager to close the files before they are read.
+    `void_before` maps each stage whose plan a retry replaced to the first round that counts. The exit of the context
+    manager closes the files, so the files can be read only after the exit.
     """
 
     def __init__(self, folder: Path, job: JobDef, void_before: Mapping[StageName, int]) -> None:
@@ -139,13 +141,13 @@ class Staging:
             marks[start:stop] = b"\x01" * (stop - start)
 
     def cut(self, cut: Cut, otherwise_s: float) -> None:
-        """Stage the bundles of a cut. A cut without a time gets `otherwise_s`."""
+        """Stage the bundles of a cut. A cut without a time gets the time `otherwise_s`."""
         ready_s = otherwise_s if cut.at_s is None else cut.at_s
         for bundle in cut.bundles:
             self._put("planned", **_bundle(bundle), ready_s=ready_s)
 
     def rest(self, stage: StageName, tasks: TaskSet) -> None:
-        """Stage the tasks that did not succeed. Call this after all outcomes are staged."""
+        """Stage the tasks of a stage that did not succeed. The caller must stage all outcomes before."""
         marks = self._succeeded.get(stage, bytearray())
         for start, stop in tasks.ranges:
             for first, last in _gaps(marks, start, stop):
@@ -169,7 +171,7 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
 
 
 def _gaps(marks: bytearray, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Yield the unmarked half-open ranges within [start, stop)."""
+    """Yield the half-open ranges of unmarked positions within [start, stop)."""
     at = start
     while at < stop:
         first = marks.find(0, at, stop)

@@ -1,7 +1,7 @@
-"""Writer of a job's performance data: it reads the bucket, builds Parquet files, and uploads them.
+"""Writer of a job's performance data, which reads the bucket, builds Parquet files, and uploads the files.
 
-Invariants: the index is written last, so a reader that finds the index also finds all files. Writing the data again
-produces the same facts.
+Invariants: the index is written last, so a reader that finds the index also finds all files. Writing the data of a job
+again produces the same facts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ INDEX = "report.json"
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """List of the written files, and the state of the job. `rows` and `sizes` (bytes) are by table."""
+    """List of the written files of a job, and the state of the job. `rows` and `sizes` (in bytes) have the table as
+    key.
+    """
 
     round: int
     is_final: bool
@@ -63,7 +65,9 @@ class Index:
 
 
 class Writer:
-    """Writer for one bucket. `scratch` is a folder for temporary files, created when needed."""
+    """Writer of performance data to one bucket. `scratch` is a folder for temporary files, which the writer creates
+    when needed.
+    """
 
     def __init__(self, objects: Objects, patience: Patience, setting: Setting, scratch: Path | None = None) -> None:
         self._objects = objects
@@ -74,7 +78,7 @@ class Writer:
     async def write(self, job: JobId) -> None:
         """Write the job's data into the bucket.
 
-        Raise UsageError if the job does not exist. BackendError, OSError, and duckdb.Error are also raised.
+        Raise UsageError if the job does not exist. The function may also raise BackendError, OSError, and duckdb.Error.
         """
         async with self._folder() as folder:
             await self.publish(job, folder, await self.make(job, folder))
@@ -87,15 +91,16 @@ class Writer:
             try:
                 rows = await asyncio.to_thread(building.run, folder)
             except asyncio.CancelledError:
-                building.interrupt()  # otherwise the process could not exit before the query ends
+                building.interrupt()  # without the interrupt, the process could not exit before the query ends
                 raise
         sizes = {table.name: (folder / table.file).stat().st_size for table in TABLES}
         return Index(gathered.round, gathered.ending is not None, rows, sizes)
 
     async def publish(self, job: JobId, folder: Path, index: Index) -> None:
-        """Upload a folder's files to the bucket, without a condition: only managers may write there.
+        """Upload a folder's files to the bucket. The uploads are unconditional, because only managers may write
+        performance data.
 
-        The index is uploaded last. A reader compares each file's size with the index.
+        The index is uploaded after all files. A reader compares the size of each file with the index.
         """
         prefix = object_keys.reports(job)
         for table in TABLES:
@@ -114,14 +119,14 @@ class Writer:
         try:
             yield folder
         finally:
-            # An interrupted thread may still hold some files for a moment.
+            # Errors are ignored, because an interrupted thread may still have files open for a moment.
             shutil.rmtree(folder, ignore_errors=True)
 
 
 async def index_of(objects: Objects, patience: Patience, job: JobId) -> Index | None:
     """Return the index of the job's data, or None if the bucket does not have final data.
 
-    Data is not final if the job still ran when it was written, or if a retry started since.
+    Data is not final if the data was written while the job ran, or if a retry of the job has started since.
     """
     try:
         data = await patience(partial(objects.get, object_keys.reports(job) + INDEX))
@@ -135,7 +140,7 @@ async def index_of(objects: Objects, patience: Patience, job: JobId) -> Index | 
 
 
 async def fetch(objects: Objects, patience: Patience, job: JobId, index: Index, to: Path) -> None:
-    """Copy the files of an index into a folder. Raise BackendError if a file changed during the download."""
+    """Download the files of an index into the folder `to`. Raise BackendError if a file changed during the download."""
     prefix = object_keys.reports(job)
     for table in TABLES:
         if table.name in index.sizes:

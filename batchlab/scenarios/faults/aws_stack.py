@@ -1,4 +1,4 @@
-"""Fault injection, zone outages, and shares of Spot instances on a stack of AWS, with the caller's permissions.
+"""Fault injection, zone outages, and shares of Spot Instances in a stack on AWS, with the caller's permissions.
 
 The faults terminate only instances of the stack's groups, and reboot only the stack's database. Every Auto Scaling
 group that a fault has changed gets its original settings back.
@@ -57,7 +57,7 @@ def _describe_groups(endpoint: Endpoint, names: Sequence[str]) -> list[dict[str,
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Auto Scaling group of a pool before a zone outage.
+    """State of a pool's Auto Scaling group before a zone outage.
 
     `subnets` lists the subnets of the group's zones, if the group has subnets.
     """
@@ -73,7 +73,7 @@ class _Group:
 
 
 class ZoneOutage:
-    """Zone outage of the groups whose names begin with `prefix`.
+    """Zone outage of the Auto Scaling groups whose names begin with `prefix`.
 
     During a zone outage, the groups do not use the zone, so no instance is launched in the zone, and the zone's
     instances are killed.
@@ -91,7 +91,8 @@ class ZoneOutage:
         inside: Callable[[str], Awaitable[list[str]]],
         kill: Callable[[Sequence[str]], Awaitable[list[str]]],
     ) -> FaultResult:
-        """Remove the zone that the fault names, or the first zone of the groups, for the duration of the fault.
+        """Remove the fault's zone from the groups for the duration of the fault. If the fault does not name a zone,
+        remove the first zone of the groups.
 
         `inside` lists the living instances of a zone, and `kill` ends instances and describes how they ended.
         """
@@ -179,27 +180,29 @@ def _used_zones(groups: Sequence[_Group]) -> str:
 
 
 def _find_zone(name: str, zones: Sequence[str]) -> str:
-    """Return the zone with this name or last letter, the first zone for an empty name, or an unknown name unchanged."""
+    """Return the zone with this name or last letter. If `name` is empty, return the first zone. Return an unknown name
+    unchanged.
+    """
     if not name:
         return zones[0] if zones else ""
     return next((zone for zone in zones if name in (zone, zone[-1])), name)
 
 
 def _launched_elsewhere(before: Sequence[_Group], now: Sequence[_Group], zone: str) -> set[str]:
-    """Return the instances that were launched in other zones during a zone outage."""
+    """Return the instances that were launched in zones other than `zone` during the outage of `zone`."""
     old = {instance for group in before for instance in group.instances}
     instances = (item for group in now for item in group.instances.items())
     return {instance for instance, place in instances if instance not in old and place != zone}
 
 
 def _count_waiting(before: Sequence[_Group], now: Sequence[_Group]) -> int:
-    """Count the missing instances of groups that have no other zone for their launches."""
+    """Count the instances that are missing in groups whose launches the zone outage has suspended."""
     stopped = {group.name for group in now if group.suspended} - {group.name for group in before if group.suspended}
     return sum(max(0, group.desired - len(group.instances)) for group in now if group.name in stopped)
 
 
 def _placement(zones: Sequence[str], subnets: Sequence[str]) -> dict[str, Any]:
-    """Return the group's subnets or, if the group has no subnets, its zones, because a subnet implies its zone."""
+    """Return a group's subnets, or the group's zones if the group does not have subnets. A subnet implies its zone."""
     return {"VPCZoneIdentifier": ",".join(subnets)} if subnets else {"AvailabilityZones": list(zones)}
 
 
@@ -209,10 +212,10 @@ _GROUPS_TIMEOUT_S = 60.0
 
 @contextmanager
 def with_spot_shares(backend: Backend, home: Home, spot: Mapping[str, float]) -> Iterator[None]:
-    """Set the share of Spot Instances among the future launches of each pool in `spot`; existing instances stay.
+    """Set the share of Spot Instances among the future launches of each pool in `spot`, until the block ends.
 
     The shares apply only on backends with the capability `sets_spot_share`. A stack on AWS has Spot shares of its own,
-    which do not change. Raise BackendError.
+    which do not change. Raise BackendError if a call of AWS fails or a group is missing.
     """
     shares = {pool: share for pool, share in spot.items() if share > 0}
     if not backend.capabilities.sets_spot_share or not shares:
@@ -227,7 +230,7 @@ def with_spot_shares(backend: Backend, home: Home, spot: Mapping[str, float]) ->
             scaling.update_auto_scaling_group(AutoScalingGroupName=name, **changes)
 
     groups = _wait_for_groups(endpoint, list(names))
-    # The stack restores every group, even if the restore of another group fails.
+    # The exit stack restores every group, even if the restore of another group fails.
     with ExitStack() as stack:
         for name, share in names.items():
             template, policy = _template(groups[name]), groups[name].get("MixedInstancesPolicy")
@@ -260,7 +263,7 @@ def _wait_for_groups(endpoint: Endpoint, names: Sequence[str]) -> dict[str, Any]
 def _template(group: Mapping[str, Any]) -> dict[str, str]:
     """Return a reference by name to the group's launch template.
 
-    AWS returns the name and the id of a launch template, but accepts only one of them.
+    AWS returns the name and the id of a launch template, but accepts only the name or the id.
     """
     template = (
         group.get("LaunchTemplate") or (group["MixedInstancesPolicy"]["LaunchTemplate"]["LaunchTemplateSpecification"])
@@ -269,7 +272,7 @@ def _template(group: Mapping[str, Any]) -> dict[str, str]:
 
 
 _BOOT_S = 900.0
-"""Timeout of the replacement of the manager's instance and of a database reboot."""
+"""Timeout in seconds of the replacement of the manager's instance, and of a reboot of the database."""
 _POLL_S = 1.0
 _ENDING = ("shutting-down", "terminated")
 
@@ -371,7 +374,7 @@ class StackFaults:
         return FaultResult((owner,), await self._replace_manager(owner))
 
     async def _replace_manager(self, owner: str) -> str:
-        """Terminate the manager's instance, wait for another leader, and return the evidence."""
+        """Terminate the manager's instance, wait for another leader, and return the evidence of the change."""
         instance = await asyncio.to_thread(stack_connections.manager_instance, self.at)
         began_s = time.monotonic()
         (end,) = await self.killed([instance])
@@ -449,7 +452,7 @@ class StackFaults:
 
 
 def actions(grid: TargetGrid) -> Mapping[FaultName, FaultAction]:
-    """Return the fault actions that the table of faults declares possible."""
+    """Return the action of each fault that a stack on AWS supports according to the table of faults."""
     stack = StackFaults(grid)
     return {
         FaultName.KILL: stack.kill,

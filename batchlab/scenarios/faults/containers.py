@@ -63,17 +63,19 @@ class ContainerFaults:
         return await self.engine.run(what, call)
 
     def breaks(self, what: str, call: Callable[[APIClient], T]) -> asyncio.Future[T]:
-        """Run a Docker call as `do` does, but in a thread that no cancellation stops."""
+        """Run a Docker call in a thread that a cancellation does not stop."""
         return in_thread(self.engine.do, what, call)
 
     async def instances(self) -> dict[str, Mapping[str, Any]]:
-        """Return Docker's rows of the running instances by instance."""
+        """Return Docker's description of the container of each running instance, by instance."""
         filters = {"label": [f"{LABEL}={self.at.project}", INSTANCE], "status": "running"}
         rows = await self.do("The instances", lambda api: api.containers(filters=filters))
         return {row["Labels"][INSTANCE]: row for row in rows}
 
     async def service(self, name: str) -> str:
-        """Return the container id of a service. Raise BackendError if the service has no container."""
+        """Return the container id of a service of the grid. Raise BackendError if the service does not have a
+        container.
+        """
         filters = {"label": [f"{LABEL}={self.at.project}", f"{SERVICE}={name}"]}
         rows = await self.do(name, lambda api: api.containers(all=True, filters=filters))
         if not rows:
@@ -93,7 +95,7 @@ class ContainerFaults:
         return bool((await self.look(container)).get("State", {}).get("Running"))
 
     async def targets(self, fault: Fault, among: Mapping[str, Any] | None = None) -> dict[str, str]:
-        """Return the containers of the targeted instances, by instance."""
+        """Return the container ids of the fault's target instances, by instance."""
         rows = await self.instances() if among is None else among
         return {name: str(rows[name]["Id"]) for name in await self._grid.targets(fault, rows)}
 
@@ -102,7 +104,7 @@ class ContainerFaults:
         return FaultResult(tuple(targets), first_of(await self.killed(targets)))
 
     async def killed(self, targets: Mapping[str, str]) -> list[str]:
-        """Kill the first process of each container and return the final states."""
+        """Kill the first process of each container and return the containers' final states."""
         for name, container in targets.items():
             with suppress(NotFound):  # the container has already ended
                 await complete(self.breaks(name, partial(_kill, container)))
@@ -173,7 +175,7 @@ class ContainerFaults:
         return False
 
     async def _connect(self, container: str) -> None:
-        """Reconnect a container that still runs to the network."""
+        """If the container still runs, reconnect the container to the grid's network."""
         if await self.is_running(container) and not await self._is_connected(container):
             try:
                 await self.do("The network", lambda api: api.connect_container_to_network(container, self.at.project))
@@ -218,7 +220,9 @@ class ContainerFaults:
         return False
 
     async def crashed(self, service: str, undoing: Rollback) -> str:
-        """Kill a service's first process, wait until Docker has restarted it, and return the evidence."""
+        """Kill a service's first process, wait until Docker has restarted the service, and return the evidence of the
+        restart.
+        """
         container = await self.service(service)
         before = (await self.look(container))["State"]
         pid = int(before["Pid"])
@@ -232,8 +236,8 @@ class ContainerFaults:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         else:
-            # Docker sends the signal if the process belongs to another user or a virtual machine, and then treats the
-            # end as a stop.
+            # If the process belongs to another user or a virtual machine, Docker sends the signal. Docker then treats
+            # the end of the process as a stop and does not restart the container.
             await complete(self.breaks(service, partial(_kill, container)))
             await start()
 
@@ -302,7 +306,7 @@ def _is_its(pid: int, container: str) -> bool:
 
 
 def actions(grid: TargetGrid) -> Mapping[FaultName, FaultAction]:
-    """Return the fault actions that the table of faults declares possible."""
+    """Return the action of each fault that a grid in containers supports according to the table of faults."""
     faults = ContainerFaults(grid)
     return {
         FaultName.KILL: faults.kill,

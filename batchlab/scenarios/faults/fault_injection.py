@@ -1,7 +1,8 @@
 """Injection of a scenario's faults into a running grid, and the table of supported faults.
 
 The injector undoes each fault, also on a cancellation, and reports a failed rollback. Faults that would affect the same
-part run one after another. docs/faults.md and `scenario faults` print the table.
+part of the grid run one after another. docs/faults.md and the command `scenario faults` show the table of supported
+faults.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ BACKENDS = ("local", "ministack", "localstack", "aws")
 class FaultSupport:
     """Support of one fault on one backend.
 
-    `how` describes the injection, and `why_not` is the reason why an injection is impossible.
+    `how` describes the injection of the fault, and `why_not` is the reason why an injection is impossible.
     """
 
     how: str = ""
@@ -222,7 +223,9 @@ class FaultInjector:
         return InjectedFault(fault.name, at_s, result.targets, result.evidence)
 
     async def undo(self) -> None:
-        """Undo all current faults and inject no more. After the rollback, every call of `inject` returns."""
+        """Undo all current faults and do not inject other faults. After the rollback, every call of `inject`
+        returns.
+        """
         self._grid.over.set()
         if self._active:
             await asyncio.wait(set(self._active))
@@ -258,7 +261,7 @@ def injector_for(
 
 
 def _actions(grid: TargetGrid, front: FaultProxy | None) -> Mapping[FaultName, FaultAction]:
-    # Imported only when needed, because the Docker SDK and boto3 are slow to import.
+    # The modules of the faults are imported only when needed, because the Docker SDK and boto3 are slow to import.
     if grid.backend.capabilities.stack:
         from batchlab.scenarios.faults import aws_stack
 

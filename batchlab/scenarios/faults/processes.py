@@ -139,14 +139,14 @@ _GRACE_S = 0.2
 
 
 class ProcessFaults:
-    """Faults of the grid's instances, which the launcher's records list."""
+    """Faults of the grid's instances. The launcher's records list the processes of the instances."""
 
     def __init__(self, grid: TargetGrid) -> None:
         self._grid = grid
         self._root = grid.home.fleet
 
     async def targets(self, fault: Fault) -> dict[str, int]:
-        """Return the process ids of the targeted instances, by instance."""
+        """Return the process ids of the fault's target instances, by instance."""
         pids = await asyncio.to_thread(living, self._root)
         return {name: pids[name] for name in await self._grid.targets(fault, pids)}
 
@@ -196,7 +196,8 @@ class ProcessFaults:
         )
 
     async def _wait_for_state(self, halted: Mapping[int, int], what: str, *, stopped: bool) -> int:
-        """Wait until all living processes are stopped or run again, and count these processes.
+        """If `stopped` is True, wait until all living processes are stopped, or else until all living processes run.
+        Return the number of living processes.
 
         A signal takes effect after a short time.
         """
@@ -284,7 +285,7 @@ def _halt(leaders: Iterable[int], halted: dict[int, int]) -> None:
     """Stop the processes and their children. The function adds the start time of each stopped process to `halted`."""
     for leader in leaders:
         while new := family(leader) - halted.keys():
-            # The worker is stopped before its children, so that the worker starts no more children.
+            # The worker is stopped before its children, so that the worker cannot start more children.
             for pid in sorted(new, key=lambda pid: pid != leader):
                 if ticks := start_ticks(pid):
                     halted[pid] = ticks
@@ -305,7 +306,7 @@ def _is_stopped(pid: int) -> bool:
 
 
 def actions(grid: TargetGrid, front: FaultProxy | None) -> Mapping[FaultName, FaultAction]:
-    """Return the fault actions that the table of faults declares possible."""
+    """Return the action of each fault that a grid of local processes supports according to the table of faults."""
     instances = ProcessFaults(grid)
     possible: dict[FaultName, FaultAction] = {
         FaultName.KILL: instances.kill,

@@ -88,7 +88,7 @@ class FaultProxy:
         self._client: httpx.AsyncClient | None = None
 
     def cut(self, is_cut: Callable[[int], bool] | None) -> None:
-        """Leave clients without an answer if `is_cut` returns True for their port.
+        """Stop answering the clients for whose port `is_cut` returns True.
 
         If `is_cut` is None, answer all clients again. Any thread may call `cut`.
         """
@@ -220,10 +220,9 @@ def with_proxy(backend: Backend, home: Home, say: Callable[[str], None]) -> Iter
     """Run a proxy before the endpoint of a grid that starts after the proxy.
 
     Yield the backend with the proxy's address, and the proxy, which must run as long as the grid. Yield the unchanged
-    backend and None if the backend needs no proxy.
+    backend and None if the backend does not need a proxy.
 
-    The home has the proxy's address while the proxy runs, and the endpoint's address afterwards. Raise BackendError or
-    UsageError.
+    The home contains the proxy's address while the proxy runs, and the endpoint's address afterwards.
     """
     if backend.emulator is None:
         yield backend, None
@@ -233,7 +232,7 @@ def with_proxy(backend: Backend, home: Home, say: Callable[[str], None]) -> Iter
         backend.provide(home, say)
         stored, place = home.place(backend.name), backend.named_place(home)
         if place is None:
-            # The opened emulator is the emulator that the grid itself would start, with the same data.
+            # `open_emulator` opens the emulator that the grid would start, with the same data.
             emulator = backend.open_emulator(home)
             assert emulator
             url = stack.enter_context(emulator).url
@@ -248,7 +247,8 @@ def with_proxy(backend: Backend, home: Home, say: Callable[[str], None]) -> Iter
 def _proxied_home(home: Home, name: str, place: Place, url: str, *, is_new: bool) -> Iterator[None]:
     """Store the proxy's address in the home.
 
-    On exit, a new `place` is removed from the home unless a grid has stored a place during the block.
+    On exit, the home gets the endpoint's address `place` back. If `is_new` is True and the home's file is unchanged,
+    the address is deleted instead.
     """
     written = home.backend_folder(name) / "endpoint.json"
     ours: tuple[int, int] | None = None
@@ -305,8 +305,8 @@ _WHAT = "The proxy before LocalStack"
 PYTHON = "/opt/batchlab/venv/bin/python"
 """Path of Python in the images that compose/Dockerfile builds."""
 _ASIDE, _BESIDE = 9, 8
-"""Last byte of LocalStack's address while the proxy has LocalStack's usual address, and last byte of the proxy's
-address before the change.
+"""`_ASIDE` is the last byte of LocalStack's address while the proxy has LocalStack's usual address. `_BESIDE` is the
+last byte of the proxy's address before the proxy gets LocalStack's usual address.
 """
 _STOP_S = 5
 _MARGIN_S = 60.0
@@ -314,7 +314,7 @@ _MEMORY = "256m"
 
 
 class LocalStackProxy:
-    """LocalStack's container `storage` with the address `url` on the grid's network."""
+    """Proxy before LocalStack, which runs in the container `storage` with the address `url` on the grid's network."""
 
     def __init__(self, containers: ContainerFaults, storage: str, url: str) -> None:
         self._containers = containers
@@ -424,7 +424,7 @@ class LocalStackProxy:
         try:
             await self._do(self._move(front, self._beside))
         except BackendError:
-            with suppress(NotFound):  # an error means that the container has ended and does not have the address either
+            with suppress(NotFound):  # NotFound means that the proxy's container has ended and has released the address
                 await self._do(lambda api: api.stop(front, timeout=_STOP_S))
         await self._do(self._move(self._storage, self._host))
         await self._wait_for_answer(self._host)
@@ -475,7 +475,7 @@ def main(arguments: Sequence[str]) -> None:
 
     with suppress(KeyboardInterrupt):
         asyncio.run(serve())
-    print(json.dumps(asdict(front.counts)), flush=True)  # noqa: T201 - what whoever started it reads
+    print(json.dumps(asdict(front.counts)), flush=True)  # noqa: T201 - the program's output
 
 
 if __name__ == "__main__":

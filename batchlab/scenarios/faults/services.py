@@ -1,7 +1,7 @@
 """Faults of services on every backend: duplicate and late messages, a manager crash, and the loss of the ledger.
 
-Message faults use the Queue port. If the process that injects a fault dies, the visibility timeout returns the messages
-of that process, so no message is lost.
+Message faults use the Queue port. If the process that injects a fault dies, its messages become visible again after the
+visibility timeout, so no message is lost.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ class _QueueState:
     """
 
     ids: dict[str, set[str]] = field(default_factory=dict)
-    """Message ids with each body, by the body's digest."""
+    """Ids of the messages with each body, by the body's digest."""
     released: int = 0
     hit: dict[str, str] = field(default_factory=dict)
-    """First message id of each affected body, by the body's digest."""
+    """Id of the first message with each affected body, by the body's digest."""
     held_s: list[float] = field(default_factory=list)
     hidden: dict[str, tuple[float, Message]] = field(default_factory=dict)
 
     def new_messages(self, batch: Sequence[Message]) -> list[Message]:
-        """Return the messages whose body was not seen before."""
+        """Return the messages of `batch` whose body was not received before."""
         new = []
         for message in batch:
             ids = self.ids.setdefault(_digest(message.body), set())
@@ -142,9 +142,10 @@ async def delays(grid: TargetGrid, fault: Fault) -> FaultResult:
 async def _release(
     queue: Queue, name: str, state: _QueueState, batch: Sequence[Message], *, held: bool = False
 ) -> set[str]:
-    """Make messages visible again, and return the receipts that were still valid at that moment.
+    """Make the messages of `batch` visible again, and return the receipts that were still valid.
 
-    A receipt is valid if no other consumer has received the message. Record the hold time of `held` messages.
+    A receipt is valid until another consumer receives the message. If `held` is True, record the time for which each
+    message was hidden.
     """
     valid: set[str] = set()
     for start in range(0, len(batch), _BATCH):
@@ -169,7 +170,7 @@ async def _received_batches(
 
     pause_s = _PAUSE_S
     while (wait_s := rest_s()) > 0:
-        # A canceled receive would hide messages of which this process has no record.
+        # A canceled receive would hide messages that this process has not recorded.
         batch = await complete(receive(min(_WAIT_S, wait_s)))
         new = state.new_messages(batch)
         if batch:
@@ -182,7 +183,7 @@ QueueWork = Callable[[Queue, str, _QueueState, Callable[[], float]], Coroutine[A
 
 
 async def _run_on_queues(grid: TargetGrid, fault: Fault, work: QueueWork) -> tuple[list[str], list[_QueueState]]:
-    """Run the work on the task queues of the fault's pools, and on the events queue if the fault names no pool."""
+    """Run `work` on the task queues of the fault's pools, and on the events queue if the fault does not name a pool."""
     names = [object_keys.tasks_queue(pool) for pool in await grid.pool_names(fault.pool)]
     names += [object_keys.EVENTS] if not fault.pool else []
     ends_s = time.monotonic() + fault.for_s
@@ -249,13 +250,13 @@ async def lose_ledger(
 ) -> FaultResult:
     """Empty the ledger, and let the manager rebuild the ledger from the bucket after the fault's duration.
 
-    If given, `before` first breaks the database and returns the evidence of the failure.
+    The function `before`, if given, first breaks the database and returns the evidence of the failure.
     """
     ledger = grid.backend.open_ledger(grid.home)
     rebuilt: list[int] = []
 
     async def forget() -> bool:
-        with suppress(BackendError):  # the database does not answer while it starts
+        with suppress(BackendError):  # the database does not answer while the database starts
             await complete(ledger.forget())
             return True
         return False
@@ -288,7 +289,7 @@ def add_rebuild(grid: TargetGrid, undoing: Rollback, rebuilt: list[int]) -> None
     async def rebuild() -> None:
         rebuilt.append(await rebuild_ledger(grid))
 
-    # The rebuild itself waits until a manager answers.
+    # One try is enough, because `rebuild` waits until a manager answers.
     undoing.owe("the loss of the ledger", rebuild, tries=1)
 
 
@@ -303,7 +304,7 @@ async def count_jobs(grid: TargetGrid) -> int:
 async def rebuild_ledger(grid: TargetGrid) -> int:
     """Let the manager rebuild the ledger and return the number of rebuilt jobs.
 
-    If no manager answers, wait for a manager.
+    If no manager answers, wait until a manager answers.
     """
     began_s = time.monotonic()
     while True:

@@ -101,7 +101,7 @@ class TargetGrid:
     async def targets(self, fault: Fault, among: Collection[str] | None = None) -> list[str]:
         """Return the fault's targets, or only the targets in `among`.
 
-        Raise NothingHit if the fault has no target, and RunEnded if the run has ended.
+        Raise NothingHit if the fault does not have a target, and RunEnded if the run has ended.
         """
         grid = await self.grid()
         if self.over.is_set():
@@ -112,7 +112,7 @@ class TargetGrid:
         return targets
 
     async def pool_names(self, pool: str) -> list[str]:
-        """Return the pool's name, or the names of all pools for an empty name."""
+        """Return a list with the name `pool`, or the names of all pools if `pool` is empty."""
         return [view["name"] for view in (await self.grid())["pools"] if pool in ("", view["name"])]
 
     async def leader(self, *, after: str, within_s: float = 5 * EFFECT_TIMEOUT_S) -> str:
@@ -154,17 +154,17 @@ async def wait_for(look: Callable[[], Awaitable[T]], what: str, *, within_s: flo
 log = logging.getLogger(__name__)
 
 Undo = Callable[[], Awaitable[object]]
-"""Function that undoes one change.
+"""Function that undoes one change of the grid.
 
-The undo function also runs after a failed change and after its own failure, so it must accept an intact part of the
+The undo function also runs after a failed change and after its own failure, so the function must work on an unchanged
 grid.
 """
 
 UNDO_TRIES = 3
 MAX_UNDO_RESTARTS = 3
-"""Maximum number of restarts of an undo that was stopped."""
+"""Maximum number of restarts of an undo function that was stopped."""
 PAUSE_S = 0.5
-"""Pause in seconds between two attempts of an undo."""
+"""Pause in seconds between two calls of an undo function."""
 
 
 class RollbackFailed(BackendError):
@@ -184,7 +184,7 @@ class Rollback:
         self._owed: list[tuple[str, Undo, int]] = []
 
     def owe(self, what: str, undo: Undo, *, tries: int = UNDO_TRIES) -> None:
-        """Register the undo of a change before the change.
+        """Register the undo function of a change. The caller makes the change after the call of `owe`.
 
         Raise RunEnded if the run has ended, except for a fault that has already begun.
         """

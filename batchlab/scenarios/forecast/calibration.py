@@ -1,6 +1,6 @@
 """Calibration of forecasts by measured runs: boot times, overheads, and task times.
 
-Each calibrated value is a median, so single outliers do not change it. A calibrated value needs at least
+Each calibrated value is a median, so single outliers do not change the value. A calibrated value needs at least
 MIN_OBSERVATIONS observations.
 """
 
@@ -26,7 +26,7 @@ MIN_OBSERVATIONS = 3
 """Minimum number of observations from which a value is calibrated."""
 
 MAX_CORES = 4096
-"""Upper limit of the number of cores. No machine has more cores, and each core needs memory in the simulator."""
+"""Upper limit of the number of cores of a machine, because each core needs memory in the simulator."""
 
 _ADAPTER: TypeAdapter[Calibration] = TypeAdapter(Calibration)
 
@@ -35,7 +35,7 @@ _ADAPTER: TypeAdapter[Calibration] = TypeAdapter(Calibration)
 class CalibratedValue:
     """Median and quartiles of one quantity, in seconds, except for the factor `stretch`.
 
-    `what` names the observations. `value` is None if the records have too few observations, and then `why` names the
+    `what` names the observations. If the records have too few observations, `value` is None, and `why` names the
     missing observations.
     """
 
@@ -132,8 +132,8 @@ def _calibration(backend: str, quantities: Iterable[CalibratedValue], runs: int,
         return {of: value for (kind, of), value in values.items() if kind == name}
 
     usual = factory.load(backend).usual if backend in backend_names() else Calibration(backend)
-    # A measured bundle time includes the bundle's time on a core. The simulator adds the time on a core for shared
-    # cores, so the calibration subtracts this time.
+    # A measured bundle time includes the bundle's time on a core. If cores are shared, the simulator adds the time on a
+    # core itself, so the calibration subtracts the time on a core.
     bundle_s = values.get(("bundle", ""))
     shared_s = usual.bundle_cpu_s if usual.cores else 0.0
     return replace(
@@ -171,7 +171,7 @@ def _boots(records: Sequence[Record]) -> Iterator[CalibratedValue]:
 
 
 def _bundle_overheads(records: Sequence[Record]) -> Iterator[tuple[float, float]]:
-    """Yield the sampled times that bundles took in addition to their tasks, each with a weight.
+    """Yield samples of the time that a bundle takes in addition to its tasks, each with a weight.
 
     Templates with failures are skipped, because the time of a failed task is recorded only as a part of its bundle's
     time.
@@ -243,7 +243,7 @@ def write(calibration: Calibration, path: Path) -> None:
 
 
 def read(path: Path) -> Calibration:
-    """Read a calibration. Raise UsageError for a missing file or impossible values."""
+    """Read a calibration. Raise UsageError if the file is missing or contains impossible values."""
     remedy = "Name the file that `batchlab scenario calibrate RECORD --out FILE` has written."
     data = read_file(path, "calibration", remedy)
     try:

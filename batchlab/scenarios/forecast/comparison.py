@@ -28,22 +28,22 @@ RUN_MEASURES = (
     "again",
     "idle_share",
 )
-"""Measures of the whole run that a comparison contains."""
+"""Measures of the whole run that are compared."""
 TEMPLATE_MEASURES = ("makespan", "p95_wait", "p95_turnaround")
 """Measures that are compared for each job template if the scenario has several templates."""
 CURVE_POINTS = 400
-"""Number of times at which two curves are compared."""
+"""Number of points in time at which two curves are compared."""
 
 StepCurve = Sequence[tuple[float, float]]
-"""Step curve as (time, value) pairs; the value is constant until the next time."""
+"""Step curve as (time, value) pairs. Each value applies until the time of the next pair."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One measure of both records.
+    """Values of one measure in the forecast and in the real run.
 
-    A value is None if the record lacks the measure or if a job never ended. `absolute` is in `unit`, and `relative` is
-    a share of the measured value.
+    A value is None if the record lacks the measure or if a job never ended. `absolute` is an error in `unit`, and
+    `relative` is an error as a share of the measured value.
     """
 
     measure: str
@@ -70,7 +70,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class CurvePair:
-    """One curve of both records.
+    """One curve in the forecast and in the real run.
 
     `mean_error` is the mean distance of the two curves over the duration of the longer run, in the unit of `what`.
     """
@@ -103,7 +103,7 @@ class CurvePair:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Complete comparison. `notes` lists reasons why the two runs are not fully comparable."""
+    """Comparison of a forecast with a real run. `notes` lists reasons why the two runs are not fully comparable."""
 
     scenario: str
     forecast_backend: str
@@ -132,7 +132,9 @@ class Comparison:
 
 
 def compare(forecast: Record, fact: Record) -> Comparison:
-    """Compare two records. Raise UsageError if the records have different scenarios or compressions."""
+    """Compare the record of a forecast with the record of a real run. Raise UsageError if the records have different
+    scenarios or compressions.
+    """
     if forecast.scenario != fact.scenario:
         raise UsageError(
             f"The forecast is of scenario {forecast.scenario}, and the fact is of scenario {fact.scenario}.",

@@ -33,7 +33,7 @@ DELAY_RANGE_S = (1.0, 60.0)
 
 @dataclass(slots=True)
 class ServiceFaults:
-    """Current faults that affect services.
+    """Current faults of a simulated grid that affect its services.
 
     `cut_off` counts the partition faults of each actor. The rates are shares of all S3 requests or of all sent
     messages.
@@ -44,7 +44,7 @@ class ServiceFaults:
     duplicates: float = 0.0
     delays: float = 0.0
     hits: Counter[str] = field(default_factory=Counter)
-    """Number of effects of the faults, by the name of the rate or of the actor."""
+    """Number of calls that the faults affected, by the name of the rate or of the actor."""
 
 
 class ScenarioCallFaults(Faults):
@@ -126,7 +126,7 @@ SLOW_DISK_START_S = 1.0
 NO_INSTANCE = "no instance{of} was in service then"
 
 TargetsAndEvidence = tuple[Sequence[str], str]
-"""Targets of a fault, and the observed evidence."""
+"""Targets of a fault, and the observed evidence of the fault."""
 
 
 class NothingHit(Exception):
@@ -135,7 +135,7 @@ class NothingHit(Exception):
 
 @dataclass(slots=True)
 class FaultTimeline:
-    """Faults of one simulated run. `impossible` has the faults to skip, with the reasons."""
+    """Faults of one simulated run. `impossible` maps each fault that is skipped to the reason."""
 
     scenario: Scenario
     backend: Backend
@@ -190,9 +190,10 @@ class FaultTimeline:
         return InjectedFault(name, at_s, tuple(targets), evidence)
 
     def _targets(self, fault: Fault, *, market: Market | None = None, zone: str = "") -> list[str]:
-        """Return the targeted instances of a fault, the oldest first, as in a replay.
+        """Return the target instances of a fault, the oldest instance first. A replay selects targets in the same
+        order.
 
-        Raise NothingHit if the fault has no target.
+        Raise NothingHit if the fault does not have a target.
         """
         names = [
             name
@@ -241,7 +242,8 @@ class FaultTimeline:
             actor = self._worker(name).actor
             steps += loop.parked(actor)
             self.world.watch.on_fault(actor)
-            # If a pause begins at the moment at which another pause ends, the new pause may be counted first.
+            # If a pause fault begins at the moment at which another pause fault ends, the new fault may be counted
+            # first.
             if not self.pauses[name]:
                 actor.thaw()
         return names, (
@@ -263,7 +265,8 @@ class FaultTimeline:
         return names, f"{calls} calls of {count(len(names), 'instance')} could not reach a service"
 
     async def _interrupt_spot(self, fault: Fault) -> TargetsAndEvidence:
-        # Processes are not Spot Instances, so the fault interrupts any process, by a normal drain without an end time.
+        # On a backend with one machine, instances are processes and not Spot Instances. The fault therefore interrupts
+        # any process by a normal drain without an end time.
         has_market = not self.backend.capabilities.one_machine
         names = self._targets(fault, market=Market.SPOT if has_market else None)
         bundles = len(self._executions(names))
@@ -316,7 +319,7 @@ class FaultTimeline:
     async def _slow_disks(self, fault: Fault) -> TargetsAndEvidence:
         disks = self.work.disks
         bundles, tasks, added_s = disks.slowed_bundles, disks.slowed_tasks, disks.added_s
-        if self.backend.capabilities.one_machine:  # on this backend, all workers share one disk
+        if self.backend.capabilities.one_machine:  # on a backend with one machine, all workers share one disk
             names, slow = self.machines.oldest_first(self.machines.alive()), [ALL_WORKERS]
         else:
             names = self._targets(fault)

@@ -1,4 +1,4 @@
-"""Results of a simulated run: outcomes, samples of the grid, and the bill.
+"""Results of a simulated run: counts from outcomes, samples of the grid, and the cost.
 
 Results are counted from the outcomes in the bucket, so the counts include tasks that the ledger lost and tasks that ran
 twice. Sampling of the grid does not change the simulated run.
@@ -41,7 +41,7 @@ from batchlab.scenarios.verdicts import end_s
 from batchlab.sim.world import World
 
 SAMPLE_SIZE = 200
-"""Number of task times per stage in the record."""
+"""Maximum number of task times of a stage in the record."""
 _BUFFER_SIZE = 1 << 15
 
 NEVER_SUBMITTED = "never submitted"
@@ -61,7 +61,7 @@ async def read_outcomes(objects: Objects, job: JobId) -> AsyncIterator[Outcome]:
 
 
 class EvenSample:
-    """Even sample of a stream of numbers."""
+    """Sample of a stream of numbers whose members are evenly spread over the stream."""
 
     def __init__(self) -> None:
         self._numbers: list[float] = []
@@ -116,11 +116,11 @@ class Results:
 
     @property
     def again_s(self) -> float:
-        """Return the wasted slot seconds."""
+        """Return the slot seconds of failed attempts and of executions without a committed outcome."""
         return sum(self.failed_s.values()) + sum(self.thrown_s.values())
 
     def stages(self, jobs: Sequence[Job]) -> tuple[StageRun, ...]:
-        """Return the totals by template and stage, in the scenario's order."""
+        """Return the totals of each template and stage, in the order of the scenario."""
         templates = {job.template.name: job.template for job in jobs}
         return tuple(
             StageRun(
@@ -173,7 +173,8 @@ class ResultCounter:
         last_s = 0.0
         async for outcome in read_outcomes(self.objects, name):
             self._add(job, outcome, spans)
-            # The shortened outcome omits the values and times of single tasks, which need much memory.
+            # The shortened outcome omits the values and times of single tasks, because values and times need much
+            # memory.
             slim = Outcome(outcome.bundle, outcome.execution, "", 0.0, 0.0, outcome.succeeded, failed=outcome.failed)
             outcomes.setdefault(outcome.bundle.stage, []).append(slim)
             last_s = max(last_s, outcome.ended_s)
@@ -246,19 +247,21 @@ class ResultCounter:
 
 
 MAX_QUIET_SAMPLES = 1000
-"""Maximum number of unchanged samples. If more unchanged samples exist, every second unchanged sample is dropped."""
+"""Maximum number of samples in which no group changed. If more such samples exist, every second such sample is dropped.
+"""
 
 _PENDING_STATES = {LifecycleState.PENDING, LifecycleState.PENDING_WAIT, LifecycleState.PENDING_PROCEED}
 
 Counts = tuple[int, int, int]
-"""Counts of a group: desired capacity, instances in service, and pending instances."""
+"""Numbers of a group: desired capacity, instances in service, and pending instances."""
 
 
 @dataclass(slots=True)
 class GridSampler:
-    """Sampler of the leading manager's groups.
+    """Sampler of the groups in the view of the leading manager.
 
-    `spacing_s` is the initial distance of unchanged samples, and `base_s` the loop time at second 0 of the run.
+    `spacing_s` is the initial distance in seconds between samples of unchanged groups. `base_s` is the time of the
+    event loop at second 0 of the run.
     """
 
     world: World
@@ -318,7 +321,7 @@ class GridSampler:
 
 @dataclass(frozen=True, slots=True)
 class ForecastSetup:
-    """Scenario and seed of a forecast, with the backend's settings, its measurements, and the prices."""
+    """Scenario and seed of a forecast, with the backend's settings, the calibration, and the price book."""
 
     scenario: Scenario
     seed: int
@@ -331,7 +334,7 @@ class ForecastSetup:
         return {plan.pool.name: calibrated_pool(plan, self.calibration) for plan in self.scenario.pools}
 
     def manager(self) -> ManagerSettings:
-        """Return the manager's settings with the scenario's policy."""
+        """Return the manager's settings with the scaling policy of the scenario."""
         return replace(self.backend.manager, **self.scenario.policy.settings())
 
     def record(
@@ -345,9 +348,9 @@ class ForecastSetup:
         end_s: float,
         **rest: Any,
     ) -> Record:
-        """Return the record of a run that ended at `end_s`, with its bill.
+        """Return the record of a run that ended at `end_s`, with the cost of the run.
 
-        An instance that still lives at the end of the run counts until `end_s`.
+        An instance that is alive at the end of the run counts until `end_s`.
         """
         pools, worker, manager = self.pools(), self.backend.worker, self.manager()
         meter = Meter()
@@ -393,7 +396,7 @@ class ForecastSetup:
 def minimum_usd(record: Record, until_s: float, book: PriceBook) -> float:
     """Return the cost of the pools' minimum sizes from the run's end until `until_s`.
 
-    The cost assumes that living instances stay and that each missing instance is an On-Demand Instance.
+    The computation assumes that living instances stay and that each missing instance is an On-Demand Instance.
     """
     rest_s = until_s - end_s(record)
     if rest_s <= 0:

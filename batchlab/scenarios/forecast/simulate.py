@@ -49,7 +49,7 @@ READY_S = 600.0
 """Time in seconds, in addition to the boot time, within which permanent instances must be ready before the run."""
 
 STALL_LIMIT_S = 4 * 3600.0
-"""Time in seconds after which a run without any work and without later events is cut."""
+"""Time in seconds after which a run is ended early if the run does not have any work or later events."""
 
 SHRINK_LIMIT_S = 3600.0
 """Time in seconds within which the fleet must shrink to its minimum size after the end of the last job."""
@@ -57,7 +57,7 @@ SHRINK_LIMIT_S = 3600.0
 SUBMIT_CALLS = 4
 """Number of port calls from a job's submission to the receive of the job's first bundle.
 
-Each port call takes one latency.
+Each port call takes the time of one simulated latency.
 """
 
 Examine = Callable[[World, Sequence[JobId]], Awaitable[None]]
@@ -66,11 +66,11 @@ Examine = Callable[[World, Sequence[JobId]], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class ForecastOptions:
-    """Rarely used options of a forecast.
+    """Options of a forecast that most callers do not need.
 
     `fifo` and `max_wait_s` are options of the queue (see SimQueue). `watched` enables the runtime checks of the
-    protocol. `examine` is called with the simulated world at the end of the run. `impossible` has the faults to skip,
-    with the reasons.
+    protocol. `examine` is called with the simulated world at the end of the run. `impossible` maps each fault that is
+    skipped to the reason.
     """
 
     fifo: bool = False
@@ -85,7 +85,7 @@ DEFAULT_OPTIONS = ForecastOptions()
 
 @dataclass(frozen=True, slots=True)
 class SimulationProgress:
-    """Progress of a simulated run: its time, and numbers of jobs."""
+    """Progress of a simulated run: the time of the run, and numbers of jobs."""
 
     at_s: float
     submitted: int
@@ -199,7 +199,7 @@ class ForecastGrid:
 
     @property
     def leader(self) -> Manager | None:
-        """Return the leading manager, or None."""
+        """Return the leading manager, or None if no manager leads."""
         manager = self.world.manager
         return manager if manager is not None and manager.is_leader.is_set() else None
 
@@ -232,7 +232,7 @@ class ForecastGrid:
                 )
             await asyncio.sleep(min(1.0, self.manager.tick_s))
         self.base_s = self.world.clock.monotonic_s()
-        # A replay sets the Spot share only for launches after its start.
+        # A replay sets the Spot share only for launches after the start of the replay.
         self.machines.begin(ready, on_demand=self._backend.capabilities.sets_spot_share)
         self.sampler.begin(self.base_s)
 
@@ -268,9 +268,9 @@ class _Simulation:
         self._jobs = expand(setup.scenario, setup.seed).jobs
         self._submitted_s: dict[str, float] = {}
         self._open: dict[str, None] = {}
-        """Submitted jobs whose end has not been observed yet."""
+        """Ids of submitted jobs whose end has not been observed yet."""
         self._progress_s = 0.0
-        """Run time of the last observed progress."""
+        """Time of the run at the last observed progress."""
         self._begun = 0
         self._cut = ""
 
@@ -336,7 +336,7 @@ class _Simulation:
         await grid.ask(lambda manager: manager.job_commands.submit(definition, items), f"submit {job.id}")
 
     async def _prewarm(self, plan: Prewarm) -> None:
-        """Keep the pool prewarmed until the end of the plan. A new leader receives the minimum size again."""
+        """Keep the pool prewarmed until the end of the plan. The minimum size is sent again to each new leader."""
         grid = self._grid
         await asyncio.sleep(max(0.0, plan.at_s - grid.now_s()))
         managers = 0

@@ -61,13 +61,13 @@ def job_def(job: Job, submitted_s: float) -> JobDef:
 
 
 def task_result(stages: tuple[StageTemplate, ...], stage: str, task: int) -> Json:
-    """Return a task's result: the task's group for each stage that gathers the results by key."""
+    """Return a task's result. For each stage that gathers results by key, the result contains the task's group."""
     gathers = (after for after in stages if after.gather == "key" and stage in after.after)
     return {after.name: f"{task % after.groups:06d}" for after in gathers} or None
 
 
 async def store_items(job: JobDef, objects: Objects, patience: Patience) -> list[Json] | None:
-    """Return the items of a small job. Write the items of a large job to the bucket."""
+    """Return the items of a small job, or write the items of a large job to the bucket and return None."""
     count = job.items or 0
     if count <= MAX_STORED_ITEMS:
         return list(range(count))
@@ -81,7 +81,7 @@ async def store_items(job: JobDef, objects: Objects, patience: Patience) -> list
 
 @dataclass(slots=True)
 class SharedCores:
-    """Shared cores of a machine.
+    """Cores that the manager, the workers, and the tasks of a machine share.
 
     `count` is the number of cores (0: unlimited). A bundle takes `bundle_s` seconds of a core, and bundles take cores
     in order. The core time of a bundle covers its send, receive, run, commit, and count. A CPU-bound task uses a core
@@ -97,7 +97,7 @@ class SharedCores:
     _computing: int = 0
 
     def begin(self, now_s: float, worker: str, *, computes: bool) -> float:
-        """Start a bundle in this worker. Return the seconds until the bundle's time on a core has ended."""
+        """Start a bundle in the worker `worker`. Return the seconds until the bundle's time on a core has ended."""
         if not (self.count and self.bundle_s):
             return 0.0
         self._free_s = self._free_s or [now_s] * self.count
@@ -148,7 +148,7 @@ class SimulatedDisks:
     added_s: float = 0.0
 
     def io_s(self, worker: str, takes_s: float, tasks: int) -> float:
-        """Return the seconds that `tasks` tasks take on this worker's disk."""
+        """Return the seconds that the I/O of `tasks` tasks takes on the worker's disk."""
         if not (times := self._times(worker)):
             return takes_s
         slow_s = takes_s * SLOW_DISK_FACTOR**times
@@ -157,7 +157,7 @@ class SimulatedDisks:
         return slow_s
 
     def begin_s(self, worker: str) -> float:
-        """Return the delay in seconds of a bundle's start on this worker's disk."""
+        """Return the delay in seconds of a bundle's start on the worker's disk."""
         if not (times := self._times(worker)):
             return 0.0
         self.slowed_bundles += 1
@@ -190,7 +190,7 @@ class SimulatedWork:
     first_s: dict[JobId, float] = field(default_factory=dict)
     """Monotonic time at which each job's first task started."""
     spans: dict[str, tuple[str, float]] = field(default_factory=dict)
-    """(pool, slot seconds) of each ended execution, committed or not."""
+    """Pool and slot seconds of each ended execution, with or without a committed outcome."""
     running: dict[str, str] = field(default_factory=dict)
     """Worker of each running execution."""
     begun: int = 0
@@ -209,7 +209,7 @@ class SimulatedWork:
         return stage
 
     def take_s(self, work: Work) -> Sequence[float]:
-        """Return the seconds of each task of a bundle."""
+        """Return the seconds that each task of a bundle takes."""
         stage = self.stage(work.job.id, work.stage.name)
         times_s = expansion.task_times_s(self.seed, stage.job, stage.template, work.bundle.tasks)
         factor = stage.stretch
@@ -262,7 +262,7 @@ class DeclaredRunner:
             simulated.spans[work.execution] = (work.stage.pool, took_s * work.stage.slots)
 
     async def close(self) -> None:
-        """Do nothing."""
+        """Return at once, because the runner does not hold resources."""
 
     async def _add_results(self, stage: SimulatedStage, work: Work, runs: AsyncIterator[Ran]) -> AsyncIterator[Ran]:
         """Add the failures and results that the scenario declares to the tasks that ran."""
@@ -280,7 +280,9 @@ class DeclaredRunner:
     async def _run_with_poison(
         self, stage: SimulatedStage, work: Work, handle: Handle, runner: TimedRunner
     ) -> AsyncIterator[Ran]:
-        """Run the tasks before the first task that kills the worker, and half of the killing task."""
+        """Run the tasks before the first task that kills the worker. Then run half of the time of the task that kills
+        the worker.
+        """
         tasks = list(work.bundle.tasks)
         deadly = (n for n, t in enumerate(tasks) if expansion.kills_worker(stage.job, stage.template, t))
         place = next(deadly, len(tasks))
@@ -337,7 +339,7 @@ class Machines:
 
     def __init__(self, plans: Sequence[PoolPlan], zones: Sequence[str], now_s: Callable[[], float]) -> None:
         self.lives: dict[str, SimulatedInstance] = {}
-        """Instances in launch order."""
+        """All instances by name, in the order of their launches."""
         self.lost_zones: list[str] = []
         self.refused = 0
         """Number of refused launches for which no zone was available."""
@@ -347,7 +349,7 @@ class Machines:
         self._alive: dict[str, dict[str, None]] = {plan.pool.name: {} for plan in plans}
 
     def refuse(self, _pool: Pool, _instance: str) -> str | None:
-        """Return the reason why no launch is possible, or None."""
+        """Return the reason why a launch is impossible, or None if a launch is possible."""
         if all(zone in self.lost_zones for zone in self._zones):
             self.refused += 1
             return f"{NO_CAPACITY}: no zone has capacity."
@@ -358,7 +360,7 @@ class Machines:
         alive = self._alive[pool.name]
         machines = [self.lives[name].machine for name in alive]
         spot = sum(machine.market is Market.SPOT for machine in machines)
-        # Rounding favors On-Demand, as in a mixed group of EC2 Auto Scaling.
+        # Rounding favors On-Demand Instances, as in a mixed group of EC2 Auto Scaling.
         is_spot = spot + 1 <= self._spot[pool.name] * (len(machines) + 1) + _EXACT
         open_zones = [zone for zone in self._zones if zone not in self.lost_zones]
         zone = min(open_zones, key=lambda name: sum(machine.zone == name for machine in machines))
@@ -397,7 +399,7 @@ class Machines:
             self.lives[name].ready_s = 0.0
 
     def zone(self, name: str) -> str:
-        """Return the zone with this name or last letter, or the first zone for an empty name.
+        """Return the zone with the name or last letter `name`, or the first zone if `name` is empty.
 
         Raise UsageError for an unknown zone.
         """
@@ -414,7 +416,7 @@ class Machines:
         return [name for name, life in lives if life.ready_s is None and life.machine.zone == zone]
 
     def oldest_first(self, names: Iterable[str]) -> list[str]:
-        """Sort instances by their launch."""
+        """Return the instances in the order of their launches."""
         chosen = set(names)
         return [name for name in self.lives if name in chosen]
 
@@ -423,7 +425,7 @@ class Machines:
         return [life for life in self.lives.values() if life.launched_s >= at_s]
 
     def runs(self) -> tuple[InstanceRun, ...]:
-        """Return all instances for the record."""
+        """Return all instances of the run in the format of the record."""
         runs = []
         for name, life in self.lives.items():
             kind, zone, market = life.machine.type, life.machine.zone, life.machine.market.value

@@ -30,7 +30,7 @@ _WEEK = re.compile(r"\s*([a-z]{3,9})(?:\s+(\d{1,2}):(\d{2}))?\s*", re.IGNORECASE
 def parse_week_time_s(text: str) -> float:
     """Return the seconds from Monday 00:00 to a time such as `tue 06:30`.
 
-    Raise ValueError for a text in another format.
+    Raise ValueError if the text does not have the format `tue 06:30`.
     """
     if match := _WEEK.fullmatch(text):
         name, hour, minute = match.groups(default="0")
@@ -97,7 +97,7 @@ def _poisson_times(segments: Iterable[Segment], random: Random) -> Iterator[floa
                 break
             yield moment_s
             due += random.expovariate(1.0)
-        # The maximum with 0 is necessary, because rounding errors could make the difference negative.
+        # `max` keeps the difference at 0 or above, because rounding errors could make the difference negative.
         due = max(due - area, 0.0)
 
 
@@ -108,7 +108,7 @@ def _likely_minimum(mean: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PoissonProcess(ABC):
-    """Base class of the Poisson processes."""
+    """Base class of arrival sources that are Poisson processes with a variable rate."""
 
     template: str
     from_s: float = 0.0
@@ -130,7 +130,7 @@ class _PoissonProcess(ABC):
 
     @abstractmethod
     def segments(self, random: Random) -> Iterable[Segment]:
-        """Return the rate as consecutive segments."""
+        """Return the arrival rate as consecutive segments of time."""
 
     def arrivals(self, random: Random) -> Iterator[Arrival]:
         for moment_s in _poisson_times(self.segments(random), random):
@@ -295,7 +295,7 @@ class Step(_PoissonProcess):
 
     per_hour: float
     steps: tuple[tuple[float, float], ...]
-    """Pairs of (start time, jobs per hour), in order of time."""
+    """Steps of the arrival rate as pairs of (start time, jobs per hour), in order of time."""
 
     def __post_init__(self) -> None:
         _PoissonProcess.__post_init__(self)
@@ -336,7 +336,7 @@ class FixedTimes:
 
     template: str
     moments: tuple[tuple[float, int], ...]
-    """Pairs of (time, number of jobs)."""
+    """Arrivals as pairs of (time, number of jobs)."""
     speed: float = 1.0
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Conversion of a scenario file's models to the values of values.py.
+"""Conversion of a scenario file's Pydantic models to the values of values.py.
 
-Each mistake in the file becomes a Problem with its location. A placeholder replaces each invalid value, so one check
-finds all mistakes.
+Each mistake in the file becomes a Problem with its location. A placeholder replaces each invalid value, so one check of
+the file finds all mistakes.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def _gather(spec: GatherSpec | GroupsSpec | None) -> str | None:
 
 
 def _unused_keys(form: TraceFormat, spec: TraceSpec, job: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield each key that has no effect, with the reason."""
+    """Yield each key of a trace that does not have an effect, with the reason."""
     if form is not TraceFormat.TABLE:
         for key in sorted({"names", "delimiter"} & spec.model_fields_set, reverse=True):
             yield (key,), f"in a trace of the format {form.value}"
@@ -290,7 +290,9 @@ _COLUMN_FIELDS = {"every": "every_s", "job": "template"}
 
 
 def _column_map(form: TraceFormat, spec: ColumnsSpec | None) -> Columns | None:
-    """Return the format's column map with the changes in `spec`. Raise ValueError if the column map is invalid."""
+    """Return the trace format's column map with the changes in `spec`. Raise ValueError if the column map is
+    invalid.
+    """
     if spec is None:
         return None
     changes: dict[str, Any] = {_COLUMN_FIELDS.get(name, name): getattr(spec, name) for name in spec.model_fields_set}

@@ -2,8 +2,8 @@
 
 A number of a Stream depends only on the seed, the stream's name, and the number's index. Because of named streams, a
 change of one part of a scenario does not change the random numbers of another part. A task takes the same time in the
-simulator and in a replay. The generator of random numbers is SplitMix64 (Steele, Lea, and Flood, OOPSLA 2014), whose
-n-th output needs no state.
+simulator and in a replay. The random numbers come from SplitMix64 (Steele, Lea, and Flood, OOPSLA 2014). SplitMix64
+computes its n-th number directly, without the numbers before.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _not_negative(**numbers: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """Constant value."""
+    """Distribution that has only one value."""
 
     value: float
 
@@ -79,7 +79,7 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class Exponential:
-    """Exponential distribution."""
+    """Exponential distribution with a given mean."""
 
     mean: float
 
@@ -143,7 +143,8 @@ class Weibull:
 
 @dataclass(frozen=True, slots=True)
 class Pareto:
-    """Pareto distribution from `least`, with a tail that falls as x^-alpha, optionally cut at `most`.
+    """Pareto distribution from `least` on. The probability of values above x falls as x^-alpha. `most` optionally
+    limits the values.
 
     Without `most`, `alpha` must be above 1, because the mean is infinite for a smaller `alpha`.
     """
@@ -209,12 +210,12 @@ class Empirical:
 class Mixture:
     """Weighted mixture of distributions.
 
-    The method `at` has the right distribution, but its result is not monotonic, because the unit selects a part and a
-    position within the part.
+    The results of the method `at` follow the mixture, but `at` is not monotonic. The argument `unit` selects both a
+    part of the mixture and a position within the part.
     """
 
     parts: tuple[tuple[float, Distribution], ...]
-    """(weight, distribution)"""
+    """Pairs of (weight, distribution)."""
     _ends: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -232,7 +233,7 @@ class Mixture:
     def at(self, unit: float) -> float:
         part = bisect_right(self._ends, unit)
         start = self._ends[part - 1] if part else 0.0
-        # The minimum is necessary, because rounding could make the share 1, which is outside [0, 1).
+        # `min` keeps the share in the range [0, 1), because rounding could make the share 1.
         share = min((unit - start) / (self._ends[part] - start), 1 - 2**-53)
         return self.parts[part][1].at(share)
 
@@ -254,11 +255,11 @@ _STEPS = sum((lane * _STEP & _MASK) << (128 * lane) for lane in range(_LANES))
 _MASKS = _MASK * _ONES
 _MASKS_53 = (2**53 - 1) * _ONES
 _MIN_LANES = 9
-"""Smallest count of numbers for which lanes are faster than a loop."""
+"""Smallest count of random numbers for which lanes in one large integer are faster than a loop."""
 
 
 class Stream:
-    """Stream of random numbers for a seed and names. Equal arguments give the same stream on every machine."""
+    """Stream of random numbers for a seed and names. Equal seeds and names give the same stream on every machine."""
 
     __slots__ = ("_key",)
 
@@ -267,14 +268,14 @@ class Stream:
         self._key = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
     def unit(self, i: int = 0) -> float:
-        """Return number `i` of the stream, which is uniform in [0, 1)."""
+        """Return random number `i` of the stream, which is uniform in [0, 1)."""
         z = self._key + i * _STEP & _MASK
         z = (z ^ z >> 30) * _FIRST & _MASK
         z = (z ^ z >> 27) * _SECOND & _MASK
         return ((z ^ z >> 31) >> 11) * _UNIT
 
     def units(self, start: int, stop: int) -> list[float]:
-        """Return `unit(i)` for i from `start` to `stop` - 1, about ten times as fast as single calls."""
+        """Return `unit(i)` for i from `start` to `stop` - 1, about ten times as fast as single calls of `unit`."""
         if stop - start < _MIN_LANES:
             return [self.unit(i) for i in range(start, stop)]
         numbers: list[float] = []
@@ -288,7 +289,8 @@ class Stream:
             cut = (1 << (128 * count)) - 1
             ones, steps, masks, masks_53 = ones & cut, steps & cut, masks & cut, masks_53 & cut
         z = ones * (self._key + start * _STEP & _MASK) + steps & masks
-        # A shift moves bits of a lane into the upper half of the lane below. The masks clear the shifted bits.
+        # The shift of `z` moves bits of each lane into the upper half of the next lower lane. The masks clear the moved
+        # bits.
         z = (z ^ z >> 30 & masks) * _FIRST & masks
         z = (z ^ z >> 27 & masks) * _SECOND & masks
         z = (z ^ z >> 31 & masks) >> 11 & masks_53

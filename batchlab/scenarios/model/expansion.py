@@ -1,8 +1,8 @@
 """Jobs of a scenario, their task times and failures, and compression of a scenario.
 
-Jobs, their times, and their sizes depend only on the scenario and the seed. Each source has its own random stream, so a
-source does not change the arrivals of another source. Task times and failures depend only on (seed, job, stage, task,
-attempt). The simulator and a replay therefore have equal task times and failures.
+Jobs, their times, and their sizes depend only on the scenario and the seed. Each source of arrivals has its own random
+stream, so a change of one source does not change the arrivals of another source. Task times and failures depend only on
+(seed, job, stage, task, attempt). The simulator and a replay therefore have equal task times and failures.
 
 The module also computes the demand of a scenario over time: the arriving jobs and work, compared with the capacity of
 the fleet. The demand curve depends only on the scenario and its jobs. Work is measured in slot seconds, which are the
@@ -44,7 +44,8 @@ T = TypeVar("T", bound="DataclassInstance")
 
 
 def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
-    """Return all jobs in order of time. Jobs with equal times are in the order of their sources.
+    """Return all jobs of the scenario in order of time. Jobs with equal arrival times are in the order of their
+    sources.
 
     `seed` replaces the scenario's seed. Raise UsageError for an unknown job name, a join of stages with unequal numbers
     of tasks, or more than MAX_JOBS jobs.
@@ -59,8 +60,8 @@ def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
 
     streams = [numbered(number, source) for number, source in enumerate(scenario.arrivals)]
     units = [Stream(seed, "sizes", number) for number, _ in enumerate(scenario.arrivals)]
-    # The limit is checked before jobs are built, because building a job takes three times as long as drawing an
-    # arrival.
+    # The limit MAX_JOBS is checked before jobs are built, because building a job takes three times as long as drawing
+    # an arrival.
     arrived = list(islice(merge(*streams), MAX_JOBS + 1))
     if len(arrived) > MAX_JOBS:
         raise UsageError(
@@ -92,7 +93,7 @@ def _template(scenario: Scenario, arrival: Arrival) -> JobTemplate:
 
 
 def _size(template: JobTemplate, arrival: Arrival, unit: float) -> int:
-    """Return the number of tasks, which is the rounded drawn size, but at least 1."""
+    """Return the number of tasks of a job: the drawn size, rounded, but at least 1."""
     if arrival.tasks is not None:
         return arrival.tasks
     drawn = template.tasks.at(unit)
@@ -107,8 +108,8 @@ def _size(template: JobTemplate, arrival: Arrival, unit: float) -> int:
 def compress_scenario(scenario: Scenario, factor: float) -> Scenario:
     """Divide every time in the scenario by `factor`.
 
-    Compression does not change costs, counts, and shares. The real work of a job file takes as long as without
-    compression.
+    Compression does not change costs, counts, and shares. Compression also does not shorten the real work of a job
+    file.
     """
     if not 0 < factor < float("inf"):
         raise UsageError(f"A scenario cannot be compressed {factor:g}-fold.", remedy="Use a number above 0.")
@@ -116,7 +117,7 @@ def compress_scenario(scenario: Scenario, factor: float) -> Scenario:
         return scenario
 
     def divided(value: T, *names: str) -> T:
-        """Return a copy of the dataclass in which the times in the fields `names` are divided."""
+        """Return a copy of the dataclass in which the times in the fields `names` are divided by `factor`."""
         return replace(value, **{name: _divided(getattr(value, name), factor) for name in names})
 
     def compressed_stage(stage: StageTemplate) -> StageTemplate:
@@ -149,7 +150,7 @@ def _expectation(expectation: Expectation, factor: float) -> Expectation:
     return replace(expectation, least=_divided(expectation.least, factor), most=_divided(expectation.most, factor))
 
 
-# Streams are cached, because consecutive bundles of a job use the same streams and are often small.
+# Random streams are cached, because consecutive bundles of a job use the same streams and are often small.
 _stream = lru_cache(maxsize=1024)(Stream)
 
 
@@ -174,7 +175,9 @@ def task_s(seed: int, job: Job, stage: StageTemplate, task: int) -> float:
 
 
 def task_times_s(seed: int, job: Job, stage: StageTemplate, tasks: TaskSet) -> list[float]:
-    """Return `task_s` of each task, in order. The computation takes well under a microsecond per task."""
+    """Return the result of `task_s` for each task of `tasks`. The computation takes well under a microsecond per
+    task.
+    """
     fixed_s = _fixed_task_s(job, stage)
     if fixed_s is not None:
         return [fixed_s] * len(tasks)
@@ -206,7 +209,7 @@ def failing_tasks(seed: int, job: Job, stage: StageTemplate, tasks: TaskSet, att
 
 
 def kills_worker(job: Job, stage: StageTemplate, task: int) -> bool:  # noqa: ARG001 - of every job
-    """Return whether every attempt of a task kills its worker."""
+    """Return whether the task kills its worker in every attempt."""
     return task < stage.poison
 
 
@@ -233,7 +236,9 @@ def item_joins(template: JobTemplate) -> list[StageTemplate]:
 
 
 def find_unequal_join(template: JobTemplate, tasks: int) -> StageTemplate | None:
-    """Return the first join of stages with unequal numbers of tasks. Raise ValueError if the stages form a cycle."""
+    """Return the first stage that joins stages with unequal numbers of tasks. Raise ValueError if the stages form a
+    cycle.
+    """
     joins = item_joins(template)
     sizes = stage_sizes(template, tasks) if joins else {}
     return next((stage for stage in joins if len({sizes[name] for name in stage.after}) > 1), None)
@@ -264,13 +269,13 @@ COLUMN_WIDTHS_S = (
     *(factor * _HOUR for factor in (1, 2, 3, 6, 12)),
     *(factor * _DAY for factor in (1, 2, 7, 14, 30, 90, 365, 3650)),
 )
-"""Possible widths of a column, which are round numbers of seconds, minutes, hours, and days."""
+"""Possible widths of a column of a Curve, as round numbers of seconds, minutes, hours, and days."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Arrivals from `at_s` until the next column: number of jobs, number of tasks of all stages, and slot seconds per
-    pool.
+    """Jobs that arrive from `at_s` until the next column: the number of jobs, the number of their tasks in all stages,
+    and the slot seconds of their work per pool.
     """
 
     at_s: float
@@ -283,9 +288,9 @@ class Column:
 class PoolLoad:
     """Load of one pool over time.
 
-    `slots` is the capacity of the pool's largest fleet, and `busy` is the work that arrives in each column, in busy
-    slots. `behind_s` is the longest delay of work on the largest fleet, and `behind_at_s` is the time of the longest
-    delay. `idle_from_s` is the time at which the largest fleet would have finished all work.
+    `slots` is the capacity of the pool at its maximum size, and `busy` is the work that arrives in each column, in busy
+    slots. `behind_s` is the longest delay of work at the maximum size, and `behind_at_s` is the time of the longest
+    delay. `idle_from_s` is the time at which a pool of the maximum size would have finished all work.
     """
 
     pool: str
@@ -319,7 +324,7 @@ class Curve:
 
 def build_curve(scenario: Scenario, jobs: Sequence[Job], most: int = 72) -> Curve:
     """Build the arrival curve of `jobs` with at most `most` columns."""
-    # The time span of the curve ends shortly after the last event of the scenario.
+    # The time span of the demand curve ends shortly after the last event of the scenario.
     ends = [prewarm.until_s for prewarm in scenario.prewarm]
     ends += [at_s * (1 + 1e-9) for at_s in (*(job.due_s for job in jobs[-1:]), *(f.at_s for f in scenario.faults))]
     span_s = max([1.0, *ends])
@@ -353,7 +358,7 @@ def column_width_s(span_s: float, most: int) -> float:
 def _backlog(arriving: Sequence[float], slots: int, width_s: float) -> tuple[float, float, float]:
     """Return the longest delay, the time of the longest delay, and the time at which all work is done.
 
-    The model treats work as a fluid.
+    The computation treats work as a fluid that arrives evenly in each column.
     """
     backlog_s, worst_s, worst_at_s, idle_s = 0.0, 0.0, 0.0, 0.0
     for i, work_s in enumerate(arriving):

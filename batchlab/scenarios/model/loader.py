@@ -1,4 +1,4 @@
-"""Loader of scenario files: search, load, check, and list of the shipped scenarios.
+"""Loader of scenario files: functions that find, load, and check a file, and list the shipped scenarios.
 
 A loaded Scenario has passed every check. The jobs, pools, zones, and instance types of a loaded Scenario exist, and a
 record has its expected measures.
@@ -38,15 +38,15 @@ class CheckedScenario:
     jobs: Mapping[str, JobTemplate]
 
     def is_sound(self, *loc: str | int) -> bool:
-        """Return whether the file has no mistake at the location."""
+        """Return whether the value at the location `loc` in the scenario file is free of mistakes."""
         return self.structure.sound(loc)
 
     def check_name(
         self, section: str, name: str, loc: Loc, purpose: str = "", *, at_key: bool = False
     ) -> list[Problem]:
-        """Return a problem if the section lacks an entry with the name.
+        """Return a problem if the section of the scenario file lacks an entry with the name.
 
-        An entry that has the name but is invalid is not reported a second time.
+        An invalid entry with the name is not reported, because another check has reported the entry.
         """
         entries = getattr(self.spec, section)
         if name in entries:
@@ -73,7 +73,7 @@ _FAULTS_BY_KEY: Mapping[str, frozenset[FaultName]] = {
     "notice": frozenset({FaultName.SPOT_WAVE}),
     "zone": frozenset({FaultName.ZONE_LOSS}),
 }
-"""Keys that have an effect only for some faults."""
+"""Keys of a fault that have an effect only for some kinds of faults, with these kinds of faults."""
 _MAY_END_AT_ONCE = frozenset({FaultName.MANAGER_CRASH, FaultName.DATABASE_LOSS})
 """Faults whose duration may be 0."""
 _ZERO_MESSAGES = {
@@ -81,7 +81,7 @@ _ZERO_MESSAGES = {
     "share": "A share of 0 hits no instance.",
     "rate": "A rate of 0 hits nothing.",
 }
-"""Messages about a value of 0 in a fault, by key."""
+"""Error messages for the value 0 of a fault's key, by key."""
 
 
 def find_problems(structure: Structure[ScenarioSpec], jobs: Mapping[str, JobTemplate]) -> list[Problem]:
@@ -123,9 +123,9 @@ def _stages(subject: CheckedScenario) -> Iterator[Problem]:
 
 
 def _stage_location(subject: CheckedScenario, template: JobTemplate, stage: int, key: str) -> Loc:
-    """Return the location of the stage's key.
+    """Return the location of a stage's key in the scenario file.
 
-    If the job has no stages, return the location of the job or of the job's file.
+    If the job does not list stages, return the location of the job or of the job's file.
     """
     loc: Loc = ("jobs", template.name)
     if template.file is not None:
@@ -158,7 +158,7 @@ def _arrivals(subject: CheckedScenario) -> Iterator[Problem]:
 
 
 def _steps(spec: StepSpec, loc: Loc) -> Iterator[Problem]:
-    """Report steps of a rate that have no effect."""
+    """Yield a problem for each step that does not change the arrival rate."""
     for i, step in enumerate(spec.steps):
         if step.at_s >= spec.until_s:
             message = f"Nothing arrives from {spec.until_s:g} s on: this step never comes."
@@ -297,7 +297,7 @@ _REMEDY = "Write its path, or the name of one that `batchlab scenario list` show
 
 @dataclass(frozen=True, slots=True)
 class ShippedScenario:
-    """Scenario that is part of the package. `teaches` is the lesson from the scenario's own description."""
+    """Scenario that is part of the package. `teaches` is the lesson that the scenario's description names."""
 
     name: str
     teaches: str
@@ -316,8 +316,8 @@ def shipped_scenarios() -> list[ShippedScenario]:
 
 
 def lesson_of(about: str) -> str:
-    """Return the text after "It teaches", up to the end of the sentence or a colon, or else return the first
-    sentence.
+    """Return the part of the description after "It teaches", up to the end of the sentence or a colon. If the
+    description lacks "It teaches", return the first sentence of the description.
     """
     text = " ".join(about.split())
     text = text.partition(_TEACHES)[2] or text

@@ -145,7 +145,9 @@ class JobSpec(Keys):
     @model_validator(mode="before")
     @classmethod
     def _by_stage(cls, data: Any) -> Any:
-        """With a job file, treat a mapping in `task` as stages, not as a distribution."""
+        """If the job template has a job file, read a mapping in `task` as task times by stage, not as a
+        distribution.
+        """
         if isinstance(data, dict) and "file" in data and isinstance(data.get("task"), dict):
             return {**data, "task": {"by_stage": data["task"]}}
         return data
@@ -503,7 +505,7 @@ _FORMS: dict[Unit, tuple[Any, Any]] = {
 
 
 def _expected(by_template: bool) -> dict[str, Any]:
-    """Return a field for each measure."""
+    """Return a model field for the expected value of each measure."""
     fields: dict[str, Any] = {}
     for name, measure in MEASURES.items():
         if by_template and not measure.by_template:
@@ -648,7 +650,7 @@ _TEXT_PLACES: tuple[Loc, ...] = (
 
 
 def is_text(loc: Loc) -> bool:
-    """Return whether a scalar at the location `loc` is always read as text."""
+    """Return whether a scalar at the location `loc` of a scenario file is always read as text."""
     return is_any_of(loc, _TEXT_PLACES)
 
 

@@ -17,7 +17,7 @@ N = TypeVar("N")
 
 
 def key(description: str, example: Any, default: Any = ..., **limits: Any) -> Any:
-    """Return the field of a key with its description, an example, its default (none: required), and its limits."""
+    """Return the model field of a key of the scenario file. A key without a default is required."""
     if "default_factory" not in limits:
         limits["default"] = default
     return Field(description=description, examples=[example], **limits)
@@ -54,8 +54,8 @@ def _date(value: Any) -> Any:
         day = date.fromisoformat(value)
     except (TypeError, ValueError) as error:
         raise field_types.refusal(f"{text.shown(value)} is not a date.", remedy) from error
-    # The limit keeps all dates valid, because a scenario may last a century and the days of neighboring months are
-    # computed.
+    # The limit of the year keeps all computed dates valid, because a scenario may last a century, and `MonthEnd` also
+    # computes days of neighboring months.
     if day.year not in _YEARS:
         raise field_types.refusal(f"{value!r} is too far away.", remedy)
     return day
@@ -72,7 +72,7 @@ Day = Annotated[date, BeforeValidator(_date), WithJsonSchema({"type": "string", 
 
 
 class Of(Keys, Generic[N]):
-    """Base class of mappings of numbers or times."""
+    """Base class of mappings in the scenario file whose values are numbers or times."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:

@@ -24,8 +24,8 @@ TENANT_TAG = "tenant"
 class Distribution(Protocol):
     """Distribution of numbers of at least 0, as a quantile function.
 
-    The drawn number depends only on the argument `unit`, so a task takes the same time on every machine and at every
-    time.
+    The drawn number depends only on the argument `unit`, so a task takes the same time on every machine and in every
+    run.
     """
 
     @property
@@ -73,10 +73,11 @@ class StageTemplate:
 
 @dataclass(frozen=True, slots=True)
 class JobTemplate:
-    """Job template.
+    """Template from which the jobs of a scenario are created.
 
-    With a job file in `file`, a replay runs the file's real work, and the template has the file's stages. `deadline_s`
-    is the time from a job's arrival to its deadline. `max_failures` is a number of tasks.
+    If `file` is a job file, a replay runs the real work of the job file, and the template has the stages of the job
+    file. `deadline_s` is the time from a job's arrival to its deadline. `max_failures` is a number of tasks, not a
+    share.
     """
 
     name: str
@@ -107,7 +108,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Anomaly:
-    """Problem of a trace's record, and the action that the reader took.
+    """Problem in a record of a trace, and the action that the trace's reader took.
 
     Records with the same problem have the same `what`, and `detail` is specific to the record.
     """
@@ -215,7 +216,7 @@ class Prewarm:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Settings of the scaling policy, as in ManagerSettings. A setting of None stands for the backend's value."""
+    """Settings of the scaling policy, as in ManagerSettings. If a setting is None, the backend's value applies."""
 
     drain_target_s: float | None = None
     cooldown_in_s: float | None = None
@@ -241,7 +242,7 @@ class Expectation:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Complete scenario.
+    """All values of one scenario.
 
     By default, a replay divides all times by `compress`. `compressed` is the factor by which the times have already
     been divided.
@@ -267,7 +268,7 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job of a run: an arrival of which all random values are drawn.
+    """One job of a run: an arrival with all of its random values drawn.
 
     `task_s` is the time of each root task if the trace has task times.
     """

@@ -1,7 +1,7 @@
 """Candidates of the planner (fleets and policies), and their trials in the simulator or the fast model.
 
-For each seed, all candidates run with the same arrivals and task times (common random numbers). The results of
-candidates therefore differ only because of the candidates.
+For each seed, all candidates run with the same arrivals and task times (common random numbers). Differences between
+results therefore come only from differences between candidates.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class PoolDemand:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Goal of a plan.
+    """Goal of a plan: a deadline and a budget.
 
     The last job must end within `deadline_s` seconds after the first job's due time, and a run must cost at most
     `budget_usd`.
@@ -140,8 +140,8 @@ class TrialResult:
 
     `finish_s` is the time from the first job's due time to the last job's end. `finish_s` is infinite if a job never
     ended, tasks were lost, or too many jobs failed. `usd` is the cost of the run, plus the cost of the pools' minimum
-    sizes until the deadline. `hit` is True if a Spot wave hit an instance, and None if the trial has no Spot wave.
-    `busiest_s` is the start of the busiest window, in run seconds.
+    sizes until the deadline. `hit` is True if a Spot wave hit an instance, and None without a Spot wave. `busiest_s` is
+    the start of the busiest window, in seconds from the start of the run.
     """
 
     seed: int
@@ -193,7 +193,7 @@ def trial_result(
 
 
 def _busiest_s(record: Record, first_s: float, deadline_s: float) -> float:
-    """Return the start of the busiest window.
+    """Return the start of the window of the run with the most work.
 
     If several windows are equally busy, return the earliest start, because faster runs are busy in the earliest window
     too.
@@ -207,7 +207,7 @@ def _busiest_s(record: Record, first_s: float, deadline_s: float) -> float:
         areas.append(areas[-1] + count * (next_s - at_s))
 
     def until(at_s: float) -> float:
-        """Return the instance seconds with work until `at_s`."""
+        """Return the instance seconds until `at_s` in which the instance's pool had a backlog."""
         i = bisect_right(moments, at_s) - 1
         if i < 0:
             return 0.0
@@ -222,7 +222,7 @@ def _busiest_s(record: Record, first_s: float, deadline_s: float) -> float:
 def allowed_failures(scenario: Scenario) -> dict[str, float]:
     """Return the allowed number of failed jobs by template ("" for all jobs), from the scenario's expectations.
 
-    If the scenario has no expectation about failed jobs, no job may fail.
+    Without an expectation about failed jobs, the allowed number is 0.
     """
     limits: dict[str, float] = {}
     for expectation in scenario.expect:
@@ -263,7 +263,7 @@ class EvaluatedCandidate:
 
     @property
     def finish_s(self) -> float:
-        """Return the latest finish of all seeds, because a mean does not show missed deadlines."""
+        """Return the latest finish time of the runs with all seeds, because a mean does not show missed deadlines."""
         return max(outcome.finish_s for outcome in self.outcomes)
 
     @property
@@ -289,7 +289,9 @@ QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "most": 1.0}
 
 
 def quantiles(numbers: Sequence[float]) -> dict[str, float | None]:
-    """Return quantiles of the numbers by name. None replaces an infinite quantile, because JSON has no infinity."""
+    """Return quantiles of the numbers by name. None replaces an infinite quantile, because JSON cannot express
+    infinity.
+    """
     values = {name: quantile(numbers, share) for name, share in QUANTILES.items()}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
@@ -334,7 +336,7 @@ class _TrialTask:
 
 @dataclass(slots=True)
 class TrialRunner:
-    """Runner of trials. The processes of the runner live until the runner is closed."""
+    """Runner of trials. The processes of the runner exist until the runner is closed."""
 
     scenario: Scenario
     goal: Goal
@@ -343,7 +345,7 @@ class TrialRunner:
     processes: int = 1
     book: PriceBook = field(default_factory=price_book.load)
     window_s: float = 0.0
-    """Start of the window in which the Spot wave occurs, in run seconds."""
+    """Start of the window in which the Spot wave occurs, in seconds from the start of the run."""
     _pool: ProcessPool[Trial, TrialResult | BatchlabError] | None = None
     _work: _TrialTask = field(init=False)
 
@@ -354,7 +356,9 @@ class TrialRunner:
 
     @property
     def waves(self) -> bool:
-        """Return whether the runner adds a Spot wave, because the scenario has no Spot wave."""
+        """Return whether the runner adds a Spot wave to the scenario, because the scenario does not contain a Spot
+        wave.
+        """
         return all(fault.name is not FaultName.SPOT_WAVE for fault in self.scenario.faults)
 
     def trial(self, candidate: Candidate, index: int, *, rough: bool = False) -> Trial:

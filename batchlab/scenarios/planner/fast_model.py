@@ -41,9 +41,9 @@ from batchlab.scenarios.planner.work_units import (
 from batchlab.scenarios.record import InjectedFault, PoolSample, Record, Sample
 
 MAX_POLICY_CHECKS = 2000
-"""Maximum number of policy checks while jobs arrive.
+"""Maximum number of checks of the scaling policy while jobs arrive.
 
-After the last arrival, the model checks the policy at each tick of the policy.
+After the last arrival, the model checks the scaling policy once per tick of the manager.
 """
 
 
@@ -156,7 +156,8 @@ class _FastRun:
     def _queue(self, job: JobProgress, unit: WorkUnit, *, first: bool = False) -> None:
         """Put a ready work unit into the queue of its pool.
 
-        With `first`, the worker of the unit's predecessor runs the unit next.
+        If `first` is True, the unit is the first of its job in the queue, because the worker of the unit's predecessor
+        runs the unit next.
         """
         template = job.work.job.template
         pool = self._pools[template.stages[unit.stage].pool]
@@ -167,7 +168,7 @@ class _FastRun:
             units.append(unit)
 
     def _assign(self) -> None:
-        """Assign ready units to free instances. Jobs of equal priority take turns."""
+        """Assign ready work units to free instances. Jobs of equal priority take turns."""
         for pool in self._pools.values():
             while pool.ready and pool.open:
                 priority = max(pool.ready)
@@ -175,8 +176,8 @@ class _FastRun:
                 number, units = next(iter(jobs.items()))
                 job = self._open[number]
                 slots = job.work.job.template.stages[units[0].stage].slots
-                # On a real grid, the order of receives is random. The instance with the least work usually receives
-                # first.
+                # On a real grid, workers receive bundles in a random order. The instance with the least work is usually
+                # the first to receive a bundle.
                 instance = max(pool.open.values(), key=lambda instance: instance.free)
                 if instance.free < slots:
                     break
@@ -230,7 +231,7 @@ class _FastRun:
                 self._queue(job, unit, first=not is_gather)
 
     def _start_policy_checks(self) -> None:
-        """Check the policy periodically until no decision is left."""
+        """Check the scaling policy periodically until all jobs have ended and each pool has its minimum size."""
         if not self._checks_policy:
             self._checks_policy = True
             self._at(self._now_s, self._check_policy)
@@ -311,7 +312,7 @@ class _FastRun:
         name = f"{pool.pool.name}-{len(self._machines.lives)}"
         self._machines.launched(pool.pool, name)
         market = self._machines.lives[name].machine.market
-        # Processes are not Spot Instances, so a Spot wave can interrupt any process.
+        # On a backend without a Spot market, a Spot wave can interrupt any instance.
         is_spot = market is Market.SPOT or not self._has_market
         pool.alive[name] = instance = ModelInstance(name, pool, pool.pool.slots, self._now_s + boot_s, is_spot)
         self._at(instance.ready_s, partial(self._booted, instance))
@@ -331,7 +332,7 @@ class _FastRun:
         self._machines.ended(instance.name, "")
 
     def _interrupt_spot(self, fault: Fault) -> None:
-        """Interrupt Spot Instances. An interrupted instance takes no more work and ends after the notice."""
+        """Interrupt Spot Instances. An interrupted instance does not take more work and ends after the notice time."""
         pools = [pool for name, pool in self._pools.items() if fault.pool in ("", name)]
         spot = [
             instance

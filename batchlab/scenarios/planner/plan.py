@@ -1,7 +1,7 @@
-"""Answer of the planner: the recommended fleet, its certainty, and the alternatives.
+"""Answer of the planner: the recommended fleet, the certainty of the recommendation, and the alternatives.
 
-The certainty of an answer is computed only from fresh seeds, because a search selects candidates that were lucky with
-the seeds of the search.
+The certainty of an answer is computed only from fresh seeds, which the search has not used. A search selects candidates
+that were lucky with the seeds of the search.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from batchlab.scenarios.model.values import Fault, FaultName, Scenario
 from batchlab.scenarios.planner.candidates import EvaluatedCandidate, Goal, TrialResult, apply_candidate, quantiles
 
 Z_95 = 1.959964
-"""The normal distribution's quantile of a two-sided 95% interval."""
+"""Quantile of the normal distribution for a two-sided 95% interval."""
 
 
 class Priced(Protocol):
@@ -80,10 +80,10 @@ class Plan:
     """Answer of the planner.
 
     `chosen` is the recommended candidate if `holds` is true, or else the candidate nearest to the goal. `searched` is
-    the number of seeds that selected `chosen`. `fresh` has the results of `chosen` for other seeds, and `seeds` is the
-    required number of other seeds. `failed` lists the candidates that failed the confirmation before. `frontier` is
-    sorted from the cheapest to the fastest candidate, by the latest finish of the searched seeds. `waves` is True if a
-    Spot wave was added to the scenario.
+    the number of seeds with which the search selected `chosen`. `fresh` has the results of `chosen` for other seeds,
+    and `seeds` is the required number of other seeds. `failed` is the number of candidates whose confirmation failed
+    before. `frontier` is sorted from the cheapest to the fastest candidate, by the latest finish time in the search.
+    `waves` is True if a Spot wave was added to the scenario.
     """
 
     scenario: Scenario
@@ -115,7 +115,7 @@ class Plan:
 
     @property
     def in_budget(self) -> SeedShare | None:
-        """Return the share of results within the budget, or None if the goal has no budget."""
+        """Return the share of results within the budget, or None if the goal does not have a budget."""
         return None if self.goal.budget_usd is None else self._share(self.goal.in_budget)
 
     def _share(self, met: Callable[[TrialResult], bool]) -> SeedShare:
@@ -138,13 +138,15 @@ class Plan:
 
     @property
     def missed_waves(self) -> SeedShare:
-        """Return the share of results whose Spot wave hit no instance."""
+        """Return the share of results whose Spot wave did not hit an instance."""
         hits = [outcome.hit for outcome in self.outcomes if outcome.hit is not None]
         return SeedShare(hits.count(False), len(hits))
 
     @property
     def affordable(self) -> EvaluatedCandidate | None:
-        """Return the fastest candidate of the frontier within the budget, or None."""
+        """Return the fastest candidate of the frontier within the budget, or None without a budget or such a
+        candidate.
+        """
         if self.goal.budget_usd is None:
             return None
         within = [point for point in self.frontier if all(map(self.goal.in_budget, point.outcomes))]
@@ -157,9 +159,9 @@ class Plan:
 
     @property
     def idle_waves(self) -> tuple[Fault, ...]:
-        """Return the scenario's Spot waves that have no target in the chosen fleet.
+        """Return the scenario's Spot waves that do not have a target in the chosen fleet.
 
-        A scenario is invalid if a Spot wave has no target.
+        A scenario with a Spot wave that does not have a target is invalid.
         """
         on_spot = {fleet.pool for fleet in self.chosen.candidate.fleets if fleet.spot}
         return tuple(

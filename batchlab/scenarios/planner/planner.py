@@ -1,4 +1,5 @@
-"""Deadline planner: search for the cheapest fleet and policy that meet a goal, with a confirmation by fresh seeds.
+"""Deadline planner: search for the cheapest fleet and scaling policy that meet a goal, and confirmation with fresh
+seeds.
 
 The planner's answer depends only on the scenario and its seed, and not on the number of processes. If the search is
 interrupted, the best candidate so far is the answer.
@@ -38,18 +39,18 @@ from batchlab.scenarios.planner.search_steps import (
 )
 
 SEARCH_SEEDS = 3
-"""Number of seeds with which the search runs every serious candidate.
+"""Number of seeds with which the search runs each candidate that did well with the first seed.
 
 The confirmation of a candidate uses other seeds than the search.
 """
 GUIDED_SEEDS = 2
-"""Number of seeds for every serious candidate if the fast model has preselected the candidates."""
+"""Value of SEARCH_SEEDS for a search in which the fast model preselects the candidates."""
 MAX_CONFIRMATIONS = 4
 """Maximum number of candidates that the planner tries to confirm."""
 FIRST_SEEDS = 4
 """Number of seeds in the first part of a confirmation.
 
-The remaining seeds of a confirmation run only if the first part has not failed.
+The remaining seeds of a confirmation run only if the first part of the confirmation has not failed.
 """
 EXPLORATION_SHARE = 0.75
 """Share of the search runs that the planner uses before the first confirmation."""
@@ -57,11 +58,11 @@ MAX_RUNS = 300
 MAX_MODEL_RUNS = 500
 """Maximum number of runs of the fast model."""
 MAX_ROUNDS = 4
-"""Maximum number of corrections of the fast model by the simulator."""
+"""Maximum number of times that results of the simulator correct the goal of the fast model."""
 PICKED_CANDIDATES = 3
-"""Number of candidates of the fast model that are simulated per round.
+"""Number of candidates of the fast model that are simulated per round of the search.
 
-The first round also simulates the same number of candidates from the frontier.
+The first round of the search also simulates as many candidates of the frontier between cost and time.
 """
 
 
@@ -77,7 +78,7 @@ class SearchProgress:
 
 @dataclass(slots=True)
 class Search:
-    """Search of the planner, with its state.
+    """Search for the answer of the planner, and the state of the search.
 
     `seeds` is the number of seeds that confirm the answer. `sketch` runs a scenario in the fast model to select
     candidates.
@@ -91,7 +92,7 @@ class Search:
     runs: int = MAX_RUNS
     sketch: Forecaster | None = None
     book: PriceBook = field(default_factory=price_book.load)
-    """Price book for the cost of minimum sizes until the deadline."""
+    """Price book for the cost of the pools' minimum sizes until the deadline."""
     on_progress: Callable[[SearchProgress], None] = lambda _: None
     cut: str = ""
     """Reason why the search ended early."""
@@ -114,7 +115,8 @@ class Search:
             )
         self._trials = TrialRunner(self.scenario, self.goal, self.run, self.sketch, self.processes, self.book)
         searched = min(SEARCH_SEEDS if self.sketch is None else GUIDED_SEEDS, self.seeds)
-        # The limit reserves runs for the confirmation of the best candidate, and some runs for the next candidate.
+        # The limit of runs reserves runs for the confirmation of the best candidate, and some runs for the next
+        # candidate.
         limit = max(1, int(EXPLORATION_SHARE * (self.runs - self.seeds)))
         self.real = Evaluations(self._trials, self.goal, list(range(searched)), limit)
         self.real.phase = "the scenario as it is"
@@ -226,15 +228,17 @@ class Search:
             self.real.limit = max(1, self.runs - self.seeds)
             if missed is None or not self.real.meets(best) or len(self.attempts) == MAX_CONFIRMATIONS:
                 return
-            # The candidate that failed was only lucky with the earlier seeds, so all other candidates must pass the
-            # failed seed too.
+            # The candidate that failed was only lucky with the earlier seeds. All other candidates must therefore also
+            # pass the seed with which the candidate failed.
             self.real.phase = "a harder seed"
             self._until_limit(partial(self._add_failed_seed, limits, missed))
             if self.done + self.seeds > self.runs:
                 return
 
     def _candidate(self) -> EvaluatedCandidate | None:
-        """Return the best candidate that was not confirmed before, or None."""
+        """Return the best candidate without a confirmation so far, or None. After a failed confirmation, the candidate
+        must meet the goal.
+        """
         best = next((point for point in self.real.ranked() if point.candidate not in self.attempts), None)
         return None if best is None or (self.attempts and not self.real.meets(best)) else best
 
@@ -249,9 +253,9 @@ class Search:
         return None
 
     def _add_failed_seed(self, limits: SizeLimits, missed: int) -> None:
-        """Add the failed seed to the search.
+        """Add the seed with which a candidate failed to the seeds of the search.
 
-        Run candidates with the failed seed until one candidate passes, and then refine the search.
+        Run other candidates with the added seed until one candidate meets the goal, and then refine the search.
         """
         rivals = self.real.ranked()
         self.real.hard.append(missed)
@@ -278,7 +282,7 @@ class Search:
             point
             for point in self.real.points()
             if point.candidate != chosen.candidate
-            # The simplest of several nearly equal candidates was chosen, and represents the others.
+            # The simplest of several nearly equal candidates was chosen, and represents the other candidates.
             and not (point.usd <= chosen.usd and point.finish_s <= chosen.finish_s)
         )
         return Plan(

@@ -1,4 +1,4 @@
-"""Search for candidates: a coarse grid, growth, and ever smaller steps from the best candidate.
+"""Search for candidates: a coarse grid, doubled fleets, and ever smaller steps from the best candidate.
 
 The search is deterministic, so equal results lead to the same candidates in the same order.
 """
@@ -23,9 +23,11 @@ from batchlab.scenarios.planner.candidates import (
 from batchlab.scenarios.planner.plan import frontier
 
 SIZE_FACTORS = (0.7, 1.0, 1.4, 2.0, 3.0, 5.0)
-"""Sizes to try, as multiples of the size that would finish all work by the deadline without overhead."""
+"""Pool sizes that the search tries, as multiples of the size that would finish all work by the deadline without
+overhead.
+"""
 DRAIN_SHARES = (0.6, 0.25, 0.08)
-"""Drain targets to try, as shares of the deadline."""
+"""Drain targets that the search tries, as shares of the deadline."""
 MIN_DRAIN_S = 1.0
 MIN_PREWARM_S = 60.0
 """Minimum duration of prewarming in seconds."""
@@ -58,7 +60,7 @@ class SizeLimits:
         return cls(needed, useful, base.pools)
 
     def fit(self, pool: str, size: int) -> int:
-        """Return the size, limited to between 1 and the useful size."""
+        """Return `size`, limited to the range from 1 to the pool's useful size."""
         return max(1, min(self.useful[pool], size))
 
 
@@ -90,7 +92,7 @@ def _fit_prewarming(start: Candidate, fleets: Sequence[PoolConfig]) -> Candidate
 
 
 def coarse_grid(start: Candidate, limits: SizeLimits, deadline_s: float) -> list[Candidate]:
-    """Return the initial grid of candidates."""
+    """Return the first candidates of the search: `start`, and combinations of pool sizes and drain targets."""
     drains = [start.drain_s, *(max(MIN_DRAIN_S, round_to_two_digits(s * deadline_s)) for s in DRAIN_SHARES)]
     candidates = [
         replace(scale_pools(start, limits, factor), drain_s=drain_s) for factor in SIZE_FACTORS for drain_s in drains
@@ -99,10 +101,10 @@ def coarse_grid(start: Candidate, limits: SizeLimits, deadline_s: float) -> list
 
 
 def with_spot_variants(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Return each candidate with 0%, 50%, and 100% Spot.
+    """Return variants of each candidate with 0%, 50%, and 100% Spot Instances.
 
-    A larger Spot fleet may be cheaper than a smaller On-Demand fleet, but small steps do not lead from one fleet to the
-    other.
+    A larger Spot fleet may be cheaper than a smaller On-Demand fleet, but a search in small steps does not get from the
+    On-Demand fleet to the Spot fleet.
     """
     return [
         replace(candidate, fleets=tuple(replace(fleet, spot=share) for fleet in candidate.fleets))
@@ -112,14 +114,16 @@ def with_spot_variants(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def double_size(start: Candidate, limits: SizeLimits) -> Candidate | None:
-    """Return the candidate with doubled sizes, up to the useful sizes, or None if no size can grow."""
+    """Return the candidate with doubled pool sizes, up to the useful sizes, or None if all pools have their useful
+    size.
+    """
     fleets = [with_max_size(f, min(limits.useful[f.pool], 2 * f.max_size)) for f in start.fleets]
     candidate = _fit_prewarming(start, fleets)
     return None if candidate == start else candidate
 
 
 def neighbors(best: Candidate, limits: SizeLimits, step: float) -> list[Candidate]:
-    """Return candidates near `best`.
+    """Return candidates that differ from `best` by a small change.
 
     `step` is the relative change of sizes, which starts at 0.5 and becomes smaller.
     """
@@ -231,7 +235,7 @@ STEP_SIZES = (0.5, 0.25, 0.12, 0.06)
 PROMOTED_CANDIDATES = 8
 """Number of candidates of the coarse grid that run with more than one seed.
 
-Each round after the coarse grid promotes half as many candidates.
+After the coarse grid, each round of the search runs half as many candidates with more than one seed.
 """
 USD_TOLERANCE, TIME_TOLERANCE = 1.005, 1.01
 """Relative differences of costs and times below which candidates count as equal."""
@@ -245,8 +249,8 @@ class RunLimitReached(Exception):
 class Evaluations:
     """Candidates that were evaluated in the simulator or in the fast model, with their results.
 
-    `hard` has the indexes of the seeds that serious candidates must pass. The first seed in `hard` is also used to
-    preselect candidates. `limit` is the maximum number of runs.
+    `hard` has the indexes of the seeds with which a chosen candidate must meet the goal. The first seed in `hard` is
+    also used to preselect candidates. `limit` is the maximum number of runs.
     """
 
     trials: TrialRunner
@@ -261,7 +265,7 @@ class Evaluations:
     runs: int = 0
 
     def measure(self, candidates: Iterable[Candidate], indices: Sequence[int]) -> None:
-        """Run the trials without a result yet. Raise RunLimitReached if the limit of runs is reached."""
+        """Run the trials that do not have a result yet. Raise RunLimitReached if the limit of runs is reached."""
         missing = [
             (candidate, index)
             for candidate in dict.fromkeys(candidates)
@@ -269,7 +273,7 @@ class Evaluations:
             if index not in self.results.get(candidate, {})
         ]
         for candidate, _ in missing:
-            # Candidates are inserted in the given order, because the first candidate wins a tie.
+            # Candidates are inserted in the given order, because the first of equally good candidates wins.
             self.results.setdefault(candidate, {})
         allowed = missing[: max(0, self.limit - self.runs)]
         trials = [self.trials.trial(candidate, index, rough=self.rough) for candidate, index in allowed]
@@ -316,7 +320,9 @@ class Evaluations:
         return sorted(self.points(), key=self.rank)
 
     def best(self) -> EvaluatedCandidate | None:
-        """Return the cheapest candidate that meets the goal with all seeds, or else the nearest candidate."""
+        """Return the cheapest candidate that meets the goal with all seeds, or else the candidate nearest to the
+        goal.
+        """
         return min(self.points(), key=self.rank, default=None)
 
     def explore(self, start: Candidate, limits: SizeLimits) -> None:
@@ -338,7 +344,7 @@ class Evaluations:
         self.refine(limits, STEP_SIZES)
 
     def preselect(self, candidates: Sequence[Candidate]) -> list[EvaluatedCandidate]:
-        """Evaluate the candidates with the first seed, and return them in order, the best candidate first."""
+        """Evaluate the candidates with the first seed, and return the candidates in order, the best candidate first."""
         self.measure(candidates, self.hard[:1])
         return sorted((self.point(candidate, self.hard[:1]) for candidate in candidates), key=self.rank)
 
@@ -352,7 +358,7 @@ class Evaluations:
         ]
 
     def refine(self, limits: SizeLimits, steps: Sequence[float]) -> None:
-        """Search around the best candidate with decreasing steps.
+        """Search around the best candidate with the step sizes in `steps`.
 
         Raise RunLimitReached if the limit of runs is reached.
         """

@@ -40,7 +40,7 @@ class WorkUnit:
 
 @dataclass(frozen=True, slots=True)
 class JobWork:
-    """One job as work units. `stages` has the work units of each stage."""
+    """Job that is split into work units. `stages` has the work units of each stage."""
 
     job: Job
     stages: tuple[tuple[WorkUnit, ...], ...]

@@ -1,6 +1,6 @@
 """Replay of a scenario in real time on a running grid, and its record.
 
-A replay always ends with a record of its measurements. The record leaves values empty that could not be read. The cost
+A replay always ends with a record of its measurements. A value that could not be read is empty in the record. The cost
 in the record uses the grid's own account and the calculation of `batchlab cost bill`.
 """
 
@@ -56,7 +56,8 @@ def compute_cost(
 ) -> RunCost:
     """Compute the cost of the usage between two accounts.
 
-    On a backend that is not billed, instances count with the types and Spot shares of the scenario's pools.
+    On a backend that is not billed, the cost is computed with the instance types and Spot shares of the scenario's
+    pools.
     """
     plans = {plan.pool.name: plan for plan in pools}
     used = Account(
@@ -78,7 +79,7 @@ def compute_cost(
 
 
 def wasted_s(before: Account, after: Account) -> float:
-    """Return the slot seconds of failed attempts and lost executions, as the difference of two accounts."""
+    """Return the slot seconds of failed attempts and lost executions between two accounts of a grid."""
     first_s, last_s = (sum(account.failed_s.values()) + sum(account.lost_s.values()) for account in (before, after))
     return last_s - first_s
 
@@ -88,9 +89,9 @@ def _subtract(before: Mapping[T, float], after: Mapping[T, float]) -> dict[T, fl
 
 
 def _as_planned(billed_s: Mapping[Kind, float], plans: Mapping[str, PoolPlan]) -> dict[Kind, float]:
-    """Return the instance seconds by the planned types and Spot shares.
+    """Return the billed instance seconds as if the instances had the planned types and Spot shares.
 
-    The seconds of actual Spot Instances do not change.
+    The seconds of real Spot Instances do not change.
     """
     planned_s: dict[Kind, float] = {}
     for kind, seconds in billed_s.items():
@@ -131,12 +132,12 @@ async def build_record(
         cut = cut or f"The results of its tasks cannot be read: {error.message}"
     scenario = state.scenario
     types = {plan.pool.name: plan.pool.instance_type for plan in scenario.pools}
-    # An instance without a type counts with the type of its pool, as in the cost.
+    # An instance without a type gets the type of its pool. The computation of the cost uses the same types.
     instances = tuple(replace(life, type=life.type or types.get(life.pool, "")) for life in sampler.instances())
     stages = measured.runs()
     cost = None
     if after is not None:
-        with suppress(UsageError):  # if the price book cannot be read, the record has no cost
+        with suppress(UsageError):  # if the price book cannot be read, the record lacks a cost
             cost = compute_cost(before, after, stages, scenario.pools, backend, price_book.load(home.path))
     jobs = (job_run(job, state.begun_s) for job in state.running.values())
     return Record(
@@ -170,7 +171,7 @@ async def build_record(
 async def _account(link: ManagerConnection, jobs: Sequence[str]) -> Account | None:
     """Return the grid's account, or None if the manager does not answer.
 
-    The time of failed attempts comes from the accounts of `jobs`, because the grid's account does not have this time.
+    The times of failed and lost runs come from the accounts of `jobs`, because the grid's account lacks these times.
     """
     limit = asyncio.Semaphore(MAX_REQUESTS)
 
@@ -221,9 +222,9 @@ def _run_time(at_s: float | None, begun_s: float) -> float | None:
 ABSENCE_LIMIT_S = 120.0
 """Time in seconds that a manager may be absent, in addition to the duration of the scenario's faults."""
 IDLE_TIMEOUT_S = 15.0
-"""Time in seconds within which jobs of an earlier run must end."""
+"""Time in seconds within which canceled jobs of an earlier run must end."""
 EXTRA_S = 300.0
-"""Time in seconds that a replay may take in addition to twice the time of its work on the whole fleet."""
+"""Time in seconds that a replay may take in addition to twice the time that its work takes on the whole fleet."""
 
 
 _REMEDY = "Take it down with `batchlab grid down`, or name another folder with --home."
@@ -277,9 +278,9 @@ def _describe_pool(least: int, most: int, slots: int) -> str:
 
 
 def limit_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
-    """Return the default time limit of a replay in run seconds.
+    """Return the default time limit of a replay, in seconds from the start of the run.
 
-    After the last arrival, a replay has twice the time of its work on the whole fleet, plus spare time.
+    After the last arrival and fault, a replay has twice the time that its work takes on the whole fleet, plus EXTRA_S.
     """
     slots = {plan.pool.name: plan.pool.max_size * plan.pool.slots for plan in scenario.pools}
     work: dict[str, float] = {}
@@ -317,7 +318,7 @@ async def replay(
 ) -> Record:
     """Run the compressed scenario on the grid in `home` and measure the run.
 
-    `limit` (in run seconds, see `limit_s`) or `stop` ends the run early, and the field `cut` of the record has the
+    The time `limit` (see `limit_s`) or the event `stop` ends the run early. The field `cut` of the record then has the
     reason. `injector` creates the injector of the scenario's faults. Raise Refused if the grid differs from the
     scenario or has other work. Raise UsageError if the grid refuses a job, and BackendError if the manager is absent
     for too long before the run.

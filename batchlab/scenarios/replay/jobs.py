@@ -27,12 +27,12 @@ from batchlab.worker import code_cache
 
 HANDLER = "standins:work"
 SCENARIO_TAG = "scenario"
-"""Key of the job tag that has the name of the job's scenario."""
+"""Key of the job tag whose value is the name of the job's scenario."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedJob:
-    """Job that is ready for submission, with its items if the submission contains the items."""
+    """Job that is ready for submission. The items of a small job are part of the submission."""
 
     due: Job
     job: JobDef
@@ -41,7 +41,7 @@ class PreparedJob:
 
 @dataclass
 class JobPreparer:
-    """Preparation of the jobs of one run.
+    """Preparer of the jobs of one run for submission.
 
     `run` is an id that distinguishes the jobs of one run from the jobs of other runs of the same scenario.
     """
@@ -56,8 +56,8 @@ class JobPreparer:
     _files: dict[Path, tuple[job_file.JobFile, tuple[bytes, str]]] = field(default_factory=dict)
 
     async def prepare(self, due: Job) -> PreparedJob:
-        """Prepare a job for submission. Raise JobFileErrors for a template without a readable job file, UsageError, or
-        BackendError.
+        """Prepare a job for submission. Raise JobFileErrors if the template's job file cannot be read. The function may
+        also raise UsageError or BackendError.
         """
         template = due.template
         if template.file:
@@ -187,7 +187,9 @@ def stage_parameters(seed: int, due: Job) -> dict[str, Any]:
 
 
 def _task_entries(seed: int, due: Job, stage: StageTemplate, count: int) -> list[Json]:
-    """Return an entry for each task: the seconds, the failing attempts, and whether the task kills its worker."""
+    """Return an entry for each task: the task's seconds, its failing attempts, and whether the task kills its
+    worker.
+    """
     seconds = expansion.task_times_s(seed, due, stage, TaskSet.span(0, count))
     attempts = range(1, stage.retry.max_attempts + 1) if stage.fails else ()
     return [

@@ -27,12 +27,14 @@ MAX_PARALLEL_READS = 16
 MAX_PARALLEL_JOBS = 8
 """Maximum number of jobs whose outcomes are in memory at the same time."""
 SAMPLE_SIZE = 200
-"""Number of task times per stage in a record."""
+"""Maximum number of task times of a stage in a record."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObservedJob:
-    """Job of the run with its latest view. `due` is the job in the scenario, or None for a job without a scenario."""
+    """Job of the run, with the manager's latest view of the job. `due` is the job in the scenario, or None without a
+    scenario.
+    """
 
     template: str
     view: JobView
@@ -74,7 +76,9 @@ class Measurements:
         self.duplicates += other.duplicates
 
     def runs(self) -> tuple[StageRun, ...]:
-        """Return the stages for the record, in the order in which the stages were measured."""
+        """Return the totals of the stages in the format of the record, in the order in which the stages were
+        measured.
+        """
         return tuple(
             StageRun(
                 template=template,
@@ -97,7 +101,7 @@ class Measurements:
 
 
 def even_sample(numbers: Iterable[float], most: int) -> tuple[float, ...]:
-    """Return at most `most` evenly spread numbers of the sorted numbers."""
+    """Sort the numbers, and return at most `most` of the numbers, evenly spread."""
     ordered = sorted(numbers)
     if len(ordered) <= most:
         return tuple(ordered)
@@ -128,7 +132,7 @@ def _add(
     seed: int,
 ) -> None:
     stage = job.stage(view["name"])
-    # In a record, the gather value "key" stands for any field name.
+    # In a record, the gather value "key" stands for the name of any field.
     gather = stage.gather if stage.gather in (None, "*") else "key"
     totals = measurements.stages.setdefault(
         (observed.template, stage.name), StageTotals(stage.pool, stage.slots, tuple(stage.after), gather)
@@ -172,8 +176,8 @@ def duplicates(outcomes: Iterable[Outcome]) -> int:
 def _lost(job: JobView, stage: StageView, succeeded: int) -> int:
     """Count the lost tasks.
 
-    In an ended job, a task is lost if the task has no terminal state, or if its counted success has no outcome. In a
-    job that has not ended, every task without a success is lost.
+    In an ended job, a task without a terminal state is lost. A task that the ledger counts as succeeded is also lost if
+    the bucket lacks its outcome. In a job that has not ended, every task without a success is lost.
     """
     planned = stage["planned"] or 0
     if job["state"] not in ENDED:

@@ -1,6 +1,7 @@
 """Recording of past jobs as a scenario: a trace of arrivals, measured task times, and the pools.
 
-The recording scales the measured times, so that the total task time with the file's own seed equals the measured total.
+The recording scales the measured task times, so that the total time drawn with the seed of the scenario file equals the
+measured total.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _DIGITS = 6
 
 @dataclass(frozen=True, slots=True)
 class RecordedArrival:
-    """Past job: its arrival in seconds after the first job, and its number of root tasks."""
+    """Past job, with its arrival in seconds after the first job and its number of root tasks."""
 
     due_s: float
     template: str
@@ -51,7 +52,7 @@ class RecordedTemplate:
     priority: int = 0
     max_failures: int = 0
     definition: JobDef | None = None
-    """Job definition, which has values that a record lacks."""
+    """Definition of a job of the template, which has values that a record lacks."""
 
 
 @dataclass(slots=True)
@@ -72,7 +73,7 @@ class RecordedWorkload:
 
 @dataclass(frozen=True, slots=True)
 class WrittenScenario:
-    """Files that were written, with their content."""
+    """Files of a recorded scenario that were written, with their content."""
 
     scenario: Path
     trace: Path
@@ -174,7 +175,7 @@ def from_jobs(
 def write(workload: RecordedWorkload, path: Path) -> WrittenScenario:
     """Write the workload as a scenario to `path`, and its trace to a JSON Lines file with the same name.
 
-    Raise UsageError for an unwritable file, an existing file with the trace's name, or an invalid scenario.
+    Raise UsageError if a file cannot be written, if a file with the trace's name exists, or if the scenario is invalid.
     """
     trace = path.with_suffix(".jsonl")
     if trace == path:
@@ -211,7 +212,9 @@ def _traces(path: Path) -> set[str]:
 
 
 def drawn_times(path: Path) -> dict[tuple[str, str], tuple[int, float]]:
-    """Return the number of tasks and the total task seconds by template and stage, drawn with the file's own seed."""
+    """Return the number of tasks and the total task seconds by template and stage, drawn with the seed of the scenario
+    file.
+    """
     scenario = loader.load(path)
     totals: dict[tuple[str, str], tuple[int, float]] = {}
     for job in expand(scenario).jobs:
@@ -284,7 +287,7 @@ _Dumper.add_representer(
 
 def _pool(plan: PoolPlan, compressed: float) -> dict[str, Any]:
     pool = plan.pool
-    # A pool whose maximum size was reduced to 0 had at least one instance before the reduction.
+    # `max` is at least 1, because a pool whose maximum size was reduced to 0 had an instance before the reduction.
     doc: dict[str, Any] = {"min": pool.min_size, "max": max(1, pool.max_size), "slots": pool.slots}
     rest = {
         "boot": round(pool.boot_s * compressed, 3),

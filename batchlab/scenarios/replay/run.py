@@ -1,6 +1,6 @@
 """Control loops of a replay: submission, observation, sampling, prewarming, and faults.
 
-At every end of a run, the replay undoes the faults, restores the pool sizes, and cancels the unfinished jobs.
+However a run ends, the replay undoes the faults, restores the pool sizes, and cancels the unfinished jobs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_REQUESTS = 4
 POLL_INTERVAL_S = 0.5
 """Minimum pause in seconds between two reads of the unfinished jobs."""
 POLL_PAUSE_FACTOR = 4.0
-"""Minimum pause after a read of the jobs, as a multiple of the duration of the read."""
+"""Minimum pause after a read of the unfinished jobs, as a multiple of the duration of the read."""
 PAGE = 1000
 ACTIVITIES_INTERVAL = 10
 """Number of samples of the grid after which the scaling activities are read."""
@@ -50,7 +50,8 @@ FINAL_TIMEOUT_S = 5.0
 CANCEL_TIMEOUT_S = 60.0
 """Timeout in seconds of the cancellation of all jobs."""
 MAX_CANCELLATIONS = 10
-"""The cancellation of a job waits until no worker can start a task of the job."""
+"""Maximum number of parallel cancellations. A cancellation of a job waits until no worker can start a task of the job.
+"""
 INTERRUPTED = "It was interrupted."
 
 
@@ -87,24 +88,26 @@ class Prewarmer:
 
     async def restore(self, *, within_s: float) -> None:
         """Restore the minimum sizes of all pools, if the manager responds in time."""
-        if self._requests:  # an earlier call in a thread must not arrive after the last call
+        if self._requests:  # an earlier request must not arrive at the manager after the last request
             _, late = await asyncio.wait(set(self._requests), timeout=within_s)
             for task in late:
                 task.cancel()
         for pool in list(self._sent):
             self._wanted[pool].clear()
-            # The request is repeated in any case, because a recorded request may have failed.
+            # The request for a minimum size is repeated even if `_sent` has the request, because the recorded request
+            # may have failed.
             self._sent.pop(pool, None)
             with suppress(BackendError):
                 await self._send(pool, within_s=within_s)
 
     async def _send(self, pool: str, *, within_s: float | None = None) -> None:
-        async with self._locks[pool]:  # the lock keeps the order, so the last request has the wanted size
+        async with self._locks[pool]:  # the lock keeps requests in order, so the last request has the wanted size
             least = max(self._own[pool], *self._wanted[pool], 0)
             leader = self._sampler.grid["owner"] if self._sampler.grid else ""
             if self._sent.get(pool) == (least, leader):
                 return
-            # The size is recorded before the call, so that `restore` resets the size even after a cancellation.
+            # The minimum size is recorded before the request, so that `restore` resets the size even after a
+            # cancellation.
             self._sent[pool] = least, leader
             call = self._link.call(lambda client: client.scale(pool, min=least), within_s=within_s)
             request = asyncio.create_task(call)
@@ -120,14 +123,16 @@ class Injector(Protocol):
         """Inject the fault, hold the fault for its duration, undo the fault, and return the result."""
 
     async def undo(self) -> None:
-        """Undo all current faults and inject no more."""
+        """Undo all current faults and do not inject other faults."""
 
     async def close(self) -> None:
         """Undo all faults and close the used resources."""
 
 
 class ReplayRun:
-    """One run of a replay, for a single call of `run`. After the run, `state` and `sampler` have the measurements."""
+    """One run of a replay, on which `run` may be called once. After the run, `state` and `sampler` have the
+    measurements.
+    """
 
     def __init__(
         self, state: RunState, link: ManagerConnection, preparer: JobPreparer, clock: Clock, injector: Injector | None
@@ -216,8 +221,8 @@ class ReplayRun:
         except BackendError as error:
             self.state.cut = error.message
         finally:
-            # Faults are undone and recorded before the cancellation, because no cancellation stops a call in a thread
-            # that changes the grid.
+            # Faults are undone and recorded before the tasks are canceled, because a cancellation does not stop a
+            # thread that changes the grid.
             if self._injector:
                 await self._injector.undo()
             if self._injecting:
@@ -254,7 +259,8 @@ class ReplayRun:
                 prepared = await ready.get()
                 await self.state.until(prepared.due.due_s)
                 await limit.acquire()
-                # The submission is a separate task, because a call in a thread completes even after a cancellation.
+                # The submission is a separate task, because the thread of a submission continues even after a
+                # cancellation.
                 submission = asyncio.create_task(self._submit_one(prepared, limit))
                 self._submissions[prepared.job.id] = prepared, submission
                 group.create_task(wait_shielded(submission))
@@ -272,7 +278,9 @@ class ReplayRun:
         del self._submissions[prepared.job.id]
 
     async def _await_submissions(self) -> None:
-        """Wait for the submissions in progress. Look up the job of each unanswered submission by the job's id."""
+        """Wait for the submissions in progress. After an unanswered submission, ask the manager for the job by the
+        job's id.
+        """
         if not self._submissions:
             return
         await asyncio.wait([task for _, task in self._submissions.values()], timeout=FINAL_TIMEOUT_S)
@@ -289,14 +297,15 @@ class ReplayRun:
             begun_s, unanswered = self.state.at_s(), self._link.unanswered
             await self._read_jobs()
             # The pause depends on the duration of the read, because a read of many jobs is much work for the manager.
-            # The time of a wait for an absent manager is not counted, so the wait does not delay the next read.
+            # The wait for an absent manager does not count as part of the read, so the wait does not delay the next
+            # read.
             took_s = self.state.at_s() - begun_s if self._link.unanswered == unanswered else 0.0
             pause_s = max(POLL_INTERVAL_S, POLL_PAUSE_FACTOR * took_s)
 
     async def _read_jobs(self) -> None:
         """Update the unfinished jobs with one or two requests."""
         running = self.state.running
-        # read before the request, because the answer may lack jobs that are submitted later
+        # The unfinished jobs are listed before the request, because the answer may lack jobs that are submitted later.
         unfinished = self.state.open
         if not unfinished:
             return
@@ -308,7 +317,8 @@ class ReplayRun:
                 try:
                     running[job].view = await self._link.call(lambda client: client.job(job))
                 except NotFound:
-                    # After the loss of the ledger, an unknown job is found again after the rebuild.
+                    # A job that the manager does not know after a loss of the ledger exists again after the rebuild of
+                    # the ledger.
                     faults = self.state.scenario.faults if self._injector else ()
                     if not any(fault.name is FaultName.DATABASE_LOSS for fault in faults):
                         raise
@@ -341,7 +351,7 @@ class ReplayRun:
             await self._sample()
             if number % ACTIVITIES_INTERVAL == 0:
                 await self.sampler.read_activities()
-            # The sample times are multiples of the interval, so a slow answer delays only one sample.
+            # The sample times are multiples of SAMPLE_INTERVAL_S, so a slow answer delays only one sample.
             await self.state.until((self.state.at_s() // SAMPLE_INTERVAL_S + 1) * SAMPLE_INTERVAL_S)
 
     async def _sample(self) -> None:
@@ -388,7 +398,7 @@ class ReplayRun:
 
 @asynccontextmanager
 async def _time_limit(seconds: float) -> AsyncIterator[None]:
-    """Context manager that stops its block after `seconds`, without an error."""
+    """Stop the block of this context manager after `seconds`, without an error."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             yield

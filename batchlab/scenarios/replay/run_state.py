@@ -1,6 +1,6 @@
 """State of a replay, its connection to the manager, and samples of the grid.
 
-A replay does not start or stop a manager. Calls wait for an absent manager, because a fault may have stopped the
+A replay does not start or stop a manager. Requests to an absent manager wait, because a fault may have stopped the
 manager.
 """
 
@@ -30,7 +30,7 @@ RUN_ENDED = "the run was over before"
 
 @dataclass(frozen=True, slots=True)
 class ReplayProgress:
-    """Progress of a replay, with numbers of jobs.
+    """Progress of a replay, with numbers of jobs in each state.
 
     `bad` is the number of jobs that ended without success. `late_s` is the longest delay of a submission, `left_s` is
     an estimate of the remaining time, and `doing` lists the current faults.
@@ -62,10 +62,10 @@ class SubmittedJob:
 
 @dataclass(slots=True)
 class RunState:
-    """State of a run.
+    """State of one run of a replay.
 
-    `begun_s` is the start as epoch time, and `begun_at_s` the start by the event loop's clock. `running` has the
-    submitted jobs by id. `cut` has the reason for an early end of the run.
+    `begun_s` is the start of the run in epoch time, and `begun_at_s` is the start by the event loop's clock. `running`
+    has the submitted jobs by id. `cut` has the reason for an early end of the run.
     """
 
     scenario: Scenario
@@ -132,11 +132,13 @@ T = TypeVar("T")
 
 RETRY_INTERVAL_S = 0.25
 MAX_REQUESTS = 12
-"""Maximum number of parallel requests."""
+"""Maximum number of parallel requests to the manager."""
 
 
 class ManagerConnection:
-    """Connection to the manager of one home. The record in the home has the address of a restarted manager."""
+    """Connection to the manager of one home. After a restart, the connection reads the manager's new address from the
+    home.
+    """
 
     def __init__(self, home: Home, *, away_s: float) -> None:
         """Create a connection. Each call waits up to `away_s` seconds for an absent manager."""
@@ -149,7 +151,7 @@ class ManagerConnection:
         self._threads = ThreadPoolExecutor(MAX_REQUESTS, "replay")
 
     async def call(self, request: Callable[[Client], T], *, within_s: float | None = None) -> T:
-        """Call the manager and return its answer.
+        """Call the manager and return the manager's answer.
 
         Raise Unreachable or BackendError if the manager is absent for too long. Raise the manager's refusals (NotFound,
         Refused, UsageError) at once.
@@ -206,7 +208,7 @@ _END = re.compile(r"Terminating (?:EC2 )?instance: (\S+)")
 
 @dataclass(slots=True)
 class _InstanceHistory:
-    """Observed life of one instance. Times are epoch times of the manager's clock."""
+    """Observed times of one instance, as epoch times of the manager's clock."""
 
     view: InstanceView
     pool: str
@@ -241,7 +243,9 @@ class GridSampler:
         return all(numbers.get(name, -1) >= size for name, size in sizes.items())
 
     def is_down_to(self, sizes: Mapping[str, int]) -> bool:
-        """Return whether each pool had the size in `sizes` in the latest view, without a terminating instance."""
+        """Return whether each pool in the latest view has the size in `sizes` and does not have terminating
+        instances.
+        """
         if self.last is None or self.grid is None:
             return False
         ended = LifecycleState.TERMINATED.value
@@ -255,7 +259,7 @@ class GridSampler:
         )
 
     async def sample(self, now_s: float) -> None:
-        """Take a sample at `now_s` (epoch), unless the manager does not answer."""
+        """Take a sample of the grid at the epoch time `now_s`. If the manager does not answer, skip the sample."""
         grid = await self._link.try_call(Client.grid)
         if grid is None:
             return
@@ -330,7 +334,7 @@ class GridSampler:
         return None if at_s is None else at_s - self._begun_s
 
     def _unseen(self, ended: Mapping[str, float]) -> Iterator[InstanceRun]:
-        """Yield instances that lived only between two samples, according to the scaling activities."""
+        """Yield the instances that existed only between two samples, according to the scaling activities."""
         for activity in self._activities.values():
             launch = _LAUNCH.match(activity["description"])
             if launch and launch[1] not in self._lives and activity["at_s"] >= self._begun_s:

@@ -45,11 +45,13 @@ _GZIP = b"\x1f\x8b"
 _DAMAGED = "the file is damaged from here"
 _PRESENT_READ = "those that are there were read"
 _CHECKS = ("incorrect data check", "incorrect length check")
-"""Messages of zlib for complete data with a wrong checksum or length."""
+"""Error messages of zlib for complete data with a wrong checksum or length."""
 
 
 class _ReadProblem(NamedTuple):
-    """Reason why the rest of a file is not read. `intact` is True if the data before the problem is intact."""
+    """Reason why a reader does not read the rest of a trace file. `intact` is True if the data before the problem is
+    intact.
+    """
 
     what: str
     done: str = LEFT_OUT
@@ -66,7 +68,7 @@ class _UnreadableError(Exception):
 
 
 def read_lines(path: Path, odd: list[Anomaly]) -> Iterator[tuple[int, str]]:
-    """Yield (number, text) of every line, counted from 1, and add problems to `odd`.
+    """Yield the number and the text of every line, and add problems in the file to `odd`. Line numbers start at 1.
 
     Raise UsageError if the file cannot be read.
     """
@@ -89,7 +91,7 @@ def read_lines(path: Path, odd: list[Anomaly]) -> Iterator[tuple[int, str]]:
 
 
 def _line_separator(chunk: bytes, path: Path) -> bytes:
-    """Return the line separator that the first chunk of a file shows. Raise UsageError for a file in UTF-16."""
+    """Return the line separator that occurs in the first chunk of a file. Raise UsageError for a file in UTF-16."""
     start = chunk[:_UTF16_PROBE_BYTES]
     is_wide = len(start) == _UTF16_PROBE_BYTES and not (any(start[::2]) and any(start[1::2]))
     if is_wide or chunk.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
@@ -167,7 +169,7 @@ def _decompress(unpacker: zlib._Decompress, data: bytes) -> Iterator[bytes]:
 
 
 def _decompress_until_damage(unpacker: zlib._Decompress, data: bytes) -> Iterator[bytes]:
-    """Unpack the data byte by byte, because zlib drops the output of a call that fails."""
+    """Unpack damaged data byte by byte, because zlib drops the whole output of a call that fails."""
     for at in range(len(data)):
         try:
             piece = unpacker.decompress(data[at : at + 1])
@@ -188,8 +190,8 @@ _RECORD_KEYS = frozenset({"scenario", "jobs", "version"})
 def read_jsonl(path: Path, columns: Columns = RECORD_COLUMNS) -> TraceContent:
     """Read a file in JSON Lines or a whole record of a run.
 
-    In a record of a run, the number of a job serves as its line number. Raise UsageError if the file cannot be read, or
-    if all records lack a required column.
+    In a record of a run, the number of a job serves as the job's line number. Raise UsageError if the file cannot be
+    read, or if all records lack a required column.
     """
     odd: list[Anomaly] = []
     mapper = RowMapper(path, columns, odd)
@@ -225,7 +227,7 @@ def _record_jobs(run: record.Record, columns: Columns, mapper: RowMapper) -> Ite
 def _json_lines(
     numbered: Iterator[tuple[int, str]], path: Path, columns: Columns, mapper: RowMapper
 ) -> Iterator[RawRecord | None]:
-    # With RECORD_COLUMNS, only the time column is required.
+    # In a file that is read with RECORD_COLUMNS, only the time column is required.
     missing = set(columns.used()) - set(RECORD_COLUMNS.used())
     keys: list[str] = []
     for number, line in numbered:

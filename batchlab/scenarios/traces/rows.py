@@ -1,8 +1,8 @@
-"""Conversion of a trace's records to rows by a map of columns, independent of the format.
+"""Conversion of a trace's records to rows by a column map, in the same way for every trace format.
 
-Every record of a trace becomes a row or is reported in `odd`. A record that the reader changed becomes a row and is
-reported. The name of a column is a table's header, a field of the Standard Workload Format (see formats.SWF_FIELDS), or
-a key of a JSON object. Dots separate the keys of nested JSON objects.
+Every record of a trace becomes a row or is reported in `odd`. A record that the reader had to correct becomes a row and
+is also reported. A column name is a name from a table's header, a field of the Standard Workload Format (see
+formats.SWF_FIELDS), or a key of a JSON object. Dots separate the keys of nested JSON objects.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LEAP_YEAR = 1972
 
 
 class TimestampKind(Enum):
-    """Form of a time value in a trace."""
+    """Kind of a time in a trace: a number, or a timestamp with or without a zone."""
 
     NUMBER = "a number"
     ZONED = "a timestamp with a zone"
@@ -42,7 +42,7 @@ class TimestampKind(Enum):
 
 
 class Timestamp(NamedTuple):
-    """Time of a record in seconds. A timestamp counts from 1970."""
+    """Time of a record in seconds. A timestamp counts the seconds since 1970."""
 
     at_s: float
     kind: TimestampKind
@@ -63,7 +63,7 @@ def check_unit(unit: str) -> None:
 
 
 def parse_number(value: object) -> float | None:
-    """Return a number or the number in a text as a finite float, or None."""
+    """Return a number, or the number in a text, as a finite float. Return None for any other value."""
     if isinstance(value, str):
         if not _NUMBER.fullmatch(value):
             return None
@@ -77,12 +77,14 @@ def parse_number(value: object) -> float | None:
 
 
 def all_numbers(text: str) -> bool:
-    """Return whether `text` contains only numbers and blanks. The check is fast and covers most lines."""
+    """Return whether `text` contains only numbers and blanks. The check is fast, and most lines of a trace pass the
+    check.
+    """
     return _NUMBERS.fullmatch(text) is not None
 
 
 def parse_timestamp(value: object, unit: str) -> Timestamp | None:
-    """Return the time in `value`, or None.
+    """Return the time in `value`, or None if `value` is not a time.
 
     A timestamp without a zone is read as UTC. A number is a time in the unit `unit`. A text is in ISO 8601 or in the
     strptime format `unit`. In ISO 8601, a space may replace the T, and a fraction may have any number of digits.
@@ -105,8 +107,8 @@ def parse_timestamp(value: object, unit: str) -> Timestamp | None:
 def _strptime(text: str, form: str) -> datetime:
     directives = set(_DIRECTIVE.findall(form))
     if "d" in directives and not directives & {"Y", "y", "G"}:
-        # Without a year, strptime assumes 1900, which has no 29 February. Python 3.15 refuses formats that have a day
-        # but no year.
+        # For a text without a year, strptime assumes the year 1900, which does not have a 29 February. Python 3.15
+        # refuses formats with a day and without a year.
         text, form = f"{_LEAP_YEAR} {text}", f"%Y {form}"
     return datetime.strptime(text, form)  # noqa: DTZ007 - the caller asks for the zone
 
@@ -135,12 +137,13 @@ class Columns:
     """Columns from which the values of a record are read.
 
     Values without a column come from the job's template. `at` is the column of the arrival time, which is a number or a
-    timestamp. `minus` is a column of seconds that are subtracted from the time, for traces that record the ends of
-    jobs. `unit` is the unit of a number in `at` (one of UNITS), or a strptime format for timestamps that are not in ISO
-    8601. A strptime format contains a %. With `count`, a record is an interval of `every_s` seconds from `at` in which
-    `count` times `scale` jobs arrive. If `every_s` is omitted, an interval has the length of the most common gap
-    between records. `tasks` is the number of a job's root tasks, rounded up to at least one, and `task_s` is the time
-    of each root task. `label`, `tenant`, and `template` are text columns.
+    timestamp. `minus` is a column of seconds that are subtracted from the arrival time, for traces that record the ends
+    of jobs. `unit` is the unit of a number in `at` (one of UNITS), or a strptime format for timestamps that are not in
+    ISO
+    8601. A strptime format contains a %. If `count` is a column, each record is an interval of `every_s` seconds from
+          `at`, and `count` times `scale` jobs arrive in the interval. If `every_s` is omitted, an interval has the
+          length of the most common gap between records. `tasks` is the number of a job's root tasks, rounded up to at
+          least one, and `task_s` is the time of each root task. `label`, `tenant`, and `template` are text columns.
     """
 
     at: str
@@ -206,7 +209,7 @@ class RawRecord(NamedTuple):
 
 
 class TraceRow(NamedTuple):
-    """Record of a trace as a job at `at_s`, or as `jobs` jobs in the `wide_s` seconds from `at_s`.
+    """Record of a trace: one job at `at_s`, or `jobs` jobs in the `wide_s` seconds after `at_s`.
 
     Times in a row are seconds on the trace's own time line. The rows of a file are in order of time.
     """
@@ -261,8 +264,8 @@ class RowMapper:
     def reading(self, records: Iterable[RawRecord | None]) -> TraceContent:
         """Convert all records to rows.
 
-        None stands for a record that was already skipped and reported. Raise UsageError if the length of intervals
-        cannot be derived.
+        A None in `records` stands for a record that was already skipped and reported. Raise UsageError if the length of
+        the records' intervals cannot be derived.
         """
         rows: list[TraceRow] = []
         count, before_s = 0, float("-inf")
@@ -275,8 +278,8 @@ class RowMapper:
             except _LeftOutError as error:
                 self.note(record.line, error.what, LEFT_OUT, error.detail)
                 continue
-            # With `minus`, the order is not checked, because a trace that is sorted by end times need not be sorted by
-            # start times.
+            # If the column map has `minus`, the order of records is not checked, because a trace that is sorted by end
+            # times need not be sorted by start times.
             if row.at_s < before_s and not self._columns.minus:
                 self.note(record.line, "earlier than the record before it", "put in order of time")
             before_s = row.at_s
@@ -415,7 +418,7 @@ def check_columns(used: Iterable[str], columns: Sequence[str], path: Path) -> No
 
 
 def list_names(names: Sequence[str]) -> str:
-    """Return a list of the names as text, or of the first names if there are many."""
+    """Return the names as one text. If `names` has many entries, the text lists only the first names."""
     clear = (name if name.isprintable() and len(name) <= 40 else shown(name) for name in names)
     first = ", ".join(islice(clear, _MAX_SHOWN))
     return f"{first} and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else first
@@ -435,7 +438,7 @@ def skip_blank_lines(numbered: Iterable[tuple[int, str]], path: Path, odd: list[
 
 @dataclass(frozen=True, slots=True)
 class AnomalyKind:
-    """Records of one file with the same problem."""
+    """Records of one trace file that have the same problem."""
 
     file: str
     what: str
@@ -445,7 +448,7 @@ class AnomalyKind:
 
 
 def summarize(odds: Iterable[Anomaly]) -> tuple[AnomalyKind, ...]:
-    """Group the problems by file and kind, the most frequent group first."""
+    """Group the problems by file and kind, and return the most frequent group first."""
     lines: dict[tuple[str, str, str], list[int]] = {}
     for odd in odds:
         lines.setdefault((odd.file, odd.what, odd.done), []).append(odd.line)

@@ -74,7 +74,7 @@ class Trace:
             raise ValueError("neither the arrival nor a column names the job")
 
     def arrivals(self, random: Random) -> Iterator[Arrival]:
-        """Yield the arrivals. Raise UsageError if the trace cannot be read or has no valid record."""
+        """Yield the arrivals. Raise UsageError if the trace cannot be read or does not have a valid record."""
         reading = self.reading()
         if not reading.rows:
             raise self._useless(reading)
@@ -162,7 +162,8 @@ class Trace:
 
 
 def _random_times(count: int, wide_s: float, random: Random) -> Iterator[float]:
-    """Yield `count` uniform random times within `wide_s` seconds, in order and without a list.
+    """Yield `count` uniform random times within `wide_s` seconds, in order of time. The function does not store the
+    times.
 
     The largest of k uniform random numbers has the same distribution as the k-th root of one uniform random number.
     """

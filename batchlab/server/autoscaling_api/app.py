@@ -1,7 +1,7 @@
 """ASGI application that passes HTTP requests to the emulated AWS services.
 
-Invariant: every request gets an answer in AWS's format, even a malformed request. The answer to an internal error
-contains no details, and the log contains the details.
+Invariant: every request gets an answer in AWS's format, even a malformed request. The details of an internal error are
+in the log and not in the answer.
 
 Invariant: every request must name a credential, even if signatures are not checked. A web page cannot make a browser
 send the Authorization header to another origin. A web page therefore cannot send valid requests to a server on the
@@ -46,7 +46,7 @@ _COMMON = {
 
 
 class Fault(Exception):
-    """Error answer of a service. `code` is AWS's error code, and `message` is a sentence."""
+    """Error answer of an AWS service. `code` is AWS's error code, and `message` is a sentence."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
@@ -55,7 +55,7 @@ class Fault(Exception):
 
 
 def invalid(message: str) -> Fault:
-    """Return the fault for a well-formed request that cannot be performed."""
+    """Return the ValidationError fault for a well-formed request that cannot be performed."""
     return Fault("ValidationError", message)
 
 
@@ -68,7 +68,7 @@ class FaultStatus:
 
 
 class Faults:
-    """Statuses of the faults of one service, by the code of the fault."""
+    """HTTP statuses of the faults of one service, by the code of the fault."""
 
     def __init__(self, service: ServiceModel) -> None:
         self._statuses = {code: FaultStatus(status, status < 500) for code, status in _COMMON.items()}
@@ -84,7 +84,9 @@ class Faults:
 
 @contextmanager
 def input_errors(where: str) -> Iterator[None]:
-    """Convert a ValueError or OverflowError of a value at `where` into AWS's fault for malformed input."""
+    """Convert a ValueError or OverflowError in the block into AWS's fault for malformed input, which names the value at
+    `where`.
+    """
     try:
         yield
     except (ValueError, OverflowError) as error:
@@ -209,7 +211,7 @@ class Service(Protocol):
         """Return the answer to a request. Raise Fault if the service refuses the request."""
 
     def refuse(self, request: Request, fault: Fault, request_id: str) -> Response:
-        """Return the answer that reports a fault."""
+        """Return the answer that reports a fault to the sender of the request."""
 
 
 class App:

@@ -1,7 +1,7 @@
 """The part of CloudWatch that target tracking needs: clients put custom metrics, and scaling policies read the metrics.
 
-Metrics stay in memory for MAX_POINT_AGE_S. Clients put new values regularly, so a restart loses few data points. The
-module also contains the server side of AWS's JSON protocol, which boto3 uses for CloudWatch.
+Metrics stay in memory for MAX_POINT_AGE_S. Clients put new values regularly, so a restart of the server loses only a
+few data points. The module also contains the server side of AWS's JSON protocol, which boto3 uses for CloudWatch.
 """
 
 from __future__ import annotations
@@ -59,16 +59,15 @@ class JsonService:
 def parse(service: ServiceModel, target: str, body: bytes) -> tuple[OperationModel, dict[str, Any]]:
     """Return the requested operation and its parameters.
 
-    Raise Fault for an unknown operation or a malformed body. The function ignores parameters that the model does not
-    have.
+    Raise Fault for an unknown operation or a malformed body. The function ignores parameters that are not in botocore's
+    model.
     """
     prefix, _, action = target.partition(".")
     if prefix != service.metadata.get("targetPrefix") or action not in service.operation_names:
         raise Fault("InvalidAction", f"Could not find operation {target or 'without a name'}")
     operation = service.operation_model(action)
     try:
-        # NaN and the infinities are not valid JSON, but Python's parser accepts NaN and the infinities without
-        # `parse_constant`.
+        # NaN and Infinity are not valid JSON, but Python's parser accepts NaN and Infinity without `parse_constant`.
         sent = json.loads(body or b"{}", parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise Fault("SerializationException", "The request is not JSON.") from error
@@ -120,7 +119,7 @@ def _scalar(shape: Shape, value: Any, path: str) -> Any:
 
 
 def result(operation: OperationModel, answer: Mapping[str, Any]) -> bytes:
-    """Return the body of a successful answer.
+    """Return the body of the answer to a successful request.
 
     Raise ValueError if the answer does not match the operation's output shape.
     """
@@ -183,8 +182,8 @@ _STATISTICS: Mapping[str, Callable[[Sequence[Point]], float]] = {
 
 
 class MetricStore:
-    """Implementation of the Metrics port on the metrics that clients put. Predefined metrics and
-    metric math return no data.
+    """Implementation of the Metrics port on the metrics that clients put. Predefined metrics and metric math do not
+    return data.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -249,7 +248,7 @@ def _points(datum: Parameters, now_s: float) -> Sequence[Point]:
 
 
 class CloudWatch:
-    """Service for PutMetricData in the two protocols that clients use, JSON and query."""
+    """Service for CloudWatch's operation PutMetricData, in the two protocols that clients use: JSON and query."""
 
     def __init__(self, store: MetricStore) -> None:
         async def act(operation: OperationModel, parameters: Parameters) -> Mapping[str, Any]:

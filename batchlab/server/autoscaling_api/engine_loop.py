@@ -38,7 +38,7 @@ from batchlab.server.shutdown import end_instances, stop_by_signal
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0
-"""Interval of the engine's ticks in seconds while nothing changes.
+"""Interval in seconds between two ticks of the engine while the groups do not change.
 
 A shorter interval is not needed, because cooldowns and timeouts are whole seconds.
 """
@@ -58,23 +58,23 @@ class AsgSettings:
     drain_s: float = 30.0
     """Time in seconds within which an instance must end before the process kills the instance."""
     grid: str = "asg"
-    """Name that is a part of container names and labels."""
+    """Name of the grid, which is a part of container names and labels."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Additional labels of containers."""
     images: tuple[str, ...] = ()
-    """Allowed images of containers, which must not run as root.
+    """Images that containers may use. A container with an image from this list must not run as root.
 
-    If the list of images is empty, all images and users are allowed.
+    If `images` is empty, all images and users are allowed.
     """
     scale: float = 1.0
-    """Share of the processors and the memory of a container's instance type that the container gets."""
+    """Share of its instance type's processors and memory that a container gets."""
     metadata_port: int | None = None
     """Port of the instances' metadata service on `host`. If the port is None, no metadata service runs."""
 
 
 @contextmanager
 def locked(state: Path) -> Iterator[None]:
-    """Create the state folder and hold the folder's lock, so that only one server uses the folder.
+    """Create the state folder `state` and hold the folder's lock, so that only one server uses the folder.
 
     Raise Refused if another server holds the lock.
     """
@@ -93,9 +93,9 @@ def locked(state: Path) -> Iterator[None]:
 def application(
     engine: AutoScaling, clock: Clock, changed: asyncio.Event, *, metrics: MetricStore, key: Keys | None = None
 ) -> App:
-    """Return the application that answers requests for the engine and stores the metrics that the engine reads.
+    """Return the ASGI application that passes requests to the engine and stores the metrics that the engine reads.
 
-    Each action sets the event `changed`.
+    Each action on the engine sets the event `changed`.
     """
     service = QueryService(model("autoscaling"), act(engine, changed.set))
     services: dict[str, Service] = {
@@ -110,7 +110,9 @@ def application(
 async def run(
     engine: AutoScaling, app: App, listener: socket.socket, changed: asyncio.Event, stop: asyncio.Event
 ) -> None:
-    """Serve and tick until `stop` is set or SIGTERM or SIGINT arrives. Raise the error of the server or of the loop."""
+    """Run the HTTP server and the engine until `stop` is set or SIGTERM or SIGINT arrives. Raise the error of the
+    server or of the engine's loop.
+    """
     keeping = asyncio.create_task(_keep(engine, changed))
     serving = asyncio.create_task(_serve(app, listener, stop))
     await asyncio.wait({keeping, serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -122,10 +124,10 @@ async def run(
 
 
 async def _keep(engine: AutoScaling, changed: asyncio.Event) -> None:
-    """Tick the engine about once per second, and at once when `changed` is set. The loop of the engine never returns.
+    """Tick the engine about once per second, and at once when `changed` is set. The function never returns.
 
-    The loop logs a failed tick and repeats the tick. The loop does not log repetitions of the same failure. The loop
-    must not end, because the end of this process ends every instance.
+    The loop of the engine logs a failed tick and repeats the tick. The loop logs repeated failures with the same reason
+    only once. The loop must not end, because the end of the server's process ends every instance.
     """
     last_failure = ""
     while True:
@@ -152,7 +154,7 @@ async def _serve(app: App, listener: socket.socket, stop: asyncio.Event) -> None
         uvicorn.Config(
             app,
             interface="asgi3",
-            log_config=None,  # the process configures its logs itself
+            log_config=None,  # the process configures its own logs
             log_level="warning",
             timeout_graceful_shutdown=2,
             lifespan="off",
@@ -169,7 +171,9 @@ async def _serve(app: App, listener: socket.socket, stop: asyncio.Event) -> None
 
 
 def asg_main(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
-    """Serve Auto Scaling until SIGTERM or SIGINT, then end the instances. `on_up` is called with the URL."""
+    """Serve Auto Scaling until SIGTERM or SIGINT, and then end the instances. `on_up` is called with the server's
+    URL.
+    """
     logs.set_up(service="asg")
     with locked(settings.state):
         asyncio.run(_serve_asg(settings, on_up))

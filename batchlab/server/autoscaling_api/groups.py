@@ -34,7 +34,7 @@ Action = Callable[["Call"], Answer]
 GROUP_NAME = "AutoScalingGroupName"
 MAX_INSTANCES = 50
 _ENGINE_NAMES = {GROUP_NAME: "name"}
-"""Parameters whose name in the engine is not AWS's name in snake case."""
+"""Names in the engine of AWS's parameters, if the engine's name is not AWS's name in snake case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,11 @@ class Call:
 
     @property
     def group(self) -> str:
-        """Return the group's name, which the model requires in every request."""
+        """Return the group's name, which botocore's model requires in every request on a group."""
         return str(self.parameters[GROUP_NAME])
 
     def optional(self, *names: str) -> dict[str, Any]:
-        """Return the parameters among `names` that the request contains, by the engine's names."""
+        """Return the parameters in `names` that the request contains, by their names in the engine."""
         return {
             _ENGINE_NAMES.get(name, xform_name(name)): self.parameters[name]
             for name in names
@@ -71,7 +71,7 @@ class Call:
         most: int = MAX_ITEMS,
         convert: Callable[[StructureShape, T], Answer] = to_answer,
     ) -> Answer:
-        """Return one page of `items` as an answer. `convert` returns the entry of the answer for an item."""
+        """Return one page of `items` as an answer. The function `convert` returns the answer's entry for an item."""
         found, following = page(items, self.parameters, key, most=most)
         entry = self._shape(member).member
         return {member: [convert(entry, item) for item in found], **following}
@@ -94,7 +94,7 @@ def forward(*positional: str, optional: Sequence[str] = (), answer: str = "") ->
         if len(call.parameters.get("InstanceIds", ())) > MAX_INSTANCES:
             raise invalid(f"At most {MAX_INSTANCES} instances may be named at a time.")
         method = getattr(call.engine, xform_name(call.operation.name))
-        # Positional parameters that may be omitted are always lists.
+        # A positional parameter that a request may omit is always a list.
         arguments = [call.parameters.get(name, ()) for name in positional]
         result = method(*arguments, **call.optional(*optional))
         return call.answer(answer, result) if answer else {}
@@ -224,7 +224,7 @@ def describe_instances(call: Call) -> Answer:
 
 
 def _instance(shape: StructureShape, instance: InstanceDetails) -> dict[str, Any]:
-    # AWS writes the health status in capitals in this answer, but not in DescribeAutoScalingGroups.
+    # AWS writes the health status in capitals in DescribeAutoScalingInstances, but not in DescribeAutoScalingGroups.
     return {**to_answer(shape, instance), "HealthStatus": instance.health_status.upper()}
 
 

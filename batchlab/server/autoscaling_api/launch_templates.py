@@ -37,7 +37,7 @@ A launcher uses the variable BATCHLAB_LAUNCH_TEMPLATE to find the fields of the 
 """
 
 MAX_USER_DATA = 16 * 1024
-"""Limit of user data in bytes, before base64."""
+"""Limit of user data in bytes, before the encoding in base64."""
 
 _PLAIN_USER = re.compile(r"[1-9]\d*(:\d+)?")
 """A numeric user id other than root. Zeros at the start are not allowed, because Docker also reads 00 as root."""
@@ -69,7 +69,7 @@ class Role(_Strict):
 
 
 class Version(_Strict):
-    """One version of a template in the file."""
+    """One version of a launch template in the TOML file."""
 
     command: tuple[str, ...] = ()
     """Command of an instance that is a process. The placeholders {instance}, {group}, and {slots} are replaced."""

@@ -38,7 +38,7 @@ class InstanceFacts:
     engine: AutoScaling
 
     def signals(self, instance: str) -> Signals:
-        """Return the signals of an instance. An instance without a group is going to be terminated."""
+        """Return the signals of an instance. An instance that is not in a group gets the target state Terminated."""
         try:
             metadata = self.engine.metadata(instance)
         except ValidationError:

@@ -1,7 +1,7 @@
-"""Parameters of requests and answers.
+"""Checks and conversions of the parameters of AWS's requests and answers.
 
-`check` tests the model's constraints (required, lengths, ranges, patterns, enums) and reports violations in AWS's
-words. `parse_into` and `to_answer` convert between AWS's parameters and the engine's dataclasses. A field of a
+`check` tests the constraints of botocore's model (required, lengths, ranges, patterns, enums) and reports violations in
+AWS's words. `parse_into` and `to_answer` convert between AWS's parameters and the engine's dataclasses. A field of a
 dataclass has AWS's name in snake case, as botocore writes it. A type whose structure differs from AWS's structure has
 its own conversion functions. `page` splits long answers by MaxRecords and NextToken.
 """
@@ -28,7 +28,7 @@ _PAIR = re.compile(r"\\u(D[89AB][0-9A-F]{2})\\u(D[C-F][0-9A-F]{2})", re.IGNORECA
 
 
 def check(operation: OperationModel, parameters: Mapping[str, Any]) -> None:
-    """Raise a Fault that lists every violated constraint."""
+    """Raise a Fault that lists every constraint that the parameters violate."""
     shape = operation.input_shape
     if not isinstance(shape, StructureShape):
         return
@@ -104,9 +104,9 @@ def _text(value: Any) -> str:
 
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """Return the compiled pattern of the model.
+    """Return a regular expression for a pattern in botocore's model.
 
-    The model has Java patterns, which write characters above U+FFFF as surrogate pairs.
+    The patterns in the model are Java patterns, which write characters above U+FFFF as surrogate pairs.
     """
     return re.compile(_PAIR.sub(_joined, pattern))
 
@@ -151,7 +151,7 @@ def other_parameters(kind: type, parameters: Parameters) -> dict[str, Any]:
 
 @cache
 def _required(kind: Any) -> list[str]:
-    """Return the names of the fields that have no default."""
+    """Return the names of the dataclass fields that do not have a default."""
     return [
         field.name for field in dataclass_fields(kind) if field.default is MISSING and field.default_factory is MISSING
     ]
@@ -172,7 +172,7 @@ def _field(hint: Any, value: Any) -> Any:
         kind: Any = next(candidate for candidate in (hint, *get_args(hint)) if is_dataclass(candidate))
         return parse_into(kind, _PARSERS.get(kind, dict)(value))
     if isinstance(value, str) and int in (hint, *get_args(hint)):
-        # Weights are strings in requests.
+        # AWS's requests contain weights as strings.
         return int(value)
     return value
 
@@ -266,7 +266,7 @@ DEFAULT_ITEMS = 50
 def page(
     items: Sequence[T], parameters: Parameters, key: Callable[[T], str], *, most: int = MAX_ITEMS
 ) -> tuple[Sequence[T], dict[str, Any]]:
-    """Return the requested page, and the NextToken of the page if more items follow.
+    """Return the requested page of items, and the NextToken of the page if more items follow.
 
     The function `key` returns the identity of an item. A NextToken contains the key and the index of the last item of a
     page. The next page starts after the item with the key in the token. If the item no longer exists, the next page

@@ -1,7 +1,7 @@
 """Server side of AWS's query protocol: a form as the request, and XML as the answer.
 
-Invariant: the module reads the service model, and contains no code for individual actions. For every operation, `parse`
-reads the output of botocore's serializer, and botocore's parser reads the output of `result`.
+Invariant: the module works by botocore's service model, and does not contain code for individual actions. For every
+operation, `parse` reads the output of botocore's serializer, and botocore's parser reads the output of `result`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 @dataclass(slots=True)
 class _Node:
-    """Node in the tree of field names: the text of the field with the node's name, and the fields below this name."""
+    """Node in the tree of a form's field names. A node has the text of its field, and the nodes of the fields below."""
 
     text: str | None = None
     parts: dict[str, _Node] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class _Node:
 def parse(service: ServiceModel, form: str) -> tuple[OperationModel, dict[str, Any]]:
     """Return the requested operation and its parameters. Raise Fault for an unknown operation or a malformed form.
 
-    As on AWS, the function ignores parameters that the model does not have.
+    As on AWS, the function ignores parameters that are not in the service model.
     """
     try:
         fields = dict(parse_qsl(form, keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="strict"))
@@ -90,8 +90,7 @@ def _structure(shape: StructureShape, node: _Node, path: str) -> dict[str, Any] 
     for name, member in shape.members.items():
         wire = member.serialization.get("name", name)
         if isinstance(member, ListShape) and member.serialization.get("flattened"):
-            # A request may contain the entries of a flattened list under the name of the entries or under the list's
-            # name.
+            # A request may contain the entries of a flattened list under the entries' name or under the list's name.
             entries = member.member.serialization.get("name", wire)
             wire = entries if entries in node.parts else wire
         if wire in node.parts:
@@ -161,9 +160,9 @@ def _scalar(shape: Shape, text: str) -> Any:
 
 
 def result(operation: OperationModel, answer: Mapping[str, Any], request_id: str) -> bytes:
-    """Return the body of a successful answer.
+    """Return the body of the answer to a successful request.
 
-    Raise ValueError if the answer does not match the operation's output shape, which is a bug.
+    Raise ValueError if the answer does not match the operation's output shape. A mismatch is a bug of the operation.
     """
     name, shape = operation.name, operation.output_shape
     inner = ""

@@ -1,7 +1,7 @@
 """Actions on hooks, policies, scheduled actions, instance refreshes, and warm pools, and the table of all actions.
 
-Invariant: an action contains no rule of Auto Scaling. An action converts parameters whose structure differs from AWS's
-structure, and calls a method of the engine.
+Invariant: an action does not implement a rule of Auto Scaling. An action converts parameters whose structure in the
+engine differs from AWS's structure, and calls a method of the engine.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def _schedule(call: Call, parameters: Parameters) -> None:
     actions = call.engine.describe_scheduled_actions(call.group, scheduled_action_names=[name])
     old = actions[0] if actions else ScheduledAction(call.group, name)
     if {"recurrence", "time_zone"} & changes.keys():
-        # The start time of a described action is its next run according to the old recurrence.
+        # The engine describes a scheduled action with the time of its next run as the start time. The next run follows
+        # the old recurrence.
         old = replace(old, start_time=None)
     call.engine.put_scheduled_update_group_action(replace(old, **changes))
 
@@ -187,7 +188,7 @@ ACTIONS: Mapping[str, Action] = {
 
 
 _LIMITS = {"MaxNumberOfAutoScalingGroups": 500, "MaxNumberOfLaunchConfigurations": 200}
-"""AWS's default limits of an account. The engine does not enforce the limits of an account."""
+"""AWS's default limits of an AWS account, which the engine does not enforce."""
 
 
 def _limits(call: Call) -> Answer:
@@ -205,7 +206,7 @@ ALL_ACTIONS: Mapping[str, Action] = {
     "DescribeAccountLimits": _limits,
     "DescribeAdjustmentTypes": _always({"AdjustmentTypes": [{"AdjustmentType": name} for name in ADJUSTMENTS]}),
     "DescribeLifecycleHookTypes": _always({"LifecycleHookTypes": [LAUNCHING, TERMINATING]}),
-    # The endpoint collects no group metrics, so the list is empty.
+    # The endpoint does not collect group metrics, so the lists of metrics and granularities are empty.
     "DescribeMetricCollectionTypes": _always({"Metrics": [], "Granularities": []}),
     "DescribeScalingProcessTypes": _always({"Processes": [{"ProcessName": str(process)} for process in Process]}),
     "DescribeTerminationPolicyTypes": _always({"TerminationPolicyTypes": sorted(POLICIES.keys() - {PLAIN})}),

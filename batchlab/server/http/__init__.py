@@ -1,7 +1,7 @@
-"""HTTP API of the manager, with JSON below /v1 and a description at /openapi.json.
+"""HTTP API of the manager, with JSON endpoints below /v1 and the OpenAPI document at /openapi.json.
 
-Invariant: the endpoints contain no business rules. An endpoint of the API calls the manager and returns a view of the
-result.
+Invariant: the endpoints do not contain business rules. An endpoint of the API calls the manager and returns a view of
+the result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from batchlab.server.http import failures, grid, job_files, jobs, logs, schedule
 from batchlab.server.http.authentication import LOCAL_NAMES, AccessCheck, Sessions, SessionStore
 from batchlab.server.http.common import ServerState, error_response
 
-_ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - compared, not listened on
+_ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - addresses for a comparison
 
 
 def create_app(
@@ -37,9 +37,9 @@ def create_app(
     sessions: SessionStore | None = None,
     hosts: Iterable[str] = (),
 ) -> tuple[FastAPI, ServerState]:
-    """Return the application, and the state that its endpoints share. `on_shutdown` is called in the event loop
-    after the answer to a shutdown request was sent. `sessions` stores the sessions of the web page. A request without
-    the token must use a name of this machine or of `hosts`.
+    """Return the ASGI application of the API, and the state that the endpoints share. `on_shutdown` is called in the
+    event loop after the answer to a shutdown request was sent. `sessions` stores the sessions of the web page. The Host
+    header of a request without the token must be a name of this machine or in `hosts`.
     """
     app = _app_with_routes()
     page_sessions = Sessions(token, manager.ports.clock, sessions)

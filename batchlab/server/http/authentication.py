@@ -37,14 +37,16 @@ from batchlab.core.http_connections import PROOF, WINDOW_S, Signed
 from batchlab.core.ports import Clock
 
 MAX_BYTES = 64 * 1024**2
-"""Limit of a body in bytes. A client stores larger data in the bucket or uploads files."""
+"""Limit of a request body in bytes. A client stores larger data in the bucket or uploads files."""
 MAX_SIGNATURES = 50_000
-"""Maximum number of stored signatures. A signature is accepted only once."""
+"""Maximum number of stored signatures of requests. Signatures are stored, because each signature is accepted only
+once.
+"""
 PAGE = "/ui"
 """Path of the web page. `Guard` protects the web page."""
 LOCAL_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 SAFE_METHODS = frozenset({"GET", "HEAD"})
-"""HTTP methods that change nothing."""
+"""HTTP methods of requests that do not change data."""
 
 _PATHS = ("/v1/", "/metrics")
 _FILES = "/v1/jobs/files"
@@ -53,7 +55,8 @@ _FILES = "/v1/jobs/files"
 class AccessCheck:
     """Middleware that checks requests before the API.
 
-    The application gets a signed request with the bearer token, and a request without the token with an empty body.
+    The application receives a signed request with the bearer token added, and a request without the token with an empty
+    body.
     """
 
     def __init__(
@@ -66,8 +69,8 @@ class AccessCheck:
     ) -> None:
         """`now_s` returns the wall-clock time.
 
-        `hosts` are the host names of the manager. `on_error` returns the answer to an error that the application does
-        not handle.
+        `hosts` are the host names of the manager. The function `on_error` returns the answer to an error that the
+        application does not handle.
         """
         self._app = app
         self._token = token
@@ -108,7 +111,7 @@ class AccessCheck:
             await self._app(scope, receive, send)
 
     def _signature_error(self, signed: Signed) -> dict[str, str] | None:
-        """Return the error for a signed request that is too old or repeated, or None for a valid request."""
+        """Return the error for a signed request that is too old or repeated, or None if the request is valid."""
         now_s = self._now_s()
         if abs(now_s - signed.at_s) > WINDOW_S:
             return {
@@ -140,7 +143,9 @@ class AccessCheck:
             raise
 
     def _signing(self, signed: Signed, send: Send) -> Send:
-        """Return a `send` that signs the answer. If a body has several parts, the signature follows the body."""
+        """Return a `send` function that signs the answer. If the answer's body has several parts, the signature follows
+        the body.
+        """
         token = self._token
         start: Message = {}
         streamed = hashlib.sha256()
@@ -183,12 +188,13 @@ class _Signatures:
     def __init__(self) -> None:
         self._times_s: OrderedDict[bytes, int] = OrderedDict()
         self._floor_s = 0
-        """Time up to which all signatures are refused."""
+        """Time in epoch seconds up to which all signatures are refused."""
 
     def is_first(self, signed: Signed, now_s: float) -> bool:
-        """Record a signature.
+        """Record the signature of a request.
 
-        Return False if the signature was recorded before, or if the record of the signature may have been removed.
+        Return False if the signature was recorded before, or if an earlier record of the signature may have been
+        removed.
         """
         mac = bytes.fromhex(signed.mac)
         if signed.at_s <= self._floor_s or mac in self._times_s:
@@ -226,9 +232,9 @@ def is_same_origin(headers: Headers) -> bool:
 
 
 def _refusal(headers: Headers, hosts: frozenset[str] | None) -> Response | None:
-    """Return the answer that refuses a request of another web page, or None.
+    """Return the answer that refuses a request of another web page, or None for other requests.
 
-    `hosts` are the allowed host names, or None for a request with the token, because no web page has the token.
+    `hosts` are the allowed host names, or None for a request with the token, because web pages do not have the token.
     """
     # If an attacker's DNS name resolves to this machine, a browser lets the attacker's pages read the manager's answers
     # (DNS rebinding). An IP address in the Host header is safe, because an IP address cannot be rebound.
@@ -248,9 +254,9 @@ def _target(scope: Scope) -> str:
 
 
 def _hashed(receive: Receive, signed: Signed) -> Receive:
-    """Return a `receive` that checks the signed SHA-256 of the body.
+    """Return a `receive` function that checks the signed SHA-256 of the request body.
 
-    At the end of a body with another SHA-256, the returned `receive` raises HTTPException.
+    At the end of a body whose SHA-256 differs from the signed SHA-256, the returned function raises HTTPException.
     """
     digest = hashlib.sha256()
 
@@ -280,7 +286,7 @@ def _limited(receive: Receive) -> Receive:
 
 
 def _without_body(receive: Receive) -> Receive:
-    """Return a `receive` that returns an empty body first and does not read the real body."""
+    """Return a `receive` function that returns an empty body first and does not read the real body."""
     first = True
 
     async def receive_empty() -> Message:
@@ -298,7 +304,7 @@ log = logging.getLogger(__name__)
 CODE_S = 60.0
 SESSION_S = 12 * 3600.0
 PLACE_CHARS = 32
-"""Length of a session's place in hexadecimal digits."""
+"""Length of a session's place in the page's addresses, in hexadecimal digits."""
 MAX_CODES = 100
 MAX_CLOSED = 1000
 """Maximum number of stored closed sessions. If more sessions are closed, all open sessions end too."""
@@ -328,11 +334,11 @@ class Sessions:
         self._token = token
         self._store = store
         self._codes: dict[str, float] = {}
-        """Expiry of each code in monotonic seconds."""
+        """Expiry of each one-time code in monotonic seconds."""
         self._seed = ""
         """Seed of the signing key. The seed is not secret, because the signing key also depends on the token."""
         self._closed: dict[str, int] = {}
-        """Expiry of each session that was closed before its expiry."""
+        """Expiry of each session that was closed early."""
         self._load()
 
     def _load(self) -> None:
@@ -379,12 +385,14 @@ class Sessions:
         return code
 
     def is_code_valid(self, name: str) -> bool:
-        """Return whether the code with the name `name` is still valid."""
+        """Return whether the one-time code with the name `name` is still valid."""
         now_s = self._clock.monotonic_s()
         return any(page_session_name(code) == name and over_s > now_s for code, over_s in self._codes.items())
 
     def accepts(self, secret: str) -> bool:
-        """Return whether `secret` is the token or a valid code. A call with a valid code makes the code invalid."""
+        """Return whether `secret` is the token or a valid one-time code. A call with a valid code makes the code
+        invalid.
+        """
         if _are_equal(secret, self._token):
             return True
         match = next((code for code in self._codes if _are_equal(secret, code)), None)
@@ -397,9 +405,9 @@ class Sessions:
         return session, f"{until_s}.{session.name}.{self._sign('session', session)}"
 
     def find(self, cookie: str, place: str) -> Session | None:
-        """Return the session of a cookie's value.
+        """Return the session that belongs to the cookie value `cookie`.
 
-        Return None if the cookie is not signed by the manager, has expired, or belongs to another place.
+        Return None if the cookie is not signed by the manager, has expired, or does not belong to `place`.
         """
         until, _, rest = cookie.partition(".")
         name, _, signature = rest.rpartition(".")
@@ -438,7 +446,7 @@ class Sessions:
 
 
 def page_session_name(code: str) -> str:
-    """Return the name of a code, for places where the code itself must stay secret."""
+    """Return the name of a one-time code, for places where the code itself must stay secret."""
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 

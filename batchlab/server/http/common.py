@@ -36,19 +36,20 @@ from batchlab.server.http.authentication import Sessions
 from batchlab.server.http.history import History
 
 Cause = tuple[str, str]
-"""Stage and fingerprint of a group of failures."""
+"""Stage and fingerprint of a failure group."""
 
 MAX_CAUSES = 500
-"""Maximum number of failure groups of a job. The failures of all further causes form one group for each stage."""
+"""Maximum number of failure groups of a job. All failures with further causes form one group for each stage."""
 OTHERS = "others"
-"""Fingerprint of the group with the failures of all further causes."""
+"""Fingerprint of the failure group with all causes beyond MAX_CAUSES."""
 
 
 @dataclass(slots=True)
 class Groups:
     """Failures of one round, grouped by cause: the tasks of each group, and the first failure of each group.
 
-    `seq` is the seq of the last outcome that was read. A failure may be added to a group twice without an effect.
+    `seq` is the seq of the last outcome that was read. If a failure is added to a group twice, the second addition does
+    not have an effect.
     """
 
     round: int
@@ -58,7 +59,7 @@ class Groups:
 
     @property
     def others(self) -> Mapping[str, set[int]]:
-        """Return the tasks of all further causes, by stage."""
+        """Return the tasks of all causes beyond MAX_CAUSES, by stage."""
         return {stage: tasks for (stage, cause), tasks in self.tasks.items() if cause == OTHERS}
 
     def add(self, failure: FailureView) -> None:
@@ -71,16 +72,16 @@ class Groups:
         self.first.setdefault(cause, failure)
 
 
-# Pydantic builds each validator on the validator's first use. Building the validators of all views took 4% of a
-# manager's start-up time.
+# Each view defers its validator, which Pydantic then builds on first use. Building the validators of all views at once
+# took 4% of a manager's start-up time.
 for _view in vars(api_types).values():
     if is_typeddict(_view):
         _view.__pydantic_config__ = ConfigDict(defer_build=True)
 
 LEADER_WAIT_S = 3.0
-"""Time in seconds that a request waits for a manager that is about to become the leader.
+"""Time in seconds that a request waits for the manager to become the leader.
 
-If the manager does not become the leader in this time, the request fails.
+If the manager does not become the leader within LEADER_WAIT_S, the request fails.
 """
 MAX_WAIT_S = 60.0
 MAX_LISTED = 1000
@@ -113,14 +114,15 @@ class ServerState:
     hosts: frozenset[str]
     """Host names by which a request without the token may address the manager."""
     groups: dict[JobId, Groups] = field(default_factory=dict)
-    """Groups of failures of the most recently requested jobs."""
+    """Failure groups of the most recently requested jobs."""
     history: History = field(default_factory=History)
     archiving: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Lock that an endpoint holds while the endpoint creates or sends an archive of results."""
 
 
-# All dependencies are coroutines, because FastAPI runs a plain function on a thread, which takes longer. The
-# dependencies depend only on the request, because each nested dependency takes 1% of the time of a short call.
+# All dependencies are coroutines, because FastAPI runs a plain function on a thread, which takes longer. Each
+# dependency uses only the request and not another dependency, because each nested dependency takes 1% of the time of a
+# short call.
 async def _state(request: Request) -> ServerState:
     return cast(ServerState, request.app.state.served)
 
@@ -133,7 +135,7 @@ async def require_token(
     request: Request, sent: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> None:
     token = (await _state(request)).token
-    # The comparison takes constant time, so the response time does not reveal how much of a guess was right.
+    # The comparison takes constant time, so the response time does not reveal which part of a guessed token was right.
     if sent is None or not compare_digest(sent.credentials.encode(), token.encode()):
         raise _Unauthorized(
             "The bearer token is missing or wrong.",
@@ -144,7 +146,7 @@ async def require_token(
 async def _leader(request: Request) -> Manager:
     manager = (await _state(request)).manager
     if not manager.is_leader.is_set():
-        # A request waits, because a manager that has just started is about to become the leader.
+        # The request waits, because a manager that has just started is about to become the leader.
         await set_within(manager.is_leader, LEADER_WAIT_S)
     if not manager.is_leader.is_set():
         raise BackendError(
@@ -178,9 +180,9 @@ SchedulesDep = Annotated[ScheduleCommands, Depends(_scheduler)]
 Limit = Annotated[int, Query(ge=1, le=MAX_LISTED)]
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Long poll, seconds")]
 
-# Only the response 422 has the model of an error, and the other responses refer to the schema of this model. FastAPI
-# creates a validator for every model of every endpoint. Validators for the models of all error responses took 10% of a
-# manager's start-up time.
+# Only the response with status 422 has the model of an error. All other error responses refer to the schema of the
+# model. FastAPI creates a validator for every model of every endpoint. Validators for the models of all error responses
+# took 10% of a manager's start-up time.
 _PROBLEM = {"schema": {"$ref": f"#/components/schemas/{api_types.ProblemView.__name__}"}}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {422: {"model": api_types.ProblemView}}
 for _code in (400, 401, 404, 409, 413, 503):
@@ -188,12 +190,14 @@ for _code in (400, 401, 404, 409, 413, 503):
 
 
 def guarded() -> APIRouter:
-    """Return a router whose endpoints require the bearer token."""
+    """Return a new router whose endpoints require the bearer token."""
     return APIRouter(prefix="/v1", dependencies=[Depends(require_token)], responses=_PROBLEMS)
 
 
 def without_version(doc: Any) -> Any:
-    """Return a posted job without its format version. Raise ValueError if the manager reads another format version."""
+    """Return the document of a posted job without its format version. Raise ValueError if the manager does not support
+    the format version.
+    """
     if not isinstance(doc, dict):
         return doc
     if doc.get("v") != json_format.VERSION:
@@ -261,7 +265,8 @@ def _problem_of(request: Request, error: Exception) -> tuple[int, api_types.Prob
 def _text(error: BatchlabError) -> str:
     """Return the text of an error.
 
-    For a job file, the error text contains the first mistake and the lines of the other mistakes.
+    The error text of an invalid job file contains the first mistake and up to MAX_MISTAKES other mistakes, with their
+    lines.
     """
     if not isinstance(error, JobFileError):
         return error.message
@@ -282,7 +287,7 @@ exist while a long task of the bundle runs.
 
 
 async def outcomes_of(manager: Manager, records: Sequence[BundleRecord]) -> AsyncIterator[tuple[BundleRecord, Outcome]]:
-    """Yield the bundles in `records`, which belong to one job, with their outcomes, in order.
+    """Yield each bundle in `records` with its outcome, in the order of `records`. All bundles belong to one job.
 
     Up to MAX_PARALLEL_READS reads run in parallel.
     """

@@ -1,4 +1,4 @@
-"""Endpoints of failed tasks: page by page, and grouped by cause.
+"""Endpoints that list failed tasks page by page or grouped by cause.
 
 Invariant: a request reads failures from at most MAX_OUTCOMES_READ outcomes in the bucket. The failure groups that the
 manager stores between requests are a cache.
@@ -111,7 +111,7 @@ async def chosen_tasks(
 
 
 async def _read_more(manager: Manager, served: ServerState, record: JobRecord) -> tuple[Groups, bool]:
-    """Add the next outcomes to the failure groups of a job.
+    """Read the next outcomes of a job, and add their failures to the failure groups of the job.
 
     Return the failure groups, and whether all outcomes were read.
     """
@@ -137,7 +137,7 @@ async def _rows(manager: Manager, job: JobId, after_seq: int) -> Sequence[Bundle
 async def _current_failures(
     manager: Manager, record: JobRecord, rows: Sequence[BundleRecord]
 ) -> AsyncIterator[tuple[tuple[int, int], api_types.FailureView]]:
-    """Yield the failures of the bundles in `rows` that no retry runs again, each with its position.
+    """Yield each failure of the bundles in `rows` with its position. Skip failures whose task a retry runs again.
 
     The position of a failure is the seq of the outcome and the failure's index in the outcome.
     """

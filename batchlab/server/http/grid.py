@@ -1,7 +1,7 @@
 """Endpoints of the grid: pools, queues, capacity, ledger, shutdown, notifications, usage, and cost caps.
 
-Invariant: the endpoints do not change the notification targets. The grid's own files and the jobs define the
-notification targets.
+Invariant: the endpoints do not change the notification targets. The grid's files and the jobs define the notification
+targets.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ router = guarded()
 
 @public.get("/health")
 async def health(served: StateDep) -> api_types.HealthView:
-    """Return whether the manager responds, and whether the manager is the leader."""
+    """Return the state of the manager, and whether the manager is the leader."""
     leads = served.manager.is_leader.is_set()
     return {"status": "ok", "version": __version__, "leader": leads}
 
@@ -55,7 +55,7 @@ async def open_session(served: StateDep) -> api_types.SessionView:
     """
     if module := installation.missing("web"):
         error = installation.sentence("web", "The grid's page", module)
-        # The remedy names a path on the manager's machine, which helps only a client on the same machine.
+        # The remedy contains a path on the manager's machine. The path helps only a client on the same machine.
         is_local = served.capabilities.local_manager
         raise Refused(error, remedy=installation.remedy("web") if is_local else installation.for_a_manager("web"))
     code = served.sessions.new_code()
@@ -74,7 +74,7 @@ async def session_code(served: StateDep, name: str) -> api_types.CodeView:
 
 @router.post("/ledger/rebuild")
 async def rebuild(manager: Leader) -> api_types.RebuiltView:
-    """Rebuild the ledger from the bucket. The answer to a rebuild lists the objects that could not be read."""
+    """Rebuild the ledger from the bucket. The response lists the objects that could not be read."""
     rebuilt = await manager.rebuild_ledger()
     unreadable = rebuilt.unreadable.items()
     return {"jobs": rebuilt.jobs, "unreadable": [{"key": key, "reason": reason} for key, reason in unreadable]}
@@ -86,7 +86,7 @@ async def rebuild(manager: Leader) -> api_types.RebuiltView:
 class Scaling(BaseModel):
     """Limits and desired capacity of a pool.
 
-    A value that the request omits does not change. If `auto` is true, the autoscaler sets the desired capacity again.
+    A limit that the request omits does not change. If `auto` is true, the autoscaler sets the desired capacity again.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -113,7 +113,7 @@ async def grid(manager: Leader, served: StateDep) -> api_types.GridView:
 
 @router.get("/grid/activities")
 async def activities(manager: Leader, pool: str | None = None, limit: Limit = 50) -> api_types.ActivitiesView:
-    """Return scaling activities with their causes, newest first."""
+    """Return scaling activities of the pools with their causes. The newest activity is the first."""
     activities = await manager.ports.fleet.activities(pool, limit=limit)
     return {"activities": [job_views.activity_view(activity) for activity in activities]}
 
@@ -126,7 +126,9 @@ async def history(manager: Leader, served: StateDep) -> api_types.HistoryView:  
 
 @router.post("/grid/pools/{pool}")
 async def scale(manager: Leader, pool: str, scaling: Scaling) -> api_types.PoolView:
-    """Change a pool's limits, set its desired capacity manually, or let the autoscaler set the capacity."""
+    """Change a pool's limits, set the pool's desired capacity manually, or let the autoscaler set the desired
+    capacity.
+    """
     view = await fleet_commands.scale(
         manager, pool, min_size=scaling.min, max_size=scaling.max, desired=scaling.desired, auto=scaling.auto
     )

@@ -22,7 +22,7 @@ from batchlab.server.job_views import running_tasks
 
 INTERVAL_S = 2.0
 MAX_MOMENTS = 900
-"""Maximum number of stored moments, which cover half an hour."""
+"""Maximum number of stored moments of the history. The stored moments cover half an hour."""
 MAX_SHOWN_MOMENTS = 300
 """Maximum number of moments in one answer.
 
@@ -35,12 +35,14 @@ _NONE = (0,) * len(_CURVES)
 
 @dataclass(slots=True)
 class History:
-    """Moments in order of time. A moment has its time and, for each pool, the values of _CURVES."""
+    """History of the fleet as moments in order of time. A moment has its time and, for each pool, the values of
+    _CURVES.
+    """
 
     moments: deque[tuple[float, dict[str, tuple[int, ...]]]] = field(default_factory=lambda: deque(maxlen=MAX_MOMENTS))
 
     def record(self, manager: Manager) -> None:
-        """Record the current values of the manager."""
+        """Record the manager's current values as a moment of the history."""
         now_s = manager.ports.clock.now_s()
         if not self.moments and manager.recorder:
             # The history starts with the values that an earlier manager has recorded.
@@ -82,7 +84,7 @@ class History:
 
 
 async def record_history(history: History, manager: Callable[[], Manager]) -> None:
-    """Record a moment of the current manager every INTERVAL_S seconds. Never return."""
+    """Record a moment of the current manager every INTERVAL_S seconds. The function never returns."""
     while True:
         if (current := manager()).is_leader.is_set():
             history.record(current)
@@ -110,7 +112,7 @@ def eta_of(manager: Manager, job: JobId) -> EtaView:
 
 
 def _unknown(live: LiveJob | None) -> str:
-    """Return the reason why the remaining time cannot be estimated, or ""."""
+    """Return the reason why the job's remaining time cannot be estimated, or "" if an estimate is possible."""
     if live is None or live.record.state.ended:
         return "the job has ended" if live is None or live.ended.is_set() else "the job is about to end"
     if live.record.control is Control.CANCEL:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 MIN_FREE_BYTES = 512 * 1024**2
 """Free space in bytes that uploads and downloads leave on the manager's disk."""
 MAX_FIELD_BYTES = 64 * 1024
-_DISK_FOLDER = "/var/tmp"  # noqa: S108 - mkdtemp creates a folder in it
+_DISK_FOLDER = "/var/tmp"  # noqa: S108 - mkdtemp creates a private folder below
 
 
 def disk_folder() -> str:
@@ -49,7 +49,7 @@ def disk_folder() -> str:
 
 
 def has_room(folder: Path | str, size_bytes: int) -> bool:
-    """Return whether MIN_FREE_BYTES stay free on the disk after `size_bytes` more bytes are written."""
+    """Return whether MIN_FREE_BYTES stay free on the folder's disk after `size_bytes` more bytes are written."""
     return shutil.disk_usage(folder).free - size_bytes >= MIN_FREE_BYTES
 
 
@@ -100,14 +100,14 @@ class _Parser(MultiPartParser):
 class _File:
     """File of a form.
 
-    The file on disk is open during a write, and from the first read until the next `seek`. `close` deletes the file,
-    and also deletes the folder if no other file is left in the folder.
+    The file on disk is open during a write, and from the first read until the next `seek`. The method `close` deletes
+    the file, and also deletes the folder if the folder is then empty.
     """
 
     _rolled = False
-    """Attribute that Starlette reads.
+    """Attribute of a file that Starlette reads.
 
-    If the attribute is False, Starlette writes without a thread, which is faster for small writes.
+    If `_rolled` is False, Starlette writes to the file without a thread, which is faster for small writes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -131,7 +131,9 @@ class _File:
         return self._open.read(size)
 
     def seek(self, offset: int) -> int:
-        """Set the position to the start of the file. Starlette's forms use no position except the start of the file."""
+        """Set the position in the file to the start of the file, which is the only position that Starlette's forms
+        use.
+        """
         assert offset == 0
         self._shut()
         return 0
@@ -225,7 +227,7 @@ async def read_form(request: Request, size_bytes: int) -> FormData:
 
 
 def check_length(text: str | None, most: int = MAX_BYTES) -> int:
-    """Return the length in bytes of a request body. Raise UsageError if the length is missing or above the limit."""
+    """Return the length of a request body in bytes. Raise UsageError if the length is missing or above `most`."""
     if text is None or not (text.isascii() and text.isdigit()):
         raise UsageError("The request has no valid Content-Length.", remedy="Send the header Content-Length.")
     if int(text) > most:
@@ -261,7 +263,8 @@ async def submit_form(manager: Manager, form: FormData) -> api_types.JobView:
 def _files_of(form: FormData, name: str) -> list[UploadFile]:
     """Return the files of one field of the form.
 
-    Empty files without a name are skipped, because a browser sends such a file if the user chose no file.
+    Empty files without a name are skipped, because a browser sends an empty file without a name if the user did not
+    choose a file.
     """
     return [item for item in form.getlist(name) if isinstance(item, UploadFile) and (item.filename or item.size)]
 

@@ -1,7 +1,7 @@
 """Endpoints of jobs: submission, state, control, and outcomes.
 
 Invariant: the answer to a request shows the job after the request has taken effect. The ledger lists the outcomes, and
-the endpoints read the outcomes from the bucket. A change of a job wakes the requests that wait for the change.
+the endpoints read the outcomes from the bucket. A change of a job wakes the requests that wait for a change of the job.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from batchlab.server.wait_reasons import why
 
 
 async def wait_for_change(live: LiveJob, version: int, wait_s: float) -> None:
-    """Wait up to `wait_s` seconds until the job's version differs from `version`."""
+    """Wait until the job's version differs from `version`, but at most `wait_s` seconds."""
     with suppress(TimeoutError):
         async with asyncio.timeout(wait_s):
             await live.wait_for_change(version)
 
 
 async def first_outcomes(manager: Manager, job: JobId, wait_s: float) -> api_types.OutcomesView:
-    """Return the first outcomes of a new job as soon as the first outcomes are committed.
+    """Return the first outcomes of a new job as soon as workers have committed outcomes.
 
-    The ledger may not have counted the first outcomes yet.
+    The ledger may not have folded the first outcomes yet.
     """
     loop = asyncio.get_running_loop()
     end_s = loop.time() + wait_s
@@ -103,7 +103,8 @@ async def outcomes_page(
 submission_router = guarded()
 """Router of the endpoint that accepts jobs.
 
-The application matches the submission router first, because the latency of short calls depends on the submission.
+The application tries the submission router before all other routers, because the latency of short jobs depends on the
+submission.
 """
 router = guarded()
 
@@ -132,13 +133,13 @@ async def submit(
     """Accept a job. The status is 201 for a new job. The status is 200 if a job with the same id or client token
     exists.
 
-    A job without an input has its own items. A request contains the items of a job with few items, encoded as in a
-    plan. If a job has more items, the bucket contains the items. With `wait_s`, the answer has two lines of JSON. The
-    first line of the answer is the job, and the manager sends this line at once. The second line of the answer has the
-    first outcomes, in the format of /outcomes. The manager sends the second line when outcomes exist. The seq of an
-    outcome is 0 if the outcome is committed but not counted yet. The endpoint /outcomes lists an outcome with the seq 0
-    again after the outcome was counted. If the grid records traces, the W3C header `traceparent` names the parent of
-    the job's trace.
+    A job without an input has its own items. The request contains the items if the job has few items, encoded as in a
+    plan. The items of a larger job must be in the bucket. If the request has the parameter `wait_s`, the answer has two
+    lines of JSON. The first line of the answer is the job, and the manager sends this line at once. The second line of
+    the answer has the first outcomes, in the format of /outcomes. The manager sends the second line when outcomes
+    exist. The seq of an outcome is 0 if the outcome is committed but not counted yet. The endpoint /outcomes lists an
+    outcome with the seq 0 again after the outcome was counted. If the grid records traces, the W3C header `traceparent`
+    names the parent of the job's trace.
     """
     written = await accept(manager, replace(job, trace=traceparent), items)
     status = 201 if written.is_new else 200
@@ -162,7 +163,7 @@ async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Chan
             raise UsageError(f"The job id {job.id!r} has capital letters.", remedy="Use small letters.")
         manager.admit(job)
     except UsageError as error:
-        # A job that was accepted before stays accepted, even if the grid would refuse the job now.
+        # A job that the grid accepted before stays accepted, even if the grid would refuse the job now.
         try:
             await manager.ports.ledger.job(job.id)
         except (NotFound, UnicodeEncodeError):  # a UnicodeEncodeError means that no job can have the id
@@ -213,7 +214,7 @@ def _line(view: api_types.JobView | api_types.OutcomesView) -> bytes:
 async def list_jobs(
     manager: Leader, limit: Limit = 100, before: str | None = None, active: bool = False
 ) -> api_types.JobsView:
-    """Return jobs, newest first. `before` is the id of the last job of the previous page."""
+    """Return a page of jobs, with the newest job first. `before` is the id of the last job of the previous page."""
     records = await manager.ports.ledger.jobs(active=active, limit=limit, before=before)
     return {"jobs": [await current_view(manager, record) for record in records]}
 
@@ -265,9 +266,9 @@ class Choice(BaseModel):
 
 @router.post("/jobs/{job}/retry")
 async def retry(manager: Leader, served: StateDep, job: JobId, choice: Choice | None = None) -> api_types.JobView:
-    """Run all tasks again that did not succeed.
+    """Run all tasks of a job again that did not succeed.
 
-    If the request contains a choice, run only the chosen failed tasks and the canceled tasks again.
+    If the request selects failed tasks, run only the selected tasks and the canceled tasks again.
     """
     chosen = None
     if choice is not None:
@@ -278,7 +279,7 @@ async def retry(manager: Leader, served: StateDep, job: JobId, choice: Choice | 
 
 @router.get("/jobs/{job}/eta")
 async def eta(manager: Leader, job: JobId) -> api_types.EtaView:
-    """Return the remaining time of the job."""
+    """Return an estimate of the job's remaining time."""
     await manager.ports.ledger.job(job)
     return eta_of(manager, job)
 

@@ -22,7 +22,7 @@ from batchlab.server.http.jobs import outcomes_page
 MAX_BYTES = 32 * 1024**2
 LEFT_OUT = "(This log is omitted, because an answer contains up to 32 MiB. Request this task alone.)\n"
 PAGE_BUNDLES = 50
-"""Number of outcomes whose logs form one answer to a client that follows a job."""
+"""Number of outcomes whose logs are in one answer to a client that follows a job."""
 
 router = guarded()
 
@@ -55,7 +55,7 @@ async def logs(
     failed: bool = False,
     since_s: float | None = None,
 ) -> api_types.LogsView:
-    """Return the logs of tasks, one for each attempt, including retried attempts.
+    """Return the logs of a job's tasks, with one log for each attempt, including retried attempts.
 
     The parameter `failed` selects tasks that failed permanently. The parameter `since_s` selects attempts that ended
     within the last `since_s` seconds.
@@ -110,7 +110,7 @@ async def logs_after(
         if outcome.bundle.id in bundle_ids and (current or not failed):
             views += await _logs_of(manager, outcome, task, MAX_LISTED, room, failed=failed)
         if room.is_over or room.left_bytes < MAX_BYTES / 2:
-            last = record.seq  # the next answer contains the logs that did not fit
+            last = record.seq  # the next answer contains the logs that did not fit into this answer
             break
     ended = first_page["ended"] and not records
     return {"logs": views, "seq": last, "ended": ended or task_ended}
@@ -118,7 +118,7 @@ async def logs_after(
 
 @router.post("/jobs/{job}/tails")
 async def tails(manager: Leader, job: JobId) -> api_types.TailsView:
-    """Return the end of the logs of running tasks.
+    """Return the end of the log of each running task of a job.
 
     Workers store live logs only while a client requests them, so the first answers may be empty. A client that follows
     live logs repeats the request every `every_s` seconds.
@@ -141,7 +141,7 @@ def _recent(manager: Manager, records: Sequence[BundleRecord], since_s: float | 
 async def _logs_of(
     manager: Manager, outcome: Outcome, task: int | None, limit: int, room: _Room, *, failed: bool
 ) -> list[api_types.LogView]:
-    """Return the logs of all tasks of an outcome, of one task, or of the tasks that failed permanently."""
+    """Return logs of an outcome: the logs of all tasks, of one task, or of the tasks that failed permanently."""
     attempts = [
         attempt
         for number in dict.fromkeys(span[0] for span in outcome.log_spans)

@@ -1,6 +1,6 @@
 """Endpoints that add, list, pause, resume, run, and remove schedules.
 
-Invariant: the answer to a request shows the schedule after the request has taken effect.
+Invariant: the answer to a request shows the schedule as changed by the request.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from batchlab.server.http.common import Leader, SchedulesDep, guarded, without_v
 router = guarded()
 
 MAX_TIME_S = 253_000_000_000
-"""Latest allowed time in epoch seconds, in the year 9987, because Python's calendar ends in the year 9999."""
+"""Latest allowed time of a schedule in epoch seconds. The time is in the year 9987, because Python's calendar ends in
+the year 9999.
+"""
 MAX_MISSED_WITHIN_S = 10 * 366 * 86_400.0
 MAX_PREWARM_S = 86_400.0
 MAX_DUE_TIMES = 1000
@@ -112,7 +114,7 @@ async def coming(
 
 @router.post("/schedules/{name}/pause")
 async def pause_schedule(schedules: SchedulesDep, name: str) -> api_usage_types.ScheduleView:
-    """Pause a schedule. Due times during the pause of a schedule start no runs."""
+    """Pause a schedule. Due times during the pause do not start a run."""
     return await _view(schedules, await schedules.pause(name))
 
 

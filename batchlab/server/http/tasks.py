@@ -1,9 +1,9 @@
-"""Endpoint of one task with its result, input, and log, and endpoint of the results of a job as an archive.
+"""Two endpoints: one task with its result, input, and log, and the results of a job as an archive.
 
 Invariant: the endpoints never unpickle a value, because unpickling could run code. The answer about a task contains at
-most MAX_SHOWN_BYTES of the input and at most MAX_SHOWN_BYTES of the log. No result can exhaust the manager's memory or
-disk. The manager knows the size of an object before it reads the object, and an archive has a total limit. The manager
-creates one archive at a time, and removes the archive after sending the archive.
+most MAX_SHOWN_BYTES of the input and at most MAX_SHOWN_BYTES of the log. A result cannot exhaust the manager's memory
+or disk, because the manager knows the size of an object before reading the object, and because an archive has a size
+limit. The manager creates one archive at a time, and removes the archive after sending the archive.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ async def _describe_item(manager: Manager, item: Json, own: JobObjects) -> tuple
 
 
 async def _log(manager: Manager, outcome: Outcome, task: int) -> tuple[str, bool]:
-    """Return the end of the task's log, and whether the returned text is incomplete."""
+    """Return the end of the task's log, and whether the beginning of the log is missing."""
     objects, patience = manager.ports.objects, manager.ports.patience
     try:
         text, before = await log_end(
@@ -168,7 +168,7 @@ MAX_OUTCOMES = 50_000
 MAX_VALUE_BYTES = 16 * 1024**2
 """Limit in bytes of the inline values of one result, because all inline values are in memory at the same time."""
 ARCHIVE_WAIT_S = 3.0
-"""Time in seconds that a request waits until the previous archive was sent."""
+"""Time in seconds that a request for an archive waits until the previous archive was sent."""
 
 _REMEDY = "Use `batchlab job results`, which fetches any number of results from the bucket."
 

@@ -1,7 +1,7 @@
-"""Web page of the manager, which is HTML for people, rendered from the same data as /v1.
+"""Web page of the manager in HTML, rendered from the same data as the API below /v1.
 
-Invariant: the page contains no business rules. A view shows the answers of endpoints of /v1, and an action calls one
-endpoint of /v1. The page shows only data that the API also returns.
+Invariant: the web page does not contain business rules. A view shows the answers of endpoints below /v1, and an action
+calls one endpoint below /v1. The page shows only data that the API also returns.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from batchlab.server.web.security import Guard
 
 
 def mount(app: FastAPI, served: ServerState, *, prices: PriceBook | None = None) -> None:
-    """Add the page to `app` below PAGE.
+    """Add the web page to `app` below the path PAGE.
 
-    If `prices` is None, the page shows no costs. If the extra `web` is not installed, the page only reports that the
-    extra is missing.
+    If `prices` is None, the page does not show costs. If the extra `web` is not installed, the page only reports that
+    the extra is missing.
     """
 
     async def redirect_to_page() -> RedirectResponse:
@@ -40,7 +40,7 @@ def mount(app: FastAPI, served: ServerState, *, prices: PriceBook | None = None)
 
 
 def page_of(served: ServerState, prices: PriceBook | None) -> FastAPI:
-    """Return the application that the Guard protects."""
+    """Return the application of the web page, which the Guard protects."""
     from batchlab.server.web import actions, views
     from batchlab.server.web.rendering import Assets, PageState, problem_page
 
@@ -56,8 +56,8 @@ def page_of(served: ServerState, prices: PriceBook | None) -> FastAPI:
 
 
 class _LazyPage:
-    """Application that the first request creates, so that a grid starts faster. The application reports a missing extra
-    `web`, which may be installed while the grid runs.
+    """Application of the web page that the first request creates, so that a grid starts faster. If the extra `web` is
+    missing, the application reports the missing extra, because the extra may be installed while the grid runs.
     """
 
     def __init__(self, create: Callable[[], ASGIApp]) -> None:

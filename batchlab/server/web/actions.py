@@ -68,7 +68,9 @@ async def resume(request: Request, manager: Leader, job: JobId) -> Response:
 
 @router.post("/jobs/{job}/retry")
 async def retry(request: Request, manager: Leader, served: StateDep, job: JobId) -> Response:
-    """Run the selected groups and tasks again, or all tasks that did not succeed."""
+    """Run the selected failure groups and tasks again. If the form does not have a selection, run all tasks that did
+    not succeed.
+    """
     form = await form_of(request)
     choice = _choice(form) if field_of(form, "which") != "all" else None
     await jobs.retry(manager, served, job, choice)
@@ -252,7 +254,7 @@ async def schedule_page(request: Request, manager: Leader, scheduler: SchedulesD
 
 
 def _shown(view: api_usage_types.ScheduleView, at_s: float) -> str:
-    """Return a time in the schedule's own time zone, in the format of the command line."""
+    """Return a time in the time zone of the schedule, in the format of the command line."""
     return due_times.shown(at_s, due_times.zone_of(view["timezone"]))
 
 

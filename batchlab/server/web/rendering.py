@@ -1,8 +1,8 @@
 """Rendering of templates and errors, the static files, and the forms of the web page.
 
-Invariant: every value is escaped on insertion into a page. A template that uses a missing value fails. Only files of
-this package's `static` folder can be downloaded. A form is used only after the form's token was checked. The page reads
-the fleet and the queues at most once in GRID_CACHE_S seconds, regardless of the number of browsers.
+Invariant: every value is escaped on insertion into a page. The rendering of a template that uses a missing value fails.
+Only files of this package's `static` folder can be downloaded. A form is used only after a check of the form's token.
+The web page reads the fleet and the queues at most once in GRID_CACHE_S seconds, regardless of the number of browsers.
 """
 
 from __future__ import annotations
@@ -162,12 +162,12 @@ class Assets:
 
 GRID_CACHE_S = 1.0
 MAX_FORM_BYTES = 1024 * 1024
-TOKEN = "form_token"  # noqa: S105 - a field's name
+TOKEN = "form_token"  # noqa: S105 - the name of a form field
 
 
 @dataclass(slots=True)
 class PageState:
-    """PageState that the page keeps between requests."""
+    """State that the web page keeps between requests."""
 
     prices: PriceBook | None
     _grid: tuple[float, api_types.GridView] | None = None
@@ -218,7 +218,7 @@ def guarded() -> APIRouter:
 
 
 def redirect(request: Request, path: str) -> Response:
-    """Redirect to a path of the page in the same session."""
+    """Return a redirect to a path of the web page in the same session."""
     return RedirectResponse(f"{request.scope['root_path']}{path}", 303)
 
 

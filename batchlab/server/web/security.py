@@ -32,7 +32,7 @@ HEADERS = MappingProxyType(
         ),
         "X-Content-Type-Options": "nosniff",
         # The policy is not no-referrer, because a browser with no-referrer sends forms with the origin "null". Over
-        # HTTP to another machine, only the header Origin shows the origin of a form.
+        # plain HTTP to another machine, a browser sends the origin of a form only in the header Origin.
         "Referrer-Policy": "same-origin",
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Resource-Policy": "same-origin",
@@ -54,7 +54,7 @@ def below(place: str) -> str:
 
 
 class Guard:
-    """ASGI wrapper that checks each request of the page."""
+    """ASGI wrapper that checks each request to the web page."""
 
     def __init__(self, app: ASGIApp, sessions: Sessions, hosts: frozenset[str]) -> None:
         self._app = app

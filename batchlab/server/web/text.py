@@ -1,6 +1,6 @@
-"""Texts of the page: the formats of `batchlab/core/text.py`, and states, bars, and times.
+"""Texts of the web page: the formats of `batchlab/core/text.py`, and formats of states, progress bars, and times.
 
-Invariant: the functions of the module are pure, and returned markup contains only escaped values.
+Invariant: the functions in the module are pure, and the returned HTML contains only escaped values.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def number(value: float | None) -> str:
 
 
 def amount(usd: Usd) -> tuple[str, str]:
-    """Return the most likely amount, and the range of the amount, or "" for a certain amount."""
+    """Return the most likely amount and the range of the amount as texts. The range of a certain amount is ""."""
     text, _, between = str(usd).partition(" (")
     return text, between.removesuffix(")")
 
@@ -83,12 +83,12 @@ def when(at_s: float | None, *, unless: str = "", before: str = "") -> Markup:
 
 
 def ticks(text: str) -> Markup:
-    """Return a sentence with its `commands` marked as code."""
+    """Return the sentence as HTML, with each command in backticks as code."""
     return Markup(_TICKS.sub(r"<code>\1</code>", str(escape(text))))  # noqa: S704 - the text is escaped
 
 
 def path(text: object) -> str:
-    """Return the name, quoted as a segment of an address."""
+    """Return a name, quoted as a segment of a URL path."""
     return quote(str(text), safe="")
 
 

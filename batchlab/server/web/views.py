@@ -29,7 +29,7 @@ SHOWN_GROUPS = 3
 
 @router.get("/")
 async def jobs_page(request: Request, manager: Leader, active: bool = False, before: str | None = None) -> Response:
-    """Show the jobs, newest first."""
+    """Show a page of the list of jobs, with the newest job first."""
     views = (await jobs.list_jobs(manager, limit=JOBS_PER_PAGE + 1, before=before, active=active))["jobs"]
     now_s = manager.ports.clock.now_s()
     rows = [
@@ -46,7 +46,7 @@ async def _eta(manager: Manager, job: api_types.JobView) -> api_types.EtaView | 
 
 @router.get("/jobs/{job}")
 async def job_page(request: Request, manager: Leader, served: StateDep, page: PageDep, job: JobId) -> Response:
-    """Show one job."""
+    """Show one job with its stages."""
     view = await jobs.job(manager, job)
     groups = None
     if any(stage["failed"] for stage in view["stages"]):
@@ -126,7 +126,7 @@ def _amount(use: api_usage_types.JobUseView, prices: PriceBook) -> tuple[str, st
 
 
 CHECKED_JOBS = 200
-"""Number of recent jobs that the page checks for failures."""
+"""Number of recent jobs that the page of failures checks."""
 FAILURES_PER_PAGE = 50
 
 
@@ -163,7 +163,7 @@ async def job_failures_page(request: Request, manager: Leader, served: StateDep,
 async def group_page(
     request: Request, manager: Leader, served: StateDep, job: JobId, fingerprint: str, after: str | None = None
 ) -> Response:
-    """Show the tasks of one group, page by page."""
+    """Show the tasks of one failure group, page by page."""
     view = await jobs.job(manager, job)
     groups = (await failures.failure_groups(manager, served, job))["groups"]
     page = await failures.failures(manager, served, job, limit=FAILURES_PER_PAGE, after=after, fingerprint=fingerprint)
@@ -212,7 +212,7 @@ SHOWN_ACTIVITIES = 20
 
 @router.get("/grid")
 async def grid_page(request: Request, manager: Leader, served: StateDep, page: PageDep) -> Response:
-    """Show the current fleet."""
+    """Show the pools, instances, and queues of the grid."""
     return live(
         request,
         "grid",
@@ -225,12 +225,12 @@ async def grid_page(request: Request, manager: Leader, served: StateDep, page: P
 
 @router.get("/history.json")
 async def history(manager: Leader, served: StateDep) -> Response:
-    """Return the data of the curves on the page of the fleet."""
+    """Return the data of the curves on the page of the grid."""
     return JSONResponse(await grid.history(manager, served))
 
 
 login_router = APIRouter()
-"""Routes that need no form token, because a visitor gets a session only by signing in."""
+"""Routes that do not check a form token, because a visitor gets a session only by signing in."""
 session_router = guarded()
 
 MAX_SECRET_CHARS = 200
