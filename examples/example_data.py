@@ -1,8 +1,8 @@
-"""Seeded example data and the facts about it: claims, taxi rides, and records to sort.
+"""Seeded example data and expected facts about the data: claims, taxi rides, and records to sort.
 
-Each function writes the same bytes for the same arguments. It counts its facts while it generates
-the data and reads no file, so that the result of an example is checked independently. Each file
-has a random source of its own, so its bytes do not depend on the number of files.
+Each function writes the same bytes for the same arguments. A function counts the facts while it generates the data and
+does not read a file, so tests can compare the result of an example with the facts. Each file has a random source of its
+own, so the bytes of a file do not depend on the number of files.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from pathlib import Path
 
 
 def source(seed: int, name: str) -> random.Random:
-    """Return the random source for `name`, which is the same on every machine."""
+    """Return a random source that produces the same numbers for `name` on every machine."""
     return random.Random(f"{seed}/{name}")
 
 
 @dataclass(frozen=True, slots=True)
 class RecordsFacts:
-    """Facts about the file of `write_records`."""
+    """Facts about the file that `write_records` writes."""
 
     path: Path
     lines: int
     size_bytes: int
 
 
-# The order of these by bytes may surprise: upper case before lower case, accents last, tabs
-# before blanks, and a prefix before a longer word.
+# Sorted by bytes, upper case comes before lower case, letters with accents come last, a tab comes before a blank, and a
+# prefix comes before a longer word.
 _WORDS = ("Zeta", "alpha", "alpha beta", "alpha\tbeta", "Ärger", "zulu", "", "10", "9", "_")
 
 
 def write_records(folder: Path, *, seed: int = 1, size_bytes: int = 128 * 2**20) -> RecordsFacts:
     """Write `records.txt` into `folder`: lines of 1 to about 90 bytes in UTF-8, some repeated.
 
-    The file ends with the first line that reaches `size_bytes`. It is written in constant memory.
+    The file ends with the first line that reaches `size_bytes`. The function writes the file in constant memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = source(seed, "records")
@@ -47,7 +47,7 @@ def write_records(folder: Path, *, seed: int = 1, size_bytes: int = 128 * 2**20)
         while written < size_bytes:
             word = _WORDS[rng.getrandbits(16) % len(_WORDS)]
             if rng.random() < 0.05:
-                text = f"{word}{rng.getrandbits(8):x}"  # few enough that lines repeat
+                text = f"{word}{rng.getrandbits(8):x}"  # only 256 numbers, so that lines repeat
             else:
                 text = f"{word}{rng.getrandbits(64):x}{'.' * rng.getrandbits(6)}"
             line = f"{text}\n".encode()
@@ -59,17 +59,17 @@ def write_records(folder: Path, *, seed: int = 1, size_bytes: int = 128 * 2**20)
 
 @dataclass(slots=True)
 class MonthFacts:
-    """Facts about the rides of one month of pickup."""
+    """Facts about the rides whose pickup was in one month."""
 
     rides: int = 0
     total_cents: int = 0
     without_payment: int = 0
-    """Rides with an empty kind of payment."""
+    """Number of rides whose column `payment` is empty."""
 
 
 @dataclass(slots=True)
 class RidesFacts:
-    """Facts about the file of `write_rides`. The keys of `months` are like "2024-01"."""
+    """Facts about the file that `write_rides` writes. A key of `months` is a month such as "2024-01"."""
 
     path: Path
     months: dict[str, MonthFacts] = field(default_factory=dict)
@@ -89,7 +89,7 @@ _ZONES = (
 def write_rides(folder: Path, *, seed: int = 1, rows: int = 20_000) -> RidesFacts:
     """Write `rides.csv` into `folder`: `rows` unsorted rides of the first quarter of 2024.
 
-    The columns are those of the public New York samples.
+    The file has the columns of the public samples of New York taxi rides.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = source(seed, "rides")
@@ -98,7 +98,7 @@ def write_rides(folder: Path, *, seed: int = 1, rows: int = 20_000) -> RidesFact
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
         for _ in range(rows):
-            pickup = datetime(2024, 1, 1) + timedelta(seconds=rng.randrange(91 * 86_400))  # noqa: DTZ001  local time, as meters print it
+            pickup = datetime(2024, 1, 1) + timedelta(seconds=rng.randrange(91 * 86_400))  # noqa: DTZ001  local time, as taximeters print it
             distance = rng.randrange(30, 2_000)
             fare = 250 + 50 * (distance // 20)
             tip = rng.randrange(0, fare // 3)
@@ -121,7 +121,7 @@ def write_rides(folder: Path, *, seed: int = 1, rows: int = 20_000) -> RidesFact
 
 @dataclass(slots=True)
 class PayerFacts:
-    """Facts about the claims of one payer. The last four fields never count a claim twice."""
+    """Facts about the claims of one payer. Each of the last four fields counts a claim at most once."""
 
     payer: str
     name: str
@@ -133,12 +133,12 @@ class PayerFacts:
     zero_charge: int = 0
     undiagnosed: int = 0
     unbalanced: int = 0
-    """Claims whose stated charge is not the sum of their lines."""
+    """Number of claims whose stated charge differs from the sum of the claim's lines."""
 
 
 @dataclass(slots=True)
 class ClaimsFacts:
-    """Facts about the files of `write_claims`, by payer id."""
+    """Facts about the files that `write_claims` writes. The keys of `payers` are payer ids."""
 
     files: int = 0
     payers: dict[str, PayerFacts] = field(default_factory=dict)
@@ -230,7 +230,7 @@ _GIVENS = (
 
 @dataclass(frozen=True, slots=True)
 class _Style:
-    """The three separators an interchange declares in its ISA segment."""
+    """The three separators that an X12 interchange declares in its ISA segment."""
 
     element: str
     component: str
@@ -241,14 +241,14 @@ _STYLES = (_Style("*", ":", "~\n"), _Style("*", ":", "~"), _Style("|", ">", "\n"
 
 
 class _Text:
-    """Segments as text. `since(mark)` counts them for SE01."""
+    """Text of X12 segments. `since(mark)` returns the number of segments after `mark`, for the element SE01."""
 
     def __init__(self, style: _Style) -> None:
         self._style = style
         self._segments: list[str] = []
 
     def add(self, *elements: str | tuple[str, ...]) -> None:
-        """Add a segment. A tuple is a composite element. Trailing empty elements are left out."""
+        """Add a segment of `elements`, without the empty elements at its end. A tuple is a composite element."""
         texts = [e if isinstance(e, str) else self._style.component.join(e) for e in elements]
         while not texts[-1]:
             texts.pop()
@@ -268,9 +268,9 @@ class _Text:
 def write_claims(folder: Path, *, seed: int = 1, files: int = 200, claims_per_file: int = 40) -> ClaimsFacts:
     """Write month-end claims in X12 837P (005010X222A1) into `folder` and return their facts.
 
-    The files are `claims-0000.837` and so on, and replace files of the same name. About 1 in 12
-    claims is not paid in full: a duplicate, a charge of zero, no diagnosis, or a charge that is not
-    the sum of its lines. All envelopes are correct.
+    The files `claims-0000.837`, `claims-0001.837`, and so on replace existing files. About 1 in 12 claims has an error:
+    the claim is a duplicate, has a charge of zero, lacks a diagnosis, or has a charge that is not the sum of its lines.
+    All X12 envelopes are correct.
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts = ClaimsFacts(files=files)
@@ -343,9 +343,9 @@ def _draw_line(rng: random.Random) -> tuple[str, int, int]:
 
 
 def _interchange(batches: Sequence[tuple[_Provider, list[_Claim]]], file: int) -> bytes:
-    """Return an interchange with a transaction set per billing provider.
+    """Return an X12 interchange with one transaction set per billing provider.
 
-    The separators differ from file to file.
+    The number `file` determines the separators of the interchange.
     """
     style = _STYLES[file % len(_STYLES)]
     control = f"{file + 1:09d}"
@@ -382,7 +382,7 @@ def _transaction(text: _Text, number: str, control: str, provider: _Provider, cl
 
 
 def _subscriber(text: _Text, claim: _Claim, level: int) -> int:
-    """Add loop 2000B and, for a dependent, 2000C; return the last HL number."""
+    """Add the X12 loop 2000B and, if the patient is a dependent, the loop 2000C. Return the number of the last HL."""
     text.add("HL", str(level), "1", "22", "1" if claim.dependent else "0")
     relation = "" if claim.dependent else "18"
     text.add("SBR", "P", relation, claim.group, "", "", "", "", "", claim.payer.filing)

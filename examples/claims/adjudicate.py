@@ -1,6 +1,6 @@
-"""Stages 2 and 3: what is paid on each claim, and what that comes to per payer.
+"""Handlers of the stages 2 and 3: decide the payment of each claim, and sum up the payments of each payer.
 
-The rules are made up, but shaped like real ones. All money is whole cents, rounded half up.
+The payment rules are invented, but similar to real rules. All amounts are whole cents, and half a cent is rounded up.
 """
 
 from __future__ import annotations
@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, NamedTuple
 
-# Share of a line's charge that a payer allows, in percent, by the first characters of the procedure.
+# Share of a service line's charge that a payer allows, in percent, by the first characters of the procedure code.
 FEE_PERCENT = {"99": 80, "9": 75, "8": 60, "7": 70, "2": 65, "1": 65, "J": 85, "G": 90}
 OTHER_FEE_PERCENT = 50
 
 
 class Plan(NamedTuple):
-    """The patient's share of what is allowed: first the copay, then a percentage of the rest."""
+    """Patient's share of the allowed amount: the copay, and a percentage of the rest."""
 
     copay_cents: int
     coinsurance_percent: int
 
 
-# By kind of coverage, as the claim states it in SBR09.
+# The keys are the kinds of coverage that a claim states in the X12 element SBR09.
 PLANS = {
     "CI": Plan(2500, 10),  # commercial
     "BL": Plan(2000, 15),  # Blue Cross, Blue Shield
@@ -32,7 +32,7 @@ OTHER_PLAN = Plan(3000, 20)
 
 
 def adjudicate(item: dict[str, Any]) -> list[dict[str, Any]]:
-    """One record per claim of a parsed file, in the order of the file."""
+    """Return one record per claim of a parsed file, in the order of the claims in the file."""
     records = []
     seen: set[tuple[str, str]] = set()
     for claim in item["claims"]:
@@ -43,7 +43,7 @@ def adjudicate(item: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def decide(claim: dict[str, Any], *, repeated: bool) -> dict[str, Any]:
-    """The record of one claim: denied, pended for a person to look at, or paid."""
+    """Return the record of one claim. A claim is denied, paid, or pended until a person reviews the claim."""
     status, reason, allowed_cents, paid_cents = "denied", "", 0, 0
     if repeated:
         reason = "duplicate"
@@ -70,7 +70,7 @@ def decide(claim: dict[str, Any], *, repeated: bool) -> dict[str, Any]:
 
 
 def allowed(line: dict[str, Any]) -> int:
-    """The part of a line's charge that the payer accepts, in cents."""
+    """Return the part of a service line's charge that the payer accepts, in cents."""
     code = line["procedure"]
     share = FEE_PERCENT.get(code[:2]) or FEE_PERCENT.get(code[:1], OTHER_FEE_PERCENT)
     return percent(line["charge_cents"], share)
@@ -84,17 +84,17 @@ def patient_share(allowed_cents: int, filing: str) -> int:
 
 
 def percent(amount_cents: int, share: int) -> int:
-    """`share` percent of an amount, half a cent rounded up."""
+    """Return `share` percent of the amount, with half a cent rounded up."""
     return (amount_cents * share + 50) // 100
 
 
 def totals(item: list[dict[str, Any]]) -> dict[str, Any]:
-    """One payer's month: `item` holds all of its records, from whichever file they came."""
+    """Return the totals of one payer's month. `item` contains the payer's records of all files."""
     statuses = Counter(record["status"] for record in item)
     reasons = Counter(record["reason"] for record in item if record["reason"])
     return {
         "payer": item[0]["payer"],
-        # One payer id may come with more than one spelling of its name.
+        # Claims with one payer id may spell the payer's name in several ways.
         "payer_name": " / ".join(sorted({record["payer_name"] for record in item})),
         "claims": len(item),
         "charge_cents": sum(record["charge_cents"] for record in item),

@@ -1,7 +1,7 @@
-"""Stage 1: a file of X12 837 professional claims becomes a list of claims and a list of findings.
+"""Handler of stage 1: convert a file of X12 837 professional claims to a list of claims and a list of findings.
 
-A file that breaks the rules still gives its claims: what is wrong with it is a finding. Only a
-file that is not X12 at all is an error. Money is whole cents throughout.
+An error in a file is a finding, and the claims of the file are still returned. The task fails only if the file is not
+in X12 format. All amounts are whole cents.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def parse(item: File) -> dict[str, Any]:
-    """Claims and findings of one file. ValueError if the file is not X12."""
+    """Return the claims and findings of one file. Raise ValueError if the file is not in X12 format."""
     try:
         found = list(segments(item.read_bytes().decode("utf-8-sig", errors="replace")))
     except ValueError as error:
@@ -41,7 +41,7 @@ def parse(item: File) -> dict[str, Any]:
 
 @dataclass
 class Line:
-    """One service line (SV1)."""
+    """Service line of a claim (X12 segment SV1)."""
 
     procedure: str
     charge_cents: int
@@ -50,7 +50,7 @@ class Line:
 
 @dataclass
 class Claim:
-    """One claim (CLM) with its submitter, provider, and subscriber."""
+    """Claim (X12 segment CLM) with its submitter, provider, and subscriber."""
 
     id: str
     charge_cents: int
@@ -60,16 +60,16 @@ class Claim:
     payer: str
     payer_name: str
     filing: str
-    """Kind of coverage (SBR09): CI commercial, MB Medicare part B, MC Medicaid, ..."""
+    """Kind of coverage (X12 element SBR09), for example CI (commercial), MB (Medicare part B), or MC (Medicaid)."""
     diagnoses: list[str] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
 
 
 class ClaimReader:
-    """Collects `claims` and `findings`, segment by segment.
+    """Reader that collects `claims` and `findings`, segment by segment.
 
-    A claim takes its parties from the loops it stands in, so these are remembered until the next
-    HL replaces them.
+    The parties of a claim come from the X12 loops around the claim, so the reader stores the parties until the next HL
+    segment replaces them.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class ClaimReader:
         self._claim: Claim | None = None
 
     def feed(self, segment: Segment) -> None:
-        """Take in the next segment."""
+        """Read the next segment of the file."""
         match segment.name:
             case "ST":
                 self._transaction(segment)
@@ -92,7 +92,7 @@ class ClaimReader:
                 self._line(segment)
             case "HI" if self._claim:
                 self._diagnoses(segment, self._claim)
-            # Within a claim these name other providers and other payers (loops 2310 to 2330).
+            # Within a claim, NM1 and SBR segments name other providers and payers (loops 2310 to 2330).
             case "NM1" if not self._claim and segment.element(1) in self._parties:
                 identifier, name = segment.element(9), segment.element(3)
                 self._parties[segment.element(1)] = (identifier or name, name)
@@ -106,7 +106,7 @@ class ClaimReader:
             self.findings.append(f"ST {segment.element(2)}: a {segment.element(1)}, not an 837")
 
     def _level(self, segment: Segment) -> None:
-        """A billing provider (20), subscriber (22) or patient (23) begins."""
+        """Read an HL segment, which begins a billing provider (20), a subscriber (22), or a patient (23)."""
         self._claim = None
         new = {"20": ("85", "IL", "PR"), "22": ("IL", "PR")}.get(segment.element(3), ())
         self._parties |= dict.fromkeys(new, ("", ""))
@@ -148,7 +148,7 @@ class ClaimReader:
         self._claim.lines.append(Line(code[0] if code else "", charge_cents, segment.element(4)))
 
     def _cents(self, claim: str, segment: Segment) -> int:
-        """The charge, which is element 2 of both CLM and SV1; 0 with a finding if unreadable."""
+        """Return the charge of a CLM or SV1 segment. If the charge cannot be read, add a finding and return 0."""
         try:
             return cents(segment.element(2))
         except ValueError as error:
@@ -160,7 +160,7 @@ class ClaimReader:
 
 
 def compare(claims: list[Claim]) -> list[str]:
-    """Findings that need a whole claim, or all claims of the file."""
+    """Return the findings that need a whole claim or all claims of the file."""
     findings = []
     for (_, claim_id), times in Counter((c.provider, c.id) for c in claims).items():
         if times > 1:
@@ -174,7 +174,7 @@ def compare(claims: list[Claim]) -> list[str]:
 
 
 def cents(amount: str) -> int:
-    """A charge ("40", "40.5", ".50") in cents. ValueError if it is not one, or not whole cents."""
+    """Convert a charge ("40", "40.5", ".50") to cents. Raise ValueError if `amount` is not a number of whole cents."""
     if not re.fullmatch(r"([0-9]{1,18}\.?[0-9]*|\.[0-9]+)", amount):
         raise ValueError(f"{amount!r}, not an amount")
     exact = Decimal(amount) * 100
@@ -184,5 +184,5 @@ def cents(amount: str) -> int:
 
 
 def money(amount_cents: int) -> str:
-    """Cents as a person writes them: 12.25."""
+    """Format an amount in cents as text, such as 12.25."""
     return f"{Decimal(amount_cents) / 100:.2f}"

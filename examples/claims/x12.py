@@ -1,6 +1,6 @@
-"""Reading X12: segments with the separators a file declares, and its envelopes checked.
+"""Reader of X12 files: split a file into segments by the file's own separators, and check the file's envelopes.
 
-Knows nothing of claims: this is the part that any other X12 transaction could use as it is.
+The module does not contain code for claims, so programs can use it for any other X12 transaction.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# Each envelope, outermost first: the segment that closes it, and where its control number stands.
+# Each envelope, with its closing segment and the element with its control number. The outermost envelope is first.
 ENVELOPES = {"ISA": ("IEA", 13), "GS": ("GE", 6), "ST": ("SE", 2)}
 ORDER = list(ENVELOPES)
 OPENER = {closer: opener for opener, (closer, _) in ENVELOPES.items()}
@@ -16,27 +16,27 @@ OPENER = {closer: opener for opener, (closer, _) in ENVELOPES.items()}
 
 @dataclass
 class Segment:
-    """One segment. `elements[0]` is its name: `element(2)` of an SE is what X12 calls SE02."""
+    """X12 segment. `elements[0]` is the segment's name, so `element(2)` of an SE segment is the X12 element SE02."""
 
     elements: list[str]
     component: str
-    """The separator within composite elements."""
+    """Separator between the components of a composite element."""
 
     @property
     def name(self) -> str:
         return self.elements[0]
 
     def element(self, number: int) -> str:
-        """An element's text, "" where the segment is shorter."""
+        """Return the text of the element with this number, or "" if the segment has fewer elements."""
         return self.elements[number] if number < len(self.elements) else ""
 
     def composite(self, number: int) -> list[str]:
-        """The components of an element."""
+        """Return the components of the element with this number."""
         return self.element(number).split(self.component)
 
 
 def segments(text: str) -> Iterator[Segment]:
-    """Every segment of a file. ValueError if it is not X12."""
+    """Yield every segment of a file. Raise ValueError if the text is not in X12 format."""
     text = text.strip()
     if not text.startswith("ISA"):
         raise ValueError(f"not X12: begins with {text[:20]!r}, not with ISA")
@@ -53,9 +53,9 @@ def segments(text: str) -> Iterator[Segment]:
 
 
 def separators(text: str, at: int) -> tuple[str, str, str]:
-    """Element separator, component separator and terminator, from the ISA segment at `at`.
+    """Return the element separator, component separator, and terminator of the ISA segment at position `at`.
 
-    Found by counting elements, not at fixed columns: senders often get the padding wrong.
+    The function counts elements and does not use fixed columns, because senders often pad elements incorrectly.
     """
     separator = text[at + 3]
     after_16 = text[at : at + 200].split(separator, 16)[-1]
@@ -66,7 +66,7 @@ def separators(text: str, at: int) -> tuple[str, str, str]:
 
 @dataclass
 class Envelope:
-    """An ISA, GS or ST that is open; `holds` counts what its closing segment has to state."""
+    """Open X12 envelope (ISA, GS, or ST). `holds` is the count that the closing segment must state."""
 
     opener: str
     control: str
@@ -77,14 +77,14 @@ class Envelope:
 
 
 class Envelopes:
-    """Checks the envelopes of a file, segment by segment. `findings` lists the errors."""
+    """Checker of the envelopes of a file, segment by segment. `findings` contains the errors."""
 
     def __init__(self) -> None:
         self.findings: list[str] = []
         self._open: list[Envelope] = []
 
     def feed(self, segment: Segment) -> None:
-        """Take in the next segment."""
+        """Check the next segment of the file."""
         if segment.name in ENVELOPES:
             self._begin(segment)
         if self._open and self._open[-1].opener == "ST":
@@ -93,7 +93,7 @@ class Envelopes:
             self._end(segment)
 
     def close(self, outer: int = 0) -> None:
-        """Report envelopes that are still open, except the `outer` outermost."""
+        """Add a finding for each open envelope, except the `outer` outermost envelopes."""
         while len(self._open) > outer:
             envelope = self._open.pop()
             closer, _ = ENVELOPES[envelope.opener]

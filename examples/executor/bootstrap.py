@@ -1,4 +1,4 @@
-"""How far a mean can be trusted: 200 resamples, each a call of joblib's Parallel."""
+"""Confidence interval of a mean, from 200 resamples. joblib's Parallel calls `resampled_mean` once per resample."""
 
 import random
 
@@ -15,7 +15,7 @@ def resampled_mean(values: list[int], seed: int) -> float:
 
 
 def interval(values: list[int], resamples: int) -> tuple[float, float]:
-    """Between which 95 of 100 resampled means lie."""
+    """Return the limits between which 95% of the resampled means are."""
     calls = (joblib.delayed(resampled_mean)(values, seed) for seed in range(resamples))
     means = sorted(joblib.Parallel(n_jobs=-1)(calls))
     return means[resamples // 40], means[-resamples // 40]

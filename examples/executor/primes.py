@@ -1,5 +1,5 @@
-"""Primes below a million, counted in twenty calls. `count` takes any executor of
-concurrent.futures; only the last lines know that this one is a grid's."""
+"""Count of the primes below a million, in twenty calls. `count` takes any executor of
+concurrent.futures. The last lines of this program pass the executor of a grid to `count`."""
 
 from concurrent.futures import Executor, as_completed
 
@@ -7,7 +7,7 @@ from batchlab import Grid
 
 
 def primes(start: int, stop: int) -> int:
-    """How many primes there are from `start` up to, but not including, `stop`."""
+    """Return the number of primes from `start` up to, but not including, `stop`."""
     sieve = bytearray([1]) * (stop - start)
     for factor in range(2, int(stop**0.5) + 1):
         first = max(factor * factor, -(-start // factor) * factor) - start

@@ -1,4 +1,4 @@
-"""The best of eight classifiers, each cross-validated on the grid: scikit-learn's own search."""
+"""scikit-learn's search for the best of eight classifiers, with the cross-validation of each classifier on the grid."""
 
 import joblib
 from sklearn.datasets import load_iris

@@ -1,7 +1,7 @@
-"""Transcoding a video in parallel: cut it into segments, transcode each, join them.
+"""Handlers that transcode a video in parallel: cut the video into segments, transcode each segment, join the segments.
 
-Every picture of the source is in exactly one segment. The sound is processed in one piece, because
-cutting compressed sound leaves clicks.
+Every frame of the source video is in exactly one segment. The audio track is one piece, because joined pieces of
+compressed audio have audible clicks.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def segment(item: File, ctx: Context) -> list[dict[str, Any]]:
-    """Return one element per segment, and one for the sound if the video has sound.
+    """Return one element per segment, and one element for the audio track if the video has one.
 
-    Segments begin at key frames, so the video is first encoded again, without loss, with a key frame
-    at each cut. A source with frequent key frames could be cut with `-c copy` instead.
+    Segments begin at key frames. So ffmpeg first encodes the video without loss, with a key frame at each cut. A video
+    with frequent key frames could be cut with `-c copy`, without encoding.
     """
     video, every = Path(item.name).stem, ctx.params["segment_s"]
     ffmpeg(
@@ -51,8 +51,8 @@ def segment(item: File, ctx: Context) -> list[dict[str, Any]]:
 
 
 def transcode(item: list[dict[str, Any]], ctx: Context) -> dict[str, Any]:
-    """One segment, or the sound, in the target format."""
-    [part] = item  # gathered by segment, so there is one
+    """Convert one segment, or the audio track, to the target format."""
+    [part] = item  # the stage gathers by segment, so each group has one element
     source: File = part["file"]
     if source.name == "sound.mka":
         target = ctx.scratch / "sound.m4a"
@@ -78,7 +78,7 @@ def transcode(item: list[dict[str, Any]], ctx: Context) -> dict[str, Any]:
 
 
 def join(item: list[dict[str, Any]], ctx: Context) -> File:
-    """All parts of one video as one file; nothing is encoded again."""
+    """Join all segments and the audio track of one video into one file, without encoding."""
     files: dict[str, File] = {part["segment"]: part["file"] for part in item}
     video = item[0]["video"]
     sound = files.pop(f"{video}-sound", None)
@@ -104,14 +104,14 @@ def join(item: list[dict[str, Any]], ctx: Context) -> File:
 
 
 def has_sound(path: Path) -> bool:
-    """Whether the file has a stream of sound."""
+    """Return whether the file has an audio track."""
     command = ["ffprobe", "-v", "error", "-select_streams", "a", "-show_entries", "stream=index"]
     found = subprocess.run([*command, "-of", "csv", path], check=True, capture_output=True)
     return bool(found.stdout.strip())
 
 
 def ffmpeg(*arguments: str | int | Path) -> None:
-    """Run ffmpeg on one thread, as the task holds one slot; its complaints go to the task's log."""
+    """Run ffmpeg on one thread, because a task has one slot. ffmpeg writes errors to the task's log."""
     *options, target = arguments
     command = ["ffmpeg", "-v", "error", "-nostdin", "-y", *options, "-threads", 1, target]
     subprocess.run([str(word) for word in command], check=True)

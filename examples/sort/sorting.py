@@ -1,6 +1,6 @@
-"""Sorting a text file that is larger than a worker's memory: sort the parts, then merge them.
+"""Handlers that sort a text file larger than a worker's memory: one sorts the parts, and one merges the sorted parts.
 
-The order is that of `LC_ALL=C sort`: lines compare by their bytes, newlines do not count.
+The lines are sorted as by `LC_ALL=C sort`: by their bytes, without the newline.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def sort_part(item: File, ctx: Context) -> File:
-    """One part of the input, sorted in memory."""
+    """Sort one part of the input in memory, and return the sorted part."""
     path = ctx.scratch / "part.txt"
     with item.open() as source, path.open("wb") as target:
         target.writelines(line + b"\n" for line in sorted(lines(source)))
@@ -23,7 +23,7 @@ def sort_part(item: File, ctx: Context) -> File:
 
 
 def merge(item: list[File], ctx: Context) -> dict[str, Any]:
-    """All sorted parts as one file. Holds one line of each in memory, however long they are."""
+    """Merge all sorted parts into one file. Memory holds only one line of each part, however large the parts are."""
     path = ctx.scratch / "sorted.txt"
     count = 0
     with ExitStack() as stack, path.open("wb") as target:
@@ -35,5 +35,5 @@ def merge(item: list[File], ctx: Context) -> dict[str, Any]:
 
 
 def lines(source: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their newline, which would sort before a tab or another low byte."""
+    """Yield the lines without newlines. With newlines, a tab or a lower byte would sort before the end of a line."""
     return (line.removesuffix(b"\n") for line in source)

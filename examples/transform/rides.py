@@ -1,7 +1,7 @@
-"""CSV to Parquet: typed, partitioned by month of pickup, sorted, with control totals.
+"""Handlers that convert a CSV file of rides to one typed, sorted Parquet file per month of pickup, with control totals.
 
-Amounts are DECIMAL in the files and whole cents in the totals, so sums are exact. A month's file
-holds the same rows in the same order however the input was split.
+Amounts are DECIMAL in the Parquet files and whole cents in the totals, so sums are exact. The file of a month has the
+same rows in the same order, however the input was split.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ COLUMNS = {
 
 
 def convert(item: File, ctx: Context) -> list[dict[str, Any]]:
-    """One part of the CSV becomes one Parquet file per month that occurs in it.
+    """Convert one part of the CSV file to one Parquet file per month.
 
-    A value that does not fit its column's type is an error that names line and column.
+    If a value does not fit the type of its column, DuckDB raises an error that names the line and the column.
     """
     db = database(ctx)
     db.execute(
@@ -52,11 +52,11 @@ def convert(item: File, ctx: Context) -> list[dict[str, Any]]:
 
 
 def partition(item: list[dict[str, Any]], ctx: Context) -> dict[str, Any]:
-    """All parts of one month become one sorted Parquet file, with its totals."""
+    """Merge all Parquet files of one month into one sorted Parquet file, and return the month's totals."""
     month = item[0]["month"]
     parts = [str(part["file"].path) for part in item]
     db = database(ctx)
-    # Sorted by every column, so that equal input gives an equal file.
+    # The rows are sorted by every column, so equal input gives an equal file.
     db.read_parquet(parts).order("ALL").create("rides")
     path = ctx.scratch / f"rides-{month}.parquet"
     db.table("rides").write_parquet(str(path), compression="zstd")
@@ -78,6 +78,6 @@ def partition(item: list[dict[str, Any]], ctx: Context) -> dict[str, Any]:
 
 
 def database(ctx: Context) -> duckdb.DuckDBPyConnection:
-    """DuckDB kept within what the task may use: one slot, and half of its memory."""
+    """Open a DuckDB database that is limited to one thread and half of the task's memory."""
     scratch = str(ctx.scratch)
     return duckdb.connect(config={"threads": 1, "memory_limit": "512 MiB", "temp_directory": scratch})
