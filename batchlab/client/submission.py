@@ -143,6 +143,8 @@ class ObjectPickler:
     def _check_modules(self) -> None:
         """Among the modules that were imported since the last call, find the modules that workers cannot import."""
         new = sys.modules.keys() - self._checked
+        if not new:
+            return  # `sysconfig.get_paths` takes 0.1 ms, which counts for single calls
         paths = sysconfig.get_paths()
         installed = (f"{paths['purelib']}/", f"{paths['platlib']}/")
         places = {
