@@ -34,7 +34,7 @@ __all__ = [
     "simpledb_url",
 ]
 
-# The duration of an example depends on the load of the machine.
+# An example's duration depends on the load of the machine, so examples do not have a deadline.
 settings.register_profile("batchlab", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("batchlab")
 
@@ -57,7 +57,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     is_worker = hasattr(config, "workerinput")
     if (
         not is_worker
-        and getattr(option, "numprocesses", 0) is None  # 0: xdist is off
+        and getattr(option, "numprocesses", 0) is None  # with 0, xdist is off
         and not (option.usepdb or option.collectonly)
         and selection.names_whole_suite(config)
     ):
@@ -80,7 +80,7 @@ def pytest_configure(config: pytest.Config) -> None:
     time. Processes that a test starts keep the usual slices, and run first. Without a recent
     `chrt` nothing changes.
     """
-    # Here, since CI also runs tests without pyproject.toml, against the installed package.
+    # The options are set here, because CI also runs tests without pyproject.toml, against the installed package.
     config.addinivalue_line("markers", "slow: runs only with --all, or if its file is named")
     if hasattr(config, "workerinput"):
         longer = ["chrt", "--reset-on-fork", "--other", "--sched-runtime", "100000000"]

@@ -1,4 +1,4 @@
-"""Which writes of a `local` grid wait for the disk, and in which order."""
+"""The writes of a `local` grid that wait for the disk, and their order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPEC = "jobs/j-1/spec.json"
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The system calls that write names, and that wait for the disk, in their order."""
+    """Record the system calls that create names and the calls that wait for the disk, in order."""
     found: list[str] = []
 
     def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,7 +54,7 @@ def test_the_default_is_safe_for_jobs_and_fast_for_single_calls() -> None:
 def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_answer(tmp_path: Path, calls: list[str]) -> None:
     objects = open_local(tmp_path)
     asyncio.run(objects.put(SPEC, b"{}", if_absent=True))
-    # The content together with the names of the two new folders, then the name.
+    # The content and the names of the two new folders are synced first, then the name of the object.
     assert sorted(calls[:3]) == ["fdatasync", "fsync", "fsync"]
     assert calls[3:] == ["link", "fsync"]
     calls.clear()
@@ -97,7 +97,7 @@ def test_a_write_that_the_next_manager_repeats_waits_for_no_disk(tmp_path: Path,
 
 
 def test_a_job_that_is_restored_or_forgotten_is_so_after_a_power_cut(tmp_path: Path, calls: list[str]) -> None:
-    """A rebuild of the ledger is acknowledged when it has ended."""
+    """The rebuild of a ledger is acknowledged at its end."""
     job = JobDef(JobId("sums"), "sums", (StageDef(StageName("s"), handler="a:b"),), 0.0, items=1)
 
     async def act() -> list[int]:

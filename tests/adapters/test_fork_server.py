@@ -1,4 +1,4 @@
-"""Instances that are copies of one process, on the local backend: what a manager launches."""
+"""Local instances that the manager forks from one process."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def name(pid: int) -> str:
 
 
 async def begun(home: Home, instance: str) -> int:
-    """The pid of a copy that works; without a manager there are no queues."""
+    """Wait until a forked worker is running, and return its pid. Without a manager, queues do not exist."""
     await working(home, instance)
     pid = living(home.fleet)[instance]
     assert name(pid) == NAME
@@ -97,11 +97,11 @@ async def test_instances_are_copies_that_lead_sessions_of_their_own(tmp_path: Pa
         os.kill(second, signal.SIGKILL)
         assert await end(launcher, "w-2") == "exit -9"
         with pytest.raises(ProcessLookupError):
-            os.kill(first, 0)  # not even a zombie
+            os.kill(first, 0)  # the process is not even a zombie
 
 
 def test_forked_worker_gets_its_instance_id_in_the_environment(tmp_path: Path) -> None:
-    """Its tasks' processes find that in their environment."""
+    """The processes of the worker's tasks read the instance id from their environment."""
     with Grid("local", home=tmp_path, workers=1) as grid:
         (told,) = grid.map(lambda name: os.environ.get(name), [INSTANCE_VARIABLE])
         assert {told} == set(living(Home(tmp_path).fleet))

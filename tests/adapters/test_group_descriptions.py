@@ -1,4 +1,4 @@
-"""What looks at an EC2 Auto Scaling group tell of instances that end, or never came up."""
+"""Descriptions of an EC2 Auto Scaling group, for instances that end or never start."""
 
 from __future__ import annotations
 
@@ -98,7 +98,8 @@ def test_instance_that_was_in_service_is_recorded_as_gone() -> None:
 
 @pytest.mark.parametrize("state", ["InService", "Terminating:Wait"])
 def test_instance_missing_from_one_answer_stays_alive_and_its_later_end_is_reported(state: str) -> None:
-    """Its second death went untold for a minute, in which it was shown as in service."""
+    """Before, the second death of the instance was not reported for a minute, and the instance was shown as in
+    service."""
     seen = GroupState(Pool("default"))
     seen.update(group(1, i1="InService"), 1000.0)
     assert [one.id for one in seen.update(group(1), 1005.0)] == ["i1"]

@@ -1,4 +1,4 @@
-"""What an instance asks about itself, and the notices it finds there."""
+"""The instance metadata that an instance requests, and the interruption notices in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder as a bucket: copies are whole or not there, and listings say what is there."""
+"""A folder as a bucket: a copy is whole or does not exist, and listings show only existing objects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batchlab.core.errors import AlreadyExists
 
 
 class Torn(io.BytesIO):
-    """A file that cannot be read to its end."""
+    """A file that raises an error before its end."""
 
     def read(self, size: int | None = -1) -> bytes:
         if self.tell():
@@ -68,7 +68,7 @@ def test_folder_is_not_an_object(tmp_path: Path) -> None:
 
 
 def test_put_keeps_a_file_that_another_writer_stages_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name of a staged file is free once the file has its own, and may be taken at once."""
+    """The name of a staged file becomes free when the file is renamed, so another writer may use the name at once."""
     rename = os.rename
 
     def rename_and_stage(source: str, target: str) -> None:
@@ -84,7 +84,7 @@ def test_put_keeps_a_file_that_another_writer_stages_meanwhile(tmp_path: Path, m
 def test_a_writer_that_finds_an_object_waits_until_its_name_is_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It goes on from what it found, which a power cut must not take away afterwards."""
+    """The writer relies on the object that it found, so a power cut must not remove this object afterwards."""
     waits: list[str] = []
     writer = objects.FileWriter(tmp_path)
     writer.create("jobs/x", objects.copy_into(io.BytesIO(b"{}")), durable=False)

@@ -1,4 +1,4 @@
-"""What only the simulated launcher does: boot in virtual time, faults on demand, replay."""
+"""The features of the simulated launcher: boots in virtual time, injected faults, and replay."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLOW = Pool("steady", max_size=1_000, boot_s=100.0)
 
 
 def run(check: Callable[[SimLauncher, dict[str, float]], Awaitable[None]], seed: int = 1) -> None:
-    """Run with a launcher and the times at which its instances have booted."""
+    """Run a check with a launcher and the times at which its instances booted."""
     loop = SimLoop()
 
     async def main() -> None:
@@ -115,7 +115,7 @@ def test_capacity_can_run_out_and_return() -> None:
 
 
 def test_instances_do_not_die_with_the_manager_that_launched_them() -> None:
-    """Pain 11, the other way round: in the simulator too, a machine outlives its manager."""
+    """In the simulator too, a machine outlives its manager."""
     loop = SimLoop()
 
     async def main() -> None:
@@ -136,7 +136,7 @@ def test_instances_do_not_die_with_the_manager_that_launched_them() -> None:
 
 
 def test_a_large_fleet_scales_out_and_in_within_virtual_minutes() -> None:
-    """Pain 10: scaling that is slow; here a thousand instances, a wave of losses, and zero."""
+    """The fleet launches a thousand instances, loses some of them, and scales in to zero."""
     loop = SimLoop()
 
     async def main() -> None:

@@ -1,5 +1,5 @@
-"""The metadata service answers as EC2's does, version 2 (AWS: "Instance metadata categories" and
-"Use the Instance Metadata Service")."""
+"""The metadata service answers as version 2 of EC2's does. The rules are from AWS's pages "Instance metadata
+categories" and "Use the Instance Metadata Service"."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_tokens_time_cannot_be_changed(service: Service) -> None:
 
 
 def test_a_token_is_good_for_its_instance_only(service: Service) -> None:
-    """Addresses go from one container to the next."""
+    """A new container may get the address of an ended one."""
     token = service.token()
     service.source.known[HERE] = replace(SPOT, instance="i-another")
     assert service.ask("GET", f"{ROOT}/instance-id", {TOKEN: token})[0] == 401
@@ -264,7 +264,7 @@ def test_boto3_finds_its_credentials(as_on_ec2: Service) -> None:
 
 
 def raw(service: Service, *parts: bytes) -> bytes:
-    """What comes back for these bytes until the other side closes."""
+    """Send bytes to the service, and return everything that it sends until it closes the connection."""
     address = urlsplit(service.url)
     with socket.create_connection((address.hostname, address.port), timeout=5) as connection:
         for part in parts:

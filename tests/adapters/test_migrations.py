@@ -1,4 +1,5 @@
-"""The ledger's schema: two ways to make it that agree, and files of other versions."""
+"""The ledger's schema. The migrations and the table definitions create the same schema, and files of other versions are
+handled."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from batchlab.core.model import JobId
 
 
 def _schema(engine: Engine) -> list[tuple[str, ...]]:
-    """Every table and index, as SQLite has noted it."""
+    """Return every table and index with its SQL in SQLite's catalog."""
     query = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name"
     with transaction(engine) as connection:
         rows = connection.exec_driver_sql(query).all()
@@ -68,7 +69,7 @@ def test_alembic_finds_nothing_that_a_migration_forgot() -> None:
 
 
 def _statements(text: str) -> list[str]:
-    """The statements of a script in order of text, without what it makes and drops again."""
+    """Return the statements of a script, sorted, without temporary tables."""
     kept: list[str] = []
     for one in (re.sub(r"\s+", " ", part).strip() for part in text.split(";")):
         if dropped := re.fullmatch(r"DROP TABLE (\w+)", one):
@@ -109,7 +110,7 @@ def test_migrations_are_numbered_in_one_line_up_to_the_head() -> None:
 @pytest.mark.parametrize("after_seq", [None, 7])
 @pytest.mark.parametrize("done", [None, False, True])
 def test_bundles_are_read_in_the_order_of_an_index(done: bool | None, after_seq: int | None, failed: bool) -> None:
-    """A job may have millions: none of the port's queries may sort them, or scan other jobs'."""
+    """A job may have millions of bundles, so no query of the port may sort bundles or scan those of other jobs."""
     engine = _created()
     query = select_bundles(JobId("j"), None, done, after_seq, failed).limit(10)
     with transaction(engine) as connection:
@@ -123,7 +124,7 @@ def test_bundles_are_read_in_the_order_of_an_index(done: bool | None, after_seq:
 def test_a_database_that_is_behind_is_migrated_at_the_first_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where batchlab is installed in a folder whose name Alembic would interpolate."""
+    """The migration also works if the path of batchlab's folder contains text that Alembic would interpolate."""
     installed = tmp_path / "100%" / "migrations"
     shutil.copytree(engines.MIGRATIONS, installed)
     monkeypatch.setattr(engines, "MIGRATIONS", installed)
@@ -175,7 +176,7 @@ def test_a_schema_is_made_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
 
 
 def test_alembic_is_not_imported_without_a_pending_migration(tmp_path: Path) -> None:
-    """The command line opens the ledger often; Alembic takes longer than all the rest."""
+    """The command line opens the ledger often, and the import of Alembic takes longer than all the rest."""
     program = """if True:
         import asyncio, pathlib, sys
         from batchlab.adapters.sql import open_sqlite

@@ -1,4 +1,4 @@
-"""How long a queue counts as idle_time: what an idle grid asks for, and how soon a busy one is seen."""
+"""Idle time of a queue: the poll interval of an idle grid, and the delay until work is noticed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def test_two_workers_that_only_live_leave_it_idle_time() -> None:
         now_s += 30.0
         idle_time.halve(now_s)
 
-    # Then each long poll on SQS takes as long as it can, and an emulator is looked at twice a beat.
+    # At this idle time, each long poll on SQS has its full length, and an emulator is polled twice per heartbeat.
     assert idle_time.idle_s(now_s) > IDLE_AFTER_S
     assert POLL_SHARE * idle_time.idle_s(now_s) > 30.0 / 3
 

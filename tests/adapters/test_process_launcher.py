@@ -1,4 +1,4 @@
-"""What only real processes can show: recycled pids, process groups, a manager that is killed."""
+"""Local instances as real processes: recycled pids, process groups, and a killed manager."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
 
 
 def killed_manager(root: Path, what: str) -> None:
-    """A manager that launched instances (`steady-1,stubborn-2`, or a `fleet`) and was killed."""
+    """Run a manager that launches instances (`steady-1,stubborn-2`, or a `fleet`), and kill it."""
     done = subprocess.run([sys.executable, "-c", _MANAGER, str(root), what], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
@@ -84,11 +84,11 @@ def with_launcher(
 
 
 def targets(pid: int) -> list[str]:
-    """What the process has open."""
+    """Return the open files of the process."""
     try:
         return sorted(str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir())
     except FileNotFoundError:
-        return []  # closed while we looked
+        return []  # the file was closed during the look
 
 
 async def soon(condition: Callable[[], bool]) -> None:
@@ -99,7 +99,7 @@ async def soon(condition: Callable[[], bool]) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether it runs; a zombie that nobody has waited for does not."""
+    """Return whether the process runs. A zombie does not count as running."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -114,7 +114,7 @@ async def up(root: Path, *instances: str) -> None:
 
 async def end_of(launcher: ProcessLauncher, instance: str) -> str:
     while True:
-        launcher.changed.clear()  # before the look: what happens during it counts
+        launcher.changed.clear()  # cleared before the look, so that a change during the look is not lost
         if (how := (await launcher.running())[instance]) is not None:
             return how
         await asyncio.wait_for(launcher.changed.wait(), DEADLINE_S)
@@ -122,7 +122,7 @@ async def end_of(launcher: ProcessLauncher, instance: str) -> str:
 
 @contextmanager
 def stranger(env: dict[str, str] | None = None, *, leader: bool = True) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that no launcher started."""
+    """Start a process that does not belong to a launcher."""
     with subprocess.Popen(["sleep", "100"], env=env, start_new_session=leader) as process:
         try:
             yield process
@@ -131,7 +131,7 @@ def stranger(env: dict[str, str] | None = None, *, leader: bool = True) -> Itera
 
 
 def write_record(root: Path, instance: str, **changes: object) -> None:
-    """A record as an earlier manager would have left it, save for the changes."""
+    """Write a record like one of an earlier manager, with the given changes."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     record: dict[str, object] = {
         "instance": instance,
@@ -153,7 +153,7 @@ def start_ticks(pid: int) -> int:
 
 
 def test_a_launch_that_fails_leaves_neither_record_nor_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pain 11: what nobody knows, nobody stops."""
+    """A process without a record could not be stopped."""
     pids = []
 
     def none_left(pid: int) -> int:
@@ -217,7 +217,7 @@ def test_an_instance_is_not_in_our_session_and_holds_none_of_our_files(tmp_path:
         pid = pid_of(tmp_path, "w-2")
         assert os.getsid(pid) == pid != os.getsid(0)
         log = str(tmp_path / "logs" / "w-2.log")
-        # In the end: its own interpreter may just be reading a module.
+        # Look repeatedly, because the instance's own interpreter may open a file for a moment.
         await soon(lambda: targets(pid) == sorted(["/dev/null", log, log]))
 
     with_launcher(tmp_path, check)
@@ -247,7 +247,7 @@ def test_ended_instances_leave_no_file_descriptor_and_in_time_no_record(tmp_path
 
 
 def test_a_death_is_noticed_without_looking(tmp_path: Path) -> None:
-    """Pain 6: a dead worker whose messages nobody gives back."""
+    """The launcher reports the death of an instance without polling."""
 
     async def check(launcher: ProcessLauncher) -> None:
         await launcher.launch(STEADY, "w-1")
@@ -261,7 +261,7 @@ def test_a_death_is_noticed_without_looking(tmp_path: Path) -> None:
 
 
 def test_an_instance_takes_what_it_started_with_it(tmp_path: Path) -> None:
-    """Pain 11: children that run on when their worker was killed."""
+    """The children of a killed worker end with it."""
 
     async def main() -> None:
         def argv(_: Pool, __: str) -> list[str]:
@@ -302,7 +302,7 @@ def test_close_ends_everything_or_nothing(tmp_path: Path) -> None:
 
 
 def test_instances_outlive_their_manager_and_are_adopted(tmp_path: Path) -> None:
-    """Pain 11: jobs that ran on after the head died, and nobody could stop."""
+    """The next manager adopts the instances of a killed manager."""
     killed_manager(tmp_path, "steady-1,stubborn-2,steady-3")
 
     async def check(launcher: ProcessLauncher) -> None:
@@ -312,7 +312,7 @@ def test_instances_outlive_their_manager_and_are_adopted(tmp_path: Path) -> None
         await launcher.terminate("stubborn-2", grace_s=0.1)
         os.kill(pid_of(tmp_path, "steady-3"), signal.SIGKILL)
         for name in ("steady-1", "stubborn-2", "steady-3"):
-            # Where the orphans' new parent is this process, the kernel does tell it their codes.
+            # If this process is the new parent of the orphans, the kernel reports their exit codes to it.
             assert (await end_of(launcher, name)).startswith(("exited; its exit code is unknown", "exit "))
             assert not alive(pid_of(tmp_path, name))
 
@@ -372,7 +372,7 @@ def test_processes_of_a_dead_instance_end_at_adoption(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [False, True], ids=["no pid yet", "cut short"])
 def test_instance_with_an_unfinished_record_is_adopted(tmp_path: Path, cut: bool) -> None:
-    """The manager died between starting it and writing down its pid."""
+    """The manager died after the start of the instance and before it wrote the instance's pid."""
     write_record(tmp_path, "w-1")
     write_record(tmp_path, "w-2")
     if cut:
@@ -381,7 +381,7 @@ def test_instance_with_an_unfinished_record_is_adopted(tmp_path: Path, cut: bool
     with stranger(env, leader=False), stranger(env) as process:
 
         async def check(launcher: ProcessLauncher) -> None:
-            # A program that has just begun may not show its environment yet.
+            # A process that has just started may not show its environment yet.
             environment = Path(f"/proc/{process.pid}/environ")
             await soon(lambda: INSTANCE_VARIABLE in environment.read_text())
             assert await launcher.running() == {"w-1": None, "w-2": AWAY}
@@ -393,7 +393,7 @@ def test_instance_with_an_unfinished_record_is_adopted(tmp_path: Path, cut: bool
 
 
 def test_fleet_continues_after_its_manager_was_killed(tmp_path: Path) -> None:
-    """Pain 11: the head died, and its fleet with it or without an owner."""
+    """The next manager continues the fleet of a killed manager."""
     killed_manager(tmp_path, "fleet")
     os.kill(pid_of(tmp_path, "w-0001"), signal.SIGKILL)
 

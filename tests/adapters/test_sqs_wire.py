@@ -1,4 +1,4 @@
-"""SQS's protocol as spoken by hand: signed as botocore signs, and boto3 where a proxy is."""
+"""SQS's protocol without boto3, signed as botocore signs. boto3 is used behind a proxy."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_signing_key_follows_the_day_and_the_keys() -> None:
 
 
 class Service:
-    """Answers what it is told to; counts connections, and can end those that are kept."""
+    """A server that returns a scripted answer, counts connections, and can close kept connections."""
 
     def __init__(self) -> None:
         self.answer: tuple[int, str, dict[str, str]] = (200, "{}", {})
@@ -199,7 +199,7 @@ def test_answer_of_another_service_is_reported_as_such(service: Service, wire: S
 
 
 def test_null_fields_are_ignored(service: Service, wire: SqsWire) -> None:
-    """As boto3 reads it."""
+    """boto3 ignores null fields too."""
     service.answer = (200, '{"Messages": null, "Failed": []}', {})
     assert wire.call("ReceiveMessage", {}) == {"Failed": []}
 
@@ -272,7 +272,7 @@ def test_certificates_are_those_that_boto3_trusts(monkeypatch: pytest.MonkeyPatc
     url = "https://sqs.example"
     for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    # A profile of the user's is neither needed nor found where an endpoint has its own keys.
+    # An endpoint with its own keys neither needs nor reads a profile of the user.
     monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
     made = connect(session(), url, loopback=False)
     assert made is not None

@@ -1,4 +1,4 @@
-"""When draining containers have to be gone, as it is kept beside Docker."""
+"""The stored deadlines at which draining containers must end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker that has drained lets its instance go, where the group waits for that."""
+"""A drained worker completes the lifecycle hook of its instance if the group waits for that."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def wire(tmp_path: Path) -> Iterator[tuple[Wire, Endpoint]]:
 
 
 def hook(service: Service, endpoint: Endpoint, group: str, instance: str, state: str) -> bool:
-    """What a worker of that instance does once it has drained."""
+    """Complete the hook as a drained worker of that instance does."""
     service.source.known[HERE] = replace(SPOT, instance=instance, signals=Signals(state))
     drained = DrainHook(endpoint, group, Imds(service.url))
     return asyncio.run(drained.complete(Patience(random.Random(1), limit_s=0.1)))
@@ -64,7 +64,7 @@ def test_instance_that_its_group_keeps_stays(
     group, endpoint = wire
     (instance,) = group.grow(1, LifecycleHookSpecificationList=[HOOK])
     assert not hook(service, endpoint, group.name, instance, "InService")
-    # The group has let it go already, or has no hook: there is nothing to be told.
+    # The group has already ended the instance or does not have a hook, so the worker must not log a warning.
     with caplog.at_level(logging.WARNING):
         assert not hook(service, endpoint, group.name, instance, "Terminated")
     assert not caplog.messages

@@ -1,4 +1,4 @@
-"""Deliveries as a receiver meets them: signed, in time, and never to where they must not go."""
+"""Webhook deliveries as a receiver sees them: signed, in time, and never to a forbidden address."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def at(hook: Hook, secret: str = "") -> Target:
     return Target("ops", "webhook", hook.url + PATH, secret=secret)
 
 
-# --- What a receiver gets ------------------------------------------------------------------------
+# --- Requests at a receiver ----------------------------------------------------------------------
 
 
 def test_a_receiver_gets_the_notification(caplog: pytest.LogCaptureFixture) -> None:
@@ -61,7 +61,7 @@ def test_a_receiver_gets_the_notification(caplog: pytest.LogCaptureFixture) -> N
 
 
 def snippet() -> Callable[..., bool]:
-    """The function that the documentation gives to receivers."""
+    """Return the verification function from the documentation."""
     page = (ROOT / "docs" / "notifications.md").read_text()
     (block,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "def is_genuine" in b]
     found: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def test_without_its_secret_nothing_is_sent(secret: str, told: str) -> None:
     assert hook.calls == []
 
 
-# --- What goes wrong -----------------------------------------------------------------------------
+# --- Failed deliveries ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("status", "is_final"), [(301, True), (307, True), (404, False), (410, True), (500, False)])
@@ -139,11 +139,11 @@ def test_proxy_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(hook.calls) == 1
 
 
-# --- Where nothing is sent -----------------------------------------------------------------------
+# --- Forbidden addresses -------------------------------------------------------------------------
 
 
 def lead(monkeypatch: pytest.MonkeyPatch, **names: list[str]) -> None:
-    """Let names be looked up as the test says."""
+    """Let host names resolve to the given addresses."""
 
     async def getaddrinfo(self: Any, host: str, port: int, **_: Any) -> list[Any]:
         found = names[host.replace(".", "_")]
@@ -176,10 +176,11 @@ def of_a_job(url: str, *, local: bool = False) -> Target:
 
 
 def own_address() -> str:
-    """One of this machine's that is not loopback, or loopback where it has no other."""
+    """Return an address of this machine that is not loopback, or 127.0.0.1 if the machine does not have another
+    address."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         try:
-            asked.connect(("192.0.2.1", 9))  # sends nothing
+            asked.connect(("192.0.2.1", 9))  # connect sends no packet for UDP
         except OSError:
             return "127.0.0.1"
         return str(asked.getsockname()[0])
@@ -203,7 +204,7 @@ def test_webhook_of_a_job_reaches_this_machine_if_the_operator_allows_it() -> No
 
 
 def test_http_leads_to_this_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`localhost` is what the resolver says it is."""
+    """The resolver decides which address `localhost` has."""
     lead(monkeypatch, localhost=["192.0.2.7"])
     error = refused(Target("ops", "webhook", "http://localhost/"))
     assert "only https" in error.message
@@ -213,7 +214,7 @@ def test_http_leads_to_this_machine_only(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_address_that_was_checked_is_connected_to_by_the_names_certificate(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The name is looked up once; the certificate must still be the name's."""
+    """The name is resolved once, and the server's certificate must match the name."""
     authority = Authority(tmp_path, "ours")
     key, certificate = authority.sign(tmp_path, "hooks.test")
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.bundle))

@@ -1,1 +1,1 @@
-"""Attacks on the trust boundary: each test performs one and shows that the grid refuses it."""
+"""Attacks on the trust boundary. Each test performs one attack and shows that the grid refuses it."""

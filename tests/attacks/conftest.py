@@ -1,4 +1,4 @@
-"""Grids to attack."""
+"""Fixtures with grids to attack."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["bring_up", "grid", "rig", "worker"]
 
 @pytest.fixture(scope="package")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalGrid]:
-    """A grid of processes on `local`, for attacks that change nothing of it."""
+    """Start a grid of processes on `local`, for attacks that do not change the grid."""
     made = LocalGrid(tmp_path_factory.mktemp("attacked") / "home")
     try:
         yield made
@@ -26,12 +26,12 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalGrid]:
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
-    """A manager in this process over services in memory, without workers."""
+    """Start a manager in this process with services in memory and without workers."""
     with Rig() as rig:
         yield rig
 
 
 @pytest.fixture
 def worker(rig: Rig) -> WorkerRights:
-    """A compromised worker of the grid `rig`."""
+    """Return a compromised worker of the grid `rig`."""
     return WorkerRights(rig.objects, rig.queue, rig.run)

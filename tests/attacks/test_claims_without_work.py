@@ -1,4 +1,4 @@
-"""Attacks of a worker that claims to be idle or busy for ever, to hold up a job or an instance."""
+"""Attacks of a worker that always claims to be idle or busy, to delay a job or to keep an instance."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ async def liar_of(world: World) -> SimWorker:
 
 
 async def beat(world: World, liar: SimWorker, held: Iterable[HeldBundle], number: int, name: str = "") -> None:
-    """Report that the instance runs one bundle, with the proofs of the jobs in `held`, and under
-    the `name` of another worker."""
+    """Send a heartbeat that reports one bundle, with the proofs of the jobs in `held`, under the worker name `name`."""
     who, held = liar.who, tuple(held)
     one = Beat(
         worker=name or who.worker,
@@ -73,7 +72,7 @@ async def comes_down(world: World) -> None:
 
 
 def test_worker_that_claims_to_be_idle_does_not_delay_a_job() -> None:
-    """Finding 5: the only instance of a pool reports that it is idle and receives nothing."""
+    """The only instance of a pool reports that it is idle, and does not receive messages."""
 
     async def act(world: World) -> str:
         made = scenes.job(scenes.stage(scenes.A))
@@ -87,8 +86,8 @@ def test_worker_that_claims_to_be_idle_does_not_delay_a_job() -> None:
 
 @pytest.mark.parametrize("of_a_job", [False, True])
 def test_worker_that_claims_to_be_busy_does_not_keep_its_instance(of_a_job: bool) -> None:
-    """Finding 5: an instance reports for ever that it runs a bundle. The report names no bundle, or
-    one of an ended job that the worker was given. Scale-in spares busy instances."""
+    """An instance reports forever that it runs a bundle. The report names either no bundle or a bundle of an ended job
+    that the worker has received. Scale-in must not spare the instance for this report."""
 
     async def act(world: World) -> str:
         made = scenes.job(scenes.stage(scenes.A), items=1)
@@ -106,8 +105,8 @@ def test_worker_that_claims_to_be_busy_does_not_keep_its_instance(of_a_job: bool
 
 @pytest.mark.parametrize("of_the_manager", [False, True])
 def test_name_of_a_busy_worker_proves_nothing(of_the_manager: bool) -> None:
-    """Finding 5: an instance reports for ever that it is busy, under the name of an honest worker
-    whose outcomes are counted. Every worker may read that name in the outcomes."""
+    """An instance reports forever that it is busy, under the name of an honest worker whose outcomes are counted. Every
+    worker may read that name in the outcomes."""
 
     async def act(world: World) -> str:
         made = scenes.job(scenes.stage(scenes.A), items=400)
@@ -131,7 +130,7 @@ def test_name_of_a_busy_worker_proves_nothing(of_the_manager: bool) -> None:
 
 
 def test_worker_with_one_long_task_keeps_its_instance() -> None:
-    """An outstanding bundle is enough evidence for the manager."""
+    """One outstanding bundle proves to the manager that the worker is busy."""
 
     async def act(world: World) -> int:
         await scenes.ends_well(world, scenes.job(scenes.stage(scenes.A), items=1))
@@ -157,8 +156,8 @@ def test_unusable_messages_do_not_keep_an_idle_instance(monkeypatch: pytest.Monk
 
 
 def test_a_job_that_only_the_bucket_has_counts_as_work() -> None:
-    """A manager died after it had sent a job's first bundles, and before it wrote the ledger. The
-    instance that runs one of them is not replaced, and the next manager finds the job."""
+    """A manager died after it had sent a job's first bundles and before it wrote the job to the ledger. The instance
+    that runs one of the bundles is not replaced, and the next manager finds the job."""
 
     async def act(world: World) -> tuple[int, JobState]:
         made = scenes.job(scenes.stage(scenes.A), items=1)

@@ -1,4 +1,4 @@
-"""Findings 2 and 5: a worker without the commit key of a job changes nothing of that job."""
+"""A worker without the commit key of a job cannot change that job."""
 
 from __future__ import annotations
 
@@ -39,14 +39,13 @@ TASKS = object_keys.tasks_queue("default")
 
 
 def forged(bundle: Bundle, value: int) -> bytes:
-    """An outcome of a bundle with a result that no task has computed."""
+    """Return an outcome of a bundle with a made-up result."""
     made = Outcome(bundle, "evil-1", "evil", 1.0, 2.0, bundle.tasks, (value,), (0.1,))
     return json_format.outcome_text(made).encode()
 
 
 def test_forged_outcomes_of_another_job_are_not_counted(bring_up: Bring, tmp_path: Path) -> None:
-    """Finding 5: outcome objects without the seal of a job are not its outcomes, not for the
-    manager, not for its workers, and not for a ledger that is rebuilt."""
+    """The manager, the workers, and a rebuild of the ledger ignore outcome objects without the seal of their job."""
     grid = bring_up()
     victim = Victim(grid, tmp_path / "victim")
     victim.submit()
@@ -64,8 +63,8 @@ def test_forged_outcomes_of_another_job_are_not_counted(bring_up: Bring, tmp_pat
 
 
 def test_forged_messages_of_another_job_are_dropped(bring_up: Bring, tmp_path: Path) -> None:
-    """Finding 4: a worker runs nothing of a message without the commit key of its job, also where
-    the message brings a definition of the job along."""
+    """A worker does not run a message without the commit key of its job, even if the message contains a definition of
+    the job."""
     grid = bring_up()
     victim = Victim(grid, tmp_path / "victim")
     victim.submit()
@@ -86,9 +85,8 @@ def test_forged_messages_of_another_job_are_dropped(bring_up: Bring, tmp_path: P
 
 
 def test_worker_of_one_job_cannot_change_another_job_on_ministack(bring_up: Bring, tmp_path: Path) -> None:
-    """Findings 2, 4, and 5, over the real S3 and SQS APIs: a worker that has the commit key of its
-    own job forges outcomes of another job, swaps the jobs in task messages, and replays messages
-    of both jobs after their ends."""
+    """A worker with the commit key of its own job forges outcomes of another job, swaps the jobs in task messages, and
+    replays messages of both jobs after their ends. The test uses the real S3 and SQS APIs."""
     grid = bring_up(backend="ministack")
     jobs = {name: Victim(grid, tmp_path / name) for name in ("victim", "own")}
     keys = {name: key_of(grid, one.submit(name, name)) for name, one in jobs.items()}
@@ -127,7 +125,7 @@ def test_worker_of_one_job_cannot_change_another_job_on_ministack(bring_up: Brin
 
 
 def key_of(grid: LocalGrid, job: JobId) -> CommitKey:
-    """The commit key that a worker of the job has."""
+    """Return the commit key that a worker of the job has."""
     return asyncio.run(CommitKeys(grid.objects).stored(job))
 
 
@@ -135,7 +133,7 @@ def key_of(grid: LocalGrid, job: JobId) -> CommitKey:
 
 
 class Doing:
-    """A runner whose tasks come to their item."""
+    """A runner that returns the item of each task as its result."""
 
     def __init__(self) -> None:
         self.ran: list[BundleRun] = []
@@ -152,7 +150,7 @@ BundleRun = tuple[str, str]
 
 
 class Scene:
-    """A worker with its bucket and queues, and a sealed job of one task."""
+    """A worker with its bucket and queues, and a job of one task with a commit key."""
 
     def __init__(self) -> None:
         rng = random.Random(1)
@@ -164,7 +162,7 @@ class Scene:
         self.worker = Worker(Identity("w-1", "i-1", "default", 1), *ports, WorkerSettings())
 
     async def prepare(self, name: str = "victim-1") -> tuple[JobDef, CommitKey]:
-        """Store a sealed job."""
+        """Store a job with a commit key."""
         for queue in (object_keys.EVENTS, TASKS):
             await self.queue.ensure(QueueSpec(queue))
         plain = JobDef(JobId(name), "victim", (StageDef(WORK, handler="m:f"),), 1.0, items=1)
@@ -174,7 +172,7 @@ class Scene:
 
 
 def test_forged_start_markers_do_not_count_against_tasks_of_another_job() -> None:
-    """Finding 5: start markers without the seal of a job are not counted against its tasks."""
+    """Start markers without the seal of a job do not count as starts of its tasks."""
 
     async def main() -> None:
         scene = Scene()
@@ -198,8 +196,7 @@ def test_forged_start_markers_do_not_count_against_tasks_of_another_job() -> Non
 
 
 def test_a_forged_running_marker_does_not_keep_a_bundle_from_being_run_again() -> None:
-    """Finding 5: a running marker whose content is not sealed counts for nothing, though a lister
-    of the bucket finds its name."""
+    """A running marker with unsealed content is ignored, although a listing of the bucket contains its name."""
 
     async def main() -> None:
         scene = Scene()
@@ -220,8 +217,8 @@ def test_a_forged_running_marker_does_not_keep_a_bundle_from_being_run_again() -
 
 
 def test_a_message_runs_under_the_key_of_its_own_job_alone(caplog: pytest.LogCaptureFixture) -> None:
-    """Finding 4: the commit key of one job does not open another one, and what a worker has cached
-    of a job does not let a later message pass."""
+    """The commit key of one job does not open another job, and a cached job of the worker does not let a later message
+    pass."""
     caplog.set_level(logging.WARNING, "batchlab")
 
     async def main() -> None:
@@ -246,7 +243,7 @@ def test_a_message_runs_under_the_key_of_its_own_job_alone(caplog: pytest.LogCap
 
 
 def test_a_key_of_a_spec_that_a_worker_wrote_opens_no_job() -> None:
-    """Finding 4: a definition below another job's markers is not the one of its own id."""
+    """A definition below the markers of another job is not the definition of the job with that id."""
 
     async def main() -> None:
         scene = Scene()
@@ -267,9 +264,9 @@ def test_a_key_of_a_spec_that_a_worker_wrote_opens_no_job() -> None:
 
 @pytest.mark.parametrize("odd", [{"f": "00000000-00000000.0.1"}, {"r": 10**9}])
 def test_an_impossible_bundle_ends_no_worker(odd: Mapping[str, Json]) -> None:
-    """Finding 3: a worker sends a message with the right commit key, whose bundle has a source in a
-    stage that follows no other, or is of a round that no job comes to. Each worker that received
-    the first ended with an error; the second made it look for the plans of 10⁹ rounds."""
+    """A worker sends a message with the right commit key and an impossible bundle. The bundle has a source in a stage
+    without an upstream stage, or a round that the job never reaches. Before, the first message ended each worker with
+    an error, and the second made each worker look for the plans of 10⁹ rounds."""
 
     async def main() -> None:
         scene = Scene()

@@ -50,13 +50,14 @@ def at(grid: LocalGrid) -> compose_deployment.Deployment:
 
 
 def in_manager(at: compose_deployment.Deployment, *command: str) -> tuple[int, str]:
-    """A command of a compromised manager's container: its exit code, and what it printed."""
+    """Run a command in the manager's container, and return its exit code and output."""
     done = docker("exec", f"{at.project}-manager-1", *command)
     return done.returncode, done.stdout + done.stderr
 
 
 def test_the_manager_cannot_choose_what_docker_starts(grid: LocalGrid, at: compose_deployment.Deployment) -> None:
-    """Finding 10: `asg`, which has Docker's socket, launches what templates.toml says."""
+    """The manager must not decide what Docker starts. The service `asg` has Docker's socket, and launches the instances
+    of templates.toml."""
     ours = compose_deployment.folder(grid.home)
     before = {path: path.read_bytes() for path in ours.rglob("*") if path.is_file()}
     there = f"{compose_deployment.HOME}/{compose_deployment.NAME}"
@@ -79,8 +80,8 @@ def test_the_manager_cannot_choose_what_docker_starts(grid: LocalGrid, at: compo
 
 
 def test_endpoint_does_not_launch_a_foreign_image(grid: LocalGrid, at: compose_deployment.Deployment) -> None:
-    """Finding 10: a writer of templates.toml chooses neither image nor rights of a container. Here
-    the host's user writes what a manager would write."""
+    """A writer of templates.toml cannot choose the image or the rights of a container. In this test, the host's user
+    writes the file in place of the manager."""
     path = compose_deployment.folder(grid.home) / "templates.toml"
     template = path.read_text()
     scaling: Any = aws(compose_deployment.autoscaling(grid.home, at), "autoscaling")
@@ -106,7 +107,7 @@ def test_endpoint_does_not_launch_a_foreign_image(grid: LocalGrid, at: compose_d
 
 
 def test_only_signed_requests_change_groups(grid: LocalGrid, at: compose_deployment.Deployment) -> None:
-    """Finding 16: a worker's container could start and end every instance of the grid."""
+    """Before, a worker's container could start and end every instance of the grid."""
     own = compose_deployment.autoscaling(grid.home, at)
     group = f"{at.project}-default"
     honest = aws(own, "autoscaling")
@@ -156,8 +157,8 @@ def test_only_signed_requests_change_groups(grid: LocalGrid, at: compose_deploym
 
 
 def test_a_manager_on_the_host_runs_no_command_that_a_container_has_written(tmp_path: Path) -> None:
-    """Finding 10: a compromised manager's container writes a command into notify.toml, and waits
-    for a manager on the host in the same folder."""
+    """A compromised container of a manager writes a command into notify.toml, and waits for a manager on the host that
+    uses the same folder."""
     home = Home(tmp_path / "home")
     home.make()
     home.notify_file.write_text('[mine]\ncommand = ["touch", "/tmp/x"]\n')
@@ -171,7 +172,8 @@ def test_a_manager_on_the_host_runs_no_command_that_a_container_has_written(tmp_
 
 
 def test_no_service_publishes_a_port() -> None:
-    """Finding 1: LocalStack takes any key, so only the grid's own network reaches it."""
+    """No service of the grid publishes a port. LocalStack accepts any key, so only the grid's own network may
+    reach it."""
     file = Path(str(installation.folder("compose") / "compose.yaml"))
     services = yaml.safe_load(file.read_text())["services"]
     assert not [name for name, one in services.items() if "ports" in one or "network_mode" in one]

@@ -1,4 +1,4 @@
-"""Folders that a power cut has damaged: the grid's of an earlier release, which did not sync."""
+"""Grid folders of an earlier release without syncs, damaged by a power cut."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_job(folder: Path) -> Path:
 
 
 def test_a_job_runs_again_after_a_power_cut_has_emptied_its_objects(tmp_path: Path) -> None:
-    """The ledger had lost the job, its objects were empty, and it could never run again."""
+    """Before, the ledger had lost the job, the job's objects were empty, and the job could never run again."""
     path = write_job(tmp_path)
     grid = LocalGrid(tmp_path / "grid")
     view = grid.run(path)
@@ -48,7 +48,7 @@ def test_a_job_runs_again_after_a_power_cut_has_emptied_its_objects(tmp_path: Pa
 
 @pytest.mark.parametrize("content", [b"", b'{"v": 1, "torn', b"\0" * 512])
 def test_doctor_names_a_damaged_object_and_moves_it(tmp_path: Path, content: bytes) -> None:
-    """Doctor found nothing wrong with such a folder before."""
+    """Before, `doctor` did not report such a folder."""
     home = Home(tmp_path / "grid")
     home.make()
     for key in ("jobs/j-1/spec.json", f"code/{'0' * 64}.zip"):

@@ -1,4 +1,4 @@
-"""Findings 4 and 5: events of a worker count only for its own jobs and its own instance."""
+"""A worker's events count only for its own jobs and its own instance."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def forged(bundle: Bundle, value: int = -1) -> Outcome:
 
 
 def lies(bundle: Bundle) -> list[Events]:
-    """Every fact that an event can state about a bundle."""
+    """Return false events with every fact that an event can state about a bundle."""
     done = settlement.completion(forged(bundle))
     failed = replace(done, succeeded=TaskSet(), failed=bundle.tasks)
     cancelled = replace(done, succeeded=TaskSet(), cancelled=bundle.tasks)
@@ -56,8 +56,8 @@ def lies(bundle: Bundle) -> list[Events]:
 
 
 def bodies(events: Events, keys: Mapping[JobId, CommitKey]) -> list[str]:
-    """The message without proofs, with the proofs that a worker with these keys can make, and with
-    such a proof under the name of another job."""
+    """Return the message without proofs, with the proofs of a worker with these keys, and with such a proof under the
+    name of another job."""
     text = events_message(events)
     mine = with_proofs(text, keys, lambda job: keys[job])
     moved = json.loads(mine)
@@ -67,8 +67,8 @@ def bodies(events: Events, keys: Mapping[JobId, CommitKey]) -> list[str]:
 
 
 def test_events_about_another_job_are_not_counted(bring_up: Bring, tmp_path: Path) -> None:
-    """Finding 5: completions, outcomes, keys, duplicates, and traces need the proof of the job that
-    they are about; the proof of another job does not do."""
+    """Completions, outcomes, keys, duplicates, and traces need the proof of their own job. The proof of another job is
+    not accepted."""
     grid = bring_up()
     victim = Victim(grid, tmp_path / "victim")
     victim.submit()
@@ -98,8 +98,8 @@ def beat_of(instance: str, **changes: Any) -> Beat:
 
 
 def test_heartbeats_of_another_instance_are_ignored(bring_up: Bring, tmp_path: Path) -> None:
-    """Finding 5: a beat without the key of its instance neither silences nor ends its worker, and
-    a beat of an instance that no group has leads to nothing."""
+    """A heartbeat without the key of its instance neither silences nor ends the instance's worker. A heartbeat of an
+    unknown instance is ignored."""
     grid = bring_up()
     victim = Victim(grid, tmp_path / "victim")
     victim.submit()
@@ -134,8 +134,8 @@ def test_heartbeats_of_another_instance_are_ignored(bring_up: Bring, tmp_path: P
 
 
 def test_no_worker_learns_the_id_of_a_new_instance() -> None:
-    """Finding 5: the first key of an instance counts, so no other worker may know its id before.
-    Ids of `local` and the containers' groups are random, and a worker's role on AWS lists none."""
+    """The first key of an instance is accepted, so other workers must not learn the id of an instance before that. The
+    ids on `local` and in containers are random, and a worker's role on AWS cannot list instances."""
     ids = {RandomIds().fresh("w") for _ in range(100)}
     assert len(ids) == 100
     assert all(re.fullmatch("w-[0-9a-f]{16}", one) for one in ids)
@@ -147,15 +147,14 @@ def test_no_worker_learns_the_id_of_a_new_instance() -> None:
 
 
 def take(rig: Rig, *messages: str) -> None:
-    """Let the manager take event messages, and wait until it has."""
+    """Let the manager process event messages, and wait until it has."""
     collector = rig.manager._collector
     rig.run(collector._process([Message("m", message, "r", 1, 0.0, 0.0) for message in messages]))
 
 
 def test_only_the_first_key_of_an_instance_is_believed(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    """Finding 5: the first beat of an instance binds it to a key; a later beat needs that key, a
-    restarted worker has it, and the next leader knows it. Beats with other keys are logged once and
-    counted."""
+    """The first heartbeat of an instance binds the instance to a key, and later heartbeats need this key. A restarted
+    worker and the next leader know the key. Heartbeats with other keys are counted and logged once."""
     rig.submit(job(tasks=1))
     (instance,) = rig.instances(1, "Pending")
     registry = rig.manager.registry
@@ -182,8 +181,8 @@ def test_only_the_first_key_of_an_instance_is_believed(rig: Rig, caplog: pytest.
 
 
 def test_a_first_beat_counts_once_its_key_is_stored(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finding 5: a manager that dies between a first beat and the store of its key has not acted on
-    that beat, so the next one may bind the instance to the same key or to none."""
+    """A manager may die between a first heartbeat and the store of its key. The dead manager has not acted on the
+    heartbeat, so the next heartbeat may bind the instance to the same key, to another key, or to none."""
     rig.submit(job(tasks=1))
     (instance,) = rig.instances(1, "Pending")
     registry = rig.manager.registry
@@ -201,8 +200,7 @@ def test_a_first_beat_counts_once_its_key_is_stored(rig: Rig, monkeypatch: pytes
 
 
 def test_bundles_and_receipts_of_a_heartbeat_count_only_for_its_worker(rig: Rig) -> None:
-    """Finding 5: bundles of other jobs are not kept from being looked for, and receipts are not
-    used on other queues."""
+    """A heartbeat does not stop the search for bundles of other jobs, and its receipts are not used on other queues."""
     name = JobId(rig.submit(job(tasks=2)))
     one, two = rig.outstanding(name, 2)
     (instance,) = rig.instances(1, "Pending")
@@ -226,7 +224,7 @@ def test_bundles_and_receipts_of_a_heartbeat_count_only_for_its_worker(rig: Rig)
 
 
 def test_a_fact_of_two_jobs_is_a_fact_of_neither(rig: Rig) -> None:
-    """Finding 5: what follows from a bundle of one job is not a bundle of another one."""
+    """A follow-up of a bundle must belong to the job of this bundle."""
     mine, other = JobId(rig.submit(job(token="a"))), JobId(rig.submit(job(token="b")))
     (bundle, *_) = (one.bundle for one in rig.outstanding(mine, 4))
     follow = replace(rig.outstanding(other, 4)[0].bundle, attempt=7)
@@ -249,8 +247,8 @@ def test_a_fact_of_two_jobs_is_a_fact_of_neither(rig: Rig) -> None:
 
 
 def test_events_that_a_worker_repeats_count_once(rig: Rig) -> None:
-    """Finding 5: a worker sends its own proven event again, also after the user has retried the
-    job: what it says is of the round before."""
+    """A worker sends its own proven event again, also after the user has retried the job. The repeated event belongs to
+    the previous round."""
     name = JobId(rig.submit(job(tasks=1)))
     (bundle,) = (one.bundle for one in rig.outstanding(name, 1))
     key = rig.run(rig.manager.ports.keys.stored(name))
@@ -271,8 +269,8 @@ def test_events_that_a_worker_repeats_count_once(rig: Rig) -> None:
 
 @pytest.mark.parametrize("tasks", [2, 12])
 def test_job_with_counted_but_uncommitted_outcomes_restarts_from_the_bucket(rig: Rig, tasks: int) -> None:
-    """Finding 5: completions of a worker that has the key, without outcome objects. The job begins
-    anew from the bucket, and ends with what is committed."""
+    """A worker with the commit key sends completions without outcome objects. The job restarts from the bucket, and
+    ends with the committed outcomes."""
     name = JobId(rig.submit(job(tasks=tasks)))
     bundles = [one.bundle for one in rig.outstanding(name, tasks)]
     key = rig.run(rig.manager.ports.keys.stored(name))
@@ -288,8 +286,8 @@ def test_job_with_counted_but_uncommitted_outcomes_restarts_from_the_bucket(rig:
 
 
 def test_a_definition_below_the_markers_of_a_job_is_not_restored(rig: Rig, worker: WorkerRights) -> None:
-    """Finding 4: an event with the id `job/stage/running/x` makes no job of what a worker wrote
-    there, and a restored job passes admission."""
+    """An event with the id `job/stage/running/x` does not create a job from a worker's object at this key. A restored
+    job must pass admission."""
     name = rig.submit(job(tasks=1))
     sealed = json_format.loads(worker.get(object_keys.spec(JobId(name))))
     plain = {key: one for key, one in sealed.items() if key not in ("commit_hash", "needs")}
@@ -304,7 +302,7 @@ def test_a_definition_below_the_markers_of_a_job_is_not_restored(rig: Rig, worke
 
 
 def test_a_restored_job_passes_admission(rig: Rig) -> None:
-    """Finding 4: an event restores no job that the grid would not have accepted."""
+    """An event does not restore a job that the grid would not accept."""
     made = job("wrong", pool="nowhere")
     rig.run(rig.objects.put(object_keys.spec(made.id), commit_keys.to_bytes(made)))
     bundle = Bundle(made.id, MAP, TaskSet.from_indices([0]))

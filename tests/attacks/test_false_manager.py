@@ -1,4 +1,4 @@
-"""Finding 9: a program that holds the manager's port learns no token and changes no answer."""
+"""A program that listens on the manager's port cannot learn the token or change an answer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def rig() -> Iterator[Rig]:
 
 @dataclass
 class FalseManager:
-    """Answers as a manager would, as far as a program without the token can."""
+    """A false manager that answers as well as it can without the token."""
 
     seen: list[Request] = field(default_factory=list)
 
@@ -43,7 +43,7 @@ class FalseManager:
 
 @dataclass
 class Relay:
-    """Sends what it receives to the real manager, and changes what `alter` changes."""
+    """A relay that sends requests to the real manager, and applies `alter` to the traffic."""
 
     target: str
     alter: Callable[[Answer], Answer] = lambda answer: answer
@@ -59,7 +59,7 @@ def sent(requests: list[Request]) -> str:
 
 
 def test_a_false_manager_learns_no_token() -> None:
-    """Finding 9: not even `/v1/health` sends the token before the manager has proven itself."""
+    """The client does not send the token before the manager has proven its identity, not even to `/v1/health`."""
     false = FalseManager()
     with standing(false) as url, Client(url, TOKEN) as client:
         for ask in (client.health, client.shutdown, client.open_session, client.jobs):
@@ -77,7 +77,7 @@ async def _polled(client: Client) -> None:
 
 
 def test_no_command_sends_the_token_to_a_false_manager(tmp_path: Path) -> None:
-    """Finding 9: the shell's completion asks the manager too."""
+    """The shell completion also sends requests to the manager."""
     home, false = Home(tmp_path), FalseManager()
     with standing(false) as url, home.locked():
         home.write_record(ManagerRecord(url, os.getpid(), "manager-1", "aws"))
@@ -87,7 +87,7 @@ def test_no_command_sends_the_token_to_a_false_manager(tmp_path: Path) -> None:
 
 
 def test_a_relay_learns_no_token_and_changes_no_answer(rig: Rig) -> None:
-    """Finding 9: the real manager may be reachable at another port."""
+    """The attacker may forward requests to the real manager at another port."""
     rig.submit(job(token="relayed"))
 
     def forged(answer: Answer) -> Answer:
@@ -107,7 +107,7 @@ def test_a_relay_learns_no_token_and_changes_no_answer(rig: Rig) -> None:
 
 
 def test_first_outcomes_are_not_changed_on_their_way(rig: Rig) -> None:
-    """Finding 9: the Python API unpickles results, and these come in an answer of several parts."""
+    """The Python API unpickles results, which arrive in an answer of several parts."""
 
     def forged(answer: Answer) -> Answer:
         first, _, rest = answer.body.partition(b"\n")
@@ -123,7 +123,7 @@ def test_first_outcomes_are_not_changed_on_their_way(rig: Rig) -> None:
 
 
 def test_a_request_that_was_seen_cannot_be_sent_again_or_changed(rig: Rig) -> None:
-    """Finding 9: a relay sends nothing of its own."""
+    """A relay cannot send a request of its own."""
     name = rig.submit(job(token="again"))
     relay = Relay(rig.url)
     with standing(relay) as url, Client(url, TOKEN) as client:
@@ -150,7 +150,7 @@ def test_a_request_that_was_seen_cannot_be_sent_again_or_changed(rig: Rig) -> No
 
 
 def test_a_signed_request_has_the_body_that_was_signed(rig: Rig) -> None:
-    """Finding 9: a relay may change the body alone."""
+    """A relay may change the body of a signed request."""
     before = len(rig.client.jobs())
     signed = http_connections.sign(TOKEN, "POST", "/v1/jobs", b'{"job": 1}')
     headers = {"Authorization": signed.header, "Content-Type": "application/json"}
@@ -161,7 +161,7 @@ def test_a_signed_request_has_the_body_that_was_signed(rig: Rig) -> None:
 
 
 def test_an_old_signature_is_refused_in_words(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finding 9: a signature is good for some minutes, so the clocks must agree roughly."""
+    """A signature is valid for some minutes, so the clocks must agree roughly."""
     sign = http_connections.sign
 
     def earlier(token: str, method: str, target: str, body: bytes) -> http_connections.Signed:
@@ -173,7 +173,7 @@ def test_an_old_signature_is_refused_in_words(rig: Rig, monkeypatch: pytest.Monk
 
 
 def test_an_error_of_the_manager_is_signed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finding 9: or a bug in the manager would look like another program."""
+    """Without a signature, a manager's error would look like the answer of another program."""
     rig.submit(job(token="failing"))
     monkeypatch.setattr("batchlab.server.job_views.job_view", None)
     with pytest.raises(BackendError, match="The manager failed"):
@@ -182,8 +182,8 @@ def test_an_error_of_the_manager_is_signed(rig: Rig, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_commands_on_this_machine_use_a_socket_of_their_user(tmp_path: Path) -> None:
-    """Finding 9: on `local` the token goes to a Unix socket that nobody else can open, and a
-    program that takes the port of a manager that has ended learns nothing."""
+    """On `local`, the client sends the token to a Unix socket that only its user can open. A program that takes the
+    port of an ended manager does not learn the token."""
     grid = LocalGrid(tmp_path / "home")
     try:
         record = grid.home.record()
@@ -206,7 +206,7 @@ def test_commands_on_this_machine_use_a_socket_of_their_user(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_socket_has_a_private_folder_where_the_grids_path_is_too_long(tmp_path: Path) -> None:
-    """Finding 9: a path of a Unix socket has about 100 bytes."""
+    """The path of a Unix socket is limited to about 100 bytes."""
     grid = LocalGrid(tmp_path / ("long-" * 30) / "home")
     try:
         record = grid.home.record()

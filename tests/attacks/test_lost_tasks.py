@@ -1,6 +1,6 @@
-"""Finding 5: a worker that has the key of a job commits outcomes that do not account for its tasks.
+"""A worker with the key of a job commits outcomes that do not account for all of its tasks.
 
-The job is the worker's to spoil, but it ends, and the manager goes on.
+The worker can spoil its own job, but the job ends and the manager continues.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.support.server.api import MAP, Rig, job
 
 
 def commit_and_tell(rig: Rig, name: JobId, *outcomes: Outcome) -> None:
-    """Do what a worker with the key of the job can do: commit outcomes, and send their events."""
+    """Act as a worker with the key of the job: commit outcomes, and send their events."""
     key = rig.run(rig.manager.ports.keys.stored(name))
     for outcome in outcomes:
         rig.run(commit(rig.objects, outcome, rig.manager.ports.patience, key))
@@ -28,8 +28,8 @@ def commit_and_tell(rig: Rig, name: JobId, *outcomes: Outcome) -> None:
 
 
 def test_job_whose_outcomes_lack_follow_ups_fails(rig: Rig) -> None:
-    """Finding 5: nothing hands the results on to the next stage. The manager looks into the bucket
-    once, and then the job fails."""
+    """The outcomes do not contain follow-ups for the next stage. The manager reads the bucket once, and then the job
+    fails."""
     rig.manager.coordinator._lost_tasks._wait_s = 0.0
     follower = StageDef(StageName("next"), (MAP,), handler="m:f")
     name = JobId(rig.submit(job(tasks=2, after=[follower])))
@@ -43,8 +43,8 @@ def test_job_whose_outcomes_lack_follow_ups_fails(rig: Rig) -> None:
 
 
 def test_a_job_with_more_results_than_tasks_can_be_cancelled_and_retried(rig: Rig) -> None:
-    """Finding 5: outcomes of bundles that nobody has planned count tasks twice. What was never cut
-    is then no negative number, which nobody could read back."""
+    """Outcomes of bundles without a plan count tasks twice. The number of remaining tasks must not become negative,
+    because a negative number could not be read back."""
     name = JobId(rig.submit(job(tasks=2)))
     rig.outstanding(name, 2)
     both = Bundle(name, MAP, TaskSet.from_indices([0, 1]))
@@ -62,7 +62,7 @@ def test_a_job_with_more_results_than_tasks_can_be_cancelled_and_retried(rig: Ri
 
 
 def test_a_follow_waits_no_longer_than_the_backoff() -> None:
-    """Finding 5: a bundle that is due in 3,000 years would never be looked for."""
+    """Before, a bundle with a due time in 3,000 years was never looked for."""
     rule = RetryRule(attempts=3, backoff_s=10.0, factor=2, max_backoff_s=60.0, jitter=0.0)
     made = job(retry=rule)
     again = Bundle(made.id, MAP, TaskSet.from_indices([0]), attempt=2)

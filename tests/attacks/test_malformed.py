@@ -1,6 +1,6 @@
-"""Messages and objects that cannot be read, as a compromised worker can make them.
+"""Unreadable messages and objects of a compromised worker.
 
-BATCHLAB_MALFORMED is the number of generated examples of each property.
+The environment variable BATCHLAB_MALFORMED sets the number of generated examples of each property.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ JUNK: st.SearchStrategy[Any] = st.sampled_from(
 
 
 def _places(doc: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container in a document, with each of its keys."""
+    """Yield every container in a document with each of its keys."""
     if isinstance(doc, dict | list):
         for key, value in list(doc.items() if isinstance(doc, dict) else enumerate(doc)):
             yield doc, key
@@ -160,7 +160,7 @@ def _places(doc: Any) -> Iterator[tuple[Any, Any]]:
 
 @st.composite
 def mutated(draw: st.DrawFn, text: str) -> str:
-    """A document with one to three places changed, or a text that is cut off or overwritten."""
+    """Draw a document with one to three changed places, or a truncated or overwritten text."""
     how = draw(st.sampled_from(["tree", "tree", "tree", "tree", "cut", "bytes", "any", "deep"]))
     if how == "cut":
         return text[: draw(st.integers(0, len(text) - 1))]
@@ -211,7 +211,7 @@ READERS: Sequence[tuple[str, Callable[[str], Any], Callable[[Any], str]]] = [
 def test_a_reader_returns_a_value_that_can_be_written_again_or_raises_one_error(
     given_: tuple[tuple[str, Callable[[str], Any], Callable[[Any], str]], str],
 ) -> None:
-    """Findings 3, 6 and 12: no text raises another error, and no lone surrogate gets in."""
+    """A reader raises only one kind of error for any text, and never returns a lone surrogate."""
     (_, read, write), text = given_
     try:
         value = read(text)
@@ -226,7 +226,7 @@ def test_a_reader_returns_a_value_that_can_be_written_again_or_raises_one_error(
 
 
 class Desk:
-    """The parts of a manager that read what workers write, over services in memory."""
+    """The components of a manager that read workers' data, with services in memory."""
 
     def __init__(self) -> None:
         self.clock, self.ledger = WallClock(), open_memory()
@@ -251,7 +251,7 @@ class Desk:
         self.collector = Collector(context, self.ledger_writer)
 
     def judge_anew(self) -> None:
-        """Forget what could not be read so far."""
+        """Forget which objects were unreadable."""
         self.counts = Counters()
         self.quarantine = Quarantine(self.counts)
         self.outcomes = OutcomeStore(self.ports, self.quarantine)
@@ -270,7 +270,7 @@ class Desk:
         self.lives[JOB.id] = live
 
     async def take(self, *bodies: str, first: int = 0) -> None:
-        """Let the collector take messages with these bodies."""
+        """Let the collector process messages with these bodies."""
         messages = [Message(f"m-{first + n}", body, "r", 1, 0.0, 0.0) for n, body in enumerate(bodies)]
         await self.collector._process(messages)
 
@@ -284,7 +284,7 @@ def is_malformed(text: str) -> bool:
 
 
 def test_the_manager_counts_nothing_of_malformed_events_and_reports_each_once(caplog: pytest.LogCaptureFixture) -> None:
-    """Finding 3: each batch of malformed events comes twice, with an event that is well formed."""
+    """Each batch of malformed events arrives twice, together with a well-formed event."""
     seen = 0
     caplog.set_level(logging.ERROR)
     good = events_message(Events(duplicates=EVENTS.duplicates))
@@ -321,13 +321,13 @@ def test_the_manager_counts_nothing_of_malformed_events_and_reports_each_once(ca
 
 
 def drive(loop: asyncio.AbstractEventLoop, work: Any) -> Any:
-    """Await `work` in `loop`, from the thread in which hypothesis runs."""
+    """Run a coroutine in `loop`, from the thread of hypothesis."""
     return asyncio.run_coroutine_threadsafe(work, loop).result(60)
 
 
 def test_unreadable_outcome_is_replaced_and_a_rebuild_continues(caplog: pytest.LogCaptureFixture) -> None:
-    """Findings 3 and I7: whatever is at an outcome's key, the job goes on, and a rebuild restores
-    the job with what its manager has counted."""
+    """For any content at an outcome's key, the job continues, and a rebuild restores the job with the outcomes that its
+    manager has counted."""
     caplog.set_level(logging.ERROR)
 
     key = object_keys.outcome(BUNDLE, UNSEALED)
@@ -351,7 +351,7 @@ def test_unreadable_outcome_is_replaced_and_a_rebuild_continues(caplog: pytest.L
 
     async def one(desk: Desk, data: bytes) -> None:
         await desk.objects.delete([key, object_keys.replacement(BUNDLE)])
-        await rebuild(desk.ports)  # as it was before
+        await rebuild(desk.ports)  # the rebuild must restore the state from before
         desk.judge_anew()
         await desk.objects.put(key, data)
         caplog.clear()
@@ -370,15 +370,15 @@ def test_unreadable_outcome_is_replaced_and_a_rebuild_continues(caplog: pytest.L
         before = await desk.ledger.rows(JOB.id)
         rebuilt = await rebuild(desk.ports)
         assert (rebuilt.jobs, rebuilt.unreadable) == (1, {})
-        # The second stage is planned by a conductor, which this desk does not have.
+        # A conductor plans the second stage, but this desk does not have a conductor.
         assert (await desk.ledger.rows(JOB.id)).stages[0] == before.stages[0]
 
     asyncio.run(main())
 
 
 def test_a_number_beyond_all_floats_and_a_foreign_stage_are_not_taken() -> None:
-    """Finding 3: 1e999 is read as infinity, which nobody can write again; a follow in a stage that
-    its job does not have ended the manager with a KeyError."""
+    """The number 1e999 is read as infinity, which JSON cannot represent. Before, a follow-up in an unknown stage ended
+    the manager with a KeyError."""
     infinite = outcome_text().replace('{"x":[0,null]}', '{"x":[1e999,null]}')
     assert infinite != outcome_text()
     with pytest.raises(Malformed):
@@ -404,7 +404,7 @@ def test_a_number_beyond_all_floats_and_a_foreign_stage_are_not_taken() -> None:
 
 
 def test_a_rebuild_names_each_unreadable_object_and_restores_every_other_job() -> None:
-    """I7: one bad object of a job does not keep the others, or the job, from being restored."""
+    """One unreadable object does not prevent the restore of its job or of other jobs (I7)."""
 
     async def main() -> None:
         desk = Desk()
@@ -426,7 +426,7 @@ def test_a_rebuild_names_each_unreadable_object_and_restores_every_other_job() -
 
 
 def test_a_worker_names_only_outcomes_and_none_is_read_that_is_too_large() -> None:
-    """Finding 6: an event with the key of raw data is refused, and a heavy outcome is not read."""
+    """An event with a raw data key is refused, and an outcome that is too large is not read."""
     with pytest.raises(Malformed):
         read_events_message('{"v":1,"k":["raw/big.csv"]}')
     heavy = b'{"v":1,"x":[' + b"[]," * (OUTCOME_WEIGHT // 25) + b"[]]}"
@@ -447,7 +447,7 @@ def test_a_worker_names_only_outcomes_and_none_is_read_that_is_too_large() -> No
 def test_a_worker_writes_no_outcome_that_is_too_heavy_to_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Finding 6: values beyond the bound are stored apart, and tracebacks are left out."""
+    """Values above the limit are stored separately, and tracebacks are omitted."""
     monkeypatch.setattr(task_executor, "INLINE_WEIGHT", 2_000)
     monkeypatch.setattr(handlers, "load", lambda *_: lambda item, _: "x" * item)
     request = task_executor.ExecutionRequest(
@@ -515,7 +515,7 @@ BAD_EVENTS += [
 
 @pytest.mark.parametrize("stored", [b'{"v":1}', b'{"v":99}'], ids=["empty", "of a later release"])
 def test_manager_survives_any_bad_event_and_object(rig: Rig, worker: WorkerRights, stored: bytes) -> None:
-    """Findings 3, 4 and 6: bad events and a bad outcome object; both jobs come to their ends."""
+    """The manager receives bad events and a bad outcome object, and both jobs end."""
     spared = rig.submit(job("spared", tasks=2))
     hurt = rig.submit(job("hurt", "u", tasks=1, retry=RetryRule(attempts=2, backoff_s=0.0)))
     rig.outstanding(spared, 2)
@@ -527,7 +527,7 @@ def test_manager_survives_any_bad_event_and_object(rig: Rig, worker: WorkerRight
         worker.send_events(body)
     counts = rig.manager.counts
     rig.until(lambda: counts.unreadable["event"] == len(BAD_EVENTS), "the report of each event")
-    # Its message is gone, and it has been silent for long.
+    # The message of the bundle is lost, and the bundle has been silent for a long time.
     rig.run(rig.queue.purge(object_keys.tasks_queue("default")))
     live.outstanding[bundle.stage][bundle.id].heard_s = -1e9
     rig.until(lambda: counts.unreadable["outcome"] == 1, "the report of the outcome")

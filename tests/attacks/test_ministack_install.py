@@ -1,4 +1,4 @@
-"""Attacks on the installation of MiniStack, by a package index."""
+"""Attacks of a package index on the installation of MiniStack."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchlab.core.errors import BackendError
 
 
 def wheel(folder: Path, name: str, version: str) -> None:
-    """A wheel of that name whose code is another's."""
+    """Write a wheel of that name with foreign code."""
     stem = f"{name.replace('-', '_')}-{version}"
     with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as file:
         file.writestr(f"{name.replace('-', '_')}.py", "raise SystemExit('the code of somebody else')")
@@ -26,7 +26,7 @@ def wheel(folder: Path, name: str, version: str) -> None:
 
 @pytest.mark.slow
 def test_a_file_that_is_not_the_one_on_record_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finding 15: whatever the index served as MiniStack was installed, and run."""
+    """Before, the installation ran any package that the index served as MiniStack."""
     served = tmp_path / "served"
     served.mkdir()
     packages = re.findall(r"^([\w.-]+)==([\w.]+)", requirements().read_text(), re.MULTILINE)
@@ -42,7 +42,7 @@ def test_a_file_that_is_not_the_one_on_record_is_not_installed(tmp_path: Path, m
 
 
 def test_every_package_has_one_version_and_hashes() -> None:
-    """Finding 15: pip checks each file only if none is without a hash."""
+    """pip checks the hash of each file only if every package has a hash."""
     lines = requirements().read_text().replace("\\\n", " ").splitlines()
     packages = [line for line in lines if line and not line.startswith("#")]
     for line in packages:

@@ -1,4 +1,4 @@
-"""Attacks on the emulator of a grid on `ministack`, by a web page and by another user's program."""
+"""Attacks of a web page and of another user's program on the emulator of a `ministack` grid."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def endpoint(grid: LocalGrid) -> Endpoint:
 def ask(
     endpoint: Endpoint, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = {}
 ) -> tuple[int, dict[str, str], bytes]:
-    """The answer: status, headers, body."""
+    """Send a request, and return its status, headers, and body."""
     assert endpoint.url
     connection = http.client.HTTPConnection(urlsplit(endpoint.url).netloc, timeout=10)
     try:
@@ -67,7 +67,7 @@ def signed(
     keys: tuple[str, str] | None = None,
     headers: Mapping[str, str] = {},
 ) -> dict[str, str]:
-    """The headers of a signed request."""
+    """Return the headers of a signed request."""
     request = AWSRequest(method, f"{endpoint.url}{path}", headers=dict(headers), data=body)
     known = Credentials(*(keys or (endpoint.access_key, endpoint.secret_key)))
     auth = S3SigV4Auth if service == "s3" else SigV4Auth
@@ -87,7 +87,7 @@ def bucket_of(grid: LocalGrid) -> str:
 
 
 def test_a_job_cannot_be_forged_without_a_signature(grid: LocalGrid, endpoint: Endpoint) -> None:
-    """Finding 1: any user of this machine could write a job's spec into the bucket."""
+    """Before, any user of this machine could write a job's definition into the bucket."""
     path, body = f"/{bucket_of(grid)}{KEY}", json.dumps(FORGED).encode()
     for headers in (
         {},
@@ -107,7 +107,7 @@ def test_a_job_cannot_be_forged_without_a_signature(grid: LocalGrid, endpoint: E
 
 
 def test_queues_refuse_requests_without_keys(endpoint: Endpoint) -> None:
-    """Finding 1: an unsigned message reached the events queue, and another's was deleted."""
+    """Before, an unsigned message reached the events queue, and the message of another client could be deleted."""
     status, told, text = ask(endpoint, "POST", "/", b"{}", JSON)
     assert (status, told["content-type"]) == (403, "application/x-amz-json-1.0")
     assert json.loads(text)["__type"] == "AccessDenied"
@@ -123,7 +123,7 @@ def test_queues_refuse_requests_without_keys(endpoint: Endpoint) -> None:
 
 
 def test_a_web_page_is_refused_even_with_a_signature(grid: LocalGrid, endpoint: Endpoint) -> None:
-    """Finding 1: MiniStack allowed every page of every origin to read its answers."""
+    """Web pages must not read the emulator. Before, MiniStack allowed pages of every origin to read its answers."""
     path = f"/{bucket_of(grid)}?list-type=2"
     headers = signed(endpoint, "GET", path)
     status, told, _ = ask(endpoint, "GET", path, headers=headers)
@@ -141,7 +141,7 @@ def test_a_web_page_is_refused_even_with_a_signature(grid: LocalGrid, endpoint: 
 
 
 def test_a_rebound_name_is_refused(grid: LocalGrid, endpoint: Endpoint) -> None:
-    """Finding 1: a page whose name resolves to 127.0.0.1 sends no Origin to its own host."""
+    """A page whose name resolves to 127.0.0.1 does not send an Origin header to its own host."""
     assert endpoint.url
     port = urlsplit(endpoint.url).port
     path = f"/{bucket_of(grid)}?list-type=2"
@@ -152,7 +152,7 @@ def test_a_rebound_name_is_refused(grid: LocalGrid, endpoint: Endpoint) -> None:
 
 
 def test_a_presigned_url_works_until_it_expires(grid: LocalGrid, endpoint: Endpoint) -> None:
-    """Finding 1: the check covers signatures in the query string too."""
+    """The check also covers signatures in the query string."""
     s3 = client(endpoint, "s3", connections=1)
     bucket = bucket_of(grid)
     s3.put_object(Bucket=bucket, Key="shared/a b+ü", Body=b"content")
@@ -168,7 +168,7 @@ def test_a_presigned_url_works_until_it_expires(grid: LocalGrid, endpoint: Endpo
 
 
 def test_the_keys_are_the_owners_alone(grid: LocalGrid, endpoint: Endpoint) -> None:
-    """Finding 1: each grid has its own random keys, which no other user can read."""
+    """Each grid has its own random keys, which other users cannot read."""
     file = grid.home.backend_folder("ministack") / "keys.json"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     kept = json.loads(file.read_text())
@@ -181,14 +181,14 @@ def test_the_keys_are_the_owners_alone(grid: LocalGrid, endpoint: Endpoint) -> N
 
 
 def test_an_emulator_of_release_0_1_0_is_replaced(tmp_path: Path) -> None:
-    """Finding 1: an emulator that checks no signature ends when a newer manager takes over."""
+    """An emulator that does not check signatures ends when a newer manager takes over."""
     python = ministack_python()
     with Emulator(python, tmp_path, orphan_s=60.0) as first:
         old, record = first.pid, tmp_path / "emulator.json"
         fields = json.loads(record.read_text())
         del fields["checks_signatures"]
         record.write_text(json.dumps(fields))
-        # As if the first one's manager was killed.
+        # The first manager is treated as killed.
         assert first._owner_lock
         assert first._listener
         first._owner_lock.close()

@@ -1,4 +1,4 @@
-"""Finding 12, by way of the HTTP API: odd values are refused with a sentence, or harm nobody."""
+"""Odd values in requests of the HTTP API, which are refused with an error message or are harmless."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ODD = (
     '{"$pickle":"gASVBAAAAAAAAABLAS4="}',
     "[" * 5000 + "]" * 5000,
 )
-"""JSON texts in place of a value; some are more than JSON."""
+"""JSON texts that replace a value. Some of these texts are not valid JSON."""
 HOLE = '"@hole@"'
 
 
@@ -45,7 +45,7 @@ def rig() -> Iterator[Rig]:
 
 
 def places(doc: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value in a document, the document itself left out."""
+    """Yield the path of every value in a document, except the path of the document itself."""
     pairs = doc.items() if isinstance(doc, dict) else enumerate(doc)
     for key, value in pairs:
         yield (*at, key)
@@ -54,7 +54,7 @@ def places(doc: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def with_hole(doc: Any, at: tuple[Any, ...]) -> str:
-    """The document as text with HOLE in place of one value."""
+    """Return the document as text, with HOLE in place of one value."""
     made = json.loads(json.dumps(doc))
     inner = made
     for key in at[:-1]:
@@ -74,7 +74,7 @@ def document(token: str) -> Any:
 
 
 def test_no_value_of_a_job_fails_the_manager_or_a_listing(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    """Every value of a job is replaced by every odd one, and each answer is no failure."""
+    """The test replaces every value of a job by every odd value, and no answer may be an internal error."""
     accepted = 0
     for number, at in enumerate(places(document("t"))):
         for odd in ODD:
@@ -139,7 +139,7 @@ def test_odd_numbers_of_an_input_are_refused(rig: Rig) -> None:
     "key", ["../../x", "raw//x", "raw/\x00", "raw/\x1b[2J", "/", "", "grid/notifications.json", "grid/"]
 )
 def test_input_that_no_bucket_holds_or_that_is_the_grids_is_refused(rig: Rig, key: str) -> None:
-    """A job with it would never end, or would read what only the manager may read."""
+    """A job with such an input would never end, or would read objects that only the manager may read."""
     doc = json_format.job_to_json(job("input", "t"))
     doc["input"] = json_format.fields(InputDef((key,)))
     found = post(rig, json.dumps({"job": doc}))
@@ -149,7 +149,8 @@ def test_input_that_no_bucket_holds_or_that_is_the_grids_is_refused(rig: Rig, ke
 
 @pytest.mark.parametrize("names", [("map", "Map"), ("map", "map"), ("spec.json",), ("Control.json",)])
 def test_stages_with_the_same_folder_are_refused(rig: Rig, names: tuple[str, ...]) -> None:
-    """On a file system that ignores case, or where a file of the job has that name."""
+    """On a file system that ignores case, two names may share a folder. A file of the job may also have the name of a
+    stage's folder."""
     stages = [{**document("t")["stages"][0], "name": name} for name in names]
     found = post(rig, json.dumps({"job": {**document("stages"), "stages": stages}}))
     assert found.status_code == 422, found.text

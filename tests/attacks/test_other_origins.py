@@ -1,4 +1,4 @@
-"""Findings 7 and 9: no page of another origin uses the API or reads an answer of it."""
+"""Pages of other origins cannot call the API or read its answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOREIGN = (
     {"Origin": "http://127.0.0.1:1"},
     {"Origin": "null"},
     {"Sec-Fetch-Site": "cross-site"},
-    {"Sec-Fetch-Site": "same-site"},  # another port of the same host
+    {"Sec-Fetch-Site": "same-site"},  # a page of another port on the same host
     {"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"},
 )
 
@@ -30,7 +30,7 @@ def http(grid: LocalGrid) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def asked(grid: LocalGrid, http: httpx.Client) -> list[tuple[str, str]]:
-    """Every route of the API, with its method."""
+    """Return every route of the API with its method."""
     described = http.get("/openapi.json").json()["paths"]
     found = [
         (method.upper(), re.sub(r"\{task\}", "0", path).replace("{", "").replace("}", ""))
@@ -45,7 +45,7 @@ def asked(grid: LocalGrid, http: httpx.Client) -> list[tuple[str, str]]:
 def test_page_of_another_origin_gets_no_data(
     grid: LocalGrid, http: httpx.Client, asked: list[tuple[str, str]], headers: dict[str, str]
 ) -> None:
-    """Finding 9: with and without the token, and also where the answer is public."""
+    """The test sends requests with and without the token, and also to public routes."""
     token = {"Authorization": f"Bearer {grid.home.token()}"}
     for method, path in asked:
         for more in ({}, token):
@@ -56,7 +56,7 @@ def test_page_of_another_origin_gets_no_data(
 
 
 def test_no_answer_permits_another_origin(grid: LocalGrid, http: httpx.Client, asked: list[tuple[str, str]]) -> None:
-    """Finding 9: a browser asks first, with OPTIONS, before it sends a header of its own."""
+    """A browser sends an OPTIONS request before it sends a request with a custom header."""
     preflight = {
         "Origin": "http://evil.example",
         "Access-Control-Request-Method": "POST",
@@ -73,18 +73,18 @@ def test_no_answer_permits_another_origin(grid: LocalGrid, http: httpx.Client, a
 def test_a_name_that_leads_here_gets_nothing_without_the_token(
     grid: LocalGrid, http: httpx.Client, asked: list[tuple[str, str]], host: str
 ) -> None:
-    """Finding 9: to a browser such a name is the same origin (DNS rebinding)."""
+    """A browser treats such a name as the same origin (DNS rebinding)."""
     for method, path in asked:
         for headers in ({}, {"Authorization": "Bearer guess"}):
             answer = http.request(method, path, headers={"Host": host, **headers})
             assert answer.status_code == 421, (method, path)
-    # A proxy or Prometheus may call the manager by any name, since no web page has the token.
+    # A proxy or Prometheus may use any host name, because a web page does not have the token.
     token = {"Authorization": f"Bearer {grid.home.token()}", "Host": "manager.internal"}
     assert http.get("/v1/jobs", headers=token).status_code == 200
 
 
 def test_a_page_of_the_same_origin_may_use_the_api(grid: LocalGrid, http: httpx.Client) -> None:
-    """Finding 9: the checks refuse other pages, not a page of the manager's own origin."""
+    """The checks refuse other pages, but not a page of the manager's own origin."""
     ours = {"Sec-Fetch-Site": "same-origin", "Origin": grid.client.url}
     assert http.get("/v1/health", headers=ours).status_code == 200
     assert http.get("/v1/health", headers={"Sec-Fetch-Site": "none"}).status_code == 200

@@ -1,6 +1,6 @@
-"""Finding 7: a program on another port of the same host cannot use the page's session.
+"""A program on another port of the same host, which cannot use the page's session.
 
-The grid is real. The thief listens on 127.0.0.1, as another user of the machine may.
+The test uses a real grid. The thief listens on 127.0.0.1, as a program of another user may.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FORGED = {"Sec-Fetch-Site": "same-origin"}
 
 @dataclass
 class Thief:
-    """Answers each request with a page that asks for everything that it can think of."""
+    """A program that answers each request with a page that sends many guessed requests."""
 
     url: str = ""
     seen: list[Request] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Thief:
 
 
 def log_in(grid: LocalGrid) -> tuple[str, str]:
-    """The cookie, as a browser sends it, and the place of a new session."""
+    """Return the cookie of a new session as a browser sends it, and the session's path."""
     code = grid.client.open_session()["code"]
     with httpx.Client(base_url=grid.client.url, trust_env=False) as http:
         answer = http.post("/ui/login", data={"word": code}, headers=FORGED)
@@ -64,7 +64,7 @@ def log_in(grid: LocalGrid) -> tuple[str, str]:
 
 
 def test_browser_does_not_send_the_cookie_to_another_port(grid: LocalGrid, browser: Browser) -> None:
-    """Finding 7: the thief's page asks for every path that it can guess."""
+    """The thief's page requests every path that it can guess."""
     thief = Thief(grid.client.url)
     address = grid.client.url + grid.client.open_session()["path"]
     with standing(thief) as url, opened(browser, address) as (page, _):
@@ -74,15 +74,15 @@ def test_browser_does_not_send_the_cookie_to_another_port(grid: LocalGrid, brows
             page.goto(url + path)
         assert len(thief.seen) >= 30
         assert thief.cookies() == []
-        # A browser does send it to another port, but only to one that knows the place.
+        # A browser sends the cookie to another port only in a request with the session's path.
         page.goto(f"{url}{place}/")
         assert thief.cookies()
         page.goto(f"{grid.client.url}/ui/")
-        page.wait_for_url(f"**{place}/")  # a visit without the place finds the session again
+        page.wait_for_url(f"**{place}/")  # a visit without the session's path finds the session again
 
 
 def test_a_stolen_cookie_reads_and_changes_nothing(grid: LocalGrid) -> None:
-    """Finding 7: the cookie alone, with every header that a browser would send."""
+    """The attacker has only the cookie, and sends every header that a browser would send."""
     cookie, place = log_in(grid)
     with Rig() as rig:
         asked = routes(rig)
@@ -104,7 +104,7 @@ def test_a_stolen_cookie_reads_and_changes_nothing(grid: LocalGrid) -> None:
 
 
 def test_a_stolen_place_reads_and_changes_nothing(grid: LocalGrid) -> None:
-    """Finding 7: an address that was copied, or read in a history, needs the cookie too."""
+    """An address from a clipboard or a history does not work without the cookie."""
     _, place = log_in(grid)
     other, _ = log_in(grid)
     with httpx.Client(base_url=grid.client.url, trust_env=False) as http:
@@ -115,8 +115,8 @@ def test_a_stolen_place_reads_and_changes_nothing(grid: LocalGrid) -> None:
 
 
 def test_a_session_ends_with_its_manager(tmp_path: Path) -> None:
-    """Finding 7: a program that takes the port of a manager that was killed gets what an open page
-    sends. The next manager, at the same port, does not accept that."""
+    """A program that takes the port of a killed manager receives the requests of an open page. The next manager at the
+    same port does not accept this session."""
     grid = LocalGrid(tmp_path / "home")
     try:
         port = int(grid.client.url.rpartition(":")[2])

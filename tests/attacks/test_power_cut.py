@@ -1,4 +1,4 @@
-"""Power cuts on `local`: a grid keeps everything that it has acknowledged."""
+"""Power cuts on `local`, after which a grid still has everything that it has acknowledged."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ MANAGER = ManagerSettings(
 WORKER = WorkerSettings(visibility_s=1.0, control_lease_s=0.05, wait_s=0.2, drain_s=1.0)
 CUTS = 30
 BACK_S = 60.0
-"""A grid that comes back has so long to end its jobs, on a machine that is busy."""
+"""The seconds that a restarted grid has to end its jobs on a busy machine."""
 
 
 @dataclass
 class Acknowledged:
-    """Everything that the grid has acknowledged to its user or to a worker so far."""
+    """The changes that the grid has acknowledged to its user or to a worker so far."""
 
     submitted: set[JobId] = field(default_factory=set)
     cancelled: set[JobId] = field(default_factory=set)
@@ -69,7 +69,7 @@ class Acknowledged:
 
 
 class Recorded(LocalObjects):
-    """A bucket that notes which outcomes have been committed."""
+    """A bucket that records the committed outcomes."""
 
     def __init__(self, root: Path, sync: Sync, told: Acknowledged) -> None:
         super().__init__(root, sync)
@@ -84,7 +84,7 @@ class Recorded(LocalObjects):
 
 @dataclass
 class InProcess:
-    """A grid of one process over the adapters of `local`."""
+    """A grid of one process with the adapters of `local`."""
 
     home: Home
     ports: Ports
@@ -94,7 +94,7 @@ class InProcess:
 
 @asynccontextmanager
 async def grid_in(folder: Path, sync: Sync, told: Acknowledged) -> AsyncIterator[InProcess]:
-    """A manager that leads, and two workers."""
+    """Start a leader and two workers."""
     home, clock, ids = Home(folder), WallClock(), RandomIds()
     home.make()
     told.token = home.token()
@@ -105,7 +105,7 @@ async def grid_in(folder: Path, sync: Sync, told: Acknowledged) -> AsyncIterator
     fleet = ManagedFleet(launcher, clock, ids, StateFile(home.fleet / "groups.json"))
     patience = Patience(random.Random(2))
     ports = Ports(objects, queue, fleet, ledger, clock, ids, patience)
-    await ledger.release(LEASE, "manager")  # as the next manager of a folder does
+    await ledger.release(LEASE, "manager")  # the next manager of a folder does the same
     manager = Manager(ports, MANAGER, [POOL], "manager", schedules=True)
     running = [asyncio.create_task(manager.run())]
     crew = []
@@ -136,7 +136,7 @@ def _play(scene: Scene) -> Play:
 
 
 async def use(grid: InProcess, told: Acknowledged) -> None:
-    """Submit jobs, cancel some, keep schedules, scale: until cancelled."""
+    """Submit and cancel jobs, add schedules, and scale the fleet until the task is canceled."""
     await grid.ports.fleet.ensure(SPARE)
     async with asyncio.TaskGroup() as users:
         users.create_task(_submit(grid, told))
@@ -162,7 +162,7 @@ async def _submit(grid: InProcess, told: Acknowledged) -> None:
             told.submitted.add(job.id)
             watching.create_task(_watch(grid, told, job.id))
             if number % 5 == 0:
-                with suppress(Refused):  # it has ended already
+                with suppress(Refused):  # the job has ended already
                     await grid.manager.job_commands.cancel(job.id)
                     told.cancelled.add(job.id)
             await asyncio.sleep(0.05)
@@ -198,7 +198,7 @@ async def _scale(grid: InProcess, told: Acknowledged) -> None:
 
 
 async def check_comes_back(folder: Path, told: Acknowledged) -> None:
-    """Nothing acknowledged is lost, a grid comes up, and each task has one result at the end."""
+    """Check that all acknowledged changes exist, that a grid starts, and that each task has one result at the end."""
     home = Home(folder)
     torn = [info.key for info in local_files.walk(home.objects, "", "") if local_files.damage(home.objects, info.key)]
     assert torn == []
@@ -207,7 +207,7 @@ async def check_comes_back(folder: Path, told: Acknowledged) -> None:
         assert again.token == told.token
         groups = {group.pool.name: group for group in await grid.ports.fleet.describe()}
         if told.desired:
-            # The next change may have been written, and not been acknowledged.
+            # The change after the last acknowledged one may be written too.
             assert groups[SPARE.name].desired in (told.desired, told.desired + 1)
         assert grid.manager.scheduler
         kept = {one.name for one in await grid.manager.scheduler.all()}
@@ -230,7 +230,7 @@ def _check_outcomes(home: Home, told: Acknowledged) -> None:
 
 
 def _check_results(home: Home, job: JobId) -> None:
-    """I1: each task has one result."""
+    """Check invariant I1: each task has one result."""
     found: dict[tuple[str, int], Json] = {}
     for path in sorted((home.objects / "jobs" / job).rglob("outcomes/*/*.json")):
         outcome = json_format.outcome_from_json(json_format.loads(path.read_bytes()))
@@ -245,7 +245,7 @@ def _check_results(home: Home, job: JobId) -> None:
 
 
 async def _cut_often(tmp_path: Path, gate: Gate, sync: Sync, cuts: int) -> list[tuple[Path, Acknowledged]]:
-    """Use a grid, and cut its power at so many random moments."""
+    """Use a grid, and cut its power at random moments, `cuts` times in all."""
     rng, told, found = random.Random(32), Acknowledged(), []
     image = tmp_path / "disk.img"
     with mounted(image, tmp_path / "live") as disk:
@@ -291,7 +291,7 @@ def test_acknowledged_writes_survive_a_power_cut(tmp_path: Path, monkeypatch: py
 def test_a_grid_that_does_not_wait_for_the_disk_loses_what_it_acknowledged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same check fails where nothing is synced, so it can fail."""
+    """The check must fail for a grid that never syncs, which shows that the check can fail."""
     gate = Gate(monkeypatch)
 
     async def act() -> None:

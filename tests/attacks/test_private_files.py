@@ -1,4 +1,4 @@
-"""Finding 8: other users of the machine do not read a grid's folder."""
+"""The folder of a grid, which other users of the machine cannot read."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ stages: [{name: copy, command: ["sh", "-c", "cat {input} >{output:copied}"]}]
 
 
 def readable_by_others(folder: Path) -> list[str]:
-    """The entries below the folder, itself included, that group or others may use."""
+    """Return the entries of the folder, including the folder itself, that the group or others may access."""
     found = []
     for path in (folder, *folder.rglob("*")):
         try:
             mode = path.lstat().st_mode
-        except FileNotFoundError:  # a worker has removed a scratch folder meanwhile
+        except FileNotFoundError:  # a worker has removed its scratch folder meanwhile
             continue
         if not stat.S_ISLNK(mode) and mode & (stat.S_IRWXG | stat.S_IRWXO):
             found.append(f"{path.relative_to(folder)} {stat.filemode(mode)}")
@@ -39,14 +39,14 @@ def write_job(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_other_users_cannot_read_the_folder_of_a_grid(tmp_path: Path) -> None:
-    """Finding 8: a job has run; its parameters, its input, and the ledger are its user's alone."""
+    """After a job has run, only the user can read the job's parameters, its input, and the ledger."""
     grid = LocalGrid(tmp_path / "grid")
     try:
         view = grid.run(write_job(tmp_path))
         assert view["state"] == "SUCCEEDED"
         assert stat.S_IMODE((tmp_path / "grid").stat().st_mode) == 0o700
         others = readable_by_others(tmp_path / "grid")
-        # The folder is closed, and what holds a job's data is closed by itself as well.
+        # The home folder is private, and each subfolder with a job's data is private too.
         closed = (".sqlite", "token", "manager.log", ".json")
         named = [other for other in others if other.split()[0].endswith(closed)]
         objects = [p for p in (tmp_path / "grid" / "objects").rglob("*") if p.is_file()]
@@ -59,7 +59,7 @@ def test_other_users_cannot_read_the_folder_of_a_grid(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_downloaded_results_have_the_usual_permissions(tmp_path: Path) -> None:
-    """Finding 8: results outside of the grid's folder are as the user's umask says."""
+    """The permissions of results outside of the grid's folder follow the user's umask."""
     grid = LocalGrid(tmp_path / "grid")
     try:
         view = grid.run(write_job(tmp_path))
@@ -74,7 +74,7 @@ def test_downloaded_results_have_the_usual_permissions(tmp_path: Path) -> None:
 
 
 def test_an_older_grid_is_closed_at_its_next_start(tmp_path: Path) -> None:
-    """Finding 8: the folder of release 0.1.0 was 0755, its files 0644."""
+    """In release 0.1.0, the folder had mode 0755 and its files 0644."""
     home = Home(tmp_path / ".batchlab")
     home.make()
     for name in ("ledger.sqlite", "queue.sqlite-wal", "manager.log", "notify.toml"):
@@ -88,7 +88,8 @@ def test_an_older_grid_is_closed_at_its_next_start(tmp_path: Path) -> None:
 
 
 def test_folder_with_other_files_keeps_its_permissions(tmp_path: Path) -> None:
-    """Finding 8: `--home .` closes the grid's files, and not the user's project."""
+    """A grid in a folder with other files protects only its own files. The option `--home .` must not change the
+    permissions of the user's project."""
     project = tmp_path / "project"
     project.mkdir(0o755)
     (project / "notes.txt").touch(0o644)

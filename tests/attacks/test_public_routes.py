@@ -1,4 +1,4 @@
-"""Finding 17: the routes that answer without the token are the ones that the docs list."""
+"""The routes that answer without the token, which must equal the list in the docs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def listed() -> set[tuple[str, str]]:
 
 
 def all_routes(rig: Rig) -> set[tuple[str, str]]:
-    """Every route of the manager with its method, names filled in."""
+    """Return every route of the manager with its method, and with values for the names in the path."""
     found: set[tuple[str, str]] = set()
 
     def walk(some: Any) -> None:
@@ -50,7 +50,7 @@ def is_refused(answer: httpx.Response) -> bool:
 
 
 def test_public_routes_are_the_listed_ones() -> None:
-    """Finding 17: every other route asks for the token or leads to the login page."""
+    """Every other route requires the token or redirects to the login page."""
     with Rig() as rig:
         public = {
             (method, path.replace("page.css", "FILE"))

@@ -1,4 +1,4 @@
-"""Findings 2 and 11: what a result of a job may be, and which objects it may name."""
+"""The allowed types of a job's results, and the objects that a result may refer to."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ OWN = (
 
 
 class Touch:
-    """An object whose unpickling makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,7 +81,7 @@ def pickled(path: Path) -> Json:
 
 
 class FakeLink:
-    """To a bucket in memory."""
+    """A link to a bucket in memory."""
 
     def __init__(self, folder: Path, objects: SimObjects) -> None:
         self.folder, self.objects, self.run = folder, objects, asyncio.run
@@ -89,7 +89,7 @@ class FakeLink:
 
 
 def test_a_pickled_result_of_a_job_file_is_not_unpickled(tmp_path: Path) -> None:
-    """Finding 2: a client refuses it at any depth and names the task; so does a worker."""
+    """A client and a worker refuse a pickled value at any depth, and name the task."""
     made = tmp_path / "made"
     objects = SimObjects()
     text = json.dumps(pickled(made)).encode()
@@ -111,7 +111,7 @@ def test_a_pickled_result_of_a_job_file_is_not_unpickled(tmp_path: Path) -> None
 
 
 def test_references_name_objects_of_their_own_job_alone() -> None:
-    """Finding 11: only files, raw data, and plans of the job, and the input that it names."""
+    """A reference may name only files, raw data, and plans of its own job, and the job's declared input."""
     own = JobObjects.of_job(JOB)
     for kind in ("$file", "$part", "$value"):
         for key in OWN:
@@ -128,7 +128,7 @@ def test_references_name_objects_of_their_own_job_alone() -> None:
 
 
 def test_a_worker_fetches_no_foreign_object(tmp_path: Path) -> None:
-    """Finding 11: the task fails, and nothing is read."""
+    """The task fails without a read of the foreign object."""
     objects = SimObjects()
     inputs = materialization.Inputs(objects, tmp_path, asyncio.to_thread, JobObjects.of_job(JOB))
     for number, key in enumerate(FOREIGN):
@@ -141,7 +141,7 @@ def test_a_worker_fetches_no_foreign_object(tmp_path: Path) -> None:
 
 
 def test_a_large_value_that_was_written_over_is_refused(tmp_path: Path) -> None:
-    """Finding 2: a reference to a large value holds the hash of the object."""
+    """A reference to a large value contains the hash of the object."""
     objects = SimObjects()
     text = b'{"n": 1}'
     reference = values.value_ref("files/sums-1/v", hashlib.sha256(text).hexdigest())
@@ -156,7 +156,7 @@ def test_a_large_value_that_was_written_over_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_archive_of_results_has_no_foreign_object(rig: Rig) -> None:
-    """Finding 11: the manager, which may read everything, reads nothing foreign for a result."""
+    """The manager may read every object, but does not read a foreign object for a result."""
     for number, key in enumerate(("grid/commit-secret.json", "grid/use.json", "logs/x")):
         for value in ({"$value": key}, {"$file": key, "name": "x", "size": 1}):
             name = forged(rig, f"{number}{len(value)}", value)
@@ -165,7 +165,7 @@ def test_an_archive_of_results_has_no_foreign_object(rig: Rig) -> None:
             assert "is not an object of job" in answer.text
 
 
-# --- Large results that the manager reads --------------------------------------------------------
+# --- Large results in the manager ----------------------------------------------------------------
 
 
 class OneOutcome:
@@ -182,8 +182,8 @@ class OneOutcome:
     "data", [b'"' + b"x" * 2_000 + b'"', b"[" + b",".join([b"[]"] * 100) + b"]", b"[" * 600, b"{", b"\xff"]
 )
 def test_a_large_result_is_bounded_and_may_be_unreadable(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    """Finding 6: a result that a worker stored as an object of its own, and that the manager reads
-    to gather by a field, is as large or as odd as the worker likes. The stage fails."""
+    """A worker can store a large or unreadable result as a separate object, which the manager reads to gather by a
+    field. The stage fails because of the object."""
     monkeypatch.setattr(stage_plans, "RESULT_WEIGHT", 1_500)
     gather = StageDef(StageName("sum"), (StageName("map"),), "key", handler="m:f")
     job = replace(JOB, stages=(*JOB.stages, gather))

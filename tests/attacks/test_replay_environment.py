@@ -1,4 +1,4 @@
-"""Attacks on the environment of a user who brings a task home."""
+"""Attacks on the environment of a user who replays a task."""
 
 from __future__ import annotations
 
@@ -54,20 +54,21 @@ ORDINARY = {
 
 
 def test_no_secret_of_the_user_reaches_a_task() -> None:
-    """Finding 13: 18 of 26 variables with a secret in them reached the code of a job."""
+    """Before, 18 of 26 variables with secrets reached the code of a job."""
     environ = ORDINARY | dict.fromkeys(SECRETS, "the-secret")
     assert task_environment(environ) == ORDINARY
     assert withheld(environ) == sorted(SECRETS)
 
 
 def test_a_password_in_an_address_reaches_no_task() -> None:
-    """Finding 13: a variable that is ordinary by its name may hold a password."""
+    """A variable with a harmless name may contain a password."""
     environ = ORDINARY | {"PYTHONPATH": "https://user:the-password@host/x"}
     assert withheld(environ) == ["PYTHONPATH"]
 
 
 @pytest.mark.parametrize("name", SECRETS)
 def test_only_the_user_gives_a_variable(name: str) -> None:
-    """Finding 13: `--env NAME` is the one way for a variable to reach the task."""
+    """Only the user passes a variable to a task. The option `--env NAME` is the only way for a variable to reach the
+    task."""
     environ = ORDINARY | dict.fromkeys(SECRETS, "the-secret")
     assert task_environment(environ, [name]) == ORDINARY | {name: "the-secret"}

@@ -1,4 +1,4 @@
-"""Finding 18: outcomes that workers send whole take a bounded part of the manager's memory."""
+"""Whole outcomes from workers, which take a bounded part of the manager's memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _has_folded(live: LiveJob, count: int) -> bool:
 
 
 def test_large_outcomes_of_several_jobs_leave_the_memory(rig: Rig) -> None:
-    """Finding 18: an honest worker sends only small outcomes whole; a compromised one sends any."""
+    """An honest worker sends only small outcomes whole, but a compromised worker may send large ones."""
     jobs = [replace(job(name, token=name), items=4, input=None) for name in ("one", "two", "three")]
     for one in jobs:
         rig.client.submit(one, [1, 2, 3, 4])
@@ -49,14 +49,14 @@ def test_large_outcomes_of_several_jobs_leave_the_memory(rig: Rig) -> None:
     assert 1 <= sum(held) <= MOST_BYTES // len(LARGE)
     assert held == sorted(held), "the oldest are released first"
     assert rig.manager._collector._retained_outcomes.size_bytes <= MOST_BYTES
-    # A client reads a released one from the bucket, where the honest commit counts.
+    # A client reads a released outcome from the bucket, where the honest commit counts.
     released = pages[0][0]
     stored = json_format.outcome_from_json(json_format.loads(rig.run(rig.objects.get(released["key"]))))
     assert LARGE not in stored.values
 
 
 def test_a_job_that_has_ended_leaves_nothing_in_memory(rig: Rig) -> None:
-    """Finding 18: also where nobody has fetched its results."""
+    """The memory is released even if no client has fetched the results."""
     one = replace(job("ends"), items=1, input=None)
     rig.client.submit(one, [1])
     live = rig.manager.lives[one.id]
@@ -69,7 +69,7 @@ def test_a_job_that_has_ended_leaves_nothing_in_memory(rig: Rig) -> None:
 
 
 def test_many_small_outcomes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finding 18: each of them takes more memory than its JSON has bytes."""
+    """Each small outcome takes more memory than its JSON text."""
     monkeypatch.setattr(state, "MAX_RETAINED_BYTES", MOST_BYTES)
     memory = RetainedOutcomes()
     bundle = Bundle(JobId("j"), StageName("s"), TaskSet.from_indices({0}), 1)
@@ -81,7 +81,7 @@ def test_many_small_outcomes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_failures_with_many_causes_are_grouped_up_to_a_bound() -> None:
-    """A compromised worker fails each task for a cause of its own, with a long traceback."""
+    """A compromised worker fails each task with a different cause and a long traceback."""
     groups = Groups(0)
     for task in range(2 * MAX_CAUSES):
         cause = f"{task:016x}"

@@ -1,4 +1,4 @@
-"""Attacks by the name of a stack or a pool, in an account that several teams share."""
+"""Attacks through the name of a stack or a pool, in an account that several teams share."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ DISTINCT = ("batchlab", "tasks", "tasks-x", "pool-party", "batchlab-task-x", "ba
 
 
 def patterns(stack: str) -> set[str]:
-    """The names that the roles of this stack may use, as the template writes them."""
+    """Return the name patterns that the roles of this stack may use, from the template."""
     found = re.findall(r"\$\{AWS::StackName\}(-[\w*-]*\*[\w*-]*)", cfn.stack_file().read_text())
     assert {"-tasks-*", "-pool-*"} <= set(found)
     return {f"{stack}{one}" for one in found}
 
 
 def names(stack: str) -> set[str]:
-    """Queues and groups of this stack with a pool."""
+    """Return the names of the queues and groups of this stack with one pool."""
     return {f"{stack}-{one}" for one in ("events", "tasks-p", "tasks-p-dead", "pool-p", "manager")}
 
 
 @pytest.mark.parametrize("name", COLLIDING)
 def test_stack_name_whose_resources_another_stack_could_use_is_refused(name: str) -> None:
-    """Finding 14: the workers of `batchlab` could read the queues of `batchlab-tasks-x`."""
+    """Before, the workers of stack `batchlab` could read the queues of stack `batchlab-tasks-x`."""
     with pytest.raises(UsageError, match="could use its queues and groups") as caught:
         settings.parameters(Settings(name), source())
     assert caught.value.remedy
@@ -42,7 +42,7 @@ def test_stack_name_whose_resources_another_stack_could_use_is_refused(name: str
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_other_names_share_nothing(name: str) -> None:
-    """Finding 14: what is not refused is in no pattern of a stack with a shorter name."""
+    """An accepted name does not match a pattern of a stack with a shorter name."""
     settings.parameters(Settings(name), source())
     others = {name[:end] for end in range(1, len(name)) if name[end] == "-"}
     matched = [
@@ -56,7 +56,7 @@ def test_other_names_share_nothing(name: str) -> None:
 
 
 def test_a_pool_that_is_called_as_dead_letters_is_refused() -> None:
-    """Finding 14: the tasks of pool `x-dead` and the dead letters of pool `x` have one queue."""
+    """The tasks of pool `x-dead` and the dead letters of pool `x` would use the same queue."""
     pools: Any = (PoolSettings("x"), PoolSettings("x-dead"))
     with pytest.raises(UsageError, match="dead-letter queue"):
         settings.parameters(Settings("batchlab", pools=pools), source())

@@ -1,4 +1,4 @@
-"""Unreadable objects in the bucket: each reader returns a value or raises one kind of error."""
+"""Unreadable objects in the bucket, for which each reader returns a value or raises one kind of error."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ GARBAGE = (b'{"v":1}', b'{"v":99}', b"x", b"\xff", b'{"v":1,"worker":"w","at_s":
 
 
 def test_a_running_marker_that_cannot_be_read_counts_for_nothing() -> None:
-    """Finding 5: any worker that lists the bucket can overwrite a running marker. Before, a marker
-    without a time ended each worker that read it."""
+    """Any worker that lists the bucket can overwrite a running marker. Before, a marker without a time ended each
+    worker that read the marker."""
     name = object_keys.running(BUNDLE, KEY)
     assert poison_detection.marked_s(poison_detection.marker("w-1", 5.0, name, KEY), name, KEY) == 5.0
     for data in (*GARBAGE, poison_detection.marker("w-1", 5.0, "other", KEY)):
@@ -203,7 +203,7 @@ def test_plans_without_tasks_and_plans_of_the_first_release_are_read() -> None:
 
 
 def test_a_plan_that_names_a_lost_part_has_no_items_of_the_definition() -> None:
-    """Before, a KeyError ended each worker that looked for the lost part."""
+    """Before, a KeyError ended each worker that looked for the lost part of the plan."""
 
     async def main() -> None:
         objects = SimObjects()
@@ -271,7 +271,7 @@ def test_rebuild_does_not_count_a_cut_under_another_key() -> None:
 
 
 def reconciler_of(*lives: LiveJob) -> Reconciler:
-    """Return one that has a clock and a bucket, and nothing else."""
+    """Return a reconciler that has only a clock and a bucket."""
     clock = SimpleNamespace(monotonic_s=lambda: 1000.0)
     ports: Any = Mock(clock=clock, objects=SimObjects(), patience=PATIENCE)
     other: Any = None
@@ -332,7 +332,7 @@ def test_a_tick_that_is_cancelled_at_a_bug_ends(monkeypatch: pytest.MonkeyPatch)
 def test_a_tick_leaves_the_end_of_a_job_without_definition_to_the_task_of_the_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The end of such a job takes longer than a control lease, and other jobs wait for the tick."""
+    """The end of such a job takes longer than a control lease, and a tick must not delay other jobs."""
 
     async def heed(*_: object) -> None:
         pass

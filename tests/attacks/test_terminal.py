@@ -1,4 +1,4 @@
-"""A task prints and raises escape sequences: none of them reaches the terminal of a user."""
+"""Escape sequences in the output and the errors of a task, which never reach the user's terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HARMLESS = {"\n", "\t"}
 
 
 def seen_at_a_terminal(home: Path, *arguments: str) -> str:
-    """Return what a terminal gets of a command's output."""
+    """Return the output of a command as a terminal receives it."""
     ours, its = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "batchlab", *arguments, "--home", str(home)],
@@ -44,12 +44,12 @@ def seen_at_a_terminal(home: Path, *arguments: str) -> str:
     try:
         while chunk := os.read(ours, 65536):
             read += chunk
-    except OSError:  # Linux says so at the end of a terminal
+    except OSError:  # Linux raises this error at the end of a terminal's output
         pass
     finally:
         os.close(ours)
     assert process.wait(60) in (0, 1)
-    return read.decode().replace("\r\n", "\n")  # the terminal's own line ends
+    return read.decode().replace("\r\n", "\n")  # the terminal adds carriage returns
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Values that are well formed JSON but would raise an error wherever they are used."""
+"""Well-formed JSON values that would raise an error wherever they are used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HANDLERS = ("pickle:../../x", "pickle:grid/x.pkl", "pickle:", "../x:f", "m", "",
 
 
 def _posted(**changes: Any) -> dict[str, Any]:
-    """A submission with these values, as JSON carries them."""
+    """Return a submission with these values, as JSON."""
     doc = json.loads(json_format.dumps(json_format.job_to_json(job(tasks=1))))
     for name, value in changes.items():
         (doc["stages"][0] if name == "handler" else doc)[name] = value
@@ -24,7 +24,7 @@ def _posted(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("handler", HANDLERS)
 def test_a_handler_that_no_worker_can_load_is_refused(rig: Rig, handler: object) -> None:
-    """Finding 12: such a handler ended every worker that got a task of the job."""
+    """Before, such a handler ended every worker that received a task of the job."""
     answer = post(rig, "/v1/jobs", _posted(handler=handler))
     assert answer.status_code == 422, answer.text
     with pytest.raises(TooNew):
@@ -33,7 +33,7 @@ def test_a_handler_that_no_worker_can_load_is_refused(rig: Rig, handler: object)
 
 
 def test_an_item_or_a_parameter_that_is_nested_too_deeply_is_refused(rig: Rig) -> None:
-    """Finding 12: such a value raised RecursionError wherever it was encoded."""
+    """Before, such a value raised RecursionError wherever it was encoded."""
     deep: Any = 0
     for _ in range(400):
         deep = [deep]

@@ -1,4 +1,4 @@
-"""Finding 18: workers cannot read the address of a job's webhook, which often holds a secret."""
+"""The address of a job's webhook, which often contains a secret and which workers cannot read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def told(name: str) -> JobDef:
 
 @pytest.mark.slow
 def test_no_object_that_a_worker_reads_has_the_address(tmp_path: Path) -> None:
-    """Finding 18: a worker may read everything of the bucket but `grid/*`."""
+    """A worker may read every object of the bucket except `grid/*`."""
     grid = LocalGrid(tmp_path / "home")
     try:
         view = grid.client.submit(told("sums"))
@@ -54,7 +54,7 @@ def spec_of(rig: Rig, name: str) -> JobDef:
 
 
 def test_rebuilt_ledger_keeps_the_address(rig: Rig) -> None:
-    """Finding 18: the ledger comes from the bucket alone, and notifications need the address."""
+    """The ledger is rebuilt from the bucket alone, and notifications need the address."""
     name = JobId(rig.client.submit(told("again"))["id"])
     assert rig.client.rebuild() == 1
     known = rig.run(rig.ledger.job(name)).job
@@ -62,7 +62,8 @@ def test_rebuilt_ledger_keeps_the_address(rig: Rig) -> None:
 
 
 def test_the_same_submission_again_is_the_same_job(rig: Rig) -> None:
-    """Finding 18: also where the client sends the spec that it has read in the bucket."""
+    """The client may also send the definition that it has read from the bucket. The submission is then still the same
+    job."""
     first = rig.client.submit(told("same"))
     assert rig.client.submit(told("same"))["id"] == first["id"]
     spec = spec_of(rig, first["id"])
@@ -74,7 +75,7 @@ def test_the_same_submission_again_is_the_same_job(rig: Rig) -> None:
 
 
 def test_job_cannot_name_the_address_of_another_job(rig: Rig) -> None:
-    """Finding 18: a reference is written by the manager and by nobody else."""
+    """Only the manager creates references to addresses."""
     first = rig.client.submit(told("first"))
     spec = spec_of(rig, first["id"])
     with pytest.raises(UsageError, match="webhook's address is not a URL"):
@@ -82,8 +83,8 @@ def test_job_cannot_name_the_address_of_another_job(rig: Rig) -> None:
 
 
 def test_a_spec_of_the_first_release_is_read_as_before(rig: Rig) -> None:
-    """Finding 18: its addresses are in the spec itself."""
-    old = replace(told("old"), max_failures=0.0)  # as the API reads it
+    """The first release stored addresses in the definition itself."""
+    old = replace(told("old"), max_failures=0.0)  # the API reads the job in this form
     rig.run(rig.objects.put(object_keys.spec(old.id), commit_keys.to_bytes(old)))
     assert rig.client.rebuild() == 1
     assert rig.run(rig.ledger.job(old.id)).job.notify == (TOPIC, HOOK)
@@ -91,7 +92,7 @@ def test_a_spec_of_the_first_release_is_read_as_before(rig: Rig) -> None:
 
 
 def test_lost_address_does_not_block_the_end_of_a_job(rig: Rig) -> None:
-    """Finding 18: nothing is sent to a reference whose object does not exist."""
+    """If the object of an address reference does not exist, no notification is sent."""
     name = JobId(rig.client.submit(told("lost"))["id"])
 
     async def lose() -> None:

@@ -1,4 +1,4 @@
-"""The attacker of the other tests has a worker's rights, and no others."""
+"""The attacker of the other tests, who has exactly the rights of a worker."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_worker_uses_task_queues_and_only_sends_events(rig: Rig, worker: Worke
 @pytest.mark.parametrize("backend", ["local", "ministack"])
 def test_a_real_grid_can_be_attacked(bring_up: Bring, backend: str) -> None:
     grid = bring_up(backend=backend)
-    until(lambda: grid.client.health()["leader"])  # it has made the queues
+    until(lambda: grid.client.health()["leader"])  # the leader has created the queues
     with worker_of(grid) as worker:
         worker.put(f"files/{JOB}/x", b"x", if_absent=True)
         assert worker.list("files/") == [f"files/{JOB}/x"]

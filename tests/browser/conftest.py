@@ -1,4 +1,4 @@
-"""The data of a run, made once."""
+"""Fixture with the data of a run, which is generated once."""
 
 from tests.support.reports.fixtures import made_run
 

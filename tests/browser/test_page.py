@@ -1,4 +1,4 @@
-"""The page in a real browser, on a real grid: one job runs, one has failed, one is paused."""
+"""The web page in a real browser, on a real grid with a running, a failed, and a paused job."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def total(numbers):
 
 @dataclass
 class Scene:
-    """A grid, and its jobs by what they do."""
+    """A grid, and its jobs by their behavior."""
 
     grid: LocalGrid
     folder: Path
@@ -95,7 +95,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 @contextmanager
 def logged_in(scene: Scene, browser: Browser, path: str = "/", **context: Any) -> Iterator[tuple[Page, Seen]]:
-    """A page as `grid open` opens it, gone on to `path`; checked at its end."""
+    """Open a page as `grid open` does, go to `path`, and check the page's errors at the end."""
     client = scene.grid.client
     with opened(browser, client.url + client.open_session()["path"], **(context or DESKTOP)) as (page, seen):
         page.wait_for_url("**/ui/s/*/")
@@ -137,13 +137,13 @@ def views(scene: Scene) -> list[str]:
 
 @pytest.mark.parametrize("context", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_every_view_is_sound(scene: Scene, browser: Browser, context: dict[str, Any]) -> None:
-    """No complaint of the browser, nor of axe, nothing asked of anybody else, nothing too wide."""
+    """The browser and axe do not report errors, no request goes to another host, and no page is too wide."""
     paths = views(scene)
     with logged_in(scene, browser, **context) as (page, seen):
         for path in paths:
             page.goto(f"{place_of(page)}{path}")
             assert page.locator("h1").count() == 1, path
-            # With every view axe is busy in test_page_looks.py; names and logs are nastier here.
+            # test_page_looks.py runs axe on every view. The names and logs of this test's grid are hostile.
             if context is DESKTOP and path in (*paths[:1], *paths[8:13]):
                 assert offences(page) == [], path
             assert too_wide(page) == [], path
@@ -159,7 +159,7 @@ def test_code_of_an_address_works_once(scene: Scene, browser: Browser) -> None:
 
 
 def test_a_file_leads_the_browser_to_the_page(scene: Scene, browser: Browser) -> None:
-    """What `grid open` gives to a browser, whose command line others can read."""
+    """`grid open` passes a file to the browser, because other users can read the browser's command line."""
     client = scene.grid.client
     session = client.open_session()
     file = grid_page._redirect(scene.grid.home, client.url + session["path"], session["valid_s"])
@@ -208,7 +208,7 @@ def test_page_reports_an_unreachable_manager_and_reconnects(scene: Scene, browse
         page.locator("#away").wait_for(state="visible")
         page.unroute("**/*part=live*")
         page.locator("#away").wait_for(state="hidden")
-        # The browser's own words on that, and htmx's; none of ours.
+        # These messages come from the browser and from htmx, not from the page.
         assert [error for error in seen.errors if not re.search("ERR_FAILED|^htmx:", error)] == []
         seen.errors.clear()
 
@@ -224,7 +224,7 @@ def test_select_all_during_loading_selects_all(scene: Scene, browser: Browser) -
     held: list[Route] = []
 
     def slowly(route: Route) -> None:
-        """The page up to its first row; the others, and what is deferred, once `held` is let go."""
+        """Deliver the page up to its first row. The other rows and deferred requests wait for `held`."""
         answer = route.fetch()
         head, body, rows = answer.text().partition("<tbody>")
         first, end, others = rows.partition("</tr>")
@@ -310,7 +310,7 @@ def test_invalid_job_file_is_reported_with_its_line(scene: Scene, browser: Brows
         assert "job.yaml:3: " in page.locator("main").inner_text()
         page.get_by_role("link", name="Back").click()
         page.locator("#files").wait_for()
-        seen.errors.clear()  # of the answer's status
+        seen.errors.clear()  # the status of the answer is an error
 
 
 def test_a_job_is_paused_resumed_capped_and_cancelled(scene: Scene, browser: Browser) -> None:
@@ -326,7 +326,7 @@ def test_a_job_is_paused_resumed_capped_and_cancelled(scene: Scene, browser: Bro
         assert offences(page, "#dialog") == []
         dialog.get_by_role("button", name="Set").click()
         page.get_by_text("12.50 USD").first.wait_for()
-        # What is live may tell of it before the answer that takes the dialog away.
+        # A live update may arrive before the answer that closes the dialog.
         dialog.wait_for(state="hidden")
         page.locator("#cancel").click()
         dialog = page.get_by_role("dialog", name="Cancel runs?")
@@ -371,8 +371,8 @@ def test_logout_ends_the_session(scene: Scene, browser: Browser) -> None:
 
 
 def test_the_page_works_at_an_address_that_the_browser_does_not_trust(browser: Browser) -> None:
-    """As that of a manager in a container is: by http, and not this machine's own. Of such a page
-    the browser says less about where its forms come from."""
+    """The address of a manager in a container uses http and is not the address of this machine. For such a page, the
+    browser sends less information about the origin of forms."""
     with Rig() as rig:
         url = rig.url.replace("127.0.0.1", ELSEWHERE)
         path = rig.client.open_session()["path"]

@@ -1,6 +1,6 @@
-"""How the page looks: every view of a grid that stands still, at three widths, light and dark.
+"""The look of every view of a fixed grid, at three widths, in light and dark.
 
-`BATCHLAB_LOOKS=write pytest tests/browser -k looks` writes the small reference pictures anew.
+`BATCHLAB_LOOKS=write pytest tests/browser -k looks` writes new reference pictures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Scheme = Literal["light", "dark"]
 SCHEMES: tuple[Scheme, ...] = ("light", "dark")
 PICTURED: Mapping[str, Scheme] = {"desk": "light", "phone": "dark"}
-"""The widths at which small pictures are compared."""
+"""The widths at which the test compares small pictures."""
 VIEWS = {
     "jobs": "/",
     "active jobs": "/?active=true",
@@ -52,12 +52,12 @@ VIEWS = {
 }
 EMPTY = ("jobs", "active jobs", "failures", "schedules", "grid", "costs")
 ALSO = 992
-"""The width at which tables get the columns that there is little room for."""
+"""The width from which tables show columns that do not fit on smaller screens."""
 
 
 @dataclass
 class Scene:
-    """A page that is logged in to a grid that stands still."""
+    """A logged-in page of a grid that does not change."""
 
     grid: StillGrid
     page: Page
@@ -122,7 +122,7 @@ def test_every_view_is_whole_at_every_width(scene: Scene, looks: Looks, view: st
             looks.compare(page, scene.eye, f"{view}, {size}, {scheme}")
             page.emulate_media(color_scheme="light")
     page.emulate_media(color_scheme="dark")
-    # What axe looks at is the same in the dark, but for the colours.
+    # In dark mode, only the colors differ from what axe has already checked.
     must(offences(page, rules=["color-contrast"]), f"{view}, dark")
 
 
@@ -197,7 +197,7 @@ def test_on_paper_the_page_is_dark_on_white(scene: Scene) -> None:
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_keyboard_reaches_every_control_with_visible_focus(scene: Scene, view: str) -> None:
-    """Each link, button and field of a view is a stop of the Tab key, and looks different then."""
+    """Each link, button, and field of a view is a Tab stop, and looks different with the focus."""
     page = scene.page
     page.emulate_media(color_scheme="light")
     fit(page, WIDTHS["desk"])
@@ -257,7 +257,7 @@ def test_the_login_is_whole(browser: Browser, still: StillGrid, looks: Looks) ->
     ],
 )
 def test_a_question_opens_and_closes_by_keyboard(scene: Scene, size: str, view: str, link: str) -> None:
-    """What has the focus is within it while it is open, and the link again once it is closed."""
+    """The focus is in the dialog while the dialog is open, and on the link again after the dialog is closed."""
     page = scene.page
     page.emulate_media(color_scheme="light")
     page.set_viewport_size({"width": WIDTHS[size], "height": 844})
@@ -273,7 +273,7 @@ def test_a_question_opens_and_closes_by_keyboard(scene: Scene, size: str, view: 
     assert box["x"] + box["width"] <= WIDTHS[size]
     for _ in range(8):
         page.keyboard.press("Tab")
-        # Past the last one the focus goes to the browser's own controls.
+        # After the last element, the focus goes to the browser's own controls.
         assert page.evaluate("!!document.activeElement.closest('#dialog, body:not(:has(*:focus))')")
     page.keyboard.press("Escape")
     dialog.wait_for(state="hidden")

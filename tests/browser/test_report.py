@@ -1,5 +1,5 @@
-"""A report's page in a real browser: it asks for nothing, complains of nothing, and can be read by
-everybody, on any screen and on paper."""
+"""The page of a report in a real browser. The page sends no requests, causes no errors, and is readable on any screen
+and on paper."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PHONE = {"width": 390, "height": 844}
 EVIL = "<script>window.evil=1</script><img src=x onerror=evil=1>\"'{{7*7}}&lt;"
 TURNED = "a\u202ecba\u0000\n\tb"
 SHAPES = ".plot"
-"""Paths alone, hidden from all but the eye: their words and tables stand beside them."""
+"""Shapes that screen readers skip, because texts and tables on the page repeat their content."""
 RTL = "שלום עולם"
 
 
@@ -49,7 +49,7 @@ def _written(folder: Path, file: Path, job: str = Made().job, *, samples: bool =
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a run with failures and findings."""
+    """Write the page of a run with failures and findings."""
     place = tmp_path_factory.mktemp("page")
     folder = write_run(place / "run", Made(tasks=300, workers=5, failing=0.3))
     return _written(folder, place / "report.html")
@@ -76,13 +76,13 @@ def test_its_policy_lets_nothing_in_but_its_own_style(desk: Page) -> None:
     assert policy
     assert policy.startswith("default-src 'none'; style-src 'sha256-")
     assert "unsafe" not in policy
-    # The hash is that of the style sheet: else the browser had not taken it.
+    # The browser applies the style sheet only if its hash is correct.
     assert desk.evaluate("getComputedStyle(document.querySelector('.tiles')).display") == "grid"
 
 
 @pytest.mark.parametrize(("size", "scheme"), [(PHONE, "light"), (DESK, "dark")], ids=["phone-light", "desk-dark"])
 def test_axe_finds_nothing(browser: Browser, file: Path, size: dict[str, int], scheme: str) -> None:
-    """Contrast among it, in both schemes, with all that can be opened open."""
+    """The check includes contrast in both color schemes, with every collapsible element open."""
     with shown(browser, file.as_uri(), viewport=size, color_scheme=scheme) as (page, seen):
         page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
         assert offences(page, without=SHAPES) == []
@@ -134,11 +134,11 @@ def test_every_chart_has_words_and_a_table(desk: Page) -> None:
         """[...document.querySelectorAll('figure')]
           .filter(one => !one.querySelector('table')).map(one => one.id)"""
     )
-    assert without == ["split"]  # its table stands below it
+    assert without == ["split"]  # the chart has a table below it
 
 
 def test_shown_figures_add_up(desk: Page) -> None:
-    """The numbers as a reader sees them."""
+    """The test reads the numbers that the page shows."""
     stages = _table(desk, "Stages")
     whole = stages.pop()
     for column in range(2, 8):
@@ -180,7 +180,7 @@ def test_on_paper_it_is_light_and_whole(browser: Browser, file: Path, tmp_path: 
         assert ground == "rgb(255, 255, 255)"
         assert text == "rgb(27, 32, 39)"
         assert not page.locator("nav").is_visible()
-        # What is folded away on a screen cannot be unfolded on paper.
+        # A reader cannot open a collapsed element on paper.
         assert page.locator(".checks dd").first.is_visible()
         assert page.locator(".failure pre").last.is_visible()
         assert not page.locator("#running table").is_visible()
@@ -190,7 +190,7 @@ def test_on_paper_it_is_light_and_whole(browser: Browser, file: Path, tmp_path: 
 
 
 def test_hostile_names_are_harmless(browser: Browser, tmp_path: Path) -> None:
-    """Whatever a job, a stage, an error, a tag, a pool or an instance is called."""
+    """The names of jobs, stages, errors, tags, pools, and instances are hostile."""
     evil = "'" + EVIL.replace("'", "''") + "'"
     turned = "'" + TURNED.replace("\x00", "") + "'"
     stage = f"CASE stage WHEN 'read' THEN {evil} WHEN 'score' THEN '{RTL}' ELSE {turned} END"

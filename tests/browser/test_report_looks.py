@@ -1,6 +1,6 @@
-"""How a report looks: whole at every width, on paper too, and its charts in their legends' colours.
+"""The look of a report at every width and on paper, and the colors of its charts.
 
-`BATCHLAB_LOOKS=write pytest tests/browser -k looks` writes the small reference pictures anew.
+`BATCHLAB_LOOKS=write pytest tests/browser -k looks` writes new reference pictures.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RUNS = {
     "failed": Made(tasks=300, workers=5, failing=0.3),
     "large": Made(tasks=5_000, per_bundle=10, workers=200, failing=0.0),
 }
-"""One of which each bundle is drawn, and one of which there are too many."""
+"""A run with a drawing of each bundle, and a run with too many bundles for that."""
 
 
 def _sample(case: Case) -> Sample:
@@ -94,7 +94,7 @@ def test_each_chart_has_the_colours_of_its_legend(seen: tuple[Page, Eye, str], s
     assert charts.count() >= 8
     for n in range(charts.count()):
         chart = charts.nth(n)
-        # One task among 200 slots is too faint, or too low, to be seen.
+        # One task among 200 slots is too small to be visible.
         faint = ["merge"] if name == "large" else []
         faults = eye.chart(chart, chart.locator(".plot"), without=faint)
         must(faults, f"{name}, {size}, {scheme}")
@@ -117,7 +117,7 @@ def test_on_paper_it_is_whole(seen: tuple[Page, Eye, str]) -> None:
     page, _, name = seen
     page.emulate_media(color_scheme="dark", media="print")
     try:
-        fit(page, 794)  # A4 at 96 dots an inch
+        fit(page, 794)  # A4 at 96 dots per inch
         must(amiss(page), f"{name}, on paper")
     finally:
         page.emulate_media(media="screen")

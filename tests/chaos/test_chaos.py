@@ -1,7 +1,7 @@
-"""A job in containers, while its instances, queue, storage, database and manager are taken away.
+"""A job in containers, while its instances, queue, storage, database, and manager are taken away.
 
-Seeded: BATCHLAB_CHAOS_SEED chooses who is hit and in which order, BATCHLAB_CHAOS_TASKS how many
-tasks there are; 3,000 is the long form.
+The faults are seeded. BATCHLAB_CHAOS_SEED selects the targets and their order, and BATCHLAB_CHAOS_TASKS the number of
+tasks. The long form has 3,000 tasks.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from tests.support.grid.local_grid import LocalGrid, outcomes
 SEED = int(os.environ.get("BATCHLAB_CHAOS_SEED", "1"))
 TASKS = int(os.environ.get("BATCHLAB_CHAOS_TASKS", "600"))
 TASK_S = max(0.2, 600 / TASKS)
-"""So that six instances are busy for as long as it takes to do all the harm."""
+"""With this task time, six instances are busy until all faults are injected."""
 MOST = 6
 ZOMBIE_S = 12.0
-"""Longer than the visibility timeout: somebody else has the bundle when it wakes."""
+"""The pause is longer than the visibility timeout, so another worker has the bundle when the paused worker
+continues."""
 NOTICE_S = 20.0
 STORAGE_AWAY_S = float(os.environ.get("BATCHLAB_CHAOS_AWAY_S", "15"))
 POOLS = (Pool("default", 0, MOST, 1, instance_type="t3.small"),)
@@ -80,7 +81,7 @@ def test_no_task_is_lost_under_any_kill(
 def test_spot_notice_hands_the_task_to_another_worker_in_time(
     containers: Containers, teller: Teller, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """I6: measured from the notice to the start of the unfinished task on another instance."""
+    """The time is measured from the notice to the start of the unfinished task on another instance (I6)."""
     grid = containers.grid
     grid.client.scale("default", min=3, desired=3)
     try:
@@ -102,7 +103,7 @@ def test_spot_notice_hands_the_task_to_another_worker_in_time(
 
 
 def test_canceled_job_starts_no_task(containers: Containers, teller: Teller, tmp_path: Path) -> None:
-    """I4, by the word of the tasks themselves."""
+    """The tasks themselves report their starts (I4)."""
     grid = containers.grid
     path = write_job(tmp_path / "job", teller, 300, seconds=0.2)
     job = grid.submit(path, token="cancel")["id"]
@@ -118,7 +119,7 @@ def test_canceled_job_starts_no_task(containers: Containers, teller: Teller, tmp
 def test_a_storage_that_forgets_ends_the_job_with_that_reason(
     containers: Containers, teller: Teller, tmp_path: Path
 ) -> None:
-    """LocalStack keeps nothing over a restart: to be told at once, and never to hang (I7)."""
+    """LocalStack loses its content in a restart. The job must fail at once with this reason, and must not hang (I7)."""
     grid = containers.grid
     path = write_job(tmp_path / "job", teller, 300, seconds=0.2)
     job = grid.submit(path, token="forgets")["id"]
@@ -129,7 +130,7 @@ def test_a_storage_that_forgets_ends_the_job_with_that_reason(
     assert "lost the job's objects" in view["reason"]
     again = write_job(tmp_path / "again", teller, 20, seconds=0.05)
     wait_for(partial(takes, grid, again), within_s=60)
-    # The same job may be submitted again, as the reason says, though the ledger has its end.
+    # The same job may be submitted again, as the failure reason says, although the ledger contains its end.
     assert grid.submit(path, token="forgets")["id"] == job
     wait_for(partial(begun_anew, grid, job), within_s=60)
     grid.client.cancel(job)
@@ -142,10 +143,10 @@ def begun_anew(grid: LocalGrid, job: str) -> bool:
 
 
 def acts(containers: Containers) -> list[tuple[str, Callable[[random.Random], None]]]:
-    """What is done, each once; the two of which a crash is made, twice."""
+    """Return the faults to inject. The two kinds of crash occur twice, and every other fault once."""
 
     def one(rng: random.Random) -> str:
-        """The container of an instance."""
+        """Return the container of a random instance."""
         deadline_s = time.monotonic() + 60
         while not (found := containers.instances()):
             assert time.monotonic() < deadline_s
@@ -188,7 +189,7 @@ def acts(containers: Containers) -> list[tuple[str, Callable[[random.Random], No
 
 
 def check(containers: Containers, job: str, view: JobView, out: Path, told: Counter[int]) -> int:
-    """I1, I2, I3 and I7; how many runs were thrown away."""
+    """Check invariants I1, I2, I3, and I7, and return the number of discarded runs."""
     grid = containers.grid
     assert view["state"] == "SUCCEEDED", (view, containers.done)
     results = grid.results(view, out)
@@ -213,12 +214,12 @@ def counts(grid: LocalGrid, job: str) -> dict[str, tuple[int, ...]]:
 
 
 def comes_to_rest(containers: Containers) -> None:
-    """I5: with no work left the group comes back to its minimum, and no container stays."""
+    """Check invariant I5: after the work, the group returns to its minimum, and no container remains."""
     wait_for(lambda: not containers.instances(), within_s=90)
 
 
 def spot(containers: Containers) -> None:
-    """Let the instances be Spot instances, which can be interrupted."""
+    """Make the instances Spot instances, which can be interrupted."""
     path = containers.grid.home.backend_folder("localstack") / "templates.toml"
     path.write_text(path.read_text().replace("slots =", 'market = "spot"\nslots ='))
 
@@ -229,13 +230,13 @@ def in_service(grid: LocalGrid) -> int:
 
 
 def busy(grid: LocalGrid) -> list[str]:
-    """The instances that run something."""
+    """Return the instances that run a bundle."""
     pools = grid.client.grid()["pools"]
     return [one["id"] for pool in pools for one in pool["instances"] if one["busy"]]
 
 
 def takes(grid: LocalGrid, path: Path) -> bool:
-    """Whether a job can be submitted and comes to its end."""
+    """Return whether a new job is accepted and succeeds."""
     try:
         job = grid.submit(path, token="again")["id"]
     except BackendError:

@@ -1,4 +1,4 @@
-"""A pool follows a burst of work from nothing and back, as the simulator has foretold."""
+"""The growth and shrinking of a pool in a burst of work, compared with the simulator's forecast."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.grid.local_grid import LocalGrid
 
 BURST_S = [0.5] * 60
 WITH_A_TAIL_S = [0.5] * 60 + [9.0, 30.0]
-"""Two tasks go on when all others have ended: the pool shrinks around them."""
+"""Two tasks continue after all others have ended, while the pool shrinks."""
 
 
 @pytest.fixture(scope="module")

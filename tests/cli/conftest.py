@@ -1,4 +1,4 @@
-"""The command line in the process of a test."""
+"""Fixtures that run the command line in the process of a test."""
 
 from tests.support.cli import manager, run
 

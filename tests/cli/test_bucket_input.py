@@ -1,4 +1,4 @@
-"""Input that lies in the grid's bucket already: what goes into the job, and what is refused."""
+"""Input that is already in the grid's bucket: the objects that become input, and the refused paths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With a local grid's home, in whose bucket some objects lie."""
+    """Return a folder with the home of a local grid whose bucket contains some objects."""
     jobfiles.write(tmp_path, {**jobfiles.FOLDER, "job.yaml": jobfiles.MINIMAL})
     raw = {"in/a.csv": "1", "in/more/b.csv": "2", "alone.csv": "3"}
     home = Home(tmp_path / "h")
@@ -35,7 +35,7 @@ def says(folder: Path, files: str) -> None:
 
 
 def submitted(manager: type[FakeClient], run: Run, folder: Path, files: str) -> JobDef:
-    """The job that the manager is given, where the file says that these are its input."""
+    """Return the job that the manager receives if the job file names this input."""
     says(folder, files)
     code, _, err = run("job", "submit", folder / "job.yaml", "--home", folder / "h")
     assert code == 0, err
@@ -65,7 +65,7 @@ def test_existing_objects_become_the_jobs_input(
     keys: tuple[str, ...],
     many: bool,
 ) -> None:
-    """What comes later, before the job begins, is none of it: --cache would not know."""
+    """Objects that are added after the submission are not input, because --cache would not notice them."""
     if many:
         monkeypatch.setattr(submission, "MANY_FILES", 1)
         alone, below = "raw/alone.csv", "raw/in/more/" if "alone" in files else "raw/in/"
@@ -79,7 +79,7 @@ def test_existing_objects_become_the_jobs_input(
 
 
 def test_different_object_makes_a_different_run(manager: type[FakeClient], run: Run, folder: Path) -> None:
-    """What --resume and --cache go by."""
+    """--resume and --cache compare the digest of the run."""
     objects = Home(folder / "h").objects
     files = "[s3://local/raw/in/, s3://local/raw/alone.csv]"
     jobs = [submitted(manager, run, folder, files).id for _ in range(2)]

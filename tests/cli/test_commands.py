@@ -1,4 +1,4 @@
-"""The command line against a manager that only pretends: what is asked, printed and exited with."""
+"""The command line with a fake manager: requests, output, and exit codes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_job_list_is_a_table_and_json(manager: type[FakeClient], run: Run) -> No
 
 
 def test_job_show_gives_the_wait_reason(manager: type[FakeClient], run: Run) -> None:
-    """Pain 1: stuck, and no reason given."""
+    """`job show` prints why a job waits."""
     eta = {"low_s": 60.0, "high_s": 120.0, "unmeasured": [], "text": "60 s to 2 min left"}
     manager.answers = {"job": a_job("sums-0123456789"), "why": "It waits for capacity.", "eta": eta}
     code, out, _ = run("job", "show", "sums-0123456789")
@@ -90,7 +90,7 @@ def test_job_verbs_call_the_manager(manager: type[FakeClient], run: Run, verb: s
 
 
 def test_a_job_that_no_listing_has_can_be_cancelled(manager: type[FakeClient], run: Run) -> None:
-    """Only the bucket has it, and the manager looks there."""
+    """Only the bucket contains the job, and the manager looks for it in the bucket."""
     name, gone = "sums-0123456789", NotFound("The ledger has no such job.")
     manager.answers = {"jobs": [], "job": gone, "cancel": a_job(name, "CANCELLED")}
     assert run("job", "cancel", name)[:2] == (0, f"{name} CANCELLED\n")
@@ -176,7 +176,7 @@ def test_a_retry_may_be_of_some_failures(manager: type[FakeClient], run: Run) ->
         assert "parse/3,7-9" in err
 
 
-# --- Text of others -------------------------------------------------------------------------------
+# --- Text from tasks and names --------------------------------------------------------------------
 
 EVIL = "a\x1b[2J\x9b31m\rb\u202ec\x07"
 ETA: dict[str, Any] = {"low_s": None, "high_s": None, "text": EVIL, "parts": []}
@@ -187,7 +187,7 @@ ETA: dict[str, Any] = {"low_s": None, "high_s": None, "text": EVIL, "parts": []}
 def test_no_command_lets_a_job_write_to_the_terminal(
     manager: type[FakeClient], run: Run, words: tuple[str, ...], json_: bool
 ) -> None:
-    """From a manager that knew a job before such names were refused."""
+    """A manager from before such names were refused may still know a job with such a name."""
     job = a_job("sums-0123456789", name=EVIL, reason=EVIL, tags={EVIL: EVIL})
     log = {"stage": EVIL, "task": 1, "attempt": 1, "text": EVIL, "worker": "w", "execution": "x"}
     manager.answers = {"jobs": [job], "job": job, "logs": [log], "why": EVIL, "eta": ETA, "grid": {}}
@@ -230,7 +230,7 @@ def test_grid_open_shows_an_address_that_works_once(
     code, shown, _ = run("grid", "open")
     assert (code, shown, opened) == (0, "", [out.strip()])
     assert list(home.iterdir()) == []
-    # One that never comes.
+    # The answer to this request never arrives.
     manager.answers = {"open_session": {**session, "valid_s": 0.0}, "code_waits": True}
     code, shown, err = run("grid", "open")
     assert (code, shown) == (2, "")
@@ -241,7 +241,7 @@ def test_grid_open_shows_an_address_that_works_once(
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("sys.platform", "linux")
-    assert run("grid", "open")[1] == out  # no screen here: a person takes it to another one
+    assert run("grid", "open")[1] == out  # without a screen, a person opens the link on another machine
     assert len(opened) == 2
 
 
@@ -294,7 +294,7 @@ def test_watch_ends_with_the_jobs_own_verdict(manager: type[FakeClient], run: Ru
     assert "RUNNING: parse 5/10 (1 failed)" in err
 
 
-# --- Which job is meant --------------------------------------------------------------------------
+# --- Selection of a job --------------------------------------------------------------------------
 
 
 def test_a_job_may_be_named_by_the_beginning_of_its_id(manager: type[FakeClient]) -> None:
@@ -389,7 +389,7 @@ def test_ledger_rebuild_prints_the_number_of_jobs(manager: type[FakeClient], run
 def test_grid_down_names_what_it_deletes(
     manager: type[FakeClient], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool, said: list[str]
 ) -> None:
-    """The bucket of a LocalStack of the grid's own, and all that is in it."""
+    """The command names the bucket of the grid's own LocalStack, with all objects in it."""
     home = Home(tmp_path)
     compose_deployment.write(home, Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13"))
     home.write_place(compose_deployment.NAME, Place("http://10.213.70.10:4566", "bucket-1", named))

@@ -1,4 +1,4 @@
-"""What the shells are told where somebody presses the tab key."""
+"""Completions that the shells offer at the Tab key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from batchlab.runtime.home import Home, ManagerRecord
 from tests.support.cli import runner
 
 Complete = Callable[[str], list[str]]
-"""What bash is offered at the end of this line."""
+"""A function that returns bash's completions of a command line."""
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_jobs_of_a_grid_that_is_down_are_those_of_its_bucket(complete: Complete,
 
 
 class Manager(BaseHTTPRequestHandler):
-    """Answers as the manager does, or with what is no answer."""
+    """A manager that answers correctly, or with text that is not a valid answer."""
 
     def do_GET(self) -> None:
         jobs = [{"id": f"sums-000000000{n}"} for n in (2, 1)]
@@ -88,7 +88,7 @@ class Manager(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Home]:
-    """A grid that is up."""
+    """Start a grid with a fake manager."""
     place = Home(tmp_path / "g")
     handler = type("Handler", (Manager,), {"token": place.token()})
     with HTTPServer(("127.0.0.1", 0), handler) as server:
@@ -133,7 +133,7 @@ def test_each_shell_takes_its_script(shell: str, tmp_path: Path) -> None:
     ).stdout
     assert f"_BATCHLAB_COMPLETE=complete_{shell}" in source
     if shutil.which(shell) is None:
-        return  # nobody here can read it
+        return  # the shell is not installed, so it cannot check the script
     read = subprocess.run([shell, "-n"], input=source, text=True, capture_output=True)
     assert not read.returncode, read.stderr
     if shell == "bash":

@@ -1,4 +1,4 @@
-"""`cost` and `prices`, and what costs are told elsewhere: asked, printed, refused."""
+"""The commands `cost` and `prices`, and costs in other commands."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def job_use(**more: Any) -> JobUseView:
 
 
 def test_tasks_are_counted_as_the_planner_cuts_them(folder: Path) -> None:
-    """Ten parts of one file and one of the other, and one that gathers."""
+    """The stages have ten parts of one file, one part of the other file, and one gather task."""
     import asyncio
 
     tasks, files, size = asyncio.run(cost.count(load(folder / "job.yaml", {})))
@@ -108,7 +108,7 @@ def test_an_estimate_is_a_range_with_its_lines_and_what_it_rests_on(run: Run, fo
     assert "The run will cost" in out
     assert "USD" in out
     assert "as of 2026-07-20" in out
-    assert "m7i.large" in out  # as the backend `aws` has it
+    assert "m7i.large" in out  # the instance type of the backend `aws`
     assert "Assumed: slots are busy" in out
     code, out, _ = run(
         "cost",
@@ -186,7 +186,7 @@ def test_input_in_s3_is_not_guessed_at(run: Run, folder: Path) -> None:
     assert code == 2
     assert "--tasks N" in err
     counts = []
-    for tasks in ("add=5000000", "5000000"):  # not of the stage that gathers
+    for tasks in ("add=5000000", "5000000"):  # the number of tasks must not name the gather stage
         code, out, _ = run(*arguments, "--tasks", tasks, "--json")
         assert code == 0
         counts.append(json.loads(out)["bundles"])
@@ -220,7 +220,7 @@ def test_a_bill_of_a_job_in_a_grid_that_is_up(manager: type[FakeClient], run: Ru
     assert code == 0
     lines = {item["what"]: item["usd"]["typical"] for item in json.loads(out)["items"]}
     disk = 50 * 0.08 / 730
-    assert lines["compute, pool default"] == pytest.approx((0.1008 + disk) / 3600)  # 2 s, two slots
+    assert lines["compute, pool default"] == pytest.approx((0.1008 + disk) / 3600)  # 2 s on two slots
     assert lines["idle, pool default"] == pytest.approx((0.1008 + disk) * 3599 / 3600)
     code, out, _ = run("cost", "bill", "last", "--home", tmp_path / "g", "--instance-type", "c7g.large")
     assert code == 0

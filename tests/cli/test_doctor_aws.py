@@ -1,4 +1,4 @@
-"""What the doctor says of AWS before there is a stack, and what a home that knows one is told."""
+"""The doctor's output about AWS without a stack, and the output for a home that is connected to a stack."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KNOWN = AwsDeployment("grid", "eu-west-1", "bucket", "grid-", "grid-manager", "a
 
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No credentials, and no plugin of Session Manager."""
+    """Remove the AWS credentials and the plugin of Session Manager."""
     for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
@@ -59,7 +59,7 @@ def test_caller_identity_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_home_of_a_stack_explains_how_to_connect(tmp_path: Path) -> None:
-    """`grid up` alone would start another grid, on this machine."""
+    """Without this hint, the user would start another grid on this machine."""
     home = Home(tmp_path)
     with pytest.raises(Unreachable) as told, option_values.connect(home):
         pass

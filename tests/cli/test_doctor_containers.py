@@ -1,4 +1,4 @@
-"""What the doctor says where something that containers need is missing or wrong."""
+"""The doctor's output if a requirement of containers is missing or wrong."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def examined(
     env: Mapping[str, str] = {},
     left: Sequence[LabeledResource] = (),
 ) -> dict[str, Finding]:
-    """The findings by what they are about, with Docker answering as told: `broken` commands fail
-    with what they say on stderr, `left` is what carries a grid's label."""
+    """Return the doctor's findings by their subject, with a scripted Docker. The commands in `broken` fail with the
+    given text on stderr, and `left` are the resources with a grid's label."""
 
     def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
         first = arguments[0]

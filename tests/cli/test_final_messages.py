@@ -1,4 +1,4 @@
-"""What is said at the end: the summary, the demo's verdict, the doctor's report."""
+"""The final output of commands: the summary, the demo's verdict, and the doctor's report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from batchlab.runtime.home import Home, ManagerRecord
 from batchlab.worker.handlers import explain
 from tests.support.cli import view
 
-# --- The end -------------------------------------------------------------------------------------
+# --- The summary ---------------------------------------------------------------------------------
 
 
 def test_phases_add_up_to_the_wall_time() -> None:
@@ -45,7 +45,7 @@ def test_summary_shows_how_the_time_was_spent(tmp_path: Path) -> None:
     text = a_summary(tmp_path, state="FAILED", reason="1 of 10 failed").text()
     assert "sums-0123456789 FAILED in" in text
     assert "10 tasks, 1 failed, 1 retried" in text
-    # 2 s of task time in 2 s on 2 slots
+    # The tasks took 2 s of task time in 2 s on 2 slots.
     assert "10 tasks, 2.0 s of task time, 50% of 2 slots" in text
     assert "files/: 2 files, 2.0 KiB" in text
 
@@ -66,7 +66,7 @@ def failure(task: int, cause: str) -> FailureView:
 
 
 def test_the_summary_of_a_failure_shows_where_each_cause_was_raised(tmp_path: Path) -> None:
-    """The grid of the run is gone by now, and cannot be asked."""
+    """The grid of the run has ended, so the summary cannot request more data."""
     summary = a_summary(tmp_path, state="FAILED")
     summary.job["stages"][0]["failed"] = 4
     summary.failures = [failure(3, "bad"), failure(1, "bad"), failure(2, "worse")]
@@ -84,7 +84,7 @@ def test_the_summary_of_a_failure_shows_where_each_cause_was_raised(tmp_path: Pa
 
 @pytest.mark.parametrize("message", ["bad: 'x'", "bad\n  in two lines", "very bad " * 40])
 def test_failure_reason_is_printed_once_and_in_full(tmp_path: Path, message: str) -> None:
-    """Of the job, of the task and in the traceback it is the same."""
+    """The job, the task, and the traceback contain the same message."""
 
     try:
         raise ValueError(message)
@@ -168,7 +168,7 @@ def totals_of(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("wrong", ["", "claims", "charge_cents", "denied", "payer"])
 def test_the_demos_totals_are_compared_with_the_facts(tmp_path: Path, wrong: str) -> None:
-    """A check that cannot say no is none."""
+    """The check must be able to fail."""
     prepared = demo.prepare(Home(tmp_path), seed=1, files=3, claims_per_file=5)
     totals = totals_of(dict(prepared.facts))
     if wrong == "payer":

@@ -1,4 +1,4 @@
-"""A job's output as it comes: each line once, in whatever pieces and from wherever it was seen."""
+"""The output of a followed job, which contains each line once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchlab.cli.job_logs import Follower, Line, LogFilter, to_json
 
 
 class Manager:
-    """Answers what a test has put in: a list of answers each, the last of them again and again."""
+    """A fake manager that returns a list of answers for each request, and repeats the last answer."""
 
     def __init__(self, *news: dict[str, Any]) -> None:
         self.news = iter(news)
@@ -79,7 +79,7 @@ def test_a_log_that_was_cut_is_not_taken_for_what_was_seen() -> None:
     shown = followed(manager)
     assert shown[0] == "s/0:head"
     assert "more than is kept" in shown[1]
-    # Nothing was seen before: all that is kept is shown.
+    # Nothing was shown before, so all stored lines are shown.
     assert len(followed(Manager({"logs": [log(text)]}, {"ended": True}))) == 3
 
 
@@ -105,7 +105,7 @@ def test_logs_of_one_task_or_of_failed_tasks() -> None:
     assert followed(manager, LogFilter(stage="s", task=1)) == ["s/1:b"]
     manager = Manager({}, {"logs": [log("a\n", state="FAILED")]}, {"ended": True})
     assert followed(manager, LogFilter(failed=True, since_s=60.0)) == ["s/0:a"]
-    # Nobody pays for the output of tasks that may not fail.
+    # The client does not request the output of tasks, so live logs cost nothing.
     assert [what for what, _ in manager.asked] == ["news"] * 3
     assert manager.asked[0][1]["failed"] is True
     assert manager.asked[0][1]["since_s"] == 60.0

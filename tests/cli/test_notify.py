@@ -1,4 +1,4 @@
-"""`batchlab notify` against a manager that only pretends."""
+"""`batchlab notify` with a fake manager."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_log_shows_no_control_character(run: Run) -> None:
     assert FakeClient.asked[-1][2] == {"limit": 5}
 
 
-# --- How a grid is brought up to be looked at ----------------------------------------------------
+# --- Grids for following a job -------------------------------------------------------------------
 
 
 def test_unknown_format_is_refused_before_the_start(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Numbers and durations as options of the command line take and refuse them."""
+"""Numbers and durations as options of the command line, valid and invalid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line where no grid is up: help, errors, checks, first files."""
+"""The command line without a running grid: help, errors, checks, and first files."""
 
 from __future__ import annotations
 
@@ -75,12 +75,13 @@ OF_EXTRAS = frozenset(module for modules in installation.MODULES.values() for mo
 HEAVY = frozenset(
     REQUIRED_MODULES - {"typer"} | OF_EXTRAS | {"asyncio", "opentelemetry", "ssl", "http.client", "socket"}
 )
-"""What no command pays for that does not use it; the help, and what starts for each instance."""
+"""Modules that a command must not import unless it uses them. The check covers the help and the services of an
+instance."""
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["worker", "--help"], ["manager", "--help"]])
 def test_help_and_services_import_nothing_heavy(arguments: list[str]) -> None:
-    """What a command pays for at its start; milliseconds would depend on the machine."""
+    """The test compares imported modules, because times depend on the machine."""
     imported = imported_by(*arguments)
     if arguments == ["--help"]:
         ours = {name for name in imported if name.startswith("batchlab.")}
@@ -93,7 +94,7 @@ def test_help_and_services_import_nothing_heavy(arguments: list[str]) -> None:
 
 def test_command_imports_no_other_command() -> None:
     imported = imported_by("job", "--help")
-    heavy = HEAVY - {"pydantic", "socket", "typing_extensions"}  # typer reads parameters with them
+    heavy = HEAVY - {"pydantic", "socket", "typing_extensions"}  # typer needs these modules to read parameters
     assert imported.isdisjoint(heavy), imported & heavy
     assert "batchlab.cli.job" in imported
     assert not imported & {f"batchlab.cli.{one}" for one in ("deploy", "scenario", "grid", "admin")}
@@ -107,7 +108,7 @@ def test_run_does_not_import_the_simulator() -> None:
 
 
 def test_a_worker_imports_nothing_of_the_manager_and_nothing_of_the_job_file() -> None:
-    """It is to be up soon, and there are many."""
+    """A worker must start quickly, and a grid has many workers."""
     code = "import sys, batchlab.server.worker_service; print(*sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = set(told.stdout.split())
@@ -118,7 +119,7 @@ def test_a_worker_imports_nothing_of_the_manager_and_nothing_of_the_job_file() -
 
 
 def imported_by(*arguments: str) -> set[str]:
-    """The modules that a command line has loaded at its end."""
+    """Return the modules that a command line has imported at its end."""
     code = (
         "import sys, batchlab.cli as c\n"
         f"sys.argv = ['batchlab', *{arguments!r}]\n"

@@ -1,4 +1,4 @@
-"""`batchlab report …` on folders: what is printed, and what is said of mistakes."""
+"""`batchlab report …` on folders: its output and its errors."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_mistakes_are_clear_sentences(
 def test_report_does_not_wait_for_a_deleted_bucket(command: tuple[str, ...], run: Run, tmp_path: Path) -> None:
     home = Home(tmp_path)
     home.backend_folder("ministack").mkdir()
-    # Nothing listens there; what did has ended with the grid.
+    # The grid has ended, so its port does not answer.
     home.write_place("ministack", Place("http://127.0.0.1:9", "bucket-1", named=False))
     code, out, err = run(*command, "--backend", "ministack", "--home", str(tmp_path))
     assert (code, out) == (3, "")

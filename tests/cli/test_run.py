@@ -1,4 +1,4 @@
-"""Which run a command means, what grid it gets, and what it says at the end."""
+"""The run that a command means, the grid that it gets, and its final output."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from batchlab.runtime.compose_deployment import Deployment
 from batchlab.runtime.home import Home, ManagerRecord
 from tests.support.cli import a_grid, view
 
-# --- Which run -----------------------------------------------------------------------------------
+# --- Selection of a run --------------------------------------------------------------------------
 
 
 def put(objects: SimObjects, key: str, doc: dict[str, Any] | None = None) -> None:
@@ -43,7 +43,7 @@ def latest(objects: SimObjects) -> submission.EarlierRun | None:
 
 
 def test_runs_of_one_source_digest_are_counted_in_the_bucket() -> None:
-    """Without a manager, so that a run is found whatever became of the one that began it."""
+    """The runs are counted without a manager, so a run is found even if its first command was interrupted."""
     objects = SimObjects()
     assert latest(objects) is None
     first = object_keys.job_id("sums", "f1")
@@ -92,7 +92,7 @@ def test_suggested_resume_command_repeats_the_given_one() -> None:
     assert option_values.resume_command(shlex.split(once)[1:]) == once
 
 
-# --- What grid -----------------------------------------------------------------------------------
+# --- Selection of a grid -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_job_without_wishes_gets_the_backends_own_pools(jobfile: JobFile) -> N
 
 
 def test_grid_has_every_pool_and_slot_of_the_job(jobfile: JobFile) -> None:
-    """Pain 1: a stage whose pool does not exist waits for ever elsewhere."""
+    """A stage whose pool does not exist would wait forever."""
     wish = "timeout: 1m\n    pool: big\n    resources: {slots: 4}\n    retry: 3"
     jobfile = edited(jobfile, "timeout: 1m\n    retry: 3", wish)
     backend = factory.load("local")
@@ -148,11 +148,11 @@ def test_a_pool_given_twice_is_refused() -> None:
         option_values.parse_pools(["a:0-1x1", "a:0-2x1"])
 
 
-# --- A manager that dies -------------------------------------------------------------------------
+# --- A dying manager -----------------------------------------------------------------------------
 
 
 class Managers:
-    """Managers of which each dies after a number of answers."""
+    """Fake managers, each of which dies after a number of answers."""
 
     def __init__(self, home: Home, lives: list[int]) -> None:
         self.home = home
@@ -161,7 +161,7 @@ class Managers:
         self.options: list[dict[str, Any]] = []
         self.backend = "local"
         self.is_ours = True
-        """Whether a manager that is started now is this process's own."""
+        """Whether this process owns the next started manager."""
 
     def start(self, *_: object, **options: Any) -> ManagerRecord:
         self.options.append(options)
@@ -238,7 +238,7 @@ def test_next_manager_of_a_standing_grid_keeps_running(managers: Callable[[list[
 
 
 def test_containers_that_stand_without_a_manager_are_not_taken_down(managers: Callable[[list[int]], Managers]) -> None:
-    """Everybody's objects are in their LocalStack."""
+    """The LocalStack of the containers stores the objects of all jobs."""
     made = managers([2, 2])
     made.backend = "localstack"
     at = Deployment("batchlab-1", "10.213.70", "image:1", "1:1", "3.13")
@@ -258,7 +258,7 @@ def test_containers_after_grid_down_belong_to_the_command(managers: Callable[[li
     with Session(made.home, factory.load("localstack")) as grid:
         grid.start()
         assert grid.call(lambda _: made.answer()) == "answer"
-        compose_deployment.forget(made.home)  # as `grid down` does
+        compose_deployment.forget(made.home)  # `grid down` does the same
         assert grid.call(lambda _: made.answer()) == "answer"
     assert (made.started, made.stopped) == (2, 1)
 
@@ -282,7 +282,7 @@ def test_command_waits_for_a_manager_that_docker_restarts(managers: Callable[[li
     compose_deployment.write(made.home, at)
     assert grid.call(lambda _: made.answer()) == "answer"
 
-    later = iter([0, 0, 1])  # twice there is none yet
+    later = iter([0, 0, 1])  # the first two looks do not find a manager
 
     def ask(_: object) -> str:
         try:
@@ -338,7 +338,7 @@ def test_grid_of_another_backend_is_refused(
 
 
 def test_plain_progress_has_no_control_codes_and_prints_only_changes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Pain 13 and CI logs: a line has to read well without a terminal."""
+    """A line must be readable without a terminal, also in a CI log."""
     grid = cast("GridView", a_grid())
     with progress.JobDisplay(is_live=False, every_s=60) as lines:
         for state in ("RUNNING", "RUNNING", "RUNNING", "SUCCEEDED"):

@@ -1,4 +1,4 @@
-"""`scenario list`, `check` and `schema`, as they are typed."""
+"""The commands `scenario list`, `check`, and `schema`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`batchlab schedule` against a manager that only pretends: what is asked, said and refused."""
+"""`batchlab schedule` with a fake manager: requests, output, and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support import job_files as jobfiles
 from tests.support.cli import FakeClient, Run
 
 DUE_S = 1_774_746_000.0
-"""2026-03-29 03:00 in Berlin, the first minute after what is left out."""
+"""2026-03-29 03:00 in Berlin, the first minute after the hour that the clock change skips."""
 
 
 def a_run(**more: Any) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def added(manager: type[FakeClient], run: Run, folder: Path, *options: str) -> tuple[Any, JobDef]:
-    """What the manager is asked for."""
+    """Return the schedule and the job of the request that the manager receives."""
     manager.answers = {"add_schedule": a_schedule()}
     code, out, err = run("schedule", "add", folder / "job.yaml", "--home", folder / "h", *options)
     assert (code, err) == (0, ""), err
@@ -137,12 +137,12 @@ def test_a_job_file_is_uploaded_and_described(manager: type[FakeClient], run: Ru
     objects = factory.load("local").open_objects(Home(folder / "h"))
     for key in (job.code or "", *job.input.keys):
         assert asyncio.run(objects.head(key))
-    # The same again has nothing else in it, so the manager knows it again.
+    # The second request is equal to the first, so the manager recognizes it.
     assert added(manager, run, folder, "--cron", "30 2 * * *", "--name", "nightly")[1].id == job.id
 
 
 def test_a_span_may_be_a_number_of_seconds(manager: type[FakeClient], run: Run, folder: Path) -> None:
-    """As the sentence says that refuses what is none."""
+    """The error message for an invalid span says the same."""
     when = ("--cron", "30 2 * * *", "--prewarm", "600", "--missed-within", "90.5")
     schedule, _ = added(manager, run, folder, *when)
     assert (schedule["prewarm_s"], schedule["missed_within_s"]) == (600.0, 90.5)
@@ -191,7 +191,7 @@ def test_each_runs_input_may_be_a_prefix_of_the_bucket(
     manager: type[FakeClient], run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for file in (folder / "data").iterdir():
-        file.unlink()  # the file's own input need not be there
+        file.unlink()  # the file's own input need not exist
     _, job = added(manager, run, folder, "--cron", "* * * * *", "--input", "raw/incoming/")
     assert job.input
     assert job.input.keys == ("raw/incoming/",)

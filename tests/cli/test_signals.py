@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command, wherever it hits it."""
+"""Ctrl-C at any point of a command."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_other_finalizer_errors_are_printed(capsys: pytest.CaptureFixture[str]) 
 def test_ctrl_c_ends_a_simulated_run_at_any_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
-    """The command waits for a task process at that moment. What that process raises is a failure
-    of its task, and ends no command."""
+    """The command waits for a task process when the signal arrives. An error in the task process fails its task, and
+    does not end the command."""
     code = (
         "import os, signal, time\ndef one(item):\n    pass\n"
         f"{place}os.kill(os.getppid(), signal.SIGINT); time.sleep(60)\n"

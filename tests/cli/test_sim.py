@@ -1,4 +1,4 @@
-"""`batchlab sim …`: what it prints, what it exits with, and the command it tells one to run."""
+"""`batchlab sim …`: its output, its exit code, and the suggested next command."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KILLED = Fault("worker-w-1", 41, FaultKind.KILL_AFTER)
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A campaign in which every seed from 3 on fails, by one of two faults."""
+    """Replace the campaign by one in which every seed from 3 on fails with one of two faults."""
 
     def campaign(seeds: Iterable[int], weather: str, jobs: int) -> Generator[SeedResult, None, None]:
         for seed in seeds:
@@ -53,7 +53,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """Lines by their first word."""
+    """Return the lines of a text by their first word."""
     split = [line.split() for line in text.splitlines()]
     return {words[0]: words[1:] for words in split if words}
 
@@ -68,7 +68,7 @@ def test_a_campaign_shows_what_happened_and_how_often(run: Run, tmp_path: Path) 
         "sim", "fuzz", "--seeds", 3, "--from", 5, "--weather", "crashes", "--jobs", 2, "--report", file
     )
     assert code == 0
-    assert "Traceback" not in err  # how far it is, where it takes long
+    assert "Traceback" not in err  # stderr contains only progress, which appears in slow runs
     assert re.match(r"3 seeds from 5, weather crashes, in .*, 2 at a time\n", out)
     assert out.endswith("\nEvery promise was kept.\n")
     told = rows(out)
@@ -246,8 +246,8 @@ def test_the_kinds_of_faults_are_listed(run: Run) -> None:
 
 
 def screen(terminal: int) -> Iterator[str]:
-    """What appears in a terminal, until the last program that writes to it has ended."""
-    with contextlib.suppress(OSError):  # EIO: all have
+    """Yield the output in a terminal until the last program that writes to it has ended."""
+    with contextlib.suppress(OSError):  # EIO: all programs have ended
         while data := os.read(terminal, 65536):
             yield data.decode(errors="replace")
 

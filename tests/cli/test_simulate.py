@@ -1,4 +1,4 @@
-"""`batchlab scenario simulate`: what it prints, writes and ends with."""
+"""`batchlab scenario simulate`: its output, its files, and its exit code."""
 
 from __future__ import annotations
 
@@ -117,13 +117,13 @@ def test_an_interrupted_forecast_ends_at_once_in_a_sentence(tmp_path: Path) -> N
     text = PEAK.replace("MAKESPAN", "2m").replace("tasks: 4,", "tasks: 200000,")
     (tmp_path / "peak.yaml").write_text(text)
     path = str(tmp_path / "peak.yaml")
-    # The same program, which reports progress after half a second instead of ten.
+    # The program is the same, but it reports progress after half a second instead of ten.
     program = "from batchlab.cli import main, scenario as s; s.LINE_EVERY_S = 0.5; main()"
     command = [sys.executable, "-c", program, "scenario", "simulate", path]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert "400,000 tasks take up to about" in process.stderr.readline()
-        told = process.stderr.readline()  # it is under way
+        told = process.stderr.readline()  # the simulation is running
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
         assert process.wait(30) == 130

@@ -1,4 +1,4 @@
-"""The thread behind an executor, with a grid made up: whatever happens, every future ends."""
+"""The thread of an executor with a fake grid, in which every future must end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WAIT_S = 20.0
 
 
 class FakeGrid:
-    """Stands for link and outgoing: takes jobs, or fails as told, and never runs any."""
+    """A fake link and sender of calls, which accepts jobs or fails, and never runs a job."""
 
     def __init__(self) -> None:
         self.shipping = ObjectPickler()
@@ -35,17 +35,17 @@ class FakeGrid:
         self.closed = False
         self.problem: BaseException | None = None
         self.hang_up: BaseException | None = None
-        """What becomes of the wait for first outcomes."""
+        """The error that the wait for first outcomes raises."""
         self.sent: list[tuple[str, int]] = []
-        """Each job, and how many calls it has."""
+        """The id and the number of calls of each sent job."""
         self.left: list[tuple[str, bool]] = []
         self.go = threading.Event()
-        """Sending waits for it."""
+        """The sender waits for this event."""
         self.go.set()
         self._watched = threading.Semaphore(0)
 
     def wait_for_job(self) -> None:
-        """Returns once for each job that has been sent, when its outcomes are listened for."""
+        """Return once for each sent job, when the client starts to wait for the job's outcomes."""
         assert self._watched.acquire(timeout=WAIT_S)
 
     def check_open(self) -> None:
@@ -75,7 +75,7 @@ class FakeGrid:
         self.sent.append((draft.id, sum(len(chunk.items) for chunk in chunks)))
         accepted()
         if self.hang_up:
-            accepted()  # as on a second try
+            accepted()  # a second try of the submission does the same
             raise self.hang_up
         return {"outcomes": [], "ended": False}
 
@@ -238,7 +238,7 @@ def test_a_failure_that_is_tried_again_is_not_the_end(grid: FakeGrid, dispatch: 
 def test_without_room_for_a_thread_calls_are_sent_all_the_same(
     grid: FakeGrid, dispatch: Dispatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As while Python ends, from 3.12 on."""
+    """From Python 3.12 on, a thread cannot start during the interpreter's shutdown."""
     run = thread_cache.run
 
     def full(_: thread_cache.Work) -> None:
@@ -258,7 +258,8 @@ def test_without_room_for_a_thread_calls_are_sent_all_the_same(
 def test_a_thread_that_is_interrupted_while_it_starts_is_not_counted_on(
     grid: FakeGrid, dispatch: Dispatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C may come when the thread is there already: it ends, and the next call starts one."""
+    """Ctrl-C may arrive when the new thread is already running. The thread ends, and the next call starts another
+    one."""
     start = threading.Thread.start
     late: list[threading.Thread] = []
 
@@ -294,7 +295,7 @@ def test_a_forked_child_ends_while_its_parent_has_calls_out(grid: FakeGrid, disp
     grid.wait_for_job()
     child = os.fork()
     if not child:
-        thread_cache._at_exit()  # what Python does at its end
+        thread_cache._at_exit()  # Python calls this function at its end
         os._exit(0)
     end_s = time.monotonic() + WAIT_S
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
@@ -307,7 +308,7 @@ def test_a_forked_child_ends_while_its_parent_has_calls_out(grid: FakeGrid, disp
 
 
 def test_outcome_listed_twice_is_read_once(grid: FakeGrid, dispatch: Dispatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answer to a submission brings outcomes that are listed again when they are counted."""
+    """The answer to a submission contains outcomes that later listings contain again."""
     read: list[Sequence[int]] = []
 
     def noting(link: Any, where: Any, stage: Any, tasks: Any, *rest: Any) -> Iterator[Any]:

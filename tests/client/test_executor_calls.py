@@ -1,4 +1,4 @@
-"""An executor's call on its way: packed here, made by a worker, raised here again."""
+"""An executor's call, which is packed here, run by a worker, and whose error is raised here again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def no_file(_: object) -> NoReturn:
 
 
 def made(packed: Packed) -> list[Any]:
-    """What a worker would make of them."""
+    """Return the results that a worker would compute from the packed calls."""
     handler = pickle.loads(packed.handler)
     return [
         handler([values.decode(part, no_file, pickles=True) for part in item] if type(item) is list else item)
@@ -59,7 +59,7 @@ def packer(shipping: ObjectPickler) -> Packer:
 # --- Packing -------------------------------------------------------------------------------------
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-# Larger ones say no more of the way, and take a hundred times as long to make as to send.
+# Larger values do not test more, and take a hundred times as long.
 ANY = st.recursive(PLAIN | st.binary(), lambda inner: st.lists(inner) | st.tuples(inner), max_leaves=10)
 
 
@@ -238,7 +238,7 @@ def test_the_last_wanted_result_leaves_a_batch_that_is_not_wanted() -> None:
     assert not batch.abandoned
     batch.settle(futures[1])
     assert batch.abandoned
-    assert not looked  # the thread looks by itself after each result
+    assert not looked  # the thread itself looks after each result
 
 
 def test_a_withdrawn_call_counts_as_cancelled() -> None:

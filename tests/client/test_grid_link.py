@@ -1,4 +1,4 @@
-"""The end of a grid's link, where its event loop does nothing any more."""
+"""The end of a grid's link when its event loop has stopped."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_they_are_where_an_interrupt_hits_the_look_at_the_event_loop(
 def test_they_are_even_where_an_interrupt_has_left_a_lock_taken(
     link: Link, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It hits between a lock's being taken and its being let go, which Python cannot rule out."""
+    """The interrupt arrives between the acquisition and the release of a lock, which Python cannot exclude."""
     monkeypatch.setattr(grid_link, "LOOP_TIMEOUT_S", 0.05)
     lock = threading.Lock()
     lock.acquire()

@@ -1,4 +1,4 @@
-"""One request to the manager, whatever comes in between."""
+"""A request to the manager with interruptions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def client() -> Iterator[Client]:
 
 
 def test_interrupt_while_an_answer_is_stored_is_not_lost(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a finalizer, which closes what nobody has closed, Python drops whatever is raised."""
+    """Python drops an exception that is raised in a finalizer, such as one that closes an open answer."""
     close, left = HTTPResponse.close, [signal.SIGINT]
 
     def interrupted(response: HTTPResponse) -> None:
@@ -41,7 +41,7 @@ def test_interrupt_while_an_answer_is_stored_is_not_lost(client: Client, monkeyp
     with pytest.raises(KeyboardInterrupt):
         client.health()
     assert client.health()["leader"]
-    assert len(client._connections._idle) == 1  # to be used again
+    assert len(client._connections._idle) == 1  # the connection will be used again
     left.append(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         client.job("nowhere")
@@ -50,7 +50,7 @@ def test_interrupt_while_an_answer_is_stored_is_not_lost(client: Client, monkeyp
 
 
 def test_closed_connection_is_not_reused(client: Client) -> None:
-    """As by a manager that ends, while its successor listens at the same place."""
+    """A manager that ends closes the connection, while its successor listens at the same address."""
     assert client.health()["leader"]
     kept = client._connections._idle[0][1]
     kept.sock.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""Results on their way back: when they are asked for, and whose one is that cannot be had."""
+"""The return of results: when the client requests them, and the error for a missing result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batchlab.core.protocol.bundle_inputs import JobObjects
 
 
 class FakeLink:
-    """To an empty bucket."""
+    """A link to an empty bucket."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -52,7 +52,7 @@ def test_questions_are_as_rare_as_their_answers_may_be_late() -> None:
 
 
 def test_last_results_are_requested_without_delay() -> None:
-    """A tenth of what is left at this pace, too: 200 tasks of a tenth of a second, one to come."""
+    """The gap is also a tenth of the estimated remaining time. In this test, one of 200 tasks of 0.1 s is left."""
     assert gap_s(20.0, 1 / 199) == 0.1 * 20.0 / 199
     assert gap_s(20.0, 0.0) == 0.0
     assert gap_s(1.0, math.inf) == gap_s(1.0)

@@ -1,4 +1,4 @@
-"""Threads that wait a moment for more work."""
+"""Threads that wait for a moment for more work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _wait_for(event: threading.Event) -> None:
 
 
 def ran_by(spares: ThreadCache) -> threading.Thread:
-    """The thread that does the next piece of work."""
+    """Return the thread that runs the next piece of work."""
     found: list[threading.Thread] = []
     spares.run(lambda: found.append(threading.current_thread()))
     until(lambda: bool(found))
@@ -94,7 +94,8 @@ def test_finalizers_run_before_the_end_is_reported(spares: ThreadCache) -> None:
 
 
 class Interrupted(list[Any]):
-    """Ctrl-C between giving work and taking the thread."""
+    """A list whose `pop` raises KeyboardInterrupt, like Ctrl-C between the handover of work and the choice of a
+    thread."""
 
     def pop(self, *_: object) -> NoReturn:
         raise KeyboardInterrupt
@@ -114,7 +115,7 @@ def test_an_interrupt_loses_neither_the_work_nor_the_thread(spares: ThreadCache)
         spares.run(work)
     spares._spare = held
     assert done.wait(WAIT_S)
-    # What comes now waits behind the work; and what that one asks for gets a thread of its own.
+    # The second work item waits behind the first. The work that the second item requests gets its own thread.
     asked: list[threading.Thread] = []
     second = threading.Event()
 

@@ -1,4 +1,4 @@
-"""The checks as data, and what is written of them: a report of one run, the page on emulators."""
+"""The table of conformance checks, the report of a run, and the page on emulators."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RELIED_ON = (
     "sqs-extend",
     "sqs-receive-count",
 )
-"""Without these there is no protocol; which others are needed is a matter of judgement."""
+"""The checks that batchlab's protocol cannot do without. The need for the others is a matter of judgment."""
 
 
 def a_check(name: str = "s3-a", severity: Severity = Severity.NEEDED) -> Check:
@@ -73,13 +73,13 @@ def test_checks_are_unique_and_numerous() -> None:
 def test_every_check_is_fully_described(check: Check) -> None:
     assert re.fullmatch(r"(s3|sqs|autoscaling)-[a-z0-9]+(-[a-z0-9]+)*", check.name)
     assert check.service in SERVICES
-    # A queue's name has room for it: run, check, number, and an adapter's own name.
+    # The name of a queue must have room for the run, the check, a number, and an adapter's own name.
     assert len(f"batchlab-conform-01234567-{check.name}-10-nothing") <= 80
     assert re.fullmatch(r"[A-Z].*\.|maxReceiveCount .*\.", check.rule)
     assert check.otherwise
     assert not check.otherwise.endswith(".")
     assert check.promise
-    # Of what nothing follows it is said why.
+    # A check without consequences must give a reason.
     assert check.otherwise != "nothing" or check.promise.startswith("none: ")
     for text, url in sources.pages(check.source):
         known = "recorded answers of AWS", "the reference does not say", "RFC 9110, range requests"
@@ -233,8 +233,8 @@ def test_a_page_lists_every_check_as_it_is(page: str) -> None:
     ("page", "name"), [(page, name) for page in PAGES for name in page_sections(page) if name != check_table.ALL_CHECKS]
 )
 def test_section_of_the_page_matches_the_checks(page: str, name: str) -> None:
-    """Whether what was seen is still so takes the emulator: see tests/system/test_conform.py.
-    This holds on a machine without it."""
+    """Only an emulator can show whether the table is still correct (see tests/system/test_conform.py). This comparison
+    runs without an emulator."""
     seen: dict[str, str] = {}
     for line in page_sections(page)[name].splitlines():
         if line.startswith("| `"):
@@ -252,7 +252,7 @@ def test_section_of_the_page_matches_the_checks(page: str, name: str) -> None:
 
 
 def test_the_page_is_right_about_what_is_needed() -> None:
-    """What its prose says of each emulator."""
+    """The test compares the prose about each emulator with its table."""
     needed = {
         name: re.findall(r"^\| `(\S+)` \| needed", text, re.MULTILINE)
         for name, text in page_sections("emulators.md").items()

@@ -1,4 +1,4 @@
-"""`batchlab conform`, the command around the checks; without an endpoint."""
+"""The command `batchlab conform` without an endpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("no_aws")
 
 @pytest.fixture
 def verdicts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Verdict]:
-    """What the checks come to, by name, without an endpoint; the others agree."""
+    """Replace the checks by fixed verdicts, by name. A check without an entry agrees."""
     given: dict[str, Verdict] = {}
 
     def pretend(_: Target, checks: list[Check], **__: object) -> list[Result]:
@@ -77,7 +77,7 @@ def test_refusals(options: tuple[str, ...], message: str, run: Run) -> None:
 
 def test_silent_endpoint_is_reported(run: Run) -> None:
     with socket.socket() as nobody:
-        # Bound, and not listening: refused, and nobody else's meanwhile.
+        # The port is bound but does not listen, so connections are refused and no other program can use the port.
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         for options, service in (
@@ -162,7 +162,7 @@ def test_a_page_is_written_and_written_again(run: Run, verdicts: dict[str, Verdi
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """The handlers that somebody had before are there again afterwards."""
+    """Check that the previous signal handlers are restored."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -174,7 +174,7 @@ def handlers() -> Iterator[None]:
 def test_only_the_first_interrupt_counts(
     number: signal.Signals, dropped: int, handlers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python drops what is raised in a finalizer."""
+    """Python drops an exception that is raised in a finalizer."""
     cleaned: list[str] = []
 
     def close(_target: Target) -> list[str]:

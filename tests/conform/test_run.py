@@ -1,4 +1,4 @@
-"""How checks come out, and what a run may touch; without an endpoint."""
+"""The verdicts of checks, and the resources that a run may touch, without an endpoint."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_hanging_check_is_abandoned_and_delays_no_other(target: Target) -> None:
     ids=["not accepted", "not refused", "of a port"],
 )
 def test_two_failures_of_the_endpoint_count_and_one_does_not(target: Target, failure: Callable[[], object]) -> None:
-    """AWS's services fail too, a few times in a million: whoever asks them asks once more."""
+    """AWS's services fail a few times in a million requests, so clients repeat a failed request."""
     keys: list[str] = []
 
     def once(site: Site) -> None:
@@ -128,7 +128,7 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-# --- What a run may touch -------------------------------------------------------------------------
+# --- Allowed resources ----------------------------------------------------------------------------
 
 
 def test_after_the_end_nothing_is_made_any_more(target: Target) -> None:

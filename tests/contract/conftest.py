@@ -19,7 +19,7 @@ __all__ = ["our", "ours", "wire"]
 def _queue_checks(world: str) -> Callable[..., Iterator[SideBySide[QueueWorld]]]:
     @pytest.fixture(scope="session", name=f"queue_checks_{world}")
     def checks(request: pytest.FixtureRequest) -> Iterator[SideBySide[QueueWorld]]:
-        """Runs checks of the Queue port at this emulator."""
+        """Run checks of the Queue port at this emulator."""
         queue = SqsQueue(request.getfixturevalue(world))
         ahead = [
             CHECKS[item.function]

@@ -1,7 +1,6 @@
-"""The Fleet's suite over EC2 Auto Scaling's API: our endpoint, and moto as a judge of the suite.
+"""The Fleet's suite with EC2 Auto Scaling's API, on batchlab's endpoint and on moto as a second implementation.
 
-What moto does not do is listed here, test by test, and the list is checked: a gap that moto has
-closed fails.
+A list names the tests that moto cannot pass. A listed test that passes at moto fails the suite.
 """
 
 from __future__ import annotations

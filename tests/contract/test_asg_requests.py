@@ -1,4 +1,4 @@
-"""What the Fleet port over Auto Scaling asks of the service, counted, and how errors are told."""
+"""The requests of the Fleet adapter for Auto Scaling, their number, and their errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ POOL = STEADY.name
 
 
 class Counted:
-    """A fleet over our endpoint, with every request that it has made."""
+    """A fleet at batchlab's endpoint that records every request."""
 
     def __init__(self, up: Served, launcher: Behaving, form: GroupParameters, prefix: str) -> None:
         self.up = up
@@ -44,13 +44,13 @@ class Counted:
         self.made[model.name] += 1
 
     async def during(self, do: Awaitable[Any]) -> dict[str, int]:
-        """The requests that `do` makes."""
+        """Return the requests that `do` makes, by action."""
         self.made.clear()
         await do
         return dict(self.made)
 
     async def ask(self, action: str, **asked: Any) -> Any:
-        """Somebody else's request."""
+        """Send a request of another client."""
         return await asyncio.to_thread(getattr(self.asg, action), **asked)
 
 
@@ -136,7 +136,7 @@ def test_an_instance_drains_in_its_hook(tmp_path: Path) -> None:
         await at.fleet.set_desired(POOL, 0, cause="a test")
         view = await at.rig.until(lambda view: view.instances[0].state is LifecycleState.TERMINATING)
         assert view.instances[0].note == "terminated: scale-in"
-        # Its worker has read of it from the metadata service, handed back its work, and ends.
+        # The worker of the instance reads the termination from the metadata service, returns its work, and ends.
         at.launcher.crash(instance, "exit 0")
         await at.rig.until(lambda _: bool(at.rig.dead))
         assert names(at.rig.dead) == [instance]

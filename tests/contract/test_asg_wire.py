@@ -1,6 +1,6 @@
-"""Auto Scaling over the wire, as boto3 sees it: our endpoint, and moto as a judge.
+"""Auto Scaling over the wire, as boto3 sees it, on batchlab's endpoint and on moto as a second implementation.
 
-What moto does not do is listed test by test, and the list is checked.
+A checked list names the tests that moto cannot pass.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ def test_activities_are_listed_newest_first(wire: Wire) -> None:
         wire.asg.describe_scaling_activities(AutoScalingGroupName=wire.name, Filters=filters)
 
 
-# --- What never changes ---------------------------------------------------------------------------
+# --- Constant responses ---------------------------------------------------------------------------
 
 FIXED: dict[str, Callable[[Any], Any]] = {
     "describe_account_limits": lambda a: a["MaxNumberOfAutoScalingGroups"] == 500,

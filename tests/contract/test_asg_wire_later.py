@@ -1,6 +1,6 @@
-"""What a group does later, over the wire: hooks, schedules, policies, refreshes, warm pools.
+"""Later actions of a group over the wire: hooks, schedules, policies, refreshes, and warm pools.
 
-What moto does not do is listed test by test, and the list is checked.
+A checked list names the tests that moto cannot pass.
 """
 
 from __future__ import annotations

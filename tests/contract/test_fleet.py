@@ -1,4 +1,4 @@
-"""What every Fleet does, whoever keeps the groups and whatever the instances are made of."""
+"""The contract of every Fleet adapter."""
 
 from __future__ import annotations
 
@@ -99,7 +99,6 @@ async def test_less_desired_capacity_takes_the_newest_out(rig: FleetRig) -> None
 
 @on_every_fleet
 async def test_a_group_scales_to_zero(rig: FleetRig) -> None:
-    """Pain 11: instances that nobody needs and everybody pays."""
     before = await rig.grow(STEADY, 3)
     await rig.fleet.set_desired(POOL, 0, cause=USER)
     view = await rig.until(lambda v: all(i.state == "Terminated" for i in v.instances))
@@ -108,7 +107,6 @@ async def test_a_group_scales_to_zero(rig: FleetRig) -> None:
 
 @on_every_fleet
 async def test_protected_instances_are_not_scaled_in(rig: FleetRig) -> None:
-    """Pain 8: scale-in kills busy workers."""
     before = await rig.grow(STEADY, 3)
     await rig.fleet.protect(POOL, before[1:], on=True)
     await rig.fleet.set_desired(POOL, 2, cause=USER)
@@ -119,7 +117,7 @@ async def test_protected_instances_are_not_scaled_in(rig: FleetRig) -> None:
 
 @on_every_fleet
 async def test_protected_instances_stay_until_one_is_released(rig: FleetRig) -> None:
-    """Pain 8: the opposite hurts too, protection that nobody can see."""
+    """A user must be able to see and end a protection."""
     before = await rig.grow(STEADY, 2)
     await rig.fleet.protect(POOL, before, on=True)
     await rig.fleet.set_desired(POOL, 0, cause=USER)
@@ -201,7 +199,6 @@ async def test_repeated_termination_lowers_capacity_once(rig: FleetRig) -> None:
 
 @on_every_fleet
 async def test_an_instance_that_dies_is_reported_once_and_replaced(rig: FleetRig) -> None:
-    """Pain 10: capacity that does not come back after workers are lost."""
     before = await rig.grow(STEADY, 2)
     rig.crash(before[0])
     await rig.until(lambda v: before[0] not in counted(v) and len(in_service(v)) == 2)
@@ -278,7 +275,7 @@ async def test_instance_of_another_pool_is_refused(rig: FleetRig) -> None:
 
 @on_every_fleet
 async def test_a_worker_that_still_drains_does_not_count(rig: FleetRig) -> None:
-    """Pain 9: an instance on its way out must not be counted twice, nor come back."""
+    """A draining instance must not count twice, and must not return to service."""
     before = await rig.grow(STUBBORN, 1)
     await rig.fleet.terminate(STUBBORN.name, before, decrement=False, cause=USER)
     view = await rig.until(lambda v: in_service(v) not in ([], before), STUBBORN.name)
@@ -297,7 +294,6 @@ async def test_activities_are_limited_and_newest_first(rig: FleetRig) -> None:
 
 @on_every_fleet
 async def test_change_of_capacity_names_its_requester_and_reason(rig: FleetRig) -> None:
-    """Pain 1: nothing happens, and no reason is given."""
     await rig.grow(STEADY, 2)
     await rig.fleet.set_desired(POOL, 1, cause="an idle pool")
     await rig.until(lambda view: len(counted(view)) == 1)

@@ -1,4 +1,4 @@
-"""What every Launcher does, whatever an instance is made of."""
+"""The contract of every Launcher adapter."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ async def test_an_id_is_used_once(rig: LauncherRig) -> None:
 
 @on_every_launcher
 async def test_failed_launch_gives_its_reason_and_leaves_no_instance(rig: LauncherRig) -> None:
-    """Pain 1: stuck, and no reason given."""
     with pytest.raises(BackendError, match=r"no capacity|No such (file|image)|does not exist"):
         await rig.launcher.launch(ABSENT, "w-1")
     assert await rig.launcher.running() == {}
@@ -87,7 +86,6 @@ async def test_terminating_what_ended_or_never_was_changes_nothing(rig: Launcher
 
 @on_every_launcher
 async def test_instance_that_exits_reports_its_exit(rig: LauncherRig) -> None:
-    """Pain 7: no exit code, so nobody can tell what happened."""
     await rig.launcher.launch(BROKEN, "w-1")
     assert await rig.ended("w-1") == "exit 3"
 

@@ -1,4 +1,4 @@
-"""What every Ledger does with jobs, stages, cuts and leases, whatever database is behind it."""
+"""The contract of every Ledger adapter for jobs, stages, cuts, and leases."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ async def test_adding_a_job_again_answers_with_what_became_of_it(ledger: Dumping
 
 @on_every_ledger
 async def test_a_client_token_makes_one_job(ledger: DumpingLedger) -> None:
-    """Pain 6: the client that never got an answer submits again."""
+    """A client that did not receive an answer submits the job again."""
     first = replace(JOB, token="once")
     await submit(ledger, first)
     second = await ledger.apply(AddJob(replace(first, id=JobId("other")), JobState.SUBMITTED))
@@ -135,7 +135,7 @@ async def test_jobs_without_a_token_are_different_jobs(ledger: DumpingLedger) ->
 
 
 def _jobs(count: int) -> list[JobDef]:
-    """Pairs submitted at the same moment."""
+    """Return pairs of jobs that were submitted at the same moment."""
     return [replace(JOB, id=JobId(f"j-{i:02d}"), submitted_s=1_000.0 + i // 2) for i in range(count)]
 
 
@@ -208,7 +208,7 @@ async def test_cut_plans_its_bundles_and_updates_the_rest(ledger: DumpingLedger)
 
 @on_every_ledger
 async def test_a_cut_makes_a_job_runnable_and_an_outcome_makes_it_running(ledger: DumpingLedger) -> None:
-    """By what has happened, not by who remembers to say so; what somebody has decided stays."""
+    """An event changes the state of a job, but does not change a state that a user has set."""
     for state in (one for one in JobState if not one.ended):
         job, of = replace(JOB, id=JobId(state.lower())), bundle(0, 5)
         of = replace(of, job=job.id)

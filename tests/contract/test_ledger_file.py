@@ -1,4 +1,4 @@
-"""What a ledger in a file bears: locks, and files that are something else."""
+"""A ledger in a file: locks, and files that are not ledgers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.support.contract.ledger_suite import JOB, bundle, counts_of, done, fo
 
 
 def _lock(path: Path) -> sqlite3.Connection:
-    """A foreign transaction that writes, until the connection is closed."""
+    """Open a transaction of another connection that holds the write lock until the connection is closed."""
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("BEGIN IMMEDIATE")
     return connection
 
 
 def test_lock_released_in_time_is_awaited(tmp_path: Path) -> None:
-    """The event loop goes on meanwhile, and so do readers."""
+    """The event loop and readers continue while a call waits for the lock."""
     path = tmp_path / "ledger.sqlite"
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""What every Ledger makes of completions: each counts once, in whatever order they come."""
+"""The contract of every Ledger adapter for completions, each of which counts once in any order."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def test_first_start_and_last_end_are_stored_in_any_order(ledger: DumpingL
 
 @on_every_ledger
 async def test_repeated_outcome_counts_once(ledger: DumpingLedger) -> None:
-    """Pain 6: events come at least once; duplicates are seen and harmless."""
+    """Events are delivered at least once, so duplicates must be harmless."""
     await submit(ledger)
     one, other = done(bundle(0, 5)), done(bundle(5, 7))
     assert await fold(ledger, one, one, other, one) == [True, False, True, False]
@@ -134,7 +134,7 @@ async def test_casualties_count_as_cancelled_once(ledger: DumpingLedger) -> None
 
 @on_every_ledger
 async def test_answer_lists_the_assigned_sequence_numbers(ledger: DumpingLedger) -> None:
-    """Whoever waits for outcomes goes on after the last seq that it was told."""
+    """A client that waits for outcomes continues after the last seq that it received."""
     await submit(ledger)
     for start in (0, 3):
         some = [done(bundle(n, n + 1), failed=1) for n in range(start, start + 3)]
@@ -262,14 +262,14 @@ async def test_pages_of_bundles_visit_each_completion_once(ledger: DumpingLedger
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False), st.integers(1, 25))
 def test_the_order_of_events_leaves_no_trace(make: Callable[[], DumpingLedger], rng: Random, tasks: int) -> None:
-    """Pain 6 and 14: events come twice, late and in any order, and the sums are the same.
+    """Events may arrive twice, late, and in any order, but the sums are the same.
 
-    The reference folds one at a time, parents first. I2 holds for both.
+    The reference folds one completion at a time, parents first. Invariant I2 holds for both ledgers.
     """
     cuts, completions = history(rng, tasks)
     events: list[Completion | Cut] = [*completions, *rng.choices(completions, k=len(completions))]
     rng.shuffle(events)
-    # Cuts come in their own order, but anywhere among the completions.
+    # The cuts keep their order, but arrive at any point among the completions.
     places = sorted(rng.choices(range(len(events)), k=len(cuts)))
     for place, one in zip(reversed(places), reversed(cuts), strict=True):
         events.insert(place, one)

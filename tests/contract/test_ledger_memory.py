@@ -1,4 +1,4 @@
-"""The ledger in plain memory is the one on SQLite, call by call."""
+"""The ledger in memory, compared with the ledger on SQLite call by call."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ JOBS = (JobId("a"), JobId("b"), JOB.id, JobId("never"))
 
 @pytest.mark.parametrize("seed", range(30))
 def test_random_lives_are_those_of_the_sql_ledger(seed: int) -> None:
-    """Every answer, and after each call everything that can be read."""
+    """The test compares every answer and, after each call, the whole content of both ledgers."""
     rng = Random(seed)
 
     async def main() -> None:
@@ -59,7 +59,7 @@ def _version(rows: JobRows | None) -> object:
 
 
 def _more(rng: Random) -> Call:
-    """Calls whose answers say more than those of two writers may."""
+    """Return calls for one writer, whose answers contain details that may differ with two writers."""
     job, round_ = rng.choice(JOBS), rng.randint(0, 2)
     owner, over = rng.choice("ab"), rng.random() < 0.3
     some = [_completion(rng, rng.choice(JOBS[:2])) for _ in range(rng.randint(1, 6))]
@@ -104,9 +104,9 @@ def _completion(rng: Random, job: JobId) -> Completion:
 
 
 def _past(rng: Random) -> JobHistory:
-    """Part of a life by the protocol's rules, perhaps with a second round."""
+    """Return a part of a job's life that follows the protocol's rules, with a second round in some cases."""
     cuts, completions = history(rng, 9)
-    # As they come off the wire, with microseconds; memory keeps what it is given.
+    # The values have microsecond precision, as in a message, because the ledger in memory does not round values.
     some = [
         json_format.completion_from_json(json_format.completion_to_json(completion))
         for completion in completions[: rng.randint(0, len(completions))]
@@ -144,7 +144,7 @@ async def _raises_and_changes_nothing(ledger: DumpingLedger, call: Call) -> None
 
 
 def test_a_call_that_raises_has_changed_nothing() -> None:
-    """There is no transaction to roll back, so all is looked at first."""
+    """The ledger in memory cannot roll back, so it checks all arguments first."""
     odd = replace(bundle(0, 5), stage=StageName("elsewhere"))
     rounds = [Round((), (), {}, (), (), None)]
 

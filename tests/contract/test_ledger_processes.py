@@ -1,4 +1,4 @@
-"""What a ledger bears that several processes use: kills, rivals, readers."""
+"""A ledger that several processes use, with kills, concurrent writers, and readers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["place"]
 
 
 async def _check_sums(ledger: DumpingLedger) -> int:
-    """What the bundles' rows and the counters say is the same; answers how many are done."""
+    """Check that the rows of bundles agree with the counters, and return the number of completed bundles."""
     dump = await ledger.dump()
     bodies = [row["body"] for row in dump["bundles"] if row["seq"]]
     counted = {row["stage"]: row for row in dump["stages"]}
@@ -56,7 +56,7 @@ def test_folded_rows_survive_a_restart(place: Place) -> None:
 
 
 def test_a_killed_process_leaves_whole_calls_and_nothing_else(place: Place) -> None:
-    """Pain 6: no task is lost or doubled at the seam, and what was answered is there."""
+    """After a kill, no task is lost or doubled, and every answered call is stored."""
     with second_process("fold", place) as process:
         while int(answered := line(process) or pytest.fail("it ended by itself")) < 25 * BATCH:
             pass
@@ -79,7 +79,7 @@ def test_a_killed_process_leaves_whole_calls_and_nothing_else(place: Place) -> N
 
 
 def test_only_one_of_several_processes_gets_the_lease(place: Place) -> None:
-    """They race for making the schema of the fresh database too."""
+    """The processes also race for the creation of the schema."""
     with ExitStack() as stack:
         rivals = [stack.enter_context(second_process("race", place, f"m-{i}")) for i in range(3)]
         for rival in rivals:
@@ -115,7 +115,7 @@ def test_reader_sees_whole_transactions_of_another_process(place: Place) -> None
 
 
 def test_two_leaders_fold_the_same_outcomes_once(place: Place) -> None:
-    """Pain 6: a leader that has not noticed yet that it is none does no harm."""
+    """A former leader that has not noticed the loss of its lease does no harm."""
     completions = many()[:200]
 
     async def lead(ledger: DumpingLedger, step: int) -> int:

@@ -1,4 +1,4 @@
-"""What every Ledger makes of a job's end, and of the rounds that may follow it."""
+"""The contract of every Ledger adapter for a job's end, and for the rounds after it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def _finish(ledger: DumpingLedger, state: JobState = JobState.FAILED, *, r
 
 @on_every_ledger
 async def test_the_end_counts_what_never_came_to_be_as_cancelled(ledger: DumpingLedger) -> None:
-    """Pain 1 (I2): the sums close whenever a job is stopped, so it never hangs."""
+    """The sums are consistent whenever a job is stopped, so the job never hangs (I2)."""
     await submit(ledger)
     await ledger.apply(AddCut(replace(cut(0, bundle(0, 4)), planned=10)))
     await fold(ledger, done(bundle(0, 4), failed=1))
@@ -86,7 +86,7 @@ async def test_a_job_ends_once_a_round(ledger: DumpingLedger) -> None:
 
 @pytest.mark.parametrize("state", [s for s in JobState if not s.ended])
 def test_every_job_that_has_not_ended_can_end(state: JobState, tmp_path: Path) -> None:
-    """Pain 1 (I7): the bucket says that it has ended, whatever the ledger has heard of it."""
+    """The bucket contains the end of the job, whatever the ledger contains (I7)."""
 
     async def main() -> None:
         async with ledger_in(tmp_path / "ledger.sqlite") as ledger:
@@ -107,7 +107,7 @@ async def test_a_reason_may_hold_any_text(ledger: DumpingLedger) -> None:
 
 @on_every_ledger
 async def test_ended_job_ignores_changes(ledger: DumpingLedger) -> None:
-    """A pause that comes too late must not show: whether it did depended on who was faster."""
+    """A pause that arrives after the end is ignored, or the result would depend on timing."""
     await submit(ledger)
     await ledger.apply(SetControl(JOB.id, Control.CANCEL, 0))
     await _finish(ledger, JobState.CANCELLED)
@@ -117,8 +117,8 @@ async def test_ended_job_ignores_changes(ledger: DumpingLedger) -> None:
 
 @on_every_ledger
 async def test_change_for_another_round_has_no_effect(ledger: DumpingLedger) -> None:
-    """I. Trust, stale leaders: a call that was on its way while the job was retried comes too
-    late, and one for a round that the ledger does not know comes too early."""
+    """Stale leaders are harmless. A call from before the retry of a job arrives too late, and a call for an unknown
+    round arrives too early."""
     await _failed_job(ledger)
     await ledger.apply(Reopen(JOB.id, 1, [Reopening(RESIZE, 4, 1, 5), Reopening(INDEX, replan=True)]))
     before = await ledger.dump()
@@ -144,7 +144,8 @@ async def test_a_cancellation_is_final_within_its_round(ledger: DumpingLedger) -
 
 
 async def _failed_job(ledger: DumpingLedger) -> None:
-    """10 planned: 4 succeeded, 1 failed, 5 cancelled; the two later stages alike or unplanned."""
+    """Return a job with 10 planned tasks in its first stage: 4 succeeded, 1 failed, and 5 canceled. The later stages
+    are alike or not planned."""
     await submit(ledger)
     await ledger.apply(SetControl(JOB.id, Control.CANCEL, 0))
     await ledger.apply(MoveJob(JOB.id, JobState.RUNNING, 0))
@@ -156,7 +157,7 @@ async def _failed_job(ledger: DumpingLedger) -> None:
 
 @on_every_ledger
 async def test_new_round_subtracts_what_it_repeats(ledger: DumpingLedger) -> None:
-    """Pain 13: the failed part of a job runs again, and only that."""
+    """A retry repeats only the failed part of a job."""
     await _failed_job(ledger)
     assert (
         await ledger.apply(Reopen(JOB.id, 1, [Reopening(RESIZE, failed=1, cancelled=5), Reopening(INDEX, cancelled=6)]))
@@ -219,7 +220,7 @@ async def test_bundles_of_a_void_plan_are_unlisted_but_stored(ledger: DumpingLed
 
 @on_every_ledger
 async def test_rounds_may_follow_each_other_until_all_is_done(ledger: DumpingLedger) -> None:
-    """Pain 13 (I2): the sums close at the end of every round."""
+    """The sums are consistent at the end of every round (I2)."""
     await submit(ledger)
     await ledger.apply(AddCut(replace(cut(0, bundle(0, 4)), planned=4)))
     await fold(ledger, done(bundle(0, 4), failed=4))
@@ -237,7 +238,7 @@ async def test_rounds_may_follow_each_other_until_all_is_done(ledger: DumpingLed
 
 @on_every_ledger
 async def test_every_call_may_be_made_twice(ledger: DumpingLedger) -> None:
-    """Pain 6: a call whose answer was lost is made again."""
+    """A call is repeated if its answer was lost."""
     async with ledger_in(None) as once:
         for call in CALLS:
             await call(once)
@@ -267,7 +268,7 @@ PAST = JobHistory(
 
 
 async def _lived(ledger: DumpingLedger) -> None:
-    """What PAST tells, one call after the other."""
+    """Make the calls that lead to the history PAST."""
     first = PAST.rounds[0]
     await submit(ledger)
     await ledger.apply(AddCut(first.cuts[0]))
@@ -302,7 +303,7 @@ async def test_a_job_is_restored_only_as_it_was_seen(ledger: DumpingLedger) -> N
     split = replace(done(bundle(0, 4)), succeeded=TaskSet(), run_s=0.0)
     await fold(ledger, split)
     seen.append(await rows_of(ledger))
-    await fold(ledger, replace(split, bundle=bundle(4, 8)))  # in no counter
+    await fold(ledger, replace(split, bundle=bundle(4, 8)))  # the split is in no counter
     before = await ledger.dump()
     for rows in seen:
         assert not await ledger.restore(PAST, over=rows)

@@ -1,4 +1,4 @@
-"""What the ledger on SimpleDB bears: processes that end between two calls, limits, rivals."""
+"""The ledger on SimpleDB: processes that end between two calls, limits, and concurrent writers."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ LIFE: list[tuple[str, Call]] = [
 
 
 def test_a_process_may_end_between_any_two_calls(simpledb: Sdb, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pain 6: whatever it was about to do has happened or has not, and can be done again. In the
-    end there is nothing left of all those deaths."""
+    """An interrupted change has either happened or not, and can be repeated. At the end, no trace of the interruptions
+    remains."""
     monkeypatch.setattr(domain, "PATIENCE_S", 0.0)
 
     async def dies_after(calls: int, mortal: Ledger, call: Call) -> bool:
-        """Whether it died before it was done."""
+        """Return whether the process died before the end of its call."""
         simpledb.weather(stop_after=calls)
         try:
             await call(mortal)
@@ -104,7 +104,7 @@ def test_a_process_may_end_between_any_two_calls(simpledb: Sdb, monkeypatch: pyt
 
 
 def test_fold_with_a_lost_answer_is_new_after_another_fold(simpledb: Sdb, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two leaders of whom each believed that the other had been first."""
+    """Each of two leaders believes that the other one was first."""
     one, two, three = (bundle(n, n + 1) for n in range(3))
 
     async def main() -> None:
@@ -135,7 +135,7 @@ def test_fold_with_a_lost_answer_is_new_after_another_fold(simpledb: Sdb, monkey
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_lives_are_those_of_the_sql_ledger(seed: int, rough_simpledb: Sdb) -> None:
-    """Two ledgers on the domain in turn, against one on SQLite."""
+    """Two ledgers on the domain take turns, and the result is compared with SQLite."""
     rng = Random(seed)
 
     async def main() -> None:
@@ -151,7 +151,7 @@ def test_random_lives_are_those_of_the_sql_ledger(seed: int, rough_simpledb: Sdb
 
 
 def test_many_writers_and_a_reader_keep_the_sums(simpledb: Sdb) -> None:
-    """Each of them believes that it leads; what a reader sees is whole, all the time."""
+    """Each writer believes that it leads, and a reader always sees a consistent state."""
     simpledb.weather(throttle=0.05, lose=0.02, short=0.1)
     outcomes = [done(bundle(n, n + 1), bundle(n, n + 1, stage=INDEX), failed=n % 2) for n in range(120)]
 
@@ -202,7 +202,7 @@ async def _patiently_fold(of: Ledger, some: Any) -> list[bool]:
 
 
 def test_overtaken_writer_is_asked_to_repeat(simpledb: Sdb) -> None:
-    """A call over several jobs is one transaction for each."""
+    """A call for several jobs uses one transaction per job."""
     twin = replace(JOB, id=JobId("photos-2"))
     mine, its = done(bundle(0, 5)), done(replace(bundle(0, 5), job=twin.id))
 
@@ -210,7 +210,7 @@ def test_overtaken_writer_is_asked_to_repeat(simpledb: Sdb) -> None:
         async with ledger_in(simpledb) as slow, ledger_in(simpledb) as fast:
             await submit(slow)
             await submit(slow, twin)
-            await fold(slow, done(bundle(7, 8)))  # its numbers are older from here on
+            await fold(slow, done(bundle(7, 8)))  # the numbers of the slow ledger are older from now on
             folding = slow._heads.commit  # type: ignore[attr-defined]
             loop = asyncio.get_running_loop()
 
@@ -232,7 +232,7 @@ def test_overtaken_writer_is_asked_to_repeat(simpledb: Sdb) -> None:
 
 
 def test_a_watcher_misses_nothing_though_numbers_are_given_in_blocks(simpledb: Sdb) -> None:
-    """Two leaders hold blocks of numbers; seqs are in the order of folding all the same."""
+    """Two leaders hold blocks of numbers, but the seqs follow the order of folding."""
 
     async def main() -> None:
         async with ledger_in(simpledb) as one, ledger_in(simpledb) as other:
@@ -248,8 +248,8 @@ def test_a_watcher_misses_nothing_though_numbers_are_given_in_blocks(simpledb: S
 
 
 def test_every_read_is_consistent(simpledb: Sdb) -> None:
-    """An eventually consistent one would see a job without the bundles that it tells of. (The
-    server counts those under a name of their own.)"""
+    """An eventually consistent read could return a job without its bundles. The server counts eventually consistent
+    reads under a separate name."""
     simpledb.weather(lag_s=60.0)
     before = simpledb.asked()
 

@@ -1,4 +1,4 @@
-"""What the ledger on SimpleDB holds and refuses: texts, names, domains, regions."""
+"""Limits of the ledger on SimpleDB: texts, names, domains, and regions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.contract.ledger_suite import JOB, bundle, cut, done, fold, le
 from tests.support.simpledb.fixtures import FAIR, Sdb
 
 SCATTERED = TaskSet.from_indices(range(0, 30_000, 2))
-"""200 KB as JSON: too much to stay in an item that has other texts too."""
+"""A task set of 200 KB as JSON, which is too large for an item that contains other texts."""
 
 
 def test_texts_of_any_length_are_stored(rough_simpledb: Sdb) -> None:
@@ -37,7 +37,7 @@ def test_texts_of_any_length_are_stored(rough_simpledb: Sdb) -> None:
             assert (await stage_of(ledger)).left == SCATTERED
             ours, theirs = await ledger.dump(), await reference.dump()
             for dump in (ours, theirs):
-                # SQL has no NUL.
+                # SQLite's text cannot contain NUL.
                 dump["jobs"][0]["reason"] = dump["jobs"][0]["reason"].replace("\0", "\ufffd")
             assert ours == theirs
             assert [r.job.id for r in await ledger.jobs()] == [JOB.id]

@@ -68,7 +68,7 @@ async def test_a_large_conditional_create_loses_too(world: ObjectsWorld) -> None
 
 @on_every_bucket
 async def test_one_of_16_concurrent_conditional_creates_wins(world: ObjectsWorld) -> None:
-    """Pain 6: two workers that hold the same bundle must not both commit it."""
+    """Two workers that hold the same bundle must not both commit an outcome."""
     for size in (10, 200_000):
         key = f"outcome-{size}"
 
@@ -87,7 +87,7 @@ async def test_one_of_16_concurrent_conditional_creates_wins(world: ObjectsWorld
 
 @on_every_bucket
 async def test_an_object_is_overwritten_as_it_was_seen_or_not_at_all(world: ObjectsWorld) -> None:
-    """I4: "run" that comes late must not take the place of "cancel"."""
+    """A conditional overwrite needs the ETag of the last read. A late "run" must not replace "cancel" (I4)."""
     run = await world.objects.put("control", b"run")
     pause = await world.objects.put("control", b"pause", if_match=run)
     assert await world.objects.get_if_changed("control", None) == (b"pause", pause)
@@ -132,7 +132,7 @@ async def test_a_deleted_key_may_be_created_again(world: ObjectsWorld) -> None:
 @on_every_bucket
 async def test_missing_object_is_not_found(world: ObjectsWorld) -> None:
     await world.objects.put("folder/object", b"1")
-    # The last three are none on any store: a folder, a folder's folder, a key below an object.
+    # The last three names are not objects in any store: a folder, a folder's parent, and a key below an object.
     for key in ("nothing", "folder", "folder/nothing", "folder/object/below"):
         reads: list[Callable[[], Awaitable[object]]] = [
             partial(world.objects.get, key),

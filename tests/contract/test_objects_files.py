@@ -1,4 +1,4 @@
-"""What the bucket of files does when processes race and are killed, and how S3's errors read."""
+"""Processes that race and are killed at a bucket of files, and S3's errors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _start(script: str, *args: object) -> subprocess.Popen[str]:
 
 
 def test_conditional_creates_have_one_winner_across_processes(tmp_path: Path) -> None:
-    """Pain 6: 4 processes of 4 attempts each commit the same outcomes, 16 at once."""
+    """Four processes with four attempts each commit the same outcomes at once."""
     rounds = 40
     racers = [_start(RACE, tmp_path / "bucket", who, rounds) for who in range(4)]
     for racer in racers:
@@ -142,7 +142,7 @@ REMAINS = ["jobs/j/spec.json", "jobs/j/s/outcomes/00/0.json", "code/a.zip", "gri
 
 @pytest.mark.parametrize("key", REMAINS)
 def test_an_empty_document_counts_as_absent(tmp_path: Path, key: str) -> None:
-    """Release 0.1.0 did not wait for the disk, so a power cut left empty files."""
+    """Release 0.1.0 did not wait for the disk, so a power cut could leave empty files."""
 
     async def check() -> None:
         objects = open_local(tmp_path)
@@ -217,7 +217,7 @@ def test_objects_on_files_may_be_read_in_place(tmp_path: Path) -> None:
 def test_two_calls_that_fetch_to_one_place_do_not_write_into_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call whose caller was cancelled continues in its thread, beside the next call."""
+    """A canceled call continues in its thread, at the same time as the next call."""
     both, copy, staged = threading.Barrier(2, timeout=10.0), local_files.copy_out, set[Path]()
 
     def copy_out(source: Path, target: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_file_that_may_not_be_read_is_a_backend_error(tmp_path: Path) -> None:
 
 
 class _Answer(BaseHTTPRequestHandler):
-    """Answers with the status that the key ends with."""
+    """A handler that answers with the status at the end of the key."""
 
     def _answer(self) -> None:
         self.rfile.read(int(self.headers.get("content-length") or 0))
@@ -285,7 +285,7 @@ def _s3(port: int) -> ObstoreObjects:
 
 @pytest.fixture
 def s3() -> Iterator[ObstoreObjects]:
-    """A store whose service answers each request with the status that the key ends with."""
+    """Yield a store whose service answers each request with the status at the end of the key."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Answer)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -299,7 +299,7 @@ def s3() -> Iterator[ObstoreObjects]:
     ("status", "kind"),
     [
         (412, AlreadyExists),
-        # S3's ConditionalRequestConflict: no writer has won yet, so try again.
+        # S3 returns ConditionalRequestConflict before a writer has won, so the request is repeated.
         (409, Throttled),
         (503, Throttled),
         (429, Throttled),

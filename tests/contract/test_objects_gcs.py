@@ -1,4 +1,4 @@
-"""Google Cloud Storage at a stub of its XML API, beyond what every Objects adapter does."""
+"""The features of Google Cloud Storage beyond the contract of Objects, at a stub of its XML API."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
 
 
 def test_a_missing_bucket_is_an_error_and_not_a_missing_object(stub: Stub) -> None:
-    """NotFound would say that nothing has been committed."""
+    """NotFound would mean that nothing was committed."""
 
     async def check() -> None:
         objects = gcs.open_objects(Bucket("another"))

@@ -73,7 +73,7 @@ def test_a_409_of_azure_means_that_the_object_exists(objects: ObstoreObjects) ->
 
 
 def test_a_missing_container_is_not_a_missing_object(objects: ObstoreObjects) -> None:
-    """NotFound would mean that nothing has been committed."""
+    """NotFound would mean that nothing was committed."""
     with pytest.raises(NotFound):
         asyncio.run(objects.get("missing"))
     with pytest.raises(BackendError, match="bucket does not exist") as caught:

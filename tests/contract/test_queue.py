@@ -1,6 +1,5 @@
-"""What every Queue adapter does: the semantics of SQS standard queues, as far as batchlab leans on
-them. Limits are in test_queue_limits, waiting and waking in test_queue_waiting.
-"""
+"""The contract of every Queue adapter: the semantics of SQS standard queues that batchlab needs. Limits are in
+test_queue_limits, waiting and waking in test_queue_waiting."""
 
 from __future__ import annotations
 
@@ -84,7 +83,7 @@ async def test_expired_receipt_still_deletes_an_unreceived_message(world: QueueW
 
 @on_every_queue
 async def test_every_receive_has_its_own_receipt_and_an_old_one_cannot_delete(world: QueueWorld) -> None:
-    """Pain 6: deleting with a stale receipt must not lose the message somebody else works on."""
+    """A delete with a stale receipt must not lose a message that another worker has received."""
     name = await world.make(visibility_s=1)
     await world.send(name, "a")
     (old,) = await world.receive(name)
@@ -145,7 +144,7 @@ async def test_a_receipt_belongs_to_its_queue(world: QueueWorld) -> None:
 
 @on_every_queue
 async def test_visibility_can_be_extended_again_and_again(world: QueueWorld) -> None:
-    """Pain 2: a task that outlives the timeout does not run twice while its worker heartbeats."""
+    """A task longer than the timeout does not run twice while its worker sends heartbeats."""
     name = await world.make(visibility_s=2)
     await world.send(name, "a")
     (message,) = await world.receive(name)
@@ -159,7 +158,7 @@ async def test_visibility_can_be_extended_again_and_again(world: QueueWorld) -> 
 
 @on_every_queue
 async def test_a_timeout_set_to_zero_gives_the_message_back_at_once(world: QueueWorld) -> None:
-    """Pain 4: a worker that shuts down returns its messages instead of hiding them."""
+    """A worker that shuts down returns its messages instead of hiding them."""
     name = await world.make()
     await world.send(name, "a", "b")
     held = await world.receive(name, 2)
@@ -181,7 +180,7 @@ async def test_only_a_message_in_flight_can_be_changed(world: QueueWorld) -> Non
 
 @on_every_queue
 async def test_visibility_ends_12_hours_after_the_receive(world: QueueWorld) -> None:
-    """Pain 5: the cap counts from the receive, and extending does not move it."""
+    """The limit counts from the receive, and an extension does not change that."""
     if not world.jumps:
         pytest.skip("hours cannot pass here")
     name = await world.make()
@@ -271,7 +270,7 @@ async def test_receivers_at_the_same_time_share_no_message(world: QueueWorld) ->
 
 @on_every_queue
 async def test_message_received_too_often_moves_to_the_dead_letter_queue(world: QueueWorld) -> None:
-    """Pain 13: what failed for good is found in one place, with its history."""
+    """Failed messages are in one queue with their history."""
     dead = await world.make()
     name = await world.make(visibility_s=1, dead_letters=dead, max_receives=2)
     await world.send(name, "poison")

@@ -1,4 +1,4 @@
-"""What every Queue adapter refuses, so that nothing works on a laptop that AWS would refuse."""
+"""The limits of every Queue adapter, so that code for a laptop also works on AWS."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ async def test_past_the_limit_of_messages_in_flight_nothing_more_is_given_out(wo
     assert len(await world.queue.receive(name, wait_s=0)) == 3
     with pytest.raises(Throttled):
         await world.queue.receive(name, wait_s=0)
-    # As SQS does: a long poll finds nothing instead.
+    # SQS does the same: a long poll returns no message.
     assert not await world.queue.receive(name, wait_s=0.05)
     await world.queue.delete(name, receipts(held[:2]))
     assert len(await world.queue.receive(name, wait_s=0)) == 2

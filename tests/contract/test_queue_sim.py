@@ -1,4 +1,4 @@
-"""What the simulated queue adds: determinism, scale, and faults on request."""
+"""The features of the simulated queue: determinism, scale, and injected faults."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def _send(queue: SimQueue, count: int) -> None:
 
 
 def _history(seed: int) -> list[tuple[float, int, str, int]]:
-    """What 20 receivers see of 200 messages, some of which they do not delete."""
+    """Return the receives of 20 receivers for 200 messages. The receivers do not delete some of the messages."""
     seen: list[tuple[float, int, str, int]] = []
     rng = random.Random(seed)
 
@@ -72,7 +72,7 @@ def test_messages_arrive_in_loose_order() -> None:
     assert order != sorted(order)
     assert sorted(order) == list(range(1000))
     early = [place - number for place, number in enumerate(order)]
-    # Out of order, but nothing overtakes more than a window, and little is left far behind.
+    # Messages arrive out of order, but within a window, and few arrive much later.
     assert min(early) >= -40
     assert sum(lag > 100 for lag in early) < 50
 

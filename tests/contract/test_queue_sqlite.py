@@ -1,4 +1,4 @@
-"""What the SQLite queue does for many processes: wake them, survive their death, stay flat."""
+"""The SQLite queue with many processes: wake-ups, killed processes, and constant speed."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class _Child:
         return self.process.stdout.readline()
 
     def start(self) -> None:
-        """Let it go on when it is ready."""
+        """Wait until the process is ready, and let it continue."""
         assert self.hears() == "ready\n"
         self.tell()
 
@@ -101,9 +101,9 @@ class _Child:
         self.process.stdin.flush()
 
     def kill(self) -> list[str]:
-        """SIGKILL; returns the whole lines that were left to hear."""
+        """Kill the process with SIGKILL, and return the remaining whole lines of its output."""
         self.process.kill()
-        # Not communicate(): it skips what readline has read ahead.
+        # communicate() would skip the text that readline has buffered.
         assert self.process.stdout is not None
         rest = self.process.stdout.read()
         self.process.communicate()
@@ -152,7 +152,7 @@ def test_send_from_another_process_wakes_a_receiver(
             await queue.delete("q", [message.receipt])
         sender.kill()
         record_property("median_wake_up_ms", sorted(waits_s)[7] * 1000)
-        # Receivers look once a second by themselves: half a second says that they were woken.
+        # Receivers look once a second by themselves, so a receive within half a second proves a wake-up.
         assert sorted(waits_s)[7] < 0.5
         assert list((path.parent / "wake" / "q").iterdir()) == []
 
@@ -184,7 +184,7 @@ def test_a_killed_sleeper_does_not_take_a_wake_up_with_it(tmp_path: Path) -> Non
 
 
 def test_killed_senders_leave_whole_batches_and_lose_none_that_was_confirmed(tmp_path: Path) -> None:
-    """Pain 6: nothing falls into the seam between queue and sender, whenever it dies."""
+    """No message is lost between the queue and a sender that is killed."""
 
     async def scenario(queue: SqliteQueue, path: Path, _: SteppedClock) -> None:
         confirmed: set[str] = set()
@@ -229,7 +229,7 @@ def test_messages_of_killed_workers_return_at_the_timeout(tmp_path: Path) -> Non
         left = await _drained(queue)
         assert len(done) == len(set(done))
         assert not set(done) & set(left)
-        # A worker killed after its delete, before it could say so, has done its work.
+        # A worker that was killed after its delete and before its report has done its work.
         assert len(set(sent) - set(done) - set(left)) <= 6 * 3
         assert len(left) == depth.in_flight + depth.visible
 
@@ -286,7 +286,7 @@ def test_a_sleeping_receive_looks_next_to_never(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(SqliteMessages, "receive", counted)
     _run(tmp_path, scenario)
-    # Each at once, with its bell up, after LOOK_S and at the end.
+    # A receiver looks at once, when it has registered its bell, after LOOK_S, and at the end.
     assert 10 <= len(looks) <= 40
 
 

@@ -1,6 +1,5 @@
-"""How a receive waits on every Queue adapter: it sleeps until there is something, loses no
-wake-up, and loses no message when it is cancelled.
-"""
+"""Waiting receives on every Queue adapter. A receive sleeps until a message arrives, and does not lose a wake-up or, if
+it is canceled, a message."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from batchlab.core.ports import Depth, Message, Outgoing
 from tests.support.contract.queue_worlds import QueueWorld, bodies, on_every_queue_alone, receipts
 
 SOON_S = 0.5
-"""Far more than a wake-up takes, far less than a wait that was not woken."""
+"""A time far longer than a wake-up and far shorter than a wait without a wake-up."""
 
 
 def _now_s() -> float:
@@ -19,7 +18,7 @@ def _now_s() -> float:
 
 
 async def _asleep() -> None:
-    """Let the receivers just started fall asleep."""
+    """Let the receivers that were just started fall asleep."""
     await asyncio.sleep(0.05)
 
 
@@ -81,7 +80,7 @@ async def test_a_sleeping_receive_notices_a_timeout_that_ran_out(world: QueueWor
 
 @on_every_queue_alone
 async def test_giving_a_message_back_wakes_a_waiting_receive(world: QueueWorld) -> None:
-    """Pain 4: what a worker returns as it shuts down goes on at once elsewhere."""
+    """Messages that a worker returns at its shutdown continue at once on other workers."""
     name = await world.make()
     await world.send(name, "a")
     (held,) = await world.receive(name)
@@ -133,7 +132,7 @@ async def test_receivers_of_other_queues_sleep_on(world: QueueWorld) -> None:
 
 
 async def _cancelled(task: asyncio.Task[list[Message]]) -> list[Message]:
-    """What it had received if it was too late, else nothing."""
+    """Cancel a receive, and return its messages if it had already received some."""
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         return await task
@@ -142,12 +141,12 @@ async def _cancelled(task: asyncio.Task[list[Message]]) -> list[Message]:
 
 @on_every_queue_alone
 async def test_a_cancelled_receive_swallows_no_message(world: QueueWorld) -> None:
-    """Pain 4: messages fetched just before a warm stop must not hide for the full timeout."""
+    """Messages that were received just before a shutdown must not stay hidden for the full timeout."""
     name = await world.make()
     got: list[Message] = []
     for number in range(15):
         task = _waiter(world, name)
-        # From before it sleeps to after it has the message, in steps of the loop.
+        # The cancellation comes at each step of the loop, from before the sleep to after the receive.
         for _ in range(number % 5):
             await asyncio.sleep(0)
         await world.send(name, str(number))

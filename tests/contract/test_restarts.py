@@ -1,7 +1,7 @@
-"""An emulator that is killed between two calls, and comes up again at the same address.
+"""An emulator that is killed between two calls and restarts at the same address.
 
-The same adapters go on: what it has kept is there, what it has lost is missed as something that is
-not there, and may be made again.
+The adapters continue after the restart. Kept content is available, and lost content is reported as missing and can be
+created again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Killable(Protocol):
 
 
 class World:
-    """One such server, and whether it keeps its objects when it is killed."""
+    """A server, and whether it keeps its objects when it is killed."""
 
     def __init__(self, server: Killable, endpoint: Endpoint, *, keeps_objects: bool) -> None:
         self.server = server
@@ -44,7 +44,7 @@ class World:
 
 @pytest.fixture(params=EMULATORS)
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
-    """A server of its own, that runs."""
+    """Start a server for one test."""
     if request.param == "ministack":
         with Emulator(ministack_python(), tmp_path) as emulator:
             yield World(emulator, emulator.endpoint, keeps_objects=True)
@@ -70,19 +70,19 @@ def test_resources_lost_by_a_killed_emulator_can_be_created_again(world: World) 
             await queue.send("q", [Outgoing("before")])
             (held,) = await queue.receive("q")
             waiting = asyncio.create_task(queue.receive("q", wait_s=10))
-            await asyncio.sleep(0)  # its request is on its way, or just about to be
+            await asyncio.sleep(0)  # its request is in transit or about to be sent
             await asyncio.to_thread(world.server.kill)
             await asyncio.to_thread(world.server.start)
             with pytest.raises((NotFound, Unreachable)):
                 await waiting
-            # What is lost is not mistaken for empty.
+            # A lost queue must not look like an empty queue.
             with pytest.raises(NotFound):
                 await queue.send("q", [Outgoing("lost")])
             with pytest.raises(NotFound):
                 await queue.delete("q", [held.receipt])
             await queue.ensure(QueueSpec("q"))
             await queue.send("q", [Outgoing("after")])
-            await queue.delete("q", [held.receipt])  # which may be refused, and deletes nothing
+            await queue.delete("q", [held.receipt])  # the delete may be refused, and deletes nothing
             assert [one.body for one in await queue.receive("q")] == ["after"]
             if world.keeps_objects:
                 assert await objects.get("folder/a") == b"first"

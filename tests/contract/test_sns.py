@@ -1,4 +1,4 @@
-"""A notification through SNS: what a subscriber of the topic gets."""
+"""A notification through SNS, as a subscriber of the topic receives it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ONE = Notification("1d" * 16, "failed", "sums-1", "topic", None, '{"v":1,"job":{
 
 
 def clients(endpoint: Endpoint) -> tuple[Any, Any]:
-    """Of SNS and of SQS."""
+    """Return clients of SNS and of SQS."""
     own = session(REGION, keys=(endpoint.access_key, endpoint.secret_key))
     url = endpoint.url
     return own.client("sns", endpoint_url=url), own.client("sqs", endpoint_url=url)
@@ -29,7 +29,7 @@ def publish(endpoint: Endpoint, arn: str, one: Notification = ONE) -> None:
 
 
 def subscribed(endpoint: Endpoint, name: str) -> tuple[str, str]:
-    """A topic, and the URL of a queue that gets what is published to it."""
+    """Create a topic and a queue that subscribes to it, and return the topic and the queue's URL."""
     sns, sqs = clients(endpoint)
     fifo = {"FifoTopic": "true"} if name.endswith(".fifo") else {}
     arn = sns.create_topic(Name=name, Attributes=fifo)["TopicArn"]

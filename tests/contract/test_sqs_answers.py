@@ -1,4 +1,4 @@
-"""What the SQS adapter asks, and what it makes of answers that no emulator gives."""
+"""The requests of the SQS adapter, and its reaction to answers that emulators do not return."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from batchlab.core.ports import Depth, Outgoing, QueueSpec
 from tests.support.aws.scripted_sqs import Answer, Script, refusal, scripted
 
 LONG_S = 60.0
-"""Only a test that fails waits for so long."""
+"""A timeout that only a failed test reaches."""
 
 T = TypeVar("T")
 Calls = list[tuple[str, dict[str, Any]]]
 
 
 def _asked(script: Script, call: Callable[[SqsQueue], Awaitable[T]]) -> tuple[T, Calls]:
-    """What the adapter makes of it, and what it has asked."""
+    """Return the result of the adapter's call and the requests that it made."""
 
     async def run() -> tuple[T, Calls]:
         with scripted(script) as (endpoint, calls):
@@ -74,7 +74,7 @@ def test_denied_caller_is_told_to_check_its_credentials() -> None:
 
 
 def test_each_call_is_made_once() -> None:
-    """Patience is the callers': a second one below it would multiply the load on what is busy."""
+    """The callers retry failed calls. A second retry below them would multiply the load on a busy service."""
     calls: Calls = []
 
     def busy(operation: str, sent: dict[str, Any]) -> Answer:
@@ -159,7 +159,7 @@ def test_timeout_above_12_hours_is_refused_without_a_request() -> None:
 
 
 def test_a_long_wait_is_made_of_short_polls() -> None:
-    """A process that ends, or is killed, waits for or loses what one request takes, not 20 s."""
+    """A process that ends waits for at most one short request instead of 20 s."""
     _, asked = _asked(_says(200, {}), lambda queue: queue.receive("q", wait_s=4.15))
     assert [sent["WaitTimeSeconds"] for _, sent in asked] == [1, 1, 1, 1, 0, 0, 0]
     _, asked = _asked(_says(200, {}), lambda queue: queue.receive("q", wait_s=0))
@@ -223,7 +223,7 @@ def test_existing_queue_gets_all_attributes_again() -> None:
         == {
             "VisibilityTimeout": "30",
             "MessageRetentionPeriod": "60",
-            # The default is 1 MiB, which would hide what a call cannot carry.
+            # The default limit is 1 MiB, which would hide the limit of a call.
             "MaximumMessageSize": "262144",
             "RedrivePolicy": '{"deadLetterTargetArn": "arn:of-the-dead", "maxReceiveCount": 3}',
         }
@@ -252,7 +252,8 @@ def test_nothing_of_the_users_aws_configuration_reaches_an_endpoint(monkeypatch:
 
 
 def test_a_cancelled_receive_gives_back_what_its_request_still_brings() -> None:
-    """Pain 4: I6: what was fetched just before a warm stop must not hide for the full timeout."""
+    """A canceled receive returns its messages. Messages that were received just before a shutdown must not stay hidden
+    for the full timeout (I6)."""
     message = {
         "MessageId": "m",
         "Body": "a",
@@ -278,7 +279,7 @@ def test_a_cancelled_receive_gives_back_what_its_request_still_brings() -> None:
         assert await asyncio.to_thread(arrived.wait, LONG_S)
         receive.cancel()
         try:
-            # It does not wait for its request, which has no answer yet.
+            # The caller does not wait for the receive's request, which is not answered yet.
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait_for(receive, LONG_S)
         finally:

@@ -1,4 +1,4 @@
-"""The adapters count their requests as they pass at the wire, where a proxy counts them too."""
+"""The adapters' counts of requests, compared with the counts of a proxy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPEC = QueueSpec("work", visibility_s=30.0)
 
 
 class Wire:
-    """Counts what passes, by AWS's rules."""
+    """A proxy that counts requests by AWS's billing rules."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -48,7 +48,8 @@ class Wire:
 
 
 def _is_put(request: Request) -> bool:
-    """PUT, POST and LIST cost the same; DeleteObjects is a POST, and free."""
+    """Return whether a request is billed as a PUT. PUT, POST, and LIST cost the same. DeleteObjects is a POST without a
+    charge."""
     if request.method == "GET":
         return "list-type" in request.query
     return request.method in ("PUT", "POST") and "delete" not in request.query
@@ -75,7 +76,7 @@ def test_sqs_is_counted_in_steps_with_its_empty_receives(endpoint: Endpoint) -> 
         queue = SqsQueue(Endpoint(url), prefix="tally-", tally=tally)
         await queue.ensure(SPEC)
         await queue.send("work", [Outgoing("small"), Outgoing("ä" * 10)])
-        await queue.send("work", [Outgoing("x" * 50_000) for _ in range(4)])  # 200 kB: 4 steps
+        await queue.send("work", [Outgoing("x" * 50_000) for _ in range(4)])  # 200 KB are 4 steps
         taken: list[Message] = []
         while len(taken) < 6:
             taken += await queue.receive("work", wait_s=1.0)

@@ -1,4 +1,4 @@
-"""The bill of a run: what an account comes to, by hand, and that its lines add up."""
+"""The bill of a run, compared with sums computed by hand."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def test_instance_type_of_the_machine_is_used_if_known() -> None:
 
 
 def test_instance_is_billed_as_spot_after_its_report() -> None:
-    """Describing a group does not say who is Spot: until the worker has, it counts as dearer."""
+    """A group's description does not mark Spot instances, so an instance has the on-demand price until its worker
+    reports."""
     meter = Meter()
     see(meter, up("i"), 0.0)
     meter.bill_instance(POOL, up("i"), now_s=100.0, monotonic_s=100.0, shares={}, accounts={}, is_spot=True)
@@ -104,7 +105,7 @@ def test_next_process_continues_the_bill() -> None:
 
 @pytest.mark.parametrize("stood_s", [0.0, 150.0])
 def test_time_billed_by_another_leader_is_not_billed_again(stood_s: float) -> None:
-    """Also where the watch of the one that was frozen stood still for so long."""
+    """The test includes a leader that was frozen for a long time."""
     frozen, accounts = Meter(), {A: Account()}
     see(frozen, up("i"), 100.0, {A: 1.0}, accounts)
     other = Meter.from_json(frozen.to_json())
@@ -150,9 +151,10 @@ def test_a_tally_counts_steps_and_empty_receives() -> None:
 
 
 def test_bill_matches_a_hand_computation() -> None:
-    """Two hours on-demand and one on Spot. Of 3 × 2 slot hours tasks used 8,000 s and took 1,000 s
-    for attempts that failed, and 800 s went with an instance: 4,000 s, and 900 s of instances. The
-    rest is idle. A million and a half of SQS, half of it empty; 100,000 PUT, 200,000 GET."""
+    """The run has two hours of on-demand and one hour of Spot instances. Tasks used 8,000 s of 3 × 2 slot hours, failed
+    attempts took 1,000 s, and 800 s were lost with an instance. In instance time, these are 4,000 s and 900 s. The
+    remaining time is idle. The requests are 1.5 million SQS requests, half of them empty, 100,000 PUT, and 200,000 GET.
+    """
     account = Account(
         {ON_DEMAND: 7200.0, SPOT: 3600.0},
         {"default": 1000.0},
@@ -177,7 +179,7 @@ def test_bill_matches_a_hand_computation() -> None:
 
 
 def test_bill_without_an_account_is_derived_and_marked() -> None:
-    """8,500 s of work on two slots are 4,250 s, which are 85 % of what is billed."""
+    """The work of 8,500 s on two slots takes 4,250 s, which is 85% of the billed time."""
     found = bill([StageUse("a", "default", 8500.0, 1)], None, FACTS, BOOK)
     instances = sum(i.usd.typical for i in found.items if "pool" in i.what)
     assert instances == pytest.approx(5000 / 3600 * 0.1008)
@@ -199,14 +201,14 @@ def test_work_beyond_the_billed_time_gives_no_negative_idle_time() -> None:
     assert all(item.usd.low >= 0 for item in found.items)
 
 
-# --- Data on the move ----------------------------------------------------------------------------
+# --- Transferred data ----------------------------------------------------------------------------
 
 GB = 1024**3
 TALKED = Account({ON_DEMAND: 3600.0}, requests=Requests(sqs=1e6, sqs_bytes=20 * GB), bundles=1)
 
 
 def moved(moved: TransferredData) -> tuple[dict[str, tuple[float, float, float]], list[str]]:
-    """The lines that such data adds to a bill, which are in its sum, and the notes."""
+    """Return the lines that transferred data adds to a bill, and the bill's notes, and check the sum."""
     stages = [StageUse("a", "default", 3600.0, 1)]
     without = bill(stages, TALKED, FACTS, BOOK)
     found = bill(stages, TALKED, FACTS, BOOK, moved=moved)
@@ -228,8 +230,8 @@ def test_downloads_are_not_guessed() -> None:
 
 
 def test_messages_through_a_nat_gateway_may_cross_zones() -> None:
-    """20 GB at 0.045; a GB that crosses zones is billed 0.01 where it is sent and where it is
-    received. Half of the instances are in the gateway's zone, or all, or none."""
+    """A NAT gateway costs 0.045 USD per GB. A GB that crosses zones costs 0.01 USD at the sender and at the receiver.
+    The bounds are: all, half, or none of the instances are in the gateway's zone."""
     lines, notes = moved(TransferredData(GB, "nat"))
     assert lines["data through the NAT gateway"] == pytest.approx((0.90, 1.10, 1.30))
     assert any("messages alone are counted" in note for note in notes)
@@ -266,7 +268,7 @@ def test_burn_and_what_was_spent() -> None:
     assert now.typical == pytest.approx(3 * 0.1008 + 2 * 0.1008 * 0.4)
     nameless = Kind("default")
     assert burn_usd_h({nameless: 1}, {"default": "c7g.large"}, BOOK).typical == 0.0725
-    assert burn_usd_h({nameless: 1}, {}, BOOK).typical == 0.1008  # counts as an m7i.large
+    assert burn_usd_h({nameless: 1}, {}, BOOK).typical == 0.1008  # the unnamed type counts as an m7i.large
     account = Account({ON_DEMAND: 3600.0}, requests=Requests(sqs=1e6))
     assert spent_usd(account, {}, BOOK).typical == pytest.approx(0.1008 + 0.40)
 
@@ -302,5 +304,5 @@ def test_before_a_task_is_measured_one_instance_probes() -> None:
     assert small.probe([1] * 20, "default", float("inf"), out=0) == [1, 1, 1, 1]
     assert small.probe([1] * 20, "default", float("inf"), out=3) == [1]
     large = Budget((CapBudget("it", 500.0),), {"default": 0.01}, {"default": 4})
-    assert len(large.probe([1] * 20, "default", float("inf"), out=0)) == 13  # an hour each
+    assert len(large.probe([1] * 20, "default", float("inf"), out=0)) == 13  # the tasks take an hour each
     assert len(large.probe([1] * 20, "default", 60.0, out=0)) == 20

@@ -1,4 +1,4 @@
-"""A job's control object: nobody undoes a word that has come meanwhile, but by a cancellation."""
+"""The control object of a job. Only a cancellation replaces a value that another writer has set meanwhile."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def acts() -> None:
         assert found
         return found
 
-    # None is there.
+    # The control object does not exist.
     assert await commit.read_stored(objects, JOB, patience) is None
     with pytest.raises(NotFound):
         await commit.read_if_changed(objects, JOB, None)
@@ -53,12 +53,12 @@ async def acts() -> None:
     assert found
     assert found.command == CANCEL
 
-    # The first cancellation of a round stays.
+    # The first cancellation of a round stays in place.
     other = replace(CANCEL, reason="another reason")
     assert await commit.write_cancellation(objects, JOB, other, patience) == CANCEL
     assert await commit.read_command(objects, JOB, patience) == CANCEL
 
-    # A retry permits its round over the words of earlier ones, once.
+    # A retry sets its round over earlier values, once.
     await commit.permit_round(objects, JOB, 3, patience)
     allowed = ControlCommand(Control.RUN, round=3)
     assert await commit.read_command(objects, JOB, patience) == allowed
@@ -75,7 +75,7 @@ def test_a_word_is_written_over_what_was_read_and_only_while_that_stands() -> No
 
 
 def test_a_late_word_changes_nothing_although_the_same_word_stands_again() -> None:
-    """An ETag of S3 is the same for the same content: a late pause must not undo a resume."""
+    """An ETag of S3 depends only on the content, so a late pause must not undo a resume."""
 
     async def main() -> None:
         objects, patience = SimObjects(), Patience(Random(1), limit_s=0.0)

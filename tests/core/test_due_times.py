@@ -1,4 +1,4 @@
-"""Due times against a calendar walked minute by minute, and what is no due time at all."""
+"""Due times of cron expressions, compared with a minute-by-minute walk over the calendar."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHANGES = [
     ("Africa/Casablanca", "2026-02-15T02:00"),
     ("UTC", "2026-02-28T23:00"),
 ]
-"""Zones, and about when their clocks change; in UTC nothing does."""
+"""Time zones, and the approximate times of their clock changes. UTC does not have clock changes."""
 
 minutes = st.sampled_from(["*", "*/5", "*/7", "0", "30", "15,45", "10-20", "59"])
 hours = st.sampled_from(["*", "*/2", "*/3", "1", "2", "3", "0,2", "1-3"])
@@ -44,7 +44,7 @@ def between(cron: str, zone: str, after_s: float, until_s: float) -> list[float]
 
 
 def walked(cron: str, zone: str, after_s: float, until_s: float) -> list[float]:
-    """Minutes whose local time fits, each looked at."""
+    """Return the minutes in a range whose local time matches the cron expression."""
     fields = CronSim(cron, datetime(2020, 1, 1, tzinfo=UTC))
     found, tz = [], ZoneInfo(zone)
     moment_s = after_s + 60
@@ -84,7 +84,7 @@ def test_fixed_times_are_due_once_a_day(minute: str, hour: str, change: tuple[st
     assert len(set(local)) == len(local)
     fits = {datetime.fromtimestamp(one, ZoneInfo(zone)) for one in walked(cron, zone, after_s, until_s)}
     there = {fit.replace(tzinfo=None) for fit in fits}
-    # All that there are; and the first minute after a time that is left out.
+    # The test checks all due times, and the first minute after a skipped time.
     assert there <= set(local)
     for one in set(local) - there:
         before = datetime.fromtimestamp(found[local.index(one)] - 60, ZoneInfo(zone))

@@ -1,4 +1,4 @@
-"""Every error that a user can cause says what to do next."""
+"""The errors that a user can cause. Each error names a remedy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import batchlab
 PACKAGE = Path(batchlab.__file__).parent
 CAUSED = {"UsageError", "JobFileError"}
 SAID_BY_OTHERS = {
-    # In the words of a service, or of what has called it.
+    # The text of these errors is that of a service or of its caller.
     "server/autoscaling_api/metadata.py",
-    # Of zips and results that somebody has made by hand, against what batchlab writes.
+    # The errors of the following modules are about archives and results that a user has edited by hand.
     "results.py",
     "worker/code_cache.py",
-    # A program's own mistake.
+    # The errors of the following module are programming mistakes.
     "adapters/docker/engine.py",
 }
 
@@ -33,7 +33,7 @@ def without_remedy() -> Iterator[str]:
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
                 continue
             given = {keyword.arg for keyword in node.keywords}
-            # `**` may hold it.
+            # A `**` argument may contain the remedy.
             if node.func.id in CAUSED and not given & {"remedy", None}:
                 yield f"{name}:{node.lineno}: {ast.unparse(node)[:100]}"
 

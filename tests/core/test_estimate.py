@@ -1,4 +1,4 @@
-"""What a run will cost: against sums done by hand, with AWS's published rules."""
+"""The estimated cost of a run, compared with sums computed by hand from AWS's published prices."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def test_sqs_bills_every_64_kib_and_never_less_than_one(payload_bytes: int, bill
 
 
 def test_price_of_a_million_requests_matches_the_pricing_pages() -> None:
-    """0.40 for a million of SQS; 5 for a million PUT, 0.40 for a million GET; DELETE is free."""
+    """A million requests cost 0.40 USD for SQS, 5 USD for PUT, and 0.40 USD for GET. DELETE requests are free."""
     assert request_costs.usd_of(Requests(sqs=1e6), BOOK) == pytest.approx((0.40, 0.0))
     assert request_costs.usd_of(Requests(s3_puts=1e6), BOOK) == pytest.approx((0.0, 5.0))
     assert request_costs.usd_of(Requests(s3_gets=1e6), BOOK) == pytest.approx((0.0, 0.40))
     assert request_costs.usd_of(Requests(s3_deletes=1e6), BOOK) == (0.0, 0.0)
-    # An empty receive is a receive: it is in `sqs` and not billed twice.
+    # An empty receive is already included in `sqs` and is not billed twice.
     assert request_costs.usd_of(Requests(sqs=1e6, sqs_empty=1e6), BOOK) == pytest.approx((0.40, 0.0))
 
 
 def test_compute_and_idle_cost_match_a_hand_computation() -> None:
-    """1,000 tasks of 60 s are 60,000 s on slots, 30,000 s on instances of two: as 60,000 / (300 ×
-    2) = 100 would be wanted, all ten come. Usually 90 % of their time is used: 33,333 s, and 60 s
-    of boot and of tail each. m7i.large costs 0.1008 per hour."""
+    """1,000 tasks of 60 s are 60,000 s on slots, or 30,000 s on instances with two slots. The policy wants 60,000 /
+    (300 × 2) = 100 instances, so the pool's maximum of ten starts. Typically, 90% of the instances' time is used:
+    33,333 s, and 60 s each of boot and of tail. An m7i.large costs 0.1008 USD per hour."""
     found = estimate([stage(1000, 60.0)], [POOL], BOOK, Policy(drain_target_s=300, idle_s=60))
     assert found.instances == {"default": 10}
     compute, idle = found.items[:2]
@@ -56,7 +56,7 @@ def test_compute_and_idle_cost_match_a_hand_computation() -> None:
 
 
 def test_an_instance_is_billed_for_a_minute_however_short_it_lives() -> None:
-    """One task of a second, without boot and tail: 60 s are billed, of which 59 are idle."""
+    """A task of one second without boot and tail is billed for 60 s, of which 59 s are idle."""
     pool = PoolPlan("default", "m7i.large", 2, boot_s=1e-9, disk_gb=0.0)
     found = estimate([stage(1, 1.0)], [pool], BOOK, Policy(idle_s=0.0))
     compute, idle = found.items[:2]
@@ -69,16 +69,16 @@ def test_spot_is_cheaper_and_its_losses_are_a_line_of_their_own() -> None:
     mixed = estimate([stage(1000, 60.0)], [half], BOOK)
     assert mixed.usd.typical < on_demand.usd.typical
     wasted = next(item for item in mixed.items if item.what.startswith("wasted"))
-    # 2 % of the half that is Spot, at half of 0.1008 and half of 40 % of it.
+    # The loss is 2% of the Spot half, at half of 0.1008 USD and half of 40% of it.
     rate = 0.1008 * (0.5 + 0.5 * 0.4)
     assert wasted.usd.typical == pytest.approx(30_000 * 0.01 / 3600 * rate)
     assert not any(item.what.startswith("wasted") for item in on_demand.items)
 
 
 def test_requests_follow_bundles_and_time() -> None:
-    """A hundred bundles of a minute each on one slot: PER_BUNDLE for each; every second three looks
-    at the control object; a visibility timeout of 30 s extended at 10 s, a beat of three requests
-    at 10 s."""
+    """The job has a hundred bundles of a minute each on one slot. Each bundle has PER_BUNDLE requests. Further requests
+    are three looks at the control object per second, extensions of the 30 s visibility timeout every 10 s, and three
+    requests per heartbeat every 10 s."""
     pool = PoolPlan("default", "m7i.large", 1, max_size=1, boot_s=1e-9, disk_gb=0.0)
     pace = Pace(control_lease_s=1.0, visibility_s=30.0, beat_s=10.0, tick_s=1.0)
     found = estimate([stage(100, 60.0, bundle=1)], [pool], BOOK, Policy(300.0, 0.0, pace))

@@ -1,4 +1,4 @@
-"""How long a job still takes: a band from facts alone."""
+"""The remaining time of a job, as a band computed from measured values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batchlab.core.text import about
 
 
 def pace(times_s: Sequence[float], of: int = 1) -> Pace:
-    """Measured in bundles of `of` tasks."""
+    """Return a pace measured in bundles of `of` tasks."""
     found = Pace()
     for at in range(0, len(times_s), of):
         some = times_s[at : at + of]
@@ -54,7 +54,8 @@ def test_the_spread_of_single_tasks_is_seen_through_bundles(of: int) -> None:
 
 
 def test_the_band_holds_what_then_happens() -> None:
-    """Jobs of uneven tasks, run on four slots: nearly all end within what was said at half-way."""
+    """Simulated jobs of uneven tasks on four slots, nearly all of which end within the band that was computed
+    halfway."""
     rng = random.Random(7)
     inside, widths = 0, []
     for _ in range(200):
@@ -101,7 +102,7 @@ def test_other_jobs_widen_the_band() -> None:
 
 def test_pipelined_stages_overlap_and_waiting_stages_follow() -> None:
     chained = work("next", after=("map",), chained=True)
-    assert band(work(), chained).low_s == pytest.approx(100.0)  # one pool does both
+    assert band(work(), chained).low_s == pytest.approx(100.0)  # one pool runs both stages
     rooms = {**FOUR, "big": Room(now=4, most=4)}
     elsewhere = replace(chained, pool="big")
     assert band(work(), elsewhere, rooms=rooms).low_s == pytest.approx(50.0)

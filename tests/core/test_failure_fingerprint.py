@@ -1,4 +1,4 @@
-"""Failures are grouped by why they failed, and by nothing that differs from task to task."""
+"""The fingerprints of failures, which group failures by their cause."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batchlab.worker.handlers import user_traceback
 
 
 def raised(item: object, *, folder: str = "", kind: str = "first") -> Failure:
-    """The failure of a handler of a job's own, as a worker would tell of it."""
+    """Return the failure of a job's handler, as a worker reports it."""
     source = (
         "import json\n"
         "def act(item):\n"
@@ -61,7 +61,7 @@ def test_other_line_or_exception_gives_another_fingerprint() -> None:
 def test_code_folder_and_python_version_do_not_change_the_fingerprint() -> None:
     one = raised("{", folder="/srv/scratch/i-1/code/3f/")
     assert fingerprint(one) == fingerprint(raised("{"))
-    # json's own lines differ from version to version; the user's do not.
+    # The lines in json's tracebacks differ between Python versions, but the user's lines do not.
     frame = '  File "handlers.py", line 3, in act\n'
     inner = frame + '  File "handlers.py", line 3, in <listcomp>\n'
     whole = one.traceback.replace("Traceback (most recent call last):\n", f"{inner}", 1)

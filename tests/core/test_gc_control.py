@@ -1,4 +1,4 @@
-"""While a service is loaded nothing looks for garbage; from then on it is looked for again."""
+"""Garbage collection, which is off while a service loads and on afterwards."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ assert gc.get_freeze_count() > 1000
 
 
 def test_objects_that_exist_after_loading_are_frozen() -> None:
-    """In a process of its own: it is for good."""
+    """The test uses its own process, because freezing objects cannot be undone."""
     subprocess.run([sys.executable, "-c", SCRIPT], check=True)
 
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_every_service_reports_the_end_of_its_loading(service: str) -> None:
-    """Else it would never give its memory back."""
+    """A service that does not report the end of its loading would never free memory."""
     module = importlib.import_module(SERVICE_MODULES[service])
     assert "gc_control.resume()" in inspect.getsource(module)

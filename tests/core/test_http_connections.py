@@ -1,4 +1,4 @@
-"""Connections that are kept: used again while they are good, and by one user at a time."""
+"""Kept connections, which are reused while they work, by one user at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The catalogue of instance types: what ships is right, and what is wrong is named."""
+"""The catalog of instance types: the shipped file is correct, and mistakes in a file are reported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_shipped_table_knows_the_common_types() -> None:
 
 
 def test_memory_doubles_with_cpus_within_a_family() -> None:
-    """A slip in the table would show here; burstable types are the ones of which it is not true."""
+    """A wrong entry in the table would break this rule. Burstable types do not follow the rule."""
     types = [t for t in instance_types.load().types.values() if not t.name.startswith("t")]
     ratios: dict[str, set[float]] = {}
     for t in types:

@@ -1,4 +1,4 @@
-"""Logs: the same fields in both formats, of the task that logs, and no secret in either."""
+"""Logs with the same fields in both formats, the id of the task, and no secrets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Written = Callable[[], str]
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Written]:
-    """What a process has logged that calls `set_up`."""
+    """Return a function that returns the log of a process that calls `set_up`."""
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
@@ -34,7 +34,7 @@ def written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def begin(**process: str) -> None:
-    """Set logging up as a process of ours does: nobody else logs in it."""
+    """Set up logging as a process of batchlab does, without other handlers."""
     logging.getLogger().handlers[:] = []
     logs.set_up(**process)
 

@@ -1,4 +1,4 @@
-"""What may be notified, where nothing is ever sent, and the grid's own targets in their file."""
+"""Allowed and forbidden notification targets, and the grid's own targets in its file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def a_job(*notify: NotifyDef) -> JobDef:
     return JobDef(JobId("sums-1"), "sums", stages, 1.0, notify=notify)
 
 
-# --- What a job may name -------------------------------------------------------------------------
+# --- Targets that a job may name -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_no_way_of_writing_a_link_local_address_gets_through(low: int) -> None:
         f"2002:{words}::1",
         f"::{v4}",
         f"64:ff9b:1::{words}",
-        # The other lengths of a translator's own prefix: /48, /56 and /64 (RFC 6052).
+        # The following addresses use the other prefix lengths of an address translator: /48, /56, and /64 (RFC 6052).
         f"64:ff9b:1:a9fe:{low >> 8:x}:{(low & 255) << 8:x}::",
         f"64:ff9b:1:a9:fe:{low:x}::",
         f"64:ff9b:1:0:a9:{0xFE00 | low >> 8:x}:{(low & 255) << 8:x}:0",
@@ -165,7 +165,7 @@ def test_an_address_is_shown_without_its_path() -> None:
     assert Target("ops", "webhook", URL).shown == "https://hooks.example.org/…"
 
 
-# --- What a job may do in this grid --------------------------------------------------------------
+# --- Permissions of a job in this grid -----------------------------------------------------------
 
 A = "env:BATCHLAB_NOTIFY_A"
 KNOWN = NotificationSettings(

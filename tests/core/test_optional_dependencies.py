@@ -1,4 +1,4 @@
-"""Extras: what every installation goes without, and the sentence where one is missing."""
+"""Extras: modules that the core does not import, and the error for a missing extra."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def test_extras_of_the_code_match_the_package() -> None:
 
 
 def test_a_clone_has_all_of_them() -> None:
-    """The README's first command leaves out dev alone, its second nothing."""
+    """The README's first command installs every dependency group except dev, and its second command installs all
+    groups."""
     found = project()
     assert found["tool"]["uv"]["default-groups"] == ["all", "dev"]
     (every,) = map(Requirement, found["dependency-groups"]["all"])
@@ -67,7 +68,8 @@ def test_a_clone_has_all_of_them() -> None:
 
 
 def test_the_main_job_needs_none_of_them(tmp_path: Path) -> None:
-    """Its imports, and its adapters opened; `test_installed.py` runs it where they are not."""
+    """A job needs only its imports and its adapters. `test_installed.py` runs the job in an environment without the
+    extras."""
     code = f"""if True:
         import sys
         for name in {sorted(OF_EXTRAS)!r}:

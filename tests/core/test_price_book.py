@@ -1,4 +1,4 @@
-"""The price book: what ships is right and dated, and what is wrong is named."""
+"""The price book: the shipped prices are correct and dated, and mistakes in a file are reported."""
 
 from __future__ import annotations
 
@@ -144,8 +144,8 @@ SMALL = {"ManagerInstanceType": "t4g.small", "PoolInstanceTypes": "m7i.large", "
 
 
 def test_cost_of_the_smallest_stack_matches_a_hand_computation() -> None:
-    """Manager 0.0168, its disk 20 GB × 0.08 / 730, 6 endpoints × 2 zones × 0.01, a secret 0.40 a
-    month, four alarms 0.10 a month each."""
+    """The hand computation is: manager 0.0168, its disk 20 GB × 0.08 / 730, 6 endpoints × 2 zones × 0.01, one secret at
+    0.40 per month, and four alarms at 0.10 per month each."""
     found = hourly_cost(SMALL, SHIPPED)
     by_hand = 0.0168 + 20 * 0.08 / 730 + 0.12 + 0.40 / 730 + 0.40 / 730
     assert found.idle_usd_h.typical == pytest.approx(by_hand)
@@ -164,9 +164,9 @@ def test_bills_and_estimates_give_a_worker_the_disk_that_the_stack_does() -> Non
 
 
 def test_cost_of_database_nat_and_minimum_workers_matches_a_hand_computation() -> None:
-    """RDS db.t4g.medium 0.065 and 30 GB × 0.115 a month, both in two zones, its secret; NAT 0.045
-    and its address 0.005; three workers that stay, with 50 GB each, one of them on-demand, the
-    others half of it."""
+    """The hand computation is: RDS db.t4g.medium 0.065 and 30 GB × 0.115 per month, both in two zones, and its secret.
+    The NAT gateway costs 0.045 and its address 0.005. The three minimum workers have 50 GB each, one of them is
+    on-demand, and the others are half on-demand and half Spot."""
     stack = {
         **SMALL,
         "Ledger": "postgres",
@@ -194,7 +194,7 @@ def test_each_pool_has_its_own_line_and_its_own_alarms() -> None:
     found = hourly_cost(stack, SHIPPED, region="us-east-1", shape=StackShape(interface_endpoints=5))
     assert [worker.pool for worker in found.workers] == ["default", "big"]
     assert found.workers[1].instance_type == "c7i.xlarge and 1 more"
-    assert found.workers[1].spot.high > found.workers[1].on_demand.high  # the larger type counts
+    assert found.workers[1].spot.high > found.workers[1].on_demand.high  # the larger instance type counts
     endpoints = next(item for item in found.idle if item.what == "VPC endpoints")
     assert endpoints.usd.typical == pytest.approx(5 * 2 * 0.01)
     alarms = next(item for item in found.idle if item.what == "alarms")
@@ -222,7 +222,7 @@ def test_own_network_adds_no_cost() -> None:
     ],
 )
 def test_docs_give_the_cost_of_an_idle_stack(row: str, parameters: dict[str, str]) -> None:
-    """The template's own defaults, at the prices that ship."""
+    """The page uses the template's default parameters and the shipped prices."""
     found = hourly_cost({"PoolInstanceTypes": "m7i.large", **parameters}, SHIPPED)
     month = f"{found.idle_usd_h.typical * 730:.0f}"
     docs = ROOT / "docs"
@@ -234,7 +234,7 @@ def test_docs_give_the_cost_of_an_idle_stack(row: str, parameters: dict[str, str
 
 
 def test_the_templates_own_defaults_have_prices() -> None:
-    """What `deploy plan` shows first."""
+    """`deploy plan` shows these prices first."""
     template = (ROOT / "backends/aws/stack.yaml").read_text()
     assert template.count("VpcEndpointType: Interface") == StackShape().interface_endpoints
     types = re.search(r"PoolInstanceTypes:\n(?:.*\n)??    Default: (\S+)", template)

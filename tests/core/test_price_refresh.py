@@ -1,4 +1,4 @@
-"""Newer prices from files as AWS publishes them, made here in their published form."""
+"""Newer prices from files in AWS's published format, which the tests generate."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_awss_own_price_list_as_csv(tmp_path: Path) -> None:
     assert found.table == {"m7i.large": 0.1123, "x9z.huge": 12.5}
     book = refreshed(SHIPPED, found)
     assert book.instance_usd_h("x9z.huge").typical == 12.5
-    # Another region takes the place of all that was there; the other blocks stay, and say so.
+    # Prices of another region replace all of a block's prices. The other blocks stay, and the command reports this.
     with pytest.raises(UsageError, match=r"no instance type 'c7g\.large'"):
         book.instance_usd_h("c7g.large")
     with pytest.raises(UsageError, match="blocks spot, sqs"):
@@ -128,7 +128,7 @@ def test_awss_own_price_list_as_json(tmp_path: Path) -> None:
     found = find(wrote(tmp_path, json.dumps(doc), "offer.json"))
     book = refreshed(SHIPPED, found)
     assert book.database_usd_h("db.r7g.large") == 0.239
-    assert book.database_usd_h("db.t4g.micro") == 0.016  # of the same region: it stays
+    assert book.database_usd_h("db.t4g.micro") == 0.016  # the price is of the same region and stays
     assert book.blocks["rds"].date == date(2026, 9, 2)
 
 
@@ -143,7 +143,7 @@ TRANSFER = OFFER.replace("AmazonEC2", "AWSDataTransfer").replace(
 
 
 def moved(usage: str, usd: str, region: str = "eu-west-1", **changes: str) -> str:
-    """A row of the price list of data transfer."""
+    """Return a row of the price list for data transfer."""
     told = {"TermType": "OnDemand", "Unit": "GB", "Currency": "USD", **changes}
     cells = [
         "SKU1",

@@ -1,4 +1,4 @@
-"""A stage's tasks travel in bundles: each in exactly one at a time, whatever becomes of them."""
+"""The tasks of a stage in bundles. Each task is in exactly one bundle at a time."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def test_the_cuts_of_a_stage_cover_each_task_once(
 
 @dataclass
 class Course:
-    """What hypothesis lets happen to the bundles of a stage, one after the other."""
+    """The outcomes that hypothesis draws for the bundles of a stage."""
 
     data: st.DataObject
     outcomes: list[Outcome] = field(default_factory=list)
 
     def run(self, bundle: Bundle) -> list[Bundle]:
-        """Give the bundle an outcome; the bundles that follow from it."""
+        """Draw an outcome of the bundle, and return its follow-ups."""
         draw = self.data.draw
         fate = draw(st.sampled_from(["runs", "runs", "runs", "loses its worker", "poisoned"]))
         if fate == "poisoned":
@@ -92,7 +92,7 @@ class Course:
 @SLOW
 @given(st.integers(1, 12), st.integers(1, 5), st.data())
 def test_each_task_ends_once_on_any_path(planned: int, size: int, data: st.DataObject) -> None:
-    """I1 and I2 of two stages, over splits, retries, lost workers and poison."""
+    """Invariants I1 and I2 hold for two stages with splits, retries, lost workers, and poison tasks."""
     waiting = [
         Bundle(JOB.id, ONE, TaskSet.span(start, min(start + size, planned))) for start in range(0, planned, size)
     ]

@@ -1,4 +1,4 @@
-"""Names: the same for the same thing, different for different ones, and never a way out."""
+"""Names and keys, which are equal for the same thing, different for different things, and never leave their folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.properties import PROPERTY, SLOW
 NAME = st.from_regex(NAME_PATTERN.replace("$", r"\Z"), alphabet=string.printable).filter(
     lambda name: len(name) <= 40
 ) | st.sampled_from(
-    # What the layout of the bucket uses itself.
+    # The layout of the bucket uses these names.
     ["plan", "cuts", "outcomes", "files", "logs", "starts", "running", "retries", "final", "spec"]
 )
 KEY = CommitKey("0f" * 16)
@@ -39,7 +39,7 @@ def bundles(job: JobId, stage: StageName) -> st.SearchStrategy[Bundle]:
 
 
 def keys_of(job: JobId, stage: StageName, number: int, bundle: Bundle) -> list[str]:
-    """A key of every kind."""
+    """Return one key of every kind."""
     return [
         object_keys.spec(job),
         object_keys.control(job),
@@ -73,12 +73,12 @@ def test_keys_are_distinct_and_stay_below_their_job(things: list[tuple[str, str,
             which = bundle.id if kind >= 8 else str(number) if kind >= 2 else ""
             what = (kind, name, stage if kind >= 4 else "", which)
             assert seen.setdefault(key, what) == what, f"{key} is of two things"
-        # Without its slash the prefix of one bundle would be that of another as well.
+        # Without its slash, the prefix of one bundle would match the keys of another one.
         for prefix in (object_keys.raw(job), object_keys.files(bundle, "w-1", KEY), object_keys.starts(bundle)):
             assert prefix.endswith("/")
     prefixes = [key for key in seen if key.endswith("/")]
     for prefix, key in product(prefixes, seen):
-        # Whoever lists a prefix must not find what is of another kind.
+        # A listing of a prefix must not return keys of another kind.
         assert prefix == key or not key.startswith(prefix), (prefix, key)
 
 
@@ -121,7 +121,7 @@ def test_a_code_key_gives_back_its_digest_and_nothing_else_does(data: bytes, odd
                 code_cache.digest_of(key)
 
 
-# --- Names that users and results bring along ----------------------------------------------------
+# --- Names from users and results ----------------------------------------------------------------
 
 ODD = st.text(st.sampled_from("a.#/\\ \n\0é☃\ud83d0-~*"), max_size=12) | st.text(max_size=40)
 
@@ -153,6 +153,6 @@ def test_fetched_files_neither_leave_their_folder_nor_hide_each_other(named: lis
 @PROPERTY
 @given(ODD.filter(lambda name: "/" not in name and name not in ("", ".", "..")))
 def test_an_input_is_refused_at_the_door_or_has_a_key(name: str) -> None:
-    """What passes the check of a job file can be stored."""
+    """A name that passes the check of a job file can be stored."""
     if handler_lookup.unfit(name) is None:
         check_key(f"{object_keys.raw(JobId('j'))}0000000/{name}")

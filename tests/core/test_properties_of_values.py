@@ -1,4 +1,4 @@
-"""Values, placeholders and units: what is written comes back, and what cannot is refused."""
+"""Values, placeholders, and units, which are read back as they were written or are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEYS = TEXT | st.sampled_from(["$file", "$part", "$value", "$pickle", "$", "$$",
 
 
 def tried(call: Callable[[], Any], kind: type[E]) -> tuple[Any, E | None]:
-    """What `call` gives, or how it refuses; everything else that it raises is a bug."""
+    """Return the result of `call` or its refusal. Any other error of the call is a bug."""
     try:
         return call(), None
     except kind as refusal:
@@ -49,7 +49,7 @@ def opened(reference: Any) -> File:
 
 
 def shape(value: Any) -> Any:
-    """A value that can be compared, its files by their paths and names."""
+    """Return a comparable form of a value, in which files are replaced by their paths and names."""
     if isinstance(value, File):
         return ("file", str(value.path), value.name)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The pure part of the protocol: what follows from an outcome, sizes, retries, and the wire."""
+"""The pure part of the protocol: follow-ups of an outcome, bundle sizes, retries, and messages."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def settled(ran: list[Ran], bundle: Bundle = BUNDLE, *, cancelled: bool = False)
 
 @given(st.lists(st.sampled_from(["ok", "no", "import"]), max_size=10), st.booleans(), st.integers(1, 3))
 def test_every_task_of_a_bundle_is_settled_exactly_once(ends: list[str], cancelled: bool, attempt: int) -> None:
-    """I1 and I2 in the small: terminal here, or in one follow of the same stage."""
+    """Each task ends in this bundle or is in exactly one follow-up of the same stage (I1 and I2)."""
     kinds = {"no": FailureKind.EXCEPTION, "import": FailureKind.IMPORT}
     ran = [Ran(i, 0.1, i) if e == "ok" else failed(i, kinds[e]) for i, e in enumerate(ends)]
     bundle = replace(BUNDLE, attempt=attempt)
@@ -159,7 +159,7 @@ def test_long_task_counts_only_for_its_wait() -> None:
     assert settlement.weight_s(100, 0.5) == 0.5
     assert settlement.weight_s(1, 600.0) == settlement.BUDGET_S
     assert settlement.weight_s(2, 600.0) == 2 * settlement.BUDGET_S
-    assert settlement.weight_s(100, 600.0) == 2 * settlement.BUDGET_S  # the last of them was long
+    assert settlement.weight_s(100, 600.0) == 2 * settlement.BUDGET_S  # the last task was long
     assert settlement.weight_s(0, 0.0) == 0.0
 
 
@@ -181,36 +181,36 @@ def test_retained_tasks_form_a_bundle_and_the_rest_halves() -> None:
 
 
 def test_sizes_follow_the_measured_time_and_shrink_at_the_end() -> None:
-    assert settlement.bundle_size(10_000, 2, 0.005, None) == 150  # 0.75 s of work
+    assert settlement.bundle_size(10_000, 2, 0.005, None) == 150  # the bundle has 0.75 s of work
     assert settlement.bundle_size(10_000, 2, 60.0, None) == 1
     assert settlement.bundle_size(120, 2, 0.005, None) == 30
-    assert settlement.bundle_size(36, 2, 0.005, None) == 10  # 50 ms of work at the least
-    assert settlement.bundle_size(6, 2, 0.005, None) == 3  # unless a slot would go without
+    assert settlement.bundle_size(36, 2, 0.005, None) == 10  # a bundle has at least 50 ms of work
+    assert settlement.bundle_size(6, 2, 0.005, None) == 3  # a bundle is smaller if a slot would stay empty
     assert settlement.bundle_size(1, 2, 0.005, None) == 1
-    assert settlement.bundle_size(10_000, 2, None, None) == 1  # nothing measured yet
-    assert settlement.bundle_size(10_000, 2, 5.0, 64) == 64  # the user's own number
+    assert settlement.bundle_size(10_000, 2, None, None) == 1  # no task was measured yet
+    assert settlement.bundle_size(10_000, 2, 5.0, 64) == 64  # the user sets this number
 
 
 def test_first_wave_gives_each_slot_tasks_to_measure_and_to_continue() -> None:
     assert settlement.wave(2000, 2, None, None, 7) == [1, 1, 8, 8]
     assert settlement.wave(66, 2, None, None, 7) == [1, 1, 4, 4]
-    assert settlement.wave(20, 2, None, None, 7) == [1, 1, 1, 1]  # they may take ten minutes each
+    assert settlement.wave(20, 2, None, None, 7) == [1, 1, 1, 1]  # each task may take ten minutes
     assert settlement.wave(3, 2, None, None, 7) == [1, 1, 1]
     assert settlement.wave(2000, 2, None, None, 3) == [1, 1, 8]
     assert settlement.wave(2000, 2, None, None, 0) == []
 
 
 def test_the_last_fraction_of_a_second_is_cut_once_and_evenly() -> None:
-    """Halved again and again, ten thousand tasks of nothing would travel in a dozen bundles."""
+    """If the last tasks were halved repeatedly, ten thousand tiny tasks would travel in a dozen bundles."""
     assert settlement.wave(9980, 2, 1e-6, None, 7) == [2495, 2495, 2495, 2495]  # CAP is 4096
     assert settlement.wave(20, 2, 0.005, None, 7) == [10, 10]
     assert settlement.wave(19, 2, 0.005, None, 7) == [10, 9]
     assert settlement.wave(19, 2, 0.005, None, 1) == [10]
     assert settlement.wave(21, 2, 0.005, None, 7)[:1] == [10]
-    assert settlement.wave(20, 2, 0.005, 7, 7) == [7, 7, 6]  # the user's own number
+    assert settlement.wave(20, 2, 0.005, 7, 7) == [7, 7, 6]  # the user sets this number
 
 
-# --- The wire ------------------------------------------------------------------------------------
+# --- Messages ------------------------------------------------------------------------------------
 
 
 def test_messages_round_trip() -> None:
@@ -241,13 +241,13 @@ def test_messages_round_trip() -> None:
 
 
 def test_optional_fields_are_omitted_from_messages() -> None:
-    """A grid may be of two versions while it is renewed: what an earlier one does not know it must
-    not meet, unless somebody caps a cost."""
+    """A grid may have two versions during an update, so messages must not contain fields that the earlier version does
+    not know. The exception is a cost cap."""
     assert "max_cost_usd" not in json_format.job_to_json(JOB)
     assert json_format.job_to_json(replace(JOB, max_cost_usd=5.0))["max_cost_usd"] == 5.0
     capped = replace(JOB, max_cost_usd=5.0)
     assert json_format.job_from_json(json_format.loads(json_format.to_bytes(json_format.job_to_json(capped)))) == capped
-    # What an earlier worker sends has no counts, and what an earlier manager reads it skips.
+    # A message of an earlier worker does not contain counts, and an earlier manager ignores counts.
     assert read_events_message(events_message(Events())).requests == ()
     assert "q" not in json_format.loads(events_message(Events()))
 

@@ -1,4 +1,4 @@
-"""Signatures of requests and answers, and what is remembered of them."""
+"""Signatures of requests and answers, and the record of used requests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_request_is_read_as_it_was_signed() -> None:
 
 
 def test_no_two_requests_have_one_signature() -> None:
-    """Neither a random number nor the place where one field ends and the next begins is shared."""
+    """Two requests differ in their random numbers or in the boundaries of their fields."""
     macs = {http_connections.sign("t", "GET", "/a", b"", 1.0).mac for _ in range(10)}
     assert len(macs) == 10
     fields = (("GET", "/a\nb"), ("GET", "/a\\nb"), ("GET\n/a", "b"), ("GET/a", "b"), ("G", "ET/ab"))
@@ -64,7 +64,7 @@ def test_an_answer_in_parts_ends_with_its_signature() -> None:
     for content in (b"", b"a\nb\n", b"a\n" + end.encode(), b"a\nb\n" + end.encode() + b"\n"):
         with pytest.raises(Unproven):
             expected.checked(content)
-    with pytest.raises(Unproven):  # the kind of an answer is signed too
+    with pytest.raises(Unproven):  # the signature also covers the kind of an answer
         Expected("token", SIGNED, 200, f"whole {proof.split()[1]}").checked(b"a\nb\n")
 
 

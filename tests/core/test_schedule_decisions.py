@@ -1,4 +1,4 @@
-"""Decisions on due times as pure functions, and schedules as objects."""
+"""Decisions about due times as pure functions, and stored schedules."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def states(made: Schedule) -> list[str]:
 
 
 def ended(made: Schedule) -> Schedule:
-    """With whatever runs or waits as done."""
+    """Return the schedule with each waiting or running run marked as done."""
     for run in made.unfinished:
         made = made.with_run(replace(run, state=RunState.ENDED, result="SUCCEEDED"))
     return made
@@ -88,7 +88,7 @@ def test_a_clock_set_back_brings_back_what_was_skipped_and_not_what_has_run() ->
     run = schedules.startable(made)
     assert run
     made = ended(schedules.started(made, run, BEGIN_S + 30 * MINUTE))
-    made = schedules.decide_due_times(made, BEGIN_S + 90 * MINUTE + 61)  # 11:00 is skipped, by a clock ahead
+    made = schedules.decide_due_times(made, BEGIN_S + 90 * MINUTE + 61)  # 11:00 is skipped because a clock is ahead
     assert states(made) == ["10:00 ended", "11:00 skipped"]
     back = schedules.decide_due_times(made, BEGIN_S + 20 * MINUTE)
     assert back.through_s == BEGIN_S + 20 * MINUTE

@@ -1,4 +1,4 @@
-"""The one spelling of a task's name, and the one parser of it."""
+"""The format of a task's name, and its parser."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGE = Path(batchlab.__file__).parent
 TASK = r"\{(\w+\.)*(\w+\[['\"])?task(['\"]\])?\}"
 OTHERWISE = re.compile(rf"\}}[\[/: ]{TASK}|task {TASK} of ", re.IGNORECASE)
 PLACES = {"sim/tasks.py", "jobs/results.py", "client/debug/task_folder.py", "worker/task_executor.py"}
-"""Folders and seeds, which are no names for a person."""
+"""Files with folder names and seeds, which are not names for a person."""
 
 
 def test_task_names_round_trip() -> None:

@@ -1,4 +1,4 @@
-"""Sets of task indices: the arithmetic that bundling stands on."""
+"""Sets of task indices, on which bundles are based."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_take_cuts_in_two_without_losing_any(members: set[int], count: int) -> N
 
 @given(st.sets(st.integers(0, 60), min_size=2))
 def test_halves_differ_from_the_whole_in_first_or_last(members: set[int]) -> None:
-    """What makes the derived ids of split bundles unique."""
+    """The different first or last task makes the derived ids of split bundles unique."""
     whole = TaskSet.from_indices(members)
     for half in whole.halves():
         assert half

@@ -1,4 +1,4 @@
-"""Text of others on its way to a terminal: readable, and harmless."""
+"""Foreign text in a terminal, which must be readable and harmless."""
 
 from __future__ import annotations
 

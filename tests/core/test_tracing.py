@@ -1,4 +1,5 @@
-"""Traces: off, nothing of them travels; on, a job is traced whole or not at all."""
+"""Traces: without tracing, messages do not contain trace data; with tracing, a job is traced completely or not at
+all."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ UNSAMPLED = ABOVE[:-2] + "00"
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Says nothing of traces, whatever the test run's own does."""
+    """Remove the trace settings of the test run from the environment."""
     for name in list(os.environ):
         if name.startswith("OTEL_"):
             monkeypatch.delenv(name)
@@ -201,8 +202,7 @@ def test_unreachable_collector_delays_no_call(environment: pytest.MonkeyPatch) -
     root.end()
     asyncio.run(tracer.close())
     assert time.monotonic() - begun_s < 5
-    # It goes on for a second, and rolls dice for its pauses: not beside another test, which may
-    # count on Python's.
+    # The exporter's thread runs for another second and uses random numbers, which could disturb another test.
     for thread in threading.enumerate():
         if thread.name == "last spans":
             thread.join(30)

@@ -1,4 +1,4 @@
-"""Values travel as JSON and come back exactly, files and large values as references."""
+"""Values as JSON, which come back exactly, with files and large values as references."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ JSON = st.recursive(
 
 
 def wire(encoded: Any) -> Any:
-    """Through JSON text and back, as every encoded value travels."""
+    """Convert an encoded value to JSON text and back, as a message does."""
     return json.loads(json.dumps(encoded, allow_nan=False, ensure_ascii=False).encode())
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal with equal types, to the bit."""
+    """Return whether two values are equal with equal types and equal bits."""
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
@@ -174,7 +174,7 @@ def test_replacing_nothing_changes_nothing(value: Any) -> None:
     assert [values.kind(ref) for ref in values.references(encoded)] == ["$part"]
 
 
-# --- What user code sees -------------------------------------------------------------------------
+# --- Values in user code -------------------------------------------------------------------------
 
 
 def a_context(folder: Path, cwd: Path | None = None) -> Context:

@@ -1,4 +1,4 @@
-"""Waiting for an event for a while, and ending while that is going on."""
+"""Waits for an event with a timeout, and cancellation of such waits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_wait_returns_the_state_by_its_deadline() -> None:
         event.clear()
         assert not await set_within(event, 0.0)
         assert loop.time() == 5.0
-        # The event at the last moment counts.
+        # An event at the last moment counts.
         loop.call_later(1.0, event.set)
         assert await set_within(event, 1.0)
 
@@ -71,7 +71,7 @@ def test_cancellation_together_with_the_event_ends_the_loop(order: str) -> None:
 
 
 def test_endpoint_that_ends_with_its_instance_ends() -> None:
-    """Its keeper lost the cancellation, and the process went on for ever."""
+    """Before, the keeper of the endpoint lost the cancellation, and the process did not end."""
 
     async def main() -> None:
         changed, ticks = asyncio.Event(), 0

@@ -1,5 +1,4 @@
-"""An AWS account that refuses calls for a while, or that there is no way to ask. botocore makes the
-calls, to a server of our own."""
+"""An AWS account that refuses calls for a while or cannot be reached. botocore makes the calls to a local server."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ STACK = "arn:aws:cloudformation:us-east-1:1:stack/grid/1"
 
 
 class Busy(ThreadingHTTPServer):
-    """Refuses the first `refusals` calls as AWS does when there are too many."""
+    """A server that refuses the first `refusals` calls as AWS does when it is throttling."""
 
     daemon_threads = True
 
@@ -80,7 +79,7 @@ def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Busy]:
 
 
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits between retry_notes, none of which is waited."""
+    """Record the pauses between retries without waiting."""
     found: list[float] = []
     monkeypatch.setattr("botocore.endpoint.time.sleep", found.append)
     return found
@@ -121,7 +120,7 @@ def test_unreachable_service_is_reported(busy: Busy, monkeypatch: pytest.MonkeyP
 def test_retries_are_announced_during_an_outage(
     busy: Busy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All the tries together take some twenty seconds."""
+    """All tries together take about twenty seconds."""
     now_s = [0.0]
 
     def wait(seconds: float) -> None:
@@ -136,17 +135,17 @@ def test_retries_are_announced_during_an_outage(
     with Account("us-east-1", notes=retry_notes) as account, pytest.raises(Unreachable):
         Stack(account, "grid").state()
     said = capsys.readouterr().err.splitlines()
-    # Not at once, then about once a second; the last try is the error's to tell.
+    # The first try is silent, and later tries are reported about once a second. The error itself reports the last try.
     told = [3, 5, 7, 9]
     assert said == [f"http://127.0.0.1:1 does not respond. This was attempt {n} of 10." for n in told]
 
 
-# --- Where there is no AWS to ask ----------------------------------------------------------------
+# --- Without access to AWS -----------------------------------------------------------------------
 
 
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Nothing of AWS's is configured, and there is no metadata service to ask."""
+    """Remove all AWS configuration, and disable the metadata service."""
     for name in (
         "AWS_PROFILE",
         "AWS_REGION",

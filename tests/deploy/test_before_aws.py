@@ -1,4 +1,4 @@
-"""What `batchlab deploy` does before AWS is asked: the template, its cost, and what is refused."""
+"""The steps of `batchlab deploy` before its first AWS call: the template, its cost, and refused settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.cli import Run, runner
 
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """A command line where nothing of AWS's is configured, and asking it fails."""
+    """Return a command line without AWS configuration, in which AWS calls fail."""
 
     def asked(region: str | None = None, **_: object) -> None:
         raise AssertionError(f"AWS is asked, in {region}")
@@ -93,7 +93,7 @@ def test_local_mistakes_are_refused_before_a_call_to_aws(
 
 
 def test_problems_that_the_stack_may_solve_are_left_to_aws(nobody: Run, tmp_path: Path) -> None:
-    """In a fresh folder nobody knows yet which images a stack has."""
+    """In a fresh folder, the images of the stack are not known yet."""
     graviton = ("deploy", "plan", "--home", tmp_path, "--pool", "default:0-4x2@c8g.large")
     _, _, err = nobody(*graviton)
     assert "AWS is asked" in err

@@ -1,4 +1,4 @@
-"""The launch templates carry the user data, with what an instance is to know of its stack."""
+"""The user data in the launch templates, with the stack's values for an instance."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def script(shape: cfn.Rendered, name: str) -> str:
 
 
 def deployed(text: str) -> AwsDeployment:
-    """The deployment that user data writes."""
+    """Return the deployment that the user data writes."""
     (found,) = re.findall(r"deployment\.json <<'END'\n(.*?)\nEND\n", text, re.S)
     return aws_deployment.parse(json.loads(found.replace("<Database.Endpoint.Port>", "5432")))
 

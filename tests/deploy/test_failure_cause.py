@@ -1,4 +1,4 @@
-"""Why a stack has failed, from events as CloudFormation has recorded them."""
+"""The cause of a failed stack, from CloudFormation's recorded events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ STACK = "AWS::CloudFormation::Stack"
 
 
 def events(*rows: tuple[str, str, str, str], newest_first: bool = True) -> list[Event]:
-    """Rows of resource, type, status, reason in the order of time, listed as AWS lists them."""
+    """Return events from rows of resource, type, status, and reason in the order of time. The events are listed in
+    AWS's order."""
     made = [Event(f"e{n}", float(n), *row, is_of_stack=row[1] == STACK) for n, row in enumerate(rows)]
     return made[::-1] if newest_first else made
 
@@ -55,7 +56,7 @@ def test_the_order_in_which_events_are_listed_does_not_matter() -> None:
 
 
 def test_a_cancelled_resource_that_is_first_in_time_is_not_the_cause() -> None:
-    """Those that were cancelled may be told before the one that they were cancelled for."""
+    """A canceled resource may be listed before the resource that caused its cancellation."""
     cause = root_cause(
         events(
             ("A", "AWS::SQS::Queue", "CREATE_FAILED", "Resource creation cancelled"),

@@ -1,4 +1,4 @@
-"""What stacks have left behind, found by tag and by name. botocore itself reads the answers."""
+"""Leftovers of deleted stacks, found by tag and by name. botocore parses the scripted answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOMAIN = "grid-LedgerDomain-1ABCDEF2GHIJK"
 
 
 class Cloud:
-    """An account whose services answer as they are told to, in that order."""
+    """An account whose services return scripted answers in order."""
 
     def __init__(self, stack: ExitStack, region: str = "us-east-1") -> None:
         self.account = Account(region, "1", "arn:aws:iam::1:user/me")
@@ -113,7 +113,7 @@ def test_domain_is_recognized_by_its_cloudformation_name(cloud: Cloud) -> None:
 
 
 def test_domain_of_another_stack_generation_is_a_leftover(cloud: Cloud) -> None:
-    """One that was destroyed and made anew."""
+    """The stack was deleted and created again."""
     cloud.has_domains(DOMAIN)
     cloud.has_logs()
     cloud.has_stack("grid", ["grid-LedgerDomain-NEWER"])
@@ -161,7 +161,7 @@ def test_region_without_simpledb_is_not_queried_for_domains() -> None:
         cloud.done()
 
 
-# --- What is removed -----------------------------------------------------------------------------
+# --- Removal -------------------------------------------------------------------------------------
 
 
 def left(name: str, *, used: bool = False, guessed: bool = False) -> Leftover:
@@ -185,11 +185,11 @@ def test_a_guess_that_is_in_use_is_refused() -> None:
         select_removable([left("a", used=True, guessed=True)], ["a"])
 
 
-# --- The last words of a database ----------------------------------------------------------------
+# --- Messages about a database -------------------------------------------------------------------
 
 
 def destroying(cloud: Cloud, fate: str) -> list[str]:
-    """What is said where a stack with such a database has just been deleted."""
+    """Return the output after the deletion of a stack with such a database."""
     from batchlab.deploy.stack import Stack
 
     database = Resource("Database", "AWS::RDS::DBInstance", "grid-ledger", "CREATE_COMPLETE")

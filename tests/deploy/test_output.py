@@ -1,4 +1,4 @@
-"""What a person sees of `batchlab deploy`: plans, events as they come, questions."""
+"""The output of `batchlab deploy` for a person: plans, events, and questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A template with one pool made into one with any: what follows, what is repeated, what is not."""
+"""The expansion of a template with one pool into a template with several pools."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REAL = template.shipped()
 
 
 def named_in(node: Any) -> set[str]:
-    """All logical ids and parameters that a node mentions, found by other means than expand's."""
+    """Return all logical ids and parameters in a node, found independently of `expand`."""
     text = json.dumps(node)
     found = set(re.findall(r'\{"Ref": "([^"]+)"\}', text))
     found |= set(re.findall(r'\{"Fn::GetAtt": \["([^"]+)"', text))
@@ -61,7 +61,7 @@ def test_every_reference_of_a_pool_follows_it(path: Path, pools: list[str]) -> N
     follows = per_pool | {
         name for section in ("Parameters", "Conditions") for name in source[section] if name.startswith("Pool")
     }
-    # Of an Fn::Sub's own.
+    # The difference contains the variables that belong to an Fn::Sub itself.
     variables = {n for n in named_in(source) if n.startswith("Pool")} - follows
     for pool in pools:
         for name in per_pool:
@@ -150,13 +150,13 @@ def test_notes_for_other_tools_are_not_sent() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [SMALL, REAL], ids=["small", "real"])
 def test_a_template_with_two_pools_is_one_that_cfn_lint_takes(path: Path) -> None:
-    # It brings SymPy: each process of a test run would pay for it in collecting.
+    # cfn-lint imports SymPy, which would slow down the collection of tests in each process.
     from cfnlint.api import lint
     from cfnlint.config import ManualArgs
 
     source = template.load(path)
     made = template.expand(source, ["default", "gpu-large"])
-    # What the file gives reasons for beside a resource is not judged again.
+    # The file explains these exceptions next to the resource, so they are skipped here.
     excused = {
         check
         for one in source["Resources"].values()
@@ -169,7 +169,7 @@ def test_a_template_with_two_pools_is_one_that_cfn_lint_takes(path: Path) -> Non
     assert [str(one) for one in found if one.rule.id not in before] == []
 
 
-# --- What cannot be ------------------------------------------------------------------------------
+# --- Refused templates ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pools", [["a-b", "a_b"], ["gpu", "gpu-"]], ids=str)
@@ -242,7 +242,7 @@ def test_invalid_template_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_with_ten_pools_the_real_template_is_far_from_too_large() -> None:
-    """With its user data it fits into no request: it goes by a bucket, on creation by one that is
-    made for it."""
+    """With its user data, the template is too large for a request. The template is uploaded to a bucket, which `deploy`
+    creates before a new stack."""
     made = template.expand(template.load(REAL), ["default", *(f"pool-{i}" for i in range(9))])
     assert len(template.body(made).encode()) <= template.MAX_STORED_BYTES / 4

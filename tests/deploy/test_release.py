@@ -1,4 +1,4 @@
-"""What a release is made of: wheels for an instance, and scripts that make one of a machine."""
+"""The content of a release: wheels for an instance, and boot scripts."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ VALUES = {
 
 
 def wheel(folder: Path, name: str, version: str, *requires: str, tag: str = "py3-none-any") -> Path:
-    """A wheel that says what it needs."""
+    """Write a wheel with these requirements."""
     path = folder / f"{name}-{version}-{tag}.whl"
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
     lines += [f"Requires-Dist: {require}" for require in requires]
     with zipfile.ZipFile(path, "w") as made:
-        # Else it would have the time of day in it, and be another one two seconds later.
+        # A fixed time keeps the wheel's hash constant, because a wheel contains the time of its files.
         entry = zipfile.ZipInfo(f"{name}-{version}.dist-info/METADATA")
         made.writestr(entry, "\n".join(lines) + "\n")
     return path
 
 
 class Pip(release._Pip):
-    """pip whose index is what a test has made; `asked` is what was fetched."""
+    """A fake pip with the index of a test. `asked` are the fetched packages."""
 
     index: dict[str, Callable[[Path], object]] = {}  # noqa: RUF012 - a test's own
     asked: list[str]
@@ -133,7 +133,7 @@ def test_our_own_wheel_is_the_package_that_runs_and_the_same_each_time(tmp_path:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Releases need no index; what was asked for."""
+    """Replace the package index, and return the list of requested packages."""
     asked: list[str] = []
 
     def fetch(folder: Path, target: Target, packages: object) -> list[str]:
@@ -263,7 +263,7 @@ def test_the_scripts_and_the_code_agree_on_names_and_times() -> None:
 
 
 def unit(role: str) -> dict[str, str]:
-    """The last value of each setting of a unit's service."""
+    """Return the last value of each setting of a unit's service."""
     found: dict[str, str] = {}
     for line in (BOOT / "units" / f"batchlab-{role}.service").read_text().splitlines():
         name, equals, value = line.partition("=")

@@ -1,4 +1,4 @@
-"""A template as its conditions leave it, judged by another reading of the same conditions."""
+"""A template rendered by its conditions, compared with a second implementation of the conditions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_rendered_resources_match_the_template(given: dict[str, str]) -> None:
     for name in source["Resources"].keys() - made["Resources"].keys():
         assert f'{{"Ref": "{name}"}}' not in left
         assert f'"Fn::GetAtt": ["{name}"' not in left
-    # And its properties, once the parameters are in them too, are the same.
+    # The resources' properties with the parameters inserted are the same too.
     again = cfn.Rendered({**made, "Conditions": {}}, **given)
     for name, one in judge.resources.items():
         assert again.resources[name]["Properties"] == one["Properties"], name

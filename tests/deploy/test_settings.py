@@ -1,4 +1,4 @@
-"""What a stack is to be: from files, from a stack, and checked against the template."""
+"""The settings of a stack, from files and from a stack, and checked against the template."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_parameters_are_named_as_in_the_expanded_template() -> None:
 
 @pytest.mark.parametrize("base", ["default", "big"])
 def test_stack_reports_the_settings_of_its_creation(base: str) -> None:
-    """Whoever has no settings.json, on another machine, gets the same."""
+    """A user on another machine without settings.json gets the same settings."""
     given = settings.parameters(FULL, source(), base)
     found, found_base = settings.from_stack("grid", "eu-west-1", {**given, "Release": "abc"})
     assert found_base == base
@@ -166,7 +166,7 @@ GRAVITON = {
 
 
 def test_graviton_needs_images_and_a_manager_of_its_own() -> None:
-    """A release for another processor would be refused by each instance at its boot."""
+    """Each instance would refuse a release for another processor at its boot."""
     whole = template.load(template.shipped())
     arm = Settings(pools=(PoolSettings("a", types=("c7g.large", "m7g.large")),))
     with pytest.raises(UsageError) as told:
@@ -192,7 +192,7 @@ def test_graviton_needs_images_and_a_manager_of_its_own() -> None:
         (("m7g.large",), "aarch64"),
         (("m7i.large",), "x86_64"),
         (("q9.huge",), "x86_64"),
-        # None of these is in the catalogue.
+        # The catalog does not contain these types.
         (("c8g.large",), "aarch64"),
         (("x2gd.medium",), "aarch64"),
         (("a1.large",), "aarch64"),

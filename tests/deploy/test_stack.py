@@ -1,5 +1,5 @@
-"""CloudFormation's awkward sides, scripted: what it has not heard of yet, long lists, failures, and
-refusals. botocore itself reads the answers (Stubber)."""
+"""Difficult behavior of CloudFormation, scripted: unknown stacks, long lists, failures, and refusals. botocore parses
+the answers (Stubber)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 class Clock:
-    """Time that only sleeping passes."""
+    """A clock that only sleeping advances."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -76,7 +76,7 @@ def missing(stub: Stubber, method: str, code: str = "ValidationError") -> None:
     stub.add_client_error(method, code, "Stack [grid] does not exist", http_status_code=400)
 
 
-# --- What it has not heard of yet ----------------------------------------------------------------
+# --- Unknown stacks and events -------------------------------------------------------------------
 
 
 def test_new_change_set_that_is_not_found_is_requested_again(stack: Stack, stub: Stubber) -> None:
@@ -91,7 +91,7 @@ def test_new_change_set_that_is_not_found_is_requested_again(stack: Stack, stub:
 
 def test_change_set_that_is_never_found_is_reported_and_removed(stack: Stack, stub: Stubber) -> None:
     stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
-    for _ in range(22):  # 60 s, one every 3 s
+    for _ in range(22):  # 60 s with a look every 3 s
         missing(stub, "describe_change_set", "ChangeSetNotFound")
     missing(stub, "delete_change_set", "ChangeSetNotFound")
     with pytest.raises(Unreachable, match="does not find the change set that it has created"):
@@ -99,8 +99,8 @@ def test_change_set_that_is_never_found_is_reported_and_removed(stack: Stack, st
 
 
 def test_a_stack_that_describe_does_not_know_yet_is_followed_all_the_same(stack: Stack, stub: Stubber) -> None:
-    """Right after ExecuteChangeSet neither events nor the stack may be known, and then the state
-    is the old one for a while."""
+    """Directly after ExecuteChangeSet, CloudFormation may not know the events or the stack, and then returns the old
+    state for a while."""
     missing(stub, "describe_stack_events")
     stub.add_response("describe_stack_events", {"StackEvents": []})
     rows = [event(2, "grid", "CREATE_COMPLETE"), event(1, "grid", "CREATE_IN_PROGRESS")]
@@ -188,7 +188,7 @@ def test_impossible_change_set_is_reported_and_deleted(stack: Stack, stub: Stubb
 
 
 def test_early_refusal_of_aws_is_reported_with_its_reason(stack: Stack, stub: Stubber) -> None:
-    """The change set's reason only points to another call (early validation)."""
+    """The change set's reason only refers to another call (early validation)."""
     stub.add_response("create_change_set", {"Id": SET, "StackId": ID})
     points_on = (
         "The following hook(s)/validation failed: [AWS::EarlyValidation::ResourceExistenceCheck]. "
@@ -221,7 +221,7 @@ def test_a_stack_that_was_executed_meanwhile_is_not_deleted_as_an_empty_one(stac
     stub.add_client_error("execute_change_set", "InternalFailure", "?", http_status_code=500)
     with pytest.raises(Unreachable):
         stack.execute(found)
-    # Nobody knows whether it has begun: no call at all.
+    # The state of the operation is unknown, so no call is made.
     stack.withdraw(found, is_new=True)
 
 

@@ -1,7 +1,7 @@
-"""The stack before checkers that others have written: checkov and cfn-guard.
+"""The stack template, checked by the external checkers checkov and cfn-guard.
 
-Every exception is in the template, beside the resource and with its reason. One that is not needed
-any more fails as well.
+Every exception is in the template next to its resource, with a reason. An exception that is not needed any more fails
+too.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from tests.support.aws.stack_shapes import SHAPES
 pytestmark = pytest.mark.slow
 
 CHECKOV = "BATCHLAB_CHECKOV"
-"""Environment variable: checkov's program."""
+"""Environment variable with the path of checkov."""
 CFN_GUARD = "BATCHLAB_CFN_GUARD"
-"""Environment variable: the unpacked npm package @cdklabs/cdk-validator-cfnguard, which has
-cfn-guard's program, and AWS Control Tower's rules for it."""
+"""Environment variable with the folder of the unpacked npm package @cdklabs/cdk-validator-cfnguard, which contains
+cfn-guard and AWS Control Tower's rules."""
 
 
 def _promised(variable: str) -> Path:
@@ -46,7 +46,7 @@ def guard() -> Path:
 
 
 def skipped(checker: str) -> set[tuple[str, str]]:
-    """(check, resource) of each exception in the template; all of them say why."""
+    """Return (check, resource) of each exception in the template, and check that each has a reason."""
     found = set()
     for name, resource in cfn.load()["Resources"].items():
         for one in resource.get("Metadata", {}).get(checker, {}).get("skip", []):
@@ -56,7 +56,7 @@ def skipped(checker: str) -> set[tuple[str, str]]:
 
 
 def test_checkov_finds_nothing_but_what_the_template_explains(checkov: Path) -> None:
-    # Without the flag it asks its makers for texts about the checks.
+    # Without the flag, checkov downloads descriptions of the checks from its vendor.
     command = [checkov, "-f", cfn.stack_file(), "--framework", "cloudformation", "-o", "json"]
     done = subprocess.run([*map(str, command), "--skip-download"], capture_output=True, text=True, timeout=300)
     report = json.loads(done.stdout)
@@ -69,11 +69,11 @@ def test_checkov_finds_nothing_but_what_the_template_explains(checkov: Path) -> 
 
 
 Broken = set[tuple[str, str]]
-"""(rule, resource) of what does not hold."""
+"""Pairs (rule, resource) of violations."""
 
 
 def _judged(guard: Path, rules: Path, folder: Path) -> dict[str, tuple[int, Broken]]:
-    """For each template in the folder, how many rules hold, and what does not."""
+    """Return the number of satisfied rules and the violations, for each template in the folder."""
     program = guard / "bin" / "ubuntu" / os.uname().machine / "cfn-guard"
     done = subprocess.run(
         [program, "validate", "--data", folder, "--rules", rules, "-S", "none", "--structured", "-o", "json"],
@@ -98,7 +98,7 @@ def _broken(report: dict[str, Any]) -> Broken:
 
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the template in each shape: the rules know no Fn::If."""
+    """Write the template in each shape to a folder, because the rules do not support Fn::If."""
     folder = tmp_path_factory.mktemp("shapes")
     for name, shape in SHAPES.items():
         rendered = cfn.Rendered(cfn.load(), open_ends=True, **shape)
@@ -119,7 +119,7 @@ def test_our_own_rules_hold(guard: Path, templates: Path) -> None:
     count = rules.read_text().count("\nrule ")
     for shape, (holds, broken) in _judged(guard, rules, templates).items():
         assert broken == set(), shape
-        # One of them is for the database.
+        # One of the rule's results is for the database.
         assert holds >= count - 1, "they have looked at little"
 
 

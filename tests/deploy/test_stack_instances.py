@@ -1,4 +1,4 @@
-"""The stack's groups and launch templates, against what the fleet and an instance's boot want."""
+"""The stack's groups and launch templates, compared with the needs of the fleet and of a booting instance."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_instances_give_credentials_by_token_only_and_encrypt(shape: cfn.Rendere
 
 
 def told(shape: cfn.Rendered, template: str) -> AwsDeployment:
-    """What an instance of that template knows of the stack."""
+    """Return the deployment that an instance of that template reads."""
     encoded = shape.properties(template)["LaunchTemplateData"]["UserData"]
     script = base64.b64decode(encoded).decode()
     assert len(script) < 16 * 1024, "EC2 takes no more"
@@ -140,7 +140,7 @@ def test_instances_know_how_to_sign_in_to_the_store() -> None:
     by_password = told(SHOWN["postgres"], "ManagerTemplate").database
     by_iam = told(SHOWN["own-network"], "ManagerTemplate").database
     host, secret = "<Database.Endpoint.Address>", "<Database.MasterUserSecret.SecretArn>"
-    ca = "@DATABASE_CA@"  # boot.sh puts the release's certificates there
+    ca = "@DATABASE_CA@"  # boot.sh inserts the release's certificates
     assert by_password == Database(host, 5432, "batchlab", secret, ca=ca)
     assert by_iam == Database(host, 5432, "batchlab", user="batchlab_iam", iam=True, ca=ca)
     assert told(SHOWN["endpoints"], "ManagerTemplate").database is None
@@ -157,7 +157,7 @@ def test_instances_know_their_role_and_group(template: str, role: str) -> None:
 
 
 def test_user_data_is_the_script_as_it_is() -> None:
-    """But for what Fn::Sub fills in, which is all that is in braces."""
+    """The only differences are the values that Fn::Sub inserts in braces."""
     script = (cfn.stack_file().parent / "userdata.sh").read_text()
     for name in ("PoolTemplate", "ManagerTemplate"):
         data = TEMPLATE["Resources"][name]["Properties"]["LaunchTemplateData"]["UserData"]

@@ -1,5 +1,5 @@
-"""What the stack's roles may do, read from the template: nothing whole, nothing AWS does not know,
-and of the bucket just the keys that they write."""
+"""The permissions of the stack's roles in the template. No role has a wildcard action or an unknown action, and each
+role may write only its own keys."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ WITHOUT_RESOURCE = {
     "ssmmessages:OpenControlChannel",
     "ssmmessages:OpenDataChannel",
 }
-"""Actions for which AWS knows no resource, so that they can be allowed for "*" only."""
+"""Actions without a resource type in AWS, which can be allowed only for "*"."""
 
 
 @cache
 def known() -> dict[str, dict[str, dict[str, Any]]]:
-    """AWS's service authorization reference as cfn-lint has it: {service: {action: facts}}."""
+    """Return AWS's service authorization reference from cfn-lint, as {service: {action: facts}}."""
     text = files("cfnlint.data.AdditionalSpecs").joinpath("Policies.json").read_text()
     return {service: facts["Actions"] for service, facts in json.loads(text).items()}
 
 
 def allowed() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(role, action, statement) of everything that is allowed in any shape."""
+    """Yield (role, action, statement) of every allowed action in any shape."""
     for shape in SHOWN.values():
         for role, properties in shape.of_type("AWS::IAM::Role").items():
             for statement in cfn.statements(properties):
@@ -71,7 +71,7 @@ def test_wildcard_resources_only_where_aws_requires_them() -> None:
 
 
 def test_each_resource_is_of_this_stack_and_this_account() -> None:
-    """Or an instance's, whose id nobody knows beforehand, or an image's of this account."""
+    """A resource may also be an instance with an unknown id, or an image of this account."""
     for role, action, statement in allowed():
         for resource in cfn.as_list(statement["Resource"]):
             if resource == "*" or resource.startswith("<"):
@@ -166,7 +166,8 @@ def test_permissions_boundary_and_extra_policies_are_attached_on_request() -> No
 
 
 def matches(pattern: str, name: str) -> bool:
-    """As IAM does it: "*" is any text, slashes too, and "?" any one character."""
+    """Return whether a name matches a pattern of IAM. The character "*" matches any text with slashes, and "?" matches
+    one character."""
     text = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
     return re.fullmatch(text, name, re.DOTALL) is not None
 
@@ -207,7 +208,8 @@ KINDS = {
     "starts": (True, True),
     "running": (False, True),
 }
-"""Each kind of key that naming knows: whether it is a commit, whether workers write it."""
+"""The kinds of keys in the bucket. Each kind has two flags: whether the key is a commit, and whether workers write the
+key."""
 
 ODD_FILES = st.sampled_from(
     ["a.csv", "outcomes/ab/x.json", "spec.json", "plan/0000/cuts/1", "final/0000.json", "starts/x"]
@@ -219,7 +221,7 @@ ODD_FILES = st.sampled_from(
 def test_commits_are_protected_and_nothing_else_is(
     name: str, stage: str, number: int, file: str, data: st.DataObject
 ) -> None:
-    """Whatever jobs, stages and files are called; "outcomes" and "final" are good names too."""
+    """Jobs, stages, and files may have any name. The names "outcomes" and "final" are allowed too."""
     job = object_keys.job_id(name, "token")
     bundle = data.draw(bundles(job, StageName(stage)))
     keys = keys_of(job, StageName(stage), number, bundle)
@@ -233,7 +235,7 @@ def test_commits_are_protected_and_nothing_else_is(
         assert not must_be_conditional(key)
         assert may("PoolRole", "s3:GetObject", key)
         assert not may("PoolRole", "s3:PutObject", key)
-        # A job that comes by the page is put into the bucket by the manager.
+        # The manager stores the files of a job that a user submits on the page.
         assert may("ManagerRole", "s3:PutObject", key) != key.startswith("boot/")
     of_the_grid = (object_keys.USE, object_keys.used(job), object_keys.NOTIFICATIONS, object_keys.RECORD)
     of_schedules = (object_keys.schedule(name), object_keys.template("0123"))
@@ -245,7 +247,7 @@ def test_commits_are_protected_and_nothing_else_is(
 
 
 def test_a_multipart_upload_is_held_to_the_condition_at_its_end_only() -> None:
-    """The parts of one cannot carry it; that they are spared is how AWS documents it."""
+    """The parts of an upload cannot carry the condition. AWS documents that the parts do not need it."""
     statements = SHOWN["empty"].properties("BucketPolicy")["PolicyDocument"]["Statement"]
     (statement,) = (one for one in statements if one["Sid"] == "CommitsAreConditional")
     assert (statement["Effect"], statement["Principal"]) == ("Deny", "*")
@@ -283,7 +285,7 @@ def test_workers_take_from_the_queue_of_their_pool_only() -> None:
 
 
 def test_users_may_open_a_way_to_the_manager_and_no_shell_on_it() -> None:
-    """Where no document is named AWS starts a shell, unless each statement has that condition."""
+    """Without a named document, AWS starts a shell, unless each statement has this condition."""
     page = ROOT / "docs" / "aws-security.md"
     (policy,) = re.findall(r"```json\n(.*?)```", page.read_text(), re.DOTALL)
     sessions = [load for load in json.loads(policy)["Statement"] if "ssm:StartSession" in load["Action"]]

@@ -1,4 +1,4 @@
-"""What `deploy plan`, `apply` and `destroy` do with a stack in each of CloudFormation's states."""
+"""The actions of `deploy plan`, `apply`, and `destroy` for a stack in each of CloudFormation's states."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ DESTROY = "`batchlab deploy destroy` removes the remaining resources"
 
 @dataclass(frozen=True)
 class Case:
-    """In one state: `applied` is what apply goes on to ("create", "update") or is refused with,
-    after `calls` of CloudFormation and `asked` of the person; `planned` what a plan is refused
-    with. Destroying needs `ending`."""
+    """The expected behavior in one state. `applied` is the next action of apply ("create" or "update") or the text of
+    its refusal, after the CloudFormation `calls` and the question `asked`. `planned` is the text with which a plan is
+    refused. `ending` are the calls of a destroy."""
 
     applied: str
     planned: str = ""
@@ -56,7 +56,7 @@ TABLE = {
     "DELETE_FAILED": Case("--stack-name grid --retain-resources", "deploy destroy` again"),
     "UPDATE_FAILED": Case("rollback-stack --stack-name grid", "rollback-stack"),
     "IMPORT_ROLLBACK_FAILED": Case("CloudFormation's console", "CloudFormation's console"),
-    # Followed to its end, and then as that is.
+    # The operation is followed to its end, and then handled as its final state.
     "CREATE_IN_PROGRESS": Case("update", FOLLOWED),
     "UPDATE_IN_PROGRESS": Case("update", FOLLOWED),
     "UPDATE_COMPLETE_CLEANUP_IN_PROGRESS": Case("update", FOLLOWED),
@@ -70,7 +70,7 @@ TABLE = {
 
 
 class ReachedError(Exception):
-    """What apply would do next is to create or to update."""
+    """The next action of apply would be to create or to update."""
 
 
 @pytest.fixture(autouse=True)
@@ -160,20 +160,20 @@ def test_failed_deletion_names_its_cause_and_what_can_be_retained() -> None:
         Destroy(stack_of(cloud), Front(), delete_data=False).run()
     assert "grid is DELETE_FAILED: Queue (AWS::SQS::Queue): it is in use." in str(failed.value)
     assert "--stack-name grid --retain-resources" in failed.value.remedy
-    # And again, once that is put right.
+    # After the problem is fixed, the command succeeds.
     cloud.fails.clear()
     assert Destroy(stack_of(cloud), Front(), delete_data=False).run() == []
     assert cloud.calls == ["unprotect", "delete", "delete"]
 
 
 def test_resources_that_were_never_created_are_not_emptied() -> None:
-    """A bucket that could not be made because somebody has one of that name."""
+    """The creation of the bucket failed because its name belongs to another account."""
     parts = [
         ("Bucket", "AWS::S3::Bucket", "somebody-elses", "CREATE_FAILED"),
         ("Database", "AWS::RDS::DBInstance", "", "CREATE_FAILED"),
     ]
     cloud = Cloud("CREATE_FAILED", resources=parts)
-    # The account has no other service to ask.
+    # The account cannot call another service.
     assert Destroy(stack_of(cloud, rds=None, s3=None), Front(), delete_data=True).run() == []
 
 

@@ -1,4 +1,4 @@
-"""The grid's stack as AWS would see it, in several shapes, and what manager and workers want."""
+"""The template of the grid's stack in several shapes, and the requirements of the manager and the workers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def shape(request: pytest.FixtureRequest) -> cfn.Rendered:
 
 @pytest.mark.slow
 def test_cfn_lint_finds_nothing() -> None:
-    """Its exceptions are in .cfnlintrc.yaml, and beside the resources."""
+    """The exceptions are in .cfnlintrc.yaml and next to the resources."""
     done = subprocess.run(
         [str(Path(sys.executable).with_name("cfn-lint"))], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -57,7 +57,7 @@ def test_hourly_costs_are_named() -> None:
 
 
 def test_yaml_aliases_are_not_used() -> None:
-    """CloudFormation knows none."""
+    """CloudFormation does not support aliases."""
     assert not re.search(r"(^|[\s\[{,])[&*][A-Za-z]", cfn.stack_file().read_text(), re.MULTILINE)
 
 
@@ -105,7 +105,7 @@ def test_the_shapes_make_every_resource_once() -> None:
 
 
 def specs() -> list[QueueSpec]:
-    """The queues as the manager makes them sure, with its settings on AWS."""
+    """Return the queues that the manager creates with its settings on AWS."""
     settings = factory.load("aws").manager
     dead = QueueSpec(object_keys.dead_letters("default"))
     tasks = QueueSpec(
@@ -240,7 +240,7 @@ def test_bucket_expires_logs_and_optionally_files() -> None:
     assert plain["uploads-that-never-ended"]["AbortIncompleteMultipartUpload"]
     for rule in expiring.values():
         if "ExpirationInDays" in rule:
-            # Whatever a rule expires, no commit, no code and no raw data is below its prefix.
+            # The prefix of a deletion rule must not contain commits, code, or raw data.
             assert rule["Prefix"] in ("files/", "logs/")
 
 
@@ -275,7 +275,7 @@ def test_database_is_private_encrypted_and_retained(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["postgres", "own-network"])
 def test_database_logs_expire_and_are_deleted_with_the_stack(name: str) -> None:
-    """RDS calls its log groups after the database, and makes what is not there: for ever."""
+    """RDS names its log groups after the database, and creates a missing log group without an expiry."""
     shape = SHOWN[name]
     made = shape.properties("Database")
     assert made["DBInstanceIdentifier"] == "batchlab-ledger"
@@ -294,7 +294,7 @@ def test_database_logs_expire_and_are_deleted_with_the_stack(name: str) -> None:
 
 
 def test_no_parameter_replaces_the_database() -> None:
-    """CloudFormation refuses to replace what has a name of its own, and an update with it."""
+    """CloudFormation refuses to replace a named resource, and the whole update fails."""
     from cfnlint.schema.manager import PROVIDER_SCHEMA_MANAGER
 
     schema = PROVIDER_SCHEMA_MANAGER.get_resource_schema("us-east-1", "AWS::RDS::DBInstance").schema
@@ -304,7 +304,7 @@ def test_no_parameter_replaces_the_database() -> None:
     for name in fixed & properties.keys():
         text = str(properties[name])
         assert not any(one in text for one in TEMPLATE["Parameters"]), name
-    # One whose subnets change is changed, not replaced: it has no name that they are in.
+    # The subnet group does not have a fixed name, so a change of its subnets does not replace it.
     assert properties["DBSubnetGroupName"] == {"Ref": "DatabaseSubnets"}
     assert "DBSubnetGroupName" not in TEMPLATE["Resources"]["DatabaseSubnets"]["Properties"]
 
@@ -359,7 +359,7 @@ def test_outputs_locate_every_resource(shape: cfn.Rendered) -> None:
 
 
 UNTAGGED = {
-    # AWS gives these no tags, or they are a line in another resource.
+    # AWS does not tag these resources, or they are a line in another resource.
     "AWS::S3::BucketPolicy",
     "AWS::SQS::QueuePolicy",
     "AWS::SNS::TopicPolicy",

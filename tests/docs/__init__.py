@@ -1,1 +1,1 @@
-"""Tests of the docs, the examples, and what is published."""
+"""Tests of the docs, the examples, and the published files."""

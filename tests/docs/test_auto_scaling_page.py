@@ -1,4 +1,4 @@
-"""The table of rules names tests that exist, links that are given, and leaves no test out."""
+"""The table of Auto Scaling rules in the docs, which names every test and only valid links."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENGINE = (
     "warm_pool",
 )
 FORMATS = {"test_state_of_the_first_format_is_read", "test_inconsistent_state_is_refused"}
-"""Tests of the store, which AWS has no rule for."""
+"""Tests of the state store, which is not based on a rule of AWS."""
 
 
 def test_every_rule_has_tests_that_exist_and_every_test_has_its_rule() -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks beside the peers: the harness that they need is named, or told to be missing."""
+"""The benchmarks against the peers, which name their harness or report that it is missing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def ran(program: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """A harness with as much as is asked of one."""
+    """Write a fake harness with the required files."""
     folder = tmp_path / "made"
     (folder / "adapters").mkdir(parents=True)
     (folder / "run.py").write_text(HARNESS)

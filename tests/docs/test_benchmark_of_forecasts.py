@@ -1,4 +1,4 @@
-"""The benchmark of forecasts against fact, where there is nothing to compare."""
+"""The benchmark of forecasts without measured data to compare."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the docs say exists does exist: commands, files, functions."""
+"""The commands, files, and functions in the docs, all of which must exist."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "call"), commands())
 def test_every_command_in_the_docs_parses(page: str, call: str) -> None:
-    """Names of commands and their options, as the CLI itself knows them."""
+    """The command line itself checks the commands and their options."""
     parses(page, call)
 
 
@@ -91,7 +91,7 @@ def test_architecture_page_names_existing_code() -> None:
 
 
 def defined(tree: ast.Module) -> set[str]:
-    """Every function and class of a module, methods as `Class.method`."""
+    """Return every function and class of a module, with methods as `Class.method`."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     found = set()
     for one in tree.body:
@@ -115,7 +115,7 @@ def test_a_tasks_life_has_ten_hops_of_existing_functions() -> None:
 
 
 def test_every_place_names_one_version() -> None:
-    """The package, the lock, the newest heading of the changelog, and the docs' first page."""
+    """The version is in the package, the lock file, the newest heading of the changelog, and the docs' first page."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lock = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
     headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
@@ -136,7 +136,7 @@ def test_the_readmes_job_file_is_one(tmp_path: Path) -> None:
 
 
 def test_start_page_matches_the_readme() -> None:
-    """CI runs the README's first two blocks, so that these of the page are run too."""
+    """CI runs the README's first two blocks, so these blocks of the page are also tested."""
     readme, start = (
         re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(), re.S) for page in ("README.md", "docs/start.md")
     )

@@ -1,4 +1,4 @@
-"""The claims example: parser, rules and totals, against the generator's facts and an SQL query."""
+"""The claims example: parser, rules, and totals, compared with the generator's facts and an SQL query."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TAIL = "SE*12*0001~GE*1*1~IEA*1*000000007~"
 
 
 def run(folder: Path, *parsed: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The job without a grid: totals by payer."""
+    """Run the job without a grid, and return the totals by payer."""
     results = parsed or [parse(File(path)) for path in sorted(folder.iterdir())]
     groups = gathered([adjudicate(result) for result in results], by="payer")
     return {total["payer"]: total for total in map(totals, groups)}
@@ -197,7 +197,7 @@ def test_each_interchange_of_a_file_has_its_own_separators(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("text", ["", "pickup,dropoff\n1,2\n", "ISAAC NEWTON", "ISA*00*", "ISA*" + "x" * 400])
 def test_file_that_is_not_x12_fails_with_its_name(tmp_path: Path, text: str) -> None:
-    """Pain 13: of two thousand files, which one is it?"""
+    """The error must name the file, because the input may have thousands of files."""
     with pytest.raises(ValueError, match=r"one\.837 is not X12: "):
         parsed(tmp_path, text)
 

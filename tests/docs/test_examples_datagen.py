@@ -1,4 +1,4 @@
-"""The generators: same bytes for the same seed, and facts that a count of the text confirms."""
+"""The data generators: the same bytes for the same seed, and facts that match a count of the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples' job files: they pass every check, and say what their handlers need."""
+"""The job files of the examples, which pass every check and name what their handlers need."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def a_file(folder: Path) -> None:
 
 
 def loaded(example: str, folder: Path, data: Callable[[Path], object]) -> JobFile:
-    """The example's job file with generated data beside it."""
+    """Copy an example, generate its data, and load its job file."""
     copy = folder / example
     shutil.copytree(EXAMPLES / example, copy, ignore=shutil.ignore_patterns("data", "out"))
     data(copy / "data")
@@ -57,7 +57,7 @@ def test_the_first_run_has_two_hundred_files(tmp_path: Path) -> None:
 
 
 def test_the_sorted_file_is_larger_than_the_memory_of_its_tasks(tmp_path: Path) -> None:
-    """By default, that is; the test itself needs no large file."""
+    """The test checks the default values, and does not need a large file."""
     job = loaded("sort", tmp_path, lambda folder: write_records(folder, size_bytes=1000)).job
     limits = [stage.resources.memory or 0 for stage in job.stages]
     default = (write_records.__kwdefaults__ or {})["size_bytes"]

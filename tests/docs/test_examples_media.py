@@ -1,4 +1,4 @@
-"""The media example, against ffprobe and against the decoded pictures of the source."""
+"""The media example, compared with ffprobe and with the decoded frames of the source."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ join = handler("media", "video:join")
 
 
 def output(*command: str | Path) -> str:
-    """What a command prints."""
+    """Run a command, and return its output."""
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def probe(path: Path) -> dict[str, dict[str, Any]]:
-    """ffprobe's view of the streams, by kind, with all pictures counted."""
+    """Return ffprobe's description of the streams by kind, with the number of frames."""
     found = output("ffprobe", "-v", "error", "-count_frames", "-show_streams", "-of", "json", path)
     return {stream["codec_type"]: stream for stream in json.loads(found)["streams"]}
 
 
 def pictures(path: Path) -> list[str]:
-    """A hash of each decoded picture."""
+    """Return a hash of each decoded frame."""
     found = output("ffmpeg", "-v", "error", "-i", path, "-map", "0:v", "-f", "framemd5", "-")
     return [line.split(",")[-1] for line in found.splitlines() if not line.startswith("#")]
 
 
 def times(path: Path) -> list[float]:
-    """When each picture is shown, seconds."""
+    """Return the time of each frame, in seconds."""
     entries = ["-select_streams", "v", "-show_entries", "frame=pts_time", "-of", "json"]
     found = output("ffprobe", "-v", "error", *entries, path)
     return [float(frame["pts_time"]) for frame in json.loads(found)["frames"]]
 
 
 def likeness(result: Path, source: Path) -> list[float]:
-    """How like the source's each picture of the result is, at 96x72: PSNR in dB."""
+    """Compare each frame of the result with the source at 96x72. Return the PSNR in dB of each frame."""
     scaled = "[1:v]scale=96:72[small];[0:v][small]psnr=stats_file=-"
     found = output("ffmpeg", "-v", "error", "-i", result, "-i", source, "-lavfi", scaled, "-f", "null", "-")
     values = re.findall(r"psnr_avg:(\S+)", found)
@@ -53,7 +53,7 @@ def likeness(result: Path, source: Path) -> list[float]:
 
 
 def make(path: Path, *, sound: bool) -> File:
-    """A small video with a single key frame at its beginning, 25 pictures a second, 3.4 s."""
+    """Write a small video of 3.4 s with 25 frames per second and a single key frame at its beginning."""
     tone = ["-f", "lavfi", "-i", "sine=duration=3.4", "-c:a", "aac"] if sound else []
     picture = ["-f", "lavfi", "-i", "testsrc2=duration=3.4:size=192x144:rate=25"]
     codec = ["-c:v", "libx264", "-preset", "veryfast", "-g", "1000", "-pix_fmt", "yuv420p"]
@@ -62,11 +62,11 @@ def make(path: Path, *, sound: bool) -> File:
 
 
 def run(sources: list[File], folder: Path, segment_s: float = 1) -> list[File]:
-    """The job without a grid."""
+    """Run the job without a grid."""
     ctx = contexts(folder, segment_s=segment_s, height=72)
     segmented = [segment(source, next(ctx)) for source in sources]
     done = [transcode(group, next(ctx)) for group in gathered(segmented, by="segment")]
-    # The order in which segments arrive says nothing.
+    # The segments may arrive in any order.
     return [join(group, next(ctx)) for group in gathered(done[::-1], by="video")][::-1]
 
 

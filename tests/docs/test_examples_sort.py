@@ -16,7 +16,7 @@ merge = handler("sort", "sorting:merge")
 
 
 def run(path: Path, folder: Path, size: int) -> tuple[int, bytes]:
-    """The job without a grid: number of lines, and the sorted file."""
+    """Run the job without a grid, and return the number of lines and the sorted file."""
     ctx = contexts(folder / "tasks")
     parts = parts_of_bytes(path, folder / "parts", size)
     result = merge([sort_part(part, next(ctx)) for part in parts], next(ctx))

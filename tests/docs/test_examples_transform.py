@@ -1,4 +1,4 @@
-"""The transform example, against one DuckDB query over the whole CSV."""
+"""The transform example, compared with one DuckDB query over the whole CSV."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ partition = handler("transform", "rides:partition")
 
 
 def run(csv: Path, folder: Path, size: int) -> dict[str, dict[str, Any]]:
-    """The job without a grid: results by month."""
+    """Run the job without a grid, and return the results by month."""
     parts = parts_of_lines(csv, folder / "parts", size, header=True)
     ctx = contexts(folder / "tasks")
     converted = [convert(part, next(ctx)) for part in parts]
@@ -27,7 +27,7 @@ def run(csv: Path, folder: Path, size: int) -> dict[str, dict[str, Any]]:
 
 
 def expected(csv: Path) -> dict[str, tuple[int, ...]]:
-    """Rows, cents of fare, tip and total, and rides without payment, by month."""
+    """Return the rows, the cents of fare, tip, and total, and the rides without payment, by month."""
     rows = duckdb.execute(
         "SELECT pickup[1:7], count(*), sum(fare::DECIMAL(9,2)) * 100, sum(tip::DECIMAL(9,2)) * 100,"
         " sum(total::DECIMAL(9,2)) * 100, count(*) - count(payment)"
@@ -51,7 +51,7 @@ def test_real_rides_have_the_totals_of_one_query(shared_data: Path, tmp_path: Pa
 
 
 def test_real_rides_lose_no_value_on_the_way(shared_data: Path, tmp_path: Path) -> None:
-    """Every row is in the Parquet files as it is in the CSV, as numbers and times."""
+    """Every row of the CSV is in the Parquet files, as numbers and times."""
     csv = shared_data / "transform" / "taxis.csv"
     files = [str(result["file"].path) for result in run(csv, tmp_path, size=1000).values()]
     db = duckdb.connect()
@@ -93,7 +93,7 @@ def test_each_file_holds_one_month_in_order_of_pickup(tmp_path: Path) -> None:
 
 
 def test_a_value_of_the_wrong_type_fails_with_its_column(tmp_path: Path) -> None:
-    """Pain 13: which row is it?"""
+    """The error must name the row."""
     facts = write_rides(tmp_path, seed=6, rows=3)
     lines = facts.path.read_text().splitlines()
     lines[2] = lines[2].replace(lines[2].split(",")[4], "n/a", 1)

@@ -1,4 +1,4 @@
-"""What users' programs rely on changes only on purpose."""
+"""The published Python API, which changes only on purpose."""
 
 from __future__ import annotations
 

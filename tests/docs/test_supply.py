@@ -1,4 +1,4 @@
-"""What comes along with batchlab may be passed on, and is what is written down of it."""
+"""The licenses of the packages and files that batchlab contains, compared with the stored list."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What docs/traces.md shows is so: its examples run, its maps read the real files, its list of what
-is odd is the whole one."""
+"""The page docs/traces.md: its examples run, its mappings read the real files, and its list of oddities is complete."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ MAPS = PAGE.split("```yaml\n")[-1].split("```")[0]
 
 
 def after(name: str) -> str:
-    """What the page says after that file, until the next one."""
+    """Return the text of the page after a file, up to the next file."""
     rest = PAGE.split(FILES[name], 1)[1]
     return re.split(r"`[\w.-]+`[^\n`]*:\n\n```|\n##", rest, maxsplit=1)[0]
 
@@ -95,7 +94,7 @@ def test_the_maps_read_the_real_files(tmp_path: Path, shared_data: Path) -> None
 
 
 def whats() -> Iterator[str]:
-    """What the readers can say is odd, with COLUMN for what a column's name stands in."""
+    """Yield the oddities that the readers can report, with COLUMN in place of a column's name."""
     for path in Path(traces.__file__).parent.glob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
             if not isinstance(call, ast.Call):

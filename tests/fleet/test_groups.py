@@ -1,4 +1,4 @@
-"""Groups as AWS's API has them: create, change, delete, desired capacity, activities, processes."""
+"""Auto Scaling groups: create, change, delete, desired capacity, activities, and processes."""
 
 from __future__ import annotations
 

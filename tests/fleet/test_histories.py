@@ -1,7 +1,5 @@
-"""Random histories of requests, faults and restarts: the limits hold at every moment, a restart
-changes nothing, and once faults cease the group comes to what is wanted. And the saved state:
-formats, old and new.
-"""
+"""Random histories of requests, faults, and restarts. The limits hold at every moment, a restart changes nothing, and
+the group converges after the last fault. The file also tests old and new formats of the saved state."""
 
 from __future__ import annotations
 
@@ -51,8 +49,8 @@ MIXED = replace(
 
 
 def check_limits(w: World) -> None:
-    """I5 for a group of AWS's kind. Who is being replaced counts no longer: by those a group may be
-    larger than its maximum for a while."""
+    """Check invariant I5 for an Auto Scaling group. Instances that are being replaced do not count, so a group may
+    exceed its maximum for a while."""
     group = w.asg._groups[GROUP]
     staying = group.staying()
     config = w.view().config
@@ -190,7 +188,7 @@ async def random_step(w: World, rng: Random) -> None:
 
 
 async def settle(w: World) -> None:
-    """Faults cease and nobody waits for anything any more."""
+    """End all faults, hooks, and standby states, and wait until the group is stable."""
     w.launcher.refuse, w.launcher.deaf, w.launcher.exhausted = "", False, set()
     w.asg.resume_processes(GROUP)
     for one in w.asg.describe_lifecycle_hooks(GROUP):
@@ -202,7 +200,7 @@ async def settle(w: World) -> None:
     for _ in range(100):
         asked = {name for name, _ in w.launcher.terminated}
         for name, how in w.launcher.known.items():
-            # Those that did not listen have been killed by their launcher meanwhile.
+            # The launcher has killed the instances that ignored the request to end.
             w.launcher.known[name] = "exit -9" if how is None and name in asked else how
         serving = w.ids_in(LifecycleState.IN_SERVICE)
         w.asg.set_instance_protection(GROUP, serving, protected_from_scale_in=False)

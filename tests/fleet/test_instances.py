@@ -1,4 +1,4 @@
-"""Single instances of a group: health, termination, protection, standby."""
+"""Single instances of a group: health, termination, protection, and standby."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ async def test_without_replacement_the_unhealthy_are_marked_and_replaced_later(w
 
 @in_aws
 async def test_instances_that_die_at_once_make_a_crash_loop(w: World) -> None:
-    """No worker says here that it is ready, so early deaths are told by their time."""
+    """Workers do not report readiness in this test, so early deaths are recognized by their time."""
     await w.group(1)
     for _ in range(60):
         for name in w.ids_in(LifecycleState.IN_SERVICE):

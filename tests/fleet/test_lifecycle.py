@@ -1,4 +1,4 @@
-"""Lifecycle hooks: what waits, what completes it, what becomes of the instance."""
+"""Lifecycle hooks: the waiting instances, the completion of a hook, and its result."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_server_log_reports_each_waiting_hook_once(w: World) -> None:
 
 @in_aws
 async def test_instances_that_came_up_and_are_killed_make_no_crash_loop(w: World) -> None:
-    """Who completed the hook for them has seen them work; four killed at once are replaced so."""
+    """An instance with a completed hook has worked, so four such instances that are killed at once are replaced."""
     names = await _waiting(w, 4)
     for name in names:
         w.asg.complete_lifecycle_action(GROUP, "boot", CONTINUE, instance_id=name)
@@ -251,7 +251,7 @@ async def test_hooks_are_put_described_and_deleted(w: World) -> None:
 
 @in_aws
 async def test_deleting_a_hook_settles_what_waits_in_it(w: World) -> None:
-    """ABANDON for those that launch, CONTINUE for those that terminate."""
+    """The action ABANDON applies to launching instances, and CONTINUE to terminating ones."""
     (name,) = await w.group(1, lifecycle_hooks=[LEAVE])
     w.asg.put_lifecycle_hook(hook(default_result=CONTINUE))
     await w.resize(2)

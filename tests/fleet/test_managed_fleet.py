@@ -1,4 +1,4 @@
-"""The Auto Scaling semantics of ManagedFleet, by hand-set time over a launcher that is a table."""
+"""The Auto Scaling rules of ManagedFleet, with a manual clock and a launcher in memory."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ async def test_failed_launch_after_a_scale_in_is_not_a_failure(w: World) -> None
 
 @in_a_world
 async def test_protection_that_outlasts_lowered_limits_ends_with_its_release(w: World) -> None:
-    """I5: the excess goes at once, not with the next tick."""
+    """The excess instances end at once, not at the next tick (I5)."""
     chosen = await w.launch(4)
     await w.fleet.protect("p", chosen, on=True)
     await w.fleet.ensure(replace(POOL, max_size=1))
@@ -179,7 +179,7 @@ async def test_protection_that_outlasts_lowered_limits_ends_with_its_release(w: 
 
 @in_a_world
 async def test_an_instance_that_never_reports_is_replaced_after_the_grace(w: World) -> None:
-    """Pain 1: an instance that hangs at its start must not count for ever."""
+    """An instance that hangs at its start must not count forever."""
     (silent,) = await w.launch(1, ready=False)
     await w.tick(60.0)
     assert await w.states() == ["Pending"]
@@ -243,7 +243,7 @@ async def _crash_all(w: World, how: str) -> None:
 
 @in_a_world
 async def test_crash_loop_slows_down_and_gives_its_reason(w: World) -> None:
-    """Pains 1 and 9: a fleet that starts workers in a loop for ever, and no one can tell why."""
+    """The fleet must not start workers in an endless loop, and must report the cause."""
     await w.launch(1, ready=False)
     launched_at_s = []
     for _ in range(2_400):
@@ -281,7 +281,7 @@ async def test_an_instance_that_got_ready_ends_the_crash_loop(w: World) -> None:
 
 @in_a_world
 async def test_workers_that_die_at_work_make_no_crash_loop(w: World) -> None:
-    """Pain 10: capacity lost to faults comes back at once."""
+    """Capacity that is lost to faults is replaced at once."""
     await w.launch(2)
     for _ in range(2 * CRASH_LOOP):
         await _crash_all(w, "exit -9")
@@ -293,7 +293,7 @@ async def test_workers_that_die_at_work_make_no_crash_loop(w: World) -> None:
 
 @in_a_world
 async def test_failed_launch_is_retried_and_gives_its_reason(w: World) -> None:
-    """Pain 1: AWS reports no capacity, and nobody is told."""
+    """The group reports the reason of a failed launch. In this test, AWS lacks capacity."""
     w.launcher.refuse = "no capacity in this zone"
     await w.launch(1, ready=False)
     (failed,) = (await w.view()).instances

@@ -1,4 +1,4 @@
-"""ManagedFleet where its manager crashes, and its limits over random histories (I5)."""
+"""ManagedFleet with crashes of its manager, and its limits in random histories (I5)."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ async def test_a_death_is_reported_again_to_a_manager_that_may_have_missed_it(w:
 
 @in_a_world
 async def test_no_instance_runs_that_the_saved_state_does_not_know(w: World) -> None:
-    """Pain 11: orphans after the head died. A crash at any moment of the launch loses nobody."""
+    """A crash of the manager must not leave orphans. A crash at any moment of a launch does not lose an instance."""
 
     async def dies(_: str) -> None:
-        # The launches of a tick go out together, so the others are made to be lost.
+        # All launches of a tick start together, so the test removes the other instances.
         for name in w.launcher.launched[2:]:
             w.launcher.known.pop(name, None)
         raise Crash
@@ -83,7 +83,7 @@ async def test_no_instance_runs_that_the_saved_state_does_not_know(w: World) -> 
 
 @in_a_world
 async def test_draining_instance_is_asked_again_after_a_restart(w: World) -> None:
-    """Its kill timer died with the manager, so without this it could drain for ever."""
+    """The kill timer ended with the manager, so without a new request the instance could drain forever."""
     (name,) = await w.launch(1)
     w.launcher.deaf = True
     await w.fleet.set_desired("p", 0, cause=USER)
@@ -95,7 +95,7 @@ async def test_draining_instance_is_asked_again_after_a_restart(w: World) -> Non
 
 @in_a_world
 async def test_an_orphan_is_terminated_once_and_noted(w: World) -> None:
-    """Pain 11: instances that nobody knows and everybody pays."""
+    """An orphan is an instance that no manager knows."""
     w.launcher.known["w-stranger"] = None
     w.launcher.deaf = True
     await w.launch(1)
@@ -185,7 +185,8 @@ def test_a_state_that_cannot_be_understood_is_not_taken_for_an_empty_one(data: b
 
 
 def _check_i5(view: GroupView) -> None:
-    """Desired within limits; more than max only where protection holds every single one."""
+    """Check that desired capacity is within its limits, and that a group exceeds its maximum only if every instance is
+    protected."""
     active = [i for i in view.instances if i.state in COUNTED]
     assert view.pool.min_size <= view.desired <= view.pool.max_size
     assert len(active) <= view.pool.max_size or all(i.protected for i in active)
@@ -224,10 +225,10 @@ async def _random_step(w: World, rng: Random) -> None:
 
 
 async def _settle(w: World) -> None:
-    """Faults cease, every worker reports: the group must come to what is wanted."""
+    """End all faults, let every worker report, and check that the group converges."""
     w.launcher.refuse, w.launcher.deaf = "", False
     for name, how in w.launcher.known.items():
-        # Those that did not listen have been killed by their launcher meanwhile.
+        # The launcher has killed the instances that ignored the request to end.
         if how is None and any(name == asked for asked, _ in w.launcher.terminated):
             w.launcher.known[name] = "exit -9"
     for _ in range(8):
@@ -239,7 +240,7 @@ async def _settle(w: World) -> None:
 
 @pytest.mark.parametrize("block", range(8))
 def test_limits_hold_and_the_group_converges_in_any_history(block: int) -> None:
-    """I5, over 200 random histories of requests, faults and restarts."""
+    """The test runs 200 random histories of requests, faults, and restarts (I5)."""
 
     async def history(seed: int) -> None:
         rng, w = Random(seed), World()

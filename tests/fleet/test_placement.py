@@ -1,6 +1,4 @@
-"""Where and as what instances are launched: zones, markets, types, weights; and what is replaced
-for the sake of balance or of age.
-"""
+"""The zone, market, type, and weight of launched instances, and replacements for balance or age."""
 
 from __future__ import annotations
 

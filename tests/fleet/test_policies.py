@@ -1,4 +1,4 @@
-"""Scaling policies: simple, step and target tracking."""
+"""Scaling policies: simple, step, and target tracking."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ async def test_breaches_while_instances_warm_up_add_only_what_is_missing(w: Worl
 
 
 async def metric(w: World, value: float, minutes: int, name: str = "cpu") -> list[int]:
-    """Desired capacity after each of so many minutes with this value."""
+    """Set the metric to a value, and return the desired capacity after each of the next `minutes` minutes."""
     seen = []
     for _ in range(minutes):
         w.metrics.put(name, value)
@@ -176,7 +176,7 @@ async def test_capacity_follows_the_metric_in_proportion(w: World) -> None:
 
 @in_aws
 async def test_a_policy_acts_once_a_period_however_often_it_is_looked_at(w: World) -> None:
-    """What it has launched must have a chance to show in the metric."""
+    """New instances must have time to change the metric."""
     await w.group(1, WARM_AT_ONCE)
     w.asg.put_scaling_policy(tracking(50.0))
     assert (await metric(w, 60.0, 4))[-1] == 2

@@ -1,4 +1,4 @@
-"""Instance refresh: how many at a time, what is left alone, when it pauses, how it ends."""
+"""Instance refresh: the number of concurrent replacements, the skipped instances, the pauses, and the end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def serving(w: World) -> list[str]:
 
 
 async def until_ended(w: World, every_s: float = 1.0, *, at_least: int = 0) -> InstanceRefresh:
-    """Tick until it has ended; never fewer than `at_least` instances in service meanwhile."""
+    """Tick until the refresh has ended, and check that at least `at_least` instances are always in service."""
     for _ in range(200):
         if (ended := state(w)).end_time is not None:
             return ended

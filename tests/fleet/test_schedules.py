@@ -1,4 +1,4 @@
-"""Scheduled actions, and the cron they recur by."""
+"""Scheduled actions, and the cron expressions of their recurrence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def action(name: str = "peak", **facts: Any) -> ScheduledAction:
 
 
 def runs(expression: str, after: str, count: int = 3, zone: str = "UTC") -> list[str]:
-    """The next times in UTC, from `after` in UTC."""
+    """Return the next times of a cron expression in UTC, from `after` in UTC."""
     rule = action(recurrence=expression, time_zone=zone)
 
     def following() -> Any:
@@ -53,7 +53,7 @@ def test_due_times_of_cron_expressions(expression: str, after: str, expected: li
 
 
 def test_cron_follows_the_clocks_of_its_zone() -> None:
-    """On 8 March 2026 New York goes from 02:00 to 03:00, on 1 November it has 01:00 twice."""
+    """On 8 March 2026, the clocks of New York jump from 02:00 to 03:00. On 1 November, the time 01:00 comes twice."""
     spring = runs("30 2 * * *", "2026-03-07T00:00", 3, NEW_YORK)
     assert spring == ["2026-03-07 07:30", "2026-03-08 07:30", "2026-03-09 06:30"]
     autumn = runs("30 1 * * *", "2026-10-31T00:00", 3, NEW_YORK)

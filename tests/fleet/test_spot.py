@@ -1,4 +1,4 @@
-"""Spot: interruption notices, rebalance recommendations, and what a group does about them."""
+"""Spot interruption notices, rebalance recommendations, and a group's reactions to them."""
 
 from __future__ import annotations
 

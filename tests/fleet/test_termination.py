@@ -1,4 +1,4 @@
-"""Whom scale-in takes: market, zone, then the termination policies, one after the other."""
+"""The instances that scale-in terminates, chosen by market, zone, and then the termination policies in order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def _one_by_one(w: World, config: GroupConfig, size: int, every_s: float) 
 
 
 async def _gone(w: World, before: Sequence[str], size: int) -> list[str]:
-    """Who has gone once the group has this size."""
+    """Return the instances that are terminated when the group shrinks to `size`."""
     await w.resize(size)
     return [name for name in before if name not in w.ids_in(*LifecycleState)]
 
@@ -48,7 +48,7 @@ async def test_the_newest_instance(w: World) -> None:
 @in_aws
 async def test_closest_to_the_next_instance_hour(w: World) -> None:
     before = await _one_by_one(w, policies("ClosestToNextInstanceHour"), 3, 1_500.0)
-    # Their ages are now 3,000, 1,500 and 0 s; 700 s later 3,700, 2,200 and 700 s.
+    # The ages of the instances are now 3,000 s, 1,500 s, and 0 s; 700 s later, they are 3,700 s, 2,200 s, and 700 s.
     w.clock.time_s += 700.0
     assert await _gone(w, before, 2) == [before[1]]
     assert await _gone(w, before, 1) == [before[1], before[2]]
@@ -101,7 +101,7 @@ async def test_the_default_takes_configurations_then_old_templates_then_the_hour
     assert gone[0] == [before[1]], "of a launch configuration"
     assert gone[1] == before[:2], "of another template"
     assert gone[2] == [*before[:2], before[3]], "of the oldest version"
-    # Both left are of version 2; the older one is nearer to the end of its hour.
+    # Both remaining instances have version 2, and the older one is nearer to the end of its billing hour.
     assert await _gone(w, before, 1) == before[:4]
 
 

@@ -1,4 +1,4 @@
-"""The warm pool: its size, its states, its hooks, and what it gives to the group and takes back."""
+"""The warm pool: its size, states, and hooks, and the exchange of instances with the group."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RUNNING = WarmPool(pool_state="Running")
 
 @dataclass
 class RestingLauncher(MachineLauncher):
-    """A launcher whose instances can be stopped and started."""
+    """A launcher that can stop and start instances."""
 
     calls: list[tuple[str, str]] = field(default_factory=list)
     stuck: bool = False

@@ -1,4 +1,4 @@
-"""A task's attempts, log and input, read from the bucket alone."""
+"""The attempts, log, and input of a task, read from the bucket alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ PATIENCE = Patience(random.Random(0), limit_s=0.0)
 
 
 async def a_bucket() -> SimObjects:
-    """Task 1 of `map` failed, was tried again, and succeeded; task 2 failed for good."""
+    """Return a bucket in which task 1 of `map` failed, was retried, and succeeded, and task 2 failed in its last
+    attempt."""
     objects = SimObjects()
     opening = Opening(["a", "b", {"c": 1}])
     await objects.put(object_keys.spec(JOB.id), commit_keys.to_bytes(JOB, opening))
@@ -124,7 +125,7 @@ def test_a_task_is_given_what_its_worker_was_given() -> None:
             return await attempts.task_input(objects, JOB, bundle, PATIENCE)
 
         assert await given(MAP, 2) == {"c": 1}
-        # One that nobody has run yet, and one whose input is its upstream's result.
+        # One task has not run yet, and the input of another task is the result of its upstream task.
         assert await given(NEXT, 1) == 20
         with pytest.raises(UsageError, match="map/2 has not succeeded"):
             await given(NEXT, 2)
@@ -138,7 +139,7 @@ def test_a_task_is_given_what_its_worker_was_given() -> None:
 
 
 def test_an_input_that_only_a_retry_has_gathered_is_found() -> None:
-    """A gather behind failed tasks is not planned; once they have succeeded, in a later round."""
+    """A gather after failed tasks is planned only when these tasks have succeeded in a later round."""
 
     async def main() -> None:
         objects = await a_bucket()
@@ -184,7 +185,7 @@ def test_keys_of_outcomes_are_read_back() -> None:
 
 
 def test_end_of_a_log_in_several_places_is_found() -> None:
-    """A task whose process was lost and started again has printed before and after."""
+    """A task that was restarted after the loss of its process has output from before and after the restart."""
     log = b"first\nother\nsecond\n"
     outcome = Outcome(
         Bundle(JOB.id, MAP, TaskSet.span(0, 2)),
@@ -216,7 +217,7 @@ def test_end_of_a_log_in_several_places_is_found() -> None:
 def test_unknown_task_is_refused_with_the_existing_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`show-task` said that no attempt of it had ended yet, and exited with 0."""
+    """Before, `show-task` reported that no attempt of the task had ended yet, and exited with 0."""
     run = runner(monkeypatch, capsys)
     objects = factory.load("local").open_objects(Home(tmp_path))
     spec = commit_keys.to_bytes(JOB, Opening(["a", "b", "c"]))
@@ -226,7 +227,7 @@ def test_unknown_task_is_refused_with_the_existing_ones(
         assert (code, out) == (2, "")
         assert f"has no task {task}." in err
         assert "Stage map has 3 tasks, counted from 0." in err
-    # Those that are only not there yet are shown.
+    # Tasks that have not started yet are shown.
     for task in ("map/2", "next/2", "sum/0"):
         code, out, _ = run("job", "show-task", JOB.id, task, "--home", tmp_path)
         assert code == 0

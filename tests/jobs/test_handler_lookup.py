@@ -1,4 +1,4 @@
-"""Handlers are found, or missed, without running any of the user's code."""
+"""The lookup of handlers, which does not run the user's code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.job_files import FOLDER, MINIMAL, WORK, compiled, load, refus
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with code and three input files."""
+    """Return a folder with code and three input files."""
     write(tmp_path, FOLDER)
     return tmp_path
 
@@ -51,7 +51,7 @@ def test_a_handler_is_found_in_every_form_it_can_have(folder: Path, source: str)
     ["def other(): go = 1", "class A:\n    def go(self): ...", "go.x = 1", "print('go')", "from other import *", ""],
 )
 def test_a_handler_that_does_not_exist_is_refused_before_anything_is_queued(folder: Path, source: str) -> None:
-    """Pain 1: without this, the job would be accepted and every task would fail."""
+    """Without this check, the job would be accepted and every task would fail."""
     write(folder, {"deep.py": source, "other.py": "go_ = 2\nfrom deep import *"})
     [(line, text)] = told(refused(folder, MINIMAL.replace("work:one", "deep:go")))
     assert line == 4
@@ -65,7 +65,7 @@ def test_checking_a_handler_runs_none_of_the_users_code(folder: Path) -> None:
     try:
         assert load(folder, MINIMAL)
         text = MINIMAL.replace("work:one", "pkg.sub:one") + "code: data\n"
-        assert load(folder, text)  # found as an installed module
+        assert load(folder, text)  # the module is installed
     finally:
         sys.path.remove(str(folder))
     assert not {"work", "pkg", "pkg.sub"} & set(sys.modules)
@@ -105,7 +105,7 @@ def test_the_remedy_for_a_missing_handler_names_the_nearest(folder: Path, handle
 def test_each_module_is_read_once_however_they_import_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is sent to a manager is looked at there, by a thread that nobody can end."""
+    """The manager checks submitted code in a thread that cannot be interrupted."""
     names = [f"m{number}" for number in range(12)]
     for name in names:
         others = "".join(f"from {other} import *\n" for other in names if other != name)

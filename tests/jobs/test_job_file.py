@@ -1,4 +1,4 @@
-"""The job file: what it means, its source digest, and what is made from its schema."""
+"""The job file: its meaning, its source digest, and the files that are generated from its schema."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tests.support.job_files import FOLDER, FULL, MINIMAL, WORK, compiled, load,
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with code and three input files."""
+    """Return a folder with code and three input files."""
     write(tmp_path, FOLDER)
     return tmp_path
 
 
-# --- What it means -------------------------------------------------------------------------------
+# --- Meaning -------------------------------------------------------------------------------------
 
 
 def test_a_minimal_file_means_the_models_defaults(folder: Path) -> None:
@@ -233,7 +233,7 @@ def test_the_source_digest_is_that_of_the_content_not_of_the_place(tmp_path: Pat
     assert len(digests) == 1
 
 
-# --- What comes with it --------------------------------------------------------------------------
+# --- Generated files -----------------------------------------------------------------------------
 
 
 def test_the_starter_job_loads_and_its_handlers_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

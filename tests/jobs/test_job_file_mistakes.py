@@ -1,4 +1,4 @@
-"""Every mistake in a job file is told at once, with its line and what to write instead."""
+"""Mistakes in a job file, all of which are reported at once, with the line and the correction of each mistake."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.mistakes import altered, complete, mangled
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with code and three input files."""
+    """Return a folder with code and three input files."""
     write(tmp_path, FOLDER)
     return tmp_path
 

@@ -1,4 +1,4 @@
-"""Results land in a folder: in task order, with their files, and nowhere else."""
+"""Downloaded results, which are in one folder, in task order, and with their files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def view(round_: int = 0) -> JobView:
 
 
 class Bucket:
-    """A bucket with a job in it, and the listing that a manager would give."""
+    """A bucket with a job, and the listing that a manager would return."""
 
     def __init__(self, objects: Objects, definition: JobDef) -> None:
         self.objects = objects
@@ -76,7 +76,7 @@ class Bucket:
         attempt: int = 1,
         round_: int = 0,
     ) -> None:
-        """Commit a bundle's outcome: results of those in `found`, failures of the others."""
+        """Commit a bundle's outcome with the results in `found` and failures of the other tasks."""
         bundle = Bundle(JOB, stage, TaskSet.from_indices(tasks), attempt, round_)
         outcome = Outcome(
             bundle,
@@ -122,7 +122,7 @@ def test_lines_are_in_task_order_after_retries(bucket: Bucket, tmp_path: Path) -
 
 
 def test_failed_tasks_leave_no_line(bucket: Bucket, tmp_path: Path) -> None:
-    """Pain 13: one failed child must not hide the others' results."""
+    """A failed task must not hide the results of other tasks."""
     bucket.outcome([0, 1, 2], {0: 1, 2: 3})
     bucket.outcome([3], {})
     bucket.fetch(tmp_path / "out")
@@ -191,7 +191,7 @@ def test_dollar_keys_of_users_round_trip(bucket: Bucket, tmp_path: Path) -> None
 
 
 def test_pickled_objects_are_left_alone(bucket: Bucket, tmp_path: Path) -> None:
-    """Reading one would run code that whoever wrote the outcome has chosen."""
+    """Unpickling a value would run code that the writer of the outcome has chosen."""
     pickled = values.encode_object({1, 2})
     bucket.outcome([0], {0: pickled})
     bucket.fetch(tmp_path / "out")
@@ -248,7 +248,8 @@ def test_foreign_folder_keeps_its_files(bucket: Bucket, tmp_path: Path) -> None:
 
 
 def test_results_are_never_executed(bucket: Bucket, tmp_path: Path) -> None:
-    """Or the second run of a job would be another job than the first; `out` is beside its code."""
+    """Downloaded results are not part of a job's code. Otherwise, the second run of a job would be a different job,
+    because the folder `out` is next to its code."""
     folder = tmp_path / "job"
     folder.mkdir()
     (folder / "handlers.py").write_text("x = 1")
@@ -257,7 +258,7 @@ def test_results_are_never_executed(bucket: Bucket, tmp_path: Path) -> None:
     bucket.fetch(folder / "out/sums")
     Home(folder / "my-grid").make()
     assert code_cache.pack(folder) == before
-    # But a folder with files of the user's is code, whatever else is fetched into it.
+    # A folder with the user's files is code, even if results are downloaded into it.
     (folder / "lib").mkdir()
     (folder / "lib/tools.py").write_text("y = 1")
     bucket.fetch(folder / "lib")
@@ -283,7 +284,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_a_remedy(bucket: Bucke
 
 
 class Counting(SimObjects):
-    """Counts how many objects are on their way at once."""
+    """A bucket that counts concurrent reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -298,7 +299,7 @@ class Counting(SimObjects):
 
 
 def test_outcomes_are_read_concurrently_with_a_bound(tmp_path: Path) -> None:
-    """Memory must not grow with the job: what is read ahead of the reader is bounded."""
+    """The number of outcomes that are read ahead is limited, so that memory does not grow with the job."""
     objects = Counting()
     bucket = Bucket(objects, job())
     for task in range(40):

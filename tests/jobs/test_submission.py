@@ -1,4 +1,4 @@
-"""Raw input on its way to the bucket: every file once, in order, and a short definition."""
+"""The upload of raw input: every file once, in order, with a short definition."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support import job_files as jobfiles
 
 
 class Counted:
-    """Counts the uploads that are under way at once."""
+    """A bucket that counts concurrent uploads."""
 
     def __init__(self) -> None:
         self.under_way = 0
@@ -66,7 +66,7 @@ def names_of(job: JobDef, bucket: Objects) -> list[str]:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> int:
-    """The most files whose keys a definition holds, which is few here."""
+    """Reduce the maximum number of file keys in a definition, and return the maximum."""
     monkeypatch.setattr(submission, "MANY_FILES", 5)
     return 5
 

@@ -1,4 +1,4 @@
-"""The scaling policy: how many instances a backlog asks for, and which of them go (I5)."""
+"""The scaling policy: the number of instances for a backlog, and the instances to terminate (I5)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def group(*ids: str, desired: int | None = None, pool: Pool = POOL) -> GroupView
     [
         (Backlog(), 1),  # min
         (Backlog(seconds=0.001, tasks=1), 1),
-        (Backlog(seconds=40.0, tasks=100), 2),  # 40 s in 10 s on 2 slots each
+        (Backlog(seconds=40.0, tasks=100), 2),  # 40 s of work in 10 s on 2 slots each
         (Backlog(seconds=41.0, tasks=100), 3),
         (Backlog(seconds=10_000.0, tasks=5000), 10),  # max
-        (Backlog(seconds=10_000.0, tasks=3), 2),  # three tasks have no use for more
+        (Backlog(seconds=10_000.0, tasks=3), 2),  # three tasks do not need more instances
     ],
 )
 def test_desired_capacity_follows_seconds_of_backlog(backlog: Backlog, desired: int) -> None:
@@ -44,7 +44,7 @@ def test_desired_capacity_follows_seconds_of_backlog(backlog: Backlog, desired: 
 
 
 class Recorder:
-    """Stands for the fleet and the clock; the policy only asks and tells."""
+    """A fake fleet and clock, which records the policy's calls."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -93,7 +93,7 @@ def test_only_idle_instances_are_named_for_scale_in_and_only_after_the_idle_time
     assert recorder.terminated == []
     recorder.now_s += 5.0
     asyncio.run(tick())
-    assert recorder.terminated == ["i1"]  # two are surplus, but only one of them is idle
+    assert recorder.terminated == ["i1"]  # two instances are surplus, but only one of them is idle
     assert recorder.desired == []
 
 

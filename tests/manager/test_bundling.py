@@ -1,4 +1,4 @@
-"""How much a job may cut, and what finding that out may cost."""
+"""The limit on the number of cut bundles of a job, and the cost of computing it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STAGE = StageDef(StageName("a"), handler="m:f")
 
 
 class _Lives(dict[JobId, LiveJob]):
-    """Counts how often somebody goes through all jobs."""
+    """A table of jobs that counts the passes over all jobs."""
 
     looks = 0
 
@@ -43,7 +43,7 @@ def _bundler(lives: dict[JobId, LiveJob], slots: int) -> Bundler:
 
 
 def test_a_job_with_nothing_left_to_cut_looks_at_no_other_job() -> None:
-    """Thousands of jobs that run are poked at every tick; each would look at all."""
+    """A grid may have thousands of running jobs, and each one is advanced at every tick."""
     lives = _Lives({one.id: one for one in map(_live, range(100))})
     bundler = _bundler(lives, 4)
     first = lives[JobId("j0")]
@@ -56,7 +56,7 @@ def test_a_job_with_nothing_left_to_cut_looks_at_no_other_job() -> None:
 
 
 def test_paused_job_does_not_occupy_the_window() -> None:
-    """Its bundles are dropped by the workers, and stay outstanding for as long as it is paused."""
+    """The workers drop its bundles, which stay outstanding while the job is paused."""
     lives = {one.id: one for one in map(_live, range(2))}
     bundler = _bundler(lives, 2)
     first, second = lives.values()

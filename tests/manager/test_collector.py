@@ -1,4 +1,4 @@
-"""What the manager does with a backlog of events."""
+"""The processing of a backlog of events in the manager."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EVENTS = 4 * MAX_BATCH
 
 
 class Counting:
-    """Method `apply` of a ledger that records how many completions each fold has."""
+    """A ledger's method `apply` that records the number of completions in each fold."""
 
     def __init__(self, ledger: SqlLedger) -> None:
         self.sizes: list[int] = []
@@ -52,7 +52,7 @@ class Counting:
 
 
 class Failing(SqliteQueue):
-    """Answers the receives with these numbers, counted from 0, with an outage."""
+    """A queue that raises an outage for the receives with these numbers, counted from 0."""
 
     fails: Sequence[int] = ()
     _receives = -1
@@ -67,7 +67,7 @@ class Failing(SqliteQueue):
 
 
 async def nobody(_: JobId) -> JobDef | None:
-    """Of the bucket's jobs the ledger knows all."""
+    """Return None, because the ledger already contains all jobs of the bucket."""
     return None
 
 
@@ -77,7 +77,7 @@ def completion(number: int) -> Completion:
 
 
 async def collected(ledger_writer: Path, fails: Sequence[int]) -> list[int]:
-    """The sizes of the folds that a backlog of one completion a message comes to."""
+    """Return the sizes of the folds for a backlog of one completion per message."""
     clock, ledger = WallClock(), open_memory()
     queue = Failing(ledger_writer / "queues.db", clock)
     queue.fails = fails
@@ -120,7 +120,7 @@ def test_a_backlog_is_folded_together(tmp_path: Path, fails: Sequence[int], fold
 
 
 def test_collector_reports_an_unreachable_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While events are out of reach, or many lie in wait, no worker is silent."""
+    """While events cannot be received or a backlog exists, no worker counts as silent."""
 
     async def main(queue: SqliteQueue) -> None:
         clock = WallClock()
@@ -137,7 +137,7 @@ def test_collector_reports_an_unreachable_queue(tmp_path: Path, monkeypatch: pyt
         assert registry.outage_s is None, "it has heard them all"
         monkeypatch.setattr("batchlab.manager.collector.FOLD_BYTES", 1)
         await queue.send(object_keys.EVENTS, some)
-        await asyncio.sleep(0.15)  # a backlog is what has lain there for longer than a tick
+        await asyncio.sleep(0.15)  # a backlog is older than a tick
         await collector._receive_batch()
         backlog_s = registry.outage_s
         assert backlog_s is not None
@@ -153,7 +153,7 @@ def test_collector_reports_an_unreachable_queue(tmp_path: Path, monkeypatch: pyt
         await queue.send(object_keys.EVENTS, some[:1])
         await collector._collect_once()
         assert backlog_s < registry.outage_s < math.inf
-        # What was received and could not be taken was not heard either.
+        # Messages that were received but not processed do not count as heard either.
         monkeypatch.setattr(collector, "_collect_once", denied)
         collecting = asyncio.create_task(collector._collect())
         async with asyncio.timeout(10):
@@ -166,7 +166,7 @@ def test_collector_reports_an_unreachable_queue(tmp_path: Path, monkeypatch: pyt
 
 
 def test_invalid_event_is_dropped_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A duplicate of a shape that nobody had checked ended the manager, each time it led."""
+    """Before, a duplicate with an unchecked shape ended each manager that led."""
 
     async def main(queue: SqliteQueue) -> None:
         told: list[Duplicate] = []

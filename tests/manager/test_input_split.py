@@ -1,4 +1,4 @@
-"""Raw input becomes tasks: nothing lost, nothing twice, no record cut."""
+"""The split of raw input into tasks, which loses, doubles, or cuts no record."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from batchlab.manager import input_split
 
 
 class Bucket:
-    """The reading half of an Objects port, which keeps the ranges it was asked for."""
+    """The read methods of an Objects port, which record the requested ranges."""
 
     def __init__(self, content: dict[str, bytes]) -> None:
         self.content = content
@@ -72,7 +72,7 @@ mixed = st.builds(
 )
 content = mixed | st.text("a\n", max_size=120).map(str.encode)
 ranges = st.sampled_from([(1, 1, 1), (3, 2, 5), (16, 4, 8), (64, 8, 1), (1 << 20, 1 << 16, 1 << 20)])
-"""(READ_BYTES, PEEK_BYTES, smallest size that is peeked): so small that every search crosses."""
+"""Triples (READ_BYTES, PEEK_BYTES, smallest peeked size). The small values make every search cross a boundary."""
 
 
 def parts_of(data: bytes, by: SplitBy, size: int, header: bool, ranges: tuple[int, int, int]) -> list[Json]:
@@ -87,7 +87,7 @@ def parts_of(data: bytes, by: SplitBy, size: int, header: bool, ranges: tuple[in
 
 
 def check_parts(data: bytes, header: bool, found: list[Json]) -> list[list[bytes]]:
-    """The records of each part, after checking that the parts are the file."""
+    """Check that the parts form the file, and return the records of each part."""
     first = records(data)[:1] if header else []
     body = data[len(b"".join(first)) :]
     pieces = [data[item["start"] : item["stop"]] for item in found]
@@ -203,7 +203,7 @@ def test_an_empty_prefix_is_an_error_that_names_it() -> None:
 
 @pytest.mark.parametrize("by", list(SplitBy))
 def test_a_vanished_object_is_an_error_that_names_it(by: SplitBy) -> None:
-    """I7: a vanished input ends the job with a reason, it never hangs."""
+    """The job ends with a reason and does not hang (I7)."""
     with pytest.raises(UsageError, match="raw/a does not exist"):
         tasks({}, by, 10, keys=("raw/a",))
 
@@ -271,12 +271,12 @@ def test_memory_is_a_few_times_the_range_that_is_read_however_short_the_lines() 
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # The list of what was counted is half of the peak; an object for each line were 14 MB more.
+    # The list of counted records is half of the peak memory. An object per line would add 14 MB.
     assert peak < 10_000_000
 
 
 def test_large_parts_are_cut_by_a_look_around_their_ends_only() -> None:
-    """Requests and bytes are billed: 8 MiB parts need 64 KiB each, not the whole file."""
+    """Requests and bytes are billed. A part of 8 MiB needs reads of 64 KiB instead of the whole file."""
     bucket = Bucket({"a": b"x" * 99 + b"\n"})
     bucket.content["a"] *= 500_000
     found = tasks(bucket, SplitBy.BYTES, 8 << 20, header=True)

@@ -1,4 +1,4 @@
-"""A bucket that comes back empty, as LocalStack's after a restart, while a ledger stays."""
+"""A bucket that is empty after a restart, as LocalStack's is, while the ledger still has its content."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rig() -> Iterator[Rig]:
 
 
 def empty(rig: Rig) -> None:
-    """Remove every object."""
+    """Delete every object."""
 
     async def remove() -> None:
         keys = [info.key async for page in rig.objects.list("") for info in page]

@@ -1,4 +1,4 @@
-"""What is told of besides ends, how seldom that is written, and tests by hand."""
+"""Notifications other than ends, the frequency of writes to the outbox, and manual test notifications."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.manager.state import Outstanding, WorkerStatus
 from tests.support.manager.notifier import ENDING, MAP, OPS, Scene, a_job, a_notification, play
 
-# --- What is written -----------------------------------------------------------------------------
+# --- Writes --------------------------------------------------------------------------------------
 
 
 class Counted(SimObjects):
-    """Counts how often the book is written, and how much of it."""
+    """A bucket that counts the writes and the written bytes of the outbox."""
 
     puts = 0
     size = 0
@@ -35,7 +35,7 @@ class Counted(SimObjects):
 
 
 def test_outbox_is_written_rarely_during_an_outage_of_a_target() -> None:
-    """It was written whole after each try: two megabytes, twice a second, for a day."""
+    """Before, the whole outbox of two megabytes was written after each try, twice a second for a day."""
 
     async def main() -> None:
         scene = Scene(OPS)
@@ -53,11 +53,11 @@ def test_outbox_is_written_rarely_during_an_outage_of_a_target() -> None:
         await scene.led(manager, 3600.0)
         assert len(scene.tried) > 2000
         assert objects.puts <= 3600 / 60 + 20
-        # What it has tried is known to the next one all the same.
+        # The next manager still learns which tries were made.
         kept = {one["id"]: one["attempts"] for one in (await scene.kept())["pending"]}
         assert len(kept) == 201
         assert all(attempts > 10 for attempts in kept.values())
-        # And when the target is back, many that are delivered share a write.
+        # When the target works again, many delivered notifications share one write.
         scene.answers = lambda _: None
         before = objects.puts
         second = scene.manager()
@@ -136,7 +136,7 @@ def test_a_delivery_that_meets_a_bug_takes_no_manager_with_it() -> None:
     play(main)
 
 
-# --- Other moments -------------------------------------------------------------------------------
+# --- Other notifications -------------------------------------------------------------------------
 
 
 def test_too_many_failures_are_notified_once() -> None:
@@ -149,7 +149,7 @@ def test_too_many_failures_are_notified_once() -> None:
         for failed in (3, 4):
             live.stages[MAP] = StageRecord(StageCounts(MAP, 10, failed=failed))
             await scene.led(manager, 5.0)
-        await scene.led(scene.manager(), 5.0)  # nor by the next manager
+        await scene.led(scene.manager(), 5.0)  # the next manager does not send a notification either
         assert scene.told() == ["failures"]
 
     play(main)
@@ -239,7 +239,7 @@ def test_shutdown_waits_for_first_deliveries_up_to_a_limit() -> None:
     play(main)
 
 
-# --- Tests by hand -------------------------------------------------------------------------------
+# --- Manual tests --------------------------------------------------------------------------------
 
 
 def test_a_test_is_sent_once_and_logged() -> None:

@@ -1,4 +1,4 @@
-"""Who is told of a job's end: once, again until it is delivered, whoever leads."""
+"""Notifications of a job's end, which are repeated until they are delivered, by any leader."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_end_is_stored_before_the_job_continues() -> None:
     async def main() -> None:
         scene = Scene(OPS, replace(OPS, name="happy", on=("succeeded",)))
         live = a_job(succeeded=8, failed=2)
-        await scene.manager().ended(live, ENDING)  # and that manager dies here
+        await scene.manager().ended(live, ENDING)  # the manager dies after this call
         (kept,) = (await scene.kept())["pending"]
         assert (kept["target"], kept["moment"]) == ("ops", "failed")
         await scene.led(scene.manager(), 1.0)
@@ -54,7 +54,8 @@ def test_end_is_stored_before_the_job_continues() -> None:
 
 
 def test_repeated_end_is_the_same_notification() -> None:
-    """A leader that died between the bucket and the ledger has its work repeated."""
+    """A leader may die between the write to the bucket and the write to the ledger. The next leader then repeats its
+    work."""
 
     async def main() -> None:
         scene = Scene(OPS)
@@ -142,7 +143,7 @@ def test_job_is_notified_only_to_permitted_targets() -> None:
     ],
 )
 def test_target_that_is_no_longer_permitted_is_abandoned(own: NotifyDef, told: str) -> None:
-    """Whatever was admitted, and whoever has written it into the bucket."""
+    """A notification that was admitted earlier is checked again at each try."""
 
     async def main() -> None:
         scene = Scene(replace(OPS, on=("capped",)))

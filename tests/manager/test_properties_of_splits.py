@@ -1,7 +1,6 @@
-"""From raw files to what each task reads, by the way a job takes: every byte is in exactly one
-task, in its place, whatever the bytes are.
+"""The way from raw files to the input of each task. Every byte is in exactly one task and in order, for any content.
 
-Planner, plan and worker are the real ones; only the bucket is in memory.
+The planner, the plan, and the worker are real. Only the bucket is in memory.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ NEWLINES = st.sampled_from([b"\n", b"\r\n", b"\r", b"\n\n", b""])
 
 
 def joined(pieces: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
-    """Pieces with one kind of line break between them, and perhaps after the last."""
+    """Join pieces with one kind of line break, with or without a last line break."""
     return st.builds(
         lambda parts, newline, ended: newline.join(parts) + (newline if ended else b""),
         st.lists(pieces, max_size=12),
@@ -46,7 +45,7 @@ def joined(pieces: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
 
 FIELD = st.one_of(
     st.from_regex(rb"[a-z0-9 ]{0,8}", fullmatch=True),
-    # A quoted field of CSV may hold what separates fields and records elsewhere.
+    # A quoted field of CSV may contain field and record separators.
     st.from_regex(rb'"[a-z,;\n\r|]{0,8}("")?[a-z\n]{0,3}"', fullmatch=True),
 )
 CSV = joined(st.lists(FIELD, min_size=1, max_size=4).map(b",".join))
@@ -58,7 +57,7 @@ FILES = st.lists(CONTENT, min_size=1, max_size=4)
 
 
 def read(files: Sequence[bytes], by: SplitBy, size: int, header: bool = False) -> list[list[Any]]:
-    """What the tasks of each file get, in their order: the bytes of a file or part, or the item."""
+    """Return the input of the tasks of each file in order: the bytes of a file or part, or the item."""
     objects = SimObjects()
 
     async def main() -> list[tuple[str, Any]]:
@@ -84,7 +83,7 @@ def read(files: Sequence[bytes], by: SplitBy, size: int, header: bool = False) -
 
 
 async def _local(objects: SimObjects, items: list[Json], folder: Path) -> list[tuple[str, Any]]:
-    """(key, content) of what each task finds on its worker; an item has the first file's key."""
+    """Return (key, content) of each task's local input. An item has the key of the first file."""
     inputs = materialization.Inputs(objects, folder, asyncio.to_thread, JobObjects(JOB, is_python=False))
     found: list[tuple[str, Any]] = []
     for (_, local), item in zip(await inputs.fetch(enumerate(items)), items, strict=True):
@@ -140,7 +139,7 @@ ITEMS = st.recursive(
     | st.booleans()
     | st.integers(-(10**40), 10**40)
     | st.floats(allow_nan=False, allow_infinity=False)
-    # Long enough, now and then, for an object of its own.
+    # Some items are long enough for a separate object.
     | st.text(st.characters(codec="utf-8"))
     | st.integers(99_990, 100_010).map(lambda size: "x" * size),
     lambda inner: (

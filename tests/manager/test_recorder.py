@@ -1,4 +1,5 @@
-"""What the manager keeps of the time while jobs run: few points, bounded, and handed on."""
+"""The recorder of the manager, which stores a limited number of points while jobs run, and passes them to the next
+leader."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def test_a_day_takes_few_points_and_the_last_minutes_keep_theirs() -> None:
         series.add(pool_point(float(second), visible=second % 7, busy=second % 4))
     series.thin()
     assert len(series.points) < 2_500
-    # No time is lost, none counts twice, and the mean stays what it was.
+    # No time is lost or counted twice, and the mean stays the same.
     assert sum(point[1] for point in series.points) == 20_000
     ends = [point[0] for point in series.points]
     assert ends == sorted(ends)
@@ -134,7 +135,7 @@ def test_duplicates_and_cut_times_are_recorded() -> None:
 
 
 class Moody:
-    """A reporter that fails as often as it is told to."""
+    """A reporter that fails a given number of times."""
 
     def __init__(self, failures: int) -> None:
         self.failures = failures
@@ -177,7 +178,7 @@ def test_failed_write_is_retried_and_then_reported(
 
 
 def test_writer_that_fails_during_shutdown_is_not_called_again() -> None:
-    """Its manager did not end any more."""
+    """Before, the manager of such a writer did not end."""
 
     class Clumsy:
         async def write(self, job: JobId) -> None:
@@ -200,7 +201,7 @@ def test_writer_that_fails_during_shutdown_is_not_called_again() -> None:
 
 @pytest.mark.parametrize("latest_s", [60.0, 0.0])
 def test_report_is_written_after_a_pause_or_at_the_deadline(latest_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call in fifty on an idle grid met the report of the job before, and took 100 ms."""
+    """Before, one call in fifty on an idle grid waited 100 ms for the report of the previous job."""
     from batchlab.manager import recorder as report_queue
 
     monkeypatch.setattr(report_queue, "QUIET_S", 0.05)
@@ -246,9 +247,9 @@ def test_earlier_instances_do_not_count_for_a_job() -> None:
 def test_a_job_took_the_time_before_this_manager_too(
     first_s: float | None, round_: int, retried_s: float | None, took_s: float
 ) -> None:
-    """What it took decides whether its data is written; a manager may have led for a second. What
-    an earlier round took does not, which had its own end: a retry of a second, an hour after the
-    job, had counted as that hour."""
+    """The duration of a job decides whether its data is written, and the current manager may have led only for a
+    second. The duration of an earlier round does not count. Before, a retry of one second, an hour after the job,
+    counted as an hour."""
     stage = StageCounts(StageName("map"), first_start_s=first_s)
     definition = JobDef(JobId("a-1"), "a", (StageDef(StageName("map"), handler="m:f"),), 1.0)
     record = JobRecord(definition, JobState.RUNNING, round=round_)
@@ -261,7 +262,7 @@ def test_a_job_took_the_time_before_this_manager_too(
 
 
 class FakePorts:
-    """A clock that stands still."""
+    """Fake ports with a clock that does not move."""
 
     @property
     def clock(self) -> FakePorts:
@@ -275,14 +276,14 @@ class FakePorts:
 
 
 class FakeRegistry:
-    """Of no workers."""
+    """A registry without workers."""
 
     workers: ClassVar[dict[str, Any]] = {}
     spot: ClassVar[dict[str, None]] = {}
 
 
 class Row(list[Any]):
-    """A row that counts how often it is looked at."""
+    """A row that counts how often it is read."""
 
     looks = 0
 
@@ -292,8 +293,8 @@ class Row(list[Any]):
 
 
 def closed(history: int, seconds: float) -> tuple[dict[str, Any], int]:
-    """What a job tells that was there for so long, after so much has been on the fleet before it
-    while a long job went on; and how many looks at that it took."""
+    """Return the data of a job that ran for `seconds` after a long fleet history, and the number of reads of this
+    history."""
     ports = FakePorts()
     recorder = Recorder(cast(Ports, ports), {}, cast(WorkerRegistry, FakeRegistry()))
     instances = recorder._history

@@ -17,7 +17,7 @@ SCHEDULE = Schedule(Definition("daily", "sums", When("0 2 * * *"), "grid/templat
 
 
 def test_a_late_change_is_refused_although_the_schedule_is_as_it_was_again() -> None:
-    """On S3 equal contents have equal ETags, and still a late pause must not undo a resume."""
+    """On S3, equal contents have equal ETags, but a late pause must not undo a resume."""
     nothing = cast(Any, None)
     patience = Patience(Random(1), limit_s=0.0)
     ports = Ports(SimObjects(), nothing, nothing, nothing, nothing, nothing, patience)

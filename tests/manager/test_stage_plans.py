@@ -1,4 +1,4 @@
-"""Plans are written in parts, in constant memory, and others have their turn meanwhile."""
+"""Plans, which are written in parts and in constant memory, while other jobs continue."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_planning_yields_after_a_few_parts(monkeypatch: pytest.MonkeyPatch, part
     async def main() -> int:
         waiting = asyncio.create_task(other())
         await asyncio.sleep(0)
-        # A bucket that never waits, as a folder of small objects.
+        # The bucket never waits, like a folder of small objects.
         writer = stage_plans.PartWriter(SimObjects(), Patience(Random(1)), JobId("j"), StageName("s"), 0)
         await writer.add(*range(10 * parts))
         meanwhile = had
@@ -44,9 +44,9 @@ def test_planning_yields_after_a_few_parts(monkeypatch: pytest.MonkeyPatch, part
 
 
 def test_a_planner_that_stood_still_replaces_nothing_of_the_plan_that_counts() -> None:
-    """I. Trust, stale leaders: two managers list an input that has changed in between. The parts
-    of the first one land after the manifest of the second one. They were put under the same keys,
-    so one input ran twice and another one never."""
+    """Two managers list an input that has changed in between. The parts of the first manager's plan are written after
+    the manifest of the second one. Before, both plans used the same keys for their parts. One input ran twice as a
+    result, and another input never ran."""
     job = JobDef(JobId("j"), "j", (StageDef(StageName("s"), handler="a:b"),), 0.0)
     bundle = Bundle(job.id, StageName("s"), TaskSet.span(0, 3))
     large = "x" * (stage_plans.ITEM_BYTES + 1)

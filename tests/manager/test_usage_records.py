@@ -1,4 +1,4 @@
-"""What is written down of what was used never becomes less, whichever leader writes last."""
+"""The recorded usage, which never decreases, whichever leader writes last."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KIND = Kind("default")
 
 
 class Bucket(SimObjects):
-    """Counts its requests, and is away for the puts of some keys."""
+    """A bucket that counts requests and fails the puts of some keys."""
 
     away: frozenset[str] = frozenset()
     answers_lost = 0
@@ -85,7 +85,7 @@ class Scene:
 
 
 class Leader:
-    """Its account, and what it records."""
+    """A leader with its account and its recorder."""
 
     def __init__(self, scene: Scene) -> None:
         self.lives: dict[JobId, LiveJob] = {}
@@ -113,7 +113,7 @@ class Leader:
         return live
 
     async def saves(self) -> None:
-        """Count, and write it down."""
+        """Count the usage, and write the account."""
         await self.spending.close()
 
     async def ends(self) -> None:
@@ -133,7 +133,7 @@ def test_next_leader_continues_after_a_kill_between_two_puts() -> None:
         live = await first.conducts(is_new=True)
         live.account.bundles = 9
         live.account.bill(KIND, 60.0)
-        # It writes the job's account and dies before it has written the grid's.
+        # The leader dies after it has written the job's account and before it writes the grid's account.
         scene.objects.away = frozenset({object_keys.USE})
         await first.ends()
         assert await scene.bundles() == 9
@@ -165,7 +165,7 @@ def test_a_leader_that_stood_still_does_not_write_over_what_the_other_one_has_co
         other.account.bundles, other.account.requests = 8, Requests(sqs=20, s3_puts=7)
         second.spending.meter.total.bill(KIND, 100.0)
         await second.ends()
-        # The first one wakes, and does not know that anybody led.
+        # The first leader continues, and does not know that another one has led.
         await first.ends()
         assert await scene.bundles() == 8
         requests = Requests(*(await scene.used())["account"]["requests"])
@@ -282,11 +282,11 @@ def test_missing_bucket_is_not_retried_forever() -> None:
     play(main)
 
 
-# --- What was recorded ---------------------------------------------------------------------------
+# --- Recorded history ----------------------------------------------------------------------------
 
 
 def part(*points: tuple[float, float], **more: Any) -> dict[str, Any]:
-    """A job's part whose pool was looked at so: when, for how long."""
+    """Return a job's history with samples of its pool, as pairs of the time and the duration."""
     series = [[at_s, step_s, 0, 0, 0, 0, 1, 0, 1, 0, 1, 4, 0.5] for at_s, step_s in points]
     pool = {"slots": 4, "type": "", "series": series}
     return {**recorded_data.empty_part(), "pools": {"default": pool}, **more}
@@ -297,8 +297,8 @@ def times(doc: dict[str, Any]) -> list[float]:
 
 
 def test_conflicting_leaders_lose_and_duplicate_nothing() -> None:
-    """One stood still after 4 s; the other began from what had been written at 2 s, and saw the
-    job from 6 s on."""
+    """One leader stopped after 4 s. The other leader began with the data that was written at 2 s, and saw the job from
+    6 s on."""
     one = part((1, 1), (2, 1), (3, 1), (4, 1), requests=[[4.0, 1.0, 9, 0, 0, 0, 0]])
     one["duplicates"] = {"map": {"event": [2, 0.5]}}
     one["workers"] = {"w-1": ["i-1", "default", 4, 1.0, 4.0]}
@@ -347,7 +347,7 @@ def test_a_leader_that_wakes_records_what_the_other_one_has_seen() -> None:
             second.recorder.record_repeated_outcome(JOB, MAP)
         second.recorder._is_due = True
         await second.recorder.save()
-        # It has not heard of the other, and writes all the same: neither loses anything.
+        # The first leader does not know of the other one and writes too, but no data is lost.
         first.recorder._is_due = True
         await first.recorder.save()
         await first.ends()
@@ -356,11 +356,11 @@ def test_a_leader_that_wakes_records_what_the_other_one_has_seen() -> None:
     play(main)
 
 
-# --- Who has told before -------------------------------------------------------------------------
+# --- Earlier reporters ---------------------------------------------------------------------------
 
 
 def test_requests_until_the_end_of_a_job_belong_to_it() -> None:
-    """All of it, where it ends before anybody has counted."""
+    """The job gets all requests if it ends before the first count."""
 
     async def main() -> None:
         scene = Scene()
@@ -378,7 +378,7 @@ def test_requests_until_the_end_of_a_job_belong_to_it() -> None:
 
 
 def test_worker_that_still_reports_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The manager itself is the first that is heard: forgotten, all its requests counted anew."""
+    """The manager reports first. If it were forgotten, all of its requests would be counted again."""
     monkeypatch.setattr("batchlab.core.pricing.usage.MAX_PROCESSES", 3)
     meter = Meter()
     for n in range(1, 10):
@@ -389,8 +389,8 @@ def test_worker_that_still_reports_is_remembered(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("saves", [False, True])
 def test_unwritten_round_is_reported_with_the_next(saves: bool) -> None:
-    """Retried within one save, and again at its end: its first round's record was lost, and that it
-    had been a long one. Also where the account is saved while it runs again."""
+    """A job is retried between two saves, and the record of its first round was lost before. The record must also
+    survive a save of the account during the next round."""
 
     async def main() -> None:
         scene = Scene()
@@ -415,7 +415,7 @@ def test_unwritten_round_is_reported_with_the_next(saves: bool) -> None:
 
 
 def test_a_clock_that_is_set_back_makes_no_long_job_a_short_one() -> None:
-    """Its performance data was not written."""
+    """Before, the performance data of such a job was not written."""
 
     async def main() -> None:
         scene = Scene()

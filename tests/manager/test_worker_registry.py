@@ -1,4 +1,4 @@
-"""What a manager knows of workers that nobody will tell it of any more."""
+"""The manager's table of workers, and the removal of workers that no longer report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def beat(instance: str, number: int) -> Beat:
 
 
 JOBS = frozenset({JobId("j-1")})
-"""Jobs whose commit keys every worker here has."""
+"""The jobs whose commit keys every worker has in these tests."""
 
 
 def registry_of(ports: Ports) -> WorkerRegistry:
@@ -58,7 +58,7 @@ def ports(fleet: Fleet, queue: Queue = None) -> Ports:  # type: ignore[assignmen
 
 
 def test_worker_whose_end_another_leader_recorded_is_forgotten() -> None:
-    """It stood among the busy for ever, and its jobs could not stand still."""
+    """Before, the worker counted as busy forever, and its jobs never counted as stalled."""
 
     async def main() -> None:
         registry = registry_of(ports(NoFleet()))
@@ -70,7 +70,7 @@ def test_worker_whose_end_another_leader_recorded_is_forgotten() -> None:
         await registry.receive_beat(beat("i-beats", 2), JOBS)
         registry.forget_vanished({"i-here"})
         assert set(registry.workers) == {"i-here", "i-beats"}
-        # What it said long ago, and the queue brings now, does not bring it back.
+        # An old message of the worker that the queue delivers late does not bring the worker back.
         await registry.receive_beat(beat("i-gone", 2), JOBS)
         assert "i-gone" not in registry.workers
         assert registry.has_reported("i-gone")
@@ -79,8 +79,8 @@ def test_worker_whose_end_another_leader_recorded_is_forgotten() -> None:
 
 
 def test_new_worker_on_an_ended_instance_is_accepted() -> None:
-    """A reboot drains the worker and brings another on the same instance: it was never heard, and
-    replaced while it worked."""
+    """After a reboot of an instance, a new worker runs on the same instance. Before, the new worker was ignored, and
+    its instance was replaced while it worked."""
 
     async def main() -> None:
         registry = registry_of(ports(NoFleet()))
@@ -92,7 +92,7 @@ def test_new_worker_on_an_ended_instance_is_accepted() -> None:
         await registry.receive_beat(before, JOBS)
         assert not registry.workers, "it has said that it goes"
         await registry.receive_beat(fresh, JOBS)
-        # The queue may bring what the other one said only now.
+        # The queue may deliver a message of the old worker late.
         await registry.receive_beat(before, JOBS)
         await registry.receive_beat(replace(before, number=3, gone=True), JOBS)
         assert registry.workers["i-1"].beat == fresh
@@ -106,7 +106,7 @@ def test_new_worker_on_an_ended_instance_is_accepted() -> None:
 
 @pytest.mark.parametrize("how", ["buried", "missed", "buried unheard"])
 def test_instance_in_service_again_is_accepted_again(how: str) -> None:
-    """One that comes back from standby, or that a describe had missed, has its worker still."""
+    """An instance that returns from standby, or that one answer did not contain, still has its worker."""
 
     async def main() -> None:
         registry = registry_of(ports(NoFleet()))
@@ -129,7 +129,7 @@ def test_instance_in_service_again_is_accepted_again(how: str) -> None:
 
 @pytest.mark.parametrize(("silent_s", "given_back"), [(1.0, ["r-1"]), (LOST_S, [])])
 def test_messages_of_a_long_silent_instance_are_not_released(silent_s: float, given_back: list[str]) -> None:
-    """Its messages had come back by themselves, and others ran them: there were two of each."""
+    """The messages had become visible by themselves, and other workers ran them, so a release would create copies."""
 
     async def main() -> None:
         returned: list[str] = []
@@ -150,8 +150,8 @@ def test_messages_of_a_long_silent_instance_are_not_released(silent_s: float, gi
 
 @pytest.mark.parametrize("error", [Unreachable("It is away."), Refused("There is no such group.")])
 def test_unreachable_group_is_notified_with_the_next_heartbeat(error: BatchlabError) -> None:
-    """What had come along with the beat was not counted, a refusal ended the manager, and nobody
-    told the group again."""
+    """Before, the other content of the heartbeat was not counted, a refusal ended the manager, and the group was never
+    notified."""
 
     async def main() -> None:
         told: list[str] = []

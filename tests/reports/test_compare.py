@@ -1,4 +1,4 @@
-"""Runs compared: what is found, how sure it is, what a gate makes of it, and what is printed."""
+"""Comparisons of runs: findings, their certainty, gates, and the printed report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SEED = 0
 
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two runs each: as it was, the same again, and slower in one stage with more retries."""
+    """Write pairs of runs: the original, a repetition, and one with a slower stage and more retries."""
     folder = tmp_path_factory.mktemp("sides")
     usual = Made(tasks=160)
     worse = replace(usual, slow=1.3, failing=0.2)
@@ -74,7 +74,7 @@ def test_medians_are_those_of_the_runs(sides: dict[str, Path]) -> None:
 
 
 def test_the_same_again_breaks_no_gate(sides: dict[str, Path]) -> None:
-    """And the other way round neither: what is noise is told as that."""
+    """A comparison with swapped runs does not break a gate either, because random differences are reported as such."""
     wanted = gates("10%", [])
     for a, b in (("main", "again"), ("again", "main")):
         found = compared(sides, a, b, *wanted)
@@ -88,7 +88,7 @@ def test_comparison_is_reproducible(sides: dict[str, Path]) -> None:
 
 
 def test_interval_covers_the_truth_at_its_stated_rate() -> None:
-    """Of ratios of two medians of runs whose spread is known."""
+    """The intervals are those of the ratio of two medians, for runs with a known spread."""
     rng = random.Random(4)
 
     def side(mean: float) -> list[Run]:
@@ -105,11 +105,11 @@ def test_interval_covers_the_truth_at_its_stated_rate() -> None:
         assert change.low is not None
         assert change.high is not None
         hits += change.low <= 0.2 <= change.high
-    assert hits >= 34  # of 40; 38 are to be expected
+    assert hits >= 34  # of 40, with 38 expected
 
 
 def test_a_quantiles_spread_within_a_run_is_that_of_resamples(sides: dict[str, Path]) -> None:
-    """Ranks drawn at random stand for resamples that nobody makes."""
+    """Randomly drawn ranks replace real resamples."""
     from batchlab.reports.queries import store
 
     (run_, *_) = read(sides["main"])
@@ -128,7 +128,7 @@ def test_single_runs_can_be_compared(sides: dict[str, Path]) -> None:
     found = compare(a, b, gates("10%", []), seed=SEED)
     assert of(found, "p95", "score").is_sure
     assert of(found, "took").low is None
-    assert of(found, "p95", "merge").low is None  # one task says nothing on spread
+    assert of(found, "p95", "merge").low is None  # the spread of a single task cannot be measured
     assert any("one side has a single run" in note for note in found.notes)
     assert {"p95", "tasks_per_s", "cost"} == {gate.measure for gate, _ in found.broken}
 
@@ -156,7 +156,7 @@ def test_gates_are_of_what_got_worse() -> None:
     assert not broken(change(80, 100, "tasks_per_s", ""), "tasks_per_s > 10%")
     assert broken(change(0.0, 3.0, "failed", ""), "failed > 10%")
     assert not broken(change(0.0, 0.0, "failed", ""), "failed > 0%")
-    assert not broken(change(0.001, 0.009), "p95 > 10%")  # less than the machine's own
+    assert not broken(change(0.001, 0.009), "p95 > 10%")  # the change is below the machine's own noise
 
 
 def test_uncertain_difference_breaks_no_gate() -> None:
@@ -242,7 +242,7 @@ def test_markdown_has_no_mentions_or_references(name: str, shown: str) -> None:
 
 
 def renamed(folder: Path) -> Path:
-    """The run, its stage `score` called something odd."""
+    """Rename the run's stage `score` to an odd name."""
     import duckdb
 
     with duckdb.connect(":memory:") as connection:

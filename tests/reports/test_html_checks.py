@@ -1,4 +1,4 @@
-"""What a report says is to be changed: each check from both sides of its threshold."""
+"""The findings of a report. Each check is tested on both sides of its threshold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_good_run_has_no_findings_and_lists_the_checks() -> None:
 
 
 HIT = [
-    # (check, level, signs that it finds, figures that it names, setting that it names)
+    # The fields are: check, level, measures that trigger it, figures that it names, and setting that it names.
     ("task size", Level.NOTE, of_stage(tiny=900, median_s=0.02), ("20 ms", "90%", "1.0 tasks"), "`size`"),
     ("task size", Level.ACT, of_stage(tiny=900, median_s=0.02, took_s=60.0, overhead_s=40.0), ("67%",), "about 50"),
     ("overhead", Level.ACT, of_stage(took_s=2600.0, overhead_s=600.0), ("23%", "600 ms"), "bundle"),
@@ -76,7 +76,7 @@ def test_each_finding_names_its_figure_and_its_setting(
     "seen",
     [
         of_stage(tiny=500, median_s=0.1),
-        of_stage(overhead_s=4.0, took_s=6.0),  # too short to matter
+        of_stage(overhead_s=4.0, took_s=6.0),  # the stage is too short to matter
         of_stage(alone_s=1.0, crowded_s=1.29),
         of_stage(alone_s=0.0, crowded_s=0.0),
         signs(filled=None),

@@ -1,4 +1,4 @@
-"""`batchlab report html`, as a user calls it."""
+"""The command `batchlab report html`."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _case(folder: Path) -> Case:
 
 
 async def _commit(objects: Objects, case: Case, log: bytes | None) -> None:
-    """An outcome as a worker commits it, and what its tasks have printed."""
+    """Commit an outcome as a worker does, and store the output of its tasks."""
     first, last = (int(n) for n in case.bundle.split(".")[0].split("-"))
     bundle = Bundle(JobId(JOB), StageName(case.stage), TaskSet.span(first, last + 1), attempt=case.attempt)
     assert bundle.id == case.bundle

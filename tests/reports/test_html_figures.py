@@ -1,4 +1,4 @@
-"""Figures of a report equal figures that Python reckons from the same rows, and parts add up."""
+"""The figures of a report, compared with figures that Python computes from the same rows. The parts add up."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.reports.made import Made, write_run
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with failures for good, instances of two slots, and two of them idle at times."""
+    """Write a run with permanent failures and with instances of two slots, two of which are sometimes idle."""
     return write_run(tmp_path_factory.mktemp("run"), Made(tasks=300, workers=5, failing=0.2))
 
 
@@ -51,7 +51,7 @@ def tasks(folder: Path) -> list[Row]:
 
 
 def _places(folder: Path, bundles: list[Row]) -> dict[str, tuple[float, float, int]]:
-    """Of each instance, from when to when it was in service, and its slots."""
+    """Return the time in service and the slots of each instance."""
     of = {row["worker"]: row["instance"] for row in rows_of(folder, "workers")}
     found = {}
     for row in rows_of(folder, "instances"):
@@ -181,7 +181,7 @@ def test_each_bundle_is_a_bar_and_no_two_share_a_slot(run: Run, bundles: list[Ro
         lanes[top].append((x, x + width))
     for spans in lanes.values():
         for before, after in pairwise(sorted(spans)):
-            assert before[1] <= after[0] + 0.75  # to the tenth, and the least width of a bar
+            assert before[1] <= after[0] + 0.75  # rounded to a tenth, plus the minimum width of a bar
 
 
 def test_many_instances_share_lanes(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_many_instances_share_lanes(tmp_path: Path) -> None:
 
 
 def _groups(folder: Path, each: int) -> list[set[str]]:
-    """The workers of so many instances together, in the order of their launch."""
+    """Return groups of workers that belong to `each` instances each, in the order of launch."""
     order = sorted(rows_of(folder, "instances"), key=lambda row: (row["launched_s"], row["in_service_s"]))
     workers = defaultdict(set)
     for row in rows_of(folder, "workers"):
@@ -244,7 +244,7 @@ def test_signs_of_slots(seen: RunFigures, folder: Path, bundles: list[Row]) -> N
 
 
 def test_task_durations_beside_other_tasks(folder: Path, tmp_path: Path) -> None:
-    """Two workers share an instance; one of the five has its instance for itself."""
+    """Two workers share an instance. One of the five workers has its own instance."""
     del folder
     folder = write_run(tmp_path, Made(tasks=800, per_bundle=2, workers=5))
     bundles = rows_of(folder, "bundles")

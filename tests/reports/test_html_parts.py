@@ -1,4 +1,4 @@
-"""The parts that a report's page is put together of: axes, paths, texts, amounts."""
+"""The parts of a report's page: axes, paths, texts, and amounts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_logarithmic_axis_has_each_time_in_its_bin(seconds: float) -> None:
 
 
 def _points(path: str) -> list[tuple[float, float]]:
-    """The corners of a path of M, V, H and Z."""
+    """Return the corners of a path with the commands M, V, H, and Z."""
     x = y = 0.0
     found = []
     for kind, one, _, two in re.findall(r"([MVHZ])(-?[\d.]+)?( (-?[\d.]+))?", path):
@@ -162,7 +162,7 @@ def test_long_text_keeps_both_ends() -> None:
 
 
 def _schemes() -> dict[str, dict[str, str]]:
-    """The style sheet's colours in light, in dark and on paper."""
+    """Return the colors of the style sheet in light mode, in dark mode, and on paper."""
     style = (Path(charts.__file__).parent / "style.css").read_text()
     blocks = re.findall(r":root \{(.*?)\}", style, re.S)
     assert len(blocks) == 3
@@ -171,7 +171,7 @@ def _schemes() -> dict[str, dict[str, str]]:
 
 
 def _contrast(one: str, other: str) -> float:
-    """As WCAG 2 defines it."""
+    """Return the contrast as WCAG 2 defines it."""
 
     def luminance(colour: str) -> float:
         digits = colour[1:] if len(colour) == 7 else "".join(c * 2 for c in colour[1:])
@@ -185,7 +185,7 @@ def _contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("scheme", ["light", "dark", "paper"])
 def test_drawn_colors_contrast_with_the_background(scheme: str) -> None:
-    """3:1 for shapes that mean something, 4.5:1 for text (WCAG 2, AA)."""
+    """WCAG 2 (AA) requires 3:1 for meaningful shapes and 4.5:1 for text."""
     colours = _schemes()[scheme]
     shapes = [f"s{n}" for n in range(8)] + [f"c{n}" for n in (0, 1, 3, 4, 5, 6)] + ["wait"]
     for name in shapes:

@@ -1,4 +1,4 @@
-"""Every named query, against figures that are reckoned in another way."""
+"""Every named query, compared with figures that are computed in another way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.reports.made import Made, write_run
 
 @pytest.fixture(scope="module")
 def connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DuckDBPyConnection]:
-    """Of one run that has failures, stragglers and retries, and a small second one."""
+    """Open one run with failures, stragglers, and retries, and a small second run."""
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "a", Made(job="a", tasks=400, failing=0.2, seed=3))
     write_run(folder / "b", Made(job="b", tasks=16, submitted_s=1_770_000_000.0))

@@ -1,4 +1,4 @@
-"""Whatever befalls a grid, its data says what its ledger says: random worlds full of faults."""
+"""Random worlds with many faults, in which the report data always agrees with the ledger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The schema stays compatible, and its page says what it says."""
+"""The schema of the report data, which stays compatible and matches its page."""
 
 from __future__ import annotations
 

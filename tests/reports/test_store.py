@@ -1,4 +1,4 @@
-"""Folders of Parquet as views, and what a query may not do."""
+"""Folders of Parquet files as views, and the restrictions on queries."""
 
 from __future__ import annotations
 

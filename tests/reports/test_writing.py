@@ -1,4 +1,5 @@
-"""A job's data, written from the bucket of a simulated grid, against ledger, bill and fleet."""
+"""The data of a job, written from the bucket of a simulated grid, and compared with the ledger, the bill, and the
+fleet."""
 
 from __future__ import annotations
 
@@ -43,14 +44,15 @@ def patience(world: World) -> Patience:
 
 
 async def accounted(world: World, name: str = "job") -> None:
-    """Wait until what the job has used is in the bucket."""
+    """Wait until the usage of the job is in the bucket."""
     async with asyncio.timeout(300):
         while not await world.objects.head(object_keys.used(JobId(name))):
             await asyncio.sleep(1.0)
 
 
 def moody(scene: Scene) -> Play:
-    """In stage a every fifth task fails once; in b one for good. Others take 1 to 3 s."""
+    """Return the behavior of a task: in stage a, every fifth task fails once, and in stage b, one task fails
+    permanently. The other tasks take 1 s to 3 s."""
     run_s = 1.0 + scene.task % 3
     first, name = scene.bundle.attempt == 1, scene.stage.name
     if name == A and scene.task % 5 == 0 and first:
@@ -84,7 +86,7 @@ def test_a_job_with_retries_failures_and_a_gather(tmp_path: Path) -> None:
         for table in TABLES:
             assert one(ask, f"SELECT count(*) FROM {table.name}") == index.rows[table.name]
 
-        # Attempts, and what failures are known by.
+        # The next checks are about attempts and fingerprints.
         assert one(ask, "SELECT count(*) FROM attempts WHERE stage = 'a' AND state = 'FAILED'") == 8
         prints = ask(
             "SELECT stage, fingerprint, count(*) AS n FROM attempts WHERE state = 'FAILED' GROUP BY ALL ORDER BY ALL"
@@ -100,7 +102,8 @@ def test_a_job_with_retries_failures_and_a_gather(tmp_path: Path) -> None:
         assert (again["attempts"], again["run_s"], again["failed_run_s"]) == (2, 3.0, 1.5)
         assert again["ready_s"] < again["started_s"]
 
-        # Time: nothing starts before it is ready, ends before it starts, or outside of the job.
+        # The times are consistent: no task starts before it is ready, ends before its start, or runs outside of the
+        # job's time.
         assert not ask("SELECT * FROM bundles WHERE wait_s < 0 OR started_s < ready_s - 1e-6")
         assert not ask(
             "SELECT t.* FROM tasks t JOIN jobs j USING (job) WHERE t.started_s < "
@@ -113,12 +116,12 @@ def test_a_job_with_retries_failures_and_a_gather(tmp_path: Path) -> None:
             "AND r.first_task BETWEEN f.first_task AND f.last_task WHERE r.stage = 'a'",
         )
         assert backoff == pytest.approx(1.0)
-        # Bundles of one worker's slots do not overlap: their slot time is no more than there was.
+        # The bundles of a worker's slots do not overlap, so their slot time is at most the available time.
         (use,) = ask("SELECT sum(took_s * slots) AS busy, max(ended_s) - min(started_s) AS span FROM bundles")
         assert use["busy"] <= use["span"] * 3 * 2 + 1e-6
         assert one(ask, "SELECT tags FROM jobs") == '{"team": "shop"}'
 
-        # The fleet as it was seen.
+        # The next checks are about the sampled fleet.
         assert one(ask, "SELECT count(*) FROM workers WHERE instance IS NULL") == 0
         known = {row["instance"] for row in ask("SELECT instance FROM instances")}
         assert {row["instance"] for row in ask("SELECT instance FROM workers")} <= known
@@ -154,7 +157,7 @@ def test_repeated_write_gives_the_same_files(tmp_path: Path) -> None:
 
 
 def test_a_retry_and_a_gather_that_is_planned_anew(tmp_path: Path) -> None:
-    """The second round mends what failed, and the gather's first plan counts no more."""
+    """The second round repairs the failures, and the gather's first plan does not count any more."""
 
     def script(scene: Scene) -> Play:
         if scene.stage.name == A and scene.task == 3 and scene.bundle.round == 0:
@@ -182,7 +185,7 @@ def test_a_retry_and_a_gather_that_is_planned_anew(tmp_path: Path) -> None:
         told.check_against_ledger(ask, after)
         assert one(ask, "SELECT attempts FROM tasks WHERE stage = 'a' AND task = 3") == 2
         assert one(ask, "SELECT took_s < ended_s - submitted_s FROM jobs")
-        # What was recorded of the first round is still there.
+        # The records of the first round still exist.
         assert one(ask, "SELECT min(f.at_s) < max(b.ended_s) FROM fleet f, bundles b WHERE b.round = 0")
 
 
@@ -227,7 +230,7 @@ def test_on_demand_while_the_job_runs(tmp_path: Path) -> None:
 
 
 def test_stop_after_the_end_is_ignored(tmp_path: Path) -> None:
-    """A manager that was ended in that moment wrote the report once more, and stayed for ever."""
+    """Before, a manager that was stopped at that moment wrote the report again and did not end."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=6)
@@ -242,7 +245,7 @@ def test_stop_after_the_end_is_ignored(tmp_path: Path) -> None:
 
 
 def test_recorded_data_survives_the_manager(tmp_path: Path) -> None:
-    """At most the last minute is lost with it."""
+    """At most the last minute is lost with the manager."""
 
     async def act(world: World) -> Any:
         made = job(stage(A), items=40)
@@ -262,7 +265,7 @@ def test_recorded_data_survives_the_manager(tmp_path: Path) -> None:
         assert one(ask, before) > 30
         assert one(ask, f"SELECT count(*) FROM scaling WHERE at_s < {killed_s}") > 0
         assert one(ask, f"SELECT min(in_service_s) < {killed_s} FROM instances")
-        # Nothing stands for time that nobody looked at, and nothing comes twice.
+        # No samples exist for time without a manager, and no sample is duplicated.
         assert one(ask, "SELECT count(*) = count(DISTINCT at_s) FROM fleet")
         gap = one(
             ask, "SELECT max(at_s - before) FROM (SELECT at_s, lag(at_s) OVER (ORDER BY at_s) AS before FROM fleet)"
@@ -271,7 +274,7 @@ def test_recorded_data_survives_the_manager(tmp_path: Path) -> None:
 
 
 class Inside:
-    """A reporter that writes a world's jobs into its own bucket."""
+    """A reporter that writes the jobs of a world into the world's own bucket."""
 
     def __init__(self) -> None:
         self.writer: Writer | None = None
@@ -301,7 +304,7 @@ def test_the_manager_writes_it_at_the_end_of_a_job(tmp_path: Path) -> None:
 
 
 def test_duplicates_are_counted(tmp_path: Path) -> None:
-    """Two copies of a bundle that is done: one is known for a copy, one runs again for nothing."""
+    """A finished bundle has two copies. One copy is recognized, and the other one runs again in vain."""
 
     async def act(world: World) -> None:
         made = job(stage(A, bundle=1), items=30)
@@ -323,15 +326,15 @@ def test_duplicates_are_counted(tmp_path: Path) -> None:
     with answers(tmp_path) as ask:
         twice = {row["kind"]: row for row in ask("SELECT * FROM duplicates")}
         assert twice["message"]["seen"] == twice["execution"]["seen"] == 1
-        assert twice["event"]["seen"] == 2  # both were told of again
+        assert twice["event"]["seen"] == 2  # both copies were reported again
         assert twice["execution"]["wasted_slot_s"] == pytest.approx(40.0, abs=1.0)
         assert all(row["seen"] == row["harmless"] for row in twice.values())
         assert one(ask, "SELECT sum(run_s) FROM attempts") == 30 * 40.0
 
 
 def test_grid_without_accounting_or_sampling_has_tables(tmp_path: Path) -> None:
-    """What outcomes say is there all the same, and the bill is derived, as `cost bill` derives;
-    whatever an error's text holds."""
+    """The tables then contain the data of the outcomes and the derived bill of `cost bill`, for any text in an
+    error."""
     odd = 'a \0 row\'s "price" \\u0000 \N{SNOWMAN}\n' + 600 * "x"
 
     def script(scene: Scene) -> Play:
@@ -368,14 +371,14 @@ def test_bucket_has_complete_tables_and_detects_stale_ones(tmp_path: Path) -> No
         await submitted(world, made)
         await asyncio.sleep(1.0)
         await writer.write(made.id)
-        assert await index_of(world.objects, patient, made.id) is None  # it still runs
+        assert await index_of(world.objects, patient, made.id) is None  # the job still runs
         assert (await ended(world, made)).state is JobState.FAILED
         await writer.write(made.id)
         index = await index_of(world.objects, patient, made.id)
         assert index
         await fetch(world.objects, patient, made.id, index, tmp_path)
         await world.ask(lambda m: m.job_commands.retry(made.id), "retry")
-        assert await index_of(world.objects, patient, made.id) is None  # it runs again
+        assert await index_of(world.objects, patient, made.id) is None  # the job runs again
 
     def script(scene: Scene) -> Play:
         failing = scene.task == 2 and scene.bundle.round == 0

@@ -1,4 +1,4 @@
-"""A grid in containers, as far as that can be told without Docker."""
+"""A grid in containers, tested without Docker."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_every_pool_has_a_launch_template(tmp_path: Path) -> None:
 
 
 def test_how_a_grid_is_observed_is_passed_on(tmp_path: Path) -> None:
-    """To the manager by Compose, and to instances by their launch templates."""
+    """Compose passes the settings to the manager, and launch templates pass them to instances."""
     compose = yaml.safe_load((installation.folder("compose") / "compose.yaml").read_text())
     services = compose["services"]
     assert tuple(services["asg"]["environment"]) == descriptor.INHERITED
@@ -149,7 +149,7 @@ def test_mistake_in_notify_toml_is_reported_before_the_start(tmp_path: Path, mon
 
 
 def test_uploads_are_not_kept_in_the_managers_memory() -> None:
-    """Its /tmp is memory, of which a container has less than one upload may bring."""
+    """The manager's /tmp is in memory, and its container has less memory than one upload may need."""
     compose = yaml.safe_load((installation.folder("compose") / "compose.yaml").read_text())
     manager = compose["services"]["manager"]
     assert manager["environment"]["TMPDIR"] in manager["volumes"]
@@ -243,7 +243,7 @@ def test_failed_service_is_not_reported_as_a_missing_image() -> None:
 
 
 class Brought:
-    """In place of Compose: what was asked of it."""
+    """A replacement of Compose that records its calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done: list[tuple[str, Deployment]] = []
@@ -269,7 +269,7 @@ class Brought:
         self.backend = factory.load("localstack")
 
     def up(self, home: Home, *pools: Pool) -> None:
-        """There is no manager, so it is told that it ended, unless something else went wrong."""
+        """Start the grid without a manager, so that the start fails with the end of the manager or another error."""
         with pytest.raises(BackendError):
             container_grid.up(home, self.backend, pools, print)
 
@@ -325,7 +325,7 @@ def test_containers_without_a_manager_are_taken_down_too(tmp_path: Path, monkeyp
 def test_command_does_not_wait_for_a_service_that_keeps_exiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = iter(range(7, 100))  # it has a past
+    seen = iter(range(7, 100))  # the counter does not begin at 0
 
     def inspected(_: Project) -> dict[str, Any]:
         state = {"Status": "running", "Health": {"Status": "starting"}}
@@ -353,7 +353,7 @@ def test_root_does_not_change_the_owner_of_a_foreign_folder(tmp_path: Path, monk
 def test_a_program_takes_down_containers_only_if_it_brought_them_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stood: bool
 ) -> None:
-    """A grid may stand although its manager does not answer just now."""
+    """A grid may be running although its manager does not answer now."""
     stopped: list[Home] = []
     record = ManagerRecord("http://10.213.70.13:8080", 7, "manager", "localstack")
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -369,7 +369,7 @@ def test_a_program_takes_down_containers_only_if_it_brought_them_up(
     home.write_place("localstack", PLACE)
     if stood:
         start(home)
-        monkeypatch.setattr(compose_deployment, "_CREATED_HERE", set())  # another process made it
+        monkeypatch.setattr(compose_deployment, "_CREATED_HERE", set())  # another process created it
     monkeypatch.setattr(Home, "record", lambda _: None)
     link = Link(factory.load("localstack"), home, ())
     assert link.ours is not stood
@@ -381,7 +381,7 @@ def test_a_program_takes_down_containers_only_if_it_brought_them_up(
 def test_a_program_waits_for_a_manager_that_docker_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a grid that was up before, and so is none of the program's to bring up."""
+    """The grid was running before, so the program must not start it."""
     record = ManagerRecord("http://10.213.70.13:8080", 7, "manager", "localstack")
     home, here = Home(tmp_path), f"{sys.version_info.major}.{sys.version_info.minor}"
     compose_deployment.write(home, replace(AT, python=here))

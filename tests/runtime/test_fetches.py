@@ -1,4 +1,4 @@
-"""What has been fetched to a home, remembered line by line."""
+"""The record of downloaded results in a home, one line per download."""
 
 from __future__ import annotations
 

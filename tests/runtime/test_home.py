@@ -1,4 +1,4 @@
-"""Who is at home: the record of a manager, and the lock that vouches for it."""
+"""The record of a manager in a home, and the lock that proves that the record is current."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_record_counts_while_its_manager_holds_the_lock(tmp_path: Path) -> Non
 
 
 def test_the_next_managers_lock_does_not_vouch_for_the_record_before_it(tmp_path: Path) -> None:
-    """A command that ends the grid while it starts must not signal a process long gone."""
+    """A command that ends the grid during a manager's start must not signal a process that ended long ago."""
     home = Home(tmp_path / "h")
     home.make()
     home.write_record(a_record(os.getpid() + 1))
@@ -43,7 +43,7 @@ def test_a_second_manager_is_refused(tmp_path: Path) -> None:
 
 
 def test_readers_do_not_block_the_start_of_a_manager(tmp_path: Path) -> None:
-    """Whoever starts a manager looks for it all the time, and each look takes the lock."""
+    """A starting command looks for the manager all the time, and each look takes the lock."""
     home = Home(tmp_path / "h")
     with home.locked():
         home.write_record(a_record(os.getpid()))

@@ -1,4 +1,4 @@
-"""Managers as the process that has started them sees them."""
+"""Managers, as the process that started them sees them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a home says of its manager in place of what the backend says."""
+"""Manager settings in a home, which override those of the backend."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_invalid_setting_is_a_clear_error(tmp_path: Path, text: str, told: str) 
 
 
 def test_a_control_lease_shorter_than_the_workers_is_refused(tmp_path: Path) -> None:
-    """I. Trust: 31 tasks started after an acknowledged cancellation."""
+    """The workers' control lease is the lower limit. Before, 31 tasks started after an acknowledged cancellation."""
     backend = factory.load("local")
     home = _home(tmp_path, "[manager]\ncontrol_lease_s = 0.2\n")
     with pytest.raises(UsageError, match="shorter than the lease of the workers"):

@@ -1,4 +1,4 @@
-"""Drawn arrivals have the rates they declare, hour by hour, and the burstiness of their kind."""
+"""Drawn arrivals, which have the declared rate of each hour and the burstiness of their kind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def times(source: Source, seed: int = 1) -> list[float]:
 
 
 def near(count: float, expected: float) -> bool:
-    """Within four standard deviations of a Poisson count."""
+    """Return whether a count is within four standard deviations of a Poisson count."""
     return abs(count - expected) <= 4 * sqrt(expected) + 1e-9
 
 
@@ -80,16 +80,16 @@ def test_poisson_has_its_rate_and_no_memory() -> None:
     assert cv2(gaps(found)) == pytest.approx(1.0, abs=0.05)
     busy = by_hour(found)
     counts = [busy[hour] for hour in range(400)]
-    # The variance of a Poisson count is its mean; that of 400 counts is known to 7 %.
+    # The variance of a Poisson count is its mean. The variance of 400 counts is known to 7%.
     assert cv2(counts) * 100 == pytest.approx(1.0, abs=0.28)
 
 
 def test_on_and_off_is_burstier_than_poisson_at_the_same_mean() -> None:
     source = OnOff(template="j", per_hour=100, on_s=900, off_s=2700, until_s=4000 * HOUR_S)
     found = times(source)
-    # Each hour has about one period of either kind: the share on is known to some 3 %.
+    # Each hour has about one period of either kind, so the share of busy time is known to about 3%.
     assert len(found) / 4000 == pytest.approx(25, rel=0.08)
-    # An interrupted Poisson process (Kuczura 1973): 1 + 2·rate·r_on/(r_on + r_off)², in hours.
+    # The formula is for an interrupted Poisson process (Kuczura 1973): 1 + 2·rate·r_on/(r_on + r_off)², in hours.
     assert cv2(gaps(found)) == pytest.approx(1 + 2 * 100 * 4 / (4 + 4 / 3) ** 2, rel=0.12)
 
 
@@ -135,7 +135,7 @@ def test_a_profile_may_begin_within_an_hour() -> None:
 
 
 def test_month_end_is_the_last_working_days() -> None:
-    """January 2026 ends on a Saturday: its last working days are Friday 30th, 29th and 28th."""
+    """January 2026 ends on a Saturday, so its last working days are Friday 30, 29, and 28."""
     source = MonthEnd(
         template="j",
         per_hour=100,
@@ -151,7 +151,7 @@ def test_month_end_is_the_last_working_days() -> None:
 
 
 def test_month_end_arrivals_respect_holidays_and_hours() -> None:
-    """Thursday 31 December is the last working day; the first one after is Monday 4 January."""
+    """Thursday 31 December is the last working day, and the next one is Monday 4 January."""
     office = tuple(1.0 if 8 <= hour < 18 else 0.0 for hour in range(24))
     source = MonthEnd(
         template="j",

@@ -21,8 +21,8 @@ BOOT_S, BUNDLE_S, SUBMIT_S, END_S, STRETCH = 42.0, 0.25, 1.5, 0.75, 1.2
 
 
 def a_run(seed: int, *, stretch: float = STRETCH) -> Record:
-    """Jobs one after another on instances that are there, with a little noise and one outlier of
-    each kind."""
+    """Return a record of jobs one after another on existing instances, with a little noise and one outlier of each
+    kind."""
     chance = random.Random(seed)
 
     def about(value: float) -> float:
@@ -39,7 +39,7 @@ def a_run(seed: int, *, stretch: float = STRETCH) -> Record:
     instances = [an_instance(i, ready_s=boot_s, ended_s=None) for i, boot_s in enumerate(boots)]
     lost = an_instance(99, ready_s=None, ended_s=5.0)
     there = [an_instance(100 + i, ready_s=0.0, ended_s=None) for i in range(20)]
-    # One task in ten is ten times as slow, and so is one bundle: a mean is off by half.
+    # One task and one bundle in ten is ten times as slow, so a mean would be wrong by half.
     ratios = sorted(about(stretch) * (10 if i % 10 == 0 else 1) for i in range(120))
     over_s = sorted(about(BUNDLE_S) * (10 if i % 10 == 0 else 1) for i in range(40))
     run_s = 2.0 * sum(ratios)
@@ -67,7 +67,7 @@ def test_parameters_are_recovered_despite_outliers() -> None:
     found = calibration.calibrate([a_run(seed) for seed in range(5)])
     made = found.calibration
     assert made.boot_s == {"default": pytest.approx(BOOT_S, rel=0.03)}
-    # What a bundle takes of a core that is shared comes on top of what it takes beside.
+    # The time of a bundle on a shared core is added to its other time.
     usual = factory.load("local").usual
     assert made.bundle_s == pytest.approx(BUNDLE_S - usual.bundle_cpu_s, rel=0.05)
     assert made.submit_s == pytest.approx(SUBMIT_S, rel=0.03)
@@ -90,10 +90,10 @@ def test_waits_for_slots_or_boots_are_not_overhead() -> None:
     first, second = a_job(0), a_job(1, submitted_s=30.0, started_s=70.0, ended_s=80.0)
     record = a_record(first, second, instances=tuple(an_instance(i) for i in range(3)))
     submit = by_name(calibration.calibrate([record] * 3))["submit"]
-    # The first came before any instance was there, the second before the first had ended.
+    # The first job arrived before an instance existed, and the second one before the end of the first one.
     assert (submit.value, submit.observations) == (None, 0)
     assert "0 jobs that arrived while no other job was active" in submit.why
-    # One that comes when the last instance has gone waits for a boot.
+    # A job that arrives after the end of the last instance waits for a boot.
     late = a_job(2, submitted_s=90.0, started_s=150.0, ended_s=160.0)
     record = a_record(late, instances=tuple(an_instance(i) for i in range(3)))
     assert by_name(calibration.calibrate([record] * 3))["submit"].observations == 0
@@ -211,7 +211,8 @@ def test_unmeasured_values_keep_the_backends_default() -> None:
     made = calibration.calibrate([told]).calibration
     assert (made.manager_s, made.other_boot_s) == (usual.manager_s, usual.other_boot_s)
     assert made.call_s == usual.call_s
-    # Bundles share the machine's cores, measured or not; and take no less than nothing beside.
+    # Bundles share the cores of the machine, with or without measurements. The remaining time of a bundle is at least
+    # zero.
     assert (made.bundle_cpu_s, made.cores) == (usual.bundle_cpu_s, usual.cores)
     assert usual.bundle_cpu_s > 0
     quick = tuple(replace(stage, over_s=(0.001,) * 40) for stage in told.stages)

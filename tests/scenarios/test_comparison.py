@@ -1,4 +1,4 @@
-"""Forecast against fact, on records whose difference is plain."""
+"""Forecasts compared with facts, on records with a simple difference."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_an_error_is_forecast_minus_fact_absolute_and_relative() -> None:
     assert found.of("max_wait").absolute == 3.0
     assert found.of("p50_wait").absolute == 2.0
     assert found.of("p95_turnaround", "other").absolute == 0.0
-    # Nothing failed in either: that is no error, and not an unknown one.
+    # Neither run has failures, so the error is zero and not unknown.
     assert (found.of("failed_tasks").absolute, found.of("failed_tasks").relative) == (0.0, 0.0)
     with pytest.raises(KeyError):
         found.of("makespan", "nobody")
@@ -51,7 +51,7 @@ def test_missing_measure_has_no_error() -> None:
     assert found.of("makespan").fact is None
     assert found.of("makespan").absolute is None
     assert found.of("cost").relative is None
-    # Against a fact of 0 an error has no share.
+    # An error relative to a fact of 0 is undefined.
     failed = compare(a_record(a_job(0, failed=3)), a_record(a_job(0)))
     assert (failed.of("failed_tasks").absolute, failed.of("failed_tasks").relative) == (3.0, None)
 
@@ -60,7 +60,7 @@ def test_curves_are_compared_over_time() -> None:
     queue, backlog, fleet = compare(FORECAST, FACT).curves
     assert queue.mean_error == 0
     assert backlog.relative == 0
-    # One instance too few for half of the time, and two for the last tenth.
+    # One instance is missing for half of the time, and two for the last tenth.
     assert fleet.mean_error == pytest.approx(0.5 * 1 + 0.1 * 2)
     assert fleet.mean_fact == pytest.approx(0.5 * 4 + 0.5 * 2)
     assert sample_curve([(1.0, 5.0), (3.0, 1.0)], 4.0, 4) == [0, 5, 5, 1]

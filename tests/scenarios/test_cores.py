@@ -1,4 +1,4 @@
-"""What bundles cost where all processes of a grid share the cores of one machine."""
+"""The cost of bundles if all processes of a grid share the cores of one machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_task_that_computes_takes_its_share_until_it_is_over() -> None:
     cores = SharedCores(1, 0.5)
     for _ in range(4):
         cores.begin(0.0, "a", computes=True)
-    # Of six processes that want a core two are the manager and a worker.
+    # Two of six processes that need a core are the manager and a worker.
     assert cores.begin(100.0, "a", computes=False) == pytest.approx(0.5 * (1 + 4 / 2))
     for _ in range(4):
         cores.end("a", computes=True)
@@ -43,7 +43,7 @@ def test_without_cores_nothing_is_shared() -> None:
 
 
 def many(kind: WorkKind = WorkKind.SLEEP) -> Scenario:
-    """What would take a tenth of a second on forty slots."""
+    """Return a scenario whose work would take a tenth of a second on forty slots."""
     stage = StageTemplate("work", Constant(0.1), kind=kind, bundle=1)
     return claims(stage, jobs=1, tasks=400, pool=PoolPlan(Pool("default", 10, 10, 4)))
 

@@ -1,4 +1,4 @@
-"""The arrival curve: what arrives when, against what the fleet could do, and how it is drawn."""
+"""The demand curve: the arriving work over time, compared with the capacity of the fleet, and its drawing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_work_is_slot_seconds_by_pool_and_column(tmp_path: Path) -> None:
 def test_how_far_the_largest_fleet_falls_behind_is_that_of_a_fluid(tmp_path: Path) -> None:
     scenario = load(tmp_path, BURST)
     ask = expansion.build_curve(scenario, expand(scenario).jobs, most=7).asks[0]
-    # 12,000 slot seconds meet 20 slots, which do just that in their ten minutes.
+    # 12,000 slot seconds of work need 20 slots for exactly ten minutes.
     assert (ask.slots, ask.peak, ask.behind_s) == (20, 20.0, 0.0)
     small = load(tmp_path, BURST.replace("max: 5", "max: 2"))
     ask = expansion.build_curve(small, expand(small).jobs, most=7).asks[0]

@@ -1,4 +1,4 @@
-"""Distributions: right mean, spread and tail, scaled without change of shape, nonsense refused."""
+"""Distributions: mean, spread, and tail, scaling without a change of shape, and refused parameters."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sample(draw: Distribution) -> list[float]:
 @pytest.mark.parametrize("draw", DRAWS, ids=repr)
 def test_the_mean_is_that_of_what_is_drawn(draw: Distribution) -> None:
     drawn = sample(draw)
-    # Four standard errors, and what a float's sum may be off.
+    # The tolerance is four standard errors plus the rounding error of a sum.
     assert fmean(drawn) == pytest.approx(draw.mean, abs=4 * pstdev(drawn) / sqrt(SIZE) + 1e-9)
     assert min(drawn) >= 0
 
@@ -67,7 +67,7 @@ def test_scaled_is_the_same_times_a_factor(draw: Distribution, unit: float, fact
 @given(st.lists(st.floats(0, 1, exclude_max=True), min_size=2))
 def test_a_quantile_grows_with_its_unit(draw: Distribution, units: list[float]) -> None:
     drawn = [draw.at(unit) for unit in sorted(units)]
-    # A power of nearly equal units may round either way.
+    # A power of nearly equal units may round in either direction.
     assert all(b >= a * (1 - 1e-12) for a, b in pairwise(drawn))
 
 

@@ -1,4 +1,4 @@
-"""From a scenario to its jobs: the same for the same seed, sooner where it is compressed."""
+"""The expansion of a scenario to its jobs, which is equal for equal seeds and faster if compressed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sketch against arithmetic, and against the simulator that it saves."""
+"""The fast model, compared with arithmetic and with the simulator."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_available_instances_run_the_tasks_in_rounds() -> None:
         found = sketched(claims(MINUTE, jobs=1, tasks=32, pool=fixed(size)))
         assert of(found, "makespan") == 60.0 * rounds
         assert (found.lost, of(found, "peak_fleet")) == (0, size)
-        # Each of them from the beginning to the end.
+        # Each instance is paid from the beginning to the end.
         assert len(found.instances) == size
         assert all(instance.launched_s == 0 and instance.ended_s is None for instance in found.instances)
 
@@ -72,7 +72,7 @@ def test_gather_waits_for_all_and_a_chain_continues_by_piece() -> None:
 
 @pytest.mark.parametrize("after", [("slow", "quick"), ("quick", "slow"), ("quick", "more")])
 def test_follow_up_of_several_stages_is_cut_as_one(after: tuple[str, str]) -> None:
-    """Long tasks beside short ones: each by itself would be cut into other pieces."""
+    """A stage of long tasks and a stage of short tasks would be cut differently on their own."""
     stages = (
         StageTemplate("slow", Constant(100.0)),
         StageTemplate("quick", Constant(1.0)),
@@ -92,7 +92,7 @@ def test_a_run_in_which_nothing_runs_or_boots_is_cut() -> None:
 
 
 def test_jobs_take_turns() -> None:
-    """The second one does not wait until the first one has ended, and both end late."""
+    """The second job does not wait for the end of the first one, and both end late."""
     found = sketched(claims(MINUTE, jobs=2, gap_s=0.0, tasks=16, pool=fixed(2)))
     ends = [job.ended_s for job in found.jobs]
     assert ends == [420.0, 480.0]
@@ -107,7 +107,7 @@ def test_a_spot_wave_takes_what_does_not_end_in_time() -> None:
     (hit,) = found.faults
     assert (len(hit.targets), hit.impossible) == (4, "")
     assert sum(instance.ended_s == 40.0 for instance in found.instances) == 4
-    # Others boot for 30 s and do it all again.
+    # The other instances boot for 30 s and repeat all of the work.
     assert 130.0 <= of(found, "makespan") <= 140.0
     assert found.lost == 0
     (miss,) = sketched(replace(plan, faults=(wave,), pools=(fixed(4),))).faults
@@ -115,7 +115,7 @@ def test_a_spot_wave_takes_what_does_not_end_in_time() -> None:
 
 
 def test_defaults_of_the_backend_apply_without_a_calibration() -> None:
-    """Processes start at once, whatever the scenario says; and a wave takes any of them."""
+    """On this backend, processes start at once whatever the scenario says, and a Spot wave takes any of them."""
     wave = Fault(FaultName.SPOT_WAVE, 30.0, notice_s=10.0)
     plan = claims(MINUTE, jobs=1, tasks=8, faults=(wave,))
     found = FastModel("local")(plan, 1)
@@ -164,7 +164,7 @@ def test_short_tasks_are_pieces_and_a_long_one_is_its_own(monkeypatch: pytest.Mo
 
 
 def test_fast_model_is_near_the_simulator() -> None:
-    """Stages, boots, a fleet that comes and goes, and Spot that is taken."""
+    """The scenario has several stages, boots, a changing fleet, and a Spot wave."""
     wave = (Fault(FaultName.SPOT_WAVE, 200.0),)
     plan = claims(jobs=6, tasks=100, faults=wave)
     rough, exact = sketched(plan), simulate(plan, like=factory.load("aws"))
@@ -175,7 +175,8 @@ def test_fast_model_is_near_the_simulator() -> None:
 
 
 def test_candidates_of_the_fast_model_are_simulated() -> None:
-    """A sketch that is off by a fifth in time and money costs a round more, and not the answer."""
+    """An error of a fifth in the fast model's time and cost causes one more round of simulations, but not a wrong
+    answer."""
     exact, off = Grid(240, 30.0, noise=0.1), Grid(240, 24.0, noise=0.1)
     plain = Search(a_scenario(), Goal(660.0), exact)
     plain.search()

@@ -1,5 +1,4 @@
-"""Whatever a fault has broken in containers is whole again, wherever it is cancelled, and whichever
-call fails; and what stands after all is told."""
+"""Rollback of faults in containers, at every cancellation and every failed call. Damage that remains is reported."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy, "_answers", lambda *_: True)
 
 
-# --- The ledger of undos --------------------------------------------------------------------------
+# --- The list of undos ----------------------------------------------------------------------------
 
 
 def test_undo_runs_in_reverse_and_continues_after_an_error() -> None:
@@ -86,7 +85,7 @@ def test_a_cancellation_waits_for_the_call_that_breaks_and_for_its_undo() -> Non
 
 
 def test_closed_loop_undoes_its_faults_first() -> None:
-    """As a second Ctrl-C closes it: all tasks are cancelled, those that mend too."""
+    """A second Ctrl-C closes the loop: it cancels all tasks, including those that undo faults."""
     said: list[str] = []
 
     async def slow() -> None:
@@ -102,7 +101,7 @@ def test_closed_loop_undoes_its_faults_first() -> None:
         doing = asyncio.create_task(broken())
         await asyncio.sleep(0.01)
         doing.cancel()
-        await asyncio.sleep(0.001)  # it is mending now
+        await asyncio.sleep(0.001)  # the undo is running now
         raise SystemExit(130)
 
     with pytest.raises(SystemExit):
@@ -110,7 +109,7 @@ def test_closed_loop_undoes_its_faults_first() -> None:
     assert said == ["mended"]
 
 
-# --- Every harm, cancelled at every wait ----------------------------------------------------------
+# --- Every fault, canceled at every wait ----------------------------------------------------------
 
 
 def harm_of(name: FaultName) -> Callable[[DockerWorld], Coroutine[Any, Any, FaultResult]]:
@@ -132,7 +131,7 @@ IN_CONTAINERS = [FaultName.PAUSE, FaultName.PARTITION, FaultName.S3_ERRORS, Faul
 
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LocalStack's address, as its home has it."""
+    """Store the address of LocalStack in the home."""
     found = Place(f"http://{AT.subnet}.10:4566", "bucket", named=False)
     monkeypatch.setattr(factory.Backend, "place", lambda *_: found)
 
@@ -202,7 +201,7 @@ def test_unexpected_error_is_reported_as_such(tmp_path: Path) -> None:
 
 
 def test_fault_on_the_same_target_waits_for_the_undo(tmp_path: Path) -> None:
-    """However long that takes longer than the fault."""
+    """The undo may take longer than the fault."""
     said: list[str] = []
 
     async def breaks(fault: Fault) -> FaultResult:
@@ -232,7 +231,7 @@ def test_fault_on_the_same_target_waits_for_the_undo(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [FaultName.KILL, FaultName.PAUSE])
 def test_nothing_is_broken_once_all_is_to_be_undone(tmp_path: Path, name: FaultName) -> None:
-    """Also where the fault had come before, and was only about to begin."""
+    """A fault that was about to begin must not begin either."""
 
     async def go() -> InjectedFault:
         world = DockerWorld(tmp_path)

@@ -1,4 +1,4 @@
-"""Every fault has an answer on every backend, and the docs and the command line give the same."""
+"""The table of faults, which covers every backend and is equal in the docs and on the command line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_impossible_fault_is_a_part_of_a_sentence() -> None:
 
 
 def rendered() -> str:
-    """The table as the docs have it."""
+    """Return the table as it is in the docs."""
     head = "| fault | backend | how it is injected | or why it is impossible |"
     lines = [head, "|---|---|---|---|"]
     for fault, backend, cell in rows():
@@ -115,7 +115,7 @@ def test_the_command_prints_it() -> None:
     assert "There are local, ministack, localstack, aws" in said
 
 
-# --- Whom a fault hits ---------------------------------------------------------------------------
+# --- Targets of a fault --------------------------------------------------------------------------
 
 
 def instance(name: str, state: str, launched_s: float) -> InstanceView:

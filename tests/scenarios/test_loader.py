@@ -1,4 +1,4 @@
-"""What a scenario file means: each key becomes the value that the forecast and the replay read."""
+"""The keys of a scenario file, and the values that the forecast and the replay read from them."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_twelve_scenarios_are_shipped_and_each_stands_alone() -> None:
 
 
 def _models(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """All models that a file's model is made of, by name."""
+    """Return all models of a scenario file by name."""
     found: dict[str, type[BaseModel]] = {}
 
     def walk(annotation: Any) -> None:
@@ -250,7 +250,7 @@ def test_every_key_is_described_with_an_example_that_is_accepted() -> None:
             assert field.description.endswith("."), (name, key)
             assert field.examples, (name, key)
             if model is schema_distributions.TaskTimes or name.endswith(("Money", "Shares")):
-                continue  # the same field with another unit
+                continue  # the field is the same with another unit
             model.model_validate({**needed, key: field.examples[0]})
 
 

@@ -1,4 +1,4 @@
-"""Whatever is done to a scenario file, it loads, or is refused with file and line."""
+"""Damaged scenario files, which are loaded or are refused with the file and the line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every mistake in a scenario is told at once, with its line and what to write instead."""
+"""Mistakes in a scenario, all of which are reported at once, with the line and the correction of each mistake."""
 
 from __future__ import annotations
 

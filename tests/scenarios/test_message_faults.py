@@ -1,4 +1,4 @@
-"""Messages twice and late, in a queue that nobody else takes from."""
+"""Duplicate and late messages, in a queue without other receivers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Pools(Client):
 
 
 class Place:
-    """A queue of the backend `local` with messages in it."""
+    """A queue of the backend `local` that contains messages."""
 
     def __init__(self, folder: Path) -> None:
         self.scene = TargetGrid(factory.load("local"), Home(folder), Pools())
@@ -47,7 +47,7 @@ class Place:
             await self.queue.send(QUEUE, [Outgoing(str(number))])
 
     async def take(self) -> list[Message]:
-        """All that is visible now."""
+        """Receive all visible messages."""
         found: list[Message] = []
         while batch := await self.queue.receive(QUEUE, wait_s=0):
             found += batch

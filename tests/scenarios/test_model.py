@@ -1,4 +1,4 @@
-"""What the values of scenarios and of their runs say by themselves."""
+"""Properties of the values of scenarios and of their runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_record_of_another_version_is_refused(tmp_path: Path) -> None:
     record.write(replace(a_record(), version=record.VERSION + 1), file)
     with pytest.raises(UsageError, match=f"of version {record.VERSION + 1}; .* reads version"):
         record.read(file)
-    # Also where a later version has other fields.
+    # A later version may have other fields.
     file.write_text('{"version": 9, "runs": []}')
     with pytest.raises(UsageError, match="of version 9"):
         record.read(file)

@@ -1,4 +1,4 @@
-"""What a plan's answer rests on, and that what it says to paste is a scenario."""
+"""The answer of a plan, its basis, and the scenario text that it suggests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.scenarios.replay import stage
 
 
 def a_run(**failed: int) -> Record:
-    """So many jobs of each template, all failed, and one that has not."""
+    """Return a record with the given number of failed jobs per template and one job that succeeded."""
     names = [name for name, count in failed.items() for _ in range(count)]
     jobs = [a_job(n, template=name, state="FAILED") for n, name in enumerate(names)]
     return a_record(*jobs, a_job(99), usd=1.0)
@@ -40,7 +40,7 @@ def a_run(**failed: int) -> Record:
     [
         ((), {}, {"odd": 1}),
         ((Expectation("failed_jobs", most=2.0),), {"odd": 2}, {"odd": 2, "claims": 1}),
-        # Ten of the one may fail, and none of the other.
+        # Ten jobs of the first template may fail, and none of the second one.
         ((Expectation("failed_jobs", most=10.0, template="odd"),), {"odd": 10}, {"claims": 1}),
         (
             (Expectation("failed_jobs", most=9.0), Expectation("failed_jobs", most=1.0, template="odd")),
@@ -65,7 +65,7 @@ def a_room(useful: int) -> SizeLimits:
 
 
 def test_existing_capacity_is_not_prewarmed() -> None:
-    """`check` refuses that: it would change nothing."""
+    """`check` refuses a prewarming that would not change anything."""
     warm = (Prewarm("default", 3, 60.0, 160.0),)
     for least, step in product((0, 1, 2, 3, 5), (0.5, 0.12)):
         best = Candidate((PoolConfig("default", least, 6),), 300.0, warm if least < 3 else ())
@@ -91,7 +91,7 @@ def test_a_wave_that_has_no_spot_instance_to_take_is_to_be_deleted() -> None:
     assert on_spot.idle_waves == ()
     assert "Delete" not in scenario_plan.text(on_spot)
     assert a_plan(a_scenario(faults=(other,)), PoolConfig("default", 0, 2)).idle_waves == ()
-    # One that is of a pool finds nothing in another.
+    # A wave in one pool does not affect another pool.
     of_one = a_scenario(faults=(replace(wave, pool="default"), replace(wave, pool="big")))
     fleets = (PoolConfig("default", 0, 2), PoolConfig("big", 0, 2, 1.0))
     assert [idle_wave.pool for idle_wave in a_plan(of_one, *fleets).idle_waves] == ["default"]

@@ -1,4 +1,4 @@
-"""What the planner is sure of, and what it hands on: a scenario's fleet and policy, and words."""
+"""The certainty of the planner, and its output: a scenario's fleet and policy, and a text."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from batchlab.scenarios.record import PoolSample, Record, Sample
 from tests.support.scenarios.plan_models import BOOK, WAVE, Grid, a_plan, a_scenario, the_fleet
 from tests.support.scenarios.records import a_job, a_record, an_instance
 
-# --- What it is sure of --------------------------------------------------------------------------
+# --- Certainty -----------------------------------------------------------------------------------
 
 
 class Lucky(Grid):
-    """Tasks take half as long in the seeds that a search sees."""
+    """A grid whose tasks take half as long in the seeds that a search sees."""
 
     def __call__(self, scenario: Scenario, seed: int) -> Record:
         grid = replace(self, task_s=self.task_s / 2) if seed < 10 else self
@@ -38,7 +38,7 @@ class Lucky(Grid):
 
 def test_luck_in_the_seeds_of_the_search_is_not_taken_for_confidence() -> None:
     found = a_plan(Lucky(240, 30.0, spot_off=0.0), Goal(660.0))
-    # What does with half the work is late in every other seed, so the search goes on.
+    # A fleet for half of the work is late in every other seed, so the search continues.
     assert found.holds
     assert found.failed >= 1
     assert found.met.met == found.met.of == 20
@@ -48,7 +48,7 @@ def test_luck_in_the_seeds_of_the_search_is_not_taken_for_confidence() -> None:
 
 
 class Failing(Grid):
-    """Jobs fail on Spot, early and for next to nothing; with `always` wherever they run."""
+    """A grid whose jobs on Spot fail early and cost almost nothing. With `always`, all jobs fail."""
 
     always: bool = False
     how: str = "fails"
@@ -76,7 +76,7 @@ def test_cheap_fleet_with_failing_jobs_is_excluded(how: str, capsys: pytest.Capt
     told = capsys.readouterr().out
     assert "No tested fleet does all of the work" in told
     assert ("3 tasks are not done" if how == "loses" else "up to 1 job fail") in told
-    # A scenario in which jobs are to fail is another matter.
+    # A scenario that expects failed jobs is a different case.
     expected = a_scenario(expect=(Expectation("failed_jobs", most=1.0),))
     if how == "fails":
         assert a_plan(grid, Goal(660.0), expected).holds
@@ -93,7 +93,7 @@ def told_of(outcomes: list[TrialResult], goal: Goal) -> tuple[Plan, str]:
 
 
 def test_deadline_and_budget_apply_to_the_same_run() -> None:
-    """Nineteen of twenty are in time and nineteen within the budget, but not the same ones."""
+    """Nineteen of twenty runs are in time and nineteen are within the budget, but not the same ones."""
     runs = [an_outcome(seed, 50.0, 1.0) for seed in range(10, 28)]
     runs += [an_outcome(28, 150.0, 1.0), an_outcome(29, 50.0, 3.0)]
     plan, told = told_of(runs, Goal(100.0, 2.0))
@@ -101,7 +101,7 @@ def test_deadline_and_budget_apply_to_the_same_run() -> None:
     assert not plan.holds
     assert "No fleet was found that is in time for 2.00 USD in 95% of all seeds" in told
     assert "is both in 18 of 20 seeds, and costs 1.10 USD on average and 3.00 USD at most" in told
-    # Of the mean alone one would have said that it costs more than it may.
+    # By the mean alone, the plan would exceed the budget.
     assert "for that budget" not in told
     plan, told = told_of([*runs[:-1], an_outcome(29, 50.0, 2.0)], Goal(100.0, 2.0))
     assert plan.holds
@@ -118,7 +118,7 @@ def test_wave_without_effect_is_reported() -> None:
 
 
 def test_wave_hits_at_the_busiest_time() -> None:
-    """Not while an hour passes in which nothing is due."""
+    """The wave must not come in an hour without due work."""
     grid = Grid(200, 30.0, due_s=3600.0)
     found = a_plan(grid, Goal(600.0))
     waves = {f.at_s for scenario, _ in grid.asked for f in scenario.faults}
@@ -139,24 +139,24 @@ def test_the_busiest_quarter_is_where_instances_have_work() -> None:
 
 
 def test_a_minimum_is_priced_as_what_it_is() -> None:
-    """Of three instances the two on Spot have gone; who stays until the deadline is the other."""
+    """The two Spot instances of three have ended, and the on-demand instance stays until the deadline."""
     spot = [an_instance(n, market="spot", ended_s=60.0) for n in (1, 2)]
     stays = an_instance(0, ended_s=None)
     made = a_record(a_job(), instances=(stays, *spot), pools={"default": (1, 3, 2)}, usd=9.0, instance_s=180.0)
     hour = BOOK.instance_usd_h("m7i.large").typical
     disk = BOOK.price("ebs", "gp3_usd_per_gb_month") * 50 / 730
-    # The run is over when its last instance has gone, at 60 s.
+    # The run ends with its last instance, at 60 s.
     assert trial_result(made, BOOK, 3660.0).usd == pytest.approx(9.0 + hour + disk)
     assert trial_result(made, BOOK, 30.0).usd == 9.0
     on_spot = replace(made, instances=(replace(stays, market="spot"), *spot))
     cheaper = BOOK.instance_usd_h("m7i.large", Market.SPOT).typical
     assert trial_result(on_spot, BOOK, 3660.0).usd == pytest.approx(9.0 + cheaper + disk)
-    # Whom a minimum lacks at the end is bought on demand.
+    # An instance that is missing from a minimum at the end is priced as on-demand.
     gone = replace(made, instances=tuple(spot))
     assert trial_result(gone, BOOK, 3660.0).usd == pytest.approx(9.0 + hour + disk)
 
 
-# --- What is put into a scenario -----------------------------------------------------------------
+# --- The written scenario ------------------------------------------------------------------------
 
 
 def test_a_candidate_changes_fleet_and_policy_and_nothing_else() -> None:

@@ -1,4 +1,4 @@
-"""The frontier, and how sure a share is."""
+"""The frontier of a plan, and the confidence interval of a share."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_no_point_is_beaten_and_every_other_one_is(points: list[Point]) -> None:
     [(20, 20, 0.8389, 1.0), (19, 20, 0.7639, 0.9911), (0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634)],
 )
 def test_the_interval_is_wilsons(met: int, of: int, low: float, high: float) -> None:
-    """As R's `binom::binom.wilson` and statsmodels' `proportion_confint` give it."""
+    """R's `binom::binom.wilson` and statsmodels' `proportion_confint` return the same interval."""
     found = SeedShare(met, of).interval
     assert found[0] == pytest.approx(low, abs=5e-5)
     assert found[1] == pytest.approx(high, abs=5e-5)

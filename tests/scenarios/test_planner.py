@@ -24,15 +24,15 @@ from batchlab.scenarios.record import Record
 from batchlab.sim.process_pool import ProcessPool
 from tests.support.scenarios.plan_models import BOOK, WAVE, Grid, a_plan, a_scenario, the_fleet
 
-# --- What it finds -------------------------------------------------------------------------------
+# --- Found plans ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("tasks", "task_s", "deadline_s"), [(240, 30.0, 660.0), (1000, 10.0, 560.0), (90, 100.0, 560.0)]
 )
 def test_as_many_instances_as_the_work_needs(tasks: int, task_s: float, deadline_s: float) -> None:
-    """Each of the two slots of an instance does so many tasks one after another by the deadline;
-    fewer instances are late, and more pay for more boots."""
+    """Each of the two slots of an instance runs a fixed number of tasks until the deadline. Fewer instances are late,
+    and more instances pay for more boots."""
     rounds = int((deadline_s - 60.0) // task_s)
     needed = math.ceil(tasks / (2 * rounds))
     found = a_plan(Grid(tasks, task_s, spot_off=0.0), Goal(deadline_s))
@@ -47,7 +47,7 @@ def test_as_many_instances_as_the_work_needs(tasks: int, task_s: float, deadline
     ("tasks", "task_s", "deadline_s"), [(200, 30.0, 600.0), (97, 50.0, 400.0), (1500, 3.0, 400.0), (60, 100.0, 450.0)]
 )
 def test_plan_is_as_cheap_as_the_cheapest_candidate(tasks: int, task_s: float, deadline_s: float) -> None:
-    """Against every size and every Spot share, where a wave costs what was bought on Spot."""
+    """The test compares the plan with every size and every Spot share, where a wave costs extra for Spot instances."""
     scenario, grid = a_scenario(faults=WAVE), Grid(tasks, task_s)
     cheapest = math.inf
     for size in range(1, 50):
@@ -63,8 +63,8 @@ def test_plan_is_as_cheap_as_the_cheapest_candidate(tasks: int, task_s: float, d
 
 
 def test_boot_delay_is_covered_by_prewarming() -> None:
-    """Work that is due after an hour and has to be done before an instance could have booted:
-    pre-warmed it costs minutes, with a minimum it would cost the whole hour."""
+    """The work is due after an hour and must end before an instance could have booted. Prewarming costs minutes, and a
+    minimum would cost the whole hour."""
     grid = Grid(20, 40.0, due_s=3600.0)
     found = a_plan(grid, Goal(45.0))
     assert found.holds
@@ -77,7 +77,7 @@ def test_boot_delay_is_covered_by_prewarming() -> None:
 
 
 def test_each_pool_has_its_own_size() -> None:
-    """Two pools, each a grid of its own that costs what it costs; the slower one decides."""
+    """The two pools are independent grids with their own costs, and the slower one decides."""
     small, large = Grid(40, 30.0, spot_off=0.0), Grid(400, 30.0, spot_off=0.0)
     pools = tuple(PoolPlan(Pool(name, 0, 3, 2, 60.0)) for name in ("small", "large"))
 
@@ -105,7 +105,7 @@ def test_each_pool_has_its_own_size() -> None:
     found = a_plan(run, Goal(660.0), a_scenario(pools=pools))
     assert found.holds
     sizes = {fleet.pool: fleet.max_size for fleet in found.chosen.candidate.fleets}
-    # Twenty rounds of two tasks an instance: one does the 40, ten do the 400.
+    # An instance does twenty rounds of two tasks, so one instance does 40 tasks and ten do 400.
     assert sizes["small"] <= 2
     assert found.chosen.outcomes[0].peak <= 12
     assert found.chosen.usd <= 1.05 * (11 * 660 * 0.1 / 3600)
@@ -119,7 +119,7 @@ def test_a_fleet_is_recommended_that_is_in_time_with_other_luck_too() -> None:
     assert found.in_time.met >= 19
     low, high = found.in_time.interval
     assert 0.7 < low < found.in_time.value <= high
-    # By hand: the same fleet with the same twenty seeds, none of which the search has seen.
+    # The same fleet is run directly with the same twenty seeds, which the search has not seen.
     seeds = {one.seed for one in found.fresh}
     assert len(seeds) == 20
     assert not seeds & {outcome.seed for outcome in found.chosen.outcomes}
@@ -139,7 +139,7 @@ def test_no_point_of_the_frontier_is_dominated() -> None:
 
 
 def test_recommendation_is_on_the_shown_frontier() -> None:
-    """Also where something not so simple is a hair cheaper, for which it is taken."""
+    """The recommended plan may replace a slightly cheaper plan that is more complicated."""
     for tasks in (50, 97, 200, 333):
         found = a_plan(Grid(tasks, 30.0, noise=0.1), Goal(600.0), a_scenario(), seeds=8, runs=120)
         assert found.holds
@@ -147,7 +147,7 @@ def test_recommendation_is_on_the_shown_frontier() -> None:
         assert "◆  " in scenario_plan.text(found)
 
 
-# --- What it says where there is none ------------------------------------------------------------
+# --- Impossible goals ----------------------------------------------------------------------------
 
 
 def test_a_deadline_that_nothing_meets(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,9 +155,9 @@ def test_a_deadline_that_nothing_meets(capsys: pytest.CaptureFixture[str]) -> No
     told = capsys.readouterr().out
     assert code == 1
     assert "No fleet meets the deadline of 80.0 s." in told
-    # Not even pre-warmed from the first second: a boot and a task take 90 s.
+    # Even with prewarming from the first second, a boot and a task take 90 s.
     assert "The best fleet found is done after 90.0 s at the latest" in told
-    # Four are enough to know that it does not hold.
+    # Four runs are enough to reject the plan.
     assert "In time in 0 of 4 fresh seeds" in told
 
 
@@ -192,7 +192,7 @@ def test_plan_without_prices_is_refused() -> None:
         a_plan(grid, Goal(0.0))
 
 
-# --- How it searches -----------------------------------------------------------------------------
+# --- The search ----------------------------------------------------------------------------------
 
 
 def test_all_candidates_live_through_the_same_seeds() -> None:
@@ -202,7 +202,7 @@ def test_all_candidates_live_through_the_same_seeds() -> None:
     assert set(seeds) == set(range(7, 30))
     assert seeds.count(7) >= max(map(seeds.count, set(seeds)))
     assert found.runs == len(grid.asked) <= 300
-    # One Spot wave a seed, when most are at work, wherever Spot is bought.
+    # Each seed has one Spot wave, when most instances work, if the plan uses Spot.
     waves = {(seed, f.at_s) for scenario, seed in grid.asked for f in scenario.faults}
     assert len(waves) == len({seed for seed, _ in waves}) > 1
     assert all(0 <= at_s <= 150 for _, at_s in waves)
@@ -265,7 +265,7 @@ def test_limited_search_is_reported() -> None:
 
 
 class Impatient(Grid):
-    """Ctrl-C comes with the run of that number."""
+    """A grid that raises Ctrl-C in the run with a given number."""
 
     at: int = 0
 

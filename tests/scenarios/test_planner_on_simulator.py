@@ -1,4 +1,4 @@
-"""Planner and calibration on the simulator itself, and their commands from file to exit code."""
+"""The planner and the calibration on the simulator, and their commands from the file to the exit code."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def facts() -> list[Record]:
 
 def test_known_parameters_are_recovered_from_simulated_runs(facts: list[Record]) -> None:
     made = calibrate.calibrate(facts).calibration
-    # Boots differ from instance to instance; the others are exact but for the calls they take.
+    # Boot times vary between instances. The other values are exact up to the time of calls.
     assert made.boot_s["default"] == pytest.approx(45.0, rel=0.15)
     assert made.bundle_s == pytest.approx(1.5, abs=0.01)
     assert made.submit_s == pytest.approx(6.0, abs=0.05)
@@ -103,8 +103,8 @@ def test_known_parameters_are_recovered_from_simulated_runs(facts: list[Record])
 
 @pytest.mark.slow
 def test_a_calibrated_forecast_is_closer_to_the_fact(facts: list[Record]) -> None:
-    """In the mean of many runs: in one, a boot of another length may let an instance take what
-    was another's, and the p95 of five jobs is one job."""
+    """The comparison uses the mean of many runs. In one run, a different boot time may move work between instances, and
+    the p95 of five jobs depends on one job."""
     made = calibrate.calibrate(facts).calibration
     plain, better = [], []
     for seed in range(9, 17):
@@ -158,8 +158,8 @@ def test_runs_are_calibrated_and_compared_from_files(facts: list[Record], run: R
 
 
 def test_planner_matches_arithmetic_on_the_simulated_grid() -> None:
-    """By 5 min an instance that is there does 4 or 5 rounds of 2 tasks of a minute: 4 instances do
-    all 32, 3 do not. A fleet that comes and goes, or Spot, can only make it cheaper."""
+    """In 5 min, an existing instance runs 4 or 5 rounds of 2 tasks of a minute, so 4 instances run all 32 tasks and 3
+    do not. A changing fleet or Spot can only be cheaper."""
     scenario = a_scenario(PLAIN)
     forecast = partial(scenario_plan.forecast, backend="aws", calibration=None)
 
@@ -189,7 +189,7 @@ def test_a_plan_from_file_to_exit_code(run: Run, tmp_path: Path) -> None:
     code, told, _ = run("scenario", "plan", file, "--deadline", "20m", *few, "--json")
     found = json.loads(told)
     assert (code, found["holds"], found["in_time"]["met"]) == (0, True, 1)
-    # What it says to paste is a scenario, and the one that was recommended.
+    # The suggested text is a valid scenario with the recommended plan.
     kept = PLAIN[: PLAIN.index("pools:")]
     pasted = a_scenario(f"{kept}{found['yaml']}")
     (fleet,) = found["recommended"]["pools"].values()
@@ -205,7 +205,7 @@ def test_a_plan_from_file_to_exit_code(run: Run, tmp_path: Path) -> None:
 
 
 def test_forecast_and_plan_use_the_grids_prices(run: Run, tmp_path: Path) -> None:
-    """They took the prices that ship, where bill, estimate and replay take those of the home."""
+    """Before, both used the shipped prices, while the bill, the estimate, and the replay used the home's prices."""
     file, home = tmp_path / "plain.yaml", tmp_path / "home"
     file.write_text(PLAIN)
     home.mkdir()

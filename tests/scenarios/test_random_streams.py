@@ -1,4 +1,4 @@
-"""Named substreams: the same everywhere, independent of each other, and even."""
+"""Named substreams of random numbers, which are equal everywhere, independent, and uniform."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.support.properties import PROPERTY
 
 
 def test_a_stream_is_what_it_was_in_every_earlier_version() -> None:
-    """Else a recorded run could not be repeated. Computed by a plain SplitMix64."""
+    """A changed stream would make recorded runs unrepeatable. The expected values are from a plain SplitMix64."""
     stream = Stream(7, "tasks", 0, "work")
     assert [stream.unit(i) for i in (0, 1, 10**7)] == [0.702721095486368, 0.43210571291805444, 0.218675104799522]
 
 
 def test_generator_is_splitmix64() -> None:
-    """The first outputs that the reference implementation gives for the state 1234567."""
+    """The expected values are the first outputs of the reference implementation for the state 1234567."""
     stream = Stream(0)
     object.__setattr__(stream, "_key", (1234567 + 0x9E3779B97F4A7C15) % 2**64)
     known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
@@ -40,7 +40,8 @@ def test_units_are_in_range(seed: int, names: list[str]) -> None:
 
 
 def test_units_are_even() -> None:
-    """Chi squared of 100,000 units in 100 boxes; 99 degrees of freedom exceed 149 once in 1,000."""
+    """The test is chi squared of 100,000 units in 100 boxes. With 99 degrees of freedom, the value exceeds 149 once in
+    1,000 tests."""
     for name in ("a", "b", "c"):
         boxes = [0] * 100
         for unit in Stream(1, name).units(0, 100_000):
@@ -51,7 +52,7 @@ def test_units_are_even() -> None:
 def test_neighbours_and_other_names_know_nothing_of_each_other() -> None:
     n = 50_000
     units = Stream(1, "a").units(0, n + 1)
-    # Three standard deviations of a correlation of nothing.
+    # The limit is three standard deviations of the correlation of independent values.
     most = 3 / n**0.5
     assert abs(correlation(units[:-1], units[1:])) < most
     for other in (Stream(2, "a"), Stream(1, "b"), Stream(1, "a", 0), Stream(-1, "a")):

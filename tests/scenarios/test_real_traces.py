@@ -1,4 +1,4 @@
-"""Traces that others have recorded are read whole, and come to what is known of them."""
+"""Recorded traces of other systems, which are read completely and have their known totals."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_nasa_ipsc(traces: Path) -> None:
 
 
 def test_nasa_ipsc_leaves_no_wait_to_be_read(traces: Path) -> None:
-    """Its waits are all -1: a map that asks for them is told so, for every record."""
+    """All waits in this trace are -1, so a mapping that uses them gets a report for every record."""
     path = traces / "NASA-iPSC-1993-3.1-cln.swf.gz"
     trace = Trace(
         template="job", path=path, format=TraceFormat.SWF, columns=Columns("submit", task_s=ColumnSum(("wait", "run")))
@@ -93,7 +93,7 @@ def test_hpc2n(traces: Path) -> None:
 
 
 def test_the_golden_sums_of_the_logs(traces: Path, shared_data: Path) -> None:
-    """What a replay of them starts from: jobs and run time as two other programs counted them."""
+    """A replay starts from these jobs and run times, which two other programs have counted."""
     golden = (shared_data / "reference" / "fifo_replay_golden.csv").read_text().splitlines()
     known = {row.split(",")[0]: row.split(",")[2:4] for row in golden[1:]}
     for name, file in (("nasa-ipsc", "NASA-iPSC-1993-3.1-cln.swf.gz"), ("hpc2n-head", "hpc2n-2002-head.swf")):
@@ -200,7 +200,7 @@ def test_taxi_counts(traces: Path) -> None:
     peak = max(reading.rows, key=lambda row: row.jobs)
     assert peak.jobs == 39_197
     assert peak.jobs / fmean(counts) == pytest.approx(2.6, abs=0.05)
-    # 2014-11-02 01:00, 124 days and an hour after 2014-07-01 00:00.
+    # 2014-11-02 01:00 is 124 days and an hour after 2014-07-01 00:00.
     assert peak.at_s - reading.rows[0].at_s == 124 * DAY_S + HOUR_S
     jobs = arrivals(trace)
     assert len(jobs) == int(sum(counts) / 1000)

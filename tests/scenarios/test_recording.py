@@ -1,4 +1,4 @@
-"""From what has run to a scenario that is the same again."""
+"""The recording of a run as a scenario that repeats the run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POOLS = {"default": (0, 4, 2), "closed": (0, 0, 1)}
 
 
 def _record(compressed_: float = 1.0) -> Record:
-    """A run of some jobs: 20 tasks each, then the same ones again, then one of three groups."""
+    """Return the record of a run with 20 tasks per job, then the same jobs again, then a job of three groups."""
     rng = random.Random(5)
     drawn = {
         "parse": [rng.lognormvariate(1.0, 0.8) for _ in range(20 * JOBS)],

@@ -1,4 +1,4 @@
-"""The same scenario, seed and settings give the same log byte for byte, in any process."""
+"""Repeatability: the same scenario, seed, and settings give the same log, byte for byte, in any process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read from outcomes and activities, and what a run has cost."""
+"""Measurements from outcomes and activities, and the cost of a run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_task_with_two_results_is_a_duplicate_and_a_retried_one_is_not() -> None
     assert duplicates([outcome(range(4)), outcome(range(4, 8))]) == 0
     assert duplicates([outcome(range(4)), outcome(range(3, 8))]) == 1
     assert duplicates([outcome(range(4), failed=2), outcome(range(2, 3), attempt=2)]) == 1
-    # What the user has let run again is another round.
+    # A repetition by the user is another round.
     assert duplicates([outcome(range(4), failed=2), outcome(range(2, 3), round_=1)]) == 0
 
 
@@ -53,7 +53,7 @@ def test_last_round_of_a_task_counts() -> None:
 
 
 class FakeLink:
-    """Gives one answer after the other, None where the manager is away."""
+    """A link that returns a list of answers in turn. The answer None means that the manager does not answer."""
 
     def __init__(self, *answers: Any) -> None:
         self.answers = list(answers)

@@ -1,4 +1,4 @@
-"""The loops of a run against a manager in memory: what fails, what is interrupted, what is warm."""
+"""The loops of a replay against a manager in memory: failures, interruptions, and prewarming."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ LIMIT_S = 20.0
 
 
 class Manager(Client):
-    """Takes jobs, which never end. A submission takes `slow_s`; `scaled` are the least sizes that
-    it was told."""
+    """A manager that accepts jobs, which never end. A submission takes `slow_s`. `scaled` are the requested minimum
+    sizes."""
 
     def __init__(self, *, slow_s: float = 0.0) -> None:
         self.slow_s = slow_s
@@ -77,7 +77,7 @@ class Manager(Client):
 
 
 class Line(ManagerConnection):
-    """Straight to that manager."""
+    """A direct connection to that manager."""
 
     def __init__(self, folder: Path, manager: Manager) -> None:
         super().__init__(Home(folder), away_s=0.1)
@@ -88,7 +88,7 @@ class Line(ManagerConnection):
 
 
 class Maker:
-    """Prepares jobs until it raises `error`."""
+    """A component that prepares jobs until it raises `error`."""
 
     def __init__(self, error: Exception | None = None, *, good: int = 0) -> None:
         self.error = error
@@ -113,7 +113,7 @@ class World:
         self.run = ReplayRun(self.course, self.link, preparer, WallClock(), None)
 
     def go(self, stop_when: Callable[[ReplayProgress], bool] = lambda _: False) -> None:
-        """ReplayRun it, and stop as soon as that holds."""
+        """Run the replay, and stop it as soon as `stop_when` returns true."""
 
         async def run() -> None:
             stop = asyncio.Event()
@@ -138,7 +138,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("good", [0, 1])
 def test_failed_preparation_ends_the_run_at_once(tmp_path: Path, good: int) -> None:
-    """Also what nobody has foreseen, and long before the job's own turn."""
+    """The error may be of an unexpected type, and occurs long before the start of the job."""
     wanted = scenario(QUICK, at=((0.0, 1), (3600.0, 1)))
     for error in (OSError("the disk is gone"), UsageError("The job file is wrong.")):
         world = World(tmp_path, wanted, Maker(error, good=good))
@@ -194,7 +194,7 @@ def test_unanswered_submission_is_looked_up(tmp_path: Path, monkeypatch: pytest.
 
 
 def warmed(folder: Path, *warm: Prewarm, **fields: Any) -> Manager:
-    """What a manager was told of a run of half a second with those."""
+    """Return the manager after a run of half a second with these prewarmings."""
     pools = tuple(PoolPlan(Pool(name, least, 9)) for name, least in (("default", 1), ("other", 0)))
     world = World(folder, scenario(QUICK, pools=pools, prewarm=warm))
 
@@ -263,7 +263,7 @@ def test_a_pool_is_cooled_also_where_the_first_call_for_that_has_failed(tmp_path
 
 
 def test_absence_of_the_manager_does_not_delay_the_next_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is away for 0.3 s, and the job ends meanwhile: no further 1.2 s until that is seen."""
+    """The manager is away for 0.3 s while the job ends. The next sample must not wait a further 1.2 s."""
     monkeypatch.setattr("batchlab.scenarios.replay.run_state.RETRY_INTERVAL_S", 0.01)
 
     class Leaving(Manager):

@@ -1,4 +1,4 @@
-"""Every scenario that ships holds what it expects of itself, in the simulator."""
+"""The shipped scenarios, each of which meets its expectations in the simulator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A forecast is a run of the grid: its jobs, fleet, failures and costs come out as they must."""
+"""Forecasts as runs of a grid, with the expected jobs, fleet, failures, and costs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Every fault of a scenario's timeline is injected into the simulated grid, is seen there, and
-costs time and money but no task."""
+"""The faults of a scenario's timeline in the simulated grid. Each fault is injected and visible there, and costs time
+and money but no task."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ STAGES = (
 
 
 async def promises(world: World, jobs: Sequence[JobId]) -> None:
-    """I1, I2, I3 and I7."""
+    """Check invariants I1, I2, I3, and I7."""
     await invariants.check_all(world, jobs)
 
 
 def struck(*faults: Fault, like: str = "aws", pool: PoolPlan = POOL) -> Record:
-    """Three jobs on four instances, and these faults in the midst of them."""
+    """Return the record of three jobs on four instances with these faults in the middle."""
     plan = claims(*STAGES, jobs=3, gap_s=9.0, tasks=30, pool=pool, faults=faults)
     options = ForecastOptions(watched=True, examine=promises)
     record = simulate(plan, like=factory.load(like), options=options)
@@ -43,7 +43,7 @@ def struck(*faults: Fault, like: str = "aws", pool: PoolPlan = POOL) -> Record:
 
 
 def counted(record: Record) -> list[int]:
-    """The whole numbers in the evidence of its only fault."""
+    """Return the whole numbers in the evidence of the record's only fault."""
     (one,) = record.faults
     assert not one.impossible
     assert one.at_s == pytest.approx(AT_S, abs=0.1)
@@ -51,7 +51,7 @@ def counted(record: Record) -> list[int]:
 
 
 COUNTS = {
-    # Which number of the evidence is at least how large.
+    # The table has the position of a number in the evidence, and the number's minimum.
     FaultName.KILL: ((0, 2), (1, 1)),
     FaultName.PAUSE: ((0, 2), (3, 1)),
     FaultName.PARTITION: ((0, 5), (1, 2)),
@@ -117,7 +117,7 @@ def test_impossible_fault_can_be_skipped() -> None:
 
 
 def led_after_s(record: Record) -> float:
-    """From the manager's death until another one led, as its evidence says."""
+    """Return the time from the manager's death until another one led, from the fault's evidence."""
     (one,) = record.faults
     (found,) = re.findall(r"led ([\d.]+) s later", one.evidence)
     return float(found)
@@ -126,12 +126,12 @@ def led_after_s(record: Record) -> float:
 @pytest.mark.parametrize(
     ("like", "least_s", "most_s"),
     [
-        # Started again when the fault is over, at the folder that says whose lease it was.
+        # The manager restarts after the fault, in the folder that contains its lease.
         ("local", FOR_S, FOR_S + 3.0),
         ("ministack", FOR_S, FOR_S + 3.0),
-        # By Docker, at once, and with the same folder.
+        # Docker restarts the manager at once, in the same folder.
         ("localstack", 0.5, 10.0),
-        # By Auto Scaling, on another instance, which must wait until the lease has run out.
+        # Auto Scaling starts the manager on another instance, which must wait until the lease expires.
         ("aws", 120.0, 260.0),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_dead_manager_is_followed_as_its_backend_does_it(like: str, least_s: f
 
 @pytest.mark.parametrize(("like", "taken"), [("local", 3), ("aws", 2)])
 def test_spot_wave_hits_the_instances_of_its_backend(like: str, taken: int) -> None:
-    # Of four instances two are Spot, and processes have no market: there any is taken.
+    # Two of the four instances are Spot. Processes do not have a market, so the wave takes any of them.
     four = replace(POOL, pool=replace(POOL.pool, max_size=4))
     wave = Fault(FaultName.SPOT_WAVE, AT_S, share=0.75, notice_s=20.0)
     (one,) = struck(wave, like=like, pool=four).faults
@@ -150,7 +150,7 @@ def test_spot_wave_hits_the_instances_of_its_backend(like: str, taken: int) -> N
 
 
 def test_existing_container_instances_are_not_spot() -> None:
-    # A replay has its groups buy the Spot share of what they launch from then on.
+    # In a replay, the groups buy the Spot share of all later launches.
     record = struck(like="localstack", pool=replace(POOL, spot=1.0))
     markets = [instance.market for instance in record.instances]
     assert markets[:4] == [Market.ON_DEMAND] * 4
@@ -163,7 +163,7 @@ def test_the_oldest_instances_are_hit_as_in_a_replay() -> None:
 
 
 def test_additional_fault_does_not_change_other_faults() -> None:
-    # Nothing is hit at these rates, and no other fault may draw another number for it.
+    # The added faults have rates that hit nothing, and must not change the random numbers of other faults.
     before = [Fault(FaultName.SQS_DELAYS, AT_S - 1, 20.0, rate=1e-9)]
     before += [Fault(FaultName.SQS_DUPLICATES, AT_S - 1, 0.5, rate=1e-9)]
     twice = Fault(FaultName.SQS_DUPLICATES, AT_S, 10.0, rate=0.3)
@@ -173,12 +173,12 @@ def test_additional_fault_does_not_change_other_faults() -> None:
 
 @pytest.mark.parametrize("name", list(FaultName))
 def test_fault_without_an_effect_is_not_evidence(name: FaultName) -> None:
-    # Nothing is there, nothing runs, and nothing is due for an hour.
+    # The pool is empty, no task runs, and no job is due for an hour.
     nobody = replace(POOL, pool=replace(POOL.pool, min_size=0))
     fault = Fault(name, 5.0, 10.0, rate=1.0, notice_s=5.0)
     plan = claims(*STAGES, jobs=1, tasks=2, pool=nobody, first_s=3600.0, faults=(fault,))
     (one,) = simulate(plan).faults
-    if name is FaultName.MANAGER_CRASH:  # it is there all the time
+    if name is FaultName.MANAGER_CRASH:  # the manager always runs
         assert one.evidence
     else:
         assert one.impossible
@@ -192,7 +192,7 @@ def test_partition_without_calls_is_not_evidence() -> None:
 
 def test_slow_disk_affects_the_selected_instances() -> None:
     def slowed(like: str, *, share: float = 1.0, count: int | None = None) -> list[int]:
-        """How many instances had a slow disk, and the bundles that began late there."""
+        """Return the number of instances with a slow disk, and the number of bundles that began late there."""
         fault = Fault(FaultName.SLOW_DISK, AT_S, FOR_S, share=share, count=count)
         record = struck(fault, like=like)
         return [len(record.faults[0].targets), counted(record)[0]]

@@ -1,4 +1,4 @@
-"""Stand-ins, and what they are told: exactly the times, failures and deaths of the scenario."""
+"""Stand-ins, which follow the times, failures, and deaths of the scenario exactly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from batchlab.scenarios.replay.standin import standins
 from tests.support.scenarios.replay import claims, stage
 
 LATE_S = 0.25
-"""What this machine may add to a time."""
+"""The time that a busy machine may add to a measured time."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ def test_cpu_is_used_and_memory_is_held_and_disk_is_written(tmp_path: Path) -> N
     used_s = time.process_time() - before_s
     before_s = time.process_time()
     run(item, "work", {"work": shape("sleep")})
-    # Of a core that others want too: by far more than nothing.
+    # The core may be shared, but the used time must clearly be more than zero.
     assert used_s > 10 * (time.process_time() - before_s)
     code = (
         "import json, re, sys; sys.path.insert(0, sys.argv[1]); import standins; "
@@ -90,7 +90,7 @@ def test_an_attempt_fails_when_its_time_is_over() -> None:
 
 
 def test_poison_kills_the_worker_and_not_the_task_alone(tmp_path: Path) -> None:
-    """A worker of a shell with the task's process below it: both are gone."""
+    """The worker is a shell with the task's process as its child, and both must end."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import standins; "
         "from types import SimpleNamespace as N; "
@@ -109,7 +109,7 @@ def test_poison_kills_the_worker_and_not_the_task_alone(tmp_path: Path) -> None:
         task = int(process.stdout.readline())
         assert process.wait(20) == -9
     assert time.monotonic() - begun_s >= 0.1, "it dies in the middle of its time"
-    os.kill(task, 9)  # which its own worker would have seen to
+    os.kill(task, 9)  # the task's own worker would do the same
 
 
 def test_a_jobs_items_carry_what_the_scenario_draws_through_every_kind_of_stage() -> None:

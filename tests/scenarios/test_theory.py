@@ -1,7 +1,7 @@
-"""A forecast against numbers that nobody here made: traces replayed first come, first served,
-Erlang's formula for waiting, and AWS's worked example of target tracking.
+"""Forecasts compared with independent results: traces replayed in first-come, first-served order, Erlang's waiting
+formula, and AWS's worked example of target tracking.
 
-They are in `reference/` of the shared data, with their sources.
+The results are in `reference/` of the shared data, with their sources.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.support.autoscaling_group import CONFIG, GROUP, World, in_aws
 from tests.support.scenarios.ideal_grid import IN_ORDER, LIKE, NOTHING, servers
 
 ALL = "BATCHLAB_GOLDEN"
-"""Environment variable that asks for every row, which takes minutes."""
+"""Environment variable that selects every row of the results, which takes minutes."""
 
 FILES = {"nasa-ipsc": "NASA-iPSC-1993-3.1-cln.swf.gz", "hpc2n-head": "hpc2n-2002-head.swf"}
 
@@ -47,13 +47,13 @@ def rows(shared_data: Path, name: str) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What the reference says of a trace on so many slots."""
+    """The reference result of a trace on a number of slots."""
 
     jobs: int
     total_runtime_s: float
     mean_wait_s: float
     waits_s: tuple[float, ...]
-    """p50, p95, p99 and the longest: the sorted wait at index int(p × n)."""
+    """The p50, p95, p99, and maximum of the waits. A quantile p is the sorted wait at index int(p × n)."""
     jobs_waiting: int
     makespan_s: float
 
@@ -103,7 +103,7 @@ def waits_of(record: Record) -> list[float]:
     ],
 )
 def test_waits_of_a_trace_match_two_independent_replays(shared_data: Path, trace: str, slots: int) -> None:
-    """The reference is SimPy's and the Kiefer-Wolfowitz recursion's, which agree on every job."""
+    """The reference results of SimPy and of the Kiefer-Wolfowitz recursion agree on every job."""
     if (trace, slots) not in QUICK and not os.environ.get(ALL):
         pytest.skip(f"takes minutes: {ALL} asks for it")
     row = golden(shared_data, trace, slots)
@@ -121,8 +121,8 @@ QUICK = {("hpc2n-head", 16), ("hpc2n-head", 8)}
 
 
 def recursion(plan: Scenario, slots: int, task_s: float = 0.0) -> Iterator[float]:
-    """How long each job waits, in order of arrival, by Kiefer's and Wolfowitz's recursion: until a
-    slot is free. A job that names no run time takes `task_s`."""
+    """Return the wait of each job until a slot is free, in the order of arrival, by the recursion of Kiefer and
+    Wolfowitz. A job without a run time takes `task_s`."""
     free_s = [0.0] * slots
     for job in expand(plan).jobs:
         begins_s = max(job.due_s, free_s[0])
@@ -132,7 +132,7 @@ def recursion(plan: Scenario, slots: int, task_s: float = 0.0) -> Iterator[float
 
 @pytest.mark.parametrize("slots", [8, 4, 3, 2])
 def test_recursion_matches_the_reference_for_a_whole_trace(shared_data: Path, slots: int) -> None:
-    """So it may stand for the reference where that has no row."""
+    """The recursion can therefore replace the reference for other numbers of slots."""
     row = golden(shared_data, "nasa-ipsc", slots)
     waits_s = sorted(recursion(servers(source(shared_data, "nasa-ipsc"), slots), slots))
     assert len(waits_s) == int(row["jobs"])
@@ -144,7 +144,7 @@ def test_recursion_matches_the_reference_for_a_whole_trace(shared_data: Path, sl
 @pytest.mark.slow
 @pytest.mark.parametrize("slots", [4, 2])
 def test_waits_of_a_busy_month_match_the_recursion(shared_data: Path, slots: int) -> None:
-    """Job by job; the three months take minutes."""
+    """The test compares every job, which takes minutes for all three months."""
     plan = servers(source(shared_data, "nasa-ipsc", 2000), slots)
     record = simulate(plan, like=LIKE, calibration=NOTHING, options=IN_ORDER)
     expected_s = list(recursion(plan, slots))
@@ -154,8 +154,8 @@ def test_waits_of_a_busy_month_match_the_recursion(shared_data: Path, slots: int
 
 @pytest.mark.parametrize("slots", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
 def test_waits_of_short_jobs_match_the_recursion(slots: int) -> None:
-    """Job by job: a slot that becomes free while its worker begins another job takes the next job
-    at once."""
+    """The test compares every job. A slot that becomes free while its worker begins another job takes the next job at
+    once."""
     arrivals = Poisson(template="job", per_hour=72_000.0 * slots, until_s=30.0)
     plan = servers(arrivals, slots, Constant(0.04))
     record = simulate(plan, like=LIKE, calibration=NOTHING, options=IN_ORDER)
@@ -171,7 +171,7 @@ def test_waits_of_short_jobs_match_the_recursion(slots: int) -> None:
 # --- Erlang --------------------------------------------------------------------------------------
 
 T_95 = {4: 2.776, 5: 2.571, 7: 2.365, 9: 2.262}
-"""Student's t for a confidence of 95% by degrees of freedom."""
+"""Student's t for a confidence of 95%, by degrees of freedom."""
 
 SLOTS, SERVICE_S, PER_HOUR = 14, 180.0, 200.0
 SEEDS, HOURS, WARMUP_S = 6, 5.0, 1800.0
@@ -179,7 +179,7 @@ SEEDS, HOURS, WARMUP_S = 6, 5.0, 1800.0
 
 @dataclass(frozen=True)
 class Interval:
-    """The mean of some independent runs, and how far the true one is from it at most."""
+    """The mean of independent runs, and the half-width of its confidence interval."""
 
     mean: float
     half: float
@@ -195,7 +195,7 @@ class Interval:
 
 @pytest.mark.slow
 def test_waits_match_the_erlang_formula(shared_data: Path) -> None:
-    """M/M/14: 100 arrivals in half an hour, each of 180 s."""
+    """The system is M/M/14 with 100 arrivals in half an hour, each of 180 s."""
     published = {
         row["quantity"]: float(row["published"])
         for row in rows(shared_data, "queueing_reference.csv")
@@ -207,7 +207,7 @@ def test_waits_match_the_erlang_formula(shared_data: Path) -> None:
     waiting, mean_s, soon, used = [], [], [], []
     for seed in range(SEEDS):
         record = simulate(plan, seed=seed, like=LIKE, calibration=NOTHING, options=IN_ORDER)
-        # The first half hour finds an empty grid.
+        # The grid is empty at the start, so the first half hour is skipped.
         waits_s = [
             job.started_s - job.due_s for job in record.jobs if job.started_s is not None and job.due_s >= WARMUP_S
         ]
@@ -228,7 +228,7 @@ def test_waits_match_the_erlang_formula(shared_data: Path) -> None:
 
 @dataclass(frozen=True)
 class Example:
-    """1,500 messages of 0.1 s on 10 instances, which may take 10 s."""
+    """AWS's example: 1,500 messages of 0.1 s on 10 instances, with an acceptable latency of 10 s."""
 
     messages: int = 1500
     instances: int = 10
@@ -237,12 +237,12 @@ class Example:
 
     @property
     def target(self) -> float:
-        """Acceptable backlog per instance."""
+        """Return the acceptable backlog per instance."""
         return self.latency_s / self.message_s
 
     @property
     def backlog(self) -> float:
-        """Backlog per instance now."""
+        """Return the current backlog per instance."""
         return self.messages / self.instances
 
 
@@ -255,7 +255,7 @@ def published(shared_data: Path) -> dict[str, float]:
 
 
 def test_the_grids_own_policy_adds_what_aws_adds(shared_data: Path) -> None:
-    """Its drain target is AWS's acceptable latency."""
+    """The policy's drain target is AWS's acceptable latency."""
     example, told = Example(), published(shared_data)
     assert example.target == told["acceptable backlog per instance (target)"]
     assert example.backlog == told["current backlog per instance"]

@@ -1,4 +1,4 @@
-"""JSON Lines: every odd line is reported, and none stops the rest."""
+"""Traces in JSON Lines, in which every odd line is reported and the other lines are read."""
 
 from __future__ import annotations
 

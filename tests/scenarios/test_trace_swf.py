@@ -1,4 +1,4 @@
-"""The Standard Workload Format: every odd record is reported, and none stops the rest."""
+"""Traces in the Standard Workload Format, in which every odd record is reported and the other records are read."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ BEHIND = ("bytes that are no gzip follow its end", "left out")
 
 
 def cut(whole: int, end: bytes) -> bytes:
-    """The first `whole` bytes of ROWS packed, and then `end`."""
+    """Return the first `whole` bytes of the packed ROWS, followed by `end`."""
     packer = zlib.compressobj(wbits=31)
     return packer.compress(ROWS[:whole]) + packer.flush(zlib.Z_FULL_FLUSH) + end
 

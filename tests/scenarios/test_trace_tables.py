@@ -1,4 +1,4 @@
-"""Tables of text: every odd row is reported, with its line, and none stops the rest."""
+"""Traces in text tables, in which every odd row is reported with its line and the other rows are read."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_counts_are_spread_evenly_and_sum_up_at_any_scale(tmp_path: Path) -> Non
     many = [arrival.at_s % 60 for arrival in arrivals(table(path, Columns("t", count="n", every_s=60.0)))]
     assert len(many) == 7000
     quarters = [sum(a <= at < a + 15 for at in many) for a in (0, 15, 30, 45)]
-    # Four standard deviations of 1,750 of 7,000.
+    # The tolerance is four standard deviations for 1,750 of 7,000.
     assert all(abs(count - 1750) < 145 for count in quarters)
 
 

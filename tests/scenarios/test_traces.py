@@ -1,4 +1,4 @@
-"""What all traces share: parts of them, what is refused, and that no record is lost."""
+"""The common rules of all traces: selected parts, refused traces, and complete reading."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ TRACES: dict[str, Callable[[Path], Trace]] = {
     )
 )
 def test_every_line_is_a_job_or_is_reported(tmp_path: Path, form: str, lines: list[str]) -> None:
-    """Whatever is in a file: each record is among the rows, or is said to be left out."""
+    """Each record of any file is either among the rows or reported as left out."""
     path = written(tmp_path, "\n".join(lines), f"{form}-{next(NUMBERS)}")
     trace = TRACES[form](path)
     reading = trace.reading()

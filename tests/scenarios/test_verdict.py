@@ -1,4 +1,4 @@
-"""Measures and the verdict on records whose answer is plain."""
+"""Measures and verdicts, on records with a simple answer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_job_that_never_ended_is_infinitely_late() -> None:
     assert measured("makespan", a_record(ended, endless)) == math.inf
     assert measured("max_wait", a_record(ended, endless)) == math.inf
     assert measured("p50_wait", a_record(ended, endless)) == 5.0
-    # One that was cancelled before it began has waited for nothing.
+    # A job that was canceled before its start did not wait.
     gone = a_job(3, started_s=None, state="CANCELLED")
     assert measured("max_wait", a_record(ended, gone)) == 5.0
     assert isinstance(measured("late", a_record(a_job())), Unknown)
@@ -82,9 +82,9 @@ FLEET = a_record(
 
 def test_the_fleet_is_what_was_in_service() -> None:
     assert measured("peak_fleet", FLEET) == 3
-    # While it booted and after the last job's end there may be less.
+    # During boots and after the end of the last job, there may be fewer instances.
     assert measured("least_fleet", FLEET) == 1
-    # Down after 30 s is calm; up after 15 s and down after 15 s again are not; 40 s later is.
+    # A decrease after 30 s is calm. An increase and a decrease 15 s apart are not. A change after 40 s is calm again.
     assert measured("flapping", FLEET) == 2
 
 
@@ -99,7 +99,7 @@ def test_fleet_without_samples_is_derived_from_its_instances() -> None:
 def test_idle_is_what_the_slots_did_not_work() -> None:
     work = StageRun("claims", "parse", "default", 2, 10, 10, 21.0, 21.0, 25.0)
     record = a_record(instances=(an_instance(),), stages=(work,), again_s=28.0)
-    # One instance of two slots for 70 s, of which 42 + 28 slot seconds had work.
+    # One instance has two slots for 70 s, and 42 + 28 slot seconds had work.
     assert measured("idle_share", record) == pytest.approx(0.5)
     assert isinstance(measured("idle_share", a_record()), Unknown)
 

@@ -1,4 +1,4 @@
-"""Subnets and databases of AWS, as moto has them: what no grid of the tests has."""
+"""Outages of subnets and databases of AWS at moto, which the tests' grids do not have."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.aws.autoscaling_api import aws
 
 
 class Manager(Client):
-    """Of a grid with two pools; rebuilds what it is told to."""
+    """A manager of a grid with two pools, which records requested rebuilds."""
 
     def __init__(self, *known: str) -> None:
         self.rebuilds = 0
@@ -41,7 +41,7 @@ class Manager(Client):
 
 
 def make(moto: Endpoint) -> tuple[Any, list[str]]:
-    """Two groups: one in two subnets, one in the first of them alone."""
+    """Create two groups: one in two subnets, and one in the first subnet only."""
     ec2, scaling = aws(moto, "ec2"), aws(moto, "autoscaling")
     vpc = ec2.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
     subnets = [
@@ -90,7 +90,7 @@ def test_subnets_of_a_lost_zone_are_taken_and_given_back(moto: Endpoint, tmp_pat
         return await ZoneOutage(moto, prefix="s-").lose(scene, fault, inside=inside, kill=kill)
 
     try:
-        seen = asyncio.run(lose(zone="a"))  # as a scenario says it
+        seen = asyncio.run(lose(zone="a"))  # a scenario names the zone in the same form
         assert seen.targets == ("i-us-east-1a",)
         assert meanwhile[0] == {"s-wide": ({subnets[1]}, []), "s-narrow": ({subnets[0]}, ["Launch"])}
         assert state() == before

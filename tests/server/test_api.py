@@ -1,5 +1,4 @@
-"""The HTTP API and its client, over a real server and a real manager: who is answered, and what is
-taken."""
+"""The HTTP API and its client, over a real server and a real manager: authorization and submissions."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from batchlab.server import job_views
 from batchlab.server.http import authentication, common
 from tests.support.server.api import MAP, TOKEN, Rig, get, job, later, post
 
-# --- Who is answered -----------------------------------------------------------------------------
+# --- Authorization -------------------------------------------------------------------------------
 
 
 def test_only_health_answers_without_the_token(rig: Rig) -> None:
@@ -128,7 +127,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 @pytest.mark.parametrize("what", BAD)
 def test_a_job_that_is_wrong_is_refused_and_leaves_nothing_behind(rig: Rig, what: str) -> None:
-    """A job that can never run must not be accepted."""
+    """The grid must not accept a job that can never run."""
     spoil, message = BAD[what]
     doc = json_format.job_to_json(job())
     doc = {**doc, "stages": [dict(stage) for stage in doc["stages"]]}
@@ -253,7 +252,7 @@ def test_foreign_program_on_the_port_is_detected() -> None:
 
 
 def test_answers_over_a_persistent_connection_are_sent_at_once() -> None:
-    """Else each waits 40 ms for an acknowledgement."""
+    """Otherwise, each answer waits 40 ms for an acknowledgment."""
     with listen("127.0.0.1", 0) as listener:
         with socket.create_connection(listener.getsockname()):
             connection, _ = listener.accept()
@@ -279,7 +278,7 @@ def test_every_answer_is_described(rig: Rig) -> None:
 
 @pytest.mark.parametrize("given", [{}, {"Authorization": "Bearer wrong"}])
 def test_body_of_an_unauthorized_request_is_not_read(rig: Rig, given: dict[str, str]) -> None:
-    """Any page that the operator visits may send one."""
+    """Any page that the operator visits may send such a request."""
     read: list[bytes] = []
 
     async def body() -> AsyncIterator[bytes]:

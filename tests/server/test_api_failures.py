@@ -1,4 +1,4 @@
-"""What failed, by cause and by page; which of it runs again; one task in full."""
+"""Failed tasks by cause and by page, selective retries, and the details of one task."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUM = StageName("sum")
 
 
 def fail(task: int) -> Failure:
-    """Even tasks fail for one cause, odd ones for another."""
+    """Return a failure with one cause for even tasks and another cause for odd tasks."""
     if task % 2:
         return Failure(task, FailureKind.EXIT, f"ended with {task}", "SystemExit", "", 3)
     return Failure(task, FailureKind.EXCEPTION, f"task {task} is bad", "ValueError", "Traceback")
@@ -81,7 +81,7 @@ def test_page_marker_is_validated(rig: Rig, after: str) -> None:
     assert answer.json()["remedy"] == "Use `next` of the previous page."
 
 
-# --- Some of it again ----------------------------------------------------------------------------
+# --- Partial retries -----------------------------------------------------------------------------
 
 
 def test_only_the_chosen_cause_runs_again(rig: Rig) -> None:
@@ -97,7 +97,7 @@ def test_only_the_chosen_cause_runs_again(rig: Rig) -> None:
     assert failed(rig, name) == [1, 2]
     assert [group["count"] for group in rig.client.failure_groups(name)] == [1, 1]
 
-    rig.client.retry(name)  # all that is left, of either round
+    rig.client.retry(name)  # all remaining failures, of both rounds
     rig.work(name, 2)
     assert rig.ended(name)["state"] == "SUCCEEDED"
     assert failed(rig, name) == []
@@ -115,7 +115,7 @@ def test_only_the_chosen_tasks_run_again_and_what_follows_from_them(rig: Rig) ->
     rig.client.retry(name, tasks={"map": [(0, 1), (2, 3)]})
     rig.work(name, 2)
     rig.work(name, 2)
-    rig.work(name, 1)  # the sum, of what its policy allows
+    rig.work(name, 1)  # the sum over the tasks that the failure policy allows
     view = rig.ended(name)
     assert view["state"] == "SUCCEEDED"
     counts = {s["name"]: (s["succeeded"], s["failed"], s["cancelled"]) for s in view["stages"]}
@@ -163,7 +163,7 @@ def test_a_choice_of_what_has_not_failed_is_refused(rig: Rig) -> None:
 
 
 def test_rebuilt_ledger_knows_the_outcomes(rig: Rig) -> None:
-    """I3, with a choice in between."""
+    """The rebuilt ledger equals the original one after a partial retry (I3)."""
     name = rig.submit(job(token="rebuilt", tasks=4))
     rig.work(name, 4, bad=[0, 1, 2])
     rig.ended(name)
@@ -218,7 +218,7 @@ def test_task_without_a_trace_is_not_found(rig: Rig) -> None:
         rig.client.task(name, "map", -1)
 
 
-# --- How long it takes ---------------------------------------------------------------------------
+# --- Durations -----------------------------------------------------------------------------------
 
 
 def test_remaining_time_is_estimated_after_a_measurement(rig: Rig) -> None:

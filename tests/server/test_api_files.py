@@ -1,4 +1,4 @@
-"""A job sent with its files, and results taken away as one archive."""
+"""The submission of a job with its files, and the download of results as one archive."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rig() -> Iterator[Rig]:
 def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield
-    # What was sent away is removed once it has been sent.
+    # A sent archive is deleted after the answer.
     end_s = time.monotonic() + 5
     while left := list(tmp_path.iterdir()):
         assert time.monotonic() < end_s, left
@@ -84,7 +84,7 @@ def test_files_need_no_folder_and_data_may_be_separate(rig: Rig) -> None:
 
 
 def test_empty_file_field_is_ignored(rig: Rig) -> None:
-    """As browsers send it."""
+    """Browsers send an empty file field if no file is chosen."""
     boundary = "x" * 20
     parts = [("files", name, text) for name, text in FILES] + [("data", "", "")]
     body = "".join(
@@ -171,7 +171,7 @@ def test_upload_must_declare_a_bounded_length(rig: Rig, monkeypatch: pytest.Monk
 
 
 def test_upload_is_streamed_to_disk_and_needs_space(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in memory nor in as many open files: a part of it is either."""
+    """An upload must neither be in memory nor need many open files."""
     most_open = 0
     write = job_files._File.write
 
@@ -212,7 +212,7 @@ def test_form_field_cannot_bypass_the_limit(rig: Rig) -> None:
 
 
 def test_results_are_one_archive() -> None:
-    with Rig() as rig:  # of its own: jobs that nobody works on share the pool's window
+    with Rig() as rig:  # a separate grid, because unfinished jobs share the window of the pool
         name = rig.submit(job(token="zip", tasks=3))
         rig.work(name, 3, bad=[1])
         rig.ended(name)
@@ -247,13 +247,13 @@ VALUE = {"$value": "files/v"}
 
 @pytest.fixture(scope="module")
 def grid() -> Iterator[Rig]:
-    with Rig() as made:  # of its own, as above
+    with Rig() as made:  # a separate grid, as in the test before
         yield made
 
 
 def forged(rig: Rig, token: str, value: Any, **objects: bytes) -> str:
-    """A job whose only result is `value`, in its outcome: a task can write there what it likes.
-    Keys below files/ become keys of the job's own files."""
+    """Create a job whose only result is `value`, stored in its outcome as a task could store it. Keys below files/
+    become the keys of the job's own files."""
     name = rig.submit(job(token=token, tasks=1))
     rig.work(name, 1)
     rig.ended(name)
@@ -281,7 +281,7 @@ def test_archive_stays_within_its_budget(grid: Rig, monkeypatch: pytest.MonkeyPa
     often = forged(grid, "often", [VALUE] * 1000, v=b'"%s"' % (b"v" * 900))
     assert fetched(grid, often).status_code == 422
     large = forged(grid, "large", FILE, x=b"x" * 11_000)
-    monkeypatch.setattr(grid.objects, "download", None)  # it is refused before it is read
+    monkeypatch.setattr(grid.objects, "download", None)  # the value is refused before it is read
     answer = fetched(grid, large)
     assert answer.status_code == 422
     assert answer.json()["error"] == ("The job has more than 9.8 KiB of results, which is too large for an archive.")
@@ -342,6 +342,6 @@ def test_one_archive_is_made_at_a_time(grid: Rig, monkeypatch: pytest.MonkeyPatc
     assert "creating or sending another archive" in refused.json()["error"]
     assert "job results" in refused.json()["remedy"]
     assert fetched(grid, name).status_code == 200
-    # One that fails does not keep the place either.
+    # A failed download releases its place too.
     assert fetched(grid, "nowhere").status_code == 404
     assert fetched(grid, name).status_code == 200

@@ -21,7 +21,7 @@ from tests.support.server.api import DEADLINE_S, Rig, job
 
 
 def outcomes_of(rig: Rig, name: JobId, count: int) -> list[Outcome]:
-    """Committed outcomes of the job's bundles, by the order of their tasks."""
+    """Return committed outcomes of the job's bundles, ordered by their tasks."""
     live = rig.manager.lives[name]
     found = sorted(rig.outstanding(name, count), key=lambda one: one.bundle.tasks.first)
     now_s = time.time()
@@ -85,7 +85,7 @@ def test_outcomes_are_announced_only_to_watchers(rig: Rig) -> None:
     rig.run(rig.tell(Events(outcomes=(first,))))
     rig.until(lambda: live.folds == 1, "the fold")
     assert live.early_outcomes == []
-    # Somebody who comes later is told of all that has been counted.
+    # A later client receives all counted outcomes.
     page = rig.client.submit_and_hear(one, [1, 2], lambda: None, wait_s=1.0)
     assert [one["seq"] for one in page["outcomes"]] == [1]
     rig.run(rig.tell(Events(outcomes=(second,))))

@@ -1,4 +1,4 @@
-"""The grid over the HTTP API: its pools and their capacity, and why a job waits for it."""
+"""The grid over the HTTP API: its pools, their capacity, and the reasons why a job waits."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_shutdown_is_passed_on_after_its_answer(rig: Rig) -> None:
 
 
 def test_why_follows_a_job_through_its_life(rig: Rig) -> None:
-    """At every moment there is a reason, and it is the right one."""
+    """At every moment, the answer contains the correct reason."""
     last = StageDef(StageName("sum"), after=(MAP,), gather="*", handler="m:g")
     name = rig.submit(job(tasks=1, after=[last], retry=RetryRule(attempts=2, backoff_s=600.0, jitter=0.0)))
     rig.outstanding(name, 1)
@@ -130,7 +130,7 @@ def test_why_follows_a_job_through_its_life(rig: Rig) -> None:
 
 
 def test_why_reports_failed_launches() -> None:
-    """A fleet that cannot come up is the reason, not a mystery."""
+    """The failed launches of the fleet are the reason."""
     with Rig() as rig:
         rig.launcher.refuse = lambda _pool, _instance: "the image is missing"
         name = rig.submit(job(tasks=1))

@@ -1,4 +1,4 @@
-"""Jobs over the HTTP API: watched, steered, and asked for what came of their tasks."""
+"""Jobs over the HTTP API: views, controls, and the results of tasks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batchlab.core.retry_rule import RetryRule
 from batchlab.server.http import logs
 from tests.support.server.api import Rig, job, later
 
-# --- Watching and steering -----------------------------------------------------------------------
+# --- Views and controls --------------------------------------------------------------------------
 
 
 def test_a_long_poll_wakes_with_the_change(rig: Rig) -> None:
@@ -77,7 +77,7 @@ def test_a_job_is_followed_to_its_end(rig: Rig) -> None:
 def test_a_cancelled_job_takes_no_second_cancellation(rig: Rig) -> None:
     name = rig.submit(job())
     assert rig.client.cancel(name)["id"] == name
-    # The acknowledgement: no worker may start a task any more (I4).
+    # The cancellation is acknowledged, so no worker may start a task any more (I4).
     control = rig.run(rig.objects.get(f"jobs/{name}/control.json"))
     assert json_format.control_from_bytes(control).control.value == "cancel"
     assert rig.ended(name)["state"] == "CANCELLED"
@@ -108,7 +108,7 @@ def test_paused_job_is_shown_as_paused_and_resumes(rig: Rig) -> None:
 
 
 def test_a_retry_runs_what_failed_and_forgets_its_failures(rig: Rig) -> None:
-    """Which tasks failed, and how to run only those again."""
+    """Only the failed tasks run again."""
     name = rig.submit(job(tasks=3))
     with pytest.raises(Refused, match="still"):
         rig.client.retry(name)
@@ -138,7 +138,7 @@ def test_a_retry_runs_what_failed_and_forgets_its_failures(rig: Rig) -> None:
     assert [failure["task"] for failure in rig.client.failures(name)] == [2]
 
 
-# --- What came of the tasks ----------------------------------------------------------------------
+# --- Results of tasks ----------------------------------------------------------------------------
 
 
 def test_outcomes_are_listed_once_in_fold_order(rig: Rig) -> None:
@@ -173,7 +173,7 @@ def test_waiting_reader_wakes_at_the_next_outcome(rig: Rig) -> None:
 
 
 def test_log_of_every_attempt_is_stored(rig: Rig) -> None:
-    """The log of the attempt that failed, not only of the last one."""
+    """The log of a failed attempt is kept, not only that of the last attempt."""
     name = rig.submit(job(tasks=2, retry=RetryRule(attempts=2, backoff_s=0.0)))
     rig.work(name, 2, bad=[1])
     rig.work(name, 1)
@@ -203,7 +203,7 @@ def test_logs_are_streamed(rig: Rig) -> None:
     assert sorted(texts) == [f"task {task}, try 1\n" for task in range(3)]
     failed = rig.client.logs_after(name, None, failed=True)["logs"]
     assert [(log["task"], log["state"]) for log in failed] == [(1, "FAILED")]
-    # One task's end is the end, and not only the job's.
+    # The output ends with the end of the task, not only with the end of the job.
     one = rig.client.logs_after(name, None, task=2)
     assert (one["ended"], [log["task"] for log in one["logs"]]) == (True, [2])
 
@@ -219,15 +219,15 @@ def test_log_answer_is_bounded_and_reports_omissions(rig: Rig, monkeypatch: pyte
     monkeypatch.setattr(logs, "MAX_BYTES", size)
     assert [log["text"] for log in rig.client.logs(name, task=3)] == ["task 3, try 1\n"]
     monkeypatch.setattr(logs, "MAX_BYTES", size * 2)
-    # Full to the last byte with the first bundle: the second one is named all the same.
+    # The first bundle fills the answer to the last byte, but the second bundle is still named.
     texts = {log["task"]: log["text"] for log in rig.client.logs(name)}
     assert [texts[n] for n in (0, 1)] == [f"task {n}, try 1\n" for n in (0, 1)]
     assert all("This log is omitted" in texts[n] for n in (2, 3))
-    # With both, nothing is left out.
+    # With both options, nothing is left out.
     monkeypatch.setattr(logs, "MAX_BYTES", size * 4)
     assert [log["text"] for log in rig.client.logs(name)] == [f"task {n}, try 1\n" for n in range(4)]
     monkeypatch.setattr(logs, "MAX_BYTES", size * 2)
-    # Whoever follows gets the rest in the next answer.
+    # A client that follows the log gets the rest in the next answer.
     followed: list[str] = []
     seq = None
     while not (page := rig.client.logs_after(name, seq))["ended"] and page["logs"]:
@@ -249,14 +249,14 @@ def test_live_logs_are_requested_through_the_control_object(rig: Rig) -> None:
     rig.run(rig.objects.put(object_keys.tail(JobId(name), "w-1"), to_bytes(tails)))
     rig.until(lambda: rig.client.tails(name)["tails"], "the tails")
     assert replace(word(), tail_s=None) == json_format.ControlCommand(Control.RUN, tail=1)
-    # However many ask, and however often.
+    # The number of clients and of requests does not matter.
     for _ in range(20):
         rig.client.tails(name)
     assert word().tail == 1
     rig.client.pause(name)
     rig.client.resume(name)
     assert word() == json_format.ControlCommand(Control.RUN)
-    # What a worker has stored of a bundle that has ended since is no news.
+    # The live log of a bundle that has ended is not reported.
     rig.work(name, 2)
     rig.ended(name)
     assert rig.client.tails(name)["tails"] == []
@@ -268,7 +268,7 @@ def test_asking_for_tails_never_undoes_a_cancellation(rig: Rig) -> None:
     name = rig.submit(job(tasks=2))
     rig.outstanding(name, 2)
     key = object_keys.control(JobId(name))
-    # Another leader's, which the ledger does not know of yet.
+    # The outcome is of another leader, and not yet in the ledger.
     cancel = json_format.control_to_bytes(json_format.ControlCommand(Control.CANCEL, reason="enough"))
     rig.run(rig.objects.put(key, cancel))
     rig.client.tails(name)

@@ -1,4 +1,4 @@
-"""Schedules over the HTTP API and its client: a real server, a real manager, the wall clock."""
+"""Schedules over the HTTP API and its client, with a real server, a real manager, and the real clock."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_schedule_is_created_shown_changed_and_removed(rig: Rig) -> None:
 
 
 def test_manual_run_is_tagged_with_its_schedule(rig: Rig) -> None:
-    rig.submit(job())  # its input is there
+    rig.submit(job())  # the job's input exists
     rig.client.add_schedule(described(), job())
     run = rig.client.run_schedule("nightly", "mine")
     assert run["job"]

@@ -1,6 +1,6 @@
-"""The API and its description say the same: generated requests against the application in memory.
+"""The API compared with its description, by generated requests to the application in memory.
 
-The manager conducts nothing here; it answers. The same requests are made in every run.
+The manager only answers requests, and does not run jobs. Every run makes the same requests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from batchlab.server.http import create_app
 from tests.support.server.api import SETTINGS, TOKEN, Machine
 
 EXAMPLES = 4
-"""Of each operation, of each kind."""
+"""The number of examples per operation and kind."""
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
 
 
@@ -72,7 +72,7 @@ def operations(app: FastAPI) -> Sequence[Any]:
 
 
 def each(strategy: Any, check: Callable[[Any], None]) -> None:
-    """Check a few of what the strategy gives, the same in every run."""
+    """Check some examples of a strategy, which are the same in every run."""
 
     @seed(1)
     @settings(
@@ -120,5 +120,5 @@ def test_with_it_every_operation_is_as_described(operations: Sequence[Any], mode
 
     for operation in operations:
         takes_nothing = not (list(operation.iter_parameters()) or list(operation.body))
-        if mode == "positive" or not takes_nothing:  # else nothing can be wrong
+        if mode == "positive" or not takes_nothing:  # an operation without parameters cannot be called wrongly
             each(operation.as_strategy(generation_mode=GenerationMode(mode)), check)

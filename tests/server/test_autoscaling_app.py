@@ -53,7 +53,7 @@ def app(key: Keys | None = None, now_s: float | None = None) -> App:
 
 
 class Answered:
-    """What the application sent."""
+    """The answer that the application sent."""
 
     def __init__(self, sent: list[MutableMapping[str, Any]]) -> None:
         self.status = sent[0]["status"]
@@ -95,7 +95,7 @@ def ask(to: App, headers: Headers, body: bytes = TAGS, *, method: str = "POST", 
 
 
 def signed(body: bytes = TAGS, key: Keys = KEY, service: str = SERVED) -> Headers:
-    """The headers of a request as botocore signs it, now."""
+    """Return the headers of a request, signed now as botocore signs."""
     request = AWSRequest("POST", "http://127.0.0.1:8080/", data=body)
     request.headers["Content-Type"] = "application/x-www-form-urlencoded; charset=utf-8"
     request.headers["User-Agent"] = "somebody"

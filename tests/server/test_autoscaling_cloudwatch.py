@@ -1,4 +1,4 @@
-"""CloudWatch as far as target tracking needs it: its JSON protocol, what is kept of a metric."""
+"""The part of CloudWatch that target tracking needs: its JSON protocol and its stored metrics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_request_arrives_as_it_was_sent(name: str) -> None:
     operation = CLOUDWATCH.operation_model(name)
     shape = operation.input_shape
     for seed in range(5):
-        # JSON has no fractions of a second in what botocore sends.
+        # botocore's JSON does not contain fractions of a second.
         asked = (shape and Samples(seed, tick=timedelta(seconds=1)).of(shape)) or {}
         sent = create_serializer("json").serialize_to_request(asked, operation)
         target = sent["headers"]["X-Amz-Target"]

@@ -1,4 +1,4 @@
-"""Launch templates from a file: what they say, and what is said of a file that is none."""
+"""Launch templates from a file, and the errors of an invalid file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spot notices on demand, and what an instance's metadata says of its group."""
+"""Spot notices on demand, and the data of an instance's group in its metadata."""
 
 from __future__ import annotations
 

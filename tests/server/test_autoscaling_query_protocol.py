@@ -1,4 +1,4 @@
-"""The query protocol against botocore's own serializer and parser, for every operation there is."""
+"""The query protocol, compared with botocore's serializer and parser for every operation."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SEEDS = range(12)
 
 
 def form(operation: OperationModel, asked: dict[str, Any]) -> str:
-    """What botocore sends."""
+    """Return the form that botocore sends."""
     return urlencode(create_serializer("query").serialize_to_request(asked, operation)["body"])
 
 
 def answered(operation: OperationModel, body: bytes, status: int = 200) -> dict[str, Any]:
-    """What botocore understands."""
+    """Return an answer as botocore parses it."""
     response = {"headers": {}, "status_code": status, "body": body}
     shape: Any = operation.output_shape
     parsed: dict[str, Any] = create_parser("query").parse(response, shape)
@@ -72,7 +72,8 @@ def test_every_answer_of_auto_scaling_is_read_as_it_was_meant(name: str) -> None
 
 @pytest.mark.parametrize("other", query_services())
 def test_codec_is_independent_of_auto_scaling(other: str) -> None:
-    """Flattened lists, maps, blobs: Auto Scaling has none of them, and others do."""
+    """The test includes flattened lists, maps, and blobs. Auto Scaling does not use these types, but other
+    services do."""
     model = service(other)
     for name in model.operation_names:
         requests_survive(model, name, 1)
@@ -135,7 +136,7 @@ def test_malformed_form_is_refused(wrong: str) -> None:
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_request_is_parsed_or_refused(data: st.DataObject) -> None:
-    """Names and values of a real request, cut up and put together wrongly."""
+    """The test combines parts of the names and values of a real request in wrong ways."""
     name = data.draw(st.sampled_from(AUTOSCALING.operation_names))
     operation = AUTOSCALING.operation_model(name)
     sent = form(operation, asked_for(operation, data.draw(st.integers(0, 9))))
@@ -155,7 +156,7 @@ REFUSALS = ("InvalidAction", "MalformedInput", "MalformedQueryString", "MissingA
 
 
 def refusal(sent: str) -> str:
-    """The code that the form is refused with, "" where it is a request."""
+    """Return the error code for the form, or "" if the form is a valid request."""
     try:
         parameters.check(*query_protocol.parse(AUTOSCALING, sent))
     except Fault as fault:

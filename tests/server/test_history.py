@@ -1,4 +1,4 @@
-"""The curves of the page: bounded, thinned, and going on where another manager has ended."""
+"""The curves of the page, which are limited, thinned, and continued by the next manager."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POOL = Pool("default", max_size=9)
 
 
 def manager(clock: ManualClock, *, recorder: Any = None, pools: tuple[str, ...] = ("default",)) -> Manager:
-    """What a look sees: two instances of which one boots, a worker with three tasks."""
+    """Return a manager with two instances, one of which boots, and a worker with three tasks."""
     instances = tuple(
         Instance(f"i-{state}", "default", state, 0.0) for state in (LifecycleState.IN_SERVICE, LifecycleState.PENDING)
     )
@@ -56,7 +56,7 @@ def test_stored_and_shown_history_is_bounded() -> None:
     view = history.view()
     assert len(history.moments) == MAX_MOMENTS
     assert MAX_SHOWN_MOMENTS / 2 < len(view["at_s"]) <= MAX_SHOWN_MOMENTS
-    assert view["at_s"][-1] == clock.now_s()  # the newest is never left out
+    assert view["at_s"][-1] == clock.now_s()  # the newest point is always included
     assert view["at_s"] == sorted(view["at_s"])
 
 

@@ -1,4 +1,4 @@
-"""Who leads stands for the lead again, until it is to end."""
+"""The loop of leadership, which takes the lead again until it is stopped."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from batchlab.server import manager_service
 
 @dataclass
 class Leading:
-    """A manager that leads until it is cancelled, or for a moment where it is `short`, and meets
-    `errors` at its end."""
+    """A manager that leads until it is canceled, or briefly if it is `short`. The manager raises an error at its end if
+    `errors` is true."""
 
     short: bool = False
     errors: bool = True
@@ -38,7 +38,7 @@ def lead_of(manager: Leading) -> manager_service._Lead:
 
 
 def test_error_at_the_end_of_leadership_ends_the_manager() -> None:
-    """It led on, and nobody could end it any more."""
+    """Before, the manager continued to lead and could not be stopped."""
     first, second = Leading(), Leading(errors=False)
 
     async def act() -> None:

@@ -1,4 +1,4 @@
-"""What Prometheus is shown: true, bounded, and only to who has the token."""
+"""The metrics for Prometheus, which are correct, limited, and require the token."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_worker_reports_are_counted_once(rig: Rig) -> None:
     (instance,) = rig.instances(1, "Pending")
     beat = rig.beat(instance)
     before = samples(rig)
-    for retried in (1, 3, 3, 2):  # the queue may deliver twice, and in any order
+    for retried in (1, 3, 3, 2):  # the queue may deliver events twice and in any order
         counts = {"retried.timeout": retried, "duplicate": 1}
         forged = CounterReport("w-9", {"retried.timeout": 1000})
         rig.run(rig.tell(Events(counters=(CounterReport(beat.worker, counts), forged), beats=(beat,))))
@@ -124,7 +124,7 @@ def test_names_follow_the_conventions(rig: Rig) -> None:
 
 
 def test_example_alerts_use_existing_metrics(rig: Rig) -> None:
-    """Every metric, label and value that an alert names is one that the manager shows."""
+    """The manager exports every metric, label, and value that an alert names."""
     known: dict[str, dict[str, set[str]]] = {}
     for name, labels in samples(rig):
         for key, value in labels:

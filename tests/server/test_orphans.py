@@ -1,4 +1,4 @@
-"""Pain 11, orphans: on a laptop a worker outlives its manager for a while, and no longer."""
+"""Orphans: on a laptop, a worker outlives its manager only for a limited time."""
 
 from __future__ import annotations
 

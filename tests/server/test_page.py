@@ -1,4 +1,4 @@
-"""The page over HTTP: who is let in, and what forms may do."""
+"""The page over HTTP: access and forms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.server.page import OURS, Visitor, other, rig, routes, strange
 __all__ = ["other", "rig", "stranger", "visitor"]
 
 
-# --- Who is let in -------------------------------------------------------------------------------
+# --- Access --------------------------------------------------------------------------------------
 
 
 def test_without_a_session_nothing_answers_but_the_login(rig: Rig, stranger: Visitor) -> None:
@@ -124,7 +124,7 @@ def test_a_session_ends_with_its_time_and_by_logging_out(
     ],
 )
 def test_the_page_answers_to_its_own_names_only(visitor: Visitor, host: str, status: int) -> None:
-    """DNS rebinding: a name of somebody else's that leads here."""
+    """In DNS rebinding, the name of an attacker resolves to this address."""
     assert visitor.get("/", Host=host).status_code == status
     assert visitor.get("/static/page.css", Host=host).status_code == status
 
@@ -136,7 +136,7 @@ def test_a_manager_that_listens_everywhere_does_not_answer_to_that(rig: Rig) -> 
     assert served.hosts == LOCAL_NAMES
 
 
-# --- What forms may do ---------------------------------------------------------------------------
+# --- Forms ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_every_form_carries_its_sessions_token(rig: Rig, visitor: Visitor, other
             answer = visitor.http.post(f"{visitor.root}{path}", data={"sure": "yes", **data}, headers=OURS)
             assert answer.status_code == 409, path
             assert "The form" in answer.text
-    assert visitor.get("/").status_code == 200  # nobody was logged out
+    assert visitor.get("/").status_code == 200  # the session is still valid
 
 
 def test_a_form_is_not_long(visitor: Visitor) -> None:

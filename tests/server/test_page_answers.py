@@ -1,4 +1,4 @@
-"""What the page answers with over HTTP, and that nothing hostile becomes markup."""
+"""The answers of the page over HTTP, in which hostile text never becomes markup."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_schedule_is_looked_at_paused_resumed_run_and_removed(rig: Rig, visito
     assert "The schedule is paused" in visitor.get("/schedules/nightly").text
     visitor.post("/schedules/nightly/resume")
     assert rig.client.schedule("nightly")["state"] == "active"
-    for _ in range(2):  # sent twice it is one run
+    for _ in range(2):  # two identical submissions make one run
         visitor.post("/schedules/nightly/run", token="once")
     (run,) = rig.until(lambda: rig.client.schedule("nightly")["runs"], "the run")
     assert run["by_hand"]
@@ -142,7 +142,7 @@ def test_a_schedule_is_looked_at_paused_resumed_run_and_removed(rig: Rig, visito
     gone = visitor.get("/schedules/nightly")
     assert gone.status_code == 404
     assert "<h1>Not found</h1>" in gone.text
-    rig.ended(name)  # its input was never uploaded
+    rig.ended(name)  # the job's input was never uploaded
 
 
 @pytest.mark.parametrize(

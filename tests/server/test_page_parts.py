@@ -1,4 +1,4 @@
-"""What the page is made of: how it says things, and the files that it ships."""
+"""The parts of the page: its texts, and the files that it ships."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_vendored_files_match_their_list() -> None:
 
 
 def test_own_files_load_nothing_foreign_and_run_no_text_as_code() -> None:
-    """The policy would refuse it in a browser; here it is told by name."""
+    """The content security policy would block such content in a browser. The test names such content."""
     for one in [*STATIC.iterdir(), *TEMPLATES.iterdir()]:
         if not one.is_file():
             continue

@@ -1,4 +1,4 @@
-"""A job of 100,000 tasks, many of them failed, is looked at as quickly as a small one."""
+"""The page of a job with 100,000 tasks and many failures, which is as fast as that of a small job."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from batchlab.server.http.failures import MAX_OUTCOMES_READ
 from tests.support.server.api import MAP, TOKEN, Rig
 
 BUNDLES, TASKS, BAD = 2000, 50, 5
-"""Of every second bundle so many tasks have failed."""
+"""The number of bundles, of tasks per bundle, and of failed tasks in every second bundle."""
 JOB = JobDef(
     JobId("large-0123456789"),
     "large",
@@ -73,7 +73,7 @@ async def _fill(rig: Rig) -> None:
 
 @pytest.fixture
 def reads(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Keys of the objects that are read from now on."""
+    """Record the keys of the objects that are read from now on."""
     found: list[str] = []
     get = rig.objects.get
 
@@ -102,7 +102,7 @@ def test_failures_are_read_some_at_a_time(rig: Rig, reads: list[str]) -> None:
     assert sorted(one["count"] for one in whole["groups"]) == [2000, 3000]
     before = len(reads)
     assert asked(rig, path).json() == whole
-    assert len(reads) == before  # nothing is read twice
+    assert len(reads) == before  # no object is read twice
 
 
 def test_every_failure_is_on_one_page(rig: Rig) -> None:
@@ -111,7 +111,7 @@ def test_every_failure_is_on_one_page(rig: Rig) -> None:
 
 
 def test_no_answer_takes_long(rig: Rig, reads: list[str]) -> None:
-    """Of the process's own time, which a busy machine does not make longer."""
+    """The test measures CPU time, which does not depend on the load of the machine."""
     page = httpx.Client(base_url=rig.url, trust_env=False, verify=False)
     with page:
         ours = {"Sec-Fetch-Site": "same-origin"}

@@ -1,4 +1,4 @@
-"""Who may see the page: codes that work once, cookies that are signed and end."""
+"""Access to the page: single-use codes, and signed cookies that expire."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_logout_deletes_the_cookie(sessions: Sessions, clock: ManualClock) -> No
     assert sessions.find(kept, sessions.place(other)) == other
     clock.time_s += SESSION_S
     sessions.close(other)
-    assert session.name not in sessions._closed  # what is over anyway is not remembered
+    assert session.name not in sessions._closed  # an expired session is not remembered
 
 
 def test_a_forms_token_is_of_one_session(sessions: Sessions) -> None:
@@ -158,7 +158,7 @@ def test_the_token_is_in_no_cookie(sessions: Sessions) -> None:
 
 
 def test_a_cookie_without_its_place_opens_nothing(sessions: Sessions) -> None:
-    """A browser sends a cookie to every port of a host; it does not send the place along."""
+    """A browser sends a cookie to every port of a host, but does not send the session's path."""
     session, cookie = sessions.start()
     other = sessions.start()[0]
     place = sessions.place(session)

@@ -1,4 +1,4 @@
-"""What a view says of a job, what is refused at the door, and how watchers are woken."""
+"""The view of a job, the admission of jobs, and the wake-up of watchers."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_bundle_without_an_outcome_has_no_view() -> None:
         outcome_view(BundleRecord(Bundle(JOB.id, MAP, TaskSet.from_indices([1]))), UNSEALED)
 
 
-# --- At the door ---------------------------------------------------------------------------------
+# --- Admission -----------------------------------------------------------------------------------
 
 
 def with_stage(**changes: Any) -> JobDef:
@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[JobDef, str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_job_that_could_never_run_is_refused(name: str) -> None:
-    """What cannot run must not wait for ever."""
+    """A job that cannot run must not wait forever."""
     job, message = REFUSED[name]
     with pytest.raises(UsageError) as caught:
         admit(job, POOLS)
@@ -161,7 +161,7 @@ def test_earlier_change_is_reported_at_once() -> None:
 
 
 def test_a_client_loads_neither_a_command_line_nor_a_validation_library() -> None:
-    """Every command of the command line pays for what its client imports."""
+    """Every command loads the modules that the client imports."""
     code = (
         "import sys\n"
         "from batchlab.client.http import Client\n"

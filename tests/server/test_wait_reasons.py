@@ -1,4 +1,4 @@
-"""why(): one line for every situation a job can be in, the most specific reason first."""
+"""The function why(), which returns one line for every situation of a job, the most specific reason first."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
 
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_the_answer_names_the_reason(name: str) -> None:
-    """Nobody is stuck without a reason."""
+    """Every situation has a reason."""
     situation, expected = SITUATIONS[name]
     answer = why(situation.facts())
     assert [text for text in expected if text not in answer] == [], answer
@@ -269,7 +269,7 @@ _some: Mapping[str, st.SearchStrategy[Any]] = {
 
 @given(st.fixed_dictionaries(dict(_some)).map(lambda chosen: Situation(**chosen)))
 def test_wait_reason_always_has_one_line(situation: Situation) -> None:
-    """Also for situations that nobody has thought of: no case answers "unknown"."""
+    """For random situations too, the answer has one line and is never "unknown"."""
     answer = why(situation.facts())
     assert answer.endswith(".")
     assert "\n" not in answer
@@ -282,7 +282,7 @@ def test_singular_and_plural_texts(tasks: int, verb: str) -> None:
     assert verb in why(Situation(out=[(make(tasks), -5.0)]).facts())
 
 
-# --- What is said beside the reason --------------------------------------------------------------
+# --- Additional facts ----------------------------------------------------------------------------
 
 WAITS = Situation(out=QUEUED, instances=[instance("w-1")], workers={"w-1": worker("w-1")})
 RUNS = Situation(out=QUEUED, instances=[instance("w-1")], workers={"w-1": worker("w-1", bundle())})
@@ -290,7 +290,7 @@ ENDED = Situation(JobState.FAILED, reason="2 tasks failed")
 
 
 def beside(situation: Situation, **more: Any) -> str:
-    """What the answer has beyond the reason alone."""
+    """Return the part of the answer after the reason."""
     facts = situation.facts()
     alone, whole = why(facts), why(replace(facts, **more))
     assert whole.startswith(alone)

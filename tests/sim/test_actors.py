@@ -1,4 +1,4 @@
-"""Actors: a kill ends all of a process at once, and only that process."""
+"""Actors of the simulator. A kill ends all tasks of one process at once, and no other process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.sim.loop import fail_soon, forever
 
 
 class World:
-    """An actor whose tasks write down how they end."""
+    """An actor whose tasks record how they end."""
 
     def __init__(self) -> None:
         self.actor = Actor("a")
@@ -93,7 +93,7 @@ def test_cancellation_of_a_foreign_future_by_a_death_is_not_a_crash() -> None:
 
 
 def test_failure_left_by_a_death_is_not_a_crash() -> None:
-    """A parent that would have looked at its child's failure was killed before it could."""
+    """A parent that would have handled its child's failure was killed before that."""
     kept: list[asyncio.Task[None]] = []
 
     async def root() -> None:

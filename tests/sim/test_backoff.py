@@ -1,5 +1,4 @@
-"""The backoff of a retry, whoever sends the retry: its worker, the next leader, a resume, or the
-reconciler."""
+"""The backoff of a retry that is sent by its worker, the next leader, a resume, or the reconciler."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def unlucky_once(run_s: float = 1.0) -> Script:
 
 
 async def failed(world: World, made: JobDef) -> None:
-    """The first attempt has failed, and the ledger knows the retry."""
+    """Wait until the first attempt has failed and the ledger contains the retry."""
     await submitted(world, made)
     while (await world.rows(made.id)).stages[0].counts.retried == 0:
         await asyncio.sleep(1.0)
@@ -61,8 +60,8 @@ async def rebuilt(world: World, made: JobDef) -> None:
 
 @pytest.mark.parametrize("happens", [killed, paused, rebuilt])
 def test_retry_keeps_its_backoff(happens: Any) -> None:
-    """The next leader took a retry that waits for a silent bundle and sent it again: 600 s became
-    45 to 55 s. A resume sent it at once. Later the delayed original ran user code once more."""
+    """Before, the next leader considered a waiting retry as a silent bundle and sent it again, so 600 s became 45 s to
+    55 s. A resume sent the retry at once. Later, the delayed original message ran the user's code again."""
 
     async def act(world: World) -> None:
         await failed(world, MADE)

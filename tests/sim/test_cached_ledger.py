@@ -1,4 +1,4 @@
-"""Looks at a world's ledger show what it says, and cost a question only where that may be new."""
+"""The cache of a world's ledger, which returns current content and queries the ledger only after a possible change."""
 
 from __future__ import annotations
 

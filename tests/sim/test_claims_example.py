@@ -1,4 +1,4 @@
-"""The claims job in the simulator, with its real handlers: the same results as anywhere."""
+"""The claims job in the simulator with its real handlers, whose results equal those of other backends."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_claims_in_virtual_time_add_up(tmp_path: Path, crashes: bool) -> None:
 
 @pytest.mark.slow
 def test_run_with_the_sim_backend_gives_the_same_results(tmp_path: Path) -> None:
-    """From the outside: the command, its answer, and the totals beside the generator's facts."""
+    """The test runs the command, and compares its results with the generator's facts."""
     job_file = shutil.copytree(EXAMPLE, tmp_path / "claims") / "job.yaml"
     facts = write_claims(tmp_path / "claims" / "data", seed=2, files=6, claims_per_file=5)
     command = [sys.executable, "-m", "batchlab", "run", str(job_file), "--backend", "sim"]

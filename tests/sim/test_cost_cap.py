@@ -1,6 +1,6 @@
-"""A cap on cost stops launching: in virtual time, at what instances would cost on AWS.
+"""A cost cap, which stops launches, in virtual time with the prices of instances on AWS.
 
-An m7i.large costs 0.1008 USD per hour, so a minute of one, the least that is billed, 0.00168.
+An m7i.large costs 0.1008 USD per hour. A minute, which is the billed minimum, costs 0.00168 USD.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def accounting(max_cost_usd: float | None = None) -> Accounting:
 
 
 async def settled(world: World, *, within_s: float = 2000.0) -> None:
-    """Wait until the fleet is empty, and has been for a while."""
+    """Wait until the fleet has been empty for a while."""
     empty_s = 0.0
     async with asyncio.timeout(within_s):
         while empty_s < 60:
@@ -70,7 +70,7 @@ def test_cost_exceeds_the_cap_by_at_most_a_minute_of_one_instance(
     pool = replace(POOLS[0], boot_s=boot_s, slots=slots)
 
     async def act(world: World) -> None:
-        tasks = int(3 * cap / (0.1008 / 3600) * slots / run_s)  # three times what the cap pays for
+        tasks = int(3 * cap / (0.1008 / 3600) * slots / run_s)  # three times the work that the cap pays for
         made = job(stage(A), items=tasks, max_cost_usd=cap)
         await submitted(world, made)
         await asyncio.sleep(5)
@@ -82,7 +82,7 @@ def test_cost_exceeds_the_cap_by_at_most_a_minute_of_one_instance(
         assert usd <= cap + MINUTE_USD
         done = (await world.ledger.rows(made.id)).stages[0].counts.succeeded
         assert 0 < done < tasks
-        # It is no use being so careful that nothing is done.
+        # The manager must not be so cautious that no work is done.
         assert usd >= cap / 3
         manager = await leader(world)
         text = why(await job_facts.gather(manager, made.id))
@@ -94,8 +94,8 @@ def test_cost_exceeds_the_cap_by_at_most_a_minute_of_one_instance(
 
 @pytest.mark.parametrize(("cap", "boot_s", "slots"), [(0.03, 0.0, 2), (0.05, 90.0, 4)])
 def test_job_near_its_cap_is_capped_for_good(cap: float, boot_s: float, slots: int) -> None:
-    """Whenever a bundle had been cheaper than reckoned it was capped no longer, for a second: who
-    watched it saw that up to thirty times."""
+    """Before, the job lost its capped state for a second after each bundle that was cheaper than estimated, up to
+    thirty times."""
     pool = replace(POOLS[0], boot_s=boot_s, slots=slots)
 
     async def act(world: World) -> None:
@@ -126,7 +126,7 @@ def test_a_job_is_capped_no_longer_once_its_cap_pays_for_the_rest() -> None:
         live = manager.lives[made.id]
 
         def told(left_usd: float, next_usd: float, uncut_usd: float) -> tuple[bool, bool, bool]:
-            """Whether it is called capped, and whether the page and the metrics say so of now."""
+            """Return whether the job counts as capped, and whether the page and the metrics currently show that."""
             assert manager.spending
             live.budget = Budget((CapBudget("it", 10.0, 10.0 - left_usd),), {}, {})
             manager.spending.caps._hold(live, next_usd, uncut_usd)
@@ -194,8 +194,8 @@ def test_a_cap_that_does_not_pay_for_one_instance_launches_none() -> None:
 
 @pytest.mark.parametrize(("every_s", "unled_s"), [(18.0, 0.0), (22.0, 15.0)])
 def test_the_account_survives_the_manager(every_s: float, unled_s: float) -> None:
-    """Killed again and again it must not forget what has been spent, and spend it once more. The
-    second time it dies as the cap is reached: until another leads, what runs goes on."""
+    """A manager that is killed repeatedly must not forget the spent amount and spend it again. The second time, the
+    manager dies when the cap is reached. Running tasks continue until another manager leads."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=2000, max_cost_usd=0.02)
@@ -212,14 +212,14 @@ def test_the_account_survives_the_manager(every_s: float, unled_s: float) -> Non
         usd = manager.lives[made.id].account.usd(rates)
         unled_usd = POOLS[0].max_size * unled_s / 60 * MINUTE_USD
         assert 0.02 / 3 <= usd <= 0.02 + MINUTE_USD + unled_usd
-        # What instances have really lived, seen from outside.
+        # The real lifetimes of the instances, measured by the world.
         assert len(world.workers) * MINUTE_USD <= 0.02 + MINUTE_USD
 
     in_world(act, script=takes(2.0), pools=POOLS, seed=4, accounting=accounting())
 
 
 def test_without_a_cap_an_account_changes_nothing() -> None:
-    """The same world with an account and without takes the same course, instance by instance."""
+    """The same world with and without an account takes the same course, instance by instance."""
 
     def course(kept: Accounting | None) -> list[tuple[float, str, int]]:
         async def act(world: World) -> list[tuple[float, str, int]]:

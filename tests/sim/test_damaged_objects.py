@@ -1,4 +1,4 @@
-"""Objects that the store has torn, lost, or changed, in set scenes and in random worlds."""
+"""Objects that the store has truncated, lost, or changed, in fixed scenes and in random worlds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OTHER = scenes.job(scenes.stage(scenes.A), id=JobId("other"), token="other", ite
 
 
 async def strike(world: World, group: str, kind: FaultKind) -> str:
-    """Wait for the only object of the job in that group, damage it, and return its key."""
+    """Wait for the only object of the job in that group, damage the object, and return its key."""
     while True:
         keys = [key for key in world.objects.names() if key.startswith("jobs/job/") and group_of(key) == group]
         if keys:
@@ -56,7 +56,7 @@ def test_job_with_a_damaged_definition_fails_alone(kind: FaultKind) -> None:
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_the_word_of_a_paused_job_is_written_again(kind: FaultKind) -> None:
-    """Workers run a job whose control object is missing, but not one whose object is unreadable."""
+    """Workers run a job whose control object is missing, but do not run a job whose control object is unreadable."""
 
     async def act(world: World) -> None:
         await scenes.submitted(world, JOB)
@@ -96,12 +96,12 @@ def test_running_job_survives_a_torn_control_object() -> None:
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_task_with_a_damaged_part_of_the_plan_fails(kind: FaultKind) -> None:
-    """A part is named by its content, so one changed bit is noticed."""
+    """The name of a part contains the hash of its content, so one changed bit is noticed."""
     many = scenes.job(scenes.stage(scenes.A, bundle=1), items=40)
 
     async def act(world: World) -> None:
         await scenes.submitted(world, many)
-        # Messages of the first bundles contain their items.
+        # The messages of the first bundles contain the items, so these bundles do not need the plan.
         key = await strike(world, "part", kind)
         record = await scenes.ended(world, many)
         assert record.state is JobState.FAILED
@@ -118,7 +118,7 @@ async def cancelled_and_retried(world: World) -> None:
 
 
 async def next_leader_ends_it(world: World, key: str) -> None:
-    """The next manager ends OTHER well, and JOB as FAILED with the key in its reason."""
+    """Check that the next manager completes OTHER, and ends JOB as FAILED with the key in the reason."""
     scenes.kill_manager(world)
     await scenes.leader(world)
     await scenes.ends_well(world, OTHER)
@@ -244,7 +244,8 @@ def test_every_world_of_the_weather_may_have_damage() -> None:
 
 @pytest.mark.parametrize("first", range(0, 10, 5))
 def test_the_promises_hold_when_the_store_damages_objects(first: int) -> None:
-    """I1 to I7 hold for every other job. A job with a damaged object ends and names the object."""
+    """Invariants I1 to I7 hold for every other job. A job with a damaged object ends, and its reason names the
+    object."""
     for seed in range(first, first + 5):
         with fuzz.silence():
             failure = fuzz.try_seed(seed, "storage").failure

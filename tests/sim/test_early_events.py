@@ -1,4 +1,4 @@
-"""Scenes of jobs whose first bundles are sent before the ledger has them."""
+"""Jobs whose first bundles are sent before the ledger contains the jobs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SENT, WRITTEN = "sent", "written"
 
 
 async def staffed(world: World) -> Manager:
-    """The leader, once it has instances in service."""
+    """Wait for a leader with instances in service, and return the leader."""
     manager = await leader(world)
     while not any(
         instance.state is LifecycleState.IN_SERVICE for g in manager.groups.values() for instance in g.instances
@@ -70,7 +70,7 @@ def test_token_that_may_name_another_job_is_checked_first(
 
 
 def test_job_is_restored_by_its_first_completion_after_the_managers_death(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody asks for it again, and the ledger has never heard of it."""
+    """No client submits the job again, and the ledger does not contain the job."""
 
     async def act(world: World) -> None:
         async def add_job(*_: Any) -> object:
@@ -89,7 +89,8 @@ def test_job_is_restored_by_its_first_completion_after_the_managers_death(monkey
 
 
 def test_results_without_a_watcher_are_stored_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without instances it would lie in a queue, known to nobody who could launch some."""
+    """Without instances, the bundle would stay in a queue, and no manager would know of the job and launch
+    instances."""
 
     async def act(world: World) -> None:
         async def add_job(*_: Any) -> object:
@@ -107,7 +108,8 @@ def test_results_without_a_watcher_are_stored_first(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_completion_waits_for_the_row_of_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would be folded into a job that is not there yet, and be missed by who conducts it."""
+    """Otherwise, the completion would be folded into a job that does not exist yet, and the job's conductor would miss
+    it."""
 
     async def act(world: World) -> None:
         async def add_job(real: Any, change: AddJob) -> object:
@@ -152,8 +154,8 @@ def test_unsendable_bundle_is_sent_once_the_ledger_has_the_job(monkeypatch: pyte
 
 
 def test_repeated_submission_runs_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bundles are sent once more, since nobody knows whether they were; as copies, which look
-    for an outcome first."""
+    """The bundles are sent again as copies, because the manager does not know whether they were sent. A copy first
+    looks for an outcome."""
 
     async def act(world: World) -> None:
         is_first = True
@@ -168,7 +170,7 @@ def test_repeated_submission_runs_nothing_twice(monkeypatch: pytest.MonkeyPatch)
 
         around_change(monkeypatch, world.ledger, AddJob, add_job)
         await staffed(world)
-        # Or the first completion would make the job known before anybody asks again.
+        # The first completion must not restore the job before the second submission.
         monkeypatch.setattr(Collector, "_collect_once", lambda _: asyncio.sleep(1.0))
         made = job(stage(A), items=1, token="")
         await world.ask(lambda m: m.job_commands.submit(made, [0]), "submit")
@@ -200,7 +202,7 @@ def test_client_can_cancel_after_a_submission_error(monkeypatch: pytest.MonkeyPa
 
 
 def test_unrestorable_job_does_not_block_the_count_of_others() -> None:
-    """Its completion ended the manager, and each one that led after it."""
+    """Before, its completion ended each manager that led."""
 
     async def act(world: World) -> None:
         manager = await leader(world)

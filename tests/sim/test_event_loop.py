@@ -1,4 +1,4 @@
-"""The virtual-time loop: order, limits, clocks, speed."""
+"""The event loop in virtual time: order, limits, clocks, and speed."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_the_outside_is_refused(reach: Callable[[], Main]) -> None:
 
 
 def test_deadlock_names_the_waiting_tasks() -> None:
-    """The simulator leaves nobody stuck without a reason either."""
+    """The error of a deadlock must name the reason."""
 
     async def starve(event: asyncio.Event) -> None:
         await event.wait()
@@ -225,7 +225,8 @@ def test_real_clocks_advance_and_real_ids_differ() -> None:
 
 
 def test_the_loop_is_fast_enough_for_ten_thousand_workers() -> None:
-    """Ten times slower would still pass on an idle machine: this catches a change of order."""
+    """A loop that is ten times slower would still pass on an idle machine. The test finds a change of the order of
+    growth."""
     loop = SimLoop()
     loop.set_debug(False)
 

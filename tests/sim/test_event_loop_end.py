@@ -1,4 +1,4 @@
-"""How a run ends: nothing that fails is missed, and nothing runs on."""
+"""The end of a simulated run, which reports every failure and leaves no task running."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_garbage_is_collected_after_a_number_of_steps_not_of_allocations() -> No
 
 
 def test_siblings_are_cancelled_in_an_order_that_does_not_follow_their_addresses() -> None:
-    """TaskGroup keeps its tasks in a set."""
+    """TaskGroup keeps its tasks in a set, whose order depends on addresses."""
     kept: list[asyncio.Task[None]] = []
 
     async def linger(i: int, ended: list[int]) -> None:
@@ -203,7 +203,7 @@ def test_siblings_are_cancelled_in_an_order_that_does_not_follow_their_addresses
     async def main(ended: list[int]) -> None:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(linger(i, ended)) for i in range(50)]
-            kept.extend(tasks[len(kept) % 7 :: 3])  # so that the next run gets other addresses
+            kept.extend(tasks[len(kept) % 7 :: 3])  # the next run gets other addresses
             group.create_task(fail_soon())
 
     orders: set[tuple[int, ...]] = set()

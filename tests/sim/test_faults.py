@@ -1,4 +1,4 @@
-"""What each kind of fault does to a port call."""
+"""The effect of each kind of fault on a port call."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_lost_answer_hides_even_an_error() -> None:
 
 
 def test_a_delayed_call_is_late_with_its_effect_or_with_its_answer() -> None:
-    """Pains 2 and 6 start here: work goes on while the lease runs out."""
+    """Work continues while a delayed call lets the lease expire."""
 
     async def main(seed: int) -> tuple[bool, float]:
         store, loop = ToyStore(), asyncio.get_running_loop()

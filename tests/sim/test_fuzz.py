@@ -1,7 +1,7 @@
-"""The promises over many seeds of every kind of fault, and what a campaign tells of them.
+"""The promises over many seeds with every kind of fault, and the report of a campaign.
 
-BATCHLAB_SEEDS and BATCHLAB_FROM choose other seeds than the 500 seeds from 0. A run of the suite
-without `--all` tries the first QUICK_SEEDS of them.
+BATCHLAB_SEEDS and BATCHLAB_FROM choose other seeds than the 500 seeds from 0. A run of the suite without `--all` tries
+the first QUICK_SEEDS of them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ QUICK_S = 20.0
     ],
 )
 def test_no_promise_is_broken_in_any_weather(first: int) -> None:
-    """I1 to I7 in random worlds. Answers pains 2, 4, 6, 7 and 14, wherever a fault may strike."""
+    """Invariants I1 to I7 hold in random worlds. Faults may occur at any call."""
     for seed in range(first, min(first + AT_ONCE, FIRST + SEEDS)):
         with fuzz.silence():
             failure = fuzz.try_seed(seed, "all").failure
@@ -54,7 +54,7 @@ def test_no_promise_is_broken_in_any_weather(first: int) -> None:
 
 @pytest.mark.parametrize("first", range(0, LIES, AT_ONCE))
 def test_no_promise_is_broken_by_lying_workers(first: int) -> None:
-    """I8, and for each job that no lying worker had messages of, I1 to I7."""
+    """Promise I8 holds, and I1 to I7 hold for each job without a message at a lying worker."""
     for seed in range(first, first + AT_ONCE):
         with fuzz.silence():
             failure = fuzz.try_seed(seed, "lies").failure
@@ -64,7 +64,7 @@ def test_no_promise_is_broken_by_lying_workers(first: int) -> None:
 
 @pytest.mark.parametrize("first", range(0, ACCOUNTS, AT_ONCE // 2))
 def test_no_outcome_is_accounted_for_twice(first: int) -> None:
-    """The accounts of jobs, against what happened in their worlds."""
+    """The accounts of jobs are compared with the events in their worlds."""
     for seed in range(first, first + AT_ONCE // 2):
         with fuzz.silence():
             failure = fuzz.try_seed(seed, "accounts").failure
@@ -73,7 +73,7 @@ def test_no_outcome_is_accounted_for_twice(first: int) -> None:
 
 
 def test_every_kind_of_fault_happens() -> None:
-    """Seeds in which nothing goes wrong prove nothing."""
+    """Seeds without faults prove nothing."""
     missing = {kind for kind in FaultKind if trial.ALL.rate(kind)}
     tasks = {n: sum(job.items or 0 for job in draw(n).jobs) for n in range(FIRST, FIRST + SEEDS)}
     left = {n: trial.weather_of(n) for n, number in tasks.items() if 3 < number < 60}
@@ -83,7 +83,7 @@ def test_every_kind_of_fault_happens() -> None:
 
     with fuzz.silence():
         while missing and left:
-            # In the order of the numbers it takes a hundred worlds until the rarest has happened.
+            # In the order of their numbers, it takes a hundred worlds until the rarest fault has occurred.
             seed = max(left, key=promise)
             del left[seed]
             missing -= {fault.kind for fault in fuzz.try_seed(seed, "all").faults}
@@ -92,13 +92,14 @@ def test_every_kind_of_fault_happens() -> None:
 
 @pytest.mark.parametrize("seed", [0, 6, 11, 25, 33, 47])
 def test_a_world_is_the_same_on_the_ledger_in_memory(seed: int) -> None:
-    """Call by call, in whatever weather; in the end it is what SQL makes of the bucket (I3)."""
+    """The ledgers agree call by call in any world, and at the end the ledger in memory equals an SQL ledger that is
+    rebuilt from the bucket (I3)."""
     logs: dict[bool, list[str]] = {True: [], False: []}
     with fuzz.silence():
         for sql, log in logs.items():
             trial.run(seed, log=log, sql=sql)
     for mine, its in zip(logs[True], logs[False], strict=True):
-        # Memory keeps run times as they were given.
+        # The ledger in memory does not round run times.
         said, _, answer = mine.partition(" -> ")
         if " ledger." in said and "#" in answer:
             assert its.startswith(said)
@@ -106,7 +107,7 @@ def test_a_world_is_the_same_on_the_ledger_in_memory(seed: int) -> None:
             assert mine == its
 
 
-# --- What a seed tells ---------------------------------------------------------------------------
+# --- The report of a seed ------------------------------------------------------------------------
 
 
 def test_the_sums_do_not_depend_on_the_number_of_processes() -> None:
@@ -162,7 +163,7 @@ def test_seed_whose_process_dies_is_a_failure() -> None:
 
 
 def test_no_world_is_left_in_memory() -> None:
-    """A campaign of any length takes the same memory, also where seeds fail."""
+    """A campaign of any length takes the same memory, even if seeds fail."""
 
     async def broken(world: World, jobs: Sequence[JobId]) -> None:
         raise Violated("I3 is violated: planted")

@@ -1,6 +1,6 @@
-"""The whole grid in the simulator: scenes set by hand, and that a seed repeats itself.
+"""The whole grid in the simulator, in fixed scenes, and the repeatability of a seed.
 
-What it promises in any weather is tested over many seeds in test_fuzz.py.
+test_fuzz.py tests the promises over many seeds.
 """
 
 from __future__ import annotations
@@ -60,15 +60,16 @@ def test_the_same_seed_gives_the_same_event_log_byte_for_byte() -> None:
     assert len(answers) == 1
 
 
-# --- Set scenes ----------------------------------------------------------------------------------
+# --- Fixed scenes --------------------------------------------------------------------------------
 
 SELDOM_S = 60.0
-"""Of fourteen virtual hours, looking each second would be most of the work."""
+"""The interval of looks at the job, in seconds. Over fourteen virtual hours, a look per second would take most of the
+time."""
 
 
 @pytest.mark.slow
 def test_a_task_longer_than_twelve_hours_runs_once_and_is_handed_over_in_time() -> None:
-    """SQS hides a message for 12 hours at most."""
+    """SQS hides a message for at most 12 hours."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=2)
@@ -81,7 +82,7 @@ def test_a_task_longer_than_twelve_hours_runs_once_and_is_handed_over_in_time() 
 
 @pytest.mark.slow
 def test_a_hand_over_that_a_queue_did_not_take_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was taken for done: at the cap the message came back, and the task ran twice."""
+    """Before, the handover counted as done. The message returned after 12 hours, and the task ran twice."""
 
     async def act(world: World) -> None:
         refused: list[float] = []
@@ -146,7 +147,7 @@ def test_backoff_beyond_fifteen_minutes_is_chained_through_the_queue() -> None:
 
 
 def test_a_task_that_kills_its_workers_fails_alone_and_its_neighbours_succeed() -> None:
-    """Poison: bisected until it stands alone, then FAILED with a reason (I7)."""
+    """The poison task's bundle is halved until the task is alone, and then the task is FAILED with a reason (I7)."""
 
     def script(scene: Scene) -> Play:
         return Play(0.05, 1, kills_worker=scene.task == 37)
@@ -164,7 +165,7 @@ def test_a_task_that_kills_its_workers_fails_alone_and_its_neighbours_succeed() 
 
 
 def test_a_scale_in_gives_work_back_at_once() -> None:
-    """I6: nobody waits for a visibility timeout."""
+    """No worker waits for a visibility timeout (I6)."""
 
     async def act(world: World) -> None:
         made = job(stage(A, bundle=50), items=50)
@@ -249,12 +250,12 @@ def test_a_job_of_higher_priority_overtakes() -> None:
         await submitted(world, high)
         submitted_s = world.clock.monotonic_s()
         await world.ended(high.id)
-        # Once all of it is in the queue, there is room for others again, and no order in a queue.
+        # When the whole job is in the queue, other jobs have room again. The queue does not keep an order.
         last_s = sorted(s[0] for s in world.starts if s[1] == high.id)[50]
         starts = [s for s in world.starts if submitted_s + 15 < s[0] < last_s]
         late = [s for s in starts if s[1] == low.id]
         assert len(starts) > 20
-        assert len(late) <= 5  # what was already in the queue, and no more
+        assert len(late) <= 5  # only bundles that were already in the queue
         await world.ended(low.id)
         await invariants.check_all(world, [low.id, high.id])
 
@@ -262,7 +263,7 @@ def test_a_job_of_higher_priority_overtakes() -> None:
 
 
 def test_jobs_of_equal_priority_share() -> None:
-    """The noisy neighbour: a small job does not wait for the end of a large one."""
+    """A small job does not wait for the end of a large one."""
 
     async def act(world: World) -> None:
         large = job(stage(A), items=600)
@@ -280,7 +281,7 @@ def test_jobs_of_equal_priority_share() -> None:
 
 
 def test_gather_by_field_keeps_task_order_after_retries() -> None:
-    """Task 0 succeeds last, in a bundle of its own, and is still the first of its group."""
+    """Task 0 succeeds last, in its own bundle, but is still the first of its group."""
     made = job(stage(A, bundle=6, retry=RetryRule(2, 0.5)), stage(B, A, gather="key"), items=6)
 
     def script(scene: Scene) -> Play:
@@ -290,7 +291,7 @@ def test_gather_by_field_keeps_task_order_after_retries() -> None:
 
     async def act(world: World) -> None:
         await ends_well(world, made)
-        # A group in another order has another sum.
+        # A group in another order would have another sum.
         await invariants.check_results(world, made)
         rows = await world.ledger.bundles(made.id, stage=A, done=True)
         tasks = [list(row.completion.succeeded) for row in rows if row.completion]
@@ -300,7 +301,7 @@ def test_gather_by_field_keeps_task_order_after_retries() -> None:
 
 
 def test_a_new_leader_adopts_jobs_of_every_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """I. Trust, adoption: it read one page, so older jobs waited until newer ones had ended."""
+    """Before, a new leader read only one page of the list of jobs, so older jobs waited until newer ones had ended."""
     monkeypatch.setattr(state, "PAGE", 2)
     several = [job(stage(A), id=JobId(f"job-{n}"), token=f"{n}", items=1) for n in range(5)]
 

@@ -1,4 +1,4 @@
-"""Instances that never come up: each try is billed, so the manager stops trying, and says so."""
+"""Instances that never start. Each try is billed, so the manager stops launching and reports the reason."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ SLOWLY: dict[str, Any] = {
 
 @dataclass
 class Broken:
-    """An instance whose boot has come to an end, without a worker."""
+    """An instance whose boot has ended without a worker."""
 
     ended: str | None = "exit 1: the release cannot be fetched"
 
     def stop(self, grace_s: float) -> None:
-        """It has stopped."""
+        """Do nothing, because the instance has already stopped."""
 
     def kill(self, reason: str) -> None:
-        """It is dead."""
+        """Do nothing, because the instance is already dead."""
 
 
 class Machines:
-    """Breaks all that boot in the world from now on, until they are mended."""
+    """A switch that makes all later boots in the world fail until `mend` is called."""
 
     def __init__(self, world: World) -> None:
         self.launched: list[float] = []
@@ -74,7 +74,7 @@ def test_failing_launches_become_rare_and_resume_after_the_repair() -> None:
         assert first == POOL.max_size, "the first wave, and nothing in place of it"
         tries = machines.launched[first:]
         gaps = [later - at for at, later in pairwise(tries)]
-        # A quarter more or less of the boot, and what a tick takes.
+        # The tolerance is a quarter of the boot time plus the duration of a tick.
         assert gaps[0] == pytest.approx(2 * PAUSE_S + POOL.boot_s, abs=20)
         assert gaps[1] == pytest.approx(4 * PAUSE_S + POOL.boot_s, abs=20)
         assert gaps[-1] == pytest.approx(MAX_PAUSE_S + POOL.boot_s, abs=20)
@@ -152,8 +152,8 @@ def test_minimum_size_is_not_held_back_but_reported() -> None:
 
 
 def test_booting_instances_beside_failed_ones_are_awaited() -> None:
-    """As many as end a pool's launching were taken by a Spot wave while they booted. What had been
-    launched with them was ended too."""
+    """A Spot wave ends as many booting instances as a pool needs to stop launching. Before, the other instances of the
+    same launch were ended too."""
     pool = replace(POOL, max_size=8, boot_s=120.0)
 
     async def act(world: World) -> None:
@@ -177,7 +177,7 @@ def test_booting_instances_beside_failed_ones_are_awaited() -> None:
 
 
 def test_worker_that_reported_and_died_had_started() -> None:
-    """It died between two looks at the fleet, and counted as one that had not."""
+    """Before, a worker that died between two looks at the fleet counted as one that had never started."""
 
     async def act(world: World) -> None:
         manager = await leader(world)
@@ -196,7 +196,7 @@ def test_worker_that_reported_and_died_had_started() -> None:
 
 
 def test_instances_that_are_no_longer_wanted_are_not_failures() -> None:
-    """A cancelled job's instances are taken back while they boot."""
+    """The instances of a canceled job are terminated while they boot."""
 
     async def act(world: World) -> None:
         manager = await leader(world)
@@ -211,8 +211,8 @@ def test_instances_that_are_no_longer_wanted_are_not_failures() -> None:
 
 
 def test_booting_instance_missing_from_one_answer_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only those in service were heard again: it never got there, ran into its launch hook's end,
-    and was replaced."""
+    """Before, only instances in service were accepted again. The booting instance reached the timeout of its launch
+    hook and was replaced."""
 
     async def act(world: World) -> None:
         manager = await leader(world)

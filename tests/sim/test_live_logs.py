@@ -1,4 +1,4 @@
-"""Somebody follows every job, in random worlds full of faults: no promise is broken by that."""
+"""Live logs of every job in random worlds with many faults, which break no promise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def _follow(world: World, job: JobId) -> None:
 
 
 def test_following_breaks_no_promise() -> None:
-    """Above all no cancellation is undone by the word that asks for output (I4)."""
+    """In particular, a request for output must not undo a cancellation (I4)."""
     use, say = User.use, LiveLogs._write_request
     said: list[bool] = []
 
@@ -50,6 +50,6 @@ def test_following_breaks_no_promise() -> None:
         for seed in SEEDS:
             if failure := fuzz.try_seed(seed, "all").failure:
                 pytest.fail(f"seed {seed}: {failure.text}\n{failure.trace}")
-    # Words were written, and some that another word was faster than.
+    # Control objects were written, and some writes lost a race.
     assert sum(said) > 10, said
     assert not all(said), said

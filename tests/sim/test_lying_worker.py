@@ -1,4 +1,4 @@
-"""A lying worker in set scenes, and promise I8 in random worlds."""
+"""A lying worker in fixed scenes, and promise I8 in random worlds."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.support.sim import scenes
 
 
 async def a_worker(world: World) -> SimWorker:
-    """The first worker, before it has received anything."""
+    """Return the first worker, before it has received a message."""
     while not world.workers:
         await asyncio.sleep(0.1)
     return next(iter(world.workers.values()))
 
 
 def test_a_job_is_touched_only_by_a_liar_that_received_its_messages() -> None:
-    """Also where it received them while it was honest."""
+    """The liar may have received the messages while it was honest."""
 
     async def act(world: World) -> set[str]:
         first, second = scenes.job(scenes.stage(scenes.A)), scenes.job(scenes.stage(scenes.A))
@@ -38,7 +38,7 @@ def test_a_job_is_touched_only_by_a_liar_that_received_its_messages() -> None:
 
 
 def test_lying_workers_are_drawn_and_try_calls_outside_their_rights() -> None:
-    """A seed without lies, or without a call that its role forbids, proves nothing."""
+    """A seed without a lie or without a forbidden call proves nothing."""
     log: list[str] = []
     with fuzz.silence():
         for seed in range(7, 13):

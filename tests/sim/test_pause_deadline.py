@@ -1,4 +1,4 @@
-"""No task starts later than a lease after its job's control object says pause, or cancel."""
+"""The deadline of pause and cancel: no task starts later than a lease after the write of the control object."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_pause_stops_a_bundle_that_runs() -> None:
 
 
 def test_watch_detects_a_pause_that_lets_a_bundle_continue(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: a worker heeds a cancellation, and a pause only between two bundles."""
+    """In this planted bug, a worker obeys a cancellation at once, but a pause only between two bundles."""
     apply = ControlPoller._apply
 
     def heeds_no_pause(self: ControlPoller, name: Any, word: Control, until_s: float) -> None:

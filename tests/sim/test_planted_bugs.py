@@ -1,4 +1,4 @@
-"""Every planted bug is caught by the simulator, by a promise that it breaks."""
+"""The planted bugs, each of which the simulator catches by a promise that the bug breaks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.sim.mutants.kit import (
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda one: one.name.replace(" ", "-"))
 def test_a_planted_bug_is_caught(mutant: Mutant) -> None:
-    """A simulation that finds nothing proves something only if it would find this (all pains)."""
+    """A simulation without failures proves something only if it would find these bugs."""
     found = hunt(mutant, seeds_for(mutant))
     assert found.caught, f"no promise of {set(mutant.shows)} in {ENOUGH} seeds: {found.others}"
 
@@ -47,7 +47,7 @@ def test_a_mutant_with_other_parameters_is_an_error(monkeypatch: pytest.MonkeyPa
 
 
 def test_own_error_of_a_mutant_is_not_a_catch() -> None:
-    """Otherwise one that has gone stale would pass for caught, since it crashes its worker."""
+    """Otherwise, an outdated mutant would count as caught, because it crashes its worker."""
 
     def plant(plant: Plant) -> None:
         @plant.method(Worker, "run")
@@ -64,7 +64,7 @@ def test_a_mutant_that_changes_nothing_is_not_caught() -> None:
 
 
 def test_catch_by_another_promise_does_not_count() -> None:
-    """It would hide that a check for what the mutant breaks has gone."""
+    """Otherwise, the test would not notice that the check of the broken promise is missing."""
     name = "scale in forgotten"
     real = next(one for one in MUTANTS if one.name == name)
     found = hunt(Mutant(name, real.plant, frozenset({"I3"})), [known()[name].seed])
@@ -73,7 +73,7 @@ def test_catch_by_another_promise_does_not_count() -> None:
 
 
 def test_endless_world_is_caught_early() -> None:
-    """I7, long before its limit of virtual time."""
+    """The world is reported as hanging (I7) long before its limit of virtual time."""
     name = "poison without a limit"
     hanging = next(one for one in MUTANTS if one.name == name)
     seed = known()[name].seed
@@ -90,5 +90,5 @@ def test_the_product_is_whole_after_a_mutant() -> None:
 
 
 def test_the_page_has_the_table_that_the_calibration_writes() -> None:
-    """`python -m tests.sim.mutants.calibrate` writes both."""
+    """`python -m tests.sim.mutants.calibrate` writes both the table and known.json."""
     assert table_in(PAGE.read_text()) == rows(known())

@@ -1,4 +1,4 @@
-"""Port wrappers: latency, the log, and what the dead cannot do."""
+"""The port wrappers: latency, the log, and calls of killed actors."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_a_kill_after_falls_also_where_the_call_fails() -> None:
 
 
 def test_dead_actor_cannot_reach_a_port() -> None:
-    # Without latency an unguarded call would take effect at once. What the dead raise is ignored,
-    # assertions too, so they only take notes.
+    # Without latency, a call of a killed actor would take effect at once if it were not blocked. Errors in killed
+    # actors are ignored, including assertions, so the actors only record values.
     store, seen, loop = ToyStore(), list[object](), SimLoop()
     log = EventLog(loop.time)
 
@@ -90,7 +90,7 @@ def test_dead_actor_cannot_reach_a_port() -> None:
     loop.run(watch())
     assert list(store.objects) == ["before"]
     assert len(log.lines) == 1
-    assert seen == [ActorKilled]  # the shielded task never got to start
+    assert seen == [ActorKilled]  # the shielded task never started
 
 
 def test_a_call_that_waits_for_its_answer_when_the_actor_dies_never_returns() -> None:
@@ -160,8 +160,8 @@ def test_no_call_passes_after_the_end_of_the_run() -> None:
 
 
 def test_late_receive_is_excused_until_it_arrives() -> None:
-    """Simulator, seed 2037: the excuse ended as long after the request as the answer took longer,
-    but in between the queue was waited on. The message ran out before its worker knew of it."""
+    """Before, the excuse ended too early if the answer was late, because the worker also waited for the queue in
+    between (seed 2037 of the simulator). The message's timeout ended before its worker received the message."""
     queue, loop, excused_s = ToyQueue(), SimLoop(), list[float]()
 
     class Notes:

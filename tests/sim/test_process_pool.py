@@ -1,4 +1,4 @@
-"""Work in several processes: nothing is lost, nothing is left behind."""
+"""Work in several processes, which loses no item and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def deadly(item: int) -> int:
 
 
 def endless(item: int) -> int:
-    signal.alarm(1)  # in place of the alarm that spread has set
+    signal.alarm(1)  # replaces the alarm that `spread` has set
     while True:
         pass
 
@@ -82,7 +82,7 @@ class Thing:
 
 
 def hit(item: int) -> int:
-    """Ctrl-C within the callback of a weak reference, where Python tells of what it drops."""
+    """Raise Ctrl-C in the callback of a weak reference, where Python drops the exception."""
     thing = Thing()
     reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
     del thing
@@ -91,7 +91,7 @@ def hit(item: int) -> int:
 
 
 def test_nor_does_it_reach_the_very_first_process() -> None:
-    """In a fresh interpreter, where multiprocessing has yet to start its own."""
+    """The test uses a fresh interpreter, in which multiprocessing has not started its own process yet."""
     code = "from tests.sim.test_process_pool import hit, spread; print(*spread(hit, [0, 1], 2))"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert told.stderr == ""
@@ -126,7 +126,7 @@ def test_processes_are_reused_between_batches_and_end_with_the_pool() -> None:
         second = {pid for _, pid in crew.each(range(6))}
         assert first | second <= {child.pid for child in multiprocessing.active_children()}
         assert len(first | second) <= 2
-        # Who leaves in between leaves nobody at work whose answer the next lot would get.
+        # A caller that stops early must not leave a process at work, whose answer the next call would receive.
         results = crew.each(count())
         next(results)
         results.close()
@@ -135,7 +135,7 @@ def test_processes_are_reused_between_batches_and_end_with_the_pool() -> None:
 
 
 class OneItem:
-    """A pipe that hands out one item and then has nobody at its other end."""
+    """A pipe that returns one item and is then closed."""
 
     def __init__(self) -> None:
         self.items, self.answers = [0], list[float]()
@@ -150,7 +150,7 @@ class OneItem:
 
 
 def test_only_work_can_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that waits for its next item has hung nobody, however long that takes."""
+    """A process that waits for its next item does not hang, however long it waits."""
     set_s: list[int] = []
     monkeypatch.setattr(signal, "alarm", set_s.append)
     pipe = OneItem()

@@ -1,6 +1,6 @@
-"""Bugs that a review found in what users ask of jobs and in the change of leaders.
+"""Bugs that a review found in user requests and in the change of leaders.
 
-Each docstring says what went wrong before. Lost messages and services are in
+Each docstring describes the behavior before the fix. Bugs with lost messages and services are in
 test_regressions_services.py.
 """
 
@@ -41,7 +41,7 @@ from tests.support.sim.scenes import (
 
 
 def conducting(job_id: JobId) -> int:
-    """Tasks of the loop that conduct this job."""
+    """Return the number of tasks in the event loop that conduct this job."""
     return sum(task.get_name() == f"job {job_id}" for task in asyncio.all_tasks())
 
 
@@ -49,7 +49,7 @@ def conducting(job_id: JobId) -> int:
 
 
 def test_cancelling_a_scheduled_job_ends_it_at_once() -> None:
-    """It stayed SCHEDULED until its start came round, since a scheduled job was never advanced."""
+    """Before, the job stayed SCHEDULED until its start time, because a scheduled job was never advanced."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=5, start_at_s=EPOCH_S + 20_000)
@@ -67,7 +67,7 @@ def test_cancelling_a_scheduled_job_ends_it_at_once() -> None:
 
 @pytest.mark.parametrize("slow_s", [1.5, 3.0])
 def test_a_slow_resume_does_not_undo_an_acknowledged_cancel(slow_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """I4 was broken: the resume's "run" reached the bucket after the cancel's word."""
+    """Before, the "run" of the resume reached the bucket after the "cancel" (I4)."""
 
     async def act(world: World) -> None:
         slow: list[float] = []
@@ -102,7 +102,7 @@ def test_a_slow_resume_does_not_undo_an_acknowledged_cancel(slow_s: float, monke
 
 
 def test_resuming_a_job_that_is_not_paused_is_refused_and_sends_nothing() -> None:
-    """It was accepted, and every outstanding bundle was sent a second time."""
+    """Before, the resume was accepted, and every outstanding bundle was sent again."""
 
     async def act(world: World) -> None:
         made = job(stage(A, bundle=1), items=40)
@@ -124,7 +124,7 @@ def test_resuming_a_job_that_is_not_paused_is_refused_and_sends_nothing() -> Non
 
 
 def test_two_submissions_at_once_with_one_token_make_one_live_job() -> None:
-    """Both were adopted: two conductors, each with a half of what is outstanding; one hung."""
+    """Before, both submissions were adopted. Two conductors each had half of the outstanding bundles, and one hung."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=40)
@@ -153,7 +153,7 @@ def test_two_submissions_at_once_with_one_token_make_one_live_job() -> None:
 def test_counters_are_right_when_the_leader_dies_before_feeding_a_stage_of_a_cancelled_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The fed stage's number of tasks was never set, and negative counts resulted (I2)."""
+    """Before, the number of tasks of the next stage was never set, which caused negative counts (I2)."""
 
     async def act(world: World) -> None:
         died: list[int] = []
@@ -185,8 +185,7 @@ def test_counters_are_right_when_the_leader_dies_before_feeding_a_stage_of_a_can
 def test_a_job_stopped_for_a_wrong_plan_ends_failed_with_the_reason_though_the_leader_dies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Pain 1: the next leader saw only "cancel", and told a user who had not asked for it that
-    the job was CANCELLED by its user."""
+    """Before, the next leader saw only "cancel", and reported that the user had canceled the job."""
 
     async def act(world: World) -> None:
         died: list[int] = []
@@ -201,7 +200,7 @@ def test_a_job_stopped_for_a_wrong_plan_ends_failed_with_the_reason_though_the_l
 
         around_change(monkeypatch, world.ledger, SetControl, set_control)
         made = job(stage(A), items=5)
-        await world.submit(made)  # its items are missing
+        await world.submit(made)  # the items of the job are missing
         record = await ended(world, made)
         assert (died, record.state) == ([1], JobState.FAILED)
         assert world.managers == 2
@@ -212,7 +211,7 @@ def test_a_job_stopped_for_a_wrong_plan_ends_failed_with_the_reason_though_the_l
 
 
 def test_a_retry_is_finished_by_the_next_leader(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job hung for ever in its new round: reopened in the ledger, but with nothing to run."""
+    """Before, the job hung in its new round. The ledger had reopened the job, but did not contain a bundle to run."""
 
     def script(scene: Scene) -> Play:
         if scene.bundle.round == 0:
@@ -253,7 +252,8 @@ def test_a_retry_is_finished_by_the_next_leader(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("off_s", [-3600.0, 3600.0])
 def test_managers_with_different_clocks_do_not_steal_the_lease(off_s: float) -> None:
-    """Simulator, seed 223: they did for ever, and neither came to shrink the fleet."""
+    """Before, the managers took the lease from each other forever, and neither shrank the fleet (seed 223 of the
+    simulator)."""
 
     async def act(world: World) -> None:
         first = await leader(world)
@@ -271,7 +271,7 @@ def test_managers_with_different_clocks_do_not_steal_the_lease(off_s: float) -> 
 
 
 def test_the_lead_is_taken_over_although_the_clock_was_set_back_by_an_hour() -> None:
-    """Pain 1: the dead leader's lease seemed to last another hour, and nobody led until then."""
+    """Before, the dead leader's lease seemed valid for another hour, and no manager led until then."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=100)
@@ -290,8 +290,8 @@ def test_the_lead_is_taken_over_although_the_clock_was_set_back_by_an_hour() -> 
 
 
 def test_the_ledger_may_be_rebuilt_at_any_time_while_a_job_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cut or a fold that came between the clearing and the replay made earlier cuts look known:
-    their bundles were lost to the ledger, and the job hung or broke I3."""
+    """Before, cuts or folds between the clearing and the replay made earlier cuts look known. The ledger lost their
+    bundles, and the job hung or broke I3."""
 
     async def act(world: World) -> None:
         cutting = asyncio.Event()
@@ -304,7 +304,7 @@ def test_the_ledger_may_be_rebuilt_at_any_time_while_a_job_runs(monkeypatch: pyt
 
         async def read_rows(real: Any, *args: Any) -> object:
             answer = await real(*args)
-            await asyncio.sleep(1.5)  # time for that cut to come before the bucket is read
+            await asyncio.sleep(1.5)  # this cut is written before the rebuild reads the bucket
             return answer
 
         around_change(monkeypatch, world.ledger, AddCut, add_cut)
@@ -314,7 +314,7 @@ def test_the_ledger_may_be_rebuilt_at_any_time_while_a_job_runs(monkeypatch: pyt
         for at_s in (3.0, 9.0, 17.3, 24.1, 31.7):
             await asyncio.sleep(at_s - world.clock.monotonic_s())
             cutting.clear()
-            with suppress(TimeoutError):  # the last times nothing is left to cut
+            with suppress(TimeoutError):  # at the end, no tasks are left to cut
                 await asyncio.wait_for(cutting.wait(), 2)
             assert not (await world.ledger.job(made.id)).state.ended
             assert (await (await leader(world)).rebuild_ledger()).jobs == 1
@@ -330,7 +330,7 @@ def test_the_ledger_may_be_rebuilt_at_any_time_while_a_job_runs(monkeypatch: pyt
 
 
 def test_tasks_with_vanished_inputs_fail_with_a_reason_and_other_jobs_continue() -> None:
-    """I7: the manager met the missing part again and again, and no job was cut any more."""
+    """Before, the manager met the missing part repeatedly, and no job was cut any more (I7)."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=100)
@@ -339,7 +339,7 @@ def test_tasks_with_vanished_inputs_fail_with_a_reason_and_other_jobs_continue()
         await asyncio.sleep(25)
         async for page in world.objects.list(f"jobs/{made.id}/a/plan/"):
             await world.objects.delete([info.key for info in page if "part-" in info.key])
-        kill_manager(world)  # it remembers the parts; the next one does not
+        kill_manager(world)  # this manager remembers the parts, but the next one does not
         await submitted(world, other)
         record = await ended(world, made)
         assert record.state is JobState.FAILED
@@ -354,7 +354,7 @@ def test_tasks_with_vanished_inputs_fail_with_a_reason_and_other_jobs_continue()
 
 
 def test_a_gather_over_results_that_have_vanished_fails_its_job_with_a_reason() -> None:
-    """I7: planning met the missing outcome again and again, for ever."""
+    """Before, the planning met the missing outcome repeatedly, without an end (I7)."""
 
     async def act(world: World) -> None:
         deleted: list[str] = []
@@ -373,7 +373,7 @@ def test_a_gather_over_results_that_have_vanished_fails_its_job_with_a_reason() 
 
 
 def test_a_gather_over_a_large_result_that_has_vanished_fails_its_job_with_a_reason() -> None:
-    """I7: planning met the missing object again and again, for ever."""
+    """Before, the planning met the missing object repeatedly, without an end (I7)."""
 
     def script(scene: Scene) -> Play:
         return Play(0.5, {"$value": "files/job/a/gone.json"})

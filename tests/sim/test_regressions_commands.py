@@ -1,5 +1,5 @@
-"""Scenes of what users ask for, and managers write, at the wrong moment; each docstring says what
-went wrong before."""
+"""Bugs with user requests and manager writes at the wrong moment. Each docstring describes the behavior before the
+fix."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ CANCEL = json_format.ControlCommand(Control.CANCEL, reason="its user had enough"
 
 
 async def _cancelled(world: World, made: JobDef) -> Manager:
-    """The job has been cancelled, and has ended."""
+    """Cancel the job, and wait until it has ended."""
     await submitted(world, made)
     await world.ask(lambda m: m.job_commands.cancel(made.id), "cancel")
     assert (await ended(world, made)).state is JobState.CANCELLED
     return await leader(world)
 
 
-# --- Words that come late ------------------------------------------------------------------------
+# --- Late control writes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", ["resume", "pause"])
 def test_former_leader_does_not_undo_a_cancellation(verb: str) -> None:
-    """The leader had written and acknowledged it. Another one, which did not know so, was asked to
-    resume the job: "run" took the place of "cancel", and workers started tasks again (I4)."""
+    """The leader had written and acknowledged the cancellation. Another manager, which did not know of the
+    cancellation, was asked to resume the job. Before, "run" replaced "cancel", and workers started tasks again (I4)."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=3)
@@ -87,7 +87,7 @@ def test_cancellation_between_two_reads_of_the_control_object_stays(monkeypatch:
 
 
 def test_a_retry_that_is_carried_out_twice_does_not_undo_a_cancellation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second time it said "run" when the round had already been cancelled (I4)."""
+    """Before, the repeated retry wrote "run" after the round had already been canceled (I4)."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=3)
@@ -115,12 +115,12 @@ def test_a_retry_that_is_carried_out_twice_does_not_undo_a_cancellation(monkeypa
     in_world(act, script=takes(30.0))
 
 
-# --- Retries that nobody asks for again ----------------------------------------------------------
+# --- Retries that no client repeats --------------------------------------------------------------
 
 
 def test_retry_of_a_dead_manager_is_completed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was in the bucket and not in the ledger. Its user did not ask again: the job stayed as it
-    was, but not in a ledger rebuilt from the bucket (I3)."""
+    """The retry was in the bucket, but not in the ledger. Before, the job stayed unchanged until its user asked again,
+    but not in a ledger that was rebuilt from the bucket (I3)."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=3)

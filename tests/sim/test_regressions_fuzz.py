@@ -1,6 +1,6 @@
-"""Bugs that random worlds have found, each as the smallest scene that shows it.
+"""Bugs that random worlds have found, each in its smallest scene.
 
-Each docstring says what went wrong before.
+Each docstring describes the behavior before the fix.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from tests.support.sim.scenes import (
 
 
 def test_copies_that_run_side_by_side_do_not_condemn_their_task() -> None:
-    """Each start counted as the death of a worker. A task of which enough copies ran was FAILED by
-    the next copy as one that kills its workers, and none of them had died."""
+    """Before, each start counted as the death of a worker. If enough copies of a task ran, the next copy marked the
+    task as FAILED for killing its workers, although no worker had died."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=1)
@@ -61,8 +61,8 @@ def test_copies_that_run_side_by_side_do_not_condemn_their_task() -> None:
 
 
 def test_manual_request_spares_instances_that_became_busy() -> None:
-    """The group heard at each tick who is busy. A capacity set by hand in between took an instance
-    with work in hand although an idle one was there."""
+    """The group learns at each tick which instances are busy. Before, a manual capacity between two ticks ended a busy
+    instance although an idle one existed."""
 
     async def act(world: World) -> None:
         manager = await leader(world)
@@ -84,8 +84,8 @@ def test_manual_request_spares_instances_that_became_busy() -> None:
 
 
 def test_a_scheduled_job_starts_although_the_answer_to_its_move_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second try was told that there was nothing to move, so the manager went on to believe the
-    job to be SCHEDULED, and never conducted it."""
+    """Before, the second try got the answer that the job had already moved. The manager therefore believed that the job
+    was SCHEDULED, and never conducted it."""
 
     async def act(world: World) -> None:
         lost: list[JobState] = []
@@ -105,8 +105,8 @@ def test_a_scheduled_job_starts_although_the_answer_to_its_move_was_lost(monkeyp
 
 
 def test_a_cancellation_is_not_forgotten_by_a_read_that_was_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The manager read a job from the ledger, the user's cancellation was acknowledged meanwhile,
-    and what had been read took its place: no worker ran the job, and it never ended."""
+    """The manager read a job from the ledger, and acknowledged the user's cancellation meanwhile. Before, the older
+    read replaced the cancellation: no worker ran the job, and it never ended."""
 
     async def act(world: World) -> None:
         async def read(original: Any, *args: Any) -> object:
@@ -128,8 +128,8 @@ def test_a_cancellation_is_not_forgotten_by_a_read_that_was_under_way(monkeypatc
 
 
 def test_retry_right_after_the_end_is_coordinated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The manager had ended the job in the ledger and not heard so yet. It took the new round for
-    the one that it was about to end, and the job never ended."""
+    """The manager had ended the job in the ledger, but had not received the answer yet. Before, the manager confused
+    the new round with the ended one, and the job never ended."""
 
     async def act(world: World) -> None:
         async def finish(original: Any, change: Finish) -> object:
@@ -150,8 +150,8 @@ def test_retry_right_after_the_end_is_coordinated(monkeypatch: pytest.MonkeyPatc
 
 
 def test_job_begun_by_another_manager_is_coordinated() -> None:
-    """A manager that had lost its lease and did not know so yet re-opened a job, and ended. The
-    leader had looked into the ledger before, and the job never ended."""
+    """A manager that had lost its lease without noticing reopened a job, and ended. Before, the leader had read the
+    ledger earlier and missed the job, which never ended."""
 
     async def act(world: World) -> None:
         await leader(world)
@@ -170,8 +170,8 @@ def test_job_begun_by_another_manager_is_coordinated() -> None:
 
 
 def test_missing_events_queue_is_created_again() -> None:
-    """The manager waited for the tick to notice, which asks the other queues. Nobody was heard any
-    more: jobs ended by what the reconciler found, and the fleet never came down."""
+    """The manager waited for a check in the tick, which uses only the other queues. Before, no events arrived any more.
+    Jobs ended only through the reconciler, and the fleet never shrank."""
 
     async def act(world: World) -> None:
         made = job(stage(A, bundle=1), items=20)
@@ -188,7 +188,7 @@ def test_missing_events_queue_is_created_again() -> None:
 
 
 def test_concurrent_rebuilds_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one still adopted its jobs when the second had begun, and cut tasks that the second
+    """Before, the first rebuild was still adopting its jobs when the second one began, and cut tasks that the second
     one had not planned yet."""
 
     async def act(world: World) -> None:
@@ -206,7 +206,7 @@ def test_concurrent_rebuilds_run_one_after_the_other(monkeypatch: pytest.MonkeyP
             return await original(*args, **kwargs)
 
         around(monkeypatch, ledger_rebuild, "_rows", read_rows)
-        around(monkeypatch, world.ledger, "bundles", read)  # a part of adopting
+        around(monkeypatch, world.ledger, "bundles", read)  # the adoption of jobs makes this call
         made = job(stage(A, bundle=1), items=30)
         await submitted(world, made)
         while len(world.starts) < 5:
@@ -219,19 +219,19 @@ def test_concurrent_rebuilds_run_one_after_the_other(monkeypatch: pytest.MonkeyP
     in_world(act, script=takes(5.0))
 
 
-# --- Words that only the bucket has --------------------------------------------------------------
+# --- Control words that only the bucket has ------------------------------------------------------
 
 
 async def _written(world: World, made: JobDef, word: json_format.ControlCommand) -> None:
-    """What a manager writes before it tells the ledger; this one does not come to that."""
+    """Write the control object of a job without the change of the ledger that follows."""
     await world.objects.put(object_keys.control(made.id), control_to_bytes(word))
 
 
 @pytest.mark.parametrize("dies", [True, False])
 def test_cancellation_known_only_to_workers_ends_the_job(dies: bool) -> None:
-    """Its manager had died, or was leader no longer, before it told the ledger. Workers ended tasks
-    as CANCELLED and dropped the messages of the others, which the leader sent again, for ever. A
-    total was planned over what was left."""
+    """The manager had died or lost the lead before it changed the ledger. Before, workers ended tasks as CANCELLED and
+    dropped the other messages, which the leader sent again without end. A total was planned over the remaining tasks.
+    """
 
     async def act(world: World) -> None:
         made = job(stage(A, bundle=1), stage(B, A, gather="*"), items=30)
@@ -250,7 +250,7 @@ def test_cancellation_known_only_to_workers_ends_the_job(dies: bool) -> None:
 
 @pytest.mark.parametrize("dies", [True, False])
 def test_pause_known_only_to_workers_can_be_resumed(dies: bool) -> None:
-    """Workers dropped the job's messages, and the leader sent them again, for ever."""
+    """Before, workers dropped the job's messages, and the leader sent them again without end."""
 
     async def act(world: World) -> None:
         made = job(stage(A, bundle=1), items=10)
@@ -273,8 +273,8 @@ def test_pause_known_only_to_workers_can_be_resumed(dies: bool) -> None:
 
 
 def test_resume_known_only_to_workers_reaches_the_leader() -> None:
-    """A manager that had lost its lease and did not know so yet resumed the job. For the leader it
-    stayed paused, and with no worker there was none to be heard of."""
+    """A manager that had lost its lease without noticing resumed the job. Before, the job stayed paused for the leader,
+    and without a worker the leader could not learn of the resume."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=3)
@@ -289,8 +289,8 @@ def test_resume_known_only_to_workers_reaches_the_leader() -> None:
 
 
 def test_a_cancelled_stage_is_fed_by_a_cut_that_only_the_bucket_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next leader found the first cut when it closed the stage, and went on by what it had read
-    before: the stage that follows had no tasks, and 20 in a ledger rebuilt from the bucket (I3)."""
+    """Before, the next leader found the first cut when it closed the stage, but continued with older data. The next
+    stage got no tasks, but 20 tasks in a ledger that was rebuilt from the bucket (I3)."""
 
     async def act(world: World) -> None:
         made = job(stage(A), stage(B, A), stage(C, B), items=20)
@@ -314,8 +314,8 @@ def test_a_cancelled_stage_is_fed_by_a_cut_that_only_the_bucket_has(monkeypatch:
 
 
 def test_late_pause_leaves_no_trace() -> None:
-    """A manager wrote the word and died; the job's last task ended, and so did the job. A ledger
-    rebuilt from the bucket said that its user had paused it (I3)."""
+    """A manager wrote a pause and died, and then the job ended with its last task. Before, a ledger that was rebuilt
+    from the bucket showed the job as paused (I3)."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=1)
@@ -327,12 +327,12 @@ def test_late_pause_leaves_no_trace() -> None:
     in_world(act, script=takes(5.0))
 
 
-# --- A ledger that is emptied under somebody's hands ---------------------------------------------
+# --- A ledger that is cleared meanwhile ----------------------------------------------------------
 
 
 def _emptied_when_read(monkeypatch: pytest.MonkeyPatch, world: World) -> list[str]:
-    """What this answers is to be given a word: then the next look for ended bundles of stage A
-    finds the ledger emptied, and it is rebuilt in a moment."""
+    """Return a list. After a test adds a word to the list, the next read of ended bundles of stage A finds an empty
+    ledger, which is rebuilt soon."""
     armed: list[str] = []
     rebuilds: list[asyncio.Task[object]] = []
 
@@ -352,7 +352,7 @@ def _emptied_when_read(monkeypatch: pytest.MonkeyPatch, world: World) -> list[st
 
 
 def test_a_retry_is_not_planned_from_an_emptied_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was committed without the bundles that a stage still had to run, and never ended."""
+    """Before, the retry was committed without the bundles that a stage still had to run, and the job never ended."""
 
     async def act(world: World) -> None:
         armed = _emptied_when_read(monkeypatch, world)
@@ -374,7 +374,7 @@ def test_a_retry_is_not_planned_from_an_emptied_ledger(monkeypatch: pytest.Monke
 
 
 def test_a_total_is_not_planned_from_an_emptied_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was planned over the results that the ledger still had, which were none (I1)."""
+    """Before, the total was planned over the results in the ledger, which was empty (I1)."""
 
     async def act(world: World) -> None:
         armed = _emptied_when_read(monkeypatch, world)

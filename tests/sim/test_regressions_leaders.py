@@ -1,5 +1,5 @@
-"""Scenes of a leader that stands still, and of one whose clock is set back; each docstring says
-what went wrong before."""
+"""Bugs with a frozen leader, and with a leader whose clock is set back. Each docstring describes the behavior before
+the fix."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from tests.support.sim.scenes import (
     takes,
 )
 
-# --- A leader that stands still while others lead ------------------------------------------------
+# --- A frozen leader while others lead -----------------------------------------------------------
 
 
 async def _another_leads(world: World, *, until: asyncio.Event) -> None:
-    """The leader freezes; another one leads until then, and is stopped; the first one wakes, and
-    finds that the lease is free."""
+    """Freeze the leader, and let another manager lead until the event. Then stop the second manager, and thaw the first
+    one, which finds that the lease is free."""
     first = world.manager_processes[0]
     stops = world.start_manager()
     first.actor.freeze()
@@ -52,9 +52,9 @@ async def _another_leads(world: World, *, until: asyncio.Event) -> None:
 def test_suspended_leader_adopts_jobs_again_after_another_led(
     monkeypatch: pytest.MonkeyPatch, asked_twice: bool
 ) -> None:
-    """Simulator, seed 6760: it renewed a lease that was free, and saw nothing in that. A bundle
-    that the other one had planned was none that it waited for; its message was lost, and nobody
-    ever sent it again (I7)."""
+    """Before, the leader renewed the free lease without noticing the other leader (seed 6760 of the simulator). The
+    leader did not wait for a bundle that the other leader had planned. The bundle's message was lost and never sent
+    again (I7)."""
 
     async def act(world: World) -> None:
         planned, answers_lost = asyncio.Event(), list[object]()
@@ -63,7 +63,7 @@ def test_suspended_leader_adopts_jobs_again_after_another_led(
             tasks = queue == object_keys.tasks_queue("default") and not planned.is_set()
             if tasks and any(read_task_message(m.body).bundle.stage == B for m in messages):
                 planned.set()
-                return None  # sent, and lost
+                return None  # the message is sent and lost
             return await real(queue, messages)
 
         async def lease(real: Any, name: str, owner: str, **how: Any) -> object:
@@ -88,8 +88,8 @@ def test_suspended_leader_adopts_jobs_again_after_another_led(
 
 
 def test_suspended_leader_completes_the_retry_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It looked back once only, when it first led: a retry of which the other one had written no
-    more than the object waited until its user asked again."""
+    """Before, a leader looked for retries only when it first led. A retry of which the other leader had written only
+    the object waited until its user asked again."""
 
     async def act(world: World) -> None:
         stuck = asyncio.Event()
@@ -105,7 +105,7 @@ def test_suspended_leader_completes_the_retry_of_another(monkeypatch: pytest.Mon
         await submitted(world, made)
         await world.ask(lambda m: m.job_commands.cancel(made.id), "cancel")
         assert (await ended(world, made)).state is JobState.CANCELLED
-        await asyncio.sleep(300)  # the fleet comes down, and the first one has looked back
+        await asyncio.sleep(300)  # the fleet shrinks, and the first leader has looked back
         led = asyncio.create_task(_another_leads(world, until=stuck))
         while len(world.manager_processes) == 1 or not world.manager_processes[-1].manager.is_leader.is_set():
             await asyncio.sleep(0.5)
@@ -147,7 +147,7 @@ def _later(**changes: Any) -> Any:
 
 
 async def _began(world: World) -> float:
-    """The virtual time of the first task's start, which has to come before long."""
+    """Return the virtual time of the first task's start, which must come soon."""
     async with asyncio.timeout(LATER_S + 300):
         while not world.starts:
             await asyncio.sleep(0.5)
@@ -156,7 +156,7 @@ async def _began(world: World) -> float:
 
 @pytest.mark.parametrize("rebuilt", [False, True])
 def test_a_scheduled_job_starts_although_the_clock_was_set_back_by_a_day(rebuilt: bool) -> None:
-    """Simulator, seed 8817: the job waited for the day that the clock had lost (I7)."""
+    """Before, the job waited for the day that the clock had lost (I7, seed 8817 of the simulator)."""
 
     async def act(world: World) -> None:
         made = _later()
@@ -172,13 +172,14 @@ def test_a_scheduled_job_starts_although_the_clock_was_set_back_by_a_day(rebuilt
 
 
 def test_ledger_rebuilt_with_an_earlier_clock_lets_a_job_continue() -> None:
-    """What ran already was SCHEDULED again by it, and stood still for as long."""
+    """Before, the rebuild made the running job SCHEDULED again, and the job waited for as long as the clock was set
+    back."""
 
     async def act(world: World) -> None:
         made = _later()
         await submitted(world, made)
         await _began(world)
-        world.manager_processes[0].task.cancel()  # the next one has seen nothing of it
+        world.manager_processes[0].task.cancel()  # the next manager has not seen any of this
         await asyncio.wait([world.manager_processes[0].task])
         world.clock.jump(-86_400)
         await world.ask(lambda m: m.rebuild_ledger(), "rebuild")
@@ -189,7 +190,7 @@ def test_ledger_rebuilt_with_an_earlier_clock_lets_a_job_continue() -> None:
 
 @pytest.mark.parametrize("off_s", [-SET_BACK_S / 2, -1.0, 30.0, 400.0, 86_400.0])
 def test_corrected_clock_decides_when_a_job_starts(off_s: float) -> None:
-    """Forward by any time, and back by a little: midnight must not come before midnight."""
+    """The clock may be set forward by any time and back by a little. Midnight must not come before midnight."""
 
     async def act(world: World) -> None:
         made = _later()

@@ -1,6 +1,6 @@
-"""Starts of suspects: which of them are held against a task, and what the simulator makes of it.
+"""Start markers of suspect tasks, and which of them count against a task.
 
-Each docstring says what went wrong before.
+Each docstring describes the behavior before the fix.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def beginner(world: World, worker: str) -> PoisonDetector:
 
 
 def test_withdrawn_start_marker_is_not_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The renewal was written after the withdrawal. What was left looked like the start of a worker
-    that has died: three of them, and an innocent task was FAILED as poison."""
+    """The renewal of a start marker was written after its withdrawal. Before, the marker looked like the start of a
+    dead worker. After three such markers, an innocent task was FAILED as poison."""
     bundle = suspect(0)
 
     async def act(world: World) -> None:
@@ -87,8 +87,8 @@ def test_withdrawn_start_marker_is_not_renewed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_worker_killed_between_a_written_start_and_the_task_has_lost_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A neighbour killed the worker as the start was being acknowledged. The grid holds that
-    against the task, as it must; the check saw only tasks that ran, and called it a mistake."""
+    """Another task killed the worker while the start marker was being acknowledged. The grid correctly counts this
+    start against the task. Before, the simulator's check counted only tasks that ran, and reported an error."""
 
     def script(scene: Scene) -> Play:
         return Play(0.1, kills_worker=True)
@@ -114,7 +114,8 @@ def test_a_worker_killed_between_a_written_start_and_the_task_has_lost_it(monkey
 
 
 def test_a_start_counts_only_where_its_worker_died_at_once() -> None:
-    """One written while the task waits, or withdrawn, is no excuse for condemning it."""
+    """A marker that was written while the task waited, or that was withdrawn, does not justify marking the task as
+    poison."""
 
     async def act(world: World) -> None:
         bundle = suspect(0)
@@ -139,8 +140,8 @@ def test_a_start_counts_only_where_its_worker_died_at_once() -> None:
 
 @pytest.mark.parametrize("kills_after_s", [0.5, 2.0, 6.0])
 def test_task_beside_a_poisonous_one_is_not_called_poison(kills_after_s: float) -> None:
-    """In a worker of several slots a task that was caught three times beside one that kills its
-    worker looked as if it had killed three."""
+    """Before, in a worker of several slots, a task that ran three times next to a poison task looked as if it had
+    killed three workers."""
     poison = {3, 17, 30}
 
     def script(scene: Scene) -> Play:
@@ -160,8 +161,8 @@ def test_task_beside_a_poisonous_one_is_not_called_poison(kills_after_s: float) 
 
 
 def test_bundle_that_waits_in_vain_for_a_whole_worker_releases_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A suspect that could not have all slots kept the worker from receiving: two stood idle until
-    somebody ended."""
+    """Before, a suspect that waited for all slots kept the worker from receiving, and two slots were idle until another
+    task ended."""
     lasts_s = {"neighbour": 4000.0, "suspect": 3500.0}
     suspicion = InflightMessage.suspicion
     monkeypatch.setattr(

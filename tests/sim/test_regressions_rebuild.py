@@ -1,5 +1,5 @@
-"""Scenes of a ledger that is rebuilt while others go on; each docstring says what went wrong
-before."""
+"""Bugs with a ledger that is rebuilt while other calls continue. Each docstring describes the behavior before the
+fix."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from tests.support.sim.scenes import A, B, around, ended, ended_well, in_world, 
 
 
 def test_retry_during_a_rebuild_is_neither_refused_nor_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulator, seed 2286: what the ledger had of the job was put together one object after the
-    other, over half a minute. A retry, and a manager that did not know yet that another one led,
-    took the part for the whole (I2)."""
+    """The rebuild restored the job object by object over half a minute (seed 2286 of the simulator). Before, a retry by
+    a manager that did not know of the new leader used the incomplete job (I2)."""
 
     async def act(world: World) -> None:
         reads: list[str] = []

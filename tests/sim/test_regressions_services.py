@@ -1,6 +1,6 @@
-"""Bugs that a review found in how outages, lost messages and malformed ones are borne.
+"""Bugs that a review found in the handling of outages, lost messages, and malformed messages.
 
-Each docstring says what went wrong before. Requests and leaders are in test_regressions.py.
+Each docstring describes the behavior before the fix. Bugs with requests and leaders are in test_regressions.py.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ TASKS, DEAD = object_keys.tasks_queue("default"), object_keys.dead_letters("defa
 
 
 def test_a_minute_of_503_on_control_objects_fails_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pain 6: messages used up their receives on the outage, and the dead letters were condemned:
-    healthy tasks ended FAILED."""
+    """Before, messages used up their receives during the outage and became dead letters, so healthy tasks ended as
+    FAILED."""
 
     async def act(world: World) -> None:
         refused: list[float] = []
@@ -64,8 +64,8 @@ def test_a_minute_of_503_on_control_objects_fails_no_task(monkeypatch: pytest.Mo
 
 
 def test_task_with_failing_storage_is_not_called_poison() -> None:
-    """Its starts stayed on record though the storage had failed, not the task: after three it was
-    FAILED as one that kills its workers, and no worker had died."""
+    """Before, the task's start markers remained although the storage had failed. After three markers, the task was
+    FAILED as poison, although no worker had died."""
     tries: list[int] = []
 
     def script(scene: Scene) -> Play:
@@ -83,7 +83,7 @@ def test_task_with_failing_storage_is_not_called_poison() -> None:
 
 
 def test_an_outage_of_the_queue_does_not_end_running_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pain 2: the receive's patience ran out, the worker died of it, and what ran, ran again."""
+    """Before, the worker's receive gave up and ended the worker, and its running tasks ran again."""
 
     async def act(world: World) -> None:
         async def receive(real: Any, *args: Any, **options: Any) -> object:
@@ -100,7 +100,7 @@ def test_an_outage_of_the_queue_does_not_end_running_tasks(monkeypatch: pytest.M
 
 
 def test_queues_that_are_removed_are_made_again() -> None:
-    """Every tick was skipped for ever: an emulator that forgets its queues stopped the grid."""
+    """Before, every tick was skipped, so an emulator that forgot its queues stopped the grid."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=100)
@@ -134,7 +134,7 @@ NO_OUTCOME = '{"v":1,"k":["jobs/job/spec.json"]}'
     ids=["deep", "no fields", "no such stage", "no outcome", "no JSON"],
 )
 def test_a_malformed_message_is_dropped_and_the_manager_lives(queue: str, body: str) -> None:
-    """One such message killed every manager that read it, one after the other."""
+    """Before, one such message killed every manager that read it, one after the other."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=60)
@@ -158,7 +158,7 @@ async def _until_empty(world: World, *queues: str) -> None:
 
 
 def test_job_with_an_unreported_split_matches_its_rebuilt_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """I3: its halves made all tasks terminal, the job ended, and the split was never folded."""
+    """Before, the halves made all tasks terminal and the job ended, but the split was never folded (I3)."""
     kills: list[int] = []
 
     def script(scene: Scene) -> Play:
@@ -210,8 +210,8 @@ def _beat(number: int, at_s: float, *held: HeldBundle, gone: bool = False) -> Be
 
 
 def test_worker_with_an_earlier_clock_is_heard_and_a_late_heartbeat_revives_none() -> None:
-    """A busy worker passed for idle, and was chosen for scale-in, until its clock had caught up;
-    and one that had gone came back to life by a beat that the queue had kept."""
+    """Before, a busy worker counted as idle and was chosen for scale-in until its clock had caught up. An ended worker
+    came back to life through a late heartbeat."""
 
     async def act(world: World) -> None:
         registry = (await leader(world)).registry
@@ -231,8 +231,8 @@ def test_worker_with_an_earlier_clock_is_heard_and_a_late_heartbeat_revives_none
 
 
 def test_a_bundle_larger_than_the_cap_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `bundle: 60000` where every other task fails once, the retry's message was larger than
-    the queue takes, and the job hung."""
+    """With `bundle: 60000` and a failure of every other task, the message of the retry was larger than the queue's
+    limit. Before, the job hung."""
 
     def script(scene: Scene) -> Play:
         if scene.task % 2 and scene.bundle.attempt == 1:
@@ -258,7 +258,7 @@ def test_a_bundle_larger_than_the_cap_is_capped(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_stage_that_needs_several_slots_is_not_starved_by_one_that_needs_one() -> None:
-    """Its bundle was sent away again and again while single tasks kept some slot busy."""
+    """Before, the bundle was returned repeatedly while single tasks kept one of the slots busy."""
 
     def script(scene: Scene) -> Play:
         rng = random.Random(scene.task)
@@ -281,7 +281,7 @@ def test_a_stage_that_needs_several_slots_is_not_starved_by_one_that_needs_one()
 
 
 def test_instances_that_boot_slowly_do_not_call_for_more_of_them() -> None:
-    """While nothing ran, a task was taken to last as long as its job had waited."""
+    """Before, while no task ran, the estimated task time was the time for which the job had waited."""
 
     async def act(world: World) -> None:
         made = job(stage(A, bundle=1), items=40)

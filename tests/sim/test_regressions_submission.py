@@ -1,4 +1,4 @@
-"""Scenes of jobs whose items and first cut are committed with their definition."""
+"""Jobs whose items and first cut are committed together with their definition."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.sim.scenes import (
 
 
 async def _half_rebuilt(world: World) -> JobDef:
-    """A job of few items runs; then its manager dies, and the ledger knows no more than the job."""
+    """Run a job of few items, and kill its manager. The ledger then contains only the job itself."""
     plain = job(stage(A), items=6)
     await world.ask(lambda m: m.job_commands.submit(plain, list(range(6))), "submit")
     made = (await world.ledger.job(plain.id)).job
@@ -43,8 +43,8 @@ async def _half_rebuilt(world: World) -> JobDef:
 
 
 def test_first_cut_in_the_definition_is_found_by_another_manager() -> None:
-    """Simulator, seed 110: a rebuild of the ledger was cut short after the job's row, and the next
-    leader cut the job's tasks anew, since the place of the first cut was empty (I1)."""
+    """Before, a rebuild that was interrupted after the job's row let the next leader cut the job's tasks again, because
+    the place of the first cut was empty (I1, seed 110 of the simulator)."""
 
     async def act(world: World) -> None:
         made = await _half_rebuilt(world)
@@ -67,7 +67,8 @@ def test_a_cancellation_finds_the_first_cut_in_the_definition() -> None:
 
 
 def test_follow_ups_of_the_first_bundle_may_precede_the_control_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulator, seed 567: whoever got it took the job for removed, and dropped it (step 4)."""
+    """Before, a worker that received the follow-up considered the job as removed, and dropped the message (seed 567 of
+    the simulator)."""
 
     async def act(world: World) -> None:
         made = job(stage(A), stage(B, A), items=1)
@@ -95,11 +96,11 @@ def test_a_job_that_ends_at_once_needs_no_control_object(
         manager = await leader(world)
         while not manager.registry.workers:
             await asyncio.sleep(1.0)
-        await asyncio.sleep(25.0)  # a tick sees that it is there; then no job hurries another
+        await asyncio.sleep(25.0)  # a tick notices the worker before the job is submitted
         made = job(stage(A), items=1)
         await world.ask(lambda m: m.job_commands.submit(made, [0]), "submit")
         await ended_well(world, made)
         assert (await world.objects.head(object_keys.control(made.id)) is not None) == is_there
 
-    # The manager looks at every job at each tick, and here at none while this one runs.
+    # The tick is long here, so the manager does not look at any job while this job runs.
     in_world(act, script=takes(0.1), pools=(Pool("default", 1, 1, 1),), **UNHURRIED)

@@ -1,4 +1,5 @@
-"""Same seed, same log; a list of faults replays; every crash point can be enumerated."""
+"""Repeatability of the simulator: the same seed gives the same log, a list of faults can be replayed, and every crash
+point can be enumerated."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def test_other_seed_gives_another_run() -> None:
 
 
 def test_the_toy_survives_every_fault_over_many_seeds() -> None:
-    """The toy is only worth something if all kinds of fault really happen to it."""
+    """The toy is useful only if every kind of fault really occurs in it."""
     seen: set[FaultKind] = set()
     for seed in range(40):
         toy = rough(seed)
@@ -91,9 +92,9 @@ def test_a_fault_that_does_not_fit_its_call_does_not_happen() -> None:
 
 
 def test_every_crash_point_of_the_toy_is_survived() -> None:
-    """Kills every worker before and after each of its port calls, one run each."""
+    """The test kills every worker before and after each of its port calls, in one run each."""
     quiet = Toy(script(), items=4, workers=2).run()
-    # The last call of each is under way when the run ends.
+    # The last call of each worker is running when the run ends.
     points = [
         Fault(actor, call, kind)
         for actor, calls in quiet.faults.calls.items()

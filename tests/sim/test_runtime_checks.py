@@ -1,7 +1,7 @@
-"""What the watch takes for a message that its holder keeps, and for one that it gives back.
+"""The runtime check of messages that a holder keeps or returns.
 
-Each scene has the shortest timeout that seeds draw: the wait after a give-back grows with the
-receives, and at the third is as long as that timeout.
+Each scene has the shortest timeout that seeds draw. The wait after a return grows with the receives, and at the third
+receive it equals this timeout.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SHORT = replace(WORKER, visibility_s=VISIBILITY_S)
 
 
 def test_a_message_given_back_for_as_long_as_its_timeout_has_not_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The events queue was gone for a while. At its third receive the message was given back for
-    just as long as a heartbeat asks for, later for longer, and its worker was blamed for it."""
+    """The events queue was missing for a while. Before, at its third receive, the message was returned for as long as a
+    heartbeat's extension, and the check blamed its worker."""
 
     async def act(world: World) -> None:
         waits: list[float] = []
@@ -47,10 +47,10 @@ def test_a_message_given_back_for_as_long_as_its_timeout_has_not_run_out(monkeyp
 
 
 def test_unextended_message_expires_even_with_a_short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The excuse of one that is given back is none for one that is forgotten."""
+    """The excuse for a returned message does not apply to a forgotten one."""
 
     async def forget(self: VisibilityHeartbeat) -> None:
-        """No heartbeat."""
+        """Do not send a heartbeat."""
 
     monkeypatch.setattr(VisibilityHeartbeat, "_extend", forget)
 

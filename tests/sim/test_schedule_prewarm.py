@@ -1,4 +1,4 @@
-"""Schedules in virtual time: the fleet before a peak, and what a schedule costs."""
+"""Schedules in virtual time: the fleet before a peak, and the cost of a schedule."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_default_prewarm_size_follows_the_last_runs_or_the_tasks() -> None:
         (run,) = (await shown(world)).runs
         assert run.tasks == 30
         (used,) = dict(run.peak).values()
-        assert used > 3  # they take 40 s each
+        assert used > 3  # the tasks take 40 s each
         await until(world, "2026-03-02T10:55:00")
         assert await desired(world) == used
 
@@ -133,7 +133,7 @@ def test_pool_limit_and_manual_capacity_hold() -> None:
 
 @pytest.mark.parametrize("whose", ["grid", "job"])
 def test_a_cap_on_cost_is_not_passed_for_a_warm_fleet(whose: str) -> None:
-    # 6 instances for 10 minutes and more cost over 0.1 USD.
+    # 6 instances for at least 10 minutes cost more than 0.1 USD.
     cap = 0.05
 
     async def act(world: World) -> None:
@@ -155,7 +155,7 @@ def test_a_cap_on_cost_is_not_passed_for_a_warm_fleet(whose: str) -> None:
     in_time(act, pools=WIDE, accounting=Accounting(rates, max_cost_usd=max_cost_usd))
 
 
-# --- What it costs -------------------------------------------------------------------------------
+# --- Cost ----------------------------------------------------------------------------------------
 
 
 def test_schedule_without_a_due_time_sends_no_request() -> None:

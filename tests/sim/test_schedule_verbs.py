@@ -1,4 +1,4 @@
-"""Schedules in virtual time: what a person may do with them, and what a run is given."""
+"""Schedules in virtual time: the commands of a user, and the parameters of a run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_repeated_manual_run_is_one_run() -> None:
         for _ in range(2):
             await ask(world, lambda s: s.run_now("nightly", "mine"))
         assert len((await shown(world)).runs) == 1
-        # The other one is to be skipped while this one runs, and who asks is told so.
+        # The schedule skips a second run while the first one is running, and the request is refused.
         assert isinstance(await ask(world, lambda s: s.run_now("nightly", "other")), Refused)
         await asyncio.sleep(MINUTE)
         await ask(world, lambda s: s.run_now("nightly", "other"))
@@ -148,7 +148,7 @@ def test_job_that_no_longer_fits_the_grid_is_refused_and_reported() -> None:
         begins(world, "2026-03-02T09:58:30")
         await added(world, definition("*/5 * * * *"))
         manager = await leader(world)
-        del manager.pools["default"]  # as a grid that was brought up again with others
+        del manager.pools["default"]  # the grid was started again with other pools
         await until(world, "2026-03-02T10:01:00")
         (run,) = (await shown(world)).runs
         assert (run.state, run.result) == (RunState.ENDED, "REFUSED")

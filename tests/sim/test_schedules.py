@@ -1,4 +1,4 @@
-"""Schedules in virtual time: each due time runs once, whatever is killed, missed or set back."""
+"""Schedules in virtual time. Each due time runs once, in spite of kills, missed times, and clock changes."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_schedule_runs_at_each_due_time_and_records_each_end() -> None:
 
 SPRING_B, SPRING_L = "2026-03-28T23:30", "2026-10-03T14:50"
 AUTUMN_B, AUTUMN_L = "2026-10-24T23:30", "2026-04-04T13:50"
-"""02:00 to 03:00 are left out, or come twice, in Berlin; 02:00 to 02:30 are left out, and 01:30 to
-02:00 come twice, on Lord Howe Island."""
+"""Times shortly before the clock changes in spring and autumn. In Berlin, 02:00 to 03:00 is skipped in spring and
+repeated in autumn. On Lord Howe Island, 02:00 to 02:30 is skipped, and 01:30 to 02:00 is repeated."""
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ AUTUMN_B, AUTUMN_L = "2026-10-24T23:30", "2026-04-04T13:50"
         (LORD_HOWE, SPRING_L, 27, "15 2 * * *", "04 02:30+1100, 05 02:15+1100"),
         (BERLIN, AUTUMN_B, 27, "30 2 * * *", "25 02:30+0200, 26 02:30+0100"),
         (LORD_HOWE, AUTUMN_L, 27, "45 1 * * *", "05 01:45+1100, 06 01:45+1030"),
-        # What has * as its minute or hour goes by the clock.
+        # An expression with * as its minute or hour follows the clock.
         (BERLIN, SPRING_B, 3, "0 * 29 * *", "29 01:00+0100, 29 03:00+0200, 29 04:00+0200"),
         (BERLIN, AUTUMN_B, 3, "0 * 25 * *", "25 02:00+0200, 25 02:00+0100, 25 03:00+0100"),
         (LORD_HOWE, AUTUMN_L, 3, "*/30 1 5 * *", "05 01:00+1100, 05 01:30+1100, 05 01:30+1030"),
@@ -109,7 +109,7 @@ def test_once_is_once() -> None:
 
 @pytest.mark.parametrize("call", range(8))
 def test_a_manager_killed_around_a_due_time_leaves_one_run_of_it(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It dies right before or after the n-th thing that it does with the bucket from then on."""
+    """The manager dies directly before or after its n-th call of the bucket from then on."""
 
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:58:30")
@@ -146,7 +146,7 @@ def test_two_managers_that_both_believe_to_lead_run_a_due_time_once() -> None:
         first = await leader(world)
         world.start_manager()
         second = world.manager_processes[-1].manager
-        # As after a pause of the first, which it has not noticed yet.
+        # The first manager was paused, and has not noticed that another one leads.
         assert second.scheduler
         rival = asyncio.create_task(second.scheduler.run())
         await until(world, "2026-03-02T10:12:00")
@@ -178,11 +178,11 @@ async def ask_rebuild(world: World) -> None:
     await world.ask(lambda manager: manager.rebuild_ledger(), "rebuild")
 
 
-# --- What was missed -----------------------------------------------------------------------------
+# --- Missed runs ---------------------------------------------------------------------------------
 
 
 def missed(policy: Missed, **changes: Any) -> Schedule:
-    """What is left of a schedule, due each hour, after no manager was there from 10:30 to 14:30."""
+    """Return an hourly schedule after a time without a manager from 10:30 to 14:30."""
     left: list[Schedule] = []
 
     async def act(world: World) -> None:
@@ -190,7 +190,7 @@ def missed(policy: Missed, **changes: Any) -> Schedule:
         await added(world, definition("0 * * * *", missed=policy, **changes))
         await until(world, "2026-03-02T10:30:00")
         kill_manager(world)
-        world.clock.jump(4 * HOUR - 3)  # as a laptop that sleeps
+        world.clock.jump(4 * HOUR - 3)  # like a laptop that sleeps
         await until(world, "2026-03-02T15:10:00")
         left.append(await shown(world))
         manager = await leader(world)
@@ -244,7 +244,7 @@ def test_a_moment_without_a_manager_misses_nothing() -> None:
 
 
 def overlapped(policy: Overlap) -> Schedule:
-    """Due each minute from 10:00, with runs of 150 s, looked at at 10:09."""
+    """Return a schedule that is due each minute from 10:00, with runs of 150 s, at 10:09."""
     left: list[Schedule] = []
 
     async def act(world: World) -> None:
@@ -337,7 +337,7 @@ def test_run_skipped_by_a_fast_clock_starts_after_its_correction() -> None:
 
 
 def test_due_time_starts_once_after_the_clock_goes_back_a_day() -> None:
-    """As a job that waits for its time (docs/decisions/0019)."""
+    """A job that waits for its start time behaves in the same way (docs/decisions/0019)."""
 
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:00:00")

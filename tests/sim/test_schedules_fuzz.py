@@ -1,4 +1,4 @@
-"""Random worlds with a schedule: each due time runs once; and the check would notice if not."""
+"""Random worlds with a schedule, in which each due time runs once, and a test that the check can fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchlab.sim.actors import Violated
 from batchlab.sim.faults import Weather
 
 WHOLE = 14
-"""A seed whose schedule is due each minute, and makes up for everything."""
+"""A seed whose schedule is due each minute and runs all missed times."""
 
 
 @pytest.mark.parametrize("seed", [1, 9, 31])

@@ -1,4 +1,4 @@
-"""Lists shrink to the fewest parts; a planted bug to the one fault that sets it off."""
+"""Shrinking of failing lists: any list to the fewest parts, and the faults of a planted bug to one fault."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support import ROOT
 
 
 class Needs:
-    """An attempt that succeeds where all of `parts` are there; it remembers what was tried."""
+    """An attempt that succeeds if all of `parts` are in the list, and records every tried list."""
 
     def __init__(self, *parts: int) -> None:
         self.parts = set(parts)
@@ -56,7 +56,7 @@ def test_exactly_what_is_needed_is_left(size: int, data: st.DataObject) -> None:
 
 @given(st.integers(1, 40), st.integers())
 def test_shrunk_list_is_minimal(size: int, seed: int) -> None:
-    """A fault left out moves those after it, so a subset may do what a larger one does not."""
+    """Without one fault, later faults move, so a subset may succeed where a larger set fails."""
 
     def attempt(parts: tuple[int, ...]) -> Sequence[int] | None:
         holds = len(parts) == size or random.Random(f"{seed}/{parts}").random() < 0.3
@@ -107,7 +107,7 @@ PLANTED = FaultKind.THROTTLED
 
 @contextmanager
 def planted() -> Iterator[None]:
-    """A grid that does not stand that it is throttled."""
+    """Run a grid that fails when it is throttled."""
     check = invariants.check_all
 
     async def checked(world: World, jobs: Sequence[JobId]) -> None:
@@ -121,7 +121,7 @@ def planted() -> Iterator[None]:
 
 
 def replayed(only: str) -> str:
-    """What a fresh process, with the same bug, says of these faults."""
+    """Return the result of these faults in a fresh process with the same bug."""
     program = (
         "import json, sys; from batchlab.sim import fuzz; from tests.sim import test_shrink as t\n"
         "with t.planted(), fuzz.silence():\n"

@@ -1,4 +1,4 @@
-"""Who is ended by SIGTERM, manager or worker, ends, whatever the services say in that moment."""
+"""Managers and workers that receive SIGTERM, which end for any answer of the services at that moment."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from batchlab.sim.world import World
 from tests.support.sim.scenes import A, B, around, ended, in_world, job, leader, stage, submitted, takes
 
 LONG_S = 120.0
-"""Virtual seconds, twice those for which anybody has patience."""
+"""Virtual seconds, twice as long as the longest retry limit."""
 
 
 @pytest.fixture(autouse=True)
 def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each call that is cancelled says that it was not answered."""
+    """Make each canceled call raise an error as if its answer was missing."""
 
     async def perform(original: Any, port: Any, label: str, *arguments: Any) -> Any:
         try:
@@ -34,7 +34,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("after_s", [0.4, 1.5, 3.3, 4.1, 5.2, 7.0, 9.3, 13.7])
 def test_error_during_the_cancellation_ends_the_manager(after_s: float) -> None:
-    """It went on, as after any outage, beside its successor, and nobody could end it."""
+    """Before, the manager continued next to its successor, as after an outage, and could not be stopped."""
 
     async def act(world: World) -> None:
         made = job(stage(A), stage(B, A), items=60)
@@ -53,7 +53,7 @@ def test_error_during_the_cancellation_ends_the_manager(after_s: float) -> None:
 
 @pytest.mark.parametrize("after_s", [0.3, 2.0, 20.0, 33.3])
 def test_nor_a_worker(after_s: float) -> None:
-    """Only its time to drain did, after which it was killed."""
+    """Before, only the end of the drain time stopped the worker, by a kill."""
 
     async def act(world: World) -> None:
         await leader(world)

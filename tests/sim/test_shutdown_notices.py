@@ -1,4 +1,4 @@
-"""A worker that is told of its instance's end leaves in the time it has, and nothing waits (I6)."""
+"""Shutdown notices. A worker with a notice leaves in time, and no message waits (I6)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ POOLS = (Pool("default", 2, 2, 1),)
 SPOT_S = 120.0
 LONG_S = 1_000.0
 GIVING_BACK_S = 7.0
-"""A few calls, each with the latency of a service."""
+"""The time of a few calls with the latency of a service."""
 
 
 class Platform:
-    """The Notices port of every instance: only that of `told` is told anything."""
+    """The Notices port of every instance, of which only the instances in `told` receive a notice."""
 
     def __init__(self) -> None:
         self.told: dict[str, Notice] = {}
@@ -45,7 +45,7 @@ class Told:
 
 @pytest.fixture
 def platform(monkeypatch: pytest.MonkeyPatch) -> Platform:
-    """Every worker of the simulation asks it."""
+    """Make every worker of the simulation use this Notices port."""
     made = Platform()
 
     class Asking(Worker):
@@ -61,7 +61,7 @@ MADE = job(stage(A, bundle=5), items=20)
 
 
 async def one_of_two_busy(world: World) -> SimWorker:
-    """Submit the job; a worker, once each of two has begun."""
+    """Submit the job, and return a worker once two workers have begun tasks."""
     await submitted(world, MADE)
     while len(world.watch.starts) < 2:
         await asyncio.sleep(0.5)
@@ -69,7 +69,7 @@ async def one_of_two_busy(world: World) -> SimWorker:
 
 
 def tasks_of(world: World, worker: SimWorker) -> list[int]:
-    """What has begun on it, in order."""
+    """Return the tasks that have begun on the worker, in order."""
     return [start.task for start in world.watch.starts if start.actor is worker.actor]
 
 
@@ -78,7 +78,7 @@ def spot_notice(worker: SimWorker) -> Notice:
 
 
 async def leaves(worker: SimWorker) -> float:
-    """Wait until it has drained; the seconds that took."""
+    """Wait until the worker has drained, and return the seconds that this took."""
     loop = asyncio.get_running_loop()
     begun_s = loop.time()
     while worker.ended is None:
@@ -88,8 +88,8 @@ async def leaves(worker: SimWorker) -> float:
 
 
 def test_after_a_spot_notice_the_running_task_is_finished_and_the_rest_given_back_at_once(platform: Platform) -> None:
-    """Pain 7: work lost with an instance although there was a notice of two minutes."""
-    run_s = 60.0  # more than a SIGTERM would leave it, less than the notice
+    """The instance receives its notice two minutes before its end, so no work needs to be lost."""
+    run_s = 60.0  # longer than the drain time after a SIGTERM, and shorter than the notice
 
     async def act(world: World) -> None:
         worker = await one_of_two_busy(world)
@@ -158,7 +158,7 @@ def test_idle_worker_exits_at_its_notice(platform: Platform) -> None:
 
 
 class Script:
-    """Answers in turn; the last one again and again."""
+    """A source of notices that returns its answers in turn, and repeats the last one."""
 
     def __init__(self, *answers: Notice | Exception | None) -> None:
         self._answers = list(answers)

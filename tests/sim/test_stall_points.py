@@ -1,5 +1,4 @@
-"""Stall points: a leader stands still with any one of its calls under way, and the call lands after
-another manager has led."""
+"""Stall points. A leader is frozen during one of its calls, and the call takes effect after another manager has led."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ from tests.support.sim.stall_points import After, Scene, Story
 EVERY = os.environ.get("BATCHLAB_STALLS") == "all"
 RARE = {f"ledger.{name}" for name in ("SetControl", "SetPlanned", "Reopen", "Finish")}
 WRITES = {"objects.put", "queue.send", "ledger.MoveJob", "ledger.AddCut", "ledger.Fold"}
-"""Without BATCHLAB_STALLS=all a test holds each rare call of its scene, and one of each other
-kind of write."""
+"""Calls that every test holds. Without BATCHLAB_STALLS=all, a test holds each rare call of its scene and one call of
+each other kind."""
 
 
 async def submit(world: World, made: JobDef) -> None:
@@ -43,8 +42,8 @@ async def checked(world: World, *jobs: JobDef) -> None:
 
 
 def later(world: World, verb: str, made: JobDef) -> asyncio.Task[None]:
-    """Ask for it, and again where the manager dies, but cancel only once: a second cancellation
-    would be a request of its own. The watch learns when a cancellation is acknowledged."""
+    """Send the request, and repeat it if the manager dies. A cancel is sent only once, because a second one would be a
+    request of its own. The runtime check records when a cancellation is acknowledged."""
 
     async def cancel() -> None:
         acknowledged = world.watch.controls.on_cancel_request(made.id)
@@ -181,7 +180,7 @@ def chosen(labels: list[str]) -> list[int]:
 
 
 def broken_by(scene: Scene, call: int, how: After) -> str:
-    """The promise that breaks, or ""."""
+    """Return the promise that breaks, or ""."""
     try:
         scene.replay(call, how)
     except SimulationError as error:
@@ -192,7 +191,7 @@ def broken_by(scene: Scene, call: int, how: After) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCENES)
 def test_a_call_that_lands_late_breaks_no_promise(name: str) -> None:
-    """I. Trust, stale leaders: calls of a leader land after another manager has led."""
+    """Calls of a leader take effect after another manager has led."""
     calls = chosen(SCENES[name].calls())
     hows = list(After)
     found = {
@@ -204,7 +203,7 @@ def test_a_call_that_lands_late_breaks_no_promise(name: str) -> None:
     assert not found, f"{len(found)} of {len(calls)} stall points"
 
 
-# --- What the enumeration must see ---------------------------------------------------------------
+# --- Coverage of the enumeration -----------------------------------------------------------------
 
 
 def planned_in_any_round(patch: pytest.MonkeyPatch) -> None:

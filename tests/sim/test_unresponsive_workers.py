@@ -1,4 +1,4 @@
-"""An instance whose worker has stopped without dying is replaced, and no other for its sake."""
+"""Instances whose worker has stopped without dying. The grid replaces only the instance of the stopped worker."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ OTHER = Pool("other", 0, 4)
 
 
 def test_hanging_worker_delays_no_job_and_its_instance_is_replaced() -> None:
-    """It counted as busy, so that nothing could end it, and as the capacity that the last tasks
-    were to have: they waited for it for ever (I7)."""
+    """Before, the worker counted as busy, so its instance could not be ended. The last tasks waited forever for its
+    capacity (I7)."""
 
     async def act(world: World) -> None:
         made = job(stage(A), items=40)
@@ -54,18 +54,18 @@ def test_hanging_worker_delays_no_job_and_its_instance_is_replaced() -> None:
     in_world(act, script=takes(2.0))
 
 
-# --- Who counts as silent ------------------------------------------------------------------------
+# --- Silent instances ----------------------------------------------------------------------------
 
 
 class Group(NoFleet):
-    """A pool of these instances; notes who is called unhealthy."""
+    """A pool of these instances that records which ones are reported as unhealthy."""
 
     def __init__(self, *instances: str) -> None:
         self.instances = list(instances)
         self.unhealthy: list[str] = []
         self.errors: dict[str, BatchlabError] = {}
         self.others: list[str] = []
-        """Those of another pool."""
+        """The instances of another pool."""
 
     async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:
         assert not healthy
@@ -107,13 +107,14 @@ class Scene:
         self.silence = UnresponsiveWorkers(context, WorkEvidence(context, AsyncMock()))
 
     async def restart(self) -> None:
-        """Another manager takes the lead."""
+        """Let another manager take the lead."""
         await self.registry.instances.save()
         self._listen()
         await self.registry.instances.load()
 
     async def looks(self, seconds: int, *heard: str) -> list[str]:
-        """Who has been called unhealthy by then, while those beat every minute."""
+        """Return the instances that are reported as unhealthy within `seconds`, while the `heard` ones send a heartbeat
+        every minute."""
         for second in range(seconds):
             if second % 60 == 0:
                 self._number += 1
@@ -175,7 +176,7 @@ def test_time_without_a_listening_manager_is_not_silence() -> None:
 
 
 def test_time_without_a_reachable_queue_is_not_counted() -> None:
-    """Each backlog began the count anew: under steady load nobody was ever replaced."""
+    """Before, each backlog restarted the count, so under steady load no instance was ever replaced."""
 
     async def main() -> None:
         scene = Scene("i-beats", "i-1")
@@ -192,8 +193,8 @@ def test_time_without_a_reachable_queue_is_not_counted() -> None:
 
 
 def test_new_leader_continues_the_count_of_silence() -> None:
-    """Each restart of the manager began the count anew: an instance whose worker had stopped was
-    kept for 1,500 s and more."""
+    """Before, each restart of the manager restarted the count, so an instance with a stopped worker stayed for 1,500 s
+    or longer."""
 
     async def main() -> None:
         scene = Scene("i-beats", "i-1")

@@ -1,4 +1,4 @@
-"""What waits behind a long task is given away while that runs, and nothing of it is lost."""
+"""The handover of tasks that wait behind a long task, which loses no task."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def made() -> JobDef:
 
 
 async def until_it_is_alone(world: World) -> str:
-    """Submit the job; the instance in which the giant runs, as a bundle of its own."""
+    """Submit the job, and return the instance in which the giant task runs in its own bundle."""
     await submitted(world, made())
     manager = await leader(world)
     async with asyncio.timeout(60):
@@ -78,7 +78,7 @@ def test_a_worker_that_leaves_gives_back_the_long_task_alone() -> None:
         await ended_well(world, made())
         again = [s for s in world.watch.starts if s.task == GIANT][1:]
         assert len(again) == 1
-        # As soon as its time to drain is over; the other worker is free.
+        # The end comes as soon as the drain time is over, because the other worker is free.
         assert again[0].at_s < left_s + world.worker_settings.drain_s + 10
 
     in_world(act, script=one_is_long, pools=POOLS)

@@ -1,4 +1,4 @@
-"""A simulated worker has the rights of a worker's role on AWS, and no others."""
+"""The simulated worker, which has exactly the rights of a worker's role on AWS."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROLE = cfn.Rendered(cfn.load(), **next(iter(SHAPES.values()))).of_type("AWS::IAM
 
 
 def keys_of(action: str) -> set[str]:
-    """The key patterns for which the template's worker role allows an action of S3."""
+    """Return the key patterns for which the template's worker role allows an S3 action."""
     return {
         resource.removeprefix(BUCKET)
         for statement in cfn.statements(ROLE)

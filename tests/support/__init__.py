@@ -3,4 +3,4 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The folder of the project."""
+"""The root folder of the project."""

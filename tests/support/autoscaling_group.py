@@ -64,12 +64,12 @@ class TemplateTable:
 
 @dataclass
 class MachineLauncher(TableLauncher):
-    """A TableLauncher that keeps what each instance runs on and may have no capacity for some."""
+    """A TableLauncher that records the machine of each instance and can lack capacity for some machines."""
 
     machines: dict[str, Machine] = field(default_factory=dict)
     pools: dict[str, Pool] = field(default_factory=dict)
     exhausted: set[tuple[str, str]] = field(default_factory=set)
-    """(type, zone) pairs that cannot be had."""
+    """The (type, zone) pairs without capacity."""
 
     async def launch(self, pool: Pool, instance: str, machine: Machine = ANY_MACHINE) -> None:
         if (machine.type, machine.zone) in self.exhausted:
@@ -80,7 +80,7 @@ class MachineLauncher(TableLauncher):
 
 @dataclass
 class PutMetrics:
-    """The metrics of policies by their names; what was put is data for five minutes."""
+    """The metrics of scaling policies by name. A stored metric value is valid for five minutes."""
 
     clock: ManualClock
     put_: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class PutMetrics:
 
 @dataclass
 class World:
-    """The service with the parts that a test reaches for; `restart` is a crash of the process."""
+    """The Auto Scaling service and its dependencies. `restart` simulates a crash of the service's process."""
 
     launcher: MachineLauncher = field(default_factory=MachineLauncher)
     clock: ManualClock = field(default_factory=ManualClock)
@@ -130,7 +130,7 @@ class World:
         return dead
 
     async def group(self, size: int = 0, config: GroupConfig = CONFIG, **options: Any) -> list[str]:
-        """Create the group, let it come to rest; ids of its instances."""
+        """Create the group, wait until the group is stable, and return the ids of its instances."""
         self.asg.create_auto_scaling_group(config, desired_capacity=size, **options)
         await self.tick(times=3)
         return self.ids_in(LifecycleState.IN_SERVICE)
@@ -157,7 +157,7 @@ class World:
         return [str(i.lifecycle_state) for i in self.instances()]
 
     def zones(self) -> list[str]:
-        """The last letters of the zones of those in service, sorted."""
+        """Return the last letter of the zone of each instance in service, sorted."""
         return sorted(i.availability_zone[-1] for i in self.instances() if i.lifecycle_state == "InService")
 
     def machines(self) -> list[tuple[str, Market]]:
@@ -175,4 +175,4 @@ def hook(name: str = "boot", transition: str = LAUNCHING, **facts: Any) -> Lifec
 
 
 in_aws = checked_in(World)
-"""Turns an async check of a World into a test."""
+"""Turn an async check of a World into a test."""

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-if TYPE_CHECKING:  # its import takes too long for every process of tests
+if TYPE_CHECKING:  # Importing playwright takes too long for every test process.
     from playwright.sync_api import Browser, ConsoleMessage, Page
 
 CHROMIUM = [Path("/usr/bin") / name for name in ("chromium-headless-shell", "chromium")]
-"""Debian's, the first that is there. The shell is the same browser without its window, for two
-thirds of the time."""
+"""Paths of Debian's Chromium. The tests use the first existing path. The headless shell is the same browser without a
+window, and needs two thirds of the time."""
 TIMEOUT_MS = 120_000
 ELSEWHERE = "grid.example"
-"""A name that is this machine, and that Chromium trusts no more than any other machine's."""
+"""A host name that resolves to 127.0.0.1, but that Chromium does not trust as a local address."""
 _ARGUMENTS = [
     f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1",
     "--no-sandbox",
@@ -35,11 +35,11 @@ _ARGUMENTS = [
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium, absent on a laptop, promised in CI.
+    """Start Chromium. If Chromium is not installed, skip the test on a laptop, or fail in CI.
 
-    Of a module and not of the session: playwright's loop runs in the thread of the tests for as
-    long as the browser is there, and nobody else can call asyncio.run in it. A test that needs a
-    server gives it a thread or a process.
+    The fixture's scope is the module, not the session. While the browser runs, playwright's event loop occupies the
+    thread of the tests, and other tests cannot call asyncio.run. A test that needs a server runs the server in a thread
+    or a process.
     """
     found = next((path for path in CHROMIUM if path.exists()), None)
     if found is None:
@@ -58,7 +58,7 @@ def browser() -> Iterator[Browser]:
 
 @dataclass
 class Seen:
-    """What a page has done so far: errors on its console or thrown, and what it asked for."""
+    """The errors and the requests of a page since it was opened."""
 
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Seen:
 
 
 def place_of(page: Page) -> str:
-    """The URL below which the page of a grid is, in the session that `page` has."""
+    """Return the URL prefix of the grid's page in the current session of `page`."""
     found = re.match(r"https?://[^/]+/ui/s/[0-9a-f]+", page.url)
     assert found, page.url
     return found[0]
@@ -77,10 +77,10 @@ def place_of(page: Page) -> str:
 
 @contextmanager
 def opened(browser: Browser, url: str, **context: Any) -> Iterator[tuple[Page, Seen]]:
-    """A page in a context of its own (`context` as playwright's new_context takes it: viewport,
-    color_scheme ...), and what it does from its first request on."""
+    """Open a page in its own browser context, and record its errors and requests. `context` has arguments of
+    playwright's new_context, such as viewport and color_scheme."""
     place = browser.new_context(**context)
-    # Of a busy machine nothing is learnt.
+    # The long timeout allows for a busy machine.
     place.set_default_timeout(TIMEOUT_MS)
     try:
         page, seen = place.new_page(), Seen()
@@ -94,15 +94,15 @@ def opened(browser: Browser, url: str, **context: Any) -> Iterator[tuple[Page, S
 
 
 def offences(page: Page, within: str | None = None, *, without: str = "", rules: Sequence[str] = ()) -> list[str]:
-    """What axe-core finds wrong with a page, or with what a selector names, `without` what another
-    names, by all `rules` or these alone: a line for each rule, with the elements. Its time follows
-    the number of elements."""
+    """Return the violations that axe-core finds in a page, one line per rule with the elements. `within` and `without`
+    are selectors of elements to include and to exclude, and `rules` limits the check to these rules. The run time grows
+    with the number of elements."""
     from axe_playwright_python.sync_playwright import Axe
 
     context: str | dict[str, list[list[str]]] | None = within
     if without:
         context = {"include": [[within or "html"]], "exclude": [[without]]}
-    # What is not wrong it need not describe.
+    # Details of passed checks are not needed.
     options: dict[str, object] = {"resultTypes": ["violations"]}
     if rules:
         options["runOnly"] = {"type": "rule", "values": list(rules)}
@@ -117,7 +117,7 @@ def offences(page: Page, within: str | None = None, *, without: str = "", rules:
 
 
 def too_wide(page: Page) -> list[str]:
-    """Elements that make the page scroll sideways; none where it does not."""
+    """Return the elements that make the page scroll sideways."""
     found: list[str] = page.evaluate(
         """() => {
           const wide = document.documentElement.clientWidth;
@@ -131,7 +131,8 @@ def too_wide(page: Page) -> list[str]:
 
 
 def tab_stops(page: Page, most: int = 200) -> list[str]:
-    """What the Tab key comes to, in order, until it comes round: each one's text or label."""
+    """Return the text or the label of each element that the Tab key reaches, in order, until the first one is reached
+    again."""
     stops: list[str] = []
     page.evaluate("window.firstStop = null")
     for _ in range(most):

@@ -29,7 +29,7 @@ _SIGNS = x509.KeyUsage(
 
 
 class Authority:
-    """A certificate authority that lives for two days; `bundle` is its certificate's file."""
+    """A certificate authority that is valid for two days. `bundle` is the file with its certificate."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -58,7 +58,7 @@ class Authority:
         )
 
     def sign(self, folder: Path, host: str) -> tuple[Path, Path]:
-        """The files of a new key and of a certificate for that host name."""
+        """Sign a certificate for that host name, and return the files of its key and of the certificate."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
         certificate = (

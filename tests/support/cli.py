@@ -12,7 +12,7 @@ from batchlab.core.api_types import JobView
 from batchlab.runtime.home import Home, ManagerRecord
 
 Run = Callable[..., tuple[int, str, str]]
-"""Runs a command line: its exit code, stdout and stderr."""
+"""A function that runs a command line, and returns its exit code, stdout, and stderr."""
 
 
 def a_job(job: str, state: str = "RUNNING", **more: Any) -> dict[str, Any]:
@@ -49,12 +49,12 @@ def a_job(job: str, state: str = "RUNNING", **more: Any) -> dict[str, Any]:
 
 
 def view(**more: Any) -> JobView:
-    """The same, as what the client promises."""
+    """Return a job's view with changes, typed as the client returns it."""
     return cast("JobView", a_job("sums-0123456789", **more))
 
 
 class FakeClient:
-    """Answers with what a test has put into `answers`, and remembers what it was asked."""
+    """A client that returns the `answers` of a test, and records its calls."""
 
     answers: dict[str, Any]
     asked: list[tuple[str, tuple[Any, ...], dict[str, Any]]]
@@ -88,7 +88,7 @@ class FakeClient:
 
 
 def at_home(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> type[FakeClient]:
-    """A manager that commands find, with these answers."""
+    """Let commands find a manager that returns these answers."""
     FakeClient.answers, FakeClient.asked = answers, []
     record = ManagerRecord("http://nowhere", 1, "manager-1", "local")
     monkeypatch.setattr(session, "Client", FakeClient)
@@ -137,7 +137,7 @@ def a_grid() -> dict[str, Any]:
 
 
 def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs command lines in this process."""
+    """Return a function that runs command lines in this process."""
     monkeypatch.setattr("batchlab.cli.output.install_signal_handlers", lambda: None)
     monkeypatch.setenv("COLUMNS", "100")
 

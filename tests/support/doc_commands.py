@@ -1,8 +1,7 @@
 """Every command that the docs show, and a shell that runs commands in this process.
 
-Invariant: a command is one line of an `sh` block without its comment, or an indented line that
-starts a program of the project. A command of several lines (a `\\` at the end, a function, a
-here-document) is identified by its first line.
+Invariant: a command is one line of an `sh` block without its comment, or an indented line that starts a program of the
+project. A command of several lines (a `\\` at the end, a function, a here-document) is identified by its first line.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _OPENS = re.compile(r"\(\) \{$|<<'(\w+)'$")
 
 
 def written() -> Iterator[tuple[str, str]]:
-    """Each page and command, in order."""
+    """Yield each page and command of the docs, in order."""
     for page in PAGES:
         name = page.relative_to(ROOT).as_posix()
         text = page.read_text()
@@ -54,7 +53,7 @@ def commands(block: str) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Commands of the docs, how they are given here, and the exit codes that this may have."""
+    """Commands of the docs, the command that the test runs for them, and its allowed exit codes."""
 
     told: tuple[str, ...]
     given: str
@@ -62,10 +61,10 @@ class Line:
 
 
 def lines(script: str) -> Iterator[Line]:
-    """Each line of `script` is a command of the docs, what is given in its place after ` => `; that
-    may stand for several, with ` ;; ` between them. One that begins with `+ ` is in no page: it
-    makes what a page takes for granted. `! ` marks one that exits with 1, `? ` one of which no more
-    is known than that it is 0 or 1."""
+    """Parse a script of commands. A line is a command of the docs, and ` => ` separates the command from its
+    replacement in the test. One replacement may stand for several commands, separated by ` ;; `. The mark `+ ` begins a
+    command that is not in the docs and prepares for the next ones. The mark `! ` means exit code 1, and the mark `? `
+    means exit code 0 or 1."""
     for line in script.splitlines():
         if not line.strip():
             continue
@@ -76,7 +75,7 @@ def lines(script: str) -> Iterator[Line]:
 
 
 class Shell:
-    """Gives commands in `folder`: those of batchlab in this process, which is far quicker."""
+    """A shell that runs commands in `folder`. Commands of batchlab run in this process, which is much faster."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
@@ -87,12 +86,12 @@ class Shell:
         monkeypatch.setattr("batchlab.cli.output.install_signal_handlers", lambda: None)
 
     def follow(self, script: str, **words: str) -> None:
-        """All lines of it; `{name}` stands for one of `words`, or of what a line has found."""
+        """Run all lines of a script. `{name}` is replaced by the value of `name` in `words`."""
         for line in lines(script):
             self.give(line, words)
 
     def give(self, line: Line, words: Mapping[str, str] = {}) -> str:
-        """What it prints; it must end as it is said to."""
+        """Run a command, check its exit code, and return its output."""
         given = line.given
         for name, word in words.items():
             given = given.replace(f"{{{name}}}", word)

@@ -159,12 +159,12 @@ IN_TESTS = (
     "batchlab asg interrupt i-0123456789abcdef0 --notice 30",
     "batchlab asg serve --templates templates.toml --port 4580",
 )
-"""Given by the two tests above that follow no script."""
+"""Commands that the two tests above run without a script."""
 
-# --- By another test, or by nobody ---------------------------------------------------------------
+# --- Commands that another test runs, and commands without a test --------------------------------
 
 ELSEWHERE = {
-    # CI gives the README's two commands as it reads them there.
+    # CI reads these two commands from the README and runs them.
     "python3 -m venv .venv && .venv/bin/pip install -q uv && .venv/bin/uv sync -q --frozen"
     " --no-dev && .venv/bin/batchlab demo": ".ci/run block",
     "python3 -m venv .venv && .venv/bin/pip install -q uv && .venv/bin/uv sync -q --frozen"
@@ -180,7 +180,7 @@ ELSEWHERE = {
     ),
     ".venv/bin/python -m tests.support.public_api --accept": "tests/docs/test_public_api.py"
     " test_documented_executor_is_accepted",
-    # On the emulators.
+    # Tests with emulators run these commands.
     "batchlab run myjob/job.yaml --backend ministack --out results": (
         "tests/system/test_ministack.py test_run_from_nothing_leaves_nothing_running"
     ),
@@ -201,7 +201,7 @@ ELSEWHERE = {
         "tests/system/test_conform.py test_breakdown_of_the_endpoint_is_not_a_difference"
     ),
     "aws sns create-topic --name batch": "tests/system/test_tour.py test_topic_of_the_emulator_is_notified",
-    # In containers.
+    # Tests with containers run these commands.
     "batchlab run myjob/job.yaml --backend localstack --out results": (
         "tests/system/test_same_results.py test_examples_give_the_same_results_on_every_backend"
     ),
@@ -215,7 +215,7 @@ ELSEWHERE = {
     "batchlab scenario replay peak.yaml --backend localstack --compress 60 --out peak.json": (
         "tests/system/test_replay_localstack.py test_a_scenario_with_its_policy_and_a_kill_on_localstack"
     ),
-    # Auto Scaling on one machine.
+    # Tests of Auto Scaling on one machine run these commands.
     "batchlab conform --service autoscaling --endpoint http://127.0.0.1:4580 --template worker": (
         "tests/system/test_conform_asg.py test_own_endpoint_follows_every_rule"
     ),
@@ -229,7 +229,7 @@ ELSEWHERE = {
     " --name 'batchlab asg serve' --markdown docs/asg-endpoint.md": (
         "tests/system/test_conform_asg.py test_own_endpoint_follows_every_rule"
     ),
-    # By a page's own command with other options.
+    # The tests of the following commands run the page's own command with other options.
     "batchlab scenario plan month-end.yaml --deadline 40m --budget '0.10 USD'": (
         "tests/system/test_doc_pages.py test_a_page_can_be_followed"
     ),
@@ -268,7 +268,8 @@ ELSEWHERE = {
     "python examples/executor/search.py": "tests/system/test_executor_examples.py"
     " test_program_prints_the_documented_output",
 }
-"""The test that gives it, or one in its place with a shorter input: the file, and a name in it."""
+"""The test that runs a command, or runs a replacement with a shorter input. The value is the test's file and a name in
+it."""
 
 WHOLE = {
     "docs/backends.md ## The AWS CLI": "tests/system/test_real_clients.py test_the_commands_of_the_docs_work",
@@ -277,7 +278,7 @@ WHOLE = {
     "examples/transform/README.md": "tests/system/test_examples_end_to_end.py test_transform_keeps_every_ride",
     "examples/claims/README.md": "tests/system/test_examples_end_to_end.py test_claims_totals_match_the_generator",
 }
-"""Of pages, or of one part of a page."""
+"""The test that follows a whole page, or one section of a page."""
 
 NEEDS_ACCOUNT = re.compile(
     r"batchlab deploy |batchlab .*--backend (aws|gcs)\b|batchlab (gc|conform) --aws|aws sts "
@@ -285,8 +286,8 @@ NEEDS_ACCOUNT = re.compile(
 )
 """Commands that need an account with AWS or Google Cloud.
 
-test_docs.py checks that the commands and options exist. The tests below `system/deploy` run those
-of AWS on emulated control planes, and `test_gcs.py` runs a grid at a stub of Google Cloud Storage.
+test_docs.py checks that the commands and options exist. The tests below `system/deploy` run the commands of AWS on
+emulated control planes, and `test_gcs.py` runs a grid at a stub of Google Cloud Storage.
 """
 
 DEVELOPERS = (
@@ -310,5 +311,5 @@ DEVELOPERS = (
     "BIND_HOST=127.0.0.1 GATEWAY_PORT=4566 ministack",
     'export BATCHLAB_MINISTACK="$(command -v ministack)"',
 )
-"""Benchmarks, other ways to run the tests or to write what they compare, and to install or to renew
-what is started: that what is named exists is tried."""
+"""Commands for developers: benchmarks, other ways to run the tests, updates of reference files, and installations. The
+tests check only that the named files exist."""

@@ -1,14 +1,14 @@
-"""The commands of a page of the docs, run as a reader would, and what they print held against it.
+"""The commands of a page of the docs, run as a reader would run them, and compared with the output on the page.
 
-What a page says beside its words, mostly in comments that nobody is shown:
+Comments in a page control the run. Most of these comments are invisible in the rendered page:
 
     <!-- file: NAME -->          the next block is a file that the reader saves under that name
-    <!-- not run: WHY -->        the next block of commands is not run; where that is to be
-                                 read too, `*Not run by a test: WHY*`
-    <!-- exits with CODE -->     so does the next block of commands; otherwise it exits with 0
+    <!-- not run: WHY -->        the next block of commands is not run; in the visible form,
+                                 `*Not run by a test: WHY*`
+    <!-- exits with CODE -->     the next block of commands exits with CODE; the default is 0
 
-A block of text that follows a block of commands is what these print. In it a line `…` stands for
-any number of lines; what differs from run to run (ids, moments, durations, sizes) is not compared.
+A block of text after a block of commands is the output of these commands. A line `…` in the output stands for
+any number of lines. Values that differ between runs (ids, times, durations, sizes) are not compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from tests.support import ROOT
 
 PLACE = "/home/you/work"
-"""What pages call the folder that they are followed in."""
+"""The folder in which a reader runs the commands, as written in the docs."""
 LONGEST_S = 120.0
 
 _BLOCK = re.compile(
@@ -45,8 +45,8 @@ _VARIES = (
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One block: a `file` to be saved, or commands to be run, with what they print (None where the
-    page does not say)."""
+    """One block of a page: a `file` to save, or commands to run. `prints` is the expected output, or None if the page
+    does not show the output."""
 
     text: str
     file: str = ""
@@ -56,7 +56,7 @@ class Step:
 
 
 def steps(page: str) -> Iterator[Step]:
-    """What a reader of `page` (Markdown) does, in order."""
+    """Yield the steps that a reader of the Markdown text `page` does, in order."""
     found = list(_BLOCK.finditer(page))
     for number, one in enumerate(found):
         word, told, text = (one["word"] or "").lower(), one["told"], one["text"]
@@ -76,7 +76,7 @@ def steps(page: str) -> Iterator[Step]:
 
 
 class Reader:
-    """Follows a page in `folder`, with a `batchlab` of this checkout and nothing of the caller's
+    """A reader that follows a page in `folder`, with the `batchlab` of this checkout and without the caller's
     settings."""
 
     def __init__(self, folder: Path) -> None:
@@ -99,7 +99,7 @@ class Reader:
         path.write_text(step.text)
 
     def run(self, commands: str) -> tuple[int, str]:
-        """The exit code, and what was printed, with the page's own folder in place of this one."""
+        """Run commands, and return the exit code and the output. The page's folder name replaces the real folder."""
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", commands],
             cwd=self.folder,
@@ -114,14 +114,14 @@ class Reader:
 
 
 def masked(line: str) -> str:
-    """A line without what differs from run to run."""
+    """Return a line without the values that differ between runs."""
     for pattern in _VARIES:
         line = pattern.sub("#", line)
     return " ".join(line.split())
 
 
 def agrees(told: str, printed: str) -> bool:
-    """Whether a page's block says what was printed."""
+    """Return whether the output matches the block of a page."""
     left = [masked(line) for line in printed.splitlines()]
     parts: list[list[str]] = [[]]
     for line in told.splitlines():

@@ -30,19 +30,19 @@ from tests.support.docker.containers import ABSENT_IMAGE, DockerGrid, docker_gri
 W = TypeVar("W")
 
 STEADY = Pool("steady", max_size=4)
-"""Drains at once when asked to."""
+"""An instance of this pool drains at once when it is asked to end."""
 STUBBORN = Pool("stubborn", max_size=4)
-"""Does not listen when asked to end."""
+"""An instance of this pool ignores a request to end."""
 BROKEN = Pool("broken", max_size=4)
-"""Ends by itself at once, with exit code 3."""
+"""An instance of this pool ends by itself at once, with exit code 3."""
 ABSENT = Pool("absent", max_size=4)
-"""Cannot be launched."""
+"""An instance of this pool cannot be launched."""
 
 DEADLINE_S = 10.0
 
 
 class ManualClock:
-    """Time that moves when told to."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.time_s = 1_000.0
@@ -55,7 +55,7 @@ class ManualClock:
 
 
 class LoopClock:
-    """The running loop's time."""
+    """A clock that returns the running event loop's time."""
 
     def now_s(self) -> float:
         return 1_700_000_000.0 + asyncio.get_running_loop().time()
@@ -65,7 +65,7 @@ class LoopClock:
 
 
 class CountedIds:
-    """w-0001, w-0002, …"""
+    """An id generator that returns w-0001, w-0002, and so on."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -81,10 +81,11 @@ async def _nothing(_: str) -> None:
 
 @dataclass
 class TableLauncher:
-    """A launcher that is a table; `refuse` makes launches fail, `deaf` makes workers not listen.
+    """A launcher whose instances are rows of a table. `refuse` makes launches fail, and `deaf` makes workers ignore a
+    request to end.
 
-    `on_launch` runs once an instance lives but before `launch` returns, `on_terminate` before
-    an instance hears of it; both may raise.
+    `on_launch` runs after an instance was added and before `launch` returns. `on_terminate` runs before an instance
+    ends. Both callbacks may raise.
     """
 
     known: dict[str, str | None] = field(default_factory=dict)
@@ -135,14 +136,15 @@ _DRAINS = "trap 'exit 0' TERM; echo up; sleep 100 & wait"
 
 
 def worker_argv(pool: Pool, instance: str) -> list[str]:
-    """A real worker that behaves as its pool's name says; it prints `up` when it listens."""
+    """Return the command of a real worker that behaves as its pool's name says. The worker prints `up` when it is
+    ready."""
     if pool.name == ABSENT.name:
         return ["/nonexistent/worker"]
     return ["/bin/sh", "-c", _SHELL.get(pool.name, _DRAINS), instance]
 
 
 def sim_launcher(started: list[str] | None = None) -> SimLauncher:
-    """Simulated workers; `started` is filled with the ids of those that have booted."""
+    """Return a launcher of simulated workers. Each booted worker adds its id to `started`."""
 
     def start(pool: Pool, instance: str) -> ScriptedInstance:
         if started is not None:
@@ -167,22 +169,22 @@ def pid_of(launcher_root: Path, instance: str) -> int:
 
 @dataclass
 class FleetRig:
-    """A fleet with what a check needs beyond the port: faults, heartbeats, time."""
+    """A fleet, and functions for its faults, heartbeats, and time."""
 
     fleet: Fleet
     crash: Callable[[str], None]
-    """End an instance behind the fleet's back."""
+    """Ends an instance without telling the fleet."""
     report: Callable[[str], Awaitable[None]]
-    """An instance's first heartbeat."""
+    """Sends an instance's first heartbeat."""
     rest: Callable[[], Awaitable[None]]
-    """Let things happen before the next look."""
+    """Waits for changes before the next look."""
     told: str = "exit -9"
-    """What the fleet can tell of an instance that was crashed."""
+    """The reason that the fleet reports for a crashed instance."""
     dead: list[Instance] = field(default_factory=list)
-    """All that the ticks returned."""
+    """All instances that the ticks returned."""
 
     async def until(self, condition: Callable[[GroupView], bool], pool: str = STEADY.name) -> GroupView:
-        """Tick and report Pending instances until the pool's group fulfils the condition."""
+        """Tick and report Pending instances until the pool's group satisfies the condition."""
         view = None
         for _ in range(500):
             self.dead += await self.fleet.tick()
@@ -199,7 +201,7 @@ class FleetRig:
         return next(v for v in await self.fleet.describe() if v.pool.name == pool)
 
     async def grow(self, pool: Pool, size: int) -> list[str]:
-        """Ensure the pool, bring `size` instances into service; their ids, oldest first."""
+        """Create the pool, bring `size` instances into service, and return their ids, oldest first."""
         await self.fleet.ensure(pool)
         await self.fleet.set_desired(pool.name, size, cause="a user request")
         return in_service(await self.until(lambda v: len(in_service(v)) == size, pool.name))
@@ -266,25 +268,25 @@ FLEET_WORLDS: Mapping[str, Callable[[FleetCheck, Path], None]] = {
 
 @dataclass
 class LauncherRig:
-    """A launcher with what a check needs beyond the port."""
+    """A launcher, and functions for its faults and time."""
 
     launcher: Launcher
     changed: asyncio.Event
     crash: Callable[[str], None]
     up: Callable[[str], bool]
-    """Whether the instance's worker listens."""
+    """Returns whether the instance's worker is ready."""
     slack_s: float
-    """How long something that happens at once may take to be seen."""
+    """The maximum delay until an immediate change is visible."""
     moment_s: float = 0.15
-    """Longer than asking an instance to end takes."""
+    """A time longer than a request to end an instance takes."""
 
     async def start(self, pool: Pool, instance: str) -> None:
-        """Launch, and wait until its worker listens."""
+        """Launch an instance, and wait until its worker is ready."""
         await self.launcher.launch(pool, instance)
         await self.until(lambda _: self.up(instance))
 
     async def ended(self, instance: str) -> str:
-        """How the instance ended, once it has."""
+        """Wait until the instance has ended, and return how it ended."""
         known = await self.until(lambda known: known[instance] is not None)
         return str(known[instance])
 
@@ -331,7 +333,7 @@ def _process_launcher_world(check: LauncherCheck, root: Path) -> None:
 
 
 def behaving(pool: Pool) -> Template:
-    """A container that behaves as its pool's name says."""
+    """Return the template of a container that behaves as its pool's name says."""
     if pool.name == ABSENT.name:
         return Template(ABSENT_IMAGE, ("true",))
     return shell(_SHELL.get(pool.name, _DRAINS))
@@ -383,7 +385,7 @@ def names(instances: Sequence[Instance]) -> list[str]:
 
 
 def checked_in(make: Callable[[], W]) -> Callable[[Callable[[W], Awaitable[None]]], Callable[[], None]]:
-    """A decorator that turns an async check of what `make` gives into a test."""
+    """Return a decorator that turns an async check of a world from `make` into a test."""
 
     def decorate(check: Callable[[W], Awaitable[None]]) -> Callable[[], None]:
         def test() -> None:

@@ -1,9 +1,8 @@
 """A stub of Google Cloud Storage: the part of its XML API that obstore uses, in memory.
 
-No emulator in the package registries serves that part: fake-gcs-server and gcp-storage-emulator
-serve the JSON API. The stub follows Google's reference of the XML API. Writes and copies take
-`x-goog-if-generation-match`, a delete of a missing object is a 404, and the ETag of an object
-that was uploaded in parts is not the MD5 of its content.
+No emulator in the package registries serves that part: fake-gcs-server and gcp-storage-emulator serve the JSON API. The
+stub follows Google's reference of the XML API. Writes and copies support `x-goog-if-generation-match`. A delete of a
+missing object returns 404. The ETag of an object that was uploaded in parts is not the MD5 of its content.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _PAGE = 1000
 
 
 class Refused(Exception):
-    """An answer other than success."""
+    """An unsuccessful answer of the stub."""
 
     def __init__(self, status: int, code: str) -> None:
         super().__init__(code)
@@ -44,7 +43,7 @@ class Stored:
 
 @dataclass(slots=True)
 class Stub:
-    """The buckets, and the requests so far as "METHOD path" without the query's values."""
+    """The stub's buckets, and the requests so far as "METHOD path" without the values of the query."""
 
     buckets: dict[str, dict[str, Stored]] = field(default_factory=dict)
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
@@ -65,7 +64,8 @@ class Stub:
         return found
 
     def write(self, bucket: str, key: str, data: bytes, condition: str | None, etag: str = "") -> Stored:
-        """Store the data if the object has the generation that `condition` names, 0 for none."""
+        """Store the data if the object has the generation in `condition`. Generation 0 means that the object does not
+        exist."""
         with self.lock:
             objects = self.bucket(bucket)
             there = objects[key].generation if key in objects else 0

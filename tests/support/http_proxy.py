@@ -21,7 +21,7 @@ _HOP = {"connection", "transfer-encoding", "content-length", "expect", "keep-ali
 
 @dataclass(frozen=True)
 class Request:
-    """`path` with its query. The names of `headers` are as they were sent."""
+    """A received request. `path` includes the query. `headers` keep the names as the client sent them."""
 
     method: str
     path: str
@@ -29,7 +29,7 @@ class Request:
     body: bytes
 
     def header(self, name: str) -> str:
-        """Its value, however its name is written; "" where there is none."""
+        """Return the value of a header, or "" if the header is missing. The case of the name does not matter."""
         wanted = name.lower()
         return next((v for n, v in self.headers.items() if n.lower() == wanted), "")
 
@@ -42,7 +42,7 @@ class Answer:
 
 
 def proven(token: str, request: Request, answer: Answer) -> Answer:
-    """The answer as a manager with that token signs it; unsigned if the request is not signed."""
+    """Sign the answer as a manager with that token does. If the request is not signed, the answer stays unsigned."""
     given = request.header("Authorization")
     signed = http_connections.read(token, given, request.method, request.path)
     if signed is None:
@@ -52,7 +52,7 @@ def proven(token: str, request: Request, answer: Answer) -> Answer:
 
 
 class Listening:
-    """A server that answers on a thread of its own, for as long as the context lasts."""
+    """A server that answers in its own thread while the context is active."""
 
     _server: ThreadingHTTPServer
 
@@ -71,21 +71,21 @@ class Listening:
 
 class Server(Protocol):
     def answer(self, request: Request) -> Answer:
-        """Called on any thread."""
+        """Answer a request. The method is called in any thread."""
 
 
 class Front(Server, Protocol):
     target: str
-    """URL of the server behind it."""
+    """The URL of the server to forward to."""
 
 
 def forward(target: str, request: Request) -> Answer:
-    """What the server at `target` says to the request, which it gets as it is: its Host too, which
-    a signature may be over."""
+    """Forward the request unchanged to the server at `target`, and return its answer. The Host header stays unchanged
+    too, because a signature may cover it."""
     parts = urlsplit(target)
     host = parts.hostname or ""
     with closing(
-        # A test's own server, whose certificate nobody else knows.
+        # The test's own server has a certificate that no authority has signed.
         HTTPSConnection(host, parts.port, timeout=60, context=ssl._create_unverified_context())
         if parts.scheme == "https"
         else HTTPConnection(host, parts.port, timeout=60)
@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def standing(front: Server) -> Iterator[str]:
-    """The URL of the front while it listens."""
+    """Start the server, and yield its URL."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, front))
     server.daemon_threads = True
     serving = threading.Thread(target=server.serve_forever, args=(0.02,))

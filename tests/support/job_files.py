@@ -51,7 +51,7 @@ def load(folder: Path, text: str, **overrides: str) -> job_file.JobFile:
 
 
 def refused(folder: Path, text: str, **overrides: str) -> list[JobFileError]:
-    """The mistakes of the file, each with all that a person needs."""
+    """Return the errors of the file, after checking that each error is complete."""
     with pytest.raises(JobFileErrors) as caught:
         load(folder, text, **overrides)
     return list(complete(caught.value.errors, folder / "job.yaml", textwrap.dedent(text)))

@@ -21,7 +21,7 @@ class Crash(BaseException):
 
 
 class Disk(MemoryState):
-    """A store that may be full."""
+    """A store that a test can fill up."""
 
     full = False
 
@@ -33,7 +33,7 @@ class Disk(MemoryState):
 
 @dataclass
 class World:
-    """A fleet whose parts a test can reach; `restart` is a crash of the manager."""
+    """A fleet and its dependencies. `restart` simulates a crash of the manager."""
 
     launcher: TableLauncher = field(default_factory=TableLauncher)
     clock: ManualClock = field(default_factory=ManualClock)
@@ -55,7 +55,7 @@ class World:
         return next(iter(await self.fleet.describe()))
 
     async def launch(self, size: int, *, ready: bool = True, pool: Pool = POOL) -> list[str]:
-        """Ids of the group's counted instances once `size` were asked for."""
+        """Request `size` instances, and return the ids of the group's counted instances."""
         await self.fleet.ensure(pool)
         await self.fleet.set_desired(pool.name, size, cause=USER)
         await self.fleet.tick()

@@ -13,7 +13,7 @@ from batchlab.core.errors import JobFileError
 
 
 def complete(errors: Iterable[JobFileError], path: Path, text: str) -> tuple[JobFileError, ...]:
-    """The mistakes of a file, after checking that each has all that a person needs."""
+    """Return the errors of a file, after checking that each error is complete."""
     found = tuple(errors)
     lines = len(text.splitlines()) + 1
     for error in found:
@@ -39,7 +39,7 @@ _JUNK = st.one_of(
 
 @st.composite
 def mangled(draw: st.DrawFn, text: str) -> str:
-    """`text` with characters of some lines replaced, and lines doubled or lost."""
+    """Return `text` with replaced characters in some lines, and with duplicate or missing lines."""
     lines = text.splitlines()
     for _ in range(draw(st.integers(1, 3))):
         i = draw(st.integers(0, len(lines) - 1))
@@ -52,7 +52,7 @@ def mangled(draw: st.DrawFn, text: str) -> str:
 
 @st.composite
 def altered(draw: st.DrawFn, text: str) -> str:
-    """`text` with other values or none in some places: YAML still, whatever it means."""
+    """Return `text` with other values or without values in some places. The result is valid YAML with any meaning."""
     whole = yaml.safe_load(text)
     for _ in range(draw(st.integers(1, 3))):
         *path, key = draw(st.sampled_from(_places(whole) or [("name",)]))

@@ -1,4 +1,4 @@
-"""A Fleet without instances, for tests that run their own workers or answer themselves."""
+"""A Fleet without instances, for tests that run their own workers or answer messages themselves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from batchlab.core.model import Activity, GroupView, Instance, Pool
 
 
 class NoFleet:
-    """No instance ever."""
+    """A fleet that never has an instance."""
 
     async def ensure(self, pool: Pool) -> None: ...
 

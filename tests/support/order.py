@@ -1,7 +1,7 @@
 """The order in which the processes of a test run take the tests, so that no core is idle.
 
-Tests that mostly wait (for containers, leases, real time) leave their core to other tests. In
-alphabetical order they would run last, and every core would wait for them.
+Tests that mostly wait (for containers, leases, real time) leave their core to other tests. In alphabetical order, these
+tests would run last, and every core would wait for them.
 """
 
 from __future__ import annotations
@@ -39,10 +39,9 @@ WAITS_S: Mapping[str, float] = {
 def dealt(names: Sequence[str], processes: int) -> list[int]:
     """Return the positions of `names` (ids of tests, file by file) in the order to run them.
 
-    xdist's worksteal gives each process an equal and contiguous part. A process that has finished
-    its part takes tests from the end of another part. So half of the parts begin with the files
-    that wait, while the other processes compute. The tests of a file stay together, with its
-    fixtures.
+    xdist's worksteal gives each process an equal and contiguous part. A process that has finished its part takes tests
+    from the end of another part. Half of the parts therefore begin with files whose tests mostly wait, while the other
+    processes compute. The tests of a file stay together, because they share fixtures.
     """
     files: dict[str, list[int]] = {}
     for position, name in enumerate(names):
@@ -64,7 +63,7 @@ def dealt(names: Sequence[str], processes: int) -> list[int]:
 
 
 def waiting(processes: int) -> int:
-    """Return the number of processes that begin with files that wait."""
+    """Return the number of processes that begin with files whose tests mostly wait."""
     return (processes + 1) // 2
 
 

@@ -1,8 +1,7 @@
-"""Measurements of how a page looks: boxes of text, colors, and a small gray picture of the whole
-page.
+"""Measurements of how a page looks: boxes of text, colors, and a small gray picture of the whole page.
 
-Invariant: the measurements of boxes and colors are valid with any font. A test compares the small
-picture with a stored one only if the page is set in the font of the stored picture.
+Invariant: the measurements of boxes and colors are valid with any font. A test compares the small picture with a stored
+one only if the page uses the font of the stored picture.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ WIDTHS = {"desk": 1280, "tablet": 768, "phone": 390}
 HEIGHT = 844
 REFERENCES = ROOT / "tests" / "browser" / "pictures"
 WRITE = "BATCHLAB_LOOKS"
-"""Set to `write` it has the references written anew."""
+"""Environment variable: the value `write` makes the tests write new reference pictures."""
 CELLS = 32
-"""The small pictures are so many cells wide and high."""
+"""The width and the height of a small picture, in cells."""
 GREYS = 4
-"""Of 256, so many are a shade: a cell says in 16 shades how far it is from the ground."""
+"""The size of a shade, in gray levels of 256. A cell stores its distance from the background in 16 shades."""
 FAR = 0.2
-"""Shades, the mean over all cells by which a picture may differ from its reference."""
+"""The maximum mean difference between a picture and its reference over all cells, in shades."""
 GROUND_FAR = 6
-"""Greys of 256, by which its ground may."""
+"""The maximum difference between the background of a picture and of its reference, in gray levels of 256."""
 MEANT = f"if that is meant: {WRITE}=write pytest tests/browser -k looks"
 FONT_SHARE = 0.01
-"""By so much the width of a line may differ where the font is still the same."""
+"""The maximum relative difference in the width of a line that still counts as the same font."""
 
 # --- Boxes ---------------------------------------------------------------------------------------
 
@@ -146,8 +145,8 @@ _AMISS = """() => {
 
 
 def amiss(page: Page) -> list[str]:
-    """What cannot be read at the page's present width: cut off, beyond the edge, one over another,
-    covered, without style; a line for each."""
+    """Return a line for each element that cannot be read at the page's current width: cut off, outside the page,
+    overlapping, covered, or without style."""
     found: list[str] = page.evaluate(_AMISS)
     return found
 
@@ -162,10 +161,10 @@ _SETTLED = """() => new Promise((done) => {
 
 
 def fit(page: Page, width: int) -> None:
-    """Give the page this width, and the height that it then has, so that all of it is seen."""
+    """Set the width of the page, and its height to that of the content, so that the whole page is visible."""
     page.set_viewport_size({"width": width, "height": HEIGHT})
     before = 0
-    # What is drawn by a script follows the page's width a frame later, and may change its height.
+    # Elements drawn by a script follow the page's width one frame later, and may change the height of the page.
     while (tall := int(page.evaluate(_SETTLED))) != before:
         before = tall
     page.set_viewport_size({"width": width, "height": max(HEIGHT, tall)})
@@ -238,20 +237,20 @@ _COLOURS = """(one) => {
 
 
 class Eye:
-    """Looks at pictures, in a page of its own that has no policy."""
+    """An analyzer of pictures, which runs in its own page without a content security policy."""
 
     def __init__(self, page: Page) -> None:
         self._page = page
 
     def sees(self, png: bytes, wanted: Sequence[Sequence[int]] = (), cells: int = 0) -> Any:
-        """`drawn`, the share of what is not the background; how many pixels are `near` each of
-        the colours wanted; a `small` grey picture of so many cells."""
+        """Analyze a picture. `drawn` is the share of pixels that differ from the background. `near` is the number of
+        pixels close to each wanted color. `small` is a gray picture of `cells` by `cells` cells."""
         data = base64.b64encode(png).decode()
         return self._page.evaluate(_COUNT, [data, list(wanted), cells])
 
     def chart(self, chart: Locator, plot: Locator, *, without: Collection[str] = ()) -> list[str]:
-        """What is amiss with a chart, whose `plot` has to show each colour of its legend, but for
-        what is named there as in `without`."""
+        """Return the faults of a chart. Its `plot` must show each color of the legend, except for the entries in
+        `without`."""
         keys = [key for key in chart.evaluate(_COLOURS) if key["name"] not in without]
         wanted = [key["colour"] for key in keys]
         name = chart.get_attribute("id") or chart.locator("[id]").first.get_attribute("id")
@@ -268,7 +267,7 @@ class Eye:
 
 @contextmanager
 def eye_of(page: Page) -> Iterator[Eye]:
-    """An eye beside the page, in the same browser."""
+    """Open an Eye in a separate page of the same browser."""
     browser = page.context.browser
     assert browser
     blank = browser.new_page()
@@ -278,7 +277,7 @@ def eye_of(page: Page) -> Iterator[Eye]:
         blank.close()
 
 
-# --- The whole -----------------------------------------------------------------------------------
+# --- The whole page ------------------------------------------------------------------------------
 
 _WIDTH_OF_A_LINE = """() => {
   const one = document.createElement("span");
@@ -297,7 +296,7 @@ def _line(page: Page) -> float:
 
 
 class Looks:
-    """Small pictures by name, from one file; `close` writes it where that is asked for."""
+    """Small pictures by name, from one file. `close` writes the file if BATCHLAB_LOOKS is `write`."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -306,7 +305,7 @@ class Looks:
         self._new: dict[str, Any] = {}
 
     def compare(self, page: Page, eye: Eye, name: str) -> None:
-        """Fail where the page does not look as it did. In another font nothing is compared."""
+        """Fail if the page looks different from its reference. Pages in another font are not compared."""
         width = _line(page)
         small = eye.sees(page.screenshot(animations="disabled"), cells=CELLS)["small"]
         ground = statistics.mode(round(one) for one in small)
@@ -325,7 +324,8 @@ class Looks:
         assert off <= GROUND_FAR, f"the ground of {name} differs by {off} greys; {MEANT}"
 
     def must_be_of_this_font(self, page: Page) -> None:
-        """Skip where pictures are not compared; in CI, which promises their font, fail."""
+        """Skip the test if the page uses another font than the reference pictures. In CI, which must have the font,
+        fail."""
         if self._writes or self._is_same_font(_line(page)):
             return
         if os.environ.get("CI"):
@@ -344,6 +344,6 @@ class Looks:
 
 
 def must(faults: Sequence[str], where: str) -> None:
-    """Fail with all that is amiss."""
+    """Fail with a list of the faults, if there are any."""
     if faults:
         pytest.fail(f"{where}: " + "; ".join(faults[:12]))

@@ -6,4 +6,4 @@ from hypothesis import settings
 
 PROPERTY = settings(derandomize=True, deadline=None, database=None, max_examples=150)
 SLOW = settings(PROPERTY, max_examples=40)
-"""Where an example takes long."""
+"""The settings for slow examples."""

@@ -37,12 +37,11 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "batchlab.jobdef": ("RetryRule",),
     "batchlab.model": ("JobState", "Pool"),
 }
-"""What is published, by the module that it is imported from: what `batchlab` exports, and what
-docs/python-api.md speaks of beyond that."""
+"""The published names by module: the exports of `batchlab`, and further names in docs/python-api.md."""
 
 
 def text() -> str:
-    """All of it: a line for each name, class members indented below their class."""
+    """Return the whole API as text. Each name has a line, and class members are indented below their class."""
     lines: list[str] = []
     for module, names in MODULES.items():
         lines += [module, *(f"    {line}" for name in sorted(names) for line in _told(module, name))]
@@ -65,7 +64,7 @@ def _told(module: str, name: str) -> Iterator[str]:
 
 
 def _members(owner: type) -> Iterator[str]:
-    """What the class adds to its bases, or its bases to it where those are not published."""
+    """Yield the members that a class adds to its published bases."""
     if issubclass(owner, enum.Enum):
         yield from (f"{one.name} = {one.value!r}" for one in owner)
         return
@@ -76,7 +75,7 @@ def _members(owner: type) -> Iterator[str]:
                 if name not in seen and (name == "__init__" or name[0] != "_"):
                     seen.add(name)
                     yield _member(name, member)
-            # What is only set in __init__, or has no default, is in no class's attributes.
+            # The attributes of a class do not include attributes that only __init__ sets or that do not have a default.
             for name in [*inspect.get_annotations(one), *_set(one)]:
                 if name not in seen and name[0] != "_":
                     seen.add(name)
@@ -84,7 +83,7 @@ def _members(owner: type) -> Iterator[str]:
 
 
 def _set(owner: type) -> Iterator[str]:
-    """The attributes that a class's own __init__ gives to what it makes."""
+    """Yield the attributes that the class's own __init__ sets."""
     made = vars(owner).get("__init__")
     if isinstance(made, FunctionType) and not is_dataclass(owner):
         for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(made)))):

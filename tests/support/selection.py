@@ -1,9 +1,8 @@
 """Selection of the tests that a run without `--all` leaves out.
 
-A test is slow if it needs a real part (a grid of processes, a container, a service that is started
-for it, a browser, or time that passes) or minutes of computing. `pytest` without options runs the
-other tests. A slow test lies in one of SLOW_FOLDERS, or uses one of SLOW_FIXTURES, or has the
-marker `slow`.
+A test is slow if it needs a real part (a grid of processes, a container, a service that is started for it, a browser,
+or time that passes) or minutes of computing. `pytest` without options runs the other tests. The selection recognizes a
+slow test by its folder (SLOW_FOLDERS), its fixtures (SLOW_FIXTURES), or the marker `slow`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def is_left_out(folder: Path, given: Iterable[Path]) -> bool:
 
 
 def is_slow(item: pytest.Item) -> bool:
-    """Return whether a test runs only with `--all`, or if the command line names it."""
+    """Return whether a test runs only with `--all` or if the command line names it."""
     fixtures: Sequence[str] = getattr(item, "fixturenames", ())
     return (
         not SLOW_FIXTURES.isdisjoint(fixtures)

@@ -3,8 +3,8 @@
     python -m tests.support.supply FILE
 
 writes a bill of materials (CycloneDX, JSON) with the packages of uv.lock, the vendored files of
-other projects, and their licenses. Invariant: a license is the one that the package declares. A
-license without a known name is written as declared, and no test allows it.
+other projects, and their licenses. Invariant: the bill contains the license that the package declares. An
+unknown license is written as declared, and the tests do not allow unknown licenses.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ ALLOWED = frozenset(
         "ISC",
         "MIT",
         "PSF-2.0",
-        # Of the file, or of a library that is used as it is and may be replaced.
+        # The following licenses apply to a file, or to a library that batchlab uses unchanged and that a user may
+        # replace.
         "MPL-2.0",
         "LGPL-3.0-only",
     }
@@ -54,11 +55,11 @@ _IN_SPDX: Mapping[str, str] = {
     "MIT License": "MIT",
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
 }
-"""What packages say that do not say it in SPDX."""
+"""SPDX names of the licenses that packages declare in another form."""
 
 
 def runtime() -> Iterator[metadata.Distribution]:
-    """batchlab, its extras, and all that they need, as they are installed here."""
+    """Yield the installed distributions of batchlab, its extras, and all of their dependencies."""
     seen: set[tuple[str, str]] = set()
     waiting = [("batchlab", extra) for extra in ("", *EXTRAS)]
     while waiting:
@@ -76,13 +77,13 @@ def runtime() -> Iterator[metadata.Distribution]:
 
 
 def licence(found: metadata.Distribution) -> str:
-    """An SPDX expression where the package says one, or something that means one."""
+    """Return the declared SPDX expression of a package, or an SPDX expression with the same meaning."""
     told = found.metadata
     (expression,) = told.get_all("License-Expression", [""])
     if expression:
         return str(expression)
     short = str(told.get_all("License", [""])[0]).strip()
-    if short and len(short) < 40:  # some have the whole text there
+    if short and len(short) < 40:  # some packages have the whole license text in this field
         return _IN_SPDX.get(short, short)
     names = {
         one.rpartition(" :: ")[2] for one in told.get_all("Classifier", []) if one.startswith("License :: OSI Approved")
@@ -91,20 +92,20 @@ def licence(found: metadata.Distribution) -> str:
 
 
 def is_allowed(expression: str) -> bool:
-    """Whether what it says can be kept: each part of an AND, one of an OR."""
+    """Return whether batchlab can comply with a license expression: each part of an AND, or one part of an OR."""
     return bool(expression) and all(
         any(one.strip(" ()") in ALLOWED for one in part.split(" OR ")) for part in expression.split(" AND ")
     )
 
 
 def vendored() -> list[dict[str, str]]:
-    """The files of other projects: name, version, licence, file, sha256."""
+    """Return the name, version, license, file, and sha256 of each vendored file."""
     found: list[dict[str, str]] = json.loads((VENDOR / "versions.json").read_text())
     return found
 
 
 def bill(uv: str) -> dict[str, Any]:
-    """The bill of materials."""
+    """Return the bill of materials."""
     exported = subprocess.run(
         [uv, "export", "-q", "--project", str(ROOT), "--preview-features", "sbom-export",
          "--frozen", "--no-dev", "--all-extras", "--format", "cyclonedx1.5"],
@@ -118,7 +119,7 @@ def bill(uv: str) -> dict[str, Any]:
     licences = {str(canonicalize_name(one.name)): licence(one) for one in runtime()}
     made["metadata"]["component"]["licenses"] = [{"expression": licences["batchlab"]}]
     for one in made["components"]:
-        # What another platform needs is not installed here to be asked.
+        # Packages for other platforms are not installed here, so their licenses are unknown.
         if told := licences.get(canonicalize_name(one["name"])):
             one["licenses"] = [{"expression": told}]
     made["components"] += [

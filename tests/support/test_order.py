@@ -1,4 +1,4 @@
-"""The order in which several processes take the tests."""
+"""The order in which several processes run the tests."""
 
 from __future__ import annotations
 

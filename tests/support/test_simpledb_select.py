@@ -1,6 +1,6 @@
 """The SimpleDB of the tests, compared with the examples of the Developer Guide.
 
-The data set and the queries are those of "Using Select to Create Amazon SimpleDB Queries".
+The data set and the queries are from the guide's chapter "Using Select to Create Amazon SimpleDB Queries".
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def test_invalid_expression_is_refused(text: str) -> None:
 
 
 def test_sort_attribute_must_be_in_the_condition() -> None:
-    """Sort: "Because returned results must contain the attribute on which you are sorting"."""
+    """The guide says: "Because returned results must contain the attribute on which you are sorting"."""
     for text in (
         "select * from mydomain order by Year",
         "select * from mydomain where author is null order by title",

@@ -49,7 +49,7 @@ def _get(sdb: Any, place: Sdb, item: str, *, consistent: bool = True) -> dict[st
 
 
 def test_replace_replaces_and_the_rest_adds(sdb: Any, simpledb: Sdb) -> None:
-    """The example of PutAttributes."""
+    """The example is from the documentation of PutAttributes."""
     _put(sdb, simpledb, "I", a="1", b=["2", "3"])
     _put(sdb, simpledb, "I", b="4")
     assert _get(sdb, simpledb, "I") == {"a": {"1"}, "b": {"4"}}
@@ -174,7 +174,7 @@ def _select(sdb: Any, expression: str, **more: Any) -> Any:
 
 
 def test_pages_have_the_guides_sizes(sdb: Any, simpledb: Sdb) -> None:
-    """100 unless told, 2,500 at most, and never over 1 MB; tokens go with their query only."""
+    """A page has 100 items by default, at most 2,500, and at most 1 MB. A token is valid only with its own query."""
     for start in range(0, 150, 25):
         sdb.batch_put_attributes(
             DomainName=simpledb.domain,
@@ -265,6 +265,6 @@ def test_unsigned_or_unknown_request_is_refused(simpledb: Sdb) -> None:
 
 
 def test_restricted_characters_are_returned_as_base64(sdb: Any, simpledb: Sdb) -> None:
-    """As the guide says, and boto3 does not decode it: a client must not write them."""
+    """SimpleDB encodes these characters as base64, and boto3 does not decode them, so a client must not write them."""
     _put(sdb, simpledb, "I", n="a\x01b")
     assert _get(sdb, simpledb, "I") == {"n": {"YQFi"}}

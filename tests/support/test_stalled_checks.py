@@ -1,4 +1,4 @@
-"""Retries of checks that fail at a service that was slow."""
+"""Repetition of checks that fail at a slow service."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.contract.queue_worlds import STALLED_S, TRIES, QueueWorld, un
 
 
 class Slow:
-    """A service that keeps its caller waiting."""
+    """A service that delays its caller."""
 
     def __init__(self, takes_s: float) -> None:
         self.takes_s = takes_s
@@ -23,7 +23,7 @@ class Slow:
 
 
 def tries(takes_s: float, *, wrong: bool) -> int:
-    """How often a check is tried that is always wrong, or only at first."""
+    """Return how often a check runs that always fails, or that fails only at first."""
     count = 0
 
     async def check(world: QueueWorld) -> None:

@@ -20,7 +20,7 @@ from tests.support.http_proxy import Listening
 
 @dataclass(frozen=True)
 class Received:
-    """A span as it came. Times are nanoseconds of the epoch."""
+    """A received span. Times are nanoseconds since the epoch."""
 
     name: str
     trace: str
@@ -37,7 +37,7 @@ class Received:
 
 
 class Receiver(Listening):
-    """A context manager; `url` is what OTEL_EXPORTER_OTLP_ENDPOINT is to be."""
+    """A context manager that receives spans. `url` is the value for OTEL_EXPORTER_OTLP_ENDPOINT."""
 
     def __init__(self) -> None:
         self.headers: list[dict[str, str]] = []
@@ -60,7 +60,7 @@ class Receiver(Listening):
                 self.wfile.write(answer)
 
             def log_message(self, *_: object) -> None:
-                """Says nothing."""
+                """Write no log."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -79,7 +79,7 @@ class Receiver(Listening):
             return list(self._spans)
 
     def until(self, enough: Callable[[list[Received]], object], *, within_s: float = 20.0) -> list[Received]:
-        """The spans, as soon as there are enough."""
+        """Return the received spans, as soon as `enough` returns true."""
         end_s = time.monotonic() + within_s
         while not enough(found := self.spans()):
             assert time.monotonic() < end_s, sorted(one.name for one in found)
@@ -109,6 +109,6 @@ def _value(value: Any) -> Any:
 
 
 def named(spans: Iterable[Received], name: str, **attributes: Any) -> list[Received]:
-    """Those of that name with these attributes, whose names begin with `batchlab.`."""
+    """Return the spans of that name with these attributes. The prefix `batchlab.` is added to each attribute name."""
     wanted = {f"batchlab.{key.replace('__', '.')}": value for key, value in attributes.items()}
     return [span for span in spans if span.name == name and wanted.items() <= span.attributes.items()]

@@ -1,4 +1,4 @@
-"""uv, for the tests that build and install the package."""
+"""The program uv, for the tests that build and install the package."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import subprocess
 import pytest
 
 UV = "BATCHLAB_UV"
-"""Environment variable: the program, where it is not on the path."""
+"""Environment variable with the path of uv, if uv is not on PATH."""
 
 
 class Uv:
-    """Calls it; a test fails with what it has said where it fails."""
+    """A caller of uv. If uv fails, the test fails with uv's output."""
 
     def __init__(self, program: str) -> None:
         self._program = program
@@ -24,7 +24,7 @@ class Uv:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            # The project's own environment is not to be touched.
+            # uv must not change the project's own environment.
             env={name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"},
         )
         assert not done.returncode, f"uv {arguments[0]}: {done.stderr}"
@@ -32,7 +32,7 @@ class Uv:
 
 
 def program() -> str:
-    """uv itself, absent on some laptops, promised in CI."""
+    """Return the path of uv. If uv is not installed, skip the test on a laptop, or fail in CI."""
     found = os.environ.get(UV) or shutil.which("uv")
     if found is None:
         if os.environ.get("CI"):
@@ -43,5 +43,5 @@ def program() -> str:
 
 @pytest.fixture(scope="session")
 def uv() -> Uv:
-    """uv, to be called."""
+    """Return a caller of uv."""
     return Uv(program())

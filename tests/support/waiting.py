@@ -1,4 +1,4 @@
-"""Waiting for a condition, with a deadline."""
+"""A function that waits for a condition, with a deadline."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TypeVar
 T = TypeVar("T")
 
 SHARE = 0.02
-"""How much longer a pause is for each second that has been waited."""
+"""The share of the waited time that is added to the pause between two checks."""
 SELDOM_S = 0.1
 
 
 def until(holds: Callable[[], T], within_s: float = 20.0, *, pause_s: float = 0.02) -> T:
-    """What `holds` gives as soon as that is true; fails after `within_s`. It is asked again after
-    `pause_s`, and where it takes seconds less often, up to SELDOM_S: who asks all the time takes
-    the CPU from what is waited for."""
+    """Wait until `holds` returns a true value, and return this value. Fail after `within_s`. The pause between checks
+    is at first `pause_s`, and grows with the waited time up to SELDOM_S. Frequent checks would take CPU time from the
+    tested process."""
     begun_s = time.monotonic()
     while not (found := holds()):
         waited_s = time.monotonic() - begun_s

@@ -1,4 +1,4 @@
-"""A receiver of webhooks that answers as a test chooses."""
+"""A receiver of webhooks that returns the status codes of a test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.http_proxy import Listening
 
 @dataclass(frozen=True)
 class Call:
-    """One POST."""
+    """One received POST request."""
 
     path: str
     headers: dict[str, str]
@@ -29,7 +29,7 @@ class Call:
 
 
 class Hook(Listening):
-    """A context manager. Answers with `statuses` in turn, the last one for ever."""
+    """A context manager. The receiver answers with each of `statuses` in turn, and repeats the last one."""
 
     def __init__(self, *statuses: int, wait_s: float = 0.0, tls: tuple[Path, Path] | None = None) -> None:
         self.statuses: Sequence[int] = statuses or (200,)
@@ -51,7 +51,7 @@ class Hook(Listening):
                 self.end_headers()
 
             def log_message(self, *_: object) -> None:
-                """Says nothing."""
+                """Write no log."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True

@@ -1,1 +1,1 @@
-"""Tests of real parts: grids of processes, containers, services that are started for a test."""
+"""Tests with real parts: grids of processes, containers, and services that a test starts."""

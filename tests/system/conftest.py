@@ -1,4 +1,4 @@
-"""Grids that tests may break, and the command line in the process of a test."""
+"""Grids that tests may break, and a runner of command lines in the process of a test."""
 
 from tests.support.cli import run
 from tests.support.grid.fixtures import bring_up

@@ -1,4 +1,4 @@
-"""`batchlab asg serve` with processes for instances, asked by boto3 and the AWS CLI."""
+"""`batchlab asg serve` with processes as instances, called by boto3 and the AWS CLI."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": "opensesame
 
 @dataclass
 class Server:
-    """The command over one folder, started as often as a test likes."""
+    """The command `batchlab asg serve` on one folder, which a test may start repeatedly."""
 
     folder: Path
     options: Sequence[str] = ()
@@ -59,7 +59,7 @@ class Server:
         return [*argv, "--templates", str(self.folder / "templates.toml"), *self.options]
 
     def start(self) -> None:
-        """Returns when it has told its URL."""
+        """Start the command, and wait until it has printed its URL."""
         self.process = subprocess.Popen(
             self.command(), env={**os.environ, **self.env}, stdout=subprocess.PIPE, text=True
         )
@@ -68,14 +68,14 @@ class Server:
         assert self.url.startswith("http://127.0.0.1:"), self.url
 
     def end(self, number: int) -> int:
-        """Send the signal, return the exit code."""
+        """Send the signal, and return the exit code."""
         assert self.process is not None
         self.process.send_signal(number)
         self.process.communicate(timeout=30)
         return self.process.returncode
 
     def pids(self) -> dict[str, int]:
-        """The pids of the instances that run, by instance."""
+        """Return the pids of the running instances, by instance."""
         records = [json.loads(p.read_text()) for p in self.state.glob("instances/*.json")]
         return {
             record["instance"]: record["pid"]

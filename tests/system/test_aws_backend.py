@@ -1,4 +1,4 @@
-"""`--backend aws` on an emulated control plane: the commands that a user gives, from a laptop."""
+"""`--backend aws` on an emulated control plane, with the commands of a user on a laptop."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def there(ministack: Endpoint, moto: Endpoint, tmp_path: Path) -> Iterator[Accou
 
 
 def batchlab(there: Account, *arguments: object, code: int = 0) -> tuple[str, str]:
-    """What a command of ours says on stdout and stderr, on a laptop with that account."""
+    """Run a command on a laptop of that account, and return stdout and stderr."""
     return command(*arguments, env=there.env, code=code)
 
 
@@ -97,14 +97,14 @@ def test_job_stops_at_its_cap_and_continues_with_a_higher_one(there: Account, tm
     until(there.manager_pid, 60)
     job = job_of(tmp_path / "job", 20)
     batchlab(there, "grid", "up", "--backend", "aws", "--home", home.path)
-    # Less than the first minute of an m7i.large, which is billed at the least.
+    # The cap is less than the first minute of an m7i.large, which is the billed minimum.
     batchlab(there, "job", "submit", job, "--max-cost", "0.001USD", "--home", home.path)
 
     def why() -> str:
         return batchlab(there, "job", "why", "last", "--home", home.path)[0]
 
     answer = until(lambda: said if "may cost" in (said := why()) else "", 60, pause_s=1.0)
-    # What it has cost by then is requests only.
+    # Until now, the job has caused only the cost of requests.
     assert re.search(r"it may cost 0\.001 USD, has cost 0(\.000\d+)? USD", answer)
     assert "batchlab job cap" in answer
     assert not there.group(f"{STACK}-pool-default")["DesiredCapacity"]

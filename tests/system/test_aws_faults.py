@@ -1,4 +1,4 @@
-"""The fleet on EC2 Auto Scaling on a bad day of AWS: no orphan, no loop, clear activities."""
+"""The fleet on EC2 Auto Scaling during problems of AWS, without orphans or launch loops, and with clear activities."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GROUP = f"{STACK}-pool-default"
 
 
 def activities(there: Account) -> Sequence[Any]:
-    """The pool's, newest first."""
+    """Return the pool's scaling activities, newest first."""
     answer = there.aws("autoscaling").describe_scaling_activities(AutoScalingGroupName=GROUP)
     return answer["Activities"]  # type: ignore[no-any-return]
 
@@ -35,7 +35,7 @@ def test_throttling_and_late_answers_make_it_slow_and_not_wrong(
     ministack: Endpoint, moto: Endpoint, tmp_path: Path
 ) -> None:
     front = FaultyFront(throttled=0.3, lag_s=8.0)
-    # Nobody pays by the minute here, nor by the request: most of the test would be waiting.
+    # The test does not pay for time or requests, so the manager uses short intervals to avoid waiting.
     hasty = "[manager]\ntick_s = 1\nidle_s = 2\n"
     with account(ministack, moto, tmp_path / "account", front=front, settings=hasty) as there:
         until(there.manager_pid, 60)
@@ -53,7 +53,7 @@ def test_throttling_and_late_answers_make_it_slow_and_not_wrong(
 def test_a_wave_that_takes_every_instance_at_once_costs_only_time(
     ministack: Endpoint, moto: Endpoint, tmp_path: Path
 ) -> None:
-    """As Spot capacity that is gone without a notice."""
+    """Spot capacity may end without a notice."""
     with account(ministack, moto, tmp_path / "account") as there:
         there.write_templates(there.hasty_worker(visibility_s=10.0))
         until(there.manager_pid, 60)
@@ -100,7 +100,7 @@ def test_failing_launches_are_reported_and_retried_slowly(
         assert any(said in one for one in told), told
         assert len(activities(there)) < 20
         there.write_templates()
-        if said == "cannot be started":  # else the next one has to time out first
+        if said == "cannot be started":  # otherwise, the next launch must first time out
             batchlab(there, "job", "watch", "last", "--home", home.path)
         batchlab(there, "grid", "down", "--home", home.path)
 
@@ -108,11 +108,11 @@ def test_failing_launches_are_reported_and_retried_slowly(
 def test_pool_with_failing_boots_stops_and_resumes_after_the_repair(
     ministack: Endpoint, moto: Endpoint, tmp_path: Path
 ) -> None:
-    """As where user data fails: the instance says why, and powers itself off."""
+    """In a failing boot, the instance reports the reason and powers itself off."""
     paused = "[manager]\ntick_s = 0.5\nboot_tries = 2\nboot_pause_s = 600\n"
     with account(ministack, moto, tmp_path / "account", settings=paused) as there:
         until(there.manager_pid, 60)
-        there.write_templates(["/bin/sh", "-c", "sleep 6; exit 1"])  # longer than a look's pause
+        there.write_templates(["/bin/sh", "-c", "sleep 6; exit 1"])  # longer than the pause between two looks
         home, job = there.home(), job_of(tmp_path / "job", 20)
         batchlab(there, "grid", "up", "--backend", "aws", "--home", home.path)
         batchlab(there, "job", "submit", job, "--home", home.path)

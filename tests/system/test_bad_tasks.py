@@ -1,4 +1,4 @@
-"""One bad task in a job of 100: 99 results, one FAILED with a reason a person can act on (I7)."""
+"""One bad task in a job of 100 tasks, which gives 99 results and one FAILED task with a clear reason (I7)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_one_bad_task_of_a_hundred(
 
 
 def test_retry_runs_again_only_what_failed(bring_up: Bring, tmp_path: Path) -> None:
-    """A job of which a part has failed need not run as a whole again."""
+    """A job with some failed tasks must not run completely again."""
     folder = tmp_path / "job"
     path = job_file(folder, "gate")
     gate = tmp_path / "open"

@@ -1,4 +1,4 @@
-"""User data really runs: instances that are containers with systemd boot by it, and do a job."""
+"""The user data of instances, which are containers with systemd that boot with it and run a job."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ __all__ = ["own_image"]
 
 BOOT_S = 240.0
 SOON_S = 60.0
-"""Half of what the drain hook gives an instance that nobody speaks for."""
+"""Half of the drain hook's timeout for an instance without a completion."""
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """This code's release, for the instance image."""
+    """Build the release of this checkout for the instance image."""
     return instance_release(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def trusted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trusting]:
-    """An instance's image that trusts the registry of the container image."""
+    """Build an instance image that trusts the registry of the container image."""
     with trusting(tmp_path_factory.mktemp("trusted")) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def there(archive: Path, trusted: Trusting, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    # Its image is older, so it goes after its containers: else it would stay, without a name.
+    # The fixture of the image is older, so it is removed after its containers. Otherwise, the image would remain
+    # without a name.
     with fleet(tmp_path_factory.mktemp("account"), archive) as found:
         yield found
 
@@ -65,7 +66,7 @@ def test_a_job_completes_on_instances_that_booted_by_user_data(there: Fleet, tmp
 
 
 def check_end(there: Fleet, group: str, worker: str) -> None:
-    """Nobody but the worker completes the drain hook, and it would hold for two minutes."""
+    """Check that the worker completes the drain hook, which would otherwise hold for two minutes."""
     until(lambda: there.instances(group).get(worker) != "InService", 150, pause_s=0.5)
     until(lambda: worker not in there.instances(group), SOON_S, pause_s=0.5)
     ended = next(activity for activity in there.activities(group) if is_end(activity, worker))
@@ -83,7 +84,7 @@ def is_end(activity: dict[str, Any], instance: str) -> bool:
 
 
 def check_restraint(there: Fleet, worker: str) -> None:
-    """The worker is not root, and its unit restrains it."""
+    """Check that the worker is not root, and that its systemd unit restricts the worker."""
     shown = there.run(
         worker,
         "systemctl",
@@ -119,7 +120,7 @@ def test_release_with_a_wrong_name_is_abandoned(there: Fleet) -> None:
 
 
 def abandoned(there: Fleet, group: str) -> str:
-    """Wait until the first instance's launch is cancelled; that instance, which ends itself."""
+    """Wait until the first instance's launch is canceled, and return this instance, which ends itself."""
     (first,) = until(lambda: there.instances(group), 60)
     said = until(lambda: cancelled(there, group, first), BOOT_S, pause_s=0.5)
     assert "was abandoned" in said
@@ -129,7 +130,7 @@ def abandoned(there: Fleet, group: str) -> str:
 
 
 def cancelled(there: Fleet, group: str, instance: str) -> str:
-    """What is said of its launch once that is cancelled."""
+    """Return the message of the canceled launch of an instance, or "" before the cancellation."""
     for activity in there.activities(group):
         if activity["StatusCode"] == "Cancelled" and instance in activity["Description"]:
             return str(activity["StatusMessage"])
@@ -137,7 +138,7 @@ def cancelled(there: Fleet, group: str, instance: str) -> str:
 
 
 def test_an_image_that_has_the_release_fetches_nothing(there: Fleet, own_image: str) -> None:
-    # A bucket that is not there: whoever asked for anything would not come up.
+    # The bucket does not exist, so an instance that needs an object would not start.
     group = there.pool(replace(POOL, name="own"), 1, image=own_image, Bucket="batchlab-none")
     (worker,) = until(lambda: there.instances(group), 60)
     until(lambda: there.is_active(worker, "worker"), BOOT_S, pause_s=0.5)
@@ -161,10 +162,10 @@ def test_a_worker_that_ends_again_and_again_ends_its_instance(there: Fleet, own_
 def test_a_job_completes_on_instances_that_run_a_container_image(
     there: Fleet, trusted: Trusting, tmp_path: Path
 ) -> None:
-    """Manager and worker: each signs in to the registry, pulls the image and runs from it."""
+    """The manager and the worker each sign in to the registry, pull the image, and run from it."""
     at = there.account.at
     group = f"{at.groups_prefix}{POOL.name}"
-    until(lambda: not there.instances(group), 240, pause_s=0.5)  # another test's job had some
+    until(lambda: not there.instances(group), 240, pause_s=0.5)  # the job of another test had some instances
     boxed = {"image": trusted.image, "ContainerImage": NAME}
     (before,) = until(lambda: there.instances(at.manager_group), 60)
     with registry(there, trusted, tmp_path / "registry") as served:
@@ -182,7 +183,7 @@ def test_a_job_completes_on_instances_that_run_a_container_image(
             value = json.loads((out / "total.jsonl").read_text())["value"]
             assert value == sum(i * i for i in range(20))
             worker = until(lambda: in_service(there, group), 60)
-            # The worker first: it leaves when it has been idle for a while.
+            # The worker ends first, after it has been idle for a while.
             for instance, role in ((worker, "worker"), (manager, "manager")):
                 check_box(there, instance, role)
             check_pulls(served.asked(), 2)
@@ -197,7 +198,7 @@ def another(there: Fleet, group: str, before: str) -> str:
 
 
 def check_box(there: Fleet, instance: str, role: str) -> None:
-    """The service is that container and nothing else, and the container is restrained."""
+    """Check that the service is exactly that container, and that the container is restricted."""
     assert there.is_active(instance, role)
     told = json.loads(there.run(instance, "docker", "inspect", f"batchlab-{role}"))
     (box,) = told
@@ -216,14 +217,14 @@ def check_box(there: Fleet, instance: str, role: str) -> None:
     assert (lines["NoNewPrivs"], int(lines["CapEff"], 16)) == ("1", 0)
     assert not there.run(instance, "sh", "-c", "ls -d /opt/batchlab/current/venv 2>/dev/null")
     if role == "manager":
-        # On the disk, and where it may write.
+        # The scratch folder is on the disk and is writable.
         assert "TMPDIR=/var/tmp" in box["Config"]["Env"]
         (place,) = (one for one in box["Mounts"] if one["Destination"] == "/var/tmp")
         assert (place["Type"], place["RW"]) == ("volume", True)
 
 
 def check_pulls(asked: list[str], times: int) -> None:
-    """Nobody was let in who had not signed in, and each instance has pulled the image."""
+    """Check that only signed-in clients had access, and that each instance pulled the image."""
     assert any(one.startswith("401 ") for one in asked)
     assert asked.count("200 GET /v2/") >= times
     manifests = [one for one in asked if one.startswith("200 GET /v2/batchlab/manifests/sha256")]

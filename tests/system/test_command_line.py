@@ -1,4 +1,4 @@
-"""The command line as a user has it: real processes, a real grid, and nothing left behind."""
+"""The command line as a user runs it, with real processes and a real grid, and without remaining processes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ WAIT_S = 60.0
 
 
 class Cli:
-    """Runs command lines in a folder with a job in it."""
+    """A runner of command lines in a folder with a job."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -92,7 +92,7 @@ class Cli:
         return log.read_text()[-2000:] if log.exists() else "no manager has started"
 
     def outcomes(self) -> int:
-        """How many bundles have been committed so far."""
+        """Return the number of committed bundles so far."""
         return len(list(self.home.objects.glob("jobs/*/work/outcomes/*/*.json")))
 
     def none_left(self) -> None:
@@ -128,7 +128,7 @@ def test_the_demo_runs_from_nothing_and_agrees_with_its_facts(cli: Cli) -> None:
 
 
 def test_interrupted_run_resumes(cli: Cli) -> None:
-    """What was started is not left running, and stopping loses nothing."""
+    """The interrupted run leaves no process running, and loses no result."""
     cli.inputs(40)
     first = cli.start("run", "job.yaml", "--out", "out", "--set", "seconds=0.1")
     cli.wait(lambda: cli.outcomes() >= 4, "outcome")
@@ -152,7 +152,7 @@ def test_interrupted_run_resumes(cli: Cli) -> None:
     assert numbers(cli.folder / "out") == list(range(40))
     assert (cli.folder / "out/files/work/7/made/number.txt").read_text() == "<7>"
 
-    # Again: nothing runs, the results are fetched. Without --resume: a run of its own.
+    # The next run only fetches the results. Without --resume, the command starts a new run.
     again = json.loads(cli(*arguments, "--cache", "--json")[1])
     assert again["job"]["id"] == summary["job"]["id"]
     assert again["job"]["ended_s"] == summary["job"]["ended_s"]
@@ -171,7 +171,7 @@ def test_sigterm_ends_a_run_like_ctrl_c(cli: Cli) -> None:
 
 
 def test_ctrl_c_twice_leaves_at_once_and_leaves_nothing(cli: Cli) -> None:
-    """The first while the manager of an earlier run is on record and the next one only starts."""
+    """The first interrupt comes while the manager of an earlier run is on record and the next manager is starting."""
     cli.inputs(2)
     assert cli("run", "job.yaml")[0] == 0
     process = cli.start("run", "job.yaml", "--set", "seconds=20")
@@ -184,7 +184,7 @@ def test_ctrl_c_twice_leaves_at_once_and_leaves_nothing(cli: Cli) -> None:
 
 
 def test_a_run_survives_the_death_of_its_manager(cli: Cli) -> None:
-    """Pain 6: the manager is killed in the middle; nothing is lost and nothing is done twice."""
+    """The manager is killed in the middle, and no task is lost or done twice."""
     cli.inputs(30)
     process = cli.start("run", "job.yaml", "--out", "out", "--set", "seconds=0.1", "--json")
     cli.wait(lambda: cli.outcomes() >= 3, "outcome")
@@ -200,7 +200,7 @@ def test_a_run_survives_the_death_of_its_manager(cli: Cli) -> None:
 
 
 def test_a_run_leaves_a_standing_grid_up_after_its_manager_died(cli: Cli) -> None:
-    """The run starts another manager for the grid, with the same pools, and does not end it."""
+    """The run starts another manager for the grid, with the same pools, and does not end this manager."""
     cli.inputs(30)
     assert cli("grid", "up", "--pool", "default:1-3x1")[0] == 0
     first = cli.home.record()
@@ -221,7 +221,7 @@ def test_a_run_leaves_a_standing_grid_up_after_its_manager_died(cli: Cli) -> Non
 
 
 def test_run_continues_when_its_standing_grid_is_stopped(cli: Cli) -> None:
-    """It starts a grid of its own for the rest, and ends that one."""
+    """The run starts its own grid for the remaining tasks, and ends this grid."""
     cli.inputs(30)
     assert cli("grid", "up")[0] == 0
     process = cli.start("run", "job.yaml", "--out", "out", "--set", "seconds=0.1")
@@ -234,7 +234,7 @@ def test_run_continues_when_its_standing_grid_is_stopped(cli: Cli) -> None:
 
 
 def test_failed_job_names_its_failures_and_keeps_its_results(cli: Cli) -> None:
-    """Pain 13: partial failure is told, with reasons, and the rest is there."""
+    """The output names the failures with their reasons, and the other results are available."""
     cli.inputs(5)
     (cli.folder / "job.yaml").write_text(JOB.replace("bad: []", "bad: [2, 3]"))
     code, out, _ = cli("run", "job.yaml", "--out", "out", "--keep-up")
@@ -277,7 +277,7 @@ def test_a_grid_that_is_up_serves_every_command(cli: Cli) -> None:
     assert "Launching" in cli("grid", "activities")[1]
     doctor = json.loads(cli("doctor", "--json")[1])
     assert all(one["level"] != "fail" for one in doctor)
-    # `run` uses the grid that is up, and leaves it up.
+    # `run` uses the running grid, and keeps it running.
     assert cli("run", "job.yaml", "--out", "out")[0] == 0
     assert cli.home.record() == record
     assert cli("grid", "down")[0] == 0
@@ -285,7 +285,7 @@ def test_a_grid_that_is_up_serves_every_command(cli: Cli) -> None:
 
 
 def test_a_stage_gets_the_pool_it_names(cli: Cli) -> None:
-    """Pain 1: it would wait for ever."""
+    """A stage without its pool would wait forever."""
     cli.inputs(2)
     (cli.folder / "job.yaml").write_text(f"{JOB}    pool: big\n    resources: {{slots: 2}}\n")
     code, out, err = cli("run", "job.yaml", "--workers", "1", "--json")

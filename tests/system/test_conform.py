@@ -1,5 +1,4 @@
-"""`batchlab conform` on the emulators: what it finds is what docs/emulators.md says, and nothing of
-it is left behind."""
+"""`batchlab conform` on the emulators. The findings match docs/emulators.md, and no resource is left behind."""
 
 from __future__ import annotations
 
@@ -33,14 +32,14 @@ if TYPE_CHECKING:
 PAGE = ROOT / "docs" / "emulators.md"
 
 NAMES = {"ministack": f"MiniStack {VERSION}", "localstack": "LocalStack 4.14.0", "moto": f"moto {version('moto')}"}
-"""The sections of the page, by the fixtures."""
+"""The names of the sections on the page, by fixture."""
 
 WAIT_S = 60.0
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Command lines in this process, with the keys that every emulator takes."""
+    """Return a runner of command lines in this process, with keys that every emulator accepts."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     return runner(monkeypatch, capsys)
@@ -57,14 +56,14 @@ def _sqs(endpoint: Endpoint) -> SQSClient:
 
 
 def _made(endpoint: Endpoint) -> list[str]:
-    """The buckets and queues of runs that are there."""
+    """Return the existing buckets and queues of conformance runs."""
     buckets = [bucket["Name"] for bucket in _s3(endpoint).list_buckets()["Buckets"]]
     queues = _sqs(endpoint).list_queues(QueueNamePrefix="batchlab-conform-").get("QueueUrls", [])
     return [one for one in (*buckets, *queues) if "batchlab-conform-" in one]
 
 
 def _clear(endpoint: Endpoint) -> list[str]:
-    """Remove what a test has kept a run from removing; returns the names."""
+    """Remove the resources that a run could not remove because of the test, and return their names."""
     names = [one.rpartition("/")[2] for one in _made(endpoint)]
     cleaner = Cleaner(endpoint)
     assert cleaner.queues(dict.fromkeys(names, "")) == []
@@ -74,7 +73,7 @@ def _clear(endpoint: Endpoint) -> list[str]:
 
 @pytest.mark.parametrize("emulator", EMULATORS)
 def test_page_matches_the_emulator(emulator: str, request: pytest.FixtureRequest, run: Run, tmp_path: Path) -> None:
-    """The page is what the command writes, word by word: it is where the differences are pinned."""
+    """The text of the page must equal the output of the command, which makes the page the record of all differences."""
     endpoint: Endpoint = request.getfixturevalue(emulator)
     page = tmp_path / "emulators.md"
     page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
@@ -109,7 +108,7 @@ def test_existing_bucket_is_used_and_its_objects_are_unchanged(ministack: Endpoi
 
 @pytest.fixture
 def process(ministack: Endpoint) -> Iterator[subprocess.Popen[str]]:
-    """A run of all checks in a process of its own."""
+    """Start a run of all checks in its own process."""
     assert ministack.url is not None
     started = subprocess.Popen(
         [sys.executable, "-m", "batchlab", "conform", "--endpoint", ministack.url],

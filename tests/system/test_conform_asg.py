@@ -1,7 +1,7 @@
-"""`batchlab conform --service autoscaling`, over our own endpoint with processes and over moto.
+"""`batchlab conform --service autoscaling` on batchlab's own endpoint with processes, and on moto.
 
-What it finds is what docs/asg-endpoint.md says, nothing of it is left behind, and a proxy that
-spoils one thing is noticed: a run through one that spoils nothing shows that it is the sabotage.
+The findings match docs/asg-endpoint.md, and no resource is left behind. A proxy that breaks one rule is noticed, and a
+run through an unchanged proxy shows no finding.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ MOTO_DIFFERS_IN_NEEDED = {
     "autoscaling-unhealthy",
     "autoscaling-port",
 }
-"""moto replaces a group of the same name, keeps no activities, holds no instance in a hook, and
-leaves an unhealthy one alone."""
+"""moto replaces a group of the same name, stores no activities, ignores hooks, and does not replace an unhealthy
+instance."""
 
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """`batchlab asg serve`, whose instances are processes that sleep."""
+    """Run `batchlab asg serve`, whose instances are sleeping processes."""
     folder = tmp_path_factory.mktemp("asg")
     (folder / "templates.toml").write_text(TEMPLATES)
     argv = [sys.executable, "-m", "batchlab", "asg", "serve", "--state", str(folder / "state")]
@@ -71,21 +71,21 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
             assert process.stdout is not None
             yield Endpoint(process.stdout.readline().strip())
         finally:
-            # Its instances end with it.
+            # The instances of the endpoint end with the endpoint.
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=60)
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Command lines in this process, with the keys that every emulator takes."""
+    """Return a runner of command lines in this process, with keys that every emulator accepts."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     return runner(monkeypatch, capsys)
 
 
 def _groups(endpoint: Endpoint) -> list[str]:
-    """The groups of runs that are there."""
+    """Return the existing groups of conformance runs."""
     asg = aws.client(endpoint, "autoscaling", connections=1)
     found = asg.describe_auto_scaling_groups(MaxRecords=100)["AutoScalingGroups"]
     names = [one["AutoScalingGroupName"] for one in found]
@@ -93,7 +93,7 @@ def _groups(endpoint: Endpoint) -> list[str]:
 
 
 def _tried(run: Run, endpoint: Endpoint, name: str, page: Path, *more: str) -> dict[str, Any]:
-    """What the command tells, after it has written the page anew."""
+    """Run the command, which rewrites the page, and return its JSON output."""
     page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     code, out, err = run(
         "conform",
@@ -124,7 +124,7 @@ def test_own_endpoint_follows_every_rule(ours: Endpoint, run: Run, tmp_path: Pat
 
 
 def test_page_matches_moto(moto: Endpoint, run: Run, tmp_path: Path) -> None:
-    """A gap that moto has closed fails, too: the page is compared word by word."""
+    """The page is compared word by word, so a rule that moto now follows fails the test too."""
     told = _tried(run, moto, f"moto {version('moto')}", tmp_path / "page.md")
     needed = [one for one in told["checks"] if one["severity"] == "needed"]
     differing = {one["check"] for one in needed if one["verdict"] != "agrees"}
@@ -143,7 +143,7 @@ def test_missing_template_is_requested(ours: Endpoint, run: Run) -> None:
 
 def test_endpoint_without_auto_scaling_is_reported_in_one_line(run: Run) -> None:
     def not_there(_: Request, __: Send) -> Response:
-        """As LocalStack answers for a service that is not part of it."""
+        """Return LocalStack's answer for an unsupported service."""
         code = b"<ErrorResponse><Error><Code>InternalFailure</Code></Error></ErrorResponse>"
         return Response(501, code, {"Content-Type": "text/xml"})
 
@@ -193,19 +193,19 @@ def _nothing_is_spoiled(request: Request, send: Send) -> Response:
 def _unexpected(
     endpoint: Endpoint, number: int, sabotage: Sabotage, names: Set[str], expected: Verdict
 ) -> dict[str, str]:
-    """What came out otherwise than it should, by the names of the checks."""
+    """Return the unexpected results by the names of the checks."""
     assert endpoint.url is not None
     checks = [check for check in ASG_CHECKS if check.name in names]
     with proxy(endpoint.url, sabotage) as address:
         target = Target(Endpoint(address), run=f"sabotage-{number}", clock=WallClock(), template=TEMPLATE)
-        # What is waited for in vain need not be waited for long.
+        # The checks wait in vain for some changes, so the waits are short.
         target.appears_s = 5.0 if expected is Verdict.DIFFERS else 20.0
         try:
             target.open({"autoscaling"})
             results = run_checks(target, checks, limit_s=120.0)
         finally:
             target.close()
-            # What the sabotage kept from being removed.
+            # The sabotage prevented the removal of these groups.
             left = Cleaner(endpoint).groups(sorted(target._groups))
     assert left == []
     return {

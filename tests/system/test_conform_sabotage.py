@@ -1,7 +1,7 @@
-"""The checks can fail: each of these spoils one thing, and it is noticed.
+"""Tests that the conformance checks can fail. Each sabotage breaks one rule and must be noticed.
 
-The endpoint is moto behind a proxy. A run through a proxy that spoils nothing shows that what is
-noticed is the sabotage and not the proxy.
+The endpoint is moto behind a proxy. A run through a proxy without sabotage shows that the sabotage causes the findings,
+not the proxy.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tests.support.conform.sabotages_sqs import SQS_SABOTAGES
 SABOTAGES = {**S3_SABOTAGES, **SQS_SABOTAGES}
 
 AT_ONCE = 10
-"""Few: moto's waiting receives spin."""
+"""The number is small, because waiting receives of moto use much CPU time."""
 LIMIT_S = 300.0
 
 
 def _layers() -> list[dict[str, str]]:
-    """What is spoiled for whom, by the names of the checks, so that each is spoiled in one way at
-    a time: some thirty runs in a few, since a run costs more than a check."""
+    """Return layers of sabotages by check, so that each check has one sabotage per layer. Some thirty sabotages then
+    need only a few runs, because a run costs more than a check."""
     layers: list[dict[str, str]] = [{}]
     for what, (_, names) in SABOTAGES.items():
         for name in names:
@@ -40,14 +40,15 @@ def _layers() -> list[dict[str, str]]:
 
 
 def _only_for(run: str, layer: Mapping[str, str]) -> Sabotage:
-    """Spoils each check's requests in its own way, by the keys and queues they name."""
+    """Return a sabotage that changes the requests of each check in its own way. The keys and queue names identify the
+    check."""
 
     def spoil(request: Request, send: Send) -> Response:
         text = unquote(request.path) + request.body.decode(errors="replace")
         named = [one for one in layer if f"{run}/{one}/" in text or f"{run}-{one}-" in text]
         if not named:
             return send(request)
-        # A check's name may be how another's begins.
+        # The name of a check may be a prefix of another name.
         return SABOTAGES[layer[max(named, key=len)]][0](request, send)
 
     return spoil
@@ -59,7 +60,7 @@ def _tried(moto: Endpoint, name: str, layer: Mapping[str, str], names: Set[str])
     assert {check.name for check in checks} == names
     with proxy(moto.url, _only_for(name, layer)) as address:
         target = Target(Endpoint(address), run=name, clock=WallClock())
-        # Where nothing is spoiled messages do come, on a busy machine later.
+        # Without sabotage, the messages arrive, but later on a busy machine.
         target.arrives_s = target.settles_s = 2.0 if layer else 20.0
         try:
             target.open({check.service for check in checks})
@@ -69,10 +70,10 @@ def _tried(moto: Endpoint, name: str, layer: Mapping[str, str], names: Set[str])
 
 
 def _unexpected(moto: Endpoint, number: int, layer: Mapping[str, str], names: Set[str]) -> dict[str, str]:
-    """What came out otherwise than it should, by the names of the checks."""
+    """Return the unexpected results by the names of the checks."""
     expected = Verdict.DIFFERS if layer else Verdict.AGREES
     found: dict[str, str] = {}
-    # What is slow looks like what waits: on a busy machine a few may need a second try, alone.
+    # A slow service looks like a waiting one. On a busy machine, a few checks may need a second try on their own.
     for again in ("", "-again"):
         results = _tried(moto, f"sabotage-{number}{again}", layer, names)
         assert all(result.observed for result in results if result.verdict is Verdict.DIFFERS)

@@ -1,4 +1,4 @@
-"""A grid in containers as its user sees it: it comes, it works, it goes and leaves nothing."""
+"""A grid in containers as its user sees it. The grid starts, works, and ends without remains."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_grid_works_with_the_aws_cli_and_leaves_nothing(tmp_path: Path) -> None:
         for service in services:
             check_restraint(service)
         assert {name_of(service) for service in services} == {"localstack", "postgres", *OURS}
-        # On the disk, and where it may write.
+        # The scratch folder is on the disk and is writable.
         ask = ("python", "-c", "import tempfile; print(tempfile.gettempdir())")
         assert checked("exec", f"{at.project}-manager-1", *ask).strip() == "/var/tmp"
         batchlab("doctor", "--backend", "localstack", "--home", home.path)
         desired_capacity_makes_containers(home, at)
-        batchlab("gc")  # what is in use is no orphan
+        batchlab("gc")  # resources in use are not orphans
         assert len(checked("ps", "-q", "--filter", label).split()) >= len(services)
     finally:
         batchlab("grid", "down", "--home", home.path)
@@ -57,7 +57,7 @@ def name_of(one: dict[str, Any]) -> str:
 
 
 def check_restraint(one: dict[str, Any]) -> None:
-    """No more rights than it needs, and none of the machine's ports."""
+    """Check that a container has only the needed rights, and uses no port of the machine."""
     host, name = one["HostConfig"], name_of(one)
     assert host["CapDrop"] == ["ALL"], name
     assert host["SecurityOpt"] == ["no-new-privileges:true"], name
@@ -73,7 +73,7 @@ def check_restraint(one: dict[str, Any]) -> None:
 
 
 def desired_capacity_makes_containers(home: Home, at: compose_deployment.Deployment) -> None:
-    """The AWS CLI, which nobody here wrote, makes instances come and go."""
+    """The AWS CLI, which is independent of batchlab, launches and terminates instances."""
     group = f"{at.project}-by-hand"
 
     def aws(*arguments: str) -> str:

@@ -1,8 +1,8 @@
-"""Every command that the docs tell a reader to give is given by a test.
+"""The commands in the docs, each of which a test runs.
 
-`test_doc_pages.py` gives the commands of pages that a reader follows from beginning to end. This
-module gives the commands of all other pages, with shorter durations and example values where a page
-needs them. It lists the commands that another test gives, and the ones that need an AWS account.
+`test_doc_pages.py` runs the commands of pages that a reader follows from beginning to end. The module
+test_doc_commands.py runs the commands of all other pages, with shorter durations and example values if a page needs
+them. The module lists the commands that another test runs, and the commands that need an AWS account.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ us-east-1,m7i.large,0.1008
 
 @pytest.fixture
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
-    """In a folder with what pages take for granted, whose grid is gone afterwards."""
+    """Return a shell in a folder with the files that the pages expect, and remove the grid afterwards."""
     (tmp_path / "job.yaml").write_text(JOB)
     (tmp_path / "work.py").write_text(WORK)
     (tmp_path / "items.jsonl").write_text("".join(f"{n}\n" for n in range(10)))
@@ -98,7 +98,7 @@ def free_port() -> str:
 
 
 def newest(shell: Shell, name: str) -> list[str]:
-    """The jobs of this name, the newest first."""
+    """Return the jobs of this name, newest first."""
     listed = json.loads(shell.run(["batchlab", "job", "list", "--json"])[1])
     return [one["id"] for one in listed if one["name"] == name]
 
@@ -125,7 +125,7 @@ def test_commands_for_random_worlds(shell: Shell) -> None:
 
 
 def test_commands_for_an_auto_scaling_endpoint(tmp_path: Path) -> None:
-    """Those of docs/asg-endpoint.md, with its templates, and a notice to a Spot instance."""
+    """The test runs the commands of docs/asg-endpoint.md with its templates, and sends a notice to a Spot instance."""
     program = client("BATCHLAB_AWSCLI", "aws")
     page = (ROOT / "docs" / "asg-endpoint.md").read_text()
     (templates,) = re.findall(r"^```toml\n(# templates\.toml\n.*?)^```", page, re.S | re.M)
@@ -161,11 +161,11 @@ def test_completion_is_installed_for_the_current_shell(tmp_path: Path) -> None:
     assert "batchlab" in (tmp_path / ".bashrc").read_text()
 
 
-# --- All of them ---------------------------------------------------------------------------------
+# --- All commands --------------------------------------------------------------------------------
 
 
 def followed() -> set[str]:
-    """The commands of pages that test_doc_pages.py follows."""
+    """Return the commands of pages that test_doc_pages.py follows."""
     return {
         command
         for page in RUN
@@ -191,8 +191,8 @@ def whole() -> set[str]:
 
 
 def test_no_command_is_left_out() -> None:
-    """A new one of a page fails here until a test gives it, or until doc_commands_table.py says who
-    does."""
+    """A new command in a page fails this test until a test runs it, or until doc_commands_table.py names a test
+    for it."""
     given = {one for script in table.HERE for line in doc_commands.lines(script) for one in line.told}
     listed = {*given, *table.ELSEWHERE, *table.DEVELOPERS, *table.IN_TESTS}
     left = TOLD - followed() - listed - whole()

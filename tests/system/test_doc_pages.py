@@ -1,4 +1,4 @@
-"""Pages that say to be run are run, command by command, and print what they say."""
+"""Pages that are marked as runnable, whose commands run one by one and print the shown output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RUN = ("tutorial-laptop.md", "tutorial-month-end.md", "seventeen.md")
 
 @pytest.mark.parametrize("page", RUN)
 def test_a_page_can_be_followed(page: str, tmp_path: Path) -> None:
-    """On the backend `local`, in an empty folder."""
+    """The page runs on the backend `local`, in an empty folder."""
     reader = doc_pages.Reader(tmp_path)
     ran = 0
     try:

@@ -1,5 +1,4 @@
-"""What only real containers can show of one instance: limits, boots, memory that runs out, pauses,
-networks."""
+"""The container launcher with real containers: limits, boots, exhausted memory, pauses, and networks."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from tests.support.docker.launcher import DEADLINE_S, end_of, run, soon, up
 from tests.support.fleet import BROKEN, STEADY, STUBBORN, LoopClock, ManualClock, behaving
 
 SMALL = Machine("t3.nano", "us-east-1a", Market.SPOT)
-"""512 MiB."""
+"""An instance type with 512 MiB of memory."""
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def grid(tmp_path: Path) -> Iterator[DockerGrid]:
 
 
 async def printed_by(grid: DockerGrid, template: Template, machine: Machine, **more: Any) -> str:
-    """What a container prints that ends by itself."""
+    """Return the output of a container that ends by itself."""
     launcher = grid.launcher(lambda _: template, LoopClock(), **more)
     try:
         await launcher.launch(Pool("p", slots=3, env=(("MINE", "yes"),)), "i-1", machine)
@@ -42,7 +41,7 @@ async def printed_by(grid: DockerGrid, template: Template, machine: Machine, **m
         await launcher.close(kill=True)
 
 
-# --- What a container is --------------------------------------------------------------------------
+# --- Properties of a container --------------------------------------------------------------------
 
 _LOOK = """
 import json, os, pathlib
@@ -79,9 +78,9 @@ def test_limits_rights_and_environment_are_what_they_should_be(grid: DockerGrid)
         template = python(_LOOK, env={"GIVEN": "1"}, pids=64)
         seen = json.loads(await printed_by(grid, template, SMALL, scale=0.5))
         assert seen["memory"] == [str(256 * 1024**2)]
-        # Version 1 counts memory and swap together, version 2 swap alone.
+        # Version 1 of cgroups counts memory and swap together, and version 2 counts swap alone.
         assert seen["swap"] in ([str(256 * 1024**2)], ["0"])
-        assert seen["cpu"][0] == "100000"  # of 100,000 µs: one CPU, half of two
+        assert seen["cpu"][0] == "100000"  # of 100,000 µs, which is one CPU, or half of two
         assert seen["pids"] == ["64"]
         assert seen["ids"] == [65534, 65534]
         assert {int(mask, 16) for mask in seen["caps"]} == {0}
@@ -216,7 +215,7 @@ _EAT = "print('up'); hoard = []\nwhile True: hoard.append(bytearray(b'x' * 2**24
 
 
 def test_memory_that_runs_out_is_named(grid: DockerGrid) -> None:
-    """Pain 7: exit code 137, and nobody can tell who sent it."""
+    """An exit code of 137 alone does not say what killed the process."""
 
     async def main() -> None:
         launcher = grid.launcher(lambda _: python(_EAT), LoopClock(), scale=0.25)
@@ -303,8 +302,8 @@ def test_removed_container_has_ended(grid: DockerGrid) -> None:
 
 
 def test_running_container_missing_from_the_list_is_running(grid: DockerGrid, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine the list is ahead of what is said of one container, which was then told to
-    have ended with exit code 0: what it really ended with comes a moment later."""
+    """Before, on a busy machine, the list of containers was newer than the data of one container, which was reported as
+    ended with exit code 0. The real exit code arrives a moment later."""
     listed = APIClient.containers
 
     def early(api: APIClient, **options: Any) -> list[dict[str, Any]]:
@@ -339,7 +338,7 @@ def test_a_paused_container_lives_and_can_be_ended(grid: DockerGrid) -> None:
             for name in ("i-1", "i-2"):
                 grid.api.pause(grid.name(name))
             assert await launcher.running() == {"i-1": None, "i-2": None}
-            # The first wakes up to drain; the second does not, and is killed.
+            # The first instance continues and drains. The second one does not, and is killed.
             await launcher.terminate("i-1", grace_s=60.0)
             assert await end_of(launcher, "i-1") == "exit 0"
             await launcher.terminate("i-2", grace_s=0.0)

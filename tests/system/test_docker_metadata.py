@@ -1,5 +1,5 @@
-"""The metadata service as seen from inside a container: who asks is told apart by its address, and
-a Spot notice reaches the process that it is for."""
+"""The metadata service inside a container. The service identifies the caller by its address, and delivers a Spot notice
+to the right process."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Scene:
     signals: dict[str, Signals] = field(default_factory=dict)
 
     async def prints(self, instance: str) -> str:
-        """The first line that it prints."""
+        """Return the first line that the instance prints."""
         while not (printed := await asyncio.to_thread(self.grid.printed, instance)):
             await asyncio.sleep(0.05)
         return printed.splitlines()[0]

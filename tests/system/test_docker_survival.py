@@ -1,4 +1,4 @@
-"""Containers whose manager was killed, or whose Docker is away; and how all that is swept."""
+"""Containers whose manager was killed or whose Docker does not answer, and the cleanup."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def grid(tmp_path: Path) -> Iterator[DockerGrid]:
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The SDK leaves the socket of a refused connection to the garbage collector, which is an
-    error in tests."""
+    """Ignore the SDK's resource warning: the SDK leaves the socket of a refused connection to the garbage collector,
+    and tests treat the warning as an error."""
 
     def connect(self: Any) -> None:
         made = socket.socket(socket.AF_UNIX)
@@ -89,15 +89,15 @@ asyncio.run(main(grid, sys.argv[3]))
 
 
 def killed_manager(grid: DockerGrid, what: str, grace_s: float = 60.0) -> None:
-    """A manager that launched instances (`steady-1,stubborn-ending`, or a `fleet`), asked some to
-    end, and was killed."""
+    """Run a manager that launches instances (`steady-1,stubborn-ending`, or a `fleet`) and asks some of them to end,
+    and kill it."""
     argv = [sys.executable, "-c", _MANAGER, grid.id, str(grid.root), what, str(grace_s)]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_instances_outlive_their_manager_and_are_adopted(grid: DockerGrid) -> None:
-    """Pain 11: jobs that ran on after the head died, and nobody could stop."""
+    """The next manager adopts the instances of a killed manager."""
     killed_manager(grid, "steady-1,stubborn-2,steady-3,steady-4")
     grid.api.kill(grid.name("steady-4"))
 
@@ -123,7 +123,7 @@ def test_instances_outlive_their_manager_and_are_adopted(grid: DockerGrid) -> No
 
 @pytest.mark.parametrize("away_s", [0.0, 3.0], ids=["within the grace", "after the grace"])
 def test_a_deadline_outlives_the_manager_that_set_it(grid: DockerGrid, away_s: float) -> None:
-    """Pain 11: an instance that was being ended, and then ran for ever."""
+    """A draining instance must end although its manager has died."""
     killed_manager(grid, "stubborn-ending,steady-1", grace_s=2.5)
     time.sleep(away_s)
 
@@ -141,7 +141,7 @@ def test_a_deadline_outlives_the_manager_that_set_it(grid: DockerGrid, away_s: f
 
 
 def test_a_deadline_is_for_one_container_only(grid: DockerGrid) -> None:
-    """A folder may be older than what runs."""
+    """The stored deadline may belong to an older container of the same name."""
     killed_manager(grid, "steady-1")
     (grid.root / "ending").mkdir()
     note = {"container": "another", "by_s": 0.0}
@@ -160,7 +160,7 @@ def test_a_deadline_is_for_one_container_only(grid: DockerGrid) -> None:
 
 
 def test_fleet_continues_after_its_manager_was_killed(grid: DockerGrid) -> None:
-    """Pain 11: the head died, and its fleet with it or without an owner."""
+    """The next manager continues the fleet of a killed manager."""
     killed_manager(grid, "fleet")
     grid.api.kill(grid.name("w-0001"))
 
@@ -172,7 +172,7 @@ def test_fleet_continues_after_its_manager_was_killed(grid: DockerGrid) -> None:
             store = StateFile(grid.root / "fleet.json")
             fleet = ManagedFleet(launcher, LoopClock(), ids, store)
             dead = [*await fleet.tick(), *await fleet.tick()]
-            while not dead:  # Docker says only a while later that it has killed it
+            while not dead:  # Docker reports the kill only after a while
                 await asyncio.sleep(0.1)
                 dead += [*await fleet.tick(), *await fleet.tick()]
             assert [(i.id, i.note) for i in dead] == [("w-0001", "exit -9")]
@@ -185,7 +185,7 @@ def test_fleet_continues_after_its_manager_was_killed(grid: DockerGrid) -> None:
     run(main)
 
 
-# --- Docker that is away --------------------------------------------------------------------------
+# --- Docker does not answer -----------------------------------------------------------------------
 
 
 def test_missing_docker_is_a_clear_error(grid: DockerGrid, tmp_path: Path, refused: None) -> None:
@@ -224,7 +224,7 @@ def test_docker_may_stop_and_restart(grid: DockerGrid, tmp_path: Path, refused: 
                     await launcher.running()
                 with pytest.raises(Unreachable):
                     await launcher.launch(STEADY, "i-3")
-                # The signal is lost, the deadline is not.
+                # The signal is lost, but the deadline remains.
                 with pytest.raises(Unreachable):
                     await launcher.terminate("i-2", grace_s=0.0)
                 grid.api.kill(grid.name("i-1"))
@@ -261,7 +261,7 @@ def test_a_sweep_takes_everything_with_the_labels_and_nothing_else(grid: DockerG
                 image, command = shell("").image, ["sleep", "100"]
                 grid.api.create_container(image, command, name=name, labels=labels, host_config=host)
                 grid.api.start(name)
-            # A stranger in the network must not keep it.
+            # A foreign container in the network must not keep the network.
             grid.api.connect_container_to_network(f"{grid.id}-1", f"{grid.id}-0")
             assert kinds(engine, grid.labels) == ["container", "network", "volume"]
             assert len(find_resources(engine, {"batchlab.grid": None, **grid.labels})) == 3

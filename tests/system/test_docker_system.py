@@ -1,4 +1,4 @@
-"""A container that boots systemd, as an instance does: it comes up, and ends as by its button."""
+"""A container that boots systemd as an instance does, and shuts down as after the press of a power button."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def grid(tmp_path: Path) -> Iterator[DockerGrid]:
 
 
 def run(grid: DockerGrid, *command: str) -> str:
-    """What a command in the instance prints."""
+    """Run a command in the instance, and return its output."""
     made = grid.api.exec_create(grid.name("i-1"), list(command))
     return bytes(grid.api.exec_start(made["Id"])).decode()
 
@@ -48,12 +48,12 @@ def test_instance_boots_and_stops_its_services_before_its_end(grid: DockerGrid) 
         launcher = launcher_of(grid)
         await launcher.launch(Pool("p"), "i-1", MACHINE)
         await asyncio.to_thread(until, lambda: grid.state("i-1")["Running"], 30.0)
-        # The system as a whole is never up: its user data waits for a metadata service.
+        # The boot never finishes, because the user data waits for a metadata service.
         await asyncio.to_thread(until, lambda: run(grid, *_IS_UP) == "active\n", 60.0)
         await launcher.close(kill=False)
 
     async def end() -> None:
-        # Another launcher, which knows only what Docker does.
+        # The other launcher knows only what Docker reports.
         launcher = launcher_of(grid)
         await launcher.terminate("i-1", grace_s=30.0)
         while (await launcher.running())["i-1"] is None:

@@ -21,7 +21,7 @@ TWO = (Pool("default", 0, 2, 1),)
 
 
 def copy(name: str, folder: Path) -> Path:
-    """An example job with a data folder of its own."""
+    """Copy an example job with its own data folder."""
     shutil.copytree(EXAMPLES / name, folder / name, ignore=shutil.ignore_patterns("data"))
     (folder / name / "data").mkdir()
     return folder / name
@@ -112,7 +112,7 @@ def frames(video: Path) -> int:
 
 @pytest.fixture
 def sort_bytes() -> int:
-    """Of the file to sort: more than a worker's memory."""
+    """Return the size of the file to sort, which is larger than a worker's memory."""
     return 128 * 1024 * 1024
 
 

@@ -1,4 +1,4 @@
-"""`grid.executor()` behaves as the executors of concurrent.futures do: calls, results, futures."""
+"""`grid.executor()`, compared with the executors of concurrent.futures: calls, results, and futures."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_lambdas_closures_methods_and_partials_run(executor: GridExecutor) -> No
 
 
 def test_each_call_gets_its_callable_as_it_was_sent(executor: GridExecutor) -> None:
-    """As with processes: what a call changes in it, the next one does not see."""
+    """As with processes, a call does not see another call's changes to the callable."""
     counting = Counting()
     assert [executor.submit(counting).result() for _ in range(3)] == [1, 1, 1]
     assert [call.result() for call in [executor.submit(counting) for _ in range(20)]] == [1] * 20
@@ -237,7 +237,7 @@ def is_gone(seen: weakref.ref[Any]) -> bool:
 
 
 def test_a_map_that_is_left_early_does_not_run_on(grid: Grid, executor: GridExecutor, tmp_path: Path) -> None:
-    """Pain 11: jobs that run on after nobody wants them."""
+    """An iterator that is closed early must cancel its job."""
 
     def note(i: int) -> None:
         (tmp_path / str(i)).touch()
@@ -294,7 +294,7 @@ def test_failing_callback_does_not_affect_others(executor: GridExecutor, caplog:
     for error in (ValueError("mine"), SystemExit(3)):
         executor.submit(abs, -1).add_done_callback(partial(fail, error))
     assert executor.submit(abs, -2).result() == 2
-    # A record is counted before its text is there, and either call may be the first to end.
+    # A failure is counted before its text is available, and either call may end first.
     until(lambda: "ValueError: mine" in caplog.text and "SystemExit" in caplog.text)
     assert len(caplog.records) == 2
 

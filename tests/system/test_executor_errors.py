@@ -1,4 +1,4 @@
-"""Calls of an executor that are cancelled or fail, and what breaks an executor."""
+"""Calls of an executor that are canceled or fail, and the events that break an executor."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def test_a_call_that_has_not_been_sent_is_cancelled(executor: GridExecutor) -> N
 
 
 def test_a_call_that_was_sent_ends_with_its_result(executor: GridExecutor, tmp_path: Path) -> None:
-    """Pain 11: `cancel` returns True of no call that may have begun, and False is as true."""
+    """A sent call cannot be canceled. `cancel` returns False for a call that may have begun, and the call then ends
+    with its result."""
     gate = Gate(tmp_path)
     calls = [executor.submit(gate.wait, i) for i in range(30)]
     until(lambda: all(call.running() for call in calls))
@@ -73,7 +74,7 @@ def test_a_call_that_was_sent_ends_with_its_result(executor: GridExecutor, tmp_p
 
 
 def test_future_ends_as_cancel_returned(executor: GridExecutor, tmp_path: Path) -> None:
-    """Some calls were sent and some were not; each future ends as `cancel` said."""
+    """Some calls were sent and some were not. Each future ends as `cancel` returned."""
     gate, seen, held_up = Gate(tmp_path), tmp_path / "seen", HeldUp()
     seen.mkdir()
 
@@ -116,7 +117,7 @@ def test_call_canceled_elsewhere_raises(grid: Grid, tmp_path: Path) -> None:
 
 
 class Mine(Exception):
-    """With a signature that the arguments of the base class do not fit."""
+    """An exception whose signature does not accept the arguments of the base class."""
 
     def __init__(self, a: int, *, b: int) -> None:
         super().__init__(f"{a} and {b}")
@@ -176,7 +177,7 @@ def test_leaving_by_sys_exit_is_the_calls_exception(executor: GridExecutor) -> N
 
 
 class Bad:
-    """Raises or ends the process where it is pickled or unpickled."""
+    """An object that raises or ends the process when it is pickled or unpickled."""
 
     def __init__(self, at: str, how: Callable[[], Any]) -> None:
         self.at, self.how = at, how
@@ -228,7 +229,7 @@ def test_an_argument_that_cannot_be_pickled_fails_its_own_call(executor: GridExe
 def test_a_call_that_cannot_be_made_fails_alone(
     executor: GridExecutor, call: tuple[Any, ...], error: type[Exception]
 ) -> None:
-    """I7, and that poison is isolated: no hang, and the neighbours have their results."""
+    """The failing call does not hang, and its neighbors have their results (I7)."""
     before = [executor.submit(abs, -i) for i in range(5)]
     bad = executor.submit(*call)
     after = [executor.submit(abs, -i) for i in range(5)]

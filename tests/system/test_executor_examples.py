@@ -1,4 +1,4 @@
-"""The programs of examples/executor, and joblib's own ways of ending, on a real grid."""
+"""The programs of examples/executor, and the ends of joblib's calls, on a real grid."""
 
 from __future__ import annotations
 

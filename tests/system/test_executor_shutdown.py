@@ -1,4 +1,4 @@
-"""How executors end: shut down, dropped, with Python, with their grid, or by a signal."""
+"""The ends of executors: shutdown, deletion, the end of Python, the end of the grid, or a signal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def grid(home: Path) -> Iterator[Grid]:
 
 
 def wait_for(gate: Path, value: Any = None) -> Any:
-    """To be called remotely."""
+    """Wait for the gate. Workers call this function."""
     while not gate.exists():
         time.sleep(0.01)
     return value
@@ -169,7 +169,7 @@ def test_a_block_waits_for_its_calls(grid: Grid) -> None:
     assert all(call.done() for call in calls)
 
 
-# --- The grid's end ------------------------------------------------------------------------------
+# --- The end of the grid -------------------------------------------------------------------------
 
 
 def test_closing_the_grid_breaks_its_executors(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_closing_the_grid_breaks_its_executors(tmp_path: Path) -> None:
 
 
 def test_executor_breaks_when_the_manager_is_gone_for_good(bring_up: Bring) -> None:
-    # Without workers: those end by themselves only some time after their manager.
+    # The grid starts without workers, because workers end only some time after their manager.
     there = bring_up((Pool("default", 0, 0, 1),))
     with Grid("local", home=there.home.path) as grid:
         executor = grid.executor()
@@ -218,13 +218,14 @@ def test_executor_continues_when_its_manager_is_killed(tmp_path: Path) -> None:
             assert record is not None
             os.kill(record.pid, signal.SIGKILL)
         finally:
-            (tmp_path / "gate").touch()  # or the block would not end
+            (tmp_path / "gate").touch()  # otherwise, the block would not end
         assert call.result() == 5
         assert executor.submit(abs, -1).result() == 1
 
 
 def test_a_grid_that_is_forgotten_on_its_own_thread_is_closed(tmp_path: Path) -> None:
-    """Whoever holds the last reference closes it: no thread of its own may wait for itself."""
+    """The thread that releases the last reference closes the grid, so the grid's own thread must not wait for
+    itself."""
     grid = Grid("local", home=tmp_path, workers=1)
     link, forgotten = grid._link, threading.Event()
 
@@ -239,11 +240,11 @@ def test_a_grid_that_is_forgotten_on_its_own_thread_is_closed(tmp_path: Path) ->
     until(lambda: not processes_of(tmp_path))
 
 
-# --- Python's end --------------------------------------------------------------------------------
+# --- The end of Python ---------------------------------------------------------------------------
 
 
 def late_calls(grid: str, last: str) -> str:
-    """A script that ends while its calls run."""
+    """Return a script that ends while its calls run."""
     return f"""
         from batchlab import Grid
         from time import sleep
@@ -326,12 +327,12 @@ def test_a_forked_process_is_refused_and_does_no_harm(grid: Grid, home: Path, tm
 
 
 def sleeps(pid: int) -> bool:
-    """Whether the process's main thread waits for something, by the kernel's word."""
+    """Return whether the process's main thread sleeps, as the kernel reports."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
 def test_ctrl_c_in_a_block_cancels_its_calls(grid: Grid, home: Path, tmp_path: Path) -> None:
-    """Pain 11: interrupted, and the jobs ran on."""
+    """An interrupted program must not leave its calls running."""
     script = f"""
         import faulthandler
         from batchlab import Grid
@@ -347,8 +348,8 @@ def test_ctrl_c_in_a_block_cancels_its_calls(grid: Grid, home: Path, tmp_path: P
         assert process.stdout is not None
         assert process.stdout.readline()
         until(lambda: any(one["name"] == "interrupted" for one in grid.client.jobs()))
-        # A signal that comes just before a thread begins to wait for a lock wakes nobody: CPython
-        # looks for signals, and only then waits.
+        # A signal that arrives just before a thread waits for a lock does not wake the thread. CPython checks for
+        # signals before the wait.
         until(lambda: sleeps(process.pid))
         process.send_signal(signal.SIGINT)
         try:

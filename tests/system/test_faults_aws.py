@@ -1,7 +1,7 @@
-"""Every fault of `--backend aws` that can exist there, on an emulated account.
+"""The faults that `--backend aws` supports, on an emulated account.
 
-Its instances are processes: that EC2's own calls end them is a stub's doing, and is shown only so
-far. Auto Scaling, which replaces them, is batchlab's own endpoint.
+The instances are processes, which a stub of EC2's calls ends, so the tests do not cover EC2 itself. Auto Scaling is
+batchlab's own endpoint, and replaces the instances.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.support.waiting import until
 GROUP = f"{STACK}-pool-default"
 SMALL = 6
 HASTY = "[manager]\ntick_s = 1\nlease_ttl_s = 6\n"
-"""Nobody pays by the request here: most of the tests would be waiting."""
+"""The tests do not pay for requests, so the manager uses short intervals to avoid waiting."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def bench(there: Account, machines: Machines) -> Iterator[Bench]:
 
 
 def right(bench: Bench) -> None:
-    """A small job ends well."""
+    """Run a small job, and check its results."""
     with bench.work(SMALL, 0.05):
         pass
 

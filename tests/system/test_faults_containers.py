@@ -1,6 +1,6 @@
-"""Every fault on a grid in containers that can exist there, and a job that is right all the same.
+"""The faults that a grid in containers supports, each with a job whose results are correct.
 
-One grid for all of them: bringing it up takes longer than any harm does.
+All faults share one grid, because a start of a grid takes longer than a fault.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 def groups(grid: LocalGrid) -> list[Any]:
-    """As Auto Scaling has them."""
+    """Return the groups as Auto Scaling describes them."""
     at = Containers(grid).at
     scaling = aws(compose_deployment.autoscaling(grid.home, at), "autoscaling")
     found: list[Any] = scaling.describe_auto_scaling_groups()["AutoScalingGroups"]
@@ -101,10 +101,10 @@ def test_lost_zone_gets_no_launches(bench: Bench) -> None:
 
 
 def test_s3_answers_503_and_is_itself_again(bench: Bench) -> None:
-    # Who has had no answer from the address while it moved waits longer before each next try: on a
-    # busy machine perhaps for all of the first time.
+    # A client without an answer during the move of the address waits longer before each retry. On a busy machine, this
+    # may take the whole first try.
     for tasks, for_s in ((300, 12.0), (900, 40.0)):
-        with bench.work(tasks, 0.1) as work:  # still at work when the front is up
+        with bench.work(tasks, 0.1) as work:  # still running when the proxy is active
             before = docker("inspect", Containers(bench.grid).service("localstack"))
             seen = work.hurt(FaultName.S3_ERRORS, rate=0.4, for_s=for_s)
         if not seen.impossible:
@@ -141,7 +141,7 @@ def test_crashed_manager_is_succeeded(bench: Bench) -> None:
 
 
 def test_lost_database_is_restored_and_rebuilt(bench: Bench) -> None:
-    with bench.work(SMALL, 0.3, up=0) as work:  # a new manager has its own limits again
+    with bench.work(SMALL, 0.3, up=0) as work:  # a new manager resets its limits
         jobs = len(bench.grid.client.jobs())
         seen = work.hurt(FaultName.DATABASE_LOSS, for_s=1.0)
         assert seen.evidence.startswith("postgres (pid ")

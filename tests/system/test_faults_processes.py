@@ -1,4 +1,4 @@
-"""Every fault on grids whose instances are processes, and a job that is right all the same."""
+"""The faults on grids whose instances are processes, each with a job whose results are correct."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_messages_are_delayed(bench: Bench) -> None:
 def test_a_disk_is_slow(bench: Bench) -> None:
     with bench.work(20, 0.1) as work:
         seen = work.hurt(FaultName.SLOW_DISK, for_s=3.0)
-        if seen.trouble:  # the disk was busy before with others' work
+        if seen.trouble:  # the disk was busy with other work before
             assert "was not 2 times as slow: an fsync of 4 KiB took" in seen.trouble
         else:
             before = number(r"took ([\d.]+) ms before", seen)

@@ -1,4 +1,4 @@
-"""The front before an endpoint: everything passes as it is, unless it is told otherwise."""
+"""The proxy before an endpoint, which forwards everything unchanged unless a fault is active."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ async def test_death_during_a_request_leaves_no_trace(front: FaultProxy, caplog:
 
 
 def settled(backend: Backend, home: Home) -> Place:
-    """As a manager of it that comes up finds its place and writes it down."""
+    """Return the grid's place as a starting manager finds and stores it."""
     with backend.open_emulator(home) or nullcontext() as emulator:
         backend.settle(home, emulator)
         found = home.place("ministack")

@@ -1,5 +1,4 @@
-"""Whatever a fault has broken of processes, of what keeps the books, of groups and of queues is
-whole again, wherever it is cancelled."""
+"""Rollback of faults in processes, in manager and ledger, in groups, and in queues, at every cancellation."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Machine:
-    """A process that stands for an instance, and a front before an endpoint."""
+    """A process that simulates an instance, and a proxy before an endpoint."""
 
     def __init__(self, folder: Path, pid: int) -> None:
         self.scene = target_grid.TargetGrid(factory.load("ministack"), Home(folder), Manager("w-1"))
@@ -107,7 +106,7 @@ def test_slow_and_full_disk_are_reported(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 class Books:
-    """A manager that is a process, and a ledger, by what they say of themselves."""
+    """A manager process and a ledger, as both describe themselves."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.client = Manager("w-1")
@@ -210,7 +209,7 @@ class Pools(Manager):
 
 
 class Groups:
-    """EC2 Auto Scaling and its subnets: two groups, one of them in one zone alone."""
+    """EC2 Auto Scaling with subnets and two groups, one of which is in a single zone."""
 
     def __init__(self, folder: Path) -> None:
         self.scene = target_grid.TargetGrid(factory.load("aws"), Home(folder), Pools())
@@ -280,7 +279,7 @@ COUNT = 4
 
 
 class Post:
-    """A queue of the backend `local` with some messages in it."""
+    """A queue of the backend `local` with some messages."""
 
     def __init__(self, folder: Path) -> None:
         Post.number += 1

@@ -1,4 +1,4 @@
-"""A job's output as a user follows it on a real grid: while tasks run, and only then."""
+"""The output of a job as a user follows it on a real grid, while tasks run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ stages:
 
 
 class Following:
-    """`batchlab job logs JOB …` in a process of its own."""
+    """A run of `batchlab job logs JOB …` in its own process."""
 
     def __init__(self, grid: LocalGrid, job: str, *words: str) -> None:
         argv = [sys.executable, "-P", "-u", "-m", "batchlab", "job", "logs", job, *words]
@@ -55,14 +55,14 @@ class Following:
         )
 
     def line(self) -> str:
-        """The next line, as soon as it is there."""
+        """Return the next line as soon as it is printed."""
         return _of(self._process.stdout).readline().rstrip("\n")
 
     def interrupt(self) -> None:
         self._process.send_signal(signal.SIGINT)
 
     def end(self) -> tuple[int, Sequence[str], str]:
-        """Exit code, the other lines, and stderr."""
+        """Return the exit code, the other lines, and stderr."""
         out, err = self._process.communicate(timeout=60)
         return self._process.returncode, out.splitlines(), err
 
@@ -84,7 +84,7 @@ def test_output_is_shown_while_tasks_run(bring_up: Bring, tmp_path: Path, backen
     job = grid.submit(tmp_path / "job.yaml", gates=str(tmp_path / "gates"))["id"]
     everything, one = Following(grid, job, "--follow"), Following(grid, job, "talk/1", "--follow")
     failed = Following(grid, job, "--failed", "--follow", "--json")
-    # Neither has ended.
+    # Neither task has ended.
     assert {everything.line(), everything.line()} == {"talk/0 | hello from good", "talk/1 | hello from bad"}
     assert one.line() == "talk/1 | hello from bad"
     one.interrupt()

@@ -1,4 +1,4 @@
-"""A grid whose bucket is in Google Cloud Storage, at a stub of its XML API."""
+"""A grid with its bucket in Google Cloud Storage, at a stub of its XML API."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_files_and_results_travel_through_the_bucket(stub: Stub, tmp_path: Path)
     assert {"endpoint.json", "ledger.sqlite", "queue.sqlite"} <= {
         path.name for path in home.backend_folder("gcs").iterdir()
     }
-    # The home records the bucket, so the next command need not name it.
+    # The home stores the bucket, so the next command need not name it.
     backend = factory.load("gcs", "gs://another")
     with pytest.raises(UsageError, match="has its bucket at gs://my-bucket, not at gs://another"):
         backend.named_place(home)

@@ -1,4 +1,4 @@
-"""What is built is what was written, and works where no source is: as after `pip install`."""
+"""The built package, which contains the written files, and works without a source folder as after `pip install`."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ class Built:
 
 @pytest.fixture(scope="module")
 def built(uv: Uv, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The wheel, made of the source distribution as an index would have it."""
+    """Build the wheel from the source distribution, as a package index has it."""
     folder = tmp_path_factory.mktemp("dist")
     uv("build", "-q", "--out-dir", folder, ROOT)
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     return Built(wheel, sdist)
 
 
-# --- What is in it -------------------------------------------------------------------------------
+# --- Content -------------------------------------------------------------------------------------
 
 
 def written(*folders: str) -> set[str]:
-    """The files that git knows of, or would take, below these folders."""
+    """Return the files below these folders that git tracks or would add."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *folders],
         cwd=ROOT,
@@ -107,19 +107,19 @@ def test_metadata_of_the_package_is_complete(built: Built) -> None:
     assert set(told.get_all("Provides-Extra", [])) == set(EXTRAS)
 
 
-# --- What it does --------------------------------------------------------------------------------
+# --- Behavior ------------------------------------------------------------------------------------
 
 
 class Installed:
-    """batchlab in an environment of its own, called in a folder where no source is."""
+    """batchlab in its own environment, called in a folder without source files."""
 
     def __init__(self, environment: Path, folder: Path) -> None:
         self.python = environment / "bin" / "python"
         self.folder = folder
         self.installing: dict[str, str] = {}
-        """The environment of what installs more."""
+        """The environment variables for later installations."""
         self._program = environment / "bin" / "batchlab"
-        # Nothing of the tests' own environment, in which batchlab is the checkout.
+        # The environment must not inherit the tests' environment, in which batchlab is the checkout.
         self.env = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "LANG": "C.UTF-8"}
 
     def __call__(self, *arguments: str) -> str:
@@ -131,7 +131,7 @@ class Installed:
         return done.stdout
 
     def refused(self, *arguments: str) -> str:
-        """What is said on stderr by a command that ends with the code of wrong usage."""
+        """Return the stderr of a command that fails with the exit code for wrong usage."""
         done = self._done(str(self._program), *arguments)
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr
@@ -151,7 +151,7 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def installed(built: Built, uv: Uv, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
-    """Without any extra, in the versions of the lock file, for the Python of the tests."""
+    """Install batchlab without extras, in the versions of the lock file, for the Python of the tests."""
     folder = tmp_path_factory.mktemp("installed")
     environment, pins = folder / "environment", folder / "pins.txt"
     uv("venv", "-q", "--python", sys.executable, environment)
@@ -162,21 +162,21 @@ def installed(built: Built, uv: Uv, tmp_path_factory: pytest.TempPathFactory) ->
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     made = Installed(environment, elsewhere)
-    # For what is installed later: the same versions, from the same place.
+    # Later installations use the same versions from the same place.
     made.installing = {**os.environ, "UV_CONSTRAINT": str(pins)}
     yield made
     made("grid", "down")
 
 
 def of_extras(installed: Installed) -> dict[str, str]:
-    """What the doctor says of them."""
+    """Return the doctor's report on extras."""
     (found,) = (load for load in json.loads(installed("doctor", "--json")) if load["check"] == "extras")
     told: dict[str, str] = found
     return told
 
 
 def with_page(installed: Installed) -> None:
-    """Install the extra that the page is made with, by the command that names it as missing."""
+    """Install the extra of the web page with the command that the error message names."""
     said = installed.refused("report", "html", "last")
     (told,) = re.findall(r"`(uv pip install .+)` brings it", said)
     _, *arguments = shlex.split(told)

@@ -1,7 +1,7 @@
-"""Two thousand tasks on a grid whose workers, manager, queue and disk are taken away under it.
+"""Two thousand tasks on a grid, during which workers, the manager, the queue, and the disk are taken away.
 
-Every task writes a line to a file of its own world when it starts, so that what ran twice is
-counted by somebody else than the grid that is on trial.
+Every task writes a line to a file outside of the grid when it starts, so repeated runs are counted independently of the
+tested grid.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ stages:
 
 @dataclass
 class Trial:
-    """A job on a grid, and what has been done to it."""
+    """A job on a grid, and the faults that were injected into it."""
 
     grid: LocalGrid
     starts: Path
@@ -69,7 +69,7 @@ class Trial:
     done: Counter[str] = field(default_factory=Counter)
 
     def submit(self, folder: Path, tasks: int, *, seconds: float) -> None:
-        """`tasks` tasks that take so long, and their sum."""
+        """Submit `tasks` tasks of `seconds` each, and their sum."""
         folder.mkdir()
         work = WORK.format(starts=str(self.starts), seconds=seconds)
         (folder / "work.py").write_text(work)
@@ -79,12 +79,12 @@ class Trial:
         self.job = self.grid.submit(folder / "job.yaml")["id"]
 
     def begun(self) -> int:
-        """How many tasks have begun at least once."""
+        """Return the number of tasks that have begun at least once."""
         return len(set(self.starts.read_text().split()))
 
     def may_lose_a_worker(self) -> bool:
-        """Whether no task has been begun as often, and never ended, that one more time would show
-        it to be the cause: that is how tasks which kill their workers are told apart."""
+        """Return whether every unfinished task may lose another worker without being marked as poison. The grid marks a
+        task as poison by the number of its starts."""
         return asyncio.run(self._all_innocent())
 
     async def _all_innocent(self) -> bool:
@@ -98,13 +98,13 @@ class Trial:
                 if times >= LOSS_LIMIT - 1 and await objects.head(name) is None:
                     return False
         except BackendError:
-            return False  # the bucket is away, so nobody knows
+            return False  # the bucket is not available, so the answer is unknown
         return True
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own that can be filled; needs root."""
+    """Mount a separate file system that can be filled, which needs root."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
@@ -117,24 +117,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def kill_each_second(trial: Trial, stop: threading.Event) -> None:
-    """SIGKILL one worker every second that has seen a new task begun, until told to stop.
+    """Kill one worker with SIGKILL in every second in which a new task has begun, until `stop` is set.
 
-    On a machine that is too busy to bring a worker up within seconds, nothing would else be done.
+    On a very busy machine, workers do not start within seconds, and a fixed rate of kills would prevent all progress.
     """
     before = 0
     while not stop.wait(1.0):
         begun = trial.begun()
-        # The oldest: a new one that dies before it is up would only slow the test down.
+        # The oldest worker is killed, because the kill of a starting worker would only slow the test down.
         for pid in sorted(trial.grid.workers().values())[:1]:
             if begun > before and trial.may_lose_a_worker():
-                with suppress(ProcessLookupError):  # it has just ended by itself
+                with suppress(ProcessLookupError):  # the worker has just ended by itself
                     os.kill(pid, signal.SIGKILL)
                     trial.done["workers killed"] += 1
                     before = begun
 
 
 def fill(disk: Path) -> None:
-    """Leave no byte free for a while."""
+    """Fill the disk completely for a while."""
     full = disk / "full"
     try:
         with full.open("wb", buffering=0) as file:
@@ -149,7 +149,7 @@ def fill(disk: Path) -> None:
 
 
 def check(trial: Trial, view: JobView, out: Path, tasks: int) -> int:
-    """Every result there once, none lost, none committed twice; how many runs were thrown away."""
+    """Check that every result exists once and was committed once, and return the number of discarded runs."""
     grid = trial.grid
     assert view["state"] == "SUCCEEDED", (view["reason"], trial.done)
     results = grid.results(view, out)
@@ -169,8 +169,7 @@ def check(trial: Trial, view: JobView, out: Path, tasks: int) -> int:
 
 
 def do_harm(trial: Trial, harm: Sequence[tuple[str, Callable[[], object]]], tasks: int) -> None:
-    """SIGKILL workers while the tasks run, and do the rest of it one by one in between; returns
-    once every task has begun."""
+    """Kill workers while the tasks run, inject the other faults one by one, and return once every task has begun."""
     stop = threading.Event()
     killer = threading.Thread(target=kill_each_second, args=(trial, stop))
     killer.start()
@@ -193,7 +192,7 @@ def report(trial: Trial, again: int, capsys: pytest.CaptureFixture[str]) -> None
 def test_two_thousand_tasks_survive_kills_a_purge_and_a_full_disk(
     small_disk: Path, bring_up: Bring, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Answers pains 2, 4 and 6: nothing lost, nothing committed twice, whatever is killed."""
+    """No task is lost or committed twice, whatever is killed."""
     grid = bring_up(FOUR, folder=small_disk / "home")
     trial = Trial(grid, tmp_path / "starts")
     trial.submit(tmp_path / "job", TASKS, seconds=0.05)

@@ -1,6 +1,6 @@
-"""Three hundred tasks on S3 and SQS whose workers, manager, queue and emulator are taken away.
+"""Three hundred tasks on S3 and SQS, during which workers, the manager, the queue, and the emulator are taken away.
 
-The machinery, and what counts as nothing lost, is that of test_kills.
+test_kills has the functions and the checks for lost tasks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TASKS = 300
 def test_three_hundred_tasks_survive_kills_a_purge_and_the_end_of_the_emulator(
     bring_up: Bring, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An emulator that is killed forgets its queues: it is all in the bucket."""
+    """A killed emulator forgets its queues, but the bucket contains everything that is needed."""
     ministack_python()
     grid = bring_up(FOUR, backend="ministack")
     trial = Trial(grid, tmp_path / "starts")

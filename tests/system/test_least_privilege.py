@@ -1,8 +1,7 @@
-"""The grid under the stack's own roles: all that it asks for is allowed, and nothing is allowed
-that it does not ask for.
+"""The grid under the stack's own roles, which allow every call that the grid makes and no other calls.
 
-MiniStack holds each process to the policies of its role, over TLS; Auto Scaling is batchlab's own
-endpoint, which holds nobody to a policy but has the calls written down.
+MiniStack checks each process against the policies of its role, over TLS. Auto Scaling is batchlab's own endpoint, which
+does not check policies, but a proxy records the calls.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ ELSEWHERE = {
     "s3:AbortMultipartUpload": "a worker whose large upload fails",
     "autoscaling:SetInstanceHealth": "the manager, of an instance that does not answer",
 }
-"""What is allowed, and called by something that does not run here, or not on a good day."""
+"""Allowed actions that only a component outside of this test calls, or that are called only after a failure."""
 WORKERS_ELSEWHERE = {"autoscaling:CompleteLifecycleAction": "a worker that drains (test_boot.py)"}
 
 
@@ -70,7 +69,7 @@ class Trial:
     front: RecordingFront
     scaling: RecordingFront
     access: dict[str, str]
-    """Access keys by role."""
+    """The access keys by role."""
     stolen: Plane
     """The account with the credentials of a worker's role."""
 
@@ -90,7 +89,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
         planes = {role: root.role(stack.ids()[name]) for role, name in ROLES.items()}
         keys = {role: plane.keys for role, plane in planes.items()}
         front, scaling = RecordingFront(root.url), RecordingFront()
-        # Nobody pays by the minute here, nor by the request: most of the test would be waiting.
+        # The test does not pay for time or requests, so the manager uses short intervals to avoid waiting.
         manager = Home(folder / "account" / "manager")
         manager.make()
         manager.settings_file.write_text("[manager]\ntick_s = 1\nidle_s = 5\n")
@@ -124,7 +123,7 @@ def deployment_of(stack: Stack) -> AwsDeployment:
 
 
 def allowed(role: str) -> set[str]:
-    """The actions of the role's policy, in the shape that is deployed here."""
+    """Return the actions of the role's policy, in the deployed shape of the template."""
     rendered = cfn.Rendered(cfn.load(), **SHAPE)
     return {
         action
@@ -140,7 +139,7 @@ def is_busy(there: Account, home: Home) -> bool:
 
 
 def notified(there: Account, home: Home) -> list[NotificationView]:
-    """The notifications that are not on their way any more."""
+    """Return the notifications that are no longer pending."""
     found = json.loads(batchlab(there, "notify", "log", "--json", "--home", home.path)[0])
     return [one for one in found if one["state"] != "pending"]
 
@@ -151,7 +150,7 @@ def came_to(there: Account, home: Home) -> list[str | None]:
 
 
 def what_the_page_sends_runs(home: Home, job: Path) -> None:
-    """The manager puts its code and its input into the bucket."""
+    """Submit a job through the page. The manager stores its code and its input in the bucket."""
     record = home.record()
     assert record
     files = [("files", (one.name, one.read_bytes())) for one in job.parent.iterdir()]
@@ -172,9 +171,9 @@ def test_roles_have_exactly_the_needed_permissions(trial: Trial, tmp_path: Path)
     job.write_text(job.read_text() + f"notify:\n  - sns: {TOPIC}\n")
     batchlab(there, "grid", "up", "--backend", "aws", "--home", home.path)
     batchlab(there, "job", "submit", job, "--home", home.path)
-    # A task takes longer than its worker has until it must ask for more time.
+    # The task takes longer than the visibility timeout, so its worker must extend the timeout.
     until(lambda: "sqs:ChangeMessageVisibility" in trial.called("worker"), 120, pause_s=0.2)
-    # A dead worker's messages are given back.
+    # The manager returns the messages of a dead worker.
     os.kill(there.worker_pids()[0], signal.SIGKILL)
     gate.touch()
     shown, _ = batchlab(there, "job", "logs", "last", "--follow", "--home", home.path)
@@ -190,7 +189,7 @@ def test_roles_have_exactly_the_needed_permissions(trial: Trial, tmp_path: Path)
     batchlab(there, "grid", "scale", POOL.name, "--max", 3, "--home", home.path)
     batchlab(there, "ledger", "rebuild", "--home", home.path)
     group = f"{there.at.groups_prefix}{POOL.name}"
-    # Its instances are idle, so the manager names them.
+    # The job's instances are idle, so the manager terminates them by name.
     until(lambda: not there.group(group)["Instances"], 150, pause_s=1.0)
     ended = there.aws("autoscaling").describe_scaling_activities(AutoScalingGroupName=group)
     unasked = [a["Cause"] for a in ended["Activities"] if "(exit 0)" in a["Cause"]]
@@ -206,7 +205,7 @@ def test_roles_have_exactly_the_needed_permissions(trial: Trial, tmp_path: Path)
 
 
 def test_a_stolen_worker_role_reaches_no_secret_and_no_definition(trial: Trial) -> None:
-    """Findings 4 and 5: the commit secret, definitions, and finals are the manager's alone."""
+    """Only the manager may read the commit secret and write definitions and finals."""
     bucket, s3 = trial.there.at.bucket, trial.stolen.client("s3")
     for key in (object_keys.COMMIT_SECRET, object_keys.INSTANCES, object_keys.NOTIFICATIONS, object_keys.USE):
         with pytest.raises(ClientError, match="AccessDenied"):

@@ -1,4 +1,4 @@
-"""The `ministack` backend: the example jobs on S3 and SQS, and an emulator that dies under them."""
+"""The `ministack` backend: the example jobs on S3 and SQS, and an emulator that is killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.system.test_examples_end_to_end import (
 )
 from tests.system.test_rough_treatment import check, claims, contents, under_way
 
-# The same jobs and the same checks as on `local`: `bring_up` below makes the difference.
+# The jobs and the checks are those of `local`. The fixture `bring_up` below selects the backend.
 __all__ = [
     "claims",
     "cli",
@@ -45,7 +45,7 @@ __all__ = [
 
 @pytest.fixture
 def sort_bytes() -> int:
-    """That memory bounds nothing but speed is shown on `local`."""
+    """Return a small size, because the limit on memory is tested on `local`."""
     return 24 * 1024 * 1024
 
 
@@ -62,13 +62,13 @@ def bring_up(bring_up: Bring) -> Bring:
     return partial(bring_up, backend="ministack")
 
 
-# --- The emulator dies ---------------------------------------------------------------------------
+# --- A killed emulator ---------------------------------------------------------------------------
 
 
 def test_an_emulator_killed_in_the_middle_costs_nothing(
     bring_up: Bring, claims: tuple[Path, ClaimsFacts], tmp_path: Path
 ) -> None:
-    """It forgets its queues and all that was in them; what was committed is in the bucket."""
+    """The emulator forgets its queues with all messages, but the committed outcomes are in the bucket."""
     path, facts = claims
     grid = bring_up(TWO)
     job = grid.submit(path)["id"]
@@ -81,7 +81,7 @@ def test_an_emulator_killed_in_the_middle_costs_nothing(
 
 
 def test_a_killed_emulator_has_every_object_that_it_acknowledged(python: Path, tmp_path: Path) -> None:
-    """The commit point is worth what the bucket is worth."""
+    """A commit is only as durable as the bucket."""
     acknowledged: dict[str, bytes] = {}
     stop = threading.Event()
 
@@ -94,7 +94,7 @@ def test_a_killed_emulator_has_every_object_that_it_acknowledged(python: Path, t
             try:
                 await objects.put(key, data, if_absent=True)
             except (AlreadyExists, BackendError):
-                continue  # its answer was lost in the kill: it may be there or not
+                continue  # the answer to this object was lost in the kill, so the object may exist or not
             acknowledged[key] = data
 
     def enough(count: int) -> bool:
@@ -122,7 +122,7 @@ def test_a_killed_emulator_has_every_object_that_it_acknowledged(python: Path, t
 
 
 def test_an_object_that_cannot_be_written_is_not_acknowledged(python: Path, tmp_path: Path) -> None:
-    """By itself MiniStack answers 200, and forgets the object when it ends."""
+    """Unpatched MiniStack answers 200, and loses the object at its end."""
 
     async def put(emulator: Emulator, content: bytes) -> None:
         await open_s3(emulator.endpoint, "kept").put("folder/a", content)
@@ -141,7 +141,7 @@ def test_an_object_that_cannot_be_written_is_not_acknowledged(python: Path, tmp_
 
     with Emulator(python, tmp_path) as emulator:
         asyncio.run(put(emulator, b"first"))
-        # Where it would write the next version: like a full disk, but for every user's rights.
+        # A folder at the path of the next version makes the write fail for every user, like a full disk.
         (written,) = (tmp_path / "s3").glob("*/kept/folder/a")
         in_the_way = written.with_name("a.tmp")
         in_the_way.mkdir()
@@ -165,7 +165,7 @@ def test_a_manager_killed_in_the_middle_leaves_its_emulator_to_the_next(
 def test_a_grid_taken_down_finds_all_again_and_rebuilds_its_ledger_from_it(
     bring_up: Bring, claims: tuple[Path, ClaimsFacts], tmp_path: Path
 ) -> None:
-    """The second half is I3, where the bucket is S3."""
+    """The second half of the test checks invariant I3 with a bucket on S3."""
     path, facts = claims
     grid = bring_up(TWO)
     job = grid.submit(path)["id"]
@@ -189,13 +189,13 @@ def test_a_grid_taken_down_finds_all_again_and_rebuilds_its_ledger_from_it(
 
 
 def test_an_emulator_without_an_owner_ends_by_itself(python: Path, tmp_path: Path) -> None:
-    """Pain 11: whoever started it may be killed at any moment."""
+    """The owner of an emulator may be killed at any moment."""
     emulator = Emulator(python, tmp_path, orphan_s=1.0)
     emulator.start()
     pid = emulator.pid
     try:
         assert emulator._owner_lock is not None
-        emulator._owner_lock.close()  # as the kernel does for an owner that dies
+        emulator._owner_lock.close()  # the kernel does this for an owner that dies
         until(lambda: not emulator.is_running(), 30.0)
     finally:
         emulator.stop()
@@ -206,7 +206,7 @@ def test_an_emulator_without_an_owner_ends_by_itself(python: Path, tmp_path: Pat
 
 
 def test_run_from_nothing_leaves_nothing_running(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's own AWS configuration neither breaks it nor is it used."""
+    """The user's own AWS configuration neither breaks the run nor is used by it."""
     monkeypatch.setenv("AWS_PROFILE", "there-is-no-such-profile")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     cli.inputs(12)
@@ -214,7 +214,7 @@ def test_run_from_nothing_leaves_nothing_running(cli: Cli, monkeypatch: pytest.M
     assert code == 0, err
     assert numbers(cli.folder / "out") == list(range(12))
     cli.none_left()
-    # In the same folder and with the same job, `local` knows nothing of that.
+    # In the same folder and with the same job, the backend `local` has its own data.
     code, _, err = cli("run", "job.yaml", "--out", "mine")
     assert code == 0, err
     assert numbers(cli.folder / "mine") == list(range(12))
@@ -247,12 +247,12 @@ def test_a_grid_at_a_named_endpoint_starts_no_emulator(cli: Cli, ministack: Endp
     assert cli("run", "job.yaml", *MINISTACK)[0] == 0
     assert cli("ledger", "rebuild")[1] == "The ledger is rebuilt: 1 job.\n"
     assert cli("grid", "down")[0] == 0
-    # The home remembers, and does not take another place for it.
+    # The home stores the bucket, and refuses another one.
     assert cli("run", "job.yaml", *MINISTACK, "--cache")[0] == 0
     code, _, err = cli("run", "job.yaml", *MINISTACK, "--endpoint", "http://127.0.0.1:1/another")
     assert code == 2
     assert f"has its bucket at {ministack.url}/{place.bucket}" in err
-    # A home that is lost: its bucket's name is enough to have the jobs again.
+    # After the loss of a home, the name of the bucket is enough to restore the jobs.
     at = f"{ministack.url}/{place.bucket}"
     code, _, err = cli("grid", "up", *MINISTACK, "--home", "other", "--endpoint", at)
     assert code == 0, err

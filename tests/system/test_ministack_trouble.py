@@ -1,4 +1,4 @@
-"""What stands in the way of a grid on `ministack`, each told in a sentence with what to do."""
+"""Problems of a grid on `ministack`, each of which is reported with a remedy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NO_BUCKETS = b"<ListAllMyBucketsResult><Buckets></Buckets></ListAllMyBucketsResu
 
 @contextmanager
 def serving(answer: bytes) -> Iterator[str]:
-    """The URL of a server that answers every GET with this, and nothing else."""
+    """Start a server that answers every GET with this content, and yield its URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -84,7 +84,7 @@ def test_an_endpoint_of_s3_alone() -> None:
 
 
 def test_an_endpoint_that_ended_since_it_was_first_used(cli: Cli) -> None:
-    """The home remembers it, so the job goes on once it is there again."""
+    """The home stores the endpoint, so the job continues once the endpoint works again."""
     cli.inputs(2)
     port = free_port()
     server = named_emulator(cli.folder / "theirs", port=port)
@@ -104,7 +104,7 @@ def test_an_endpoint_that_ended_since_it_was_first_used(cli: Cli) -> None:
 
 
 def test_a_port_that_is_taken_meanwhile_costs_nothing(tmp_path: Path) -> None:
-    """Another program got it while the grid was down: what the grid had is at another port."""
+    """Another program took the port while the grid was down, and the grid's data is available at another port."""
 
     async def put(emulator: Emulator) -> None:
         await open_s3(emulator.endpoint, "kept").put("a", b"content")

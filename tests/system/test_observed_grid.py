@@ -1,4 +1,4 @@
-"""One grid of real processes, seen from all sides: its traces, its logs, its metrics."""
+"""One grid of real processes, observed by its traces, its logs, and its metrics."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SECRETS = {
     "DATABASE_URL": "postgresql://u:hunter2hunter2@db/x",
     "CUSTOMER": "ACME-and-Sons-4711",
 }
-"""Of the environment that the grid was started in; the last two by no name that says so."""
+"""Secrets in the environment of the grid. The names of the last two do not show that they are secrets."""
 TARGETS = """
 [ops]
 webhook = "HOOKops/s3cret-path"
@@ -78,7 +78,7 @@ stages:
 
 
 class Observed:
-    """The grid with what it has sent and written."""
+    """The grid, and the data that it has sent and written."""
 
     def __init__(self, folder: Path, receiver: Receiver, hook: Hook) -> None:
         self.receiver = receiver
@@ -100,10 +100,10 @@ class Observed:
         self.view: JobView = self.grid.run(self.job)
         self.metrics = self._scraped()
         until(lambda: len(self._paths()) == 2 and self.paged.exists())
-        # Else the manager is killed before it knows that they have failed, or has written it down.
+        # Otherwise, the manager would be killed before it has stored the failed deliveries.
         until(lambda: self._tried() == 2)
         self.why = self.grid.client.why(self.view["id"])
-        # The receiver is well again when another manager leads.
+        # The receiver works again when another manager leads.
         hook.statuses = [200]
         self.grid.kill_manager()
         until(lambda: min(self._paths().values()) >= 2, within_s=40)
@@ -114,11 +114,11 @@ class Observed:
         self.grid.stop()
 
     def _tried(self) -> int:
-        """How many of those that failed are in the bucket as tried."""
+        """Return the number of pending notifications with at least one attempt."""
         return sum(load["attempts"] > 0 for load in json.loads(self.kept())["pending"])
 
     def kept(self) -> str:
-        """What the bucket has of notifications."""
+        """Return the stored notifications from the bucket."""
         return (self.grid.home.objects / object_keys.NOTIFICATIONS).read_text()
 
     def _paths(self) -> Counter[str]:
@@ -137,7 +137,7 @@ class Observed:
             assert answer.status_code == 200
             return answer.text
 
-        # Instances are as of the last tick.
+        # The metrics of instances are from the last tick.
         until(lambda: IN_SERVICE in scraped())
         return scraped()
 
@@ -164,13 +164,13 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
 
 @pytest.fixture(scope="module")
 def spans(observed: Observed) -> Sequence[Received]:
-    """All of the job's, its grid having ended."""
+    """Return all spans of the job, after the end of its grid."""
     assert observed.view["state"] == "SUCCEEDED"
     return observed.receiver.until(lambda found: named(found, "end"))
 
 
 def lineage(spans: Sequence[Received], one: Received) -> list[Received]:
-    """The span, what is above it, and so on up to the root."""
+    """Return the span and its ancestors up to the root."""
     by_id = {span.id: span for span in spans}
     found = [one]
     while found[-1].parent in by_id:
@@ -192,7 +192,7 @@ def test_the_spans_of_a_job_are_one_tree(spans: Sequence[Received], observed: Ob
 
 
 def test_a_task_is_followed_from_its_submission_to_its_result(spans: Sequence[Received]) -> None:
-    """Task 0: cut in the first stage, handed on by its worker, gathered by the manager."""
+    """Task 0 is cut in the first stage, forwarded by its worker, and gathered by the manager."""
     (task,) = named(spans, "task", stage="double", task=0)
     above = [one.name for one in lineage(spans, task)]
     assert above == ["task", "run", "receive", "send", "cut", "plan", "submit"]
@@ -291,7 +291,7 @@ def test_target_not_named_by_the_operator_is_not_reached(observed: Observed) -> 
 
 
 def test_notification_arrives_after_the_managers_death(observed: Observed) -> None:
-    """Both receivers failed at first, the manager was killed, and the next one told them."""
+    """The two receivers failed at first, the manager was killed, and the next manager notified both receivers."""
     calls = observed.hook.calls
     for path in ("/own", "/ops/s3cret-path"):
         first, again = [call for call in calls if call.path == path][:2]
@@ -325,7 +325,7 @@ def test_why_tells_of_what_could_not_be_delivered(observed: Observed) -> None:
 
 
 def test_no_secret_is_in_the_bucket(observed: Observed) -> None:
-    """But for the address that the job's own file names, which is not one."""
+    """The only exception is the address in the job's own file, which is not a secret."""
     text = observed.kept()
     for secret in ("signs-what-is-sent", "s3cret-path", *SECRETS.values()):
         assert secret not in text

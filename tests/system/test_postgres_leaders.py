@@ -1,4 +1,5 @@
-"""Several managers on one PostgreSQL: one leads, whatever becomes of it, and the job completes."""
+"""Several managers on one PostgreSQL database. One manager leads at a time, and the job completes whatever happens to
+the leader."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def test_leaders_are_paused_and_killed_and_the_job_completes(postgres: Postgres,
             ports = await stack.enter_async_context(ports_in(tmp_path, ledger))
             async with workers(ports, 2):
                 await done(ledger, 30)
-                # Paused, wherever it is: it has not noticed that time goes on without it.
+                # The leader is paused at any point, and does not notice that time passes.
                 first.process.send_signal(signal.SIGSTOP)
                 began_s = time.monotonic()
                 await second.says("leads", TAKEN_OVER_S)
@@ -46,7 +47,7 @@ def test_leaders_are_paused_and_killed_and_the_job_completes(postgres: Postgres,
                 assert (await ended(ledger)).state is JobState.SUCCEEDED
             await check_bucket(ports, ledger)
             grown = await ledger.dump()
-            # I3, on the same database, and on another kind.
+            # Invariant I3 holds on the same database and on another kind of ledger.
             async with ledger_in(Postgres(postgres.server, f"{postgres.schema}.again")) as again:
                 await rebuild(await stack.enter_async_context(ports_in(tmp_path, again)))
                 assert await again.dump() == grown
@@ -60,7 +61,7 @@ def test_leaders_are_paused_and_killed_and_the_job_completes(postgres: Postgres,
 
 
 def test_outage_longer_than_a_lease_costs_only_time(frail_server: PostgresServer, tmp_path: Path) -> None:
-    """The leader stops leading, and leads again."""
+    """The leader stops leading, and leads again later."""
     place = Postgres(frail_server, "grid")
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""Calls whose connection is cut at their COMMIT: repeated, they leave what one call leaves."""
+"""Calls whose connection is cut at their COMMIT. After a repetition, the result equals that of one call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.postgres.server import Postgres
 
 @asynccontextmanager
 async def behind(wire: Wire, place: Postgres) -> AsyncIterator[SqlLedger]:
-    """The ledger there, at the other end of the wire, with its schema made."""
+    """Yield the ledger behind the proxy, with its schema created."""
     url = place.server.url(port=wire.port)
     ledger = open_postgres(url, schema=place.schema)
     try:
@@ -33,7 +33,7 @@ async def behind(wire: Wire, place: Postgres) -> AsyncIterator[SqlLedger]:
 
 @pytest.mark.parametrize("cut", [Cut.BEFORE, Cut.AFTER])
 def test_call_with_a_cut_off_commit_is_repeated(cut: Cut, postgres: Postgres) -> None:
-    """Pain 6: whether it had been done or not, afterwards it is done once."""
+    """After the repetition, the call has been done exactly once."""
 
     async def main() -> None:
         with wire_to(postgres.server.port) as wire:
@@ -54,8 +54,8 @@ def test_call_with_a_cut_off_commit_is_repeated(cut: Cut, postgres: Postgres) ->
 
 @pytest.mark.parametrize("cut", [Cut.BEFORE, Cut.AFTER])
 def test_answer_after_a_lost_one_lists_the_new_sequence_numbers(cut: Cut, postgres: Postgres) -> None:
-    """ "Not new" may be the answer to the second try. No seq is given twice, and who keeps count
-    of them sees that some are missing."""
+    """The answer to the second try may be that the outcome is not new. No seq is given twice, and a client that counts
+    them notices missing ones."""
 
     async def main() -> None:
         with wire_to(postgres.server.port) as wire:
@@ -107,7 +107,7 @@ def test_a_lease_is_taken_renewed_and_given_back_though_answers_are_lost(cut: Cu
 
 
 def test_silent_client_does_not_keep_the_lock(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when its machine loses power, or its manager is paused, in the midst of a transaction."""
+    """The client's machine loses power, or its manager is paused, during a transaction."""
     monkeypatch.setattr(sql_postgres, "IDLE_CLIENT_S", 0.5)
     monkeypatch.setattr(sql_postgres, "STATEMENT_S", 2.0)
     monkeypatch.setattr(sql_postgres, "GRACE_S", 0.0)

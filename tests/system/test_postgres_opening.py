@@ -1,4 +1,4 @@
-"""Opening a ledger on PostgreSQL: URLs, passwords, TLS, rights, schemas old, new and shared."""
+"""Opening a ledger on PostgreSQL. The tests cover URLs, passwords, TLS, rights, and old, new, and shared schemas."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.postgres.server import DATABASE, PASSWORD, USER, Postgres, Po
 
 
 def _look(url: str, schema: str = "batchlab") -> None:
-    """Make one call there."""
+    """Open the ledger with one call, and close it."""
 
     async def main() -> None:
         ledger = open_postgres(url, schema=schema)
@@ -45,7 +45,7 @@ def _look(url: str, schema: str = "batchlab") -> None:
 
 
 def _error(url: str, schema: str = "batchlab") -> BackendError:
-    """What one call there raises."""
+    """Return the error of one call of the ledger."""
     with pytest.raises(BackendError) as caught:
         _look(url, schema)
     return caught.value
@@ -125,7 +125,7 @@ def test_options_of_the_url_override_the_defaults(postgres: Postgres) -> None:
 
 
 def test_certificate_is_verified_if_the_url_requests_it(frail_server: PostgresServer) -> None:
-    """As for RDS: sslmode=verify-full and the service's root certificates."""
+    """RDS is used with sslmode=verify-full and its root certificates."""
     refused = _error(frail_server.url(sslmode="require"))
     assert not isinstance(refused, Unreachable)
     assert "server does not support SSL" in str(refused)
@@ -236,7 +236,7 @@ def test_missing_tables_are_reported(postgres: Postgres) -> None:
 
 
 def _described(engine: Engine, schema: str) -> list[tuple[object, ...]]:
-    """Every column, constraint and index of the schema."""
+    """Return every column, constraint, and index of the schema."""
     queries = (
         "SELECT table_name, column_name, data_type, is_nullable, column_default, collation_name "
         "FROM information_schema.columns WHERE table_schema = %(schema)s ORDER BY 1, 2",
@@ -245,7 +245,7 @@ def _described(engine: Engine, schema: str) -> list[tuple[object, ...]]:
         "SELECT indexname, replace(indexdef, %(schema)s, '') FROM pg_indexes WHERE schemaname = %(schema)s ORDER BY 1",
     )
     with transaction(engine) as connection:
-        # As a literal of an identifier, for ::regnamespace.
+        # The text is a literal that contains an identifier, for ::regnamespace.
         return [
             tuple(row)
             for query in queries
@@ -293,7 +293,7 @@ def test_a_schema_is_made_whole_or_not_at_all(postgres: Postgres, monkeypatch: p
 
 
 def test_bundles_are_read_in_the_order_of_an_index(postgres: Postgres) -> None:
-    """A job may have millions: none of the port's queries may sort them, or scan other jobs'."""
+    """A job may have millions of bundles, so no query of the port may sort bundles or scan those of other jobs."""
     jobs = [replace(JOB, id=JobId(f"j-{i}")) for i in range(3)]
 
     async def fill() -> None:
@@ -318,7 +318,7 @@ def test_bundles_are_read_in_the_order_of_an_index(postgres: Postgres) -> None:
 
 
 def test_a_fold_reads_only_its_own_bundles(postgres: Postgres) -> None:
-    """The server has no statistics of a new table, and the planner must use the primary key."""
+    """The server does not have statistics of a new table, but the planner must still use the primary key."""
     bundles = [bundle(i, i + 1) for i in range(2_000)]
 
     async def fill() -> None:

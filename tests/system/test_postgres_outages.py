@@ -1,4 +1,4 @@
-"""PostgreSQL goes away, comes back, freezes, or is somebody else's: what the ledger makes of it."""
+"""The ledger during outages of PostgreSQL: a stopped, restarted, frozen, or foreign server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.support.postgres.server import DATABASE, Postgres, PostgresServer
 
 
 def _patient(ledger: DumpingLedger) -> DumpingLedger:
-    """As the manager has it."""
+    """Wrap the ledger with the manager's retries."""
     return patiently(ledger, Patience(Random(1), limit_s=60.0))
 
 
@@ -67,7 +67,7 @@ def test_sessions_that_were_ended_meanwhile_are_not_noticed(postgres: Postgres) 
 
 
 def test_sessions_that_are_ended_all_the_time_leave_no_trace(postgres: Postgres) -> None:
-    """Pain 6: no call is half applied, and none twice."""
+    """No call is applied partly or twice."""
 
     async def main() -> None:
         completions, ended, folded = many(), 0, 0
@@ -75,7 +75,7 @@ def test_sessions_that_are_ended_all_the_time_leave_no_trace(postgres: Postgres)
             patient = _patient(ledger)
             await submit(patient)
             while ended < 10:
-                # As often as it takes to be ended in the midst of a call, too.
+                # The sessions are ended so often that some ends come in the middle of a call.
                 ending = asyncio.create_task(asyncio.to_thread(postgres.server.end_sessions))
                 while not ending.done():
                     await fold(patient, *completions[folded : folded + BATCH])
@@ -115,7 +115,7 @@ def test_restarted_server_finds_its_clients(frail_server: PostgresServer, how: s
 def test_frozen_server_is_an_outage_and_the_loop_continues(
     frail_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when its container is paused: connections stand, and nobody answers."""
+    """The container of the server is paused: connections stay open, but no answer arrives."""
     monkeypatch.setattr(sql_postgres, "STATEMENT_S", 1.0)
     monkeypatch.setattr(sql_postgres, "GRACE_S", 0.5)
     place = Postgres(frail_server, "grid")
@@ -169,8 +169,8 @@ def test_a_lock_that_is_not_given_up_is_an_outage(postgres: Postgres, monkeypatc
 
 
 def test_idle_transaction_is_ended(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A leader that is paused while it writes must not keep another from leading, and what it
-    was about to write is not written when it wakes."""
+    """A leader that is paused while it writes must not keep another manager from leading. The paused write is not done
+    later."""
     monkeypatch.setattr(sql_postgres, "IDLE_CLIENT_S", 0.3)
     asleep, awake = threading.Event(), threading.Event()
     real = rows.store_job
@@ -199,7 +199,7 @@ def test_idle_transaction_is_ended(postgres: Postgres, monkeypatch: pytest.Monke
 
 
 def test_read_only_server_is_awaited(postgres: Postgres) -> None:
-    """As after a failover, when the address still leads to the old server."""
+    """After a failover, the address may still lead to the old server."""
     server = postgres.server
 
     async def main() -> None:
@@ -226,7 +226,7 @@ def test_long_listing_blocks_no_other_call(postgres: Postgres, monkeypatch: pyte
         found = real(connection, query)
         listing.set()
         go_on.wait()
-        # Still as of the beginning.
+        # The content is unchanged since the beginning.
         assert real(connection, query) == found
         return found
 

@@ -1,5 +1,4 @@
-"""A ledger on a PostgreSQL of another machine, as RDS is one: passwords that change while the grid
-runs."""
+"""A ledger on a PostgreSQL server of another machine, such as RDS, whose passwords change while the grid runs."""
 
 from __future__ import annotations
 
@@ -47,13 +46,13 @@ class Secret:
         return json.dumps({"username": self.name, "password": self.passwords[-1]})
 
     def change(self) -> None:
-        """In the database; sessions are ended."""
+        """Change the password in the database, and end all sessions."""
         self.passwords.append(self._new())
         self.remote.password(self.name, self.passwords[-1])
         end_sessions_of(self.remote.server)
 
     def publish(self) -> None:
-        """In Secrets Manager."""
+        """Store the new password in Secrets Manager."""
         with in_secret():
             self._manager.put_secret_value(SecretId=self.name, SecretString=self._text)
 
@@ -163,7 +162,7 @@ def test_missing_secret_is_reported(moto: Endpoint, remote: Remote) -> None:
 def test_the_manager_leads_on_through_a_rotation(
     secret: Secret, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With the password changed, all sessions ended and the secret late, in the middle of a job."""
+    """The password changes in the middle of a job. All sessions end, and the secret is updated later."""
     caplog.set_level(logging.DEBUG)
     settings = ManagerSettings(lease_ttl_s=30.0, tick_s=0.2, silence_s=6.0, visibility_s=3.0, wait_s=0.5)
 
@@ -211,8 +210,8 @@ def test_the_manager_leads_on_through_a_rotation(
 
 
 class Checked:
-    """Tokens that the database knows, each for the connection it was made for: as RDS does, it
-    takes the newest, and no older one."""
+    """Tokens that the database accepts, each for one connection. Like RDS, the database accepts only the newest
+    token."""
 
     where = "IAM"
 
@@ -230,7 +229,7 @@ class Checked:
 def test_each_connection_brings_a_token_of_its_own(remote: Remote, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     remote.role("by_token", "nothing")
-    # Signed with the keys of this endpoint; nobody is asked.
+    # The token is signed locally with the keys of this endpoint, without a request.
     here = Endpoint("http://127.0.0.1:1", region="eu-central-1")
     host, port = "localhost", remote.server.port
     tokens = Checked(IamLogins(here, host=host, port=port, user="by_token"), remote)
@@ -239,7 +238,7 @@ def test_each_connection_brings_a_token_of_its_own(remote: Remote, caplog: pytes
         ledger = open_postgres(remote.url(), schema="tokens", ca=remote.ca, logins=tokens)
         await submit(ledger)
         first = tokens.made[-1]
-        await asyncio.sleep(1.1)  # a token says in which second it was signed
+        await asyncio.sleep(1.1)  # a token contains the second of its signature
         end_sessions_of(remote.server)
         assert await fold(ledger, done(bundle(0, 1))) == [True]
         assert tokens.made[-1] != first

@@ -1,4 +1,4 @@
-"""A ledger on a PostgreSQL of another machine: nobody is taken for it who is not."""
+"""The verification of a PostgreSQL server of another machine by its certificate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_server_of_our_authority_and_that_name_is_taken(remote: Remote) -> Non
     [("127.0.0.1", "ca", "does not match host name"), ("localhost", "strange_ca", "certificate verify failed")],
 )
 def test_wrong_name_or_authority_is_refused_for_good(host: str, ca: str, why: str, remote: Remote) -> None:
-    """Not an outage, which would be tried again and again."""
+    """The error is not an outage, which would be retried."""
     logins = Fixed("keeper", "x1")
     error = error_at(remote.url(host), ca=getattr(remote, ca), logins=logins)
     assert not isinstance(error, Unreachable)
@@ -36,7 +36,7 @@ def test_wrong_name_or_authority_is_refused_for_good(host: str, ca: str, why: st
 
 
 def test_unencrypted_connections_are_refused(remote: Remote, frail_server: PostgresServer) -> None:
-    """The server takes no such client, and the client no such server."""
+    """The server refuses an unencrypted client, and the client refuses an unencrypted server."""
     error = error_at(remote.url(sslmode="disable"), logins=Fixed("keeper", "x1"))
     assert not isinstance(error, Unreachable)
     assert "no encryption" in str(error)

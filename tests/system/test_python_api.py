@@ -1,4 +1,4 @@
-"""The Python API on a real local grid: functions mapped over items, job files run."""
+"""The Python API on a real local grid: functions that are mapped over items, and job files."""
 
 from __future__ import annotations
 
@@ -123,10 +123,10 @@ def test_items_may_come_from_a_generator_in_this_thread(grid: Grid) -> None:
 
 def test_error_in_the_item_generator_is_raised_and_nothing_remains(grid: Grid, home: Path) -> None:
     def items() -> Iterator[int]:
-        yield from range(20_000)  # beyond what goes along with a job
+        yield from range(20_000)  # more items than a submission can contain
         raise LookupError("no more")
 
-    # Results are there a moment before the job that they are of has written its end.
+    # Results are available a moment before the end of their job is written.
     until(lambda: not grid.client.jobs(active=True))
     before = objects(home)
     with pytest.raises(LookupError, match="no more"):
@@ -135,7 +135,7 @@ def test_error_in_the_item_generator_is_raised_and_nothing_remains(grid: Grid, h
 
 
 def objects(home: Path) -> set[Path]:
-    """Of jobs, as those of functions are shared."""
+    """Return the objects of jobs. Objects of functions are shared between jobs."""
     kinds = ("jobs", "raw")
     return {p for kind in kinds for p in (home / "objects" / kind).rglob("*") if p.is_file()}
 
@@ -162,7 +162,7 @@ def test_a_failed_task_raises_in_its_place_with_the_remote_traceback(grid: Grid)
 
 
 def test_failed_task_does_not_hide_other_results(grid: Grid) -> None:
-    """Pain 13: one failed child hides all results."""
+    """A failed task must not hide the results of other tasks."""
     results = list(grid.map(fail_at_three, range(6), return_exceptions=True))
     failed = results.pop(3)
     assert results == [0, 1, 2, 4, 5]
@@ -185,7 +185,7 @@ def test_failures_are_listed_once_in_either_order(grid: Grid) -> None:
 
 
 def test_an_argument_that_cannot_be_pickled_is_named_before_anything_is_queued(grid: Grid, home: Path) -> None:
-    # Results are told before their job has ended.
+    # Results are returned before their job has ended.
     until(lambda: not grid.client.jobs(active=True))
     jobs, before = len(grid.client.jobs()), objects(home)
     with pytest.raises(UsageError, match=r"Item 1 cannot be sent .*_thread\.lock"):
@@ -206,7 +206,7 @@ def test_a_function_that_cannot_be_pickled_is_named(grid: Grid) -> None:
 
 
 def test_a_result_that_cannot_be_pickled_fails_its_task_by_name(grid: Grid) -> None:
-    """I7: unpicklable results become failures with a reason, never a hang."""
+    """An unpicklable result becomes a failure with a reason, and the job does not hang (I7)."""
     with pytest.raises(TaskFailed, match=r"Task map/0 .*_thread\.lock") as caught:
         list(grid.map(lambda _: threading.Lock(), [1]))
     assert caught.value.task == 0
@@ -271,7 +271,7 @@ def test_files_travel_both_ways(grid: Grid, home: Path, tmp_path: Path) -> None:
     (result,) = grid.map(shout, [File(tmp_path / "in.txt")])
     assert result["out"].read_text() == "SOME TEXT"
     assert result["in"].read_text() == "some text"
-    # The worker and this process read the files of a local bucket in place.
+    # The worker and this process read the files of a local bucket directly.
     for path in (Path(result["read at"]), result["in"].path, result["out"].path):
         assert path.is_relative_to(home / "objects")
     assert list(grid.map(lambda f: f.read_text(), [result["out"]])) == ["SOME TEXT"]
@@ -304,7 +304,7 @@ def test_ten_thousand_tiny_tasks_do_not_cost_a_round_trip_each(grid: Grid) -> No
         assert sum(grid.map(lambda x: x, range(10_000))) == sum(range(10_000))
         return time.monotonic() - started_s
 
-    # Half a second on an idle machine of two cores; a round trip each would take a minute.
+    # The calls take half a second on an idle machine with two cores. A round trip per call would take a minute.
     assert min(measure() for _ in range(3)) < 4
 
 
@@ -312,7 +312,7 @@ def test_ten_thousand_tiny_tasks_do_not_cost_a_round_trip_each(grid: Grid) -> No
 
 
 def test_closing_the_iterator_early_cancels_the_job(grid: Grid, tmp_path: Path) -> None:
-    """Pain 11: jobs that run on after their submitter has gone."""
+    """A job must not continue after its submitter has left."""
 
     def note(i: int) -> None:
         (tmp_path / str(i)).touch()

@@ -1,4 +1,4 @@
-"""Job files run through the Python API, and the program in its documentation."""
+"""Job files in the Python API, and the program in its documentation."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_job_may_be_submitted_and_awaited_later(grid: Grid, job_file: Path) -> N
 
 
 def test_input_that_lies_in_the_bucket_is_run_over_where_it_is(grid: Grid, job_file: Path) -> None:
-    """Put there as a user of a local grid does it."""
+    """A user of a local grid stores the input in this way."""
     (there,) = (one for one in job_file.parent.rglob("*.csv"))
     raw = grid._link.home.objects / "raw"
     (raw / "incoming").mkdir(parents=True)
@@ -140,7 +140,8 @@ def test_documented_program_prints_the_documented_output(job_file: Path, tmp_pat
 
 
 def test_a_definition_larger_than_a_message_may_be_runs_at_once(grid: Grid, job_file: Path) -> None:
-    """I. Trust: its messages did not fit, so it waited for the reconciler, which waits 120 s."""
+    """A definition may be larger than a message. Before, the job's messages were too large, so it waited 120 s for the
+    reconciler."""
     text = job_file.read_text()
     large = text.replace("params:\n", f"params:\n  note: {'x' * (MAX_MESSAGE_BYTES + 1)}\n")
     assert large != text

@@ -1,4 +1,4 @@
-"""How a grid of the Python API comes and goes, whatever becomes of the program that uses it."""
+"""The start and the end of a grid of the Python API, whatever happens to the program that uses it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def grid(home: Path) -> Iterator[Grid]:
 
 
 def start(folder: Path, script: str) -> subprocess.Popen[str]:
-    """Run a script in `folder`; its output comes line by line."""
+    """Run a script in `folder`. The caller reads the script's output line by line."""
     path = folder / "script.py"
     path.write_text(textwrap.dedent(script))
     return subprocess.Popen(
@@ -47,10 +47,10 @@ def start(folder: Path, script: str) -> subprocess.Popen[str]:
 
 
 def output(folder: Path, script: str) -> str:
-    """What a script prints, which must succeed without a word on stderr."""
+    """Return the output of a script, which must succeed without output on stderr."""
     path = folder / "script.py"
     path.write_text(textwrap.dedent(script))
-    # Not pipes: what a script leaves running would keep them open.
+    # A process that the script leaves running would keep pipes open, so files are used.
     with (folder / "out").open("w+") as out, (folder / "err").open("w+") as err:
         command = [sys.executable, path.name]
         code = subprocess.run(command, cwd=folder, stdout=out, stderr=err, timeout=60, check=False).returncode
@@ -59,16 +59,16 @@ def output(folder: Path, script: str) -> str:
 
 
 def ended(home: Path) -> list[str]:
-    """How jobs have ended, as committed in the bucket."""
+    """Return the ends of jobs as committed in the bucket."""
     finals = sorted((home / "objects" / "jobs").glob("*/final/*.json"))
     return [json.loads(final.read_text())["state"] for final in finals]
 
 
-# --- With a grid of its own ----------------------------------------------------------------------
+# --- With its own grid ---------------------------------------------------------------------------
 
 
 def test_a_with_block_leaves_no_process_and_can_be_closed_again(tmp_path: Path) -> None:
-    """Pain 11: orphans."""
+    """The end of a `with` block must not leave orphans."""
     with Grid("local", home=tmp_path, workers=1) as grid:
         assert repr(grid) == f"<Grid on local in {tmp_path}>"
         assert list(grid.map(lambda x: x, [1])) == [1]
@@ -80,7 +80,7 @@ def test_a_with_block_leaves_no_process_and_can_be_closed_again(tmp_path: Path) 
         pids |= {pid for parent in pids for pid in children(parent)}
         assert len(pids) >= 4
     with pytest.raises(ProcessLookupError):
-        os.kill(record.pid, 0)  # not even a zombie
+        os.kill(record.pid, 0)  # the process is not even a zombie
     until(lambda: not any(alive(pid) for pid in pids), 5)
     grid.close()
     with pytest.raises(UsageError, match="closed"):
@@ -117,7 +117,7 @@ def test_a_grid_left_open_is_closed_when_python_ends(tmp_path: Path) -> None:
 
 
 def test_failing_program_cancels_the_rest_quietly(tmp_path: Path) -> None:
-    """No thread can be started any more by then, and the failed map asks for one."""
+    """At that point, Python cannot start a thread any more, and the failed map needs one."""
     script = """
         import sys
         from batchlab import Grid
@@ -164,7 +164,7 @@ def test_a_forked_process_does_not_end_its_parents_grid(tmp_path: Path) -> None:
 
 
 def test_a_killed_program_leaves_no_grid(tmp_path: Path) -> None:
-    """Pain 11: the submitter died, jobs ran on."""
+    """The jobs of a killed program must not continue."""
     script = """
         from batchlab import Grid
         from time import sleep
@@ -186,7 +186,7 @@ def test_map_continues_when_its_manager_is_killed(tmp_path: Path) -> None:
 
     with Grid("local", home=tmp_path, workers=1) as grid:
         results = grid.map(nap, range(20), bundle=5)
-        # All are on their way then: what is not waits for the reconciler, some seconds.
+        # All messages are sent by then. An unsent message would wait some seconds for the reconciler.
         assert next(results) == 0
         record = Home(tmp_path).record()
         assert record is not None
@@ -195,7 +195,7 @@ def test_map_continues_when_its_manager_is_killed(tmp_path: Path) -> None:
     until(lambda: not processes_of(tmp_path), 5)
 
 
-# --- With a grid that is up already --------------------------------------------------------------
+# --- With a running grid -------------------------------------------------------------------------
 
 
 def test_connecting_to_a_grid_leaves_it_up(grid: Grid, home: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_script_maps_its_own_functions_and_those_of_modules_beside_it(grid: Gr
 
 
 def test_ctrl_c_cancels_the_job(grid: Grid, home: Path, tmp_path: Path) -> None:
-    """Pain 11: interrupted, and the jobs ran on."""
+    """An interrupted program must not leave its job running."""
     script = f"""
         from batchlab import Grid
         from time import sleep
@@ -295,8 +295,8 @@ def test_ctrl_c_cancels_the_job(grid: Grid, home: Path, tmp_path: Path) -> None:
 
 
 def test_commands_that_start_a_grid_at_once_share_one_manager(tmp_path: Path) -> None:
-    """The commands that came second failed: their managers found the lock taken, and the record of
-    the first manager was not there yet."""
+    """Before, the second command failed: its manager found the lock taken before the record of the first manager
+    existed."""
     home = Home(tmp_path / "home")
     batchlab = [sys.executable, "-P", "-m", "batchlab", "grid"]
     up = [*batchlab, "up", "--pool", "default:0-1x1", "--home", str(home.path)]

@@ -1,4 +1,4 @@
-"""Programs that nobody here wrote look into a grid on `ministack`: the AWS CLI and s3cmd.
+"""Independent programs that read a grid on `ministack`: the AWS CLI and s3cmd.
 
 The addresses and keys are those that `batchlab grid env` prints, as docs/backends.md tells users.
 """
@@ -36,7 +36,8 @@ stages:
 
 
 def client(variable: str, name: str) -> str:
-    """The program that the variable names, else that of this name; skips, or fails in CI."""
+    """Return the program that the environment variable or `name` names. If it is not installed, skip the test, or fail
+    in CI."""
     program = os.environ.get(variable) or shutil.which(name)
     if program:
         return program
@@ -56,7 +57,7 @@ def s3cmd() -> str:
 
 
 class Seen:
-    """A grid that is up and has run a job, and what it says of how to look into it."""
+    """A running grid with a finished job, and the output of `grid env`."""
 
     def __init__(self, cli: Cli) -> None:
         self.cli = cli
@@ -66,7 +67,7 @@ class Seen:
         self.bucket = self.env["BATCHLAB_BUCKET"]
 
     def run(self, *argv: str) -> bytes:
-        """What the program prints, given what `grid env` says and nothing of the user's own."""
+        """Run a program with the environment of `grid env` and without the user's own, and return its output."""
         nobody = {"PATH": os.environ["PATH"], "HOME": str(self.cli.folder), "AWS_PAGER": ""}
         here = {"BATCHLAB_HOME": str(self.cli.home.path)}
         done = subprocess.run(argv, cwd=self.cli.folder, env=nobody | here | self.env, capture_output=True, timeout=120)
@@ -111,7 +112,7 @@ def test_the_aws_cli_lists_the_bucket_and_reads_an_outcome(aws: str, seen: Seen)
 
 def test_the_aws_cli_reads_the_attributes_of_a_queue(aws: str, seen: Seen) -> None:
     def sqs(*argv: str) -> dict[str, object]:
-        # Version 1 overlooks AWS_ENDPOINT_URL here.
+        # Version 1 of the AWS CLI ignores AWS_ENDPOINT_URL here.
         at = ("--endpoint-url", seen.env["AWS_ENDPOINT_URL"], "--output", "json")
         answer: dict[str, object] = json.loads(seen.run(aws, *at, "sqs", *argv))
         return answer
@@ -154,7 +155,7 @@ def test_s3cmd_fetches_what_job_results_gives(s3cmd: str, seen: Seen, tmp_path: 
 
 
 def test_the_commands_of_the_docs_work(aws: str, s3cmd: str, seen: Seen) -> None:
-    """Those under "The AWS CLI, s3cmd and other clients", one after the other in one shell."""
+    """The test runs the commands under "The AWS CLI, s3cmd and other clients" in order, in one shell."""
     text = (ROOT / "docs" / "backends.md").read_text()
     section = text.partition("\n## The AWS CLI")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)

@@ -1,6 +1,6 @@
-"""Shipped scenarios are replayed for real, compressed, and hold what was forecast of them.
+"""Replays of shipped scenarios, compressed, whose results match their forecasts.
 
-A machine that is busy with something else proves nothing of a forecast, so a replay has two tries.
+A busy machine does not disprove a forecast, so a replay may be repeated.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from tests.support.docker.grid import need_containers
 from tests.support.grid.backends import command
 
 MAKESPAN = 0.10
-"""How far off a forecast may be, as a share of the fact."""
+"""The maximum relative error of a forecast."""
 FLEET = 1
-"""And in instances, of the largest fleet."""
+"""The maximum error in instances, of the largest fleet."""
 TRIES = 3
-"""The first forecast is of a machine that does nothing else. Where it does not hold, the machine is
-measured by the replay that has just been, as a user would do it."""
+"""The number of tries. The first forecast is for an idle machine. If the forecast does not match, the machine is
+calibrated with the last replay, as a user would do."""
 
 
 def replayed(name: str, backend: str, compress: int, folder: Path, *options: str) -> Mapping[str, Any]:
-    """The differences of the whole run by measure, after looking at what must be right anyway."""
+    """Return the differences of the whole run by measure, after the checks that hold on any machine."""
     out = folder / "record.json"
     words = [
         sys.executable,
@@ -50,7 +50,7 @@ def replayed(name: str, backend: str, compress: int, folder: Path, *options: str
         *options,
     ]
     done = subprocess.run(words, env=os.environ, capture_output=True, text=True, check=False, timeout=400)
-    # Waits of tens of milliseconds are not what a compressed second is about: red is no failure.
+    # Waits of tens of milliseconds do not matter in a compressed second, so a red verdict is not a failure.
     assert done.returncode in (0, 1), done.stderr[-3000:]
     run = record.read(out)
     assert (run.cut, run.lost, run.duplicates) == ("", 0, 0)

@@ -1,8 +1,7 @@
-"""A scenario replayed with `--backend aws`, on an emulated account: one instance dies on the way.
+"""A scenario replayed with `--backend aws` on an emulated account, in which one instance dies.
 
-Auto Scaling is batchlab's own endpoint, whose instances are processes, and EC2 a stub that ends
-them. Everything else is what a user of a stack has: the commands, the connection, the stack's own
-pools and policy.
+Auto Scaling is batchlab's own endpoint, whose instances are processes. EC2 is a stub that ends these processes. The
+commands, the connection, and the stack's pools and policy are those of a real stack.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ SCENARIO = {
     "jobs": {"sleepers": {"tasks": 8, "task": "4s"}},
     "arrivals": [{"job": "sleepers", "at": ["0s"]}],
     "pools": {POOL.name: {"min": POOL.min_size, "max": POOL.max_size, "slots": POOL.slots}},
-    # There when the fault is due: a boot takes here as long as a busy machine lets it.
+    # The instances must exist when the fault is due, although a boot on a busy machine may take long.
     "prewarm": [{"pool": POOL.name, "min": 1, "at": "0s", "until": "14s"}],
     "faults": [{"at": "10s", "fault": "kill", "count": 1}],
     "expect": {"lost": 0, "duplicates": 0, "failed_jobs": 0},
@@ -37,7 +36,7 @@ SCENARIO = {
 def test_a_scenario_with_a_kill_is_replayed_on_a_stack(ministack: Endpoint, moto: Endpoint, tmp_path: Path) -> None:
     out, path = tmp_path / "record.json", tmp_path / "one-dies.yaml"
     path.write_text(yaml.safe_dump(SCENARIO))
-    # Nobody pays by the minute here: half of the test would be waiting for the idle time.
+    # The test does not pay for time, so the idle time is short to avoid waiting.
     settings = f"[manager]\nidle_s = {IDLE_S:g}\n"
     with account(ministack, moto, tmp_path / "account", settings=settings) as there:
         until(there.manager_pid, 60)

@@ -1,4 +1,4 @@
-"""`scenario replay` and `record` as a user types them, on real processes."""
+"""The commands `scenario replay` and `record` on real processes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SMALL: dict[str, Any] = {
 
 
 def write(folder: Path, **changes: Any) -> Path:
-    """A scenario file."""
+    """Write a scenario file."""
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
     return path
@@ -77,7 +77,7 @@ def test_a_replay_is_judged_compared_and_recorded_as_a_scenario(tmp_path: Path) 
     measured_s = 10 * sum(stage.run_s for stage in run.stages)
     assert again["task_s"] == pytest.approx(measured_s, rel=0.01)
 
-    # The home's own jobs, one by one and without its grid.
+    # The jobs of the home are recorded one by one, without the home's grid.
     ids = [job.id for job in run.jobs]
     told, _ = command("scenario", "record", *ids, "--home", home, "--out", tmp_path / "jobs.yaml", "--json")
     of_jobs = json.loads(told)

@@ -1,4 +1,4 @@
-"""Faults are injected at their times, and what could not be is told."""
+"""The injection of faults at their times, and the report of faults that were not injected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.system.test_replay_cli import write
 
 
 class Notes:
-    """Breaks nothing, and notes what it was asked."""
+    """A fault injector that only records its calls."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[FaultName, float]] = []
@@ -71,7 +71,7 @@ def test_faults_have_their_times_and_are_undone_at_the_end(tmp_path: Path) -> No
     assert told["kill"] == ("seen", "")
     assert told["slow-disk"] == ("", "")
     assert [fault.trouble for fault in run.faults if fault.trouble] == ["The disk was not to be slowed."]
-    # What still stands when all is done is mended, and what has not come by then is no secret.
+    # Faults that are active at the end are undone, and faults that were not due by then are reported.
     assert told["pause"] == ("seen", "")
     assert told["partition"] == ("", "the run was over before")
     assert run.cut == ""

@@ -1,4 +1,4 @@
-"""Scenarios replayed on real processes: what is submitted, what it takes, what the record says."""
+"""Scenarios replayed on real processes: the submissions, the durations, and the record."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_kind_of_stage_and_of_work_takes_its_time_and_is_recorded(tmp_path
         assert job.started_s is not None
         assert job.done_s is not None
         assert job.ended_s is not None
-        # A submission ends with its answer, and a task may begin before the answer arrives.
+        # A submission ends with its answer, but a task may begin before the answer arrives.
         assert job.due_s <= job.started_s
         assert job.due_s <= job.submitted_s <= job.ended_s
         assert job.started_s < job.done_s <= job.ended_s + 0.1
@@ -57,7 +57,7 @@ def test_every_kind_of_stage_and_of_work_takes_its_time_and_is_recorded(tmp_path
         "last": (3, ("sum",), None),
     }
     for one in run.stages:
-        # A task is never done early, and not much late: two busy cores run four of them.
+        # A task never ends early, and ends only a little late, because two busy cores run four tasks.
         assert one.declared_s * 0.99 <= one.run_s <= one.declared_s * 1.5 + 0.5
         assert one.run_s <= one.span_s + 0.1
         assert len(one.task_s) == one.tasks
@@ -91,7 +91,7 @@ def test_the_same_scenario_again_in_the_same_home_runs_anew_with_the_same_times(
 def test_attempts_fail_and_tasks_kill_their_workers_as_configured(tmp_path: Path) -> None:
     sound = JobTemplate("frail", (stage("work", 0.05, fails=0.3),), Constant(40))
     deadly = JobTemplate("poison", (stage("work", 0.2, poison=1, bundle=1),), Constant(4))
-    # One slot: nothing else runs beside the task that kills its worker.
+    # With one slot, no other task runs next to the task that kills its worker.
     pools = (PoolPlan(Pool("default", 0, 3, 1)),)
     run = replay(tmp_path / "home", scenario(sound, deadly, pools=pools))
     frail, poison = sorted(run.jobs, key=lambda job: job.template)

@@ -1,4 +1,4 @@
-"""A scenario replayed on the whole architecture: containers, PostgreSQL, LocalStack."""
+"""A scenario replayed with all components: containers, PostgreSQL, and LocalStack."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_scenario_with_its_policy_and_a_kill_on_localstack(tmp_path: Path) -> 
     command("scenario", "replay", path, "--backend", "localstack", "--home", home, "--out", out, within_s=580)
     run = record.read(out)
     assert run.cut == ""
-    # The manager in its container was told the scenario's policy, and not the backend's own.
+    # The manager in its container uses the scenario's policy instead of the backend's.
     assert (run.settings["drain_target_s"], run.settings["idle_s"]) == (15.0, 4.0)
     assert run.faults[0].evidence
     assert all(instance.type for instance in run.instances)

@@ -1,4 +1,4 @@
-"""A task of a grid, brought home: the same failure, here, under pdb, and nothing of it there."""
+"""The replay of a grid's task on the user's machine: the same failure, also under pdb, without effects on the grid."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ __all__ = ["anywhere", "grids", "here", "quick", "verdict"]
 def test_failure_is_reproduced_under_pdb(anywhere: Ran) -> None:
     done = anywhere.cli("replay-task", "parse/1", "--local", "--debug", typed="p text\nu\np line\nq\n")
     assert done.returncode == 1, done.stderr
-    # The item that nobody had thought of, in the frame where it hurts.
+    # The debugger shows the unexpected item in the failing frame.
     assert "'four'" in done.stdout
     assert "'d,four'" in done.stdout
     (said,) = [line for line in done.stdout.splitlines() if "same way" in line]
@@ -93,7 +93,7 @@ def test_a_task_is_shown_with_its_attempts_and_where_it_ran(here: Ran, quick: Qu
 def test_time_memory_and_crashes_are_judged_as_on_a_worker(here: Ran, verdict: Verdict, task: str) -> None:
     found = verdict(here, task)
     assert found["verdict"] == "same", found
-    # Where it was when it was ended.
+    # The traceback shows where the task was when it was ended.
     assert f"in {task.partition('/')[0]}" in found["stderr"]
 
 
@@ -148,7 +148,7 @@ def test_ctrl_c_is_for_the_task_and_leaves_nothing_behind(here: Ran) -> None:
 
 
 def _folders_of(group: int) -> list[Path]:
-    """What the processes of a group, which run tasks, are told to run."""
+    """Return the task folders in the command lines of a process group."""
     found = []
     for one in table():
         if one.group == group and one.pid != group:
@@ -165,7 +165,7 @@ def _hangs(folder: Path) -> bool:
 def test_ide_is_awaited_and_missing_debugpy_is_reported(
     here: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: Quick
 ) -> None:
-    """A stand-in for debugpy, which need not be installed here: what is asked of it counts."""
+    """The test uses a fake debugpy, which need not be installed, and checks its calls."""
     (tmp_path / "debugpy.py").write_text(
         "def listen(at): print('listens at', at)\n"
         "def wait_for_client(): print('attached')\n"
@@ -214,7 +214,7 @@ def test_folder_can_be_kept_moved_and_run_by_an_ide(here: Ran, tmp_path: Path, q
         done = subprocess.run([sys.executable, str(moved / "run.py")], capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert "failed the same way" in done.stderr, done
-    # Mended here, before it is mended there.
+    # The task is fixed locally before the fix is submitted.
     handlers = moved / "code" / "handlers.py"
     handlers.write_text(handlers.read_text().replace("int(text)", "len(text)"))
     done = subprocess.run([sys.executable, str(moved / "run.py")], capture_output=True, text=True, check=False)
@@ -308,7 +308,7 @@ def test_function_of_the_python_api_is_replayed(tmp_path: Path) -> None:
 
 
 def test_nothing_of_the_grid_is_changed_and_none_need_be_up(here: Ran, tmp_path: Path, quick: Quick) -> None:
-    # No manager runs in the copy of its folder.
+    # No manager runs in the copy of the grid's folder.
     shutil.copytree(here.home / "objects", tmp_path / "objects")
     down = here.moved(tmp_path)
     assert quick(down, "replay-task", "double/0")[0] == 0

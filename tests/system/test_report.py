@@ -1,7 +1,7 @@
-"""The performance data of a job on a real grid: written, asked, pulled, and no grid any more.
+"""The performance data of a job on a real grid: written, queried, downloaded, and queried without the grid.
 
-The figures are reckoned from the Parquet alone and compared with what `job show` and `cost bill`
-say, which come from the ledger and the account.
+The figures are computed from the Parquet files alone. The figures are compared with `job show` and `cost bill`, which
+use the ledger and the account.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def test_report_ledger_and_bill_agree(
         assert time.monotonic() < deadline_s, "the job's account is not written down"
         time.sleep(0.05)
 
-    # Brought here; from now on only the folder is asked.
+    # The data is downloaded, and from now on only the folder is queried.
     monkeypatch.chdir(tmp_path)
     code, out, err = run("report", "pull", "last", "--out", "runs", *home, "--json")
     assert code == 0, err
@@ -76,7 +76,7 @@ def test_report_ledger_and_bill_agree(
     with answers(tmp_path / "runs") as ask:
         check(ask, run, view, home)
 
-    # In place, by the job's name; written again; and without a grid.
+    # The data is queried in place by the job's name, after a second write, and without a grid.
     count = ("SELECT succeeded FROM jobs", "--json")
     code, out, err = run("report", "sql", *count, "last", *home)
     assert code == 0, err
@@ -95,7 +95,7 @@ def test_report_ledger_and_bill_agree(
 
 
 def check(ask: Any, run: Run, view: JobView, home: tuple[str, str]) -> None:
-    # By the task, against the ledger's counters.
+    # The counts per task are compared with the ledger's counters.
     told = {
         row["stage"]: row
         for row in ask(
@@ -122,7 +122,7 @@ def check(ask: Any, run: Run, view: JobView, home: tuple[str, str]) -> None:
     for query in store.named_queries().values():
         ask(query.sql)
 
-    # The bill, line by line.
+    # The bill is compared line by line.
     code, out, err = run("cost", "bill", view["id"], *home, "--json")
     assert code == 0, err
     bill = json.loads(out)
@@ -132,7 +132,7 @@ def check(ask: Any, run: Run, view: JobView, home: tuple[str, str]) -> None:
         assert float(lines[item["what"]]) == pytest.approx(item["usd"]["typical"], abs=1e-9), item
     assert float(whole["cost_usd"]) == pytest.approx(bill["usd"]["typical"], abs=1e-9)
 
-    # What really ran: processes of this machine.
+    # The workers were processes of this machine.
     workers = {row["instance"] for row in ask("SELECT instance FROM workers WHERE bundles > 0")}
     assert None not in workers
     assert workers <= {row["instance"] for row in ask("SELECT instance FROM instances")}

@@ -1,4 +1,4 @@
-"""Kills in the middle of the claims job: the same result each time, nothing committed twice."""
+"""Kills during the claims job, which always gives the same result and commits nothing twice."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check(grid: LocalGrid, view: JobView, out: Path, facts: ClaimsFacts) -> None
 def test_a_worker_killed_in_the_middle_costs_nothing(
     bring_up: Bring, claims: tuple[Path, ClaimsFacts], tmp_path: Path
 ) -> None:
-    """Answers pains 2 and 6: lost or doubled tasks when a worker dies."""
+    """No task is lost or doubled when a worker dies."""
     path, facts = claims
     grid = bring_up(TWO)
     job = grid.submit(path)["id"]
@@ -59,7 +59,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing(
     victim = grid.kill_worker()
     killed_s = time.monotonic()
     view = grid.wait(job)
-    # Given back when the fleet saw the death, not when the visibility timeout (20 s) ran out.
+    # The messages are returned when the fleet notices the death, not after the visibility timeout of 20 s.
     assert time.monotonic() - killed_s < 15
     check(grid, view, tmp_path / "out", facts)
     causes = [a["cause"] for a in grid.client.activities()]
@@ -90,7 +90,7 @@ def test_stopped_grid_continues_after_a_restart(
 
 
 def test_a_deleted_ledger_is_rebuilt_equal(bring_up: Bring, claims: tuple[Path, ClaimsFacts], tmp_path: Path) -> None:
-    """I3, on real files."""
+    """The test checks invariant I3 on real files."""
     path, facts = claims
     grid = bring_up(TWO)
     view = grid.run(path)
@@ -156,7 +156,7 @@ def alive(grid: LocalGrid) -> list[dict[str, object]]:
 def test_a_manager_that_has_lost_the_lead_stands_for_it_again(
     bring_up: Bring, claims: tuple[Path, ClaimsFacts], tmp_path: Path
 ) -> None:
-    """As after a disk that was full, or a database that was away, for longer than the lease."""
+    """The lease was lost because of a full disk or a database outage longer than the lease."""
     path, facts = claims
     grid = bring_up(TWO)
     job = grid.submit(path)["id"]
@@ -178,11 +178,11 @@ def _leads(grid: LocalGrid) -> bool:
 
 
 async def _usurp(grid: LocalGrid) -> None:
-    """Take the lead from whoever has it, keep it until that is noticed, and give it back."""
+    """Take the lead from the current leader, keep it until the leader notices, and release it."""
     ledger = open_sqlite(grid.home.ledger_file)
     try:
         stands = await ledger.lease(LEASE, "usurper")
-        while stands.owner != "usurper":  # renewed in between
+        while stands.owner != "usurper":  # the leader renewed the lease in between
             stands = await ledger.lease(LEASE, "usurper", over=stands)
         while "no longer the leader" not in grid.home.manager_log.read_text():
             await ledger.lease(LEASE, "usurper")

@@ -1,4 +1,4 @@
-"""The example jobs come to the same wherever they run: simulated, local, in containers, on AWS."""
+"""The results of the example jobs, which are equal on every backend: simulated, local, in containers, and on AWS."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ __all__ = ["own_image"]
 
 EXAMPLES = ROOT / "examples"
 _OURS = {"summary.json", "printed.log", ".batchlab-made", "report-data"}
-"""What is about the run, not of it."""
+"""Files about the run, which are not results."""
 
 
 def _claims(folder: Path, _: Path) -> None:
     write_claims(folder, seed=5, files=12, claims_per_file=10)
-    # A definition that is larger than a message of SQS may be.
+    # The definition is larger than the maximum size of an SQS message.
     file = folder.parent / "job.yaml"
     file.write_text(f"{file.read_text()}\nparams:\n  note: {'x' * (MAX_MESSAGE_BYTES + 1)}\n")
 
@@ -64,7 +64,7 @@ FILL: dict[str, Callable[[Path, Path], None]] = {
 
 
 def content(path: Path) -> object:
-    """What a result file holds, however it is packed."""
+    """Return the content of a result file, independent of its packing."""
     if path.suffix == ".mp4":
         decoded = ["ffmpeg", "-v", "error", "-i", str(path), "-f", "framemd5", "-"]
         return subprocess.run(decoded, capture_output=True, check=True).stdout
@@ -84,7 +84,7 @@ def contents(folder: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> dict[str, Path]:
-    """The examples' job files, with little data."""
+    """Write the examples' job files with little data."""
     made = {}
     for name, fill in FILL.items():
         job = tmp_path_factory.mktemp(name) / name
@@ -99,7 +99,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> dict[st
 def expected(
     jobs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, ffmpeg: None
 ) -> dict[str, dict[str, object]]:
-    """What they come to on `local`."""
+    """Return the results of the examples on `local`."""
     found = {}
     with worlds.plain("local", tmp_path_factory.mktemp("local")) as world:
         for name, job in jobs.items():
@@ -128,16 +128,16 @@ def test_examples_give_the_same_results_on_every_backend(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
-    """The same job files by the same code; which backend it is is a flag. And what is asked of a
-    run is answered there as on a laptop."""
+    """The backend is an option of the command, and the job files and their code are the same. The questions of the tour
+    have the same answers as on a laptop."""
     needs: dict[str, Any] = {}
     if backend == "emulated":
-        # How a release gets onto an image that has none is seen in test_boot.py.
+        # test_boot.py tests the installation of a release on an image without one.
         needs["archive"] = instance_release(tmp_path_factory)
         needs["image"] = request.getfixturevalue("own_image")
     with WORLDS[backend](tmp_path, **needs) as world:
         for name, job in jobs.items():
-            # Amazon Linux has no ffmpeg: on AWS an image of one's own brings it.
+            # Amazon Linux does not have ffmpeg, which a custom image provides on AWS.
             if name != "media" or world.has_ffmpeg:
                 world.run(job, tmp_path / "out" / name)
                 assert contents(tmp_path / "out" / name) == expected[name], name
@@ -153,7 +153,7 @@ def test_examples_give_the_same_results_on_every_backend(
 
 
 def another_manager(home: Home) -> None:
-    """In the container of the one before it, which gets no time to end."""
+    """Start another manager in the same container, without time for the first one to end."""
     at, before = compose_deployment.read(home), home.record()
     assert at
     checked("restart", "--time", "0", f"{at.project}-manager-1")
@@ -161,7 +161,7 @@ def another_manager(home: Home) -> None:
 
 
 def a_dead_instance_costs_only_time(world: World, job: Path, out: Path) -> None:
-    """One is ended under its worker while the job runs."""
+    """End one instance under its worker while the job runs."""
     stop = threading.Event()
     ended: list[str] = []
     ending = threading.Thread(target=end_one, args=(world, stop, ended))
@@ -175,7 +175,7 @@ def a_dead_instance_costs_only_time(world: World, job: Path, out: Path) -> None:
 
 
 def end_one(world: World, stop: threading.Event, ended: list[str]) -> None:
-    """Once one of the pool's instances is in service."""
+    """End an instance of the pool, once one is in service."""
     scaling = world.aws("autoscaling")
     prefix = json.loads((world.home / "aws" / "deployment.json").read_text())["prefix"]
     while not stop.wait(0.5) and not ended:

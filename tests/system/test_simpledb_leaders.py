@@ -1,5 +1,5 @@
-"""Several managers on one SimpleDB domain, in its worst weather: one leads, whatever becomes of it,
-and the job completes."""
+"""Several managers on one SimpleDB domain with every fault. One manager leads at a time, and the job completes whatever
+happens to the leader."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_leaders_are_paused_and_killed_and_the_job_completes(simpledb: Sdb, tmp_
                 ports = await stack.enter_async_context(ports_in(tmp_path, ledger))
                 async with workers(ports, 2):
                     await done(ledger, 30)
-                    # Paused, wherever it is: it may write what it was about to when it wakes.
+                    # The leader is paused at any point, and may continue its write later.
                     first.process.send_signal(signal.SIGSTOP)
                     await second.says("leads", TAKEN_OVER_S)
                     await done(ledger, 90)
@@ -46,7 +46,7 @@ def test_leaders_are_paused_and_killed_and_the_job_completes(simpledb: Sdb, tmp_
                 simpledb.weather(**FAIR)
                 await check_bucket(ports, ledger)
                 grown = await ledger.dump()
-                # I3, on the same domain, and on another kind of ledger.
+                # Invariant I3 holds on the same domain and on another kind of ledger.
                 await rebuild(ports)
                 assert await ledger.dump() == grown
                 memory = open_memory()
@@ -57,7 +57,7 @@ def test_leaders_are_paused_and_killed_and_the_job_completes(simpledb: Sdb, tmp_
 
 
 def test_outage_longer_than_a_lease_costs_only_time(simpledb: Sdb, tmp_path: Path) -> None:
-    """The leader stops leading, and leads again."""
+    """The leader stops leading, and leads again later."""
 
     async def main() -> None:
         with manager(tmp_path, simpledb.url, simpledb.domain, "a") as only:

@@ -1,8 +1,8 @@
-"""A pool's group as the stack writes it, given to Auto Scaling itself: at our own endpoint, where
-instances wait in its hooks, and at moto. MiniStack's CloudFormation drops mixed policy and hooks.
+"""The group of a pool in the stack template, created directly at batchlab's own endpoint, whose instances wait in
+hooks, and at moto. MiniStack's CloudFormation ignores the mixed instances policy and the hooks.
 
-CloudFormation's properties of a group are CreateAutoScalingGroup's parameters but for their tags'
-owner, the cooldown's name, and what is asked for with another call.
+The properties of a group equal the parameters of CreateAutoScalingGroup, except for the owner of tags, the name of the
+cooldown, and settings of other calls.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ AT_MOTO = "stacked-at-moto"
 
 
 def request(name: str, template: str) -> dict[str, Any]:
-    """CreateAutoScalingGroup's parameters, in a zone in place of subnets."""
+    """Return the parameters of CreateAutoScalingGroup, with a zone in place of subnets."""
     made = dict(cfn.Rendered(cfn.load(), **SHAPE).properties("PoolGroup"))
     for other in ("MetricsCollection", "VPCZoneIdentifier"):
         del made[other]
@@ -53,7 +53,7 @@ def judged(asg: Any, name: str) -> None:
     assert group["CapacityRebalance"] is True
     assert group["TerminationPolicies"] == ["NewestInstance"]
     assert (group["MinSize"], group["MaxSize"]) == (0, 10)
-    # moto takes 0 for unset.
+    # moto treats 0 as unset.
     assert group["DefaultCooldown"] == (300 if name == AT_MOTO else 0)
     hooks = {
         hook["LifecycleHookName"]: (hook["LifecycleTransition"], hook["HeartbeatTimeout"], hook["DefaultResult"])
@@ -63,7 +63,7 @@ def judged(asg: Any, name: str) -> None:
         READY_HOOK: ("autoscaling:EC2_INSTANCE_LAUNCHING", 300, "ABANDON"),
         DRAIN_HOOK: ("autoscaling:EC2_INSTANCE_TERMINATING", 120, "CONTINUE"),
     }
-    # Nor does it make the hooks that come with a group.
+    # moto does not create the hooks of a new group either.
     assert hooks == ({} if name == AT_MOTO else wanted)
 
 
@@ -97,7 +97,7 @@ def test_moto_takes_the_group_and_the_launch_template(moto: Endpoint) -> None:
     image = ec2.describe_images()["Images"][0]["ImageId"]
     data = cfn.Rendered(cfn.load(), **SHAPE, WorkerImage=image).properties("PoolTemplate")
     data = data["LaunchTemplateData"]
-    # References to what this test does not make.
+    # The removed properties refer to resources that this test does not create.
     del data["IamInstanceProfile"], data["NetworkInterfaces"]
     ec2.create_launch_template(LaunchTemplateName=AT_MOTO, LaunchTemplateData=data)
     (version,) = ec2.describe_launch_template_versions(LaunchTemplateName=AT_MOTO)["LaunchTemplateVersions"]
@@ -121,7 +121,7 @@ def test_moto_takes_the_group_and_the_launch_template(moto: Endpoint) -> None:
 
 @pytest.mark.parametrize("name", ["PoolGroup", "ManagerGroup"])
 def test_boto3_knows_every_property_of_the_groups(name: str) -> None:
-    """CloudFormation's words that are the API's too are spelt as in it."""
+    """A property of CloudFormation that the API also has is spelled in the same way."""
     from botocore.session import Session
 
     shape = Session().get_service_model("autoscaling").operation_model("CreateAutoScalingGroup")

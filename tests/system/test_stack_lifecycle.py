@@ -1,4 +1,4 @@
-"""What becomes of a stack on MiniStack: planned, changed, undone, removed, refused."""
+"""The life of a stack on MiniStack: planned, changed, rolled back, deleted, and refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_release_changes_instances_and_no_stored_data(plane: Plane) -> None:
     assert set(sizes().values()) == {(0, 0)}, "it is only a plan"
     changed = {change["LogicalResourceId"] for change in changes}
     assert {"ManagerGroup", "PoolGroup"} <= changed
-    # MiniStack lists as changed what a condition leaves out, and leaves out what it lets in.
+    # MiniStack lists resources that a condition excludes as changed, and omits resources that a condition includes.
     runs = {"ManagerTemplate", "PoolTemplate", "ManagerIsDown", "ManagerDoesNotCollect"}
     assert changed <= {"ManagerGroup", "PoolGroup", "PoolPeakBegins", "PoolPeakEnds", *runs}
     assert {change["Action"] for change in changes} <= {"Add", "Modify"}
@@ -92,7 +92,7 @@ def test_a_stack_that_is_deleted_leaves_its_bucket_and_nothing_else(plane: Plane
 
 
 def assert_gone(plane: Plane, name: str) -> None:
-    """Nothing is left that bears the stack's name, as far as a service lists by names."""
+    """Check that no resource with the stack's name remains, as far as a service can list names."""
     sqs, asg = plane.client("sqs"), plane.client("autoscaling")
     assert sqs.list_queues(QueueNamePrefix=f"{name}-").get("QueueUrls", []) == []
     groups = asg.describe_auto_scaling_groups()["AutoScalingGroups"]

@@ -1,9 +1,9 @@
-"""The stack made, changed, rolled back and removed on MiniStack, and what was made looked at one by
-one through each service's own API: that a stack is complete proves nothing.
+"""The stack on MiniStack: created, changed, rolled back, and deleted. Each resource is inspected through its own
+service, because a complete stack alone proves nothing.
 
-The template is reduced by `cfn.for_ministack`. What MiniStack drops of what it makes (the mixed
-policy and the hooks of a group, the bucket's lifecycle) is looked at elsewhere: the group at moto
-and at our own endpoint, the lifecycle by giving its rules to S3 itself.
+The template is reduced by `cfn.for_ministack`. MiniStack ignores a group's mixed instances policy and hooks, and the
+bucket's lifecycle rules. The group is tested at moto and at batchlab's own endpoint, and the lifecycle rules are given
+to S3 directly.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def test_the_bucket(plane: Plane, ids: dict[str, str]) -> None:
 
 
 def lifecycle(template: cfn.Template) -> list[dict[str, Any]]:
-    """The bucket's rules in the form that S3's own API has for them."""
+    """Return the bucket's lifecycle rules in the form of S3's own API."""
     rules = cfn.Rendered(template, **SHAPE).properties("Bucket")["LifecycleConfiguration"]["Rules"]
     told = []
     for rule in rules:
@@ -109,7 +109,7 @@ def lifecycle(template: cfn.Template) -> list[dict[str, Any]]:
 
 
 def test_s3_takes_the_lifecycle_rules(plane: Plane, ids: dict[str, str]) -> None:
-    """Given to it directly, since CloudFormation loses them here."""
+    """The rules are given to S3 directly, because MiniStack's CloudFormation loses them."""
     _takes(plane.client("s3"), ids["Bucket"])
 
 
@@ -213,7 +213,7 @@ def test_the_groups(plane: Plane, ids: dict[str, str]) -> None:
     assert sorted((one["MinSize"], one["Recurrence"]) for one in scheduled) == [(1, "0 18 * * 1-5"), (3, "0 8 * * 1-5")]
 
 
-# --- Network, roles, the rest --------------------------------------------------------------------
+# --- Network, roles, and other resources ---------------------------------------------------------
 
 
 def test_the_network(plane: Plane, ids: dict[str, str]) -> None:
@@ -308,7 +308,7 @@ def test_token_logs_and_alarms(plane: Plane, ids: dict[str, str]) -> None:
 
 
 def test_an_alarm_rings_when_dead_letters_wait(plane: Plane, ids: dict[str, str]) -> None:
-    """By the metric as SQS names it; MiniStack's SQS itself reports none."""
+    """The alarm uses SQS's name of the metric. MiniStack's SQS does not report metrics."""
     cloudwatch = plane.client("cloudwatch")
     name = "batchlab-pool-default-dead-letters"
 

@@ -1,9 +1,9 @@
-"""The stack's roles held to their policies: MiniStack with enforcement, over TLS, as an instance
-with the role's profile would call.
+"""The permissions of the stack's roles. MiniStack enforces the policies over TLS, for calls as an instance with the
+role's profile makes them.
 
-MiniStack does not hold AssumeRole to the role's trust (only EC2 may, see the unit tests), has no
-SimpleDB, and takes a batch's call for an action of its own, so it is given those (see
-`cfn.for_ministack`). The condition keys of conditional writes come from `ministack_conditions`.
+MiniStack does not enforce the trust policy of AssumeRole (only EC2 may assume the roles, see the unit tests), and does
+not have SimpleDB. MiniStack checks an SQS batch call as a separate action, so `cfn.for_ministack` adds these actions.
+The condition keys of conditional writes come from `ministack_conditions`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Site]]
 
 
 def user_of(root: Plane, stack: Stack) -> Plane:
-    """A person with the policy that the docs give to users of the grid, and nothing else."""
+    """Return a user with only the policy that the docs give to users of the grid."""
     (policy,) = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
     outputs = stack.outputs()
     facts = {"ACCOUNT": ACCOUNT, "REGION": REGION, "BUCKET": outputs["Bucket"]}
@@ -132,7 +132,7 @@ def test_a_user_with_the_documented_policy_must_not(user: Site, call: Call) -> N
 
 
 def test_missing_key_is_not_found_instead_of_forbidden(worker: Site, manager: Site) -> None:
-    """What the worker takes for "nobody has committed this"."""
+    """A worker reads this answer as "the bundle does not have an outcome yet"."""
     for site in (worker, manager):
         with pytest.raises(ClientError) as missing:
             site.get("jobs/j/s/outcomes/ab/nothing.json")
@@ -154,7 +154,7 @@ def test_a_stolen_session_without_its_secret_is_refused(worker: Site) -> None:
 
 
 def test_everything_is_refused_without_tls(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The same calls as above, to the same stack where MiniStack speaks plain HTTP."""
+    """The calls are those of the tests above, on the same stack without TLS."""
     with served(tmp_path_factory.mktemp("plain"), enforces=True) as root:
         stack = Stack(root)
         assert stack.create(cfn.for_ministack(cfn.load(), **SHAPE), **SHAPE) == "CREATE_COMPLETE"

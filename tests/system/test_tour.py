@@ -1,4 +1,4 @@
-"""On an emulator of the grid's own, all that is built around jobs works as it does on `local`."""
+"""The features around jobs on a grid's own emulator, which work as on `local`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def test_a_run_is_looked_at(world: World, tmp_path: Path) -> None:
-    """Not its logs and its tasks, which test_follow_logs.py and test_replay_task.py have."""
+    """test_follow_logs.py and test_replay_task.py test logs and tasks."""
     what_is_told_of_it(world, *submitted(world, tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Grids that go on with the data of an earlier release."""
+"""Grids that continue with the data of an earlier release."""
 
 from tests.support.grid.fixtures import bring_up
 

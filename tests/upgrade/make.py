@@ -1,10 +1,10 @@
-"""Keeps what an earlier batchlab has written, for tests that go on with it:
+"""Store the data that an earlier batchlab has written, for tests that continue with this data.
 
     python -m tests.upgrade.make COMMIT
 
-runs jobs by the command line of that commit and writes the grid's folder as it left it, beside
-what it said of its jobs, to tests/upgrade/COMMIT.tar.xz. Invariant: an archive holds no secret and
-nothing that grows with the machine it was made on.
+runs jobs with the command line of that commit. The program writes the resulting folder of the grid, together with the
+commit's output about its jobs, to tests/upgrade/COMMIT.tar.xz. Invariant: an archive does not contain secrets or
+data that depends on the machine.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def total(results):
     return sum(results)
 """
 HOLD = Path("/tmp/batchlab-upgrade-hold")
-"""While this is there, most tasks of a job that is to be left unfinished wait."""
+"""While this file exists, most tasks of an unfinished job wait."""
 TASKS = 9
 TOTAL = sum(number * number for number in range(TASKS) if number != 7)
-# `.workers` has what the machine is made of.
+# `.workers` contains data of the machine.
 _LEFT_OUT = (".workers", "token", "scratch", "manager.lock", "manager.json")
 WAIT_S = 60.0
 
@@ -92,17 +92,17 @@ class Earlier:
         return done.stdout
 
     def knows(self, command: str) -> bool:
-        """Whether that version has this command."""
+        """Return whether that version has this command."""
         return f"\n  {command} " in self("--help")
 
     def job(self, name: str, *, held: bool) -> str:
-        """Submit one of this name; its id."""
+        """Submit a job of this name, and return its id."""
         path = self.folder / f"{name}.yaml"
         path.write_text(JOB.replace("NAME", name).replace("HELD", str(HOLD) if held else "''"))
         return self("job", "submit", path.name).strip()
 
     def wait(self, job: str, until: Callable[[dict[str, Any]], bool]) -> None:
-        """Returns when that is so of the job's view."""
+        """Wait until the function returns true for the job's view."""
         deadline_s = time.monotonic() + WAIT_S
         while not until(json.loads(self("job", "show", job, "--json"))):
             if time.monotonic() > deadline_s:
@@ -123,7 +123,7 @@ def _ended(view: dict[str, Any]) -> bool:
 
 
 def make(commit: str) -> Path:
-    """The archive, which is written."""
+    """Write the archive, and return its path."""
     with tempfile.TemporaryDirectory(prefix="batchlab-upgrade-", dir="/tmp") as made:
         checkout, folder = Path(made, "checkout"), Path(made, "folder")
         _git("worktree", "add", "--detach", "--quiet", str(checkout), commit)
@@ -147,8 +147,7 @@ def make(commit: str) -> Path:
 
 
 def _run(earlier: Earlier) -> dict[str, Any]:
-    """What there is to find again: a job that has ended, one that is paused, one at work, and where
-    that version has them a schedule and a report."""
+    """Create an ended, a paused, and a running job, and a schedule and a report if that version supports them."""
     earlier("grid", "up", "--pool", "default:0-2x1")
     ended = earlier.job("ended", held=False)
     earlier.wait(ended, _ended)
@@ -157,7 +156,7 @@ def _run(earlier: Earlier) -> dict[str, Any]:
     paused = earlier.job("paused", held=True)
     earlier.wait(paused, _begun)
     earlier("job", "pause", paused)
-    HOLD.unlink()  # what is running ends, the others have not begun
+    HOLD.unlink()  # the running tasks end, and the other tasks have not begun
     earlier.wait(paused, _idle)
     if earlier.knows("report"):
         earlier("report", "write", ended)
@@ -190,7 +189,7 @@ def _add(archive: tarfile.TarFile, name: str, body: bytes) -> None:
 
 
 def _of_no_machine(name: Path, body: bytes) -> bytes:
-    """Without the boot of the machine that it was made on: its processes are gone on any other."""
+    """Remove the boot id of the machine, so that the recorded processes count as ended on any machine."""
     if "instances" not in name.parts:
         return body
     return re.sub(rb'("boot": ?)"[^"]*"', rb'\1"00000000-0000-0000-0000-000000000000"', body)

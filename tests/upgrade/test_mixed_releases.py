@@ -1,4 +1,4 @@
-"""A grid of two releases while it is renewed: what the other one writes is read, or left to it."""
+"""A grid of two releases during an update. Each release reads or ignores what the other one writes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from batchlab.worker.inflight_message import Handle, Identity, Work, WorkerSetti
 from batchlab.worker.loop import Worker
 
 BEFORE = Path(__file__).parent / "wire_before"
-"""As releases wrote it that knew nothing of targets, traces and protocols."""
+"""Messages of releases without notification targets, traces, and protocol numbers."""
 A, B = StageName("a"), StageName("b")
 JOB = JobDef(JobId("sums-0123456789"), "sums", (StageDef(A, handler="m:f"),), 1.5)
 BUNDLE = Bundle(JOB.id, A, TaskSet.span(0, 2))
@@ -55,13 +55,13 @@ def before(name: str) -> dict[str, Any]:
 
 
 def later(value: Any) -> Any:
-    """As a later release might write it: with more fields wherever there are some."""
+    """Return the value as a later release might write it, with more fields in every object."""
     if isinstance(value, dict):
         return {**{key: later(one) for key, one in value.items()}, "hue": {"of": ["later"]}}
     return [later(one) for one in value] if isinstance(value, list) else value
 
 
-# --- What an earlier release has written ---------------------------------------------------------
+# --- Data of an earlier release ------------------------------------------------------------------
 
 
 def test_a_job_of_an_earlier_release_is_read_and_written_as_it_was() -> None:
@@ -97,7 +97,7 @@ def test_messages_and_outcomes_of_an_earlier_release_are_read() -> None:
         assert made == known, "and an earlier release reads what this one writes"
 
 
-# --- What a later release has written ------------------------------------------------------------
+# --- Data of a later release ---------------------------------------------------------------------
 
 
 def test_fields_of_a_later_release_are_ignored() -> None:
@@ -109,7 +109,7 @@ def test_fields_of_a_later_release_are_ignored() -> None:
     assert found == read_task_message((BEFORE / "message.json").read_text())
     assert json_format.outcome_from_json(later(before("outcome"))) == json_format.outcome_from_json(before("outcome"))
     doc = before("events")
-    del doc["m"]  # names and numbers by any name; see Counts
+    del doc["m"]  # the field has names and numbers of any kind, see Counts
     known = read_events_message(json.dumps(doc))
     doc = later(doc)
     doc["q"][0].append(7)
@@ -163,7 +163,7 @@ def test_worker_message_has_no_field_for_managers_only() -> None:
 
 
 class Doing:
-    """A runner whose tasks come to their item."""
+    """A runner that returns the item of each task as its result."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []
@@ -177,7 +177,7 @@ class Doing:
 
 
 class Scene:
-    """A worker, its bucket and its queues."""
+    """A worker with its bucket and its queues."""
 
     def __init__(self) -> None:
         rng = random.Random(1)
@@ -239,16 +239,16 @@ def test_job_for_newer_workers_is_left_in_the_queue(
         await scene.prepare()
         running = asyncio.create_task(scene.worker.run())
         body = await scene.send(JOB, change)
-        # It passes by more often than a message may be received.
+        # The message is returned more often than the maximum receive count.
         await asyncio.sleep(10 * OTHERS_S)
         assert not scene.runner.ran
         assert await committed(scene.objects, BUNDLE, scene.patience, UNSEALED) is None
-        # What it knows it goes on with.
+        # The worker continues with the jobs that it knows.
         other = replace(JOB, id=JobId("other"))
         await scene.send(other, nothing)
         await asyncio.sleep(2.0)
         assert scene.runner.ran == ["other"]
-        # A worker that is newer finds it as it was sent, and not as a suspect.
+        # A newer worker receives the message unchanged, and not as a suspect.
         scene.worker.drain()
         await running
         await asyncio.sleep(OTHERS_S)
@@ -278,7 +278,7 @@ def test_bundle_received_by_older_workers_stays_suspect() -> None:
     play(main)
 
 
-# --- What is no event ----------------------------------------------------------------------------
+# --- Invalid events ------------------------------------------------------------------------------
 
 HELD = {"queue": "q", "receipt": "r", "job": "j", "stage": "s", "bundle": "00000000-00000009.0.1", "running": True}
 BEAT = {"worker": "w", "instance": "i", "pool": "p", "at_s": 1.0, "slots": 1, "busy": 0}

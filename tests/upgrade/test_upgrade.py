@@ -1,6 +1,6 @@
-"""What an earlier batchlab has written is read, reported and finished by this one.
+"""The data of an earlier batchlab, which this version reads, reports, and continues.
 
-tests/upgrade has a grid's folder of each earlier version; tests/upgrade/make.py makes them.
+tests/upgrade contains a grid's folder of each earlier version, which tests/upgrade/make.py has written.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ SAME = ("id", "name", "reason", "round", "priority", "tags", "submitted_s", "sta
 
 @dataclass(frozen=True)
 class Kept:
-    """A grid's folder as that version left it, and what that said of its jobs."""
+    """The folder of a grid from that version, and the version's output about its jobs."""
 
     home: Path
     told: dict[str, Any]
 
     @property
     def jobs(self) -> dict[str, dict[str, Any]]:
-        """By the name of each."""
+        """Return the jobs by name."""
         return {one["name"]: one for one in self.told["jobs"]}
 
 
@@ -64,7 +64,7 @@ def test_work_of_an_earlier_release_continues(kept: Kept, bring_up: Bring, tmp_p
     assert failure["task"] == 7
     assert "seven" in failure["reason"]
 
-    # What was under way goes on by itself, and what was paused once somebody says so.
+    # A running job continues by itself, and a paused job continues after a resume.
     grid.client.resume(now["paused"]["id"])
     for name in ("working", "paused"):
         view = grid.wait(now[name]["id"])
@@ -83,7 +83,7 @@ def test_work_of_an_earlier_release_continues(kept: Kept, bring_up: Bring, tmp_p
 
 
 def same(before: Any, now: Any) -> None:
-    """What was said of a job is said of it still."""
+    """Check that the output about a job is unchanged."""
     assert {name: now[name] for name in SAME} == {name: before[name] for name in SAME}
     assert now["state"] == before["state"]
     counts = ("name", "pool", "planned", "succeeded", "failed", "cancelled")
@@ -92,7 +92,7 @@ def same(before: Any, now: Any) -> None:
 
 
 def reported(grid: LocalGrid, kept: Kept, tmp_path: Path) -> None:
-    """Of the job that had ended, the report that there is or one that is written now."""
+    """Check the existing report of the ended job, or write one now."""
     page, job = tmp_path / "run.html", kept.jobs["ended"]["id"]
     tables = grid.home.objects / "reports" / job
     assert bool(list(tables.rglob("*.parquet"))) is kept.told["reports"]

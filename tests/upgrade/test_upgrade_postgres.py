@@ -1,4 +1,4 @@
-"""A ledger of an earlier schema in PostgreSQL is migrated to what SQLite's becomes."""
+"""A PostgreSQL ledger of an earlier schema, whose migrated schema equals SQLite's."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def revision(file: Path) -> str:
 
 
 def copy(file: Path, postgres: Postgres, found: str) -> None:
-    """The ledger of that file in PostgreSQL, as a batchlab of that schema would have it."""
+    """Copy the ledger of that file to PostgreSQL, in that schema."""
     source: Engine = sqlite_engine(file)
     target = postgres_engine(postgres.url, postgres.schema)
     try:
@@ -62,7 +62,7 @@ def copy(file: Path, postgres: Postgres, found: str) -> None:
             config.set_main_option("script_location", str(engines.MIGRATIONS))
             command.upgrade(config, found)
             for table in metadata.sorted_tables:
-                # Whoever led does so no longer, and how that is written has changed.
+                # The lease is not copied, because no manager leads and its format has changed.
                 if table not in (versions, leases):
                     rows = [dict(row._mapping) for row in old.execute(select(table))]
                     if rows:

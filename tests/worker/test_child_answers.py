@@ -1,4 +1,4 @@
-"""A child's answers are gathered where they come quickly, and heard at once where they do not."""
+"""The answers of a child process, which are gathered if they arrive quickly and read at once otherwise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from batchlab.worker.child_process import ChildProcess
 
 
 class Pipe(ChildProcess):
-    """The worker's end of a child that is made up: its lines are put in by hand."""
+    """The worker's end of a fake child process, whose output lines the test adds."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -54,7 +54,7 @@ def test_following_answers_are_batched(slept: list[float]) -> None:
 
 
 def test_after_a_look_that_found_nothing_nothing_is_slept_through(slept: list[float]) -> None:
-    """Tasks of a tenth of a second: the end of their bundle was heard of 20 ms late."""
+    """With tasks of a tenth of a second, the end of their bundle was noticed 20 ms late before."""
 
     async def main() -> None:
         pipe = Pipe()

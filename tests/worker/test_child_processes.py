@@ -1,4 +1,5 @@
-"""Children are warm, few, bound to one code folder, and die with their worker."""
+"""Child processes of a worker, which are reused, limited in number, bound to one code folder, and end with the
+worker."""
 
 from __future__ import annotations
 
@@ -109,7 +110,7 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_children_and_their_programs_die_with_the_worker(tmp_path: Path, number: int) -> None:
-    """Pain 11: orphans. However the worker ends, nothing of it runs on."""
+    """A worker must not leave orphans. No child continues, however the worker ends."""
 
     async def main() -> None:
         mark = tmp_path / "pid"

@@ -1,4 +1,4 @@
-"""The code zip is the same for the same code, and cannot write outside of its folder."""
+"""The code zip, which is equal for equal code and cannot write outside of its folder."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_damaged_zip_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         code_cache.unpack(junk, digest(junk), tmp_path / "out")
     twice = a_zip("a.py")
-    corrupt = twice.replace(b"a.py", b"b.py", 1)  # the two directories disagree
+    corrupt = twice.replace(b"a.py", b"b.py", 1)  # the two directories of the zip disagree
     with pytest.raises(UsageError, match="cannot be read"):
         code_cache.unpack(corrupt, digest(corrupt), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

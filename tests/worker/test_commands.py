@@ -1,4 +1,4 @@
-"""A stage may run any program: its arguments, its files, and the ways it fails."""
+"""Stages that run a program: arguments, files, and failures."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_programs_and_modules_of_the_code_folder_are_found(tmp_path: Path) -> No
 
 
 def test_an_exit_code_is_a_failure_with_the_last_line_of_stderr(tmp_path: Path) -> None:
-    """Pain 7: exit codes must reach the retry rules, also when a signal ended the program."""
+    """An exit code must reach the retry rules, even if a signal ended the program."""
 
     async def main() -> None:
         async with opened(tmp_path) as rig:

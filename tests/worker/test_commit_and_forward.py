@@ -1,4 +1,4 @@
-"""How a part of a bundle leaves a worker while the rest of it still runs."""
+"""The early commit of a part of a bundle while the rest still runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BELOW = ABOVE.replace("b7", "c8")
 
 
 class Sent:
-    """A queue that keeps what it is sent."""
+    """A queue that records sent messages."""
 
     def __init__(self) -> None:
         self.tasks: list[TaskMessage] = []
@@ -57,7 +57,7 @@ class Sent:
 
 
 class Spans:
-    """A tracer that keeps the names of what began, below which nothing else is."""
+    """A tracer that records the names of started root spans."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -80,7 +80,7 @@ class Spans:
 
 
 class Rig:
-    """One worker's way out, and a bundle of six tasks in its hand, of which two have run."""
+    """A worker's commit code, and a bundle of six tasks, two of which have run."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.objects, self.sent, self.spans = (SimObjects(), Sent(), Spans())
@@ -141,7 +141,7 @@ def test_handed_over_tasks_are_committed_reported_and_traced(caplog: pytest.LogC
         assert told == {1: "b", 3: "d", 4: "e", 5: "f"}, "what is kept needs no message"
         assert rig.sent.events[-1].outcomes == (outcome,)
         assert rig.inflight_messages["w-1-1"].receipt == "receipt", "whoever gets it forwards once more"
-        # Each hop is a span of its own, and what follows goes on below the last one.
+        # Each hop has its own span, and later work continues below the last span.
         assert rig.spans.names == ["commit", "forward"]
         assert {message.trace for message in rig.sent.tasks} == {BELOW}
         assert rig.sent.events[-1].traces == ((JOB.id, STAGE, BUNDLE.id, BELOW),)
@@ -154,7 +154,7 @@ def test_handed_over_tasks_are_committed_reported_and_traced(caplog: pytest.LogC
 
 
 def test_bundle_with_a_foreign_outcome_hands_over_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """What it comes to is told once, at its end."""
+    """The worker reports the bundle's outcome once, at its end."""
     caplog.set_level(logging.INFO, "batchlab")
 
     async def act(rig: Rig) -> None:

@@ -1,4 +1,4 @@
-"""What a task does to its process, and what its limits do to it, costs that task alone."""
+"""Crashes and exceeded limits of a task, which affect only this task."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batchlab.worker.child_process import describe_exit
 from batchlab.worker.inflight_message import Handle
 from tests.support.worker.runner import alive, collect, go, opened, until
 
-# --- Failures that take the process along --------------------------------------------------------
+# --- Failures that end the process ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ from tests.support.worker.runner import alive, collect, go, opened, until
     ids=str,
 )
 def test_a_crash_costs_exactly_the_task_that_crashed(tmp_path: Path, item: list[Any], code: int) -> None:
-    """Pain 6: one bad task must not make its bundle run twice. Every task ran exactly once."""
+    """One bad task must not make its bundle run twice. Every task ran exactly once."""
 
     async def main() -> None:
         counter = tmp_path / "counter"
@@ -53,7 +53,7 @@ def test_a_crash_costs_exactly_the_task_that_crashed(tmp_path: Path, item: list[
             else:
                 assert failure.reason.startswith(f"killed its process: {describe_exit(code)}")
         runs = Counter(counter.read_text().split())
-        # SIGKILL may have come from outside: such a task gets another chance, its neighbours none.
+        # SIGKILL may have come from outside, so the task gets another attempt, and its neighbors are unaffected.
         assert runs.pop("20") == (LOSS_LIMIT if code == -signal.SIGKILL else 1)
         assert runs == Counter(str(n) for n in range(41) if n != 20)
 
@@ -140,7 +140,7 @@ __main__.MemoryGrowth.worn_out = lambda self: os._exit(9)
 
 
 def test_process_that_keeps_exiting_between_tasks_is_given_up(tmp_path: Path) -> None:
-    """I7: a job always ends, also where nobody can be caught in the act."""
+    """A job always ends (I7), even if no task can be identified as the cause."""
 
     async def main() -> None:
         folder = tmp_path / "code"
@@ -282,7 +282,7 @@ def test_stop_lets_the_running_task_end_and_starts_no_other(tmp_path: Path) -> N
 
 
 def test_no_task_starts_without_a_fresh_look_at_the_control_object(tmp_path: Path) -> None:
-    """I4: `until_s` is when the worker's knowledge of the job's control object ends."""
+    """No task may start after the control lease (I4). `until_s` is the end of the worker's control lease."""
 
     async def main() -> None:
         async with opened(tmp_path) as rig:

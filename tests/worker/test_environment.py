@@ -1,4 +1,4 @@
-"""What a worker says of its surroundings, and what is told of a difference."""
+"""A worker's description of its environment, and the report of a difference."""
 
 from __future__ import annotations
 

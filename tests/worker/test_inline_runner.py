@@ -1,4 +1,4 @@
-"""The simulator's runner calls real handlers in virtual time, and obeys like the real one."""
+"""The simulator's runner, which calls real handlers in virtual time, and follows the same rules as the real runner."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def late(item):
 
 
 class Sim:
-    """A virtual-time loop with a bucket and an InlineRunner; every task takes `seconds`."""
+    """A virtual-time loop with a bucket and an InlineRunner. Every task takes `seconds`."""
 
     def __init__(self, seconds: float = 10.0, objects: SimObjects | None = None) -> None:
         self.loop = SimLoop()

@@ -1,4 +1,4 @@
-"""What running tasks print is stored while somebody asks for it, and then no more."""
+"""Live logs of running tasks, which are stored only while a client follows them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _context(
 
 
 class Bucket(SimObjects):
-    """Counts what is put, and fails where it is told to."""
+    """A bucket that counts puts, and can fail."""
 
     puts = 0
     away = False
@@ -109,14 +109,14 @@ def test_live_logs_cost_nothing_without_a_follower() -> None:
         (tail,) = from_bytes(await objects.get(KEY))
         assert (tail.stage, tail.task, tail.attempt, tail.execution) == ("talk", 3, 2, "w-1-3")
         assert (tail.start, tail.stop, tail.text) == (0, 16, "secret of nobody")
-        # Nothing new, nothing stored; something new, once a step.
+        # Without new output, nothing is stored. New output is stored once per step.
         await asyncio.sleep(2 * EVERY_S)
         assert objects.counted() == 1
         for _ in range(100):
             talk.data += b"x\n"
             await asyncio.sleep(0.1)
         assert objects.counted() == 3
-        # The request has run out; another one begins it anew.
+        # The request has expired, and another request starts live logs again.
         await asyncio.sleep(ASKED_S)
         before = objects.puts
         talk.data += b"later"
@@ -146,7 +146,7 @@ def test_a_talkative_worker_stores_the_ends_only() -> None:
         assert all(one.text.endswith("end") for one in found)
         assert all(one.stop == 100_003 and one.stop - one.start == len(one.text) for one in found)
         assert sum(len(one.text) for one in found) <= MAX_LOG_BYTES_PER_JOB
-        # Those that have ended are in it no more.
+        # Ended tasks are not stored any more.
         for talk in talks[1:]:
             talk.task = None
         await asyncio.sleep(EVERY_S)
@@ -199,7 +199,7 @@ def test_request_for_live_logs_is_part_of_the_control_object() -> None:
     ("ago_s", "is_heard"), [(0.0, True), (ASKED_S, True), (-MAX_CLOCK_SKEW_S, True), (3600.0, False), (-3600.0, False)]
 )
 def test_expired_request_is_ignored_by_a_new_worker(ago_s: float, is_heard: bool) -> None:
-    """It stored for 30 s for nobody, each worker that met the job, and again after each pause."""
+    """Before, each new worker of the job stored output for 30 s without a client, and did so again after each pause."""
 
     async def main() -> None:
         objects, clock = SimObjects(), _clock()
@@ -209,13 +209,13 @@ def test_expired_request_is_ignored_by_a_new_worker(ago_s: float, is_heard: bool
         controls = ControlPoller(_context(objects), asked.append)
         await controls.read(JOB)
         assert asked == [JOB] * is_heard
-        # What comes while it looks on is news, whatever the clocks say.
+        # A request that arrives while the worker reads the control object is new, whatever the clocks say.
         await asyncio.sleep(0.3)
         again = replace(word, tail=8)
         await objects.put(object_keys.control(JOB), json_format.control_to_bytes(again))
         await controls.read(JOB)
         assert asked[is_heard:] == [JOB]
-        # And after a pause it may be old again.
+        # After a pause, the request may be expired again.
         await asyncio.sleep(30.0)
         await objects.put(object_keys.control(JOB), json_format.control_to_bytes(replace(word, tail=9)))
         await controls.read(JOB)
@@ -240,7 +240,7 @@ def test_request_of_an_earlier_release_without_a_time_is_valid() -> None:
 
 
 class Reads(SimObjects):
-    """Counts what is read of tails."""
+    """A bucket that counts reads of live logs."""
 
     gets = 0
 
@@ -250,7 +250,7 @@ class Reads(SimObjects):
 
 
 class Followed:
-    """A job whose workers have stored what they print, and who follows it."""
+    """A job with stored live logs, and the clients that follow it."""
 
     def __init__(self) -> None:
         self.objects = Reads()
@@ -314,7 +314,7 @@ def test_live_logs_of_many_workers_are_bounded(monkeypatch: pytest.MonkeyPatch) 
             found = await scene.tails.read(live)
             assert 5 < len(found) < 20, "some are shown"
             assert scene.kept() <= 25_000
-        # Of what is still there nothing is read anew; of what had to go all is.
+        # Cached live logs are not read again, but evicted ones are.
         gets = scene.objects.gets
         await asyncio.sleep(scene.tails.every_s)
         assert len(await scene.tails.read(scene.live)) > 5

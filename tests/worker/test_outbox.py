@@ -1,4 +1,4 @@
-"""What a worker tells along with its events reaches the queue, though a send fails on the way."""
+"""A worker's additional reports, which reach the queue with its events even after a failed send."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JOB, STAGE = JobId("sums-1"), StageName("map")
 
 
 class Sent:
-    """A queue that keeps what it is sent, while it is there."""
+    """A queue that records sent messages while it is available."""
 
     def __init__(self) -> None:
         self.away = False
@@ -78,7 +78,7 @@ def test_unsent_report_is_part_of_the_next_event() -> None:
         await outbox.send_event(beat(3))
         assert sent.duplicates == ["w-1-1"]
         assert [counter.counts for events in sent.events for counter in events.counters] == [{"duplicate": 1}]
-        # Told once, and no more.
+        # The report is sent exactly once.
         await outbox.send_event(beat(4))
         assert not sent.events[-1].duplicates
         assert not sent.events[-1].counters
@@ -128,7 +128,7 @@ def test_waiting_reports_are_bounded_and_fit_into_messages() -> None:
 
 
 def test_worker_with_a_failing_last_event_ends_its_processes() -> None:
-    """It ended in an error, with its tasks' processes still there."""
+    """Before, the worker ended with an error and left the processes of its tasks running."""
 
     async def main() -> None:
         sent, closed = Sent(), 0

@@ -1,4 +1,4 @@
-"""What a worker's events wait for, and what goes along with them."""
+"""The delay of a worker's events, and the reports that share their messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def outcome(task: int) -> Outcome:
 
 @dataclass
 class World:
-    """A worker's outbox and beats before an events queue, in virtual time."""
+    """A worker's outbox and heartbeats with an events queue, in virtual time."""
 
     loop: SimLoop = field(default_factory=lambda: SimLoop(inline_executor=True))
     inflight_messages: dict[str, InflightMessage] = field(default_factory=dict)
@@ -113,7 +113,7 @@ def test_held_bundles_are_reported_once_with_an_outcome() -> None:
         keeping = asyncio.create_task(world.beats.run())
         await asyncio.sleep(SETTLE_S)
         assert [len(one.beats) for one in await world.heard()] == [1]
-        # Sooner than the next beat may be sent by itself.
+        # The time is shorter than the interval of heartbeats.
         world.take(7)
         await world.outbox.send_event(outcome(1))
         (events,) = await world.heard()
@@ -122,7 +122,7 @@ def test_held_bundles_are_reported_once_with_an_outcome() -> None:
         ]
         await asyncio.sleep(WorkerSettings().beat_gap_s * 3)
         assert await world.heard() == []
-        # A change is still told by itself.
+        # A change is still sent by itself.
         world.inflight_messages.clear()
         world.beats.request()
         await asyncio.sleep(WorkerSettings().beat_gap_s)
@@ -136,7 +136,7 @@ def test_held_bundles_are_reported_once_with_an_outcome() -> None:
 @pytest.mark.parametrize("left", [1, 4, 40, 4000])
 @pytest.mark.parametrize("pace_s", [0.0, 1e-5, 0.005, 0.1, 60.0])
 def test_answers_are_gathered_for_a_part_of_what_is_left_to_run(left: int, pace_s: float) -> None:
-    """So the end of a bundle is not slept through, and a long one's death is noticed soon."""
+    """The delay must not hide the end of a bundle, and the death of a long bundle must be noticed soon."""
     gather_s = gathering_s(left, pace_s)
     assert 0 < gather_s <= max(0.001, min(0.02, left * pace_s / 4))
     assert gathering_s(2 * left, pace_s) >= gather_s
@@ -144,7 +144,7 @@ def test_answers_are_gathered_for_a_part_of_what_is_left_to_run(left: int, pace_
 
 
 def test_concurrent_deletes_are_one_request() -> None:
-    """A moment after what was done with them has been told, which goes first."""
+    """The deletes come a moment after the event about the deleted messages, which is sent first."""
     world = World()
     asked: list[Sequence[str]] = []
 

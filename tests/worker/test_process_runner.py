@@ -1,4 +1,4 @@
-"""Tasks run in warm child processes, and whatever they do to those, their neighbours go on."""
+"""Tasks in reused child processes, whose faults do not affect their neighbors."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_sys_exit_is_a_failure_with_its_code(tmp_path: Path, args: list[Any], co
     ],
 )
 def test_untransferable_result_is_a_failure_with_its_reason(tmp_path: Path, what: str, says: str) -> None:
-    """Pain: unpicklable and odd results must end as FAILED tasks with a reason (I7)."""
+    """An unpicklable or odd result ends its task as FAILED with a reason (I7)."""
 
     async def main() -> None:
         async with opened(tmp_path) as rig:
@@ -180,7 +180,7 @@ BROKEN = {
 def test_a_handler_that_cannot_be_loaded_fails_the_bundle_with_a_reason(
     tmp_path: Path, handler: str, says: str
 ) -> None:
-    """Pain 1: stuck without a reason. A missing handler is FAILED tasks and a sentence (I7)."""
+    """A job must not be stuck without a reason. A missing handler leads to FAILED tasks with a reason (I7)."""
 
     async def main() -> None:
         folder = tmp_path / "code"

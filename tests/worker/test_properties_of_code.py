@@ -1,4 +1,4 @@
-"""A code folder on its way to the workers: what arrives is what was there, or it never leaves."""
+"""The transfer of a code folder to the workers. The folder arrives unchanged, or the client refuses it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ TREE = st.dictionaries(st.lists(NAME, min_size=1, max_size=3).map("/".join), st.
 
 
 def lay(folder: Path, tree: dict[str, bytes]) -> dict[str, bytes]:
-    """Write the files; those that are there in the end."""
+    """Write the files, and return the files that exist at the end."""
     for name, content in tree.items():
         path = folder / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         except (FileExistsError, NotADirectoryError, IsADirectoryError):
-            continue  # another file is where its folder should be, or the other way round
+            continue  # the path of another file conflicts with this one
     return found(folder)
 
 

@@ -1,4 +1,4 @@
-"""Leases count the time in which a machine was suspended."""
+"""Leases on a machine that was suspended, which include the time of the suspension."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from batchlab.worker.shared_memory import ChildState
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="the system has no such clock")
 def test_a_lease_runs_out_while_the_machine_is_suspended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CLOCK_MONOTONIC stands still in suspend. A worker that woke up went on by a lease from
-    before, though a cancellation had been acknowledged meanwhile."""
+    """CLOCK_MONOTONIC does not advance during a suspension. Before, a worker that woke up used an old lease, although a
+    cancellation had been acknowledged meanwhile."""
     suspended_s = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
     monkeypatch.setattr(time, "clock_gettime", lambda _clock: 100.0 + suspended_s)

@@ -1,4 +1,4 @@
-"""Inputs come as local files, outputs go to the store, and what a task prints is kept."""
+"""The files of a task: local inputs, stored outputs, and kept logs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_files_parts_and_large_values_arrive_at_any_depth(tmp_path: Path) -> Non
                 whole,
                 ["a.csv", 9, "id,n\n3,4\n", "id,n\n"],
                 {"deep": [["a.csv", 4, "1,2\n", "1,2\n"], whole]},
-                # "$k" in the result is a user's key, hence doubled.
+                # "$k" in the result is a user's key, so its dollar sign is doubled.
                 {"inside": [whole, {"$$k": 1}], "nested": ["small", None]},
                 "plain",
             ]
@@ -121,7 +121,7 @@ def test_chunks_keep_the_order_and_grow() -> None:
 
 @pytest.mark.parametrize("reference", ["$file", "$part", "$value", "short part"])
 def test_a_vanished_input_fails_its_own_task_only(tmp_path: Path, reference: str) -> None:
-    """Pain 1: a job must not hang, nor lose its neighbours, because one input is gone."""
+    """A job must neither hang nor lose other tasks because of one missing input."""
 
     async def main() -> None:
         async with opened(tmp_path) as rig:
@@ -159,7 +159,7 @@ def test_large_value_that_is_not_json_is_an_input_failure(tmp_path: Path) -> Non
 
 
 class Full(SimObjects):
-    """A bucket whose downloads meet a full disk, told as an adapter tells it or bare."""
+    """A bucket whose downloads fail with a full disk, with an adapter's error or with the bare OSError."""
 
     def __init__(self, *, bare: bool) -> None:
         super().__init__()

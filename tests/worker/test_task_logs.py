@@ -1,4 +1,4 @@
-"""What a task prints is kept for it, and kept within bounds."""
+"""The stored output of tasks, which is limited in size."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_output_of_a_running_task_can_be_read(tmp_path: Path) -> None:
                 await asyncio.sleep(0.01)
                 seen = handle.peek(4) if handle.peek else None
             assert seen is not None
-            # The end of its own output, and nothing of its neighbour's.
+            # The log contains the end of the task's own output, and no output of its neighbor.
             assert (seen.task, seen.log_at, seen.start) == (1, 7, 11)
             assert seen.data == b"ing\n"
             await run

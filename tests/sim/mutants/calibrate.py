@@ -1,10 +1,10 @@
-"""Finds for each planted bug a seed that shows it, for CI to try first, and writes the docs' table.
+"""Search for a seed that shows each planted bug, for CI to try first, and write the table of the docs.
 
     python -m tests.sim.mutants.calibrate [--afresh] [WORD…]
 
-Which seed shows a mutant depends on every draw that the simulator makes: run it again after a
-change of the simulator. WORDs choose mutants whose names contain one of them; without --afresh a
-seed that still shows its mutant is kept. Exit code 1 where no seed shows a mutant.
+The seed that shows a mutant depends on every draw of the simulator. Run this program again after a change of the
+simulator. WORDs select mutants whose names contain one of the words. Without --afresh, a seed that still shows
+its mutant is kept. The exit code is 1 if no seed shows a mutant.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ PAGE = ROOT / "docs" / "planted-bugs.md"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
 SMALL = 150
-"""Worlds of at most so many tasks are searched first, since CI looks at the seed again and again.
-"""
+"""The maximum number of tasks of the worlds that are searched first. Small worlds save time, because CI runs the found
+seed often."""
 
 
 def rows(found: dict[str, Known]) -> str:
-    """The table of planted bugs, as Markdown."""
+    """Return the table of planted bugs as Markdown."""
     lines = ["| mutant | what is broken | promise | seed |", "| --- | --- | --- | ---: |"]
     for mutant in MUTANTS:
         one = found[mutant.name]
@@ -40,7 +40,7 @@ def rows(found: dict[str, Known]) -> str:
 
 
 def table_in(page: str) -> str:
-    """The table that the page has."""
+    """Return the table in the text of the page."""
     return page.split(BEGIN)[1].split(END)[0].strip()
 
 
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
             missed += 1
             continue
         found[mutant.name] = one
-        # After each, so that an interrupted search is not lost.
+        # The results are written after each mutant, so that an interrupted search is not lost.
         kept = {m.name: asdict(found[m.name]) for m in MUTANTS if m.name in found}
         KNOWN.write_text(json.dumps(kept, indent=1) + "\n")
     if len(known()) == len(MUTANTS):

@@ -1,6 +1,6 @@
-"""Bugs in what keeps the counts and the capacity: ledger, events, fleet.
+"""Planted bugs in the ledger, the events, and the fleet.
 
-Each docstring says what somebody would have written, and then which promise that breaks.
+Each docstring describes the code of the mutant, and names the promise that it breaks.
 """
 
 from __future__ import annotations

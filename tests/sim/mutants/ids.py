@@ -1,6 +1,6 @@
-"""Bugs in what an execution comes to and in how things are named: retries, chains, ids.
+"""Planted bugs in the outcome of an execution and in ids: retries, chains, and ids.
 
-Each docstring says what somebody would have written, and then which promise that breaks.
+Each docstring describes the code of the mutant, and names the promise that it breaks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How a planted bug is written down, put into the product, and hunted by the simulator.
+"""The definition of planted bugs, their installation in the product, and the search for worlds that show them.
 
-Invariant: a mutant that no longer fits the product is an error, never a mutant that changes
-nothing; and an error in a mutant's own code is never taken for the product's.
+Invariant: a mutant that does not fit the product raises an error and never changes nothing. An error in a mutant's own
+code never counts as an error of the product.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from batchlab.sim.fuzz import Failure
 F = TypeVar("F", bound=Callable[..., Any])
 
 ENOUGH = 500
-"""Seeds, from 0, within which every mutant must be caught."""
+"""The number of seeds, from 0, within which the simulator must catch every mutant."""
 
 KNOWN = Path(__file__).with_name("known.json")
-"""Where `calibrate` writes a seed that shows each mutant. It saves CI the search; a stale one costs
-time only."""
+"""The file in which `calibrate` stores a seed that shows each mutant. The file saves CI the search. An outdated seed
+only costs time."""
 
 PATIENT, AND_MORE = 3, 20_000
-"""A mutant's world is taken to hang (I7) after PATIENT times the steps in which the product as it
-is comes to an end there, AND_MORE."""
+"""The limits of a mutant's world. The world counts as hanging (I7) after PATIENT times the steps of the unchanged
+product, plus AND_MORE steps."""
 
 
 class Unfit(Exception):
-    """A mutant does not fit the product any more: bring it up to date."""
+    """A mutant does not fit the product any more and needs an update."""
 
 
 class Plant:
-    """Puts one mutant's changes into the product, until `patch` is undone."""
+    """The installer of one mutant's changes in the product. `patch` undoes the changes."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.slips: list[BaseException] = []
-        """Errors that the mutant's own code has made; the product may have swallowed them."""
+        """Errors in the mutant's own code, which the product may have caught."""
         self._patch = patch
 
     def method(self, owner: type, name: str) -> Callable[[F], F]:
-        """Decorator: the function takes the place of `owner`'s own method."""
+        """Return a decorator that replaces `owner`'s own method by the function."""
         if name not in vars(owner):
             raise Unfit(f"{owner.__name__} has no method {name} of its own")
 
@@ -64,7 +64,7 @@ class Plant:
         return put
 
     def property(self, owner: type, name: str) -> Callable[[F], F]:
-        """Decorator: as `method`, for a property."""
+        """Return a decorator that replaces a property of `owner` by the function."""
         original = vars(owner).get(name)
         if not isinstance(original, property):
             raise Unfit(f"{owner.__name__} has no property {name} of its own")
@@ -78,7 +78,7 @@ class Plant:
         return put
 
     def everywhere(self, original: Callable[..., Any]) -> Callable[[F], F]:
-        """Decorator: the function takes the place of `original` in every module that has it."""
+        """Return a decorator that replaces `original` by the function in every module that imports it."""
 
         def put(made: F) -> F:
             fitted = self._fitted(made, original)
@@ -93,9 +93,9 @@ class Plant:
         return put
 
     def unchecked_parts(self) -> None:
-        """Let readers accept outcomes whose parts do not add up to their bundle.
+        """Let readers accept outcomes whose parts do not match their bundle.
 
-        Otherwise the reader refuses the mutant's outcomes, which proves nothing about the promises.
+        Otherwise, the readers refuse the mutant's outcomes, which proves nothing about the promises.
         """
 
         @self.everywhere(json_format.check_parts)
@@ -144,7 +144,8 @@ Planting = Callable[[Plant], None]
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """One planted bug. In worlds of `weather`, one of the promises in `shows` may catch it."""
+    """One planted bug. In worlds of the kind `weather`, a violation of one of the promises in `shows` catches the
+    bug."""
 
     name: str
     plant: Planting
@@ -153,7 +154,7 @@ class Mutant:
 
     @property
     def broken(self) -> str:
-        """What somebody would have written and what that breaks, on one line."""
+        """Return the description of the bug and of the promise that it breaks, on one line."""
         return " ".join((self.plant.__doc__ or "").split())
 
 
@@ -161,7 +162,7 @@ MUTANTS: list[Mutant] = []
 
 
 def planted(*shows: str, weather: str = "all") -> Callable[[Planting], Planting]:
-    """Decorator: notes the function as a mutant under its own name."""
+    """Return a decorator that registers the function as a mutant under its own name."""
 
     def note(plant: Planting) -> Planting:
         name = plant.__name__.replace("_", " ")
@@ -173,23 +174,23 @@ def planted(*shows: str, weather: str = "all") -> Callable[[Planting], Planting]
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A seed that was seen to show a mutant, and the promise that broke there."""
+    """A seed that has shown a mutant, and the promise that broke in its world."""
 
     seed: int
     promise: str
 
 
 def known() -> dict[str, Known]:
-    """By name, as of the last calibration."""
+    """Return the stored seeds by the mutants' names, from the last calibration."""
     return {name: Known(**one) for name, one in json.loads(KNOWN.read_text()).items()}
 
 
-# --- The hunt ------------------------------------------------------------------------------------
+# --- The search ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What one world came to."""
+    """The result of one world."""
 
     failure: Failure | None
     steps: int
@@ -197,13 +198,13 @@ class Look:
 
 @cache
 def unmutated(seed: int, weather: str = "all") -> Look:
-    """The product as it is."""
+    """Run the unchanged product in a world."""
     with pytest.MonkeyPatch.context() as patch:
         return _look(patch, seed, weather)
 
 
 def mutated(mutant: Mutant, seed: int) -> Look:
-    """The product with the mutant in it; Unfit where the mutant does not fit it."""
+    """Run the product with the mutant in a world. Raise Unfit if the mutant does not fit the product."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trial, "MAX_STEPS", PATIENT * unmutated(seed, mutant.weather).steps + AND_MORE)
         plant = Plant(patch)
@@ -230,16 +231,15 @@ def _look(patch: pytest.MonkeyPatch, seed: int, weather: str) -> Look:
 
 @dataclass(frozen=True, slots=True)
 class Hunt:
-    """What a search over seeds found: the failure that shows the mutant, and those before it that
-    say something else."""
+    """The result of a search over seeds: the failure that shows the mutant, and earlier failures of other promises."""
 
     caught: Failure | None
     others: tuple[Failure, ...]
 
 
 def hunt(mutant: Mutant, seeds: Iterable[int]) -> Hunt:
-    """Search for the first seed that shows the mutant by a promise that it is meant to break,
-    where the product as it is breaks none."""
+    """Search for the first seed in which the mutant breaks one of its promises and the unchanged product breaks
+    none."""
     others: list[Failure] = []
     for seed in seeds:
         failure = mutated(mutant, seed).failure
@@ -252,6 +252,6 @@ def hunt(mutant: Mutant, seeds: Iterable[int]) -> Hunt:
 
 
 def seeds_for(mutant: Mutant) -> Iterable[int]:
-    """All there are to try; first the one that is known to show it."""
+    """Return the seeds to try, beginning with the stored one."""
     hint = known().get(mutant.name)
     return chain([hint.seed] if hint else [], range(ENOUGH))

@@ -1,6 +1,6 @@
-"""Bugs at the trust boundary, shown by workers that lie.
+"""Planted bugs at the trust boundary, which lying workers show.
 
-Each docstring says what somebody would have written, and then which promise that breaks.
+Each docstring describes the code of the mutant, and names the promise that it breaks.
 """
 
 from __future__ import annotations

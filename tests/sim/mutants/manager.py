@@ -1,6 +1,6 @@
-"""Bugs in a manager: plans, cuts, the end of a job, cancel and retry, the search for the lost.
+"""Planted bugs in the manager: plans, cuts, the end of a job, cancel and retry, and the search for lost bundles.
 
-Each docstring says what somebody would have written, and then which promise that breaks.
+Each docstring describes the code of the mutant, and names the promise that it breaks.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def seal_that_believes_itself(plant: Plant) -> None:
         return {name: (record.counts.planned or 0) - record.counts.terminal for name, record in live.stages.items()}
 
 
-# --- What a user asks for ------------------------------------------------------------------------
+# --- Requests of users ---------------------------------------------------------------------------
 
 
 @planted("I1", "I2", "I3")
@@ -189,7 +189,7 @@ def retry_forgotten_by_the_next_leader(plant: Plant) -> None:
         return ()
 
 
-# --- The lost ------------------------------------------------------------------------------------
+# --- Lost bundles --------------------------------------------------------------------------------
 
 
 @planted("I7", "silence")

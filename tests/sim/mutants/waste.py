@@ -1,6 +1,6 @@
-"""Bugs that cost time, order, or trust, and lose no result by themselves.
+"""Planted bugs that cost time, order, or trust, but do not lose a result by themselves.
 
-Each docstring says what somebody would have written, and then which promise that breaks.
+Each docstring describes the code of the mutant, and names the promise that it breaks.
 """
 
 from __future__ import annotations

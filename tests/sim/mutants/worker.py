@@ -1,6 +1,6 @@
-"""Bugs in a worker: the commit, the forwarding, the delete, and what it does with its messages.
+"""Planted bugs in a worker: the commit, the forwarding, the delete, and the handling of messages.
 
-Each docstring says what somebody would have written, and then which promise that breaks.
+Each docstring describes the code of the mutant, and names the promise that it breaks.
 """
 
 from __future__ import annotations

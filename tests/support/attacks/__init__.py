@@ -1,1 +1,1 @@
-"""Tools of an attacker for the tests in `tests/attacks`."""
+"""Tools of a simulated attacker for the tests in `tests/attacks`."""

@@ -1,6 +1,6 @@
 """A file system in an image file, for tests of power cuts.
 
-A copy of the image has the data that had reached the disk. The tests need root and a loop device.
+A copy of the image contains only the data that had reached the disk. The tests need root and a loop device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 SIZE_BYTES = 64 * 2**20
 _MKFS = ("mkfs.ext4", "-q", "-F", "-b", "4096", "-J", "size=4", "-m", "0")
-# No thread of the kernel's writes on its own into a fresh file system.
+# With these options of mkfs, no kernel thread writes into a fresh file system on its own.
 _NOT_LAZY = ("-E", "lazy_itable_init=0,lazy_journal_init=0")
 
 needs_loop = pytest.mark.skipif(
@@ -27,7 +27,7 @@ needs_loop = pytest.mark.skipif(
 
 
 def run(*argv: str | Path) -> str:
-    """The output of a command, which must succeed."""
+    """Return the output of a command, which must succeed."""
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert not done.returncode, (argv, done.stderr)
     return done.stdout
@@ -35,7 +35,7 @@ def run(*argv: str | Path) -> str:
 
 @contextmanager
 def mounted(image: Path, at: Path) -> Iterator[Path]:
-    """The folder that shows the file system in `image`, which is made if there is none."""
+    """Mount the file system in `image` at the folder `at`. The image is created if it does not exist."""
     if not image.exists():
         with image.open("wb") as file:
             file.truncate(SIZE_BYTES)
@@ -45,14 +45,14 @@ def mounted(image: Path, at: Path) -> Iterator[Path]:
     try:
         yield at
     finally:
-        # Lazily: a test that fails leaves files open, and no mount behind.
+        # A lazy unmount succeeds even if a failed test has left files open.
         run("umount", "--lazy", at)
 
 
 class Gate:
-    """Stops the threads that write at their next system call, wherever they are in a write.
+    """A gate that stops each writing thread at its next system call, wherever the thread is in a write.
 
-    The event loop's own thread is the one that closes the gate.
+    The event loop's thread closes the gate.
     """
 
     CALLS = ("fdatasync", "fsync", "link", "rename", "unlink")
@@ -87,7 +87,7 @@ class Gate:
 
 
 def cut(image: Path, copy: Path) -> None:
-    """Copy the image at one moment at which nothing was being written to it."""
+    """Copy the image at a moment at which nothing writes to the image."""
     device = run("losetup", "-n", "-O", "NAME", "-j", image).strip()
     counters = Path("/sys/block") / Path(device).name / "stat"
     deadline_s = time.monotonic() + 10
@@ -100,6 +100,6 @@ def cut(image: Path, copy: Path) -> None:
 
 
 def _written(counters: Path) -> int | None:
-    """Writes that have ended, None while one is under way."""
+    """Return the number of finished writes, or None while a write is in progress."""
     fields = [int(field) for field in counters.read_text().split()]
     return None if fields[8] else fields[4]

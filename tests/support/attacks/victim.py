@@ -1,4 +1,4 @@
-"""A job to attack. Its tasks wait for a gate, and record each start."""
+"""The job that the tests attack. Each task of the job waits for a gate, and records its start."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ stages:
 
 
 def messages_left(grid: LocalGrid) -> int:
-    """How many messages the workers of the default pool have, or wait for them."""
+    """Return the number of messages that wait for workers of the default pool or are in flight."""
 
     async def counted() -> int:
         queue = grid.backend.open_queue(grid.home, grid.backend.open_clock())
@@ -49,7 +49,7 @@ def messages_left(grid: LocalGrid) -> int:
 
 @dataclass
 class Victim:
-    """A job of `tasks` tasks on a real grid; each task is a bundle."""
+    """A job of `tasks` tasks on a real grid, with one bundle per task."""
 
     grid: LocalGrid
     folder: Path
@@ -77,18 +77,18 @@ class Victim:
         return self.folder / "gate"
 
     def open_gate(self) -> None:
-        """Let the tasks end."""
+        """Let the waiting tasks end."""
         self.gate.touch()
 
     def bundle(self, task: int) -> Bundle:
         return Bundle(self.id, STAGE, TaskSet.from_indices([task]))
 
     def started(self) -> list[int]:
-        """The tasks that have started, once for each start."""
+        """Return the index of a task for each of its starts."""
         return sorted(int(line) for line in self.starts.read_text().split())
 
     def check(self, out: Path) -> None:
-        """The job succeeds with its own results, and each task has run once."""
+        """Check that the job succeeded with its own results, and that each task ran once."""
         view = self.grid.wait(self.id)
         assert view["state"] == "SUCCEEDED"
         assert self.grid.results(view, out)["triple"] == [3 * i for i in range(self.tasks)]

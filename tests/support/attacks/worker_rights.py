@@ -1,8 +1,7 @@
-"""A compromised worker of the pool `default`: the bucket and the queues of a grid, with the rights
-of a worker's role.
+"""A compromised worker of the pool `default`, which has the bucket and the queues of a grid and the rights of a
+worker's role.
 
-The rights are read from the stack template, so an attack that a role allows on AWS is allowed on
-every backend, and an attack that a role forbids raises Forbidden.
+The rights are read from the stack template.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ class Forbidden(PermissionError):
 
 
 class WorkerRights:
-    """Blocking requests to a grid's bucket and queues; each is checked against the role first."""
+    """Blocking requests to a grid's bucket and queues. Each request is first checked against the worker's role."""
 
     def __init__(self, objects: Objects, queue: Queue, run: Run) -> None:
-        """`run` awaits a coroutine where the two ports are used."""
+        """`run` runs a coroutine in the event loop of both ports."""
         self._objects = objects
         self._queue = queue
         self._run = run
@@ -40,16 +39,16 @@ class WorkerRights:
     # --- Bucket ----------------------------------------------------------------------------------
 
     def get(self, key: str) -> bytes:
-        """Return an object; NotFound if it does not exist."""
+        """Return the content of an object. Raise NotFound if the object does not exist."""
         _check("s3:GetObject", _object_arn(key))
         return self._await(self._objects.get(key))
 
     def readable(self) -> dict[str, bytes]:
-        """Return all objects that the role may read, by key."""
+        """Return all objects that the worker's role may read, by key."""
         return {one: self.get(one) for one in self.list() if _allows("s3:GetObject", _object_arn(one))}
 
     def put(self, key: str, data: bytes | str, *, if_absent: bool = False) -> None:
-        """Store an object; AlreadyExists if it exists and `if_absent`."""
+        """Store an object. Raise AlreadyExists if the object exists and `if_absent` is true."""
         _check("s3:PutObject", _object_arn(key))
         if not if_absent and any(one.fullmatch(_object_arn(key)) for one in _write_once()):
             raise Forbidden(f"s3:PutObject without a condition on {key}")
@@ -62,7 +61,7 @@ class WorkerRights:
         self._await(self._objects.delete([key]))
 
     def list(self, prefix: str = "") -> list[str]:
-        """Return the keys below a prefix."""
+        """Return the keys that begin with a prefix."""
         _check("s3:ListBucket", "<Bucket.Arn>")
 
         async def listed() -> list[str]:
@@ -83,7 +82,7 @@ class WorkerRights:
         self._await(sent())
 
     def send_events(self, *bodies: str) -> None:
-        """Send messages to the manager."""
+        """Send messages to the queue of the manager."""
         self.send(object_keys.EVENTS, *bodies)
 
     def receive(self, queue: str, *, wait_s: float = 0.0, most: int = 10) -> Sequence[Message]:
@@ -107,13 +106,13 @@ class WorkerRights:
 
 
 def actions() -> set[str]:
-    """The actions that the role allows on any resource."""
+    """Return the actions that the worker's role allows on any resource."""
     return {action for action, statements in _rights().items() if any(effect == "Allow" for effect, _ in statements)}
 
 
 @contextmanager
 def worker_of(grid: LocalGrid) -> Iterator[WorkerRights]:
-    """A compromised worker of a real grid, on any backend."""
+    """Yield a compromised worker of a real grid, on any backend."""
     with asyncio.Runner() as runner:
         queue = grid.backend.open_queue(grid.home, grid.backend.open_clock())
         try:
@@ -137,7 +136,7 @@ def _object_arn(key: str) -> str:
 
 
 def _queue_arns(queue: str) -> tuple[str, ...]:
-    """The names of a queue in the template's policies."""
+    """Return the ARN patterns that the template's policies use for a queue."""
     arn = f"arn:aws:sqs:us-east-1:123456789012:batchlab-{queue}"
     references = {object_keys.EVENTS: "EventsQueue", object_keys.tasks_queue("default"): "PoolTasks"}
     return (arn, f"<{references[queue]}.Arn>") if queue in references else (arn,)
@@ -145,7 +144,7 @@ def _queue_arns(queue: str) -> tuple[str, ...]:
 
 @cache
 def _write_once() -> list[re.Pattern[str]]:
-    """The names of objects that the bucket's policy protects from overwriting."""
+    """Return patterns of the object keys that the bucket's policy protects from overwriting."""
     policy = cfn.Rendered(cfn.load(), Release=RELEASE).properties("BucketPolicy")["PolicyDocument"]
     (found,) = (one for one in policy["Statement"] if one["Sid"] == "CommitsAreConditional")
     return [_pattern(resource) for resource in cfn.as_list(found["Resource"])]
@@ -158,7 +157,7 @@ def _pattern(resource: str) -> re.Pattern[str]:
 
 @cache
 def _rights() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """Effects and resources of the worker role's statements, by action; `*` is any text."""
+    """Return the effects and the resource patterns of the worker role's statements, by action."""
     role = cfn.Rendered(cfn.load(), Release=RELEASE).properties("PoolRole")
     rights: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     for statement in cfn.statements(role):

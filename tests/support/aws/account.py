@@ -1,8 +1,8 @@
-"""An account as the stack of `--backend aws` leaves it, on an emulated control plane.
+"""An AWS account with the state that the stack of `--backend aws` creates, on an emulated control plane.
 
-S3 and SQS are an emulator's, Secrets Manager moto's; Auto Scaling is batchlab's own endpoint, whose
-instances are processes; Session Manager is a stub, with a program in place of AWS's plugin. What is
-on trial is the code of the backend, by the addresses that the environment gives it.
+An emulator serves S3 and SQS, and moto serves Secrets Manager. batchlab's own endpoint serves Auto Scaling, and its
+instances are processes. Session Manager is a stub, with a program in place of AWS's plugin. The tests check the code of
+the backend, which finds the services through environment variables.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ worker_main(
 
 
 class Sessions:
-    """StartSession and nothing else, as no emulator has it; `targets` are those it was for."""
+    """A stub of Session Manager with StartSession only, which no emulator has. `targets` are the instances of the
+    requested sessions."""
 
     def __init__(self) -> None:
         self.targets: list[str] = []
@@ -98,7 +99,8 @@ class Sessions:
 
 @dataclass
 class Account:
-    """What is there, and `at` as the stack's outputs have it. `env` makes it AWS for a process."""
+    """An emulated account. `at` has the outputs of its stack. `env` has the environment variables that point a process
+    at the account."""
 
     at: AwsDeployment
     env: dict[str, str]
@@ -108,7 +110,7 @@ class Account:
     keys: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def aws(self, service: str) -> Any:
-        """A client of the account's owner."""
+        """Return a boto3 client with the credentials of the account's owner."""
         there = "AWS_ENDPOINT_URL_AUTO_SCALING" if service == "autoscaling" else "AWS_ENDPOINT_URL"
         return aws(Endpoint(self.env[there], self.at.region), service)
 
@@ -119,14 +121,14 @@ class Account:
         return found
 
     def manager_pid(self) -> int:
-        """Of the process that stands for the manager's instance."""
+        """Return the pid of the process that simulates the manager's instance."""
         home = Home(self.folder / "manager")
         record = home.record()
         return record.pid if record else 0
 
     def write_templates(self, worker: Sequence[str] = ()) -> Path:
-        """The launch templates, read at every launch; `worker` is what an instance of the pool runs
-        in place of a worker."""
+        """Write the launch templates, which are read at every launch. If `worker` is given, instances of the pool run
+        this command instead of a worker."""
         ours = [sys.executable, "-P", "-m", "batchlab"]
         aws = ["--backend", "aws"]
         at = (str(self.folder / "manager"), str(self.folder / "worker"))
@@ -145,33 +147,33 @@ class Account:
         return fresh.replace(templates)
 
     def hasty_worker(self, visibility_s: float) -> list[str]:
-        """A worker as `write_templates` takes it, whose messages come back so soon after its death
-        where nobody gives them back: 60 s are AWS's scale, and not a test's."""
+        """Return the command of a worker with a short visibility timeout, for `write_templates`. The messages of a
+        killed worker become visible again after `visibility_s` instead of AWS's 60 s."""
         words = [sys.executable, "-P", "-c", _HASTY, str(self.folder / "worker")]
         return [*words, str(visibility_s), POOL.name, "{slots}", "{instance}"]
 
     def worker_pids(self) -> list[int]:
-        """Of the processes that stand for the pool's instances."""
+        """Return the pids of the processes that simulate the pool's instances."""
         records = [json.loads(p.read_text()) for p in self.folder.glob("asg/instances/*.json")]
         pool = f"{self.at.groups_prefix}{POOL.name}"
         return [record["pid"] for record in records if record["pool"] == pool and record["pid"] and not record["ended"]]
 
     def disconnect(self) -> None:
-        """End what a test that failed has left connected."""
+        """End the connection that a failed test has left open."""
         record = Home(self.folder / "laptop").record()
         if record:
             os.kill(record.pid, signal.SIGTERM)
 
     def home(self, name: str = "laptop") -> Home:
-        """A folder that knows of the stack."""
+        """Return a home folder that is connected to the stack."""
         home = Home(self.folder / name)
         aws_deployment.write(home, self.at)
         return home
 
 
 def laptop(folder: Path, urls: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the account's owner, with those variables for where its services are; the
-    programs in the folder's `bin` come first."""
+    """Return the environment of the account's owner. `urls` are variables with the service addresses, and programs in
+    the folder's `bin` precede all others on the path."""
     return {
         **urls,
         "AWS_ACCESS_KEY_ID": "test",
@@ -184,8 +186,8 @@ def laptop(folder: Path, urls: Mapping[str, str]) -> dict[str, str]:
 def account(
     storage: Endpoint, secrets: Endpoint, folder: Path, *, front: FaultyFront | None = None, settings: str = ""
 ) -> Iterator[Account]:
-    """The account in `folder`, with its manager up; everything ends with it. With a `front` the
-    manager sees Auto Scaling through it; `settings` are what its own settings.toml says."""
+    """Create the account in `folder` with a running manager, and end both on exit. If `front` is given, the manager
+    reaches Auto Scaling through it. `settings` is the content of the manager's settings.toml."""
     assert storage.url
     assert secrets.url
     urls = {"AWS_ENDPOINT_URL": storage.url, "AWS_ENDPOINT_URL_SECRETS_MANAGER": secrets.url}
@@ -205,8 +207,8 @@ def opened(
     front: Front | None = None,
     keys: Mapping[str, Mapping[str, str]] = {},
 ) -> Iterator[Account]:
-    """An account whose bucket, queues and secret are there already, at these URLs. `keys` are the
-    credentials of "manager" and "worker", where they have roles of their own."""
+    """Create an account from an existing bucket, queues, and secret at these URLs. `keys` are the credentials of
+    "manager" and "worker" if each has a role of its own."""
     sessions = Sessions()
     with standing(sessions) as session_manager:
         port = free_port()
@@ -231,7 +233,7 @@ def install_plugin(folder: Path, port: int) -> None:
 
 
 def made(storage: Endpoint, secrets: Endpoint) -> AwsDeployment:
-    """The bucket, the queues and the secret of the stack."""
+    """Create the bucket, the queues, and the secret of the stack."""
     here = Endpoint(storage.url, REGION)
     bucket = f"{STACK}-{free_port()}"
     aws(here, "s3").create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
@@ -255,7 +257,7 @@ def made(storage: Endpoint, secrets: Endpoint) -> AwsDeployment:
 
 @contextmanager
 def _auto_scaling(there: Account, front: Front | None) -> Iterator[None]:
-    """The endpoint, whose instances have the account's environment; they end with it."""
+    """Run the Auto Scaling endpoint. Its instances get the account's environment, and end with the endpoint."""
     templates = there.write_templates()
     url = f"http://127.0.0.1:{(port := free_port())}"
     argv = [sys.executable, "-m", "batchlab", "asg", "serve", "--port", str(port)]
@@ -287,7 +289,7 @@ def _make_groups(there: Account) -> None:
     scaling = there.aws("autoscaling")
     zones = (f"{there.at.region}a",)
     prefix = there.at.groups_prefix
-    # Processes have no metadata service that would tell them to complete a hook on termination.
+    # The instances are processes without a metadata service, so they cannot complete a hook on termination.
     form = GroupParameters(f"{prefix}{{pool}}", zones=zones, report_s=29.0, drain_s=0.0)
     scaling.create_auto_scaling_group(**form.request(f"{prefix}default", POOL))
     scaling.create_auto_scaling_group(

@@ -64,7 +64,7 @@ command = ["/bin/true"]
 
 
 def autoscaling(endpoint: Endpoint) -> AutoScalingClient:
-    """boto3 itself, which makes each call once."""
+    """Return a boto3 client that makes each call once."""
     return aws(endpoint, "autoscaling")  # type: ignore[no-any-return]
 
 
@@ -82,7 +82,7 @@ def aws(endpoint: Endpoint, service: str, **config: Any) -> Any:
 
 @dataclass
 class Behaving:
-    """A launcher of a table, in which the name of a group's pool says how its instances behave."""
+    """A TableLauncher whose instances behave as the name of their group's pool says."""
 
     table: TableLauncher
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -112,13 +112,13 @@ class Behaving:
 
 
 def _kind(pool: Pool) -> Pool:
-    """The pool under its own name, where a group's has a prefix."""
+    """Return the pool under its own name, without the prefix of a group name."""
     return Pool(pool.name.rpartition(".")[2], pool.min_size, pool.max_size)
 
 
 @dataclass
 class Served:
-    """Our endpoint while it is up."""
+    """batchlab's Auto Scaling endpoint while it is running."""
 
     endpoint: Endpoint
     engine: AutoScaling
@@ -128,7 +128,7 @@ class Served:
 async def served(
     launcher: Launcher, changed: asyncio.Event, folder: Path, clock: Clock | None = None
 ) -> AsyncIterator[Served]:
-    """Our endpoint in this event loop."""
+    """Serve batchlab's Auto Scaling endpoint in this event loop."""
     file = folder / "templates.toml"
     file.write_text(TEMPLATES)
     clock = clock or WallClock()
@@ -171,7 +171,7 @@ async def _check(
 
 
 def endpoint_world(check: FleetCheck, folder: Path) -> None:
-    """Our endpoint over a table."""
+    """Run a check on batchlab's endpoint with a table as launcher."""
 
     async def main() -> None:
         launcher = Behaving(TableLauncher())
@@ -182,7 +182,7 @@ def endpoint_world(check: FleetCheck, folder: Path) -> None:
 
 
 def processes_world(check: FleetCheck, folder: Path) -> None:
-    """Our endpoint over processes of this machine."""
+    """Run a check on batchlab's endpoint with processes as instances."""
 
     async def main() -> None:
         launcher = process_launcher(folder, argv=lambda pool, i: worker_argv(_kind(pool), i))
@@ -201,7 +201,7 @@ def processes_world(check: FleetCheck, folder: Path) -> None:
 
 
 def moto_world(endpoint: Endpoint, check: FleetCheck) -> None:
-    """moto's server, in which instances are rows of a table."""
+    """Run a check on moto's server, which has instances only as table rows."""
     ec2 = aws(endpoint, "ec2")
     launch_template(ec2)
 
@@ -213,7 +213,7 @@ def moto_world(endpoint: Endpoint, check: FleetCheck) -> None:
 
 
 def launch_template(ec2: Any) -> None:
-    """The template that the tests' groups are of, where it is not there yet."""
+    """Create the launch template of the tests' groups if it does not exist."""
     known = ec2.describe_launch_templates()["LaunchTemplates"]
     if not any(one["LaunchTemplateName"] == TEMPLATE for one in known):
         image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
@@ -223,7 +223,7 @@ def launch_template(ec2: Any) -> None:
 
 
 def checks_of(module: Any) -> Sequence[tuple[str, FleetCheck]]:
-    """The checks of a suite that `fleet_rigs.everywhere` has made tests of."""
+    """Return the checks of a suite that `fleet_rigs.everywhere` has turned into tests."""
     return [
         (name, test.check) for name, test in vars(module).items() if name.startswith("test_") and hasattr(test, "check")
     ]
@@ -233,7 +233,7 @@ def checks_of(module: Any) -> Sequence[tuple[str, FleetCheck]]:
 
 
 class Thread:
-    """Our endpoint over a table, in a thread with an event loop of its own."""
+    """batchlab's endpoint with a table as launcher, in a thread with its own event loop."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -250,11 +250,11 @@ class Thread:
         self._thread.join()
 
     def crash(self, instance: str) -> None:
-        """End an instance behind its group's back."""
+        """End an instance without telling its group."""
         self._loop.call_soon_threadsafe(self._launcher.crash, instance)
 
     def command(self, do: Callable[[AutoScaling], Any]) -> Any:
-        """The result of a call of the engine itself."""
+        """Return the result of a direct call of the Auto Scaling engine."""
 
         async def call() -> Any:
             return do(self.engine)
@@ -273,7 +273,7 @@ class Thread:
 
 @dataclass
 class Wire:
-    """boto3 over an endpoint, with names that no other test uses."""
+    """A boto3 client of an endpoint, with group names that no other test uses."""
 
     asg: AutoScalingClient
     crash: Callable[[str], None]
@@ -282,7 +282,7 @@ class Wire:
     made: list[str] = field(default_factory=list)
 
     def create(self, name: str | None = None, /, **more: Any) -> str:
-        """A group of the tests' template, 0 to 4 instances unless said otherwise."""
+        """Create a group from the tests' template, with 0 to 4 instances by default."""
         name = name or self.name
         asked: dict[str, Any] = {
             "AutoScalingGroupName": name,
@@ -296,17 +296,17 @@ class Wire:
         return name
 
     def group(self, name: str | None = None) -> Any:
-        """The group as it is now, None where there is none."""
+        """Return the current description of the group, or None if the group does not exist."""
         found = self.asg.describe_auto_scaling_groups(AutoScalingGroupNames=[name or self.name])
         return next(iter(found["AutoScalingGroups"]), None)
 
     def instances(self, state: str = "InService") -> list[str]:
-        """The instances of the group that are in this state."""
+        """Return the ids of the group's instances in this state."""
         group = self.group()
         return [i["InstanceId"] for i in group["Instances"] if i["LifecycleState"] == state]
 
     def until(self, condition: Callable[[], T], *, limit_s: float | None = None) -> T:
-        """What `condition` gives as soon as that is true."""
+        """Wait until `condition` returns a true value, and return this value."""
         deadline_s = time.monotonic() + (limit_s or self.limit_s)
         while not (found := condition()):
             if time.monotonic() > deadline_s:
@@ -315,12 +315,12 @@ class Wire:
         return found
 
     def grow(self, size: int, **more: Any) -> list[str]:
-        """A new group with so many instances in service."""
+        """Create a group, and wait until it has `size` instances in service."""
         self.create(DesiredCapacity=size, **more)
         return self.until(lambda: len(found := self.instances()) == size and found) or []
 
     def close(self) -> None:
-        """Nothing is left for the next test."""
+        """Delete the group and its instances, so that the next test starts clean."""
         for name in self.made:
             with suppress(ClientError):
                 self.asg.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
@@ -329,7 +329,7 @@ class Wire:
 
 @contextmanager
 def refused(code: str, message: str = "") -> Iterator[None]:
-    """Expects that AWS's code comes back, with this in its message."""
+    """Check that the block raises this error code of AWS, with `message` in the error's text."""
     with pytest.raises(ClientError) as told:
         yield
     error = told.value.response["Error"]

@@ -28,7 +28,7 @@ def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
         wire = Wire(
             autoscaling(world),
             lambda instance: ec2.terminate_instances(InstanceIds=[instance]),
-            # It does at once what it does at all.
+            # Every supported operation of this endpoint finishes at once.
             limit_s=1.5,
         )
     try:
@@ -39,7 +39,7 @@ def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
 
 @pytest.fixture
 def our(ours: Thread) -> Iterator[Wire]:
-    """For what moto cannot even be asked."""
+    """Return a client of batchlab's endpoint, for requests that moto does not support."""
     wire = Wire(autoscaling(ours.endpoint), ours.crash)
     try:
         yield wire

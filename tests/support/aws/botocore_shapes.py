@@ -17,24 +17,24 @@ _RICH = "aZ0 &<>\"'=+%;/?#é\u00a0\u4e2d\U0001f600\r\n\t._-"
 _PLAIN = ("abcdefghij", "0123456789")
 _PROTOCOL = re.compile(rb'"protocol"\s*:\s*"([^"]+)"')
 _HEAD_BYTES = 4096
-"""Within which a model has told its metadata."""
+"""The first bytes of a model file, which contain the model's metadata."""
 
 
 def service(name: str) -> ServiceModel:
-    """The service's newest model."""
+    """Return the newest botocore model of the service."""
     return ServiceModel(Loader().load_service_model(name, "service-2"), name)
 
 
 def query_services() -> list[str]:
-    """Every service whose only protocol is the query protocol."""
+    """Return the names of all services whose only protocol is the query protocol."""
     loader = Loader()
     names = loader.list_available_services("service-2")
     return [name for name in names if _protocol(loader, name) == "query"]
 
 
 def _protocol(loader: Loader, name: str) -> str:
-    """By the head of the service's model: there are hundreds, and to read all takes seconds in each
-    process of a test run."""
+    """Return the protocol of a service from the first bytes of its model. Reading all of the hundreds of models takes
+    seconds in each process of a test run."""
     version = loader.determine_latest_version(name, "service-2")
     for folder in loader.search_paths:
         path = Path(folder, name, version, "service-2.json.gz")
@@ -46,9 +46,10 @@ def _protocol(loader: Loader, name: str) -> str:
 
 
 class Samples:
-    """Values that satisfy the model, from one seed; `tick` is the precision of its times.
+    """Random values that satisfy a service model, from one seed. `tick` is the precision of the times.
 
-    An answer cannot tell an empty flattened list from none, so `is_answer` has none of those.
+    An answer has the same text for an empty flattened list and for a missing list, so samples with `is_answer` do not
+    contain empty flattened lists.
     """
 
     def __init__(self, seed: int, *, tick: timedelta, is_answer: bool = False) -> None:
@@ -57,7 +58,7 @@ class Samples:
         self._tick = tick
 
     def of(self, shape: Shape, depth: int = 0) -> Any:
-        """A value of the shape, None where it has none that can be told from nothing."""
+        """Return a value of the shape, or None if every valid value looks like a missing one."""
         if isinstance(shape, StructureShape):
             return self._structure(shape, depth)
         if isinstance(shape, ListShape):
@@ -124,5 +125,5 @@ def _fits(pattern: str, text: str) -> bool:
     try:
         return re.fullmatch(pattern, text, re.DOTALL) is not None
     except re.error:
-        # Java's, not Python's; the one that Auto Scaling has so means any text.
+        # The pattern is in Java's syntax. Auto Scaling's pattern in this syntax matches any text.
         return True

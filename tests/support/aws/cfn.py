@@ -1,7 +1,8 @@
 """CloudFormation templates as values.
 
-The functions load a template, send it, and resolve its parameters and conditions, so that a test
-sees the resources that AWS would create. They do not use `batchlab.deploy`, which they check.
+The functions load a template, send it, and resolve its parameters and conditions, so that a test sees the resources
+that AWS would create. The functions do not use `batchlab.deploy`, because the tests of `batchlab.deploy` use the
+functions.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _short(loader: _Loader, suffix: str, node: yaml.Node) -> Any:
 
 
 _Loader.add_multi_constructor("!", _short)
-# A policy's Version is text.
+# YAML would read a policy's Version as a date, but it must stay text.
 _Loader.yaml_implicit_resolvers = {
     key: [one for one in found if one[0] != "tag:yaml.org,2002:timestamp"]
     for key, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -63,7 +64,7 @@ def stack_file() -> Path:
 
 
 def load(text: str | None = None) -> Template:
-    """The template in `text`, else the grid's."""
+    """Parse the template in `text`, or the grid's template if `text` is None."""
     return copy.deepcopy(_read(text or stack_file().read_text()))
 
 
@@ -74,7 +75,8 @@ def _read(text: str) -> Template:
 
 
 def body(template: Template) -> str:
-    """As sent: without what only people and tools read, for which a request has no room."""
+    """Return the template as the JSON body of a request. Descriptions and metadata are removed to stay below the size
+    limit of a request."""
     short = copy.deepcopy(template)
     short.pop("Metadata", None)
     for section in ("Parameters", "Outputs"):
@@ -86,7 +88,7 @@ def body(template: Template) -> str:
 
 
 def without(template: Template, resources: set[str]) -> Template:
-    """The template reduced by these resources, and by the outputs that name them."""
+    """Return the template without these resources and without the outputs that refer to them."""
     assert resources <= template["Resources"].keys(), resources - template["Resources"].keys()
     made = copy.deepcopy(template)
     for name in resources:
@@ -98,9 +100,9 @@ def without(template: Template, resources: set[str]) -> Template:
 
 
 class Rendered:
-    """A template with these parameters: only the resources that exist then, their properties with
-    everything known put in. What AWS makes up stays "<Logical>" or "<Logical.Attribute>", or with
-    `open_ends` the reference that it is, as tools for templates expect."""
+    """A template rendered with parameters. Only the resources whose conditions hold are in the rendered template, with
+    every known reference replaced. A reference to a value that AWS generates becomes "<Logical>" or
+    "<Logical.Attribute>". With `open_ends`, the reference stays as it is, for tools that read templates."""
 
     def __init__(self, template: Template, *, open_ends: bool | int | str = False, **parameters: Any) -> None:
         self._template = template
@@ -121,7 +123,7 @@ class Rendered:
         }
 
     def of_type(self, kind: str) -> dict[str, dict[str, Any]]:
-        """Properties by logical id."""
+        """Return the properties of the resources of a type, by logical id."""
         return {n: one["Properties"] for n, one in self.resources.items() if one["Type"] == kind}
 
     def properties(self, name: str) -> dict[str, Any]:
@@ -129,11 +131,11 @@ class Rendered:
         return found
 
     def template(self) -> Template:
-        """As a template again, for tools that read templates."""
+        """Return the rendered resources as a template, for tools that read templates."""
         return {"AWSTemplateFormatVersion": "2010-09-09", "Resources": self.resources}
 
     def broken_rules(self) -> list[str]:
-        """The descriptions of the assertions in Rules that do not hold."""
+        """Return the descriptions of the failed assertions in the template's Rules."""
         return [
             one["AssertDescription"]
             for rule in self._template.get("Rules", {}).values()
@@ -220,12 +222,12 @@ class Rendered:
 
 
 def as_list(value: T | list[T]) -> list[T]:
-    """What a policy may write alone or in a list."""
+    """Return a policy element as a list. A policy may contain a single value instead of a list."""
     return value if isinstance(value, list) else [value]
 
 
 def statements(role: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of all inline policies of a role's properties."""
+    """Return the statements of all inline policies in a role's properties."""
     return [statement for policy in role.get("Policies", []) for statement in policy["PolicyDocument"]["Statement"]]
 
 
@@ -236,21 +238,22 @@ MINISTACK_LACKS = {
     "LedgerDomain": "AWS::SDB::Domain",
     "Budget": "AWS::Budgets::Budget",
 }
-"""Resources whose types MiniStack refuses, whatever their conditions say."""
+"""Resources of types that MiniStack rejects even if the condition of a resource is false."""
 
 
 _MASTER_SECRET = {"Fn::GetAtt": ["Database", "MasterUserSecret.SecretArn"]}
 NO_SECRET = "arn:aws:secretsmanager:us-east-1:000000000000:secret:rds-makes-none-here"
-"""In place of the secret that RDS makes for its master user."""
+"""Replacement for the ARN of the secret that RDS creates for its master user."""
 
 
 _BATCHED = ("sqs:SendMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility")
 
 
 def for_ministack(template: Template, **parameters: Any) -> Template:
-    """The template reduced by what MiniStack cannot make, and by the route that needs one of them.
-    Its conditions know no Fn::Split, so those that use it are put in; its RDS makes no secret; and
-    its IAM takes a batch's call for an action of its own, where AWS's asks for the single one."""
+    """Return the template without the resources that MiniStack does not support, and without the route that needs one
+    of these resources. MiniStack does not evaluate Fn::Split in conditions, so the values of these conditions are
+    inserted. MiniStack's RDS does not create a secret. MiniStack's IAM checks an action of its own for an SQS batch
+    call, so the batch actions are added."""
     text = json.dumps(without(template, {*MINISTACK_LACKS, "PrivateRouteOut"}))
     made: Template = json.loads(text.replace(json.dumps(_MASTER_SECRET), json.dumps(NO_SECRET)))
     rendered = Rendered(template, **parameters)

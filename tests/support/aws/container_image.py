@@ -1,8 +1,7 @@
-"""An image registry for instances whose stack has a ContainerImage.
+"""An image registry for instances of a stack that has a ContainerImage.
 
-The registry is on the network of the instances, has the name of an account's ECR, and requires the
-password that ECR returns. Each instance has its own Docker Engine, and pulls the image as its user
-data says.
+The registry is on the network of the instances, has the name of an account's ECR, and requires the password that ECR
+returns. Each instance has its own Docker Engine, and pulls the image as its user data says.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def docker(*arguments: str) -> str:
 
 @dataclass(frozen=True)
 class Trusting:
-    """The image of an instance that trusts the registry, and what signs the registry's key."""
+    """An instance image that trusts the registry's certificate, and the authority that signs this certificate."""
 
     image: str
     authority: Authority
@@ -46,7 +45,7 @@ class Trusting:
 
 @contextmanager
 def trusting(folder: Path) -> Iterator[Trusting]:
-    """Make it. It is gone afterwards, so its containers must be before."""
+    """Build the image, and remove it on exit. All containers of the image must end before."""
     instance_boot.need_instances()
     authority = Authority(folder, "registry")
     place = folder / "certs.d" / HOST
@@ -65,7 +64,7 @@ def trusting(folder: Path) -> Iterator[Trusting]:
 
 @dataclass(frozen=True)
 class Registry:
-    """A registry that is up; `asked` are the requests that it has had."""
+    """A running image registry. `asked` returns the requests that the registry has received."""
 
     container: str
 
@@ -75,8 +74,8 @@ class Registry:
 
 @contextmanager
 def registry(there: Fleet, trusted: Trusting, folder: Path) -> Iterator[Registry]:
-    """Serve this code's own image, as the localstack grid has it without what tasks may need,
-    to the account's instances under NAME."""
+    """Serve the image of this checkout to the account's instances under NAME. The image is that of the localstack grid
+    without optional packages for tasks."""
     folder.mkdir()
     recipe = compose_project.Recipe.from_settings(
         {**os.environ, "BATCHLAB_IMAGE_APT": "", "BATCHLAB_IMAGE_PIP": ""}, apt=(), pip=()

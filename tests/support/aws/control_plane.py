@@ -1,9 +1,8 @@
-"""An account on which `batchlab deploy apply` makes the stack that ships, and its instances boot.
+"""An account in which `batchlab deploy apply` creates the shipped stack and its instances boot.
 
-CloudFormation, S3, SQS, Secrets Manager, EC2's launch templates, logs and alarms are MiniStack's.
-Its Auto Scaling groups are numbers, so each is mirrored in batchlab's own endpoint, as the template
-describes it: containers with systemd that run the user data which MiniStack has rendered. Session
-Manager is a stub.
+MiniStack serves CloudFormation, S3, SQS, Secrets Manager, EC2's launch templates, logs, and alarms. MiniStack's Auto
+Scaling groups do not start instances, so batchlab's own endpoint mirrors each group. Its instances are containers with
+systemd that run the user data rendered by MiniStack. Session Manager is a stub.
 """
 
 from __future__ import annotations
@@ -35,25 +34,26 @@ _GROUP = "AWS::AutoScaling::AutoScalingGroup"
 
 @dataclass
 class ControlPlane:
-    """`env` makes AWS of it for a laptop's commands, `inside` for an instance."""
+    """An emulated control plane. `env` has the environment variables for commands on a laptop, and `inside` those for
+    an instance."""
 
     grid: DockerGrid
     folder: Path
     env: dict[str, str]
     inside: Mapping[str, str]
     url: str
-    """Where MiniStack answers."""
+    """The address of MiniStack."""
     name: str = "batchlab"
     image: str = instance_boot.IMAGE
-    """In place of the AMI."""
+    """The container image that replaces the AMI."""
 
     def aws(self, service: str) -> Any:
-        """A client of the account's owner, at MiniStack."""
+        """Return a boto3 client of MiniStack with the credentials of the account's owner."""
         return aws(Endpoint(self.url, REGION), service)
 
     @property
     def scaling(self) -> Any:
-        """A client of the groups whose instances are real."""
+        """Return an Auto Scaling client for the mirrored groups, which have real instances."""
         return aws(Endpoint(self.env["AWS_ENDPOINT_URL_AUTO_SCALING"], REGION), "autoscaling")
 
     def groups(self) -> dict[str, Any]:
@@ -61,14 +61,14 @@ class ControlPlane:
         return {one["AutoScalingGroupName"]: one for one in found}
 
     def until_without_groups(self) -> None:
-        """Returns once the groups of a stack that is gone are gone, too: AWS's own waits for them,
-        this one is gone a look before they are, and their last instances end."""
+        """Wait until the mirrored groups of a deleted stack are deleted. AWS deletes a stack after its groups.
+        MiniStack deletes the stack first, and the last instances end a moment later."""
         until(lambda: not self.groups(), 60.0, pause_s=LOOK_S)
 
     # --- Mirroring -------------------------------------------------------------------------------
 
     def mirror(self, stop: threading.Event) -> None:
-        """Keep the groups as the stack's template has them, until told to stop."""
+        """Mirror the groups of the stack's template until `stop` is set."""
         done: object = None
         while not stop.wait(LOOK_S):
             stack = self._stack()
@@ -81,8 +81,8 @@ class ControlPlane:
             elif stack["StackStatus"] in ("CREATE_COMPLETE", "UPDATE_COMPLETE"):
                 groups, templates = self._described(stack)
                 if _state_of(self._stack()) != state:
-                    # Half of this may be of an update: a group that has instances, and a launch
-                    # template of before it that names no release.
+                    # During an update of the stack, the groups and the launch templates may be of different versions.
+                    # For example, a group may have instances while its old launch template does not name a release.
                     continue
                 self._take_over(groups, templates)
             done = state
@@ -95,10 +95,10 @@ class ControlPlane:
         return None if found["StackStatus"] == "DELETE_COMPLETE" else found
 
     def _described(self, stack: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], str]:
-        """The groups of the stack as it is, by name, and the file of their launch templates."""
+        """Return the current groups of the stack by name, and the text of their launch templates."""
         told = self.aws("cloudformation").get_template(StackName=self.name, TemplateStage="Original")["TemplateBody"]
         parameters = {one["ParameterKey"]: one["ParameterValue"] for one in stack["Parameters"]}
-        # botocore reads JSON by itself.
+        # botocore parses a JSON template itself.
         template = cfn.load(told) if isinstance(told, str) else told
         rendered = cfn.Rendered(template, **parameters)
         groups = {str(one["AutoScalingGroupName"]): one for one in rendered.of_type(_GROUP).values()}
@@ -137,7 +137,7 @@ class ControlPlane:
         }
 
     def _launch_template(self, name: str, slots: str) -> str:
-        """As the stack's says, but for its AMI."""
+        """Return the stack's launch template with a container image in place of the AMI."""
         (version,) = self.aws("ec2").describe_launch_template_versions(LaunchTemplateName=name, Versions=["$Latest"])[
             "LaunchTemplateVersions"
         ]
@@ -162,7 +162,7 @@ def _state_of(stack: dict[str, Any] | None) -> tuple[str, object] | None:
 
 @contextmanager
 def control_plane(folder: Path, image: str) -> Iterator[ControlPlane]:
-    """The account in `folder`, whose instances have that image; what is left of it ends with it."""
+    """Create the account in `folder`, whose instances run `image`, and remove the account on exit."""
     instance_boot.need_instances()
     sessions = Sessions()
     with docker_grid(folder / "docker") as grid:
@@ -201,7 +201,7 @@ def _mirrored(plane: ControlPlane) -> Iterator[None]:
 
 
 def _ministack(here: str, folder: Path) -> Server:
-    """On an address that containers reach."""
+    """Start MiniStack on an address that containers can reach."""
     port = free_port()
     env = {
         "GATEWAY_PORT": str(port),

@@ -17,7 +17,7 @@ from tests.support.aws.instance_boot import IMAGE, folder_of_run, instance_relea
 
 @pytest.fixture(scope="session")
 def own_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Made once for all processes of a test run, and removed by the last one that has it."""
+    """Build the image once for all processes of a test run. The last process that uses the image removes it."""
     archive = instance_release(tmp_path_factory)
     place = folder_of_run(tmp_path_factory)
     (users := place / "own-image").mkdir(exist_ok=True)

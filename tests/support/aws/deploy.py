@@ -21,14 +21,15 @@ from batchlab.deploy.stack_records import Event
 
 REGION = "us-east-1"
 SMALL = Path(__file__).with_name("deploy_stack.yaml")
-"""A template with what `batchlab deploy` looks at, and little else."""
+"""A small template with only the resources that `batchlab deploy` inspects."""
 
 _ACCOUNTS = itertools.count(100_000_000_001)
-"""MiniStack takes an access key of twelve digits for an account of its own."""
+"""Account ids for tests. MiniStack creates a separate account for each access key of twelve digits."""
 
 
 def use(monkeypatch: pytest.MonkeyPatch, url: str, source: Path = SMALL) -> str:
-    """Have `batchlab deploy` work in a fresh account at `url`, with that template; the account."""
+    """Point `batchlab deploy` at a fresh account at `url` and at the template in `source`, and return the account
+    id."""
     account = str(next(_ACCOUNTS))
     for name in ("AWS_PROFILE", "AWS_REGION", "AWS_SESSION_TOKEN", "BATCHLAB_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -43,14 +44,14 @@ def use(monkeypatch: pytest.MonkeyPatch, url: str, source: Path = SMALL) -> str:
 
 
 def client(service: str) -> Any:
-    """boto3's, in the account that is in use."""
-    # Not boto3's default session, which keeps the credentials of the first test.
+    """Return a boto3 client in the account of the current test."""
+    # boto3's default session would keep the credentials of the first test.
     make: Any = session(None).client
     return make(service)
 
 
 def release(folder: Path, text: str = "one") -> Path:
-    """An archive as far as `deploy apply` looks into it."""
+    """Write a release archive with only the file that `deploy apply` reads."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         body = f"VERSION={text}\nPYTHON=3.12\nARCHITECTURE=x86_64\n".encode()
@@ -64,7 +65,7 @@ def release(folder: Path, text: str = "one") -> Path:
 
 
 def stacks() -> dict[str, str]:
-    """Those that are there, and what they are."""
+    """Return the status of each existing stack, by name."""
     told = client("cloudformation").describe_stacks()["Stacks"]
     return {one["StackName"]: one["StackStatus"] for one in told}
 
@@ -82,8 +83,8 @@ def group(name: str) -> dict[str, Any]:
 
 @dataclass
 class Front:
-    """apply.Front for a test: agrees or not, and remembers what it saw. `seeing` is called with
-    each event."""
+    """An apply.Front for tests, which records its calls. `agreed` is the answer to every question. `seeing` is called
+    with each event."""
 
     agreed: bool = True
     said: list[str] = field(default_factory=list)

@@ -22,8 +22,9 @@ _NAMESPACE = 'xmlns="http://ec2.amazonaws.com/doc/2016-11-15/"'
 
 @dataclass
 class Machines:
-    """Of the endpoint that keeps its state in `folder`; `asked` are the requests. The file
-    `disk` ends with the manager's instance, whose group is `manager`."""
+    """The EC2 stub for the instances of the endpoint that stores its state in `folder`. `asked` are the received
+    requests. The end of the manager's instance deletes the file `disk`. `manager` is the name of this instance's group.
+    """
 
     folder: Path
     manager: str

@@ -25,10 +25,10 @@ from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.local.ministack import Emulator, find, install
 
 EMULATORS = ("ministack", "localstack", "moto")
-"""The fixtures, by the names of what they start."""
+"""The names of the fixtures, which are also the names of the emulators."""
 
 LOCALSTACK_PYTHON = "BATCHLAB_LOCALSTACK_PYTHON"
-"""Environment variable: the Python that localstack-core is installed for."""
+"""Environment variable with the path of the Python that localstack-core is installed for."""
 
 LOCALSTACK = {
     "SERVICES": "s3,sqs",
@@ -38,7 +38,7 @@ LOCALSTACK = {
     "DISABLE_EVENTS": "1",
     "SKIP_SSL_CERT_DOWNLOAD": "1",
 }
-"""Settings of a LocalStack, wherever it listens."""
+"""Environment variables of every LocalStack that the tests start."""
 
 START_S = 90.0
 
@@ -46,7 +46,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Server:
-    """An emulator's process on a port of its own, `start` and `kill` as often as a test likes."""
+    """An emulator's process on its own port. A test may call `start` and `kill` repeatedly."""
 
     def __init__(
         self, command: Sequence[str], folder: Path, *, port: int, env: Mapping[str, str] = {}, host: str = "127.0.0.1"
@@ -55,12 +55,12 @@ class Server:
         self._command = command
         self._log = folder / "server.log"
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
-        # Nothing of the user's AWS_* variables.
+        # The emulator must not inherit the user's AWS_* variables.
         self._env = {"PATH": os.environ.get("PATH", ""), "HOME": str(folder), "TMPDIR": str(folder / "tmp"), **env}
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Start the emulator, and wait until it answers."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -90,7 +90,7 @@ class Server:
             return False
 
     def kill(self) -> None:
-        """SIGKILL; it keeps no state."""
+        """Kill the emulator with SIGKILL. The emulator loses its state."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -98,14 +98,15 @@ class Server:
 
 
 def end_with_parent() -> None:
-    """A test run that is killed ends no fixture, and would leave its servers behind."""
+    """End this process when its parent ends. A killed test run does not finish its fixtures and would leave its servers
+    running."""
     pr_set_pdeathsig = 1
     if _LIBC.prctl(pr_set_pdeathsig, signal.SIGKILL):
         raise OSError(ctypes.get_errno(), "prctl")
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 on which nothing listens now."""
+    """Return a port of 127.0.0.1 on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -113,14 +114,14 @@ def free_port() -> int:
 
 
 def moto_server(folder: Path) -> Server:
-    """moto from the development environment, not started yet."""
+    """Return a moto server from the development environment, without starting it."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     return Server(command, folder, port=port)
 
 
 def localstack_server(python: str, folder: Path) -> Server:
-    """LocalStack from the environment of that Python, not started yet."""
+    """Return a LocalStack server from the environment of that Python, without starting it."""
     port = free_port()
     address = f"127.0.0.1:{port}"
     env = {**LOCALSTACK, "GATEWAY_LISTEN": address, "LOCALSTACK_HOST": address}
@@ -128,7 +129,8 @@ def localstack_server(python: str, folder: Path) -> Server:
 
 
 def ministack_python() -> Path:
-    """The Python that MiniStack is installed for; skips or fails where there is none."""
+    """Return the Python that MiniStack is installed for. If MiniStack is not installed, skip the test, or fail in
+    CI."""
     if found := find():
         return found
     if os.environ.get("CI"):
@@ -137,7 +139,7 @@ def ministack_python() -> Path:
 
 
 def named_emulator(folder: Path, *, port: int = 0) -> Emulator:
-    """MiniStack for a grid that names its endpoint, and so signs with the usual keys."""
+    """Return MiniStack for a grid that names its endpoint and therefore signs with the default keys."""
     known = Endpoint()
     keys = {"access_key": known.access_key, "secret_key": known.secret_key}
     folder.mkdir(exist_ok=True)
@@ -146,7 +148,8 @@ def named_emulator(folder: Path, *, port: int = 0) -> Emulator:
 
 
 def localstack_python() -> str:
-    """The Python that LocalStack is installed for; skips or fails where there is none."""
+    """Return the Python that LocalStack is installed for. If LocalStack is not installed, skip the test, or fail
+    in CI."""
     if python := os.environ.get(LOCALSTACK_PYTHON):
         return python
     if os.environ.get("CI"):
@@ -164,19 +167,19 @@ def _served(server: Server) -> Iterator[Endpoint]:
 
 @pytest.fixture(scope="session")
 def ministack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """MiniStack as the backend of that name runs it, with the keys of a named endpoint."""
+    """Start MiniStack as the backend `ministack` does, with the keys of a named endpoint."""
     with named_emulator(tmp_path_factory.mktemp("ministack")) as emulator:
         yield emulator.endpoint
 
 
 @pytest.fixture(scope="session")
 def localstack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """LocalStack 4.14."""
+    """Start LocalStack 4.14."""
     folder = tmp_path_factory.mktemp("localstack")
     yield from _served(localstack_server(localstack_python(), folder))
 
 
 @pytest.fixture(scope="session")
 def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """moto's server."""
+    """Start moto's server."""
     yield from _served(moto_server(tmp_path_factory.mktemp("moto")))

@@ -1,6 +1,5 @@
-"""A proxy for endpoints of AWS's query protocol. It throttles some requests, and returns some
-outdated descriptions.
-"""
+"""A proxy for endpoints of AWS's query protocol. The proxy throttles some requests, and returns some outdated
+descriptions."""
 
 from __future__ import annotations
 
@@ -24,8 +23,8 @@ _THROTTLED = Answer(
 
 @dataclass
 class FaultyFront:
-    """A share `throttled` of requests is refused. A Describe says what one up to `lag_s` before it
-    has said. `asked` counts what came through, by action."""
+    """A proxy that rejects the share `throttled` of all requests. The proxy may answer a Describe request with a stored
+    answer that is less than `lag_s` old. `asked` counts the requests that were not throttled, by action."""
 
     target: str = ""
     throttled: float = 0.0

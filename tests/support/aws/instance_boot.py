@@ -1,9 +1,8 @@
-"""An account whose instances are containers that boot by the stack's own user data.
+"""An account whose instances are containers that boot with the stack's own user data.
 
-S3 and SQS are LocalStack's, Secrets Manager, CloudWatch Logs and ECR's sign-in moto's, Auto Scaling
-and the metadata service batchlab's own. The containers run systemd and are on a network that leads
-nowhere else. Session Manager is a stub whose plugin carries a connection into the container by
-`docker exec`.
+LocalStack serves S3 and SQS. moto serves Secrets Manager, CloudWatch Logs, and ECR's sign-in. batchlab serves Auto
+Scaling and the metadata service. The containers run systemd in a network without a route to other networks. Session
+Manager is a stub whose plugin carries a connection into the container by `docker exec`.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from tests.support.docker.containers import DockerGrid, docker_grid, ensure_netw
 from tests.support.http_proxy import standing
 
 IMAGE = os.environ.get("BATCHLAB_INSTANCE_IMAGE", "batchlab-offline/instance:trixie")
-"""compose/offline/build.sh makes the one that is looked for."""
+"""The default image is built by compose/offline/build.sh."""
 LOG_GROUP = "/batchlab/try"
 USER_DATA = installation.folder("backends") / "aws" / "userdata.sh"
 
@@ -49,8 +48,8 @@ _HASTY = r"""
 mkdir -p /var/lib/batchlab
 printf "[manager]\ntick_s = 1\nidle_s = 20\n" > /var/lib/batchlab/settings.toml
 """
-"""What the manager's instance does before what the stack gives it. Nobody pays by the minute here,
-nor by the request: a third of the tests would be waiting for the idle time of 60 s."""
+"""Commands that the manager's instance runs before the user data of the stack. The tests do not pay for time or
+requests, so the manager uses short intervals. With the default idle time of 60 s, a third of the tests would wait."""
 
 _PLUGIN = """\
 #!{python}
@@ -95,7 +94,7 @@ with socket.create_server(("127.0.0.1", local)) as listener:
 
 
 def need_instances() -> str:
-    """The Python that the instance image has; skips or fails where there is no such image."""
+    """Return the Python version of the instance image. If the image does not exist, skip the test, or fail in CI."""
     found = _python_of_image()
     if not found:
         if os.environ.get("CI"):
@@ -116,12 +115,12 @@ def _python_of_image() -> str:
 
 
 def instance_release(factory: pytest.TempPathFactory) -> Path:
-    """This code's release, for the instance image, made once for all processes of a test run; skips
-    or fails where none can be made."""
+    """Build the release of this checkout for the instance image, once for all processes of a test run. If the build is
+    not possible, skip the test or fail."""
     python = need_instances()
     place = folder_of_run(factory)
     folder = place / "instance-release"
-    # A process that is killed gives up the lock, and what it has not finished has another name.
+    # A killed process releases the lock, and its unfinished archive has a different name.
     with (place / "instance-release.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
@@ -136,13 +135,13 @@ def instance_release(factory: pytest.TempPathFactory) -> Path:
 
 
 def folder_of_run(factory: pytest.TempPathFactory) -> Path:
-    """Where all processes of a test run find what one of them has made."""
+    """Return the folder that all processes of a test run share."""
     place = factory.getbasetemp()
     return place.parent if os.environ.get("PYTEST_XDIST_WORKER") else place
 
 
 def rendered(**variables: str) -> str:
-    """The user data as CloudFormation's Fn::Sub renders it; fails where a variable has no value."""
+    """Return the user data as CloudFormation's Fn::Sub renders it. Fail if a variable does not have a value."""
 
     def value(found: re.Match[str]) -> str:
         return variables[found[1].replace("::", "_")]
@@ -152,18 +151,18 @@ def rendered(**variables: str) -> str:
 
 @dataclass
 class Fleet:
-    """The account, and its instances as a person on the machine sees them."""
+    """An account whose instances are containers, with functions to inspect each instance."""
 
     account: Account
     grid: DockerGrid
     release: str
     env: Mapping[str, str]
-    """What makes AWS of the emulators for an instance."""
+    """The environment variables that point an instance at the emulators."""
     templates: dict[str, str] = field(default_factory=dict)
 
     def pool(self, pool: Pool, size: int = 0, **changes: str) -> str:
-        """Make a pool's group with a launch template whose user data, or `image`, is changed so;
-        the group's name."""
+        """Create a pool's group and its launch template, and return the group's name. `changes` replace variables of
+        the user data, or the `image`."""
         group = f"{STACK}-pool-{pool.name}"
         self.template(group, "worker", pool.slots, **changes)
         form = GroupParameters(group, zones=(f"{REGION}a",))
@@ -174,7 +173,7 @@ class Fleet:
         return group
 
     def template(self, group: str, role: str, slots: int, **changes: str) -> None:
-        """Make the launch template of a group."""
+        """Create the launch template of a group."""
         at = self.account.at
         image = changes.pop("image", IMAGE)
         variables = {
@@ -215,7 +214,7 @@ user_data = "{base64.b64encode(text).decode()}"
         self.account.aws("autoscaling").set_desired_capacity(AutoScalingGroupName=group, DesiredCapacity=size)
 
     def run(self, instance: str, *command: str) -> str:
-        """What a command prints in an instance."""
+        """Run a command in an instance, and return its output."""
         done = subprocess.run(
             ["docker", "exec", self.grid.name(instance), *command],
             capture_output=True,
@@ -226,21 +225,21 @@ user_data = "{base64.b64encode(text).decode()}"
         return done.stdout + done.stderr
 
     def is_active(self, instance: str, role: str) -> bool:
-        """Whether the service runs there."""
+        """Return whether the service of a role runs in the instance."""
         return self.run(instance, "systemctl", "is-active", f"batchlab-{role}") == "active\n"
 
     def instances(self, group: str) -> dict[str, str]:
-        """Lifecycle states by instance."""
+        """Return the lifecycle state of each instance of a group."""
         found = self.account.group(group)["Instances"]
         return {one["InstanceId"]: one["LifecycleState"] for one in found}
 
     def activities(self, group: str) -> list[dict[str, Any]]:
-        """Newest first."""
+        """Return the scaling activities of a group, newest first."""
         answer = self.account.aws("autoscaling").describe_scaling_activities(AutoScalingGroupName=group)
         return list(answer["Activities"])
 
     def logged(self) -> str:
-        """All that instances have said to the log group."""
+        """Return everything that instances have written to the log group."""
         logs = aws(Endpoint(self.env["AWS_ENDPOINT_URL_CLOUDWATCH_LOGS"], REGION), "logs")
         found = logs.filter_log_events(logGroupName=LOG_GROUP)["events"]
         return "\n".join(one["message"] for one in found)
@@ -252,8 +251,7 @@ def templates_in(folder: Path) -> Path:
 
 @contextmanager
 def fleet(folder: Path, archive: Path) -> Iterator[Fleet]:
-    """The account in `folder`, with that release and its manager's instance booting; everything
-    ends with it."""
+    """Create the account in `folder` with that release, start the manager's instance, and remove everything on exit."""
     need_instances()
     python = localstack_python()
     sessions = Sessions()
@@ -303,7 +301,7 @@ def _ready(account: Account, grid: DockerGrid, archive: Path, env: Mapping[str, 
 
 @contextmanager
 def auto_scaling(folder: Path, grid: DockerGrid, here: str) -> Iterator[dict[str, str]]:
-    """Auto Scaling and the metadata service, by the variables that name them."""
+    """Run Auto Scaling and the metadata service, and return the environment variables with their addresses."""
     port, metadata_port = free_port(), free_port()
     url = f"http://{here}:{port}"
     templates_in(folder).write_text("")
@@ -333,7 +331,7 @@ def install_plugin(folder: Path, grid: DockerGrid) -> None:
 
 
 def _localstack(python: str, here: str, folder: Path) -> Server:
-    """On an address that containers reach; it gives that in its queues' URLs too."""
+    """Start LocalStack on an address that containers can reach. LocalStack uses the same address in queue URLs."""
     port = free_port()
     address = f"{here}:{port}"
     env = {**LOCALSTACK, "GATEWAY_LISTEN": address, "LOCALSTACK_HOST": address}

@@ -31,7 +31,7 @@ SPOT = Metadata(
 
 @dataclass
 class Source:
-    """The MetadataSource of a test."""
+    """A MetadataSource whose instances are set by a test."""
 
     known: dict[str, Metadata] = field(default_factory=lambda: {HERE: SPOT})
     away: bool = False
@@ -43,7 +43,7 @@ class Source:
 
 
 class Service:
-    """A MetadataServer in a thread, as what asks it blocks."""
+    """A MetadataServer in a thread, because its clients block."""
 
     def __init__(self) -> None:
         self.source = Source()
@@ -65,7 +65,7 @@ class Service:
         self._loop.close()
 
     def start(self) -> None:
-        """Listen, on the same port as before; tokens of before are good for nothing."""
+        """Start listening on the same port as before. Tokens from before the start become invalid."""
         port = urlsplit(self.url).port or 0
         self._server = MetadataServer(self.source, self.clock)
         starting = asyncio.run_coroutine_threadsafe(self._server.start(HERE, port), self._loop)
@@ -75,7 +75,7 @@ class Service:
         asyncio.run_coroutine_threadsafe(self._server.close(), self._loop).result()
 
     def ask(self, method: str, path: str, headers: Mapping[str, str] = {}) -> tuple[int, str, Mapping[str, str]]:
-        """Status, content and headers."""
+        """Send a request, and return the status, the content, and the headers."""
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=5)
         try:
             connection.request(method, path, headers=dict(headers))

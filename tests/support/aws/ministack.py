@@ -25,28 +25,28 @@ ROOT = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
 END_S = 30.0
 CONDITIONS = Path(__file__).with_name("ministack_conditions.py")
 MAX_INLINE_BYTES = 51_200
-"""So much of a template a request holds."""
+"""The maximum size of a template in a request."""
 
 
 @dataclass(frozen=True)
 class Plane:
-    """An account at MiniStack; `ca` is the file with its certificate where it speaks TLS."""
+    """An account at MiniStack. `ca` is the file with MiniStack's certificate if MiniStack uses TLS."""
 
     url: str
     ca: Path | None = None
     keys: Mapping[str, Any] = field(default_factory=lambda: ROOT)
 
     def client(self, service: str) -> Any:
-        """boto3's client, which makes each call once."""
+        """Return a boto3 client that makes each call once."""
         verify = str(self.ca) if self.ca else None
-        # Not the user's proxies, which are not on the way to this machine.
+        # The client ignores the user's proxies, because MiniStack runs on this machine.
         config = Config(retries={"total_max_attempts": 1}, proxies={})
         given: dict[str, Any] = dict(self.keys)
         make: Any = session(REGION).client
         return make(service, endpoint_url=self.url, verify=verify, config=config, **given)
 
     def role(self, name: str, session: str = "i-0123456789abcdef0") -> Plane:
-        """The same account as that role, as an instance is that has the role's profile."""
+        """Return the same account with the credentials of a role, as an instance with the role's profile has them."""
         arn = self.client("iam").get_role(RoleName=name)["Role"]["Arn"]
         given = self.client("sts").assume_role(RoleArn=arn, RoleSessionName=session)["Credentials"]
         keys = {
@@ -77,8 +77,8 @@ class _TlsServer(Server):
 
 @contextmanager
 def served(folder: Path, *, enforces: bool = False, tls: bool = False) -> Iterator[Plane]:
-    """MiniStack; with `enforces` it holds everybody but the root user to IAM policies, with the
-    condition keys of `ministack_conditions`."""
+    """Start MiniStack. With `enforces`, MiniStack checks the IAM policies of every caller except the root user, with
+    the condition keys of `ministack_conditions`."""
     port = free_port()
     env = {
         "GATEWAY_PORT": str(port),
@@ -126,7 +126,7 @@ def served(folder: Path, *, enforces: bool = False, tls: bool = False) -> Iterat
 
 
 class Stack:
-    """A stack at MiniStack, followed to the end of what is done with it."""
+    """A stack at MiniStack. Each operation on the stack waits until its end."""
 
     def __init__(self, plane: Plane, name: str = "batchlab") -> None:
         self.plane = plane
@@ -134,7 +134,7 @@ class Stack:
         self._api = plane.client("cloudformation")
 
     def create(self, template: cfn.Template, **parameters: Any) -> str:
-        """The status that it ends in."""
+        """Create the stack, and return its final status."""
         self._api.create_stack(**self._request(template, parameters))
         return self.ended()
 
@@ -143,7 +143,7 @@ class Stack:
         return self.ended()
 
     def change_set(self, name: str, template: cfn.Template, **parameters: Any) -> list[dict[str, Any]]:
-        """Make one, and say what it would change."""
+        """Create a change set, and return its changes."""
         self._api.create_change_set(ChangeSetName=name, **self._request(template, parameters))
         named = {"ChangeSetName": name, "StackName": self.name}
         give_up_s = time.monotonic() + END_S
@@ -174,7 +174,7 @@ class Stack:
         return status
 
     def ids(self) -> dict[str, str]:
-        """The physical id of each resource; none may be made up."""
+        """Return the physical id of each resource, and check that no id is made up."""
         told = self._api.describe_stack_resources(StackName=self.name)["StackResources"]
         found = {one["LogicalResourceId"]: one.get("PhysicalResourceId", "") for one in told}
         assert not {"", "unknown"} & set(found.values()), found
@@ -186,7 +186,7 @@ class Stack:
         return told
 
     def failures(self) -> dict[str, str]:
-        """Why each resource failed that did."""
+        """Return the reason of each failed resource."""
         events = self._api.describe_stack_events(StackName=self.name)["StackEvents"]
         return {
             event["LogicalResourceId"]: event.get("ResourceStatusReason", "")

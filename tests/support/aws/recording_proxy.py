@@ -16,8 +16,8 @@ _DENIED = (b"AccessDenied", b"not authorized")
 
 @dataclass
 class RecordingFront:
-    """`called` has the IAM actions, as in "sqs:SendMessage", by access key; `denied` those that
-    were refused."""
+    """A proxy that records calls. `called` has the IAM actions, such as "sqs:SendMessage", by access key. `denied` has
+    the calls that were denied."""
 
     target: str = ""
     called: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -30,7 +30,7 @@ class RecordingFront:
         with self._lock:
             self.called[who].add(action)
             if action == "s3:GetObject" and answer.status == 404:
-                # S3 tells "not there" from "forbidden" only to those who may list.
+                # For a missing object, S3 returns 404 only to callers that may list the bucket. Other callers get 403.
                 self.called[who].add("s3:ListBucket")
             if answer.status == 403 or any(word in answer.body for word in _DENIED):
                 self.denied.append((who, action, request.path))
@@ -38,18 +38,18 @@ class RecordingFront:
 
 
 def caller(request: Request) -> str:
-    """The access key that has signed the request; "" where nobody has."""
+    """Return the access key that signed the request, or "" if the request is not signed."""
     found = _SCOPE.search(request.header("Authorization"))
     return found[1] if found else ""
 
 
 def action_of(request: Request) -> str:
-    """The IAM action that permits the request, as AWS's service authorization reference has it."""
+    """Return the IAM action that permits the request, as in AWS's service authorization reference."""
     found = _SCOPE.search(request.header("Authorization"))
     service = found[2] if found else "?"
     if target := request.header("X-Amz-Target"):
         name = target.partition(".")[2]
-        # A batch needs the permission of what it is a batch of.
+        # A batch call needs the permission of the single call.
         return f"{service}:{name.removesuffix('Batch')}"
     if service == "s3":
         return f"s3:{_of_s3(request)}"
@@ -63,7 +63,7 @@ def _of_s3(request: Request) -> str:
     if request.method == "DELETE":
         return "AbortMultipartUpload" if "uploadId" in query else "DeleteObject"
     if request.method == "POST":
-        # Of several keys, or of one upload's begin and end.
+        # A POST deletes several keys, or begins or completes a multipart upload.
         return "DeleteObject" if "delete" in query else "PutObject"
     if request.method == "PUT":
         return "PutObject" if has_key else "CreateBucket"

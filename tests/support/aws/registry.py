@@ -1,9 +1,9 @@
-"""An image registry with one image in the format of `docker save`. It serves pulls over TLS to
-clients that have the password of the user AWS.
+"""An image registry with one image in the format of `docker save`. The registry serves pulls over TLS to clients that
+have the password of the user AWS.
 
-This file is a script for a container, and imports only the standard library. The image is
-/registry/image.tar, and the certificate is server.crt and server.key beside it. REGISTRY_PASSWORD
-is the password. The script prints each request as a line on stdout.
+This file is a script for a container, and imports only the standard library. The image is /registry/image.tar. The
+certificate and its key are server.crt and server.key in the same folder. REGISTRY_PASSWORD is the password. The script
+prints each request as a line on stdout.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _PIECE = 1024 * 1024
 
 
 class Image:
-    """The blobs of an image by their digests, where they lie in the archive, and its manifest."""
+    """The manifest of an image, and the position of each blob in the archive by digest."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.blobs: dict[str, tuple[int, int]] = {}
-        """Offset and size."""
+        """The offset and the size of each blob in the archive, by digest."""
         with tarfile.open(path) as archive:
             told = archive.extractfile("manifest.json")
             assert told
@@ -46,14 +46,14 @@ class Image:
         body = archive.extractfile(member)
         assert body
         digest = f"sha256:{hashlib.file_digest(body, 'sha256').hexdigest()}"  # type: ignore[arg-type]
-        # A layer that another one is the same as is a link to it in some archives.
+        # In some archives, a duplicate layer is a link to the first one.
         place = archive.getmember(member.linkname) if member.islnk() or member.issym() else member
         self.blobs[digest] = place.offset_data, place.size
         return {"mediaType": kind, "digest": digest, "size": place.size}
 
 
 class Registry(BaseHTTPRequestHandler):
-    """https://distribution.github.io/distribution/spec/api/, as far as a pull goes."""
+    """The pull requests of https://distribution.github.io/distribution/spec/api/."""
 
     protocol_version = "HTTP/1.1"
     image: Image

@@ -1,6 +1,4 @@
-"""A server of SQS's protocol that returns the answers that a test chooses, also ones that no
-emulator returns.
-"""
+"""A server of SQS's protocol with answers that a test chooses, including answers that emulators do not return."""
 
 from __future__ import annotations
 
@@ -15,22 +13,23 @@ from batchlab.adapters.aws.endpoint import Endpoint
 
 Answer = tuple[int, dict[str, Any] | str]
 Script = Callable[[str, dict[str, Any]], Answer]
-"""From an operation and its parameters to a status and a body."""
+"""A function from an operation and its parameters to the status and the body of the answer."""
 
 
 def refusal(code: str, status: int = 400, message: str = "No.") -> Answer:
-    """An error as SQS words it."""
+    """Return an error in SQS's format."""
     return status, {"__type": f"com.amazonaws.sqs#{code}", "message": message}
 
 
 @contextmanager
 def scripted(script: Script) -> Iterator[tuple[Endpoint, list[tuple[str, dict[str, Any]]]]]:
-    """Its endpoint, and the calls it gets; queues are found without the script."""
+    """Start the server, and yield its endpoint and the list of received calls. The server answers GetQueueUrl without
+    the script."""
     calls: list[tuple[str, dict[str, Any]]] = []
 
     class Handler(BaseHTTPRequestHandler):
-        # HTTP/1.0 closes the connection after each answer. One that is kept alive stays open for
-        # as long as an exception holds its response, and the server's end waits for it.
+        # HTTP/1.0 closes the connection after each answer. A connection that is kept alive stays open as long as an
+        # exception references its response, and the server's shutdown would wait for it.
         protocol_version = "HTTP/1.0"
 
         def do_POST(self) -> None:
@@ -57,7 +56,8 @@ def scripted(script: Script) -> Iterator[tuple[Endpoint, list[tuple[str, dict[st
 
     class Server(ThreadingHTTPServer):
         daemon_threads = False
-        # Of connections that nobody has accepted yet: beyond 5, the default, they are tried again.
+        # The maximum number of connections that wait to be accepted. With the default of 5, further connections are
+        # delayed by retries.
         request_queue_size = 128
 
     server = Server(("127.0.0.1", 0), Handler)

@@ -1,6 +1,4 @@
-"""The AWS calls that a worker, the manager, and a user of a stack need, and calls that their
-roles must deny.
-"""
+"""The AWS calls that a worker, the manager, and a user of a stack need, and calls that their roles must not allow."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ OTHER_TOPIC = f"arn:aws:sns:{REGION}:{ACCOUNT}:somebody-elses"
 
 @dataclass
 class Site:
-    """A stack, and the calls of one of its roles."""
+    """A stack and the credentials of one of its roles."""
 
     root: Plane
     ids: dict[str, str]
@@ -42,15 +40,15 @@ class Site:
         return str(self.root.client("sqs").get_queue_url(QueueName=name)["QueueUrl"])
 
     def received(self, logical: str) -> dict[str, str]:
-        """A message that is there, as the role receives it."""
+        """Receive an existing message with the role's credentials."""
         return _received(self.queue(logical), self.root, self.plane)
 
     def anothers(self) -> str:
-        """The task queue of another pool."""
+        """Return the task queue of another pool."""
         return str(self.root.client("sqs").get_queue_url(QueueName=OTHER_POOLS)["QueueUrl"])
 
     def stolen_receipt(self) -> dict[str, str]:
-        """A message of another pool, with the receipt that a worker of that pool has."""
+        """Return a message of another pool, with the receipt of a worker of that pool."""
         return _received(self.anothers(), self.root, self.root)
 
 
@@ -107,12 +105,12 @@ def in_parts(site: Site, key: str, **condition: str) -> object:
 
 
 def overwritten(site: Site, key: str) -> object:
-    """Another worker's object, which exists, is put again."""
+    """Overwrite an existing object of another worker."""
     site.root.client("s3").put_object(Bucket=site.bucket, Key=key, Body=b"0", IfNoneMatch="*")
     return site.put(key)
 
 
-# --- What they need ------------------------------------------------------------------------------
+# --- Required calls -----------------------------------------------------------------------------
 
 WORKER_MAY: dict[str, Call] = {
     "fetch the release": lambda it: it.get("boot/a.tar.gz"),
@@ -200,7 +198,7 @@ USER_MAY: dict[str, Call] = {
     ),
 }
 
-# --- What they must not --------------------------------------------------------------------------
+# --- Forbidden calls ----------------------------------------------------------------------------
 
 WORKER_MUST_NOT: dict[str, Call] = {
     "forge a job": lambda it: it.put("jobs/j/spec.json", IfNoneMatch="*"),

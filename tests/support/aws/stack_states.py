@@ -1,7 +1,7 @@
 """A model of CloudFormation for one stack, with the operations that AWS documents for each state.
 
-Emulators reach few of these states, and refuse no operation in them. The tests check what `batchlab
-deploy` does in each state, so the stack has few resources.
+Emulators reach few of these states, and do not reject any operation in them. The modeled stack has only the few
+resources that the tests of `batchlab deploy` need.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ ENDS = {
     "IMPORT_IN_PROGRESS": "IMPORT_COMPLETE",
     "IMPORT_ROLLBACK_IN_PROGRESS": "IMPORT_ROLLBACK_COMPLETE",
 }
-"""How each operation ends where nothing goes wrong."""
+"""The final state of each operation that succeeds."""
 
 
 @dataclass
 class Cloud:
-    """A boto3 client's methods, as far as one stack's state goes. An operation that is begun ends
-    at the second look after it, in `ends` of its state, or in what `fails` says."""
+    """The methods of a boto3 client for the state of one stack. A started operation ends at the second look after its
+    start. The operation ends in the state that `fails` sets, or else in the state of `ENDS`."""
 
     status: str
     resources: list[tuple[str, str, str, str]] = field(default_factory=list)
-    """Logical id, type, physical id and status of what it has."""
+    """The logical id, type, physical id, and status of each resource of the stack."""
     kept: frozenset[str] = frozenset()
-    """Those of them whose DeletionPolicy is Retain."""
+    """The logical ids of the resources whose DeletionPolicy is Retain."""
     fails: dict[str, str] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Cloud:
         error = {"Error": {"Code": "ValidationError", "Message": message}}
         raise ClientError(error, operation)  # type: ignore[arg-type]
 
-    # --- What is asked ---------------------------------------------------------------------------
+    # --- Read calls -----------------------------------------------------------------------------
 
     def describe_stacks(self, StackName: str) -> dict[str, Any]:  # noqa: N803
         if self.status == "DELETE_COMPLETE" and StackName != ID:
@@ -129,7 +129,7 @@ class Cloud:
             self._tell(ended)
         yield {"StackEvents": list(self.events)}
 
-    # --- What is done ----------------------------------------------------------------------------
+    # --- Write calls ----------------------------------------------------------------------------
 
     def update_termination_protection(self, EnableTerminationProtection: bool, **_: str) -> None:  # noqa: N803
         self.calls.append("protect" if EnableTerminationProtection else "unprotect")
@@ -155,4 +155,4 @@ class Cloud:
         self._begin("UPDATE_ROLLBACK_IN_PROGRESS")
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, because the model does not open connections."""

@@ -1,1 +1,1 @@
-"""Endpoints that break rules, for the tests of `batchlab conform`."""
+"""Endpoints that break rules of AWS, for the tests of `batchlab conform`."""

@@ -1,4 +1,4 @@
-"""A proxy that changes the answers of S3 and SQS, to test that the conformance checks notice it."""
+"""A proxy that changes the answers of S3 and SQS, to test that the conformance checks notice the changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HOP = {"connection", "content-length", "expect", "keep-alive", "transfer-encodi
 
 @dataclass
 class Request:
-    """What a client asks; `action` is SQS's name of it, empty for S3."""
+    """A client's request. `action` is the name of the SQS action, and is empty for S3."""
 
     method: str
     path: str
@@ -34,7 +34,7 @@ class Request:
 
     @property
     def is_object(self) -> bool:
-        """Whether it is about one object of S3's."""
+        """Return whether the request is about one object of S3."""
         return not self.action and urlsplit(self.path).path.count("/") >= 2
 
     @property
@@ -49,7 +49,7 @@ class Request:
 
 @dataclass
 class Response:
-    """What the client is told."""
+    """An answer to a client."""
 
     status: int = 200
     body: bytes = b""
@@ -58,7 +58,7 @@ class Response:
 
 Send = Callable[[Request], Response]
 Sabotage = Callable[[Request, Send], Response]
-"""Answers a request: by sending it on, or not."""
+"""A function that answers a request, either by forwarding it or by itself."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -108,13 +108,13 @@ class _Proxy(ThreadingHTTPServer):
             connection.close()
 
     def handle_error(self, *_: object) -> None:
-        # A client that has gone away is no news.
+        # Ignore a client that has closed its connection.
         return
 
 
 @contextmanager
 def proxy(upstream: str, sabotage: Sabotage) -> Iterator[str]:
-    """The address of a proxy in front of `upstream` that spoils it so."""
+    """Start a proxy of `upstream` that applies the sabotage, and yield the proxy's address."""
     server = _Proxy(upstream, sabotage)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()

@@ -30,7 +30,7 @@ def _refused(code: str, message: str = "") -> Response:
 
 
 def _swallowed(action: str) -> Sabotage:
-    """The action is accepted, and nothing is done."""
+    """Accept the action without an effect."""
 
     def spoil(request: Request, send: Send) -> Response:
         return _accepted(action) if _form(request).get("Action") == action else send(request)
@@ -39,7 +39,7 @@ def _swallowed(action: str) -> Sabotage:
 
 
 def _asked(action: str, change: Callable[[Form], Form]) -> Sabotage:
-    """Something else is asked in place of what the client asks."""
+    """Replace the parameters of an action before the request is forwarded."""
 
     def spoil(request: Request, send: Send) -> Response:
         if (form := _form(request)).get("Action") == action:
@@ -50,7 +50,7 @@ def _asked(action: str, change: Callable[[Form], Form]) -> Sabotage:
 
 
 def _told(action: str, pattern: str, text: str) -> Sabotage:
-    """Something else is told in place of what the endpoint tells."""
+    """Replace a pattern in the endpoint's answer to an action."""
 
     def spoil(request: Request, send: Send) -> Response:
         response = send(request)
@@ -71,7 +71,7 @@ def _flipped(form: Form) -> Form:
 
 
 def _a_name_is_taken_over(request: Request, send: Send) -> Response:
-    """As moto does: the old group goes with its instances."""
+    """Replace an existing group of that name and its instances, as moto does."""
     response = send(request)
     if b"AlreadyExists" in response.body:
         return _accepted("CreateAutoScalingGroup")
@@ -170,4 +170,4 @@ ASG_SABOTAGES: Mapping[str, tuple[Sabotage, set[str]]] = {
         {"autoscaling-protect", "autoscaling-protect-all", "autoscaling-protect-waiting", "autoscaling-protect-51"},
     ),
 }
-"""What is spoiled, how, and who must notice."""
+"""The sabotages by name, each with the checks that must notice it."""

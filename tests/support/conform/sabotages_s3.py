@@ -52,7 +52,7 @@ def _object_deletes_are_swallowed(request: Request, send: Send) -> Response:
 
 
 class _ReadsAreStale:
-    """What was read once is what is read for ever."""
+    """A sabotage that returns the first read value of an object forever."""
 
     def __init__(self) -> None:
         self._seen: dict[str, Response] = {}

@@ -32,7 +32,7 @@ def _long_bodies_are_cut_off(request: Request, send: Send) -> Response:
 
 
 def _other(request: Request, action: str, **asked: object) -> Request:
-    """Another action, with the same headers."""
+    """Return a request of another action with the same headers."""
     target = {"x-amz-target": f"AmazonSQS.{action}"}
     headers = {**request.headers, **target}
     return Request("POST", request.path, headers, json.dumps(asked).encode())

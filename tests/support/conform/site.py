@@ -10,12 +10,12 @@ import pytest
 from batchlab.adapters.aws.endpoint import Endpoint
 
 NOWHERE = Endpoint("http://127.0.0.1:9")
-"""Nothing is ever sent there."""
+"""An endpoint without a server. Tests never send requests to this endpoint."""
 
 
 @pytest.fixture
 def no_aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing of the AWS configuration of whoever runs the tests."""
+    """Remove the AWS configuration of the user who runs the tests."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):

@@ -11,7 +11,7 @@ from _pytest.mark.structures import ParameterSet
 from tests.support.aws.emulators import EMULATORS
 
 Exceptions = Mapping[str, tuple[str, tuple[str, ...]]]
-"""By the name of a check: a reason, and the emulators that it concerns."""
+"""The exceptions by the name of a check: a reason, and the emulators that the exception concerns."""
 
 
 def at_emulators(check: Callable[..., Any], differences: Exceptions, untried: Exceptions) -> list[ParameterSet]:

@@ -35,7 +35,7 @@ async def answer(call: Call, ledger: Ledger) -> object:
 
 
 def anything(rng: Random) -> Call:
-    """One call, of a job that is there more often than not."""
+    """Return one random call, usually for an existing job."""
     job = replace(JOB, id=JobId(rng.choice(("a", "a", "b"))))
     stage = rng.choice((RESIZE, INDEX, TOTAL))
 

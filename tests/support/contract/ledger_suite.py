@@ -75,11 +75,11 @@ JOB = JobDef(
     submitted_s=1_700_000_000.25,
     items=100,
 )
-"""A root, a stage that follows it item by item, and one that follows that after all items."""
+"""A job with a root stage, a chain that follows the root item by item, and a gather that waits for the chain."""
 
 
 class DumpingLedger(Ledger, Protocol):
-    """A ledger that can be compared with another."""
+    """A ledger whose content can be compared with the content of another ledger."""
 
     async def dump(self) -> dict[str, Json]:
         """See SqlLedger."""
@@ -87,11 +87,11 @@ class DumpingLedger(Ledger, Protocol):
 
 Check = Callable[[DumpingLedger], Awaitable[None]]
 Place = Path | Postgres | Sdb
-"""Where a ledger is that several processes may use: a file, a schema, or a domain."""
+"""The place of a ledger that several processes can use: a file, a schema, or a domain."""
 
 
 def opened(where: Place | None) -> DumpingLedger:
-    """The ledger there, with None in memory."""
+    """Open the ledger at a place, or in memory if the place is None."""
     if where is None:
         return open_memory()
     if isinstance(where, Path):
@@ -103,7 +103,7 @@ def opened(where: Place | None) -> DumpingLedger:
 
 @asynccontextmanager
 async def ledger_in(where: Place | None) -> AsyncIterator[DumpingLedger]:
-    """The ledger there; closed at the end."""
+    """Open the ledger at a place, and close it on exit."""
     ledger = opened(where)
     try:
         yield ledger
@@ -143,7 +143,7 @@ def _rough_simpledb_world(check: Check, request: pytest.FixtureRequest) -> None:
     asyncio.run(_checked(check, request.getfixturevalue("rough_simpledb")))
 
 
-# Another database joins the suite by one more function here.
+# A new database joins the suite through one more function here.
 LEDGER_WORLDS: Mapping[str, Callable[[Check, pytest.FixtureRequest], None]] = {
     "sim": _sim_world,
     "memory": _memory_world,
@@ -172,7 +172,7 @@ def on_every_ledger(check: Check) -> Callable[[str, pytest.FixtureRequest], None
 
 @pytest.fixture(params=_params("file", among=["file", "postgres", "simpledb", "rough_simpledb"]))
 def place(request: pytest.FixtureRequest) -> Place:
-    """Where a ledger may be that several processes use: nothing is there yet."""
+    """Return an unused place for a ledger that several processes can use."""
     if request.param != "file":
         found: Postgres | Sdb = request.getfixturevalue(request.param)
         return found
@@ -180,7 +180,7 @@ def place(request: pytest.FixtureRequest) -> Place:
     return folder / "ledger.sqlite"
 
 
-# --- What happens to a job -----------------------------------------------------------------------
+# --- Changes of a job ---------------------------------------------------------------------------
 
 
 def bundle(start: int, stop: int, *, stage: StageName = RESIZE, attempt: int = 1) -> Bundle:
@@ -196,7 +196,8 @@ def done(
     started_s: float = 1_700_000_100.0,
     retried: int = 0,
 ) -> Completion:
-    """`of` has come to its end: its first tasks failed, the next were cancelled, the rest did."""
+    """Return the completion of the bundle `of`: the first `failed` tasks failed, the next `cancelled` tasks were
+    canceled, and the other tasks succeeded."""
     bad, rest = of.tasks.split_at(failed)
     dropped, good = rest.split_at(cancelled)
     return Completion(
@@ -258,8 +259,8 @@ async def fold_in_batches(ledger: Ledger, completions: Sequence[Completion], siz
 
 
 def history(rng: Random, tasks: int) -> tuple[list[Cut], list[Completion]]:
-    """One way the first two stages of JOB may go, by the protocol's own rules: cuts of random
-    sizes, and a completion of every bundle they lead to, parents first."""
+    """Return one possible history of the first two stages of JOB: cuts of random sizes, and a completion of every
+    bundle, parents first."""
     cuts: list[Cut] = []
     left = TaskSet.span(0, tasks)
     while left:
@@ -321,17 +322,17 @@ CALLS: Sequence[Callable[[Ledger], Awaitable[object]]] = (
     lambda of: of.apply(Fold([done(_AGAIN)], [{}])),
     lambda of: _end(of, JobState.FAILED, 1, resize=4),
 )
-"""A job's life: every call that changes it."""
+"""Every call that changes a job, in the order of the job's life."""
 
 
-# --- The other process ---------------------------------------------------------------------------
+# --- The second process ---------------------------------------------------------------------------
 
 BATCH = 20
 
 
 @contextmanager
 def second_process(what: str, where: Place, owner: str = "") -> Iterator[subprocess.Popen[str]]:
-    """Another process, which is gone at the end whatever happens."""
+    """Start another process of this module, and end it on exit."""
     if isinstance(where, Path):
         place = [str(where)]
     else:
@@ -346,13 +347,13 @@ def second_process(what: str, where: Place, owner: str = "") -> Iterator[subproc
 
 
 def line(process: subprocess.Popen[str]) -> str:
-    """The next one it says, empty where it has ended."""
+    """Return the next output line of a process, or an empty line if the process has ended."""
     assert process.stdout
     return process.stdout.readline().strip()
 
 
 def many() -> list[Completion]:
-    """Enough to be killed in the middle of."""
+    """Return enough completions that a test can kill the process while it folds them."""
     return [done(bundle(i * 5, i * 5 + 5), bundle(i * 5, i * 5 + 5, stage=INDEX), failed=i % 2) for i in range(10_000)]
 
 
@@ -366,7 +367,7 @@ async def _fold_many(ledger: Ledger) -> None:
 
 
 async def _race(ledger: Ledger, owner: str) -> None:
-    """Say "ready", wait for a line, go for the lease; print who has it by our account."""
+    """Print "ready", wait for a line, try to take the lease, and print the holder of the lease."""
     print("ready", flush=True)
     sys.stdin.readline()
     stands = await ledger.lease("leader", owner)
@@ -374,7 +375,7 @@ async def _race(ledger: Ledger, owner: str) -> None:
 
 
 def opened_at(path: str, *part: str) -> DumpingLedger:
-    """The ledger in a file, or at a URL in that schema or domain."""
+    """Open the ledger in the file `path`, or at the URL `path` in that schema or domain."""
     if path.startswith("http"):
         return open_simpledb(Endpoint(path), part[0])
     return open_postgres(path, schema=part[0]) if part else open_sqlite(Path(path))

@@ -36,9 +36,9 @@ _BUCKETS = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class ObjectsWorld:
-    """An empty bucket, and a folder of this machine to upload from and download to.
+    """An empty bucket, and a local folder for uploads and downloads.
 
-    `many` keys are more than a page, and no more than the service takes in a few seconds.
+    `many` is a number of keys that needs more than one page and that the service stores within seconds.
     """
 
     objects: Objects
@@ -46,12 +46,12 @@ class ObjectsWorld:
     many: int
 
     async def keys(self, prefix: str = "", *, after: str = "") -> list[str]:
-        """Every key under the prefix, in the order in which they are listed."""
+        """Return every key with the prefix, in the order of the listing."""
         pages = self.objects.list(prefix, after=after)
         return [info.key async for page in pages for info in page]
 
     async def fill(self, keys: Iterable[str]) -> None:
-        """Put empty objects there."""
+        """Store an empty object under each key."""
         await asyncio.gather(*(self.objects.put(key, b"") for key in keys))
 
 
@@ -73,7 +73,7 @@ def _sim(check: Check, tmp_path: Path) -> None:
 
 
 def _wrapped(check: Check, tmp_path: Path) -> None:
-    """As an actor of the simulator sees it, without faults."""
+    """Run a check on the store as an actor of the simulator sees it, without faults."""
     seen = wrap(SimObjects(), "objects", Actor("a"), Faults(random.Random(1)))
     SimLoop().run(_done(check, _world(seen, tmp_path)))
 
@@ -83,7 +83,7 @@ def _files(check: Check, tmp_path: Path) -> None:
 
 
 def _remote(check: Check, tmp_path: Path) -> None:
-    """The code of a remote store, without a network."""
+    """Run a check on the code of a remote store, without a network."""
     asyncio.run(_done(check, _world(ObstoreObjects(MemoryStore()), tmp_path)))
 
 
@@ -111,7 +111,7 @@ OBJECTS_WORLDS: Mapping[str, Callable[[Check, Path], None]] = {
 }
 
 DIFFERENCES: Mapping[str, tuple[str, tuple[str, ...]]] = {}
-"""By check: the rule of S3, and the emulators that break it."""
+"""The rule of S3 that emulators break, and the names of these emulators, by check."""
 
 UNTRIED: Mapping[str, tuple[str, tuple[str, ...]]] = dict.fromkeys(
     (
@@ -121,11 +121,11 @@ UNTRIED: Mapping[str, tuple[str, tuple[str, ...]]] = dict.fromkeys(
     ),
     ("a thousand puts take it ten seconds", ("moto",)),
 )
-"""By check: why it is not tried, and at which emulators."""
+"""The reason why a check is not run, and the emulators that this concerns, by check."""
 
 
 def on_every_bucket(check: Check) -> Callable[[str, Path, pytest.FixtureRequest], None]:
-    """Turn an async check of a world into a test that runs in each of them."""
+    """Turn an async check of a world into a test that runs in each world."""
 
     @pytest.mark.parametrize("world", [*OBJECTS_WORLDS, *at_emulators(check, DIFFERENCES, UNTRIED)])
     def test(world: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -35,15 +35,15 @@ from tests.support.contract.side_by_side import SideBySide
 T = TypeVar("T")
 
 IN_FLIGHT = 25
-"""The limit of messages in flight that the worlds are built with, in place of SQS's 120,000."""
+"""The maximum number of in-flight messages in the test worlds, in place of SQS's 120,000."""
 
 
-# Of all worlds: checks may share a service.
+# Queue names are unique across all worlds, because checks may share a service.
 _NAMES = itertools.count()
 
 
 class SteppedClock:
-    """The machine's time plus what it has been set forward."""
+    """The machine's clock plus an offset that a test increases."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
@@ -56,7 +56,7 @@ class SteppedClock:
 
 
 class LoopClock:
-    """The running loop's time; after each step it is what the simulator's loop says."""
+    """The clock of the running event loop, which the simulator's loop advances."""
 
     def now_s(self) -> float:
         return 1_700_000_000.0 + asyncio.get_running_loop().time()
@@ -69,11 +69,11 @@ class LoopClock:
 class QueueWorld:
     """A queue service. Checks use whole seconds, so that a service with its own clock can pass.
 
-    `advance` makes that many seconds pass for the service. `exact` says that stale receipts are
-    always answered as refused, that a cancelled receive does not count as one, that a dead letter
-    keeps the time of its first receive, and that a limit of IN_FLIGHT messages applies; `jumps`
-    that hours may pass at once; `patient` that Throttled is waited out. A waiting receive notices
-    what becomes visible other than by a send at most `late_s` later, which SQS leaves open.
+    `advance` lets that many seconds pass for the service. If `exact` is true, the service always rejects stale
+    receipts, does not count a canceled receive, keeps the first receive time of a dead letter, and limits in-flight
+    messages to IN_FLIGHT. If `jumps` is true, `advance` can skip hours at once. If `patient` is true, the queue retries
+    calls that raise Throttled. A waiting receive notices a message that becomes visible without a send after at most
+    `late_s`. SQS does not specify this delay.
     """
 
     queue: Queue
@@ -92,20 +92,20 @@ class QueueWorld:
         dead_letters: str | None = None,
         max_receives: int = 10,
     ) -> str:
-        """A new empty queue; returns its name."""
+        """Create an empty queue, and return its name."""
         name = f"suite-{next(_NAMES)}"
         spec = QueueSpec(name, visibility_s, retention_s, dead_letters, max_receives)
         await self.queue.ensure(spec)
         return name
 
     async def send(self, name: str, *bodies: str, delay_s: float = 0.0) -> None:
-        """Send any number of bodies."""
+        """Send messages with these bodies, in batches if needed."""
         for start in range(0, len(bodies), 10):
             some = bodies[start : start + 10]
             await self.queue.send(name, [Outgoing(body, delay_s) for body in some])
 
     async def receive(self, name: str, count: int = 1, *, visibility_s: float | None = None) -> list[Message]:
-        """Exactly `count` messages, in any order, within seconds."""
+        """Receive exactly `count` messages within seconds, in any order."""
         found: list[Message] = []
         while len(found) < count:
             some = await self.queue.receive(
@@ -116,7 +116,7 @@ class QueueWorld:
         return found
 
     async def empty(self, name: str) -> bool:
-        """Whether a receive finds nothing now."""
+        """Return whether a receive finds no message now."""
         return not await self.queue.receive(name, wait_s=0)
 
 
@@ -132,13 +132,13 @@ Check = Callable[[QueueWorld], Coroutine[Any, Any, None]]
 
 
 STALLED_S = 0.5
-"""What calls may take in all before a failed check says nothing: half of the second by which checks
-keep away from the moments at which something changes."""
+"""The total delay of a check's calls from which a failure of the check is ignored and the check is repeated. Checks
+stay one second away from each change of state, and the limit is half of that second."""
 TRIES = 4
 
 
 class _Watched:
-    """A service as a check sees it; notes how long it has been kept waiting for nothing."""
+    """A service that measures for how long its calls have delayed a check."""
 
     def __init__(self, world: QueueWorld) -> None:
         self._world = world
@@ -168,8 +168,7 @@ class _Watched:
 
 
 def unless_stalled(check: Check) -> Check:
-    """The check for a service whose clock goes on while the machine is busy with something else:
-    where that kept it waiting for long and it fails, it is tried again."""
+    """Repeat a failed check if slow calls delayed it. The clock of the service continues while the machine is busy."""
 
     async def tried(world: QueueWorld) -> None:
         for left in reversed(range(TRIES)):
@@ -190,13 +189,13 @@ def _as_it_is(world: QueueWorld) -> QueueWorld:
 
 
 def _wrapped(world: QueueWorld) -> QueueWorld:
-    """As an actor of the simulator sees it, without faults."""
+    """Return the queue as an actor of the simulator sees it, without faults."""
     faults = Faults(random.Random(1), latency_s=(0.0, 0.0))
     return replace(world, queue=wrap(world.queue, "queue", Actor("a"), faults))
 
 
 def _faulty(world: QueueWorld) -> QueueWorld:
-    """One call in five has no effect, and is repeated by patience."""
+    """Return a queue on which 20% of the calls fail without an effect and are retried."""
     weather = Weather(throttled=0.1, unreachable=0.1)
     faults = Faults(random.Random(1), weather, latency_s=(0.0, 0.0))
     seen = wrap(world.queue, "queue", Actor("a"), faults)
@@ -245,12 +244,12 @@ def _rung(check: Check, tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-# LocalStack looks once a second for what is due; a long poll of moto does not look at all.
+# LocalStack checks once per second for messages that become visible. A long poll of moto does not check at all.
 _LATE_S = {"localstack": 1.2, "moto": 1.2}
 
 
 def at_emulator(name: str, queue: SqsQueue) -> QueueWorld:
-    """A world in which time passes as it does."""
+    """Return a world of an emulator, in which time passes at its real speed."""
     late_s = _LATE_S.get(name, 0.0)
     return QueueWorld(queue, WallClock(), asyncio.sleep, exact=False, jumps=False, late_s=late_s)
 
@@ -278,7 +277,7 @@ DIFFERENCES: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("ministack", "localstack", "moto"),
     ),
 }
-"""By check: the rule of SQS, and the emulators that break it."""
+"""The rule of SQS that emulators break, and the names of these emulators, by check."""
 
 UNTRIED: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "test_receivers_at_the_same_time_share_no_message": (
@@ -286,16 +285,16 @@ UNTRIED: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("moto",),
     )
 }
-"""By check: why it is not tried, and at which emulators."""
+"""The reason why a check is not run, and the emulators that this concerns, by check."""
 
 CHECKS: dict[Callable[..., None], Check] = {}
-"""By test: the checks that may run at the same time as others."""
+"""The checks that may run at the same time as others, by test."""
 
 
 def on_every_queue(check: Check, *, alone: bool = False) -> Callable[[str, Path, pytest.FixtureRequest], None]:
-    """Turn an async check of a world into a test that runs in each of them.
+    """Turn an async check of a world into a test that runs in each world.
 
-    `alone` says that it measures time, so that no other check may run beside it.
+    `alone` means that the check measures time, so no other check may run at the same time.
     """
 
     tried = unless_stalled(check)

@@ -1,5 +1,4 @@
-"""Concurrent runs of checks that mostly wait. The checks start before their tests ask for the
-results.
+"""Concurrent runs of checks that wait most of the time. The checks start before their tests ask for the results.
 
 Invariant: a test reports the result of its own check only.
 """
@@ -19,9 +18,9 @@ W = TypeVar("W")
 
 
 class SideBySide(Generic[W]):
-    """Runs async checks of a world in an event loop of its own thread.
+    """A runner of async checks of a world, with an event loop in its own thread.
 
-    Those in `ahead` are started at once, a few at a time; `close` ends what still runs.
+    The checks in `ahead` start at once, a few at a time. `close` cancels the checks that still run.
     """
 
     def __init__(self, world: W, ahead: Iterable[Callable[[W], Coroutine[Any, Any, None]]]) -> None:
@@ -40,7 +39,7 @@ class SideBySide(Generic[W]):
             await asyncio.wait_for(check(self.world), CHECK_S)
 
     def run(self, check: Callable[[W], Coroutine[Any, Any, None]]) -> None:
-        """Raise what the check raises; one that was not started ahead runs now, and alone."""
+        """Wait for the check, and raise its error. A check that was not started ahead runs now, and alone."""
         if check not in self._ahead:
             wait(self._ahead.values())
             self._started(check).result()

@@ -22,7 +22,7 @@ from tests.support.grid.local_grid import LocalGrid
 from tests.support.waiting import until
 
 wait_for = partial(until, within_s=240.0, pause_s=0.1)
-"""Docker is slow to answer."""
+"""Docker answers slowly, so the deadline is long."""
 
 WORK = """\
 import socket, time
@@ -50,13 +50,13 @@ stages:
 
 
 class Teller:
-    """Counts the starts of tasks, which each tells of by a datagram: somebody else than the grid
-    that is on trial. One that is cut off from the network is not heard."""
+    """A counter of task starts. Each task reports its start by a datagram, so the count does not depend on the tested
+    grid. The counter does not receive the datagram of a task without a network."""
 
     def __init__(self, host: str) -> None:
         self.starts: Counter[int] = Counter()
         self.at_s: dict[int, list[float]] = {}
-        """When each task has told of a start; monotonic."""
+        """The monotonic times at which each task reported a start."""
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind((host, 0))
         self.address: tuple[str, int] = self._socket.getsockname()
@@ -80,7 +80,7 @@ class Teller:
 
 @dataclass
 class Containers:
-    """The containers of a grid that is up on `localstack`."""
+    """The containers of a running grid on `localstack`."""
 
     grid: LocalGrid
     done: Counter[str] = field(default_factory=Counter)
@@ -88,13 +88,13 @@ class Containers:
     _undoing: list[threading.Timer] = field(default_factory=list)
 
     def later(self, seconds: float, act: Callable[[], None]) -> None:
-        """Do that in so many seconds, while other harm is done."""
+        """Call `act` after `seconds`, in a timer."""
         timer = threading.Timer(seconds, act)
         self._undoing.append(timer)
         timer.start()
 
     def undo(self) -> None:
-        """Wait until all of it has been done."""
+        """Wait until all calls of `later` are done."""
         for timer in self._undoing:
             timer.join()
 
@@ -106,11 +106,11 @@ class Containers:
 
     @property
     def host(self) -> str:
-        """This machine's address on the grid's network."""
+        """Return this machine's address on the grid's network."""
         return f"{self.at.subnet}.1"
 
     def instances(self) -> dict[str, str]:
-        """Container ids of the running instances by instance id, the oldest first."""
+        """Return the container ids of the running instances by instance id, oldest first."""
         listed = docker(
             "ps",
             "--no-trunc",
@@ -127,7 +127,7 @@ class Containers:
         return {instance: container for container, instance in reversed(rows)}
 
     def service(self, name: str) -> str:
-        """The container of one of the services."""
+        """Return the container of a service."""
         return docker(
             "ps",
             "-aq",
@@ -138,7 +138,8 @@ class Containers:
         ).strip()
 
     def kill(self, container: str) -> None:
-        """SIGKILL its first process from outside, so that it counts as crashed, not as stopped."""
+        """Kill the container's first process with SIGKILL from outside, so that Docker reports a crash and not a
+        stop."""
         pid = int(docker("inspect", "--format", "{{.State.Pid}}", container))
         if pid:
             with suppress(ProcessLookupError):
@@ -148,22 +149,22 @@ class Containers:
         docker("pause", container)
 
     def unpause(self, container: str) -> None:
-        """Wake it, unless something has ended it meanwhile."""
+        """Unpause the container, unless it has ended."""
         if not self.is_gone(container):
             docker("unpause", container)
 
     def cut_off(self, container: str) -> None:
-        """Disconnect it from the network."""
+        """Disconnect the container from the network."""
         docker("network", "disconnect", "--force", self.at.project, container)
 
     def reconnect(self, container: str) -> None:
-        """Connect it again, unless something has ended it meanwhile."""
+        """Reconnect the container to the network, unless the container has ended."""
         if not self.is_gone(container):
             docker("network", "connect", self.at.project, container)
 
     def starve(self, container: str) -> None:
-        """Take its memory away until the kernel ends its processes: a hog that the kernel does not
-        choose fills what they have left."""
+        """Fill the container's memory until the kernel kills its processes. The filling process is protected from the
+        kernel's choice."""
         hog = (
             "import time; open('/proc/self/oom_score_adj','w').write('-1000'); kept=[]\n"
             "while len(kept) < 4096: kept.append(bytearray(b'x' * 1048576))\n"
@@ -188,29 +189,30 @@ class Containers:
         self.starved.append(container)
 
     def is_gone(self, container: str) -> bool:
-        """Whether it does not run any more."""
+        """Return whether the container does not run any more."""
         asked = ["docker", "inspect", "--format", "{{.State.Running}}", container]
         return subprocess.run(asked, capture_output=True, check=False).stdout.strip() != b"true"
 
     def restart(self, service: str) -> None:
-        """Stop a service as its machine would, and start it again."""
+        """Stop a service as a shutdown of its machine would, and start the service again."""
         docker("restart", "--time", "5", self.service(service))
 
     def interrupt(self, instance: str, *, notice_s: float) -> None:
-        """Give a Spot instance its notice."""
+        """Send a Spot instance its interruption notice."""
         there = compose_deployment.autoscaling(self.grid.home, self.at)
         send_notice(there, instance, "interruption", notice_s)
 
 
 def docker(*arguments: str) -> str:
-    """What the docker command prints."""
+    """Run a docker command, and return its output."""
     done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
     assert not done.returncode, (arguments, done.stderr)
     return done.stdout
 
 
 def write_job(folder: Path, teller: Teller, tasks: int, *, seconds: float) -> Path:
-    """`tasks` tasks that take so long and tell of their start, and their sum."""
+    """Write a job of `tasks` tasks, which report their start and take `seconds` each, and a gather that adds the
+    results."""
     folder.mkdir()
     host, port = teller.address
     (folder / "work.py").write_text(WORK.format(host=host, port=port, seconds=seconds))
@@ -220,7 +222,7 @@ def write_job(folder: Path, teller: Teller, tasks: int, *, seconds: float) -> Pa
 
 
 class Sizes:
-    """How many instances there are, looked at all the time (I5)."""
+    """A sampler of the number of instances, to check invariant I5."""
 
     def __init__(self, containers: Containers) -> None:
         self.seen: list[int] = []

@@ -29,13 +29,13 @@ from batchlab.core.model import Pool
 from batchlab.core.ports import Clock
 
 IMAGE = os.environ.get("BATCHLAB_BASE_IMAGE", "batchlab-offline/base:trixie")
-"""Anything with a shell and Python; compose/offline/build.sh makes the one that is looked for."""
+"""The image needs a shell and Python. compose/offline/build.sh builds the default one."""
 
 ABSENT_IMAGE = "batchlab-test-absent:none"
 
 
 def need_docker() -> None:
-    """Skip or fail where there is no Docker, or no image."""
+    """Skip the test, or fail in CI, if Docker or the image is missing."""
     if missing := _missing():
         if os.environ.get("CI"):
             pytest.fail(f"CI promises Docker with the image {IMAGE}: {missing}")
@@ -44,9 +44,9 @@ def need_docker() -> None:
 
 @cache
 def _missing() -> str:
-    """What is not there, in a sentence; "" where all is."""
+    """Return a sentence that names the missing part, or "" if Docker and the image exist."""
     with warnings.catch_warnings():
-        # The SDK leaves the socket of a refused connection to the garbage collector.
+        # If Docker refuses a connection, the SDK leaves its socket to the garbage collector.
         warnings.simplefilter("ignore", ResourceWarning)
         try:
             with Engine() as engine:
@@ -60,7 +60,7 @@ def _missing() -> str:
 
 @dataclass(frozen=True)
 class DockerGrid:
-    """A grid's containers as a test sees them."""
+    """The containers of a grid, as a test sees them."""
 
     id: str
     api: APIClient
@@ -80,7 +80,7 @@ class DockerGrid:
         boot_s: float = 0.0,
         signals: Callable[[str], Signals] = lambda _: Signals(),
     ) -> ContainerLauncher:
-        """A launcher of this grid; the next one adopts what it leaves."""
+        """Return a launcher of this grid. A new launcher adopts the containers of the previous one."""
         return ContainerLauncher(
             template,
             instance_types.load(),
@@ -98,7 +98,7 @@ class DockerGrid:
         return f"batchlab-{self.id}-{instance}"
 
     def printed(self, instance: str) -> str:
-        """What a container that is there has printed so far."""
+        """Return the output of an existing container so far."""
         return bytes(self.api.logs(self.name(instance))).decode()
 
     def state(self, instance: str) -> Mapping[str, Any]:
@@ -108,7 +108,7 @@ class DockerGrid:
 
 @contextmanager
 def docker_grid(root: Path) -> Iterator[DockerGrid]:
-    """A grid of the test's own; whatever carries its label is gone afterwards."""
+    """Yield a grid for one test, and remove all containers with its label afterwards."""
     need_docker()
     grid = DockerGrid(f"test-{os.getpid()}-{secrets.token_hex(3)}", APIClient(version="auto"), root)
     try:
@@ -120,28 +120,28 @@ def docker_grid(root: Path) -> Iterator[DockerGrid]:
 
 
 def shell(script: str, **more: Any) -> Template:
-    """A container that runs a shell script."""
+    """Return the template of a container that runs a shell script."""
     return Template(IMAGE, ("/bin/sh", "-c", script), **more)
 
 
 def python(script: str, **more: Any) -> Template:
-    """A container that runs a Python script."""
+    """Return the template of a container that runs a Python script."""
     return Template(IMAGE, ("python3", "-u", "-c", script), **more)
 
 
 def ensure_network(engine: Engine, name: str, labels: Mapping[str, str], *, internal: bool = False) -> str:
-    """Make the bridge network `name`, unless it is there; returns the address that this machine
-    has on it. With `internal` nothing in it reaches further than that."""
+    """Create the bridge network `name` if it does not exist, and return this machine's address on the network. If
+    `internal` is true, containers cannot reach other networks."""
 
     def make(api: APIClient) -> str:
         from docker.errors import APIError
 
-        # Docker's filter takes a part of the name for it.
+        # Docker's name filter also matches a part of a name.
         if not any(n["Name"] == name for n in api.networks(names=[name])):
             try:
                 api.create_network(name, driver="bridge", labels=dict(labels), internal=internal)
             except APIError as error:
-                if error.status_code != 409:  # somebody has just made it
+                if error.status_code != 409:  # another process has just created the network
                     raise
         settings = api.inspect_network(name)["IPAM"]["Config"]
         return str(settings[0]["Gateway"]).partition("/")[0]

@@ -14,8 +14,8 @@ from batchlab.runtime.home import Home
 
 
 def need_containers(tmp_path: Path) -> None:
-    """Skip, or fail in CI, where no grid in containers can be brought up without pulling images:
-    Docker does not answer, a plugin or an image is missing."""
+    """Skip the test, or fail in CI, if Docker cannot start a grid in containers without pulling images: Docker does not
+    answer, or a plugin or an image is missing."""
     home = Home(tmp_path / "doctor")
     try:
         bad = [

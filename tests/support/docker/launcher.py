@@ -17,7 +17,7 @@ DEADLINE_S = 30.0
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(main(), 3 * DEADLINE_S))
-    gc.collect()  # what is left open is to be found in the test that did it
+    gc.collect()  # resources that a test leaves open are reported in the same test
 
 
 async def soon(condition: Callable[[], bool]) -> None:
@@ -33,11 +33,11 @@ async def up(grid: DockerGrid, *instances: str) -> None:
 
 
 async def end_of(launcher: ContainerLauncher, instance: str) -> str:
-    """How it ends, for who looks as a fleet does: when it is told to, and every second. Docker's
-    list may be behind what its events have told."""
+    """Wait until an instance has ended, and return how it ended. The function looks after each change and every second,
+    as a fleet does. Docker's list may be older than its events."""
     deadline_s = time.monotonic() + DEADLINE_S
     while True:
-        launcher.changed.clear()  # before the look: what happens during it counts
+        launcher.changed.clear()  # cleared before the look, so that a change during the look is not lost
         if (how := (await launcher.running())[instance]) is not None:
             return how
         assert time.monotonic() < deadline_s, f"{instance} never ended"

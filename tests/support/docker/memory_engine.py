@@ -26,8 +26,8 @@ AT = Deployment("grid-1", "10.213.99", "image", "1:1", "3.12")
 
 @dataclass
 class Docker:
-    """The calls of the SDK that harm makes, over containers by id. Its `fails`-th call raises,
-    after its effect where `late`."""
+    """The Docker SDK calls that fault injection uses, on a table of containers by id. Call number `fails` raises an
+    error. If `late` is true, the call has its effect before it raises."""
 
     containers_: dict[str, dict[str, Any]]
     fails: int = 0
@@ -158,7 +158,7 @@ class Docker:
 
 
 def container(labels: dict[str, str], *, networks: dict[str, Any] | None = None) -> dict[str, Any]:
-    """As Docker tells of one that runs."""
+    """Return a running container in the format of Docker."""
     where = {AT.project: {"IPAddress": None}} if networks is None else networks
     state = {"Running": True, "Paused": False, "Status": "running", "StartedAt": "start 0"}
     return {
@@ -169,7 +169,7 @@ def container(labels: dict[str, str], *, networks: dict[str, Any] | None = None)
 
 
 class DockerWorld:
-    """Two instances, a manager, PostgreSQL and LocalStack."""
+    """A grid in memory with two instances, a manager, PostgreSQL, and LocalStack."""
 
     def __init__(self, folder: Path, **docker: Any) -> None:
         home = Home(folder)
@@ -190,7 +190,7 @@ class DockerWorld:
         self.there.engine = cast("Engine", FakeEngine(self.docker))
 
     def stands(self) -> list[str]:
-        """What is broken in it."""
+        """Return the faults that are still present."""
         found = []
         for name, one in self.docker.containers_.items():
             if one["State"]["Paused"]:
@@ -208,7 +208,7 @@ class DockerWorld:
 
 
 class FakeEngine(Engine):
-    """The real one, connected to that Docker."""
+    """The real Engine class, connected to the Docker in memory."""
 
     def __init__(self, docker: Docker) -> None:
         super().__init__()

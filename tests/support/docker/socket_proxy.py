@@ -12,7 +12,7 @@ SOCKET = "/var/run/docker.sock"
 
 
 class Proxy:
-    """Passes everything on between `path` and Docker; `cut` ends all connections and takes none."""
+    """A proxy that forwards everything between `path` and Docker. `cut` closes all connections and rejects new ones."""
 
     def __init__(self, path: Path) -> None:
         self.url = f"unix://{path}"
@@ -30,21 +30,21 @@ class Proxy:
             self.cut()
 
     def mend(self) -> None:
-        """Listen."""
+        """Start listening again."""
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self._path))
         self._listener.listen()
         self._run(self._accept, self._listener)
 
     def cut(self) -> None:
-        """Returns when nothing is open any more."""
+        """Close all connections, and return when all are closed."""
         assert self._listener is not None
         self._path.unlink()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._threads.pop(0).join()
         self._listener.close()
         for end in self._ends:
-            with suppress(OSError):  # the other side was faster
+            with suppress(OSError):  # the other side closed the connection first
                 end.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()

@@ -33,9 +33,10 @@ from tests.support.grid.local_grid import ENDED
 
 LOOK_S = 0.25
 ONE_DECISION_S = 3.0
-"""Well below the cool-downs, which keep one decision from the next."""
+"""The time within which changes count as one decision. The time is far shorter than the cool-down between two
+decisions."""
 SETTLED_S = 30.0
-"""Simulated time before the submission: a manager that leads and has nothing to do."""
+"""Simulated time before the submission, in which a manager becomes leader and does not have work."""
 
 WORK = """\
 import socket, time
@@ -57,8 +58,8 @@ stages:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A pool as it is at one moment, in seconds from the submission of the job. `containers` are
-    the instances that run, whatever the group says of them."""
+    """A sample of a pool at one moment, in seconds from the submission of the job. `containers` is the number of
+    running containers, which may differ from the group's count."""
 
     at_s: float
     desired: int
@@ -79,16 +80,16 @@ class Step:
 
 @dataclass(slots=True)
 class Timeline:
-    """What was seen from the submission to the return to the pool's minimum."""
+    """The samples of a pool from the submission of a job to the pool's return to its minimum."""
 
     pool: Pool
     looks: list[Look] = field(default_factory=list)
     first_task_s: float = 0.0
-    """By the task's own word."""
+    """The time of the first task's start, as the task reports it."""
     last_task_s: float = 0.0
     """The end of the last task."""
     boots_s: list[float] = field(default_factory=list)
-    """From the first sight of each instance to its being in service."""
+    """The seconds from the first sight of each instance until it is in service."""
 
     @property
     def boot_s(self) -> float:
@@ -96,9 +97,9 @@ class Timeline:
 
     @property
     def steps(self) -> list[Step]:
-        """Desired capacity at the start, and each change of it. Changes the same way within
-        `ONE_DECISION_S` are one: instances are terminated by a call each, and looks fall between
-        these calls."""
+        """Return the desired capacity at the start, and each change of it. Changes in the same direction within
+        `ONE_DECISION_S` count as one. Instances are terminated by one call each, and a sample may fall between two
+        calls."""
         found: list[Step] = []
         for look in self.looks:
             if found and look.desired == found[-1].level:
@@ -113,21 +114,21 @@ class Timeline:
 
     @property
     def peak(self) -> int:
-        """Most instances at once: those of the group, or the containers that run."""
+        """Return the largest number of instances at once, counted in the group or as running containers."""
         return max(max(look.in_service + look.pending, look.containers) for look in self.looks)
 
     @property
     def asked_back_s(self) -> float:
-        """When desired capacity came to the minimum for good."""
+        """Return the time at which the desired capacity reached the minimum for the last time."""
         return self.steps[-1].at_s
 
     @property
     def back_s(self) -> float:
-        """When nothing above the minimum was left."""
+        """Return the time at which the last instance above the minimum ended."""
         return self.looks[-1].at_s
 
     def needed(self, backend: Backend) -> int:
-        """The most that the policy asks for, by its rule, for any backlog that was seen."""
+        """Return the largest capacity that the policy requests for any observed backlog."""
         view = GroupView(self.pool, 0, ())
         target_s = backend.manager.drain_target_s
         return max(
@@ -135,8 +136,8 @@ class Timeline:
         )
 
     def flaps(self, within_s: float) -> int:
-        """Changes of desired capacity that turn the one before around less than `within_s` after
-        it: in-out-in has two."""
+        """Return the number of changes of desired capacity that reverse the previous change less than `within_s` later.
+        The sequence in-out-in has two."""
         steps, found = self.steps, 0
         for before, turn, after in zip(steps, steps[1:], steps[2:], strict=False):
             is_turned = (turn.level > before.level) != (after.level > turn.level)
@@ -144,7 +145,7 @@ class Timeline:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """Return the whole timeline as JSON."""
         return {
             "first_task_s": self.first_task_s,
             "last_task_s": self.last_task_s,
@@ -155,7 +156,7 @@ class Timeline:
 
 
 def write_burst(folder: Path, address: tuple[str, int], naps_s: Sequence[float]) -> Path:
-    """A job of a task for each nap, which tells `address` of its start."""
+    """Write a job with one task per nap. Each task reports its start to `address`."""
     folder.mkdir(parents=True)
     host, port = address
     (folder / "work.py").write_text(WORK.format(host=host, port=port))
@@ -166,7 +167,7 @@ def write_burst(folder: Path, address: tuple[str, int], naps_s: Sequence[float])
 
 
 def watch_burst(containers: Containers, folder: Path, naps_s: Sequence[float], *, within_s: float = 180.0) -> Timeline:
-    """Submit that burst to a grid at rest, and look on until its pool is back at its minimum."""
+    """Submit the burst to an idle grid, and sample the pool until it is back at its minimum."""
     grid = containers.grid
     (view,) = grid.client.grid()["pools"]
     slots = next(pool.slots for pool in grid.backend.pools if pool.name == view["name"])
@@ -175,7 +176,7 @@ def watch_burst(containers: Containers, folder: Path, naps_s: Sequence[float], *
     serving: set[str] = set()
     with Teller(containers.host) as teller:
         path = write_burst(folder, teller.address, naps_s)
-        # A look from before: the change to the first step is one too.
+        # A sample from before the submission makes the change to the first step visible.
         timeline.looks.append(_look(containers, -LOOK_S))
         begun_s, begun_wall_s = time.monotonic(), time.time()
         job = grid.submit(path, token=str(folder))["id"]
@@ -218,8 +219,8 @@ def _look(containers: Containers, at_s: float) -> Look:
 
 
 def foretold(backend: Backend, pool: Pool, path: Path, naps_s: Sequence[float], *, seed: int = 1) -> Timeline:
-    """The same job in the simulator, in virtual time: `backend`'s own settings, `pool` with the
-    seconds that a boot takes."""
+    """Run the same job in the simulator, in virtual time. The simulator uses `backend`'s settings and the boot time of
+    `pool`."""
     loop = SimLoop(inline_executor=True)
     return loop.run(_foretold(backend, pool, path, naps_s, seed))
 
@@ -283,9 +284,9 @@ def _simulated(world: World, pool: Pool, at_s: float) -> Look:
 
 
 def apart(one: Sequence[Step], other: Sequence[Step]) -> int:
-    """How far two series of steps are apart, in instances: of all ways to walk through both in
-    order, each step beside one or several of the other, the one with the least largest difference
-    (Eiter & Mannila 1994, the discrete Fréchet distance). When they happen does not count."""
+    """Return the discrete Fréchet distance of two series of steps, in instances (Eiter & Mannila 1994). A path visits
+    both series in order, and its cost is the largest difference on the path. The distance is the lowest cost of all
+    paths. The times of the steps do not count."""
     row: list[int] = []
     for mine in one:
         last, row = row, []

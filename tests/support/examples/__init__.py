@@ -21,7 +21,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def handler(example: str, name: str) -> Callable[..., Any]:
-    """The function `module:function` of an example, with its folder as the code folder."""
+    """Return the function `module:function` of an example, with the example's folder as the code folder."""
     module, _, function = name.partition(":")
     folder = EXAMPLES / example
     own = {path.stem for path in folder.glob("*.py")}
@@ -38,7 +38,7 @@ def handler(example: str, name: str) -> Callable[..., Any]:
 
 
 def contexts(root: Path, **params: Any) -> Iterator[Context]:
-    """A new context for each task."""
+    """Yield a new context for each task."""
     for task in count():
         folder = root / f"task-{task}"
         yield Context(
@@ -53,7 +53,7 @@ def contexts(root: Path, **params: Any) -> Iterator[Context]:
 
 
 def gathered(results: Iterable[Any], by: str) -> list[list[dict[str, Any]]]:
-    """The items of a stage that gathers `by` a field: lists are taken apart first."""
+    """Return the items of a stage that gathers results by a field. Results that are lists are flattened first."""
     groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         for element in result if isinstance(result, list) else [result]:
@@ -62,7 +62,7 @@ def gathered(results: Iterable[Any], by: str) -> list[list[dict[str, Any]]]:
 
 
 def parts_of_lines(path: Path, folder: Path, size: int, *, header: bool) -> list[File]:
-    """The file cut into parts of `size` lines."""
+    """Split the file into parts of `size` lines."""
     first, *lines = path.read_bytes().splitlines(keepends=True)
     if not header:
         first, lines = b"", [first, *lines]
@@ -70,7 +70,7 @@ def parts_of_lines(path: Path, folder: Path, size: int, *, header: bool) -> list
 
 
 def parts_of_bytes(path: Path, folder: Path, size: int) -> list[File]:
-    """The file cut into parts of about `size` bytes that end at line ends."""
+    """Split the file into parts of about `size` bytes that end at line ends."""
     data, parts, start = path.read_bytes(), [], 0
     while start < len(data):
         end = data.find(b"\n", start + size - 1)

@@ -1,6 +1,5 @@
-"""The claims example without a parser: segments by `str.split` at fixed columns, and the rules
-as one SQL query.
-"""
+"""The claims example without a parser. The module splits segments with `str.split`, and computes the rules in one SQL
+query."""
 
 from __future__ import annotations
 
@@ -51,13 +50,13 @@ FROM shared GROUP BY payer
 
 
 def split(text: str) -> list[list[str]]:
-    """Segments as lists of elements."""
+    """Return the segments as lists of elements."""
     separator, terminator = text[3], text[105]
     return [s.strip().split(separator) for s in text.split(terminator) if s.strip()]
 
 
 def expected_totals(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """What the `totals` stage says of each payer, names and reasons aside."""
+    """Return the expected result of the `totals` stage for each payer, without names and reasons."""
     claims: list[tuple[Any, ...]] = []
     lines: list[tuple[Any, ...]] = []
     for path in paths:
@@ -91,7 +90,8 @@ def _flatten(path: Path, claims: list[tuple[Any, ...]], lines: list[tuple[Any, .
         before = segments[:start]
         end = next(i for i in range(start + 1, len(segments)) if segments[i][0] in ("CLM", "HL", "SE", "GE", "IEA"))
         body = segments[start + 1 : end]
-        # The nearest before the claim; those of other claims' inner loops are further up.
+        # The nearest segment before the claim is the right one. Segments further up belong to the inner loops of other
+        # claims.
         payer = _last(before, "NM1", "PR")
         number = len(claims)
         claims.append(

@@ -1,7 +1,7 @@
-"""The backends as a user sees them: a home, an environment, and the commands.
+"""The backends as a user sees them. A world has a home, an environment, and the commands.
 
-`pytest --all -m aws` creates a stack on AWS with a budget of BATCHLAB_AWS_BUDGET_USD dollars, and
-always deletes it. Every other run tests the same on an emulated control plane.
+`pytest --all -m aws` creates a stack on AWS with a budget of BATCHLAB_AWS_BUDGET_USD dollars, and always deletes it.
+Every other run tests the same commands on an emulated control plane.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from tests.support.docker.grid import need_containers
 
 BUDGET = "BATCHLAB_AWS_BUDGET_USD"
 HOURS = 1.0
-"""So long the stack of a run on AWS lasts at most, by which its cost is told before."""
+"""The maximum life of the stack of a run on AWS, from which the test computes the maximum cost before the run."""
 POOL = "default:0-2x2@m7i.large"
 
 
 def command(*arguments: object, env: Mapping[str, str] = {}, within_s: float = 400, code: int = 0) -> tuple[str, str]:
-    """What `batchlab` with these arguments says on stdout and stderr; it must end with `code`."""
+    """Run `batchlab` with these arguments, check that it exits with `code`, and return stdout and stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "batchlab", *map(str, arguments)],
         env={**os.environ, **env},
@@ -47,7 +47,7 @@ def command(*arguments: object, env: Mapping[str, str] = {}, within_s: float = 4
 
 @dataclass
 class World:
-    """One backend, up or able to come up."""
+    """A backend that is running or can be started."""
 
     name: str
     backend: str
@@ -55,20 +55,20 @@ class World:
     env: Mapping[str, str] = field(default_factory=dict)
     has_ffmpeg: bool = True
     aws: Callable[[str], Any] = lambda _: None
-    """A client of the account's owner, where there is an account."""
+    """Returns a boto3 client of the account's owner, if the backend has an account."""
 
     def batchlab(self, *arguments: object, within_s: float = 600) -> tuple[str, str]:
-        """What a command of ours says on stdout and stderr; it must succeed."""
+        """Run a command in this world, which must succeed, and return stdout and stderr."""
         return command(*arguments, "--home", self.home, env=self.env, within_s=within_s)
 
     def run(self, job: Path, out: Path) -> str:
-        """Run a job file; what is said meanwhile."""
+        """Run a job file, and return the progress output."""
         return self.batchlab("run", job, "--backend", self.backend, "--out", out)[1]
 
 
 @contextmanager
 def plain(name: str, folder: Path) -> Iterator[World]:
-    """A backend that `run` brings up by itself."""
+    """Yield a backend that `run` starts by itself."""
     yield World(name, name, folder / "home")
 
 
@@ -85,8 +85,8 @@ def localstack(folder: Path) -> Iterator[World]:
 
 @contextmanager
 def emulated(folder: Path, archive: Path, image: str) -> Iterator[World]:
-    """A stack of that release on an emulated control plane, with that image for its instances;
-    nothing of it is left when it is destroyed."""
+    """Create a stack of that release on an emulated control plane, with that image for its instances. The destroyed
+    stack must not leave anything behind."""
     with control_plane(folder / "account", image) as plane:
 
         def of_owner(service: str) -> Any:
@@ -105,7 +105,7 @@ def emulated(folder: Path, archive: Path, image: str) -> Iterator[World]:
 
 @contextmanager
 def real(folder: Path) -> Iterator[World]:
-    """A stack on AWS, by the credentials and the region of who runs the tests."""
+    """Create a stack on AWS, with the credentials and the region of the user who runs the tests."""
     budget_usd = float(os.environ.get(BUDGET) or 0)
     if budget_usd <= 0:
         pytest.fail(f"A run on AWS costs money: say how much it may be by {BUDGET}.")
@@ -129,7 +129,7 @@ def real(folder: Path) -> Iterator[World]:
 
 
 def _most_usd(world: World, *settings: str) -> float:
-    """What the stack costs in HOURS with every worker on demand."""
+    """Return the cost of the stack in HOURS if every worker is on demand."""
     plan = json.loads(world.batchlab("deploy", "plan", "--json", "--pool", POOL, *settings)[0])
     cost = plan["cost"]
     workers = sum(one["on_demand_usd_per_hour"]["high"] for one in cost["workers"]) * 2

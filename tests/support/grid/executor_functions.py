@@ -13,7 +13,7 @@ def capture(*args: Any, **kwargs: Any) -> Any:
 
 
 class Gate:
-    """Holds calls up until it is opened."""
+    """A gate that blocks calls until it is opened."""
 
     def __init__(self, folder: Path, name: str = "gate") -> None:
         self.path = folder / name
@@ -22,7 +22,7 @@ class Gate:
         self.path.touch()
 
     def wait(self, value: Any = None) -> Any:
-        """To be called remotely."""
+        """Wait until the gate is open. Workers call this method."""
         while not self.path.exists():
             time.sleep(0.01)
         return value
@@ -38,7 +38,7 @@ class Counting:
 
 
 class HeldUp:
-    """An int that cannot be pickled before it is let go."""
+    """An int that cannot be pickled before it is released."""
 
     def __init__(self) -> None:
         self.let_go = threading.Event()

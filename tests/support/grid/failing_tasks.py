@@ -83,11 +83,11 @@ stages:
   - {name: eat, python: "handlers:eat", after: [], retry: 1, resources: {memory: 128 MiB}}
 """
 ROWS = ["a,1", "b,2", "c,3", "d,four", "e,5"]
-"""Two lines a task: the second task fails."""
+"""The rows of the input, two lines per task. The second task fails."""
 
 
 def write_job(folder: Path) -> Path:
-    """The job's folder; its file."""
+    """Write the job's folder, and return the job file."""
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "amounts.csv").write_text("\n".join(["name,amount", *ROWS]) + "\n")
     (folder / "handlers.py").write_text(HANDLERS)
@@ -98,7 +98,7 @@ def write_job(folder: Path) -> Path:
 
 
 class Ran:
-    """A grid on which the job has run, and the job's id."""
+    """A grid on which the job has run, and the id of the job."""
 
     def __init__(self, grid: LocalGrid, job: str, home: Path | None = None) -> None:
         self.grid = grid
@@ -106,27 +106,27 @@ class Ran:
         self.home = home or grid.home.path
 
     def moved(self, home: Path) -> Ran:
-        """The same where a copy of its bucket is."""
+        """Return the same job in a home with a copy of the bucket."""
         return Ran(self.grid, self.job, home)
 
     def named(self, job: str) -> Ran:
-        """The same, with the job by another name."""
+        """Return the same grid with another job id."""
         return Ran(self.grid, job, self.home)
 
     def argv(self, *words: str) -> list[str]:
-        """A command line of `batchlab job`, for this grid."""
+        """Return a command line of `batchlab job` for this grid."""
         command, *rest = words
         base = [sys.executable, "-P", "-m", "batchlab", "job", command, self.job]
         return [*base, *rest, "--home", str(self.home)]
 
     def cli(self, *words: str, typed: str = "") -> subprocess.CompletedProcess[str]:
-        """Run it, with so much on its standard input."""
+        """Run a command with the standard input `typed`."""
         return subprocess.run(self.argv(*words), input=typed, capture_output=True, text=True, timeout=30, check=False)
 
 
 @contextmanager
 def ran(folder: Path, backend: str) -> Iterator[Ran]:
-    """The job, run to its end on that backend; the grid stays up."""
+    """Run the job to its end on that backend, and keep the grid running."""
     if backend == "ministack":
         ministack_python()
     grid = LocalGrid(folder / "home", backend=backend)
@@ -139,7 +139,7 @@ def ran(folder: Path, backend: str) -> Iterator[Ran]:
 
 
 def contents(folder: Path) -> Mapping[str, tuple[str, int]]:
-    """Digest and time of change of every file below a folder."""
+    """Return the digest and the modification time of every file below a folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -150,7 +150,7 @@ def contents(folder: Path) -> Mapping[str, tuple[str, int]]:
 
 @pytest.fixture(scope="module")
 def grids(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Ran]]:
-    """The job on a grid of that backend, one for all tests."""
+    """Return a function that runs the job on a grid of a backend. All tests share the grid."""
     with ExitStack() as stack:
 
         @cache
@@ -176,7 +176,8 @@ Verdict = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Quick:
-    """A command line in this process, which spares its start: exit code, stdout and stderr."""
+    """Return a function that runs a command line in this process, which avoids the start of a process. The function
+    returns the exit code, stdout, and stderr."""
     monkeypatch.setattr("batchlab.cli.output.install_signal_handlers", lambda: None)
 
     def quick(one: Ran, *words: str) -> tuple[int, str, str]:
@@ -191,8 +192,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture
 def verdict(quick: Quick) -> Verdict:
-    """What `--json` says of a run, whose exit code must go with it; what the task prints comes as
-    `stderr`."""
+    """Return a function that runs `job replay-task --json`, checks the exit code, and returns the JSON. The output of
+    the task is under `stderr`."""
 
     def verdict(one: Ran, *words: str) -> dict[str, Any]:
         code, out, err = quick(one, "replay-task", *words, "--json")
@@ -204,7 +205,8 @@ def verdict(quick: Quick) -> Verdict:
 
 
 def at_a_terminal(argv: list[str], typed: list[str], within_s: float = 30.0) -> str:
-    """What a terminal shows of a command; each line is typed when pdb asks for one."""
+    """Run a command in a terminal, and return the output. Each line of `typed` is entered when pdb prompts for
+    input."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
@@ -214,7 +216,7 @@ def at_a_terminal(argv: list[str], typed: list[str], within_s: float = 30.0) -> 
             if select.select([ours], [], [], 0.1)[0]:
                 try:
                     data = os.read(ours, 65536)
-                except OSError:  # the terminal's other end is closed
+                except OSError:  # the other end of the terminal is closed
                     break
                 shown += data.decode(errors="replace")
             if shown.count("(Pdb) ") > answered and answered < len(typed):

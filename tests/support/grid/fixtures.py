@@ -16,7 +16,7 @@ Bring = Callable[..., LocalGrid]
 
 @pytest.fixture
 def bring_up(tmp_path: Path) -> Iterator[Bring]:
-    """Brings up a grid of real processes; checks afterwards that none is left."""
+    """Return a function that starts a grid of real processes. After the test, no process of the grid may exist."""
     grids: list[LocalGrid] = []
 
     def bring(

@@ -29,7 +29,7 @@ ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
 
 
 class LocalGrid:
-    """A grid in `folder`; `stop` ends it."""
+    """A grid in `folder`. `stop` ends the grid."""
 
     def __init__(
         self, folder: Path, pools: Sequence[Pool] = (), *, backend: str = "local", endpoint: str | None = None
@@ -41,11 +41,11 @@ class LocalGrid:
 
     @cached_property
     def objects(self) -> Objects:
-        """Its bucket."""
+        """Return the grid's bucket."""
         return self.backend.open_objects(self.home)
 
     def start(self) -> None:
-        """Start a manager, and set the client of it."""
+        """Start a manager, and connect the client to it."""
         record = manager_process.start_manager(self.home, self.backend, pools=self.pools, parent=True)
         self.client = Client.of(self.home, record)
 
@@ -57,7 +57,7 @@ class LocalGrid:
         return self.client.submit(self.prepared(path, token, **params))
 
     def prepared(self, path: Path, token: str = "t", **params: str) -> JobDef:
-        """The job of that file, with all that it names in the bucket."""
+        """Load a job file, upload its data to the bucket, and return the job definition."""
         return asyncio.run(
             submission.prepare(
                 load(path, params),
@@ -71,7 +71,7 @@ class LocalGrid:
     def wait(
         self, job: str, *, until: Callable[[JobView], bool] = lambda v: v["state"] in ENDED, within_s: float = 60.0
     ) -> JobView:
-        """The job's view once `until` holds; fails after `within_s`."""
+        """Return the job's view once `until` returns true. Fail after `within_s`."""
         deadline_s = time.monotonic() + within_s
         view = self.client.job(job)
         while not until(view):
@@ -83,7 +83,7 @@ class LocalGrid:
         return self.wait(self.submit(path, **params)["id"])
 
     def results(self, view: JobView, out: Path) -> dict[str, list[Any]]:
-        """The final stages' values in task order, as a user would fetch them."""
+        """Return the values of the final stages in task order, as a user would fetch them."""
         listing: list[Listed] = []
         after = None
         while True:
@@ -98,10 +98,10 @@ class LocalGrid:
             for stage in fetched.results
         }
 
-    # --- Rough treatment -------------------------------------------------------------------------
+    # --- Faults ----------------------------------------------------------------------------------
 
     def kill_manager(self) -> None:
-        """SIGKILL the manager and start the next one."""
+        """Kill the manager with SIGKILL, and start the next one."""
         record = self.home.record()
         assert record is not None
         os.kill(record.pid, signal.SIGKILL)
@@ -114,7 +114,7 @@ class LocalGrid:
         self.start()
 
     def purge(self) -> None:
-        """Drop every message that waits for a worker of the default pool, or is with one."""
+        """Drop every waiting or in-flight message of the default pool's task queue."""
 
         async def drop() -> None:
             queue = self.backend.open_queue(self.home, self.backend.open_clock())
@@ -126,11 +126,11 @@ class LocalGrid:
         asyncio.run(drop())
 
     def workers(self) -> Mapping[str, int]:
-        """Pids of the living worker processes by instance."""
+        """Return the pid of each living worker process, by instance."""
         return living(self.home.fleet)
 
     def emulator(self) -> int:
-        """The pid of the grid's own emulator."""
+        """Return the pid of the grid's own emulator."""
         (pid,) = [
             pid
             for pid, words in processes_of(self.home.path).items()
@@ -139,7 +139,7 @@ class LocalGrid:
         return pid
 
     def kill_worker(self, *, within_s: float = 20.0) -> str:
-        """SIGKILL one worker; answers its instance."""
+        """Kill one worker with SIGKILL, and return its instance."""
         deadline_s = time.monotonic() + within_s
         while not self.workers():
             assert time.monotonic() < deadline_s, "no worker came up"
@@ -150,8 +150,8 @@ class LocalGrid:
 
 
 def processes_of(home: Path) -> dict[int, list[str]]:
-    """Command lines of the living processes that belong to the grid in `home`, by pid: manager,
-    workers, emulator."""
+    """Return the command lines of the living processes of the grid in `home`, by pid: the manager, the workers, and the
+    emulator."""
     emulators = f"{home}/ministack/"
     found = {}
     for entry in Path("/proc").iterdir():
@@ -168,7 +168,7 @@ def processes_of(home: Path) -> dict[int, list[str]]:
 
 
 def outcomes(grid: LocalGrid, job: str) -> list[dict[str, Any]]:
-    """Every committed outcome of a job, as its document."""
+    """Return the document of every committed outcome of a job."""
 
     async def read() -> list[dict[str, Any]]:
         keys = [one.key async for page in grid.objects.list(f"jobs/{job}/") for one in page]

@@ -1,4 +1,4 @@
-"""Questions that a user asks about a job and its grid, on any backend, by commands and on the page.
+"""Questions that a user asks about a job and its grid, on any backend, through commands and the web page.
 
 Invariant: the questions and the answers are the same on a laptop, in containers, and on AWS.
 """
@@ -49,11 +49,11 @@ def total(values):
 """
 ITEMS = 5
 WARM = 4
-"""More instances than the job itself calls for."""
+"""More instances than the job itself needs."""
 
 
 def job_in(folder: Path) -> Path:
-    """The job's folder; its file."""
+    """Write the job's folder, and return the job file."""
     folder.mkdir(parents=True)
     (folder / "job.yaml").write_text(JOB)
     (folder / "work.py").write_text(WORK)
@@ -64,8 +64,8 @@ def job_in(folder: Path) -> Path:
 def tour(
     world: World, folder: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None] = lambda: None
 ) -> None:
-    """Go through all of it, on a grid that is up then. `meanwhile` is what happens while somebody
-    follows what the job prints."""
+    """Ask all questions about a job on a running grid. `meanwhile` is called while a client follows the job's
+    output."""
     for name, value in world.env.items():
         monkeypatch.setenv(name, value)
     job, file = submitted(world, folder)
@@ -75,7 +75,7 @@ def tour(
 
 
 def submitted(world: World, folder: Path) -> tuple[str, Path]:
-    """The job's id, and its file."""
+    """Submit the job, and return its id and its file."""
     file = job_in(folder / "job")
     world.batchlab("grid", "up", "--backend", world.backend)
     world.batchlab("job", "submit", file, "--set", f"nap_s={nap_s(world)}")
@@ -83,7 +83,8 @@ def submitted(world: World, folder: Path) -> tuple[str, Path]:
 
 
 def what_is_told_of_it(world: World, job: str, file: Path) -> None:
-    """By its performance data, by metrics, and on the page, which then takes it once more."""
+    """Check the job in its performance data, in the metrics, and on the page, and submit it once more through the
+    page."""
     what_it_did_is_told(world, JobId(job), file.parent.parent / "runs")
     with manager(world) as http:
         metrics_are_there(http, world)
@@ -91,8 +92,8 @@ def what_is_told_of_it(world: World, job: str, file: Path) -> None:
 
 
 def nap_s(world: World) -> float:
-    """So long that the manager writes the job's data unasked, and that a worker hears meanwhile of
-    somebody who looks on."""
+    """Return a task time that is long enough for the manager to write the job's data, and for a worker to notice that a
+    client follows the task."""
     return 6.0 + 2 * factory.load(world.backend).manager.control_lease_s
 
 
@@ -161,7 +162,7 @@ def what_it_did_is_told(world: World, job: JobId, runs: Path) -> None:
 
 
 def report(*words: object) -> str:
-    """`batchlab report` of a folder, for which no grid and no account is needed."""
+    """Run `batchlab report` on a folder, which needs neither a grid nor an account."""
     argv = [sys.executable, "-m", "batchlab", "report", *map(str, words)]
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
 
@@ -177,7 +178,7 @@ def record_of(world: World) -> ManagerRecord:
 
 @contextmanager
 def manager(world: World) -> Iterator[httpx.Client]:
-    """Its API, with the grid's token."""
+    """Return an HTTP client of the manager's API, with the grid's token."""
     token = {"Authorization": f"Bearer {Home(world.home).token()}"}
     url = record_of(world).url
     with httpx.Client(base_url=url, headers=token, trust_env=False, timeout=60) as http:
@@ -220,7 +221,7 @@ def the_page_opens_and_takes_a_job(world: World, http: httpx.Client, folder: Pat
 
 
 def schedules_outlive_the_manager(world: World, folder: Path, other_manager: Callable[[], None]) -> None:
-    """One of them is due while there is no manager; before it the fleet is warmed."""
+    """Check that one schedule is due while the manager is down, and that the fleet is prewarmed before that."""
     file = job_in(folder / "scheduled")
     yearly = ("--cron", "0 0 1 1 *", "--name", "yearly")
     world.batchlab("schedule", "add", file, *yearly)
@@ -228,7 +229,7 @@ def schedules_outlive_the_manager(world: World, folder: Path, other_manager: Cal
     world.batchlab("schedule", "add", file, *soon)
     until(lambda: f"{WARM} as it asks for" in world.batchlab("grid", "activities")[0], 30, pause_s=0.5)
     other_manager()
-    # Each look is a process of its own.
+    # Each look starts a process.
     until(lambda: came_to(world, "soon") == ["SUCCEEDED"], 90, pause_s=2.0)
     assert {one["name"]: one["state"] for one in asked(world, "schedule", "list")}["yearly"] == "active"
 

@@ -1,4 +1,4 @@
-"""A bucket, a clock, and notification targets that several managers share, and jobs for them."""
+"""A bucket, a clock, and notification targets that several managers share, and jobs that notify these targets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EPOCH_S = 1_700_000_000.0
 
 
 class Scene:
-    """What several managers share: a bucket, a clock, and targets that answer as they are told."""
+    """A bucket, a clock, and notification targets with scripted answers, which several managers share."""
 
     def __init__(self, *targets: Target) -> None:
         loop = asyncio.get_running_loop()
@@ -79,7 +79,7 @@ class Scene:
         return f"{job} waits for capacity."
 
     async def led(self, manager: Notifier, seconds: float) -> None:
-        """Let it lead for so long."""
+        """Let the notifier's manager lead for this time."""
         await manager.load()
         running = asyncio.create_task(manager.run())
         ticks = asyncio.create_task(self._tick(manager))

@@ -12,14 +12,14 @@ _COMMIT = b"COMMIT\0"
 
 
 class Cut(Enum):
-    """What becomes of the next COMMIT that passes."""
+    """The fate of the next COMMIT that passes the proxy."""
 
     BEFORE = auto()
-    """It is lost with its connection, before the server has heard of it."""
+    """The COMMIT and its connection are lost before the server receives the COMMIT."""
     AFTER = auto()
-    """The server has done it; its answer is lost with the connection."""
+    """The server performs the COMMIT, and its answer is lost with the connection."""
     SILENT = auto()
-    """It is lost, and nobody is told: both sides wait."""
+    """The COMMIT is lost, but the connection stays open, so both sides wait."""
 
 
 class Wire:
@@ -27,7 +27,7 @@ class Wire:
 
     def __init__(self, to_port: int) -> None:
         self.cut: Cut | None = None
-        """Set to cut once; it is None again when that has happened."""
+        """The cut of the next COMMIT. After the cut, the value is None again."""
         self._to_port = to_port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -36,8 +36,8 @@ class Wire:
         self._threads[0].start()
 
     def close(self) -> None:
-        """End it, with all connections."""
-        # A thread that accepts does not notice that its socket is closed.
+        """Close the proxy and all of its connections."""
+        # A thread that waits for a connection does not notice that its socket was closed.
         self._listener.shutdown(socket.SHUT_RDWR)
         self._threads[0].join()
         self._listener.close()
@@ -72,7 +72,7 @@ class Wire:
                     lost.set()
                     if cut is Cut.AFTER:
                         server.sendall(data)
-                        return  # the one who waits for the answer hangs up
+                        return  # the client that waits for the answer closes the connection
                     break
                 server.sendall(data)
         _hang_up(client)
@@ -95,7 +95,7 @@ def _hang_up(one: socket.socket) -> None:
 
 @contextmanager
 def wire_to(port: int) -> Iterator[Wire]:
-    """A wire to that port, whole at first."""
+    """Start a proxy to that port, without a cut."""
     wire = Wire(port)
     try:
         yield wire

@@ -1,6 +1,6 @@
 """Managers that share one ledger, each in its own process, and the workers that they share.
 
-Run as a program, this module is one manager, which leads or waits until it is killed.
+Run as a program, this module is one manager that leads or stands by until it is killed.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ POOL = Pool("default", 0, 2, 2)
 LEASE_S = 2.0
 SETTINGS = ManagerSettings(lease_ttl_s=LEASE_S, tick_s=0.2, silence_s=6.0, visibility_s=3.0, wait_s=0.5)
 TASK_S = 0.05
-# A standby looks every third of the lease; the rest is for a machine that is busy.
+# A standby manager looks every third of the lease time. The remaining time allows for a busy machine.
 TAKEN_OVER_S = LEASE_S * 5 / 3 + 20.0
 
 
 @asynccontextmanager
 async def ports_in(folder: Path, ledger: Ledger) -> AsyncIterator[Ports]:
-    """Bucket and queues in this folder, and that ledger."""
+    """Yield ports with a bucket and queues in this folder, and with that ledger."""
     clock = WallClock()
     queue = SqliteQueue(folder / "queues" / "queues.db", clock)
     objects = open_local(folder / "objects")
@@ -73,7 +73,7 @@ def _play(scene: Scene) -> Play:
 
 @asynccontextmanager
 async def workers(ports: Ports, count: int) -> AsyncIterator[None]:
-    """So many of them, in this process."""
+    """Run `count` workers in this process."""
     settings = WorkerSettings(visibility_s=3.0, wait_s=0.5, drain_s=2.0)
     crew = []
     for n in range(count):
@@ -89,24 +89,24 @@ async def workers(ports: Ports, count: int) -> AsyncIterator[None]:
         await asyncio.gather(*(task for _, task in crew))
 
 
-# --- What becomes of the job ---------------------------------------------------------------------
+# --- Progress of the job -------------------------------------------------------------------------
 
 
 async def done(ledger: DumpingLedger, at_least: int) -> None:
-    """Wait until so many tasks have succeeded."""
+    """Wait until at least that many tasks have succeeded."""
     deadline_s = time.monotonic() + 60
     while True:
         try:
             if (await ledger.rows(JOB.id)).stages[0].counts.succeeded >= at_least:
                 return
         except NotFound:
-            pass  # nobody has submitted it yet
+            pass  # the job was not submitted yet
         assert time.monotonic() < deadline_s
         await asyncio.sleep(0.05)
 
 
 async def ended(ledger: DumpingLedger) -> JobRecord:
-    """The job, once it has ended."""
+    """Wait until the job has ended, and return its record."""
     deadline_s = time.monotonic() + 60
     while not (record := await ledger.job(JOB.id)).state.ended:
         assert time.monotonic() < deadline_s, await ledger.rows(JOB.id)
@@ -115,7 +115,7 @@ async def ended(ledger: DumpingLedger) -> JobRecord:
 
 
 async def check_bucket(ports: Ports, ledger: DumpingLedger) -> None:
-    """I1 and I2: each task has one result, and the sums close."""
+    """Check invariants I1 and I2: each task has one result, and the sums are consistent."""
     squares: dict[int, Json] = {}
     totals: dict[int, Json] = {}
     async for page in ports.objects.list(f"jobs/{JOB.id}/"):
@@ -138,13 +138,13 @@ async def check_bucket(ports: Ports, ledger: DumpingLedger) -> None:
 
 @dataclass
 class Process:
-    """A manager as seen from outside."""
+    """A manager process, as a test sees it."""
 
     owner: str
     process: subprocess.Popen[str]
 
     async def says(self, word: str, within_s: float) -> None:
-        """Wait for the next line, which must be this one."""
+        """Wait for the next output line, which must be `word`."""
         assert self.process.stdout
         line = asyncio.to_thread(self.process.stdout.readline)
         assert (await asyncio.wait_for(line, within_s)).strip() == word
@@ -152,7 +152,7 @@ class Process:
 
 @contextmanager
 def manager(folder: Path, url: str, schema: str, owner: str) -> Iterator[Process]:
-    """A manager process, killed at the end; its ledger is in that schema, or domain, at `url`."""
+    """Start a manager process with a ledger at `url` in that schema or domain, and kill the process on exit."""
     argv = [sys.executable, "-m", "tests.support.postgres.managers", str(folder)]
     with (
         (folder / f"{owner}.log").open("w") as log,
@@ -163,12 +163,12 @@ def manager(folder: Path, url: str, schema: str, owner: str) -> Iterator[Process
         try:
             yield Process(owner, process)
         finally:
-            # Also one that is paused.
+            # SIGKILL also ends a paused process.
             process.kill()
 
 
 async def _manage(folder: Path, url: str, schema: str, owner: str) -> None:
-    """Say "leads" and "lost" whenever it comes to that."""
+    """Run a manager, and print "leads" and "lost" at each change of the lease."""
     async with ports_in(folder, opened_at(url, schema)) as ports:
         while True:
             one = Manager(ports, SETTINGS, [POOL], owner)

@@ -1,6 +1,5 @@
-"""A PostgreSQL server that accepts only TLS, with a certificate of its own authority, as on
-another machine.
-"""
+"""A PostgreSQL server that accepts only TLS connections, with a certificate of its own authority, like a server on
+another machine."""
 
 from __future__ import annotations
 
@@ -24,13 +23,13 @@ HBA = """
 hostssl all by_token 127.0.0.1/32 password
 hostssl all all 127.0.0.1/32 scram-sha-256
 """
-"""As RDS with rds.force_ssl: no line for what is not encrypted. RDS takes tokens, too, as plain
+"""The access rules of RDS with rds.force_ssl: no rule allows unencrypted connections. RDS also accepts tokens as plain
 passwords within TLS."""
 
 
 @dataclass
 class Remote:
-    """A server whose certificate is for `localhost`, and the authority that says so."""
+    """A server with a certificate for `localhost`, and the authority that signed the certificate."""
 
     server: PostgresServer
     ca: Path
@@ -65,7 +64,7 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
 
 
 def end_sessions_of(server: PostgresServer) -> None:
-    """End those of batchlab; returns when they are gone."""
+    """End batchlab's sessions, and wait until they are closed."""
     deadline_s = time.monotonic() + 30
     while server.end_sessions():
         assert time.monotonic() < deadline_s
@@ -73,7 +72,7 @@ def end_sessions_of(server: PostgresServer) -> None:
 
 
 class Fixed:
-    """One login, for ever."""
+    """A login that never changes."""
 
     where = "the test"
 
@@ -85,7 +84,7 @@ class Fixed:
 
 
 async def look(ledger: SqlLedger) -> None:
-    """Make one call there, and close it."""
+    """Open the ledger with one call, and close it."""
     try:
         await ledger.jobs()
     finally:
@@ -93,7 +92,7 @@ async def look(ledger: SqlLedger) -> None:
 
 
 def error_at(url: str, **given: Any) -> BackendError:
-    """What one call there raises."""
+    """Return the error of one call of a ledger at the URL."""
     with pytest.raises(BackendError) as caught:
         asyncio.run(look(open_postgres(url, **given)))
     return caught.value

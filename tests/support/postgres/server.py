@@ -26,15 +26,15 @@ import pytest
 from tests.support.aws.emulators import end_with_parent, free_port
 
 BIN = "BATCHLAB_POSTGRES_BIN"
-"""Environment variable: the folder of initdb and postgres, where they are not where Debian, Red Hat
-or Homebrew put them."""
+"""Environment variable with the folder of initdb and postgres, for installations outside the paths of Debian, Red Hat,
+and Homebrew."""
 
 PLACES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/opt/homebrew/opt/postgresql*/bin")
 START_S = 60.0
 USER, PASSWORD = "grid", "p@ss/w:rd %41"
 DATABASE = "ledgers"
 _SETTINGS = {
-    # What is lost when the machine stops is lost: it is a test.
+    # The data of a test need not survive a crash of the machine.
     "fsync": "off",
     "full_page_writes": "off",
     "listen_addresses": "127.0.0.1",
@@ -47,25 +47,25 @@ _SETTINGS = {
 
 
 class PostgresServer:
-    """A server's process; `start` and `stop` as often as a test likes, on one port and folder."""
+    """A server's process on one port and folder. A test may call `start` and `stop` repeatedly."""
 
     def __init__(self, binaries: Path, folder: Path) -> None:
-        """`binaries` are of PostgreSQL 15 or newer."""
+        """`binaries` is the folder of PostgreSQL 15 or newer."""
         self.port = free_port()
         self.folder = folder
         self._binaries = binaries
         self._process: subprocess.Popen[bytes] | None = None
-        # It refuses to run as root.
+        # PostgreSQL does not run as root.
         self._as: list[str] = []
         if os.geteuid() == 0:
             user = pwd.getpwnam("postgres")
             os.chown(folder, user.pw_uid, user.pw_gid)
-            # Changing the user forgets that it is to end with us.
+            # A change of the user clears the setting that ends this process with its parent.
             become = ["--reuid=postgres", "--regid=postgres", "--init-groups", "--pdeathsig=KILL"]
             self._as = ["setpriv", *become]
 
     def make(self) -> None:
-        """Make the cluster and the database; it runs afterwards."""
+        """Create the cluster and the database, and leave the server running."""
         secret = self.folder / "password"
         secret.write_text(PASSWORD)
         secret.chmod(0o644)
@@ -82,7 +82,7 @@ class PostgresServer:
             str(self.folder / "data"),
         )
         self.start()
-        # Sorted as a dictionary sorts: what must not depend on that says so itself.
+        # The database sorts text as a dictionary does. A query that needs another order must set its collation.
         sorts = "LOCALE_PROVIDER icu ICU_LOCALE 'en'"
         self.execute(f"CREATE DATABASE {DATABASE} TEMPLATE template0 {sorts}", database="postgres")
 
@@ -94,7 +94,7 @@ class PostgresServer:
             pytest.fail(f"{program}: {done.stderr[-2000:]}")
 
     def start(self, **more: str) -> None:
-        """Returns when it answers; `more` are settings."""
+        """Start the server with the settings in `more`, and wait until it answers."""
         settings = {**_SETTINGS, "port": self.port, **more}
         options = [f"--{name}={value}" for name, value in settings.items()]
         with (self.folder / "server.log").open("ab") as log:
@@ -122,7 +122,7 @@ class PostgresServer:
         return True
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """SIGINT: sessions are ended, its state is kept. SIGQUIT: as if the power went."""
+        """Stop the server. SIGINT ends the sessions and keeps the data. SIGQUIT simulates a power loss."""
         if self._process is not None:
             self._process.send_signal(how)
             self._process.wait(timeout=60)
@@ -130,21 +130,21 @@ class PostgresServer:
 
     @property
     def pids(self) -> list[int]:
-        """The server's processes, the first one first."""
+        """Return the pids of the server's processes, the main process first."""
         assert self._process is not None
         first = self._process.pid
         children = Path(f"/proc/{first}/task/{first}/children").read_text()
         return [first, *map(int, children.split())]
 
     def url(self, *, port: int | None = None, password: str = PASSWORD, **query: str) -> str:
-        """As a user would write it."""
+        """Return the server's URL as a user writes it."""
         quoted = "".join(c if c.isalnum() else f"%{ord(c):02X}" for c in password)
         options = "&".join(f"{name}={value}" for name, value in query.items())
         where = f"127.0.0.1:{port or self.port}/{DATABASE}"
         return f"postgresql://{USER}:{quoted}@{where}{'?' if options else ''}{options}"
 
     def connect(self, database: str = DATABASE) -> psycopg.Connection[Any]:
-        """A connection of the test's own, which commits each statement."""
+        """Open a connection for the test, which commits each statement."""
         return psycopg.connect(
             host="127.0.0.1",
             port=self.port,
@@ -156,27 +156,27 @@ class PostgresServer:
         )
 
     def execute(self, statement: str, *, database: str = DATABASE) -> list[tuple[Any, ...]]:
-        """Rows of one statement, where it has any."""
+        """Run one statement, and return its rows."""
         with closing(self.connect(database)) as connection:
-            # The statements are the tests' own.
+            # The tests write all of these statements, so injection is not possible.
             cursor = connection.execute(statement.encode())
             return cursor.fetchall() if cursor.description else []
 
     def sessions(self) -> int:
-        """How many there are of batchlab."""
+        """Return the number of batchlab's sessions."""
         query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'batchlab'"
         ((count,),) = self.execute(query)
         return int(count)
 
     def end_sessions(self) -> int:
-        """End those of batchlab, as an administrator would, and see them gone; how many."""
+        """End batchlab's sessions as an administrator would, wait until they are closed, and return their number."""
         query = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name = 'batchlab'"
         return len(self.execute(query))
 
 
 @dataclass(frozen=True)
 class Postgres:
-    """A place for one ledger: a server and a schema that nobody else uses."""
+    """A place for one ledger: a server and a schema that no other test uses."""
 
     server: PostgresServer
     schema: str
@@ -187,7 +187,7 @@ class Postgres:
 
 
 def _binaries() -> Path:
-    """Where initdb and postgres are; skips or fails where they are not."""
+    """Return the folder of initdb and postgres. If it does not exist, skip the test, or fail in CI."""
     if named := os.environ.get(BIN):
         return Path(named)
     found = [p for place in PLACES for p in Path("/").glob(place[1:]) if (p / "initdb").exists()]
@@ -201,9 +201,9 @@ def _binaries() -> Path:
 
 
 def served() -> Iterator[PostgresServer]:
-    """A fresh server, gone afterwards with all its files."""
+    """Create a fresh server, and remove it and its files on exit."""
     binaries = _binaries()
-    # Not in pytest's folder, which the server's user may not enter.
+    # The server's user cannot read pytest's temporary folder.
     folder = Path(tempfile.mkdtemp(prefix="batchlab-postgres-"))
     server = PostgresServer(binaries, folder)
     try:
@@ -216,13 +216,13 @@ def served() -> Iterator[PostgresServer]:
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
-    """One server for all tests of a worker that do it no harm."""
+    """Start one server per pytest worker for all tests that do not damage the server."""
     yield from served()
 
 
 @pytest.fixture
 def frail_server() -> Iterator[PostgresServer]:
-    """A server that the test may stop and pause."""
+    """Start a server that the test may stop and pause."""
     yield from served()
 
 
@@ -231,7 +231,7 @@ _numbers = itertools.count(1)
 
 @pytest.fixture
 def postgres(postgres_server: PostgresServer) -> Iterator[Postgres]:
-    """A schema that is not there yet, and is not there afterwards."""
+    """Yield an unused schema name, and drop the schema afterwards."""
     place = Postgres(postgres_server, f"grid-{next(_numbers)}")
     yield place
     postgres_server.execute(f'DROP SCHEMA IF EXISTS "{place.schema}" CASCADE')

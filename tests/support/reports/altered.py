@@ -1,4 +1,4 @@
-"""Copies of a run's files, changed by SQL of a test."""
+"""Copies of a run's files, changed by a test's SQL."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import duckdb
 
 
 def altered(source: Path, folder: Path, replaced: Mapping[str, str]) -> Path:
-    """A copy in `folder` in which each table of `replaced` has its columns replaced as its text
-    says, which is the inside of a `REPLACE (…)`; answers `folder`."""
+    """Copy a run to `folder`, and return `folder`. `replaced` has the inside of a `REPLACE (…)` clause for each table
+    to change."""
     shutil.copytree(source, folder)
     with duckdb.connect(":memory:") as connection:
         for table, columns in replaced.items():

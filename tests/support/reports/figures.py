@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def rows_of(folder: Path, table: str) -> list[Row]:
-    """All rows of one table's file."""
+    """Return all rows of a table's file."""
     with duckdb.connect(":memory:") as connection:
         found = connection.execute(f"SELECT * FROM read_parquet('{folder / table}.parquet')")
         names = [column[0] for column in found.description or ()]
@@ -20,7 +20,7 @@ def rows_of(folder: Path, table: str) -> list[Row]:
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """With linear interpolation between neighbours."""
+    """Return a percentile with linear interpolation between neighbors."""
     known = sorted(values)
     place = share * (len(known) - 1)
     below = int(place)
@@ -33,7 +33,8 @@ def overlap_s(a: float, b: float, c: float, d: float) -> float:
 
 
 def means(spans: Sequence[tuple[float, float, float]], start_s: float, end_s: float, parts: int) -> list[float]:
-    """Of equal parts of a time, the mean of the weights (begin, end, weight) that were there."""
+    """Split a time range into equal parts, and return the mean sum of the weights in each part. A span is (begin, end,
+    weight)."""
     width = (end_s - start_s) / parts
     edges = [start_s + k * width for k in range(parts + 1)]
     return [sum(w * overlap_s(b, e, edges[k], edges[k + 1]) for b, e, w in spans) / width for k in range(parts)]

@@ -11,5 +11,5 @@ from tests.support.reports.made import write_run
 
 @pytest.fixture(scope="session")
 def made_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of Parquet files of a small run; not to be written to."""
+    """Return a folder with the Parquet files of a small run. Tests must not write to the folder."""
     return write_run(tmp_path_factory.mktemp("run") / "shop-0123456789")

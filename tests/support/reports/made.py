@@ -1,8 +1,8 @@
 """A generated run of any size as Parquet files, for the tests and the benchmark of reports.
 
-It has three stages: `read`, then `score` for each task, then one `merge`. Attempts fail and are
-retried, some tasks are slow, and one pool grows and shrinks. The seed determines every value, and
-the parts have the same sums as in a real run.
+A generated run has three stages: `read`, then `score` for each task, then one `merge`. Attempts fail and are retried,
+some tasks are slow, and one pool grows and shrinks. The seed determines every value, and the parts have the same sums
+as in a real run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from batchlab.reports.tables.schema import BY_NAME, TABLES
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """`tasks` are those of `read`, and of `score`; `slow` multiplies the run time of `score`;
-    `failing` is the share of `score`'s first attempts that fail."""
+    """The parameters of a generated run. `tasks` is the number of tasks in `read` and in `score`. `slow` multiplies the
+    run time of `score`. `failing` is the share of `score`'s first attempts that fail."""
 
     job: str = "shop-0123456789"
     name: str = "shop"
@@ -34,12 +34,12 @@ class Made:
 
 
 def write_run(folder: Path, run: Made = Made()) -> Path:
-    """Write the run's files into `folder`, made where it is not there; answers the folder."""
+    """Write the run's files into `folder`, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     connection = duckdb.connect(":memory:")
     spill = folder / ".spill"
     try:
-        # Ten million tasks are sorted beside memory, and not in the folder that somebody is in.
+        # Ten million tasks do not fit into memory, and DuckDB's temporary files must not be in the current folder.
         connection.execute(f"SET temp_directory = '{spill}'")
         connection.execute(_variables(run))
         for statement in _SQL.split(";\n"):

@@ -52,10 +52,10 @@ SIGNS = RunFigures(
 
 
 def signs(**changed: Any) -> RunFigures:
-    """Good ones, but for what is named."""
+    """Return good metrics, with these changes."""
     return replace(SIGNS, **changed)
 
 
 def of_stage(**changed: Any) -> RunFigures:
-    """The same with another stage."""
+    """Return good metrics with another stage."""
     return replace(SIGNS, stages=(replace(STAGE, **changed),))

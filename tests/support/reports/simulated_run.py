@@ -1,4 +1,4 @@
-"""The data of a simulated job, written and read again, beside its ledger and its bill."""
+"""The data of a simulated job, written and read again, and compared with its ledger and its bill."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def setting(pools: tuple[Pool, ...] = (Pool("default"),)) -> Setting:
 
 
 async def written(objects: Objects, patience: Patience, job: JobId, folder: Path, *pools: Pool) -> Index:
-    """The job's files, in a folder that is made."""
+    """Write the job's files into a new folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return await Writer(objects, patience, setting(pools)).make(job, folder)
 
 
 @contextmanager
 def answers(*folders: Path) -> Iterator[Any]:
-    """A function that gives the rows of a query, as dicts."""
+    """Yield a function that returns the rows of a query as dicts."""
     with store.opened(folders) as connection:
         yield lambda sql: rows(connection, sql)
 
@@ -50,14 +50,14 @@ def rows(connection: DuckDBPyConnection, sql: str) -> list[dict[str, Any]]:
 
 
 def one(ask: Any, sql: str) -> Any:
-    """The only value that a query comes to."""
+    """Return the single value of a query."""
     (row,) = ask(sql)
     (value,) = row.values()
     return value
 
 
 def check_against_ledger(ask: Any, ledger: JobRows) -> None:
-    """Stage by stage what `job show` shows, from the tasks one by one."""
+    """Compare the tasks of each stage with the counts that `job show` shows."""
     job = ledger.job.job.id
     for record in ledger.stages:
         counts = record.counts
@@ -84,7 +84,7 @@ def check_against_ledger(ask: Any, ledger: JobRows) -> None:
 
 
 async def bill_of(world: World, ledger: JobRows, pools: tuple[Pool, ...]) -> Bill:
-    """As `cost bill` reckons it, from the ledger."""
+    """Return the bill that `cost bill` computes from the ledger."""
     job = ledger.job.job
     account = await world.ask(lambda m: m.spending and m.spending.account(job.id), "account")
     uses = [StageUse(s.counts.stage, job.stage(s.counts.stage).pool, s.counts.run_s, 1) for s in ledger.stages]
@@ -97,7 +97,7 @@ async def bill_of(world: World, ledger: JobRows, pools: tuple[Pool, ...]) -> Bil
 
 
 def check_against_bill(ask: Any, found: Bill) -> None:
-    """Line by line, and the rows add up exactly."""
+    """Compare the data with the bill line by line. The rows must add up exactly."""
     usd = one(ask, "SELECT cost_usd FROM jobs")
     assert isinstance(usd, Decimal)
     assert float(usd) == pytest.approx(found.usd.typical, abs=1e-9)

@@ -9,14 +9,14 @@ from statistics import fmean
 
 
 def peak_to_mean(times_s: Sequence[float], bucket_s: float) -> float:
-    """The busiest bucket over the mean one, of all from the first arrival to the last."""
+    """Return the ratio of the busiest bucket to the mean bucket, from the first arrival to the last."""
     first = min(times_s)
     buckets = Counter(int((at - first) // bucket_s) for at in times_s)
     return max(buckets.values()) / (len(times_s) / (max(buckets) + 1))
 
 
 def cv2(values: Sequence[float]) -> float:
-    """Squared coefficient of variation; 1 for the exponential distribution."""
+    """Return the squared coefficient of variation, which is 1 for an exponential distribution."""
     mean = fmean(values)
     return fmean((value - mean) ** 2 for value in values) / mean**2
 

@@ -13,13 +13,13 @@ from batchlab.scenarios.faults.target_grid import FaultResult, NothingHit
 from tests.scenarios.test_fault_table import grid, instance
 
 CALL_S = 0.002
-"""What a call takes in its thread before it has its effect: whoever is cancelled meanwhile is gone
-by then."""
+"""The duration of a simulated call in its thread before the call has its effect. A coroutine that is canceled meanwhile
+ends before that."""
 
 
 class Manager(Client):
-    """Of a grid with two instances and a job; another one leads after each look. `rebuilds` are
-    counted."""
+    """A manager of a grid with two instances and one job. Each look at the grid reports another leader. `rebuilds`
+    counts the calls of `rebuild`."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -46,7 +46,7 @@ class Manager(Client):
 
 @dataclass
 class Steps:
-    """Runs a harm, and cancels it where it waits for the `at`-th time."""
+    """A runner of a fault that cancels the fault at its wait number `at`."""
 
     at: int
     waits: int = 0
@@ -68,7 +68,7 @@ class Steps:
 
 
 class _Counted(Awaitable[FaultResult]):
-    """The coroutine, with every moment at which it waits told of."""
+    """A wrapper of a coroutine that reports each wait of the coroutine."""
 
     def __init__(self, doing: Coroutine[Any, Any, FaultResult], steps: Steps) -> None:
         self._doing = doing
@@ -96,8 +96,8 @@ def _thrown(inner: Generator[Any, Any, Any], error: BaseException) -> Callable[[
 
 
 def at_every_wait(world: Callable[[], Any], harm: Callable[[Any], Coroutine[Any, Any, FaultResult]]) -> int:
-    """Do that harm to a fresh world again and again, cancelled at its first wait, its second and
-    so on until it comes to its end; nothing may stand at any time. How often it waited."""
+    """Run a fault repeatedly in a fresh world, canceled at its first wait, its second, and so on. No damage may remain
+    after any run. Return the number of waits of the fault."""
     at = 1
     while True:
         there, steps = world(), Steps(at)
@@ -109,7 +109,7 @@ def at_every_wait(world: Callable[[], Any], harm: Callable[[Any], Coroutine[Any,
             seen, why = None, error.message
         assert there.stands() == [], f"cancelled at its wait number {at}"
         if not steps.cancelled:
-            # Nobody calls the services here, so there may be nobody to hit.
+            # No client calls the services in this test, so the fault may find nothing to hit.
             assert (seen and seen.evidence) or "there were none" in why, (seen, why)
             return at
         at += 1

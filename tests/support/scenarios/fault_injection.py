@@ -1,4 +1,4 @@
-"""A grid with work, faults that a test injects, and a check that the results are correct."""
+"""A grid with work, faults that a test injects, and a check of the results."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ stages:
 
 
 def number(pattern: str, seen: InjectedFault) -> float:
-    """The figure that the evidence has there."""
+    """Return the number that a pattern finds in the evidence of a fault."""
     found = re.search(pattern, seen.evidence)
     assert found, seen
     return float(found[1])
 
 
 def numbers(text: str) -> list[int]:
-    """All whole numbers in it, in order."""
+    """Return all whole numbers in a text, in order."""
     return [int(one) for one in re.findall(r"(?<![\d.])\d+(?![\d.])", text)]
 
 
 @dataclass
 class Work:
-    """A job whose result is known. `hurt` does harm to the grid that it runs on."""
+    """A job with a known result. `hurt` injects a fault into the job's grid."""
 
     grid: LocalGrid
     front: FaultProxy | None
@@ -86,7 +86,7 @@ class Work:
 
 @dataclass
 class Bench:
-    """A grid that several tests do harm to."""
+    """A grid that several tests inject faults into."""
 
     grid: LocalGrid
     folder: Path
@@ -95,7 +95,7 @@ class Bench:
 
     @contextmanager
     def work(self, tasks: int, seconds: float, *, up: int = 2, within_s: float = 90.0) -> Iterator[Work]:
-        """A job, once `up` instances are in service; afterwards it has succeeded, and is right."""
+        """Submit a job once `up` instances are in service. On exit, the job must succeed with correct results."""
         folder = self.folder / f"job-{next(self.numbers)}"
         folder.mkdir()
         (folder / "work.py").write_text(WORK.format(seconds=seconds))
@@ -113,10 +113,10 @@ class Bench:
     def in_service(self) -> list[str]:
         try:
             pools = self.grid.client.grid()["pools"]
-        except BackendError:  # the last harm has cut its connections
+        except BackendError:  # the last fault has closed the connections
             return []
         return [one["id"] for pool in pools for one in pool["instances"] if one["state"] == "InService"]
 
     def succeeded(self, job: str) -> int:
-        """Tasks of its first stage."""
+        """Return the number of succeeded tasks in the job's first stage."""
         return self.grid.client.job(job)["stages"][0]["succeeded"]

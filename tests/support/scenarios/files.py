@@ -37,19 +37,19 @@ expect: {late: 0, cost: 2 USD, jobs: {claims: {p95_wait: 5m}}}
 
 
 def load(folder: Path, text: str = FULL) -> Scenario:
-    """The scenario of that text, written into `folder`."""
+    """Write a scenario file into `folder`, and load it."""
     (folder / "s.yaml").write_text(text)
     return loader.load(folder / "s.yaml")
 
 
 def refused(folder: Path, text: str) -> tuple[JobFileError, ...]:
-    """The mistakes that loading it tells, each with all that a person needs."""
+    """Return the errors of loading a scenario, after checking that each error is complete."""
     with pytest.raises(JobFileErrors) as caught:
         load(folder, text)
     return complete(caught.value.errors, folder / "s.yaml", text)
 
 
 def changed(old: str, new: str) -> str:
-    """FULL with `old`, which it has once, replaced."""
+    """Return FULL with its only occurrence of `old` replaced."""
     assert FULL.count(old) == 1, old
     return FULL.replace(old, new)

@@ -1,6 +1,5 @@
-"""A simulated grid without overhead, to compare with queueing theory: no latency, strict order,
-a fixed fleet, and no periodic work.
-"""
+"""A simulated grid without overhead, to compare with queueing theory. Calls take no time, the order is strict, the
+fleet is fixed, and periodic work is off."""
 
 from __future__ import annotations
 
@@ -47,7 +46,8 @@ IN_ORDER = ForecastOptions(fifo=True, max_wait_s=HOUR_S)
 
 
 def servers(source: Source, count: int, task_s: Distribution | None = None) -> Scenario:
-    """Jobs of one task each for `count` slots, first come first served."""
+    """Return a scenario of jobs with one task each and `count` slots, in which the first job in the queue runs
+    first."""
     stage = StageTemplate("run", task_s or Constant(1.0), bundle=1)
     template = JobTemplate("job", (stage,), Constant(1))
     pool = Pool("default", 1, 1, count)

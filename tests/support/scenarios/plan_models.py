@@ -1,6 +1,4 @@
-"""Grids whose duration and cost follow from plain arithmetic, instead of the simulator, and
-plans for them.
-"""
+"""Grids whose duration and cost follow from arithmetic instead of the simulator, and plans for these grids."""
 
 from __future__ import annotations
 
@@ -41,11 +39,10 @@ def a_scenario(**more: Any) -> Scenario:
 
 @dataclass
 class Grid:
-    """`tasks` of `task_s` each are due at `due_s` in the one pool. As many instances come as the
-    policy wants, after a boot, each does a task at a time in each slot; all are paid for from their
-    launch to the end. With `noise`, tasks take up to so much longer in some seeds; a Spot wave
-    costs those that are Spot a boot and a task. Pickled where there are several processes.
-    """
+    """A grid with one pool, in which `tasks` tasks of `task_s` seconds each are due at `due_s`. The number of instances
+    follows the policy. Each instance boots, runs one task at a time per slot, and is paid from its launch to the end.
+    With `noise`, tasks take up to that share longer, depending on the seed. A Spot wave costs a Spot instance one boot
+    and one task. The grid is pickled if there are several processes."""
 
     tasks: int
     task_s: float
@@ -53,7 +50,7 @@ class Grid:
     due_s: float = 0.0
     noise: float = 0.0
     spot_off: float = 0.6
-    """What Spot is cheaper by."""
+    """The share by which Spot is cheaper than on demand."""
     asked: list[tuple[Scenario, int]] = field(default_factory=list)
 
     def __call__(self, scenario: Scenario, seed: int) -> Record:
@@ -104,7 +101,7 @@ class Grid:
 
 
 def _finished(tasks: int, task_s: float, ready_s: list[float], slots: int) -> float:
-    """When the last task ends: each goes to the slot that is free first."""
+    """Return the end time of the last task if each task goes to the first free slot."""
     free = [at_s for at_s in ready_s for _ in range(slots)]
     heapq.heapify(free)
     last_s = 0.0

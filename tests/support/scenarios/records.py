@@ -9,7 +9,7 @@ from batchlab.scenarios.record import InstanceRun, JobRun, PoolSample, Record, S
 
 
 def a_job(index: int = 0, **more: Any) -> JobRun:
-    """Due at 0, begun at 5, ended at 60: ten tasks that succeeded."""
+    """Return a job that is due at 0, begins at 5, and ends at 60 with ten succeeded tasks."""
     job = JobRun(
         index=index,
         id=f"job-{index}",
@@ -35,7 +35,7 @@ def a_sample(at_s: float, desired: int, in_service: int | None = None, waiting: 
 
 
 def an_instance(index: int = 0, **more: Any) -> InstanceRun:
-    """Launched at 0, there from 10, gone at 70."""
+    """Return an instance that is launched at 0, is in service from 10, and ends at 70."""
     one = InstanceRun(
         id=f"i-{index}",
         pool="default",

@@ -22,12 +22,12 @@ QUICK = RetryRule(backoff_s=0.2)
 
 
 def stage(name: str, seconds: float, **fields: Any) -> StageTemplate:
-    """A stage of tasks that all take so long."""
+    """Return a stage whose tasks all take `seconds`."""
     return StageTemplate(name, Constant(seconds), **{"retry": QUICK, **fields})
 
 
 def claims(tasks: int = 12, **fields: Any) -> JobTemplate:
-    """A job of every kind of stage and of work."""
+    """Return a job with every kind of stage and of work."""
     return JobTemplate(
         "claims",
         (
@@ -45,7 +45,7 @@ def claims(tasks: int = 12, **fields: Any) -> JobTemplate:
 
 
 def scenario(*jobs: JobTemplate, at: tuple[tuple[float, int], ...] = ((0.0, 1),), **fields: Any) -> Scenario:
-    """Those jobs, each arriving at all of these moments."""
+    """Return a scenario in which each job arrives at all of the times in `at`."""
     return Scenario(
         "small",
         "A few jobs.",
@@ -61,7 +61,7 @@ def scenario(*jobs: JobTemplate, at: tuple[tuple[float, int], ...] = ((0.0, 1),)
 
 @contextmanager
 def up(home: Home, wanted: Scenario) -> Iterator[factory.Backend]:
-    """A grid on `local` with the scenario's pools and policy."""
+    """Start a grid on `local` with the scenario's pools and policy."""
     backend = factory.load("local")
     with settings.temporary_settings(home, wanted.policy.settings(), why="For a test."):
         pools = [plan.pool for plan in wanted.pools]
@@ -73,7 +73,7 @@ def up(home: Home, wanted: Scenario) -> Iterator[factory.Backend]:
 
 
 def replay(folder: Path, wanted: Scenario, **options: Any) -> Record:
-    """Replay it on a grid of its own."""
+    """Replay a scenario on its own grid."""
     home = Home(folder)
     with up(home, wanted) as backend:
         patience = factory.patience()

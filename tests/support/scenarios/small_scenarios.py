@@ -24,7 +24,7 @@ def claims(
     zones: int = 2,
     first_s: float = 0.0,
 ) -> Scenario:
-    """Some jobs of these stages, one every `gap_s` from `first_s` on."""
+    """Return a scenario with `jobs` jobs of these stages. One job arrives every `gap_s` seconds from `first_s` on."""
     template = JobTemplate("claims", stages or (PARSE, PRICE, BY_PAYER, SUM), Constant(tasks))
     moments = tuple((first_s + gap_s * n, 1) for n in range(jobs))
     return Scenario(

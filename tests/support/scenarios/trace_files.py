@@ -1,4 +1,4 @@
-"""Small trace files, and their jobs in a form that is easy to compare."""
+"""Small trace files, and their jobs in a form that tests can compare."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A manager with its HTTP API on a real server, over services in memory, in its own thread.
+"""A manager with its HTTP API on a real server, in its own thread, over services in memory.
 
-The grid has no workers. A test does a worker's work itself.
+The grid does not have workers. A test does a worker's work itself.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SETTINGS = ManagerSettings(control_lease_s=0.05, tick_s=0.05, wait_s=0.2)
 
 
 class Machine:
-    """An instance that boots and does nothing until it is told to end."""
+    """A simulated instance that boots and then waits until it is terminated."""
 
     ended: str | None = None
 
@@ -65,7 +65,7 @@ class Machine:
 def job(
     name: str = "sums", token: str = "t", *, tasks: int = 4, after: Sequence[StageDef] = (), **stage: Any
 ) -> JobDef:
-    """A job of one file per task; nothing is tried twice unless `stage` says so."""
+    """Return a job with one file per task and, unless `stage` changes the retry rule, one attempt per task."""
     made = object_keys.job_id(name, token)
     first = {"handler": "m:f", "bundle": 1, "retry": RetryRule(attempts=1), **stage}
     return JobDef(
@@ -81,7 +81,7 @@ def job(
 
 @dataclass
 class Rig:
-    """`lead` false: the manager is there, but does not lead."""
+    """A running manager with an API. If `lead` is false, the manager does not take the lease."""
 
     pools: Sequence[Pool] = (Pool("default", max_size=2, slots=2),)
     lead: bool = True
@@ -94,7 +94,7 @@ class Rig:
         self._thread.start()
         assert self._ready.wait(DEADLINE_S)
         self.client = Client(self.url, TOKEN)
-        # A context without certificates: reading those would take longer than most tests.
+        # An SSL context without certificates, because loading certificates takes longer than most tests.
         bare = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self.http = httpx.Client(base_url=self.url, verify=bare, trust_env=False)
         return self
@@ -143,14 +143,14 @@ class Rig:
         assert asyncio.get_running_loop() is self._loop
         self.shutdowns += 1
 
-    # --- What a test does --------------------------------------------------------------------
+    # --- Actions of a test -------------------------------------------------------------------
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await something where the manager lives."""
+        """Run a coroutine in the manager's event loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(DEADLINE_S)
 
     def until(self, look: Callable[[], T], what: str) -> T:
-        """The first true answer of `look`."""
+        """Return the first true result of `look`."""
         end_s = time.monotonic() + DEADLINE_S
         while not (found := look()):
             assert time.monotonic() < end_s, f"waited in vain for {what}"
@@ -158,7 +158,7 @@ class Rig:
         return found
 
     def submit(self, job: JobDef) -> str:
-        """Upload the raw data and submit; the job's id."""
+        """Upload the raw data, submit the job, and return its id."""
 
         async def upload() -> None:
             for key in job.input.keys if job.input else ():
@@ -168,7 +168,7 @@ class Rig:
         return self.client.submit(job)["id"]
 
     def outstanding(self, job: str, count: int) -> list[Outstanding]:
-        """The job's bundles, as soon as there are that many."""
+        """Return the job's outstanding bundles, as soon as there are `count` of them."""
 
         def look() -> list[Outstanding]:
             live = self.manager.lives.get(JobId(job))
@@ -178,12 +178,12 @@ class Rig:
         return self.until(look, f"{count} bundles of {job}")
 
     def work(self, job: str, count: int, *, bad: Collection[int] = ()) -> None:
-        """Do the `count` bundles that are out as a worker would; tasks in `bad` fail. Returns when
-        the manager has folded them."""
+        """Process the `count` outstanding bundles as a worker would. The tasks in `bad` fail. The method returns when
+        the manager has folded the outcomes."""
         self.work_on(job, count, range(count), bad=bad)
 
     def work_on(self, job: str, count: int, which: Collection[int], *, bad: Collection[int] = ()) -> None:
-        """The same, but only of these of them, by the order of their tasks."""
+        """Process only the bundles with the positions `which`, ordered by their tasks."""
         every = sorted(self.outstanding(job, count), key=lambda one: one.bundle.tasks.first)
         found = [every[number] for number in which]
         live = self.manager.lives[JobId(job)]
@@ -217,7 +217,7 @@ class Rig:
             await self.tell(Events(completions=(settlement.completion(outcome),)))
 
     def beat(self, instance: str, *runs: Outstanding, pool: str = "default") -> Beat:
-        """Let an instance's worker report that it runs these."""
+        """Return a heartbeat in which an instance's worker reports that it runs these bundles."""
         held = tuple(
             HeldBundle(object_keys.tasks_queue(pool), o.bundle.id, o.bundle.job, o.bundle.stage, o.bundle.id, True)
             for o in runs
@@ -234,12 +234,12 @@ class Rig:
         await self.queue.send(object_keys.EVENTS, [Outgoing(body)])
 
     def ended(self, job: str) -> JobView:
-        """The job, once it has ended."""
+        """Return the job's view once the job has ended."""
         self.until(lambda: self.client.job(job)["ended_s"], f"the end of {job}")
         return self.client.job(job)
 
     def instances(self, count: int, state: str = "InService") -> list[str]:
-        """Instances of the default pool, as soon as that many are in `state`."""
+        """Return the instances of the default pool, as soon as `count` of them are in `state`."""
 
         def look() -> list[str]:
             pool = self.client.grid()["pools"][0]
@@ -258,7 +258,7 @@ def _failure(task: int) -> Failure:
 
 
 def later(call: Callable[[], T]) -> Callable[[], T]:
-    """Begin a blocking call in another thread; the answer is a way to wait for its result."""
+    """Start a blocking call in another thread, and return a function that waits for its result."""
     results: list[T] = []
     thread = threading.Thread(target=lambda: results.append(call()))
     thread.start()
@@ -272,7 +272,7 @@ def later(call: Callable[[], T]) -> Callable[[], T]:
 
 
 def post(rig: Rig, path: str, body: Any = None) -> httpx.Response:
-    """The answer itself, where the client would raise an error of it."""
+    """Return the response itself, where the client would raise an error."""
     return rig.http.post(path, json=body, headers={"Authorization": f"Bearer {TOKEN}"})
 
 

@@ -1,6 +1,4 @@
-"""The web page over HTTP, for visitors with and without a session. Jobs fail with hostile
-messages.
-"""
+"""The web page over HTTP, for visitors with and without a session. Jobs fail with hostile messages."""
 
 from __future__ import annotations
 
@@ -32,13 +30,13 @@ def rig() -> Iterator[Rig]:
 
 
 class Visitor:
-    """Somebody's browser: keeps its cookies, and says where a request comes from."""
+    """A simulated browser that keeps its cookies and sends the origin of each request."""
 
     def __init__(self, rig: Rig) -> None:
         self.http = httpx.Client(base_url=rig.url, trust_env=False, verify=False)
         self.rig = rig
         self.root = PAGE
-        """The path below which the page is, with the session's place after a login."""
+        """The path prefix of the page, which includes the session id after a login."""
 
     def log_in(self, word: str = TOKEN) -> httpx.Response:
         answer = self.http.post("/ui/login", data={"word": word}, headers=OURS)
@@ -80,7 +78,7 @@ def visitor(rig: Rig) -> Iterator[Visitor]:
 
 
 def routes(rig: Rig) -> list[tuple[str, str]]:
-    """Every route of the page with its method, names filled in."""
+    """Return every route of the page with its method, and with values for the names in the path."""
     page = web.page_of(rig.served, None)
     found: list[tuple[str, str]] = []
 

@@ -1,7 +1,7 @@
 """The web page of a grid that does not change.
 
-Invariant: the page always shows the same. The clock does not move, the fleet and the queues are
-tables, no worker runs, and the content of the ledger and the bucket is fixed.
+Invariant: the page always shows the same content. The clock does not move, the fleet and the queues are tables, no
+worker runs, and the content of the ledger and the bucket is fixed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ DEADLINE_S = 10.0
 
 @dataclass
 class StillGrid:
-    """Serves the page at `url`; `empty` has no jobs, no schedules and no instances."""
+    """A server of the page at `url`. If `empty` is true, the grid does not have jobs, schedules, or instances."""
 
     home: Home
     empty: bool = False
@@ -80,7 +80,7 @@ class StillGrid:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), name="still")
         self._thread.start()
         assert self._ready.wait(DEADLINE_S)
-        # By its socket: signed requests need a clock that goes.
+        # The client uses the socket, because signed requests need a running clock.
         self.client = Client(self.url, TOKEN, self._socket)
         return self
 
@@ -139,7 +139,7 @@ class StillGrid:
             await serving
         await ports.ledger.close()
 
-    # --- What is put there -----------------------------------------------------------------------
+    # --- Content of the grid ---------------------------------------------------------------------
 
     async def _fill(self, ports: Ports) -> None:
         await self._ran(ports, LONG, 10, NOW_S - 199_990, 190.0, total=True)
@@ -173,8 +173,8 @@ class StillGrid:
         bad: range = range(0),
         total: bool = False,
     ) -> None:
-        """A job of which `only` so many tasks have ended, one by one where few, and those in `bad`
-        failed; with `total` its second stage too."""
+        """Add a job with `tasks` tasks. Only the first `only` tasks have ended, and the tasks in `bad` failed. If
+        `total` is true, the second stage has ended too."""
         await ports.ledger.apply(AddJob(job, JobState.SUBMITTED))
         assert job.input
         for number, key in enumerate(job.input.keys):
@@ -204,7 +204,7 @@ class StillGrid:
                 spans.append((task, at, at := len(text)))
             await ports.objects.put(log, text)
         ran = [
-            # Some take three times as long, so that there is a spread.
+            # Some tasks take three times as long, so that durations vary.
             Ran(t, run_s * (1 + 2 * (t % 7 == 0)), t, failure(t) if t in bad else None)
             for t in bundle.tasks
         ]
@@ -233,7 +233,7 @@ class StillGrid:
         await ports.ledger.apply(Finish(job.id, Ending(state, reason, ended_s, closed), 0))
 
     def _work(self) -> None:
-        """Three workers report what they run."""
+        """Let three workers report their running bundles."""
         manager = self.manager
         bundles = sorted(manager.lives[RUNS.id].all_outstanding(), key=lambda one: one.bundle.tasks.first)
         for number, instance in enumerate(GROUPS[0].instances[:3]):

@@ -24,16 +24,16 @@ from batchlab.core.protocol import object_keys
 from batchlab.core.retry_rule import RetryRule
 
 NOW_S = 1_774_864_800.0
-"""2026-03-30 10:00:00 UTC, a Monday; in Berlin summer time has begun the day before."""
+"""2026-03-30 10:00:00 UTC, a Monday. Summer time in Berlin began on the day before."""
 PRICES, TOTAL = StageName("prices"), StageName("total")
 POOLS = (
     Pool("default", max_size=8, slots=2, instance_type="c7g.large"),
     Pool("large-memory", max_size=2, slots=4, instance_type="r7g.2xlarge"),
 )
 LARGE = 100_000
-"""Tasks of the job that runs."""
+"""The number of tasks in the running job."""
 DONE, BAD = 61_240, 12
-"""Of these so many have ended, and so many of them have failed."""
+"""The number of ended tasks in the running job, and the number of failed tasks among them."""
 MEMORY = "the process was killed for using 4.2 GiB of memory, more than the 4 GiB that a slot of c7g.large has"
 TRACEBACK = """Traceback (most recent call last):
   File "handlers.py", line 12, in prices
@@ -45,7 +45,7 @@ KeyError: 'row %d has no price'
 
 
 class StandingClock:
-    """Every moment is NOW_S."""
+    """A clock that always returns NOW_S."""
 
     def now_s(self) -> float:
         return NOW_S
@@ -55,7 +55,7 @@ class StandingClock:
 
 
 class StillFleet:
-    """As much of a fleet as is looked at."""
+    """The methods of a fleet that the page uses."""
 
     async def describe(self) -> Sequence[GroupView]:
         return GROUPS
@@ -65,7 +65,7 @@ class StillFleet:
 
 
 class StillQueue:
-    """As much of the queues as is looked at."""
+    """The methods of a queue that the page uses."""
 
     async def depth(self, queue: str) -> Depth:
         return DEPTHS.get(queue, Depth(0, 0, 0))
@@ -181,7 +181,7 @@ def failure(task: int) -> Failure:
 
 
 def moments() -> list[tuple[float, dict[str, tuple[int, ...]]]]:
-    """Half an hour in which the fleet has come, worked, and gone down by one."""
+    """Return half an hour of history in which the fleet grows, works, and shrinks by one instance."""
     found: list[tuple[float, dict[str, tuple[int, ...]]]] = []
     for number in range(900):
         at_s = NOW_S - 1_798 + 2 * number

@@ -56,7 +56,7 @@ def failed_launch(number: int, description: str, cause: str) -> Activity:
 
 @dataclass
 class Situation:
-    """A job of two stages, 10 tasks planned in the first, that nobody works on yet."""
+    """A job of two stages with 10 planned tasks in the first stage, and without a worker."""
 
     state: JobState = JobState.RUNNABLE
     control: Control = Control.RUN
@@ -66,7 +66,8 @@ class Situation:
     stages: Sequence[StageDef] = STAGES
     start_at_s: float | None = None
     out: Sequence[tuple[Bundle, float]] = ()
-    """(bundle, seconds since it was last heard of; negative: until it is due)"""
+    """Pairs of a bundle and the seconds since its last sign of life. A negative number is the time until the bundle is
+    due."""
     pool: Pool = CPU
     desired: int = 0
     instances: Sequence[Instance] = ()

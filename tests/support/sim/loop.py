@@ -25,7 +25,7 @@ async def fail_soon(message: str = "lost") -> None:
 
 
 def forget(coro: Main, name: str | None = None) -> str:
-    """Start a task that nobody holds on to."""
+    """Start a task without keeping a reference to it."""
     return asyncio.create_task(coro, name=name).get_name()
 
 
@@ -42,7 +42,7 @@ def script(*faults: Fault) -> Faults:
 
 
 def at(call: int, kind: FaultKind) -> Faults:
-    """That fault at that call of actor a."""
+    """Return faults that inject `kind` at call number `call` of actor a."""
     return script(Fault("a", call, kind))
 
 

@@ -1,4 +1,4 @@
-"""A small simulated grid, jobs for it, and ways to interrupt it.
+"""A small simulated grid, jobs that run on it, and ways to interrupt the grid.
 
 Invariant: a scene depends only on its code, since every world here has the same seed.
 """
@@ -28,7 +28,7 @@ UNHURRIED: dict[str, Any] = {
     "manager_settings": replace(MANAGER, tick_s=20.0, wait_s=20.0, control_lease_s=60.0, lease_ttl_s=60.0),
     "worker_settings": replace(WORKER, visibility_s=120.0, wait_s=20.0, control_lease_s=60.0, beat_s=60.0),
 }
-"""For scenes of many virtual hours, which would otherwise be mostly polling."""
+"""Settings for scenes of many virtual hours, in which the default settings would mostly cause polling."""
 
 A, B, C = StageName("a"), StageName("b"), StageName("c")
 
@@ -80,7 +80,7 @@ async def run_to_end(world: World, made: JobDef, *, look_s: float = 1.0) -> JobS
 
 
 async def looked_for(world: World, made: JobDef, look_s: float) -> JobRecord:
-    """The job once it has ended, asked for every so many virtual seconds."""
+    """Return the job once it has ended, checked every `look_s` virtual seconds."""
     while True:
         record = await world.find(made.id)
         if record is not None and record.state.ended:
@@ -88,13 +88,13 @@ async def looked_for(world: World, made: JobDef, look_s: float) -> JobRecord:
         await asyncio.sleep(look_s)
 
 
-# --- Getting in between --------------------------------------------------------------------------
+# --- Interception of calls -----------------------------------------------------------------------
 
 
 def around(patch: pytest.MonkeyPatch, target: object, name: str, wrapper: Callable[..., Awaitable[object]]) -> None:
     """Replace an async method by `wrapper(original, *args, **kwargs)`.
 
-    Actors keep the methods they have used, so this comes before a world's first step.
+    Call this function before a world's first step, because actors cache the methods that they have used.
     """
     original = getattr(target, name)
 
@@ -107,7 +107,7 @@ def around(patch: pytest.MonkeyPatch, target: object, name: str, wrapper: Callab
 def around_change(
     patch: pytest.MonkeyPatch, ledger: Ledger, kind: type[Change], wrapper: Callable[..., Awaitable[object]]
 ) -> None:
-    """Have `wrapper(apply, change)` apply each change of that kind. See `around`."""
+    """Let `wrapper(apply, change)` apply each change of this kind to the ledger. See `around`."""
 
     async def call(real: Any, change: Any) -> object:
         return await (wrapper(real, change) if isinstance(change, kind) else real(change))
@@ -116,31 +116,31 @@ def around_change(
 
 
 def kill_manager(world: World) -> None:
-    """SIGKILL; another one starts in a moment."""
+    """Kill the manager as SIGKILL would. Another manager starts soon."""
     assert world.leader is not None
     world.leader.actor.kill()
 
 
 async def leader(world: World) -> Manager:
-    """The manager that leads, once there is one."""
+    """Wait for a leader, and return it."""
     while not (world.manager and world.manager.is_leader.is_set()):
         await asyncio.sleep(0.5)
     return world.manager
 
 
 async def ended(world: World, made: JobDef, *, within_s: float = 3000.0) -> JobRecord:
-    """The job once it has ended; TimeoutError where it hangs (I7)."""
+    """Return the job once it has ended. Raise TimeoutError if the job hangs (I7)."""
     async with asyncio.timeout(within_s):
         return await world.ended(made.id)
 
 
 async def ends_well(world: World, made: JobDef) -> None:
-    """Submit the job; it must succeed, with every promise kept."""
+    """Submit the job, and check that it succeeds and that every promise holds."""
     await submitted(world, made)
     await ended_well(world, made)
 
 
 async def ended_well(world: World, made: JobDef) -> None:
-    """The job must succeed, with every promise kept."""
+    """Check that the job succeeds and that every promise holds."""
     assert (await ended(world, made)).state is JobState.SUCCEEDED
     await invariants.check_all(world, [made.id])

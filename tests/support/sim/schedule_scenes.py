@@ -1,4 +1,4 @@
-"""Schedules in virtual time for tests."""
+"""Schedules in virtual time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNHURRIED: dict[str, Any] = {
     "manager_settings": SLOW,
     "worker_settings": replace(WORKER, wait_s=20.0, control_lease_s=60.0, beat_s=60.0),
 }
-"""For scenes of many virtual hours, which would otherwise be mostly polling."""
+"""Settings for scenes of many virtual hours, in which the default settings would mostly cause polling."""
 BERLIN = "Europe/Berlin"
 LORD_HOWE = "Australia/Lord_Howe"
 
@@ -43,7 +43,7 @@ def definition(cron: str = "* * * * *", zone: str = "UTC", **changes: Any) -> De
 
 
 def begins(world: World, at: str) -> None:
-    """Set the world's clock before anything looks at it."""
+    """Set the world's clock before any component reads it."""
     world.clock.jump(datetime.fromisoformat(at).replace(tzinfo=UTC).timestamp() - world.clock.now_s())
 
 
@@ -74,7 +74,7 @@ def until(world: World, at: str) -> Coroutine[Any, Any, None]:
 
 
 async def jobs(world: World) -> list[str]:
-    """When the schedule's jobs were due, by the bucket: each has one definition."""
+    """Return the due times of the schedule's jobs from the bucket. Each job must have exactly one definition."""
     found = []
     for record in await world.ledger.jobs(limit=1000):
         assert await world.objects.head(object_keys.spec(record.job.id))
@@ -83,7 +83,7 @@ async def jobs(world: World) -> list[str]:
 
 
 def states(schedule: Schedule) -> list[str]:
-    """Of its runs: the time of day and what became of it."""
+    """Return the due time of day and the result of each run of the schedule."""
     zone = schedule.definition.when.tz
     return [f"{datetime.fromtimestamp(run.due_s, zone):%H:%M} {run.result or run.state.value}" for run in schedule.runs]
 

@@ -1,8 +1,8 @@
-"""Stall points: each port call of a leader is held in turn while another manager leads. The call
+"""Stall points of a leader. A test holds each port call of a leader in turn while another manager leads. The held call
 takes effect after that.
 
-Invariant: up to the held call, a replay is the same world as the one whose calls were counted. So
-call k of a replay is call k of the count.
+Invariant: up to the held call, a replay equals the run in which the calls were counted. Call k of a replay is therefore
+call k of the count.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ from batchlab.sim.world import World
 
 FIRST = "manager-1"
 LONGEST_S = 300.0
-"""Virtual time by which a held call takes effect at the latest, even if its scene has not set the
-event."""
+"""The virtual time after which a held call takes effect, even if its scene has not set the event."""
 LIMIT_S = 20_000.0
 STEPS = 3_000_000
 
 Story = Callable[[World, asyncio.Event], Awaitable[None]]
-"""The requests of the users, and the checks. It sets the event when a held call must take
-effect."""
+"""A scene's requests of the users, and its checks. A story sets its event when the held call must take effect."""
 
 
 class After(StrEnum):
@@ -56,8 +54,8 @@ class Hold:
     _answer: asyncio.Future[Any] | None = None
 
     async def perform(self, actor: Actor, call: int, label: str, effect: Callable[[], Awaitable[Any]]) -> Any:
-        """Perform the effect of an actor's call. If it is the call to hold, freeze the actor, and
-        return the answer once the call has taken effect."""
+        """Perform the effect of an actor's call. For the held call, freeze the actor, and return the answer once the
+        call has taken effect."""
         if actor.name == FIRST:
             self.labels.append(label)
         if actor.name != FIRST or call != self.call:
@@ -90,7 +88,7 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A small world without faults, and its scene."""
+    """A small world without faults, and the story that runs in it."""
 
     story: Story
     script: Script
@@ -103,7 +101,8 @@ class Scene:
         return none.labels
 
     def replay(self, call: int, how: After) -> None:
-        """Hold that call, counted from 1. Raises SimulationError if a promise is broken."""
+        """Hold call number `call` of the first manager, counted from 1, and run the story. Raises SimulationError if a
+        promise is broken."""
         self._run(Hold(call, how))
 
     def _run(self, hold: Hold) -> None:

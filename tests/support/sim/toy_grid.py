@@ -1,7 +1,6 @@
-"""A toy grid for the tests of the simulator. Its workers commit the messages of a queue.
+"""A toy grid for the tests of the simulator. The workers of the toy grid commit the messages of a queue.
 
-Run as a program, this module prints the event log of one seed, so that a test can compare
-processes.
+Run as a program, this module prints the event log of one seed, so that a test can compare processes.
 """
 
 from __future__ import annotations
@@ -44,7 +43,8 @@ class Entry:
 
 
 class ToyQueue:
-    """At least once: a message that is not deleted comes back after VISIBILITY_S."""
+    """A toy queue with at-least-once delivery. A message that is not deleted becomes visible again after
+    VISIBILITY_S."""
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
@@ -73,7 +73,7 @@ class ToyQueue:
 
 
 class ToyStore:
-    """Conditional puts, with a count of the writes that took effect per key."""
+    """A toy store with conditional puts, which counts the effective writes per key."""
 
     def __init__(self) -> None:
         self.objects: dict[str, str] = {}
@@ -96,7 +96,7 @@ class ToyStore:
 
 @dataclass
 class Toy:
-    """One run: `items` things to commit, `workers` that do it, a supervisor that restarts them."""
+    """One run of the toy grid. `workers` workers commit `items` items, and a supervisor restarts dead workers."""
 
     faults: Faults
     items: int = 8
@@ -155,7 +155,7 @@ class Toy:
 
 
 def rough(seed: int) -> Toy:
-    """A run in which everything goes wrong now and then."""
+    """Return a run with every kind of fault."""
     return Toy(Faults(random.Random(seed), ROUGH, delay_s=LATE_S)).run()
 
 

@@ -1,6 +1,5 @@
-"""One domain: its current items, the items that an eventually consistent read may return, and
-the limits of the service.
-"""
+"""One domain with its current items, the items that an eventually consistent read may return, and the limits of the
+service."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ MAX_ANSWER = 1024 * 1024
 
 
 class Fault(Exception):
-    """An answer that is an error: SimpleDB's code and the HTTP status."""
+    """An error answer, with SimpleDB's error code and the HTTP status."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -33,7 +32,7 @@ class Fault(Exception):
 
 @dataclass(frozen=True)
 class Put:
-    """One attribute of a put."""
+    """One attribute of a PutAttributes call."""
 
     name: str
     value: str
@@ -50,7 +49,7 @@ class Expected:
 
 
 def check_text(what: str, text: str, *, empty: bool = True) -> None:
-    """Fault for a name or a value that is too long."""
+    """Raise Fault if a name or a value is too long."""
     if len(text.encode()) > MAX_BYTES:
         raise Fault(
             400,
@@ -62,12 +61,12 @@ def check_text(what: str, text: str, *, empty: bool = True) -> None:
 
 
 class Domain:
-    """Not for several threads at once."""
+    """A domain, which only one thread may use at a time."""
 
     def __init__(self, rng: Random) -> None:
         self.items: dict[str, Item] = {}
         self.lag_s = 0.0
-        """An eventually consistent read may be so far behind."""
+        """The maximum delay of an eventually consistent read."""
         self.max_attributes = 1_000_000_000
         self.max_bytes = 10 * 1024**3
         self._attributes = 0
@@ -82,7 +81,7 @@ class Domain:
     # --- Writing ----------------------------------------------------------------------------------
 
     def check(self, item: str, expected: Expected | None) -> None:
-        """Fault where the condition does not hold."""
+        """Raise Fault if the condition does not hold."""
         if expected is None:
             return
         if expected.exists is False and expected.value is not None:
@@ -121,7 +120,7 @@ class Domain:
             )
 
     def put(self, items: Sequence[tuple[str, Sequence[Put]]]) -> None:
-        """All of it or nothing."""
+        """Put all attributes, or none if one of them is refused."""
         after = {name: self._after(name, puts) for name, puts in items}
         pairs = sum(_pairs(new) - _pairs(self.items.get(name, {})) for name, new in after.items())
         if self._attributes + pairs > self.max_attributes:
@@ -150,7 +149,8 @@ class Domain:
         return new
 
     def delete(self, name: str, attributes: Sequence[tuple[str, str | None]]) -> None:
-        """Without attributes the whole item; without a value all of an attribute's."""
+        """Delete attributes. Without attributes, delete the whole item. Without a value, delete all values of an
+        attribute."""
         check_text("ItemName", name, empty=False)
         new: dict[str, frozenset[str]] = dict(self.items.get(name, {})) if attributes else {}
         for attribute, value in attributes:
@@ -182,7 +182,7 @@ class Domain:
     # --- Reading ----------------------------------------------------------------------------------
 
     def seen(self, *, consistent: bool) -> Mapping[str, Item]:
-        """The items as such a read sees them."""
+        """Return the items that a consistent or an eventually consistent read returns."""
         now_s = time.monotonic()
         while self._on_the_way and self._on_the_way[0][0] <= now_s:
             _, _, name, item = heapq.heappop(self._on_the_way)
@@ -195,8 +195,8 @@ class Domain:
     def select(
         self, query: Query, token: str | None, *, consistent: bool, at_most: int | None
     ) -> tuple[list[tuple[str, Item]], int, str | None]:
-        """Items of one page, how many were counted, and the token of the next page. A page that
-        takes more than five seconds is cut short: `at_most` so many, even none."""
+        """Return the items of one page, the number of counted items, and the token of the next page. The service cuts a
+        page short after five seconds. `at_most` simulates this limit, and may be 0."""
         last = _last(query, token)
         seen = self.seen(consistent=consistent)
         some = self._candidates(query.where) if consistent else None
@@ -227,7 +227,8 @@ class Domain:
         return page, len(page), _token(query, after)
 
     def _candidates(self, node: expressions.Node | None) -> set[str] | None:
-        """A set that has all items it finds, by the index; None for every item."""
+        """Return a set that includes all matching items, found by the index. The result None means that every item may
+        match."""
         if isinstance(node, Joined):
             sides = [self._candidates(node.left), self._candidates(node.right)]
             known = [side for side in sides if side is not None]
@@ -244,7 +245,7 @@ class Domain:
         return set().union(*(names for value, names in index.items() if node.holds(value)))
 
     def facts(self) -> dict[str, int]:
-        """What DomainMetadata tells."""
+        """Return the counts of DomainMetadata."""
         names = {name for item in self.items.values() for name in item}
         return {
             "ItemCount": len(self.items),
@@ -271,7 +272,7 @@ def _size(name: str, item: Item | None) -> int:
 
 
 def _answer_size(name: str, item: Item) -> int:
-    # About what the tags around them take.
+    # An estimate of the size of the XML tags around the values.
     return _size(name, item) + 40 + 60 * _pairs(item)
 
 

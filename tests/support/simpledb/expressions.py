@@ -1,8 +1,8 @@
 """Parser and evaluation of Select expressions.
 
-A predicate over one attribute is compared with each value of the attribute separately. So `k = 'a'
-and k = 'b'` matches no item, and `k = 'a' intersection k = 'b'` matches an item that has both
-values. All comparisons are of bytes.
+A predicate over one attribute is compared with each value of the attribute separately. For example, `k = 'a' and k =
+'b'` matches no item, and `k = 'a' intersection k = 'b'` matches an item that has both values. All comparisons are of
+bytes.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ Values = frozenset[str]
 
 
 class SelectError(Exception):
-    """`code` is SimpleDB's."""
+    """An error in a Select expression. `code` is SimpleDB's error code."""
 
     def __init__(self, message: str, code: str = "InvalidQueryExpression") -> None:
         super().__init__(message)
         self.code = code
 
 
-# --- What a where-clause is made of ---------------------------------------------------------------
+# --- Parts of a where-clause ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One operator on one attribute, NAME for the item's name."""
+    """A comparison of one attribute with one operator. The attribute NAME stands for the item's name."""
 
     attribute: str
     every: bool
@@ -68,7 +68,7 @@ class Comparison:
     values: tuple[str, ...]
 
     def holds(self, value: str) -> bool:
-        """For one value; not for `is null`."""
+        """Return whether one value satisfies the comparison. The operator `is null` is not supported here."""
         key = value.encode()
         given = [v.encode() for v in self.values]
         simple: dict[str, Callable[[], bool]] = {
@@ -90,7 +90,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Joined:
-    """`operator` is and, or, intersection, not (of `left` alone)."""
+    """Two conditions joined by `operator`: and, or, or intersection. The operator not applies to `left` alone."""
 
     operator: str
     left: Node
@@ -101,7 +101,7 @@ Node = Comparison | Joined
 
 
 def comparisons(node: Node | None) -> Iterator[Comparison]:
-    """All of them, from left to right."""
+    """Return all comparisons of a condition, from left to right."""
     if isinstance(node, Comparison):
         yield node
     elif node:
@@ -125,7 +125,7 @@ def _ends_wild(pattern: str) -> bool:
 
 
 def _is_one_predicate(node: Node) -> bool:
-    """Whether all of it is about the values of one attribute, so that one value must fit all."""
+    """Return whether a condition is about one attribute only, so that one value must satisfy all of it."""
     found = list(comparisons(node))
     return (
         len({c.attribute for c in found}) == 1
@@ -141,7 +141,7 @@ def _has(node: Node | None, operator: str) -> bool:
 
 
 def matches(node: Node | None, name: str, item: Item) -> bool:
-    """Whether the item of that name is found."""
+    """Return whether the condition holds for the item of that name."""
     if node is None:
         return True
     if isinstance(node, Comparison):
@@ -179,12 +179,13 @@ def _fits(node: Node | None, value: str) -> bool:
     return any(both) if node.operator == "or" else all(both)
 
 
-# --- The whole of it ------------------------------------------------------------------------------
+# --- The whole expression -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Query:
-    """`output` is None for all attributes, () for the names alone; `counts` for count(*)."""
+    """A parsed Select expression. `output` is None for all attributes, and () for the names alone. `counts` is true for
+    count(*)."""
 
     domain: str
     output: tuple[str, ...] | None
@@ -196,12 +197,13 @@ class Query:
 
     @property
     def fingerprint(self) -> str:
-        """What a NextToken must agree with."""
+        """Return the parts of a query that must equal those of the query that returned a NextToken."""
         return repr((self.domain, self.where, self.order, self.descending))
 
 
 def parse(text: str) -> Query:
-    """SelectError with the service's code for what it would refuse."""
+    """Parse a Select expression. Raise SelectError with the service's code if the service would reject the
+    expression."""
     return _Parser(text).query()
 
 
@@ -347,7 +349,7 @@ class _Parser:
         return kind in ("word", "sign") and found.lower() == text
 
     def _is(self, text: str) -> bool:
-        """Whether it comes next; then it is taken."""
+        """Skip the next token and return True if it equals `text`."""
         found = self._peek(text)
         self._at += found
         return found

@@ -21,7 +21,7 @@ START = "-m", "tests.support.simpledb.server"
 
 @dataclass(frozen=True)
 class Sdb:
-    """A place for one ledger: a server, and a domain that nobody else uses."""
+    """A place for one ledger: a server and a domain that no other test uses."""
 
     url: str
     domain: str
@@ -36,17 +36,17 @@ class Sdb:
         urllib.request.urlopen(request, timeout=5).close()
 
     def asked(self) -> dict[str, int]:
-        """How many calls of each action there were so far, of the whole server."""
+        """Return the number of calls of each action that the whole server has received so far."""
         with urllib.request.urlopen(f"{self.url}/_fake", timeout=5) as answer:
             found: dict[str, int] = json.load(answer)["asked"]
             return found
 
     def client(self) -> Any:
-        """boto3's, without retries."""
+        """Return a boto3 client without retries."""
         return client(self.endpoint, "sdb", connections=10)
 
     def items(self) -> dict[str, dict[str, list[str]]]:
-        """Everything in the domain, read consistently."""
+        """Return all items of the domain, from a consistent read."""
         sdb = self.client()
         found: dict[str, dict[str, list[str]]] = {}
         more: dict[str, str] = {}
@@ -72,12 +72,12 @@ FAIR = {
     "stop_after": -1,
 }
 ROUGH = {"throttle": 0.15, "lose": 0.03, "lag_s": 0.5, "short": 0.2}
-"""Every fault at once, and all the time."""
+"""Every fault at once, for the whole test."""
 
 
 @pytest.fixture(scope="session")
 def simpledb_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One server for all tests of a worker."""
+    """Start one server for all tests of a pytest worker."""
     port = free_port()
     command = [sys.executable, *START, str(port)]
     env = {"PYTHONPATH": str(ROOT)}
@@ -93,7 +93,7 @@ _numbers = itertools.count(1)
 
 @pytest.fixture
 def simpledb(simpledb_url: str) -> Iterator[Sdb]:
-    """An empty domain in fair weather."""
+    """Create an empty domain without faults."""
     place = Sdb(simpledb_url, f"grid-{next(_numbers)}")
     sdb = place.client()
     sdb.create_domain(DomainName=place.domain)
@@ -105,6 +105,6 @@ def simpledb(simpledb_url: str) -> Iterator[Sdb]:
 
 @pytest.fixture
 def rough_simpledb(simpledb: Sdb) -> Sdb:
-    """The same in the worst weather."""
+    """Return a domain with every fault of ROUGH."""
     simpledb.weather(**ROUGH)
     return simpledb

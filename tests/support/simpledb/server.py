@@ -1,8 +1,8 @@
-"""The server process: SimpleDB's query protocol of 2009-04-15 over HTTP.
+"""The process of the SimpleDB server. The server implements SimpleDB's query protocol of 2009-04-15 over HTTP.
 
-Run it as `python -m tests.support.simpledb.server PORT`. It keeps all data in memory. Beside the
-service's own paths it has `/_fake`: a POST of `Weather`'s fields sets the faults, and a GET returns
-the number of calls of each action.
+Run it as `python -m tests.support.simpledb.server PORT`. The server keeps all data in memory. The additional path
+`/_fake` controls the server: a POST of `Weather`'s fields sets the faults, and a GET returns the number of calls of
+each action.
 """
 
 from __future__ import annotations
@@ -35,27 +35,28 @@ _RESTRICTED = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 @dataclass
 class Weather:
-    """What a test may set."""
+    """The faults of the server, which a test sets."""
 
     throttle: float = 0.0
-    """The share of calls that are answered by 503 and not done."""
+    """The share of calls that the server answers with 503 and does not perform."""
     lose: float = 0.0
-    """The share of calls that are done, and whose answer is lost with the connection."""
+    """The share of calls that the server performs but answers by closing the connection."""
     lag_s: float = 0.0
-    """So far behind may an eventually consistent read be."""
+    """The maximum delay of an eventually consistent read."""
     short: float = 0.0
-    """The share of pages of Select that are cut short, as after five seconds."""
+    """The share of pages of Select that the server cuts short, as SimpleDB does after five seconds."""
     max_attributes: int = 1_000_000_000
     max_bytes: int = 10 * 1024**3
     stop_after: int = -1
-    """Refuse all calls, as a client that died would make none, after so many; -1 for never."""
+    """The number of calls after which the server rejects all calls, which simulates the death of a client. The value -1
+    disables the limit."""
 
 
 Parameters = Mapping[str, str]
 
 
 class Service:
-    """All domains, and their weather; one call at a time."""
+    """All domains and the server's faults. The service handles one call at a time."""
 
     def __init__(self, seed: int = 0) -> None:
         self.rng = Random(seed)
@@ -86,7 +87,7 @@ class Service:
             return {"asked": dict(self.asked), "weather": asdict(self.weather)}
 
     def call(self, given: Parameters) -> tuple[str, bool]:
-        """The result's XML, and whether the answer gets lost; Fault."""
+        """Return the result's XML, and whether the answer gets lost. Raise Fault if the call is rejected."""
         with self._lock:
             action = given.get("Action", "")
             self.asked[action] += 1
@@ -302,10 +303,11 @@ def _error(fault: Fault) -> str:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection."""
+    """The handler of one connection."""
 
     protocol_version = "HTTP/1.1"
-    # Headers and body in one packet, and at once: else each answer waits 40 ms for the other side.
+    # The handler sends headers and body at once in one packet. Otherwise, each answer waits 40 ms for the
+    # acknowledgment of the client.
     wbufsize = -1
     disable_nagle_algorithm = True
     service: Service
@@ -352,11 +354,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Nothing: the tests read answers, not logs."""
+        """Write no log, because the tests read only the answers."""
 
 
 class Server(ThreadingHTTPServer):
-    """Listens on the port of 127.0.0.1."""
+    """A server that listens on a port of 127.0.0.1."""
 
     daemon_threads = True
     request_queue_size = 64

@@ -1,1 +1,1 @@
-"""Runners of tasks for tests."""
+"""Runners of tasks for the tests of the worker."""

@@ -23,7 +23,7 @@ USER_CODE = Path(__file__).parent / "user_code"
 
 
 class Rig:
-    """`run` and `values` run one bundle of a stage `s` of a job `j`."""
+    """A ProcessRunner and its bucket. `run` and `values` run one bundle of stage `s` of job `j`."""
 
     def __init__(self, root: Path, objects: Objects, slots: int, files: LocalFiles | None = None) -> None:
         self.scratch = Scratch(root / "scratch")
@@ -67,25 +67,25 @@ class Rig:
         return [ran async for ran in self.runner.run(work, self.handle)]
 
     async def values(self, items: Sequence[Json], **how: Any) -> list[Any]:
-        """The values in task order, "kind: reason" in the place of a Failure."""
+        """Return the values in task order. A Failure is returned as "kind: reason"."""
         ran = await self.run(items, **how)
         assert [one.task for one in ran] == list(range(len(items))), ran
         return [f"{one.failure.kind}: {one.failure.reason}" if one.failure else one.value for one in ran]
 
     async def failure(self, item: Json, **how: Any) -> Failure:
-        """How the one task with this item fails."""
+        """Return the failure of a task with this item."""
         [ran] = await self.run([item], **how)
         assert ran.failure is not None, ran
         assert ran.failure.task == ran.task
         return ran.failure
 
     async def runs_left(self) -> list[Path]:
-        """Folders of executions that are still there once all cleaning is done."""
+        """Return the folders of executions that still exist after all cleaning is done."""
         await asyncio.gather(*self.runner._cleaning)
         return list((self.scratch.root / "run").iterdir())
 
     async def log(self, task: int) -> str:
-        """What the task printed in the last run."""
+        """Return the output of the task in the last run."""
         data = await self.objects.get(self.handle.log) if self.handle.log else b""
         return "".join(data[start:stop].decode() for one, start, stop in self.handle.log_spans if one == task)
 
@@ -110,7 +110,7 @@ async def collect(rig: Rig, work: Work, handle: Handle) -> list[Ran]:
 
 
 async def until(true: Callable[[], Any], what: str, limit_s: float = 20.0) -> float:
-    """Wait for a condition; returns the seconds it took."""
+    """Wait for a condition, and return the seconds until it was true."""
     began_s = time.monotonic()
     while not true():
         assert time.monotonic() - began_s < limit_s, f"not within {limit_s} s: {what}"
@@ -119,7 +119,7 @@ async def until(true: Callable[[], Any], what: str, limit_s: float = 20.0) -> fl
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; one that has died and was not waited for does not."""
+    """Return whether the process runs. A zombie does not count as running."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -127,7 +127,7 @@ def alive(pid: int) -> bool:
 
 
 def children_of(pid: int | None = None) -> set[int]:
-    """Task children; other tests of this process may have a grid up beside them."""
+    """Return the pids of the task children. Other tests of this process may run a grid at the same time."""
     pid = pid or os.getpid()
     listed = Path(f"/proc/{pid}/task").iterdir()
     found = {int(one) for task in listed for one in (task / "children").read_text().split()}
@@ -138,4 +138,4 @@ def _command(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return ""  # it has just ended
+        return ""  # the process has just ended

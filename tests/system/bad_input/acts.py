@@ -1,6 +1,6 @@
-"""What a task can do, from raising an exception to ending its process: one row for each way.
+"""The misbehavior of tasks, from raising an exception to ending the process, one row per kind.
 
-Each runs in a job of all of them, next to neighbours that behave, on one grid.
+All tasks run in one job on one grid, next to tasks that behave.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """`name` is a function of user_code/misbehave.py. It fails by `kind`, with `says` in the
-    reason; or where `kind` is "" it harms nobody and its result is `value`."""
+    """A kind of misbehavior. `name` is a function of user_code/misbehave.py. The task fails with `kind`, and its reason
+    contains `says`. If `kind` is "", the task succeeds with the result `value`."""
 
     name: str
     kind: str = ""
@@ -98,7 +98,7 @@ PROCESSES = [
 ACTS = [*EXCEPTIONS, *RESULTS, *PROCESSES]
 
 ITEMS: list[str | int] = [one for i, act in enumerate(ACTS) for one in (act.name, i)]
-"""Every act, and after it a neighbour that gives back its number."""
+"""Every act, each followed by a neighbor task that returns its number."""
 
 JOB = """\
 name: acts

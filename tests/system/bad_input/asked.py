@@ -1,4 +1,4 @@
-"""Questions to a grid that is up, which it can only decline; and some that look like it."""
+"""Questions to a running grid that the grid must decline, and similar ones that it must answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.system.bad_input.shell import WAIT_S, Shell, Told
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`command` has {done}, {failed} and {running} for the ids of three jobs."""
+    """A question to the grid. `command` may contain {done}, {failed}, and {running} for the ids of three jobs."""
 
     name: str
     does: str
@@ -102,7 +102,7 @@ QUESTIONS = [
 
 
 def ask(world: Path, grid: Shell) -> dict[str, Any]:
-    """Ask everything, with one job that runs; it is cancelled at last."""
+    """Ask all questions while one job runs, and cancel the job at the end."""
     place = world / "asked"
     folder = place / "job"
     jobs.sound(folder)
@@ -123,7 +123,7 @@ def ask(world: Path, grid: Shell) -> dict[str, Any]:
         command = [word.format(**ids) if word.startswith("{") else word for word in one.command]
         found["told"][one.name] = shell(*command).to_json()
     found["cancelled"] = shell("job", "cancel", running).to_json()
-    # Until the job has ended, to ask again is no mistake.
+    # A second cancel before the end of the job is not an error.
     shell("job", "watch", running)
     found["twice"] = shell("job", "cancel", running).to_json()
     return found

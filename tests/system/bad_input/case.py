@@ -1,4 +1,4 @@
-"""One bad input: what its user does, and what batchlab must answer."""
+"""One bad input: the user's action, and the required answer of batchlab."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ CHECK = ("job", "check", "job.yaml")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`code` is the exit code, `says` a part of what the user reads."""
+    """A bad input. `code` is the expected exit code, and `says` is a part of the expected output."""
 
     name: str
     does: str
     says: str
     make: Callable[[Path], None]
-    """Sets the scene in the user's folder, which holds a sound job."""
+    """Prepares the bad input in the user's folder, which contains a valid job."""
     command: tuple[str, ...] = CHECK
     code: int = 2
 
 
 def sound(folder: Path) -> None:
-    """A job that nothing is wrong with: job.yaml, work.py and two files of data."""
+    """Write a valid job: job.yaml, work.py, and two data files."""
     (folder / "data").mkdir(parents=True)
     (folder / "job.yaml").write_text(JOB)
     (folder / "work.py").write_text(WORK)
@@ -61,11 +61,11 @@ def sound(folder: Path) -> None:
 
 
 def nothing(folder: Path) -> None:
-    """The job stays as it is."""
+    """Leave the job unchanged."""
 
 
 def swap(old: str, new: str) -> Callable[[Path], None]:
-    """In the job file `old` becomes `new`."""
+    """Return a function that replaces `old` by `new` in the job file."""
 
     def make(folder: Path) -> None:
         text = (folder / "job.yaml").read_text()
@@ -76,7 +76,7 @@ def swap(old: str, new: str) -> Callable[[Path], None]:
 
 
 def put(name: str, content: str | bytes) -> Callable[[Path], None]:
-    """The file `name` has this content."""
+    """Return a function that writes the content to the file `name`."""
 
     def make(folder: Path) -> None:
         path = folder / name
@@ -87,12 +87,12 @@ def put(name: str, content: str | bytes) -> Callable[[Path], None]:
 
 
 def job(content: str | bytes) -> Callable[[Path], None]:
-    """The job file has this content."""
+    """Return a function that writes the content to the job file."""
     return put("job.yaml", content)
 
 
 def link(name: str, target: str) -> Callable[[Path], None]:
-    """`name` is a symbolic link to `target`."""
+    """Return a function that makes `name` a symbolic link to `target`."""
 
     def make(folder: Path) -> None:
         (folder / name).symlink_to(target)
@@ -101,7 +101,7 @@ def link(name: str, target: str) -> Callable[[Path], None]:
 
 
 def both(*scenes: Callable[[Path], None]) -> Callable[[Path], None]:
-    """One after the other."""
+    """Return a function that runs all scenes in order."""
 
     def make(folder: Path) -> None:
         for scene in scenes:
@@ -110,11 +110,11 @@ def both(*scenes: Callable[[Path], None]) -> Callable[[Path], None]:
     return make
 
 
-# --- What holds for every one --------------------------------------------------------------------
+# --- Common checks -------------------------------------------------------------------------------
 
 
 def check(told: Told, *, code: int, says: str) -> None:
-    """The right exit code, the sentence, and what holds for every command that goes wrong."""
+    """Check the exit code, the expected text, and the rules for every command that fails."""
     whole = f"exit {told.code}\n{told.out}{told.err}"
     assert told.code == code, whole
     assert says in told.out + told.err, whole
@@ -131,8 +131,7 @@ def check(told: Told, *, code: int, says: str) -> None:
 
 
 def sentence_and_remedy(lines: list[str], whole: str) -> None:
-    """The last complaint is one sentence, and below it what to do. A process of the grid says
-    both in one line, for its log."""
+    """Check that the last error is one sentence, followed by a remedy. A process of the grid logs both on one line."""
     last = lines[-1]
     assert last.endswith((".", "?")), whole
     if not last.startswith("  "):

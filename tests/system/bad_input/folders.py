@@ -1,4 +1,4 @@
-"""Code folders, inputs and command lines that nothing can be made of."""
+"""Invalid code folders, inputs, and command lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.system.bad_input.case import CHECK, JOB, Case, both, job, link, nothi
 
 
 def endless_code(folder: Path) -> None:
-    """A sparse file: no byte of it is on the disk."""
+    """Write a sparse file, which uses no disk space."""
     with (folder / "huge.bin").open("wb") as file:
         file.truncate(600 << 20)
 

@@ -1,4 +1,4 @@
-"""Job files that nothing can be made of."""
+"""Invalid job files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.system.bad_input.case import JOB, Case, both, job, nothing, swap
 
 
 def bomb(folder: Path) -> None:
-    """Nine anchors of nine aliases each: 400 million values."""
+    """Write nine anchors with nine aliases each, which expand to 400 million values."""
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
     job("\n".join([*lines, JOB]))(folder)

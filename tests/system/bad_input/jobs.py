@@ -1,4 +1,4 @@
-"""Jobs that pass every check and still cannot do what their user hopes for."""
+"""Jobs that pass every check but do not do what their user wants."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ stages:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`says` is a part of what `batchlab run` prints. `kept` is what is fetched all the same: the
-    results of each final stage, in the order of its tasks."""
+    """A job and its expected result. `says` is a part of the output of `batchlab run`. `kept` are the results that are
+    still fetched: those of each final stage, in the order of its tasks."""
 
     name: str
     does: str
@@ -61,7 +61,7 @@ class Job:
 
 
 def sound(folder: Path) -> None:
-    """Three items, each given back."""
+    """Write a job of three items, each of which is returned."""
     (folder / "data").mkdir(parents=True)
     (folder / "job.yaml").write_text(JOB)
     (folder / "work.py").write_text(HANDLERS)
@@ -75,12 +75,12 @@ LONG = 100_000_000
 
 
 def code(text: str) -> Callable[[Path], None]:
-    """This code, and one item for it."""
+    """Return a function that writes this code and one item."""
     return both(put("work.py", text), put(ITEMS, "1\n"))
 
 
 def command(text: str) -> Callable[[Path], None]:
-    """This command in place of the handler, and one item for it."""
+    """Return a function that writes this command in place of the handler, and one item."""
     return both(swap('python: "work:one"', f"command: {text}"), put(ITEMS, "1\n"))
 
 
@@ -89,12 +89,12 @@ def items(content: str | bytes, split: str = "items") -> Callable[[Path], None]:
 
 
 def long_item(folder: Path) -> None:
-    """A JSON text of 100 MB, between two short ones."""
+    """Write a JSON text of 100 MB between two short ones."""
     items(b'1\n"' + b"x" * LONG + b'"\n[2]\n')(folder)
 
 
 def long_line(folder: Path) -> None:
-    """One of 100 MB, between two short ones."""
+    """Write a line of 100 MB between two short ones."""
     items(b"1\n" + b"x" * LONG + b"\n2", "lines, size: 1")(folder)
 
 
@@ -103,7 +103,7 @@ def calls(name: str) -> Callable[[Path], None]:
 
 
 def more(*stages: str) -> Callable[[Path], None]:
-    """Further stages."""
+    """Return a function that adds stages to the job."""
     return swap("retry: 1}\n", "retry: 1}\n" + "".join(f"  - {{{stage}}}\n" for stage in stages))
 
 
@@ -111,7 +111,7 @@ ALL = 'name: all, python: "work:one", gather: all'
 
 ODD = ['"', "$(touch run).csv", "%2e%2e", "'", "*", "-rf", "CON", "[a]", "a b", "a" * 200, "ü☃", "~"]
 ODD.sort()
-"""Names of files that some program, somewhere, takes for something else."""
+"""File names that some programs treat specially."""
 
 
 def odd_names(folder: Path) -> None:
@@ -122,12 +122,12 @@ def odd_names(folder: Path) -> None:
 
 
 def circles(folder: Path) -> None:
-    """Links that lead up, to themselves and to nowhere, beside two files."""
+    """Add links to a parent, to themselves, and to a missing target, next to two files."""
     (folder / "data/deep").mkdir()
     (folder / "data/deep/4.jsonl").write_text("4\n")
     for name, target in (("deep/up", ".."), ("self", "self"), ("gone", "nowhere")):
         (folder / "data" / name).symlink_to(target)
-    # The code folder may not have such links.
+    # The code folder must not contain such links.
     put("src/work.py", HANDLERS)(folder)
     swap("data/*, split: items}", "data/**/*.jsonl, split: items}\ncode: src")(folder)
 

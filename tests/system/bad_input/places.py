@@ -1,6 +1,6 @@
-"""Folders, files and addresses on which no grid can be brought up.
+"""Folders, files, and addresses with which a grid cannot start.
 
-Each scene is set in the user's folder, beside which the grid's home will be.
+Each scene is prepared in the user's folder, which is next to the future home of the grid.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PASSWORD = "correct-horse-battery"
 
 
 def home(name: str, content: bytes | None) -> Callable[[Path], None]:
-    """The home holds the file `name`, or with None a folder of that name."""
+    """Return a function that creates a file in the home, or a folder if the content is None."""
 
     def make(folder: Path) -> None:
         path = folder.parent / "home" / name

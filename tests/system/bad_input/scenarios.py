@@ -1,4 +1,4 @@
-"""Scenarios that nothing can be forecast or replayed from."""
+"""Invalid scenarios for forecasts and replays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POISSON = "poisson: {per_hour: 60, until: 1h}"
 
 
 def scenario(text: str | bytes) -> Callable[[Path], None]:
-    """A scenario of that text."""
+    """Return a function that writes a scenario with this text."""
     content = text.encode() if isinstance(text, str) else text
     return lambda folder: _write(folder, content)
 
@@ -25,7 +25,7 @@ def _write(folder: Path, content: bytes) -> None:
 
 
 def trace(text: str, columns: str = "columns: {at: at}") -> Callable[[Path], None]:
-    """A scenario whose arrivals are a table of that text."""
+    """Return a function that writes a scenario whose arrivals are a table with this text."""
 
     def make(folder: Path) -> None:
         (folder / "t.csv").write_text(text)

@@ -1,7 +1,7 @@
-"""The command line as its user has it: each command is a process of its own.
+"""The command line as a user runs it, with one process per command.
 
-They are forked from a server that has loaded batchlab already, so that a hundred of them cost
-seconds, not a minute.
+The processes are forked from a server that has already loaded batchlab, so a hundred commands take seconds instead of a
+minute.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, Self
 
 SECRET = "wJalrXUtnFEMI-a-secret-of-the-user"
-"""In the environment of every command; nothing may ever print it."""
+"""A secret in the environment of every command, which no command may print."""
 WAIT_S = 120.0
-"""Longer than any command takes on the slowest machine: past it, it hangs."""
+"""A time longer than any command on the slowest machine. A command that takes longer counts as hanging."""
 
 _FORKS = multiprocessing.get_context("forkserver")
 _TURN = threading.Lock()
-"""Whoever starts a process asks about all that there are; of two threads that ask about one at the
-same time the second is told 255."""
+"""A lock for starting processes. A start polls all processes of this one, and if two threads poll the same process at
+once, the second one gets exit code 255."""
 _COMMANDS = ("running", "jobs", "grid", "scenario", "schedule", "report", "cost", "admin")
 _FORKS.set_forkserver_preload(
     ["batchlab.cli.app", "batchlab.spec", "batchlab.submission", *(f"batchlab.cli.{name}" for name in _COMMANDS)]
@@ -33,7 +33,7 @@ _FORKS.set_forkserver_preload(
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What a command said, and its exit code."""
+    """The output and the exit code of a command."""
 
     code: int
     out: str
@@ -48,7 +48,7 @@ class Told:
 
 
 class Shell:
-    """Runs commands in `folder`; what they say and the grid's home are in `world`."""
+    """A runner of commands in `folder`. Their output and the grid's home are in `world`."""
 
     def __init__(self, world: Path, folder: Path, **environment: str) -> None:
         self.world = world
@@ -58,7 +58,7 @@ class Shell:
         self._count = 0
 
     def start(self, *arguments: str, **environment: str) -> Command:
-        """Start a command, which somebody has to `end`."""
+        """Start a command. The caller must call `end`."""
         self._count += 1
         said = self.world / f"said-{self._count}"
         said.mkdir()
@@ -82,7 +82,7 @@ class Command:
     arguments: tuple[str, ...]
 
     def end(self, within_s: float = WAIT_S) -> Told:
-        """Wait for its end; fails where it does not come."""
+        """Wait for the end of the command, and fail if it does not end."""
         wait([self.process.sentinel], within_s)
         with _TURN:
             self.process.join(0)
@@ -99,7 +99,7 @@ class Command:
 
 
 def _be(arguments: tuple[str, ...], folder: str, said: str, environment: Mapping[str, str]) -> None:
-    """The command's process."""
+    """Run a command in the current process."""
     for number, name in ((1, "out"), (2, "err")):
         fd = os.open(f"{said}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(fd, number)

@@ -1,4 +1,4 @@
-"""Jobs whose code or input is not what it was, or never was what a user's command would make."""
+"""Jobs whose code or input was changed, or that no command of a user would create."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ LATER = f"{jobs.JOB}at: +2s\n"
 
 @dataclass(frozen=True, slots=True)
 class Tampered:
-    """`says` is a part of what `batchlab job watch` prints."""
+    """A tampered job. `says` is a part of the output of `batchlab job watch`."""
 
     name: str
     does: str
     says: str
     submit: Callable[[Shell], str]
-    """Answers the job's id."""
+    """Submits the job, and returns its id."""
 
     def scene(self, folder: Path) -> None:
         jobs.sound(folder)
-        # Code of its own: no worker has it yet.
+        # The job has its own code, which no worker has loaded yet.
         (folder / "work.py").write_text(f"{jobs.HANDLERS}# {self.name}\n")
         (folder / "job.yaml").write_text(LATER)
 
@@ -47,11 +47,11 @@ class Tampered:
         return {"told": shell("job", "watch", job).to_json()}
 
 
-# --- What is in the bucket changes before the job starts -----------------------------------------
+# --- Changes in the bucket before the job starts -------------------------------------------------
 
 
 def _then(change: Callable[[Path], None], where: str) -> Callable[[Shell], str]:
-    """Submit the job, and change the object below `where` before it starts."""
+    """Return a function that submits the job, and changes the object below `where` before the job starts."""
 
     def submit(shell: Shell) -> str:
         told = shell("job", "submit", "job.yaml")
@@ -75,7 +75,7 @@ INPUT = "raw/{job}/*/items.jsonl"
 CODE = "code/{digest}.zip"
 
 
-# --- Code that no `batchlab job submit` would make -----------------------------------------------
+# --- Code that `batchlab job submit` never makes -------------------------------------------------
 
 
 def _zip(*entries: tuple[str | zipfile.ZipInfo, str]) -> bytes:
@@ -93,7 +93,7 @@ def _link() -> zipfile.ZipInfo:
 
 
 def _with(data: bytes) -> Callable[[Shell], str]:
-    """Submit the job with this zip for its code, by the API."""
+    """Return a function that submits the job through the API, with this zip as its code."""
 
     def submit(shell: Shell) -> str:
         job = _prepared(shell, data)
@@ -158,7 +158,7 @@ TAMPERED = [
 
 
 def twice(shell: Shell) -> Evidence:
-    """Submit a job, and another one by the same token."""
+    """Submit a job, and another job with the same token."""
     job = _prepared(shell, _zip(WORK))
     with _client(shell) as client:
         first = client.submit(job)

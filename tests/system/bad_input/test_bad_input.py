@@ -1,6 +1,6 @@
-"""What a user can do wrong, and what then happens: a sentence, a remedy, the right exit code.
+"""User errors and their handling: an error message, a remedy, and the right exit code.
 
-The tables are the test: `CASES` has every row of them.
+The tables contain the test cases. `CASES` contains every row of the tables.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def test_a_job_is_cancelled_once(evidence: Evidence) -> None:
 
 
 def test_one_token_is_one_job(evidence: Evidence) -> None:
-    """Submitted again it is the same job; another job by the same token is refused."""
+    """A second submission returns the same job, and another job with the same token is refused."""
     found = evidence["twice"]
     assert found["first"] == found["again"]
     assert found["refused"]["code"] == 2
@@ -107,7 +107,7 @@ def test_effects_of_a_task_stay_with_the_task(act: Act, evidence: Evidence) -> N
 
 
 def test_no_neighbour_is_lost(evidence: Evidence) -> None:
-    """After each act comes a task that gives back its number."""
+    """Each act is followed by a task that returns its number."""
     found = evidence["acts"]
     values = {task: value for task, value in found["values"].items() if int(task) % 2}
     assert values == {str(2 * i + 1): i for i in range(len(acts.ACTS))}

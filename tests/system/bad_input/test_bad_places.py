@@ -1,4 +1,4 @@
-"""What happens to a grid while it is there: a full disk, a clock that goes back, a second one."""
+"""Problems of a running grid: a full disk, a clock that is set back, and a second grid."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ DAY_S = 86_400
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Shell:
-    """In a folder with a sound job."""
+    """Return a shell in a folder with a valid job."""
     jobs.sound(tmp_path / "job")
     return Shell(tmp_path, tmp_path / "job")
 
 
 def test_held_lock_is_reported(shell: Shell) -> None:
-    """Another manager that is only just starting, or a copy of the folder on a shared disk."""
+    """The lock is held by another manager that is starting, or by a copy of the folder on a shared disk."""
     shell.home.mkdir()
     with (shell.home / "manager.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -63,7 +63,7 @@ def test_results_that_find_no_folder_are_not_lost(shell: Shell) -> None:
 
 @pytest.fixture
 def small_scratch(shell: Shell) -> Iterator[Path]:
-    """The workers' own folder on a file system of its own; needs root."""
+    """Mount a separate file system for the workers' scratch folder, which needs root."""
     folder = shell.home / "scratch"
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
@@ -90,8 +90,8 @@ def again(sizes, ctx):
 
 
 def test_a_full_scratch_fails_the_task_that_filled_it(shell: Shell, small_scratch: Path) -> None:
-    """The first stage has a part that is larger than the disk, the second writes until it is full,
-    the third finds room again."""
+    """The first stage has a part that is larger than the disk, the second one writes until the disk is full, and the
+    third one has room again."""
     put("work.py", FILLS)(shell.folder)
     put(jobs.ITEMS, b"x" * (DISK_BYTES + 1) + b"\nsmall\n")(shell.folder)
     swap("split: items}", "split: lines, size: 1}\nfailure: {max_failures: 2}")(shell.folder)
@@ -110,18 +110,18 @@ def test_a_full_scratch_fails_the_task_that_filled_it(shell: Shell, small_scratc
     assert fetched(shell.folder / "out")["again"] == [16 << 20]
 
 
-# --- A clock that goes back ----------------------------------------------------------------------
+# --- A clock that is set back --------------------------------------------------------------------
 
 
 def later(path: Path, table: str, *columns: str) -> None:
-    """Move times of `table` a day on: to who reads them, the clock has gone back a day."""
+    """Move the times in `table` forward by a day. For a reader, the clock has then been set back by a day."""
     with closing(sqlite3.connect(path)) as connection, connection:
         for column in columns:
             connection.execute(f"UPDATE {table} SET {column} = {column} + {DAY_S}")
 
 
 def test_a_clock_that_went_back_a_day_costs_no_day(shell: Shell) -> None:
-    """What was sent yesterday for today is done today, and nothing twice."""
+    """A task that was due today is done today and only once."""
     put("work.py", "import time\ndef one(item):\n    time.sleep(0.2)\n    return item\n")(shell.folder)
     put(jobs.ITEMS, "".join(f"{i}\n" for i in range(40)))(shell.folder)
     assert shell("grid", "up", "--pool", "default:0-2x1").code == 0

@@ -1,6 +1,6 @@
-"""One grid, up for all that needs one: every job and every question of the tables, asked once.
+"""One running grid for all tests of bad input, on which every job and every question runs once.
 
-What came of it is plain data, so that the test processes of one run share it.
+The results are plain data, so the test processes of a run share them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.system.bad_input.shell import SECRET, Shell, Told
 
 USER_CODE = Path(__file__).parent / "user_code"
 AT_ONCE = 3
-"""Commands that run at the same time: more would only be in each other's way."""
+"""The number of commands that run at the same time. More commands would only delay each other."""
 
 LEAVES_S = 30.0
 
@@ -28,7 +28,8 @@ Evidence = dict[str, Any]
 
 
 def shared(folder: Path, name: str, find_out: Callable[[Path], Evidence]) -> Evidence:
-    """What `find_out` comes to, found out by the first process that asks in `folder`."""
+    """Return the result of `find_out`. The first process that asks in `folder` computes the result, and the others read
+    it."""
     folder.mkdir(exist_ok=True)
     known = folder / f"{name}.json"
     with (folder / f"{name}.lock").open("a") as lock:
@@ -38,14 +39,14 @@ def shared(folder: Path, name: str, find_out: Callable[[Path], Evidence]) -> Evi
             try:
                 known.write_text(json.dumps(find_out(world)))
             finally:
-                # A gigabyte, of which nobody wants to see more than the evidence.
+                # The grid's folder has a gigabyte, and only the evidence is needed.
                 shutil.rmtree(world)
     found: Evidence = json.loads(known.read_text())
     return found
 
 
 def hold(world: Path) -> Evidence:
-    """Bring a grid up, try everything, take it down."""
+    """Start a grid, run all trials, and stop the grid."""
     world.mkdir()
     grid = Shell(world, world)
     found: Evidence = {"up": grid("grid", "up", "--pool", "default:0-2x2").to_json()}
@@ -63,8 +64,7 @@ def hold(world: Path) -> Evidence:
 
 
 def _left(grid: Shell) -> list[list[str]]:
-    """The command lines of the processes that do not end; the manager gives its lock back just
-    before it does."""
+    """Return the command lines of processes that do not end. The manager releases its lock just before it ends."""
     deadline_s = time.monotonic() + LEAVES_S
     while (left := processes_of(grid.home)) and time.monotonic() < deadline_s:
         time.sleep(0.05)
@@ -72,8 +72,7 @@ def _left(grid: Shell) -> list[list[str]]:
 
 
 def _leaks(home: Path) -> list[str]:
-    """Files of the grid's folder that hold a secret: the user's, or where it has no place the
-    API's token."""
+    """Return files of the grid's folder that contain the user's secret, or the API's token in a wrong place."""
     token = home / "token"
     secrets = (SECRET.encode(), token.read_bytes())
     return [
@@ -87,7 +86,7 @@ def _leaks(home: Path) -> list[str]:
 
 
 def _all() -> list[tuple[str, Callable[[Path], None], Callable[[Shell], Evidence]]]:
-    """(name, scene, trial) of every job, the longest first."""
+    """Return (name, scene, trial) of every job, the longest first."""
     first = [("acts", _acts, _run_acts)]
     rest = [(f"job {job.name}", job.scene, _run) for job in jobs.JOBS]
     tampering = [(f"tampered {one.name}", one.scene, one.run) for one in tampered.TAMPERED]
@@ -104,19 +103,19 @@ def _try(
 
 
 def _run(shell: Shell) -> Evidence:
-    """Run the job that lies there and keep what was said and fetched."""
+    """Run the job in the folder, and return its output and its results."""
     told = shell("run", "job.yaml", "--out", "out")
     return {"told": told.to_json(), "kept": fetched(shell.folder / "out")}
 
 
 def fetched(out: Path) -> dict[str, list[Any]]:
-    """The results by stage, in the order of their tasks."""
+    """Return the results by stage, in the order of their tasks."""
     return {file.stem: [line["value"] for line in lines(file)] for file in out.glob("*.jsonl")}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file."""
-    with path.open() as file:  # not splitlines, which also cuts at U+2028
+    """Return the objects of a JSON Lines file."""
+    with path.open() as file:  # splitlines would also split at U+2028
         return [json.loads(line) for line in file]
 
 

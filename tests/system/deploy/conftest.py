@@ -1,4 +1,4 @@
-"""An account on MiniStack, and `batchlab deploy` in it with a small template."""
+"""An account on MiniStack, and `batchlab deploy` with a small template in this account."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`batchlab deploy apply` on MiniStack, with what it makes looked at one by one: a green stack
-proves nothing. The template is a small one; test_shipped_stack.py has the real one."""
+"""`batchlab deploy apply` on MiniStack. The tests inspect each created resource, because a complete stack alone proves
+nothing. The template is small. test_shipped_stack.py uses the shipped template."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_apply_creates_the_stack_and_prints_its_outputs(deploy: Run, home: Home,
     assert "CREATE_COMPLETE PoolGpuBigTasks (AWS::SQS::Queue)" in err
     assert "The stack batchlab is up in us-east-1" in err
 
-    # The stack, in its second phase.
+    # The second phase of the deployment creates the stack.
     (told,) = client("cloudformation").describe_stacks()["Stacks"]
     assert told["StackStatus"] == "UPDATE_COMPLETE"
     assert told["EnableTerminationProtection"]
@@ -43,7 +43,7 @@ def test_apply_creates_the_stack_and_prints_its_outputs(deploy: Run, home: Home,
     parameters = {one["ParameterKey"]: one["ParameterValue"] for one in told["Parameters"]}
     assert parameters["Release"] == sha
 
-    # What it has made.
+    # The stack has created these resources.
     assert queues() == [
         "batchlab-events",
         "batchlab-tasks-default",
@@ -64,7 +64,7 @@ def test_apply_creates_the_stack_and_prints_its_outputs(deploy: Run, home: Home,
     assert tags["batchlab.stack"] == "batchlab"
     assert (tags["batchlab:pool"], tags["batchlab:slots"]) == ("gpu-big", "4")
 
-    # What the home is told.
+    # The home contains the deployment.
     found = aws_deployment.read(home)
     assert found is not None
     assert found.manager_group == "batchlab-manager"
@@ -106,7 +106,7 @@ def test_second_apply_changes_nothing_and_pools_are_added_and_removed_alone(
     url = sqs.get_queue_url(QueueName="batchlab-tasks-big")["QueueUrl"]
     sqs.send_message(QueueUrl=url, MessageBody="kept")
 
-    # The first pool goes, and the second one's parts stay as they are.
+    # The first pool is removed, and the resources of the second pool stay unchanged.
     code, _, err = deploy("apply", "--yes", "--release", archive, "--pool", "big:0-1x4")
     assert code == 0, err
     assert queues() == ["batchlab-events", "batchlab-tasks-big", "batchlab-tasks-big-dead"]
@@ -142,7 +142,7 @@ def test_other_release_is_an_update_that_replaces_instances(deploy: Run, tmp_pat
     code, _, err = deploy("apply", "--yes", "--release", second)
     assert code == 0, err
     assert "batchlab-manager: its instances are being replaced" in err
-    assert "batchlab-pool-default: its instances" not in err  # it has none
+    assert "batchlab-pool-default: its instances" not in err  # the pool does not have instances
     told = scaling.describe_instance_refreshes(AutoScalingGroupName="batchlab-manager")
     assert len(told["InstanceRefreshes"]) == 1
     _, out, _ = deploy("status", "--json")

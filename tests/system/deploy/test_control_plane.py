@@ -1,4 +1,5 @@
-"""The account whose instances boot: its groups are as a stack is, and never as one will be."""
+"""The test account whose instances boot, in which the groups follow the current state of the stack, never a future
+state."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ Outputs: {}
 
 
 class Looks(threading.Event):
-    """Is set after so many looks."""
+    """An event that is set after a number of looks."""
 
     def __init__(self, left: int) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class Looks(threading.Event):
 
 
 class Scaling:
-    """Notes each group that is made or changed, and what its instances would boot by."""
+    """A fake Auto Scaling service that records each created or changed group and the user data of its instances."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,7 +70,7 @@ class Scaling:
 
 
 class Mirror(ControlPlane):
-    """With groups that are only noted; an update begins while it looks, where one waits."""
+    """A control plane with recorded groups. An update of the stack begins during a look."""
 
     noted: Scaling
     waiting: list[Stack]

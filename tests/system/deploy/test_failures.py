@@ -1,4 +1,4 @@
-"""Stacks that cannot be made or changed, and operations that are interrupted, on MiniStack."""
+"""Stacks that cannot be created or changed, and interrupted operations, on MiniStack."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_stack_that_cannot_be_made_is_explained_and_made_anew(deploy: Run, tmp
     assert stacks() == {"batchlab": "ROLLBACK_COMPLETE"}
     assert queues() == []
 
-    # A plan refuses, a status explains, and another apply begins anew.
+    # A plan is refused, the status explains the problem, and another apply starts again.
     code, _, err = deploy("plan")
     assert code == 2
     assert "ROLLBACK_COMPLETE" in err
@@ -83,7 +83,8 @@ def whole(home: Home, front: Front, archive: Path, **parameters: str) -> Apply:
 
 
 def test_an_apply_that_is_interrupted_is_taken_up_by_the_next(account: str, home: Home, tmp_path: Path) -> None:
-    """Ctrl-C while the stack is being made: AWS goes on, and what is left is done later."""
+    """Ctrl-C arrives while the stack is being created. AWS continues the operation, and the next apply does the
+    remaining steps."""
     archive = release(tmp_path)
 
     def stop(event: Event) -> None:
@@ -114,7 +115,7 @@ main()
 
 
 def started(home: Home, archive: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`batchlab deploy apply` as a process of its own, without a terminal."""
+    """Start `batchlab deploy apply` in its own process, without a terminal."""
     return subprocess.Popen(
         [
             sys.executable,
@@ -138,7 +139,7 @@ def started(home: Home, archive: Path, *arguments: str) -> subprocess.Popen[str]
 
 
 def until(process: subprocess.Popen[str], text: str) -> str:
-    """What it says up to a line with that text."""
+    """Return the output up to a line with that text."""
     assert process.stderr is not None
     said = ""
     for line in process.stderr:
@@ -151,7 +152,7 @@ def until(process: subprocess.Popen[str], text: str) -> str:
 def test_ctrl_c_leaves_the_operation_running_and_the_next_apply_follows_it(
     account: str, home: Home, tmp_path: Path
 ) -> None:
-    """The stack takes as long as we like: a part of it waits for a signal."""
+    """The test controls the duration of the operation, because one resource waits for a signal."""
     archive = release(tmp_path)
     first = started(home, archive, "--set", "Slow=yes")
     until(first, "CREATE_COMPLETE PoolTasks")
@@ -164,7 +165,7 @@ def test_ctrl_c_leaves_the_operation_running_and_the_next_apply_follows_it(
 
     second = started(home, archive)
     until(second, "The stack batchlab is CREATE_IN_PROGRESS. Waiting for the end of this operation.")
-    # From the beginning of the operation on, not only what comes from now on.
+    # The output includes all events from the beginning of the operation.
     until(second, "CREATE_COMPLETE PoolTasks")
     client("cloudformation").signal_resource(
         StackName="batchlab", LogicalResourceId="Wait", UniqueId="1", Status="SUCCESS"
@@ -206,7 +207,7 @@ def test_a_rollback_that_hangs_is_resumed(
 
     def resume(self: Stack) -> None:
         resumed.append(self.name)
-        # As far as events go, what follows is an operation: any will do.
+        # The events only need some operation of the stack, so an update replaces the continued rollback.
         self.protect(on=False)
         self.account.client("cloudformation").update_stack(
             StackName=self.name,
@@ -235,7 +236,7 @@ def test_running_operation_of_another_user_is_followed_first(
 ) -> None:
     archive = release(tmp_path)
     whole(home, Front(), archive).run()
-    # As it is while another apply is at it; MiniStack itself has done everything at once.
+    # The state simulates another apply that is still running. MiniStack itself finishes each operation at once.
     real, answers = Stack.state, iter([True, False])
 
     def state(self: Stack, stack: str | None = None) -> State | None:
@@ -260,7 +261,7 @@ def test_a_failure_carries_its_cause(account: str, home: Home, tmp_path: Path) -
 
 
 def test_a_busy_aws_only_takes_longer(deploy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every third call is refused for being one too many, from the first to the last command."""
+    """Every third call of all commands is throttled."""
     real, count, refused = Account.client, itertools.count(1), []
     body = (
         b"<ErrorResponse><Error><Type>Sender</Type><Code>Throttling</Code>"
@@ -299,7 +300,7 @@ def test_a_busy_aws_only_takes_longer(deploy: Run, tmp_path: Path, monkeypatch: 
 
 
 class RawBytes(io.BytesIO):
-    """A body as botocore reads it from a connection."""
+    """A response body as botocore reads it from a connection."""
 
     def stream(self, **_: object) -> Iterator[bytes]:
         while part := self.read(1024):

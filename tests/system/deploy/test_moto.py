@@ -1,5 +1,5 @@
-"""What MiniStack lacks, on moto: instances that are protected from scale-in, and more of them than
-one call takes."""
+"""Features that MiniStack does not have, tested on moto: scale-in protection, and more protected instances than one
+call accepts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Outputs:
 
 @pytest.fixture
 def calls(moto: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
-    """The changes that were asked of Auto Scaling, in order."""
+    """Record the changing calls of Auto Scaling in order."""
     assert moto.url is not None
     use(monkeypatch, moto.url)
     found: list[tuple[str, Any]] = []
@@ -66,12 +66,12 @@ def calls(moto: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tupl
 
 
 def test_protection_is_removed_and_the_manager_ends_first(calls: list[tuple[str, Any]]) -> None:
-    """A manager would protect and launch others; a group with a protected instance stays."""
+    """A running manager would protect and launch instances, and a group with a protected instance cannot be deleted."""
     client("cloudformation").create_stack(StackName="grid", TemplateBody=TEMPLATE)
     scaling = client("autoscaling")
 
     def instances() -> dict[str, list[Any]]:
-        # Others use the same server.
+        # Other tests use the same server.
         told = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=["grid-manager", "grid-pool-default"])[
             "AutoScalingGroups"
         ]

@@ -1,4 +1,4 @@
-"""`batchlab deploy plan` on MiniStack: it says everything and leaves nothing."""
+"""`batchlab deploy plan` on MiniStack, which reports every change and leaves no resource behind."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_stored_settings_apply(deploy: Run, home: Home, tmp_path: Path) -> None:
     parameters = json.loads(out)["parameters"]
     assert parameters["PoolBigMax"] == "1"
     assert (parameters["LogDays"], parameters["Ledger"]) == ("7", "simpledb")
-    # One pool is changed, and keeps the types that it had.
+    # One pool is changed but keeps its instance types.
     deploy("plan", "--pool", "default:0-9x2", "--on-demand-percent", "50")
     kept = settings.read(home)
     assert kept is not None

@@ -1,5 +1,5 @@
-"""The stack that ships, `backends/aws/stack.yaml`, through `batchlab deploy`: as far as MiniStack
-can make it, and what is made looked at. And who may not deploy, on one that asks IAM."""
+"""The shipped stack `backends/aws/stack.yaml`, created by `batchlab deploy` as far as MiniStack supports it, and
+inspected. The permissions of a deployer are tested on a MiniStack that enforces IAM."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DOCS = ROOT / "docs" / "deploy.md"
 
 @pytest.fixture(scope="module")
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
-    """It holds everybody but the root user to IAM's policies."""
+    """Start a MiniStack that enforces IAM policies for every caller except the root user."""
     with served(tmp_path_factory.mktemp("aws"), enforces=True) as plane:
         yield plane
 
@@ -37,12 +37,14 @@ def test_shipped_stack_with_two_pools_is_created_checked_changed_and_deleted(
     archive = release(tmp_path)
     pools = ("--pool", "default:0-4x2@m7i.large,m6i.large", "--pool", "gpu-large:0-1x1@m7i.2xlarge")
 
-    # Two pools do not fit into a request: it goes by a bucket that is not there before or after.
+    # The template with two pools is too large for a request. The template is uploaded to a bucket that exists only
+    # during the call.
     code, out, err = deploy("plan", "--json", *pools)
     assert code == 0, err
     plan = json.loads(out)
     assert plan["template_bytes"] > template.MAX_INLINE_BYTES
-    # What conditions exclude is not in it: MiniStack would refuse NAT gateways and SimpleDB.
+    # The template does not contain resources whose conditions are false. MiniStack would reject NAT gateways and
+    # SimpleDB.
     wanted = {"PoolInstanceTypes": "m7i.large,m6i.large"}
     expected = cfn.Rendered(cfn.load(), **wanted).resources.keys()
     assert {one["id"] for one in plan["changes"] if "GpuLarge" not in one["id"]} == expected
@@ -55,7 +57,7 @@ def test_shipped_stack_with_two_pools_is_created_checked_changed_and_deleted(
     at = aws_deployment.read(home)
     assert at is not None
     assert [(one.name, one.max_size) for one in at.pools] == [("default", 4), ("gpu-large", 1)]
-    # Every resource that the stack names is there by its own service's word.
+    # Every resource of the stack exists in its own service.
     told = client("cloudformation").list_stack_resources(StackName="batchlab")
     made = {one["LogicalResourceId"]: one["PhysicalResourceId"] for one in told["StackResourceSummaries"]}
     assert [name for name, id_ in made.items() if id_ in ("", "unknown")] == []
@@ -65,7 +67,7 @@ def test_shipped_stack_with_two_pools_is_created_checked_changed_and_deleted(
         found = group(f"{at.groups_prefix}{pool}")
         assert (found["MinSize"], found["MaxSize"]) == (0, most)
     assert group(at.manager_group)["MaxSize"] == 1
-    # The manager is told of all pools, a worker of its own.
+    # The manager's user data contains all pools, and a worker's user data contains only its own pool.
     assert pools_in(f"{at.prefix}manager") == ["default", "gpu-large"]
     assert pools_in(f"{at.groups_prefix}gpu-large") == ["gpu-large"]
     assert client("secretsmanager").get_secret_value(SecretId=at.token_secret)["SecretString"]
@@ -73,7 +75,7 @@ def test_shipped_stack_with_two_pools_is_created_checked_changed_and_deleted(
     assert s3.head_object(Bucket=at.bucket, Key=f"boot/{archive.name}")["ContentLength"]
     assert s3.list_objects_v2(Bucket=at.bucket, Prefix="deploy/")["KeyCount"] == 0
     profiles = client("iam").list_instance_profiles()["InstanceProfiles"]
-    assert len([profile for profile in profiles if profile["Roles"]]) == 3  # of each pool and the manager
+    assert len([profile for profile in profiles if profile["Roles"]]) == 3  # one for each pool and one for the manager
 
     code, out, err = deploy("status", "--json")
     assert code == 0, err
@@ -99,7 +101,7 @@ def test_shipped_stack_with_two_pools_is_created_checked_changed_and_deleted(
 
 
 def pools_in(name: str) -> list[str]:
-    """The pools that the user data of a launch template writes down for an instance."""
+    """Return the pools in the user data of a launch template."""
     told = client("ec2").describe_launch_template_versions(LaunchTemplateName=name, Versions=["$Latest"])
     (version,) = told["LaunchTemplateVersions"]
     text = base64.b64decode(version["LaunchTemplateData"]["UserData"]).decode()
@@ -107,11 +109,11 @@ def pools_in(name: str) -> list[str]:
     return [load["name"] for load in json.loads(found)["pools"]]
 
 
-# --- Who may -------------------------------------------------------------------------------------
+# --- Permissions ---------------------------------------------------------------------------------
 
 
 def deployer(monkeypatch: pytest.MonkeyPatch, policy: object) -> None:
-    """From now on calls are made by a user who has that policy."""
+    """Make all further calls as a user with that policy."""
     iam = client("iam")
     iam.create_user(UserName="eve")
     iam.put_user_policy(UserName="eve", PolicyName="p", PolicyDocument=json.dumps(policy))
@@ -138,7 +140,7 @@ def test_missing_permission_names_the_action(strict: Plane, deploy: Run, monkeyp
 
 
 def documented_policy(account: str) -> dict[str, object]:
-    """The policy that docs/deploy.md gives a deployer."""
+    """Return the policy for deployers in docs/deploy.md."""
     (block,) = re.findall(r"```json\n(\{.*?\n\})\n```", DOCS.read_text(), re.S)
     policy: dict[str, object] = json.loads(block.replace("ACCOUNT", account))
     return policy
@@ -147,8 +149,8 @@ def documented_policy(account: str) -> dict[str, object]:
 def test_the_documented_policy_is_enough_for_all_commands(
     strict: Plane, deploy: Run, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the calls of `batchlab deploy` itself: of those that CloudFormation makes in the
-    deployer's name MiniStack asks IAM nothing."""
+    """The test covers the calls of `batchlab deploy` itself. MiniStack does not check the calls that CloudFormation
+    makes in the deployer's name."""
     account = use(monkeypatch, strict.url, SMALL)
     deployer(monkeypatch, documented_policy(account))
     archive = release(tmp_path)
@@ -182,7 +184,7 @@ def test_the_documented_policy_reaches_no_other_stack(
 def test_other_machine_finds_the_stack(
     strict: Plane, deploy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the policy that docs/aws-security.md gives to users, `deploy status` is all it takes."""
+    """With the policy for users in docs/aws-security.md, `deploy status` connects the other machine."""
     account = use(monkeypatch, strict.url, SMALL)
     code, _, err = deploy("apply", "--yes", "--release", release(tmp_path))
     assert code == 0, err

@@ -1,5 +1,5 @@
-"""What becomes of a SimpleDB ledger when its stack is destroyed. The stack is scripted, since no
-emulator makes a domain for one; the domain is a real one of the test run's own SimpleDB."""
+"""A SimpleDB ledger at the deletion of its stack. The stack is scripted, because no emulator creates a domain. The
+domain exists in the SimpleDB server of the test run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def stack(simpledb: Sdb, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
     with Account(REGION, "1", "arn:aws:iam::1:user/me") as account:
         account._clients["cloudformation"] = cloud
         yield Stack(account, "grid", sleep=lambda _: None)
-    # The fixture deletes its domain, which is no error where it is gone.
+    # The fixture deletes its domain, and ignores a domain that does not exist any more.
     sdb.close()
 
 

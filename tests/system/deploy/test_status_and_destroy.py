@@ -1,4 +1,4 @@
-"""`batchlab deploy status` and `destroy`, and `gc --aws`, on MiniStack."""
+"""The commands `batchlab deploy status`, `destroy`, and `gc --aws` on MiniStack."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_status_shows_groups_queues_and_alarms(deploy: Run, tmp_path: Path) -> N
 
 
 def test_home_without_a_stack_is_reported(deploy: Run, home: Home, tmp_path: Path) -> None:
-    """Another laptop: no settings, no deployment, and the stack is found by its name."""
+    """Another laptop has neither settings nor a deployment, and finds the stack by its name."""
     deploy("apply", "--yes", "--release", release(tmp_path), "--stack", "team")
     known = aws_deployment.read(home)
     assert known is not None
@@ -64,7 +64,7 @@ def test_home_without_a_stack_is_reported(deploy: Run, home: Home, tmp_path: Pat
     assert found.bucket == known.bucket
     assert found.pools == known.pools
     assert found.egress == "endpoints"
-    # And the settings are the stack's own, so a plan changes nothing.
+    # The settings come from the stack, so a plan does not change anything.
     code, out, err = deploy("plan", "--stack", "team")
     assert code == 0, err
     assert "No changes" in out
@@ -98,7 +98,7 @@ def test_stack_without_data_is_deleted_completely(deploy: Run, home: Home, tmp_p
     assert "The stack batchlab is gone." in err
     assert stacks() == {}
     assert queues() == []
-    # Its bucket had nothing but a release.
+    # The bucket contained only a release.
     assert client("s3").list_buckets()["Buckets"] == []
     assert client("autoscaling").describe_auto_scaling_groups()["AutoScalingGroups"] == []
     assert aws_deployment.read(home) is None
@@ -106,7 +106,7 @@ def test_stack_without_data_is_deleted_completely(deploy: Run, home: Home, tmp_p
 
 
 def filled(home: Home, count: int) -> str:
-    """The stack's bucket, with `count` objects of which each has an older version."""
+    """Fill the stack's bucket with `count` objects, each with an older version, and return the bucket."""
     found = aws_deployment.read(home)
     assert found is not None
     s3 = client("s3")
@@ -134,7 +134,7 @@ def test_stack_with_data_is_deleted_in_batches(deploy: Run, home: Home, tmp_path
     code, out, err = deploy("destroy", "--yes", "--delete-data", "--json")
     assert code == 0, err
     assert json.loads(out) == {"stack": "batchlab", "kept": []}
-    # 600 twice, a delete marker, the release.
+    # The bucket has 600 objects with two versions each, a delete marker, and the release.
     assert f"{bucket}: 1,000 versions of objects deleted." in err
     assert f"{bucket}: 1,202 versions of objects deleted." in err
     assert client("s3").list_buckets()["Buckets"] == []
@@ -143,7 +143,7 @@ def test_stack_with_data_is_deleted_in_batches(deploy: Run, home: Home, tmp_path
 def test_deletion_of_data_needs_an_option(
     deploy: Run, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A template whose bucket does not stay by itself."""
+    """The bucket of this template is deleted with the stack."""
     careless = tmp_path / "stack.yaml"
     careless.write_text(SMALL.read_text().replace("RetainExceptOnCreate", "Delete"))
     monkeypatch.setattr(template, "shipped", lambda: careless)
@@ -164,7 +164,7 @@ def test_deletion_of_data_needs_an_option(
 def test_a_database_that_leaves_no_snapshot_is_data(
     deploy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
-    """It is protected on its own account as well, which CloudFormation does not take off."""
+    """The database is also protected by its own setting, which CloudFormation does not remove."""
     source = template.load(SMALL)
     source["Resources"]["Database"]["DeletionPolicy"] = policy
     file = tmp_path / "stack.json"
@@ -174,7 +174,7 @@ def test_a_database_that_leaves_no_snapshot_is_data(
     assert code == 0, err
     (database,) = client("rds").describe_db_instances()["DBInstances"]
     assert database["DeletionProtection"]
-    # What RDS makes itself, where no stack has made it.
+    # RDS itself would create this log group.
     client("logs").create_log_group(logGroupName="/aws/rds/instance/batchlab-ledger/postgresql")
     code, out, err = deploy("destroy", "--yes")
     if policy == "Delete":
@@ -251,7 +251,7 @@ def test_gc_lists_leftovers_and_removes_them_on_request(
 def test_leftover_known_only_by_name_needs_that_name(
     deploy: Run, simpledb: Sdb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A SimpleDB domain can have no tag, and what RDS makes itself has none."""
+    """A SimpleDB domain cannot have tags, and a log group that RDS creates does not have tags."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_SIMPLEDB", simpledb.url)
     domain, logs = "gone-LedgerDomain-1ABCDEF2GHIJK", "/aws/rds/instance/gone-ledger/upgrade"
     sdb = client("sdb")

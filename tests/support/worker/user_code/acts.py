@@ -36,13 +36,13 @@ def facts(item: Any, ctx: Context) -> dict[str, Any]:
 
 
 def count(item: Any) -> None:
-    """Leaves a line for every time it runs."""
+    """Add a line to a file at every run."""
     with Path(item["counter"]).open("a") as file:
         file.write(f"{item['n']}\n")
 
 
 def act(item: Any, ctx: Context) -> Any:
-    """Does what the item names, after leaving a line; everything else is returned."""
+    """Add a line to a file, and do the action that the item names. Any other item is returned."""
     name, *rest = item if isinstance(item, list) else [item]
     if "counter" in ctx.params:
         with Path(ctx.params["counter"]).open("a") as file:
@@ -94,7 +94,7 @@ def do_signal(ctx: Context, number: int) -> None:
 
 
 def do_slain(ctx: Context, times: int) -> str:
-    """SIGKILL the first so many times that it is run."""
+    """Kill the process with SIGKILL in the first `times` runs."""
     begun = Path(ctx.params["counter"]).read_text().split().count(str(ctx.task))
     if begun <= times:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -170,13 +170,13 @@ def do_thread(ctx: Context) -> str:
 
 
 def do_thread_exit(ctx: Context) -> str:
-    """Ends the process while the next task, or none, is running."""
+    """End the process while the next task is running, or while no task is running."""
     threading.Timer(0.02, os._exit, (7,)).start()
     return "set"
 
 
 def do_linger(ctx: Context) -> int:
-    """Leaves a program behind that holds on to everything."""
+    """Leave a program running that holds all open files."""
     return subprocess.Popen(["sleep", "60"], close_fds=False).pid
 
 
@@ -261,7 +261,7 @@ def do_save_silently(ctx: Context) -> None:
 
 
 def do_write_here(ctx: Context, text: str) -> File:
-    """Every task writes the same name in the current folder."""
+    """Write a file in the current folder. Every task uses the same file name."""
     Path("result.txt").write_text(text)
     return File("result.txt")
 
@@ -271,7 +271,7 @@ def do_foreign(ctx: Context, *paths: str) -> list[File]:
 
 
 def read(item: Any) -> Any:
-    """What the files of an item hold, in the place of the files."""
+    """Return the item with each file replaced by its content."""
     if isinstance(item, File):
         return [item.name, item.size, item.read_text(), item.open("r").readline()]
     if isinstance(item, list):

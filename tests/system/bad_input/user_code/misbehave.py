@@ -1,4 +1,4 @@
-"""User code that does what no user code should: one function per way."""
+"""User code that misbehaves, one function per kind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from batchlab.core.task_context import Context, File
 
 
 def act(item: Any, ctx: Context) -> Any:
-    """A text names what to do; everything else is a well-behaved neighbour's item."""
+    """Do what a text names, or return any other item as a well-behaved neighbor does."""
     if isinstance(item, str):
         return globals()[item](ctx)
     print(f"item {item}")
@@ -41,7 +41,7 @@ class WordyError(Exception):
 
 
 class StuckError(Exception):
-    """Neither pickles nor copies."""
+    """An error that cannot be pickled or copied."""
 
     def __init__(self, *, lock: object) -> None:
         super().__init__("stuck", lock)
@@ -227,7 +227,7 @@ def returns_5_mb(ctx: Context) -> Any:
     return "x" * 5_000_000
 
 
-# --- What it does to its process -----------------------------------------------------------------
+# --- Effects on the process ----------------------------------------------------------------------
 
 
 def segfaults(ctx: Context) -> None:
