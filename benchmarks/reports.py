@@ -32,7 +32,7 @@ CORES = 2
 def measured(folder: Path) -> dict[str, float]:
     """Return the median seconds of each query, and the seconds for opening the files, which a user also waits for."""
     begun_s = time.perf_counter()
-    with store.opened([folder]) as connection:
+    with store.open_store([folder]) as connection:
         found = {"(opening)": time.perf_counter() - begun_s}
         for name, query in store.named_queries().items():
             took_s = []

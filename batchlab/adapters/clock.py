@@ -102,10 +102,10 @@ class SingleThread:
         with self._lock:
             self._waiting += 1
         submitted = self._executor.submit(call)
-        submitted.add_done_callback(self._ended)
+        submitted.add_done_callback(self._on_end)
         return submitted
 
-    def _ended(self, _: Future[T]) -> None:
+    def _on_end(self, _: Future[T]) -> None:
         with self._lock:
             self._waiting -= 1
 

@@ -93,7 +93,7 @@ class Topics:
             raise NotDelivered(error.message) from error
 
     def _publish(self, target: Target, notification: Notification) -> None:
-        from batchlab.adapters.aws.endpoint import client, translated
+        from batchlab.adapters.aws.endpoint import client, translate_errors
 
         if module := installation.missing("aws", "boto3"):
             text = installation.sentence("aws", "A topic of SNS", module)
@@ -107,7 +107,7 @@ class Topics:
         fifo = {}
         if target.to.endswith(FIFO):
             fifo = {"MessageGroupId": notification.job or "test", "MessageDeduplicationId": notification.id}
-        with translated("SNS"):
+        with translate_errors("SNS"):
             self._clients[region].publish(
                 TopicArn=target.to,
                 Message=notification.body,

@@ -90,11 +90,11 @@ class ObstoreObjects:
 
     def check(self) -> None:
         """Raise BackendError if the service does not answer, or if the bucket cannot be listed."""
-        with self._translated(""):
+        with self._translate_errors(""):
             self._with_bucket(lambda: next(iter(obstore.list(self._store, chunk_size=1)), None))
 
     async def _do(self, key: str, call: Callable[[], T]) -> T:
-        with self._translated(key):
+        with self._translate_errors(key):
             return await asyncio.wrap_future(self._threads.submit(self._with_bucket, call))
 
     def _with_bucket(self, call: Callable[[], T]) -> T:
@@ -161,7 +161,7 @@ class ObstoreObjects:
                 raise
 
     @contextmanager
-    def _translated(self, key: str) -> Iterator[None]:
+    def _translate_errors(self, key: str) -> Iterator[None]:
         """Raise batchlab's errors instead of obstore's errors. A missing bucket never raises NotFound."""
         try:
             yield
@@ -257,11 +257,11 @@ class ObstoreObjects:
 
     async def list(self, prefix: str, *, after: str = "") -> AsyncIterator[Sequence[ObjectInfo]]:
         check_prefix(prefix)
-        object_infos = self._listed(prefix, after)
+        object_infos = self._list(prefix, after)
         while page := await self._do(prefix, lambda: [*islice(object_infos, PAGE)]):
             yield page
 
-    def _listed(self, prefix: str, after: str) -> Iterator[ObjectInfo]:
+    def _list(self, prefix: str, after: str) -> Iterator[ObjectInfo]:
         # obstore lists only prefixes of whole path segments, so this method matches the rest of `prefix`.
         self._tally.put()
         folder = prefix.rpartition("/")[0] or None

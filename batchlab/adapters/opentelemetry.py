@@ -62,7 +62,7 @@ class _RecordedSpan:
         self.context = f"00-{at.trace_id:032x}-{at.span_id:016x}-01" if span.is_recording() else parent
 
     def note(self, **attributes: Attribute) -> None:
-        self._span.set_attributes(_prefixed(attributes))
+        self._span.set_attributes(_prefix(attributes))
 
     def end(self, *, error: str = "", end_s: float | None = None) -> None:
         if error:
@@ -141,7 +141,7 @@ class OtelTracer:
             name,
             above,
             _KINDS.get(name, SpanKind.INTERNAL),
-            {**_subject_attributes(about), **_prefixed(attributes)},
+            {**_subject_attributes(about), **_prefix(attributes)},
             [Link(_read(link)) for link in links if is_context(link)],
             None if start_s is None else _ns(start_s),
         )
@@ -181,7 +181,7 @@ def _subject_attributes(about: Bundle | Subject) -> dict[str, Attribute]:
     return attributes
 
 
-def _prefixed(attributes: Mapping[str, Attribute]) -> dict[str, Attribute]:
+def _prefix(attributes: Mapping[str, Attribute]) -> dict[str, Attribute]:
     return {f"batchlab.{name}": value for name, value in attributes.items()}
 
 

@@ -146,8 +146,8 @@ def _sweep_aws(region: str | None, names: Sequence[str], *, removing: bool, json
 
     with Account.open(region, notes=retry_notes) as account:
         leftovers = Leftovers(account)
-        tagged = list(leftovers.tagged())
-        named = list(leftovers.named({leftover.resource.name for leftover in tagged}, output.say))
+        tagged = list(leftovers.tagged_resources())
+        named = list(leftovers.named_resources({leftover.resource.name for leftover in tagged}, output.say))
         everything = sorted([*tagged, *named], key=lambda leftover: (leftover.resource.stack, leftover.resource.arn))
         going = select_removable(everything, names)
         rows, documents, failed = [], [], 0

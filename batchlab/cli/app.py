@@ -64,7 +64,7 @@ COMMANDS = {
 
 
 @cache
-def _registered(module: str) -> dict[str, Any]:
+def _commands(module: str) -> dict[str, Any]:
     """Import a module of `batchlab.cli`, and return the commands and groups that the module registers."""
     parent = typer.Typer(add_completion=False, rich_markup_mode=None)
     parent.add_typer(import_module(f"batchlab.cli.{module}").app)
@@ -79,7 +79,7 @@ class _LazyCommands(MutableMapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._loaded:
-            self._loaded[name] = _registered(COMMANDS[name].module)[name]
+            self._loaded[name] = _commands(COMMANDS[name].module)[name]
         return self._loaded[name]
 
     def __setitem__(self, name: str, command: Any) -> None:
@@ -182,13 +182,13 @@ def start(arguments: Sequence[str]) -> None:
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         if debug or missing_module_message(error) is None:
-            _unexpected(error, debug=debug)
+            _exit_unexpected(error, debug=debug)
         raise  # `cli.main` prints the message about the missing module.
     except Exception as error:  # noqa: BLE001 - outermost handler: print the error, exit code 70
-        _unexpected(error, debug=debug)
+        _exit_unexpected(error, debug=debug)
 
 
-def _unexpected(error: Exception, *, debug: bool) -> NoReturn:
+def _exit_unexpected(error: Exception, *, debug: bool) -> NoReturn:
     if debug:
         _show_traceback()
     output.say(f"Error: something unexpected happened: {type(error).__name__}: {error}")

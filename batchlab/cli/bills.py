@@ -22,7 +22,7 @@ from batchlab.core.pricing.price_book import load as load_prices
 from batchlab.core.pricing.request_costs import TransferredData
 from batchlab.core.pricing.usage import Account, Kind
 from batchlab.core.protocol import object_keys
-from batchlab.core.text import listed
+from batchlab.core.text import join_list
 from batchlab.runtime import home as fetches
 from batchlab.runtime.home import Home
 
@@ -65,7 +65,7 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
     per_task = facts.use["slots"]
     stages = [StageUse(s["name"], s["pool"], s["run_s"], per_task.get(s["name"], 1)) for s in facts.job["stages"]]
     account_view = facts.use["account"]
-    account = _retyped(account_of(account_view), types) if account_view else None
+    account = _retype(account_of(account_view), types) if account_view else None
     size = asyncio.run(_stored_bytes(backend.open_objects(home), facts.job["id"]))
     deployment = aws_deployment.read(home) if capabilities_of(facts.backend).stack else None
     egress = deployment.egress if deployment else ""
@@ -73,7 +73,7 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
     return facts.job, bill(stages, account, pools, book, stored_bytes=size, pace=backend.pace, moved=moved)
 
 
-def _retyped(account: Account, types: Mapping[str, str]) -> Account:
+def _retype(account: Account, types: Mapping[str, str]) -> Account:
     billed: dict[Kind, float] = {}
     for kind, seconds in account.billed_s.items():
         named = replace(kind, type=types.get(kind.pool) or kind.type)
@@ -109,7 +109,7 @@ async def _facts_in_folder(home: Home, text: str) -> Facts:
         exact = [r for r in matching if r.job.id == text]
         if not matching or (len(matching) > 1 and text != "last" and not exact):
             what = "There is no job" if not matching else "More than one job begins with"
-            ids = listed([str(r.job.id) for r in matching or records]) or "none"
+            ids = join_list([str(r.job.id) for r in matching or records]) or "none"
             do = "Write the whole id" if matching else "The folder's ledger has"
             raise UsageError(f"{what} {text!r}.", remedy=f"{do}: {ids}.")
         record = (exact or matching)[0]
@@ -125,7 +125,7 @@ async def _stored_account(objects: Objects, job: str) -> Account | None:
     """Return the account of a job that the grid's last manager stored, or None if no account is stored."""
     from batchlab.core.protocol import json_format, object_keys
 
-    for key in (object_keys.used(JobId(job)), object_keys.USE):
+    for key in (object_keys.reference_key(JobId(job)), object_keys.USE):
         try:
             doc = json_format.loads(await objects.get(key))
         except NotFound:

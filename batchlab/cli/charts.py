@@ -221,7 +221,14 @@ def verdict_text(rows: Sequence[VerdictRow]) -> str:
     if not rows:
         return "The scenario expects nothing, so nothing is judged."
     cells = [
-        (row.measure, row.template or "all", _expected(row), number(row.measured, row.unit), row.verdict.value, row.why)
+        (
+            row.measure,
+            row.template or "all",
+            _expected_text(row),
+            number(row.measured, row.unit),
+            row.verdict.value,
+            row.why,
+        )
         for row in rows
     ]
     columns = ("measure", "jobs", "expected", "measured", "verdict", "why")
@@ -243,7 +250,7 @@ def number(value: float | None, unit: Unit) -> str:
     return f"{value:,.10g}"
 
 
-def _expected(row: VerdictRow) -> str:
+def _expected_text(row: VerdictRow) -> str:
     least, most = (number(bound, row.unit) for bound in (row.least, row.most))
     if row.least is None:
         return NOTHING if row.most is None else f"at most {most}"

@@ -95,7 +95,7 @@ def estimate(
     task_counts = {name: _task_count(text) for name, text in by_name(tasks or (), names, all_=roots).items()}
     durations = {name: _duration_range(text) for name, text in by_name(seconds or (), names).items()}
     if len(durations) < len(names):
-        measured, note = _measured(place, jobfile.job.name)
+        measured, note = _measurements(place, jobfile.job.name)
         durations = {**{name: range_ for name, range_ in measured.items() if name in names}, **durations}
         assumed += [note] if note else []
     root_tasks, size_bytes, files = 0, 0, 0
@@ -229,7 +229,7 @@ async def count(jobfile: JobFile) -> tuple[int, int, int]:
 # --- Earlier runs --------------------------------------------------------------------------------
 
 
-def _measured(home: Home, name: str) -> tuple[dict[str, Three], str]:
+def _measurements(home: Home, name: str) -> tuple[dict[str, Three], str]:
     """Return the task times in seconds by stage from the last run of a job, and a clause that names the run."""
     for job, means in _earlier(home, name):
         durations: dict[str, Three] = {}
@@ -390,7 +390,7 @@ def refresh(
 
     place = home_of(home)
     update = price_refresh.find(from_, region=region, day=date.date() if date else None)
-    book = price_refresh.refreshed(load(place.path), update)
+    book = price_refresh.refresh(load(place.path), update)
     place.make()
     path = place.path / NAME
     # All users may read the price book, because the manager of a grid in containers may run as another user.

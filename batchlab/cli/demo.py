@@ -247,13 +247,13 @@ def check(prepared: Prepared, summary: Summary) -> TotalsCheck:
             continue
         differences += [
             f"payer {payer}: {key} is {payer_total[key]}, the generator says {value}"
-            for key, value in expected(fact).items()
+            for key, value in expected_totals(fact).items()
             if payer_total[key] != value
         ]
     return TotalsCheck(totals, differences)
 
 
-def expected(fact: Mapping[str, Any]) -> dict[str, int]:
+def expected_totals(fact: Mapping[str, Any]) -> dict[str, int]:
     """Return the expected totals of a payer, computed from the generator's counts of the payer's claims."""
     denied = fact["duplicates"] + fact["zero_charge"] + fact["undiagnosed"]
     return {

@@ -66,7 +66,7 @@ def plan(arguments: DeployArguments, home: Path | None = HOME, json: bool = JSON
     from batchlab.deploy.plan import create_plan
     from batchlab.deploy.stack_records import refuse_unchangeable
 
-    where, source = home_of(home), template.load(template.shipped())
+    where, source = home_of(home), template.load(template.shipped_template())
     check_settings(arguments, where, source)
     with _stack(arguments, where) as stack:
         state = stack.state()
@@ -96,7 +96,7 @@ def template_(arguments: DeployArguments, home: Path | None = HOME) -> None:
 
     where = home_of(home)
     wanted = settings_without_aws(arguments, where)
-    document, costs = plan.offline_plan(wanted, template.load(template.shipped()), where)
+    document, costs = plan.offline_plan(wanted, template.load(template.shipped_template()), where)
     output.show_json(document, indent=1)
     output.say("\n".join(cost_lines(costs)))
 
@@ -122,7 +122,7 @@ def apply(
     from batchlab.deploy.apply import Apply
 
     where, person = home_of(home), Person(yes, json)
-    source = template.load(template.shipped())
+    source = template.load(template.shipped_template())
     check_settings(arguments, where, source)
     with _stack(arguments, where) as stack:
         wanted = settings_for(arguments, where, stack)

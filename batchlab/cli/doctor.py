@@ -33,7 +33,7 @@ import typer
 
 from batchlab.adapters.aws import endpoint as aws
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.local.objects import damaged
+from batchlab.adapters.local.objects import find_damaged
 from batchlab.cli import output
 from batchlab.cli.option_values import home_of
 from batchlab.cli.options import BACKEND, ENDPOINT, HOME, JSON, flag
@@ -92,7 +92,7 @@ def backend_findings(home: Home, name: str, endpoint: str | None) -> Iterator[Fi
         yield fail("extra", text, installation.remedy(backend.extra))
     elif backend.capabilities.container_manager:
         yield from container_findings(home, backend)
-        if place := backend.named_place(home):
+        if place := backend.find_place(home):
             yield from _endpoint_findings(backend.endpoint_at(home, place), "named")
     elif backend.capabilities.stack:
         yield from stack_findings(home, backend)
@@ -107,14 +107,14 @@ def _bucket(home: Home, backend: Backend) -> Finding:
         backend.provide(home, lambda _: None)
     except BatchlabError as error:
         return fail("bucket", error.message, error.remedy)
-    place = backend.named_place(home)
+    place = backend.find_place(home)
     assert place is not None
     return ok("bucket", f"{place.address} can be listed")
 
 
 def _endpoint(home: Home, backend: Backend) -> Iterator[Finding]:
     """Check the endpoint that the user named, or else the running grid's endpoint, or else a temporary emulator."""
-    if named := backend.named_place(home):
+    if named := backend.find_place(home):
         yield from _endpoint_findings(backend.endpoint_at(home, named), "named")
         return
     from batchlab.adapters.local.ministack import VERSION, Emulator, environment, find, installed_version, provide
@@ -178,7 +178,7 @@ async def _failed_checks(at: Endpoint) -> list[str]:
         with suppress(BackendError):  # An error of the cleanup must not hide an error of the tests.
             await objects.delete(["a"])
             await queue.remove(name)
-            with aws.translated("Bucket"):
+            with aws.translate_errors("Bucket"):
                 aws.client(at, "s3", connections=1).delete_bucket(Bucket=name)
         await queue.close()
     return faults
@@ -257,7 +257,7 @@ def container_findings(home: Home, backend: Backend) -> Iterator[Finding]:
     yield _plugin("compose", MIN_COMPOSE_VERSION)
     yield _plugin("buildx", (0, 10))
     yield _room()
-    place = backend.named_place(home)
+    place = backend.find_place(home)
     if not place:
         yield _token()
         yield _image("BATCHLAB_LOCALSTACK_IMAGE", _LOCALSTACK)
@@ -473,7 +473,7 @@ def _objects(home: Home, *, repair: bool) -> Iterator[Finding]:
     """Check the local bucket for damaged objects, if the local bucket exists."""
     if not home.objects.is_dir():
         return
-    damaged_objects = list(damaged(home.objects))
+    damaged_objects = list(find_damaged(home.objects))
     if not damaged_objects:
         yield ok("objects", "no object is empty or torn")
     elif not repair:

@@ -81,7 +81,7 @@ def conform(
     from batchlab.conform.check_table import agrees
     from batchlab.conform.run import run
 
-    checks = _selected(service, only=only, needed=needed, markdown=markdown)
+    checks = _select_checks(service, only=only, needed=needed, markdown=markdown)
     if template and service != "autoscaling":
         raise UsageError("--template is for --service autoscaling.", remedy="Leave it out.")
     with _interruptible(), _target(endpoint, region, bucket, template) as target:
@@ -115,7 +115,7 @@ def _check_target(endpoint: str | None, *, aws: bool, service: str | None) -> No
         )
 
 
-def _selected(service: str | None, *, only: str, needed: bool, markdown: Path | None) -> Sequence[Check]:
+def _select_checks(service: str | None, *, only: str, needed: bool, markdown: Path | None) -> Sequence[Check]:
     from batchlab.conform.check import Severity
     from batchlab.conform.check_table import ASG_CHECKS, CHECKS, SERVICES, matching, of_service
 
@@ -165,12 +165,12 @@ def _interruptible() -> Iterator[None]:
 
 @contextmanager
 def _target(url: str | None, region: str | None, bucket: str | None, template: str | None) -> Iterator[Target]:
-    from batchlab.adapters.aws.endpoint import translated
+    from batchlab.adapters.aws.endpoint import translate_errors
     from batchlab.adapters.clock import WallClock
     from batchlab.conform.target import Target, endpoint
 
     run = f"batchlab-conform-{uuid.uuid4().hex[:8]}"
-    with translated("AWS"):
+    with translate_errors("AWS"):
         place = endpoint(url, region)
         target = Target(place, run=run, clock=WallClock(), bucket=bucket or "", template=template or "")
     try:
@@ -249,12 +249,12 @@ def _difference(result: Result) -> str:
 
 
 def _write(path: Path, name: str, results: Sequence[Result]) -> None:
-    from batchlab.conform.check_table import ALL_CHECKS, list_section, merged, section
+    from batchlab.conform.check_table import ALL_CHECKS, list_section, merge, section
 
     try:
         page = path.read_text(encoding="utf-8") if path.exists() else ""
-        page = merged(page, name, section(name, results))
-        page = merged(page, ALL_CHECKS, list_section([result.check for result in results]))
+        page = merge(page, name, section(name, results))
+        page = merge(page, ALL_CHECKS, list_section([result.check for result in results]))
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}.", remedy="Name another file.") from error
@@ -357,12 +357,12 @@ def interrupt(
     from batchlab.server.autoscaling_api.metadata import send_notice
 
     kind, notice_s = "rebalance" if rebalance else "interruption", seconds_of("--notice", notice)
-    at = _named(endpoint) if endpoint else _endpoint_of(home)
+    at = _find_endpoint(endpoint) if endpoint else _endpoint_of(home)
     send_notice(at, instance, kind, notice_s)
     output.say(f"The notice was sent to {instance}.")
 
 
-def _named(endpoint: str) -> Endpoint:
+def _find_endpoint(endpoint: str) -> Endpoint:
     from batchlab.adapters.aws.endpoint import Endpoint
 
     access_key, secret_key = (os.environ.get(name) or "test" for name in KEYS)

@@ -240,7 +240,7 @@ def env(home: Path | None = HOME, json: bool = JSON) -> None:
     from batchlab.runtime import factory
 
     place = home_of(home)
-    with Session.attached(place) as session:
+    with Session.attach(place) as session:
         backend = session.backend
     variables = factory.client_environment(backend, place)
     if not variables:

@@ -148,7 +148,7 @@ def watch(job: str = JOB, as_if_aws: bool = AS_IF, home: Path | None = HOME) -> 
     from batchlab.cli.submission import watch as watch_job
 
     place = home_of(home)
-    with Session.attached(place) as session:
+    with Session.attach(place) as session:
         view = session.call(lambda client: resolve(client, job))
         with JobDisplay() as display:
             view = watch_job(session, view, display, {}, LiveCost(place, as_if_aws=as_if_aws))
@@ -210,13 +210,13 @@ def results(
     Example: batchlab job results last --out out/claims
     """
     from batchlab.cli.session import Session
-    from batchlab.cli.submission import fetch_results, fetched_json
+    from batchlab.cli.submission import fetch_json, fetch_results
 
-    with Session.attached(home_of(home)) as session:
+    with Session.attach(home_of(home)) as session:
         view = session.call(lambda client: resolve(client, job))
         fetched = fetch_results(session, view, out, stage or ())
     if json:
-        output.show_json(fetched_json(fetched))
+        output.show_json(fetch_json(fetched))
         return
     for name, number in fetched.results.items():
         output.show(f"{fetched.folder / f'{name}.jsonl'}: {output.count(number, 'result')}")

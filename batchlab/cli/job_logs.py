@@ -85,7 +85,7 @@ def _print(home: Home, job: str, which: LogFilter, limit: int, *, json: bool) ->
 def _follow(home: Home, job: str, which: LogFilter, *, json: bool) -> None:
     from batchlab.cli.session import Session
 
-    with Session.attached(home) as session:
+    with Session.attach(home) as session:
         view = session.call(lambda client: resolve(client, job))
         name = view["id"]
 
@@ -195,7 +195,7 @@ class Follower:
             asked_s = time.monotonic()
             news = self._news(min(MAX_WAIT_S, every_s))
             for log in news["logs"]:
-                self._ended(log)
+                self._on_end(log)
             self._seq = news["seq"]
             self._request_late_logs(last=news["ended"])
             if news["ended"]:
@@ -259,7 +259,7 @@ class Follower:
 
     # --- Ended attempts --------------------------------------------------------------------------
 
-    def _ended(self, log: LogView) -> None:
+    def _on_end(self, log: LogView) -> None:
         key = _key(log)
         if key in self._done:
             return
@@ -291,7 +291,7 @@ class Follower:
 
             for log in self._call(ask):
                 if _key(log) == key:
-                    self._ended(log)
+                    self._on_end(log)
         if last:
             for key in self._late_logs:
                 self._note(key, "what it printed was never stored: its worker is gone")

@@ -71,7 +71,7 @@ def replay_task(
     place = home_of(home)
     bucket = find_bucket(place, backend, job)
     with _folder(keep) as folder:
-        task_folder = _fetched(bucket, stage_name, index, folder, attempt, round_)
+        task_folder = _fetch(bucket, stage_name, index, folder, attempt, round_)
         if keep:
             _show_folder(task_folder, json=json)
         elif shell:
@@ -117,7 +117,7 @@ def _folder(keep: Path | None) -> Iterator[Path]:
     yield folder
 
 
-def _fetched(
+def _fetch(
     bucket: Bucket, stage: str | None, task: int, folder: Path, attempt: int | None, round_: int | None
 ) -> TaskRun:
     from batchlab.cli.session import find_stage

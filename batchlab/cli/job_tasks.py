@@ -142,7 +142,7 @@ def why(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
     with connect(home) as client:
         view = resolve(client, job)
         answer = client.why(view["id"])
-        failed = _failed(client, view, home)
+        failed = _failures(client, view, home)
     lines = [output.clean(answer)]
     for failure in failed:
         name, others = task_name(failure["stage"], failure["task"]), failure["tasks"] - 1
@@ -154,7 +154,7 @@ def why(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
     output.answer(json, document, "\n".join(lines))
 
 
-def _failed(client: Client, view: JobView, home: Path | None) -> list[dict[str, Any]]:
+def _failures(client: Client, view: JobView, home: Path | None) -> list[dict[str, Any]]:
     """Return one failed task for each of the job's most frequent failure fingerprints, ordered by falling frequency."""
     if not any(stage["failed"] for stage in view["stages"]):
         return []

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from typer import BadParameter
 
 from batchlab.core.errors import NotFound, Unreachable, UsageError
-from batchlab.core.text import DURATION_FORMS, seconds, shown
+from batchlab.core.text import DURATION_FORMS, seconds, show_value
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
@@ -39,7 +39,7 @@ def seconds_of(option: str, text: str, *, least_s: float = 0.0) -> float:
     except ValueError as error:
         raise UsageError(f"{option}: {error}.", remedy=f"Write {DURATION_FORMS}.") from error
     if duration_s < least_s:
-        raise UsageError(f"{option}: {shown(text)} is too short.", remedy=f"Write {least_s:g}s or more.")
+        raise UsageError(f"{option}: {show_value(text)} is too short.", remedy=f"Write {least_s:g}s or more.")
     return duration_s
 
 

@@ -25,7 +25,7 @@ LAST = "last"
 
 def backends(incomplete: str) -> list[str]:
     """Return the backends whose names begin with the incomplete text."""
-    return _matching(incomplete, _shipped_names("backends", "*/backend.toml", lambda path: path.parent.name))
+    return _matching(incomplete, _scenario_names("backends", "*/backend.toml", lambda path: path.parent.name))
 
 
 def examples(incomplete: str) -> list[str]:
@@ -33,7 +33,7 @@ def examples(incomplete: str) -> list[str]:
 
     The example `starter` is left out, because `batchlab init` writes the files of `starter` by default.
     """
-    names = _shipped_names("examples", "*/job.yaml", lambda path: path.parent.name)
+    names = _scenario_names("examples", "*/job.yaml", lambda path: path.parent.name)
     return _matching(incomplete, (name for name in names if name != "starter"))
 
 
@@ -42,7 +42,7 @@ def scenarios(incomplete: str) -> list[str]:
 
     If no scenario matches, the shell offers files.
     """
-    return _matching(incomplete, _shipped_names("scenarios", "*.yaml", lambda path: path.stem))
+    return _matching(incomplete, _scenario_names("scenarios", "*.yaml", lambda path: path.stem))
 
 
 def jobs(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -65,7 +65,7 @@ def _matching(incomplete: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
-def _shipped_names(folder: str, pattern: str, name: Callable[[Path], str]) -> list[str]:
+def _scenario_names(folder: str, pattern: str, name: Callable[[Path], str]) -> list[str]:
     from batchlab.core import installation
 
     try:

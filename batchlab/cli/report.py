@@ -68,7 +68,7 @@ def html(
 
     installation.need("web", "The report as a page")
     source = Source(home_of(home), backend, endpoint)
-    with folders(source, [run]) as paths, store.opened(paths) as connection:
+    with folders(source, [run]) as paths, store.open_store(paths) as connection:
         job = only_job(connection)
         file = out or Path(f"{job}.html")
         output.check_writable(file, folder=True)
@@ -166,7 +166,7 @@ def _run_query(
     from batchlab.reports.queries import store
 
     home, backend, endpoint = grid
-    with folders(Source(home_of(home), backend, endpoint), runs or ()) as paths, store.opened(paths) as connection:
+    with folders(Source(home_of(home), backend, endpoint), runs or ()) as paths, store.open_store(paths) as connection:
         show(*store.run_query(connection, sql), json=json, csv=csv)
 
 
@@ -202,7 +202,7 @@ def query(
     """
     from batchlab.reports.queries import store
 
-    _run_query(store.named(name).sql, runs, (home, backend, endpoint), json=json, csv=csv)
+    _run_query(store.find_query(name).sql, runs, (home, backend, endpoint), json=json, csv=csv)
 
 
 @app.command()
@@ -292,7 +292,7 @@ def show(names: Sequence[str], rows: Sequence[Sequence[Any]], *, json: bool = Fa
         writer.writerows([_cell(value) for value in row] for row in rows)
         output.show_exact(text.getvalue().removesuffix("\n"))
     elif rows:
-        output.show(output.table(names, [[_shown(cell) for cell in row] for row in rows]))
+        output.show(output.table(names, [[_format_value(cell) for cell in row] for row in rows]))
     else:
         output.say("No rows.")
 
@@ -320,7 +320,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, Decimal):
@@ -330,7 +330,7 @@ def _shown(value: Any) -> str:
         # share or a price, keeps four significant digits.
         return f"{value:.3f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, list | tuple):
-        return ", ".join(map(_shown, value))
+        return ", ".join(map(_format_value, value))
     return str(value)
 
 

@@ -104,7 +104,7 @@ async def _folder_of_job(source: Source, job: JobId, stack: ExitStack) -> Path:
     objects, patience = backend.open_bucket(source.home), factory.patience()
     index = await index_of(objects, patience, job)
     if index is None:
-        return await _written(source, backend, objects, job, stack)
+        return await _write(source, backend, objects, job, stack)
     files = backend.open_local_files(source.home)
     if files and (file := files.path(object_keys.reports(job) + "jobs.parquet")):
         return file.parent
@@ -114,13 +114,13 @@ async def _folder_of_job(source: Source, job: JobId, stack: ExitStack) -> Path:
     except OSError:
         is_current = False
     if not is_current:
-        with _replaced(cached) as fresh:
+        with _replace_folder(cached) as fresh:
             await fetch(objects, patience, job, index, fresh)
             (fresh / ".index.json").write_bytes(index.to_bytes())
     return cached
 
 
-async def _written(source: Source, backend: Backend, objects: Objects, job: JobId, stack: ExitStack) -> Path:
+async def _write(source: Source, backend: Backend, objects: Objects, job: JobId, stack: ExitStack) -> Path:
     """Compute the performance data of a job in a temporary folder, and return the folder.
 
     If the data is final, also upload the data to the bucket.
@@ -153,7 +153,7 @@ def writer_of(source: Source, backend: Backend, objects: Objects) -> Writer:
 
 
 @contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
+def _replace_folder(folder: Path) -> Iterator[Path]:
     """Yield a new temporary folder, which replaces `folder` at the end of the `with` block."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
@@ -180,15 +180,15 @@ def copy_data(source: Source, job: JobId, out: Path) -> Index:
             remedy="Name another folder with --out.",
         )
     try:
-        with _replaced(out.absolute()) as fresh:
-            return asyncio.run(_copied(source, job, fresh))
+        with _replace_folder(out.absolute()) as fresh:
+            return asyncio.run(_copy(source, job, fresh))
     except OSError as error:
         raise UsageError(
             f"{out} cannot be written: {error.strerror}.", remedy="Name another folder with --out."
         ) from error
 
 
-async def _copied(source: Source, job: JobId, folder: Path) -> Index:
+async def _copy(source: Source, job: JobId, folder: Path) -> Index:
     from batchlab.reports.tables.write import fetch, index_of
 
     backend = source.load()

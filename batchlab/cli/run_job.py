@@ -25,8 +25,8 @@ from batchlab.cli.submission import (
     EarlierRun,
     Submission,
     default_folder,
+    fetch_json,
     fetch_results,
-    fetched_json,
     submit_capped,
     watch,
 )
@@ -132,7 +132,7 @@ class Summary:
             "phases_s": self.phases.spent_s,
             "stages": [self._stage(stage) for stage in self.job["stages"]],
             "failures": self.failures,
-            "results": self.fetched and fetched_json(self.fetched),
+            "results": self.fetched and fetch_json(self.fetched),
         }
 
     def _stage(self, stage: StageView) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class Summary:
         for example in reversed(causes.values()):
             name = task_name(example["stage"], example["task"])
             yield f"  {name} {example['kind']}: {output.clean(example['reason'])}"
-            yield from (f"    {line}" for line in _raised(example)[-MAX_TRACEBACK_LINES:])
+            yield from (f"    {line}" for line in _limit_texts(example)[-MAX_TRACEBACK_LINES:])
         if causes:
             job, more = self.job["id"], failed - len(causes)
             rest = f"{more:,} more: `batchlab job failures {job}`; " if more > 0 else ""
@@ -206,7 +206,7 @@ class Summary:
             yield f"  files/: {files}, {output.size(self.fetched.size_bytes)}"
 
 
-def _raised(failure: FailureView) -> Sequence[str]:
+def _limit_texts(failure: FailureView) -> Sequence[str]:
     """Return the lines of a failure's traceback, without the last lines if they repeat the failure's reason."""
     lines = output.visible(failure["traceback"]).rstrip("\n").splitlines()
     reason = output.clean(failure["reason"])
@@ -255,7 +255,7 @@ def run(request: RunRequest, phases: Phases) -> Summary:
                 with phases.phase("start"):  # This backend has a bucket only while the grid is up.
                     session.start()
             with phases.phase("check"):
-                submission = asyncio.run(submission.located())
+                submission = asyncio.run(submission.locate())
                 earlier = asyncio.run(submission.find_latest_run())
                 number = choose(earlier, resume=request.resume, cache=request.cache)
                 if request.resume and earlier is None:

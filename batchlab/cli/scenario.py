@@ -22,7 +22,7 @@ from batchlab.cli.options import CALIBRATION, HOME, JSON, LIKE, SCENARIO, backen
 from batchlab.cli.output import Stopped
 from batchlab.cli.progress import bar
 from batchlab.cli.scenario_plan import plan
-from batchlab.cli.scenario_records import calibrate, calibrated, compare, record
+from batchlab.cli.scenario_records import calibrate, compare, load_calibration, record
 from batchlab.cli.scenario_replay import replay
 from batchlab.core.errors import UsageError
 from batchlab.core.pricing import price_book
@@ -261,7 +261,7 @@ def simulate(
 
     spec = compress_scenario(loader.load(loader.find(scenario)), compress)
     backend = factory.load(like)
-    measured = calibrated(calibration, backend.name, spec.compressed)
+    measured = load_calibration(calibration, backend.name, spec.compressed)
     book = price_book.load(home_of(home).path)
     for file in (log, out):
         if file:

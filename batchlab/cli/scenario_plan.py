@@ -20,7 +20,7 @@ from batchlab.cli.option_values import home_of, seconds_of
 from batchlab.cli.options import CALIBRATION, HOME, JSON, LIKE, SCENARIO, option
 from batchlab.cli.output import INTERRUPTED, Stopped
 from batchlab.cli.progress import bar
-from batchlab.cli.scenario_records import calibrated
+from batchlab.cli.scenario_records import load_calibration
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import PriceBook, parse, shown
 from batchlab.runtime.descriptor import Calibration
@@ -65,7 +65,7 @@ def plan(
     goal = Goal(seconds_of("--deadline", deadline), None if budget is None else parse(budget))
     backend = factory.load(like).name
     spec = loader.load(loader.find(scenario))
-    measured = calibrated(calibration, backend, spec.compressed)
+    measured = load_calibration(calibration, backend, spec.compressed)
     book = price_book.load(home_of(home).path)
     run = partial(forecast, backend=backend, calibration=measured, book=book)
     sketch = FastModel(backend, measured, book)
@@ -146,7 +146,7 @@ def _verdict(plan: Plan) -> str:
     deadline = output.span(plan.goal.deadline_s)
     if plan.holds:
         return (
-            f"Recommended: {usd} a run, {_met(plan)} in {plan.met.met} of {plan.met.of} fresh "
+            f"Recommended: {usd} a run, {_met_text(plan)} in {plan.met.met} of {plan.met.of} fresh "
             f"seeds, done after {latest} at the latest."
         )
     if not any(map(plan.goal.met, outcomes)) and plan.undone == len(outcomes):
@@ -175,7 +175,7 @@ def _cannot(plan: Plan) -> str:
     return f" No fleet can, because the last job is due {output.span(span_s)} after the first job."
 
 
-def _met(plan: Plan) -> str:
+def _met_text(plan: Plan) -> str:
     return "in time" if plan.goal.budget_usd is None else "in time and within the budget"
 
 
@@ -230,7 +230,7 @@ def _warm(candidate: Candidate) -> str:
 
 def _confidence(plan: Plan) -> Iterator[str]:
     outcomes = plan.outcomes
-    yield f"{_met(plan).capitalize()} {_share(plan, plan.met)}."
+    yield f"{_met_text(plan).capitalize()} {_share(plan, plan.met)}."
     if (share := plan.in_budget) is not None:
         yield f"In time {_share(plan, plan.in_time)}; within the budget {_share(plan, share)}."
     if plan.failed:
@@ -298,7 +298,7 @@ def as_yaml(scenario: Scenario) -> str:
     """Return the pools, the policy, and the prewarming of a scenario as YAML, to paste into a scenario file."""
     doc: dict[str, object] = {"pools": {plan.pool.name: {} for plan in scenario.pools}}
     doc["pools"] = {
-        plan.pool.name: _filled(
+        plan.pool.name: _fill(
             min=plan.pool.min_size,
             max=plan.pool.max_size,
             slots=plan.pool.slots,
@@ -320,5 +320,5 @@ def as_yaml(scenario: Scenario) -> str:
     return str(yaml.safe_dump(doc, sort_keys=False, default_flow_style=None, width=100)).rstrip()
 
 
-def _filled(**values: object) -> Mapping[str, object]:
+def _fill(**values: object) -> Mapping[str, object]:
     return {name: value for name, value in values.items() if value is not None}

@@ -92,14 +92,14 @@ def _of_jobs(request: RecordRequest) -> RecordedWorkload:
             remedy = "Wait for the end of the job with `batchlab job watch`, or cancel the job."
             raise UsageError(f"The job {view['id']} has not ended.", remedy=remedy)
     backend = factory.load(facts[0].backend)
-    jobs, measured = asyncio.run(_measured(backend, home, views))
+    jobs, measured = asyncio.run(_measure(backend, home, views))
     pools, policy = _fleet(home, backend)
     first = min(views.values(), key=lambda view: view["submitted_s"])
     name = _name(request.name or f"{first['name']}-recorded")
     return recording.from_jobs(jobs, measured, name, pools, policy)
 
 
-async def _measured(
+async def _measure(
     backend: Backend, home: Home, views: Mapping[str, JobView]
 ) -> tuple[list[tuple[JobView, JobDef]], dict[str, Measurements]]:
     from batchlab.jobs.attempts import definition
@@ -262,7 +262,7 @@ def _draw(curves: CurvePair) -> str:
     return f"{title}\n{chart.text(output.span, lambda value: f'{value:,.4g}')}"
 
 
-def calibrated(file: Path | None, backend: str, compressed: float) -> Calibration | None:
+def load_calibration(file: Path | None, backend: str, compressed: float) -> Calibration | None:
     """Return the content of a calibration file, or None if `file` is None.
 
     Raise UsageError if the calibration belongs to another backend. Print a note if the numbers of the calibration may

@@ -22,7 +22,7 @@ from batchlab.cli import charts, output
 from batchlab.cli.option_values import home_of, seconds_of
 from batchlab.cli.options import BACKEND, CALIBRATION, ENDPOINT, HOME, JSON, SCENARIO, flag, option
 from batchlab.cli.progress import LATE_S, ReplayDisplay
-from batchlab.cli.scenario_records import calibrated, comparison_text
+from batchlab.cli.scenario_records import comparison_text, load_calibration
 from batchlab.client.http import Client
 from batchlab.core.errors import BatchlabError, UsageError
 from batchlab.core.pricing import price_book
@@ -83,7 +83,7 @@ def run(request: ReplayRequest, *, json: bool) -> None:
     whole = loader.load(loader.find(request.scenario))
     factor = whole.compress if request.compress is None else request.compress
     scenario = compress_scenario(whole, factor)
-    calibration = calibrated(request.calibration, backend.name, scenario.compressed)
+    calibration = load_calibration(request.calibration, backend.name, scenario.compressed)
     if factor != 1:
         output.say(f"All times of {scenario.name} are divided by {factor:g}.")
     else:
@@ -97,12 +97,12 @@ def run(request: ReplayRequest, *, json: bool) -> None:
     if request.out:
         output.check_writable(request.out, folder=True)
     path = request.out or _free(request.home.records, scenario.name)
-    record = _replayed(request, backend, scenario, path)
+    record = _replay(request, backend, scenario, path)
     _note_late(record)
     rows = verdicts.judge(record, scenario.expect)
     comparison = None
     if request.forecast and not record.cut:
-        comparison = _compared(request, backend, scenario, record, calibration)
+        comparison = _compare(request, backend, scenario, record, calibration)
     if json:
         output.show_json(
             {
@@ -161,7 +161,7 @@ def _free(folder: Path, name: str) -> Path:
 # --- The run -------------------------------------------------------------------------------------
 
 
-def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path: Path) -> Record:
+def _replay(request: ReplayRequest, backend: Backend, scenario: Scenario, path: Path) -> Record:
     from batchlab.cli.session import Session
     from batchlab.runtime import settings
     from batchlab.scenarios import record
@@ -175,7 +175,7 @@ def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path
         front = None
         if not is_up:
             if any(fault.name in PROXY_FAULTS for fault in scenario.faults):
-                backend, front = stack.enter_context(_fronted(request, backend))
+                backend, front = stack.enter_context(_open_proxy(request, backend))
             stack.enter_context(settings.temporary_settings(home, policy, why=SETTINGS_COMMENT, keep=request.keep_up))
         pools = () if is_fixed else [plan.pool for plan in scenario.pools]
         session = stack.enter_context(Session(home, backend, pools, keep_up=request.keep_up))
@@ -190,7 +190,7 @@ def _replayed(request: ReplayRequest, backend: Backend, scenario: Scenario, path
 
 
 @contextmanager
-def _fronted(request: ReplayRequest, backend: Backend) -> Iterator[tuple[Backend, FaultProxy | None]]:
+def _open_proxy(request: ReplayRequest, backend: Backend) -> Iterator[tuple[Backend, FaultProxy | None]]:
     from batchlab.scenarios.faults.proxy import with_proxy
 
     if backend.emulator and request.keep_up:
@@ -268,7 +268,7 @@ def _note_late(record: Record) -> None:
 # --- The forecast --------------------------------------------------------------------------------
 
 
-def _compared(
+def _compare(
     request: ReplayRequest, backend: Backend, scenario: Scenario, record: Record, calibration: Calibration | None
 ) -> Comparison | None:
     """Return the comparison of a replay's record with a forecast of the same scenario.

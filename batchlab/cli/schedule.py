@@ -126,7 +126,7 @@ def _when(view: ScheduleView) -> str:
 
 
 def _moment(view: ScheduleView, at_s: float | None) -> str:
-    return "-" if at_s is None else due_times.shown(at_s, due_times.zone_of(view["timezone"]))
+    return "-" if at_s is None else due_times.text_of_time(at_s, due_times.zone_of(view["timezone"]))
 
 
 def _result(run: RunView) -> str:
@@ -245,7 +245,7 @@ def run(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
     from batchlab.cli.session import Session
 
     token = RandomIds().fresh("asked")  # A repeated request with the same token starts one run.
-    with Session.attached(home_of(home)) as session:
+    with Session.attach(home_of(home)) as session:
         view = session.call(lambda client: client.run_schedule(name, token))
     if view["state"] == "skipped" or view["result"] == "REFUSED":
         raise Refused(
@@ -276,11 +276,11 @@ def _upload_and_add(
     from batchlab.jobs.submission import code_digest, own_keys, prepare
     from batchlab.runtime import factory
 
-    with Session.attached(home) as session:
+    with Session.attach(home) as session:
         backend = session.backend
         clock = backend.open_clock()
         jobfile = job_file.load(file, parameters, needs_input=prefix is None)
-        keys = own_keys(jobfile, backend.bucket(home)) if prefix is None else [_checked_prefix(prefix)]
+        keys = own_keys(jobfile, backend.bucket(home)) if prefix is None else [_check_prefix(prefix)]
         packed = code_digest(jobfile)
         name = name or jobfile.job.name
         schedule = {
@@ -343,7 +343,7 @@ def moment(text: str, zone: str, now_s: float) -> float:
         raise UsageError(f"{text[:60]!r} is not a time.", remedy=remedy) from error
 
 
-def _checked_prefix(text: str) -> str:
+def _check_prefix(text: str) -> str:
     """Return the prefix that `--input` names. Raise UsageError if the text is not a valid prefix."""
     from batchlab.jobs.submission import check_key
 

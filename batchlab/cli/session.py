@@ -67,7 +67,7 @@ class Session:
         self._revivals_left = revivals
 
     @classmethod
-    def attached(cls, home: Home) -> Self:
+    def attach(cls, home: Home) -> Self:
         """Return a session that is connected to the running grid in `home`. Raise Unreachable if no grid is running."""
         record = home.record()
         if record is None:
@@ -103,8 +103,8 @@ class Session:
 
     def _bring_up(self) -> None:
 
-        # `named_place` raises an error if the grid's folder belongs to another endpoint.
-        self.backend.named_place(self.home)
+        # `find_place` raises an error if the grid's folder belongs to another endpoint.
+        self.backend.find_place(self.home)
         record = self.home.record()
         if record is None:
             # `ours` is set before the manager's start, because an interrupted start may leave a manager process that

@@ -24,7 +24,7 @@ from batchlab.cli.output import INTERRUPTED, Stopped
 from batchlab.cli.progress import bar
 from batchlab.core.errors import UsageError
 from batchlab.sim.faults import Fault, FaultKind
-from batchlab.sim.fuzz import WEATHERS, Failure, SeedResult, ShrinkResult, Tally, command, written
+from batchlab.sim.fuzz import WEATHERS, Failure, SeedResult, ShrinkResult, Tally, command, write
 
 MAX_SHRUNK_SEEDS = 3
 """Maximum number of failing seeds for which the smallest failing set of faults is searched. One bug usually breaks many
@@ -69,7 +69,7 @@ def fuzz(
     \b
     Example: batchlab sim fuzz --seeds 10000 --report long.md
     """
-    _known(weather)
+    _check_known(weather)
     if report:
         output.check_writable(report)
     begun_s = time.monotonic()
@@ -89,7 +89,7 @@ def fuzz(
         raise typer.Exit(INTERRUPTED if interrupted else 1)
 
 
-def _known(weather: str) -> None:
+def _check_known(weather: str) -> None:
     if weather not in WEATHERS:
         raise UsageError(f"The weather {weather!r} does not exist.", remedy=f"Name one of {', '.join(WEATHERS)}.")
 
@@ -147,7 +147,7 @@ def replay(
     """
     from batchlab.sim import fuzz
 
-    _known(weather)
+    _check_known(weather)
     wanted = None if only is None else fuzz.read(only)
     if log:
         output.check_writable(log)
@@ -158,8 +158,8 @@ def replay(
         log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     idle = [fault for fault in wanted or () if fault not in tried.faults]
     if idle:
-        output.say(f"These fitted no call and did not happen: {fuzz.written(idle)}")
-    output.show(_ended(tried))
+        output.say(f"These fitted no call and did not happen: {fuzz.write(idle)}")
+    output.show(_end_text(tried))
     if tried.failure:
         if log is None:
             tail = lines[-MAX_LOG_LINES:]
@@ -167,7 +167,7 @@ def replay(
         raise typer.Exit(1)
 
 
-def _ended(tried: SeedResult) -> str:
+def _end_text(tried: SeedResult) -> str:
     faults = output.count(len(tried.faults), "fault")
     if failure := tried.failure:
         text = f"Seed {tried.seed}, after {faults}: {output.clean(failure.text)}"
@@ -270,7 +270,7 @@ class Campaign:
             yield f"after {happened}; no smaller set that breaks the promise was found in time"
         else:
             least = "the fewest" if shrunk.least else "the fewest found in time"
-            faults = written(shrunk.parts).replace(",", ", ")
+            faults = write(shrunk.parts).replace(",", ", ")
             yield f"after {happened}, of which {least} that break the promise are: {faults}"
         yield self.replay(failure)
 
@@ -323,4 +323,4 @@ class Campaign:
 
 
 def _list(faults: Sequence[Fault]) -> list[str]:
-    return [] if not faults else written(faults).split(",")
+    return [] if not faults else write(faults).split(",")

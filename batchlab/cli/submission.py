@@ -29,7 +29,7 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.jobs.attempts import definition
-from batchlab.jobs.results import Fetched, fetch, listed
+from batchlab.jobs.results import Fetched, fetch, list_results
 from batchlab.runtime import home as fetches
 from batchlab.runtime.factory import Backend, patience
 from batchlab.runtime.home import Home
@@ -67,10 +67,10 @@ async def find_latest_run(objects: Objects, name: str, source_digest: str, patie
         number, job = number + 1, candidate
     if job is None:
         return None
-    return EarlierRun(number, job, await _ended(objects, job, patience))
+    return EarlierRun(number, job, await _end_state(objects, job, patience))
 
 
-async def _ended(objects: Objects, job: JobId, patience: Patience) -> JobState | None:
+async def _end_state(objects: Objects, job: JobId, patience: Patience) -> JobState | None:
     round_ = 0
     while await patience(partial(objects.head, object_keys.retry(job, round_ + 1))):
         round_ += 1
@@ -112,7 +112,7 @@ class Submission:
         source_digest = job_file.source_digest(jobfile, packed[1])
         return cls(jobfile, packed, source_digest, home, backend)
 
-    async def located(self) -> Submission:
+    async def locate(self) -> Submission:
         """Return the submission with the keys of its input objects in the bucket.
 
         Raise UsageError if the input is invalid. The source digest covers the names, sizes, and ETags of the input
@@ -173,9 +173,9 @@ def submit(home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float |
     If an earlier submission of the same job file is still active, the function returns the earlier job. `max_cost_usd`
     caps the cost of a new job or of the earlier job.
     """
-    with Session.attached(home) as session:
+    with Session.attach(home) as session:
         submission = Submission.of(file, parameters_of(sets), home, session.backend)
-        submission = asyncio.run(submission.located())
+        submission = asyncio.run(submission.locate())
         earlier = asyncio.run(submission.find_latest_run())
         if earlier and earlier.ended is None:
             job = asyncio.run(definition(submission.objects, earlier.job, patience()))
@@ -240,7 +240,7 @@ def _note_slots(grid: GridView, slots: dict[str, int]) -> None:
         slots[pool["name"]] = max(slots.get(pool["name"], 0), up)
 
 
-def fetched_json(fetched: Fetched) -> dict[str, object]:
+def fetch_json(fetched: Fetched) -> dict[str, object]:
     """Return the summary of fetched results as a JSON object."""
     sizes = {"files": fetched.files, "size_bytes": fetched.size_bytes}
     return {"folder": str(fetched.folder), "results": dict(fetched.results), **sizes}
@@ -256,7 +256,7 @@ def fetch_results(session: Session, view: JobView, out: Path | None, stages: Seq
 
     If `out` is None, fetch the results into out/<job name>.
     """
-    listing = listed(lambda after: session.call(partial(Client.outcomes, job=view["id"], after=after)))
+    listing = list_results(lambda after: session.call(partial(Client.outcomes, job=view["id"], after=after)))
     objects = session.backend.open_objects(session.home)
     folder = out or default_folder(view["name"])
     notes = output.ThrottledNotes()

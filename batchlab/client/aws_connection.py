@@ -138,7 +138,7 @@ def connection_main(home: Home, backend: Backend, *, parent: int = 0) -> None:
     """Keep a connection to a stack's manager open until SIGTERM, SIGINT, or the end of the process `parent`."""
     gc_control.resume()
     logs.set_up(service="connect")
-    with home.locked():
+    with home.lock():
         asyncio.run(_connect(home, backend, parent))
 
 

@@ -19,10 +19,10 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from batchlab.client import thread_cache
-from batchlab.client.futures import Batch, BrokenGridExecutor, Call, CallFuture, Sender, death, revived
+from batchlab.client.futures import Batch, BrokenGridExecutor, Call, CallFuture, Sender, death, revive
 from batchlab.client.grid_link import Link
 from batchlab.client.job_watch import JobWatch
-from batchlab.client.results import decoded
+from batchlab.client.results import decode_all
 from batchlab.client.submission import MAP, JobSubmitter
 from batchlab.core.errors import BackendError, JobFailed, TaskFailed, Unreachable, UsageError
 from batchlab.core.model import JobId, Json, Outcome
@@ -219,23 +219,23 @@ class Dispatch:
         long.
         """
 
-        def accepted() -> None:
-            self._events.put(partial(self._sent, batch, None))
+        def on_accepted() -> None:
+            self._events.put(partial(self._on_sent, batch, None))
 
         problem: BaseException | None = None
         try:
             if calls := batch.claim():
-                after = self._sender.send(batch, calls, accepted, self.outcome)
+                after = self._sender.send(batch, calls, on_accepted, self.outcome)
                 if batch.job:
                     self._events.put(partial(self._start_watch, batch, after))
         except BaseException as error:  # noqa: BLE001 - any error ends the batch of calls
             problem = error
         if not batch.job:
-            self._events.put(partial(self._sent, batch, problem))
+            self._events.put(partial(self._on_sent, batch, problem))
         elif problem:
-            self._events.put(partial(self._lost, batch, problem))
+            self._events.put(partial(self._on_loss, batch, problem))
 
-    def _sent(self, batch: Batch, problem: BaseException | None) -> None:
+    def _on_sent(self, batch: Batch, problem: BaseException | None) -> None:
         """Record that the submission of a batch has ended. If `problem` is None, the grid has accepted the batch."""
         with self._lock:
             self._sending = False
@@ -244,7 +244,7 @@ class Dispatch:
             rejection.add_note("The call could not be sent. Use arguments that can be pickled, such as plain data.")
             _end(future, error=rejection)
         if problem:
-            self._lost(batch, problem)
+            self._on_loss(batch, problem)
         elif batch.open:
             self._batches[batch.job] = batch
             self._watch = self._watch or JobWatch(self._link, self)
@@ -265,13 +265,13 @@ class Dispatch:
     def outcome(self, job: str, outcome: Outcome) -> None:
         self._events.put(partial(self._receive, job, outcome))
 
-    def ended(self, job: str, view: JobView) -> None:
+    def on_end(self, job: str, view: JobView) -> None:
         self._events.put(partial(self._close, job, view))
 
-    def lost(self, job: str, error: Exception) -> None:
+    def on_loss(self, job: str, error: Exception) -> None:
         def event() -> None:
             if batch := self._batches.get(job):
-                self._lost(batch, error)
+                self._on_loss(batch, error)
 
         self._events.put(event)
 
@@ -299,7 +299,7 @@ class Dispatch:
         remaining = iter(tasks)
         own = JobObjects(JobId(batch.job), is_python=True)
         try:
-            for value in decoded(self._link, batch.job, MAP, tasks, encoded, own):
+            for value in decode_all(self._link, batch.job, MAP, tasks, encoded, own):
                 self._value(batch.open.pop(next(remaining), None), value)
         except (BackendError, UsageError) as error:
             text = f"The call's result cannot be fetched: {error}"
@@ -315,10 +315,10 @@ class Dispatch:
             error = value if isinstance(value, TaskFailed) else None
             _end(future, value, error)
         elif value.initializer:
-            self._break(f"its initializer raised {value.told}", revived(value))
+            self._break(f"its initializer raised {value.told}", revive(value))
             _end(future, error=self._error())
         else:
-            _end(future, error=revived(value))
+            _end(future, error=revive(value))
 
     # --- Ends of batches -------------------------------------------------------------------------
 
@@ -351,7 +351,7 @@ class Dispatch:
         if batch is None:
             return
         if self._is_closed():
-            self._lost(batch, Unreachable("The grid was closed.", remedy="Create another Grid."))
+            self._on_loss(batch, Unreachable("The grid was closed.", remedy="Create another Grid."))
         elif batch.ending:
             self._remove(batch, cancel=False)
             for future in batch.drain():
@@ -361,7 +361,7 @@ class Dispatch:
             text = f"Job {job} ended {view['state']}{reason} before the call ended."
             self._fail(batch, lambda: JobFailed(text))
 
-    def _lost(self, batch: Batch, error: BaseException) -> None:
+    def _on_loss(self, batch: Batch, error: BaseException) -> None:
         """Set an error as the result of each open call of the batch, because further results cannot arrive."""
         if isinstance(error, Unreachable | CancelledError) or self._is_closed():
             self._break(str(error) or "The grid was closed.", error)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchlab.client.grid_link import Link
-from batchlab.client.results import failed, outcomes
-from batchlab.client.submission import MAP, Chunk, JobSubmitter, ObjectPickler, job_name, pickled
+from batchlab.client.results import outcomes, task_failure
+from batchlab.client.submission import MAP, Chunk, JobSubmitter, ObjectPickler, job_name, pickle_call
 from batchlab.core.errors import BackendError, TaskFailed, UsageError
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Failure, FailureKind, JobId, Json, Outcome
@@ -105,7 +105,7 @@ class Packer:
             if key not in functions:
                 # `_reference` pickles the function again for each call, and raises the error.
                 with suppress(Exception):
-                    functions[key] = pickled(call.function)
+                    functions[key] = pickle_call(call.function)
             if key in functions:
                 uses[functions[key]] += 1
         shared = {}
@@ -123,7 +123,7 @@ def _reference(function: Callable[..., Any], entry: tuple[bytes, bool] | None, t
         raise TypeError(f"{function!r} is not callable")
     # If `entry` is None, the function could not be pickled, and `pickled` raises a new error for each call of the
     # function.
-    data, shared = entry or (pickled(function), False)
+    data, shared = entry or (pickle_call(function), False)
     if shared:
         return table.setdefault(data, len(table))
     return {"$pickle": base64.b64encode(data).decode()}
@@ -170,10 +170,10 @@ class RemoteTraceback(Exception):
 
 def death(outcome: Outcome, failure: Failure) -> TaskFailed:
     """Return the error for a call that failed permanently without an exception of its own, such as a crash."""
-    return failed(outcome, failure, WorkerDied if failure.kind in _PROCESS_ENDS else TaskFailed)
+    return task_failure(outcome, failure, WorkerDied if failure.kind in _PROCESS_ENDS else TaskFailed)
 
 
-def revived(raised: Raised) -> BaseException:
+def revive(raised: Raised) -> BaseException:
     """Unpickle the exception that a call raised on a worker.
 
     If the exception cannot be unpickled in this process, return a TaskFailed with the text of the exception.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from batchlab.client.grid_link import POLL_S, Link
 from batchlab.client.http import Client
-from batchlab.client.results import MapResults, decoded
+from batchlab.client.results import MapResults, decode_all
 from batchlab.client.submission import MAP, JobSubmitter, job_name
 from batchlab.core.errors import JobFailed, TaskFailed, UsageError
 from batchlab.core.job_definition import JobDef, StageDef
@@ -72,7 +72,7 @@ class Grid:
         is given for a grid that is already up.
         """
         descriptor = factory.load(backend)
-        sized = _sized(descriptor.pools, workers, pools, warm=warm)
+        sized = _size_pools(descriptor.pools, workers, pools, warm=warm)
         self._link = Link(descriptor, find_home(Path(home) if home else None), sized)
         # Unlike the method `__del__`, a callback of `weakref.finalize` also runs when Python exits.
         self._end = weakref.finalize(self, self._link.close)
@@ -164,7 +164,7 @@ class Grid:
             yield None
             for first, encoded in incoming.runs():
                 tasks = range(first, first + len(encoded))
-                for value in decoded(link, job.id, MAP, tasks, encoded, own):
+                for value in decode_all(link, job.id, MAP, tasks, encoded, own):
                     if isinstance(value, TaskFailed) and not return_exceptions:
                         raise value
                     yield value
@@ -205,7 +205,7 @@ class Grid:
         """
         _check_positive(timeout_s=timeout_s)
         link = self._link
-        job_def = _capped(self._prepared(Path(job), params or {}), max_cost_usd)
+        job_def = _cap(self._prepare(Path(job), params or {}), max_cost_usd)
         link.follow(job_def.id)
         ended = False
         try:
@@ -222,11 +222,11 @@ class Grid:
         self, job: PathText | JobDef, *, params: Mapping[str, Any] | None = None, max_cost_usd: float | None = None
     ) -> str:
         """Submit a job file or a JobDef without waiting for the end of the job, and return the job's id."""
-        job_def = job if isinstance(job, JobDef) else self._prepared(Path(job), params or {})
-        job_def = _capped(job_def, max_cost_usd)
+        job_def = job if isinstance(job, JobDef) else self._prepare(Path(job), params or {})
+        job_def = _cap(job_def, max_cost_usd)
         return self._link.call(lambda client: client.submit(job_def))["id"]
 
-    def _prepared(self, file: Path, params: Mapping[str, Any]) -> JobDef:
+    def _prepare(self, file: Path, params: Mapping[str, Any]) -> JobDef:
         # The import is inside the method, because the import of pydantic and yaml takes longer than a short call of
         # `map`.
         from batchlab.jobs import submission
@@ -281,7 +281,7 @@ class Grid:
         self.close()
 
 
-def _sized(own: Sequence[Pool], workers: int | None, pools: Sequence[Pool], *, warm: bool) -> Sequence[Pool]:
+def _size_pools(own: Sequence[Pool], workers: int | None, pools: Sequence[Pool], *, warm: bool) -> Sequence[Pool]:
     """Return the pools of a new grid, or an empty sequence if the grid gets the default pools of its backend."""
     _check_positive(workers=workers)
     if workers is not None and pools:
@@ -293,7 +293,7 @@ def _sized(own: Sequence[Pool], workers: int | None, pools: Sequence[Pool], *, w
     return pools
 
 
-def _capped(job: JobDef, max_cost_usd: float | None) -> JobDef:
+def _cap(job: JobDef, max_cost_usd: float | None) -> JobDef:
     _check_positive(max_cost_usd=max_cost_usd)
     return job if max_cost_usd is None else replace(job, max_cost_usd=max_cost_usd)
 

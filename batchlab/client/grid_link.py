@@ -85,8 +85,8 @@ class Link:
     # --- Manager ---------------------------------------------------------------------------------
 
     def _connect(self) -> None:
-        # `named_place` raises UsageError if the home belongs to another endpoint.
-        self.backend.named_place(self.home)
+        # `find_place` raises UsageError if the home belongs to another endpoint.
+        self.backend.find_place(self.home)
         record = self.home.record()
         if record is None:
             record = manager_process.start_manager(self.home, self.backend, pools=self._pools, parent=True)
@@ -222,7 +222,7 @@ class Link:
         if cancel:
             cancelling = self.start(asyncio.to_thread(self._cancel, job))
             self._cancelling[cancelling] = job
-            cancelling.add_done_callback(self._cancelled)
+            cancelling.add_done_callback(self._on_cancel)
 
     def _cancel(self, job: str) -> None:
         try:
@@ -232,7 +232,7 @@ class Link:
         except BackendError as error:
             log.warning("job %s could not be canceled: %s", job, error)
 
-    def _cancelled(self, cancelling: Future[None]) -> None:
+    def _on_cancel(self, cancelling: Future[None]) -> None:
         error = None if cancelling.cancelled() else cancelling.exception()
         if error and thread_cache.is_exiting():
             # While Python exits, threads cannot be started, so `close` must cancel the job. The job is added to `_live`

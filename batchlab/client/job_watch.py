@@ -49,8 +49,8 @@ class Listener(Protocol):
     """
 
     def outcome(self, job: str, outcome: Outcome) -> None: ...
-    def ended(self, job: str, view: JobView) -> None: ...
-    def lost(self, job: str, error: Exception) -> None:
+    def on_end(self, job: str, view: JobView) -> None: ...
+    def on_loss(self, job: str, error: Exception) -> None:
         """Receive the error that ended the watch of a job. The job itself may still run."""
 
 
@@ -104,13 +104,13 @@ class JobWatch:
             async with self._asking():
                 view = await self._pass_on(job, after)
         except asyncio.CancelledError:  # The event loop is ending.
-            self._listener.lost(job, Unreachable("The grid was closed.", remedy="Create another Grid."))
+            self._listener.on_loss(job, Unreachable("The grid was closed.", remedy="Create another Grid."))
             raise
         except Exception as error:  # noqa: BLE001 - any error ends the watch of the job
-            self._listener.lost(job, error)
+            self._listener.on_loss(job, error)
         else:
             if view:
-                self._listener.ended(job, view)
+                self._listener.on_end(job, view)
 
     async def _pass_on(self, job: str, after: int | None) -> JobView | None:
         """Pass every outcome of a job to the listener.

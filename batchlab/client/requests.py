@@ -212,7 +212,7 @@ class _Answer:
         rest = self._response.read()
         if self._expected is None:
             return rest
-        return self._expected.checked(self._line + rest)[len(self._line) :]
+        return self._expected.check_answer(self._line + rest)[len(self._line) :]
 
 
 def _trace(context: str) -> str:

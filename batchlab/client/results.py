@@ -100,7 +100,7 @@ class MapResults:
         listed, fetching = self._listed, self._fetching
         while listed and (len(fetching) < MAX_FETCHES or listed[0][0] <= needed < fetching[0][0]):
             at, seq, view = heappop(listed)
-            heappush(fetching, (at, seq, self._link.start(fetched(self._link, view))))
+            heappush(fetching, (at, seq, self._link.start(fetch_outcome(self._link, view))))
         if not fetching or fetching[0][0] > needed:
             return None
         return heappop(fetching)[2].result()
@@ -136,7 +136,7 @@ def gap_s(watched_s: float, left: float = math.inf, *, most_s: float = GAP_S) ->
     return min(most_s, GAP_SHARE * watched_s * min(1.0, max(0.0, left)))
 
 
-async def fetched(link: Link, view: OutcomeView) -> Outcome:
+async def fetch_outcome(link: Link, view: OutcomeView) -> Outcome:
     """Return the outcome that an OutcomeView describes.
 
     If the OutcomeView does not contain the outcome itself, fetch the outcome from the bucket.
@@ -156,7 +156,7 @@ async def outcomes(link: Link, views: Sequence[OutcomeView]) -> AsyncIterator[Ou
     """Yield the outcomes that contain ended tasks. Up to MAX_FETCHES outcomes are fetched in parallel."""
     with_results = [view for view in views if view["tasks"] or view["failed"]]
     for first in range(0, len(with_results), MAX_FETCHES):
-        batch = (fetched(link, view) for view in with_results[first : first + MAX_FETCHES])
+        batch = (fetch_outcome(link, view) for view in with_results[first : first + MAX_FETCHES])
         for outcome in await asyncio.gather(*batch):
             yield outcome
 
@@ -168,10 +168,10 @@ def _runs(outcome: Outcome) -> Iterator[Run]:
         at += stop - start
     for failure in outcome.failed:
         if failure.final:
-            yield failure.task, [failed(outcome, failure)]
+            yield failure.task, [task_failure(outcome, failure)]
 
 
-def failed(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFailed) -> TaskFailed:
+def task_failure(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFailed) -> TaskFailed:
     """Return the error for a task's permanent failure."""
     attempt = outcome.bundle.attempt
     times = f" {attempt} times, the last time" if attempt > 1 else ""
@@ -186,7 +186,7 @@ def failed(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFail
 # --- Decoding ------------------------------------------------------------------------------------
 
 
-def decoded(
+def decode_all(
     link: Link, where: str, stage: str, tasks: Sequence[int], encoded: Sequence[Json | TaskFailed], own: JobObjects
 ) -> Iterator[Any]:
     """Yield the decoded results of the tasks `tasks` of a stage. Files and large values are fetched into the folder
@@ -207,10 +207,10 @@ def decoded(
             inputs = materialization.Inputs(link.objects, folder, asyncio.to_thread, own, link.files)
             batch |= dict(link.run(inputs.fetch(references)))
         for task, value in batch.items():
-            yield _decoded(stage, task, value, pickles=own.is_python)
+            yield _decode(stage, task, value, pickles=own.is_python)
 
 
-def _decoded(stage: str, task: int, encoded: Json | Failure | TaskFailed, *, pickles: bool) -> Any:
+def _decode(stage: str, task: int, encoded: Json | Failure | TaskFailed, *, pickles: bool) -> Any:
     if isinstance(encoded, Failure):
         name = task_name(stage, task)
         return TaskFailed(f"The result of task {name} cannot be fetched: {encoded.reason}", task=task)
@@ -226,7 +226,7 @@ def _decoded(stage: str, task: int, encoded: Json | Failure | TaskFailed, *, pic
 
 
 def _file(reference: Json) -> File:
-    return File.fetched(reference["$file"], reference["name"], reference["origin"])
+    return File.fetch(reference["$file"], reference["name"], reference["origin"])
 
 
 T = TypeVar("T")
@@ -300,7 +300,7 @@ class JobResult:
             pairs = results.in_task_order(link.objects, listing, link.patience)
             while part := link.run(_next_values(pairs, MAX_VALUES_READ)):
                 tasks, encoded = zip(*part, strict=True)
-                for value in decoded(link, f"{self.id}/{stage}", stage, tasks, encoded, own):
+                for value in decode_all(link, f"{self.id}/{stage}", stage, tasks, encoded, own):
                     if isinstance(value, TaskFailed):
                         raise value
                     yield value
@@ -316,7 +316,7 @@ class JobResult:
 
 def list_outcomes(link: Link, job: str) -> list[Listed]:
     """Return the list of all outcomes of a job that has ended."""
-    return results.listed(lambda after: link.call(partial(Client.outcomes, job=job, after=after)))
+    return results.list_results(lambda after: link.call(partial(Client.outcomes, job=job, after=after)))
 
 
 async def _next_values(iterator: AsyncIterator[T], count: int) -> list[T]:

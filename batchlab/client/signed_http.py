@@ -26,7 +26,7 @@ class Signing(httpx.Auth):
         response = yield request
         try:
             status, proof = response.status_code, response.headers.get(PROOF)
-            Expected(self._token, signed, status, proof).checked(response.content)
+            Expected(self._token, signed, status, proof).check_answer(response.content)
         except Unproven:
             message = "The program that answered does not prove that it is the manager."
             raise httpx.RemoteProtocolError(message, request=request) from None

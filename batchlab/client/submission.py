@@ -73,7 +73,7 @@ _Pickler = type(
 )
 
 
-def pickled(function: Callable[..., Any]) -> bytes:
+def pickle_call(function: Callable[..., Any]) -> bytes:
     """Return the pickled function. The caller must call `pickled` inside `ObjectPickler.by_value`. An error of pickle
     is raised unchanged.
     """
@@ -100,7 +100,7 @@ class ObjectPickler:
             raise UsageError(f"{name} is not a function.", remedy="Pass a callable to map.")
         with self.by_value():
             try:
-                return pickled(function)
+                return pickle_call(function)
             except Exception as error:
                 raise UsageError(
                     f"The function {name} cannot be sent to the workers: {type(error).__name__}: {error}.",

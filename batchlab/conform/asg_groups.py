@@ -29,7 +29,7 @@ def create(site: Site) -> None:
         "TerminationPolicies": ["NewestInstance"],
     }
     tag = {"Key": "batchlab:pool", "Value": "a & b", "PropagateAtLaunch": True}
-    group.create(**settings, Tags=[tag]).accepted()
+    group.create(**settings, Tags=[tag]).expect_accepted()
     description = group.now()
     for name, value in settings.items():
         expect(description.get(name) == value, f"{name} is {description.get(name)} instead of {value}")
@@ -47,8 +47,8 @@ def create_taken(site: Site) -> None:
     """CreateAutoScalingGroup with the name of an existing group returns 400 AlreadyExists and does not change the
     group.
     """
-    group, before = OwnGroup.grown(site, 1)
-    group.create(MaxSize=2).refused(400, "AlreadyExists")
+    group, before = OwnGroup.create_grown_group(site, 1)
+    group.create(MaxSize=2).expect_refused(400, "AlreadyExists")
     expect(group.now()["MaxSize"] == 3, "CreateAutoScalingGroup is refused, but changes the group")
     expect(group.ids() == before, "the group has another instance")
 
@@ -61,7 +61,7 @@ def create_taken(site: Site) -> None:
 def create_template(site: Site) -> None:
     """CreateAutoScalingGroup with a missing launch template returns 400."""
     nowhere = {"LaunchTemplateName": f"{site.target.run}-nowhere"}
-    OwnGroup(site).create(LaunchTemplate=nowhere).refused(400)
+    OwnGroup(site).create(LaunchTemplate=nowhere).expect_refused(400)
 
 
 @ASG_GROUPS.noted(
@@ -70,7 +70,7 @@ def create_template(site: Site) -> None:
 )
 def create_limits(site: Site) -> None:
     """A MinSize above MaxSize returns 400 ValidationError."""
-    OwnGroup(site).create(MinSize=3, MaxSize=2).refused(400, REFUSED)
+    OwnGroup(site).create(MinSize=3, MaxSize=2).expect_refused(400, REFUSED)
 
 
 @ASG_GROUPS.needed(
@@ -80,7 +80,7 @@ def create_limits(site: Site) -> None:
 )
 def missing(site: Site) -> None:
     """DescribeAutoScalingGroups ignores the name of a group that does not exist."""
-    expect(OwnGroup(site).described() == [], "DescribeAutoScalingGroups returns a group")
+    expect(OwnGroup(site).describe() == [], "DescribeAutoScalingGroups returns a group")
 
 
 @ASG_GROUPS.noted(
@@ -91,8 +91,8 @@ def missing(site: Site) -> None:
 def missing_refused(site: Site) -> None:
     """SetDesiredCapacity and DeleteAutoScalingGroup of a missing group return 400 ValidationError."""
     nowhere = OwnGroup(site)
-    nowhere.size(1).refused(400, REFUSED)
-    nowhere.call("DeleteAutoScalingGroup").refused(400, REFUSED)
+    nowhere.size(1).expect_refused(400, REFUSED)
+    nowhere.call("DeleteAutoScalingGroup").expect_refused(400, REFUSED)
 
 
 @ASG_GROUPS.needed(
@@ -106,13 +106,13 @@ def pages(site: Site) -> None:
     """
     groups = [OwnGroup(site) for _ in range(5)]
     for group in groups:
-        group.create().accepted()
+        group.create().expect_accepted()
     names = [group.name for group in groups]
     request = {"AutoScalingGroupNames": names, "MaxRecords": 2}
     names_by_page: list[list[str]] = []
     token: dict[str, str] = {}
     while len(names_by_page) <= len(names):
-        page = groups[0].ask("DescribeAutoScalingGroups", **request, **token).accepted().data
+        page = groups[0].ask("DescribeAutoScalingGroups", **request, **token).expect_accepted().data
         names_by_page.append([description["AutoScalingGroupName"] for description in page["AutoScalingGroups"]])
         if not page.get("NextToken"):
             break
@@ -129,7 +129,7 @@ def pages(site: Site) -> None:
 def token_nonsense(site: Site) -> None:
     """An invalid NextToken returns 400 InvalidNextToken."""
     answer = OwnGroup(site).ask("DescribeAutoScalingGroups", NextToken="nonsense")
-    answer.refused(400, "InvalidNextToken")
+    answer.expect_refused(400, "InvalidNextToken")
 
 
 @ASG_GROUPS.needed(
@@ -139,9 +139,9 @@ def token_nonsense(site: Site) -> None:
 )
 def desired(site: Site) -> None:
     """After SetDesiredCapacity, the group launches or terminates instances until this number is InService."""
-    group = OwnGroup.created(site)
+    group = OwnGroup.create_group(site)
     for size in (2, 1, 0):
-        group.size(size).accepted()
+        group.size(size).expect_accepted()
         group.has(size)
 
 
@@ -151,9 +151,9 @@ def desired(site: Site) -> None:
 )
 def desired_outside(site: Site) -> None:
     """A desired capacity below MinSize or above MaxSize returns 400 ValidationError."""
-    group, _ = OwnGroup.grown(site, 1, MinSize=1)
+    group, _ = OwnGroup.create_grown_group(site, 1, MinSize=1)
     for size in (4, 0):
-        group.size(size).refused(400, REFUSED)
+        group.size(size).expect_refused(400, REFUSED)
         expect(group.desired == 1, "SetDesiredCapacity is refused, but sets the capacity")
 
 
@@ -164,9 +164,9 @@ def desired_outside(site: Site) -> None:
 )
 def limits_move_desired(site: Site) -> None:
     """A desired capacity outside of new limits is set to the nearer limit."""
-    group = OwnGroup.created(site)
+    group = OwnGroup.create_group(site)
     for limits, size in (({"MinSize": 2}, 2), ({"MinSize": 0, "MaxSize": 1}, 1)):
-        group.call("UpdateAutoScalingGroup", **limits).accepted()
+        group.call("UpdateAutoScalingGroup", **limits).expect_accepted()
         expect(group.desired == size, f"the desired capacity stays at {group.desired} with {limits}")
     group.has(1)
 
@@ -178,9 +178,9 @@ def limits_move_desired(site: Site) -> None:
 )
 def cooldown_ignored(site: Site) -> None:
     """SetDesiredCapacity without HonorCooldown is accepted during a cooldown."""
-    group = OwnGroup.created(site, DefaultCooldown=600)
+    group = OwnGroup.create_group(site, DefaultCooldown=600)
     for size in (1, 2):
-        group.size(size).accepted()
+        group.size(size).expect_accepted()
         group.has(size)
 
 
@@ -190,10 +190,10 @@ def cooldown_ignored(site: Site) -> None:
 )
 def cooldown_honoured(site: Site) -> None:
     """SetDesiredCapacity with HonorCooldown during a cooldown returns 400 ScalingActivityInProgress."""
-    group = OwnGroup.created(site, DefaultCooldown=600)
-    group.size(1).accepted()
+    group = OwnGroup.create_group(site, DefaultCooldown=600)
+    group.size(1).expect_accepted()
     group.has(1)
-    group.size(2, cooldown=True).refused(400, "ScalingActivityInProgress")
+    group.size(2, cooldown=True).expect_refused(400, "ScalingActivityInProgress")
 
 
 @ASG_GROUPS.noted(
@@ -205,12 +205,12 @@ def suspend(site: Site) -> None:
     """While Launch is suspended, the group launches no instances. After ResumeProcesses, the group launches the missing
     instances.
     """
-    group = OwnGroup.created(site)
-    group.call("SuspendProcesses", ScalingProcesses=["Launch"]).accepted()
-    group.size(1).accepted()
+    group = OwnGroup.create_group(site)
+    group.call("SuspendProcesses", ScalingProcesses=["Launch"]).expect_accepted()
+    group.size(1).expect_accepted()
     time.sleep(QUIET_S)
     expect(not group.ids(), "the group launches an instance while Launch is suspended")
-    group.call("ResumeProcesses", ScalingProcesses=["Launch"]).accepted()
+    group.call("ResumeProcesses", ScalingProcesses=["Launch"]).expect_accepted()
     group.has(1)
 
 
@@ -225,8 +225,8 @@ def activities(site: Site) -> None:
     """DescribeScalingActivities lists each launch and termination, newest first. The Description of an activity
     contains the instance, and the Cause contains the reason of the activity.
     """
-    group, (instance,) = OwnGroup.grown(site, 1)
-    group.size(0).accepted()
+    group, (instance,) = OwnGroup.create_grown_group(site, 1)
+    group.size(0).expect_accepted()
     group.has(0)
 
     def launch_and_termination() -> list[dict[str, object]]:
@@ -250,8 +250,8 @@ def activities(site: Site) -> None:
 )
 def delete_in_use(site: Site) -> None:
     """DeleteAutoScalingGroup of a group with instances returns 400 ResourceInUse."""
-    group, before = OwnGroup.grown(site, 1)
-    group.call("DeleteAutoScalingGroup").refused(400, "ResourceInUse")
+    group, before = OwnGroup.create_grown_group(site, 1)
+    group.call("DeleteAutoScalingGroup").expect_refused(400, "ResourceInUse")
     expect(group.ids() == before, "DeleteAutoScalingGroup is refused, but terminates the instance")
 
 
@@ -262,8 +262,8 @@ def delete_in_use(site: Site) -> None:
 )
 def delete_force(site: Site) -> None:
     """DeleteAutoScalingGroup with ForceDelete deletes a group and its instances."""
-    group, before = OwnGroup.grown(site, 2)
-    group.call("DeleteAutoScalingGroup", ForceDelete=True).accepted()
-    group.until(lambda: not group.described(), "the group still exists")
-    response = group.ask("DescribeAutoScalingInstances", InstanceIds=before).accepted().data
+    group, before = OwnGroup.create_grown_group(site, 2)
+    group.call("DeleteAutoScalingGroup", ForceDelete=True).expect_accepted()
+    group.until(lambda: not group.describe(), "the group still exists")
+    response = group.ask("DescribeAutoScalingInstances", InstanceIds=before).expect_accepted().data
     expect(not response["AutoScalingInstances"], "the instances of the group still exist")

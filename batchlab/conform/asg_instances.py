@@ -30,9 +30,9 @@ def launch_hook(site: Site) -> None:
     """A launch hook keeps a new instance in Pending:Wait. CompleteLifecycleAction with CONTINUE moves the instance to
     InService.
     """
-    group = OwnGroup.created(site, DesiredCapacity=1, LifecycleHookSpecificationList=[hook("up", LAUNCHING)])
+    group = OwnGroup.create_group(site, DesiredCapacity=1, LifecycleHookSpecificationList=[hook("up", LAUNCHING)])
     instance = group.waits("Pending:Wait")
-    group.complete("up", instance).accepted()
+    group.complete("up", instance).expect_accepted()
     expect(group.has(1) == [instance], "another instance reaches InService")
 
 
@@ -48,10 +48,12 @@ def drain_hook(site: Site) -> None:
     """A termination hook keeps an instance in Terminating:Wait. CompleteLifecycleAction with CONTINUE terminates the
     instance.
     """
-    group, (instance,) = OwnGroup.grown(site, 1, LifecycleHookSpecificationList=[hook("down", TERMINATING)])
-    group.size(0).accepted()
+    group, (instance,) = OwnGroup.create_grown_group(
+        site, 1, LifecycleHookSpecificationList=[hook("down", TERMINATING)]
+    )
+    group.size(0).expect_accepted()
     expect(group.waits("Terminating:Wait") == instance, "another instance reaches Terminating:Wait")
-    group.complete("down", instance).accepted()
+    group.complete("down", instance).expect_accepted()
     group.has(0)
 
 
@@ -62,10 +64,10 @@ def drain_hook(site: Site) -> None:
 )
 def hook_put_again(site: Site) -> None:
     """PutLifecycleHook with the name of an existing hook changes this hook."""
-    group = OwnGroup.created(site, LifecycleHookSpecificationList=[hook("up", LAUNCHING)])
+    group = OwnGroup.create_group(site, LifecycleHookSpecificationList=[hook("up", LAUNCHING)])
     changed = {**hook("up", LAUNCHING), "HeartbeatTimeout": 90, "DefaultResult": "ABANDON"}
-    group.call("PutLifecycleHook", **changed).accepted()
-    hooks = group.call("DescribeLifecycleHooks").accepted().data["LifecycleHooks"]
+    group.call("PutLifecycleHook", **changed).expect_accepted()
+    hooks = group.call("DescribeLifecycleHooks").expect_accepted().data["LifecycleHooks"]
     descriptions = [{name: description.get(name) for name in changed} for description in hooks]
     expect(descriptions == [changed], "DescribeLifecycleHooks returns another hook")
 
@@ -79,10 +81,10 @@ def hook_gone(site: Site) -> None:
     """CompleteLifecycleAction for an instance that is not in a hook returns 400 ValidationError, "No active Lifecycle
     Action …".
     """
-    group, (instance,) = OwnGroup.grown(site, 1)
-    group.call("PutLifecycleHook", **hook("up", LAUNCHING)).accepted()
+    group, (instance,) = OwnGroup.create_grown_group(site, 1)
+    group.call("PutLifecycleHook", **hook("up", LAUNCHING)).expect_accepted()
     answer = group.complete("up", instance)
-    answer.refused(400, REFUSED)
+    answer.expect_refused(400, REFUSED)
     message = answer.data["Error"].get("Message", "")
     expect(NO_ACTION in message, f"the error message is {message!r}")
 
@@ -96,8 +98,8 @@ def terminate_decrement(site: Site) -> None:
     """TerminateInstanceInAutoScalingGroup with ShouldDecrementDesiredCapacity terminates the instance without a
     replacement.
     """
-    group, (first, second) = OwnGroup.grown(site, 2)
-    group.terminate(first, decrement=True).accepted()
+    group, (first, second) = OwnGroup.create_grown_group(site, 2)
+    group.terminate(first, decrement=True).expect_accepted()
     group.until(lambda: first not in group.ids(), "the instance is not terminated")
     expect(group.desired == 1, f"the desired capacity is {group.desired}")
     time.sleep(QUIET_S)
@@ -113,8 +115,8 @@ def terminate_replace(site: Site) -> None:
     """TerminateInstanceInAutoScalingGroup without ShouldDecrementDesiredCapacity terminates the instance, and the group
     launches a replacement.
     """
-    group, (first, second) = OwnGroup.grown(site, 2)
-    group.terminate(first, decrement=False).accepted()
+    group, (first, second) = OwnGroup.create_grown_group(site, 2)
+    group.terminate(first, decrement=False).expect_accepted()
     _replaced(group, first, beside=second)
 
 
@@ -129,9 +131,9 @@ def terminate_unknown(site: Site) -> None:
     """
     group = OwnGroup(site)
     unknown = "i-00000000000000000"
-    group.terminate(unknown, decrement=False).refused(400, REFUSED)
+    group.terminate(unknown, decrement=False).expect_refused(400, REFUSED)
     answer = group.ask("SetInstanceHealth", InstanceId=unknown, HealthStatus="Unhealthy")
-    answer.refused(400, REFUSED)
+    answer.expect_refused(400, REFUSED)
 
 
 @ASG_INSTANCES.needed(
@@ -141,10 +143,10 @@ def terminate_unknown(site: Site) -> None:
 )
 def unhealthy(site: Site) -> None:
     """The group terminates and replaces an instance whose health is set to Unhealthy."""
-    group, (first, second) = OwnGroup.grown(site, 2)
+    group, (first, second) = OwnGroup.create_grown_group(site, 2)
     group.ask(
         "SetInstanceHealth", InstanceId=first, HealthStatus="Unhealthy", ShouldRespectGracePeriod=False
-    ).accepted()
+    ).expect_accepted()
     _replaced(group, first, beside=second)
 
 
@@ -162,11 +164,11 @@ def _replaced(group: OwnGroup, instance: str, *, beside: str) -> None:
 )
 def protect(site: Site) -> None:
     """Scaling in does not terminate protected instances, with any termination policy."""
-    group, before = OwnGroup.grown(site, 2, TerminationPolicies=["OldestInstance"])
-    group.size(3).accepted()
+    group, before = OwnGroup.create_grown_group(site, 2, TerminationPolicies=["OldestInstance"])
+    group.size(3).expect_accepted()
     (newest,) = set(group.has(3)) - set(before)
-    group.protect(*before).accepted()
-    group.size(2).accepted()
+    group.protect(*before).expect_accepted()
+    group.size(2).expect_accepted()
     group.until(lambda: newest not in group.ids(), "the unprotected instance is not terminated")
     expect(sorted(group.has(2)) == sorted(before), "a protected instance is terminated")
 
@@ -178,9 +180,9 @@ def protect(site: Site) -> None:
 )
 def protect_all(site: Site) -> None:
     """If all instances are protected, a lower desired capacity terminates none of them."""
-    group, before = OwnGroup.grown(site, 2)
-    group.protect(*before).accepted()
-    group.size(1).accepted()
+    group, before = OwnGroup.create_grown_group(site, 2)
+    group.protect(*before).expect_accepted()
+    group.size(1).expect_accepted()
     time.sleep(QUIET_S)
     expect(sorted(group.ids("InService")) == sorted(before), "a protected instance is terminated")
 
@@ -191,8 +193,8 @@ def protect_all(site: Site) -> None:
 )
 def protect_waiting(site: Site) -> None:
     """SetInstanceProtection of an instance that is not InService returns 400 ValidationError."""
-    group = OwnGroup.created(site, DesiredCapacity=1, LifecycleHookSpecificationList=[hook("up", LAUNCHING)])
-    group.protect(group.waits("Pending:Wait")).refused(400, REFUSED)
+    group = OwnGroup.create_group(site, DesiredCapacity=1, LifecycleHookSpecificationList=[hook("up", LAUNCHING)])
+    group.protect(group.waits("Pending:Wait")).expect_refused(400, REFUSED)
 
 
 @ASG_INSTANCES.noted(
@@ -200,9 +202,9 @@ def protect_waiting(site: Site) -> None:
 )
 def protect_51(site: Site) -> None:
     """SetInstanceProtection of more than 50 instances returns 400 ValidationError."""
-    group = OwnGroup.created(site)
+    group = OwnGroup.create_group(site)
     answer = group.protect(*(f"i-{number:017x}" for number in range(51)))
-    answer.refused(400, REFUSED)
+    answer.expect_refused(400, REFUSED)
 
 
 @ASG_INSTANCES.needed(

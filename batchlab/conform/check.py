@@ -140,13 +140,13 @@ class Answer:
         error = self.code if self.code == str(self.status) else f"{self.status} {self.code}"
         return f"{self.call} returns {error}"
 
-    def accepted(self) -> Answer:
+    def expect_accepted(self) -> Answer:
         """Return the response unchanged. Raise Differs if the endpoint refused the call."""
         if self.code:
             raise self._difference()
         return self
 
-    def refused(self, status: int, *codes: str) -> None:
+    def expect_refused(self, status: int, *codes: str) -> None:
         """Raise Differs unless the endpoint refused the call with HTTP status `status` and one of the error codes."""
         if not self.code or self.status != status or (codes and self.code not in codes):
             raise self._difference()
@@ -261,6 +261,6 @@ def pages(source: str) -> list[tuple[str, str]]:
     return linked_parts
 
 
-def linked(source: str) -> str:
+def link(source: str) -> str:
     """Return the source of a check as Markdown with links to AWS's pages."""
     return ", ".join(f"[{text}]({url})" if url else text for text, url in pages(source))

@@ -14,7 +14,7 @@ from typing import Any
 from batchlab.conform.adapters import S3_PORTS, SQS_PORTS
 from batchlab.conform.asg_groups import ASG_GROUPS
 from batchlab.conform.asg_instances import ASG_INSTANCES
-from batchlab.conform.check import Check, Severity, Verdict, linked, pages
+from batchlab.conform.check import Check, Severity, Verdict, link, pages
 from batchlab.conform.run import Result
 from batchlab.conform.s3_create import S3_CREATE, S3_LIST
 from batchlab.conform.s3_read import S3_READ, S3_UPLOAD
@@ -134,7 +134,7 @@ def section(name: str, results: Sequence[Result]) -> str:
 def list_section(checks: Iterable[Check]) -> str:
     """Return the list of all checks as a Markdown section of the documentation page about emulators."""
     rows = [
-        (f"`{check.name}`", check.severity.value, check.rule, linked(check.source), check.promise) for check in checks
+        (f"`{check.name}`", check.severity.value, check.rule, link(check.source), check.promise) for check in checks
     ]
     head = ("check", "", "AWS's rule", "AWS documentation", "use in batchlab")
     return "\n".join([f"### {ALL_CHECKS.capitalize()}", "", *_table(head, rows)])
@@ -147,7 +147,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [line(head), line(["---"] * len(head)), *map(line, rows)]
 
 
-def merged(page: str, name: str, text: str) -> str:
+def merge(page: str, name: str, text: str) -> str:
     """Return the Markdown text `page` with `text` as the content of the section `name`. If the page lacks the section,
     append the section.
     """

@@ -63,7 +63,7 @@ def run(
             running[check.name] = (check, time.monotonic())
             # Each check has a daemon thread, because an exiting process does not wait for daemon threads.
             threading.Thread(
-                target=lambda check=check: ended.put(_tried(target, check)), name=f"conform-{check.name}", daemon=True
+                target=lambda check=check: ended.put(_try(target, check)), name=f"conform-{check.name}", daemon=True
             ).start()
         now_s = time.monotonic()
         overdue = [
@@ -86,7 +86,7 @@ def _next(ended: queue.SimpleQueue[Result]) -> Iterator[Result]:
         return
 
 
-def _tried(target: Target, check: Check) -> Result:
+def _try(target: Target, check: Check) -> Result:
     begun_s = time.monotonic()
     try:
         verdict, observed = _verdict(target, check, Site(target, check.name))
@@ -112,7 +112,7 @@ def _verdict(target: Target, check: Check, site: Site) -> tuple[Verdict, str]:
     except Untried as reason:
         return Verdict.UNTRIED, str(reason)
     except ClientError as error:
-        return _refused(error)
+        return _refusal(error)
     except (FlexibleChecksumError, IncompleteReadError):
         return Verdict.DIFFERS, "an object arrives damaged"
     except ResponseParserError:
@@ -128,7 +128,7 @@ def _verdict(target: Target, check: Check, site: Site) -> tuple[Verdict, str]:
     return Verdict.AGREES, ""
 
 
-def _refused(error: ClientError) -> tuple[Verdict, str]:
+def _refusal(error: ClientError) -> tuple[Verdict, str]:
     status = error.response["ResponseMetadata"]["HTTPStatusCode"]
     code = error.response["Error"]["Code"]
     observed = f"{error.operation_name} returns {status} {code}"

@@ -23,8 +23,8 @@ S3_CREATE = Table("s3")
 )
 def create_free(site: Site) -> None:
     """PutObject with If-None-Match: * on a free key stores the object."""
-    site.put("a", b"first", if_absent=True).accepted()
-    expect(site.get("a").accepted().body == b"first", "GetObject returns other content")
+    site.put("a", b"first", if_absent=True).expect_accepted()
+    expect(site.get("a").expect_accepted().body == b"first", "GetObject returns other content")
 
 
 @S3_CREATE.needed(
@@ -37,10 +37,10 @@ def create_taken(site: Site) -> None:
     even if the object is empty or has the same content.
     """
     for key, before in (("full", b"first"), ("empty", b"")):
-        site.put(key, before).accepted()
+        site.put(key, before).expect_accepted()
         for data in (b"second", before):
-            site.put(key, data, if_absent=True).refused(412, "PreconditionFailed")
-        expect(site.get(key).accepted().body == before, "PutObject is refused, but changes the object")
+            site.put(key, data, if_absent=True).expect_refused(412, "PreconditionFailed")
+        expect(site.get(key).expect_accepted().body == before, "PutObject is refused, but changes the object")
 
 
 @S3_CREATE.needed(
@@ -52,9 +52,9 @@ def create_repeated(site: Site) -> None:
     """A conditional PutObject that is repeated after its success is refused, and a read returns the content of the
     first call.
     """
-    etag = site.put("a", b"mine", if_absent=True).accepted().data.get("ETag")
-    site.put("a", b"mine", if_absent=True).refused(412, "PreconditionFailed")
-    answer = site.get("a").accepted()
+    etag = site.put("a", b"mine", if_absent=True).expect_accepted().data.get("ETag")
+    site.put("a", b"mine", if_absent=True).expect_refused(412, "PreconditionFailed")
+    answer = site.get("a").expect_accepted()
     expect(answer.body == b"mine", "GetObject does not return the content of the first call")
     expect(answer.data.get("ETag") == etag, "the ETag differs from the ETag of the first call")
 
@@ -88,15 +88,15 @@ def _one_winner(site: Site, key: str, answers: Mapping[int, Answer]) -> None:
         if answer.code == "ConditionalRequestConflict" and answer.status == 409:
             conflicts += 1
         elif answer.code:
-            answer.refused(412, "PreconditionFailed")
+            answer.expect_refused(412, "PreconditionFailed")
     if not winners and conflicts:
         # All competing calls may get a 409 conflict, after which a caller repeats the call. A repeated call without a
         # competing call must succeed.
-        site.put(key, b"again", if_absent=True).accepted()
+        site.put(key, b"again", if_absent=True).expect_accepted()
         return
     expect(len(winners) == 1, "more than one call succeeds" if winners else "no call succeeds")
     expect(
-        site.get(key).accepted().body == str(winners[0]).encode(),
+        site.get(key).expect_accepted().body == str(winners[0]).encode(),
         "GetObject does not return the content of the successful call",
     )
 
@@ -108,10 +108,10 @@ def _one_winner(site: Site, key: str, answers: Mapping[int, Answer]) -> None:
 )
 def create_after_delete(site: Site) -> None:
     """In a bucket without versioning, a conditional PutObject succeeds on a deleted key."""
-    site.put("a", b"1", if_absent=True).accepted()
-    site.delete("a").accepted()
-    site.put("a", b"2", if_absent=True).accepted()
-    expect(site.get("a").accepted().body == b"2", "GetObject returns other content")
+    site.put("a", b"1", if_absent=True).expect_accepted()
+    site.delete("a").expect_accepted()
+    site.put("a", b"2", if_absent=True).expect_accepted()
+    expect(site.get("a").expect_accepted().body == b"2", "GetObject returns other content")
 
 
 @S3_CREATE.needed(
@@ -121,10 +121,10 @@ def create_after_delete(site: Site) -> None:
 )
 def match_stale(site: Site) -> None:
     """PutObject with an If-Match that is not the object's ETag returns 412 PreconditionFailed."""
-    stale = str(site.put("a", b"1").accepted().data.get("ETag"))
-    current = str(site.put("a", b"2").accepted().data.get("ETag"))
-    site.put("a", b"3", IfMatch=stale).refused(412, "PreconditionFailed")
-    site.put("a", b"4", IfMatch=current).accepted()
+    stale = str(site.put("a", b"1").expect_accepted().data.get("ETag"))
+    current = str(site.put("a", b"2").expect_accepted().data.get("ETag"))
+    site.put("a", b"3", IfMatch=stale).expect_refused(412, "PreconditionFailed")
+    site.put("a", b"4", IfMatch=current).expect_accepted()
 
 
 @S3_CREATE.needed(
@@ -135,7 +135,7 @@ def match_stale(site: Site) -> None:
 def match_missing(site: Site) -> None:
     """PutObject with If-Match on a free key returns 404 NoSuchKey."""
     etag = hashlib.md5(b"1", usedforsecurity=False).hexdigest()
-    site.put("a", b"1", IfMatch=f'"{etag}"').refused(404, "NoSuchKey")
+    site.put("a", b"1", IfMatch=f'"{etag}"').expect_refused(404, "NoSuchKey")
 
 
 @S3_CREATE.needed(
@@ -146,20 +146,20 @@ def match_missing(site: Site) -> None:
 def overwrite_whole(site: Site) -> None:
     """A read during an overwrite returns the old or the new object, never a mixture."""
     size = 200_000
-    site.put("a", b"\0" * size).accepted()
+    site.put("a", b"\0" * size).expect_accepted()
     done = threading.Event()
 
     def write() -> None:
         try:
             for number in range(1, 16):
-                site.put("a", bytes([number]) * size).accepted()
+                site.put("a", bytes([number]) * size).expect_accepted()
         finally:
             done.set()
 
     with ThreadPoolExecutor(1, thread_name_prefix="conform-write") as threads:
         writing = threads.submit(write)
         while not done.is_set():
-            body = site.get("a").accepted().body
+            body = site.get("a").expect_accepted().body
             expect(len(body) == size and len(set(body)) == 1, "GetObject returns a mixture of two objects")
         writing.result()
 
@@ -167,10 +167,10 @@ def overwrite_whole(site: Site) -> None:
 @S3_CREATE.needed(source="S3 API, PutObject", promise="Objects.put", otherwise="empty inputs and results are lost")
 def put_empty(site: Site) -> None:
     """An object may have zero bytes."""
-    site.put("a", b"").accepted()
-    answer = site.head("a").accepted()
+    site.put("a", b"").expect_accepted()
+    answer = site.head("a").expect_accepted()
     expect(answer.data.get("ContentLength") == 0, "HeadObject returns a size other than 0")
-    expect(site.get("a").accepted().body == b"", "GetObject returns a body that is not empty")
+    expect(site.get("a").expect_accepted().body == b"", "GetObject returns a body that is not empty")
 
 
 @S3_CREATE.needed(
@@ -180,12 +180,12 @@ def put_empty(site: Site) -> None:
 )
 def etag_agrees(site: Site) -> None:
     """PutObject, HeadObject, GetObject, and ListObjectsV2 return the same ETag."""
-    etag = site.put("a", b"1").accepted().data.get("ETag")
+    etag = site.put("a", b"1").expect_accepted().data.get("ETag")
     expect(bool(etag), "PutObject returns no ETag")
     listed = site.page().data.get("Contents", ({},))[0]
     for call, data in (
-        ("HeadObject", site.head("a").accepted().data),
-        ("GetObject", site.get("a").accepted().data),
+        ("HeadObject", site.head("a").expect_accepted().data),
+        ("GetObject", site.get("a").expect_accepted().data),
         ("ListObjectsV2", listed),
     ):
         expect(data.get("ETag") == etag, f"{call} returns another ETag")
@@ -196,7 +196,7 @@ def etag_agrees(site: Site) -> None:
 )
 def etag_changes(site: Site) -> None:
     """An overwrite with different content changes the ETag."""
-    etags = {site.put("a", word).accepted().data.get("ETag") for word in (b"run", b"cancel")}
+    etags = {site.put("a", word).expect_accepted().data.get("ETag") for word in (b"run", b"cancel")}
     expect(len(etags) == 2, "the ETag stays the same")
 
 
@@ -204,7 +204,7 @@ def etag_changes(site: Site) -> None:
 def etag_md5(site: Site) -> None:
     """The ETag of an object from one PutObject is the MD5 of its bytes, in quotes (except with SSE-C and SSE-KMS)."""
     md5 = hashlib.md5(b"1", usedforsecurity=False).hexdigest()
-    response = site.put("a", b"1").accepted().data
+    response = site.put("a", b"1").expect_accepted().data
     if str(response.get("ServerSideEncryption", "AES256")) != "AES256":
         raise Untried("the bucket encrypts with KMS")
     expect(response.get("ETag") == f'"{md5}"', "the ETag is not the MD5")
@@ -217,7 +217,7 @@ def etag_md5(site: Site) -> None:
 )
 def put_damaged(site: Site) -> None:
     """PutObject with a CRC32 that does not match the body returns 400 BadDigest and stores nothing."""
-    site.put("a", b"1", ChecksumCRC32="AAAAAA==").refused(400, "BadDigest")
+    site.put("a", b"1", ChecksumCRC32="AAAAAA==").expect_refused(400, "BadDigest")
     if site.head("a").status != 404:
         raise Differs("PutObject is refused, but stores the object")
 
@@ -254,7 +254,7 @@ S3_LIST = Table("s3")
 
 def _fill(site: Site, *keys: str) -> None:
     for key in keys:
-        site.put(key, b"1").accepted()
+        site.put(key, b"1").expect_accepted()
 
 
 @S3_LIST.needed(
@@ -371,9 +371,9 @@ def list_changing(site: Site) -> None:
     keys = [f"k/{number:02d}" for number in range(20)]
     _fill(site, *keys)
     first = site.page(most=8)
-    site.delete_many(keys[:5]).accepted()
-    site.put("k/00.5", b"1").accepted()
-    site.put("z", b"1").accepted()
+    site.delete_many(keys[:5]).expect_accepted()
+    site.put("k/00.5", b"1").expect_accepted()
+    site.put("z", b"1").expect_accepted()
     listed = site.keys_of(first)
     token = first.data.get("NextContinuationToken", "")
     for _ in range(10):
@@ -401,7 +401,7 @@ def keys_odd(site: Site) -> None:
         expect(site.get(key).body == key.encode(), f"GetObject does not return {key!r}")
     listed = site.keys()
     expect(set(listed) == set(ODD_KEYS), "the listing contains other names")
-    site.delete_many(ODD_KEYS).accepted()
+    site.delete_many(ODD_KEYS).expect_accepted()
     expect(site.keys() == [], "some keys cannot be deleted by name")
 
 
@@ -415,8 +415,8 @@ def key_length(site: Site) -> None:
     # The key has segments, because some endpoints store each segment of a key as a file name.
     room = 1024 - len(site.named("")["Key"].encode())
     longest = ("x" * 99 + "/") * (room // 100) + "y" * (room % 100)
-    site.put(longest, b"1").accepted()
-    site.put(longest + "z", b"1").refused(400, "KeyTooLongError")
+    site.put(longest, b"1").expect_accepted()
+    site.put(longest + "z", b"1").expect_refused(400, "KeyTooLongError")
 
 
 @S3_LIST.noted(
@@ -426,7 +426,7 @@ def key_length(site: Site) -> None:
 )
 def key_below(site: Site) -> None:
     """The objects a and a/b may exist together, because a key is a name and not a path."""
-    site.put("a", b"1").accepted()
-    site.put("a/b", b"2").accepted()
+    site.put("a", b"1").expect_accepted()
+    site.put("a/b", b"2").expect_accepted()
     expect(site.get("a").body == b"1" and site.get("a/b").body == b"2", "an object is lost")
     expect(site.keys() == ["a", "a/b"], "an object is not listed")

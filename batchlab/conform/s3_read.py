@@ -22,7 +22,7 @@ def read_own_write(site: Site) -> None:
     """GetObject, HeadObject, and ListObjectsV2 return a new object at once, over any connection."""
     for number in range(20):
         key, data = f"{number:02d}", str(number).encode()
-        site.put(key, data).accepted()
+        site.put(key, data).expect_accepted()
         expect(site.get(key).body == data, "GetObject right after the write misses the object")
         expect(not site.head(key).code, "HeadObject right after the write misses the object")
         expect(site.keys(key) == [key], "a listing right after the write misses the object")
@@ -37,8 +37,8 @@ def read_own_overwrite(site: Site) -> None:
     """After the response to an overwrite, every read returns the new object."""
     for number in range(20):
         data = str(number).encode()
-        etag = site.put("a", data).accepted().data.get("ETag")
-        answer = site.get("a").accepted()
+        etag = site.put("a", data).expect_accepted().data.get("ETag")
+        answer = site.get("a").expect_accepted()
         expect(answer.body == data, "GetObject right after the overwrite returns the old object")
         expect(answer.data.get("ETag") == etag, "GetObject right after the overwrite returns the old ETag")
 
@@ -50,9 +50,9 @@ def read_own_delete(site: Site) -> None:
     """After the response to a delete, no read or listing returns the object."""
     for number in range(10):
         key = f"{number:02d}"
-        site.put(key, b"1").accepted()
-        site.delete(key).accepted()
-        site.get(key).refused(404, "NoSuchKey")
+        site.put(key, b"1").expect_accepted()
+        site.delete(key).expect_accepted()
+        site.get(key).expect_refused(404, "NoSuchKey")
         expect(site.keys(key) == [], "a deleted object is listed")
 
 
@@ -63,8 +63,8 @@ def read_own_delete(site: Site) -> None:
 )
 def get_missing(site: Site) -> None:
     """GetObject of a missing key returns 404 NoSuchKey."""
-    site.get("nothing").refused(404, "NoSuchKey")
-    site.get("nothing", IfNoneMatch='"0123"').refused(404, "NoSuchKey")
+    site.get("nothing").expect_refused(404, "NoSuchKey")
+    site.get("nothing", IfNoneMatch='"0123"').expect_refused(404, "NoSuchKey")
 
 
 @S3_READ.needed(
@@ -72,7 +72,7 @@ def get_missing(site: Site) -> None:
 )
 def head_missing(site: Site) -> None:
     """HeadObject of a missing key returns 404 without a body."""
-    site.head("nothing").refused(404)
+    site.head("nothing").expect_refused(404)
 
 
 @S3_READ.noted(
@@ -84,8 +84,8 @@ def bucket_missing(site: Site) -> None:
     """Every read of a missing bucket returns 404 NoSuchBucket."""
     bucket = f"{site.target.run}-nothing"
     s3 = site.target.s3
-    answer("GetObject", lambda: dict(s3.get_object(Bucket=bucket, Key="a"))).refused(404, "NoSuchBucket")
-    answer("ListObjectsV2", lambda: s3.list_objects_v2(Bucket=bucket)).refused(404, "NoSuchBucket")
+    answer("GetObject", lambda: dict(s3.get_object(Bucket=bucket, Key="a"))).expect_refused(404, "NoSuchBucket")
+    answer("ListObjectsV2", lambda: s3.list_objects_v2(Bucket=bucket)).expect_refused(404, "NoSuchBucket")
 
 
 @S3_READ.needed(
@@ -96,8 +96,8 @@ def bucket_missing(site: Site) -> None:
 )
 def range_inside(site: Site) -> None:
     """GetObject with Range: bytes=3-5 returns 206 with the bytes 3 to 5, both included, and their Content-Range."""
-    site.put("a", TEN).accepted()
-    answer = site.get("a", Range="bytes=3-5").accepted()
+    site.put("a", TEN).expect_accepted()
+    answer = site.get("a", Range="bytes=3-5").expect_accepted()
     expect(answer.body == b"345", "GetObject returns other bytes")
     expect(answer.status == 206, f"the status is {answer.status}")
     expect(answer.data.get("ContentRange") == "bytes 3-5/10", "the Content-Range is wrong")
@@ -110,8 +110,8 @@ def range_inside(site: Site) -> None:
 )
 def range_cut(site: Site) -> None:
     """A range that ends after the end of the object is shortened."""
-    site.put("a", TEN).accepted()
-    answer = site.get("a", Range="bytes=7-99").accepted()
+    site.put("a", TEN).expect_accepted()
+    answer = site.get("a", Range="bytes=7-99").expect_accepted()
     expect(answer.body == b"789", "GetObject returns other bytes")
     expect(answer.status == 206, f"the status is {answer.status}")
 
@@ -123,10 +123,10 @@ def range_cut(site: Site) -> None:
 )
 def range_behind(site: Site) -> None:
     """A range that starts after the end of the object returns 416 InvalidRange."""
-    site.put("a", TEN).accepted()
-    site.put("empty", b"").accepted()
-    site.get("a", Range="bytes=100-200").refused(416, "InvalidRange")
-    site.get("empty", Range="bytes=0-9").refused(416, "InvalidRange")
+    site.put("a", TEN).expect_accepted()
+    site.put("empty", b"").expect_accepted()
+    site.get("a", Range="bytes=100-200").expect_refused(416, "InvalidRange")
+    site.get("empty", Range="bytes=0-9").expect_refused(416, "InvalidRange")
 
 
 @S3_READ.needed(
@@ -136,8 +136,8 @@ def range_behind(site: Site) -> None:
 )
 def get_unchanged(site: Site) -> None:
     """GetObject with If-None-Match and the current ETag returns 304 without the body."""
-    etag = str(site.put("a", b"1").accepted().data.get("ETag"))
-    site.get("a", IfNoneMatch=etag).refused(304)
+    etag = str(site.put("a", b"1").expect_accepted().data.get("ETag"))
+    site.get("a", IfNoneMatch=etag).expect_refused(304)
 
 
 @S3_READ.needed(
@@ -147,9 +147,9 @@ def get_unchanged(site: Site) -> None:
 )
 def get_changed(site: Site) -> None:
     """GetObject with If-None-Match and an older ETag returns the new object."""
-    etag = str(site.put("a", b"run").accepted().data.get("ETag"))
-    site.put("a", b"cancel").accepted()
-    answer = site.get("a", IfNoneMatch=etag).accepted()
+    etag = str(site.put("a", b"run").expect_accepted().data.get("ETag"))
+    site.put("a", b"cancel").expect_accepted()
+    answer = site.get("a", IfNoneMatch=etag).expect_accepted()
     expect(answer.body == b"cancel", "GetObject returns the old object")
 
 
@@ -158,7 +158,7 @@ def get_changed(site: Site) -> None:
 )
 def delete_missing(site: Site) -> None:
     """DeleteObject of a missing key returns 204, as for an existing key."""
-    answer = site.delete("nothing").accepted()
+    answer = site.delete("nothing").expect_accepted()
     expect(answer.status == 204, f"the status is {answer.status}")
 
 
@@ -168,8 +168,8 @@ def delete_missing(site: Site) -> None:
 def delete_many(site: Site) -> None:
     """DeleteObjects removes the named keys, and reports a missing key as deleted."""
     for key in ("a", "b", "c"):
-        site.put(key, b"1").accepted()
-    done = site.delete_many(["a", "nothing", "c"]).accepted().data
+        site.put(key, b"1").expect_accepted()
+    done = site.delete_many(["a", "nothing", "c"]).expect_accepted().data
     expect(not done.get("Errors"), "a missing key is an error")
     expect(len(done.get("Deleted", ())) == 3, "DeleteObjects does not report every key as deleted")
     expect(site.keys() == ["b"], "the remaining objects are wrong")
@@ -178,7 +178,7 @@ def delete_many(site: Site) -> None:
 @S3_READ.noted(source="S3 API, DeleteObjects", promise="none: the adapter sends at most 1,000 keys in one call")
 def delete_over_1000(site: Site) -> None:
     """DeleteObjects with more than 1,000 keys returns 400 MalformedXML."""
-    site.delete_many([f"{n:04d}" for n in range(1001)]).refused(400, "MalformedXML")
+    site.delete_many([f"{n:04d}" for n in range(1001)]).expect_refused(400, "MalformedXML")
 
 
 SMALLEST_PART = 5 * 1024 * 1024
@@ -193,7 +193,7 @@ class Upload:
         self._s3: Any = site.target.s3
         named = site.named(key)
         begun = answer("CreateMultipartUpload", lambda: self._s3.create_multipart_upload(**named))
-        self._named = {**named, "UploadId": begun.accepted().data["UploadId"]}
+        self._named = {**named, "UploadId": begun.expect_accepted().data["UploadId"]}
         self._parts: list[dict[str, object]] = []
 
     def part(self, data: bytes) -> Answer:
@@ -219,10 +219,10 @@ class Upload:
         return answer("AbortMultipartUpload", lambda: self._s3.abort_multipart_upload(**self._named))
 
 
-def _begun(site: Site, key: str, *parts: bytes) -> Upload:
+def _begin(site: Site, key: str, *parts: bytes) -> Upload:
     upload = Upload(site, key)
     for data in parts or (b"data",):
-        upload.part(data).accepted()
+        upload.part(data).expect_accepted()
     return upload
 
 
@@ -232,8 +232,8 @@ def _begun(site: Site, key: str, *parts: bytes) -> Upload:
 def multipart_whole(site: Site) -> None:
     """A completed multipart upload is one object with its parts in the order of their numbers."""
     parts = (b"1" * SMALLEST_PART, b"2" * SMALLEST_PART, b"three")
-    _begun(site, "a", *parts).complete().accepted()
-    expect(site.get("a").accepted().body == b"".join(parts), "GetObject returns other content")
+    _begin(site, "a", *parts).complete().expect_accepted()
+    expect(site.get("a").expect_accepted().body == b"".join(parts), "GetObject returns other content")
     expect(site.get("a", Range="bytes=5242879-5242880").body == b"12", "a range returns other bytes")
 
 
@@ -246,13 +246,13 @@ def multipart_unseen(site: Site) -> None:
     """Until a multipart upload is completed, no read or listing returns the new object, and the previous object still
     exists.
     """
-    upload = _begun(site, "new")
-    site.get("new").refused(404, "NoSuchKey")
+    upload = _begin(site, "new")
+    site.get("new").expect_refused(404, "NoSuchKey")
     expect(site.keys() == [], "an incomplete upload is listed")
-    upload.complete().accepted()
-    replacing = _begun(site, "new", b"other")
+    upload.complete().expect_accepted()
+    replacing = _begin(site, "new", b"other")
     expect(site.get("new").body == b"data", "the previous object is missing before the upload is completed")
-    replacing.complete().accepted()
+    replacing.complete().expect_accepted()
     expect(site.get("new").body == b"other", "the completed upload does not replace the object")
 
 
@@ -263,10 +263,10 @@ def multipart_unseen(site: Site) -> None:
 )
 def multipart_abort(site: Site) -> None:
     """After AbortMultipartUpload, the object does not exist, and UploadPart returns 404 NoSuchUpload."""
-    upload = _begun(site, "a")
-    upload.abort().accepted()
-    site.get("a").refused(404, "NoSuchKey")
-    upload.part(b"more").refused(404, "NoSuchUpload")
+    upload = _begin(site, "a")
+    upload.abort().expect_accepted()
+    site.get("a").expect_refused(404, "NoSuchKey")
+    upload.part(b"more").expect_refused(404, "NoSuchUpload")
 
 
 @S3_UPLOAD.noted(
@@ -278,7 +278,7 @@ def multipart_small_part(site: Site) -> None:
     """Every part of a multipart upload except the last part must have at least 5 MiB. If another part is smaller,
     CompleteMultipartUpload returns 400 EntityTooSmall.
     """
-    _begun(site, "a", b"1", b"2").complete().refused(400, "EntityTooSmall")
+    _begin(site, "a", b"1", b"2").complete().expect_refused(400, "EntityTooSmall")
 
 
 @S3_UPLOAD.noted(
@@ -288,8 +288,8 @@ def multipart_small_part(site: Site) -> None:
 )
 def multipart_wrong_part(site: Site) -> None:
     """CompleteMultipartUpload with a wrong ETag of a part returns 400 InvalidPart."""
-    upload = _begun(site, "a")
-    upload.complete(etags=['"00000000000000000000000000000000"']).refused(400, "InvalidPart")
+    upload = _begin(site, "a")
+    upload.complete(etags=['"00000000000000000000000000000000"']).expect_refused(400, "InvalidPart")
 
 
 @S3_UPLOAD.needed(
@@ -301,9 +301,9 @@ def multipart_create_taken(site: Site) -> None:
     """CompleteMultipartUpload with If-None-Match: * on a key that was created during the upload returns 412
     PreconditionFailed and does not change the object.
     """
-    upload = _begun(site, "a")
-    site.put("a", b"first").accepted()
-    upload.complete(if_absent=True).refused(412, "PreconditionFailed")
+    upload = _begin(site, "a")
+    site.put("a", b"first").expect_accepted()
+    upload.complete(if_absent=True).expect_refused(412, "PreconditionFailed")
     expect(site.get("a").body == b"first", "CompleteMultipartUpload is refused, but changes the object")
 
 
@@ -314,7 +314,7 @@ def multipart_create_taken(site: Site) -> None:
 )
 def multipart_create_free(site: Site) -> None:
     """CompleteMultipartUpload with If-None-Match: * on a free key stores the object."""
-    _begun(site, "a").complete(if_absent=True).accepted()
+    _begin(site, "a").complete(if_absent=True).expect_accepted()
     expect(site.get("a").body == b"data", "GetObject returns other content")
 
 
@@ -327,7 +327,7 @@ def multipart_create_conflict(site: Site) -> None:
     """CompleteMultipartUpload with If-None-Match: * returns 409 ConditionalRequestConflict if the key was deleted
     during the upload. The client must repeat the whole upload.
     """
-    site.put("a", b"first").accepted()
-    upload = _begun(site, "a")
-    site.delete("a").accepted()
-    upload.complete(if_absent=True).refused(409, "ConditionalRequestConflict")
+    site.put("a", b"first").expect_accepted()
+    upload = _begin(site, "a")
+    site.delete("a").expect_accepted()
+    upload.complete(if_absent=True).expect_refused(409, "ConditionalRequestConflict")

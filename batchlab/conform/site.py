@@ -106,7 +106,7 @@ class Site:
             request["ContinuationToken"] = token
         if most:
             request["MaxKeys"] = most
-        return answer("ListObjectsV2", lambda: self.target.other_s3.list_objects_v2(**request)).accepted()
+        return answer("ListObjectsV2", lambda: self.target.other_s3.list_objects_v2(**request)).expect_accepted()
 
     def keys_of(self, page: Answer) -> list[str]:
         """Return the keys on a page of a listing. The common prefix of the check's keys is removed."""
@@ -144,7 +144,7 @@ class Site:
     def queue_with(self, *bodies: str, name: str = "", **attributes: str) -> OwnQueue:
         """Create a queue, and send messages with the given bodies."""
         queue = self.queue(name, **attributes)
-        (queue.send(bodies[0]) if len(bodies) == 1 else queue.send_batch(*bodies)).accepted()
+        (queue.send(bodies[0]) if len(bodies) == 1 else queue.send_batch(*bodies)).expect_accepted()
         return queue
 
     def received_message(self, **attributes: str) -> tuple[OwnQueue, Received]:
@@ -218,8 +218,8 @@ class OwnQueue:
             WaitTimeSeconds=wait_s,
             MessageSystemAttributeNames=["All"],
             **more,
-        ).accepted()
-        return [_received(message) for message in response.data.get("Messages", ())]
+        ).expect_accepted()
+        return [_receive(message) for message in response.data.get("Messages", ())]
 
     def take(self, count: int = 1, *, after_s: float = 0.0, **more: Any) -> list[Received]:
         """Receive `count` messages that become visible within `after_s` seconds.
@@ -247,7 +247,7 @@ class OwnQueue:
         return self.call("ChangeMessageVisibility", ReceiptHandle=receipt, VisibilityTimeout=seconds)
 
     def attributes(self) -> Mapping[str, str]:
-        response = self.call("GetQueueAttributes", AttributeNames=["All"]).accepted()
+        response = self.call("GetQueueAttributes", AttributeNames=["All"]).expect_accepted()
         return cast("Mapping[str, str]", response.data.get("Attributes", {}))
 
     def counts(self) -> dict[str, int]:
@@ -262,7 +262,7 @@ class OwnQueue:
         return arn
 
 
-def _received(raw: Mapping[str, Any]) -> Received:
+def _receive(raw: Mapping[str, Any]) -> Received:
     facts = raw.get("Attributes", {})
     times = ("SentTimestamp", "ApproximateFirstReceiveTimestamp")
     return Received(
@@ -292,9 +292,9 @@ class OwnGroup:
         self.name = site.new_name()
 
     @classmethod
-    def created(cls, site: Site, **more: Any) -> OwnGroup:
+    def create_group(cls, site: Site, **more: Any) -> OwnGroup:
         group = cls(site)
-        group.create(**more).accepted()
+        group.create(**more).expect_accepted()
         return group
 
     def create(self, **more: Any) -> Answer:
@@ -312,12 +312,12 @@ class OwnGroup:
         return answer("CreateAutoScalingGroup", lambda: self._target.create_group(self.name, request))
 
     @classmethod
-    def grown(cls, site: Site, size: int, **more: Any) -> tuple[OwnGroup, list[str]]:
+    def create_grown_group(cls, site: Site, size: int, **more: Any) -> tuple[OwnGroup, list[str]]:
         """Create a group with `size` instances.
 
         Return the group and the ids of the instances as soon as all instances are InService.
         """
-        group = cls.created(site, DesiredCapacity=size, **more)
+        group = cls.create_group(site, DesiredCapacity=size, **more)
         return group, group.has(size)
 
     def call(self, action: str, **request: Any) -> Answer:
@@ -346,14 +346,14 @@ class OwnGroup:
             "CompleteLifecycleAction", LifecycleHookName=hook, InstanceId=instance, LifecycleActionResult="CONTINUE"
         )
 
-    def described(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[dict[str, Any]]:
         """Return the descriptions that DescribeAutoScalingGroups returns for the group's name."""
         response = self.ask("DescribeAutoScalingGroups", AutoScalingGroupNames=[self.name])
-        return list(response.accepted().data["AutoScalingGroups"])
+        return list(response.expect_accepted().data["AutoScalingGroups"])
 
     def now(self) -> dict[str, Any]:
         """Return the current description of the group. Raise Differs unless the endpoint returns exactly one group."""
-        groups = self.described()
+        groups = self.describe()
         if len(groups) != 1:
             raise Differs(f"DescribeAutoScalingGroups returns {len(groups)} groups for one name")
         return groups[0]
@@ -401,7 +401,7 @@ class OwnGroup:
         return ids[0]
 
     def activities(self) -> Sequence[dict[str, Any]]:
-        return list(self.call("DescribeScalingActivities").accepted().data["Activities"])
+        return list(self.call("DescribeScalingActivities").expect_accepted().data["Activities"])
 
 
 def hook(name: str, transition: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def create_same(site: Site) -> None:
 def create_different(site: Site) -> None:
     """CreateQueue with the name of an existing queue and other attributes returns 400 QueueAlreadyExists."""
     queue = site.queue(VisibilityTimeout="40")
-    _create(site, queue.name, VisibilityTimeout="41").refused(400, "QueueAlreadyExists")
+    _create(site, queue.name, VisibilityTimeout="41").expect_refused(400, "QueueAlreadyExists")
 
 
 @SQS_QUEUES.needed(
@@ -55,7 +55,7 @@ def queue_missing(site: Site) -> None:
     """Every action on a missing queue returns 400 AWS.SimpleQueueService.NonExistentQueue."""
     sqs = site.target.sqs
     name = site.new_name()
-    answer("GetQueueUrl", lambda: sqs.get_queue_url(QueueName=name)).refused(400, NO_QUEUE)
+    answer("GetQueueUrl", lambda: sqs.get_queue_url(QueueName=name)).expect_refused(400, NO_QUEUE)
     existing = site.queue()
     missing = OwnQueue(site.target, name, existing.url.replace(existing.name, name))
     for response in (
@@ -66,7 +66,7 @@ def queue_missing(site: Site) -> None:
         missing.call("PurgeQueue"),
         missing.call("DeleteQueue"),
     ):
-        response.refused(400, NO_QUEUE)
+        response.expect_refused(400, NO_QUEUE)
 
 
 @SQS_QUEUES.needed(
@@ -101,7 +101,7 @@ def queue_name(site: Site) -> None:
     """
     run = site.target.run
     for name in (f"{run} spaces", f"{run}.dot", f"{run}-{'x' * (80 - len(run))}"):
-        _create(site, name).refused(400, "InvalidParameterValue")
+        _create(site, name).expect_refused(400, "InvalidParameterValue")
 
 
 @SQS_QUEUES.needed(
@@ -112,11 +112,11 @@ def queue_name(site: Site) -> None:
 def attributes_update(site: Site) -> None:
     """SetQueueAttributes applies to all later receives (within a minute)."""
     queue = site.queue(VisibilityTimeout="600")
-    queue.call("SetQueueAttributes", Attributes={"VisibilityTimeout": "1"}).accepted()
+    queue.call("SetQueueAttributes", Attributes={"VisibilityTimeout": "1"}).expect_accepted()
     is_current = site.until(lambda: queue.attributes().get("VisibilityTimeout") == "1")
     expect(is_current, "GetQueueAttributes returns the old timeout")
     time.sleep(site.lag_s)
-    queue.send("a").accepted()
+    queue.send("a").expect_accepted()
     first = queue.one()
     expect(queue.one().id == first.id, "the old timeout applies")
 
@@ -131,7 +131,7 @@ def attributes_refused(site: Site) -> None:
     queue = site.queue()
     for name, value in (("VisibilityTimeout", "43201"), ("MessageRetentionPeriod", "59")):
         answer = queue.call("SetQueueAttributes", Attributes={name: value})
-        answer.refused(400, "InvalidAttributeValue")
+        answer.expect_refused(400, "InvalidAttributeValue")
 
 
 @SQS_QUEUES.needed(
@@ -142,12 +142,12 @@ def attributes_refused(site: Site) -> None:
 def counts(site: Site) -> None:
     """The counts of visible, in-flight, and delayed messages are approximate and current within a minute."""
     queue = site.queue_with("a", "b", "c", "d", "e", VisibilityTimeout="300")
-    queue.send_batch("late", "later", DelaySeconds=300).accepted()
+    queue.send_batch("late", "later", DelaySeconds=300).expect_accepted()
     messages = queue.take(2)
     expected = {"visible": 3, "in flight": 2, "delayed": 2}
     expect(site.until(lambda: queue.counts() == expected), "the counts are not 3 visible, 2 in flight, and 2 delayed")
-    queue.delete(messages[0].receipt).accepted()
-    queue.hide(messages[1].receipt, 0).accepted()
+    queue.delete(messages[0].receipt).expect_accepted()
+    queue.hide(messages[1].receipt, 0).expect_accepted()
     expected = {"visible": 4, "in flight": 0, "delayed": 2}
     expect(site.until(lambda: queue.counts() == expected), "the counts are not 4 visible, 0 in flight, and 2 delayed")
 
@@ -160,12 +160,12 @@ def purge(site: Site) -> None:
     after PurgeQueue is not deleted.
     """
     queue = site.queue_with("a", "b", "c", VisibilityTimeout="2")
-    queue.send("late", DelaySeconds=2).accepted()
+    queue.send("late", DelaySeconds=2).expect_accepted()
     queue.one()
-    queue.call("PurgeQueue").accepted()
+    queue.call("PurgeQueue").expect_accepted()
     time.sleep(site.lag_s)
     expect(queue.empty(wait_s=4), "messages from before PurgeQueue are received")
-    queue.send("after").accepted()
+    queue.send("after").expect_accepted()
     expect(queue.one().body == "after", "another message is received after PurgeQueue")
 
 
@@ -173,8 +173,8 @@ def purge(site: Site) -> None:
 def purge_twice(site: Site) -> None:
     """A second PurgeQueue within 60 s returns 403 AWS.SimpleQueueService.PurgeQueueInProgress."""
     queue = site.queue()
-    queue.call("PurgeQueue").accepted()
-    queue.call("PurgeQueue").refused(403, "AWS.SimpleQueueService.PurgeQueueInProgress")
+    queue.call("PurgeQueue").expect_accepted()
+    queue.call("PurgeQueue").expect_refused(403, "AWS.SimpleQueueService.PurgeQueueInProgress")
 
 
 @SQS_QUEUES.noted(
@@ -187,8 +187,8 @@ def recreate(site: Site) -> None:
     AWS.SimpleQueueService.QueueDeletedRecently.
     """
     queue = site.queue()
-    queue.call("DeleteQueue").accepted()
-    _create(site, queue.name).refused(400, "AWS.SimpleQueueService.QueueDeletedRecently")
+    queue.call("DeleteQueue").expect_accepted()
+    _create(site, queue.name).expect_refused(400, "AWS.SimpleQueueService.QueueDeletedRecently")
 
 
 def _redrive(dead: OwnQueue, receives: int) -> str:
@@ -261,10 +261,10 @@ def dead_letter_neighbours(site: Site) -> None:
     """Messages that move to the dead-letter queue do not block other messages."""
     dead = site.queue()
     queue = site.queue(VisibilityTimeout="600", RedrivePolicy=_redrive(dead, 1))
-    queue.send_batch(*(f"poison-{number}" for number in range(10))).accepted()
+    queue.send_batch(*(f"poison-{number}" for number in range(10))).expect_accepted()
     for received in queue.take(10):
-        queue.hide(received.receipt, 0).accepted()
-    queue.send("good").accepted()
+        queue.hide(received.receipt, 0).expect_accepted()
+    queue.send("good").expect_accepted()
     expect(queue.one().body == "good", "a dead letter is received instead of the valid message")
     arrived: set[str] = set()
     ends_s = time.monotonic() + site.arrives_s
@@ -285,7 +285,7 @@ def dead_letter_missing(site: Site) -> None:
     queue = site.queue()
     target = f"{queue.arn()}-nowhere"
     policy = json.dumps({"deadLetterTargetArn": target, "maxReceiveCount": 3})
-    queue.call("SetQueueAttributes", Attributes={"RedrivePolicy": policy}).refused(400)
+    queue.call("SetQueueAttributes", Attributes={"RedrivePolicy": policy}).expect_refused(400)
 
 
 @SQS_QUEUES.noted(source="SQS API, SetQueueAttributes", promise="none: the grid's maxReceiveCount is within the limits")
@@ -294,7 +294,7 @@ def dead_letter_limits(site: Site) -> None:
     queue, dead = site.queue(), site.queue()
     for receives in (0, 1001):
         policy = _redrive(dead, receives)
-        queue.call("SetQueueAttributes", Attributes={"RedrivePolicy": policy}).refused(400)
+        queue.call("SetQueueAttributes", Attributes={"RedrivePolicy": policy}).expect_refused(400)
 
 
 @SQS_QUEUES.noted(
@@ -306,6 +306,6 @@ def dead_letter_off(site: Site) -> None:
     """SetQueueAttributes with an empty text as the RedrivePolicy removes the RedrivePolicy from the queue."""
     dead = site.queue()
     queue = site.queue(RedrivePolicy=_redrive(dead, 3))
-    queue.call("SetQueueAttributes", Attributes={"RedrivePolicy": ""}).accepted()
+    queue.call("SetQueueAttributes", Attributes={"RedrivePolicy": ""}).expect_accepted()
     if not site.until(lambda: "RedrivePolicy" not in queue.attributes()):
         raise Differs("SetQueueAttributes is accepted, but the policy still exists")

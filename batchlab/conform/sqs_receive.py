@@ -125,10 +125,10 @@ def extend(site: Site) -> None:
     """
     queue, message = site.received_message(VisibilityTimeout="2")
     for seconds in (300, 200):
-        queue.hide(message.receipt, seconds).accepted()
+        queue.hide(message.receipt, seconds).expect_accepted()
     time.sleep(2.5)
     expect(queue.empty(wait_s=1), "the message is received during its extended timeout")
-    queue.hide(message.receipt, 1).accepted()
+    queue.hide(message.receipt, 1).expect_accepted()
     queue.one(after_s=1)
 
 
@@ -140,7 +140,7 @@ def extend(site: Site) -> None:
 def give_back(site: Site) -> None:
     """ChangeMessageVisibility to 0 makes the message visible at once."""
     queue, message = site.received_message(VisibilityTimeout="600")
-    queue.hide(message.receipt, 0).accepted()
+    queue.hide(message.receipt, 0).expect_accepted()
     again = queue.one()
     expect((again.id, again.count) == (message.id, message.count + 1), "another message is received")
 
@@ -151,7 +151,7 @@ def _woken(queue: OwnQueue, call: Callable[[], Answer]) -> Received:
         polling = threads.submit(queue.receive, wait_s=POLL_S)
         time.sleep(0.5)
         begun_s = time.monotonic()
-        call().accepted()
+        call().expect_accepted()
         messages = polling.result()
     expect(bool(messages), "a long poll ends without the message")
     expect(time.monotonic() - begun_s < WAKES_S, "a long poll does not end when the message is visible")
@@ -189,7 +189,7 @@ def wake_given_back(site: Site) -> None:
 def wake_due(site: Site) -> None:
     """A long poll ends when a delayed message becomes due, or when the timeout of a hidden message ends."""
     delayed = site.queue()
-    delayed.send("a", DelaySeconds=1).accepted()
+    delayed.send("a", DelaySeconds=1).expect_accepted()
     hidden = site.queue_with("b", VisibilityTimeout="1")
     hidden.one()
     with ThreadPoolExecutor(2, thread_name_prefix="conform-poll") as threads:
@@ -234,14 +234,14 @@ def wait_partial(site: Site) -> None:
 def wait_21(site: Site) -> None:
     """WaitTimeSeconds over 20 returns 400 InvalidParameterValue."""
     queue = site.queue_with("a")
-    queue.call("ReceiveMessage", WaitTimeSeconds=21).refused(400, "InvalidParameterValue")
+    queue.call("ReceiveMessage", WaitTimeSeconds=21).expect_refused(400, "InvalidParameterValue")
 
 
 @SQS_RECEIVE.noted(source="SQS API, ReceiveMessage", promise="none: the adapter refuses a larger number of messages")
 def receive_11(site: Site) -> None:
     """MaxNumberOfMessages over 10 returns 400 InvalidParameterValue."""
     queue = site.queue()
-    queue.call("ReceiveMessage", MaxNumberOfMessages=11).refused(400, "InvalidParameterValue")
+    queue.call("ReceiveMessage", MaxNumberOfMessages=11).expect_refused(400, "InvalidParameterValue")
 
 
 @SQS_RECEIVE.needed(
@@ -252,8 +252,8 @@ def receive_11(site: Site) -> None:
 def receive_most(site: Site) -> None:
     """A ReceiveMessage call never returns more messages than MaxNumberOfMessages."""
     queue = site.queue()
-    queue.send_batch(*"abcdefghij").accepted()
-    queue.send_batch(*"klmnopqrst").accepted()
+    queue.send_batch(*"abcdefghij").expect_accepted()
+    queue.send_batch(*"klmnopqrst").expect_accepted()
     total = 0
     for most in (1, 3, 10):
         count = len(queue.receive(most, wait_s=1))
@@ -274,14 +274,14 @@ def share(site: Site) -> None:
     queue = site.queue(VisibilityTimeout="60")
     sent = {str(number) for number in range(60)}
     for start in range(0, 60, 10):
-        queue.send_batch(*map(str, range(start, start + 10))).accepted()
+        queue.send_batch(*map(str, range(start, start + 10))).expect_accepted()
 
     def receiver() -> list[str]:
         bodies: list[str] = []
         while messages := queue.receive(3, wait_s=1):
             bodies += [message.body for message in messages]
             for message in messages:
-                queue.delete(message.receipt).accepted()
+                queue.delete(message.receipt).expect_accepted()
         return bodies
 
     with ThreadPoolExecutor(6, thread_name_prefix="conform-share") as threads:
@@ -311,10 +311,10 @@ def delete(site: Site) -> None:
     """A deleted message is not received again after its visibility timeout."""
     queue = site.queue_with("a", "b", VisibilityTimeout="2")
     first, second = queue.take(2)
-    queue.delete(first.receipt).accepted()
+    queue.delete(first.receipt).expect_accepted()
     again = queue.one()
     expect(again.id == second.id, "a deleted message is received again")
-    queue.delete(again.receipt).accepted()
+    queue.delete(again.receipt).expect_accepted()
     expect(queue.empty(wait_s=3), "a deleted message is received again")
 
 
@@ -329,7 +329,7 @@ def delete_expired(site: Site) -> None:
     """
     queue, message = site.received_message(VisibilityTimeout="1")
     time.sleep(1.5)
-    queue.delete(message.receipt).accepted()
+    queue.delete(message.receipt).expect_accepted()
     expect(queue.empty(wait_s=2), "DeleteMessage is accepted, but the message is received again")
 
 
@@ -341,8 +341,8 @@ def delete_expired(site: Site) -> None:
 def delete_twice(site: Site) -> None:
     """SQS accepts a second DeleteMessage for a message that was already deleted."""
     queue, message = site.received_message()
-    queue.delete(message.receipt).accepted()
-    queue.delete(message.receipt).accepted()
+    queue.delete(message.receipt).expect_accepted()
+    queue.delete(message.receipt).expect_accepted()
 
 
 @SQS_RECEIPTS.noted(
@@ -387,7 +387,7 @@ def _call_with_invalid_receipt(queue: OwnQueue, action: str, message: Received, 
     """Call a batch action with the receipt of the message and with an invalid receipt."""
     receipts = {"good": message.receipt, "bad": "nonsense"}
     entries = [{"Id": name, "ReceiptHandle": receipt, **more} for name, receipt in receipts.items()]
-    response = queue.call(action, Entries=entries).accepted().data
+    response = queue.call(action, Entries=entries).expect_accepted().data
     failed = response.get("Failed", ())
     expect([entry["Id"] for entry in failed] == ["bad"], "Failed does not list the invalid receipt")
     expect(failed[0].get("Code") == "ReceiptHandleIsInvalid", f"the error code is {failed[0]['Code']}")
@@ -417,7 +417,7 @@ def change_batch_partial(site: Site) -> None:
 def stale_delete_answer(site: Site) -> None:
     """SQS accepts DeleteMessage with the receipt of an earlier receive."""
     queue, old, _ = _twice_received(site)
-    queue.delete(old.receipt).accepted()
+    queue.delete(old.receipt).expect_accepted()
 
 
 @SQS_RECEIPTS.noted(
@@ -448,7 +448,7 @@ def stale_delete_spares(site: Site) -> None:
 def stale_change(site: Site) -> None:
     """SQS accepts ChangeMessageVisibility with the receipt of an earlier receive."""
     queue, old, _ = _twice_received(site)
-    queue.hide(old.receipt, 10).accepted()
+    queue.hide(old.receipt, 10).expect_accepted()
 
 
 @SQS_RECEIPTS.needed(
@@ -464,7 +464,7 @@ def change_expired(site: Site) -> None:
     time.sleep(2.5)
     answer = queue.hide(message.receipt, 2)
     if answer.code:
-        answer.refused(400, "AWS.SimpleQueueService.MessageNotInflight", "MessageNotInflight")
+        answer.expect_refused(400, "AWS.SimpleQueueService.MessageNotInflight", "MessageNotInflight")
     expect(queue.one().id == message.id, "another message is received")
 
 
@@ -474,8 +474,8 @@ def change_expired(site: Site) -> None:
 def change_deleted(site: Site) -> None:
     """ChangeMessageVisibility of a deleted message returns 400 InvalidParameterValue."""
     queue, message = site.received_message()
-    queue.delete(message.receipt).accepted()
-    queue.hide(message.receipt, 30).refused(400, "InvalidParameterValue")
+    queue.delete(message.receipt).expect_accepted()
+    queue.hide(message.receipt, 30).expect_refused(400, "InvalidParameterValue")
 
 
 @SQS_RECEIPTS.noted(
@@ -486,7 +486,7 @@ def change_deleted(site: Site) -> None:
 def change_over_12h(site: Site) -> None:
     """A VisibilityTimeout over 43,200 s returns 400 InvalidParameterValue."""
     queue, message = site.received_message()
-    queue.hide(message.receipt, MAX_TIMEOUT_S + 1).refused(400, "InvalidParameterValue")
+    queue.hide(message.receipt, MAX_TIMEOUT_S + 1).expect_refused(400, "InvalidParameterValue")
 
 
 @SQS_RECEIPTS.noted(
@@ -500,7 +500,7 @@ def change_total_12h(site: Site) -> None:
     """
     queue, message = site.received_message()
     time.sleep(2)
-    queue.hide(message.receipt, MAX_TIMEOUT_S).refused(400, "InvalidParameterValue")
+    queue.hide(message.receipt, MAX_TIMEOUT_S).expect_refused(400, "InvalidParameterValue")
 
 
 @SQS_RECEIPTS.noted(
@@ -511,4 +511,4 @@ def change_total_12h(site: Site) -> None:
 def whole_seconds(site: Site) -> None:
     """Visibility timeouts and delays are whole seconds. A call with a value such as 1.5 returns 400."""
     queue = site.queue()
-    queue.call("SetQueueAttributes", Attributes={"VisibilityTimeout": "1.5"}).refused(400)
+    queue.call("SetQueueAttributes", Attributes={"VisibilityTimeout": "1.5"}).expect_refused(400)

@@ -24,7 +24,7 @@ def body(site: Site) -> None:
     """
     text = '{"text": "Grüße, 日本 😀 \\u0001", "quote": "\'", "xml": "<a>&amp;</a>", "n": "\r\n\t"}'
     queue = site.queue()
-    sent = queue.send(text).accepted().data
+    sent = queue.send(text).expect_accepted().data
     md5 = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
     expect(sent.get("MD5OfMessageBody") == md5, "the response contains another MD5 than the body's")
     received = queue.one()
@@ -41,13 +41,13 @@ def body_control(site: Site) -> None:
     """A body with a control character other than tabs and line breaks returns 400 InvalidMessageContents."""
     queue = site.queue()
     for sign in ("\0", "\x0b", "\x1f", "\uffff"):
-        queue.send(f"a{sign}b").refused(400, "InvalidMessageContents")
+        queue.send(f"a{sign}b").expect_refused(400, "InvalidMessageContents")
 
 
 @SQS_SEND.noted(source="SQS API, SendMessage; recorded answers of AWS", promise="none: no message of the grid is empty")
 def body_empty(site: Site) -> None:
     """An empty body returns 400 MissingParameter."""
-    site.queue().send("").refused(400, "MissingParameter")
+    site.queue().send("").expect_refused(400, "MissingParameter")
 
 
 @SQS_SEND.needed(
@@ -58,7 +58,7 @@ def body_empty(site: Site) -> None:
 def body_256k(site: Site) -> None:
     """SQS accepts a message of 256 KiB (AWS accepts up to 1 MiB)."""
     queue = site.queue()
-    queue.send("x" * MAX_MESSAGE_BYTES).accepted()
+    queue.send("x" * MAX_MESSAGE_BYTES).expect_accepted()
     expect(len(queue.one().body) == MAX_MESSAGE_BYTES, "the message is received with another body")
 
 
@@ -67,7 +67,7 @@ def body_256k(site: Site) -> None:
 )
 def body_over_1m(site: Site) -> None:
     """A message of more than 1 MiB returns 400 InvalidParameterValue."""
-    site.queue().send("x" * (MIB + 1)).refused(400, "InvalidParameterValue")
+    site.queue().send("x" * (MIB + 1)).expect_refused(400, "InvalidParameterValue")
 
 
 @SQS_SEND.noted(
@@ -76,8 +76,8 @@ def body_over_1m(site: Site) -> None:
 def body_over_own_limit(site: Site) -> None:
     """A message larger than the queue's MaximumMessageSize returns 400 InvalidParameterValue."""
     queue = site.queue(MaximumMessageSize="1024")
-    queue.send("x" * 1024).accepted()
-    queue.send("x" * 1025).refused(400, "InvalidParameterValue")
+    queue.send("x" * 1024).expect_accepted()
+    queue.send("x" * 1025).expect_refused(400, "InvalidParameterValue")
 
 
 @SQS_SEND.needed(source="SQS API, SendMessageBatch", promise="Queue.send", otherwise="bundles are lost, or sent twice")
@@ -85,7 +85,7 @@ def batch_10(site: Site) -> None:
     """A batch of 10 messages is sent completely, and the response contains the id of each entry."""
     queue = site.queue()
     bodies = [f"body-{n}" for n in range(10)]
-    sent = queue.send_batch(*bodies).accepted().data
+    sent = queue.send_batch(*bodies).expect_accepted().data
     ids = {entry["Id"] for entry in sent.get("Successful", ())}
     expect(ids == {str(n) for n in range(10)}, "the response does not list every entry")
     expect(not sent.get("Failed"), "some entries failed")
@@ -98,7 +98,7 @@ def batch_10(site: Site) -> None:
 def batch_11(site: Site) -> None:
     """A batch of more than 10 messages returns 400 AWS.SimpleQueueService.TooManyEntriesInBatchRequest."""
     answer = site.queue().send_batch(*"abcdefghijk")
-    answer.refused(400, "AWS.SimpleQueueService.TooManyEntriesInBatchRequest")
+    answer.expect_refused(400, "AWS.SimpleQueueService.TooManyEntriesInBatchRequest")
 
 
 @SQS_SEND.noted(source="SQS API, SendMessageBatch", promise="none: the adapter numbers the entries of a batch")
@@ -106,14 +106,14 @@ def batch_same_ids(site: Site) -> None:
     """A batch with two entries of the same id returns 400 AWS.SimpleQueueService.BatchEntryIdsNotDistinct."""
     entries = [{"Id": "a", "MessageBody": "1"}, {"Id": "a", "MessageBody": "2"}]
     answer = site.queue().call("SendMessageBatch", Entries=entries)
-    answer.refused(400, "AWS.SimpleQueueService.BatchEntryIdsNotDistinct")
+    answer.expect_refused(400, "AWS.SimpleQueueService.BatchEntryIdsNotDistinct")
 
 
 @SQS_SEND.noted(source="SQS API, SendMessageBatch", promise="none: the adapter sends no empty batch")
 def batch_empty(site: Site) -> None:
     """A batch without entries returns 400 AWS.SimpleQueueService.EmptyBatchRequest."""
     answer = site.queue().call("SendMessageBatch", Entries=[])
-    answer.refused(400, "AWS.SimpleQueueService.EmptyBatchRequest")
+    answer.expect_refused(400, "AWS.SimpleQueueService.EmptyBatchRequest")
 
 
 @SQS_SEND.needed(
@@ -125,7 +125,7 @@ def batch_256k(site: Site) -> None:
     """SQS accepts a batch of 256 KiB in total (AWS accepts up to 1 MiB)."""
     queue = site.queue()
     half = "x" * (MAX_MESSAGE_BYTES // 2)
-    sent = queue.send_batch(half, half).accepted().data
+    sent = queue.send_batch(half, half).expect_accepted().data
     expect(len(sent.get("Successful", ())) == 2, "some entries failed")
     expect([received.body for received in queue.take(2)] == [half, half], "the messages are received with other bodies")
 
@@ -136,7 +136,7 @@ def batch_256k(site: Site) -> None:
 def batch_over_1m(site: Site) -> None:
     """A batch of more than 1 MiB in total returns 400 AWS.SimpleQueueService.BatchRequestTooLong."""
     answer = site.queue().send_batch("x" * (MIB // 2), "x" * (MIB // 2), "y")
-    answer.refused(400, "AWS.SimpleQueueService.BatchRequestTooLong")
+    answer.expect_refused(400, "AWS.SimpleQueueService.BatchRequestTooLong")
 
 
 _BAD_ENTRIES: tuple[dict[str, Any], ...] = (
@@ -158,7 +158,7 @@ def _first_refused(site: Site) -> tuple[OwnQueue, Any]:
     # the rules that the entries break.
     for bad in _BAD_ENTRIES:
         queue, answer = _half_bad(site, bad)
-        if failed := answer.accepted().data.get("Failed"):
+        if failed := answer.expect_accepted().data.get("Failed"):
             return queue, failed
     raise Untried("the endpoint accepts every entry that AWS refuses")
 
@@ -221,7 +221,7 @@ def message_attributes(site: Site) -> None:
     """
     queue = site.queue()
     attributes = {"trace": {"DataType": "String", "StringValue": "abc"}}
-    queue.send("a", MessageAttributes=attributes).accepted()
+    queue.send("a", MessageAttributes=attributes).expect_accepted()
     received = queue.one()
     md5 = hashlib.md5(b"a", usedforsecurity=False).hexdigest()
     expect(received.body == "a", "the message is received with another body")
@@ -238,8 +238,8 @@ def delay(site: Site) -> None:
     """A message with DelaySeconds is received after this delay, and not before."""
     queue = site.queue()
     begun_s = time.monotonic()
-    queue.send("much later", DelaySeconds=600).accepted()
-    queue.send("late", DelaySeconds=2).accepted()
+    queue.send("much later", DelaySeconds=600).expect_accepted()
+    queue.send("late", DelaySeconds=2).expect_accepted()
     _only_late(queue, begun_s)
 
 
@@ -257,7 +257,7 @@ def delay_each(site: Site) -> None:
         {"Id": "1", "MessageBody": "late", "DelaySeconds": 2},
         {"Id": "2", "MessageBody": "much later", "DelaySeconds": 600},
     ]
-    queue.call("SendMessageBatch", Entries=entries).accepted()
+    queue.call("SendMessageBatch", Entries=entries).expect_accepted()
     expect(queue.one().body == "now", "the message without a delay is not received first")
     _only_late(queue, begun_s)
 
@@ -277,4 +277,4 @@ def _only_late(queue: OwnQueue, begun_s: float) -> None:
 )
 def delay_901(site: Site) -> None:
     """A DelaySeconds over 900 returns 400 InvalidParameterValue."""
-    site.queue().send("a", DelaySeconds=901).refused(400, "InvalidParameterValue")
+    site.queue().send("a", DelaySeconds=901).expect_refused(400, "InvalidParameterValue")

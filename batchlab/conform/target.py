@@ -67,7 +67,7 @@ class Cleaner:
         def delete(name: str) -> None:
             sqs.delete_queue(QueueUrl=urls[name] or sqs.get_queue_url(QueueName=name)["QueueUrl"])
 
-        return self._removed("queue", urls, delete)
+        return self._remove("queue", urls, delete)
 
     def groups(self, names: Sequence[str]) -> list[str]:
         """Remove the Auto Scaling groups whose names are in `names`, and the instances of the groups."""
@@ -84,7 +84,7 @@ class Cleaner:
                 if asg.describe_auto_scaling_groups(AutoScalingGroupNames=[name])["AutoScalingGroups"]:
                     raise
 
-        return self._removed("Auto Scaling group", names, delete)
+        return self._remove("Auto Scaling group", names, delete)
 
     def template(self, name: str) -> list[str]:
         """Remove the launch template with the name `name`."""
@@ -93,7 +93,7 @@ class Cleaner:
         def delete(name: str) -> None:
             ec2.delete_launch_template(LaunchTemplateName=name)
 
-        return self._removed("launch template", [name], delete)
+        return self._remove("launch template", [name], delete)
 
     def objects(self, bucket: str, prefix: str, *, with_bucket: bool) -> list[str]:
         """Remove the objects and multipart uploads below `prefix`. If `with_bucket` is true, also remove the bucket."""
@@ -117,19 +117,19 @@ class Cleaner:
             return None
 
         if with_bucket:
-            return self._removed("bucket", [bucket], remove)
-        return self._removed("objects below", [f"{bucket}/{prefix}"], remove)
+            return self._remove("bucket", [bucket], remove)
+        return self._remove("objects below", [f"{bucket}/{prefix}"], remove)
 
-    def _removed(self, kind: str, names: Collection[str], remove: Callable[[str], str | None]) -> list[str]:
+    def _remove(self, kind: str, names: Collection[str], remove: Callable[[str], str | None]) -> list[str]:
         """Remove resources of one kind concurrently, and return a message for each failure.
 
         The function `remove` returns the reason of a failure as text, or None, or raises an error.
         """
         with ThreadPoolExecutor(MAX_REQUESTS, thread_name_prefix="conform-close") as threads:
-            reasons = threads.map(lambda name: self._tried(partial(remove, name)), names)
+            reasons = threads.map(lambda name: self._try(partial(remove, name)), names)
             return [f"{kind} {name}: {reason}" for name, reason in zip(names, reasons, strict=True) if reason]
 
-    def _tried(self, remove: Callable[[], str | None]) -> str:
+    def _try(self, remove: Callable[[], str | None]) -> str:
         """Call `remove`, and return the reason of a failure, or "" if the resource was removed or did not exist."""
         if self._silent:
             return self._silent
@@ -328,7 +328,7 @@ class Target:
     @contextmanager
     def _responding(self, service: str) -> Iterator[None]:
         try:
-            with aws.translated(f"{service} at {self.place}"):
+            with aws.translate_errors(f"{service} at {self.place}"):
                 yield
         except Unreachable as error:
             raise Unreachable(

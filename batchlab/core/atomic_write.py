@@ -151,7 +151,7 @@ def of_single_call(is_call: bool) -> Iterator[None]:
 
 
 @contextmanager
-def repeated() -> Iterator[None]:
+def repeat_on_error() -> Iterator[None]:
     """Mark the writes of the current context as repeatable.
 
     Repeatable writes do not wait for the disk, because the next manager repeats them after a power cut.

@@ -140,7 +140,7 @@ def of_local(naive: datetime, zone: ZoneInfo) -> float:
     return local.timestamp()
 
 
-def shown(at_s: float, zone: ZoneInfo) -> str:
+def text_of_time(at_s: float, zone: ZoneInfo) -> str:
     """Return the local time in a zone as text, such as `2026-03-29 03:00:00 CEST`."""
     return datetime.fromtimestamp(at_s, zone).strftime("%Y-%m-%d %H:%M:%S %Z")
 

@@ -67,7 +67,7 @@ class Connections:
                 if time.monotonic() - used_s < self._idle_s and _is_open(kept):
                     return kept
                 kept.close()
-        made = self._made()
+        made = self._make()
         try:
             made.connect()
         except BaseException:
@@ -75,7 +75,7 @@ class Connections:
             raise
         return made
 
-    def _made(self) -> HTTPConnection:
+    def _make(self) -> HTTPConnection:
         if self._unix:
             return _UnixConnection(self._unix, self._connect_s)
         if self._tls:
@@ -216,7 +216,7 @@ class Expected:
         if self._is_stream and not _same(self._proof, self._mac(_STREAM)):
             raise Unproven
 
-    def checked(self, content: bytes) -> bytes:
+    def check_answer(self, content: bytes) -> bytes:
         """Return the body of a response from its complete content, after checking the signature."""
         body, proof = content, self._proof
         if self._is_stream:

@@ -96,7 +96,7 @@ def is_secret(name: str) -> bool:
     return _SECRET_NAME.search(name) is not None
 
 
-def shown(text: str) -> str:
+def format_value(text: str) -> str:
     """Return `text` with each hidden secret replaced."""
     for secret in _hidden:
         if secret in text:
@@ -123,7 +123,7 @@ class Text(logging.Formatter):
         return f"{line} [{' '.join(f'{n}={v}' for n, v in own.items())}]" if own else line
 
     def format(self, record: logging.LogRecord) -> str:
-        return visible(shown(super().format(record)))
+        return visible(format_value(super().format(record)))
 
 
 class JsonLines(logging.Formatter):
@@ -135,15 +135,15 @@ class JsonLines(logging.Formatter):
             "time": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": record.levelname,
             "logger": record.name,
-            "message": shown(record.getMessage()),
+            "message": format_value(record.getMessage()),
         }
         # Replace secrets before JSON escapes characters of the secrets.
         for name, value in fields_of(record).items():
-            doc[name] = value if isinstance(value, int) else shown(str(value))
+            doc[name] = value if isinstance(value, int) else format_value(str(value))
         if record.exc_info:
-            doc["exception"] = shown(self.formatException(record.exc_info))
+            doc["exception"] = format_value(self.formatException(record.exc_info))
         if record.stack_info:
-            doc["stack"] = shown(self.formatStack(record.stack_info))
+            doc["stack"] = format_value(self.formatStack(record.stack_info))
         return visible_json(doc)
 
 
@@ -173,10 +173,10 @@ def set_up(**process: str | int) -> None:
     root.setLevel(level.upper())
     logging.captureWarnings(capture=True)
     # Replace Python's hook for uncaught exceptions, which would print secrets in a traceback.
-    sys.excepthook = _unexpected
+    sys.excepthook = _log_unexpected
 
 
-def _unexpected(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+def _log_unexpected(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
     if not issubclass(kind, Exception):
         sys.__excepthook__(kind, error, where)
         return
@@ -191,10 +191,10 @@ def add_process_fields(**process: str | int) -> None:
 
 def log_format() -> str:
     """Return the format in BATCHLAB_LOG_FORMAT, by default text. Raise UsageError if the value is unknown."""
-    return _known(os.environ.get(FORMAT_VARIABLE) or "text", FORMAT_VARIABLE)
+    return _check_known(os.environ.get(FORMAT_VARIABLE) or "text", FORMAT_VARIABLE)
 
 
-def _known(format_: str, where: str) -> str:
+def _check_known(format_: str, where: str) -> str:
     if format_ not in FORMATS:
         raise UsageError(f"{where} is {format_!r}, which is not a format.", remedy="Write text or json.")
     return format_
@@ -206,7 +206,7 @@ def set_format(format_: str | None) -> None:
     Raise UsageError if the format is unknown.
     """
     if format_ is not None:
-        _known(format_, "--log-format")
+        _check_known(format_, "--log-format")
         os.environ[FORMAT_VARIABLE] = format_
     log_format()
 
@@ -216,7 +216,7 @@ def print_last_line(text: str) -> None:
     if os.environ.get(FORMAT_VARIABLE) == "json":
         record = logging.LogRecord("batchlab", logging.ERROR, "", 0, "%s", (text,), None)
         text = JsonLines().format(record)
-    print(shown(text), file=sys.stderr, flush=True)  # noqa: T201 - stderr is the log of the process
+    print(format_value(text), file=sys.stderr, flush=True)  # noqa: T201 - stderr is the log of the process
 
 
 def text_of(line: str) -> str:
@@ -241,7 +241,7 @@ class Recent(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         job = str(fields_of(record).get("job", ""))
         if job:
-            self._last[job] = (record.created, shown(record.getMessage()))
+            self._last[job] = (record.created, format_value(record.getMessage()))
             self._last.move_to_end(job)
             while len(self._last) > MAX_JOBS:
                 self._last.popitem(last=False)

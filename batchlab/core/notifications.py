@@ -140,7 +140,7 @@ def own_target(job: str, number: int, notify_def: NotifyDef) -> Target:
     return Target(f"{job}#{number}", n.kind, n.to, (), n.on, n.secret, n.failures, n.stuck_s, job)
 
 
-def derived_id(target: Target, job: str, round_: int, moment: str, key: str = "") -> str:
+def derive_id(target: Target, job: str, round_: int, moment: str, key: str = "") -> str:
     """Return the id of a notification, derived from its target, job, round, and event (`moment`).
 
     `key` distinguishes notifications about repeated events of a job.
@@ -153,7 +153,7 @@ def make_notification(
     target: Target, job: JobDef, round_: int, moment: str, body: Mapping[str, Json], *, at_s: float, key: str = ""
 ) -> Notification:
     """Return a new notification about an event of a job."""
-    id_ = derived_id(target, job.id, round_, moment, key)
+    id_ = derive_id(target, job.id, round_, moment, key)
     text = json_format.dumps({"v": json_format.VERSION, "id": id_, "moment": moment, "at_s": at_s, **body})
     own = job.notify[int(target.name.rpartition("#")[2]) - 1] if target.job else None
     return Notification(id_, moment, job.id, target.name, own, text, at_s)
@@ -357,7 +357,7 @@ class NotificationSettings:
     local: frozenset[str] = frozenset()
     secrets: Mapping[str, frozenset[str]] = field(default_factory=lambda: MappingProxyType({}))
 
-    def named(self, name: str) -> Target | None:
+    def find_target(self, name: str) -> Target | None:
         """Return the grid's own target `name`, or None if the grid does not have the target."""
         return next((target for target in self.targets if target.name == name), None)
 
@@ -369,7 +369,7 @@ class NotificationSettings:
         said = own_target(job, number, notify_def)
         if notify_def.kind != NAMED:
             return replace(said, local=_where(notify_def) in self.local)
-        target = self.named(notify_def.to)
+        target = self.find_target(notify_def.to)
         if target is None or not target.jobs:
             return said
         # The operator chose the address of a target of the grid, so the address may be on the manager's machine.
@@ -399,7 +399,7 @@ class NotificationSettings:
         return ""
 
     def _of_named(self, name: str) -> str:
-        found = self.named(name)
+        found = self.find_target(name)
         if found is not None and found.jobs:
             return ""
         names = ", ".join(target.name for target in self.targets if target.jobs) or "none"

@@ -289,11 +289,11 @@ def decide_due_times(schedule: Schedule, now_s: float) -> Schedule:
     schedule = replace(schedule, through_s=times[-1])
     if not due:
         return schedule
-    fires, skipped = _chosen(schedule, due, more, now_s)
+    fires, skipped = _choose(schedule, due, more, now_s)
     if skipped:
         schedule = schedule.with_run(skipped)
     for fire in fires:
-        schedule = _overlapped(schedule, fire, now_s)
+        schedule = _apply_overlap(schedule, fire, now_s)
     return schedule
 
 
@@ -306,7 +306,7 @@ def _rewound(schedule: Schedule, now_s: float) -> Schedule:
     return replace(schedule, through_s=now_s)
 
 
-def _chosen(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) -> tuple[list[_DueRun], Run | None]:
+def _choose(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) -> tuple[list[_DueRun], Run | None]:
     """Return the due times that will run, and one skipped run that represents all omitted due times, or None."""
     definition = schedule.definition
     on_time = [_DueRun(due_s) for due_s in due if now_s - due_s <= ON_TIME_S]
@@ -338,7 +338,7 @@ def _chosen(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) 
     return [], Run(latest, token, RunState.SKIPPED, now_s, reason=why)
 
 
-def _overlapped(schedule: Schedule, fire: _DueRun, now_s: float) -> Schedule:
+def _apply_overlap(schedule: Schedule, fire: _DueRun, now_s: float) -> Schedule:
     """Return the schedule with a run for the due time. The run waits, or is skipped because of an unfinished run."""
     run = Run(fire.due_s, token_of(schedule, fire.due_s), RunState.WAITING, now_s, reason=fire.why)
     unfinished, overlap = schedule.unfinished, schedule.definition.overlap
@@ -346,16 +346,16 @@ def _overlapped(schedule: Schedule, fire: _DueRun, now_s: float) -> Schedule:
     if not unfinished:
         return schedule.with_run(run)
     if overlap is Overlap.SKIP and not fire.late:
-        before = named(schedule, unfinished[-1])
-        return schedule.with_run(_skipped(run, now_s, f"{before} had not ended"))
+        before = check_name(schedule, unfinished[-1])
+        return schedule.with_run(_skipped_run(run, now_s, f"{before} had not ended"))
     if overlap is Overlap.REPLACE:
         for earlier in waiting:
-            why = f"{named(schedule, run)} replaced it before it began"
-            schedule = schedule.with_run(_skipped(earlier, now_s, why))
+            why = f"{check_name(schedule, run)} replaced it before it began"
+            schedule = schedule.with_run(_skipped_run(earlier, now_s, why))
         return schedule.with_run(run)
     if len(waiting) >= MAX_WAITING:
         why = f"{len(waiting)} runs already wait for the previous run"
-        return schedule.with_run(_skipped(run, now_s, why))
+        return schedule.with_run(_skipped_run(run, now_s, why))
     return schedule.with_run(run)
 
 
@@ -370,7 +370,7 @@ def by_hand(schedule: Schedule, asked: str, now_s: float) -> Schedule:
     waiting = [earlier for earlier in unfinished if earlier.state is RunState.WAITING]
     if unfinished and (overlap is Overlap.SKIP or len(waiting) >= MAX_WAITING):
         raise Refused(
-            f"{named(schedule, unfinished[-1])} of schedule {schedule.name} has not ended.",
+            f"{check_name(schedule, unfinished[-1])} of schedule {schedule.name} has not ended.",
             remedy="Wait for its end, or cancel its job first.",
         )
     token = token_by_hand(schedule, asked)
@@ -378,7 +378,7 @@ def by_hand(schedule: Schedule, asked: str, now_s: float) -> Schedule:
     if overlap is Overlap.REPLACE:
         for earlier in waiting:
             why = "a run asked for by hand replaced it before it began"
-            schedule = schedule.with_run(_skipped(earlier, now_s, why))
+            schedule = schedule.with_run(_skipped_run(earlier, now_s, why))
     return schedule.with_run(run)
 
 
@@ -395,7 +395,7 @@ def startable(schedule: Schedule) -> Run | None:
     return None
 
 
-def started(schedule: Schedule, run: Run, now_s: float) -> Schedule:
+def start(schedule: Schedule, run: Run, now_s: float) -> Schedule:
     """Return the schedule with the run marked as RUNNING.
 
     After a run is stored as RUNNING, its job must be submitted.
@@ -404,12 +404,12 @@ def started(schedule: Schedule, run: Run, now_s: float) -> Schedule:
     return schedule.with_run(replace(run, state=RunState.RUNNING, job=job, started_s=now_s))
 
 
-def skipped(schedule: Schedule, run: Run, now_s: float, why: str) -> Schedule:
+def skip(schedule: Schedule, run: Run, now_s: float, why: str) -> Schedule:
     """Return the schedule with the run marked as skipped."""
-    return schedule.with_run(_skipped(run, now_s, why))
+    return schedule.with_run(_skipped_run(run, now_s, why))
 
 
-def replaced(schedule: Schedule) -> Run | None:
+def replaced_run(schedule: Schedule) -> Run | None:
     """Return the run whose job must be canceled because another run waits, or None if no job must be canceled."""
     if schedule.removed or schedule.definition.overlap is not Overlap.REPLACE:
         return None
@@ -417,7 +417,7 @@ def replaced(schedule: Schedule) -> Run | None:
     return schedule.running if waits else None
 
 
-def settled(schedule: Schedule, now_s: float) -> Schedule:
+def settle(schedule: Schedule, now_s: float) -> Schedule:
     """Return the schedule with all due times up to now marked as decided, without new runs.
 
     The manager calls `settled` when a schedule is paused, resumed, or changed, so that its earlier due times do not run
@@ -427,15 +427,15 @@ def settled(schedule: Schedule, now_s: float) -> Schedule:
     return replace(schedule, through_s=max(now_s, schedule.through_s))
 
 
-def removed(schedule: Schedule, now_s: float) -> Schedule:
+def remove(schedule: Schedule, now_s: float) -> Schedule:
     """Return the schedule marked as removed, with its waiting runs skipped."""
     for run in schedule.unfinished:
         if run.state is RunState.WAITING:
-            schedule = skipped(schedule, run, now_s, "its schedule was removed")
+            schedule = skip(schedule, run, now_s, "its schedule was removed")
     return replace(schedule, removed=True)
 
 
-def named(schedule: Schedule, run: Run) -> str:
+def check_name(schedule: Schedule, run: Run) -> str:
     """Return the name of a run for a sentence, such as `the run of 2026-03-29 03:00:00 CEST`."""
     if run.asked:
         return f"a run asked for by hand at {_at(schedule, run)}"
@@ -443,9 +443,9 @@ def named(schedule: Schedule, run: Run) -> str:
 
 
 def _at(schedule: Schedule, run: Run) -> str:
-    return due_times.shown(run.due_s, schedule.definition.when.tz)
+    return due_times.text_of_time(run.due_s, schedule.definition.when.tz)
 
 
-def _skipped(run: Run, now_s: float, why: str) -> Run:
+def _skipped_run(run: Run, now_s: float, why: str) -> Run:
     reason = f"{run.reason}; {why}" if run.reason else why
     return replace(run, state=RunState.SKIPPED, reason=reason, ended_s=now_s)

@@ -84,7 +84,7 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def listed(names: Sequence[str], most: int = 4) -> str:
+def join_list(names: Sequence[str], most: int = 4) -> str:
     """Return a list of names as text, such as `a`, `a and b`, or `a, b and 3 more`, with at most `most` parts."""
     names = list(names)
     if len(names) > most:
@@ -148,7 +148,7 @@ _CLOCK = re.compile(r"\s*(\d{1,2}:\d\d|\d{4}-\d\d-\d\d|\d{1,2}[./]\d{1,2}[./]\d{
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
 
 
-def shown(value: object) -> str:
+def show_value(value: object) -> str:
     """Return `value` as text for an error message, shortened because an invalid value may be long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:40]}…{text[-10:]}"
@@ -160,11 +160,11 @@ def seconds(value: object) -> float:
         number: float = sum(float(n) * _SECONDS[unit] for n, unit in _PIECE.findall(value))
     elif isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
         is_clock = isinstance(value, str) and _CLOCK.match(value)
-        raise ValueError(f"{shown(value)} is not a duration{', but a time of day or a date' if is_clock else ''}")
+        raise ValueError(f"{show_value(value)} is not a duration{', but a time of day or a date' if is_clock else ''}")
     else:
         number = value
     if number > LONGEST_S:
-        raise ValueError(f"{shown(value)} is longer than a century")
+        raise ValueError(f"{show_value(value)} is longer than a century")
     return float(number)
 
 
@@ -179,9 +179,9 @@ def size_bytes(value: object) -> int:
     elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         number = value
     if number is None:
-        raise ValueError(f"{shown(value)} is not a size")
+        raise ValueError(f"{show_value(value)} is not a size")
     if number > LARGEST_BYTES:
-        raise ValueError(f"{shown(value)} is larger than any disk")
+        raise ValueError(f"{show_value(value)} is larger than any disk")
     return int(number)
 
 
@@ -195,7 +195,7 @@ def start_s(text: str, now_s: float) -> float:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise ValueError(f"{shown(text)} is not a start time") from None
+        raise ValueError(f"{show_value(text)} is not a start time") from None
     if moment.tzinfo is None:
         raise ValueError(f"{text!r} does not have a time zone")
     if moment.year > _LAST_YEAR:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from batchlab.adapters.aws.endpoint import ANSWER_S, CONNECT_S, code_of, session, translated
+from batchlab.adapters.aws.endpoint import ANSWER_S, CONNECT_S, code_of, session, translate_errors
 from batchlab.core import installation
 from batchlab.core.errors import BackendError, NotFound, Unreachable, UsageError
 
@@ -199,7 +199,7 @@ def aws_errors(what: str, is_missing: Callable[[str, str], bool] = lambda _code,
         SSOError: signed_out,
         TokenRetrievalError: signed_out,
     }
-    with _with_remedy(), translated(what):
+    with _with_remedy(), translate_errors(what):
         try:
             yield
         except ClientError as error:

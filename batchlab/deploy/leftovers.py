@@ -187,7 +187,7 @@ class Leftovers:
         self._account = account
         self._parts: dict[str, list[str] | None] = {}
 
-    def tagged(self) -> Iterator[Leftover]:
+    def tagged_resources(self) -> Iterator[Leftover]:
         """Yield the resources in the account and region that have the tag of a batchlab stack.
 
         AWS's list of tagged resources lacks IAM roles and resources that cannot have tags.
@@ -200,7 +200,7 @@ class Leftovers:
             if resource.kind != "cloudformation:stack":
                 yield Leftover(resource, _is_used(resource, self._parts_of(resource.stack)))
 
-    def named(self, known: Collection[str], say: Callable[[str], None]) -> Iterator[Leftover]:
+    def named_resources(self, known: Collection[str], say: Callable[[str], None]) -> Iterator[Leftover]:
         """Yield the SimpleDB domains whose names suggest a stack, and the log groups of deleted databases whose names
         suggest a stack.
 

@@ -111,7 +111,7 @@ def create_plan(
     base = deployed.get("PoolName", template.BASE)
     values = settings.parameters(wanted, source, base)
     expanded = template.expand(source, [pool.name for pool in wanted.pools], base)
-    sent = _sent(expanded, values, deployed, release)
+    sent = _parameters_to_send(expanded, values, deployed, release)
     effective = _effective(expanded, values)
     region = stack.account.region
     if effective.get("Ledger") == "simpledb" and region not in WITH_SIMPLEDB:
@@ -144,7 +144,7 @@ def create_plan(
         stack.withdraw(change_set, is_new=is_new)
 
 
-def _sent(
+def _parameters_to_send(
     expanded: Template, values: Mapping[str, str], deployed: Mapping[str, str], release: str | None
 ) -> list[dict[str, Any]]:
     sent: list[dict[str, Any]] = []

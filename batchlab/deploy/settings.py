@@ -19,7 +19,7 @@ import yaml
 from batchlab.core import instance_types
 from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import BackendError, UsageError
-from batchlab.deploy.template import BASE, READABLE_FILE, Template, parameters_of, renamed
+from batchlab.deploy.template import BASE, READABLE_FILE, Template, name_for_pool, parameters_of
 from batchlab.runtime import descriptor
 from batchlab.runtime.home import Home
 
@@ -267,12 +267,12 @@ def values(settings: Settings, template: Template, base: str = BASE) -> dict[str
     for name, value in settings.parameters:
         if name not in declared or name in per_pool or name == RELEASE:
             raise _no_parameter(name, [n for n in declared if n not in (*per_pool, RELEASE)])
-        parameter_values[name] = _accepted(name, value, declared[name])
+        parameter_values[name] = _accept(name, value, declared[name])
     for pool in settings.pools:
         for name, value in pool.template_parameters().items():
             if name not in per_pool:
                 raise _no_parameter(name, per_pool)
-            parameter_values[renamed(name, pool.name, base)] = _accepted(name, value, declared[name])
+            parameter_values[name_for_pool(name, pool.name, base)] = _accept(name, value, declared[name])
     return parameter_values
 
 
@@ -311,7 +311,7 @@ def _no_parameter(name: str, names: Sequence[str]) -> UsageError:
     return UsageError(f"The stack has no parameter {name!r}.", remedy=f"Similar parameters: {', '.join(near)}.")
 
 
-def _accepted(name: str, value: str, form: Mapping[str, Any]) -> str:
+def _accept(name: str, value: str, form: Mapping[str, Any]) -> str:
     """Return the value of a parameter unchanged. Raise UsageError if CloudFormation would refuse the value."""
     allowed = [text_of(choice) for choice in form.get("AllowedValues", ())]
     wrong = f"{name} cannot be {value!r}"

@@ -74,7 +74,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def shipped() -> Path:
+def shipped_template() -> Path:
     """Return the path of the template file in this installation of batchlab."""
     return installation.folder("backends") / "aws" / "stack.yaml"
 
@@ -142,7 +142,7 @@ class _Rendering:
         rendered = {name: content for name, content in self._template.items() if name != "Conditions"}
         for section in ("Resources", "Outputs"):
             rendered[section] = {
-                name: self._chosen({k: v for k, v in part.items() if k != "Condition"})
+                name: self._choose({k: v for k, v in part.items() if k != "Condition"})
                 for name, part in self._template.get(section, {}).items()
                 if "Condition" not in part or self._holds(part["Condition"])
             }
@@ -156,16 +156,16 @@ class _Rendering:
     def _holds(self, name: str) -> bool:
         return self._test(self._template["Conditions"][name])
 
-    def _chosen(self, node: Any) -> Any:
+    def _choose(self, node: Any) -> Any:
         """Return a copy of a template node in which each Fn::If is replaced by its chosen value."""
         if isinstance(node, list):
-            return [self._chosen(part) for part in node]
+            return [self._choose(part) for part in node]
         if not isinstance(node, dict):
             return node
         if "Fn::If" in node:
             condition, then, otherwise = node["Fn::If"]
-            return self._chosen(then if self._holds(condition) else otherwise)
-        return {key: self._chosen(value) for key, value in node.items()}
+            return self._choose(then if self._holds(condition) else otherwise)
+        return {key: self._choose(value) for key, value in node.items()}
 
     def _test(self, node: dict[str, Any]) -> bool:
         ((name, value),) = node.items()
@@ -179,7 +179,7 @@ class _Rendering:
             return not next(tests)
         if name in ("Fn::And", "Fn::Or"):
             return all(tests) if name == "Fn::And" else any(tests)
-        raise _flawed(f"{name} is not a condition.")
+        raise _flaw(f"{name} is not a condition.")
 
     def _text(self, node: Any) -> str:
         if isinstance(node, str):
@@ -195,7 +195,7 @@ class _Rendering:
             return str(value[0]).join(map(self._text, value[1]))
         if name == "Fn::Select":
             return self._list(value[1])[int(value[0])]
-        raise _flawed(f"a condition uses {name}.")
+        raise _flaw(f"a condition uses {name}.")
 
     def _list(self, node: Any) -> list[str]:
         if isinstance(node, dict) and "Fn::Split" in node:
@@ -206,7 +206,7 @@ class _Rendering:
     def _value(self, name: str) -> str:
         if name in self._values:
             return self._values[name]
-        raise _flawed(f"a condition uses {name}.")
+        raise _flaw(f"a condition uses {name}.")
 
 
 BASE = "default"
@@ -223,7 +223,7 @@ def id_part(pool: str) -> str:
     return "".join(part[:1].upper() + part[1:] for part in re.split(r"[^a-z0-9]+", pool))
 
 
-def renamed(name: str, pool: str, base: str = BASE) -> str:
+def name_for_pool(name: str, pool: str, base: str = BASE) -> str:
     """Return the logical id or the parameter name for the pool `pool`. `name` is the name in the template file, which
     begins with "Pool".
     """
@@ -271,7 +271,7 @@ class _Expansion:
             else:
                 expanded[section] = content
         for pool in self._pools:
-            expanded["Parameters"][renamed("PoolName", pool, self._base)]["Default"] = pool
+            expanded["Parameters"][name_for_pool("PoolName", pool, self._base)]["Default"] = pool
         return expanded
 
     def _section(self, section: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -281,9 +281,9 @@ class _Expansion:
                 part = _without_notes(part)
             shared, is_open = self._spread(part)
             if name in self._per_pool or (is_open and section == "Outputs" and name.startswith(PREFIX)):
-                copies = [(renamed(name, p, self._base), _mapped(part, self._for(p))) for p in self._pools]
+                copies = [(name_for_pool(name, p, self._base), _map(part, self._for(p))) for p in self._pools]
             elif is_open:
-                raise _flawed(f"{section} {name} mentions a pool's part outside of a list.")
+                raise _flaw(f"{section} {name} mentions a pool's part outside of a list.")
             else:
                 copies = [(name, shared)]
             for key, value in copies:
@@ -297,7 +297,7 @@ class _Expansion:
 
     def _for(self, pool: str) -> _Rename:
         def rename(name: str) -> str:
-            return renamed(name, pool, self._base) if name in self._per_pool else name
+            return name_for_pool(name, pool, self._base) if name in self._per_pool else name
 
         return rename
 
@@ -321,7 +321,7 @@ class _Expansion:
                     # A list element that is a text is a logical id in DependsOn.
                     renames = [self._for(pool) for pool in self._pools]
                     repeated += [
-                        rename(element) if isinstance(element, str) else _mapped(element, rename) for rename in renames
+                        rename(element) if isinstance(element, str) else _map(element, rename) for rename in renames
                     ]
                 else:
                     repeated.append(element_spread)
@@ -362,13 +362,13 @@ class _Expansion:
         """Return the names of a parameter for all pools. If the parameter does not belong to a pool, return only the
         unchanged name.
         """
-        return [renamed(name, pool, self._base) for pool in self._pools] if name in self._per_pool else [name]
+        return [name_for_pool(name, pool, self._base) for pool in self._pools] if name in self._per_pool else [name]
 
 
 def _is_per_pool(name: str, resource: dict[str, Any]) -> bool:
     is_marked: bool = resource.get("Metadata", {}).get("batchlab", {}).get("per") == "pool"
     if is_marked and not name.startswith(PREFIX):
-        raise _flawed(f"{name} is one per pool, so its name must begin with {PREFIX}.")
+        raise _flaw(f"{name} is one per pool, so its name must begin with {PREFIX}.")
     return is_marked
 
 
@@ -406,14 +406,14 @@ def _mentions(key: str, value: Any, rename: _Rename) -> Any:
     return value
 
 
-def _mapped(node: Any, rename: _Rename) -> Any:
+def _map(node: Any, rename: _Rename) -> Any:
     """Return a copy of a template node in which all logical ids are renamed with `rename`."""
     if isinstance(node, dict):
-        return {key: _mapped(_mentions(key, value, rename), rename) for key, value in node.items()}
+        return {key: _map(_mentions(key, value, rename), rename) for key, value in node.items()}
     if isinstance(node, list):
-        return [_mapped(part, rename) for part in node]
+        return [_map(part, rename) for part in node]
     return node
 
 
-def _flawed(why: str) -> BatchlabError:
+def _flaw(why: str) -> BatchlabError:
     return BatchlabError(f"The stack's template is flawed: {why}")

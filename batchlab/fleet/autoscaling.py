@@ -122,7 +122,7 @@ class PolicyRequests(Requests):
         warm_after_s = scaling_policies.warmup_s(asg.config, policy)
         base = scaling_policies.warm_capacity(group, warm_after_s, now_s)
         warming = scaling_policies.is_warming(group, warm_after_s, now_s)
-        wanted = scaling_policies.adjusted(group, policy, step.scaling_adjustment, base if warming else group.desired)
+        wanted = scaling_policies.adjust(group, policy, step.scaling_adjustment, base if warming else group.desired)
         shrinks = step.scaling_adjustment < 0 or wanted < group.desired
         if not (warming and shrinks):
             self._set(group, policy, step.scaling_adjustment, base if warming else group.desired)
@@ -130,7 +130,7 @@ class PolicyRequests(Requests):
     def _set(
         self, group: Group, policy: ScalingPolicy, adjustment: int, base: int, *, cooldown: int | None = None
     ) -> None:
-        wanted = scaling_policies.adjusted(group, policy, adjustment, base)
+        wanted = scaling_policies.adjust(group, policy, adjustment, base)
         cause = f"a user request executed policy {policy.policy_name}"
         self._changes.set_desired(group, wanted, cause, cooldown=cooldown)
 

@@ -49,7 +49,7 @@ def admit_members(
     """Add members for `missing` units of capacity and for the warm pool, and return the launches of the added
     members."""
     if group.asg is None or sources is None:
-        size = len(group.counted())
+        size = len(group.counted_members())
         return [PendingLaunch(group, changes.admit(group, size + n, now_s, None)) for n in range(missing)]
     if group.asg.deleting or group.suspended(Process.LAUNCH):
         return []

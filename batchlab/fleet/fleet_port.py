@@ -47,7 +47,7 @@ class ManagedFleet(Engine):
         already ending are ignored."""
         group = self._group(pool)
         named = {name: self._member(group, name) for name in instances}
-        leaving = [member for member in named.values() if member.counted]
+        leaving = [member for member in named.values() if member.counted_members]
         if decrement:
             check_decrement(group.pool, group.desired, len(leaving))
         for member in leaving:
@@ -77,7 +77,7 @@ class ManagedFleet(Engine):
         if group_and_member is None:
             raise Refused(f"the instance {instance!r} does not exist")
         group, member = group_and_member
-        if member.counted and not healthy:
+        if member.counted_members and not healthy:
             self._changes.fail(group, member, cause, note=f"terminated: unhealthy: {cause}")
             self._save()
 

@@ -140,7 +140,7 @@ class Requests(Engine):
 LONGEST_LIFETIME_S = 31_536_000
 
 
-def checked_group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int) -> GroupConfig:
+def check_group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int) -> GroupConfig:
     """Return the group's configuration in normal form. Raise ValidationError if the configuration is invalid."""
     low, high = config.min_size, config.max_size
     if not 1 <= len(config.auto_scaling_group_name) <= 255:
@@ -247,7 +247,7 @@ class GroupRequests(Requests):
             raise AlreadyExists(
                 f"AutoScalingGroup by this name already exists - A group with the name {name} already exists"
             )
-        config = self._checked(config)
+        config = self._check(config)
         desired = config.min_size if desired_capacity is None else desired_capacity
         check_desired(config, desired)
         for hook in lifecycle_hooks:
@@ -268,7 +268,7 @@ class GroupRequests(Requests):
         moved into the new limits."""
         group, asg = self._changeable(name)
         cleared = _NEVER if any(key in changes for key in _LAUNCHED_FROM) else {}
-        config = self._checked(replace(asg.config, **{**cleared, **changes}))
+        config = self._check(replace(asg.config, **{**cleared, **changes}))
         pool = replace(group.pool, min_size=config.min_size, max_size=config.max_size)
         desired = clamp(pool, group.desired) if desired_capacity is None else desired_capacity
         check_desired(config, desired)
@@ -284,8 +284,8 @@ class GroupRequests(Requests):
         )
         self._save()
 
-    def _checked(self, config: GroupConfig) -> GroupConfig:
-        config = checked_group(config, self._data_sources.zones, self._shortest_lifetime_s)
+    def _check(self, config: GroupConfig) -> GroupConfig:
+        config = check_group(config, self._data_sources.zones, self._shortest_lifetime_s)
         placement.check(config, self._data_sources)
         return config
 

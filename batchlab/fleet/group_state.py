@@ -210,13 +210,13 @@ class Member:
         return self.instance.state
 
     @property
-    def counted(self) -> bool:
+    def counted_members(self) -> bool:
         return self.instance.state in COUNTED
 
     @property
     def staying(self) -> bool:
         """Whether the member counts towards desired capacity and does not have a planned replacement."""
-        return self.counted and not self.asg.leaving
+        return self.counted_members and not self.asg.leaving
 
     def move(self, state: LifecycleState, *, note: str) -> None:
         """Change the member's state. Raise ValueError if MOVES does not allow the change, which indicates a bug."""
@@ -249,9 +249,9 @@ class Group:
     last_failure_s: float = 0.0
     asg: Asg | None = None
 
-    def counted(self) -> list[Member]:
+    def counted_members(self) -> list[Member]:
         """Return the members that count towards desired capacity, the newest last."""
-        return [member for member in self.members.values() if member.counted]
+        return [member for member in self.members.values() if member.counted_members]
 
     def staying(self) -> list[Member]:
         """Return the counted members without a planned replacement."""

@@ -49,7 +49,7 @@ def update_from_launcher(changes: Changes, group: Group, instances: Mapping[str,
 
 def _bury(changes: Changes, group: Group, member: Member, ended: str, now_s: float) -> None:
     note = f"{member.instance.note} ({ended})"
-    working = member.counted
+    working = member.counted_members
     if group.asg is not None:
         working = member.end == 0
     if working:
@@ -83,7 +83,7 @@ def replace_unhealthy(changes: Changes, group: Group) -> None:
     if group.suspended(Process.REPLACE_UNHEALTHY) or group.suspended(Process.TERMINATE):
         return
     for member in group.members.values():
-        if not member.instance.healthy and member.counted:
+        if not member.instance.healthy and member.counted_members:
             note = f"terminated: unhealthy: {USER_CHECK}"
             changes.fail(group, member, USER_CHECK, note=note, why=USER_CHECK)
 
@@ -120,7 +120,7 @@ def continue_replacements(changes: Changes, group: Group, sources: Sources) -> N
 def _terminate_replaced(changes: Changes, group: Group, asg: Asg) -> None:
     """Terminate leaving instances whose replacements are InService. During an instance refresh, replacements must also
     have warmed up."""
-    in_service = [m for m in group.counted() if m.state is LifecycleState.IN_SERVICE]
+    in_service = [m for m in group.counted_members() if m.state is LifecycleState.IN_SERVICE]
     rolling, now_s = asg.rolling, changes.steady.now_s()
     ready = [m for m in in_service if rolling is None or instance_refresh.is_ready(m, rolling, now_s)]
     surplus = weigh(ready) - group.desired
@@ -132,7 +132,7 @@ def _terminate_replaced(changes: Changes, group: Group, asg: Asg) -> None:
 
 
 def _room(group: Group) -> int:
-    leaving = sum(bool(m.asg.leaving) and m.counted for m in group.members.values())
+    leaving = sum(bool(m.asg.leaving) and m.counted_members for m in group.members.values())
     return max(1, group.pool.max_size // 10) - leaving
 
 

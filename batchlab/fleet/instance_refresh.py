@@ -65,7 +65,7 @@ def _drop_finished(group: Group, rolling: RefreshProgress) -> None:
     preferences = rolling.refresh.preferences
     for name in list(rolling.old):
         member = group.members.get(name)
-        ended = member is None or not (member.counted or member.state in ON_STANDBY)
+        ended = member is None or not (member.counted_members or member.state in ON_STANDBY)
         ignored = member is not None and (
             (member.instance.protected and preferences.scale_in_protected_instances == "Ignore")
             or (member.state in ON_STANDBY and preferences.standby_instances == "Ignore")
@@ -158,8 +158,8 @@ def _obstacles(group: Group, rolling: RefreshProgress) -> str:
 
 def roll_back(changes: Changes, group: Group, rolling: RefreshProgress) -> None:
     """Replace the new instances with instances of the group's own configuration."""
-    new = {m.instance.id for m in group.counted() if m.instance.id not in rolling.before}
-    rolling.before = {m.instance.id for m in group.counted()}
+    new = {m.instance.id for m in group.counted_members() if m.instance.id not in rolling.before}
+    rolling.before = {m.instance.id for m in group.counted_members()}
     rolling.old, rolling.total, rolling.checkpoint = new, len(new), 0
     rolling.paused_until_s, rolling.moved_s = 0.0, changes.steady.now_s()
     plain = replace(rolling.refresh.preferences, checkpoint_percentages=(), auto_rollback=False)
@@ -180,7 +180,7 @@ def _replace(changes: Changes, group: Group, asg: Asg, rolling: RefreshProgress,
     replaceable = _replaceable(group, rolling)[: _until_checkpoint(rolling)]
     extra = group.desired * preferences.max_healthy_percentage // 100 - group.desired
     if preferences.max_healthy_percentage > 100:
-        leaving = sum(bool(m.asg.leaving) for m in group.counted())
+        leaving = sum(bool(m.asg.leaving) for m in group.counted_members())
         room = max(1, extra) - max(leaving, unready)
         for member in replaceable[: max(0, room)]:
             changes.launch_replacement(group, member, _WHY)
@@ -222,7 +222,7 @@ def _until_checkpoint(rolling: RefreshProgress) -> int:
 
 def begin(changes: Changes, group: Group, asg: Asg, refresh: InstanceRefresh, sources: Sources) -> None:
     members = group.members.values()
-    counted = [m for m in members if m.counted or m.state in ON_STANDBY]
+    counted = [m for m in members if m.counted_members or m.state in ON_STANDBY]
     pool = [m for m in members if m.state in WARM]
     preferences = refresh.preferences
     warmup = preferences.instance_warmup

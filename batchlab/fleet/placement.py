@@ -70,7 +70,7 @@ def _on_demand(members: Sequence[Member]) -> int:
     return weigh([m for m in members if m.instance.machine.market is Market.ON_DEMAND])
 
 
-def preferred(
+def preferred_overrides(
     shares: InstancesDistribution,
     market: Market,
     overrides: Sequence[Override],
@@ -171,7 +171,7 @@ def choose(group: Group, asg: Asg, sources: Sources, now_s: float, *, warm: bool
         override = Override(template.instance_type)
         options = [(override, zone, template.market) for zone in _emptiest(group, zones)]
     else:
-        options = _mixed(group, mixed, template, zones, sources.prices)
+        options = _mix(group, mixed, template, zones, sources.prices)
     override, zone, market = next(
         (o for o in options if not is_avoided(asg, Machine(o[0].instance_type, *o[1:]), now_s)), options[0]
     )
@@ -207,7 +207,7 @@ def _emptiest(group: Group, zones: Sequence[str], market: Market | None = None) 
     return sorted(zones, key=lambda zone: (total[zone], alike[zone]))
 
 
-def _mixed(
+def _mix(
     group: Group, mixed: MixedInstancesPolicy, template: Template, zones: Sequence[str], prices: Prices | None
 ) -> list[tuple[Override, str, Market]]:
     """Return every capacity pool of the next instance's market, sorted by zone and then by type."""
@@ -217,7 +217,7 @@ def _mixed(
     return [
         (override, zone, market)
         for zone in _emptiest(group, zones, market)
-        for override in preferred(shares, market, overrides, members, zone=zone, prices=prices)
+        for override in preferred_overrides(shares, market, overrides, members, zone=zone, prices=prices)
     ]
 
 

@@ -63,7 +63,7 @@ def _warm(member: Member, warm_after_s: float, now_s: float) -> bool:
     return in_service and since_s is not None and now_s - since_s >= warm_after_s
 
 
-def adjusted(group: Group, policy: ScalingPolicy, adjustment: int, base: int) -> int:
+def adjust(group: Group, policy: ScalingPolicy, adjustment: int, base: int) -> int:
     """Return the desired capacity after a policy's adjustment of `base` units, within the group's limits."""
     if policy.adjustment_type == "ExactCapacity":
         return clamp(group.pool, adjustment)
@@ -113,7 +113,7 @@ def track(changes: Changes, group: Group, asg: Asg, metrics: Metrics | None, per
         value = _observe(alarm, policy, metrics, now_s)
         changes.unsaved |= before != (alarm.above_since_s, alarm.below_since_s)
         if value is not None:
-            wanted[policy.policy_name] = _wanted(group, asg, policy, value, now_s)
+            wanted[policy.policy_name] = _wanted_capacity(group, asg, policy, value, now_s)
     if not _scale_out(changes, group, asg, policies, wanted, period_s):
         _scale_in(changes, group, asg, policies, wanted, period_s)
 
@@ -134,7 +134,7 @@ def _tracking(policy: ScalingPolicy) -> TargetTracking:
     return policy.target_tracking_configuration
 
 
-def _wanted(group: Group, asg: Asg, policy: ScalingPolicy, value: float, now_s: float) -> int:
+def _wanted_capacity(group: Group, asg: Asg, policy: ScalingPolicy, value: float, now_s: float) -> int:
     """Return the capacity that the metric's value requires, rounded up. The metric's value is relative to warm
     capacity, so instances that are warming up do not count."""
     ready = max(1, warm_capacity(group, warmup_s(asg.config, policy), now_s))

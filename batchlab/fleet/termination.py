@@ -198,8 +198,8 @@ def clamp(pool: Pool, desired: int) -> int:
 def victims(group: Group, now_s: float) -> Sequence[Member]:
     """Return the instances that scale-in terminates, in order. `now_s` is a time of the SteadyClock."""
     if group.asg is None:
-        excess = len(group.counted()) - group.desired
-        return pending_then_newest(group.counted())[: max(0, excess)]
+        excess = len(group.counted_members()) - group.desired
+        return pending_then_newest(group.counted_members())[: max(0, excess)]
     return choose(group, group.asg, now_s)
 
 

@@ -120,7 +120,7 @@ def attempt_in(outcome: Outcome, task: int) -> Attempt | None:
     return Attempt(task, outcome) if ended else None
 
 
-def chosen(all_attempts: Sequence[Attempt], number: int | None = None, round_: int | None = None) -> Attempt | None:
+def choose(all_attempts: Sequence[Attempt], number: int | None = None, round_: int | None = None) -> Attempt | None:
     """Return an attempt that matches `number` and `round_`, or None if none of the attempts matches.
 
     An attempt matches if its number is `number` and its round is `round_`. The value None matches every number or
@@ -136,7 +136,9 @@ def chosen(all_attempts: Sequence[Attempt], number: int | None = None, round_: i
 # --- Output and input -----------------------------------------------------------------------------
 
 
-async def printed(objects: Objects, outcome: Outcome, tasks: Iterable[int], patience: Patience) -> dict[int, bytes]:
+async def printed_output(
+    objects: Objects, outcome: Outcome, tasks: Iterable[int], patience: Patience
+) -> dict[int, bytes]:
     """Return the output of each task in an outcome, or b"" for a task without output.
 
     Outputs that are close to each other in the log are read in one request. Raise NotFound if the log is not stored yet

@@ -118,7 +118,7 @@ def _params(subject: Subject) -> Iterator[Problem]:
     declared = subject.job.params
     for loc, stage in subject.stages():
         for i, argument in enumerate(stage.command or ()):
-            for name in values.used([argument]):
+            for name in values.used_keys([argument]):
                 key = name.removeprefix("params.")
                 if key not in (name, "") and key not in declared:
                     message = f"The job has no parameter '{key}' for {{{name}}}."
@@ -183,7 +183,7 @@ def _input_files(subject: Subject) -> Iterator[Problem]:
         if is_url(pattern):
             if bucket_and_key(pattern) is None:
                 remedy = "Write s3://bucket/prefix, or a local pattern."
-                what = text.shown(pattern)
+                what = text.show_value(pattern)
                 yield Problem(loc, f"{what} is not the URL of an S3 bucket.", remedy)
         else:
             yield from _matches(loc, pattern, subject.folder)
@@ -192,7 +192,7 @@ def _input_files(subject: Subject) -> Iterator[Problem]:
 def _matches(loc: Loc, pattern: str, folder: Path) -> Iterator[Problem]:
     paths = handler_lookup.matches(pattern, folder)
     if not paths:
-        message = f"No file matches {text.shown(pattern)}, looked for in {folder}."
+        message = f"No file matches {text.show_value(pattern)}, looked for in {folder}."
         remedy = "Write a pattern relative to the job file, such as data/*.csv."
         if pattern and handler_lookup.is_folder(folder / pattern):
             remedy = f"It is a folder: write '{pattern.rstrip('/')}/*'."

@@ -80,7 +80,7 @@ def _task_size(value: object) -> int | str:
         return value
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= units.LARGEST_BYTES:
         return value
-    raise ValueError(f"{units.shown(value)} is not the size of a task")
+    raise ValueError(f"{units.show_value(value)} is not the size of a task")
 
 
 def _allowance(value: object) -> int | str:
@@ -88,7 +88,7 @@ def _allowance(value: object) -> int | str:
         return value
     if isinstance(value, str) and re.match(_SHARE_PATTERN, value) and float(value.strip(" %")) <= 100:
         return value
-    raise ValueError(f"{units.shown(value)} is not a number of tasks")
+    raise ValueError(f"{units.show_value(value)} is not a number of tasks")
 
 
 def _start(value: object) -> str:
@@ -100,7 +100,7 @@ def _start(value: object) -> str:
 
 def _cost(value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{units.shown(value)} is not an amount with its currency")
+        raise ValueError(f"{units.show_value(value)} is not an amount with its currency")
     try:
         price_book.parse(value)
     except UsageError as error:
@@ -109,16 +109,16 @@ def _cost(value: object) -> str:
 
 
 def _cron(value: object) -> str:
-    return _checked(value, lambda text: due_times.check(text, "UTC"))
+    return _check_text(value, lambda text: due_times.check(text, "UTC"))
 
 
 def _zone(value: object) -> str:
-    return _checked(value, due_times.zone_of)
+    return _check_text(value, due_times.zone_of)
 
 
-def _checked(value: object, check: Callable[[str], object]) -> str:
+def _check_text(value: object, check: Callable[[str], object]) -> str:
     if not isinstance(value, str):
-        raise refusal(f"{units.shown(value)} is not text.", "Put it in quotes.")
+        raise refusal(f"{units.show_value(value)} is not text.", "Put it in quotes.")
     try:
         check(value)
     except UsageError as error:

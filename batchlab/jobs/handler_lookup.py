@@ -228,7 +228,7 @@ def _names(source: Path, code: Path, seen: set[Path]) -> Iterator[str]:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             for alias in node.names:
                 if alias.name == "*" and isinstance(node, ast.ImportFrom):
-                    yield from _starred(node, source, code, seen)
+                    yield from _star_imports(node, source, code, seen)
                 else:
                     yield (alias.asname or alias.name).split(".")[0]
         elif isinstance(node, ast.Assign | ast.AnnAssign):
@@ -237,7 +237,7 @@ def _names(source: Path, code: Path, seen: set[Path]) -> Iterator[str]:
                     yield part.id
 
 
-def _starred(node: ast.ImportFrom, source: Path, code: Path, seen: set[Path]) -> Iterator[str]:
+def _star_imports(node: ast.ImportFrom, source: Path, code: Path, seen: set[Path]) -> Iterator[str]:
     module = node.module or ""
     if node.level:
         folder = source.parents[node.level - 1]

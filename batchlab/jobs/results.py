@@ -276,7 +276,7 @@ class Listed:
         return cls(view["stage"], view["key"], json_format.tasks_from_json(view["tasks"]))
 
 
-def listed(page: Callable[[int | None], OutcomesView]) -> list[Listed]:
+def list_results(page: Callable[[int | None], OutcomesView]) -> list[Listed]:
     """Return all current outcomes of a job.
 
     `page` returns a page of outcomes after a given seq, or the first page for None.
@@ -327,7 +327,7 @@ async def fetch(
     stage, for a folder that cannot be written, and for results that exceed the limits `within`.
     """
     job = await definition(objects, JobId(view["id"]), patience)
-    chosen = {name: of_stage(name, listing) for name in _known(job, stages) or final_stages(job)}
+    chosen = {name: of_stage(name, listing) for name in _check_stages(job, stages) or final_stages(job)}
     steps = _Steps(sum(len(outcomes) for outcomes in chosen.values()), progress)
     try:
         _make_room(out, chosen)
@@ -348,7 +348,7 @@ async def fetch(
     return fetched
 
 
-def _known(job: JobDef, stages: Iterable[str]) -> list[StageName]:
+def _check_stages(job: JobDef, stages: Iterable[str]) -> list[StageName]:
     names = [stage.name for stage in job.stages]
     for name in stages:
         if name not in names:

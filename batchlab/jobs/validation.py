@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from batchlab.core.model import Json
-from batchlab.core.text import shown
+from batchlab.core.text import show_value
 from batchlab.jobs import field_types
 from batchlab.jobs.yaml_source import Loc, Problem, nearest, suggest
 
@@ -97,12 +97,12 @@ def validate(data: Json, shape: Shape[M], refused: Collection[Loc | None] = ()) 
         except ValidationError as error:
             details = error.errors(include_url=False)
             # Report a misspelled or empty key only once, and do not also report the intended key as missing.
-            known = {*structure.broken, *(_blamed(shape, e) for e in details if e["type"] != "missing")}
+            known = {*structure.broken, *(_blamed_location(shape, e) for e in details if e["type"] != "missing")}
             for detail in details:
                 again = detail["loc"] in (known if detail["type"] == "missing" else refused)
                 if not reported and not again:
                     structure.problems.append(_explain(shape, detail))
-                structure.broken.append(_blamed(shape, detail))
+                structure.broken.append(_blamed_location(shape, detail))
                 _mend(data, detail, shape.stand_ins)
             reported = True
     return structure
@@ -176,7 +176,7 @@ def _is_model(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _known(shape: Shape[M], loc: Loc) -> dict[str, FieldInfo]:
+def _known_fields(shape: Shape[M], loc: Loc) -> dict[str, FieldInfo]:
     """Return the keys that are permitted at the location `loc`."""
     place = _place(shape, loc)
     return keys(place[0]) if place else {}
@@ -205,7 +205,7 @@ def _kind_of(value: Json) -> str:
     for kind, name in (
         (bool, "true or false"),
         (str, "text"),
-        (int | float, shown(value)),
+        (int | float, show_value(value)),
         (list, "a list"),
         (dict, "a mapping"),
     ):
@@ -221,13 +221,13 @@ def _explain(shape: Shape[M], error: ErrorDetails) -> Problem:
     if kind == "missing":
         return Problem(loc[:-1], f"'{name}' is missing.", _example(shape, loc), at_key=True)
     if kind == "extra_forbidden":
-        known = _known(shape, loc)
+        known = _known_fields(shape, loc)
         return Problem(loc, f"There is no key '{name}' here.", suggest(name, known, "keys"), True)
     if kind == "refused":
         return Problem(loc, context["message"], context["remedy"])
     if kind in ("literal_error", "enum"):
         words = re.findall(r"'([^']*)'", context["expected"])
-        return Problem(loc, f"'{name}' cannot be {shown(value)}.", suggest(str(value), words, "values"))
+        return Problem(loc, f"'{name}' cannot be {show_value(value)}.", suggest(str(value), words, "values"))
     if kind == "string_pattern_mismatch":
         return _pattern(shape, loc, name, str(value), context["pattern"])
     if kind == "string_too_long":
@@ -241,7 +241,7 @@ def _explain(shape: Shape[M], error: ErrorDetails) -> Problem:
         return Problem(loc, f"'{name}' is empty.", _example(shape, loc))
     if kind in _BOUNDS:
         bound = f"{_BOUNDS[kind]} {next(iter(context.values())):g}"
-        return Problem(loc, f"'{name}' must be {bound}, not {shown(value)}.", _example(shape, loc))
+        return Problem(loc, f"'{name}' must be {bound}, not {show_value(value)}.", _example(shape, loc))
     wanted = _KINDS.get(kind.split("_")[0])
     what = f"An entry of '{name}'" if isinstance(loc[-1], int) else f"'{name}'"
     if wanted is None:
@@ -262,15 +262,15 @@ def _pattern(shape: Shape[M], loc: Loc, name: str, value: str, pattern: str) -> 
     slug = re.sub(r"[^a-z0-9_]+", "-", value.lower()).strip("-_")[:40]
     rename = slug if pattern == field_types.NAME_PATTERN else ""
     remedy = f"Write {rename}." if rename else _example(shape, loc)
-    return Problem(loc, f"{what} cannot be {shown(value)}: {takes}", remedy, at_key=is_key)
+    return Problem(loc, f"{what} cannot be {show_value(value)}: {takes}", remedy, at_key=is_key)
 
 
-def _blamed(shape: Shape[M], error: ErrorDetails) -> Loc:
+def _blamed_location(shape: Shape[M], error: ErrorDetails) -> Loc:
     loc = error["loc"]
     if error["type"] != "extra_forbidden":
         return loc
     # If a key is misspelled, the key that the user intended is missing, so find the intended key.
-    meant = nearest(str(loc[-1]), _known(shape, loc))
+    meant = nearest(str(loc[-1]), _known_fields(shape, loc))
     return (*loc[:-1], meant or loc[-1])
 
 

@@ -220,12 +220,12 @@ def _scalar(node: ScalarNode) -> Json:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        what = f"{_clipped(text)} is not a valid value here."
+        what = f"{_clip(text)} is not a valid value here."
         raise ScalarRefused(what, "Write it in quotes as text.")
     return number
 
 
-def _clipped(text: str) -> str:
+def _clip(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:40]}…"
 
 
@@ -246,7 +246,7 @@ class _Reader:
         if isinstance(node, MappingNode) and node.tag == _TAG + "map":
             pairs = self._pairs(node, loc)
             return {key: self._child(loc, key, at, child) for key, (at, child) in pairs.items()}
-        self._refuse(loc, f"The tag {_clipped(node.tag)} has no meaning here.", "Delete the tag.")
+        self._refuse(loc, f"The tag {_clip(node.tag)} has no meaning here.", "Delete the tag.")
         return None
 
     def _child(self, loc: Loc, name: str | int, key: Node | None, node: Node) -> Json:
@@ -275,7 +275,7 @@ class _Reader:
         merged: dict[str, tuple[Node, Node]] = {}
         for key, child in node.value:
             if key.tag == _TAG + "merge":
-                for source in self._merged(child, loc):
+                for source in self._merged_nodes(child, loc):
                     merged = {**self._pairs(source, loc), **merged}
             elif not isinstance(key, ScalarNode) or not key.value.isprintable():
                 self._document.lines[(*loc, "?")] = (key.start_mark.line + 1,) * 2
@@ -285,13 +285,13 @@ class _Reader:
                 again = (*loc, key.value, "again")
                 self._document.lines[(*loc, key.value)] = (first, first)
                 self._document.lines[again] = (key.start_mark.line + 1,) * 2
-                message = f"'{_clipped(key.value)}' is already on line {first}."
+                message = f"'{_clip(key.value)}' is already on line {first}."
                 self._refuse(again, message, "Delete one of the two.")
             else:
                 own[key.value] = (key, child)
         return {**merged, **own}
 
-    def _merged(self, node: Node, loc: Loc) -> Iterator[MappingNode]:
+    def _merged_nodes(self, node: Node, loc: Loc) -> Iterator[MappingNode]:
         for source in node.value if isinstance(node, SequenceNode) else [node]:
             if self._values > _MAX_VALUES:
                 raise _TooMuch

@@ -82,9 +82,9 @@ class LaunchBreaker:
                 pool.failures, pool.pause_s, pool.last = 0, 0.0, ""
         elif instance.id in pool.booting and not (instance.healthy and instance.note.startswith("terminated")):
             # The instance counts as a failed launch, because no program requested the instance's end.
-            self._failed(name, pool, instance, pool.booting.pop(instance.id))
+            self._on_failure(name, pool, instance, pool.booting.pop(instance.id))
 
-    def _failed(self, name: str, pool: _PoolLaunches, instance: Instance, since_s: float) -> None:
+    def _on_failure(self, name: str, pool: _PoolLaunches, instance: Instance, since_s: float) -> None:
         now_s = self._clock.monotonic_s()
         pool.failures += 1
         pool.last = f"{instance.id}: {instance.note.rstrip('.')}"
@@ -319,7 +319,7 @@ class Prewarm(Part):
             return None
         count, how = self._count(schedule, template, view)
         most = min(count, view.pool.max_size)
-        when = due_times.shown(due_s, definition.when.tz)
+        when = due_times.text_of_time(due_s, definition.when.tz)
         why = f"schedule {schedule.name} is due at {when}: {how}"
         if most < count:
             why += f", of which its limit leaves {most}"

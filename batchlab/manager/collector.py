@@ -243,7 +243,7 @@ class Collector(Part):
             for key in events.committed:
                 completions += await self._fetch(key)
             verified.append((events, trusted))
-            whole |= self._retained(events.outcomes, len(message.body))
+            whole |= self._retain(events.outcomes, len(message.body))
         await self._context.pending_submissions.ended({completion.bundle.job for completion in completions})
         if self._notify_clients(whole.values()):
             # The pause lets the waiting clients run before the completions are folded. A fold takes as long as all
@@ -273,7 +273,7 @@ class Collector(Part):
             if instances.get(requests.worker) == requests.instance:
                 self._registry.record_requests(requests)
 
-    def _retained(self, outcomes: Sequence[Outcome], size_bytes: int) -> dict[BundleKey, RetainedOutcome]:
+    def _retain(self, outcomes: Sequence[Outcome], size_bytes: int) -> dict[BundleKey, RetainedOutcome]:
         share_bytes = size_bytes // max(1, len(outcomes))
         return {
             (outcome.bundle.job, outcome.bundle.stage, outcome.bundle.id): self._retained_outcomes.add(

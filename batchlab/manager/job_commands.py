@@ -50,7 +50,7 @@ class JobCommands(Part):
         return the existing job, or raise Refused if the two jobs differ. The accepted job continues the trace of its
         definition."""
         with ending(self._tracer.root("submit", Subject(job.id), parent=job.trace)) as submitting:
-            sealed = await self._keys.sealed(job)
+            sealed = await self._keys.seal(job)
             return await self._submit(replace(sealed, trace=submitting.context), items)
 
     async def _submit(self, job: JobDef, items: Sequence[Json] | None) -> ChangeResult:

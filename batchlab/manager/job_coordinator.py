@@ -305,7 +305,7 @@ class JobCoordinator(Part):
         the control object."""
         # The write must not overwrite an existing control object, because a cancellation must stay.
         run = json_format.ControlCommand(Control.RUN, round=live.round)
-        with atomic_write.repeated():
+        with atomic_write.repeat_on_error():
             await commit.replace_command(self._objects, live.id, run, self._patience, over=None)
         live.allowed = True
 
@@ -381,7 +381,7 @@ class JobCoordinator(Part):
         name = f"manager-{live.round}"
         while outstanding := live.all_outstanding()[:MAX_CONCURRENT_OUTCOMES]:
             now_s = self._clock.now_s()
-            drafts = [settlement.sealed(o.bundle, execution=name, worker=name, now_s=now_s) for o in outstanding]
+            drafts = [settlement.seal(o.bundle, execution=name, worker=name, now_s=now_s) for o in outstanding]
             outcomes = await asyncio.gather(*(self._outcomes.commit(live.job, draft) for draft in drafts))
             await self._ledger_writer.fold([settlement.completion(outcome) for outcome in outcomes])
         return _uncut_tasks(live)

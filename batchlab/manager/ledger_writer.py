@@ -42,7 +42,7 @@ class LedgerWriter(Part):
     ) -> None:
         """Fold completions, and wake the jobs of the completions. `whole` has the outcomes that events contained with
         all their values."""
-        accepted = await self._accepted(completions)
+        accepted = await self._accept(completions)
         if not accepted:
             return
         lives = (self._lives.get(completion.bundle.job) for completion, _ in accepted)
@@ -76,7 +76,7 @@ class LedgerWriter(Part):
                 if live := self._lives.get(bundle.job):
                     live.trace(bundle.stage, at)
 
-    async def _accepted(self, completions: Sequence[Completion]) -> list[tuple[Completion, JobDef]]:
+    async def _accept(self, completions: Sequence[Completion]) -> list[tuple[Completion, JobDef]]:
         """Return the completions that the ledger accepts, with their jobs."""
         accepted: list[tuple[Completion, JobDef]] = []
         names = dict.fromkeys(completion.bundle.job for completion in completions)

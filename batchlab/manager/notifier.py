@@ -56,7 +56,7 @@ class NotificationTriggers(Part):
     def forget(self, job: JobId) -> None:
         self._progress.pop(job, None)
 
-    def fired(self, live: LiveJob, target: Target, standstill_s: float) -> Iterator[tuple[str, str]]:
+    def fired_triggers(self, live: LiveJob, target: Target, standstill_s: float) -> Iterator[tuple[str, str]]:
         """Yield the name of each trigger that has fired for `target`, such as "stuck", and a key that distinguishes
         repeated triggers. `standstill_s` is the time since the job's last progress."""
         failed = sum(counts.failed for counts in live.counts)
@@ -224,8 +224,8 @@ class Notifier(Part):
             standstill_s = self._triggers.standstill_s(live) if is_wanted else 0.0
             known_ids = self._known_ids.setdefault(live.id, set())
             for target in targets:
-                for moment, key in self._triggers.fired(live, target, standstill_s):
-                    id_ = notifications.derived_id(target, live.id, live.round, moment, key)
+                for moment, key in self._triggers.fired_triggers(live, target, standstill_s):
+                    id_ = notifications.derive_id(target, live.id, live.round, moment, key)
                     if id_ in known_ids or self.outbox.has(id_):
                         continue
                     explained += moment == "stuck"
@@ -390,11 +390,11 @@ class Notifier(Part):
                 raise NotDelivered(wrong, final=True)
             await self._channels.deliver(target, notification)
         except NotDelivered as error:
-            self._failed(notification, target, error)
+            self._on_failure(notification, target, error)
         except Exception as error:
             # An unexpected error of one notification must not end the manager.
             log.exception("an unexpected error stopped the delivery of a notification", extra={"job": notification.job})
-            self._failed(notification, target, NotDelivered(f"There is an error in the manager: {error!r}."))
+            self._on_failure(notification, target, NotDelivered(f"There is an error in the manager: {error!r}."))
         else:
             self._counts.deliveries[target.kind, "delivered"] += 1
             self._close(replace(notification, attempts=notification.attempts + 1), "delivered", "")
@@ -402,7 +402,7 @@ class Notifier(Part):
                 "sent a notification to %s: %s", target.shown, notification.moment, extra={"job": notification.job}
             )
 
-    def _failed(self, notification: Notification, target: Target | None, error: NotDelivered) -> None:
+    def _on_failure(self, notification: Notification, target: Target | None, error: NotDelivered) -> None:
         kind, shown = (target.kind, target.shown) if target else ("unknown", notification.target)
         extra, now_s = {"job": notification.job}, self._clock.now_s()
         tried = replace(notification, attempts=notification.attempts + 1, error=error.message)
@@ -425,17 +425,17 @@ class Notifier(Part):
         if notification.own is not None:
             number = int(notification.target.rpartition("#")[2])
             return self.directory().own(notification.job, number, notification.own)
-        return self.directory().named(notification.target)
+        return self.directory().find_target(notification.target)
 
     async def test(self, name: str) -> str:
         """Send a test notification to one target without retries. Return the delivery error, or "" after a successful
         delivery."""
-        target = self.directory().named(name)
+        target = self.directory().find_target(name)
         if target is None:
             names = ", ".join(t.name for t in self.directory().targets) or "none"
             raise NotFound(f"The grid does not have a target {name!r}.", remedy=f"Its targets are: {names}.")
         at_s = self._clock.now_s()
-        id_ = notifications.derived_id(target, "", 0, "test", self._ids.fresh("test"))
+        id_ = notifications.derive_id(target, "", 0, "test", self._ids.fresh("test"))
         text = {"v": json_format.VERSION, "id": id_, "moment": "test", "at_s": at_s}
         notification = Notification(id_, "test", "", name, None, json_format.dumps(text), at_s)
         try:

@@ -15,7 +15,7 @@ from batchlab.core.job_definition import JobDef, StageDef, task_name
 from batchlab.core.model import Bundle, JobId, StageCounts, StageName, TaskSet
 from batchlab.core.ports import Cut, JobRecord, Reopening, StageRecord
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.protocol.field_checks import UNREADABLE, listed
+from batchlab.core.protocol.field_checks import UNREADABLE, list_items
 from batchlab.core.protocol.settlement import judge
 from batchlab.manager.quarantine import UnreadableObject, read_stored
 from batchlab.manager.stage_plans import StagePlans, successful_bundles
@@ -48,8 +48,8 @@ class Retry:
     def from_json(cls, doc: dict[str, Any]) -> Retry:
         try:
             return cls(
-                tuple([json_format.reopening_from_json(r) for r in listed(doc["reopened"])]),
-                tuple([json_format.cut_from_json(c) for c in listed(doc["cuts"])]),
+                tuple([json_format.reopening_from_json(r) for r in list_items(doc["reopened"])]),
+                tuple([json_format.cut_from_json(c) for c in list_items(doc["cuts"])]),
             )
         except UNREADABLE as error:
             raise Malformed(f"A retry cannot be read: {json_format.brief(error)}.") from error

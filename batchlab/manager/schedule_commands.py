@@ -15,7 +15,7 @@ from batchlab.core.errors import BackendError, NotFound, Refused, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.protocol import object_keys
 from batchlab.core.schedules import Definition, Missed, Overlap, Run, Schedule
-from batchlab.core.text import listed
+from batchlab.core.text import join_list
 from batchlab.manager.scheduler import Scheduler
 
 READY_S = 10.0
@@ -113,7 +113,7 @@ class ScheduleCommands(Scheduler):
             )
 
         def change(schedule: Schedule, now_s: float) -> Schedule:
-            return replace(schedules.settled(schedule, now_s), definition=definition)
+            return replace(schedules.settle(schedule, now_s), definition=definition)
 
         return await self._change(definition.name, change), True
 
@@ -123,7 +123,7 @@ class ScheduleCommands(Scheduler):
         def change(schedule: Schedule, now_s: float) -> Schedule:
             if schedule.paused:
                 raise Refused(f"Schedule {name} is paused already.", remedy="`batchlab schedule resume` resumes it.")
-            return replace(schedules.settled(schedule, now_s), paused=True)
+            return replace(schedules.settle(schedule, now_s), paused=True)
 
         return await self._change(name, change)
 
@@ -135,13 +135,13 @@ class ScheduleCommands(Scheduler):
                 raise Refused(
                     f"Schedule {name} is not paused.", remedy="`batchlab schedule show` shows when it is due."
                 )
-            return replace(schedules.settled(schedule, now_s), paused=False)
+            return replace(schedules.settle(schedule, now_s), paused=False)
 
         return await self._change(name, change)
 
     async def remove(self, name: str) -> Schedule:
         """Remove the schedule. A running job of the schedule finishes."""
-        return await self._change(name, schedules.removed)
+        return await self._change(name, schedules.remove)
 
     async def run_now(self, name: str, asked: str) -> tuple[Schedule, Run]:
         """Start a run of the schedule now. A repeated request with the same `asked` returns the run of the first
@@ -184,4 +184,4 @@ def describe_difference(old: Definition, new: Definition) -> str:
         "job": "the job's name",
     }
     other = [text for name, text in words.items() if getattr(old, name) != getattr(new, name)]
-    return listed(other, most=len(words))
+    return join_list(other, most=len(words))

@@ -24,7 +24,7 @@ from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, JobState
 from batchlab.core.port_retries import set_within
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.schedules import Run, RunState, Schedule, job_of, named
+from batchlab.core.schedules import Run, RunState, Schedule, check_name, job_of
 from batchlab.manager.context import Context, Part
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.state import LiveJob, Ports
@@ -221,7 +221,7 @@ class Scheduler(Part):
         run = after.running
         if run and run.job and run.job not in self._submitted:
             await self._submit(after, run)
-        if victim := schedules.replaced(after):
+        if victim := schedules.replaced_run(after):
             self._cancel(after, victim)
         await self._load_template(after)
 
@@ -262,13 +262,13 @@ class Scheduler(Part):
                 template = await self.store.template(schedule.definition.template)
             except NotFound:
                 why = "the bucket has lost its job's definition; add the schedule again"
-                schedule = schedules.skipped(schedule, run, now_s, why)
+                schedule = schedules.skip(schedule, run, now_s, why)
                 continue
             if await self.store.is_empty(template):
                 where = ", ".join(template.input.keys if template.input else ())
-                schedule = schedules.skipped(schedule, run, now_s, f"there was no object in {where}")
+                schedule = schedules.skip(schedule, run, now_s, f"there was no object in {where}")
                 continue
-            schedule = schedules.started(schedule, run, now_s)
+            schedule = schedules.start(schedule, run, now_s)
         return schedule
 
     async def _submit(self, schedule: Schedule, run: Run) -> None:
@@ -353,7 +353,7 @@ class Scheduler(Part):
         job = run.job
         if job is None or job not in self._lives or job in self._cancelling:
             return
-        log.info("schedule %s: %s is replaced", schedule.name, named(schedule, run))
+        log.info("schedule %s: %s is replaced", schedule.name, check_name(schedule, run))
 
         async def cancel() -> None:
             try:
@@ -385,5 +385,5 @@ def describe_run(schedule: Schedule, run: Run) -> str:
         RunState.ENDED: f"has ended {run.result}",
         RunState.SKIPPED: "is skipped",
     }[run.state]
-    text = f"schedule {schedule.name}: {named(schedule, run)} {did}"
+    text = f"schedule {schedule.name}: {check_name(schedule, run)} {did}"
     return f"{text}: {run.reason}" if run.reason else text

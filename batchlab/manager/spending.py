@@ -276,7 +276,7 @@ class Spending(Part):
         return usage.account
 
     def _job_document(self, job: JobId) -> VersionedDocument:
-        return VersionedDocument(self._ports, object_keys.used(job), lambda _: None, keeps_unreadable=True)
+        return VersionedDocument(self._ports, object_keys.reference_key(job), lambda _: None, keeps_unreadable=True)
 
     async def account(self, job: JobId) -> Account | None:
         """Return the usage of a job, or None if the usage was not recorded."""

@@ -68,9 +68,9 @@ class StagePlans:
         except NotFound:
             # The plan of a job with few items is stored with the job's definition.
             came = job.items is not None and round == 0 and not job.stage(stage).after
-            return await self._brought(job) if came else None
+            return await self._load_manifest(job) if came else None
 
-    async def _brought(self, job: JobDef) -> Manifest | None:
+    async def _load_manifest(self, job: JobDef) -> Manifest | None:
         opening = await self._opening(job)
         return Manifest.of_items(opening.items) if opening else None
 

@@ -101,7 +101,7 @@ class Run:
 
 def runs(folders: Sequence[Path], seed: int) -> list[Run]:
     """Return all runs in the folders in the order of their submission. Raise UsageError if a folder lacks data."""
-    with store.opened(folders) as connection:
+    with store.open_store(folders) as connection:
         by_job = {run.job: run for run in _jobs(connection, seed)}
         for run in by_job.values():
             _stages(connection, run, seed)
@@ -181,7 +181,7 @@ def _fleet(connection: DuckDBPyConnection, runs_by_job: Mapping[str, Run]) -> No
     )
     for row in store.rows(connection, instances):
         runs_by_job[row["job"]].put("instances", "", row["instances"])
-    for row in store.rows(connection, store.named("scaling_lag").sql):
+    for row in store.rows(connection, store.find_query("scaling_lag").sql):
         run, lag_s = runs_by_job[row["job"]], row["lag_p50_s"]
         sample = run.samples.get(("scaling_lag", ""))
         if lag_s is not None and (sample is None or lag_s > sample.value):
@@ -400,13 +400,13 @@ def _resampled_changes(a: Sequence[Sample], b: Sequence[Sample], rng: random.Ran
     A resample draws runs at random, and then draws tasks within each run.
     """
     for _ in range(RESAMPLES):
-        before, after = _resampled(a, rng), _resampled(b, rng)
+        before, after = _resampled_difference(a, rng), _resampled_difference(b, rng)
         if before:
             yield after / before - 1
 
 
-def _resampled(side: Sequence[Sample], rng: random.Random) -> float:
-    # A comparison calls `_resampled` about 100,000 times. Functions of `random` and `statistics` would take five times
+def _resampled_difference(side: Sequence[Sample], rng: random.Random) -> float:
+    # A comparison calls `_resampled_difference` about 100,000 times. Functions of `random` and `statistics` would take five times
     # as long.
     draw, n = rng.random, len(side)
     values = []

@@ -157,9 +157,9 @@ def write(home: Home, deployment: Deployment) -> None:
     write_whole(path, json.dumps(asdict(deployment), indent=1))
 
 
-def locked(home: Home) -> AbstractContextManager[None]:
+def lock(home: Home) -> AbstractContextManager[None]:
     """Lock the home's deployment, so that only one command changes its containers."""
-    return objects.locked(folder(home) / "deployment.json")
+    return objects.lock(folder(home) / "deployment.json")
 
 
 def forget(home: Home) -> None:

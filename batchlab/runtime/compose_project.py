@@ -270,7 +270,7 @@ class Project:
         ready: set[str] = set()
         before: dict[str, int] = {}
         while True:
-            details = self._inspected()
+            details = self._inspect()
             states = {service: _state(detail["State"]) for service, detail in details.items()}
             # Docker restarts a container that ends, so the state of the container is rarely "exited". Therefore count
             # the restarts of the container.
@@ -294,15 +294,15 @@ class Project:
 
     def states(self) -> dict[str, str]:
         """Return the health of each service, such as "healthy", or the state of a service that does not run."""
-        return {service: _state(detail["State"]) for service, detail in self._inspected().items()}
+        return {service: _state(detail["State"]) for service, detail in self._inspect().items()}
 
-    def _inspected(self) -> dict[str, Any]:
-        ids = checked(
+    def _inspect(self) -> dict[str, Any]:
+        ids = check_reference(
             "ps", "-aq", "--filter", f"label={LABEL}={self._at.project}", "--filter", "label=com.docker.compose.service"
         ).split()
         if not ids:
             return {}
-        details = json.loads(checked("inspect", *ids))
+        details = json.loads(check_reference("inspect", *ids))
         return {detail["Config"]["Labels"]["com.docker.compose.service"]: detail for detail in details}
 
     def last_line(self, service: str) -> str:
@@ -343,7 +343,7 @@ class Project:
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             cause = lines[-1].rstrip(".") if lines else f"exit {done.returncode}"
-            if unpulled := unpulled_of(lines):
+            if unpulled := unpulled_images(lines):
                 raise BackendError(
                     f"The image of {unpulled[0]} cannot be pulled: {cause}.",
                     remedy="Without an image registry, build the images with compose/offline/build.sh. The script "
@@ -382,7 +382,7 @@ class Project:
         }
 
 
-def unpulled_of(lines: Sequence[str]) -> list[str]:
+def unpulled_images(lines: Sequence[str]) -> list[str]:
     """Return the services whose images Compose could not pull, according to the output of Compose."""
     parts = ("Container", "Network", "Volume")  # Compose prints " Error " for containers, networks, and volumes too.
     failed = [line.split()[0] for line in lines if " Error " in line]
@@ -406,7 +406,7 @@ def _group(settings: Mapping[str, str]) -> int:
     return status.st_gid if stat.S_ISSOCK(status.st_mode) else 0
 
 
-def checked(*arguments: str) -> str:
+def check_reference(*arguments: str) -> str:
     """Return the output of a `docker` command. Raise Unreachable if the command fails."""
     done = docker(*arguments)
     if done.returncode:
@@ -421,9 +421,9 @@ def checked(*arguments: str) -> str:
 def remove_instances(project: str, *, drain_s: float) -> None:
     """Stop the project's instances within `drain_s` seconds and remove their containers."""
     filters = ("--filter", f"label={LABEL}={project}", "--filter", "label=batchlab.instance")
-    if drain_s and (ids := checked("ps", "-q", *filters).split()):
+    if drain_s and (ids := check_reference("ps", "-q", *filters).split()):
         docker("stop", "--time", str(math.ceil(drain_s)), *ids)
-    if ids := checked("ps", "-aq", *filters).split():
+    if ids := check_reference("ps", "-aq", *filters).split():
         docker("rm", "--force", "--volumes", *ids)
 
 

@@ -39,7 +39,7 @@ def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str],
     The function returns when the manager leads the grid or is about to take the lease. Raise BackendError if a part of
     the grid does not start, and UsageError if the settings or the home are unsuitable.
     """
-    place = backend.named_place(home)
+    place = backend.find_place(home)
     if place:
         _refuse_loopback(place)
         backend.provide(home, say)
@@ -52,7 +52,7 @@ def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str],
     _refuse_foreign(home)
     home.make()
     compose_deployment.folder(home).mkdir(exist_ok=True)
-    with compose_deployment.locked(home):
+    with compose_deployment.lock(home):
         if running := home.record():  # Another command has started the grid while this command waited for the lock.
             return running
         return _up(home, backend, pools, place, say)
@@ -87,7 +87,7 @@ def down(home: Home, backend: Backend) -> bool:
     """Remove every part of the grid. Return False if the grid does not exist."""
     if compose_deployment.read(home) is None:
         return False
-    with compose_deployment.locked(home):
+    with compose_deployment.lock(home):
         at = compose_deployment.read(home)
         if at is None:
             return False

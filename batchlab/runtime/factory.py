@@ -262,7 +262,7 @@ class Backend(BackendLocations):
         """Return the grid's own emulator, or None if the user named an endpoint or the backend does not need an
         emulator.
         """
-        if self.emulator is None or self.named_place(home):
+        if self.emulator is None or self.find_place(home):
             return None
         _require("emulator", self.emulator, "ministack")
         from batchlab.adapters.local.ministack import Emulator, install

@@ -274,7 +274,7 @@ class Home:
         write_whole(self._manager_record, json.dumps(asdict(record)))
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Hold the lock that allows only one manager in a home. Raise Refused if another manager holds the lock.
 
         The kernel releases the lock of a process even if the process is killed. A file with a pid would remain after a

@@ -182,7 +182,7 @@ class BackendLocations(Descriptor):
         A client calls `provide` before it starts a manager, so that the user sees an error. `say` is called with
         messages about the installation. Raise UsageError or BackendError if the installation or the check fails.
         """
-        place = self.named_place(home)
+        place = self.find_place(home)
         if self.bucket_scheme:
             self._check_bucket(place)
         elif place:
@@ -208,7 +208,7 @@ class BackendLocations(Descriptor):
                 f"The bucket {named.address} cannot be listed: {error.message}", remedy=objects.remedy
             ) from error
 
-    def named_place(self, home: Home) -> Place | None:
+    def find_place(self, home: Home) -> Place | None:
         """Return the endpoint that the user names now, or that the user named at the first use of the home.
 
         During a replay, the result is the address of the proxy for the named endpoint. The result is None if the user
@@ -236,7 +236,7 @@ class BackendLocations(Descriptor):
 
         The manager calls `settle` as soon as the endpoint responds. Raise BackendError if the bucket cannot be created.
         """
-        place = self.named_place(home) or home.place(self.name)
+        place = self.find_place(home) or home.place(self.name)
         if emulator:
             recorded = home.place(self.name)
             place = Place(emulator.url, recorded.bucket if recorded else new_bucket_name(), named=False)

@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from batchlab.adapters.aws.endpoint import Endpoint, client, translated
+from batchlab.adapters.aws.endpoint import Endpoint, client, translate_errors
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.ports import Ledger
 from batchlab.runtime.aws_deployment import MANAGER_PORT, AwsDeployment, Database
@@ -35,14 +35,14 @@ _DOCUMENT = "AWS-StartPortForwardingSession"
 def secret_text(region: str, secret: str) -> str:
     """Return the text of the secret with the ARN `secret`. Raise BackendError if AWS refuses the request."""
     manager = client(Endpoint(region=region), "secretsmanager", connections=1)
-    with closing(manager), translated(f"Secret {secret!r}"):
+    with closing(manager), translate_errors(f"Secret {secret!r}"):
         return str(manager.get_secret_value(SecretId=secret)["SecretString"])
 
 
 def manager_instance(at: AwsDeployment) -> str:
     """Return the id of the manager's EC2 instance. Raise Unreachable while the instance is not InService."""
     scaling = client(Endpoint(region=at.region), "autoscaling", connections=1)
-    with closing(scaling), translated(f"Auto Scaling group {at.manager_group!r}"):
+    with closing(scaling), translate_errors(f"Auto Scaling group {at.manager_group!r}"):
         groups = scaling.describe_auto_scaling_groups(AutoScalingGroupNames=[at.manager_group])["AutoScalingGroups"]
     if not groups:
         raise BackendError(
@@ -84,7 +84,7 @@ def open_session(at: AwsDeployment, instance: str, port: int, log: Path) -> subp
         "Parameters": {"portNumber": [str(MANAGER_PORT)], "localPortNumber": [str(port)]},
     }
     ssm = client(Endpoint(region=at.region), "ssm", connections=1)
-    with closing(ssm), translated(f"Session on {instance}"):
+    with closing(ssm), translate_errors(f"Session on {instance}"):
         session = ssm.start_session(**wanted)
         url = ssm.meta.endpoint_url
     granted = {key: session[key] for key in ("SessionId", "TokenValue", "StreamUrl")}

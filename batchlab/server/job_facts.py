@@ -102,13 +102,13 @@ class Facts:
         return [outstanding for key, outstanding in self.outstanding.items() if key not in self.running]
 
     @cached_property
-    def delayed(self) -> list[Outstanding]:
+    def delayed_bundles(self) -> list[Outstanding]:
         """Return the idle bundles whose backoff has not expired, the next due bundle first."""
         delayed = [outstanding for outstanding in self.idle if outstanding.heard_s > self.monotonic_s]
         return sorted(delayed, key=lambda outstanding: outstanding.heard_s)
 
     @cached_property
-    def queued(self) -> list[Outstanding]:
+    def queued_bundles(self) -> list[Outstanding]:
         """Return the idle bundles without a backoff or whose backoff has expired.
 
         A worker can receive each of these idle bundles now, or has prefetched the bundle.
@@ -117,7 +117,7 @@ class Facts:
 
     def pools(self) -> list[str]:
         """Return the sorted names of the pools in which tasks of the job could start now."""
-        busy = {self.record.job.stage(outstanding.bundle.stage).pool for outstanding in self.queued}
+        busy = {self.record.job.stage(outstanding.bundle.stage).pool for outstanding in self.queued_bundles}
         busy |= {s.pool for s in self.open_stages if self.by_stage[s.name].left}
         return sorted(busy)
 

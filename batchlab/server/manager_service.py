@@ -67,7 +67,7 @@ def manager_main(options: ManagerOptions) -> None:
         async with _emulator_running(options.home, options.backend):
             await _lead(options, stop)
 
-    with options.home.locked():
+    with options.home.lock():
         asyncio.run(manage())
 
 

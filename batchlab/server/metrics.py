@@ -265,17 +265,17 @@ def _each(counter: Counter[Any], *values: Iterable[str]) -> Samples:
 def _gauge(name: str, help_: str, samples: float | Samples, *labels: str) -> Metric:
     from prometheus_client.core import GaugeMetricFamily
 
-    return _filled(GaugeMetricFamily(f"batchlab_{name}", help_, labels=labels), samples)
+    return _fill(GaugeMetricFamily(f"batchlab_{name}", help_, labels=labels), samples)
 
 
 def _counter(name: str, help_: str, samples: float | Samples, *labels: str) -> Metric:
     """Return a Prometheus counter. The client library appends `_total` to the name of a counter."""
     from prometheus_client.core import CounterMetricFamily
 
-    return _filled(CounterMetricFamily(f"batchlab_{name}", help_, labels=labels), samples)
+    return _fill(CounterMetricFamily(f"batchlab_{name}", help_, labels=labels), samples)
 
 
-def _filled(family: GaugeMetricFamily | CounterMetricFamily, samples: float | Samples) -> Metric:
+def _fill(family: GaugeMetricFamily | CounterMetricFamily, samples: float | Samples) -> Metric:
     for values, number in samples.items() if isinstance(samples, Mapping) else [((), samples)]:
         family.add_metric(values, float(number))
     return family

@@ -38,7 +38,7 @@ def why(facts: Facts) -> str:
 # --- The job must not run now --------------------------------------------------------------------
 
 
-def _ended(f: Facts) -> str | None:
+def _end_reason(f: Facts) -> str | None:
     if not f.record.state.ended:
         return None
     if f.record.reason:
@@ -56,7 +56,7 @@ def _not_adopted(f: Facts) -> str | None:
     return None
 
 
-def _scheduled(f: Facts) -> str | None:
+def _start_time_reason(f: Facts) -> str | None:
     if f.record.state is not JobState.SCHEDULED:
         return None
     at_s = f.record.job.start_at_s or 0.0
@@ -66,11 +66,11 @@ def _scheduled(f: Facts) -> str | None:
     return f"The job is scheduled for {when}, in {whole(at_s - f.now_s)}."
 
 
-def _paused(f: Facts) -> str | None:
+def _pause_reason(f: Facts) -> str | None:
     if f.record.control is not Control.PAUSE:
         return None
     resume = f"`batchlab job resume {f.record.job.id}` resumes the job."
-    return _joined("A user has paused the job.", f"{_progress(f)}.", _still_running(f), resume)
+    return _join("A user has paused the job.", f"{_progress(f)}.", _still_running(f), resume)
 
 
 def _stopping(f: Facts) -> str | None:
@@ -83,7 +83,7 @@ def _stopping(f: Facts) -> str | None:
     return f"{cause} Its workers notice within {f.settings.control_lease_s:g} s."
 
 
-def _misplaced(f: Facts) -> str | None:
+def _pool_reason(f: Facts) -> str | None:
     """Return the reason if a stage of the job does not fit the grid's pools.
 
     The manager refuses a new job that does not fit the pools, but a grid can be restarted with other pools.
@@ -106,10 +106,10 @@ def _misplaced(f: Facts) -> str | None:
 # --- The job gets no capacity without a user's action ---------------------------------------------
 
 
-def _capped(f: Facts) -> str | None:
+def _cost_cap_reason(f: Facts) -> str | None:
     """Return the reason if a cap on the cost of the job, of the grid, or of a pool stops the job."""
     if f.live and f.live.capped:
-        return _joined(
+        return _join(
             f"No more tasks of the job start, because {f.live.capped}.",
             f"{_progress(f)}.",
             _still_running(f),
@@ -122,7 +122,7 @@ def _capped(f: Facts) -> str | None:
     return None
 
 
-def _blocked(f: Facts) -> str | None:
+def _dependency_reason(f: Facts) -> str | None:
     for pool in f.pools():
         if f.in_service(pool):
             continue
@@ -158,11 +158,11 @@ def _crashes(f: Facts, group: GroupView) -> str | None:
     more = f"The group has launched {count(pending, 'more instance')}." if pending else ""
     dead = [i for i in group.instances if not i.healthy and i.note]
     if not dead:
-        return _joined(f"workers of pool {pool} do not start: {failed[0].cause}.", more)
+        return _join(f"workers of pool {pool} do not start: {failed[0].cause}.", more)
     last = max(dead, key=lambda i: (i.launched_s, i.id))
     workers = "workers" if len(failed) > 1 else "a worker"
     verb = "repeatedly end before they are ready" if len(failed) > 1 else "ended before it was ready"
-    return _joined(
+    return _join(
         f"{workers} of pool {pool} {verb}: {last.note}.", f"The instance log of {last.id} shows the cause.", more
     )
 
@@ -178,7 +178,7 @@ def _running(f: Facts) -> str | None:
     workers = {instance for _, instance in f.running.values()}
     run_s = f.monotonic_s - since_s
     log = f"`batchlab job logs {f.record.job.id} --follow` shows the output." if run_s >= LONG_RUN_S else ""
-    return _joined(
+    return _join(
         f"The job runs {count(tasks, 'task')} in {count(len(f.running), 'bundle')} on {count(len(workers), 'worker')}.",
         f"The oldest bundle (stage {stage}, {instance}) has run for {whole(run_s)}.",
         f"{_progress(f)}.",
@@ -188,7 +188,7 @@ def _running(f: Facts) -> str | None:
     )
 
 
-def _troubled(f: Facts) -> str | None:
+def _fleet_reason(f: Facts) -> str | None:
     trouble = (f.live.trouble if f.live else "") or f.trouble
     return f"The manager cannot continue the job and retries: {trouble.rstrip('.')}." if trouble else None
 
@@ -209,7 +209,7 @@ def _no_instance(f: Facts) -> str | None:
         else:
             launch = f"The autoscaler decides every {f.settings.tick_s:g} s."
         newest = next(iter(f.activities.get(pool, ())), None)
-        return _joined(
+        return _join(
             f"The job waits for capacity: pool {pool} has 0 of max {group.pool.max_size} instances in service.",
             launch,
             f"The last scaling activity was: {newest.description}, because {newest.cause}." if newest else "",
@@ -218,7 +218,7 @@ def _no_instance(f: Facts) -> str | None:
     return None
 
 
-def _outranked(f: Facts) -> str | None:
+def _priority_reason(f: Facts) -> str | None:
     priority = f.record.job.priority
     for pool in f.pools():
         rivals = [rival for rival in f.rivals(pool) if rival.job.priority > priority]
@@ -231,17 +231,17 @@ def _outranked(f: Facts) -> str | None:
     return None
 
 
-def _queued(f: Facts) -> str | None:
-    if not f.queued:
+def _queue_reason(f: Facts) -> str | None:
+    if not f.queued_bundles:
         return None
-    oldest = min(f.queued, key=lambda outstanding: outstanding.heard_s)
+    oldest = min(f.queued_bundles, key=lambda outstanding: outstanding.heard_s)
     pool = f.record.job.stage(oldest.bundle.stage).pool
-    bundles, wait = count(len(f.queued), "bundle"), _verb(len(f.queued), "waits", "wait")
+    bundles, wait = count(len(f.queued_bundles), "bundle"), _verb(len(f.queued_bundles), "waits", "wait")
     instances = {i.id for i in f.in_service(pool)}
     worker_statuses = [f.workers[i] for i in instances if i in f.workers]
     if not worker_statuses:
         have = _verb(len(instances), "has", "have")
-        return _joined(
+        return _join(
             f"{bundles} of the job {wait} in pool {pool}.",
             f"{count(len(instances), 'instance')} of the pool {have} started, but {have} not sent a heartbeat yet.",
             _next_stage(f),
@@ -249,13 +249,13 @@ def _queued(f: Facts) -> str | None:
     others = {item.job for worker in worker_statuses for item in worker.since_s} - {f.record.job.id}
     rivals = [f.lives[job] for job in sorted(others) if job in f.lives]
     if rivals and all(worker.beat.busy >= worker.beat.slots for worker in worker_statuses):
-        return _joined(
+        return _join(
             f"All slots of pool {pool} are busy with {count(len(rivals), 'other job')}: {_ids(rivals)}.",
             f"{bundles} of this job {wait} in the queue of the pool.",
             _next_stage(f),
         )
-    are = _verb(len(f.queued), "is", "are")
-    return _joined(
+    are = _verb(len(f.queued_bundles), "is", "are")
+    return _join(
         f"{bundles} of the job {are} on the way to {count(len(worker_statuses), 'worker')} of pool {pool}, the oldest "
         f"for {whole(f.monotonic_s - oldest.heard_s)}.",
         f"The manager sends a bundle again if no worker reports it for {f.settings.silence_s:g} s.",
@@ -263,8 +263,8 @@ def _queued(f: Facts) -> str | None:
     )
 
 
-def _delayed(f: Facts) -> str | None:
-    return _joined(_retries(f), f"{_progress(f)}.", _next_stage(f)) if f.delayed else None
+def _delay_reason(f: Facts) -> str | None:
+    return _join(_retries(f), f"{_progress(f)}.", _next_stage(f)) if f.delayed_bundles else None
 
 
 def _uncut(f: Facts) -> str | None:
@@ -281,7 +281,7 @@ def _uncut(f: Facts) -> str | None:
             text = f"{wait}, which {count(len(rivals), 'other job')} also {use}: {_ids(rivals)}."
         else:
             text = f"{wait}. The manager sends the next bundles within {f.settings.tick_s:g} s."
-        return _joined(text, _next_stage(f))
+        return _join(text, _next_stage(f))
     return None
 
 
@@ -314,7 +314,7 @@ def _closing(f: Facts) -> str | None:
 
 def _between(f: Facts) -> str:
     """Return the reason of a job that does not have outstanding bundles at the moment."""
-    return _joined(
+    return _join(
         f"{_progress(f)}, and no bundle is outstanding at this moment.",
         f"The manager checks the job again within {f.settings.tick_s:g} s.",
         _next_stage(f),
@@ -322,20 +322,20 @@ def _between(f: Facts) -> str:
 
 
 _REASONS: tuple[Reason, ...] = (
-    _ended,
+    _end_reason,
     _not_adopted,
-    _scheduled,
-    _paused,
+    _start_time_reason,
+    _pause_reason,
     _stopping,
-    _misplaced,
-    _capped,
-    _blocked,
+    _pool_reason,
+    _cost_cap_reason,
+    _dependency_reason,
     _running,
-    _troubled,
+    _fleet_reason,
     _no_instance,
-    _outranked,
-    _queued,
-    _delayed,
+    _priority_reason,
+    _queue_reason,
+    _delay_reason,
     _uncut,
     _planning,
     _closing,
@@ -348,7 +348,7 @@ _REASONS: tuple[Reason, ...] = (
 
 def _behind(f: Facts, reason: Reason) -> str:
     """Return a note if the explanation may be outdated, because the manager has not processed recent events."""
-    if reason in (_ended, _scheduled, _paused) or f.lag_s < max(LAG_S, 10 * f.settings.tick_s):
+    if reason in (_end_reason, _start_time_reason, _pause_reason) or f.lag_s < max(LAG_S, 10 * f.settings.tick_s):
         return ""
     return (
         f"the manager is {whole(f.lag_s)} behind the events of its workers, because the manager or the analytics store "
@@ -356,11 +356,11 @@ def _behind(f: Facts, reason: Reason) -> str:
     )
 
 
-def _warned(f: Facts, reason: Reason) -> str:
+def _with_warning(f: Facts, reason: Reason) -> str:
     """Return the last warning in the manager's log about a job that does not run, unless the explanation already
     contains the warning.
     """
-    if f.warning is None or reason in (_ended, _scheduled, _paused, _running, _troubled):
+    if f.warning is None or reason in (_end_reason, _start_time_reason, _pause_reason, _running, _fleet_reason):
         return ""
     at_s, text = f.warning
     age_s = f.now_s - at_s
@@ -371,7 +371,7 @@ def _warned(f: Facts, reason: Reason) -> str:
 
 _NOTES: tuple[Callable[[Facts, Reason], str], ...] = (
     _behind,
-    _warned,
+    _with_warning,
     lambda f, _: f.unreadable,
     lambda f, _: f"{f.undelivered}. `batchlab notify log` shows the attempts" if f.undelivered else "",
 )
@@ -379,7 +379,7 @@ _NOTES: tuple[Callable[[Facts, Reason], str], ...] = (
 # --- Text helpers --------------------------------------------------------------------------------
 
 
-def _joined(*sentences: str) -> str:
+def _join(*sentences: str) -> str:
     """Join the sentences that are not empty into one line. Each sentence begins with a capital letter or a command."""
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -397,10 +397,10 @@ def _still_running(f: Facts) -> str:
 
 
 def _retries(f: Facts) -> str:
-    if not f.delayed:
+    if not f.delayed_bundles:
         return ""
-    tasks = sum(len(outstanding.bundle.tasks) for outstanding in f.delayed)
-    due_s = f.delayed[0].heard_s - f.monotonic_s
+    tasks = sum(len(outstanding.bundle.tasks) for outstanding in f.delayed_bundles)
+    due_s = f.delayed_bundles[0].heard_s - f.monotonic_s
     wait = _verb(tasks, "waits for its retry", "wait for their retries")
     return f"{count(tasks, 'task')} {wait}, the next in {whole(due_s)}."
 

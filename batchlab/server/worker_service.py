@@ -50,8 +50,8 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
     imds = None if instance else Imds()
     if imds:
         instance = await asyncio.to_thread(imds.instance_id)
-        pool = pool or await asyncio.to_thread(imds.needed_tag, POOL_TAG)
-        slots = slots or int(await asyncio.to_thread(imds.needed_tag, SLOTS_TAG))
+        pool = pool or await asyncio.to_thread(imds.require_tag, POOL_TAG)
+        slots = slots or int(await asyncio.to_thread(imds.require_tag, SLOTS_TAG))
     name = ids.fresh("w")
     logs.add_process_fields(worker=name, instance=instance, pool=pool)
     tally = RequestCounter(is_spot=await asyncio.to_thread(imds.is_spot) if imds else False)

@@ -270,11 +270,11 @@ class JobControls:
         """
         before = list(self._retries.setdefault(job, [0, 0]))
 
-        def acknowledged() -> None:
+        def on_acknowledged() -> None:
             if self._retries[job] == before and before[0] == before[1]:
                 self.forbidden_s[job] = self.clock.monotonic_s()
 
-        return acknowledged
+        return on_acknowledged
 
     def on_choice(self, job: JobId, choice: TaskSelection | None) -> None:
         """Record the failures that a user asks to retry, or None for all failures."""
@@ -286,10 +286,10 @@ class JobControls:
         counts[0] += 1
         self.forbidden_s.pop(job, None)
 
-        def acknowledged() -> None:
+        def on_acknowledged() -> None:
             counts[1] += 1
 
-        return acknowledged
+        return on_acknowledged
 
 
 class Pause:

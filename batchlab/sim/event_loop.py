@@ -367,10 +367,10 @@ class SimLoop(asyncio.BaseEventLoop):
         self._tasks[task] = None
         if actor is not None:
             actor.adopt(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._on_end)
         return task
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
+    def _on_end(self, task: asyncio.Task[Any]) -> None:
         assert isinstance(task, SimTask)
         del self._tasks[task]
         if task.actor is not None:

@@ -299,7 +299,7 @@ class Faults:
         The caller of `due` calls `happened` if the fault takes effect.
         """
         if self._script is None:
-            kind = self._drawn(point.chance, label)
+            kind = self._draw(point.chance, label)
         else:
             kind = self._script.get((point.actor, point.call))
             if kind is not None and not kind.applies(label):
@@ -326,7 +326,7 @@ class Faults:
         rng = random.Random(f"{self._seed}/{point.actor}/{point.call}/slow")  # noqa: S311
         return rng.uniform(*self.slow_looks_s) if rng.random() < SLOW_SHARE else 0.0
 
-    def _drawn(self, chance: float, label: str) -> FaultKind | None:
+    def _draw(self, chance: float, label: str) -> FaultKind | None:
         ladder = self._ladders.get(label)
         if ladder is None:
             ladder, top = [], 0.0

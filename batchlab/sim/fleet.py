@@ -154,9 +154,9 @@ class _CheckedChanges(Changes):
 
     def scale_in(self, group: Group) -> None:
         """Check that scale-in does not select a busy worker while the manager knows an idle worker."""
-        before = {m.instance.id for m in group.counted() if m.state is LifecycleState.IN_SERVICE}
+        before = {m.instance.id for m in group.counted_members() if m.state is LifecycleState.IN_SERVICE}
         super().scale_in(group)
-        after = before & {m.instance.id for m in group.counted()}
+        after = before & {m.instance.id for m in group.counted_members()}
         if after == before:
             return
         busy, idle = self._busy_and_idle(group.pool.name)

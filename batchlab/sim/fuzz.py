@@ -160,7 +160,7 @@ def replay(seed: int, weather: str, only: Iterable[Fault] | None, log: list[str]
     A fault that does not fit its call does not happen. The lines of the event log are appended to `log`.
     """
     kind = WEATHERS[weather]
-    faults = trial.faults_for(seed, kind) if only is None else trial.replayed(seed, only)
+    faults = trial.faults_for(seed, kind) if only is None else trial.replay_faults(seed, only)
     try:
         report = trial.run(seed, kind, faults=faults, log=log)
     except (Exception, ActorKilled) as error:  # noqa: BLE001 - any error is a failure of the seed
@@ -239,7 +239,7 @@ def campaign(seeds: Iterable[int], weather: str, processes: int) -> Generator[Se
     """Try seeds in several processes. Closing the generator stops the processes at once."""
     work = partial(_quietly, try_seed, weather=weather)
     for seed, result in spread(work, seeds, processes):
-        yield _lost(seed, result) if isinstance(result, ProcessDeath) else result
+        yield _lost_seed(seed, result) if isinstance(result, ProcessDeath) else result
 
 
 def _quietly(work: Callable[..., R], *args: Any, **kwargs: Any) -> R:
@@ -247,7 +247,7 @@ def _quietly(work: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         return work(*args, **kwargs)
 
 
-def _lost(seed: int, end: ProcessDeath) -> SeedResult:
+def _lost_seed(seed: int, end: ProcessDeath) -> SeedResult:
     text = f"its process ended with exit code {end.exit_code} instead of an answer"
     return SeedResult(seed, (), None, Failure(seed, "Died", text, ()))
 
@@ -284,7 +284,7 @@ def all_fewest(
 # --- On the command line -------------------------------------------------------------------------
 
 
-def written(faults: Sequence[Fault]) -> str:
+def write(faults: Sequence[Fault]) -> str:
     """Return `faults` in the text form that `read` accepts, without characters that a shell interprets."""
     words = (f"{fault.actor.replace(' ', '+')}:{fault.call}:{fault.kind.value}" for fault in faults)
     return ",".join(words) or FAIR
@@ -318,7 +318,7 @@ def command(failure: Failure, weather: str, only: Sequence[Fault] | None = None)
     """
     words = ["batchlab sim replay", str(failure.seed)]
     if only is not None and len(only) < len(failure.faults):
-        words.append(f"--only {written(only)}")
+        words.append(f"--only {write(only)}")
     if weather != "all":
         words.append(f"--weather {weather}")
     return " ".join(words)

@@ -179,8 +179,8 @@ async def check_rebuild(world: World) -> RebuildResult:
     ids, patience = SimIds(rng), Patience(rng)
     result = await rebuild(Ports(world.objects, world.queue, no_fleet, again, world.clock, ids, patience))
     touched = world.watch.trust.touched
-    grown = _untouched(await world.ledger.dump(), touched)
-    rebuilt = _untouched(await again.dump(), touched)
+    grown = _untouched_rows(await world.ledger.dump(), touched)
+    rebuilt = _untouched_rows(await again.dump(), touched)
     for table, rows in grown.items():
         if rows != rebuilt.get(table):
             check(False, "I3", f"table {table} (grown, rebuilt): {_differences(rows, rebuilt[table])}")
@@ -188,7 +188,7 @@ async def check_rebuild(world: World) -> RebuildResult:
     return result
 
 
-def _untouched(dump: Mapping[str, Json], touched: Collection[str]) -> dict[str, list[dict[str, Json]]]:
+def _untouched_rows(dump: Mapping[str, Json], touched: Collection[str]) -> dict[str, list[dict[str, Json]]]:
     """Return the rows of jobs that no lying worker has touched."""
     return {
         table: [row for row in rows if row["id" if table == "jobs" else "job"] not in touched]
@@ -203,7 +203,7 @@ def _differences(grown: Sequence[dict[str, Json]], rebuilt: Sequence[dict[str, J
     return [{name: (a[name], b[name]) for name in a if a[name] != b[name]} for a, b in pairs[:3]]
 
 
-def counted(view: GroupView) -> list[Instance]:
+def counted_instances(view: GroupView) -> list[Instance]:
     """Return the instances of the pool that count against its capacity."""
     return [instance for instance in view.instances if instance.state in COUNTED]
 
@@ -214,7 +214,7 @@ def check_bounds(groups: Sequence[GroupView]) -> None:
     Busy workers may exceed a maximum that a person has lowered, because scale-in protection keeps busy workers.
     """
     for view in groups:
-        alive, pool = counted(view), view.pool
+        alive, pool = counted_instances(view), view.pool
         fits = len(alive) <= pool.max_size or all(i.protected for i in alive)
         facts = f"{pool.name}: {len(alive)} alive, desired {view.desired}"
         check(pool.min_size <= view.desired <= pool.max_size and fits, "I5", facts)
@@ -223,7 +223,7 @@ def check_bounds(groups: Sequence[GroupView]) -> None:
 def check_at_rest(groups: Sequence[GroupView]) -> None:
     """Check I5 at rest: the fleet returns to min after the work ends."""
     for view in groups:
-        alive = len(counted(view))
+        alive = len(counted_instances(view))
         facts = f"{view.pool.name}: {alive} alive and desired {view.desired} long after the work"
         check(alive == view.desired == view.pool.min_size, "I5", facts)
 

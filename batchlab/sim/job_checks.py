@@ -160,10 +160,10 @@ async def check_account(world: World, job: JobDef, outcomes: Sequence[Outcome], 
         return  # A job without an account may have begun and ended between two ticks of the manager.
     for _ in range(MAX_TICKS):
         # The manager writes the account at its next tick after the end of the job.
-        if not undisturbed or world.objects.content(object_keys.used(job.id)):
+        if not undisturbed or world.objects.content(object_keys.reference_key(job.id)):
             break
         await asyncio.sleep(1.0)
-    data = world.objects.content(object_keys.used(job.id))
+    data = world.objects.content(object_keys.reference_key(job.id))
     check(data is not None or not undisturbed, "accounts", f"{job.id} has no account")
     if data is None:
         return

@@ -102,7 +102,7 @@ async def _main(
 async def _wait_for_account(world: World, job: JobId) -> None:
     """Wait until the manager has written the usage of the job, at the manager's next tick."""
     for _ in range(MAX_TICKS):
-        if await world.objects.head(object_keys.used(job)):
+        if await world.objects.head(object_keys.reference_key(job)):
             return
         await asyncio.sleep(1.0)
 

@@ -248,7 +248,7 @@ class Liar:
         """Name of a worker to lie about, in most cases another worker."""
         return self._rng.choice(self._workers) if self._workers else self._who.worker
 
-    def _remembered(self, *, events: bool) -> list[Doc]:
+    def _remember(self, *, events: bool) -> list[Doc]:
         bodies = self._ports.bodies()
         docs = [doc_of(body) for queue, body in bodies if (queue == object_keys.EVENTS) is events]
         return [doc for doc in docs if doc]
@@ -266,7 +266,7 @@ class Liar:
 
     def beat(self, worker: str, **changes: Any) -> Doc:
         """Return a forged heartbeat of another worker, made from the liar's own last heartbeat."""
-        own = [beat for doc in self._remembered(events=True) for beat in dicts(doc) if "slots" in beat]
+        own = [beat for doc in self._remember(events=True) for beat in dicts(doc) if "slots" in beat]
         beat: Doc = {
             **(own[-1] if own else {}),
             "worker": worker,
@@ -466,7 +466,7 @@ class Liar:
         bundle = dict(self.a_bundle())
         if self._rng.random() < 0.5:
             bundle[self._rng.choice(("a", "r", "l"))] = self._rng.choice((1, 2, 5, 10**9))
-        own = self._remembered(events=False)
+        own = self._remember(events=False)
         doc = {**(self._rng.choice(own) if own else {}), "v": 1, "b": bundle}
         doc["in"] = [self._rng.choice((666, {"$value": "grid/x"}))] * tasks_in(bundle)
         if self._rng.random() < 0.2:
@@ -483,7 +483,7 @@ class Liar:
     async def _send_with_other_names(self) -> None:
         """Send a message of the lying worker with the names of another job and bundle."""
         events = self._rng.random() < 0.5
-        own = self._remembered(events=events)
+        own = self._remember(events=events)
         if own:
             doc, other = self._rng.choice(own), self.a_bundle()
             for part in dicts(doc):
@@ -497,7 +497,7 @@ class Liar:
     async def _send_with_odd_values(self) -> None:
         """Send a message of the lying worker with odd values in some places."""
         events = self._rng.random() < 0.7
-        own = self._remembered(events=events)
+        own = self._remember(events=events)
         if own:
             doc = self._rng.choice(own)
             for choice in self._rng.choices(list(dicts(doc)), k=2):

@@ -172,10 +172,10 @@ def _stage(
 
 
 def _job(seed: int, number: int, rng: random.Random, pools: Sequence[Pool]) -> JobDef:
-    return _varied(seed, number, _plain_job(seed, number, rng, pools), pools)
+    return _vary(seed, number, _plain_job(seed, number, rng, pools), pools)
 
 
-def _varied(seed: int, number: int, job: JobDef, pools: Sequence[Pool]) -> JobDef:
+def _vary(seed: int, number: int, job: JobDef, pools: Sequence[Pool]) -> JobDef:
     """Return the job, in some seeds with a failure limit in percent or with three chained stages.
 
     A separate random source decides the changes, so the jobs of other seeds stay the same.
@@ -264,7 +264,7 @@ def focus_of(seed: int) -> Focus | None:
     return rng.choice(list(Focus)) if rng.random() < SHARE else None
 
 
-def focused(seed: int, focus: Focus, plan: Plan) -> Plan:
+def with_focus(seed: int, focus: Focus, plan: Plan) -> Plan:
     """Return the plan of a world with the focus, based on the seed's `plan`."""
     make = {Focus.STEADY: _steady, Focus.WORDS: _words, Focus.RIVALS: _rivals}[focus]
     plan = make(_rng(seed, "plan"), plan)

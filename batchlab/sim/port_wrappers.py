@@ -135,12 +135,12 @@ class _Port:
             self._check_rights(label, shown[0], conditional)
             if faults is not None:
                 kind = faults.strike(point, CREATE if conditional else label)
-            target = self._intercepted(target, label, point)
+            target = self._intercept(target, label, point)
             if kind is None or faults is None:
                 result = await target(*args, **kwargs)
             else:
                 late_s, extra_s = faults.delay_s(point) if kind is FaultKind.DELAYED else (0.0, 0.0)
-                self._disturbed(late_s + extra_s)
+                self._disturb(late_s + extra_s)
                 await self._before(point, kind, late_s, label, shown)
                 result = await _effect(kind, point, target, args, kwargs)
             if self._watch is not None:
@@ -161,7 +161,7 @@ class _Port:
             await self._answer(takes_s, extra_s, args, received)
         self._acknowledge(label, args)
         if kind is not None:
-            self._disturbed(0.0)
+            self._disturb(0.0)
         if kind is FaultKind.ANSWER_LOST:
             raise Unreachable(f"{label}: the answer was lost.") from error
         if error is not None:
@@ -180,7 +180,7 @@ class _Port:
     async def _answer(self, takes_s: float, extra_s: float, args: tuple[Any, ...], received: Sequence[Any]) -> None:
         if extra_s:
             # The fault is recorded again, because a receive has waited for a message since the fault was drawn.
-            self._disturbed(extra_s)
+            self._disturb(extra_s)
         try:
             await self._pause(takes_s + extra_s)
         except asyncio.CancelledError:
@@ -190,7 +190,7 @@ class _Port:
                 await self._inner.change_visibility(args[0], [(message.receipt, 0.0) for message in received])
             raise
 
-    def _intercepted(
+    def _intercept(
         self, target: Callable[..., Awaitable[Any]], label: str, point: Point
     ) -> Callable[..., Awaitable[Any]]:
         """Return `target`, or the substitute of a test that intercepts port calls."""
@@ -199,7 +199,7 @@ class _Port:
             return target
         return lambda *args, **kwargs: intercept(self._actor, point.call, label, partial(target, *args, **kwargs))
 
-    def _disturbed(self, for_s: float) -> None:
+    def _disturb(self, for_s: float) -> None:
         if self._watch is not None:
             self._watch.on_fault(self._actor, for_s)
 

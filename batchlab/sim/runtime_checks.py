@@ -262,7 +262,7 @@ class Watch:
             disturbed = self._excused(actor, now_s - self.lead_ttl_s)
             self.leadership.check_call(actor, label, now_s, disturbed=disturbed)
         if label == "queue.receive":
-            self._received(actor, args[0], result)
+            self._on_receive(actor, args[0], result)
         elif label == "queue.send":
             self._sends(actor, args[0], args[1])
         elif label == "queue.delete":
@@ -284,7 +284,7 @@ class Watch:
         elif label == "objects.delete" and not self.trust.is_liar(actor):
             self.check(False, "I1", f"{actor.name} deletes {args[0]}")
 
-    def _received(self, actor: Actor, queue: str, messages: Sequence[Message]) -> None:
+    def _on_receive(self, actor: Actor, queue: str, messages: Sequence[Message]) -> None:
         now_s = self.clock.monotonic_s()
         if queue == object_keys.EVENTS:
             return

@@ -61,7 +61,7 @@ class Damage:
         key = rng.choice(groups[rng.choice(sorted(groups))])
         before = self.objects.content(key)
         assert before is not None
-        after = _damaged(kind, before, rng)
+        after = _damage(kind, before, rng)
         self.objects.damage(key, after)
         self.hit[key] = kind, after
         self.touched.add(job_of(key))
@@ -88,7 +88,7 @@ def group_of(key: str) -> str:
     return "cuts" if rest[2] == "cuts" else rest[2].partition("-")[0]
 
 
-def _damaged(kind: FaultKind, data: bytes, rng: random.Random) -> bytes | None:
+def _damage(kind: FaultKind, data: bytes, rng: random.Random) -> bytes | None:
     if kind is FaultKind.MISSING:
         return None
     if kind is FaultKind.TORN or not data:

@@ -16,7 +16,7 @@ from batchlab.sim import invariants
 from batchlab.sim.actors import Violated
 from batchlab.sim.event_loop import SimLoop, TimeLimit
 from batchlab.sim.faults import DAMAGES, Fault, FaultKind, Faults, Weather
-from batchlab.sim.plans import FOCUS_WEATHERS, LIMIT_S, Focus, Plan, draw, focus_of, focused, with_bystanders
+from batchlab.sim.plans import FOCUS_WEATHERS, LIMIT_S, Focus, Plan, draw, focus_of, with_bystanders, with_focus
 from batchlab.sim.random_faults import WorldFaults
 from batchlab.sim.tasks import TaskPlans
 from batchlab.sim.users import ScheduleUser, User
@@ -132,7 +132,7 @@ def plan_of(seed: int, weather: Weather = ALL) -> Plan:
     focus = _focus_of(seed, weather, plan)
     if (weather.lies or weather.storage) and plan.limit_s == LIMIT_S:
         return with_bystanders(seed, plan)
-    return focused(seed, focus, plan) if focus else plan
+    return with_focus(seed, focus, plan) if focus else plan
 
 
 def weather_of(seed: int, weather: Weather = ALL) -> Weather:
@@ -144,7 +144,7 @@ def weather_of(seed: int, weather: Weather = ALL) -> Weather:
     return weather.of_seed(rng, heaviness=draw(seed).heaviness)
 
 
-def replayed(seed: int, faults: Iterable[Fault]) -> Faults:
+def replay_faults(seed: int, faults: Iterable[Fault]) -> Faults:
     """Return a source of exactly the given faults, with the latencies of the world of `seed`."""
     return Faults.from_list(faults, _fault_rng(seed))
 
@@ -256,7 +256,7 @@ async def _wait_for_rest(world: World, longest_s: float) -> None:
         manager = world.manager
         if manager and manager.is_leader.is_set() and not manager.lives:
             groups = await world.groups()
-            down = all(v.desired == v.pool.min_size == len(invariants.counted(v)) for v in groups)
+            down = all(v.desired == v.pool.min_size == len(invariants.counted_instances(v)) for v in groups)
             if down and not invariants.missing_queues(world):
                 return
         await asyncio.sleep(max(1.0, longest_s / 100))

@@ -197,19 +197,19 @@ class World:
         actor, rng = Actor(owner), self.rng(owner)
         ids, clock = SimIds(rng), self._clock_of(rng)
         fleet = SimFleet(
-            self._wrapped(self.launcher, "launcher", actor),
+            self._wrap(self.launcher, "launcher", actor),
             clock,
             ids,
             self._state,
             drain_s=self.worker_settings.drain_s + 5.0,
             fail=self.watch.fail,
-            on_replace=self._replaced,
+            on_replace=self._on_replacement,
         )
         ports = Ports(
-            self._wrapped(self.objects, "objects", actor),
-            self._wrapped(self.queue, "queue", actor),
+            self._wrap(self.objects, "objects", actor),
+            self._wrap(self.queue, "queue", actor),
             cast(Fleet, fleet),
-            self._wrapped(self.ledger, "ledger", actor),
+            self._wrap(self.ledger, "ledger", actor),
             clock,
             ids,
             Patience(rng),
@@ -221,7 +221,7 @@ class World:
             owner=owner,
             accounting=self.accounting,
             reports=self.reports,
-            channels=NotificationChannels(lambda: DIRECTORY, self._notified) if self.notifies else None,
+            channels=NotificationChannels(lambda: DIRECTORY, self._on_notification) if self.notifies else None,
             schedules=self.schedules,
         )
         fleet.registry = manager.registry
@@ -231,7 +231,7 @@ class World:
         task.add_done_callback(lambda _: self._ended(process))
         return task
 
-    async def _notified(self, _target: Target, notification: Notification) -> None:
+    async def _on_notification(self, _target: Target, notification: Notification) -> None:
         """Check that the fact in a received notification is already in the bucket."""
         round_ = json.loads(notification.body)["job"]["round"]
         key = object_keys.final(JobId(notification.job), round_)
@@ -239,7 +239,7 @@ class World:
         ending = json_format.ending_from_json(json_format.loads(await self.objects.get(key))) if is_stored else None
         self.watch.on_notification(notification.job, notification.moment, ending)
 
-    def _replaced(self, instance: str, cause: str) -> None:
+    def _on_replacement(self, instance: str, cause: str) -> None:
         """Check that the manager has a valid reason to replace the instance."""
         worker = self.workers.get(instance)
         if worker is not None:
@@ -262,7 +262,7 @@ class World:
     def _clock_of(self, rng: random.Random) -> SkewedClock:
         return SkewedClock(self.clock, rng.uniform(-self.skew_s, self.skew_s))
 
-    def _wrapped(self, inner: T, port: str, actor: Actor, rights: Rights | None = None) -> T:
+    def _wrap(self, inner: T, port: str, actor: Actor, rights: Rights | None = None) -> T:
         watch = self.watch if self.watched else None
         return wrap(inner, port, actor, self.faults, self.log, watch, rights)
 
@@ -283,9 +283,9 @@ class World:
         if self.make_runner is not None:
             return self.make_runner(self, die, objects)
         assert self.script is not None
-        return ScriptedRunner(self.script, self.clock, self._started, die)
+        return ScriptedRunner(self.script, self.clock, self._start, die)
 
-    def _started(self, scene: Scene) -> Callable[[], None]:
+    def _start(self, scene: Scene) -> Callable[[], None]:
         now_s = self.clock.monotonic_s()
         job, stage = scene.job.id, scene.stage.name
         start = Start(now_s, CURRENT.get(), job, stage, scene.task, scene.bundle.round)
@@ -373,8 +373,8 @@ class SimWorker:
         self.clock = world._clock_of(rng)
         self.rights = Rights(partial(world.watch.trust.on_denial, self.actor), pool.name)
         rights = self.rights if world.watched else None
-        objects = world._wrapped(world.objects, "objects", self.actor, rights)
-        queue = world._wrapped(world.queue, "queue", self.actor, rights)
+        objects = world._wrap(world.objects, "objects", self.actor, rights)
+        queue = world._wrap(world.queue, "queue", self.actor, rights)
         self.who = Identity(f"w-{instance}", instance, pool.name, pool.slots, f"key-{instance}")
         self.worker = Worker(
             self.who, objects, queue, self.clock, world.runner(self._die, objects), Patience(rng), world.worker_settings
@@ -391,8 +391,8 @@ class SimWorker:
         ports = WorkerPorts(
             self.actor,
             self.who,
-            world._wrapped(world.objects, "objects", self.actor, rights),
-            world._wrapped(world.queue, "queue", self.actor, rights),
+            world._wrap(world.objects, "objects", self.actor, rights),
+            world._wrap(world.queue, "queue", self.actor, rights),
             world.clock,
             world.watch.trust,
             world.objects,

@@ -115,7 +115,7 @@ def _is_answer(line: Any) -> bool:
     return type(line) is list and line[:1] in _WORDS
 
 
-def _parsed(line: bytearray) -> Any:
+def _parse(line: bytearray) -> Any:
     try:
         return json.loads(line)
     except ValueError:
@@ -250,7 +250,7 @@ class ChildProcess:
         try:
             lines = json.loads(b"[" + whole.replace(b"\n", b",") + b"]")
         except ValueError:
-            lines = [_parsed(line) for line in whole.split(b"\n")]
+            lines = [_parse(line) for line in whole.split(b"\n")]
         answers = list(takewhile(_is_answer, lines))
         self.corrupted = len(answers) < len(lines)
         return answers
@@ -448,7 +448,7 @@ class Limits:
             return TICK_S
         return min(TICK_S, max(0.001, since_s + self._timeout_s - monotonic_s()))
 
-    def broken(self, child: WatchedProcess) -> Termination | None:
+    def broken_termination(self, child: WatchedProcess) -> Termination | None:
         """Return a Termination if the running task exceeds a limit, else None."""
         task, since_s = child.board.running()
         ran_s = monotonic_s() - since_s

@@ -187,9 +187,9 @@ def differences(worker: Environment, local: Environment) -> list[str]:
     installed = local.packages
     other = [f"{n} ({installed[n]}, there {v})" for n, v in worker.packages.items() if installed.get(n, v) != v]
     if other:
-        sentences.append(f"Other versions are installed here of {_listed(other)}.")
+        sentences.append(f"Other versions are installed here of {_list_text(other)}.")
     if missing := [f"{n} ({v})" for n, v in worker.packages.items() if n not in installed]:
-        sentences.append(f"Installed there and not here: {_listed(missing)}.")
+        sentences.append(f"Installed there and not here: {_list_text(missing)}.")
     if worker.image and worker.image != local.image:
         sentences.append(f"The worker ran from the image {worker.image}.")
     if worker.platform != local.platform:
@@ -203,10 +203,10 @@ def differences(worker: Environment, local: Environment) -> list[str]:
             sentences.append(f"{name} is {here} here and was {there} there.")
     if missing := [name for name in worker.variables if name not in local.variables]:
         are = "is" if len(missing) == 1 else "are"
-        sentences.append(f"{_listed(missing)} {are} not set here and had a value there, which is not stored.")
+        sentences.append(f"{_list_text(missing)} {are} not set here and had a value there, which is not stored.")
     return sentences
 
 
-def _listed(names: list[str]) -> str:
+def _list_text(names: list[str]) -> str:
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more

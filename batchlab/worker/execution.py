@@ -266,7 +266,7 @@ class Execution:
             if self._killed or (not lines and child.ended):
                 return await self._end_child(child, None)
             self._allow(child)
-            if verdict := self._limits.broken(child):
+            if verdict := self._limits.broken_termination(child):
                 return await self._end_child(child, verdict)
             # The output of the running task is trimmed during the run, so that the output does not fill the disk.
             task, log_at = child.board.task, child.board.log_at

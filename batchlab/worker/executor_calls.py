@@ -70,7 +70,7 @@ class Calls:
                 return function(*args[0][0], **args[0][1])
             return function(*args)
         except BaseException as error:  # noqa: BLE001 - the caller receives every exception
-            return _raised(error, initializer=not ready)
+            return _raised_error(error, initializer=not ready)
 
     def _prepare(self) -> None:
         global _prepared
@@ -112,12 +112,12 @@ class Timed:
         return result, time.perf_counter() - began_s
 
 
-def _raised(error: BaseException, *, initializer: bool) -> Raised:
+def _raised_error(error: BaseException, *, initializer: bool) -> Raised:
     fault = handlers.explain(error)
-    return Raised(fault["reason"], fault["traceback"], _pickled(error), initializer)
+    return Raised(fault["reason"], fault["traceback"], _pickle(error), initializer)
 
 
-def _pickled(error: BaseException) -> bytes | None:
+def _pickle(error: BaseException) -> bytes | None:
     import cloudpickle  # cloudpickle is imported late, because its import takes as long as the start of Python.
 
     try:

@@ -73,7 +73,7 @@ def load(handler: str, function: str | None) -> Call:
         if not callable(target):
             raise Problem("import", f"{handler} is not a function: its type is {type(target).__name__}.")
         # The handler name of a pickled function is an object key, which users do not know.
-        return _adapted("The function" if function else handler, target)
+        return _adapt("The function" if function else handler, target)
     except Problem:
         raise
     except BaseException as error:  # User code runs during the import and may raise any exception.
@@ -85,10 +85,10 @@ def find(handler: str, function: str | None) -> Any:
 
     Exceptions of the user's code propagate.
     """
-    return _unpickled(Path(function)) if function else _imported(handler)
+    return _unpickle(Path(function)) if function else _import(handler)
 
 
-def _imported(handler: str) -> Any:
+def _import(handler: str) -> Any:
     module_name, _, name = handler.partition(":")
     target: Any = importlib.import_module(module_name)
     for part in name.split("."):
@@ -111,7 +111,7 @@ def _existing_functions(module: Any) -> str:
 
 
 @lru_cache(maxsize=4)
-def _unpickled(path: Path) -> Any:
+def _unpickle(path: Path) -> Any:
     import cloudpickle  # noqa: F401 - unpickling a function needs cloudpickle
 
     return pickle.loads(path.read_bytes())  # noqa: S301 - the job's own code
@@ -139,7 +139,7 @@ def _import_problem(handler: str, error: BaseException) -> Problem:
     return problem
 
 
-def _adapted(handler: str, function: Callable[..., Any]) -> Call:
+def _adapt(handler: str, function: Callable[..., Any]) -> Call:
     # `inspect` is imported late, because its import is slow and the start-up of a child does not need it.
     import inspect
 

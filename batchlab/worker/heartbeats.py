@@ -52,7 +52,7 @@ class Heartbeats:
         """Send heartbeats forever."""
         settings = self._context.settings
         while True:
-            beat = self._beat(self._held())
+            beat = self._beat(self._held_bundles())
             try:
                 await self._context.outbox.send_event(beat)
                 self.mark_sent(beat)
@@ -72,7 +72,7 @@ class Heartbeats:
             await self._due.wait()
             await asyncio.sleep(SETTLE_S)
             self._due.clear()
-            if self._differs(self._held()):
+            if self._differs(self._held_bundles()):
                 return
 
     def _differs(self, held: tuple[HeldBundle, ...]) -> bool:
@@ -81,7 +81,7 @@ class Heartbeats:
 
     def unsent_beat(self) -> Beat | None:
         """See `outbox.HeartbeatSource`."""
-        held = self._held()
+        held = self._held_bundles()
         return self._beat(held) if self._differs(held) else None
 
     def mark_sent(self, beat: Beat) -> None:
@@ -92,12 +92,12 @@ class Heartbeats:
     async def send_final(self) -> None:
         """Send the final heartbeat, which reports that the worker holds no messages and exits."""
         try:
-            await self._context.outbox.send_event(self._beat(self._held(), gone=True))
+            await self._context.outbox.send_event(self._beat(self._held_bundles(), gone=True))
         except BackendError as error:
             # The worker exits even if the heartbeat fails, and the fleet also detects the exit.
             log.warning("the final heartbeat could not be sent: %s", error)
 
-    def _held(self) -> tuple[HeldBundle, ...]:
+    def _held_bundles(self) -> tuple[HeldBundle, ...]:
         return tuple(
             HeldBundle(m.queue, m.receipt, m.bundle.job, m.bundle.stage, m.bundle.id, m.running)
             for m in self._context.inflight.values()

@@ -118,7 +118,7 @@ class InlineChildren:
             answers += [line for line in lines if line[0] != "end"]
             if any(line[0] == "end" for line in lines):
                 return (answers[0] if answers else None), True
-            verdict = limits.broken(child)
+            verdict = limits.broken_termination(child)
             if verdict or child.corrupted or (not lines and child.ended):
                 return await self._end_child(child, verdict, answers), False
 
@@ -181,7 +181,7 @@ class InlineRunner:
                 run = await self._prepare(work, handle, folder)
             except Problem as problem:
                 for task in work.bundle.tasks:
-                    yield _failed(task, problem.fault, 0.0)
+                    yield _failure(task, problem.fault, 0.0)
                 return
             started = False
             for task, item in zip(work.bundle.tasks, work.items, strict=True):
@@ -244,14 +244,14 @@ class InlineRunner:
         run.handle.running = None
         if duration_s > limit_s:
             reason = f"ran longer than its timeout of {limit_s:g} s"
-            return _failed(task, fault(FailureKind.TIMEOUT, reason), run_s)
+            return _failure(task, fault(FailureKind.TIMEOUT, reason), run_s)
         answer = self._ask(run, [(task, local_item)])
         assert answer is not None
         word, *_, payload, extra = answer
         if word == "import":
             payload = answer[1]
         if word != "ok":
-            return _failed(task, payload, run_s)
+            return _failure(task, payload, run_s)
         await materialization.upload(self._objects, (extra or {}).get("uploads", []))
         return Ran(task, run_s, payload)
 
@@ -270,5 +270,5 @@ class InlineRunner:
         return False
 
 
-def _failed(task: int, cause: Fault, run_s: float) -> Ran:
+def _failure(task: int, cause: Fault, run_s: float) -> Ran:
     return Ran(task, run_s, failure=materialization.failure(task, cause, run_s))

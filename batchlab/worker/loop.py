@@ -389,7 +389,7 @@ class Worker:
                 with span(self._tracer, "fetch input", inflight.trace, inflight.bundle):
                     inflight.items = await self._inputs.resolve(job, inflight.bundle, inflight.key)
         except NotFound as error:
-            inflight.ran = settlement.vanished(inflight.bundle, str(error))
+            inflight.ran = settlement.vanished_runs(inflight.bundle, str(error))
             await self._finisher.finish(inflight, await self._finisher.commit(inflight))
             return
         with of_single_call(job.is_single_call):

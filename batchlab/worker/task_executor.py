@@ -98,7 +98,7 @@ class TaskExecutor:
         """
         ctx = context(self._request, task)
         try:
-            value = self._call(item if type(item) in _PLAIN else decoded(item, pickles=self._pickles), ctx)
+            value = self._call(item if type(item) in _PLAIN else decode(item, pickles=self._pickles), ctx)
             if type(value) is int and not ctx.saved and -_MAX_SHORT_INT < value < _MAX_SHORT_INT:
                 return TaskResult(str(value), _NO_UPLOADS)
             return self._encode_result(value, ctx)
@@ -150,7 +150,7 @@ def context(request: ExecutionRequest, task: int) -> Context:
     )
 
 
-def decoded(item: Json, *, pickles: bool) -> Any:
+def decode(item: Json, *, pickles: bool) -> Any:
     """Decode an item, with a File for each local reference. A malformed item raises Problem of kind "input"."""
     try:
         return values.decode(item, _open, pickles=pickles)
@@ -165,7 +165,7 @@ def local_ref(path: str, name: str, origin: Json) -> Json:
 
 
 def _open(reference: Json) -> File:
-    return File.fetched(reference["$file"], reference["name"], reference["origin"])
+    return File.fetch(reference["$file"], reference["name"], reference["origin"])
 
 
 class Outputs:
@@ -197,7 +197,7 @@ class Outputs:
 
     def value(self, text: str) -> str:
         """Add an encoded value as an object, and return the text of the object's reference."""
-        path = self._ctx.made("value") / "value.json"
+        path = self._ctx.make("value") / "value.json"
         path.write_text(text)
         key = f"{self._prefix}.value.json"
         self.uploads.append((str(path), key))
@@ -222,7 +222,7 @@ class Outputs:
         """Return a path in the task's folder for the file, so that no other task can change the file."""
         if path.resolve().is_relative_to(self._ctx.folder.resolve()):
             return path
-        target = self._ctx.made("kept") / name
+        target = self._ctx.make("kept") / name
         target.parent.mkdir(parents=True, exist_ok=True)
         self._ctx.take(path, target)
         return target

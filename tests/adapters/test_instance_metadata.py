@@ -38,10 +38,10 @@ def test_instance_reads_its_id_type_and_zone(service: Service) -> None:
     assert here.get("meta-data/placement/availability-zone") == "us-west-2b"
     assert here.get("meta-data/placement/region") == "us-west-2"
     assert here.is_spot()
-    assert here.needed_tag("team") == "a"
+    assert here.require_tag("team") == "a"
     assert here.get("meta-data/nothing") is None
     with pytest.raises(NotFound, match="does not know meta-data/tags/instance/nothing"):
-        here.needed_tag("nothing")
+        here.require_tag("nothing")
 
 
 def test_token_is_renewed_after_half_of_its_lifetime(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

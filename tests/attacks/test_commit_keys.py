@@ -166,7 +166,7 @@ class Scene:
         for queue in (object_keys.EVENTS, TASKS):
             await self.queue.ensure(QueueSpec(queue))
         plain = JobDef(JobId(name), "victim", (StageDef(WORK, handler="m:f"),), 1.0, items=1)
-        job = await self.keys.sealed(plain)
+        job = await self.keys.seal(plain)
         await self.objects.put(object_keys.spec(job.id), commit_keys.to_bytes(job))
         return job, await self.keys.key_of(job)
 

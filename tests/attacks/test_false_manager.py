@@ -79,7 +79,7 @@ async def _polled(client: Client) -> None:
 def test_no_command_sends_the_token_to_a_false_manager(tmp_path: Path) -> None:
     """The shell completion also sends requests to the manager."""
     home, false = Home(tmp_path), FalseManager()
-    with standing(false) as url, home.locked():
+    with standing(false) as url, home.lock():
         home.write_record(ManagerRecord(url, os.getpid(), "manager-1", "aws"))
         assert options._request_list(home, "/v1/jobs?limit=5", "jobs") == []
     assert false.seen

@@ -83,7 +83,7 @@ def test_an_older_grid_is_closed_at_its_next_start(tmp_path: Path) -> None:
         (home.path / name).mkdir()
     for path in (home.path, *home.path.iterdir()):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    with home.locked():
+    with home.lock():
         assert readable_by_others(home.path) == []
 
 
@@ -95,7 +95,7 @@ def test_folder_with_other_files_keeps_its_permissions(tmp_path: Path) -> None:
     (project / "notes.txt").touch(0o644)
     home = Home(project)
     for _ in range(2):
-        with home.locked():
+        with home.lock():
             home.token()
     assert stat.S_IMODE(project.stat().st_mode) == 0o755
     assert readable_by_others(project) == [". drwxr-xr-x", "notes.txt -rw-r--r--"]

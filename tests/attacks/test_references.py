@@ -16,7 +16,7 @@ import pytest
 
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.client.grid_link import Link
-from batchlab.client.results import decoded
+from batchlab.client.results import decode_all
 from batchlab.core.commit import commit
 from batchlab.core.errors import TaskFailed, UsageError
 from batchlab.core.job_definition import InputDef, JobDef, StageDef
@@ -30,7 +30,7 @@ from batchlab.manager import stage_plans
 from batchlab.manager.state import Ports
 from batchlab.worker import materialization
 from batchlab.worker.handlers import Problem
-from batchlab.worker.task_executor import decoded as item_of
+from batchlab.worker.task_executor import decode as item_of
 from tests.server.test_api_files import fetched, forged
 from tests.support.server.api import Rig
 
@@ -98,7 +98,7 @@ def test_a_pickled_result_of_a_job_file_is_not_unpickled(tmp_path: Path) -> None
     link = cast(Link, FakeLink(tmp_path, objects))
     forms = [pickled(made), [pickled(made)], {"a": pickled(made)}, inside]
     for form in forms:
-        (told,) = decoded(link, JOB.id, "map", [3], [form], JobObjects.of_job(JOB))
+        (told,) = decode_all(link, JOB.id, "map", [3], [form], JobObjects.of_job(JOB))
         assert isinstance(told, TaskFailed)
         assert "map/3" in str(told)
         assert "a job from a job file never has" in str(told)
@@ -106,7 +106,7 @@ def test_a_pickled_result_of_a_job_file_is_not_unpickled(tmp_path: Path) -> None
         with pytest.raises(Problem, match="never has"):
             item_of(form, pickles=False)
     assert not made.exists()
-    list(decoded(link, JOB.id, "map", [3], [pickled(made)], JobObjects.of_job(PYTHON)))
+    list(decode_all(link, JOB.id, "map", [3], [pickled(made)], JobObjects.of_job(PYTHON)))
     assert made.exists(), "the attack would have worked"
 
 

@@ -14,7 +14,7 @@ import pytest
 from batchlab.reports.html.failures import Case, Sample
 from batchlab.reports.html.page import Page as ReportPage
 from batchlab.reports.html.page import render
-from batchlab.reports.queries.store import opened
+from batchlab.reports.queries.store import open_store
 from tests.support.browser import offences, tab_stops, too_wide
 from tests.support.browser import opened as shown
 from tests.support.reports.altered import altered
@@ -41,7 +41,7 @@ def _sample(case: Case) -> Sample:
 
 
 def _written(folder: Path, file: Path, job: str = Made().job, *, samples: bool = True) -> Path:
-    with opened([folder]) as connection:
+    with open_store([folder]) as connection:
         found = ReportPage(connection, job, samples=_sample if samples else None, version="1.2.3")
         file.write_text(render(found), encoding="utf-8")
     return file

@@ -14,7 +14,7 @@ import pytest
 from batchlab.reports.html.failures import Case, Sample
 from batchlab.reports.html.page import Page as ReportPage
 from batchlab.reports.html.page import render
-from batchlab.reports.queries.store import opened
+from batchlab.reports.queries.store import open_store
 from tests.support.browser import opened as shown
 from tests.support.page_looks import REFERENCES, WIDTHS, Eye, Looks, amiss, eye_of, fit, must
 from tests.support.reports.made import Made, write_run
@@ -40,7 +40,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("looks")
     found = {}
     for name, run in RUNS.items():
-        with opened([write_run(place / name, run)]) as connection:
+        with open_store([write_run(place / name, run)]) as connection:
             page = ReportPage(connection, run.job, samples=_sample, version="1.2.3")
         found[name] = place / f"{name}.html"
         found[name].write_text(render(page), encoding="utf-8")

@@ -95,7 +95,7 @@ def home(tmp_path: Path) -> Iterator[Home]:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}"
-        with place.locked():
+        with place.lock():
             place.write_record(ManagerRecord(url, os.getpid(), "manager-1", "local"))
             yield place
         server.shutdown()

@@ -159,7 +159,7 @@ def test_refused_job_fails_only_its_own_calls(grid: FakeGrid, dispatch: Dispatch
 def test_a_manager_that_does_not_answer_breaks_the_executor(grid: FakeGrid, dispatch: Dispatch) -> None:
     call = submit(dispatch)
     grid.wait_for_job()
-    dispatch.lost(JOB, Unreachable("It does not answer."))
+    dispatch.on_loss(JOB, Unreachable("It does not answer."))
     error = call.exception(WAIT_S)
     assert isinstance(error, BrokenGridExecutor)
     with pytest.raises(BrokenGridExecutor, match="does not answer") as caught:
@@ -200,7 +200,7 @@ def test_a_closed_grid_refuses(grid: FakeGrid, dispatch: Dispatch) -> None:
     call = submit(dispatch)
     grid.wait_for_job()
     grid.closed = True
-    dispatch.lost(JOB, CancelledError())
+    dispatch.on_loss(JOB, CancelledError())
     with pytest.raises(BrokenGridExecutor, match="The grid was closed"):
         call.result(WAIT_S)
     with pytest.raises(BrokenGridExecutor, match="closed in this process"):
@@ -210,7 +210,7 @@ def test_a_closed_grid_refuses(grid: FakeGrid, dispatch: Dispatch) -> None:
 def test_job_that_ends_early_gives_the_reason(grid: FakeGrid, dispatch: Dispatch) -> None:
     call = submit(dispatch)
     grid.wait_for_job()
-    dispatch.ended(JOB, view("CANCELLED", "by hand"))
+    dispatch.on_end(JOB, view("CANCELLED", "by hand"))
     with pytest.raises(JobFailed, match=r"Job job-0 ended CANCELLED \(by hand\) before"):
         call.result(WAIT_S)
 
@@ -313,9 +313,9 @@ def test_outcome_listed_twice_is_read_once(grid: FakeGrid, dispatch: Dispatch, m
 
     def noting(link: Any, where: Any, stage: Any, tasks: Any, *rest: Any) -> Iterator[Any]:
         read.append(list(tasks))
-        yield from results.decoded(link, where, stage, tasks, *rest)
+        yield from results.decode_all(link, where, stage, tasks, *rest)
 
-    monkeypatch.setattr("batchlab.client.dispatch.decoded", noting)
+    monkeypatch.setattr("batchlab.client.dispatch.decode_all", noting)
     futures = [CallFuture(), CallFuture()]
     dispatch.submit_all([Call(future, abs, (-1,), {}) for future in futures], bundle=None)
     grid.wait_for_job()

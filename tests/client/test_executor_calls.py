@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.client.futures import Batch, Call, CallFuture, Packed, Packer, RemoteTraceback, revived
+from batchlab.client.futures import Batch, Call, CallFuture, Packed, Packer, RemoteTraceback, revive
 from batchlab.client.submission import ObjectPickler
 from batchlab.core.errors import TaskFailed
 from batchlab.core.model import JobId
@@ -131,7 +131,7 @@ def raised_by(function: Callable[..., Any], *args: Any) -> Raised:
 
 @pytest.mark.parametrize("error", [ValueError("a", 1), SystemExit(3), KeyboardInterrupt()])
 def test_exception_of_a_call_is_raised_in_the_client(error: BaseException) -> None:
-    again = revived(raised_by(fail, error))
+    again = revive(raised_by(fail, error))
     assert (type(again), again.args) == (type(error), error.args)
     assert isinstance(again.__cause__, RemoteTraceback)
     assert "raise error" in str(again.__cause__)
@@ -145,14 +145,14 @@ def test_exception_of_a_call_is_raised_in_the_client(error: BaseException) -> No
     ],
 )
 def test_unpicklable_exception_is_described(error: Exception, told: str) -> None:
-    again = revived(raised_by(fail, error))
+    again = revive(raised_by(fail, error))
     assert isinstance(again, TaskFailed)
     assert told in str(again)
     assert "raise error" in again.traceback
 
 
 def test_pickle_that_is_not_an_exception_is_not_raised() -> None:
-    assert isinstance(revived(Raised("told", "", pickle.dumps("text"))), TaskFailed)
+    assert isinstance(revive(Raised("told", "", pickle.dumps("text"))), TaskFailed)
 
 
 def test_only_stateless_functions_are_reused() -> None:

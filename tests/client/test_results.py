@@ -9,7 +9,7 @@ from typing import cast
 
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.client.grid_link import Link
-from batchlab.client.results import GAP_S, decoded, gap_s
+from batchlab.client.results import GAP_S, decode_all, gap_s
 from batchlab.core.errors import TaskFailed
 from batchlab.core.model import JobId, Json
 from batchlab.core.protocol.bundle_inputs import JobObjects
@@ -27,7 +27,7 @@ class FakeLink:
 
 def told(folder: Path, encoded: Json) -> TaskFailed:
     own = JobObjects(JobId("sums-1"), is_python=True)
-    (value,) = decoded(cast(Link, FakeLink(folder)), "sums-1", "parse", [3], [encoded], own)
+    (value,) = decode_all(cast(Link, FakeLink(folder)), "sums-1", "parse", [3], [encoded], own)
     assert isinstance(value, TaskFailed)
     assert value.task == 3
     return value

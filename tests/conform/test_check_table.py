@@ -117,7 +117,7 @@ def test_auto_scaling_checks_run_only_on_request() -> None:
 
 def test_a_source_links_to_every_page_it_names() -> None:
     api = "https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference"
-    assert sources.linked("SQS API, CreateQueue, common errors; recorded answers of AWS") == (
+    assert sources.link("SQS API, CreateQueue, common errors; recorded answers of AWS") == (
         f"[SQS API, CreateQueue]({api}/API_CreateQueue.html), "
         f"[common errors]({api}/CommonErrors.html), recorded answers of AWS"
     )
@@ -131,15 +131,15 @@ def test_a_source_links_to_every_page_it_names() -> None:
 
 def test_an_answer_is_what_was_expected_or_a_difference() -> None:
     accepted, refused = Answer("PutObject", 200), Answer("PutObject", 412, "PreconditionFailed")
-    assert accepted.accepted() is accepted
-    refused.refused(412, "Other", "PreconditionFailed")
-    refused.refused(412)
+    assert accepted.expect_accepted() is accepted
+    refused.expect_refused(412, "Other", "PreconditionFailed")
+    refused.expect_refused(412)
     for call, told in (
-        (refused.accepted, "PutObject returns 412 PreconditionFailed"),
-        (lambda: accepted.refused(412), "PutObject is accepted"),
-        (lambda: refused.refused(409), "PutObject returns 412 PreconditionFailed"),
-        (lambda: refused.refused(412, "Other"), "PutObject returns 412 PreconditionFailed"),
-        (lambda: Answer("HeadObject", 404, "404").accepted(), "HeadObject returns 404"),
+        (refused.expect_accepted, "PutObject returns 412 PreconditionFailed"),
+        (lambda: accepted.expect_refused(412), "PutObject is accepted"),
+        (lambda: refused.expect_refused(409), "PutObject returns 412 PreconditionFailed"),
+        (lambda: refused.expect_refused(412, "Other"), "PutObject returns 412 PreconditionFailed"),
+        (lambda: Answer("HeadObject", 404, "404").expect_accepted(), "HeadObject returns 404"),
     ):
         with pytest.raises(Differs, match=f"^{told}$"):
             call()
@@ -188,14 +188,14 @@ def test_a_section_lists_what_differs_and_what_was_not_tried() -> None:
 
 
 def test_page_keeps_its_other_sections() -> None:
-    page = check_table.merged("", "one", "first")
-    page = check_table.merged(page, "two", "second")
-    page = check_table.merged(f"# Title\n\n{page}\nThe end.\n", "one", "changed \\1")
+    page = check_table.merge("", "one", "first")
+    page = check_table.merge(page, "two", "second")
+    page = check_table.merge(f"# Title\n\n{page}\nThe end.\n", "one", "changed \\1")
     assert page == (
         "# Title\n\n<!-- conform: one -->\nchanged \\1\n<!-- conform end -->\n\n"
         "<!-- conform: two -->\nsecond\n<!-- conform end -->\n\nThe end.\n"
     )
-    assert check_table.merged(page, "two", "second") == page
+    assert check_table.merge(page, "two", "second") == page
 
 
 def test_json_describes_every_check() -> None:

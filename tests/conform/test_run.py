@@ -99,8 +99,8 @@ def test_hanging_check_is_abandoned_and_delays_no_other(target: Target) -> None:
 @pytest.mark.parametrize(
     "failure",
     [
-        lambda: Answer("PutObject", 500, "InternalError").accepted(),
-        lambda: Answer("PutObject", 503, "503").refused(412, "PreconditionFailed"),
+        lambda: Answer("PutObject", 500, "InternalError").expect_accepted(),
+        lambda: Answer("PutObject", 503, "503").expect_refused(412, "PreconditionFailed"),
         lambda: _raise(_client_error(500, "InternalError")),
     ],
     ids=["not accepted", "not refused", "of a port"],

@@ -256,6 +256,6 @@ MEANT = {
 def test_service_error_becomes_an_error_of_batchlab(code: str) -> None:
     status = 500 if code in ("InternalFailure", "ResourceContention") else 400
     answer: Any = {"Error": {"Code": code, "Message": "why"}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    with pytest.raises(MEANT[code]) as told, endpoint.translated("Pool 'p'"):
+    with pytest.raises(MEANT[code]) as told, endpoint.translate_errors("Pool 'p'"):
         raise ClientError(answer, "SetDesiredCapacity")
     assert str(told.value).startswith(f"Pool 'p': why ({code}).")

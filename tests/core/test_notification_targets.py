@@ -149,16 +149,16 @@ def test_other_addresses_are_let_through(address: str) -> None:
 def test_ids_of_different_notifications_differ() -> None:
     one = Target("ops", "webhook", URL)
     ids = {
-        notifications.derived_id(one, "j", 0, "failed"),
-        notifications.derived_id(one, "j", 1, "failed"),
-        notifications.derived_id(one, "k", 0, "failed"),
-        notifications.derived_id(one, "j", 0, "stuck", "1"),
-        notifications.derived_id(one, "j", 0, "stuck", "2"),
-        notifications.derived_id(Target("ops", "webhook", URL + "2"), "j", 0, "failed"),
-        notifications.derived_id(Target("ops2", "webhook", URL), "j", 0, "failed"),
+        notifications.derive_id(one, "j", 0, "failed"),
+        notifications.derive_id(one, "j", 1, "failed"),
+        notifications.derive_id(one, "k", 0, "failed"),
+        notifications.derive_id(one, "j", 0, "stuck", "1"),
+        notifications.derive_id(one, "j", 0, "stuck", "2"),
+        notifications.derive_id(Target("ops", "webhook", URL + "2"), "j", 0, "failed"),
+        notifications.derive_id(Target("ops2", "webhook", URL), "j", 0, "failed"),
     }
     assert len(ids) == 7
-    assert notifications.derived_id(one, "j", 0, "failed") in ids
+    assert notifications.derive_id(one, "j", 0, "failed") in ids
 
 
 def test_an_address_is_shown_without_its_path() -> None:

@@ -159,7 +159,7 @@ def test_cost_of_the_smallest_stack_matches_a_hand_computation() -> None:
 
 
 def test_bills_and_estimates_give_a_worker_the_disk_that_the_stack_does() -> None:
-    parameter = template.load(template.shipped())["Parameters"]["PoolDiskGiB"]
+    parameter = template.load(template.shipped_template())["Parameters"]["PoolDiskGiB"]
     assert parameter["Default"] == WORKER_DISK_GB
 
 

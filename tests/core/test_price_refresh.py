@@ -11,7 +11,7 @@ import pytest
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Market
 from batchlab.core.pricing import price_book
-from batchlab.core.pricing.price_refresh import find, refreshed
+from batchlab.core.pricing.price_refresh import find, refresh
 
 SHIPPED = price_book.load()
 
@@ -82,7 +82,7 @@ def test_awss_own_price_list_as_csv(tmp_path: Path) -> None:
     found = find(path)
     assert (found.block, found.region, found.date) == ("on_demand", "eu-west-1", date(2026, 9, 1))
     assert found.table == {"m7i.large": 0.1123, "x9z.huge": 12.5}
-    book = refreshed(SHIPPED, found)
+    book = refresh(SHIPPED, found)
     assert book.instance_usd_h("x9z.huge").typical == 12.5
     # Prices of another region replace all of a block's prices. The other blocks stay, and the command reports this.
     with pytest.raises(UsageError, match=r"no instance type 'c7g\.large'"):
@@ -126,7 +126,7 @@ def test_awss_own_price_list_as_json(tmp_path: Path) -> None:
         },
     }
     found = find(wrote(tmp_path, json.dumps(doc), "offer.json"))
-    book = refreshed(SHIPPED, found)
+    book = refresh(SHIPPED, found)
     assert book.database_usd_h("db.r7g.large") == 0.239
     assert book.database_usd_h("db.t4g.micro") == 0.016  # the price is of the same region and stays
     assert book.blocks["rds"].date == date(2026, 9, 2)
@@ -190,14 +190,14 @@ def test_the_price_list_of_data_transfer_gives_the_first_tier_that_is_billed(tmp
         find(path)
     found = find(path, region="eu-west-1")
     assert (found.block, found.region, found.count) == ("transfer", "eu-west-1", 2)
-    book = refreshed(SHIPPED, found)
+    book = refresh(SHIPPED, found)
     assert book.price("transfer", "internet_usd_per_gb") == 0.092
     assert book.price("transfer", "zone_usd_per_gb_each_way") == 0.011
     assert (book.blocks["transfer"].region, book.blocks["transfer"].date) == ("eu-west-1", date(2026, 9, 1))
     assert book.blocks["network"] == SHIPPED.blocks["network"]
     (tmp_path / price_book.NAME).write_text(price_book.write(book))
     assert price_book.load(tmp_path).blocks == book.blocks
-    here = refreshed(SHIPPED, find(path, region="us-east-1"))
+    here = refresh(SHIPPED, find(path, region="us-east-1"))
     assert here.price("transfer", "internet_usd_per_gb") == 0.07
 
 
@@ -240,7 +240,7 @@ def test_spot_history_makes_a_range_of_what_was_paid(tmp_path: Path) -> None:
         one("0.0900", "us-east-1a", ProductDescription="Windows"),
     ]
     path = wrote(tmp_path, json.dumps({"SpotPriceHistory": history}), "spot.json")
-    book = refreshed(SHIPPED, find(path))
+    book = refresh(SHIPPED, find(path))
     usd = book.instance_usd_h("m7i.large", Market.SPOT)
     assert (usd.low, usd.typical, usd.high) == (0.04, 0.045, 0.05)
     assert book.instance_usd_h("m7a.large", Market.SPOT).high == pytest.approx(0.11592 * 0.7)
@@ -259,7 +259,7 @@ def test_a_small_csv_needs_its_day_and_of_several_regions_one(tmp_path: Path) ->
         find(path, day=day)
     with pytest.raises(UsageError, match="no prices for us-west-9"):
         find(path, day=day, region="us-west-9")
-    book = refreshed(SHIPPED, find(path, day=day, region="us-east-1"))
+    book = refresh(SHIPPED, find(path, day=day, region="us-east-1"))
     assert book.instance_usd_h("m7i.large").typical == 0.11
     assert book.blocks["on_demand"].date == day
 

@@ -44,28 +44,28 @@ def test_no_two_requests_have_one_signature() -> None:
 @pytest.mark.parametrize("proof", [None, "", "whole", "stream", "whole x", "stream ü", "other x"])
 def test_unsigned_answer_is_refused(proof: str | None) -> None:
     with pytest.raises(Unproven):
-        Expected("token", SIGNED, 200, proof).checked(b"x" * 100)
+        Expected("token", SIGNED, 200, proof).check_answer(b"x" * 100)
 
 
 def test_an_answer_belongs_to_one_request() -> None:
     proof = http_connections.whole_proof("token", SIGNED, 200, b"yes")
-    assert Expected("token", SIGNED, 200, proof).checked(b"yes") == b"yes"
+    assert Expected("token", SIGNED, 200, proof).check_answer(b"yes") == b"yes"
     other = http_connections.sign("token", "POST", "/v1/jobs?a=1", b"body", 1000.7)
     for signed, status, body in ((other, 200, b"yes"), (SIGNED, 201, b"yes"), (SIGNED, 200, b"no")):
         with pytest.raises(Unproven):
-            Expected("token", signed, status, proof).checked(body)
+            Expected("token", signed, status, proof).check_answer(body)
 
 
 def test_an_answer_in_parts_ends_with_its_signature() -> None:
     proof = http_connections.stream_proof("token", SIGNED, 200)
     end = http_connections.answer_mac("token", SIGNED.mac, 200, http_connections.digest(b"a\nb\n"))
     expected = Expected("token", SIGNED, 200, proof)
-    assert expected.checked(b"a\nb\n" + end.encode()) == b"a\nb\n"
+    assert expected.check_answer(b"a\nb\n" + end.encode()) == b"a\nb\n"
     for content in (b"", b"a\nb\n", b"a\n" + end.encode(), b"a\nb\n" + end.encode() + b"\n"):
         with pytest.raises(Unproven):
-            expected.checked(content)
+            expected.check_answer(content)
     with pytest.raises(Unproven):  # the signature also covers the kind of an answer
-        Expected("token", SIGNED, 200, f"whole {proof.split()[1]}").checked(b"a\nb\n")
+        Expected("token", SIGNED, 200, f"whole {proof.split()[1]}").check_answer(b"a\nb\n")
 
 
 def test_memory_of_past_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def test_a_clock_set_back_brings_back_what_was_skipped_and_not_what_has_run() ->
     made = schedules.decide_due_times(made, BEGIN_S + 30 * MINUTE)
     run = schedules.startable(made)
     assert run
-    made = ended(schedules.started(made, run, BEGIN_S + 30 * MINUTE))
+    made = ended(schedules.start(made, run, BEGIN_S + 30 * MINUTE))
     made = schedules.decide_due_times(made, BEGIN_S + 90 * MINUTE + 61)  # 11:00 is skipped because a clock is ahead
     assert states(made) == ["10:00 ended", "11:00 skipped"]
     back = schedules.decide_due_times(made, BEGIN_S + 20 * MINUTE)

@@ -238,7 +238,7 @@ def test_values_are_not_expanded_again() -> None:
 def test_outputs_and_used_names_are_ordered_and_unique() -> None:
     template = ["{output:b}", "{output:a/}", "{output:b}", "{task}"]
     assert values.outputs(template) == ["b", "a/"]
-    assert values.used(template) == ["output:b", "output:a/", "task"]
+    assert values.used_keys(template) == ["output:b", "output:a/", "task"]
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def cloud() -> Iterator[Cloud]:
 
 def named(cloud: Cloud, *known: str) -> tuple[list[Leftover], list[str]]:
     said: list[str] = []
-    return list(Leftovers(cloud.account).named(known, said.append)), said
+    return list(Leftovers(cloud.account).named_resources(known, said.append)), said
 
 
 def test_domain_is_recognized_by_its_cloudformation_name(cloud: Cloud) -> None:

@@ -72,7 +72,7 @@ def test_update_without_changes_is_reported() -> None:
 
 
 def test_endpoints_and_alarms_are_counted_in_the_template() -> None:
-    found = shape_of(template.load(template.shipped()))
+    found = shape_of(template.load(template.shipped_template()))
     assert found.interface_endpoints >= 4
     assert found.alarms >= 3
     assert shape_of(template.load(SMALL)).interface_endpoints == 0

@@ -13,7 +13,7 @@ from batchlab.core.errors import BatchlabError, UsageError
 from batchlab.deploy import template
 from tests.support.aws.deploy import SMALL
 
-REAL = template.shipped()
+REAL = template.shipped_template()
 
 
 def named_in(node: Any) -> set[str]:
@@ -67,10 +67,12 @@ def test_every_reference_of_a_pool_follows_it(path: Path, pools: list[str]) -> N
         for name in per_pool:
             there = {n for n in named_in(source["Resources"][name]) if n in follows}
             assert there, f"{name} would be the same for every pool"
-            here = named_in(made["Resources"][template.renamed(name, pool)])
-            assert {template.renamed(n, pool) for n in there} <= here
+            here = named_in(made["Resources"][template.name_for_pool(name, pool)])
+            assert {template.name_for_pool(n, pool) for n in there} <= here
             assert (
-                not {n for n in here if n.startswith("Pool")} - variables - {template.renamed(n, pool) for n in there}
+                not {n for n in here if n.startswith("Pool")}
+                - variables
+                - {template.name_for_pool(n, pool) for n in there}
             )
     known = {name for section in SECTIONS for name in made.get(section, {})}
     for section in ("Resources", "Outputs", "Conditions", "Rules"):

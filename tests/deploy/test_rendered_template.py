@@ -31,7 +31,7 @@ def values(made: template.Template, given: dict[str, str]) -> dict[str, str]:
 
 @pytest.mark.parametrize("given", SHAPES, ids=str)
 def test_rendered_resources_match_the_template(given: dict[str, str]) -> None:
-    source = template.expand(template.load(template.shipped()), ["default"])
+    source = template.expand(template.load(template.shipped_template()), ["default"])
     made = render(source, values(source, given))
     judge = cfn.Rendered(cfn.load(), **given)
     assert made["Resources"].keys() == judge.resources.keys()
@@ -49,7 +49,7 @@ def test_rendered_resources_match_the_template(given: dict[str, str]) -> None:
 
 
 def test_with_more_pools_it_is_as_good() -> None:
-    source = template.expand(template.load(template.shipped()), ["default", "big"])
+    source = template.expand(template.load(template.shipped_template()), ["default", "big"])
     made = render(source, values(source, {"PoolBigInstanceTypes": "m7i.large,m6i.large"}))
     assert {"PoolTasks", "PoolBigTasks"} <= made["Resources"].keys()
     overrides = json.dumps(made["Resources"]["PoolBigGroup"]).count('InstanceType"')

@@ -167,7 +167,7 @@ GRAVITON = {
 
 def test_graviton_needs_images_and_a_manager_of_its_own() -> None:
     """Each instance would refuse a release for another processor at its boot."""
-    whole = template.load(template.shipped())
+    whole = template.load(template.shipped_template())
     arm = Settings(pools=(PoolSettings("a", types=("c7g.large", "m7g.large")),))
     with pytest.raises(UsageError) as told:
         settings.parameters(arm, whole)

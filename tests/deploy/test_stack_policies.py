@@ -237,7 +237,7 @@ def test_commits_are_protected_and_nothing_else_is(
         assert not may("PoolRole", "s3:PutObject", key)
         # The manager stores the files of a job that a user submits on the page.
         assert may("ManagerRole", "s3:PutObject", key) != key.startswith("boot/")
-    of_the_grid = (object_keys.USE, object_keys.used(job), object_keys.NOTIFICATIONS, object_keys.RECORD)
+    of_the_grid = (object_keys.USE, object_keys.reference_key(job), object_keys.NOTIFICATIONS, object_keys.RECORD)
     of_schedules = (object_keys.schedule(name), object_keys.template("0123"))
     for key in (*of_the_grid, *of_schedules, object_keys.reports(job) + "report.json"):
         assert may("ManagerRole", "s3:PutObject", key)

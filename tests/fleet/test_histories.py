@@ -58,7 +58,7 @@ def check_limits(w: World) -> None:
     free = [member for member in staying if not member.instance.protected]
     held = group.suspended(Process.TERMINATE) or not free
     assert len(staying) <= config.max_size or held
-    assert len(group.counted()) - len(staying) <= config.max_size + 6
+    assert len(group.counted_members()) - len(staying) <= config.max_size + 6
 
 
 def check_restart(w: World) -> None:

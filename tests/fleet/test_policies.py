@@ -17,7 +17,7 @@ from batchlab.fleet.api_types import (
     ValidationError,
 )
 from batchlab.fleet.group_state import Group
-from batchlab.fleet.scaling_policies import adjusted, step_for
+from batchlab.fleet.scaling_policies import adjust, step_for
 from tests.support.autoscaling_group import CONFIG, GROUP, World, in_aws
 
 WARM_AT_ONCE = replace(CONFIG, default_instance_warmup=0)
@@ -72,7 +72,7 @@ def test_adjustments_are_rounded_as_aws_does(
     kind: str, adjustment: int, least: int | None, base: int, expected: int
 ) -> None:
     policy = simple(adjustment, kind, min_adjustment_magnitude=least)
-    assert adjusted(Group(Pool("g", 0, 10), base), policy, adjustment, base) == expected
+    assert adjust(Group(Pool("g", 0, 10), base), policy, adjustment, base) == expected
 
 
 @in_aws

@@ -90,14 +90,14 @@ def test_each_attempt_has_its_end_and_output() -> None:
         assert [one.run_s for one in found] == [0.5, 0.1]
         assert [bool(one.fingerprint) for one in found] == [True, False]
         assert found[1].value == 20
-        logs = [await attempts.printed(objects, one.outcome, [1], PATIENCE) for one in found]
+        logs = [await attempts.printed_output(objects, one.outcome, [1], PATIENCE) for one in found]
         assert [log[1] for log in logs] == [b"odd\n", b""]
         (other,) = await attempts.attempts(objects, JOB, MAP, 0, PATIENCE)
         assert (other.state, other.name) == ("SUCCEEDED", "map/0")
         assert not await attempts.attempts(objects, JOB, MAP, 3, PATIENCE)
         await objects.delete([found[0].outcome.log])
         with pytest.raises(NotFound):
-            await attempts.printed(objects, found[0].outcome, [1], PATIENCE)
+            await attempts.printed_output(objects, found[0].outcome, [1], PATIENCE)
 
     asyncio.run(main())
 
@@ -105,11 +105,11 @@ def test_each_attempt_has_its_end_and_output() -> None:
 def test_the_attempt_that_is_meant_is_the_last_one_that_failed() -> None:
     async def main() -> None:
         found = await attempts.attempts(await a_bucket(), JOB, MAP, 1, PATIENCE)
-        assert attempts.chosen(found) == found[0]
-        assert attempts.chosen(found, 2) == found[1]
-        assert attempts.chosen(found, 3) is None
-        assert attempts.chosen(found, 1, 1) is None
-        assert attempts.chosen([]) is None
+        assert attempts.choose(found) == found[0]
+        assert attempts.choose(found, 2) == found[1]
+        assert attempts.choose(found, 3) is None
+        assert attempts.choose(found, 1, 1) is None
+        assert attempts.choose([]) is None
 
     asyncio.run(main())
 
@@ -120,7 +120,7 @@ def test_a_task_is_given_what_its_worker_was_given() -> None:
 
         async def given(stage: StageName, task: int) -> Any:
             found = await attempts.attempts(objects, JOB, stage, task, PATIENCE)
-            one = attempts.chosen(found)
+            one = attempts.choose(found)
             bundle = one.bundle if one else await attempts.task_bundle(objects, JOB, stage, task, PATIENCE)
             return await attempts.task_input(objects, JOB, bundle, PATIENCE)
 

@@ -78,7 +78,7 @@ class Scene:
         return Leader(self)
 
     async def used(self) -> dict[str, Any]:
-        return json_format.loads(await self.objects.get(object_keys.used(JOB)))
+        return json_format.loads(await self.objects.get(object_keys.reference_key(JOB)))
 
     async def bundles(self) -> int:
         return int((await self.used())["account"]["bundles"])
@@ -238,13 +238,13 @@ def test_a_round_more_is_counted_on_top_and_written_over_what_was_read() -> None
 def test_usage_record_of_a_later_release_is_unchanged(there: bytes) -> None:
     async def main() -> None:
         scene = Scene()
-        await scene.objects.put(object_keys.used(JOB), there)
+        await scene.objects.put(object_keys.reference_key(JOB), there)
         leader = scene.leader()
         await leader.leads()
         live = await leader.conducts(is_new=False)
         assert not live.account.is_whole
         await leader.ends()
-        assert await scene.objects.get(object_keys.used(JOB)) == there
+        assert await scene.objects.get(object_keys.reference_key(JOB)) == there
         assert leader.written == [JOB], "nobody waits for it any more"
 
     play(main)

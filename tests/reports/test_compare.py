@@ -113,7 +113,7 @@ def test_a_quantiles_spread_within_a_run_is_that_of_resamples(sides: dict[str, P
     from batchlab.reports.queries import store
 
     (run_, *_) = read(sides["main"])
-    with store.opened([sides["main"] / run_.job]) as connection:
+    with store.open_store([sides["main"] / run_.job]) as connection:
         sql = "SELECT run_s FROM tasks WHERE stage = 'score' AND state = 'SUCCEEDED'"
         values = [row[0] for row in store.run_query(connection, sql)[1]]
     rng = random.Random(1)

@@ -67,7 +67,7 @@ def test_folder_that_is_not_a_run_is_refused(run: Run, made_run: Path, tmp_path:
 
 
 def _case(folder: Path) -> Case:
-    with store.opened([folder]) as connection:
+    with store.open_store([folder]) as connection:
         return cases(ReportedRun(connection, JOB))[0]
 
 

@@ -17,7 +17,7 @@ from batchlab.reports.html import costs, durations, failures, gantt, load
 from batchlab.reports.html.charts import LogAxis
 from batchlab.reports.html.metrics import RunFigures, run_figures
 from batchlab.reports.html.source import Run, share
-from batchlab.reports.queries.store import opened
+from batchlab.reports.queries.store import open_store
 from tests.support.reports.altered import altered
 from tests.support.reports.figures import Row, means, percentile, rows_of
 from tests.support.reports.made import Made, write_run
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Iterator[Run]:
-    with opened([folder]) as connection:
+    with open_store([folder]) as connection:
         yield Run(connection, Made().job)
 
 
@@ -114,7 +114,7 @@ def test_remaining_work_of_all_jobs_is_shown_if_there_are_several(run: Run, fold
     last = [row for row in looks if row["at_s"] <= run.start_s + run.span_s / 2][-1]
     assert found.left_of_all[load.BINS // 2 - 1] == last["backlog_tasks"]
     busy = altered(folder, tmp_path / "busy", {"queues": "backlog_tasks + 5000 AS backlog_tasks"})
-    with opened([busy]) as connection:
+    with open_store([busy]) as connection:
         crowded = Run(connection, Made().job)
         made = load.draw(crowded, load.series(crowded), [])[1]
     assert "Other jobs of the grid" in made.text
@@ -187,7 +187,7 @@ def test_each_bundle_is_a_bar_and_no_two_share_a_slot(run: Run, bundles: list[Ro
 def test_many_instances_share_lanes(tmp_path: Path) -> None:
     folder = write_run(tmp_path, Made(tasks=2000, per_bundle=2, workers=200))
     bundles = rows_of(folder, "bundles")
-    with opened([folder]) as connection:
+    with open_store([folder]) as connection:
         run = Run(connection, Made().job)
         chart = gantt.draw(run)
         assert chart
@@ -248,7 +248,7 @@ def test_task_durations_beside_other_tasks(folder: Path, tmp_path: Path) -> None
     del folder
     folder = write_run(tmp_path, Made(tasks=800, per_bundle=2, workers=5))
     bundles = rows_of(folder, "bundles")
-    with opened([folder]) as connection:
+    with open_store([folder]) as connection:
         run = Run(connection, Made().job)
         found = run_figures(run, load.series(run), None)
     of = {row["worker"]: row["instance"] for row in rows_of(folder, "workers")}

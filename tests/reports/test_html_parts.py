@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.core.text import listed
+from batchlab.core.text import join_list
 from batchlab.reports.html import charts
 from batchlab.reports.html.charts import LogAxis, count_ticks, number_label, time_ticks
 from batchlab.reports.html.source import END, ISOLATE, adding_up, offset, share, visible, visible_lines
@@ -85,7 +85,7 @@ def _points(path: str) -> list[tuple[float, float]]:
 def test_paths_stay_in_their_plot(values: list[float], top: float) -> None:
     known: list[float | None] = list(values)
     paths = [charts.area(values, top, 150.0), charts.line(known, top, 150.0)]
-    paths += charts.stacked([values, values], top, 150.0)
+    paths += charts.stack([values, values], top, 150.0)
     for path in filter(None, paths):
         assert all(-0.1 <= x <= 1000.1 and -0.1 <= y <= 150.1 for x, y in _points(path)), path
 
@@ -94,7 +94,7 @@ def test_an_area_has_the_height_of_its_levels() -> None:
     assert charts.area([0, 5, 5, 10], 10, 100) == "M0 100V100H250V50H750V0H1000V100Z"
     assert charts.area([0, 0], 10, 100) == ""
     assert charts.line([None, 5, 5, None, 0], 10, 100) == "M200 50H600M800 100H1000"
-    assert charts.stacked([[0.0], [0.0]], 10, 100) == ["", ""]
+    assert charts.stack([[0.0], [0.0]], 10, 100) == ["", ""]
 
 
 def test_small_values_stay_visible() -> None:
@@ -136,9 +136,9 @@ def test_moments_of_a_run_are_as_exact_as_it_is_short() -> None:
     assert offset(61.26, 90) == "61.3 s"
     assert offset(61.26, 900) == "1:01 min"
     assert offset(3661, 9000) == "1:01:01 h"
-    assert listed(["a"]) == "a"
-    assert listed(["a", "b", "c"]) == "a, b and c"
-    assert listed(list("abcdef")) == "a, b, c and 3 more"
+    assert join_list(["a"]) == "a"
+    assert join_list(["a", "b", "c"]) == "a, b and c"
+    assert join_list(list("abcdef")) == "a, b, c and 3 more"
 
 
 @given(st.text())

@@ -22,12 +22,12 @@ def connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DuckDBPyCon
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "a", Made(job="a", tasks=400, failing=0.2, seed=3))
     write_run(folder / "b", Made(job="b", tasks=16, submitted_s=1_770_000_000.0))
-    with store.opened([folder]) as connection:
+    with store.open_store([folder]) as connection:
         yield connection
 
 
 def rows(connection: DuckDBPyConnection, name: str) -> list[dict[str, Any]]:
-    names, found = store.run_query(connection, store.named(name).sql)
+    names, found = store.run_query(connection, store.find_query(name).sql)
     assert len(set(names)) == len(names), name
     return [dict(zip(names, row, strict=True)) for row in found]
 
@@ -49,7 +49,7 @@ def test_each_query_answers_without_data(tmp_path: Path) -> None:
     write_run(tmp_path / "a", Made(job="a", tasks=8))
     for name in ("tasks", "bundles", "fleet", "instances", "scaling", "cost", "stages"):
         (tmp_path / "a" / f"{name}.parquet").unlink()
-    with store.opened([tmp_path]) as connection:
+    with store.open_store([tmp_path]) as connection:
         for name in store.named_queries():
             rows(connection, name)
 
@@ -143,5 +143,5 @@ def test_throughput_counts_every_task(connection: DuckDBPyConnection) -> None:
 
 def test_unknown_query_is_refused() -> None:
     with pytest.raises(UsageError, match="query 'slowest' does not exist") as caught:
-        store.named("slowest")
+        store.find_query("slowest")
     assert "slowest_tasks" in caught.value.remedy

@@ -16,7 +16,7 @@ from tests.support.reports.made import Made, write_run
 
 
 def test_one_view_for_each_table(made_run: Path) -> None:
-    with store.opened([made_run]) as connection:
+    with store.open_store([made_run]) as connection:
         for table in TABLES:
             names, rows = store.run_query(connection, f'SELECT * FROM "{table.name}"')
             assert names == [c.name for c in table.columns]
@@ -24,7 +24,7 @@ def test_one_view_for_each_table(made_run: Path) -> None:
 
 
 def test_the_parts_add_up_to_the_whole(made_run: Path) -> None:
-    with store.opened([made_run]) as connection:
+    with store.open_store([made_run]) as connection:
 
         def one(sql: str) -> object:
             return store.run_query(connection, sql)[1][0][0]
@@ -39,11 +39,11 @@ def test_the_parts_add_up_to_the_whole(made_run: Path) -> None:
 
 def test_several_runs_and_folders_of_runs(made_run: Path, tmp_path: Path) -> None:
     other = write_run(tmp_path / "runs" / "b", Made(job="shop-b", tasks=16))
-    with store.opened([made_run, tmp_path / "runs"]) as connection:
+    with store.open_store([made_run, tmp_path / "runs"]) as connection:
         found = store.run_query(connection, "SELECT job FROM jobs ORDER BY job")[1]
     assert found == [("shop-0123456789",), ("shop-b",)]
     with pytest.raises(UsageError, match="more than once"):
-        store.opened([other, tmp_path / "runs"])
+        store.open_store([other, tmp_path / "runs"])
 
 
 def test_columns_missing_in_older_data_are_null(made_run: Path, tmp_path: Path) -> None:
@@ -55,10 +55,10 @@ def test_columns_missing_in_older_data_are_null(made_run: Path, tmp_path: Path) 
             f"COPY (SELECT * EXCLUDE (is_whole) REPLACE ('old' AS job) "
             f"FROM '{made_run}/jobs.parquet') TO '{old}/jobs.parquet'"
         )
-    with store.opened([old, made_run]) as connection:
+    with store.open_store([old, made_run]) as connection:
         found = store.run_query(connection, "SELECT job, is_whole FROM jobs ORDER BY job")[1]
         assert found == [("old", None), ("shop-0123456789", True)]
-    with store.opened([old]) as connection:
+    with store.open_store([old]) as connection:
         assert store.run_query(connection, "SELECT count(*) FROM duplicates")[1] == [(0,)]
 
 
@@ -70,17 +70,17 @@ def test_data_of_a_newer_version_is_refused(made_run: Path, tmp_path: Path) -> N
             f"TO '{tmp_path}/new/jobs.parquet'"
         )
     with pytest.raises(UsageError, match="newer version"):
-        store.opened([tmp_path / "new"])
+        store.open_store([tmp_path / "new"])
 
 
 def test_a_folder_without_data_and_a_broken_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no job performance data"):
-        store.opened([tmp_path])
+        store.open_store([tmp_path])
     with pytest.raises(UsageError, match="holds no job performance data"):
-        store.opened([tmp_path / "nowhere"])
+        store.open_store([tmp_path / "nowhere"])
     (tmp_path / "jobs.parquet").write_text("not one")
     with pytest.raises(UsageError, match="cannot be read"):
-        store.opened([tmp_path])
+        store.open_store([tmp_path])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_query_can_only_read_the_runs(
     sql: str, made_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with store.opened([made_run]) as connection, pytest.raises(UsageError, match="query"):
+    with store.open_store([made_run]) as connection, pytest.raises(UsageError, match="query"):
         store.run_query(connection, sql)
     assert list(tmp_path.iterdir()) == []
 
@@ -135,7 +135,7 @@ def test_a_copy_within_a_query_does_not_write_over_the_run(sql: str, made_run: P
     shutil.copytree(made_run, tmp_path / "run")
     before = (tmp_path / "run" / "jobs.parquet").read_bytes()
     copy = f"COPY (SELECT 3 AS x) TO '{tmp_path}/run/jobs.parquet' (USE_TMP_FILE false)"
-    with store.opened([tmp_path / "run"]) as connection, pytest.raises(UsageError):
+    with store.open_store([tmp_path / "run"]) as connection, pytest.raises(UsageError):
         store.run_query(connection, sql.format(copy))
     assert (tmp_path / "run" / "jobs.parquet").read_bytes() == before
 
@@ -157,7 +157,7 @@ def test_a_copy_within_a_query_does_not_write_over_the_run(sql: str, made_run: P
     ],
 )
 def test_reading_statements_are_permitted(sql: str, made_run: Path) -> None:
-    with store.opened([made_run]) as connection:
+    with store.open_store([made_run]) as connection:
         names, rows = store.run_query(connection, sql)
     assert names
     assert rows

@@ -46,7 +46,7 @@ def patience(world: World) -> Patience:
 async def accounted(world: World, name: str = "job") -> None:
     """Wait until the usage of the job is in the bucket."""
     async with asyncio.timeout(300):
-        while not await world.objects.head(object_keys.used(JobId(name))):
+        while not await world.objects.head(object_keys.reference_key(JobId(name))):
             await asyncio.sleep(1.0)
 
 
@@ -386,5 +386,5 @@ def test_bucket_has_complete_tables_and_detects_stale_ones(tmp_path: Path) -> No
         return Play(1.0, 1, failure=failure)
 
     in_world(act, script=script, **recorded())
-    with store.opened([tmp_path]) as connection:
+    with store.open_store([tmp_path]) as connection:
         assert store.run_query(connection, "SELECT succeeded, failed FROM jobs")[1] == [(5, 1)]

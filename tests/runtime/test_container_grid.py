@@ -23,7 +23,7 @@ from batchlab.core.model import Pool
 from batchlab.fleet.api_types import LaunchTemplate
 from batchlab.runtime import compose_deployment, compose_project, container_grid, descriptor, factory, manager_process
 from batchlab.runtime.compose_deployment import Deployment
-from batchlab.runtime.compose_project import Project, ProjectParts, Recipe, name_for, requirements, unpulled_of
+from batchlab.runtime.compose_project import Project, ProjectParts, Recipe, name_for, requirements, unpulled_images
 from batchlab.runtime.home import Home, ManagerRecord, Place
 from batchlab.server.autoscaling_api.launch_templates import TemplateFile
 
@@ -238,8 +238,8 @@ def test_an_endpoint_that_containers_cannot_reach_is_refused(tmp_path: Path) -> 
 
 
 def test_failed_service_is_not_reported_as_a_missing_image() -> None:
-    assert unpulled_of([" postgres Error manifest unknown"]) == ["postgres"]
-    assert not unpulled_of(["Container x-postgres-1  Error dependency failed to start"])
+    assert unpulled_images([" postgres Error manifest unknown"]) == ["postgres"]
+    assert not unpulled_images(["Container x-postgres-1  Error dependency failed to start"])
 
 
 class Brought:
@@ -308,7 +308,7 @@ def test_failed_start_removes_only_a_new_grid(tmp_path: Path, monkeypatch: pytes
 def test_manager_in_a_container_is_not_signaled_by_pid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = Home(tmp_path)
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a signal to somebody else"))
-    with home.locked():
+    with home.lock():
         home.write_record(ManagerRecord("http://10.213.70.13:8080", os.getpid(), "m", "localstack"))
         with pytest.raises(BackendError, match="in a container"):
             manager_process.stop_manager(home)
@@ -331,7 +331,7 @@ def test_command_does_not_wait_for_a_service_that_keeps_exiting(
         state = {"Status": "running", "Health": {"Status": "starting"}}
         return {"manager": {"State": state, "RestartCount": next(seen)}}
 
-    monkeypatch.setattr(Project, "_inspected", inspected)
+    monkeypatch.setattr(Project, "_inspect", inspected)
     monkeypatch.setattr(Project, "_compose", lambda *_: None)
     monkeypatch.setattr(Project, "_keep_logs", lambda _: tmp_path)
     monkeypatch.setattr(Project, "last_line", lambda *_: "no such option")

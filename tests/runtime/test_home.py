@@ -19,7 +19,7 @@ def a_record(pid: int) -> ManagerRecord:
 def test_a_record_counts_while_its_manager_holds_the_lock(tmp_path: Path) -> None:
     home = Home(tmp_path / "h")
     assert home.record() is None
-    with home.locked():
+    with home.lock():
         assert home.record() is None, "it has not said yet where it listens"
         home.write_record(a_record(os.getpid()))
         assert home.record() == a_record(os.getpid())
@@ -32,20 +32,20 @@ def test_the_next_managers_lock_does_not_vouch_for_the_record_before_it(tmp_path
     home = Home(tmp_path / "h")
     home.make()
     home.write_record(a_record(os.getpid() + 1))
-    with home.locked():
+    with home.lock():
         assert home.record() is None
 
 
 def test_a_second_manager_is_refused(tmp_path: Path) -> None:
     home = Home(tmp_path / "h")
-    with home.locked(), pytest.raises(Refused, match="grid down"), Home(tmp_path / "h").locked():
+    with home.lock(), pytest.raises(Refused, match="grid down"), Home(tmp_path / "h").lock():
         pass
 
 
 def test_readers_do_not_block_the_start_of_a_manager(tmp_path: Path) -> None:
     """A starting command looks for the manager all the time, and each look takes the lock."""
     home = Home(tmp_path / "h")
-    with home.locked():
+    with home.lock():
         home.write_record(a_record(os.getpid()))
     done = threading.Event()
 
@@ -58,7 +58,7 @@ def test_readers_do_not_block_the_start_of_a_manager(tmp_path: Path) -> None:
         looker.start()
     try:
         for _ in range(300):
-            with home.locked():
+            with home.lock():
                 pass
     finally:
         done.set()

@@ -70,7 +70,7 @@ def test_all_are_in_order_in_their_span_and_repeat(source: Source) -> None:
 
 @pytest.mark.parametrize("source", ONE_OF_EACH, ids=lambda one: type(one).__name__)
 def test_compressed_they_are_the_same_and_sooner(source: Source) -> None:
-    fast = times(source.compressed(3.0).compressed(20.0))
+    fast = times(source.compress(3.0).compress(20.0))
     assert fast == pytest.approx([at / 60 for at in times(source)])
 
 
@@ -195,7 +195,7 @@ def test_a_ramp_grows_evenly(first: float, last: float) -> None:
 def test_at_is_exact() -> None:
     source = FixedTimes(template="j", moments=((3600.0, 2), (0.0, 1), (7200.0, 0)))
     assert times(source) == [0.0, 3600.0, 3600.0]
-    assert times(source.compressed(60)) == [0.0, 60.0, 60.0]
+    assert times(source.compress(60)) == [0.0, 60.0, 60.0]
 
 
 @PROPERTY

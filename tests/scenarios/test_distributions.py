@@ -58,8 +58,8 @@ def test_the_mean_is_that_of_what_is_drawn(draw: Distribution) -> None:
 @PROPERTY
 @given(unit=st.floats(0, 1, exclude_max=True), factor=st.floats(0.001, 1000.0))
 def test_scaled_is_the_same_times_a_factor(draw: Distribution, unit: float, factor: float) -> None:
-    assert draw.scaled(factor).at(unit) == pytest.approx(draw.at(unit) * factor, rel=1e-9)
-    assert draw.scaled(factor).mean == pytest.approx(draw.mean * factor, rel=1e-9)
+    assert draw.multiply(factor).at(unit) == pytest.approx(draw.at(unit) * factor, rel=1e-9)
+    assert draw.multiply(factor).mean == pytest.approx(draw.mean * factor, rel=1e-9)
 
 
 @pytest.mark.parametrize("draw", [d for d in DRAWS if not isinstance(d, Mixture)], ids=repr)

@@ -174,7 +174,7 @@ def test_a_submission_that_is_under_way_at_ctrl_c_is_recorded_and_cancelled(tmp_
     assert world.course.cut == INTERRUPTED
     assert len(world.manager.taken) == 1
     assert list(world.course.running) == world.manager.taken == world.manager.cancelled
-    assert world.course.observed()
+    assert world.course.observed_jobs()
 
 
 def test_unanswered_submission_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def test_a_part_of_a_trace(tmp_path: Path) -> None:
         (1000.0 + 10 * n, str(5 + n)) for n in range(5)
     ]
     assert len(arrivals(replace(part, limit=2))) == 2
-    assert [(arrival.at_s, arrival.task_s) for arrival in arrivals(replace(part, limit=2).compressed(10))] == [
+    assert [(arrival.at_s, arrival.task_s) for arrival in arrivals(replace(part, limit=2).compress(10))] == [
         (100.0, 0.6),
         (101.0, 0.6),
     ]

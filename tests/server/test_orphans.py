@@ -19,7 +19,7 @@ def test_worker_without_a_manager_drains_after_a_while(tmp_path: Path, monkeypat
 
 async def _watch(home: Home) -> None:
     drained = asyncio.Event()
-    with home.locked():
+    with home.lock():
         home.write_record(ManagerRecord("http://127.0.0.1:1", os.getpid(), "manager-1", "local"))
         watching = asyncio.create_task(worker_service._drain_orphan(home, drained.set))
         await asyncio.sleep(0.3)

@@ -184,10 +184,10 @@ def test_no_world_is_left_in_memory() -> None:
 def test_faults_can_be_written_and_read_and_a_shell_leaves_them_alone() -> None:
     with fuzz.silence():
         faults = list(fuzz.try_seed(6, "all").faults)
-    text = fuzz.written(faults)
+    text = fuzz.write(faults)
     assert fuzz.read(text) == faults
     assert shlex.quote(text) == text
-    assert fuzz.read(fuzz.written([])) == []
+    assert fuzz.read(fuzz.write([])) == []
 
 
 @pytest.mark.parametrize(

@@ -196,4 +196,4 @@ def test_times_are_shown_in_the_zone_and_in_utc() -> None:
     at_s = datetime(2026, 3, 29, 1, tzinfo=UTC).timestamp()
     assert due_times.iso(at_s) == "2026-03-29T01:00:00Z"
     assert due_times.iso(at_s, ZoneInfo(BERLIN)) == "2026-03-29T03:00:00+02:00"
-    assert due_times.shown(at_s, ZoneInfo(BERLIN)) == "2026-03-29 03:00:00 CEST"
+    assert due_times.text_of_time(at_s, ZoneInfo(BERLIN)) == "2026-03-29 03:00:00 CEST"

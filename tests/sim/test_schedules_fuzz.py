@@ -43,13 +43,13 @@ def test_a_due_time_that_is_lost_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_run_at_no_due_time_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    started = schedules.started
+    started = schedules.start
 
     def astray(schedule: Schedule, run: Run, now_s: float) -> Schedule:
         wrong = replace(run, token=f"{run.token[:-2]}7Z")
         runs = tuple(wrong if one is run else one for one in schedule.runs)
         return started(replace(schedule, runs=runs), wrong, now_s)
 
-    monkeypatch.setattr(schedules, "started", astray)
+    monkeypatch.setattr(schedules, "start", astray)
     with pytest.raises(Violated, match="was due at"):
         trial.run(WHOLE, Weather(timed=True), sql=False)

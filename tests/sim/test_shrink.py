@@ -147,7 +147,7 @@ def test_a_planted_bug_shrinks_to_one_fault_which_replays_anywhere() -> None:
     (fault,) = found.parts
     assert fault.kind is PLANTED
     assert fault in failure.faults
-    only = fuzz.written(found.parts)
+    only = fuzz.write(found.parts)
     assert f"--only {only}" in fuzz.command(failure, WEATHER, found.parts)
     assert json.loads(replayed(only)) == [failure.text, only]
     assert json.loads(replayed(fuzz.FAIR)) is None

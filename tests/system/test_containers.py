@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from batchlab.runtime import compose_deployment
-from batchlab.runtime.compose_project import checked
+from batchlab.runtime.compose_project import check_reference
 from batchlab.runtime.home import Home
 from tests.support.docker.grid import need_containers
 from tests.support.grid.backends import command as batchlab
@@ -21,8 +21,8 @@ OURS = ("asg", "manager")
 
 
 def inspected(*filters: str) -> list[dict[str, Any]]:
-    ids = checked("ps", "-aq", *filters).split()
-    found: list[dict[str, Any]] = json.loads(checked("inspect", *ids)) if ids else []
+    ids = check_reference("ps", "-aq", *filters).split()
+    found: list[dict[str, Any]] = json.loads(check_reference("inspect", *ids)) if ids else []
     return found
 
 
@@ -40,15 +40,15 @@ def test_grid_works_with_the_aws_cli_and_leaves_nothing(tmp_path: Path) -> None:
         assert {name_of(service) for service in services} == {"localstack", "postgres", *OURS}
         # The scratch folder is on the disk and is writable.
         ask = ("python", "-c", "import tempfile; print(tempfile.gettempdir())")
-        assert checked("exec", f"{at.project}-manager-1", *ask).strip() == "/var/tmp"
+        assert check_reference("exec", f"{at.project}-manager-1", *ask).strip() == "/var/tmp"
         batchlab("doctor", "--backend", "localstack", "--home", home.path)
         desired_capacity_makes_containers(home, at)
         batchlab("gc")  # resources in use are not orphans
-        assert len(checked("ps", "-q", "--filter", label).split()) >= len(services)
+        assert len(check_reference("ps", "-q", "--filter", label).split()) >= len(services)
     finally:
         batchlab("grid", "down", "--home", home.path)
     for kind in (("ps", "-aq"), ("network", "ls", "-q"), ("volume", "ls", "-q")):
-        assert not checked(*kind, "--filter", label).split(), kind
+        assert not check_reference(*kind, "--filter", label).split(), kind
     assert compose_deployment.read(home) is None
 
 
@@ -97,7 +97,7 @@ def desired_capacity_makes_containers(home: Home, at: compose_deployment.Deploym
 
     def containers() -> list[str]:
         ours = ("--filter", f"label=batchlab.grid={at.project}")
-        return checked("ps", "-q", *ours, "--filter", f"label=batchlab.pool={group}").split()
+        return check_reference("ps", "-q", *ours, "--filter", f"label=batchlab.pool={group}").split()
 
     aws(
         "create-auto-scaling-group",
@@ -128,10 +128,10 @@ def test_leftovers_of_a_grid_are_removed(tmp_path: Path) -> None:
     need_containers(tmp_path)
     name = f"batchlab-left-{tmp_path.name[-20:].strip('_-')}"
     labels = ["--label", f"batchlab.grid={name}", "--label", f"batchlab.home={tmp_path / 'gone'}"]
-    checked("network", "create", *labels, "--subnet", "10.212.250.0/28", name)
-    checked("volume", "create", *labels, name)
+    check_reference("network", "create", *labels, "--subnet", "10.212.250.0/28", name)
+    check_reference("volume", "create", *labels, name)
     batchlab("gc", "--dry-run")
-    assert checked("volume", "ls", "-q", "--filter", f"label=batchlab.grid={name}").split()
+    assert check_reference("volume", "ls", "-q", "--filter", f"label=batchlab.grid={name}").split()
     batchlab("gc")
     for kind in ("network", "volume"):
-        assert not checked(kind, "ls", "-q", "--filter", f"label=batchlab.grid={name}").split()
+        assert not check_reference(kind, "ls", "-q", "--filter", f"label=batchlab.grid={name}").split()

@@ -198,7 +198,7 @@ def test_proxy_left_by_a_killed_replay_does_not_interfere(ministack: Endpoint, t
         home.backend_folder("ministack").mkdir(exist_ok=True)
         home.write_place("ministack", replace(place, url="http://127.0.0.1:9", behind=place.url))
         backend = factory.load("ministack", None if name == "ministack" else name)
-        assert backend.named_place(home) == place
+        assert backend.find_place(home) == place
         assert settled(backend, home) == place
 
 

@@ -40,7 +40,7 @@ def test_files_and_results_travel_through_the_bucket(stub: Stub, tmp_path: Path)
     # The home stores the bucket, so the next command need not name it.
     backend = factory.load("gcs", "gs://another")
     with pytest.raises(UsageError, match="has its bucket at gs://my-bucket, not at gs://another"):
-        backend.named_place(home)
+        backend.find_place(home)
 
 
 def test_a_bucket_that_cannot_be_listed_is_refused_before_a_manager_starts(stub: Stub, tmp_path: Path) -> None:

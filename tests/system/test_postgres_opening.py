@@ -22,7 +22,7 @@ from batchlab.adapters.sql import engines, open_postgres
 from batchlab.adapters.sql.engines import transaction
 from batchlab.adapters.sql.postgres import postgres_engine
 from batchlab.adapters.sql.rows import select_bundles
-from batchlab.adapters.sql.tables import HEAD, known_on_postgresql, metadata, versions
+from batchlab.adapters.sql.tables import HEAD, known_bundles_query, metadata, versions
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import JobId
 from batchlab.core.ports import AddCut
@@ -328,7 +328,7 @@ def test_a_fold_reads_only_its_own_bundles(postgres: Postgres) -> None:
 
     asyncio.run(fill())
     keys = [{"job": one.job, "stage": one.stage, "id": one.id} for one in bundles[:100]]
-    query = known_on_postgresql()
+    query = known_bundles_query()
     engine = postgres_engine(postgres.url, postgres.schema)
     with transaction(engine) as connection:
         explain = f"EXPLAIN {query.compile(engine)}"

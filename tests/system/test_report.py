@@ -61,7 +61,7 @@ def test_report_ledger_and_bill_agree(
     view = grid.run(folder / "job.yaml")
     assert view["state"] == "SUCCEEDED", view
     job = view["id"]
-    used = grid.home.objects / object_keys.used(job)  # type: ignore[arg-type]
+    used = grid.home.objects / object_keys.reference_key(job)  # type: ignore[arg-type]
     deadline_s = time.monotonic() + 20
     while not used.exists():
         assert time.monotonic() < deadline_s, "the job's account is not written down"

@@ -18,7 +18,7 @@ import pytest
 
 from batchlab.core.ports import MAX_MESSAGE_BYTES
 from batchlab.runtime import compose_deployment
-from batchlab.runtime.compose_project import checked
+from batchlab.runtime.compose_project import check_reference
 from batchlab.runtime.home import Home
 from examples.example_data import write_claims, write_records
 from tests.support import ROOT
@@ -156,7 +156,7 @@ def another_manager(home: Home) -> None:
     """Start another manager in the same container, without time for the first one to end."""
     at, before = compose_deployment.read(home), home.record()
     assert at
-    checked("restart", "--time", "0", f"{at.project}-manager-1")
+    check_reference("restart", "--time", "0", f"{at.project}-manager-1")
     until(lambda: (home.record() or before) != before, 60, pause_s=0.2)
 
 

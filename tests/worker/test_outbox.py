@@ -56,7 +56,7 @@ def duplicate(number: int) -> Duplicate:
 
 def outcome(execution: str) -> Outcome:
     bundle = Bundle(JOB, STAGE, TaskSet.span(0, 1))
-    return settlement.sealed(bundle, execution=execution, worker="w-1", now_s=1.0)
+    return settlement.seal(bundle, execution=execution, worker="w-1", now_s=1.0)
 
 
 def made() -> tuple[Sent, WorkerCounters, Outbox]:

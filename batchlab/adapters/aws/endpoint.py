@@ -106,7 +106,7 @@ def credentials(endpoint: Endpoint) -> S3CredentialProvider:
     if endpoint.url is None:
         from obstore.auth.boto3 import Boto3CredentialProvider
 
-        with translated("AWS"):
+        with translate_errors("AWS"):
             return Boto3CredentialProvider()
     keys: S3Credential = {
         "access_key_id": endpoint.access_key,
@@ -153,13 +153,13 @@ def client(
         # With None, botocore uses the proxies of the environment variables.
         proxies={} if endpoint.loopback else None,
     )
-    with translated("AWS"):
+    with translate_errors("AWS"):
         return (of or session_of(endpoint)).client(service, endpoint_url=endpoint.url, config=config)
 
 
 def session_of(endpoint: Endpoint) -> boto3.Session:
     """Return a boto3 session for clients of the endpoint."""
-    with translated("AWS"):
+    with translate_errors("AWS"):
         if endpoint.url is None:
             return session(endpoint.region)
         return session(endpoint.region, keys=(endpoint.access_key, endpoint.secret_key))
@@ -205,7 +205,7 @@ def short_code(code: str) -> str:
 
 
 @contextmanager
-def translated(what: str) -> Iterator[None]:
+def translate_errors(what: str) -> Iterator[None]:
     """Raise batchlab's errors instead of botocore's errors. The messages of batchlab's errors begin with `what`."""
     from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
     from botocore.exceptions import ConnectionError as NoConnection
@@ -285,7 +285,7 @@ def create_bucket(endpoint: Endpoint, bucket: str) -> None:
 
     s3 = client(endpoint, "s3", connections=1)
     try:
-        with translated(f"Bucket {bucket!r}"):
+        with translate_errors(f"Bucket {bucket!r}"):
             try:
                 if endpoint.region == "us-east-1":
                     s3.create_bucket(Bucket=bucket)

@@ -21,7 +21,7 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from batchlab.adapters.aws.endpoint import Endpoint, client, translated
+from batchlab.adapters.aws.endpoint import Endpoint, client, translate_errors
 from batchlab.adapters.aws.group_descriptions import (
     DRAIN_HOOK,
     NO_ACTION,
@@ -115,7 +115,7 @@ class Ec2Fleet:
 
     async def _request(self, pool: str, call: Callable[[str], T]) -> T:
         def do() -> T:
-            with translated(f"Pool {pool!r}"):
+            with translate_errors(f"Pool {pool!r}"):
                 return call(self._prefix + pool)
 
         return await asyncio.wrap_future(self._calling.submit(do))
@@ -406,7 +406,7 @@ class DrainHook:
 
     def _complete(self) -> None:
         scaling = client(self._endpoint, "autoscaling", connections=1)
-        with closing(scaling), translated(f"The hook {DRAIN_HOOK!r}"):
+        with closing(scaling), translate_errors(f"The hook {DRAIN_HOOK!r}"):
             scaling.complete_lifecycle_action(
                 LifecycleHookName=DRAIN_HOOK,
                 AutoScalingGroupName=self._group,

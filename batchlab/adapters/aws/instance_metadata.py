@@ -75,12 +75,12 @@ class Imds:
         if status == 404:
             return None
         if status != 200:
-            raise self._declined(status)
+            raise self._decline_error(status)
         return body.decode(errors="replace")
 
     def instance_id(self) -> str:
         """Return the id of the instance that runs this process."""
-        return self._needed("meta-data/instance-id")
+        return self._require("meta-data/instance-id")
 
     def image(self) -> str:
         """Return the id of the instance's Amazon Machine Image, or "" if the instance is not from EC2."""
@@ -88,18 +88,18 @@ class Imds:
 
     def is_spot(self) -> bool:
         """Return whether the instance is a Spot instance, which EC2 may interrupt."""
-        return self._needed("meta-data/instance-life-cycle") == "spot"
+        return self._require("meta-data/instance-life-cycle") == "spot"
 
     def is_leaving(self) -> bool:
         """Return whether the instance's Auto Scaling group takes the instance out of service."""
         state = self.get("meta-data/autoscaling/target-lifecycle-state")
         return state is not None and state.strip() in _LEAVING
 
-    def needed_tag(self, name: str) -> str:
+    def require_tag(self, name: str) -> str:
         """Return a tag of the instance. Raise NotFound if the tag does not exist."""
-        return self._needed(f"meta-data/tags/instance/{name}")
+        return self._require(f"meta-data/tags/instance/{name}")
 
-    def _needed(self, path: str) -> str:
+    def _require(self, path: str) -> str:
         content = self.get(path)
         if content is None:
             raise NotFound(f"The metadata service at {self._url} does not know {path}.")
@@ -110,7 +110,7 @@ class Imds:
             if not self._token or time.monotonic() >= self._renew_s:
                 status, body = self._ask("PUT", "api/token", {"X-aws-ec2-metadata-token-ttl-seconds": str(TTL_S)})
                 if status != 200:
-                    raise self._declined(status)
+                    raise self._decline_error(status)
                 self._token = body.decode("ascii", errors="replace").strip()
                 self._renew_s = time.monotonic() + _RENEW_S
             return self._token
@@ -130,7 +130,7 @@ class Imds:
                     remedy="In a container on EC2, raise the instance's metadata hop limit to 2.",
                 ) from error
 
-    def _declined(self, status: int) -> BackendError:
+    def _decline_error(self, status: int) -> BackendError:
         text = f"The metadata service at {self._url} answers with HTTP {status}."
         return Unreachable(text) if status >= 500 else BackendError(text)
 

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchlab.adapters.aws.endpoint import Endpoint, client, create_bucket, credentials, s3_url, translated
+from batchlab.adapters.aws.endpoint import Endpoint, client, create_bucket, credentials, s3_url, translate_errors
 from batchlab.adapters.limits import Bucket
 from batchlab.adapters.obstore_objects import PARTS_AT_ONCE, ObstoreObjects, client_options, retries
 from batchlab.core.errors import AlreadyExists, BatchlabError
@@ -81,7 +81,7 @@ def _create_in_parts(endpoint: Endpoint, bucket: str, key: str, path: Path, part
         part = s3.upload_part(Bucket=bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=data)
         return {"PartNumber": number, "ETag": part["ETag"]}
 
-    with closing(client(endpoint, "s3", connections=PARTS_AT_ONCE)) as s3, translated(f"Object {key!r}"):
+    with closing(client(endpoint, "s3", connections=PARTS_AT_ONCE)) as s3, translate_errors(f"Object {key!r}"):
         upload_id = s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
         count = -(-path.stat().st_size // part_bytes)
         try:
@@ -108,7 +108,7 @@ def _abort(s3: S3Client, bucket: str, key: str, upload_id: str) -> None:
     If the removal fails, the bucket's lifecycle rule removes the parts later.
     """
     try:
-        with translated(f"Object {key!r}"):
+        with translate_errors(f"Object {key!r}"):
             s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
     except BatchlabError as error:
         log.warning("parts of an unfinished upload stay for a while: %s", error)

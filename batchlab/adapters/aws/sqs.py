@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from botocore import xform_name
 from botocore.exceptions import ClientError
 
-from batchlab.adapters.aws.endpoint import Endpoint, client, code_of, session_of, short_code, translated
+from batchlab.adapters.aws.endpoint import Endpoint, client, code_of, session_of, short_code, translate_errors
 from batchlab.adapters.aws.sqs_wire import connect
 from batchlab.adapters.limits import body_bytes, check_batch, check_changes, check_queue_name, check_receive, check_send
 from batchlab.adapters.local.local_wakeup_queue import IdleTime
@@ -74,7 +74,7 @@ class SqsQueue:
         self._makes = makes
         session = session_of(endpoint)
         self._sqs = client(endpoint, "sqs", connections=_RECEIVES + _CALLS, of=session)
-        with translated("AWS"):
+        with translate_errors("AWS"):
             self._wire = connect(session, self._sqs.meta.endpoint_url, loopback=bool(endpoint.loopback))
         self._prefix = prefix
         self._tally = tally or RequestCounter()
@@ -108,7 +108,7 @@ class SqsQueue:
     def _at(self, queue: str, call: Callable[[str], T]) -> T:
         """Return the result of `call`, which gets the queue's url."""
         try:
-            with translated(f"Queue {queue!r}"):
+            with translate_errors(f"Queue {queue!r}"):
                 url = self._urls.get(queue)
                 if url is None:
                     self._tally.sqs()
@@ -153,7 +153,7 @@ class SqsQueue:
         }
         if redrive:
             wanted["RedrivePolicy"] = redrive
-        with translated(f"Queue {spec.name!r}"):
+        with translate_errors(f"Queue {spec.name!r}"):
             try:
                 self._tally.sqs()
                 answer = self._sqs.create_queue(QueueName=self._prefix + spec.name, Attributes=wanted)
@@ -252,7 +252,7 @@ class SqsQueue:
         return await self._run(queue, lambda url: self._delete(url, receipts))
 
     def _delete(self, url: str, receipts: Sequence[str]) -> list[str]:
-        return self._refused("DeleteMessageBatch", url, [{"ReceiptHandle": receipt} for receipt in receipts])
+        return self._failed_ids("DeleteMessageBatch", url, [{"ReceiptHandle": receipt} for receipt in receipts])
 
     async def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> Sequence[str]:
         check_changes(changes)
@@ -266,9 +266,9 @@ class SqsQueue:
             for receipt, visibility_s in changes
             if visibility_s <= MAX_VISIBILITY_S
         ]
-        return too_long + self._refused("ChangeMessageVisibilityBatch", url, entries)
+        return too_long + self._failed_ids("ChangeMessageVisibilityBatch", url, entries)
 
-    def _refused(self, operation: str, url: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    def _failed_ids(self, operation: str, url: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
         """Call the batch operation of SQS. Return the receipts that SQS refuses."""
         if not entries:
             return []
@@ -283,7 +283,7 @@ class SqsQueue:
                 return [entries[0]["ReceiptHandle"]]
             # One invalid receipt made the batch request fail for all entries, so each entry is now sent in its own
             # request.
-            return [receipt for entry in entries for receipt in self._refused(operation, url, [entry])]
+            return [receipt for entry in entries for receipt in self._failed_ids(operation, url, [entry])]
         for failed in failures:
             if short_code(failed["Code"]) not in _BAD_RECEIPT:
                 raise _failure(failed)

@@ -124,7 +124,7 @@ class SqsWire:
         except ValueError:
             answer = None
         if status != _OK:
-            raise _refused(operation, status, code, answer if isinstance(answer, dict) else {})
+            raise _client_error(operation, status, code, answer if isinstance(answer, dict) else {})
         if not isinstance(answer, dict):
             raise ResponseParserError("The answer is not a JSON object, as SQS would return.")
         return {name: value for name, value in answer.items() if value is not None}
@@ -134,7 +134,7 @@ class SqsWire:
         connection: HTTPConnection | None = None
         is_reusable = False
         try:
-            connection = self._connected()
+            connection = self._connect()
             with suppress(BrokenPipeError):  # SQS refused the request early, and the answer of SQS has the reason.
                 connection.request("POST", self._path, body, dict(headers))
             response = connection.getresponse()
@@ -154,7 +154,7 @@ class SqsWire:
                 connection.close()
         return answer
 
-    def _connected(self) -> HTTPConnection:
+    def _connect(self) -> HTTPConnection:
         try:
             connection = self._connections.take()
         except OSError as error:
@@ -187,7 +187,7 @@ def _key(secret: str, day: str, region: str) -> bytes:
     return key
 
 
-def _refused(operation: str, status: int, query_code: str, answer: Mapping[str, Any]) -> ClientError:
+def _client_error(operation: str, status: int, query_code: str, answer: Mapping[str, Any]) -> ClientError:
     kind = str(answer.get("__type", "")).partition(":")[0].rpartition("#")[2]
     code = query_code.partition(";")[0] or kind or str(status)
     message = str(answer.get("message") or answer.get("Message") or "")

@@ -53,8 +53,8 @@ class Engine:
         Raise Unreachable if no Engine answers, NotFound for a missing resource, and BackendError for any other error.
         The messages of the errors begin with `what`.
         """
-        with translated(what):
-            return call(self._connected())
+        with translate_errors(what):
+            return call(self._open_client())
 
     def __enter__(self) -> Self:
         return self
@@ -69,7 +69,7 @@ class Engine:
         """Close the Engine without blocking the event loop."""
         await asyncio.to_thread(self.__exit__)
 
-    def _connected(self) -> APIClient:
+    def _open_client(self) -> APIClient:
         with self._connecting:
             if self._client is None:
                 self._client = _connect(self._url)
@@ -90,7 +90,7 @@ def _connect(url: str) -> APIClient:
 
 
 @contextmanager
-def translated(what: str) -> Iterator[None]:
+def translate_errors(what: str) -> Iterator[None]:
     """Raise batchlab's errors instead of the Docker SDK's errors.
 
     The messages of batchlab's errors begin with `what`.
@@ -158,7 +158,7 @@ class EventStream:
         filters = {"type": ["container", "network"], "event": ["start", "die", "destroy", "connect", "disconnect"]}
 
         while not self._closing.is_set():
-            with suppress(BackendError), translated("Docker's events"):
+            with suppress(BackendError), translate_errors("Docker's events"):
                 self._read(self._engine.do("Docker's events", lambda api: api.events(decode=True, filters=filters)))
             self._closing.wait(RECONNECT_S)
 

@@ -122,7 +122,7 @@ class Signed:
         self._app = app
         self._access_key = access_key
         self._signing_key = lru_cache(maxsize=64)(
-            lambda date, region, service: _derived(secret_key, date, region, service)
+            lambda date, region, service: _derive_key(secret_key, date, region, service)
         )
 
     async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
@@ -130,14 +130,14 @@ class Signed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = _joined(scope["headers"])
+        headers = _joined_headers(scope["headers"])
         try:
             if b"origin" in headers:
                 raise Refusal("AccessDenied", "The emulator of a grid refuses requests of web pages.")
             if not _HOST.fullmatch(headers.get(b"host", b"")):
                 raise Refusal("AccessDenied", "The Host header does not name this machine's loopback.")
             if scope["method"] != "GET" or scope["path"] != _HEALTH:
-                receive = await self._checked(scope, headers, receive)
+                receive = await self._check_body(scope, headers, receive)
         except Refusal as refusal:
             await _refuse(send, headers, refusal)
             return
@@ -151,7 +151,7 @@ class Signed:
 
         await self._app(scope, receive, send_without_cors)
 
-    async def _checked(self, scope: Event, headers: Mapping[bytes, bytes], receive: Receive) -> Receive:
+    async def _check_body(self, scope: Event, headers: Mapping[bytes, bytes], receive: Receive) -> Receive:
         """Return an ASGI `receive` function for the request's body. Raise Refusal unless the request is signed."""
         asked_query = scope["query_string"].decode("latin-1")
         query = parse_qsl(asked_query, keep_blank_values=True) if asked_query else []
@@ -209,7 +209,7 @@ class Signed:
             raise Refusal("SignatureDoesNotMatch", "The signature was not made with the grid's keys.")
 
 
-def _joined(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+def _joined_headers(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     """Return the headers by name, with each value in the form that a signature uses."""
     joined: dict[bytes, bytes] = {}
     for name, value in headers:
@@ -263,7 +263,7 @@ def _path(raw: bytes, service: str) -> str:
     return quote(unquote_to_bytes(raw) if service == "s3" else raw, safe="/-_.~")
 
 
-def _derived(secret: str, date: str, region: str, service: str) -> bytes:
+def _derive_key(secret: str, date: str, region: str, service: str) -> bytes:
     key = b"AWS4" + secret.encode()
     for part in (date, region, service, "aws4_request"):
         key = hmac.digest(key, part.encode(), "sha256")

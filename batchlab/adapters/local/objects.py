@@ -136,7 +136,7 @@ def damage(root: Path, key: str) -> str | None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Hold the lock of the folder that contains `path`. Wait for the lock if necessary.
 
     Raise FileNotFoundError if the folder does not exist.
@@ -149,7 +149,7 @@ def locked(path: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def damaged(root: Path) -> Iterator[tuple[str, str]]:
+def find_damaged(root: Path) -> Iterator[tuple[str, str]]:
     """Yield the key and the damage of every object that is visibly damaged."""
     for prefix in NEVER_EMPTY:
         for folder, _, names in os.walk(root / prefix):
@@ -182,7 +182,7 @@ class FileWriter:
         """Write the object and return its ETag."""
         target = f"{self._root}/{key}"
         staged, etag = self._write(target, fill, durable=durable)
-        with _removed_on_error(staged):
+        with _remove_on_error(staged):
             os.rename(staged, target)  # noqa: PTH104 - a Path costs as much again
         _settle(target, durable=durable)
         return etag
@@ -194,7 +194,7 @@ class FileWriter:
         """
         target = f"{self._root}/{key}"
         staged, etag = self._write(target, fill, durable=durable)
-        with _removed_on_error(staged):
+        with _remove_on_error(staged):
             try:
                 os.link(staged, target)
             except FileExistsError:
@@ -209,7 +209,7 @@ class FileWriter:
 
     def _replace_damaged(self, key: str, staged: str, target: str) -> None:
         # Under the folder's lock, the second of two writers finds the object of the first.
-        with locked(Path(target)):
+        with lock(Path(target)):
             if damage(Path(self._root), key) is None:
                 raise AlreadyExists(f"Object {key!r} exists.")
             os.rename(staged, target)  # noqa: PTH104
@@ -217,7 +217,7 @@ class FileWriter:
     def _write(self, target: str, fill: Fill, *, durable: bool) -> tuple[str, str]:
         """Write the content to a new file next to `target`. Return the name and the ETag of the new file."""
         staged, file = _stage(target)
-        with _removed_on_error(staged), file:
+        with _remove_on_error(staged), file:
             fill(file)
             file.flush()
             if durable:
@@ -249,7 +249,7 @@ def _settle(target: str, *, durable: bool) -> None:
 
 
 @contextmanager
-def _removed_on_error(staged: str) -> Iterator[None]:
+def _remove_on_error(staged: str) -> Iterator[None]:
     # The staged file is removed only after an error, because its name may later belong to another writer.
     try:
         yield
@@ -312,7 +312,7 @@ class LocalObjects:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="objects")
 
     async def _do(self, key: str, call: Callable[[], T], *, in_place: bool = False) -> T:
-        with _translated(key):
+        with _translate_errors(key):
             if in_place:
                 return call()
             return await asyncio.wrap_future(self._threads.submit(call))
@@ -335,7 +335,7 @@ class LocalObjects:
     def _exchange(self, etag: str, key: str, fill: Fill, *, durable: bool) -> str:
         # The folder's lock excludes other conditional puts, but not an unconditional put. The folder has only one
         # manager, which makes all puts that need a stronger guarantee.
-        with locked(self._root / key):
+        with lock(self._root / key):
             object_info = head(self._root, key)
             if object_info is None or object_info.etag != etag:
                 raise AlreadyExists(f"Another writer has replaced object {key!r}.")
@@ -449,7 +449,7 @@ def open_objects(bucket: Bucket) -> LocalObjects:
 
 
 @contextmanager
-def _translated(key: str) -> Iterator[None]:
+def _translate_errors(key: str) -> Iterator[None]:
     try:
         yield
     except _MISSING as error:

@@ -153,7 +153,7 @@ class ProcessLauncher:
         instance: str,
         machine: Machine = ANY_MACHINE,  # noqa: ARG002 - all machines are alike here
     ) -> None:
-        processes = self._adopted()
+        processes = self._adopt_processes()
         if instance in processes:
             raise AlreadyExists(f"Instance {instance} already exists.")
         record = _Record(instance, pool.name, boot_id())
@@ -185,7 +185,7 @@ class ProcessLauncher:
         log.info("launched as process %d", record.pid, extra=_about(record))
 
     async def terminate(self, instance: str, *, grace_s: float) -> None:
-        process = self._adopted().get(instance)
+        process = self._adopt_processes().get(instance)
         # An instance may have ended while its exit code is not yet known.
         if process is None or process.record.ended is not None or process.pidfd < 0:
             return
@@ -202,7 +202,7 @@ class ProcessLauncher:
             process.kill = loop.call_at(due_s, _kill_group, process.record)
 
     async def running(self) -> Mapping[str, str | None]:
-        processes = self._adopted()
+        processes = self._adopt_processes()
         now_s = self._clock.monotonic_s()
         for name, process in list(processes.items()):
             if process.record.ended is not None and now_s - process.ended_s > KEEP_ENDED_S:
@@ -211,7 +211,7 @@ class ProcessLauncher:
         return {name: process.record.ended for name, process in processes.items()}
 
     async def close(self, *, kill: bool) -> None:
-        living = [p for p in self._adopted().values() if p.record.ended is None]
+        living = [p for p in self._adopt_processes().values() if p.record.ended is None]
         if kill:
             for process in living:
                 _kill_group(process.record)
@@ -262,9 +262,9 @@ class ProcessLauncher:
 
     def _watch(self, process: _Process, pidfd: int) -> None:
         process.pidfd = pidfd
-        asyncio.get_running_loop().add_reader(process.pidfd, self._exited, process)
+        asyncio.get_running_loop().add_reader(process.pidfd, self._on_exit, process)
 
-    def _exited(self, process: _Process) -> None:
+    def _on_exit(self, process: _Process) -> None:
         # The pid of a zombie process is not reused, so the process group is killed before the wait.
         _kill_group(process.record)
         self._release(process)
@@ -299,7 +299,7 @@ class ProcessLauncher:
             os.close(process.pidfd)
             process.pidfd = -1
 
-    def _adopted(self) -> dict[str, _Process]:
+    def _adopt_processes(self) -> dict[str, _Process]:
         """Return the instances of this launcher by id. The first call adopts the instances of earlier managers."""
         if self._processes is None:
             self._processes = {}

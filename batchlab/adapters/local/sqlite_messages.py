@@ -195,7 +195,7 @@ class SqliteMessages:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with _translated(self._path):
+        with _translate_errors(self._path):
             db = self._db
             with self._my_turn():
                 db.execute("BEGIN IMMEDIATE")
@@ -237,7 +237,7 @@ class SqliteMessages:
 
     def receive(self, name: str, limit: int, visibility_s: float | None) -> ReceiveResult:
         # The first query of a receive does not take a lock, so idle receivers do not delay senders.
-        with _translated(self._path):
+        with _translate_errors(self._path):
             due_in_s = self._due_in_s(self._queue(name))
         if due_in_s is None or due_in_s > 0:
             return ReceiveResult(due_in_s=due_in_s)
@@ -318,7 +318,8 @@ class SqliteMessages:
             queue = self._queue(name)
             for receipt in receipts:
                 done = db.execute(
-                    "DELETE FROM messages WHERE id = ? AND receives = ? AND queue = ?", (*_parsed(receipt), queue.id)
+                    "DELETE FROM messages WHERE id = ? AND receives = ? AND queue = ?",
+                    (*_parse_receipt(receipt), queue.id),
                 )
                 if not done.rowcount:
                     refused.append(receipt)
@@ -335,14 +336,20 @@ class SqliteMessages:
                 done = db.execute(
                     "UPDATE messages SET visible_s = ? WHERE id = ? AND receives = ? AND queue = ?"
                     " AND visible_s > ? AND received_s >= ?",
-                    (now_s + visibility_s, *_parsed(receipt), queue.id, now_s, now_s + visibility_s - MAX_VISIBILITY_S),
+                    (
+                        now_s + visibility_s,
+                        *_parse_receipt(receipt),
+                        queue.id,
+                        now_s,
+                        now_s + visibility_s - MAX_VISIBILITY_S,
+                    ),
                 )
                 if not done.rowcount:
                     refused.append(receipt)
         return refused
 
     def depth(self, name: str) -> Depth:
-        with _translated(self._path):
+        with _translate_errors(self._path):
             queue, now_s = self._queue(name), self._clock.now_s()
         expired_s = now_s - queue.retention_s
         if queue.first_s is not None and queue.first_s <= expired_s:
@@ -350,7 +357,7 @@ class SqliteMessages:
             with self._transaction() as db:
                 gone = db.execute(_EXPIRE, (queue.id, expired_s)).rowcount
                 _grow(db, queue.id, -gone)
-        with _translated(self._path):
+        with _translate_errors(self._path):
             row = self._db.execute(_DEPTH, (now_s, now_s, queue.id)).fetchone()
         if row is None:
             raise NotFound(f"No queue {name!r}.")
@@ -373,7 +380,7 @@ def _grow(db: sqlite3.Connection, queue: int, by: int) -> None:
     db.execute("UPDATE queues SET total = total + ? WHERE id = ?", (by, queue))
 
 
-def _parsed(receipt: str) -> tuple[int, int]:
+def _parse_receipt(receipt: str) -> tuple[int, int]:
     number, dot, count = receipt.partition(".")
     if dot and number.isdecimal() and count.isdecimal() and len(receipt) < 20:
         return int(number), int(count)
@@ -382,7 +389,7 @@ def _parsed(receipt: str) -> tuple[int, int]:
 
 
 @contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def _translate_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:

@@ -33,7 +33,7 @@ from batchlab.core.ports import (
 from batchlab.core.protocol import json_format
 
 
-def dumped(jobs: Iterable[tuple[Projection, Iterable[BundleRow]]]) -> dict[str, Json]:
+def dump_rows(jobs: Iterable[tuple[Projection, Iterable[BundleRow]]]) -> dict[str, Json]:
     """Return the rows of the given jobs with their stages and bundles, sorted."""
     jobs_, stages, bundles = [], [], []
     for projection, rows in jobs:
@@ -131,7 +131,7 @@ class _Job:
             at = before.at if before else row.at
             self.folded.append(BundleRow(row.stage, row.id, at, None, row.completion, row.seq))
 
-    def done(self, after_seq: int, stage: StageName | None, failed: bool) -> Iterator[BundleRow]:
+    def done_bundles(self, after_seq: int, stage: StageName | None, failed: bool) -> Iterator[BundleRow]:
         for n in range(bisect_right(self.folded, after_seq, key=_seq), len(self.folded)):
             row = self.folded[n]
             if failed and not (row.completion and row.completion.failed):
@@ -272,7 +272,7 @@ class SimLedger:
         bundle_rows: list[BundleRow] = []
         if done is not False:
             after = _NO_SEQ if after_seq is None else after_seq
-            bundle_rows += islice(job_rows.done(after, stage, failed), limit)
+            bundle_rows += islice(job_rows.done_bundles(after, stage, failed), limit)
         if done is not True and after_seq is None and not failed:
             bundle_rows += job_rows.waiting(stage)
         return [row.record(job_rows.projection.last_seq) for row in bundle_rows[:limit]]
@@ -315,7 +315,7 @@ class SimLedger:
 
     async def dump(self) -> dict[str, Json]:
         """Return all rows in the form of `SqlLedger.dump`."""
-        return dumped((j.projection, [*j.folded, *j.planned.values()]) for j in self._jobs.values())
+        return dump_rows((j.projection, [*j.folded, *j.planned.values()]) for j in self._jobs.values())
 
     async def close(self) -> None:
         """Do nothing, because the memory ledger does not hold connections or files."""

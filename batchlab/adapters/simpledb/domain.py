@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from typing import Any, TypeVar
 
-from batchlab.adapters.aws.endpoint import Endpoint, client, code_of, translated
+from batchlab.adapters.aws.endpoint import Endpoint, client, code_of, translate_errors
 from batchlab.core.errors import BackendError, Throttled, TooLarge, Unreachable, UsageError
 from batchlab.core.model import Json
 from batchlab.core.port_retries import doubled_s
@@ -57,7 +57,7 @@ class _ConditionFailed(Exception):
     """Error for a condition that failed: the item in SimpleDB does not have the expected value."""
 
 
-def quoted(text: str) -> str:
+def quote(text: str) -> str:
     """Return a value as a literal of a select expression."""
     return "'" + text.replace("'", "''") + "'"
 
@@ -188,7 +188,7 @@ class Store:
         parts = [names[i : i + MAX_TESTS] for i in range(0, len(names), MAX_TESTS)]
 
         def select_part(part: Sequence[str]) -> list[tuple[str, Item]]:
-            where = f"itemName() in ({', '.join(map(quoted, part))})"
+            where = f"itemName() in ({', '.join(map(quote, part))})"
             return list(self.select(output, where))
 
         return {name: item for items in self._threads.map(select_part, parts) for name, item in items}
@@ -220,7 +220,7 @@ class Store:
 
         if domain:
             parameters["DomainName"] = self.domain
-        with translated(f"SimpleDB domain {self.domain!r}"):
+        with translate_errors(f"SimpleDB domain {self.domain!r}"):
             try:
                 return getattr(self._sdb, operation)(**parameters)
             except ClientError as error:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from batchlab.adapters.simpledb import domain
-from batchlab.adapters.simpledb.domain import Item, Pairs, Store, check, quoted
+from batchlab.adapters.simpledb.domain import Item, Pairs, Store, check, quote
 from batchlab.core.errors import BackendError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.ledger_projection import BundleRow, Key, Known, Projection
@@ -79,7 +79,7 @@ class BundleItems:
         items = self._store.select_named("at, done", list(names))
         return {names[name]: "done" in item for name, item in items.items()}
 
-    def folded(
+    def folded_bundles(
         self, gen: str, projection: Projection, *, stage: StageName | None, after: int, failed: bool, page: int
     ) -> Iterator[BundleRow]:
         """Return the bundles that were folded after the seq `after`, as of `projection`."""
@@ -87,25 +87,25 @@ class BundleItems:
         first, last = _order(gen, max(after + 1, 0)), _order(gen, max(projection.last_seq, 0))
         if after >= projection.last_seq:
             return
-        where = f"{key} between {quoted(first)} and {quoted(last)}"
-        where += f" and stage = {quoted(stage)}" if stage else ""
+        where = f"{key} between {quote(first)} and {quote(last)}"
+        where += f" and stage = {quote(stage)}" if stage else ""
         for _, item in self._store.select("*", where, order=key, page=page):
             row = self._row(item)
             if not projection.is_void(row):
                 yield row
 
-    def planned(self, gen: str, projection: Projection, *, stage: StageName | None) -> list[BundleRow]:
+    def planned_bundles(self, gen: str, projection: Projection, *, stage: StageName | None) -> list[BundleRow]:
         """Return the bundles that are not folded as of `projection`, by stage and id."""
-        where = f"gen = {quoted(gen)} and "
-        where += f"stage = {quoted(stage)}" if stage else "stage is not null"
-        where += f" and (done is null or done > {quoted(_order(gen, max(projection.last_seq, 0)))})"
+        where = f"gen = {quote(gen)} and "
+        where += f"stage = {quote(stage)}" if stage else "stage is not null"
+        where += f" and (done is null or done > {quote(_order(gen, max(projection.last_seq, 0)))})"
         rows = (self._row(item) for _, item in self._store.select("*", where))
         open_ = [row for row in rows if _is_there(row, projection) and not projection.is_void(row)]
         return sorted(open_, key=lambda row: row.key)
 
     def all(self, gen: str, projection: Projection) -> list[BundleRow]:
         """Return all bundles as of `projection`, including the bundles of void plans."""
-        where = f"gen = {quoted(gen)} and stage is not null"
+        where = f"gen = {quote(gen)} and stage is not null"
         rows = (self._row(item) for _, item in self._store.select("*", where))
         return [row for row in rows if _is_there(row, projection)]
 
@@ -236,7 +236,7 @@ class JobItems:
         key = "live" if active else "okey"
         where = f"{key} > '0'"
         if before:
-            where += f" and {key} < {quoted(order_of(before))}"
+            where += f" and {key} < {quote(order_of(before))}"
         projections: list[Projection] = []
         for name, item in self._store.select("*", where, order=f"{key} desc", page=limit):
             if len(projections) == limit:
@@ -333,7 +333,7 @@ class JobItems:
 
     def sweep(self, gen: str) -> None:
         """Delete all items of a generation that does not belong to a job."""
-        where = f"gen = {quoted(gen)}"
+        where = f"gen = {quote(gen)}"
         self._store.delete_all([name for name, _ in self._store.select("itemName()", where)])
 
     def sweep_lost(self) -> None:

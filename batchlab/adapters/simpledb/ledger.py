@@ -13,7 +13,7 @@ from typing import TypeVar, overload
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.clock import ReadWriteThreads
-from batchlab.adapters.memory.ledger import dumped
+from batchlab.adapters.memory.ledger import dump_rows
 from batchlab.adapters.simpledb.domain import Item, Store
 from batchlab.adapters.simpledb.items import BundleItems, JobItem, JobItems, unique
 from batchlab.core import ledger_projection
@@ -252,7 +252,7 @@ class SimpleDbLedger:
 
     def _has(self, head: JobItem, first: int, last: int) -> bool:
         """Return whether a completion of the job has a seq from `first` to `last`."""
-        bundle_rows = self._rows.folded(
+        bundle_rows = self._rows.folded_bundles(
             head.gen, _projection_of(head), stage=None, after=first - 1, failed=False, page=1
         )
         row = next(bundle_rows, None)
@@ -301,12 +301,14 @@ class SimpleDbLedger:
             if done is not False:
                 after = -1 if after_seq is None else after_seq
                 page = 2500 if limit is None else limit
-                for row in self._rows.folded(gen, projection, stage=stage, after=after, failed=failed, page=page):
+                for row in self._rows.folded_bundles(
+                    gen, projection, stage=stage, after=after, failed=failed, page=page
+                ):
                     if len(bundle_records) == limit:
                         break
                     bundle_records.append(row.record(projection.last_seq))
             if done is not True and after_seq is None and not failed and len(bundle_records) != limit:
-                planned = self._rows.planned(gen, projection, stage=stage)
+                planned = self._rows.planned_bundles(gen, projection, stage=stage)
                 bundle_records += [row.record(projection.last_seq) for row in planned]
             return bundle_records[:limit]
 
@@ -355,7 +357,7 @@ class SimpleDbLedger:
     def _dump(self) -> dict[str, Json]:
         heads = (self._heads.get(JobId(n.removeprefix("job/"))) for n in self._heads.names())
         # The dump reads jobs one at a time. The bundles of a job are read as of the job's item.
-        return dumped((h.projection, self._rows.all(h.gen, h.projection)) for h in heads if h and h.projection)
+        return dump_rows((h.projection, self._rows.all(h.gen, h.projection)) for h in heads if h and h.projection)
 
     async def close(self) -> None:
         """Wait for running calls and close the connections. After `close`, no call may follow."""

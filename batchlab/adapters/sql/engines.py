@@ -225,7 +225,7 @@ def other_database(engine: Engine) -> str:
 
 
 @contextmanager
-def translated(engine: Engine) -> Iterator[None]:
+def translate_errors(engine: Engine) -> Iterator[None]:
     """Raise batchlab's errors instead of the database's errors."""
     try:
         yield

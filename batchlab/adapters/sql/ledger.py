@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, Table, bindparam, delete, select, upd
 
 from batchlab.adapters.clock import CallRunner, InlineRunner, ReadWriteThreads, SingleThread
 from batchlab.adapters.sql import engines
-from batchlab.adapters.sql.engines import WalFlush, sqlite_engine, transaction, translated
+from batchlab.adapters.sql.engines import WalFlush, sqlite_engine, transaction, translate_errors
 from batchlab.adapters.sql.logins import Logins
 from batchlab.adapters.sql.rows import (
     Snapshot,
@@ -304,7 +304,7 @@ class SqlLedger:
 
     async def _transact(self, work: Callable[[Connection], T], *, writes: bool, quick: bool) -> T:
         def call() -> T:
-            with translated(self._engine):
+            with translate_errors(self._engine):
                 if not self._has_schema:
                     engines.ensure(self._engine)
                     self._has_schema = True

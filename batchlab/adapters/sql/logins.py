@@ -94,11 +94,11 @@ class SecretLogins:
             return self._login
 
     def _fetch(self) -> Login:
-        from batchlab.adapters.aws.endpoint import client, translated
+        from batchlab.adapters.aws.endpoint import client, translate_errors
 
         manager = client(self._endpoint, "secretsmanager", connections=1)
         try:
-            with translated(f"The secret {self._secret}"), in_secret():
+            with translate_errors(f"The secret {self._secret}"), in_secret():
                 answer = manager.get_secret_value(SecretId=self._secret)
         finally:
             manager.close()
@@ -137,9 +137,9 @@ class IamLogins:
         return f"IAM for the user {self._user}"
 
     def login(self, *, refused: Login | None = None) -> Login:  # noqa: ARG002
-        from batchlab.adapters.aws.endpoint import client, translated
+        from batchlab.adapters.aws.endpoint import client, translate_errors
 
-        with self._lock, translated("A token for the database"):
+        with self._lock, translate_errors("A token for the database"):
             if self._rds is None:
                 self._rds = client(self._endpoint, "rds", connections=1)
             with in_secret():

@@ -64,7 +64,7 @@ def postgres_engine(url: str, schema: str, *, ca: Path | None = None, logins: Lo
             f"{schema!r} cannot be the name of a schema.",
             remedy="Use up to 63 small letters, digits, `_`, `-`, and `.`, and begin with a letter.",
         )
-    parsed = _parsed(url)
+    parsed = _parse_url(url)
     defaults = _DEFAULTS | _tls(parsed, ca, is_remote=logins is not None)
     engine = create_engine(
         parsed,
@@ -81,7 +81,7 @@ def postgres_engine(url: str, schema: str, *, ca: Path | None = None, logins: Lo
     return engine
 
 
-def _parsed(url: str) -> URL:
+def _parse_url(url: str) -> URL:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
@@ -171,7 +171,7 @@ class Connect:
     def __call__(self, _dialect: object, _record: object, args: Any, options: Any) -> _Bounded:
         login = self._logins.login()
         try:
-            return self._connected(login, args, options)
+            return self._open_connection(login, args, options)
         except psycopg.OperationalError as error:
             if not is_refusal(error):
                 raise
@@ -180,7 +180,7 @@ class Connect:
     def _again(self, refused: Login, args: Any, options: Any) -> _Bounded:
         login = self._logins.login(refused=refused)
         try:
-            return self._connected(login, args, options)
+            return self._open_connection(login, args, options)
         except psycopg.OperationalError as error:
             if not is_refusal(error):
                 raise
@@ -192,7 +192,7 @@ class Connect:
                 f"{text}: {one_line(error)}.", remedy="Check the content of the secret and the permissions of the user."
             ) from error
 
-    def _connected(self, login: Login, args: Any, options: Any) -> _Bounded:
+    def _open_connection(self, login: Login, args: Any, options: Any) -> _Bounded:
         with_login = {**options, "user": login.user, "password": login.password}
         connection = _Bounded.connect(*args, autocommit=True, **with_login)
         self._has_worked = login

@@ -189,7 +189,7 @@ class Upserts:
         is_postgresql = dialect == "postgresql"
         if is_postgresql:
             # On PostgreSQL, the statement has the same text for any number of rows.
-            store = store.from_select(BUNDLE, _unpacked(BUNDLE))
+            store = store.from_select(BUNDLE, _unpack(BUNDLE))
         store = store.on_conflict_do_update(
             index_elements=[*bundles.primary_key],
             set_={name: store.excluded[name] for name in ("seq", "failed", "body")},
@@ -199,8 +199,8 @@ class Upserts:
         lease = insert(leases)
         return cls(
             insert(jobs).on_conflict_do_nothing().returning(jobs.c.id),
-            _known_on_postgresql() if is_postgresql else _known_on_sqlite,
-            _stored_on_postgresql(store) if is_postgresql else _stored_on_sqlite(store),
+            _postgresql_known_rows() if is_postgresql else _sqlite_known_rows,
+            _store_on_postgresql(store) if is_postgresql else _store_on_sqlite(store),
             take_seqs.on_conflict_do_update(
                 index_elements=[*counters.primary_key], set_={"value": counters.c.value + take_seqs.excluded.value}
             ).returning(counters.c.value),
@@ -229,7 +229,7 @@ def _insert(dialect: str) -> Callable[..., Any]:
     return sqlite.insert
 
 
-def _unpacked(names: Sequence[str]) -> Select[Any]:
+def _unpack(names: Sequence[str]) -> Select[Any]:
     """Select the rows of the parameter `rows`, a JSON text.
 
     The driver writes one JSON text faster than an array for each column.
@@ -243,25 +243,25 @@ def _as_objects(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> dict[str
     return {"rows": [dict(zip(names, row, strict=True)) for row in rows]}
 
 
-def known_on_postgresql() -> Select[Any]:
+def known_bundles_query() -> Select[Any]:
     """Select which bundles of the parameter `rows` exist, and whether each bundle is done.
 
     The lateral query reads each bundle by the primary key. A join would read all bundles of the schema while the server
     lacks statistics of the table.
     """
-    keys = _unpacked(_KEY).subquery()
+    keys = _unpack(_KEY).subquery()
     is_done = bundles.c.seq.is_not(None).label("is_done")
     same = (bundles.c[name] == keys.c[name] for name in _KEY)
     matches = select(is_done).where(*same).limit(literal_column("1")).lateral()
     return select(*(keys.c[name] for name in _KEY), matches.c.is_done).join_from(keys, matches, true())
 
 
-def _known_on_postgresql() -> Callable[[Connection, Sequence[KeyValues]], Iterable[Sequence[Any]]]:
-    known = known_on_postgresql()
+def _postgresql_known_rows() -> Callable[[Connection, Sequence[KeyValues]], Iterable[Sequence[Any]]]:
+    known = known_bundles_query()
     return lambda connection, keys: connection.execute(known, _as_objects(_KEY, keys))
 
 
-def _stored_on_postgresql(store: Any) -> Callable[[Connection, Sequence[BundleValues]], object]:
+def _store_on_postgresql(store: Any) -> Callable[[Connection, Sequence[BundleValues]], object]:
     return lambda connection, rows: connection.execute(store, _as_objects(BUNDLE, rows))
 
 
@@ -269,12 +269,12 @@ def _stored_on_postgresql(store: Any) -> Callable[[Connection, Sequence[BundleVa
 # executes the statements as texts, without SQLAlchemy.
 
 
-def _known_on_sqlite(connection: Connection, keys: Sequence[KeyValues]) -> list[Any]:
+def _sqlite_known_rows(connection: Connection, keys: Sequence[KeyValues]) -> list[Any]:
     text = "SELECT job, stage, id, seq IS NOT NULL FROM bundles WHERE (job, stage, id) IN (VALUES "
     return _in_parts(connection, text, "(?, ?, ?)", ")", keys)
 
 
-def _stored_on_sqlite(store: Any) -> Callable[[Connection, Sequence[BundleValues]], object]:
+def _store_on_sqlite(store: Any) -> Callable[[Connection, Sequence[BundleValues]], object]:
     from sqlalchemy.dialects import sqlite
 
     text = str(store.compile(dialect=sqlite.dialect(), column_keys=BUNDLE))

@@ -113,7 +113,7 @@ def run(task_run: TaskRun, debugger: debuggers.Debugger, board: ChildState | Non
     except handlers.Problem as problem:
         rest()
         _tell(problem.fault)
-        debugger.failed(problem.__cause__)
+        debugger.on_failure(problem.__cause__)
         return RunResult(problem.fault)
     rest()
     debugger.begin(task_run)
@@ -131,7 +131,7 @@ def run(task_run: TaskRun, debugger: debuggers.Debugger, board: ChildState | Non
         rest()
         fault = executor.explain(error)
         _tell(fault)
-        debugger.failed(None if isinstance(error, handlers.Problem) else error)
+        debugger.on_failure(None if isinstance(error, handlers.Problem) else error)
         return RunResult(fault, run_s=run_s)
     rest()
     return RunResult(value=json.loads(done.text), run_s=time.monotonic() - began_s)

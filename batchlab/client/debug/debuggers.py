@@ -32,7 +32,7 @@ class Debugger:
         del task_run
         yield
 
-    def failed(self, error: BaseException | None) -> None:
+    def on_failure(self, error: BaseException | None) -> None:
         """Inspect the exception that the task raised. `error` is None if the user's code was not running."""
 
 
@@ -58,7 +58,7 @@ class Pdb(Debugger):
         finally:
             sys.settrace(None)
 
-    def failed(self, error: BaseException | None) -> None:
+    def on_failure(self, error: BaseException | None) -> None:
         if error is None or error.__traceback__ is None:
             return
         import pdb

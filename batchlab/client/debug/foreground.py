@@ -31,7 +31,7 @@ from batchlab.worker.child_process import Limits, describe_crash, family, table
 from batchlab.worker.environment import is_harmless
 from batchlab.worker.handlers import Problem, fault
 from batchlab.worker.shared_memory import ChildState
-from batchlab.worker.task_executor import decoded
+from batchlab.worker.task_executor import decode
 
 NAMED = 5
 """Maximum number of withheld variables that a message lists by name. The message only counts the other variables."""
@@ -174,7 +174,7 @@ def _watch(task_run: TaskRun, how: RunOptions, watched: _Watched, process: subpr
         try:
             code = process.wait(limits.wait_s(watched))
         except subprocess.TimeoutExpired:
-            termination = limits.broken(watched)
+            termination = limits.broken_termination(watched)
             if termination is None:
                 continue
             # SIGUSR1 prints the stack of the task to stderr.
@@ -233,16 +233,16 @@ def shell(task_run: TaskRun, passed: Collection[str] = ()) -> Shell:
     task_run.clean()
     request = task_run.request
     try:
-        item: Any = decoded(task_run.item, pickles=task_run.request["objects"])
+        item: Any = decode(task_run.item, pickles=task_run.request["objects"])
         call = programs.prepare(request["command"], request["stdout"], request["code"], item, task_run.context)
     except Problem as problem:
         raise UsageError(
             f"The command of {task_run.name} cannot be made: {problem}.", remedy="It fails so on the grid too."
         ) from problem
-    return Shell(typed(call), call._replace(environment=task_environment(call.environment, passed)))
+    return Shell(typed_command(call), call._replace(environment=task_environment(call.environment, passed)))
 
 
-def typed(call: programs.Call) -> str:
+def typed_command(call: programs.Call) -> str:
     """Return the command of the task as a line that the user can type in a shell."""
     line = shlex.join(call.arguments)
     return f"{line} > {shlex.quote(str(call.stdout))}" if call.stdout else line

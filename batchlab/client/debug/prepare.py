@@ -105,13 +105,13 @@ async def prepare_task(
     BackendError if the bucket cannot be read.
     """
     reading = ReadOnlyObjects(objects, patience)
-    with _denied_access():
+    with _explain_denied_access():
         job_def = await _definition(reading, job, patience)
         names = [stage_def.name for stage_def in job_def.stages]
         if stage not in names:
             raise UsageError(f"Job {job} has no stage {stage!r}.", remedy=f"It has {', '.join(names)}.")
         ended = await attempts.attempts(reading, job_def, stage, task, patience)
-        attempt = attempts.chosen(ended, number, round_)
+        attempt = attempts.choose(ended, number, round_)
         if attempt is None and (number, round_) != (None, None):
             numbers = [f"{a.outcome.bundle.attempt} (round {a.outcome.bundle.round})" for a in ended]
             raise UsageError(
@@ -135,7 +135,7 @@ async def prepare_task(
 
 
 @contextmanager
-def _denied_access() -> Iterator[None]:
+def _explain_denied_access() -> Iterator[None]:
     """Convert an error that reports missing permissions into a UsageError that lists the permissions."""
     try:
         yield

@@ -108,7 +108,7 @@ def write(task_run: TaskRun) -> None:
         "request": {
             key: one.removeprefix(root) if isinstance(one, str) else one for key, one in task_run.request.items()
         },
-        "item": values.replace(task_run.item, lambda ref: _moved(ref, lambda p: p.removeprefix(root))),
+        "item": values.replace(task_run.item, lambda ref: _move(ref, lambda p: p.removeprefix(root))),
     }
     (task_run.folder / TASK).write_text(json.dumps(doc, indent=2) + "\n")
 
@@ -127,11 +127,11 @@ def read(folder: Path) -> TaskRun:
     for key in ("folder", "cwd", "code", "function"):
         if request[key]:
             request[key] = str(folder / request[key])
-    item = values.replace(doc["item"], lambda ref: _moved(ref, lambda p: str(folder / p)))
+    item = values.replace(doc["item"], lambda ref: _move(ref, lambda p: str(folder / p)))
     return TaskRun(**{**doc, "folder": folder, "request": request, "item": item})
 
 
-def _moved(reference: Json, move: Any) -> Json:
+def _move(reference: Json, move: Any) -> Json:
     return {**reference, "$file": move(reference["$file"])}
 
 

@@ -116,13 +116,13 @@ def bill(
         kinds = kinds if kinds and not derived else {Kind(name, facts.instance_type): billed.all_s}
         if any(not kind.type for kind in kinds) and not facts.instance_type:
             notes.append(f"instances of pool {name} count as {AS_IF}")
-        items += _lines(name, billed, usd_per_s(kinds, facts, book), _said(kinds))
+        items += _lines(name, billed, usd_per_s(kinds, facts, book), _spoken_text(kinds))
     items += _requests(account, used, pace or Pace(), book, notes)
     if stored_bytes is not None:
         month = stored_bytes / GB * book.price("s3", "usd_per_gb_month")
         items.append(Item("S3 storage", Usd.exactly(month), f"{stored_bytes / GB:,.3f} GB for a month"))
     if moved is not None:
-        items += _moved(moved, account, book, notes)
+        items += _transfer_items(moved, account, book, notes)
     return Bill(tuple(items), tuple(notes), book.source)
 
 
@@ -153,7 +153,7 @@ def usd_per_s(kinds: Mapping[Kind, float], facts: PoolFacts, book: PriceBook) ->
     return (usd + Usd.exactly(disk)).times(1 / 3600)
 
 
-def _said(kinds: Mapping[Kind, float]) -> str:
+def _spoken_text(kinds: Mapping[Kind, float]) -> str:
     names = [f"{kind.type or AS_IF} {kind.market.value}" for kind in kinds]
     return ", ".join(dict.fromkeys(names))
 
@@ -193,7 +193,7 @@ def _requests(
     return request_costs.items((requests, requests, requests), book, "derived")
 
 
-def _moved(moved: TransferredData, account: Account, book: PriceBook, notes: list[str]) -> list[Item]:
+def _transfer_items(moved: TransferredData, account: Account, book: PriceBook, notes: list[str]) -> list[Item]:
     items: list[Item] = []
     if moved.fetched_bytes:
         how = "results that were fetched to this machine"

@@ -247,10 +247,10 @@ def load(home: Path | None = None) -> PriceBook:
     """
     if home is not None and (home / NAME).exists():
         return read(home / NAME)
-    return read(_shipped())
+    return read(_shipped_path())
 
 
-def _shipped() -> Path:
+def _shipped_path() -> Path:
     return installation.folder("backends") / "aws" / NAME
 
 
@@ -273,7 +273,7 @@ def from_doc(doc: Mapping[str, Any], path: Path) -> PriceBook:
     if lacking := sorted(expected - set(doc)):
         raise UsageError(
             f"{path} lacks block [{lacking[0]}].",
-            remedy=f"Take it from {_shipped()}, with prices of your region. {HOW}",
+            remedy=f"Take it from {_shipped_path()}, with prices of your region. {HOW}",
         )
     if unknown := sorted(set(doc) - expected):
         raise UsageError(f"{path} has an unknown block [{unknown[0]}].", remedy=HOW)

@@ -46,7 +46,7 @@ class ImportedPrices:
         return len(self.table) + len(self.prices)
 
 
-def refreshed(book: PriceBook, imported: ImportedPrices) -> PriceBook:
+def refresh(book: PriceBook, imported: ImportedPrices) -> PriceBook:
     """Return the price book with the imported prices.
 
     If the region of the imported prices differs from the region of the block, the imported prices replace all prices of

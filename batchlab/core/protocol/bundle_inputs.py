@@ -23,7 +23,7 @@ from batchlab.core.model import Bundle, BundleId, JobId, Json, Outcome, StageNam
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import commit_keys, json_format, object_keys, values
-from batchlab.core.protocol.field_checks import MAX_TASKS, UNREADABLE, bundle_name, listed, name, text, whole
+from batchlab.core.protocol.field_checks import MAX_TASKS, UNREADABLE, bundle_name, list_items, name, text, whole
 from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.core.text import count
 
@@ -76,10 +76,10 @@ class Manifest:
             return _consistent(
                 cls(
                     whole(doc["count"], MAX_TASKS),
-                    tuple([whole(start, MAX_TASKS) for start in listed(doc["starts"])]),
+                    tuple([whole(start, MAX_TASKS) for start in list_items(doc["starts"])]),
                     json_format.tasks_from_json(doc["skipped"]),
                     whole(doc["round"]),
-                    tuple([text(part) for part in listed(doc.get("parts", []))]),
+                    tuple([text(part) for part in list_items(doc.get("parts", []))]),
                 )
             )
         except UNREADABLE as error:
@@ -143,7 +143,7 @@ class Inputs:
                 items = part[offset : offset + stop - start]
                 if not items:
                     raise _no_such_task(bundle, start, manifest)
-                items_found += [await self._gathered(job, i, key) if is_gather(i) else i for i in items]
+                items_found += [await self._gather(job, i, key) if is_gather(i) else i for i in items]
                 start += len(items)
         return items_found
 
@@ -167,7 +167,7 @@ class Inputs:
             raise NotFound(f"{stored} does not have a result of task {missing.first}.")
         return [by_task[task] for task in tasks]
 
-    async def _gathered(self, job: JobDef, item: dict[str, Any], key: CommitKey) -> Json:
+    async def _gather(self, job: JobDef, item: dict[str, Any], key: CommitKey) -> Json:
         """Return all results of the upstream stages in task order, as one list or as a dict with one list per stage."""
         lists: dict[str, list[Json]] = {}
         for stage, bundles in _gather_in(item).items():
@@ -201,9 +201,9 @@ class Inputs:
                 continue
             manifest = _read_or_absent(key, data, Manifest.from_bytes)
             return self._keep_manifest(bundle.job, bundle.stage, manifest)
-        return await self._brought(job, bundle, key)
+        return await self._load_manifest(job, bundle, key)
 
-    async def _brought(self, job: JobDef, bundle: Bundle, lost: str) -> Manifest:
+    async def _load_manifest(self, job: JobDef, bundle: Bundle, lost: str) -> Manifest:
         """Return the plan of a root stage of a job that was submitted with items.
 
         `lost` is the key of the missing plan object.
@@ -237,7 +237,7 @@ class Inputs:
             try:
                 data = await self._patience(partial(self._objects.get, key))
             except NotFound:
-                await self._brought(job, bundle, key)
+                await self._load_manifest(job, bundle, key)
                 if key not in self._parts:
                     raise
             else:
@@ -268,7 +268,7 @@ def _items(name: str, data: bytes) -> Sequence[Json]:
     if len(name) == len(object_keys.name_digest(b"")) and object_keys.name_digest(data) != name:
         raise Malformed("Its content does not match its name.")
     try:
-        return listed(json_format.loads(data)["items"])
+        return list_items(json_format.loads(data)["items"])
     except UNREADABLE as error:
         raise Malformed(f"It is not a part of a plan: {json_format.brief(error)}.") from error
 
@@ -282,7 +282,7 @@ def _gather_in(item: dict[str, Any]) -> dict[StageName, list[tuple[BundleId, Tas
         return {
             StageName(name(stage)): [
                 (BundleId(bundle_name(bundle)), json_format.tasks_from_json(ranges))
-                for bundle, ranges in listed(bundles)
+                for bundle, ranges in list_items(bundles)
             ]
             for stage, bundles in item["$gather"].items()
         }

@@ -28,7 +28,7 @@ from batchlab.core.model import JobId, Json
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Cut, Ids, Objects
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.protocol.field_checks import UNREADABLE, listed
+from batchlab.core.protocol.field_checks import UNREADABLE, list_items
 from batchlab.core.protocol.messages import Events
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey, commit_key, digest, opens, proof, summary
 
@@ -109,7 +109,7 @@ class CommitKeys:
                 del self._keys[next(iter(self._keys))]
         return key
 
-    async def sealed(self, job: JobDef) -> JobDef:
+    async def seal(self, job: JobDef) -> JobDef:
         """Return the job's definition with the hash of the job's commit key, which the manager requires."""
         return replace(job, commit_hash=digest(await self.new(job.id)))
 
@@ -205,7 +205,7 @@ def opening_in(doc: dict[str, Any]) -> Opening | None:
     if opening is None:
         return None
     try:
-        items = listed(opening["items"])
+        items = list_items(opening["items"])
         cut = json_format.cut_from_json(opening["cut"]) if opening["cut"] else None
         if cut and (cut.job, cut.round, cut.seq) != (doc["id"], 0, 0):
             raise ValueError("its cut is not the first cut of the job")

@@ -141,7 +141,7 @@ def integer(value: Any, most: int = MAX_COUNT) -> int:
     raise ValueError(f"a whole number is expected, not {_kind(value)}")
 
 
-def listed(value: Any) -> Sequence[Any]:
+def list_items(value: Any) -> Sequence[Any]:
     """Return `value`. Raise ValueError if `value` is neither a list nor a tuple. A document that was not parsed from
     JSON may have tuples.
     """
@@ -155,7 +155,7 @@ def figures(value: Any, most: float = MAX_S) -> tuple[float, ...]:
 
     Raise ValueError if an element of `value` is not a number from 0 to `most`.
     """
-    numbers = tuple(listed(value))
+    numbers = tuple(list_items(value))
     if len(numbers) == 1:
         figure(numbers[0], most)
         return numbers
@@ -168,7 +168,7 @@ def figures(value: Any, most: float = MAX_S) -> tuple[float, ...]:
     return numbers
 
 
-def fitted(value: T) -> T:
+def fit(value: T) -> T:
     """Return `value`, an instance of a dataclass.
 
     Raise ValueError if a field has a value that its annotation or the bounds of this module do not allow.
@@ -249,8 +249,8 @@ def _converter(hint: Any) -> Read | None:
     if get_origin(hint) is tuple:
         converters = [_converter(part) or (lambda value: value) for part in parts if part is not ...]
         if parts[1:] == (...,):
-            return lambda value: tuple(map(converters[0], listed(value)))
-        return lambda value: tuple([convert(one) for convert, one in zip(converters, listed(value), strict=True)])
+            return lambda value: tuple(map(converters[0], list_items(value)))
+        return lambda value: tuple([convert(one) for convert, one in zip(converters, list_items(value), strict=True)])
     if isinstance(hint, type) and is_dataclass(hint):
         return partial(decode, hint)
     return hint if isinstance(hint, type) and issubclass(hint, Enum) else None
@@ -274,4 +274,4 @@ def decode(kind: type[T], doc: Any) -> T:
         for field, convert in _converters(cast(Any, kind))
         if field in doc
     }
-    return fitted(kind(**values))
+    return fit(kind(**values))

@@ -45,7 +45,7 @@ from batchlab.core.protocol.field_checks import (
     handler,
     integer,
     label,
-    listed,
+    list_items,
     name,
     new_label,
     shallow,
@@ -153,7 +153,7 @@ def tasks_from_json(doc: Sequence[Sequence[int]], known: Known | None = None) ->
     """
     if known and doc == known[0]:
         return known[1]
-    if not listed(doc):
+    if not list_items(doc):
         return NO_TASKS
     ranges: list[tuple[int, int]] = []
     for start, stop in doc:
@@ -202,12 +202,12 @@ def _follow_from_json(doc: dict[str, Any], known: Known | None = None) -> Follow
 
 
 def _follows_from_json(docs: Any, known: Known) -> tuple[Follow, ...]:
-    return tuple([_follow_from_json(doc, known) for doc in listed(docs)]) if docs != [] else ()
+    return tuple([_follow_from_json(doc, known) for doc in list_items(docs)]) if docs != [] else ()
 
 
 def _each(read: Callable[[Any], T], docs: Any) -> tuple[T, ...]:
     """Return the result of `read` for each document in a list."""
-    return tuple([read(doc) for doc in listed(docs)]) if docs != [] else ()
+    return tuple([read(doc) for doc in list_items(docs)]) if docs != [] else ()
 
 
 def _failure_from_json(doc: dict[str, Any]) -> Failure:
@@ -312,7 +312,7 @@ def outcome_from_json(doc: dict[str, Any]) -> Outcome:
     known = doc["bundle"]["t"], bundle.tasks
     succeeded = tasks_from_json(doc["succeeded"], known)
     cancelled = tasks_from_json(doc["cancelled"])
-    values, run_s = listed(doc["values"]), figures(doc["run_s"])
+    values, run_s = list_items(doc["values"]), figures(doc["run_s"])
     if not len(values) == len(run_s) == len(succeeded):
         raise ValueError("there is not one value and one run time for each task that succeeded")
     shallow(values)
@@ -431,7 +431,7 @@ def cut_from_json(doc: dict[str, Any]) -> Cut:
             StageName(name(doc["s"])),
             whole(doc["round"]),
             whole(doc["seq"]),
-            tuple([bundle_from_json(b) for b in listed(doc["bundles"])]),
+            tuple([bundle_from_json(b) for b in list_items(doc["bundles"])]),
             tasks_from_json(doc["left"]),
             None if planned is None else whole(planned, MAX_TASKS),
             None if at_s is None else figure(at_s),

@@ -25,7 +25,7 @@ from batchlab.core.protocol.field_checks import (
     figure,
     flag,
     label,
-    listed,
+    list_items,
     name,
     shallow,
     text,
@@ -104,7 +104,7 @@ def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
     bundle = bundle_from_json(doc["b"])
     items, not_before_s = doc.get("in"), doc.get("nb")
     if items is not None:
-        if len(listed(items)) != len(bundle.tasks):
+        if len(list_items(items)) != len(bundle.tasks):
             raise ValueError("there is not one item for each task")
         shallow(items)
     return TaskMessage(
@@ -253,7 +253,7 @@ def _beat_to_json(b: Beat) -> dict[str, Json]:
     return doc
 
 
-def _checked(c: Completion) -> Completion:
+def _check_completion(c: Completion) -> Completion:
     check_parts(c.bundle, c.succeeded, c.failed, c.cancelled, c.follows)
     return c
 
@@ -266,7 +266,7 @@ def _beat_from_json(doc: Mapping[str, Any]) -> Beat:
         figure(doc["at_s"]),
         whole(doc["slots"], MAX_SLOTS),
         whole(doc["busy"], MAX_SLOTS),
-        tuple([_held_from_json(h) for h in listed(doc["held"])]),
+        tuple([_held_from_json(h) for h in list_items(doc["held"])]),
         whole(doc["number"]),
         flag(doc.get("leaving", False)),
         flag(doc.get("gone", False)),
@@ -287,23 +287,23 @@ def _held_from_json(doc: Mapping[str, Any]) -> HeldBundle:
 
 
 def _asked_from_json(doc: Sequence[Any]) -> WorkerRequests:
-    worker, instance, is_spot, *counts = listed(doc)
+    worker, instance, is_spot, *counts = list_items(doc)
     requests = Requests(*[figure(count, MAX_REQUESTS) for count in counts[:_COUNTED]])
     return WorkerRequests(label(worker), label(instance), requests, flag(is_spot))
 
 
 def _duplicate_from_json(doc: Sequence[Any]) -> Duplicate:
-    job, stage, kind, execution, slot_s, *_ = listed(doc)
+    job, stage, kind, execution, slot_s, *_ = list_items(doc)
     return Duplicate(JobId(name(job)), StageName(name(stage)), label(kind), label(execution), figure(slot_s))
 
 
 def _told_from_json(doc: Sequence[Any]) -> CounterReport:
-    worker, counts = listed(doc)
+    worker, counts = list_items(doc)
     return CounterReport(label(worker), {label(key): whole(count) for key, count in counts.items()})
 
 
 def _trace_from_json(doc: Sequence[Any]) -> tuple[JobId, StageName, BundleId, str]:
-    job, stage, bundle, trace = listed(doc)
+    job, stage, bundle, trace = list_items(doc)
     return (JobId(name(job)), StageName(name(stage)), BundleId(bundle_name(bundle)), text(trace, MAX_TRACE))
 
 
@@ -324,14 +324,14 @@ def read_events_message(body: str) -> Events:
 def _events_from_json(doc: dict[str, Any]) -> Events:
     # Skip absent parts of a message to save time, because most messages have only one or two parts.
     return Events(
-        tuple([_checked(completion_from_json(c)) for c in listed(doc["c"])]) if "c" in doc else (),
-        tuple([_key_from_json(key) for key in listed(doc["k"])]) if "k" in doc else (),
-        tuple([_beat_from_json(b) for b in listed(doc["h"])]) if "h" in doc else (),
-        tuple([outcome_from_json(o) for o in listed(doc["o"])]) if "o" in doc else (),
-        tuple([_asked_from_json(a) for a in listed(doc["q"])]) if "q" in doc else (),
-        tuple([_duplicate_from_json(d) for d in listed(doc["d"])]) if "d" in doc else (),
-        tuple([_told_from_json(t) for t in listed(doc["m"])]) if "m" in doc else (),
-        tuple([_trace_from_json(t) for t in listed(doc["tp"])]) if "tp" in doc else (),
+        tuple([_check_completion(completion_from_json(c)) for c in list_items(doc["c"])]) if "c" in doc else (),
+        tuple([_key_from_json(key) for key in list_items(doc["k"])]) if "k" in doc else (),
+        tuple([_beat_from_json(b) for b in list_items(doc["h"])]) if "h" in doc else (),
+        tuple([outcome_from_json(o) for o in list_items(doc["o"])]) if "o" in doc else (),
+        tuple([_asked_from_json(a) for a in list_items(doc["q"])]) if "q" in doc else (),
+        tuple([_duplicate_from_json(d) for d in list_items(doc["d"])]) if "d" in doc else (),
+        tuple([_told_from_json(t) for t in list_items(doc["m"])]) if "m" in doc else (),
+        tuple([_trace_from_json(t) for t in list_items(doc["tp"])]) if "tp" in doc else (),
     )
 
 
@@ -365,6 +365,6 @@ def from_bytes(data: bytes) -> list[Tail]:
     """Return the live logs in an object. Raise Malformed if the live logs cannot be read."""
     doc: dict[str, Any] = json_format.loads(data)
     try:
-        return [decode(Tail, one) for one in listed(doc["tails"])]
+        return [decode(Tail, one) for one in list_items(doc["tails"])]
     except UNREADABLE as error:
         raise Malformed(f"Live logs cannot be read: {json_format.brief(error)}.") from error

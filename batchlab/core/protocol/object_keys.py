@@ -140,7 +140,7 @@ def addresses(job: JobId, digest: str) -> str:
     return f"grid/addresses/{job}/{digest}.json"
 
 
-def used(job: JobId) -> str:
+def reference_key(job: JobId) -> str:
     """Return the key of the object with the usage of a job that has ended."""
     return f"grid/used/{job}.json"
 

@@ -197,13 +197,13 @@ def unreadable(job: JobDef, bundle: Bundle, reason: str, *, now_s: float) -> Out
     return settle(job, bundle, ran, execution=who, worker=who, started_s=now_s, ended_s=now_s)
 
 
-def vanished(bundle: Bundle, error: str) -> list[Ran]:
+def vanished_runs(bundle: Bundle, error: str) -> list[Ran]:
     """Return the results of tasks whose input does not exist."""
     reason = f"its input no longer exists: {error}"
     return [Ran(task, 0.0, failure=Failure(task, FailureKind.INPUT, reason, error="NotFound")) for task in bundle.tasks]
 
 
-def sealed(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outcome:
+def seal(bundle: Bundle, *, execution: str, worker: str, now_s: float) -> Outcome:
     """Return the outcome that the manager commits for an unfinished bundle of a canceled job."""
     return Outcome(bundle, execution, worker, now_s, now_s, cancelled=bundle.tasks)
 

@@ -387,7 +387,7 @@ def _problem(argument: str, token: re.Match[str], params: Collection[str] | None
     return f"There is no placeholder {text}; there are {', '.join(_KNOWN)}."
 
 
-def used(template: Sequence[str]) -> list[str]:
+def used_keys(template: Sequence[str]) -> list[str]:
     """Return the names of the placeholders in a command, in order and without duplicates."""
     return list(dict.fromkeys(_names(template)))
 
@@ -397,7 +397,7 @@ def outputs(template: Sequence[str]) -> list[str]:
 
     The name of a folder ends in a slash.
     """
-    names = (name.removeprefix("output:") for name in used(template) if name.startswith("output:"))
+    names = (name.removeprefix("output:") for name in used_keys(template) if name.startswith("output:"))
     return list(names)
 
 

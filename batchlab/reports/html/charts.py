@@ -231,7 +231,7 @@ def _steps(levels: Sequence[float], top: float, height: float) -> str:
     return "".join(path)
 
 
-def stacked(layers: Sequence[Sequence[float]], top: float, height: float) -> list[str]:
+def stack(layers: Sequence[Sequence[float]], top: float, height: float) -> list[str]:
     """Return one path for each layer, with the first layer at the bottom. The path of an empty layer is ""."""
     below = [0.0] * (len(layers[0]) if layers else 0)
     paths: list[str] = []

@@ -63,7 +63,7 @@ class Finding:
 Check = Callable[[RunFigures], Iterator[Finding]]
 
 
-def _judged(
+def _judge(
     check: str, is_problem: bool, *, good: str, title: str, figure: str, setting: str, level: Level = Level.NOTE
 ) -> Finding:
     """Return a finding with the problem and the setting to change. Without a problem, return a finding with the title
@@ -218,7 +218,7 @@ def idle_slots(run: RunFigures) -> Iterator[Finding]:
         figure = "Each instance has one slot or ran no task."
         yield Finding("idle slots", Level.GOOD, "No instance is half idle", figure)
         return
-    yield _judged(
+    yield _judge(
         "idle slots",
         run.filled < MIN_FILLED_SHARE and run.busy_s > MIN_PROBLEM_S,
         good="Busy instances use most of their slots",
@@ -239,7 +239,7 @@ def lag(run: RunFigures) -> Iterator[Finding]:
             f" {count(run.boots, 'instance')} booted: half of them took at most {span(run.boot_s)}, and the slowest "
             f"took {span(run.longest_boot_s or 0.0)}."
         )
-    yield _judged(
+    yield _judge(
         "scaling lag",
         wait_s > max(MAX_LAG_SHARE * run.span_s, MIN_PROBLEM_S),
         level=Level.ACT,
@@ -263,7 +263,7 @@ def too_small(run: RunFigures) -> Iterator[Finding]:
         figure += (
             f" Twice as many slots would have saved up to {span(run.full_s / 2)}, for about the same instance time."
         )
-    yield _judged(
+    yield _judge(
         "fleet too small",
         is_problem,
         good="The fleet was large enough",
@@ -280,7 +280,7 @@ def too_large(run: RunFigures) -> Iterator[Finding]:
     total = count(run.instances, run.noun)
     usage = f"{run.unused:,} of {total} ran no task." if run.unused else f"{total} ran some of its tasks."
     is_unused = run.unused > MAX_UNUSED_SHARE * run.instances
-    yield _judged(
+    yield _judge(
         "fleet too large",
         bool(run.slot_s and (is_unused or idle_s > max(MAX_IDLE_SHARE * run.slot_s, MIN_PROBLEM_S))),
         level=Level.ACT if is_unused or idle_s > MAX_NOTED_IDLE_SHARE * run.slot_s else Level.NOTE,
@@ -302,7 +302,7 @@ def idle_cost(run: RunFigures) -> Iterator[Finding]:
         yield Finding("idle cost", Level.GOOD, "The cost of idle instances is unknown", "The run has no prices.")
         return
     total = float(run.total)
-    yield _judged(
+    yield _judge(
         "idle cost",
         run.idle > run.compute,
         good="Idle instances cost less than the work",
@@ -315,9 +315,9 @@ def idle_cost(run: RunFigures) -> Iterator[Finding]:
     )
 
 
-def starved(run: RunFigures) -> Iterator[Finding]:
+def find_starved(run: RunFigures) -> Iterator[Finding]:
     """Check whether slots were idle while tasks were ready."""
-    yield _judged(
+    yield _judge(
         "idle while work waits",
         run.starved_s > max(MAX_STARVED_SHARE * run.slot_s, MIN_PROBLEM_S),
         level=Level.ACT,
@@ -343,7 +343,7 @@ def tail(run: RunFigures) -> Iterator[Finding]:
             f" The longest task took {span(stage.longest_s)}. It is of {_name(stage.name)}, where half of the tasks "
             f"took at most {span(stage.median_s)}."
         )
-    yield _judged(
+    yield _judge(
         "long tail",
         is_problem,
         good="The run had no long tail",
@@ -353,7 +353,7 @@ def tail(run: RunFigures) -> Iterator[Finding]:
     )
 
 
-def wasted(run: RunFigures) -> Iterator[Finding]:
+def find_wasted(run: RunFigures) -> Iterator[Finding]:
     """Check for wasted slot time, and for tasks with two results."""
     if run.harmful:
         yield Finding(
@@ -365,7 +365,7 @@ def wasted(run: RunFigures) -> Iterator[Finding]:
             "again.",
         )
     total_s = run.busy_s + run.lost_s + run.repeated_s
-    yield _judged(
+    yield _judge(
         "wasted work",
         run.wasted_s > max(MAX_WASTED_SHARE * total_s, 1.0),
         level=Level.ACT,
@@ -400,7 +400,7 @@ def requests(run: RunFigures) -> Iterator[Finding]:
         yield Finding("requests", Level.GOOD, "The cost of requests is unknown", "The run has no prices.")
         return
     total = float(run.total)
-    yield _judged(
+    yield _judge(
         "requests",
         run.requests > run.compute,
         level=Level.ACT,
@@ -413,8 +413,8 @@ def requests(run: RunFigures) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (
-    *(wasted, tiny, overhead, long_on_spot, too_long, crowding, idle_slots, lag, too_small, too_large, idle_cost),
-    *(starved, tail, requests),
+    *(find_wasted, tiny, overhead, long_on_spot, too_long, crowding, idle_slots, lag, too_small, too_large, idle_cost),
+    *(find_starved, tail, requests),
 )
 """All checks. Findings with equal levels are in the order of the checks."""
 

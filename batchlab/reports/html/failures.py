@@ -18,7 +18,7 @@ from batchlab.core.ports import Objects
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.protocol.object_keys import UNSEALED
-from batchlab.core.text import count, listed, span
+from batchlab.core.text import count, join_list, span
 from batchlab.jobs.attempts import log_end
 from batchlab.reports.html.charts import Data
 from batchlab.reports.html.source import Row, Run, moment, visible, visible_lines
@@ -174,7 +174,7 @@ def _group(run: Run, row: Row, samples: Samples | None) -> Group:
         row["attempts"],
         row["retried"],
         span(row["run_s"]),
-        listed([visible(stage, 40) for stage in row["stages"] or ()]),
+        join_list([visible(stage, 40) for stage in row["stages"] or ()]),
         where,
         _when(row),
         case,

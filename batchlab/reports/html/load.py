@@ -127,7 +127,7 @@ def draw(run: Run, series: Series, decisions: Sequence[Decision]) -> tuple[Chart
     return tuple(charts)
 
 
-def _stepped(
+def _step_chart(
     run: Run,
     chart: Chart,
     columns: Sequence[str],
@@ -148,7 +148,7 @@ def _running(run: Run, series: Series) -> Chart:
     in_flight, slots = series.in_flight, series.slots
     top, y = count_ticks(max(*in_flight, *slots, 1.0))
     looks = {stage: run.looks.get(stage, "s0") for stage in series.running}
-    paths = charts.stacked(list(series.running.values()), top, HEIGHT)
+    paths = charts.stack(list(series.running.values()), top, HEIGHT)
     shapes = [Shape(path, f"fill {look}") for look, path in zip(looks.values(), paths, strict=True) if path]
     peak = max(range(BINS), key=lambda k: in_flight[k])
     chart = Chart(
@@ -165,7 +165,7 @@ def _running(run: Run, series: Series) -> Chart:
             Key("stroke strong", "slots in service"),
         ),
     )
-    return _stepped(
+    return _step_chart(
         run,
         chart,
         ("# slots busy", "# slots in service", "# share busy"),
@@ -208,7 +208,7 @@ def _backlog(run: Run, series: Series) -> Chart:
         tuple(shapes),
         keys=tuple(keys),
     )
-    return _stepped(
+    return _step_chart(
         run,
         chart,
         columns,
@@ -228,7 +228,7 @@ def _instances(run: Run, series: Series, decisions: Sequence[Decision]) -> Chart
     in_service, pending = ([value or 0.0 for value in values] for values in (series.in_service, series.pending))
     running = [a + b for a, b in zip(in_service, pending, strict=True)]
     top, y = count_ticks(max(*running, *(value or 0.0 for value in series.desired), 1.0))
-    service, boots = charts.stacked([in_service, pending], top, HEIGHT)
+    service, boots = charts.stack([in_service, pending], top, HEIGHT)
     chart = Chart(
         "fleet",
         "Instances",
@@ -252,7 +252,7 @@ def _instances(run: Run, series: Series, decisions: Sequence[Decision]) -> Chart
     def row(k: int) -> tuple[str, str, str]:
         return _number(series.desired[k]), _number(series.in_service[k]), _number(series.pending[k])
 
-    return _stepped(
+    return _step_chart(
         run,
         chart,
         ("# desired", "# in service", "# booting"),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from batchlab.core.capabilities import capabilities_of
 from batchlab.core.pricing.price_book import shown
-from batchlab.core.text import count, listed, span
+from batchlab.core.text import count, join_list, span
 from batchlab.reports.html import costs, durations, gantt, load
 from batchlab.reports.html import failures as failed
 from batchlab.reports.html.charts import Data
@@ -99,7 +99,7 @@ def _work(facts: Facts) -> Iterator[str]:
     parts += [f"{failed:,} failed for good"] if failed else []
     parts += [f"{cancelled:,} were canceled"] if cancelled else []
     parts += [f"{unfinished:,} had not ended"] if unfinished else []
-    yield f"{listed(parts)}."
+    yield f"{join_list(parts)}."
     if retried:
         yield f"{count(retried, 'failed attempt')} {'was' if retried == 1 else 'were'} retried."
 
@@ -151,7 +151,7 @@ def _failures(facts: Facts) -> Iterator[str]:
     if figures.repeated_s:
         waste.append(f"{span(figures.repeated_s)} was spent on repeated work")
     if waste:
-        yield _sentence(listed(waste))
+        yield _sentence(join_list(waste))
     if figures.harmful:
         yield f"{count(figures.harmful, 'task')} got two results, which must never happen."
     elif not failures.groups and not waste:

@@ -43,7 +43,7 @@ def runs_in(folder: Path) -> list[Path]:
     return paths
 
 
-def opened(folders: Sequence[Path]) -> DuckDBPyConnection:
+def open_store(folders: Sequence[Path]) -> DuckDBPyConnection:
     """Return a DuckDB connection with one view for each table of the schema, over all runs in `folders`.
 
     A table that an older version of batchlab did not write is empty. A column that an older version did not write is
@@ -81,7 +81,7 @@ def _view(connection: DuckDBPyConnection, table: Table, paths: Sequence[str]) ->
     if not paths:
         columns = ", ".join(f'NULL::{c.type} AS "{c.name}"' for c in table.columns)
         return f'CREATE VIEW "{table.name}" AS SELECT {columns} WHERE false'
-    files = f"[{', '.join(_quoted(path) for path in paths)}]"
+    files = f"[{', '.join(_quote(path) for path in paths)}]"
     # Files of older versions lack newer columns, so the following query lists the columns that exist.
     rows = connection.execute(
         f"SELECT name, count(*) FROM parquet_schema({files}) GROUP BY name"  # noqa: S608 - paths
@@ -114,13 +114,13 @@ def _check(connection: DuckDBPyConnection, runs: Sequence[Path]) -> None:
 
 
 def _lock(connection: DuckDBPyConnection, paths: Sequence[str]) -> None:
-    allowed = ", ".join(_quoted(path) for path in paths)
+    allowed = ", ".join(_quote(path) for path in paths)
     connection.execute(f"SET allowed_paths = [{allowed}]")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -170,22 +170,22 @@ def check_query(connection: DuckDBPyConnection, sql: str) -> None:
     statements = connection.extract_statements(sql)
     kinds = [statement.type for statement in statements]
     if kinds != [StatementType.SELECT]:
-        raise _refused("is not one SELECT")
+        raise _refusal("is not one SELECT")
     row = connection.execute("SELECT json_serialize_sql(?)", [statements[0].query]).fetchone()
     tree = json.loads(cast(tuple[str], row)[0])
     if tree.get("error"):
-        raise _refused(f"cannot be checked ({tree.get('error_message', 'no reason given')})")
+        raise _refusal(f"cannot be checked ({tree.get('error_message', 'no reason given')})")
     for node in _nodes(tree):
         kind = node.get("type")
         if isinstance(kind, str) and kind.endswith("_NODE") and kind not in _NODES:
-            raise _refused("does not only read")
+            raise _refusal("does not only read")
         if kind == "TABLE_FUNCTION":
             name = str(node.get("function", {}).get("function_name", "")).lower()
             if name not in _TABLE_FUNCTIONS:
-                raise _refused(f"calls {name or 'a function'} instead of reading a table")
+                raise _refusal(f"calls {name or 'a function'} instead of reading a table")
 
 
-def _refused(why: str) -> UsageError:
+def _refusal(why: str) -> UsageError:
     return UsageError(
         f"The query {why}. A query may only read the tables of the runs.",
         remedy="Write one SELECT over the tables in docs/report-data.md.",
@@ -231,7 +231,7 @@ def sections(text: str) -> dict[str, str]:
     return {head[1]: text[head.end() : end].strip().removesuffix(";") for head, end in zip(heads, ends, strict=True)}
 
 
-def named(name: str) -> Query:
+def find_query(name: str) -> Query:
     """Return the query with the name `name`. Raise UsageError if the query does not exist."""
     if query := named_queries().get(name):
         return query

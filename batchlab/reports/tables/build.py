@@ -140,7 +140,7 @@ class TableBuilder:
         tasks = str(folder / BY_NAME["tasks"].file).replace("'", "''")
         do(f"CREATE VIEW written_tasks AS SELECT * FROM read_parquet('{tasks}')")  # noqa: S608
         do(self._steps["stage_sums"])
-        self._seen()
+        self._check_seen()
         prices = self._cost()
         do("ALTER TABLE job ADD COLUMN prices VARCHAR")
         do("UPDATE job SET prices = ?", [prices])
@@ -229,7 +229,7 @@ class TableBuilder:
 
     # --- Data recorded while the job ran ---------------------------------------------------------
 
-    def _seen(self) -> None:
+    def _check_seen(self) -> None:
         record = self._gathered.record
         self._fill(
             "seen_pools",

@@ -86,7 +86,7 @@ class JobDataReader:
             planned = planned_tasks(spec, cuts, void_before)
             await asyncio.to_thread(_plan, staging, cuts, planned, submitted_s)
         stored_bytes += await self._size(object_keys.raw(job))
-        account, record = await self._used(job)
+        account, record = await self._usage(job)
         again_s = [cut.at_s for cut in retries[-1].cuts if cut.at_s] if retries else []
         return JobData(
             spec,
@@ -151,10 +151,10 @@ class JobDataReader:
             size_bytes += sum(info.size for info in page)
         return size_bytes
 
-    async def _used(self, job: JobId) -> tuple[Account | None, recorded_data.RecordedData]:
+    async def _usage(self, job: JobId) -> tuple[Account | None, recorded_data.RecordedData]:
         """Return the usage of the job, and the data that was recorded while the job ran."""
         try:
-            doc = await self._doc(object_keys.used(job))
+            doc = await self._doc(object_keys.reference_key(job))
             return Account.from_json(doc["account"]), doc.get("record") or recorded_data.empty_part()
         except NotFound:
             pass  # the job still runs, or an older manager ended it without a usage object

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from batchlab.adapters.aws.endpoint import Endpoint, client, translated
+from batchlab.adapters.aws.endpoint import Endpoint, client, translate_errors
 from batchlab.adapters.aws.group_descriptions import is_missing_instance
 from batchlab.core.errors import BackendError, Refused, Unreachable
 from batchlab.core.text import first_of
@@ -43,7 +43,7 @@ def _calling(endpoint: Endpoint, service: Any, what: str) -> Iterator[Any]:
 
     `what` is the subject of the error texts.
     """
-    with closing(client(endpoint, service, connections=1)) as api, translated(what):
+    with closing(client(endpoint, service, connections=1)) as api, translate_errors(what):
         yield api
 
 
@@ -307,9 +307,9 @@ class StackFaults:
 
     async def kill(self, fault: Fault) -> FaultResult:
         targets = await self._grid.targets(fault)
-        return FaultResult(tuple(targets), first_of(await self.killed(targets)))
+        return FaultResult(tuple(targets), first_of(await self.kill_instances(targets)))
 
-    async def killed(self, instances: Sequence[str]) -> list[str]:
+    async def kill_instances(self, instances: Sequence[str]) -> list[str]:
         """Terminate instances and return their EC2 states."""
         if not instances:
             return []
@@ -340,7 +340,7 @@ class StackFaults:
             instances = await self._lifecycle(fault.pool)
             alive = [name for name in targets if name in instances]
         took_s = time.monotonic() - began_s
-        killed = await self.killed(alive)
+        killed = await self.kill_instances(alive)
         seen = sorted({f"{states.count(state)} {state}" for state in states})
         return FaultResult(
             tuple(targets),
@@ -367,7 +367,7 @@ class StackFaults:
             return [name for name in names if states.get(name) not in _ENDING]
 
         zones = ZoneOutage(self._endpoint, prefix=self.at.groups_prefix)
-        return await zones.lose(self._grid, fault, inside=inside, kill=self.killed)
+        return await zones.lose(self._grid, fault, inside=inside, kill=self.kill_instances)
 
     async def crash_manager(self, _: Fault) -> FaultResult:
         owner = (await self._grid.grid())["owner"]
@@ -377,7 +377,7 @@ class StackFaults:
         """Terminate the manager's instance, wait for another leader, and return the evidence of the change."""
         instance = await asyncio.to_thread(stack_connections.manager_instance, self.at)
         began_s = time.monotonic()
-        (end,) = await self.killed([instance])
+        (end,) = await self.kill_instances([instance])
 
         async def look() -> str:
             with suppress(Unreachable):

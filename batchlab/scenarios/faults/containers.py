@@ -101,9 +101,9 @@ class ContainerFaults:
 
     async def kill(self, fault: Fault) -> FaultResult:
         targets = await self.targets(fault)
-        return FaultResult(tuple(targets), first_of(await self.killed(targets)))
+        return FaultResult(tuple(targets), first_of(await self.kill_containers(targets)))
 
-    async def killed(self, targets: Mapping[str, str]) -> list[str]:
+    async def kill_containers(self, targets: Mapping[str, str]) -> list[str]:
         """Kill the first process of each container and return the containers' final states."""
         for name, container in targets.items():
             with suppress(NotFound):  # the container has already ended
@@ -219,7 +219,7 @@ class ContainerFaults:
             return True
         return False
 
-    async def crashed(self, service: str, undoing: Rollback) -> str:
+    async def crash(self, service: str, undoing: Rollback) -> str:
         """Kill a service's first process, wait until Docker has restarted the service, and return the evidence of the
         restart.
         """
@@ -252,14 +252,14 @@ class ContainerFaults:
         owner = (await self._grid.grid())["owner"]
         began_s = time.monotonic()
         async with Rollback(self._grid.over) as undoing:
-            evidence = await self.crashed("manager", undoing)
+            evidence = await self.crash("manager", undoing)
         successor = await self._grid.leader(after=owner)
         took_s = time.monotonic() - began_s
         return FaultResult((owner,), f"{evidence}; {successor} led {took_s:.1f} s later, in place of {owner}")
 
     async def lose_database(self, fault: Fault) -> FaultResult:
         async def restart(undoing: Rollback) -> str:
-            return f"{await self.crashed('postgres', undoing)}; "
+            return f"{await self.crash('postgres', undoing)}; "
 
         return await services.lose_ledger(self._grid, fault, before=restart)
 
@@ -268,7 +268,9 @@ class ContainerFaults:
 
         async def kill(instances: Sequence[str]) -> list[str]:
             rows = await self.instances()
-            return await self.killed({instance: rows[instance]["Id"] for instance in instances if instance in rows})
+            return await self.kill_containers(
+                {instance: rows[instance]["Id"] for instance in instances if instance in rows}
+            )
 
         async def inside(zone: str) -> list[str]:
             rows = (await self.instances()).items()

@@ -230,7 +230,7 @@ def with_proxy(backend: Backend, home: Home, say: Callable[[str], None]) -> Iter
     with ExitStack() as stack:
         home.make()
         backend.provide(home, say)
-        stored, place = home.place(backend.name), backend.named_place(home)
+        stored, place = home.place(backend.name), backend.find_place(home)
         if place is None:
             # `open_emulator` opens the emulator that the grid would start, with the same data.
             emulator = backend.open_emulator(home)
@@ -239,12 +239,12 @@ def with_proxy(backend: Backend, home: Home, say: Callable[[str], None]) -> Iter
             place = Place(url, stored.bucket if stored else new_bucket_name(), named=False)
         front = stack.enter_context(run_proxy(FaultProxy(place.url)))
         home.backend_folder(backend.name).mkdir(exist_ok=True)
-        stack.enter_context(_proxied_home(home, backend.name, place, front.url, is_new=stored is None))
+        stack.enter_context(_proxy_home(home, backend.name, place, front.url, is_new=stored is None))
         yield factory.load(backend.name, f"{front.url}/{place.bucket}"), front
 
 
 @contextmanager
-def _proxied_home(home: Home, name: str, place: Place, url: str, *, is_new: bool) -> Iterator[None]:
+def _proxy_home(home: Home, name: str, place: Place, url: str, *, is_new: bool) -> Iterator[None]:
     """Store the proxy's address in the home.
 
     On exit, the home gets the endpoint's address `place` back. If `is_new` is True and the home's file is unchanged,

@@ -94,14 +94,14 @@ class FaultyQueue(SimQueue):
         if not rate and not self._services.delays:
             await super().send(queue, messages)
             return
-        sent = list(map(self._delayed, messages))
+        sent = list(map(self._delay, messages))
         duplicates = [message for message in sent if self._stream("duplicates", message).unit() < rate]
         await super().send(queue, sent)
         for start in range(0, len(duplicates), MAX_BATCH):
             await super().send(queue, duplicates[start : start + MAX_BATCH])
         self._services.hits["duplicates"] += len(duplicates)
 
-    def _delayed(self, message: Outgoing) -> Outgoing:
+    def _delay(self, message: Outgoing) -> Outgoing:
         stream = self._stream("delays", message)
         if stream.unit() >= self._services.delays:
             return message

@@ -34,7 +34,7 @@ from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.manager.state import ManagerSettings
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
-from batchlab.scenarios.forecast.simulated_work import Machines, SimulatedWork, calibrated_pool
+from batchlab.scenarios.forecast.simulated_work import Machines, SimulatedWork, calibrate_pool
 from batchlab.scenarios.model.values import Job, Scenario, StageTemplate
 from batchlab.scenarios.record import InstanceRun, JobRun, PoolSample, Record, Sample, StageRun
 from batchlab.scenarios.verdicts import end_s
@@ -331,7 +331,7 @@ class ForecastSetup:
 
     def pools(self) -> dict[str, Pool]:
         """Return the pools with their measured boot times."""
-        return {plan.pool.name: calibrated_pool(plan, self.calibration) for plan in self.scenario.pools}
+        return {plan.pool.name: calibrate_pool(plan, self.calibration) for plan in self.scenario.pools}
 
     def manager(self) -> ManagerSettings:
         """Return the manager's settings with the scaling policy of the scenario."""

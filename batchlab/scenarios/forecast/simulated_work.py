@@ -434,7 +434,7 @@ class Machines:
         return tuple(runs)
 
 
-def calibrated_pool(plan: PoolPlan, calibration: Calibration) -> Pool:
+def calibrate_pool(plan: PoolPlan, calibration: Calibration) -> Pool:
     """Return the plan's pool, with the measured boot time if the calibration has a boot time."""
     pool = plan.pool
     boot_s = pool.boot_s if calibration.other_boot_s is None else calibration.other_boot_s

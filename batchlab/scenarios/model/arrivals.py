@@ -147,7 +147,7 @@ class _PoissonProcess(ABC):
     def odd(self) -> tuple[Anomaly, ...]:
         return ()
 
-    def compressed(self, factor: float) -> Self:
+    def compress(self, factor: float) -> Self:
         return replace(self, speed=self.speed * factor)
 
 
@@ -357,7 +357,7 @@ class FixedTimes:
     def odd(self) -> tuple[Anomaly, ...]:
         return ()
 
-    def compressed(self, factor: float) -> Self:
+    def compress(self, factor: float) -> Self:
         return replace(self, speed=self.speed * factor)
 
 

@@ -50,7 +50,7 @@ class Constant:
     def at(self, unit: float) -> float:  # noqa: ARG002 - a draw without chance
         return self.value
 
-    def scaled(self, factor: float) -> Constant:
+    def multiply(self, factor: float) -> Constant:
         return Constant(self.value * factor)
 
 
@@ -73,7 +73,7 @@ class Uniform:
     def at(self, unit: float) -> float:
         return self.least + (self.most - self.least) * unit
 
-    def scaled(self, factor: float) -> Uniform:
+    def multiply(self, factor: float) -> Uniform:
         return Uniform(self.least * factor, self.most * factor)
 
 
@@ -89,7 +89,7 @@ class Exponential:
     def at(self, unit: float) -> float:
         return -self.mean * log1p(-unit)
 
-    def scaled(self, factor: float) -> Exponential:
+    def multiply(self, factor: float) -> Exponential:
         return Exponential(self.mean * factor)
 
 
@@ -111,7 +111,7 @@ class Lognormal:
     def at(self, unit: float) -> float:
         return self.median * exp(self.sigma * _normal(unit)) if unit else 0.0
 
-    def scaled(self, factor: float) -> Lognormal:
+    def multiply(self, factor: float) -> Lognormal:
         return Lognormal(self.median * factor, self.sigma)
 
 
@@ -137,7 +137,7 @@ class Weibull:
         power: float = (-log1p(-unit)) ** (1 / self.shape)
         return self.scale * power
 
-    def scaled(self, factor: float) -> Weibull:
+    def multiply(self, factor: float) -> Weibull:
         return Weibull(self.scale * factor, self.shape)
 
 
@@ -177,7 +177,7 @@ class Pareto:
         power: float = (1 - unit) ** (-1 / self.alpha)
         return self.least * power
 
-    def scaled(self, factor: float) -> Pareto:
+    def multiply(self, factor: float) -> Pareto:
         most = None if self.most is None else self.most * factor
         return Pareto(self.least * factor, self.alpha, most)
 
@@ -202,7 +202,7 @@ class Empirical:
     def at(self, unit: float) -> float:
         return self.values[int(unit * len(self.values))]
 
-    def scaled(self, factor: float) -> Empirical:
+    def multiply(self, factor: float) -> Empirical:
         return Empirical(tuple(value * factor for value in self.values))
 
 
@@ -237,8 +237,8 @@ class Mixture:
         share = min((unit - start) / (self._ends[part] - start), 1 - 2**-53)
         return self.parts[part][1].at(share)
 
-    def scaled(self, factor: float) -> Mixture:
-        return replace(self, parts=tuple((w, draw.scaled(factor)) for w, draw in self.parts))
+    def multiply(self, factor: float) -> Mixture:
+        return replace(self, parts=tuple((w, draw.multiply(factor)) for w, draw in self.parts))
 
 
 _STEP = 0x9E3779B97F4A7C15

@@ -54,11 +54,11 @@ def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
     identity = (scenario.name, scenario.digest, scenario.compressed, seed)
     tag = hashlib.sha256(repr(identity).encode()).hexdigest()[:8]
 
-    def numbered(number: int, source: Source) -> Iterator[tuple[float, int, int, Arrival]]:
+    def numbered_arrivals(number: int, source: Source) -> Iterator[tuple[float, int, int, Arrival]]:
         for count, arrival in enumerate(source.arrivals(Stream(seed, "arrivals", number).random())):
             yield arrival.at_s, number, count, arrival
 
-    streams = [numbered(number, source) for number, source in enumerate(scenario.arrivals)]
+    streams = [numbered_arrivals(number, source) for number, source in enumerate(scenario.arrivals)]
     units = [Stream(seed, "sizes", number) for number, _ in enumerate(scenario.arrivals)]
     # The limit MAX_JOBS is checked before jobs are built, because building a job takes three times as long as drawing
     # an arrival.
@@ -118,18 +118,18 @@ def compress_scenario(scenario: Scenario, factor: float) -> Scenario:
 
     def divided(value: T, *names: str) -> T:
         """Return a copy of the dataclass in which the times in the fields `names` are divided by `factor`."""
-        return replace(value, **{name: _divided(getattr(value, name), factor) for name in names})
+        return replace(value, **{name: _divide(getattr(value, name), factor) for name in names})
 
-    def compressed_stage(stage: StageTemplate) -> StageTemplate:
-        return replace(stage, task_s=stage.task_s.scaled(1 / factor), retry=stage.retry.divided(factor))
+    def compress_stage(stage: StageTemplate) -> StageTemplate:
+        return replace(stage, task_s=stage.task_s.multiply(1 / factor), retry=stage.retry.divide(factor))
 
-    def compressed_job(template: JobTemplate) -> JobTemplate:
-        return replace(divided(template, "deadline_s"), stages=tuple(map(compressed_stage, template.stages)))
+    def compress_job(template: JobTemplate) -> JobTemplate:
+        return replace(divided(template, "deadline_s"), stages=tuple(map(compress_stage, template.stages)))
 
     return replace(
         scenario,
-        jobs={name: compressed_job(template) for name, template in scenario.jobs.items()},
-        arrivals=tuple(source.compressed(factor) for source in scenario.arrivals),
+        jobs={name: compress_job(template) for name, template in scenario.jobs.items()},
+        arrivals=tuple(source.compress(factor) for source in scenario.arrivals),
         pools=tuple(replace(plan, pool=divided(plan.pool, "boot_s")) for plan in scenario.pools),
         policy=divided(scenario.policy, "drain_target_s", "cooldown_in_s", "idle_s"),
         prewarm=tuple(divided(prewarm, "at_s", "until_s") for prewarm in scenario.prewarm),
@@ -139,7 +139,7 @@ def compress_scenario(scenario: Scenario, factor: float) -> Scenario:
     )
 
 
-def _divided(time_s: float | None, factor: float) -> float | None:
+def _divide(time_s: float | None, factor: float) -> float | None:
     return None if time_s is None else time_s / factor
 
 
@@ -147,7 +147,7 @@ def _expectation(expectation: Expectation, factor: float) -> Expectation:
     measure = MEASURES.get(expectation.measure)
     if measure is None or measure.unit is not Unit.SECONDS:
         return expectation
-    return replace(expectation, least=_divided(expectation.least, factor), most=_divided(expectation.most, factor))
+    return replace(expectation, least=_divide(expectation.least, factor), most=_divide(expectation.most, factor))
 
 
 # Random streams are cached, because consecutive bundles of a job use the same streams and are often small.

@@ -160,7 +160,7 @@ def _per(value: Any) -> Any:
     try:
         number = float(text.size_bytes(value) if isinstance(value, str) else value)
     except (TypeError, ValueError, OverflowError) as error:
-        what = f"{text.shown(value)} is neither a number nor a size."
+        what = f"{text.show_value(value)} is neither a number nor a size."
         raise field_types.refusal(what, "Write for example 1000 or 64 MiB.") from error
     if not 0 < number < float("inf"):
         raise field_types.refusal("It must be above 0.", "Write for example 1000 or 64 MiB.")
@@ -181,7 +181,7 @@ def _delimiter(value: Any) -> Any:
     if value == r"\t":
         return "\t"
     if isinstance(value, str) and (len(value) != 1 or value in '"\r\n'):
-        what = f"{text.shown(value)} cannot be between fields."
+        what = f"{text.show_value(value)} cannot be between fields."
         raise field_types.refusal(what, r"Write one character, such as ';' or '\t'.")
     return value
 
@@ -504,7 +504,7 @@ _FORMS: dict[Unit, tuple[Any, Any]] = {
 }
 
 
-def _expected(by_template: bool) -> dict[str, Any]:
+def _expected_faults(by_template: bool) -> dict[str, Any]:
     """Return a model field for the expected value of each measure."""
     fields: dict[str, Any] = {}
     for name, measure in MEASURES.items():
@@ -526,12 +526,12 @@ class _Expect(Keys):
     """Expected values of measures. Each measure has a maximum value, or a range `{least: MINIMUM, most: MAXIMUM}`."""
 
 
-JobExpectSpec = create_model("JobExpectSpec", __base__=_JobExpect, __doc__=_JobExpect.__doc__, **_expected(True))
+JobExpectSpec = create_model("JobExpectSpec", __base__=_JobExpect, __doc__=_JobExpect.__doc__, **_expected_faults(True))
 ExpectSpec = create_model(
     "ExpectSpec",
     __base__=_Expect,
     __doc__=_Expect.__doc__,
-    **_expected(False),
+    **_expected_faults(False),
     jobs=(
         dict[str, JobExpectSpec],  # type: ignore[valid-type]
         key(

@@ -28,9 +28,9 @@ _YEARS = range(1000, 9000)
 
 def _number(value: Any, remedy: str = "Write for example 20.") -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise field_types.refusal(f"{text.shown(value)} is not a number.", remedy)
+        raise field_types.refusal(f"{text.show_value(value)} is not a number.", remedy)
     if not abs(value) <= field_types.MAX_TASKS:
-        raise field_types.refusal(f"{text.shown(value)} is too large.", remedy)
+        raise field_types.refusal(f"{text.show_value(value)} is too large.", remedy)
     return float(value)
 
 
@@ -44,7 +44,7 @@ def _week(value: Any) -> Any:
     try:
         return parse_week_time_s(value)
     except (TypeError, ValueError) as error:
-        what = f"{text.shown(value)} is not a time of the week."
+        what = f"{text.show_value(value)} is not a time of the week."
         raise field_types.refusal(what, f"Write {WEEK_FORMS}.") from error
 
 
@@ -53,7 +53,7 @@ def _date(value: Any) -> Any:
     try:
         day = date.fromisoformat(value)
     except (TypeError, ValueError) as error:
-        raise field_types.refusal(f"{text.shown(value)} is not a date.", remedy) from error
+        raise field_types.refusal(f"{text.show_value(value)} is not a date.", remedy) from error
     # The limit of the year keeps all computed dates valid, because a scenario may last a century, and `MonthEnd` also
     # computes days of neighboring months.
     if day.year not in _YEARS:

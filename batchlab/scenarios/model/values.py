@@ -34,7 +34,7 @@ class Distribution(Protocol):
     def at(self, unit: float) -> float:
         """Return the quantile of the distribution at `unit`, which is in [0, 1)."""
 
-    def scaled(self, factor: float) -> Distribution:
+    def multiply(self, factor: float) -> Distribution:
         """Return the distribution with all numbers multiplied by `factor`."""
 
 
@@ -129,7 +129,7 @@ class Source(Protocol):
     def odd(self) -> Iterable[Anomaly]:
         """Return the problems of the records that the source has read."""
 
-    def compressed(self, factor: float) -> Source:
+    def compress(self, factor: float) -> Source:
         """Return the source with all times and task times divided by `factor`."""
 
 

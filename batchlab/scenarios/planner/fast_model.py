@@ -315,9 +315,9 @@ class _FastRun:
         # On a backend without a Spot market, a Spot wave can interrupt any instance.
         is_spot = market is Market.SPOT or not self._has_market
         pool.alive[name] = instance = ModelInstance(name, pool, pool.pool.slots, self._now_s + boot_s, is_spot)
-        self._at(instance.ready_s, partial(self._booted, instance))
+        self._at(instance.ready_s, partial(self._on_boot, instance))
 
-    def _booted(self, instance: ModelInstance) -> None:
+    def _on_boot(self, instance: ModelInstance) -> None:
         if instance.name in instance.pool.alive:
             self._machines.lives[instance.name].ready_s = self._now_s
             instance.pool.open[instance.name] = instance

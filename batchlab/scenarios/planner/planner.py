@@ -148,7 +148,7 @@ class Search:
         if self.sketch is None:
             self._until_limit(partial(self.real.explore, start, limits))
         else:
-            self._until_limit(partial(self._guided, start, limits))
+            self._until_limit(partial(self._guide, start, limits))
         self._confirm(limits)
 
     def _until_limit(self, call: Callable[[], None]) -> None:
@@ -160,7 +160,7 @@ class Search:
     def _report(self) -> None:
         self.on_progress(SearchProgress(self.done, self.runs, self.real.phase, self.real.best()))
 
-    def _guided(self, start: Candidate, limits: SizeLimits) -> None:
+    def _guide(self, start: Candidate, limits: SizeLimits) -> None:
         """Search in the fast model, simulate the best candidates of the fast model, correct the goal of the fast model,
         and repeat.
         """
@@ -191,7 +191,7 @@ class Search:
     def _promising(self) -> list[Candidate]:
         """Return the best candidates of the fast model that were not simulated yet, without similar candidates."""
         best: dict[tuple[float, float], Candidate] = {}
-        for point in self._rough.ranked():
+        for point in self._rough.rank_all():
             kind = (tolerance_class(point.usd, USD_TOLERANCE), tolerance_class(point.finish_s, TIME_TOLERANCE))
             best.setdefault(kind, point.candidate)
             if len(best) == 4 * PICKED_CANDIDATES:
@@ -224,7 +224,7 @@ class Search:
             first = SEARCH_SEEDS + len(self.attempts) * self.seeds
             fresh = self.attempts[best.candidate] = list(range(first, first + self.seeds))
             self.real.limit = self.done + self.seeds
-            missed = self._missed(best.candidate, fresh)
+            missed = self._first_miss(best.candidate, fresh)
             self.real.limit = max(1, self.runs - self.seeds)
             if missed is None or not self.real.meets(best) or len(self.attempts) == MAX_CONFIRMATIONS:
                 return
@@ -239,10 +239,10 @@ class Search:
         """Return the best candidate without a confirmation so far, or None. After a failed confirmation, the candidate
         must meet the goal.
         """
-        best = next((point for point in self.real.ranked() if point.candidate not in self.attempts), None)
+        best = next((point for point in self.real.rank_all() if point.candidate not in self.attempts), None)
         return None if best is None or (self.attempts and not self.real.meets(best)) else best
 
-    def _missed(self, candidate: Candidate, fresh: Sequence[int]) -> int | None:
+    def _first_miss(self, candidate: Candidate, fresh: Sequence[int]) -> int | None:
         """Return the index of the worst seed if too many seeds miss the goal, else None."""
         for indices in (fresh[:FIRST_SEEDS], fresh):
             self.real.measure([candidate], indices)
@@ -257,7 +257,7 @@ class Search:
 
         Run other candidates with the added seed until one candidate meets the goal, and then refine the search.
         """
-        rivals = self.real.ranked()
+        rivals = self.real.rank_all()
         self.real.hard.append(missed)
         for rival in rivals:
             if rival.candidate in self.attempts or not self.real.meets(rival):
@@ -269,13 +269,13 @@ class Search:
             self.real.refine(limits, STEP_SIZES[1:])
             return
         self._rough.hard.append(missed)
-        again = [point.candidate for point in self._rough.ranked()[: 2 * PROMOTED_CANDIDATES]]
+        again = [point.candidate for point in self._rough.rank_all()[: 2 * PROMOTED_CANDIDATES]]
         _until_run_limit(partial(self._rough.measure, again, [missed]))
         self._search_again(limits)
 
     def answer(self) -> Plan | None:
         """Return the plan, or None if no candidate has a result."""
-        chosen, fresh = self._chosen()
+        chosen, fresh = self._choose()
         if chosen is None:
             return None
         others = (
@@ -299,7 +299,7 @@ class Search:
             cut=self.cut,
         )
 
-    def _chosen(self) -> tuple[EvaluatedCandidate | None, tuple[TrialResult, ...]]:
+    def _choose(self) -> tuple[EvaluatedCandidate | None, tuple[TrialResult, ...]]:
         """Return the confirmed candidate, or else the candidate nearest to the goal, with its results for fresh
         seeds.
         """

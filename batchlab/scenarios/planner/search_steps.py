@@ -143,19 +143,19 @@ def _replace_pools(best: Candidate, changed: Mapping[str, PoolConfig]) -> Candid
 
 
 def _size_changes(best: Candidate, limits: SizeLimits, step: float) -> Iterator[Candidate]:
-    def resized(fleet: PoolConfig, factor: float, more: int) -> PoolConfig:
+    def resize(fleet: PoolConfig, factor: float, more: int) -> PoolConfig:
         size = round(fleet.max_size * factor)
         size = fleet.max_size + more if size == fleet.max_size else size
         return with_max_size(fleet, limits.fit(fleet.pool, size))
 
     for factor, more in ((1 - step, -1), (1 + step, 1), (1 - step / 2, -1), (1 + step / 2, 1)):
-        yield _replace_pools(best, {f.pool: resized(f, factor, more) for f in best.fleets})
+        yield _replace_pools(best, {f.pool: resize(f, factor, more) for f in best.fleets})
         if len(best.fleets) > 1:
             for fleet in best.fleets:
-                yield _replace_pools(best, {fleet.pool: resized(fleet, factor, more)})
+                yield _replace_pools(best, {fleet.pool: resize(fleet, factor, more)})
     for more in (-1, 1):
         for fleet in best.fleets:
-            yield _replace_pools(best, {fleet.pool: resized(fleet, 1.0, more)})
+            yield _replace_pools(best, {fleet.pool: resize(fleet, 1.0, more)})
 
 
 def _drain_changes(best: Candidate, step: float) -> Iterator[Candidate]:
@@ -316,7 +316,7 @@ class Evaluations:
         undone = sum(outcome.lost + outcome.failed_jobs for outcome in point.outcomes)
         return 2.0, finish_s, float(undone) if math.isinf(finish_s) else 0.0, usd, *exactly
 
-    def ranked(self) -> list[EvaluatedCandidate]:
+    def rank_all(self) -> list[EvaluatedCandidate]:
         return sorted(self.points(), key=self.rank)
 
     def best(self) -> EvaluatedCandidate | None:

@@ -126,7 +126,7 @@ async def build_record(
     after = await _account(link, list(state.running))
     cut = state.cut
     try:
-        measured = await measure(state.observed(), state.seed, objects, patience)
+        measured = await measure(state.observed_jobs(), state.seed, objects, patience)
     except BackendError as error:
         measured = Measurements()
         cut = cut or f"The results of its tasks cannot be read: {error.message}"

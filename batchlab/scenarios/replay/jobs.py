@@ -90,14 +90,14 @@ class JobPreparer:
         return ((SCENARIO_TAG, self.scenario), *tenant)
 
     @cached_property
-    def _packed(self) -> bytes:
+    def _package(self) -> bytes:
         return code_cache.pack(Path(standin.__file__).parent)
 
     async def _code(self) -> str:
-        key = code_cache.key(self._packed)
+        key = code_cache.key(self._package)
         if key not in self._stored:
             with suppress(AlreadyExists):  # the key is a hash of the code, so the stored object is equal
-                await self.patience(partial(self.objects.put, key, self._packed, if_absent=True))
+                await self.patience(partial(self.objects.put, key, self._package, if_absent=True))
             self._stored.add(key)
         return key
 

@@ -148,7 +148,7 @@ def _add(
         declared = declared_s(seed, observed.due, stage.name, TaskSet.from_indices(times))
         totals.declared_s += sum(declared.values())
         totals.stretch += [times[task] / s for task, s in declared.items() if s > 0]
-    measurements.lost += _lost(observed.view, view, len(times))
+    measurements.lost += _lost_tasks(observed.view, view, len(times))
     measurements.duplicates += duplicates(outcomes)
 
 
@@ -173,7 +173,7 @@ def duplicates(outcomes: Iterable[Outcome]) -> int:
     return len(twice)
 
 
-def _lost(job: JobView, stage: StageView, succeeded: int) -> int:
+def _lost_tasks(job: JobView, stage: StageView, succeeded: int) -> int:
     """Count the lost tasks.
 
     In an ended job, a task without a terminal state is lost. A task that the ledger counts as succeeded is also lost if

@@ -100,7 +100,7 @@ class RunState:
     def is_over(self) -> bool:
         return len(self.running) == len(self.jobs) and not self.open
 
-    def observed(self) -> list[ObservedJob]:
+    def observed_jobs(self) -> list[ObservedJob]:
         return [ObservedJob(job.due.template.name, job.view, job.due) for job in self.running.values()]
 
     def progress(self, sample: Sample | None) -> ReplayProgress:

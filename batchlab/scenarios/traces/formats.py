@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from batchlab.core.errors import UsageError
-from batchlab.core.text import shown
+from batchlab.core.text import show_value
 from batchlab.scenarios import record
 from batchlab.scenarios.model.values import Anomaly
 from batchlab.scenarios.traces.rows import (
@@ -228,12 +228,12 @@ def _json_lines(
     numbered: Iterator[tuple[int, str]], path: Path, columns: Columns, mapper: RowMapper
 ) -> Iterator[RawRecord | None]:
     # In a file that is read with RECORD_COLUMNS, only the time column is required.
-    missing = set(columns.used()) - set(RECORD_COLUMNS.used())
+    missing = set(columns.used_columns()) - set(RECORD_COLUMNS.used_columns())
     keys: list[str] = []
     for number, line in numbered:
         document = _parse_json(line)
         if not isinstance(document, dict):
-            mapper.note(number, "not a JSON object", LEFT_OUT, shown(line))
+            mapper.note(number, "not a JSON object", LEFT_OUT, show_value(line))
             yield None
             continue
         values = _selected_values(document, number, columns, mapper)
@@ -256,7 +256,7 @@ def _parse_json(text: str | bytes) -> Any:
 def _selected_values(
     document: Mapping[str, Any], number: int, columns: Columns, mapper: RowMapper
 ) -> dict[str, object]:
-    values = {name: value for name in columns.used() if (value := _value(document, name)) is not None}
+    values = {name: value for name in columns.used_columns() if (value := _value(document, name)) is not None}
     if columns.tasks == RECORD_COLUMNS.tasks and "tasks" not in values and "planned" in document:
         values["tasks"] = document["planned"]
         mapper.note(number, "no count of its first stage's tasks", "that of all stages was taken")
@@ -315,12 +315,12 @@ def read_swf(path: Path, columns: Columns = SWF_COLUMNS) -> TraceContent:
 
 class _SwfReader:
     def __init__(self, path: Path, columns: Columns, mapper: RowMapper, odd: list[Anomaly]) -> None:
-        check_columns(columns.used(), SWF_FIELDS, path)
+        check_columns(columns.used_columns(), SWF_FIELDS, path)
         self._path = path
         self._mapper = mapper
         self._odd = odd
-        self._used = frozenset(columns.used())
-        self._needed = frozenset(columns.needed())
+        self._used = frozenset(columns.used_columns())
+        self._needed = frozenset(columns.needed_columns())
         self._promised: dict[str, tuple[int, int]] = {}
 
     def records(self) -> Iterator[RawRecord | None]:
@@ -361,7 +361,7 @@ class _SwfReader:
         if not all_numbers(line):
             for name, value in values.items():
                 if name not in self._used and parse_number(value) is None:
-                    self._mapper.note(number, f"{name} is not a number", "not needed", shown(value))
+                    self._mapper.note(number, f"{name} is not a number", "not needed", show_value(value))
         return RawRecord(number, values)
 
 
@@ -386,7 +386,7 @@ def _table_records(
 ) -> Iterator[RawRecord | None]:
     header = tuple(names)
     if header:
-        check_columns(columns.used(), header, path)
+        check_columns(columns.used_columns(), header, path)
     for number, line in skip_blank_lines(read_lines(path, odd), path, odd):
         if not delimiter:
             likely = max(_DELIMITERS, key=line.count)
@@ -394,7 +394,7 @@ def _table_records(
         parts = _split_line(line, delimiter)
         if not header:
             header = tuple(part.strip() for part in parts or ())
-            check_columns(columns.used(), header, path)
+            check_columns(columns.used_columns(), header, path)
             continue
         if parts is None:
             mapper.note(number, "a quote that is not closed", LEFT_OUT)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from batchlab.core.errors import UsageError
-from batchlab.core.text import shown
+from batchlab.core.text import show_value
 from batchlab.jobs.field_types import MAX_TASKS
 from batchlab.scenarios.model.values import Anomaly
 
@@ -167,12 +167,12 @@ class Columns:
         if not (isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be a number above 0, not {self.scale}")
 
-    def used(self) -> tuple[str, ...]:
+    def used_columns(self) -> tuple[str, ...]:
         """Return the names of the columns that a trace must have."""
         numbers = (name for number in self._sums() for name in number.columns)
-        return _distinct(*self.needed(), *numbers, self.label, self.tenant)
+        return _distinct(*self.needed_columns(), *numbers, self.label, self.tenant)
 
-    def needed(self) -> tuple[str, ...]:
+    def needed_columns(self) -> tuple[str, ...]:
         """Return the names of the columns that every record must have."""
         numbers = (name for number in self._sums() if number.needed for name in number.columns)
         return _distinct(self.at, self.minus, self.count, self.template, *numbers)
@@ -241,10 +241,10 @@ class _LeftOutError(Exception):
     def __init__(self, what: str, value: object = "") -> None:
         super().__init__(what)
         self.what = what
-        self.detail = shown(value) if value != "" else ""
+        self.detail = show_value(value) if value != "" else ""
 
 
-def _checked_size(number: float, *columns: str) -> float:
+def _check_size(number: float, *columns: str) -> float:
     """Return `number`, or raise _LeftOutError if sums of many numbers of this size could overflow."""
     if abs(number) > MAX_TASKS:
         raise _LeftOutError(f"{' and '.join(columns)} is too large", number)
@@ -297,14 +297,14 @@ class RowMapper:
         columns = self._columns
         at_s = self._moment(fields)
         if columns.minus:
-            at_s -= _checked_size(self._number(fields, columns.minus), columns.minus)
+            at_s -= _check_size(self._number(fields, columns.minus), columns.minus)
         template = self._text(fields, columns.template)
         if columns.template and not template:
             raise _LeftOutError(f"{columns.template} is missing")
         return TraceRow(
             fields.line,
             at_s,
-            _checked_size(self._number(fields, columns.count), columns.count) if columns.count else 1.0,
+            _check_size(self._number(fields, columns.count), columns.count) if columns.count else 1.0,
             None,
             self._tasks(fields, columns.tasks),
             self._seconds(fields, columns.task_s),
@@ -326,7 +326,7 @@ class RowMapper:
             raise self._below(name, at_s)
         first = self._kind = self._kind or kind
         if kind is first:
-            return _checked_size(at_s, name)
+            return _check_size(at_s, name)
         # A time in another form than the first time cannot be placed on the time line of the other records.
         if kind is TimestampKind.NUMBER:
             raise _LeftOutError(f"{name} is a number, unlike the first", value)
@@ -336,7 +336,7 @@ class RowMapper:
             fields.line,
             f"{name} {'has a' if kind is TimestampKind.ZONED else 'has no'} zone, unlike the first",
             "what has none is read as UTC",
-            shown(value),
+            show_value(value),
         )
         return at_s
 
@@ -365,7 +365,7 @@ class RowMapper:
 
     def _seconds(self, record: RawRecord, columns: ColumnSum | None) -> float | None:
         number = self._sum(record, columns)
-        return number if columns is None or number is None else _checked_size(number, *columns.columns)
+        return number if columns is None or number is None else _check_size(number, *columns.columns)
 
     def _tasks(self, record: RawRecord, columns: ColumnSum | None) -> int | None:
         number = self._sum(record, columns)
@@ -419,7 +419,7 @@ def check_columns(used: Iterable[str], columns: Sequence[str], path: Path) -> No
 
 def list_names(names: Sequence[str]) -> str:
     """Return the names as one text. If `names` has many entries, the text lists only the first names."""
-    clear = (name if name.isprintable() and len(name) <= 40 else shown(name) for name in names)
+    clear = (name if name.isprintable() and len(name) <= 40 else show_value(name) for name in names)
     first = ", ".join(islice(clear, _MAX_SHOWN))
     return f"{first} and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else first
 

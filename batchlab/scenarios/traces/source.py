@@ -79,7 +79,7 @@ class Trace:
         if not reading.rows:
             raise self._useless(reading)
         sent = 0
-        for at_s, row in self._placed(reading.rows, random):
+        for at_s, row in self._place(reading.rows, random):
             if self.until_s is not None and at_s >= self.until_s:
                 return
             if at_s < self.from_s:
@@ -116,7 +116,7 @@ class Trace:
         text = moment.replace(tzinfo=None).isoformat()
         return f"{text}Z" if reading.kind is TimestampKind.ZONED else text
 
-    def compressed(self, factor: float) -> Self:
+    def compress(self, factor: float) -> Self:
         return replace(self, speed=self.speed * factor)
 
     def reading(self) -> TraceContent:
@@ -144,7 +144,7 @@ class Trace:
     def _map(self) -> Columns:
         return self.columns or (RECORD_COLUMNS if self.format is TraceFormat.JSONL else SWF_COLUMNS)
 
-    def _placed(self, rows: tuple[TraceRow, ...], random: Random) -> Iterator[tuple[float, TraceRow]]:
+    def _place(self, rows: tuple[TraceRow, ...], random: Random) -> Iterator[tuple[float, TraceRow]]:
         begin_s = rows[0].at_s
         scale = self._map().scale
         total, sent = 0.0, 0

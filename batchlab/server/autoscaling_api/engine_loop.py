@@ -73,7 +73,7 @@ class AsgSettings:
 
 
 @contextmanager
-def locked(state: Path) -> Iterator[None]:
+def lock(state: Path) -> Iterator[None]:
     """Create the state folder `state` and hold the folder's lock, so that only one server uses the folder.
 
     Raise Refused if another server holds the lock.
@@ -175,7 +175,7 @@ def asg_main(settings: AsgSettings, on_up: Callable[[str], None]) -> None:
     URL.
     """
     logs.set_up(service="asg")
-    with locked(settings.state):
+    with lock(settings.state):
         asyncio.run(_serve_asg(settings, on_up))
 
 

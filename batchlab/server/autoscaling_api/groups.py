@@ -62,7 +62,7 @@ class Call:
         """Return an answer with the single member `member`."""
         return {member: to_answer(self._shape(member), value)}
 
-    def paged(
+    def to_page(
         self,
         member: str,
         items: Sequence[T],
@@ -164,7 +164,7 @@ def _group_of(call: Call, name: str) -> GroupDetails:
 
 def describe(call: Call) -> Answer:
     groups = call.engine.describe_auto_scaling_groups(call.parameters.get("AutoScalingGroupNames", ()))
-    answer = call.paged("AutoScalingGroups", matching(call, groups, _FILTERS), name_of, convert=_group)
+    answer = call.to_page("AutoScalingGroups", matching(call, groups, _FILTERS), name_of, convert=_group)
     if not call.parameters.get("IncludeInstances", True):
         for group in answer["AutoScalingGroups"]:
             group["Instances"] = []
@@ -213,12 +213,12 @@ def describe_activities(call: Call) -> Answer:
         call.parameters.get("AutoScalingGroupName"), **call.optional("ActivityIds")
     )
     activities = matching(call, activities, {"Status": lambda activity: [activity.status_code]})
-    return call.paged("Activities", activities, lambda activity: activity.activity_id)
+    return call.to_page("Activities", activities, lambda activity: activity.activity_id)
 
 
 def describe_instances(call: Call) -> Answer:
     instances = call.engine.describe_auto_scaling_instances(call.parameters.get("InstanceIds", ()))
-    return call.paged(
+    return call.to_page(
         "AutoScalingInstances", instances, lambda instance: instance.instance_id, most=MAX_INSTANCES, convert=_instance
     )
 
@@ -257,7 +257,7 @@ def _by_group(call: Call) -> Mapping[str, Sequence[Mapping[str, Any]]]:
 def describe_tags(call: Call) -> Answer:
     pairs = [_tag(name_of(group), tag) for group in call.engine.describe_auto_scaling_groups() for tag in group.tags]
     pairs = list(matching(call, pairs, _TAG_FILTERS))
-    return call.paged("Tags", pairs, lambda tag: f"{tag['ResourceId']} {tag['Key']}", convert=lambda _, tag: tag)
+    return call.to_page("Tags", pairs, lambda tag: f"{tag['ResourceId']} {tag['Key']}", convert=lambda _, tag: tag)
 
 
 _TAG_FILTERS: Mapping[str, Callable[[dict[str, Any]], Sequence[str]]] = {

@@ -45,7 +45,7 @@ _PLAIN_USER = re.compile(r"[1-9]\d*(:\d+)?")
 _UNKNOWN = "You must use a valid fully-formed launch template. The specified launch template, with"
 
 
-def _decoded(text: str) -> str:
+def _decode(text: str) -> str:
     try:
         data = base64.b64decode(text, validate=True)
         if len(data) > MAX_USER_DATA:
@@ -86,7 +86,7 @@ class Version(_Strict):
     env: dict[str, str] = {}
     system: bool = False
     """Whether the image boots an init system, as a machine does, and gets the privileges of a machine."""
-    user_data: Annotated[str, AfterValidator(_decoded)] = ""
+    user_data: Annotated[str, AfterValidator(_decode)] = ""
     """Decoded user data, which the metadata service returns.
 
     The file contains the user data in base64, as EC2 requires.
@@ -146,12 +146,12 @@ class TemplateFile:
         """Return the command of the template from which the pool's instance is launched."""
         values = {"{instance}": instance, "{group}": pool.name, "{slots}": str(pool.slots)}
 
-        def filled(word: str) -> str:
+        def fill(word: str) -> str:
             for name, value in values.items():
                 word = word.replace(name, value)
             return word
 
-        return [filled(word) for word in self.launched(pool).command]
+        return [fill(word) for word in self.launched(pool).command]
 
     def launched(self, pool: Pool) -> Version:
         """Return the version from which an instance of the pool is launched."""

@@ -109,7 +109,7 @@ class NoticeService:
         self._changed = changed
 
     async def answer(self, request: Request, _: str) -> Response:
-        instance, kind, notice_s = _parsed(request.body)
+        instance, kind, notice_s = _parse(request.body)
         try:
             if kind == "interruption":
                 self._engine.interrupt(instance, notice_s=notice_s)
@@ -126,7 +126,7 @@ class NoticeService:
         return Response(status, body, "application/json")
 
 
-def _parsed(body: bytes) -> tuple[str, str, float]:
+def _parse(body: bytes) -> tuple[str, str, float]:
     try:
         notice = json.loads(body)
         instance, kind, notice_s = notice["instance"], notice["notice"], notice["notice_s"]

@@ -68,7 +68,7 @@ def _value(shape: Shape, value: Any, place: str) -> Iterator[str]:
 def _string(shape: Shape, value: str, place: str) -> Iterator[str]:
     yield from _size(shape, value, place)
     pattern = shape.metadata.get("pattern")
-    if pattern and not _compiled(pattern).fullmatch(value):
+    if pattern and not _compile(pattern).fullmatch(value):
         yield _wrong(value, place, f"Member must satisfy regular expression pattern: {pattern}")
     enum = shape.metadata.get("enum")
     if enum and value not in enum:
@@ -103,15 +103,15 @@ def _text(value: Any) -> str:
 
 
 @cache
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compile(pattern: str) -> re.Pattern[str]:
     """Return a regular expression for a pattern in botocore's model.
 
     The patterns in the model are Java patterns, which write characters above U+FFFF as surrogate pairs.
     """
-    return re.compile(_PAIR.sub(_joined, pattern))
+    return re.compile(_PAIR.sub(_join, pattern))
 
 
-def _joined(pair: re.Match[str]) -> str:
+def _join(pair: re.Match[str]) -> str:
     high, low = int(pair[1], 16), int(pair[2], 16)
     return f"\\U{0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00):08X}"
 
@@ -131,7 +131,7 @@ def parse_into(kind: type[T], parameters: Parameters, **more: Any) -> T:
     """
     values = {**fields(kind, parameters), **more}
     dataclass: Any = kind
-    for name in _required(dataclass):
+    for name in _required_parameters(dataclass):
         if name not in values:
             raise invalid(f"Parameter {name} of {kind.__name__} must be specified.")
     return kind(**values)
@@ -150,7 +150,7 @@ def other_parameters(kind: type, parameters: Parameters) -> dict[str, Any]:
 
 
 @cache
-def _required(kind: Any) -> list[str]:
+def _required_parameters(kind: Any) -> list[str]:
     """Return the names of the dataclass fields that do not have a default."""
     return [
         field.name for field in dataclass_fields(kind) if field.default is MISSING and field.default_factory is MISSING

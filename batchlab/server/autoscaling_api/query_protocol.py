@@ -104,7 +104,7 @@ def _list(shape: ListShape, node: _Node, path: str) -> list[Any] | None:
     entries = node
     if not shape.serialization.get("flattened"):
         entries = node.parts.get(shape.member.serialization.get("name", "member"), _Node())
-    found = [_value(shape.member, entry, path) for entry in _numbered(entries, path)]
+    found = [_value(shape.member, entry, path) for entry in _numbered_nodes(entries, path)]
     if isinstance(shape.member, StructureShape):
         found = [value or {} for value in found]
     sent = [value for value in found if value is not None]
@@ -119,14 +119,14 @@ def _map(shape: MapShape, node: _Node, path: str) -> dict[str, Any] | None:
         _value(shape.key, entry.parts.get(key_name, _Node()), path): _value(
             shape.value, entry.parts.get(value_name, _Node()), path
         )
-        for entry in _numbered(entries, path)
+        for entry in _numbered_nodes(entries, path)
     }
     if None in found or None in found.values():
         raise Fault("MalformedInput", f"An entry at {path!r} has no key or no value.")
     return found or None
 
 
-def _numbered(entries: _Node, path: str) -> list[_Node]:
+def _numbered_nodes(entries: _Node, path: str) -> list[_Node]:
     with input_errors(path):
         numbered = [(_whole(number), entry) for number, entry in entries.parts.items()]
     return [entry for _, entry in sorted(numbered, key=lambda pair: pair[0])]
@@ -167,7 +167,7 @@ def result(operation: OperationModel, answer: Mapping[str, Any], request_id: str
     name, shape = operation.name, operation.output_shape
     inner = ""
     if shape is not None:
-        inner = _written(shape, answer)
+        inner = _format_scalar(shape, answer)
         if wrapper := shape.serialization.get("resultWrapper"):
             inner = f"<{wrapper}>{inner}</{wrapper}>"
     elif answer:
@@ -202,7 +202,7 @@ def _element(name: str, shape: Shape, value: Any) -> str:
         if flattened:
             return inner
     else:
-        inner = _written(shape, value)
+        inner = _format_scalar(shape, value)
     return f"<{name}>{inner}</{name}>"
 
 
@@ -213,7 +213,7 @@ def _entries(shape: MapShape, value: Mapping[str, Any]) -> Iterable[str]:
         yield _element(key_name, shape.key, key) + _element(value_name, shape.value, item)
 
 
-def _written(shape: Shape, value: Any) -> str:
+def _format_scalar(shape: Shape, value: Any) -> str:
     if isinstance(shape, StructureShape):
         return _members(shape, value)
     match shape.type_name:

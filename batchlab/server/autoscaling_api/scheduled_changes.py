@@ -60,7 +60,7 @@ def describe_policies(call: Call) -> Answer:
     policies = call.engine.describe_policies(
         call.parameters.get("AutoScalingGroupName"), **call.optional("PolicyNames", "PolicyTypes")
     )
-    return call.paged("ScalingPolicies", policies, lambda policy: policy.policy_arn)
+    return call.to_page("ScalingPolicies", policies, lambda policy: policy.policy_arn)
 
 
 # --- Scheduled actions ----------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def put_many_scheduled(call: Call) -> Answer:
         try:
             _schedule(call, parameters)
         except EngineFault as fault:
-            failed.append(_failed(parameters["ScheduledActionName"], fault))
+            failed.append(_failure(parameters["ScheduledActionName"], fault))
     return {"FailedScheduledUpdateGroupActions": failed}
 
 
@@ -103,11 +103,11 @@ def delete_many_scheduled(call: Call) -> Answer:
         try:
             call.engine.delete_scheduled_action(call.group, name)
         except EngineFault as fault:
-            failed.append(_failed(name, fault))
+            failed.append(_failure(name, fault))
     return {"FailedScheduledActions": failed}
 
 
-def _failed(name: str, fault: EngineFault) -> dict[str, str]:
+def _failure(name: str, fault: EngineFault) -> dict[str, str]:
     return {"ScheduledActionName": name, "ErrorCode": fault.code, "ErrorMessage": fault.message}
 
 
@@ -116,7 +116,7 @@ def describe_scheduled(call: Call) -> Answer:
     actions = call.engine.describe_scheduled_actions(
         call.parameters.get("AutoScalingGroupName"), **call.optional("ScheduledActionNames"), **times
     )
-    return call.paged("ScheduledUpdateGroupActions", actions, lambda action: action.scheduled_action_arn)
+    return call.to_page("ScheduledUpdateGroupActions", actions, lambda action: action.scheduled_action_arn)
 
 
 # --- Instance refresh -----------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def start_refresh(call: Call) -> Answer:
 
 def describe_refreshes(call: Call) -> Answer:
     refreshes = call.engine.describe_instance_refreshes(call.group, call.parameters.get("InstanceRefreshIds", ()))
-    return call.paged("InstanceRefreshes", refreshes, lambda refresh: refresh.instance_refresh_id)
+    return call.to_page("InstanceRefreshes", refreshes, lambda refresh: refresh.instance_refresh_id)
 
 
 # --- Warm pool ------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def put_warm_pool(call: Call) -> Answer:
 
 def describe_warm_pool(call: Call) -> Answer:
     pool, instances = call.engine.describe_warm_pool(call.group)
-    answer = call.paged("Instances", instances, lambda instance: instance.instance_id, most=MAX_WARM)
+    answer = call.to_page("Instances", instances, lambda instance: instance.instance_id, most=MAX_WARM)
     return {**answer, **call.answer("WarmPoolConfiguration", pool)} if pool else answer
 
 

@@ -104,9 +104,9 @@ class AccessCheck:
             if not is_authorized:
                 receive = _without_body(receive)
             elif path != _FILES:
-                receive = _limited(receive)
+                receive = _limit_body(receive)
         if signed:
-            await self._call_signed(scope, _hashed(receive, signed), send)
+            await self._call_signed(scope, _hash_body(receive, signed), send)
         else:
             await self._app(scope, receive, send)
 
@@ -253,7 +253,7 @@ def _target(scope: Scope) -> str:
     return f"{path}?{query}" if query else path
 
 
-def _hashed(receive: Receive, signed: Signed) -> Receive:
+def _hash_body(receive: Receive, signed: Signed) -> Receive:
     """Return a `receive` function that checks the signed SHA-256 of the request body.
 
     At the end of a body whose SHA-256 differs from the signed SHA-256, the returned function raises HTTPException.
@@ -271,7 +271,7 @@ def _hashed(receive: Receive, signed: Signed) -> Receive:
     return hashed
 
 
-def _limited(receive: Receive) -> Receive:
+def _limit_body(receive: Receive) -> Receive:
     read_bytes = 0
 
     async def counted() -> Message:

@@ -189,7 +189,7 @@ for _code in (400, 401, 404, 409, 413, 503):
     _PROBLEMS[_code] = {"content": {"application/json": _PROBLEM}}
 
 
-def guarded() -> APIRouter:
+def guarded_router() -> APIRouter:
     """Return a new router whose endpoints require the bearer token."""
     return APIRouter(prefix="/v1", dependencies=[Depends(require_token)], responses=_PROBLEMS)
 

@@ -18,9 +18,18 @@ from batchlab.core.ports import BundleRecord, JobRecord
 from batchlab.manager.manager import Manager
 from batchlab.manager.retry_rounds import RetriedTasks, TaskSelection
 from batchlab.server import job_views
-from batchlab.server.http.common import OTHERS, Groups, Leader, Limit, ServerState, StateDep, guarded, outcomes_of
+from batchlab.server.http.common import (
+    OTHERS,
+    Groups,
+    Leader,
+    Limit,
+    ServerState,
+    StateDep,
+    guarded_router,
+    outcomes_of,
+)
 
-router = guarded()
+router = guarded_router()
 
 MAX_OUTCOMES_READ = 500
 MAX_CACHED_JOBS = 8

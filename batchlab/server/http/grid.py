@@ -22,10 +22,10 @@ from batchlab.manager import fleet_commands
 from batchlab.manager.manager import Manager
 from batchlab.server import job_views
 from batchlab.server.http.authentication import CODE_S, PAGE, page_session_name
-from batchlab.server.http.common import Leader, Limit, NotifierDep, SpendingDep, StateDep, guarded
+from batchlab.server.http.common import Leader, Limit, NotifierDep, SpendingDep, StateDep, guarded_router
 
 public = APIRouter(prefix="/v1")
-router = guarded()
+router = guarded_router()
 
 
 @public.get("/health")

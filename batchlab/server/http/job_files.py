@@ -29,7 +29,7 @@ from batchlab.core.errors import JobFileError, UsageError
 from batchlab.core.task_context import name_problem
 from batchlab.core.text import first_of, size
 from batchlab.manager.manager import Manager
-from batchlab.server.http.common import Leader, guarded
+from batchlab.server.http.common import Leader, guarded_router
 from batchlab.server.http.jobs import accept, current_view
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class _File:
             self._open = None
 
 
-router = guarded()
+router = guarded_router()
 
 MAX_BYTES = 1024**3
 """Limit of one upload in bytes. `batchlab job submit` stores larger data directly in the bucket."""

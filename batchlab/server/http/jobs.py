@@ -27,7 +27,7 @@ from batchlab.core.protocol.field_checks import shallow
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import LiveJob
 from batchlab.server import job_facts, job_views
-from batchlab.server.http.common import MAX_LISTED, Leader, Limit, StateDep, Wait, guarded, without_version
+from batchlab.server.http.common import MAX_LISTED, Leader, Limit, StateDep, Wait, guarded_router, without_version
 from batchlab.server.http.failures import chosen_tasks
 from batchlab.server.http.history import eta_of
 from batchlab.server.wait_reasons import why
@@ -100,13 +100,13 @@ async def outcomes_page(
             await wait_for_change(live, live.version, end_s - loop.time())
 
 
-submission_router = guarded()
+submission_router = guarded_router()
 """Router of the endpoint that accepts jobs.
 
 The application tries the submission router before all other routers, because the latency of short jobs depends on the
 submission.
 """
-router = guarded()
+router = guarded_router()
 
 NDJSON = "application/x-ndjson"
 

@@ -13,10 +13,10 @@ from batchlab.core import api_types
 from batchlab.core.errors import NotFound
 from batchlab.core.model import JobId, Outcome, StageName
 from batchlab.core.ports import BundleRecord
-from batchlab.jobs.attempts import Attempt, attempt_in, printed
+from batchlab.jobs.attempts import Attempt, attempt_in, printed_output
 from batchlab.manager.manager import Manager
 from batchlab.server import job_views
-from batchlab.server.http.common import MAX_LISTED, NOT_STORED, Leader, Limit, Wait, guarded, outcomes_of
+from batchlab.server.http.common import MAX_LISTED, NOT_STORED, Leader, Limit, Wait, guarded_router, outcomes_of
 from batchlab.server.http.jobs import outcomes_page
 
 MAX_BYTES = 32 * 1024**2
@@ -24,7 +24,7 @@ LEFT_OUT = "(This log is omitted, because an answer contains up to 32 MiB. Reque
 PAGE_BUNDLES = 50
 """Number of outcomes whose logs are in one answer to a client that follows a job."""
 
-router = guarded()
+router = guarded_router()
 
 
 @dataclass(slots=True)
@@ -156,7 +156,7 @@ async def _logs_of(
     omitted_views = [job_views.log_view(attempt, LEFT_OUT.encode()) for attempt in omitted]
     ports = manager.ports
     try:
-        texts = await printed(ports.objects, outcome, [attempt.task for attempt in fitting], ports.patience)
+        texts = await printed_output(ports.objects, outcome, [attempt.task for attempt in fitting], ports.patience)
     except NotFound:
         return [job_views.log_view(attempt, NOT_STORED.encode(), False) for attempt in fitting] + omitted_views
     return [job_views.log_view(attempt, texts[attempt.task]) for attempt in fitting] + omitted_views

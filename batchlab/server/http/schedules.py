@@ -15,9 +15,9 @@ from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.schedules import Definition, Missed, Overlap, Schedule, When
 from batchlab.manager.schedule_commands import ScheduleCommands
-from batchlab.server.http.common import Leader, SchedulesDep, guarded, without_version
+from batchlab.server.http.common import Leader, SchedulesDep, guarded_router, without_version
 
-router = guarded()
+router = guarded_router()
 
 MAX_TIME_S = 253_000_000_000
 """Latest allowed time of a schedule in epoch seconds. The time is in the year 9987, because Python's calendar ends in

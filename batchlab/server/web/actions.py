@@ -22,9 +22,18 @@ from batchlab.server.http import grid, jobs, schedules
 from batchlab.server.http.common import Leader, SchedulesDep, SpendingDep, StateDep
 from batchlab.server.http.job_files import MAX_BYTES, MAX_FILES, submit_form
 from batchlab.server.web import text
-from batchlab.server.web.rendering import PageDep, field_of, form_of, guarded, is_confirmed, live, redirect, render
+from batchlab.server.web.rendering import (
+    PageDep,
+    field_of,
+    form_of,
+    guarded_router,
+    is_confirmed,
+    live,
+    redirect,
+    render,
+)
 
-router = guarded()
+router = guarded_router()
 
 MAX_INSTANCES = 100_000
 
@@ -234,7 +243,7 @@ SHOWN_DUE_TIMES = 5
 async def schedules_page(request: Request, manager: Leader) -> Response:
     """Show all schedules, each with its last run."""
     view = await schedules.list_schedules(manager.scheduler) if manager.scheduler is not None else None
-    return live(request, "schedules", here="schedules", found=view, shown=_shown)
+    return live(request, "schedules", here="schedules", found=view, shown=_format_form_value)
 
 
 @router.get("/schedules/{name}")
@@ -248,14 +257,14 @@ async def schedule_page(request: Request, manager: Leader, scheduler: SchedulesD
         here="schedules",
         schedule=view,
         coming=coming["times"],
-        shown=_shown,
+        shown=_format_form_value,
         ask_token=secrets.token_urlsafe(16),
     )
 
 
-def _shown(view: api_usage_types.ScheduleView, at_s: float) -> str:
+def _format_form_value(view: api_usage_types.ScheduleView, at_s: float) -> str:
     """Return a time in the time zone of the schedule, in the format of the command line."""
-    return due_times.shown(at_s, due_times.zone_of(view["timezone"]))
+    return due_times.text_of_time(at_s, due_times.zone_of(view["timezone"]))
 
 
 @router.post("/schedules/{name}/pause")

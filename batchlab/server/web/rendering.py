@@ -212,7 +212,7 @@ async def _check_form_token(request: Request, served: StateDep) -> None:
         raise Refused("The form belongs to another session.", remedy="Open the page again.")
 
 
-def guarded() -> APIRouter:
+def guarded_router() -> APIRouter:
     """Return a router that checks the form token of each request that changes data."""
     return APIRouter(dependencies=[Depends(_check_form_token)])
 

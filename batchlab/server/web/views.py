@@ -18,10 +18,10 @@ from batchlab.server.http import failures, grid, jobs, tasks
 from batchlab.server.http.authentication import PAGE, SESSION_S
 from batchlab.server.http.common import Leader, StateDep
 from batchlab.server.web import text
-from batchlab.server.web.rendering import PageDep, PageState, field_of, form_of, guarded, live, redirect, render
+from batchlab.server.web.rendering import PageDep, PageState, field_of, form_of, guarded_router, live, redirect, render
 from batchlab.server.web.security import SESSION, below
 
-router = guarded()
+router = guarded_router()
 
 JOBS_PER_PAGE = 25
 SHOWN_GROUPS = 3
@@ -109,13 +109,15 @@ async def _costs(manager: Manager, spending: Spending, prices: PriceBook) -> dic
             {"kind": kind, "seconds": seconds, "usd": text.amount(spent_usd(Account({kind: seconds}), types, prices))}
             for kind, seconds in sorted(total.billed_s.items(), key=str)
         ],
-        "jobs": [{"job": view, "spent": await _spent(manager, spending, prices, view)} for view in recent],
+        "jobs": [{"job": view, "spent": await _spent_texts(manager, spending, prices, view)} for view in recent],
         "region": prices.region,
         "as_of": prices.blocks["on_demand"].date.isoformat(),
     }
 
 
-async def _spent(manager: Manager, spending: Spending, prices: PriceBook, job: api_types.JobView) -> tuple[str, str]:
+async def _spent_texts(
+    manager: Manager, spending: Spending, prices: PriceBook, job: api_types.JobView
+) -> tuple[str, str]:
     return _amount(await grid.job_use(spending, manager, JobId(job["id"])), prices)
 
 
@@ -231,7 +233,7 @@ async def history(manager: Leader, served: StateDep) -> Response:
 
 login_router = APIRouter()
 """Routes that do not check a form token, because a visitor gets a session only by signing in."""
-session_router = guarded()
+session_router = guarded_router()
 
 MAX_SECRET_CHARS = 200
 

@@ -159,7 +159,7 @@ def seal_that_believes_itself(plant: Plant) -> None:
         await self._ledger_writer.refresh(live)
         now_s = self._ports.clock.now_s()
         for one in live.all_outstanding():
-            draft = settlement.sealed(one.bundle, execution="seal", worker="manager", now_s=now_s)
+            draft = settlement.seal(one.bundle, execution="seal", worker="manager", now_s=now_s)
             key = await self._ports.keys.key_of(live.job)
             await commit(self._ports.objects, draft, self._ports.patience, key)
             await self._ledger_writer.fold([settlement.completion(draft)])

@@ -39,7 +39,7 @@ def use(monkeypatch: pytest.MonkeyPatch, url: str, source: Path = SMALL) -> str:
     monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
-    monkeypatch.setattr(template, "shipped", lambda: source)
+    monkeypatch.setattr(template, "shipped_template", lambda: source)
     return account
 
 

@@ -280,7 +280,7 @@ def history(rng: Random, tasks: int) -> tuple[list[Cut], list[Completion]]:
 def _execution(rng: Random, of: Bundle) -> Outcome:
     started_s = 1_700_000_000.0 + rng.randint(0, 10_000) / 7
     if rng.random() < 0.1:
-        return settlement.sealed(of, execution="e", worker="manager-0", now_s=started_s)
+        return settlement.seal(of, execution="e", worker="manager-0", now_s=started_s)
     until = rng.randint(1, len(of.tasks))
     ran = [
         Ran(

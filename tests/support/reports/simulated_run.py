@@ -40,7 +40,7 @@ async def written(objects: Objects, patience: Patience, job: JobId, folder: Path
 @contextmanager
 def answers(*folders: Path) -> Iterator[Any]:
     """Yield a function that returns the rows of a query as dicts."""
-    with store.opened(folders) as connection:
+    with store.open_store(folders) as connection:
         yield lambda sql: rows(connection, sql)
 
 

@@ -146,7 +146,7 @@ def test_deletion_of_data_needs_an_option(
     """The bucket of this template is deleted with the stack."""
     careless = tmp_path / "stack.yaml"
     careless.write_text(SMALL.read_text().replace("RetainExceptOnCreate", "Delete"))
-    monkeypatch.setattr(template, "shipped", lambda: careless)
+    monkeypatch.setattr(template, "shipped_template", lambda: careless)
     deploy("apply", "--yes", "--release", release(tmp_path))
     bucket = filled(home, 1)
     code, _, err = deploy("destroy", "--yes")
@@ -169,7 +169,7 @@ def test_a_database_that_leaves_no_snapshot_is_data(
     source["Resources"]["Database"]["DeletionPolicy"] = policy
     file = tmp_path / "stack.json"
     file.write_text(json.dumps(source))
-    monkeypatch.setattr(template, "shipped", lambda: file)
+    monkeypatch.setattr(template, "shipped_template", lambda: file)
     code, _, err = deploy("apply", "--yes", "--release", release(tmp_path), "--ledger", "postgres")
     assert code == 0, err
     (database,) = client("rds").describe_db_instances()["DBInstances"]
