@@ -226,7 +226,7 @@ def _decode(stage: str, task: int, encoded: Json | Failure | TaskFailed, *, pick
 
 
 def _file(reference: Json) -> File:
-    return File.fetch(reference["$file"], reference["name"], reference["origin"])
+    return File.fetched(reference["$file"], reference["name"], reference["origin"])
 
 
 T = TypeVar("T")

@@ -77,7 +77,7 @@ class RetryRule:
         except OverflowError:
             return self.max_backoff_s if self.backoff_s else 0.0
 
-    def divide(self, factor: float) -> RetryRule:
+    def divided(self, factor: float) -> RetryRule:
         """Return a copy of the rule with all backoffs divided by `factor`."""
         return replace(self, backoff_s=self.backoff_s / factor, max_backoff_s=self.max_backoff_s / factor)
 

@@ -45,7 +45,7 @@ class File:
         self._origin: tuple[Any, tuple[int, int]] | None = None
 
     @classmethod
-    def fetch(cls, path: str, name: str, origin: Any) -> File:
+    def fetched(cls, path: str, name: str, origin: Any) -> File:
         """Return a File for the local copy at `path` of the object that the encoded reference `origin` names."""
         file = cls(path, name)
         file._origin = (origin, file._stamp())
@@ -125,7 +125,7 @@ class Context:
     @property
     def scratch(self) -> Path:
         """Private folder for temporary files of the task. The folder is removed after the task."""
-        return self.make("scratch")
+        return self.made("scratch")
 
     def save(self, content: str | os.PathLike[str] | bytes, name: str) -> File:
         """Save a large output of the task under a safe relative name. `content` is bytes or the path of a file.
@@ -137,7 +137,7 @@ class Context:
             raise ValueError(f"cannot save {name!r}: the name {problem}")
         if name in self.saved:
             raise ValueError(f"cannot save {name!r}: this task has saved that name before")
-        target = self.make("out") / name
+        target = self.made("out") / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes | bytearray | memoryview):
             target.write_bytes(content)
@@ -146,7 +146,7 @@ class Context:
         file = self.saved[name] = File(target, name)
         return file
 
-    def make(self, name: str) -> Path:
+    def made(self, name: str) -> Path:
         """Create the subfolder `name` of the task's folder unless it exists, and return the path of the subfolder."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)

@@ -406,8 +406,8 @@ def _resampled_changes(a: Sequence[Sample], b: Sequence[Sample], rng: random.Ran
 
 
 def _resampled_difference(side: Sequence[Sample], rng: random.Random) -> float:
-    # A comparison calls `_resampled_difference` about 100,000 times. Functions of `random` and `statistics` would take five times
-    # as long.
+    # A comparison calls `_resampled_difference` about 100,000 times. Functions of `random` and `statistics` would
+    # take five times as long.
     draw, n = rng.random, len(side)
     values = []
     for i in range(n):

@@ -36,7 +36,7 @@ def run(
     """
     call = prepare(template, stdout, code, item, ctx)
     _execute(call)
-    written = {name: _output(ctx.make("out"), name) for name in call.outputs}
+    written = {name: _output(ctx.made("out"), name) for name in call.outputs}
     if len(written) == 1:
         return next(iter(written.values()))
     return written or None
@@ -62,7 +62,7 @@ def prepare(template: Sequence[str], stdout: str | None, code: str, item: Any, c
     names = placeholders.outputs(template)
     if stdout is not None and stdout not in names:
         names.append(stdout)
-    out = ctx.make("out")
+    out = ctx.made("out")
     for name in names:
         (out / name if name.endswith("/") else (out / name).parent).mkdir(parents=True, exist_ok=True)
     arguments = _arguments(template, code, item, ctx)
@@ -82,7 +82,7 @@ def _arguments(template: Sequence[str], code: str, item: Any, ctx: Context) -> l
         items = _flat(item if isinstance(item, list) else [item])
         inputs = [_path(part, f"{number}.json", ctx) for number, part in enumerate(items, start=1)]
     if "inputs_list" in used:
-        listing = ctx.make("in") / "inputs.txt"
+        listing = ctx.made("in") / "inputs.txt"
         listing.write_text("".join(f"{path}\n" for path in inputs))
         values["inputs_list"] = str(listing)
     for name in used:
@@ -109,7 +109,7 @@ def _path(item: Any, name: str, ctx: Context) -> str:
     """Return the path of an item. A JSON value is first written to a file, with Files replaced by paths."""
     if isinstance(item, File):
         return str(item.path)
-    path = ctx.make("in") / name
+    path = ctx.made("in") / name
     path.write_text(json.dumps(item, default=_as_path))
     return str(path)
 

@@ -165,7 +165,7 @@ def local_ref(path: str, name: str, origin: Json) -> Json:
 
 
 def _open(reference: Json) -> File:
-    return File.fetch(reference["$file"], reference["name"], reference["origin"])
+    return File.fetched(reference["$file"], reference["name"], reference["origin"])
 
 
 class Outputs:
@@ -197,7 +197,7 @@ class Outputs:
 
     def value(self, text: str) -> str:
         """Add an encoded value as an object, and return the text of the object's reference."""
-        path = self._ctx.make("value") / "value.json"
+        path = self._ctx.made("value") / "value.json"
         path.write_text(text)
         key = f"{self._prefix}.value.json"
         self.uploads.append((str(path), key))
@@ -222,7 +222,7 @@ class Outputs:
         """Return a path in the task's folder for the file, so that no other task can change the file."""
         if path.resolve().is_relative_to(self._ctx.folder.resolve()):
             return path
-        target = self._ctx.make("kept") / name
+        target = self._ctx.made("kept") / name
         target.parent.mkdir(parents=True, exist_ok=True)
         self._ctx.take(path, target)
         return target

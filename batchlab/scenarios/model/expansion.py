@@ -121,7 +121,7 @@ def compress_scenario(scenario: Scenario, factor: float) -> Scenario:
         return replace(value, **{name: _divide(getattr(value, name), factor) for name in names})
 
     def compress_stage(stage: StageTemplate) -> StageTemplate:
-        return replace(stage, task_s=stage.task_s.multiply(1 / factor), retry=stage.retry.divide(factor))
+        return replace(stage, task_s=stage.task_s.multiply(1 / factor), retry=stage.retry.divided(factor))
 
     def compress_job(template: JobTemplate) -> JobTemplate:
         return replace(divided(template, "deadline_s"), stages=tuple(map(compress_stage, template.stages)))
