@@ -56,7 +56,7 @@ def body_empty(site: Site) -> None:
     otherwise="large bundles cannot be sent",
 )
 def body_256k(site: Site) -> None:
-    """SQS accepts a message of 256 KiB (AWS accepts up to 1 MiB)."""
+    """The endpoint accepts a message of 256 KiB (the SQS of AWS accepts up to 1 MiB)."""
     queue = site.queue()
     queue.send("x" * MAX_MESSAGE_BYTES).expect_accepted()
     expect(len(queue.one().body) == MAX_MESSAGE_BYTES, "the message is received with another body")

@@ -113,7 +113,7 @@ class SimFleet:
 
 
 class _CheckedFleet(ManagedFleet):
-    """Fleet that checks promise I5 after every change and at every scale-in."""
+    """Fleet that checks after every change, and at every scale-in, that no busy instance is terminated (promise I5)."""
 
     def __init__(
         self,

@@ -87,7 +87,9 @@ def draw(seed: int) -> Plan:
 
 
 def with_bystanders(seed: int, plan: Plan) -> Plan:
-    """Return the plan with two more small jobs, whose messages lying workers may not receive."""
+    """Return the plan with two more small jobs. Lying workers (see `sim.lying_worker`) never receive messages of
+    these two jobs.
+    """
     rng = random.Random(f"{seed}/bystanders")  # noqa: S311 - simulation
     first = len(plan.jobs)
     more = [_job(seed, first + number, rng, plan.pools) for number in range(2)]

@@ -189,7 +189,8 @@ class PoisonDetector:
             try:
                 await self._write_marker(inflight, object_keys.WITHDRAWN)
             except BackendError as error:
-                # A start marker that stays counts as one start too many, but a task fails only after LOSS_LIMIT starts.
+                # The start marker stays in the bucket and counts as one start too many. This is harmless, because a
+                # task fails only after LOSS_LIMIT starts.
                 log.warning("the start marker could not be withdrawn: %s", error)
 
     async def runs_elsewhere(self, inflight: InflightMessage) -> bool:

@@ -68,7 +68,7 @@ def _operation(method: str, path: str, one: dict[str, Any]) -> str:
         rows = [(f"`{p['name']}`", p["in"], _form(p["schema"]), text(p.get("description", ""))) for p in parameters]
         lines.append(table(("parameter", "in", "form", "meaning"), rows))
     if body := one.get("requestBody"):
-        lines.append(f"The body is {_content(body['content'])}.\n")
+        lines.append(f"Request body: {_content(body['content'])}.\n")
     for status, answer in sorted(one["responses"].items()):
         if status < "300":
             said = _content(answer.get("content", {}))

@@ -258,6 +258,7 @@ def test_a_byte_order_mark_before_the_first_item_is_passed_over() -> None:
     assert tasks({"a": b"\xef\xbb\xbf1\n2\n"}, SplitBy.ITEMS) == [1, 2]
 
 
+@pytest.mark.slow
 def test_memory_is_a_few_times_the_range_that_is_read_however_short_the_lines() -> None:
     bucket = Bucket({"a": b"1\n" * 400_000})
 

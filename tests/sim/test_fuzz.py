@@ -27,7 +27,7 @@ from batchlab.sim.world import World
 
 FIRST = int(os.environ.get("BATCHLAB_FROM", "0"))
 SEEDS = int(os.environ.get("BATCHLAB_SEEDS", "500"))
-QUICK_SEEDS = 30
+QUICK_SEEDS = 20
 AT_ONCE = 10
 LIES = 20
 ACCOUNTS = 10
@@ -52,7 +52,9 @@ def test_no_promise_is_broken_in_any_weather(first: int) -> None:
                 pytest.fail(f"seed {seed}: {failure.text}\n{command}\n{failure.trace}")
 
 
-@pytest.mark.parametrize("first", range(0, LIES, AT_ONCE))
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(AT_ONCE, LIES, AT_ONCE))]
+)
 def test_no_promise_is_broken_by_lying_workers(first: int) -> None:
     """Promise I8 holds, and I1 to I7 hold for each job without a message at a lying worker."""
     for seed in range(first, first + AT_ONCE):
@@ -110,6 +112,7 @@ def test_a_world_is_the_same_on_the_ledger_in_memory(seed: int) -> None:
 # --- The report of a seed ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_sums_do_not_depend_on_the_number_of_processes() -> None:
     sums = []
     for processes in (1, 2):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 
+import pytest
+
 from batchlab.core.model import JobId
 from batchlab.sim import fuzz, trial
 from batchlab.sim.faults import FaultKind
@@ -37,6 +39,7 @@ def test_a_job_is_touched_only_by_a_liar_that_received_its_messages() -> None:
     assert scenes.in_world(act, script=scenes.takes(1.0)) == {JobId("job")}
 
 
+@pytest.mark.slow
 def test_lying_workers_are_drawn_and_try_calls_outside_their_rights() -> None:
     """A seed without a lie or without a forbidden call proves nothing."""
     log: list[str] = []

@@ -255,7 +255,7 @@ def _shipped_path() -> Path:
 
 
 def read(path: Path) -> PriceBook:
-    """Return the price book in a file. Raise UsageError if the price book is not valid."""
+    """Return the price book that the file `path` contains. Raise UsageError if the price book is not valid."""
     return from_doc(installation.read_toml(path), path)
 
 

@@ -221,7 +221,7 @@ class Events:
     counters: tuple[CounterReport, ...] = ()
     """Counters of workers, sent together with heartbeats."""
     traces: Traces = ()
-    """Trace contexts of those outcomes in the message whose job is traced."""
+    """Trace context of each outcome in the message that belongs to a traced job."""
 
 
 def events_message(e: Events) -> str:

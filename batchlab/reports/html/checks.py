@@ -17,8 +17,8 @@ from batchlab.reports.html.metrics import LONG_ON_SPOT_S, TINY_S, RunFigures, St
 from batchlab.reports.html.source import share, visible
 
 MIN_PROBLEM_S = 5.0
-"""Minimum time in seconds of a problem. A shorter time is not a problem, even if the time is a large share of a short
-run.
+"""Minimum duration in seconds of a problem that the report shows. A problem that lasts less than MIN_PROBLEM_S is not
+shown, even in a short run.
 """
 MAX_TINY_SHARE = 0.5
 MAX_OVERHEAD_SHARE = 0.2

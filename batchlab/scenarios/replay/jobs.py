@@ -203,7 +203,7 @@ def _task_entries(seed: int, due: Job, stage: StageTemplate, count: int) -> list
 
 
 def declared_s(seed: int, due: Job, stage: str, tasks: TaskSet) -> dict[int, float]:
-    """Return the declared time of each task, or an empty mapping for an unknown stage."""
+    """Return the declared duration in seconds of each task, or an empty mapping for an unknown stage."""
     for template in due.template.stages:
         if template.name == stage:
             return dict(zip(tasks, expansion.task_times_s(seed, due, template, tasks), strict=True))
