@@ -126,7 +126,7 @@ def replayed(only: str) -> str:
         "import json, sys; from batchlab.sim import fuzz; from tests.sim import test_shrink as t\n"
         "with t.planted(), fuzz.silence():\n"
         "    failure = fuzz.replay(t.SEED, t.WEATHER, fuzz.read(sys.argv[1])).failure\n"
-        "print(json.dumps(failure and [failure.text, fuzz.written(failure.faults)]))"
+        "print(json.dumps(failure and [failure.text, fuzz.write(failure.faults)]))"
     )
     answer = subprocess.run(
         [sys.executable, "-c", program, only], cwd=ROOT, capture_output=True, check=True, text=True, timeout=120

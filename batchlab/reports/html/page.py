@@ -256,7 +256,7 @@ _HERE = Path(__file__).parent
 
 
 class Page:
-    """Data of the page's template for a job in an opened store (`batchlab.reports.queries.store.opened`).
+    """Data of the page's template for a job in an opened store (`batchlab.reports.queries.store.open_store`).
 
     The function `samples` returns the traceback and log of a failed attempt. `version` is the version of batchlab. The
     constructor raises UsageError if the store does not contain the job.

@@ -86,7 +86,7 @@ def only_job(connection: DuckDBPyConnection) -> str:
 
 
 class Run:
-    """One job of an opened store (`batchlab.reports.queries.store.opened`).
+    """One job of an opened store (`batchlab.reports.queries.store.open_store`).
 
     The constructor raises UsageError if the store does not have the job.
     """

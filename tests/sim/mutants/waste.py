@@ -47,7 +47,7 @@ def results_gathered_as_they_come(plant: Plant) -> None:
         found = await original(ports, job, counts)
         return sorted(found, key=lambda r: r.completion.ended_s if r.completion else 0.0)
 
-    @plant.method(Inputs, "_gathered")
+    @plant.method(Inputs, "_gather")
     async def _gathered(self: Inputs, job: JobDef, item: dict[str, Any], key: CommitKey) -> Json:
         lists: dict[str, list[Json]] = {}
         for stage, bundles in item["$gather"].items():

@@ -108,7 +108,7 @@ import sys
 from pathlib import Path
 from batchlab.deploy import template
 path = Path(sys.argv.pop(1))
-template.shipped = lambda: path
+template.shipped_template = lambda: path
 from batchlab.cli import main
 main()
 """
