@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
+from heapq import heappop, heappush
 
 from batchlab.core import logs
 from batchlab.core.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable, UsageError
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 SET_BACK_S = 60.0
 """Maximum delay of a scheduled job after the wall clock was set back."""
+MAX_SEARCH_FACTOR = 10
+"""Maximum interval between searches for active jobs, as a multiple of `silence_s`."""
 
 
 class DelayedJobs:
@@ -40,29 +43,51 @@ class DelayedJobs:
 
     def __init__(self, ports: Ports) -> None:
         self._ports = ports
-        self._due_s: dict[JobId, float] = {}
-        """Start time of each job on the monotonic clock, computed when the manager first found the job in state
-        SCHEDULED."""
+        self._waiting: dict[JobId, tuple[int, float]] = {}
+        """Number of the entry and start time (seconds since the epoch) of each job that waits."""
+        self._by_time: list[tuple[float, int, JobId]] = []
+        """Heap of the jobs by start time. Entries of jobs that no longer wait stay until they reach the top."""
+        self._by_wait: list[tuple[float, int, JobId]] = []
+        """Heap of the jobs by the monotonic time at which a job starts even if the wall clock was set back. Entries of
+        jobs that no longer wait stay until they reach the top."""
+        self._count = 0
 
     def add(self, job: JobDef) -> None:
-        self._due_s.setdefault(job.id, self._starts_s(job))
+        start_s = job.start_at_s or 0.0
+        if job.id in self._waiting and self._waiting[job.id][1] == start_s:
+            return
+        self._count += 1
+        self._waiting[job.id] = self._count, start_s
+        clock = self._ports.clock
+        heappush(self._by_time, (start_s, self._count, job.id))
+        latest_s = clock.monotonic_s() + start_s - clock.now_s() + SET_BACK_S
+        heappush(self._by_wait, (latest_s, self._count, job.id))
 
     def forget(self, job: JobId) -> None:
-        self._due_s.pop(job, None)
+        self._waiting.pop(job, None)
+
+    def retain(self, lives: Mapping[JobId, LiveJob]) -> None:
+        """Forget the jobs that are not live."""
+        for job in self._waiting.keys() - lives.keys():
+            del self._waiting[job]
 
     async def start_due(self, lives: Mapping[JobId, LiveJob]) -> None:
-        now_s = self._ports.clock.monotonic_s()
-        for live in list(lives.values()):
-            if live.record.state is JobState.SCHEDULED:
-                late_s = now_s - self._due_s.get(live.id, now_s)
-                if late_s > SET_BACK_S or self._starts_s(live.job) <= now_s:
-                    await set_job_state(self._ports, live, JobState.SUBMITTED)
-                    live.wake.set()
-
-    def _starts_s(self, job: JobDef) -> float:
-        """Return the job's start time on the monotonic clock, computed from the current wall clock."""
         clock = self._ports.clock
-        return clock.monotonic_s() + (job.start_at_s or 0.0) - clock.now_s()
+        for heap, now_s in ((self._by_time, clock.now_s()), (self._by_wait, clock.monotonic_s())):
+            while heap and heap[0][0] <= now_s:
+                entry = heappop(heap)
+                _, number, job = entry
+                if self._waiting.get(job, (0, 0.0))[0] != number:
+                    continue
+                live = lives.get(job)
+                if live is not None and live.record.state is JobState.SCHEDULED:
+                    try:
+                        await set_job_state(self._ports, live, JobState.SUBMITTED)
+                    except BackendError:
+                        heappush(heap, entry)
+                        raise
+                    live.wake.set()
+                self.forget(job)
 
 
 class Adoption(Part):
@@ -75,14 +100,19 @@ class Adoption(Part):
         self.delayed_jobs = DelayedJobs(context.ports)
         self.group: asyncio.TaskGroup | None = None
         """Task group with the asyncio tasks of the adopted jobs, or None while this manager does not lead."""
-        self.searched_s = 0.0
+        self._searched_s = 0.0
         """Monotonic time of the last search of the ledger for jobs without an asyncio task."""
+        self._listing_s = 0.0
+        """Duration of the last listing of active jobs, without the adoption of jobs."""
 
     async def adopt_active(self) -> None:
-        self.searched_s = self._clock.monotonic_s()
+        """Search the ledger for active jobs without an asyncio task, and adopt them."""
+        begun_s = self._searched_s = self._clock.monotonic_s()
+        adopting_s = 0.0
         async for record in list_jobs(self._ports, active=True):
             if record.job.id in self._lives:
                 continue
+            adopting_s -= self._clock.monotonic_s()
             rows = await self._ledger.rows(record.job.id)
             try:
                 await self.adopt(ChangeResult(rows, is_new=False))
@@ -91,6 +121,17 @@ class Adoption(Part):
                 # the job again.
                 key = object_keys.committed(record.job.id)
                 self._quarantine.object(key, error, record.job.id, "object")
+            adopting_s += self._clock.monotonic_s()
+        self._listing_s = self._clock.monotonic_s() - begun_s - adopting_s
+        self.delayed_jobs.retain(self._lives)
+
+    @property
+    def is_search_due(self) -> bool:
+        """Return whether the next search is due. The interval is longer for long lists of active jobs, so that their
+        listing takes about 1% of the time."""
+        silence_s = self._settings.silence_s
+        interval_s = min(max(silence_s, 100 * self._listing_s), MAX_SEARCH_FACTOR * silence_s)
+        return self._clock.monotonic_s() - self._searched_s >= interval_s
 
     async def adopt(self, result: ChangeResult, *, concurrent: bool = False) -> LiveJob:
         """Adopt a new job, a reopened job, or a job of an earlier leader. With `concurrent`, other asyncio tasks may
@@ -110,8 +151,6 @@ class Adoption(Part):
                 # was folded in between. A bundle that is folded between the reads of bundles and rows stays outstanding
                 # until the reconciler finds its outcome.
                 rows = await ledger.rows(job.id)
-        if rows.job.state is JobState.SCHEDULED:
-            self.delayed_jobs.add(job)
         # The job's version starts at the clock's time, so that clients of the previous manager accept the updates of
         # this manager.
         live = LiveJob(
@@ -140,6 +179,8 @@ class Adoption(Part):
         if live_job and not live_job.ended.is_set() and live_job.round >= live.round:
             return live_job
         self._lives[job.id] = live
+        if live.record.state is JobState.SCHEDULED:
+            self.delayed_jobs.add(job)
         if self._spending:
             self._spending.update_budgets()
         if self.group is not None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 from batchlab.core import due_times
 from batchlab.core.job_definition import JobDef, SplitBy
-from batchlab.core.model import Control, GroupView, Instance, JobState, LifecycleState
+from batchlab.core.model import GroupView, Instance, LifecycleState
 from batchlab.core.port_retries import doubled_s
 from batchlab.core.ports import Clock
 from batchlab.core.schedules import ON_TIME_S, RunState, Schedule
@@ -181,23 +181,7 @@ class Autoscaler(Part):
 
     def backlog(self, pool: str) -> Backlog:
         """Return the remaining work in a pool of all running jobs."""
-        seconds, tasks = 0.0, 0
-        now_s = self._clock.monotonic_s()
-        for live in self._lives.values():
-            if live.record.control is not Control.RUN or live.record.state is JobState.SCHEDULED:
-                continue
-            for stage in live.job.stages:
-                counts = live.stages[stage.name].counts
-                if stage.pool != pool or counts.planned is None:
-                    continue
-                remaining = max(0, counts.planned - counts.terminal)
-                if live.is_held or (live.budget and counts.mean_s is None):
-                    # For a job at its cost cap, the backlog includes only the outstanding bundles. For a job with a
-                    # cost cap and an unknown task duration, the backlog is limited in the same way.
-                    remaining = min(remaining, live.cut_tasks(stage.name))
-                seconds += remaining * live.task_s(stage, now_s)
-                tasks += remaining * stage.slots
-        return Backlog(seconds, tasks)
+        return self._lives.backlog(pool, self._clock.monotonic_s())
 
     async def scale(self, view: GroupView) -> None:
         pool = view.pool.name

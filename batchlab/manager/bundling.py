@@ -7,15 +7,15 @@ cut.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import Bundle, Control, JobState, Json, StageCounts, TaskSet
+from batchlab.core.model import Bundle, JobState, Json, StageCounts, TaskSet
 from batchlab.core.ports import Cut, JobRecord, StageRecord
 from batchlab.core.pricing.usage import Budget
 from batchlab.core.protocol import commit_keys, settlement
 from batchlab.manager.context import Part
-from batchlab.manager.state import LiveJob, outstanding_in_pool
+from batchlab.manager.state import LiveJob
 
 
 class Bundler(Part):
@@ -35,7 +35,7 @@ class Bundler(Part):
     def wave(self, live: LiveJob, stage: StageDef, uncut: TaskSet, round_: int) -> tuple[tuple[Bundle, ...], TaskSet]:
         """Return the bundles of the next cut, and the tasks that remain after the cut."""
         if not uncut:
-            return (), uncut  # the early return avoids the loop of `_room` over all other jobs
+            return (), uncut
         pace_s = live.pace_s(stage.name)
         sizes = settlement.wave(
             len(uncut),
@@ -59,42 +59,22 @@ class Bundler(Part):
         if live.is_held:
             return 0
         pool = stage.pool
-        slots, outstanding = self._context.slots.get(pool, 1), outstanding_in_pool({live.id: live}, pool)
-        window = self._settings.window * slots + 1
-
-        def worth(room: int) -> int:
-            # A cut has at least one bundle for every slot, because a cut costs the same for any number of bundles. A
-            # cut with fewer bundles than slots is worth its cost if no bundle waits behind the running bundles.
-            return room if room >= slots or outstanding <= slots else 0
-
-        # The loop over other jobs stops as soon as no room is left, because each further job only reduces the room.
-        room, peers = window - outstanding, 1
-        if worth(room) <= 0:
+        slots, outstanding = self._context.slots.get(pool, 1), live.outstanding_in(pool)
+        window = self._context.window(pool)
+        work = self._lives.pool(pool)
+        priority = live.job.priority
+        if work.has_higher(priority):
             return 0
-        for rival in self._rivals(live, pool):
-            if rival.job.priority > live.job.priority:
-                return 0
-            peers += 1
-            room = max(1, window // peers) - outstanding
-            if worth(room) <= 0:
-                return 0
+        is_counted = live.id in work.uncut.get(priority, {}).get(outstanding, ())
+        peers = work.peers(priority) + (not is_counted)
         if peers == 1:
-            # Bundles of paused jobs must not fill the window, because workers delete the messages of paused jobs.
-            unpaused = {job: other for job, other in self._lives.items() if other.record.control is not Control.PAUSE}
-            room = min(room, window - outstanding_in_pool(unpaused, pool))
-        return worth(room)
-
-    def _rivals(self, live: LiveJob, pool: str) -> Iterator[LiveJob]:
-        """Yield other jobs of at least the same priority with uncut tasks in the pool."""
-        least = live.job.priority
-        for live_job in self._lives.values():
-            if (
-                live_job.job.priority >= least
-                and live_job is not live
-                and live_job.has_uncut_tasks(pool)
-                and _may_cut(live_job)
-            ):
-                yield live_job
+            # Bundles of paused jobs must not fill the window, because workers delete the messages of these bundles.
+            room = window - max(outstanding, work.bundles - work.paused_bundles)
+        else:
+            room = max(1, window // peers) - outstanding
+        # A cut has at least one bundle for every slot, because a cut costs the same for any number of bundles. A
+        # smaller cut is worth its cost if no bundle waits behind the running bundles.
+        return room if room >= slots or outstanding <= slots else 0
 
 
 def _affordable_sizes(live: LiveJob, stage: StageDef, budget: Budget, sizes: list[int]) -> list[int]:
@@ -103,10 +83,3 @@ def _affordable_sizes(live: LiveJob, stage: StageDef, budget: Budget, sizes: lis
         return budget.afford(sizes, stage.pool, mean_s * stage.slots)
     longest_s = math.inf if stage.timeout_s is None else stage.timeout_s
     return budget.probe(sizes, stage.pool, longest_s * stage.slots, live.cut_tasks(stage.name))
-
-
-def _may_cut(live: LiveJob) -> bool:
-    """Return whether the job may cut bundles now. A job that a cost cap holds back may not cut bundles, so other jobs
-    do not wait for the held job."""
-    runs = live.record.control is Control.RUN and live.record.state is not JobState.SCHEDULED
-    return runs and not live.is_held

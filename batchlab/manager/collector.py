@@ -318,7 +318,7 @@ class Collector(Part):
         now_s = self._clock.monotonic_s()
         for live in self._lives.values():
             for outstanding in live.all_outstanding():
-                outstanding.heard_s = max(outstanding.heard_s, now_s)
+                outstanding.hear(now_s)
 
     def _reset_silence(self, beat: Beat, trusted: Collection[JobId]) -> None:
         """Reset the silence of each bundle that a worker's heartbeat lists."""
@@ -326,4 +326,4 @@ class Collector(Part):
         for held in beat.held:
             live = self._lives.get(held.job) if held.job in trusted else None
             if live and (outstanding := live.outstanding.get(held.stage, {}).get(held.bundle)):
-                outstanding.heard_s = max(outstanding.heard_s, now_s)
+                outstanding.hear(now_s)

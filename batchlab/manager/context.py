@@ -14,9 +14,10 @@ from batchlab.core.ports import Depth
 from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.manager import admission
 from batchlab.manager.counters import Counters
+from batchlab.manager.live_jobs import LiveJobs
 from batchlab.manager.quarantine import OutcomeStore, Quarantine
 from batchlab.manager.recorder import Recorder, ReportQueue
-from batchlab.manager.state import LiveJob, ManagerSettings, Ports, outstanding_in_pool
+from batchlab.manager.state import ManagerSettings, Ports
 from batchlab.manager.worker_registry import WorkerRegistry
 
 EMPTY_POOL_SIZE = 8
@@ -64,7 +65,7 @@ class Context:
     ports: Ports
     settings: ManagerSettings = field(default_factory=ManagerSettings)
     pools: dict[str, Pool] = field(default_factory=dict)
-    lives: dict[JobId, LiveJob] = field(default_factory=dict)
+    lives: LiveJobs = field(default_factory=LiveJobs)
     counts: Counters = field(default_factory=Counters)
     tracer: Tracer = NO_TRACER
     channels: NotificationChannels | None = None
@@ -106,9 +107,16 @@ class Context:
         return view.pool.slots * sum(i.state is LifecycleState.IN_SERVICE for i in view.instances) if view else 0
 
     def wake_if_short(self, pool: str) -> None:
-        """Start the next tick without a wait if the pool has more outstanding bundles than slots."""
-        if outstanding_in_pool(self.lives, pool) > self.slots_in_service(pool):
+        """Start the next tick without a wait if the pool can grow and has more outstanding bundles than slots."""
+        view = self.groups.get(pool)
+        if view is not None and view.desired >= view.pool.max_size:
+            return
+        if self.lives.pool(pool).bundles > self.slots_in_service(pool):
             self.wake.set()
+
+    def window(self, pool: str) -> int:
+        """Return the number of bundles of a pool that may be outstanding at once."""
+        return self.settings.window * self.slots.get(pool, 1) + 1
 
     def update_slots(self, name: str) -> None:
         """Set the number of slots of a pool from the pool's group. An empty pool counts as EMPTY_POOL_SIZE

@@ -10,36 +10,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from batchlab.core.errors import Refused
 from batchlab.core.model import GroupView, JobId, LifecycleState, Pool
 from batchlab.core.pricing.price_book import shown
 from batchlab.core.pricing.usage import Account, Accounting, Budget, CapBudget, Kind, Meter, Rates, launch_usd, launches
 from batchlab.manager.context import Context, Part
+from batchlab.manager.live_jobs import LiveJobs
 from batchlab.manager.state import LiveJob
 from batchlab.manager.worker_registry import WorkerRegistry
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class UsageAttribution:
     """Attribution of the use of instances to jobs, based on the last heartbeats of workers."""
 
-    def __init__(self, lives: Mapping[JobId, LiveJob], registry: WorkerRegistry) -> None:
+    def __init__(self, lives: LiveJobs, registry: WorkerRegistry) -> None:
         self._lives = lives
         self._registry = registry
 
     def waiting_shares(self, view: GroupView) -> dict[JobId, float]:
         """Return equal shares for the jobs that have work for an idle instance of the pool. If no job has work and the
         pool is above its minimum size, return equal shares for the jobs that a cost cap holds back."""
-        pool = view.pool
-        job_ids = [live.id for live in self._lives.values() if live.has_work(pool.name)]
-        if not job_ids and len(view.instances) > pool.min_size:
-            stages = ((live, s) for live in self._lives.values() for s in live.job.stages)
-            job_ids = list({live_job.id: 0 for live_job, s in stages if live_job.is_held and s.pool == pool.name})
-        return dict.fromkeys(job_ids, 1 / len(job_ids)) if job_ids else {}
+        work = self._lives.pool(view.pool.name)
+        jobs = work.working
+        if not jobs and len(view.instances) > view.pool.min_size:
+            jobs = work.held
+        return dict.fromkeys(jobs, 1 / len(jobs)) if jobs else {}
 
-    def shares_of(self, instance: str, waiting: Mapping[JobId, float]) -> Mapping[JobId, float]:
+    def shares_of(self, instance: str, waiting: T) -> Mapping[JobId, float] | T:
         """Return each job's share of an instance by the bundles that the instance runs or holds. For an instance that
         does not hold a bundle, return `waiting`."""
         worker_status = self._registry.workers.get(instance)
@@ -73,6 +76,8 @@ class CostCaps(Part):
         self.capped: dict[str, str] = {}
         """Reason why a cost cap stops launches, by pool."""
         self._grid: CapBudget | None = None
+        self._are_filled = False
+        """Whether the last update set budgets, which the next update without caps must remove."""
 
     def cap_of(self, live: LiveJob) -> float | None:
         return self.user_caps.get(live.id, live.job.max_cost_usd)
@@ -97,14 +102,23 @@ class CostCaps(Part):
     def update_budgets(self, meter: Meter, views: Sequence[GroupView]) -> None:
         """Recompute the budgets from the usage in `meter`."""
         self._meter = meter
-        caps = (self.cap_of(live) for live in self._lives.values())
-        if self._rates and (self.max_cost_usd is not None or any(c is not None for c in caps)):
+        if self._rates and (self.max_cost_usd is not None or self._caps_a_job()):
             self._fill_budgets(self._rates, views)
+            self._are_filled = True
             return
         self._grid = None
+        if not self._are_filled:
+            return
+        self._are_filled = False
         for live in self._lives.values():
             live.budget = None
+            live.mark()
             self._hold(live, 0.0, 0.0)
+
+    def _caps_a_job(self) -> bool:
+        if any(usd is not None and job in self._lives for job, usd in self.user_caps.items()):
+            return True
+        return self._lives.has_caps and any(self.cap_of(live) is not None for live in self._lives.values())
 
     def _fill_budgets(self, rates: Rates, views: Sequence[GroupView]) -> None:
         slot_usd_s = {
@@ -137,6 +151,7 @@ class CostCaps(Part):
                 spent = self._spent_usd(live.account, rates)
                 budgets.append(CapBudget("it", cap, spent, max(0.0, owed[job])))
             live.budget = Budget(tuple(budgets), slot_usd_s, slots) if budgets else None
+            live.mark()
             self._hold(live, self._next_usd(live, slot_usd_s), self._uncut_usd(live, slot_usd_s))
 
     def spent_usd(self, account: Account) -> float | None:
@@ -153,6 +168,7 @@ class CostCaps(Part):
         empty = next((p for p in budgets if p.left_usd <= 0 or p.left_usd < next_usd), None)
         if live.is_held != bool(empty):
             live.is_held = bool(empty)
+            live.mark()
             live.wake.set()
         budget = empty
         if live.capped and not empty:
@@ -260,7 +276,7 @@ class CostCaps(Part):
         """Return the budgets that pay for a launch in the pool. The list has the grid's budget, and the jobs' budgets
         if every job with work for the pool has a cost cap."""
         budgets = [self._grid] if self._grid else []
-        working = [live for live in self._lives.values() if live.has_work(pool)]
+        working = list(self._lives.pool(pool).working.values())
         own = [p for live in working if live.budget for p in live.budget.caps]
         own = [budget for budget in own if budget is not self._grid]
         if working and len(own) == len(working):

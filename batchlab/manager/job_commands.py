@@ -240,6 +240,7 @@ class JobCommands(Part):
                     raise Superseded(live)
                 if spoken and spoken.command.control is Control.CANCEL:
                     live.doubtful = True  # another leader may have written the cancellation
+                    live.mark()
                     live.wake.set()
                 if Control.CANCEL in (live.record.control, spoken and spoken.command.control):
                     raise Refused(

@@ -321,10 +321,12 @@ class JobCoordinator(Part):
 
     async def _recheck_control(self, live: LiveJob) -> None:
         live.doubtful = False  # the flag is reset before the read, because an event during the read may set the flag
+        live.mark()
         try:
             await self.follow_control(live)
         except BackendError:
             live.doubtful = True
+            live.mark()
             raise
 
     async def follow_control(self, live: LiveJob) -> None:

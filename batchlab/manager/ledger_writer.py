@@ -97,6 +97,7 @@ class LedgerWriter(Part):
             # job.
             if live is not None and completion.cancelled and live.record.control is not Control.CANCEL:
                 live.doubtful = True
+                live.mark()
         return accepted
 
     def _update_lives(

@@ -42,7 +42,7 @@ from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.recorder import Recorder, ReportQueue
 from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.manager.spending import Spending
-from batchlab.manager.state import LiveJob, ManagerSettings, Ports, set_job_state
+from batchlab.manager.state import ManagerSettings, Ports, set_job_state
 from batchlab.manager.unresponsive_workers import UnresponsiveWorkers, WorkEvidence
 
 log = logging.getLogger(__name__)
@@ -365,12 +365,13 @@ class Manager:
         await self._check_queues()
         # The previous leader may have started, reopened, or resumed a job after this manager read the ledger, because a
         # leader notices the loss of its lease late.
-        if self.ports.clock.monotonic_s() - self._adoption.searched_s >= self.settings.silence_s:
+        if self._adoption.is_search_due:
             await self._adoption.adopt_active()
             for live in [one for one in self.lives.values() if one.record.control is Control.PAUSE]:
                 await self._reconciler.follow_control(live)
-        for live in list(self.lives.values()):
-            await self._show_start(live)
+        await self._show_starts()
+        windows = {name: self.context.window(name) for name in self.pools}
+        for live in self.lives.needing_step(windows, self.ports.clock.monotonic_s()):
             live.wake.set()
         if self.spending:
             # The accounts of ended jobs are closed before the recorder samples, because the recorder removes the data
@@ -401,13 +402,13 @@ class Manager:
                 self._checked_s = -IDLE_QUEUE_CHECK_S  # the next tick reads the depths again and reports the outage
             raise
 
-    async def _show_start(self, live: LiveJob) -> None:
-        """Move a RUNNABLE job to STARTING after one of its pools has instances, as AWS Batch does."""
-        if live.record.state is not JobState.RUNNABLE:
-            return
-        pools = {stage.pool for stage in live.job.stages}
-        if any(self.groups[p].instances for p in sorted(pools) if p in self.groups):
-            await set_job_state(self.ports, live, JobState.STARTING)
+    async def _show_starts(self) -> None:
+        """Move RUNNABLE jobs to STARTING after one of their pools has instances, as AWS Batch does."""
+        pools = [name for name, view in self.groups.items() if view.instances]
+        runnable = {live.number: live for pool in pools for live in self.lives.pool(pool).runnable.values()}
+        for _, live in sorted(runnable.items()):
+            if live.record.state is JobState.RUNNABLE:
+                await set_job_state(self.ports, live, JobState.STARTING)
 
     async def rebuild_ledger(self) -> RebuildResult:
         async with self.context.ledger_lock:

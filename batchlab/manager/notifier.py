@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -26,6 +26,7 @@ from batchlab.core.ports import Ending
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.manager.context import Context, NotificationChannels, Part
 from batchlab.manager.cost_caps import CostCaps
+from batchlab.manager.live_jobs import Rotation
 from batchlab.manager.state import LiveJob
 from batchlab.manager.versioned_document import VersionedDocument
 
@@ -48,10 +49,6 @@ class NotificationTriggers(Part):
         super().__init__(context)
         self._caps = caps
         self._progress: dict[JobId, _LastProgress] = {}
-
-    def forget_others(self, jobs: Collection[JobId]) -> None:
-        for job in self._progress.keys() - jobs:
-            del self._progress[job]
 
     def forget(self, job: JobId) -> None:
         self._progress.pop(job, None)
@@ -158,6 +155,10 @@ SMALL = 100
 LATER_S = 60.0
 """Maximum interval between writes of the outbox after repeated failures."""
 CLOSE_S = 1.0
+CHECK_S = 10.0
+"""Maximum interval between checks of an unchanged job. With at most MIN_CHECKED jobs, each tick checks all jobs."""
+MIN_CHECKED = 100
+"""Minimum number of jobs that each tick checks."""
 MAX_EXPLANATIONS = 5
 """Maximum number of stuck jobs explained per tick. Each explanation of a stuck job reads the fleet and the ledger."""
 MAX_PENDING = 2000
@@ -184,6 +185,10 @@ class Notifier(Part):
         self._sending: dict[str, str] = {}
         """Destination of each notification in delivery, by id."""
         self._triggers = NotificationTriggers(context, caps)
+        self._journal = context.lives.journal()
+        self._rotation = Rotation(CHECK_S, MIN_CHECKED)
+        self._with_targets: dict[JobId, LiveJob] = {}
+        """Live jobs whose definition has notification targets."""
         self._known_ids: dict[JobId, set[str]] = {}
         """Ids of all notifications about live jobs that were ever in the outbox, because the outbox forgets old ids."""
 
@@ -209,13 +214,10 @@ class Notifier(Part):
 
     async def observe(self) -> None:
         """Add notifications for live jobs whose triggers have fired."""
-        self._triggers.forget_others(self._lives.keys())
-        for job in self._known_ids.keys() - self._lives.keys():
-            del self._known_ids[job]
         explained = 0
         fired: list[Notification] = []
         grid_targets = self.directory().targets
-        for live in list(self._lives.values()):
+        for live in self._next_jobs(has_grid_targets=bool(grid_targets)):
             targets = [*grid_targets, *notifications.targets_of(live.job)]
             if not targets or live.ended.is_set():
                 continue
@@ -230,7 +232,7 @@ class Notifier(Part):
                         continue
                     explained += moment == "stuck"
                     if moment == "stuck" and explained > MAX_EXPLANATIONS:
-                        # The tick waits for each explanation of a stuck job, so the next tick explains the remaining
+                        # The tick waits for each explanation of a stuck job, so a later check explains the remaining
                         # stuck jobs.
                         continue
                     known_ids.add(id_)
@@ -239,6 +241,21 @@ class Notifier(Part):
             await self._add(fired)
         except BackendError as error:
             log.warning("notifications are not stored yet: %s", error)
+
+    def _next_jobs(self, *, has_grid_targets: bool) -> list[LiveJob]:
+        """Return the jobs to check now: jobs with a change, and the next of the other jobs."""
+        self._lives.refresh()
+        for job in self._journal.removed:
+            self._triggers.forget(job)
+            self._known_ids.pop(job, None)
+            self._with_targets.pop(job, None)
+        changed = self._journal.changed
+        self._with_targets |= {job: live for job, live in changed.items() if live.job.notify}
+        jobs: Mapping[JobId, LiveJob] = self._lives if has_grid_targets else self._with_targets
+        chosen = {job: live for job, live in changed.items() if job in jobs}
+        chosen |= self._rotation.next(jobs, self._clock.monotonic_s())
+        self._journal.clear()
+        return sorted(chosen.values(), key=lambda live: live.number)
 
     async def _notification(self, live: LiveJob, target: Target, moment: str, key: str) -> Notification:
         why = live.capped

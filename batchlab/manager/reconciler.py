@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_right
 from dataclasses import replace
 from functools import partial
+from heapq import heapify, heappop, heappush
 
 from batchlab.core.commit import follow_ups, send_all, uncommitted
 from batchlab.core.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable
@@ -23,8 +25,9 @@ from batchlab.core.protocol.messages import read_task_message
 from batchlab.manager.context import Context, Part
 from batchlab.manager.job_coordinator import JobCoordinator
 from batchlab.manager.ledger_writer import LedgerWriter
+from batchlab.manager.live_jobs import LiveJobs
 from batchlab.manager.quarantine import UnreadableObject, read_stored
-from batchlab.manager.state import LiveJob, Outstanding, Superseded, outstanding_in_pool
+from batchlab.manager.state import LiveJob, Outstanding, Superseded
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,80 @@ DELIVERY_LIMIT = 50
 """Number of deliveries without an outcome after which the task of a bundle with one task is FAILED."""
 
 
+MAX_BREAKPOINTS = 1000
+MAX_STALE = 1000
+"""Maximum number of stale heap entries of a pool, in addition to the number of outstanding bundles."""
+PAUSED_CHECK_S = 30.0
+"""Interval between checks of the silent bundles of a job that does not run."""
+
+
+class _SilenceClock:
+    """Clock that measures the silence of a pool's bundles. The clock stops while the pool's silence limit is infinite.
+
+    Of more than MAX_BREAKPOINTS stops, the clock forgets the oldest stops, and counts their time as silence.
+    """
+
+    def __init__(self, now_s: float) -> None:
+        self._now_s = now_s
+        self._times_s = [now_s]
+        """Monotonic times at which the clock stopped or continued."""
+        self._counted_s = [now_s]
+        """Reading of this clock at each time in `_times_s`."""
+        self._runs = True
+        self._checks: list[tuple[float, int, LiveJob, Outstanding]] = []
+        """Heap of bundles by the reading of the clock at the start of their silence. A heartbeat does not change the
+        heap: when an entry becomes due, its reading is computed again."""
+        self._count = 0
+
+    def advance(self, now_s: float, *, runs: bool) -> None:
+        if runs is not self._runs:
+            self._counted_s.append(self.at(self._now_s))
+            self._times_s.append(self._now_s)
+            self._runs = runs
+            if len(self._times_s) > MAX_BREAKPOINTS:
+                del self._times_s[: MAX_BREAKPOINTS // 2], self._counted_s[: MAX_BREAKPOINTS // 2]
+        self._now_s = now_s
+
+    def at(self, time_s: float) -> float:
+        """Return the reading at a monotonic time. A time after the last check counts as the last check."""
+        time_s = min(time_s, self._now_s)
+        n = max(0, bisect_right(self._times_s, time_s) - 1)
+        after_s = time_s - self._times_s[n]
+        runs = self._runs if n == len(self._times_s) - 1 else self._counted_s[n + 1] > self._counted_s[n]
+        return self._counted_s[n] + (after_s if runs or after_s < 0 else 0.0)
+
+    def add(self, live: LiveJob, outstanding: Outstanding, wait_s: float = -math.inf) -> None:
+        """Add a bundle to the heap, to be checked at the earliest `wait_s` after now."""
+        self._count += 1
+        due_s = max(self.at(outstanding.heard_s), self.at(self._now_s) + wait_s)
+        heappush(self._checks, (due_s, self._count, live, outstanding))
+
+    def remove_stale(self, lives: LiveJobs, bundles: int) -> None:
+        """Rebuild the heap if it has many entries of bundles that are no longer outstanding. The pool has `bundles`
+        outstanding bundles."""
+        if len(self._checks) > 2 * bundles + MAX_STALE:
+            self._checks = [check for check in self._checks if _is_outstanding(lives, *check[2:])]
+            heapify(self._checks)
+
+    def take_silent(self, lives: LiveJobs, limit_s: float) -> list[tuple[LiveJob, Outstanding]]:
+        """Return the outstanding bundles that have been silent for more than `limit_s`."""
+        now_s, silent = self.at(self._now_s), []
+        while self._checks and now_s - self._checks[0][0] > limit_s:
+            _, _, live, outstanding = heappop(self._checks)
+            if not _is_outstanding(lives, live, outstanding):
+                continue
+            if now_s - self.at(outstanding.heard_s) > limit_s:
+                silent.append((live, outstanding))
+            else:
+                self.add(live, outstanding)
+        return silent
+
+
+def _is_outstanding(lives: LiveJobs, live: LiveJob, outstanding: Outstanding) -> bool:
+    bundle = outstanding.bundle
+    return lives.get(live.id) is live and live.outstanding.get(bundle.stage, {}).get(bundle.id) is outstanding
+
+
 class Reconciler(Part):
     """Reconciler that recovers lost work at each read of the queue depths."""
 
@@ -48,32 +125,36 @@ class Reconciler(Part):
         super().__init__(context)
         self._ledger_writer = ledger_writer
         self._coordinator = coordinator
-        self._checked_s: float | None = None
-        """Monotonic time of the last search for silent bundles."""
+        self._clocks: dict[str, _SilenceClock] = {}
+        """Clock of the silence of each pool's bundles."""
 
     async def recover_silent(self) -> None:
-        limits_s = {pool: self._limit_s(pool, depth) for pool, depth in self._context.depths.items()}
+        """Send the bundles again that are silent for longer than the limit of their pool."""
         now_s = self._clock.monotonic_s()
-        step_s, self._checked_s = now_s - (self._checked_s or now_s), now_s
-        for live in list(self._lives.values()):
-            if live.record.control is not Control.RUN:
-                continue
-            silent: list[Outstanding] = []
-            for stage, waiting in live.outstanding.items():
-                # A stage of an unknown pool does not have a silence limit, because the manager does not read the pool's
-                # queue.
-                limit_s = limits_s.get(live.job.stage(stage).pool)
-                if limit_s == math.inf:
-                    # While the limit is infinite, the silence of the pool's bundles does not grow, because a worker
-                    # that receives a bundle needs time for its first heartbeat. The silence is not reset either,
-                    # because messages of follow-ups that the manager does not know yet would repeatedly reset the
-                    # silence of lost bundles.
-                    for outstanding in waiting.values():
-                        outstanding.heard_s = max(outstanding.heard_s, min(now_s, outstanding.heard_s + step_s))
-                elif limit_s is not None:
-                    silent += [outstanding for outstanding in waiting.values() if now_s - outstanding.heard_s > limit_s]
-            if silent:
-                await self._try_recover(live, silent[:RECOVERED_AT_ONCE])
+        clocks = {pool: self._clocks.setdefault(pool, _SilenceClock(now_s)) for pool in self._context.depths}
+        for live, outstanding in self._lives.take_sent():
+            # A stage of an unknown pool does not have a silence limit, because the manager does not read the pool's
+            # queue.
+            if clock := clocks.get(live.job.stage(outstanding.bundle.stage).pool):
+                clock.add(live, outstanding)
+        silent: dict[JobId, list[Outstanding]] = {}
+        for pool, depth in self._context.depths.items():
+            clock, limit_s = clocks[pool], self._limit_s(pool, depth)
+            # While the limit is infinite, the silence of the pool's bundles does not grow, because a worker that
+            # receives a bundle needs time for its first heartbeat. The silence is not reset either, because messages of
+            # follow-ups that the manager does not know yet would repeatedly reset the silence of lost bundles.
+            clock.advance(now_s, runs=limit_s != math.inf)
+            clock.remove_stale(self._lives, self._lives.pool(pool).bundles)
+            if limit_s != math.inf:
+                for live, outstanding in clock.take_silent(self._lives, limit_s):
+                    if live.record.control is Control.RUN:
+                        silent.setdefault(live.id, []).append(outstanding)
+                        clock.add(live, outstanding)
+                    else:
+                        clock.add(live, outstanding, PAUSED_CHECK_S - limit_s)
+        for live in sorted((self._lives[job] for job in silent), key=lambda live: live.number):
+            if self._lives.get(live.id) is live and live.record.control is Control.RUN:
+                await self._try_recover(live, _in_order(live, silent[live.id])[:RECOVERED_AT_ONCE])
 
     def _limit_s(self, pool: str, depth: Depth) -> float:
         """Return the maximum silence of a bundle of the pool. The limit is infinite while the pool's queue has at least
@@ -81,7 +162,7 @@ class Reconciler(Part):
         if not depth.visible:
             return self._settings.silence_s
         messages = depth.visible + depth.in_flight + depth.delayed
-        if messages >= outstanding_in_pool(self._lives, pool):
+        if messages >= self._lives.pool(pool).bundles:
             return math.inf
         return self._settings.silence_s * FULL_QUEUE_FACTOR
 
@@ -231,3 +312,9 @@ class Reconciler(Part):
             )
             draft = settlement.poisoned(bundle, reason, execution=execution, worker="manager", now_s=now_s)
         return await self._outcomes.commit(job, draft)
+
+
+def _in_order(live: LiveJob, silent: list[Outstanding]) -> list[Outstanding]:
+    """Return the silent bundles of the job in the order in which they became outstanding."""
+    chosen = {id(outstanding) for outstanding in silent}
+    return [outstanding for outstanding in live.all_outstanding() if id(outstanding) in chosen]

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
+from heapq import heapify, heappop, heappush
+from itertools import islice
 from typing import Any, Protocol
 
 from batchlab.core.errors import BackendError
@@ -24,6 +26,7 @@ from batchlab.core.pricing.usage import Account
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.messages import Duplicate
 from batchlab.manager.counters import Counters
+from batchlab.manager.live_jobs import LiveJobs
 from batchlab.manager.recorded_data import (
     InstanceHistory,
     Point,
@@ -96,9 +99,10 @@ class _LiveRecording:
 
 
 class Recorder:
-    def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob], registry: WorkerRegistry) -> None:
+    def __init__(self, ports: Ports, lives: LiveJobs, registry: WorkerRegistry) -> None:
         self._ports = ports
         self._lives = lives
+        self._journal = lives.journal()
         self._registry = registry
         self._pools: dict[str, TimeSeries] = {}
         self._slots: dict[str, tuple[int, str]] = {}
@@ -106,6 +110,10 @@ class Recorder:
         self._decisions: deque[list[Any]] = deque(maxlen=MAX_DECISIONS)
         self._history = InstanceHistory(registry)
         self._jobs: dict[JobId, _LiveRecording] = {}
+        self._oldest: list[tuple[float, JobId]] = []
+        """Heap of the starts of the recordings, which may contain ended jobs."""
+        self._unclaimed: tuple[JobId, ...] = ()
+        """Jobs in the previous leader's data that this manager has possibly not adopted."""
         self._earlier: dict[JobId, RecordedData] = {}
         """Recorded data of earlier rounds, for jobs that run again."""
         self._counted_duplicates: dict[str, None] = {}
@@ -139,17 +147,22 @@ class Recorder:
         if self._requests_s is None or monotonic_s - self._requests_s >= REQUESTS_S:
             step_s = monotonic_s - self._requests_s if self._requests_s is not None else 0.0
             self._requests_s = monotonic_s
-            for n, (job, live_recording) in enumerate(self._jobs.items()):
-                if n < MAX_JOBS and (live := self._lives.get(job)):
+            for job, live_recording in islice(self._jobs.items(), MAX_JOBS):
+                if live := self._lives.get(job):
+                    live.account.settle()
                     live_recording.requests.add(request_point(live.account, now_s, step_s))
 
     def _note_jobs(self) -> None:
         """Start the recording of new jobs, and remove ended jobs."""
-        for live in self._lives.values():
+        self._lives.refresh()
+        for live in self._journal.changed.values():
             self.adopt(live)
-        for job in [job_id for job_id in self._jobs if job_id not in self._lives]:
-            del self._jobs[job]
-            self._earlier.pop(job, None)
+        for job in (*self._journal.removed, *self._unclaimed):
+            if job not in self._lives:
+                self._jobs.pop(job, None)
+                self._earlier.pop(job, None)
+        self._journal.clear()
+        self._unclaimed = ()
 
     def adopt(self, live: LiveJob) -> None:
         """Start the recording of a job, because the job may end before the next sample."""
@@ -160,6 +173,7 @@ class Recorder:
 
     def _begin(self, live: LiveJob) -> _LiveRecording:
         now_s = round(self._ports.clock.now_s(), 3)
+        heappush(self._oldest, (now_s, live.id))
         live_recording = self._jobs[live.id] = _LiveRecording(now_s, (stage.pool for stage in live.job.stages))
         live_recording.begun_s = self._ports.clock.monotonic_s()
         live_recording.live = live
@@ -273,7 +287,13 @@ class Recorder:
 
     def _since_s(self, now_s: float) -> float:
         """Return the start of the oldest live job (seconds since the epoch), or `now_s` without live jobs."""
-        return min((live_recording.since_s for live_recording in self._jobs.values()), default=now_s)
+        while self._oldest:
+            since_s, job = self._oldest[0]
+            live_recording = self._jobs.get(job)
+            if live_recording and live_recording.since_s == since_s:
+                return since_s
+            heappop(self._oldest)
+        return now_s
 
     def _forget(self, now_s: float) -> None:
         since_s = self._since_s(now_s)
@@ -326,12 +346,16 @@ class Recorder:
         for job, part in doc["jobs"].items():
             live_recording = jobs[JobId(job)] = _LiveRecording(part["since_s"], part["pools"])
             if own := self._jobs.get(JobId(job)):
-                live_recording.begun_s, live_recording.live = own.begun_s, own.live
+                live_recording.begun_s = own.begun_s
+            live_recording.live = self._lives.get(JobId(job)) or (own.live if own else None)
             live_recording.requests = TimeSeries(latest_point, part["requests"])
             live_recording.duplicates = part["duplicates"]
         earlier = {JobId(job): part for job, part in doc["earlier"].items()}
         # The attributes change only after the whole document was read without an error.
         self._slots, self._pools, self._jobs, self._earlier = slots, pools, jobs, earlier
+        self._unclaimed = tuple(jobs)
+        self._oldest = [(live_recording.since_s, job) for job, live_recording in jobs.items()]
+        heapify(self._oldest)
         self._history = history
         self._decisions = deque(doc["scaling"], maxlen=MAX_DECISIONS)
 

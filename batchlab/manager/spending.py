@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Control, GroupView, JobId
 from batchlab.core.pricing.request_costs import Requests
-from batchlab.core.pricing.usage import Account, Accounting, Meter, larger_counts
+from batchlab.core.pricing.usage import Account, Accounting, EqualParts, Meter, Shares, larger_counts
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.manager.context import Context, Part
 from batchlab.manager.cost_caps import CostCaps
 from batchlab.manager.recorded_data import RecordedData, merge_parts
 from batchlab.manager.state import LiveJob
 from batchlab.manager.versioned_document import UNREADABLE, VersionedDocument
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +116,15 @@ class Spending(Part):
         job's next end."""
         self._accounts: dict[JobId, Account] = {}
         """Accounts of the jobs that were live at the last count of usage, or when the previous manager stopped."""
+        self._new_accounts: dict[JobId, Account] = {}
+        """Accounts of the jobs that became live since the last count of usage."""
+        self._unclaimed: set[JobId] = set()
+        """Jobs in the previous leader's accounts that this manager has possibly not adopted."""
+        self._journal = context.lives.journal()
+        self._running = EqualParts()
+        """Requests without a single job as their cause, divided among the jobs that are not paused."""
+        self._waiting: dict[str, EqualParts] = {}
+        """Time of idle instances by pool, divided among the jobs with work for the pool."""
         self._foreign_accounts: dict[JobId, Account] = {}
         """Accounts of jobs that another leader has counted and that this manager has not adopted."""
         self._job_documents: dict[JobId, VersionedDocument] = {}
@@ -131,8 +138,9 @@ class Spending(Part):
         self._views = views
         now_s, monotonic_s = self._clock.now_s(), self._clock.monotonic_s()
         self.close_ended()
+        accounts = ChainMap(self._new_accounts, self._accounts)
         for view in views:
-            waiting = self.caps.shares.waiting_shares(view)
+            waiting = self._waiting_shares(view)
             for instance in view.instances:
                 count = len(self.meter.lives)
                 self.meter.bill_instance(
@@ -141,7 +149,7 @@ class Spending(Part):
                     now_s=now_s,
                     monotonic_s=monotonic_s,
                     shares=self.caps.shares.shares_of(instance.id, waiting),
-                    accounts=self._accounts,
+                    accounts=accounts,
                     is_spot=instance.id in self._registry.spot,
                 )
                 self._is_changed |= len(self.meter.lives) != count
@@ -151,10 +159,15 @@ class Spending(Part):
 
     def close_ended(self) -> None:
         """Close the accounts of ended jobs together with the jobs' recorded data."""
-        if self._accounts.keys() - self._lives.keys():
+        self._follow_jobs()
+        removed = dict.fromkeys((*self._unclaimed, *self._journal.removed))
+        ended_jobs = [job for job in removed if job in self._accounts and job not in self._lives]
+        if ended_jobs:
             # The count adds the requests since the last tick, which may be all requests of a short job.
             self._count_requests()
-        ended = {job: self._accounts[job] for job in self._accounts.keys() - self._lives.keys()}
+        ended = {job: self._accounts.pop(job) for job in ended_jobs}
+        for account in ended.values():
+            account.leave_all()
         recorded = self._recorder.close(ended) if self._recorder and ended else {}
         for job, account in ended.items():
             took_s, part = recorded.get(job, (0.0, None))
@@ -163,19 +176,46 @@ class Spending(Part):
             self._ended[job] = JobUsage(account, part, took_s)
             self.caps.user_caps.pop(job, None)
         self._is_changed |= bool(ended)
-        self._accounts = {job: live.account for job, live in self._lives.items()}
+        self._accounts |= self._new_accounts
+        self._new_accounts.clear()
+        self._journal.removed.clear()
+        self._unclaimed.clear()
+
+    def _follow_jobs(self) -> None:
+        """Update the accounts and their parts of shared usage after changes of live jobs."""
+        self._lives.refresh()
+        for job, live in self._journal.removed.items():
+            if account := self._new_accounts.pop(job, None):
+                account.leave_all()  # no usage of the job was counted
+            if live.account is not self._accounts.get(job):
+                live.account.leave_all()
+        for job, live in self._journal.changed.items():
+            before = self._accounts.get(job) or self._new_accounts.get(job)
+            if before is not live.account:
+                if before is not None:
+                    before.leave_all()
+                self._accounts.pop(job, None)
+                self._new_accounts[job] = live.account
+            _set_member(live.account, self._running, is_member=live.record.control is Control.RUN)
+            for pool in {stage.pool for stage in live.job.stages}:
+                waiting = self._waiting.setdefault(pool, EqualParts())
+                _set_member(live.account, waiting, is_member=live.has_work(pool))
+        self._journal.changed.clear()
+
+    def _waiting_shares(self, view: GroupView) -> Shares:
+        """Return the division of the time of the pool's idle instances."""
+        waiting = self._waiting.get(view.pool.name)
+        return waiting if waiting is not None and waiting.members else self.caps.shares.waiting_shares(view)
 
     def _count_requests(self) -> None:
         # The accounts include jobs that have just ended or just started.
-        accounts = {**self._accounts, **{job: live.account for job, live in self._lives.items()}}
-        paused = {job for job, live in self._lives.items() if live.record.control is not Control.RUN}
-        running = [job for job in accounts if job not in paused]
-        equal_shares = dict.fromkeys(running, 1 / len(running)) if running else {}
-        self.meter.count_requests(MANAGER, self._manager_requests(), equal_shares, accounts)
+        self._follow_jobs()
+        accounts = ChainMap(self._new_accounts, self._accounts)
+        self.meter.count_requests(MANAGER, self._manager_requests(), self._running, accounts)
         for worker, report in self._registry.requests.items():
-            shares: Mapping[JobId, float] = equal_shares
+            shares: Shares = self._running
             if report.instance in self._registry.workers:
-                shares = self.caps.shares.shares_of(report.instance, equal_shares)
+                shares = self.caps.shares.shares_of(report.instance, self._running)
             self.meter.count_requests(worker, report.requests, shares, accounts)
         self._registry.requests.clear()
 
@@ -211,6 +251,9 @@ class Spending(Part):
             self.caps.max_cost_usd = usage.cap
         self.caps.user_caps = usage.caps
         self._accounts = dict(usage.jobs)
+        self._unclaimed = set(usage.jobs)
+        for account in self._accounts.values():
+            account.join(self._running)
 
     async def reread(self) -> None:
         """Merge the usage and caps that other leaders have stored."""
@@ -281,9 +324,8 @@ class Spending(Part):
     async def account(self, job: JobId) -> Account | None:
         """Return the usage of a job, or None if the usage was not recorded."""
         live = self._lives.get(job)
-        if live:
-            return live.account
-        if account := self._accounts.get(job):
+        if account := live.account if live else self._accounts.get(job):
+            account.settle()
             return account
         if ended := self._ended.get(job):
             return ended.account
@@ -322,5 +364,12 @@ class Spending(Part):
             self._is_changed = True
 
     def _to_bytes(self) -> bytes:
-        jobs, caps = {**self._foreign_accounts, **self._accounts}, self.caps
+        jobs, caps = {**self._foreign_accounts, **self._accounts, **self._new_accounts}, self.caps
         return GridUsage(self.meter, self._manager_requests(), caps.max_cost_usd, caps.user_caps, jobs).to_bytes()
+
+
+def _set_member(account: Account, parts: EqualParts, *, is_member: bool) -> None:
+    if is_member:
+        account.join(parts)
+    else:
+        account.leave(parts)

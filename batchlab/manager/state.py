@@ -111,6 +111,19 @@ class Outstanding:
     copies: int = 0
     """Number of copies of the bundle that the reconciler sent because the bundle was silent."""
 
+    def hear(self, now_s: float) -> None:
+        """Restart the bundle's silence at the monotonic time `now_s`."""
+        self.heard_s = max(self.heard_s, now_s)
+
+
+@dataclass(slots=True)
+class JobChanges:
+    """Changes of jobs that the sums in `live_jobs` do not include yet."""
+
+    marked: dict[JobId, LiveJob] = field(default_factory=dict)
+    sent: list[tuple[LiveJob, Outstanding]] = field(default_factory=list)
+    """Bundles that became outstanding."""
+
 
 @dataclass(slots=True)
 class LiveJob:
@@ -176,10 +189,23 @@ class LiveJob:
     covers all uncut tasks of the job, because a nearly spent cap holds the job back repeatedly."""
     round: int = field(init=False)
     """The job's round that this object represents. The job record may already show a later round."""
+    number: int = 0
+    """Number of the job in the order of adoption."""
     _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _changes: JobChanges = field(default_factory=JobChanges, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.round = self.record.round
+
+    def join(self, changes: JobChanges) -> None:
+        """Record this job's changes in `changes` from now on."""
+        self._changes = changes
+        self.mark()
+        changes.sent += [(self, outstanding) for outstanding in self.all_outstanding()]
+
+    def mark(self) -> None:
+        """Mark the job, so that the next read of a sum computes the job's contribution again."""
+        self._changes.marked[self.id] = self
 
     @property
     def job(self) -> JobDef:
@@ -210,7 +236,8 @@ class LiveJob:
         self.notify()
 
     def notify(self) -> None:
-        """Wake all clients that wait for a visible change."""
+        """Wake all clients that wait for a visible change, and mark the job."""
+        self.mark()
         self.version += 1
         self._news.set()
         self._news = asyncio.Event()
@@ -290,10 +317,13 @@ class LiveJob:
     def add_outstanding(self, bundles: Iterable[tuple[Bundle, float]]) -> None:
         """Add bundles with their monotonic due times to the outstanding bundles."""
         for bundle, heard_s in bundles:
-            waiting = self.outstanding.setdefault(bundle.stage, {})
-            waiting[bundle.id] = Outstanding(bundle, heard_s, heard_s)
+            outstanding = Outstanding(bundle, heard_s, heard_s)
+            self.outstanding.setdefault(bundle.stage, {})[bundle.id] = outstanding
+            self._changes.sent.append((self, outstanding))
+        self.mark()
 
     def remove_outstanding(self, bundle: Bundle) -> None:
+        self.mark()
         if self.outstanding.get(bundle.stage, {}).pop(bundle.id, None) is None:
             self.early_bundles[bundle.stage, bundle.id] = None
             while len(self.early_bundles) > MAX_EARLY_BUNDLES:
@@ -337,6 +367,25 @@ class LiveJob:
         first = next((stage_record for stage_record in stages if not stage_record.counts.ended), None)
         return first is not None and first.counts.planned is not None and not first.left
 
+    @property
+    def is_restless(self) -> bool:
+        """Return whether the job needs a step at each tick, because its next step depends on the time, on a budget, or
+        on objects in the bucket."""
+        if self.doubtful or self.lacks_bundles or self.is_complete or self.record.control is Control.CANCEL:
+            return True
+        if self.record.control is Control.PAUSE or self.record.state is JobState.SCHEDULED:
+            return False
+        if self.budget is not None and any(stage.left.ranges for stage in self.stages.values()):
+            return True
+        return any(self._can_plan(stage) for stage in self.job.stages)
+
+    def _can_plan(self, stage: StageDef) -> bool:
+        """Return whether the stage is not planned yet, although nothing prevents its plan."""
+        if self.stages[stage.name].counts.planned is not None:
+            return False
+        upstream = [self.stages[name].counts for name in stage.after]
+        return all(counts.planned is not None if stage.chained else counts.ended for counts in upstream)
+
     def cut_tasks(self, stage: StageName) -> int:
         """Return the number of the stage's tasks in outstanding bundles."""
         return sum(len(outstanding.bundle.tasks) for outstanding in self.outstanding.get(stage, {}).values())
@@ -344,6 +393,10 @@ class LiveJob:
     def has_uncut_tasks(self, pool: str) -> bool:
         """Return whether planned tasks of stages in `pool` are not yet cut into bundles."""
         return any(stage.pool == pool and self.stages[stage.name].left.ranges for stage in self.record.job.stages)
+
+    def outstanding_in(self, pool: str) -> int:
+        """Return the number of the job's outstanding bundles in the pool."""
+        return sum(len(self.outstanding.get(stage.name, ())) for stage in self.job.stages if stage.pool == pool)
 
 
 class Superseded(Refused):
@@ -385,15 +438,6 @@ async def set_job_state(ports: Ports, live: LiveJob, state: JobState) -> None:
     if live.record.state is not state:
         live.record = replace(live.record, state=state)
         live.notify()
-
-
-def outstanding_in_pool(lives: Mapping[JobId, LiveJob], pool: str) -> int:
-    return sum(
-        len(live.outstanding.get(stage.name, {}))
-        for live in lives.values()
-        for stage in live.job.stages
-        if stage.pool == pool
-    )
 
 
 @dataclass(slots=True)

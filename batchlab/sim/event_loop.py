@@ -125,7 +125,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _YOUNG_STEPS = 1 << 16
-_FULL_STEPS = 1 << 20
+_FULL_STEPS = 1 << 22
 _MIN_CANCELLED_TIMERS = 64
 _MAX_NAMED_TASKS = 20
 

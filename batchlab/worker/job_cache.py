@@ -121,6 +121,9 @@ class ControlPoller:
         self._lease_s = context.settings.control_lease_s
         self._on_tail = on_tail
         self._entries: dict[JobId, _Entry] = {}
+        self._watched: dict[JobId, None] = {}
+        self._unwatched: dict[JobId, None] = {}
+        """Jobs with an entry and without a watcher, from the oldest to the newest read."""
 
     async def read(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
         """Read the control object of a job.
@@ -155,6 +158,9 @@ class ControlPoller:
             control, etag, is_new = changed
             watchers = entry.watchers if entry else 0
             entry = self._entries[job] = _Entry(control, etag, read_s, watchers, is_new)
+            if not watchers:
+                self._unwatched.pop(job, None)
+                self._unwatched[job] = None
         elif entry is None:  # `run` removed the entry of the job during the request.
             return await self.read(job)
         else:
@@ -186,20 +192,37 @@ class ControlPoller:
     def watch(self, job: JobId) -> None:
         """Poll the control object of the job. The caller must have awaited `current` before the call of `watch`."""
         self._entries[job].watchers += 1
+        self._watched[job] = None
+        self._unwatched.pop(job, None)
 
     def unwatch(self, job: JobId) -> None:
-        self._entries[job].watchers -= 1
+        entry = self._entries[job]
+        entry.watchers -= 1
+        if not entry.watchers:
+            del self._watched[job]
+            self._unwatched[job] = None
+
+    def _remove_old(self) -> None:
+        """Remove the entries of jobs that were last read long ago.
+
+        The check ends at the first entry that stays, because a worker may have had many short jobs.
+        """
+        oldest_s = self._clock.monotonic_s() - 60 * self._lease_s
+        while self._unwatched:
+            job = next(iter(self._unwatched))
+            if self._entries[job].read_s >= oldest_s:
+                return
+            del self._unwatched[job], self._entries[job]
 
     async def run(self) -> None:
         """Read the control object of every watched job forever, and remove old unwatched entries."""
         while True:
             raise_if_cancelled()
             await asyncio.sleep(self._lease_s / 3)
-            for job, entry in list(self._entries.items()):
-                if not entry.watchers:
-                    if self._clock.monotonic_s() - entry.read_s > 60 * self._lease_s:
-                        del self._entries[job]
-                    continue
+            self._remove_old()
+            for job in list(self._watched):
+                if job not in self._watched:
+                    continue  # the last watcher left during a read
                 try:
                     await self.read(job)
                 except BackendError:

@@ -53,6 +53,7 @@ from batchlab.manager.context import Context
 from batchlab.manager.counters import Counters
 from batchlab.manager.ledger_rebuild import rebuild
 from batchlab.manager.ledger_writer import LedgerWriter
+from batchlab.manager.live_jobs import LiveJobs
 from batchlab.manager.quarantine import OutcomeStore, Quarantine
 from batchlab.manager.recorder import Recorder
 from batchlab.manager.state import LiveJob, Ports
@@ -242,7 +243,7 @@ class Desk:
             patience=patience,
         )
         self.judge_anew()
-        self.lives: dict[JobId, LiveJob] = {}
+        self.lives = LiveJobs()
         self.duplicates: set[Duplicate] = set()
         context = Context(self.ports, lives=self.lives, counts=self.counts)
         context.quarantine = self.quarantine

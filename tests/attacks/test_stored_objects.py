@@ -18,15 +18,16 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core import schedules
 from batchlab.core.errors import BackendError, Malformed, NotFound, TooNew
 from batchlab.core.job_definition import InputDef, JobDef, NotifyDef
-from batchlab.core.model import Bundle, Control, JobId, JobState, Json, StageName, TaskSet
+from batchlab.core.model import Bundle, Control, JobId, JobState, Json, StageCounts, StageName, TaskSet
 from batchlab.core.port_retries import Patience
-from batchlab.core.ports import Cut, Depth, Ending, JobRecord, Reopening
+from batchlab.core.ports import Cut, Depth, Ending, JobRecord, Reopening, StageRecord
 from batchlab.core.protocol import commit_keys, json_format, messages, object_keys
 from batchlab.core.protocol.bundle_inputs import Inputs, Manifest
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
 from batchlab.core.schedules import Definition, Run, RunState, Schedule, When
 from batchlab.manager import ledger_rebuild
 from batchlab.manager.context import Context
+from batchlab.manager.live_jobs import LiveJobs
 from batchlab.manager.quarantine import UnreadableObject
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.retry_rounds import Retry
@@ -275,13 +276,13 @@ def reconciler_of(*lives: LiveJob) -> Reconciler:
     clock = SimpleNamespace(monotonic_s=lambda: 1000.0)
     ports: Any = Mock(clock=clock, objects=SimObjects(), patience=PATIENCE)
     other: Any = None
-    found = {live.id: live for live in lives}
-    return Reconciler(Context(ports, lives=found, depths={"default": Depth(0, 0, 0)}), other, other)
+    return Reconciler(Context(ports, lives=LiveJobs(lives), depths={"default": Depth(0, 0, 0)}), other, other)
 
 
 def silent(name: str) -> LiveJob:
     made = replace(JOB, id=JobId(name))
-    live = LiveJob(JobRecord(made, JobState.RUNNING), {})
+    stages = {stage.name: StageRecord(StageCounts(stage.name)) for stage in made.stages}
+    live = LiveJob(JobRecord(made, JobState.RUNNING), stages)
     live.add_outstanding([(replace(BUNDLE, job=made.id), 0.0)])
     return live
 

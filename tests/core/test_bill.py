@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import astuple
+
 import pytest
 
 from batchlab.core.model import Instance, JobId, LifecycleState, Machine, Market, Pool
@@ -9,7 +12,7 @@ from batchlab.core.pricing import price_book
 from batchlab.core.pricing.bill import PoolFacts, StageUse, bill, burn_usd_h, spent_usd
 from batchlab.core.pricing.hourly import hourly_cost
 from batchlab.core.pricing.request_costs import RequestCounter, Requests, TransferredData
-from batchlab.core.pricing.usage import Account, Budget, CapBudget, Kind, Meter, launch_usd, launches
+from batchlab.core.pricing.usage import Account, Budget, CapBudget, EqualParts, Kind, Meter, launch_usd, launches
 
 BOOK = price_book.load()
 POOL = Pool("default", 0, 4, 2, instance_type="m7i.large")
@@ -306,3 +309,35 @@ def test_before_a_task_is_measured_one_instance_probes() -> None:
     large = Budget((CapBudget("it", 500.0),), {"default": 0.01}, {"default": 4})
     assert len(large.probe([1] * 20, "default", float("inf"), out=0)) == 13  # the tasks take an hour each
     assert len(large.probe([1] * 20, "default", 60.0, out=0)) == 20
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_equal_parts_come_to_the_same_as_explicit_shares(seed: int) -> None:
+    """Members join and leave at any time, and each receives its part of the requests and the seconds in between."""
+    rng = random.Random(seed)
+    kind, parts = Kind("default"), EqualParts()
+    accounts = {JobId(f"j{n}"): Account() for n in range(6)}
+    expected = {job: Account() for job in accounts}
+    members: dict[JobId, None] = {}
+    ours, theirs, reported = Meter(), Meter(), Requests()
+    for _ in range(100):
+        job = rng.choice(list(accounts))
+        if job in members:
+            del members[job]
+            accounts[job].leave(parts)
+        else:
+            members[job] = None
+            accounts[job].join(parts)
+        reported += Requests(sqs=rng.randrange(9), s3_gets=rng.randrange(9))
+        shares = dict.fromkeys(members, 1 / len(members)) if members else {}
+        ours.count_requests("m", reported, parts, accounts)
+        theirs.count_requests("m", reported, shares, expected)
+        if members:
+            parts.bill(kind, 60.0)
+            for member in members:
+                expected[member].bill(kind, 60.0 / len(members))
+    for job, account in accounts.items():
+        account.settle()
+        assert astuple(account.requests) == pytest.approx(astuple(expected[job].requests))
+        assert account.billed_s == pytest.approx(expected[job].billed_s)
+    assert astuple(ours.nobody.requests) == pytest.approx(astuple(theirs.nobody.requests))

@@ -28,6 +28,7 @@ from batchlab.core.protocol.messages import Duplicate, Events, events_message
 from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.context import Context
 from batchlab.manager.ledger_writer import LedgerWriter
+from batchlab.manager.live_jobs import LiveJobs
 from batchlab.manager.recorder import Recorder
 from batchlab.manager.state import LiveJob, ManagerSettings, Ports
 from tests.support.no_fleet import NoFleet
@@ -95,7 +96,7 @@ async def collected(ledger_writer: Path, fails: Sequence[int]) -> list[int]:
         bodies = [Outgoing(events_message(Events((one,)))) for one in some]
         await queue.send(object_keys.EVENTS, bodies)
     live = LiveJob(written.rows.job, {s.counts.stage: s for s in written.rows.stages})
-    context = Context(ports, settings, lives={JOB.id: live})
+    context = Context(ports, settings, lives=LiveJobs([live]))
     collector = Collector(context, LedgerWriter(context, nobody))
     collecting = asyncio.create_task(collector.collect())
     while sum(counting.sizes) < EVENTS or await queue.depth(object_keys.EVENTS) != Depth(0, 0, 0):

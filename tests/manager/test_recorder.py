@@ -27,6 +27,7 @@ from batchlab.core.protocol import json_format
 from batchlab.core.protocol.messages import Duplicate, Events, events_message, read_events_message
 from batchlab.manager import recorded_data
 from batchlab.manager.counters import Counters
+from batchlab.manager.live_jobs import LiveJobs
 from batchlab.manager.recorded_data import FINE, TimeSeries, latest_point, merge_pool_points
 from batchlab.manager.recorder import MAX_ROWS_OF_SHORT_JOB, SHORT_S, Recorder, ReportQueue, _LiveRecording
 from batchlab.manager.state import Backlog, LiveJob, Ports
@@ -225,7 +226,7 @@ def test_report_is_written_after_a_pause_or_at_the_deadline(latest_s: float, mon
 
 
 def test_earlier_instances_do_not_count_for_a_job() -> None:
-    recorder = Recorder(cast(Ports, FakePorts()), {}, cast(WorkerRegistry, FakeRegistry()))
+    recorder = Recorder(cast(Ports, FakePorts()), LiveJobs(), cast(WorkerRegistry, FakeRegistry()))
     old = Instance("i-old", "default", LifecycleState.TERMINATED, 100.0)
     new = Instance("i-new", "default", LifecycleState.IN_SERVICE, 900.0)
     view = GroupView(Pool("default"), 1, (old, new))
@@ -254,7 +255,7 @@ def test_a_job_took_the_time_before_this_manager_too(
     definition = JobDef(JobId("a-1"), "a", (StageDef(StageName("map"), handler="m:f"),), 1.0)
     record = JobRecord(definition, JobState.RUNNING, round=round_)
     live = LiveJob(record, {stage.stage: StageRecord(stage)}, retried_s=retried_s)
-    lives = {live.id: live}
+    lives = LiveJobs([live])
     recorder = Recorder(cast(Ports, FakePorts()), lives, cast(WorkerRegistry, FakeRegistry()))
     recorder.adopt(live)
     closed = recorder.close({live.id: Account(), JobId("unknown"): Account()})
@@ -296,7 +297,7 @@ def closed(history: int, seconds: float) -> tuple[dict[str, Any], int]:
     """Return the data of a job that ran for `seconds` after a long fleet history, and the number of reads of this
     history."""
     ports = FakePorts()
-    recorder = Recorder(cast(Ports, ports), {}, cast(WorkerRegistry, FakeRegistry()))
+    recorder = Recorder(cast(Ports, ports), LiveJobs(), cast(WorkerRegistry, FakeRegistry()))
     instances = recorder._history
     recorder._slots["default"] = 2, ""
     recorder._pools["default"] = TimeSeries(merge_pool_points, [pool_point(n * 900 / history) for n in range(history)])

@@ -22,6 +22,7 @@ from batchlab.core.pricing.usage import Account, Accounting, Kind, Meter
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.manager import recorded_data
 from batchlab.manager.context import Context
+from batchlab.manager.live_jobs import LiveJobs
 from batchlab.manager.recorder import Recorder, ReportQueue
 from batchlab.manager.spending import Spending
 from batchlab.manager.state import LiveJob, Ports
@@ -88,7 +89,7 @@ class Leader:
     """A leader with its account and its recorder."""
 
     def __init__(self, scene: Scene) -> None:
-        self.lives: dict[JobId, LiveJob] = {}
+        self.lives = LiveJobs()
         self.written: list[JobId] = []
         self.on_report: Callable[[JobId, float], None] = lambda job, _: self.written.append(job)
         context = Context(scene.ports, pools={"default": Pool("default")}, lives=self.lives)

@@ -58,6 +58,33 @@ class Accounting:
     max_cost_usd: float | None = None
 
 
+class EqualParts:
+    """Usage that is divided into equal parts among member accounts.
+
+    An account adds its part when a caller settles the account, so counting new usage takes the same time for one member
+    and for 20,000 members.
+    """
+
+    def __init__(self) -> None:
+        self.members = 0
+        self.requests = Requests()
+        """Total part of one member since the creation of this object."""
+        self.billed_s: dict[Kind, float] = {}
+        """Total instance seconds of one member since the creation of this object."""
+
+    def bill(self, kind: Kind, seconds: float) -> None:
+        """Divide the instance seconds among the members."""
+        self.billed_s = {**self.billed_s, kind: self.billed_s.get(kind, 0.0) + seconds / self.members}
+
+    def count_requests(self, requests: Requests) -> None:
+        """Divide the requests among the members."""
+        self.requests += requests.times(1 / self.members)
+
+
+Shares = Mapping[JobId, float] | EqualParts
+"""Division of usage among jobs: shares that sum to 1 or are empty, or equal parts."""
+
+
 @dataclass(slots=True)
 class Account:
     """Usage of one job.
@@ -74,6 +101,36 @@ class Account:
     bundles: int = 0
     """Number of outcomes of the job."""
     is_whole: bool = True
+    _parts: dict[EqualParts, tuple[Requests, Mapping[Kind, float]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Shared usage that this account has joined, with the totals that the account has already added."""
+
+    def join(self, parts: EqualParts) -> None:
+        """Receive an equal part of the usage that `parts` counts from now on."""
+        if parts not in self._parts:
+            self._parts[parts] = parts.requests, parts.billed_s
+            parts.members += 1
+
+    def leave(self, parts: EqualParts) -> None:
+        if parts in self._parts:
+            self.settle()
+            del self._parts[parts]
+            parts.members -= 1
+
+    def leave_all(self) -> None:
+        for parts in list(self._parts):
+            self.leave(parts)
+
+    def settle(self) -> None:
+        """Add the account's parts of shared usage. Callers that read fields of a live account call `settle` first."""
+        for parts, (requests, billed_s) in self._parts.items():
+            if parts.requests is not requests:
+                self.requests += parts.requests - requests
+            if parts.billed_s is not billed_s:
+                for kind, seconds in parts.billed_s.items():
+                    self.bill(kind, seconds - billed_s.get(kind, 0.0))
+            self._parts[parts] = parts.requests, parts.billed_s
 
     def bill(self, kind: Kind, seconds: float) -> None:
         self.billed_s[kind] = self.billed_s.get(kind, 0.0) + seconds
@@ -88,6 +145,8 @@ class Account:
 
     def merge(self, other: Account) -> None:
         """Merge the account of another process into this account. The result has the larger value of each figure."""
+        self.settle()
+        other.settle()
         _merge_counts(self.billed_s, other.billed_s)
         _merge_counts(self.failed_s, other.failed_s)
         _merge_counts(self.lost_s, other.lost_s)
@@ -97,9 +156,11 @@ class Account:
 
     def usd(self, rates: Rates) -> float:
         """Return the cost of the account's instances so far."""
+        self.settle()
         return sum(rates(kind) * seconds / 3600 for kind, seconds in self.billed_s.items())
 
     def to_json(self) -> dict[str, Any]:
+        self.settle()
         return {
             "billed": [[k.pool, k.type, k.market.value, s] for k, s in self.billed_s.items()],
             "failed_s": dict(self.failed_s),
@@ -158,7 +219,7 @@ class Meter:
         *,
         now_s: float,
         monotonic_s: float,
-        shares: Mapping[JobId, float],
+        shares: Shares,
         accounts: Mapping[JobId, Account],
         is_spot: bool = False,
     ) -> None:
@@ -188,6 +249,9 @@ class Meter:
             return
         life.billed_s += more_s
         self.total.bill(life.kind, more_s)
+        if isinstance(shares, EqualParts):
+            (shares if shares.members else self.nobody).bill(life.kind, more_s)
+            return
         left = 1.0
         for job, share in shares.items():
             if account := accounts.get(job):
@@ -203,9 +267,7 @@ class Meter:
             del self.lives[instance]
         return bool(dropped)
 
-    def count_requests(
-        self, process: str, so_far: Requests, shares: Mapping[JobId, float], accounts: Mapping[JobId, Account]
-    ) -> None:
+    def count_requests(self, process: str, so_far: Requests, shares: Shares, accounts: Mapping[JobId, Account]) -> None:
         """Count the requests of a process, which reports its total since the start of the process.
 
         A report that is older than the last report of its process is ignored.
@@ -220,6 +282,12 @@ class Meter:
         while len(self._heard) > MAX_PROCESSES:
             del self._heard[next(iter(self._heard))]
         self.total.requests += more
+        if isinstance(shares, EqualParts):
+            if shares.members:
+                shares.count_requests(more)
+            else:
+                self.nobody.requests += more
+            return
         left = 1.0
         for job, share in shares.items():
             if account := accounts.get(job):

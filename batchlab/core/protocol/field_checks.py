@@ -173,8 +173,8 @@ def fit(value: T) -> T:
 
     Raise ValueError if a field has a value that its annotation or the bounds of this module do not allow.
     """
-    for field, hint in _hints(type(value)).items():
-        if not _fits(getattr(value, field), hint):
+    for field, fits in _tests(cast(Any, type(value))):
+        if not fits(getattr(value, field)):
             raise ValueError(f"{field} has a value that it cannot have")
     return value
 
@@ -186,26 +186,46 @@ def _hints(kind: Any) -> dict[str, Any]:
     return hints
 
 
-def _fits(value: Any, hint: Any) -> bool:
+@cache
+def _tests(kind: Hashable) -> list[tuple[str, Callable[[Any], bool]]]:
+    return [(field, _test(hint)) for field, hint in _hints(kind).items()]
+
+
+def _test(hint: Any) -> Callable[[Any], bool]:
+    """Return the function that tests whether a value has the type `hint` and is within the bounds."""
+    simple, origin = getattr(hint, "__supertype__", hint), get_origin(hint)
     if hint is Any:
-        shallow([value])
-        return True
-    kinds, simple = get_args(hint), getattr(hint, "__supertype__", hint)
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, kind) for kind in kinds)
-    if get_origin(hint) is tuple:
-        if type(value) is not tuple:
-            return False
-        if kinds[1:] == (...,):
-            kinds = kinds[:1] * len(value)
-        return len(kinds) == len(value) and all(map(_fits, value, kinds))
+        return _is_shallow
+    if origin in (Union, UnionType):
+        tests = [_test(part) for part in get_args(hint)]
+        return lambda value: any(test(value) for test in tests)
+    if origin is tuple:
+        return _tuple_test(get_args(hint))
     if simple is float:
-        return type(value) in _NUMBERS and abs(value) <= MAX_S
+        return lambda value: type(value) in _NUMBERS and abs(value) <= MAX_S
     if simple is int:
-        return type(value) is int and abs(value) <= MAX_COUNT
+        return lambda value: type(value) is int and abs(value) <= MAX_COUNT
     if simple is str:
-        return type(value) is str and len(value) <= MAX_TEXT
-    return isinstance(value, get_origin(hint) or simple)
+        return lambda value: type(value) is str and len(value) <= MAX_TEXT
+    kind = origin or simple
+    return lambda value: isinstance(value, kind)
+
+
+def _tuple_test(parts: tuple[Any, ...]) -> Callable[[Any], bool]:
+    tests = [_test(part) for part in parts if part is not ...]
+    if parts[1:] == (...,):
+        (test,) = tests
+        return lambda value: type(value) is tuple and all(map(test, value))
+    return lambda value: (
+        type(value) is tuple
+        and len(value) == len(tests)
+        and all(test(part) for test, part in zip(tests, value, strict=True))
+    )
+
+
+def _is_shallow(value: Any) -> bool:
+    shallow([value])
+    return True
 
 
 def shallow(values: Sequence[Any]) -> None:

@@ -162,6 +162,6 @@ def _rooms(manager: Manager, live: LiveJob) -> Mapping[str, Room]:
             most=most * pool.slots,
             per_instance=pool.slots,
             boot_s=pool.boot_s,
-            rivals=sum(rival.id != live.id and rival.has_work(name) for rival in manager.lives.values()),
+            rivals=len(manager.lives.pool(name).working.keys() - {live.id}),
         )
     return rooms

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from batchlab.core.ports import ChangeResult, Depth
 from batchlab.manager.adoption import Adoption
-from batchlab.manager.bundling import Bundler
+from batchlab.manager.live_jobs import PoolWork
 from batchlab.manager.manager import LeaderLease
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.state import LiveJob
@@ -74,8 +74,6 @@ def priority_ignored(plant: Plant) -> None:
     """All jobs with remaining tasks share the window of a pool. A job with a high priority waits
     for others (priority)."""
 
-    @plant.method(Bundler, "_rivals")
-    def _rivals(self: Bundler, live: LiveJob, pool: str) -> Iterator[LiveJob]:
-        for one in self._lives.values():
-            if one is not live and one.job.priority == live.job.priority and one.has_uncut_tasks(pool):
-                yield one
+    @plant.method(PoolWork, "has_higher")
+    def has_higher(self: PoolWork, priority: int) -> bool:
+        return False

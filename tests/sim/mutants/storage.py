@@ -55,7 +55,7 @@ def adoption_ends_at_a_lost_retry(plant: Plant) -> None:
 
     @plant.method(Adoption, "adopt_active")
     async def adopt_active(self: Adoption) -> None:
-        self.searched_s = self._ports.clock.monotonic_s()
+        self._searched_s = self._ports.clock.monotonic_s()
         async for record in list_jobs(self._ports, active=True):
             if record.job.id not in self._lives:
                 rows = await self._ports.ledger.rows(record.job.id)

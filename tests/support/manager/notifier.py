@@ -19,6 +19,7 @@ from batchlab.core.protocol import json_format, object_keys
 from batchlab.manager.context import Context, NotificationChannels
 from batchlab.manager.cost_caps import CostCaps
 from batchlab.manager.counters import Counters
+from batchlab.manager.live_jobs import LiveJobs
 from batchlab.manager.notifier import Notifier
 from batchlab.manager.state import LiveJob, Ports, WorkerStatus
 from batchlab.sim.actors import SimClock, SimIds
@@ -53,7 +54,7 @@ class Scene:
             SimIds(rng),
             Patience(rng, limit_s=0.0),
         )
-        self.lives: dict[JobId, LiveJob] = {}
+        self.lives = LiveJobs()
         self.workers: dict[str, WorkerStatus] = {}
         self.counts = Counters()
 

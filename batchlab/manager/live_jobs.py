@@ -1,0 +1,298 @@
+"""Jobs that have not ended, with sums of their work by pool.
+
+Invariant: a tick does not read waiting jobs, except for the resync and for cost caps. Each change of a job marks the
+job. The next read of a sum replaces the contributions of marked jobs, and does not read other jobs. The sums are exact,
+because the estimated seconds of work are stored as whole microseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+
+from batchlab.core.model import Control, JobId, JobState
+from batchlab.manager.state import Backlog, JobChanges, LiveJob, Outstanding
+
+RESYNC_S = 300.0
+"""Period of the resync, which gives each job a step even if the job was not marked."""
+
+Jobs = dict[JobId, LiveJob]
+
+
+@dataclass(slots=True)
+class _Contribution:
+    """Contribution of one job to the sums of one pool."""
+
+    bundles: int = 0
+    paused_bundles: int = 0
+    tasks: int = 0
+    work_us: int = 0
+    grows: bool = False
+    """Whether a stage runs its first bundle and does not have a measured duration, so its estimate grows with time."""
+    has_work: bool = False
+    is_held: bool = False
+    is_runnable: bool = False
+    priority: int | None = None
+    """Priority of the job if the job has uncut tasks in the pool and may cut them, or None."""
+
+
+@dataclass(slots=True)
+class PoolWork:
+    """Work of all live jobs in one pool."""
+
+    bundles: int = 0
+    """Number of outstanding bundles."""
+    paused_bundles: int = 0
+    """Number of outstanding bundles of paused jobs."""
+    tasks: int = 0
+    work_us: int = 0
+    growing: Jobs = field(default_factory=dict)
+    """Jobs whose estimated work grows with time. The sums `tasks` and `work_us` do not include these jobs."""
+    working: Jobs = field(default_factory=dict)
+    """Jobs that have work for the pool's instances (see `LiveJob.has_work`)."""
+    held: Jobs = field(default_factory=dict)
+    """Jobs that a cost cap holds back."""
+    runnable: Jobs = field(default_factory=dict)
+    """Jobs in state RUNNABLE."""
+    uncut: dict[int, dict[int, Jobs]] = field(default_factory=dict)
+    """Jobs with uncut tasks that may cut them, by priority and by number of outstanding bundles in the pool."""
+
+    def has_higher(self, priority: int) -> bool:
+        """Return whether a job of a higher priority has uncut tasks."""
+        return any(other > priority for other in self.uncut)
+
+    def peers(self, priority: int) -> int:
+        """Return the number of jobs of the priority with uncut tasks."""
+        return sum(map(len, self.uncut.get(priority, {}).values()))
+
+    def ready(self, window: int) -> list[LiveJob]:
+        """Divide `window` evenly among the jobs of the highest priority with uncut tasks. Return the jobs with fewer
+        outstanding bundles than their part."""
+        if not self.uncut:
+            return []
+        by_bundles = self.uncut[max(self.uncut)]
+        part = max(1, window // sum(map(len, by_bundles.values())))
+        return [live for bundles, jobs in by_bundles.items() if bundles < part for live in jobs.values()]
+
+    def add(self, live: LiveJob, part: _Contribution) -> None:
+        self.bundles += part.bundles
+        self.paused_bundles += part.paused_bundles
+        if not part.grows:
+            self.tasks += part.tasks
+            self.work_us += part.work_us
+        for is_member, members in self._sets(part):
+            if is_member:
+                members[live.id] = live
+        if part.priority is not None:
+            self.uncut.setdefault(part.priority, {}).setdefault(part.bundles, {})[live.id] = live
+
+    def remove(self, job: JobId, part: _Contribution) -> None:
+        self.bundles -= part.bundles
+        self.paused_bundles -= part.paused_bundles
+        if not part.grows:
+            self.tasks -= part.tasks
+            self.work_us -= part.work_us
+        for is_member, members in self._sets(part):
+            if is_member:
+                del members[job]
+        if part.priority is not None:
+            by_bundles = self.uncut[part.priority]
+            del by_bundles[part.bundles][job]
+            if not by_bundles[part.bundles]:
+                del by_bundles[part.bundles]
+            if not by_bundles:
+                del self.uncut[part.priority]
+
+    def _sets(self, part: _Contribution) -> Iterable[tuple[bool, Jobs]]:
+        return (
+            (part.grows, self.growing),
+            (part.has_work, self.working),
+            (part.is_held, self.held),
+            (part.is_runnable, self.runnable),
+        )
+
+
+@dataclass(slots=True)
+class Journal:
+    """Changes of the live jobs since the reader's last call of `clear`."""
+
+    changed: Jobs = field(default_factory=dict)
+    """New jobs and jobs with a change. A job that was removed is not in `changed`."""
+    removed: Jobs = field(default_factory=dict)
+    """Removed jobs that are not live now."""
+
+    def clear(self) -> None:
+        self.changed.clear()
+        self.removed.clear()
+
+
+class Rotation:
+    """Iterator over all jobs in small groups. Each job is returned once in about `period_s`."""
+
+    def __init__(self, period_s: float, min_jobs: int = 0) -> None:
+        self._period_s = period_s
+        self._min_jobs = min_jobs
+        """Minimum number of jobs of a group."""
+        self._last_s: float | None = None
+        self._rest: Iterator[JobId] = iter(())
+
+    def next(self, jobs: Mapping[JobId, LiveJob], now_s: float) -> Jobs:
+        """Return the next jobs. `now_s` is the monotonic time, from which the size of the group is calculated."""
+        step_s = 0.0 if self._last_s is None else now_s - self._last_s
+        self._last_s = now_s
+        count = max(self._min_jobs, math.ceil(len(jobs) * step_s / self._period_s))
+        if count >= len(jobs):
+            return dict(jobs)
+        names = list(islice(self._rest, count))
+        if len(names) < count:
+            self._rest = iter(list(jobs))
+            names += islice(self._rest, count - len(names))
+        return {job: jobs[job] for job in names if job in jobs}
+
+
+class LiveJobs(dict[JobId, LiveJob]):
+    """Live jobs by id, in the order of their adoption."""
+
+    def __init__(self, lives: Iterable[LiveJob] = ()) -> None:
+        super().__init__()
+        self._changes = JobChanges()
+        self._contributions: dict[JobId, dict[str, _Contribution]] = {}
+        self._pools: dict[str, PoolWork] = {}
+        self._restless: Jobs = {}
+        """Jobs that need a step at each tick."""
+        self._capped: Jobs = {}
+        self._journals: list[Journal] = []
+        self._resync = Rotation(RESYNC_S)
+        self._count = 0
+        for live in lives:
+            self[live.id] = live
+
+    def __setitem__(self, job: JobId, live: LiveJob) -> None:
+        before = self.get(job)
+        if before is not None and before is not live:
+            del self[job]
+        super().__setitem__(job, live)
+        self._count += 1
+        live.number = self._count
+        live.join(self._changes)
+        for journal in self._journals:
+            journal.removed.pop(job, None)
+
+    def __delitem__(self, job: JobId) -> None:
+        live = self[job]
+        super().__delitem__(job)
+        live.join(JobChanges())
+        self._changes.marked.pop(job, None)
+        self._withdraw(job)
+        for journal in self._journals:
+            journal.changed.pop(job, None)
+            journal.removed[job] = live
+
+    def clear(self) -> None:
+        for job in list(self):
+            del self[job]
+
+    def journal(self) -> Journal:
+        """Return a new journal. Its first changes are all present jobs."""
+        journal = Journal(changed=dict(self))
+        self._journals.append(journal)
+        return journal
+
+    def take_sent(self) -> list[tuple[LiveJob, Outstanding]]:
+        """Return the bundles that became outstanding since the last call."""
+        sent, self._changes.sent = self._changes.sent, []
+        return sent
+
+    def pool(self, name: str) -> PoolWork:
+        """Return the current work of all live jobs in the pool."""
+        self.refresh()
+        return self._pools.get(name) or PoolWork()
+
+    def backlog(self, name: str, now_s: float) -> Backlog:
+        """Return the remaining work of all running jobs in the pool. `now_s` is the monotonic time."""
+        work = self.pool(name)
+        seconds, tasks = work.work_us / 1e6, work.tasks
+        for live in work.growing.values():
+            part = _contributions(live, now_s)[name]
+            seconds += part.work_us / 1e6
+            tasks += part.tasks
+        return Backlog(seconds, tasks)
+
+    @property
+    def has_caps(self) -> bool:
+        """Return whether the definition of any live job has a cost cap."""
+        self.refresh()
+        return bool(self._capped)
+
+    def needing_step(self, windows: dict[str, int], now_s: float) -> list[LiveJob]:
+        """Return the jobs that need a step now: jobs with room for more bundles, jobs with a step at each tick, and the
+        next jobs of the resync. `windows` has the number of outstanding bundles that each pool may have. `now_s` is the
+        monotonic time."""
+        self.refresh()
+        chosen: Jobs = dict(self._restless)
+        for name, window in windows.items():
+            if work := self._pools.get(name):
+                chosen |= {live.id: live for live in work.ready(window)}
+        chosen |= self._resync.next(self, now_s)
+        return sorted(chosen.values(), key=lambda live: live.number)
+
+    def refresh(self) -> None:
+        """Replace the contributions of the marked jobs."""
+        marked = self._changes.marked
+        for job in list(marked):
+            live = marked.pop(job)
+            self._withdraw(job)
+            parts = self._contributions[job] = _contributions(live)
+            for pool, part in parts.items():
+                self._pools.setdefault(pool, PoolWork()).add(live, part)
+            if live.is_restless:
+                self._restless[job] = live
+            if live.job.max_cost_usd is not None:
+                self._capped[job] = live
+            for journal in self._journals:
+                journal.changed[job] = live
+
+    def _withdraw(self, job: JobId) -> None:
+        for pool, part in self._contributions.pop(job, {}).items():
+            self._pools[pool].remove(job, part)
+        self._restless.pop(job, None)
+        self._capped.pop(job, None)
+
+
+def _contributions(live: LiveJob, now_s: float | None = None) -> dict[str, _Contribution]:
+    """Return the job's contributions by pool. Without the monotonic time `now_s`, a stage without a measurement counts
+    `UNKNOWN_TASK_S` for each task."""
+    runs = live.record.control is Control.RUN and live.record.state is not JobState.SCHEDULED
+    parts: dict[str, _Contribution] = {}
+    for stage in live.job.stages:
+        part = parts.setdefault(stage.pool, _Contribution())
+        record = live.stages[stage.name]
+        counts = record.counts
+        outstanding = live.outstanding.get(stage.name)
+        bundles = len(outstanding) if outstanding else 0
+        part.bundles += bundles
+        if live.record.control is Control.PAUSE:
+            part.paused_bundles += bundles
+        part.is_held |= live.is_held
+        part.is_runnable |= live.record.state is JobState.RUNNABLE
+        if not runs:
+            continue
+        if record.left.ranges and not live.is_held:
+            part.priority = live.job.priority
+        if counts.planned is None:
+            part.has_work |= live.is_held and bundles > 0
+            continue
+        remaining = max(0, counts.planned - counts.terminal)
+        part.has_work |= bundles > 0 if live.is_held else remaining > 0
+        if live.is_held or (live.budget and counts.mean_s is None):
+            # A job at its cost cap counts only with its outstanding bundles. A capped job whose task duration is
+            # unknown also counts only with its outstanding bundles.
+            remaining = min(remaining, live.cut_tasks(stage.name))
+        if remaining:
+            part.tasks += remaining * stage.slots
+            began_s = live.began_s.get(stage.name, 0.0)
+            part.work_us += round(remaining * live.task_s(stage, began_s if now_s is None else now_s) * 1e6)
+            part.grows |= counts.mean_s is None and stage.name in live.began_s
+    return parts
