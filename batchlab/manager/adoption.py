@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 SET_BACK_S = 60.0
 """Maximum delay of a scheduled job after the wall clock was set back."""
-MAX_SEARCH_FACTOR = 10
+MAX_SEARCH_FACTOR = 4
 """Maximum interval between searches for active jobs, as a multiple of `silence_s`."""
 
 
@@ -103,16 +103,16 @@ class Adoption(Part):
         self._searched_s = 0.0
         """Monotonic time of the last search of the ledger for jobs without an asyncio task."""
         self._listing_s = 0.0
-        """Duration of the last listing of active jobs, without the adoption of jobs."""
+        """Duration of the last search, or 0 after a search that adopted jobs."""
 
     async def adopt_active(self) -> None:
         """Search the ledger for active jobs without an asyncio task, and adopt them."""
         begun_s = self._searched_s = self._clock.monotonic_s()
-        adopting_s = 0.0
+        has_adopted = False
         async for record in list_jobs(self._ports, active=True):
             if record.job.id in self._lives:
                 continue
-            adopting_s -= self._clock.monotonic_s()
+            has_adopted = True
             rows = await self._ledger.rows(record.job.id)
             try:
                 await self.adopt(ChangeResult(rows, is_new=False))
@@ -121,14 +121,15 @@ class Adoption(Part):
                 # the job again.
                 key = object_keys.committed(record.job.id)
                 self._quarantine.object(key, error, record.job.id, "object")
-            adopting_s += self._clock.monotonic_s()
-        self._listing_s = self._clock.monotonic_s() - begun_s - adopting_s
+        # After a search that adopted jobs, the next search follows after `silence_s`, because the duration of this
+        # search includes the adoptions.
+        self._listing_s = 0.0 if has_adopted else self._clock.monotonic_s() - begun_s
         self.delayed_jobs.retain(self._lives)
 
     @property
     def is_search_due(self) -> bool:
-        """Return whether the next search is due. The interval is longer for long lists of active jobs, so that their
-        listing takes about 1% of the time."""
+        """Return whether the next search is due. The interval is up to MAX_SEARCH_FACTOR times `silence_s` for long
+        lists of active jobs, because a search reads the whole list."""
         silence_s = self._settings.silence_s
         interval_s = min(max(silence_s, 100 * self._listing_s), MAX_SEARCH_FACTOR * silence_s)
         return self._clock.monotonic_s() - self._searched_s >= interval_s

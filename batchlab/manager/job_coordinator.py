@@ -316,6 +316,8 @@ class JobCoordinator(Part):
         if (await self._ledger.apply(change)).has_control(change):
             live.record = replace(live.record, control=word)
             live.notify()
+            if word is Control.RUN:
+                live.wake.set()
         else:
             await self._ledger_writer.refresh(live)
 

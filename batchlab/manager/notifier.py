@@ -61,8 +61,10 @@ class NotificationTriggers(Part):
             yield "failures", str(target.failures)
         if target.wants("capped") and live.capped:
             yield "capped", f"{self._caps.cap_of(live)}/{self._caps.max_cost_usd}" if self._caps else ""
-        if target.wants("stuck") and standstill_s >= target.stuck_s:
-            yield "stuck", ".".join(map(str, self._progress[live.id].marker))
+        # The progress is forgotten if the job ends while the manager explains its standstill to another target.
+        progress = self._progress.get(live.id)
+        if target.wants("stuck") and standstill_s >= target.stuck_s and progress:
+            yield "stuck", ".".join(map(str, progress.marker))
 
     def standstill_s(self, live: LiveJob) -> float:
         """Return the seconds since the job's last progress."""

@@ -54,6 +54,8 @@ SHORT_S = 5.0
 MAX_ROWS_OF_SHORT_JOB = 64
 """Maximum number of instances, and of workers, recorded for a job shorter than `SHORT_S`."""
 MAX_DECISIONS = 2_000
+MAX_STALE = 1_000
+"""Maximum number of ended jobs in the heap of starts, in addition to twice the number of recorded jobs."""
 MAX_JOBS = 200
 """Maximum number of jobs whose requests are sampled. For jobs above MAX_JOBS, the recorder stores only the total number
 of requests."""
@@ -163,6 +165,12 @@ class Recorder:
                 self._earlier.pop(job, None)
         self._journal.clear()
         self._unclaimed = ()
+        if len(self._oldest) > 2 * len(self._jobs) + MAX_STALE:
+            self._sort_starts()
+
+    def _sort_starts(self) -> None:
+        self._oldest = [(live_recording.since_s, job) for job, live_recording in self._jobs.items()]
+        heapify(self._oldest)
 
     def adopt(self, live: LiveJob) -> None:
         """Start the recording of a job, because the job may end before the next sample."""
@@ -354,8 +362,7 @@ class Recorder:
         # The attributes change only after the whole document was read without an error.
         self._slots, self._pools, self._jobs, self._earlier = slots, pools, jobs, earlier
         self._unclaimed = tuple(jobs)
-        self._oldest = [(live_recording.since_s, job) for job, live_recording in jobs.items()]
-        heapify(self._oldest)
+        self._sort_starts()
         self._history = history
         self._decisions = deque(doc["scaling"], maxlen=MAX_DECISIONS)
 

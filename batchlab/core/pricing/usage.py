@@ -129,7 +129,8 @@ class Account:
                 self.requests += parts.requests - requests
             if parts.billed_s is not billed_s:
                 for kind, seconds in parts.billed_s.items():
-                    self.bill(kind, seconds - billed_s.get(kind, 0.0))
+                    if seconds != billed_s.get(kind, 0.0):
+                        self.bill(kind, seconds - billed_s.get(kind, 0.0))
             self._parts[parts] = parts.requests, parts.billed_s
 
     def bill(self, kind: Kind, seconds: float) -> None:
