@@ -301,7 +301,6 @@ DEVELOPERS = (
     "python benchmarks/peers.py --harness FOLDER --install --docs",
     "python benchmarks/gate.py --harness FOLDER --small",
     "python benchmarks/request_counts.py",
-    "python benchmarks/waiting.py",
     "python benchmarks/scaling.py --svg docs/images/scaling.svg",
     "python benchmarks/overhead.py",
     "BATCHLAB_POSTGRES_URL=postgresql://… python benchmarks/ledger.py --only postgres",
