@@ -77,11 +77,7 @@ class PoolWork:
         return [live for bundles, jobs in by_bundles.items() if bundles < part for live in jobs.values()]
 
     def add(self, live: LiveJob, part: _Contribution) -> None:
-        self.bundles += part.bundles
-        self.paused_bundles += part.paused_bundles
-        if not part.grows:
-            self.tasks += part.tasks
-            self.work_us += part.work_us
+        self._count(part, 1)
         for is_member, members in self._sets(part):
             if is_member:
                 members[live.id] = live
@@ -89,11 +85,7 @@ class PoolWork:
             self.uncut.setdefault(part.priority, {}).setdefault(part.bundles, {})[live.id] = live
 
     def remove(self, job: JobId, part: _Contribution) -> None:
-        self.bundles -= part.bundles
-        self.paused_bundles -= part.paused_bundles
-        if not part.grows:
-            self.tasks -= part.tasks
-            self.work_us -= part.work_us
+        self._count(part, -1)
         for is_member, members in self._sets(part):
             if is_member:
                 del members[job]
@@ -104,6 +96,13 @@ class PoolWork:
                 del by_bundles[part.bundles]
             if not by_bundles:
                 del self.uncut[part.priority]
+
+    def _count(self, part: _Contribution, sign: int) -> None:
+        self.bundles += sign * part.bundles
+        self.paused_bundles += sign * part.paused_bundles
+        if not part.grows:
+            self.tasks += sign * part.tasks
+            self.work_us += sign * part.work_us
 
     def _sets(self, part: _Contribution) -> Iterable[tuple[bool, Jobs]]:
         return (
@@ -267,25 +266,21 @@ def _contributions(live: LiveJob, now_s: float | None = None) -> dict[str, _Cont
     runs = live.record.control is Control.RUN and live.record.state is not JobState.SCHEDULED
     parts: dict[str, _Contribution] = {}
     for stage in live.job.stages:
-        part = parts.setdefault(stage.pool, _Contribution())
-        record = live.stages[stage.name]
-        counts = record.counts
-        outstanding = live.outstanding.get(stage.name)
-        bundles = len(outstanding) if outstanding else 0
-        part.bundles += bundles
-        if live.record.control is Control.PAUSE:
-            part.paused_bundles += bundles
-        part.is_held |= live.is_held
-        part.is_runnable |= live.record.state is JobState.RUNNABLE
-        if not runs:
-            continue
-        if record.left.ranges and not live.is_held:
-            part.priority = live.job.priority
-        if counts.planned is None:
-            part.has_work |= live.is_held and bundles > 0
+        part = parts.get(stage.pool)
+        if part is None:
+            bundles = live.outstanding_in(stage.pool)
+            part = parts[stage.pool] = _Contribution(
+                bundles,
+                bundles if live.record.control is Control.PAUSE else 0,
+                has_work=live.has_work(stage.pool),
+                is_held=live.is_held,
+                is_runnable=live.record.state is JobState.RUNNABLE,
+                priority=live.job.priority if runs and not live.is_held and live.has_uncut_tasks(stage.pool) else None,
+            )
+        counts = live.stages[stage.name].counts
+        if not runs or counts.planned is None:
             continue
         remaining = max(0, counts.planned - counts.terminal)
-        part.has_work |= bundles > 0 if live.is_held else remaining > 0
         if live.is_held or (live.budget and counts.mean_s is None):
             # A job at its cost cap counts only with its outstanding bundles. A capped job whose task duration is
             # unknown also counts only with its outstanding bundles.

@@ -51,10 +51,10 @@ PAUSED_CHECK_S = 30.0
 """Interval between checks of the silent bundles of a job that does not run."""
 
 
-class _SilenceClock:
+class SilenceClock:
     """Clock that measures the silence of a pool's bundles. The clock stops while the pool's silence limit is infinite.
 
-    Of more than MAX_BREAKPOINTS stops, the clock forgets the oldest stops, and counts their time as silence.
+    The clock stores at most MAX_BREAKPOINTS stops and starts. The time of older stops counts as silence.
     """
 
     def __init__(self, now_s: float) -> None:
@@ -125,13 +125,13 @@ class Reconciler(Part):
         super().__init__(context)
         self._ledger_writer = ledger_writer
         self._coordinator = coordinator
-        self._clocks: dict[str, _SilenceClock] = {}
+        self._clocks: dict[str, SilenceClock] = {}
         """Clock of the silence of each pool's bundles."""
 
     async def recover_silent(self) -> None:
         """Send the bundles again that are silent for longer than the limit of their pool."""
         now_s = self._clock.monotonic_s()
-        clocks = {pool: self._clocks.setdefault(pool, _SilenceClock(now_s)) for pool in self._context.depths}
+        clocks = {pool: self._clocks.setdefault(pool, SilenceClock(now_s)) for pool in self._context.depths}
         for live, outstanding in self._lives.take_sent():
             # A stage of an unknown pool does not have a silence limit, because the manager does not read the pool's
             # queue.

@@ -11,7 +11,7 @@ from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, StageName, TaskSet
 from batchlab.core.ports import JobRecord, JobRows, StageRecord
 from batchlab.manager.live_jobs import LiveJobs, Rotation
-from batchlab.manager.reconciler import _SilenceClock
+from batchlab.manager.reconciler import SilenceClock
 from batchlab.manager.state import LiveJob
 
 POOLS = ("small", "large")
@@ -139,7 +139,7 @@ def test_a_rotation_visits_each_job_once_in_its_period() -> None:
 def test_the_silence_of_a_bundle_excludes_time_with_an_infinite_limit(seed: int) -> None:
     rng = random.Random(seed)
     heard_s = [rng.uniform(0.0, 60.0) for _ in range(20)]
-    clock, now_s, counted = _SilenceClock(0.0), 0.0, [0.0] * len(heard_s)
+    clock, now_s, counted = SilenceClock(0.0), 0.0, [0.0] * len(heard_s)
     for _ in range(60):
         before_s, now_s = now_s, now_s + rng.uniform(0.1, 2.0)
         runs = rng.random() < 0.5
@@ -152,7 +152,7 @@ def test_the_silence_of_a_bundle_excludes_time_with_an_infinite_limit(seed: int)
 
 def test_the_silence_of_a_job_that_was_adopted_again_does_not_count() -> None:
     """Another manager has led in between, so the job has a new object with new bundles."""
-    lives, clock = LiveJobs([_live(1)]), _SilenceClock(0.0)
+    lives, clock = LiveJobs([_live(1)]), SilenceClock(0.0)
     bundle = Bundle(JobId("j1"), StageName("map"), TaskSet.span(0, 1))
     lives[JobId("j1")].add_outstanding([(bundle, 0.0)])
     lives.clear()
@@ -167,7 +167,7 @@ def test_the_silence_of_a_job_that_was_adopted_again_does_not_count() -> None:
 
 
 def test_ended_bundles_leave_the_heap_while_the_clock_stands_still() -> None:
-    lives, clock = LiveJobs([_live(1)]), _SilenceClock(0.0)
+    lives, clock = LiveJobs([_live(1)]), SilenceClock(0.0)
     live = lives[JobId("j1")]
     for n in range(5000):
         bundle = Bundle(live.id, StageName("map"), TaskSet.span(n, n + 1))
