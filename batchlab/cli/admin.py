@@ -16,9 +16,9 @@ from batchlab.core.errors import BackendError, UsageError
 
 _PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 _ABOUT = {
-    "manager": "Run a manager (`grid up` and `run` do this).",
-    "worker": "Run a worker (the manager does this).",
-    "connect": "Keep a connection to a manager on AWS open (`run` does this).",
+    "manager": "Run a manager, which `grid up` and `run` normally start.",
+    "worker": "Run a worker, which the manager normally starts.",
+    "connect": "Keep open a connection to a manager on AWS, which `run` normally starts.",
 }
 
 app = typer.Typer()
@@ -30,7 +30,7 @@ app.add_typer(notify)
 
 @ledger.callback()
 def ledger_() -> None:
-    """Repair the ledger's database.
+    """Repair the database of the ledger, which contains the state of all jobs.
 
     \b
     Example: batchlab ledger rebuild
@@ -41,7 +41,7 @@ def ledger_() -> None:
 def rebuild(home: Path | None = HOME, json: bool = JSON) -> None:
     """Rebuild the ledger from the bucket, which contains all durable state.
 
-    Unreadable objects do not stop the rebuild. They are listed at its end.
+    Unreadable objects do not stop the rebuild. The command lists the unreadable objects at the end.
 
     \b
     Example: batchlab ledger rebuild
@@ -70,11 +70,12 @@ def schema() -> None:
 
 @app.command()
 def gc(
-    dry_run: bool = flag("Only list what would be removed.", "--dry-run"),
-    aws: bool = flag("List leftovers of stacks on AWS. They are removed only with --yes.", "--aws"),
-    yes: bool = flag("With --aws: remove the leftovers.", "--yes"),
+    dry_run: bool = flag("List the leftovers that would be removed, and do not remove them.", "--dry-run"),
+    aws: bool = flag("List the leftovers of stacks on AWS. Leftovers on AWS are removed only with --yes.", "--aws"),
+    yes: bool = flag("With --aws: remove the leftovers of deleted stacks.", "--yes"),
     name: list[str] | None = option(
-        "With --aws --yes: also remove this resource, which only its name assigns to a stack. May be repeated."
+        "With --aws --yes: also remove the resource with this name, which does not have the tag of a stack. The "
+        "option may be repeated."
     ),
     region: str | None = REGION,
     home: Path | None = HOME,
@@ -82,11 +83,12 @@ def gc(
 ) -> None:
     """Remove leftovers of deleted grids in Docker or on AWS.
 
-    Grids with an existing folder are kept: `batchlab grid down` stops those. With --aws the command
-    skips Docker, and lists all resources in the region with the tag of a stack. --yes removes those
-    of deleted stacks, including buckets with all objects. Resources without tags, such as SimpleDB
-    domains, are listed by name, and removed only if --name names them. The default of --region is
-    that of the stack in the grid's folder.
+    The command keeps a grid whose folder exists, because `batchlab grid down` stops such a grid.
+    With --aws, the command skips Docker, and lists all resources in the region that have the tag of
+    a stack. With --yes, the command removes the resources of deleted stacks, including buckets with
+    all objects. Resources without tags, such as SimpleDB domains, are listed by name, and removed
+    only if --name names them. The default of --region is the region of the stack in the grid's
+    folder.
 
     \b
     Example: batchlab gc --dry-run
@@ -198,7 +200,8 @@ def _it(number: int) -> str:
 def notify_() -> None:
     """Show notification targets and sent notifications.
 
-    The grid's own targets are in notify.toml in its folder, those of a job in its job file.
+    The file notify.toml in the grid's folder contains the targets of the grid. A job file contains
+    the targets of its job.
 
     \b
     Example: batchlab notify log
@@ -207,7 +210,7 @@ def notify_() -> None:
 
 @notify.command("list")
 def list_(home: Path | None = HOME, json: bool = JSON) -> None:
-    """List the targets of the grid and of unfinished jobs.
+    """List the notification targets of the grid and of unfinished jobs.
 
     \b
     Example: batchlab notify list
@@ -228,9 +231,11 @@ def _target_row(target: TargetView) -> tuple[object, ...]:
 
 @notify.command("test")
 def try_(
-    target: str = argument("One of the grid's own targets.", "TARGET"), home: Path | None = HOME, json: bool = JSON
+    target: str = argument("Name of a notification target of the grid.", "TARGET"),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
-    """Send one test notification to a target. The exit code is 1 if that fails.
+    """Send a test notification to a target. The exit code is 1 if the test notification was not delivered.
 
     \b
     Example: batchlab notify test ops
@@ -247,9 +252,11 @@ def try_(
 
 @notify.command()
 def log(
-    limit: int = option("Most notifications.", default=20, min=1, max=1000), home: Path | None = HOME, json: bool = JSON
+    limit: int = option("Maximum number of listed notifications.", default=20, min=1, max=1000),
+    home: Path | None = HOME,
+    json: bool = JSON,
 ) -> None:
-    """List notifications: first the pending ones, then the others with their results.
+    """List notifications: first the pending notifications, then the finished notifications with their results.
 
     \b
     Example: batchlab notify log --limit 50

@@ -38,27 +38,29 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("demo", "Run a demo job on generated insurance claims."),
-    "init": Command("demo", "Write the files of a first job."),
+    "init": Command("demo", "Write a job file, its code, and its input data as an example."),
     "run": Command("run", "Run a job file to its end and fetch its results."),
-    "job": Command("job", "Submit jobs to a running grid, and manage them."),
+    "job": Command("job", "Submit jobs to a running grid, and manage the jobs."),
     "schedule": Command("schedule", "Run jobs on a schedule, once or repeatedly."),
     "grid": Command("grid", "Start, inspect, scale, and stop a grid."),
     "notify": Command("admin", "Show notification targets and sent notifications."),
-    "deploy": Command("deploy", "Create, inspect, update, and delete the stack on AWS."),
+    "deploy": Command("deploy", "Create, inspect, update, and delete the stack of a grid on AWS."),
     "report": Command("report", "Query run times, waits, retries, scaling, and cost of jobs."),
-    "scenario": Command("scenario", "Check, forecast, replay, and judge load scenarios."),
-    "cost": Command("cost", "Compute what a run costs on AWS, in USD."),
-    "prices": Command("cost", "Show and update the price book."),
-    "ledger": Command("admin", "Repair the ledger's database."),
+    "scenario": Command(
+        "scenario", "Check, simulate, and replay load scenarios, and compare their runs with expectations."
+    ),
+    "cost": Command("cost", "Compute the cost of a job's run on AWS, in USD."),
+    "prices": Command("cost", "Show and update the price book, which contains AWS's list prices."),
+    "ledger": Command("admin", "Repair the database of the ledger, which contains the state of all jobs."),
     "schema": Command("admin", "Print the job file's JSON Schema, for editors."),
     "doctor": Command("doctor", "Check that a grid can run on this machine."),
     "gc": Command("admin", "Remove leftovers of deleted grids in Docker or on AWS."),
     "sim": Command("sim", "Test the grid's guarantees in simulation, with injected faults."),
-    "conform": Command("endpoints", "Check that an endpoint behaves like AWS's services."),
-    "asg": Command("endpoints", "Serve Auto Scaling groups on this machine with AWS's API."),
-    "manager": Command("admin", "Run a manager (`grid up` and `run` do this)."),
-    "worker": Command("admin", "Run a worker (the manager does this)."),
-    "connect": Command("admin", "Keep a connection to a manager on AWS open (`run` does this)."),
+    "conform": Command("endpoints", "Check that an endpoint follows the rules of AWS's services."),
+    "asg": Command("endpoints", "Serve the API of AWS's Auto Scaling groups on this machine."),
+    "manager": Command("admin", "Run a manager, which `grid up` and `run` normally start."),
+    "worker": Command("admin", "Run a worker, which the manager normally starts."),
+    "connect": Command("admin", "Keep open a connection to a manager on AWS, which `run` normally starts."),
 }
 """All commands by name. A command that a new user needs earlier comes first."""
 

@@ -40,14 +40,17 @@ app.add_typer(cost)
 app.add_typer(prices)
 
 
-TYPES = option("Instance type on AWS of pools without one. May be repeated.", "[POOL=]TYPE")
+TYPES = option(
+    "Instance type on AWS that the computation assumes for one pool, or for all pools. The option may be repeated.",
+    "[POOL=]TYPE",
+)
 
 
 @cost.callback()
 def cost_() -> None:
-    """Compute what a run costs on AWS, in USD.
+    """Compute the cost of a job's run on AWS, in USD.
 
-    The commands use list prices, before the run or after it.
+    The commands use AWS's list prices, and compute the cost before or after the run.
 
     \b
     Example: batchlab cost estimate job.yaml --seconds 2.5
@@ -59,22 +62,28 @@ def estimate(
     file: Path = FILE,
     set_: list[str] | None = SET,
     seconds: list[str] | None = option(
-        "Seconds per task, or a range. May be repeated. Default: as in an earlier run.", "[STAGE=]S[-S]"
+        "Run time of one task in seconds, or a range of run times. The option may be repeated. Default: the run "
+        "times of an earlier run.",
+        "[STAGE=]S[-S]",
     ),
     tasks: list[str] | None = option(
-        "Number of tasks of the first stages, or of one stage, if the input cannot be counted. May be repeated.",
+        "Number of tasks in the stages that read the job's input, or in one stage, if batchlab cannot count the "
+        "input. The option may be repeated.",
         "[STAGE=]N",
     ),
     pool: list[str] | None = POOL,
     instance_type: list[str] | None = TYPES,
-    spot: float = option("Percentage of Spot instances.", default=0.0, min=0, max=100),
+    spot: float = option("Percentage of the instances that are Spot Instances.", default=0.0, min=0, max=100),
     results: str = option(
-        "Size of the results that will be fetched, such as 500MB. Default: as at the last fetch.", "SIZE", default=""
+        "Size of the results that the user will fetch, such as 500MB. Default: the size of the results at the last "
+        "fetch.",
+        "SIZE",
+        default="",
     ),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Estimate the cost of a run of a job file, as a range for each item.
+    """Estimate the cost of a run of a job file on AWS, as a range for each item of the cost.
 
     \b
     Example: batchlab cost estimate job.yaml --seconds 2-5 --pool default:0-20x2 --spot 80
@@ -120,9 +129,10 @@ def estimate(
 
 @cost.command()
 def bill(job: str = JOB, instance_type: list[str] | None = TYPES, home: Path | None = HOME, json: bool = JSON) -> None:
-    """Show the bill of a job on AWS, or what it would have cost there.
+    """Show the cost of a job on AWS, or the cost that the job would have had on AWS.
 
-    The items are compute, wasted work, idle time, requests, storage, and data out of AWS.
+    The items of the cost are compute, wasted work, idle time, requests, storage, and data transfer
+    out of AWS.
 
     \b
     Example: batchlab cost bill last --instance-type c7g.large
@@ -314,7 +324,7 @@ def text(estimate: Estimate) -> str:
 
 @prices.callback()
 def prices_() -> None:
-    """Show and update the price book.
+    """Show and update the price book, which contains AWS's list prices.
 
     \b
     Example: batchlab prices show
@@ -323,11 +333,13 @@ def prices_() -> None:
 
 @prices.command()
 def show(
-    types: list[str] | None = argument("Only these instance types.", "TYPE", default=None),
+    types: list[str] | None = argument(
+        "Instance type whose prices are shown. Default: all instance types.", "TYPE", default=None
+    ),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Show prices with their region, date, and source.
+    """Show AWS's prices with their region, date, and source.
 
     \b
     Example: batchlab prices show m7i.large c7g.large
@@ -370,18 +382,18 @@ def _prices_text(book: PriceBook, types: list[str] | None) -> str:
 @prices.command()
 def refresh(
     from_: Path = option(
-        "AWS's price list of AmazonEC2, AmazonRDS, or AWSDataTransfer (CSV or JSON), the "
-        "output of `aws ec2 describe-spot-price-history`, or a CSV of on-demand prices.",
+        "File with new prices: AWS's price list of AmazonEC2, AmazonRDS, or AWSDataTransfer (CSV or JSON), the "
+        "output of `aws ec2 describe-spot-price-history`, or a CSV file of on-demand prices.",
         "FILE",
         "--from",
         default=...,
     ),
-    region: str = option("Region, if the file has several.", default=""),
-    date: datetime | None = option("Date of the prices, if the file does not have one.", formats=["%Y-%m-%d"]),
+    region: str = option("AWS region of the prices, if the file contains several regions.", default=""),
+    date: datetime | None = option("Date of the prices, if the file does not contain a date.", formats=["%Y-%m-%d"]),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Copy newer prices from a file to the grid's price book, which overrides the shipped one.
+    """Copy newer prices from a file to the grid's price book, which overrides the shipped price book.
 
     \b
     Example: batchlab prices refresh --from AmazonEC2.csv --region us-east-1

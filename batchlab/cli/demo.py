@@ -274,7 +274,7 @@ def demo(
     out: Path | None = OUT,
     seed: int = option("Seed of the generated claims.", default=1),
     files: int = option("Number of files of claims.", default=100, min=1),
-    claims_per_file: int = option("Claims in each file.", default=40, min=1),
+    claims_per_file: int = option("Number of claims in each file.", default=40, min=1),
     resume: bool = RESUME,
     home: Path | None = HOME,
     backend: str = BACKEND,
@@ -284,7 +284,8 @@ def demo(
     """Run a demo job on generated insurance claims.
 
     The command writes a month-end of claims and the job's code into the grid's folder, runs the job
-    like `run`, and compares the totals with those of the generator.
+    like `run`, and compares the totals with the totals that the generator of the claims has
+    counted.
 
     \b
     Example: batchlab demo --files 400
@@ -312,17 +313,20 @@ def demo(
 
 @app.command()
 def init(
-    folder: Path = argument("Folder for the files.", "DIR", default=Path(), show_default="here"),
+    folder: Path = argument(
+        "Folder in which the command writes the files.", "DIR", default=Path(), show_default="here"
+    ),
     example: str | None = option(
-        "A shipped example instead of the small starter job: claims (three stages), "
-        "transform (CSV to Parquet), media (video), or sort (more than a worker's memory).",
+        "Shipped example that replaces the small starter job: claims (a job with three stages), transform (a "
+        "conversion of CSV to Parquet), media (video), or sort (a sort of more data than a worker's memory).",
         "NAME",
         autocompletion=examples,
     ),
 ) -> None:
-    """Write the files of a first job.
+    """Write a job file, its code, and its input data as an example.
 
-    They are a job file, its code, and data for it. Existing files are not replaced.
+    The files are a job file, the job's code, and the job's input data. The command does not replace
+    existing files.
 
     \b
     Example: batchlab init first && batchlab run first/job.yaml

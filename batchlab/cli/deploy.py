@@ -44,7 +44,7 @@ app = typer.Typer(name="deploy", no_args_is_help=True)
 
 @app.callback()
 def deploy_() -> None:
-    """Create, inspect, update, and delete the stack on AWS.
+    """Create, inspect, update, and delete the stack of a grid on AWS.
 
     \b
     Example: batchlab deploy plan --region eu-west-1 --pool default:0-10x2@m7i.large
@@ -54,10 +54,10 @@ def deploy_() -> None:
 @app.command()
 @takes_arguments()
 def plan(arguments: DeployArguments, home: Path | None = HOME, json: bool = JSON) -> None:
-    """Show planned changes of the stack and their cost without applying them.
+    """Show the planned changes of the stack and their cost without applying the changes.
 
-    The options are stored in the grid's folder for `apply` and the next plan. The plan keeps the
-    deployed release. `apply` deploys the release of this version.
+    The command stores its options in the grid's folder for `deploy apply` and the next plan. The
+    plan keeps the deployed release. `deploy apply` deploys the release of this version of batchlab.
 
     \b
     Example: batchlab deploy plan --pool default:0-10x2@m7i.large --ledger postgres --budget 150
@@ -84,10 +84,11 @@ def plan(arguments: DeployArguments, home: Path | None = HOME, json: bool = JSON
 @app.command("template")
 @takes_arguments("budget", "alarm_email", "on_demand_base", "on_demand_percent", "package", "database_ca")
 def template_(arguments: DeployArguments, home: Path | None = HOME) -> None:
-    """Print the template of a stack, with the options as its defaults, without a call of AWS.
+    """Print the CloudFormation template of a stack without calling AWS. The options are the default values of the
+    template's parameters.
 
-    Use it to read, lint, or scan the template without credentials. The JSON goes to stdout, and the
-    cost of the idle stack to stderr.
+    Use the command to read, lint, or scan the template without AWS credentials. The command prints
+    the template as JSON to stdout, and the cost of the idle stack to stderr.
 
     \b
     Example: batchlab deploy template --pool default:0-10x2@m7i.large --egress nat > stack.json
@@ -105,15 +106,18 @@ def template_(arguments: DeployArguments, home: Path | None = HOME) -> None:
 @takes_arguments()
 def apply(
     arguments: DeployArguments,
-    release: Path | None = option("Existing release archive to use instead of a new one.", "FILE.tar.gz"),
+    release: Path | None = option(
+        "Existing release archive that is deployed instead of a new release archive.", "FILE.tar.gz"
+    ),
     yes: bool = YES,
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
     """Create or update the stack after showing the plan.
 
-    A new stack takes some minutes, with RDS 15 minutes. After Ctrl-C, AWS continues the operation.
-    The next `apply` follows it and does the rest.
+    The creation of a stack takes some minutes, or 15 minutes with RDS. After Ctrl-C, AWS continues
+    the operation. The next `deploy apply` waits for the end of this operation and does the
+    remaining work.
 
     \b
     Example: batchlab deploy apply
@@ -143,7 +147,8 @@ def apply(
 def status(stack: str | None = STACK, region: str | None = REGION, home: Path | None = HOME, json: bool = JSON) -> None:
     """Show the stack with its groups, queues, and alarms.
 
-    The command updates the locations of the stack's resources in the grid's folder if they differ.
+    The grid's folder contains the locations of the stack's resources. The command updates these
+    locations if they have changed.
 
     \b
     Example: batchlab deploy status --stack batchlab --region eu-west-1
@@ -208,7 +213,9 @@ def _show(status: Status, where: str) -> None:
 
 @app.command()
 def destroy(
-    delete_data: bool = flag("Also delete the bucket with all objects, and the ledger's database.", "--delete-data"),
+    delete_data: bool = flag(
+        "Also delete the bucket with all its objects, and the ledger's database.", "--delete-data"
+    ),
     stack: str | None = STACK,
     region: str | None = REGION,
     yes: bool = YES,
@@ -217,9 +224,9 @@ def destroy(
 ) -> None:
     """Delete the stack and all its resources on AWS.
 
-    Without --delete-data the data stays: a bucket with objects, a last snapshot of the database, or
-    a SimpleDB domain. The command lists the remaining resources. It refuses to run if the template
-    itself would delete data.
+    Without --delete-data, the stack's data remains: a bucket with objects, a last snapshot of the
+    database, or a SimpleDB domain. The command lists the remaining resources. The command refuses
+    to run if the template itself would delete data.
 
     \b
     Example: batchlab deploy destroy --delete-data

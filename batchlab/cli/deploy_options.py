@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from batchlab.deploy.template import Template
     from batchlab.runtime.home import Home
 
-STACK = option("Name of the stack. Default: batchlab.", "NAME")
-REGION = option("AWS region, such as eu-west-1. Default: that of the AWS configuration.", "REGION")
-YES = flag("Agree without a question.", "--yes")
+STACK = option("Name of the CloudFormation stack. Default: batchlab.", "NAME")
+REGION = option("AWS region, such as eu-west-1. Default: the region in the AWS configuration.", "REGION")
+YES = flag("Make the changes without asking for confirmation.", "--yes")
 
 
 # --- Settings ------------------------------------------------------------------------------------
@@ -41,27 +41,39 @@ YES = flag("Agree without a question.", "--yes")
 
 _OPTIONS = {
     "pool": option(
-        "A pool of workers and its instance types, such as default:0-10x2@m7i.large,m6i.large. May be repeated. "
-        "The stack has no other pools.",
+        "Pool of workers and its instance types, such as default:0-10x2@m7i.large,m6i.large. The option may be "
+        "repeated. The stack has only the pools that the options name.",
         "NAME:MIN-MAXxSLOTS@TYPE,TYPE",
     ),
-    "settings": option("File with stack, pools, and parameters, instead of the stored settings.", "FILE.yaml"),
+    "settings": option(
+        "File with the stack's name, pools, and parameters, which replaces the stored settings.", "FILE.yaml"
+    ),
     "stack": STACK,
     "region": REGION,
     "ledger": option("Database of the ledger: sqlite on the manager's disk, postgres, or simpledb.", "KIND"),
-    "egress": option("Route of instances to AWS: endpoints in the VPC, or a nat gateway.", "KIND"),
+    "egress": option(
+        "Network route from the instances to AWS: endpoints (VPC endpoints) or nat (a NAT gateway).", "KIND"
+    ),
     "budget": option(
-        "Send an alarm if a month would cost more. AWS needs the tag batchlab.stack to be activated in the "
-        "account's billing.",
+        "Monthly budget in USD. AWS sends an alarm if a month is forecast to cost more. The alarm works only if the "
+        "cost allocation tag batchlab.stack is activated in the account's billing.",
         "USD",
         min=0,
     ),
-    "alarm_email": option("E-mail address for alarms, which must be confirmed. Default: none.", "ADDRESS"),
-    "on_demand_base": option("Number of workers of each pool that are never Spot.", "N", min=0),
-    "on_demand_percent": option("Percentage of the other workers that are not Spot.", "N", min=0, max=100),
-    "parameter": option("Any other parameter of the stack's template. May be repeated.", "NAME=VALUE", "--set"),
-    "package": option("PyPI package that tasks need, such as pandas>=2,<3. May be repeated.", "NAME"),
-    "database_ca": option("Certificates to verify PostgreSQL: AWS's bundle for the region.", "FILE.pem"),
+    "alarm_email": option(
+        "E-mail address that receives alarms, after its owner has confirmed the address. Default: none.", "ADDRESS"
+    ),
+    "on_demand_base": option("Number of workers in each pool that are always On-Demand Instances.", "N", min=0),
+    "on_demand_percent": option(
+        "Percentage of On-Demand Instances among the workers beyond --on-demand-base.", "N", min=0, max=100
+    ),
+    "parameter": option(
+        "Set another parameter of the stack's template. The option may be repeated.", "NAME=VALUE", "--set"
+    ),
+    "package": option("PyPI package that tasks need, such as pandas>=2,<3. The option may be repeated.", "NAME"),
+    "database_ca": option(
+        "File with the certificates that verify PostgreSQL: AWS's certificate bundle for the region.", "FILE.pem"
+    ),
 }
 """Declarations of the command-line options by field of DeployArguments."""
 

@@ -377,13 +377,14 @@ def doctor(
     home: Path | None = HOME,
     backend: str = BACKEND,
     endpoint: str | None = ENDPOINT,
-    repair: bool = flag("Move damaged objects of the backend local away.", "--repair"),
+    repair: bool = flag("Move damaged objects out of the bucket of the backend local.", "--repair"),
     json: bool = JSON,
 ) -> None:
     """Check that a grid can run on this machine.
 
-    Each line is ok, warn, or fail, with a remedy. The exit code is 1 if a check fails. The command
-    lists empty and torn objects in the grid's folder, and moves them away with --repair.
+    The command prints one line for each check: ok, or warn or fail with a remedy. The exit code is
+    1 if a check fails. The command also lists empty and incomplete objects in the grid's folder.
+    With --repair, the command moves such objects out of the bucket.
 
     \b
     Example: batchlab doctor

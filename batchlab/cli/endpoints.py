@@ -42,36 +42,48 @@ app = typer.Typer()
 @app.command()
 def conform(
     endpoint: str | None = option(
-        "URL of the services, such as http://127.0.0.1:4566. The keys are those in "
-        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, else test and test.",
+        "URL of the tested services, such as http://127.0.0.1:4566. The keys for the services are in "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or else both keys are 'test'.",
         "URL",
     ),
     aws: bool = flag(
-        "Check AWS itself. This creates and removes a bucket and about 100 queues in your account, for about one cent.",
+        "Check AWS itself. The check creates and removes a bucket and about 100 queues in your AWS account, and "
+        "costs about one cent.",
         "--aws",
     ),
-    service: str | None = option("Check only this service: s3, sqs, or autoscaling. Default: S3 and SQS.", "NAME"),
-    region: str | None = option("AWS region.", "REGION"),
-    bucket: str | None = option("Use this bucket and keep it, instead of a temporary one.", "NAME"),
-    template: str | None = option(
-        "With --service autoscaling: use this existing launch template instead of a temporary one.", "NAME"
+    service: str | None = option(
+        "Name of the service that is checked: s3, sqs, or autoscaling. Default: S3 and SQS.", "NAME"
     ),
-    only: str = option("Only checks with these names: 's3-*'.", "PATTERN", default="*"),
-    needed: bool = flag("Only checks that batchlab needs.", "--needed"),
-    every: bool = flag("List passed checks too.", "--all"),
+    region: str | None = option("AWS region of the checked services.", "REGION"),
+    bucket: str | None = option(
+        "Name of an existing bucket that the checks use instead of a temporary bucket. The command does not remove "
+        "this bucket.",
+        "NAME",
+    ),
+    template: str | None = option(
+        "With --service autoscaling: name of an existing launch template that the checks use instead of a temporary "
+        "launch template.",
+        "NAME",
+    ),
+    only: str = option("Run only the checks whose names match this pattern, such as 's3-*'.", "PATTERN", default="*"),
+    needed: bool = flag("Run only the checks of rules that batchlab needs.", "--needed"),
+    every: bool = flag("Also list the checks that passed.", "--all"),
     name: str | None = option("Name of the endpoint in the report, such as 'MiniStack 1.5.33'.", "TEXT"),
     json: bool = JSON,
     markdown: Path | None = option(
-        "Write the report into this page. It replaces the section of the same name.", "FILE"
+        "Markdown page into which the report is written. The report replaces the section of the page with the same "
+        "name.",
+        "FILE",
     ),
 ) -> None:
-    """Check that an endpoint behaves like AWS's services.
+    """Check that an endpoint follows the rules of AWS's services.
 
-    Each check tests a rule of AWS: 'needed' if batchlab would break a promise without it, else
-    'noted'. Created resources are named batchlab-conform-*, and removed at the end.
+    Each check tests a rule of AWS. A rule is 'needed' if batchlab would break a promise without the
+    rule, and 'noted' otherwise. The names of the resources that the checks create begin with
+    batchlab-conform-. The command removes these resources at the end.
 
-    Exit code 0 if all rules hold, 1 if any does not (with --needed: any needed one), 2 for wrong
-    usage, 3 if nothing answers.
+    The exit code is 0 if the endpoint follows all checked rules, 1 if the endpoint breaks a checked
+    rule (with --needed: a needed rule), 2 for wrong usage, and 3 if the endpoint does not respond.
 
     \b
     Example: batchlab conform --endpoint http://127.0.0.1:4566
@@ -270,7 +282,7 @@ app.add_typer(asg)
 
 @asg.callback()
 def asg_() -> None:
-    """Serve Auto Scaling groups on this machine with AWS's API.
+    """Serve the API of AWS's Auto Scaling groups on this machine.
 
     \b
     Example: batchlab asg serve --templates templates.toml
@@ -279,22 +291,37 @@ def asg_() -> None:
 
 @asg.command()
 def serve(
-    templates: Path = option("Launch templates as TOML. A changed file is read again.", "FILE", default=...),
-    state: Path = option("Folder for the state of the groups.", "DIR", default=Path(".batchlab/asg")),
-    launcher: str = option("Kind of instances: process or docker.", "NAME", default="process"),
-    host: str = option("Address to listen on.", "ADDRESS", default="127.0.0.1"),
-    port: int = option("Port to listen on; 0 for any free one.", "N", default=0, min=0),
-    drain: str = option("Time that an instance may take to end.", "DURATION", default="30s"),
-    grid: str = option("Name of the grid in container labels.", "NAME", default="asg"),
-    label: list[str] | None = option("Another label for containers. May be repeated.", "KEY=VALUE"),
+    templates: Path = option(
+        "TOML file with launch templates. The server reads the file again after a change.", "FILE", default=...
+    ),
+    state: Path = option(
+        "Folder in which the server stores the state of the Auto Scaling groups.", "DIR", default=Path(".batchlab/asg")
+    ),
+    launcher: str = option(
+        "Kind of the instances: process (a process) or docker (a container).", "NAME", default="process"
+    ),
+    host: str = option("IP address or host name on which the server listens.", "ADDRESS", default="127.0.0.1"),
+    port: int = option("Port on which the server listens. With 0, the server uses a free port.", "N", default=0, min=0),
+    drain: str = option(
+        "Longest time that an instance may take to end before the server kills the instance.", "DURATION", default="30s"
+    ),
+    grid: str = option("Name of the grid in the labels of containers.", "NAME", default="asg"),
+    label: list[str] | None = option("Additional label of the containers. The option may be repeated.", "KEY=VALUE"),
     image: list[str] | None = option(
-        "Launch only containers of this image, and none as root. May be repeated.", "NAME"
+        "Launch only containers of this image, and never run a container as root. The option may be repeated.", "NAME"
     ),
     scale: float = option(
-        "Share of its instance type's CPUs and memory that a container gets.", "SHARE", default=1.0, min=0.01, max=1
+        "Share of the CPUs and the memory of its instance type that a container gets.",
+        "SHARE",
+        default=1.0,
+        min=0.01,
+        max=1,
     ),
     metadata_port: int | None = option(
-        "Port of the containers' instance metadata service. Default: no service.", "N", min=0
+        "Port of the instance metadata service for the containers. Default: the server does not run an instance "
+        "metadata service.",
+        "N",
+        min=0,
     ),
     log_format: str | None = LOG_FORMAT,
     signed: bool = flag(
@@ -303,9 +330,10 @@ def serve(
     keys: Path | None = option("Accept only requests signed with the keys in this JSON file.", "FILE"),
     json: bool = JSON,
 ) -> None:
-    """Serve the API of EC2 Auto Scaling until Ctrl-C. Its instances end with it.
+    """Serve the API of EC2 Auto Scaling until Ctrl-C. The instances of the groups end with the server.
 
-    The first line on stdout is the URL for clients, such as --endpoint-url of the AWS CLI.
+    The first line on stdout is the URL of the API. Pass the URL to clients, for example as
+    --endpoint-url to the AWS CLI.
 
     \b
     Example: batchlab asg serve --templates templates.toml --port 4580
@@ -343,13 +371,13 @@ def serve(
 
 @asg.command()
 def interrupt(
-    instance: str = argument("The instance's id.", "INSTANCE"),
-    notice: str = option("Time until the interruption.", "DURATION", default="2m"),
-    rebalance: bool = flag("Send a rebalance recommendation instead.", "--rebalance"),
-    endpoint: str | None = option("URL of the Auto Scaling API. Default: that of the running grid.", "URL"),
+    instance: str = argument("Id of the instance.", "INSTANCE"),
+    notice: str = option("Time from the notice to the interruption of the instance.", "DURATION", default="2m"),
+    rebalance: bool = flag("Send a rebalance recommendation instead of an interruption notice.", "--rebalance"),
+    endpoint: str | None = option("URL of the Auto Scaling API. Default: the URL of the running grid.", "URL"),
     home: Path | None = HOME,
 ) -> None:
-    """Send an interruption notice to a Spot instance, like EC2 when it needs the capacity.
+    """Send an interruption notice to a Spot Instance, as EC2 does when EC2 needs the capacity.
 
     \b
     Example: batchlab asg interrupt i-0123456789abcdef0 --notice 30

@@ -70,11 +70,13 @@ def up(
     backend: str = BACKEND,
     endpoint: str | None = ENDPOINT,
     max_cost: str | None = MAX_COST,
-    port: int = option("Port of the manager on 127.0.0.1; 0 for any free one.", default=0, min=0, max=65535),
+    port: int = option(
+        "Port of the manager on 127.0.0.1. With 0, the manager uses a free port.", default=0, min=0, max=65535
+    ),
     log_format: str | None = LOG_FORMAT,
     json: bool = JSON,
 ) -> None:
-    """Start a grid and keep it running. Unfinished jobs continue.
+    """Start a grid and keep the grid running. Unfinished jobs of the grid continue.
 
     \b
     Example: batchlab grid up --pool default:0-4x1 --pool big:0-1x4
@@ -118,9 +120,9 @@ def up(
 def down(home: Path | None = HOME) -> None:
     """Stop the grid.
 
-    Workers return unfinished work. Unfinished jobs continue when a grid is started in the same
-    folder again. The grid's own LocalStack is deleted with all its data, so fetch results before.
-    On AWS this command only disconnects from the stack.
+    Workers return unfinished work. Unfinished jobs continue when a grid is started again in the
+    same folder. The command deletes the grid's own LocalStack with all its data, so fetch the
+    results of your jobs first. On AWS, the command only disconnects from the stack.
 
     \b
     Example: batchlab grid down
@@ -163,12 +165,12 @@ def down(home: Path | None = HOME) -> None:
 
 @app.command()
 def status(
-    watch: bool = flag("Repeat every second.", "--watch"),
+    watch: bool = flag("Show the status again every second.", "--watch"),
     as_if_aws: bool = AS_IF,
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Show pools and queues, and on AWS their cost.
+    """Show the pools and queues of the grid, and on AWS the cost of the grid.
 
     \b
     Example: batchlab grid status --watch
@@ -230,8 +232,8 @@ def _pool_row(pool: PoolView) -> tuple[object, ...]:
 def env(home: Path | None = HOME, json: bool = JSON) -> None:
     """Print shell variables for the AWS CLI and other clients of the grid's S3 and SQS.
 
-    They are the endpoint with its keys, the bucket, and the prefix of the queue names. The backend
-    `local` has no endpoint.
+    The variables contain the endpoint, the keys of the endpoint, the name of the bucket, and the
+    prefix of the queue names. On the backend `local`, S3 and SQS do not have an endpoint.
 
     \b
     Example: eval "$(batchlab grid env)" && aws s3 ls "s3://$BATCHLAB_BUCKET/jobs/"
@@ -257,7 +259,7 @@ def env(home: Path | None = HOME, json: bool = JSON) -> None:
 
 @app.command()
 def workers(home: Path | None = HOME, json: bool = JSON) -> None:
-    """List the instances and their workers.
+    """List the instances of the grid and their workers.
 
     \b
     Example: batchlab grid workers
@@ -279,12 +281,14 @@ def workers(home: Path | None = HOME, json: bool = JSON) -> None:
 
 @app.command()
 def activities(
-    pool: str | None = argument("Only of this pool.", "POOL", default=None),
-    limit: int = option("Most activities, newest first.", default=50, min=1),
+    pool: str | None = argument(
+        "Name of the pool whose activities are listed. Default: all pools.", "POOL", default=None
+    ),
+    limit: int = option("Maximum number of listed activities.", default=50, min=1),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """List scaling activities with their causes, newest first.
+    """List the scaling activities of the pools with their causes, from new to old.
 
     \b
     Example: batchlab grid activities default
@@ -302,15 +306,17 @@ def activities(
 
 @app.command()
 def scale(
-    pool: str = argument("The pool.", "POOL"),
-    smallest: int | None = option("Least instances.", None, "--min", min=0),
-    largest: int | None = option("Most instances.", None, "--max", min=0),
-    desired: int | None = option("Desired capacity. The scaling policy is off for the pool until --auto.", min=0),
-    auto: bool = flag("Return the pool to the scaling policy.", "--auto"),
+    pool: str = argument("Name of the pool.", "POOL"),
+    smallest: int | None = option("Minimum number of instances in the pool.", None, "--min", min=0),
+    largest: int | None = option("Maximum number of instances in the pool.", None, "--max", min=0),
+    desired: int | None = option(
+        "Desired capacity of the pool. The autoscaler does not change the pool until --auto.", min=0
+    ),
+    auto: bool = flag("Let the autoscaler set the desired capacity of the pool again.", "--auto"),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Change the limits of a pool, or set its desired capacity.
+    """Change the limits of a pool, or set the pool's desired capacity.
 
     \b
     Example: batchlab grid scale default --max 8
@@ -326,11 +332,11 @@ def scale(
 
 @app.command()
 def drain(
-    pool: str | None = argument("Only this pool. Default: all pools.", "POOL", default=None),
+    pool: str | None = argument("Name of the pool that is drained. Default: all pools.", "POOL", default=None),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Stop the workers gracefully and keep the pool empty until `grid scale --auto`.
+    """Stop the workers of one pool or of all pools gracefully, and keep the pools empty until `grid scale --auto`.
 
     \b
     Example: batchlab grid drain default
@@ -342,7 +348,7 @@ def drain(
 
 @app.command()
 def cap(amount: str = CAP, home: Path | None = HOME, json: bool = JSON) -> None:
-    """Cap the cost of the grid on AWS. Beyond it no instance is launched, and running tasks finish.
+    """Cap the cost of the grid on AWS. At the cap, no instance is launched, and running tasks finish.
 
     The cap counts from the first day of the grid's account. `grid status` shows the cost so far.
 
@@ -375,14 +381,18 @@ _PAGE = """\
 @app.command("open")
 def open_(
     browser: bool = option(
-        "Open the page in a browser, or only print its address.", None, "--browser/--no-browser", default=True
+        "Open the web page in a browser, or only print the address of the web page.",
+        None,
+        "--browser/--no-browser",
+        default=True,
     ),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Open the grid's web page: jobs, failures, fleet, costs.
+    """Open the grid's web page, which shows jobs, failures, the fleet, and costs.
 
-    The address works once, within a minute. Each call of this command creates a new one.
+    The address of the web page works once, within a minute. Each call of this command creates a new
+    address.
 
     \b
     Example: batchlab grid open --no-browser

@@ -24,7 +24,7 @@ app = typer.Typer(name="job", no_args_is_help=True)
 
 @app.callback()
 def job() -> None:
-    """Submit jobs to a running grid, and manage them.
+    """Submit jobs to a running grid, and manage the jobs.
 
     \b
     Example: batchlab job list
@@ -41,7 +41,8 @@ def submit(
 ) -> None:
     """Submit a job file to the running grid, and print the job's id.
 
-    An unchanged file gives the same job until that job has ended.
+    If a job from the unchanged job file has not ended, the command prints the id of this job and
+    does not submit another job.
 
     \b
     Example: batchlab job submit job.yaml
@@ -56,12 +57,12 @@ def submit(
 
 @app.command("list")
 def list_(
-    active: bool = flag("Only jobs that have not ended.", "--active"),
-    limit: int = option("Most jobs, newest first.", default=20, min=1),
+    active: bool = flag("List only jobs that have not ended.", "--active"),
+    limit: int = option("Maximum number of listed jobs.", default=20, min=1),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """List jobs, newest first.
+    """List the jobs of the grid, with the newest job first.
 
     \b
     Example: batchlab job list --active
@@ -90,7 +91,7 @@ def _row(job: JobView) -> tuple[object, ...]:
 
 @app.command()
 def show(job: str = JOB, as_if_aws: bool = AS_IF, home: Path | None = HOME, json: bool = JSON) -> None:
-    """Show a job with its stages, and why it is waiting.
+    """Show a job with its stages, and the reason why the job is waiting.
 
     \b
     Example: batchlab job show last
@@ -137,7 +138,7 @@ def show(job: str = JOB, as_if_aws: bool = AS_IF, home: Path | None = HOME, json
 
 @app.command()
 def watch(job: str = JOB, as_if_aws: bool = AS_IF, home: Path | None = HOME) -> None:
-    """Watch a job until it ends. The exit code is 1 unless it succeeds.
+    """Watch a job until the job ends. The exit code is 1 unless the job succeeds.
 
     \b
     Example: batchlab job watch last
@@ -176,7 +177,7 @@ def cancel(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
 
 @app.command()
 def pause(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
-    """Pause a job: running tasks end, and no task starts until `job resume`.
+    """Pause a job. Running tasks of the job continue, and no other task of the job starts until `job resume`.
 
     \b
     Example: batchlab job pause last
@@ -199,12 +200,13 @@ def results(
     job: str = JOB,
     out: Path | None = OUT,
     stage: list[str] | None = option(
-        "Stage with the results to fetch. May be repeated. Default: the last stages.", "NAME"
+        "Name of the stage whose results are fetched. The option may be repeated. Default: the last stages of the job.",
+        "NAME",
     ),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Fetch a job's results into a folder. A running job has those of its succeeded tasks.
+    """Fetch a job's results into a folder. The results of a running job are the results of its succeeded tasks.
 
     \b
     Example: batchlab job results last --out out/claims
@@ -227,7 +229,7 @@ def results(
 
 @app.command()
 def check(file: Path = FILE, set_: list[str] | None = SET, json: bool = JSON) -> None:
-    """Check a job file, its code, and its input without running them.
+    """Check a job file, its code, and its input without running the job.
 
     \b
     Example: batchlab job check job.yaml
@@ -257,9 +259,10 @@ def check(file: Path = FILE, set_: list[str] | None = SET, json: bool = JSON) ->
 
 @app.command()
 def cap(job: str = JOB, amount: str = CAP, home: Path | None = HOME, json: bool = JSON) -> None:
-    """Cap the cost of a job on AWS. Beyond it no instance is launched, and running tasks finish.
+    """Cap the cost of a job on AWS. At the cap, no instance is launched for the job, and running tasks of the job
+    finish.
 
-    A job that has reached its cap continues when the cap is raised.
+    A job that has reached its cap continues when a user raises the cap.
 
     \b
     Example: batchlab job cap last 10USD

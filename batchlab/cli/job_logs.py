@@ -29,20 +29,27 @@ if TYPE_CHECKING:
 def logs(
     job: str = JOB,
     task: str | None = argument(
-        "Only this task, such as parse/3. A number alone means that task of every stage.", "[TASK]", default=None
+        "Name of the task whose output is printed, such as parse/3. The number 3 alone means task 3 of every stage.",
+        "[TASK]",
+        default=None,
     ),
-    stage: str | None = option("Only this stage.", "NAME"),
-    follow: bool = flag("Print lines as they come until the job ends.", "--follow", "-f"),
-    failed: bool = flag("Only tasks that failed for good.", "--failed"),
-    since: str | None = option("Only attempts that still run or ended within this time, such as 10m.", "DURATION"),
-    limit: int = option("Most attempts without --follow.", default=100, min=1),
+    stage: str | None = option("Name of the stage whose output is printed.", "NAME"),
+    follow: bool = flag("Print new lines of the output as soon as they exist, until the job ends.", "--follow", "-f"),
+    failed: bool = flag("Print only the output of tasks that failed and are not retried.", "--failed"),
+    since: str | None = option(
+        "Print only the output of attempts that are running or that ended within the last DURATION, such as 10m.",
+        "DURATION",
+    ),
+    limit: int = option("Maximum number of attempts whose output is printed without --follow.", default=100, min=1),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Print the output of tasks, including failed attempts. --follow prints it as it comes.
+    """Print the output of a job's tasks, including failed attempts. With --follow, the command prints new output until
+    the job ends.
 
-    --follow puts the task's name before each line, and with --json prints a JSON object per line.
-    Workers store the output of running tasks only while a client follows it.
+    With --follow, each line begins with the name of the task. With --follow and --json, each line
+    is a JSON object. Workers store the output of running tasks only while a client follows the
+    output.
 
     \b
     Example: batchlab job logs last --follow

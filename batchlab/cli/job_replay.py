@@ -32,29 +32,52 @@ def replay_task(
     job: str = JOB,
     task: str = TASK,
     local: bool = option(
-        "Run on this machine, which is the only choice.", None, "--local", default=True, show_default=False
+        "Run the task on this machine. batchlab cannot replay a task on another machine.",
+        None,
+        "--local",
+        default=True,
+        show_default=False,
     ),
-    attempt: int | None = option("Number of the attempt. Default: the last failed one, else the last.", "N", min=1),
-    round_: int | None = option("Round of the attempt: 0 is before the first `job retry`.", "R", "--round", min=0),
-    debug: bool | None = option("Start pdb at a failure. Default: only in a terminal.", None, "--debug/--no-debug"),
-    break_: bool = flag("Start pdb at the handler's first line too.", "--break"),
-    debugpy: int | None = option("Wait for an IDE to attach at this local port.", "PORT", min=1, max=65535),
-    shell: bool = flag("Open a shell in the place of a task's command.", "--shell"),
-    keep: Path | None = option("Only prepare this folder with input, code, and a README.", "DIR"),
-    no_limits: bool = flag("Run without the job's time and memory limits.", "--no-limits"),
-    env: list[str] | None = option("Pass this environment variable to the task. May be repeated.", "NAME"),
+    attempt: int | None = option(
+        "Number of the attempt that is replayed. Default: the last failed attempt, or else the last attempt.",
+        "N",
+        min=1,
+    ),
+    round_: int | None = option(
+        "Round of the attempt that is replayed. Round 0 is the round before the first `job retry`.",
+        "R",
+        "--round",
+        min=0,
+    ),
+    debug: bool | None = option(
+        "Start the debugger pdb if the task fails. Default: --debug in a terminal, else --no-debug.",
+        None,
+        "--debug/--no-debug",
+    ),
+    break_: bool = flag("Start the debugger pdb also at the first line of the task's handler.", "--break"),
+    debugpy: int | None = option(
+        "Local port at which the task waits for the debugger of an IDE.", "PORT", min=1, max=65535
+    ),
+    shell: bool = flag("Open a shell instead of running the task's command.", "--shell"),
+    keep: Path | None = option(
+        "Write the task's input, its code, and a README to this folder, and do not run the task.", "DIR"
+    ),
+    no_limits: bool = flag("Run the task without the time limit and the memory limit of the job.", "--no-limits"),
+    env: list[str] | None = option(
+        "Name of an environment variable that the command passes to the task. The option may be repeated.", "NAME"
+    ),
     home: Path | None = HOME,
     backend: str | None = ANY_BACKEND,
     json: bool = JSON,
 ) -> None:
     """Run a task again on this machine, under a debugger, with its input, code, and limits.
 
-    The job's code runs with your rights. It gets only environment variables that are never secret,
-    such as PATH and LANG, and those that --env names.
+    The job's code runs with your rights. The code gets only environment variables that are never
+    secret, such as PATH and LANG, and the variables that --env names.
 
-    The run does not affect the grid. At its end the command reports whether the task failed in the
-    same way, and known differences of this machine. Exit code 0 if the task succeeds, 1 if it
-    fails.
+    The run does not affect the grid. At the end of the run, the command reports whether the task
+    failed in the same way as on the grid, and the known differences between this machine and the
+    worker. The exit code is 0 if the task succeeds, and 1 if the task fails.
 
     \b
     Example: batchlab job replay-task last parse/3 --local

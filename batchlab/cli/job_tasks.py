@@ -29,7 +29,8 @@ MAX_FINGERPRINTS = 3
 def show_task(
     job: str = JOB, task: str = TASK, home: Path | None = HOME, backend: str | None = ANY_BACKEND, json: bool = JSON
 ) -> None:
-    """Show a task: its input, its attempts with worker and log, and where it ran.
+    """Show a task of a job: the task's input, its attempts with their workers and logs, and the machines on which the
+    attempts ran.
 
     \b
     Example: batchlab job show-task last parse/3
@@ -131,10 +132,10 @@ def replay_command(job: str, task: str, home: Path | None) -> str:
 
 
 def why(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
-    """Explain in one line why a job is waiting, and show why tasks failed.
+    """Explain in one line why a job is waiting, and show why tasks of the job failed.
 
-    For each fingerprint of tasks that failed for good, the command shows the last lines that one of
-    them printed, and the command that runs it again on this machine.
+    For each fingerprint of failed tasks, the command shows the last lines that the first task with
+    this fingerprint printed, and the command that runs the first task again on this machine.
 
     \b
     Example: batchlab job why last
@@ -182,13 +183,13 @@ def _failures(client: Client, view: JobView, home: Path | None) -> list[dict[str
 
 def failures(
     job: str = JOB,
-    each: bool = flag("List every failed task instead of one line per cause.", "--each"),
-    fingerprint: str | None = option("List every task that failed for this cause.", "FINGERPRINT"),
-    limit: int = option("Most tasks with --each or --fingerprint.", default=100, min=1),
+    each: bool = flag("List every failed task, instead of one line per cause.", "--each"),
+    fingerprint: str | None = option("List every task whose failure has this fingerprint.", "FINGERPRINT"),
+    limit: int = option("Maximum number of tasks that are listed with --each or --fingerprint.", default=100, min=1),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Show why tasks failed for good: a line for each cause, with its first traceback.
+    """Show why tasks of a job failed: one line for each cause, and the traceback of the first task with this cause.
 
     \b
     Example: batchlab job failures last
@@ -246,14 +247,18 @@ def _show_traceback(failure: FailureView) -> None:
 
 def retry(
     job: str = JOB,
-    tasks: list[str] | None = option("Retry only these failed tasks, such as parse/3,7-9. May be repeated.", "TASKS"),
-    fingerprint: list[str] | None = option("Retry only failed tasks with this cause. May be repeated.", "FINGERPRINT"),
+    tasks: list[str] | None = option(
+        "Retry only the named failed tasks, such as parse/3,7-9. The option may be repeated.", "TASKS"
+    ),
+    fingerprint: list[str] | None = option(
+        "Retry only the tasks whose failure has this fingerprint. The option may be repeated.", "FINGERPRINT"
+    ),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Run the unsuccessful tasks of an ended job again. Results of the others are kept.
+    """Run the unsuccessful tasks of an ended job again. The results of the job's succeeded tasks are kept.
 
-    With --tasks or --fingerprint the other failures stay as they are.
+    With --tasks or --fingerprint, the command does not retry the other failed tasks of the job.
 
     \b
     Example: batchlab job retry last

@@ -125,35 +125,42 @@ def flag(text: str, *names: str) -> Any:
     return typer.Option(False, *names, help=text)
 
 
-HOME = option("The grid's folder. Default: $BATCHLAB_HOME, else .batchlab here.", "DIR")
-BACKEND = option("The backend of the grid.", "NAME", default="local", autocompletion=backends)
+HOME = option("Folder of the grid. Default: $BATCHLAB_HOME, or else .batchlab in the current folder.", "DIR")
+BACKEND = option("Name of the grid's backend.", "NAME", default="local", autocompletion=backends)
 ENDPOINT = option(
-    "URL of S3 and SQS, optionally with a bucket as its path, instead of the grid's own emulator. On a backend "
-    "with another object store, the address of a bucket, such as gs://BUCKET. Default: $BATCHLAB_ENDPOINT.",
+    "URL of the S3 and SQS services that replace the grid's own emulator, optionally with a bucket as the URL's "
+    "path. On a backend with another object store, the endpoint is the address of a bucket, such as gs://BUCKET. "
+    "Default: $BATCHLAB_ENDPOINT.",
     "URL",
 )
-SCENARIO = argument("A scenario file, or the name of a shipped scenario.", "SCENARIO", autocompletion=scenarios)
+SCENARIO = argument("Path of a scenario file, or name of a shipped scenario.", "SCENARIO", autocompletion=scenarios)
 LIKE = option("Backend whose settings the simulated grid uses.", "BACKEND", default="aws", autocompletion=backends)
-CALIBRATION = option("Measurements of a grid, written by `scenario calibrate`.", "FILE")
-JSON = flag("Print JSON, for programs.", "--json")
-OUT = option("Folder for the results. Default: out/<job name> here.", "DIR")
+CALIBRATION = option("File with the measurements of a grid, which `scenario calibrate` wrote.", "FILE")
+JSON = flag("Print the output as JSON, for programs.", "--json")
+OUT = option("Folder for the job's results. Default: out/<job name> in the current folder.", "DIR")
 SET = option("Set a parameter of the job. May be repeated.", "KEY=VALUE", "--set")
 POOL = option(
-    "A pool of workers, such as default:0-4x1, instead of the backend's own. May be repeated.", "NAME:MIN-MAXxSLOTS"
+    "Pool of workers, such as default:0-4x1. The named pools replace the backend's default pools. The option may be "
+    "repeated.",
+    "NAME:MIN-MAXxSLOTS",
 )
-AS_IF = flag("Show the cost on AWS also on backends that cost nothing.", "--as-if-aws")
-MAX_COST = option("Launch no more instances once the cost on AWS reaches this, such as 5USD.", "AMOUNT")
-LOG_FORMAT = option("Format of the grid's logs. Default: $BATCHLAB_LOG_FORMAT, else text.", "text|json")
+AS_IF = flag("Show the cost that the work would have on AWS, also on a backend that costs nothing.", "--as-if-aws")
+MAX_COST = option(
+    "Cap on the cost on AWS, such as 5USD. At the cap, batchlab does not launch more instances.", "AMOUNT"
+)
+LOG_FORMAT = option("Format of the logs. Default: $BATCHLAB_LOG_FORMAT, or else text.", "text|json")
 
-CAP = argument("Amount such as 5USD, or 'none' to remove the cap.", "AMOUNT")
-JOB = argument("Id of a job, beginning of an id, or 'last'.", "JOB", autocompletion=jobs)
-TASK = argument("A task, such as parse/3, or only 3 if the job has one stage.", "TASK")
-ANY_BACKEND = option("Backend of a grid that is not running. Default: local.", "NAME", autocompletion=backends)
+CAP = argument("New cap on the cost, such as 5USD, or 'none' to remove the cap.", "AMOUNT")
+JOB = argument("Id of a job, the beginning of a job's id, or 'last' for the newest job.", "JOB", autocompletion=jobs)
+TASK = argument("Name of a task, such as parse/3. In a job with one stage, the number 3 is enough.", "TASK")
+ANY_BACKEND = option(
+    "Backend of the grid, if the grid is not running. Default: local.", "NAME", autocompletion=backends
+)
 BUCKET_BACKEND = option(
-    "Backend whose bucket has the job. Default: that of the running grid, else local.",
+    "Backend whose bucket contains the job. Default: the backend of the running grid, or else local.",
     "NAME",
     default="",
     autocompletion=backends,
 )
-RESUME = flag("Resume the interrupted run, if there is one.", "--resume")
-FILE = argument("The job file.", "FILE")
+RESUME = flag("Resume an interrupted run of the job, if one exists.", "--resume")
+FILE = argument("Path of the job file.", "FILE")

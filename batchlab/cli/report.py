@@ -34,17 +34,20 @@ if TYPE_CHECKING:
 
 def html(
     run: str = argument(
-        "A job of the grid (id, beginning of an id, or 'last'), or a folder of `report pull`. Default: the last job.",
+        "Job of the grid (the job's id, the beginning of the id, or 'last'), or a folder that `report pull` wrote. "
+        "Default: the last job.",
         "RUN",
         default="last",
         show_default=False,
         autocompletion=options.jobs,
     ),
-    out: Path | None = option("File to write. Default: the job's id with .html, here.", "FILE"),
-    no_logs: bool = flag("Leave out tracebacks and logs of failed tasks.", "--no-logs"),
+    out: Path | None = option(
+        "HTML file that is written. Default: a file in the current folder, with the job's id as its name.", "FILE"
+    ),
+    no_logs: bool = flag("Omit the tracebacks and the logs of failed tasks from the report.", "--no-logs"),
     backend: str = option(
-        "Backend whose bucket has the job, or the logs of a folder's job. Default: that of "
-        "the running grid, else local.",
+        "Backend whose bucket contains the job, or the logs of the job in a folder. Default: the backend of the "
+        "running grid, or else local.",
         "NAME",
         default="",
         autocompletion=options.backends,
@@ -53,9 +56,9 @@ def html(
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Write the report of a run as one HTML file that needs no network.
+    """Write the report of a job as one HTML file, which browsers show without a network.
 
-    It has a summary, recommended changes, workers, load, times, cost, and failures.
+    The report contains a summary, recommended changes, workers, load, times, cost, and failures.
 
     \b
     Example: batchlab report html last --out monday.html
@@ -119,13 +122,13 @@ def _samples(source: Source, job: str, cases: Sequence[Case]) -> dict[Case, Samp
 app = typer.Typer(name="report", no_args_is_help=True)
 
 RUNS = argument(
-    "A job of the grid (id, beginning of an id, or 'last'), a folder of `report pull`, or "
-    "the record of a `scenario replay` for all of its jobs. Default: the last job.",
+    "Job of the grid (the job's id, the beginning of the id, or 'last'), a folder that `report pull` wrote, or the "
+    "record of a `scenario replay` with all its jobs. Default: the last job.",
     "[RUN]...",
     default=None,
     autocompletion=options.jobs,
 )
-CSV = flag("Print CSV, for spreadsheets.", "--csv")
+CSV = flag("Print the output as CSV, for spreadsheets.", "--csv")
 
 
 @app.callback()
@@ -139,7 +142,7 @@ def report() -> None:
 
 @app.command()
 def sql(
-    query: str = argument("One SELECT of DuckDB's SQL.", "SELECT"),
+    query: str = argument("SELECT statement in DuckDB's SQL.", "SELECT"),
     runs: list[str] | None = RUNS,
     backend: str = BUCKET_BACKEND,
     endpoint: str | None = ENDPOINT,
@@ -147,8 +150,8 @@ def sql(
     csv: bool = CSV,
     json: bool = JSON,
 ) -> None:
-    """Query runs in SQL. The tables are those of docs/report-data.md. Other files cannot be read,
-    and nothing can be written.
+    """Query the performance data of jobs in SQL. docs/report-data.md describes the tables. The query cannot read other
+    files, and cannot write.
 
     \b
     Example: batchlab report sql "select stage, median(run_s) from tasks group by stage" last
@@ -172,7 +175,7 @@ def _run_query(
 
 @app.command()
 def queries(json: bool = JSON) -> None:
-    """List the named queries.
+    """List the named queries of `report query`.
 
     \b
     Example: batchlab report queries
@@ -187,7 +190,7 @@ def queries(json: bool = JSON) -> None:
 
 @app.command()
 def query(
-    name: str = argument("A query of `report queries`.", "NAME"),
+    name: str = argument("Name of a query that `report queries` lists.", "NAME"),
     runs: list[str] | None = RUNS,
     backend: str = BUCKET_BACKEND,
     endpoint: str | None = ENDPOINT,
@@ -195,7 +198,7 @@ def query(
     csv: bool = CSV,
     json: bool = JSON,
 ) -> None:
-    """Run a named query on one or more runs.
+    """Run a named query on the performance data of one or more jobs.
 
     \b
     Example: batchlab report query retries last
@@ -208,11 +211,12 @@ def query(
 @app.command()
 def pull(
     jobs: list[str] = argument(
-        "Id of a job, beginning of an id, or 'last'; or the record of a `scenario replay` for all of its jobs.",
+        "Id of a job, the beginning of a job's id, 'last' for the newest job, or the record of a `scenario replay` "
+        "with all its jobs.",
         "JOB...",
         autocompletion=options.jobs,
     ),
-    out: Path = option("Folder that gets a folder for each job.", "DIR", default=Path()),
+    out: Path = option("Folder in which the command creates a folder for each job.", "DIR", default=Path()),
     backend: str = BUCKET_BACKEND,
     endpoint: str | None = ENDPOINT,
     home: Path | None = HOME,
@@ -220,7 +224,7 @@ def pull(
 ) -> None:
     """Copy the performance data of jobs to folders of Parquet files.
 
-    The folders can be queried without an account or a grid.
+    Queries of these folders do not need an AWS account or a grid.
 
     \b
     Example: batchlab report pull month-end-0123456789 --backend aws --out runs
@@ -242,15 +246,17 @@ def pull(
 
 @app.command()
 def write(
-    jobs: list[str] = argument("Id of a job, beginning of an id, or 'last'.", "JOB...", autocompletion=options.jobs),
+    jobs: list[str] = argument(
+        "Id of a job, the beginning of a job's id, or 'last' for the newest job.", "JOB...", autocompletion=options.jobs
+    ),
     backend: str = BUCKET_BACKEND,
     endpoint: str | None = ENDPOINT,
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Write the performance data of jobs to the bucket. Only the bucket is read.
+    """Write the performance data of jobs to the bucket. The command reads only the bucket.
 
-    The manager does this at the end of each job that takes five seconds or more.
+    The manager writes the same data at the end of each job that takes five seconds or more.
 
     \b
     Example: batchlab report write last
@@ -334,7 +340,7 @@ def _format_value(value: Any) -> str:
     return str(value)
 
 
-_SIDE = "A run, several runs separated by commas, or a folder of runs."
+_SIDE = "Write one run, several runs separated by commas, or a folder of runs."
 
 
 @app.command()
@@ -342,25 +348,25 @@ def diff(
     a: str = argument(f"Runs before the change. {_SIDE}", "A"),
     b: str = argument(f"Runs after the change. {_SIDE}", "B"),
     threshold: str | None = option(
-        "Exit with 1 if the 95th percentile of a stage's run time, the tasks per second, "
-        "or the cost per 1,000 tasks got worse by more than this.",
+        "Exit with 1 if the 95th percentile of a stage's run time, the tasks per second, or the cost per 1,000 "
+        "tasks got worse by more than this percentage.",
         "PERCENT",
     ),
     fail_on: list[str] | None = option(
-        "Exit with 1 if this measure got worse by more than N%. For one stage write "
-        "'STAGE.MEASURE > N%'. May be repeated.",
+        "Exit with 1 if the measure MEASURE got worse by more than N%. 'STAGE.MEASURE > N%' limits the measure of "
+        "one stage. The option may be repeated.",
         "'MEASURE > N%'",
     ),
-    seed: int = option("Seed of the resampling for confidence intervals.", default=0),
-    markdown: bool = flag("Print Markdown, for a pull request.", "--markdown"),
+    seed: int = option("Seed of the random resampling that computes the confidence intervals.", default=0),
+    markdown: bool = flag("Print the output as Markdown, for a pull request.", "--markdown"),
     backend: str = BUCKET_BACKEND,
     endpoint: str | None = ENDPOINT,
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Compare runs: measures that got worse from A to B, the confidence, and the causes.
+    """Compare the runs A and B of jobs: the measures that got worse from A to B, the confidence, and the causes.
 
-    The exit code is 1 if a gate is broken.
+    The exit code is 1 if a measure got worse by more than --threshold or --fail-on allows.
 
     \b
     Example: batchlab report diff runs/main runs/branch --threshold 10% --markdown

@@ -28,22 +28,24 @@ def run(
     out: Path | None = OUT,
     set_: list[str] | None = SET,
     resume: bool = RESUME,
-    cache: bool = flag("Use the results of the last run if nothing has changed.", "--cache"),
-    workers: int | None = option("Most workers per pool. Default: the number of CPUs.", min=1),
-    keep_up: bool = flag("Keep the grid running for the next job.", "--keep-up"),
+    cache: bool = flag(
+        "Fetch the results of the last run if neither the job file nor its code and input have changed.", "--cache"
+    ),
+    workers: int | None = option("Maximum number of workers per pool. Default: the number of CPUs.", min=1),
+    keep_up: bool = flag("Keep the grid running after the end of the job.", "--keep-up"),
     home: Path | None = HOME,
     backend: str = BACKEND,
     endpoint: str | None = ENDPOINT,
     max_cost: str | None = MAX_COST,
     as_if_aws: bool = AS_IF,
-    seed: int = option("Seed of a simulated run (--backend sim).", default=1),
+    seed: int = option("Seed of the random values in a simulated run (--backend sim).", default=1),
     json: bool = JSON,
 ) -> None:
     """Run a job file to its end and fetch its results.
 
-    The command starts a grid and stops it at the end, unless one is running already. After an
-    interruption, the same command with --resume continues the job. With --backend sim the job's
-    own code runs on a grid in virtual time, and only the results are kept.
+    The command starts a grid and stops the grid after the job, unless the grid is running already.
+    After an interruption, the same command with --resume continues the job. With --backend sim, the
+    job's own code runs on a grid in virtual time, and the command keeps only the job's results.
 
     \b
     Example: batchlab run job.yaml --out out/claims --set year=2026

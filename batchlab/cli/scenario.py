@@ -41,7 +41,7 @@ app = typer.Typer(name="scenario", no_args_is_help=True)
 
 @app.callback()
 def scenario_() -> None:
-    """Check, forecast, replay, and judge load scenarios.
+    """Check, simulate, and replay load scenarios, and compare their runs with expectations.
 
     \b
     Example: batchlab scenario check claims-month-end
@@ -72,12 +72,12 @@ def list_(json: bool = JSON) -> None:
 @app.command()
 def check(
     name: str = SCENARIO,
-    seed: int | None = option("Seed of the arrivals instead of the scenario's.", "N", min=0),
+    seed: int | None = option("Seed of the arrivals, which replaces the seed in the scenario file.", "N", min=0),
     json: bool = JSON,
 ) -> None:
-    """Check a scenario and chart its arrivals.
+    """Check a scenario file, and show a chart of the scenario's arrivals.
 
-    The command reads all traces and runs nothing.
+    The command reads all traces of the scenario, and does not run the scenario.
 
     \b
     Example: batchlab scenario check claims-month-end
@@ -239,18 +239,22 @@ NOTE_FROM_TASKS = 120 * MIN_TASKS_PER_S
 @app.command()
 def simulate(
     scenario: str = SCENARIO,
-    seed: int | None = option("Seed instead of the scenario's.", "N", min=0),
-    compress: float = option("Divide all times by K, like a replay.", "K", default=1.0),
+    seed: int | None = option("Seed of the run, which replaces the seed in the scenario file.", "N", min=0),
+    compress: float = option("Divide all times of the scenario by K, as in a replay.", "K", default=1.0),
     like: str = LIKE,
     calibration: Path | None = CALIBRATION,
     home: Path | None = HOME,
-    log: Path | None = option("Write the whole event log.", "FILE"),
-    out: Path | None = option("Write the record for `scenario compare` and programs.", "FILE"),
+    log: Path | None = option("File to which the complete event log of the simulation is written.", "FILE"),
+    out: Path | None = option(
+        "File to which the record of the run is written, for `scenario compare` and programs.", "FILE"
+    ),
     json: bool = JSON,
 ) -> None:
-    """Run a scenario and its faults on the simulated grid, in virtual time, and judge it.
+    """Run a scenario and its faults on a simulated grid in virtual time, and compare the run with the scenario's
+    expectations.
 
-    The same scenario and seed give the same result. The exit code is 1 if an expectation is missed.
+    Two simulations with the same scenario and seed have the same result. The exit code is 1 if the
+    run does not meet an expectation.
 
     \b
     Example: batchlab scenario simulate claims-month-end --seed 7
@@ -380,11 +384,15 @@ def _progress() -> Iterator[Callable[[SimulationProgress], None]]:
 
 @app.command()
 def faults(
-    backend: str | None = option("Only this backend.", "NAME", autocompletion=backends), json: bool = JSON
+    backend: str | None = option(
+        "Name of the backend whose faults are listed. Default: all backends.", "NAME", autocompletion=backends
+    ),
+    json: bool = JSON,
 ) -> None:
-    """List the faults of scenarios, and how each backend injects them or why it cannot.
+    """List the faults of scenarios, and how each backend injects each fault, or why the backend cannot inject the
+    fault.
 
-    The simulator has all faults.
+    The simulator can inject all faults.
 
     \b
     Example: batchlab scenario faults --backend localstack

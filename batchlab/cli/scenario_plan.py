@@ -36,13 +36,19 @@ if TYPE_CHECKING:
 
 def plan(
     scenario: str = SCENARIO,
-    deadline: str = option("Time from the first due job to the end of all work, such as 6h.", "TIME", default=...),
-    budget: str | None = option("Most a run may cost, such as '12 USD'.", "AMOUNT"),
-    seeds: int = option("Number of fresh seeds that confirm the answer, with a run each.", "N", default=20, min=1),
-    jobs: int | None = option(
-        "Number of runs that are simulated in parallel.", "N", show_default="as many as CPUs", min=1
+    deadline: str = option(
+        "Longest allowed time from the due time of the first job to the end of the last job, such as 6h.",
+        "TIME",
+        default=...,
     ),
-    runs: int = option("Most runs that are simulated in all.", "N", default=300, min=2),
+    budget: str | None = option("Maximum cost of one run of the scenario, such as '12 USD'.", "AMOUNT"),
+    seeds: int = option(
+        "Number of new seeds that confirm the found fleet. Each seed needs one simulated run.", "N", default=20, min=1
+    ),
+    jobs: int | None = option(
+        "Number of runs of the scenario that are simulated in parallel.", "N", show_default="as many as CPUs", min=1
+    ),
+    runs: int = option("Maximum number of runs of the scenario that are simulated in total.", "N", default=300, min=2),
     like: str = LIKE,
     calibration: Path | None = CALIBRATION,
     home: Path | None = HOME,
@@ -50,9 +56,9 @@ def plan(
 ) -> None:
     """Find the cheapest fleet and policy that completes a scenario in time.
 
-    The command searches minimum, maximum, drain target, pre-warming, and Spot share in the
-    simulator. Ctrl-C ends the search with the best answer so far. The exit code is 1 if nothing
-    meets the deadline and the budget.
+    The command simulates fleets with different sizes, drain targets, prewarming, and Spot shares.
+    Ctrl-C ends the search with the best answer so far. The exit code is 1 if no fleet meets the
+    deadline and the budget.
 
     \b
     Example: batchlab scenario plan long-tail --deadline 2h --budget '5 USD'

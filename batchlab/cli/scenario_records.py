@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from batchlab.scenarios.replay.measurements import Measurements
     from batchlab.scenarios.replay.recording import RecordedWorkload
 
-RECORD = "File that `scenario simulate` or `scenario replay` wrote with --out."
+RECORD = "Record of a run, which `scenario simulate` or `scenario replay` wrote with --out."
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,18 +139,23 @@ def _name(text: str) -> str:
 
 
 def record(
-    job: list[str] | None = argument("Ids of ended jobs, beginnings of ids, or 'last'.", "[JOB]...", default=None),
-    from_: Path | None = option("Record of a replay, instead of jobs.", "RECORD", "--from"),
-    out: Path | None = option(
-        "Scenario file. Its trace is written next to it, with the suffix .jsonl. Default: NAME.yaml here.", "FILE"
+    job: list[str] | None = argument(
+        "Id of an ended job, the beginning of a job's id, or 'last' for the newest job.", "[JOB]...", default=None
     ),
-    name: str | None = option("Name of the scenario. Default: that of the job."),
+    from_: Path | None = option("Record of a `scenario replay`, which replaces the arguments JOB.", "RECORD", "--from"),
+    out: Path | None = option(
+        "Scenario file that is written. The trace of the scenario is written to the same folder, with the suffix "
+        ".jsonl. Default: NAME.yaml in the current folder.",
+        "FILE",
+    ),
+    name: str | None = option("Name of the scenario. Default: the name of the job."),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
     """Write a scenario from past jobs, with their arrivals, sizes, and measured task times.
 
-    A simulation or replay of it has the same jobs and tasks, with the same total time.
+    A simulation or replay of the written scenario has the same jobs and tasks as the past jobs, and
+    the tasks have the same total run time.
 
     \b
     Example: batchlab scenario record last --out march.yaml
@@ -162,7 +167,7 @@ def record(
 def compare(
     forecast: Path = argument(RECORD, "FORECAST"), fact: Path = argument(RECORD, "FACT"), json: bool = JSON
 ) -> None:
-    """Compare a forecast with a real run: all errors, absolute and relative.
+    """Compare a forecast of a scenario with a real run, and show all absolute and relative errors of the forecast.
 
     \b
     Example: batchlab scenario compare forecast.json fact.json
@@ -176,12 +181,14 @@ def compare(
 
 def calibrate(
     records: list[Path] = argument(RECORD, "RECORD..."),
-    out: Path | None = option("Write the numbers to this file for `scenario simulate` and `scenario plan`.", "FILE"),
+    out: Path | None = option(
+        "File to which the computed values are written, for `scenario simulate` and `scenario plan`.", "FILE"
+    ),
     json: bool = JSON,
 ) -> None:
     """Compute boot times, overheads, and task times from recorded runs.
 
-    The numbers are medians with quartiles and the number of observations.
+    Each computed value is a median with its quartiles and the number of observations.
 
     \b
     Example: batchlab scenario calibrate monday.json tuesday.json --out local.json

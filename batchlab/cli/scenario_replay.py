@@ -298,29 +298,36 @@ def _compare(
 def replay(
     scenario: str = SCENARIO,
     backend: str = BACKEND,
-    compress: float | None = option("Divide all times by K. Default: the file's own value.", "K", min=0.001),
-    seed: int | None = option("Seed instead of the file's own.", "N"),
+    compress: float | None = option(
+        "Divide all times of the scenario by K. Default: the value of `compress` in the scenario file.", "K", min=0.001
+    ),
+    seed: int | None = option("Seed of the run, which replaces the seed in the scenario file.", "N"),
     home: Path | None = HOME,
     endpoint: str | None = ENDPOINT,
-    out: Path | None = option("File for the record. Default: a file in records/ in the grid's folder.", "FILE"),
+    out: Path | None = option(
+        "File to which the record of the run is written. Default: a file in records/ in the grid's folder.", "FILE"
+    ),
     limit: str | None = option(
-        "Stop the replay after this time, such as 20m. Default: five minutes plus twice "
-        "the time of its work on the whole fleet.",
+        "Stop the replay after this time, such as 20m. Default: five minutes plus twice the time that the whole "
+        "fleet needs for the scenario's work.",
         "DURATION",
     ),
     forecast: bool = option(
-        "Simulate the scenario too, and compare both.", None, "--forecast/--no-forecast", default=True
+        "Also simulate the scenario, and compare the simulation with the replay.",
+        None,
+        "--forecast/--no-forecast",
+        default=True,
     ),
     calibration: Path | None = CALIBRATION,
-    keep_up: bool = flag("Keep the grid running afterwards.", "--keep-up"),
+    keep_up: bool = flag("Keep the grid running after the replay.", "--keep-up"),
     json: bool = JSON,
 ) -> None:
-    """Run a scenario in real time, and judge what it expects.
+    """Run a scenario in real time, and compare the run with the scenario's expectations.
 
-    The command starts a grid with the scenario's pools and policy, and stops it at the end. A
-    running grid is used if it has the same pools and policy. Jobs are stand-ins that take exactly
-    their time, or the real work that the scenario names. The exit code is 1 if an expectation is
-    red.
+    The command starts a grid with the scenario's pools and policy, and stops the grid at the end.
+    The command uses a running grid if the running grid has the same pools and policy. Tasks are
+    stand-ins that take exactly the declared time, or the real work of the job file that the
+    scenario names. The exit code is 1 if the run does not meet an expectation.
 
     \b
     Example: batchlab scenario replay claims-month-end --compress 600

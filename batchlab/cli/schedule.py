@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 app = typer.Typer(name="schedule", no_args_is_help=True)
 
 
-NAME = argument("The schedule's name.", "NAME", autocompletion=options.schedules)
+NAME = argument("Name of the schedule.", "NAME", autocompletion=options.schedules)
 
 
 @app.callback()
@@ -47,32 +47,47 @@ def schedule() -> None:
 @app.command()
 def add(
     file: Path = FILE,
-    cron: str | None = option("Minute, hour, day of month, month, and weekday, such as '0 2 * * 1-5'.", "EXPR"),
-    at: str | None = option("Run once: +10m, or a time such as 2026-03-29T06:00.", "TIME"),
-    timezone: str | None = option("IANA time zone of the due times. Default: UTC.", "ZONE"),
-    name: str | None = option("Default: the job's name.", "NAME"),
-    missed: Missed = option("Policy for due times while no manager was running.", default=Missed.RUN_ONCE),
-    missed_within: str | None = option("Skip due times that were missed longer ago, such as 6h.", "SPAN"),
-    overlap: Overlap = option("Policy while the previous run is active.", default=Overlap.SKIP),
-    prewarm: str | None = option("Prepare the fleet this long before a due time, such as 10m.", "SPAN"),
-    capacity: int | None = option("Instances to prepare. Default: as many as the last runs used.", min=1),
+    cron: str | None = option(
+        "Cron expression of the due times: minute, hour, day of month, month, and weekday, such as '0 2 * * 1-5'.",
+        "EXPR",
+    ),
+    at: str | None = option(
+        "Run the job once at this time: a wait such as +10m, or a time such as 2026-03-29T06:00.", "TIME"
+    ),
+    timezone: str | None = option("IANA name of the time zone of the due times. Default: UTC.", "ZONE"),
+    name: str | None = option("Name of the schedule. Default: the name of the job.", "NAME"),
+    missed: Missed = option(
+        "Policy for due times that were missed because no manager was running: run-once, run-all, or skip.",
+        default=Missed.RUN_ONCE,
+    ),
+    missed_within: str | None = option("Skip missed runs whose due time was longer ago than SPAN, such as 6h.", "SPAN"),
+    overlap: Overlap = option(
+        "Policy for a due time at which the previous run has not ended: skip, queue, or replace.", default=Overlap.SKIP
+    ),
+    prewarm: str | None = option(
+        "Time before a due time, such as 10m, at which the manager launches instances for the run.", "SPAN"
+    ),
+    capacity: int | None = option(
+        "Number of instances that --prewarm launches. Default: as many instances as the last runs used.", min=1
+    ),
     input_: str | None = option(
-        "Prefix in the grid's bucket, such as raw/incoming/. Its objects at the due time "
-        "are the input of a run, instead of the file's own.",
+        "Prefix in the grid's bucket, such as raw/incoming/. The objects below this prefix at a due time are the "
+        "input of the run, and replace the input in the job file.",
         "PREFIX",
         "--input",
     ),
-    due_param: str | None = option("Parameter of the job that receives the due time.", "KEY"),
+    due_param: str | None = option("Name of the job parameter that receives the due time of a run.", "KEY"),
     set_: list[str] | None = SET,
     max_cost: str | None = MAX_COST,
-    replace: bool = flag("Replace the schedule of the same name.", "--replace"),
+    replace: bool = flag("Replace an existing schedule with the same name.", "--replace"),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
     """Add a job file as a schedule to the running grid.
 
-    The command uploads code and input. Later changes of the files have no effect until the schedule
-    is added again with --replace. Options override cron, timezone, and at of the file.
+    The command uploads the job's code and input. A later change of these files takes effect only
+    when the schedule is added again with --replace. The options --cron, --timezone, and --at
+    override the keys with these names in the job file.
 
     \b
     Example: batchlab schedule add job.yaml --cron '0 2 * * *' --missed run-all --prewarm 10m
@@ -99,7 +114,7 @@ def add(
 
 @app.command("list")
 def list_(home: Path | None = HOME, json: bool = JSON) -> None:
-    """List the schedules with their next due time and last result.
+    """List the schedules with their next due times and the results of their last runs.
 
     \b
     Example: batchlab schedule list
@@ -135,7 +150,7 @@ def _result(run: RunView) -> str:
 
 @app.command()
 def show(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
-    """Show a schedule with its runs, newest first, and the reasons of skipped due times.
+    """Show a schedule with its runs from new to old, and the reasons why the manager skipped due times.
 
     \b
     Example: batchlab schedule show nightly
@@ -180,11 +195,11 @@ def show(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
 @app.command("next")
 def next_(
     name: str = NAME,
-    count: int = option("Number of due times.", default=10, min=1, max=1000),
+    count: int = option("Number of listed due times.", default=10, min=1, max=1000),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """List the next due times, in the schedule's zone and in UTC.
+    """List the next due times of a schedule, in the schedule's time zone and in UTC.
 
     \b
     Example: batchlab schedule next nightly --count 5
@@ -197,7 +212,7 @@ def next_(
 
 @app.command()
 def pause(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
-    """Pause a schedule until `schedule resume`. Due times in between are skipped.
+    """Pause a schedule until `schedule resume`. The manager skips the due times of a paused schedule.
 
     \b
     Example: batchlab schedule pause nightly
@@ -207,7 +222,7 @@ def pause(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None
 
 @app.command()
 def resume(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
-    """Resume a paused schedule from the next due time on.
+    """Resume a paused schedule. The schedule runs its job again from its next due time.
 
     \b
     Example: batchlab schedule resume nightly
@@ -217,7 +232,7 @@ def resume(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> Non
 
 @app.command()
 def remove(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
-    """Remove a schedule. A running job of it continues.
+    """Remove a schedule. A running job of the removed schedule continues.
 
     \b
     Example: batchlab schedule remove nightly

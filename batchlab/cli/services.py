@@ -84,26 +84,37 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         action="append",
         default=[],
         metavar="NAME:MIN-MAXxSLOTS",
-        help="a pool of workers instead of the backend's own; may be repeated",
+        help="pool of workers, such as default:0-4x1; the named pools replace the backend's default pools; the "
+        "option may be repeated",
     )
-    manager.add_argument("--endpoint", metavar="URL", help="URL of S3 and SQS, or of the bucket")
-    manager.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    manager.add_argument("--port", type=int, default=0, help="port to listen on; 0 for any free one")
+    manager.add_argument("--endpoint", metavar="URL", help="URL of S3 and SQS, or address of the bucket")
+    manager.add_argument("--host", default="127.0.0.1", help="IP address or host name on which the manager listens")
+    manager.add_argument(
+        "--port", type=int, default=0, help="port on which the manager listens; with 0, the manager uses a free port"
+    )
     manager.add_argument(
         "--page-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="another host name of the web page; may be repeated",
+        help="additional host name of the manager's web page; the option may be repeated",
     )
     connection = _service(services, "connect", "Hold a connection to a manager on AWS, until SIGTERM.")
     for service_parser in (manager, connection):
-        service_parser.add_argument("--parent", type=int, default=0, metavar="PID", help="stop when this process ends")
+        service_parser.add_argument(
+            "--parent",
+            type=int,
+            default=0,
+            metavar="PID",
+            help="id of a process; the service stops when the process ends",
+        )
     worker = _service(services, "worker", "Run one instance's worker, until SIGTERM.")
-    default = "; default: as in the instance metadata"
-    worker.add_argument("--pool", default="", help=f"pool of the worker{default}")
-    worker.add_argument("--slots", type=int, default=0, help=f"number of tasks in parallel{default}")
-    worker.add_argument("--instance", default="", help=f"instance of the worker{default}")
+    default = "; default: the value in the instance metadata"
+    worker.add_argument("--pool", default="", help=f"name of the worker's pool{default}")
+    worker.add_argument(
+        "--slots", type=int, default=0, help=f"number of tasks that the worker runs in parallel{default}"
+    )
+    worker.add_argument("--instance", default="", help=f"id of the worker's instance{default}")
     return parser, services.choices
 
 
@@ -111,9 +122,11 @@ def _service(
     services: argparse._SubParsersAction[argparse.ArgumentParser], name: str, about: str
 ) -> argparse.ArgumentParser:
     parser = services.add_parser(name, description=about)
-    parser.add_argument("--home", type=Path, help="the grid's folder; default: $BATCHLAB_HOME, else .batchlab here")
-    parser.add_argument("--backend", default="local", help="backend of the grid")
     parser.add_argument(
-        "--log-format", choices=logs.FORMATS, help=f"format of the logs; default: ${logs.FORMAT_VARIABLE}, else text"
+        "--home", type=Path, help="folder of the grid; default: $BATCHLAB_HOME, or else .batchlab in the current folder"
+    )
+    parser.add_argument("--backend", default="local", help="name of the grid's backend")
+    parser.add_argument(
+        "--log-format", choices=logs.FORMATS, help=f"format of the logs; default: ${logs.FORMAT_VARIABLE}, or else text"
     )
     return parser

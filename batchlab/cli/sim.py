@@ -36,8 +36,9 @@ app = typer.Typer(name="sim", no_args_is_help=True)
 
 
 WEATHER = option(
-    "Faults to inject: all, crashes (kills only), storm, timed (all, with a schedule), "
-    "lies (lying workers), storage (damaged objects), or accounts (all, with usage).",
+    "Faults that are injected: all, crashes (only killed processes), storm (killed processes and failing services), "
+    "timed (all, in worlds with a schedule), lies (all, with lying workers), storage (all, with damaged objects), "
+    "or accounts (all, in worlds that record usage).",
     "NAME",
     default="all",
 )
@@ -54,17 +55,20 @@ def sim_() -> None:
 
 @app.command()
 def fuzz(
-    seeds: int = option("Number of seeds.", "N", default=500, min=1),
-    first: int = option("First seed.", "SEED", "--from", default=0, min=0),
-    jobs: int | None = option("Number of seeds in parallel.", "N", show_default="as many as CPUs", min=1),
+    seeds: int = option("Number of seeds, each of which defines one random world.", "N", default=500, min=1),
+    first: int = option("First of the consecutive seeds.", "SEED", "--from", default=0, min=0),
+    jobs: int | None = option(
+        "Number of seeds that are simulated in parallel.", "N", show_default="as many as CPUs", min=1
+    ),
     weather: str = WEATHER,
-    stop_after: int = option("Stop after this many failed seeds.", "N", default=10, min=1),
-    report: Path | None = option("Also write Markdown tables.", "FILE"),
+    stop_after: int = option("Number of failed seeds after which the command stops.", "N", default=10, min=1),
+    report: Path | None = option("File to which the results are also written, as Markdown tables.", "FILE"),
     json: bool = JSON,
 ) -> None:
-    """Run a random world per seed, and check every promise in each.
+    """Simulate a random world for each seed, and check that the grid keeps every promise in each world.
 
-    Failures are shrunk to the fewest faults. The exit code is 1 if a promise is broken.
+    The command reduces each failure to the fewest faults that cause the failure. The exit code is 1
+    if the grid breaks a promise.
 
     \b
     Example: batchlab sim fuzz --seeds 10000 --report long.md
@@ -135,12 +139,16 @@ def _progress(total: int) -> Iterator[Callable[[Tally], None]]:
 
 @app.command()
 def replay(
-    seed: int = argument("Seed of the world.", "SEED", min=0),
-    only: str | None = option("ACTOR:CALL:KIND,… or none, instead of the random faults of the weather.", "FAULTS"),
+    seed: int = argument("Seed of the simulated world.", "SEED", min=0),
+    only: str | None = option(
+        "List of faults in the form ACTOR:CALL:KIND,… or 'none', which replaces the random faults of --weather.",
+        "FAULTS",
+    ),
     weather: str = WEATHER,
-    log: Path | None = option("Write the whole event log.", "FILE"),
+    log: Path | None = option("File to which the complete event log of the simulation is written.", "FILE"),
 ) -> None:
-    """Run the world of one seed again and show its end. The exit code is 1 if a promise is broken.
+    """Simulate the world of one seed again, and show the end of the simulation. The exit code is 1 if the grid breaks a
+    promise.
 
     \b
     Example: batchlab sim replay 1234 --only manager-1:41:kill_after
@@ -183,7 +191,7 @@ def _end_text(tried: SeedResult) -> str:
 
 @app.command()
 def faults(json: bool = JSON) -> None:
-    """List the kinds of faults and their meanings.
+    """List the kinds of faults that the simulator can inject, and their meanings.
 
     \b
     Example: batchlab sim faults

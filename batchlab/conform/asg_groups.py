@@ -74,7 +74,7 @@ def create_limits(site: Site) -> None:
 
 
 @ASG_GROUPS.needed(
-    source="Auto Scaling API, DescribeAutoScalingGroups; the reference does not say",
+    source="Auto Scaling API, DescribeAutoScalingGroups; the API reference does not state the rule",
     promise="Fleet.tick raises NotFound for a deleted group",
     otherwise="a deleted group looks like an outage, and the manager waits for the group",
 )

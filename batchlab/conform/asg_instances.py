@@ -73,7 +73,7 @@ def hook_put_again(site: Site) -> None:
 
 
 @ASG_INSTANCES.needed(
-    source="Auto Scaling API, CompleteLifecycleAction, common errors; the reference does not say",
+    source="Auto Scaling API, CompleteLifecycleAction, common errors; the API reference does not state the rule",
     promise="a late Fleet.ready is harmless",
     otherwise="a worker that reports when its hook times out causes an error",
 )
@@ -188,7 +188,7 @@ def protect_all(site: Site) -> None:
 
 
 @ASG_INSTANCES.noted(
-    source="Auto Scaling API, SetInstanceProtection, common errors; the reference does not say",
+    source="Auto Scaling API, SetInstanceProtection, common errors; the API reference does not state the rule",
     promise="none: the adapter refuses to protect such an instance",
 )
 def protect_waiting(site: Site) -> None:

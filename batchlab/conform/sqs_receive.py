@@ -441,7 +441,7 @@ def stale_delete_spares(site: Site) -> None:
 
 
 @SQS_RECEIPTS.noted(
-    source="recorded answers of AWS; the reference does not say",
+    source="recorded answers of AWS; the API reference does not state the rule",
     promise="Queue.change_visibility: the adapter returns a refusal and does not raise an exception",
     otherwise="the emulator refuses a late heartbeat, but AWS accepts a late heartbeat",
 )

@@ -202,43 +202,59 @@ class NotifySpec(BaseModel):
 
     webhook: str | None = Field(
         default=None,
-        description="Address that receives a POST request, by https. An address on the manager's "
-        "own machine needs the permission of the grid's operator, and may use http.",
+        description=(
+            "URL that receives each notification as a POST request. The URL must use https. A URL on the manager's "
+            "own machine may use http, and needs the permission of the grid's operator."
+        ),
         examples=["https://hooks.example.org/batch"],
     )
     sns: str | None = Field(
-        default=None, description="ARN of an SNS topic.", examples=["arn:aws:sns:eu-central-1:123456789012:batch"]
+        default=None,
+        description="ARN of the SNS topic that receives the notifications.",
+        examples=["arn:aws:sns:eu-central-1:123456789012:batch"],
     )
     target: str | None = Field(
         default=None,
-        description="Name of a target of the grid that jobs may use. The job file then does not "
-        "contain the target's address and secret.",
+        description=(
+            "Name of a notification target of the grid that jobs may use. A job file with `target` does not need "
+            "the address and the secret of the target."
+        ),
         examples=["chat"],
     )
     on: Annotated[list[Moment], BeforeValidator(one_or_many, json_schema_input_type=Moment | list[Moment])] = Field(
         default_factory=_ended,
-        description="Moments: `ended` (default), or one of `succeeded`, `failed`, `cancelled`; "
-        "`failures` (a number of tasks has failed), `stuck` (the job has not progressed for a "
-        "time), `capped` (a cap on cost holds the job back).",
+        description=(
+            "Moments at which a notification is sent: `ended` (the job has ended, default), `succeeded`, `failed`, "
+            "or `cancelled` (the job has ended in this state), `failures` (a number of tasks has failed), `stuck` "
+            "(the job has not progressed for a time), and `capped` (a cap on the cost stops the job)."
+        ),
         examples=[["failed", "stuck"]],
     )
     secret: str | None = Field(
         default=None,
-        description="Location of the key that signs notifications to a webhook: "
-        "`env:BATCHLAB_NOTIFY_…`, a variable of the manager's environment that the grid's "
-        "operator allows for this webhook. The key itself is not stored.",
+        description=(
+            "Location of the key that signs notifications to the webhook: `env:BATCHLAB_NOTIFY_…`, which names a "
+            "variable in the manager's environment. The operator of the grid must allow the variable for the "
+            "webhook. The key itself is not stored."
+        ),
         examples=["env:BATCHLAB_NOTIFY_SECRET"],
     )
     failures: int = Field(
         default=1,
         ge=1,
         le=MAX_TASKS,
-        description="Number of failed tasks for `failures`, which is sent once.",
+        description=(
+            "Number of failed tasks after which the notification `failures` is sent. The notification `failures` is "
+            "sent once."
+        ),
         examples=[10],
     )
     stuck_after: Timeout = Field(
         default=600.0,
-        description="Time without progress before `stuck` is sent, in seconds or as text with a unit.",
+        description=(
+            "Time without progress of the job after which the notification `stuck` is sent, in seconds or as text "
+            "with a unit."
+        ),
         examples=["10m"],
     )
 
@@ -247,7 +263,7 @@ Notify = Annotated[
     list[NotifySpec],
     Field(
         max_length=MAX_TARGETS,
-        description="Receivers of notifications about the job, in addition to those of the grid.",
+        description="Receivers of notifications about the job, in addition to the grid's notification targets.",
         examples=[[{"webhook": "https://hooks.example.org/batch", "on": "failed"}]],
     ),
 ]

@@ -107,7 +107,9 @@ def _measure(name: str, unit: Unit, meaning: str, *, by_template: bool = False) 
     return register
 
 
-@_measure("makespan", Unit.SECONDS, "from the first job's due time to the last one's end", by_template=True)
+@_measure(
+    "makespan", Unit.SECONDS, "time from the due time of the first job to the end of the last job", by_template=True
+)
 def _makespan(record: Record, template: str) -> Measured:
     jobs = _jobs(record, template)
     if not jobs:
@@ -123,14 +125,16 @@ def _quantile_measure(name: str, share: float, times_s: Callable[[Record, str], 
         return quantile(times, share) if times else Unknown("no such job has begun")
 
 
-_WAIT = "from due to the first task's start: "
-_quantile_measure("p50_wait", 0.5, waits_s, f"{_WAIT}half of all jobs wait no longer")
-_quantile_measure("p95_wait", 0.95, waits_s, f"{_WAIT}95 of 100 jobs wait no longer")
-_quantile_measure("max_wait", 1.0, waits_s, f"{_WAIT}no job waits longer")
-_quantile_measure("p95_turnaround", 0.95, turnarounds_s, "from due to its end: 95 of 100 jobs take no longer")
+_WAIT = "from a job's due time to the start of the job's first task"
+_quantile_measure("p50_wait", 0.5, waits_s, f"median of the time {_WAIT}")
+_quantile_measure("p95_wait", 0.95, waits_s, f"95th percentile of the time {_WAIT}")
+_quantile_measure("max_wait", 1.0, waits_s, f"longest time {_WAIT}")
+_quantile_measure(
+    "p95_turnaround", 0.95, turnarounds_s, "95th percentile of the time from a job's due time to the job's end"
+)
 
 
-@_measure("late", Unit.NUMBER, "jobs that missed their deadline", by_template=True)
+@_measure("late", Unit.NUMBER, "number of jobs that missed their deadline", by_template=True)
 def _late(record: Record, template: str) -> Measured:
     jobs = [job for job in _jobs(record, template) if job.deadline_s is not None]
     if not jobs:
@@ -138,28 +142,28 @@ def _late(record: Record, template: str) -> Measured:
     return float(sum(job.ended_s is None or job.ended_s > (job.deadline_s or 0.0) for job in jobs))
 
 
-@_measure("cost", Unit.USD, "instances and requests at AWS's list prices")
+@_measure("cost", Unit.USD, "cost of the instances and the requests at AWS's list prices")
 def _cost(record: Record, _: str) -> Measured:
     return Unknown("the run had no prices") if record.usd is None else record.usd
 
 
-@_measure("lost", Unit.NUMBER, "tasks without a known result")
+@_measure("lost", Unit.NUMBER, "number of tasks without a known result")
 def _lost(record: Record, _: str) -> Measured:
     return float(record.lost)
 
 
-@_measure("duplicates", Unit.NUMBER, "tasks with more than one committed result")
+@_measure("duplicates", Unit.NUMBER, "number of tasks with more than one committed result")
 def _duplicates(record: Record, _: str) -> Measured:
     return float(record.duplicates)
 
 
-@_measure("failed_tasks", Unit.NUMBER, "tasks that failed for good", by_template=True)
+@_measure("failed_tasks", Unit.NUMBER, "number of tasks that failed and were not retried", by_template=True)
 def _failed_tasks(record: Record, template: str) -> Measured:
     jobs = _jobs(record, template)
     return float(sum(job.failed for job in jobs)) if jobs else _NO_JOB
 
 
-@_measure("failed_jobs", Unit.NUMBER, "jobs that failed or were cancelled", by_template=True)
+@_measure("failed_jobs", Unit.NUMBER, "number of jobs that failed or were canceled", by_template=True)
 def _failed_jobs(record: Record, template: str) -> Measured:
     jobs = _jobs(record, template)
     return float(sum(job.state in (JobState.FAILED, JobState.CANCELLED) for job in jobs)) if jobs else _NO_JOB
@@ -197,13 +201,16 @@ def fleet_sizes(record: Record) -> list[tuple[float, int]]:
     return sizes
 
 
-@_measure("peak_fleet", Unit.NUMBER, "the most instances in service at once")
+@_measure("peak_fleet", Unit.NUMBER, "largest number of instances that were in service at the same time")
 def _peak_fleet(record: Record, _: str) -> Measured:
     return float(max((count for _, count in fleet_sizes(record)), default=0))
 
 
 @_measure(
-    "least_fleet", Unit.NUMBER, "the fewest instances in service after the first came and until the last job's end"
+    "least_fleet",
+    Unit.NUMBER,
+    "smallest number of instances in service, from the time when the first instance was in service to the end "
+    "of the last job",
 )
 def _least_fleet(record: Record, _: str) -> Measured:
     ends = [job.ended_s for job in record.jobs if job.ended_s is not None]
@@ -215,7 +222,11 @@ def _least_fleet(record: Record, _: str) -> Measured:
     return float(min(count for at_s, count in sizes[first:] if at_s <= max(last_s, sizes[first][0])))
 
 
-@_measure("flapping", Unit.NUMBER, "times that desired capacity turned within two cooldowns of its last change")
+@_measure(
+    "flapping",
+    Unit.NUMBER,
+    "number of changes of a pool's desired capacity that reversed the previous change within two cooldowns",
+)
 def _flapping(record: Record, _: str) -> Measured:
     cooldown_s = record.settings.get("cooldown_in_s")
     if cooldown_s is None:
@@ -237,12 +248,16 @@ def lifetimes_s(record: Record) -> Iterator[tuple[InstanceRun, float]]:
         yield instance, instance.lived_s(last_s)
 
 
-@_measure("again", Unit.SECONDS, "slot time of runs that were thrown away or failed")
+@_measure("again", Unit.SECONDS, "slot time of executions that failed or did not commit an outcome")
 def _again(record: Record, _: str) -> Measured:
     return _WASTE_UNKNOWN if record.again_s is None else record.again_s
 
 
-@_measure("idle_share", Unit.SHARE, "share of the slots' time, from launch to end, without a task")
+@_measure(
+    "idle_share",
+    Unit.SHARE,
+    "share of the instances' slot time, from launch to end, in which the slots did not run a task",
+)
 def _idle_share(record: Record, _: str) -> Measured:
     slots = {name: slots for name, (_, _, slots) in record.pools.items()}
     total_s = sum(life_s * slots.get(instance.pool, 0) for instance, life_s in lifetimes_s(record))

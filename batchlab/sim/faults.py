@@ -49,47 +49,67 @@ class FaultKind(StrEnum):
         kind.meaning = meaning
         return kind
 
-    KILL_BEFORE = "kill_before", "", "a process is killed before its port call takes effect"
-    KILL_AFTER = ("kill_after", "", "a process is killed after its port call's effect, before it sees the answer")
-    THROTTLED = "throttled", "", "a port call is refused for now (S3 503, SQS throttling)"
-    UNREACHABLE = "unreachable", "", "a port call is not answered and does not take effect"
+    KILL_BEFORE = (
+        "kill_before",
+        "",
+        "a process is killed before its port call (a call of S3, a queue, or another service) takes effect",
+    )
+    KILL_AFTER = (
+        "kill_after",
+        "",
+        "a process is killed after its port call has taken effect, and before the process receives the answer",
+    )
+    THROTTLED = "throttled", "", "a service temporarily refuses a port call (status 503 of S3, throttling of SQS)"
+    UNREACHABLE = "unreachable", "", "a port call does not take effect and does not receive an answer"
     ANSWER_LOST = "answer_lost", "", "a port call takes effect, but its answer is lost"
     DELAYED = "delayed", "", "a port call's request or answer takes up to a minute"
-    CONFLICT = "conflict", CREATE, "a conditional put is answered with 409 and does not take effect"
+    CONFLICT = "conflict", CREATE, "a conditional PUT returns status 409 and does not take effect"
     DUPLICATED = "duplicated", "queue.send", "a sent message arrives twice"
     LOST = "lost", "queue.send", "a sent message never arrives, although the call succeeds"
     LATE = "late", "queue.send", "a sent message arrives up to five minutes late"
-    DROPPED = "dropped", "queue.receive", "messages are received, but the answer arrives empty"
+    DROPPED = (
+        "dropped",
+        "queue.receive",
+        "a receive request hides messages, but its answer does not contain the messages",
+    )
     REDELIVERED = ("redelivered", WEATHER, "a message is delivered again although its worker still holds it")
     VANISHED = "vanished", WEATHER, "a message is lost from its queue"
-    PURGED = "purged", WEATHER, "a queue is purged: tasks, events, or dead letters"
+    PURGED = "purged", WEATHER, "a queue of tasks, events, or dead letters loses all its messages (purge)"
     EXPIRED = "expired", WEATHER, "a queue's older messages exceed their retention and are deleted"
-    REMOVED = "removed", WEATHER, "a queue is deleted, as by the restart of an emulator"
-    SHUFFLED = "shuffled", WEATHER, "a queue's waiting messages change their order"
-    CLOCK_JUMPED = "clock_jumped", WEATHER, "a process's wall clock jumps forwards or backwards"
+    REMOVED = "removed", WEATHER, "a queue is deleted, as after the restart of an emulator"
+    SHUFFLED = "shuffled", WEATHER, "the waiting messages of a queue change their order"
+    CLOCK_JUMPED = "clock_jumped", WEATHER, "the wall clock of a process jumps forwards or backwards"
     STALLED = "stalled", WEATHER, "a process freezes for 5 to 60 s and then continues"
-    CRASHED = "crashed", WEATHER, "a booting, idle, or busy instance dies"
+    CRASHED = "crashed", WEATHER, "an instance dies while it is booting, idle, or busy"
     SPOT_NOTICE = ("spot_notice", WEATHER, "an instance receives a Spot notice, and is killed 120 s later")
     SPOT_KILL = "spot_kill", WEATHER, "a Spot instance is terminated without a notice"
-    NO_CAPACITY = "no_capacity", WEATHER, "no instance can be launched for a while"
-    SCALED_IN = "scaled_in", WEATHER, "a person terminates an instance, busy or not"
-    SCALED_BY_HAND = "scaled_by_hand", WEATHER, "a person sets a pool's capacity or limits for a while"
+    NO_CAPACITY = "no_capacity", WEATHER, "launches of instances fail for a while"
+    SCALED_IN = "scaled_in", WEATHER, "a person terminates an idle or busy instance"
+    SCALED_BY_HAND = "scaled_by_hand", WEATHER, "a person sets the desired capacity or the limits of a pool for a while"
     SECOND_MANAGER = "second_manager", WEATHER, "another manager starts while the leader runs"
     MANAGER_STOPPED = "manager_stopped", WEATHER, "a manager receives SIGTERM"
-    LEDGER_LOST = "ledger_lost", WEATHER, "the ledger is emptied, and a while later rebuilt"
+    LEDGER_LOST = "ledger_lost", WEATHER, "the ledger loses all its rows, and is rebuilt after a while"
     LEDGER_REBUILT = "ledger_rebuilt", WEATHER, "the ledger is rebuilt while jobs run"
     CANCELLED = "cancelled", USER, "a user cancels a job"
     PAUSED = "paused", USER, "a user pauses a job"
     RESUMED = "resumed", USER, "a user resumes a job"
     RETRIED = "retried", USER, "a user retries a job"
-    RESUBMITTED = "resubmitted", USER, "a user submits a job again under its token"
+    RESUBMITTED = "resubmitted", USER, "a user submits a job again with the same client token"
     # New kinds must be added at the end, so that earlier kinds keep their random draws.
-    CORRUPTED = "corrupted", WEATHER, "a worker begins to lie, within the rights of its role"
-    TORN = "torn", WEATHER, "the store keeps only the beginning of an object"
-    MISSING = "missing", WEATHER, "the store loses an object"
-    ROTTED = "rotted", WEATHER, "the store changes one bit of an object"
-    UNSYNCED = ("unsynced", WEATHER, "the power fails: every process ends, and unacknowledged writes may be lost")
-    FROZEN = "frozen", WEATHER, "a worker freezes for ever"
+    CORRUPTED = (
+        "corrupted",
+        WEATHER,
+        "a worker begins to send wrong messages and write wrong objects, within the rights of its role",
+    )
+    TORN = "torn", WEATHER, "the object store keeps only the beginning of an object"
+    MISSING = "missing", WEATHER, "the object store loses an object"
+    ROTTED = "rotted", WEATHER, "the object store changes one bit of an object"
+    UNSYNCED = (
+        "unsynced",
+        WEATHER,
+        "the power fails: every process ends, and writes that were not acknowledged may be lost",
+    )
+    FROZEN = "frozen", WEATHER, "a worker freezes forever"
 
     def applies(self, label: str) -> bool:
         """Return whether the kind of fault can happen at a call or event with `label`."""

@@ -27,8 +27,9 @@ _WORDS = """\
 
 # Capabilities of the backends
 
-These tables come from `backends/<name>/backend.toml` and the code. [Backends](backends.md) is the
-guide. `aws` was tried on emulated control planes, not on AWS itself ([what was
+The tables of this page come from `backends/<name>/backend.toml` and the code.
+[Backends](backends.md) is the guide to the backends. The backend `aws` was tested on emulated
+control planes, and not on AWS itself ([what was
 checked](aws-security.md#what-has-been-checked)).
 
 ## Parts of each backend
@@ -37,15 +38,15 @@ checked](aws-security.md#what-has-been-checked)).
 _FACTS = """
 ## Differences for users
 
-Everything else is the same on all backends: job files, commands, promises, reports, and the web
-page of a running grid.
+The following table lists all differences between the backends for users. Job files, commands,
+promises, reports, and the web page of a running grid are the same on all backends.
 
 """
 _FAULTS = """
 ## Real faults of a scenario
 
 `batchlab scenario faults` and [the page on faults](faults.md) show how each fault is injected, or
-why it is impossible. A forecast (`scenario simulate`) supports all of them.
+why its injection is impossible. A forecast (`scenario simulate`) supports all faults.
 
 """
 
@@ -87,13 +88,13 @@ def _yes(is_so: bool) -> str:
 
 _TELLS: tuple[tuple[str, Callable[[Backend], str]], ...] = (
     ("manager and workers run as", lambda one: _where(one)),
-    ("`--endpoint` names another S3 and SQS", lambda one: _yes(one.capabilities.s3_endpoint)),
-    ("starts its own emulator", lambda one: one.emulator or _yes(_in_containers(one))),
-    ("needs Docker", lambda one: _yes(_in_containers(one))),
-    ("needs an account and costs money", lambda one: _yes(one.capabilities.billed)),
-    ("the AWS CLI and other clients can use its bucket and queues", lambda one: _yes(one.queue == "sqs")),
+    ("`--endpoint` selects other S3 and SQS services", lambda one: _yes(one.capabilities.s3_endpoint)),
+    ("the grid starts its own emulator", lambda one: one.emulator or _yes(_in_containers(one))),
+    ("the grid needs Docker", lambda one: _yes(_in_containers(one))),
+    ("the grid needs an AWS account and costs money", lambda one: _yes(one.capabilities.billed)),
+    ("the AWS CLI and other clients can use the grid's bucket and queues", lambda one: _yes(one.queue == "sqs")),
     (
-        "the bucket can be read without a running grid, by users of its folder",
+        "users of the grid's folder can read the bucket without a running grid",
         lambda one: _yes(one.capabilities.local_bucket),
     ),
     (

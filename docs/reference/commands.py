@@ -21,12 +21,12 @@ _WORDS = """\
 
 This page contains the output of `batchlab COMMAND --help` for all commands.
 
-- `--json` prints JSON for programs.
+- `--json` prints the output as JSON, for programs.
 - `--home DIR` is the grid's folder. The default is the folder that `BATCHLAB_HOME` names, or
   `.batchlab` in the current folder.
-- `JOB` is a job's id, the beginning of an id, or `last`.
-- Exit codes: 0 success, 1 the job failed (or a verdict is red, or a gate failed), 2 wrong usage, 3
-  the grid or its backend does not answer, 130 interrupted.
+- `JOB` is a job's id, the beginning of a job's id, or `last` for the newest job.
+- The exit code is 0 after a success, 1 if the job failed (or a verdict is red, or a gate failed), 2
+  for wrong usage, 3 if the grid or its backend does not answer, and 130 after an interruption.
 
 """
 

@@ -10,8 +10,9 @@ _WORDS = """\
 
 # Decisions
 
-A decision record exists for each choice with a serious alternative. It states the question, the
-decision, the rejected alternatives, the consequences, and when to revisit it.
+This folder has a decision record for each choice with a serious alternative. A decision record states
+the question, the decision, the rejected alternatives, the consequences, and when to revisit the
+decision.
 
 """
 

@@ -13,21 +13,23 @@ _WORDS = """\
 
 # HTTP API
 
-The manager serves JSON under `/v1`. The command line, the web page, and the Python API are its
-clients. Every manager serves the machine-readable description at `/openapi.json`, and this page is
-made from it.
+The manager serves JSON under `/v1`. The command line, the web page, and the Python API are clients
+of the HTTP API. Every manager serves the machine-readable description of the HTTP API at
+`/openapi.json`. This page is generated from that description.
 
-- A manager listens on 127.0.0.1, or in the grid's own network of containers. `manager.json` in the
-  grid's folder contains its address, and `token` its token.
-- Every request needs `Authorization: Bearer TOKEN`, also `/metrics`, except for the
-  [public routes](security.md#access). The command line and the Python API sign their requests
-  instead, and never send the token to a port ([network](security.md#network)).
-- Fields whose name ends with `_s` are in seconds; points in time count from 1970 (UTC).
-- An error is a [ProblemView](#problemview) with its status. 400 and 422: the request is wrong. 401:
-  the token is missing or wrong. 404: the object does not exist. 409: its state does not allow the
-  request. 503: the manager does not lead (yet), or the backend does not answer; try again later.
-- `wait_s` requests a long poll: the manager answers as soon as there is something new, or after
-  that time.
+- A manager listens on 127.0.0.1, or in the grid's own network of containers. In the grid's folder,
+  the file `manager.json` contains the manager's address, and the file `token` contains the token.
+- Every request needs the header `Authorization: Bearer TOKEN`, also a request for `/metrics`. Only
+  the [public routes](security.md#access) do not need this header. The command line and the Python
+  API sign their requests instead, and never send the token to a port
+  ([network](security.md#network)).
+- Fields whose name ends with `_s` are in seconds. Points in time are in seconds since 1970 (UTC).
+- The body of an error response is a [ProblemView](#problemview). The status is 400 or 422 if the
+  request is wrong, 401 if the token is missing or wrong, 404 if the requested object does not
+  exist, and 409 if the state of the object does not allow the request. The status is 503 if the
+  manager is not the leader or the backend does not answer; the client can repeat the request later.
+- The parameter `wait_s` requests a long poll: the manager answers as soon as the answer contains
+  something new, or after `wait_s` seconds.
 
 """
 

@@ -27,9 +27,9 @@ _HEAD = """\
 
 # The job file
 
-A job file is one YAML mapping. batchlab checks it before it queues anything, and does not run your
-code for that. It reports all mistakes at once, each with its line and what to write instead.
-`batchlab init` creates this file:
+A job file is one YAML mapping. batchlab checks the job file before batchlab queues the job, and does
+not run your code for the check. batchlab reports all mistakes at once, each with its line and a
+correction. `batchlab init` creates the following job file:
 
 ```yaml
 """
@@ -51,7 +51,7 @@ def _items_of_splits() -> str:
 _NOTES = f"""\
 ## Arguments and results of functions
 
-The arguments of a Python stage's function are its item, or the item and the task's context:
+The function of a Python stage has one or two parameters: the task's item, and optionally the task's context:
 
 ```python
 def parse(item, ctx):
@@ -66,19 +66,19 @@ def parse(item, ctx):
 | `gather: all`, `gather: {{by: FIELD}}` | the list of all results, or of the results of one group |
 
 A `File` has the input file's `name`, `path`, `size`, `open()`, `read_text()`, and `read_bytes()`.
-It can be used as a path, as in `open(item)`.
+A `File` can be used as a path, as in `open(item)`.
 
-`ctx` has `params`, `job`, `stage`, `task` (its index), `attempt` (from 1), `scratch` (a folder that
-is removed after the task), and `save(content, name)`, which stores bytes or a file and returns a
-`File`.
+The context `ctx` has the attributes `params`, `job`, `stage`, `task` (the index of the task),
+`attempt` (from 1), and `scratch` (a folder that is removed after the task). The method
+`ctx.save(content, name)` stores bytes or a file and returns a `File`.
 
-The result is a JSON value: null, true, false, numbers, text, lists, dicts, and a `File` at any
-place. The next stage receives that file, and the job's results contain it as
-`files/STAGE/TASK/NAME`. If the result contains a date, a set, or an object of your own, the task
-fails. Convert such values to text.
+The result of a function is a JSON value (null, true, false, a number, text, a list, or a dict),
+which may contain a `File` at any place. The next stage receives this file, and the job's results
+contain the file as `files/STAGE/TASK/NAME`. If the result contains a date, a set, or an object of
+your own class, the task fails. Convert such values to text.
 
-If the function raises an exception, the attempt fails. The output of the function goes to the
-task's log, which `batchlab job logs` shows. The current folder is empty. Use
+If the function raises an exception, the attempt fails. The output of the function is written to the
+task's log, which `batchlab job logs` shows. The current folder of a task is empty. Use
 `Path(__file__).parent / "rates.csv"` to read a file from the folder of your code. Packages that
 your code imports must be in the code folder, or installed on the workers. On `local`, the workers
 use batchlab's own environment.
@@ -87,14 +87,14 @@ use batchlab's own environment.
 
 | placeholder | value |
 | --- | --- |
-| `{{input}}` | path of the task's item |
-| `{{inputs}}` | one argument per item; must be an argument of its own |
-| `{{inputs_list}}` | path of a file with one path per line |
-| `{{output:NAME}}` | path for an output; a `NAME` that ends with `/` is a folder |
-| `{{params.KEY}}` | a parameter of the job |
+| `{{input}}` | path of the file that contains the task's item |
+| `{{inputs}}` | one argument for each item of the task; the placeholder must be an argument of its own |
+| `{{inputs_list}}` | path of a file that contains the path of each item, one path per line |
+| `{{output:NAME}}` | path for an output of the task; a `NAME` that ends with `/` is a folder |
+| `{{params.KEY}}` | value of the job's parameter `KEY` |
 | `{{task}}` | index of the task in its stage, from 0 |
-| `{{scratch}}` | a folder for this task, removed after it |
-| `{{code}}` | the folder of your code |
+| `{{scratch}}` | path of a folder for temporary files, which is removed after the task |
+| `{{code}}` | path of the folder with your code |
 
 Write a literal brace twice: `awk "{{{{print $1}}}}"`.
 
@@ -103,14 +103,15 @@ Write a literal brace twice: `awk "{{{{print $1}}}}"`.
 - A duration is {text.DURATION_FORMS}.
 - A size is {text.SIZE_FORMS}. KiB, MiB, GiB, and TiB are powers of 1024; kB,
   MB, GB, and TB are powers of 1000.
-- The file is YAML 1.2: only `true` and `false` are truth values. batchlab refuses a plain `yes`,
-  `no`, `on`, or `off` if it could be a truth value. Keys may not repeat. Anchors and `<<` work.
+- A job file is YAML 1.2: only `true` and `false` are truth values. batchlab refuses a plain `yes`,
+  `no`, `on`, or `off`, unless the value of the key is always text. A mapping may not repeat a key.
+  Anchors and `<<` work.
 
 ## Parameters from the command line
 
-`--set KEY=VALUE` replaces the default of a parameter in the file. The value is read as one YAML
-scalar: `5` is a number, `true` is a truth value, and `'"5"'` is text. If the default is text, the
-value is always text.
+The option `--set KEY=VALUE` replaces the default value of a parameter in the job file. batchlab reads
+`VALUE` as one YAML scalar: `5` is a number, `true` is a truth value, and `'"5"'` is text. If the
+default value of the parameter is text, `VALUE` is always text.
 """
 
 

@@ -45,15 +45,17 @@ _HEAD = f"""\
 
 # The scenario file
 
-A scenario is one YAML mapping. It defines who submits which jobs when, to which fleet, which faults
-occur, and what is expected. [Scenarios](scenarios.md) is the guide; this page describes every key.
+A scenario file is one YAML mapping. A scenario defines who submits which jobs at which times, the
+fleet that runs the jobs, the faults that occur, and the expected results.
+[Scenarios](scenarios.md) is the guide to scenarios. This page describes every key.
 
-- A duration is {text.DURATION_FORMS}. All times count from the start of the scenario.
+- A duration is {text.DURATION_FORMS}. All times are durations after the start of the scenario.
 - A size is {text.SIZE_FORMS}.
 - Money is in US dollars: `12 USD`.
-- A distribution of numbers has the same keys as one of durations, with numbers as values.
+- A distribution of numbers has the same keys as a distribution of durations, with numbers as values.
 - `retry` has the same keys as in a [job file](job-file.md).
-- The file is YAML 1.2, like a job file: keys may not repeat, and anchors and `<<` work.
+- A scenario file is YAML 1.2, like a job file: a mapping may not repeat a key, and anchors and `<<`
+  work.
 """
 
 

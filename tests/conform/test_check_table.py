@@ -82,7 +82,7 @@ def test_every_check_is_fully_described(check: Check) -> None:
     # A check without consequences must give a reason.
     assert check.otherwise != "nothing" or check.promise.startswith("none: ")
     for text, url in sources.pages(check.source):
-        known = "recorded answers of AWS", "the reference does not say", "RFC 9110, range requests"
+        known = "recorded answers of AWS", "the API reference does not state the rule", "RFC 9110, range requests"
         assert url.startswith("https://docs.aws.amazon.com/") or text in known
 
 

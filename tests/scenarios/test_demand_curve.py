@@ -101,7 +101,7 @@ def test_plain_text_is_ascii(tmp_path: Path) -> None:
 
 def test_fault_is_described_with_its_parameters() -> None:
     said = charts.fault_text(Fault(FaultName.S3_ERRORS, 60, 300, rate=0.25))
-    assert said == "60 s: s3-errors, S3 answers a share of all requests with 503 (25%), for 5 min"
+    assert said == "60 s: s3-errors, S3 answers a share of all requests with status 503 (25%), for 5 min"
     said = charts.fault_text(Fault(FaultName.ZONE_LOSS, 60, 300))
     assert said.endswith("(zone a), for 5 min")
     said = charts.fault_text(Fault(FaultName.SPOT_WAVE, 60, 300, share=0.5, pool="big"))

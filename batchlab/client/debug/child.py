@@ -79,16 +79,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="run.py", description="Run a task of a job again on this machine.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pdb", action="store_true", help="Debug at the exception.")
-    parser.add_argument("--break", dest="at_start", action="store_true", help="Stop at the handler's first line.")
-    parser.add_argument("--debugpy", type=int, metavar="PORT", help="Wait for an IDE at this port.")
+    parser.add_argument("--pdb", action="store_true", help="Start the debugger pdb if the task raises an exception.")
+    parser.add_argument(
+        "--break",
+        dest="at_start",
+        action="store_true",
+        help="Start the debugger pdb at the first line of the task's handler.",
+    )
+    parser.add_argument(
+        "--debugpy", type=int, metavar="PORT", help="Local port at which the task waits for the debugger of an IDE."
+    )
     parser.add_argument(
         "--env",
         dest="passed",
         action="append",
         default=[],
         metavar="NAME",
-        help="Pass this environment variable to the task. May be repeated.",
+        help="Name of an environment variable that is passed to the task. The option may be repeated.",
     )
     parser.add_argument("--supervised", action="store_true", help=argparse.SUPPRESS)
     return parser

@@ -1,9 +1,9 @@
 -- The named queries of `batchlab report query NAME RUN…`, over the tables of docs/report-data.md.
--- Each begins with `-- name:`; the comment after it says what it answers. They answer for every
--- job that is opened, in order, and say for which.
+-- A line `-- name:` precedes each query, and the comment after this line describes the query's result.
+-- The result of a query contains all opened jobs, and its column `job` contains the id of the job.
 
 -- name: summary
--- The job at a glance: how long, how many, how fast, for how much.
+-- Summary of each job: its duration, number of tasks, tasks per second, and cost.
 SELECT job, state, took_s, planned AS tasks, succeeded, failed, cancelled, retried,
        succeeded / nullif(took_s, 0) AS tasks_per_s, run_s, failed_run_s, cost_usd,
        1000 * cost_usd / nullif(succeeded, 0) AS cost_usd_per_1000
@@ -11,7 +11,7 @@ FROM jobs
 ORDER BY submitted_s, job;
 
 -- name: stages
--- Run time, wait, retries and cost of each stage.
+-- Run time, waiting time, retries, and cost of each stage.
 WITH spread AS (
   SELECT job, stage, quantile_cont(run_s, [0.5, 0.95, 0.99]) AS run, max(run_s) AS longest_s,
          quantile_cont(wait_s, [0.5, 0.95]) AS wait
@@ -25,7 +25,7 @@ FROM stages s LEFT JOIN spread t USING (job, stage)
 ORDER BY s.job, s.position;
 
 -- name: slowest_tasks
--- The twenty tasks whose last attempt took longest, and how many times their stage's median.
+-- The 20 tasks with the longest last attempts, and the ratio of each run time to the median of the stage.
 WITH longest AS (
   SELECT job, stage, task, state, run_s, wait_s, attempts, worker, bundle
   FROM tasks WHERE run_s IS NOT NULL ORDER BY run_s DESC LIMIT 20
@@ -39,8 +39,8 @@ FROM longest l LEFT JOIN typical t USING (job, stage)
 ORDER BY l.run_s DESC, l.job, l.stage, l.task;
 
 -- name: stragglers
--- Tasks that took more than three times their stage's median: how many, the longest, and what
--- their time beyond the median comes to.
+-- Stragglers of each stage, which took more than three times the median run time of the stage: their
+-- number, the longest straggler, and the sum of their time beyond the median.
 WITH typical AS (
   SELECT job, stage, quantile_cont(run_s, 0.5) AS median_s, count(*) AS tasks
   FROM tasks WHERE attempts > 0 GROUP BY job, stage
@@ -53,7 +53,7 @@ GROUP BY y.job, y.stage, y.tasks, y.median_s
 ORDER BY beyond_median_s DESC, y.job, y.stage;
 
 -- name: queue_wait
--- How long tasks were ready before the bundle of their last attempt began, by percentile.
+-- Percentiles of the waiting time of tasks, from ready to the start of the last attempt's bundle.
 WITH spread AS (
   SELECT job, stage, count(*) AS tasks, max(wait_s) AS longest_s,
          quantile_cont(wait_s, [0.5, 0.9, 0.95, 0.99]) AS wait
@@ -65,8 +65,9 @@ FROM spread JOIN stages USING (job, stage)
 ORDER BY job, stages.position;
 
 -- name: utilisation
--- What became of the slot time of each pool while the job ran: there at all, holding a bundle of
--- this job, running its tasks. Other jobs of the grid may have had the rest.
+-- Use of the slot time of each pool while the job ran: the total slot time of the instances, the slot
+-- time of the job's bundles, and the slot time of the job's tasks. Other jobs of the grid may have used
+-- the remaining slot time.
 WITH there AS (
   SELECT i.job, i.pool, count(*) AS instances,
          sum(i.slots * greatest(0, least(coalesce(i.ended_s, 'infinity'),
@@ -91,7 +92,7 @@ FROM used LEFT JOIN there USING (job, pool)
 ORDER BY used.job, used.pool;
 
 -- name: workers
--- What each worker did for the job.
+-- Bundles, tasks, and busy slot time of each worker of the job.
 SELECT job, worker, instance, pool, slots, bundles, tasks, busy_slot_s, run_s, failed_run_s,
        last_s - first_s AS seen_s,
        busy_slot_s / nullif(slots * (last_s - first_s), 0) AS busy_share
@@ -99,7 +100,7 @@ FROM workers
 ORDER BY job, busy_slot_s DESC NULLS LAST, worker;
 
 -- name: cost_by_stage
--- The bill by stage; what is no stage's (idle time, storage) stands under an empty stage.
+-- Cost of the job by stage. The row with an empty stage has the costs of no single stage (idle time, storage).
 SELECT c.job, coalesce(c.stage, '') AS stage,
        sum(c.cost_usd) AS cost_usd,
        sum(c.cost_usd) FILTER (c.kind = 'compute') AS compute_usd,
@@ -113,8 +114,8 @@ GROUP BY c.job, c.stage, s.position
 ORDER BY c.job, s.position NULLS LAST;
 
 -- name: retries
--- Failed attempts by stage and fingerprint: how many, on how many tasks, how many for
--- good, the time they took, and one of them in words.
+-- Failed attempts by stage and fingerprint: the numbers of attempts, of tasks, and of attempts that
+-- were not retried, the run time of the attempts, and the reason of one attempt.
 SELECT job, stage, fingerprint, count(*) AS attempts, count(DISTINCT task) AS tasks,
        count(*) FILTER (is_final) AS final, sum(run_s) AS run_s, min(task) AS first_task,
        arg_min(reason, (round, task, attempt)) AS example
@@ -123,7 +124,7 @@ GROUP BY job, stage, fingerprint
 ORDER BY attempts DESC, job, stage, fingerprint;
 
 -- name: failures
--- Tasks that failed for good, at most a hundred, with the reason of their last attempt.
+-- Tasks that failed and were not retried, at most 100, with the reasons of their last attempts.
 WITH gone AS (
   SELECT t.job, t.stage, t.task, t.attempts, t.fingerprint, t.worker, t.bundle
   FROM tasks t JOIN stages s USING (job, stage)
@@ -136,7 +137,7 @@ FROM gone g LEFT JOIN attempts a
 ORDER BY g.job, g.stage, g.task;
 
 -- name: duplicates
--- What came twice: seen, harmless, harmful. The last must be 0.
+-- Number of duplicate messages and executions by kind. The number of harmful duplicates must be 0.
 SELECT j.job, k.kind, coalesce(sum(d.seen), 0) AS seen, coalesce(sum(d.harmless), 0) AS harmless,
        coalesce(sum(d.harmful), 0) AS harmful, coalesce(sum(d.wasted_slot_s), 0) AS wasted_slot_s
 FROM jobs j
@@ -146,8 +147,8 @@ GROUP BY j.job, k.kind, k.n
 ORDER BY j.job, k.n;
 
 -- name: scaling
--- Each change of desired capacity with its reason, and how long it took until so many instances
--- were in service; the lag is empty for a smaller fleet, and where it never came to that.
+-- Changes of the desired capacity of each pool with their reasons. The lag is the time until the new number
+-- of instances was in service. The lag is empty for a decrease, and if the pool never reached the number.
 SELECT s.job, s.pool, s.at_s, s.before, s.after, s.in_service, s.backlog_tasks, s.backlog_s,
        CASE WHEN s.after > s.before THEN (
          SELECT min(f.at_s) FROM fleet f
@@ -158,8 +159,8 @@ FROM scaling s
 ORDER BY s.job, s.at_s, s.pool;
 
 -- name: scaling_lag
--- From wanting more capacity to having it, by pool: how often, the usual and the longest lag, and
--- how long an instance takes to boot.
+-- Increases of the desired capacity of each pool: their number, the median and longest lag until the
+-- instances were in service, and the boot times of the instances.
 WITH lags AS (
   SELECT s.job, s.pool, s.at_s,
          (SELECT min(f.at_s) FROM fleet f WHERE f.job = s.job AND f.pool = s.pool
@@ -178,7 +179,7 @@ GROUP BY b.job, b.pool, b.launched, b.boot_p50_s, b.boot_max_s
 ORDER BY b.job, b.pool;
 
 -- name: wasted_work
--- Slot time that came to nothing, by cause, and its share of all that bundles took.
+-- Wasted slot time of the job by cause, and its share of the slot time of all bundles.
 WITH causes AS (
   SELECT b.job, 1 AS n, 'failed attempts' AS cause, sum(b.failed_run_s * b.slots) AS slot_s
   FROM bundles b GROUP BY b.job
@@ -200,7 +201,7 @@ FROM causes c LEFT JOIN whole w USING (job)
 ORDER BY c.job, c.n;
 
 -- name: throughput
--- Tasks that ended in each hundredth of the job's time.
+-- Number of tasks that ended in each of 100 equal parts of the job's duration.
 WITH span AS (
   SELECT job, started_s AS from_s,
          greatest(coalesce(ended_s, (SELECT max(b.ended_s) FROM bundles b WHERE b.job = j.job))

@@ -50,30 +50,38 @@ def _impossible(why: str) -> FaultSupport:
 
 
 _KILLED = FaultSupport("SIGKILL to the worker's process and all its child processes")
-_STOPPED = FaultSupport("SIGSTOP to the worker's processes, SIGCONT at the end")
+_STOPPED = FaultSupport("SIGSTOP to the worker's processes, and SIGCONT at the end of the fault")
 _ASKED = FaultSupport(
-    "SIGTERM, which the launcher also uses to drain an instance, and SIGKILL at the end of the "
-    "notice; processes do not have a market, so any of them is hit"
+    "SIGTERM, which the launcher also uses to drain an instance, and SIGKILL at the end of the notice; processes do "
+    "not have a market, so the fault hits any instance"
 )
-_RESTARTED = FaultSupport("SIGKILL to the manager's process; at the end, another manager starts at its address")
-_FORGOTTEN = FaultSupport("every row of the ledger is deleted; at the end, the manager rebuilds it from the bucket")
-_TWICE = FaultSupport("messages are received, a copy of each is sent, and the original is returned to the queue")
-_LATE = FaultSupport("messages are received and kept invisible until the end, at most 15 minutes")
+_RESTARTED = FaultSupport(
+    "SIGKILL to the manager's process; at the end of the fault, another manager starts at the same address"
+)
+_FORGOTTEN = FaultSupport(
+    "every row of the ledger is deleted; at the end of the fault, the manager rebuilds the ledger from the bucket"
+)
+_TWICE = FaultSupport(
+    "the replay receives messages, sends a copy of each message, and returns the original message to the queue"
+)
+_LATE = FaultSupport(
+    "the replay receives messages and keeps the messages invisible until the end of the fault, for at most 15 minutes"
+)
 _UNSUPPORTED = _impossible("No fault is implemented for this backend.")
 _NO_ZONES = _impossible("Instances are processes of one machine, and do not have a zone.")
-_HOG = FaultSupport("programs that write and fsync without a pause, on the disk of the workers' folders")
+_HOG = FaultSupport("programs write and call fsync without a pause, on the disk of the workers' folders")
 
 TABLE: Mapping[FaultName, Mapping[str, FaultSupport]] = {
     FaultName.KILL: {
         "local": _KILLED,
         "ministack": _KILLED,
-        "localstack": FaultSupport("docker kill: SIGKILL to the container's first process"),
+        "localstack": FaultSupport("docker kill, which sends SIGKILL to the first process of the container"),
         "aws": FaultSupport("EC2 TerminateInstances that skips the shutdown of the operating system"),
     },
     FaultName.PAUSE: {
         "local": _STOPPED,
         "ministack": _STOPPED,
-        "localstack": FaultSupport("docker pause, docker unpause at the end"),
+        "localstack": FaultSupport("docker pause, and docker unpause at the end of the fault"),
         "aws": _impossible(
             "EC2 does not have a call that freezes and resumes an instance, and the stack does "
             "not allow commands on its workers."
@@ -84,9 +92,10 @@ TABLE: Mapping[FaultName, Mapping[str, FaultSupport]] = {
             "The bucket and the queues are files on the same machine, so a network cannot be interrupted."
         ),
         "ministack": FaultSupport(
-            "a proxy before the grid's endpoint does not answer requests of the instances until the end"
+            "a proxy in front of the grid's endpoint does not answer requests of the instances until the end of the "
+            "fault"
         ),
-        "localstack": FaultSupport("docker network disconnect, docker network connect at the end"),
+        "localstack": FaultSupport("docker network disconnect, and docker network connect at the end of the fault"),
         "aws": _impossible(
             "A security group does not end existing connections, and a network ACL affects whole "
             "subnets, including the manager's."
@@ -96,8 +105,8 @@ TABLE: Mapping[FaultName, Mapping[str, FaultSupport]] = {
         "local": _ASKED,
         "ministack": _ASKED,
         "localstack": FaultSupport(
-            "the Auto Scaling endpoint sends Spot instances an interruption notice, and "
-            "terminates the remaining ones at the end of the notice"
+            "the Auto Scaling endpoint sends an interruption notice to Spot Instances, and terminates the remaining "
+            "Spot Instances at the end of the notice"
         ),
         "aws": FaultSupport(
             "TerminateInstanceInAutoScalingGroup, which the instance reads in its metadata as its "
@@ -110,21 +119,22 @@ TABLE: Mapping[FaultName, Mapping[str, FaultSupport]] = {
         "ministack": _NO_ZONES,
         "localstack": FaultSupport(
             "UpdateAutoScalingGroup removes the zone from the groups (SuspendProcesses if a group has only this "
-            "zone), then docker kill to all containers in it; the zone is restored at the end"
+            "zone), and docker kill ends all containers in the zone; the zone is restored at the end of the fault"
         ),
         "aws": FaultSupport(
-            "UpdateAutoScalingGroup removes the zone's subnets from the groups (SuspendProcesses if a group has only "
-            "these), then EC2 TerminateInstances for all instances in it; the subnets are restored at the end"
+            "UpdateAutoScalingGroup removes the zone's subnets from the groups (SuspendProcesses if a group has "
+            "only these subnets), and EC2 TerminateInstances ends all instances in the zone; the subnets are "
+            "restored at the end of the fault"
         ),
     },
     FaultName.S3_ERRORS: {
         "local": _impossible("The bucket is a folder, so it cannot answer with 503."),
         "ministack": FaultSupport(
-            "a proxy before the grid's endpoint answers a share of the requests with 503 SlowDown"
+            "a proxy in front of the grid's endpoint answers a share of the requests with 503 SlowDown"
         ),
         "localstack": FaultSupport(
-            "a proxy takes LocalStack's address on the grid's network and answers a share of the "
-            "requests with 503 SlowDown; LocalStack gets its address back at the end"
+            "a proxy takes LocalStack's address on the grid's network and answers a share of the requests with 503 "
+            "SlowDown; LocalStack gets its address back at the end of the fault"
         ),
         "aws": _impossible(
             "The user does not control a component between the instances and S3, and S3 cannot be "
@@ -153,12 +163,12 @@ TABLE: Mapping[FaultName, Mapping[str, FaultSupport]] = {
         "local": _FORGOTTEN,
         "ministack": _FORGOTTEN,
         "localstack": FaultSupport(
-            "PostgreSQL is killed and restarted by Docker, and every row of the ledger is "
-            "deleted; at the end, the manager rebuilds it from the bucket"
+            "PostgreSQL is killed and restarted by Docker, and every row of the ledger is deleted; at the end of "
+            "the fault, the manager rebuilds the ledger from the bucket"
         ),
         "aws": FaultSupport(
-            "RDS is rebooted, a SimpleDB ledger is emptied, or a file is lost with the manager's "
-            "instance; at the end, the manager rebuilds the ledger from the bucket"
+            "RDS is rebooted, a SimpleDB ledger is emptied, or an SQLite ledger is lost with the manager's "
+            "instance; at the end of the fault, the manager rebuilds the ledger from the bucket"
         ),
     },
 }

@@ -178,7 +178,7 @@ Leader = Annotated[Manager, Depends(_leader)]
 NotifierDep = Annotated[Notifier, Depends(_notifier)]
 SchedulesDep = Annotated[ScheduleCommands, Depends(_scheduler)]
 Limit = Annotated[int, Query(ge=1, le=MAX_LISTED)]
-Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Long poll, seconds")]
+Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Maximum waiting time of the long poll in seconds")]
 
 # Only the response with status 422 has the model of an error. All other error responses refer to the schema of the
 # model. FastAPI creates a validator for every model of every endpoint. Validators for the models of all error responses

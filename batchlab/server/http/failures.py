@@ -42,7 +42,7 @@ async def failures(
     served: StateDep,
     job: JobId,
     limit: Limit = 100,
-    after: Annotated[str | None, Query(description="`next` of the previous page")] = None,
+    after: Annotated[str | None, Query(description="Value of `next` in the response with the previous page")] = None,
     fingerprint: str | None = None,
 ) -> api_types.FailuresView:
     """Return failed tasks, in the order in which the ledger folded their outcomes.

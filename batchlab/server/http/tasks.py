@@ -46,7 +46,10 @@ MAX_SHOWN_BYTES = 20_000
 PAGE_ROWS = 2000
 
 Index = Annotated[int, Path(ge=0, le=2**53)]
-Seq = Annotated[int | None, Query(ge=1, le=2**53, description="The seq of the outcome, if the client knows it")]
+Seq = Annotated[
+    int | None,
+    Query(ge=1, le=2**53, description="The seq of the outcome that contains the task, if the client knows the seq"),
+]
 
 
 @router.get("/jobs/{job}/stages/{stage}/tasks/{task}")

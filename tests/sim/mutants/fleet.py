@@ -29,7 +29,7 @@ def _count(projection: Projection, change: Fold, position: int) -> None:
 
 @planted("I1", "I2", "I3")
 def events_counted_without_dedupe(plant: Plant) -> None:
-    """Every received completion is counted. An event that arrives twice counts twice (I2)."""
+    """The ledger counts every received completion. The tasks of an event that arrives twice are counted twice (I2)."""
     original = ledger_projection.fold
 
     @plant.everywhere(original)
@@ -45,8 +45,9 @@ def events_counted_without_dedupe(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3")
 def dedupe_across_calls_only(plant: Plant) -> None:
-    """The manager asks the ledger which completions are new, and counts all of them. Two copies in
-    one call are both new (I2)."""
+    """The ledger counts every completion of a call that earlier calls have not counted. Two copies of a completion in
+    one call are both counted (I2).
+    """
     original = ledger_projection.fold
 
     @plant.everywhere(original)
@@ -70,8 +71,9 @@ def dedupe_across_calls_only(plant: Plant) -> None:
 
 @planted("I5")
 def scale_in_takes_a_busy_one(plant: Plant) -> None:
-    """Scale-in lowers the desired capacity and lets the group choose. The group terminates the
-    newest instance, busy or not (I5)."""
+    """Scale-in lowers the desired capacity and lets the group choose the instance. The group terminates its newest
+    instance, even if this instance is busy (I5).
+    """
 
     @plant.method(Autoscaler, "protect_the_busy")
     async def protect_the_busy(self: Autoscaler, view: GroupView) -> None:
@@ -84,7 +86,7 @@ def scale_in_takes_a_busy_one(plant: Plant) -> None:
 
 @planted("I5")
 def desired_without_a_maximum(plant: Plant) -> None:
-    """The desired capacity follows the backlog without a limit (I5)."""
+    """The desired capacity of a pool follows the backlog, and may exceed the maximum of the pool (I5)."""
     original = autoscaler.desired_capacity
 
     @plant.everywhere(original)
@@ -100,7 +102,7 @@ def desired_without_a_maximum(plant: Plant) -> None:
 
 @planted("I5")
 def scale_in_forgotten(plant: Plant) -> None:
-    """The desired capacity grows with the backlog and never decreases (I5)."""
+    """The desired capacity of a pool grows with the backlog and never decreases (I5)."""
 
     @plant.method(Autoscaler, "_may_shrink")
     def _may_shrink(self: Autoscaler, pool: str, backlog: Backlog, now_s: float) -> bool:

@@ -17,8 +17,9 @@ from tests.sim.mutants.kit import Plant, planted
 
 @planted("I7", "losses", "ends")
 def retry_under_the_same_id(plant: Plant) -> None:
-    """The id of a bundle does not contain the attempt. A retry finds the outcome of its first
-    attempt and forwards that, again and again (I7)."""
+    """The id of a bundle does not contain the number of the attempt. A retry finds the outcome of the first attempt and
+    forwards this outcome again and again (I7).
+    """
 
     @plant.property(Bundle, "id")
     def id_(self: Bundle) -> BundleId:
@@ -28,8 +29,9 @@ def retry_under_the_same_id(plant: Plant) -> None:
 
 @planted("I7", "ends")
 def round_without_an_id(plant: Plant) -> None:
-    """The id of a bundle does not contain the round. The new round finds the old outcomes, so
-    nothing runs again (I7)."""
+    """The id of a bundle does not contain the round of its job. A new round finds the outcomes of the previous round,
+    so no task runs again (I7).
+    """
 
     @plant.property(Bundle, "id")
     def id_(self: Bundle) -> BundleId:
@@ -39,8 +41,9 @@ def round_without_an_id(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7", "losses", "ends")
 def id_by_the_first_task(plant: Plant) -> None:
-    """The id of a bundle contains its first task only. The first half of a split bundle has the id
-    of the whole bundle (I7)."""
+    """The id of a bundle contains only the number of its first task. The first half of a split bundle has the same id
+    as the whole bundle (I7).
+    """
 
     @plant.property(Bundle, "id")
     def id_(self: Bundle) -> BundleId:
@@ -50,8 +53,9 @@ def id_by_the_first_task(plant: Plant) -> None:
 
 @planted("Attempts")
 def retry_counts_worker_loss(plant: Plant) -> None:
-    """A delivery that ended without an outcome counts as one of the task's own attempts. A task
-    that would have succeeded at its next try is FAILED (attempts)."""
+    """A delivery of a bundle that ended without an outcome counts as an attempt of each of its tasks. A task that would
+    have succeeded at its next attempt is marked as FAILED (attempts).
+    """
     original = BundleFinisher.commit
 
     @plant.method(BundleFinisher, "commit")
@@ -69,8 +73,9 @@ def retry_counts_worker_loss(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7")
 def split_off_task_run_as_well(plant: Plant) -> None:
-    """The bundle that is split off begins with the task that ended last, so that no task is left
-    out. That task ends twice (I1, I2)."""
+    """The follow-up with the remaining tasks of a split bundle begins with the task that ended last. The task that
+    ended last then ends twice (I1, I2).
+    """
     plant.unchecked_parts()
     original = settlement._split
 
@@ -83,8 +88,9 @@ def split_off_task_run_as_well(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7", "ends")
 def rest_of_a_bundle_forgotten(plant: Plant) -> None:
-    """A bundle that was stopped early commits the tasks that have run, and no follow-up contains
-    the rest. The remaining tasks never end (I7)."""
+    """A bundle that was stopped early commits its tasks that have run, and no follow-up contains the remaining tasks of
+    the bundle. The remaining tasks never end (I7).
+    """
     plant.unchecked_parts()
 
     @plant.everywhere(settlement._split)
@@ -94,8 +100,9 @@ def rest_of_a_bundle_forgotten(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7")
 def chain_hands_on_failed_tasks(plant: Plant) -> None:
-    """The bundle of the next stage contains all tasks of this one. The failed tasks are counted as
-    cancelled there, and run as well (I2)."""
+    """The follow-up bundle of the next stage also contains the tasks that failed in the previous stage. The next stage
+    counts these tasks as canceled, and also runs the tasks (I2).
+    """
     plant.unchecked_parts()
     original = settlement.chain
 
@@ -106,8 +113,9 @@ def chain_hands_on_failed_tasks(plant: Plant) -> None:
 
 @planted("I7", "ends")
 def casualties_not_counted(plant: Plant) -> None:
-    """Only tasks that ran are counted. If a task failed, the next stage waits for its result for
-    ever (I7)."""
+    """An outcome counts only tasks that ran, and does not count the canceled dependents of failed tasks. If a task
+    failed, the next stage waits forever for the result of this task (I7).
+    """
 
     @plant.everywhere(settlement.casualties)
     def casualties(job: JobDef, done: Completion) -> dict[StageName, int]:
@@ -116,8 +124,9 @@ def casualties_not_counted(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7")
 def failure_final_and_retried(plant: Plant) -> None:
-    """A failed attempt is counted as the task's end although a retry follows. The task ends
-    twice (I1, I2)."""
+    """A failed attempt is counted as the end of its task, although a retry of the task follows. The task ends twice
+    (I1, I2).
+    """
     plant.unchecked_parts()
     original = settlement.completion
 

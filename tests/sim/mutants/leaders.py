@@ -21,8 +21,9 @@ from tests.sim.mutants.kit import Plant, planted
 
 @planted("lead")
 def lost_lease_noticed_late(plant: Plant) -> None:
-    """A manager that reads another manager's name in the lease asks twice more before it stops.
-    Both managers lead meanwhile (lead)."""
+    """A manager that reads another manager's name in the lease reads the lease twice more before it stops. Until it
+    stops, both managers lead (lead).
+    """
     original = LeaderLease.renew
 
     @plant.method(LeaderLease, "renew")
@@ -34,8 +35,9 @@ def lost_lease_noticed_late(plant: Plant) -> None:
 
 @planted("waste")
 def adoption_without_a_wait(plant: Plant) -> None:
-    """A new leader considers each outstanding bundle as silent. It sends copies of bundles that
-    workers have (waste)."""
+    """A new leader treats each outstanding bundle as lost. The leader sends copies of bundles that workers still hold
+    (waste).
+    """
     original = Adoption.adopt
 
     @plant.method(Adoption, "adopt")
@@ -49,8 +51,9 @@ def adoption_without_a_wait(plant: Plant) -> None:
 
 @planted("silence")
 def silence_forgiven_while_a_queue_has_messages(plant: Plant) -> None:
-    """The manager searches for a silent bundle only when the queue is empty. A lost bundle is not
-    found while other messages keep the queue busy (silence)."""
+    """The manager searches for a lost bundle only when the queue is empty. A lost bundle is not found as long as the
+    queue contains other messages (silence).
+    """
     original = Reconciler._limit_s
 
     @plant.method(Reconciler, "_limit_s")
@@ -60,8 +63,9 @@ def silence_forgiven_while_a_queue_has_messages(plant: Plant) -> None:
 
 @planted("silence", "I5")
 def silence_of_an_instance_forgiven(plant: Plant) -> None:
-    """Silence counts only while the manager conducts no job. An instance whose worker has stopped
-    is not replaced (silence)."""
+    """The manager treats every instance as responsive as long as the manager has an unfinished job. An instance whose
+    worker has stopped is not replaced (silence).
+    """
     original = UnresponsiveWorkers._has_reported
 
     @plant.method(UnresponsiveWorkers, "_has_reported")
@@ -71,8 +75,9 @@ def silence_of_an_instance_forgiven(plant: Plant) -> None:
 
 @planted("priority")
 def priority_ignored(plant: Plant) -> None:
-    """All jobs with remaining tasks share the window of a pool. A job with a high priority waits
-    for others (priority)."""
+    """All jobs with remaining tasks share the window of a pool, independently of their priorities. A job with a high
+    priority waits for jobs with a lower priority (priority).
+    """
 
     @plant.method(PoolWork, "has_higher")
     def has_higher(self: PoolWork, priority: int) -> bool:

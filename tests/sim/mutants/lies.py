@@ -29,8 +29,9 @@ from tests.sim.mutants.kit import Plant, planted
 
 @planted("I8", weather="lies")
 def heartbeats_without_a_key(plant: Plant) -> None:
-    """A heartbeat counts for the instance that it names. Any worker can report that another worker
-    leaves, or which bundles it holds (I8)."""
+    """The manager accepts a heartbeat for any instance that the heartbeat names. Any worker can report that another
+    worker leaves, or which bundles another worker holds (I8).
+    """
 
     @plant.method(InstanceKeys, "admits")
     def admits(self: InstanceKeys, beat: Beat, trusted: Collection[JobId] = ()) -> bool:
@@ -39,7 +40,7 @@ def heartbeats_without_a_key(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7", "I8", weather="lies")
 def completions_without_a_proof(plant: Plant) -> None:
-    """An event counts for every job that it names. Any worker can end the tasks of any job (I2)."""
+    """The manager accepts an event for every job that the event names. Any worker can end the tasks of any job (I2)."""
 
     @plant.method(EventVerifier, "_proven_jobs")
     async def _proven(self: EventVerifier, jobs: set[JobId], text: str, proofs: Mapping[str, str]) -> set[JobId]:
@@ -48,8 +49,9 @@ def completions_without_a_proof(plant: Plant) -> None:
 
 @planted("I8", weather="lies")
 def keys_of_events_unchecked(plant: Plant) -> None:
-    """A manager reads each object that an event names. Any worker can make it read any object of
-    the bucket (I8)."""
+    """The manager reads each object that an event names. Any worker can make the manager read any object in the bucket
+    (I8).
+    """
 
     @plant.everywhere(messages._key_from_json)
     def _key_from_json(value: Any) -> str:
@@ -70,8 +72,9 @@ def keys_of_events_unchecked(plant: Plant) -> None:
 
 @planted("I8", weather="lies")
 def references_unchecked(plant: Plant) -> None:
-    """A reference in a result may name any object. Any worker can make a manager read any object of
-    the bucket (I8)."""
+    """A reference in a result may name any object. Any worker can make the manager read any object in the bucket
+    (I8).
+    """
 
     @plant.method(JobObjects, "key")
     def key(self: JobObjects, reference: Json) -> str:
@@ -80,8 +83,9 @@ def references_unchecked(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7", "I8", "step 3", "ends", weather="lies")
 def outcome_names_unsealed(plant: Plant) -> None:
-    """The name of an outcome depends only on its bundle. Any worker can write an outcome before the
-    right worker commits it (I1)."""
+    """The object name of an outcome depends only on the id of its bundle. Any worker can write the outcome of a bundle
+    before the worker that runs the bundle commits the outcome (I1).
+    """
 
     @plant.everywhere(object_keys.outcome_of)
     def outcome_of(job: JobId, stage: StageName, bundle: BundleId, key: CommitKey) -> str:
@@ -90,8 +94,9 @@ def outcome_names_unsealed(plant: Plant) -> None:
 
 @planted("I8", weather="lies")
 def job_names_unchecked(plant: Plant) -> None:
-    """A job in an event may have any name. A worker can name a job whose definition would be below
-    the markers of another job, where the worker may write it (I8)."""
+    """The manager accepts any job name in an event. A worker can name a job whose definition would be stored below the
+    markers of another job. The worker may write such a definition itself (I8).
+    """
 
     @plant.everywhere(field_checks.name)
     def name(value: Any) -> str:
@@ -104,8 +109,9 @@ def job_names_unchecked(plant: Plant) -> None:
 
 @planted("I8", weather="lies")
 def outcomes_read_whole(plant: Plant) -> None:
-    """An outcome is read completely, whatever its size. A worker that names a huge object fills the
-    memory of the manager (I8)."""
+    """The manager reads an outcome of any size completely. A worker that names a huge object as an outcome fills the
+    memory of the manager (I8).
+    """
 
     @plant.everywhere(read_outcome)
     async def read_whole(objects: Objects, name: str, patience: Patience) -> Outcome:
@@ -114,8 +120,9 @@ def outcomes_read_whole(plant: Plant) -> None:
 
 @planted("AttributeError", "ExceptionGroup", "KeyError", "TypeError", "ValueError", weather="lies")
 def events_that_cannot_be_read_end_the_manager(plant: Plant) -> None:
-    """The code assumes that all events are valid, because workers have the same release. An event
-    that cannot be read ends the manager (I8)."""
+    """The manager assumes that all events are valid, because all workers have the same release. An event that cannot be
+    read ends the manager (I8).
+    """
 
     @plant.everywhere(messages.read_events_message)
     def read_events_message(body: str) -> Events:
@@ -124,8 +131,9 @@ def events_that_cannot_be_read_end_the_manager(plant: Plant) -> None:
 
 @planted("I8", weather="lies")
 def commit_key_unchecked_by_workers(plant: Plant) -> None:
-    """A worker runs each message that it receives. Any worker can make another one run and commit
-    work that no manager has sent (I8)."""
+    """A worker runs the bundle of each message that it receives, and does not check the proof of the commit key. Any
+    worker can make another worker run and commit work that no manager has sent (I8).
+    """
 
     @plant.method(JobCache, "_cached")
     def _cached(self: JobCache, job: JobId, key: CommitKey) -> JobDef | None:
@@ -138,8 +146,10 @@ def commit_key_unchecked_by_workers(plant: Plant) -> None:
 
 @planted("I8", weather="lies")
 def held_without_a_proof(plant: Plant) -> None:
-    """A worker counts as the holder of each bundle that it names. The manager then does not search
-    for bundles of any job, and deletes their messages with the worker's instance (I8)."""
+    """The manager treats a worker as the holder of each bundle that the worker names. If a worker names bundles of
+    other workers, the manager does not search for these bundles, and deletes their messages with the worker's instance
+    (I8).
+    """
 
     @plant.method(WorkerRegistry, "_credible")
     def _believed(self: WorkerRegistry, beat: Beat, trusted: Collection[JobId]) -> tuple[HeldBundle, ...]:
@@ -148,8 +158,9 @@ def held_without_a_proof(plant: Plant) -> None:
 
 @planted("I5", "I7", weather="lies")
 def claims_are_evidence(plant: Plant) -> None:
-    """A worker that sends heartbeats counts as working. A worker that always claims to be idle or
-    busy blocks its pool (I7), or keeps its instance (I5)."""
+    """The manager believes the claims in a worker's heartbeats. A worker that always claims to be idle or busy blocks
+    its pool (I7), or keeps its instance (I5).
+    """
 
     @plant.method(WorkEvidence, "missing")
     def missing(self: WorkEvidence, pools: Mapping[str, str]) -> dict[str, str]:
@@ -158,8 +169,9 @@ def claims_are_evidence(plant: Plant) -> None:
 
 @planted("I8", weather="lies")
 def next_leader_binds_again(plant: Plant) -> None:
-    """A leader binds each instance to the key of the first heartbeat that it receives. After a
-    change of leaders, another worker can be first (I8)."""
+    """A new leader binds each instance to the key of the first heartbeat that names the instance. After a change of
+    leaders, the first heartbeat that names an instance may come from another worker (I8).
+    """
 
     @plant.method(InstanceKeys, "load")
     async def load(self: InstanceKeys) -> None:

@@ -30,8 +30,9 @@ from tests.sim.mutants.kit import Plant, planted
 
 @planted("I1", "I2", "I3", "I7")
 def gather_on_message_count(plant: Plant) -> None:
-    """A counter grows with every received completion, and the gather starts when it reaches the
-    number of tasks. An event that arrives twice starts it early (I1: results are left out)."""
+    """A counter grows with every received completion, and a gather starts when the counter reaches the number of
+    upstream tasks. If an event arrives twice, the gather starts too early and omits results (I1).
+    """
     heard: Counter[tuple[JobId, StageName]] = Counter()
     fold, plan = LedgerWriter.fold, JobCoordinator._plan
 
@@ -58,8 +59,9 @@ def gather_on_message_count(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7")
 def plan_without_conditional_put(plant: Plant) -> None:
-    """Plans and cuts are written without If-None-Match. A manager that does not know yet that
-    another one leads overwrites a plan that the other one has used (I1, I3)."""
+    """Plans and cuts are written without If-None-Match. A manager that has lost its lease without noticing the loss
+    overwrites a plan that the new leader has used (I1, I3).
+    """
 
     @plant.method(PartWriter, "commit")
     async def _commit(self: PartWriter, skipped: TaskSet) -> Manifest:
@@ -80,8 +82,9 @@ def plan_without_conditional_put(plant: Plant) -> None:
 
 @planted("step 3")
 def cut_sent_before_committed(plant: Plant) -> None:
-    """Bundles are sent as soon as they are cut, and the cut is committed afterwards. The next
-    leader cuts the same tasks into other bundles (I1, I2)."""
+    """The manager sends the bundles of a cut before it commits the cut. If the manager ends in between, the next leader
+    cuts the same tasks into other bundles (I1, I2).
+    """
     original = JobCoordinator._commit_cut
 
     @plant.method(JobCoordinator, "_commit_cut")
@@ -92,8 +95,9 @@ def cut_sent_before_committed(plant: Plant) -> None:
 
 @planted("I3", "step 3")
 def cut_only_in_memory_and_ledger(plant: Plant) -> None:
-    """The cut is written to the ledger only. A ledger rebuilt from the bucket does not contain its
-    bundles (I3)."""
+    """A cut is written only to the ledger, and not to the bucket. A ledger that is rebuilt from the bucket does not
+    contain the bundles of the cut (I3).
+    """
 
     @plant.method(JobCoordinator, "_put_cut")
     async def _put_cut(self: JobCoordinator, cut: Cut) -> Cut:
@@ -102,9 +106,10 @@ def cut_only_in_memory_and_ledger(plant: Plant) -> None:
 
 @planted("I2", "I7")
 def chained_stage_planned_once(plant: Plant) -> None:
-    """The number of tasks of a chained stage is set right after the first stage's plan is
-    committed. If the manager ends in between, the number is missing for ever (I7), or becomes
-    negative through failures (I2)."""
+    """The number of tasks of a chained stage is stored in a separate step after the commit of the first stage's plan.
+    If the manager ends before this step, the number of tasks is missing forever (I7), or failures make the number
+    negative (I2).
+    """
     plan, first_cut = JobCoordinator._plan, JobCoordinator._first_cut
 
     @plant.method(JobCoordinator, "_plan")
@@ -125,8 +130,9 @@ def chained_stage_planned_once(plant: Plant) -> None:
 
 @planted("I4")
 def cancel_that_only_marks_the_ledger(plant: Plant) -> None:
-    """A cancellation is only written to the ledger. Workers do not read the ledger, so they
-    continue to start tasks (I4)."""
+    """A cancellation of a job is written only to the ledger. Workers do not read the ledger, so the workers continue to
+    start tasks of the job (I4).
+    """
 
     @plant.method(JobCoordinator, "forbid")
     async def forbid(self: JobCoordinator, live: LiveJob, word: json_format.ControlCommand) -> None:
@@ -136,8 +142,9 @@ def cancel_that_only_marks_the_ledger(plant: Plant) -> None:
 
 @planted("I4")
 def cancel_acknowledged_at_once(plant: Plant) -> None:
-    """A cancellation is acknowledged as soon as the control object is written. Workers that have
-    read it just before continue to start tasks until they read it again (I4)."""
+    """A cancellation is acknowledged as soon as the control object is written. Workers that have read the control
+    object just before the write continue to start tasks until they read the control object again (I4).
+    """
     original = JobCoordinator.forbid
 
     @plant.method(JobCoordinator, "forbid")
@@ -151,8 +158,9 @@ def cancel_acknowledged_at_once(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3")
 def seal_that_believes_itself(plant: Plant) -> None:
-    """The outstanding bundles of a cancelled job are counted as CANCELLED, even if workers have
-    committed them in the meantime (I3)."""
+    """The outstanding bundles of a cancelled job are counted as CANCELLED, even if workers have committed the bundles
+    in the meantime (I3).
+    """
 
     @plant.method(JobCoordinator, "_seal")
     async def _seal(self: JobCoordinator, live: LiveJob) -> Mapping[StageName, int]:
@@ -171,8 +179,9 @@ def seal_that_believes_itself(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3")
 def retry_runs_all_again(plant: Plant) -> None:
-    """A retry runs the whole stage again, as if it were new. Tasks that had succeeded have a second
-    result (I1, I2)."""
+    """A retry of a job runs whole stages again, as if the stages were new. Tasks that had succeeded get a second result
+    (I1, I2).
+    """
 
     @plant.method(RetryPlanner, "_succeeded")
     async def _succeeded(self: RetryPlanner, job: JobId, counts: StageCounts) -> TaskSet:
@@ -181,8 +190,9 @@ def retry_runs_all_again(plant: Plant) -> None:
 
 @planted("I1", "I3", "I7", "ends")
 def retry_forgotten_by_the_next_leader(plant: Plant) -> None:
-    """A retry re-opens the job in the ledger, and then sends its bundles. If the manager ends in
-    between, a running job remains without a bundle (I7)."""
+    """A retry re-opens its job in the ledger, and then sends the bundles of the retry. If the manager ends in between,
+    the running job remains without a bundle (I7).
+    """
 
     @plant.everywhere(retry_rounds.cuts_of_round)
     async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
@@ -194,8 +204,9 @@ def retry_forgotten_by_the_next_leader(plant: Plant) -> None:
 
 @planted("I7", "silence")
 def reconciler_that_never_looks(plant: Plant) -> None:
-    """The code assumes that queues do not lose messages, so it does not search for silent bundles.
-    The job waits for ever for a bundle that was lost or never sent (I7)."""
+    """The manager assumes that queues do not lose messages, so the manager does not search for lost bundles. A job
+    waits forever for a bundle that was lost or never sent (I7).
+    """
 
     @plant.method(Reconciler, "recover_silent")
     async def look_for_the_silent(self: Reconciler) -> None:
@@ -204,8 +215,9 @@ def reconciler_that_never_looks(plant: Plant) -> None:
 
 @planted("I1", "I2", "step 3")
 def reconciler_sends_committed_bundles_as_new(plant: Plant) -> None:
-    """A silent bundle is sent again as its next attempt, even if it is committed. Its tasks end
-    under both ids (I1)."""
+    """The reconciler sends a silent bundle again with the id of its next attempt, even if the bundle is already
+    committed. The tasks of the bundle end under both ids (I1).
+    """
 
     @plant.method(Reconciler, "_recover")
     async def _recover(self: Reconciler, live: LiveJob, silent: list[Outstanding]) -> None:
@@ -217,7 +229,7 @@ def reconciler_sends_committed_bundles_as_new(plant: Plant) -> None:
 
 @planted("I7")
 def reconciler_that_gives_up(plant: Plant) -> None:
-    """A silent bundle is marked as FAILED. Its tasks have not failed (I1)."""
+    """The reconciler marks a silent bundle as FAILED, although the tasks of the bundle have not failed (I1)."""
 
     @plant.method(Reconciler, "_recover")
     async def _recover(self: Reconciler, live: LiveJob, silent: list[Outstanding]) -> None:
@@ -231,8 +243,9 @@ def reconciler_that_gives_up(plant: Plant) -> None:
 
 @planted("I3", "I7", "ends")
 def new_leader_expects_nothing(plant: Plant) -> None:
-    """A new leader knows only the bundles that it receives events about. It does not search for
-    outstanding bundles that were lost under the previous leader (I7)."""
+    """A new leader knows only the bundles about which it receives events. The new leader does not search for
+    outstanding bundles that were lost under the previous leader (I7).
+    """
     original = Adoption.adopt
 
     @plant.method(Adoption, "adopt")
@@ -247,8 +260,9 @@ def new_leader_expects_nothing(plant: Plant) -> None:
 
 @planted("I3")
 def rebuild_forgets_casualties(plant: Plant) -> None:
-    """A rebuild folds the tasks in the outcomes, but not the later tasks that became impossible
-    because of them (I3)."""
+    """A rebuild of the ledger counts the tasks in the outcomes, but not the canceled dependents of the failed tasks
+    (I3).
+    """
     original = ledger_rebuild._round
 
     @plant.everywhere(original)

@@ -18,8 +18,9 @@ from tests.sim.mutants.kit import Plant, planted
 
 @planted("I7", "UnreadableObject", "I3", weather="storage")
 def rebuild_stops_at_the_first_bad_object(plant: Plant) -> None:
-    """A rebuild raises the error of an object that it cannot read. The jobs after it are not
-    restored (I3), and the rebuild never ends (I7)."""
+    """A rebuild of the ledger raises an error at an object that it cannot read. The jobs after the unreadable object
+    are not restored (I3), and the rebuild never ends (I7).
+    """
 
     @plant.everywhere(ledger_rebuild.rebuild)
     async def rebuild(ports: Ports) -> RebuildResult:
@@ -36,8 +37,9 @@ def rebuild_stops_at_the_first_bad_object(plant: Plant) -> None:
 
 @planted("I7", weather="storage")
 def definition_taken_for_granted(plant: Plant) -> None:
-    """A silent bundle is sent again without a check of the job's definition. Workers drop messages
-    of a job without a definition, so the job never ends (I7)."""
+    """The reconciler sends a silent bundle again without checking that the definition of its job exists. Workers drop
+    the messages of a job without a definition, so the job never ends (I7).
+    """
 
     @plant.method(Reconciler, "_is_defined")
     async def _is_defined(self: Reconciler, live: LiveJob) -> bool:
@@ -46,8 +48,9 @@ def definition_taken_for_granted(plant: Plant) -> None:
 
 @planted("I7", "Crashed", weather="storage")
 def adoption_ends_at_a_lost_retry(plant: Plant) -> None:
-    """A leader that takes over a job reads its retry, and ends with an error if the object is
-    missing. Each later leader does the same, and all jobs of the grid stop (I7)."""
+    """A leader that takes over a job reads the retry object of the job, and ends with an error if the object is
+    missing. Each later leader also ends with this error, so all jobs of the grid stop (I7).
+    """
 
     @plant.method(Adoption, "_cuts")
     async def _cuts(self: Adoption, record: JobRecord) -> tuple[tuple[Cut, ...], UnreadableObject | None]:

@@ -28,8 +28,9 @@ from tests.sim.mutants.kit import Plant, planted
 
 @planted("dead letters")
 def dead_letters_dropped(plant: Plant) -> None:
-    """A dead letter is logged and deleted. Its tasks wait until the reconciler finds them silent
-    (dead letters)."""
+    """The manager logs and deletes a dead letter without running its tasks. The tasks of the dead letter wait until the
+    reconciler finds their silent bundle (dead letters).
+    """
 
     @plant.method(Reconciler, "_handle_dead_letter")
     async def _judge(self: Reconciler, message: Message) -> None:
@@ -38,8 +39,9 @@ def dead_letters_dropped(plant: Plant) -> None:
 
 @planted("I1")
 def results_gathered_as_they_come(plant: Plant) -> None:
-    """A gather uses results in the order in which they were committed. A handler that relies on the
-    order of tasks gets another order (I1: a wrong result is committed)."""
+    """A gather uses results in the order in which the results were committed, and not in the order of the tasks. A
+    handler that relies on the order of tasks commits a wrong result (I1).
+    """
     original = stage_plans.successful_bundles
 
     @plant.everywhere(original)
@@ -61,8 +63,9 @@ def results_gathered_as_they_come(plant: Plant) -> None:
 
 @planted("losses")
 def losses_forgotten(plant: Plant) -> None:
-    """A bundle that is sent again starts without its count of losses. A bundle that kills its
-    workers is not suspected, and a copy of it runs although an outcome exists (losses)."""
+    """A bundle that is sent again loses its count of lost workers. A bundle that kills its workers is not suspected,
+    and a copy of a bundle runs although an outcome of the bundle exists (losses).
+    """
     original = BundleFinisher.send_again
 
     @plant.method(BundleFinisher, "send_again")
@@ -76,8 +79,9 @@ def losses_forgotten(plant: Plant) -> None:
 
 @planted("waste")
 def new_leader_sends_all_again(plant: Plant) -> None:
-    """A new leader sends the outstanding bundles of its jobs immediately, as new work. A bundle
-    that is committed, but whose event was lost, runs again (waste)."""
+    """A new leader immediately sends the outstanding bundles of its jobs as new work. A committed bundle whose event
+    was lost runs again (waste).
+    """
     original = Adoption.adopt
 
     @plant.method(Adoption, "adopt")
@@ -91,8 +95,9 @@ def new_leader_sends_all_again(plant: Plant) -> None:
 
 @planted("ends")
 def percentage_of_the_whole_job(plant: Plant) -> None:
-    """A limit of failures in percent is compared with the tasks of all stages together. A stage in
-    which nearly all tasks failed does not fail its job (ends)."""
+    """A percentage limit of failed tasks is applied to the tasks of all stages together, and not to the tasks of each
+    stage. A stage in which nearly all tasks failed does not fail its job (ends).
+    """
 
     @plant.everywhere(settlement.judge)
     def judge(job: JobDef, stages: Sequence[StageCounts]) -> Verdict:
@@ -106,8 +111,9 @@ def percentage_of_the_whole_job(plant: Plant) -> None:
 
 @planted("notifications")
 def notification_before_the_commit(plant: Plant) -> None:
-    """The end of a job is notified before its final object is written. If another manager has
-    written another final object, the notification is wrong (notifications)."""
+    """The manager sends the notification about the end of a job before it writes the job's final object. If another
+    manager has already written a different final object, the notification is wrong (notifications).
+    """
     original = JobCoordinator._end
 
     @plant.method(JobCoordinator, "_end")

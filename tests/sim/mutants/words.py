@@ -22,8 +22,9 @@ from tests.sim.mutants.kit import Plant, planted
 
 @planted("lease")
 def pause_only_between_bundles(plant: Plant) -> None:
-    """A worker obeys a cancellation immediately, but a pause only before its next bundle. The tasks
-    of a running bundle start although the job is paused (lease)."""
+    """A worker obeys a cancellation immediately, but a pause only before its next bundle. The remaining tasks of a
+    running bundle start although the job is paused (lease).
+    """
     original = ControlPoller._apply
 
     @plant.method(ControlPoller, "_apply")
@@ -33,8 +34,9 @@ def pause_only_between_bundles(plant: Plant) -> None:
 
 @planted("lease", "I4")
 def control_lease_from_the_answer(plant: Plant) -> None:
-    """The control lease starts when the control object's answer arrives, not when the request was
-    sent. If the answer takes seconds, tasks start after the cancellation was acknowledged (I4)."""
+    """The control lease starts when the answer with the control object arrives, and not when the worker sent the
+    request. If the answer takes seconds, tasks start after the cancellation was acknowledged (I4).
+    """
     original = ControlPoller.read
 
     @plant.method(ControlPoller, "read")
@@ -49,8 +51,9 @@ def control_lease_from_the_answer(plant: Plant) -> None:
 
 @planted("waste")
 def resume_sends_bundles_as_new(plant: Plant) -> None:
-    """A resume sends the outstanding bundles as they were cut. If the event of a committed bundle
-    was lost, the bundle runs again (waste)."""
+    """A resume of a job sends all outstanding bundles as new work. If the event of a committed bundle was lost, the
+    bundle runs again (waste).
+    """
 
     @plant.method(JobCommands, "resume")
     async def resume(self: JobCommands, job: JobId) -> None:
@@ -63,8 +66,9 @@ def resume_sends_bundles_as_new(plant: Plant) -> None:
 
 @planted("start times")
 def retry_without_its_due_time(plant: Plant) -> None:
-    """Only the delay of a retry's message contains its due time. A resume, and the next leader,
-    send it immediately (start times)."""
+    """The due time of a retry is stored only as the delay of the retry's message. A resume of the job and the next
+    leader send the retry immediately (start times).
+    """
     original = settlement._again
 
     @plant.everywhere(original)
@@ -75,8 +79,9 @@ def retry_without_its_due_time(plant: Plant) -> None:
 
 @planted("retries", "step 3", "I1", "I2", "I3")
 def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
-    """If the bucket already has a retry of this round, a second retry ignores it and continues with the
-    tasks that its user chose. The ledger re-opens other tasks than the bucket contains (I3)."""
+    """If the bucket already contains a retry of the same round, a second retry ignores the first retry and continues
+    with the tasks that its own user chose. The ledger re-opens other tasks than the tasks in the bucket (I3).
+    """
 
     original = JobCommands.retry
 
@@ -104,8 +109,9 @@ def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
 
 @planted("retries")
 def retry_that_keeps_failures(plant: Plant) -> None:
-    """A retry of all failures resets only those of the first stage with failures. Failures of later
-    stages remain (retries)."""
+    """A retry of all failed tasks resets only the failed tasks of the first stage with failures. The failed tasks of
+    later stages remain failed (retries).
+    """
     original = RetryPlanner.plan
 
     @plant.method(RetryPlanner, "plan")

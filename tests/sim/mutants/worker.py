@@ -33,8 +33,9 @@ from tests.sim.mutants.kit import Plant, planted
 
 @planted("I1", "I2", "I3", "role")
 def unconditional_commit(plant: Plant) -> None:
-    """The outcome is written without If-None-Match, so the last writer wins. The ledger and the
-    follow-ups use the first outcome (I3). If two executions split differently, tasks end twice."""
+    """An outcome is written without If-None-Match, so a later writer overwrites the outcome of an earlier writer. The
+    ledger and the follow-ups use the first outcome (I3). If two executions split a bundle differently, tasks end twice.
+    """
 
     @plant.everywhere(product.commit)
     async def commit(objects: Objects, outcome: Outcome, patience: Patience, key: CommitKey) -> Outcome:
@@ -46,8 +47,9 @@ def unconditional_commit(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "step 3")
 def loser_forwards_its_own_outcome(plant: Plant) -> None:
-    """After a 412, the worker continues with its own outcome. The follow-ups and the ledger then
-    differ from the committed outcome (I1, I3)."""
+    """A worker whose commit returns status 412 continues with its own outcome. The follow-ups and the ledger then
+    differ from the committed outcome (I1, I3).
+    """
     original = product.commit
 
     @plant.everywhere(product.commit)
@@ -58,8 +60,9 @@ def loser_forwards_its_own_outcome(plant: Plant) -> None:
 
 @planted("step 4")
 def no_forwarding_on_412(plant: Plant) -> None:
-    """A worker that finds an existing outcome considers the bundle done and deletes the message. If
-    the worker that committed it ended before it forwarded, the follow-ups are missing (I6)."""
+    """A worker that finds an existing outcome of its bundle deletes the message and sends no follow-ups. If the worker
+    that committed the outcome ended before it sent the follow-ups, the follow-ups are missing (I6).
+    """
     original = BundleFinisher.finish
 
     @plant.method(BundleFinisher, "finish")
@@ -72,8 +75,9 @@ def no_forwarding_on_412(plant: Plant) -> None:
 
 @planted("step 4")
 def delete_before_commit(plant: Plant) -> None:
-    """The message is deleted when its tasks have run, and the outcome is written afterwards. A
-    crash in between leaves neither a message nor an outcome (I6)."""
+    """A worker deletes a message after the tasks of the bundle have run, and writes the outcome afterwards. A crash of
+    the worker in between leaves neither a message nor an outcome (I6).
+    """
     original = BundleFinisher.commit
 
     @plant.method(BundleFinisher, "commit")
@@ -84,8 +88,9 @@ def delete_before_commit(plant: Plant) -> None:
 
 @planted("step 4")
 def delete_on_receive(plant: Plant) -> None:
-    """The message is deleted as soon as it is received (at most once). If the worker dies, the
-    message is lost (I6), and a bundle that kills its workers is never suspected (I7)."""
+    """A worker deletes a message as soon as it receives the message (at-most-once delivery). If the worker dies, the
+    message is lost (I6), and a bundle that kills its workers is never suspected (I7).
+    """
     original = Worker._process_bundle
 
     @plant.method(Worker, "_process_bundle")
@@ -96,8 +101,9 @@ def delete_on_receive(plant: Plant) -> None:
 
 @planted("I1", "I2", "step 3")
 def forward_before_commit(plant: Plant) -> None:
-    """Follow-ups and the event are sent as soon as the tasks have run, and the outcome is written
-    afterwards. If another outcome exists already, both were forwarded (I1, I2)."""
+    """A worker sends the follow-ups and the event of a bundle as soon as the tasks have run, and writes the outcome
+    afterwards. If another outcome of the bundle already exists, the follow-ups of two outcomes are sent (I1, I2).
+    """
     original = BundleFinisher.commit
 
     @plant.method(BundleFinisher, "commit")
@@ -121,8 +127,9 @@ def forward_before_commit(plant: Plant) -> None:
 
 @planted("I1", "ValueError")
 def inputs_by_position(plant: Plant) -> None:
-    """A follow-up gets its inputs by their position in the bundle, not by task. After a split or a
-    failed task, the inputs belong to other tasks (I1: a wrong result is committed)."""
+    """A follow-up gets its inputs by their position in the bundle, and not by their task. After a split or a failed
+    task, the inputs belong to other tasks, so a wrong result is committed (I1).
+    """
 
     @plant.everywhere(product.follow_ups)
     def follow_ups(
@@ -151,8 +158,9 @@ def inputs_by_position(plant: Plant) -> None:
 
 @planted("heartbeat")
 def no_heartbeat(plant: Plant) -> None:
-    """The worker does not extend the visibility timeout of a message while its tasks run. The
-    message is received again; after several receives, an innocent task is marked as poison (I1)."""
+    """A worker does not extend the visibility timeout of a message while the tasks of the message run. Another worker
+    receives the message again, and after several receives, a harmless task is marked as poison (I1).
+    """
 
     @plant.method(VisibilityHeartbeat, "_extend")
     async def _extend(self: VisibilityHeartbeat) -> None:
@@ -161,8 +169,9 @@ def no_heartbeat(plant: Plant) -> None:
 
 @planted("12 h", "heartbeat")
 def hand_over_after_the_cap(plant: Plant) -> None:
-    """The worker hands the bundle over to the watchdog after 12 hours, when SQS has already expired
-    the receipt. The message returns while its task runs (I1, I6)."""
+    """A worker hands a long bundle over to a watchdog message only after 12 hours, when the receipt of the bundle's
+    message has already expired. The message becomes visible again while its task runs (I1, I6).
+    """
     original = VisibilityHeartbeat._hand_over
 
     @plant.method(VisibilityHeartbeat, "_hand_over")
@@ -173,8 +182,9 @@ def hand_over_after_the_cap(plant: Plant) -> None:
 
 @planted("I6")
 def drain_forgets_what_was_prefetched(plant: Plant) -> None:
-    """A draining worker exits with prefetched messages that it has not started. They wait for their
-    visibility timeout (I6)."""
+    """A draining worker exits without returning prefetched messages that it has not started. These messages stay hidden
+    until their visibility timeout (I6).
+    """
     original = Worker.drain
 
     async def forget(*_: object, **__: object) -> None:
@@ -188,8 +198,9 @@ def drain_forgets_what_was_prefetched(plant: Plant) -> None:
 
 @planted("I6")
 def drain_keeps_what_was_prefetched(plant: Plant) -> None:
-    """A draining worker returns each prefetched message only when a slot is free for it. Until
-    then, other workers cannot run it (I6)."""
+    """A draining worker returns each prefetched message only when a slot is free for the message. Until the return of a
+    message, other workers cannot run the message (I6).
+    """
 
     @plant.method(Shutdown, "return_waiting")
     def return_waiting(self: Shutdown) -> None:
@@ -202,8 +213,9 @@ def drain_keeps_what_was_prefetched(plant: Plant) -> None:
 
 @planted("I4")
 def control_looked_at_once_per_bundle(plant: Plant) -> None:
-    """The control object is read before a bundle starts, and not again while it runs. Later tasks
-    of the bundle start after the cancellation was acknowledged (I4)."""
+    """A worker reads the control object of a job before a bundle starts, but not while the bundle runs. Later tasks of
+    the bundle start after the cancellation of the job was acknowledged (I4).
+    """
     current = ControlPoller.current
 
     @plant.method(ControlPoller, "current")
@@ -220,8 +232,9 @@ def control_looked_at_once_per_bundle(plant: Plant) -> None:
 
 @planted("I7")
 def poison_without_a_limit(plant: Plant) -> None:
-    """A bundle that is received again always runs again, also from the dead letters. A task that
-    kills its workers does so for ever (I7)."""
+    """A worker always runs a bundle that it receives again, also from the dead-letter queue. A task that kills its
+    workers kills workers forever (I7).
+    """
 
     @plant.method(PoisonDetector, "verdict")
     async def verdict(self: PoisonDetector, inflight: InflightMessage) -> Outcome | None:
@@ -234,8 +247,9 @@ def poison_without_a_limit(plant: Plant) -> None:
 
 @planted("I7")
 def start_noted_after_the_run(plant: Plant) -> None:
-    """The start of a suspect task is recorded only after it has ended. The important starts are
-    those of tasks that end their worker (I7)."""
+    """A worker writes the start marker of a suspected task only after the task has ended. A task that kills its worker
+    therefore never gets a start marker (I7).
+    """
 
     @plant.method(PoisonDetector, "begin")
     async def begin(self: PoisonDetector, inflight: InflightMessage) -> None:
@@ -244,8 +258,9 @@ def start_noted_after_the_run(plant: Plant) -> None:
 
 @planted("I1", "I7")
 def neighbours_of_poison_condemned(plant: Plant) -> None:
-    """A bundle that lost its workers is FAILED completely. The other tasks of the bundle are lost
-    with the poison task (I1: FAILED without having failed)."""
+    """All tasks of a bundle that lost its workers are marked as FAILED. The other tasks in the bundle of a poison task
+    are FAILED although they have not failed (I1).
+    """
 
     @plant.method(PoisonDetector, "verdict")
     async def verdict(self: PoisonDetector, inflight: InflightMessage) -> Outcome | None:
@@ -264,9 +279,9 @@ def neighbours_of_poison_condemned(plant: Plant) -> None:
 
 @planted("I1", "I7")
 def receives_counted_as_starts(plant: Plant) -> None:
-    """A task is marked as poison by the receive count of its message. A task that was prefetched by
-    workers that died, or that waited during an outage, is marked too (I1: FAILED without having
-    failed)."""
+    """A task is marked as poison by the receive count of its message, and not by its start markers. A task that only
+    waited in a dead worker or during an outage is also marked as FAILED, although the task has not failed (I1).
+    """
 
     @plant.method(PoisonDetector, "verdict")
     async def verdict(self: PoisonDetector, inflight: InflightMessage) -> Outcome | None:
@@ -282,8 +297,7 @@ def receives_counted_as_starts(plant: Plant) -> None:
 
 @planted("I1", "I2", "I3", "I7")
 def halves_that_overlap(plant: Plant) -> None:
-    """A bundle is split so that the middle task is in both halves. That task ends twice (I1,
-    I2)."""
+    """A bundle is split so that the middle task is in both halves. The middle task ends twice (I1, I2)."""
     plant.unchecked_parts()
     original = settlement.bisect
 
