@@ -99,7 +99,7 @@ def _count(events: Events) -> int:
     return sum(map(len, parts))
 
 
-DELETE_DELAY_S = 0.5
+DELETE_DELAY_S = 2.0
 """Delay before the deletion of folded messages, so that one request deletes several messages."""
 
 FOLD_BYTES = 32 * 1024

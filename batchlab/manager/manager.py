@@ -352,10 +352,11 @@ class Manager:
         for view in views:
             await self.autoscaler.scale(view)
         await self._unresponsive.check(views)
-        # The second fleet tick applies the scaling decisions without a wait for the next manager tick.
-        await self.registry.release_messages(await self.ports.fleet.tick())
-        described = await self.ports.fleet.describe()
-        await self.registry.update_instances(described)
+        if await self.ports.fleet.describe() != described:
+            # The second fleet tick applies the scaling decisions without a wait for the next manager tick.
+            await self.registry.release_messages(await self.ports.fleet.tick())
+            described = await self.ports.fleet.describe()
+            await self.registry.update_instances(described)
         await self.registry.instances.save()
         self.groups.clear()
         self.groups.update({view.pool.name: view for view in described})

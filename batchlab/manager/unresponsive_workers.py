@@ -106,8 +106,9 @@ class WorkEvidence(Part):
 SILENCE_FACTOR = 3
 """Maximum silence of a worker before its instance is replaced, as a multiple of `silence_s`. The reconciler recovers a
 silent worker's bundles before the worker is replaced."""
-STEPS = 10
-"""Number of equal steps between 0 and the silence limit. Stored silences are rounded down to a step."""
+STEPS = 4
+"""Number of equal steps between 0 and the silence limit. Stored silences are rounded down to a step. A step is longer
+than the time between two heartbeats of an idle worker, so the silences of idle workers are not written."""
 MAX_TICKS = 2
 """Maximum time between two checks of workers that counts as silence, in manager ticks."""
 

@@ -251,10 +251,11 @@ class SimLoop(asyncio.BaseEventLoop):
     def _run_once(self) -> None:
         # `_run_once` loops over all instants, because `run_forever` of the base class would call `_run_once` once per
         # instant.
-        ready, timers = self._ready, self._timers
+        ready, timers, crashes, frozen = self._ready, self._timers, self._crashes, self._frozen
+        pop = ready.popleft
         while not self._stopping:
-            if self._crashes and not self._ending:
-                raise self._crashes.pop(0)
+            if crashes and not self._ending:
+                raise crashes.pop(0)
             if not ready:
                 self._jump()
             now_s = self._now_s
@@ -265,19 +266,14 @@ class SimLoop(asyncio.BaseEventLoop):
                     self._timers_cancelled -= 1
                 else:
                     ready.append(timer)
-            self._run_ready(ready)
-
-    def _run_ready(self, ready: deque[Any]) -> None:
-        count = len(ready)
-        before = self.steps
-        self.steps = after = before + count
-        if after > self._limit_steps:
-            raise StepLimit(f"No end after {before} steps, at {self._now_s:.3f} s. {self._waiting()}")
-        pop, frozen = ready.popleft, self._frozen
-        for _ in range(count):
-            handle = pop()
-            if not handle._cancelled:
-                if frozen and self._park(handle):
+            count = len(ready)
+            before = self.steps
+            self.steps = after = before + count
+            if after > self._limit_steps:
+                raise StepLimit(f"No end after {before} steps, at {self._now_s:.3f} s. {self._waiting()}")
+            for _ in range(count):
+                handle = pop()
+                if handle._cancelled or (frozen and self._park(handle)):
                     continue
                 try:
                     handle._context.run(handle._callback, *handle._args)
@@ -289,8 +285,8 @@ class SimLoop(asyncio.BaseEventLoop):
                 # The traceback of a failed task may refer to the handle that ran the task. Without a reference from the
                 # handle to the task, no cycle exists, so the failure is reported immediately.
                 handle._callback = None
-        if before // _YOUNG_STEPS != after // _YOUNG_STEPS:
-            gc.collect(2 if before // _FULL_STEPS != after // _FULL_STEPS else 1)
+            if before // _YOUNG_STEPS != after // _YOUNG_STEPS:
+                gc.collect(2 if before // _FULL_STEPS != after // _FULL_STEPS else 1)
 
     def _park(self, handle: Any) -> bool:
         """Store the handle until its actor is thawed. Return False for a handle whose actor is not frozen."""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 LATENCY_S = (0.002, 0.020)
 DELAY_S = (1.0, 60.0)
@@ -210,8 +210,7 @@ class Fault:
     kind: FaultKind
 
 
-@dataclass(slots=True)
-class Point:
+class Point(NamedTuple):
     """One port call and its random values. The random values `chance` and `pick` are uniform in [0, 1)."""
 
     actor: str

@@ -238,6 +238,8 @@ class BundleFinisher:
             others = may_wait and any(
                 not (other.committing or other is inflight) for other in self._context.inflight.values()
             )
+            # The heartbeat in the same message as the event of a whole bundle does not list the bundle.
+            inflight.reported = not inflight.running
             await self._context.outbox.send_event(outcome, trace, urgent=not others)
 
     # --- Return to the queue ---------------------------------------------------------------------

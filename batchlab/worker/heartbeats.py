@@ -32,6 +32,10 @@ SETTLE_S = 0.005
 A bundle that ends within SETTLE_S does not need a heartbeat.
 """
 
+MERGE_S = 0.1
+"""Seconds that a heartbeat waits for the event of a bundle whose commit is in progress, and is then sent with the event.
+"""
+
 
 class Heartbeats:
     """Sender of heartbeats. A heartbeat is sent soon after each change, and at intervals while nothing changes."""
@@ -70,10 +74,14 @@ class Heartbeats:
         """Wait until the state of the worker differs from the last heartbeat."""
         while True:
             await self._due.wait()
-            await asyncio.sleep(SETTLE_S)
+            await asyncio.sleep(SETTLE_S if self._may_send_alone() else MERGE_S)
             self._due.clear()
             if self._differs(self._held_bundles()):
                 return
+
+    def _may_send_alone(self) -> bool:
+        """Return whether no bundle is being committed. The event of a committed bundle can carry the heartbeat."""
+        return not any(m.committing and not m.reported for m in self._context.inflight.values())
 
     def _differs(self, held: tuple[HeldBundle, ...]) -> bool:
         beat = self._last_sent
@@ -101,7 +109,7 @@ class Heartbeats:
         return tuple(
             HeldBundle(m.queue, m.receipt, m.bundle.job, m.bundle.stage, m.bundle.id, m.running)
             for m in self._context.inflight.values()
-            if m.receipt is not None or m.running
+            if not m.reported and (m.receipt is not None or m.running)
         )
 
     def _beat(self, held: tuple[HeldBundle, ...], *, gone: bool = False) -> Beat:

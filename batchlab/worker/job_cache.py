@@ -110,8 +110,10 @@ class _Entry:
 class ControlPoller:
     """Poller of the control objects of in-flight jobs.
 
-    The poller compares ETags, and reads each control object after every third of the lease. After each read, the poller
-    applies the control command to the in-flight messages of the job. `on_tail(job)` is called when a read finds a new
+    The poller compares ETags, and reads each control object after every third of the lease. While the worker runs the
+    last tasks of its messages of a job, the poller reads the job's control object only after two thirds of the lease,
+    because no task needs the lease. After each read, the poller applies the control command to the in-flight messages
+    of the job. `on_tail(job)` is called when a read finds a new
     request for the live logs of the job.
     """
 
@@ -202,6 +204,14 @@ class ControlPoller:
             del self._watched[job]
             self._unwatched[job] = None
 
+    def _needs_lease(self, job: JobId) -> bool:
+        """Return whether a task of the job's in-flight messages may still start."""
+        return any(
+            not message.committing and not (message.running and len(message.bundle.tasks) == 1)
+            for message in self._context.inflight.values()
+            if message.bundle.job == job
+        )
+
     def _remove_old(self) -> None:
         """Remove the entries of jobs that were last read long ago.
 
@@ -223,6 +233,9 @@ class ControlPoller:
             for job in list(self._watched):
                 if job not in self._watched:
                     continue  # the last watcher left during a read
+                age_s = self._clock.monotonic_s() - self._entries[job].read_s
+                if age_s < self._lease_s / 2 and not self._needs_lease(job):
+                    continue
                 try:
                     await self.read(job)
                 except BackendError:
