@@ -169,7 +169,10 @@ def bill_text(job: JobView, bill: Bill) -> str:
 
 
 class LiveCost:
-    """Current cost of a grid or a job, which is shown for billed backends, and with --as-if-aws for all backends."""
+    """Current cost of a grid or a job.
+
+    Commands show this cost on billed backends, and with --as-if-aws on all backends.
+    """
 
     def __init__(self, home: Home, *, as_if_aws: bool) -> None:
         self._home = home

@@ -67,8 +67,9 @@ def estimate(
         "[STAGE=]S[-S]",
     ),
     tasks: list[str] | None = option(
-        "Number of tasks in the stages that read the job's input, or in one stage, if batchlab cannot count the "
-        "input. The option may be repeated.",
+        "Number of tasks. N applies to each stage that reads the job's input, and STAGE=N to one stage. The option is "
+        "necessary if batchlab cannot count the input, and otherwise replaces batchlab's number. The option may be "
+        "repeated.",
         "[STAGE=]N",
     ),
     pool: list[str] | None = POOL,

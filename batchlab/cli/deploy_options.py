@@ -55,8 +55,8 @@ _OPTIONS = {
         "Network route from the instances to AWS: endpoints (VPC endpoints) or nat (a NAT gateway).", "KIND"
     ),
     "budget": option(
-        "Monthly budget in USD. AWS sends an alarm if a month is forecast to cost more. The alarm works only if the "
-        "cost allocation tag batchlab.stack is activated in the account's billing.",
+        "Monthly budget in USD. AWS sends an alarm if the forecast of a month is above the budget. The alarm works "
+        "only if the cost allocation tag batchlab.stack is activated in the account's billing.",
         "USD",
         min=0,
     ),

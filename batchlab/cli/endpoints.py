@@ -152,7 +152,7 @@ def _select_checks(service: str | None, *, only: str, needed: bool, markdown: Pa
         )
     if markdown and (not markdown.parent.is_dir() or markdown.is_dir()):
         raise UsageError(
-            f"{markdown} cannot be written: its folder does not exist, or it is a folder itself.",
+            f"{markdown} cannot be written: the path is a folder, or its parent folder does not exist.",
             remedy="Name a file in an existing folder.",
         )
     return checks

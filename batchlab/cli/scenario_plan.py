@@ -46,7 +46,7 @@ def plan(
         "Number of new seeds that confirm the found fleet. Each seed needs one simulated run.", "N", default=20, min=1
     ),
     jobs: int | None = option(
-        "Number of runs of the scenario that are simulated in parallel.", "N", show_default="as many as CPUs", min=1
+        "Number of runs of the scenario that are simulated in parallel.", "N", show_default="the number of CPUs", min=1
     ),
     runs: int = option("Maximum number of runs of the scenario that are simulated in total.", "N", default=300, min=2),
     like: str = LIKE,
@@ -83,7 +83,7 @@ def forecast(
     scenario: Scenario, seed: int, *, backend: str, calibration: Calibration | None, book: PriceBook | None = None
 ) -> Record:
     """Simulate one run of a scenario, and return the record of the run. The search for a fleet also calls `forecast` in
-    worker processes.
+    the processes of a process pool.
     """
     from batchlab.runtime import factory
     from batchlab.scenarios.forecast.simulate import simulate

@@ -58,7 +58,7 @@ def fuzz(
     seeds: int = option("Number of seeds, each of which defines one random world.", "N", default=500, min=1),
     first: int = option("First of the consecutive seeds.", "SEED", "--from", default=0, min=0),
     jobs: int | None = option(
-        "Number of seeds that are simulated in parallel.", "N", show_default="as many as CPUs", min=1
+        "Number of seeds that are simulated in parallel.", "N", show_default="the number of CPUs", min=1
     ),
     weather: str = WEATHER,
     stop_after: int = option("Number of failed seeds after which the command stops.", "N", default=10, min=1),

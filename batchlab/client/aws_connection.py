@@ -1,8 +1,8 @@
 """Process that keeps a connection to the manager of a stack on AWS open.
 
 Invariant: while the process runs, the home's record names the local address of the connection. A command therefore
-finds the manager of a stack in the same way as a local manager. The process of the connection ends after a signal or
-with its parent process, and does not change the stack.
+finds the manager of a stack in the same way as it finds a local manager. The process of the connection ends after a
+signal or with its parent process, and does not change the stack.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Packer:
         return packed
 
     def _functions(self, calls: Sequence[Call]) -> dict[int, tuple[bytes, bool]]:
-        """Return the pickled functions of the calls by `id(function)`. A flag shows whether the function is in the
+        """Return a pair for each function, by `id(function)`: the pickled function, and whether the function is in the
         table of functions.
 
         A function that several calls share is in the table of functions, which is sent once, but which every worker

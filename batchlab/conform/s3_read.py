@@ -275,8 +275,8 @@ def multipart_abort(site: Site) -> None:
     otherwise="an upload that works on the emulator fails on AWS",
 )
 def multipart_small_part(site: Site) -> None:
-    """Every part of a multipart upload except the last part must have at least 5 MiB. If another part is smaller,
-    CompleteMultipartUpload returns 400 EntityTooSmall.
+    """Every part of a multipart upload except the last part must have at least 5 MiB. If a part before the last
+    part is smaller than 5 MiB, CompleteMultipartUpload returns 400 EntityTooSmall.
     """
     _begin(site, "a", b"1", b"2").complete().expect_refused(400, "EntityTooSmall")
 

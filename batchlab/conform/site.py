@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 WAKES_S = 8.0
 """Time limit in seconds in which a long poll must return a new message.
 
-The time limit includes a reserve for a busy machine. If the long poll takes longer, the endpoint breaks the rule.
+The time limit includes a reserve for a busy machine. If the long poll exceeds the limit, the endpoint breaks the rule.
 """
 
 T = TypeVar("T")

@@ -203,7 +203,7 @@ def answer_mac(token: str, request_mac: str, status: int, body: str) -> str:
 
 
 class Expected:
-    """Check of the signature of one response, which raises Unproven if the signature is not valid."""
+    """Check of the signature of one response. The check raises Unproven if the signature is not valid."""
 
     def __init__(self, token: str, request: Signed, status: int, proof: str | None) -> None:
         self._token = token

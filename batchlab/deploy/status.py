@@ -236,7 +236,8 @@ def _queues(account: Account, deployment: AwsDeployment) -> Iterator[Queue]:
         "ApproximateNumberOfMessagesDelayed",
     )
     for url in account.pages("sqs", "list_queues", "QueueUrls", QueueNamePrefix=deployment.prefix):
-        # Skip the queues of another stack, which have the same prefix if its name begins with the name of this stack.
+        # Skip the queues of other stacks. If the name of another stack begins with the name of this stack, its queues
+        # have the same prefix.
         if url.rpartition("/")[2] not in names:
             continue
         with aws_errors(f"Queue {url!r}"):

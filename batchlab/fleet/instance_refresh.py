@@ -1,4 +1,4 @@
-"""Instance refresh, which replaces a group's instances in steps while enough capacity is ready.
+"""Instance refresh: the replacement of a group's instances in steps, while enough capacity is ready.
 
 A new instance is ready after the instance has been InService for the warm-up time. If the maximum healthy percentage is
 above 100, the group launches replacements first. With a maximum healthy percentage of 100, the group terminates

@@ -187,7 +187,7 @@ class RetrySpec(Keys):
 StageName = Annotated[
     field_types.Name,
     Field(
-        description="Name of the stage, which must be unique in the job. The name has at most 40 lower case "
+        description="Name of the stage. The name must be unique in the job. The name has at most 40 lower case "
         "letters, digits, `-`, and `_`.",
         examples=["total"],
     ),

@@ -140,7 +140,7 @@ class Document:
 
 
 def parse(text: str, is_text: Callable[[Loc], bool]) -> Document:
-    """Parse the YAML document in `text`, which must contain a single document.
+    """Parse `text`, which contains a single YAML document.
 
     If `is_text` returns true for a location, the scalar at the location stays text. For example, 1.50 in a command is
     text.
@@ -148,7 +148,7 @@ def parse(text: str, is_text: Callable[[Loc], bool]) -> Document:
     document = Document()
     if len(text) > MAX_CHARACTERS:
         limit = f"It is longer than {MAX_CHARACTERS} characters."
-        document.problems.append(Problem((), limit, "Move what is long into files of its own."))
+        document.problems.append(Problem((), limit, "Move long content into separate files."))
         return document
     try:
         root = yaml.compose(text, Loader=_Loader)

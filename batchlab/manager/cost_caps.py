@@ -77,7 +77,8 @@ class CostCaps(Part):
         """Reason why a cost cap stops launches, by pool."""
         self._grid: CapBudget | None = None
         self._are_filled = False
-        """Whether the last update set budgets, which the next update without caps must remove."""
+        """Whether the last call of `update_budgets` set budgets. If it did, and no cap is left at the next call, that
+        call removes the budgets."""
 
     def cap_of(self, live: LiveJob) -> float | None:
         return self.user_caps.get(live.id, live.job.max_cost_usd)

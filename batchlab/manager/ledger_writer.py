@@ -35,7 +35,8 @@ class LedgerWriter(Part):
         super().__init__(context)
         self._restore = restore
         self._next_seq = 0
-        """Expected sequence number of the next completion, which is wrong if another manager has folded completions."""
+        """Expected sequence number of the next completion. The number is wrong if another manager has folded
+        completions."""
 
     async def fold(
         self, completions: Sequence[Completion], whole: OutcomesByBundle = EMPTY, traces: Traces = EMPTY

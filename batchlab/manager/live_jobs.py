@@ -16,7 +16,7 @@ from batchlab.core.model import Control, JobId, JobState
 from batchlab.manager.state import Backlog, JobChanges, LiveJob, Outstanding
 
 RESYNC_S = 300.0
-"""Period of the resync, which gives each job a step even if the job was not marked."""
+"""Period of the resync in seconds. The resync gives each job a step even if the job was not marked."""
 
 Jobs = dict[JobId, LiveJob]
 

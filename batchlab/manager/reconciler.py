@@ -54,7 +54,8 @@ PAUSED_CHECK_S = 30.0
 class SilenceClock:
     """Clock that measures the silence of a pool's bundles. The clock stops while the pool's silence limit is infinite.
 
-    The clock stores at most MAX_BREAKPOINTS stops and starts. The time of older stops counts as silence.
+    The clock stores at most MAX_BREAKPOINTS stops and starts, and drops the oldest ones. For the time before the oldest
+    stored stop or start, the clock counts as running, so all of this time counts as silence.
     """
 
     def __init__(self, now_s: float) -> None:

@@ -2,7 +2,8 @@
 
 Invariants: functions on documents are pure. The steps of a time series follow one another without gaps. The length of a
 merged step is at most the step's age divided by `FINE`. The size of the instance history is bounded. The first rows
-that it drops are rows that no live job needs. The instance history finds a job's rows without reading older rows.
+that it drops are rows that no live job needs. A search of the instance history for a job's rows stops at the first row
+of an instance that ended, or of a worker that was last seen, before the recording of the job began.
 """
 
 from __future__ import annotations

@@ -213,9 +213,9 @@ class WorkerRegistry:
         does not count, but another worker may start on the same instance."""
 
     async def receive_beat(self, beat: Beat, trusted: Collection[JobId]) -> bool:
-        """Record a heartbeat, which may hold bundles of the `trusted` jobs. The first heartbeat of an instance makes
-        the instance InService, and the last heartbeat removes the worker. Return False if the heartbeat does not have
-        the instance's key."""
+        """Record a heartbeat. Of the held bundles in the heartbeat, only bundles of the `trusted` jobs count. The first
+        heartbeat of an instance makes the instance InService, and the last heartbeat removes the worker. Return False
+        if the heartbeat does not have the instance's key."""
         await self.instances.bind([beat])
         if not self.instances.admits(beat, trusted):
             return False

@@ -321,7 +321,7 @@ class Project:
         with suppress(OSError):
             self._keep_logs()
         self._run("stop", "--timeout", _STOP_S, "manager")
-        # Kill the Auto Scaling endpoint first, because it would replace the instances that end.
+        # Kill the Auto Scaling endpoint first, because the endpoint would replace the instances that end.
         self._run("kill", "asg")
         remove_instances(self._at.project, drain_s=drain_s)
         # Compose does not remove a network that still has containers. `remove_project` removes the networks that

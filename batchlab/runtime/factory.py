@@ -92,7 +92,7 @@ class Backend(BackendLocations):
         from batchlab.adapters.notifications import Deliveries
 
         def endpoint_of(region: str) -> Endpoint:
-            """Return the endpoint of SNS, which is the grid's own endpoint if the grid has one, or else AWS."""
+            """Return the endpoint of SNS: the grid's own endpoint if the grid has one, or else AWS."""
             if not self.capabilities.s3_endpoint:
                 return Endpoint(None, region)
             return replace(self.services(home).endpoint, region=region)

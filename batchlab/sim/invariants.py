@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 async def check_all(world: World, jobs: Sequence[JobId]) -> None:
-    """Check I1, I2, I3, and I7 for the given jobs, which must have ended.
+    """Check I1, I2, I3, and I7 for the given ended jobs.
 
     Only the end of a job is checked if a lying worker has touched the job.
     """

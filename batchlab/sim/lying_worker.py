@@ -358,7 +358,7 @@ class Liar:
         return forged
 
     def odd_outcome(self, bundle: Doc) -> Doc:
-        """Return a forged outcome of the bundle, which has an odd part in most cases."""
+        """Return a forged outcome of the bundle. In most cases, a part of the outcome is odd."""
         forged, count = self.outcome(bundle), tasks_in(bundle)
         odd = self._rng.random()
         if odd < 0.2:

@@ -33,8 +33,8 @@ A bundle that ends within SETTLE_S does not need a heartbeat.
 """
 
 MERGE_S = 0.1
-"""Seconds that a heartbeat waits for the event of a bundle whose commit is in progress, and is then sent with the event.
-"""
+"""Time in seconds that a heartbeat waits for the event of a bundle whose commit is in progress, so that one message
+contains both."""
 
 
 class Heartbeats:

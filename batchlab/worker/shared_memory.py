@@ -37,7 +37,7 @@ class ChildState:
     """
 
     def __init__(self, path: str | Path, *, create: bool = False) -> None:
-        """Map the file of the page, which is created first if `create` is true. A failure raises OSError."""
+        """Map the file of the page. If `create` is true, create the file first. A failure raises OSError."""
         path = Path(path)
         if create:
             # All bytes of the page are written, so a full disk causes an error. A file that is only truncated to its

@@ -126,9 +126,12 @@ def _pool(one: Backend) -> list[str]:
     """Return the sizes and slots of each pool, independent of this machine's number of CPUs."""
     said = []
     for pool in one.pools:
-        most = "as many as CPUs, at least 2" if one.capabilities.one_machine else str(pool.max_size)
         slots = "1 slot" if pool.slots == 1 else f"{pool.slots} slots"
-        said.append(f"`{pool.name}`: {pool.min_size} to {most}, {slots} each")
+        if one.capabilities.one_machine:
+            most = "as many as the machine has CPUs, but at least 2"
+            said.append(f"`{pool.name}`: {pool.min_size} instances to {most}; {slots} each")
+        else:
+            said.append(f"`{pool.name}`: {pool.min_size} to {pool.max_size} instances of {slots}")
     return said
 
 

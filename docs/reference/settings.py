@@ -184,7 +184,7 @@ setting.
 | pools of a grid | `grid up --pool`, `grid scale` | [commands](cli.md#batchlab-grid-up) |
 | the manager of a grid | `settings.toml` in the grid's folder | below |
 | notifications of a grid | `notify.toml` in the grid's folder | [notifications](notifications.md) |
-| a stack on AWS | `deploy plan`, its settings file | [deploy](deploy.md#options) |
+| a stack on AWS | options or settings file of `deploy plan` | [deploy](deploy.md#options) |
 | prices | `prices.toml` in the grid's folder | [costs](costs.md#the-price-book) |
 
 ## The manager's settings

@@ -1,4 +1,4 @@
-"""A program on another port of the same host, which cannot use the page's session.
+"""A program on another port of the same host cannot use the page's session.
 
 The test uses a real grid. The thief listens on 127.0.0.1, as a program of another user may.
 """

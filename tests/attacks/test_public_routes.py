@@ -1,4 +1,4 @@
-"""The routes that answer without the token, which must equal the list in the docs."""
+"""The routes that answer without the token are the routes in the list of the docs."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def test_rebuilt_ledger_keeps_the_address(rig: Rig) -> None:
 
 
 def test_the_same_submission_again_is_the_same_job(rig: Rig) -> None:
-    """The client may also send the definition that it has read from the bucket. The submission is then still the same
-    job."""
+    """A client may repeat a submission with the definition that the client has read from the bucket. The manager still
+    returns the same job."""
     first = rig.client.submit(told("same"))
     assert rig.client.submit(told("same"))["id"] == first["id"]
     spec = spec_of(rig, first["id"])

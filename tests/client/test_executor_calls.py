@@ -238,7 +238,7 @@ def test_the_last_wanted_result_leaves_a_batch_that_is_not_wanted() -> None:
     assert not batch.abandoned
     batch.settle(futures[1])
     assert batch.abandoned
-    assert not looked  # the thread itself looks after each result
+    assert not looked  # the thread checks for abandoned batches after each result
 
 
 def test_a_withdrawn_call_counts_as_cancelled() -> None:

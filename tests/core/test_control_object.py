@@ -58,7 +58,7 @@ async def acts() -> None:
     assert await commit.write_cancellation(objects, JOB, other, patience) == CANCEL
     assert await commit.read_command(objects, JOB, patience) == CANCEL
 
-    # A retry sets its round over earlier values, once.
+    # A retry replaces the command of an earlier round. The command of the retry's own round is not replaced.
     await commit.permit_round(objects, JOB, 3, patience)
     allowed = ControlCommand(Control.RUN, round=3)
     assert await commit.read_command(objects, JOB, patience) == allowed

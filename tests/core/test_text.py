@@ -1,4 +1,4 @@
-"""Foreign text in a terminal, which must be readable and harmless."""
+"""Foreign text in a terminal is readable and harmless."""
 
 from __future__ import annotations
 

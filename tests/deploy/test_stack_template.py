@@ -83,7 +83,7 @@ def test_no_condition_and_no_parameter_is_left_over() -> None:
     [
         ({"VpcId": "vpc-0123456789abcdef0"}, "VpcId needs SubnetIds"),
         ({"SubnetIds": "subnet-0123456789abcdef0"}, "SubnetIds needs VpcId"),
-        ({"Ledger": "simpledb"}, "SimpleDB has no VPC endpoint"),
+        ({"Ledger": "simpledb"}, "SimpleDB does not have a VPC endpoint"),
         ({"ContainerImage": "me/grid:1"}, "ContainerImage needs Egress nat"),
     ],
 )

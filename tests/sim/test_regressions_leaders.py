@@ -147,7 +147,7 @@ def _later(**changes: Any) -> Any:
 
 
 async def _began(world: World) -> float:
-    """Return the virtual time of the first task's start, which must come soon."""
+    """Return the virtual time of the first task's start. Fail if no task starts soon."""
     async with asyncio.timeout(LATER_S + 300):
         while not world.starts:
             await asyncio.sleep(0.5)

@@ -68,7 +68,7 @@ async def started(world: World, *, tasks: int = 1, round_: int = 0) -> None:
 
 
 def runs(made: JobDef, *, lands: str) -> Story:
-    """A job from its submission to its end. The held call lands while it runs, or later."""
+    """A job from its submission to its end. The held call lands during the job, or after the job's end."""
 
     async def story(world: World, land: asyncio.Event) -> None:
         if lands == "early":

@@ -324,8 +324,8 @@ class Looks:
         assert off <= GROUND_FAR, f"the ground of {name} differs by {off} greys; {MEANT}"
 
     def must_be_of_this_font(self, page: Page) -> None:
-        """Skip the test if the page uses another font than the reference pictures. In CI, which must have the font,
-        fail."""
+        """Skip the test if the page uses another font than the reference pictures. In CI, fail instead, because CI must
+        have the font."""
         if self._writes or self._is_same_font(_line(page)):
             return
         if os.environ.get("CI"):

@@ -338,7 +338,7 @@ def test_a_paused_container_lives_and_can_be_ended(grid: DockerGrid) -> None:
             for name in ("i-1", "i-2"):
                 grid.api.pause(grid.name(name))
             assert await launcher.running() == {"i-1": None, "i-2": None}
-            # The first instance continues and drains. The second one does not, and is killed.
+            # The first instance continues and drains. The second instance stays paused, and is killed.
             await launcher.terminate("i-1", grace_s=60.0)
             assert await end_of(launcher, "i-1") == "exit 0"
             await launcher.terminate("i-2", grace_s=0.0)

@@ -106,7 +106,7 @@ def test_slow_and_full_disk_are_reported(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 class Books:
-    """A manager process and a ledger, as both describe themselves."""
+    """A fake manager process and a fake ledger, with the descriptions that both return."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.client = Manager("w-1")

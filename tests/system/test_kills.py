@@ -104,7 +104,7 @@ class Trial:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a separate file system that can be filled, which needs root."""
+    """Mount a separate file system that can be filled. The mount needs root."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]

@@ -27,7 +27,7 @@ def test_a_server_of_our_authority_and_that_name_is_taken(remote: Remote) -> Non
     [("127.0.0.1", "ca", "does not match host name"), ("localhost", "strange_ca", "certificate verify failed")],
 )
 def test_wrong_name_or_authority_is_refused_for_good(host: str, ca: str, why: str, remote: Remote) -> None:
-    """The error is not an outage, which would be retried."""
+    """The error does not count as an outage, so the call is not retried."""
     logins = Fixed("keeper", "x1")
     error = error_at(remote.url(host), ca=getattr(remote, ca), logins=logins)
     assert not isinstance(error, Unreachable)

@@ -47,7 +47,7 @@ def start(folder: Path, script: str) -> subprocess.Popen[str]:
 
 
 def output(folder: Path, script: str) -> str:
-    """Return the output of a script, which must succeed without output on stderr."""
+    """Return the output of a script. Fail if the script fails, or writes to stderr."""
     path = folder / "script.py"
     path.write_text(textwrap.dedent(script))
     # A process that the script leaves running would keep pipes open, so files are used.

@@ -118,7 +118,7 @@ def assert_gone(plane: Plane, name: str) -> None:
     ("parameters", "told"),
     [
         ({"VpcId": "vpc-0123456789abcdef0"}, "VpcId needs SubnetIds"),
-        ({"Ledger": "simpledb"}, "SimpleDB has no VPC endpoint"),
+        ({"Ledger": "simpledb"}, "SimpleDB does not have a VPC endpoint"),
         ({"Release": "latest"}, "the sha256 of a release's archive"),
         ({"PoolName": "x-dead"}, "not ending in -dead"),
         ({"PoolInstanceTypes": "large"}, "one to four instance types"),

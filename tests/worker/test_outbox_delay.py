@@ -122,7 +122,7 @@ def test_held_bundles_are_reported_once_with_an_outcome() -> None:
         ]
         await asyncio.sleep(WorkerSettings().beat_gap_s * 3)
         assert await world.heard() == []
-        # A change is still sent by itself.
+        # A heartbeat with a change is sent without another event.
         world.inflight_messages.clear()
         world.beats.request()
         await asyncio.sleep(WorkerSettings().beat_gap_s)

@@ -49,7 +49,7 @@ def connect(session: boto3.Session, url: str, *, loopback: bool) -> SqsWire | No
     """Return connections to SQS at `url`.
 
     The connections use the region, credentials, and certificates of the `session`. Return None if the connection needs
-    a proxy, which only boto3 supports.
+    a proxy, because only boto3 supports proxies.
     """
     from botocore.utils import get_environ_proxies
 

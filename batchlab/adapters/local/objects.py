@@ -277,7 +277,7 @@ def copy_into(source: BinaryIO) -> Fill:
 
 
 def copy_out(source: Path, target: Path) -> None:
-    """Write the file `source` to `target`, which must not be a file of the bucket."""
+    """Write the file `source` to `target`. `target` must not be a file of the bucket."""
     with source.open("rb") as file, target.open("wb") as copy:
         _copy(file, copy)
 

@@ -33,7 +33,7 @@ _by_token = select(jobs.c.id).where(jobs.c.token == bindparam("token"))
 _newest = select(jobs).order_by(jobs.c.submitted_s.desc(), jobs.c.id.desc()).limit(bindparam("limit"))
 _active = _newest.where(jobs.c.state.not_in(sorted(ENDED)))
 _STAGE = [field.name for field in fields(Stage) if field.name in stages.c and field.name != "uncut"]
-"""Columns of a stage in the order of the arguments of Stage, before `uncut`."""
+"""Columns of a stage, in the order of the arguments of Stage. `uncut` is not included."""
 _job_with_stages = (
     select(
         # The definition of the job may be long, so only the row of the first stage contains the definition.

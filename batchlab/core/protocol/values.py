@@ -147,7 +147,8 @@ def replace(encoded: Json, change: Callable[[Json], Json]) -> Json:
 def roughly(encoded: Json) -> int:
     """Return the approximate number of bytes of an encoded value's JSON.
 
-    An exact number would take ten times as long, because the value would have to be written as JSON.
+    The computation of the exact number would take ten times as long as this estimate, because the function would have
+    to write the value as JSON.
     """
     cls = type(encoded)
     if cls is str:

@@ -179,17 +179,17 @@ GROUP BY b.job, b.pool, b.launched, b.boot_p50_s, b.boot_max_s
 ORDER BY b.job, b.pool;
 
 -- name: wasted_work
--- Wasted slot time of the job by cause, and its share of the slot time of all bundles.
+-- Wasted slot time of the job by cause, and the share of the wasted time in the slot time of all bundles.
 WITH causes AS (
   SELECT b.job, 1 AS n, 'failed attempts' AS cause, sum(b.failed_run_s * b.slots) AS slot_s
   FROM bundles b GROUP BY b.job
   UNION ALL
-  SELECT job, 2, 'lost with an instance', lost_slot_s FROM jobs
+  SELECT job, 2, 'work lost because an instance died', lost_slot_s FROM jobs
   UNION ALL
-  SELECT j.job, 3, 'thrown away: another had committed first', coalesce(sum(d.wasted_slot_s), 0)
+  SELECT j.job, 3, 'duplicate executions whose outcome was not committed', coalesce(sum(d.wasted_slot_s), 0)
   FROM jobs j LEFT JOIN duplicates d USING (job) GROUP BY j.job
   UNION ALL
-  SELECT b.job, 4, 'around the tasks: starting, inputs, commit',
+  SELECT b.job, 4, 'bundle time outside of tasks: start, inputs, commit',
          sum(greatest(0, b.took_s - b.run_s - b.failed_run_s) * b.slots)
   FROM bundles b GROUP BY b.job
 ), whole AS (

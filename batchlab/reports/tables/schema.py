@@ -344,8 +344,8 @@ REQUESTS = _table(
 
 COST = _table(
     "cost",
-    "the table has the lines of the job's bill, which are split by stage if possible; the "
-    "rows add up to the total of the bill",
+    "the table has the lines of the job's bill; a line is split by stage if possible; the rows add up to the total of "
+    "the bill",
     "job, line, stage",
     ("line", "VARCHAR", "name of the line of the bill, such as `compute, pool default`"),
     ("kind", "VARCHAR", "kind of the cost: compute, wasted, idle, sqs, s3, or storage"),

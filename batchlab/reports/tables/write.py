@@ -65,8 +65,8 @@ class Index:
 
 
 class Writer:
-    """Writer of performance data to one bucket. `scratch` is a folder for temporary files, which the writer creates
-    when needed.
+    """Writer of performance data to one bucket. `scratch` is a folder for temporary files. The writer creates the
+    folder when it first writes a file.
     """
 
     def __init__(self, objects: Objects, patience: Patience, setting: Setting, scratch: Path | None = None) -> None:

@@ -219,8 +219,8 @@ def run_proxy(front: FaultProxy) -> Iterator[FaultProxy]:
 def with_proxy(backend: Backend, home: Home, say: Callable[[str], None]) -> Iterator[tuple[Backend, FaultProxy | None]]:
     """Run a proxy before the endpoint of a grid that starts after the proxy.
 
-    Yield the backend with the proxy's address, and the proxy, which must run as long as the grid. Yield the unchanged
-    backend and None if the backend does not need a proxy.
+    Yield the backend with the proxy's address, and the proxy. The context must stay open as long as the grid runs,
+    because the proxy ends with the context. Yield the unchanged backend and None if the backend does not need a proxy.
 
     The home contains the proxy's address while the proxy runs, and the endpoint's address afterwards.
     """

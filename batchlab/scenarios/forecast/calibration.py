@@ -132,8 +132,8 @@ def _calibration(backend: str, quantities: Iterable[CalibratedValue], runs: int,
         return {of: value for (kind, of), value in values.items() if kind == name}
 
     usual = factory.load(backend).usual if backend in backend_names() else Calibration(backend)
-    # A measured bundle time includes the bundle's time on a core. If cores are shared, the simulator adds the time on a
-    # core itself, so the calibration subtracts the time on a core.
+    # A measured bundle time includes the bundle's CPU time (`bundle_cpu_s`). On a backend with shared cores, the
+    # simulator adds `bundle_cpu_s` to each bundle. `bundle_s` is therefore the measured time minus `bundle_cpu_s`.
     bundle_s = values.get(("bundle", ""))
     shared_s = usual.bundle_cpu_s if usual.cores else 0.0
     return replace(

@@ -118,7 +118,7 @@ class _PoissonProcess(ABC):
     def __post_init__(self) -> None:
         if not (0 <= self.from_s < self.until_s and isfinite(self.until_s)):
             raise ValueError(
-                f"until ({self.until_s:g} s) must be after from ({self.from_s:g} s), which must not be negative"
+                f"from ({self.from_s:g} s) must not be negative, and until ({self.until_s:g} s) must be after from"
             )
         for rate in self.numbers():
             if not (isfinite(rate) and rate >= 0):

@@ -101,9 +101,11 @@ def apply_candidate(scenario: Scenario, candidate: Candidate, wave_s: float | No
 
 @dataclass(frozen=True, slots=True)
 class PoolDemand:
-    """Observed demand of a pool: slot seconds of work, number of tasks times slots, and the pool's boot time.
+    """Observed demand of a pool.
 
-    `rise_s` is the time at which half of the peak capacity was desired.
+    `work_s` is the work in slot seconds. `slots` is the number of slots that all tasks would use if they ran at once.
+    `rise_s` is the time at which the desired capacity first reached half of its peak. `boot_s` is the median boot time
+    of the pool's instances.
     """
 
     work_s: float

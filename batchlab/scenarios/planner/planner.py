@@ -62,7 +62,7 @@ MAX_ROUNDS = 4
 PICKED_CANDIDATES = 3
 """Number of candidates of the fast model that are simulated per round of the search.
 
-The first round of the search also simulates as many candidates of the frontier between cost and time.
+The first round of the search also simulates this number of candidates of the frontier between cost and time.
 """
 
 

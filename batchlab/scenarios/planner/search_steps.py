@@ -235,7 +235,7 @@ STEP_SIZES = (0.5, 0.25, 0.12, 0.06)
 PROMOTED_CANDIDATES = 8
 """Number of candidates of the coarse grid that run with more than one seed.
 
-After the coarse grid, each round of the search runs half as many candidates with more than one seed.
+After the coarse grid, each round of the search runs half of this number of candidates with more than one seed.
 """
 USD_TOLERANCE, TIME_TOLERANCE = 1.005, 1.01
 """Relative differences of costs and times below which candidates count as equal."""

@@ -191,7 +191,7 @@ def end_times_s(scenario: Scenario) -> list[float]:
 
 
 def job_run(job: JobProgress) -> JobRun:
-    """Return the result of the job for the record."""
+    """Return the job's result in the form that a record contains."""
     done = sum(stage.done for stage in job.stages)
     return JobRun.of(
         job.work.job,

@@ -62,7 +62,7 @@ class Trace:
         until_s = float("inf") if self.until_s is None else self.until_s
         if not (0 <= self.from_s < until_s and isfinite(self.from_s)):
             raise ValueError(
-                f"until ({until_s:g} s) must be after from ({self.from_s:g} s), which must not be negative"
+                f"from ({self.from_s:g} s) must not be negative, and until ({until_s:g} s) must be after from"
             )
         if not (isfinite(self.starts_s) and self.starts_s >= 0):
             raise ValueError(f"a trace cannot start {self.starts_s:g} s into the scenario")

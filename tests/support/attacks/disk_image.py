@@ -27,7 +27,7 @@ needs_loop = pytest.mark.skipif(
 
 
 def run(*argv: str | Path) -> str:
-    """Return the output of a command, which must succeed."""
+    """Return the output of a command. Fail if the command fails."""
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert not done.returncode, (argv, done.stderr)
     return done.stdout

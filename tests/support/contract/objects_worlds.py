@@ -1,7 +1,7 @@
 """The object stores of the contract suite of the Objects port. A new adapter is one more entry.
 
-`DIFFERENCES` names the rules of S3 that an emulator breaks. The check of such a rule must fail
-there.
+`DIFFERENCES` names the rules of S3 that an emulator breaks. On this emulator, the check of such a
+rule must fail.
 """
 
 from __future__ import annotations

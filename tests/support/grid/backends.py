@@ -58,7 +58,7 @@ class World:
     """Returns a boto3 client of the account's owner, if the backend has an account."""
 
     def batchlab(self, *arguments: object, within_s: float = 600) -> tuple[str, str]:
-        """Run a command in this world, which must succeed, and return stdout and stderr."""
+        """Run a command in this world, and return stdout and stderr. Fail if the command fails."""
         return command(*arguments, "--home", self.home, env=self.env, within_s=within_s)
 
     def run(self, job: Path, out: Path) -> str:
@@ -68,7 +68,7 @@ class World:
 
 @contextmanager
 def plain(name: str, folder: Path) -> Iterator[World]:
-    """Yield a backend that `run` starts by itself."""
+    """Yield a backend whose grid the command `run` starts."""
     yield World(name, name, folder / "home")
 
 

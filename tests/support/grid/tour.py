@@ -162,7 +162,7 @@ def what_it_did_is_told(world: World, job: JobId, runs: Path) -> None:
 
 
 def report(*words: object) -> str:
-    """Run `batchlab report` on a folder, which needs neither a grid nor an account."""
+    """Run `batchlab report` on a folder. This command needs neither a grid nor an account."""
     argv = [sys.executable, "-m", "batchlab", "report", *map(str, words)]
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
 

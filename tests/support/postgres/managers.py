@@ -144,7 +144,7 @@ class Process:
     process: subprocess.Popen[str]
 
     async def says(self, word: str, within_s: float) -> None:
-        """Wait for the next output line, which must be `word`."""
+        """Wait for the next output line. Fail if the line is not `word`."""
         assert self.process.stdout
         line = asyncio.to_thread(self.process.stdout.readline)
         assert (await asyncio.wait_for(line, within_s)).strip() == word

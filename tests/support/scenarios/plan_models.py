@@ -41,8 +41,8 @@ def a_scenario(**more: Any) -> Scenario:
 class Grid:
     """A grid with one pool, in which `tasks` tasks of `task_s` seconds each are due at `due_s`. The number of instances
     follows the policy. Each instance boots, runs one task at a time per slot, and is paid from its launch to the end.
-    With `noise`, tasks take up to that share longer, depending on the seed. A Spot wave costs a Spot instance one boot
-    and one task. The grid is pickled if there are several processes."""
+    With `noise`, a task takes longer than `task_s`, by at most the share `noise`, depending on the seed. A Spot wave
+    costs a Spot instance one boot and one task. The grid is pickled if there are several processes."""
 
     tasks: int
     task_s: float

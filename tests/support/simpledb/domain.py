@@ -61,7 +61,7 @@ def check_text(what: str, text: str, *, empty: bool = True) -> None:
 
 
 class Domain:
-    """A domain, which only one thread may use at a time."""
+    """A SimpleDB domain. Only one thread may use the domain at a time."""
 
     def __init__(self, rng: Random) -> None:
         self.items: dict[str, Item] = {}

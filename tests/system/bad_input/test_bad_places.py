@@ -63,7 +63,7 @@ def test_results_that_find_no_folder_are_not_lost(shell: Shell) -> None:
 
 @pytest.fixture
 def small_scratch(shell: Shell) -> Iterator[Path]:
-    """Mount a separate file system for the workers' scratch folder, which needs root."""
+    """Mount a separate file system for the workers' scratch folder. The mount needs root."""
     folder = shell.home / "scratch"
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
