@@ -33,7 +33,9 @@ A bundle that ends within SETTLE_S does not need a heartbeat.
 """
 
 MERGE_S = 0.1
-"""Seconds that a heartbeat waits for the event of a bundle whose commit is in progress, and is then sent with the event.
+"""Seconds that a heartbeat waits for the event of a bundle whose commit is in progress.
+
+The message with the event carries the heartbeat.
 """
 
 
