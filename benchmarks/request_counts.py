@@ -3,8 +3,8 @@
     python benchmarks/request_counts.py [--small] [--json FILE]
 
 The grid runs on `ministack` with two workers, and a proxy counts the grid's requests. Targets: an idle grid sends at
-most 6 requests per minute and worker, and uses under 1% of a core. Each tiny task needs at most 0.05 requests. The
-prices come from `backends/aws/prices.toml`.
+most 6 requests per minute and worker, and uses under 1% of a core. Each tiny task needs at most 0.05 requests, and each
+bundle of tasks of 10 ms at most 6 requests. The prices come from `backends/aws/prices.toml`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Meter:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.bundles = 0
+        """Number of committed outcomes. Each bundle has one outcome."""
 
     def __call__(self, request: Request, send: Send) -> Response:
         if request.action:
@@ -45,6 +47,7 @@ class Meter:
         else:
             kind = {"POST": "PUT", "HEAD": "GET"}.get(request.method, request.method)
             self.counts[f"S3 {kind}"] += 1
+            self.bundles += kind == "PUT" and "/outcomes/" in request.path
         return send(request)
 
     @contextmanager
@@ -118,16 +121,19 @@ def measure(idle_s: float, tasks: int) -> list[dict[str, Any]]:
             )
             jobs: list[tuple[str, Callable[[Any], Any], int]] = [
                 ("no-op tasks", abs, tasks),
-                ("tasks of 10 ms", nap, tasks // 20),
+                ("tasks of 10 ms", nap, tasks // 5),
             ]
             for name, function, count in jobs:
+                bundles = meter.bundles
                 with meter.span() as busy:
                     assert len(list(grid.map(function, range(count)))) == count
-                    time.sleep(1.0)
+                    time.sleep(3.0)  # until the messages of the last events are deleted
+                bundles = meter.bundles - bundles
                 rows.append(
                     {
-                        "what": f"{count:,} {name}",
+                        "what": f"{count:,} {name}, {bundles} bundles",
                         "requests": busy.total(),
+                        "requests_per_bundle": busy.total() / bundles,
                         "requests_per_task": busy.total() / count,
                         "usd_per_million_tasks": usd(busy) / count * 1_000_000,
                         "by_kind": dict(busy),

@@ -106,9 +106,11 @@ class WorkEvidence(Part):
 SILENCE_FACTOR = 3
 """Maximum silence of a worker before its instance is replaced, as a multiple of `silence_s`. The reconciler recovers a
 silent worker's bundles before the worker is replaced."""
-STEPS = 4
-"""Number of equal steps between 0 and the silence limit. Stored silences are rounded down to a step. A step is longer
-than the time between two heartbeats of an idle worker, so the silences of idle workers are not written."""
+STEPS = 10
+"""Number of equal steps between 0 and the silence limit. Stored silences are rounded down to a step."""
+MIN_STEPS = 3
+"""Number of steps from which a silence is stored. An idle worker sends heartbeats at shorter intervals, so the silences
+of idle workers are not written."""
 MAX_TICKS = 2
 """Maximum time between two checks of workers that counts as silence, in manager ticks."""
 
@@ -153,9 +155,14 @@ class UnresponsiveWorkers(Part):
             await self._replace(instance_id, pools.pop(instance_id), cause)
             self._silences_s[instance_id] = 0.0
         part_s = self.limit_s / STEPS
-        stored_s = {instance_id: part_s * (quiet_s // part_s) for instance_id, quiet_s in self._silences_s.items()}
         # The rounded silences rarely change and are rarely written, because few instances are silent for long.
-        self._registry.instances.record_silences({instance_id: s for instance_id, s in stored_s.items() if s})
+        self._registry.instances.record_silences(
+            {
+                instance_id: part_s * (quiet_s // part_s)
+                for instance_id, quiet_s in self._silences_s.items()
+                if quiet_s >= MIN_STEPS * part_s
+            }
+        )
         missing = self._evidence.missing(pools)
         self._unproven_s = {
             pool: self._unproven_s.get(pool, 0.0) + step_s if pool in missing else 0.0 for pool in pools

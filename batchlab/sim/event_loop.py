@@ -285,6 +285,7 @@ class SimLoop(asyncio.BaseEventLoop):
                 # The traceback of a failed task may refer to the handle that ran the task. Without a reference from the
                 # handle to the task, no cycle exists, so the failure is reported immediately.
                 handle._callback = None
+            del handle  # a failed task is reported at once only if no variable refers to the task's last handle
             if before // _YOUNG_STEPS != after // _YOUNG_STEPS:
                 gc.collect(2 if before // _FULL_STEPS != after // _FULL_STEPS else 1)
 

@@ -33,8 +33,10 @@ A bundle that ends within SETTLE_S does not need a heartbeat.
 """
 
 MERGE_S = 0.1
-"""Time in seconds that a heartbeat waits for the event of a bundle whose commit is in progress, so that one message
-contains both."""
+"""Seconds that a heartbeat waits for the event of a bundle whose commit is in progress.
+
+The message with the event carries the heartbeat.
+"""
 
 
 class Heartbeats:

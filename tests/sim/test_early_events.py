@@ -11,7 +11,7 @@ from batchlab.core.errors import BackendError, NotFound, Unreachable
 from batchlab.core.model import Bundle, Completion, JobId, JobState, LifecycleState, Pool, TaskSet
 from batchlab.core.ports import AddJob, Outgoing
 from batchlab.core.protocol import json_format, messages, object_keys
-from batchlab.manager.collector import Collector
+from batchlab.manager.collector import DELETE_DELAY_S, Collector
 from batchlab.manager.manager import Manager
 from batchlab.sim.world import MANAGER, World
 from tests.support.sim.scenes import (
@@ -218,6 +218,7 @@ def test_unrestorable_job_does_not_block_the_count_of_others() -> None:
         await world.ask(lambda m: m.job_commands.submit(made, [0, 1, 2]), "submit")
         assert (await ended(world, made)).state is JobState.SUCCEEDED
         assert world.manager is manager
+        await asyncio.sleep(DELETE_DELAY_S + 1.0)
         assert (await world.queue.depth(object_keys.EVENTS)).in_flight == 0
 
     in_world(act, script=takes(0.1), pools=WARM)

@@ -110,11 +110,11 @@ class RequestCounter:
             return Requests(self._sqs, self._empty, self._puts, self._gets, self._deletes, self._sqs_bytes)
 
 
-PER_BUNDLE = Requests(sqs=7.5, s3_puts=1.5, s3_gets=1.0)
+PER_BUNDLE = Requests(sqs=6.0, s3_puts=1.5, s3_gets=1.0)
 """Requests per bundle by the manager and the workers, measured on `ministack` with two workers.
 
-The SQS requests of a bundle are a send, a receive, and a delete of the bundle's message, the same three requests for
-the message with its event, and a share of the heartbeats. The S3 requests of a bundle are a PUT of the outcome, half a
+The SQS requests of a bundle are a send, a receive, and a delete of the bundle's message, and the same three requests
+for the message with its event and the worker's heartbeat. The S3 requests of a bundle are a PUT of the outcome, half a
 PUT of the cut, and a GET of the inputs. A bundle whose tasks write output needs another PUT for the log.
 """
 

@@ -29,7 +29,12 @@ from batchlab.core.text import count
 
 T = TypeVar("T")
 
-_MAX_PARTS = 4
+_MIN_PARTS = 4
+_SAMPLE = 64
+"""Number of items from which the size of a job's items is estimated."""
+_MAX_BYTES = 8 * 1024 * 1024
+"""Limit of the cached parts of plans in bytes. The cache always has room for `_MIN_PARTS` parts."""
+_MAX_MANIFESTS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +112,16 @@ class NoSuchTask(NotFound):
 
 
 class Inputs:
-    """Reader of the inputs of bundles. The reader caches the last few parts of plans, because successive bundles often
+    """Reader of the inputs of bundles. The reader caches the parts of plans that were used last, because many bundles
     need the same part.
     """
 
     def __init__(self, objects: Objects, patience: Patience) -> None:
         self._objects = objects
         self._patience = patience
-        self._parts: OrderedDict[str, Sequence[Json]] = OrderedDict()
+        self._parts: OrderedDict[str, tuple[Sequence[Json], int]] = OrderedDict()
+        """Items and approximate size in bytes of each cached part, by key."""
+        self._bytes = 0
         self._manifests: OrderedDict[tuple[str, str, int], Manifest] = OrderedDict()
 
     async def resolve(self, job: JobDef, bundle: Bundle, key: CommitKey) -> Sequence[Json]:
@@ -222,12 +229,14 @@ class Inputs:
     def keep(self, job: JobId, stage: StageName, items: Sequence[Json]) -> Manifest:
         """Cache the items that a job was submitted with, and return their plan."""
         manifest = Manifest.of_items(items)
-        self._keep_part(object_keys.part(job, stage, 0, manifest.part(0)), items)
+        sample = items[:_SAMPLE]
+        size = len(json_format.dumps(sample)) * len(items) // max(1, len(sample))
+        self._keep_part(object_keys.part(job, stage, 0, manifest.part(0)), items, size)
         return self._keep_manifest(job, stage, manifest)
 
     def _keep_manifest(self, job: JobId, stage: StageName, manifest: Manifest) -> Manifest:
         self._manifests[(job, stage, manifest.round)] = manifest
-        while len(self._manifests) > 16 * _MAX_PARTS:
+        while len(self._manifests) > _MAX_MANIFESTS:
             self._manifests.popitem(last=False)
         return manifest
 
@@ -241,14 +250,18 @@ class Inputs:
                 if key not in self._parts:
                     raise
             else:
-                self._keep_part(key, _read_or_absent(key, data, partial(_items, manifest.part(number))))
+                items = _read_or_absent(key, data, partial(_items, manifest.part(number)))
+                self._keep_part(key, items, len(data))
         self._parts.move_to_end(key)
-        return self._parts[key]
+        return self._parts[key][0]
 
-    def _keep_part(self, key: str, items: Sequence[Json]) -> None:
-        self._parts[key] = items
-        while len(self._parts) > _MAX_PARTS:
-            self._parts.popitem(last=False)
+    def _keep_part(self, key: str, items: Sequence[Json], size: int) -> None:
+        _, former = self._parts.pop(key, ((), 0))
+        self._parts[key] = items, size
+        self._bytes += size - former
+        while len(self._parts) > _MIN_PARTS and self._bytes > _MAX_BYTES:
+            _, (_, oldest) = self._parts.popitem(last=False)
+            self._bytes -= oldest
 
 
 def _read_or_absent(key: str, data: bytes, read: Callable[[bytes], T]) -> T:
