@@ -337,6 +337,11 @@ class StageRecord:
     cut_seq: int = -1
     left: TaskSet = TaskSet()
 
+    @property
+    def may_have_outstanding_bundles(self) -> bool:
+        """Return False if each task of the stage has ended or is not cut yet."""
+        return self.counts.planned is None or self.counts.planned - self.counts.terminal != len(self.left)
+
 
 @dataclass(frozen=True, slots=True)
 class BundleRecord:

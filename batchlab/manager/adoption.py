@@ -145,7 +145,7 @@ class Adoption(Part):
         for cut in cuts:
             rows = (await ledger.apply(AddCut(cut))).rows
         planned: Sequence[BundleRecord] = ()
-        if not result.is_new:
+        if not result.is_new and any(stage.may_have_outstanding_bundles for stage in rows.stages):
             planned = await ledger.bundles(job.id, done=False)
             if concurrent:
                 # The job's rows are read again after the job's bundles, because older counters would miss a bundle that

@@ -84,8 +84,6 @@ class JobCoordinator(Part):
 
     async def advance(self, live: LiveJob) -> None:
         """Advance the job by all steps that are possible now."""
-        if not live.allowed and not live.is_complete:
-            await self._create_control(live)
         if live.doubtful:
             await self._recheck_control(live)
         if live.record.control is Control.CANCEL:
@@ -100,6 +98,9 @@ class JobCoordinator(Part):
         except UsageError as error:
             await self._fail(live, str(error))
             return
+        # A waiting job does not need a control object, so a thousand waiting jobs do not cause a thousand writes.
+        if not live.allowed and any(live.outstanding.values()) and not live.is_complete:
+            await self._create_control(live)
         verdict = judge(live.job, live.counts)
         if verdict.stop:
             await self._fail(live, await self._reason(live, verdict))
