@@ -216,10 +216,10 @@ def _progress(total: int) -> Iterator[Callable[[Result], None]]:
 
 def _show(name: str, results: Sequence[Result], took_s: float, *, json: bool, every: bool) -> None:
     from batchlab.conform import check_table
-    from batchlab.conform.check import Severity, Verdict
+    from batchlab.conform.check import CheckVerdict, Severity
 
     if json:
-        counts = {verdict.value: check_table.count_results(results, verdict) for verdict in Verdict}
+        counts = {verdict.value: check_table.count_results(results, verdict) for verdict in CheckVerdict}
         output.show_json(
             {
                 "name": name,
@@ -232,20 +232,24 @@ def _show(name: str, results: Sequence[Result], took_s: float, *, json: bool, ev
         )
         return
     rows = [
-        (service, severity, *(check_table.count_results(results, verdict, severity, service) for verdict in Verdict))
+        (
+            service,
+            severity,
+            *(check_table.count_results(results, verdict, severity, service) for verdict in CheckVerdict),
+        )
         for service in dict.fromkeys(result.check.service for result in results)
         for severity in Severity
         if any((service, severity) == (result.check.service, result.check.severity) for result in results)
     ]
-    output.show(output.table(("service", "severity", *Verdict), rows))
+    output.show(output.table(("service", "severity", *CheckVerdict), rows))
     if every:
         passed = [
             (result.check.name, result.check.severity, result.check.rule)
             for result in results
-            if result.verdict is Verdict.AGREES
+            if result.verdict is CheckVerdict.AGREES
         ]
         output.show("\n" + output.table(("agrees", "severity", "AWS's rule"), passed))
-    for verdict in (Verdict.DIFFERS, Verdict.UNTRIED):
+    for verdict in (CheckVerdict.DIFFERS, CheckVerdict.UNTRIED):
         for result in results:
             if result.verdict is verdict:
                 output.show(f"\n{_difference(result)}")

@@ -66,7 +66,7 @@ def html(
     from batchlab.cli.report_source import Source, folders
     from batchlab.core import installation
     from batchlab.reports.html import failures, page
-    from batchlab.reports.html.source import Run, only_job
+    from batchlab.reports.html.source import ReportRun, only_job
     from batchlab.reports.queries import store
 
     installation.need("web", "The report as a page")
@@ -77,7 +77,7 @@ def html(
         output.check_writable(file, folder=True)
         # If the user named a folder and did not use --backend, the command does not read a bucket.
         is_bare = Path(run).is_dir() and not backend
-        cases = [] if no_logs or is_bare else failures.cases(Run(connection, job))
+        cases = [] if no_logs or is_bare else failures.cases(ReportRun(connection, job))
         samples = _samples(source, job, cases) if cases else {}
         report_page = page.Page(connection, job, samples=samples.get, version=__version__)
     try:

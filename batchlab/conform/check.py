@@ -58,7 +58,7 @@ class Severity(StrEnum):
     NOTED = "noted"
 
 
-class Verdict(StrEnum):
+class CheckVerdict(StrEnum):
     AGREES = "agrees"
     DIFFERS = "differs"
     UNTRIED = "untried"

@@ -14,7 +14,7 @@ from typing import Any
 from batchlab.conform.adapters import S3_PORTS, SQS_PORTS
 from batchlab.conform.asg_groups import ASG_GROUPS
 from batchlab.conform.asg_instances import ASG_INSTANCES
-from batchlab.conform.check import Check, Severity, Verdict, link, pages
+from batchlab.conform.check import Check, CheckVerdict, Severity, link, pages
 from batchlab.conform.run import Result
 from batchlab.conform.s3_create import S3_CREATE, S3_LIST
 from batchlab.conform.s3_read import S3_READ, S3_UPLOAD
@@ -60,7 +60,9 @@ ALL_CHECKS = "every check"
 """Name of the section that lists all checks on the page about emulators."""
 
 
-def count_results(results: Sequence[Result], verdict: Verdict, severity: str | None = None, service: str = "") -> int:
+def count_results(
+    results: Sequence[Result], verdict: CheckVerdict, severity: str | None = None, service: str = ""
+) -> int:
     """Return the number of results with the given verdict, severity, and service. A severity of None and a service of
     "" match all results.
     """
@@ -73,12 +75,12 @@ def count_results(results: Sequence[Result], verdict: Verdict, severity: str | N
 
 
 def needed_rules_hold(results: Sequence[Result]) -> bool:
-    return all(result.verdict is Verdict.AGREES or result.check.severity is Severity.NOTED for result in results)
+    return all(result.verdict is CheckVerdict.AGREES or result.check.severity is Severity.NOTED for result in results)
 
 
 def agrees(results: Sequence[Result]) -> bool:
     """Return whether the endpoint follows all NEEDED rules, and does not break a NOTED rule."""
-    return needed_rules_hold(results) and not count_results(results, Verdict.DIFFERS)
+    return needed_rules_hold(results) and not count_results(results, CheckVerdict.DIFFERS)
 
 
 def to_json(result: Result) -> dict[str, Any]:
@@ -103,17 +105,17 @@ def verdict_text(results: Sequence[Result]) -> str:
     parts = []
     for severity, what in ((Severity.NEEDED, "needed"), (Severity.NOTED, "noted")):
         rules = [result for result in results if result.check.severity is severity]
-        holding = count_results(rules, Verdict.AGREES)
+        holding = count_results(rules, CheckVerdict.AGREES)
         if rules:
             parts.append(f"{holding} of {len(rules)} {what} rules {'holds' if holding == 1 else 'hold'}")
-    untried = count_results(results, Verdict.UNTRIED)
+    untried = count_results(results, CheckVerdict.UNTRIED)
     return "; ".join(parts) + "." + (f" {untried} could not be tested." if untried else "")
 
 
 def section(name: str, results: Sequence[Result]) -> str:
     """Return the results of a run as a Markdown section of the documentation page about emulators."""
     lines = [f"### {name}", "", verdict_text(results)]
-    for verdict, title in ((Verdict.DIFFERS, "observed"), (Verdict.UNTRIED, "why not tested")):
+    for verdict, title in ((CheckVerdict.DIFFERS, "observed"), (CheckVerdict.UNTRIED, "why not tested")):
         rows = [
             (
                 f"`{result.check.name}`",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, IncompleteReadError
 from botocore.parsers import ResponseParserError
 
-from batchlab.conform.check import MIN_SERVER_ERROR, TIMEOUT_S, Check, Differs, Failed, Untried, Verdict
+from batchlab.conform.check import MIN_SERVER_ERROR, TIMEOUT_S, Check, CheckVerdict, Differs, Failed, Untried
 from batchlab.conform.site import Site
 from batchlab.conform.target import Target
 from batchlab.core.errors import BatchlabError, Throttled, Unreachable
@@ -33,7 +33,7 @@ class Result:
     """Result of a check. `observed` is a clause about the observed behavior, or "" if the endpoint follows the rule."""
 
     check: Check
-    verdict: Verdict
+    verdict: CheckVerdict
     observed: str
     seconds: float
 
@@ -67,7 +67,7 @@ def run(
             ).start()
         now_s = time.monotonic()
         overdue = [
-            Result(check, Verdict.UNTRIED, f"the check takes longer than {limit_s:.0f} s", now_s - begun_s)
+            Result(check, CheckVerdict.UNTRIED, f"the check takes longer than {limit_s:.0f} s", now_s - begun_s)
             for check, begun_s in running.values()
             if now_s - begun_s > limit_s
         ]
@@ -94,11 +94,11 @@ def _try(target: Target, check: Check) -> Result:
         try:
             verdict, observed = _verdict(target, check, Site(target, check.name, again=True))
         except Failed as failed:
-            verdict, observed = Verdict.DIFFERS, str(failed)
+            verdict, observed = CheckVerdict.DIFFERS, str(failed)
     return Result(check, verdict, observed, time.monotonic() - begun_s)
 
 
-def _verdict(target: Target, check: Check, site: Site) -> tuple[Verdict, str]:
+def _verdict(target: Target, check: Check, site: Site) -> tuple[CheckVerdict, str]:
     """Run a check, and return the verdict and the observed behavior. Raise Failed for a 5xx response."""
     try:
         with target.creating() if check.service == "s3" else nullcontext():
@@ -108,32 +108,32 @@ def _verdict(target: Target, check: Check, site: Site) -> tuple[Verdict, str]:
     except Failed:
         raise
     except Differs as difference:
-        return Verdict.DIFFERS, str(difference)
+        return CheckVerdict.DIFFERS, str(difference)
     except Untried as reason:
-        return Verdict.UNTRIED, str(reason)
+        return CheckVerdict.UNTRIED, str(reason)
     except ClientError as error:
         return _refusal(error)
     except (FlexibleChecksumError, IncompleteReadError):
-        return Verdict.DIFFERS, "an object arrives damaged"
+        return CheckVerdict.DIFFERS, "an object arrives damaged"
     except ResponseParserError:
-        return Verdict.DIFFERS, "boto3 cannot parse the response"
+        return CheckVerdict.DIFFERS, "boto3 cannot parse the response"
     except (BotoCoreError, Throttled, Unreachable) as error:
-        return Verdict.UNTRIED, f"the endpoint does not respond: {type(error).__name__}"
+        return CheckVerdict.UNTRIED, f"the endpoint does not respond: {type(error).__name__}"
     except BatchlabError as error:
-        return Verdict.DIFFERS, str(error)
+        return CheckVerdict.DIFFERS, str(error)
     except (LookupError, TypeError, ValueError) as error:
-        return Verdict.DIFFERS, f"a response is malformed: {type(error).__name__}: {error}"
+        return CheckVerdict.DIFFERS, f"a response is malformed: {type(error).__name__}: {error}"
     except Exception as error:  # noqa: BLE001 - the verdict contains the error
-        return Verdict.UNTRIED, f"the check itself fails: {type(error).__name__}: {error}"
-    return Verdict.AGREES, ""
+        return CheckVerdict.UNTRIED, f"the check itself fails: {type(error).__name__}: {error}"
+    return CheckVerdict.AGREES, ""
 
 
-def _refusal(error: ClientError) -> tuple[Verdict, str]:
+def _refusal(error: ClientError) -> tuple[CheckVerdict, str]:
     status = error.response["ResponseMetadata"]["HTTPStatusCode"]
     code = error.response["Error"]["Code"]
     observed = f"{error.operation_name} returns {status} {code}"
     if code in _THROTTLING:
-        return Verdict.UNTRIED, observed
+        return CheckVerdict.UNTRIED, observed
     if status >= MIN_SERVER_ERROR:
         raise Failed(observed) from error
-    return Verdict.DIFFERS, observed
+    return CheckVerdict.DIFFERS, observed

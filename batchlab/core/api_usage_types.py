@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from batchlab.core.job_definition import JobDef
     from batchlab.core.model import Pool
     from batchlab.core.pricing.usage import Account
-    from batchlab.core.schedules import Run, Schedule
+    from batchlab.core.schedules import Schedule, ScheduledRun
     from batchlab.manager.spending import Spending
 
 
@@ -255,7 +255,7 @@ def schedule_view(schedule: Schedule, *, runs: int, input: Sequence[str] = ()) -
     }
 
 
-def run_view(schedule: Schedule, run: Run) -> RunView:
+def run_view(schedule: Schedule, run: ScheduledRun) -> RunView:
     return {
         "due_s": run.due_s,
         "due": due_times.iso(run.due_s, schedule.definition.when.tz),

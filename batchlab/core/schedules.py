@@ -110,7 +110,7 @@ class Definition:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ScheduledRun:
     """One due time of a schedule and the result of its job. All times are in epoch seconds.
 
     `token` is the client token of the run's job. `asked` is the token of the request if a user requested the run.
@@ -147,7 +147,7 @@ class Schedule:
     through_s: float
     paused: bool = False
     removed: bool = False
-    runs: tuple[Run, ...] = ()
+    runs: tuple[ScheduledRun, ...] = ()
     number: int = field(default=0, compare=False)
 
     @property
@@ -155,11 +155,11 @@ class Schedule:
         return self.definition.name
 
     @property
-    def unfinished(self) -> tuple[Run, ...]:
+    def unfinished(self) -> tuple[ScheduledRun, ...]:
         return tuple(run for run in self.runs if not run.state.over)
 
     @property
-    def running(self) -> Run | None:
+    def running(self) -> ScheduledRun | None:
         return next((run for run in self.runs if run.state is RunState.RUNNING), None)
 
     def next_s(self) -> float | None:
@@ -168,7 +168,7 @@ class Schedule:
             return None
         return self.definition.when.next_after(self.through_s)
 
-    def with_run(self, run: Run) -> Schedule:
+    def with_run(self, run: ScheduledRun) -> Schedule:
         """Return the schedule with `run`. The run `run` replaces the run with the same token, or is appended."""
         runs = list(self.runs)
         for i, earlier in enumerate(runs):
@@ -192,7 +192,7 @@ def token_by_hand(schedule: Schedule, asked: str) -> str:
     return f"schedule/{schedule.name}/{schedule.generation}/by-hand/{asked}"
 
 
-def job_of(schedule: Schedule, run: Run, template: JobDef, now_s: float) -> JobDef:
+def job_of(schedule: Schedule, run: ScheduledRun, template: JobDef, now_s: float) -> JobDef:
     """Return the job of a run.
 
     Except for `submitted_s`, the job depends only on the template, the run's name, and the run's due time.
@@ -306,7 +306,9 @@ def _rewound(schedule: Schedule, now_s: float) -> Schedule:
     return replace(schedule, through_s=now_s)
 
 
-def _choose(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) -> tuple[list[_DueRun], Run | None]:
+def _choose(
+    schedule: Schedule, due: Sequence[float], more: bool, now_s: float
+) -> tuple[list[_DueRun], ScheduledRun | None]:
     """Return the due times that will run, and one skipped run that represents all omitted due times, or None."""
     definition = schedule.definition
     on_time = [_DueRun(due_s) for due_s in due if now_s - due_s <= ON_TIME_S]
@@ -335,12 +337,12 @@ def _choose(schedule: Schedule, due: Sequence[float], more: bool, now_s: float) 
         return [replace(on_time[0], why=why), *on_time[1:]], None
     latest = missed[-1]
     token = token_of(schedule, latest)
-    return [], Run(latest, token, RunState.SKIPPED, now_s, reason=why)
+    return [], ScheduledRun(latest, token, RunState.SKIPPED, now_s, reason=why)
 
 
 def _apply_overlap(schedule: Schedule, fire: _DueRun, now_s: float) -> Schedule:
     """Return the schedule with a run for the due time. The run waits, or is skipped because of an unfinished run."""
-    run = Run(fire.due_s, token_of(schedule, fire.due_s), RunState.WAITING, now_s, reason=fire.why)
+    run = ScheduledRun(fire.due_s, token_of(schedule, fire.due_s), RunState.WAITING, now_s, reason=fire.why)
     unfinished, overlap = schedule.unfinished, schedule.definition.overlap
     waiting = [earlier for earlier in unfinished if earlier.state is RunState.WAITING]
     if not unfinished:
@@ -374,7 +376,7 @@ def by_hand(schedule: Schedule, asked: str, now_s: float) -> Schedule:
             remedy="Wait for its end, or cancel its job first.",
         )
     token = token_by_hand(schedule, asked)
-    run = Run(now_s, token, RunState.WAITING, now_s, reason="asked for by hand", asked=asked)
+    run = ScheduledRun(now_s, token, RunState.WAITING, now_s, reason="asked for by hand", asked=asked)
     if overlap is Overlap.REPLACE:
         for earlier in waiting:
             why = "a run asked for by hand replaced it before it began"
@@ -382,7 +384,7 @@ def by_hand(schedule: Schedule, asked: str, now_s: float) -> Schedule:
     return schedule.with_run(run)
 
 
-def startable(schedule: Schedule) -> Run | None:
+def startable(schedule: Schedule) -> ScheduledRun | None:
     """Return the run whose job must be submitted now, or None if no run can start now.
 
     A run starts only after the previous run has ended. In a paused schedule, only runs requested by a user start.
@@ -395,7 +397,7 @@ def startable(schedule: Schedule) -> Run | None:
     return None
 
 
-def start(schedule: Schedule, run: Run, now_s: float) -> Schedule:
+def start(schedule: Schedule, run: ScheduledRun, now_s: float) -> Schedule:
     """Return the schedule with the run marked as RUNNING.
 
     After a run is stored as RUNNING, its job must be submitted.
@@ -404,12 +406,12 @@ def start(schedule: Schedule, run: Run, now_s: float) -> Schedule:
     return schedule.with_run(replace(run, state=RunState.RUNNING, job=job, started_s=now_s))
 
 
-def skip(schedule: Schedule, run: Run, now_s: float, why: str) -> Schedule:
+def skip(schedule: Schedule, run: ScheduledRun, now_s: float, why: str) -> Schedule:
     """Return the schedule with the run marked as skipped."""
     return schedule.with_run(_skipped_run(run, now_s, why))
 
 
-def replaced_run(schedule: Schedule) -> Run | None:
+def replaced_run(schedule: Schedule) -> ScheduledRun | None:
     """Return the run whose job must be canceled because another run waits, or None if no job must be canceled."""
     if schedule.removed or schedule.definition.overlap is not Overlap.REPLACE:
         return None
@@ -435,17 +437,17 @@ def remove(schedule: Schedule, now_s: float) -> Schedule:
     return replace(schedule, removed=True)
 
 
-def check_name(schedule: Schedule, run: Run) -> str:
+def check_name(schedule: Schedule, run: ScheduledRun) -> str:
     """Return the name of a run for a sentence, such as `the run of 2026-03-29 03:00:00 CEST`."""
     if run.asked:
         return f"a run asked for by hand at {_at(schedule, run)}"
     return f"the run of {_at(schedule, run)}"
 
 
-def _at(schedule: Schedule, run: Run) -> str:
+def _at(schedule: Schedule, run: ScheduledRun) -> str:
     return due_times.text_of_time(run.due_s, schedule.definition.when.tz)
 
 
-def _skipped_run(run: Run, now_s: float, why: str) -> Run:
+def _skipped_run(run: ScheduledRun, now_s: float, why: str) -> ScheduledRun:
     reason = f"{run.reason}; {why}" if run.reason else why
     return replace(run, state=RunState.SKIPPED, reason=reason, ended_s=now_s)

@@ -93,7 +93,7 @@ ALARMS = ("waits", "dead-letters", "down", "does-not-collect")
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class StackGroup:
     """Auto Scaling group of a stack.
 
     `instances` contains the ids of the instances that are InService, and `others` is the number of all other instances.
@@ -136,7 +136,7 @@ class Status:
     cause: Cause | None
     deployment: AwsDeployment | None
     drift: tuple[str, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[StackGroup, ...]
     queues: tuple[Queue, ...]
     alarms: tuple[Alarm, ...]
 
@@ -211,7 +211,7 @@ def drift(home: Home, expected: AwsDeployment) -> Iterator[str]:
             yield field.name
 
 
-def _groups(account: Account, names: list[str]) -> Iterator[Group]:
+def _groups(account: Account, names: list[str]) -> Iterator[StackGroup]:
     for group in account.groups(names):
         name, instances = group["AutoScalingGroupName"], group.get("Instances") or ()
         ids = tuple(instance["InstanceId"] for instance in instances if instance["LifecycleState"] == "InService")
@@ -222,7 +222,7 @@ def _groups(account: Account, names: list[str]) -> Iterator[Group]:
         refreshes = response.get("InstanceRefreshes")
         refresh = refreshes[0]["Status"] if refreshes else ""
         smallest, largest, desired = (group[size] for size in ("MinSize", "MaxSize", "DesiredCapacity"))
-        yield Group(name, smallest, largest, desired, ids, len(instances) - len(ids), refresh)
+        yield StackGroup(name, smallest, largest, desired, ids, len(instances) - len(ids), refresh)
 
 
 def _queues(account: Account, deployment: AwsDeployment) -> Iterator[Queue]:

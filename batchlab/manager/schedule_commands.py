@@ -14,7 +14,7 @@ from batchlab.core import due_times, schedules
 from batchlab.core.errors import BackendError, NotFound, Refused, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.protocol import object_keys
-from batchlab.core.schedules import Definition, Missed, Overlap, Run, Schedule
+from batchlab.core.schedules import Definition, Missed, Overlap, Schedule, ScheduledRun
 from batchlab.core.text import join_list
 from batchlab.manager.scheduler import Scheduler
 
@@ -143,7 +143,7 @@ class ScheduleCommands(Scheduler):
         """Remove the schedule. A running job of the schedule finishes."""
         return await self._change(name, schedules.remove)
 
-    async def run_now(self, name: str, asked: str) -> tuple[Schedule, Run]:
+    async def run_now(self, name: str, asked: str) -> tuple[Schedule, ScheduledRun]:
         """Start a run of the schedule now. A repeated request with the same `asked` returns the run of the first
         request."""
 

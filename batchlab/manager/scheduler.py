@@ -24,7 +24,7 @@ from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, JobState
 from batchlab.core.port_retries import set_within
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.schedules import Run, RunState, Schedule, check_name, job_of
+from batchlab.core.schedules import RunState, Schedule, ScheduledRun, check_name, job_of
 from batchlab.manager.context import Context, Part
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.state import LiveJob, Ports
@@ -271,7 +271,7 @@ class Scheduler(Part):
             schedule = schedules.start(schedule, run, now_s)
         return schedule
 
-    async def _submit(self, schedule: Schedule, run: Run) -> None:
+    async def _submit(self, schedule: Schedule, run: ScheduledRun) -> None:
         assert run.job
         try:
             await self._ledger.job(run.job)
@@ -282,7 +282,7 @@ class Scheduler(Part):
                 return
         self._submitted.add(run.job)
 
-    async def _job_for(self, schedule: Schedule, run: Run) -> JobDef | None:
+    async def _job_for(self, schedule: Schedule, run: ScheduledRun) -> JobDef | None:
         """Return the job of a schedule's run. If this grid cannot run the job, record the end of the run and return
         None."""
         assert run.job
@@ -319,7 +319,7 @@ class Scheduler(Part):
         planned = [rows[stage.name].planned for stage in record.job.roots()]
         return schedule.with_run(replace(over, tasks=sum(number or 0 for number in planned)))
 
-    def _ended_run(self, run: Run, result: str, reason: str, ended_s: float | None = None) -> Run:
+    def _ended_run(self, run: ScheduledRun, result: str, reason: str, ended_s: float | None = None) -> ScheduledRun:
         assert run.job
         self._cancelling.pop(run.job, None)
         return replace(
@@ -341,14 +341,14 @@ class Scheduler(Part):
         for pool, number in count.items():
             peak[pool] = max(peak.get(pool, 0), number)
 
-    def has_begun(self, run: Run) -> bool:
+    def has_begun(self, run: ScheduledRun) -> bool:
         """Return whether the scaling policy knows the work of the run's job."""
         live = self._lives.get(run.job) if run.job else None
         if live:
             return live.record.state not in _BEFORE_PLANNED
         return run.job in self._submitted
 
-    def _cancel(self, schedule: Schedule, run: Run) -> None:
+    def _cancel(self, schedule: Schedule, run: ScheduledRun) -> None:
         """Cancel the job of a replaced run in a separate asyncio task, because a cancellation takes seconds."""
         job = run.job
         if job is None or job not in self._lives or job in self._cancelling:
@@ -378,7 +378,7 @@ class Scheduler(Part):
                 self.notes = [*self.notes, text][-MAX_NOTES:]
 
 
-def describe_run(schedule: Schedule, run: Run) -> str:
+def describe_run(schedule: Schedule, run: ScheduledRun) -> str:
     did = {
         RunState.WAITING: "waits for the one before it",
         RunState.RUNNING: f"starts as job {run.job}",

@@ -80,7 +80,7 @@ Key = tuple[str, str]
 
 
 @dataclass(slots=True)
-class Run:
+class ComparedRun:
     """Measures of one job, by measure and stage."""
 
     job: str
@@ -99,7 +99,7 @@ class Run:
         self.samples[measure, stage] = Sample(1000 * number / of, draws)
 
 
-def runs(folders: Sequence[Path], seed: int) -> list[Run]:
+def runs(folders: Sequence[Path], seed: int) -> list[ComparedRun]:
     """Return all runs in the folders in the order of their submission. Raise UsageError if a folder lacks data."""
     with store.open_store(folders) as connection:
         by_job = {run.job: run for run in _jobs(connection, seed)}
@@ -115,9 +115,9 @@ def _rng(*of: object) -> random.Random:
     return random.Random("/".join(map(str, of)))  # noqa: S311 - statistics
 
 
-def _jobs(connection: DuckDBPyConnection, seed: int) -> Iterator[Run]:
+def _jobs(connection: DuckDBPyConnection, seed: int) -> Iterator[ComparedRun]:
     for row in store.rows(connection, "SELECT * FROM jobs ORDER BY submitted_s, job"):
-        run = Run(row["job"], row["name"], row["is_final"])
+        run = ComparedRun(row["job"], row["name"], row["is_final"])
         run.put("took", "", row["took_s"])
         if row["took_s"]:
             run.put("tasks_per_s", "", row["succeeded"] / row["took_s"])
@@ -126,7 +126,7 @@ def _jobs(connection: DuckDBPyConnection, seed: int) -> Iterator[Run]:
         yield run
 
 
-def _stages(connection: DuckDBPyConnection, run: Run, seed: int) -> None:
+def _stages(connection: DuckDBPyConnection, run: ComparedRun, seed: int) -> None:
     sql = "SELECT * FROM stages WHERE job = ? ORDER BY position"
     for row in store.rows(connection, sql, [run.job]):
         stage = row["stage"]
@@ -137,7 +137,7 @@ def _stages(connection: DuckDBPyConnection, run: Run, seed: int) -> None:
             run.put("span", stage, row["ended_s"] - row["started_s"])
 
 
-def _per_1000(run: Run, stage: str, row: Mapping[str, Any], wasted_s: float, rng: random.Random) -> None:
+def _per_1000(run: ComparedRun, stage: str, row: Mapping[str, Any], wasted_s: float, rng: random.Random) -> None:
     run.put("tasks", stage, row["planned"])
     if row["planned"]:
         run.count("retries", stage, row["retried"], row["planned"], rng)
@@ -147,7 +147,7 @@ def _per_1000(run: Run, stage: str, row: Mapping[str, Any], wasted_s: float, rng
         run.put("cost", stage, 1000 * float(row["cost_usd"]) / row["succeeded"])
 
 
-def _tasks(connection: DuckDBPyConnection, run: Run, stage: str, rng: random.Random) -> None:
+def _tasks(connection: DuckDBPyConnection, run: ComparedRun, stage: str, rng: random.Random) -> None:
     """Store the quantiles of the times of a stage's tasks, and the quantiles of resamples of the tasks.
 
     The quantile of a resample equals the value at a random rank, so the function draws ranks instead of resamples.
@@ -174,7 +174,7 @@ def _tasks(connection: DuckDBPyConnection, run: Run, stage: str, rng: random.Ran
                 run.samples[measure, stage] = Sample(values[first], draws)
 
 
-def _fleet(connection: DuckDBPyConnection, runs_by_job: Mapping[str, Run]) -> None:
+def _fleet(connection: DuckDBPyConnection, runs_by_job: Mapping[str, ComparedRun]) -> None:
     instances = (
         "SELECT job, sum(most) AS instances FROM (SELECT job, pool, max(in_service) AS most "
         "FROM fleet GROUP BY job, pool) GROUP BY job"
@@ -295,8 +295,8 @@ class Comparison:
     gate does not allow. `causes` contains sentences about slower stages, with the largest slowdown first.
     """
 
-    a: Sequence[Run]
-    b: Sequence[Run]
+    a: Sequence[ComparedRun]
+    b: Sequence[ComparedRun]
     changes: Sequence[Change]
     broken: Sequence[tuple[Gate, Change]]
     causes: Sequence[str]
@@ -343,7 +343,9 @@ def _number(text: str) -> float:
         raise UsageError(f"{text!r} is not a number.", remedy="Write a number, such as 10.") from None
 
 
-def compare(a: Sequence[Run], b: Sequence[Run], wanted: Sequence[Gate] = (), *, seed: int = 0) -> Comparison:
+def compare(
+    a: Sequence[ComparedRun], b: Sequence[ComparedRun], wanted: Sequence[Gate] = (), *, seed: int = 0
+) -> Comparison:
     """Compare the runs `b` with the runs `a`. Raise UsageError if a gate names a stage that does not exist in the
     runs.
     """
@@ -372,7 +374,7 @@ def _breaks(gate: Gate, change: Change) -> bool:
     return change.worse_by > gate.share
 
 
-def _change(key: Key, a: Sequence[Run], b: Sequence[Run], rng: random.Random) -> Change | None:
+def _change(key: Key, a: Sequence[ComparedRun], b: Sequence[ComparedRun], rng: random.Random) -> Change | None:
     samples, other_samples = _samples(key, a), _samples(key, b)
     if not samples or not other_samples:
         return None
@@ -390,7 +392,7 @@ def _change(key: Key, a: Sequence[Run], b: Sequence[Run], rng: random.Random) ->
     return Change(change.measure, change.stage, before, after, low, high)
 
 
-def _samples(key: Key, side: Sequence[Run]) -> list[Sample]:
+def _samples(key: Key, side: Sequence[ComparedRun]) -> list[Sample]:
     return [run.samples[key] for run in side if key in run.samples]
 
 
@@ -486,7 +488,7 @@ def _percent(change: Change) -> str:
     return f"{change.relative:+.1%}, 95% between {change.low:+.1%} and {change.high:+.1%}"
 
 
-def _notes(a: Sequence[Run], b: Sequence[Run]) -> Iterator[str]:
+def _notes(a: Sequence[ComparedRun], b: Sequence[ComparedRun]) -> Iterator[str]:
     names = {run.name for run in (*a, *b)}
     if len(names) > 1:
         yield f"the runs belong to different jobs: {', '.join(sorted(names))}"

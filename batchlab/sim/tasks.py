@@ -20,7 +20,7 @@ STEP_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Play:
+class ScriptedAttempt:
     """One attempt of one task. A task runs for `run_s`, then returns `value` or fails.
 
     With `kills_worker`, the worker dies at the end of the attempt.
@@ -33,7 +33,7 @@ class Play:
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class AttemptInput:
     """Input of a script: one attempt of a task."""
 
     job: JobDef
@@ -43,7 +43,7 @@ class Scene:
     item: Json
 
 
-Script = Callable[[Scene], Play]
+Script = Callable[[AttemptInput], ScriptedAttempt]
 
 
 class ScriptedRunner:
@@ -54,7 +54,11 @@ class ScriptedRunner:
     """
 
     def __init__(
-        self, script: Script, clock: Clock, started: Callable[[Scene], Callable[[], None]], die: Callable[[], None]
+        self,
+        script: Script,
+        clock: Clock,
+        started: Callable[[AttemptInput], Callable[[], None]],
+        die: Callable[[], None],
     ) -> None:
         self._script = script
         self._clock = clock
@@ -69,7 +73,7 @@ class ScriptedRunner:
             over = work.budget_s is not None and index > 0 and now_s - begun_s >= work.budget_s
             if handle.stop or over or now_s >= handle.until_s:
                 return
-            scene = Scene(work.job, work.stage, work.bundle, task, item)
+            scene = AttemptInput(work.job, work.stage, work.bundle, task, item)
             play = self._script(scene)
             handle.running = task
             ended = self._started(scene)
@@ -133,21 +137,21 @@ class TaskPlans:
             return TaskPlan(run_s, poison=True)
         return TaskPlan(run_s, failing_attempts=attempts if chance < 0.12 else 0)
 
-    def __call__(self, scene: Scene) -> Play:
+    def __call__(self, scene: AttemptInput) -> ScriptedAttempt:
         plan = self.plan_of(scene.job.id, scene.stage.name, scene.task)
         if plan.poison:
-            return Play(plan.run_s, kills_worker=True)
+            return ScriptedAttempt(plan.run_s, kills_worker=True)
         if scene.bundle.attempt <= plan.failing_attempts and not scene.bundle.round:
             failure = Failure(scene.task, FailureKind.EXCEPTION, "no luck", error="Luck")
-            return Play(plan.run_s, failure=failure)
+            return ScriptedAttempt(plan.run_s, failure=failure)
         try:
             value = value_of(scene.stage.name, scene.item)
         except (KeyError, TypeError):
             # Only a lying worker creates an item without the expected fields, and a real handler would fail at such an
             # item.
             failure = Failure(scene.task, FailureKind.EXCEPTION, "an odd item", error="Odd")
-            return Play(plan.run_s, failure=failure)
-        return Play(plan.run_s, value)
+            return ScriptedAttempt(plan.run_s, failure=failure)
+        return ScriptedAttempt(plan.run_s, value)
 
 
 def inputs_of(job: JobDef, stage: StageDef, done: Mapping[str, Mapping[int, Json]]) -> dict[int, Json]:

@@ -42,7 +42,7 @@ from batchlab.sim.lying_worker import Liar, WorkerPorts
 from batchlab.sim.port_wrappers import wrap
 from batchlab.sim.runtime_checks import Start, Watch
 from batchlab.sim.storage_faults import Damage
-from batchlab.sim.tasks import Scene, Script, ScriptedRunner
+from batchlab.sim.tasks import AttemptInput, Script, ScriptedRunner
 from batchlab.sim.worker_rights import Rights
 from batchlab.worker.inflight_message import Identity, Runner, WorkerSettings
 from batchlab.worker.loop import Worker
@@ -285,7 +285,7 @@ class World:
         assert self.script is not None
         return ScriptedRunner(self.script, self.clock, self._start, die)
 
-    def _start(self, scene: Scene) -> Callable[[], None]:
+    def _start(self, scene: AttemptInput) -> Callable[[], None]:
         now_s = self.clock.monotonic_s()
         job, stage = scene.job.id, scene.stage.name
         start = Start(now_s, CURRENT.get(), job, stage, scene.task, scene.bundle.round)

@@ -31,7 +31,7 @@ from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.manager.manager import LEASE, Manager
 from batchlab.manager.state import ManagerSettings, Ports
 from batchlab.runtime.home import Home
-from batchlab.sim.tasks import Play, Scene, ScriptedRunner
+from batchlab.sim.tasks import AttemptInput, ScriptedAttempt, ScriptedRunner
 from batchlab.worker.inflight_message import Identity, WorkerSettings
 from batchlab.worker.loop import Worker
 from tests.support.attacks.disk_image import Gate, cut, mounted, needs_loop
@@ -127,9 +127,9 @@ async def grid_in(folder: Path, sync: Sync, told: Acknowledged) -> AsyncIterator
         await ledger.close()
 
 
-def _play(scene: Scene) -> Play:
+def _play(scene: AttemptInput) -> ScriptedAttempt:
     value = sum(scene.item) if scene.stage.name == TOTAL else scene.item**2
-    return Play(0.01, value)
+    return ScriptedAttempt(0.01, value)
 
 
 # --- The user ------------------------------------------------------------------------------------

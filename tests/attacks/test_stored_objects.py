@@ -24,7 +24,7 @@ from batchlab.core.ports import Cut, Depth, Ending, JobRecord, Reopening, StageR
 from batchlab.core.protocol import commit_keys, json_format, messages, object_keys
 from batchlab.core.protocol.bundle_inputs import Inputs, Manifest
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
-from batchlab.core.schedules import Definition, Run, RunState, Schedule, When
+from batchlab.core.schedules import Definition, RunState, Schedule, ScheduledRun, When
 from batchlab.manager import ledger_rebuild
 from batchlab.manager.context import Context
 from batchlab.manager.live_jobs import LiveJobs
@@ -54,7 +54,7 @@ SCHEDULE = Schedule(
     1,
     2.0,
     3.0,
-    runs=(Run(4.0, "t", RunState.RUNNING, 5.0, JOB.id, peak=(("default", 2),), tasks=3),),
+    runs=(ScheduledRun(4.0, "t", RunState.RUNNING, 5.0, JOB.id, peak=(("default", 2),), tasks=3),),
 )
 
 Reader = tuple[bytes, Callable[[bytes], Any], Callable[[Any], bytes]]

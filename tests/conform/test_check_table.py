@@ -10,7 +10,7 @@ import pytest
 
 from batchlab.conform import check as sources
 from batchlab.conform import check_table
-from batchlab.conform.check import Answer, Check, Differs, Severity, Verdict
+from batchlab.conform.check import Answer, Check, CheckVerdict, Differs, Severity
 from batchlab.conform.check_table import ASG_CHECKS, CHECKS, SERVICES, matching, of_service
 from batchlab.conform.run import Result
 from tests.support import ROOT
@@ -51,8 +51,8 @@ def a_check(name: str = "s3-a", severity: Severity = Severity.NEEDED) -> Check:
     )
 
 
-def a_result(verdict: Verdict, severity: Severity = Severity.NEEDED) -> Result:
-    observed = "" if verdict is Verdict.AGREES else "it | does not"
+def a_result(verdict: CheckVerdict, severity: Severity = Severity.NEEDED) -> Result:
+    observed = "" if verdict is CheckVerdict.AGREES else "it | does not"
     return Result(a_check(severity=severity), verdict, observed, 0.5)
 
 
@@ -151,22 +151,22 @@ def test_an_answer_is_what_was_expected_or_a_difference() -> None:
 @pytest.mark.parametrize(
     ("severity", "verdict", "relied_on", "agrees"),
     [
-        (Severity.NEEDED, Verdict.AGREES, True, True),
-        (Severity.NEEDED, Verdict.DIFFERS, False, False),
-        (Severity.NEEDED, Verdict.UNTRIED, False, False),
-        (Severity.NOTED, Verdict.AGREES, True, True),
-        (Severity.NOTED, Verdict.DIFFERS, True, False),
-        (Severity.NOTED, Verdict.UNTRIED, True, True),
+        (Severity.NEEDED, CheckVerdict.AGREES, True, True),
+        (Severity.NEEDED, CheckVerdict.DIFFERS, False, False),
+        (Severity.NEEDED, CheckVerdict.UNTRIED, False, False),
+        (Severity.NOTED, CheckVerdict.AGREES, True, True),
+        (Severity.NOTED, CheckVerdict.DIFFERS, True, False),
+        (Severity.NOTED, CheckVerdict.UNTRIED, True, True),
     ],
 )
-def test_agreement_of_an_answer(severity: Severity, verdict: Verdict, relied_on: bool, agrees: bool) -> None:
-    results = [a_result(Verdict.AGREES), a_result(verdict, severity)]
+def test_agreement_of_an_answer(severity: Severity, verdict: CheckVerdict, relied_on: bool, agrees: bool) -> None:
+    results = [a_result(CheckVerdict.AGREES), a_result(verdict, severity)]
     assert (check_table.needed_rules_hold(results), check_table.agrees(results)) == (relied_on, agrees)
 
 
 def test_a_run_in_a_sentence() -> None:
-    needed = [a_result(verdict) for verdict in (Verdict.AGREES, Verdict.AGREES, Verdict.UNTRIED)]
-    noted = [a_result(verdict, Severity.NOTED) for verdict in (Verdict.AGREES, Verdict.DIFFERS)]
+    needed = [a_result(verdict) for verdict in (CheckVerdict.AGREES, CheckVerdict.AGREES, CheckVerdict.UNTRIED)]
+    noted = [a_result(verdict, Severity.NOTED) for verdict in (CheckVerdict.AGREES, CheckVerdict.DIFFERS)]
     assert check_table.verdict_text([*needed, *noted]) == (
         "2 of 3 needed rules hold; 1 of 2 noted rules holds. 1 could not be tested."
     )
@@ -175,7 +175,7 @@ def test_a_run_in_a_sentence() -> None:
 
 def test_a_section_lists_what_differs_and_what_was_not_tried() -> None:
     text = check_table.section(
-        "Mine 1.0", [a_result(Verdict.AGREES), a_result(Verdict.DIFFERS), a_result(Verdict.UNTRIED)]
+        "Mine 1.0", [a_result(CheckVerdict.AGREES), a_result(CheckVerdict.DIFFERS), a_result(CheckVerdict.UNTRIED)]
     )
     head, *tables = text.split("\n\n")
     assert head == "### Mine 1.0"
@@ -184,7 +184,7 @@ def test_a_section_lists_what_differs_and_what_was_not_tried() -> None:
     assert [table.split("\n")[2:] for table in tables[1:]] == [[row], [row]]
     assert "observed" in tables[1]
     assert "why not tested" in tables[2]
-    assert check_table.section("Mine 1.0", [a_result(Verdict.AGREES)]).count("\n\n") == 1
+    assert check_table.section("Mine 1.0", [a_result(CheckVerdict.AGREES)]).count("\n\n") == 1
 
 
 def test_page_keeps_its_other_sections() -> None:
@@ -199,7 +199,7 @@ def test_page_keeps_its_other_sections() -> None:
 
 
 def test_json_describes_every_check() -> None:
-    told = check_table.to_json(a_result(Verdict.DIFFERS))
+    told = check_table.to_json(a_result(CheckVerdict.DIFFERS))
     assert told.pop("pages") == ["https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html"]
     assert told == {
         "check": "s3-a",
@@ -242,9 +242,9 @@ def test_section_of_the_page_matches_the_checks(page: str, name: str) -> None:
             seen[check.strip("`")] = observed
     assert seen or name == "batchlab asg serve"
     results = [
-        Result(one, Verdict.DIFFERS, seen.pop(one.name), 0.0)
+        Result(one, CheckVerdict.DIFFERS, seen.pop(one.name), 0.0)
         if one.name in seen
-        else Result(one, Verdict.AGREES, "", 0.0)
+        else Result(one, CheckVerdict.AGREES, "", 0.0)
         for one in PAGES[page]
     ]
     assert seen == {}

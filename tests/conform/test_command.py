@@ -13,7 +13,7 @@ import pytest
 
 from batchlab.cli import endpoints
 from batchlab.cli.output import Stopped
-from batchlab.conform.check import Check, Verdict
+from batchlab.conform.check import Check, CheckVerdict
 from batchlab.conform.check_table import CHECKS
 from batchlab.conform.run import Result
 from batchlab.conform.target import Target
@@ -28,14 +28,14 @@ pytestmark = pytest.mark.usefixtures("no_aws")
 
 
 @pytest.fixture
-def verdicts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Verdict]:
+def verdicts(monkeypatch: pytest.MonkeyPatch) -> dict[str, CheckVerdict]:
     """Replace the checks by fixed verdicts, by name. A check without an entry agrees."""
-    given: dict[str, Verdict] = {}
+    given: dict[str, CheckVerdict] = {}
 
     def pretend(_: Target, checks: list[Check], **__: object) -> list[Result]:
-        found = [(check, given.get(check.name, Verdict.AGREES)) for check in checks]
+        found = [(check, given.get(check.name, CheckVerdict.AGREES)) for check in checks]
         return [
-            Result(check, verdict, "" if verdict is Verdict.AGREES else "something else", 0.1)
+            Result(check, verdict, "" if verdict is CheckVerdict.AGREES else "something else", 0.1)
             for check, verdict in found
         ]
 
@@ -97,25 +97,25 @@ def test_silent_endpoint_is_reported(run: Run) -> None:
 @pytest.mark.parametrize(
     ("name", "verdict", "options", "code"),
     [
-        ("s3-range", Verdict.AGREES, (), 0),
-        ("s3-range", Verdict.DIFFERS, (), 1),
-        ("s3-range", Verdict.UNTRIED, (), 1),
-        ("s3-range-behind", Verdict.DIFFERS, (), 1),
-        ("s3-range-behind", Verdict.UNTRIED, (), 0),
-        ("s3-range-behind", Verdict.DIFFERS, ("--needed",), 0),
-        ("s3-range", Verdict.DIFFERS, ("--needed",), 1),
-        ("s3-range", Verdict.DIFFERS, ("--only", "sqs-*"), 0),
+        ("s3-range", CheckVerdict.AGREES, (), 0),
+        ("s3-range", CheckVerdict.DIFFERS, (), 1),
+        ("s3-range", CheckVerdict.UNTRIED, (), 1),
+        ("s3-range-behind", CheckVerdict.DIFFERS, (), 1),
+        ("s3-range-behind", CheckVerdict.UNTRIED, (), 0),
+        ("s3-range-behind", CheckVerdict.DIFFERS, ("--needed",), 0),
+        ("s3-range", CheckVerdict.DIFFERS, ("--needed",), 1),
+        ("s3-range", CheckVerdict.DIFFERS, ("--only", "sqs-*"), 0),
     ],
 )
 def test_its_exit_code(
-    name: str, verdict: Verdict, options: tuple[str, ...], code: int, run: Run, verdicts: dict[str, Verdict]
+    name: str, verdict: CheckVerdict, options: tuple[str, ...], code: int, run: Run, verdicts: dict[str, CheckVerdict]
 ) -> None:
     verdicts[name] = verdict
     assert run("conform", "--endpoint", "http://127.0.0.1:9", *options)[0] == code
 
 
-def test_text_output(run: Run, verdicts: dict[str, Verdict]) -> None:
-    verdicts["s3-range-behind"] = Verdict.DIFFERS
+def test_text_output(run: Run, verdicts: dict[str, CheckVerdict]) -> None:
+    verdicts["s3-range-behind"] = CheckVerdict.DIFFERS
     call = ("conform", "--endpoint", "http://127.0.0.1:9", "--only", "s3-range*", "--name", "Mine")
     code, out, err = run(*call)
     assert (code, err) == (1, "")
@@ -136,8 +136,8 @@ def test_text_output(run: Run, verdicts: dict[str, Verdict]) -> None:
     assert "s3-range-cut  needed    A range that ends after the end of the object is shortened." in out
 
 
-def test_json_output(run: Run, verdicts: dict[str, Verdict]) -> None:
-    verdicts["sqs-delay-901"] = Verdict.DIFFERS
+def test_json_output(run: Run, verdicts: dict[str, CheckVerdict]) -> None:
+    verdicts["sqs-delay-901"] = CheckVerdict.DIFFERS
     code, out, err = run("conform", "--endpoint", "http://127.0.0.1:9", "--json")
     told = json.loads(out)
     assert (code, err) == (1, "")
@@ -146,10 +146,10 @@ def test_json_output(run: Run, verdicts: dict[str, Verdict]) -> None:
     assert [one["check"] for one in told["checks"]] == [one.name for one in CHECKS]
 
 
-def test_a_page_is_written_and_written_again(run: Run, verdicts: dict[str, Verdict], tmp_path: Path) -> None:
+def test_a_page_is_written_and_written_again(run: Run, verdicts: dict[str, CheckVerdict], tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     call = ("conform", "--endpoint", "http://127.0.0.1:9", "--name", "Mine", "--markdown", page)
-    verdicts["sqs-wake"] = Verdict.DIFFERS
+    verdicts["sqs-wake"] = CheckVerdict.DIFFERS
     run(*call)
     before = page.read_text()
     assert "`sqs-wake` | needed |" in before

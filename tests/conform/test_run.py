@@ -13,7 +13,7 @@ from botocore.parsers import ResponseParserError
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.clock import WallClock
 from batchlab.conform import run as running
-from batchlab.conform.check import Answer, Check, Differs, Run, Severity, Untried, Verdict
+from batchlab.conform.check import Answer, Check, CheckVerdict, Differs, Run, Severity, Untried
 from batchlab.conform.check_table import CHECKS
 from batchlab.conform.site import Site
 from batchlab.conform.target import Target, endpoint
@@ -45,26 +45,26 @@ def _client_error(status: int, code: str) -> ClientError:
 @pytest.mark.parametrize(
     ("raised", "verdict", "observed"),
     [
-        (Differs("it does not"), Verdict.DIFFERS, "it does not"),
-        (Untried("it cannot"), Verdict.UNTRIED, "it cannot"),
-        (_client_error(400, "Bad"), Verdict.DIFFERS, "PutObject returns 400 Bad"),
-        (_client_error(503, "SlowDown"), Verdict.UNTRIED, "PutObject returns 503 SlowDown"),
-        (FlexibleChecksumError(error_msg="other"), Verdict.DIFFERS, "an object arrives damaged"),
-        (ResponseParserError("?"), Verdict.DIFFERS, "boto3 cannot parse the response"),
+        (Differs("it does not"), CheckVerdict.DIFFERS, "it does not"),
+        (Untried("it cannot"), CheckVerdict.UNTRIED, "it cannot"),
+        (_client_error(400, "Bad"), CheckVerdict.DIFFERS, "PutObject returns 400 Bad"),
+        (_client_error(503, "SlowDown"), CheckVerdict.UNTRIED, "PutObject returns 503 SlowDown"),
+        (FlexibleChecksumError(error_msg="other"), CheckVerdict.DIFFERS, "an object arrives damaged"),
+        (ResponseParserError("?"), CheckVerdict.DIFFERS, "boto3 cannot parse the response"),
         (
             EndpointConnectionError(endpoint_url="x"),
-            Verdict.UNTRIED,
+            CheckVerdict.UNTRIED,
             "the endpoint does not respond: EndpointConnectionError",
         ),
-        (Unreachable("No."), Verdict.UNTRIED, "the endpoint does not respond: Unreachable"),
-        (Throttled("Later."), Verdict.UNTRIED, "the endpoint does not respond: Throttled"),
-        (AlreadyExists("Taken."), Verdict.DIFFERS, "Taken."),
-        (KeyError("ETag"), Verdict.DIFFERS, "a response is malformed: KeyError: 'ETag'"),
-        (ZeroDivisionError("of ours"), Verdict.UNTRIED, "the check itself fails: ZeroDivisionError: of ours"),
+        (Unreachable("No."), CheckVerdict.UNTRIED, "the endpoint does not respond: Unreachable"),
+        (Throttled("Later."), CheckVerdict.UNTRIED, "the endpoint does not respond: Throttled"),
+        (AlreadyExists("Taken."), CheckVerdict.DIFFERS, "Taken."),
+        (KeyError("ETag"), CheckVerdict.DIFFERS, "a response is malformed: KeyError: 'ETag'"),
+        (ZeroDivisionError("of ours"), CheckVerdict.UNTRIED, "the check itself fails: ZeroDivisionError: of ours"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_results_of_a_check(raised: Exception, verdict: Verdict, observed: str, target: Target) -> None:
+def test_results_of_a_check(raised: Exception, verdict: CheckVerdict, observed: str, target: Target) -> None:
     def fails(_: Site) -> None:
         raise raised
 
@@ -89,7 +89,7 @@ def test_hanging_check_is_abandoned_and_delays_no_other(target: Target) -> None:
     checks = [_check("sqs-a", hangs), _check("s3-a", lambda _: None), _check("sqs-b", hangs)]
     results = running.run(target, checks, on_result=told.append, limit_s=0.0, at_once=1)
     assert [result.check.name for result in results] == ["sqs-a", "s3-a", "sqs-b"]
-    assert results[0].verdict is Verdict.UNTRIED
+    assert results[0].verdict is CheckVerdict.UNTRIED
     assert results[0].observed == "the check takes longer than 0 s"
     assert len(told) == 3
     release.set()
@@ -118,9 +118,9 @@ def test_two_failures_of_the_endpoint_count_and_one_does_not(target: Target, fai
         failure()
 
     agrees, differs = running.run(target, [_check("s3-once", once), _check("s3-always", always)])
-    assert (agrees.verdict, agrees.observed) == (Verdict.AGREES, "")
+    assert (agrees.verdict, agrees.observed) == (CheckVerdict.AGREES, "")
     assert len(set(keys)) == 2, "it finds nothing of its first try"
-    assert differs.verdict is Verdict.DIFFERS
+    assert differs.verdict is CheckVerdict.DIFFERS
     assert differs.observed.startswith("PutObject returns 50")
 
 
@@ -137,7 +137,7 @@ def test_after_the_end_nothing_is_made_any_more(target: Target) -> None:
         with pytest.raises(Untried, match="the run has ended"):
             make()
     (result,) = running.run(target, [_check("s3-a", lambda _: None)])
-    assert (result.verdict, result.observed) == (Verdict.UNTRIED, "the run has ended")
+    assert (result.verdict, result.observed) == (CheckVerdict.UNTRIED, "the run has ended")
 
 
 def test_the_end_waits_for_what_is_being_made(target: Target) -> None:

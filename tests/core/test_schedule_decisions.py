@@ -10,7 +10,7 @@ import pytest
 
 from batchlab.core import schedules
 from batchlab.core.errors import BackendError, Refused
-from batchlab.core.schedules import MAX_RUNS, Definition, Missed, Overlap, Run, RunState, Schedule, When
+from batchlab.core.schedules import MAX_RUNS, Definition, Missed, Overlap, RunState, Schedule, ScheduledRun, When
 from batchlab.manager.autoscaler import affordable
 
 BEGIN_S = datetime(2026, 3, 2, 9, 30, tzinfo=UTC).timestamp()
@@ -118,7 +118,7 @@ def test_paused_schedule_starts_only_manual_runs() -> None:
 def test_stored_schedule_round_trips() -> None:
     made = schedules.decide_due_times(schedule(overlap=Overlap.QUEUE, missed_within_s=5.0), BEGIN_S + HOUR)
     run = replace(made.runs[0], state=RunState.ENDED, result="FAILED", peak=(("default", 3),), tasks=7)
-    made = made.with_run(run).with_run(Run(1.0, "t", RunState.WAITING, 2.0, asked="mine"))
+    made = made.with_run(run).with_run(ScheduledRun(1.0, "t", RunState.WAITING, 2.0, asked="mine"))
     assert schedules.from_bytes(schedules.to_bytes(made)) == made
     with pytest.raises(BackendError):
         schedules.from_bytes(b'{"v": 99}')

@@ -14,7 +14,7 @@ import pytest
 
 from batchlab.cli import report
 from batchlab.core.errors import UsageError
-from batchlab.reports.comparison import MEASURES, Change, Comparison, Gate, Run, Sample, compare, gates, runs
+from batchlab.reports.comparison import MEASURES, Change, ComparedRun, Comparison, Gate, Sample, compare, gates, runs
 from tests.support.cli import run
 from tests.support.reports.made import Made, write_run
 
@@ -37,7 +37,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @cache
-def read(folder: Path) -> list[Run]:
+def read(folder: Path) -> list[ComparedRun]:
     return runs([folder], SEED)
 
 
@@ -91,10 +91,10 @@ def test_interval_covers_the_truth_at_its_stated_rate() -> None:
     """The intervals are those of the ratio of two medians, for runs with a known spread."""
     rng = random.Random(4)
 
-    def side(mean: float) -> list[Run]:
+    def side(mean: float) -> list[ComparedRun]:
         made = []
         for n in range(9):
-            one = Run(str(n), "x", is_final=True, stages=["s"])
+            one = ComparedRun(str(n), "x", is_final=True, stages=["s"])
             one.samples["p50", "s"] = Sample(rng.gauss(mean, mean * 0.05))
             made.append(one)
         return made
@@ -141,7 +141,7 @@ def change(a: float, b: float, measure: str = "p95", stage: str = "s", **more: f
 
 
 def broken(one: Change, *texts: str) -> bool:
-    first, second = (Run(side, "x", is_final=True, stages=["s"]) for side in "ab")
+    first, second = (ComparedRun(side, "x", is_final=True, stages=["s"]) for side in "ab")
     first.samples[one.measure.name, one.stage] = Sample(one.a)
     second.samples[one.measure.name, one.stage] = Sample(one.b)
     return bool(compare([first], [second], gates(None, texts)).broken)

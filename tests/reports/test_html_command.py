@@ -14,7 +14,7 @@ from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.reports.html.failures import LOG_BYTES, Case, cases, samples
-from batchlab.reports.html.source import Run as ReportedRun
+from batchlab.reports.html.source import ReportRun as ReportedRun
 from batchlab.reports.queries import store
 from batchlab.runtime.home import Home
 from tests.support.cli import Run, runner

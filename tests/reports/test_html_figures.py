@@ -16,7 +16,7 @@ import pytest
 from batchlab.reports.html import costs, durations, failures, gantt, load
 from batchlab.reports.html.charts import LogAxis
 from batchlab.reports.html.metrics import RunFigures, run_figures
-from batchlab.reports.html.source import Run, share
+from batchlab.reports.html.source import ReportRun, share
 from batchlab.reports.queries.store import open_store
 from tests.support.reports.altered import altered
 from tests.support.reports.figures import Row, means, percentile, rows_of
@@ -30,13 +30,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path) -> Iterator[Run]:
+def run(folder: Path) -> Iterator[ReportRun]:
     with open_store([folder]) as connection:
-        yield Run(connection, Made().job)
+        yield ReportRun(connection, Made().job)
 
 
 @pytest.fixture(scope="module")
-def seen(run: Run) -> RunFigures:
+def seen(run: ReportRun) -> RunFigures:
     return run_figures(run, load.series(run), costs.cost(run))
 
 
@@ -65,13 +65,13 @@ def _places(folder: Path, bundles: list[Row]) -> dict[str, tuple[float, float, i
 # --- Load ----------------------------------------------------------------------------------------
 
 
-def test_the_time_axis_is_the_jobs(run: Run, folder: Path) -> None:
+def test_the_time_axis_is_the_jobs(run: ReportRun, folder: Path) -> None:
     (job,) = rows_of(folder, "jobs")
     assert run.start_s == pytest.approx(job["ended_s"] - job["took_s"])
     assert run.end_s == job["ended_s"]
 
 
-def test_slots_busy_and_in_service_and_tasks_waiting(run: Run, folder: Path, bundles: list[Row]) -> None:
+def test_slots_busy_and_in_service_and_tasks_waiting(run: ReportRun, folder: Path, bundles: list[Row]) -> None:
     found = load.series(run)
     edges = (run.start_s, run.end_s, load.BINS)
     for stage, levels in found.running.items():
@@ -83,13 +83,13 @@ def test_slots_busy_and_in_service_and_tasks_waiting(run: Run, folder: Path, bun
     assert found.waiting == pytest.approx(means(ready, *edges), rel=1e-9, abs=1e-6)
 
 
-def test_the_time_under_the_running_tasks_is_that_of_the_bundles(run: Run, bundles: list[Row]) -> None:
+def test_the_time_under_the_running_tasks_is_that_of_the_bundles(run: ReportRun, bundles: list[Row]) -> None:
     part_s = run.span_s / load.BINS
     whole_s = sum(b["took_s"] * b["slots"] for b in bundles)
     assert sum(load.series(run).in_flight) * part_s == pytest.approx(whole_s)
 
 
-def test_tasks_left(run: Run, tasks: list[Row]) -> None:
+def test_tasks_left(run: ReportRun, tasks: list[Row]) -> None:
     left = load.series(run).left
     for k in range(load.BINS):
         at_s = run.start_s + (k + 1) * run.span_s / load.BINS
@@ -97,7 +97,7 @@ def test_tasks_left(run: Run, tasks: list[Row]) -> None:
     assert left[-1] == 0
 
 
-def test_the_fleet_is_as_it_was_last_seen(run: Run, folder: Path) -> None:
+def test_the_fleet_is_as_it_was_last_seen(run: ReportRun, folder: Path) -> None:
     looks = sorted(rows_of(folder, "fleet"), key=lambda row: row["at_s"])
     found = load.series(run)
     for k in range(load.BINS):
@@ -108,14 +108,14 @@ def test_the_fleet_is_as_it_was_last_seen(run: Run, folder: Path) -> None:
         assert found.pending[k] == last["pending"]
 
 
-def test_remaining_work_of_all_jobs_is_shown_if_there_are_several(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_remaining_work_of_all_jobs_is_shown_if_there_are_several(run: ReportRun, folder: Path, tmp_path: Path) -> None:
     found = load.series(run)
     looks = sorted(rows_of(folder, "queues"), key=lambda row: row["at_s"])
     last = [row for row in looks if row["at_s"] <= run.start_s + run.span_s / 2][-1]
     assert found.left_of_all[load.BINS // 2 - 1] == last["backlog_tasks"]
     busy = altered(folder, tmp_path / "busy", {"queues": "backlog_tasks + 5000 AS backlog_tasks"})
     with open_store([busy]) as connection:
-        crowded = Run(connection, Made().job)
+        crowded = ReportRun(connection, Made().job)
         made = load.draw(crowded, load.series(crowded), [])[1]
     assert "Other jobs of the grid" in made.text
     assert made.data
@@ -123,7 +123,7 @@ def test_remaining_work_of_all_jobs_is_shown_if_there_are_several(run: Run, fold
     assert "Other jobs" not in load.draw(run, found, [])[1].text
 
 
-def test_scaling_decisions_with_their_reasons(run: Run, folder: Path) -> None:
+def test_scaling_decisions_with_their_reasons(run: ReportRun, folder: Path) -> None:
     rows = sorted(rows_of(folder, "scaling"), key=lambda row: row["at_s"])
     found, in_all = load.decisions(run)
     assert in_all == len(rows)
@@ -136,7 +136,7 @@ def test_scaling_decisions_with_their_reasons(run: Run, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["run_s", "wait_s"])
-def test_percentiles_and_histograms(run: Run, tasks: list[Row], column: str) -> None:
+def test_percentiles_and_histograms(run: ReportRun, tasks: list[Row], column: str) -> None:
     found = durations.spreads(run, column)
     assert [one.stage for one in found] == ["read", "score", "merge"]
     for one in found:
@@ -152,7 +152,7 @@ def test_percentiles_and_histograms(run: Run, tasks: list[Row], column: str) -> 
         assert sum(one.bins.values()) == one.tasks
 
 
-def test_a_histograms_table_has_every_task(run: Run) -> None:
+def test_a_histograms_table_has_every_task(run: ReportRun) -> None:
     spreads = durations.spreads(run, "run_s")
     for histogram in durations.draw_histograms(run, spreads, "run_s"):
         (spread,) = [spread for spread in spreads if spread.stage == histogram.title]
@@ -160,7 +160,7 @@ def test_a_histograms_table_has_every_task(run: Run) -> None:
         assert sum(int(row[1].replace(",", "")) for row in histogram.data.rows) == spread.tasks
 
 
-def test_the_longest_tasks(run: Run, tasks: list[Row]) -> None:
+def test_the_longest_tasks(run: ReportRun, tasks: list[Row]) -> None:
     order = sorted(tasks, key=lambda task: (-task["run_s"], task["stage"], task["task"]))
     assert [(row[0], int(row[1])) for row in durations.longest(run).rows] == [
         (task["stage"], task["task"]) for task in order[: durations.MAX_LONGEST_TASKS]
@@ -170,7 +170,7 @@ def test_the_longest_tasks(run: Run, tasks: list[Row]) -> None:
 # --- Workers -------------------------------------------------------------------------------------
 
 
-def test_each_bundle_is_a_bar_and_no_two_share_a_slot(run: Run, bundles: list[Row]) -> None:
+def test_each_bundle_is_a_bar_and_no_two_share_a_slot(run: ReportRun, bundles: list[Row]) -> None:
     chart = gantt.draw(run)
     assert chart
     bars = [shape for shape in chart.shapes if shape.look.startswith("bar ")]
@@ -188,7 +188,7 @@ def test_many_instances_share_lanes(tmp_path: Path) -> None:
     folder = write_run(tmp_path, Made(tasks=2000, per_bundle=2, workers=200))
     bundles = rows_of(folder, "bundles")
     with open_store([folder]) as connection:
-        run = Run(connection, Made().job)
+        run = ReportRun(connection, Made().job)
         chart = gantt.draw(run)
         assert chart
         assert chart.data
@@ -212,7 +212,7 @@ def _groups(folder: Path, each: int) -> list[set[str]]:
 # --- RunFigures ---------------------------------------------------------------------------------------
 
 
-def test_signs_of_the_fleet(run: Run, seen: RunFigures, folder: Path, bundles: list[Row]) -> None:
+def test_signs_of_the_fleet(run: ReportRun, seen: RunFigures, folder: Path, bundles: list[Row]) -> None:
     places = _places(folder, bundles)
     whole_s = sum(
         slots * (min(end_s, run.end_s) - max(begin_s, run.start_s)) for begin_s, end_s, slots in places.values()
@@ -249,7 +249,7 @@ def test_task_durations_beside_other_tasks(folder: Path, tmp_path: Path) -> None
     folder = write_run(tmp_path, Made(tasks=800, per_bundle=2, workers=5))
     bundles = rows_of(folder, "bundles")
     with open_store([folder]) as connection:
-        run = Run(connection, Made().job)
+        run = ReportRun(connection, Made().job)
         found = run_figures(run, load.series(run), None)
     of = {row["worker"]: row["instance"] for row in rows_of(folder, "workers")}
     for stage in found.stages:
@@ -303,7 +303,7 @@ def test_signs_of_waste(seen: RunFigures, folder: Path) -> None:
 # --- Money ---------------------------------------------------------------------------------------
 
 
-def test_the_bill_is_split_in_three_ways_that_add_up(run: Run, folder: Path) -> None:
+def test_the_bill_is_split_in_three_ways_that_add_up(run: ReportRun, folder: Path) -> None:
     found = costs.cost(run)
     rows = rows_of(folder, "cost")
     (job,) = rows_of(folder, "jobs")
@@ -323,7 +323,7 @@ def test_the_bill_is_split_in_three_ways_that_add_up(run: Run, folder: Path) -> 
 # --- Failures ------------------------------------------------------------------------------------
 
 
-def test_failures_by_cause(run: Run, folder: Path, tasks: list[Row]) -> None:
+def test_failures_by_cause(run: ReportRun, folder: Path, tasks: list[Row]) -> None:
     found = failures.failures(run)
     attempts = [row for row in rows_of(folder, "attempts") if row["state"] == "FAILED"]
     (job,) = rows_of(folder, "jobs")
@@ -338,7 +338,7 @@ def test_failures_by_cause(run: Run, folder: Path, tasks: list[Row]) -> None:
     assert sum(group.tasks for group in found.groups) == found.tasks
 
 
-def test_causes_beyond_the_first_are_summed_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_causes_beyond_the_first_are_summed_up(run: ReportRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures, "MAX_GROUPS", 1)
     found = failures.failures(run)
     (group,) = found.groups
@@ -347,7 +347,7 @@ def test_causes_beyond_the_first_are_summed_up(run: Run, monkeypatch: pytest.Mon
     assert [int(n) for n in re.findall(r"\d+", found.more)] == [1, tasks, attempts]
 
 
-def test_duplicates(run: Run, folder: Path) -> None:
+def test_duplicates(run: ReportRun, folder: Path) -> None:
     rows = rows_of(folder, "duplicates")
     table = failures.twice(run)
     assert table

@@ -25,7 +25,7 @@ from batchlab.reports.tables.build import TableBuilder
 from batchlab.reports.tables.gather import JobDataReader
 from batchlab.reports.tables.schema import TABLES
 from batchlab.reports.tables.write import Writer, fetch, index_of
-from batchlab.sim.tasks import Play, Scene
+from batchlab.sim.tasks import AttemptInput, ScriptedAttempt
 from batchlab.sim.world import World
 from tests.support.reports import simulated_run as told
 from tests.support.reports.simulated_run import answers, one
@@ -50,7 +50,7 @@ async def accounted(world: World, name: str = "job") -> None:
             await asyncio.sleep(1.0)
 
 
-def moody(scene: Scene) -> Play:
+def moody(scene: AttemptInput) -> ScriptedAttempt:
     """Return the behavior of a task: in stage a, every fifth task fails once, and in stage b, one task fails
     permanently. The other tasks take 1 s to 3 s."""
     run_s = 1.0 + scene.task % 3
@@ -59,10 +59,10 @@ def moody(scene: Scene) -> Play:
         place = '  File "/code/shop.py", line 12, in price\n    raise'
         reason = f"row {scene.task} has no price"
         failure = Failure(0, FailureKind.EXCEPTION, reason, "ValueError", traceback=place)
-        return Play(run_s / 2, failure=failure)
+        return ScriptedAttempt(run_s / 2, failure=failure)
     if name == B and scene.task == 7:
-        return Play(run_s, failure=Failure(0, FailureKind.EXIT, "exit code 3", exit_code=3))
-    return Play(run_s, scene.task)
+        return ScriptedAttempt(run_s, failure=Failure(0, FailureKind.EXIT, "exit code 3", exit_code=3))
+    return ScriptedAttempt(run_s, scene.task)
 
 
 STAGES = (stage(A, retry=AGAIN), stage(B, A, retry=replace(AGAIN, attempts=2)), stage(C, A, gather="*"))
@@ -159,10 +159,10 @@ def test_repeated_write_gives_the_same_files(tmp_path: Path) -> None:
 def test_a_retry_and_a_gather_that_is_planned_anew(tmp_path: Path) -> None:
     """The second round repairs the failures, and the gather's first plan does not count any more."""
 
-    def script(scene: Scene) -> Play:
+    def script(scene: AttemptInput) -> ScriptedAttempt:
         if scene.stage.name == A and scene.task == 3 and scene.bundle.round == 0:
-            return Play(1.0, failure=Failure(0, FailureKind.EXIT, "exit code 1", exit_code=1))
-        return Play(1.0, scene.task)
+            return ScriptedAttempt(1.0, failure=Failure(0, FailureKind.EXIT, "exit code 1", exit_code=1))
+        return ScriptedAttempt(1.0, scene.task)
 
     async def act(world: World) -> Any:
         once = RetryRule(attempts=1)
@@ -200,7 +200,7 @@ def test_a_job_that_is_cancelled(tmp_path: Path) -> None:
         await told.written(world.objects, patience(world), made.id, tmp_path, *POOLS)
         return await world.ledger.rows(made.id)
 
-    ledger = in_world(act, script=lambda _: Play(2.0, 1), **recorded())
+    ledger = in_world(act, script=lambda _: ScriptedAttempt(2.0, 1), **recorded())
     with answers(tmp_path) as ask:
         told.check_against_ledger(ask, ledger)
         assert one(ask, "SELECT cancelled FROM jobs") > 0
@@ -214,7 +214,7 @@ def test_on_demand_while_the_job_runs(tmp_path: Path) -> None:
         index = await told.written(world.objects, patience(world), made.id, tmp_path, *POOLS)
         return index, await world.ledger.rows(made.id)
 
-    index, ledger = in_world(act, script=lambda _: Play(30.0, 1), **recorded())
+    index, ledger = in_world(act, script=lambda _: ScriptedAttempt(30.0, 1), **recorded())
     assert not index.is_final
     assert not ledger.job.state.ended
     with answers(tmp_path) as ask:
@@ -259,7 +259,7 @@ def test_recorded_data_survives_the_manager(tmp_path: Path) -> None:
         await told.written(world.objects, patience(world), made.id, tmp_path, *POOLS)
         return killed_s
 
-    killed_s = in_world(act, script=lambda _: Play(30.0, 1), **recorded())
+    killed_s = in_world(act, script=lambda _: ScriptedAttempt(30.0, 1), **recorded())
     with answers(tmp_path) as ask:
         before = f"SELECT count(*) FROM fleet WHERE at_s < {killed_s - 60.0}"
         assert one(ask, before) > 30
@@ -322,7 +322,7 @@ def test_duplicates_are_counted(tmp_path: Path) -> None:
         await accounted(world)
         await told.written(world.objects, patience(world), made.id, tmp_path, *POOLS)
 
-    in_world(act, script=lambda _: Play(40.0, 1), **recorded())
+    in_world(act, script=lambda _: ScriptedAttempt(40.0, 1), **recorded())
     with answers(tmp_path) as ask:
         twice = {row["kind"]: row for row in ask("SELECT * FROM duplicates")}
         assert twice["message"]["seen"] == twice["execution"]["seen"] == 1
@@ -337,9 +337,9 @@ def test_grid_without_accounting_or_sampling_has_tables(tmp_path: Path) -> None:
     error."""
     odd = 'a \0 row\'s "price" \\u0000 \N{SNOWMAN}\n' + 600 * "x"
 
-    def script(scene: Scene) -> Play:
+    def script(scene: AttemptInput) -> ScriptedAttempt:
         failing = scene.task == 4
-        return Play(1.0, 1, Failure(0, FailureKind.EXCEPTION, odd, odd) if failing else None)
+        return ScriptedAttempt(1.0, 1, Failure(0, FailureKind.EXCEPTION, odd, odd) if failing else None)
 
     async def act(world: World) -> Any:
         made = job(stage(A, retry=RetryRule(attempts=1)), items=10)
@@ -380,10 +380,10 @@ def test_bucket_has_complete_tables_and_detects_stale_ones(tmp_path: Path) -> No
         await world.ask(lambda m: m.job_commands.retry(made.id), "retry")
         assert await index_of(world.objects, patient, made.id) is None  # the job runs again
 
-    def script(scene: Scene) -> Play:
+    def script(scene: AttemptInput) -> ScriptedAttempt:
         failing = scene.task == 2 and scene.bundle.round == 0
         failure = Failure(0, FailureKind.EXIT, "exit code 1", exit_code=1) if failing else None
-        return Play(1.0, 1, failure=failure)
+        return ScriptedAttempt(1.0, 1, failure=failure)
 
     in_world(act, script=script, **recorded())
     with store.open_store([tmp_path]) as connection:

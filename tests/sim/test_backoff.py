@@ -11,7 +11,7 @@ from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, Failure, FailureKind, TaskSet
 from batchlab.core.protocol import settlement
 from batchlab.core.retry_rule import RetryRule
-from batchlab.sim.tasks import Play, Script, value_of
+from batchlab.sim.tasks import Script, ScriptedAttempt, value_of
 from batchlab.sim.world import World
 from tests.support.sim.scenes import A, ended_well, in_world, job, kill_manager, stage, submitted
 
@@ -20,11 +20,11 @@ MADE = job(stage(A, retry=RetryRule(attempts=2, backoff_s=BACKOFF_S, jitter=0.0)
 
 
 def unlucky_once(run_s: float = 1.0) -> Script:
-    def play(scene: Any) -> Play:
+    def play(scene: Any) -> ScriptedAttempt:
         if scene.bundle.attempt == 1:
             failure = Failure(scene.task, FailureKind.EXCEPTION, "no luck", error="Luck")
-            return Play(run_s, failure=failure)
-        return Play(run_s, value_of(scene.stage.name, scene.item))
+            return ScriptedAttempt(run_s, failure=failure)
+        return ScriptedAttempt(run_s, value_of(scene.stage.name, scene.item))
 
     return play
 

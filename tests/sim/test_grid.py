@@ -23,7 +23,7 @@ from batchlab.core.protocol import object_keys
 from batchlab.core.retry_rule import RetryRule
 from batchlab.manager import state
 from batchlab.sim import invariants
-from batchlab.sim.tasks import Play, Scene, value_of
+from batchlab.sim.tasks import AttemptInput, ScriptedAttempt, value_of
 from batchlab.sim.world import WORKER, World
 from tests.support.sim.scenes import (
     UNHURRIED,
@@ -131,10 +131,10 @@ def test_a_worker_lost_after_the_hand_over_is_noticed_by_the_watchdog() -> None:
 
 
 def test_backoff_beyond_fifteen_minutes_is_chained_through_the_queue() -> None:
-    def script(scene: Scene) -> Play:
+    def script(scene: AttemptInput) -> ScriptedAttempt:
         if scene.bundle.attempt == 1:
-            return Play(0.1, failure=Failure(scene.task, FailureKind.EXCEPTION, "no"))
-        return Play(0.1, 1)
+            return ScriptedAttempt(0.1, failure=Failure(scene.task, FailureKind.EXCEPTION, "no"))
+        return ScriptedAttempt(0.1, 1)
 
     async def act(world: World) -> None:
         rule = RetryRule(attempts=2, backoff_s=3600.0, max_backoff_s=7200.0, jitter=0.0)
@@ -149,8 +149,8 @@ def test_backoff_beyond_fifteen_minutes_is_chained_through_the_queue() -> None:
 def test_a_task_that_kills_its_workers_fails_alone_and_its_neighbours_succeed() -> None:
     """The poison task's bundle is halved until the task is alone, and then the task is FAILED with a reason (I7)."""
 
-    def script(scene: Scene) -> Play:
-        return Play(0.05, 1, kills_worker=scene.task == 37)
+    def script(scene: AttemptInput) -> ScriptedAttempt:
+        return ScriptedAttempt(0.05, 1, kills_worker=scene.task == 37)
 
     async def act(world: World) -> None:
         made = job(stage(A, bundle=20), items=60)
@@ -284,10 +284,10 @@ def test_gather_by_field_keeps_task_order_after_retries() -> None:
     """Task 0 succeeds last, in its own bundle, but is still the first of its group."""
     made = job(stage(A, bundle=6, retry=RetryRule(2, 0.5)), stage(B, A, gather="key"), items=6)
 
-    def script(scene: Scene) -> Play:
+    def script(scene: AttemptInput) -> ScriptedAttempt:
         if scene.stage.name == A and scene.task in (0, 3) and scene.bundle.attempt == 1:
-            return Play(0.1, failure=Failure(scene.task, FailureKind.EXCEPTION, "no luck"))
-        return Play(0.1, value_of(scene.stage.name, scene.item))
+            return ScriptedAttempt(0.1, failure=Failure(scene.task, FailureKind.EXCEPTION, "no luck"))
+        return ScriptedAttempt(0.1, value_of(scene.stage.name, scene.item))
 
     async def act(world: World) -> None:
         await ends_well(world, made)

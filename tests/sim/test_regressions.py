@@ -19,7 +19,7 @@ from batchlab.core.ports import AddCut, Finish, SetControl, SetPlanned
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.manager import ledger_rebuild
 from batchlab.sim import invariants
-from batchlab.sim.tasks import Play, Scene
+from batchlab.sim.tasks import AttemptInput, ScriptedAttempt
 from batchlab.sim.users import bring_items
 from batchlab.sim.world import EPOCH_S, World
 from tests.support.sim.scenes import (
@@ -213,10 +213,10 @@ def test_a_job_stopped_for_a_wrong_plan_ends_failed_with_the_reason_though_the_l
 def test_a_retry_is_finished_by_the_next_leader(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, the job hung in its new round. The ledger had reopened the job, but did not contain a bundle to run."""
 
-    def script(scene: Scene) -> Play:
+    def script(scene: AttemptInput) -> ScriptedAttempt:
         if scene.bundle.round == 0:
-            return Play(0.1, failure=Failure(scene.task, FailureKind.EXCEPTION, "no"))
-        return Play(0.1, 1)
+            return ScriptedAttempt(0.1, failure=Failure(scene.task, FailureKind.EXCEPTION, "no"))
+        return ScriptedAttempt(0.1, 1)
 
     async def act(world: World) -> None:
         died: list[int] = []
@@ -375,8 +375,8 @@ def test_a_gather_over_results_that_have_vanished_fails_its_job_with_a_reason() 
 def test_a_gather_over_a_large_result_that_has_vanished_fails_its_job_with_a_reason() -> None:
     """Before, the planning met the missing object repeatedly, without an end (I7)."""
 
-    def script(scene: Scene) -> Play:
-        return Play(0.5, {"$value": "files/job/a/gone.json"})
+    def script(scene: AttemptInput) -> ScriptedAttempt:
+        return ScriptedAttempt(0.5, {"$value": "files/job/a/gone.json"})
 
     async def act(world: World) -> None:
         made = job(stage(A), stage(B, A, gather="key"), items=3)

@@ -19,7 +19,7 @@ from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.json_format import ControlCommand, control_to_bytes
 from batchlab.manager import fleet_commands, ledger_rebuild
 from batchlab.sim import invariants
-from batchlab.sim.tasks import Play, Scene, value_of
+from batchlab.sim.tasks import AttemptInput, ScriptedAttempt, value_of
 from batchlab.sim.users import bring_items
 from batchlab.sim.world import EPOCH_S, MANAGER, World
 from tests.support.sim.scenes import (
@@ -364,11 +364,11 @@ def test_a_retry_is_not_planned_from_an_emptied_ledger(monkeypatch: pytest.Monke
         await ended_well(world, made)
         assert armed == ["now", "emptied"]
 
-    def fails_at_first(scene: Scene) -> Play:
+    def fails_at_first(scene: AttemptInput) -> ScriptedAttempt:
         if scene.stage.name == B and not scene.bundle.round:
             failure = Failure(scene.task, FailureKind.EXCEPTION, "no luck", error="Luck")
-            return Play(1.0, failure=failure)
-        return Play(1.0, value_of(scene.stage.name, scene.item))
+            return ScriptedAttempt(1.0, failure=failure)
+        return ScriptedAttempt(1.0, value_of(scene.stage.name, scene.item))
 
     in_world(act, script=fails_at_first)
 

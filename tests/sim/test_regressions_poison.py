@@ -21,7 +21,7 @@ from batchlab.core.protocol.settlement import LOSS_LIMIT
 from batchlab.sim import invariants
 from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.runtime_checks import BEGIN_S
-from batchlab.sim.tasks import Play, Scene, TaskPlans, value_of
+from batchlab.sim.tasks import AttemptInput, ScriptedAttempt, TaskPlans, value_of
 from batchlab.sim.world import World
 from batchlab.worker.inflight_message import Identity, InflightMessage, WorkerContext, WorkerSettings
 from batchlab.worker.outbox import Outbox
@@ -90,8 +90,8 @@ def test_a_worker_killed_between_a_written_start_and_the_task_has_lost_it(monkey
     """Another task killed the worker while the start marker was being acknowledged. The grid correctly counts this
     start against the task. Before, the simulator's check counted only tasks that ran, and reported an error."""
 
-    def script(scene: Scene) -> Play:
-        return Play(0.1, kills_worker=True)
+    def script(scene: AttemptInput) -> ScriptedAttempt:
+        return ScriptedAttempt(0.1, kills_worker=True)
 
     async def act(world: World) -> None:
         async def put(real: Any, key: str, *args: Any, **options: Any) -> object:
@@ -144,10 +144,10 @@ def test_task_beside_a_poisonous_one_is_not_called_poison(kills_after_s: float) 
     killed three workers."""
     poison = {3, 17, 30}
 
-    def script(scene: Scene) -> Play:
+    def script(scene: AttemptInput) -> ScriptedAttempt:
         is_poison = scene.item in poison
         run_s = kills_after_s if is_poison else 3.0
-        return Play(run_s, value_of(scene.stage.name, scene.item), kills_worker=is_poison)
+        return ScriptedAttempt(run_s, value_of(scene.stage.name, scene.item), kills_worker=is_poison)
 
     async def act(world: World) -> None:
         made = job(stage(A, bundle=1), items=40, max_failures=40)
@@ -189,7 +189,7 @@ def test_bundle_that_waits_in_vain_for_a_whole_worker_releases_the_rest(monkeypa
         after = await begun("after", 4)
         assert (await ended(world, after, within_s=600.0)).state is JobState.SUCCEEDED
 
-    def script(scene: Scene) -> Play:
-        return Play(lasts_s.get(scene.job.id, 3.0), value_of(scene.stage.name, scene.item))
+    def script(scene: AttemptInput) -> ScriptedAttempt:
+        return ScriptedAttempt(lasts_s.get(scene.job.id, 3.0), value_of(scene.stage.name, scene.item))
 
     in_world(act, script=script, pools=(Pool("default", 1, 1, 4),))

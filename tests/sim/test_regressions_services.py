@@ -21,7 +21,7 @@ from batchlab.core.protocol.commit_keys import CommitKeys, jobs_in, with_proofs
 from batchlab.core.protocol.messages import Beat, HeldBundle, events_message, read_events_message
 from batchlab.core.retry_rule import RetryRule
 from batchlab.sim import invariants
-from batchlab.sim.tasks import Play, Scene
+from batchlab.sim.tasks import AttemptInput, ScriptedAttempt
 from batchlab.sim.world import MANAGER, World
 from tests.support.sim.scenes import (
     A,
@@ -68,12 +68,12 @@ def test_task_with_failing_storage_is_not_called_poison() -> None:
     FAILED as poison, although no worker had died."""
     tries: list[int] = []
 
-    def script(scene: Scene) -> Play:
+    def script(scene: AttemptInput) -> ScriptedAttempt:
         if scene.task == 1:
             tries.append(scene.bundle.attempt)
             if len(tries) <= 4:
                 raise Unreachable("The result could not be uploaded.")
-        return Play(0.3, 1)
+        return ScriptedAttempt(0.3, 1)
 
     async def act(world: World) -> None:
         await ends_well(world, job(stage(A, bundle=1), items=3))
@@ -161,11 +161,11 @@ def test_job_with_an_unreported_split_matches_its_rebuilt_ledger(monkeypatch: py
     """Before, the halves made all tasks terminal and the job ended, but the split was never folded (I3)."""
     kills: list[int] = []
 
-    def script(scene: Scene) -> Play:
+    def script(scene: AttemptInput) -> ScriptedAttempt:
         if scene.task == 3 and len(kills) < 2:
             kills.append(len(scene.bundle.tasks))
-            return Play(0.1, kills_worker=True)
-        return Play(0.1, 1)
+            return ScriptedAttempt(0.1, kills_worker=True)
+        return ScriptedAttempt(0.1, 1)
 
     async def act(world: World) -> None:
         lost: list[BundleId] = []
@@ -234,10 +234,10 @@ def test_a_bundle_larger_than_the_cap_is_capped(monkeypatch: pytest.MonkeyPatch)
     """With `bundle: 60000` and a failure of every other task, the message of the retry was larger than the queue's
     limit. Before, the job hung."""
 
-    def script(scene: Scene) -> Play:
+    def script(scene: AttemptInput) -> ScriptedAttempt:
         if scene.task % 2 and scene.bundle.attempt == 1:
-            return Play(0.0, failure=Failure(scene.task, FailureKind.EXCEPTION, "no"))
-        return Play(0.0, 1)
+            return ScriptedAttempt(0.0, failure=Failure(scene.task, FailureKind.EXCEPTION, "no"))
+        return ScriptedAttempt(0.0, 1)
 
     async def act(world: World) -> None:
         lengths: list[int] = []
@@ -260,9 +260,9 @@ def test_a_bundle_larger_than_the_cap_is_capped(monkeypatch: pytest.MonkeyPatch)
 def test_a_stage_that_needs_several_slots_is_not_starved_by_one_that_needs_one() -> None:
     """Before, the bundle was returned repeatedly while single tasks kept one of the slots busy."""
 
-    def script(scene: Scene) -> Play:
+    def script(scene: AttemptInput) -> ScriptedAttempt:
         rng = random.Random(scene.task)
-        return Play(2.0 if scene.job.id == "big" else rng.uniform(5, 25), 1)
+        return ScriptedAttempt(2.0 if scene.job.id == "big" else rng.uniform(5, 25), 1)
 
     async def act(world: World) -> None:
         small = job(stage(A, bundle=1), items=200)

@@ -10,7 +10,7 @@ from batchlab.core.errors import NotFound, Refused, UsageError
 from batchlab.core.job_definition import InputDef, SplitBy
 from batchlab.core.model import JobState
 from batchlab.core.protocol import object_keys
-from batchlab.core.schedules import Missed, Overlap, Run, RunState
+from batchlab.core.schedules import Missed, Overlap, RunState, ScheduledRun
 from batchlab.sim.world import World
 from tests.support.sim.scenes import kill_manager, leader
 from tests.support.sim.schedule_scenes import (
@@ -61,7 +61,7 @@ def test_repeated_manual_run_is_one_run() -> None:
         await asyncio.sleep(MINUTE)
         await ask(world, lambda s: s.run_now("nightly", "other"))
         await asyncio.sleep(MINUTE)
-        runs: tuple[Run, ...] = (await shown(world)).runs
+        runs: tuple[ScheduledRun, ...] = (await shown(world)).runs
         assert [run.result for run in runs if run.asked] == ["SUCCEEDED", "SUCCEEDED"]
 
     in_time(act)

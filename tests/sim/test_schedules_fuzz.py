@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from batchlab.core import schedules
-from batchlab.core.schedules import Run, Schedule
+from batchlab.core.schedules import Schedule, ScheduledRun
 from batchlab.sim import trial
 from batchlab.sim.actors import Violated
 from batchlab.sim.faults import Weather
@@ -45,7 +45,7 @@ def test_a_due_time_that_is_lost_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_run_at_no_due_time_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     started = schedules.start
 
-    def astray(schedule: Schedule, run: Run, now_s: float) -> Schedule:
+    def astray(schedule: Schedule, run: ScheduledRun, now_s: float) -> Schedule:
         wrong = replace(run, token=f"{run.token[:-2]}7Z")
         runs = tuple(wrong if one is run else one for one in schedule.runs)
         return started(replace(schedule, runs=runs), wrong, now_s)

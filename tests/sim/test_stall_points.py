@@ -16,7 +16,7 @@ from batchlab.core.model import Control, Failure, FailureKind, JobState
 from batchlab.core.retry_rule import RetryRule
 from batchlab.sim import invariants
 from batchlab.sim.actors import SimulationError, Violated
-from batchlab.sim.tasks import Play, Script, value_of
+from batchlab.sim.tasks import Script, ScriptedAttempt, value_of
 from batchlab.sim.users import bring_items, few_items
 from batchlab.sim.world import World
 from tests.support.sim.scenes import A, B, C, job, stage, takes
@@ -141,12 +141,12 @@ def pauses(made: JobDef) -> Story:
 def fails_first(run_s: float) -> Script:
     """Every third task fails at its first attempt of the first round."""
 
-    def play(scene: Any) -> Play:
+    def play(scene: Any) -> ScriptedAttempt:
         first = scene.bundle.attempt == 1 and scene.bundle.round == 0
         if scene.stage.name == A and scene.task % 3 == 1 and first:
             failure = Failure(scene.task, FailureKind.EXCEPTION, "no luck", error="Luck")
-            return Play(run_s, failure=failure)
-        return Play(run_s, value_of(scene.stage.name, scene.item))
+            return ScriptedAttempt(run_s, failure=failure)
+        return ScriptedAttempt(run_s, value_of(scene.stage.name, scene.item))
 
     return play
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Pool
-from batchlab.sim.tasks import Play, Scene, value_of
+from batchlab.sim.tasks import AttemptInput, ScriptedAttempt, value_of
 from batchlab.sim.world import World
 from tests.support.sim.scenes import A, ended_well, in_world, job, leader, stage, submitted
 
@@ -16,9 +16,9 @@ GIANT_S = 300.0
 POOLS = (Pool("default", 2, 2, 1),)
 
 
-def one_is_long(scene: Scene) -> Play:
+def one_is_long(scene: AttemptInput) -> ScriptedAttempt:
     run_s = GIANT_S if scene.task == GIANT else 0.01
-    return Play(run_s, value_of(scene.stage.name, scene.item))
+    return ScriptedAttempt(run_s, value_of(scene.stage.name, scene.item))
 
 
 def made() -> JobDef:

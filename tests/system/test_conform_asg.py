@@ -22,7 +22,7 @@ import pytest
 from batchlab.adapters.aws import endpoint as aws
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.clock import WallClock
-from batchlab.conform.check import Severity, Verdict
+from batchlab.conform.check import CheckVerdict, Severity
 from batchlab.conform.check_table import ASG_CHECKS
 from batchlab.conform.run import run as run_checks
 from batchlab.conform.target import Cleaner, Target
@@ -191,7 +191,7 @@ def _nothing_is_spoiled(request: Request, send: Send) -> Response:
 
 
 def _unexpected(
-    endpoint: Endpoint, number: int, sabotage: Sabotage, names: Set[str], expected: Verdict
+    endpoint: Endpoint, number: int, sabotage: Sabotage, names: Set[str], expected: CheckVerdict
 ) -> dict[str, str]:
     """Return the unexpected results by the names of the checks."""
     assert endpoint.url is not None
@@ -199,7 +199,7 @@ def _unexpected(
     with proxy(endpoint.url, sabotage) as address:
         target = Target(Endpoint(address), run=f"sabotage-{number}", clock=WallClock(), template=TEMPLATE)
         # The checks wait in vain for some changes, so the waits are short.
-        target.appears_s = 5.0 if expected is Verdict.DIFFERS else 20.0
+        target.appears_s = 5.0 if expected is CheckVerdict.DIFFERS else 20.0
         try:
             target.open({"autoscaling"})
             results = run_checks(target, checks, limit_s=120.0)
@@ -225,9 +225,9 @@ def test_every_check_that_is_needed_is_spoiled() -> None:
 def test_sabotage_is_detected_by_the_right_check(ours: Endpoint) -> None:
     with ThreadPoolExecutor(AT_ONCE) as threads:
         spoiled = {
-            what: threads.submit(_unexpected, ours, number, spoil, names, Verdict.DIFFERS)
+            what: threads.submit(_unexpected, ours, number, spoil, names, CheckVerdict.DIFFERS)
             for number, (what, (spoil, names)) in enumerate(ASG_SABOTAGES.items(), 1)
         }
-        unspoiled = threads.submit(_unexpected, ours, 0, _nothing_is_spoiled, EVERY, Verdict.AGREES)
+        unspoiled = threads.submit(_unexpected, ours, 0, _nothing_is_spoiled, EVERY, CheckVerdict.AGREES)
     assert unspoiled.result() == {}
     assert {what: told for what, one in spoiled.items() if (told := one.result())} == {}

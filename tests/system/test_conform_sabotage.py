@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.clock import WallClock
-from batchlab.conform.check import Severity, Verdict
+from batchlab.conform.check import CheckVerdict, Severity
 from batchlab.conform.check_table import CHECKS
 from batchlab.conform.run import Result, run
 from batchlab.conform.target import Target
@@ -71,12 +71,12 @@ def _tried(moto: Endpoint, name: str, layer: Mapping[str, str], names: Set[str])
 
 def _unexpected(moto: Endpoint, number: int, layer: Mapping[str, str], names: Set[str]) -> dict[str, str]:
     """Return the unexpected results by the names of the checks."""
-    expected = Verdict.DIFFERS if layer else Verdict.AGREES
+    expected = CheckVerdict.DIFFERS if layer else CheckVerdict.AGREES
     found: dict[str, str] = {}
     # A slow service looks like a waiting one. On a busy machine, a few checks may need a second try on their own.
     for again in ("", "-again"):
         results = _tried(moto, f"sabotage-{number}{again}", layer, names)
-        assert all(result.observed for result in results if result.verdict is Verdict.DIFFERS)
+        assert all(result.observed for result in results if result.verdict is CheckVerdict.DIFFERS)
         found = {
             result.check.name: f"{layer.get(result.check.name)}: {result.verdict.value} {result.observed}"
             for result in results

@@ -14,7 +14,7 @@ from batchlab.core.pricing import price_book
 from batchlab.core.text import span
 from batchlab.reports.html import charts
 from batchlab.reports.html.charts import Shape
-from batchlab.reports.html.source import Run, adding_up, share, visible
+from batchlab.reports.html.source import ReportRun, adding_up, share, visible
 
 KINDS = {
     "compute": "compute",
@@ -70,7 +70,7 @@ class Cost:
 ZERO = Decimal(0)
 
 
-def cost(run: Run) -> Cost | None:
+def cost(run: ReportRun) -> Cost | None:
     """Return the cost section of the page, or None for a run without prices."""
     rows = run.rows(
         """SELECT line, kind, pool, sum(cost_usd) AS usd, sum(seconds) AS seconds,

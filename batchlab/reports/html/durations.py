@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from batchlab.core.text import count, span
 from batchlab.reports.html import charts
 from batchlab.reports.html.charts import Chart, Data, Key, LogAxis, Shape, count_ticks
-from batchlab.reports.html.source import Row, Run, share, visible
+from batchlab.reports.html.source import ReportRun, Row, share, visible
 
 MAX_HISTOGRAMS = 8
 """Maximum number of histograms. Only the stages with the most time get a histogram, but the table has all stages."""
@@ -42,7 +42,7 @@ class Spread:
         return self.mean_s * self.tasks
 
 
-def spreads(run: Run, column: str) -> list[Spread]:
+def spreads(run: ReportRun, column: str) -> list[Spread]:
     """Return the spread of the column `run_s` or `wait_s` for each stage, in the order of the job's stages.
 
     Stages without values in the column are skipped.
@@ -91,7 +91,7 @@ def table(spreads: Sequence[Spread]) -> Data:
     return Data(("stage", "# tasks", "# mean", *names, "# longest"), rows)
 
 
-def longest(run: Run) -> Data:
+def longest(run: ReportRun) -> Data:
     """Return the table of the longest tasks. The table compares each task with the median of the task's stage."""
     rows = run.rows(
         """WITH typical AS (
@@ -125,7 +125,7 @@ def longest(run: Run) -> Data:
     )
 
 
-def draw_histograms(run: Run, candidates: Sequence[Spread], column: str) -> list[Chart]:
+def draw_histograms(run: ReportRun, candidates: Sequence[Spread], column: str) -> list[Chart]:
     """Return a histogram for each of the stages with the most time. All histograms have the same axis."""
     spreads = [spread for spread in candidates if spread.tasks >= MIN_TASKS]
     if not spreads:
@@ -137,7 +137,7 @@ def draw_histograms(run: Run, candidates: Sequence[Spread], column: str) -> list
     return [_histogram(run, spread, axis, column) for spread in spreads if spread in most]
 
 
-def _histogram(run: Run, spread: Spread, axis: LogAxis, column: str) -> Chart:
+def _histogram(run: ReportRun, spread: Spread, axis: LogAxis, column: str) -> Chart:
     heights = [float(spread.bins.get(axis.first + k, 0)) for k in range(axis.bins)]
     top, y = count_ticks(max(heights), 3)
     name, verb = visible(spread.stage, 60), "ran" if column == "run_s" else "waited"

@@ -21,7 +21,7 @@ from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.text import count, join_list, span
 from batchlab.jobs.attempts import log_end
 from batchlab.reports.html.charts import Data
-from batchlab.reports.html.source import Row, Run, moment, visible, visible_lines
+from batchlab.reports.html.source import ReportRun, Row, moment, visible, visible_lines
 
 MAX_GROUPS = 20
 """Maximum number of groups of failures on the page. The page shows only sums of the other groups."""
@@ -54,7 +54,7 @@ Samples = Callable[[Case], Sample | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class FailureGroup:
     """Failures with one cause.
 
     `tasks` counts the tasks that failed permanently with the cause. `retried` counts failed attempts that another
@@ -86,19 +86,19 @@ class Failures:
     permanently. `causes` counts all causes.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[FailureGroup, ...]
     tasks: int
     attempts: int
     causes: int
     more: str
 
 
-def cases(run: Run) -> list[Case]:
+def cases(run: ReportRun) -> list[Case]:
     """Return one representative attempt for each group of failures that the page shows."""
     return [_case(row["one"]) for row in run.rows(_GROUPS)[:MAX_GROUPS] if row["one"]]
 
 
-def failures(run: Run, samples: Samples | None = None) -> Failures:
+def failures(run: ReportRun, samples: Samples | None = None) -> Failures:
     """Return the failures of the run. Groups are sorted by the number of failed tasks, then by the number of attempts,
     the largest first.
     """
@@ -148,7 +148,7 @@ ORDER BY tasks DESC, attempts DESC, print
 """
 
 
-def _group(run: Run, row: Row, samples: Samples | None) -> Group:
+def _group(run: ReportRun, row: Row, samples: Samples | None) -> FailureGroup:
     attempt: Mapping[str, object] = row["one"] or {}
     kind, error = str(attempt.get("kind") or ""), str(attempt.get("error") or "")
     reason = str(attempt.get("reason") or "No attempt of these tasks has a recorded reason.")
@@ -165,7 +165,7 @@ def _group(run: Run, row: Row, samples: Samples | None) -> Group:
             missing = "The attempt has neither a traceback nor a log."
     places = row["places"]
     where = f"{places:,} instances" if places > 1 else visible(str(row["place"] or ""), 60)
-    return Group(
+    return FailureGroup(
         row["print"],
         visible(error or kind or "unknown", 120),
         visible(reason, 500),
@@ -204,7 +204,7 @@ _TWICE = {
 }
 
 
-def twice(run: Run) -> Data | None:
+def twice(run: ReportRun) -> Data | None:
     """Return the table of duplicate messages and results by kind, or None for a run without duplicates."""
     rows = run.rows(
         """SELECT kind, sum(seen)::BIGINT AS seen, sum(harmless)::BIGINT AS harmless,

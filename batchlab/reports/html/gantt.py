@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from batchlab.core.text import count, span
 from batchlab.reports.html import charts
 from batchlab.reports.html.charts import Chart, Data, Key, Shape, Tick, time_ticks
-from batchlab.reports.html.source import PLACED, PLACES, Row, Run, offset, share, visible
+from batchlab.reports.html.source import PLACED, PLACES, ReportRun, Row, offset, share, visible
 
 MAX_LANES = 40
 MAX_BARS = 1000
@@ -45,7 +45,7 @@ class Lane:
     slot: int | None = None
 
 
-def draw(run: Run) -> Chart | None:
+def draw(run: ReportRun) -> Chart | None:
     """Return the Gantt chart, or None if the job did not use an instance and did not run a bundle."""
     places = run.rows(f"SELECT * FROM {PLACES} ORDER BY pool, launched_s, begin_s, place")
     if not places:
@@ -60,7 +60,7 @@ def draw(run: Run) -> Chart | None:
 # --- One bar per bundle --------------------------------------------------------------------------
 
 
-def _bars(run: Run, places: Sequence[Row]) -> Chart:
+def _bars(run: ReportRun, places: Sequence[Row]) -> Chart:
     lanes = [
         Lane(_lane_name(row["place"], slot, row["slots"]), "", (row["place"],), 1, slot)
         for row in places
@@ -95,7 +95,7 @@ def _bars(run: Run, places: Sequence[Row]) -> Chart:
     )
 
 
-def _table_row(run: Run, row: Row, slots: Sequence[int]) -> tuple[str, ...]:
+def _table_row(run: ReportRun, row: Row, slots: Sequence[int]) -> tuple[str, ...]:
     return (
         visible(row["place"], 60),
         ", ".join(str(slot + 1) for slot in slots),
@@ -107,7 +107,7 @@ def _table_row(run: Run, row: Row, slots: Sequence[int]) -> tuple[str, ...]:
     )
 
 
-def _assign_slots(run: Run, slots: Mapping[str, int]) -> Iterator[tuple[Row, tuple[int, ...]]]:
+def _assign_slots(run: ReportRun, slots: Mapping[str, int]) -> Iterator[tuple[Row, tuple[int, ...]]]:
     """Yield each bundle with the slots of its instance that the bundle used.
 
     A bundle gets slots that were free when the bundle started. If too few slots were free, because clocks differ, the
@@ -125,7 +125,7 @@ def _assign_slots(run: Run, slots: Mapping[str, int]) -> Iterator[tuple[Row, tup
         yield row, used_slots
 
 
-def _tooltip(run: Run, row: Row) -> str:
+def _tooltip(run: ReportRun, row: Row) -> str:
     took = span(row["ended_s"] - row["started_s"])
     failed = f", {row['failed']} failed" if row["failed"] else ""
     retried = f", {row['retried']} retried" if row["retried"] else ""
@@ -137,7 +137,7 @@ def _tooltip(run: Run, row: Row) -> str:
 # --- Cells ---------------------------------------------------------------------------------------
 
 
-def _shades(run: Run, places: Sequence[Row], bundles: int) -> Chart:
+def _shades(run: ReportRun, places: Sequence[Row], bundles: int) -> Chart:
     group_size = -(-len(places) // MAX_LANES)
     groups = [places[k : k + group_size] for k in range(0, len(places), group_size)]
     lanes = [_lane(group) for group in groups]
@@ -174,7 +174,7 @@ def _shades(run: Run, places: Sequence[Row], bundles: int) -> Chart:
     )
 
 
-def _busy(run: Run, lanes: Sequence[Lane]) -> Busy:
+def _busy(run: ReportRun, lanes: Sequence[Lane]) -> Busy:
     busy: Busy = defaultdict(dict)
     table = _with_lanes(PLACED)
     values = _lane_parameters(lanes)
@@ -192,7 +192,7 @@ def _lane(group: Sequence[Row]) -> Lane:
     return Lane(f"{_tail(names[0])} +{len(group) - 1}", title, names, slots)
 
 
-def _cell_look(run: Run, cell: dict[str, float], slots: int) -> str:
+def _cell_look(run: ReportRun, cell: dict[str, float], slots: int) -> str:
     total = sum(cell.values())
     if total <= 0.005 * slots:
         return ""
@@ -201,7 +201,7 @@ def _cell_look(run: Run, cell: dict[str, float], slots: int) -> str:
     return f"fill {run.looks.get(stage, 's0')} l{level}"
 
 
-def _busy_s(run: Run, busy: Busy, lane: int) -> float:
+def _busy_s(run: ReportRun, busy: Busy, lane: int) -> float:
     cells = (busy[lane, k] for k in range(BINS) if (lane, k) in busy)
     return sum(sum(cell.values()) for cell in cells) * run.span_s / BINS
 
@@ -209,7 +209,7 @@ def _busy_s(run: Run, busy: Busy, lane: int) -> float:
 # --- Both forms ----------------------------------------------------------------------------------
 
 
-def _instance_shapes(run: Run, places: Sequence[Row], tops: Mapping[str, tuple[float, float]]) -> list[Shape]:
+def _instance_shapes(run: ReportRun, places: Sequence[Row], tops: Mapping[str, tuple[float, float]]) -> list[Shape]:
     """Return shapes for the time in service and the boot time of each instance.
 
     `tops` maps each instance to the top and the height of the instance's lanes.
@@ -227,7 +227,7 @@ def _instance_shapes(run: Run, places: Sequence[Row], tops: Mapping[str, tuple[f
     return [Shape("".join(paths), look) for paths, look in ((in_service, "fill there"), (boots, "fill boot")) if paths]
 
 
-def _group_shapes(run: Run, lanes: Sequence[Lane], tall: float) -> list[Shape]:
+def _group_shapes(run: ReportRun, lanes: Sequence[Lane], tall: float) -> list[Shape]:
     """Return shapes for the lanes of groups of instances. The shade of a shape is the share of instances in service."""
     members = [len(lane.places) for lane in lanes]
     shares = [[0.0] * BINS for _ in lanes]
@@ -266,7 +266,7 @@ def _lane_parameters(lanes: Sequence[Lane]) -> dict[str, object]:
     return {"names": [place for place, _ in pairs], "lanes": [n for _, n in pairs]}
 
 
-def _positions(run: Run, begin_s: float, end_s: float) -> tuple[float, float]:
+def _positions(run: ReportRun, begin_s: float, end_s: float) -> tuple[float, float]:
     """Return the two times as positions from 0 to 1 on the time axis of the run."""
     first, last = ((at_s - run.start_s) / run.span_s for at_s in (begin_s, end_s))
     return min(1.0, max(0.0, first)), min(1.0, max(0.0, last))
@@ -287,7 +287,7 @@ def _tail(place: str) -> str:
     return name if len(name) <= 9 else f"…{name[-8:]}"
 
 
-def _chart(run: Run, lanes: Sequence[Lane], shapes: Iterable[Shape], text: str, data: Data) -> Chart:
+def _chart(run: ReportRun, lanes: Sequence[Lane], shapes: Iterable[Shape], text: str, data: Data) -> Chart:
     tall = _lane_height(len(lanes))
     shapes = tuple(shapes)
     stages = [row["stage"] for row in run.stages]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from batchlab.core.text import count
 from batchlab.reports.html import charts
 from batchlab.reports.html.charts import Chart, Data, Key, Mark, Shape, count_ticks, time_ticks
-from batchlab.reports.html.source import PLACED, PLACES, Row, Run, at, offset, visible
+from batchlab.reports.html.source import PLACED, PLACES, ReportRun, Row, at, offset, visible
 
 BINS = 120
 ROWS = 24
@@ -52,7 +52,7 @@ class Series:
         return [sum(levels) for levels in zip(*self.running.values(), strict=True)] or [0.0] * BINS
 
 
-def series(run: Run) -> Series:
+def series(run: ReportRun) -> Series:
     """Return the figures of the run that the charts show."""
     running = {row["stage"]: [0.0] * BINS for row in run.stages}
     for row in run.over(PLACED, "started_s", "ended_s", "slots", "stage", BINS):
@@ -74,7 +74,7 @@ def _whole(rows: Sequence[Row]) -> list[float]:
     return levels
 
 
-def _left(run: Run) -> list[float]:
+def _left(run: ReportRun) -> list[float]:
     rows = run.rows(
         """SELECT greatest(0, least($n - 1, ceil((coalesce(ended_s, $b) - $a) / $w)::BIGINT - 1))
                     AS bin, count(*) AS ended
@@ -92,7 +92,7 @@ def _left(run: Run) -> list[float]:
     return levels
 
 
-def _seen(run: Run, table: str, columns: Sequence[str]) -> Iterator[Levels]:
+def _seen(run: ReportRun, table: str, columns: Sequence[str]) -> Iterator[Levels]:
     """Yield the values of each column of a table of recorded values, summed over all pools, for each interval.
 
     The value of an interval is the last value that was recorded before the end of the interval. `table` and `columns`
@@ -117,7 +117,7 @@ def _seen(run: Run, table: str, columns: Sequence[str]) -> Iterator[Levels]:
 # --- Charts --------------------------------------------------------------------------------------
 
 
-def draw(run: Run, series: Series, decisions: Sequence[Decision]) -> tuple[Chart, ...]:
+def draw(run: ReportRun, series: Series, decisions: Sequence[Decision]) -> tuple[Chart, ...]:
     """Return the charts of the work and the fleet over one time axis. The third chart exists only if instances were
     recorded.
     """
@@ -128,7 +128,7 @@ def draw(run: Run, series: Series, decisions: Sequence[Decision]) -> tuple[Chart
 
 
 def _step_chart(
-    run: Run,
+    run: ReportRun,
     chart: Chart,
     columns: Sequence[str],
     *,
@@ -144,7 +144,7 @@ def _step_chart(
     return replace(chart, x=time_ticks(run.span_s), shapes=(*chart.shapes, *hover), data=Data(("time", *columns), rows))
 
 
-def _running(run: Run, series: Series) -> Chart:
+def _running(run: ReportRun, series: Series) -> Chart:
     in_flight, slots = series.in_flight, series.slots
     top, y = count_ticks(max(*in_flight, *slots, 1.0))
     looks = {stage: run.looks.get(stage, "s0") for stage in series.running}
@@ -178,7 +178,7 @@ def _running(run: Run, series: Series) -> Chart:
     )
 
 
-def _backlog(run: Run, series: Series) -> Chart:
+def _backlog(run: ReportRun, series: Series) -> Chart:
     left, waiting = series.left, series.waiting
     of_all = [tasks or 0.0 for tasks in series.left_of_all]
     # Without other jobs, the line of all jobs would repeat the line of this job.
@@ -224,7 +224,7 @@ def _backlog(run: Run, series: Series) -> Chart:
     )
 
 
-def _instances(run: Run, series: Series, decisions: Sequence[Decision]) -> Chart:
+def _instances(run: ReportRun, series: Series, decisions: Sequence[Decision]) -> Chart:
     in_service, pending = ([value or 0.0 for value in values] for values in (series.in_service, series.pending))
     running = [a + b for a, b in zip(in_service, pending, strict=True)]
     top, y = count_ticks(max(*running, *(value or 0.0 for value in series.desired), 1.0))
@@ -290,7 +290,7 @@ class Decision:
         return f"{self.pool} {self.before} → {self.after}"
 
 
-def decisions(run: Run) -> tuple[list[Decision], int]:
+def decisions(run: ReportRun) -> tuple[list[Decision], int]:
     """Return at most `MAX_DECISIONS` scaling decisions in order of time, and the number of all decisions.
 
     The function prefers the decisions with the largest changes.

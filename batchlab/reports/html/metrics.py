@@ -11,7 +11,7 @@ from typing import Any
 
 from batchlab.reports.html.costs import ZERO, Cost
 from batchlab.reports.html.load import BINS, Series
-from batchlab.reports.html.source import LEVELS, PLACED, PLACES, Run
+from batchlab.reports.html.source import LEVELS, PLACED, PLACES, ReportRun
 
 TINY_S = 0.1
 LONG_ON_SPOT_S = 600.0
@@ -101,7 +101,7 @@ class RunFigures:
         return self.failed_s + self.lost_s + self.repeated_s
 
 
-def run_figures(run: Run, series: Series, cost: Cost | None) -> RunFigures:
+def run_figures(run: ReportRun, series: Series, cost: Cost | None) -> RunFigures:
     """Compute the figures on which the checks are based."""
     bin_s = run.span_s / BINS
     running, slots = series.in_flight, series.slots

@@ -26,7 +26,7 @@ from batchlab.reports.html.costs import Cost
 from batchlab.reports.html.durations import Spread
 from batchlab.reports.html.failures import Failures, Samples
 from batchlab.reports.html.metrics import RunFigures, run_figures
-from batchlab.reports.html.source import Run, moment, offset, share, visible
+from batchlab.reports.html.source import ReportRun, moment, offset, share, visible
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -51,7 +51,7 @@ class Tile:
 class Facts:
     """Data from which the summary of the page is computed."""
 
-    run: Run
+    run: ReportRun
     figures: RunFigures
     cost: Cost | None
     failures: Failures
@@ -199,7 +199,7 @@ def tiles(facts: Facts) -> list[Tile]:
     return tiles
 
 
-def stages(run: Run) -> Data:
+def stages(run: ReportRun) -> Data:
     """Return a table with one row for each stage, and with a row of totals if the job has several stages."""
     rows = [
         (
@@ -227,11 +227,11 @@ def _whole(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
-def _at(run: Run, at_s: float | None) -> str:
+def _at(run: ReportRun, at_s: float | None) -> str:
     return "–" if at_s is None else offset(at_s - run.start_s, run.span_s)
 
 
-def particulars(run: Run) -> list[tuple[str, str]]:
+def particulars(run: ReportRun) -> list[tuple[str, str]]:
     """Return further facts about the job as pairs of name and value."""
     job = run.job
     try:
@@ -265,7 +265,7 @@ class Page:
     def __init__(
         self, connection: DuckDBPyConnection, job: str, *, samples: Samples | None = None, version: str = ""
     ) -> None:
-        run = Run(connection, job)
+        run = ReportRun(connection, job)
         series = load.series(run)
         decisions, total_decisions = load.decisions(run)
         cost = costs.cost(run)

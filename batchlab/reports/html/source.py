@@ -85,7 +85,7 @@ def only_job(connection: DuckDBPyConnection) -> str:
     return jobs[0]
 
 
-class Run:
+class ReportRun:
     """One job of an opened store (`batchlab.reports.queries.store.open_store`).
 
     The constructor raises UsageError if the store does not have the job.
@@ -230,7 +230,7 @@ def offset(seconds: float, span_s: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d} h"
 
 
-def at(run: Run, part: int, parts: int) -> str:
+def at(run: ReportRun, part: int, parts: int) -> str:
     """Format the end time of interval `part` of `parts` equal intervals of the run."""
     return offset((part + 1) * run.span_s / parts, run.span_s)
 

@@ -27,7 +27,7 @@ from batchlab.core.ports import JobRecord, Ledger
 from batchlab.core.protocol import json_format
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import ManagerSettings, Ports
-from batchlab.sim.tasks import Play, Scene, ScriptedRunner
+from batchlab.sim.tasks import AttemptInput, ScriptedAttempt, ScriptedRunner
 from batchlab.worker.inflight_message import Identity, WorkerSettings
 from batchlab.worker.loop import Worker
 from tests.support import ROOT
@@ -66,9 +66,9 @@ async def ports_in(folder: Path, ledger: Ledger) -> AsyncIterator[Ports]:
 # --- Workers -------------------------------------------------------------------------------------
 
 
-def _play(scene: Scene) -> Play:
+def _play(scene: AttemptInput) -> ScriptedAttempt:
     value = sum(scene.item) if scene.stage.name == TOTAL else scene.item**2
-    return Play(TASK_S, value)
+    return ScriptedAttempt(TASK_S, value)
 
 
 @asynccontextmanager

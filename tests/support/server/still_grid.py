@@ -31,7 +31,7 @@ from batchlab.core.pricing.usage import Account, Kind, Life
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.core.protocol.object_keys import UNSEALED
-from batchlab.core.schedules import Definition, Run, RunState, When
+from batchlab.core.schedules import Definition, RunState, ScheduledRun, When
 from batchlab.manager.manager import Manager
 from batchlab.manager.spending import JobUsage
 from batchlab.manager.stage_plans import StagePlans
@@ -297,7 +297,7 @@ class StillGrid:
         await scheduler.pause("month-end")
         due_s = NOW_S - 36_000
         runs = (
-            Run(
+            ScheduledRun(
                 due_s=due_s - 5 * day_s,
                 token="a",
                 state=RunState.ENDED,
@@ -307,14 +307,14 @@ class StillGrid:
                 ended_s=due_s - 5 * day_s + 92,
                 result="SUCCEEDED",
             ),
-            Run(
+            ScheduledRun(
                 due_s=due_s - 4 * day_s,
                 token="b",
                 state=RunState.SKIPPED,
                 decided_s=due_s - 4 * day_s + 200,
                 reason="the run due at 2026-03-25 02:00:00 CET had not ended",
             ),
-            Run(
+            ScheduledRun(
                 due_s=due_s - 3 * day_s,
                 token="c",
                 state=RunState.ENDED,
@@ -325,7 +325,7 @@ class StillGrid:
                 result="FAILED",
                 reason="9 of 40 tasks of stage prices failed, and its failure policy allows none",
             ),
-            Run(
+            ScheduledRun(
                 due_s=due_s,
                 token="d",
                 state=RunState.ENDED,

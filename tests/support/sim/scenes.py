@@ -18,7 +18,7 @@ from batchlab.core.ports import Change, JobRecord, Ledger
 from batchlab.manager.manager import Manager
 from batchlab.sim import invariants, trial
 from batchlab.sim.event_loop import SimLoop
-from batchlab.sim.tasks import Play, Script, value_of
+from batchlab.sim.tasks import Script, ScriptedAttempt, value_of
 from batchlab.sim.users import bring_items
 from batchlab.sim.world import EPOCH_S, MANAGER, WORKER, World
 
@@ -64,7 +64,7 @@ def in_world(
 
 
 def takes(run_s: float) -> Script:
-    return lambda scene: Play(run_s, value_of(scene.stage.name, scene.item))
+    return lambda scene: ScriptedAttempt(run_s, value_of(scene.stage.name, scene.item))
 
 
 async def submitted(world: World, made: JobDef) -> None:

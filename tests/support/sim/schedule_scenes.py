@@ -14,7 +14,7 @@ from batchlab.core.protocol import object_keys
 from batchlab.core.schedules import Definition, Schedule, When
 from batchlab.manager.manager import Manager
 from batchlab.manager.schedule_commands import ScheduleCommands
-from batchlab.sim.tasks import Play
+from batchlab.sim.tasks import ScriptedAttempt
 from batchlab.sim.world import MANAGER, WORKER, World
 from tests.support.sim.scenes import A, in_world, leader, stage
 
@@ -90,4 +90,4 @@ def states(schedule: Schedule) -> list[str]:
 
 def in_time(act: Callable[[World], Coroutine[Any, Any, None]], run_s: float = 1.0, **more: Any) -> None:
     settings: dict[str, Any] = {"manager_settings": BRISK, "sql": False, "schedules": True}
-    in_world(act, script=lambda _: Play(run_s, {"n": 1}), **{**settings, **more})
+    in_world(act, script=lambda _: ScriptedAttempt(run_s, {"n": 1}), **{**settings, **more})
