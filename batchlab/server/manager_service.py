@@ -97,6 +97,11 @@ async def _emulator_running(home: Home, backend: Backend) -> AsyncIterator[None]
 
 
 async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
+    home, backend = options.home, options.backend
+    clock = backend.open_clock()
+    launcher = backend.open_launcher(home, clock)
+    if launcher:
+        launcher.prepare()  # The fork server imports its modules while this process imports the manager's modules.
     from batchlab.manager.collector import events_queue
     from batchlab.manager.context import NotificationChannels
     from batchlab.manager.counters import Counters
@@ -107,10 +112,8 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     from batchlab.runtime.home import listen, listen_locally, remove_socket
     from batchlab.server.report_writer import open_reporter
 
-    home, backend = options.home, options.backend
-    clock, ids = backend.open_clock(), backend.open_ids()
+    ids = backend.open_ids()
     ledger = backend.open_ledger(home)
-    launcher = backend.open_launcher(home, clock)
     tally = RequestCounter()
     queue = backend.open_queue(home, clock, tally)
     ports = Ports(
