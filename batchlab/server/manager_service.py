@@ -31,12 +31,12 @@ from batchlab.runtime.home import Home, ManagerRecord
 from batchlab.server.shutdown import end_instances, end_with, stop_by_signal
 
 if TYPE_CHECKING:
-    import uvicorn
     from starlette.types import ASGIApp
 
     from batchlab.adapters.local.processes import ProcessLauncher
     from batchlab.manager.manager import Manager
     from batchlab.server.http.common import ServerState
+    from batchlab.server.http_server import Server
     from batchlab.server.quick_api import QuickApi
 
 T = TypeVar("T")
@@ -221,7 +221,7 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     if (notifier := lead.manager.notifier) and lead.manager.is_leader.is_set():
         # The user of a grid that runs a single job and then stops still waits for the job's notification.
         await notifier.wait_for_attempts(DELIVERY_WAIT_S)
-    server.should_exit = True
+    server.end()
     for task in (leading, stopping, *watching):
         task.cancel()
     results = await asyncio.gather(leading, serving, loading, stopping, *watching, return_exceptions=True)
@@ -275,25 +275,16 @@ async def _load(create: Callable[[], T]) -> T:
 
 def _server(
     lead: _Lead, token: str, backend: Backend, load_api: Callable[[], Awaitable[ASGIApp]]
-) -> tuple[uvicorn.Server, QuickApi]:
+) -> tuple[Server, QuickApi]:
     """Create the server. The server serves the API as soon as `load_api` has loaded the API."""
-    import uvicorn
-
+    from batchlab.server.http_server import Server
     from batchlab.server.quick_api import QuickApi
 
     for name in _API_MODULES:
         if find_spec(name) is None:  # The API is imported later, but an incomplete installation must not start.
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     quick_api = QuickApi(token, backend.name, lambda: lead.manager, load_api)
-    config = uvicorn.Config(
-        quick_api,
-        log_config=None,  # the process configures its own logs
-        log_level="warning",
-        timeout_graceful_shutdown=2,
-        lifespan="off",
-        proxy_headers=False,
-    )
-    return uvicorn.Server(config), quick_api
+    return Server(quick_api), quick_api
 
 
 def _api(
