@@ -90,8 +90,10 @@ class Link:
         self.backend.find_place(self.home)
         record = None if start else self.home.record()
         if record is None:
-            begun = start or manager_process.begin_manager(self.home, self.backend, pools=self._pools, parent=True)
-            record = begun.wait() if isinstance(begun, ManagerStart) else begun
+            if start:
+                record = start.wait()
+            else:
+                record = manager_process.start_manager(self.home, self.backend, pools=self._pools, parent=True)
             # The manager may belong to another process that started a manager at the same time.
             self.ours = self._has_started(record)
         elif self._pools and not self.ours:
