@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -32,8 +32,7 @@ class Loader:
     async def __call__(self) -> App:
         self.calls += 1
         await self.allowed.wait()
-        app: Any = self._rig.app
-        return app
+        return cast(App, self._rig.app)
 
     def quick(self) -> QuickApi:
         return QuickApi(TOKEN, "memory", lambda: self._rig.manager, self)
