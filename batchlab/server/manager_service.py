@@ -50,11 +50,13 @@ LOADING_SWITCH_S = 0.0005
 
 With Python's default of 5 ms, each of the many short steps until the first launch waited 5 ms for the thread.
 """
-API_DELAY_S = 1.0
-"""Time in seconds after the start at which the manager loads the API, unless a request needs the API before.
+API_IDLE_S = 1.0
+"""Time in seconds without live jobs after which the manager loads the API, unless a request needs the API before.
 
-The import of the API would delay the first job of a grid.
+The import of the API would delay the first job of a grid, and the end of a grid that runs a single job.
 """
+MAX_API_DELAY_S = 30.0
+"""Maximum time in seconds from the start until the manager loads the API."""
 _API_MODULES = ("fastapi", "pydantic", "starlette", "multipart")
 DELIVERY_WAIT_S = 3.0
 """Time in seconds that an ending manager waits for the first delivery attempts of new notifications."""
@@ -79,6 +81,9 @@ class ManagerOptions:
 def manager_main(options: ManagerOptions) -> None:
     """Run a manager until SIGTERM, SIGINT, a shutdown request, or the end of its parent process."""
     logs.set_up(service="manager")
+    for name in _API_MODULES:
+        if find_spec(name) is None:  # The API is imported later, but an incomplete installation must not start.
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     async def manage() -> None:
         stop = stop_by_signal()
@@ -280,9 +285,6 @@ def _server(
     from batchlab.server.http_server import Server
     from batchlab.server.quick_api import QuickApi
 
-    for name in _API_MODULES:
-        if find_spec(name) is None:  # The API is imported later, but an incomplete installation must not start.
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     quick_api = QuickApi(token, backend.name, lambda: lead.manager, load_api)
     return Server(quick_api), quick_api
 
@@ -321,9 +323,14 @@ def _api(
 
 
 async def _load_later(quick_api: QuickApi, lead: _Lead) -> None:
-    """Load the API some time after the start, unless a request has loaded the API before."""
-    await lead.manager.is_leader.wait()
-    await asyncio.sleep(API_DELAY_S)
+    """Load the API when the grid is idle, unless a request has loaded the API before."""
+    step_s = API_IDLE_S / 4
+    waited_s = idle_s = 0.0
+    while idle_s < API_IDLE_S and waited_s < MAX_API_DELAY_S:
+        await asyncio.sleep(step_s)
+        waited_s += step_s
+        is_idle = lead.manager.is_leader.is_set() and not lead.manager.lives
+        idle_s = idle_s + step_s if is_idle else 0.0
     await quick_api.start_loading()
 
 
