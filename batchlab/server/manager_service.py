@@ -50,7 +50,7 @@ LOADING_SWITCH_S = 0.0005
 
 With Python's default of 5 ms, each of the many short steps until the first launch waited 5 ms for the thread.
 """
-API_IDLE_S = 1.0
+API_IDLE_S = 0.3
 """Time in seconds without live jobs after which the manager loads the API, unless a request needs the API before.
 
 The import of the API would delay the first job of a grid, and the end of a grid that runs a single job.

@@ -1,10 +1,10 @@
-"""Quick API, which answers the requests of a new grid's first job while the API is not loaded.
+"""Quick API, which answers the most frequent requests about jobs without the web framework.
 
-The import of the web framework takes longer than all other imports of the manager together. Invariants: the quick API
-answers only requests with the bearer token that it understands completely. The API answers all other requests after it
-is loaded, including each request whose answer is an error. A request may reach the manager twice, because the API
-repeats a failed request, so each route of the quick API is idempotent. After the API is loaded, the quick API passes
-all requests to the API.
+A new grid answers the requests of its first job before the API is loaded, because the import of the web framework takes
+nearly as long as the other imports of the manager together. Invariants: the quick API answers only requests with the
+bearer token that it understands completely. The API answers all other requests, including each request whose answer is
+an error. A request may reach the manager twice, because the API repeats a failed request, so each route of the quick
+API is idempotent.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _NotQuick(Exception):
 
 
 class QuickApi:
-    """ASGI application that answers some requests itself until `load` returns the API.
+    """ASGI application that answers some requests itself, and passes all other requests to the API.
 
     `manager` returns the current manager object. The quick API calls `load` once, at the first request that it cannot
     answer or when `start_loading` is called.
@@ -84,21 +84,18 @@ class QuickApi:
         return self._loading
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if self._loading is None or not self._loading.done():
-            received: list[Message] = []
-            try:
-                status, document = await self._answer(scope, receive, received)
-            except (_NotQuick, BatchlabError, *UNREADABLE) as error:
-                log.debug("the API answers %s %s: %r", scope.get("method"), scope.get("path"), error)
-                receive = partial(_replay, received, receive)
-            else:
-                body = json_format.dumps(document).encode()
-                headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-                await send({"type": "http.response.start", "status": status, "headers": headers})
-                await send({"type": "http.response.body", "body": body})
-                return
-        app = await asyncio.shield(self.start_loading())
-        await app(scope, receive, send)
+        received: list[Message] = []
+        try:
+            status, document = await self._answer(scope, receive, received)
+        except (_NotQuick, BatchlabError, *UNREADABLE) as error:
+            log.debug("the API answers %s %s: %r", scope.get("method"), scope.get("path"), error)
+            app = await asyncio.shield(self.start_loading())
+            await app(scope, partial(_replay, received, receive), send)
+            return
+        body = json_format.dumps(document).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
     async def _answer(self, scope: Message, receive: Receive, received: list[Message]) -> Answer:
         """Return the answer to a request. The messages that the function receives are added to `received`."""
