@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import os
+import platform
 import socket
 import sys
 import time
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("descriptor", type=int)
     options = parser.parse_args()
     factory.load(options.backend).import_for_worker()
+    platform.platform()  # Python caches the result, so that the workers do not start the program `uname`.
     # After `gc.freeze`, garbage collection in a forked process does not write to existing objects, so the processes
     # share the memory of existing objects.
     gc.collect()

@@ -10,12 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from typer import BadParameter
-
 from batchlab.core.errors import NotFound, Unreachable, UsageError
 from batchlab.core.text import DURATION_FORMS, seconds, show_value
 
 if TYPE_CHECKING:
+    from typer import BadParameter
+
     from batchlab.client.http import Client
     from batchlab.core.api_types import JobView
     from batchlab.core.model import Pool

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from batchlab.cli import output
-from batchlab.cli.bills import LiveCost
 from batchlab.cli.output import Stopped
 from batchlab.cli.progress import JobDisplay
 from batchlab.cli.session import Session
@@ -363,6 +362,8 @@ class _Runner:
             if view["state"] == JobState.PAUSED:
                 view = self.session.call(lambda client: client.resume(job.id))
             with JobDisplay() as display:
+                from batchlab.cli.bills import LiveCost
+
                 # Show the cost of a job that has a cost cap, even without --as-if-aws.
                 capped = self.request.max_cost_usd is not None or job.max_cost_usd is not None
                 live_cost = LiveCost(self.request.home, as_if_aws=self.request.as_if_aws or capped)
@@ -390,6 +391,9 @@ class _Runner:
         return time.monotonic()
 
     async def _prepare(self, number: int, earlier: EarlierRun | None) -> tuple[JobDef, float]:
+        # The module is imported while the grid starts, because `_watch` uses it later.
+        import batchlab.cli.bills  # noqa: F401
+
         if earlier:
             job = await definition(self.submission.objects, earlier.job, factory.patience())
         else:

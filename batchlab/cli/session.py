@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from batchlab.cli import output
@@ -23,12 +23,13 @@ from batchlab.client.http import Client
 from batchlab.client.requests import patience_s
 from batchlab.core.errors import BackendError, NotFound, Unreachable, UsageError
 from batchlab.core.model import JobId, Pool, StageName
-from batchlab.core.port_retries import Patience
-from batchlab.core.ports import Objects
-from batchlab.jobs import attempts
 from batchlab.runtime import factory, manager_process
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, ManagerRecord
+
+if TYPE_CHECKING:
+    from batchlab.core.port_retries import Patience
+    from batchlab.core.ports import Objects
 
 T = TypeVar("T")
 
@@ -220,6 +221,7 @@ class Bucket:
 
     @property
     def patience(self) -> Patience:
+        from batchlab.core.port_retries import Patience
 
         return Patience(random.Random(), limit_s=BUCKET_PATIENCE_S)  # noqa: S311 - jitter, not a secret
 
@@ -257,6 +259,8 @@ def find_bucket(home: Home, backend: str | None, job: str) -> Bucket:
 
 def find_stage(bucket: Bucket, stage: str | None) -> StageName:
     """Return the named stage, or the only stage of the job. Raise UsageError if the stage or the job does not exist."""
+
+    from batchlab.jobs import attempts
 
     try:
         job = bucket.read(lambda objects, patience: attempts.definition(objects, JobId(bucket.job), patience))

@@ -25,8 +25,6 @@ from batchlab.core.api_types import GridView, JobView
 from batchlab.core.errors import NotFound
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import ENDED, JobId, JobState
-from batchlab.core.port_retries import Patience
-from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.jobs.attempts import definition
 from batchlab.jobs.results import Fetched, fetch, list_results
@@ -36,6 +34,8 @@ from batchlab.runtime.home import Home
 
 if TYPE_CHECKING:
     from batchlab.cli.bills import LiveCost
+    from batchlab.core.port_retries import Patience
+    from batchlab.core.ports import Objects
     from batchlab.jobs.job_file import JobFile
 
 
@@ -198,9 +198,10 @@ def submit_capped(job: JobDef, max_cost_usd: float | None, client: Client) -> Jo
 MAX_WAIT_S = 1.0
 """Maximum time in seconds for which a request waits for a change of the job."""
 MIN_REQUEST_INTERVAL_S = 0.1
-"""Minimum time in seconds between two requests.
+"""Minimum time in seconds between two requests, for jobs of at least one second.
 
-Without a minimum, the changes of a busy job would cause too many requests.
+Without a minimum, the changes of a busy job would cause too many requests. The minimum is shorter in a job's first
+second, so that the command notices the end of a short job at once.
 """
 
 
@@ -212,7 +213,7 @@ def watch(
     The display includes the cost of a job with a billed backend. The function stores the maximum number of slots in
     service of each pool in `slots`.
     """
-    looked_s, grid = float("-inf"), None
+    looked_s, grid, begun_s = float("-inf"), None, time.monotonic()
     if live_cost and not live_cost.applies(session.backend.name):
         live_cost = None
     while True:
@@ -227,7 +228,9 @@ def watch(
             return view
         view = session.call(partial(_news, view))
         if view["state"] not in ENDED:
-            time.sleep(max(0.0, asked_s + MIN_REQUEST_INTERVAL_S - time.monotonic()))
+            now_s = time.monotonic()
+            interval_s = min(MIN_REQUEST_INTERVAL_S, (now_s - begun_s) * MIN_REQUEST_INTERVAL_S)
+            time.sleep(max(0.0, asked_s + interval_s - now_s))
 
 
 def _news(view: JobView, client: Client) -> JobView:

@@ -15,21 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
-from batchlab.client.grid_link import POLL_S, Link
-from batchlab.client.http import Client
-from batchlab.client.results import MapResults, decode_all
-from batchlab.client.submission import MAP, JobSubmitter, job_name
 from batchlab.core.errors import JobFailed, TaskFailed, UsageError
-from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import ENDED, Pool
-from batchlab.core.protocol.bundle_inputs import JobObjects
 from batchlab.core.retry_rule import RetryRule
-from batchlab.runtime import factory
+from batchlab.runtime import factory, manager_process
 from batchlab.runtime.home import find_home
+from batchlab.runtime.manager_process import ManagerStart
 
 if TYPE_CHECKING:
     from batchlab.client.executor import GridExecutor
+    from batchlab.client.http import Client
     from batchlab.client.results import JobResult
+    from batchlab.core.job_definition import JobDef
 
 __all__ = ["Grid"]
 
@@ -71,12 +68,22 @@ class Grid:
         size. `workers`, `pools`, and `warm` apply only to a new grid. Raise UsageError if `workers`, `pools`, or `warm`
         is given for a grid that is already up.
         """
-        descriptor = factory.load(backend)
+        descriptor, folder = factory.load(backend), find_home(Path(home) if home else None)
         sized = _size_pools(descriptor.pools, workers, pools, warm=warm)
-        self._link = Link(descriptor, find_home(Path(home) if home else None), sized)
+        descriptor.find_place(folder)  # Raise UsageError if the folder belongs to another endpoint.
+        begun = manager_process.begin_manager(folder, descriptor, pools=sized, parent=True)
+        # While the manager starts, this process imports the modules that the first call of `map` needs.
+        import batchlab.client.results  # noqa: F401
+        from batchlab.client.grid_link import Link
+        from batchlab.client.submission import JobSubmitter, ObjectPickler
+
+        shipping = ObjectPickler()
+        if isinstance(begun, ManagerStart):
+            shipping.check_modules()
+        self._link = Link(descriptor, folder, sized, begun if isinstance(begun, ManagerStart) else None)
         # Unlike the method `__del__`, a callback of `weakref.finalize` also runs when Python exits.
         self._end = weakref.finalize(self, self._link.close)
-        self._outgoing = JobSubmitter(self._link)
+        self._outgoing = JobSubmitter(self._link, shipping)
 
     @property
     def client(self) -> Client:
@@ -137,6 +144,9 @@ class Grid:
         starred: bool = False,
         **options: Unpack[MapOptions],
     ) -> Generator[Any, None, None]:
+        from batchlab.client.submission import MAP, job_name
+        from batchlab.core.job_definition import StageDef
+
         timeout_s, bundle = options.get("timeout_s"), options.get("bundle")
         return_exceptions = options.get("return_exceptions", False)
         _check_positive(timeout_s=timeout_s, bundle=bundle)
@@ -154,6 +164,10 @@ class Grid:
         The generator keeps a reference to the Grid object, so that the grid is not closed while the caller reads
         results.
         """
+        from batchlab.client.results import MapResults, decode_all
+        from batchlab.client.submission import MAP
+        from batchlab.core.protocol.bundle_inputs import JobObjects
+
         if job is None:
             yield None
             return
@@ -222,6 +236,8 @@ class Grid:
         self, job: PathText | JobDef, *, params: Mapping[str, Any] | None = None, max_cost_usd: float | None = None
     ) -> str:
         """Submit a job file or a JobDef without waiting for the end of the job, and return the job's id."""
+        from batchlab.core.job_definition import JobDef
+
         job_def = job if isinstance(job, JobDef) else self._prepare(Path(job), params or {})
         job_def = _cap(job_def, max_cost_usd)
         return self._link.call(lambda client: client.submit(job_def))["id"]
@@ -249,6 +265,8 @@ class Grid:
         return self._wait(job, None)
 
     def _wait(self, job: str, timeout_s: float | None) -> JobResult:
+        from batchlab.client.grid_link import POLL_S
+        from batchlab.client.http import Client
         from batchlab.client.results import JobResult
 
         link = self._link

@@ -28,6 +28,7 @@ from batchlab.core.model import ENDED, Pool
 from batchlab.runtime import factory, manager_process
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, ManagerRecord
+from batchlab.runtime.manager_process import ManagerStart
 
 T = TypeVar("T")
 
@@ -46,9 +47,9 @@ JOB_END_WAIT_S = 3.0
 class Link:
     """Connection to the manager of the grid in `home`, with a thread for the event loop that calls the grid's ports."""
 
-    def __init__(self, backend: Backend, home: Home, pools: Sequence[Pool]) -> None:
-        """`pools` are the pools of the grid if the link starts a grid. Raise UsageError if `pools` is not empty and a
-        grid is already up.
+    def __init__(self, backend: Backend, home: Home, pools: Sequence[Pool], start: ManagerStart | None = None) -> None:
+        """`pools` are the pools of the grid if the link starts a grid. With `start`, the link waits for the manager
+        that the caller has begun to start. Raise UsageError if `pools` is not empty and a grid is already up.
         """
         self.backend = backend
         self.home = home
@@ -70,7 +71,7 @@ class Link:
         self._ending: deque[str] = deque(maxlen=64)
         """Ids of jobs that may not have ended yet, and for which no caller waits any longer."""
         self._folder: Path | None = None
-        self._connect()
+        self._connect(start)
         # The bucket is opened after `_connect`, because the location of the bucket is known only after the grid has
         # started.
         self.objects = backend.open_objects(home)
@@ -84,12 +85,15 @@ class Link:
 
     # --- Manager ---------------------------------------------------------------------------------
 
-    def _connect(self) -> None:
+    def _connect(self, start: ManagerStart | None = None) -> None:
         # `find_place` raises UsageError if the home belongs to another endpoint.
         self.backend.find_place(self.home)
-        record = self.home.record()
+        record = None if start else self.home.record()
         if record is None:
-            record = manager_process.start_manager(self.home, self.backend, pools=self._pools, parent=True)
+            if start:
+                record = start.wait()
+            else:
+                record = manager_process.start_manager(self.home, self.backend, pools=self._pools, parent=True)
             # The manager may belong to another process that started a manager at the same time.
             self.ours = self._has_started(record)
         elif self._pools and not self.ours:

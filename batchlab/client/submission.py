@@ -129,7 +129,7 @@ class ObjectPickler:
     def by_value(self) -> Iterator[None]:
         """Inside the `with` block, let cloudpickle pickle by value all modules that workers cannot import."""
         with _REGISTRY:
-            self._check_modules()
+            self.check_modules()
             registered = cloudpickle.list_registry_pickle_by_value()
             modules = [module for module in self._local if module.__name__ not in registered]
             for module in modules:
@@ -140,8 +140,11 @@ class ObjectPickler:
                 for module in modules:
                     cloudpickle.unregister_pickle_by_value(module)
 
-    def _check_modules(self) -> None:
-        """Among the modules that were imported since the last call, find the modules that workers cannot import."""
+    def check_modules(self) -> None:
+        """Among the modules that were imported since the last call, find the modules that workers cannot import.
+
+        The check of the first call may start a Python process, which takes some hundredths of a second.
+        """
         new = sys.modules.keys() - self._checked
         if not new:
             return  # `sysconfig.get_paths` takes 0.1 ms, which counts for single calls
@@ -152,6 +155,11 @@ class ObjectPickler:
             for name in new
             if "." not in name and (place := _place(name)) and not place.startswith(installed)
         }
+        # Workers can import all modules of batchlab and of the standard library.
+        standard = f"{paths['stdlib']}/"
+        for name, place in list(places.items()):
+            if name == "batchlab" or (place.startswith(standard) and "-packages/" not in place):
+                del places[name]
         if places:
             # The option -P excludes the current folder and the script's folder from the module search path, as in a
             # task's process.
@@ -219,9 +227,9 @@ class _PreparedJob:
 class JobSubmitter:
     """Submitter of jobs of the Python API to one grid."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, shipping: ObjectPickler) -> None:
         self._link = link
-        self.shipping = ObjectPickler()
+        self.shipping = shipping
         self._stored: set[str] = set()
         """Keys of the pickled functions that this process has stored in the bucket."""
 

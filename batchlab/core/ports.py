@@ -33,11 +33,11 @@ from batchlab.core.model import (
     StageName,
     TaskSet,
 )
+from batchlab.core.service_settings import MAX_VISIBILITY_S as MAX_VISIBILITY_S
 
 MAX_MESSAGE_BYTES = 256 * 1024
 MAX_BATCH = 10
 MAX_DELAY_S = 900.0
-MAX_VISIBILITY_S = 43_200.0
 MAX_WAIT_S = 20.0
 
 

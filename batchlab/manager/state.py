@@ -2,8 +2,7 @@
 
 Invariants: the state in memory can be discarded at any moment, because a new leader reads the ledger. Retained outcomes
 take at most MAX_RETAINED_BYTES. The manager releases the oldest retained outcome first, and clients read released
-outcomes from the bucket. This module does not import other modules of the manager, because workers also import the time
-constants.
+outcomes from the bucket.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from batchlab.core.pricing.usage import Account, Budget
 from batchlab.core.protocol import settlement
 from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.protocol.messages import Beat, HeldBundle
+from batchlab.core.service_settings import ManagerSettings as ManagerSettings
 from batchlab.core.tracing import LINKS
 
 MAX_RETAINED_BYTES = 16 * 1024**2
@@ -458,32 +458,3 @@ class Backlog:
 
     seconds: float = 0.0
     tasks: int = 0
-
-
-WINDOW = 3
-"""Number of outstanding bundles per slot: one bundle runs, one bundle is prefetched, and one bundle covers the
-manager's latency. A short queue lets bundle sizes follow new measurements, and lets job priorities take effect soon."""
-
-
-@dataclass(frozen=True, slots=True)
-class ManagerSettings:
-    """Settings of the manager: time constants in seconds, and three numbers. `control_lease_s` is also a setting of the
-    workers (see WorkerSettings). The reconciler recovers a bundle after `silence_s` without a heartbeat. `lease_ttl_s`
-    is the time to live of the leader's lease. `tick_s` is the interval of the autoscaler, the reconciler, and the
-    fleet. The scaling policy uses `drain_target_s`, `cooldown_in_s`, and `idle_s`. After `boot_tries` consecutive
-    failed launches in a pool, the next launch waits for `boot_pause_s` (0 for a fleet with its own backoff; see
-    LaunchBreaker). `boot_tries`, `max_receives`, and `window` (bundles per slot) are numbers without a unit."""
-
-    control_lease_s: float = 1.0
-    visibility_s: float = 30.0
-    silence_s: float = 90.0
-    lease_ttl_s: float = 10.0
-    tick_s: float = 1.0
-    wait_s: float = 20.0
-    drain_target_s: float = 2.0
-    cooldown_in_s: float = 10.0
-    idle_s: float = 5.0
-    boot_tries: int = 3
-    boot_pause_s: float = 0.0
-    max_receives: int = 10
-    window: int = WINDOW

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.local import objects, state_files
+from batchlab.adapters.local import state_files
 from batchlab.core.atomic_write import PRIVATE_FOLDER, write_whole
 from batchlab.core.errors import UsageError
 from batchlab.runtime.home import Home
@@ -159,6 +159,8 @@ def write(home: Home, deployment: Deployment) -> None:
 
 def lock(home: Home) -> AbstractContextManager[None]:
     """Lock the home's deployment, so that only one command changes its containers."""
+    from batchlab.adapters.local import objects
+
     return objects.lock(folder(home) / "deployment.json")
 
 

@@ -15,16 +15,17 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from batchlab.core import logs
 from batchlab.core.capabilities import NO_CAPABILITIES, Capabilities, backend_names, capabilities_in, read_descriptor
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Pool
-from batchlab.core.pricing.request_costs import Pace
-from batchlab.manager.state import ManagerSettings
+from batchlab.core.service_settings import ManagerSettings, WorkerSettings
 from batchlab.runtime.home import Place
-from batchlab.worker.inflight_message import WorkerSettings
+
+if TYPE_CHECKING:
+    from batchlab.core.pricing.request_costs import Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,8 @@ class Descriptor:
 
         The numbers of requests that were not counted are derived from the intervals.
         """
+        from batchlab.core.pricing.request_costs import Pace
+
         manager, worker = self.manager, self.worker
         return Pace(worker.control_lease_s, worker.visibility_s, worker.beat_s, manager.tick_s)
 

@@ -16,15 +16,9 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from batchlab.adapters.limits import Bucket
 from batchlab.core import installation
 from batchlab.core.atomic_write import read_sync
 from batchlab.core.errors import Unreachable, UsageError
-from batchlab.core.model import Pool
-from batchlab.core.port_retries import Patience
-from batchlab.core.ports import Clock, Ids, Ledger, LocalFiles, Objects
-from batchlab.core.pricing.request_costs import RequestCounter
-from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.runtime import aws_deployment, compose_deployment, descriptor
 from batchlab.runtime.descriptor import VARIABLE, Image, new_bucket_name, with_pools
 from batchlab.runtime.home import Home
@@ -36,11 +30,16 @@ if TYPE_CHECKING:
     from batchlab.adapters.aws.metadata_server import Signals
     from batchlab.adapters.aws.sqs import SqsQueue
     from batchlab.adapters.docker.launcher import ContainerLauncher
+    from batchlab.adapters.limits import Bucket
     from batchlab.adapters.local.local_wakeup_queue import LocalWakeupQueue
     from batchlab.adapters.local.ministack import Emulator
     from batchlab.adapters.local.processes import ProcessLauncher
     from batchlab.adapters.local.sqlite_queue import SqliteQueue
-    from batchlab.core.ports import Fleet
+    from batchlab.core.model import Pool
+    from batchlab.core.port_retries import Patience
+    from batchlab.core.ports import Clock, Fleet, Ids, Ledger, LocalFiles, Objects
+    from batchlab.core.pricing.request_costs import RequestCounter
+    from batchlab.core.tracing import Tracer
     from batchlab.manager.context import Deliver
     from batchlab.server.autoscaling_api.engine_loop import AsgSettings
     from batchlab.server.autoscaling_api.launch_templates import TemplateFile
@@ -73,6 +72,8 @@ class Backend(BackendLocations):
 
     def open_tracer(self, service: str, instance: str) -> Tracer:
         """Return the tracer configured by the OTEL_* variables, or a no-op tracer."""
+        from batchlab.core.tracing import NO_TRACER
+
         if not _is_traced(os.environ):
             return NO_TRACER
         try:
@@ -115,6 +116,8 @@ class Backend(BackendLocations):
         return objects
 
     def _bucket(self, home: Home, tally: RequestCounter | None) -> Bucket:
+        from batchlab.adapters.limits import Bucket
+
         if self.capabilities.local_bucket:
             home.make()
             return Bucket(folder=home.objects, sync=read_sync())
@@ -340,6 +343,8 @@ def _is_traced(environ: Mapping[str, str]) -> bool:
 
 def patience() -> Patience:
     """Return the Patience for backends other than the simulator. The jitter of retries differs between processes."""
+    from batchlab.core.port_retries import Patience
+
     return Patience(random.Random())  # noqa: S311 - jitter, not a secret
 
 

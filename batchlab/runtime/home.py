@@ -34,7 +34,6 @@ import re
 import secrets
 import socket
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -470,6 +469,8 @@ def _candidates(home: Home) -> Iterator[Path]:
     # Try the socket path of the previous manager first, because clients wait for the next manager at this path.
     if (last := home.last_socket()) and _is_fallback(last):
         yield last
+    import tempfile
+
     for folder in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):  # noqa: S108
         if folder and len(os.fsencode(folder)) < MAX_PATH_BYTES - len(_PREFIX) - 25:
             with suppress(OSError):

@@ -13,7 +13,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchlab.adapters.limits import Bucket
 from batchlab.adapters.local import state_files
 from batchlab.core import installation
 from batchlab.core.errors import BackendError, Unreachable, UsageError
@@ -200,6 +199,8 @@ class BackendLocations(Descriptor):
                 f"The backend {self.name} needs a bucket.",
                 remedy=f"Name it with --endpoint {self.bucket_scheme}://BUCKET or {VARIABLE}.",
             )
+        from batchlab.adapters.limits import Bucket
+
         objects: ObstoreObjects = import_module(self.objects).open_objects(Bucket(named.bucket))
         try:
             objects.check()

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from batchlab.core import logs
@@ -36,6 +37,8 @@ CONNECT_S = 660.0
 The timeout is longer than the time for which the connection process waits for the boot of the manager's instance.
 """
 SLOW_S = 10.0
+POLL_S = 0.004
+"""Interval in seconds of the checks whether a manager has started or ended. A check takes 0.05 ms."""
 STOP_S = 30.0
 _STARTED: dict[int, subprocess.Popen[bytes]] = {}
 """Managers that this process has started, by pid.
@@ -43,6 +46,17 @@ _STARTED: dict[int, subprocess.Popen[bytes]] = {}
 The Popen objects are stored, because Python warns about a dropped Popen. A child process that has ended stays a zombie
 until its parent waits for the child process.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class ManagerStart:
+    """A manager that is starting. The caller must call `wait`."""
+
+    wait: Callable[[], ManagerRecord]
+    """Return the record of the manager when the manager has recorded its address.
+
+    Raise Unreachable with the last line of the manager's log if the manager does not start.
+    """
 
 
 def start_manager(
@@ -54,15 +68,25 @@ def start_manager(
     port: int = 0,
     say: Callable[[str], None] = log.info,
 ) -> ManagerRecord:
-    """Start a manager, and return the record of the manager when it responds. If a manager already runs, return its
-    record.
+    """Start a manager as `begin_manager` does, and return its record. If a manager already runs, return its record."""
+    start = begin_manager(home, backend, pools=pools, parent=parent, port=port, say=say)
+    return start if isinstance(start, ManagerRecord) else start.wait()
+
+
+def begin_manager(
+    home: Home,
+    backend: Backend,
+    *,
+    pools: Sequence[Pool] = (),
+    parent: bool = False,
+    port: int = 0,
+    say: Callable[[str], None] = log.info,
+) -> ManagerStart | ManagerRecord:
+    """Start a manager without waiting for it. If a manager already runs, return its record.
 
     With `parent`, the manager ends when this process ends. `port` is the manager's port on 127.0.0.1, and 0 takes a
     free port. `say` is called with messages about slow steps. The manager of a stack runs on AWS, so the function
-    starts a process that connects to the manager.
-
-    Raise Unreachable with the last line of the manager's log if the manager does not start. The function also raises
-    the errors of `Backend.provide`.
+    starts a process that connects to the manager. Raise the errors of `Backend.provide`.
     """
     if running := home.record():
         return running
@@ -93,6 +117,12 @@ def start_manager(
         # Start the manager in a new session, so that Ctrl-C in the terminal does not end the manager.
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
     _STARTED[process.pid] = process
+    return ManagerStart(lambda: _wait_for_start(home, backend, process, problem, say))
+
+
+def _wait_for_start(
+    home: Home, backend: Backend, process: subprocess.Popen[bytes], problem: str, say: Callable[[str], None]
+) -> ManagerRecord:
     try:
         if backend.capabilities.remote_manager:
             record = _wait_for_record(home, process, CONNECT_S, say)
@@ -138,7 +168,7 @@ def _wait_for_record(
         if say and waited_s > SLOW_S:
             say("The manager is not ready yet. An instance takes some minutes to boot.")
             say = None
-        time.sleep(0.02)
+        time.sleep(POLL_S)
     return None
 
 
@@ -179,7 +209,7 @@ def stop_manager(home: Home) -> bool:
                 f"The manager (pid {record.pid}) has not ended after {STOP_S:.0f} s.",
                 remedy=f"Its log is {home.manager_log}.",
             )
-        time.sleep(0.02)
+        time.sleep(POLL_S)
     if started := _STARTED.pop(record.pid, None):
         started.wait()
     return True

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from batchlab.core import gc_control, logs
 from batchlab.core.errors import BackendError, UsageError
@@ -29,15 +31,33 @@ from batchlab.runtime.home import Home, ManagerRecord
 from batchlab.server.shutdown import end_instances, end_with, stop_by_signal
 
 if TYPE_CHECKING:
-    import uvicorn
+    from starlette.types import ASGIApp
 
+    from batchlab.adapters.local.processes import ProcessLauncher
     from batchlab.manager.manager import Manager
     from batchlab.server.http.common import ServerState
+    from batchlab.server.http_server import Server
+    from batchlab.server.quick_api import QuickApi
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 LEASE_RETRY_S = 1.0
 """Pause in seconds between the loss of the lease and the next attempt to acquire the lease."""
+LOADING_SWITCH_S = 0.0005
+"""Time in seconds after which a thread that imports modules yields to the event loop.
+
+With Python's default of 5 ms, each of the many short steps until the first launch waited 5 ms for the thread.
+"""
+API_IDLE_S = 0.3
+"""Time in seconds without live jobs after which the manager loads the API, unless a request needs the API before.
+
+The import of the API would delay the first job of a grid, and the end of a grid that runs a single job.
+"""
+MAX_API_DELAY_S = 30.0
+"""Maximum time in seconds from the start until the manager loads the API."""
+_API_MODULES = ("fastapi", "pydantic", "starlette", "multipart")
 DELIVERY_WAIT_S = 3.0
 """Time in seconds that an ending manager waits for the first delivery attempts of new notifications."""
 
@@ -61,6 +81,9 @@ class ManagerOptions:
 def manager_main(options: ManagerOptions) -> None:
     """Run a manager until SIGTERM, SIGINT, a shutdown request, or the end of its parent process."""
     logs.set_up(service="manager")
+    for name in _API_MODULES:
+        if find_spec(name) is None:  # The API is imported later, but an incomplete installation must not start.
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     async def manage() -> None:
         stop = stop_by_signal()
@@ -97,6 +120,11 @@ async def _emulator_running(home: Home, backend: Backend) -> AsyncIterator[None]
 
 
 async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
+    home, backend = options.home, options.backend
+    clock = backend.open_clock()
+    launcher = backend.open_launcher(home, clock)
+    if launcher:
+        launcher.prepare()  # The fork server imports its modules while this process imports the manager's modules.
     from batchlab.manager.collector import events_queue
     from batchlab.manager.context import NotificationChannels
     from batchlab.manager.counters import Counters
@@ -107,10 +135,8 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     from batchlab.runtime.home import listen, listen_locally, remove_socket
     from batchlab.server.report_writer import open_reporter
 
-    home, backend = options.home, options.backend
-    clock, ids = backend.open_clock(), backend.open_ids()
+    ids = backend.open_ids()
     ledger = backend.open_ledger(home)
-    launcher = backend.open_launcher(home, clock)
     tally = RequestCounter()
     queue = backend.open_queue(home, clock, tally)
     ports = Ports(
@@ -167,49 +193,57 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name, options.parent))
     lead = _Lead(_with_reasons(new_manager()))
     leading = loop.create_task(_lead_on(lead, new_manager))
+    watching: list[asyncio.Task[None]] = [loop.create_task(end_with(options.parent, stop))]
+
+    async def load_api() -> ASGIApp:
+        app, served = await _load(partial(_api, lead, token, options, stop.set))
+        lead.serve(served)
+        # The import of the history module is fast, because a thread has just imported the API, on which the history
+        # module depends.
+        from batchlab.server.http.history import record_history
+
+        watching.append(loop.create_task(record_history(served.history, lambda: lead.manager)))
+        return app
+
     # The server is created while the workers boot, because both take about the same time.
     try:
-        server, served = await asyncio.to_thread(_server, lead, token, options, stop.set)
+        server, quick_api = await _load(partial(_server, lead, token, backend, load_api))
     except BaseException:
         leading.cancel()
         await asyncio.gather(leading, return_exceptions=True)
-        if launcher:
-            await end_instances(launcher, backend.worker.drain_s)
+        await _end_instances(launcher, backend)
         raise
-    gc_control.resume()
-    lead.serve(served)
-    # The import of the history module is fast, because a thread has just imported the API, on which the history module
-    # depends.
-    from batchlab.server.http.history import record_history
-
     # While uvicorn serves, uvicorn handles SIGTERM and SIGINT. The process ends when the uvicorn server returns.
     serving = loop.create_task(server.serve(sockets=listeners))
-    watching = [
-        loop.create_task(end_with(options.parent, stop)),
-        loop.create_task(record_history(served.history, lambda: lead.manager)),
-    ]
+    loading = loop.create_task(_load_later(quick_api, lead))
+    watching.append(loading)
     if launcher:
         watching.append(loop.create_task(_wake_on_change(lead, launcher.changed)))
     log.info("manager %s listens on %s", owner, url)
     stopping = loop.create_task(stop.wait())
-    await asyncio.wait({stopping, leading, serving}, return_when=asyncio.FIRST_COMPLETED)
+    await _first_end({stopping, leading, serving}, loading)
     log.info("manager %s ends", owner)
     if (notifier := lead.manager.notifier) and lead.manager.is_leader.is_set():
         # The user of a grid that runs a single job and then stops still waits for the job's notification.
         await notifier.wait_for_attempts(DELIVERY_WAIT_S)
-    server.should_exit = True
+    server.end()
     for task in (leading, stopping, *watching):
         task.cancel()
-    results = await asyncio.gather(leading, serving, stopping, *watching, return_exceptions=True)
-    if launcher:  # without a launcher, the instances belong to an AWS service and outlive the manager
-        await end_instances(launcher, backend.worker.drain_s)
+    results = await asyncio.gather(leading, serving, loading, stopping, *watching, return_exceptions=True)
+    await _end_instances(launcher, backend)
     remove_socket(home)
     await queue.close()
     await ledger.close()
     await tracer.close()
-    for result in results[:2]:
+    for result in results[:3]:
         if isinstance(result, Exception):
             raise result
+
+
+async def _end_instances(launcher: ProcessLauncher | None, backend: Backend) -> None:
+    # Without a launcher, the instances belong to an AWS service and outlive the manager.
+    if launcher:
+        await end_instances(launcher, backend.worker.drain_s)
 
 
 @dataclass
@@ -232,15 +266,36 @@ class _Lead:
         served.manager = self.manager
 
 
+async def _load(create: Callable[[], T]) -> T:
+    """Return the result of `create`, which imports many modules on a thread while the event loop continues."""
+    switch_s = sys.getswitchinterval()
+    sys.setswitchinterval(LOADING_SWITCH_S)
+    gc_control.pause()
+    try:
+        return await asyncio.to_thread(create)
+    finally:
+        gc_control.resume()
+        sys.setswitchinterval(switch_s)
+
+
 def _server(
+    lead: _Lead, token: str, backend: Backend, load_api: Callable[[], Awaitable[ASGIApp]]
+) -> tuple[Server, QuickApi]:
+    """Create the server. The server serves the API as soon as `load_api` has loaded the API."""
+    from batchlab.server.http_server import Server
+    from batchlab.server.quick_api import QuickApi
+
+    quick_api = QuickApi(token, backend.name, lambda: lead.manager, load_api)
+    return Server(quick_api), quick_api
+
+
+def _api(
     lead: _Lead, token: str, options: ManagerOptions, on_shutdown: Callable[[], None]
-) -> tuple[uvicorn.Server, ServerState]:
-    """Create the server with the API and the web page.
+) -> tuple[ASGIApp, ServerState]:
+    """Create the API and the web page.
 
-    The imports and routes of the API and the web page take half of a grid's start-up time.
+    The imports and routes of the API and the web page take as long as all other steps of a manager's start.
     """
-    import uvicorn
-
     from batchlab.adapters.local.state_files import StateFile
     from batchlab.server import web
     from batchlab.server.http import create_app
@@ -264,15 +319,26 @@ def _server(
         log.warning("the web page shows no costs: %s", error)
         prices = None
     web.mount(app, served, prices=prices)
-    config = uvicorn.Config(
-        app,
-        log_config=None,  # the process configures its own logs
-        log_level="warning",
-        timeout_graceful_shutdown=2,
-        lifespan="off",
-        proxy_headers=False,
-    )
-    return uvicorn.Server(config), served
+    return app, served
+
+
+async def _load_later(quick_api: QuickApi, lead: _Lead) -> None:
+    """Load the API when the grid is idle, unless a request has loaded the API before."""
+    step_s = API_IDLE_S / 4
+    waited_s = idle_s = 0.0
+    while idle_s < API_IDLE_S and waited_s < MAX_API_DELAY_S:
+        await asyncio.sleep(step_s)
+        waited_s += step_s
+        is_idle = lead.manager.is_leader.is_set() and not lead.manager.lives
+        idle_s = idle_s + step_s if is_idle else 0.0
+    await quick_api.start_loading()
+
+
+async def _first_end(ends: set[asyncio.Task[Any]], loading: asyncio.Task[None]) -> None:
+    """Wait for the end of a task of `ends`, or for a failure of `loading`."""
+    done, _ = await asyncio.wait({*ends, loading}, return_when=asyncio.FIRST_COMPLETED)
+    if done == {loading} and not loading.cancelled() and loading.exception() is None:
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
 
 
 async def _lead_on(lead: _Lead, new_manager: Callable[[], Manager]) -> None:

@@ -79,6 +79,7 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
     if not (imds or backend.capabilities.remote_manager):
         background.append(loop.create_task(_drain_orphan(home, worker.drain)))
     gc_control.resume()
+    runner.prepare()
     try:
         await worker.run()
     finally:

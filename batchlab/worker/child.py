@@ -56,6 +56,8 @@ class Child:
         self._pid = os.getpid()
         self._libc = ctypes.CDLL(None)
         self._out = Output()
+        self._has_code = False
+        """Whether the code folder is in the module search path. All requests have the same code folder."""
 
     def serve(self) -> None:
         rest = b""
@@ -86,6 +88,9 @@ class Child:
         self._out.attach(line["log"], line["request"]["cwd"])
         log_at = self._out.size()
         self._board.mark(IMPORTING, time.monotonic(), log_at)
+        if (code := line["request"]["code"]) and not self._has_code:
+            sys.path.insert(0, code)
+            self._has_code = True
         try:
             executor = TaskExecutor(line["request"])
         except handlers.Problem as problem:
@@ -294,14 +299,12 @@ def exit_with_worker(life: int) -> None:
 def main() -> None:
     """Run the child process with the arguments from `child_process.ChildProcess`."""
     requests, answers, life = (int(text) for text in sys.argv[1:4])
-    board, code = sys.argv[4:6]
+    board = sys.argv[4]
     for fd in (requests, answers, life):
         os.set_inheritable(fd, False)
     exit_with_worker(life)
     faulthandler.enable(2)
     sys.argv = ["batchlab"]
-    if code:
-        sys.path.insert(0, code)
     Child(requests, answers, ChildState(board)).serve()
     # sys.exit would wait for threads that a handler has left running.
     os._exit(0)

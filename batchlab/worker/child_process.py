@@ -123,14 +123,15 @@ def _parse(line: bytearray) -> Any:
 
 
 class ChildProcess:
-    """Child process of a worker, bound to one folder of code.
+    """Child process of a worker. Its first request binds the child to one folder of code.
 
     Call `kill` to end the process, and then `close` to remove its files.
     """
 
-    def __init__(self, folder: Path, digest: str, code: Path | None) -> None:
+    def __init__(self, folder: Path, digest: str | None) -> None:
         """Start the child process without waiting for its start-up. A process that cannot start raises OSError."""
         self.digest = digest
+        """Digest of the code that the child runs, or None before the child's first request."""
         self._folder = folder
         self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
@@ -152,15 +153,7 @@ class ChildProcess:
                 # The child is started in the main thread, because a parent-death signal is sent when the starting
                 # thread ends.
                 self._process = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-P",
-                        "-m",
-                        "batchlab.worker.child",
-                        *map(str, theirs),
-                        str(folder / "board"),
-                        str(code or ""),
-                    ],
+                    [sys.executable, "-P", "-m", "batchlab.worker.child", *map(str, theirs), str(folder / "board")],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -350,20 +343,33 @@ class Children:
         self._started = 0
         self._has_no_busy = asyncio.Event()
 
-    async def acquire(self, digest: str, code: Path | None) -> ChildProcess:
+    def start_spares(self) -> None:
+        """Start a child for each slot, so that the first bundles do not wait for the start-up of their children.
+
+        A child that cannot start raises OSError.
+        """
+        while len(self._idle) + len(self._busy) < self._slots:
+            self._idle.append(self._start(None))
+
+    async def acquire(self, digest: str) -> ChildProcess:
         """Return an idle child for the code, or start a child. A child that cannot start raises OSError."""
-        for child in reversed(self._idle):
-            if child.digest == digest and not child.ended:
-                self._idle.remove(child)
-                self._busy.append(child)
-                return child
+        usable = [child for child in self._idle if child.digest in (digest, None) and not child.ended]
+        if usable:
+            # A child that has run the code before has already imported the modules of the code.
+            child = max(reversed(usable), key=lambda one: one.digest is not None)
+            child.digest = digest
+            self._idle.remove(child)
+            self._busy.append(child)
+            return child
         while self._idle and len(self._idle) + len(self._busy) >= self._slots:
             await self.kill(self._idle[0])
-        self._started += 1
-        place = self._folder / f"{os.getpid()}-{self._started}"
-        child = ChildProcess(place, digest, code)
+        child = self._start(digest)
         self._busy.append(child)
         return child
+
+    def _start(self, digest: str | None) -> ChildProcess:
+        self._started += 1
+        return ChildProcess(self._folder / f"{os.getpid()}-{self._started}", digest)
 
     def release(self, child: ChildProcess) -> None:
         """Make a child available for the next run."""

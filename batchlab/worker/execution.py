@@ -137,7 +137,7 @@ class Execution:
             return
         if prepared is None:
             return
-        request, digest, code = prepared
+        request, digest = prepared
         chunks = materialization.chunks(tuple(self._unfinished), self._work.items)
         following = self._prefetch(next(chunks, []))
         try:
@@ -150,7 +150,7 @@ class Execution:
                     else:
                         self._pending[task] = item
                 while self._pending:
-                    if not await self._run_request(request, digest, code):
+                    if not await self._run_request(request, digest):
                         return
         finally:
             if isinstance(following, Task):
@@ -162,20 +162,20 @@ class Execution:
         refers = materialization.refers(chunk)
         return asyncio.create_task(self._inputs.fetch(chunk)) if refers else chunk
 
-    def _cached_request(self) -> tuple[ExecutionRequest, str, Path | None] | None:
+    def _cached_request(self) -> tuple[ExecutionRequest, str] | None:
         """Return the result of `_prepare` if the preparation does not need to fetch anything, else None."""
         key = materialization.function_key(self._work)
         function = self._code_cache.cached_function(key) if key else None
         if self._work.job.code or (key and function is None):
             return None
-        return (materialization.request(self._work, self._folder, function=function, code=None), "", None)
+        return (materialization.request(self._work, self._folder, function=function, code=None), "")
 
-    async def _prepare(self) -> tuple[ExecutionRequest, str, Path | None]:
+    async def _prepare(self) -> tuple[ExecutionRequest, str]:
         digest, code = await self._code_cache.code(self._work.job.code)
         key = materialization.function_key(self._work)
         function = await self._code_cache.function(key) if key else None
         request = materialization.request(self._work, self._folder, function=function, code=code)
-        return request, digest, code
+        return request, digest
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T | None:
         """Return the result of `work`, or None if the run is stopped before the result is ready."""
@@ -205,7 +205,7 @@ class Execution:
 
     # --- With a child --------------------------------------------------------------------------
 
-    async def _run_request(self, request: ExecutionRequest, digest: str, code: Path | None) -> bool:
+    async def _run_request(self, request: ExecutionRequest, digest: str) -> bool:
         """Send the pending tasks to a child, and read the child's answers until the child finishes or dies.
 
         Return False if the run of the bundle is over.
@@ -215,7 +215,7 @@ class Execution:
         if self._stopped or is_spent or self._handle.until_s <= self._clock.monotonic_s():
             return False
         if self._child is None:
-            self._child = await self._children.acquire(digest, code)
+            self._child = await self._children.acquire(digest)
         child, before = self._child, len(self._unfinished)
         self._allow(child)
         child.send(

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Protocol
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Control, Json, Ran
 from batchlab.core.port_retries import Patience
-from batchlab.core.ports import MAX_VISIBILITY_S, Clock, Message, Objects, Queue
+from batchlab.core.ports import Clock, Message, Objects, Queue
 from batchlab.core.protocol.messages import TaskMessage
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
+from batchlab.core.service_settings import WorkerSettings as WorkerSettings
 from batchlab.core.tracing import NO_TRACER, Tracer
 
 if TYPE_CHECKING:
@@ -181,54 +182,6 @@ class InflightMessage:
         """Number of earlier deliveries of the bundle that ended without an outcome."""
         again = self.message.receive_count - 1
         return self.bundle.losses + again + (1 if self.task.watchdog else 0)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSettings:
-    """Time settings of a worker in seconds. The descriptor of a backend sets the time settings of its workers."""
-
-    visibility_s: float = 30.0
-    """Visibility timeout of messages. The worker extends the timeout of a message after each third of the timeout."""
-    control_lease_s: float = 1.0
-    """Time after a read of a job's control object in which tasks of the job may start.
-
-    The manager acknowledges a cancellation one control lease after the cancellation.
-    """
-    beat_s: float = 10.0
-    """Longest time between heartbeats of a worker with in-flight messages."""
-    idle_beat_s: float = 60.0
-    """Longest time between heartbeats of a worker without in-flight messages."""
-    beat_gap_s: float = 0.5
-    """Shortest time between two heartbeats."""
-    wait_s: float = 20.0
-    """Long-poll time of a receive."""
-    drain_s: float = 20.0
-    """Time that a draining worker gives its running tasks."""
-    hand_over_s: float = MAX_VISIBILITY_S * 0.9
-    """Age at which a watchdog message replaces the message of a running bundle.
-
-    SQS limits the visibility of a message to 12 h.
-    """
-    watchdog_s: float = 900.0
-    """Delay of each watchdog message."""
-    quick_s: float = 1.5
-    """Maximum duration of bundles for which the worker prefetches one further bundle per slot.
-
-    A prefetched message behind a longer bundle would be withheld from idle workers.
-    """
-
-    @property
-    def marker_s(self) -> float:
-        """Seconds between two refreshes of the running marker of a handed-over bundle."""
-        return self.watchdog_s / 6
-
-    @property
-    def marker_stale_s(self) -> float:
-        """Age in seconds of a running marker at which its worker counts as dead.
-
-        The age limit of a marker is well above the clock skew between machines.
-        """
-        return self.watchdog_s / 2
 
 
 @dataclass(frozen=True, slots=True)

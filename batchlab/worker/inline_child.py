@@ -95,7 +95,7 @@ class InlineChildren:
 
     async def _ask(self, stage: StageDef, code: Path | None, request: RequestLine) -> Answer | None:
         try:
-            child = await self._children.acquire(str(code or ""), code)
+            child = await self._children.acquire(str(code or ""))
         except OSError as error:
             raise BackendError(f"A task process could not start: {error}") from error
         answer, is_alive = await self._answer(stage, child, request)

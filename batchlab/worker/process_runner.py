@@ -7,6 +7,7 @@ worker, and the processes of a task do not outlive its run.
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -17,6 +18,8 @@ from batchlab.worker.child_process import TICK_S, Children, Sampler, monotonic_s
 from batchlab.worker.code_cache import CodeCache
 from batchlab.worker.execution import Execution, ExecutionContext
 from batchlab.worker.inflight_message import Handle, Scratch, Work
+
+log = logging.getLogger(__name__)
 
 CLEAN_AFTER_S = 0.02
 """Delay in seconds before the folder of an ended execution is removed."""
@@ -37,6 +40,13 @@ class ProcessRunner:
         code_cache = CodeCache(objects, scratch, asyncio.to_thread)
         sampler = Sampler(monotonic_s, TICK_S / 2)
         self._context = ExecutionContext(objects, files, clock, children, code_cache, sampler)
+
+    def prepare(self) -> None:
+        """Start a child process for each slot before the first bundle arrives."""
+        try:
+            self._context.children.start_spares()
+        except OSError as error:  # The first bundle starts a child again, and reports a failure.
+            log.info("the child processes did not start: %s", error)
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
         """See `inflight_message.Runner`."""

@@ -69,6 +69,13 @@ class ForkServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: deque[asyncio.Future[dict[str, Any]]] = deque()
 
+    def start(self) -> None:
+        """Start the server before the first request, because its imports take longer than a fork.
+
+        Raise OSError if the server cannot start.
+        """
+        self._open()
+
     async def fork(self, argv: Sequence[str], env: Mapping[str, str], output: BinaryIO) -> PendingFork:
         """Return a fork that will behave like the process `argv`, in a new session.
 

@@ -147,6 +147,15 @@ class ProcessLauncher:
         self._reaping: set[asyncio.Task[None]] = set()
         self._processes: dict[str, _Process] | None = None
 
+    def prepare(self) -> None:
+        """Start the fork server, so that the first launch does not wait for the imports of the fork server."""
+        if self._fork_server is None:
+            return
+        try:
+            self._fork_server.start()
+        except OSError as error:  # The next launch tries again, and starts without a fork server if that fails.
+            log.info("the fork server did not start: %s", error)
+
     async def launch(
         self,
         pool: Pool,

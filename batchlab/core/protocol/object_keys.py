@@ -12,10 +12,12 @@ import hashlib
 import hmac
 import re
 from dataclasses import dataclass
-from typing import NewType
+from typing import TYPE_CHECKING, NewType
 
-from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, BundleId, JobId, StageName
+
+if TYPE_CHECKING:
+    from batchlab.core.job_definition import JobDef
 
 CommitKey = NewType("CommitKey", str)
 """A job's commit key: 128 bits in hexadecimal digits, or UNSEALED."""

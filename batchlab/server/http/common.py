@@ -32,6 +32,8 @@ from batchlab.manager.manager import Manager
 from batchlab.manager.notifier import Notifier
 from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.manager.spending import Spending
+from batchlab.server.answers import LEADER_WAIT_S as LEADER_WAIT_S
+from batchlab.server.answers import MAX_LISTED, MAX_WAIT_S
 from batchlab.server.http.authentication import Sessions
 from batchlab.server.http.history import History
 
@@ -78,13 +80,6 @@ for _view in vars(api_types).values():
     if is_typeddict(_view):
         _view.__pydantic_config__ = ConfigDict(defer_build=True)
 
-LEADER_WAIT_S = 3.0
-"""Time in seconds that a request waits for the manager to become the leader.
-
-If the manager does not become the leader within LEADER_WAIT_S, the request fails.
-"""
-MAX_WAIT_S = 60.0
-MAX_LISTED = 1000
 MAX_ERROR_CHARS = 10_000
 MAX_MISTAKES = 10
 """Number of mistakes in a job file that an error lists after the first mistake."""

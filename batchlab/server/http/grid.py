@@ -6,8 +6,6 @@ targets.
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, BackgroundTasks
@@ -16,11 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from batchlab import __version__
 from batchlab.core import api_types, api_usage_types, installation
 from batchlab.core.errors import Refused
-from batchlab.core.model import GroupView, JobId
-from batchlab.core.protocol import object_keys
+from batchlab.core.model import JobId
 from batchlab.manager import fleet_commands
-from batchlab.manager.manager import Manager
 from batchlab.server import job_views
+from batchlab.server.answers import grid_view, pool_view
 from batchlab.server.http.authentication import CODE_S, PAGE, page_session_name
 from batchlab.server.http.common import Leader, Limit, NotifierDep, SpendingDep, StateDep, guarded_router
 
@@ -108,7 +105,7 @@ class Draining(BaseModel):
 @router.get("/grid")
 async def grid(manager: Leader, served: StateDep) -> api_types.GridView:
     """Return the pools with their instances, and the queues with their depths."""
-    return await _grid(manager, served.backend_name)
+    return await grid_view(manager, served.backend_name)
 
 
 @router.get("/grid/activities")
@@ -132,44 +129,14 @@ async def scale(manager: Leader, pool: str, scaling: Scaling) -> api_types.PoolV
     view = await fleet_commands.scale(
         manager, pool, min_size=scaling.min, max_size=scaling.max, desired=scaling.desired, auto=scaling.auto
     )
-    return _pool(manager, view)
+    return pool_view(manager, view)
 
 
 @router.post("/grid/drain")
 async def drain(manager: Leader, draining: Draining, served: StateDep) -> api_types.GridView:
     """Scale one pool or all pools to zero instances, and keep the pools at zero instances."""
     await fleet_commands.drain(manager, draining.pool)
-    return await _grid(manager, served.backend_name)
-
-
-async def _grid(manager: Manager, backend_name: str) -> api_types.GridView:
-    groups = await fleet_commands.groups(manager)
-    names = [object_keys.EVENTS]
-    for pool in groups:
-        names += [object_keys.tasks_queue(pool), object_keys.dead_letters(pool)]
-    depths = await asyncio.gather(*(manager.ports.queue.depth(name) for name in names))
-    return {
-        "backend": backend_name,
-        "leader": manager.is_leader.is_set(),
-        "owner": manager.owner,
-        "settings": asdict(manager.settings),
-        "pools": [_pool(manager, view) for view in groups.values()],
-        "queues": [job_views.queue_view(name, depth) for name, depth in zip(names, depths, strict=True)],
-        "unreadable": manager.counts.unreadable.total(),
-    }
-
-
-def _pool(manager: Manager, view: GroupView) -> api_types.PoolView:
-    name = view.pool.name
-    scaler = manager.autoscaler
-    workers = manager.registry.workers
-    return job_views.pool_view(
-        view,
-        scaler.backlog(name),
-        workers,
-        held=name in scaler.user_capacity,
-        trouble=scaler.launch_breaker.trouble(name),
-    )
+    return await grid_view(manager, served.backend_name)
 
 
 # --- Notifications --------------------------------------------------------------------------------

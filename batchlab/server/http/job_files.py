@@ -29,8 +29,8 @@ from batchlab.core.errors import JobFileError, UsageError
 from batchlab.core.task_context import name_problem
 from batchlab.core.text import first_of, size
 from batchlab.manager.manager import Manager
+from batchlab.server.answers import accept, current_view
 from batchlab.server.http.common import Leader, guarded_router
-from batchlab.server.http.jobs import accept, current_view
 
 if TYPE_CHECKING:
     from batchlab.jobs.job_file import JobFile

@@ -7,8 +7,7 @@ the endpoints read the outcomes from the bucket. A change of a job wakes the req
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
@@ -18,26 +17,25 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
 from batchlab.core import api_types
-from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import JobId, Outcome, StageName, TaskSet
-from batchlab.core.ports import BundleRecord, ChangeResult, JobRecord
+from batchlab.core.model import JobId, StageName, TaskSet
+from batchlab.core.ports import BundleRecord
 from batchlab.core.protocol import json_format, settlement
-from batchlab.core.protocol.field_checks import shallow
 from batchlab.manager.manager import Manager
-from batchlab.manager.state import LiveJob
 from batchlab.server import job_facts, job_views
-from batchlab.server.http.common import MAX_LISTED, Leader, Limit, StateDep, Wait, guarded_router, without_version
+from batchlab.server.answers import (
+    MAX_LISTED,
+    accept,
+    changed_view,
+    current_view,
+    jobs_page,
+    outcomes_page,
+    wait_for_change,
+)
+from batchlab.server.http.common import Leader, Limit, StateDep, Wait, guarded_router, without_version
 from batchlab.server.http.failures import chosen_tasks
 from batchlab.server.http.history import eta_of
 from batchlab.server.wait_reasons import why
-
-
-async def wait_for_change(live: LiveJob, version: int, wait_s: float) -> None:
-    """Wait until the job's version differs from `version`, but at most `wait_s` seconds."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(wait_s):
-            await live.wait_for_change(version)
 
 
 async def first_outcomes(manager: Manager, job: JobId, wait_s: float) -> api_types.OutcomesView:
@@ -65,39 +63,6 @@ async def first_outcomes(manager: Manager, job: JobId, wait_s: float) -> api_typ
             if not live.listeners:
                 live.early_outcomes.clear()
     return await outcomes_page(manager, job, None, None, MAX_LISTED, end_s - loop.time())
-
-
-async def outcomes_page(
-    manager: Manager, job: JobId, stage: StageName | None, after: int | None, limit: int, wait_s: float
-) -> api_types.OutcomesView:
-    """Return outcomes with a seq above `after`, of one stage or of all stages.
-
-    If no outcome exists, wait up to `wait_s` seconds for an outcome.
-    """
-    loop = asyncio.get_running_loop()
-    end_s = loop.time() + wait_s
-    while True:
-        live = manager.lives.get(job)
-        # The number of folds is read before the outcomes, so that a fold during the read of the outcomes ends the wait
-        # below.
-        folds = live.folds if live else 0
-        record = live.record if live else await manager.ports.ledger.job(job)
-        ended = record.state.ended
-        rows: Sequence[tuple[BundleRecord, Outcome | None]]
-        recent = live.outcomes_after(after) if live else None
-        if recent is not None:
-            rows = [(row, outcome) for row, outcome in recent if stage in (None, row.bundle.stage)][:limit]
-        else:
-            stored = await manager.ports.ledger.bundles(job, stage=stage, done=True, after_seq=after, limit=limit)
-            rows = [(row, None) for row in stored]
-        if rows or ended or live is None or loop.time() >= end_s:
-            key = await manager.ports.keys.key_of(record.job)
-            return {
-                "outcomes": [job_views.outcome_view(row, key, outcome) for row, outcome in rows],
-                "ended": ended and len(rows) < limit,
-            }
-        while live.folds == folds and not live.record.state.ended and loop.time() < end_s:
-            await wait_for_change(live, live.version, end_s - loop.time())
 
 
 submission_router = guarded_router()
@@ -154,35 +119,6 @@ async def submit(
     return view
 
 
-async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> ChangeResult:
-    """Submit the job. Raise UsageError if the grid cannot run the job."""
-    try:
-        # Job ids must be in lower case. On a file system that ignores case, two ids that differ only in case would name
-        # the same files.
-        if job.id != job.id.lower():
-            raise UsageError(f"The job id {job.id!r} has capital letters.", remedy="Use small letters.")
-        manager.admit(job)
-    except UsageError as error:
-        # A job that the grid accepted before stays accepted, even if the grid would refuse the job now.
-        try:
-            await manager.ports.ledger.job(job.id)
-        except (NotFound, UnicodeEncodeError):  # a UnicodeEncodeError means that no job can have the id
-            raise error from None
-    try:
-        shallow([*(items or ()), *(value for _, value in job.params)])
-    except ValueError as error:
-        raise UsageError(
-            f"An item or a parameter of job {job.id} cannot be used: {error}.",
-            remedy="Nest the value less deeply, or store it as a file.",
-        ) from None
-    if items is not None and (job.items != len(items) or job.input is not None):
-        raise UsageError(
-            f"The request for job {job.id} has {len(items)} items, which contradicts the job's `items` or `input`.",
-            remedy="Set `items` of the job to the number of items, and leave out `input`.",
-        )
-    return await manager.job_commands.submit(job, items)
-
-
 class _JobAndOutcomes(Response):
     """Response with the job, followed by the job's first outcomes.
 
@@ -215,17 +151,13 @@ async def list_jobs(
     manager: Leader, limit: Limit = 100, before: str | None = None, active: bool = False
 ) -> api_types.JobsView:
     """Return a page of jobs, with the newest job first. `before` is the id of the last job of the previous page."""
-    records = await manager.ports.ledger.jobs(active=active, limit=limit, before=before)
-    return {"jobs": [await current_view(manager, record) for record in records]}
+    return await jobs_page(manager, limit, before, active=active)
 
 
 @router.get("/jobs/{job}")
 async def job(manager: Leader, job: JobId, version: int | None = None, wait_s: Wait = 0.0) -> api_types.JobView:
     """Return one job. With `version`, the manager waits until the job's version differs from `version`."""
-    live = manager.lives.get(job)
-    if live and version is not None:
-        await wait_for_change(live, version, wait_s)
-    return await current_view(manager, await manager.ports.ledger.job(job))
+    return await changed_view(manager, job, version, wait_s)
 
 
 @router.post("/jobs/{job}/cancel")
@@ -288,18 +220,6 @@ async def eta(manager: Leader, job: JobId) -> api_types.EtaView:
 async def explain(manager: Leader, job: JobId) -> api_types.WhyView:
     """Explain in one line why the job has not progressed further."""
     return {"why": why(await job_facts.gather(manager, job))}
-
-
-async def current_view(manager: Manager, record: JobRecord) -> api_types.JobView:
-    """Return the view of the job in its current state. The argument `record` may be outdated."""
-    job = record.job.id
-    live = manager.lives.get(job)
-    if live:
-        workers = manager.registry.workers.values()
-        return job_views.job_view(live.record, list(live.stages.values()), live, workers)
-    rows = await manager.ports.ledger.rows(job)
-    trouble = manager.reports.troubles.get(job, "")
-    return job_views.job_view(rows.job, rows.stages, report=trouble)
 
 
 @router.get("/jobs/{job}/outcomes")

@@ -16,8 +16,8 @@ from batchlab.core.ports import BundleRecord
 from batchlab.jobs.attempts import Attempt, attempt_in, printed_output
 from batchlab.manager.manager import Manager
 from batchlab.server import job_views
-from batchlab.server.http.common import MAX_LISTED, NOT_STORED, Leader, Limit, Wait, guarded_router, outcomes_of
-from batchlab.server.http.jobs import outcomes_page
+from batchlab.server.answers import MAX_LISTED, outcomes_page
+from batchlab.server.http.common import NOT_STORED, Leader, Limit, Wait, guarded_router, outcomes_of
 
 MAX_BYTES = 32 * 1024**2
 LEFT_OUT = "(This log is omitted, because an answer contains up to 32 MiB. Request this task alone.)\n"

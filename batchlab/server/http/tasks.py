@@ -36,9 +36,9 @@ from batchlab.jobs.attempts import attempt_in, log_end, task_input
 from batchlab.jobs.results import FetchLimits, Listed
 from batchlab.manager.manager import Manager
 from batchlab.server import job_views
+from batchlab.server.answers import current_view
 from batchlab.server.http.common import NOT_STORED, Leader, StateDep, guarded_router
 from batchlab.server.http.job_files import disk_folder, has_room
-from batchlab.server.http.jobs import current_view
 
 router = guarded_router()
 
