@@ -51,11 +51,12 @@ class Config:
     def folder(self) -> Path:
         return Path(self.work)
 
-    def write(self) -> Path:
-        """Write the file, and return its path."""
-        path = self.folder / "config.json"
-        path.write_text(json.dumps(asdict(self)))
-        return path
+    @property
+    def path(self) -> Path:
+        return self.folder / "config.json"
+
+    def write(self) -> None:
+        self.path.write_text(json.dumps(asdict(self)))
 
 
 def load() -> Config:

@@ -80,9 +80,10 @@ class Meter:
     The roles are the driver (this process), each service, and the workers (all other processes of the measurement).
     """
 
-    def __init__(self, services: Mapping[str, int]) -> None:
+    def __init__(self, services: Mapping[str, int], config: str | None = None) -> None:
+        """`config` is the configuration file of the measurement, by default the one of this process."""
         self._services = services
-        self._config = os.environ[VARIABLE]
+        self._config = config or os.environ[VARIABLE]
         self._start = {role: service_cpu_s(pid) for role, pid in services.items()}
         self._own_s = marked_cpu_s(self._config)
         self._wall_s, self._machine_s, self._driver_s = time.monotonic(), machine_cpu_s(), time.process_time()
@@ -101,11 +102,11 @@ class Meter:
         return roles, max(0.0, machine_s - total_s) / max(wall_s, 0.05)
 
 
-def wait_until_quiet(services: Mapping[str, int], limit: float, patience_s: float) -> None:
+def wait_until_quiet(services: Mapping[str, int], limit: float, patience_s: float, config: str | None = None) -> None:
     """Wait until other programs use fewer than `limit` cores, for at most `patience_s`."""
     deadline = time.monotonic() + patience_s
     while True:
-        meter = Meter(services)
+        meter = Meter(services, config)
         time.sleep(0.7)
         if meter.read()[1] < limit or time.monotonic() > deadline:
             return

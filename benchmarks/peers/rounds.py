@@ -59,7 +59,7 @@ def groups(names: Sequence[str]) -> Iterator[list[str]]:
 
 
 def run(options: Options) -> Iterator[Runs]:
-    """Measure all peers and workloads, and yield all figures after each round. Print each new figure."""
+    """Measure all peers and workloads, and yield all figures after each peer. Print each new figure."""
     options.scratch.mkdir(parents=True, exist_ok=True)
     if "W4" in options.workloads:
         workloads.make_claims(options.scratch / "claims")
@@ -75,7 +75,7 @@ def run(options: Options) -> Iterator[Runs]:
                         print(f"{number + 1} {peer:<18} {name:<3} {brief(found[name])}", flush=True)
                     if "redis" in PEERS[peer].services:
                         _flush(started["redis"].url)
-            yield runs
+                yield runs
 
 
 def _measure_quietly(
@@ -117,13 +117,13 @@ def measure(options: Options, peer: str, group: Sequence[str], started: services
         attempts=1 if kills else options.attempts,
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "PYTHON"))}
-    environment |= {VARIABLE: str(work / "config.json"), "PYTHONPATH": str(ROOT)}
+    environment |= {VARIABLE: str(config.path), "PYTHONPATH": str(ROOT)}
     environment |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
     log = work / "driver.log"
     with log.open("wb") as output:
         if group == ["W6"]:
-            time.sleep(min(1.0, options.patience))  # Let the previous measurement end.
-        path = replace(config, started_s=time.monotonic(), busy_s=processes.machine_cpu_s()).write()
+            processes.wait_until_quiet(config.pids, options.quiet, options.patience, str(config.path))
+        replace(config, started_s=time.monotonic(), busy_s=processes.machine_cpu_s()).write()
         command = [str(python(options.venvs, described.venv)), "-m", "benchmarks.peers.driver"]
         process = subprocess.Popen(
             command, env=environment, stdout=output, stderr=output, start_new_session=True, cwd=work
@@ -135,7 +135,7 @@ def measure(options: Options, peer: str, group: Sequence[str], started: services
         finally:
             processes.stop([process])
             # A peer may leave processes behind, which have the configuration or work in its folder.
-            processes.kill({*processes.marked(str(path)), *processes.working_in(work)})
+            processes.kill({*processes.marked(str(config.path)), *processes.working_in(work)})
     figures = work / "figures.json"
     if figures.exists():
         found: dict[str, Figures] = json.loads(figures.read_text())

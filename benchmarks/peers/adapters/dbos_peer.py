@@ -1,9 +1,9 @@
 """DBOS: one durable workflow in PostgreSQL for each task, on a queue that the worker processes poll.
 
 A worker takes up to 16 workflows from the queue with one poll, and a lock runs one of them at a time. So two workers
-run two tasks at a time, as with the other peers, and the polls do not limit the rate. The driver enqueues the workflows
-of a job in one transaction. DBOS stores the status and the result of each workflow. When the process of a worker starts
-again with the same executor id, DBOS restarts the workflows that the process had not completed.
+run two tasks at a time, as with the other peers, and the polls do not limit the rate. The driver enqueues many
+workflows in one transaction. DBOS stores the status and the result of each workflow. When the process of a worker
+starts again with the same executor id, DBOS restarts the workflows that the process had not completed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ QUEUE = f"peers-{CONFIG.run_id}"
 VERSION = "1"
 POLL_S = 0.01
 RESULT_POLL_S = 0.005
+BATCH = 500
+"""Workflows that the driver enqueues in one transaction."""
 _one_task = threading.Lock()
 
 
@@ -70,11 +72,13 @@ class Adapter(BaseAdapter):
     def map(self, task: str, calls: Sequence[Call], timeout_s: float, on_first: OnFirst = ignore) -> list[Any]:
         job = secrets.token_hex(8)
         ids = [f"{job}-{number:06}" for number in range(len(calls))]
-        with self._engine.begin() as connection:
-            handles = [
-                self._client.enqueue_in_transaction(connection, self._options(one), task, list(arguments))
-                for one, arguments in zip(ids, calls, strict=True)
-            ]
+        handles: list[Any] = []
+        for start in range(0, len(calls), BATCH):
+            batch = zip(ids[start : start + BATCH], calls[start : start + BATCH], strict=True)
+            with self._engine.begin() as connection:
+                for one, arguments in batch:
+                    options = self._options(one)
+                    handles.append(self._client.enqueue_in_transaction(connection, options, task, list(arguments)))
         if on_first is not ignore:
             self._result(handles[0])
             on_first()

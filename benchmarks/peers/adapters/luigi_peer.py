@@ -36,7 +36,7 @@ class CallTask(luigi.Task):
 
 
 class Adapter(BaseAdapter):
-    """Adapter of Luigi, which has no process between two jobs."""
+    """Adapter of Luigi, whose processes end with each job."""
 
     def start(self) -> None:
         logging.getLogger("luigi").setLevel(logging.CRITICAL)

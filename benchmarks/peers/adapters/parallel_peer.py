@@ -23,7 +23,7 @@ _PROGRAM = f"import sys; sys.path.insert(0, {_FOLDER!r}); import tasks; tasks.ma
 
 
 class Adapter(BaseAdapter):
-    """Adapter of GNU parallel, which has no process between two jobs."""
+    """Adapter of GNU parallel, whose processes end with each job."""
 
     def start(self) -> None:
         self._command = ["parallel", "--will-cite", "--keep-order", "--jobs", str(self.config.workers)]

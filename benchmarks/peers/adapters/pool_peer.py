@@ -1,4 +1,4 @@
-"""The process pool of the standard library, which has no broker and stores nothing."""
+"""The process pool of the standard library, which works without a broker and keeps all results in memory."""
 
 from __future__ import annotations
 
