@@ -1,12 +1,12 @@
 """Check for slower releases: ratios of batchlab's figures to a process pool's figures, compared with recorded ratios.
 
-    python benchmarks/gate.py --harness FOLDER [--small] [--record]
+    python benchmarks/gate.py [--small] [--record]
 
-The gate runs the harness, which is outside of this repository (see `harness.py`), for batchlab's backends and for the
-standard library's process pool. The gate compares ratios of batchlab's figures to the pool's figures, because batchlab
-and the pool run on the same machine. A figure that is a share of an ideal value is compared without a ratio. The gate
-compares the figures with `recorded.json`, which `--record` writes. The gate reports a workload that became slower by
-more than its noise, but does not fail.
+The gate runs the benchmark of peers (see `peers`) for batchlab's backends and for the standard library's process pool.
+The gate compares ratios of batchlab's figures to the pool's figures, because batchlab and the pool run on the same
+machine. A figure that is a share of an ideal value is compared without a ratio. The gate compares the figures with
+`recorded.json`, which `--record` writes. The gate reports a workload that became slower by more than its noise, but
+does not fail.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import harness
 
 HERE = Path(__file__).resolve().parent
 RECORDED = HERE / "recorded.json"
@@ -53,17 +51,14 @@ SMALL = ("W1", "W5", "W6")
 SMALL_BACKENDS = ("batchlab_local",)
 
 
-def measured(
-    folder: Path, backends: tuple[str, ...], workloads: tuple[str, ...], repeat: int
-) -> dict[str, dict[str, float]]:
-    """Run the harness in `folder` once. Return the figures of the run by backend and workload."""
+def measured(backends: tuple[str, ...], workloads: tuple[str, ...], repeat: int) -> dict[str, dict[str, float]]:
+    """Run the benchmark of peers once. Return the figures of the run by backend and workload."""
     with tempfile.TemporaryDirectory(prefix="batchlab-gate-") as scratch:
         results = Path(scratch) / "results.json"
-        command = [sys.executable, str(HERE / "run.py"), "--harness", str(folder)]
-        command += ["--peers", ",".join((POOL, *backends))]
+        command = [sys.executable, "-m", "benchmarks.peers", "run", "--peers", ",".join((POOL, *backends))]
         command += ["--workloads", ",".join(workloads), "--repeat", str(repeat)]
         command += ["--attempts", "1", "--patience", "5", "--json", str(results)]
-        if code := subprocess.run(command, check=False).returncode:
+        if code := subprocess.run(command, cwd=HERE.parent, check=False).returncode:
             sys.exit(code)
         runs = json.loads(results.read_text())["runs"]
     pool = runs[POOL]
@@ -87,17 +82,12 @@ def change(name: str, now: float, before: float | None) -> str:
 
 
 def main() -> None:
-    """Run the harness, and print the comparison with the recorded figures."""
+    """Run the benchmark of peers, and print the comparison with the recorded figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    harness.add_to(parser)
     parser.add_argument("--small", action="store_true", help="three workloads on one backend, once")
     parser.add_argument("--record", action="store_true", help="put the ratios on record")
     options = parser.parse_args()
-    folder = harness.there(options.harness)
-    if options.small:
-        now = measured(folder, SMALL_BACKENDS, SMALL, 1)
-    else:
-        now = measured(folder, BACKENDS, tuple(MEASURES), 3)
+    now = measured(SMALL_BACKENDS, SMALL, 1) if options.small else measured(BACKENDS, tuple(MEASURES), 3)
     before = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     print(f"\n{'backend':<20}{'workload':<10}{'now':>10}{'recorded':>10}  change")
     for backend, figures in now.items():

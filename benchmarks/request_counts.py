@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.request_costs import Requests, steps, usd_of
-from benchmarks.run import emulator
+from benchmarks.peers import install, services
 from tests.support.conform.proxy import Request, Response, Send, proxy
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -94,8 +94,8 @@ def measure(idle_s: float, tasks: int) -> list[dict[str, Any]]:
     meter, rows = Meter(), []
     with (
         tempfile.TemporaryDirectory(prefix="batchlab-bench-") as folder,
-        emulator(Path(folder) / "emulator", ["batchlab_ministack"]) as upstream,
-        proxy(upstream, meter) as endpoint,
+        services.running({"aws"}, install.DEFAULT) as started,
+        proxy(started["aws"].url, meter) as endpoint,
     ):
         os.environ["BATCHLAB_ENDPOINT"] = endpoint
         home = Home(Path(folder) / "grid")

@@ -1,0 +1,1 @@
+"""Adapters of the peers. Each adapter module names its class `Adapter`."""
