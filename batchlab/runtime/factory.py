@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab.adapters.limits import Bucket
@@ -22,7 +23,7 @@ from batchlab.core.atomic_write import read_sync
 from batchlab.core.errors import Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.core.port_retries import Patience
-from batchlab.core.ports import Clock, Ids, Ledger, LocalFiles, Objects
+from batchlab.core.ports import Clock, DirectQueue, Ids, Ledger, LocalFiles, Objects, Replies, ReplyInbox
 from batchlab.core.pricing.request_costs import RequestCounter
 from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.runtime import aws_deployment, compose_deployment, descriptor
@@ -174,6 +175,32 @@ class Backend(BackendLocations):
         # The instances and the clients of the backend run on one machine, so a sender can wake a receiver on this
         # machine.
         return LocalWakeupQueue(queue, home.backend_folder(self.name) / "wake")
+
+    def open_replies(self, home: Home) -> Replies | None:
+        """Open the replies of workers to clients, or return None if the clients run on other machines."""
+        if not self.capabilities.one_machine:
+            return None
+        from batchlab.adapters.local.replies import FifoReplies
+
+        return FifoReplies(self._replies_folder(home))
+
+    def open_inbox(self, home: Home) -> ReplyInbox:
+        """Open an inbox for replies of the workers on this machine."""
+        from batchlab.adapters.local.replies import FifoInbox
+
+        return FifoInbox(self._replies_folder(home))
+
+    def _replies_folder(self, home: Home) -> Path:
+        return self.folder(home) / "replies"
+
+    def open_direct_queue(self, home: Home, clock: Clock) -> DirectQueue | None:
+        """Open the grid's queues for direct calls. Return None if the backend does not run on one machine, or if this
+        process records traces, because only the manager begins the trace of a job.
+        """
+        if not self.capabilities.one_machine or _is_traced(os.environ):
+            return None
+        queue = self.open_queue(home, clock)
+        return queue if isinstance(queue, DirectQueue) else None
 
     def open_ledger(self, home: Home) -> Ledger:
         if self.ledger == "postgres":

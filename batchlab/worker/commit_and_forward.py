@@ -15,8 +15,10 @@ from dataclasses import replace
 
 from batchlab.core import logs
 from batchlab.core.commit import Addressed, address, commit, follow_ups, uncommitted
+from batchlab.core.direct_calls import reply_to
 from batchlab.core.errors import BackendError, TooNew
 from batchlab.core.model import Bundle, Json, Outcome, Ran, TaskSet
+from batchlab.core.port_retries import STEP_BACK_S
 from batchlab.core.ports import Clock, Message, Outgoing
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.messages import Duplicate
@@ -203,7 +205,12 @@ class BundleFinisher:
         self._context.outbox.report_duplicate(Duplicate(bundle.job, bundle.stage, kind, inflight.execution, slot_s))
 
     async def finish(self, inflight: InflightMessage, outcome: Outcome) -> None:
-        """Forward the committed outcome, which may be another worker's outcome, and delete the message."""
+        """Reply to a waiting client, forward the committed outcome, which may be another worker's outcome, and delete
+        the message."""
+        if inflight.task.reply and self._context.replies:
+            self._context.replies.send(inflight.task.reply, reply_to(outcome, inflight.key))
+            # The pause lets the client run first.
+            await asyncio.sleep(STEP_BACK_S)
         await self._forward(inflight, outcome, outcome, may_wait=True)
         await self.delete(inflight)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Control, Json, Ran
 from batchlab.core.port_retries import Patience
-from batchlab.core.ports import MAX_VISIBILITY_S, Clock, Message, Objects, Queue
+from batchlab.core.ports import MAX_VISIBILITY_S, Clock, Message, Objects, Queue, Replies
 from batchlab.core.protocol.messages import TaskMessage
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
 from batchlab.core.tracing import NO_TRACER, Tracer
@@ -255,6 +255,8 @@ class WorkerContext:
     tracer: Tracer = NO_TRACER
     inflight: dict[str, InflightMessage] = field(default_factory=dict)
     """In-flight messages by execution id."""
+    replies: Replies | None = None
+    """Replies to clients on this machine, or None if clients run on other machines."""
 
 
 class Slots:

@@ -127,6 +127,7 @@ async def submit(
     job: PostedJob,
     response: Response,
     items: Items = None,
+    is_sent: Annotated[bool, Body(embed=True)] = False,
     wait_s: Wait = 0.0,
     traceparent: Annotated[str, Header(max_length=200)] = "",
 ) -> Any:
@@ -138,10 +139,11 @@ async def submit(
     lines of JSON. The first line of the answer is the job, and the manager sends this line at once. The second line of
     the answer has the first outcomes, in the format of /outcomes. The manager sends the second line when outcomes
     exist. The seq of an outcome is 0 if the outcome is committed but not counted yet. The endpoint /outcomes lists an
-    outcome with the seq 0 again after the outcome was counted. If the grid records traces, the W3C header `traceparent`
-    names the parent of the job's trace.
+    outcome with the seq 0 again after the outcome was counted. `is_sent` means that the client has committed the job
+    with its only task and has sent the task's message, so the manager does not send the message. If the grid records
+    traces, the W3C header `traceparent` names the parent of the job's trace.
     """
-    written = await accept(manager, replace(job, trace=traceparent), items)
+    written = await accept(manager, replace(job, trace=traceparent), items, is_sent=is_sent)
     status = 201 if written.is_new else 200
     view = await current_view(manager, written.rows.job)
     if wait_s:
@@ -154,7 +156,7 @@ async def submit(
     return view
 
 
-async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> ChangeResult:
+async def accept(manager: Manager, job: JobDef, items: list[Any] | None, *, is_sent: bool = False) -> ChangeResult:
     """Submit the job. Raise UsageError if the grid cannot run the job."""
     try:
         # Job ids must be in lower case. On a file system that ignores case, two ids that differ only in case would name
@@ -180,7 +182,18 @@ async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Chan
             f"The request for job {job.id} has {len(items)} items, which contradicts the job's `items` or `input`.",
             remedy="Set `items` of the job to the number of items, and leave out `input`.",
         )
-    return await manager.job_commands.submit(job, items)
+    return await manager.job_commands.submit(job, items, is_sent=is_sent)
+
+
+@router.post("/calls")
+async def report_calls(
+    manager: Leader, jobs: Annotated[list[JobId], Body(embed=True, max_length=10_000)]
+) -> api_types.CallsView:
+    """Report completed single calls that the manager did not receive as submissions.
+
+    The manager adds the calls that the ledger lacks. The answer has the number of these calls.
+    """
+    return {"added": await manager.job_commands.add_calls(jobs)}
 
 
 class _JobAndOutcomes(Response):

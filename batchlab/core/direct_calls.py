@@ -1,0 +1,92 @@
+"""Direct calls: single calls that a client on the grid's machine commits and sends without the manager.
+
+Invariants: the PUT of the job's definition commits a direct call, as it commits every job. A client sends the message
+of a direct call only after this PUT, and only if a worker waits for a message. The worker's reply to the client follows
+the commit of the outcome. The manager learns of a direct call from the worker's event, or from the client if the
+outcome does not arrive soon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from batchlab.core.atomic_write import of_single_call
+from batchlab.core.commit import Addressed, address
+from batchlab.core.errors import Malformed, TooNew
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Bundle, JobId, Json, Outcome, TaskSet
+from batchlab.core.ports import Clock, Cut, Objects, Queue
+from batchlab.core.protocol import commit_keys, object_keys
+from batchlab.core.protocol.commit_keys import CommitKeys, Opening, split, with_proofs
+from batchlab.core.protocol.field_checks import UNREADABLE
+from batchlab.core.protocol.messages import Events, events_message, read_events_message
+from batchlab.core.protocol.object_keys import CommitKey, proves, summary
+
+MAX_REPLY_BYTES = 2_000
+"""Maximum size in bytes of an outcome in a reply. A larger outcome is sent as an object key."""
+
+
+def opening_of(job: JobDef, items: Sequence[Json]) -> Opening:
+    """Return the items and the only bundle of a job with one task."""
+    (stage,) = job.roots()
+    bundle = Bundle(job.id, stage.name, TaskSet.span(0, 1))
+    return Opening(items, Cut(job.id, stage.name, 0, 0, (bundle,), TaskSet(), 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Ports with which a client begins direct calls."""
+
+    objects: Objects
+    queue: Queue
+    keys: CommitKeys
+    clock: Clock
+
+    async def commit(self, job: JobDef, items: Sequence[Json], reply: str = "") -> tuple[CommitKey, Addressed]:
+        """Commit the definition of a single call. Return the job's commit key and the message for a worker.
+
+        The worker replies to `reply`. No call is retried, because the manager repeats the steps of a failed call. Raise
+        AlreadyExists if the job exists.
+        """
+        key = await self.keys.new(job.id)
+        sealed = replace(job, commit_hash=object_keys.digest(key))
+        opening = opening_of(sealed, items)
+        data = commit_keys.to_bytes(sealed, opening)
+        with of_single_call(True):
+            await self.objects.put(object_keys.spec(job.id), data, if_absent=True)
+        assert opening.cut
+        (bundle,) = opening.cut.bundles
+        return key, address(sealed, bundle, key, items=items, now_s=self.clock.now_s(), reply=reply)
+
+    async def send(self, message: Addressed) -> None:
+        """Send the message of a committed call."""
+        await self.queue.send(message.queue, [message.message])
+
+
+def reply_to(outcome: Outcome, key: CommitKey) -> str:
+    """Return the reply with a committed outcome, or with the key of a large outcome."""
+    events = Events(outcomes=(outcome,))
+    text = events_message(events)
+    if len(text) > MAX_REPLY_BYTES:
+        text = events_message(Events(committed=(object_keys.outcome(outcome.bundle, key),)))
+    return with_proofs(text, [outcome.bundle.job], lambda _: key)
+
+
+def read_reply(body: str, job: JobId, key: CommitKey) -> Outcome | str | None:
+    """Return the outcome of the job in a reply, or the key of the outcome. Return None for any other reply.
+
+    A reply counts only if its sender proves that it has the commit key of the job.
+    """
+    try:
+        text, proofs = split(body)
+        proof = proofs.get(job)
+        if proof is None or not proves(key, summary(text), proof):
+            return None
+        events = read_events_message(text)
+    except (Malformed, TooNew, *UNREADABLE):
+        return None
+    for outcome in events.outcomes:
+        if outcome.bundle.job == job:
+            return outcome
+    return next((name for name in events.committed if object_keys.is_genuine(name, key)), None)
