@@ -78,7 +78,7 @@ class Link:
         # started.
         self.objects = backend.open_objects(home)
         self.files = backend.open_local_files(home)
-        self.direct_calls = DirectCalls(backend, home, self.objects, self.clock, self.patience)
+        self.direct_calls = DirectCalls(backend, home, self.objects, self.files, self.clock, self.patience)
         self._unreported: list[str] = []
         """Ids of completed direct calls that were not reported to the manager."""
         self._loop = asyncio.new_event_loop()

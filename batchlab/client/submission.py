@@ -87,6 +87,8 @@ class ObjectPickler:
 
     def __init__(self) -> None:
         self._checked: set[str] = set()
+        self._last: tuple[int, str] | None = None
+        """Number of imported modules and the last imported module at the last check."""
         self._local: list[ModuleType] = []
         """Top-level modules that workers cannot import.
 
@@ -142,6 +144,10 @@ class ObjectPickler:
 
     def _check_modules(self) -> None:
         """Among the modules that were imported since the last call, find the modules that workers cannot import."""
+        last = len(sys.modules), next(reversed(sys.modules))
+        if last == self._last:
+            return  # A single call takes little more time than the comparison of all names.
+        self._last = last
         new = sys.modules.keys() - self._checked
         if not new:
             return  # `sysconfig.get_paths` takes 0.1 ms, which counts for single calls

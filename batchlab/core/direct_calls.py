@@ -35,6 +35,15 @@ def opening_of(job: JobDef, items: Sequence[Json]) -> Opening:
 
 
 @dataclass(frozen=True, slots=True)
+class CommittedCall:
+    """A direct call whose definition is committed, and the message that starts the call."""
+
+    key: CommitKey
+    bundle: Bundle
+    message: Addressed
+
+
+@dataclass(frozen=True, slots=True)
 class Caller:
     """Ports with which a client begins direct calls."""
 
@@ -43,8 +52,8 @@ class Caller:
     keys: CommitKeys
     clock: Clock
 
-    async def commit(self, job: JobDef, items: Sequence[Json], reply: str = "") -> tuple[CommitKey, Addressed]:
-        """Commit the definition of a single call. Return the job's commit key and the message for a worker.
+    async def commit(self, job: JobDef, items: Sequence[Json], reply: str = "") -> CommittedCall:
+        """Commit the definition of a single call.
 
         The worker replies to `reply`. No call is retried, because the manager repeats the steps of a failed call. Raise
         AlreadyExists if the job exists.
@@ -57,11 +66,12 @@ class Caller:
             await self.objects.put(object_keys.spec(job.id), data, if_absent=True)
         assert opening.cut
         (bundle,) = opening.cut.bundles
-        return key, address(sealed, bundle, key, items=items, now_s=self.clock.now_s(), reply=reply)
+        message = address(sealed, bundle, key, items=items, now_s=self.clock.now_s(), reply=reply)
+        return CommittedCall(key, bundle, message)
 
-    async def send(self, message: Addressed) -> None:
+    async def send(self, call: CommittedCall) -> None:
         """Send the message of a committed call."""
-        await self.queue.send(message.queue, [message.message])
+        await self.queue.send(call.message.queue, [call.message.message])
 
 
 def reply_to(outcome: Outcome, key: CommitKey) -> str:

@@ -124,6 +124,9 @@ class LocalFiles(Protocol):
     def path(self, key: str) -> Path | None:
         """Return the path of the object's file, or None if the object does not exist."""
 
+    def make_folder(self, key: str) -> None:
+        """Create the folder of the object's file, so that the writer of the object need not create the folder."""
+
 
 # --- Queue (SQS) ---------------------------------------------------------------------------------
 
@@ -223,8 +226,8 @@ class Replies(Protocol):
     A reply may be lost. Every reply is also in an event of the worker, and its outcome is in the bucket.
     """
 
-    def send(self, name: str, text: str) -> None:
-        """Send a text to the client that waits at `name`, without waiting. Drop the text if no client waits."""
+    def send(self, name: str, text: str) -> bool:
+        """Send a text to the client that waits at `name`, without waiting. Return False if no client waits."""
 
 
 class ReplyInbox(Protocol):
@@ -237,8 +240,8 @@ class ReplyInbox(Protocol):
     async def receive(self, wait_s: float) -> Sequence[str]:
         """Return the texts that have arrived, or wait up to `wait_s` seconds for the first text."""
 
-    def close(self) -> None:
-        """Remove the inbox."""
+    def close(self) -> Sequence[str]:
+        """Remove the inbox, and return the texts that have arrived. Later sends to the inbox return False."""
 
 
 # --- Fleet (Auto Scaling group) ------------------------------------------------------------------

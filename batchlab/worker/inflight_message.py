@@ -142,6 +142,8 @@ class InflightMessage:
     """Whether the next start decides if the task is poison, so that the task must run alone."""
     running: bool = False
     committing: bool = False
+    replied: bool = False
+    """Whether the client of a direct call has the committed outcome."""
     shedding: bool = False
     """Whether the tasks behind the running task are being handed off, or have been handed off."""
     part: Bundle | None = None

@@ -229,9 +229,8 @@ class Worker:
     async def _receive_messages(self, group: asyncio.TaskGroup) -> None:
         while True:
             # The room for new messages also limits the commits that are in progress.
-            room = min(
-                self._slots.total + self._prefetch - self._busy_slots, 3 * self._slots.total + 1 - len(self._inflight)
-            )
+            unfinished = sum(not inflight.replied for inflight in self._inflight.values())
+            room = min(self._slots.total + self._prefetch - self._busy_slots, 3 * self._slots.total + 1 - unfinished)
             if room <= 0:
                 self._has_room.clear()
                 await self._has_room.wait()

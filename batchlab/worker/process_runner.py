@@ -15,7 +15,7 @@ from batchlab.core.model import Ran
 from batchlab.core.ports import Clock, LocalFiles, Objects
 from batchlab.worker.child_process import TICK_S, Children, Sampler, monotonic_s
 from batchlab.worker.code_cache import CodeCache
-from batchlab.worker.execution import Execution, ExecutionContext
+from batchlab.worker.execution import Execution, ExecutionContext, Folders
 from batchlab.worker.inflight_message import Handle, Scratch, Work
 
 CLEAN_AFTER_S = 0.02
@@ -36,7 +36,8 @@ class ProcessRunner:
         children = Children(scratch.root / "children", slots)
         code_cache = CodeCache(objects, scratch, asyncio.to_thread)
         sampler = Sampler(monotonic_s, TICK_S / 2)
-        self._context = ExecutionContext(objects, files, clock, children, code_cache, sampler)
+        folders = Folders(scratch.root / "spare", slots)
+        self._context = ExecutionContext(objects, files, clock, children, code_cache, sampler, folders)
 
     async def run(self, work: Work, handle: Handle) -> AsyncIterator[Ran]:
         """See `inflight_message.Runner`."""
@@ -63,7 +64,7 @@ class ProcessRunner:
         """
         await self._context.children.close()
         await asyncio.gather(*self._cleaning, return_exceptions=True)
-        for name in ("children", "run", "functions"):
+        for name in ("children", "run", "spare", "functions"):
             await asyncio.to_thread(shutil.rmtree, self._scratch.root / name, ignore_errors=True)
 
 

@@ -1,7 +1,7 @@
 """Replies of workers to clients on the same machine, through one FIFO for each waiting client.
 
-Invariant: a reply is written as a whole or not at all, so a client never reads a part of a reply. A FIFO without a
-reader, or without room for the reply, drops the reply.
+Invariant: a reply is written as a whole or not at all, so a client never reads a part of a reply. A worker learns
+whether its reply is in the FIFO of a client that still waits.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import select
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[0-9a-f]{16}")
 _READ_BYTES = 1 << 16
+_STEP_BACK_S = 0.0001
 _ABSENT = (errno.ENOENT, errno.ENXIO, errno.EAGAIN, errno.EPIPE)
 """Errors of a client that has left, or that does not read its replies."""
 
@@ -32,11 +34,11 @@ class FifoReplies:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def send(self, name: str, text: str) -> None:
-        """Write the reply into the client's FIFO. A reply that the kernel cannot write at once is dropped."""
+    def send(self, name: str, text: str) -> bool:
+        """Write the reply into the client's FIFO. Return False if the kernel cannot write the reply at once."""
         data = text.encode() + b"\n"
         if not _NAME.fullmatch(name) or len(data) > select.PIPE_BUF:
-            return
+            return False
         try:
             fifo = os.open(self._folder / name, os.O_WRONLY | os.O_NONBLOCK)
             try:
@@ -46,6 +48,11 @@ class FifoReplies:
         except OSError as error:
             if error.errno not in _ABSENT:
                 log.warning("a reply cannot be sent: %s", error)
+            return False
+        # The kernel may have put the client on the core of this process. The pause of the whole process lets the client
+        # run at once.
+        time.sleep(_STEP_BACK_S)
+        return True
 
 
 class FifoInbox:
@@ -85,10 +92,13 @@ class FifoInbox:
         except BlockingIOError:
             return ()
 
-    def close(self) -> None:
-        """Remove the FIFO. Later replies are dropped."""
-        os.close(self._fifo)
+    def close(self) -> Sequence[str]:
+        """Remove the FIFO, and return the replies in the FIFO."""
         self._path.unlink(missing_ok=True)
+        try:
+            return self._read()
+        finally:
+            os.close(self._fifo)
 
 
 def _remove_abandoned(folder: Path) -> None:
