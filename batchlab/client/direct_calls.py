@@ -96,19 +96,20 @@ class DirectCalls:
                 self._files.make_folder(object_keys.outcome(call.bundle, call.key))
             end_s = line.loop.time() + REPLY_S
             while (left_s := end_s - line.loop.time()) > 0:
-                if outcome := await self._outcome_in(await inbox.receive(left_s), job, call.key):
+                if outcome := await self._outcome_in(await inbox.receive(left_s), call.key):
                     return True, outcome
             # A worker whose reply finds no inbox sends its event at once, for which the client waits next.
             line.inbox = None
-            return True, await self._outcome_in(inbox.close(), job, call.key)
+            return True, await self._outcome_in(inbox.close(), call.key)
         except (BackendError, OSError) as error:
             log.info("a call goes to the manager: %s", error, extra={"job": job.id})
         return is_sent, None
 
-    async def _outcome_in(self, replies: Sequence[str], job: JobDef, key: CommitKey) -> Outcome | None:
-        """Return the outcome of the job, which may be in one of the replies. A small outcome is in the reply itself."""
+    async def _outcome_in(self, replies: Sequence[str], key: CommitKey) -> Outcome | None:
+        """Return the outcome of the call, which may be in one of the replies. A small outcome is in the reply
+        itself."""
         for body in replies:
-            reply = read_reply(body, job.id, key)
+            reply = read_reply(body, key)
             if reply:
                 return await read_outcome(self._objects, reply, self._patience) if isinstance(reply, str) else reply
         return None

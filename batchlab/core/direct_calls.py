@@ -13,15 +13,12 @@ from dataclasses import dataclass, replace
 
 from batchlab.core.atomic_write import of_single_call
 from batchlab.core.commit import Addressed, address
-from batchlab.core.errors import Malformed, TooNew
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import Bundle, JobId, Json, Outcome, TaskSet
+from batchlab.core.model import Bundle, Json, Outcome, TaskSet
 from batchlab.core.ports import Clock, Cut, Objects, Queue
-from batchlab.core.protocol import commit_keys, object_keys
-from batchlab.core.protocol.commit_keys import CommitKeys, Opening, split, with_proofs
-from batchlab.core.protocol.field_checks import UNREADABLE
-from batchlab.core.protocol.messages import Events, events_message, read_events_message
-from batchlab.core.protocol.object_keys import CommitKey, proves, summary
+from batchlab.core.protocol import commit_keys, json_format, object_keys
+from batchlab.core.protocol.commit_keys import CommitKeys, Opening
+from batchlab.core.protocol.object_keys import CommitKey, proof, proves, summary
 
 MAX_REPLY_BYTES = 2_000
 """Maximum size in bytes of an outcome in a reply. A larger outcome is sent as an object key."""
@@ -75,28 +72,19 @@ class Caller:
 
 
 def reply_to(outcome: Outcome, key: CommitKey) -> str:
-    """Return the reply with a committed outcome, or with the key of a large outcome."""
-    events = Events(outcomes=(outcome,))
-    text = events_message(events)
+    """Return the reply with a committed outcome, or with the key of a large outcome, after the proof of its sender."""
+    text = json_format.outcome_text(outcome)
     if len(text) > MAX_REPLY_BYTES:
-        text = events_message(Events(committed=(object_keys.outcome(outcome.bundle, key),)))
-    return with_proofs(text, [outcome.bundle.job], lambda _: key)
+        text = object_keys.outcome(outcome.bundle, key)
+    return f"{proof(key, summary(text))} {text}"
 
 
-def read_reply(body: str, job: JobId, key: CommitKey) -> Outcome | str | None:
-    """Return the outcome of the job in a reply, or the key of the outcome. Return None for any other reply.
+def read_reply(reply: str, key: CommitKey) -> Outcome | str | None:
+    """Return the outcome in a reply, or the key of the outcome. Return None for the reply to another call.
 
-    A reply counts only if its sender proves that it has the commit key of the job.
+    A reply counts only if its sender proves that it has the commit key `key` of the call's job.
     """
-    try:
-        text, proofs = split(body)
-        proof = proofs.get(job)
-        if proof is None or not proves(key, summary(text), proof):
-            return None
-        events = read_events_message(text)
-    except (Malformed, TooNew, *UNREADABLE):
+    claimed, _, text = reply.partition(" ")
+    if not proves(key, summary(text), claimed):
         return None
-    for outcome in events.outcomes:
-        if outcome.bundle.job == job:
-            return outcome
-    return next((name for name in events.committed if object_keys.is_genuine(name, key)), None)
+    return json_format.outcome_from_json(json_format.loads(text.encode())) if text.startswith("{") else text
