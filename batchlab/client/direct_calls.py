@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from batchlab.client import thread_cache
@@ -65,10 +65,11 @@ class DirectCalls:
         self._is_opening = False
         self._closed = False
 
-    def call(self, job: JobDef, items: Sequence[Json]) -> tuple[bool, Outcome | None]:
+    def call(self, job: JobDef, items: Sequence[Json], sent: Callable[[], None]) -> tuple[bool, Outcome | None]:
         """Begin a single call if a worker waits for a message, and wait a moment for its outcome.
 
-        Return whether the message of the call was sent, and the committed outcome if the worker has replied.
+        `sent` is called after the message of the call was sent. Return whether the message was sent, and the committed
+        outcome if the worker has replied.
         """
         if not self._lock.acquire(blocking=False):
             return False, None
@@ -76,11 +77,13 @@ class DirectCalls:
             if self._line is None:
                 self._open_later()
                 return False, None
-            return self._line.loop.run_until_complete(self._call(self._line, job, items))
+            return self._line.loop.run_until_complete(self._call(self._line, job, items, sent))
         finally:
             self._lock.release()
 
-    async def _call(self, line: _Line, job: JobDef, items: Sequence[Json]) -> tuple[bool, Outcome | None]:
+    async def _call(
+        self, line: _Line, job: JobDef, items: Sequence[Json], sent: Callable[[], None]
+    ) -> tuple[bool, Outcome | None]:
         is_sent = False
         try:
             (stage,) = job.stages
@@ -90,6 +93,7 @@ class DirectCalls:
             call = await line.caller.commit(job, items, inbox.name)
             await line.caller.send(call)
             is_sent = True
+            sent()
             if self._files:
                 # The creation of the outcome's folders takes about 0.4 ms on a disk. The client creates the folders
                 # while the worker receives the message and runs the task.
@@ -149,5 +153,7 @@ class DirectCalls:
 def _close(line: _Line) -> None:
     if line.inbox:
         line.inbox.close()
-    line.loop.run_until_complete(line.queue.close())
+    if not thread_cache.is_exiting():
+        # The queue closes on a thread, and no thread can be started while Python exits.
+        line.loop.run_until_complete(line.queue.close())
     line.loop.close()

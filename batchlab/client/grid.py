@@ -80,7 +80,8 @@ class Grid:
 
     @property
     def client(self) -> Client:
-        """Return the client of the manager's HTTP API."""
+        """Return the client of the manager's HTTP API. The manager knows all calls whose results this process has."""
+        self._link.report()
         return self._link.client
 
     def map(

@@ -258,9 +258,10 @@ class Link:
             self._loop.call_soon_threadsafe(self._loop.call_later, REPORT_S, self._start_report)
 
     def _start_report(self) -> None:
-        self._loop.run_in_executor(None, self._report)
+        self._loop.run_in_executor(None, self.report)
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Report the completed direct calls to the manager now."""
         jobs, self._unreported = self._unreported, []
         try:
             if jobs:
@@ -296,7 +297,7 @@ class Link:
                 steps.callback(self._stop_manager)
             for client in self._clients:
                 steps.callback(client.close)
-            steps.callback(self._report)
+            steps.callback(self.report)
             steps.callback(self.direct_calls.close)
             steps.callback(lambda: self._cancel_remaining(is_stuck))
             # The check of the event loop is not one of the callbacks, because the callbacks must run even if the check

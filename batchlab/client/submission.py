@@ -281,9 +281,8 @@ class JobSubmitter:
         is_sent = False
         if job.is_single_call and items is not None:
             self._link.follow(job.id)
-            is_sent, outcome = self._link.direct_calls.call(job, items)
+            is_sent, outcome = self._link.direct_calls.call(job, items, accepted)
             if outcome:
-                accepted()
                 self._link.report_later(job.id)
                 return outcome
         return self._request(

@@ -59,7 +59,8 @@ class JobCommands(Part):
                 return await self._submit(sealed, items, is_sent=True)
 
     async def add_calls(self, jobs: Sequence[JobId]) -> int:
-        """Add direct calls that the ledger lacks because their events were lost, and return the number of the calls."""
+        """Add direct calls that the ledger lacks because their events are late or lost, and fold their outcomes. Return
+        the number of added calls."""
         added = 0
         for job in jobs:
             with self._context.pending_submissions.of(job):
@@ -67,6 +68,10 @@ class JobCommands(Part):
                     await self._ledger.job(job)
                 except NotFound:
                     added += await self._adoption.restore(job, concurrent=True) is not None
+                if live := self._lives.get(job):
+                    # The worker may send the event later, and the client expects to find the call with its result.
+                    await self._coordinator.fetch_missing_outcomes(live)
+                    live.wake.set()
         return added
 
     async def _submit(self, job: JobDef, items: Sequence[Json] | None, *, is_sent: bool = False) -> ChangeResult:

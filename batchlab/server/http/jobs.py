@@ -252,7 +252,7 @@ async def cancel(manager: Leader, job: JobId) -> api_types.JobView:
 @router.post("/jobs/{job}/pause")
 async def pause(manager: Leader, job: JobId) -> api_types.JobView:
     """Pause a job. Running tasks of a paused job continue, but no further task starts."""
-    record = await manager.ports.ledger.job(job)
+    record = await manager.job_record(job)
     await manager.job_commands.pause(job)
     return await current_view(manager, record)
 
