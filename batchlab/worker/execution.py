@@ -90,11 +90,15 @@ class Folders:
             self._create(folder)
 
     def _create(self, folder: Path) -> None:
-        if self._spares:
-            folder.parent.mkdir(exist_ok=True)
-            self._spares.pop().rename(folder)
-        else:
+        if not self._spares:
             _create_folder(folder)
+            return
+        spare = self._spares.pop()
+        try:
+            spare.rename(folder)
+        except FileNotFoundError:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            spare.rename(folder)
 
     def prepare(self) -> None:
         """Create a spare folder, unless there are enough of them."""
