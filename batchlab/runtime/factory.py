@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from batchlab.adapters.limits import Bucket
 from batchlab.core import installation
-from batchlab.core.atomic_write import read_sync
+from batchlab.core.atomic_write import Sync, read_sync
 from batchlab.core.errors import Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.core.port_retries import Patience
@@ -194,10 +194,13 @@ class Backend(BackendLocations):
         return self.folder(home) / "replies"
 
     def open_direct_queue(self, home: Home, clock: Clock) -> DirectQueue | None:
-        """Open the grid's queues for direct calls. Return None if the backend does not run on one machine, or if this
-        process records traces, because only the manager begins the trace of a job.
+        """Open the grid's queues for direct calls, or return None if this process must not make direct calls.
+
+        The backend must run on one machine. Only the manager begins the trace of a job, and only the manager can wait
+        until the ledger's row of a single call is on the disk (`Sync.ALL`).
         """
-        if not self.capabilities.one_machine or _is_traced(os.environ):
+        is_flushed = self.capabilities.local_bucket and read_sync() is Sync.ALL
+        if not self.capabilities.one_machine or is_flushed or _is_traced(os.environ):
             return None
         queue = self.open_queue(home, clock)
         return queue if isinstance(queue, DirectQueue) else None
