@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from batchlab.client import thread_cache
@@ -75,7 +76,6 @@ class DirectCalls:
             return False, None
         try:
             if self._line is None:
-                self._open_later()
                 return False, None
             return self._line.loop.run_until_complete(self._call(self._line, job, items, sent))
         finally:
@@ -118,12 +118,14 @@ class DirectCalls:
                 return await read_outcome(self._objects, reply, self._patience) if isinstance(reply, str) else reply
         return None
 
-    def _open_later(self) -> None:
-        """Open the line on another thread, because the import of the queue's client may be slow."""
+    def open(self) -> None:
+        """Open the line on another thread, because the import of the queue's client may be slow. Earlier calls go to
+        the manager."""
         if self._is_opening or self._closed or os.environ.get(TRACE_VARIABLE):
             return
         self._is_opening = True
-        thread_cache.run(self._open)
+        with suppress(RuntimeError):  # Without a thread, all calls go to the manager.
+            thread_cache.run(self._open)
 
     def _open(self) -> None:
         try:

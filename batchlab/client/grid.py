@@ -186,6 +186,7 @@ class Grid:
         """
         from batchlab.client.executor import GridExecutor
 
+        self._link.direct_calls.open()
         return GridExecutor(self, self._link, self._outgoing, name=name, initializer=initializer, initargs=initargs)
 
     def run(

@@ -211,8 +211,9 @@ class Adoption(Part):
             get = partial(self._objects.get, object_keys.spec(job))
             job_def, opening = commit_keys.from_json(json_format.loads(await self._patience(get)))
             self._context.admit(job_def)
-            if job_def.is_single_call and opening and opening.cut and await self._is_fresh(job):
-                return await self._adopt_call(job_def, opening.cut)
+            cut = opening.cut if opening and job_def.is_single_call else None
+            if cut and await self._is_fresh(job) and await self._adopt_call(job_def, cut):
+                return job_def
             await restore(self._ports, job)
         except NotFound:
             return None
@@ -244,17 +245,26 @@ class Adoption(Part):
                 return False
         return True
 
-    async def _adopt_call(self, job: JobDef, cut: Cut) -> JobDef:
-        """Add a direct call to the ledger (see `core.direct_calls`). Its completions are folded afterwards."""
-        with of_single_call(job.is_single_call):
-            written = await self._ledger.apply(AddJob(job, JobState.SUBMITTED, cut))
+    async def _adopt_call(self, job: JobDef, cut: Cut) -> bool:
+        """Add a direct call to the ledger (see `core.direct_calls`). Its completions are folded afterwards. Return
+        False if the ledger refuses the call, so that the call is restored as any other job."""
+        job = await admission.restore_addresses(self._ports, job)
+        try:
+            with of_single_call(job.is_single_call):
+                written = await self._ledger.apply(AddJob(job, JobState.SUBMITTED, cut))
+        except (Throttled, Unreachable):
+            raise
+        except BackendError as error:
+            raise_if_cancelled()
+            log.warning("a direct call is not accepted: %s", error, extra={"job": job.id})
+            return False
         if written.is_new:
             self._counts.submitted += 1
             log.info("accepted a direct call", extra={"job": job.id})
         live = await self.adopt(written, concurrent=True)
         if written.is_new:
             self._coordinator.begin(live, cut)
-        return job
+        return True
 
     async def readopt(self, live: LiveJob) -> None:
         """Restore a job from the bucket and adopt the restored job, because the ledger does not match the bucket."""
