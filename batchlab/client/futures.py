@@ -345,6 +345,9 @@ class Sender:
 
         try:
             page = self._outgoing.send(draft, packed.handler, packed.chunks, on_accepted, wait_s=FIRST_S)
+            if isinstance(page, Outcome):
+                on_outcome(batch.job, page)
+                return None
             views = page["outcomes"] if page else []
             if all(view["outcome"] for view in views):
                 for view in views:

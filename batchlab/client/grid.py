@@ -87,7 +87,8 @@ class Grid:
 
     @property
     def client(self) -> Client:
-        """Return the client of the manager's HTTP API."""
+        """Return the client of the manager's HTTP API. The manager knows all calls whose results this process has."""
+        self._link.report()
         return self._link.client
 
     def map(
@@ -199,6 +200,7 @@ class Grid:
         """
         from batchlab.client.executor import GridExecutor
 
+        self._link.direct_calls.open()
         return GridExecutor(self, self._link, self._outgoing, name=name, initializer=initializer, initargs=initargs)
 
     def run(

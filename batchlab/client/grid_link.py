@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from batchlab.client import thread_cache
+from batchlab.client.direct_calls import DirectCalls
 from batchlab.client.http import Client
 from batchlab.client.requests import patience_s
-from batchlab.core.errors import BackendError, NotFound, Refused, Unreachable, UsageError
+from batchlab.core.errors import BackendError, BatchlabError, NotFound, Refused, Unreachable, UsageError
 from batchlab.core.model import ENDED, Pool
 from batchlab.runtime import factory, manager_process
 from batchlab.runtime.factory import Backend
@@ -35,6 +36,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 POLL_S = 20.0
+REPORT_S = 5.0
+"""Time in seconds after which a completed direct call is reported to the manager."""
 RECORD_POLL_S = 0.1
 _OURS = "batchlab-grid"
 """Prefix of the names of the link's threads: the thread of the event loop, and the threads in the event loop's pool."""
@@ -76,6 +79,9 @@ class Link:
         # started.
         self.objects = backend.open_objects(home)
         self.files = backend.open_local_files(home)
+        self.direct_calls = DirectCalls(backend, home, self.objects, self.files, self.clock, self.patience)
+        self._unreported: list[str] = []
+        """Ids of completed direct calls that were not reported to the manager."""
         self._loop = asyncio.new_event_loop()
         # The event loop's thread is a daemon thread. At exit, Python waits for the end of all other threads before
         # `close` is called, and so would wait forever.
@@ -246,6 +252,27 @@ class Link:
             log.error("a job could not be canceled", exc_info=error)
         self._cancelling.pop(cancelling, None)
 
+    def report_later(self, job: str) -> None:
+        """Report a completed direct call to the manager after a moment, together with other calls.
+
+        The manager usually knows the call from the worker's event. The report covers the loss of the event.
+        """
+        self._unreported.append(job)
+        if len(self._unreported) == 1:
+            self._loop.call_soon_threadsafe(self._loop.call_later, REPORT_S, self._start_report)
+
+    def _start_report(self) -> None:
+        self._loop.run_in_executor(None, self.report)
+
+    def report(self) -> None:
+        """Report the completed direct calls to the manager now."""
+        jobs, self._unreported = self._unreported, []
+        try:
+            if jobs:
+                self._clients[-1].report_calls(jobs)
+        except BatchlabError as error:
+            log.warning("%d completed calls may be missing in the ledger: %s", len(jobs), error)
+
     # --- Closing ---------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -274,6 +301,8 @@ class Link:
                 steps.callback(self._stop_manager)
             for client in self._clients:
                 steps.callback(client.close)
+            steps.callback(self.report)
+            steps.callback(self.direct_calls.close)
             steps.callback(lambda: self._cancel_remaining(is_stuck))
             # The check of the event loop is not one of the callbacks, because the callbacks must run even if the check
             # is interrupted.

@@ -86,17 +86,28 @@ class Client(Calls):
         return cast("JobView", self._call("POST", "/v1/jobs", body=_submission(job, items)))
 
     def submit_and_hear(
-        self, job: JobDef, items: Sequence[Json] | None, accepted: Callable[[], None], *, wait_s: float
+        self,
+        job: JobDef,
+        items: Sequence[Json] | None,
+        accepted: Callable[[], None],
+        *,
+        wait_s: float,
+        is_sent: bool = False,
     ) -> OutcomesView:
         """Submit a job as `submit` does, and wait up to `wait_s` seconds for the job's first outcomes.
 
-        `accepted` is called when the manager has accepted the job.
+        `accepted` is called when the manager has accepted the job. `is_sent` reports that the client has committed the
+        job and has sent its message.
         """
-        body = _submission(job, items)
+        body = {**_submission(job, items), **({"is_sent": True} if is_sent else {})}
         with self._answer("POST", "/v1/jobs", body, ANSWER_S, {"wait_s": wait_s}) as answer:
             self._document(answer.line())
             accepted()
             return cast("OutcomesView", self._document(answer.read()))
+
+    def report_calls(self, jobs: Sequence[str]) -> None:
+        """Report direct calls that have a committed outcome, so that the ledger has them."""
+        self._call("POST", "/v1/calls", body={"jobs": jobs})
 
     def jobs(self, *, limit: int = 100, before: str | None = None, active: bool = False) -> list[JobView]:
         """Return a page of the jobs. The newest job comes first. `before` is the id of the last job of the previous
@@ -336,7 +347,7 @@ class Client(Calls):
         return cast("RunView", self._call("POST", _path("schedules", name, "/run"), body={"token": token}))
 
 
-def _submission(job: JobDef, items: Sequence[Json] | None) -> Json:
+def _submission(job: JobDef, items: Sequence[Json] | None) -> dict[str, Json]:
     from batchlab.core.protocol import json_format
 
     return {"job": json_format.job_to_json(job), "items": items}

@@ -33,7 +33,7 @@ import cloudpickle
 from batchlab.client.grid_link import Link
 from batchlab.core.errors import AlreadyExists, UsageError
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import JobId, Json, StageName, TaskSet
+from batchlab.core.model import JobId, Json, Outcome, StageName, TaskSet
 from batchlab.core.protocol import json_format, object_keys, values
 from batchlab.core.task_context import File, name_problem
 from batchlab.manager.stage_plans import ITEM_BYTES, MAX_STORED_BYTES, MAX_STORED_ITEMS, PART_ITEMS, PartWriter
@@ -87,6 +87,8 @@ class ObjectPickler:
 
     def __init__(self) -> None:
         self._checked: set[str] = set()
+        self._last: tuple[int, str] | None = None
+        """Number of imported modules and the last imported module at the last check."""
         self._local: list[ModuleType] = []
         """Top-level modules that workers cannot import.
 
@@ -145,6 +147,10 @@ class ObjectPickler:
 
         The check of the first call may start a Python process, which takes some hundredths of a second.
         """
+        last = len(sys.modules), next(reversed(sys.modules))
+        if last == self._last:
+            return  # A single call takes little more time than the comparison of all names.
+        self._last = last
         new = sys.modules.keys() - self._checked
         if not new:
             return  # `sysconfig.get_paths` takes 0.1 ms, which counts for single calls
@@ -269,17 +275,26 @@ class JobSubmitter:
 
     def send(
         self, draft: JobDef, pickled: bytes, chunks: Iterable[Chunk], accepted: Callable[[], None], *, wait_s: float
-    ) -> OutcomesView | None:
+    ) -> OutcomesView | Outcome | None:
         """Submit a job with encoded items and a pickled handler. The job succeeds even if tasks fail.
 
-        Wait up to `wait_s` seconds for the job's first outcomes, and return the outcomes. `accepted` is called when the
-        manager has accepted the job, and may be called twice. Return None for a job without items.
+        Wait up to `wait_s` seconds for the job's first outcomes, and return the outcomes. A single call is a direct
+        call if possible, whose only outcome is returned. `accepted` is called when the job is accepted, and may be
+        called twice. Return None for a job without items.
         """
         prepared = self._prepare(draft, pickled, chunks, tolerant=True)
         if prepared is None:
             return None
+        job, items = prepared.job, prepared.items
+        is_sent = False
+        if job.is_single_call and items is not None:
+            self._link.follow(job.id)
+            is_sent, outcome = self._link.direct_calls.call(job, items, accepted)
+            if outcome:
+                self._link.report_later(job.id)
+                return outcome
         return self._request(
-            prepared.job, lambda client: client.submit_and_hear(prepared.job, prepared.items, accepted, wait_s=wait_s)
+            job, lambda client: client.submit_and_hear(job, items, accepted, wait_s=wait_s, is_sent=is_sent)
         )
 
     def _prepare(

@@ -89,6 +89,12 @@ class OutcomeView(TypedDict):
     outcome: Any
 
 
+class CallsView(TypedDict):
+    """Number of reported calls that the manager has added to the ledger."""
+
+    added: int
+
+
 class OutcomesView(TypedDict):
     """Outcomes of a job. `ended` is true if the job has ended and the response contains the job's last outcomes."""
 

@@ -124,18 +124,19 @@ def address(
     now_s: float,
     watchdog: bool = False,
     trace: str = "",
+    reply: str = "",
 ) -> Addressed:
     """Return the message for `bundle`, with the commit key of its job.
 
     If the delay exceeds the maximum of SQS, the message's `not_before_s` delays the bundle for the remaining time.
     `trace` is the trace context of the sender if the job is traced. The default of `trace` is the trace context of the
-    job's submission.
+    job's submission. `reply` is the name at which a client waits for the outcome.
     """
     if items is not None and len(json.dumps(items)) > INLINE_BYTES:
         items = None
     body = task_message(
         TaskMessage(
-            bundle, items, now_s + delay_s if delay_s > MAX_DELAY_S else None, watchdog, trace or job.trace, key
+            bundle, items, now_s + delay_s if delay_s > MAX_DELAY_S else None, watchdog, trace or job.trace, key, reply
         )
     )
     pool = job.stage(bundle.stage).pool

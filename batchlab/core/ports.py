@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Protocol, overload, runtime_checkable
 
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import (
@@ -124,6 +124,9 @@ class LocalFiles(Protocol):
     def path(self, key: str) -> Path | None:
         """Return the path of the object's file, or None if the object does not exist."""
 
+    def make_folder(self, key: str) -> None:
+        """Create the folder of the object's file, so that the writer of the object need not create the folder."""
+
 
 # --- Queue (SQS) ---------------------------------------------------------------------------------
 
@@ -204,6 +207,41 @@ class Queue(Protocol):
 
     async def remove(self, queue: str) -> None:
         """Delete the queue with its messages, if the queue exists."""
+
+
+@runtime_checkable
+class DirectQueue(Queue, Protocol):
+    """Queues of a backend on one machine, where a sender sees waiting receivers."""
+
+    def is_awaited(self, queue: str) -> bool:
+        """Return whether a receiver waits for a message of the queue at the moment, as far as known."""
+
+    async def close(self) -> None:
+        """Close the queues, after which no method may be called."""
+
+
+class Replies(Protocol):
+    """Replies of workers to clients on the same machine.
+
+    A reply may be lost. Every reply is also in an event of the worker, and its outcome is in the bucket.
+    """
+
+    def send(self, name: str, text: str) -> bool:
+        """Send a text to the client that waits at `name`, without waiting. Return False if no client waits."""
+
+
+class ReplyInbox(Protocol):
+    """Place where one client waits for replies."""
+
+    @property
+    def name(self) -> str:
+        """Name of the inbox, which the client sends to the worker."""
+
+    async def receive(self, wait_s: float) -> Sequence[str]:
+        """Return the texts that have arrived, or wait up to `wait_s` seconds for the first text."""
+
+    def close(self) -> Sequence[str]:
+        """Remove the inbox, and return the texts that have arrived. Later sends to the inbox return False."""
 
 
 # --- Fleet (Auto Scaling group) ------------------------------------------------------------------

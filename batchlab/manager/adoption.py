@@ -14,12 +14,13 @@ from functools import partial
 from heapq import heappop, heappush
 
 from batchlab.core import logs
+from batchlab.core.atomic_write import of_single_call
 from batchlab.core.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, JobState
 from batchlab.core.port_retries import raise_if_cancelled
-from batchlab.core.ports import AddCut, BundleRecord, ChangeResult, Cut, JobRecord
-from batchlab.core.protocol import json_format, object_keys, settlement
+from batchlab.core.ports import AddCut, AddJob, BundleRecord, ChangeResult, Cut, JobRecord
+from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
 from batchlab.core.tracing import trace_of
 from batchlab.manager import admission
 from batchlab.manager.context import Context, Part
@@ -208,7 +209,11 @@ class Adoption(Part):
             return None
         try:
             get = partial(self._objects.get, object_keys.spec(job))
-            self._context.admit(json_format.job_from_json(json_format.loads(await self._patience(get))))
+            job_def, opening = commit_keys.from_json(json_format.loads(await self._patience(get)))
+            self._context.admit(job_def)
+            cut = opening.cut if opening and job_def.is_single_call else None
+            if cut and await self._is_fresh(job) and await self._adopt_call(job_def, cut):
+                return job_def
             await restore(self._ports, job)
         except NotFound:
             return None
@@ -232,6 +237,34 @@ class Adoption(Part):
         if not rows.job.state.ended:
             await self.adopt(ChangeResult(rows, is_new=False), concurrent=concurrent)
         return rows.job.job
+
+    async def _is_fresh(self, job: JobId) -> bool:
+        """Return whether the bucket has only the job's definition and outcomes."""
+        async for page in self._objects.list(object_keys.committed(job)):
+            if any(info.key != object_keys.spec(job) and not object_keys.is_outcome(info.key) for info in page):
+                return False
+        return True
+
+    async def _adopt_call(self, job: JobDef, cut: Cut) -> bool:
+        """Add a direct call to the ledger (see `core.direct_calls`). Its completions are folded afterwards. Return
+        False if the ledger refuses the call, so that the call is restored as any other job."""
+        job = await admission.restore_addresses(self._ports, job)
+        try:
+            with of_single_call(job.is_single_call):
+                written = await self._ledger.apply(AddJob(job, JobState.SUBMITTED, cut))
+        except (Throttled, Unreachable):
+            raise
+        except BackendError as error:
+            raise_if_cancelled()
+            log.warning("a direct call is not accepted: %s", error, extra={"job": job.id})
+            return False
+        if written.is_new:
+            self._counts.submitted += 1
+            log.info("accepted a direct call", extra={"job": job.id})
+        live = await self.adopt(written, concurrent=True)
+        if written.is_new:
+            self._coordinator.begin(live, cut)
+        return True
 
     async def readopt(self, live: LiveJob) -> None:
         """Restore a job from the bucket and adopt the restored job, because the ledger does not match the bucket."""

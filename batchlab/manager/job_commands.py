@@ -45,17 +45,40 @@ class JobCommands(Part):
         self._unfinished: set[JobId] = set()
         """Jobs whose retry may be in the bucket but not in the ledger."""
 
-    async def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> ChangeResult:
+    async def submit(self, job: JobDef, items: Sequence[Json] | None = None, *, is_sent: bool = False) -> ChangeResult:
         """Accept a job. A job with few items is submitted together with its encoded items. For a repeated client token,
         return the existing job, or raise Refused if the two jobs differ. The accepted job continues the trace of its
-        definition."""
+        definition. With `is_sent`, the client of a direct call has already committed the job and sent its message."""
         with ending(self._tracer.root("submit", Subject(job.id), parent=job.trace)) as submitting:
             sealed = await self._keys.seal(job)
-            return await self._submit(replace(sealed, trace=submitting.context), items)
+            sealed = replace(sealed, trace=submitting.context)
+            if not is_sent:
+                return await self._submit(sealed, items)
+            # Completions of the job wait until the job is adopted, because its message was sent before this request.
+            with self._context.pending_submissions.of(job.id):
+                return await self._submit(sealed, items, is_sent=True)
 
-    async def _submit(self, job: JobDef, items: Sequence[Json] | None) -> ChangeResult:
+    async def add_calls(self, jobs: Sequence[JobId]) -> int:
+        """Add direct calls that the ledger lacks because their events are late or lost, and fold their outcomes. Return
+        the number of added calls."""
+        added = 0
+        for job in jobs:
+            with self._context.pending_submissions.of(job):
+                try:
+                    await self._ledger.job(job)
+                except NotFound:
+                    added += await self._adoption.restore(job, concurrent=True) is not None
+                if live := self._lives.get(job):
+                    # The worker may send the event later, and the client expects to find the call with its result.
+                    await self._coordinator.fetch_missing_outcomes(live)
+                    live.wake.set()
+        return added
+
+    async def _submit(self, job: JobDef, items: Sequence[Json] | None, *, is_sent: bool = False) -> ChangeResult:
         opening = self._bundler.opening(job, items) if items is not None else None
         job, opening, is_ours = await self._define(job, opening)
+        if is_sent and not is_ours:
+            return await self._accept(job, opening, is_ours=False, is_sent=True)
         if not is_ours or not opening or not self._may_begin(job, opening):
             return await self._accept(job, opening, is_ours=is_ours)
         with self._context.pending_submissions.of(job.id):
@@ -258,8 +281,8 @@ def _read_definition(data: bytes) -> tuple[JobDef, commit_keys.Opening | None]:
     return json_format.job_from_json(doc), commit_keys.opening_in(doc)
 
 
-def _comparable(job: JobDef, opening: commit_keys.Opening | None) -> bytes:
-    """Return the job's content as bytes for a comparison, without times, trace, and commit hash. A job of an earlier
-    release does not have a commit hash."""
+def _comparable(job: JobDef, opening: commit_keys.Opening | None) -> Json:
+    """Return the job's content for a comparison, without times, trace, and commit hash. A job of an earlier release
+    does not have a commit hash. A client and the manager may write the same number as an integer and as a float."""
     timeless = replace(job, submitted_s=0.0, start_at_s=None, trace="", commit_hash="")
-    return commit_keys.to_bytes(timeless, commit_keys.Opening(opening.items) if opening else None)
+    return json_format.loads(commit_keys.to_bytes(timeless, commit_keys.Opening(opening.items) if opening else None))

@@ -104,7 +104,7 @@ class JobCoordinator(Part):
         verdict = judge(live.job, live.counts)
         if verdict.stop:
             await self._fail(live, await self._reason(live, verdict))
-        elif live.is_complete and await self._fetch_missing_outcomes(live):
+        elif live.is_complete and await self.fetch_missing_outcomes(live):
             if live.doubtful:
                 return  # the next call of `advance` reads the job's control object
             if missing := await completion_checks.uncommitted_bundles(self._ports, live):
@@ -452,7 +452,7 @@ class JobCoordinator(Part):
                     return with_task(verdict.reason, record.bundle.stage, failure.task, failure.reason)
         return verdict.reason
 
-    async def _fetch_missing_outcomes(self, live: LiveJob) -> bool:
+    async def fetch_missing_outcomes(self, live: LiveJob) -> bool:
         """Fold committed outcomes whose event was lost. Return whether the ledger has every bundle's outcome (promise
         I3). All tasks of a job can end before the ledger has every outcome, because a split bundle's event may arrive
         after the events of its halves."""

@@ -14,10 +14,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab.core import installation
-from batchlab.core.atomic_write import read_sync
+from batchlab.core.atomic_write import Sync, read_sync
 from batchlab.core.errors import Unreachable, UsageError
 from batchlab.runtime import aws_deployment, compose_deployment, descriptor
 from batchlab.runtime.descriptor import VARIABLE, Image, new_bucket_name, with_pools
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from batchlab.adapters.local.sqlite_queue import SqliteQueue
     from batchlab.core.model import Pool
     from batchlab.core.port_retries import Patience
-    from batchlab.core.ports import Clock, Fleet, Ids, Ledger, LocalFiles, Objects
+    from batchlab.core.ports import Clock, DirectQueue, Fleet, Ids, Ledger, LocalFiles, Objects, Replies, ReplyInbox
     from batchlab.core.pricing.request_costs import RequestCounter
     from batchlab.core.tracing import Tracer
     from batchlab.manager.context import Deliver
@@ -177,6 +178,37 @@ class Backend(BackendLocations):
         # The instances and the clients of the backend run on one machine, so a sender can wake a receiver on this
         # machine.
         return LocalWakeupQueue(queue, home.backend_folder(self.name) / "wake")
+
+    def open_replies(self, home: Home) -> Replies | None:
+        """Open the replies of workers to clients, or return None if the clients run on other machines."""
+        if not self.capabilities.one_machine:
+            return None
+        from batchlab.adapters.local.replies import FifoReplies
+
+        return FifoReplies(self._replies_folder(home))
+
+    def open_inbox(self, home: Home) -> ReplyInbox:
+        """Open an inbox for replies of the workers on this machine."""
+        from batchlab.adapters.local.replies import FifoInbox
+
+        return FifoInbox(self._replies_folder(home))
+
+    def _replies_folder(self, home: Home) -> Path:
+        return self.folder(home) / "replies"
+
+    def open_direct_queue(self, home: Home, clock: Clock) -> DirectQueue | None:
+        """Open the grid's queues for direct calls, or return None if this process must not make direct calls.
+
+        The backend must run on one machine. Only the manager begins the trace of a job, and only the manager can wait
+        until the ledger's row of a single call is on the disk (`Sync.ALL`).
+        """
+        is_flushed = self.capabilities.local_bucket and read_sync() is Sync.ALL
+        if not self.capabilities.one_machine or is_flushed or _is_traced(os.environ):
+            return None
+        from batchlab.core.ports import DirectQueue
+
+        queue = self.open_queue(home, clock)
+        return queue if isinstance(queue, DirectQueue) else None
 
     def open_ledger(self, home: Home) -> Ledger:
         if self.ledger == "postgres":

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT = ".batchlab"
 
-_FOLDERS = frozenset({"objects", "fleet", "scratch", "wake", "records", "reports", "damaged"})
+_FOLDERS = frozenset({"objects", "fleet", "scratch", "wake", "replies", "records", "reports", "damaged"})
 _FILES = re.compile(
     r"\.gitignore|\.batchlab-made|token|manager\.(json|lock|log|sock)|(ledger|queue)\.sqlite.*"
     r"|(settings|notify|prices)\.toml|fetched\.jsonl|sessions\.json|open-.*\.html"

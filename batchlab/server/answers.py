@@ -75,7 +75,7 @@ async def outcomes_page(
             await wait_for_change(live, live.version, end_s - loop.time())
 
 
-async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> ChangeResult:
+async def accept(manager: Manager, job: JobDef, items: list[Any] | None, *, is_sent: bool = False) -> ChangeResult:
     """Submit the job. Raise UsageError if the grid cannot run the job."""
     try:
         # Job ids must be in lower case. On a file system that ignores case, two ids that differ only in case would name
@@ -101,7 +101,7 @@ async def accept(manager: Manager, job: JobDef, items: list[Any] | None) -> Chan
             f"The request for job {job.id} has {len(items)} items, which contradicts the job's `items` or `input`.",
             remedy="Set `items` of the job to the number of items, and leave out `input`.",
         )
-    return await manager.job_commands.submit(job, items)
+    return await manager.job_commands.submit(job, items, is_sent=is_sent)
 
 
 async def changed_view(manager: Manager, job: JobId, version: int | None, wait_s: float) -> api_types.JobView:

@@ -70,6 +70,7 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
         ImdsNotices(imds) if imds else None,
         tally,
         tracer,
+        backend.open_replies(home),
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -15,11 +15,13 @@ from functools import partial
 from inspect import isawaitable
 from typing import Any
 
+from batchlab.core.direct_calls import Caller
 from batchlab.core.errors import Malformed, NotFound, Refused, Unreachable
 from batchlab.core.job_definition import InputDef, JobDef, SplitBy, StageDef
 from batchlab.core.model import Control, JobId, JobState, Json, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.protocol import object_keys
+from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.retry_rule import RetryRule
 from batchlab.core.schedules import MAX_MISSED, Definition, Missed, Overlap, RunState, Schedule, When, token_of
 from batchlab.manager.manager import Manager
@@ -49,6 +51,12 @@ PATIENCE_S = 300.0
 
 MAX_RETRIES = 3
 """Number of retries that a choosy user requests at the end."""
+
+REPLY_S = (0.02, 1.0, 30.0)
+"""Times in seconds for which clients wait for the outcome of a direct call."""
+
+CRASHED_SHARE = 0.2
+"""Share of direct calls whose message is not sent after the commit."""
 
 MAX_INLINE_ITEMS = 20
 """Largest number of items that a client sends within the submission."""
@@ -98,7 +106,8 @@ class User:
         await asyncio.sleep(rng.choice([0.0, 0.0, 3.0, 30.0]))
         if few_items(self._job) is None:
             await bring_items(self._world, self._job)
-        await self._submit()
+        if not await self._call_directly():
+            await self._submit()
         for _ in range(MAX_REQUESTS):
             await self._make_request()
         for request in self._requests:
@@ -158,9 +167,37 @@ class User:
         live = manager.lives.get(self._job.id) if manager else None
         return bool(manager and (manager.quarantine.unreadable(self._job.id) or (live and live.trouble)))
 
-    def _submit(self) -> asyncio.Task[object]:
+    async def _call_directly(self) -> bool:
+        """Begin a single call as a client on the grid's machine does, and tell the manager later.
+
+        Return False if the job must be submitted.
+        """
+        job, world = self._job, self._world
+        if not job.is_single_call or len(job.roots()) != 1 or job.start_at_s is not None:
+            return False
+        rng = world.rng(f"{self._name} calls")
+        caller = Caller(world.objects, world.queue, CommitKeys(world.objects), world.clock)
+        try:
+            call = await caller.commit(job, few_items(job) or ())
+        except NotFound:
+            return False  # The first manager has not created the secret of the commit keys.
+        if rng.random() < CRASHED_SHARE:
+            return False  # The client submits the job again after an error of its first attempt.
+        try:
+            await caller.send(call)
+        except NotFound:
+            return False
+        world.note(self._name, "calls a worker")
+        await asyncio.sleep(rng.choice(REPLY_S))
+        if await world.objects.head(object_keys.outcome(call.bundle, call.key)):
+            await self._start(lambda m: m.job_commands.add_calls([job.id]), "report")
+        else:
+            await self._submit(is_sent=True)
+        return True
+
+    def _submit(self, *, is_sent: bool = False) -> asyncio.Task[object]:
         job, items = self._job, few_items(self._job)
-        return self._start(lambda m: m.job_commands.submit(job, items), "submit")
+        return self._start(lambda m: m.job_commands.submit(job, items, is_sent=is_sent), "submit")
 
     def _ask(self, verb: str) -> asyncio.Task[object]:
         job = self._job.id

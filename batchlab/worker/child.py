@@ -30,6 +30,8 @@ EXIT_PIPE_LOST = 81
 """Exit code of a child process that cannot answer because a task closed the child's pipes."""
 
 _PR_SET_PDEATHSIG = 1
+_READ_BYTES = 1 << 16
+"""Size of the buffer for a read of a pipe. A pipe holds 64 KiB, and a larger buffer would be mapped for each read."""
 
 
 class RequestLine(TypedDict):
@@ -58,6 +60,8 @@ class Child:
         self._out = Output()
         self._has_code = False
         """Whether the code folder is in the module search path. All requests have the same code folder."""
+        self._last = b""
+        """Answer of the last task of a request, until the answer is written together with the end of the request."""
 
     def serve(self) -> None:
         rest = b""
@@ -74,7 +78,7 @@ class Child:
     def _line(self, data: bytes) -> tuple[bytes, bytes]:
         pieces = [data]
         while b"\n" not in pieces[-1]:
-            piece = os.read(self._requests, 1 << 20)
+            piece = os.read(self._requests, _READ_BYTES)
             if not piece:
                 return b"", b""
             pieces.append(piece)
@@ -103,7 +107,9 @@ class Child:
         process_state = ProcessState()
         memory = MemoryGrowth(line["memory_bytes"])
         must_start = line["must_start"]
+        left = len(line["items"])
         for task, item in line["items"]:
+            left -= 1
             self._board.rest()
             now_s = time.monotonic()
             if not self._board.may_start():
@@ -113,12 +119,15 @@ class Child:
             if memory.worn_out():
                 return "worn out"
             must_start = False
-            log_at = self._task(executor, task, item, log_at)
+            log_at = self._task(executor, task, item, log_at, is_last=not left)
             process_state.restore()
         return "done"
 
-    def _task(self, executor: TaskExecutor, task: int, item: Any, log_at: int) -> int:
-        """Run one task and write the task's answer. Return the log offset of the next task's output."""
+    def _task(self, executor: TaskExecutor, task: int, item: Any, log_at: int, *, is_last: bool) -> int:
+        """Run one task and write the task's answer. Return the log offset of the next task's output.
+
+        The answer of the last task is written with the end of the request, so that the worker wakes up only once.
+        """
         extra: dict[str, Any] = {}
         started_s = time.monotonic()
         self._board.mark(task, started_s, log_at)
@@ -140,7 +149,11 @@ class Child:
             extra["span"] = (log_at, end)
         if executor.touched:
             extra["folder"] = True
-        self._answer(f'["{word}",{task},{run_s:.6f},{text},{json.dumps(extra) if extra else "null"}]')
+        answer = f'["{word}",{task},{run_s:.6f},{text},{json.dumps(extra) if extra else "null"}]'
+        if is_last:
+            self._last = answer.encode() + b"\n"
+        else:
+            self._answer(answer)
         return end
 
     def _exit_if_forked(self) -> None:
@@ -149,9 +162,13 @@ class Child:
             os._exit(0)
 
     def _answer(self, text: str) -> None:
+        self._last += text.encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
         # A handler may have closed the pipe of answers, and a later call of `open` may have reused the pipe's file
         # descriptor. The process exits to avoid a write into a user's file.
-        data = text.encode() + b"\n"
+        data, self._last = self._last, b""
         try:
             if os.fstat(self._answers).st_ino != self._inodes[1]:
                 os._exit(EXIT_PIPE_LOST)
@@ -166,8 +183,9 @@ class Child:
                 return
         except OSError:
             pass  # The process exits if the pipe of requests is closed, as if its descriptor had been reused.
-        # Every task of the request has answered, so the exit does not fail any task. Another child serves the next
+        # The exit does not fail any task, because every task of the request has answered. Another child serves the next
         # request.
+        self._flush()
         os._exit(EXIT_PIPE_LOST)
 
 

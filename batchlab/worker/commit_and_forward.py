@@ -15,9 +15,11 @@ from dataclasses import replace
 
 from batchlab.core import logs
 from batchlab.core.commit import Addressed, address, commit, follow_ups, uncommitted
+from batchlab.core.direct_calls import reply_to
 from batchlab.core.errors import BackendError, TooNew
 from batchlab.core.model import Bundle, Json, Outcome, Ran, TaskSet
-from batchlab.core.ports import Clock, Message, Outgoing
+from batchlab.core.port_retries import set_within
+from batchlab.core.ports import MAX_BATCH, Clock, Message, Outgoing
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.messages import Duplicate
 from batchlab.core.protocol.settlement import BUDGET_S
@@ -35,6 +37,9 @@ Failed tasks have priority over other tasks in a trace, and long tasks over shor
 """
 MAX_LOGGED_FAILURES = 10
 """Maximum number of failed tasks of a bundle that get their own log lines."""
+
+REPLIED_S = 0.5
+"""Delay in seconds of the event of a call whose client has the outcome already."""
 
 EndedTask = tuple[Ran, float]
 """Result of a task, and its end time in seconds since the epoch."""
@@ -128,11 +133,34 @@ def fresh_copy(
     )
 
 
+class _Gathering:
+    """Gathering of calls whose clients have their replies, so that one message has the events of several calls.
+
+    Without the gathering, the work of the manager for one call would slow down the next call.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = 0
+        self._full = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Wait until `MAX_BATCH` calls wait, but at most `REPLIED_S`."""
+        full = self._full
+        self._waiting += 1
+        if self._waiting >= MAX_BATCH or (not await set_within(full, REPLIED_S) and full is self._full):
+            self._end()
+
+    def _end(self) -> None:
+        self._full.set()
+        self._waiting, self._full = 0, asyncio.Event()
+
+
 class BundleFinisher:
     """Commit, forwarding, and return of the bundles of one worker."""
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
+        self._replied = _Gathering()
 
     async def commit(self, inflight: InflightMessage, *, cancelled: bool = False) -> Outcome:
         """Commit the results of the bundle.
@@ -203,7 +231,12 @@ class BundleFinisher:
         self._context.outbox.report_duplicate(Duplicate(bundle.job, bundle.stage, kind, inflight.execution, slot_s))
 
     async def finish(self, inflight: InflightMessage, outcome: Outcome) -> None:
-        """Forward the committed outcome, which may be another worker's outcome, and delete the message."""
+        """Reply to a waiting client, forward the committed outcome, which may be another worker's outcome, and delete
+        the message."""
+        if (name := inflight.task.reply) and self._context.replies:
+            inflight.replied = self._context.replies.send(name, reply_to(outcome, inflight.key))
+            if inflight.replied and not outcome.follows:
+                await self._replied.wait()
         await self._forward(inflight, outcome, outcome, may_wait=True)
         await self.delete(inflight)
 

@@ -69,15 +69,23 @@ def load(handler: str, function: str | None) -> Call:
     "import".
     """
     try:
-        target = find(handler, function)
-        if not callable(target):
-            raise Problem("import", f"{handler} is not a function: its type is {type(target).__name__}.")
-        # The handler name of a pickled function is an object key, which users do not know.
-        return _adapt("The function" if function else handler, target)
+        return _load_pickled(handler, function) if function else _load(handler, None)
     except Problem:
         raise
     except BaseException as error:  # User code runs during the import and may raise any exception.
         raise _import_problem("the function" if function else handler, error) from error
+
+
+def _load(handler: str, function: str | None) -> Call:
+    target = find(handler, function)
+    if not callable(target):
+        raise Problem("import", f"{handler} is not a function: its type is {type(target).__name__}.")
+    # The handler name of a pickled function is an object key, which users do not know.
+    return _adapt("The function" if function else handler, target)
+
+
+# The parameters of a pickled function are read once, because this takes longer than a short task.
+_load_pickled = lru_cache(maxsize=4)(_load)
 
 
 def find(handler: str, function: str | None) -> Any:
@@ -85,7 +93,7 @@ def find(handler: str, function: str | None) -> Any:
 
     Exceptions of the user's code propagate.
     """
-    return _unpickle(Path(function)) if function else _import(handler)
+    return _unpickle(function) if function else _import(handler)
 
 
 def _import(handler: str) -> Any:
@@ -111,10 +119,10 @@ def _existing_functions(module: Any) -> str:
 
 
 @lru_cache(maxsize=4)
-def _unpickle(path: Path) -> Any:
+def _unpickle(path: str) -> Any:
     import cloudpickle  # noqa: F401 - unpickling a function needs cloudpickle
 
-    return pickle.loads(path.read_bytes())  # noqa: S301 - the job's own code
+    return pickle.loads(Path(path).read_bytes())  # noqa: S301 - the job's own code
 
 
 def _import_problem(handler: str, error: BaseException) -> Problem:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Control, Json, Ran
 from batchlab.core.port_retries import Patience
-from batchlab.core.ports import Clock, Message, Objects, Queue
+from batchlab.core.ports import Clock, Message, Objects, Queue, Replies
 from batchlab.core.protocol.messages import TaskMessage
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
 from batchlab.core.service_settings import WorkerSettings as WorkerSettings
@@ -145,6 +145,8 @@ class InflightMessage:
     committing: bool = False
     reported: bool = False
     """Whether the event of the bundle's committed outcome is being sent or has been sent."""
+    replied: bool = False
+    """Whether the client of a direct call has the committed outcome."""
     shedding: bool = False
     """Whether the tasks behind the running task are being handed off, or have been handed off."""
     part: Bundle | None = None
@@ -210,6 +212,8 @@ class WorkerContext:
     tracer: Tracer = NO_TRACER
     inflight: dict[str, InflightMessage] = field(default_factory=dict)
     """In-flight messages by execution id."""
+    replies: Replies | None = None
+    """Replies to clients on this machine, or None if clients run on other machines."""
 
 
 class Slots:

@@ -18,7 +18,7 @@ from batchlab.core.errors import BackendError, Malformed, NotFound, TooNew
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Control
 from batchlab.core.port_retries import Patience, both, raise_if_cancelled, set_within
-from batchlab.core.ports import MAX_BATCH, Clock, Message, Notice, Notices, Objects, Queue
+from batchlab.core.ports import MAX_BATCH, Clock, Message, Notice, Notices, Objects, Queue, Replies
 from batchlab.core.pricing.request_costs import RequestCounter
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.bundle_inputs import Inputs
@@ -157,10 +157,11 @@ class Worker:
         notices: Notices | None = None,
         tally: RequestCounter | None = None,
         tracer: Tracer = NO_TRACER,
+        replies: Replies | None = None,
     ) -> None:
         self._jobs = JobCache(objects, patience)
         outbox = Outbox(queue, patience, tally, self._jobs.key_of)
-        context = WorkerContext(who, objects, queue, clock, patience, settings, outbox, tracer)
+        context = WorkerContext(who, objects, queue, clock, patience, settings, outbox, tracer, replies=replies)
         self.who = who
         self.context = context
         self._clock = clock
@@ -228,9 +229,8 @@ class Worker:
     async def _receive_messages(self, group: asyncio.TaskGroup) -> None:
         while True:
             # The room for new messages also limits the commits that are in progress.
-            room = min(
-                self._slots.total + self._prefetch - self._busy_slots, 3 * self._slots.total + 1 - len(self._inflight)
-            )
+            unfinished = sum(not inflight.replied for inflight in self._inflight.values())
+            room = min(self._slots.total + self._prefetch - self._busy_slots, 3 * self._slots.total + 1 - unfinished)
             if room <= 0:
                 self._has_room.clear()
                 await self._has_room.wait()

@@ -16,7 +16,7 @@ from batchlab.core.model import Ran
 from batchlab.core.ports import Clock, LocalFiles, Objects
 from batchlab.worker.child_process import TICK_S, Children, Sampler, monotonic_s
 from batchlab.worker.code_cache import CodeCache
-from batchlab.worker.execution import Execution, ExecutionContext
+from batchlab.worker.execution import Execution, ExecutionContext, Folders
 from batchlab.worker.inflight_message import Handle, Scratch, Work
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ class ProcessRunner:
         children = Children(scratch.root / "children", slots)
         code_cache = CodeCache(objects, scratch, asyncio.to_thread)
         sampler = Sampler(monotonic_s, TICK_S / 2)
-        self._context = ExecutionContext(objects, files, clock, children, code_cache, sampler)
+        folders = Folders(scratch.root / "spare", slots)
+        self._context = ExecutionContext(objects, files, clock, children, code_cache, sampler, folders)
 
     def prepare(self) -> None:
         """Start a child process for each slot before the first bundle arrives."""
@@ -73,7 +74,7 @@ class ProcessRunner:
         """
         await self._context.children.close()
         await asyncio.gather(*self._cleaning, return_exceptions=True)
-        for name in ("children", "run", "functions"):
+        for name in ("children", "run", "spare", "functions"):
             await asyncio.to_thread(shutil.rmtree, self._scratch.root / name, ignore_errors=True)
 
 

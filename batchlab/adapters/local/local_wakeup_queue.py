@@ -113,6 +113,14 @@ async def wait_for_messages(
                 wake(folder, 1)
 
 
+def has_receiver(folder: Path) -> bool:
+    """Return whether a receiver waits, or whether a killed receiver has left its FIFO."""
+    try:
+        return any(not name.startswith(".") for name in os.listdir(folder))  # noqa: PTH208 - 3 times as fast
+    except FileNotFoundError:
+        return False
+
+
 def wake(folder: Path, count: int) -> None:
     """Wake up to `count` receivers, and remove the FIFOs of dead processes."""
     if count <= 0:
@@ -214,6 +222,9 @@ class LocalWakeupQueue:
         while self._receivers:
             self._receivers.popitem()[1].close()
         await self._queue.close()
+
+    def is_awaited(self, queue: str) -> bool:
+        return has_receiver(self._folder / queue)
 
     async def ensure(self, spec: QueueSpec) -> None:
         await self._queue.ensure(spec)

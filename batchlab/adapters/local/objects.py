@@ -19,7 +19,7 @@ import shutil
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -39,8 +39,8 @@ _KNOWN_FOLDERS = 10_000
 _FLUSHES = 8
 """Number of threads that flush the names of new folders."""
 
-Fill = Callable[[BinaryIO], object]
-"""A function that writes an object's content into its file."""
+Fill = bytes | Callable[[BinaryIO], object]
+"""An object's content, or a function that writes the content into the object's file."""
 
 
 _downloads = count()
@@ -217,12 +217,18 @@ class FileWriter:
     def _write(self, target: str, fill: Fill, *, durable: bool) -> tuple[str, str]:
         """Write the content to a new file next to `target`. Return the name and the ETag of the new file."""
         staged, file = _stage(target)
-        with _remove_on_error(staged), file:
-            fill(file)
-            file.flush()
-            if durable:
-                self._flush(file.fileno(), os.path.dirname(target))  # noqa: PTH120
-            return staged, etag_of(os.fstat(file.fileno()))
+        with _remove_on_error(staged):
+            try:
+                if isinstance(fill, bytes):
+                    _write_all(file, fill)
+                else:
+                    with open(file, "wb", closefd=False) as stream:
+                        fill(stream)
+                if durable:
+                    self._flush(file, os.path.dirname(target))  # noqa: PTH120
+                return staged, etag_of(os.fstat(file))
+            finally:
+                os.close(file)
 
     def _flush(self, file: int, folder: str) -> None:
         """Wait until the file's content and the names of its parent folders are on disk."""
@@ -258,17 +264,36 @@ def _remove_on_error(staged: str) -> Iterator[None]:
         raise
 
 
-def _stage(target: str) -> tuple[str, BinaryIO]:
-    """Open a new file next to `target`, with a name that cannot be a key."""
+def _write_all(file: int, data: bytes) -> None:
+    # A file object would make four more system calls, which counts for the small objects of short tasks.
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def _stage(target: str) -> tuple[str, int]:
+    """Open a new file next to `target`, with a name that cannot be a key. Return the file's name and descriptor."""
     for number in count(1):
         staged = f"{target}#{number}"
         try:
-            return staged, open(staged, "xb", opener=private)
+            return staged, private(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         except FileExistsError:
             continue  # The file belongs to another writer, or to a process that was killed.
         except FileNotFoundError:
-            os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120
+            _make_folders(os.path.dirname(target))  # noqa: PTH120
     raise AssertionError("count() never ends")
+
+
+def _make_folders(folder: str) -> None:
+    """Create a folder and its missing parents. `os.makedirs` takes twice as long, because it looks for each parent."""
+    try:
+        os.mkdir(folder)  # noqa: PTH102
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        _make_folders(os.path.dirname(folder))  # noqa: PTH120
+        with suppress(FileExistsError):
+            os.mkdir(folder)  # noqa: PTH102
 
 
 def copy_into(source: BinaryIO) -> Fill:
@@ -327,9 +352,7 @@ class LocalObjects:
         if if_match is not None:
             write = partial(self._exchange, if_match)
         return await self._do(
-            key,
-            partial(write, key, lambda file: file.write(data), durable=durable),
-            in_place=not durable and len(data) <= _IN_PLACE_BYTES,
+            key, partial(write, key, data, durable=durable), in_place=not durable and len(data) <= _IN_PLACE_BYTES
         )
 
     def _exchange(self, etag: str, key: str, fill: Fill, *, durable: bool) -> str:
@@ -345,7 +368,20 @@ class LocalObjects:
         check_key(key)
         size = await self._do(key, partial(self._size, key), in_place=True)
         check_size(key, size, limit)
-        return await self._do(key, partial(self._read, key), in_place=size <= _IN_PLACE_BYTES)
+        if size > _IN_PLACE_BYTES:
+            return await self._do(key, partial(self._read, key))
+        return await self._do(key, partial(self._read_small, key), in_place=True)
+
+    def _read_small(self, key: str) -> bytes:
+        file = os.open(f"{self._root}/{key}", os.O_RDONLY)
+        try:
+            # Another object may have replaced the object since its size was read, so the read ends at the file's end.
+            data = os.read(file, _IN_PLACE_BYTES)
+            while piece := os.read(file, _IN_PLACE_BYTES):
+                data += piece
+            return data
+        finally:
+            os.close(file)
 
     def _size(self, key: str) -> int:
         return self._info(key).size
@@ -435,6 +471,10 @@ class FilesInPlace:
     def path(self, key: str) -> Path | None:
         check_key(key)
         return self._root / key if head(self._root, key) else None
+
+    def make_folder(self, key: str) -> None:
+        check_key(key)
+        _make_folders(str((self._root / key).parent))
 
 
 def open_local(root: Path, sync: Sync = Sync.JOBS) -> LocalObjects:

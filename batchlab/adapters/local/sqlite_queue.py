@@ -27,7 +27,7 @@ from batchlab.adapters.limits import (
     check_receive,
     check_send,
 )
-from batchlab.adapters.local.local_wakeup_queue import ALL_RECEIVERS, wait_for_messages, wake
+from batchlab.adapters.local.local_wakeup_queue import ALL_RECEIVERS, has_receiver, wait_for_messages, wake
 from batchlab.adapters.local.sqlite_messages import ReceiveResult, SqliteMessages
 from batchlab.core.errors import Throttled
 from batchlab.core.ports import Clock, Depth, Message, Outgoing, QueueSpec
@@ -61,6 +61,9 @@ class SqliteQueue:
     async def close(self) -> None:
         """Wait for the submitted calls, then close the file and end the thread."""
         await self._thread.close(self._messages.close)
+
+    def is_awaited(self, queue: str) -> bool:
+        return has_receiver(self._wakeups / queue)
 
     async def _run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a short call and return its result."""

@@ -75,6 +75,8 @@ class TaskMessage:
     watchdog: bool = False
     trace: str = ""
     key: CommitKey = UNSEALED
+    reply: str = ""
+    """Name at which a client on the worker's machine waits for the outcome, or "" (see `ports.Replies`)."""
 
 
 def task_message(m: TaskMessage) -> str:
@@ -89,6 +91,8 @@ def task_message(m: TaskMessage) -> str:
         doc["tp"] = m.trace
     if m.key:
         doc["ck"] = m.key
+    if m.reply:
+        doc["re"] = m.reply
     return dumps(doc)
 
 
@@ -114,6 +118,7 @@ def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
         flag(doc.get("wd", False)),
         text(doc.get("tp", ""), MAX_TRACE),
         CommitKey(text(doc.get("ck", UNSEALED), MAX_TRACE)),
+        label(doc["re"]) if "re" in doc else "",
     )
 
 

@@ -92,6 +92,7 @@ async def submit(
     job: PostedJob,
     response: Response,
     items: Items = None,
+    is_sent: Annotated[bool, Body(embed=True)] = False,
     wait_s: Wait = 0.0,
     traceparent: Annotated[str, Header(max_length=200)] = "",
 ) -> Any:
@@ -103,10 +104,11 @@ async def submit(
     lines of JSON. The first line of the answer is the job, and the manager sends this line at once. The second line of
     the answer has the first outcomes, in the format of /outcomes. The manager sends the second line when outcomes
     exist. The seq of an outcome is 0 if the outcome is committed but not counted yet. The endpoint /outcomes lists an
-    outcome with the seq 0 again after the outcome was counted. If the grid records traces, the W3C header `traceparent`
-    names the parent of the job's trace.
+    outcome with the seq 0 again after the outcome was counted. `is_sent` means that the client has committed the job
+    with its only task and has sent the task's message, so the manager does not send the message. If the grid records
+    traces, the W3C header `traceparent` names the parent of the job's trace.
     """
-    written = await accept(manager, replace(job, trace=traceparent), items)
+    written = await accept(manager, replace(job, trace=traceparent), items, is_sent=is_sent)
     status = 201 if written.is_new else 200
     view = await current_view(manager, written.rows.job)
     if wait_s:
@@ -117,6 +119,17 @@ async def submit(
         return _JobAndOutcomes(view, read_outcomes, status)
     response.status_code = status
     return view
+
+
+@router.post("/calls")
+async def report_calls(
+    manager: Leader, jobs: Annotated[list[JobId], Body(embed=True, max_length=10_000)]
+) -> api_types.CallsView:
+    """Report completed single calls that the manager did not receive as submissions.
+
+    The manager adds the calls that the ledger lacks. The answer has the number of these calls.
+    """
+    return {"added": await manager.job_commands.add_calls(jobs)}
 
 
 class _JobAndOutcomes(Response):
@@ -171,7 +184,7 @@ async def cancel(manager: Leader, job: JobId) -> api_types.JobView:
 @router.post("/jobs/{job}/pause")
 async def pause(manager: Leader, job: JobId) -> api_types.JobView:
     """Pause a job. Running tasks of a paused job continue, but no further task starts."""
-    record = await manager.ports.ledger.job(job)
+    record = await manager.job_record(job)
     await manager.job_commands.pause(job)
     return await current_view(manager, record)
 
