@@ -72,15 +72,21 @@ class Grid:
         sized = _size_pools(descriptor.pools, workers, pools, warm=warm)
         descriptor.find_place(folder)  # Raise UsageError if the folder belongs to another endpoint.
         begun = manager_process.begin_manager(folder, descriptor, pools=sized, parent=True)
-        # While the manager starts, this process imports the modules that the first call of `map` needs.
-        import batchlab.client.results  # noqa: F401
-        from batchlab.client.grid_link import Link
-        from batchlab.client.submission import JobSubmitter, ObjectPickler
+        start = begun if isinstance(begun, ManagerStart) else None
+        try:
+            # While the manager starts, this process imports the modules that the first call of `map` needs.
+            import batchlab.client.results  # noqa: F401
+            from batchlab.client.grid_link import Link
+            from batchlab.client.submission import JobSubmitter, ObjectPickler
 
-        shipping = ObjectPickler()
-        if isinstance(begun, ManagerStart):
-            shipping.check_modules()
-        self._link = Link(descriptor, folder, sized, begun if isinstance(begun, ManagerStart) else None)
+            shipping = ObjectPickler()
+            if start:
+                shipping.check_modules()
+            self._link = Link(descriptor, folder, sized, start)
+        except BaseException:
+            if start:
+                start.cancel()  # Nothing else would stop the manager before the end of this process.
+            raise
         # Unlike the method `__del__`, a callback of `weakref.finalize` also runs when Python exits.
         self._end = weakref.finalize(self, self._link.close)
         self._outgoing = JobSubmitter(self._link, shipping)

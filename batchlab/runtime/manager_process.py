@@ -50,13 +50,15 @@ until its parent waits for the child process.
 
 @dataclass(frozen=True, slots=True)
 class ManagerStart:
-    """A manager that is starting. The caller must call `wait`."""
+    """A manager that is starting. The caller must call `wait`, or `cancel` if an error prevents the call of `wait`."""
 
     wait: Callable[[], ManagerRecord]
     """Return the record of the manager when the manager has recorded its address.
 
     Raise Unreachable with the last line of the manager's log if the manager does not start.
     """
+    cancel: Callable[[], None]
+    """End the process that `begin_manager` started. A later call of `cancel` does not have an effect."""
 
 
 def start_manager(
@@ -82,7 +84,8 @@ def begin_manager(
     port: int = 0,
     say: Callable[[str], None] = log.info,
 ) -> ManagerStart | ManagerRecord:
-    """Start a manager without waiting for it. If a manager already runs, return its record.
+    """Start a manager without waiting for it. If a manager already runs, return its record. The containers of a
+    manager in a container start when the caller waits.
 
     With `parent`, the manager ends when this process ends. `port` is the manager's port on 127.0.0.1, and 0 takes a
     free port. `say` is called with messages about slow steps. The manager of a stack runs on AWS, so the function
@@ -95,7 +98,8 @@ def begin_manager(
     if backend.capabilities.container_manager:
         from batchlab.runtime import container_grid
 
-        return container_grid.up(home, backend, pools, say)
+        # `up` removes the containers if it fails.
+        return ManagerStart(lambda: container_grid.up(home, backend, pools, say), lambda: None)
     home.make()
     backend.provide(home, say)
     service, problem = "manager", "The manager did not start"
@@ -117,7 +121,7 @@ def begin_manager(
         # Start the manager in a new session, so that Ctrl-C in the terminal does not end the manager.
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
     _STARTED[process.pid] = process
-    return ManagerStart(lambda: _wait_for_start(home, backend, process, problem, say))
+    return ManagerStart(lambda: _wait_for_start(home, backend, process, problem, say), process.terminate)
 
 
 def _wait_for_start(
