@@ -57,7 +57,7 @@ The import of the API would delay the first job of a grid, and the end of a grid
 """
 MAX_API_DELAY_S = 30.0
 """Maximum time in seconds from the start until the manager loads the API."""
-_API_MODULES = ("fastapi", "pydantic", "starlette", "multipart")
+_API_MODULES = ("fastapi", "pydantic", "python_multipart", "starlette", "uvicorn")
 DELIVERY_WAIT_S = 3.0
 """Time in seconds that an ending manager waits for the first delivery attempts of new notifications."""
 
@@ -323,10 +323,13 @@ def _api(
 
 
 async def _load_later(quick_api: QuickApi, lead: _Lead) -> None:
-    """Load the API when the grid is idle, unless a request has loaded the API before."""
+    """Load the API when the grid is idle, unless a request has loaded the API before.
+
+    Raise the error of the import, also if a request has caused the import.
+    """
     step_s = API_IDLE_S / 4
     waited_s = idle_s = 0.0
-    while idle_s < API_IDLE_S and waited_s < MAX_API_DELAY_S:
+    while idle_s < API_IDLE_S and waited_s < MAX_API_DELAY_S and not quick_api.has_begun_loading:
         await asyncio.sleep(step_s)
         waited_s += step_s
         is_idle = lead.manager.is_leader.is_set() and not lead.manager.lives

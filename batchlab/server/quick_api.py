@@ -19,11 +19,9 @@ from hmac import compare_digest
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
-from batchlab.core.errors import BatchlabError
 from batchlab.core.model import JobId
 from batchlab.core.port_retries import set_within
 from batchlab.core.protocol import json_format
-from batchlab.core.protocol.field_checks import UNREADABLE
 from batchlab.server.answers import (
     LEADER_WAIT_S,
     MAX_LISTED,
@@ -54,6 +52,7 @@ _HEADERS = frozenset(
     {b"accept", b"accept-encoding", b"authorization", b"connection", b"content-length", b"content-type", b"host"}
 )
 """Names of the headers of a usual request. The API checks requests with other headers, such as those of browsers."""
+_JSON = b"application/json"
 _PREFIX = "/v1/jobs/"
 
 
@@ -77,6 +76,10 @@ class QuickApi:
         self._load = load
         self._loading: asyncio.Task[App] | None = None
 
+    @property
+    def has_begun_loading(self) -> bool:
+        return self._loading is not None
+
     def start_loading(self) -> asyncio.Task[App]:
         """Return the task that loads the API, which is started by the first call."""
         if self._loading is None:
@@ -87,12 +90,12 @@ class QuickApi:
         received: list[Message] = []
         try:
             status, document = await self._answer(scope, receive, received)
-        except (_NotQuick, BatchlabError, *UNREADABLE) as error:
+            body = json_format.dumps(document).encode()
+        except Exception as error:  # noqa: BLE001 - the API also answers and logs unexpected errors
             log.debug("the API answers %s %s: %r", scope.get("method"), scope.get("path"), error)
             app = await asyncio.shield(self.start_loading())
             await app(scope, partial(_replay, received, receive), send)
             return
-        body = json_format.dumps(document).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -103,8 +106,8 @@ class QuickApi:
         is_authorized = compare_digest(headers.get(b"authorization", b""), self._expected)
         if scope["type"] != "http" or not is_authorized or not headers.keys() <= _HEADERS:
             raise _NotQuick
-        method, path, query = scope["method"], scope["path"], dict(parse_qsl(scope["query_string"].decode()))
-        if method == "POST" and path == "/v1/jobs" and not query:
+        method, path, query = scope["method"], scope["path"], _query(scope["query_string"])
+        if method == "POST" and path == "/v1/jobs" and not query and headers.get(b"content-type") == _JSON:
             return await self._submit(await _body(headers, receive, received))
         if method != "GET":
             raise _NotQuick
@@ -113,8 +116,8 @@ class QuickApi:
         if path == "/v1/jobs" and query.keys() == {"limit", "active"} and query["active"] in ("true", "false"):
             active, limit = query["active"] == "true", _limit(query["limit"])
             return 200, await jobs_page(await self._leader(), limit, None, active=active)
-        job, _, kind = path.removeprefix(_PREFIX).partition("/")
-        if not path.startswith(_PREFIX) or not job or b"%" in scope["raw_path"]:
+        job, slash, kind = path.removeprefix(_PREFIX).partition("/")
+        if not path.startswith(_PREFIX) or not job or bool(slash) != bool(kind) or b"%" in scope["raw_path"]:
             raise _NotQuick
         wait_s = float(query.pop("wait_s", 0.0))
         if not 0.0 <= wait_s <= MAX_WAIT_S:
@@ -146,6 +149,13 @@ class QuickApi:
         if not await set_within(manager.is_leader, LEADER_WAIT_S):
             raise _NotQuick
         return manager
+
+
+def _query(text: bytes) -> dict[str, str]:
+    query = dict(parse_qsl(text.decode(), keep_blank_values=True))
+    if not all(map(str.isascii, query.values())):
+        raise _NotQuick  # Python reads numbers in the digits of every language, but the API does not.
+    return query
 
 
 def _limit(text: str) -> int:

@@ -60,7 +60,7 @@ def test_manager_ends_if_the_grid_cannot_use_it(tmp_path: Path, monkeypatch: pyt
     def fail(self: ObjectPickler) -> None:
         raise OSError("no more processes")
 
-    monkeypatch.setattr(manager_process.subprocess, "Popen", Started)
+    monkeypatch.setattr("batchlab.runtime.manager_process.subprocess.Popen", Started)
     monkeypatch.setattr(ObjectPickler, "check_modules", fail)
     try:
         with pytest.raises(OSError, match="no more processes"):

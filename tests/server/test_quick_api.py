@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import httpx
 import pytest
 
 from batchlab.core.protocol import json_format
-from batchlab.server import quick_api
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home
+from batchlab.server import manager_service, quick_api
 from batchlab.server.http import common
 from batchlab.server.quick_api import App, QuickApi
 from tests.support.server.api import TOKEN, Rig, job
@@ -94,7 +97,10 @@ NOT_QUICK: list[tuple[Request, dict[str, str], int]] = [
     (("GET", "/v1/jobs/unknown?wait_s=1e9", None), BEARER, 422),
     (("GET", "/v1/jobs/unknown?wait_s=nan", None), BEARER, 422),
     (("GET", "/v1/jobs?limit=0&active=true", None), BEARER, 422),
+    (("GET", "/v1/jobs?limit=5&active=true&before=", None), BEARER, 404),
+    (("GET", "/v1/jobs?limit=5&limit=&active=true", None), BEARER, 422),
     (("POST", "/v1/jobs", None), BEARER, 422),
+    (submission("plain"), {**BEARER, "Content-Type": "text/plain"}, 422),
     (("POST", "/v1/jobs", [1]), BEARER, 422),
     (submission("bad", stages=[]), BEARER, 422),
     (submission("bad", v=99), BEARER, 422),
@@ -119,6 +125,75 @@ def test_api_answers_all_other_requests(rig: Rig, request_: Request, headers: di
             assert quick.content == own.content
 
     run(rig, both())
+
+
+@pytest.mark.parametrize(
+    ("rest", "status"),
+    [
+        ("?version=", 422),
+        ("?wait_s=", 422),
+        ("?version=１", 422),
+        ("/", 307),
+        ("/outcomes?after=", 422),
+        ("/outcomes?limit=１", 422),
+        ("/outcomes?stage=", 200),
+    ],
+)
+def test_api_answers_requests_about_a_job_that_the_quick_api_would_read_differently(
+    rig: Rig, rest: str, status: int
+) -> None:
+    loader, path = Loader(rig), f"/v1/jobs/{rig.submit(job())}{rest}"
+    (answer,) = run(rig, ask(loader.quick(), [("GET", path, None)]))
+    assert answer.status_code == status
+    assert loader.calls == 1
+
+
+@pytest.mark.parametrize("answer", [OSError("disk full"), RuntimeError("a bug"), {"a": float("nan")}, {"a": "\ud800"}])
+def test_api_answers_after_an_unexpected_error(rig: Rig, monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    async def grid_view(*_: object) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(quick_api, "grid_view", grid_view)
+    (response,) = run(rig, ask(Loader(rig).quick(), [("GET", "/v1/grid", None)]))
+    assert (response.status_code, response.json()["leader"]) == (200, True)
+
+
+def test_manager_notices_at_once_that_a_request_cannot_load_the_api(rig: Rig) -> None:
+    rig.submit(job())  # The grid is not idle, so only the request loads the API.
+
+    async def load() -> App:
+        raise ImportError("an undefined symbol")
+
+    async def both() -> None:
+        quick = QuickApi(TOKEN, "memory", lambda: rig.manager, load)
+        loading = asyncio.create_task(manager_service._load_later(quick, manager_service._Lead(rig.manager)))
+        with pytest.raises(ImportError):
+            await ask(quick, [("GET", "/v1/health", None)])
+        with pytest.raises(ImportError):
+            await asyncio.wait_for(loading, 5)
+
+    run(rig, both())
+
+
+@pytest.mark.parametrize(
+    ("missing", "problem"), [("multipart", None), ("python_multipart", "python_multipart"), ("uvicorn", "uvicorn")]
+)
+def test_manager_needs_every_package_of_the_api_at_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, problem: str | None
+) -> None:
+    """The package python-multipart has the module `multipart` only for old programs."""
+    monkeypatch.setattr(manager_service, "find_spec", lambda name: None if name == missing else object())
+    monkeypatch.setattr("batchlab.core.logs.set_up", lambda service: None)
+    monkeypatch.setattr("asyncio.run", lambda work: work.close())
+    options = manager_service.ManagerOptions(Home(tmp_path), factory.load("local"))
+    if problem is None:
+        manager_service.manager_main(options)
+        return
+    with pytest.raises(ModuleNotFoundError) as raised:
+        manager_service.manager_main(options)
+    assert raised.value.name == problem
 
 
 def test_api_gets_the_whole_body_of_a_large_request(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
