@@ -45,9 +45,7 @@ def run(rig: Rig, work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run_coroutine_threadsafe(work, rig._loop).result(10)
 
 
-async def ask(
-    app: Any, requests: Sequence[Request], headers: dict[str, str] = BEARER, **more: Any
-) -> list[httpx.Response]:
+async def ask(app: Any, requests: Sequence[Request], headers: Any = BEARER, **more: Any) -> list[httpx.Response]:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
         client.headers.clear()
         return [
@@ -145,6 +143,14 @@ def test_api_answers_requests_about_a_job_that_the_quick_api_would_read_differen
     loader, path = Loader(rig), f"/v1/jobs/{rig.submit(job())}{rest}"
     (answer,) = run(rig, ask(loader.quick(), [("GET", path, None)]))
     assert answer.status_code == status
+    assert loader.calls == 1
+
+
+def test_api_answers_requests_with_two_tokens(rig: Rig) -> None:
+    loader, headers = Loader(rig), [("Authorization", "Bearer guess"), *BEARER.items()]
+    for app in (loader.quick(), rig.app):
+        (answer,) = run(rig, ask(app, [("GET", "/v1/grid", None)], headers))
+        assert answer.status_code == 401
     assert loader.calls == 1
 
 
