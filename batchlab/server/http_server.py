@@ -13,6 +13,8 @@ from batchlab.core.port_retries import set_within
 
 TICK_S = 1.0
 """Interval in seconds at which uvicorn updates the header `Date`."""
+ACCEPT_STEPS = 5
+"""Number of steps of the event loop after which uvicorn knows each accepted connection. asyncio needs three."""
 
 
 class Server(uvicorn.Server):
@@ -50,10 +52,11 @@ class Server(uvicorn.Server):
             await set_within(self._ending, TICK_S)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self.server_state.connections or self.server_state.tasks:
-            await super().shutdown(sockets)
-            return
         for server in self.servers:
             server.close()
         for listener in sockets or ():
             listener.close()
+        for _ in range(ACCEPT_STEPS):
+            await asyncio.sleep(0)
+        if self.server_state.connections or self.server_state.tasks:
+            await super().shutdown(sockets)

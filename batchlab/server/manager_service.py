@@ -334,7 +334,8 @@ async def _load_later(quick_api: QuickApi, lead: _Lead) -> None:
         waited_s += step_s
         is_idle = lead.manager.is_leader.is_set() and not lead.manager.lives
         idle_s = idle_s + step_s if is_idle else 0.0
-    await quick_api.start_loading()
+    # The end of the manager cancels this function, but requests that have arrived before still wait for the API.
+    await asyncio.shield(quick_api.start_loading())
 
 
 async def _first_end(ends: set[asyncio.Task[Any]], loading: asyncio.Task[None]) -> None:

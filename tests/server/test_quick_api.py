@@ -183,6 +183,25 @@ def test_manager_notices_at_once_that_a_request_cannot_load_the_api(rig: Rig) ->
     run(rig, both())
 
 
+def test_request_is_answered_although_the_manager_ends_while_the_api_is_loaded(rig: Rig) -> None:
+    loader = Loader(rig, allowed=False)
+
+    async def both() -> None:
+        quick = loader.quick()
+        asked = asyncio.create_task(ask(quick, [("GET", "/v1/health", None)]))
+        loading = asyncio.create_task(manager_service._load_later(quick, manager_service._Lead(rig.manager)))
+        while not loader.calls:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+        loader.allowed.set()
+        (answer,) = await asked
+        assert answer.status_code == 200
+
+    run(rig, both())
+
+
 @pytest.mark.parametrize(
     ("missing", "problem"), [("multipart", None), ("python_multipart", "python_multipart"), ("uvicorn", "uvicorn")]
 )
