@@ -377,8 +377,12 @@ class StageRecord:
 
     @property
     def may_have_outstanding_bundles(self) -> bool:
-        """Return False if each task of the stage has ended or is not cut yet."""
-        return self.counts.planned is None or self.counts.planned - self.counts.terminal != len(self.left)
+        """Return False if no task of the stage has been cut.
+
+        A bundle may be outstanding although all cut tasks have ended, because the event of a split or failed bundle may
+        arrive after the events of its follow-ups.
+        """
+        return self.counts.terminal > 0 or self.counts.planned != len(self.left)
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,7 +207,7 @@ class ControlPoller:
     def _needs_lease(self, job: JobId) -> bool:
         """Return whether a task of the job's in-flight messages may still start."""
         return any(
-            not message.committing and not (message.running and len(message.bundle.tasks) == 1)
+            not message.committing and (message.handle.running is None or len(message.bundle.tasks) > 1)
             for message in self._context.inflight.values()
             if message.bundle.job == job
         )

@@ -11,7 +11,7 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, JobId, StageName, TaskSet
 from batchlab.core.port_retries import Patience
-from batchlab.core.protocol import json_format
+from batchlab.core.protocol import bundle_inputs, json_format
 from batchlab.core.protocol.bundle_inputs import Inputs
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.manager import stage_plans
@@ -63,3 +63,14 @@ def test_a_planner_that_stood_still_replaces_nothing_of_the_plan_that_counts() -
         assert await objects.get(items[2]["$value"]) == json_format.to_bytes(large + "d")
 
     asyncio.run(main())
+
+
+def test_manager_of_many_jobs_with_one_item_caches_few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, the cache counted only the JSON text of the items, so the limit of 8 MiB allowed a million jobs with one
+    item each, which took hundreds of MB."""
+    monkeypatch.setattr(bundle_inputs, "_MAX_BYTES", 64 * 1024)
+    inputs = Inputs(SimObjects(), Patience(Random(1)))
+    for number in range(500):
+        inputs.keep(JobId(f"j-{number}"), StageName("s"), [number])
+    assert 50 < len(inputs._parts) <= 64
+    assert inputs._bytes == sum(size for _, size in inputs._parts.values())

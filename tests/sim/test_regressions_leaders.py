@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from batchlab.core.errors import Unreachable
-from batchlab.core.model import JobState
-from batchlab.core.ports import Outgoing, Reopen
+from batchlab.core.model import Failure, FailureKind, JobState
+from batchlab.core.ports import Fold, Outgoing, Reopen
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import read_task_message
+from batchlab.core.retry_rule import RetryRule
 from batchlab.manager.adoption import SET_BACK_S
 from batchlab.manager.manager import LEASE
+from batchlab.sim.tasks import AttemptInput, ScriptedAttempt, value_of
 from batchlab.sim.world import EPOCH_S, World
 from tests.support.sim.scenes import (
     A,
@@ -24,8 +26,10 @@ from tests.support.sim.scenes import (
     around_change,
     ended,
     ended_well,
+    ends_well,
     in_world,
     job,
+    kill_manager,
     leader,
     stage,
     submitted,
@@ -202,3 +206,44 @@ def test_corrected_clock_decides_when_a_job_starts(off_s: float) -> None:
         await ended_well(world, made)
 
     in_world(act, script=takes(5.0))
+
+
+# --- Bundles that end after all of their tasks ---------------------------------------------------
+
+
+def _fails_once(scene: AttemptInput) -> ScriptedAttempt:
+    if scene.bundle.attempt == 1:
+        return ScriptedAttempt(1.0, failure=Failure(0, FailureKind.EXCEPTION, "the first attempt fails"))
+    return ScriptedAttempt(1.0, value_of(scene.stage.name, scene.item))
+
+
+def test_next_leader_counts_the_failed_attempt_whose_event_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, a leader did not read the outstanding bundles of a job if each task of the job had ended or was not cut.
+    The bundle of a failed attempt does not end a task. So if the event of the failed attempt was lost, no later leader
+    counted the bundle (I3)."""
+
+    async def act(world: World) -> None:
+        lost: list[str] = []
+
+        async def send(real: Any, queue: str, messages: Sequence[Outgoing]) -> object:
+            if queue != object_keys.EVENTS:
+                return await real(queue, messages)
+            failed = [message.body for message in messages if '"the first attempt fails"' in message.body]
+            lost.extend(failed)
+            return await real(queue, [message for message in messages if message.body not in failed])
+
+        async def fold(real: Any, change: Fold) -> object:
+            answer = await real(change)
+            if world.managers == 1:
+                kill_manager(world)
+                await asyncio.sleep(1.0)
+            return answer
+
+        around(monkeypatch, world.queue, "send", send)
+        around_change(monkeypatch, world.ledger, Fold, fold)
+        made = job(stage(A, retry=RetryRule(attempts=2, backoff_s=0.0)), items=1)
+        await ends_well(world, made)
+        assert len(lost) == 1
+        assert world.managers == 2
+
+    in_world(act, script=_fails_once)

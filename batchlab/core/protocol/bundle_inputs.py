@@ -34,6 +34,8 @@ _SAMPLE = 64
 """Number of items from which the size of a job's items is estimated."""
 _MAX_BYTES = 8 * 1024 * 1024
 """Limit of the cached parts of plans in bytes. The cache always has room for `_MIN_PARTS` parts."""
+_PART_BYTES = 1024
+"""Bytes that each cached part counts in addition to its items. They limit the number of parts of single-item jobs."""
 _MAX_MANIFESTS = 256
 
 
@@ -256,6 +258,7 @@ class Inputs:
         return self._parts[key][0]
 
     def _keep_part(self, key: str, items: Sequence[Json], size: int) -> None:
+        size += _PART_BYTES
         _, former = self._parts.pop(key, ((), 0))
         self._parts[key] = items, size
         self._bytes += size - former
