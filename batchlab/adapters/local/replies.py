@@ -88,7 +88,8 @@ class FifoInbox:
 
     def _read(self) -> Sequence[str]:
         try:
-            return os.read(self._fifo, _READ_BYTES).decode().splitlines()
+            # `str.splitlines` would also split a reply at characters such as U+2028.
+            return os.read(self._fifo, _READ_BYTES).decode(errors="replace").split("\n")[:-1]
         except BlockingIOError:
             return ()
 
