@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 from batchlab.client import thread_cache
 from batchlab.client.requests import TRACE_VARIABLE
-from batchlab.core.commit import read_outcome
-from batchlab.core.direct_calls import Caller, read_reply
+from batchlab.core.direct_calls import Caller, CommittedCall, outcome_in
 from batchlab.core.errors import BackendError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Json, Outcome
@@ -25,7 +24,6 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Clock, DirectQueue, LocalFiles, Objects, ReplyInbox
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
-from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
 
@@ -100,22 +98,20 @@ class DirectCalls:
                 self._files.make_folder(object_keys.outcome(call.bundle, call.key))
             end_s = line.loop.time() + REPLY_S
             while (left_s := end_s - line.loop.time()) > 0:
-                if outcome := await self._outcome_in(await inbox.receive(left_s), call.key):
+                if outcome := await self._outcome_in(await inbox.receive(left_s), call):
                     return True, outcome
             # A worker whose reply finds no inbox sends its event at once, for which the client waits next.
             line.inbox = None
-            return True, await self._outcome_in(inbox.close(), call.key)
+            return True, await self._outcome_in(inbox.close(), call)
         except (BackendError, OSError) as error:
             log.info("a call goes to the manager: %s", error, extra={"job": job.id})
         return is_sent, None
 
-    async def _outcome_in(self, replies: Sequence[str], key: CommitKey) -> Outcome | None:
-        """Return the outcome of the call, which may be in one of the replies. A small outcome is in the reply
-        itself."""
-        for body in replies:
-            reply = read_reply(body, key)
-            if reply:
-                return await read_outcome(self._objects, reply, self._patience) if isinstance(reply, str) else reply
+    async def _outcome_in(self, replies: Sequence[str], call: CommittedCall) -> Outcome | None:
+        """Return the outcome of the call, which may be in one of the replies."""
+        for reply in replies:
+            if outcome := await outcome_in(reply, call, self._objects, self._patience):
+                return outcome
         return None
 
     def open(self) -> None:

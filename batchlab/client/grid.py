@@ -94,8 +94,9 @@ class Grid:
     @property
     def client(self) -> Client:
         """Return the client of the manager's HTTP API. The manager knows all calls whose results this process has."""
+        client = self._link.client  # A forked child must not report, because it shares the connections of its parent.
         self._link.report()
-        return self._link.client
+        return client
 
     def map(
         self,

@@ -81,7 +81,8 @@ class Link:
         self.files = backend.open_local_files(home)
         self.direct_calls = DirectCalls(backend, home, self.objects, self.files, self.clock, self.patience)
         self._unreported: list[str] = []
-        """Ids of completed direct calls that were not reported to the manager."""
+        """Ids of completed direct calls that were not reported to the manager. The lock protects the list."""
+        self._report_lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         # The event loop's thread is a daemon thread. At exit, Python waits for the end of all other threads before
         # `close` is called, and so would wait forever.
@@ -257,8 +258,10 @@ class Link:
 
         The manager usually knows the call from the worker's event. The report covers the loss of the event.
         """
-        self._unreported.append(job)
-        if len(self._unreported) == 1:
+        with self._report_lock:
+            self._unreported.append(job)
+            is_first = len(self._unreported) == 1
+        if is_first:
             self._loop.call_soon_threadsafe(self._loop.call_later, REPORT_S, self._start_report)
 
     def _start_report(self) -> None:
@@ -266,7 +269,8 @@ class Link:
 
     def report(self) -> None:
         """Report the completed direct calls to the manager now."""
-        jobs, self._unreported = self._unreported, []
+        with self._report_lock:
+            jobs, self._unreported = self._unreported, []
         try:
             if jobs:
                 self._clients[-1].report_calls(jobs)
@@ -301,9 +305,10 @@ class Link:
                 steps.callback(self._stop_manager)
             for client in self._clients:
                 steps.callback(client.close)
+            steps.callback(lambda: self._cancel_remaining(is_stuck))
+            # The report precedes the wait for the ends of jobs, because the manager also ends the reported calls.
             steps.callback(self.report)
             steps.callback(self.direct_calls.close)
-            steps.callback(lambda: self._cancel_remaining(is_stuck))
             # The check of the event loop is not one of the callbacks, because the callbacks must run even if the check
             # is interrupted.
             is_stuck = self._is_stuck()

@@ -150,7 +150,6 @@ class ObjectPickler:
         last = len(sys.modules), next(reversed(sys.modules))
         if last == self._last:
             return  # A single call takes little more time than the comparison of all names.
-        self._last = last
         new = sys.modules.keys() - self._checked
         if not new:
             return  # `sysconfig.get_paths` takes 0.1 ms, which counts for single calls
@@ -174,6 +173,7 @@ class ObjectPickler:
             workers_places: dict[str, str | None] = json.loads(answer.stdout.splitlines()[-1])
             self._local += [sys.modules[name] for name in places if workers_places[name] != places[name]]
         self._checked |= new
+        self._last = last  # If Ctrl-C interrupts the check, the next call checks again.
 
 
 def _arguments(item: Any, file: Callable[[File], Json]) -> Json:

@@ -12,16 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from batchlab.core.atomic_write import of_single_call
-from batchlab.core.commit import Addressed, address
+from batchlab.core.commit import Addressed, address, committed, outcome_at
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, Json, Outcome, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Clock, Cut, Objects, Queue
 from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys, Opening
 from batchlab.core.protocol.object_keys import CommitKey, proof, proves, summary
 
 MAX_REPLY_BYTES = 2_000
-"""Maximum size in bytes of an outcome in a reply. A larger outcome is sent as an object key."""
+"""Maximum size in bytes of an outcome in a reply. The client reads a larger outcome from the bucket."""
 
 
 def opening_of(job: JobDef, items: Sequence[Json]) -> Opening:
@@ -72,19 +73,23 @@ class Caller:
 
 
 def reply_to(outcome: Outcome, key: CommitKey) -> str:
-    """Return the reply with a committed outcome, or with the key of a large outcome, after the proof of its sender."""
+    """Return the reply with a committed outcome after the proof of its sender. The reply does not contain a large
+    outcome."""
     text = json_format.outcome_text(outcome)
-    if len(text) > MAX_REPLY_BYTES:
-        text = object_keys.outcome(outcome.bundle, key)
+    if len(text.encode()) > MAX_REPLY_BYTES:
+        text = ""
     return f"{proof(key, summary(text))} {text}"
 
 
-def read_reply(reply: str, key: CommitKey) -> Outcome | str | None:
-    """Return the outcome in a reply, or the key of the outcome. Return None for the reply to another call.
+async def outcome_in(reply: str, call: CommittedCall, objects: Objects, patience: Patience) -> Outcome | None:
+    """Return the outcome of the call `call` in a reply or in the bucket. Return None for the reply to another call.
 
-    A reply counts only if its sender proves that it has the commit key `key` of the call's job.
+    A reply counts only if its sender proves that it has the commit key of the call's job. Raise Malformed for the
+    outcome of another bundle.
     """
     claimed, _, text = reply.partition(" ")
-    if not proves(key, summary(text), claimed):
+    if not proves(call.key, summary(text), claimed):
         return None
-    return json_format.outcome_from_json(json_format.loads(text.encode())) if text.startswith("{") else text
+    if not text:
+        return await committed(objects, call.bundle, patience, call.key)
+    return outcome_at(object_keys.outcome(call.bundle, call.key), text.encode(), call.key)

@@ -261,9 +261,9 @@ class Adoption(Part):
         if written.is_new:
             self._counts.submitted += 1
             log.info("accepted a direct call", extra={"job": job.id})
-        live = await self.adopt(written, concurrent=True)
-        if written.is_new:
-            self._coordinator.begin(live, cut)
+            self._coordinator.begin(await self.adopt(written, concurrent=True), cut)
+        elif not written.rows.job.state.ended:
+            await self.adopt(written, concurrent=True)
         return True
 
     async def readopt(self, live: LiveJob) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab.core import installation
-from batchlab.core.atomic_write import Sync, read_sync
+from batchlab.core.atomic_write import PRIVATE_FOLDER, Sync, read_sync
 from batchlab.core.errors import Unreachable, UsageError
 from batchlab.runtime import aws_deployment, compose_deployment, descriptor
 from batchlab.runtime.descriptor import VARIABLE, Image, new_bucket_name, with_pools
@@ -196,14 +196,24 @@ class Backend(BackendLocations):
     def _replies_folder(self, home: Home) -> Path:
         return self.folder(home) / "replies"
 
-    def open_direct_queue(self, home: Home, clock: Clock) -> DirectQueue | None:
-        """Open the grid's queues for direct calls, or return None if this process must not make direct calls.
+    def permit_direct_calls(self, home: Home) -> None:
+        """Create the folder of replies, without which clients do not make direct calls, or remove the folder.
 
         The backend must run on one machine. Only the manager begins the trace of a job, and only the manager can wait
         until the ledger's row of a single call is on the disk (`Sync.ALL`).
         """
         is_flushed = self.capabilities.local_bucket and read_sync() is Sync.ALL
-        if not self.capabilities.one_machine or is_flushed or _is_traced(os.environ):
+        if self.capabilities.one_machine and not is_flushed and not _is_traced(os.environ):
+            self._replies_folder(home).mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+        else:
+            import shutil
+
+            shutil.rmtree(self._replies_folder(home), ignore_errors=True)
+
+    def open_direct_queue(self, home: Home, clock: Clock) -> DirectQueue | None:
+        """Open the grid's queues for direct calls, or return None if the grid's manager does not permit direct
+        calls."""
+        if not self.capabilities.one_machine or not self._replies_folder(home).exists():
             return None
         from batchlab.core.ports import DirectQueue
 

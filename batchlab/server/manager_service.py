@@ -188,6 +188,7 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     if backend.capabilities.local_manager and (local := listen_locally(home)):
         listeners.append(local[0])
         home.write_socket(owner, local[1])
+    backend.permit_direct_calls(home)
     # The record is written before this manager leads, because the next manager must know the owner of the lease. A
     # request that arrives before the server runs waits for the server.
     home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name, options.parent))

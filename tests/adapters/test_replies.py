@@ -44,6 +44,22 @@ def test_a_name_outside_of_the_folder_gets_no_reply(tmp_path: Path, name: str) -
     assert not FifoReplies(tmp_path).send(name, "text")
 
 
+def test_a_reply_may_contain_any_character_except_the_end_of_a_line(tmp_path: Path) -> None:
+    inbox, replies = FifoInbox(tmp_path), FifoReplies(tmp_path)
+    text = "".join(map(chr, [*range(10), *range(11, 0xD800), 0x10FFFF]))
+    sent = [text[n : n + 1000] for n in range(0, 0x3000, 1000)]
+    for reply in sent:
+        assert replies.send(inbox.name, reply)
+    assert inbox.close() == sent
+
+
+def test_foreign_bytes_do_not_disturb_a_client(tmp_path: Path) -> None:
+    inbox = FifoInbox(tmp_path)
+    with (tmp_path / inbox.name).open("wb", buffering=0) as fifo:
+        fifo.write(b"\xff\nreply\nhalf of a")
+    assert inbox.close()[1:] == ["reply"]
+
+
 def test_a_reply_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     inbox, replies = FifoInbox(tmp_path), FifoReplies(tmp_path)
     assert not replies.send(inbox.name, "x" * select.PIPE_BUF)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -54,6 +58,30 @@ def shipping() -> ObjectPickler:
 @pytest.fixture
 def packer(shipping: ObjectPickler) -> Packer:
     return Packer(shipping, None)
+
+
+# --- Modules -------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_check_of_modules_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the functions of the module are pickled by name, and workers cannot import the module."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "module_of_the_user.py").write_text("def function(): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("module_of_the_user")
+    shipping = ObjectPickler()
+    with monkeypatch.context() as patches:
+        patches.setattr(subprocess, "run", interrupt)
+        for _ in range(2):  # the first check itself imports modules
+            with pytest.raises(KeyboardInterrupt):
+                shipping.check_modules()
+    pickled = shipping.function(module.function)
+    monkeypatch.delitem(sys.modules, "module_of_the_user")
+    (tmp_path / "module_of_the_user.py").unlink()
+    assert pickle.loads(pickled)() is None
 
 
 # --- Packing -------------------------------------------------------------------------------------

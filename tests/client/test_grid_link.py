@@ -1,4 +1,4 @@
-"""The end of a grid's link when its event loop has stopped."""
+"""The end of a grid's link, also when its event loop has stopped, and the reports of direct calls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from batchlab.client import grid_link
+from batchlab.client.grid import Grid
 from batchlab.client.grid_link import Link
+from batchlab.core.errors import UsageError
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home, ManagerRecord
 from tests.support.cli import FakeClient, a_job
@@ -74,3 +76,33 @@ def test_they_are_even_where_an_interrupt_has_left_a_lock_taken(
     finally:
         lock.release()
         link._stop_loop()
+
+
+def test_calls_are_reported_before_the_wait_for_the_ends_of_jobs(link: Link) -> None:
+    """Otherwise the manager would stop before it has recorded the ends of the reported calls."""
+    FakeClient.answers |= {"report_calls": {"added": 1}, "jobs": []}
+    link.ours = True
+    link.follow("call")
+    link.leave("call", cancel=False)
+    link.report_later("call")
+    link.close()
+    assert [(name, arguments) for name, arguments, _ in FakeClient.asked] == [
+        ("report_calls", (["call"],)),
+        ("jobs", ()),
+    ]
+
+
+def test_a_forked_child_does_not_report_the_calls_of_its_parent(link: Link) -> None:
+    """A report of the child would use a connection of the parent process at the same time as the parent."""
+    grid = Grid.__new__(Grid)
+    grid._link = link
+    link.report_later("call")
+    link._thread, thread = threading.Thread(), link._thread  # in a forked child, the thread does not run
+    try:
+        with pytest.raises(UsageError, match="closed in this process"):
+            _ = grid.client
+    finally:
+        link._thread = thread
+    assert not FakeClient.asked
+    FakeClient.answers |= {"report_calls": {"added": 1}}
+    link.close()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from random import Random
 
 import pytest
 
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.memory.queue import SimQueue
-from batchlab.core.direct_calls import MAX_REPLY_BYTES, Caller, CommittedCall, read_reply, reply_to
+from batchlab.core.commit import commit
+from batchlab.core.direct_calls import MAX_REPLY_BYTES, Caller, CommittedCall, outcome_in, reply_to
 from batchlab.core.errors import AlreadyExists, Malformed
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import JobId, Outcome, Ran, StageName
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import QueueSpec
 from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
 from batchlab.core.protocol.commit_keys import CommitKeys
@@ -75,15 +78,25 @@ def test_the_definition_and_the_message_of_a_call_agree() -> None:
 
 def test_a_reply_counts_only_with_the_key_of_its_call() -> None:
     async def check(loop: SimLoop) -> None:
-        call, _, _ = await begun(loop)
-        small, large = outcome_of(call, "x"), outcome_of(call, "x" * MAX_REPLY_BYTES)
-        assert read_reply(reply_to(small, call.key), call.key) == small
-        assert read_reply(reply_to(large, call.key), call.key) == object_keys.outcome(call.bundle, call.key)
-        assert read_reply(reply_to(small, OTHER), call.key) is None
-        assert read_reply(reply_to(small, call.key).replace('"x"', '"y"'), call.key) is None
+        call, objects, _ = await begun(loop)
+        patience = Patience(Random(0), limit_s=0.0)
+
+        async def read(reply: str) -> Outcome | None:
+            return await outcome_in(reply, call, objects, patience)
+
+        small, large = outcome_of(call, "x"), outcome_of(call, "€" * (MAX_REPLY_BYTES // 2))
+        assert await read(reply_to(small, call.key)) == small
+        assert len(reply_to(large, call.key).encode()) < MAX_REPLY_BYTES
+        assert await read(reply_to(large, call.key)) is None
+        await commit(objects, large, patience, call.key)
+        assert await read(reply_to(large, call.key)) == large
+        assert await read(reply_to(small, OTHER)) is None
+        assert await read(reply_to(small, call.key).replace('"x"', '"y"')) is None
         for text in ("", "x", f"{'0' * 32} {{}}"):
-            assert read_reply(text, call.key) is None
-        with pytest.raises(Malformed):
-            read_reply(f"{proof(call.key, summary('{}'))} {{}}", call.key)
+            assert await read(text) is None
+        other = replace(small, bundle=replace(call.bundle, job=JobId("call-2")))
+        for text in ("{}", "../grid/commit-secret.json", json_format.outcome_text(other)):
+            with pytest.raises(Malformed):
+                await read(f"{proof(call.key, summary(text))} {text}")
 
     in_loop(check)

@@ -133,3 +133,24 @@ def test_a_call_may_be_cancelled_before_the_manager_knows_it() -> None:
         assert manager.counts.submitted == 1
 
     in_world(act, script=takes(600.0), pools=(Pool("default", 2, 2, 1),))
+
+
+def test_a_call_that_has_ended_meanwhile_is_not_adopted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(world: World) -> None:
+        changes: list[AddJob] = []
+
+        async def add_job(real: Any, change: AddJob) -> object:
+            changes.append(change)
+            if len(changes) == 1:
+                await ended_well(world, CALL)
+                await asyncio.sleep(5.0)
+            return await real(change)
+
+        manager = await staffed(world)
+        around_change(monkeypatch, world.ledger, AddJob, add_job)
+        await begin(world)
+        await world.ask(lambda m: m.job_record(CALL.id), "look")
+        assert len(changes) == 2
+        assert CALL.id not in manager.lives
+
+    in_world(act, script=takes(1.0), pools=WARM)

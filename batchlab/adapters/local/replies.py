@@ -56,20 +56,16 @@ class FifoReplies:
 
 
 class FifoInbox:
-    """FIFO in which one client receives replies. The FIFO is created in `folder`."""
+    """FIFO in which one client receives replies. The FIFO is created in `folder`, which must exist."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder)
         self.name = secrets.token_hex(8)
         self._path = folder / self.name
-        # The FIFO gets its final name after the client has opened the FIFO, because a FIFO without a reader is
-        # abandoned.
-        hidden = folder / f".{self.name}"
-        os.mkfifo(hidden, PRIVATE)
-        # The client opens the FIFO also for writing. Without a writer, the FIFO would be at its end of file.
-        self._fifo = os.open(hidden, os.O_RDWR | os.O_NONBLOCK)
-        hidden.rename(self._path)
+        os.mkfifo(self._path, PRIVATE)
+        # The client opens the FIFO also for writing. Without a writer, the FIFO would be at its end of file. The open
+        # fails if another client has just removed the FIFO, because a FIFO without a reader is abandoned.
+        self._fifo = os.open(self._path, os.O_RDWR | os.O_NONBLOCK)
 
     async def receive(self, wait_s: float) -> Sequence[str]:
         """Return the replies in the FIFO, or wait up to `wait_s` seconds for the first reply."""
@@ -88,7 +84,8 @@ class FifoInbox:
 
     def _read(self) -> Sequence[str]:
         try:
-            return os.read(self._fifo, _READ_BYTES).decode().splitlines()
+            # `str.splitlines` would also split a reply at characters such as U+2028.
+            return os.read(self._fifo, _READ_BYTES).decode(errors="replace").split("\n")[:-1]
         except BlockingIOError:
             return ()
 
