@@ -116,6 +116,8 @@ class Watch:
     silences: SilenceChecks = field(init=False)
     _begun: dict[Actor, set[Name]] = field(default_factory=dict)
     """Bundles of which each worker has started tasks, by worker."""
+    _last_starts: dict[Name, Start] = field(default_factory=dict)
+    """The last start of a task of each bundle, by bundle."""
     _killed_s: dict[Actor, float] = field(default_factory=dict)
     """The time of each worker's end, for workers that ended without draining."""
     _start_markers: dict[str, tuple[Actor, float]] = field(default_factory=dict)
@@ -326,6 +328,7 @@ class Watch:
                 self.silences.on_send(name)
                 self._check_losses(actor, bundle)
                 self._check_adoption(actor, name, now_s)
+                self._check_running(actor, bundle, now_s)
                 facts = f"{actor.name} sends {name}, which follows from nothing that is committed"
                 self.check(name in self._planned, "step 3", facts, name[0])
                 self._settled_s[actor, name] = now_s
@@ -358,6 +361,27 @@ class Watch:
         may_send = since_s >= led_s or not are_well or self.controls.was_stopped(name[0], since_s)
         facts = f"{actor.name} leads since {led_s:.1f} and sends {name} again, which a worker has"
         self.check(may_send, "waste", facts, name[0])
+
+    def _check_running(self, actor: Actor, bundle: Bundle, now_s: float) -> None:
+        """Check that a manager does not send a bundle again while a healthy worker runs one of its tasks."""
+        name = name_of_bundle(bundle)
+        if not actor.name.startswith("manager") or name in self._following:
+            return  # A manager forwards the follow-ups of an outcome again if the event of the outcome was lost.
+        start = self._last_starts.get(name)
+        if start is None or start.ended_s is not None or start.actor is None or not start.actor.alive:
+            return
+        # A task that has run for less than `silence_s` may be unreported. Workers that drain return their bundles, and
+        # a resume sends all bundles of the job. A manager sends a bundle again if another copy was a dead letter.
+        is_expected = (
+            now_s - start.at_s < self.silence_s
+            or self._undisturbed_lead_s(actor) > start.at_s
+            or self._excused(start.actor, start.at_s)
+            or self.waste.is_draining(start.actor, now_s)
+            or self.waste.has_dead_letters(start.at_s)
+            or self.controls.was_stopped(bundle.job, start.at_s)
+        )
+        facts = f"{actor.name} sends {name} again, which {start.actor.name} runs since {start.at_s:.1f}"
+        self.check(is_expected, "waste", facts, bundle.job)
 
     def _deletes(self, actor: Actor, queue: str, receipts: Sequence[str]) -> None:
         if queue != object_keys.EVENTS and not _carries_tasks(queue):
@@ -474,6 +498,7 @@ class Watch:
         now_s, name = self.clock.monotonic_s(), name_of_bundle(bundle)
         if actor is not None:
             self._begun.setdefault(actor, set()).add(name)
+            self._last_starts[name] = self.starts[-1]
         self.start_times.check_start(bundle, task, self.clock.now_s())
         disturbed = actor is not None and self._excused(actor, now_s - RECENT_S)
         self.waste.check_start(bundle, now_s, actor, disturbed=disturbed)

@@ -18,10 +18,11 @@ from batchlab.core.model import Bundle, Control, Follow, JobId, Json, Outcome, T
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import MAX_VISIBILITY_S, Message, Notice, Objects
 from batchlab.core.protocol import json_format, object_keys, settlement
+from batchlab.core.protocol.messages import HeldBundle
 from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.manager.reconciler import Reconciler
 from batchlab.worker.commit_and_forward import BundleFinisher
-from batchlab.worker.heartbeats import VisibilityHeartbeat
+from batchlab.worker.heartbeats import Heartbeats, VisibilityHeartbeat
 from batchlab.worker.inflight_message import InflightMessage
 from batchlab.worker.job_cache import ControlPoller
 from batchlab.worker.loop import Shutdown, Worker
@@ -165,6 +166,18 @@ def no_heartbeat(plant: Plant) -> None:
     @plant.method(VisibilityHeartbeat, "_extend")
     async def _extend(self: VisibilityHeartbeat) -> None:
         pass
+
+
+@planted("waste")
+def heartbeat_omits_what_is_not_committed(plant: Plant) -> None:
+    """A heartbeat omits a bundle as soon as its tasks run, and not only after the commit of its outcome. The manager
+    treats the bundle as lost, and sends the bundle to another worker (waste).
+    """
+    original = Heartbeats._held_bundles
+
+    @plant.method(Heartbeats, "_held_bundles")
+    def _held_bundles(self: Heartbeats) -> tuple[HeldBundle, ...]:
+        return tuple(held for held in original(self) if not held.running)
 
 
 @planted("12 h", "heartbeat")
