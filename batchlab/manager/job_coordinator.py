@@ -268,6 +268,7 @@ class JobCoordinator(Part):
             self._objects, live.id, replace(word, round=live.round), self._patience
         )
         if written is None:
+            await self._record_committed_end(live)
             raise Superseded(live)
         await self._end(live, written.state, written.reason, closed)
 
@@ -296,6 +297,7 @@ class JobCoordinator(Part):
             if live.record.control is not Control.CANCEL:
                 word = replace(word, round=live.round)
                 if not await commit.write_cancellation(self._objects, live.id, word, self._patience):
+                    await self._record_committed_end(live)
                     raise Superseded(live)
                 await self.record_control(live, Control.CANCEL)
         await asyncio.sleep(self._settings.control_lease_s * 1.1)
@@ -426,6 +428,17 @@ class JobCoordinator(Part):
             except Malformed as error:
                 self._quarantine.object(key, error, live.id, "object")
         return ending
+
+    async def _record_committed_end(self, live: LiveJob) -> None:
+        """Record the end of a round that the bucket has and the ledger lacks.
+
+        A retry writes the control object of its round only after the end of the earlier round is committed. If a power
+        failure destroys both the ledger's record of the end and the retry, the control object still names the round of
+        the retry.
+        """
+        with suppress(NotFound):
+            data = await self._patience(lambda: self._objects.get(object_keys.final(live.id, live.round)))
+            await self._record(live, json_format.ending_from_json(json_format.loads(data)))
 
     async def _record(self, live: LiveJob, ending: Ending) -> None:
         """Record the committed end of the job in the ledger, and wake the clients that wait for the job's end."""

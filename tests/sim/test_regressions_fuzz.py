@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
 
+from batchlab.core import commit
 from batchlab.core.errors import Unreachable
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Control, Failure, FailureKind, JobState, Pool
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import AddJob, Finish, MoveJob, SetControl
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.json_format import ControlCommand, control_to_bytes
@@ -145,6 +148,28 @@ def test_retry_right_after_the_end_is_coordinated(monkeypatch: pytest.MonkeyPatc
         await world.ask(lambda m: m.job_commands.retry(made.id), "retry")
         await ended_well(world, made)
         assert world.managers == 1
+
+    in_world(act, script=takes(5.0))
+
+
+def test_lost_retry_does_not_keep_its_job_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power failure destroyed the ledger's record of the end of a job and a retry of the job, but not the control
+    object of the retry's round. Before, each leader adopted the job and gave it up again, so the job never ended."""
+
+    async def act(world: World) -> None:
+        async def finish(real: Any, change: Finish) -> object:
+            if world.managers == 1:
+                kill_manager(world)
+                await commit.permit_round(world.objects, change.job_id, 1, Patience(Random(1)))
+                raise Unreachable("the manager has ended")
+            return await real(change)
+
+        around_change(monkeypatch, world.ledger, Finish, finish)
+        made = job(stage(A), items=3)
+        await submitted(world, made)
+        await world.ask(lambda m: m.job_commands.cancel(made.id), "cancel")
+        assert (await ended(world, made)).state is JobState.CANCELLED
+        assert world.managers == 2
 
     in_world(act, script=takes(5.0))
 
