@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from batchlab.adapters.local.processes import ProcessLauncher
+    from batchlab.core.ports import Clock
     from batchlab.manager.manager import Manager
     from batchlab.server.http.common import ServerState
     from batchlab.server.http_server import Server
@@ -123,8 +124,20 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
     home, backend = options.home, options.backend
     clock = backend.open_clock()
     launcher = backend.open_launcher(home, clock)
-    if launcher:
-        launcher.prepare()  # The fork server imports its modules while this process imports the manager's modules.
+    if launcher is None:
+        await _lead_with(options, stop, clock, None)
+        return
+    launcher.prepare()  # The fork server imports its modules while this process imports the manager's modules.
+    try:
+        await _lead_with(options, stop, clock, launcher)
+    finally:
+        launcher.end_fork_server()
+
+
+async def _lead_with(
+    options: ManagerOptions, stop: asyncio.Event, clock: Clock, launcher: ProcessLauncher | None
+) -> None:
+    home, backend = options.home, options.backend
     from batchlab.manager.collector import events_queue
     from batchlab.manager.context import NotificationChannels
     from batchlab.manager.counters import Counters

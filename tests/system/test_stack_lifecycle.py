@@ -119,8 +119,8 @@ def assert_gone(plane: Plane, name: str) -> None:
     [
         ({"VpcId": "vpc-0123456789abcdef0"}, "VpcId needs SubnetIds"),
         ({"Ledger": "simpledb"}, "SimpleDB does not have a VPC endpoint"),
-        ({"Release": "latest"}, "the sha256 of a release's archive"),
-        ({"PoolName": "x-dead"}, "not ending in -dead"),
+        ({"Release": "latest"}, "the SHA-256 of a release's archive"),
+        ({"PoolName": "x-dead"}, "without the ending -dead"),
         ({"PoolInstanceTypes": "large"}, "one to four instance types"),
         ({"Ledger": "oracle"}, "Ledger"),
     ],

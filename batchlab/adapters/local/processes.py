@@ -229,6 +229,11 @@ class ProcessLauncher:
             self._release(process)
         if self._fork_server:
             await asyncio.gather(*self._reaping)
+            self.end_fork_server()
+
+    def end_fork_server(self) -> None:
+        """End the fork server, for example of a manager that cannot start. Running instances continue."""
+        if self._fork_server:
             self._fork_server.close()
 
     def _undo(self, process: _Process) -> None:
