@@ -191,14 +191,20 @@ def broken_by(scene: Scene, call: int, how: After) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCENES)
 def test_a_call_that_lands_late_breaks_no_promise(name: str) -> None:
-    """Calls of a leader take effect after another manager has led."""
-    calls = chosen(SCENES[name].calls())
+    """Calls of a leader take effect after another manager has led.
+
+    A message in transit cannot become a copy, so its late arrival may cost a second run of a bundle ("waste"). The
+    first commit counts, so the second run breaks no promise.
+    """
+    labels = SCENES[name].calls()
+    calls = chosen(labels)
     hows = list(After)
     found = {
         (call, how.name): broken
         for number, call in enumerate(calls)
         for how in (hows if EVERY else [hows[number % len(hows)]])
         if (broken := broken_by(SCENES[name], call, how))
+        and not (labels[call - 1] == "queue.send" and broken.startswith("waste "))
     }
     assert not found, f"{len(found)} of {len(calls)} stall points"
 
