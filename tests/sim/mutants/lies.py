@@ -165,18 +165,3 @@ def claims_are_evidence(plant: Plant) -> None:
     @plant.method(WorkEvidence, "missing")
     def missing(self: WorkEvidence, pools: Mapping[str, str]) -> dict[str, str]:
         return {}
-
-
-@planted("I8", weather="lies")
-def next_leader_binds_again(plant: Plant) -> None:
-    """A new leader binds each instance to the key of the first heartbeat that names the instance. After a change of
-    leaders, the first heartbeat that names an instance may come from another worker (I8).
-    """
-
-    @plant.method(InstanceKeys, "load")
-    async def load(self: InstanceKeys) -> None:
-        self._digests = {}
-
-    @plant.method(InstanceKeys, "_merge")
-    def _merge(self: InstanceKeys, content: bytes) -> None:
-        pass
