@@ -45,9 +45,10 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import MAX_BATCH, AddCut, AddJob, Cut, Fold, Ledger, Outgoing
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import Events, events_message, read_task_message
+from batchlab.core.service_settings import ManagerSettings
 from batchlab.manager.collector import events_queue
 from batchlab.manager.manager import Manager
-from batchlab.manager.state import ManagerSettings, Ports
+from batchlab.manager.state import Ports
 from tests.support.no_fleet import NoFleet
 
 PER_SECOND = 10_000

@@ -24,13 +24,12 @@ from pathlib import Path
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import JobId, JobState, Pool, StageName, TaskSet
 from batchlab.core.port_retries import Patience
+from batchlab.core.service_settings import ManagerSettings, WorkerSettings
 from batchlab.manager.stage_plans import PartWriter
-from batchlab.manager.state import ManagerSettings
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.tasks import TimedRunner
 from batchlab.sim.trial import calm
 from batchlab.sim.world import EPOCH_S, World
-from batchlab.worker.inflight_message import WorkerSettings
 
 TASK_S = 0.1
 """Duration of each task in virtual seconds."""

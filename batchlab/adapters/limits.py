@@ -15,8 +15,9 @@ from batchlab.core.atomic_write import Sync
 from batchlab.core.atomic_write import check_key as check_key
 from batchlab.core.atomic_write import check_prefix as check_prefix
 from batchlab.core.errors import TooLarge
-from batchlab.core.ports import MAX_BATCH, MAX_DELAY_S, MAX_MESSAGE_BYTES, MAX_VISIBILITY_S, MAX_WAIT_S, Outgoing
+from batchlab.core.ports import MAX_BATCH, MAX_DELAY_S, MAX_MESSAGE_BYTES, MAX_WAIT_S, Outgoing
 from batchlab.core.pricing.request_costs import RequestCounter
+from batchlab.core.service_settings import MAX_VISIBILITY_S
 
 if TYPE_CHECKING:
     from batchlab.adapters.aws.endpoint import Endpoint

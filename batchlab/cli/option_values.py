@@ -132,7 +132,7 @@ def resolve(client: Client, text: str) -> JobView:
     if text == "last":
         for newest in client.jobs(limit=1):
             return newest
-        raise UsageError("The grid has no jobs.", remedy="`batchlab job submit FILE` submits one.")
+        raise UsageError("The grid does not have jobs yet.", remedy="`batchlab job submit FILE` submits one.")
     if _JOB_ID.fullmatch(text):
         with suppress(NotFound):
             return client.job(text)

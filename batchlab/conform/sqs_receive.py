@@ -10,7 +10,7 @@ from typing import Any
 from batchlab.conform.check import Answer, Differs, Table, expect
 from batchlab.conform.site import WAKES_S, OwnQueue, Received, Site
 from batchlab.conform.sqs_send import EARLY_S
-from batchlab.core.ports import MAX_VISIBILITY_S
+from batchlab.core.service_settings import MAX_VISIBILITY_S
 
 POLL_S = 12
 """Wait time in seconds of a long poll. The wait time is longer than `WAKES_S`, and shorter than the timeout of a check.

@@ -67,8 +67,8 @@ class LivingView(TypedDict):
 class UseView(TypedDict):
     """Usage of the grid since the beginning of the grid's account.
 
-    `nobody` is the usage that is not attributed to a job. `capped` maps a pool to the reason why a cap prevents the
-    launch of more instances in the pool. `max_cost_usd` is the cap of the grid in USD.
+    The field `nobody` contains the usage that is not attributed to a job. `capped` maps a pool to the reason why a cap
+    prevents the launch of more instances in the pool. `max_cost_usd` is the cap of the grid in USD.
     """
 
     total: AccountView

@@ -25,13 +25,6 @@ MAX_REPLY_BYTES = 2_000
 """Maximum size in bytes of an outcome in a reply. The client reads a larger outcome from the bucket."""
 
 
-def opening_of(job: JobDef, items: Sequence[Json]) -> Opening:
-    """Return the items and the only bundle of a job with one task."""
-    (stage,) = job.roots()
-    bundle = Bundle(job.id, stage.name, TaskSet.span(0, 1))
-    return Opening(items, Cut(job.id, stage.name, 0, 0, (bundle,), TaskSet(), 1))
-
-
 @dataclass(frozen=True, slots=True)
 class CommittedCall:
     """A direct call whose definition is committed, and the message that starts the call."""
@@ -58,12 +51,12 @@ class Caller:
         """
         key = await self.keys.new(job.id)
         sealed = replace(job, commit_hash=object_keys.digest(key))
-        opening = opening_of(sealed, items)
+        (stage,) = job.roots()
+        bundle = Bundle(job.id, stage.name, TaskSet.span(0, 1))
+        opening = Opening(items, Cut(job.id, stage.name, 0, 0, (bundle,), TaskSet(), 1))
         data = commit_keys.to_bytes(sealed, opening)
         with of_single_call(True):
             await self.objects.put(object_keys.spec(job.id), data, if_absent=True)
-        assert opening.cut
-        (bundle,) = opening.cut.bundles
         message = address(sealed, bundle, key, items=items, now_s=self.clock.now_s(), reply=reply)
         return CommittedCall(key, bundle, message)
 

@@ -33,7 +33,6 @@ from batchlab.core.model import (
     StageName,
     TaskSet,
 )
-from batchlab.core.service_settings import MAX_VISIBILITY_S as MAX_VISIBILITY_S
 
 MAX_MESSAGE_BYTES = 256 * 1024
 MAX_BATCH = 10

@@ -26,11 +26,12 @@ from batchlab.core.model import GroupView, Instance, LifecycleState
 from batchlab.core.port_retries import doubled_s
 from batchlab.core.ports import Clock
 from batchlab.core.schedules import ON_TIME_S, RunState, Schedule
+from batchlab.core.service_settings import ManagerSettings
 from batchlab.core.text import count
 from batchlab.manager.context import Context, Part
 from batchlab.manager.cost_caps import CostCaps
 from batchlab.manager.scheduler import Scheduler
-from batchlab.manager.state import UNKNOWN_TASK_S, Backlog, ManagerSettings
+from batchlab.manager.state import UNKNOWN_TASK_S, Backlog
 
 log = logging.getLogger(__name__)
 

@@ -28,9 +28,10 @@ from batchlab.core.protocol.field_checks import UNREADABLE
 from batchlab.core.protocol.json_format import brief
 from batchlab.core.protocol.messages import Beat, Events, read_events_message
 from batchlab.core.protocol.object_keys import UNSEALED, proves, summary
+from batchlab.core.service_settings import ManagerSettings
 from batchlab.manager.context import Context, Part
 from batchlab.manager.ledger_writer import BundleKey, LedgerWriter
-from batchlab.manager.state import ManagerSettings, RetainedOutcome, RetainedOutcomes
+from batchlab.manager.state import RetainedOutcome, RetainedOutcomes
 
 log = logging.getLogger(__name__)
 

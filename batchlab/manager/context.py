@@ -11,13 +11,14 @@ from batchlab.core.job_definition import JobDef
 from batchlab.core.model import GroupView, JobId, LifecycleState, Pool
 from batchlab.core.notifications import Notification, NotificationSettings, Target
 from batchlab.core.ports import Depth
+from batchlab.core.service_settings import ManagerSettings
 from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.manager import admission
 from batchlab.manager.counters import Counters
 from batchlab.manager.live_jobs import LiveJobs
 from batchlab.manager.quarantine import OutcomeStore, Quarantine
 from batchlab.manager.recorder import Recorder, ReportQueue
-from batchlab.manager.state import ManagerSettings, Ports
+from batchlab.manager.state import Ports
 from batchlab.manager.worker_registry import WorkerRegistry
 
 EMPTY_POOL_SIZE = 8

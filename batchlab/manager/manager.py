@@ -25,6 +25,7 @@ from batchlab.core.port_retries import patiently, raise_if_cancelled, set_within
 from batchlab.core.ports import Clock, JobRecord, Ledger, QueueSpec
 from batchlab.core.pricing.usage import Accounting
 from batchlab.core.protocol import object_keys
+from batchlab.core.service_settings import ManagerSettings
 from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.manager.adoption import Adoption
 from batchlab.manager.autoscaler import Autoscaler, Prewarm
@@ -42,7 +43,7 @@ from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.recorder import Recorder, ReportQueue
 from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.manager.spending import Spending
-from batchlab.manager.state import ManagerSettings, Ports, set_job_state
+from batchlab.manager.state import Ports, set_job_state
 from batchlab.manager.unresponsive_workers import UnresponsiveWorkers, WorkEvidence
 
 log = logging.getLogger(__name__)

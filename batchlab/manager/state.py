@@ -34,7 +34,6 @@ from batchlab.core.pricing.usage import Account, Budget
 from batchlab.core.protocol import settlement
 from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.protocol.messages import Beat, HeldBundle
-from batchlab.core.service_settings import ManagerSettings as ManagerSettings
 from batchlab.core.tracing import LINKS
 
 MAX_RETAINED_BYTES = 16 * 1024**2

@@ -44,7 +44,7 @@ from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import UsageError
 from batchlab.core.installation import read_toml
 from batchlab.core.notifications import KINDS, MOMENTS, SECRET_PREFIX, TARGET_NAME, NotificationSettings, Target
-from batchlab.manager.state import ManagerSettings
+from batchlab.core.service_settings import ManagerSettings
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
 

@@ -22,9 +22,10 @@ from batchlab.core.model import (
     StageName,
 )
 from batchlab.core.ports import JobRecord, StageRecord
+from batchlab.core.service_settings import ManagerSettings
 from batchlab.manager import fleet_commands
 from batchlab.manager.manager import Manager
-from batchlab.manager.state import LiveJob, ManagerSettings, Outstanding, WorkerStatus
+from batchlab.manager.state import LiveJob, Outstanding, WorkerStatus
 
 MAX_ACTIVITIES = 20
 """Number of scaling activities that are read for each pool.

@@ -10,8 +10,8 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -89,7 +89,9 @@ def manager_main(options: ManagerOptions) -> None:
     async def manage() -> None:
         stop = stop_by_signal()
         async with _emulator_running(options.home, options.backend):
-            await _lead(options, stop)
+            clock = options.backend.open_clock()
+            with _prepared_launcher(options, clock) as launcher:
+                await _lead(options, stop, clock, launcher)
 
     with options.home.lock():
         asyncio.run(manage())
@@ -120,23 +122,24 @@ async def _emulator_running(home: Home, backend: Backend) -> AsyncIterator[None]
         emulator.stop()
 
 
-async def _lead(options: ManagerOptions, stop: asyncio.Event) -> None:
-    home, backend = options.home, options.backend
-    clock = backend.open_clock()
-    launcher = backend.open_launcher(home, clock)
+@contextmanager
+def _prepared_launcher(options: ManagerOptions, clock: Clock) -> Iterator[ProcessLauncher | None]:
+    """Run the block with the backend's launcher, if the backend has a launcher, and then end the fork server.
+
+    The fork server imports its modules while this process imports the manager's modules.
+    """
+    launcher = options.backend.open_launcher(options.home, clock)
     if launcher is None:
-        await _lead_with(options, stop, clock, None)
+        yield None
         return
-    launcher.prepare()  # The fork server imports its modules while this process imports the manager's modules.
+    launcher.prepare()
     try:
-        await _lead_with(options, stop, clock, launcher)
+        yield launcher
     finally:
         launcher.end_fork_server()
 
 
-async def _lead_with(
-    options: ManagerOptions, stop: asyncio.Event, clock: Clock, launcher: ProcessLauncher | None
-) -> None:
+async def _lead(options: ManagerOptions, stop: asyncio.Event, clock: Clock, launcher: ProcessLauncher | None) -> None:
     home, backend = options.home, options.backend
     from batchlab.manager.collector import events_queue
     from batchlab.manager.context import NotificationChannels

@@ -464,7 +464,7 @@ class SimLoop(asyncio.BaseEventLoop):
     def run_in_executor(self, _executor: object, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
         """Run `func` before returning. A loop without `inline_executor` raises SimulationError."""
         if not self._inline_executor:
-            raise SimulationError(f"The simulation cannot run {func!r}: it has no threads.")
+            raise SimulationError(f"The simulation cannot run {func!r}, because simulations do not use threads.")
         future: asyncio.Future[T] = self.create_future()
         try:
             future.set_result(func(*args))

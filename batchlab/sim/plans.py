@@ -14,10 +14,9 @@ from enum import StrEnum
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import JobId, Pool, StageName
 from batchlab.core.retry_rule import RetryRule
-from batchlab.manager.state import ManagerSettings
+from batchlab.core.service_settings import ManagerSettings, WorkerSettings
 from batchlab.sim.faults import Weather
 from batchlab.sim.world import EPOCH_S, MANAGER, WORKER
-from batchlab.worker.inflight_message import WorkerSettings
 
 A, B, C, D = (StageName(name) for name in "abcd")
 

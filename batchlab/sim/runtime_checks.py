@@ -18,8 +18,9 @@ from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.errors import Malformed, TooNew
 from batchlab.core.job_definition import task_name
 from batchlab.core.model import Bundle, Control, JobId, StageCounts, StageName
-from batchlab.core.ports import MAX_VISIBILITY_S, Clock, Cut, Ending, Message, StageRecord
+from batchlab.core.ports import Clock, Cut, Ending, Message, StageRecord
 from batchlab.core.protocol import commit_keys, json_format, object_keys
+from batchlab.core.service_settings import MAX_VISIBILITY_S
 from batchlab.manager.unresponsive_workers import UNKNOWN_WORK
 from batchlab.sim.actors import CURRENT, Actor, JobControls, SimulationError, Violated
 from batchlab.sim.event_log import Name, bundle_in, doc_of, name_in, name_of_bundle, reported_in

@@ -28,10 +28,11 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Fleet, JobRecord, JobRows, Objects
 from batchlab.core.pricing.usage import Accounting
 from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.service_settings import ManagerSettings, WorkerSettings
 from batchlab.manager.context import NotificationChannels
 from batchlab.manager.manager import Manager
 from batchlab.manager.recorder import ReportQueue
-from batchlab.manager.state import ManagerSettings, Ports
+from batchlab.manager.state import Ports
 from batchlab.sim.actors import CURRENT, Actor, ActorKilled, SimClock, SimIds, SkewedClock
 from batchlab.sim.event_log import EventLog
 from batchlab.sim.event_loop import Crashed, SimLoop
@@ -44,7 +45,7 @@ from batchlab.sim.runtime_checks import Start, Watch
 from batchlab.sim.storage_faults import Damage
 from batchlab.sim.tasks import AttemptInput, Script, ScriptedRunner
 from batchlab.sim.worker_rights import Rights
-from batchlab.worker.inflight_message import Identity, Runner, WorkerSettings
+from batchlab.worker.inflight_message import Identity, Runner
 from batchlab.worker.loop import Worker
 
 if TYPE_CHECKING:

@@ -107,9 +107,7 @@ class Child:
         process_state = ProcessState()
         memory = MemoryGrowth(line["memory_bytes"])
         must_start = line["must_start"]
-        left = len(line["items"])
-        for task, item in line["items"]:
-            left -= 1
+        for number, (task, item) in enumerate(line["items"], 1):
             self._board.rest()
             now_s = time.monotonic()
             if not self._board.may_start():
@@ -119,7 +117,7 @@ class Child:
             if memory.worn_out():
                 return "worn out"
             must_start = False
-            log_at = self._task(executor, task, item, log_at, is_last=not left)
+            log_at = self._task(executor, task, item, log_at, is_last=number == len(line["items"]))
             process_state.restore()
         return "done"
 

@@ -20,7 +20,7 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Clock, Message, Objects, Queue, Replies
 from batchlab.core.protocol.messages import TaskMessage
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
-from batchlab.core.service_settings import WorkerSettings as WorkerSettings
+from batchlab.core.service_settings import WorkerSettings
 from batchlab.core.tracing import NO_TRACER, Tracer
 
 if TYPE_CHECKING:

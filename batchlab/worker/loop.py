@@ -25,6 +25,7 @@ from batchlab.core.protocol.bundle_inputs import Inputs
 from batchlab.core.protocol.messages import read_task_message
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.protocol.settlement import BUDGET_S
+from batchlab.core.service_settings import WorkerSettings
 from batchlab.core.tracing import NO_TRACER, Tracer, span
 from batchlab.worker.commit_and_forward import (
     BundleFinisher,
@@ -35,15 +36,7 @@ from batchlab.worker.commit_and_forward import (
     with_end_times,
 )
 from batchlab.worker.heartbeats import Heartbeats, VisibilityHeartbeat
-from batchlab.worker.inflight_message import (
-    Identity,
-    InflightMessage,
-    Runner,
-    Slots,
-    Work,
-    WorkerContext,
-    WorkerSettings,
-)
+from batchlab.worker.inflight_message import Identity, InflightMessage, Runner, Slots, Work, WorkerContext
 from batchlab.worker.job_cache import ControlPoller, JobCache, WrongKeyError
 from batchlab.worker.live_logs import LiveLogs
 from batchlab.worker.outbox import Outbox

@@ -19,10 +19,10 @@ MANAGER: Mapping[str, str] = {
     "`control_lease_s`",
     "visibility_s": "visibility timeout of a received message. The worker extends the visibility timeout "
     "of a message each time a third of the timeout has passed",
-    "silence_s": "time after which the manager searches for a planned bundle that has no outcome and that "
-    "no worker reports, and sends the bundle again. `silence_s` must be longer than a "
-    "worker's `beat_s`. The manager replaces an instance that sends no heartbeat for three "
-    "times `silence_s`, and for at least 300 s",
+    "silence_s": "time after which the manager searches for the outcome of a planned bundle that workers do "
+    "not report. If the bucket does not contain the outcome, the manager sends the bundle again. "
+    "`silence_s` must be longer than a worker's `beat_s`. The manager replaces an "
+    "instance that sends no heartbeat for three times `silence_s`, and for at least 300 s",
     "lease_ttl_s": "duration of the manager's lease. Another manager takes over if the manager does not "
     "renew its lease for `lease_ttl_s`",
     "tick_s": "interval at which the manager runs the autoscaler and the reconciler, and checks the fleet",

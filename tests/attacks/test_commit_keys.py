@@ -22,9 +22,10 @@ from batchlab.core.ports import QueueSpec
 from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey, seal
+from batchlab.core.service_settings import WorkerSettings
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
-from batchlab.worker.inflight_message import Handle, Identity, Work, WorkerSettings
+from batchlab.worker.inflight_message import Handle, Identity, Work
 from batchlab.worker.loop import Worker
 from batchlab.worker.poison_detection import marker
 from tests.support.attacks.victim import Victim, messages_left

@@ -27,12 +27,13 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Ledger
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.schedules import Definition, When
+from batchlab.core.service_settings import ManagerSettings, WorkerSettings
 from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.manager.manager import LEASE, Manager
-from batchlab.manager.state import ManagerSettings, Ports
+from batchlab.manager.state import Ports
 from batchlab.runtime.home import Home
 from batchlab.sim.tasks import AttemptInput, ScriptedAttempt, ScriptedRunner
-from batchlab.worker.inflight_message import Identity, WorkerSettings
+from batchlab.worker.inflight_message import Identity
 from batchlab.worker.loop import Worker
 from tests.support.attacks.disk_image import Gate, cut, mounted, needs_loop
 from tests.support.server.api import Machine

@@ -328,7 +328,7 @@ def test_last_of_no_jobs(manager: type[FakeClient], run: Run) -> None:
     manager.answers = {"jobs": []}
     code, _, err = run("job", "why", "last")
     assert code == 2
-    assert err.startswith("Error: The grid has no jobs.")
+    assert err.startswith("Error: The grid does not have jobs yet.")
 
 
 # --- The grid ------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ from typer.main import get_command
 from batchlab.cli import services as service
 from batchlab.cli.app import app
 from batchlab.cli.startup import SERVICES
-from batchlab.manager.state import ManagerSettings
-from batchlab.worker.inflight_message import WorkerSettings
+from batchlab.core.service_settings import ManagerSettings, WorkerSettings
 from docs import reference
 from docs.reference import __main__, settings
 from tests.support import ROOT

@@ -14,9 +14,10 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.model import GroupView, Instance, JobId, LifecycleState, Pool, StageName
 from batchlab.core.port_retries import Patience
 from batchlab.core.protocol.messages import Beat, HeldBundle
+from batchlab.core.service_settings import ManagerSettings
 from batchlab.manager.autoscaler import Autoscaler, desired_capacity
 from batchlab.manager.context import Context
-from batchlab.manager.state import Backlog, ManagerSettings, Ports, WorkerStatus
+from batchlab.manager.state import Backlog, Ports, WorkerStatus
 
 POOL = Pool("default", min_size=1, max_size=10, slots=2)
 

@@ -25,12 +25,13 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import MAX_BATCH, AddCut, AddJob, ChangeResult, Cut, Depth, Fold, FoldResult, Message, Outgoing
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import Duplicate, Events, events_message
+from batchlab.core.service_settings import ManagerSettings
 from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.context import Context
 from batchlab.manager.ledger_writer import LedgerWriter
 from batchlab.manager.live_jobs import LiveJobs
 from batchlab.manager.recorder import Recorder
-from batchlab.manager.state import LiveJob, ManagerSettings, Ports
+from batchlab.manager.state import LiveJob, Ports
 from tests.support.no_fleet import NoFleet
 
 STAGE = StageName("map")

@@ -89,7 +89,7 @@ def test_swf_job_parts_duplicates_and_invalid_numbers(tmp_path: Path) -> None:
             "left out, since the job has a line of its own",
             "",
         ),
-        (3, "a job number that was there before", "kept", "1"),
+        (3, "a repeated job number", "kept", "1"),
         (4, "user is not a number", "not needed", "'anna'"),
     ]
     assert trace.reading().records == 4

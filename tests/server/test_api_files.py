@@ -121,7 +121,7 @@ def test_empty_file_field_is_ignored(rig: Rig) -> None:
             {},
             "job.yaml:2: No file matches 'data/*.txt', looked for in the uploaded folder. Also in line",
         ),
-        ([], {}, "The form has no files"),
+        ([], {}, "The form does not contain files"),
     ],
 )
 def test_invalid_job_file_is_a_clear_error(
@@ -188,7 +188,7 @@ def test_upload_is_streamed_to_disk_and_needs_space(rig: Rig, monkeypatch: pytes
     monkeypatch.setattr(job_files, "MIN_FREE_BYTES", 2**62)
     answer = send(rig)
     assert answer.status_code == 422
-    assert "no room" in answer.json()["error"]
+    assert "disk is too full" in answer.json()["error"]
     assert "job submit" in answer.json()["remedy"]
 
 

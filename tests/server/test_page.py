@@ -233,7 +233,7 @@ def test_forms_do_what_the_api_does(rig: Rig, visitor: Visitor) -> None:
         ("/grid/pools/default", {"max": "9" * 50}, "not a number of instances"),
         ("/grid/pools/nowhere", {"max": "1"}, "nowhere"),
         ("/costs/cap", {"amount": "5"}, "does not record the usage"),
-        ("/submit", {}, "The form has no files"),
+        ("/submit", {}, "The form does not contain files"),
     ],
 )
 def test_refusal_is_shown_on_a_page(rig: Rig, visitor: Visitor, path: str, data: dict[str, str], told: str) -> None:

@@ -121,7 +121,7 @@ def test_thread_is_refused_or_runs_inline_as_configured() -> None:
     async def main() -> int:
         return await asyncio.to_thread(len, "four")
 
-    with pytest.raises(SimulationError, match="no threads"):
+    with pytest.raises(SimulationError, match="simulations do not use threads"):
         SimLoop().run(main())
     assert SimLoop(inline_executor=True).run(main()) == 4
 

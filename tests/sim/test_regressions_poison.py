@@ -18,12 +18,13 @@ from batchlab.core.ports import Message
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import TaskMessage
 from batchlab.core.protocol.settlement import LOSS_LIMIT
+from batchlab.core.service_settings import WorkerSettings
 from batchlab.sim import invariants
 from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.runtime_checks import BEGIN_S
 from batchlab.sim.tasks import AttemptInput, ScriptedAttempt, TaskPlans, value_of
 from batchlab.sim.world import World
-from batchlab.worker.inflight_message import Identity, InflightMessage, WorkerContext, WorkerSettings
+from batchlab.worker.inflight_message import Identity, InflightMessage, WorkerContext
 from batchlab.worker.outbox import Outbox
 from batchlab.worker.poison_detection import PoisonDetector
 from tests.support.sim.scenes import A, around, ended, in_world, job, leader, stage, submitted, takes

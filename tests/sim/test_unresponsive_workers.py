@@ -18,8 +18,9 @@ from batchlab.core.errors import BackendError, BatchlabError, Refused
 from batchlab.core.model import GroupView, Instance, LifecycleState, Pool
 from batchlab.core.port_retries import Patience
 from batchlab.core.protocol.messages import Beat
+from batchlab.core.service_settings import ManagerSettings
 from batchlab.manager.context import Context
-from batchlab.manager.state import ManagerSettings, Ports
+from batchlab.manager.state import Ports
 from batchlab.manager.unresponsive_workers import UnresponsiveWorkers, WorkEvidence
 from batchlab.manager.worker_registry import LOST_S
 from batchlab.sim.actors import SimClock, SimIds

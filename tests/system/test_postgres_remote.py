@@ -18,8 +18,8 @@ from batchlab.adapters.sql import IamLogins, Login, Logins, SecretLogins, SqlLed
 from batchlab.adapters.sql.logins import in_secret
 from batchlab.core.errors import BackendError, NotFound, Unreachable
 from batchlab.core.model import JobState
+from batchlab.core.service_settings import ManagerSettings
 from batchlab.manager.manager import Manager
-from batchlab.manager.state import ManagerSettings
 from tests.support.contract.ledger_suite import JOB, bundle, counts_of, done, fold, submit
 from tests.support.postgres import managers as grid
 from tests.support.postgres.remote import Fixed, Remote, end_sessions_of, error_at, look, remote

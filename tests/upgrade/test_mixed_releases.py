@@ -35,11 +35,12 @@ from batchlab.core.protocol.messages import (
 )
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.retry_rule import RetryRule
+from batchlab.core.service_settings import WorkerSettings
 from batchlab.manager.notifier import Outbox
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.commit_and_forward import OTHERS_S
-from batchlab.worker.inflight_message import Handle, Identity, Work, WorkerSettings
+from batchlab.worker.inflight_message import Handle, Identity, Work
 from batchlab.worker.loop import Worker
 
 BEFORE = Path(__file__).parent / "wire_before"

@@ -20,11 +20,12 @@ from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import Events, TaskMessage, read_events_message, read_task_message
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.retry_rule import RetryRule
+from batchlab.core.service_settings import WorkerSettings
 from batchlab.core.tracing import NO_TRACER, Attribute, Span, Subject
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.commit_and_forward import BundleFinisher
-from batchlab.worker.inflight_message import Identity, InflightMessage, WorkerContext, WorkerSettings
+from batchlab.worker.inflight_message import Identity, InflightMessage, WorkerContext
 from batchlab.worker.outbox import Outbox
 
 STAGE = StageName("map")

@@ -16,9 +16,10 @@ from batchlab.core.ports import Message, Queue
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.json_format import ControlCommand, control_to_bytes
 from batchlab.core.protocol.messages import TaskMessage
+from batchlab.core.service_settings import WorkerSettings
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
-from batchlab.worker.inflight_message import Identity, InflightMessage, WorkerContext, WorkerSettings
+from batchlab.worker.inflight_message import Identity, InflightMessage, WorkerContext
 from batchlab.worker.job_cache import ControlPoller
 from batchlab.worker.outbox import Outbox
 

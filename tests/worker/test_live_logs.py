@@ -21,13 +21,14 @@ from batchlab.core.ports import JobRecord, Message, Objects, Queue, StageRecord
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.json_format import ControlCommand, control_from_bytes, control_to_bytes
 from batchlab.core.protocol.messages import ASKED_S, Tail, TaskMessage, from_bytes, to_bytes
+from batchlab.core.service_settings import WorkerSettings
 from batchlab.manager import live_logs
 from batchlab.manager.context import Context
 from batchlab.manager.state import LiveJob, Ports
 from batchlab.sim.actors import SimClock, SimIds
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker import task_log
-from batchlab.worker.inflight_message import Identity, InflightMessage, Peek, WorkerContext, WorkerSettings
+from batchlab.worker.inflight_message import Identity, InflightMessage, Peek, WorkerContext
 from batchlab.worker.job_cache import MAX_CLOCK_SKEW_S, ControlPoller
 from batchlab.worker.live_logs import MAX_LOG_BYTES_PER_JOB, LiveLogs
 from batchlab.worker.outbox import Outbox

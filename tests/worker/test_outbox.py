@@ -16,9 +16,10 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Message, Outgoing, Queue
 from batchlab.core.protocol import settlement
 from batchlab.core.protocol.messages import Beat, Duplicate, Events, read_events_message
+from batchlab.core.service_settings import WorkerSettings
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
-from batchlab.worker.inflight_message import Identity, Runner, WorkerSettings
+from batchlab.worker.inflight_message import Identity, Runner
 from batchlab.worker.loop import Worker
 from batchlab.worker.outbox import DUPLICATES_AT_ONCE, MAX_DUPLICATES, Outbox, WorkerCounters
 

@@ -16,11 +16,12 @@ from batchlab.core.port_retries import STEP_BACK_S, Patience
 from batchlab.core.ports import Message, QueueSpec
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.messages import Events, TaskMessage, read_events_message
+from batchlab.core.service_settings import WorkerSettings
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.execution import gathering_s
 from batchlab.worker.heartbeats import SETTLE_S, Heartbeats
-from batchlab.worker.inflight_message import Identity, InflightMessage, WorkerContext, WorkerSettings
+from batchlab.worker.inflight_message import Identity, InflightMessage, WorkerContext
 from batchlab.worker.outbox import LINGER_S, Outbox
 
 JOB, STAGE = JobId("outbox-0123456789"), StageName("map")

@@ -21,8 +21,9 @@ from batchlab.adapters.aws.sqs_wire import connect
 from batchlab.adapters.limits import body_bytes, check_batch, check_changes, check_queue_name, check_receive, check_send
 from batchlab.adapters.local.local_wakeup_queue import IdleTime
 from batchlab.core.errors import BackendError, NotFound, Throttled
-from batchlab.core.ports import MAX_MESSAGE_BYTES, MAX_VISIBILITY_S, Depth, Message, Outgoing, QueueSpec
+from batchlab.core.ports import MAX_MESSAGE_BYTES, Depth, Message, Outgoing, QueueSpec
 from batchlab.core.pricing.request_costs import RequestCounter
+from batchlab.core.service_settings import MAX_VISIBILITY_S
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs.literals import QueueAttributeNameType

@@ -55,15 +55,7 @@ class WakeupFifo:
 
     async def wait(self, timeout_s: float) -> bool:
         """Wait for a wakeup. Return True after a wakeup, False after the timeout."""
-        loop = asyncio.get_running_loop()
-        woken: asyncio.Future[bool] = loop.create_future()
-        loop.add_reader(self._fd, _set_result, woken, True)
-        timer = loop.call_later(timeout_s, _set_result, woken, False)
-        try:
-            return await woken
-        finally:
-            timer.cancel()
-            loop.remove_reader(self._fd)
+        return await wait_until_readable(self._fd, timeout_s)
 
     def close(self) -> bool:
         """Remove the FIFO. Return True if a sender has sent a wakeup or is about to send one."""
@@ -74,6 +66,19 @@ class WakeupFifo:
         finally:
             os.close(self._fd)
         return False
+
+
+async def wait_until_readable(fd: int, timeout_s: float) -> bool:
+    """Wait until the FIFO has content. Return False after the timeout."""
+    loop = asyncio.get_running_loop()
+    woken: asyncio.Future[bool] = loop.create_future()
+    loop.add_reader(fd, _set_result, woken, True)
+    timer = loop.call_later(timeout_s, _set_result, woken, False)
+    try:
+        return await woken
+    finally:
+        timer.cancel()
+        loop.remove_reader(fd)
 
 
 def _set_result(woken: asyncio.Future[bool], is_woken: bool) -> None:
@@ -137,15 +142,25 @@ def wake(folder: Path, count: int) -> None:
                 return
 
 
-def _wake_one(path: Path) -> bool:
+def open_writer(path: Path) -> int | None:
+    """Open a FIFO for writing. Remove a FIFO without a reader.
+
+    Return None if the FIFO does not exist or was removed.
+    """
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     except FileNotFoundError:
-        return False
+        return None
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
         path.unlink(missing_ok=True)
+        return None
+
+
+def _wake_one(path: Path) -> bool:
+    fd = open_writer(path)
+    if fd is None:
         return False
     try:
         path.unlink()

@@ -227,9 +227,8 @@ class ProcessLauncher:
             await asyncio.gather(*(process.exited.wait() for process in living))
         for process in living:
             self._release(process)
-        if self._fork_server:
-            await asyncio.gather(*self._reaping)
-            self.end_fork_server()
+        await asyncio.gather(*self._reaping)
+        self.end_fork_server()
 
     def end_fork_server(self) -> None:
         """End the fork server, for example of a manager that cannot start. Running instances continue."""

@@ -6,7 +6,6 @@ whether its reply is in the FIFO of a client that still waits.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import os
@@ -15,8 +14,10 @@ import secrets
 import select
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from batchlab.adapters.local.local_wakeup_queue import open_writer, wait_until_readable
 from batchlab.core.atomic_write import PRIVATE
 
 log = logging.getLogger(__name__)
@@ -71,15 +72,7 @@ class FifoInbox:
         """Return the replies in the FIFO, or wait up to `wait_s` seconds for the first reply."""
         if replies := self._read():
             return replies
-        loop = asyncio.get_running_loop()
-        woken: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(self._fifo, _wake, woken)
-        timer = loop.call_later(wait_s, _wake, woken)
-        try:
-            await woken
-        finally:
-            timer.cancel()
-            loop.remove_reader(self._fifo)
+        await wait_until_readable(self._fifo, wait_s)
         return self._read()
 
     def _read(self) -> Sequence[str]:
@@ -101,13 +94,7 @@ class FifoInbox:
 def _remove_abandoned(folder: Path) -> None:
     """Remove the FIFOs of killed clients."""
     for path in folder.glob("[0-9a-f]*"):
-        try:
-            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                path.unlink(missing_ok=True)
-
-
-def _wake(woken: asyncio.Future[None]) -> None:
-    if not woken.done():
-        woken.set_result(None)
+        with suppress(OSError):
+            fifo = open_writer(path)
+            if fifo is not None:
+                os.close(fifo)

@@ -17,7 +17,8 @@ from pathlib import Path
 from batchlab.adapters.limits import MAX_IN_FLIGHT
 from batchlab.core.atomic_write import make_private, private
 from batchlab.core.errors import BackendError, NotFound, Throttled, Unreachable
-from batchlab.core.ports import MAX_VISIBILITY_S, Clock, Depth, Message, Outgoing, QueueSpec
+from batchlab.core.ports import Clock, Depth, Message, Outgoing, QueueSpec
+from batchlab.core.service_settings import MAX_VISIBILITY_S
 
 _BUSY_S = 10.0
 _AT_ONCE_S = 0.01

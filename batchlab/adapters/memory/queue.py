@@ -23,7 +23,8 @@ from batchlab.adapters.limits import (
     check_send,
 )
 from batchlab.core.errors import NotFound, Throttled
-from batchlab.core.ports import MAX_VISIBILITY_S, MAX_WAIT_S, Clock, Depth, Message, Outgoing, QueueSpec
+from batchlab.core.ports import MAX_WAIT_S, Clock, Depth, Message, Outgoing, QueueSpec
+from batchlab.core.service_settings import MAX_VISIBILITY_S
 
 
 @dataclass(slots=True, eq=False)

@@ -129,8 +129,8 @@ class Account:
                 self.requests += parts.requests - requests
             if parts.billed_s is not billed_s:
                 for kind, seconds in parts.billed_s.items():
-                    if seconds != billed_s.get(kind, 0.0):
-                        self.bill(kind, seconds - billed_s.get(kind, 0.0))
+                    if unbilled_s := seconds - billed_s.get(kind, 0.0):
+                        self.bill(kind, unbilled_s)
             self._parts[parts] = parts.requests, parts.billed_s
 
     def bill(self, kind: Kind, seconds: float) -> None:

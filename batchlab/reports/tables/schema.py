@@ -359,7 +359,7 @@ COST = _table(
 DUPLICATES = _table(
     "duplicates",
     "the table has the number of duplicate messages and executions by stage and kind; a stage "
-    "without duplicates has no row",
+    "without duplicates is not in the table",
     "job, stage, kind",
     _STAGE,
     ("kind", "VARCHAR", "kind of the duplicate: message, event, execution, or result; see docs/report-data.md"),

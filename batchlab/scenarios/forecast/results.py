@@ -31,7 +31,7 @@ from batchlab.core.pricing.request_costs import Pace
 from batchlab.core.pricing.usage import Kind, Meter
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
-from batchlab.manager.state import ManagerSettings
+from batchlab.core.service_settings import ManagerSettings
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
 from batchlab.scenarios.forecast.simulated_work import Machines, SimulatedWork, calibrate_pool

@@ -129,7 +129,7 @@ class JobSpec(Keys):
         default_factory=dict,
     )
     deadline: field_types.Timeout | None = key(
-        "Time from the arrival of a job to its deadline. By default, a job has no deadline.", "6h", None
+        "Time from the arrival of a job to its deadline. By default, jobs do not have deadlines.", "6h", None
     )
     tenant: str = key("Name of the tenant that submits the jobs of the template.", "payer-a", "")
     priority: Priority = 0

@@ -126,7 +126,7 @@ class Pareto(Of[N], Generic[N]):
         1.5,
     )
     most: N | None = key(
-        "Maximum value of the Pareto distribution. By default, the Pareto distribution has no maximum.", 3600, None
+        "Maximum value of the Pareto distribution. By default, the values are not limited.", 3600, None
     )
 
 

@@ -356,7 +356,7 @@ class _SwfReader:
             self._mapper.note(number, what, "left out, since the job has a line of its own")
             return None
         if parts[0] in jobs:
-            self._mapper.note(number, "a job number that was there before", "kept", parts[0])
+            self._mapper.note(number, "a repeated job number", "kept", parts[0])
         jobs.add(parts[0])
         if not all_numbers(line):
             for name, value in values.items():

@@ -62,7 +62,7 @@ async def form_with_files(
     # The disk needs twice the size of the form, because the manager copies and packs the files before the manager
     # removes the upload.
     if not has_room(disk_folder(), 2 * size_bytes):
-        raise UsageError(f"The manager's disk has no room for an upload of {size(size_bytes)}.", remedy=remedy)
+        raise UsageError(f"The manager's disk is too full for an upload of {size(size_bytes)}.", remedy=remedy)
     folder = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="batchlab-form-", dir=disk_folder()))
     parser = _Parser(
         request.headers, request.stream(), max_files=max_files, max_fields=max_fields, max_part_size=MAX_FIELD_BYTES
@@ -298,7 +298,7 @@ def _paths(files: Sequence[UploadFile], data: Sequence[UploadFile], data_folder:
     paths += [folder / _safe((upload.filename or "").rpartition("/")[2]) for upload in data]
     names = [str(path) for path in paths]
     if not names:
-        raise UsageError("The form has no files.", remedy="Choose the job's folder.")
+        raise UsageError("The form does not contain files.", remedy="Choose the job's folder.")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UsageError(f"Two files have the path {twice!r}.", remedy="Leave out one of these files.")

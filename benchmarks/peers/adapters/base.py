@@ -36,14 +36,10 @@ def ignore() -> None:
 
 
 class BaseAdapter(ABC):
-    """Adapter of a peer, with the processes of its nodes."""
-
-    one_slot = False
-    """Whether a node of the peer has exactly one slot, so the peer needs as many nodes as workers."""
+    """Adapter of a peer that starts and restarts its own processes."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._nodes: list[subprocess.Popen[bytes]] = []
 
     @abstractmethod
     def start(self) -> None:
@@ -57,19 +53,36 @@ class BaseAdapter(ABC):
         """Run one call, and return its result."""
         return self.map(task, [arguments], timeout_s=60.0)[0]
 
+    @abstractmethod
     def stop(self) -> None:
         """Stop the workers."""
-        processes.stop(self._nodes)
 
     def warm_up(self) -> None:
         """Run a few tasks, so that each worker has started."""
         self.map("nap", [(i, 150) for i in range(2 * self.config.workers)], timeout_s=60.0)
 
-    # Nodes that the adapter starts and restarts.
+    def restart_dead(self) -> int:
+        """Restart the nodes that do not run, and return their number."""
+        return 0
 
+    def node_pids(self, pid: int) -> list[int]:
+        """Return all processes of the node to which `pid` belongs."""
+        return [pid]
+
+
+class NodeAdapter(BaseAdapter):
+    """Adapter that starts and restarts the nodes of its peer."""
+
+    one_slot = False
+    """Whether a node of the peer has exactly one slot, so the peer needs as many nodes as workers."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._nodes: list[subprocess.Popen[bytes]] = []
+
+    @abstractmethod
     def node(self, number: int, slots: int) -> list[str]:
         """Return the arguments of Python for one node with `slots` workers."""
-        raise NotImplementedError
 
     def start_nodes(self) -> None:
         """Start all nodes."""
@@ -82,17 +95,18 @@ class BaseAdapter(ABC):
         with (self.config.folder / f"node{number}.log").open("ab") as log:
             return subprocess.Popen(command, cwd=self.config.work, stdout=log, stderr=log, start_new_session=True)
 
+    def stop(self) -> None:
+        processes.stop(self._nodes)
+
     def restart_dead(self) -> int:
-        """Restart the nodes that do not run, and return their number."""
         dead = [number for number, node in enumerate(self._nodes) if node.poll() is not None]
         for number in dead:
             self._nodes[number] = self._start_node(number)
         return len(dead)
 
     def node_pids(self, pid: int) -> list[int]:
-        """Return all processes of the node to which `pid` belongs."""
         trees = (processes.tree(node.pid) for node in self._nodes)
-        return next((members for members in trees if pid in members), [pid])
+        return next((members for members in trees if pid in members), super().node_pids(pid))
 
 
 def collect(

@@ -12,7 +12,7 @@ from celery import Celery, group
 from celery.exceptions import TimeoutError as ResultTimeout
 
 from benchmarks.peers import tasks
-from benchmarks.peers.adapters.base import BaseAdapter, Call, OnFirst, ignore
+from benchmarks.peers.adapters.base import Call, NodeAdapter, OnFirst, ignore
 from benchmarks.peers.config import load
 from benchmarks.peers.workloads import Lost
 
@@ -65,7 +65,7 @@ def call(task: str, arguments: Call) -> Any:
     return tasks.call(task, arguments)
 
 
-class Adapter(BaseAdapter):
+class Adapter(NodeAdapter):
     """Adapter of Celery."""
 
     def start(self) -> None:

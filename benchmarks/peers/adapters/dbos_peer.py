@@ -18,7 +18,7 @@ import sqlalchemy
 from dbos import DBOS, DBOSClient
 
 from benchmarks.peers import tasks
-from benchmarks.peers.adapters.base import BaseAdapter, Call, OnFirst, collect, ignore
+from benchmarks.peers.adapters.base import Call, NodeAdapter, OnFirst, collect, ignore
 from benchmarks.peers.config import load
 
 CONFIG = load()
@@ -56,7 +56,7 @@ def work(executor: str) -> None:
     threading.Event().wait()
 
 
-class Adapter(BaseAdapter):
+class Adapter(NodeAdapter):
     """Adapter of DBOS."""
 
     one_slot = True

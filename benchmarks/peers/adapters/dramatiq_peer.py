@@ -18,7 +18,7 @@ from dramatiq.results.backends import RedisBackend
 from redis.exceptions import TimeoutError as SocketTimeout
 
 from benchmarks.peers import tasks
-from benchmarks.peers.adapters.base import BaseAdapter, Call, OnFirst, collect, ignore
+from benchmarks.peers.adapters.base import Call, NodeAdapter, OnFirst, collect, ignore
 from benchmarks.peers.config import load
 
 CONFIG = load()
@@ -40,7 +40,7 @@ def call(task: str, arguments: Call) -> Any:
     return tasks.call(task, arguments)
 
 
-class Adapter(BaseAdapter):
+class Adapter(NodeAdapter):
     """Adapter of Dramatiq."""
 
     def start(self) -> None:

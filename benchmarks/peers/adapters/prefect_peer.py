@@ -29,7 +29,7 @@ from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 from prefect.task_worker import serve  # noqa: E402
 
 from benchmarks.peers import tasks  # noqa: E402
-from benchmarks.peers.adapters.base import BaseAdapter, Call, OnFirst, collect, ignore  # noqa: E402
+from benchmarks.peers.adapters.base import Call, NodeAdapter, OnFirst, collect, ignore  # noqa: E402
 
 SUBMITTERS = 8
 """Threads that submit background tasks, because each submission is a request to the server."""
@@ -49,7 +49,7 @@ def _collect(futures: Sequence[Any], timeout_s: float, on_first: OnFirst) -> lis
     return collect(futures, lambda future, seconds: future.result(timeout=seconds), timeout_s, on_first)
 
 
-class Adapter(BaseAdapter):
+class Adapter(NodeAdapter):
     """Adapter of Prefect."""
 
     one_slot = True

@@ -10,7 +10,7 @@ from redis import Redis
 from rq import Queue, Retry
 from rq.job import Job
 
-from benchmarks.peers.adapters.base import BaseAdapter, Call, OnFirst, collect, ignore
+from benchmarks.peers.adapters.base import Call, NodeAdapter, OnFirst, collect, ignore
 from benchmarks.peers.tasks import call
 
 _BATCH = 1000
@@ -20,7 +20,7 @@ class JobFailed(Exception):
     """A job failed in all its attempts."""
 
 
-class Adapter(BaseAdapter):
+class Adapter(NodeAdapter):
     """Adapter of RQ. With `reliable`, RQ retries jobs, and idle workers search for abandoned jobs every 5 s."""
 
     one_slot = True

@@ -16,10 +16,11 @@ from batchlab.core.commit import Addressed, follow_ups
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, Control, Follow, JobId, Json, Outcome, TaskSet
 from batchlab.core.port_retries import Patience
-from batchlab.core.ports import MAX_VISIBILITY_S, Message, Notice, Objects
+from batchlab.core.ports import Message, Notice, Objects
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.messages import HeldBundle
 from batchlab.core.protocol.object_keys import CommitKey
+from batchlab.core.service_settings import MAX_VISIBILITY_S
 from batchlab.manager.reconciler import Reconciler
 from batchlab.worker.commit_and_forward import BundleFinisher
 from batchlab.worker.heartbeats import Heartbeats, VisibilityHeartbeat

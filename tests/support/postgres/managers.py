@@ -25,10 +25,11 @@ from batchlab.core.model import JobId, Json, Pool, StageName
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import JobRecord, Ledger
 from batchlab.core.protocol import json_format
+from batchlab.core.service_settings import ManagerSettings, WorkerSettings
 from batchlab.manager.manager import Manager
-from batchlab.manager.state import ManagerSettings, Ports
+from batchlab.manager.state import Ports
 from batchlab.sim.tasks import AttemptInput, ScriptedAttempt, ScriptedRunner
-from batchlab.worker.inflight_message import Identity, WorkerSettings
+from batchlab.worker.inflight_message import Identity
 from batchlab.worker.loop import Worker
 from tests.support import ROOT
 from tests.support.contract.ledger_suite import DumpingLedger, opened_at

@@ -6,14 +6,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from batchlab.core.model import Pool
-from batchlab.manager.state import ManagerSettings
+from batchlab.core.service_settings import ManagerSettings, WorkerSettings
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.runtime.factory import Backend
 from batchlab.scenarios.forecast.simulate import ForecastOptions
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import Distribution, JobTemplate, PoolPlan, Scenario, Source, StageTemplate
-from batchlab.worker.inflight_message import WorkerSettings
 
 HOUR_S = 3600.0
 

@@ -35,9 +35,10 @@ from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
 from batchlab.core.protocol.messages import Beat, Events, HeldBundle, events_message
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.retry_rule import RetryRule
+from batchlab.core.service_settings import ManagerSettings
 from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.manager.manager import Manager
-from batchlab.manager.state import LiveJob, ManagerSettings, Outstanding, Ports
+from batchlab.manager.state import LiveJob, Outstanding, Ports
 from batchlab.runtime.home import listen
 from batchlab.server import web
 from batchlab.server.http import create_app

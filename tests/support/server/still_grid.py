@@ -32,10 +32,11 @@ from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.schedules import Definition, RunState, ScheduledRun, When
+from batchlab.core.service_settings import ManagerSettings
 from batchlab.manager.manager import Manager
 from batchlab.manager.spending import JobUsage
 from batchlab.manager.stage_plans import StagePlans
-from batchlab.manager.state import ManagerSettings, Ports, WorkerStatus
+from batchlab.manager.state import Ports, WorkerStatus
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home, listen, listen_locally
 from batchlab.server import web

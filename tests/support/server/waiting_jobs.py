@@ -22,7 +22,8 @@ from batchlab.core.model import (
 )
 from batchlab.core.ports import JobRecord, StageRecord
 from batchlab.core.protocol.messages import Beat, HeldBundle
-from batchlab.manager.state import LiveJob, ManagerSettings, WorkerStatus
+from batchlab.core.service_settings import ManagerSettings
+from batchlab.manager.state import LiveJob, WorkerStatus
 from batchlab.server.job_facts import Facts
 
 NOW_S = 1_700_000_000.0
