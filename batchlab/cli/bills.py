@@ -104,16 +104,16 @@ async def _facts_in_folder(home: Home, text: str) -> Facts:
     backend = factory.load("local")
     ledger, objects = backend.open_ledger(home), backend.open_objects(home)
     try:
-        records = await ledger.jobs(limit=1000)
-        matching = [r for r in records if text == "last" or r.job.id.startswith(text)]
-        exact = [r for r in matching if r.job.id == text]
+        page = await ledger.jobs(limit=1000)
+        matching = [rows for rows in page if text == "last" or rows.id.startswith(text)]
+        exact = [rows for rows in matching if rows.id == text]
         if not matching or (len(matching) > 1 and text != "last" and not exact):
             what = "There is no job" if not matching else "More than one job begins with"
-            ids = join_list([str(r.job.id) for r in matching or records]) or "none"
+            ids = join_list([str(rows.id) for rows in matching or page]) or "none"
             do = "Write the whole id" if matching else "The folder's ledger has"
             raise UsageError(f"{what} {text!r}.", remedy=f"{do}: {ids}.")
-        record = (exact or matching)[0]
-        rows = await ledger.rows(record.job.id)
+        rows = (exact or matching)[0]
+        record = rows.job
         account = await _stored_account(objects, record.job.id)
         use = job_use_view(record.job, account, backend.pools, max_cost_usd=record.job.max_cost_usd)
         return Facts(job_view(record, rows.stages), use, backend.name)

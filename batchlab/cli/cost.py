@@ -269,10 +269,10 @@ async def _in_ledger(home: Home, name: str) -> list[tuple[str, dict[str, float]]
     ledger = factory.load("local").open_ledger(home)
     try:
         runs = []
-        for record in await ledger.jobs(limit=MAX_EARLIER_JOBS):
-            if record.job.name == name:
-                stages = (stage.counts for stage in (await ledger.rows(record.job.id)).stages)
-                runs.append((str(record.job.id), {str(one.stage): one.mean_s for one in stages if one.mean_s}))
+        for rows in await ledger.jobs(limit=MAX_EARLIER_JOBS):
+            if rows.job.job.name == name:
+                means_s = {str(s.counts.stage): s.counts.mean_s for s in rows.stages if s.counts.mean_s}
+                runs.append((str(rows.id), means_s))
         return runs
     finally:
         await ledger.close()

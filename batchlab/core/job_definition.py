@@ -143,7 +143,7 @@ class NotifyDef:
     stuck_s: float = 600.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class JobDef:
     """Definition of a job, independent of the machine that submitted the job.
 

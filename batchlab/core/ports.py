@@ -469,12 +469,16 @@ class JobRows:
     """The row of a job and the rows of its stages, in order, at one moment.
 
     `stamp` distinguishes two writes after which the rows are equal. `stamp` is internal to the ledger, so comparisons
-    ignore it.
+    ignore it. Only `Ledger.rows` returns rows with a stamp.
     """
 
     job: JobRecord
     stages: tuple[StageRecord, ...]
     stamp: str | int = field(default="", compare=False, repr=False)
+
+    @property
+    def id(self) -> JobId:
+        return self.job.job.id
 
     def is_version(self, other: JobRows | None) -> bool:
         """Return whether the job's rows in the ledger did not change between the read of `other` and the read of this
@@ -654,10 +658,12 @@ class Ledger(Protocol):
     async def job(self, job: JobId) -> JobRecord:
         """Return the row of one job. Raise NotFound if the job does not exist."""
 
-    async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRecord]:
-        """Return jobs, sorted by (submitted_s, id) in descending order. With `active`, exclude jobs that have ended.
+    async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRows]:
+        """Return jobs with their stages, sorted by (submitted_s, id) in descending order. With `active`, exclude jobs
+        that have ended.
 
-        `before` is the id of the last job of the previous page. Raise NotFound if the job `before` does not exist.
+        `before` is the id of the last job of the previous page. Raise NotFound if the job `before` does not exist. The
+        rows of a page have no stamp, so `restore` does not accept them.
         """
 
     async def rows(self, job: JobId) -> JobRows:
@@ -665,15 +671,15 @@ class Ledger(Protocol):
 
     async def bundles(
         self,
-        job: JobId,
-        *,
+        *jobs: JobId,
         stage: StageName | None = None,
         done: bool | None = None,
         after_seq: int | None = None,
         failed: bool = False,
         limit: int | None = None,
     ) -> Sequence[BundleRecord]:
-        """Return bundles in the order (seq, stage, id), with planned bundles last.
+        """Return bundles of the jobs in the order (seq, stage, id), with planned bundles last. The order of the planned
+        bundles of several jobs is undefined.
 
         `done` selects folded (True) or planned bundles (False). `after_seq` selects bundles whose completions have a
         greater seq. `failed` selects bundles with failed tasks.

@@ -19,7 +19,7 @@ from batchlab.core.errors import BackendError, Malformed, NotFound, Throttled, T
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, JobState
 from batchlab.core.port_retries import raise_if_cancelled
-from batchlab.core.ports import AddCut, AddJob, BundleRecord, ChangeResult, Cut, JobRecord
+from batchlab.core.ports import AddCut, AddJob, BundleRecord, ChangeResult, Cut, JobRecord, JobRows
 from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
 from batchlab.core.tracing import trace_of
 from batchlab.manager import admission
@@ -29,14 +29,14 @@ from batchlab.manager.ledger_rebuild import restore
 from batchlab.manager.quarantine import UnreadableObject
 from batchlab.manager.retry_rounds import cuts_of_round
 from batchlab.manager.spending import Spending
-from batchlab.manager.state import LiveJob, Ports, Superseded, list_jobs, set_job_state
+from batchlab.manager.state import LiveJob, Ports, Superseded, pages_of_jobs, set_job_state
 
 log = logging.getLogger(__name__)
 
 SET_BACK_S = 60.0
 """Maximum delay of a scheduled job after the wall clock was set back."""
-MAX_SEARCH_FACTOR = 4
-"""Maximum interval between searches for active jobs, as a multiple of `silence_s`."""
+MAX_SEARCH_S = 300.0
+"""Maximum interval between searches for active jobs."""
 
 
 class DelayedJobs:
@@ -110,34 +110,54 @@ class Adoption(Part):
         """Search the ledger for active jobs without an asyncio task, and adopt them."""
         begun_s = self._searched_s = self._clock.monotonic_s()
         has_adopted = False
-        async for record in list_jobs(self._ports, active=True):
-            if record.job.id in self._lives:
-                continue
-            has_adopted = True
-            rows = await self._ledger.rows(record.job.id)
-            try:
-                await self.adopt(ChangeResult(rows, is_new=False))
-            except (Malformed, TooNew, NotFound) as error:
-                # A job that cannot be adopted must not block other jobs. The next search of the ledger tries to adopt
-                # the job again.
-                key = object_keys.committed(record.job.id)
-                self._quarantine.object(key, error, record.job.id, "object")
+        async for page in pages_of_jobs(self._ports, active=True):
+            if absent := [rows for rows in page if rows.id not in self._lives]:
+                has_adopted = True
+                await self._adopt_page(absent)
         # After a search that adopted jobs, the next search follows after `silence_s`, because the duration of this
         # search includes the adoptions.
         self._listing_s = 0.0 if has_adopted else self._clock.monotonic_s() - begun_s
         self.delayed_jobs.retain(self._lives)
 
+    async def _adopt_page(self, page: Sequence[JobRows]) -> None:
+        """Adopt many jobs with few requests to the ledger."""
+        # A retry adds bundles to the ledger during the adoption of its job.
+        unretried = [rows for rows in page if not rows.job.round and _may_have_outstanding_bundles(rows)]
+        planned: dict[JobId, list[BundleRecord]] = {rows.id: [] for rows in unretried}
+        if planned:
+            for record in await self._ledger.bundles(*planned, done=False):
+                planned[record.bundle.job].append(record)
+        lives: list[LiveJob] = []
+        for rows in page:
+            try:
+                live = await self._prepare(ChangeResult(rows, is_new=False), planned=planned.get(rows.id))
+            except (Malformed, TooNew, NotFound) as error:
+                # A job that cannot be adopted must not block other jobs. The next search of the ledger tries to adopt
+                # the job again.
+                self._quarantine.object(object_keys.committed(rows.id), error, rows.id, "object")
+            else:
+                lives.append(live)
+        self._start(lives)
+
     @property
     def is_search_due(self) -> bool:
-        """Return whether the next search is due. The interval is up to MAX_SEARCH_FACTOR times `silence_s` for long
-        lists of active jobs, because a search reads the whole list."""
-        silence_s = self._settings.silence_s
-        interval_s = min(max(silence_s, 100 * self._listing_s), MAX_SEARCH_FACTOR * silence_s)
+        """Return whether the next search is due. The interval grows with the duration of a search, up to
+        `MAX_SEARCH_S`, because a search reads the whole list of active jobs."""
+        interval_s = max(self._settings.silence_s, min(100 * self._listing_s, MAX_SEARCH_S))
         return self._clock.monotonic_s() - self._searched_s >= interval_s
 
     async def adopt(self, result: ChangeResult, *, concurrent: bool = False) -> LiveJob:
         """Adopt a new job, a reopened job, or a job of an earlier leader. With `concurrent`, other asyncio tasks may
         fold completions during the adoption."""
+        live = await self._prepare(result, concurrent=concurrent)
+        self._start([live], are_new=result.is_new)
+        return self._lives[live.id]
+
+    async def _prepare(
+        self, result: ChangeResult, *, planned: Sequence[BundleRecord] | None = None, concurrent: bool = False
+    ) -> LiveJob:
+        """Return the in-memory state of a job. `planned` has the job's outstanding bundles if the caller has read
+        them."""
         ledger, rows = self._ledger, result.rows
         job = rows.job.job
         # The cuts of a retry are written again, because the previous leader may have died before it wrote all ledger
@@ -145,8 +165,7 @@ class Adoption(Part):
         cuts, unreadable = await self._cuts(rows.job)
         for cut in cuts:
             rows = (await ledger.apply(AddCut(cut))).rows
-        planned: Sequence[BundleRecord] = ()
-        if not result.is_new and any(stage.may_have_outstanding_bundles for stage in rows.stages):
+        if planned is None and not result.is_new and _may_have_outstanding_bundles(rows):
             planned = await ledger.bundles(job.id, done=False)
             if concurrent:
                 # The job's rows are read again after the job's bundles, because older counters would miss a bundle that
@@ -170,24 +189,34 @@ class Adoption(Part):
             heard_s = self._clock.monotonic_s() - 0.75 * self._settings.silence_s
             # The silence of a retried bundle begins at the end of the bundle's backoff.
             now_s = self._clock.now_s()
-            live.add_outstanding((r.bundle, heard_s + settlement.wait_s(job, r.bundle, now_s)) for r in planned)
+            live.add_outstanding((r.bundle, heard_s + settlement.wait_s(job, r.bundle, now_s)) for r in planned or ())
         if self._spending:
             await self._spending.open_account(live, is_new=result.is_new)
         if self._recorder:
             self._recorder.adopt(live)
-        live_job = self._lives.get(job.id)
-        # Another task may have adopted the job first, for example if two submissions use one client token. A live job
-        # of an earlier round is replaced, because a retry may begin before the earlier round's asyncio task ends.
-        if live_job and not live_job.ended.is_set() and live_job.round >= live.round:
-            return live_job
-        self._lives[job.id] = live
-        if live.record.state is JobState.SCHEDULED:
-            self.delayed_jobs.add(job)
-        if self._spending:
-            self._spending.update_budgets()
-        if self.group is not None:
-            live.conducting = self.group.create_task(self._conduct(live), name=f"job {job.id}")
         return live
+
+    def _start(self, lives: Sequence[LiveJob], *, are_new: bool = False) -> None:
+        """Start the asyncio tasks of prepared jobs."""
+        started: list[LiveJob] = []
+        for live in lives:
+            live_job = self._lives.get(live.id)
+            # Another task may have adopted the job first, for example if two submissions use one client token. A live
+            # job of an earlier round is replaced, because a retry may begin before the earlier round's asyncio task
+            # ends.
+            if live_job and not live_job.ended.is_set() and live_job.round >= live.round:
+                continue
+            self._lives[live.id] = live
+            started.append(live)
+            if live.record.state is JobState.SCHEDULED:
+                self.delayed_jobs.add(live.job)
+        if self._spending and are_new:
+            self._spending.add_budgets(started)
+        elif self._spending:
+            self._spending.update_budgets()
+        for live in started:
+            if self.group is not None:
+                live.conducting = self.group.create_task(self._conduct(live), name=f"job {live.id}")
 
     async def _cuts(self, record: JobRecord) -> tuple[Sequence[Cut], UnreadableObject | None]:
         """Return the cuts of the retry that began the job's current round, or the error of the unreadable retry
@@ -320,3 +349,7 @@ class Adoption(Part):
         for task in conducting:
             task.cancel()
         await asyncio.gather(*conducting, return_exceptions=True)
+
+
+def _may_have_outstanding_bundles(rows: JobRows) -> bool:
+    return any(stage.may_have_outstanding_bundles for stage in rows.stages)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from batchlab.core.errors import Refused
@@ -61,6 +62,16 @@ USED_SHARE = 0.8
 """Minimum share of a slot's time that tasks use while a worker runs one bundle after another."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Prices:
+    """Prices at the last count of usage, by pool."""
+
+    slot_usd_s: Mapping[str, float]
+    slots: Mapping[str, int]
+    first_launch_usd: Mapping[str, float]
+    """Cost of a launch in a pool without instances."""
+
+
 class CostCaps(Part):
     def __init__(self, context: Context, accounting: Accounting) -> None:
         super().__init__(context)
@@ -76,6 +87,7 @@ class CostCaps(Part):
         self.capped: dict[str, str] = {}
         """Reason why a cost cap stops launches, by pool."""
         self._grid: CapBudget | None = None
+        self._prices: _Prices | None = None
         self._are_filled = False
         """Whether the last call of `update_budgets` set budgets. If it did, and no cap is left at the next call, that
         call removes the budgets."""
@@ -107,7 +119,7 @@ class CostCaps(Part):
             self._fill_budgets(self._rates, views)
             self._are_filled = True
             return
-        self._grid = None
+        self._grid = self._prices = None
         if not self._are_filled:
             return
         self._are_filled = False
@@ -116,17 +128,26 @@ class CostCaps(Part):
             live.mark()
             self._hold(live, 0.0, 0.0)
 
+    def add_budgets(self, lives: Sequence[LiveJob], views: Sequence[GroupView]) -> None:
+        """Set the budgets of new jobs, which do not have usage yet, without a count of all other jobs."""
+        if self._rates is None:
+            return
+        if self._prices is None or (self._grid is None and self.max_cost_usd is not None):
+            self.update_budgets(self._meter, views)
+            return
+        for live in lives:
+            if self._grid or self.cap_of(live) is not None:
+                self._set_budget(live, self._prices, 0.0, self._rates)
+                self._are_filled = True
+
     def _caps_a_job(self) -> bool:
         if any(usd is not None and job in self._lives for job, usd in self.user_caps.items()):
             return True
         return self._lives.has_caps and any(self.cap_of(live) is not None for live in self._lives.values())
 
     def _fill_budgets(self, rates: Rates, views: Sequence[GroupView]) -> None:
-        slot_usd_s = {
-            pool.name: self._pool_usd_h(pool) / 3600 / max(1, pool.slots) / USED_SHARE for pool in self._pools.values()
-        }
-        slots = {name: max(1, pool.slots) for name, pool in self._pools.items()}
-        owed = {job: self._work_usd(live, slot_usd_s) for job, live in self._lives.items()}
+        prices = self._prices = self._current_prices()
+        owed = {job: self._work_usd(live, prices.slot_usd_s) for job, live in self._lives.items()}
         all_owed = sum(owed.values())
         for view in views:
             waiting = self.shares.waiting_shares(view)
@@ -147,13 +168,27 @@ class CostCaps(Part):
             spent = self._spent_usd(self._meter.total, rates)
             self._grid = CapBudget("the grid", self.max_cost_usd, spent, max(0.0, all_owed))
         for job, live in self._lives.items():
-            budgets = [self._grid] if self._grid else []
-            if (cap := self.cap_of(live)) is not None:
-                spent = self._spent_usd(live.account, rates)
-                budgets.append(CapBudget("it", cap, spent, max(0.0, owed[job])))
-            live.budget = Budget(tuple(budgets), slot_usd_s, slots) if budgets else None
-            live.mark()
-            self._hold(live, self._next_usd(live, slot_usd_s), self._uncut_usd(live, slot_usd_s))
+            self._set_budget(live, prices, owed[job], rates)
+
+    def _current_prices(self) -> _Prices:
+        used = {life.kind.pool for life in self._meter.lives.values()}
+        return _Prices(
+            {
+                pool.name: self._pool_usd_h(pool) / 3600 / max(1, pool.slots) / USED_SHARE
+                for pool in self._pools.values()
+            },
+            {name: max(1, pool.slots) for name, pool in self._pools.items()},
+            {name: self._launch_usd(pool) for name, pool in self._pools.items() if name not in used},
+        )
+
+    def _set_budget(self, live: LiveJob, prices: _Prices, owed_usd: float, rates: Rates) -> None:
+        budgets = [self._grid] if self._grid else []
+        if (cap := self.cap_of(live)) is not None:
+            spent = self._spent_usd(live.account, rates)
+            budgets.append(CapBudget("it", cap, spent, max(0.0, owed_usd)))
+        live.budget = Budget(tuple(budgets), prices.slot_usd_s, prices.slots) if budgets else None
+        live.mark()
+        self._hold(live, self._next_usd(live, prices), self._uncut_usd(live, prices.slot_usd_s))
 
     def spent_usd(self, account: Account) -> float | None:
         """Return the cost of an account, or None without prices."""
@@ -185,7 +220,7 @@ class CostCaps(Part):
             live.notify()
         live.capped = text
 
-    def _next_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:
+    def _next_usd(self, live: LiveJob, prices: _Prices) -> float:
         """Return the minimum cost of the job's next task, including a launch if the task's pool is empty."""
         now_s, costs_usd = self._clock.monotonic_s(), []
         for stage in live.job.stages:
@@ -195,10 +230,8 @@ class CostCaps(Part):
                 continue
             # Before the first measurement, the cost of a task is unknown and counts as 0.
             is_measured = record.counts.mean_s is not None
-            usd = slot_usd_s.get(stage.pool, 0.0) * live.task_s(stage, now_s) * is_measured
-            if not any(life.kind.pool == stage.pool for life in self._meter.lives.values()):
-                usd += self._launch_usd(self._pools[stage.pool])
-            costs_usd.append(usd)
+            usd = prices.slot_usd_s.get(stage.pool, 0.0) * live.task_s(stage, now_s) * is_measured
+            costs_usd.append(usd + prices.first_launch_usd.get(stage.pool, 0.0))
         return min(costs_usd, default=0.0)
 
     def _work_usd(self, live: LiveJob, slot_usd_s: Mapping[str, float]) -> float:

@@ -18,7 +18,7 @@ from batchlab.core import commit
 from batchlab.core.atomic_write import of_single_call
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused, UsageError
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import Control, JobId, JobState, Json
+from batchlab.core.model import ENDED, Control, JobId, JobState, Json
 from batchlab.core.port_retries import STEP_BACK_S
 from batchlab.core.ports import MAX_BATCH, AddJob, ChangeResult, JobRecord, Reopen
 from batchlab.core.protocol import commit_keys, json_format, object_keys
@@ -30,7 +30,7 @@ from batchlab.manager.context import Context, Part
 from batchlab.manager.job_coordinator import JobCoordinator
 from batchlab.manager.quarantine import UnreadableObject, read_stored
 from batchlab.manager.retry_rounds import Retry, RetryPlanner, TaskSelection
-from batchlab.manager.state import LiveJob, Superseded, list_jobs, set_job_state
+from batchlab.manager.state import LiveJob, Superseded, pages_of_jobs, set_job_state
 
 log = logging.getLogger(__name__)
 
@@ -86,13 +86,14 @@ class JobCommands(Part):
 
     def _may_begin(self, job: JobDef, opening: commit_keys.Opening) -> bool:
         """Return whether the job's first bundles may be sent while the manager writes the job to the ledger. An early
-        send requires a new job without a client token, few bundles, and instances that are InService."""
+        send requires a new job without a client token, few bundles, and a slot that no other bundle needs."""
         cut = opening.cut
         if cut is None or not 0 < len(cut.bundles) <= MAX_BATCH:
             return False
         if job.token or job.id in self._lives:
             return False
-        return self._context.slots_in_service(job.stage(cut.stage).pool) > 0
+        pool = job.stage(cut.stage).pool
+        return self._context.slots_in_service(pool) > self._lives.pool(pool).bundles
 
     async def _send_opening(self, job: JobDef, opening: commit_keys.Opening) -> bool:
         try:
@@ -229,9 +230,9 @@ class JobCommands(Part):
     async def find_unfinished_retries(self) -> None:
         """Collect the jobs that ended without success, because an earlier leader may have begun a retry of one of the
         jobs."""
-        async for job in list_jobs(self._ports):
-            if job.state.ended and job.state is not JobState.SUCCEEDED:
-                self._unfinished.add(job.job.id)
+        async for page in pages_of_jobs(self._ports):
+            unsuccessful = ENDED - {JobState.SUCCEEDED}
+            self._unfinished.update(rows.id for rows in page if rows.job.state in unsuccessful)
 
     async def finish_retries(self) -> None:
         """Complete retries that are in the bucket but not in the ledger, because their manager crashed or returned an

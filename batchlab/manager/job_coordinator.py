@@ -18,7 +18,6 @@ from batchlab.core.commit import Addressed, address, committed, send_all
 from batchlab.core.errors import AlreadyExists, BackendError, Malformed, NotFound, UsageError
 from batchlab.core.job_definition import JobDef, StageDef, with_task
 from batchlab.core.model import Bundle, Control, JobState, Json, StageName, TaskSet
-from batchlab.core.port_retries import set_within
 from batchlab.core.ports import AddCut, Cut, Ending, Finish, SetControl, SetPlanned, StageRecord
 from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
 from batchlab.core.protocol.bundle_inputs import Inputs
@@ -37,9 +36,9 @@ log = logging.getLogger(__name__)
 
 
 MAX_CONCURRENT_OUTCOMES = 16
-CONTROL_OBJECT_DELAY_S = 0.05
-"""Delay before the manager writes a job's control object. A job that ends within `CONTROL_OBJECT_DELAY_S` does not need
-a control object, because workers read the spec instead."""
+MAX_CONTROL_READS = 16
+"""Number of control objects that a manager reads at the same time. A new leader reads the control objects of all jobs,
+and still answers requests."""
 ADVANCE_DELAY_S = 0.001
 """Delay between a change of a job and the coordinator's next step for the job."""
 
@@ -60,16 +59,13 @@ class JobCoordinator(Part):
         self._bundler = bundler
         self._notifier = notifier
         self._on_missing = on_missing
+        self._control_reads = asyncio.Semaphore(MAX_CONTROL_READS)
         self._lost_tasks = completion_checks.LostTasks(context.ports, context.settings.silence_s)
         self.plans = StagePlans(context.ports)
         self._inputs = Inputs(context.ports.objects, context.ports.patience)
 
     async def conduct(self, live: LiveJob) -> None:
         """Advance the job after each change, until the job has ended."""
-        if live.all_outstanding() and not live.allowed:
-            # The control object is written after a delay, because the write would slow down the job's first bundles.
-            await set_within(live.wake, CONTROL_OBJECT_DELAY_S)
-            await asyncio.sleep(ADVANCE_DELAY_S)
         while not live.ended.is_set():
             live.wake.clear()
             if live.unreadable:
@@ -98,9 +94,6 @@ class JobCoordinator(Part):
         except UsageError as error:
             await self._fail(live, str(error))
             return
-        # A waiting job does not need a control object, so a thousand waiting jobs do not cause a thousand writes.
-        if not live.allowed and any(live.outstanding.values()) and not live.is_complete:
-            await self._create_control(live)
         verdict = judge(live.job, live.counts)
         if verdict.stop:
             await self._fail(live, await self._reason(live, verdict))
@@ -303,15 +296,6 @@ class JobCoordinator(Part):
         await asyncio.sleep(self._settings.control_lease_s * 1.1)
         live.forbidden = True
 
-    async def _create_control(self, live: LiveJob) -> None:
-        """Create the control object, which allows tasks to start. Workers with the job's first bundles do not wait for
-        the control object."""
-        # The write must not overwrite an existing control object, because a cancellation must stay.
-        run = json_format.ControlCommand(Control.RUN, round=live.round)
-        with atomic_write.repeat_on_error():
-            await commit.replace_command(self._objects, live.id, run, self._patience, over=None)
-        live.allowed = True
-
     async def record_control(self, live: LiveJob, word: Control) -> None:
         """Record the job's control command in the ledger and in memory. Raise Superseded if the job is in a later
         round."""
@@ -328,7 +312,8 @@ class JobCoordinator(Part):
         live.doubtful = False  # the flag is reset before the read, because an event during the read may set the flag
         live.mark()
         try:
-            await self.follow_control(live)
+            async with self._control_reads:
+                await self.follow_control(live)
         except BackendError:
             live.doubtful = True
             live.mark()

@@ -72,8 +72,8 @@ async def _in_ledger(ports: Ports) -> set[JobId]:
     job_ids: set[JobId] = set()
     last: JobId | None = None
     while page := await ports.ledger.jobs(limit=_PAGE, before=last):
-        job_ids.update(record.job.id for record in page)
-        last = page[-1].job.id
+        job_ids.update(rows.id for rows in page)
+        last = page[-1].id
     return job_ids
 
 

@@ -12,7 +12,7 @@ import logging
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from batchlab.core.errors import BackendError
@@ -44,7 +44,7 @@ class GridUsage:
         doc: dict[str, Any] = {
             "v": json_format.VERSION,
             "meter": self.meter.to_json(),
-            "own": list(astuple(self.own)),
+            "own": list(self.own.counts),
             "cap": self.cap,
             "caps": dict(self.caps),
             "jobs": {job: account.to_json() for job, account in self.jobs.items()},
@@ -229,6 +229,10 @@ class Spending(Part):
 
     def update_budgets(self) -> None:
         self.caps.update_budgets(self.meter, self._views)
+
+    def add_budgets(self, lives: Sequence[LiveJob]) -> None:
+        """Set the budgets of new jobs."""
+        self.caps.add_budgets(lives, self._views)
 
     def spent_usd(self) -> float | None:
         """Return the cost of the grid so far, or None if the grid does not have prices."""

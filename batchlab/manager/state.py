@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from batchlab.core.errors import Malformed, NotFound, Refused
@@ -139,8 +139,6 @@ class LiveJob:
     """Lock held from a read of the job's control object to the next write of the control object, because a slow "run"
     must not overwrite an acknowledged "cancel"."""
     conducting: asyncio.Task[None] | None = None
-    allowed: bool = False
-    """Whether the job's control object exists."""
     forbidden: bool = False
     """Whether the job's cancellation is acknowledged, after which no worker can start a task of the job."""
     doubtful: bool = False
@@ -408,9 +406,9 @@ class Superseded(Refused):
         )
 
 
-async def list_jobs(ports: Ports, *, active: bool = False) -> AsyncIterator[JobRecord]:
-    """Yield the jobs of the ledger page by page, sorted from newest to oldest. With `active`, the listing skips ended
-    jobs. If the last job of a page is removed during the listing, the listing starts again."""
+async def pages_of_jobs(ports: Ports, *, active: bool = False) -> AsyncIterator[Sequence[JobRows]]:
+    """Yield the pages of the ledger's jobs, sorted from newest to oldest. With `active`, the listing skips ended jobs.
+    If the last job of a page is removed during the listing, the listing starts again."""
     last: JobId | None = None
     while True:
         try:
@@ -418,11 +416,10 @@ async def list_jobs(ports: Ports, *, active: bool = False) -> AsyncIterator[JobR
         except NotFound:
             last = None
             continue
-        for record in page:
-            yield record
+        yield page
         if len(page) < PAGE:
             return
-        last = page[-1].job.id
+        last = page[-1].id
 
 
 async def set_job_state(ports: Ports, live: LiveJob, state: JobState) -> None:

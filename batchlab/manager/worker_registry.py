@@ -15,7 +15,7 @@ import hashlib
 import hmac
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from batchlab.core.commit import address, send_all
@@ -287,7 +287,7 @@ class WorkerRegistry:
             return
         most = MAX_PER_S * (GRACE_S + self._ports.clock.now_s() - launched_s)
         requests = replace(report.requests, sqs_bytes=report.requests.sqs_bytes / STEP_BYTES)
-        if not all(0 <= number <= most for number in astuple(requests)):
+        if not all(0 <= number <= most for number in requests.counts):
             why = "its worker reports more requests than it can have made"
             self._quarantine.beat(report.instance, why)
             return

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.model import GroupView, JobId, Outcome, StageName
-from batchlab.core.ports import BundleRecord, ChangeResult, JobRecord
+from batchlab.core.ports import BundleRecord, ChangeResult, JobRows
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.field_checks import shallow
 from batchlab.manager import fleet_commands
@@ -109,25 +109,31 @@ async def changed_view(manager: Manager, job: JobId, version: int | None, wait_s
     live = manager.lives.get(job)
     if live and version is not None:
         await wait_for_change(live, version, wait_s)
-    return await current_view(manager, await manager.ports.ledger.job(job))
+    return await current_view(manager, job)
 
 
 async def jobs_page(manager: Manager, limit: int, before: str | None, *, active: bool) -> api_types.JobsView:
     """Return a page of jobs, with the newest job first. `before` is the id of the last job of the previous page."""
-    records = await manager.ports.ledger.jobs(active=active, limit=limit, before=before)
-    return {"jobs": [await current_view(manager, record) for record in records]}
+    page = await manager.ports.ledger.jobs(active=active, limit=limit, before=before)
+    return {"jobs": [_view(manager, rows) for rows in page]}
 
 
-async def current_view(manager: Manager, record: JobRecord) -> api_types.JobView:
-    """Return the view of the job in its current state. The argument `record` may be outdated."""
-    job = record.job.id
-    live = manager.lives.get(job)
-    if live:
-        workers = manager.registry.workers.values()
-        return job_views.job_view(live.record, list(live.stages.values()), live, workers)
-    rows = await manager.ports.ledger.rows(job)
-    trouble = manager.reports.troubles.get(job, "")
+async def current_view(manager: Manager, job: JobId) -> api_types.JobView:
+    """Return the view of the job in its current state."""
+    if live := manager.lives.get(job):
+        return _live_view(manager, live)
+    return _view(manager, await manager.ports.ledger.rows(job))
+
+
+def _view(manager: Manager, rows: JobRows) -> api_types.JobView:
+    if live := manager.lives.get(rows.id):
+        return _live_view(manager, live)
+    trouble = manager.reports.troubles.get(rows.id, "")
     return job_views.job_view(rows.job, rows.stages, report=trouble)
+
+
+def _live_view(manager: Manager, live: LiveJob) -> api_types.JobView:
+    return job_views.job_view(live.record, list(live.stages.values()), live, manager.registry.workers.values())
 
 
 async def grid_view(manager: Manager, backend_name: str) -> api_types.GridView:

@@ -144,7 +144,7 @@ class QuickApi:
         manager = await self._leader()
         # Only the header `traceparent` sets the trace of a job, and the API answers requests with this header.
         written = await accept(manager, replace(job, trace=""), items)
-        return (201 if written.is_new else 200), await current_view(manager, written.rows.job)
+        return (201 if written.is_new else 200), await current_view(manager, written.rows.id)
 
     async def _leader(self) -> Manager:
         manager = self._manager()

@@ -337,7 +337,7 @@ class ScheduleUser:
     async def _check(self, first: Schedule, until_s: float) -> None:
         """Check that each job belongs to a due time, that each due time has one job, and that the history agrees."""
         schedule = await self._read()
-        records = await self._world.ledger.jobs(limit=10_000)
+        records = [rows.job for rows in await self._world.ledger.jobs(limit=10_000)]
         by_job = {record.job.id: record for record in records if record.job.token.startswith("schedule/")}
         period_s = self._period_min * 60.0
         for run in schedule.runs:

@@ -92,6 +92,9 @@ class JobCache:
         return job_def
 
 
+DEFINITION_LEASES = 20
+"""Number of control leases after which a worker checks again whether a job without a control object has been removed.
+"""
 MAX_CLOCK_SKEW_S = 60.0
 """Assumed maximum difference in seconds between the clocks of two machines."""
 
@@ -103,8 +106,9 @@ class _Entry:
     read_s: float
     """Monotonic time of the last read request."""
     watchers: int = 0
-    is_new: bool = False
-    """Whether the control object did not exist at the last read."""
+    defined_s: float | None = None
+    """Monotonic time at which the worker last found the job's definition without a control object, or None if the job
+    had a control object."""
 
 
 class ControlPoller:
@@ -131,19 +135,20 @@ class ControlPoller:
         """Read the control object of a job.
 
         Return the control command, and the monotonic time at which the control lease ends. A missing control object
-        means RUN if the job `is_new` or the job's definition exists. If the control object and the job's definition are
-        both missing, the control command is CANCEL, because the job has been removed.
+        means RUN if the worker has just read the job's definition (`is_new`), or if the definition exists. If the
+        control object and the job's definition are both missing, the control command is CANCEL, because the job has
+        been removed.
         """
         entry = self._entries.get(job)
         # The lease starts before the request, because the answer may be as old as the request.
         read_s = self._clock.monotonic_s()
-        changed: tuple[Control, str | None, bool] | None = None
+        changed: tuple[Control, str | None, float | None] | None = None
         tail = 0
         try:
             spoken = await commit.read_if_changed(self._context.objects, job, entry.etag if entry else None)
             if spoken is not None:
                 word = spoken.command
-                changed, tail = (word.control, spoken.etag, False), word.tail
+                changed, tail = (word.control, spoken.etag, None), word.tail
                 is_recent = entry is not None and read_s - entry.read_s <= self._lease_s
                 if not is_recent and word.tail_s is not None:
                     # The request for live logs in the control object may be old. If the clocks differ by more than
@@ -151,15 +156,16 @@ class ControlPoller:
                     age_s = self._clock.now_s() - word.tail_s
                     tail *= abs(age_s) <= ASKED_S + MAX_CLOCK_SKEW_S
         except NotFound:
-            is_new = is_new or (entry is not None and entry.is_new)
-            if not is_new:
-                is_new = await self._context.objects.head(object_keys.spec(job)) is not None
-            changed = (Control.RUN if is_new else Control.CANCEL, None, is_new)
+            defined_s = read_s if is_new else entry.defined_s if entry else None
+            if defined_s is None or read_s - defined_s > DEFINITION_LEASES * self._lease_s:
+                is_defined = await self._context.objects.head(object_keys.spec(job)) is not None
+                defined_s = read_s if is_defined else None
+            changed = (Control.CANCEL if defined_s is None else Control.RUN, None, defined_s)
         entry = self._entries.get(job)
         if changed is not None:
-            control, etag, is_new = changed
+            control, etag, defined_s = changed
             watchers = entry.watchers if entry else 0
-            entry = self._entries[job] = _Entry(control, etag, read_s, watchers, is_new)
+            entry = self._entries[job] = _Entry(control, etag, read_s, watchers, defined_s)
             if not watchers:
                 self._unwatched.pop(job, None)
                 self._unwatched[job] = None

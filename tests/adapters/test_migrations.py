@@ -112,7 +112,7 @@ def test_migrations_are_numbered_in_one_line_up_to_the_head() -> None:
 def test_bundles_are_read_in_the_order_of_an_index(done: bool | None, after_seq: int | None, failed: bool) -> None:
     """A job may have millions of bundles, so no query of the port may sort bundles or scan those of other jobs."""
     engine = _created()
-    query = select_bundles(JobId("j"), None, done, after_seq, failed).limit(10)
+    query = select_bundles([JobId("j")], None, done, after_seq, failed).limit(10)
     with transaction(engine) as connection:
         sql = str(query.compile(connection, compile_kwargs={"literal_binds": True}))
         plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}")]

@@ -420,7 +420,7 @@ def test_a_rebuild_names_each_unreadable_object_and_restores_every_other_job() -
         rebuilt = await rebuild(desk.ports)
         assert rebuilt.jobs == 2
         assert set(rebuilt.unreadable) == {cut, object_keys.outcome(BUNDLE, UNSEALED)}
-        assert {job.job.id for job in await desk.ledger.jobs()} == {JOB.id, other.id}
+        assert {rows.id for rows in await desk.ledger.jobs()} == {JOB.id, other.id}
         await desk.ledger.close()
 
     asyncio.run(main())

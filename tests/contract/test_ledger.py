@@ -124,7 +124,7 @@ async def test_a_client_token_makes_one_job(ledger: DumpingLedger) -> None:
     await submit(ledger, first)
     second = await ledger.apply(AddJob(replace(first, id=JobId("other")), JobState.SUBMITTED))
     assert (second.rows.job.job, second.is_new) == (first, False)
-    assert [r.job.id for r in await ledger.jobs()] == [first.id]
+    assert [rows.id for rows in await ledger.jobs()] == [first.id]
 
 
 @on_every_ledger
@@ -143,8 +143,40 @@ def _jobs(count: int) -> list[JobDef]:
 async def test_jobs_are_listed_newest_first_and_by_id_within_a_moment(ledger: DumpingLedger) -> None:
     for job in sorted(_jobs(6), key=lambda job: str(job.id)[::-1], reverse=True):
         await submit(ledger, job)
-    listed = [r.job.id for r in await ledger.jobs()]
+    listed = [rows.id for rows in await ledger.jobs()]
     assert listed == ["j-05", "j-04", "j-03", "j-02", "j-01", "j-00"]
+
+
+@on_every_ledger
+async def test_listed_rows_are_the_rows_of_each_job_without_a_stamp(ledger: DumpingLedger) -> None:
+    first, second = _jobs(2)
+    await submit(ledger, first)
+    await submit(ledger, second)
+    bundles = (replace(bundle(0, 2), job=first.id),)
+    await ledger.apply(AddCut(Cut(first.id, RESIZE, 0, 0, bundles, TaskSet.span(2, 5), 5)))
+    listed = await ledger.jobs()
+    assert list(listed) == [await ledger.rows(second.id), await ledger.rows(first.id)]
+    assert listed[1].stages[0].left == TaskSet.span(2, 5)
+    assert not (await ledger.rows(first.id)).is_version(listed[1])
+
+
+@on_every_ledger
+async def test_bundles_of_several_jobs_are_read_at_once(ledger: DumpingLedger) -> None:
+    first, second, third = _jobs(3)
+    for job in (first, second, third):
+        await submit(ledger, job)
+        own = replace(bundle(0, 2), job=job.id), replace(bundle(2, 3), job=job.id)
+        await ledger.apply(AddCut(Cut(job.id, RESIZE, 0, 0, own, TaskSet(), 3)))
+    for job in (second, first):
+        await fold(ledger, done(replace(bundle(0, 2), job=job.id)))
+    planned = await ledger.bundles(first.id, second.id, NOBODY, done=False)
+    assert sorted((r.bundle.job, r.bundle.tasks) for r in planned) == [
+        (first.id, TaskSet.span(2, 3)),
+        (second.id, TaskSet.span(2, 3)),
+    ]
+    folded = await ledger.bundles(first.id, second.id, third.id, done=True)
+    assert [r.bundle.job for r in folded] == [second.id, first.id]
+    assert list(await ledger.bundles(done=False)) == []
 
 
 @on_every_ledger
@@ -154,7 +186,7 @@ async def test_pages_of_jobs_list_each_job_once_during_submissions(ledger: Dumpi
     seen: list[str] = []
     while page := await ledger.jobs(limit=3, before=seen[-1] if seen else None):
         assert len(seen) < 7
-        seen += [r.job.id for r in page]
+        seen += [rows.id for rows in page]
         await submit(ledger, replace(JOB, id=JobId(f"late-{len(seen)}"), submitted_s=2_000.0))
     assert seen == [f"j-{i:02d}" for i in range(6, -1, -1)]
 
@@ -163,7 +195,7 @@ async def test_pages_of_jobs_list_each_job_once_during_submissions(ledger: Dumpi
 async def test_active_jobs_are_those_that_have_not_ended(ledger: DumpingLedger) -> None:
     for state in JobState:
         await ledger.apply(AddJob(replace(JOB, id=JobId(state.lower())), state))
-    active = {r.state for r in await ledger.jobs(active=True)}
+    active = {rows.job.state for rows in await ledger.jobs(active=True)}
     assert active == set(JobState) - ENDED
     assert len(await ledger.jobs()) == len(JobState)
 

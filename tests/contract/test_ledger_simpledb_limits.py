@@ -40,7 +40,7 @@ def test_texts_of_any_length_are_stored(rough_simpledb: Sdb) -> None:
                 # SQLite's text cannot contain NUL.
                 dump["jobs"][0]["reason"] = dump["jobs"][0]["reason"].replace("\0", "\ufffd")
             assert ours == theirs
-            assert [r.job.id for r in await ledger.jobs()] == [JOB.id]
+            assert [rows.id for rows in await ledger.jobs()] == [JOB.id]
             await ledger.forget()
 
     asyncio.run(main())

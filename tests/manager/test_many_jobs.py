@@ -14,7 +14,7 @@ from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import JobId, JobState, StageName
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import AddJob
-from batchlab.manager.state import Ports, list_jobs
+from batchlab.manager.state import Ports, pages_of_jobs
 
 JOBS = 10_200
 JOB = JobDef(JobId("job-00000"), "job", (StageDef(StageName("s"), handler="a:b"),), 0.0, items=1)
@@ -38,7 +38,7 @@ def test_a_leader_reads_every_active_job_of_a_ledger_with_more_than_10_000() -> 
         await ledger.apply(AddJob(JOB, JobState.SUBMITTED))
         with ledger._engine.begin() as connection:
             connection.execute(text(COPIES), {"last": JOBS - 1})
-        found = {job.job.id async for job in list_jobs(ports, active=True)}
+        found = {rows.id async for page in pages_of_jobs(ports, active=True) for rows in page}
         await ledger.close()
         return set(found)
 

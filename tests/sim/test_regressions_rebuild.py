@@ -72,7 +72,7 @@ def test_rebuild_drops_only_what_the_bucket_lacks(monkeypatch: pytest.MonkeyPatc
         await world.objects.delete(keys)
         assert (await (await leader(world)).rebuild_ledger()).jobs == 0, "as it found them"
         assert came.is_set()
-        assert [record.job.id for record in await world.ledger.jobs()] == [late.id]
+        assert [rows.id for rows in await world.ledger.jobs()] == [late.id]
         await ended_well(world, late)
 
     in_world(act, script=takes(1.0))

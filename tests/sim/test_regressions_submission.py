@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
-
-import pytest
 
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import JobState, Pool
+from batchlab.core.model import JobState
 from batchlab.core.ports import AddJob
 from batchlab.core.protocol import object_keys
-from batchlab.manager import job_coordinator
 from batchlab.sim import invariants
-from batchlab.sim.world import MANAGER, World
-from tests.support.sim.scenes import (
-    UNHURRIED,
-    A,
-    B,
-    around,
-    ended,
-    ended_well,
-    in_world,
-    job,
-    kill_manager,
-    leader,
-    stage,
-    takes,
-)
+from batchlab.sim.world import World
+from tests.support.sim.scenes import A, B, ended, ended_well, in_world, job, kill_manager, leader, stage, takes
 
 
 async def _half_rebuilt(world: World) -> JobDef:
@@ -66,41 +49,11 @@ def test_a_cancellation_finds_the_first_cut_in_the_definition() -> None:
     in_world(act, script=takes(30.0))
 
 
-def test_follow_ups_of_the_first_bundle_may_precede_the_control_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before, a worker that received the follow-up considered the job as removed, and dropped the message (seed 567 of
-    the simulator)."""
-
+def test_a_job_without_a_command_needs_no_control_object() -> None:
     async def act(world: World) -> None:
-        made = job(stage(A), stage(B, A), items=1)
-
-        async def put(real: Any, key: str, *args: Any, **kwargs: Any) -> object:
-            if key == object_keys.control(made.id):
-                await asyncio.sleep(8.0)
-            return await real(key, *args, **kwargs)
-
-        around(monkeypatch, world.objects, "put", put)
-        await world.ask(lambda m: m.job_commands.submit(made, [0]), "submit")
+        made = job(stage(A), stage(B, A), items=8)
+        await world.ask(lambda m: m.job_commands.submit(made, [0] * 8), "submit")
         await ended_well(world, made)
-        assert world.clock.monotonic_s() < MANAGER.silence_s, "before the reconciler looks for it"
+        assert await world.objects.head(object_keys.control(made.id)) is None
 
-    in_world(act, script=takes(0.1), pools=(Pool("default", 4, 4, 1),))
-
-
-@pytest.mark.parametrize(("begun_s", "is_there"), [(0.0, True), (60.0, False)])
-def test_a_job_that_ends_at_once_needs_no_control_object(
-    monkeypatch: pytest.MonkeyPatch, begun_s: float, is_there: bool
-) -> None:
-    monkeypatch.setattr(job_coordinator, "CONTROL_OBJECT_DELAY_S", begun_s)
-
-    async def act(world: World) -> None:
-        manager = await leader(world)
-        while not manager.registry.workers:
-            await asyncio.sleep(1.0)
-        await asyncio.sleep(25.0)  # a tick notices the worker before the job is submitted
-        made = job(stage(A), items=1)
-        await world.ask(lambda m: m.job_commands.submit(made, [0]), "submit")
-        await ended_well(world, made)
-        assert (await world.objects.head(object_keys.control(made.id)) is not None) == is_there
-
-    # The tick is long here, so the manager does not look at any job while this job runs.
-    in_world(act, script=takes(0.1), pools=(Pool("default", 1, 1, 1),), **UNHURRIED)
+    in_world(act, script=takes(30.0))

@@ -81,7 +81,7 @@ def test_schedule_changes_only_on_purpose_and_keeps_its_runs() -> None:
         await ask(world, lambda s: s.add(other, template(priority=5), replacing=True))
         await until(world, "2026-03-02T10:04:30")
         assert states(await shown(world)) == ["10:00 SUCCEEDED", "10:02 SUCCEEDED", "10:04 SUCCEEDED"]
-        newest = (await world.ledger.jobs(limit=1))[0].job
+        newest = (await world.ledger.jobs(limit=1))[0].job.job
         assert newest.priority == 5
 
     in_time(act)
@@ -133,9 +133,9 @@ def test_a_job_may_know_when_it_was_due() -> None:
         job = template(params=(("month", ""), ("rate", 2)))
         await added(world, definition("0 11 * * *", BERLIN, due_param="month"), job)
         await until(world, "2026-03-02T10:01:00")
-        (record,) = await world.ledger.jobs()
-        assert dict(record.job.params) == {"month": "2026-03-02T11:00:00+01:00", "rate": 2}
-        assert record.state is JobState.SUCCEEDED
+        (rows,) = await world.ledger.jobs()
+        assert dict(rows.job.job.params) == {"month": "2026-03-02T11:00:00+01:00", "rate": 2}
+        assert rows.job.state is JobState.SUCCEEDED
         wrong = definition(name="wrong", due_param="nothing")
         with pytest.raises(UsageError, match="not have a parameter 'nothing'"):
             await ask(world, lambda s: s.add(wrong, job, replacing=False))

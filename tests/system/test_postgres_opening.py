@@ -309,7 +309,7 @@ def test_bundles_are_read_in_the_order_of_an_index(postgres: Postgres) -> None:
     engine = postgres_engine(postgres.url, postgres.schema)
     with transaction(engine) as connection:
         for is_done, after_seq, failed in product((None, False, True), (None, 7), (False, True)):
-            query = select_bundles(jobs[1].id, None, is_done, after_seq, failed).limit(10)
+            query = select_bundles([jobs[1].id], None, is_done, after_seq, failed).limit(10)
             sql = query.compile(engine, compile_kwargs={"literal_binds": True})
             plan = connection.exec_driver_sql(f"EXPLAIN {sql}").scalars().all()
             assert any("Index Scan using bundles_read" in line for line in plan), plan

@@ -33,7 +33,7 @@ def test_upgraded_postgresql_ledger_equals_the_sqlite_one(postgres: Postgres, tm
 
     async def jobs(ledger: SqlLedger) -> object:
         try:
-            assert [job.job.name for job in await ledger.jobs()]
+            assert [rows.job.job.name for rows in await ledger.jobs()]
             return await ledger.dump()
         finally:
             await ledger.close()

@@ -20,7 +20,7 @@ from batchlab.core.service_settings import WorkerSettings
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker.inflight_message import Identity, InflightMessage, WorkerContext
-from batchlab.worker.job_cache import ControlPoller
+from batchlab.worker.job_cache import DEFINITION_LEASES, ControlPoller
 from batchlab.worker.outbox import Outbox
 
 JOB, STAGE = JobId("job"), StageName("a")
@@ -71,5 +71,22 @@ def test_lease_of_a_job_holds_until_its_last_task_starts(
         assert (min(remaining_s) > 0) is holds
         assert abs(objects.reads - reads) <= 2
         polling.cancel()
+
+    SimLoop().run(main())
+
+
+def test_worker_notices_the_removal_of_a_job_without_a_control_object() -> None:
+    async def main() -> None:
+        objects, clock = SimObjects(), SimClock(asyncio.get_running_loop(), 1_700_000_000.0)
+        queue, patience = cast(Queue, None), Patience(random.Random(1))
+        who, outbox = Identity("w-1", "i-1", "default", 1), Outbox(queue, patience)
+        context = WorkerContext(who, objects, queue, clock, patience, WorkerSettings(control_lease_s=1.0), outbox)
+        await objects.put(object_keys.spec(JOB), b"{}")
+        controls = ControlPoller(context)
+        assert (await controls.read(JOB))[0] is Control.RUN
+        await objects.delete([object_keys.spec(JOB)])
+        while (await controls.read(JOB))[0] is Control.RUN:
+            await asyncio.sleep(1.0)
+        assert clock.monotonic_s() <= 1.0 + 2 * DEFINITION_LEASES
 
     SimLoop().run(main())

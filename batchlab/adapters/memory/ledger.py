@@ -244,11 +244,11 @@ class SimLedger:
     async def job(self, job: JobId) -> JobRecord:
         return self._job(job).rows.job
 
-    async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRecord]:
+    async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRows]:
         last = self._order(JobId(before)) if before is not None else None
         orders = sorted(map(self._order, self._active if active else self._jobs), reverse=True)
         older = (job for at_s, job in orders if last is None or (at_s, job) < last)
-        return [self._jobs[job].rows.job for job in islice(older, limit)]
+        return [self._jobs[job].projection.rows() for job in islice(older, limit)]
 
     def _order(self, job: JobId) -> tuple[float, JobId]:
         return self._job(job).projection.job.submitted_s, job
@@ -258,24 +258,23 @@ class SimLedger:
 
     async def bundles(
         self,
-        job: JobId,
-        *,
+        *jobs: JobId,
         stage: StageName | None = None,
         done: bool | None = None,
         after_seq: int | None = None,
         failed: bool = False,
         limit: int | None = None,
     ) -> Sequence[BundleRecord]:
-        job_rows = self._jobs.get(job)
-        if job_rows is None:
-            return []
-        bundle_rows: list[BundleRow] = []
+        found = [self._jobs[job] for job in jobs if job in self._jobs]
+        records: list[BundleRecord] = []
         if done is not False:
             after = _NO_SEQ if after_seq is None else after_seq
-            bundle_rows += islice(job_rows.done_bundles(after, stage, failed), limit)
+            folded = ((row, job) for job in found for row in job.done_bundles(after, stage, failed))
+            ordered = folded if len(found) == 1 else sorted(folded, key=lambda pair: _seq(pair[0]))
+            records += [row.record(job.projection.last_seq) for row, job in islice(ordered, limit)]
         if done is not True and after_seq is None and not failed:
-            bundle_rows += job_rows.waiting(stage)
-        return [row.record(job_rows.projection.last_seq) for row in bundle_rows[:limit]]
+            records += [row.record(job.projection.last_seq) for job in found for row in job.waiting(stage)]
+        return records[:limit]
 
     # --- Leases ----------------------------------------------------------------------------------
 

@@ -7,8 +7,10 @@ leases and of the counter of sequence numbers are changed conditionally.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TypeVar, overload
 
 from batchlab.adapters.aws.endpoint import Endpoint
@@ -269,13 +271,13 @@ class SimpleDbLedger:
     async def job(self, job: JobId) -> JobRecord:
         return (await self.rows(job)).job
 
-    async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRecord]:
-        def page() -> list[JobRecord]:
+    async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRows]:
+        def page() -> list[JobRows]:
             last = None
             if before is not None:
                 last = _projection_of(self._head(JobId(before), settle=False)).job
             projections = self._heads.newest(active=active, limit=limit, before=last)
-            return [projection.rows().job for projection in projections]
+            return [projection.rows() for projection in projections]
 
         return await self._read(page)
 
@@ -284,15 +286,14 @@ class SimpleDbLedger:
 
     async def bundles(
         self,
-        job: JobId,
-        *,
+        *jobs: JobId,
         stage: StageName | None = None,
         done: bool | None = None,
         after_seq: int | None = None,
         failed: bool = False,
         limit: int | None = None,
     ) -> Sequence[BundleRecord]:
-        def read() -> list[BundleRecord]:
+        def read(job: JobId) -> list[BundleRecord]:
             head = self._heads.get(job)
             if head is None or head.projection is None:
                 return []
@@ -312,7 +313,10 @@ class SimpleDbLedger:
                 bundle_records += [row.record(projection.last_seq) for row in planned]
             return bundle_records[:limit]
 
-        return await self._read(read)
+        records = [record for job in jobs for record in await self._read(partial(read, job))]
+        if len(jobs) > 1:
+            records.sort(key=lambda record: math.inf if record.seq is None else record.seq)
+        return records[:limit]
 
     # --- The rest --------------------------------------------------------------------------------
 

@@ -211,7 +211,7 @@ class SqlLedger:
     async def job(self, job: JobId) -> JobRecord:
         return await self._read(lambda connection: find_job(connection, job), quick=True)
 
-    async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRecord]:
+    async def jobs(self, *, active: bool = False, limit: int = 100, before: str | None = None) -> Sequence[JobRows]:
         return await self._read(lambda connection: page_of_jobs(connection, active, limit, before))
 
     async def rows(self, job: JobId) -> JobRows:
@@ -219,15 +219,14 @@ class SqlLedger:
 
     async def bundles(
         self,
-        job: JobId,
-        *,
+        *jobs: JobId,
         stage: StageName | None = None,
         done: bool | None = None,
         after_seq: int | None = None,
         failed: bool = False,
         limit: int | None = None,
     ) -> Sequence[BundleRecord]:
-        query = select_bundles(job, stage, done, after_seq, failed).limit(limit)
+        query = select_bundles(jobs, stage, done, after_seq, failed).limit(limit)
         return await self._read(lambda connection: read_bundles(connection, query))
 
     # --- The rest --------------------------------------------------------------------------------

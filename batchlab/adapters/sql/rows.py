@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
+from weakref import WeakValueDictionary
 
 from sqlalchemy import Connection, RowMapping, Select, bindparam, case, func, insert, select, tuple_, update
 
@@ -24,6 +25,8 @@ from batchlab.core.model import ENDED, BundleId, Control, JobId, JobState, Stage
 from batchlab.core.ports import BundleRecord, JobRecord, JobRows
 from batchlab.core.protocol import json_format
 
+MAX_NAMES = 1000
+"""Maximum number of jobs in one query of stages, because databases limit the number of parameters of a query."""
 _JOB = ("state", "reason", "control", "round", "ended_s")
 _PLAN = ("planned", "plan_round", "cut_seq", "uncut")
 _COUNTERS = ("succeeded", "failed", "cancelled", "retried", "run_us", "first_start_s", "last_end_s")
@@ -34,6 +37,11 @@ _newest = select(jobs).order_by(jobs.c.submitted_s.desc(), jobs.c.id.desc()).lim
 _active = _newest.where(jobs.c.state.not_in(sorted(ENDED)))
 _STAGE = [field.name for field in fields(Stage) if field.name in stages.c and field.name != "uncut"]
 """Columns of a stage, in the order of the arguments of Stage. `uncut` is not included."""
+_stages_of_jobs = (
+    select(stages.c.job, stages.c.stage, stages.c.uncut, *(stages.c[name] for name in _STAGE))
+    .where(stages.c.job.in_(bindparam("jobs", expanding=True)))
+    .order_by(stages.c.job, stages.c.position)
+)
 _job_with_stages = (
     select(
         # The definition of the job may be long, so only the row of the first stage contains the definition.
@@ -67,10 +75,14 @@ def load_job(connection: Connection, name: JobId) -> Projection:
         raise _no_job(name)
     spec, *job = rows[0][: 1 + len(_JOB)]
     projection = _projection(spec, *job)
-    for stage, uncut, *values in (row[1 + len(_JOB) :] for row in rows):
-        uncut_tasks = json_format.tasks_from_json(json.loads(uncut))
-        projection.stages[StageName(stage)] = Stage(*(*values, uncut_tasks))
+    for row in rows:
+        _add_stage(projection, *row[1 + len(_JOB) :])
     return projection
+
+
+def _add_stage(projection: Projection, name: str, uncut: str, *values: Any) -> None:
+    tasks = json_format.tasks_from_json(json.loads(uncut))
+    projection.stages[StageName(name)] = Stage(*(*values, tasks))
 
 
 def rows_of(connection: Connection, name: JobId) -> JobRows:
@@ -85,12 +97,21 @@ def find_job(connection: Connection, name: JobId) -> JobRecord:
     return _record(_row(connection, name))
 
 
-def page_of_jobs(connection: Connection, active: bool, limit: int, before: str | None) -> list[JobRecord]:
+def page_of_jobs(connection: Connection, active: bool, limit: int, before: str | None) -> list[JobRows]:
     query, values = _active if active else _newest, {"limit": limit}
     if before is not None:
         last = _row(connection, JobId(before))
         query = query.where(tuple_(jobs.c.submitted_s, jobs.c.id) < (last["submitted_s"], last["id"]))
-    return [_record(row) for row in connection.execute(query, values).mappings()]
+    page = {
+        row["id"]: _projection(row["spec"], *(row[name] for name in _JOB))
+        for row in connection.execute(query, values).mappings()
+    }
+    names = list(page)
+    for first in range(0, len(names), MAX_NAMES):
+        batch = names[first : first + MAX_NAMES]
+        for job, *stage in connection.execute(_stages_of_jobs, {"jobs": batch}):
+            _add_stage(page[job], *stage)
+    return [projection.rows() for projection in page.values()]
 
 
 def _row(connection: Connection, name: JobId) -> RowMapping:
@@ -112,6 +133,10 @@ def _record(row: RowMapping) -> JobRecord:
     return _projection(row["spec"], *(row[name] for name in _JOB)).rows().job
 
 
+_job_defs: WeakValueDictionary[str, JobDef] = WeakValueDictionary()
+"""Definitions that other objects hold, such as the live jobs of a manager, by their JSON text."""
+
+
 @lru_cache(256)
 def _job_def(spec: str) -> JobDef:
     """Parse the definition of a job.
@@ -119,7 +144,10 @@ def _job_def(spec: str) -> JobDef:
     Parsed definitions are cached, because every read of a job's counters also reads the job's definition. The
     definition of a job never changes.
     """
-    return json_format.job_from_json(json_format.loads(spec))
+    job = _job_defs.get(spec)
+    if job is None:
+        job = _job_defs[spec] = json_format.job_from_json(json_format.loads(spec))
+    return job
 
 
 # --- Storing --------------------------------------------------------------------------------------
@@ -239,11 +267,11 @@ def store_bundles(connection: Connection, upserts: Upserts, projection: Projecti
 
 
 def select_bundles(
-    job: JobId, stage: StageName | None, done: bool | None, after_seq: int | None, failed: bool
+    names: Sequence[JobId], stage: StageName | None, done: bool | None, after_seq: int | None, failed: bool
 ) -> Select[int | None, str]:
     query = (
         select(bundles.c.seq, bundles.c.body)
-        .where(bundles.c.job == job, bundles.c.void == 0)
+        .where(bundles.c.job == names[0] if len(names) == 1 else bundles.c.job.in_(names), bundles.c.void == 0)
         .order_by(bundles.c.seq.nulls_last(), bundles.c.stage, bundles.c.id)
     )
     if stage is not None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from operator import add, sub
 
 from batchlab.core.pricing.price_book import GB, Item, PriceBook, Usd, shown
 
@@ -38,16 +39,21 @@ class Requests:
     sqs_bytes: float = 0
 
     def __add__(self, other: Requests) -> Requests:
-        return Requests(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Requests(*map(add, self.counts, other.counts))
 
     def __sub__(self, other: Requests) -> Requests:
-        return Requests(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Requests(*map(sub, self.counts, other.counts))
 
     def times(self, factor: float) -> Requests:
-        return Requests(*(one * factor for one in astuple(self)))
+        return Requests(*(count * factor for count in self.counts))
 
     def __bool__(self) -> bool:
-        return any(astuple(self))
+        return any(self.counts)
+
+    @property
+    def counts(self) -> tuple[float, ...]:
+        """Return all fields in order. `dataclasses.astuple` takes ten times as long."""
+        return self.sqs, self.sqs_empty, self.s3_puts, self.s3_gets, self.s3_deletes, self.sqs_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ costs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from batchlab.core.model import Instance, JobId, LifecycleState, Market, Pool
@@ -166,7 +166,7 @@ class Account:
             "billed": [[k.pool, k.type, k.market.value, s] for k, s in self.billed_s.items()],
             "failed_s": dict(self.failed_s),
             "lost_s": dict(self.lost_s),
-            "requests": list(astuple(self.requests)),
+            "requests": list(self.requests.counts),
             "bundles": self.bundles,
             "is_whole": self.is_whole,
         }
@@ -317,7 +317,7 @@ class Meter:
                 name: [item.kind.pool, item.kind.type, item.kind.market.value, item.age_s, item.billed_s]
                 for name, item in self.lives.items()
             },
-            "heard": {name: list(astuple(item)) for name, item in self._heard.items()},
+            "heard": {name: list(item.counts) for name, item in self._heard.items()},
             "nobody": self.nobody.to_json(),
             "total": self.total.to_json(),
         }
@@ -337,7 +337,7 @@ class Meter:
 
 def larger_counts(a: Requests, b: Requests) -> Requests:
     """Return the larger value of each count of `a` and `b`."""
-    return Requests(*(max(x, y) for x, y in zip(astuple(a), astuple(b), strict=True)))
+    return Requests(*map(max, a.counts, b.counts))
 
 
 def _merge_counts(own: dict[K, float], other: Mapping[K, float]) -> None:

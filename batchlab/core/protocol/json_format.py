@@ -136,11 +136,11 @@ def brief(error: Exception) -> str:
 
 
 def fields(value: Any) -> dict[str, Json]:
-    """Return the fields of a dataclass value by name. The dataclass must have slots.
+    """Return the fields of a dataclass value by name.
 
     `dataclasses.asdict` would also convert nested values, and would take ten times as long as this function.
     """
-    return {name: getattr(value, name) for name in value.__slots__}
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
 
 
 def tasks_to_json(tasks: TaskSet) -> list[list[int]]:

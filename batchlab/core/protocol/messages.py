@@ -240,7 +240,7 @@ def events_message(e: Events) -> str:
     if e.outcomes:
         texts["o"] = f"[{','.join(map(outcome_text, e.outcomes))}]"
     if e.requests:
-        texts["q"] = dumps([[a.worker, a.instance, a.is_spot, *astuple(a.requests)] for a in e.requests])
+        texts["q"] = dumps([[a.worker, a.instance, a.is_spot, *a.requests.counts] for a in e.requests])
     if e.duplicates:
         texts["d"] = dumps([list(astuple(d)) for d in e.duplicates])
     if e.counters:

@@ -257,7 +257,7 @@ async def submit_form(manager: Manager, form: FormData) -> api_types.JobView:
             jobfile, objects=ports.objects, clock=ports.clock, patience=ports.patience, token=token, packed=packed
         )
     written = await accept(manager, job, None)
-    return await current_view(manager, written.rows.job)
+    return await current_view(manager, written.rows.id)
 
 
 def _files_of(form: FormData, name: str) -> list[UploadFile]:

@@ -110,7 +110,7 @@ async def submit(
     """
     written = await accept(manager, replace(job, trace=traceparent), items, is_sent=is_sent)
     status = 201 if written.is_new else 200
-    view = await current_view(manager, written.rows.job)
+    view = await current_view(manager, written.rows.id)
     if wait_s:
         job_id = JobId(view["id"])
         read_outcomes = partial(first_outcomes, manager, job_id, wait_s)
@@ -176,25 +176,25 @@ async def job(manager: Leader, job: JobId, version: int | None = None, wait_s: W
 @router.post("/jobs/{job}/cancel")
 async def cancel(manager: Leader, job: JobId) -> api_types.JobView:
     """Cancel a job. The manager answers the request when no further task of the job can start."""
-    record = await manager.job_record(job)
+    await manager.job_record(job)
     await manager.job_commands.cancel(job)
-    return await current_view(manager, record)
+    return await current_view(manager, job)
 
 
 @router.post("/jobs/{job}/pause")
 async def pause(manager: Leader, job: JobId) -> api_types.JobView:
     """Pause a job. Running tasks of a paused job continue, but no further task starts."""
-    record = await manager.job_record(job)
+    await manager.job_record(job)
     await manager.job_commands.pause(job)
-    return await current_view(manager, record)
+    return await current_view(manager, job)
 
 
 @router.post("/jobs/{job}/resume")
 async def resume(manager: Leader, job: JobId) -> api_types.JobView:
     """Resume a paused job."""
-    record = await manager.ports.ledger.job(job)
+    await manager.ports.ledger.job(job)
     await manager.job_commands.resume(job)
-    return await current_view(manager, record)
+    return await current_view(manager, job)
 
 
 class Choice(BaseModel):
@@ -219,7 +219,8 @@ async def retry(manager: Leader, served: StateDep, job: JobId, choice: Choice | 
     if choice is not None:
         sets = {stage: TaskSet.union(TaskSet.span(*ends) for ends in ranges) for stage, ranges in choice.tasks.items()}
         chosen = await chosen_tasks(manager, served, job, choice.fingerprints, sets)
-    return await current_view(manager, await manager.job_commands.retry(job, chosen))
+    await manager.job_commands.retry(job, chosen)
+    return await current_view(manager, job)
 
 
 @router.get("/jobs/{job}/eta")

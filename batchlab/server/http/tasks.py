@@ -206,7 +206,7 @@ async def archive(
 
 async def _archive(manager: Manager, job: JobId, stages: Sequence[str], on_end: Callable[[], None]) -> FileResponse:
     record = await manager.ports.ledger.job(job)
-    view = await current_view(manager, record)
+    view = await current_view(manager, job)
     key = await manager.ports.keys.key_of(record.job)
     rows = await manager.ports.ledger.bundles(job, done=True, limit=MAX_OUTCOMES + 1)
     if len(rows) > MAX_OUTCOMES:

@@ -12,7 +12,7 @@ from batchlab.manager.ledger_rebuild import RebuildResult, restore
 from batchlab.manager.quarantine import UnreadableObject
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.retry_rounds import cuts_of_round
-from batchlab.manager.state import LiveJob, Ports, list_jobs
+from batchlab.manager.state import LiveJob, Ports, pages_of_jobs
 from tests.sim.mutants.kit import Plant, planted
 
 
@@ -59,7 +59,7 @@ def adoption_ends_at_a_lost_retry(plant: Plant) -> None:
     @plant.method(Adoption, "adopt_active")
     async def adopt_active(self: Adoption) -> None:
         self._searched_s = self._ports.clock.monotonic_s()
-        async for record in list_jobs(self._ports, active=True):
-            if record.job.id not in self._lives:
-                rows = await self._ports.ledger.rows(record.job.id)
-                await self.adopt(ChangeResult(rows, is_new=False))
+        async for page in pages_of_jobs(self._ports, active=True):
+            for rows in page:
+                if rows.id not in self._lives:
+                    await self.adopt(ChangeResult(rows, is_new=False))

@@ -76,9 +76,9 @@ def until(world: World, at: str) -> Coroutine[Any, Any, None]:
 async def jobs(world: World) -> list[str]:
     """Return the due times of the schedule's jobs from the bucket. Each job must have exactly one definition."""
     found = []
-    for record in await world.ledger.jobs(limit=1000):
-        assert await world.objects.head(object_keys.spec(record.job.id))
-        found.append(dict(record.job.tags)["due"])
+    for rows in await world.ledger.jobs(limit=1000):
+        assert await world.objects.head(object_keys.spec(rows.id))
+        found.append(dict(rows.job.job.tags)["due"])
     return sorted(found)
 
 
