@@ -73,10 +73,17 @@ def test_the_word_of_a_paused_job_is_written_again(kind: FaultKind) -> None:
     scenes.in_world(act, script=scenes.takes(30.0))
 
 
+async def submitted_with_a_control_object(world: World) -> None:
+    """Submit JOB, and pause and resume it, because a job without a command has no control object."""
+    await scenes.submitted(world, JOB)
+    await world.ask(lambda m: m.job_commands.pause(JOB.id), "pause")
+    await world.ask(lambda m: m.job_commands.resume(JOB.id), "resume")
+
+
 @pytest.mark.parametrize("kind", [TORN, MISSING])
 def test_a_job_is_cancelled_although_its_word_is_damaged(kind: FaultKind) -> None:
     async def act(world: World) -> None:
-        await scenes.submitted(world, JOB)
+        await submitted_with_a_control_object(world)
         await strike(world, "control.json", kind)
         await world.ask(lambda m: m.job_commands.cancel(JOB.id), "cancel")
         await strike(world, "control.json", kind)
@@ -87,7 +94,7 @@ def test_a_job_is_cancelled_although_its_word_is_damaged(kind: FaultKind) -> Non
 
 def test_running_job_survives_a_torn_control_object() -> None:
     async def act(world: World) -> None:
-        await scenes.submitted(world, JOB)
+        await submitted_with_a_control_object(world)
         await strike(world, "control.json", TORN)
         assert (await scenes.ended(world, JOB)).state is JobState.SUCCEEDED
 
