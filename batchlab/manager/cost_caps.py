@@ -62,6 +62,10 @@ USED_SHARE = 0.8
 """Minimum share of a slot's time that tasks use while a worker runs one bundle after another."""
 
 
+UPDATE_SHARE = 0.05
+"""Maximum share of the time that the manager spends on the regular recomputation of budgets."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Prices:
     """Prices at the last count of usage, by pool."""
@@ -88,6 +92,8 @@ class CostCaps(Part):
         """Reason why a cost cap stops launches, by pool."""
         self._grid: CapBudget | None = None
         self._prices: _Prices | None = None
+        self._updated_s = self._interval_s = 0.0
+        """Monotonic time of the last recomputation of the budgets, and the minimum interval to the next one."""
         self._are_filled = False
         """Whether the last call of `update_budgets` set budgets. If it did, and no cap is left at the next call, that
         call removes the budgets."""
@@ -112,9 +118,19 @@ class CostCaps(Part):
                 live.capped = ""
                 live.notify()
 
+    @property
+    def is_update_due(self) -> bool:
+        """Return whether the regular recomputation of the budgets is due. Its interval grows with its duration."""
+        return self._clock.monotonic_s() - self._updated_s >= self._interval_s
+
     def update_budgets(self, meter: Meter, views: Sequence[GroupView]) -> None:
         """Recompute the budgets from the usage in `meter`."""
         self._meter = meter
+        self._updated_s = self._clock.monotonic_s()
+        self._update_budgets(views)
+        self._interval_s = (self._clock.monotonic_s() - self._updated_s) / UPDATE_SHARE
+
+    def _update_budgets(self, views: Sequence[GroupView]) -> None:
         if self._rates and (self.max_cost_usd is not None or self._caps_a_job()):
             self._fill_budgets(self._rates, views)
             self._are_filled = True
@@ -186,8 +202,10 @@ class CostCaps(Part):
         if (cap := self.cap_of(live)) is not None:
             spent = self._spent_usd(live.account, rates)
             budgets.append(CapBudget("it", cap, spent, max(0.0, owed_usd)))
+        had_budget = live.budget is not None
         live.budget = Budget(tuple(budgets), prices.slot_usd_s, prices.slots) if budgets else None
-        live.mark()
+        if had_budget != bool(budgets):
+            live.mark()
         self._hold(live, self._next_usd(live, prices), self._uncut_usd(live, prices.slot_usd_s))
 
     def spent_usd(self, account: Account) -> float | None:
@@ -262,7 +280,7 @@ class CostCaps(Part):
             ),
             default=0.0,
         )
-        return longest_s + settings.idle_s + settings.cooldown_in_s + 2 * settings.tick_s
+        return longest_s + settings.idle_s + settings.cooldown_in_s + 2 * max(settings.tick_s, self._interval_s)
 
     def _launch_usd(self, pool: Pool) -> float:
         return launch_usd(self._pool_usd_h(pool), pool.boot_s + self._tail_s(pool.name))

@@ -155,7 +155,8 @@ class Spending(Part):
                 self._is_changed |= len(self.meter.lives) != count
         self._is_changed |= self.meter.retain({instance.id for view in views for instance in view.instances})
         self._count_requests()
-        self.update_budgets()
+        if self.caps.is_update_due:
+            self.update_budgets()
 
     def close_ended(self) -> None:
         """Close the accounts of ended jobs together with the jobs' recorded data."""
