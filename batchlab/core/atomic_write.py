@@ -110,7 +110,6 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 VARIABLE = "BATCHLAB_SYNC"
 
 _single_call: ContextVar[bool] = ContextVar("single_call", default=False)
-_repeated: ContextVar[bool] = ContextVar("repeated", default=False)
 
 
 class Sync(StrEnum):
@@ -125,8 +124,6 @@ class Sync(StrEnum):
     @property
     def waits(self) -> bool:
         """Return whether a write in the current context waits for the disk."""
-        if _repeated.get():
-            return False
         return self is Sync.ALL or (self is Sync.JOBS and not _single_call.get())
 
 
@@ -146,27 +143,11 @@ def of_single_call(is_call: bool) -> Iterator[None]:
     """Mark the writes of the current context, and of asyncio tasks that start in the context, as writes of a single
     call.
     """
-    with _set(_single_call, is_call):
-        yield
-
-
-@contextmanager
-def repeat_on_error() -> Iterator[None]:
-    """Mark the writes of the current context as repeatable.
-
-    Repeatable writes do not wait for the disk, because the next manager repeats them after a power cut.
-    """
-    with _set(_repeated, True):
-        yield
-
-
-@contextmanager
-def _set(variable: ContextVar[bool], value: bool) -> Iterator[None]:
-    token = variable.set(value)
+    token = _single_call.set(is_call)
     try:
         yield
     finally:
-        variable.reset(token)
+        _single_call.reset(token)
 
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")

@@ -104,40 +104,47 @@ class Adoption(Part):
         self._searched_s = 0.0
         """Monotonic time of the last search of the ledger for jobs without an asyncio task."""
         self._listing_s = 0.0
-        """Duration of the last search, or 0 after a search that adopted jobs."""
+        """Duration of the last search, or 0 after a search that failed or adopted jobs."""
+        self._departed: set[JobId] = set()
+        """Jobs that have ended since the read of the page of jobs that is being adopted."""
 
     async def adopt_active(self) -> None:
         """Search the ledger for active jobs without an asyncio task, and adopt them."""
         begun_s = self._searched_s = self._clock.monotonic_s()
-        has_adopted = False
+        # After a search that failed or adopted jobs, the next search follows after `silence_s`. The duration of a
+        # search with adoptions does not count.
+        self._listing_s, has_adopted = 0.0, False
+        self._departed.clear()
         async for page in pages_of_jobs(self._ports, active=True):
             if absent := [rows for rows in page if rows.id not in self._lives]:
                 has_adopted = True
                 await self._adopt_page(absent)
-        # After a search that adopted jobs, the next search follows after `silence_s`, because the duration of this
-        # search includes the adoptions.
-        self._listing_s = 0.0 if has_adopted else self._clock.monotonic_s() - begun_s
+            self._departed.clear()
+        if not has_adopted:
+            self._listing_s = self._clock.monotonic_s() - begun_s
         self.delayed_jobs.retain(self._lives)
 
     async def _adopt_page(self, page: Sequence[JobRows]) -> None:
         """Adopt many jobs with few requests to the ledger."""
         # A retry adds bundles to the ledger during the adoption of its job.
-        unretried = [rows for rows in page if not rows.job.round and _may_have_outstanding_bundles(rows)]
-        planned: dict[JobId, list[BundleRecord]] = {rows.id: [] for rows in unretried}
+        unretried = [rows.id for rows in page if not rows.job.round and _may_have_outstanding_bundles(rows)]
+        planned: dict[JobId, list[BundleRecord]] = {job: [] for job in unretried}
         if planned:
             for record in await self._ledger.bundles(*planned, done=False):
                 planned[record.bundle.job].append(record)
-        lives: list[LiveJob] = []
         for rows in page:
+            # The rows are outdated if a request has adopted the job, or if the job has ended since.
+            if rows.id in self._lives or rows.id in self._departed:
+                continue
             try:
                 live = await self._prepare(ChangeResult(rows, is_new=False), planned=planned.get(rows.id))
             except (Malformed, TooNew, NotFound) as error:
                 # A job that cannot be adopted must not block other jobs. The next search of the ledger tries to adopt
                 # the job again.
                 self._quarantine.object(object_keys.committed(rows.id), error, rows.id, "object")
-            else:
-                lives.append(live)
-        self._start(lives)
+                continue
+            if rows.id not in self._departed:
+                self._start(live)
 
     @property
     def is_search_due(self) -> bool:
@@ -146,11 +153,16 @@ class Adoption(Part):
         interval_s = max(self._settings.silence_s, min(100 * self._listing_s, MAX_SEARCH_S))
         return self._clock.monotonic_s() - self._searched_s >= interval_s
 
-    async def adopt(self, result: ChangeResult, *, concurrent: bool = False) -> LiveJob:
-        """Adopt a new job, a reopened job, or a job of an earlier leader. With `concurrent`, other asyncio tasks may
-        fold completions during the adoption."""
+    async def adopt(self, result: ChangeResult, *, cut: Cut | None = None, concurrent: bool = False) -> LiveJob:
+        """Adopt a new job, a reopened job, or a job of an earlier leader. `cut` is the first cut of a new job. With
+        `concurrent`, other asyncio tasks may fold completions during the adoption."""
         live = await self._prepare(result, concurrent=concurrent)
-        self._start([live], are_new=result.is_new)
+        if cut:
+            now_s = self._clock.monotonic_s()
+            live.add_outstanding((bundle, now_s) for bundle in cut.bundles)
+        self._start(live)
+        if cut:
+            self._context.wake_if_short(live.job.stage(cut.stage).pool)
         return self._lives[live.id]
 
     async def _prepare(
@@ -196,27 +208,20 @@ class Adoption(Part):
             self._recorder.adopt(live)
         return live
 
-    def _start(self, lives: Sequence[LiveJob], *, are_new: bool = False) -> None:
-        """Start the asyncio tasks of prepared jobs."""
-        started: list[LiveJob] = []
-        for live in lives:
-            live_job = self._lives.get(live.id)
-            # Another task may have adopted the job first, for example if two submissions use one client token. A live
-            # job of an earlier round is replaced, because a retry may begin before the earlier round's asyncio task
-            # ends.
-            if live_job and not live_job.ended.is_set() and live_job.round >= live.round:
-                continue
-            self._lives[live.id] = live
-            started.append(live)
-            if live.record.state is JobState.SCHEDULED:
-                self.delayed_jobs.add(live.job)
-        if self._spending and are_new:
-            self._spending.add_budgets(started)
-        elif self._spending:
-            self._spending.update_budgets()
-        for live in started:
-            if self.group is not None:
-                live.conducting = self.group.create_task(self._conduct(live), name=f"job {live.id}")
+    def _start(self, live: LiveJob) -> None:
+        """Start the asyncio task of a prepared job."""
+        live_job = self._lives.get(live.id)
+        # Another task may have adopted the job first, for example if two submissions use one client token. A live job
+        # of an earlier round is replaced, because a retry may begin before the earlier round's asyncio task ends.
+        if live_job and not live_job.ended.is_set() and live_job.round >= live.round:
+            return
+        self._lives[live.id] = live
+        if live.record.state is JobState.SCHEDULED:
+            self.delayed_jobs.add(live.job)
+        if self._spending:
+            self._spending.add_budget(live)
+        if self.group is not None:
+            live.conducting = self.group.create_task(self._conduct(live), name=f"job {live.id}")
 
     async def _cuts(self, record: JobRecord) -> tuple[Sequence[Cut], UnreadableObject | None]:
         """Return the cuts of the retry that began the job's current round, or the error of the unreadable retry
@@ -290,7 +295,7 @@ class Adoption(Part):
         if written.is_new:
             self._counts.submitted += 1
             log.info("accepted a direct call", extra={"job": job.id})
-            self._coordinator.begin(await self.adopt(written, concurrent=True), cut)
+            await self.adopt(written, cut=cut, concurrent=True)
         elif not written.rows.job.state.ended:
             await self.adopt(written, concurrent=True)
         return True
@@ -340,6 +345,7 @@ class Adoption(Part):
                 await asyncio.sleep(self._settings.lease_ttl_s)
         if self._lives.get(live.id) is live:
             del self._lives[live.id]
+            self._departed.add(live.id)
             live.release_outcomes()
             self.delayed_jobs.forget(live.id)
 

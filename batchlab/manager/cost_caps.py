@@ -62,10 +62,6 @@ USED_SHARE = 0.8
 """Minimum share of a slot's time that tasks use while a worker runs one bundle after another."""
 
 
-UPDATE_SHARE = 0.05
-"""Maximum share of the time that the manager spends on the regular recomputation of budgets."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Prices:
     """Prices at the last count of usage, by pool."""
@@ -92,8 +88,6 @@ class CostCaps(Part):
         """Reason why a cost cap stops launches, by pool."""
         self._grid: CapBudget | None = None
         self._prices: _Prices | None = None
-        self._updated_s = self._interval_s = 0.0
-        """Monotonic time of the last recomputation of the budgets, and the minimum interval to the next one."""
         self._are_filled = False
         """Whether the last call of `update_budgets` set budgets. If it did, and no cap is left at the next call, that
         call removes the budgets."""
@@ -118,19 +112,9 @@ class CostCaps(Part):
                 live.capped = ""
                 live.notify()
 
-    @property
-    def is_update_due(self) -> bool:
-        """Return whether the regular recomputation of the budgets is due. Its interval grows with its duration."""
-        return self._clock.monotonic_s() - self._updated_s >= self._interval_s
-
     def update_budgets(self, meter: Meter, views: Sequence[GroupView]) -> None:
         """Recompute the budgets from the usage in `meter`."""
         self._meter = meter
-        self._updated_s = self._clock.monotonic_s()
-        self._update_budgets(views)
-        self._interval_s = (self._clock.monotonic_s() - self._updated_s) / UPDATE_SHARE
-
-    def _update_budgets(self, views: Sequence[GroupView]) -> None:
         if self._rates and (self.max_cost_usd is not None or self._caps_a_job()):
             self._fill_budgets(self._rates, views)
             self._are_filled = True
@@ -144,17 +128,19 @@ class CostCaps(Part):
             live.mark()
             self._hold(live, 0.0, 0.0)
 
-    def add_budgets(self, lives: Sequence[LiveJob], views: Sequence[GroupView]) -> None:
-        """Set the budgets of new jobs, which do not have usage yet, without a count of all other jobs."""
+    def add_budget(self, live: LiveJob, meter: Meter, views: Sequence[GroupView]) -> None:
+        """Set the budget of a job that has become live, and commit the cost of its outstanding bundles, without a count
+        of all other jobs."""
         if self._rates is None:
             return
         if self._prices is None or (self._grid is None and self.max_cost_usd is not None):
-            self.update_budgets(self._meter, views)
-            return
-        for live in lives:
-            if self._grid or self.cap_of(live) is not None:
-                self._set_budget(live, self._prices, 0.0, self._rates)
-                self._are_filled = True
+            self.update_budgets(meter, views)
+        elif self._grid or self.cap_of(live) is not None:
+            owed_usd = self._work_usd(live, self._prices.slot_usd_s)
+            if self._grid:
+                self._grid.commit(owed_usd)
+            self._set_budget(live, self._prices, owed_usd, self._rates)
+            self._are_filled = True
 
     def _caps_a_job(self) -> bool:
         if any(usd is not None and job in self._lives for job, usd in self.user_caps.items()):
@@ -280,7 +266,7 @@ class CostCaps(Part):
             ),
             default=0.0,
         )
-        return longest_s + settings.idle_s + settings.cooldown_in_s + 2 * max(settings.tick_s, self._interval_s)
+        return longest_s + settings.idle_s + settings.cooldown_in_s + 2 * settings.tick_s
 
     def _launch_usd(self, pool: Pool) -> float:
         return launch_usd(self._pool_usd_h(pool), pool.boot_s + self._tail_s(pool.name))

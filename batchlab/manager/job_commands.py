@@ -128,12 +128,11 @@ class JobCommands(Part):
             log.info("accepted", extra={"job": job.id})
         if not written.rows.job.state.ended and job.id not in self._lives:
             # If another manager created the job, the job's completions may already be in the events queue.
-            live = await self._adoption.adopt(replace(written, is_new=written.is_new and is_ours), concurrent=True)
-            if opening and cut and written.is_new:
-                self._coordinator.begin(live, cut)
-                if not is_sent:
-                    again = is_sent is False or not is_ours
-                    await self._coordinator.send_opening(job, opening, again=again)
+            is_new = written.is_new and is_ours
+            begun = cut if written.is_new else None
+            await self._adoption.adopt(replace(written, is_new=is_new), cut=begun, concurrent=True)
+            if opening and begun and not is_sent:
+                await self._coordinator.send_opening(job, opening, again=is_sent is False or not is_ours)
         return written
 
     async def _define(

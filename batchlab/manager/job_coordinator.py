@@ -185,11 +185,6 @@ class JobCoordinator(Part):
         copies = [replace(bundle, losses=1) for bundle in bundles] if again else bundles
         await self.send(job, copies)
 
-    def begin(self, live: LiveJob, cut: Cut) -> None:
-        now_s = self._clock.monotonic_s()
-        live.add_outstanding((bundle, now_s) for bundle in cut.bundles)
-        self._context.wake_if_short(live.job.stage(cut.stage).pool)
-
     async def _cut(self, live: LiveJob, stage: StageDef) -> None:
         """Commit and send bundles while the pool's queue has room."""
         while live.record.control is Control.RUN:

@@ -155,8 +155,7 @@ class Spending(Part):
                 self._is_changed |= len(self.meter.lives) != count
         self._is_changed |= self.meter.retain({instance.id for view in views for instance in view.instances})
         self._count_requests()
-        if self.caps.is_update_due:
-            self.update_budgets()
+        self.update_budgets()
 
     def close_ended(self) -> None:
         """Close the accounts of ended jobs together with the jobs' recorded data."""
@@ -231,9 +230,9 @@ class Spending(Part):
     def update_budgets(self) -> None:
         self.caps.update_budgets(self.meter, self._views)
 
-    def add_budgets(self, lives: Sequence[LiveJob]) -> None:
-        """Set the budgets of new jobs."""
-        self.caps.add_budgets(lives, self._views)
+    def add_budget(self, live: LiveJob) -> None:
+        """Set the budget of a job that has become live. The next tick recomputes all budgets."""
+        self.caps.add_budget(live, self.meter, self._views)
 
     def spent_usd(self) -> float | None:
         """Return the cost of the grid so far, or None if the grid does not have prices."""

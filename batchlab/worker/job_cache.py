@@ -156,7 +156,9 @@ class ControlPoller:
                     age_s = self._clock.now_s() - word.tail_s
                     tail *= abs(age_s) <= ASKED_S + MAX_CLOCK_SKEW_S
         except NotFound:
-            defined_s = read_s if is_new else entry.defined_s if entry else None
+            # After a gap between two reads, the worker may have missed a cancellation and the removal of the job.
+            has_gap = entry is None or read_s - entry.read_s > self._lease_s
+            defined_s = read_s if is_new else None if has_gap or entry is None else entry.defined_s
             if defined_s is None or read_s - defined_s > DEFINITION_LEASES * self._lease_s:
                 is_defined = await self._context.objects.head(object_keys.spec(job)) is not None
                 defined_s = read_s if is_defined else None

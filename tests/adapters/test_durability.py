@@ -13,7 +13,7 @@ import pytest
 from batchlab.adapters.local.objects import open_local
 from batchlab.adapters.sql.engines import WalFlush
 from batchlab.adapters.sql.ledger import open_sqlite
-from batchlab.core.atomic_write import Sync, of_single_call, read_sync, repeat_on_error
+from batchlab.core.atomic_write import Sync, of_single_call, read_sync
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Control, JobId, JobState, StageName
@@ -85,15 +85,6 @@ def test_callers_that_wait_at_once_share_a_flush(tmp_path: Path, calls: list[str
 
     asyncio.run(act())
     assert calls.count("fdatasync") == 1
-
-
-def test_a_write_that_the_next_manager_repeats_waits_for_no_disk(tmp_path: Path, calls: list[str]) -> None:
-    async def act() -> None:
-        with repeat_on_error():
-            await open_local(tmp_path, Sync.ALL).put(SPEC, b"{}", if_absent=True)
-
-    asyncio.run(act())
-    assert calls == ["link"]
 
 
 def test_a_job_that_is_restored_or_forgotten_is_so_after_a_power_cut(tmp_path: Path, calls: list[str]) -> None:

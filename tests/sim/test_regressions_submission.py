@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
+
+import pytest
 
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobState
@@ -10,7 +13,7 @@ from batchlab.core.ports import AddJob
 from batchlab.core.protocol import object_keys
 from batchlab.sim import invariants
 from batchlab.sim.world import World
-from tests.support.sim.scenes import A, B, ended, ended_well, in_world, job, kill_manager, leader, stage, takes
+from tests.support.sim.scenes import A, B, around, ended, ended_well, in_world, job, kill_manager, leader, stage, takes
 
 
 async def _half_rebuilt(world: World) -> JobDef:
@@ -57,3 +60,27 @@ def test_a_job_without_a_command_needs_no_control_object() -> None:
         assert await world.objects.head(object_keys.control(made.id)) is None
 
     in_world(act, script=takes(30.0))
+
+
+def test_a_job_that_ends_while_a_page_of_jobs_is_read_is_not_adopted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act(world: World) -> None:
+        made, late = job(stage(A), items=4), asyncio.Event()
+
+        async def jobs(real: Any, *args: Any, **kwargs: Any) -> object:
+            page = await real(*args, **kwargs)
+            if kwargs.get("active") and any(rows.id == made.id for rows in page) and not late.is_set():
+                await manager.job_commands.cancel(made.id)
+                while made.id in manager.lives:
+                    await asyncio.sleep(0.1)
+                late.set()
+            return page
+
+        around(monkeypatch, world.ledger, "jobs", jobs)
+        manager = await leader(world)
+        await world.ask(lambda m: m.job_commands.submit(made, [0] * 4), "submit")
+        await late.wait()
+        for _ in range(20):
+            await asyncio.sleep(0.1)
+            assert made.id not in manager.lives
+
+    in_world(act, script=takes(60.0))

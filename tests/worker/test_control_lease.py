@@ -12,7 +12,7 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.errors import Unreachable
 from batchlab.core.model import Bundle, Control, JobId, StageName, TaskSet
 from batchlab.core.port_retries import Patience
-from batchlab.core.ports import Message, Queue
+from batchlab.core.ports import Message, ObjectInfo, Queue
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.json_format import ControlCommand, control_to_bytes
 from batchlab.core.protocol.messages import TaskMessage
@@ -75,18 +75,49 @@ def test_lease_of_a_job_holds_until_its_last_task_starts(
     SimLoop().run(main())
 
 
-def test_worker_notices_the_removal_of_a_job_without_a_control_object() -> None:
+class DefinedJob(SimObjects):
+    """A bucket with a job's definition, which counts the checks of the definition."""
+
+    heads = 0
+
+    async def head(self, key: str) -> ObjectInfo | None:
+        self.heads += 1
+        return await super().head(key)
+
+
+async def _poller_of_a_defined_job() -> tuple[DefinedJob, ControlPoller]:
+    objects, clock = DefinedJob(), SimClock(asyncio.get_running_loop(), 1_700_000_000.0)
+    queue, patience = cast(Queue, None), Patience(random.Random(1))
+    who, outbox = Identity("w-1", "i-1", "default", 1), Outbox(queue, patience)
+    context = WorkerContext(who, objects, queue, clock, patience, WorkerSettings(control_lease_s=1.0), outbox)
+    await objects.put(object_keys.spec(JOB), b"{}")
+    return objects, ControlPoller(context)
+
+
+def test_worker_checks_the_definition_of_a_job_without_a_control_object_after_some_leases() -> None:
     async def main() -> None:
-        objects, clock = SimObjects(), SimClock(asyncio.get_running_loop(), 1_700_000_000.0)
-        queue, patience = cast(Queue, None), Patience(random.Random(1))
-        who, outbox = Identity("w-1", "i-1", "default", 1), Outbox(queue, patience)
-        context = WorkerContext(who, objects, queue, clock, patience, WorkerSettings(control_lease_s=1.0), outbox)
-        await objects.put(object_keys.spec(JOB), b"{}")
-        controls = ControlPoller(context)
-        assert (await controls.read(JOB))[0] is Control.RUN
+        objects, controls = await _poller_of_a_defined_job()
+        assert (await controls.read(JOB, is_new=True))[0] is Control.RUN
         await objects.delete([object_keys.spec(JOB)])
-        while (await controls.read(JOB))[0] is Control.RUN:
+        for _ in range(DEFINITION_LEASES):
             await asyncio.sleep(1.0)
-        assert clock.monotonic_s() <= 1.0 + 2 * DEFINITION_LEASES
+            assert (await controls.read(JOB))[0] is Control.RUN
+        assert objects.heads == 0
+        await asyncio.sleep(1.0)
+        assert (await controls.read(JOB))[0] is Control.CANCEL
+        assert objects.heads == 1
+
+    SimLoop().run(main())
+
+
+def test_worker_checks_the_definition_after_a_gap() -> None:
+    """During the gap, the job may have been cancelled and removed, so no task may start (I4)."""
+
+    async def main() -> None:
+        objects, controls = await _poller_of_a_defined_job()
+        assert (await controls.read(JOB, is_new=True))[0] is Control.RUN
+        await objects.delete([object_keys.spec(JOB)])
+        await asyncio.sleep(1.5)
+        assert (await controls.read(JOB))[0] is Control.CANCEL
 
     SimLoop().run(main())
