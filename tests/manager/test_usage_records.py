@@ -14,7 +14,7 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.sql import open_memory
 from batchlab.core.errors import BackendError, NotFound, Unreachable
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import JobId, JobState, Pool, StageCounts, StageName
+from batchlab.core.model import Bundle, JobId, JobState, Pool, StageCounts, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import JobRecord, StageRecord
 from batchlab.core.pricing.request_costs import RequestCounter, Requests
@@ -431,3 +431,26 @@ def test_a_clock_that_is_set_back_makes_no_long_job_a_short_one() -> None:
         assert took == [600.0]
 
     play(main)
+
+
+def test_new_jobs_share_the_cap_of_the_grid_before_the_next_tick() -> None:
+    async def main() -> None:
+        lives = LiveJobs()
+        context = Context(Scene().ports, pools={"default": Pool("default")}, lives=lives)
+        spending = Spending(context, Accounting(rates=lambda _: 3600.0, max_cost_usd=10.0))
+        spending.update_budgets()
+        left_usd = [spending.caps.remaining_usd()]
+        for name in ("a", "b"):
+            job = JobDef(JobId(name), "sums", (StageDef(MAP, handler="m:f"),), 0.0)
+            live = LiveJob(JobRecord(job, JobState.RUNNABLE), {MAP: StageRecord(StageCounts(MAP, planned=2))})
+            live.add_outstanding([(Bundle(job.id, MAP, TaskSet.span(0, 2)), 0.0)])
+            lives[job.id] = live
+            spending.add_budget(live)
+            assert live.budget is not None
+            left_usd.append(live.budget.left_usd)
+        # A task of unknown duration counts as one second of a slot that is in use 80% of the time.
+        assert left_usd == pytest.approx([10.0, 7.5, 5.0])
+        spending.update_budgets()
+        assert spending.caps.remaining_usd() == pytest.approx(5.0)
+
+    SimLoop().run(main())
