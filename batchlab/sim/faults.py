@@ -305,6 +305,10 @@ class Faults:
         request_s, answer_s = low + width * draw(), low + width * draw()
         return Point(actor, call, request_s, answer_s, draw(), draw())
 
+    def is_plain(self, point: Point, label: str) -> bool:
+        """Return whether the call `label` has neither a fault nor a substitute nor a slow answer."""
+        return self.intercept is None and self.slow_looks_s is None and self.due(point, label) is None
+
     def strike(self, point: Point, label: str) -> FaultKind | None:
         """Inject and return the fault, if any, that hits the call `label`, such as "queue.send", at `point`."""
         kind = self.due(point, label)
