@@ -124,7 +124,7 @@ class SimTask(asyncio.Task[Any]):
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-_YOUNG_STEPS = 1 << 16
+_YOUNG_STEPS = 1 << 18
 _FULL_STEPS = 1 << 22
 _MIN_CANCELLED_TIMERS = 64
 _MAX_NAMED_TASKS = 20

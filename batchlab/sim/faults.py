@@ -28,6 +28,8 @@ CREATE = "objects.create"
 
 LOOK = "objects.get_if_changed"
 """Label of a read of a control object."""
+SLOW_LOOKS_S = (4.0, 12.0)
+"""Range of seconds that a slow answer to a read of a control object takes."""
 SLOW_SHARE = 0.4
 """Share of a worker's reads of control objects that have slow answers, in a world with slow reads."""
 
