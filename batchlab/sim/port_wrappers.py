@@ -108,7 +108,7 @@ class _Port:
         # Each page is a separate request, so each page is a separate fault point.
         step = partial(anext, inner, _NoAnswer.END)
         try:
-            while (page := await self._perform(label, step, (), {}, shown=shown)) is not _NoAnswer.END:
+            while (page := await self._perform(label, step, (), {}, shown)) is not _NoAnswer.END:
                 yield page
         finally:
             # Without an explicit close, the garbage collector would close the generator in a loop that may have ended.
@@ -121,7 +121,6 @@ class _Port:
         target: Callable[..., Awaitable[Any]],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        *,
         shown: tuple[Any, Any] | None = None,
     ) -> Any:
         """Perform a call. The log has the arguments `shown`, or else the arguments of the call."""

@@ -324,7 +324,8 @@ class Watch:
                     self._settled_s[actor, name] = now_s
             elif (bundle := bundle_in(doc)) is not None:
                 name = name_of_bundle(bundle)
-                disturbed = self._excused(actor, now_s - RECENT_S)
+                since_s = now_s - RECENT_S
+                disturbed = self._excused(actor, since_s) or self.thawed_s(actor) >= since_s
                 self.waste.check_send(actor.name, bundle, now_s, disturbed=disturbed)
                 self.silences.on_send(name)
                 self._check_losses(actor, bundle)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -221,17 +221,17 @@ class ControlPoller:
             del self._watched[job]
             self._unwatched[job] = None
 
-    def _needs_lease(self, job: JobId) -> bool:
-        """Return whether a task of the job's in-flight messages may still start."""
-        return any(
-            not message.committing and (message.handle.running is None or len(message.bundle.tasks) > 1)
+    def _starting(self) -> set[JobId]:
+        """Return the jobs with in-flight messages of which a task may still start."""
+        return {
+            message.bundle.job
             for message in self._context.inflight.values()
-            if message.bundle.job == job
-        )
+            if not message.committing and (message.handle.running is None or len(message.bundle.tasks) > 1)
+        }
 
-    def _due_s(self, job: JobId) -> float:
+    def _due_s(self, job: JobId, starting: Collection[JobId]) -> float:
         """Return the monotonic time of the next read of a watched job's control object."""
-        share = STARTING_SHARE if self._needs_lease(job) else RUNNING_SHARE
+        share = STARTING_SHARE if job in starting else RUNNING_SHARE
         return self._entries[job].read_s + self._lease_s * share
 
     def _remove_old(self) -> None:
@@ -255,14 +255,15 @@ class ControlPoller:
                 self._next_s = math.inf
                 await self._is_due_earlier.wait()
             self._is_due_earlier.clear()
-            self._next_s = max(
-                min(map(self._due_s, self._watched), default=0.0), failed_s + self._lease_s * RETRY_SHARE
-            )
+            starting = self._starting()
+            due_s = min((self._due_s(job, starting) for job in self._watched), default=0.0)
+            self._next_s = max(due_s, failed_s + self._lease_s * RETRY_SHARE)
             if (wait_s := self._next_s - self._clock.monotonic_s()) > 0:
                 await set_within(self._is_due_earlier, wait_s)
+            starting = self._starting()
             for job in list(self._watched):
                 # The last watcher of a job may leave during a read.
-                if job not in self._watched or self._due_s(job) > self._clock.monotonic_s():
+                if job not in self._watched or self._due_s(job, starting) > self._clock.monotonic_s():
                     continue
                 try:
                     await self.read(job)
