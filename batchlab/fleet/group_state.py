@@ -281,16 +281,23 @@ class ActivityLog:
     def __init__(self) -> None:
         self._next = 1
         self._pools: dict[str, dict[int, Activity]] = {}
-        self._written: dict[int, tuple[Activity, str]] = {}
+        self._texts: dict[str, dict[int, str]] = {}
+        """Texts of the activities, in the order of `_pools`."""
+        self._changed: dict[int, str] = {}
+        """Pools of the activities that changed since the last call of `written`, by activity."""
 
     def add(self, pool: str, at_s: float, description: str, cause: str, status: str) -> int:
         """Record one activity, and return its id. Activity ids increase."""
         number, self._next = self._next, self._next + 1
         activities = self._pools.setdefault(pool, {})
+        self._texts.setdefault(pool, {})
         ended_s = at_s if status in FINAL else None
         activities[number] = Activity(number, pool, at_s, description, cause, status, ended_s)
+        self._changed[number] = pool
         if len(activities) > KEEP_ACTIVITIES:
-            del activities[next(iter(activities))]
+            oldest = next(iter(activities))
+            del activities[oldest]
+            self._texts[pool].pop(oldest, None)
         return number
 
     def settle(self, pool: str, number: int, status: str, at_s: float, *, more: str = "", message: str = "") -> None:
@@ -301,12 +308,14 @@ class ActivityLog:
             self._pools[pool][number] = replace(
                 old, status=status, cause=old.cause + more, ended_s=at_s, message=message
             )
+            self._changed[number] = pool
 
     def mark(self, pool: str, number: int, status: str) -> None:
         """Change the status of an activity in progress. An activity that has ended stays unchanged."""
         old = self._pools.get(pool, {}).get(number)
         if old is not None and old.ended_s is None:
             self._pools[pool][number] = replace(old, status=status)
+            self._changed[number] = pool
 
     def get(self, pool: str, number: int) -> Activity | None:
         return self._pools.get(pool, {}).get(number)
@@ -320,11 +329,11 @@ class ActivityLog:
     def written(self, write: Callable[[Activity], str]) -> list[str]:
         """Return the text of each activity. The log caches the texts, because few activities change between two
         calls."""
-        before, self._written = self._written, {}
-        for activity in self:
-            known = before.get(activity.id)
-            self._written[activity.id] = known if known and known[0] is activity else (activity, write(activity))
-        return [text for _, text in self._written.values()]
+        changed, self._changed = self._changed, {}
+        for number, pool in changed.items():
+            if activity := self._pools[pool].get(number):
+                self._texts[pool][number] = write(activity)
+        return [text for texts in self._texts.values() for text in texts.values()]
 
     def __iter__(self) -> Iterator[Activity]:
         for kept in self._pools.values():
@@ -336,6 +345,8 @@ class ActivityLog:
         log = cls()
         for activity in activities:
             log._pools.setdefault(activity.pool, {})[activity.id] = activity
+            log._texts.setdefault(activity.pool, {})
+            log._changed[activity.id] = activity.pool
         log._next = following
         return log
 

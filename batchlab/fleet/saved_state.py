@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Activity, Instance, LifecycleState, Machine, Market, Pool
+from batchlab.core.ports import ANY_MACHINE
 from batchlab.fleet.group_state import FINAL, ActivityLog, Asg, AsgMember, Group, Member
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _pool(pool: Pool) -> dict[str, Any]:
 def _member(m: Member) -> list[Any]:
     i = m.instance
     saved: list[Any] = [i.id, i.state, i.launched_s, i.healthy, i.protected, i.note, m.launch, m.end, m.ready]
-    if i.machine != Machine() or m.asg != _PLAIN:
+    if i.machine != ANY_MACHINE or m.asg != _PLAIN:
         machine = [i.machine.type, i.machine.zone, i.machine.market]
         saved += [machine, _bond_adapter().dump_python(m.asg, mode="json")]
     return saved

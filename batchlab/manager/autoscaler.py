@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 from batchlab.core import due_times
 from batchlab.core.job_definition import JobDef, SplitBy
-from batchlab.core.model import GroupView, Instance, LifecycleState
+from batchlab.core.model import GroupView, Instance, LifecycleState, Pool
 from batchlab.core.port_retries import doubled_s
 from batchlab.core.ports import Clock
 from batchlab.core.schedules import ON_TIME_S, RunState, Schedule
@@ -140,16 +140,23 @@ class LaunchBreaker:
         return {name: self.trouble(name) for name, pool in self._pools.items() if pool.pause_s}
 
 
-def desired_capacity(backlog: Backlog, view: GroupView, drain_target_s: float) -> tuple[int, str]:
-    """Return the desired capacity for a backlog, and the reason for the capacity."""
-    pool = view.pool
+def capacity_for(backlog: Backlog, pool: Pool, drain_target_s: float) -> tuple[int, int]:
+    """Return the desired capacity for a backlog, and the capacity that drains the backlog in time."""
     if not backlog.tasks:
-        return pool.min_size, "there is no backlog"
+        return pool.min_size, 0
     needed = math.ceil(backlog.seconds / (drain_target_s * pool.slots))
     # The number of tasks limits the desired capacity, because an instance without a task would be idle. The capacity is
     # at least one instance, even if the only task is short.
     useful = math.ceil(backlog.tasks / pool.slots)
-    desired = max(pool.min_size, min(pool.max_size, max(1, min(needed, useful))))
+    return max(pool.min_size, min(pool.max_size, max(1, min(needed, useful)))), needed
+
+
+def desired_capacity(backlog: Backlog, view: GroupView, drain_target_s: float) -> tuple[int, str]:
+    """Return the desired capacity for a backlog, and the reason for the capacity."""
+    pool = view.pool
+    desired, needed = capacity_for(backlog, pool, drain_target_s)
+    if not backlog.tasks:
+        return desired, "there is no backlog"
     work = f"a backlog of {count(backlog.tasks, 'task')} ({backlog.seconds:.1f} s of work)"
     return desired, (
         f"{work} drains in {drain_target_s:g} s on {count(needed, 'instance')} of "

@@ -107,6 +107,8 @@ class LeaderLease:
 
 QUEUE_CHECK_S = 1.0
 """Interval between reads of the queue depths while jobs are live."""
+DEAD_LETTER_CHECK_S = 15.0
+"""Interval between receives from the dead-letter queues. A message was received many times before it gets there."""
 IDLE_QUEUE_CHECK_S = 60.0
 """Interval between reads of the queue depths without live jobs, because each read is billed."""
 
@@ -181,6 +183,8 @@ class Manager:
         self._reconciler = Reconciler(context, ledger_writer, self.coordinator)
         self._checked_s = -IDLE_QUEUE_CHECK_S
         """Monotonic time of the last read of the queue depths."""
+        self._drained_s = -DEAD_LETTER_CHECK_S
+        """Monotonic time of the last receives from the dead-letter queues."""
         self._lease = LeaderLease(ports.ledger, ports.clock, owner, settings.lease_ttl_s)
         self._others_led = False
         """Whether another manager has held the lease during a pause of this manager, so that the cached job state is
@@ -397,7 +401,10 @@ class Manager:
         try:
             for name in self.pools:
                 self.depths[name] = await self.ports.queue.depth(object_keys.tasks_queue(name))
-                await self._reconciler.drain_dead_letters(name)
+            if now_s - self._drained_s >= DEAD_LETTER_CHECK_S - 0.001:
+                are_empty = [await self._reconciler.drain_dead_letters(name) for name in self.pools]
+                if all(are_empty):  # else the next tick continues
+                    self._drained_s = now_s
             await self._reconciler.recover_silent()
         except BackendError:
             if self.lives:

@@ -248,17 +248,18 @@ class Reconciler(Part):
         await send_all(self._queue, messages, self._patience)
         await self._ledger_writer.fold([settlement.completion(outcome)])
 
-    async def drain_dead_letters(self, pool: str) -> None:
+    async def drain_dead_letters(self, pool: str) -> bool:
         """Convert dead letters of the pool to outcomes or new messages. Each call converts at most a few batches, so
-        that many dead letters do not delay the tick."""
+        that many dead letters do not delay the tick. Return whether no dead letter was found."""
         name = object_keys.dead_letters(pool)
-        for _ in range(DEAD_LETTER_BATCHES):
+        for batch in range(DEAD_LETTER_BATCHES):
             messages = await self._patience(partial(self._queue.receive, name, max_messages=MAX_BATCH, wait_s=0))
             if not messages:
-                return
+                return not batch
             for message in messages:
                 await self._handle_dead_letter(message)
                 await self._patience(partial(self._queue.delete, name, [message.receipt]))
+        return False
 
     async def _handle_dead_letter(self, message: Message) -> None:
         """Convert one dead letter to an outcome or a new message. A bundle with one task returns to the workers until

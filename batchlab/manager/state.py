@@ -188,7 +188,9 @@ class LiveJob:
     """The job's round that this object represents. The job record may already show a later round."""
     number: int = 0
     """Number of the job in the order of adoption."""
-    _news: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _news: asyncio.Event | None = field(default=None, init=False)
+    """Event of the next visible change, or None if no client waits. An event takes a kilobyte, and most jobs have no
+    client that waits."""
     _changes: JobChanges = field(default_factory=JobChanges, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -236,11 +238,13 @@ class LiveJob:
         """Wake all clients that wait for a visible change, and mark the job."""
         self.mark()
         self.version += 1
-        self._news.set()
-        self._news = asyncio.Event()
+        if self._news:
+            self._news.set()
+            self._news = None
 
     async def wait_for_change(self, version: int) -> None:
         while self.version == version:
+            self._news = self._news or asyncio.Event()
             await self._news.wait()
 
     def add_early_outcome(self, outcome: RetainedOutcome) -> bool:

@@ -124,7 +124,7 @@ class SimTask(asyncio.Task[Any]):
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-_YOUNG_STEPS = 1 << 16
+_YOUNG_STEPS = 1 << 18
 _FULL_STEPS = 1 << 22
 _MIN_CANCELLED_TIMERS = 64
 _MAX_NAMED_TASKS = 20
@@ -253,6 +253,7 @@ class SimLoop(asyncio.BaseEventLoop):
         # instant.
         ready, timers, crashes, frozen = self._ready, self._timers, self._crashes, self._frozen
         pop = ready.popleft
+        next_collection = (self.steps // _YOUNG_STEPS + 1) * _YOUNG_STEPS
         while not self._stopping:
             if crashes and not self._ending:
                 raise crashes.pop(0)
@@ -267,10 +268,9 @@ class SimLoop(asyncio.BaseEventLoop):
                 else:
                     ready.append(timer)
             count = len(ready)
-            before = self.steps
-            self.steps = after = before + count
-            if after > self._limit_steps:
-                raise StepLimit(f"No end after {before} steps, at {self._now_s:.3f} s. {self._waiting()}")
+            self.steps = steps = self.steps + count
+            if steps > self._limit_steps:
+                raise StepLimit(f"No end after {steps - count} steps, at {self._now_s:.3f} s. {self._waiting()}")
             for _ in range(count):
                 handle = pop()
                 if handle._cancelled or (frozen and self._park(handle)):
@@ -286,8 +286,9 @@ class SimLoop(asyncio.BaseEventLoop):
                 # handle to the task, no cycle exists, so the failure is reported immediately.
                 handle._callback = None
             del handle  # a failed task is reported at once only if no variable refers to the task's last handle
-            if before // _YOUNG_STEPS != after // _YOUNG_STEPS:
-                gc.collect(2 if before // _FULL_STEPS != after // _FULL_STEPS else 1)
+            if steps >= next_collection:
+                gc.collect(2 if steps // _FULL_STEPS != (steps - count) // _FULL_STEPS else 1)
+                next_collection = (steps // _YOUNG_STEPS + 1) * _YOUNG_STEPS
 
     def _park(self, handle: Any) -> bool:
         """Store the handle until its actor is thawed. Return False for a handle whose actor is not frozen."""

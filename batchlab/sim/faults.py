@@ -28,6 +28,8 @@ CREATE = "objects.create"
 
 LOOK = "objects.get_if_changed"
 """Label of a read of a control object."""
+SLOW_LOOKS_S = (4.0, 12.0)
+"""Range of seconds that a slow answer to a read of a control object takes."""
 SLOW_SHARE = 0.4
 """Share of a worker's reads of control objects that have slow answers, in a world with slow reads."""
 
@@ -304,6 +306,10 @@ class Faults:
             return Point(actor, call, 2 * (low + width * draw()), 0.0, draw(), 0.0)
         request_s, answer_s = low + width * draw(), low + width * draw()
         return Point(actor, call, request_s, answer_s, draw(), draw())
+
+    def is_plain(self, point: Point, label: str) -> bool:
+        """Return whether the call `label` has neither a fault nor a substitute nor a slow answer."""
+        return self.intercept is None and self.slow_looks_s is None and self.due(point, label) is None
 
     def strike(self, point: Point, label: str) -> FaultKind | None:
         """Inject and return the fault, if any, that hits the call `label`, such as "queue.send", at `point`."""

@@ -139,7 +139,10 @@ class _CheckedFleet(ManagedFleet):
         await super().set_health(instance, healthy=healthy, cause=cause)
 
     def _save(self, *, changed: bool = False) -> None:
+        is_changed = changed or self._changes.unsaved
         super()._save(changed=changed)
+        if not is_changed:
+            return
         try:
             invariants.check_bounds([group.view() for group in self._groups.values()])
         except Violated as error:

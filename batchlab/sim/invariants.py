@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-from batchlab.adapters.sql.ledger import open_memory
 from batchlab.core.commit import outcome_at
 from batchlab.core.job_definition import JobDef, task_name
 from batchlab.core.model import FailureKind, GroupView, Instance, JobId, JobState, Json, Outcome, StageCounts
@@ -171,6 +170,9 @@ async def check_counts(ledger: Ledger, job: JobId) -> None:
 
 async def check_rebuild(world: World) -> RebuildResult:
     """Check I3: a ledger rebuilt from the bucket equals the ledger that the managers wrote."""
+    # SQLAlchemy is imported late, because forecasts do not use SQL.
+    from batchlab.adapters.sql.ledger import open_memory
+
     again = open_memory()
     rng = world.rng("rebuild")
     # The rebuild does not use a manager, because the manager may have just died. A rebuild of the ledger does not need

@@ -15,7 +15,7 @@ from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import JobId, Pool, StageName
 from batchlab.core.retry_rule import RetryRule
 from batchlab.core.service_settings import ManagerSettings, WorkerSettings
-from batchlab.sim.faults import Weather
+from batchlab.sim.faults import SLOW_LOOKS_S, Weather
 from batchlab.sim.world import EPOCH_S, MANAGER, WORKER
 
 A, B, C, D = (StageName(name) for name in "abcd")
@@ -299,7 +299,7 @@ def _words(rng: random.Random, plan: Plan) -> Plan:
         )
         for job, priority in ((first, 0), (second, rng.choice([0, 5])))
     )
-    slow_looks_s = rng.choice([None, (4.0, 12.0)])
+    slow_looks_s = rng.choice([None, SLOW_LOOKS_S])
     run_s = rng.choice([(0.3, 1.0, 2.0), (0.3, 1.0, 1.0, 10.0)])
     manager = replace(plan.manager, tick_s=3.0)
     return replace(plan, pools=(pool,), jobs=jobs, run_s=run_s, manager=manager, slow_looks_s=slow_looks_s)

@@ -82,13 +82,15 @@ class _Port:
         return method
 
     def _call(self, label: str, target: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
+        is_watched = self._log is not None or self._watch is not None or self._rights is not None
+        perform = self._perform if is_watched else self._perform_unwatched
+
         def call(*args: Any, **kwargs: Any) -> Awaitable[Any]:
-            return self._perform(label, target, args, kwargs, (args, kwargs))
+            return perform(label, target, args, kwargs)
 
         def change(change: Any) -> Awaitable[Any]:
             # The log names each kind of change, such as "ledger.Fold".
-            label = f"{self._port}.{type(change).__name__}"
-            return self._perform(label, target, (change,), {}, ((change,), {}))
+            return perform(f"{self._port}.{type(change).__name__}", target, (change,), {})
 
         return change if label == "ledger.apply" else call
 
@@ -119,22 +121,61 @@ class _Port:
         target: Callable[..., Awaitable[Any]],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        shown: tuple[Any, Any],
+        shown: tuple[Any, Any] | None = None,
     ) -> Any:
+        """Perform a call. The log has the arguments `shown`, or else the arguments of the call."""
+        shown = shown or (args, kwargs)
+        self._check()
+        point = _INSTANT if self._faults is None else self._faults.next(self._actor.name)
+        try:
+            if point.request_s:
+                await self._pause(point.request_s)
+        except asyncio.CancelledError:
+            self._note(point, None, label, shown, _NoAnswer.CANCELLED)
+            raise
+        return await self._arrive(label, target, args, kwargs, shown, point)
+
+    async def _perform_unwatched(
+        self, label: str, target: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Perform a call without a log and without checks. Most calls of a forecast do not have a fault."""
         self._check()
         faults = self._faults
-        point = _INSTANT if faults is None else faults.next(self._actor.name)
+        assert faults is not None, "a port without faults and log has no wrapper"
+        point = faults.next(self._actor.name)
+        if point.request_s:
+            await self._pause(point.request_s)
+        if point.answer_s or not faults.is_plain(point, _kind_of(label, kwargs)):
+            return await self._arrive(label, target, args, kwargs, (args, kwargs), point)
+        try:
+            result = await target(*args, **kwargs)
+        except Exception:
+            self._check()
+            raise
+        # A kill cancels every wait, but the code behind the port may have caught the cancellation.
+        self._check()
+        return result
+
+    async def _arrive(
+        self,
+        label: str,
+        target: Callable[..., Awaitable[Any]],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        shown: tuple[Any, Any],
+        point: Point,
+    ) -> Any:
+        """Perform a call whose request has arrived at the service."""
+        faults = self._faults
         kind: FaultKind | None = None
         extra_s = 0.0
         result: Any = None
         error: Exception | None = None
         try:
-            if point.request_s:
-                await self._pause(point.request_s)
-            conditional = bool(kwargs.get("if_absent") or kwargs.get("if_match"))
-            self._check_rights(label, shown[0], conditional)
+            effect = _kind_of(label, kwargs)
+            self._check_rights(label, shown[0], conditional=effect is CREATE)
             if faults is not None:
-                kind = faults.strike(point, CREATE if conditional else label)
+                kind = faults.strike(point, effect)
             target = self._intercept(target, label, point)
             if kind is None or faults is None:
                 result = await target(*args, **kwargs)
@@ -168,7 +209,7 @@ class _Port:
             raise error
         return result
 
-    def _check_rights(self, label: str, args: Sequence[Any], conditional: bool) -> None:
+    def _check_rights(self, label: str, args: Sequence[Any], *, conditional: bool) -> None:
         if self._rights is not None:
             self._rights.check(label, args, conditional=conditional)
 
@@ -233,6 +274,11 @@ class _Port:
         fault = f" !{kind.value}" if kind is not None else ""
         answer = result.value if isinstance(result, _NoAnswer) else brief(result)
         self._log.add(self._actor.name, f"#{point.call} {label}({', '.join(texts)}){fault} -> {answer}")
+
+
+def _kind_of(label: str, kwargs: Mapping[str, Any]) -> str:
+    """Return the kind of a call, which decides the faults that apply to the call."""
+    return CREATE if kwargs and (kwargs.get("if_absent") or kwargs.get("if_match")) else label
 
 
 async def _effect(

@@ -24,7 +24,7 @@ from batchlab.core.service_settings import MAX_VISIBILITY_S
 from batchlab.manager.unresponsive_workers import UNKNOWN_WORK
 from batchlab.sim.actors import CURRENT, Actor, JobControls, SimulationError, Violated
 from batchlab.sim.event_log import Name, bundle_in, doc_of, name_in, name_of_bundle, reported_in
-from batchlab.sim.faults import LATENCY_S
+from batchlab.sim.faults import LATENCY_S, SLOW_LOOKS_S
 from batchlab.sim.progress_checks import GIVE_BACK_S, LeadershipChecks, SilenceChecks, StartTimeChecks, WasteChecks
 from batchlab.sim.storage_faults import Unsynced
 from batchlab.sim.worker_rights import Trust
@@ -324,7 +324,8 @@ class Watch:
                     self._settled_s[actor, name] = now_s
             elif (bundle := bundle_in(doc)) is not None:
                 name = name_of_bundle(bundle)
-                disturbed = self._excused(actor, now_s - RECENT_S)
+                since_s = now_s - RECENT_S
+                disturbed = self._excused(actor, since_s) or self.thawed_s(actor) >= since_s
                 self.waste.check_send(actor.name, bundle, now_s, disturbed=disturbed)
                 self.silences.on_send(name)
                 self._check_losses(actor, bundle)
@@ -539,6 +540,7 @@ class Watch:
         marker and the start, the marker counts as a start.
         """
         where = bundle.job, bundle.stage, task, bundle.round
+        begin_s = BEGIN_S + (SLOW_LOOKS_S[1] if self.are_looks_slow else 0.0)
         lost = {
             start.actor
             for start in self.starts
@@ -548,7 +550,7 @@ class Watch:
         }
         for key, (actor, at_s) in self._start_markers.items():
             died_s = self._killed_s.get(actor, math.inf)
-            if key.startswith(object_keys.starts(bundle)) and (died_s <= at_s + BEGIN_S or self._excused(actor, at_s)):
+            if key.startswith(object_keys.starts(bundle)) and (died_s <= at_s + begin_s or self._excused(actor, at_s)):
                 lost.add(actor)
         return len(lost)
 

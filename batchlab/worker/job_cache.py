@@ -9,7 +9,8 @@ start.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +18,7 @@ from batchlab.core import commit
 from batchlab.core.errors import BackendError, NotFound
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Control, JobId
-from batchlab.core.port_retries import Patience, raise_if_cancelled
+from batchlab.core.port_retries import Patience, raise_if_cancelled, set_within
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.messages import ASKED_S
@@ -95,6 +96,16 @@ class JobCache:
 DEFINITION_LEASES = 20
 """Number of control leases after which a worker checks again whether a job without a control object has been removed.
 """
+STARTING_SHARE = 0.5
+"""Share of the lease after which a control object is read again while tasks of the job may start."""
+RUNNING_SHARE = 0.9
+"""Share of the lease after which a control object is read again while all tasks of the job's messages run.
+
+A cancellation therefore ends the running tasks within one lease.
+"""
+RETRY_SHARE = 1 / 6
+"""Share of the lease between a failed read and the next read."""
+
 MAX_CLOCK_SKEW_S = 60.0
 """Assumed maximum difference in seconds between the clocks of two machines."""
 
@@ -114,11 +125,10 @@ class _Entry:
 class ControlPoller:
     """Poller of the control objects of in-flight jobs.
 
-    The poller compares ETags, and reads each control object after every third of the lease. While the worker runs the
-    last tasks of its messages of a job, the poller reads the job's control object only after two thirds of the lease,
-    because no task needs the lease. After each read, the poller applies the control command to the in-flight messages
-    of the job. `on_tail(job)` is called when a read finds a new
-    request for the live logs of the job.
+    The poller compares ETags, and reads each control object in time for the next start of a task. While the worker runs
+    the last tasks of its messages of a job, the poller reads the job's control object less often, because no task needs
+    the lease. After each read, the poller applies the control command to the in-flight messages of the job.
+    `on_tail(job)` is called when a read finds a new request for the live logs of the job.
     """
 
     def __init__(self, context: WorkerContext, on_tail: Callable[[JobId], None] = lambda _: None) -> None:
@@ -130,6 +140,10 @@ class ControlPoller:
         self._watched: dict[JobId, None] = {}
         self._unwatched: dict[JobId, None] = {}
         """Jobs with an entry and without a watcher, from the oldest to the newest read."""
+        self._is_due_earlier = asyncio.Event()
+        """Event that is set if a new watched job is due before `_next_s`."""
+        self._next_s = math.inf
+        """Monotonic time of the next read, or infinity if no job is watched."""
 
     async def read(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
         """Read the control object of a job.
@@ -193,9 +207,9 @@ class ControlPoller:
                 inflight.handle.kill = True
 
     async def current(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
-        """Return the result of the last read if the read is younger than a third of the lease, else read again."""
+        """Return the result of the last read if the read is younger than half of the lease, else read again."""
         entry = self._entries.get(job)
-        if entry and self._clock.monotonic_s() - entry.read_s < self._lease_s / 3:
+        if entry and self._clock.monotonic_s() - entry.read_s < self._lease_s * STARTING_SHARE:
             return entry.control, entry.read_s + self._lease_s
         return await self.read(job, is_new=is_new)
 
@@ -204,6 +218,9 @@ class ControlPoller:
         self._entries[job].watchers += 1
         self._watched[job] = None
         self._unwatched.pop(job, None)
+        if self._entries[job].read_s + self._lease_s * STARTING_SHARE < self._next_s:
+            self._is_due_earlier.set()
+        self._remove_old()
 
     def unwatch(self, job: JobId) -> None:
         entry = self._entries[job]
@@ -212,13 +229,18 @@ class ControlPoller:
             del self._watched[job]
             self._unwatched[job] = None
 
-    def _needs_lease(self, job: JobId) -> bool:
-        """Return whether a task of the job's in-flight messages may still start."""
-        return any(
-            not message.committing and (message.handle.running is None or len(message.bundle.tasks) > 1)
+    def _starting(self) -> set[JobId]:
+        """Return the jobs with in-flight messages of which a task may still start."""
+        return {
+            message.bundle.job
             for message in self._context.inflight.values()
-            if message.bundle.job == job
-        )
+            if not message.committing and (message.handle.running is None or len(message.bundle.tasks) > 1)
+        }
+
+    def _due_s(self, job: JobId, starting: Collection[JobId]) -> float:
+        """Return the monotonic time of the next read of a watched job's control object."""
+        share = STARTING_SHARE if job in starting else RUNNING_SHARE
+        return self._entries[job].read_s + self._lease_s * share
 
     def _remove_old(self) -> None:
         """Remove the entries of jobs that were last read long ago.
@@ -233,20 +255,27 @@ class ControlPoller:
             del self._unwatched[job], self._entries[job]
 
     async def run(self) -> None:
-        """Read the control object of every watched job forever, and remove old unwatched entries."""
+        """Read the control object of every watched job forever."""
+        failed_s = -math.inf
         while True:
             raise_if_cancelled()
-            await asyncio.sleep(self._lease_s / 3)
-            self._remove_old()
+            if not self._watched:
+                self._next_s = math.inf
+                await self._is_due_earlier.wait()
+            self._is_due_earlier.clear()
+            starting = self._starting()
+            due_s = min((self._due_s(job, starting) for job in self._watched), default=0.0)
+            self._next_s = max(due_s, failed_s + self._lease_s * RETRY_SHARE)
+            if (wait_s := self._next_s - self._clock.monotonic_s()) > 0:
+                await set_within(self._is_due_earlier, wait_s)
+            starting = self._starting()
             for job in list(self._watched):
-                if job not in self._watched:
-                    continue  # the last watcher left during a read
-                age_s = self._clock.monotonic_s() - self._entries[job].read_s
-                if age_s < self._lease_s / 2 and not self._needs_lease(job):
+                # The last watcher of a job may leave during a read.
+                if job not in self._watched or self._due_s(job, starting) > self._clock.monotonic_s():
                     continue
                 try:
                     await self.read(job)
                 except BackendError:
                     # Without an answer of the bucket, the control lease of the job expires, and then no task of the
                     # job starts.
-                    continue
+                    failed_s = self._clock.monotonic_s()

@@ -77,7 +77,7 @@ def test_spot_is_cheaper_and_its_losses_are_a_line_of_their_own() -> None:
 
 def test_requests_follow_bundles_and_time() -> None:
     """The job has a hundred bundles of a minute each on one slot. Each bundle has PER_BUNDLE requests. Further requests
-    are three looks at the control object per second, extensions of the 30 s visibility timeout every 10 s, and three
+    are two looks at the control object per second, extensions of the 30 s visibility timeout every 10 s, and three
     requests per heartbeat every 10 s."""
     pool = PoolPlan("default", "m7i.large", 1, max_size=1, boot_s=1e-9, disk_gb=0.0)
     pace = Pace(control_lease_s=1.0, visibility_s=30.0, beat_s=10.0, tick_s=1.0)
@@ -88,7 +88,7 @@ def test_requests_follow_bundles_and_time() -> None:
     sqs = 100 * PER_BUNDLE.sqs + 600 + 600 * 3 + idle_s / 5 + span_s + span_s / 5
     lines = {item.what: item for item in found.items}
     assert lines["SQS requests"].usd.typical == pytest.approx(sqs * 0.40 / 1e6, rel=1e-6)
-    gets = 100 * PER_BUNDLE.s3_gets + 6000 * 3
+    gets = 100 * PER_BUNDLE.s3_gets + 6000 * 2
     puts = 100 * PER_BUNDLE.s3_puts + 2
     s3 = puts * 0.005 / 1000 + gets * 0.0004 / 1000
     assert lines["S3 requests"].usd.typical == pytest.approx(s3, rel=1e-6)

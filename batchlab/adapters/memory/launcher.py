@@ -103,10 +103,14 @@ class SimLauncher:
 
     async def running(self) -> Mapping[str, str | None]:
         now_s = asyncio.get_running_loop().time()
-        ends = {name: self._refresh(name, slot) for name, slot in self._slots.items()}
-        for name, slot in list(self._slots.items()):
+        ends: dict[str, str | None] = {}
+        forgotten: list[str] = []
+        for name, slot in self._slots.items():
+            ends[name] = self._refresh(name, slot) if slot.ended is None else slot.ended
             if slot.ended_s is not None and now_s - slot.ended_s > KEEP_ENDED_S:
-                del self._slots[name]
+                forgotten.append(name)
+        for name in forgotten:
+            del self._slots[name]
         return ends
 
     def crash(self, instance: str, note: str = "exit -9") -> None:

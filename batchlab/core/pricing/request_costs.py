@@ -129,8 +129,8 @@ BILLED_POLL_S = 5.0
 
 AWS bills one request per 20 s on a quiet queue, so an estimate with BILLED_POLL_S is too high for long waits.
 """
-LOOKS_A_LEASE = 3
-"""Number of times that a worker reads a job's control object in each control lease."""
+LOOKS_A_LEASE = 2
+"""Highest number of times that a worker reads a job's control object in each control lease."""
 EVENT_REQUESTS = 3
 """Number of SQS requests per heartbeat, which are a send, a receive, and a delete."""
 

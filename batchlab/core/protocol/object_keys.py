@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, NewType
 
 from batchlab.core.model import Bundle, BundleId, JobId, StageName
@@ -63,6 +64,7 @@ def proves(key: CommitKey, summary: bytes, claimed: str) -> bool:
     return hmac.compare_digest(proof(key, summary).encode(), claimed.encode())
 
 
+@lru_cache(maxsize=4096)
 def _mac(key: bytes, data: bytes) -> str:
     return hmac.digest(key, data, "sha256").hex()[:_DIGITS]
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from batchlab.core.model import GroupView, Market
+from batchlab.core.model import Market
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import PriceBook
-from batchlab.manager.autoscaler import desired_capacity
+from batchlab.manager.autoscaler import capacity_for
 from batchlab.manager.state import UNKNOWN_TASK_S, Backlog
 from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
@@ -33,6 +33,7 @@ from batchlab.scenarios.planner.work_units import (
     StageProgress,
     WorkUnit,
     end_times_s,
+    followers,
     job_run,
     split_jobs,
     stage_runs,
@@ -81,6 +82,7 @@ class _FastRun:
         self._now_s = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = 0
+        self._followers = {template.name: followers(template.stages) for template in self._scenario.jobs.values()}
         self._jobs: list[JobProgress] = []
         self._open: dict[int, JobProgress] = {}
         self._pools = {name: ModelPool(pool, 0) for name, pool in setup.pools().items()}
@@ -144,7 +146,10 @@ class _FastRun:
             waits = len(stage.after) if stage.gather is None else sum(map(len, upstream))
             tasks = sum(unit.tasks for unit in units)
             stages.append(StageProgress(stage.name in planned, tasks, len(units), [waits] * len(units)))
-        job = JobProgress(work, stages)
+        by_pool: dict[str, list[tuple[StageProgress, int]]] = {}
+        for stage, progress in zip(template.stages, stages, strict=True):
+            by_pool.setdefault(stage.pool, []).append((progress, stage.slots))
+        job = JobProgress(work, stages, by_pool)
         self._jobs.append(job)
         self._open[work.job.index] = job
         for stage, units in zip(template.stages, work.stages, strict=True):
@@ -209,14 +214,13 @@ class _FastRun:
             instance.pool.open[instance.name] = instance
         elif not instance.running:
             self._end(instance)
-        stage, template = job.stages[unit.stage], job.work.job.template
+        stage = job.stages[unit.stage]
         stage.remaining -= unit.tasks
         stage.units -= 1
         stage.done += unit.tasks
         stage.done_s += unit.run_s
-        for number, after in enumerate(template.stages):
-            if template.stages[unit.stage].name in after.after:
-                self._release_followers(job, number, unit, is_gather=after.gather is not None)
+        for number, is_gather in self._followers[job.work.job.template.name][unit.stage]:
+            self._release_followers(job, number, unit, is_gather=is_gather)
         if not any(progress.units for progress in job.stages):
             job.ended_s = self._now_s + self._calibration.end_s
             del self._open[job.work.job.index]
@@ -257,6 +261,8 @@ class _FastRun:
             self._at(self._now_s + pause_s, self._check_policy)
 
     def _minimum(self, pool: ModelPool) -> int:
+        if not self._scenario.prewarm:
+            return pool.pool.min_size
         plans = (plan for plan in self._scenario.prewarm if plan.pool == pool.pool.name)
         sizes = [plan.min_size for plan in plans if plan.at_s <= self._now_s < plan.until_s]
         return max(pool.pool.min_size, *sizes, 0)
@@ -264,16 +270,16 @@ class _FastRun:
     def _backlog(self, name: str) -> Backlog:
         seconds, tasks = 0.0, 0
         for job in self._open.values():
-            for template, stage in zip(job.work.job.template.stages, job.stages, strict=True):
-                if template.pool != name or not stage.planned:
+            for stage, slots in job.by_pool.get(name, ()):
+                if not stage.planned:
                     continue
                 if stage.done:
                     mean_s = stage.done_s / stage.done
                 else:
                     began_s = self._now_s if stage.began_s is None else stage.began_s
                     mean_s = max(UNKNOWN_TASK_S, self._now_s - began_s)
-                seconds += stage.remaining * mean_s * template.slots
-                tasks += stage.remaining * template.slots
+                seconds += stage.remaining * mean_s * slots
+                tasks += stage.remaining * slots
         return Backlog(seconds, tasks)
 
     def _scale(self, pool: ModelPool) -> Backlog:
@@ -282,8 +288,10 @@ class _FastRun:
         Return the pool's backlog.
         """
         backlog = self._backlog(pool.pool.name)
-        limits = replace(pool.pool, min_size=self._minimum(pool))
-        desired, _ = desired_capacity(backlog, GroupView(limits, pool.desired, ()), self._manager.drain_target_s)
+        minimum, limits = self._minimum(pool), pool.pool
+        if minimum != limits.min_size:
+            limits = replace(limits, min_size=minimum)
+        desired, _ = capacity_for(backlog, limits, self._manager.drain_target_s)
         if backlog.tasks:
             pool.idle_since_s = None
         if desired > pool.desired:

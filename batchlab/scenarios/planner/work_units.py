@@ -23,10 +23,11 @@ MAX_FAILURE_SHARE = 0.9
 """Upper limit of the share of failed attempts in the estimate of the number of attempts."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class WorkUnit:
     """Tasks of one stage that run one after another in the same slots.
 
+    Units are compared by identity, because the fast model looks up units very often.
     `run_s` is the total time of the unit's tasks, and `bundles` is the number of bundles on a real grid.
     """
 
@@ -147,8 +148,11 @@ class StageProgress:
 
 @dataclass(slots=True)
 class JobProgress:
+    """Progress of one job. `by_pool` has the stages of each pool with the slots of one task of the stage."""
+
     work: JobWork
     stages: list[StageProgress]
+    by_pool: dict[str, list[tuple[StageProgress, int]]]
     started_s: float | None = None
     ended_s: float | None = None
 
@@ -176,6 +180,14 @@ def stages_known_at_start(stages: Iterable[StageTemplate]) -> set[str]:
         if stage.gather is None and names.issuperset(stage.after):
             names.add(stage.name)
     return names
+
+
+def followers(stages: Sequence[StageTemplate]) -> list[list[tuple[int, bool]]]:
+    """Return for each stage the stages that come after it: the index of each such stage, and whether it gathers."""
+    return [
+        [(n, after.gather is not None) for n, after in enumerate(stages) if stage.name in after.after]
+        for stage in stages
+    ]
 
 
 def end_times_s(scenario: Scenario) -> list[float]:
