@@ -92,6 +92,11 @@ class JobCache:
         return job_def
 
 
+MARGIN_S = 1.25
+"""Shortest time in seconds that must remain of a control lease while a read renews the lease.
+
+Tasks must not wait for a slow read, because a bundle whose lease has expired is returned to the queue.
+"""
 MAX_CLOCK_SKEW_S = 60.0
 """Assumed maximum difference in seconds between the clocks of two machines."""
 
@@ -110,11 +115,11 @@ class _Entry:
 class ControlPoller:
     """Poller of the control objects of in-flight jobs.
 
-    The poller compares ETags, and reads each control object after every third of the lease. While the worker runs the
-    last tasks of its messages of a job, the poller reads the job's control object only after two thirds of the lease,
-    because no task needs the lease. After each read, the poller applies the control command to the in-flight messages
-    of the job. `on_tail(job)` is called when a read finds a new
-    request for the live logs of the job.
+    The poller compares ETags, and reads each control object after every third of the lease. A long lease is read after
+    two thirds, if at least `MARGIN_S` of the lease then remains. While the worker runs the last tasks of its messages
+    of a job, the poller reads the job's control object also after two thirds of the lease, because no task needs the
+    lease. After each read, the poller applies the control command to the in-flight messages of the job. `on_tail(job)`
+    is called when a read finds a new request for the live logs of the job.
     """
 
     def __init__(self, context: WorkerContext, on_tail: Callable[[JobId], None] = lambda _: None) -> None:
@@ -185,11 +190,16 @@ class ControlPoller:
                 inflight.handle.kill = True
 
     async def current(self, job: JobId, *, is_new: bool = False) -> tuple[Control, float]:
-        """Return the result of the last read if the read is younger than a third of the lease, else read again."""
+        """Return the result of the last read if the read is recent, else read again."""
         entry = self._entries.get(job)
-        if entry and self._clock.monotonic_s() - entry.read_s < self._lease_s / 3:
+        if entry and self._is_recent(entry):
             return entry.control, entry.read_s + self._lease_s
         return await self.read(job, is_new=is_new)
+
+    def _is_recent(self, entry: _Entry) -> bool:
+        """Return whether the next read of the poller, a third of the lease from now, is early enough."""
+        age_s, third_s = self._clock.monotonic_s() - entry.read_s, self._lease_s / 3
+        return age_s < max(third_s, 2 * third_s - MARGIN_S)
 
     def watch(self, job: JobId) -> None:
         """Poll the control object of the job. The caller must have awaited `current` before the call of `watch`."""
@@ -226,15 +236,16 @@ class ControlPoller:
 
     async def run(self) -> None:
         """Read the control object of every watched job forever, and remove old unwatched entries."""
+        step_s = self._lease_s / 3
         while True:
             raise_if_cancelled()
-            await asyncio.sleep(self._lease_s / 3)
+            await asyncio.sleep(step_s)
             self._remove_old()
             for job in list(self._watched):
                 if job not in self._watched:
                     continue  # the last watcher left during a read
                 age_s = self._clock.monotonic_s() - self._entries[job].read_s
-                if age_s < self._lease_s / 2 and not self._needs_lease(job):
+                if age_s < (max(0.0, 2 * step_s - MARGIN_S) if self._needs_lease(job) else self._lease_s / 2):
                     continue
                 try:
                     await self.read(job)
