@@ -107,8 +107,8 @@ class LeaderLease:
 
 QUEUE_CHECK_S = 1.0
 """Interval between reads of the queue depths while jobs are live."""
-IDLE_QUEUE_CHECK_S = 60.0
-"""Interval between reads of the queue depths without live jobs, because each read is billed."""
+IDLE_QUEUE_CHECK_S = 300.0
+"""Interval between reads of the queue depths and the dead-letter queues without live jobs. Each read is billed."""
 
 LOST_OBJECTS = (
     "the bucket has lost the job's objects: it was emptied, or its server restarted without its "

@@ -55,8 +55,8 @@ API_IDLE_S = 2.0
 """Time in seconds without live and new jobs after which the manager loads the API, unless a request needs the API
 before.
 
-The import of the API uses most of a core for half a second. The import would delay the first jobs of a grid, which often
-follow each other after a short pause, and the end of a grid that runs a single job.
+The import of the API uses most of a core for half a second. The import would delay the first jobs of a grid, which
+often follow each other after a short pause, and the end of a grid that runs a single job.
 """
 MAX_API_DELAY_S = 30.0
 """Maximum time in seconds from the start until the manager loads the API."""

@@ -340,7 +340,7 @@ async def collect_results(finisher: BundleFinisher, inflight: InflightMessage, r
         await asyncio.wait({watch})
     if inflight.shedding:
         watch.result()
-    inflight.ran = [ran for ran in inflight.ran if ran.task in inflight.bundle.tasks]
+        inflight.ran = [ran for ran in inflight.ran if ran.task in inflight.bundle.tasks]
 
 
 async def _hand_off_when_due(finisher: BundleFinisher, inflight: InflightMessage) -> None:
