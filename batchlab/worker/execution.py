@@ -50,7 +50,7 @@ Chunk = list[tuple[int, Json | Failure]]
 
 _UPLOADS = 4
 _MIN_GATHER_S = 0.001
-_MAX_GATHER_S = 0.02
+_MAX_GATHER_S = TICK_S
 _GATHER_PART = 1 / 4
 
 
