@@ -236,10 +236,11 @@ class ControlPoller:
 
     async def run(self) -> None:
         """Read the control object of every watched job forever, and remove old unwatched entries."""
-        step_s = self._lease_s / 3
+        pause_s = step_s = self._lease_s / 3
         while True:
             raise_if_cancelled()
-            await asyncio.sleep(step_s)
+            await asyncio.sleep(pause_s)
+            pause_s = step_s
             self._remove_old()
             for job in list(self._watched):
                 if job not in self._watched:
@@ -251,5 +252,5 @@ class ControlPoller:
                     await self.read(job)
                 except BackendError:
                     # Without an answer of the bucket, the control lease of the job expires, and then no task of the
-                    # job starts.
-                    continue
+                    # job starts. A single failed read must not end the lease.
+                    pause_s = min(step_s, MARGIN_S / 3)

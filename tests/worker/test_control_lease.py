@@ -40,10 +40,11 @@ class Bucket(SimObjects):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "has_started", "holds", "reads"), [(1, False, True, 90), (2, True, True, 90), (1, True, False, 45)]
+    ("tasks", "has_started", "lease_s", "holds", "reads"),
+    [(1, False, 1.0, True, 90), (2, True, 1.0, True, 90), (1, True, 1.0, False, 45), (2, True, 5.0, True, 10)],
 )
 def test_lease_of_a_job_holds_until_its_last_task_starts(
-    tasks: int, has_started: bool, holds: bool, reads: int
+    tasks: int, has_started: bool, lease_s: float, holds: bool, reads: int
 ) -> None:
     """Before, the lease of a single task could end after one failed read while the worker fetched the task's code. The
     worker then returned the bundle to the queue."""
@@ -52,7 +53,7 @@ def test_lease_of_a_job_holds_until_its_last_task_starts(
         objects, clock = Bucket(), SimClock(asyncio.get_running_loop(), 1_700_000_000.0)
         queue, patience = cast(Queue, None), Patience(random.Random(1))
         who, outbox = Identity("w-1", "i-1", "default", 1), Outbox(queue, patience)
-        context = WorkerContext(who, objects, queue, clock, patience, WorkerSettings(control_lease_s=1.0), outbox)
+        context = WorkerContext(who, objects, queue, clock, patience, WorkerSettings(control_lease_s=lease_s), outbox)
         bundle = Bundle(JOB, STAGE, TaskSet.span(0, tasks))
         message = Message("m", "", "r", 1, 0.0, 0.0)
         inflight = InflightMessage("q", message, TaskMessage(bundle), "w-1-1", 0.0, 0.0, "r", running=True)
