@@ -135,8 +135,9 @@ def test_waiting_reports_are_bounded_and_fit_into_messages() -> None:
     asyncio.run(main())
 
 
-def test_worker_with_a_failing_last_event_ends_its_processes() -> None:
-    """Before, the worker ended with an error and left the processes of its tasks running."""
+@pytest.mark.parametrize("is_away", [True, False])
+def test_worker_deletes_its_messages_and_ends_its_processes_at_its_end(*, is_away: bool) -> None:
+    """Before, a worker whose last event failed ended with an error and left the processes of its tasks running."""
 
     async def main() -> None:
         sent, closed = Sent(), 0
@@ -159,10 +160,12 @@ def test_worker_with_a_failing_last_event_ends_its_processes() -> None:
         )
         running = asyncio.create_task(worker.run())
         await asyncio.sleep(1.0)
-        sent.away = True
+        worker.context.outbox.delete_later("tasks", "r1")
+        sent.away = is_away
         worker.drain()
         await running
         assert closed == 1
+        assert [receipts for _, receipts in sent.deletes] == ([] if is_away else [["r1"]])
 
     SimLoop().run(main())
 
