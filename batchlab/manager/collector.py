@@ -100,8 +100,9 @@ def _count(events: Events) -> int:
     return sum(map(len, parts))
 
 
-DELETE_DELAY_S = 2.0
-"""Delay before the deletion of folded messages, so that one request deletes several messages."""
+DELETE_DELAY_S = 5.0
+"""Longest delay in seconds of the deletion of folded messages, so that one request deletes several messages. The delay
+is at most a third of the visibility timeout."""
 
 FOLD_BYTES = 32 * 1024
 """Size in bytes of the batches in which waiting event messages are folded. A batch contains about 100 completions. A
@@ -214,7 +215,7 @@ class Collector(Part):
     async def _delete(self) -> None:
         while True:
             await self._is_folded.wait()
-            await set_within(self._is_request_full, DELETE_DELAY_S)
+            await set_within(self._is_request_full, min(DELETE_DELAY_S, self._settings.visibility_s / 3))
             self._is_folded.clear()
             self._is_request_full.clear()
             while receipts := self._folded[:MAX_BATCH]:

@@ -164,7 +164,8 @@ class LiveJobs(dict[JobId, LiveJob]):
         self._capped: Jobs = {}
         self._journals: list[Journal] = []
         self._resync = Rotation(RESYNC_S)
-        self._count = 0
+        self.adopted = 0
+        """Number of jobs that have been added, including ended jobs."""
         for live in lives:
             self[live.id] = live
 
@@ -173,8 +174,8 @@ class LiveJobs(dict[JobId, LiveJob]):
         if before is not None and before is not live:
             del self[job]
         super().__setitem__(job, live)
-        self._count += 1
-        live.number = self._count
+        self.adopted += 1
+        live.number = self.adopted
         live.join(self._changes)
         for journal in self._journals:
             journal.removed.pop(job, None)

@@ -109,8 +109,8 @@ QUEUE_CHECK_S = 1.0
 """Interval between reads of the queue depths while jobs are live."""
 DEAD_LETTER_CHECK_S = 15.0
 """Interval between receives from the dead-letter queues. A message was received many times before it gets there."""
-IDLE_QUEUE_CHECK_S = 60.0
-"""Interval between reads of the queue depths without live jobs, because each read is billed."""
+IDLE_QUEUE_CHECK_S = 300.0
+"""Interval between reads of the queue depths and the dead-letter queues without live jobs. Each read is billed."""
 
 LOST_OBJECTS = (
     "the bucket has lost the job's objects: it was emptied, or its server restarted without its "

@@ -51,10 +51,12 @@ LOADING_SWITCH_S = 0.0005
 
 With Python's default of 5 ms, each of the many short steps until the first launch waited 5 ms for the thread.
 """
-API_IDLE_S = 0.3
-"""Time in seconds without live jobs after which the manager loads the API, unless a request needs the API before.
+API_IDLE_S = 2.0
+"""Time in seconds without live and new jobs after which the manager loads the API, unless a request needs the API
+before.
 
-The import of the API would delay the first job of a grid, and the end of a grid that runs a single job.
+The import of the API uses most of a core for half a second. The import would delay the first jobs of a grid, which
+often follow each other after a short pause, and the end of a grid that runs a single job.
 """
 MAX_API_DELAY_S = 30.0
 """Maximum time in seconds from the start until the manager loads the API."""
@@ -344,12 +346,15 @@ async def _load_later(quick_api: QuickApi, lead: _Lead) -> None:
 
     Raise the error of the import, also if a request has caused the import.
     """
-    step_s = API_IDLE_S / 4
+    step_s = API_IDLE_S / 8
     waited_s = idle_s = 0.0
+    adopted = 0
     while idle_s < API_IDLE_S and waited_s < MAX_API_DELAY_S and not quick_api.has_begun_loading:
         await asyncio.sleep(step_s)
         waited_s += step_s
-        is_idle = lead.manager.is_leader.is_set() and not lead.manager.lives
+        lives = lead.manager.lives
+        is_idle = lead.manager.is_leader.is_set() and not lives and lives.adopted == adopted
+        adopted = lives.adopted
         idle_s = idle_s + step_s if is_idle else 0.0
     # The end of the manager cancels this function, but requests that have arrived before still wait for the API.
     await asyncio.shield(quick_api.start_loading())

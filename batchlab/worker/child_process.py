@@ -108,11 +108,11 @@ def kill_family(leader: int) -> None:
 
 _READ_BYTES = 1 << 18
 _REAP_STEP_S = 0.002
-_WORDS = (["ok"], ["failed"], ["import"], ["end"])
+_WORDS = ("ok", "failed", "import", "end")
 
 
 def _is_answer(line: Any) -> bool:
-    return type(line) is list and line[:1] in _WORDS
+    return type(line) is list and bool(line) and line[0] in _WORDS
 
 
 def _parse(line: bytearray) -> Any:

@@ -238,7 +238,9 @@ class BundleFinisher:
             if inflight.replied and not outcome.follows:
                 await self._replied.wait()
         await self._forward(inflight, outcome, outcome, may_wait=True)
-        await self.delete(inflight)
+        if inflight.receipt is not None:
+            receipt, inflight.receipt = inflight.receipt, None
+            self._context.outbox.delete_later(inflight.queue, receipt)
 
     async def forward_again(self, inflight: InflightMessage, outcome: Outcome) -> None:
         """Forward an outcome that was committed earlier, and delete the message.
@@ -338,7 +340,7 @@ async def collect_results(finisher: BundleFinisher, inflight: InflightMessage, r
         await asyncio.wait({watch})
     if inflight.shedding:
         watch.result()
-    inflight.ran = [ran for ran in inflight.ran if ran.task in inflight.bundle.tasks]
+        inflight.ran = [ran for ran in inflight.ran if ran.task in inflight.bundle.tasks]
 
 
 async def _hand_off_when_due(finisher: BundleFinisher, inflight: InflightMessage) -> None:

@@ -135,6 +135,13 @@ HEAD_START_S = 0.01
 """Delay in seconds of the next receive after a long poll has filled every slot."""
 
 
+DELETE_DELAY_S = 5.0
+"""Longest delay in seconds of the delete of a committed bundle's message.
+
+The delay is at most a quarter of the visibility timeout. At least half of the timeout remains when a bundle ends.
+"""
+
+
 class Worker:
     """One worker process. `run` returns when no message is in flight after a call of `drain`."""
 
@@ -153,7 +160,8 @@ class Worker:
         replies: Replies | None = None,
     ) -> None:
         self._jobs = JobCache(objects, patience)
-        outbox = Outbox(queue, patience, tally, self._jobs.key_of)
+        delete_delay_s = min(DELETE_DELAY_S, settings.visibility_s / 4)
+        outbox = Outbox(queue, patience, tally, self._jobs.key_of, delete_delay_s)
         context = WorkerContext(who, objects, queue, clock, patience, settings, outbox, tracer, replies=replies)
         self.who = who
         self.context = context
@@ -213,6 +221,7 @@ class Worker:
             for other in others:
                 other.cancel()
         try:
+            await self.context.outbox.end_deletes()
             await self._heartbeats.send_final()
         finally:
             await self._runner.close()

@@ -71,7 +71,7 @@ def chunks(tasks: Sequence[int], items: Sequence[Json]) -> Iterator[list[tuple[i
     chunk: list[tuple[int, Json]] = []
     limit, count, size = 1, 0, 0
     for task, item in zip(tasks, items, strict=True):
-        needs = [_bytes(reference) for reference in values.references(item)] if item else []
+        needs = [_bytes(reference) for reference in values.references(item)] if not values.is_flat(item) else []
         if needs and chunk and (count >= limit or size + sum(needs) > _MAX_CHUNK_BYTES):
             yield chunk
             chunk, count, size = [], 0, 0
@@ -200,7 +200,7 @@ class Inputs:
 
 
 def _refers(item: Json) -> bool:
-    return type(item) in (dict, list) and next(values.references(item), None) is not None
+    return not values.is_flat(item) and next(values.references(item), None) is not None
 
 
 def _make(folder: Path) -> None:

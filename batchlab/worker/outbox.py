@@ -2,12 +2,13 @@
 
 Invariant: a call returns only when the service has accepted the call's entry. Entries that arrive during a request are
 sent together in the next request, so batching adds no delay. An entry that is not urgent waits for other entries: an
-event up to `LINGER_S`, and a delete up to `STEP_BACK_S`.
+event up to `LINGER_S`, and a delete up to `STEP_BACK_S`. Only `delete_later` returns before the request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,14 +17,17 @@ from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from batchlab.core.commit import Addressed, by_queue, send_to
+from batchlab.core.errors import BackendError
 from batchlab.core.model import JobId, Outcome
-from batchlab.core.port_retries import STEP_BACK_S, Patience
+from batchlab.core.port_retries import STEP_BACK_S, Patience, raise_if_cancelled, set_within
 from batchlab.core.ports import MAX_BATCH, Outgoing, Queue
 from batchlab.core.pricing.request_costs import RequestCounter, WorkerRequests
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
 from batchlab.core.protocol.messages import Beat, CounterReport, Duplicate, Events, Traces, events_message
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -132,11 +136,54 @@ class _Batcher(Generic[T]):
             self._worker = None
 
 
+class _LateDeletes:
+    """Delayed deletes of the messages of committed bundles, so that one request deletes several messages.
+
+    If the worker dies before the delete, the messages become visible again, and the next receivers find the outcomes.
+    """
+
+    def __init__(self, flush: Callable[[str, Sequence[str]], Awaitable[None]], delay_s: float) -> None:
+        self._flush = flush
+        self._delay_s = delay_s
+        self._receipts: dict[str, list[str]] = {}
+        self._is_due = asyncio.Event()
+        self._deleting: asyncio.Task[None] | None = None
+
+    def add(self, queue: str, receipt: str) -> None:
+        receipts = self._receipts.setdefault(queue, [])
+        receipts.append(receipt)
+        if len(receipts) >= MAX_BATCH:
+            self._is_due.set()
+        if self._deleting is None:
+            self._deleting = asyncio.create_task(self._delete(), name="late deletes")
+
+    async def end(self) -> None:
+        """Delete the waiting messages now."""
+        if self._deleting:
+            self._is_due.set()
+            await self._deleting
+
+    async def _delete(self) -> None:
+        try:
+            while self._receipts:
+                await set_within(self._is_due, self._delay_s)
+                self._is_due.clear()
+                waiting, self._receipts = self._receipts, {}
+                for queue, receipts in waiting.items():
+                    try:
+                        await self._flush(queue, receipts)
+                    except BackendError as error:
+                        raise_if_cancelled()
+                        log.warning("the messages of %d committed bundles return: %s", len(receipts), error)
+        finally:
+            self._deleting = None
+
+
 class Outbox:
     """Batched sends, events, and deletes of one worker.
 
     `key_of` returns the commit key of a job whose messages were received. Heartbeats carry the request counts in
-    `tally` and the result counts in `counters`.
+    `tally` and the result counts in `counters`. `delete_later` waits up to `delete_delay_s`.
     """
 
     def __init__(
@@ -145,6 +192,7 @@ class Outbox:
         patience: Patience,
         tally: RequestCounter | None = None,
         key_of: Callable[[JobId], CommitKey] = lambda _: UNSEALED,
+        delete_delay_s: float = 0.0,
     ) -> None:
         self._queue = queue
         self._patience = patience
@@ -152,6 +200,7 @@ class Outbox:
         self._tally = tally
         self._sends: dict[str, _Batcher[Sequence[Outgoing]]] = {}
         self._deletes: dict[str, _Batcher[str]] = {}
+        self._late_deletes = _LateDeletes(self._flush_deletes, delete_delay_s)
         self._duplicates: list[Duplicate] = []
         self._events: _Batcher[Event] = _Batcher(self._flush_events)
         self.counters = WorkerCounters()
@@ -171,6 +220,14 @@ class Outbox:
         flush = partial(self._flush_deletes, queue)
         batcher = self._deletes.setdefault(queue, _Batcher(flush, STEP_BACK_S))
         await batcher.put(receipt, urgent=urgent)
+
+    def delete_later(self, queue: str, receipt: str) -> None:
+        """Delete the message of a committed bundle whose event is sent, together with other messages."""
+        self._late_deletes.add(queue, receipt)
+
+    async def end_deletes(self) -> None:
+        """Delete the messages of committed bundles that are not deleted yet."""
+        await self._late_deletes.end()
 
     async def send_event(self, event: Outcome | Beat, trace: str = "", *, urgent: bool = True) -> None:
         """Send a committed outcome or a heartbeat to the events queue.

@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator
 
 from batchlab.core.model import Ran
 from batchlab.core.ports import Clock, LocalFiles, Objects
@@ -55,9 +54,14 @@ class ProcessRunner:
             execution = Execution(work, handle, self._scratch.execution(work.execution), self._context)
             driver = asyncio.create_task(execution.run())
             try:
-                async with aclosing(_results(execution)) as results:
-                    async for ran in results:
-                        yield ran
+                while (entry := await execution.results.get()) is not None:
+                    if isinstance(entry, list):
+                        for ran in entry:
+                            yield ran
+                        continue
+                    await asyncio.wait({entry})
+                    if not entry.cancelled():  # A kill cancels uploads that are in progress.
+                        yield entry.result()
                 await driver
             finally:
                 driver.cancel()
@@ -82,14 +86,3 @@ async def _clean(execution: Execution) -> None:
     # The delay lets the worker commit the results before the folder is removed.
     await asyncio.sleep(CLEAN_AFTER_S)
     await execution.clean()
-
-
-async def _results(execution: Execution) -> AsyncGenerator[Ran, None]:
-    while (entry := await execution.results.get()) is not None:
-        if isinstance(entry, list):
-            for ran in entry:
-                yield ran
-            continue
-        await asyncio.wait({entry})
-        if not entry.cancelled():  # A kill cancels uploads that are in progress.
-            yield entry.result()

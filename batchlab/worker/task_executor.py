@@ -32,7 +32,6 @@ MIN_OBJECT_LENGTH = 256
 """Minimum length of a value stored as an object. A shorter value stays inline, because a reference is about as long."""
 
 _MAX_SHORT_INT = 1 << 64
-_PLAIN = frozenset({type(None), bool, int, float, str})
 _NO_UPLOADS: list[tuple[str, str]] = []
 _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
@@ -98,7 +97,7 @@ class TaskExecutor:
         """
         ctx = context(self._request, task)
         try:
-            value = self._call(item if type(item) in _PLAIN else decode(item, pickles=self._pickles), ctx)
+            value = self._call(item if values.is_flat(item) else decode(item, pickles=self._pickles), ctx)
             if type(value) is int and not ctx.saved and -_MAX_SHORT_INT < value < _MAX_SHORT_INT:
                 return TaskResult(str(value), _NO_UPLOADS)
             return self._encode_result(value, ctx)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -181,6 +182,20 @@ def test_manager_notices_at_once_that_a_request_cannot_load_the_api(rig: Rig) ->
             await asyncio.wait_for(loading, 5)
 
     run(rig, both())
+
+
+def test_api_is_loaded_only_after_a_time_without_new_jobs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, loader = 0, Loader(rig)
+
+    async def sleep(_: float) -> None:
+        nonlocal steps
+        steps += 1
+        if steps <= 20:
+            rig.manager.lives.adopted += 1  # A job that ends before the next step.
+
+    monkeypatch.setattr(manager_service, "asyncio", SimpleNamespace(sleep=sleep, shield=asyncio.shield))
+    run(rig, manager_service._load_later(loader.quick(), manager_service._Lead(rig.manager)))
+    assert (steps, loader.calls) == (28, 1)
 
 
 def test_request_is_answered_although_the_manager_ends_while_the_api_is_loaded(rig: Rig) -> None:

@@ -19,6 +19,7 @@ from batchlab.core.protocol.messages import Events, TaskMessage, read_events_mes
 from batchlab.core.service_settings import WorkerSettings
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
+from batchlab.worker.child_process import TICK_S
 from batchlab.worker.execution import gathering_s
 from batchlab.worker.heartbeats import SETTLE_S, Heartbeats
 from batchlab.worker.inflight_message import Identity, InflightMessage, WorkerContext
@@ -139,7 +140,7 @@ def test_held_bundles_are_reported_once_with_an_outcome() -> None:
 def test_answers_are_gathered_for_a_part_of_what_is_left_to_run(left: int, pace_s: float) -> None:
     """The delay must not hide the end of a bundle, and the death of a long bundle must be noticed soon."""
     gather_s = gathering_s(left, pace_s)
-    assert 0 < gather_s <= max(0.001, min(0.02, left * pace_s / 4))
+    assert 0 < gather_s <= max(0.001, min(TICK_S, left * pace_s / 4))
     assert gathering_s(2 * left, pace_s) >= gather_s
     assert gathering_s(0, pace_s) == 0
 

@@ -26,7 +26,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
+from operator import itemgetter
 
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import (
@@ -46,7 +46,7 @@ from batchlab.core.retry_rule import RetryRule
 LOSS_LIMIT = 3
 """Number of starts of a single task without an outcome after which the task is FAILED as a poison task."""
 
-_task = attrgetter("task")
+_task = itemgetter(0)
 _NO_TASKS = TaskSet()
 
 

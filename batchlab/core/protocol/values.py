@@ -43,6 +43,7 @@ MAX_DEPTH = 200
 _MAX_PATH = 12
 # Python refuses to convert integers of more than 4,300 digits to text.
 _MAX_INT_BITS = 14_000
+_SCALARS = frozenset({type(None), bool, int, float, str})
 
 
 OUTCOME_WEIGHT = 32 * 1024 * 1024
@@ -109,6 +110,11 @@ def kind(encoded: Json) -> str | None:
             if name in encoded:
                 return name
     return None
+
+
+def is_flat(encoded: Json) -> bool:
+    """Return whether an encoded value is a scalar or a list of scalars, so that it is its own decoded value."""
+    return type(encoded) in _SCALARS or (type(encoded) is list and _SCALARS.issuperset(map(type, encoded)))
 
 
 def references(encoded: Json) -> Iterator[Json]:
@@ -269,7 +275,9 @@ def encode_object(value: object, file: Callable[[File], Json] = no_files) -> Jso
     become references. Raise NotAValue if the object cannot be pickled.
     """
     cls = type(value)
-    if cls in (type(None), bool, int, float, str):
+    if cls in _SCALARS:
+        if (cls is int and value.bit_length() < 64) or (cls is str and value.isascii()):  # type: ignore[attr-defined]
+            return value  # These are most arguments of small tasks.
         try:
             return _encode(value, file, 0)
         except _EncodingProblem:
