@@ -13,6 +13,7 @@ import pytest
 
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.errors import BackendError, Unreachable
+from batchlab.worker.child_process import TICK_S
 from batchlab.worker.inflight_message import Handle
 from tests.support.worker.runner import USER_CODE, alive, children_of, collect, go, opened, until
 
@@ -71,6 +72,7 @@ def test_close_ends_every_child_and_run_and_removes_what_they_left(tmp_path: Pat
             work = await rig.work(["a", ["sleep", 60, str(mark)]])
             run = asyncio.create_task(collect(rig, work, Handle()))
             await until(mark.exists, "the task's start")
+            await asyncio.sleep(2 * TICK_S)  # the worker gathers answers for up to TICK_S
             await rig.runner.close()
             assert children_of() == set()
             assert [one.value for one in await run] == ["a"]
