@@ -20,7 +20,7 @@ from batchlab.core.commit import read_outcome
 from batchlab.core.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, Completion, Follow, JobId, Outcome
-from batchlab.core.port_retries import STEP_BACK_S, raise_if_cancelled, set_within
+from batchlab.core.port_retries import STEP_BACK_S, raise_if_cancelled, set_after
 from batchlab.core.ports import MAX_BATCH, Message, QueueSpec
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.commit_keys import jobs_in, split
@@ -215,7 +215,7 @@ class Collector(Part):
     async def _delete(self) -> None:
         while True:
             await self._is_folded.wait()
-            await set_within(self._is_request_full, min(DELETE_DELAY_S, self._settings.visibility_s / 3))
+            await set_after(self._is_request_full, min(DELETE_DELAY_S, self._settings.visibility_s / 3))
             self._is_folded.clear()
             self._is_request_full.clear()
             while receipts := self._folded[:MAX_BATCH]:

@@ -21,7 +21,7 @@ from functools import partial
 from batchlab.core import logs
 from batchlab.core.errors import BackendError, NotFound, Refused, Throttled, Unreachable
 from batchlab.core.model import Control, JobId, JobState, LifecycleState, Pool
-from batchlab.core.port_retries import patiently, raise_if_cancelled, set_within
+from batchlab.core.port_retries import patiently, raise_if_cancelled, set_after
 from batchlab.core.ports import Clock, JobRecord, Ledger, QueueSpec
 from batchlab.core.pricing.usage import Accounting
 from batchlab.core.protocol import object_keys
@@ -328,7 +328,7 @@ class Manager:
                 self.trouble = str(error)
                 self.counts.skipped += 1
             raise_if_cancelled()
-            await set_within(self.context.wake, self.settings.tick_s)
+            await set_after(self.context.wake, self.settings.tick_s)
             self.context.wake.clear()
 
     async def _end_lost_jobs(self) -> None:

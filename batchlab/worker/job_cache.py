@@ -18,7 +18,7 @@ from batchlab.core import commit
 from batchlab.core.errors import BackendError, NotFound
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Control, JobId
-from batchlab.core.port_retries import Patience, raise_if_cancelled, set_within
+from batchlab.core.port_retries import Patience, raise_if_cancelled, set_after
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.messages import ASKED_S
@@ -267,7 +267,7 @@ class ControlPoller:
             due_s = min((self._due_s(job, starting) for job in self._watched), default=0.0)
             self._next_s = max(due_s, failed_s + self._lease_s * RETRY_SHARE)
             if (wait_s := self._next_s - self._clock.monotonic_s()) > 0:
-                await set_within(self._is_due_earlier, wait_s)
+                await set_after(self._is_due_earlier, wait_s)
             starting = self._starting()
             for job in list(self._watched):
                 # The last watcher of a job may leave during a read.
