@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from batchlab.core.ports import ChangeResult, Depth
+from batchlab.core.ports import BundleRecord, ChangeResult, Depth
 from batchlab.manager.adoption import Adoption
 from batchlab.manager.live_jobs import PoolWork
 from batchlab.manager.manager import LeaderLease
@@ -38,11 +38,13 @@ def adoption_without_a_wait(plant: Plant) -> None:
     """A new leader treats each outstanding bundle as lost. The leader sends copies of bundles that workers still hold
     (waste).
     """
-    original = Adoption.adopt
+    original = Adoption._prepare
 
-    @plant.method(Adoption, "adopt")
-    async def adopt(self: Adoption, result: ChangeResult, *, concurrent: bool = False) -> LiveJob:
-        live = await original(self, result, concurrent=concurrent)
+    @plant.method(Adoption, "_prepare")
+    async def _prepare(
+        self: Adoption, result: ChangeResult, *, planned: Sequence[BundleRecord] | None = None, concurrent: bool = False
+    ) -> LiveJob:
+        live = await original(self, result, planned=planned, concurrent=concurrent)
         if not result.is_new:
             for one in live.all_outstanding():
                 one.heard_s = -math.inf

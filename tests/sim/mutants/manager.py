@@ -12,7 +12,7 @@ from dataclasses import replace
 from batchlab.core.commit import commit
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Completion, Control, JobId, StageCounts, StageName, TaskSet
-from batchlab.core.ports import ChangeResult, Cut, JobRecord, Round, SetControl, SetPlanned
+from batchlab.core.ports import BundleRecord, ChangeResult, Cut, JobRecord, Round, SetControl, SetPlanned
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.bundle_inputs import Manifest
 from batchlab.manager import ledger_rebuild, retry_rounds
@@ -246,11 +246,13 @@ def new_leader_expects_nothing(plant: Plant) -> None:
     """A new leader knows only the bundles about which it receives events. The new leader does not search for
     outstanding bundles that were lost under the previous leader (I7).
     """
-    original = Adoption.adopt
+    original = Adoption._prepare
 
-    @plant.method(Adoption, "adopt")
-    async def adopt(self: Adoption, result: ChangeResult, *, concurrent: bool = False) -> LiveJob:
-        live = await original(self, result, concurrent=concurrent)
+    @plant.method(Adoption, "_prepare")
+    async def _prepare(
+        self: Adoption, result: ChangeResult, *, planned: Sequence[BundleRecord] | None = None, concurrent: bool = False
+    ) -> LiveJob:
+        live = await original(self, result, planned=planned, concurrent=concurrent)
         live.outstanding.clear()
         return live
 

@@ -82,11 +82,13 @@ def new_leader_sends_all_again(plant: Plant) -> None:
     """A new leader immediately sends the outstanding bundles of its jobs as new work. A committed bundle whose event
     was lost runs again (waste).
     """
-    original = Adoption.adopt
+    original = Adoption._prepare
 
-    @plant.method(Adoption, "adopt")
-    async def adopt(self: Adoption, result: ChangeResult, *, concurrent: bool = False) -> LiveJob:
-        live = await original(self, result, concurrent=concurrent)
+    @plant.method(Adoption, "_prepare")
+    async def _prepare(
+        self: Adoption, result: ChangeResult, *, planned: Sequence[BundleRecord] | None = None, concurrent: bool = False
+    ) -> LiveJob:
+        live = await original(self, result, planned=planned, concurrent=concurrent)
         if not result.is_new:
             bundles = [one.bundle for one in live.all_outstanding()]
             await self._coordinator.send(live.job, bundles)
