@@ -110,7 +110,7 @@ QUEUE_CHECK_S = 1.0
 DEAD_LETTER_CHECK_S = 15.0
 """Interval between receives from the dead-letter queues. A message was received many times before it gets there."""
 IDLE_QUEUE_CHECK_S = 300.0
-"""Interval between reads of the queue depths and the dead-letter queues without live jobs. Each read is billed."""
+"""Interval between reads of empty queues without live jobs, because each read is billed."""
 
 LOST_OBJECTS = (
     "the bucket has lost the job's objects: it was emptied, or its server restarted without its "
@@ -185,6 +185,8 @@ class Manager:
         """Monotonic time of the last read of the queue depths."""
         self._drained_s = -DEAD_LETTER_CHECK_S
         """Monotonic time of the last receives from the dead-letter queues."""
+        self._are_queues_empty = False
+        """Whether the last check found no messages in the task queues and the dead-letter queues."""
         self._lease = LeaderLease(ports.ledger, ports.clock, owner, settings.lease_ttl_s)
         self._others_led = False
         """Whether another manager has held the lease during a pause of this manager, so that the cached job state is
@@ -395,16 +397,19 @@ class Manager:
         """Read the queue depths, drain the dead-letter queues, and recover silent bundles."""
         now_s = self.ports.clock.monotonic_s()
         # The tolerance of 1 ms allows for a tick that starts slightly early.
-        if now_s - self._checked_s < (QUEUE_CHECK_S if self.lives else IDLE_QUEUE_CHECK_S) - 0.001:
+        idle_s = IDLE_QUEUE_CHECK_S if self._are_queues_empty else DEAD_LETTER_CHECK_S
+        if now_s - self._checked_s < (QUEUE_CHECK_S if self.lives else idle_s) - 0.001:
             return
         self._checked_s = now_s
         try:
             for name in self.pools:
                 self.depths[name] = await self.ports.queue.depth(object_keys.tasks_queue(name))
             if now_s - self._drained_s >= DEAD_LETTER_CHECK_S - 0.001:
-                are_empty = [await self._reconciler.drain_dead_letters(name) for name in self.pools]
-                if all(are_empty):  # else the next tick continues
+                are_drained = all([await self._reconciler.drain_dead_letters(name) for name in self.pools])
+                if are_drained:  # else the next check continues
                     self._drained_s = now_s
+                depths = (self.depths[name] for name in self.pools)
+                self._are_queues_empty = are_drained and not any(d.visible or d.in_flight or d.delayed for d in depths)
             await self._reconciler.recover_silent()
         except BackendError:
             if self.lives:

@@ -171,7 +171,7 @@ MAX_PER_S = 5_000.0
 GRACE_S = 3_600.0
 """Tolerance in seconds for the age of an instance, because the clocks of machines differ."""
 LOST_S = 300.0
-"""Silence after which a worker counts as lost. An idle worker sends five heartbeats within `LOST_S`."""
+"""Silence after which a worker counts as lost. An idle worker sends at least two heartbeats within `LOST_S`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,9 @@ After the write of a start marker, the worker waits for the answer and reads the
 RECENT_S = 60.0
 """Seconds after a fault in which the fault may still delay the sends of its target."""
 
+THAWED_S = 10.0
+"""Seconds after its thaw in which an actor may complete sends that it prepared before it was frozen."""
+
 ADOPTION_SHARE = 0.2
 """Share of `silence_s` for which a new leader waits before it sends a bundle again."""
 
@@ -324,8 +327,8 @@ class Watch:
                     self._settled_s[actor, name] = now_s
             elif (bundle := bundle_in(doc)) is not None:
                 name = name_of_bundle(bundle)
-                since_s = now_s - RECENT_S
-                disturbed = self._excused(actor, since_s) or self.thawed_s(actor) >= since_s
+                is_thawed = self.thawed_s(actor) >= now_s - THAWED_S
+                disturbed = is_thawed or self._excused(actor, now_s - RECENT_S)
                 self.waste.check_send(actor.name, bundle, now_s, disturbed=disturbed)
                 self.silences.on_send(name)
                 self._check_losses(actor, bundle)

@@ -201,11 +201,11 @@ class ChildProcess:
         Lines that arrive within `gather_s` of the previous read are returned together.
         """
         # Answers are read in batches, because a wake-up of the event loop costs as much as ten tiny tasks.
-        gap_s = self._loop.time() - self._read_s
-        if gap_s < gather_s:
-            await asyncio.sleep(gather_s - gap_s)
+        pause_s = max(0.0, gather_s - (self._loop.time() - self._read_s))
+        if pause_s:
+            await asyncio.sleep(pause_s)
         if not self._read():
-            await self._readable(_REAP_STEP_S if self._eof else wait_s)
+            await self._readable(_REAP_STEP_S if self._eof else wait_s - pause_s)
             if not self._read():
                 return self._lines()
         self._read_s = self._loop.time()

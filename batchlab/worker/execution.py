@@ -300,7 +300,7 @@ class Execution:
         while True:
             wait_s = self._limits.wait_s(child)
             gather_s = min(wait_s, self._gathering_s())
-            lines = await child.answers(wait_s - gather_s, gather_s=gather_s)
+            lines = await child.answers(wait_s, gather_s=gather_s)
             if end := self._process_answers(lines):
                 return end
             if child.corrupted and self._pending:

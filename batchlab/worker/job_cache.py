@@ -98,10 +98,10 @@ DEFINITION_LEASES = 20
 """
 STARTING_SHARE = 0.5
 """Share of the lease after which a control object is read again while tasks of the job may start."""
-RUNNING_SHARE = 0.9
+RUNNING_SHARE = 0.8
 """Share of the lease after which a control object is read again while all tasks of the job's messages run.
 
-A cancellation therefore ends the running tasks within one lease.
+A cancellation therefore ends the running tasks within one lease, if no read fails or takes a fifth of the lease.
 """
 RETRY_SHARE = 1 / 6
 """Share of the lease between a failed read and the next read."""
@@ -185,7 +185,7 @@ class ControlPoller:
             if not watchers:
                 self._unwatched.pop(job, None)
                 self._unwatched[job] = None
-        elif entry is None:  # `run` removed the entry of the job during the request.
+        elif entry is None:  # `watch` removed the entry of the job during the request.
             return await self.read(job)
         else:
             entry.read_s = max(entry.read_s, read_s)
@@ -268,7 +268,7 @@ class ControlPoller:
             self._next_s = max(due_s, failed_s + self._lease_s * RETRY_SHARE)
             if (wait_s := self._next_s - self._clock.monotonic_s()) > 0:
                 await set_after(self._is_due_earlier, wait_s)
-            starting = self._starting()
+                continue
             for job in list(self._watched):
                 # The last watcher of a job may leave during a read.
                 if job not in self._watched or self._due_s(job, starting) > self._clock.monotonic_s():

@@ -210,6 +210,7 @@ class Worker:
                 group.create_task(self._heartbeats.run(), name="heartbeats"),
                 group.create_task(self._poison_detector.run(), name="poison detection"),
                 group.create_task(self._live_logs.run(), name="live logs"),
+                group.create_task(self.context.outbox.run_deletes(), name="late deletes"),
             ]
             if self._notices is not None:
                 others.append(group.create_task(poll_notices(self._notices, self.drain), name="notices"))
@@ -218,10 +219,10 @@ class Worker:
             self._shutdown.return_waiting()
             self._heartbeats.request()
             await self._shutdown.wait(self._empty)
+            await self.context.outbox.end_deletes()
             for other in others:
                 other.cancel()
         try:
-            await self.context.outbox.end_deletes()
             await self._heartbeats.send_final()
         finally:
             await self._runner.close()

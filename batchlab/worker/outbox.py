@@ -19,7 +19,7 @@ from typing import Generic, Protocol, TypeVar
 from batchlab.core.commit import Addressed, by_queue, send_to
 from batchlab.core.errors import BackendError
 from batchlab.core.model import JobId, Outcome
-from batchlab.core.port_retries import STEP_BACK_S, Patience, raise_if_cancelled, set_within
+from batchlab.core.port_retries import STEP_BACK_S, Patience, raise_if_cancelled, set_after
 from batchlab.core.ports import MAX_BATCH, Outgoing, Queue
 from batchlab.core.pricing.request_costs import RequestCounter, WorkerRequests
 from batchlab.core.protocol import json_format, object_keys, settlement
@@ -146,37 +146,38 @@ class _LateDeletes:
         self._flush = flush
         self._delay_s = delay_s
         self._receipts: dict[str, list[str]] = {}
+        self._is_waiting = asyncio.Event()
+        """Event that is set while messages wait for their delete."""
         self._is_due = asyncio.Event()
-        self._deleting: asyncio.Task[None] | None = None
+        self._flushing = asyncio.Lock()
 
     def add(self, queue: str, receipt: str) -> None:
         receipts = self._receipts.setdefault(queue, [])
         receipts.append(receipt)
+        self._is_waiting.set()
         if len(receipts) >= MAX_BATCH:
             self._is_due.set()
-        if self._deleting is None:
-            self._deleting = asyncio.create_task(self._delete(), name="late deletes")
 
-    async def end(self) -> None:
+    async def run(self) -> None:
+        while True:
+            await self._is_waiting.wait()
+            await set_after(self._is_due, self._delay_s)
+            await self.flush()
+
+    async def flush(self) -> None:
         """Delete the waiting messages now."""
-        if self._deleting:
-            self._is_due.set()
-            await self._deleting
-
-    async def _delete(self) -> None:
-        try:
-            while self._receipts:
-                await set_within(self._is_due, self._delay_s)
-                self._is_due.clear()
-                waiting, self._receipts = self._receipts, {}
-                for queue, receipts in waiting.items():
+        async with self._flushing:
+            waiting, self._receipts = self._receipts, {}
+            self._is_waiting.clear()
+            self._is_due.clear()
+            for queue, receipts in waiting.items():
+                for start in range(0, len(receipts), MAX_BATCH):
+                    batch = receipts[start : start + MAX_BATCH]
                     try:
-                        await self._flush(queue, receipts)
+                        await self._flush(queue, batch)
                     except BackendError as error:
                         raise_if_cancelled()
-                        log.warning("the messages of %d committed bundles return: %s", len(receipts), error)
-        finally:
-            self._deleting = None
+                        log.warning("the messages of %d committed bundles return: %s", len(batch), error)
 
 
 class Outbox:
@@ -225,9 +226,13 @@ class Outbox:
         """Delete the message of a committed bundle whose event is sent, together with other messages."""
         self._late_deletes.add(queue, receipt)
 
+    async def run_deletes(self) -> None:
+        """Delete the messages passed to `delete_later` forever."""
+        await self._late_deletes.run()
+
     async def end_deletes(self) -> None:
         """Delete the messages of committed bundles that are not deleted yet."""
-        await self._late_deletes.end()
+        await self._late_deletes.flush()
 
     async def send_event(self, event: Outcome | Beat, trace: str = "", *, urgent: bool = True) -> None:
         """Send a committed outcome or a heartbeat to the events queue.

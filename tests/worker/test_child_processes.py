@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.errors import BackendError, Unreachable
-from batchlab.worker.child_process import TICK_S
+from batchlab.worker.child_process import TICK_S, ChildProcess
 from batchlab.worker.inflight_message import Handle
 from tests.support.worker.runner import USER_CODE, alive, children_of, collect, go, opened, until
 
@@ -64,6 +65,26 @@ def test_event_loop_stays_responsive_while_tasks_run(tmp_path: Path) -> None:
     go(main())
 
 
+def test_worker_looks_for_answers_of_long_tasks_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, a worker looked for answers without a pause while the tasks of a bundle took longer than `TICK_S`."""
+    looks = 0
+    answers = ChildProcess.answers
+
+    async def counted(self: ChildProcess, wait_s: float, *, gather_s: float) -> list[Any]:
+        nonlocal looks
+        looks += 1
+        return await answers(self, wait_s, gather_s=gather_s)
+
+    monkeypatch.setattr(ChildProcess, "answers", counted)
+
+    async def main() -> None:
+        async with opened(tmp_path) as rig:
+            await collect(rig, await rig.work([["sleep", 0.3]] * 4), Handle())
+
+    go(main())
+    assert looks < 3 * 1.2 / TICK_S
+
+
 def test_close_ends_every_child_and_run_and_removes_what_they_left(tmp_path: Path) -> None:
     async def main() -> None:
         mark = tmp_path / "started"
@@ -100,6 +121,7 @@ def test_a_run_that_is_given_up_leaves_no_process(tmp_path: Path) -> None:
 WORKER = """
 import asyncio, sys
 from pathlib import Path
+from typing import Any
 from tests.support.worker.runner import opened
 
 async def main():

@@ -40,7 +40,7 @@ class Bucket(SimObjects):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "has_started", "holds", "reads"), [(1, False, True, 60), (2, True, True, 60), (1, True, False, 33)]
+    ("tasks", "has_started", "holds", "reads"), [(1, False, True, 60), (2, True, True, 60), (1, True, False, 38)]
 )
 def test_lease_of_a_job_holds_until_its_last_task_starts(
     tasks: int, has_started: bool, holds: bool, reads: int
