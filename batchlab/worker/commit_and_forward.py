@@ -238,9 +238,7 @@ class BundleFinisher:
             if inflight.replied and not outcome.follows:
                 await self._replied.wait()
         await self._forward(inflight, outcome, outcome, may_wait=True)
-        if inflight.receipt is not None:
-            receipt, inflight.receipt = inflight.receipt, None
-            self._context.outbox.delete_later(inflight.queue, receipt)
+        await self.delete(inflight)
 
     async def forward_again(self, inflight: InflightMessage, outcome: Outcome) -> None:
         """Forward an outcome that was committed earlier, and delete the message.

@@ -135,13 +135,6 @@ HEAD_START_S = 0.01
 """Delay in seconds of the next receive after a long poll has filled every slot."""
 
 
-DELETE_DELAY_S = 5.0
-"""Longest delay in seconds of the delete of a committed bundle's message.
-
-The delay is at most a quarter of the visibility timeout. At least half of the timeout remains when a bundle ends.
-"""
-
-
 class Worker:
     """One worker process. `run` returns when no message is in flight after a call of `drain`."""
 
@@ -160,8 +153,7 @@ class Worker:
         replies: Replies | None = None,
     ) -> None:
         self._jobs = JobCache(objects, patience)
-        delete_delay_s = min(DELETE_DELAY_S, settings.visibility_s / 4)
-        outbox = Outbox(queue, patience, tally, self._jobs.key_of, delete_delay_s)
+        outbox = Outbox(queue, patience, tally, self._jobs.key_of)
         context = WorkerContext(who, objects, queue, clock, patience, settings, outbox, tracer, replies=replies)
         self.who = who
         self.context = context
@@ -210,7 +202,6 @@ class Worker:
                 group.create_task(self._heartbeats.run(), name="heartbeats"),
                 group.create_task(self._poison_detector.run(), name="poison detection"),
                 group.create_task(self._live_logs.run(), name="live logs"),
-                group.create_task(self.context.outbox.run_deletes(), name="late deletes"),
             ]
             if self._notices is not None:
                 others.append(group.create_task(poll_notices(self._notices, self.drain), name="notices"))
@@ -219,7 +210,6 @@ class Worker:
             self._shutdown.return_waiting()
             self._heartbeats.request()
             await self._shutdown.wait(self._empty)
-            await self.context.outbox.end_deletes()
             for other in others:
                 other.cancel()
         try:

@@ -2,13 +2,12 @@
 
 Invariant: a call returns only when the service has accepted the call's entry. Entries that arrive during a request are
 sent together in the next request, so batching adds no delay. An entry that is not urgent waits for other entries: an
-event up to `LINGER_S`, and a delete up to `STEP_BACK_S`. Only `delete_later` returns before the request.
+event up to `LINGER_S`, and a delete up to `STEP_BACK_S`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,17 +16,14 @@ from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from batchlab.core.commit import Addressed, by_queue, send_to
-from batchlab.core.errors import BackendError
 from batchlab.core.model import JobId, Outcome
-from batchlab.core.port_retries import STEP_BACK_S, Patience, raise_if_cancelled, set_after
+from batchlab.core.port_retries import STEP_BACK_S, Patience
 from batchlab.core.ports import MAX_BATCH, Outgoing, Queue
 from batchlab.core.pricing.request_costs import RequestCounter, WorkerRequests
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
 from batchlab.core.protocol.messages import Beat, CounterReport, Duplicate, Events, Traces, events_message
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -136,55 +132,11 @@ class _Batcher(Generic[T]):
             self._worker = None
 
 
-class _LateDeletes:
-    """Delayed deletes of the messages of committed bundles, so that one request deletes several messages.
-
-    If the worker dies before the delete, the messages become visible again, and the next receivers find the outcomes.
-    """
-
-    def __init__(self, flush: Callable[[str, Sequence[str]], Awaitable[None]], delay_s: float) -> None:
-        self._flush = flush
-        self._delay_s = delay_s
-        self._receipts: dict[str, list[str]] = {}
-        self._is_waiting = asyncio.Event()
-        """Event that is set while messages wait for their delete."""
-        self._is_due = asyncio.Event()
-        self._flushing = asyncio.Lock()
-
-    def add(self, queue: str, receipt: str) -> None:
-        receipts = self._receipts.setdefault(queue, [])
-        receipts.append(receipt)
-        self._is_waiting.set()
-        if len(receipts) >= MAX_BATCH:
-            self._is_due.set()
-
-    async def run(self) -> None:
-        while True:
-            await self._is_waiting.wait()
-            await set_after(self._is_due, self._delay_s)
-            await self.flush()
-
-    async def flush(self) -> None:
-        """Delete the waiting messages now."""
-        async with self._flushing:
-            waiting, self._receipts = self._receipts, {}
-            self._is_waiting.clear()
-            self._is_due.clear()
-            for queue, receipts in waiting.items():
-                for start in range(0, len(receipts), MAX_BATCH):
-                    batch = receipts[start : start + MAX_BATCH]
-                    try:
-                        await self._flush(queue, batch)
-                    except BackendError as error:
-                        raise_if_cancelled()
-                        log.warning("the messages of %d committed bundles return: %s", len(batch), error)
-
-
 class Outbox:
     """Batched sends, events, and deletes of one worker.
 
     `key_of` returns the commit key of a job whose messages were received. Heartbeats carry the request counts in
-    `tally` and the result counts in `counters`. `delete_later` waits up to `delete_delay_s`.
+    `tally` and the result counts in `counters`.
     """
 
     def __init__(
@@ -193,7 +145,6 @@ class Outbox:
         patience: Patience,
         tally: RequestCounter | None = None,
         key_of: Callable[[JobId], CommitKey] = lambda _: UNSEALED,
-        delete_delay_s: float = 0.0,
     ) -> None:
         self._queue = queue
         self._patience = patience
@@ -201,7 +152,6 @@ class Outbox:
         self._tally = tally
         self._sends: dict[str, _Batcher[Sequence[Outgoing]]] = {}
         self._deletes: dict[str, _Batcher[str]] = {}
-        self._late_deletes = _LateDeletes(self._flush_deletes, delete_delay_s)
         self._duplicates: list[Duplicate] = []
         self._events: _Batcher[Event] = _Batcher(self._flush_events)
         self.counters = WorkerCounters()
@@ -221,18 +171,6 @@ class Outbox:
         flush = partial(self._flush_deletes, queue)
         batcher = self._deletes.setdefault(queue, _Batcher(flush, STEP_BACK_S))
         await batcher.put(receipt, urgent=urgent)
-
-    def delete_later(self, queue: str, receipt: str) -> None:
-        """Delete the message of a committed bundle whose event is sent, together with other messages."""
-        self._late_deletes.add(queue, receipt)
-
-    async def run_deletes(self) -> None:
-        """Delete the messages passed to `delete_later` forever."""
-        await self._late_deletes.run()
-
-    async def end_deletes(self) -> None:
-        """Delete the messages of committed bundles that are not deleted yet."""
-        await self._late_deletes.flush()
 
     async def send_event(self, event: Outcome | Beat, trace: str = "", *, urgent: bool = True) -> None:
         """Send a committed outcome or a heartbeat to the events queue.

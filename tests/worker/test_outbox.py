@@ -32,8 +32,6 @@ class Sent:
     def __init__(self) -> None:
         self.away = False
         self.events: list[Events] = []
-        self.deletes: list[tuple[float, list[str]]] = []
-        """Time and receipts of each request that deletes messages."""
 
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         if self.away:
@@ -43,11 +41,6 @@ class Sent:
     async def receive(self, queue: str, **_: object) -> Sequence[Message]:
         await asyncio.sleep(20.0)
         return ()
-
-    async def delete(self, queue: str, receipts: Sequence[str]) -> None:
-        if self.away:
-            raise Unreachable("The queue is away.")
-        self.deletes.append((asyncio.get_running_loop().time(), list(receipts)))
 
     @property
     def duplicates(self) -> list[str]:
@@ -135,9 +128,8 @@ def test_waiting_reports_are_bounded_and_fit_into_messages() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("is_away", [True, False])
-def test_worker_deletes_its_messages_and_ends_its_processes_at_its_end(*, is_away: bool) -> None:
-    """Before, a worker whose last event failed ended with an error and left the processes of its tasks running."""
+def test_worker_with_a_failing_last_event_ends_its_processes() -> None:
+    """Before, the worker ended with an error and left the processes of its tasks running."""
 
     async def main() -> None:
         sent, closed = Sent(), 0
@@ -160,34 +152,9 @@ def test_worker_deletes_its_messages_and_ends_its_processes_at_its_end(*, is_awa
         )
         running = asyncio.create_task(worker.run())
         await asyncio.sleep(1.0)
-        worker.context.outbox.delete_later("tasks", "r1")
-        sent.away = is_away
+        sent.away = True
         worker.drain()
         await running
         assert closed == 1
-        assert [receipts for _, receipts in sent.deletes] == ([] if is_away else [["r1"]])
-
-    SimLoop().run(main())
-
-
-def test_messages_of_committed_bundles_are_deleted_together() -> None:
-    async def main() -> None:
-        sent = Sent()
-        outbox = Outbox(cast(Queue, sent), Patience(Random(1), limit_s=0.0), delete_delay_s=5.0)
-        deleting = asyncio.create_task(outbox.run_deletes())
-        for number in range(12):
-            outbox.delete_later("tasks", f"r{number}")
-            await asyncio.sleep(0.25)
-        await asyncio.sleep(10.0)
-        assert sent.deletes == [(2.25, [f"r{n}" for n in range(10)]), (7.5, ["r10", "r11"])]
-        # A message whose delete fails returns to the queue, and the deletes continue.
-        sent.away = True
-        outbox.delete_later("tasks", "r12")
-        await asyncio.sleep(10.0)
-        sent.away = False
-        outbox.delete_later("tasks", "r13")
-        await outbox.end_deletes()
-        assert sent.deletes[2:] == [(23.0, ["r13"])]
-        deleting.cancel()
 
     SimLoop().run(main())
