@@ -37,8 +37,10 @@ _newest = select(jobs).order_by(jobs.c.submitted_s.desc(), jobs.c.id.desc()).lim
 _active = _newest.where(jobs.c.state.not_in(sorted(ENDED)))
 _STAGE = [field.name for field in fields(Stage) if field.name in stages.c and field.name != "uncut"]
 """Columns of a stage, in the order of the arguments of Stage. `uncut` is not included."""
+_STAGE_COLUMNS = (stages.c.stage, stages.c.uncut, *(stages.c[name] for name in _STAGE))
+"""Columns of a stage, in the order of the arguments of `_add_stage`."""
 _stages_of_jobs = (
-    select(stages.c.job, stages.c.stage, stages.c.uncut, *(stages.c[name] for name in _STAGE))
+    select(stages.c.job, *_STAGE_COLUMNS)
     .where(stages.c.job.in_(bindparam("jobs", expanding=True)))
     .order_by(stages.c.job, stages.c.position)
 )
@@ -47,9 +49,7 @@ _job_with_stages = (
         # The definition of the job may be long, so only the row of the first stage contains the definition.
         case((stages.c.position == 0, jobs.c.spec)),
         *(jobs.c[name] for name in _JOB),
-        stages.c.stage,
-        stages.c.uncut,
-        *(stages.c[name] for name in _STAGE),
+        *_STAGE_COLUMNS,
     )
     .join_from(jobs, stages)
     .where(jobs.c.id == bindparam("job"))
@@ -94,7 +94,7 @@ def rows_of(connection: Connection, name: JobId) -> JobRows:
 
 
 def find_job(connection: Connection, name: JobId) -> JobRecord:
-    return _record(_row(connection, name))
+    return _projection_of(_row(connection, name)).rows().job
 
 
 def page_of_jobs(connection: Connection, active: bool, limit: int, before: str | None) -> list[JobRows]:
@@ -102,10 +102,7 @@ def page_of_jobs(connection: Connection, active: bool, limit: int, before: str |
     if before is not None:
         last = _row(connection, JobId(before))
         query = query.where(tuple_(jobs.c.submitted_s, jobs.c.id) < (last["submitted_s"], last["id"]))
-    page = {
-        row["id"]: _projection(row["spec"], *(row[name] for name in _JOB))
-        for row in connection.execute(query, values).mappings()
-    }
+    page = {row["id"]: _projection_of(row) for row in connection.execute(query, values).mappings()}
     names = list(page)
     for first in range(0, len(names), MAX_NAMES):
         batch = names[first : first + MAX_NAMES]
@@ -129,8 +126,8 @@ def _projection(spec: str, state: str, reason: str, control: str, round_: int, e
     return Projection(_job_def(spec), JobState(state), reason, Control(control), round_, ended_s)
 
 
-def _record(row: RowMapping) -> JobRecord:
-    return _projection(row["spec"], *(row[name] for name in _JOB)).rows().job
+def _projection_of(row: RowMapping) -> Projection:
+    return _projection(row["spec"], *(row[name] for name in _JOB))
 
 
 _job_defs: WeakValueDictionary[str, JobDef] = WeakValueDictionary()
