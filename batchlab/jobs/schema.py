@@ -229,7 +229,7 @@ Memory = Annotated[
     Field(
         description="Memory limit of one task, in bytes or as text with a unit. The memory limit must be "
         "at least 16 MiB. A task that exceeds its memory limit fails with the kind `memory`. "
-        "By default, a task has no memory limit.",
+        "By default, the memory of a task is not limited.",
         examples=["512 MiB"],
     ),
 ]

@@ -65,7 +65,7 @@ JOBS = _table(
     ("backend", "VARCHAR", "name of the backend on which the job ran, such as local or aws"),
     ("is_final", "BOOLEAN", "whether the job had ended when the report was written"),
     ("state", "VARCHAR", "state of the job, such as SUCCEEDED"),
-    ("reason", "VARCHAR", "reason for the job's state; empty if the state has no reason"),
+    ("reason", "VARCHAR", "reason for the job's state; empty if the state does not have a reason"),
     ("rounds", "INTEGER", "number of rounds of the job: 1, plus 1 for each `job retry`"),
     ("priority", "INTEGER", "priority of the job"),
     ("tags", "VARCHAR", "tags of the job, as a JSON object"),
@@ -218,7 +218,7 @@ BUNDLES = _table(
         "id of the bundle of the previous stage whose results this bundle uses; NULL if the "
         "bundle does not use the results of a single bundle",
     ),
-    ("losses", "INTEGER", "number of the bundle's earlier deliveries that had no outcome"),
+    ("losses", "INTEGER", "number of the bundle's earlier deliveries without an outcome"),
     ("worker", "VARCHAR", "id of the worker that committed the bundle's outcome; NULL if the bundle has no outcome"),
     (
         "execution",
@@ -263,7 +263,7 @@ INSTANCES = _table(
     ("instance", "VARCHAR", "id of the instance"),
     _POOL,
     ("type", "VARCHAR", "EC2 type of the instance; empty if all instances of the backend are equal"),
-    ("zone", "VARCHAR", "availability zone of the instance; empty if the backend has no zones"),
+    ("zone", "VARCHAR", "availability zone of the instance; empty if the backend does not have zones"),
     ("market", "VARCHAR", "market of the instance: on-demand or spot"),
     ("launched_s", "DOUBLE", "launch time of the instance"),
     (

@@ -291,7 +291,7 @@ class MonthEndSpec(Span):
     )
     first: list[Amount] = key(
         "List of factors for the rate on the first working days of a month, in order. By default, "
-        "the factor of the first working day is 3, and the other working days have no factor.",
+        "the factor of the first working day is 3, and the other working days do not have a factor.",
         [3, 1.5],
         default_factory=lambda: [3.0],
     )
