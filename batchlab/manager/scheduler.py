@@ -127,7 +127,7 @@ class ScheduleStore:
 
 MAX_NOTES = 100
 LATE_BY_S = 60.0
-"""Maximum delay of a schedule with a single due time, if the wall clock was set back (docs/decisions/0019)."""
+"""Maximum delay of a schedule with a single due time, if the wall clock was set back (decision 0019)."""
 
 _BEFORE_PLANNED = (JobState.SUBMITTED, JobState.PENDING, JobState.SCHEDULED)
 

@@ -1,4 +1,4 @@
-"""Checks of the promises in docs/architecture.md on a world that has come to rest.
+"""Checks of the promises in docs/contributing/architecture.md on a world that has come to rest.
 
 Each check reads the bucket, the ledger, or the record of the world, and raises Violated with the facts.
 """

@@ -7,8 +7,8 @@
     python -m benchmarks.peers ceilings
 
 `install` creates the virtual environments of the peers. `run` measures the peers and prints the tables. With `--docs`,
-the tables replace the tables in `docs/benchmarks.md`. `table` prints the tables of an earlier run. `ceilings` measures
-the request rates of MiniStack.
+the tables replace the tables in `docs/contributing/benchmarks.md`. `table` prints the tables of an earlier run.
+`ceilings` measures the request rates of MiniStack.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.peers import install, report, rounds, workloads
 from benchmarks.peers.config import ROOT
 from benchmarks.peers.registry import PEERS
 
-DOCS = ROOT / "docs" / "benchmarks.md"
+DOCS = ROOT / "docs" / "contributing" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
 
 
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--workloads", **_names(workloads.ALL, workloads.ALL))  # type: ignore[arg-type]
     run.add_argument("--json", type=Path, default=RESULTS, help="results file")
     run.add_argument("--append", action="store_true", help="add the rounds to the rounds of the results file")
-    run.add_argument("--docs", action="store_true", help="write the tables to docs/benchmarks.md")
+    run.add_argument("--docs", action="store_true", help="write the tables to docs/contributing/benchmarks.md")
     run.add_argument("--small", action="store_true", help="one round with a tenth of the work, as a check")
     run.add_argument("--repeat", type=int, default=3, help="rounds")
     run.add_argument("--workers", type=int, default=2)

@@ -23,13 +23,13 @@ from docs.reference import (
 
 PAGES: Mapping[str, Callable[[Path], str]] = {
     "cli.md": lambda _: commands.reference(),
-    "http-api.md": lambda _: http.reference(),
+    "contributing/http-api.md": lambda _: http.reference(),
     "capabilities.md": lambda _: capabilities.reference(),
     "settings.md": lambda _: settings.reference(),
     "job-file.md": lambda _: job_file.reference(),
     "report-data.md": lambda _: report_tables.page(),
     "scenario-file.md": lambda _: scenario_file.reference(),
-    "decisions/index.md": decisions.reference,
+    "contributing/decisions/index.md": decisions.reference,
     "images/rooms.svg": lambda _: rooms.picture(),
 }
 """Generator of each page, by its path below `docs`. Its argument is the path of `docs`."""

@@ -18,9 +18,9 @@ decision.
 
 
 def reference(docs: Path) -> str:
-    """The page in Markdown; `docs` has the folder `decisions`."""
+    """The page in Markdown; `docs` has the folder `contributing/decisions`."""
     rows = []
-    for path in sorted((docs / "decisions").glob("[0-9]*.md")):
+    for path in sorted((docs / "contributing" / "decisions").glob("[0-9]*.md")):
         title = path.read_text().splitlines()[0].removeprefix("# ")
         rows.append((path.name[:4], f"[{title}]({path.name})"))
     return head("the decisions' first lines") + _WORDS + table(("number", "decision"), rows)

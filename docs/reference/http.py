@@ -20,9 +20,9 @@ of the HTTP API. Every manager serves the machine-readable description of the HT
 - A manager listens on 127.0.0.1, or in the grid's own network of containers. In the grid's folder,
   the file `manager.json` contains the manager's address, and the file `token` contains the token.
 - Every request needs the header `Authorization: Bearer TOKEN`, also a request for `/metrics`. Only
-  the [public routes](security.md#access) do not need this header. The command line and the Python
+  the [public routes](../security.md#access) do not need this header. The command line and the Python
   API sign their requests instead, and never send the token to a port
-  ([network](security.md#network)).
+  ([network](../security.md#network)).
 - Fields whose name ends with `_s` are in seconds. Points in time are in seconds since 1970 (UTC).
 - The body of an error response is a [ProblemView](#problemview). The status is 400 or 422 if the
   request is wrong, 401 if the token is missing or wrong, 404 if the requested object does not

@@ -297,7 +297,7 @@ def test_ctrl_c_in_a_terminal_ends_it_at_once_and_leaves_no_process() -> None:
 
 
 def test_the_docs_list_every_fault_with_its_meaning() -> None:
-    page = (ROOT / "docs" / "simulation.md").read_text()
+    page = (ROOT / "docs" / "contributing" / "simulation.md").read_text()
     section = page.split("## Faults")[1].split("\n## ")[0]
     listed = re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.M)
     assert listed == [(kind.value, kind.meaning) for kind in FaultKind]

@@ -271,4 +271,4 @@ def test_every_read_is_consistent(simpledb: Sdb) -> None:
         "GetAttributes",
         "PutAttributes",
         "Select",
-    }, "what docs/ledger.md says the manager's role needs"
+    }, "what docs/contributing/ledger.md says the manager's role needs"

@@ -6,7 +6,7 @@ import re
 
 from tests.support import ROOT
 
-PAGE = (ROOT / "docs" / "auto-scaling.md").read_text()
+PAGE = (ROOT / "docs" / "contributing" / "auto-scaling.md").read_text()
 ENGINE = (
     "groups",
     "histories",

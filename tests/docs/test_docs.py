@@ -72,7 +72,7 @@ def test_imports_in_the_docs_exist() -> None:
 
 
 def test_architecture_page_names_existing_code() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text()
+    page = (ROOT / "docs" / "contributing" / "architecture.md").read_text()
     for path in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)", page):
         candidates = [ROOT / path, *(ROOT / "batchlab").rglob(path.rsplit("/", 1)[-1])]
         assert any(candidate.exists() and candidate.as_posix().endswith(path) for candidate in candidates), path
@@ -103,7 +103,7 @@ def defined(tree: ast.Module) -> set[str]:
 
 
 def test_a_tasks_life_has_ten_hops_of_existing_functions() -> None:
-    page = (ROOT / "docs" / "a-tasks-life.md").read_text()
+    page = (ROOT / "docs" / "contributing" / "a-tasks-life.md").read_text()
     hops = re.split(r"^(?=\d+\. \*\*)", page, flags=re.M)[1:]
     assert [int(hop.partition(".")[0]) for hop in hops] == list(range(1, len(hops) + 1))
     assert len(hops) <= 10

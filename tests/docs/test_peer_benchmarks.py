@@ -20,7 +20,7 @@ from benchmarks.peers.registry import PACKAGES, PEERS
 from benchmarks.peers.workloads import Lost, Workload, WrongResults
 from tests.support import ROOT
 
-DOCS = ROOT / "docs" / "benchmarks.md"
+DOCS = ROOT / "docs" / "contributing" / "benchmarks.md"
 
 
 def answers(workload: Workload) -> list[Any]:

@@ -32,12 +32,12 @@ def test_generated_page_matches_the_code(path: str) -> None:
 
 
 def test_the_pages_are_written_where_they_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "decisions").mkdir()
-    (tmp_path / "decisions" / "0001-a.md").write_text("# Why a|b\n\nBecause.\n")
+    (tmp_path / "contributing" / "decisions").mkdir(parents=True)
+    (tmp_path / "contributing" / "decisions" / "0001-a.md").write_text("# Why a|b\n\nBecause.\n")
     assert __main__.main([]) == 2
     assert __main__.main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.split() == list(reference.PAGES)
-    assert "[Why a\\|b](0001-a.md)" in (tmp_path / "decisions" / "index.md").read_text()
+    assert "[Why a\\|b](0001-a.md)" in (tmp_path / "contributing" / "decisions" / "index.md").read_text()
     (tmp_path / "cli.md").write_text("old")
     assert reference.write(tmp_path) == ["cli.md"]
 
@@ -110,7 +110,7 @@ def test_every_page_is_in_the_navigation_once() -> None:
     """`mkdocs build --strict` would report a missing page only at the end."""
     listed = list(pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     there = {one.relative_to(DOCS).as_posix() for one in DOCS.rglob("*.md")}
-    decisions = {one for one in there if re.match(r"decisions/\d", one)}
+    decisions = {one for one in there if re.match(r"contributing/decisions/\d", one)}
     assert len(listed) == len(set(listed))
     assert set(listed) == there - decisions, "name it in the navigation of mkdocs.yml"
 

@@ -197,7 +197,7 @@ def test_early_disconnect_is_not_an_error() -> None:
 
 
 def test_the_page_lists_what_is_served() -> None:
-    page = (ROOT / "docs" / "asg-endpoint.md").read_text()
+    page = (ROOT / "docs" / "contributing" / "asg-endpoint.md").read_text()
     table = page[page.index("| served |") : page.index("Every other action")]
     named = set(re.findall(r"\b[A-Z][a-z]+[A-Z]\w+", table))
     assert named == set(ACTIONS)

@@ -337,7 +337,7 @@ def test_run_skipped_by_a_fast_clock_starts_after_its_correction() -> None:
 
 
 def test_due_time_starts_once_after_the_clock_goes_back_a_day() -> None:
-    """A job that waits for its start time behaves in the same way (docs/decisions/0019)."""
+    """A job that waits for its start time behaves in the same way (docs/contributing/decisions/0019)."""
 
     async def act(world: World) -> None:
         begins(world, "2026-03-02T09:00:00")

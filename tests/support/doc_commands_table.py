@@ -194,7 +194,7 @@ ELSEWHERE = {
     ),
     "batchlab conform --endpoint http://127.0.0.1:4566": "tests/system/test_conform.py test_page_matches_the_emulator",
     "batchlab conform --endpoint http://127.0.0.1:4566 --name 'MiniStack 1.5.33'"
-    " --markdown docs/emulators.md": "tests/system/test_conform.py test_page_matches_the_emulator",
+    " --markdown docs/contributing/emulators.md": "tests/system/test_conform.py test_page_matches_the_emulator",
     "batchlab conform --endpoint http://127.0.0.1:4566 --needed": "tests/system/test_conform.py"
     " test_existing_bucket_is_used_and_its_objects_are_unchanged",
     "batchlab conform --endpoint http://127.0.0.1:9000 --only 's3-*' --json": (
@@ -226,7 +226,7 @@ ELSEWHERE = {
         "tests/system/test_conform_asg.py test_page_matches_moto"
     ),
     "batchlab conform --service autoscaling --endpoint http://127.0.0.1:4580 --template worker"
-    " --name 'batchlab asg serve' --markdown docs/asg-endpoint.md": (
+    " --name 'batchlab asg serve' --markdown docs/contributing/asg-endpoint.md": (
         "tests/system/test_conform_asg.py test_own_endpoint_follows_every_rule"
     ),
     # The tests of the following commands run the page's own command with other options.

@@ -1,4 +1,7 @@
-"""`batchlab conform` on the emulators. The findings match docs/emulators.md, and no resource is left behind."""
+"""`batchlab conform` on the emulators.
+
+The findings match docs/contributing/emulators.md, and no resource is left behind.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_sqs import SQSClient
 
-PAGE = ROOT / "docs" / "emulators.md"
+PAGE = ROOT / "docs" / "contributing" / "emulators.md"
 
 NAMES = {"ministack": f"MiniStack {VERSION}", "localstack": "LocalStack 4.14.0", "moto": f"moto {version('moto')}"}
 """The names of the sections on the page, by fixture."""

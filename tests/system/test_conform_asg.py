@@ -1,7 +1,7 @@
 """`batchlab conform --service autoscaling` on batchlab's own endpoint with processes, and on moto.
 
-The findings match docs/asg-endpoint.md, and no resource is left behind. A proxy that breaks one rule is noticed, and a
-run through an unchanged proxy shows no finding.
+The findings match docs/contributing/asg-endpoint.md, and no resource is left behind. A proxy that breaks one rule is
+noticed, and a run through an unchanged proxy shows no finding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.support.conform.proxy import Request, Response, Sabotage, Send, proxy
 from tests.support.conform.sabotages_asg import ASG_SABOTAGES
 from tests.support.waiting import until
 
-PAGE = ROOT / "docs" / "asg-endpoint.md"
+PAGE = ROOT / "docs" / "contributing" / "asg-endpoint.md"
 
 AT_ONCE = 4
 EVERY = {check.name for check in ASG_CHECKS}

@@ -1,7 +1,7 @@
 """Planted bugs: broken variants of the product, each of which the simulator must catch.
 
 Invariant: a mutant changes the product only in the test's process, and only while a test runs it. Each real bug that is
-found later becomes a mutant, as docs/planted-bugs.md describes.
+found later becomes a mutant, as docs/contributing/planted-bugs.md describes.
 """
 
 from tests.sim.mutants import fleet, ids, leaders, lies, manager, storage, waste, words, worker

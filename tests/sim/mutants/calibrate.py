@@ -21,7 +21,7 @@ from tests.sim.mutants import MUTANTS
 from tests.sim.mutants.kit import ENOUGH, KNOWN, Known, Mutant, hunt, known
 from tests.support import ROOT
 
-PAGE = ROOT / "docs" / "planted-bugs.md"
+PAGE = ROOT / "docs" / "contributing" / "planted-bugs.md"
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
 SMALL = 150
