@@ -163,7 +163,8 @@ class TaskView(TypedDict):
 
     The `state` of a task is succeeded, failed, or cancelled. The `state` is retried if `seq` belongs to an earlier
     outcome of the task. `input` and `log` are the text of the task's input and log. The manager truncates a long input
-    and a long log. `input_of` is the name of the file that contains the task's input.
+    and a long log. `input_of` is the name of the file that contains the task's input. `cpu_s`, `memory_bytes` (the
+    peak), `input_bytes`, and `output_bytes` are null if the attempt was too short to be measured.
     """
 
     seq: int
@@ -174,6 +175,10 @@ class TaskView(TypedDict):
     worker: str
     started_s: float
     ended_s: float
+    cpu_s: float | None
+    memory_bytes: int | None
+    input_bytes: int | None
+    output_bytes: int | None
     failure: FailureView | None
     input: str
     input_of: str

@@ -258,6 +258,21 @@ class Failure:
     final: bool = True
 
 
+class TaskMetrics(NamedTuple):
+    """Measured figures of one attempt of a task, as the worker reports them. None means that a figure is unknown.
+
+    `cpu_s` is the CPU time in seconds, including programs that the task waited for. `memory_bytes` is the peak of the
+    resident memory. `input_bytes` and `output_bytes` are the sizes of the task's input and result with their files.
+    `input` is the name of the task's first input file, or "" if the input does not have a file.
+    """
+
+    cpu_s: float | None = None
+    memory_bytes: int | None = None
+    input_bytes: int | None = None
+    output_bytes: int | None = None
+    input: str = ""
+
+
 class Ran(NamedTuple):
     """Result of one attempt of a task.
 
@@ -269,6 +284,7 @@ class Ran(NamedTuple):
     run_s: float
     value: Json = None
     failure: Failure | None = None
+    metrics: TaskMetrics | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +328,8 @@ class Outcome(_Written):
     log: str = ""
     log_spans: tuple[tuple[int, int, int], ...] = ()
     """Position in the log object of the output of each task, as (task, first byte, last byte + 1)."""
+    metrics: tuple[tuple[int, TaskMetrics], ...] = ()
+    """Tasks with measured attempts, each with its metrics. Short attempts are not measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from functools import partial
 from batchlab.core.commit import committed
 from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.job_definition import JobDef, StageDef, task_name
-from batchlab.core.model import Bundle, BundleId, Failure, JobId, Json, Outcome, StageName, TaskSet
+from batchlab.core.model import Bundle, BundleId, Failure, JobId, Json, Outcome, StageName, TaskMetrics, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys, values
@@ -72,6 +72,11 @@ class Attempt:
         """Encoded result of the task, or None if the attempt did not succeed."""
         outcome = self.outcome
         return dict(zip(outcome.succeeded, outcome.values, strict=True)).get(self.task)
+
+    @property
+    def metrics(self) -> TaskMetrics:
+        """Measured figures of the attempt. A figure that is not known is None."""
+        return dict(self.outcome.metrics).get(self.task, TaskMetrics())
 
     @property
     def spans(self) -> list[tuple[int, int]]:

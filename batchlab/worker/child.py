@@ -16,6 +16,7 @@ import faulthandler
 import fcntl
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ from typing import IO, Any, TypedDict
 
 from batchlab.worker import handlers, task_log
 from batchlab.worker.shared_memory import IMPORTING, ChildState
-from batchlab.worker.task_executor import ExecutionRequest, TaskExecutor
+from batchlab.worker.task_executor import ExecutionRequest, TaskExecutor, TaskResult
 
 EXIT_PIPE_LOST = 81
 """Exit code of a child process that cannot answer because a task closed the child's pipes."""
@@ -32,6 +33,8 @@ EXIT_PIPE_LOST = 81
 _PR_SET_PDEATHSIG = 1
 _READ_BYTES = 1 << 16
 """Size of the buffer for a read of a pipe. A pipe holds 64 KiB, and a larger buffer would be mapped for each read."""
+_MIN_MEASURED_S = 0.005
+"""Run time from which a task is measured. A measurement takes about 50 µs, which is 1% of this run time."""
 
 
 class RequestLine(TypedDict):
@@ -60,6 +63,7 @@ class Child:
         self._out = Output()
         self._has_code = False
         """Whether the code folder is in the module search path. All requests have the same code folder."""
+        self._meter = TaskMeter()
         self._last = b""
         """Answer of the last task of a request, until the answer is written together with the end of the request."""
 
@@ -127,6 +131,8 @@ class Child:
         The answer of the last task is written with the end of the request, so that the worker wakes up only once.
         """
         extra: dict[str, Any] = {}
+        done: TaskResult | None = None
+        self._meter.start()
         started_s = time.monotonic()
         self._board.mark(task, started_s, log_at)
         try:
@@ -147,6 +153,8 @@ class Child:
             extra["span"] = (log_at, end)
         if executor.touched:
             extra["folder"] = True
+        if run_s >= _MIN_MEASURED_S:
+            extra["metrics"] = self._meter.measure(done, executor.program_memory_bytes)
         answer = f'["{word}",{task},{run_s:.6f},{text},{json.dumps(extra) if extra else "null"}]'
         if is_last:
             self._last = answer.encode() + b"\n"
@@ -267,6 +275,50 @@ class ProcessState:
         os.umask(self._umask)
         # A pending alarm would signal the next task, which lacks a handler for the signal.
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+class TaskMeter:
+    """Meter of the CPU time, the peak memory, and the output size of tasks."""
+
+    def __init__(self) -> None:
+        self._cpu_s = 0.0
+        self._programs_s = _programs_cpu_s()
+
+    def start(self) -> None:
+        """Begin to measure a task."""
+        self._cpu_s = time.process_time()
+
+    def measure(self, done: TaskResult | None, program_memory_bytes: int) -> tuple[float, int | None, int | None]:
+        """Return the CPU time in seconds, the peak memory in bytes, and the size in bytes of the result `done`.
+
+        The peak memory includes short tasks since the last measured task, because the kernel's peak is reset only here.
+        """
+        before_s, self._programs_s = self._programs_s, _programs_cpu_s()
+        cpu_s = time.process_time() - self._cpu_s + self._programs_s - before_s
+        own_bytes = _reset_peak()
+        memory_bytes = None if own_bytes is None else max(own_bytes, program_memory_bytes)
+        output_bytes = len(done.text) + sum(Path(path).stat().st_size for path, _ in done.uploads) if done else None
+        return round(cpu_s, 6), memory_bytes, output_bytes
+
+
+def _programs_cpu_s() -> float:
+    """Return the CPU time of programs that have ended and that the process waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _reset_peak() -> int | None:
+    """Return the peak of the process's resident memory in bytes, and reset the peak.
+
+    Return None if the system does not offer the peak.
+    """
+    try:
+        status = Path("/proc/self/status").read_bytes()
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    _, _, rest = status.partition(b"VmHWM:")
+    return int(rest.split(None, 1)[0]) * 1024 if rest else None
 
 
 class MemoryGrowth:

@@ -410,11 +410,14 @@ class Execution:
         word, task, run_s, payload, extra = line
         if task not in self._pending:
             return  # The answer belongs to an ended task, so a process that the handler forked sent the answer.
+        measured = extra.get("metrics") if extra else None
+        failure = None if word == "ok" else materialization.failure(task, payload, run_s)
+        metrics = None
+        if measured or failure:
+            # A failed task always has its input in the report, because the input is often the cause.
+            metrics = materialization.metrics(self._pending[task], measured)
         del self._pending[task], self._unfinished[task]
-        if word == "ok":
-            ran = Ran(task, run_s, payload)
-        else:
-            ran = Ran(task, run_s, failure=materialization.failure(task, payload, run_s))
+        ran = Ran(task, run_s, None if failure else payload, failure, metrics)
         if extra:
             self._handle.log_spans.extend(_span_of(task, extra))
         if not (task in self._inputs.fetched or (extra and "folder" in extra)):
@@ -435,14 +438,16 @@ class Execution:
         except (NotFound, FileNotFoundError) as error:
             reason = f"Its output disappeared before it could be stored: {error}"
             failure = materialization.failure(ran.task, fault(FailureKind.RESULT, reason), ran.run_s)
-            ran = Ran(ran.task, ran.run_s, failure=failure)
+            ran = ran._replace(value=None, failure=failure)
         await asyncio.to_thread(_remove, self._folder / str(ran.task))
         return ran
 
     def _fail_task(self, why: Termination, exit_code: int | None) -> None:
+        metrics = materialization.metrics(self._pending[why.task], None)
         del self._pending[why.task], self._unfinished[why.task]
         cause = fault(why.kind, why.reason, exit_code=exit_code)
-        ran = Ran(why.task, why.ran_s, failure=materialization.failure(why.task, cause, why.ran_s))
+        failure = materialization.failure(why.task, cause, why.ran_s)
+        ran = Ran(why.task, why.ran_s, failure=failure, metrics=metrics)
         self.results.put_nowait([ran])
 
     def _fail_unfinished(self, cause: Fault) -> None:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound
-from batchlab.core.model import Failure, FailureKind, Json
+from batchlab.core.model import Failure, FailureKind, Json, TaskMetrics
 from batchlab.core.ports import LocalFiles, Objects
 from batchlab.core.protocol import object_keys, values
 from batchlab.core.protocol.bundle_inputs import ForeignReference, JobObjects
+from batchlab.core.protocol.field_checks import MAX_INPUT_NAME
 from batchlab.core.task_context import name_problem
 from batchlab.worker.handlers import Fault
 from batchlab.worker.inflight_message import Work
@@ -227,6 +228,24 @@ async def _all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
 
 def _failure(task: int, reason: str, error: Exception) -> Failure:
     return Failure(task, FailureKind.INPUT, reason, error=type(error).__name__)
+
+
+def metrics(item: Json, measured: Sequence[Any] | None) -> TaskMetrics | None:
+    """Return the metrics of a task with the local item `item`, or None if there is nothing to report.
+
+    `measured` has the CPU time in seconds, the peak memory in bytes, and the size in bytes of the result. `measured` is
+    None if the task was too short to be measured, or if its process died.
+    """
+    origins = [reference["origin"] for reference in values.references(item)] if not values.is_flat(item) else []
+    if origins:
+        name = origins[0]["name"][:MAX_INPUT_NAME]
+        input_bytes = sum(map(_bytes, origins))
+    elif measured is None:
+        return None
+    else:
+        name, input_bytes = "", len(json.dumps(item))
+    cpu_s, memory_bytes, output_bytes = measured or (None, None, None)
+    return TaskMetrics(cpu_s, memory_bytes, input_bytes, output_bytes, name)
 
 
 def failure(task: int, fault: Fault, run_s: float) -> Failure:

@@ -35,7 +35,7 @@ def run(
     Problem.
     """
     call = prepare(template, stdout, code, item, ctx)
-    _execute(call)
+    _execute(call, ctx)
     written = {name: _output(ctx.made("out"), name) for name in call.outputs}
     if len(written) == 1:
         return next(iter(written.values()))
@@ -133,7 +133,7 @@ def _environment(code: str) -> dict[str, str]:
     return environment
 
 
-def _execute(call: Call) -> None:
+def _execute(call: Call, ctx: Context) -> None:
     import subprocess  # `subprocess` is imported late, because its import is slow and most tasks are Python functions.
 
     program, *arguments = call.arguments
@@ -152,9 +152,8 @@ def _execute(call: Call) -> None:
             )
         except OSError as error:
             raise _cannot_run(program, error) from error
-        last = _relay(process)
-        code_ = process.wait()
-    if code_:
+        last, ctx.program_memory_bytes = _relay(process)
+    if code_ := process.returncode:
         raise Problem("exit", _exit_reason(code_) + (f": {last}" if last else ""), code=code_)
 
 
@@ -189,10 +188,11 @@ def _exit_reason(code: int) -> str:
         return f"exit code {code}"
 
 
-def _relay(process: subprocess.Popen[bytes]) -> str:
-    """Copy the program's standard error to the log until the process ends, and return the last line.
+def _relay(process: subprocess.Popen[bytes]) -> tuple[str, int]:
+    """Copy the program's standard error to the log until the process ends.
 
-    The copy ends with the process, not with the pipe, because a descendant may keep the pipe open.
+    Return the last line, and the peak of the process's resident memory in bytes. The copy ends with the process, not
+    with the pipe, because a descendant may keep the pipe open.
     """
     import select
 
@@ -203,17 +203,29 @@ def _relay(process: subprocess.Popen[bytes]) -> str:
     poller.register(fd, select.POLLIN)
     tail = b""
     while True:
-        ended = process.poll() is not None
+        memory_bytes = _peak_after_end(process, os.WNOHANG)
         while (chunk := _read(fd)) is not None:
             if not chunk:
-                return _last_line(tail)
+                if memory_bytes is None:
+                    memory_bytes = _peak_after_end(process, 0)
+                return _last_line(tail), memory_bytes or 0
             unwritten = chunk
             while unwritten:
                 unwritten = unwritten[os.write(2, unwritten) :]
             tail = (tail + chunk)[-_TAIL_BYTES:]
-        if ended:
-            return _last_line(tail)
+        if memory_bytes is not None:
+            return _last_line(tail), memory_bytes
         poller.poll(_POLL_MS)
+
+
+def _peak_after_end(process: subprocess.Popen[bytes], options: int) -> int | None:
+    """Return the peak of the resident memory in bytes if the process has ended, else None."""
+    # Popen.wait does not return the resource usage of the process.
+    pid, status, usage = os.wait4(process.pid, options)
+    if not pid:
+        return None
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_maxrss * 1024
 
 
 def _read(fd: int) -> bytes | None:

@@ -80,6 +80,8 @@ class TaskExecutor:
         self._room = INLINE_WEIGHT
         self.touched = False
         """Whether the last task created its folder, which the worker must remove."""
+        self.program_memory_bytes = 0
+        """Peak memory in bytes of the program that the last task ran, or 0 if the last task did not run a program."""
         handler = request["handler"]
         try:
             self._call = handlers.load(handler, request["function"]) if handler else self._command
@@ -103,6 +105,7 @@ class TaskExecutor:
             return self._encode_result(value, ctx)
         finally:
             self.touched = ctx.touched
+            self.program_memory_bytes = ctx.program_memory_bytes
 
     def explain(self, error: BaseException) -> handlers.Fault:
         """Return the description of an exception that `run` raised."""

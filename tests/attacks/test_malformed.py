@@ -28,7 +28,7 @@ from batchlab.adapters.sql import open_memory
 from batchlab.core.commit import follow_ups
 from batchlab.core.errors import Malformed, TooLarge, TooNew
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import Bundle, Failure, FailureKind, JobId, JobState, Ran, StageName, TaskSet
+from batchlab.core.model import Bundle, Failure, FailureKind, JobId, JobState, Ran, StageName, TaskMetrics, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import AddJob, Cut, Message, QueueSpec
 from batchlab.core.pricing.request_costs import Requests, WorkerRequests
@@ -77,7 +77,8 @@ FAILURE = Failure(0, FailureKind.EXCEPTION, "no", "ValueError", "Traceback", 1, 
 
 
 def _outcome() -> Any:
-    ran = [Ran(task, 0.25, {"x": [task, None]}) for task in range(6)]
+    metrics = TaskMetrics(0.1, 100, 10, None, "a.csv")
+    ran = [Ran(task, 0.25, {"x": [task, None]}, metrics=metrics) for task in range(6)]
     ran += [Ran(6, 0.1, failure=FAILURE), Ran(7, 0.1, failure=FAILURE)]
     log = object_keys.log(BUNDLE, "w-1-1", UNSEALED)
     return settlement.settle(

@@ -38,6 +38,34 @@ def test_a_command_reads_its_input_and_its_only_output_is_its_value(tmp_path: Pa
     go(main())
 
 
+def test_program_and_its_input_are_measured(tmp_path: Path) -> None:
+    """The figures of a program include its own CPU time and memory. A failed program also has its input's name."""
+    code = (
+        "import pathlib, sys, time\n"
+        "data = pathlib.Path(sys.argv[1]).read_text()\n"
+        "memory = b'x' * (80 * 1024**2)\n"
+        "while time.process_time() < 0.1: pass\n"
+        "pathlib.Path(sys.argv[2]).write_text(data * 10)\n"
+        "sys.exit(data == 'bad')\n"
+    )
+
+    async def main() -> None:
+        async with opened(tmp_path) as rig:
+            files = [await put(rig, f"raw/j/{name}.txt", name) for name in ("good", "bad")]
+            command = (sys.executable, "-c", code, "{input}", "{output:out.txt}")
+            good, bad = await rig.run(files, command=command)
+            for ran in (good, bad):
+                assert ran.metrics
+                assert 0.1 <= (ran.metrics.cpu_s or 0) < 2
+                assert (ran.metrics.memory_bytes or 0) > 80 * 1024**2
+            assert (good.metrics.input, good.metrics.input_bytes) == ("good.txt", 4)
+            assert (good.metrics.output_bytes or 0) > 40
+            assert bad.failure
+            assert (bad.metrics.input, bad.metrics.input_bytes, bad.metrics.output_bytes) == ("bad.txt", 3, None)
+
+    go(main())
+
+
 def test_placeholders_become_arguments_without_a_shell(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:

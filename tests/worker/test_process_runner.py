@@ -68,6 +68,24 @@ def test_a_child_starts_without_heavy_modules() -> None:
     assert heavy & set(told.stdout.split()) == set()
 
 
+def test_long_tasks_are_measured(tmp_path: Path) -> None:
+    """A task that runs for at least 5 ms has its CPU time, peak memory, and sizes in the result."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as rig:
+            got = await rig.run([[0.05, 64], [0.05, 0], [0.0, 0]], handler="acts:work_of")
+            first, second, short = (ran.metrics for ran in got)
+            assert first
+            assert second
+            assert short is None
+            for metrics in (first, second):
+                assert 0.02 < (metrics.cpu_s or 0) < 1
+                assert (metrics.input_bytes, metrics.output_bytes, metrics.input) == (10, 4, "")
+            assert (first.memory_bytes or 0) - (second.memory_bytes or 0) > 48 * 1024**2
+
+    go(main())
+
+
 # --- Failures that leave the process alive -------------------------------------------------------
 
 

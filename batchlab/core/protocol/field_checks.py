@@ -39,6 +39,8 @@ MAX_S = 1e11
 """Upper bound of every time in seconds. The epoch second MAX_S is in the year 5138."""
 MAX_TEXT = 1 << 20
 MAX_KEY = 1024
+MAX_INPUT_NAME = 200
+"""Maximum length of the name of an input file in the metrics of a task."""
 MAX_DEPTH = 256
 """Maximum nesting of a value. `values.encode` refuses values nested deeper than 200 levels."""
 

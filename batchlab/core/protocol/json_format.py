@@ -28,6 +28,7 @@ from batchlab.core.model import (
     Json,
     Outcome,
     StageName,
+    TaskMetrics,
     TaskSet,
 )
 from batchlab.core.ports import Cut, Ending, Reopening
@@ -35,6 +36,7 @@ from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.field_checks import (
     MAX_COUNT,
     MAX_IN_BUNDLE,
+    MAX_INPUT_NAME,
     MAX_ROUNDS,
     MAX_TASKS,
     UNREADABLE,
@@ -231,6 +233,14 @@ def _span_from_json(doc: Sequence[Any]) -> tuple[int, int, int]:
     return whole(task, MAX_TASKS), start, stop
 
 
+def _metrics_from_json(doc: Sequence[Any]) -> tuple[int, TaskMetrics]:
+    task, cpu_s, *sizes, input_name = doc
+    memory_bytes, input_bytes, output_bytes = (None if size is None else whole(size) for size in sizes)
+    cpu_s = None if cpu_s is None else figure(cpu_s)
+    metrics = TaskMetrics(cpu_s, memory_bytes, input_bytes, output_bytes, text(input_name, MAX_INPUT_NAME))
+    return whole(task, MAX_TASKS), metrics
+
+
 def check_parts(
     bundle: Bundle, succeeded: TaskSet, failed: TaskSet, cancelled: TaskSet, follows: Sequence[Follow]
 ) -> None:
@@ -268,7 +278,7 @@ def check_parts(
 
 
 def outcome_to_json(o: Outcome) -> dict[str, Json]:
-    return {
+    doc: dict[str, Json] = {
         "v": VERSION,
         "bundle": bundle_to_json(o.bundle),
         "execution": o.execution,
@@ -284,6 +294,9 @@ def outcome_to_json(o: Outcome) -> dict[str, Json]:
         "log": o.log,
         "log_spans": o.log_spans,
     }
+    if o.metrics:
+        doc["metrics"] = [(task, *metrics) for task, metrics in o.metrics]
+    return doc
 
 
 def outcome_text(o: Outcome) -> str:
@@ -297,13 +310,13 @@ def outcome_text(o: Outcome) -> str:
 
 
 def fitting(outcome: Outcome) -> Outcome:
-    """Return the outcome, or the outcome without its tracebacks if it exceeds the maximum weight with tracebacks.
+    """Return the outcome, or the outcome without its tracebacks and metrics if it exceeds the maximum weight with them.
 
     The weight of an outcome's values is always below the maximum weight (see `worker.task_executor`).
     """
     if not is_too_heavy(outcome_text(outcome)):
         return outcome
-    return replace(outcome, failed=tuple([replace(failure, traceback="") for failure in outcome.failed]))
+    return replace(outcome, failed=tuple([replace(failure, traceback="") for failure in outcome.failed]), metrics=())
 
 
 def outcome_from_json(doc: dict[str, Any]) -> Outcome:
@@ -327,6 +340,11 @@ def outcome_from_json(doc: dict[str, Any]) -> Outcome:
     log = text(doc["log"])
     if log and not log.startswith(object_keys.logs(bundle.job)):
         raise ValueError("the log is not a log of its job")
+    metrics = _each(_metrics_from_json, doc.get("metrics", ()))
+    if metrics and (
+        len({task for task, _ in metrics}) != len(metrics) or any(t not in bundle.tasks for t, _ in metrics)
+    ):
+        raise ValueError("metrics are not of one task of the bundle each")
     return Outcome(
         bundle,
         new_label(doc["execution"]),
@@ -341,6 +359,7 @@ def outcome_from_json(doc: dict[str, Any]) -> Outcome:
         follows,
         log,
         _each(_span_from_json, doc["log_spans"]),
+        metrics,
     )
 
 

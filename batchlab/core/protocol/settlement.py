@@ -130,6 +130,7 @@ def settle(
         tuple(follows),
         log,
         tuple(log_spans),
+        tuple([(r.task, r.metrics) for r in ran if r.metrics is not None]),
     )
 
 

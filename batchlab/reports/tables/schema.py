@@ -55,6 +55,17 @@ def _table(name: str, meaning: str, key: str, *columns: tuple[str, str, str]) ->
 _JOB = Column("job", "VARCHAR", "id of the job")
 _STAGE = ("stage", "VARCHAR", "name of the stage")
 _POOL = ("pool", "VARCHAR", "name of the pool of instances")
+_METRICS = (
+    (
+        "cpu_s",
+        "DOUBLE",
+        "CPU time of the last attempt, with the programs that it waited for; NULL for attempts of less than 5 ms",
+    ),
+    ("memory_bytes", "BIGINT", "peak of the resident memory during the attempt; NULL for attempts of less than 5 ms"),
+    ("input_bytes", "BIGINT", "size of the task's input with its files; NULL for attempts of less than 5 ms"),
+    ("output_bytes", "BIGINT", "size of the task's result with its files; NULL for attempts of less than 5 ms"),
+    ("input", "VARCHAR", "name of the task's first input file; NULL if the task does not read a file, or was short"),
+)
 
 JOBS = _table(
     "jobs",
@@ -148,6 +159,7 @@ TASKS = _table(
     ("bundle", "VARCHAR", "id of the bundle of the task's last attempt"),
     ("worker", "VARCHAR", "id of the worker that ran the task's last attempt"),
     ("fingerprint", "VARCHAR", "fingerprint of the task's last failure; NULL if the task's state is not FAILED"),
+    *_METRICS,
 )
 
 ATTEMPTS = _table(
@@ -189,6 +201,7 @@ ATTEMPTS = _table(
         "VARCHAR",
         "fingerprint of the attempt's failure: a hash that is equal for failures with the same cause",
     ),
+    *_METRICS,
 )
 
 BUNDLES = _table(

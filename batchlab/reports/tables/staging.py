@@ -26,6 +26,7 @@ _BUNDLE = ("stage", "bundle", "round", "attempt", "tasks", "first_task", "last_t
 _OUTCOME = ("worker", "execution", "started_s", "ended_s", "run_s", "failed_run_s")
 _COUNTS = ("succeeded", "failed", "retried", "cancelled")
 _FAILURE = ("stage", "task", "is_final", "run_s", "kind", "error", "reason", "exit_code", "fingerprint")
+_METRICS = ("task", "cpu_s", "memory_bytes", "input_bytes", "output_bytes", "input")
 _RANGE = {"stage": "VARCHAR", "start": "BIGINT", "stop": "BIGINT"}
 
 FILES: Mapping[str, Mapping[str, str]] = {
@@ -33,6 +34,7 @@ FILES: Mapping[str, Mapping[str, str]] = {
     "outcomes": types("bundles", "tasks", names=(*_BUNDLE, *_OUTCOME, *_COUNTS), n="BIGINT", is_void="BOOLEAN"),
     "runs": {"n": "BIGINT", "stage": "VARCHAR", "first_task": "BIGINT", "run_s": "DOUBLE[]"},
     "failures": types("attempts", names=_FAILURE, n="BIGINT"),
+    "metrics": types("attempts", names=_METRICS, n="BIGINT"),
     "cancelled": {"n": "BIGINT", **_RANGE},
     "planned": types("bundles", names=(*_BUNDLE, "ready_s")),
     "rest": _RANGE,
@@ -117,6 +119,8 @@ class Staging:
                 exit_code=failure.exit_code,
                 fingerprint=fingerprint(failure),
             )
+        for task, metrics in outcome.metrics:
+            self._put("metrics", n=n, task=task, **{**metrics._asdict(), "input": plain(metrics.input) or None})
         for start, stop in outcome.cancelled.ranges:
             self._put("cancelled", n=n, stage=bundle.stage, start=start, stop=stop)
         for follow in outcome.follows:

@@ -1,5 +1,5 @@
 -- Steps that build a job's tables. The files of `staging.py` are in the tables outcomes, runs,
--- failures, cancelled, planned, and rest. The tables `job` and `stage_facts` contain further facts.
+-- failures, metrics, cancelled, planned, and rest. The tables `job` and `stage_facts` contain further facts.
 -- `build.py` runs the steps in order. The rows of a step `table_NAME` are written to a file.
 
 -- name: done
@@ -74,27 +74,33 @@ SELECT j.job, g.task, d.* REPLACE (
          'SUCCEEDED' AS state, g.run_s AS run_s, coalesce(t.failed_run_s, 0) AS failed_run_s,
          coalesce(least(t.ready_s, d.ready_s), d.ready_s) AS ready_s
        ), 1 + coalesce(t.tries, 0) AS attempts, greatest(0, d.started_s - d.ready_s) AS wait_s,
-       NULL AS fingerprint
+       NULL AS fingerprint, m.cpu_s, m.memory_bytes, m.input_bytes, m.output_bytes, m.input
 FROM good g JOIN done d ON d.n = g.n AND NOT d.is_void CROSS JOIN job j
 LEFT JOIN tries t ON t.stage = g.stage AND t.task = g.task
+LEFT JOIN metrics m ON m.n = g.n AND m.task = g.task
 UNION ALL
 SELECT j.job, o.task, d.* REPLACE (
          o.stage AS stage, o.state AS state, o.run_s AS run_s,
          coalesce(t.failed_run_s, 0) AS failed_run_s, t.ready_s AS ready_s
        ), coalesce(t.tries, 0) AS attempts, greatest(0, d.started_s - d.ready_s) AS wait_s,
-       CASE WHEN o.state = 'FAILED' THEN o.fingerprint END AS fingerprint
+       CASE WHEN o.state = 'FAILED' THEN o.fingerprint END AS fingerprint,
+       m.cpu_s, m.memory_bytes, m.input_bytes, m.output_bytes, m.input
 FROM others o CROSS JOIN job j LEFT JOIN done d ON d.n = o.n
-LEFT JOIN tries t ON t.stage = o.stage AND t.task = o.task;
+LEFT JOIN tries t ON t.stage = o.stage AND t.task = o.task
+LEFT JOIN metrics m ON m.n = o.n AND m.task = o.task;
 
 -- name: table_attempts
 SELECT j.job, g.stage, g.task, d.round, d.attempt, d.bundle, d.worker, 'SUCCEEDED' AS state,
        true AS is_final, g.run_s, NULL AS kind, NULL AS error, NULL AS reason, NULL AS exit_code,
-       NULL AS fingerprint
+       NULL AS fingerprint, m.cpu_s, m.memory_bytes, m.input_bytes, m.output_bytes, m.input
 FROM good g JOIN done d ON d.n = g.n CROSS JOIN job j
+LEFT JOIN metrics m ON m.n = g.n AND m.task = g.task
 UNION ALL
 SELECT j.job, f.stage, f.task, d.round, d.attempt, d.bundle, d.worker, 'FAILED', f.is_final,
-       f.run_s, f.kind, f.error, f.reason, f.exit_code, f.fingerprint
-FROM failures f JOIN done d ON d.n = f.n CROSS JOIN job j;
+       f.run_s, f.kind, f.error, f.reason, f.exit_code, f.fingerprint,
+       m.cpu_s, m.memory_bytes, m.input_bytes, m.output_bytes, m.input
+FROM failures f JOIN done d ON d.n = f.n CROSS JOIN job j
+LEFT JOIN metrics m ON m.n = f.n AND m.task = f.task;
 
 -- name: table_bundles
 SELECT j.job, d.stage, d.bundle, d.round, d.attempt, d.state, d.tasks, d.first_task, d.last_task,

@@ -26,7 +26,7 @@ from batchlab.core import api_types
 from batchlab.core.commit import committed
 from batchlab.core.errors import BackendError, NotFound, UsageError
 from batchlab.core.job_definition import JobDef, task_name
-from batchlab.core.model import Bundle, JobId, Json, Outcome, StageName, TaskSet
+from batchlab.core.model import Bundle, JobId, Json, Outcome, StageName, TaskMetrics, TaskSet
 from batchlab.core.ports import BundleRecord
 from batchlab.core.protocol import values
 from batchlab.core.protocol.bundle_inputs import ForeignReference, JobObjects
@@ -69,6 +69,7 @@ async def task(manager: Leader, job: JobId, stage: StageName, task: Index, seq: 
     failure = attempt.failure if attempt and attempt.state == "FAILED" else None
     input_text, input_file, is_cut = await _input(manager, record.job, row.bundle, task)
     log, is_log_cut = await _log(manager, outcome, task)
+    metrics = attempt.metrics if attempt else TaskMetrics()
     return {
         "seq": row.seq or 0,
         "stage": stage,
@@ -78,6 +79,10 @@ async def task(manager: Leader, job: JobId, stage: StageName, task: Index, seq: 
         "worker": outcome.worker,
         "started_s": outcome.started_s,
         "ended_s": outcome.ended_s,
+        "cpu_s": metrics.cpu_s,
+        "memory_bytes": metrics.memory_bytes,
+        "input_bytes": metrics.input_bytes,
+        "output_bytes": metrics.output_bytes,
         "failure": job_views.failure_view(row.seq or 0, outcome, failure) if failure else None,
         "input": input_text,
         "input_of": input_file,

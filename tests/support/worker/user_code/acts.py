@@ -311,3 +311,11 @@ class Callable:
 
 instance = Callable()
 not_callable = 3
+
+
+def work_of(item: Any) -> None:
+    """Use the CPU for `item[0]` seconds, with `item[1]` MiB of memory."""
+    memory = b"x" * (item[1] * 1024**2)
+    end_s = time.process_time() + item[0]
+    while time.process_time() < end_s:
+        len(memory)
