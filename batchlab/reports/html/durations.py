@@ -6,18 +6,28 @@ interpolation between neighboring values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from batchlab.core.text import count, span
+from batchlab.core.text import count, size, span
 from batchlab.reports.html import charts
 from batchlab.reports.html.charts import Chart, Data, Key, LogAxis, Shape, count_ticks
 from batchlab.reports.html.source import ReportRun, Row, share, visible
 
 MAX_HISTOGRAMS = 8
 """Maximum number of histograms. Only the stages with the most time get a histogram, but the table has all stages."""
-MAX_LONGEST_TASKS = 10
-"""Number of rows in the table of the longest tasks."""
+MAX_SORTED_TASKS = 50
+"""Number of rows in the table of tasks in each order."""
+SORT_COLUMNS = {
+    "run_s": "run time",
+    "cpu_s": "CPU time",
+    "memory_bytes": "peak memory",
+    "input_bytes": "input size",
+    "output_bytes": "output size",
+    "wait_s": "waiting time",
+    "attempts": "attempts",
+}
+"""Columns by which the table of tasks can be sorted, with their names on the page."""
 HEIGHT = 110.0
 MIN_TIMES_S = {"run_s": 0.0001, "wait_s": 0.001}
 """Minimum time in seconds in a histogram, by column. The histogram counts shorter times as the minimum time."""
@@ -91,37 +101,72 @@ def table(spreads: Sequence[Spread]) -> Data:
     return Data(("stage", "# tasks", "# mean", *names, "# longest"), rows)
 
 
-def longest(run: ReportRun) -> Data:
-    """Return the table of the longest tasks. The table compares each task with the median of the task's stage."""
-    rows = run.rows(
-        """WITH typical AS (
-             SELECT stage, median(run_s) AS median_s FROM tasks
-             WHERE job = $job AND run_s IS NOT NULL GROUP BY stage
-           ), most AS (
-             SELECT * FROM tasks WHERE job = $job AND run_s IS NOT NULL
-             ORDER BY run_s DESC, stage, task LIMIT $most
-           )
-           SELECT t.stage, t.task, t.run_s, t.state, t.attempts, m.median_s,
-                  coalesce(w.instance, t.worker, '') AS place
-           FROM most t JOIN typical m ON m.stage = t.stage
-           LEFT JOIN workers w ON w.job = t.job AND w.worker = t.worker
-           ORDER BY t.run_s DESC, t.stage, t.task""",
-        most=MAX_LONGEST_TASKS,
-    )
-    return Data(
-        ("stage", "# task", "# ran", "# times the median", "# attempts", "state", "instance"),
-        tuple(
-            (
-                visible(row["stage"], 60),
-                f"{row['task']:,}",
-                span(row["run_s"]),
-                f"{row['run_s'] / row['median_s']:,.1f}" if row["median_s"] else "–",
-                f"{row['attempts']:,}",
-                visible(row["state"], 20),
-                visible(row["place"], 60),
-            )
-            for row in rows
-        ),
+@dataclass(frozen=True, slots=True)
+class TaskOrder:
+    """Table of the first tasks in one order. `id` is the order's name in the page's HTML."""
+
+    id: str
+    name: str
+    table: Data
+
+
+def task_orders(run: ReportRun) -> list[TaskOrder]:
+    """Return the tasks with the largest values, in one table for each column by which a reader may sort.
+
+    A column without values does not have a table. Each run time is compared with the median of the task's stage.
+    """
+    orders = []
+    for column, name in SORT_COLUMNS.items():
+        rows = run.rows(
+            f"""WITH typical AS (
+                 SELECT stage, median(run_s) AS median_s FROM tasks
+                 WHERE job = $job AND run_s IS NOT NULL GROUP BY stage
+               ), most AS (
+                 SELECT * FROM tasks WHERE job = $job AND {column} > 0
+                 ORDER BY {column} DESC, stage, task LIMIT $most
+               )
+               SELECT t.*, m.median_s, coalesce(w.instance, t.worker, '') AS place
+               FROM most t LEFT JOIN typical m ON m.stage = t.stage
+               LEFT JOIN workers w ON w.job = t.job AND w.worker = t.worker
+               ORDER BY t.{column} DESC, t.stage, t.task""",
+            most=MAX_SORTED_TASKS,
+        )
+        if rows:
+            orders.append(TaskOrder(column.replace("_", "-"), name, Data(_TASK_COLUMNS, tuple(map(_task_row, rows)))))
+    return orders
+
+
+_TASK_COLUMNS = (
+    "task",
+    "state",
+    "# attempts",
+    "# ran",
+    "# times the median",
+    "# waited",
+    "# CPU time",
+    "# peak memory",
+    "# input",
+    "# output",
+    "input file",
+    "instance",
+)
+
+
+def _task_row(row: Row) -> tuple[str, ...]:
+    def known(value: float | None, shown: Callable[[float], str]) -> str:
+        return "–" if value is None else shown(value)
+
+    return (
+        f"{visible(row['stage'], 60)}/{row['task']}",
+        visible(row["state"], 20),
+        f"{row['attempts']:,}",
+        known(row["run_s"], span),
+        f"{row['run_s'] / row['median_s']:,.1f}" if row["run_s"] is not None and row["median_s"] else "–",
+        known(row["wait_s"], span),
+        known(row["cpu_s"], span),
+        *(known(row[column], size) for column in ("memory_bytes", "input_bytes", "output_bytes")),
+        visible(row["input"] or "–", 60),
+        visible(row["place"], 60),
     )
 
 

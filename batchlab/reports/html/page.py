@@ -274,6 +274,7 @@ class Page:
         failures = failed.failures(run, samples)
         run_times, wait_times = durations.spreads(run, "run_s"), durations.spreads(run, "wait_s")
         facts = Facts(run, figures, cost, failures, wait_times, all_findings)
+        self.id = visible(job, 100)
         self.title = visible(run.job["name"] or job, 80)
         self.state = visible(str(run.job["state"]), 20)
         self.particulars = particulars(run)
@@ -290,7 +291,7 @@ class Page:
         self.wait_times = durations.table(wait_times)
         self.run_charts = durations.draw_histograms(run, run_times, "run_s")
         self.wait_charts = durations.draw_histograms(run, wait_times, "wait_s")
-        self.longest = durations.longest(run)
+        self.task_orders = durations.task_orders(run)
         self.cost = cost
         self.failures = failures
         self.twice = failed.twice(run)
