@@ -166,10 +166,11 @@ def test_completion_is_installed_for_the_current_shell(tmp_path: Path) -> None:
 
 def followed() -> set[str]:
     """Return the commands of pages that test_doc_pages.py follows."""
+    pages = [ROOT / "README.md", *(ROOT / "docs" / page for page in RUN)]
     return {
         command
-        for page in RUN
-        for step in doc_pages.steps((ROOT / "docs" / page).read_text())
+        for page in pages
+        for step in doc_pages.steps(page.read_text())
         if not step.file and not step.not_run
         for command in doc_commands.commands(step.text)
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from tests.support import ROOT, doc_pages
 
 DOCS = ROOT / "docs"
+README_S = 300.0
 RUN = ("tutorial-laptop.md", "tutorial-month-end.md", "seventeen.md")
 
 
@@ -30,6 +34,27 @@ def test_a_page_can_be_followed(page: str, tmp_path: Path) -> None:
     finally:
         reader.run("batchlab grid down || true")
     assert ran >= 5
+
+
+def test_the_readme_can_be_followed_in_one_shell(tmp_path: Path) -> None:
+    """The commands run in one shell, in a copy of this checkout. CI runs the second block, which runs all tests."""
+    clone = tmp_path / "clone"
+    for name in subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0"):
+        if (ROOT / name).is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, clone / name)
+    followed = [step for step in doc_pages.steps((ROOT / "README.md").read_text()) if "pytest" not in step.text]
+    for step in followed:
+        if step.file:
+            (clone / step.file).write_text(step.text)
+    script = "".join(step.text for step in followed if not step.file)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("BATCHLAB_")}
+    shell = ["bash", "-euxo", "pipefail", "-c", script]
+    ran = subprocess.run(shell, cwd=clone, env=environment, capture_output=True, text=True, timeout=README_S)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+    assert "totals agree" in ran.stdout
+    assert "[0, 1, 4, 9, 16]" in ran.stdout
+    assert (clone / "stack.yaml").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
