@@ -14,6 +14,8 @@ from batchlab.cli.startup import SERVICES, missing_module_message
 
 def main() -> None:
     """Run the command line with the arguments of this process (entry point of the console script)."""
+    if sys.platform != "linux":
+        _refuse_platform()
     try:
         _run(sys.argv[1:])
     except ModuleNotFoundError as error:
@@ -21,6 +23,17 @@ def main() -> None:
         if message is None:
             raise
         print(message, file=sys.stderr)  # noqa: T201 - the import of batchlab.cli.output may fail
+        sys.exit(2)
+
+
+def _refuse_platform() -> None:
+    from batchlab.core.errors import UsageError
+    from batchlab.core.installation import check_platform
+
+    try:
+        check_platform()
+    except UsageError as error:
+        print(f"Error: {error.message}\n  {error.remedy}", file=sys.stderr)  # noqa: T201 - other imports may fail
         sys.exit(2)
 
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
+from batchlab.core import installation
 from batchlab.core.errors import JobFailed, TaskFailed, UsageError
 from batchlab.core.model import ENDED, Pool
 from batchlab.core.retry_rule import RetryRule
@@ -68,6 +69,7 @@ class Grid:
         size. `workers`, `pools`, and `warm` apply only to a new grid. Raise UsageError if `workers`, `pools`, or `warm`
         is given for a grid that is already up.
         """
+        installation.check_platform()
         descriptor, folder = factory.load(backend), find_home(Path(home) if home else None)
         sized = _size_pools(descriptor.pools, workers, pools, warm=warm)
         descriptor.find_place(folder)  # Raise UsageError if the folder belongs to another endpoint.

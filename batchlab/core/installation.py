@@ -55,6 +55,15 @@ def extra_of(module: str) -> str | None:
     return next((extra for extra, modules in MODULES.items() if module in modules), None)
 
 
+def check_platform() -> None:
+    """Raise UsageError unless this machine runs Linux."""
+    if sys.platform != "linux":
+        raise UsageError(
+            f"batchlab runs on Linux only, and the system of this machine is {sys.platform!r}.",
+            remedy="Use a Linux machine, a Linux container, or, on Windows, WSL2.",
+        )
+
+
 def need(extra: str, what: str, *modules: str) -> None:
     """Raise UsageError if the extra, or one of `modules`, is not installed.
 

@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from batchlab import cli
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.notifications import Topics
 from batchlab.cli.startup import REQUIRED_MODULES, missing_module_message
@@ -137,6 +138,23 @@ def test_from_python_it_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(UsageError, match=f"The backend {backend} needs batchlab's extra"):
         _ = Grid(backend, home=tmp_path).client
     assert not [one for one in tmp_path.iterdir() if one.suffix == ".log"], "nothing was started"
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_unsupported_platform_is_refused_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, platform: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    with pytest.raises(UsageError, match=f"batchlab runs on Linux only, .* is '{platform}'"):
+        Grid(home=tmp_path)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"Error: batchlab runs on Linux only, and the system of this machine is '{platform}'.",
+        "  Use a Linux machine, a Linux container, or, on Windows, WSL2.",
+    ]
+    assert not list(tmp_path.iterdir()), "nothing was started"
 
 
 def test_unexpected_missing_import_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
