@@ -103,8 +103,6 @@ class Context:
         self.saved: dict[str, File] = {}
         self.touched = False
         """Whether the task's folder was created."""
-        self.program_memory_bytes = 0
-        """Peak memory in bytes of the program that the task ran, or 0 if the task did not run a program."""
         self._folder = folder
         self._params_json = params_json
         self._params: dict[str, Any] | None = None

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -27,15 +27,20 @@ _POLL_MS = 50
 
 
 def run(
-    template: Sequence[str], stdout: str | None, code: str, item: Any, ctx: Context
+    template: Sequence[str],
+    stdout: str | None,
+    code: str,
+    item: Any,
+    ctx: Context,
+    on_end: Callable[[int], None] = lambda _: None,
 ) -> File | list[File] | dict[str, File | list[File]] | None:
     """Run a program and return its outputs: one File, a dict of Files by name, or None.
 
-    An output whose name ends in a slash is a folder, which is returned as a list of Files. A failed program raises
-    Problem.
+    `on_end` is called with the peak of the program's resident memory in bytes. An output whose name ends in a slash is
+    a folder, which is returned as a list of Files. A failed program raises Problem.
     """
     call = prepare(template, stdout, code, item, ctx)
-    _execute(call, ctx)
+    _execute(call, on_end)
     written = {name: _output(ctx.made("out"), name) for name in call.outputs}
     if len(written) == 1:
         return next(iter(written.values()))
@@ -133,7 +138,7 @@ def _environment(code: str) -> dict[str, str]:
     return environment
 
 
-def _execute(call: Call, ctx: Context) -> None:
+def _execute(call: Call, on_end: Callable[[int], None]) -> None:
     import subprocess  # `subprocess` is imported late, because its import is slow and most tasks are Python functions.
 
     program, *arguments = call.arguments
@@ -152,7 +157,8 @@ def _execute(call: Call, ctx: Context) -> None:
             )
         except OSError as error:
             raise _cannot_run(program, error) from error
-        last, ctx.program_memory_bytes = _relay(process)
+        last, memory_bytes = _relay(process)
+    on_end(memory_bytes)
     if code_ := process.returncode:
         raise Problem("exit", _exit_reason(code_) + (f": {last}" if last else ""), code=code_)
 

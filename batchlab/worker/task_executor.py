@@ -81,7 +81,7 @@ class TaskExecutor:
         self.touched = False
         """Whether the last task created its folder, which the worker must remove."""
         self.program_memory_bytes = 0
-        """Peak memory in bytes of the program that the last task ran, or 0 if the last task did not run a program."""
+        """Peak memory in bytes of the last program that a task ran, or 0 if no task has run a program."""
         handler = request["handler"]
         try:
             self._call = handlers.load(handler, request["function"]) if handler else self._command
@@ -105,7 +105,6 @@ class TaskExecutor:
             return self._encode_result(value, ctx)
         finally:
             self.touched = ctx.touched
-            self.program_memory_bytes = ctx.program_memory_bytes
 
     def explain(self, error: BaseException) -> handlers.Fault:
         """Return the description of an exception that `run` raised."""
@@ -121,7 +120,10 @@ class TaskExecutor:
 
     def _command(self, item: Any, ctx: Context) -> Any:
         request = self._request
-        return programs.run(request["command"], request["stdout"], request["code"], item, ctx)
+        return programs.run(request["command"], request["stdout"], request["code"], item, ctx, self._set_program_memory)
+
+    def _set_program_memory(self, size_bytes: int) -> None:
+        self.program_memory_bytes = size_bytes
 
     def _encode_result(self, value: Any, ctx: Context) -> TaskResult:
         outputs = Outputs(f"{self._request['prefix']}{ctx.task}", ctx)

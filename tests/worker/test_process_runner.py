@@ -73,7 +73,7 @@ def test_long_tasks_are_measured(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with opened(tmp_path) as rig:
-            got = await rig.run([[0.05, 64], [0.05, 0], [0.0, 0]], handler="acts:work_of")
+            got = await rig.run([[0.05, 64], [0.05, 11], [0.0, 0]], handler="acts:work_of")
             first, second, short = (ran.metrics for ran in got)
             assert first
             assert second
