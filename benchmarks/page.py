@@ -5,7 +5,8 @@
 Target: with a job of 100,000 tasks, of which 5,000 have failed, the 95th percentile of every view's duration is below
 100 ms. The grid runs on `local`, and its two workers run the job during all requests. Each request of a view alternates
 with a bare request to `/v1/health`. Other work on the machine delays both kinds of requests, so the ratio of their
-durations is more reliable than the milliseconds. The option `--docs` writes the table into docs/contributing/web-page.md.
+durations is more reliable than the milliseconds. The option `--docs` writes the table into
+docs/contributing/web-page.md.
 """
 
 from __future__ import annotations
