@@ -5,7 +5,8 @@
 Target: with a job of 100,000 tasks, of which 5,000 have failed, the 95th percentile of every view's duration is below
 100 ms. The grid runs on `local`, and its two workers run the job during all requests. Each request of a view alternates
 with a bare request to `/v1/health`. Other work on the machine delays both kinds of requests, so the ratio of their
-durations is more reliable than the milliseconds. The option `--docs` writes the table into docs/page.md.
+durations is more reliable than the milliseconds. The option `--docs` writes the table into
+docs/contributing/web-page.md.
 """
 
 from __future__ import annotations
@@ -170,8 +171,8 @@ def table(found: list[Figure]) -> str:
 
 
 def document(tasks: int, state: JobView, found: list[Figure]) -> None:
-    """Write the table of durations into docs/page.md."""
-    file = ROOT / "docs" / "page.md"
+    """Write the table of durations into docs/contributing/web-page.md."""
+    file = ROOT / "docs" / "contributing" / "web-page.md"
     text = file.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -189,7 +190,7 @@ def main() -> int:
     parser.add_argument("--tasks", type=int, default=100_000)
     parser.add_argument("--times", type=int, default=40, help="requests for each view")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--docs", action="store_true", help="write the table into docs/page.md")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/contributing/web-page.md")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         place = Path(made)

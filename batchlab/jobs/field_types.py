@@ -203,8 +203,8 @@ class NotifySpec(BaseModel):
     webhook: str | None = Field(
         default=None,
         description=(
-            "URL that receives each notification as a POST request. The URL must use https. A URL on the manager's "
-            "own machine may use http, and needs the permission of the grid's operator."
+            "URL that receives each notification as a POST request, with https. A URL on the manager's own machine may "
+            "use http, and needs the permission of the grid's operator."
         ),
         examples=["https://hooks.example.org/batch"],
     )
@@ -214,12 +214,7 @@ class NotifySpec(BaseModel):
         examples=["arn:aws:sns:eu-central-1:123456789012:batch"],
     )
     target: str | None = Field(
-        default=None,
-        description=(
-            "Name of a notification target of the grid that jobs may use. A job file with `target` does not need "
-            "the address and the secret of the target."
-        ),
-        examples=["chat"],
+        default=None, description="Name of a notification target of the grid that jobs may use.", examples=["chat"]
     )
     on: Annotated[list[Moment], BeforeValidator(one_or_many, json_schema_input_type=Moment | list[Moment])] = Field(
         default_factory=_ended,
@@ -233,9 +228,8 @@ class NotifySpec(BaseModel):
     secret: str | None = Field(
         default=None,
         description=(
-            "Location of the key that signs notifications to the webhook: `env:BATCHLAB_NOTIFY_…`, which names a "
-            "variable in the manager's environment. The operator of the grid must allow the variable for the "
-            "webhook. The key itself is not stored."
+            "Key that signs notifications to the webhook: `env:BATCHLAB_NOTIFY_…` names a variable in the manager's "
+            "environment, which the operator of the grid must allow for the webhook."
         ),
         examples=["env:BATCHLAB_NOTIFY_SECRET"],
     )
@@ -243,18 +237,12 @@ class NotifySpec(BaseModel):
         default=1,
         ge=1,
         le=MAX_TASKS,
-        description=(
-            "Number of failed tasks after which the notification `failures` is sent. The notification `failures` is "
-            "sent once."
-        ),
+        description="Number of failed tasks after which the notification `failures` is sent, once.",
         examples=[10],
     )
     stuck_after: Timeout = Field(
         default=600.0,
-        description=(
-            "Time without progress of the job after which the notification `stuck` is sent, in seconds or as text "
-            "with a unit."
-        ),
+        description="Time without progress of the job after which the notification `stuck` is sent.",
         examples=["10m"],
     )
 

@@ -63,37 +63,32 @@ class InputSpec(Keys):
 
     files: field_types.OneOrMany = Field(
         min_length=1,
-        description="Path or pattern of the input files, or a list of paths and patterns. All entries of the "
-        "list are local, or all are in the bucket. A local pattern is relative to the job file. "
-        "In a pattern, `**` matches any number of folders. batchlab searches each folder once, "
-        "even if several links lead to the folder. Hidden files match only a pattern that "
-        "contains the dot of their names. `s3://BUCKET/raw/prefix/` selects all objects below a "
-        "prefix in the grid's own bucket, and `s3://BUCKET/raw/key` selects one object. `batchlab "
-        "grid env` prints the name of the grid's bucket, which is `local` on the backend `local`. "
-        "The files that match one pattern are sorted by path. A file that matches several "
-        "patterns is used once.",
+        description="Path or pattern of the input files, or a list of them: all local, or all in the bucket. A local "
+        "pattern is relative to the job file. `**` matches any number of folders. Hidden files match only a pattern "
+        "that contains the dot of their names. `s3://BUCKET/raw/prefix/` selects all objects below a prefix in the "
+        "grid's own bucket, and `s3://BUCKET/raw/key` selects one object (`batchlab grid env` prints the name of the "
+        "bucket). The files of one pattern are sorted by path. A file that matches several patterns is used once.",
         examples=["data/*.csv"],
     )
     split: Annotated[
         SplitBy, Field(strict=False), WithJsonSchema({"type": "string", "enum": [str(way) for way in SplitBy]})
     ] = Field(
         default=SplitBy.FILE,
-        description="The way in which the input files are split into tasks. "
-        + " ".join(f"With `split: {way}`, each task receives {split.meaning}." for way, split in SPLITS.items())
-        + " A task never receives parts of several files, and batchlab never splits a line.",
+        description="Input of each task: "
+        + "; ".join(f"`{way}`: {split.meaning}" for way, split in SPLITS.items())
+        + ". A task never receives parts of several files, and batchlab never splits a line.",
         examples=["lines"],
     )
     size: field_types.TaskSize | None = Field(
         default=None,
         description="Amount of input for one task. "
-        + " ".join(f"With `split: {way}`, `size` is {split.size}." for way, split in SPLITS.items() if split.size),
+        + " ".join(f"With `split: {way}`: {split.size}." for way, split in SPLITS.items() if split.size),
         examples=["8 MiB"],
     )
     header: bool = Field(
         default=False,
-        description="Whether the first line of each input file is a header. If `header` is true, every part of a file "
-        "begins with the file's header. A job file may contain `header: true` only with "
-        f"{' or '.join(f'`split: {way}`' for way in SPLITS if SPLITS[way].has_header)}.",
+        description="Whether the first line of each input file is a header, with which every part of the file begins. "
+        f"Only with {' or '.join(f'`split: {way}`' for way in SPLITS if SPLITS[way].has_header)}.",
         examples=[True],
     )
 
@@ -109,57 +104,48 @@ class RetrySpec(Keys):
         default=_RULE.attempts,
         ge=1,
         le=9999,
-        description="Maximum number of attempts of a task, including the first attempt. With `attempts: 1`, a "
-        "failed task is not retried.",
+        description="Maximum number of attempts of a task, including the first attempt.",
         examples=[3],
     )
     backoff: field_types.Duration = Field(
-        default=_RULE.backoff_s,
-        description="Wait between a task's first and second attempt, in seconds or as text with a unit.",
-        examples=["2s"],
+        default=_RULE.backoff_s, description="Wait between a task's first and second attempt.", examples=["2s"]
     )
     factor: float = Field(
         default=_RULE.factor,
         ge=1,
         le=1000,
-        description="Factor by which the wait between two attempts of a task grows after each attempt.",
+        description="Factor by which the wait grows after each attempt.",
         examples=[2.0],
     )
     max_backoff: field_types.Duration = Field(
-        default=_RULE.max_backoff_s,
-        description="Longest wait between two attempts of a task, in seconds or as text with a unit.",
-        examples=["15m"],
+        default=_RULE.max_backoff_s, description="Longest wait between two attempts.", examples=["15m"]
     )
     jitter: float = Field(
         default=_RULE.jitter,
         ge=0,
         le=1,
-        description="Share by which the wait between two attempts is changed at random. With `jitter: 0.25`, "
-        "the wait changes by up to 25% in either direction.",
+        description="Share by which the wait is changed at random: with 0.25, by up to 25% in either direction.",
         examples=[0.25],
     )
     on: Annotated[
         list[RetryKind], BeforeValidator(field_types.one_or_many, json_schema_input_type=RetryKind | list[RetryKind])
     ] = Field(
         default_factory=list,
-        description="Kinds of failure after which a task is retried: `exception` (the handler raised an "
-        "exception), `exit` (the command ended with an error status), `timeout` (the task ran "
-        "longer than its `timeout`), `memory` (the task exceeded its memory limit), `crash` "
-        "(the task's process died), and `input` (the task's input could not be read). By "
-        "default, a task is retried after each of these kinds of failure.",
+        description="Kinds of failure after which a task is retried, by default all: `exception` (the handler raised "
+        "an exception), `exit` (the command ended with an error status), `timeout` (the task ran longer than its "
+        "`timeout`), `memory` (the task exceeded its memory limit), `crash` (the task's process died), and `input` "
+        "(the task's input could not be read).",
         examples=[["timeout", "exit"]],
     )
     exit_codes: list[int] = Field(
         default_factory=list,
-        description="Exit statuses of a command after which a task is retried. A negative number is the "
-        "number of the signal that ended the command. By default, a task is retried after every "
-        "exit status that is an error.",
+        description="Exit statuses of a command after which a task is retried, by default all errors. A negative "
+        "number is the number of the signal that ended the command.",
         examples=[[75]],
     )
     exceptions: list[str] = Field(
         default_factory=list,
-        description="Class names of the exceptions after which a task is retried. By default, a task is "
-        "retried after every exception.",
+        description="Class names of the exceptions after which a task is retried, by default all.",
         examples=[["ConnectionError"]],
     )
 
@@ -287,23 +273,20 @@ class StageSpec(Keys):
     python: field_types.Handler | None = Field(
         default=None,
         description="Python function that runs for each task, in the form `module:function`. The module "
-        "must be in the code folder, or installed on the workers. batchlab checks that the "
-        "function exists before it accepts the job. batchlab does not run the module for this "
-        "check.",
+        "must be in the code folder, or installed on the workers.",
         examples=["handlers:total"],
     )
     command: list[str] | None = Field(
         default=None,
         min_length=1,
         description="Program that runs for each task, and its arguments, as a list that may contain "
-        "placeholders. batchlab runs the program without a shell. A number in `command` is passed "
-        "to the program exactly as the job file contains it.",
+        "placeholders. batchlab runs the program without a shell.",
         examples=[["wc", "-l", "{input}"]],
     )
     stdout: field_types.OutputName | None = Field(
         default=None,
-        description="Name of the file to which the standard output of the stage's command is written. By "
-        "default, the standard output is written to the task's log.",
+        description="Name of the result file for the standard output of the command. By default, the standard output "
+        "is written to the task's log.",
         examples=["count.txt"],
     )
     after: After = None
@@ -311,16 +294,14 @@ class StageSpec(Keys):
         GatherSpec | None, BeforeValidator(_gather, json_schema_input_type=Literal["all"] | GatherSpec)
     ] = Field(
         default=None,
-        description="Fan-in: the stage waits for all tasks of the previous stages. `gather: all` creates one "
-        "task for all results of the previous stages. `gather: {by: FIELD}` creates one task for "
-        "each value of the field FIELD in these results. Without `gather`, each result of the "
-        "previous stage becomes a task of this stage as soon as the result exists.",
+        description="Fan-in: the stage waits for all tasks of the previous stages. `all` creates one task for all "
+        "results, and `{by: FIELD}` one task for each value of the field FIELD in the results. Without `gather`, "
+        "each result of the previous stage becomes a task of this stage as soon as the result exists.",
         examples=["all"],
     )
     timeout: field_types.Timeout | None = Field(
         default=None,
-        description="Longest run time of one task of the stage, in seconds or as text with a unit. By "
-        "default, the run time is not limited.",
+        description="Longest run time of one task of the stage. By default, the run time is not limited.",
         examples=["5m"],
     )
     retry: Retry
@@ -338,15 +319,14 @@ class FailureSpec(Keys):
 
     max_failures: field_types.Allowance = Field(
         default=0,
-        description="Number of failed tasks that the job allows, or a percentage of the tasks of a stage. A "
-        "job with more failed tasks ends in the state FAILED.",
+        description="Number of failed tasks, or percentage of the tasks of a stage. A job with more failed tasks "
+        "ends in the state FAILED.",
         examples=["5%"],
     )
     then: Literal["carry_on", "stop"] = Field(
         default="carry_on",
-        description="Effect of more failed tasks than `max_failures` allows. With `then: carry_on`, the job "
-        "runs all tasks that can still run. With `then: stop`, the job immediately cancels its "
-        "remaining tasks.",
+        description="Effect of more failed tasks: with `carry_on`, the job runs all tasks that can still run; with "
+        "`stop`, the job immediately cancels its remaining tasks.",
         examples=["stop"],
     )
 
@@ -361,9 +341,8 @@ class JobSpec(Keys):
     )
     code: str = Field(
         default=".",
-        description="Folder of the job's code, relative to the job file. By default, the code is in the job "
-        "file's own folder. Each worker receives a copy of the code folder, which does not "
-        "contain the job's input, caches, virtual environments, or `.git`.",
+        description="Folder of the job's code, relative to the job file. Each worker receives a copy of the folder "
+        "without the job's input, caches, virtual environments, and `.git`.",
         examples=["src"],
     )
     input: InputSpec = Field(
@@ -383,23 +362,20 @@ class JobSpec(Keys):
     priority: Priority = 0
     tags: dict[str, str] = Field(
         default_factory=dict,
-        description="Labels of the job, as a mapping of text to text. batchlab stores the tags with the job "
-        "and does not interpret them.",
+        description="Labels of the job, as a mapping of text to text. batchlab does not interpret them.",
         examples=[{"cost-centre": "4711"}],
     )
     params: dict[field_types.ParamName, JsonValue] = Field(
         default_factory=dict,
         description="Parameters of the job with their default values. A handler reads a parameter from "
-        "`ctx.params`, and a command contains it as `{params.KEY}`. The option `--set KEY=VALUE` "
-        "replaces the default value of one parameter.",
+        "`ctx.params`, and a command contains it as `{params.KEY}`.",
         examples=[{"currency": "USD"}],
     )
     notify: Notify = Field(default_factory=list)
     max_cost: field_types.Cost | None = Field(
         default=None,
-        description="Cap on the cost of the job on AWS, in USD at list prices. When the cost reaches the cap, "
-        "batchlab does not launch more instances for the job and finishes the job's running "
-        "tasks. The job then waits until its cap is raised. By default, a job has no cap.",
+        description="Cap on the cost of the job on AWS, in USD at list prices. At the cap, batchlab does not launch "
+        "more instances for the job and finishes its running tasks. The job then waits until its cap is raised.",
         examples=["5USD"],
     )
     at: field_types.Start | None = Field(
@@ -411,9 +387,7 @@ class JobSpec(Keys):
     cron: field_types.Cron | None = Field(
         default=None,
         description="Cron expression for repeated runs of the job: minute, hour, day of month, month, and "
-        "weekday. Only `batchlab schedule add` uses `cron`, and the options of this command "
-        "override `cron`. `batchlab run`, `batchlab job submit`, and the web page run a job once, "
-        "so they refuse a job file with `cron`.",
+        "weekday. Only `batchlab schedule add` accepts a job file with `cron`.",
         examples=["0 2 * * 1-5"],
     )
     timezone: field_types.Zone = Field(

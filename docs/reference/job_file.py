@@ -27,9 +27,9 @@ _HEAD = """\
 
 # The job file
 
-A job file is one YAML mapping. batchlab checks the job file before batchlab queues the job, and does
-not run your code for the check. batchlab reports all mistakes at once, each with its line and a
-correction. `batchlab init` creates the following job file:
+A job file is one YAML mapping. `batchlab job check` reports all mistakes at once, each with its line
+and a correction, without running your code. [Concepts](concepts.md) explains jobs, stages, and tasks.
+`batchlab init` creates the following job file:
 
 ```yaml
 """
@@ -72,16 +72,14 @@ The context `ctx` has the attributes `params`, `job`, `stage`, `task` (the index
 `attempt` (from 1), and `scratch` (a folder that is removed after the task). The method
 `ctx.save(content, name)` stores bytes or a file and returns a `File`.
 
-The result of a function is a JSON value (null, true, false, a number, text, a list, or a dict),
-which may contain a `File` at any place. The next stage receives this file, and the job's results
-contain the file as `files/STAGE/TASK/NAME`. If the result contains a date, a set, or an object of
-your own class, the task fails. Convert such values to text.
+The result of a function is a JSON value, which may contain a `File` at any place. The job's results
+contain the file as `files/STAGE/TASK/NAME`. A result with a date, a set, or an object of your own
+class makes the task fail. Convert such values to text.
 
-If the function raises an exception, the attempt fails. The output of the function is written to the
-task's log, which `batchlab job logs` shows. The current folder of a task is empty. Use
-`Path(__file__).parent / "rates.csv"` to read a file from the folder of your code. Packages that
-your code imports must be in the code folder, or installed on the workers. On `local`, the workers
-use batchlab's own environment.
+If the function raises an exception, the attempt fails. `batchlab job logs` shows the output of the
+function. The current folder of a task is empty. Use `Path(__file__).parent / "rates.csv"` to read a
+file from the folder of your code. Packages that your code imports must be in the code folder, or
+installed on the workers. On `local`, the workers use batchlab's own environment.
 
 ## Placeholders of a command
 
@@ -109,9 +107,9 @@ Write a literal brace twice: `awk "{{{{print $1}}}}"`.
 
 ## Parameters from the command line
 
-The option `--set KEY=VALUE` replaces the default value of a parameter in the job file. batchlab reads
-`VALUE` as one YAML scalar: `5` is a number, `true` is a truth value, and `'"5"'` is text. If the
-default value of the parameter is text, `VALUE` is always text.
+The option `--set KEY=VALUE` replaces the default value of a parameter. `VALUE` is one YAML scalar: `5`
+is a number, `true` is a truth value, and `'"5"'` is text. If the default value is text, `VALUE` is
+always text.
 """
 
 
