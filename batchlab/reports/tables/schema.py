@@ -163,7 +163,7 @@ BUNDLES = _table(
     (
         "source",
         "VARCHAR",
-        "id of the bundle of the previous stage whose results this bundle uses; NULL if there is no single one",
+        "id of the bundle of the previous stage whose results this bundle uses; NULL if it uses several or none",
     ),
     ("losses", "INTEGER", "number of earlier deliveries without an outcome"),
     ("worker", "VARCHAR", "id of the worker that committed the outcome; NULL without an outcome"),
@@ -206,7 +206,7 @@ INSTANCES = _table(
     ("instance", "VARCHAR", "id of the instance"),
     _POOL,
     ("type", "VARCHAR", "EC2 type; empty if all instances of the backend are equal"),
-    ("zone", "VARCHAR", "availability zone; empty if the backend has no zones"),
+    ("zone", "VARCHAR", "availability zone; empty if the backend does not have zones"),
     ("market", "VARCHAR", "on-demand or spot"),
     ("launched_s", "DOUBLE", "launch time"),
     ("in_service_s", "DOUBLE", "time at which the manager first saw the instance InService; NULL if never"),
@@ -288,7 +288,7 @@ COST = _table(
 
 DUPLICATES = _table(
     "duplicates",
-    "duplicate messages and executions by stage and kind; a stage without duplicates has no row",
+    "duplicate messages and executions by stage and kind; a row exists only for duplicates",
     "job, stage, kind",
     _STAGE,
     ("kind", "VARCHAR", "kind: message, event, execution, or result (see above)"),
