@@ -45,8 +45,8 @@ promises, reports, and the web page of a running grid are the same on all backen
 _FAULTS = """
 ## Real faults of a scenario
 
-`batchlab scenario faults` and [the page on faults](faults.md) show how each fault is injected, or
-why its injection is impossible. A forecast (`scenario simulate`) supports all faults.
+`batchlab scenario faults --backend NAME` shows how each fault is injected, or why its injection is
+impossible ([faults](replay.md#faults)). A forecast (`scenario simulate`) supports all faults.
 
 """
 

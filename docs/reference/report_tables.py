@@ -8,20 +8,24 @@ from batchlab.reports.tables.schema import TABLES, Table
 
 PAGE = Path(__file__).resolve().parents[1] / "report-data.md"
 TITLE = "## The tables\n\n"
+_COMMON = """\
+Every table begins with the column `job` (VARCHAR), the id of the job, which is also the first column of its key.
+
+"""
 
 
 def reference() -> str:
     """The section on the tables, in Markdown."""
-    names = "\n".join(f"| [`{t.name}`](#{t.name}) | {t.meaning} |" for t in TABLES)
-    index = f"| table | content |\n| --- | --- |\n{names}\n\n"
-    return TITLE + index + "\n".join(_section(table) for table in TABLES)
+    return TITLE + _COMMON + "\n".join(_section(table) for table in TABLES)
 
 
 def _section(table: Table) -> str:
-    rows = "\n".join(f"| `{c.name}` | {c.type} | {c.meaning} |" for c in table.columns)
-    key = ", ".join(f"`{name}`" for name in table.key)
+    job, *columns = table.columns
+    rows = "\n".join(f"| `{c.name}` | {c.type} | {c.meaning} |" for c in columns)
+    keys = [f"`{name}`" for name in table.key if name != job.name]
+    key = f" Key: {', '.join(keys)}." if keys else ""
     return (
-        f"### {table.name}\n\n{table.meaning[0].upper()}{table.meaning[1:]}. Key: {key}.\n\n"
+        f"### {table.name}\n\n{table.meaning[0].upper()}{table.meaning[1:]}.{key}\n\n"
         f"| column | type | meaning |\n| --- | --- | --- |\n{rows}\n"
     )
 

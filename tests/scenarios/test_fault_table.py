@@ -1,9 +1,10 @@
-"""The table of faults, which covers every backend and is equal in the docs and on the command line."""
+"""The table of faults, which covers every backend, and the pages that describe the faults."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,6 @@ from batchlab.scenarios.model.values import Fault, FaultName
 from tests.support import ROOT
 from tests.support.grid.backends import command as batchlab
 
-PAGE = ROOT / "docs" / "faults.md"
-
 
 def test_impossible_fault_is_a_part_of_a_sentence() -> None:
     told = impossible("local")
@@ -31,24 +30,13 @@ def test_impossible_fault_is_a_part_of_a_sentence() -> None:
     assert not any(why.endswith(".") for why in told.values())
 
 
-def rendered() -> str:
-    """Return the table as it is in the docs."""
-    head = "| fault | backend | how it is injected | or why it is impossible |"
-    lines = [head, "|---|---|---|---|"]
-    for fault, backend, cell in rows():
-        name = f"`{fault}`" if backend == BACKENDS[0] else ""
-        lines.append(f"| {name} | `{backend}` | {cell.how} | {cell.why_not} |")
-    return "\n".join(lines)
-
-
-def test_the_docs_print_the_table() -> None:
-    assert rendered() in PAGE.read_text(), rendered()
-
-
-def test_docs_describe_each_fault() -> None:
-    text = PAGE.read_text()
-    for fault in FaultName:
-        assert f"- `{fault}`: {fault.meaning}" in text
+@pytest.mark.parametrize(("page", "title"), [("replay.md", "## Faults"), ("forecast.md", "## Faults in a forecast")])
+def test_the_docs_have_details_of_each_fault(page: str, title: str) -> None:
+    section = (ROOT / "docs" / page).read_text().partition(f"\n{title}\n")[2].partition("\n## ")[0]
+    described = [
+        cell for row in re.findall(r"^\| (`[^|]+) \|", section, re.M) for cell in re.findall(r"`([^`]+)`", row)
+    ]
+    assert described[: len(FaultName)] == list(FaultName)
 
 
 def test_every_fault_has_one_answer_on_every_backend() -> None:

@@ -68,14 +68,13 @@ batchlab job retry JOB => batchlab job retry {job}
 """
 
 REPORTS = """
-batchlab report write last
-batchlab report queries
+batchlab report query
 batchlab report query summary last
 batchlab report query slowest_tasks last
 batchlab report query retries month-end-0123456789 --json => batchlab report query retries {job} --json
 batchlab report sql "select stage, median(run_s) from tasks group by stage" last
-batchlab report sql "select stage, quantile_cont(run_s, 0.95) as p95_s from tasks group by stage" last
-batchlab report sql "from scaling order by at_s" last --csv
+batchlab report query "select stage, quantile_cont(run_s, 0.95) as p95_s from tasks group by stage" last
+batchlab report query "from scaling order by at_s" last --csv
 batchlab report html last
 batchlab report html shop-0123456789 --out monday.html => batchlab report html {job} --out monday.html
 batchlab report pull month-end-0123456789 --backend aws --out runs => batchlab report pull {job} --backend local --out runs

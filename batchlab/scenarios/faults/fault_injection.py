@@ -1,8 +1,7 @@
 """Injection of a scenario's faults into a running grid, and the table of supported faults.
 
 The injector undoes each fault, also on a cancellation, and reports a failed rollback. Faults that would affect the same
-part of the grid run one after another. docs/faults.md and the command `scenario faults` show the table of supported
-faults.
+part of the grid run one after another. The command `scenario faults` shows the table of supported faults.
 """
 
 from __future__ import annotations

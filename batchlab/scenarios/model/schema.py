@@ -44,98 +44,76 @@ def _gather(value: Any) -> Any:
 
 
 class GroupsSpec(Keys):
-    """Fan-in of the results of the previous stages.
+    """Fan-in by a field: one task for each of N groups of results."""
 
-    `gather: all` creates one task for all results. `gather: {by: NAME, groups: N}` creates one task for each of N
-    groups of results.
-    """
-
-    by: str = key("Name of the field by which the results of the previous stages are grouped.", "region", min_length=1)
-    groups: int = key(
-        "Number of groups into which the results of the previous stages are divided.", 12, 1, ge=1, le=1_000_000
-    )
+    by: str = key("Field by which the results of the previous stages are grouped.", "region", min_length=1)
+    groups: int = key("Number of groups.", 12, 1, ge=1, le=1_000_000)
 
 
 class StageSpec(Keys):
     """One stage of a job template."""
 
     name: StageName
-    task: Times = key("Run time of one task of the stage: a duration, or a distribution of durations.", "4s")
+    task: Times = key("Run time of one task.", "4s")
     after: After = None
     gather: Annotated[
         GroupsSpec | None, BeforeValidator(_gather, json_schema_input_type=Literal["all"] | GroupsSpec)
     ] = key(
-        "Fan-in: the stage waits for all tasks of the previous stages. `gather: all` creates one "
-        "task for all results of the previous stages. `gather: {by: NAME, groups: N}` creates one "
-        "task for each of the N groups of results. Without `gather`, each result of the previous "
-        "stage becomes a task of this stage as soon as the result exists.",
+        "Fan-in: the stage waits for all tasks of the previous stages. `all` creates one task for all "
+        "their results, and `{by: FIELD, groups: N}` one task for each of N groups. Without `gather`, "
+        "each result becomes a task as soon as it exists.",
         "all",
         None,
     )
-    kind: Literal["sleep", "cpu", "memory", "io"] = key(
-        "Kind of work that a simulated task does in a replay during its run time.", "cpu", "sleep"
-    )
+    kind: Literal["sleep", "cpu", "memory", "io"] = key("Work of a simulated task in a replay.", "cpu", "sleep")
     slots: Slots = 1
     memory: Memory = None
     bundle: Bundle = None
     pool: Pool = "default"
     retry: Retry
-    fails: Share = key("Share of the task attempts of the stage that end in an exception.", 0.01, 0.0)
+    fails: Share = key("Share of the task attempts that end in an exception.", 0.01, 0.0)
     poison: int = key(
-        "Number of tasks of each job that kill their worker in every attempt. In each job, "
-        "the tasks that kill their worker are the first tasks of the stage.",
-        2,
-        0,
-        ge=0,
-        le=9999,
+        "Number of tasks of each job, from the first one, that kill their worker in every attempt.", 2, 0, ge=0, le=9999
     )
 
 
 class JobSpec(Keys):
-    """A job template. Exactly one of the keys `task`, `stages`, and `file` describes the work of its jobs, except that
-    `task` is also allowed with `file`.
+    """A job template. Exactly one of `task`, `stages`, and `file` describes the work; `task` is also allowed with
+    `file`.
     """
 
     tasks: Numbers | None = key(
-        "Number of tasks in the first stage of each job: a number, or a distribution of "
-        "numbers. A number drawn from the distribution is rounded to a whole number. By "
-        "default, the first stage of each job has 1 task. A trace may contain the number of "
-        "tasks for each job.",
+        "Number of tasks in the first stage: a number, or a distribution whose values are rounded. By "
+        "default 1, or the number in a trace.",
         200,
         None,
     )
     task: JobTimes | None = key(
-        "Run time of one task, for a job that has a single stage. In a job with a single "
-        "stage, batchlab names the stage `work`. With `file`, `task` is a mapping from the "
-        "name of each stage of the job file to the run time of one task of this stage. With "
-        "`file`, `task` may also be one duration for the tasks of all stages.",
+        "Run time of one task of a job with a single stage, named `work`. With `file`, one duration "
+        "for all stages, or a mapping from the name of each stage to its run time.",
         "4s",
         None,
     )
-    stages: list[StageSpec] | None = key(
-        "Stages of the jobs, in order.", [{"name": "parse", "task": "4s"}], None, min_length=1
-    )
+    stages: list[StageSpec] | None = key("Stages, in order.", [{"name": "parse", "task": "4s"}], None, min_length=1)
     file: str | None = key(
-        "Path of a job file, relative to the scenario file. A replay runs the work of the job "
-        "file. A forecast does not run the job file, but uses the run times in `task`.",
+        "Path of a job file, relative to the scenario file. A replay does its real work; a forecast "
+        "uses the run times in `task`.",
         "../examples/claims/job.yaml",
         None,
         min_length=1,
     )
     groups: dict[str, Annotated[int, Field(ge=1, le=1_000_000)]] = key(
-        "Number of groups of each stage in the job file `file` that gathers results by a "
-        "field. By default, each stage that gathers results by a field has 1 group.",
+        "With `file`: number of groups of each stage that gathers results by a field. By default 1.",
         {"total": 12},
         default_factory=dict,
     )
     deadline: field_types.Timeout | None = key(
-        "Time from the arrival of a job to its deadline. By default, jobs do not have deadlines.", "6h", None
+        "Time from the arrival of a job to its deadline. By default, there is none.", "6h", None
     )
-    tenant: str = key("Name of the tenant that submits the jobs of the template.", "payer-a", "")
+    tenant: str = key("Tenant that submits the jobs.", "payer-a", "")
     priority: Priority = 0
     max_failures: int = key(
-        "Number of failed tasks that the scenario allows in each job of the template. With "
-        "`file`, 0 means that the limit in the job file applies.",
+        "Number of failed tasks that each job may have. With `file`, 0 means the limit in the job file.",
         5,
         0,
         ge=0,
@@ -191,20 +169,13 @@ def _take(value: Any) -> Any:
 
 
 class TakeSpec(Keys):
-    """A number that a trace's reader computes from a record: the sum of some columns, divided by a constant."""
+    """A number from a record: the sum of some columns, divided by a constant."""
 
-    columns: field_types.OneOrMany = key(
-        "Names of the columns whose values are added. The sum of these values is divided by `per`.",
-        "duration_ms",
-        min_length=1,
-    )
+    columns: field_types.OneOrMany = key("Columns whose values are added.", "duration_ms", min_length=1)
     per: Annotated[
         float, BeforeValidator(_per), WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]})
     ] = key(
-        "Divisor of the sum of `columns`: a number, or a size such as `64 MiB`. A size as the "
-        "divisor converts a number of bytes into a number of tasks.",
-        "64 MiB",
-        1.0,
+        "Divisor: a number, or a size such as `64 MiB`, which converts bytes into a number of tasks.", "64 MiB", 1.0
     )
 
 
@@ -212,172 +183,124 @@ Taken = Annotated[TakeSpec, BeforeValidator(_take, json_schema_input_type=str | 
 
 
 class ColumnsSpec(Keys):
-    """Column map of a trace: the columns from which the trace's reader takes each value.
-
-    The columns of a trace are the names from a table's header, the fields of the Standard Workload Format, or the keys
-    of a JSON object. A dotted name selects a key of a nested JSON object. A column map may omit the columns that the
-    trace's format defines.
+    """Columns of the trace from which each value is taken: names from a table's header, fields of the Standard Workload
+    Format, or keys of a JSON object, with dots for a nested key. Columns that the format defines may be omitted.
     """
 
-    at: str | None = key(
-        "Name of the column with the arrival time of the job, which is a number or a timestamp.", "end", None
-    )
+    at: str | None = key("Arrival time of the job: a number, or a timestamp.", "end", None)
     minus: str = key(
-        "Name of a column with seconds that are subtracted from the time in `at` to get the "
-        "arrival time. `minus` is for a trace that records the end time and the duration of "
-        "each job.",
-        "duration",
-        "",
+        "Seconds to subtract from `at`, for a trace that contains the end and the duration of a job.", "duration", ""
     )
     unit: Annotated[str, BeforeValidator(_unit)] = key(
-        "Unit of the numbers in the column `at`: `s`, `ms`, `us`, or `ns`. If the column `at` "
-        "contains timestamps that are not in ISO 8601, `unit` is the strptime format of the "
-        "timestamps.",
+        "Unit of a number in `at`: `s`, `ms`, `us`, or `ns`; or the strptime format of a timestamp "
+        "that is not in ISO 8601.",
         "ms",
         "s",
     )
     count: str = key(
-        "Name of the column with the number of jobs that arrive in an interval. Each record "
-        "of a trace with `count` is an interval, which starts at the time `at` and lasts "
-        "until the next record.",
+        "Number of jobs that arrive in the interval from `at` to the next record, for a trace whose "
+        "records are intervals.",
         "value",
         "",
     )
     every: field_types.Timeout | None = key(
-        "Length of the interval of a record, in a trace with `count`. By default, the length is "
-        "the most common time between two records.",
-        "5m",
-        None,
+        "Length of an interval. By default, the most common time between two records.", "5m", None
     )
     scale: float = key(
-        "Factor by which the trace's reader multiplies the number of jobs in the column `count`.",
+        "Factor for `count`. Fractions of jobs are carried over to the next interval.",
         0.1,
         1.0,
         gt=0,
         le=field_types.MAX_TASKS,
     )
     tasks: Taken | None = key(
-        "Number of tasks of a job: the name of a column, a list of columns whose values are "
-        "added, or `{columns: NAMES, per: NUMBER}`. The number of tasks is rounded up.",
+        "Number of tasks of the first stage: one column, or a sum of columns divided by `per`. It is "
+        "rounded up, to at least one.",
         {"columns": ["input", "shuffle"], "per": "64 MiB"},
         None,
     )
     task_s: Taken | None = key(
-        "Run time in seconds of each task in the first stage of a job. The value of `task_s` has "
-        "the same forms as the value of `tasks`.",
+        "Run time in seconds of each task of the first stage, in the same forms as `tasks` (`per: "
+        "1000` for milliseconds).",
         "run",
         None,
     )
-    label: str = key("Name of the column with the job's own name in the trace.", "job", "")
-    tenant: str = key("Name of the column with the tenant of the job.", "user", "")
-    job: str = key(
-        "Name of the column with the name of the job template. Only an arrival without the key `job` uses this column.",
-        "kind",
-        "",
-    )
+    label: str = key("Name of the job in reports.", "job", "")
+    tenant: str = key("Tenant of the job.", "user", "")
+    job: str = key("Name of the job template, for an arrival without the key `job`.", "kind", "")
 
 
 class TraceSpec(Keys):
-    """A recorded trace, whose records are arrivals of jobs."""
+    """A recorded trace, whose records are arrivals."""
 
     file: str = key(
-        "Path of the trace file, relative to the scenario file. batchlab unpacks a file that is "
-        "compressed with gzip, whatever the file's name is.",
+        "Path of the trace file, relative to the scenario file. It may be compressed with gzip.",
         "last-month.csv",
         min_length=1,
     )
     format: Literal["swf", "table", "jsonl"] | None = key(
-        "Format of the trace file: `swf` for the Standard Workload Format, `table` for a text "
-        "table with one record per line, or `jsonl` for JSON Lines. By default, batchlab derives "
-        "the format from the name of the trace file.",
+        "Standard Workload Format, text table, or JSON Lines. By default, the name of the file determines the format.",
         "swf",
         None,
     )
-    columns: ColumnsSpec | None = key(
-        "Column map of the trace. A trace file with the format `table` requires a column map.", {"at": "submit"}, None
-    )
+    columns: ColumnsSpec | None = key("Column map, which a text table requires.", {"at": "submit"}, None)
     names: list[str] = key(
-        "Names of the columns of a text table. Only a table whose first line does not contain the "
-        "column names needs `names`.",
-        ["job", "submit", "run"],
-        default_factory=list,
+        "Names of the columns of a text table without a header.", ["job", "submit", "run"], default_factory=list
     )
     delimiter: Annotated[str, BeforeValidator(_delimiter)] = key(
-        "Character between the fields of a text table. By default, batchlab derives the separator "
-        "from the first line of the table.",
-        ";",
-        "",
+        "Character between the fields of a text table. By default, the first line determines it.", ";", ""
     )
-    from_s: field_types.Duration = key(
-        "Start of the part of the trace that is used, as a time after the trace's first job. "
-        "batchlab ignores records before the start of this part.",
-        "6h",
-        0.0,
-        alias="from",
-    )
+    from_s: field_types.Duration = key("Start of the used part, after the trace's first job.", "6h", 0.0, alias="from")
     until_s: field_types.Duration | None = key(
-        "End of the part of the trace that is used, as a time after the trace's first job. "
-        "batchlab ignores records at or after the end of this part.",
-        "8h",
-        None,
-        alias="until",
+        "End of the used part, after the trace's first job.", "8h", None, alias="until"
     )
-    limit: int | None = key("Maximum number of jobs that arrive from the trace.", 1000, None, ge=1)
-    starts_s: field_types.Duration = key(
-        "Time after the start of the scenario at which the trace starts.", "1h", 0.0, alias="starts"
-    )
+    limit: int | None = key("Maximum number of jobs.", 1000, None, ge=1)
+    starts_s: field_types.Duration = key("Time in the scenario at which the trace starts.", "1h", 0.0, alias="starts")
 
 
 N = TypeVar("N")
 
 
 class ArrivalSpec(Keys):
-    """A source of arrivals: the key `job`, and exactly one other key that defines when the jobs arrive."""
+    """A source of arrivals: the key `job`, and exactly one other key."""
 
     job: field_types.Name | None = key(
-        "Name of the job template of the arriving jobs. An arrival may omit `job` only if the "
-        "records of its trace name the job template.",
-        "claims",
-        None,
+        "Name of the job template. Only an arrival whose trace names the template may omit it.", "claims", None
     )
     at: Moments | None = key(
-        "Fixed arrival times: one time or a list of times. Each time is a duration after the "
-        "start of the scenario, or `{at: TIME, count: N}` for N jobs that arrive at the same "
-        "time.",
+        "Fixed times: one time or a list, each a duration or `{at: TIME, count: N}` for N jobs.",
         ["0s", "1h", {"at": "2h", "count": 50}],
         None,
     )
     poisson: PoissonSpec | None = key(
-        "Arrivals that are independent of each other, with a constant mean rate (a Poisson process).",
+        "Arrivals that are independent of each other, at one mean rate (a Poisson process).",
         {"per_hour": 30, "until": "8h"},
         None,
     )
     on_off: OnOffSpec | None = key(
-        "Bursts of arrivals with pauses between the bursts.",
+        "Bursts of arrivals with pauses. The first burst is at the start.",
         {"per_hour": 120, "on": "5m", "off": "25m", "until": "8h"},
         None,
     )
     profile: ProfileSpec | None = key(
-        "Profile of arrivals, with a rate for each hour of the day and a factor for each day of the week.",
+        "A rate for each hour of the day, and a factor for each day of the week.",
         {"daily": [2] * 24, "until": "7d"},
         None,
     )
     month_end: MonthEndSpec | None = key(
-        "Calendar profile of arrivals, in which more jobs arrive at the turn of a month.",
+        "A rate by working days, which is higher around the turn of a month.",
         {"per_hour": 2, "begins": "2026-01-26", "until": "7d"},
         None,
     )
     step: StepSpec | None = key(
-        "Arrivals whose rate changes at given times.",
+        "A rate that changes at given times.",
         {"per_hour": 10, "steps": [{"at": "1h", "per_hour": 120}], "until": "2h"},
         None,
     )
     ramp: RampSpec | None = key(
-        "Arrivals whose rate changes linearly.", {"per_hour": 0, "to_per_hour": 120, "until": "2h"}, None
+        "A rate that changes linearly.", {"per_hour": 0, "to_per_hour": 120, "until": "2h"}, None
     )
-    trace: TraceSpec | None = key(
-        "Recorded trace whose records are the arrivals.", {"file": "last-month.csv", "columns": {"at": "submit"}}, None
-    )
+    trace: TraceSpec | None = key("A recorded trace.", {"file": "last-month.csv", "columns": {"at": "submit"}}, None)
 
 
 SOURCES = tuple(name for name in ArrivalSpec.model_fields if name != "job")
@@ -387,52 +310,41 @@ SOURCES = tuple(name for name in ArrivalSpec.model_fields if name != "job")
 class PoolSpec(Keys):
     """A pool of instances with equal workers."""
 
-    min: int = key("Minimum number of instances in the pool.", 2, 0, ge=0, le=100_000)
-    max: int = key("Maximum number of instances in the pool.", 40, ge=1, le=100_000)
-    slots: int = key("Number of task slots of each instance in the pool.", 4, 1, ge=1, le=9999)
-    boot: field_types.Duration = key(
-        "Time from the launch of an instance to the time at which its worker takes tasks.", "90s", 0.0
-    )
-    instance_type: str = key(
-        "EC2 instance type of the pool's instances, which determines their price.", "m7i.large", ""
-    )
-    spot: Share = key("Share of the pool's instances that are Spot Instances.", 0.5, 0.0)
+    min: int = key("Minimum number of instances.", 2, 0, ge=0, le=100_000)
+    max: int = key("Maximum number of instances.", 40, ge=1, le=100_000)
+    slots: int = key("Number of task slots of each instance.", 4, 1, ge=1, le=9999)
+    boot: field_types.Duration = key("Time from the launch of an instance until its worker takes tasks.", "90s", 0.0)
+    instance_type: str = key("EC2 instance type, which determines the price.", "m7i.large", "")
+    spot: Share = key("Share of the instances that are Spot Instances.", 0.5, 0.0)
 
 
 class PolicySpec(Keys):
-    """Scaling policy, by which the autoscaler changes the size of the fleet."""
+    """Scaling policy. An omitted setting has its default value in a deployment."""
 
     drain_target: field_types.Timeout | None = key(
-        "Time in which the fleet should process the whole backlog. The autoscaler computes "
-        "the size of the fleet from `drain_target`.",
-        "10m",
-        None,
+        "Time in which the fleet should process the whole backlog, which determines its size.", "10m", None
     )
     cooldown_in: field_types.Duration | None = key(
-        "Minimum time between two steps in which the autoscaler shrinks a pool that has work.", "2m", None
+        "Minimum time between two steps that shrink a pool with work.", "2m", None
     )
-    idle: field_types.Duration | None = key(
-        "Time for which a pool must be without work before the autoscaler shrinks the pool.", "1m", None
-    )
+    idle: field_types.Duration | None = key("Time without work before a pool shrinks.", "1m", None)
 
 
 class PrewarmSpec(Keys):
     """Scheduled capacity: a minimum number of instances in a pool between two times."""
 
-    pool: field_types.Name = key("Name of the pool that has the scheduled capacity.", "default", "default")
-    min: int = key("Minimum number of instances in the pool during the scheduled time.", 10, ge=0, le=100_000)
-    at_s: field_types.Duration = key("Start time of the scheduled capacity.", "7h", alias="at")
-    until_s: field_types.Duration = key("End time of the scheduled capacity.", "9h", alias="until")
+    pool: field_types.Name = key("Name of the pool.", "default", "default")
+    min: int = key("Minimum number of instances.", 10, ge=0, le=100_000)
+    at_s: field_types.Duration = key("Start time.", "7h", alias="at")
+    until_s: field_types.Duration = key("End time.", "9h", alias="until")
 
 
 class FaultSpec(Keys):
-    """A fault that is injected into the fleet or its services.
-
-    Two faults of the same kind that last for some time must not overlap, because the end of the first fault would also
-    end the second fault. Only two `pause` faults of different pools may overlap.
+    """A fault. Two lasting faults of the same kind must not overlap, because the end of the first one would also end
+    the second one. Only two `pause` faults of different pools may overlap.
     """
 
-    at_s: field_types.Duration = key("Start time of the fault.", "30m", alias="at")
+    at_s: field_types.Duration = key("Start time.", "30m", alias="at")
     fault: Literal[
         "kill",
         "pause",
@@ -446,50 +358,28 @@ class FaultSpec(Keys):
         "manager-crash",
         "database-loss",
     ] = key("Kind of the fault. " + " ".join(f"With `{name.value}`, {name.meaning}." for name in FaultName), "kill")
-    for_s: field_types.Duration = key(
-        "Duration of the fault, if the fault lasts for some time.", "5m", 60.0, alias="for"
-    )
-    pool: field_types.Name | None = key(
-        "Name of the pool whose instances the fault hits. By default, the fault hits the instances of all pools.",
-        "default",
-        None,
-    )
+    for_s: field_types.Duration = key("Duration of a lasting fault.", "5m", 60.0, alias="for")
+    pool: field_types.Name | None = key("Pool whose instances the fault hits. By default, all pools.", "default", None)
     share: Share | None = key(
-        "Share of the instances in service that the fault hits. The resulting number of instances "
-        "is rounded up. By default, the fault hits all instances in service.",
-        0.5,
-        None,
+        "Share of the instances in service that the fault hits, rounded up. By default, all.", 0.5, None
     )
-    count: int | None = key(
-        "Number of instances that the fault hits. `count` is an alternative to `share`.", 2, None, ge=1, le=100_000
-    )
+    count: int | None = key("Number of instances that the fault hits, instead of `share`.", 2, None, ge=1, le=100_000)
     rate: Share | None = key(
-        "Share of the requests or messages that a fault of the kind `s3-errors`, "
-        "`sqs-duplicates`, or `sqs-delays` hits. By default, such a fault hits 0.2 of the "
-        "requests or messages.",
+        "Share of the requests or messages that `s3-errors`, `sqs-duplicates`, or `sqs-delays` hits. By default 0.2.",
         0.2,
         None,
     )
     notice: field_types.Duration | None = key(
-        "Time between the interruption notice of a Spot Instance and the end of the instance. "
-        "By default, a Spot Instance receives its interruption notice two minutes before its "
-        "end.",
-        "2m",
-        None,
+        "Time from the interruption notice of a Spot Instance to its end. By default, two minutes.", "2m", None
     )
-    zone: str | None = key(
-        "Letter of the availability zone that the fault `zone-loss` hits: `a`, `b`, and so on. By "
-        "default, the fault hits the zone `a`.",
-        "b",
-        None,
-    )
+    zone: str | None = key("Letter of the zone that `zone-loss` hits. By default `a`.", "b", None)
 
 
 class Bound(Of[N], Generic[N]):
-    """Range of allowed values of a measure. A plain number or time as the value of a measure sets `most`."""
+    """Range of allowed values. A plain number or time as the value of a measure sets `most`."""
 
-    least: N | None = key("Minimum allowed value of the measure.", 0, None)
-    most: N | None = key("Maximum allowed value of the measure.", 0, None)
+    least: N | None = key("Minimum.", 0, None)
+    most: N | None = key("Maximum.", 0, None)
 
 
 def _bound(value: Any) -> Any:
@@ -535,7 +425,7 @@ ExpectSpec = create_model(
     jobs=(
         dict[str, JobExpectSpec],  # type: ignore[valid-type]
         key(
-            "Expected values of measures for the jobs of one job template, as a mapping from the name of the template.",
+            "Expected values of measures for the jobs of one template, by its name.",
             {"claims": {"p95_turnaround": "2h"}},
             default_factory=dict,
         ),
@@ -546,52 +436,33 @@ ExpectSpec = create_model(
 class ScenarioSpec(Keys):
     """The keys of a scenario file at the top level."""
 
-    name: field_types.Name = key(
-        "Name of the scenario, with at most 40 lower case letters, digits, `-`, and `_`.", "claims-month-end"
-    )
+    name: field_types.Name = key("Name, with at most 40 lower case letters, digits, `-`, and `_`.", "claims-month-end")
     about: str = key(
         "Description of the scenario and of its purpose, in one or two paragraphs.",
         "The last night of a month.",
         min_length=1,
     )
-    seed: int = key("Seed of all random values in the scenario.", 7, 1, ge=0)
+    seed: int = key("Seed of all random values.", 7, 1, ge=0)
     compress: Annotated[float, Field(ge=1, le=1_000_000)] = key(
-        "Factor by which a replay divides all times of the scenario, unless the replay's options "
-        "contain another factor.",
-        60,
-        1.0,
+        "Factor by which a replay divides all times, if its options contain no other factor.", 60, 1.0
     )
-    zones: int = key("Number of availability zones that the fleet uses.", 2, 1, ge=1, le=6)
+    zones: int = key("Number of availability zones.", 2, 1, ge=1, le=6)
     jobs: dict[field_types.Name, JobSpec] = key(
-        "Mapping from the name of each job template to the template.",
-        {"claims": {"tasks": 200, "task": "4s"}},
-        min_length=1,
+        "Job templates by name.", {"claims": {"tasks": 200, "task": "4s"}}, min_length=1
     )
-    arrivals: list[ArrivalSpec] = key(
-        "List of the sources of arrivals, each of which defines when the jobs of one template arrive.",
-        [{"job": "claims", "at": "0s"}],
-        min_length=1,
-    )
-    pools: dict[field_types.Name, PoolSpec] = key(
-        "Mapping from the name of each pool of the fleet to the pool.", {"default": {"max": 10}}, min_length=1
-    )
-    policy: PolicySpec = key(
-        "Scaling policy of the fleet. A setting that the scenario omits has its default value in a deployment.",
-        {"drain_target": "10m"},
-        default_factory=PolicySpec,
-    )
+    arrivals: list[ArrivalSpec] = key("Sources of arrivals.", [{"job": "claims", "at": "0s"}], min_length=1)
+    pools: dict[field_types.Name, PoolSpec] = key("Pools of the fleet by name.", {"default": {"max": 10}}, min_length=1)
+    policy: PolicySpec = key("Scaling policy.", {"drain_target": "10m"}, default_factory=PolicySpec)
     prewarm: list[PrewarmSpec] = key(
-        "List of scheduled capacities, which launch instances before jobs arrive.",
+        "Scheduled capacity, which launches instances before jobs arrive.",
         [{"min": 10, "at": "7h", "until": "9h"}],
         default_factory=list,
     )
     faults: list[FaultSpec] = key(
-        "List of the faults that are injected, each with its start time.",
-        [{"at": "30m", "fault": "kill", "count": 2}],
-        default_factory=list,
+        "Faults that are injected.", [{"at": "30m", "fault": "kill", "count": 2}], default_factory=list
     )
     expect: ExpectSpec = key(  # type: ignore[valid-type]
-        "Expected values of measures, with which batchlab compares the results of a run of the scenario.",
+        "Expected values of measures, which define the verdict.",
         {"lost": 0, "p95_wait": "10m"},
         default_factory=ExpectSpec,
     )

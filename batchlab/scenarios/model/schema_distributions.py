@@ -87,104 +87,78 @@ class Of(Keys, Generic[N]):
 
 
 class Uniform(Of[N], Generic[N]):
-    """Uniform distribution between a minimum and a maximum value."""
+    """Values between a minimum and a maximum."""
 
-    least: N = key("Minimum value of the uniform distribution.", 2)
-    most: N = key("Maximum value of the uniform distribution.", 8)
+    least: N = key("Minimum.", 2)
+    most: N = key("Maximum.", 8)
 
 
 class Exponential(Of[N], Generic[N]):
-    """Exponential distribution: many values are small, and a few are large."""
+    """Many small values and a few large ones."""
 
-    mean: N = key("Mean of the exponential distribution. The mean must be above 0.", 30)
+    mean: N = key("Mean, above 0.", 30)
 
 
 class Lognormal(Of[N], Generic[N]):
-    """Lognormal distribution, which has a peak and a long right tail. The lognormal distribution fits the run times of
-    most tasks.
-    """
+    """A peak and a long right tail, which fits the run times of most tasks."""
 
-    median: N = key(
-        "Median of the lognormal distribution: half of all values are below the median. The median must be above 0.",
-        200,
-    )
-    sigma: Amount = key(
-        "Standard deviation of the logarithm of the values. With a `sigma` of 0.5, the values are "
-        "close together, and with 1.5, they are far apart.",
-        0.6,
-    )
+    median: N = key("Median, above 0.", 200)
+    sigma: Amount = key("Standard deviation of the logarithm of the values: 0.5 is narrow, 1.5 is wide.", 0.6)
 
 
 class Pareto(Of[N], Generic[N]):
-    """Pareto distribution: most values are near the minimum, and a few are very large."""
+    """Most values near the minimum, and a few very large ones."""
 
-    least: N = key("Minimum value of the Pareto distribution. The minimum must be above 0.", 10)
+    least: N = key("Minimum, above 0.", 10)
     alpha: Amount = key(
-        "Exponent of the Pareto distribution's tail: with an `alpha` of 3, large values are rare, "
-        "and with 1.1, they are common. In a distribution without `most`, `alpha` must be above "
-        "1.",
+        "Exponent of the tail: with 3, large values are rare, with 1.1, common. Without `most`, "
+        "`alpha` must be above 1.",
         1.5,
     )
-    most: N | None = key(
-        "Maximum value of the Pareto distribution. By default, the values are not limited.", 3600, None
-    )
+    most: N | None = key("Maximum. By default, there is none.", 3600, None)
 
 
 class Weibull(Of[N], Generic[N]):
-    """Weibull distribution, which is similar to the exponential distribution, but has a heavier or lighter tail."""
+    """Like the exponential distribution, but with a heavier or lighter tail."""
 
-    scale: N = key(
-        "Scale of the Weibull distribution: about two thirds of all values are below the scale. "
-        "The scale must be above 0.",
-        60,
-    )
+    scale: N = key("Scale, above 0: about two thirds of all values are below it.", 60)
     shape: Amount = key(
-        "Shape of the Weibull distribution. With a `shape` below 1, the tail is heavier than the "
-        "tail of the exponential distribution, and with a `shape` above 1, the tail is lighter.",
-        0.7,
+        "Shape: below 1, the tail is heavier than that of the exponential distribution, above 1, lighter.", 0.7
     )
 
 
 class One(Of[N], Generic[N]):
     """A distribution, which is defined by exactly one of the keys in this mapping."""
 
-    constant: N | None = key("Constant value that the distribution always has.", 4, None)
-    uniform: Uniform[N] | None = key(
-        "Uniform distribution between a minimum and a maximum value.", {"least": 2, "most": 8}, None
-    )
-    exponential: Exponential[N] | None = key("Exponential distribution with a given mean.", {"mean": 30}, None)
+    constant: N | None = key("Always this value.", 4, None)
+    uniform: Uniform[N] | None = key("Values between a minimum and a maximum.", {"least": 2, "most": 8}, None)
+    exponential: Exponential[N] | None = key("Many small values and a few large ones.", {"mean": 30}, None)
     lognormal: Lognormal[N] | None = key(
-        "Lognormal distribution, which fits the run times of most tasks.", {"median": 4, "sigma": 0.8}, None
+        "A peak and a long right tail, which fits the run times of most tasks.", {"median": 4, "sigma": 0.8}, None
     )
-    pareto: Pareto[N] | None = key("Pareto distribution, which has a heavy tail.", {"least": 10, "alpha": 1.5}, None)
+    pareto: Pareto[N] | None = key(
+        "Most values near the minimum, and a few very large ones.", {"least": 10, "alpha": 1.5}, None
+    )
     weibull: Weibull[N] | None = key(
-        "Weibull distribution, whose tail is heavier or lighter than the tail of the exponential distribution.",
-        {"scale": 60, "shape": 0.7},
-        None,
+        "Like the exponential distribution, but with a heavier or lighter tail.", {"scale": 60, "shape": 0.7}, None
     )
     empirical: list[N] | None = key(
-        "List of measured values, each of which the distribution has with the same probability.",
-        [3, 4, 4, 9],
-        None,
-        min_length=1,
+        "Measured values, each with the same probability.", [3, 4, 4, 9], None, min_length=1
     )
 
 
 class Part(One[N], Generic[N]):
-    """One part of a mixture of distributions: a distribution and its weight."""
+    """One part of a mixture: a distribution and its weight."""
 
-    weight: Amount = key(
-        "Weight of this part of the mixture, relative to the weights of the other parts. The weight must be above 0.", 9
-    )
+    weight: Amount = key("Weight of this part relative to the other parts, above 0.", 9)
 
 
 class Draw(One[N], Generic[N]):
-    """A distribution, which is defined by exactly one of the keys in this mapping. A plain number or time is a
-    distribution with this number or time as its `constant` value.
-    """
+    """A distribution, defined by exactly one key. A plain number or time is a `constant`."""
 
     mixture: list[Part[N]] | None = key(
-        "Weighted mixture of distributions, for example mostly short times and some long ones.",
+        "Weighted parts, each with a `weight` and one of the other keys, such as mostly short times "
+        "and some long ones.",
         [{"weight": 9, "constant": 4}, {"weight": 1, "constant": 60}],
         None,
         min_length=1,
@@ -216,61 +190,51 @@ JobTimes = Annotated[
 class Span(Keys):
     """Start and end of the time in which a source of arrivals creates jobs."""
 
-    from_s: field_types.Duration = key(
-        "Time after the start of the scenario from which jobs may arrive.", "30m", 0.0, alias="from"
-    )
-    until_s: field_types.Duration = key(
-        "Time after the start of the scenario from which no more jobs arrive.", "8h", alias="until"
-    )
+    from_s: field_types.Duration = key("Time from which jobs may arrive.", "30m", 0.0, alias="from")
+    until_s: field_types.Duration = key("Time from which no more jobs arrive.", "8h", alias="until")
 
 
-_PER_HOUR = "Mean number of jobs that arrive per hour."
+_PER_HOUR = "Mean number of jobs per hour."
 
 
 class PoissonSpec(Span):
-    """Arrivals that are independent of each other, with a constant mean rate (a Poisson process)."""
+    """Arrivals that are independent of each other, at one mean rate (a Poisson process)."""
 
     per_hour: Amount = key(_PER_HOUR, 30)
 
 
 class OnOffSpec(Span):
-    """Alternating bursts and pauses of arrivals. The first burst is at the start of the source."""
+    """Bursts of arrivals with pauses. The first burst is at the start."""
 
-    per_hour: Amount = key("Mean number of jobs that arrive per hour in a burst.", 120)
-    on_s: field_types.Duration = key("Mean length of a burst of arrivals.", "5m", alias="on")
-    off_s: field_types.Duration = key("Mean length of the pause between two bursts.", "25m", alias="off")
-    idle_per_hour: Amount = key("Mean number of jobs that arrive per hour in a pause between two bursts.", 2, 0.0)
+    per_hour: Amount = key("Mean number of jobs per hour in a burst.", 120)
+    on_s: field_types.Duration = key("Mean length of a burst.", "5m", alias="on")
+    off_s: field_types.Duration = key("Mean length of a pause.", "25m", alias="off")
+    idle_per_hour: Amount = key("Mean number of jobs per hour in a pause.", 2, 0.0)
     regular: bool = key(
-        "Whether every burst has the same length, and every pause has the same length. By "
-        "default, the lengths of bursts and pauses are random.",
-        True,
-        False,
+        "Whether all bursts are equally long, and all pauses. By default, the lengths are random.", True, False
     )
 
 
 class ProfileSpec(Span):
-    """Profile of arrivals, with a rate for each hour of the day and a factor for each day of the week."""
+    """A rate for each hour of the day, and a factor for each day of the week."""
 
     daily: list[Amount] = key(
-        "List of 24 numbers, one for each hour of the day from midnight. Each number in "
-        "`daily` is the mean number of jobs that arrive in this hour of the day. If "
-        "`per_hour` is given, the numbers in `daily` are weights instead.",
+        "24 numbers, one for each hour from midnight: the mean number of jobs in this hour, or with "
+        "`per_hour`, a weight.",
         [2] * 24,
         min_length=24,
         max_length=24,
     )
     weekly: list[Amount] = key(
-        "List of 7 factors, one for each day of the week from Monday. The rates of a day are "
-        "multiplied by the factor of the day. By default, the factor of each day is 1.",
+        "7 factors for the rate, one for each day from Monday. By default, each is 1.",
         [1, 1, 1, 1, 1, 0.3, 0.1],
         default_factory=lambda: [1.0] * 7,
         min_length=7,
         max_length=7,
     )
-    per_hour: Amount | None = key("Mean number of jobs that arrive per hour over a whole week.", 30, None)
+    per_hour: Amount | None = key("Mean number of jobs per hour over a whole week.", 30, None)
     begins_s: Week = key(
-        f"Time of the week at which the scenario starts: {WEEK_FORMS}. "
-        "By default, the scenario starts on Monday at midnight.",
+        f"Time of the week at which the scenario starts: {WEEK_FORMS}. By default, Monday at midnight.",
         "monday 06:00",
         alias="begins",
         default_factory=lambda: 0.0,
@@ -278,29 +242,24 @@ class ProfileSpec(Span):
 
 
 class MonthEndSpec(Span):
-    """Calendar profile of arrivals, with an ordinary rate and higher rates around the turn of a month."""
+    """A rate by working days, which is higher around the turn of a month."""
 
-    per_hour: Amount = key("Mean number of jobs that arrive per hour on an ordinary working day.", 2)
-    begins: Day = key("Date of the day on which the scenario starts at midnight.", "2026-01-26")
+    per_hour: Amount = key("Mean number of jobs per hour on an ordinary working day.", 2)
+    begins: Day = key("Date of the scenario's first day, which starts at midnight.", "2026-01-26")
     last: list[Amount] = key(
-        "List of factors for the rate on the last working days of a month. The first factor "
-        "in `last` applies to the last working day, the second factor to the working day "
-        "before the last, and so on. By default, the factors in `last` are 6, 4, and 2.",
+        "Factors for the last working days of a month, from the last one backwards. By default, 6, 4, and 2.",
         [6, 4, 2],
         default_factory=lambda: [6.0, 4.0, 2.0],
     )
     first: list[Amount] = key(
-        "List of factors for the rate on the first working days of a month, in order. By default, "
-        "the factor of the first working day is 3, and the other working days do not have a factor.",
+        "Factors for the first working days of a month. By default, 3 for the first one.",
         [3, 1.5],
         default_factory=lambda: [3.0],
     )
-    off: Amount = key("Factor for the rate on weekends and holidays.", 0.1, 0.1)
-    holidays: list[Day] = key("List of the dates that are holidays.", ["2026-01-01"], default_factory=list)
+    off: Amount = key("Factor for weekends and holidays.", 0.1, 0.1)
+    holidays: list[Day] = key("Dates that are holidays.", ["2026-01-01"], default_factory=list)
     daily: list[Amount] = key(
-        "List of 24 weights, one for each hour of the day from midnight. The arrivals of a day "
-        "are distributed over the hours by these weights. By default, the weight of each hour is "
-        "1.",
+        "24 weights, which distribute a day's arrivals over its hours. By default, each is 1.",
         [1] * 24,
         default_factory=lambda: [1.0] * 24,
         min_length=24,
@@ -311,33 +270,29 @@ class MonthEndSpec(Span):
 class StepAt(Keys):
     """A change of the arrival rate at a given time."""
 
-    at_s: field_types.Duration = key(
-        "Time after the start of the scenario at which the arrival rate changes.", "1h", alias="at"
-    )
+    at_s: field_types.Duration = key("Time of the change.", "1h", alias="at")
     per_hour: Amount = key(_PER_HOUR, 120)
 
 
 class StepSpec(Span):
-    """Arrivals whose rate changes at given times."""
+    """A rate that changes at given times."""
 
-    per_hour: Amount = key("Mean number of jobs that arrive per hour until the first step.", 10)
-    steps: list[StepAt] = key(
-        "List of the changes of the arrival rate, in order of time.", [{"at": "1h", "per_hour": 120}], min_length=1
-    )
+    per_hour: Amount = key("Mean number of jobs per hour until the first step.", 10)
+    steps: list[StepAt] = key("Changes of the rate, in order of time.", [{"at": "1h", "per_hour": 120}], min_length=1)
 
 
 class RampSpec(Span):
-    """Arrivals whose rate changes linearly between the start and the end of the source."""
+    """A rate that changes linearly."""
 
-    per_hour: Amount = key("Mean number of jobs that arrive per hour at the start of the ramp.", 0)
-    to_per_hour: Amount = key("Mean number of jobs that arrive per hour at the end of the ramp.", 120)
+    per_hour: Amount = key("Mean number of jobs per hour at the start.", 0)
+    to_per_hour: Amount = key("Mean number of jobs per hour at the end.", 120)
 
 
 class MomentSpec(Keys):
     """A time at which one or several jobs arrive."""
 
-    at_s: field_types.Duration = key("Time after the start of the scenario at which the jobs arrive.", "2h", alias="at")
-    count: int = key("Number of jobs that arrive at the time `at`.", 50, 1, ge=0, le=1_000_000)
+    at_s: field_types.Duration = key("Time of the arrival.", "2h", alias="at")
+    count: int = key("Number of jobs that arrive at this time.", 50, 1, ge=0, le=1_000_000)
 
 
 def _moment(value: Any) -> Any:
