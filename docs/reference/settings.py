@@ -79,7 +79,7 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
     },
     "Notifications": {
         "BATCHLAB_NOTIFY_SECRET": "secret of a webhook with `secret: env:BATCHLAB_NOTIFY_SECRET`; so is any variable "
-        "whose name begins with `BATCHLAB_NOTIFY_`",
+        "whose name begins with `BATCHLAB_NOTIFY_`"
     },
     "`localstack`": {
         "BATCHLAB_IMAGE": "existing image of the grid, instead of an image built from the installed code",
