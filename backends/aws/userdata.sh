@@ -1,6 +1,6 @@
 #!/bin/bash
 # Fetches the release from the stack's bucket, checks it, and hands over to its boot.sh. Where that
-# fails, says why, abandons the launch and ends. Fn::Sub fills in what is in braces: docs/boot.md.
+# fails, says why, abandons the launch and ends. Fn::Sub fills in what is in braces: docs/contributing/boot.md.
 set -euo pipefail
 umask 022
 mkdir -p /opt/batchlab/boot /opt/batchlab/releases /var/log/batchlab

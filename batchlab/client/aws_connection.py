@@ -109,7 +109,7 @@ async def _open_session(home: Home, at: AwsDeployment, port: int, manager: Clien
         manager.close()
     raise Unreachable(
         f"The manager does not answer through a session on the instance {instance}.",
-        remedy="Wait until the instance has booted. docs/boot.md describes how to inspect an instance that does not "
+        remedy="Wait until the instance has booted. docs/runbook.md describes how to inspect an instance that does not "
         "boot.",
     )
 

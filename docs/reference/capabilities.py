@@ -27,10 +27,8 @@ _WORDS = """\
 
 # Capabilities of the backends
 
-The tables of this page come from `backends/<name>/backend.toml` and the code.
-[Backends](backends.md) is the guide to the backends. The backend `aws` was tested on emulated
-control planes, and not on AWS itself ([what was
-checked](aws-security.md#what-has-been-checked)).
+[Backends](backends.md) is the guide to the backends. The backend `aws` was not tested on AWS itself
+([what was checked](aws-security.md#what-has-been-checked)).
 
 ## Parts of each backend
 
@@ -38,8 +36,8 @@ checked](aws-security.md#what-has-been-checked)).
 _FACTS = """
 ## Differences for users
 
-The following table lists all differences between the backends for users. Job files, commands,
-promises, reports, and the web page of a running grid are the same on all backends.
+Job files, commands, promises, reports, and the web page of a running grid are the same on all
+backends.
 
 """
 _FAULTS = """
@@ -78,7 +76,6 @@ _PARTS: tuple[tuple[str, Callable[[Backend], str]], ...] = (
     ("queue", lambda one: _ADAPTERS[one.queue]),
     ("ledger", lambda one: _ADAPTERS[one.ledger]),
     ("fleet", lambda one: _ADAPTERS[one.fleet]),
-    ("clock", lambda one: "virtual" if one.capabilities.simulated else "wall"),
 )
 
 
@@ -91,19 +88,13 @@ _TELLS: tuple[tuple[str, Callable[[Backend], str]], ...] = (
     ("`--endpoint` selects other S3 and SQS services", lambda one: _yes(one.capabilities.s3_endpoint)),
     ("the grid starts its own emulator", lambda one: one.emulator or _yes(_in_containers(one))),
     ("the grid needs Docker", lambda one: _yes(_in_containers(one))),
-    ("the grid needs an AWS account and costs money", lambda one: _yes(one.capabilities.billed)),
-    ("the AWS CLI and other clients can use the grid's bucket and queues", lambda one: _yes(one.queue == "sqs")),
-    (
-        "users of the grid's folder can read the bucket without a running grid",
-        lambda one: _yes(one.capabilities.local_bucket),
-    ),
-    (
-        "a grid runs for many jobs (`grid up`), and survives the loss of its manager",
-        lambda one: _yes(not one.capabilities.simulated),
-    ),
+    ("the grid costs money at AWS", lambda one: _yes(one.capabilities.billed)),
+    ("the AWS CLI can use the bucket and queues", lambda one: _yes(one.queue == "sqs")),
+    ("the bucket is readable without a running grid", lambda one: _yes(one.capabilities.local_bucket)),
+    ("a grid runs for many jobs (`grid up`)", lambda one: _yes(not one.capabilities.simulated)),
     ("instances have a market (Spot, On-Demand) and a zone", lambda one: _yes(not one.capabilities.one_machine)),
     (
-        "functions sent from Python need the same Python version on the workers",
+        "functions sent from Python need the workers' Python version",
         lambda one: _yes(not one.capabilities.local_manager),
     ),
     ("default pool", lambda one: "; ".join(_pool(one))),
@@ -128,8 +119,7 @@ def _pool(one: Backend) -> list[str]:
     for pool in one.pools:
         slots = "1 slot" if pool.slots == 1 else f"{pool.slots} slots"
         if one.capabilities.one_machine:
-            most = "as many as the machine has CPUs, but at least 2"
-            said.append(f"`{pool.name}`: {pool.min_size} instances to {most}; {slots} each")
+            said.append(f"`{pool.name}`: {pool.min_size} to max(2, CPUs) instances of {slots}")
         else:
             said.append(f"`{pool.name}`: {pool.min_size} to {pool.max_size} instances of {slots}")
     return said

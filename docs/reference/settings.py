@@ -14,146 +14,118 @@ from docs.reference.capabilities import ORDER
 from docs.reference.markdown import head, table
 
 MANAGER: Mapping[str, str] = {
-    "control_lease_s": "time for which a worker may start tasks of a job after the worker last read the "
-    "job's control object. The manager acknowledges the cancellation of a job after "
-    "`control_lease_s`",
-    "visibility_s": "visibility timeout of a received message. The worker extends the visibility timeout "
-    "of a message each time a third of the timeout has passed",
-    "silence_s": "time after which the manager searches for the outcome of a planned bundle that workers do "
-    "not report. If the bucket does not contain the outcome, the manager sends the bundle again. "
-    "`silence_s` must be longer than a worker's `beat_s`. The manager replaces an "
-    "instance that sends no heartbeat for three times `silence_s`, and for at least 300 s",
-    "lease_ttl_s": "duration of the manager's lease. Another manager takes over if the manager does not "
-    "renew its lease for `lease_ttl_s`",
-    "tick_s": "interval at which the manager runs the autoscaler and the reconciler, and checks the fleet",
-    "wait_s": "longest time that one receive request waits for messages of a queue",
-    "drain_target_s": "time in which the fleet should process the backlog. The autoscaler computes the size "
-    "of the fleet from `drain_target_s`",
+    "control_lease_s": "time for which a worker may start tasks after it last read the job's control object. A "
+    "cancellation is acknowledged after this time",
+    "visibility_s": "visibility timeout of a received message, which the worker extends each time a third has passed",
+    "silence_s": "time without news of a bundle after which the manager searches for its outcome, or sends it again. "
+    "Must be longer than `beat_s`. An instance without a heartbeat for three times this time (at least 300 s) "
+    "is replaced",
+    "lease_ttl_s": "duration of the manager's lease, after which another manager may take over",
+    "tick_s": "interval of the autoscaler, the reconciler, and the check of the fleet",
+    "wait_s": "longest wait of one receive request",
+    "drain_target_s": "time in which the fleet should process the backlog, which determines the fleet's size",
     "cooldown_in_s": "minimum time between two scale-in steps of a pool that has work",
-    "idle_s": "time without work after which a pool scales in to its minimum size",
-    "boot_tries": "number of consecutive instances of a pool that may fail to start. After `boot_tries` "
-    "failed starts, the next launch in the pool waits for `boot_pause_s`",
-    "boot_pause_s": "wait before the next launch in a pool after `boot_tries` consecutive instances "
-    "failed to start. `boot_pause_s` is 0 on a backend whose fleet limits its launches "
+    "idle_s": "time without work after which a pool shrinks to its minimum size",
+    "boot_tries": "number of consecutive failed starts of a pool's instances before launches pause",
+    "boot_pause_s": "first pause of launches after `boot_tries` failed starts. With 0, the fleet limits its launches "
     "itself",
-    "max_receives": "number of times that a message may be received without an outcome. After "
-    "`max_receives` receives without an outcome, a message moves to the dead-letter queue",
+    "max_receives": "number of receives without an outcome before a message becomes a dead letter",
     "window": "number of bundles per task slot that the manager keeps in a pool's queue",
 }
 """Meaning of each of the manager's settings."""
 
 WORKER: Mapping[str, str] = {
-    "visibility_s": "the setting of a worker has the same meaning as the manager's setting with this name",
-    "control_lease_s": "the setting of a worker has the same meaning as the manager's setting with this name",
+    "visibility_s": "as above",
+    "control_lease_s": "as above",
     "beat_s": "longest interval between two heartbeats of a worker that holds messages",
     "idle_beat_s": "longest interval between two heartbeats of an idle worker",
     "beat_gap_s": "shortest interval between two heartbeats of a worker",
-    "wait_s": "longest time that one receive request waits for messages of a queue",
+    "wait_s": "as above",
     "drain_s": "time that a draining worker waits for its running tasks to end",
-    "hand_over_s": "run time after which the worker hands a bundle over to a watchdog message. "
-    "`hand_over_s` is shorter than 12 hours, which is the maximum visibility timeout of "
-    "SQS",
+    "hand_over_s": "run time after which a watchdog message replaces the message of a bundle, before SQS's limit of "
+    "12 hours",
     "watchdog_s": "interval at which a worker receives the watchdog message of a long bundle",
-    "quick_s": "longest run time of the bundles that a worker prefetches. A worker prefetches one "
-    "short bundle per task slot",
+    "quick_s": "longest run time of the bundles that a worker prefetches, one for each task slot",
 }
 """Meaning of each of the worker's settings."""
 
 VARIABLES: Mapping[str, Mapping[str, str]] = {
-    "Location of the grid": {
-        "BATCHLAB_HOME": "folder of the grid, for commands without `--home`. By default, the grid's folder is "
-        "`.batchlab` in the current folder",
-        "BATCHLAB_ENDPOINT": "endpoint of S3 and SQS on `ministack` and `localstack`, with the same meaning as the "
-        "option `--endpoint`",
-        "BATCHLAB_MANAGER_URL": "address of the manager of a stack on AWS. With `BATCHLAB_MANAGER_URL`, clients of "
-        "the manager do not connect through Session Manager",
-        "BATCHLAB_MINISTACK": "path of an installed MiniStack program. By default, batchlab installs MiniStack into "
-        "its cache",
-        "BATCHLAB_SYNC": "kind of the writes of a grid on `local` that wait for the disk: `jobs` (default), `all` "
-        "(also single calls), or `none` ([durability](backends.md#durability))",
-        "XDG_CACHE_HOME": "folder that contains batchlab's cache folder. By default, batchlab's cache folder is "
-        "in `~/.cache`",
+    "The grid": {
+        "BATCHLAB_HOME": "grid's folder, instead of `.batchlab` in the current folder",
+        "BATCHLAB_ENDPOINT": "as the option `--endpoint`",
+        "BATCHLAB_MANAGER_URL": "address of the manager of a stack, instead of a connection through Session Manager",
+        "BATCHLAB_MINISTACK": "path of an installed MiniStack program",
+        "BATCHLAB_SYNC": "writes that wait for the disk on `local`: `jobs` (default), `all`, or `none` "
+        "([durability](backends.md#durability))",
+        "XDG_CACHE_HOME": "parent of batchlab's cache folder, instead of `~/.cache`",
     },
     "Logs and traces": {
-        "BATCHLAB_LOG": "lowest level of the log messages that batchlab writes: `DEBUG`, `INFO` (default), "
-        "`WARNING`, or `ERROR`",
-        "BATCHLAB_LOG_FORMAT": "format of batchlab's log messages: `text` (default) or `json`, as with the option "
-        "`--log-format`",
-        "OTEL_EXPORTER_OTLP_ENDPOINT": "URL of the OpenTelemetry receiver to which batchlab sends traces. Without the "
-        "URL of a receiver, batchlab does not send traces",
-        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "URL of the receiver of traces, which overrides "
-        "`OTEL_EXPORTER_OTLP_ENDPOINT`",
-        "OTEL_EXPORTER_OTLP_PROTOCOL": "protocol for sending traces. batchlab supports only `http/protobuf`",
-        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "protocol for sending traces, which overrides "
-        "`OTEL_EXPORTER_OTLP_PROTOCOL`",
-        "OTEL_EXPORTER_OTLP_HEADERS": "HTTP headers of the requests that send traces, as OpenTelemetry defines. "
-        "batchlab does not pass `OTEL_EXPORTER_OTLP_HEADERS` to containers and stacks, "
-        "because the headers may contain a key",
-        "OTEL_TRACES_EXPORTER": "exporter of traces: `otlp` or `none`",
-        "OTEL_SDK_DISABLED": "the value `true` disables all traces",
-        "OTEL_SERVICE_NAME": "service name in all traces, instead of `batchlab-manager` and `batchlab-worker`",
-        "OTEL_RESOURCE_ATTRIBUTES": "resource attributes of all traces, as OpenTelemetry defines",
-        "OTEL_TRACES_SAMPLER": "sampler of traces, as OpenTelemetry defines",
-        "OTEL_TRACES_SAMPLER_ARG": "argument of the sampler of traces, as OpenTelemetry defines",
-        "OTEL_BSP_SCHEDULE_DELAY": "delay in milliseconds between two exports of traces, as OpenTelemetry defines",
-        "TRACEPARENT": "parent span of the trace of a submitted job",
+        "BATCHLAB_LOG": "lowest level of log messages: `DEBUG`, `INFO` (default), `WARNING`, or `ERROR`",
+        "BATCHLAB_LOG_FORMAT": "`text` (default) or `json`, as the option `--log-format`",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "URL of the receiver of traces. Without this URL, batchlab sends no traces",
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "URL of the receiver that overrides the previous variable",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "must be `http/protobuf`",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "must be `http/protobuf`",
+        "OTEL_EXPORTER_OTLP_HEADERS": "HTTP headers for the receiver. Not passed to containers and stacks, because the "
+        "headers may contain a key",
+        "OTEL_TRACES_EXPORTER": "`otlp` or `none`",
+        "OTEL_SDK_DISABLED": "`true` disables all traces",
+        "OTEL_SERVICE_NAME": "service name, instead of `batchlab-manager` and `batchlab-worker`",
+        "OTEL_RESOURCE_ATTRIBUTES": "resource attributes, as OpenTelemetry defines",
+        "OTEL_TRACES_SAMPLER": "sampler, as OpenTelemetry defines",
+        "OTEL_TRACES_SAMPLER_ARG": "sampler's argument, as OpenTelemetry defines",
+        "OTEL_BSP_SCHEDULE_DELAY": "milliseconds between two exports, as OpenTelemetry defines",
+        "TRACEPARENT": "parent span of a submitted job",
     },
     "Notifications": {
-        "BATCHLAB_NOTIFY_SECRET": "secret of a webhook that is configured with `secret: env:BATCHLAB_NOTIFY_SECRET`. "
-        "Any other variable whose name begins with `BATCHLAB_NOTIFY_` may contain a "
-        "webhook's secret too"
+        "BATCHLAB_NOTIFY_SECRET": "secret of a webhook with `secret: env:BATCHLAB_NOTIFY_SECRET`; so is any variable "
+        "whose name begins with `BATCHLAB_NOTIFY_`"
     },
     "`localstack`": {
-        "BATCHLAB_IMAGE": "Docker image that contains batchlab. By default, batchlab builds its Docker image",
-        "BATCHLAB_BASE_IMAGE": "base image of the Docker image that batchlab builds",
-        "BATCHLAB_IMAGE_APT": "Debian packages that the tasks need, which batchlab installs into its Docker image",
-        "BATCHLAB_IMAGE_PIP": "PyPI packages that the tasks need, which batchlab installs into its Docker image",
-        "BATCHLAB_INSTANCE_SCALE": "share of the CPUs and the memory of its instance type that a container has. By "
-        "default, a container has the share 0.5 of its instance type",
-        "BATCHLAB_LOCALSTACK_IMAGE": "Docker image of LocalStack",
-        "BATCHLAB_LOCALSTACK_PORT": "port of LocalStack. The default port of LocalStack is 4566",
-        "BATCHLAB_LOCALSTACK_MEMORY": "memory limit of the LocalStack container. The default memory limit of the "
-        "LocalStack container is `2g`",
-        "BATCHLAB_LOCALSTACK_CPUS": "CPU limit of the LocalStack container. The default CPU limit of the LocalStack "
-        "container is 2 CPUs",
-        "BATCHLAB_LOCALSTACK_READ_ONLY": "whether the root file system of the LocalStack container is read-only",
-        "BATCHLAB_POSTGRES_IMAGE": "Docker image of PostgreSQL",
-        "BATCHLAB_DOCKER_SOCKET": "path of the Docker socket that the Auto Scaling endpoint uses",
-        "BATCHLAB_WORKER_IMAGE": "additional Docker image that launch templates may name",
-        "BATCHLAB_INSTANCE_IMAGE": "Docker image that boots a whole operating system, which launch templates may name. "
-        "`compose/offline/build.sh` sets this variable",
-        "BATCHLAB_DEBIAN_MIRROR": "Debian mirror that `compose/offline/build.sh` uses",
-        "LOCALSTACK_AUTH_TOKEN": "authentication token of LocalStack, which newer images of LocalStack need",
-        "PIP_CERT": "file of the certificates that `pip` trusts while batchlab builds an image",
-        "SSL_CERT_FILE": "file of the certificates that other programs trust while batchlab builds an image",
+        "BATCHLAB_IMAGE": "existing image of the grid, instead of an image built from the installed code",
+        "BATCHLAB_BASE_IMAGE": "base of the built image, instead of `python:X.Y-slim` with the command's Python "
+        "version; a digest fixes it",
+        "BATCHLAB_IMAGE_APT": "Debian packages that tasks need in the built image (default `ffmpeg`)",
+        "BATCHLAB_IMAGE_PIP": "PyPI packages that tasks need in the built image",
+        "BATCHLAB_INSTANCE_SCALE": "share of its instance type that a container gets (default 0.5: an m7i.large gets "
+        "one CPU and 4 GiB)",
+        "BATCHLAB_LOCALSTACK_IMAGE": "image of LocalStack (default `localstack/localstack:4.14.0`)",
+        "BATCHLAB_LOCALSTACK_PORT": "port of LocalStack (default 4566)",
+        "BATCHLAB_LOCALSTACK_MEMORY": "memory limit of LocalStack (default `2g`)",
+        "BATCHLAB_LOCALSTACK_CPUS": "CPU limit of LocalStack (default 2)",
+        "BATCHLAB_LOCALSTACK_READ_ONLY": "`true` makes LocalStack's root read-only, as the offline image allows",
+        "BATCHLAB_POSTGRES_IMAGE": "image of PostgreSQL (default `postgres:17`)",
+        "BATCHLAB_DOCKER_SOCKET": "Docker's socket for the Auto Scaling endpoint (default `/var/run/docker.sock`)",
+        "BATCHLAB_WORKER_IMAGE": "additional image that launch templates may name",
+        "BATCHLAB_INSTANCE_IMAGE": "image of a whole operating system, which launch templates may name; "
+        "`compose/offline/build.sh` sets it",
+        "BATCHLAB_DEBIAN_MIRROR": "Debian mirror of `compose/offline/build.sh`",
+        "LOCALSTACK_AUTH_TOKEN": "token that newer images of LocalStack need",
+        "PIP_CERT": "certificates that `pip` trusts during the build, if a proxy intercepts TLS",
+        "SSL_CERT_FILE": "certificates that other programs trust during the build",
     },
     "`aws`": {
-        "AWS_PROFILE": "AWS profile of the credentials. All other environment variables of AWS's tools work too",
-        "AWS_REGION": "AWS region, for commands without the option `--region`",
-        "AWS_ENDPOINT_URL": "endpoint that batchlab uses instead of the endpoints of AWS. A variable such as "
-        "`AWS_ENDPOINT_URL_SQS` replaces the endpoint of one service",
+        "AWS_PROFILE": "profile of the credentials. All variables of AWS's tools work",
+        "AWS_REGION": "region, without the option `--region`",
+        "AWS_ENDPOINT_URL": "endpoint instead of AWS. A variable such as `AWS_ENDPOINT_URL_SQS` replaces the endpoint "
+        "of one service",
         "AWS_EC2_METADATA_SERVICE_ENDPOINT": "endpoint of the instance metadata service",
-        "AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE": "IP version of the instance metadata service's endpoint. The value "
-        "`IPv6` means that the endpoint of the instance metadata service "
-        "uses IPv6",
+        "AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE": "`IPv6` for an IPv6 endpoint",
     },
-    "Variables of tasks, commands, and instances": {
-        "BATCHLAB_NOTIFICATION": "id of the notification, in the environment of a notification command",
-        "BATCHLAB_MOMENT": "moment of the notification, in the environment of a notification command",
-        "BATCHLAB_JOB": "id of the notification's job, in the environment of a notification command",
-        "BATCHLAB_ATTEMPT": "number of the delivery attempt, counted from 1, in the environment of a notification "
-        "command",
-        "BATCHLAB_INSTANCE": "id of the instance, in the environment of its worker",
-        "BATCHLAB_POOL": "name of the pool that a container belongs to, in the container's environment",
-        "BATCHLAB_SLOTS": "number of task slots of a container, in the container's environment",
-        "BATCHLAB_INSTANCE_TYPE": "instance type of a container, in the container's environment",
-        "BATCHLAB_ZONE": "availability zone of a container, in the container's environment",
-        "BATCHLAB_MARKET": "market of a container, `spot` or `on-demand`, in the container's environment",
-        "BATCHLAB_LAUNCH_TEMPLATE": "version of the launch template from which an instance was launched",
-    },
-    "Printed by `grid env`, for other clients": {
-        "BATCHLAB_BUCKET": "name of the grid's bucket",
-        "BATCHLAB_QUEUES": "prefix of the names of the grid's queues",
+    "Variables that batchlab sets": {
+        "BATCHLAB_NOTIFICATION": "id of the notification, for a notification command",
+        "BATCHLAB_MOMENT": "moment of the notification, for a notification command",
+        "BATCHLAB_JOB": "job of the notification, for a notification command",
+        "BATCHLAB_ATTEMPT": "number of the delivery attempt from 1, for a notification command",
+        "BATCHLAB_INSTANCE": "id of a worker's instance",
+        "BATCHLAB_POOL": "pool of a container",
+        "BATCHLAB_SLOTS": "task slots of a container",
+        "BATCHLAB_INSTANCE_TYPE": "instance type of a container",
+        "BATCHLAB_ZONE": "availability zone of a container",
+        "BATCHLAB_MARKET": "market of a container, `spot` or `on-demand`",
+        "BATCHLAB_LAUNCH_TEMPLATE": "version of an instance's launch template",
+        "BATCHLAB_BUCKET": "name of the grid's bucket, printed by `grid env`",
+        "BATCHLAB_QUEUES": "prefix of the names of the grid's queues, printed by `grid env`",
     },
 }
 """Variables that a user may set or read, by subject."""
@@ -175,9 +147,6 @@ _WORDS = """\
 
 # Settings and variables
 
-Other pages describe job files and options. The following table shows the place of each kind of
-setting.
-
 | subject | place | page |
 | --- | --- | --- |
 | a job | the job file, `--set` | [the job file](job-file.md) |
@@ -189,17 +158,16 @@ setting.
 
 ## The manager's settings
 
-The manager reads its settings from `settings.toml` in the grid's folder, below `[manager]`, when
-it starts ([details](backends.md#settings-of-a-grid)). A setting whose name ends with `_s` is in
-seconds, and all other settings are numbers. The columns of the following table show
-the default value of each setting on each backend.
+The manager reads `settings.toml` in the grid's folder, below `[manager]`, when it starts
+([example](backends.md#settings-of-a-grid)). A name with `_s` at the end means seconds. The columns
+show the default of each backend.
 
 """
 _OF_WORKERS = """
 ## The workers' settings
 
-The backend's descriptor, `backends/<name>/backend.toml`, contains the settings of the workers.
-`settings.toml` does not change the workers' settings. All settings of the workers are in seconds.
+The backend's descriptor, `backends/<name>/backend.toml`, contains these settings, in seconds.
+`settings.toml` does not change them.
 
 """
 _OF_VARIABLES = """
