@@ -157,6 +157,7 @@ HERE = (FIRST, STANDING, FAILURES, REPORTS, SCHEDULES, PRICES_AND_PEAKS, COMPARE
 IN_TESTS = (
     "batchlab --install-completion",
     "batchlab asg interrupt i-0123456789abcdef0 --notice 30",
+    "batchlab asg interrupt i-0123456789abcdef0 --notice 30 --endpoint http://127.0.0.1:4580",
     "batchlab asg serve --templates templates.toml --port 4580",
 )
 """Commands that the two tests above run without a script."""
