@@ -15,7 +15,7 @@ from batchlab.conform.check_table import ASG_CHECKS, CHECKS, SERVICES, matching,
 from batchlab.conform.run import Result
 from tests.support import ROOT
 
-DOCS = ROOT / "docs"
+DOCS = ROOT / "docs" / "contributing"
 PAGES = {"emulators.md": CHECKS, "asg-endpoint.md": ASG_CHECKS}
 EVERY = (*CHECKS, *ASG_CHECKS)
 
@@ -259,3 +259,15 @@ def test_the_page_is_right_about_what_is_needed() -> None:
         if name != check_table.ALL_CHECKS
     }
     assert needed == {"MiniStack 1.5.33": [], "LocalStack 4.14.0": ["s3-list-pages-unicode"], "moto 5.2.5": []}
+
+
+def test_page_for_users_counts_the_rules() -> None:
+    page = (ROOT / "docs" / "conform.md").read_text()
+    needed, noted = (
+        sum(check.severity is severity for check in CHECKS) for severity in (Severity.NEEDED, Severity.NOTED)
+    )
+    assert f"{needed} rules of S3 and SQS" in page
+    assert f"{noted} further rules" in page
+    at_moto = next(text for name, text in page_sections("asg-endpoint.md").items() if name.startswith("moto"))
+    (counted,) = re.findall(r"(\d+ of \d+ needed rules) hold;", at_moto)
+    assert f"{counted} hold at moto" in page

@@ -1,10 +1,9 @@
-"""The generated reference pages, which match the code, and the site, which contains every page."""
+"""The generated reference pages, which match the code, and the navigation of the site."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ def test_every_environment_variable_is_documented_and_exists() -> None:
     }
 
 
-# --- The site ------------------------------------------------------------------------------------
+# --- The navigation ------------------------------------------------------------------------------
 
 
 def pages_of(nav: Any) -> Iterator[str]:
@@ -107,44 +106,9 @@ def pages_of(nav: Any) -> Iterator[str]:
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
-    """`mkdocs build --strict` would report a missing page only at the end."""
+    """Zensical builds a page that the navigation lacks, and ignores a missing page of the navigation."""
     listed = list(pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     there = {one.relative_to(DOCS).as_posix() for one in DOCS.rglob("*.md")}
     decisions = {one for one in there if re.match(r"contributing/decisions/\d", one)}
     assert len(listed) == len(set(listed))
     assert set(listed) == there - decisions, "name it in the navigation of mkdocs.yml"
-
-
-@pytest.fixture(scope="module")
-def fetches() -> Callable[[str], list[str]]:
-    spec = importlib.util.spec_from_file_location("offline", DOCS / "hooks" / "offline.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: Callable[[str], list[str]] = module.fetches
-    return found
-
-
-@pytest.mark.parametrize(
-    ("page", "fetched"),
-    [
-        ('<script src="https://cdn.example/x.js"></script>', 1),
-        ('<link rel="stylesheet" href="//fonts.example/css">', 1),
-        ('<link rel="preconnect" href="https://fonts.example">', 1),
-        ('<img src="http://badge.example/x.svg">', 1),
-        ('<pre class="mermaid">a</pre>', 1),
-        ('<a href="https://example.com">a link</a><link rel="canonical" href="https://a">', 0),
-        ('<script src="assets/x.js"></script><img src="images/x.svg">', 0),
-    ],
-)
-def test_a_page_that_fetches_from_elsewhere_is_found(
-    fetches: Callable[[str], list[str]], page: str, fetched: int
-) -> None:
-    assert len(fetches(page)) == fetched
-
-
-def test_no_figure_fetches_anything() -> None:
-    for path in (DOCS / "images").glob("*.svg"):
-        assert not re.search(r"(href|src|url\()\s*=?\s*[\"']?(https?:|//)", path.read_text()), path
-        assert path.stat().st_size < 200_000

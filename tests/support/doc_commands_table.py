@@ -156,6 +156,7 @@ HERE = (FIRST, STANDING, FAILURES, REPORTS, SCHEDULES, PRICES_AND_PEAKS, COMPARE
 IN_TESTS = (
     "batchlab --install-completion",
     "batchlab asg interrupt i-0123456789abcdef0 --notice 30",
+    "batchlab asg interrupt i-0123456789abcdef0 --notice 30 --endpoint http://127.0.0.1:4580",
     "batchlab asg serve --templates templates.toml --port 4580",
 )
 """Commands that the two tests above run without a script."""
@@ -295,6 +296,13 @@ DEVELOPERS = (
     "BATCHLAB_AWS_BUDGET_USD=5 .venv/bin/pytest --all -m aws",
     "BATCHLAB_FROM=500 BATCHLAB_SEEDS=2000 pytest -n auto tests/sim/test_fuzz.py",
     "BATCHLAB_LOOKS=write python -m pytest tests/browser/test_page_looks.py tests/browser/test_report_looks.py",
+    "python3 -m venv .venv && .venv/bin/pip install -q uv && .venv/bin/uv sync -q --frozen",
+    ".venv/bin/pre-commit install",
+    ".venv/bin/ruff format . && .venv/bin/ruff check .",
+    ".venv/bin/mypy",
+    ".venv/bin/lint-imports",
+    ".venv/bin/python -m docs.reference docs",
+    ".venv/bin/uv run --only-group docs zensical serve",
     "python benchmarks/page.py --docs",
     "python -m benchmarks.peers install",
     "python -m benchmarks.peers run --docs",

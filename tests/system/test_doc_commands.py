@@ -127,7 +127,7 @@ def test_commands_for_random_worlds(shell: Shell) -> None:
 def test_commands_for_an_auto_scaling_endpoint(tmp_path: Path) -> None:
     """The test runs the commands of the page with its templates, and sends a notice to a Spot instance."""
     program = client("BATCHLAB_AWSCLI", "aws")
-    page = (ROOT / "docs" / "contributing" / "asg-endpoint.md").read_text()
+    page = (ROOT / "docs" / "asg-endpoint.md").read_text()
     (templates,) = re.findall(r"^```toml\n(# templates\.toml\n.*?)^```", page, re.S | re.M)
     (block,) = (one for one in re.findall(r"^```sh\n(.*?)^```", page, re.S | re.M) if PGREP in one)
     wait = f"until [ $({PGREP}c 'sleep 1000') -ge 3 ]; do sleep 0.1; done"
@@ -178,7 +178,7 @@ def followed() -> set[str]:
 
 def whole() -> set[str]:
     found: set[str] = set()
-    parts = [("docs/contributing/asg-endpoint.md", "Try it"), *(tuple(one.split(" ## ")) for one in table.WHOLE)]
+    parts = [("docs/asg-endpoint.md", "Try it"), *(tuple(one.split(" ## ")) for one in table.WHOLE)]
     for page, *part in parts:
         text = (ROOT / page).read_text()
         if part:
