@@ -160,11 +160,19 @@ def test_a_histograms_table_has_every_task(run: ReportRun) -> None:
         assert sum(int(row[1].replace(",", "")) for row in histogram.data.rows) == spread.tasks
 
 
-def test_the_longest_tasks(run: ReportRun, tasks: list[Row]) -> None:
-    order = sorted(tasks, key=lambda task: (-task["run_s"], task["stage"], task["task"]))
-    assert [(row[0], int(row[1])) for row in durations.longest(run).rows] == [
-        (task["stage"], task["task"]) for task in order[: durations.MAX_LONGEST_TASKS]
-    ]
+def test_tasks_are_sorted_by_each_column(run: ReportRun, tasks: list[Row]) -> None:
+    orders = {order.id: order.table.rows for order in durations.task_orders(run)}
+    assert list(orders) == ["run-s", "cpu-s", "memory-bytes", "input-bytes", "output-bytes", "wait-s", "attempts"]
+    for column, rows in zip(durations.SORT_COLUMNS, orders.values(), strict=True):
+        order = sorted(
+            (task for task in tasks if task[column]), key=lambda task: (-task[column], task["stage"], task["task"])
+        )
+        assert [row[0] for row in rows] == [
+            f"{task['stage']}/{task['task']}" for task in order[: durations.MAX_SORTED_TASKS]
+        ]
+    first = orders["memory-bytes"][0]
+    assert first[7] == "48.0 MiB"
+    assert first[10].startswith("day-") or first[10] == "–"
 
 
 # --- Workers -------------------------------------------------------------------------------------
