@@ -54,14 +54,16 @@ def test_program_and_its_input_are_measured(tmp_path: Path) -> None:
             files = [await put(rig, f"raw/j/{name}.txt", name) for name in ("good", "bad")]
             command = (sys.executable, "-c", code, "{input}", "{output:out.txt}")
             good, bad = await rig.run(files, command=command)
-            for ran in (good, bad):
-                assert ran.metrics
-                assert 0.1 <= (ran.metrics.cpu_s or 0) < 2
-                assert (ran.metrics.memory_bytes or 0) > 80 * 1024**2
-            assert (good.metrics.input, good.metrics.input_bytes) == ("good.txt", 4)
-            assert (good.metrics.output_bytes or 0) > 40
             assert bad.failure
-            assert (bad.metrics.input, bad.metrics.input_bytes, bad.metrics.output_bytes) == ("bad.txt", 3, None)
+            first, second = good.metrics, bad.metrics
+            assert first
+            assert second
+            for metrics in (first, second):
+                assert 0.1 <= (metrics.cpu_s or 0) < 2
+                assert (metrics.memory_bytes or 0) > 80 * 1024**2
+            assert (first.input, first.input_bytes) == ("good.txt", 4)
+            assert (first.output_bytes or 0) > 40
+            assert (second.input, second.input_bytes, second.output_bytes) == ("bad.txt", 3, None)
 
     go(main())
 
