@@ -292,6 +292,7 @@ class Page:
         self.run_charts = durations.draw_histograms(run, run_times, "run_s")
         self.wait_charts = durations.draw_histograms(run, wait_times, "wait_s")
         self.task_orders = durations.task_orders(run)
+        self.most_tasks = durations.MAX_SORTED_TASKS
         self.cost = cost
         self.failures = failures
         self.twice = failed.twice(run)
