@@ -1,14 +1,16 @@
-"""Commands `ledger`, `schema`, `gc`, and `notify`, and the help texts of `manager`, `worker`, and `connect`."""
+"""Commands `schema`, `gc`, and `notify`, and the help texts of `manager`, `worker`, and `connect`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 
 import typer
 
 from batchlab.cli import output
 from batchlab.cli.deploy_options import REGION, DeployArguments, retry_notes, stack_and_region
+from batchlab.cli.groups import command_group
 from batchlab.cli.option_values import connect, home_of
 from batchlab.cli.options import HOME, JSON, argument, flag, option
 from batchlab.core.api_types import TargetView
@@ -22,50 +24,28 @@ _ABOUT = {
 }
 
 app = typer.Typer()
-ledger = typer.Typer(name="ledger", no_args_is_help=True)
-notify = typer.Typer(name="notify", no_args_is_help=True)
-app.add_typer(ledger)
+notify = command_group("notify")
 app.add_typer(notify)
 
 
-@ledger.callback()
-def ledger_() -> None:
-    """Repair the database of the ledger, which contains the state of all jobs.
+class Schema(StrEnum):
+    """Kind of file that has a JSON Schema."""
 
-    \b
-    Example: batchlab ledger rebuild
-    """
-
-
-@ledger.command()
-def rebuild(home: Path | None = HOME, json: bool = JSON) -> None:
-    """Rebuild the ledger from the bucket, which contains all durable state.
-
-    Unreadable objects do not stop the rebuild. The command lists the unreadable objects at the end.
-
-    \b
-    Example: batchlab ledger rebuild
-    """
-    with connect(home) as client:
-        view = client.rebuild_ledger()
-    # A manager of an earlier version stops the rebuild at the first unreadable object, so its response lacks the key
-    # "unreadable".
-    unreadable = view.get("unreadable", [])
-    lines = [f"The ledger is rebuilt: {output.count(view['jobs'], 'job')}."]
-    lines += [f"Not read: {problem['key']}: {problem['reason']}" for problem in unreadable]
-    output.answer(json, {"jobs": view["jobs"], "unreadable": unreadable}, "\n".join(lines))
+    JOB = "job"
+    SCENARIO = "scenario"
 
 
 @app.command()
-def schema() -> None:
-    """Print the job file's JSON Schema, for editors.
+def schema(kind: Schema = argument("Kind of file: job or scenario.", "[job|scenario]", default=Schema.JOB)) -> None:
+    """Print the JSON Schema of job files or of scenario files, for editors.
 
     \b
     Example: batchlab schema > job.schema.json
     """
-    from batchlab.jobs.schema import json_schema
+    from batchlab.jobs import schema as job_schema
+    from batchlab.scenarios.model import schema as scenario_schema
 
-    output.show_json(json_schema())
+    output.show_json((job_schema if kind is Schema.JOB else scenario_schema).json_schema())
 
 
 @app.command()
@@ -74,8 +54,7 @@ def gc(
     aws: bool = flag("List the leftovers of stacks on AWS. Leftovers on AWS are removed only with --yes.", "--aws"),
     yes: bool = flag("With --aws: remove the leftovers of deleted stacks.", "--yes"),
     name: list[str] | None = option(
-        "With --aws --yes: also remove the resource with this name, which does not have the tag of a stack. The "
-        "option may be repeated."
+        "With --aws --yes: also remove the resource with this name, which does not have the tag of a stack. Repeatable."
     ),
     region: str | None = REGION,
     home: Path | None = HOME,
@@ -133,7 +112,7 @@ def service(context: typer.Context) -> None:
 
 
 for _name, _help in _ABOUT.items():
-    app.command(_name, help=_help, context_settings=_PASSED_ON)(service)
+    app.command(_name, help=_help, context_settings=_PASSED_ON, hidden=True)(service)
 
 
 def _sweep_aws(region: str | None, names: Sequence[str], *, removing: bool, json: bool) -> None:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 import typer
-from typer.core import TyperGroup
 from typer.main import get_group
 
 from batchlab import __version__
 from batchlab.cli import output
+from batchlab.cli.groups import Group
 from batchlab.cli.startup import missing_module_message
 from batchlab.core.errors import BatchlabError
 
@@ -30,37 +30,47 @@ _OWN_DEBUG = "replay-task"
 
 
 class Command(NamedTuple):
-    """The module in `batchlab.cli` that registers a command, and the command's summary in `batchlab --help`."""
+    """The module in `batchlab.cli` that registers a command, and the command's panel and summary in `batchlab --help`.
+
+    A command without a panel is hidden.
+    """
 
     module: str
+    panel: str
     summary: str
 
 
+_START, _JOBS, _PEAKS, _GRID, _CHECKS = PANELS = (
+    "Start",
+    "Jobs",
+    "Peaks",
+    "Operate a grid",
+    "Check batchlab and its services",
+)
+
 COMMANDS = {
-    "demo": Command("demo", "Run a demo job on generated insurance claims."),
-    "init": Command("demo", "Write a job file, its code, and its input data as an example."),
-    "run": Command("run", "Run a job file to its end and fetch its results."),
-    "job": Command("job", "Submit jobs to a running grid, and manage the jobs."),
-    "schedule": Command("schedule", "Run jobs on a schedule, once or repeatedly."),
-    "grid": Command("grid", "Start, inspect, scale, and stop a grid."),
-    "notify": Command("admin", "Show notification targets and sent notifications."),
-    "deploy": Command("deploy", "Create, inspect, update, and delete the stack of a grid on AWS."),
-    "report": Command("report", "Query run times, waits, retries, scaling, and cost of jobs."),
+    "demo": Command("demo", _START, "Run a demo job on generated insurance claims."),
+    "init": Command("demo", _START, "Write a job file, its code, and its input data as an example."),
+    "run": Command("run", _START, "Run a job file to its end and fetch its results."),
+    "doctor": Command("doctor", _START, "Check that a grid can run on this machine."),
+    "job": Command("job", _JOBS, "Submit jobs to a running grid, and inspect, control, and delete jobs."),
+    "schedule": Command("schedule", _JOBS, "Run jobs on a schedule, once or repeatedly."),
+    "report": Command("report", _JOBS, "Query run times, waits, retries, scaling, and cost of jobs."),
+    "cost": Command("cost", _JOBS, "Compute the cost of a job's run on AWS, and show AWS's prices."),
+    "schema": Command("admin", _JOBS, "Print the JSON Schema of job files or of scenario files, for editors."),
     "scenario": Command(
-        "scenario", "Check, simulate, and replay load scenarios, and compare their runs with expectations."
+        "scenario", _PEAKS, "Check, simulate, and replay load scenarios, and compare their runs with expectations."
     ),
-    "cost": Command("cost", "Compute the cost of a job's run on AWS, in USD."),
-    "prices": Command("cost", "Show and update the price book, which contains AWS's list prices."),
-    "ledger": Command("admin", "Repair the database of the ledger, which contains the state of all jobs."),
-    "schema": Command("admin", "Print the job file's JSON Schema, for editors."),
-    "doctor": Command("doctor", "Check that a grid can run on this machine."),
-    "gc": Command("admin", "Remove leftovers of deleted grids in Docker or on AWS."),
-    "sim": Command("sim", "Test the grid's guarantees in simulation, with injected faults."),
-    "conform": Command("endpoints", "Check that an endpoint follows the rules of AWS's services."),
-    "asg": Command("endpoints", "Serve the API of AWS's Auto Scaling groups on this machine."),
-    "manager": Command("admin", "Run a manager, which `grid up` and `run` normally start."),
-    "worker": Command("admin", "Run a worker, which the manager normally starts."),
-    "connect": Command("admin", "Keep open a connection to a manager on AWS, which `run` normally starts."),
+    "grid": Command("grid", _GRID, "Start, inspect, scale, and stop a grid."),
+    "notify": Command("admin", _GRID, "Show notification targets and sent notifications."),
+    "deploy": Command("deploy", _GRID, "Create, inspect, update, and delete the stack of a grid on AWS."),
+    "gc": Command("admin", _GRID, "Remove leftovers of deleted grids in Docker or on AWS."),
+    "sim": Command("sim", _CHECKS, "Test the grid's guarantees in simulation, with injected faults."),
+    "conform": Command("endpoints", _CHECKS, "Check that an endpoint follows the rules of AWS's services."),
+    "asg": Command("endpoints", _CHECKS, "Serve the API of AWS's Auto Scaling groups on this machine."),
+    "manager": Command("admin", "", "Run a manager, which `grid up` and `run` normally start."),
+    "worker": Command("admin", "", "Run a worker, which the manager normally starts."),
+    "connect": Command("admin", "", "Keep open a connection to a manager on AWS, which `run` normally starts."),
 }
 """All commands by name. A command that a new user needs earlier comes first."""
 
@@ -97,7 +107,7 @@ class _LazyCommands(MutableMapping[str, Any]):
         return len({**COMMANDS, **self._loaded})
 
 
-class _Commands(TyperGroup):
+class _Commands(Group):
     """Typer group of the command `batchlab` that lists its subcommands without importing the subcommands' modules."""
 
     def __init__(self, **settings: Any) -> None:
@@ -107,13 +117,12 @@ class _Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - signature of the base class
         return list(self.commands)
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] not in self.commands and not ctx.resilient_parsing:
-            groups = [command for command in self.commands if args[0] in _subcommands(self.commands[command])]
-            if groups:
-                suggestions = " or ".join(f"'{group} {args[0]}'" for group in groups)
-                ctx.fail(f"No such command {args[0]!r}. Did you mean {suggestions}?")
-        return super().resolve_command(ctx, args)
+    def meanings(self, word: str) -> Iterator[str]:
+        groups = {name: group for name in self.commands if isinstance(group := self.commands[name], Group)}
+        if same := [name for name, group in groups.items() if word in group.commands]:
+            yield from (f"{name} {word}" for name in same)
+        else:
+            yield from (f"{name} {meaning}" for name, group in groups.items() for meaning in group.meanings(word))
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -126,12 +135,9 @@ class _Commands(TyperGroup):
             raise
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - signature of the base class
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, command.summary) for name, command in COMMANDS.items()])
-
-
-def _subcommands(command: Any) -> Collection[str]:
-    return getattr(command, "commands", ())
+        for panel in PANELS:
+            with formatter.section(panel):
+                formatter.write_dl([(name, one.summary) for name, one in COMMANDS.items() if one.panel == panel])
 
 
 def _version(wanted: bool) -> None:
@@ -148,6 +154,7 @@ app = typer.Typer(
     # command.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 
 

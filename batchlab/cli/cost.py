@@ -1,4 +1,4 @@
-"""`batchlab cost` for estimates and bills of the cost on AWS, and `batchlab prices` for the price book and its sources.
+"""Commands of `batchlab cost`: estimates and bills of the cost on AWS, and the price book and its sources.
 
 Invariant: the output of `batchlab cost estimate` lists each value that the estimate assumes.
 """
@@ -13,9 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from batchlab.cli import output
+from batchlab.cli.groups import command_group
 from batchlab.cli.option_values import connect, home_of, parameters_of, parse_pools
 from batchlab.cli.options import FILE, HOME, JOB, JSON, POOL, SET, argument, option
 from batchlab.core import text as units
@@ -33,22 +32,17 @@ if TYPE_CHECKING:
     from batchlab.jobs.job_file import JobFile
     from batchlab.runtime.factory import Backend
 
-app = typer.Typer()
-cost = typer.Typer(name="cost", no_args_is_help=True)
-prices = typer.Typer(name="prices", no_args_is_help=True)
-app.add_typer(cost)
-app.add_typer(prices)
+app = command_group("cost")
 
 
 TYPES = option(
-    "Instance type on AWS that the computation assumes for one pool, or for all pools. The option may be repeated.",
-    "[POOL=]TYPE",
+    "Instance type on AWS that the computation assumes for one pool, or for all pools. Repeatable.", "[POOL=]TYPE"
 )
 
 
-@cost.callback()
-def cost_() -> None:
-    """Compute the cost of a job's run on AWS, in USD.
+@app.callback()
+def cost() -> None:
+    """Compute the cost of a job's run on AWS, and show AWS's prices.
 
     The commands use AWS's list prices, and compute the cost before or after the run.
 
@@ -57,19 +51,19 @@ def cost_() -> None:
     """
 
 
-@cost.command()
+@app.command()
 def estimate(
     file: Path = FILE,
     set_: list[str] | None = SET,
     seconds: list[str] | None = option(
-        "Run time of one task in seconds, or a range of run times. The option may be repeated. Default: the run "
+        "Run time of one task in seconds, or a range of run times. Repeatable. Default: the run "
         "times of an earlier run.",
         "[STAGE=]S[-S]",
     ),
     tasks: list[str] | None = option(
-        "Number of tasks. N applies to each stage that reads the job's input, and STAGE=N to one stage. The option is "
-        "necessary if batchlab cannot count the input, and otherwise replaces batchlab's number. The option may be "
-        "repeated.",
+        "Number of tasks of one stage, or of each stage that reads the job's input, if batchlab cannot count the "
+        "input. Repeatable."
+        "",
         "[STAGE=]N",
     ),
     pool: list[str] | None = POOL,
@@ -128,7 +122,7 @@ def estimate(
     output.answer(json, result.to_json(), text(result))
 
 
-@cost.command()
+@app.command()
 def bill(job: str = JOB, instance_type: list[str] | None = TYPES, home: Path | None = HOME, json: bool = JSON) -> None:
     """Show the cost of a job on AWS, or the cost that the job would have had on AWS.
 
@@ -253,29 +247,11 @@ def _measurements(home: Home, name: str) -> tuple[dict[str, Three], str]:
 
 
 def _earlier(home: Home, name: str) -> list[tuple[str, dict[str, float]]]:
-    if home.record() is not None:
-        with connect(home) as client, suppress(BackendError):
-            views = [view for view in client.jobs(limit=MAX_EARLIER_JOBS) if view["name"] == name]
-            return [(view["id"], {s["name"]: s["mean_s"] for s in view["stages"] if s["mean_s"]}) for view in views]
-    if home.ledger_file.exists():
-        return asyncio.run(_in_ledger(home, name))
+    """Return the earlier runs of a job with their mean task times by stage, from the grid or from its folder."""
+    with suppress(BackendError), connect(home) as client:
+        views = [view for view in client.jobs(limit=MAX_EARLIER_JOBS) if view["name"] == name]
+        return [(view["id"], {s["name"]: s["mean_s"] for s in view["stages"] if s["mean_s"]}) for view in views]
     return []
-
-
-async def _in_ledger(home: Home, name: str) -> list[tuple[str, dict[str, float]]]:
-    """Return the earlier runs of a job with their mean task times by stage, from the ledger of a grid that is down."""
-    from batchlab.runtime import factory
-
-    ledger = factory.load("local").open_ledger(home)
-    try:
-        runs = []
-        for rows in await ledger.jobs(limit=MAX_EARLIER_JOBS):
-            if rows.job.job.name == name:
-                means_s = {str(s.counts.stage): s.counts.mean_s for s in rows.stages if s.counts.mean_s}
-                runs.append((str(rows.id), means_s))
-        return runs
-    finally:
-        await ledger.close()
 
 
 # --- Pools ---------------------------------------------------------------------------------------
@@ -323,17 +299,8 @@ def text(estimate: Estimate) -> str:
     return "\n".join([*lines, *(f"Assumed: {assumption}." for assumption in estimate.assumed)])
 
 
-@prices.callback()
-def prices_() -> None:
-    """Show and update the price book, which contains AWS's list prices.
-
-    \b
-    Example: batchlab prices show
-    """
-
-
-@prices.command()
-def show(
+@app.command()
+def prices(
     types: list[str] | None = argument(
         "Instance type whose prices are shown. Default: all instance types.", "TYPE", default=None
     ),
@@ -343,7 +310,7 @@ def show(
     """Show AWS's prices with their region, date, and source.
 
     \b
-    Example: batchlab prices show m7i.large c7g.large
+    Example: batchlab cost prices m7i.large c7g.large
     """
     book = load(home_of(home).path)
     for name in types or ():
@@ -380,11 +347,11 @@ def _prices_text(book: PriceBook, types: list[str] | None) -> str:
     return "\n\n".join([*parts, f"Price book: {book.path}"])
 
 
-@prices.command()
-def refresh(
+@app.command("refresh-prices")
+def refresh_prices(
     from_: Path = option(
-        "File with new prices: AWS's price list of AmazonEC2, AmazonRDS, or AWSDataTransfer (CSV or JSON), the "
-        "output of `aws ec2 describe-spot-price-history`, or a CSV file of on-demand prices.",
+        "AWS's price list of AmazonEC2, AmazonRDS, or AWSDataTransfer (CSV or JSON), the output of `aws ec2 "
+        "describe-spot-price-history`, or a CSV file of on-demand prices.",
         "FILE",
         "--from",
         default=...,
@@ -397,7 +364,7 @@ def refresh(
     """Copy newer prices from a file to the grid's price book, which overrides the shipped price book.
 
     \b
-    Example: batchlab prices refresh --from AmazonEC2.csv --region us-east-1
+    Example: batchlab cost refresh-prices --from AmazonEC2.csv --region us-east-1
     """
     from batchlab.core.pricing import price_refresh
 

@@ -317,8 +317,8 @@ def init(
         "Folder in which the command writes the files.", "DIR", default=Path(), show_default="here"
     ),
     example: str | None = option(
-        "Shipped example that replaces the small starter job: claims (a job with three stages), transform (a "
-        "conversion of CSV to Parquet), media (video), or sort (a sort of more data than a worker's memory).",
+        "Shipped example instead of the starter job: claims (three stages), transform (CSV to Parquet), media "
+        "(video), or sort (more data than memory).",
         "NAME",
         autocompletion=examples,
     ),

@@ -30,6 +30,7 @@ from batchlab.cli.deploy_options import (
     stack_and_region,
     takes_arguments,
 )
+from batchlab.cli.groups import command_group
 from batchlab.cli.option_values import home_of
 from batchlab.cli.options import HOME, JSON, flag, option
 from batchlab.core.errors import NotFound
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from batchlab.deploy.status import Status
     from batchlab.runtime.home import Home
 
-app = typer.Typer(name="deploy", no_args_is_help=True)
+app = command_group("deploy")
 
 
 @app.callback()
@@ -56,8 +57,8 @@ def deploy_() -> None:
 def plan(arguments: DeployArguments, home: Path | None = HOME, json: bool = JSON) -> None:
     """Show the planned changes of the stack and their cost without applying the changes.
 
-    The command stores its options in the grid's folder for `deploy apply` and the next plan. The
-    plan keeps the deployed release. `deploy apply` deploys the release of this version of batchlab.
+    The command stores its options in the grid's folder for `deploy apply` and the next plan.
+    `deploy apply` deploys the release of this version of batchlab.
 
     \b
     Example: batchlab deploy plan --pool default:0-10x2@m7i.large --ledger postgres --budget 150
@@ -87,8 +88,7 @@ def template_(arguments: DeployArguments, home: Path | None = HOME) -> None:
     """Print the CloudFormation template of a stack without calling AWS. The options are the default values of the
     template's parameters.
 
-    Use the command to read, lint, or scan the template without AWS credentials. The command prints
-    the template as JSON to stdout, and the cost of the idle stack to stderr.
+    The command needs no credentials. It prints the cost of the idle stack to stderr.
 
     \b
     Example: batchlab deploy template --pool default:0-10x2@m7i.large --egress nat > stack.json

@@ -7,7 +7,6 @@ Invariant: without a terminal, a command changes a stack only with the option --
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,8 +40,8 @@ YES = flag("Make the changes without asking for confirmation.", "--yes")
 
 _OPTIONS = {
     "pool": option(
-        "Pool of workers and its instance types, such as default:0-10x2@m7i.large,m6i.large. The option may be "
-        "repeated. The stack has only the pools that the options name.",
+        "Pool of workers and its instance types, such as default:0-10x2@m7i.large,m6i.large. Repeatable."
+        " The stack has only the pools that the options name.",
         "NAME:MIN-MAXxSLOTS@TYPE,TYPE",
     ),
     "settings": option(
@@ -55,8 +54,8 @@ _OPTIONS = {
         "Network route from the instances to AWS: endpoints (VPC endpoints) or nat (a NAT gateway).", "KIND"
     ),
     "budget": option(
-        "Monthly budget in USD. AWS sends an alarm if the forecast of a month is above the budget. The alarm works "
-        "only if the cost allocation tag batchlab.stack is activated in the account's billing.",
+        "Monthly budget in USD, with an alarm of AWS. The alarm needs the cost allocation tag batchlab.stack in "
+        "the account's billing.",
         "USD",
         min=0,
     ),
@@ -67,10 +66,8 @@ _OPTIONS = {
     "on_demand_percent": option(
         "Percentage of On-Demand Instances among the workers beyond --on-demand-base.", "N", min=0, max=100
     ),
-    "parameter": option(
-        "Set another parameter of the stack's template. The option may be repeated.", "NAME=VALUE", "--set"
-    ),
-    "package": option("PyPI package that tasks need, such as pandas>=2,<3. The option may be repeated.", "NAME"),
+    "parameter": option("Set another parameter of the stack's template. Repeatable.", "NAME=VALUE", "--set"),
+    "package": option("PyPI package that tasks need, such as pandas>=2,<3. Repeatable.", "NAME"),
     "database_ca": option(
         "File with the certificates that verify PostgreSQL: AWS's certificate bundle for the region.", "FILE.pem"
     ),
@@ -306,18 +303,7 @@ class Person:
     def agrees(self, question: str) -> bool:
         if self.yes:
             return True
-        if not sys.stdin.isatty():
-            raise UsageError("The question needs a terminal.", remedy="Add --yes to agree without a question.")
-        how = f"type {self.typed} to go on" if self.typed else "y/N"
-        print(f"{output.clean(question)} [{how}] ", end="", file=sys.stderr, flush=True)  # noqa: T201
-        try:
-            answer = input().strip()
-        except EOFError:
-            answer = ""
-        agreed = answer == self.typed if self.typed else answer.lower() in ("y", "yes")
-        if not agreed:
-            output.say("Nothing is changed.")
-        return agreed
+        return output.agrees(question, typed=self.typed)
 
     def show(self, plan: Plan) -> None:
         self.plan = plan

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from batchlab.cli import output
+from batchlab.cli.groups import command_group
 from batchlab.cli.option_values import assignments, home_of, seconds_of
 from batchlab.cli.options import HOME, JSON, LOG_FORMAT, argument, flag, option
 from batchlab.cli.progress import bar
@@ -42,48 +43,28 @@ app = typer.Typer()
 @app.command()
 def conform(
     endpoint: str | None = option(
-        "URL of the tested services, such as http://127.0.0.1:4566. The keys for the services are in "
-        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or else both keys are 'test'.",
-        "URL",
+        "URL of the services. The keys are in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or else 'test'.", "URL"
     ),
-    aws: bool = flag(
-        "Check AWS itself. The check creates and removes a bucket and about 100 queues in your AWS account, and "
-        "costs about one cent.",
-        "--aws",
-    ),
+    aws: bool = flag("Check AWS itself, with a bucket and 100 queues in your account, for about one cent.", "--aws"),
     service: str | None = option(
         "Name of the service that is checked: s3, sqs, or autoscaling. Default: S3 and SQS.", "NAME"
     ),
     region: str | None = option("AWS region of the checked services.", "REGION"),
-    bucket: str | None = option(
-        "Name of an existing bucket that the checks use instead of a temporary bucket. The command does not remove "
-        "this bucket.",
-        "NAME",
-    ),
-    template: str | None = option(
-        "With --service autoscaling: name of an existing launch template that the checks use instead of a temporary "
-        "launch template.",
-        "NAME",
-    ),
+    bucket: str | None = option("Existing bucket that the checks use instead of a temporary bucket.", "NAME"),
+    template: str | None = option("With --service autoscaling: existing launch template that the checks use.", "NAME"),
     only: str = option("Run only the checks whose names match this pattern, such as 's3-*'.", "PATTERN", default="*"),
     needed: bool = flag("Run only the checks of rules that batchlab needs.", "--needed"),
     every: bool = flag("Also list the checks that passed.", "--all"),
     name: str | None = option("Name of the endpoint in the report, such as 'MiniStack 1.5.33'.", "TEXT"),
     json: bool = JSON,
-    markdown: Path | None = option(
-        "Markdown page into which the report is written. The report replaces the section of the page with the same "
-        "name.",
-        "FILE",
-    ),
+    markdown: Path | None = option("Markdown page in which the report replaces the section of the same name.", "FILE"),
 ) -> None:
     """Check that an endpoint follows the rules of AWS's services.
 
-    Each check tests a rule of AWS. A rule is 'needed' if batchlab would break a promise without the
-    rule, and 'noted' otherwise. The names of the resources that the checks create begin with
-    batchlab-conform-. The command removes these resources at the end.
+    batchlab needs the rules that are 'needed'. The command creates resources with names that
+    begin with batchlab-conform-, and removes them.
 
-    The exit code is 0 if the endpoint follows all checked rules, 1 if the endpoint breaks a checked
-    rule (with --needed: a needed rule), 2 for wrong usage, and 3 if the endpoint does not respond.
+    The exit code is 1 if the endpoint breaks a checked rule, and 3 if it does not respond.
 
     \b
     Example: batchlab conform --endpoint http://127.0.0.1:4566
@@ -280,7 +261,7 @@ def _write(path: Path, name: str, results: Sequence[Result]) -> None:
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _HERE = ("127.0.0.1", "::1", "localhost")
 
-asg = typer.Typer(name="asg", no_args_is_help=True)
+asg = command_group("asg")
 app.add_typer(asg)
 
 
@@ -310,9 +291,9 @@ def serve(
         "Longest time that an instance may take to end before the server kills the instance.", "DURATION", default="30s"
     ),
     grid: str = option("Name of the grid in the labels of containers.", "NAME", default="asg"),
-    label: list[str] | None = option("Additional label of the containers. The option may be repeated.", "KEY=VALUE"),
+    label: list[str] | None = option("Additional label of the containers. Repeatable.", "KEY=VALUE"),
     image: list[str] | None = option(
-        "Launch only containers of this image, and never run a container as root. The option may be repeated.", "NAME"
+        "Launch only containers of this image, and never run a container as root. Repeatable.", "NAME"
     ),
     scale: float = option(
         "Share of the CPUs and the memory of its instance type that a container gets.",

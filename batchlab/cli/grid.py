@@ -21,10 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
-from batchlab.cli import output
-from batchlab.cli.option_values import cap_of, cap_text, connect, home_of, parse_pools
+from batchlab.cli import options, output
+from batchlab.cli.groups import command_group
+from batchlab.cli.option_values import cap_of, cap_text, connect, home_of, no_grid, parse_pools
 from batchlab.cli.options import (
     AS_IF,
     BACKEND,
@@ -51,7 +50,7 @@ WATCH_INTERVAL_S = 1.0
 
 _POOL_COLUMNS = ("pool", "min", "max", "desired", "inservice", "pending", "slots", "backlog", "set by")
 
-app = typer.Typer(name="grid", no_args_is_help=True)
+app = command_group("grid")
 
 
 @app.callback()
@@ -143,6 +142,8 @@ def down(home: Path | None = HOME) -> None:
         return
     unfinished = scheduled = 0
     try:
+        if record is None:
+            raise no_grid(place)
         with connect(place) as client:
             unfinished = len(client.jobs(active=True, limit=1000))
             schedules = schedule.read_schedules(client)["schedules"]
@@ -232,8 +233,7 @@ def _pool_row(pool: PoolView) -> tuple[object, ...]:
 def env(home: Path | None = HOME, json: bool = JSON) -> None:
     """Print shell variables for the AWS CLI and other clients of the grid's S3 and SQS.
 
-    The variables contain the endpoint, the keys of the endpoint, the name of the bucket, and the
-    prefix of the queue names. On the backend `local`, S3 and SQS do not have an endpoint.
+    The backend `local` does not have an endpoint.
 
     \b
     Example: eval "$(batchlab grid env)" && aws s3 ls "s3://$BATCHLAB_BUCKET/jobs/"
@@ -282,7 +282,10 @@ def workers(home: Path | None = HOME, json: bool = JSON) -> None:
 @app.command()
 def activities(
     pool: str | None = argument(
-        "Name of the pool whose activities are listed. Default: all pools.", "POOL", default=None
+        "Name of the pool whose activities are listed. Default: all pools.",
+        "POOL",
+        default=None,
+        autocompletion=options.pools,
     ),
     limit: int = option("Maximum number of listed activities.", default=50, min=1),
     home: Path | None = HOME,
@@ -306,7 +309,7 @@ def activities(
 
 @app.command()
 def scale(
-    pool: str = argument("Name of the pool.", "POOL"),
+    pool: str = argument("Name of the pool.", "POOL", autocompletion=options.pools),
     smallest: int | None = option("Minimum number of instances in the pool.", None, "--min", min=0),
     largest: int | None = option("Maximum number of instances in the pool.", None, "--max", min=0),
     desired: int | None = option(
@@ -332,7 +335,9 @@ def scale(
 
 @app.command()
 def drain(
-    pool: str | None = argument("Name of the pool that is drained. Default: all pools.", "POOL", default=None),
+    pool: str | None = argument(
+        "Name of the pool that is drained. Default: all pools.", "POOL", default=None, autocompletion=options.pools
+    ),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
@@ -359,6 +364,25 @@ def cap(amount: str = CAP, home: Path | None = HOME, json: bool = JSON) -> None:
     with connect(home) as client:
         view = client.cap_grid(usd)
     output.answer(json, view, f"The cost of the grid is {cap_text(usd)}.")
+
+
+@app.command("rebuild-ledger")
+def rebuild_ledger(home: Path | None = HOME, json: bool = JSON) -> None:
+    """Rebuild the ledger from the bucket, which contains all durable state.
+
+    Unreadable objects do not stop the rebuild. The command lists the unreadable objects at the end.
+
+    \b
+    Example: batchlab grid rebuild-ledger
+    """
+    with connect(home) as client:
+        view = client.rebuild_ledger()
+    # A manager of an earlier version stops the rebuild at the first unreadable object, so its response lacks the key
+    # "unreadable".
+    unreadable = view.get("unreadable", [])
+    lines = [f"The ledger is rebuilt: {output.count(view['jobs'], 'job')}."]
+    lines += [f"Not read: {problem['key']}: {problem['reason']}" for problem in unreadable]
+    output.answer(json, {"jobs": view["jobs"], "unreadable": unreadable}, "\n".join(lines))
 
 
 PREFIX, SUFFIX = "open-", ".html"
@@ -391,8 +415,7 @@ def open_(
 ) -> None:
     """Open the grid's web page, which shows jobs, failures, the fleet, and costs.
 
-    The address of the web page works once, within a minute. Each call of this command creates a new
-    address.
+    The address works once, within a minute.
 
     \b
     Example: batchlab grid open --no-browser

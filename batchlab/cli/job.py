@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from batchlab.cli import output
+from batchlab.cli import options, output
+from batchlab.cli.groups import command_group
 from batchlab.cli.job_logs import logs
 from batchlab.cli.job_replay import replay_task
 from batchlab.cli.job_tasks import failures, retry, show_task, why
-from batchlab.cli.option_values import call_with_job, cap_of, cap_text, connect, home_of, parameters_of, resolve
-from batchlab.cli.options import AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, flag, option
+from batchlab.cli.option_values import (
+    call_with_job,
+    cap_of,
+    cap_text,
+    connect,
+    home_of,
+    no_grid,
+    parameters_of,
+    resolve,
+)
+from batchlab.cli.options import ANY_BACKEND, AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, flag, option
+from batchlab.core.errors import Refused
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
     from batchlab.core.api_types import JobView
+    from batchlab.runtime.home import Home
 
-app = typer.Typer(name="job", no_args_is_help=True)
+app = command_group("job")
 
 
 @app.callback()
 def job() -> None:
-    """Submit jobs to a running grid, and manage the jobs.
+    """Submit jobs to a running grid, and inspect, control, and delete jobs.
 
     \b
     Example: batchlab job list
@@ -76,6 +89,9 @@ def list_(
         map(_row, jobs),
         "There are no jobs.",
     )
+    place = home_of(home)
+    if place.record() is None and not json and any(view["ended_s"] is None for view in jobs):
+        output.say(f"No grid is up in {place.path}. `batchlab grid up` starts a grid, which continues unfinished jobs.")
 
 
 def _row(job: JobView) -> tuple[object, ...]:
@@ -90,15 +106,30 @@ def _row(job: JobView) -> tuple[object, ...]:
 
 
 @app.command()
-def show(job: str = JOB, as_if_aws: bool = AS_IF, home: Path | None = HOME, json: bool = JSON) -> None:
-    """Show a job with its stages, and the reason why the job is waiting.
+def show(
+    job: str = JOB,
+    task: str | None = options.SHOWN_TASK,
+    as_if_aws: bool = AS_IF,
+    home: Path | None = HOME,
+    backend: str | None = ANY_BACKEND,
+    json: bool = JSON,
+) -> None:
+    """Show a job with its stages and the reason why it waits, or one task of a job with its attempts.
+
+    For a task, the command shows the input, and for each attempt the state, the size of the log, and the machine.
 
     \b
-    Example: batchlab job show last
+    Example: batchlab job show last parse/3
     """
+    if task is not None:
+        show_task(job, task, home, backend, json=json)
+    else:
+        _show(home_of(home), job, as_if_aws=as_if_aws, json=json)
+
+
+def _show(place: Home, job: str, *, as_if_aws: bool, json: bool) -> None:
     from batchlab.cli.bills import LiveCost
 
-    place = home_of(home)
     live_cost, cost = LiveCost(place, as_if_aws=as_if_aws), None
     with connect(place) as client:
         view = resolve(client, job)
@@ -196,12 +227,44 @@ def resume(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
 
 
 @app.command()
+def delete(
+    job: str = JOB,
+    yes: bool = flag("Delete the job without asking for confirmation.", "--yes"),
+    home: Path | None = HOME,
+    json: bool = JSON,
+) -> None:
+    """Delete an ended job with its input, logs, results, and reports.
+
+    Code, which other jobs may share, and the cost of the grid stay. The results that the user has
+    fetched stay, too. A deleted job cannot be restored.
+
+    \b
+    Example: batchlab job delete last
+    """
+    place = home_of(home)
+    if place.record() is None:
+        raise no_grid(place)
+    with connect(place) as client:
+        view = resolve(client, job)
+        if view["ended_s"] is None:
+            raise Refused(
+                f"Job {view['id']} is {view['state']}, and only an ended job can be deleted.",
+                remedy=f"`batchlab job cancel {view['id']}` ends the job.",
+            )
+        if not yes and not output.agrees(f"Delete {view['id']} ({view['state']}) with all its results?"):
+            raise typer.Exit(1)
+        deleted = client.delete(view["id"])
+    for copy in place.reports.glob(f"*/{view['id']}"):
+        shutil.rmtree(copy, ignore_errors=True)
+    output.answer(json, deleted, f"{deleted['id']} is deleted: {output.count(deleted['objects'], 'object')}.")
+
+
+@app.command()
 def results(
     job: str = JOB,
     out: Path | None = OUT,
     stage: list[str] | None = option(
-        "Name of the stage whose results are fetched. The option may be repeated. Default: the last stages of the job.",
-        "NAME",
+        "Stage whose results are fetched. Repeatable. Default: the last stages of the job.", "NAME"
     ),
     home: Path | None = HOME,
     json: bool = JSON,
@@ -214,7 +277,7 @@ def results(
     from batchlab.cli.session import Session
     from batchlab.cli.submission import fetch_json, fetch_results
 
-    with Session.attach(home_of(home)) as session:
+    with Session.attach(home_of(home), reads=True) as session:
         view = session.call(lambda client: resolve(client, job))
         fetched = fetch_results(session, view, out, stage or ())
     if json:
@@ -273,5 +336,5 @@ def cap(job: str = JOB, amount: str = CAP, home: Path | None = HOME, json: bool 
     output.answer(json, view, f"The cost of {view['job']} is {cap_text(usd)}.")
 
 
-for _command in (logs, failures, retry, why, show_task, replay_task):
+for _command in (logs, failures, retry, why, replay_task):
     app.command()(_command)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchlab.cli import output
+from batchlab.cli import options, output
 from batchlab.cli.option_values import connect, home_of, resolve, seconds_of
 from batchlab.cli.options import HOME, JOB, JSON, argument, flag, option
 from batchlab.cli.output import Stopped
@@ -29,27 +29,24 @@ if TYPE_CHECKING:
 def logs(
     job: str = JOB,
     task: str | None = argument(
-        "Name of the task whose output is printed, such as parse/3. The number 3 alone means task 3 of every stage.",
+        "Task whose output is printed, such as parse/3. The number 3 means task 3 of every stage.",
         "[TASK]",
         default=None,
+        autocompletion=options.tasks,
     ),
-    stage: str | None = option("Name of the stage whose output is printed.", "NAME"),
+    stage: str | None = option("Stage whose output is printed.", "NAME"),
     follow: bool = flag("Print new lines of the output as soon as they exist, until the job ends.", "--follow", "-f"),
     failed: bool = flag("Print only the output of tasks that failed and are not retried.", "--failed"),
     since: str | None = option(
-        "Print only the output of attempts that are running or that ended within the last DURATION, such as 10m.",
-        "DURATION",
+        "Print only the output of attempts that run, or that ended within this time, such as 10m.", "DURATION"
     ),
     limit: int = option("Maximum number of attempts whose output is printed without --follow.", default=100, min=1),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Print the output of a job's tasks, including failed attempts. With --follow, the command prints new output until
-    the job ends.
+    """Print the output of a job's tasks, including failed attempts.
 
-    With --follow, each line begins with the name of the task. With --follow and --json, each line
-    is a JSON object. Workers store the output of running tasks only while a client follows the
-    output.
+    With --follow, each line begins with the task's name, or is a JSON object with --json.
 
     \b
     Example: batchlab job logs last --follow

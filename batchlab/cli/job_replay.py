@@ -63,21 +63,18 @@ def replay_task(
         "Write the task's input, its code, and a README to this folder, and do not run the task.", "DIR"
     ),
     no_limits: bool = flag("Run the task without the time limit and the memory limit of the job.", "--no-limits"),
-    env: list[str] | None = option(
-        "Name of an environment variable that the command passes to the task. The option may be repeated.", "NAME"
-    ),
+    env: list[str] | None = option("Environment variable that the task gets. Repeatable.", "NAME"),
     home: Path | None = HOME,
     backend: str | None = ANY_BACKEND,
     json: bool = JSON,
 ) -> None:
     """Run a task again on this machine, under a debugger, with its input, code, and limits.
 
-    The job's code runs with your rights. The code gets only environment variables that are never
-    secret, such as PATH and LANG, and the variables that --env names.
+    The job's code runs with your rights. It gets the variables of --env, and variables that are
+    never secret, such as PATH.
 
-    The run does not affect the grid. At the end of the run, the command reports whether the task
-    failed in the same way as on the grid, and the known differences between this machine and the
-    worker. The exit code is 0 if the task succeeds, and 1 if the task fails.
+    The run does not affect the grid. At its end, the command compares it with the attempt on
+    the grid. The exit code is 1 if the task fails.
 
     \b
     Example: batchlab job replay-task last parse/3 --local

@@ -1,4 +1,4 @@
-"""Commands `batchlab job show-task`, `why`, `failures`, and `retry`, which show or retry tasks of a job."""
+"""Commands `batchlab job show JOB TASK`, `why`, `failures`, and `retry`, which show or retry tasks of a job."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchlab.cli import output
 from batchlab.cli.option_values import connect, home_of, resolve
-from batchlab.cli.options import ANY_BACKEND, HOME, JOB, JSON, TASK, flag, option
+from batchlab.cli.options import HOME, JOB, JSON, flag, option
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.job_definition import parse_task, parse_tasks, task_name
 from batchlab.core.model import JobId, Json
@@ -26,14 +26,9 @@ MAX_FINGERPRINTS = 3
 """Number of the most frequent failure fingerprints that `job why` shows."""
 
 
-def show_task(
-    job: str = JOB, task: str = TASK, home: Path | None = HOME, backend: str | None = ANY_BACKEND, json: bool = JSON
-) -> None:
+def show_task(job: str, task: str, home: Path | None, backend: str | None, *, json: bool) -> None:
     """Show a task of a job: the task's input, its attempts with their workers and logs, and the machines on which the
     attempts ran.
-
-    \b
-    Example: batchlab job show-task last parse/3
     """
     from batchlab.cli.session import find_bucket, find_stage
 
@@ -134,8 +129,8 @@ def replay_command(job: str, task: str, home: Path | None) -> str:
 def why(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
     """Explain in one line why a job is waiting, and show why tasks of the job failed.
 
-    For each fingerprint of failed tasks, the command shows the last lines that the first task with
-    this fingerprint printed, and the command that runs the first task again on this machine.
+    For each cause, the command shows the last output of the first failed task, and the command
+    that replays this task on this machine.
 
     \b
     Example: batchlab job why last
@@ -247,18 +242,16 @@ def _show_traceback(failure: FailureView) -> None:
 
 def retry(
     job: str = JOB,
-    tasks: list[str] | None = option(
-        "Retry only the named failed tasks, such as parse/3,7-9. The option may be repeated.", "TASKS"
-    ),
+    tasks: list[str] | None = option("Retry only the named failed tasks, such as parse/3,7-9. Repeatable.", "TASKS"),
     fingerprint: list[str] | None = option(
-        "Retry only the tasks whose failure has this fingerprint. The option may be repeated.", "FINGERPRINT"
+        "Retry only the tasks whose failure has this fingerprint. Repeatable.", "FINGERPRINT"
     ),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
     """Run the unsuccessful tasks of an ended job again. The results of the job's succeeded tasks are kept.
 
-    With --tasks or --fingerprint, the command does not retry the other failed tasks of the job.
+    --tasks and --fingerprint select failed tasks.
 
     \b
     Example: batchlab job retry last

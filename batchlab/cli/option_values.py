@@ -91,21 +91,34 @@ _JOB_ID = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{10}")
 
 @contextmanager
 def connect(home: Path | Home | None) -> Iterator[Client]:
-    """Yield a client of the grid's running manager. Raise Unreachable if no manager is running.
+    """Yield a client of the grid's running manager.
 
-    A NotFound error in the `with` block becomes a UsageError, because the user gave a wrong name.
+    Without a running manager, yield a client that reads the jobs in the grid's folder, or raise Unreachable if the
+    folder does not have a ledger. A NotFound error in the `with` block becomes a UsageError, because the user gave a
+    wrong name.
     """
-    from batchlab.client.http import Client
-
     place = home_of(home) if home is None or isinstance(home, Path) else home
-    record = place.record()
-    if record is None:
-        raise no_grid(place)
-    with Client.of(place, record) as client:
+    with client_of(place) as client:
         try:
             yield client
         except NotFound as error:
             raise UsageError(error.message, remedy=error.remedy) from error
+
+
+def client_of(home: Home) -> Client:
+    """Return a client of the running manager, or else a client that reads the grid's folder.
+
+    Raise Unreachable if no manager is running and the folder does not have a ledger.
+    """
+    from batchlab.client.http import Client
+
+    if record := home.record():
+        return Client.of(home, record)
+    from batchlab.cli.folder_client import open_folder
+
+    if client := open_folder(home):
+        return client
+    raise no_grid(home)
 
 
 def no_grid(home: Home) -> Unreachable:
@@ -150,6 +163,11 @@ def resolve(client: Client, text: str) -> JobView:
         f"{text!r} could be any of {len(matches)} jobs: {ids}{', …' if len(matches) > 3 else ''}.",
         remedy="Write more of the id.",
     )
+
+
+def is_whole_id(text: str) -> bool:
+    """Return whether `text` has the form of a job's complete id."""
+    return _JOB_ID.fullmatch(text) is not None
 
 
 def call_with_job(client: Client, text: str, verb: Callable[[Client, str], JobView]) -> JobView:

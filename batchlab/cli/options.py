@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import typer
 
@@ -59,6 +60,33 @@ def schedules(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return the schedules whose names begin with the incomplete text."""
     views = _request_list(_home(ctx), "/v1/schedules", "schedules")
     return _matching(incomplete, (str(schedule["name"]) for schedule in views))
+
+
+def pools(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the pools of the running grid whose names begin with the incomplete text."""
+    return _matching(incomplete, (str(pool["name"]) for pool in _request_list(_home(ctx), "/v1/grid", "pools")))
+
+
+def queries(incomplete: str) -> list[str]:
+    """Return the named queries of reports whose names begin with the incomplete text."""
+    from batchlab.reports.queries.store import named_queries
+
+    return _matching(incomplete, named_queries())
+
+
+def tasks(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the failed tasks of the command's job that begin with the incomplete text, and the stages of the job.
+
+    A stage is the beginning of a task's name, such as `parse/`.
+    """
+    from batchlab.core.job_definition import task_name
+
+    home, job = _home(ctx), str(ctx.params.get("job") or LAST)
+    newest = _request_list(home, "/v1/jobs?limit=1", "jobs") if job == LAST else []
+    path = f"/v1/jobs/{quote(newest[0]['id'] if newest else job, safe='')}"
+    failures = _request_list(home, f"{path}/failures?limit={MAX_LISTED}", "failures")
+    stages = [f"{stage['name']}/" for stage in _request_list(home, path, "stages")]
+    return _matching(incomplete, [*(task_name(one["stage"], one["task"]) for one in failures), *stages])
 
 
 def _matching(incomplete: str, names: Iterable[str]) -> list[str]:
@@ -128,9 +156,8 @@ def flag(text: str, *names: str) -> Any:
 HOME = option("Folder of the grid. Default: $BATCHLAB_HOME, or else .batchlab in the current folder.", "DIR")
 BACKEND = option("Name of the grid's backend.", "NAME", default="local", autocompletion=backends)
 ENDPOINT = option(
-    "URL of the S3 and SQS services that replace the grid's own emulator, optionally with a bucket as the URL's "
-    "path. On a backend with another object store, the endpoint is the address of a bucket, such as gs://BUCKET. "
-    "Default: $BATCHLAB_ENDPOINT.",
+    "URL of S3 and SQS, optionally with a bucket as its path, or the address of a bucket, such as gs://BUCKET. "
+    "Default: $BATCHLAB_ENDPOINT, or else the grid's own emulator.",
     "URL",
 )
 SCENARIO = argument("Path of a scenario file, or name of a shipped scenario.", "SCENARIO", autocompletion=scenarios)
@@ -138,10 +165,9 @@ LIKE = option("Backend whose settings the simulated grid uses.", "BACKEND", defa
 CALIBRATION = option("File with the measurements of a grid, which `scenario calibrate` wrote.", "FILE")
 JSON = flag("Print the output as JSON, for programs.", "--json")
 OUT = option("Folder for the job's results. Default: out/<job name> in the current folder.", "DIR")
-SET = option("Set a parameter of the job. May be repeated.", "KEY=VALUE", "--set")
+SET = option("Set a parameter of the job. Repeatable.", "KEY=VALUE", "--set")
 POOL = option(
-    "Pool of workers, such as default:0-4x1. The named pools replace the backend's default pools. The option may be "
-    "repeated.",
+    "Pool of workers, such as default:0-4x1. The named pools replace the backend's default pools. Repeatable.",
     "NAME:MIN-MAXxSLOTS",
 )
 AS_IF = flag("Show the cost that the work would have on AWS, also on a backend that costs nothing.", "--as-if-aws")
@@ -151,13 +177,17 @@ MAX_COST = option(
 LOG_FORMAT = option("Format of the logs. Default: $BATCHLAB_LOG_FORMAT, or else text.", "text|json")
 
 CAP = argument("New cap on the cost, such as 5USD, or 'none' to remove the cap.", "AMOUNT")
-JOB = argument("Id of a job, the beginning of a job's id, or 'last' for the newest job.", "JOB", autocompletion=jobs)
-TASK = argument("Name of a task, such as parse/3. In a job with one stage, the number 3 is enough.", "TASK")
+JOB = argument("Id of a job, the beginning of an id, or 'last' for the newest job.", "JOB", autocompletion=jobs)
+_TASK_TEXT = "Name of a task, such as parse/3. In a job with one stage, the number 3 is enough."
+TASK = argument(_TASK_TEXT, "TASK", autocompletion=tasks)
+SHOWN_TASK = argument(f"{_TASK_TEXT} Default: show the whole job.", "[TASK]", default=None, autocompletion=tasks)
 ANY_BACKEND = option(
-    "Backend of the grid, if the grid is not running. Default: local.", "NAME", autocompletion=backends
+    "Backend whose bucket contains the job. Default: the running grid's backend, or else local.",
+    "NAME",
+    autocompletion=backends,
 )
 BUCKET_BACKEND = option(
-    "Backend whose bucket contains the job. Default: the backend of the running grid, or else local.",
+    "Backend whose bucket contains the job. Default: the running grid's backend, or else local.",
     "NAME",
     default="",
     autocompletion=backends,

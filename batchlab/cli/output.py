@@ -74,6 +74,25 @@ def show_json(value: Any, *, indent: int | None = 2) -> None:
     show(visible_json(value, indent=indent))
 
 
+def agrees(question: str, *, typed: str = "") -> bool:
+    """Ask the user a question, and return whether the user agrees. If `typed` is given, the user must type this text.
+
+    Raise UsageError if stdin is not a terminal.
+    """
+    if not sys.stdin.isatty():
+        raise UsageError("The question needs a terminal.", remedy="Add --yes to agree without a question.")
+    how = f"type {typed} to go on" if typed else "y/N"
+    print(f"{clean(question)} [{how}] ", end="", file=sys.stderr, flush=True)  # noqa: T201
+    try:
+        text = input().strip()
+    except EOFError:
+        text = ""
+    agreed = text == typed if typed else text.lower() in ("y", "yes")
+    if not agreed:
+        say("Nothing is changed.")
+    return agreed
+
+
 def answer(json: bool, value: Any, text: str) -> None:
     """Print `value` as JSON if `json` is true, and otherwise `text`."""
     show_json(value) if json else show(text)

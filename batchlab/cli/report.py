@@ -22,6 +22,7 @@ import typer
 
 from batchlab import __version__
 from batchlab.cli import options, output
+from batchlab.cli.groups import command_group
 from batchlab.cli.option_values import home_of
 from batchlab.cli.options import BUCKET_BACKEND, ENDPOINT, HOME, JSON, argument, flag, option
 from batchlab.core.errors import BackendError, UsageError
@@ -34,8 +35,7 @@ if TYPE_CHECKING:
 
 def html(
     run: str = argument(
-        "Job of the grid (the job's id, the beginning of the id, or 'last'), or a folder that `report pull` wrote. "
-        "Default: the last job.",
+        "Job, or a folder that `report pull` wrote. Default: the last job.",
         "RUN",
         default="last",
         show_default=False,
@@ -46,8 +46,7 @@ def html(
     ),
     no_logs: bool = flag("Omit the tracebacks and the logs of failed tasks from the report.", "--no-logs"),
     backend: str = option(
-        "Backend whose bucket contains the job, or the logs of the job in a folder. Default: the backend of the "
-        "running grid, or else local.",
+        "Backend whose bucket contains the job. Default: the running grid's backend, or else local.",
         "NAME",
         default="",
         autocompletion=options.backends,
@@ -119,11 +118,10 @@ def _samples(source: Source, job: str, cases: Sequence[Case]) -> dict[Case, Samp
         return {}
 
 
-app = typer.Typer(name="report", no_args_is_help=True)
+app = command_group("report")
 
 RUNS = argument(
-    "Job of the grid (the job's id, the beginning of the id, or 'last'), a folder that `report pull` wrote, or the "
-    "record of a `scenario replay` with all its jobs. Default: the last job.",
+    "Job, a folder that `report pull` wrote, or the record of a `scenario replay`. Default: the last job.",
     "[RUN]...",
     default=None,
     autocompletion=options.jobs,
@@ -141,8 +139,13 @@ def report() -> None:
 
 
 @app.command()
-def sql(
-    query: str = argument("SELECT statement in DuckDB's SQL.", "SELECT"),
+def query(
+    query: str | None = argument(
+        "Name of a query, or a SELECT statement in DuckDB's SQL. Default: list the named queries.",
+        "[NAME|SQL]",
+        default=None,
+        autocompletion=options.queries,
+    ),
     runs: list[str] | None = RUNS,
     backend: str = BUCKET_BACKEND,
     endpoint: str | None = ENDPOINT,
@@ -150,36 +153,29 @@ def sql(
     csv: bool = CSV,
     json: bool = JSON,
 ) -> None:
-    """Query the performance data of jobs in SQL. docs/report-data.md describes the tables. The query cannot read other
-    files, and cannot write.
+    """Query the performance data of jobs with a named query or in SQL.
+
+    docs/report-data.md describes the tables. A query cannot read other files, and cannot write.
 
     \b
-    Example: batchlab report sql "select stage, median(run_s) from tasks group by stage" last
-    """
-    _run_query(query, runs, (home, backend, endpoint), json=json, csv=csv)
-
-
-def _run_query(
-    sql: str, runs: list[str] | None, grid: tuple[Path | None, str, str | None], *, json: bool, csv: bool
-) -> None:
-    """Run one SELECT statement on the performance data of the runs, and print the rows. `grid` contains the values of
-    --home, --backend, and --endpoint.
+    Example: batchlab report query "select stage, median(run_s) from tasks group by stage" last
     """
     from batchlab.cli.report_source import Source, folders
     from batchlab.reports.queries import store
 
-    home, backend, endpoint = grid
+    if query is None:
+        _list_queries(json)
+        return
+    sql = store.find_query(query).sql if _NAME.fullmatch(query) else query
     with folders(Source(home_of(home), backend, endpoint), runs or ()) as paths, store.open_store(paths) as connection:
         show(*store.run_query(connection, sql), json=json, csv=csv)
 
 
-@app.command()
-def queries(json: bool = JSON) -> None:
-    """List the named queries of `report query`.
+_NAME = re.compile(r"[\w-]+")
+"""Form of a query's name. A SELECT statement contains a space."""
 
-    \b
-    Example: batchlab report queries
-    """
+
+def _list_queries(json: bool) -> None:
     from batchlab.reports.queries.store import named_queries
 
     all_queries = named_queries().values()
@@ -189,33 +185,8 @@ def queries(json: bool = JSON) -> None:
 
 
 @app.command()
-def query(
-    name: str = argument("Name of a query that `report queries` lists.", "NAME"),
-    runs: list[str] | None = RUNS,
-    backend: str = BUCKET_BACKEND,
-    endpoint: str | None = ENDPOINT,
-    home: Path | None = HOME,
-    csv: bool = CSV,
-    json: bool = JSON,
-) -> None:
-    """Run a named query on the performance data of one or more jobs.
-
-    \b
-    Example: batchlab report query retries last
-    """
-    from batchlab.reports.queries import store
-
-    _run_query(store.find_query(name).sql, runs, (home, backend, endpoint), json=json, csv=csv)
-
-
-@app.command()
 def pull(
-    jobs: list[str] = argument(
-        "Id of a job, the beginning of a job's id, 'last' for the newest job, or the record of a `scenario replay` "
-        "with all its jobs.",
-        "JOB...",
-        autocompletion=options.jobs,
-    ),
+    jobs: list[str] = argument("Job, or the record of a `scenario replay`.", "JOB...", autocompletion=options.jobs),
     out: Path = option("Folder in which the command creates a folder for each job.", "DIR", default=Path()),
     backend: str = BUCKET_BACKEND,
     endpoint: str | None = ENDPOINT,
@@ -244,10 +215,10 @@ def pull(
         output.show_json({"runs": runs})
 
 
-@app.command()
+@app.command(hidden=True)
 def write(
     jobs: list[str] = argument(
-        "Id of a job, the beginning of a job's id, or 'last' for the newest job.", "JOB...", autocompletion=options.jobs
+        "Id of a job, the beginning of an id, or 'last' for the newest job.", "JOB...", autocompletion=options.jobs
     ),
     backend: str = BUCKET_BACKEND,
     endpoint: str | None = ENDPOINT,
@@ -348,13 +319,12 @@ def diff(
     a: str = argument(f"Runs before the change. {_SIDE}", "A"),
     b: str = argument(f"Runs after the change. {_SIDE}", "B"),
     threshold: str | None = option(
-        "Exit with 1 if the 95th percentile of a stage's run time, the tasks per second, or the cost per 1,000 "
-        "tasks got worse by more than this percentage.",
+        "Exit with 1 if a stage's 95th percentile, the throughput, or the cost got worse by more than this percentage.",
         "PERCENT",
     ),
     fail_on: list[str] | None = option(
         "Exit with 1 if the measure MEASURE got worse by more than N%. 'STAGE.MEASURE > N%' limits the measure of "
-        "one stage. The option may be repeated.",
+        "one stage. Repeatable.",
         "'MEASURE > N%'",
     ),
     seed: int = option("Seed of the random resampling that computes the confidence intervals.", default=0),
@@ -402,7 +372,8 @@ def _rows(comparison: Comparison) -> list[tuple[str, ...]]:
         verdict = "TOO MUCH" if (name, stage) in broken else change.verdict
         between = "" if change.low is None else f"{change.low:+.1%} and {change.high:+.1%}"
         values = (_difference_text(change, change.a), _difference_text(change, change.b))
-        rows.append((stage or "all", name, *values, _relative(change), between, verdict))
+        measure = f"{name} per {change.measure.per}" if change.measure.per else name
+        rows.append((stage or "all", measure, *values, _relative(change), between, verdict))
     return rows
 
 
@@ -411,7 +382,7 @@ def _difference_text(change: Change, value: float) -> str:
         return output.span(value)
     if change.measure.unit == "usd":
         return f"{value:.4g} USD"
-    return f"{value:,.4g}"
+    return f"{value:,.4g} {change.measure.unit}"
 
 
 def _relative(change: Change) -> str:

@@ -177,7 +177,7 @@ class Summary:
         if causes:
             job, more = self.job["id"], failed - len(causes)
             rest = f"{more:,} more: `batchlab job failures {job}`; " if more > 0 else ""
-            yield f"  {rest}output of the tasks: `batchlab job logs {job}`, while a grid is up (`batchlab grid up`)"
+            yield f"  {rest}output of the tasks: `batchlab job logs {job}`"
 
     def _times(self) -> Iterator[str]:
         yield "Where the time went"

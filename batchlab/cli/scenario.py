@@ -1,4 +1,4 @@
-"""Command group `batchlab scenario`, with the commands `list`, `check`, `schema`, `simulate`, and `faults`.
+"""Command group `batchlab scenario`, with the commands `list`, `check`, `simulate`, and `faults`.
 
 Invariant: `batchlab scenario simulate` exits with code 1 if an expectation of the scenario has the verdict red.
 """
@@ -17,8 +17,9 @@ import typer
 
 from batchlab.cli import charts, output
 from batchlab.cli.charts import duration
+from batchlab.cli.groups import command_group
 from batchlab.cli.option_values import home_of
-from batchlab.cli.options import CALIBRATION, HOME, JSON, LIKE, SCENARIO, backends, option
+from batchlab.cli.options import CALIBRATION, HOME, JSON, LIKE, SCENARIO, backends, flag, option
 from batchlab.cli.output import Stopped
 from batchlab.cli.progress import bar
 from batchlab.cli.scenario_plan import plan
@@ -36,7 +37,7 @@ from batchlab.sim.actors import silence_killed_actors
 if TYPE_CHECKING:
     from batchlab.scenarios.forecast.simulate import SimulationProgress
 
-app = typer.Typer(name="scenario", no_args_is_help=True)
+app = command_group("scenario")
 
 
 @app.callback()
@@ -187,18 +188,6 @@ def _facts(scenario: Scenario, schedule: Schedule, seen: Curve) -> dict[str, obj
         ],
         "odd": [asdict(odd) for odd in schedule.odd],
     }
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON Schema of the scenario file, for editors.
-
-    \b
-    Example: batchlab scenario schema > scenario.schema.json
-    """
-    from batchlab.scenarios.model.schema import json_schema
-
-    output.show_json(json_schema())
 
 
 def warnings(scenario: Scenario, schedule: Schedule, curve: Curve) -> Iterator[str]:
@@ -387,6 +376,7 @@ def faults(
     backend: str | None = option(
         "Name of the backend whose faults are listed. Default: all backends.", "NAME", autocompletion=backends
     ),
+    simulator: bool = flag("List the faults of `sim fuzz`, instead of the faults of scenarios.", "--simulator"),
     json: bool = JSON,
 ) -> None:
     """List the faults of scenarios, and how each backend injects each fault, or why the backend cannot inject the
@@ -399,6 +389,11 @@ def faults(
     """
     from batchlab.scenarios.faults.fault_injection import BACKENDS, rows
 
+    if simulator:
+        if backend is not None:
+            raise UsageError("--simulator and --backend exclude each other.", remedy="Leave one of them out.")
+        _show_simulator_faults(json)
+        return
     if backend is not None and backend not in BACKENDS:
         raise UsageError(
             f"Nothing is replayed on a backend {backend!r}.",
@@ -437,6 +432,16 @@ def faults(
     output.show(table)
     if not backend and sys.stdout.isatty():
         output.say("`batchlab scenario faults --backend NAME` says how each is done, or why not.")
+
+
+def _show_simulator_faults(json: bool) -> None:
+    from batchlab.sim.faults import FaultKind
+
+    output.answer(
+        json,
+        [{"fault": kind.value, "meaning": kind.meaning} for kind in FaultKind],
+        output.table(("fault", "meaning"), [(kind.value, kind.meaning) for kind in FaultKind]),
+    )
 
 
 for _command in (replay, plan, record, compare, calibrate):

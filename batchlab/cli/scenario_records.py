@@ -139,23 +139,16 @@ def _name(text: str) -> str:
 
 
 def record(
-    job: list[str] | None = argument(
-        "Id of an ended job, the beginning of a job's id, or 'last' for the newest job.", "[JOB]...", default=None
-    ),
+    job: list[str] | None = argument("Ended job.", "[JOB]...", default=None),
     from_: Path | None = option("Record of a `scenario replay`, which replaces the arguments JOB.", "RECORD", "--from"),
-    out: Path | None = option(
-        "Scenario file that is written. The trace of the scenario is written to the same folder, with the suffix "
-        ".jsonl. Default: NAME.yaml in the current folder.",
-        "FILE",
-    ),
+    out: Path | None = option("Scenario file that is written, with its trace beside it. Default: NAME.yaml.", "FILE"),
     name: str | None = option("Name of the scenario. Default: the name of the job."),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
     """Write a scenario from past jobs, with their arrivals, sizes, and measured task times.
 
-    A simulation or replay of the written scenario has the same jobs and tasks as the past jobs, and
-    the tasks have the same total run time.
+    A run of this scenario has the same jobs, tasks, and total run time.
 
     \b
     Example: batchlab scenario record last --out march.yaml

@@ -308,8 +308,7 @@ def replay(
         "File to which the record of the run is written. Default: a file in records/ in the grid's folder.", "FILE"
     ),
     limit: str | None = option(
-        "Stop the replay after this time, such as 20m. Default: five minutes plus twice the time that the whole "
-        "fleet needs for the scenario's work.",
+        "Stop the replay after this time, such as 20m. Default: five minutes plus twice the time of the whole fleet.",
         "DURATION",
     ),
     forecast: bool = option(
@@ -324,10 +323,9 @@ def replay(
 ) -> None:
     """Run a scenario in real time, and compare the run with the scenario's expectations.
 
-    The command starts a grid with the scenario's pools and policy, and stops the grid at the end.
-    The command uses a running grid if the running grid has the same pools and policy. Tasks are
-    stand-ins that take exactly the declared time, or the real work of the job file that the
-    scenario names. The exit code is 1 if the run does not meet an expectation.
+    The command starts a grid with the scenario's pools and policy, or uses a running grid with
+    the same pools and policy. Tasks are stand-ins that take the declared time, or the real work
+    of a job file. The exit code is 1 if the run does not meet an expectation.
 
     \b
     Example: batchlab scenario replay claims-month-end --compress 600

@@ -12,9 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from batchlab.cli import options, output
+from batchlab.cli.groups import command_group
 from batchlab.cli.option_values import cap_of, connect, home_of, parameters_of, seconds_of
 from batchlab.cli.options import FILE, HOME, JSON, MAX_COST, SET, argument, flag, option
 from batchlab.core import due_times
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from batchlab.jobs.job_file import JobFile
     from batchlab.runtime.home import Home
 
-app = typer.Typer(name="schedule", no_args_is_help=True)
+app = command_group("schedule")
 
 
 NAME = argument("Name of the schedule.", "NAME", autocompletion=options.schedules)
@@ -57,8 +56,7 @@ def add(
     timezone: str | None = option("IANA name of the time zone of the due times. Default: UTC.", "ZONE"),
     name: str | None = option("Name of the schedule. Default: the name of the job.", "NAME"),
     missed: Missed = option(
-        "Policy for due times that were missed because no manager was running: run-once, run-all, or skip.",
-        default=Missed.RUN_ONCE,
+        "Policy for due times at which no manager ran: run-once, run-all, or skip.", default=Missed.RUN_ONCE
     ),
     missed_within: str | None = option("Skip missed runs whose due time was longer ago than SPAN, such as 6h.", "SPAN"),
     overlap: Overlap = option(
@@ -71,8 +69,8 @@ def add(
         "Number of instances that --prewarm launches. Default: as many instances as the last runs used.", min=1
     ),
     input_: str | None = option(
-        "Prefix in the grid's bucket, such as raw/incoming/. The objects below this prefix at a due time are the "
-        "input of the run, and replace the input in the job file.",
+        "Prefix in the grid's bucket, such as raw/incoming/, whose objects at a due time replace the input in the"
+        " job file.",
         "PREFIX",
         "--input",
     ),
@@ -85,9 +83,8 @@ def add(
 ) -> None:
     """Add a job file as a schedule to the running grid.
 
-    The command uploads the job's code and input. A later change of these files takes effect only
-    when the schedule is added again with --replace. The options --cron, --timezone, and --at
-    override the keys with these names in the job file.
+    The command uploads the job's code and input. A later change of these files takes effect
+    only with --replace. --cron, --timezone, and --at override the keys of the job file.
 
     \b
     Example: batchlab schedule add job.yaml --cron '0 2 * * *' --missed run-all --prewarm 10m
@@ -149,29 +146,36 @@ def _result(run: RunView) -> str:
 
 
 @app.command()
-def show(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
-    """Show a schedule with its runs from new to old, and the reasons why the manager skipped due times.
+def show(
+    name: str = NAME,
+    count: int = option("Number of shown due times.", default=3, min=1, max=1000),
+    home: Path | None = HOME,
+    json: bool = JSON,
+) -> None:
+    """Show a schedule with its next due times, and with its runs from new to old.
+
+    The command shows the reason of each skipped run.
 
     \b
     Example: batchlab schedule show nightly
     """
     with connect(home) as client:
         view = client.schedule(name)
+        coming = client.coming(name, count=count)
     changed = change_note(view)
     if json:
-        output.show_json({**view, "changed": changed})
+        output.show_json({**view, "changed": changed, "coming": coming})
         return
     warm = "-"
     if view["prewarm_s"]:
-        count = "what the last runs used" if view["capacity"] is None else str(view["capacity"])
-        warm = f"{output.span(view['prewarm_s'])} before, {count}"
+        used = "what the last runs used" if view["capacity"] is None else str(view["capacity"])
+        warm = f"{output.span(view['prewarm_s'])} before, {used}"
     within = view["missed_within_s"]
     facts = {
         "schedule": view["name"],
         "job": view["job"],
         "state": view["state"],
         "when": _when(view),
-        "next": _moment(view, view["next_s"]),
         "missed": view["missed"] + ("" if within is None else f" within {output.span(within)}"),
         "overlap": view["overlap"],
         "warm": warm,
@@ -182,6 +186,8 @@ def show(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
     output.show("\n".join(f"{key:<10}{output.clean(value)}" for key, value in facts.items()))
     if changed:
         output.say(f"Note: {output.clean(changed)}")
+    if coming:
+        output.show("\n" + output.table(("next", "in UTC"), [(due["local"], due["utc"]) for due in coming]))
     if view["runs"]:
         rows = []
         for run in view["runs"]:
@@ -190,24 +196,6 @@ def show(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
                 took = output.span(run["ended_s"] - run["started_s"])
             rows.append((due, _result(run), run["job"] or "-", started, took, run["reason"]))
         output.show("\n" + output.table(("due", "run", "job", "started", "took", "reason"), rows))
-
-
-@app.command("next")
-def next_(
-    name: str = NAME,
-    count: int = option("Number of listed due times.", default=10, min=1, max=1000),
-    home: Path | None = HOME,
-    json: bool = JSON,
-) -> None:
-    """List the next due times of a schedule, in the schedule's time zone and in UTC.
-
-    \b
-    Example: batchlab schedule next nightly --count 5
-    """
-    with connect(home) as client:
-        times = client.coming(name, count=count)
-    rows = [(time["local"], time["utc"]) for time in times]
-    output.listing(json, times, ("local", "utc"), rows, f"{name} has no further due time.")
 
 
 @app.command()
@@ -231,13 +219,13 @@ def resume(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> Non
 
 
 @app.command()
-def remove(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
-    """Remove a schedule. A running job of the removed schedule continues.
+def delete(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
+    """Delete a schedule. A running job of the deleted schedule continues.
 
     \b
-    Example: batchlab schedule remove nightly
+    Example: batchlab schedule delete nightly
     """
-    _change(home, lambda client: client.remove_schedule(name), json, "is removed")
+    _change(home, lambda client: client.remove_schedule(name), json, "is deleted")
 
 
 def _change(home: Path | None, verb: Callable[[Client], ScheduleView], json: bool, action: str = "") -> None:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from batchlab.cli import output
-from batchlab.cli.option_values import connect, no_grid, resolve
+from batchlab.cli.folder_client import FolderClient, open_folder
+from batchlab.cli.option_values import connect, is_whole_id, no_grid, resolve
 from batchlab.client.http import Client
 from batchlab.client.requests import patience_s
 from batchlab.core.errors import BackendError, NotFound, Unreachable, UsageError
@@ -68,11 +69,18 @@ class Session:
         self._revivals_left = revivals
 
     @classmethod
-    def attach(cls, home: Home) -> Self:
-        """Return a session that is connected to the running grid in `home`. Raise Unreachable if no grid is running."""
+    def attach(cls, home: Home, *, reads: bool = False) -> Self:
+        """Return a session that is connected to the running grid in `home`. Raise Unreachable if no grid is running.
+
+        With `reads`, a session without a running grid reads the jobs in the grid's folder.
+        """
         record = home.record()
         if record is None:
-            raise no_grid(home)
+            if not reads or (client := open_folder(home)) is None:
+                raise no_grid(home)
+            session = cls(home, client.backend, revivals=0)
+            session._client = client
+            return session
         session = cls(home, factory.load(record.backend), revivals=0)
         session._connect(record)
         return session
@@ -137,6 +145,8 @@ class Session:
         replaces a dead manager a limited number of times. The replacement of a manager keeps all state, because the
         state of the grid is in the grid's folder.
         """
+        if isinstance(self._client, FolderClient):
+            return request(self._client)
         give_up_s = time.monotonic() + patience_s(restarted=self._is_restarted)
         while True:
             assert self._client is not None
@@ -235,15 +245,18 @@ def find_bucket(home: Home, backend: str | None, job: str) -> Bucket:
     """Return the bucket that contains a job. Raise UsageError if the job is unknown, or if the folder does not contain
     a grid.
 
-    A running manager accepts a beginning of the job's id, or "last". If no manager is running, `job` must be a complete
-    id.
+    A manager or a ledger in the folder accepts a beginning of the job's id, or "last". Without both, `job` must be a
+    complete id.
     """
 
     if record := home.record():
         remedy = "Leave out --backend, or name another folder with --home."
         home.check_backend(record, backend or record.backend, remedy)
-        with connect(home) as client:
-            return Bucket(home, factory.load(record.backend), resolve(client, job)["id"])
+        with connect(home) as manager:
+            return Bucket(home, factory.load(record.backend), resolve(manager, job)["id"])
+    if not is_whole_id(job) and (client := open_folder(home, backend)):
+        with client:
+            return Bucket(home, client.backend, resolve(client, job)["id"])
     loaded = factory.load(backend or "local")
     if loaded.capabilities.simulated:
         raise UsageError("The simulator keeps no tasks.", remedy="Run the job on --backend local first.")

@@ -19,6 +19,7 @@ import typer
 
 from batchlab import __version__
 from batchlab.cli import output
+from batchlab.cli.groups import command_group
 from batchlab.cli.options import JSON, argument, option
 from batchlab.cli.output import INTERRUPTED, Stopped
 from batchlab.cli.progress import bar
@@ -32,13 +33,13 @@ seeds.
 """
 MAX_LOG_LINES = 20
 
-app = typer.Typer(name="sim", no_args_is_help=True)
+app = command_group("sim")
 
 
 WEATHER = option(
-    "Faults that are injected: all, crashes (only killed processes), storm (killed processes and failing services), "
-    "timed (all, in worlds with a schedule), lies (all, with lying workers), storage (all, with damaged objects), "
-    "or accounts (all, in worlds that record usage).",
+    "Injected faults: all, crashes (killed processes), storm (crashes and failing services), timed (all, with a "
+    "schedule), lies (all, with lying workers), storage (all, with damaged objects), or accounts (all, with "
+    "recorded usage).",
     "NAME",
     default="all",
 )
@@ -187,20 +188,6 @@ def _end_text(tried: SeedResult) -> str:
     states = ", ".join(state.value for state in report.states)
     duration = f"{output.span(report.virtual_s)} of virtual time"
     return f"Seed {tried.seed} keeps every promise: {counts}, {duration}; its jobs: {states}"
-
-
-@app.command()
-def faults(json: bool = JSON) -> None:
-    """List the kinds of faults that the simulator can inject, and their meanings.
-
-    \b
-    Example: batchlab sim faults
-    """
-    output.answer(
-        json,
-        [{"fault": kind.value, "meaning": kind.meaning} for kind in FaultKind],
-        output.table(("fault", "meaning"), [(k.value, k.meaning) for k in FaultKind]),
-    )
 
 
 FAULT_COLUMNS = ("fault", "times", "in seeds", "meaning")

@@ -71,13 +71,17 @@ async def find_latest_run(objects: Objects, name: str, source_digest: str, patie
 
 
 async def _end_state(objects: Objects, job: JobId, patience: Patience) -> JobState | None:
+    """Return the final state of a job, or None before the end of the job. A deleted job counts as canceled."""
     round_ = 0
     while await patience(partial(objects.head, object_keys.retry(job, round_ + 1))):
         round_ += 1
     try:
         data = await patience(lambda: objects.get(object_keys.final(job, round_)))
     except NotFound:
-        return None
+        # The job runs, or a user has deleted the job or is deleting the job.
+        last = object_keys.retry(job, round_) if round_ else object_keys.spec(job)
+        doc = json_format.loads(await patience(partial(objects.get, last)))
+        return JobState.CANCELLED if json_format.is_deleted(doc) else None
     return JobState(json_format.loads(data)["state"])
 
 

@@ -15,6 +15,7 @@ from batchlab.client.requests import ANSWER_S, Calls
 if TYPE_CHECKING:
     from batchlab.core.api_types import (
         ActivityView,
+        DeletedView,
         EtaView,
         FailureGroupView,
         FailureView,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from batchlab.core.model import Json
 
 REBUILD_S = 3600.0
+DELETE_S = 3600.0
 MAX_LISTED = 1000
 """Maximum number of rows in one answer of the manager."""
 
@@ -134,6 +136,10 @@ class Client(Calls):
     def resume(self, job: str) -> JobView:
         """Resume a paused job."""
         return cast("JobView", self._call("POST", _job_path(job, "/resume")))
+
+    def delete(self, job: str) -> DeletedView:
+        """Delete an ended job with all its objects."""
+        return cast("DeletedView", self._call("DELETE", _job_path(job), answer_s=DELETE_S))
 
     def retry(
         self,

@@ -166,7 +166,7 @@ class Calls:
             with connection.getresponse() as response:
                 answer = _Answer(self._token, signed, response)
                 if response.status >= MIN_ERROR_STATUS:
-                    raise _error(f"{self.url}{target}", response.status, answer.read())
+                    raise error_of(f"{self.url}{target}", response.status, answer.read())
                 yield answer
                 is_read = response.isclosed()
             if is_read and not response.will_close:
@@ -224,7 +224,8 @@ def _trace(context: str) -> str:
     return context if is_context(context) else ""
 
 
-def _error(url: str, status: int, content: bytes) -> BatchlabError:
+def error_of(url: str, status: int, content: bytes) -> BatchlabError:
+    """Return the error that an answer with an error status describes."""
     kind = _ERRORS.get(status, BackendError)
     try:
         problem = json.loads(content)

@@ -386,6 +386,13 @@ class UnreadableView(TypedDict):
     reason: str
 
 
+class DeletedView(TypedDict):
+    """Result of the deletion of a job. `objects` is the number of deleted objects in the bucket."""
+
+    id: str
+    objects: int
+
+
 class RebuiltView(TypedDict):
     """Result of a rebuild of the ledger.
 

@@ -310,6 +310,20 @@ async def repair_command(objects: Objects, job: JobId, control: Control, round: 
     await replace_command(objects, job, ControlCommand(control, round=round), patience, over=found)
 
 
+async def is_defined(objects: Objects, job: JobId) -> bool:
+    """Return whether the bucket has the definition of the job. The definition of a deleted job is only a note."""
+    try:
+        note = await objects.get(object_keys.spec(job), limit=json_format.MAX_NOTE_BYTES)
+    except NotFound:
+        return False
+    except TooLarge:
+        return True
+    try:
+        return not json_format.is_deleted(json_format.loads(note))
+    except (Malformed, TooNew):
+        return True
+
+
 async def permit_round(objects: Objects, job: JobId, round: int, patience: Patience) -> None:
     """Replace a command of an earlier round with the command RUN, which permits the tasks of the round `round`.
 

@@ -72,6 +72,10 @@ class NotFound(BackendError):
     """The requested object, queue, or row does not exist."""
 
 
+class Deleted(NotFound):
+    """A user has deleted the job."""
+
+
 class AlreadyExists(BackendError):
     """The condition of a conditional put was not met: the object exists, or its ETag is not the expected ETag (HTTP
     412).

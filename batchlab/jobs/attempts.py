@@ -205,7 +205,7 @@ async def task_bundle(objects: Objects, job: JobDef, stage: StageName, task: int
         before = task_name(step.after[0], task)
         raise UsageError(
             f"{task_name(stage, task)} does not have an input yet: {before} has not succeeded.",
-            remedy=f"Check that task: `batchlab job show-task {job.id} {before}`.",
+            remedy=f"Check that task: `batchlab job show {job.id} {before}`.",
         )
     source = done[-1].outcome.bundle.id
     return replace(alone, source=BundleId(source))

@@ -14,13 +14,14 @@ from functools import partial
 from pathlib import Path
 
 from batchlab.core.errors import AlreadyExists, UsageError
-from batchlab.core.job_definition import JobDef
+from batchlab.core.job_definition import JobDef, SplitBy
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Clock, ObjectInfo, Objects
 from batchlab.core.protocol import object_keys
 from batchlab.jobs import handler_lookup
 from batchlab.jobs.checks import bucket_and_key
 from batchlab.jobs.job_file import JobFile, compile_job
+from batchlab.manager.input_split import check_items
 from batchlab.worker import code_cache
 
 RAW = "raw/"
@@ -106,8 +107,14 @@ async def prepare(
 # --- Input in the bucket -------------------------------------------------------------------------
 
 
+MAX_CHECKED_FILES = 100
+CHECKED_BYTES = 65536
+
+
 def check_input(jobfile: JobFile) -> None:
-    """Raise UsageError for an input URL that is not valid on any grid."""
+    """Raise UsageError for an input URL that is not valid on any grid, and for local files that cannot be split as the
+    job file says.
+    """
     urls = jobfile.urls
     if urls and len(urls) < len(jobfile.files):
         raise UsageError(
@@ -116,6 +123,12 @@ def check_input(jobfile: JobFile) -> None:
         )
     for url in urls:
         check_key(url, _parts(url)[1])
+    if SplitBy(jobfile.job.input.split) is SplitBy.ITEMS:
+        for file in jobfile.files[:MAX_CHECKED_FILES]:
+            if isinstance(file, Path):
+                with file.open("rb") as opened:
+                    beginning = opened.read(CHECKED_BYTES)
+                check_items(beginning, file.name, is_whole=len(beginning) < CHECKED_BYTES)
 
 
 def check_key(shown: str, key: str) -> None:

@@ -101,7 +101,7 @@ class CostCaps(Part):
         if usd is not None and self._rates is None:
             raise Refused(
                 "This grid does not have prices, so costs cannot be capped.",
-                remedy="`batchlab prices show` shows the problem with the price book.",
+                remedy="`batchlab cost prices` shows the problem with the price book.",
             )
         if job is None:
             self.max_cost_usd = usd

@@ -252,7 +252,31 @@ def _value(line: bytes, key: str, number: int) -> Json:
     except values.NotAValue as error:
         raise UsageError(error.message, remedy=remedy) from error
     except (ValueError, RecursionError) as error:
+        if number == 1 and isinstance(error, json.JSONDecodeError) and line.lstrip().startswith(b"["):
+            raise _array(key) from error
         raise UsageError(f"{where} is not JSON: {_reason(error)}.", remedy=remedy) from error
+
+
+def _array(name: str) -> UsageError:
+    return UsageError(
+        f"{name} is one JSON array, and split: items reads JSON Lines, with one JSON value on each line.",
+        remedy="`jq -c '.[]' data.json > data.jsonl` writes the values of an array as JSON Lines.",
+    )
+
+
+def check_items(beginning: bytes, name: str, *, is_whole: bool) -> None:
+    """Raise UsageError if a file is not JSON Lines, according to its first line.
+
+    `beginning` is the beginning of the file, or the whole file. A file with the suffix .json and only one line with an
+    array is refused, because the file would be a single item.
+    """
+    lines = beginning.removeprefix(_BOM).split(_NEWLINE)
+    # The last line of a beginning may be incomplete.
+    texts = [(number, line) for number, line in enumerate(lines if is_whole else lines[:-1], 1) if line.strip()]
+    for number, line in texts[:1]:
+        _value(line, name, number)
+        if is_whole and len(texts) == 1 and name.endswith(".json") and line.lstrip().startswith(b"["):
+            raise _array(name)
 
 
 def _reason(error: Exception) -> str:

@@ -16,7 +16,7 @@ from functools import partial
 
 from batchlab.core import commit
 from batchlab.core.atomic_write import of_single_call
-from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused, UsageError
+from batchlab.core.errors import AlreadyExists, BackendError, Deleted, NotFound, Refused, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import ENDED, Control, JobId, JobState, Json
 from batchlab.core.port_retries import STEP_BACK_S
@@ -156,6 +156,11 @@ class JobCommands(Part):
         except AlreadyExists:
             try:
                 job_def, committed_opening = await read_stored(self._ports, key, _read_definition)
+            except Deleted as error:
+                raise Refused(
+                    f"The job {job.id} was deleted, and its id cannot be used again.",
+                    remedy=f"Give the job another {'token' if job.token else 'id'}.",
+                ) from error
             except UnreadableObject as error:
                 raise Refused(
                     f"A job with the id {job.id} is in the bucket, and its definition cannot be read: {error.message}",

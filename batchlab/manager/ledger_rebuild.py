@@ -1,4 +1,4 @@
-"""Rebuild of the ledger from the bucket alone (command `ledger rebuild`, promise I3).
+"""Rebuild of the ledger from the bucket alone (command `grid rebuild-ledger`, promise I3).
 
 Invariant: each job is restored in one transaction, and only if the job's rows have not changed since the bucket was
 read. Users, and a manager that has just lost the lease, may therefore change jobs during a rebuild. A reader of the
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from batchlab.core.commit import read_command, read_outcome
-from batchlab.core.errors import BackendError, Malformed, NotFound, Throttled, TooNew, Unreachable
+from batchlab.core.errors import BackendError, Deleted, Malformed, NotFound, Throttled, TooNew, Unreachable
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Completion, Control, JobId, JobState, Outcome, StageName
 from batchlab.core.ports import Cut, Ending, JobHistory, JobRows, ObjectInfo, Round
@@ -44,8 +44,8 @@ class RebuildResult:
 
 
 async def rebuild(ports: Ports) -> RebuildResult:
-    """Restore every job from the bucket, and remove jobs that the bucket does not have. Raise Unreachable if a job
-    changes faster than the bucket can be read."""
+    """Restore every job from the bucket, and remove jobs that a user has deleted or that the bucket does not have.
+    Raise Unreachable if a job changes faster than the bucket can be read."""
     # The ledger is read before the bucket, because the rebuild must not remove a job submitted between the two reads.
     ids = await _in_ledger(ports)
     job_ids = await _in_bucket(ports)
@@ -59,6 +59,8 @@ async def rebuild(ports: Ports) -> RebuildResult:
             rebuilt.jobs += 1
         except (Throttled, Unreachable):
             raise
+        except Deleted:
+            await ports.ledger.forget([job])
         except BackendError as error:
             # A job that cannot be restored must not block the restore of other jobs.
             key = error.key if isinstance(error, UnreadableObject) else object_keys.committed(job)

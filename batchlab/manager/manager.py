@@ -35,6 +35,7 @@ from batchlab.manager.context import Context, NotificationChannels
 from batchlab.manager.counters import Counters
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.job_coordinator import JobCoordinator
+from batchlab.manager.job_deletion import JobDeletion
 from batchlab.manager.ledger_rebuild import RebuildResult, rebuild
 from batchlab.manager.ledger_writer import LedgerWriter
 from batchlab.manager.live_logs import LiveLogs
@@ -178,6 +179,7 @@ class Manager:
         if schedules:
             self.scheduler = ScheduleCommands(context, self.job_commands)
             self.autoscaler.minimum_capacity = Prewarm(context, self.scheduler, caps)
+        self.job_deletion = JobDeletion(context, self._is_awaited)
         self.live_logs = LiveLogs(context)
         self._collector = Collector(context, ledger_writer)
         self._reconciler = Reconciler(context, ledger_writer, self.coordinator)
@@ -223,6 +225,7 @@ class Manager:
                 await self._adoption.adopt_active()
                 group.create_task(self._collector.collect(), name="collect")
                 group.create_task(self._run_ticks(), name="tick")
+                group.create_task(self._finish_deletions(), name="finish deletions")
                 group.create_task(self._finish_retries(), name="finish retries")
                 group.create_task(self.reports.run(), name="reports")
                 if self.notifier:
@@ -294,6 +297,22 @@ class Manager:
         except (Throttled, Unreachable):
             self._others_led = True
             raise
+
+    def _is_awaited(self, job: JobId) -> bool:
+        """Return whether a schedule has not recorded the end of its job yet."""
+        schedules = self.scheduler.store.schedules.values() if self.scheduler else ()
+        return any(one.running is not None and one.running.job == job and not one.removed for one in schedules)
+
+    async def _finish_deletions(self) -> None:
+        while True:
+            try:
+                await self.job_deletion.finish_interrupted()
+            except BackendError as error:
+                raise_if_cancelled()
+                log.warning("an unfinished deletion waits for the backend: %s", error)
+                await asyncio.sleep(self.settings.silence_s)
+            else:
+                return
 
     async def _finish_retries(self) -> None:
         while True:

@@ -434,14 +434,19 @@ class ReportQueue:
             self._due[job] = asyncio.get_running_loop().time() + MAX_DELAY_S
             self._is_due.set()
 
+    def forget(self, job: JobId) -> None:
+        """Remove a deleted job from the queue."""
+        self._due.pop(job, None)
+        self._troubles.pop(job, None)
+
     async def run(self) -> None:
         while True:
             await self._is_due.wait()
             while self._due:
                 job, latest_s = next(iter(self._due.items()))
                 await self._wait_until_quiet(latest_s)
-                del self._due[job]
-                await self._write(job)
+                if self._due.pop(job, None) is not None:
+                    await self._write(job)
             self._is_due.clear()
 
     async def _wait_until_quiet(self, latest_s: float) -> None:

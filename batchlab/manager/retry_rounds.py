@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from batchlab.core.errors import Malformed, Refused, Unreachable
+from batchlab.core.errors import Deleted, Malformed, Refused, Unreachable
 from batchlab.core.job_definition import JobDef, StageDef, task_name
 from batchlab.core.model import Bundle, JobId, StageCounts, StageName, TaskSet
 from batchlab.core.ports import Cut, JobRecord, Reopening, StageRecord
@@ -46,6 +46,9 @@ class Retry:
 
     @classmethod
     def from_json(cls, doc: dict[str, Any]) -> Retry:
+        """Return the retry in a retry object. Raise Deleted if a user deletes the job instead."""
+        if json_format.is_deleted(doc):
+            raise Deleted("The job is being deleted.")
         try:
             return cls(
                 tuple([json_format.reopening_from_json(r) for r in list_items(doc["reopened"])]),
@@ -172,7 +175,7 @@ class RetryPlanner:
             if len(failed.get(name, TaskSet())) != before.counts.failed:
                 raise Unreachable(
                     f"The ledger lacks failures of stage {name} of job {record.job.id}.",
-                    remedy="If nobody is rebuilding it, `batchlab ledger rebuild` does.",
+                    remedy="If nobody is rebuilding it, `batchlab grid rebuild-ledger` does.",
                 )
         for name, tasks in chosen.items():
             if others := tasks - failed.get(name, TaskSet()):

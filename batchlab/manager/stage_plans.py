@@ -50,7 +50,7 @@ async def successful_bundles(ports: Ports, job: JobId, counts: StageCounts) -> l
     if sum(len(r.completion.succeeded) for r in bundle_records if r.completion) != counts.succeeded:
         raise Unreachable(
             f"The ledger lacks results of stage {counts.stage} of job {job}.",
-            remedy="If no rebuild is running, start one with `batchlab ledger rebuild`.",
+            remedy="If no rebuild is running, start one with `batchlab grid rebuild-ledger`.",
         )
     # The bundles are sorted by task, because the plan must not depend on the order of arrival.
     return sorted(bundle_records, key=lambda r: r.completion.succeeded.first if r.completion else 0)

@@ -35,33 +35,37 @@ _COLUMNS = (("", "run_s"), ("wait_", "wait_s"))
 class Measure:
     """Definition of a measure, such as the 95th percentile of the run time.
 
-    `unit` is "s", "usd", or "" for a number. `more_is_better` is None for a measure without a better direction. A gate
-    cannot use a measure for which `more_is_better` is None.
+    `more_is_better` is None for a measure without a better direction. A gate cannot use a measure for which
+    `more_is_better` is None.
     """
 
     name: str
     unit: str
+    """Unit of a value: "s", "usd", or the noun of a count."""
     meaning: str
     more_is_better: bool | None = False
+    per: str = ""
+    """Quantity to which the measure is related, such as "1,000 tasks"."""
 
 
+_PER = "1,000 tasks"
 MEASURES: Mapping[str, Measure] = {
     measure.name: measure
     for measure in (
         Measure("took", "s", "time from submission to end"),
-        Measure("tasks_per_s", "", "tasks that succeeded per second", more_is_better=True),
-        Measure("cost", "usd", "cost per 1,000 tasks that succeeded"),
+        Measure("tasks_per_s", "tasks/s", "tasks that succeeded per second", more_is_better=True),
+        Measure("cost", "usd", "cost per 1,000 tasks that succeeded", per=_PER),
         Measure("p50", "s", "median run time of a task"),
         Measure("p95", "s", "95th percentile of the run time"),
         Measure("p99", "s", "99th percentile of the run time"),
         Measure("wait_p50", "s", "median time from ready to started"),
         Measure("wait_p95", "s", "95th percentile of the time from ready to started"),
-        Measure("retries", "", "retried attempts per 1,000 tasks"),
-        Measure("failed", "", "tasks per 1,000 that failed for good"),
-        Measure("wasted", "s", "slot time of failed or lost attempts per 1,000 tasks"),
-        Measure("tasks", "", "tasks", more_is_better=None),
+        Measure("retries", "attempts", "retried attempts per 1,000 tasks", per=_PER),
+        Measure("failed", "tasks", "tasks per 1,000 that failed for good", per=_PER),
+        Measure("wasted", "s", "slot time of failed or lost attempts per 1,000 tasks", per=_PER),
+        Measure("tasks", "tasks", "tasks", more_is_better=None),
         Measure("span", "s", "time from a stage's first start to its last end", more_is_better=None),
-        Measure("instances", "", "maximum number of instances in service", more_is_better=None),
+        Measure("instances", "instances", "maximum number of instances in service", more_is_better=None),
         Measure("scaling_lag", "s", "median time from the request for capacity to its arrival", more_is_better=None),
     )
 }

@@ -240,6 +240,21 @@ class Backend(BackendLocations):
         path = folder / home.ledger_file.name
         return open_sqlite(path, read_sync()) if self.capabilities.local_bucket else open_sqlite(path)
 
+    def ledger_in(self, home: Home) -> Path | None:
+        """Return the file of the ledger in the home, or None if the home does not have the ledger of a grid."""
+        path = self.folder(home) / home.ledger_file.name
+        return path if self.ledger == "sqlite" and path.is_file() else None
+
+    def read_ledger(self, home: Home) -> Ledger:
+        """Open the ledger in the home for reading, while no grid is up. Raise Unreachable if the ledger does not
+        exist."""
+        from batchlab.adapters.sql import read_sqlite
+
+        path = self.ledger_in(home)
+        if path is None:
+            raise Unreachable(f"The folder {home.path} does not have the ledger of a grid on {self.name}.")
+        return read_sqlite(path)
+
     def open_launcher(self, home: Home, clock: Clock) -> ProcessLauncher | None:
         """Return the launcher of instances, or None if an Auto Scaling service launches the instances."""
         if self.fleet == "autoscaling":

@@ -174,8 +174,7 @@ class ControlPoller:
             has_gap = entry is None or read_s - entry.read_s > self._lease_s
             defined_s = read_s if is_new else None if has_gap or entry is None else entry.defined_s
             if defined_s is None or read_s - defined_s > DEFINITION_LEASES * self._lease_s:
-                is_defined = await self._context.objects.head(object_keys.spec(job)) is not None
-                defined_s = read_s if is_defined else None
+                defined_s = read_s if await commit.is_defined(self._context.objects, job) else None
             changed = (Control.CANCEL if defined_s is None else Control.RUN, None, defined_s)
         entry = self._entries.get(job)
         if changed is not None:

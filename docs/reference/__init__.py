@@ -21,8 +21,13 @@ from docs.reference import (
     settings,
 )
 
+
+def _without_docs(make: Callable[[], str]) -> Callable[[Path], str]:
+    return lambda _: make()
+
+
 PAGES: Mapping[str, Callable[[Path], str]] = {
-    "cli.md": lambda _: commands.reference(),
+    **{path: _without_docs(make) for path, make in commands.pages().items()},
     "contributing/http-api.md": lambda _: http.reference(),
     "capabilities.md": lambda _: capabilities.reference(),
     "settings.md": lambda _: settings.reference(),

@@ -150,7 +150,7 @@ _WORDS = """\
 | subject | place | page |
 | --- | --- | --- |
 | a job | the job file, `--set` | [the job file](job-file.md) |
-| pools of a grid | `grid up --pool`, `grid scale` | [commands](cli.md#batchlab-grid-up) |
+| pools of a grid | `grid up --pool`, `grid scale` | [commands](cli/grid.md#batchlab-grid-up) |
 | the manager of a grid | `settings.toml` in the grid's folder | below |
 | notifications of a grid | `notify.toml` in the grid's folder | [notifications](notifications.md) |
 | a stack on AWS | options or settings file of `deploy plan` | [deploy](deploy.md#options) |

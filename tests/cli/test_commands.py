@@ -89,6 +89,37 @@ def test_job_verbs_call_the_manager(manager: type[FakeClient], run: Run, verb: s
     assert manager.asked[-1] == (verb, ("sums-0123456789",), {})
 
 
+def test_job_is_deleted_after_a_question(
+    manager: type[FakeClient], run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    name = "sums-0123456789"
+    copy = tmp_path / "reports" / "aws" / name
+    copy.mkdir(parents=True)
+    manager.answers = {
+        "jobs": [a_job(name, "FAILED", ended_s=2.0)],
+        "job": a_job(name, "FAILED", ended_s=2.0),
+        "delete": {"id": name, "objects": 12},
+    }
+    code, _, err = run("job", "delete", "last", "--home", tmp_path)
+    assert code == 2
+    assert "Add --yes" in err
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda: "n")
+    code, _, err = run("job", "delete", "last", "--home", tmp_path)
+    assert (code, err) == (1, f"Delete {name} (FAILED) with all its results? [y/N] Nothing is changed.\n")
+    assert not any(call == "delete" for call, *_ in manager.asked)
+    monkeypatch.setattr("builtins.input", lambda: "y")
+    code, out, _ = run("job", "delete", "last", "--home", tmp_path)
+    assert (code, out) == (0, f"{name} is deleted: 12 objects.\n")
+    assert not copy.exists()
+    code, out, _ = run("job", "delete", name, "--yes", "--json", "--home", tmp_path)
+    assert (code, json.loads(out)) == (0, {"id": name, "objects": 12})
+    manager.answers["job"] = a_job(name)
+    code, _, err = run("job", "delete", name, "--yes", "--home", tmp_path)
+    assert code == 2
+    assert f"`batchlab job cancel {name}`" in err
+
+
 def test_a_job_that_no_listing_has_can_be_cancelled(manager: type[FakeClient], run: Run) -> None:
     """Only the bucket contains the job, and the manager looks for it in the bucket."""
     name, gone = "sums-0123456789", NotFound("The ledger has no such job.")
@@ -376,7 +407,7 @@ def test_ledger_rebuild_prints_the_number_of_jobs(manager: type[FakeClient], run
     bad = {"key": "jobs/j/s/outcomes/aa/x.json", "reason": "a field is missing"}
     manager.answers = {"rebuild_ledger": {"jobs": 3, "unreadable": [bad]}}
     said = f"The ledger is rebuilt: 3 jobs.\nNot read: {bad['key']}: {bad['reason']}\n"
-    assert run("ledger", "rebuild") == (0, said, "")
+    assert run("grid", "rebuild-ledger") == (0, said, "")
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ def test_backends_scenarios_and_examples(complete: Complete) -> None:
     assert complete("batchlab scenario faults --backend a") == ["aws"]
     assert complete("batchlab scenario check spot") == ["spot-wave"]
     assert complete("batchlab scenario simulate long-tail --like mini") == ["ministack"]
+    assert complete("batchlab report query slow") == ["slowest_tasks"]
+    assert complete("batchlab schema s") == ["scenario"]
     assert complete("batchlab init --example ") == ["claims", "media", "sort", "transform"]
 
 
@@ -70,7 +72,13 @@ class Manager(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         jobs = [{"id": f"sums-000000000{n}"} for n in (2, 1)]
-        answers = {"jobs": {"jobs": jobs}, "schedules": {"schedules": [{"name": "nightly"}]}}
+        answers = {
+            "jobs": {"jobs": jobs},
+            "jobs/sums-0000000002": {"stages": [{"name": "parse"}, {"name": "price"}]},
+            "jobs/sums-0000000002/failures": {"failures": [{"stage": "parse", "task": 3}]},
+            "schedules": {"schedules": [{"name": "nightly"}]},
+            "grid": {"pools": [{"name": "default"}, {"name": "large"}]},
+        }
         name = self.path.removeprefix("/v1/").partition("?")[0]
         signed = http_connections.read(self.token, self.headers["Authorization"], "GET", self.path)
         body = json.dumps(answers[name]).encode() if signed else b"no"
@@ -109,6 +117,10 @@ def test_jobs_and_schedules_of_a_grid_that_is_up(
     assert complete("batchlab job why sums-") == ["sums-0000000002", "sums-0000000001"]
     assert complete("batchlab report html ") == ["last", "sums-0000000002", "sums-0000000001"]
     assert complete("batchlab schedule pause n") == ["nightly"]
+    assert complete("batchlab job show last ") == ["parse/3", "parse/", "price/"]
+    assert complete("batchlab job replay-task sums-0000000002 pa") == ["parse/3", "parse/"]
+    assert complete("batchlab job logs last parse/") == ["parse/3", "parse/"]
+    assert complete("batchlab grid drain l") == ["large"]
     (home.path / "token").write_text("another")
     assert complete("batchlab schedule pause n") == []
 

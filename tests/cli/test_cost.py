@@ -1,4 +1,4 @@
-"""The commands `cost` and `prices`, and costs in other commands."""
+"""The commands of `cost`, and costs in other commands."""
 
 from __future__ import annotations
 
@@ -354,21 +354,21 @@ def test_simulator_has_no_cost_account(run: Run, folder: Path) -> None:
 
 def test_prices_are_shown_and_refreshed(run: Run, tmp_path: Path) -> None:
     home = tmp_path / "grid"
-    code, out, _ = run("prices", "show", "m7i.large", "--home", home)
+    code, out, _ = run("cost", "prices", "m7i.large", "--home", home)
     assert code == 0
     assert "0.1008" in out
     assert "2026-07-20" in out
     (tmp_path / "new.csv").write_text("region,instance_type,linux_on_demand_usd_per_hour\nus-east-1,m7i.large,0.2\n")
-    code, out, _ = run("prices", "refresh", "--from", tmp_path / "new.csv", "--date", "2026-10-01", "--home", home)
+    code, out, _ = run("cost", "refresh-prices", "--from", tmp_path / "new.csv", "--date", "2026-10-01", "--home", home)
     assert code == 0
-    code, out, _ = run("prices", "show", "--home", home, "--json")
+    code, out, _ = run("cost", "prices", "--home", home, "--json")
     doc = json.loads(out)
     assert doc["currency"] == "USD"
     assert doc["blocks"]["on_demand"]["date"] == "2026-10-01"
     assert doc["blocks"]["on_demand"]["usd_per_hour"]["m7i.large"] == 0.2
-    code, _, err = run("prices", "show", "m7i.nano", "--home", home)
+    code, _, err = run("cost", "prices", "m7i.nano", "--home", home)
     assert code == 2
-    assert "prices refresh" in err
+    assert "cost refresh-prices" in err
 
 
 def test_by_name_takes_one_for_all_and_one_for_each() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -15,6 +16,7 @@ from packaging.utils import canonicalize_name
 from typer.main import get_command
 
 from batchlab.cli import app, demo, main, output
+from batchlab.cli.groups import GUESSES, RENAMED, Group, summary
 from batchlab.cli.startup import REQUIRED_MODULES
 from batchlab.core import installation
 from batchlab.core.errors import JobFileError, Refused
@@ -24,11 +26,12 @@ from tests.support.cli import Run
 # --- Help ----------------------------------------------------------------------------------------
 
 GROUPS = {
-    "job": "submit list show watch cancel cap pause resume retry results logs why failures check",
-    "grid": "up down status workers activities scale cap drain",
-    "cost": "estimate bill",
-    "prices": "show refresh",
-    "ledger": "rebuild",
+    "job": "submit list show watch cancel cap delete pause resume retry results logs why failures check",
+    "grid": "up down status workers activities scale cap drain rebuild-ledger",
+    "cost": "estimate bill prices refresh-prices",
+    "schedule": "add list show pause resume delete run",
+    "report": "html query pull diff",
+    "scenario": "list check simulate replay plan record compare calibrate faults",
 }
 COMMANDS = [
     "demo",
@@ -59,10 +62,81 @@ def test_every_listing_has_json(run: Run, command: str) -> None:
 def test_help_names_every_group_and_what_exit_codes_mean(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for word in ("demo", "init", "run", "job", "grid", "scenario", "ledger", "schema", "doctor"):
+    for word in ("demo", "init", "run", "job", "grid", "scenario", "schema", "doctor"):
         assert re.search(rf"^  {word} ", out, re.MULTILINE)
+    for panel in app.PANELS:
+        assert re.search(rf"^{panel}:$", out, re.MULTILINE)
+    assert not re.search(r"^  (manager|worker|connect) ", out, re.MULTILINE), "services are hidden"
     assert "130 interrupted" in " ".join(out.split())
-    assert "..." not in out.partition("Commands:")[2], "a summary is cut off"
+    assert "..." not in out.partition("Start:")[2], "a summary is cut off"
+
+
+@pytest.mark.parametrize("path", ["", "job", "report query", "scenario replay", "deploy"])
+def test_short_help_option_is_the_long_one(run: Run, path: str) -> None:
+    assert run(*path.split(), "-h") == run(*path.split(), "--help")
+
+
+ROOT: Any = get_command(app.app)
+
+
+@pytest.mark.parametrize("group", [name for name, one in ROOT.commands.items() if isinstance(one, Group)])
+def test_help_of_a_group_has_whole_summaries(run: Run, group: str) -> None:
+    commands = ROOT.commands[group].commands
+    shown = " ".join(run(group, "--help")[1].split())
+    for name, command in commands.items():
+        assert command.hidden or f"{name} {summary(command)}" in shown
+        assert command.hidden or summary(command).endswith(".")
+
+
+# --- Old and guessed names -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_old_name_is_answered_with_the_new_name(run: Run, old: str, new: str) -> None:
+    code, out, err = run(*old.split())
+    assert (code, out) == (2, "")
+    assert err.endswith(f"Did you mean 'batchlab {new}'?\n")
+    names = [word for word in new.split() if word.islower()]
+    assert run(*names, "--help")[0] == 0, "the new name does not exist"
+
+
+@pytest.mark.parametrize(
+    ("guess", "meant"),
+    [
+        ("job stop", "'batchlab job cancel'"),
+        ("job kill", "'batchlab job cancel'"),
+        ("job rm", "'batchlab job delete'"),
+        ("job remove", "'batchlab job delete'"),
+        ("job ls", "'batchlab job list'"),
+        ("job ps", "'batchlab job list'"),
+        ("job describe", "'batchlab job show'"),
+        ("job status", "'batchlab job show'"),
+        ("job get", "'batchlab job show'"),
+        ("grid start", "'batchlab grid up'"),
+        ("grid create", "'batchlab grid up'"),
+        ("grid stop", "'batchlab grid down'"),
+        ("grid delete", "'batchlab grid down'"),
+        ("grid ps", "'batchlab grid workers'"),
+        ("schedule remove", "'batchlab schedule delete'"),
+        ("schedule rm", "'batchlab schedule delete'"),
+        ("schedule ls", "'batchlab schedule list'"),
+        ("kill", "'batchlab job cancel' or 'batchlab grid down'"),
+        ("submit job.yaml", "'batchlab job submit'"),
+        ("job cancle", "'cancel'"),
+    ],
+)
+def test_guessed_name_is_answered_with_the_name_that_exists(run: Run, guess: str, meant: str) -> None:
+    code, out, err = run(*guess.split())
+    assert (code, out) == (2, "")
+    assert err.endswith(f"Did you mean {meant}?\n")
+
+
+def test_guesses_are_not_commands() -> None:
+    """A guess that is a command of every group would never be answered."""
+    groups = [group for group in ROOT.commands.values() if isinstance(group, Group)]
+    for guess, meanings in GUESSES.items():
+        for meaning in meanings:
+            assert any(meaning in group.commands and guess not in group.commands for group in groups), (guess, meaning)
 
 
 def test_version(run: Run) -> None:
@@ -85,7 +159,7 @@ def test_help_and_services_import_nothing_heavy(arguments: list[str]) -> None:
     imported = imported_by(*arguments)
     if arguments == ["--help"]:
         ours = {name for name in imported if name.startswith("batchlab.")}
-        names = ("cli", "cli.app", "cli.output", "cli.startup", "core", "core.errors", "core.text")
+        names = ("cli", "cli.app", "cli.groups", "cli.output", "cli.startup", "core", "core.errors", "core.text")
         assert ours == {f"batchlab.{name}" for name in names}
         assert imported.isdisjoint(HEAVY), imported & HEAVY
     else:
@@ -141,7 +215,7 @@ def test_the_help_has_of_each_command_its_own_first_line() -> None:
     commands = get_command(app.app).commands  # type: ignore[attr-defined]
     assert list(commands) == list(app.COMMANDS)
     for name, listed in app.COMMANDS.items():
-        assert commands[name].get_short_help_str(200) == listed.summary, name
+        assert summary(commands[name]) == listed.summary, name
 
 
 def test_a_package_that_is_missing_is_named_and_what_to_do(
@@ -187,7 +261,12 @@ def test_wrong_usage_exits_with_two(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"), [("submit", "'job submit'"), ("check", "'job check' or 'scenario check'"), ("rum", "'run'")]
+    ("given", "meant"),
+    [
+        ("submit", "'batchlab job submit'"),
+        ("check", "'batchlab job check' or 'batchlab scenario check'"),
+        ("rum", "'run'"),
+    ],
 )
 def test_unknown_command_suggests_the_right_one(run: Run, given: str, meant: str) -> None:
     code, _, err = run(given)
@@ -224,6 +303,43 @@ def test_every_mistake_of_a_job_file_has_its_line(run: Run, tmp_path: Path) -> N
     told = [line for line in err.splitlines() if line.startswith(f"{file}:")]
     assert len(told) >= 2
     assert any(line.startswith(f"{file}:5: ") for line in told)
+
+
+ITEMS = """\
+name: sums
+input: {files: data.*, split: items}
+stages:
+  - {name: add, command: ["true"]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("data.json", "[\n  1,\n  2\n]\n", "data.json is one JSON array, and split: items reads JSON Lines"),
+        ("data.json", '[{"a": 1},\n {"a": 2}]\n', "data.json is one JSON array"),
+        ("data.json", "[1, 2]", "data.json is one JSON array"),
+        ("data.jsonl", "\n[1, 2\n", "Line 2 of data.jsonl is not JSON"),
+        ("data.jsonl", "[1,\n2]", "data.jsonl is one JSON array"),
+        ("data.csv", "a,b\n1,2\n", "Line 1 of data.csv is not JSON"),
+        ("data.jsonl", "[1, 2]\n", ""),
+        ("data.json", "[1, 2]\n[3]\n", ""),
+        ("data.json", "1\n2\n", ""),
+        ("data.json", f'{{"a": "{"x" * 100_000}"}}\n', ""),
+    ],
+)
+def test_input_that_is_not_json_lines_is_noticed_by_the_check(
+    run: Run, tmp_path: Path, name: str, text: str, said: str
+) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(ITEMS)
+    (tmp_path / name).write_text(text)
+    code, out, err = run("job", "check", file)
+    assert (code, said in err) == (2 if said else 0, True), err
+    if said:
+        assert out == ""
+        code, _, submitted = run("run", file, "--home", tmp_path / "grid")
+        assert (code, submitted) == (2, err), "the submission says the same"
 
 
 def test_complaints_keep_a_jobs_own_control_characters_off_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,25 +24,25 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_rows_are_a_table_json_or_csv(run: Run, made: str) -> None:
     sql = "SELECT stage, planned, after, cost_usd, NULL AS none FROM stages ORDER BY position"
-    code, out, _ = run("report", "sql", sql, made)
+    code, out, _ = run("report", "query", sql, made)
     assert code == 0
     assert out.splitlines()[0].split() == ["STAGE", "PLANNED", "AFTER", "COST_USD", "NONE"]
     assert out.splitlines()[2].split()[:3] == ["score", "24", "read"]
-    code, out, _ = run("report", "sql", sql, made, "--json")
+    code, out, _ = run("report", "query", sql, made, "--json")
     rows = json.loads(out)["rows"]
     assert rows[1]["after"] == ["read"]
     assert isinstance(rows[1]["cost_usd"], float)
     assert rows[1]["none"] is None
-    code, out, _ = run("report", "sql", sql, made, "--csv")
+    code, out, _ = run("report", "query", sql, made, "--csv")
     assert out.splitlines()[0] == "stage,planned,after,cost_usd,none"
     assert out.splitlines()[2].startswith('score,24,"[""read""]",')
-    code, _, err = run("report", "sql", sql, made, "--csv", "--json")
+    code, _, err = run("report", "query", sql, made, "--csv", "--json")
     assert code == 2
     assert "exclude each other" in err
 
 
 def test_queries_are_listed_and_run_by_name(run: Run, made: str) -> None:
-    code, out, _ = run("report", "queries")
+    code, out, _ = run("report", "query")
     assert code == 0
     assert "slowest_tasks" in out
     code, out, _ = run("report", "query", "stages", made)
@@ -51,12 +51,12 @@ def test_queries_are_listed_and_run_by_name(run: Run, made: str) -> None:
     code, _, err = run("report", "query", "slow", made)
     assert code == 2
     assert "The query 'slow' does not exist" in err
-    code, out, err = run("report", "sql", "SELECT 1 AS one WHERE false", made)
+    code, out, err = run("report", "query", "SELECT 1 AS one WHERE false", made)
     assert (code, out, err) == (0, "", "No rows.\n")
 
 
 def test_no_text_of_a_job_reaches_the_terminal_as_it_is(run: Run, made: str) -> None:
-    code, out, _ = run("report", "sql", "SELECT chr(27) || '[31mred' AS x FROM jobs", made)
+    code, out, _ = run("report", "query", "SELECT chr(27) || '[31mred' AS x FROM jobs", made)
     assert code == 0
     assert "\x1b" not in out
 
@@ -64,16 +64,16 @@ def test_no_text_of_a_job_reaches_the_terminal_as_it_is(run: Run, made: str) -> 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("sql", "SELECT 1", "no/such/folder"), "The folder no/such/folder does not exist"),
-        (("sql", "SELEC 1", "MADE"), "The query fails"),
-        (("sql", "DROP VIEW jobs", "MADE"), "is not one SELECT"),
-        (("sql", "SELECT * FROM '/etc/passwd'", "MADE"), "The query fails"),
-        (("sql", "SELECT 1", "MADE", "MADE"), "more than once"),
-        (("sql", "SELECT 1", "nothing"), "has no ledger with jobs"),
+        (("query", "SELECT 1", "no/such/folder"), "The folder no/such/folder does not exist"),
+        (("query", "SELEC 1", "MADE"), "The query fails"),
+        (("query", "DROP VIEW jobs", "MADE"), "is not one SELECT"),
+        (("query", "SELECT * FROM '/etc/passwd'", "MADE"), "The query fails"),
+        (("query", "SELECT 1", "MADE", "MADE"), "more than once"),
+        (("query", "SELECT 1", "nothing"), "has no ledger with jobs"),
         (("pull", "nothing"), "has no ledger with jobs"),
         (("write", "nothing"), "has no ledger with jobs"),
         (("diff", "MADE", "nothing"), "has no ledger with jobs"),
-        (("sql", "SELECT 1", "last", "--backend", "no-such"), "Unknown backend"),
+        (("query", "SELECT 1", "last", "--backend", "no-such"), "Unknown backend"),
         (("pull", "../../etc", "--backend", "aws"), "is not the id of a job"),
         (("pull", "last", "--backend", "aws"), "so the last job is unknown"),
     ],
@@ -94,9 +94,9 @@ def test_mistakes_are_clear_sentences(
     "command",
     [
         ("report", "pull", "sums-0123456789"),
-        ("report", "sql", "SELECT 1", "sums-0123456789"),
+        ("report", "query", "SELECT 1", "sums-0123456789"),
         ("report", "write", "sums-0123456789"),
-        ("job", "show-task", "sums-0123456789", "add/0"),
+        ("job", "show", "sums-0123456789", "add/0"),
         ("job", "replay-task", "sums-0123456789", "add/0"),
     ],
 )
@@ -133,7 +133,7 @@ def test_a_replays_record_stands_for_all_of_its_jobs(run: Run, tmp_path: Path, m
     runs = [write_run(tmp_path / name, Made(job=name, tasks=4)).name for name in ("a", "b")]
     fact = a_record(*(replayed(n, id=name) for n, name in enumerate(runs)))
     record.write(fact, tmp_path / "fact.json")
-    code, out, err = run("report", "sql", "SELECT job FROM jobs ORDER BY job", "fact.json", "--csv")
+    code, out, err = run("report", "query", "SELECT job FROM jobs ORDER BY job", "fact.json", "--csv")
     assert (code, out.split()) == (0, ["job", "a", "b"]), err
     record.write(replace(fact, simulated=True), tmp_path / "forecast.json")
     code, _, err = run("report", "pull", "forecast.json")

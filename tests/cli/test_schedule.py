@@ -242,8 +242,9 @@ def test_list_shows_the_next_and_the_last_run(manager: type[FakeClient], run: Ru
 def test_a_schedule_shows_its_runs_and_why_one_was_skipped(manager: type[FakeClient], run: Run) -> None:
     why = "the run of \x1b[31mtoday had not ended"
     runs = [a_run(state="skipped", result="", reason=why, job=None, started_s=None), a_run()]
-    manager.answers = {"schedule": a_schedule(runs=runs)}
-    code, out, _ = run("schedule", "show", "nightly")
+    due = {"at_s": DUE_S, "local": "2026-03-29T03:00:00+02:00", "utc": "2026-03-29T01:00:00Z"}
+    manager.answers = {"schedule": a_schedule(runs=runs), "coming": [due]}
+    code, out, _ = run("schedule", "show", "nightly", "--count", 1)
     assert code == 0
     assert "warm      10 min 00 s before, what the last runs used" in out
     assert "missed    run-once within 60 min 00 s" in out
@@ -252,8 +253,10 @@ def test_a_schedule_shows_its_runs_and_why_one_was_skipped(manager: type[FakeCli
     assert "had not ended" in skipped
     assert "\x1b" not in out
     assert "5.0 s" in ended
+    assert f"{due['local']}  {due['utc']}\n" in out
+    assert manager.asked[-1] == ("coming", ("nightly",), {"count": 1})
     shown = json.loads(run("schedule", "show", "nightly", "--json")[1])
-    assert shown["changed"] == ""
+    assert (shown["changed"], shown["coming"]) == ("", [due])
 
 
 def test_changed_job_file_is_reported(manager: type[FakeClient], run: Run, folder: Path) -> None:
@@ -262,7 +265,7 @@ def test_changed_job_file_is_reported(manager: type[FakeClient], run: Run, folde
     assert schedule_upload.change_note(view) == ""
     (folder / "data" / "a.csv").write_text("another")
     assert "has changed since the schedule was added. Runs use the uploaded files" in schedule_upload.change_note(view)
-    manager.answers = {"schedule": view}
+    manager.answers = {"schedule": view, "coming": []}
     assert "--replace uploads the changed ones" in run("schedule", "show", "nightly")[2]
     (folder / "job.yaml").write_text("name: [")
     assert "is not a valid job file now" in schedule_upload.change_note(view)
@@ -270,30 +273,19 @@ def test_changed_job_file_is_reported(manager: type[FakeClient], run: Run, folde
     assert schedule_upload.change_note(view) == ""
 
 
-def test_due_times_are_listed_in_the_zone_and_in_utc(manager: type[FakeClient], run: Run) -> None:
-    due = {"at_s": DUE_S, "local": "2026-03-29T03:00:00+02:00", "utc": "2026-03-29T01:00:00Z"}
-    manager.answers = {"coming": [due]}
-    code, out, _ = run("schedule", "next", "nightly", "--count", 1)
-    assert code == 0
-    assert out.split() == ["LOCAL", "UTC", due["local"], due["utc"]]
-    assert manager.asked[-1] == ("coming", ("nightly",), {"count": 1})
-    assert json.loads(run("schedule", "next", "nightly", "--json")[1]) == [due]
-    manager.answers = {"coming": []}
-    assert run("schedule", "next", "nightly")[2] == "nightly has no further due time.\n"
-
-
 # --- Steering ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["pause", "resume", "remove"])
+@pytest.mark.parametrize("verb", ["pause", "resume", "delete"])
 def test_schedule_verbs_call_the_manager(manager: type[FakeClient], run: Run, verb: str) -> None:
     runs = [a_run(state="running", result="")]
-    manager.answers = {f"{verb}_schedule": a_schedule(state="paused", runs=runs)}
+    method = f"{'remove' if verb == 'delete' else verb}_schedule"
+    manager.answers = {method: a_schedule(state="paused", runs=runs)}
     code, out, err = run("schedule", verb, "nightly")
     assert code == 0
-    assert out == f"nightly {'is removed' if verb == 'remove' else 'paused'}\n"
+    assert out == f"nightly {'is deleted' if verb == 'delete' else 'paused'}\n"
     assert err == "The job j-0123456789 of this schedule is running.\n"
-    assert manager.asked[-1] == (f"{verb}_schedule", ("nightly",), {})
+    assert manager.asked[-1] == (method, ("nightly",), {})
 
 
 def test_run_prints_the_job_and_uses_a_new_token(manager: type[FakeClient], run: Run) -> None:

@@ -235,9 +235,9 @@ def test_printed_command_can_be_run_unchanged(run: Run) -> None:
 
 
 def test_the_kinds_of_faults_are_listed(run: Run) -> None:
-    _, out, _ = run("sim", "faults")
+    _, out, _ = run("scenario", "faults", "--simulator")
     assert set(rows(out)) == {"FAULT", *(kind.value for kind in FaultKind)}
-    _, out, _ = run("sim", "faults", "--json")
+    _, out, _ = run("scenario", "faults", "--simulator", "--json")
     assert [load["fault"] for load in json.loads(out)] == [kind.value for kind in FaultKind]
     assert all(load["meaning"] for load in json.loads(out))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from batchlab.core.errors import NotFound
 from batchlab.core.model import Control, JobId, JobState, StageName, TaskSet
 from batchlab.core.ports import (
     AddCut,
@@ -308,6 +309,18 @@ async def test_a_job_is_restored_only_as_it_was_seen(ledger: DumpingLedger) -> N
     for rows in seen:
         assert not await ledger.restore(PAST, over=rows)
     assert await ledger.dump() == before
+
+
+@on_every_ledger
+async def test_a_deleted_job_leaves_no_row(ledger: DumpingLedger) -> None:
+    await _lived(ledger)
+    await ledger.forget([JOB.id])
+    await ledger.forget([JOB.id])
+    assert await ledger.dump() == {"jobs": [], "stages": [], "bundles": []}
+    assert (await ledger.jobs(), await ledger.bundles(JOB.id)) == ([], [])
+    for change in (Reopen(JOB.id, 2, ()), Fold([done(bundle(0, 5))], [{}])):
+        with pytest.raises(NotFound):
+            await ledger.apply(change)
 
 
 @on_every_ledger

@@ -71,7 +71,7 @@ def test_missing_or_full_domain_is_reported(simpledb: Sdb) -> None:
             simpledb.weather(max_attributes=30)
             with pytest.raises(BackendError, match="holds 10 GB") as caught:
                 await fold(ledger, *(done(bundle(n, n + 1)) for n in range(9)))
-            assert "batchlab ledger rebuild" in str(caught.value)
+            assert "batchlab grid rebuild-ledger" in str(caught.value)
             simpledb.weather(**FAIR)
             succeeded = (await ledger.rows(JOB.id)).stages[0].counts.succeeded
             assert succeeded == len(await ledger.bundles(JOB.id)), "whole, either way"

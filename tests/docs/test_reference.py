@@ -12,12 +12,10 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from batchlab.cli import services as service
 from batchlab.cli.app import app
-from batchlab.cli.startup import SERVICES
 from batchlab.core.service_settings import ManagerSettings, WorkerSettings
 from docs import reference
-from docs.reference import __main__, settings
+from docs.reference import __main__, commands, settings
 from tests.support import ROOT
 
 DOCS = ROOT / "docs"
@@ -37,37 +35,48 @@ def test_the_pages_are_written_where_they_differ(tmp_path: Path, capsys: pytest.
     assert __main__.main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.split() == list(reference.PAGES)
     assert "[Why a\\|b](0001-a.md)" in (tmp_path / "contributing" / "decisions" / "index.md").read_text()
-    (tmp_path / "cli.md").write_text("old")
-    assert reference.write(tmp_path) == ["cli.md"]
+    (tmp_path / "cli" / "jobs.md").write_text("old")
+    assert reference.write(tmp_path) == ["cli/jobs.md"]
 
 
 def test_every_command_and_option_is_in_the_reference() -> None:
-    page = (DOCS / "cli.md").read_text()
+    """A command's section names each of its options, except for the options of all commands in the index."""
+    pages = {name: (DOCS / "cli" / f"{name}.md").read_text() for name in commands.PAGES}
+    _, _, common = pages["index"].partition("\n## Common options\n")
+    found = 0
 
-    def walk(command: Any, path: str) -> None:
-        for name, one in getattr(command, "commands", {}).items():
-            walk(one, f"{path} {name}")
+    def walk(command: Any, path: str) -> Iterator[tuple[str, Any]]:
         if not hasattr(command, "commands"):
-            section = page.partition(f"\n## {path}\n")[2].partition("\n## ")[0]
-            assert section, path
-            for parameter in command.params:
-                for option in parameter.opts if not getattr(parameter, "hidden", False) else ():
-                    assert not option.startswith("--") or f"`{option}" in section, (path, option)
+            yield path, command
+        for name, one in getattr(command, "commands", {}).items():
+            yield from () if one.hidden else walk(one, f"{path} {name}")
 
-    walk(get_command(app), "batchlab")
+    for path, command in walk(get_command(app), "batchlab"):
+        (page,) = [page for name, page in pages.items() if path.split()[1] in commands.PAGES[name]]
+        section = page.partition(f"\n## {path}\n")[2].partition("\n## ")[0]
+        assert section, path
+        assert f"[`{path.removeprefix('batchlab ')}`]" in pages["index"]
+        for parameter in command.params:
+            for option in () if getattr(parameter, "hidden", False) else parameter.opts:
+                is_common = option in ("--home", "--json") and f"| `{option}" in common
+                assert not option.startswith("--") or is_common or f"`{option}" in section, (path, option)
+        found += 1
+    assert found == sum(page.count("\n## batchlab ") for page in pages.values())
 
 
-def test_every_option_of_a_service_is_in_the_reference() -> None:
-    """argparse reads the options of services, so Typer does not know them."""
-    page = (DOCS / "cli.md").read_text()
-    services = service.parsers()[1]
-    assert set(services) == set(SERVICES)
-    for name, parser in services.items():
-        section = page.partition(f"\n## batchlab {name}\n")[2].partition("\n## ")[0]
-        options = set(re.findall(r"--[a-z-]+", parser.format_usage()))
-        assert options
-        for option in options:
-            assert f"| `{option} " in section, (name, option)
+def test_each_option_of_a_list_is_described_once() -> None:
+    """The lists `Common` and `Shared` of a section name options that a table above describes."""
+    index = (DOCS / "cli" / "index.md").read_text()
+    for name in commands.PAGES:
+        page = (DOCS / "cli" / f"{name}.md").read_text()
+        shared = page.partition("\n## Shared options\n")[2].partition("\n## ")[0]
+        common = index.partition("\n## Common options\n")[2].partition("\n## ")[0]
+        for table, names in (
+            (common, re.findall(r"\[Common\]\(\S+\): ([^.]*)\.", page)),
+            (shared, re.findall(r"\[Shared\]\(\S+\): ([^.]*)\.", page)),
+        ):
+            for option in re.findall(r"`(\S+)`", " ".join(names)):
+                assert len(re.findall(rf"^\| `{option}(?![\w-])", table, re.MULTILINE)) == 1, (name, option)
 
 
 def test_every_setting_has_a_meaning() -> None:

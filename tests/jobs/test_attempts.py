@@ -217,18 +217,18 @@ def test_end_of_a_log_in_several_places_is_found() -> None:
 def test_unknown_task_is_refused_with_the_existing_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before, `show-task` reported that no attempt of the task had ended yet, and exited with 0."""
+    """Before, `job show` reported that no attempt of the task had ended yet, and exited with 0."""
     run = runner(monkeypatch, capsys)
     objects = factory.load("local").open_objects(Home(tmp_path))
     spec = commit_keys.to_bytes(JOB, Opening(["a", "b", "c"]))
     asyncio.run(objects.put(object_keys.spec(JOB.id), spec))
     for task in ("map/3", "next/3"):
-        code, out, err = run("job", "show-task", JOB.id, task, "--home", tmp_path)
+        code, out, err = run("job", "show", JOB.id, task, "--home", tmp_path)
         assert (code, out) == (2, "")
         assert f"has no task {task}." in err
         assert "Stage map has 3 tasks, counted from 0." in err
     # Tasks that have not started yet are shown.
     for task in ("map/2", "next/2", "sum/0"):
-        code, out, _ = run("job", "show-task", JOB.id, task, "--home", tmp_path)
+        code, out, _ = run("job", "show", JOB.id, task, "--home", tmp_path)
         assert code == 0
         assert "No attempt of the task has ended yet." in out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import statistics
 from dataclasses import replace
 from functools import cache
@@ -202,6 +203,8 @@ def test_the_command_and_its_exit_codes(sides: dict[str, Path], run: object) -> 
     assert "2 runs (A) against 2 runs (B)" in out
     assert "What got worse, and why" in out
     assert "TOO MUCH" in out
+    assert re.search(r"^all +tasks_per_s +[\d.,]+ tasks/s +[\d.,]+ tasks/s ", out, re.MULTILINE)
+    assert re.search(r"^all +cost per 1,000 tasks +\S+ USD +\S+ USD ", out, re.MULTILINE)
     code, out, _ = call("report", "diff", main, again, "--threshold", "10%", "--json")
     assert code == 0
     assert json.loads(out)["ok"] is True

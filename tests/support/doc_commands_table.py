@@ -52,7 +52,7 @@ FAILURES = """
 batchlab job failures last
 batchlab job failures last --fingerprint db97f1813d04 => batchlab job failures last --fingerprint {fingerprint}
 batchlab job failures JOB => batchlab job failures {job}
-batchlab job show-task last parse/3
+batchlab job show last parse/3
 ! batchlab job replay-task last parse/3 --local
 batchlab job logs last
 batchlab job logs last parse/3
@@ -72,7 +72,7 @@ batchlab report query
 batchlab report query summary last
 batchlab report query slowest_tasks last
 batchlab report query retries month-end-0123456789 --json => batchlab report query retries {job} --json
-batchlab report sql "select stage, median(run_s) from tasks group by stage" last
+batchlab report query "select stage, median(run_s) from tasks group by stage" last
 batchlab report query "select stage, quantile_cont(run_s, 0.95) as p95_s from tasks group by stage" last
 batchlab report query "from scaling order by at_s" last --csv
 batchlab report html last
@@ -99,26 +99,26 @@ batchlab scenario record claims-3f2a91b0c7 claims-9e01d4a2f8 --name two-claims =
 SCHEDULES = """
 batchlab schedule add job.yaml --cron '0 2 * * 1-5' --timezone Europe/Berlin
 batchlab schedule list
-batchlab schedule next job --count 5
+batchlab schedule show job --count 5
 batchlab schedule show job
-+ batchlab schedule remove job
++ batchlab schedule delete job
 batchlab schedule add job.yaml --cron '0 6 * * *' --prewarm 10m --capacity 8
 batchlab schedule add myjob/job.yaml --cron '0 2 * * 1-5' --timezone Europe/Berlin --prewarm 10m
-+ batchlab schedule remove first-claims
++ batchlab schedule delete first-claims
 batchlab schedule add pipeline/job.yaml --cron '0 2 * * 1-5' --timezone Europe/Berlin --prewarm 10m --max-cost 5USD
 batchlab notify list
 batchlab notify test ops
 batchlab notify log --json
-batchlab ledger rebuild
+batchlab grid rebuild-ledger
 batchlab grid down
 """
 
 # --- Without a grid ------------------------------------------------------------------------------
 
 PRICES_AND_PEAKS = """
-batchlab prices show
-batchlab prices show m7i.large c7g.large --json
-batchlab prices refresh --from prices.csv --date 2026-07-20
+batchlab cost prices
+batchlab cost prices m7i.large c7g.large --json
+batchlab cost refresh-prices --from prices.csv --date 2026-07-20
 batchlab scenario list
 batchlab scenario faults
 batchlab scenario faults --backend localstack
@@ -145,7 +145,7 @@ batchlab scenario compare forecast.json fact.json => batchlab scenario compare f
 SIMULATED = """
 batchlab sim fuzz --seeds 500 => batchlab sim fuzz --seeds 1
 batchlab sim fuzz --seeds 10000 --report long-run.md => batchlab sim fuzz --seeds 1 --report long-run.md
-batchlab sim faults
+batchlab scenario faults --simulator
 batchlab sim replay 7
 batchlab sim replay 7 --log events.log
 ? batchlab sim replay 1234 --only manager-1:41:kill_after,worker-w-1f0c2d3e4a5b6978:7:lost => batchlab sim replay 1234 --only manager-1:41:kill_after,worker-w-1f0c2d3e4a5b6978:7:lost
@@ -258,7 +258,7 @@ ELSEWHERE = {
     "batchlab scenario simulate spot-wave": (
         "tests/scenarios/test_shipped.py test_a_shipped_scenario_passes_its_own_expectations"
     ),
-    "batchlab prices refresh --from AmazonEC2.csv --region us-east-1": (
+    "batchlab cost refresh-prices --from AmazonEC2.csv --region us-east-1": (
         "tests/core/test_price_refresh.py test_awss_own_price_list_as_csv"
     ),
     "python examples/executor/primes.py": "tests/system/test_executor_examples.py"

@@ -254,6 +254,44 @@ def test_failed_job_names_its_failures_and_keeps_its_results(cli: Cli) -> None:
     assert cli("grid", "down")[0] == 0
 
 
+def test_failed_run_is_examined_and_deleted_afterwards(cli: Cli) -> None:
+    """The grid of the run is stopped, and its folder has the ledger and the bucket."""
+    cli.inputs(5)
+    (cli.folder / "job.yaml").write_text(JOB.replace("bad: []", "bad: [2, 3]"))
+    assert cli("run", "job.yaml", "--out", "out")[0] == 1
+    cli.none_left()
+    code, out, err = cli("job", "list", "--json")
+    assert code == 0, err
+    (job,) = json.loads(out)
+    assert job["state"] == "FAILED"
+    assert "FAILED" in cli("job", "show", "last")[1]
+    assert "number 2 is bad" in cli("job", "failures", "last", "--each")[1]
+    assert "worked on 4" in cli("job", "logs", "last", "4")[1]
+    assert "batchlab job replay-task" in cli("job", "why", "last")[1]
+    code, out, err = cli("job", "replay-task", "last", "work/2", "--local", "--json")
+    assert (code, json.loads(out)["verdict"]) == (1, "same"), err
+    assert cli("job", "results", "last", "--out", "again")[0] == 0
+    assert numbers(cli.folder / "again") == [0, 1, 4]
+    code, _, err = cli("job", "retry", "last")
+    assert code == 3
+    assert "Start one with `batchlab grid up`" in err
+    cli.none_left()
+
+    assert cli("grid", "up")[0] == 0
+    code, out, err = cli("job", "delete", "last", "--yes")
+    assert code == 0, err
+    assert re.fullmatch(rf"{job['id']} is deleted: \d+ objects\.\n", out)
+    left = [path.relative_to(cli.home.objects).as_posix() for path in cli.home.objects.rglob("*") if path.is_file()]
+    assert [path for path in left if job["id"] in path] == [f"jobs/{job['id']}/spec.json"]
+    assert cli("grid", "rebuild-ledger")[1] == "The ledger is rebuilt: 0 jobs.\n"
+    # The next run of the same file is a new job.
+    assert cli("run", "job.yaml", "--out", "out")[0] == 1
+    (second,) = json.loads(cli("job", "list", "--json")[1])
+    assert second["id"] != job["id"]
+    assert cli("grid", "down")[0] == 0
+    cli.none_left()
+
+
 def test_a_grid_that_is_up_serves_every_command(cli: Cli) -> None:
     cli.inputs(6)
     code, out, err = cli("grid", "up", "--pool", "default:0-2x1")
@@ -273,7 +311,7 @@ def test_a_grid_that_is_up_serves_every_command(cli: Cli) -> None:
     code, out, _ = cli("job", "results", job, "--out", "mine")
     assert code == 0
     assert numbers(cli.folder / "mine") == list(range(6))
-    assert cli("ledger", "rebuild")[1] == "The ledger is rebuilt: 1 job.\n"
+    assert cli("grid", "rebuild-ledger")[1] == "The ledger is rebuilt: 1 job.\n"
     assert "Launching" in cli("grid", "activities")[1]
     doctor = json.loads(cli("doctor", "--json")[1])
     assert all(one["level"] != "fail" for one in doctor)

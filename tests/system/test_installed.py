@@ -220,7 +220,7 @@ def test_readme_commands_run_without_the_source(installed: Installed) -> None:
     installed("init", "first")
     installed("run", "first/job.yaml", "--out", "out")
     assert (installed.folder / "out" / "total.jsonl").read_text().count("\n") == 3
-    assert "first-claims" in installed("report", "sql", "SELECT DISTINCT job FROM tasks", "last")
+    assert "first-claims" in installed("report", "query", "SELECT DISTINCT job FROM tasks", "last")
     with_page(installed)
     installed("report", "html", "last", "--out", "run.html")
     page = (installed.folder / "run.html").read_text()

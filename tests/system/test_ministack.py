@@ -245,7 +245,7 @@ def test_a_grid_at_a_named_endpoint_starts_no_emulator(cli: Cli, ministack: Endp
     assert f"bucket {place.bucket} at {ministack.url}" in out
     assert not [w for w in processes_of(cli.home.path).values() if "ministack_guard" in str(w)]
     assert cli("run", "job.yaml", *MINISTACK)[0] == 0
-    assert cli("ledger", "rebuild")[1] == "The ledger is rebuilt: 1 job.\n"
+    assert cli("grid", "rebuild-ledger")[1] == "The ledger is rebuilt: 1 job.\n"
     assert cli("grid", "down")[0] == 0
     # The home stores the bucket, and refuses another one.
     assert cli("run", "job.yaml", *MINISTACK, "--cache")[0] == 0
@@ -257,7 +257,7 @@ def test_a_grid_at_a_named_endpoint_starts_no_emulator(cli: Cli, ministack: Endp
     code, _, err = cli("grid", "up", *MINISTACK, "--home", "other", "--endpoint", at)
     assert code == 0, err
     try:
-        assert cli("ledger", "rebuild", "--home", "other")[1].endswith(": 1 job.\n")
+        assert cli("grid", "rebuild-ledger", "--home", "other")[1].endswith(": 1 job.\n")
     finally:
         assert cli("grid", "down", "--home", "other")[0] == 0
 

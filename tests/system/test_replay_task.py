@@ -73,7 +73,7 @@ def test_each_attempt_can_be_had(here: Ran, verdict: Verdict, quick: Quick) -> N
 
 
 def test_a_task_is_shown_with_its_attempts_and_where_it_ran(here: Ran, quick: Quick) -> None:
-    code, out, _ = quick(here, "show-task", "parse/1", "--json")
+    code, out, _ = quick(here, "show", "parse/1", "--json")
     doc = json.loads(out)
     assert (code, [one["state"] for one in doc["attempts"]]) == (0, ["RETRIED", "FAILED"])
     assert "bytes of amounts.csv" in doc["input"]
@@ -81,7 +81,7 @@ def test_a_task_is_shown_with_its_attempts_and_where_it_ran(here: Ran, quick: Qu
     assert last["environment"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert last["log_bytes"] == len("parsing 2 lines of amounts.csv\n")
     assert doc["replay"].endswith(f"replay-task {here.job} parse/1 --local --home {here.home}")
-    code, out, _ = quick(here, "show-task", "double/1")
+    code, out, _ = quick(here, "show", "double/1")
     assert "No attempt of the task has ended yet." in out
     assert "parse/1 has not succeeded" in out
 
@@ -317,7 +317,7 @@ def test_nothing_of_the_grid_is_changed_and_none_need_be_up(here: Ran, tmp_path:
     for task in ("parse/1", "check/0", "gathered/0", "double/0"):
         code, _, err = quick(down, "replay-task", task)
         assert code == (task != "double/0"), err
-    code, out, _ = quick(down, "show-task", "parse/1")
+    code, out, _ = quick(down, "show", "parse/1")
     assert code == 0
     assert "RETRIED" in out
     assert contents(tmp_path) == before

@@ -78,14 +78,14 @@ def test_report_ledger_and_bill_agree(
 
     # The data is queried in place by the job's name, after a second write, and without a grid.
     count = ("SELECT succeeded FROM jobs", "--json")
-    code, out, err = run("report", "sql", *count, "last", *home)
+    code, out, err = run("report", "query", *count, "last", *home)
     assert code == 0, err
     before = json.loads(out)["rows"]
     code, out, err = run("report", "write", job, *home)
     assert code == 0, err
     assert f"in reports/{job}/" in out
     grid.stop()
-    code, out, err = run("report", "sql", *count, job, *home)
+    code, out, err = run("report", "query", *count, job, *home)
     assert code == 0, err
     assert json.loads(out)["rows"] == before
     nowhere = ("--home", str(tmp_path / "nowhere"))

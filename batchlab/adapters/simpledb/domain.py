@@ -239,7 +239,7 @@ class Store:
                 if code in _FULL:
                     raise BackendError(
                         f"The SimpleDB domain {self.domain} is full ({code}): it holds 10 GB and 10^9 attributes.",
-                        remedy="Deploy the stack with Ledger=postgres. Then `batchlab ledger rebuild` creates the "
+                        remedy="Deploy the stack with Ledger=postgres. Then `batchlab grid rebuild-ledger` creates the "
                         "ledger again from the bucket.",
                     ) from error
                 raise

@@ -127,7 +127,7 @@ class BundleItems:
         if text is None:
             raise BackendError(
                 f"A bundle in the SimpleDB domain {self._store.domain} lacks a part.",
-                remedy="`batchlab ledger rebuild` creates the ledger again from the bucket.",
+                remedy="`batchlab grid rebuild-ledger` creates the ledger again from the bucket.",
             )
         return text
 
@@ -218,7 +218,7 @@ class JobItems:
                 return head
         raise BackendError(
             f"Job {job} in the SimpleDB domain {self._store.domain} lacks a part.",
-            remedy="`batchlab ledger rebuild` creates the ledger again from the bucket.",
+            remedy="`batchlab grid rebuild-ledger` creates the ledger again from the bucket.",
         )
 
     def _read(self, name: str, item: Item) -> JobItem | None:

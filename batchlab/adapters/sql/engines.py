@@ -38,6 +38,8 @@ _RETRY_S = 0.01
 _LOCK_S = 0.01
 BEGIN = "batchlab_begin"
 """Name of the engine's execution option that contains its `Begin` function."""
+READS_ONLY = "batchlab_reads_only"
+"""Name of the engine's execution option that is true if the engine cannot write."""
 SCHEMA = "batchlab_schema"
 """Name of the engine's execution option that contains its schema, if the database has several schemas."""
 
@@ -104,6 +106,22 @@ def sqlite_engine(path: Path | None) -> Engine:
     event.listen(engine, "do_connect", make)
     event.listen(engine, "connect", prepare)
     return engine
+
+
+def reading_engine(path: Path) -> Engine:
+    """Return a SQLite engine that cannot write the file `path`."""
+
+    def connect() -> sqlite3.Connection:
+        uri = f"{path.as_uri()}?mode=ro"
+        return sqlite3.connect(uri, uri=True, timeout=_BUSY_S, check_same_thread=False, isolation_level=None)
+
+    return create_engine(
+        URL.create("sqlite", database=str(path)),
+        creator=connect,
+        poolclass=StaticPool,
+        pool_reset_on_return=None,
+        execution_options={BEGIN: _begin, READS_ONLY: True},
+    )
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:
@@ -199,8 +217,8 @@ _REMEDIES = (
     ),
     (
         ('relation "',),
-        "The tables do not exist anymore. Start the manager again. Then `batchlab ledger rebuild` fills them again "
-        "from the bucket.",
+        "The tables do not exist anymore. Start the manager again. Then `batchlab grid rebuild-ledger` fills them "
+        "again from the bucket.",
     ),
     (("does not exist",), "Create it with `createdb` and `createuser`, or name another one."),
     (("invalid connection option",), "Check the options after the question mark in the ledger's URL."),
@@ -246,8 +264,8 @@ def _from_sqlite(engine: Engine, error: SQLAlchemyError, cause: sqlite3.Error) -
     damaged = code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
     return BackendError(
         f"The ledger {name_of(engine)} cannot be used: {cause}.",
-        remedy="Move the file away and start the grid again. Then `batchlab ledger rebuild` fills the new ledger from "
-        "the bucket."
+        remedy="Move the file away and start the grid again. Then `batchlab grid rebuild-ledger` fills the new ledger "
+        "from the bucket."
         if damaged
         else "",
     )
@@ -291,6 +309,11 @@ def ensure(engine: Engine) -> None:
     with transaction(engine) as connection:
         if _version(connection) == HEAD:
             return
+    if engine.get_execution_options().get(READS_ONLY):
+        raise BackendError(
+            f"{name_of(engine)} was written by an older batchlab, or is empty.",
+            remedy="`batchlab grid up` brings it up to date.",
+        )
     with transaction(engine, writes=True, lasts=True) as connection:
         # This transaction reads the schema version again, because other processes cannot change the version during a
         # writing transaction.

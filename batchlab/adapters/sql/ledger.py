@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, Table, bindparam, delete, select, upd
 
 from batchlab.adapters.clock import CallRunner, InlineRunner, ReadWriteThreads, SingleThread
 from batchlab.adapters.sql import engines
-from batchlab.adapters.sql.engines import WalFlush, sqlite_engine, transaction, translate_errors
+from batchlab.adapters.sql.engines import WalFlush, reading_engine, sqlite_engine, transaction, translate_errors
 from batchlab.adapters.sql.logins import Logins
 from batchlab.adapters.sql.rows import (
     Snapshot,
@@ -71,6 +71,11 @@ def open_sqlite(path: Path, sync: Sync = Sync.NONE) -> SqlLedger:
     undo folds. The reconciler then repeats the folds from the bucket.
     """
     return SqlLedger(sqlite_engine(path), SingleThread(), sync, WalFlush(path))
+
+
+def read_sqlite(path: Path) -> SqlLedger:
+    """Return the ledger in the SQLite file `path`, for calls that only read."""
+    return SqlLedger(reading_engine(path), SingleThread())
 
 
 def open_postgres(

@@ -71,7 +71,7 @@ class ReadOnlyObjects:
 
 
 def _only_reads(key: str) -> Refused:
-    return Refused(f"{key} cannot be written, because a replay of a task commits nothing.")
+    return Refused(f"{key} cannot be written, because this command only reads the bucket.")
 
 
 class _Layout(Scratch):
@@ -231,7 +231,7 @@ def _missing(what: str, stage: str, task: int, reason: str) -> UsageError:
     elif "'raw/" in reason:
         remedy = "Submit the job again, which uploads its input again."
     else:
-        remedy = f"`batchlab job show-task JOB {task_name(stage, task)}` shows the stored parts of the task."
+        remedy = f"`batchlab job show JOB {task_name(stage, task)}` shows the stored parts of the task."
     text = reason.rstrip(".")
     return UsageError(f"The {what} of {task_name(stage, task)} cannot be fetched: {text}.", remedy=remedy)
 

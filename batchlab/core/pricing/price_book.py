@@ -149,7 +149,7 @@ table.
 AS_IF = "m7i.large"
 """Instance type whose price applies to pools without an instance type."""
 
-HOW = "`batchlab prices refresh --from FILE` takes prices from a file; see docs/costs.md."
+HOW = "`batchlab cost refresh-prices --from FILE` takes prices from a file; see docs/costs.md."
 
 
 @dataclass(frozen=True, slots=True)

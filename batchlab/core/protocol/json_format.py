@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from batchlab.core.errors import BatchlabError, Malformed, TooNew
+from batchlab.core.errors import BatchlabError, Deleted, Malformed, TooNew
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import (
     Bundle,
@@ -505,11 +505,29 @@ A reader refuses a stage that lacks a field of _STAGE_FIELDS, and does not use a
 """
 
 
+_DELETED = "deleted"
+MAX_NOTE_BYTES = 1000
+"""Maximum size of the result of `deleted_job`."""
+
+
+def deleted_job(job: JobId) -> bytes:
+    """Return the note that replaces the definition of a deleted job."""
+    return to_bytes({"v": VERSION, "id": job, _DELETED: True})
+
+
+def is_deleted(doc: dict[str, Any]) -> bool:
+    """Return whether the document of a job or of a retry is a note that a user has deleted the job."""
+    return doc.get(_DELETED) is True
+
+
 def job_from_json(doc: dict[str, Any]) -> JobDef:
     """Return the job in a spec object or in the result of `job_to_json`.
 
-    Raise TooNew if the job needs a later version of the protocol, or if the job's definition cannot be read.
+    Raise Deleted if a user has deleted the job. Raise TooNew if the job needs a later version of the protocol, or if
+    the job's definition cannot be read.
     """
+    if is_deleted(doc):
+        raise Deleted("The job was deleted.")
     needs = doc.get("needs", 1)
     if not isinstance(needs, int) or not 1 <= needs <= PROTOCOL:
         raise TooNew(

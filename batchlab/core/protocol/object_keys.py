@@ -139,9 +139,23 @@ WITHDRAWN = "withdrawn"
 """Suffix of the name of a marker that withdraws a start of a suspect (a bundle that may contain a poison task)."""
 
 
+DELETIONS = "grid/deletions/"
+"""Prefix of the keys of requests to delete jobs. An object exists from a user's request to the end of the deletion."""
+
+
+def addresses_of(job: JobId) -> str:
+    """Return the prefix of the keys of a job's webhook addresses."""
+    return f"grid/addresses/{job}/"
+
+
 def addresses(job: JobId, digest: str) -> str:
     """Return the key of the object with a job's webhook addresses. `digest` is the digest of the object's content."""
-    return f"grid/addresses/{job}/{digest}.json"
+    return f"{addresses_of(job)}{digest}.json"
+
+
+def deletion(job: JobId) -> str:
+    """Return the key of the request to delete a job."""
+    return f"{DELETIONS}{job}.json"
 
 
 def reference_key(job: JobId) -> str:
@@ -188,9 +202,13 @@ def raw(job: JobId) -> str:
     return f"raw/{job}/"
 
 
+def retries(job: JobId) -> str:
+    return f"jobs/{job}/retries/"
+
+
 def retry(job: JobId, round: int) -> str:
-    """Return the key whose PUT commits the user's `round`-th retry."""
-    return f"jobs/{job}/retries/{round:04d}.json"
+    """Return the key whose PUT commits the user's `round`-th retry, or the deletion of the job."""
+    return f"{retries(job)}{round:04d}.json"
 
 
 def final(job: JobId, round: int) -> str:

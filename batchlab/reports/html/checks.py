@@ -361,8 +361,8 @@ def find_wasted(run: RunFigures) -> Iterator[Finding]:
             Level.WRONG,
             "A task has two results",
             f"{count(run.harmful, 'task')} got a second committed result, which must never happen.",
-            "Report this as a bug, and attach this page. `batchlab ledger rebuild` counts the results in the bucket "
-            "again.",
+            "Report this as a bug, and attach this page. `batchlab grid rebuild-ledger` counts the results in the "
+            "bucket again.",
         )
     total_s = run.busy_s + run.lost_s + run.repeated_s
     yield _judge(

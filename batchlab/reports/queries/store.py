@@ -155,7 +155,7 @@ def run_query(
     except duckdb.Error as error:
         raise UsageError(
             f"The query fails: {str(error).strip()}",
-            remedy="`batchlab report queries` lists example queries, and docs/report-data.md describes the tables.",
+            remedy="`batchlab report query` lists example queries, and docs/report-data.md describes the tables.",
         ) from error
 
 
@@ -237,6 +237,4 @@ def find_query(name: str) -> Query:
         return query
     near = difflib.get_close_matches(name, named_queries(), n=2)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
-    raise UsageError(
-        f"The query {name!r} does not exist.", remedy=f"{hint}`batchlab report queries` lists the queries."
-    )
+    raise UsageError(f"The query {name!r} does not exist.", remedy=f"{hint}`batchlab report query` lists the queries.")

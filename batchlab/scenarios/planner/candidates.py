@@ -172,7 +172,7 @@ def trial_result(
     if record.usd is None:
         raise UsageError(
             f"The forecast of {record.scenario} has no cost, and a plan needs it.",
-            remedy="Name instance types that are in the price book: see `batchlab prices show`.",
+            remedy="Name instance types that are in the price book: see `batchlab cost prices`.",
         )
     otherwise = math.inf if "" in allowed_failures else 0.0
     limits = {**{job.template: otherwise for job in record.jobs}, **allowed_failures}

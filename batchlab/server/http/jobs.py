@@ -1,4 +1,4 @@
-"""Endpoints of jobs: submission, state, control, and outcomes.
+"""Endpoints of jobs: submission, state, control, deletion, and outcomes.
 
 Invariant: the answer to a request shows the job after the request has taken effect. The ledger lists the outcomes, and
 the endpoints read the outcomes from the bucket. A change of a job wakes the requests that wait for a change of the job.
@@ -195,6 +195,18 @@ async def resume(manager: Leader, job: JobId) -> api_types.JobView:
     await manager.ports.ledger.job(job)
     await manager.job_commands.resume(job)
     return await current_view(manager, job)
+
+
+@router.delete("/jobs/{job}")
+async def delete(manager: Leader, served: StateDep, job: JobId) -> api_types.DeletedView:
+    """Delete an ended job: its input, logs, results, and reports in the bucket, and its rows in the ledger.
+
+    The id of a deleted job cannot be used again.
+    """
+    await manager.job_record(job)
+    objects = await manager.job_deletion.delete(job)
+    served.groups.pop(job, None)
+    return {"id": job, "objects": objects}
 
 
 class Choice(BaseModel):

@@ -145,17 +145,17 @@ def what_it_did_is_told(world: World, job: JobId, runs: Path) -> None:
     until(index, 60, pause_s=0.5)
     world.batchlab("report", "pull", job, "--backend", world.backend, "--out", runs)
     counted = "select succeeded, failed, backend from jobs"
-    answer = json.loads(report("sql", counted, runs / job, "--json"))
+    answer = json.loads(report("query", counted, runs / job, "--json"))
     assert answer["rows"] == [{"succeeded": ITEMS, "failed": 1, "backend": world.backend}]
     spent = "select kind, sum(cost_usd)::double as usd from cost group by kind"
-    rows = json.loads(report("sql", spent, runs / job, "--json"))["rows"]
+    rows = json.loads(report("query", spent, runs / job, "--json"))["rows"]
     cost = {row["kind"]: row["usd"] for row in rows}
     assert cost["s3"] > 0, cost
     assert cost["sqs"] > 0, cost
     bill = asked(world, "cost", "bill", job)
     assert sum(cost.values()) == pytest.approx(bill["usd"]["typical"], rel=0.05)
     made = "select * from instances where in_service_s is not null"
-    assert json.loads(report("sql", made, runs / job, "--json"))["rows"]
+    assert json.loads(report("query", made, runs / job, "--json"))["rows"]
     page = runs / "run.html"
     report("html", runs / job, "--out", page)
     assert job in page.read_text()

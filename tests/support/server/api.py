@@ -29,7 +29,7 @@ from batchlab.core.commit import commit
 from batchlab.core.job_definition import InputDef, JobDef, StageDef
 from batchlab.core.model import Failure, FailureKind, JobId, Pool, Ran, StageName
 from batchlab.core.port_retries import Patience
-from batchlab.core.ports import Outgoing
+from batchlab.core.ports import Ledger, Objects, Outgoing
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
 from batchlab.core.protocol.messages import Beat, Events, HeldBundle, events_message
@@ -39,7 +39,8 @@ from batchlab.core.service_settings import ManagerSettings
 from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import LiveJob, Outstanding, Ports
-from batchlab.runtime.home import listen
+from batchlab.runtime import factory
+from batchlab.runtime.home import Home, listen
 from batchlab.server import web
 from batchlab.server.http import create_app
 
@@ -82,11 +83,15 @@ def job(
 
 @dataclass
 class Rig:
-    """A running manager with an API. If `lead` is false, the manager does not take the lease."""
+    """A running manager with an API. If `lead` is false, the manager does not take the lease.
+
+    With `home`, the ledger and the bucket are in this folder, and stay after the end of the manager.
+    """
 
     pools: Sequence[Pool] = (Pool("default", max_size=2, slots=2),)
     lead: bool = True
     failure: Callable[[int], Failure] = field(default_factory=lambda: _failure)
+    home: Home | None = None
 
     def __enter__(self) -> Self:
         self.shutdowns = 0
@@ -113,9 +118,15 @@ class Rig:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         clock, ids = WallClock(), RandomIds()
         self.launcher = launcher = SimLauncher(lambda pool, instance: Machine(), random.Random(1))
-        self.objects, self.queue = SimObjects(), SimQueue(clock, random.Random(2))
+        self.objects: Objects
+        self.ledger: Ledger
+        if self.home:
+            local = factory.load("local")
+            self.objects, self.ledger = local.open_objects(self.home), local.open_ledger(self.home)
+        else:
+            self.objects, self.ledger = SimObjects(), open_memory()
+        self.queue = SimQueue(clock, random.Random(2))
         self.fleet = ManagedFleet(launcher, clock, ids, MemoryState())
-        self.ledger = open_memory()
         patience = Patience(random.Random(3), limit_s=0.2)
         ports = Ports(self.objects, self.queue, self.fleet, self.ledger, clock, ids, patience)
         self.manager = Manager(ports, SETTINGS, self.pools, "manager-1", schedules=True)
