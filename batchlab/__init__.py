@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from batchlab.core.errors import BatchlabError, JobFailed, TaskFailed
     from batchlab.core.model import JobState, Pool
     from batchlab.core.retry_rule import RetryRule
+    from batchlab.core.shared_values import Shared
     from batchlab.core.task_context import Context, File
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "JobState",
     "Pool",
     "RetryRule",
+    "Shared",
     "TaskFailed",
     "__version__",
 ]
@@ -52,6 +54,7 @@ _HOMES = {
     "JobState": "batchlab.core.model",
     "Pool": "batchlab.core.model",
     "RetryRule": "batchlab.core.retry_rule",
+    "Shared": "batchlab.core.shared_values",
     "TaskFailed": "batchlab.core.errors",
 }
 

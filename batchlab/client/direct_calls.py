@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -152,6 +153,8 @@ def _close(line: _Line) -> None:
     if line.inbox:
         line.inbox.close()
     if not thread_cache.is_exiting():
-        # The queue closes on a thread, and no thread can be started while Python exits.
-        line.loop.run_until_complete(line.queue.close())
+        # The queue closes on a thread, and no thread can be started while Python exits. The event loop runs on another
+        # thread, because the calling thread may run an event loop already, as in a notebook.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(line.loop.run_until_complete, line.queue.close()).result()
     line.loop.close()

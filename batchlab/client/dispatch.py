@@ -18,16 +18,16 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from batchlab.client import thread_cache
+from batchlab.client import task_output, thread_cache
 from batchlab.client.futures import Batch, BrokenGridExecutor, Call, CallFuture, Sender, death, revive
 from batchlab.client.grid_link import Link
 from batchlab.client.job_watch import JobWatch
 from batchlab.client.results import decode_all
-from batchlab.client.submission import MAP, JobSubmitter
+from batchlab.client.submission import MAP
 from batchlab.core.errors import BackendError, JobFailed, TaskFailed, Unreachable, UsageError
 from batchlab.core.model import JobId, Json, Outcome
 from batchlab.core.protocol.bundle_inputs import JobObjects
-from batchlab.worker.executor_calls import Initializer, Raised
+from batchlab.worker.executor_calls import Raised
 
 if TYPE_CHECKING:
     from batchlab.core.api_types import JobView
@@ -53,15 +53,14 @@ class Dispatch:
     dispatcher, and the dispatcher refers to the grid, so the grid stays open while calls run.
     """
 
-    def __init__(
-        self, owner: object, link: Link, outgoing: JobSubmitter, name: str | None, initializer: Initializer | None
-    ) -> None:
-        """When the last reference to `owner` is dropped, `owner` closes `link`. `name` is the name of the jobs on the
-        grid.
+    def __init__(self, owner: object, link: Link, sender: Sender, *, show_output: bool = False) -> None:
+        """When the last reference to `owner` is dropped, `owner` closes `link`. `show_output` prints the output of the
+        calls.
         """
         self._owner = owner
         self._link = link
-        self._sender = Sender(link, outgoing, name, initializer)
+        self._sender = sender
+        self._show_output = show_output
         self._lock = threading.Lock()
         self._waiting: deque[Batch] = deque()
         self._sending = False
@@ -135,6 +134,11 @@ class Dispatch:
         """Cancel all calls, including the calls that run on the grid, without waiting for the end of the calls."""
         self.shutdown(wait=False, cancel=True)
         self._events.put(self._abandon)
+
+    @property
+    def is_broken(self) -> bool:
+        """Return whether the executor can no longer run calls."""
+        return self._broken is not None
 
     def _check_grid(self) -> None:
         # Check for a fork before the lock is taken, because a forked child may have a copy of a lock that stays held.
@@ -281,6 +285,8 @@ class Dispatch:
         batch = self._batches.get(job)
         if batch is None:
             return
+        if self._show_output and any(task in batch.open for task in outcome.bundle.tasks):
+            task_output.show(self._link, outcome)
         at = 0
         for start, stop in outcome.succeeded.ranges:
             # The answer to the submission of a job may contain outcomes that the manager lists again later.
@@ -315,7 +321,10 @@ class Dispatch:
             error = value if isinstance(value, TaskFailed) else None
             _end(future, value, error)
         elif value.initializer:
-            self._break(f"its initializer raised {value.told}", revive(value))
+            cause = revive(value)
+            # Executors of concurrent.futures log the error in the same way.
+            logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=cause)
+            self._break(f"its initializer raised {value.told}", cause)
             _end(future, error=self._error())
         else:
             _end(future, error=revive(value))
@@ -341,7 +350,7 @@ class Dispatch:
         """Cancel the remaining tasks of the batch's job if no caller waits for a result of the job."""
         if batch.ending or batch.job not in self._batches or self._watch is None:
             return
-        if self._is_canceling or batch.abandoned:
+        if batch.abandoned or (self._is_canceling and not batch.has_promised):
             batch.ending = True
             self._watch.cancel_gracefully(batch.job)
 

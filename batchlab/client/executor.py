@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from functools import cached_property, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from batchlab.client import thread_cache
 from batchlab.client.dispatch import Dispatch
-from batchlab.client.futures import Call, CallFuture
-from batchlab.worker.executor_calls import Initializer
+from batchlab.client.futures import Call, CallFuture, Packer, Sender
+from batchlab.client.job_watch import import_http
 
 if TYPE_CHECKING:
     from batchlab.client.grid_link import Link
     from batchlab.client.submission import JobSubmitter
+    from batchlab.core.job_definition import StageDef
 
 T = TypeVar("T")
 
@@ -38,7 +41,8 @@ class GridExecutor(Executor):
       and further calls raise BrokenGridExecutor.
     - A future is running as soon as its call is sent to the grid. The `cancel` method of a running future returns
       False, and the call runs to its end. `shutdown(cancel_futures=True)`, and a `map` whose iterator is closed early,
-      also cancel calls that were sent and have not begun.
+      also cancel calls that were sent and have not begun, except the calls of a job with a call whose `cancel` has
+      returned False.
     - If Ctrl-C ends a `with` block, all calls of the block are canceled, including the running calls.
     - If the exception of a call cannot be unpickled on this machine, the future raises TaskFailed with the exception's
       traceback.
@@ -51,18 +55,26 @@ class GridExecutor(Executor):
         outgoing: JobSubmitter,
         *,
         name: str | None,
+        stage: StageDef,
         initializer: Callable[..., object] | None,
         initargs: Iterable[Any],
+        show_output: bool,
     ) -> None:
-        """When the last reference to `owner` is dropped, `owner` closes `link`."""
+        """When the last reference to `owner` is dropped, `owner` closes `link`. `stage` has the pool and the slots of
+        the calls.
+        """
         start = None
         if initializer is not None:
             if not callable(initializer):
                 raise TypeError("initializer must be a callable")
-            pickled = outgoing.shipping.function(partial(initializer, *initargs))
-            start = Initializer(link.ids.fresh("executor"), pickled)
+            start = outgoing.shipping.function(partial(initializer, *initargs))
         self._link = link
-        self._dispatch = Dispatch(owner, link, outgoing, name, start)
+        self._stage = stage
+        packer = Packer(outgoing.shipping, start, link.ids.fresh("executor"))
+        sender = Sender(link, outgoing, packer, name, stage)
+        self._dispatch = Dispatch(owner, link, sender, show_output=show_output)
+        with suppress(RuntimeError):  # Without a thread, the first watch imports the client.
+            thread_cache.run(import_http)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -76,8 +88,13 @@ class GridExecutor(Executor):
 
         The attribute exists because other libraries read the private attribute `_max_workers` of executors.
         """
-        pools = self._link.call(lambda client: client.grid())["pools"]
-        return sum(pool["max"] * pool["slots"] for pool in pools if pool["name"] == "default") or 1
+        pools, stage = self._link.call(lambda client: client.grid())["pools"], self._stage
+        return sum(pool["max"] * (pool["slots"] // stage.slots) for pool in pools if pool["name"] == stage.pool) or 1
+
+    @property
+    def _broken(self) -> bool:
+        """Return whether the executor can no longer run calls. ProcessPoolExecutor has the same private attribute."""
+        return self._dispatch.is_broken
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Run `fn(*args, **kwargs)` on a worker of the grid, and return the future of the call.

@@ -15,17 +15,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from batchlab.client.grid_link import Link
 from batchlab.client.results import outcomes, task_failure
-from batchlab.client.submission import MAP, Chunk, JobSubmitter, ObjectPickler, job_name, pickle_call
-from batchlab.core.errors import BackendError, TaskFailed, UsageError
+from batchlab.client.submission import Chunk, JobSubmitter, ObjectPickler, Pickled, job_name
+from batchlab.client.task_errors import unpickle
+from batchlab.core.errors import BackendError, JobFailed, TaskFailed, UsageError
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Failure, FailureKind, JobId, Json, Outcome
 from batchlab.core.protocol import json_format, values
-from batchlab.core.retry_rule import RetryRule
 from batchlab.manager.stage_plans import PART_ITEMS
 from batchlab.worker.executor_calls import Calls, Initializer, Raised
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 MAX_KNOWN_FUNCTIONS = 4096
 """Maximum number of sent functions whose hash an executor remembers."""
+MAX_INLINE_FUNCTION_BYTES = 16 * 1024
+"""Maximum size of a pickled function that is sent with its call. A larger function is stored once."""
 
 _PLAIN = frozenset({type(None), bool, int, float, str})
 
@@ -63,9 +65,11 @@ class Packed:
 class Packer:
     """Encoder of the calls of one executor as items of jobs."""
 
-    def __init__(self, shipping: ObjectPickler, initializer: Initializer | None) -> None:
+    def __init__(self, shipping: ObjectPickler, initializer: Pickled | None = None, owner: str = "") -> None:
+        """`owner` is the unique name of the executor, whose initializer each process runs once."""
         self._shipping = shipping
-        self._initializer = initializer
+        self._initializer = Initializer(owner, initializer.data) if initializer else None
+        self._initializer_shared = initializer.shared if initializer else {}
         self._sent: dict[bytes, None] = {}
 
     def pack(self, job: JobId, calls: Sequence[Call]) -> Packed:
@@ -78,8 +82,11 @@ class Packer:
                 if not len(packed.futures) % PART_ITEMS:
                     chunk = Chunk(len(packed.futures), [], [])
                 try:
-                    function = _reference(call.function, functions.get(id(call.function)), table)
-                    item = [function, *_arguments(call, chunk, job)]
+                    pickled, is_shared = functions.get(id(call.function)) or (self._pickle(call.function), False)
+                    item = [
+                        _reference(pickled, table, is_shared=is_shared),
+                        *self._arguments(call, pickled, chunk, job),
+                    ]
                 except Exception as error:  # noqa: BLE001 - pickling runs code of the pickled objects
                     packed.rejected.append((call.future, error))
                     continue
@@ -90,55 +97,55 @@ class Packer:
         packed.handler = pickle.dumps(Calls(list(table), self._initializer))
         return packed
 
-    def _functions(self, calls: Sequence[Call]) -> dict[int, tuple[bytes, bool]]:
+    def _pickle(self, function: Callable[..., Any]) -> Pickled:
+        if not callable(function):
+            raise TypeError(f"{function!r} is not callable")
+        return self._shipping.call(function)
+
+    def _arguments(self, call: Call, function: Pickled, chunk: Chunk, job: JobId) -> list[Json]:
+        shared = {**self._initializer_shared, **function.shared}
+        try:
+            if not shared and not call.kwargs and all(type(arg) in _PLAIN for arg in call.args):
+                return [values.encode_object(arg) for arg in call.args]
+            return [values.encode_object((call.args, call.kwargs, *shared.values()), chunk.file(job))]
+        except values.NotAValue as error:
+            if error.__cause__ is None:
+                raise
+            # Raise the error of pickle itself, because users of executors expect an error of pickle.
+            raise error.__cause__ from None
+
+    def _functions(self, calls: Sequence[Call]) -> dict[int, tuple[Pickled, bool]]:
         """Return a pair for each function, by `id(function)`: the pickled function, and whether the function is in the
         table of functions.
 
         A function that several calls share is in the table of functions, which is sent once, but which every worker
-        process loads. A function that is called once, such as a bound method or a partial, is sent with its call. A
-        function that cannot be pickled is left out.
+        process loads. A small function that is called once, such as a bound method or a partial, is sent with its
+        call. A function that cannot be pickled is left out.
         """
-        functions: dict[int, bytes] = {}
+        functions: dict[int, Pickled] = {}
         uses: Counter[bytes] = Counter()
         for call in calls:
             key = id(call.function)
             if key not in functions:
-                # `_reference` pickles the function again for each call, and raises the error.
+                # `pack` pickles the function again for each call, and raises a new error.
                 with suppress(Exception):
-                    functions[key] = pickle_call(call.function)
+                    functions[key] = self._pickle(call.function)
             if key in functions:
-                uses[functions[key]] += 1
+                uses[functions[key].data] += 1
         shared = {}
         for data, count in uses.items():
             digest = hashlib.sha256(data).digest()
-            shared[data] = count > 1 or digest in self._sent
+            shared[data] = count > 1 or digest in self._sent or len(data) > MAX_INLINE_FUNCTION_BYTES
             self._sent[digest] = None
         while len(self._sent) > MAX_KNOWN_FUNCTIONS:
             del self._sent[next(iter(self._sent))]
-        return {key: (data, shared[data]) for key, data in functions.items()}
+        return {key: (pickled, shared[pickled.data]) for key, pickled in functions.items()}
 
 
-def _reference(function: Callable[..., Any], entry: tuple[bytes, bool] | None, table: dict[bytes, int]) -> Json:
-    if not callable(function):
-        raise TypeError(f"{function!r} is not callable")
-    # If `entry` is None, the function could not be pickled, and `pickled` raises a new error for each call of the
-    # function.
-    data, shared = entry or (pickle_call(function), False)
-    if shared:
-        return table.setdefault(data, len(table))
-    return {"$pickle": base64.b64encode(data).decode()}
-
-
-def _arguments(call: Call, chunk: Chunk, job: JobId) -> list[Json]:
-    try:
-        if not call.kwargs and all(type(arg) in _PLAIN for arg in call.args):
-            return [values.encode_object(arg) for arg in call.args]
-        return [values.encode_object((call.args, call.kwargs), chunk.file(job))]
-    except values.NotAValue as error:
-        if error.__cause__ is None:
-            raise
-        # Raise the error of pickle itself, because users of executors expect an error of pickle.
-        raise error.__cause__ from None
+def _reference(function: Pickled, table: dict[bytes, int], *, is_shared: bool) -> Json:
+    if is_shared:
+        return table.setdefault(function.data, len(table))
+    return {"$pickle": base64.b64encode(function.data).decode()}
 
 
 _PROCESS_ENDS = (FailureKind.CRASH, FailureKind.EXIT, FailureKind.MEMORY, FailureKind.LOST)
@@ -178,11 +185,8 @@ def revive(raised: Raised) -> BaseException:
 
     If the exception cannot be unpickled in this process, return a TaskFailed with the text of the exception.
     """
-    try:
-        error = pickle.loads(raised.pickled) if raised.pickled else None  # noqa: S301 - pickled by the job's worker
-    except Exception:  # noqa: BLE001 - unpickling runs the code of the exception's class
-        error = None
-    if not isinstance(error, BaseException):
+    error = unpickle(raised.pickled) if raised.pickled else None
+    if error is None:
         return TaskFailed(raised.told, traceback=raised.traceback)
     error.__cause__ = RemoteTraceback(raised.traceback)
     return error
@@ -192,23 +196,32 @@ class CallFuture(Future[Any]):
     """Future of a call on the grid.
 
     A future is RUNNING after its call was sent, because this process does not know when a worker starts the call. The
-    `cancel` method of a RUNNING future returns False, and the future ends with the call's result.
+    `cancel` method of a RUNNING future returns False, and the future is never canceled later.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.batch: Batch | None = None
         self.unwanted = False
+        self.promised = False
+        """Whether `cancel` has returned False, so that the caller counts on the result of the call."""
         self._withdrawn = False
 
     def cancel(self) -> bool:
+        if self._cancel():
+            return True
+        with self._condition:
+            self.promised = not self._withdrawn
+        return self._withdrawn
+
+    def _cancel(self) -> bool:
         return super().cancel() or self._withdrawn
 
     def disown(self) -> None:
         """Record that the caller does not wait for the call. A call that was not sent is canceled at once. A call that
         was sent and has not started is canceled when no caller waits for a call of the same job.
         """
-        if not self.cancel() and (batch := self.batch):
+        if not self._cancel() and (batch := self.batch):
             batch.mark_unwanted(self)
 
     def cancelled(self) -> bool:
@@ -221,9 +234,15 @@ class CallFuture(Future[Any]):
         return error
 
     def withdraw(self) -> None:
-        """Mark a RUNNING future as canceled, which the base class Future does not support."""
-        self._withdrawn = True
-        self.set_exception(CancelledError())
+        """Mark a RUNNING future as canceled, which the base class Future does not support.
+
+        If `cancel` has returned False, the future gets an error instead.
+        """
+        with self._condition:
+            self._withdrawn = not self.promised
+        self.set_exception(
+            CancelledError() if self._withdrawn else JobFailed("The call was canceled together with its executor.")
+        )
 
 
 class Batch:
@@ -253,6 +272,11 @@ class Batch:
     def abandoned(self) -> bool:
         """Return whether the callers have stopped waiting for all remaining calls of the batch."""
         return self._unwanted >= self._remaining
+
+    @property
+    def has_promised(self) -> bool:
+        """Return whether `cancel` has returned False for a call of the batch that is not done."""
+        return any(future.promised for future in list(self.open.values()))
 
     def claim(self) -> list[Call]:
         """Return the calls of the batch that are not canceled, and mark the futures of these calls as RUNNING.
@@ -311,12 +335,15 @@ OnOutcome = Callable[[str, Outcome], None]
 class Sender:
     """Sender of the batches of one executor. The methods of a Sender run on the caller's thread."""
 
-    def __init__(self, link: Link, outgoing: JobSubmitter, name: str | None, initializer: Initializer | None) -> None:
-        """`name` is the name of the submitted jobs, or None for the name of the first call's function."""
+    def __init__(self, link: Link, outgoing: JobSubmitter, packer: Packer, name: str | None, stage: StageDef) -> None:
+        """`name` is the name of the submitted jobs, or None for the name of the first call's function. `stage` has the
+        pool and the slots of the calls.
+        """
         self._link = link
         self._outgoing = outgoing
-        self._packer = Packer(outgoing.shipping, initializer)
+        self._packer = packer
         self._name = name
+        self._stage = stage
 
     def send(
         self, batch: Batch, calls: Sequence[Call], accepted: Callable[[], None], on_outcome: OnOutcome
@@ -328,7 +355,7 @@ class Sender:
         `accepted` is called once, when the manager has accepted the job of the batch. An error that prevents the
         submission of the job is raised. BackendError and UsageError after the acceptance of the job are ignored.
         """
-        stage = StageDef(MAP, retry=RetryRule(attempts=1), bundle=batch.bundle)
+        stage = replace(self._stage, bundle=batch.bundle)
         draft = self._outgoing.draft(job_name(calls[0].function, self._name), stage)
         packed = self._packer.pack(draft.id, calls)
         batch.open = dict(enumerate(packed.futures))

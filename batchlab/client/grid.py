@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
 
 from batchlab.core import installation
 from batchlab.core.errors import JobFailed, TaskFailed, UsageError
@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from batchlab.client.http import Client
     from batchlab.client.results import JobResult
     from batchlab.core.job_definition import JobDef
+    from batchlab.core.shared_values import Shared
 
 __all__ = ["Grid"]
 
 PathText = str | os.PathLike[str]
+T = TypeVar("T")
 
 
 class MapOptions(TypedDict, total=False):
@@ -41,16 +43,20 @@ class MapOptions(TypedDict, total=False):
     timeout_s: float | None
     retry: RetryRule | int | None
     bundle: int | None
+    pool: str
+    slots: int
     ordered: bool
     return_exceptions: bool
+    progress: bool
+    show_output: bool
 
 
 class Grid:
     """Grid in a folder.
 
-    If a grid is not up in the folder, the Grid object starts a grid, and `close` stops the started grid. A Grid object
-    is thread-safe, and is best used as a context manager. A Grid object that is left open is closed when the last
-    reference to the object is dropped, or when Python exits.
+    If a grid is not up in the folder, the Grid object starts a grid. Grid objects of one process share the started
+    grid, and the last `close` stops it. A Grid object is thread-safe, and is best used as a context manager. A Grid
+    object that is left open is closed when the last reference to the object is dropped, or when Python exits.
     """
 
     def __init__(
@@ -66,8 +72,8 @@ class Grid:
 
         With `workers`, the default pool has from 0 to `workers` instances with one slot each. `pools` sets all pools of
         the grid. By default, the grid has the default pools of its backend. `warm` keeps the pools at their maximum
-        size. `workers`, `pools`, and `warm` apply only to a new grid. Raise UsageError if `workers`, `pools`, or `warm`
-        is given for a grid that is already up.
+        size. If a grid is already up in the folder, the Grid object joins this grid. Raise UsageError if `workers`,
+        `pools`, or `warm` differs from the pools of this grid.
         """
         installation.check_platform()
         descriptor, folder = factory.load(backend), find_home(Path(home) if home else None)
@@ -109,22 +115,28 @@ class Grid:
         timeout_s: float | None = None,
         retry: RetryRule | int | None = None,
         bundle: int | None = None,
+        pool: str = "default",
+        slots: int = 1,
         ordered: bool = True,
         return_exceptions: bool = False,
+        progress: bool = False,
+        show_output: bool = False,
     ) -> Generator[Any, None, None]:
         """Return the results of `function(item)`, or `function(item, ctx)`, for every item, computed by the grid's
         workers.
 
         `map` reads and submits all items before `map` returns. The results have the order of the items, or with
-        `ordered=False` the order in which the tasks end. If a task fails, the iterator raises TaskFailed at the
-        position of the task's result, and the remaining tasks are canceled. With `return_exceptions`, the TaskFailed is
-        returned as the result of the task, and the other tasks continue. If the iterator is dropped or closed, the
-        remaining tasks are canceled.
+        `ordered=False` the order in which the tasks end. If `function` is a coroutine function, the task runs the
+        coroutine to its end. If a task fails, the iterator raises TaskFailed at the position of the task's result, and
+        the remaining tasks are canceled. The TaskFailed is also an instance of the type that the task raised, and its
+        `__cause__` is the task's exception. With `return_exceptions`, the TaskFailed is returned as the result of the
+        task, and the other tasks continue. If the iterator is dropped or closed, the remaining tasks are canceled.
 
         `timeout_s` is the time limit of each task. `retry` is a RetryRule or the maximum number of attempts of a task.
         By default, a task that raises an exception is not retried. The loss of a worker does not count as a failure of
-        a task. `bundle` sets the number of tasks in a bundle. Raise UsageError and submit nothing if the function or an
-        item cannot be pickled.
+        a task. `bundle` sets the number of tasks in a bundle. The tasks run in the pool `pool`, and each task occupies
+        `slots` slots of an instance. `progress` counts the ended tasks on the standard error. `show_output` prints the
+        output of each ended task. Raise UsageError and submit nothing if the function or an item cannot be pickled.
         """
         return self._map(
             function,
@@ -133,8 +145,12 @@ class Grid:
             timeout_s=timeout_s,
             retry=retry,
             bundle=bundle,
+            pool=pool,
+            slots=slots,
             ordered=ordered,
             return_exceptions=return_exceptions,
+            progress=progress,
+            show_output=show_output,
         )
 
     def starmap(
@@ -157,18 +173,25 @@ class Grid:
         from batchlab.client.submission import MAP, job_name
         from batchlab.core.job_definition import StageDef
 
-        timeout_s, bundle = options.get("timeout_s"), options.get("bundle")
+        timeout_s, bundle, slots = options.get("timeout_s"), options.get("bundle"), options.get("slots", 1)
         return_exceptions = options.get("return_exceptions", False)
-        _check_positive(timeout_s=timeout_s, bundle=bundle)
-        stage = StageDef(MAP, timeout_s=timeout_s, retry=_rule(options.get("retry")), bundle=bundle)
+        _check_positive(timeout_s=timeout_s, bundle=bundle, slots=slots)
+        stage = StageDef(
+            MAP,
+            timeout_s=timeout_s,
+            retry=_rule(options.get("retry")),
+            slots=slots,
+            bundle=bundle,
+            pool=options.get("pool", "default"),
+        )
         name = job_name(function, options.get("name"))
         job = self._outgoing.submit(name, function, items, stage, tolerant=return_exceptions, starred=starred)
-        results = self._results(job, ordered=options.get("ordered", True), return_exceptions=return_exceptions)
+        results = self._results(job, options)
         # Start the generator, so that its `finally` block runs even if the caller does not read a result.
         next(results)
         return results
 
-    def _results(self, job: JobDef | None, *, ordered: bool, return_exceptions: bool) -> Generator[Any, None, None]:
+    def _results(self, job: JobDef | None, options: MapOptions) -> Generator[Any, None, None]:
         """Yield the results of a map.
 
         The generator keeps a reference to the Grid object, so that the grid is not closed while the caller reads
@@ -176,6 +199,7 @@ class Grid:
         """
         from batchlab.client.results import MapResults, decode_all
         from batchlab.client.submission import MAP
+        from batchlab.client.task_output import Progress, show
         from batchlab.core.protocol.bundle_inputs import JobObjects
 
         if job is None:
@@ -183,7 +207,16 @@ class Grid:
             return
         link, done = self._link, False
         own = JobObjects.of_job(job)
-        incoming = MapResults(link, job.id, job.items or 0, ordered=ordered)
+        count, return_exceptions = job.items or 0, options.get("return_exceptions", False)
+        progress = Progress(job.name, count) if options.get("progress") else None
+        incoming = MapResults(
+            link,
+            job.id,
+            count,
+            ordered=options.get("ordered", True),
+            on_poll=progress.update if progress else None,
+            on_outcome=partial(show, link) if options.get("show_output") else None,
+        )
         try:
             yield None
             for first, encoded in incoming.runs():
@@ -197,20 +230,51 @@ class Grid:
             # The garbage collector may run the `finally` block on any thread, so the `finally` block must not wait.
             incoming.cancel()
             link.leave(job.id, cancel=not done)
+            if progress:
+                progress.close()
+
+    def put(self, value: T) -> Shared[T]:
+        """Store a large value once for all tasks of the grid, and return a reference to it.
+
+        Pass the reference to tasks as an argument, or use it in a mapped function. Tasks read the value as
+        `reference.value`. Each process of a worker loads the value once, and must not change it. Raise UsageError if
+        the value cannot be pickled.
+        """
+        return self._outgoing.put(value)
 
     def executor(
-        self, *, name: str | None = None, initializer: Callable[..., object] | None = None, initargs: Iterable[Any] = ()
+        self,
+        *,
+        name: str | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: Iterable[Any] = (),
+        pool: str = "default",
+        slots: int = 1,
+        show_output: bool = False,
     ) -> GridExecutor:
         """Return a `concurrent.futures.Executor` whose calls run on the grid's workers.
 
         `name` is the name of the executor's jobs. By default, a job has the name of the function that its first call
-        calls. Each worker process calls `initializer(*initargs)` before its first call. Raise UsageError if the
-        initializer cannot be pickled.
+        calls. Each worker process calls `initializer(*initargs)` before its first call. The calls run in the pool
+        `pool`, and each call occupies `slots` slots of an instance. `show_output` prints the output of each call that
+        has ended. Raise UsageError if the initializer cannot be pickled.
         """
         from batchlab.client.executor import GridExecutor
+        from batchlab.client.submission import MAP
+        from batchlab.core.job_definition import StageDef
 
+        _check_positive(slots=slots)
         self._link.direct_calls.open()
-        return GridExecutor(self, self._link, self._outgoing, name=name, initializer=initializer, initargs=initargs)
+        return GridExecutor(
+            self,
+            self._link,
+            self._outgoing,
+            name=name,
+            stage=StageDef(MAP, retry=RetryRule(attempts=1), slots=slots, pool=pool),
+            initializer=initializer,
+            initargs=initargs,
+            show_output=show_output,
+        )
 
     def run(
         self,
@@ -293,7 +357,8 @@ class Grid:
         return JobResult(self, link, view)
 
     def close(self) -> None:
-        """Cancel the jobs for which a caller waits, and stop the grid if the Grid object started the grid.
+        """Cancel the jobs for which a caller waits. Stop the grid if this process started it, and if no other Grid
+        object of this process uses it.
 
         `close` deletes fetched result files that are not in a folder of the caller. A repeated call of `close` does
         nothing.

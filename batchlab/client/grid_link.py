@@ -1,8 +1,8 @@
 """Connection of a Python program to a grid.
 
 The connection starts a grid if the grid is not up, replaces a manager that has ended, and stops the grid. Invariant: a
-grid that this process started ends with this process. A grid that was up before the connection stays up. A job of
-`map`, `run`, or an executor is canceled when no caller waits for the job's results.
+grid that this process started ends with the last connection of this process to the grid. A grid that another process
+started stays up. A job of `map`, `run`, or an executor is canceled when no caller waits for the job's results.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from batchlab.client import thread_cache
 from batchlab.client.direct_calls import DirectCalls
@@ -45,6 +46,8 @@ LOOP_TIMEOUT_S = 10.0
 """Time in seconds after which an event loop that does not respond is considered stuck."""
 JOB_END_WAIT_S = 3.0
 """Maximum time in seconds for which `close` waits until the manager lists canceled jobs as ended."""
+_OPEN: WeakSet[Link] = WeakSet()
+"""Open links of this process. Several links to a grid that this process started share the grid."""
 
 
 class Link:
@@ -52,7 +55,7 @@ class Link:
 
     def __init__(self, backend: Backend, home: Home, pools: Sequence[Pool], start: ManagerStart | None = None) -> None:
         """`pools` are the pools of the grid if the link starts a grid. With `start`, the link waits for the manager
-        that the caller has begun to start. Raise UsageError if `pools` is not empty and a grid is already up.
+        that the caller has begun to start. Raise UsageError if a grid with other pools is already up.
         """
         self.backend = backend
         self.home = home
@@ -60,7 +63,9 @@ class Link:
         self.ids = backend.open_ids()
         self.patience = factory.patience()
         self.ours = False
-        """Whether this process started the manager. `close` stops only a manager that this process started."""
+        """Whether this process started the manager. `close` stops only a manager that this process started, and only
+        if no other open link shares the manager.
+        """
         self._pools = pools
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -89,6 +94,7 @@ class Link:
         self._loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix=_OURS))
         self._thread = threading.Thread(target=self._loop.run_forever, name=_OURS, daemon=True)
         self._thread.start()
+        _OPEN.add(self)
 
     # --- Manager ---------------------------------------------------------------------------------
 
@@ -96,6 +102,7 @@ class Link:
         # `find_place` raises UsageError if the home belongs to another endpoint.
         self.backend.find_place(self.home)
         record = None if start else self.home.record()
+        is_new = record is None
         if record is None:
             if start:
                 record = start.wait()
@@ -103,11 +110,8 @@ class Link:
                 record = manager_process.start_manager(self.home, self.backend, pools=self._pools, parent=True)
             # The manager may belong to another process that started a manager at the same time.
             self.ours = self._has_started(record)
-        elif self._pools and not self.ours:
-            raise UsageError(
-                f"A grid is up in {self.home.path}, and the pools of a running grid cannot be set.",
-                remedy="Leave out workers, pools, and warm, or name another folder as home.",
-            )
+        else:
+            self.ours = self.ours or any(link.ours for link in self._others())
         remedy = f'Use Grid("{record.backend}"), or name another folder as home.'
         self.home.check_backend(record, self.backend.name, remedy)
         try:
@@ -116,7 +120,31 @@ class Link:
             if self.ours:
                 manager_process.stop_manager(self.home)
             raise
-        self._clients.append(Client.of(self.home, record))
+        client = Client.of(self.home, record)
+        if self._pools and not self._clients and not (is_new and self.ours):
+            self._check_pools(client)
+        self._clients.append(client)
+
+    def _check_pools(self, client: Client) -> None:
+        """Raise UsageError unless the running grid has the pools that the caller has named."""
+        running = {pool["name"]: (pool["min"], pool["max"], pool["slots"]) for pool in client.grid()["pools"]}
+        if running == {pool.name: (pool.min_size, pool.max_size, pool.slots) for pool in self._pools}:
+            return
+        sizes = ", ".join(f"{name} {low}-{high}x{slots}" for name, (low, high, slots) in running.items())
+        client.close()
+        raise UsageError(
+            f"A grid with other pools is up in {self.home.path} ({sizes}), and the pools of a running grid cannot be "
+            "set.",
+            remedy="Leave out workers, pools, and warm, close that grid, or name another folder as home.",
+        )
+
+    def _others(self) -> list[Link]:
+        """Return the other open links of this process to the same grid."""
+        return [
+            link
+            for link in list(_OPEN)
+            if link is not self and link.home.path == self.home.path and not link._closed and not link.forked
+        ]
 
     def _has_started(self, record: ManagerRecord) -> bool:
         """Return whether this process started the manager process or the manager's container."""
@@ -301,7 +329,7 @@ class Link:
             if self._folder:
                 steps.callback(shutil.rmtree, self._folder, ignore_errors=True)
             steps.callback(lambda: None if is_stuck else self._stop_loop())
-            if self.ours:
+            if self.ours and not self._others():
                 steps.callback(self._stop_manager)
             for client in self._clients:
                 steps.callback(client.close)

@@ -43,6 +43,13 @@ HEARTBEATS_S = 1.0
 """
 
 
+def import_http() -> None:
+    """Import the HTTP client of a watch. The import takes 0.3 s, and would delay the first results of an executor."""
+    import httpx  # noqa: F401
+
+    import batchlab.client.signed_http  # noqa: F401
+
+
 class Listener(Protocol):
     """Receiver of the events of watched jobs. The methods of a listener run on the event loop's thread and must return
     quickly.

@@ -7,6 +7,7 @@ failed request raises an exception of a class in `batchlab.core.errors`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import ssl
 from collections.abc import Iterator, Mapping
@@ -54,6 +55,21 @@ _ERRORS: dict[int, type[BatchlabError]] = {
 }
 
 
+class _PollFilter(logging.Filter):
+    """Filter that removes the log lines of httpx for the requests to managers. Other lines of httpx remain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.urls: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        url = str(record.args[1]) if isinstance(record.args, tuple) and len(record.args) > 1 else ""
+        return not url.startswith(tuple(self.urls))
+
+
+_POLLS = _PollFilter()
+
+
 def patience_s(*, restarted: bool = False) -> float:
     """Return the time in seconds for which a client retries failed requests.
 
@@ -98,6 +114,9 @@ class Calls:
 
         from batchlab.client.signed_http import Signing
 
+        # httpx logs each request at the level INFO, and a program that logs its own steps at INFO polls all the time.
+        _POLLS.urls.add(self.url)
+        logging.getLogger("httpx").addFilter(_POLLS)
         limits = httpx.Limits(max_connections=connections, keepalive_expiry=IDLE_S)
         # For HTTP, the TLS context does not trust any certificate, so a redirect to HTTPS fails safely.
         tls = self._tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from heapq import heappop, heappush
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from batchlab.client.grid_link import POLL_S, Link
 from batchlab.client.http import Client
+from batchlab.client.task_errors import with_cause
 from batchlab.core.api_types import OutcomeView
 from batchlab.core.errors import BackendError, JobFailed, TaskFailed, UsageError
 from batchlab.core.job_definition import task_name
@@ -54,7 +55,21 @@ task.
 class MapResults:
     """Results of one call of `Grid.map`, as encoded values."""
 
-    def __init__(self, link: Link, job: str, count: int, *, ordered: bool) -> None:
+    def __init__(
+        self,
+        link: Link,
+        job: str,
+        count: int,
+        *,
+        ordered: bool,
+        on_poll: Callable[[int], None] | None = None,
+        on_outcome: Callable[[Outcome], None] | None = None,
+    ) -> None:
+        """`on_poll` receives the number of ended tasks after each poll, and `on_outcome` receives each outcome before
+        its results are yielded.
+        """
+        self._on_poll = on_poll
+        self._on_outcome = on_outcome
         self._link = link
         self._job = job
         self._count = count
@@ -103,7 +118,10 @@ class MapResults:
             heappush(fetching, (at, seq, self._link.start(fetch_outcome(self._link, view))))
         if not fetching or fetching[0][0] > needed:
             return None
-        return heappop(fetching)[2].result()
+        outcome = heappop(fetching)[2].result()
+        if self._on_outcome:
+            self._on_outcome(outcome)
+        return outcome
 
     def _poll(self, returned: int) -> None:
         """Wait for further outcomes of the job. Raise JobFailed if the job has ended without outcomes for all tasks."""
@@ -123,6 +141,8 @@ class MapResults:
                 # tasks.
                 first = int(view["bundle"].partition("-")[0]) if view["failed"] else view["tasks"][0][0]
                 heappush(self._listed, (first if self._ordered else view["seq"], view["seq"], view))
+        if self._on_poll:
+            self._on_poll(self._ended)
         if page["ended"] and not page["outcomes"]:
             job = self._link.call(lambda client: client.job(self._job))
             reason = f" ({job['reason']})" if job["reason"] else ""
@@ -168,7 +188,7 @@ def _runs(outcome: Outcome) -> Iterator[Run]:
         at += stop - start
     for failure in outcome.failed:
         if failure.final:
-            yield failure.task, [task_failure(outcome, failure)]
+            yield failure.task, [with_cause(task_failure(outcome, failure), failure.pickled)]
 
 
 def task_failure(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFailed) -> TaskFailed:

@@ -13,15 +13,17 @@ import asyncio
 import hashlib
 import io
 import json
+import pickle
 import re
 import subprocess
 import sys
 import sysconfig
 import threading
+import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,13 +33,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import cloudpickle
 
 from batchlab.client.grid_link import Link
+from batchlab.client.local_imports import LocalImports, imported_names
+from batchlab.core import shared_values
 from batchlab.core.errors import AlreadyExists, UsageError
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import JobId, Json, Outcome, StageName, TaskSet
 from batchlab.core.protocol import json_format, object_keys, values
+from batchlab.core.shared_values import Shared, StoredFile
 from batchlab.core.task_context import File, name_problem
 from batchlab.manager.stage_plans import ITEM_BYTES, MAX_STORED_BYTES, MAX_STORED_ITEMS, PART_ITEMS, PartWriter
-from batchlab.worker.executor_calls import Starred
+from batchlab.worker import code_cache
+from batchlab.worker.executor_calls import Starred, WithShared
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
@@ -64,22 +70,52 @@ def _with_file(code: CodeType) -> tuple[Any, ...]:
     return constructor, tuple(code.co_filename if value == "<dynamic-code>" else value for value in arguments)
 
 
+@dataclass(slots=True)
+class Pickled:
+    """A pickled object, the modules that its functions import, and the shared values that it refers to."""
+
+    data: bytes = b""
+    imports: set[str] = field(default_factory=set)
+    shared: dict[str, Shared[Any]] = field(default_factory=dict)
+
+
+def _reduce(self: Any, obj: Any) -> Any:
+    """Collect the imports of code objects, and pickle a shared value without its file."""
+    if type(obj) is CodeType:
+        self.found.imports.update(imported_names(obj))
+    elif type(obj) is Shared:
+        self.found.shared[obj.digest] = obj
+        return Shared, (obj.digest, obj.size)
+    return cloudpickle.Pickler.reducer_override(self, obj)
+
+
 # The class is created with `type`, because cloudpickle lacks type annotations, and the type checker rejects a class
 # statement with the base class Any.
 _Pickler = type(
     "_Pickler",
     (cloudpickle.Pickler,),
-    {"dispatch_table": ChainMap({CodeType: _with_file}, cloudpickle.Pickler.dispatch_table)},
+    {
+        "dispatch_table": ChainMap({CodeType: _with_file}, cloudpickle.Pickler.dispatch_table),
+        "reducer_override": _reduce,
+    },
 )
 
 
-def pickle_call(function: Callable[..., Any]) -> bytes:
-    """Return the pickled function. The caller must call `pickled` inside `ObjectPickler.by_value`. An error of pickle
-    is raised unchanged.
+def pickle_object(obj: Any) -> Pickled:
+    """Return the pickled object. The caller must call `pickle_object` inside `ObjectPickler.by_value`. An error of
+    pickle is raised unchanged.
     """
     buffer = io.BytesIO()
-    _Pickler(buffer).dump(function)
-    return buffer.getvalue()
+    pickler = _Pickler(buffer)
+    pickler.found = found = Pickled()
+    pickler.dump(obj)
+    found.data = buffer.getvalue()
+    return found
+
+
+LARGE_BYTES = 1_000_000
+"""Size of a pickled function in bytes above which a program gets a warning."""
+MAX_SHARED_BYTES = 2 * 1024**3
 
 
 class ObjectPickler:
@@ -94,15 +130,37 @@ class ObjectPickler:
 
         The submodules of a module in the list are also pickled by value.
         """
+        self.imports = LocalImports(self._workers_lack)
+        """Modules that the pickled functions import while they run."""
+        self._warned: set[str] = set()
 
-    def function(self, function: Callable[..., Any]) -> bytes:
+    def call(self, function: Callable[..., Any]) -> Pickled:
+        """Return the pickled function, and record the modules that it imports. Warn about a large function.
+
+        An error of pickle is raised unchanged.
+        """
+        pickled = pickle_object(function)
+        self.imports.add(pickled.imports)
+        name = getattr(function, "__qualname__", None) or type(function).__name__
+        if len(pickled.data) > LARGE_BYTES and name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(
+                f"The function {name} takes {len(pickled.data) / 1e6:.1f} MB when pickled. Each worker loads the "
+                "function for each job. Store its large objects once with Grid.put, or pass them as a File.",
+                stacklevel=2,
+            )
+        return pickled
+
+    def function(self, function: Callable[..., Any]) -> Pickled:
         """Return the pickled function. Raise UsageError if the function cannot be pickled."""
         name = getattr(function, "__qualname__", None) or repr(function)
         if not callable(function):
             raise UsageError(f"{name} is not a function.", remedy="Pass a callable to map.")
         with self.by_value():
             try:
-                return pickle_call(function)
+                return self.call(function)
+            except (UsageError, Warning):
+                raise
             except Exception as error:
                 raise UsageError(
                     f"The function {name} cannot be sent to the workers: {type(error).__name__}: {error}.",
@@ -110,12 +168,23 @@ class ObjectPickler:
                     "cannot be sent.",
                 ) from error
 
-    def items(self, items: Sequence[Any], first: int, file: Callable[[File], Json], *, starred: bool) -> list[Json]:
-        """Return the encoded items. If `starred` is True, each item is encoded as a list of arguments. If an item
-        cannot be encoded, raise UsageError with the item's number. The numbers begin with `first`.
+    def items(
+        self,
+        items: Sequence[Any],
+        first: int,
+        file: Callable[[File], Json],
+        *,
+        starred: bool,
+        shared: Sequence[Shared[Any]] = (),
+    ) -> list[Json]:
+        """Return the encoded items. If `starred` is True, each item is encoded as a list of arguments. If the function
+        uses `shared` values, each item is encoded together with these values (see `WithShared`). If an item cannot be
+        encoded, raise UsageError with the item's number. The numbers begin with `first`.
         """
         encoded: list[Json] = []
         encode = _arguments if starred else values.encode_object
+        if shared:
+            encode = partial(_with_shared, shared, starred=starred)
         with self.by_value():
             try:
                 for item in items:
@@ -153,35 +222,51 @@ class ObjectPickler:
         new = sys.modules.keys() - self._checked
         if not new:
             return  # `sysconfig.get_paths` takes 0.1 ms, which counts for single calls
-        paths = sysconfig.get_paths()
-        installed = (f"{paths['purelib']}/", f"{paths['platlib']}/")
-        places = {
-            name: place
-            for name in new
-            if "." not in name and (place := _place(name)) and not place.startswith(installed)
-        }
-        # Workers can import all modules of batchlab and of the standard library.
-        standard = f"{paths['stdlib']}/"
-        for name, place in list(places.items()):
-            if name == "batchlab" or (place.startswith(standard) and "-packages/" not in place):
-                del places[name]
-        if places:
-            # The option -P excludes the current folder and the script's folder from the module search path, as in a
-            # task's process.
-            command = [sys.executable, "-P", "-c", _FIND_MODULES, *places]
-            answer = subprocess.run(command, capture_output=True, text=True, check=True)
-            workers_places: dict[str, str | None] = json.loads(answer.stdout.splitlines()[-1])
-            self._local += [sys.modules[name] for name in places if workers_places[name] != places[name]]
+        places = {name: place for name in new if "." not in name and (place := _place(name))}
+        lacking = self._workers_lack(places)
+        self._local += [sys.modules[name] for name in places if name in lacking]
         self._checked |= new
         self._last = last  # If Ctrl-C interrupts the check, the next call checks again.
 
+    def _workers_lack(self, places: dict[str, str]) -> set[str]:
+        """Return the modules that workers cannot import, or that workers would import from another place.
+
+        `places` has the file or the folder of each module by the module's name.
+        """
+        paths = sysconfig.get_paths()
+        installed = (f"{paths['purelib']}/", f"{paths['platlib']}/")
+        # Workers can import all modules of batchlab and of the standard library.
+        standard = f"{paths['stdlib']}/"
+        places = {
+            name: place
+            for name, place in places.items()
+            if name != "batchlab"
+            and not place.startswith(installed)
+            and ("-packages/" in place or not place.startswith(standard))
+        }
+        if not places:
+            return set()
+        # The option -P excludes the current folder and the script's folder from the module search path, as in a
+        # task's process.
+        command = [sys.executable, "-P", "-c", _FIND_MODULES, *places]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        workers_places: dict[str, str | None] = json.loads(answer.stdout.splitlines()[-1])
+        return {name for name in places if workers_places[name] != places[name]}
+
 
 def _arguments(item: Any, file: Callable[[File], Json]) -> Json:
+    return [values.encode_object(argument, file) for argument in _sequence(item)]
+
+
+def _sequence(item: Any) -> list[Any]:
     try:
-        arguments = list(item)
+        return list(item)
     except TypeError:
         raise values.NotAValue(f"{item!r:.60} is not a sequence of arguments.") from None
-    return [values.encode_object(argument, file) for argument in arguments]
+
+
+def _with_shared(shared: Sequence[Shared[Any]], item: Any, file: Callable[[File], Json], *, starred: bool) -> Json:
+    return values.encode_object((_sequence(item) if starred else item, *shared), file)
 
 
 def _place(name: str) -> str | None:
@@ -257,13 +342,45 @@ class JobSubmitter:
         """
         self._link.check_open()
         pickled = self.shipping.function(Starred(function) if starred else function)
+        handler, shared = pickled.data, list(pickled.shared.values())
+        if shared:
+            handler = pickle.dumps(WithShared(handler))
         draft = self.draft(name, stage)
-        chunks = self._chunks(draft.id, items, starred=starred)
-        prepared = self._prepare(draft, pickled, chunks, tolerant=tolerant)
+        chunks = self._chunks(draft.id, items, starred=starred, shared=shared)
+        prepared = self._prepare(draft, handler, chunks, tolerant=tolerant)
         if prepared is None:
             return None
         self._request(prepared.job, lambda client: client.submit(prepared.job, prepared.items))
         return prepared.job
+
+    def put(self, value: T) -> Shared[T]:
+        """Store a value for all tasks. A value that is already in the bucket is not stored again."""
+        self._link.check_open()
+        what = values.type_name(type(value))
+        try:
+            with self.shipping.by_value():
+                pickled = pickle_object(value)
+        except Exception as error:
+            raise UsageError(
+                f"A value of type {what} cannot be pickled: {type(error).__name__}: {error}.",
+                remedy="Store plain data, and create other objects in the tasks.",
+            ) from error
+        if pickled.shared:
+            raise UsageError("A shared value refers to another shared value.", remedy="Pass both values to the tasks.")
+        if len(pickled.data) > MAX_SHARED_BYTES:
+            raise UsageError(
+                f"A value of type {what} has {len(pickled.data) / 1e9:.1f} GB when pickled, and the limit is "
+                f"{MAX_SHARED_BYTES / 1e9:.1f} GB.",
+                remedy="Write the data to a file, and pass a File.",
+            )
+        key = object_keys.pickled(pickled.data)
+        if key not in self._stored:
+            self._link.run(self._store(key, pickled.data))
+        digest = hashlib.sha256(pickled.data).hexdigest()
+        shared: Shared[T] = Shared(digest, len(pickled.data))
+        shared_values.register(digest, StoredFile(values.file_ref(key, f"{digest}.pkl", shared.size)))
+        shared.keep(value)
+        return shared
 
     def draft(self, name: str, stage: StageDef) -> JobDef:
         """Return the definition of a new job with a fresh id, without items."""
@@ -287,7 +404,8 @@ class JobSubmitter:
             return None
         job, items = prepared.job, prepared.items
         is_sent = False
-        if job.is_single_call and items is not None:
+        # A direct call does not check whether an instance has enough slots.
+        if job.is_single_call and items is not None and job.stages[0].slots == 1:
             self._link.follow(job.id)
             is_sent, outcome = self._link.direct_calls.call(job, items, accepted)
             if outcome:
@@ -303,18 +421,33 @@ class JobSubmitter:
         """Store the job's handler and items in the bucket, and return the job. Return None for a job without items."""
         link, job = self._link, draft.id
         (stage,) = draft.stages
-        key = f"code/{hashlib.sha256(pickled).hexdigest()}.pkl"
+        key = object_keys.pickled(pickled)
         try:
             count, items = self._store_objects(job, key, pickled, chunks)
+            code = self._store_code() if count else None
         except BaseException:
             link.run(self._remove(job))
             raise
         if not count:
             return None
         job_def = replace(
-            draft, stages=(replace(stage, handler=f"pickle:{key}"),), items=count, max_failures=count if tolerant else 0
+            draft,
+            stages=(replace(stage, handler=f"pickle:{key}"),),
+            items=count,
+            code=code,
+            max_failures=count if tolerant else 0,
         )
         return _PreparedJob(job_def, items)
+
+    def _store_code(self) -> str | None:
+        """Store the local modules that functions import on the workers. Return the key, or None without modules."""
+        data = self.shipping.imports.pack()
+        if not data:
+            return None
+        key = code_cache.key(data)
+        if key not in self._stored:
+            self._link.run(self._store(key, data))
+        return key
 
     def _request(self, job: JobDef, request: Callable[[Client], T]) -> T:
         link = self._link
@@ -368,11 +501,13 @@ class JobSubmitter:
         run(commit())
         return count, None
 
-    def _chunks(self, job: JobId, items: Iterable[Any], *, starred: bool) -> Iterator[Chunk]:
+    def _chunks(
+        self, job: JobId, items: Iterable[Any], *, starred: bool, shared: Sequence[Shared[Any]]
+    ) -> Iterator[Chunk]:
         iterator, first = iter(items), 0
         while part := list(islice(iterator, PART_ITEMS)):
             chunk = Chunk(first, [], [])
-            chunk.items += self.shipping.items(part, first, chunk.file(job), starred=starred)
+            chunk.items += self.shipping.items(part, first, chunk.file(job), starred=starred, shared=shared)
             yield chunk
             first += len(part)
 

@@ -245,7 +245,8 @@ class Failure:
 
     `final` is true if the attempt is not retried. `reason` is one sentence for a person. Failures are grouped by
     `error`, which is the exception's class name or a similar name. `exit_code` is negative if a signal ended the
-    process.
+    process. `pickled` is the pickled exception of a task of the Python API in base64, or "". Only the caller of the job
+    unpickles it.
     """
 
     task: int
@@ -256,6 +257,7 @@ class Failure:
     exit_code: int | None = None
     run_s: float = 0.0
     final: bool = True
+    pickled: str = ""
 
 
 class TaskMetrics(NamedTuple):

@@ -16,7 +16,7 @@ import stat
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -75,28 +75,33 @@ def pack(folder: Path, data: Collection[Path] = (), most_bytes: int | None = Non
             f"The code folder {folder} does not exist.", remedy="Name the folder that contains the job's code."
         )
     excluded = {path.resolve() for path in data}
-    buffer = io.BytesIO()
     try:
-        files = _select_files(folder, root, excluded, most_bytes or MAX_BYTES)
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in files:
-                info = zipfile.ZipInfo(path.relative_to(root).as_posix(), _EPOCH)
-                mode = 0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644
-                info.external_attr = (stat.S_IFREG | mode) << 16
-                # The zip always names Unix as its system, so that all platforms produce equal bytes.
-                info.create_system = 3
-                info.compress_type = zipfile.ZIP_DEFLATED
-                archive.writestr(info, path.read_bytes())
+        files = select_files(folder, root, excluded, most_bytes or MAX_BYTES)
+        return pack_files({path.relative_to(root).as_posix(): path for path in files})
     except OSError as error:
         raise UsageError(
             f"{error.filename or folder} cannot be read: {error.strerror}.",
             remedy="Make it readable, or move it out of the code folder.",
         ) from error
+
+
+def pack_files(files: Mapping[str, Path]) -> bytes:
+    """Return a zip of the files, by the name in the zip. The same content and file modes give the same bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, path in files.items():
+            info = zipfile.ZipInfo(name, _EPOCH)
+            mode = 0o755 if path.stat().st_mode & stat.S_IXUSR else 0o644
+            info.external_attr = (stat.S_IFREG | mode) << 16
+            # The zip always names Unix as its system, so that all platforms produce equal bytes.
+            info.create_system = 3
+            info.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(info, path.read_bytes())
     return buffer.getvalue()
 
 
-def _select_files(folder: Path, root: Path, excluded: Collection[Path], most_bytes: int) -> list[Path]:
-    """Return the files to pack, sorted by name."""
+def select_files(folder: Path, root: Path, excluded: Collection[Path], most_bytes: int) -> list[Path]:
+    """Return the files to pack, sorted by name. Raise UsageError for files that workers cannot unpack."""
     files: list[Path] = []
     total = 0
     for path in _files(root, root):
@@ -250,15 +255,22 @@ class CodeCache:
 
         A missing object raises Problem of kind "import".
         """
-        path = self._scratch.root / "functions" / hashlib.sha256(key.encode()).hexdigest()
         try:
-            async with self._lock(key):
-                if not path.is_file():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    await self._objects.download(key, path)
+            self._functions[key] = path = await self.pickled(key)
         except NotFound as error:
             raise Problem("import", f"The job's function cannot be fetched: {error}") from error
-        self._functions[key] = path
+        return path
+
+    async def pickled(self, key: str) -> Path:
+        """Return the file of a pickled function or of a shared value, which is fetched on first use.
+
+        A missing object raises NotFound.
+        """
+        path = self._scratch.root / "functions" / hashlib.sha256(key.encode()).hexdigest()
+        async with self._lock(key):
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                await self._objects.download(key, path)
         return path
 
     def _lock(self, key: str) -> asyncio.Lock:

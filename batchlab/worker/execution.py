@@ -139,7 +139,9 @@ class Execution:
         self._sigkills: Counter[int] = Counter()
         """Number of deaths of each task's process by a SIGKILL that the worker did not send."""
         own = JobObjects.of_job(work.job)
-        self._inputs = materialization.Inputs(context.objects, folder, asyncio.to_thread, own, context.files)
+        self._inputs = materialization.Inputs(
+            context.objects, folder, asyncio.to_thread, own, context.files, context.code_cache.pickled
+        )
         self._storing: set[asyncio.Task[Ran]] = set()
         self._uploads = asyncio.Semaphore(_UPLOADS)
         handle.peek = self._peek

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+from batchlab.core.task_context import Context
 from batchlab.worker import handlers
 
 _SHARED = (FunctionType, BuiltinFunctionType, type)
@@ -46,8 +47,9 @@ class Initializer:
 class Calls:
     """Handler of an executor's job.
 
-    An item of the job is [function, argument, …] with plain arguments, or [function, (args, kwargs)]. A number in place
-    of the function is an index of `functions`, which has the pickled functions that calls share.
+    An item of the job is [function, argument, …] with plain arguments, or [function, (args, kwargs, …)], where further
+    elements are the shared values that the function uses. A number in place of the function is an index of `functions`,
+    which has the pickled functions that calls share.
     """
 
     def __init__(self, functions: Sequence[bytes], initializer: Initializer | None) -> None:
@@ -67,8 +69,8 @@ class Calls:
             if type(function) is int:
                 function = self._function(function)
             if len(args) == 1 and type(args[0]) is tuple:
-                return function(*args[0][0], **args[0][1])
-            return function(*args)
+                return handlers.complete(function(*args[0][0], **args[0][1]))
+            return handlers.complete(function(*args))
         except BaseException as error:  # noqa: BLE001 - the caller receives every exception
             return _raised_error(error, initializer=not ready)
 
@@ -100,6 +102,26 @@ class Starred:
         return self.function(*item)
 
 
+class WithShared:
+    """Handler whose items are tuples of the function's item and of the shared values that the function uses.
+
+    The worker fetches the shared values of an item. A pickled function itself cannot refer to objects in the bucket.
+    """
+
+    def __init__(self, pickled: bytes) -> None:
+        self._pickled = pickled
+        self._call: handlers.Call | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WithShared, (self._pickled,)
+
+    def __call__(self, item: tuple[Any, ...], ctx: Context) -> Any:
+        if self._call is None:
+            function = pickle.loads(self._pickled)  # noqa: S301 - the user's own code
+            self._call = handlers.adapt("The function", function)
+        return self._call(item[0], ctx)
+
+
 class Timed:
     """Callable that returns the result of `function()` and its duration in seconds."""
 
@@ -108,7 +130,7 @@ class Timed:
 
     def __call__(self) -> tuple[Any, float]:
         began_s = time.perf_counter()
-        result = self.function()
+        result = handlers.complete(self.function())
         return result, time.perf_counter() - began_s
 
 

@@ -6,13 +6,14 @@ and light modules, because every child process imports the module.
 
 from __future__ import annotations
 
+import base64
 import importlib
 import pickle
 import traceback
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import CoroutineType, FunctionType, ModuleType
 from typing import Any
 
 from batchlab.core.task_context import Context
@@ -81,7 +82,7 @@ def _load(handler: str, function: str | None) -> Call:
     if not callable(target):
         raise Problem("import", f"{handler} is not a function: its type is {type(target).__name__}.")
     # The handler name of a pickled function is an object key, which users do not know.
-    return _adapt("The function" if function else handler, target)
+    return adapt("The function" if function else handler, target)
 
 
 # The parameters of a pickled function are read once, because this takes longer than a short task.
@@ -147,7 +148,12 @@ def _import_problem(handler: str, error: BaseException) -> Problem:
     return problem
 
 
-def _adapt(handler: str, function: Callable[..., Any]) -> Call:
+def adapt(handler: str, function: Callable[..., Any]) -> Call:
+    """Return a function with the arguments (item, ctx) that calls `function`.
+
+    `handler` is the name of the function in an error. Raise Problem of kind "import" if the function takes other
+    arguments.
+    """
     # `inspect` is imported late, because its import is slow and the start-up of a child does not need it.
     import inspect
 
@@ -172,6 +178,15 @@ def _adapt(handler: str, function: Callable[..., Any]) -> Call:
     return lambda item, _: function(item)
 
 
+def complete(value: Any) -> Any:
+    """Return the result of a call. If the call has returned a coroutine, run the coroutine to its end."""
+    if type(value) is not CoroutineType:
+        return value
+    import asyncio  # asyncio is imported late, because most functions do not need it.
+
+    return asyncio.run(value)
+
+
 # --- Failures ------------------------------------------------------------------------------------
 
 
@@ -182,6 +197,17 @@ def explain(error: BaseException) -> Fault:
     except BaseException as second:  # noqa: BLE001 - an exception's own __str__ may do anything
         what = f"{type(error).__name__} (describing it raised {type(second).__name__})"
         return fault("exception", what, error=type(error).__name__)
+
+
+def pickled(error: BaseException, max_bytes: int) -> str:
+    """Return the pickled exception in base64, or "" if it cannot be pickled or is larger than `max_bytes` in base64."""
+    import cloudpickle  # cloudpickle is imported late, because its import takes as long as the start of Python.
+
+    try:
+        text = base64.b64encode(cloudpickle.dumps(error)).decode()
+    except Exception:  # noqa: BLE001 - an exception may contain any object
+        return ""
+    return text if len(text) <= max_bytes else ""
 
 
 def _explain(error: BaseException) -> Fault:

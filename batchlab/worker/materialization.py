@@ -92,20 +92,29 @@ def refers(chunk: Iterable[tuple[int, Json]]) -> bool:
 def _bytes(reference: Json) -> int:
     if values.kind(reference) == "$part":
         return int(reference["stop"]) - int(reference["start"])
-    return int(reference.get("size", 0))
+    # A shared value is fetched once for all tasks of an instance.
+    return 0 if object_keys.is_pickled(reference.get("$file", "")) else int(reference.get("size", 0))
 
 
 class Inputs:
     """Downloader of the objects that the items of one execution refer to.
 
-    Objects in `files` are used without a copy. All other objects are downloaded into the folder of the task.
+    Objects in `files` are used without a copy. `shared` returns the file of a shared value, which all tasks of an
+    instance use. All other objects are downloaded into the folder of the task.
     """
 
     def __init__(
-        self, objects: Objects, folder: Path, off_loop: OffLoop, own: JobObjects, files: LocalFiles | None = None
+        self,
+        objects: Objects,
+        folder: Path,
+        off_loop: OffLoop,
+        own: JobObjects,
+        files: LocalFiles | None = None,
+        shared: Callable[[str], Awaitable[Path]] | None = None,
     ) -> None:
         self._objects = objects
         self._files = files
+        self._shared = shared
         self._own = own
         self._folder = folder
         self._off_loop = off_loop
@@ -169,6 +178,8 @@ class Inputs:
     async def _whole(self, key: str, name: str, folder: Path) -> Path:
         if self._files and (file := self._files.path(key)):
             return file
+        if self._shared and object_keys.is_pickled(key):
+            return await self._shared(key)
         path = await self._place(name, folder)
         await self._objects.download(key, path)
         return path

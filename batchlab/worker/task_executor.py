@@ -31,6 +31,11 @@ processes.
 MIN_OBJECT_LENGTH = 256
 """Minimum length of a value stored as an object. A shorter value stays inline, because a reference is about as long."""
 
+MAX_EXCEPTION_BYTES = 32 * 1024
+"""Maximum size of a pickled exception. The caller of the job gets only the text of a larger exception."""
+MAX_EXCEPTIONS_BYTES = 1024 * 1024
+"""Maximum size of all pickled exceptions of an execution."""
+
 _MAX_SHORT_INT = 1 << 64
 _NO_UPLOADS: list[tuple[str, str]] = []
 _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -78,6 +83,7 @@ class TaskExecutor:
         self._request = request
         self._pickles = request["objects"]
         self._room = INLINE_WEIGHT
+        self._exceptions_room = MAX_EXCEPTIONS_BYTES
         self.touched = False
         """Whether the last task created its folder, which the worker must remove."""
         self.program_memory_bytes = 0
@@ -100,6 +106,7 @@ class TaskExecutor:
         ctx = context(self._request, task)
         try:
             value = self._call(item if values.is_flat(item) else decode(item, pickles=self._pickles), ctx)
+            value = handlers.complete(value)
             if type(value) is int and not ctx.saved and -_MAX_SHORT_INT < value < _MAX_SHORT_INT:
                 return TaskResult(str(value), _NO_UPLOADS)
             return self._encode_result(value, ctx)
@@ -108,7 +115,11 @@ class TaskExecutor:
 
     def explain(self, error: BaseException) -> handlers.Fault:
         """Return the description of an exception that `run` raised."""
-        return self._without_paths(handlers.explain(error))
+        fault = self._without_paths(handlers.explain(error))
+        if self._pickles and not isinstance(error, handlers.Problem):
+            fault["pickled"] = handlers.pickled(error, min(MAX_EXCEPTION_BYTES, self._exceptions_room))
+            self._exceptions_room -= len(fault["pickled"])
+        return fault
 
     def _without_paths(self, fault: handlers.Fault) -> handlers.Fault:
         # Paths of the worker are removed from the text, because paths differ between workers and do not help users.

@@ -15,8 +15,8 @@ import pytest
 
 from batchlab.client import results, thread_cache
 from batchlab.client.dispatch import Dispatch
-from batchlab.client.futures import BrokenGridExecutor, Call, CallFuture, WorkerDied
-from batchlab.client.submission import ObjectPickler
+from batchlab.client.futures import BrokenGridExecutor, Call, CallFuture, Packer, Sender, WorkerDied
+from batchlab.client.submission import MAP, ObjectPickler
 from batchlab.core.errors import JobFailed, TaskFailed, Unreachable, UsageError
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Outcome, StageName, TaskSet
@@ -39,6 +39,8 @@ class FakeGrid:
         self.sent: list[tuple[str, int]] = []
         """The id and the number of calls of each sent job."""
         self.left: list[tuple[str, bool]] = []
+        self.started: list[str] = []
+        """Names of the coroutines that the event loop received."""
         self.go = threading.Event()
         """The sender waits for this event."""
         self.go.set()
@@ -53,6 +55,7 @@ class FakeGrid:
             raise UsageError("This grid is closed in this process.", remedy="Make another Grid.")
 
     def start(self, doing: Coroutine[Any, Any, Any]) -> Future[None]:
+        self.started.append(getattr(doing, "__name__", ""))
         doing.close()
         self._watched.release()
         done: Future[None] = Future()
@@ -87,7 +90,8 @@ def grid() -> FakeGrid:
 
 @pytest.fixture
 def dispatch(grid: FakeGrid) -> Iterator[Dispatch]:
-    made = Dispatch(None, cast(Any, grid), cast(Any, grid), None, None)
+    fake: Any = grid
+    made = Dispatch(None, fake, Sender(fake, fake, Packer(grid.shipping), None, StageDef(MAP)))
     yield made
     grid.go.set()
     made.abandon()
@@ -143,6 +147,36 @@ def test_calls_are_batched_during_a_submission(grid: FakeGrid, dispatch: Dispatc
     grid.wait_for_job()
     grid.wait_for_job()
     assert grid.sent == [("job-0", 1), ("job-1", 50)]
+
+
+def test_shutdown_keeps_a_batch_with_a_refused_cancellation(grid: FakeGrid, dispatch: Dispatch) -> None:
+    """A caller whose `cancel` returned False relies on the result of the call."""
+    calls = [Call(CallFuture(), abs, (i,), {}) for i in range(2)]
+    dispatch.submit_all(calls, bundle=None)
+    grid.wait_for_job()
+    assert not calls[0].future.cancel()
+    dispatch.shutdown(wait=False, cancel=True)
+    dispatch.outcome(JOB, outcome(10, 11))
+    assert [call.future.result(WAIT_S) for call in calls] == [10, 11]
+    assert "_cancel" not in grid.started
+
+
+@pytest.mark.parametrize("is_abandoned", [False, True])
+def test_a_call_whose_cancellation_was_refused_is_never_canceled(
+    grid: FakeGrid, dispatch: Dispatch, *, is_abandoned: bool
+) -> None:
+    call = submit(dispatch)
+    grid.wait_for_job()
+    dispatch.shutdown(wait=False, cancel=True)
+    until(lambda: "_cancel" in grid.started)
+    assert not call.cancel()
+    if is_abandoned:
+        dispatch.abandon()
+    else:
+        dispatch.on_end(JOB, view("CANCELLED"))
+    with pytest.raises(JobFailed, match="canceled together with its executor"):
+        call.result(WAIT_S)
+    assert not call.cancelled()
 
 
 def test_refused_job_fails_only_its_own_calls(grid: FakeGrid, dispatch: Dispatch) -> None:

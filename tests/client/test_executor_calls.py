@@ -57,7 +57,7 @@ def shipping() -> ObjectPickler:
 
 @pytest.fixture
 def packer(shipping: ObjectPickler) -> Packer:
-    return Packer(shipping, None)
+    return Packer(shipping)
 
 
 # --- Modules -------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_an_interrupted_check_of_modules_is_repeated(tmp_path: Path, monkeypatch
         for _ in range(2):  # the first check itself imports modules
             with pytest.raises(KeyboardInterrupt):
                 shipping.check_modules()
-    pickled = shipping.function(module.function)
+    pickled = shipping.function(module.function).data
     monkeypatch.delitem(sys.modules, "module_of_the_user")
     (tmp_path / "module_of_the_user.py").unlink()
     assert pickle.loads(pickled)() is None
@@ -95,7 +95,7 @@ ANY = st.recursive(PLAIN | st.binary(), lambda inner: st.lists(inner) | st.tuple
 def test_arguments_arrive_as_they_were_given(
     shipping: ObjectPickler, arguments: list[tuple[list[Any], dict[str, Any]]]
 ) -> None:
-    packed = Packer(shipping, None).pack(JOB, [call(capture, *a, **k) for a, k in arguments])
+    packed = Packer(shipping).pack(JOB, [call(capture, *a, **k) for a, k in arguments])
     assert made(packed) == [(tuple(args), kwargs) for args, kwargs in arguments]
     assert not packed.rejected
 

@@ -327,6 +327,7 @@ class JobObjects:
     """Objects that one job may use.
 
     A job of the Python API may also use files and raw data of other jobs, because a user may pass them as File objects.
+    The job may also use the values that `Grid.put` has stored.
     """
 
     def __init__(self, job: JobId, inputs: Iterable[str] = (), *, is_python: bool) -> None:
@@ -369,7 +370,7 @@ class JobObjects:
         return json.loads(data)
 
     def _has(self, key: str) -> bool:
-        if key in self._keys:
+        if key in self._keys or (self.is_python and object_keys.is_pickled(key)):
             return True
         return key.startswith(self._prefixes) and not any(part in ("", ".", "..") for part in key.split("/"))
 

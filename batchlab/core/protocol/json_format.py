@@ -212,6 +212,13 @@ def _each(read: Callable[[Any], T], docs: Any) -> tuple[T, ...]:
     return tuple([read(doc) for doc in list_items(docs)]) if docs != [] else ()
 
 
+def _failure_to_json(failure: Failure) -> dict[str, Json]:
+    doc = fields(failure)
+    if not failure.pickled:
+        del doc["pickled"]  # Only the failures of the Python API have a pickled exception.
+    return doc
+
+
 def _failure_from_json(doc: dict[str, Any]) -> Failure:
     code = doc.get("exit_code")
     return Failure(
@@ -223,6 +230,7 @@ def _failure_from_json(doc: dict[str, Any]) -> Failure:
         None if code is None else integer(code),
         figure(doc.get("run_s", 0.0)),
         flag(doc.get("final", True)),
+        text(doc.get("pickled", "")),
     )
 
 
@@ -288,7 +296,7 @@ def outcome_to_json(o: Outcome) -> dict[str, Json]:
         "succeeded": tasks_to_json(o.succeeded),
         "values": o.values,
         "run_s": o.run_s,
-        "failed": [fields(f) for f in o.failed],
+        "failed": [_failure_to_json(f) for f in o.failed],
         "cancelled": tasks_to_json(o.cancelled),
         "follows": [_follow_to_json(f) for f in o.follows],
         "log": o.log,
@@ -310,13 +318,14 @@ def outcome_text(o: Outcome) -> str:
 
 
 def fitting(outcome: Outcome) -> Outcome:
-    """Return the outcome, or the outcome without its tracebacks and metrics if it exceeds the maximum weight with them.
+    """Return the outcome. If it exceeds the maximum weight, remove its tracebacks, pickled exceptions, and metrics.
 
     The weight of an outcome's values is always below the maximum weight (see `worker.task_executor`).
     """
     if not is_too_heavy(outcome_text(outcome)):
         return outcome
-    return replace(outcome, failed=tuple([replace(failure, traceback="") for failure in outcome.failed]), metrics=())
+    failed = tuple([replace(failure, traceback="", pickled="") for failure in outcome.failed])
+    return replace(outcome, failed=failed, metrics=())
 
 
 def outcome_from_json(doc: dict[str, Any]) -> Outcome:

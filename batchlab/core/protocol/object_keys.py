@@ -80,6 +80,8 @@ _BUNDLE = re.compile(
     re.ASCII,
 )
 
+_PICKLED = re.compile(r"code/[0-9a-f]{64}\.pkl")
+
 _STARTED = re.compile(r"(.+?-\d+)(?:\.(\d+|withdrawn))?", re.ASCII | re.DOTALL)
 
 MADE = ".batchlab-made"
@@ -196,6 +198,16 @@ def control(job: JobId) -> str:
 def code(digest: str) -> str:
     """Return the key of a zip of code. `digest` is the digest of the zip."""
     return f"code/{digest}.zip"
+
+
+def pickled(data: bytes) -> str:
+    """Return the key of a pickled function or of a pickled shared value, whose name is the digest of its content."""
+    return f"code/{hashlib.sha256(data).hexdigest()}.pkl"
+
+
+def is_pickled(key: str) -> bool:
+    """Return whether the key is the key of a pickled function or of a pickled shared value."""
+    return _PICKLED.fullmatch(key) is not None
 
 
 def raw(job: JobId) -> str:

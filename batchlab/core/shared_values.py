@@ -1,0 +1,100 @@
+"""Values that `Grid.put` stores once for all tasks of a grid.
+
+A stored value is one object in the bucket, which is named after the digest of its content. A task receives a reference
+to the object, and each process of a worker loads the value once.
+
+Invariant: a process loads only content that matches the digest, because a reference comes from a worker or from the
+bucket. Every child process may import the module, so the module imports only the standard library and a light module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from batchlab.core.task_context import File
+
+T = TypeVar("T")
+
+MAX_LOADED_BYTES = 1024**3
+"""Limit of the loaded values of a process, as the sum of their pickled sizes. The last value is always kept."""
+
+_files: dict[str, File] = {}
+"""Files with the pickled values that this process knows, by digest."""
+_loaded: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+"""Loaded values and their pickled sizes, by digest. The last entry was used last."""
+
+
+class StoredFile(File):
+    """File whose content is an object in the bucket, without a copy on this machine."""
+
+    __slots__ = ("_reference",)
+
+    def __init__(self, reference: Any) -> None:
+        super().__init__(reference["name"])
+        self._reference = reference
+
+    def origin(self) -> Any:
+        return self._reference
+
+
+class Shared(Generic[T]):
+    """A large value that `Grid.put` has stored. Tasks read it as `shared.value`, as an argument or from a closure.
+
+    A process of a worker loads the value once, and then shares it between its tasks. A task must not change the value.
+    """
+
+    __slots__ = ("_own", "digest", "size")
+
+    def __init__(self, digest: str, size: int) -> None:
+        self.digest = digest
+        self.size = size
+
+    def keep(self, value: T) -> None:
+        """Keep the value itself in this process, which has stored it."""
+        self._own = value
+
+    @property
+    def value(self) -> T:
+        """Return the stored value."""
+        if hasattr(self, "_own"):
+            return self._own
+        if self.digest in _loaded:
+            _loaded.move_to_end(self.digest)
+            value: T = _loaded[self.digest][0]
+            return value
+        return self._load()
+
+    def _load(self) -> T:
+        file = _files.get(self.digest)
+        if file is None or isinstance(file, StoredFile):
+            raise LookupError(f"{self!r} is not on this machine. Read the value of Grid.put only in tasks.")
+        data = Path(file.path).read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.digest:
+            raise ValueError(f"The stored content of {self!r} has changed. Store the value again with Grid.put.")
+        value: T = pickle.loads(data)  # noqa: S301 - the user's own value, whose digest is in the user's own task
+        _loaded[self.digest] = value, self.size
+        total = sum(size for _, size in _loaded.values())
+        while total > MAX_LOADED_BYTES and len(_loaded) > 1:
+            total -= _loaded.popitem(last=False)[1][1]
+        return value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.digest, self.size, _files[self.digest])
+
+    def __repr__(self) -> str:
+        return f"<Shared {self.digest[:10]}, {self.size} bytes>"
+
+
+def register(digest: str, file: File) -> None:
+    """Record the file with the pickled value of the digest `digest`. A copy on this machine has priority."""
+    if digest not in _files or isinstance(_files[digest], StoredFile) or not _files[digest].path.is_file():
+        _files[digest] = file
+
+
+def _restore(digest: str, size: int, file: File) -> Shared[Any]:
+    register(digest, file)
+    return Shared(digest, size)

@@ -1,0 +1,88 @@
+"""Values that processes load once from a stored object."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab.core import shared_values
+from batchlab.core.protocol import values
+from batchlab.core.shared_values import Shared, StoredFile, register
+from batchlab.core.task_context import File
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(shared_values, "_files", {})
+    loaded = dict(shared_values._loaded)
+    shared_values._loaded.clear()
+    yield
+    shared_values._loaded.clear()
+    shared_values._loaded.update(loaded)
+
+
+def stored(folder: Path, value: object) -> Shared[Any]:
+    """Return a reference to a value whose file is on this machine."""
+    data = pickle.dumps(value)
+    digest = hashlib.sha256(data).hexdigest()
+    path = folder / digest
+    path.write_bytes(data)
+    register(digest, File(path))
+    return Shared(digest, len(data))
+
+
+def test_value_is_loaded_once(tmp_path: Path) -> None:
+    shared = stored(tmp_path, [1, 2])
+    assert shared.value is shared.value
+    (tmp_path / shared.digest).unlink()
+    assert Shared[list[int]](shared.digest, shared.size).value == [1, 2]
+
+
+def test_changed_content_is_refused(tmp_path: Path) -> None:
+    shared = stored(tmp_path, [1, 2])
+    (tmp_path / shared.digest).write_bytes(pickle.dumps([1, 3]))
+    with pytest.raises(ValueError, match="has changed"):
+        _ = shared.value
+
+
+def test_loaded_values_are_limited_and_the_last_one_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (stored(tmp_path, bytes([n]) * 1000) for n in range(3))
+    monkeypatch.setattr(shared_values, "MAX_LOADED_BYTES", 2500)
+    for shared in (first, second, first, third):
+        assert len(shared.value) == 1000
+    assert list(shared_values._loaded) == [first.digest, third.digest]
+    monkeypatch.setattr(shared_values, "MAX_LOADED_BYTES", 10)
+    assert len(second.value) == 1000
+    assert list(shared_values._loaded) == [second.digest]
+
+
+def test_reference_travels_with_its_file(tmp_path: Path) -> None:
+    shared: Shared[list[int]] = Shared("a" * 64, 5)
+    reference = values.file_ref(f"code/{'a' * 64}.pkl", "a.pkl", 5)
+    register(shared.digest, StoredFile(reference))
+    encoded = values.encode_object((1, [shared]), lambda file: file.origin())
+    assert list(values.references(encoded)) == [reference]
+    with pytest.raises(LookupError, match=r"Read the value of Grid\.put only in tasks"):
+        _ = shared.value
+    fetched = stored(tmp_path, 7)
+    _, (copy,) = values.decode(encoded, lambda _: File(tmp_path / fetched.digest), pickles=True)
+    assert copy.digest == shared.digest
+    assert shared_values._files[shared.digest].path == tmp_path / fetched.digest
+
+
+def test_process_that_has_stored_a_value_keeps_it_with_its_reference() -> None:
+    class Value:
+        pass
+
+    shared: Shared[Value] = Shared("b" * 64, 5)
+    value = Value()
+    shared.keep(value)
+    assert shared.value is value
+    del shared
+    assert len(gc.get_referrers(value)) <= 1
