@@ -67,7 +67,8 @@ class JobWatch:
     def __init__(self, link: Link, listener: Listener) -> None:
         self._link = link
         self._listener = listener
-        self._jobs: set[str] = set()
+        self._jobs: dict[str, int | None] = {}
+        """Watched jobs, with the seq of the last outcome that the listener has received."""
         self._count = 0
         self._http: httpx.AsyncClient | None = None
         """HTTP client that exists while jobs are watched. The end of the last watched job closes the client."""
@@ -76,14 +77,14 @@ class JobWatch:
     def add(self, job: str, after: int | None) -> None:
         """Watch a job for outcomes whose seq is greater than `after`. Raise UsageError if the link is closed."""
         self._link.check_open()
-        self._jobs.add(job)
-        self._link.start(self._follow(job, after))
+        self._jobs[job] = after
+        self._link.start(self._follow(job))
 
     def drop(self, job: str) -> None:
         """Stop the watch of a job that has ended or is about to end."""
         # The current poll of the job is not canceled, because the manager answers the poll soon. If a request is
         # canceled while it connects, the library anyio leaks a socket.
-        self._jobs.discard(job)
+        self._jobs.pop(job, None)
 
     def cancel_gracefully(self, job: str) -> None:
         """Wait for the end of the job's started tasks, and then cancel the job."""
@@ -106,10 +107,10 @@ class JobWatch:
                 http, self._http = self._http, None
                 await http.aclose()
 
-    async def _follow(self, job: str, after: int | None) -> None:
+    async def _follow(self, job: str) -> None:
         try:
             async with self._asking():
-                view = await self._pass_on(job, after)
+                view = await self._pass_on(job)
         except asyncio.CancelledError:  # The event loop is ending.
             self._listener.on_loss(job, Unreachable("The grid was closed.", remedy="Create another Grid."))
             raise
@@ -119,7 +120,7 @@ class JobWatch:
             if view:
                 self._listener.on_end(job, view)
 
-    async def _pass_on(self, job: str, after: int | None) -> JobView | None:
+    async def _pass_on(self, job: str) -> JobView | None:
         """Pass every outcome of a job to the listener.
 
         Return the last view of the job when the job has ended, or None after `drop`.
@@ -127,20 +128,23 @@ class JobWatch:
         now_s = self._link.clock.monotonic_s
         began_s = now_s()
         while job in self._jobs:
-            page = await self._page(job, after)
+            page = await self._page(job, POLL_S if self._count <= CONNECTIONS else SHORT_POLL_S)
             answered_s = now_s()
-            listed = page["outcomes"]
-            if page["ended"] and not listed:
+            if page["ended"] and not page["outcomes"]:
                 return await self._call(lambda client: client.job(job))
-            async for outcome in outcomes(self._link, listed):
-                self._listener.outcome(job, outcome)
-            after = listed[-1]["seq"] if listed else after
+            await self._receive(job, page)
             await asyncio.sleep(max(0.0, answered_s + gap_s(answered_s - began_s, most_s=GAP_S) - now_s()))
         return None
 
-    async def _page(self, job: str, after: int | None) -> OutcomesView:
+    async def _receive(self, job: str, page: OutcomesView) -> None:
+        async for outcome in outcomes(self._link, page["outcomes"]):
+            self._listener.outcome(job, outcome)
+        if page["outcomes"] and job in self._jobs:
+            self._jobs[job] = page["outcomes"][-1]["seq"]
+
+    async def _page(self, job: str, wait_s: float) -> OutcomesView:
         give_up_s = self._link.clock.monotonic_s() + PATIENCE_S
-        wait_s = POLL_S if self._count <= CONNECTIONS else SHORT_POLL_S
+        after = self._jobs.get(job)
         while True:
             try:
                 return await self._ask(
@@ -195,11 +199,23 @@ class JobWatch:
         safe_s = now_s() + self._link.backend.manager.control_lease_s + HEARTBEATS_S
         while view["state"] not in ENDED:
             if now_s() > safe_s and not any(stage["running"] for stage in view["stages"]):
-                await self._call(lambda client: client.cancel(job))
+                # The manager answers after the control lease has ended again, and the callers need not wait for this.
+                canceling = asyncio.create_task(self._call(lambda client: client.cancel(job)))
+                await self._end(job, view)
+                await canceling
                 return
             await asyncio.sleep(0.05)
-            query = {"version": view["version"], "wait_s": SHORT_POLL_S / 2}
+            query = {"version": view["version"], "wait_s": min(SHORT_POLL_S / 2, max(0.0, safe_s - now_s()))}
             view = await self._ask(f"/v1/jobs/{quote(job, safe='')}", query, lambda client: client.job(job))
+
+    async def _end(self, job: str, view: JobView) -> None:
+        """Report the end of a job whose started tasks have all ended, after their outcomes."""
+        while job in self._jobs:
+            page = await self._page(job, 0.0)
+            if not page["outcomes"]:
+                self._listener.on_end(job, view)
+                return
+            await self._receive(job, page)
 
 
 def _log_bugs(future: Future[None]) -> None:

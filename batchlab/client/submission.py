@@ -379,7 +379,7 @@ class JobSubmitter:
         digest = hashlib.sha256(pickled.data).hexdigest()
         shared: Shared[T] = Shared(digest, len(pickled.data))
         shared_values.register(digest, StoredFile(values.file_ref(key, f"{digest}.pkl", shared.size)))
-        shared.keep(value)
+        shared_values.keep(shared, value)
         return shared
 
     def draft(self, name: str, stage: StageDef) -> JobDef:

@@ -49,13 +49,12 @@ class Shared(Generic[T]):
 
     __slots__ = ("_own", "digest", "size")
 
+    _own: T
+    """The value itself, in the process that has stored it."""
+
     def __init__(self, digest: str, size: int) -> None:
         self.digest = digest
         self.size = size
-
-    def keep(self, value: T) -> None:
-        """Keep the value itself in this process, which has stored it."""
-        self._own = value
 
     @property
     def value(self) -> T:
@@ -87,6 +86,11 @@ class Shared(Generic[T]):
 
     def __repr__(self) -> str:
         return f"<Shared {self.digest[:10]}, {self.size} bytes>"
+
+
+def keep(shared: Shared[T], value: T) -> None:
+    """Keep the value itself in this process, which has stored it, as long as the reference exists."""
+    shared._own = value
 
 
 def register(digest: str, file: File) -> None:

@@ -33,6 +33,7 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import AddJob, Cut, Message, QueueSpec
 from batchlab.core.pricing.request_costs import Requests, WorkerRequests
 from batchlab.core.protocol import commit_keys, json_format, object_keys, settlement
+from batchlab.core.protocol.field_checks import MAX_TEXT
 from batchlab.core.protocol.messages import (
     Beat,
     CounterReport,
@@ -470,7 +471,7 @@ def test_a_worker_writes_no_outcome_that_is_too_heavy_to_be_read(
     made = task_executor.TaskExecutor(request)
     done = [made.run(task, 900) for task in range(4)] + [made.run(4, 3)]
     assert [bool(one.uploads) for one in done] == [False, False, True, True, False]
-    long = replace(FAILURE, traceback="x" * 12_000, final=True)
+    long = replace(FAILURE, traceback="x" * 12_000, final=True, pickled="x" * 1000)
     ran = [Ran(task, 0.1, failure=long) for task in range(4096)]
     bundle = replace(BUNDLE, tasks=TaskSet.span(0, 4096), attempt=2)
     outcome = settlement.settle(
@@ -478,6 +479,42 @@ def test_a_worker_writes_no_outcome_that_is_too_heavy_to_be_read(
     )
     assert json_format.is_too_heavy(json_format.outcome_text(outcome))
     assert not json_format.is_too_heavy(json_format.outcome_text(json_format.fitting(outcome)))
+
+
+def test_pickled_exceptions_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of a job file has no pickled exception, and an execution has a limited number of them."""
+    monkeypatch.setattr(handlers, "load", lambda *_: lambda item, _: item)
+    for objects in (True, False):
+        request = task_executor.ExecutionRequest(
+            handler="pickle:code/x.pkl",
+            function=None,
+            command=[],
+            stdout=None,
+            code="",
+            params_json="{}",
+            job=JOB.id,
+            stage=MAP,
+            attempt=1,
+            folder=str(tmp_path),
+            cwd="",
+            prefix="files/x/",
+            objects=objects,
+        )
+        made = task_executor.TaskExecutor(request)
+        faults = [made.explain(ValueError("x" * size)) for size in (10, 100_000, *[20_000] * 100)]
+        sizes = [len(fault.get("pickled", "")) for fault in faults]
+        if not objects:
+            assert not any("pickled" in fault for fault in faults)
+            continue
+        assert 0 < sizes[0] <= task_executor.MAX_EXCEPTION_BYTES
+        assert sizes[1] == sizes[-1] == 0
+        assert 10 < sum(map(bool, sizes)) < 60
+        assert sum(sizes) <= task_executor.MAX_EXCEPTIONS_BYTES
+    for wrong in (7, None, "x" * (MAX_TEXT + 1)):
+        doc: Any = json_format.outcome_to_json(OUTCOME)
+        doc["failed"][0]["pickled"] = wrong
+        with pytest.raises(ValueError, match="text of at most"):
+            json_format.outcome_from_json(doc)
 
 
 # --- A whole manager -----------------------------------------------------------------------------

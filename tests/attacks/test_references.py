@@ -122,7 +122,11 @@ def test_references_name_objects_of_their_own_job_alone() -> None:
                 own.key({kind: name})
     passed_on = JobObjects.of_job(PYTHON)
     assert passed_on.key({"$file": "files/other-1/x"})
-    for key in ("grid/use.json", "logs/sums-1/x", "jobs/other-1/spec.json", "files/../grid/x"):
+    shared = f"code/{'0' * 64}.pkl"
+    assert passed_on.key({"$file": shared})
+    with pytest.raises(ForeignReference):
+        own.key({"$file": shared})
+    for key in ("grid/use.json", "logs/sums-1/x", "jobs/other-1/spec.json", "files/../grid/x", shared[:-1]):
         with pytest.raises(ForeignReference):
             passed_on.key({"$value": key})
 

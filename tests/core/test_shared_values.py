@@ -82,7 +82,7 @@ def test_process_that_has_stored_a_value_keeps_it_with_its_reference() -> None:
 
     shared: Shared[Value] = Shared("b" * 64, 5)
     value = Value()
-    shared.keep(value)
+    shared_values.keep(shared, value)
     assert shared.value is value
     del shared
     assert len(gc.get_referrers(value)) <= 1
