@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 RENAMED = {
+    "completion": "--install-completion",
     "help": "--help",
     "job show-task": "job show JOB TASK",
     "ledger": "grid rebuild-ledger",
@@ -26,6 +27,7 @@ RENAMED = {
     "scenario schema": "schema scenario",
     "schedule next": "schedule show",
     "sim faults": "scenario faults --simulator",
+    "version": "--version",
 }
 """Commands of release 0.1.0 with another name now, and words that are not commands, with the command for each."""
 

@@ -135,6 +135,8 @@ class Watch:
     _following: set[Name] = field(default_factory=set)
     """Planned bundles that are follow-ups of an outcome."""
     _committed: set[Name] = field(default_factory=set)
+    _deleted: set[str] = field(default_factory=set)
+    """Jobs whose deletion is committed."""
     _holds: dict[tuple[str, str], HeldMessage] = field(default_factory=dict)
     _settled_s: dict[tuple[Actor, Name], float] = field(default_factory=dict)
     _disturbed_s: dict[Actor, float] = field(default_factory=dict)
@@ -221,6 +223,8 @@ class Watch:
             bundles = [follow.bundle for follow in outcome.follows if follow.bundle.job == outcome.bundle.job]
             self._plan(bundles)
             self._following.update(map(name_of_bundle, bundles))
+        elif kind in ("spec.json", "retries") and json_format.is_deleted(doc := json_format.loads(data)):
+            self._deleted.add(doc["id"])
         elif kind == "spec.json":
             doc = json_format.loads(data)
             job, opening = json_format.job_from_json(doc), commit_keys.opening_in(doc)
@@ -288,7 +292,14 @@ class Watch:
         elif label == "objects.get":
             self.trust.check_read(actor, args[0], len(result))
         elif label == "objects.delete" and not self.trust.is_liar(actor):
-            self.check(False, "I1", f"{actor.name} deletes {args[0]}")
+            kept = [key for key in args[0] if not self._may_delete(key)]
+            self.check(not kept, "I1", f"{actor.name} deletes {kept}")
+
+    def _may_delete(self, key: str) -> bool:
+        """Return whether the object is a request to delete a job, or belongs to a job whose deletion is committed."""
+        folder, *parts = key.split("/")
+        job = parts[1].removesuffix(".json") if folder == "grid" else parts[0]
+        return key.startswith(object_keys.DELETIONS) or job in self._deleted
 
     def _on_receive(self, actor: Actor, queue: str, messages: Sequence[Message]) -> None:
         now_s = self.clock.monotonic_s()

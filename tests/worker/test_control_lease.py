@@ -12,9 +12,9 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.errors import Unreachable
 from batchlab.core.model import Bundle, Control, JobId, StageName, TaskSet
 from batchlab.core.port_retries import Patience
-from batchlab.core.ports import Message, ObjectInfo, Queue
+from batchlab.core.ports import Message, Queue
 from batchlab.core.protocol import object_keys
-from batchlab.core.protocol.json_format import ControlCommand, control_to_bytes
+from batchlab.core.protocol.json_format import ControlCommand, control_to_bytes, deleted_job
 from batchlab.core.protocol.messages import TaskMessage
 from batchlab.core.service_settings import WorkerSettings
 from batchlab.sim.actors import SimClock
@@ -78,11 +78,11 @@ def test_lease_of_a_job_holds_until_its_last_task_starts(
 class DefinedJob(SimObjects):
     """A bucket with a job's definition, which counts the checks of the definition."""
 
-    heads = 0
+    checks = 0
 
-    async def head(self, key: str) -> ObjectInfo | None:
-        self.heads += 1
-        return await super().head(key)
+    async def get(self, key: str, *, limit: int | None = None) -> bytes:
+        self.checks += key == object_keys.spec(JOB)
+        return await super().get(key, limit=limit)
 
 
 async def _poller_of_a_defined_job() -> tuple[DefinedJob, ControlPoller]:
@@ -94,18 +94,23 @@ async def _poller_of_a_defined_job() -> tuple[DefinedJob, ControlPoller]:
     return objects, ControlPoller(context)
 
 
-def test_worker_checks_the_definition_of_a_job_without_a_control_object_after_some_leases() -> None:
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_worker_checks_the_definition_of_a_job_without_a_control_object_after_some_leases(is_deleted: bool) -> None:
+    """The definition was removed, or a user has deleted the job."""
+
     async def main() -> None:
         objects, controls = await _poller_of_a_defined_job()
         assert (await controls.read(JOB, is_new=True))[0] is Control.RUN
         await objects.delete([object_keys.spec(JOB)])
+        if is_deleted:
+            await objects.put(object_keys.spec(JOB), deleted_job(JOB))
         for _ in range(DEFINITION_LEASES):
             await asyncio.sleep(1.0)
             assert (await controls.read(JOB))[0] is Control.RUN
-        assert objects.heads == 0
+        assert objects.checks == 0
         await asyncio.sleep(1.0)
         assert (await controls.read(JOB))[0] is Control.CANCEL
-        assert objects.heads == 1
+        assert objects.checks == 1
 
     SimLoop().run(main())
 
