@@ -105,7 +105,7 @@ def show(job: str = JOB, as_if_aws: bool = AS_IF, home: Path | None = HOME, json
         why, eta = client.why(view["id"]), client.eta(view["id"])
         record = place.record()
         if record and live_cost.applies(record.backend):
-            cost = live_cost.job(client, view["id"], client.grid())
+            cost = live_cost.job(client, view, client.grid())
     if json:
         output.show_json({**view, "why": why, "eta": eta, **({"cost": cost} if cost else {})})
         return

@@ -361,10 +361,10 @@ COST = _table(
     "the bill",
     "job, line, stage",
     ("line", "VARCHAR", "name of the line of the bill, such as `compute, pool default`"),
-    ("kind", "VARCHAR", "kind of the cost: compute, wasted, idle, sqs, s3, or storage"),
+    ("kind", "VARCHAR", "kind of the cost: compute, wasted, idle, sqs, or s3"),
     ("pool", "VARCHAR", "name of the pool that the line of the bill belongs to; NULL if the line belongs to no pool"),
     ("stage", "VARCHAR", "name of the stage that the cost belongs to; NULL if the cost belongs to no single stage"),
-    ("seconds", "DOUBLE", "number of billed instance seconds; NULL for the cost of requests and storage"),
+    ("seconds", "DOUBLE", "number of billed instance seconds; NULL for the cost of requests"),
     ("cost_usd", USD, "cost at list prices"),
     ("how", "VARCHAR", "calculation of the cost in the line, as text"),
 )

@@ -18,6 +18,7 @@ from batchlab.core.model import (
     Market,
     Pool,
     StageName,
+    TaskMetrics,
 )
 from batchlab.core.ports import Depth
 from batchlab.core.protocol import object_keys
@@ -178,6 +179,10 @@ def failure(task: int) -> Failure:
     return Failure(
         task=task, kind=FailureKind.EXCEPTION, reason=reason, error="KeyError", traceback=TRACEBACK % task, run_s=0.4
     )
+
+
+def metrics(task: int, run_s: float) -> TaskMetrics:
+    return TaskMetrics(run_s * 0.8, (48 + task % 9) * 1024**2, 25, 4, f"{task % 50:04}.txt")
 
 
 def moments() -> list[tuple[float, dict[str, tuple[int, ...]]]]:
