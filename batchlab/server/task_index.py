@@ -50,6 +50,11 @@ class IndexedBundle(NamedTuple):
     ended_s: float
     state: str
 
+    @property
+    def name(self) -> str:
+        """Return the id of the bundle."""
+        return f"{self.first:08d}-{self.last:08d}.{self.round}.{self.attempt}"
+
     def bundle(self, job: JobId) -> Bundle:
         """Return a bundle with the id of this row. The bundle has only the first and the last task."""
         ends = TaskSet.from_indices({self.first, self.last})
@@ -157,11 +162,20 @@ class TaskIndex:
 
     def bundle(self, row: int) -> IndexedBundle:
         """Return the row of a bundle by its number."""
-        first, last, tasks, seq = (column[row] for column in self._whole.values())
-        stage, attempt, round_, worker, state = (column[row] for column in self._small.values())
-        started_s, ended_s = (column[row] for column in self._times.values())
-        name, who = self._stages[stage], self.workers[worker]
-        return IndexedBundle(name, first, last, tasks, attempt, round_, seq, who, started_s, ended_s, _RESULTS[state])
+        whole, small, times = self._whole, self._small, self._times
+        return IndexedBundle(
+            self._stages[small["stage"][row]],
+            whole["first"][row],
+            whole["last"][row],
+            whole["tasks"][row],
+            small["attempt"][row],
+            small["round"][row],
+            whole["seq"][row],
+            self.workers[small["worker"][row]],
+            times["started_s"][row],
+            times["ended_s"][row],
+            _RESULTS[small["state"][row]],
+        )
 
     def workers_with(self, text: str) -> frozenset[int]:
         """Return the numbers of the workers whose names contain `text`."""

@@ -155,7 +155,7 @@ def check_cost(ask: Any, run: Run, grid: LocalGrid, job: str) -> None:
     assert shown
     assert Decimal(shown[1]) == usd
     assert report.status_code == 200
-    assert f"{usd:.6f} USD" in report.text
+    assert f">{usd:.6f}<" in report.text
     code, out, err = run("cost", "bill", job, *home)
     assert code == 0, err
     assert f"{shown[2]} on AWS" in out

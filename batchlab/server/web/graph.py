@@ -15,13 +15,13 @@ from batchlab.core.text import join_list
 from batchlab.server.web import text
 from batchlab.server.web.text import Progress
 
-WIDTH, HEIGHT = 176, 62
+WIDTH, HEIGHT = 176, 76
 """Size of a stage in pixels."""
 GAP_X, GAP_Y = 56, 16
 MARGIN = 4
 PASSING = 14
 """Height in pixels of the place of an arrow that passes a layer."""
-NAME_CHARS = 20
+NAME_CHARS = 17
 """Number of characters of a stage's name that fit into the stage."""
 SWEEPS = 4
 """Number of passes over the layers that reduce crossings of arrows."""
@@ -48,6 +48,12 @@ class Node:
     def counts(self) -> str:
         planned = self.stage["planned"]
         return f"{self.progress.ended:,} of {'?' if planned is None else f'{planned:,}'}"
+
+    @property
+    def note(self) -> str:
+        """Return the numbers of failed and running tasks as text."""
+        parts = [(self.stage["failed"], "failed"), (self.stage["running"], "running")]
+        return ", ".join(f"{number:,} {state}" for number, state in parts if number)
 
     @property
     def description(self) -> str:

@@ -144,7 +144,7 @@ class StillGrid:
     # --- Content of the grid ---------------------------------------------------------------------
 
     async def _fill(self, ports: Ports) -> None:
-        await self._ran(ports, LONG, 10, NOW_S - 199_990, 190.0, total=True)
+        await self._ran(ports, LONG, 10, NOW_S - 199_990, 190.0, total=True, within_s=250.0)
         await self._ended(ports, LONG, JobState.SUCCEEDED, "", NOW_S - 199_700)
         await self._ran(ports, CANCELLED, 60, NOW_S - 89_990, 12.0, only=20)
         await self._ended(ports, CANCELLED, JobState.CANCELLED, "its user has cancelled it", NOW_S - 89_000)
@@ -153,8 +153,8 @@ class StillGrid:
         await self._ran(ports, FAILED, 24, NOW_S - 5_390, 0.5, bad=range(9))
         why = "9 of 24 tasks of stage prices failed, and its failure policy allows none"
         await self._ended(ports, FAILED, JobState.FAILED, why, NOW_S - 5_300)
-        await self._ran(ports, RUNS, LARGE, NOW_S - 1_500, 0.18, only=DONE, bad=range(BAD))
-        await self._ran(ports, PAUSED, 60, NOW_S - 890, 4.0, only=14)
+        await self._ran(ports, RUNS, LARGE, NOW_S - 1_500, 0.18, only=DONE, bad=range(BAD), within_s=1_430.0)
+        await self._ran(ports, PAUSED, 60, NOW_S - 890, 4.0, only=14, within_s=800.0)
         await ports.ledger.apply(MoveJob(PAUSED.id, JobState.PAUSED, 0))
         await ports.ledger.apply(SetControl(PAUSED.id, Control.PAUSE, 0))
         await ports.ledger.apply(AddJob(WAITS, JobState.SCHEDULED))
@@ -175,9 +175,10 @@ class StillGrid:
         only: int | None = None,
         bad: range = range(0),
         total: bool = False,
+        within_s: float = 80.0,
     ) -> None:
-        """Add a job with `tasks` tasks. Only the first `only` tasks have ended, and the tasks in `bad` failed. If
-        `total` is true, the second stage has ended too."""
+        """Add a job with `tasks` tasks. Only the first `only` tasks have ended within `within_s` seconds, and the tasks
+        in `bad` failed. If `total` is true, the second stage has ended too."""
         await ports.ledger.apply(AddJob(job, JobState.SUBMITTED))
         assert job.input
         for number, key in enumerate(job.input.keys):
@@ -190,7 +191,7 @@ class StillGrid:
         await ports.ledger.apply(AddCut(Cut(job.id, PRICES, 0, 0, bundles, TaskSet(), tasks)))
         done = [bundle for bundle in bundles if bundle.tasks.first < (tasks if only is None else only)]
         # Three workers with two slots each run the bundles one after the other.
-        step_s = min(60.0, (NOW_S - 60 - start_s) / (len(done) / 6))
+        step_s = within_s / (len(done) / 6)
         for number, bundle in enumerate(done):
             turn, slot = divmod(number, 6)
             begin_s = start_s + turn * step_s + slot * step_s / 9
