@@ -16,7 +16,7 @@ from fastapi import Query
 from batchlab.core import api_types
 from batchlab.core.commit import committed
 from batchlab.core.errors import UsageError
-from batchlab.core.job_definition import parse_task
+from batchlab.core.job_definition import parse_task, task_name
 from batchlab.core.model import JobId, Outcome, StageName, TaskMetrics
 from batchlab.core.ports import JobRows
 from batchlab.manager.manager import Manager
@@ -101,7 +101,7 @@ def _task_of(listed: TaskList, name: str) -> tuple[StageName, int]:
 
 
 def _name(task: ListedTask) -> str:
-    return f"{task.stage}/{task.task}"
+    return task_name(task.stage, task.task)
 
 
 def _numbered(listed: TaskList, stages: Sequence[StageName], text: str) -> list[ListedTask] | None:
