@@ -92,14 +92,20 @@ def written(place: Path, tasks: int) -> Path:
     return place / "job.yaml"
 
 
-def views(job: str, first: Mapping[str, object]) -> dict[str, str]:
-    """Return the path of every view by the view's name. `first` is one failure of the job `job`."""
+def views(job: str, first: Mapping[str, object], running: Mapping[str, object]) -> dict[str, str]:
+    """Return the path of every view by the view's name. `first` is one failure of the job `job`, and `running` is one
+    running task."""
     cause, task = first["fingerprint"], f"stages/look/tasks/{first['task']}"
-    page, api = f"/ui/jobs/{job}", f"/v1/jobs/{job}"
+    page, api, worker = f"/ui/jobs/{job}", f"/v1/jobs/{job}", running["worker"]
     return {
         "jobs": "/ui/",
         "a job": page,
         "a job, what changes": f"{page}?part=live",
+        "50 tasks": f"{page}/tasks",
+        "50 waiting tasks": f"{page}/tasks?state=waiting",
+        "tasks of one worker": f"{page}/tasks?search={worker}",
+        "timeline": f"{page}/timeline",
+        "a running task, its live log": f"{page}/stages/{running['stage']}/tasks/{running['task']}",
         "failures": "/ui/failures",
         "a job's failures by cause": f"{page}/failures",
         "50 tasks of one cause": f"{page}/failures/{cause}",
@@ -112,6 +118,8 @@ def views(job: str, first: Mapping[str, object]) -> dict[str, str]:
         "`/v1/jobs/JOB`": api,
         "`/v1/jobs/JOB/why`": f"{api}/why",
         "`/v1/jobs/JOB/eta`": f"{api}/eta",
+        "`/v1/jobs/JOB/tasks`": f"{api}/tasks",
+        "`/v1/jobs/JOB/timeline`": f"{api}/timeline",
         "`/v1/jobs/JOB/failures`": f"{api}/failures",
         "`/v1/jobs/JOB/failures/groups`": f"{api}/failures/groups",
         "`/v1/grid`": "/v1/grid",
@@ -127,8 +135,9 @@ def measured(grid: LocalGrid, job: str, times: int) -> list[Figure]:
         opened = http.post("/ui/login", data={"word": token}, headers=ours)
         ui = opened.headers["location"].removesuffix("/")
         first = http.get(f"/v1/jobs/{job}/failures?limit=1", headers=bearer).json()["failures"][0]
+        running = http.get(f"/v1/jobs/{job}/tasks?state=running&limit=1", headers=bearer).json()["tasks"][0]
         found = []
-        for name, path in views(job, first).items():
+        for name, path in views(job, first, running).items():
             path = path.replace("/ui", ui, 1)
             headers = bearer if path.startswith("/v1") else {}
             if path.endswith("part=live"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from batchlab.cli import output
@@ -16,8 +16,8 @@ from batchlab.core.api_usage_types import JobUseView, account_of, job_use_view
 from batchlab.core.capabilities import capabilities_of
 from batchlab.core.errors import BatchlabError, NotFound, UsageError
 from batchlab.core.model import JobId, Market
-from batchlab.core.pricing.bill import Bill, PoolFacts, StageUse, bill, burn_usd_h, spent_usd
-from batchlab.core.pricing.price_book import PriceBook, range_json
+from batchlab.core.pricing.bill import Bill, burn_usd_h, job_bill, spent_usd
+from batchlab.core.pricing.price_book import PriceBook, Usd, range_json
 from batchlab.core.pricing.price_book import load as load_prices
 from batchlab.core.pricing.request_costs import TransferredData
 from batchlab.core.pricing.usage import Account, Kind
@@ -58,27 +58,12 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
     book = load_prices(home.path)
     for name in types.values():
         book.instance_usd_h(name)  # `instance_usd_h` raises UsageError for an unknown instance type.
-    pools = {
-        name: PoolFacts(slots, types.get(name) or facts.use["types"].get(name, ""))
-        for name, slots in facts.use["pools"].items()
-    }
-    per_task = facts.use["slots"]
-    stages = [StageUse(s["name"], s["pool"], s["run_s"], per_task.get(s["name"], 1)) for s in facts.job["stages"]]
-    account_view = facts.use["account"]
-    account = _retype(account_of(account_view), types) if account_view else None
     size = asyncio.run(_stored_bytes(backend.open_objects(home), facts.job["id"]))
     deployment = aws_deployment.read(home) if capabilities_of(facts.backend).stack else None
     egress = deployment.egress if deployment else ""
     moved = TransferredData(fetches.fetched_bytes(home, facts.job["id"]), egress)
-    return facts.job, bill(stages, account, pools, book, stored_bytes=size, pace=backend.pace, moved=moved)
-
-
-def _retype(account: Account, types: Mapping[str, str]) -> Account:
-    billed: dict[Kind, float] = {}
-    for kind, seconds in account.billed_s.items():
-        named = replace(kind, type=types.get(kind.pool) or kind.type)
-        billed[named] = billed.get(named, 0.0) + seconds
-    return replace(account, billed_s=billed)
+    found = job_bill(facts.job, facts.use, book, types=types, stored_bytes=size, pace=backend.pace, moved=moved)
+    return facts.job, found
 
 
 def facts_of(home: Home, job: str) -> Facts:
@@ -115,7 +100,7 @@ async def _facts_in_folder(home: Home, text: str) -> Facts:
         rows = (exact or matching)[0]
         record = rows.job
         account = await _stored_account(objects, record.job.id)
-        use = job_use_view(record.job, account, backend.pools, max_cost_usd=record.job.max_cost_usd)
+        use = job_use_view(record.job, account, backend.pools_in(home), max_cost_usd=record.job.max_cost_usd)
         return Facts(job_view(record, rows.stages), use, backend.name)
     finally:
         await ledger.close()
@@ -150,6 +135,7 @@ def bill_text(job: JobView, bill: Bill) -> str:
     rows = [(i.what, f"{i.usd.typical:.6f}", i.how) for i in bill.items]
     usd = bill.usd
     rows.append(("all", f"{usd.typical:.6f}", ""))
+    further = [(i.what, f"{i.usd.typical:.6f}", i.how) for i in bill.further]
     exact = usd.low == usd.high
     between = f"between {usd.low:.6f} and {usd.high:.6f} USD"
     spread = "" if exact else f" By what Spot and other zones may cost it is {between}."
@@ -158,6 +144,7 @@ def bill_text(job: JobView, bill: Bill) -> str:
             f"{job['id']} {job['state']}: {usd} on AWS.{spread}",
             "",
             output.table(("what", "USD", "how"), rows),
+            *(["", output.table(("further costs", "USD", "how"), further)] if further else []),
             "",
             f"Prices: {bill.prices}, before tax, free tiers and discounts.",
             *(f"Note: {note}." for note in bill.notes),
@@ -191,14 +178,17 @@ class LiveCost:
         """Return the cost per hour, the cost so far, and the cost cap of the grid, in USD."""
         view = client.use()
         living = {Kind(one["pool"], one["type"], Market(one["market"])): one["instances"] for one in view["living"]}
-        return self._figures(living, {}, account_of(view["total"]), view["max_cost_usd"], view["capped"])
+        spent = spent_usd(account_of(view["total"]), {}, self._prices())
+        return self._figures(living, {}, spent, view["max_cost_usd"], view["capped"])
 
-    def job(self, client: Client, job: str, grid: GridView | None = None) -> dict[str, object]:
+    def job(self, client: Client, job: JobView, grid: GridView | None = None) -> dict[str, object]:
         """Return the cost per hour, the cost so far, and the cost cap of one job, in USD.
 
         The cost per hour includes all instances of the job's pools.
         """
-        view = client.job_use(job)
+        from batchlab.runtime import factory
+
+        view = client.job_use(job["id"])
         account = account_of(view["account"]) if view["account"] else Account()
         used_pools = {kind.pool for kind in account.billed_s}
         living: dict[Kind, int] = {}
@@ -206,9 +196,11 @@ class LiveCost:
             running = sum(instance["state"] != "Terminated" for instance in pool["instances"])
             kind = Kind(pool["name"], view["types"].get(pool["name"], ""))
             living[kind] = running if pool["name"] in used_pools else 0
-        return self._figures(living, view["types"], account, view["max_cost_usd"], view["capped"])
+        pace = factory.load(grid["backend"]).pace if grid else None
+        spent = job_bill(job, view, self._prices(), pace=pace).usd
+        return self._figures(living, view["types"], spent, view["max_cost_usd"], view["capped"])
 
-    def line(self, client: Client, job: str, grid: GridView | None) -> str:
+    def line(self, client: Client, job: JobView, grid: GridView | None) -> str:
         """Return a predicate about the cost, such as "costs 0.5 USD an hour now", or the reason why the cost is
         unknown.
         """
@@ -218,9 +210,9 @@ class LiveCost:
             return f"has an unknown cost: {error.message}"
 
     def _figures(
-        self, living: Mapping[Kind, int], types: Mapping[str, str], account: Account, cap: float | None, capped: object
+        self, living: Mapping[Kind, int], types: Mapping[str, str], spent: Usd, cap: float | None, capped: object
     ) -> dict[str, object]:
-        now, spent = burn_usd_h(living, types, self._prices()), spent_usd(account, types, self._prices())
+        now = burn_usd_h(living, types, self._prices())
         text = f"{'would cost on AWS' if self._as_if else 'costs'} {now} an hour now, {spent} so far"
         if cap is not None:
             text += f", cap {cap:g} USD"

@@ -136,7 +136,7 @@ def _show(place: Home, job: str, *, as_if_aws: bool, json: bool) -> None:
         why, eta = client.why(view["id"]), client.eta(view["id"])
         record = place.record()
         if record and live_cost.applies(record.backend):
-            cost = live_cost.job(client, view["id"], client.grid())
+            cost = live_cost.job(client, view, client.grid())
     if json:
         output.show_json({**view, "why": why, "eta": eta, **({"cost": cost} if cost else {})})
         return

@@ -63,12 +63,10 @@ def html(
     Example: batchlab report html last --out monday.html
     """
     from batchlab.cli.report_source import Source, folders
-    from batchlab.core import installation
     from batchlab.reports.html import failures, page
     from batchlab.reports.html.source import ReportRun, only_job
     from batchlab.reports.queries import store
 
-    installation.need("web", "The report as a page")
     source = Source(home_of(home), backend, endpoint)
     with folders(source, [run]) as paths, store.open_store(paths) as connection:
         job = only_job(connection)

@@ -19,6 +19,7 @@ REQUIRED_MODULES = frozenset(
         "fastapi",
         "httptools",
         "httpx",
+        "jinja2",
         "multipart",
         "obstore",
         "prometheus_client",

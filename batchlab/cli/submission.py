@@ -226,7 +226,7 @@ def watch(
             grid, looked_s = session.call(lambda client: client.grid()), asked_s
             _note_slots(grid, slots)
             if live_cost:
-                display.cost(session.call(partial(live_cost.line, job=view["id"], grid=grid)))
+                display.cost(session.call(partial(live_cost.line, job=view, grid=grid)))
         display.show(view, grid)
         if view["state"] in ENDED:
             return view

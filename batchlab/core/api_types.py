@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 
 class StageView(TypedDict):
-    """Counters of a stage. `running` is the number of the stage's tasks in bundles that workers report as running."""
+    """Counters of a stage. `after` names the stages whose results the stage uses. `running` is the number of the
+    stage's tasks in bundles that workers report as running.
+    """
 
     name: str
     pool: str
+    after: list[str]
     planned: int | None
     succeeded: int
     failed: int
@@ -159,12 +162,14 @@ class FailureGroupsView(TypedDict):
 
 
 class TaskView(TypedDict):
-    """A task that has ended, as described in the outcome of the task's bundle.
+    """A task, as described in the outcome of the task's bundle, or as the manager knows a task that has not ended.
 
-    The `state` of a task is succeeded, failed, or cancelled. The `state` is retried if `seq` belongs to an earlier
-    outcome of the task. `input` and `log` are the text of the task's input and log. The manager truncates a long input
-    and a long log. `input_of` is the name of the file that contains the task's input. `cpu_s`, `memory_bytes` (the
-    peak), `input_bytes`, and `output_bytes` are null if the attempt was too short to be measured.
+    The `state` of a task is waiting, running, succeeded, failed, or cancelled. The `state` is retried if `seq` belongs
+    to an earlier outcome of the task. `seq` is 0 if the task has not ended. `started_s` and `ended_s` are times of the
+    task's bundle. `input` and `log` are the text of the task's input and log. The manager truncates a long input and a
+    long log. The log of a running task is the latest output that its worker has stored. `input_of` is the name of the
+    file that contains the task's input. `cpu_s`, `memory_bytes` (the peak), `input_bytes`, and `output_bytes` are null
+    if the attempt was too short to be measured. `run_s` is null if the attempt did not run.
     """
 
     seq: int
@@ -173,8 +178,9 @@ class TaskView(TypedDict):
     attempt: int
     state: str
     worker: str
-    started_s: float
-    ended_s: float
+    started_s: float | None
+    ended_s: float | None
+    run_s: float | None
     cpu_s: float | None
     memory_bytes: int | None
     input_bytes: int | None
@@ -185,6 +191,81 @@ class TaskView(TypedDict):
     is_input_cut: bool
     log: str
     is_log_cut: bool
+
+
+class TaskRowView(TypedDict):
+    """A task in a list of tasks.
+
+    The `state` of a task is waiting, running, succeeded, failed, or cancelled. `seq` is the number of the outcome with
+    the task's result, or 0 without a result. `attempt` is 0 if no worker has received the task. `since_s` is the start
+    of a running task's bundle. The figures are null if the attempt was too short to be measured. `input` is the name
+    of the task's first input file, or "" if the name is unknown.
+    """
+
+    seq: int
+    stage: str
+    task: int
+    state: str
+    attempt: int
+    worker: str
+    since_s: float | None
+    run_s: float | None
+    cpu_s: float | None
+    memory_bytes: int | None
+    input_bytes: int | None
+    output_bytes: int | None
+    input: str
+
+
+class TasksView(TypedDict):
+    """A page of a job's tasks, in the order of the stages and tasks.
+
+    `next` is the value of the parameter `after` in the request for the next page, or None on the last page. A search
+    for an input file may return a page with fewer tasks, because a request reads a limited number of outcomes.
+    """
+
+    tasks: list[TaskRowView]
+    next: str | None
+
+
+class BarView(TypedDict):
+    """A bundle on a timeline. `bundle` is "" and `bundles` is the number of bundles if several bundles are merged.
+
+    The `state` of a bundle is running, succeeded, retried, failed, or cancelled. The state of merged bundles is the
+    worst state of the bundles. `row` separates bundles that a worker runs at the same time.
+    """
+
+    stage: str
+    bundle: str
+    bundles: int
+    tasks: int
+    attempt: int
+    state: str
+    started_s: float
+    ended_s: float
+    row: int
+
+
+class LaneView(TypedDict):
+    """A worker on a timeline, with its bundles in at most `rows` rows."""
+
+    worker: str
+    rows: int
+    bars: list[BarView]
+
+
+class TimelineView(TypedDict):
+    """Timeline of a job's bundles from `start_s` to `end_s` by worker, with the worker that started first at the top.
+
+    `workers` is the number of all workers, of which `lanes` may contain only the first ones. `merged_s` is the width of
+    the time steps in which bundles are merged, or 0 if every bundle has its own bar.
+    """
+
+    start_s: float
+    end_s: float
+    workers: int
+    merged_s: float
+    lanes: list[LaneView]
 
 
 class EtaView(TypedDict):

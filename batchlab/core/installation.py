@@ -27,7 +27,6 @@ MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "ministack": ("boto3", "botocore"),
         # The OpenTelemetry API is not listed, because FastAPI installs it.
         "otel": ("opentelemetry.sdk", "opentelemetry.exporter"),
-        "web": ("jinja2",),
     }
 )
 """Import names of the packages of each extra."""
@@ -95,14 +94,6 @@ def remedy(*extras: str) -> str:
 def anywhere(extra: str) -> str:
     """Return the sentence of `remedy` without paths of the local machine."""
     return f"`pip install 'batchlab[{extra}] @ {_ELSEWHERE}'` brings it."
-
-
-def for_a_manager(extra: str) -> str:
-    """Return the sentence of `remedy` for a manager that may run in a container or on AWS."""
-    return (
-        f"{anywhere(extra)} Where the manager runs in a container or on AWS, install it where the "
-        "grid is brought up from, and bring the grid up again (on AWS: `deploy apply`)."
-    )
 
 
 def _origin() -> Mapping[str, Any]:

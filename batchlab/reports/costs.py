@@ -49,13 +49,7 @@ class StageUsage:
 
 
 def parts(
-    uses: Sequence[StageUsage],
-    account: Account | None,
-    pools: Mapping[str, PoolFacts],
-    book: PriceBook,
-    *,
-    stored_bytes: int,
-    pace: Pace,
+    uses: Sequence[StageUsage], account: Account | None, pools: Mapping[str, PoolFacts], book: PriceBook, *, pace: Pace
 ) -> tuple[Bill, list[Part]]:
     """Return the bill of a job, and the bill's lines split by stage.
 
@@ -63,7 +57,7 @@ def parts(
     bundles. The cost of work that was lost with instances does not belong to a stage.
     """
     stages = [use.stage for use in uses]
-    job_bill = bill(stages, account, pools, book, stored_bytes=stored_bytes, pace=pace)
+    job_bill = bill(stages, account, pools, book, pace=pace)
     parts: list[Part] = []
     by_bundle: dict[str | None, float] = {use.stage.name: float(use.bundles) for use in uses}
     lines: dict[str, _Line] = {name: (kind, None, None, by_bundle) for name, kind in _REQUESTS.items()}
@@ -72,7 +66,7 @@ def parts(
         pool_uses = [use for use in uses if use.stage.pool == pool]
         lines |= _of_pool(pool, billed, pool_uses, account)
     for item in job_bill.items:
-        kind, pool_, seconds_, weights = lines.get(item.what, ("storage", None, None, {}))
+        kind, pool_, seconds_, weights = lines[item.what]
         usd = Decimal(repr(item.usd.typical)).quantize(DIGIT, ROUND_HALF_EVEN)
         for stage, (share, part) in split(usd, weights).items():
             spent_s = None if seconds_ is None else seconds_ * share

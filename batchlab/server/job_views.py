@@ -77,6 +77,7 @@ def _stage_view(job: JobDef, stage: StageRecord, running: int) -> StageView:
     view = {
         "name": counts.stage,
         "pool": job.stage(counts.stage).pool,
+        "after": list(job.stage(counts.stage).after),
         **_pick(counts, "planned succeeded failed cancelled"),
         "running": running,
         **_pick(counts, "retried run_s mean_s first_start_s last_end_s"),

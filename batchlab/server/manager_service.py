@@ -318,6 +318,7 @@ def _api(
     from batchlab.adapters.local.state_files import StateFile
     from batchlab.server import web
     from batchlab.server.http import create_app
+    from batchlab.server.report_writer import open_html_reports
 
     home, backend = options.home, options.backend
     app, served = create_app(
@@ -337,7 +338,8 @@ def _api(
     except UsageError as error:
         log.warning("the web page shows no costs: %s", error)
         prices = None
-    web.mount(app, served, prices=prices)
+    reports = open_html_reports(backend, home, lead.manager.ports.objects, backend.pools_in(home))
+    web.mount(app, served, prices=prices, reports=reports, pace=backend.pace)
     return app, served
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,9 @@ def views(scene: Scene) -> list[str]:
         f"/jobs/{scene.runs}",
         failed,
         f"/jobs/{scene.paused}",
+        f"{failed}/tasks",
+        f"{failed}/timeline",
+        f"/jobs/{scene.runs}/timeline",
         f"{failed}/failures",
         f"{failed}/failures/{groups[0]['fingerprint']}",
         f"{failed}/stages/{first['stage']}/tasks/{first['task']}?seq={first['seq']}",
@@ -144,7 +148,7 @@ def test_every_view_is_sound(scene: Scene, browser: Browser, context: dict[str, 
             page.goto(f"{place_of(page)}{path}")
             assert page.locator("h1").count() == 1, path
             # test_page_looks.py runs axe on every view. The names and logs of this test's grid are hostile.
-            if context is DESKTOP and path in (*paths[:1], *paths[8:13]):
+            if context is DESKTOP and path in (*paths[:1], *paths[8:16]):
                 assert offences(page) == [], path
             assert too_wide(page) == [], path
             assert seen.errors == [], path
@@ -181,6 +185,83 @@ def test_page_follows_a_running_job(scene: Scene, browser: Browser) -> None:
         assert len([request for request in seen.requests if request.endswith(f"/jobs/{scene.runs}")]) == 1
         assert page.get_by_text("Remaining time").is_visible()
         assert page.locator("#content .why").inner_text()
+
+
+def test_tasks_are_filtered_and_a_whole_row_is_a_link(scene: Scene, browser: Browser) -> None:
+    with logged_in(scene, browser, f"/jobs/{scene.failed}") as (page, _):
+        page.locator(".graph a").first.click()
+        rows = page.locator("tbody tr")
+        rows.first.wait_for()
+        assert rows.count() == 8
+        page.get_by_role("link", name=re.compile("^Failed")).click()
+        page.wait_for_url("**state=failed*")
+        assert rows.count() == 5
+        assert set(page.locator("tbody .state").all_inner_texts()) == {"FAILED"}
+        page.locator("#search").fill("parse/3")
+        page.locator("#find").click()
+        page.wait_for_url("**search=parse*")
+        assert rows.count() == 1
+        page.get_by_role("link", name="Clear").click()
+        page.wait_for_url(lambda url: "search" not in url)
+        # The cell at the other end of the row belongs to the link of the row, and the link is one Tab stop.
+        box = rows.first.locator("td:visible").last.bounding_box()
+        assert box
+        page.mouse.click(box["x"] + box["width"] - 5, box["y"] + 5)
+        page.wait_for_url("**/stages/parse/tasks/*")
+        assert page.locator("h1").inner_text().startswith("Task parse/")
+        page.go_back()
+        rows.first.wait_for()
+        page.locator("tbody a").first.focus()
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.closest('tr').rowIndex") == 2
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/stages/parse/tasks/*")
+
+
+def test_live_log_of_a_task_grows_and_ends(scene: Scene, browser: Browser) -> None:
+    """The page of a running task shows new output, and becomes the page of the ended task without a reload."""
+    folder = folder_of(scene.folder, "prints", 1)
+    code = (folder / "handlers.py").read_text()
+    printing = "    for line in range(12):\n        print('line', line, flush=True)\n        time.sleep(0.7)\n"
+    (folder / "handlers.py").write_text(code.replace('    print("number", number)\n', printing))
+    with ThreadPoolExecutor() as thread:  # playwright's event loop occupies this thread
+        job = thread.submit(scene.grid.submit, folder / "job.yaml", "prints").result()["id"]
+    scene.grid.wait(job, until=lambda view: view["stages"][0]["running"] > 0)
+    with logged_in(scene, browser, f"/jobs/{job}/stages/parse/tasks/0") as (page, seen):
+        page.get_by_role("heading", name="Live log").wait_for()
+        page.wait_for_function("() => (document.querySelector('#log')?.textContent || '').includes('line 0')")
+        page.evaluate("window.same = true")
+        before = page.locator("#log").inner_text()
+        page.wait_for_function("before => document.querySelector('#log').innerText.length > before", arg=len(before))
+        page.locator("h1 .state", has_text="SUCCEEDED").wait_for()
+        assert "line 11" in page.locator("#log").inner_text()
+        assert page.get_by_text("Peak memory").is_visible()
+        assert page.evaluate("window.same"), "the page was not loaded again"
+        polls = len([request for request in seen.requests if "part=live" in request])
+        page.wait_for_timeout(3_000)
+        assert len([request for request in seen.requests if "part=live" in request]) == polls
+
+
+def test_timeline_shows_workers_and_grows(scene: Scene, browser: Browser) -> None:
+    with logged_in(scene, browser, f"/jobs/{scene.runs}/timeline") as (page, _):
+        bars = page.locator("#plot .bar-succeeded")
+        bars.first.wait_for(state="attached")
+        count = bars.count()
+        page.wait_for_function("count => document.querySelectorAll('#plot .bar-succeeded').length > count", arg=count)
+        assert page.locator("#plot .bar-running").count() >= 1
+        assert page.locator(".timeline-names text").count() == 2
+        title = bars.first.locator("title").text_content() or ""
+        assert re.fullmatch(r"parse/\d+, 1 task, [\d.]+ m?s from [\d.]+ m?s, succeeded", title)
+        assert (page.locator("#plot").get_attribute("aria-label") or "").startswith("Timeline of ")
+
+
+def test_report_opens_in_the_browser(scene: Scene, browser: Browser) -> None:
+    with logged_in(scene, browser, f"/jobs/{scene.failed}") as (page, _):
+        page.locator("#report").click()
+        page.locator("#summary").wait_for()
+        assert page.locator("h1").inner_text().startswith("fails")
+        # The browser applies the style sheet of the report.
+        assert page.evaluate("getComputedStyle(document.querySelector('.skip')).position") != "static"
 
 
 def test_the_curves_are_drawn(scene: Scene, browser: Browser) -> None:

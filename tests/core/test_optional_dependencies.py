@@ -112,7 +112,6 @@ def test_the_main_job_needs_none_of_them(tmp_path: Path) -> None:
         ("boto3", "docker", "grid up --backend localstack"),
         ("boto3", "ministack", "grid up --backend ministack"),
         ("boto3", "ministack", "demo --backend ministack --files 1"),
-        ("jinja2", "web", "report html last"),
     ],
 )
 def test_missing_extra_is_one_clear_sentence(
@@ -168,14 +167,13 @@ def test_unexpected_missing_import_is_one_clear_sentence(monkeypatch: pytest.Mon
 
 
 def test_the_doctor_names_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.setitem(sys.modules, "boto3", None)
     monkeypatch.setattr(installation, "_origin", dict)
     code, out, _ = run("doctor", "--json", "--home", tmp_path / "h")
     assert code == 0, "the backend local needs none"
     (found,) = (load for load in json.loads(out) if load["check"] == "extras")
     assert found["text"].startswith("installed: otel; not installed")
-    assert "batchlab[aws,docker,ministack,web]" in found["remedy"]
+    assert "batchlab[aws,docker,ministack]" in found["remedy"]
     code, out, _ = run("doctor", "--json", "--home", tmp_path / "h", "--backend", "ministack")
     assert code == 1
     (found,) = (load for load in json.loads(out) if load["check"] == "extra")
@@ -190,23 +188,23 @@ WHEEL = "file:///home/a%20b/dist/batchlab-0.1.0-py3-none-any.whl"
 @pytest.mark.parametrize(
     ("origin", "what"),
     [
-        ({"url": WHEEL, "archive_info": {}}, f"'batchlab[web] @ {WHEEL}'"),
-        ({"url": "file:///a%20b", "dir_info": {"editable": True}}, "-e '/a b[web]'"),
-        ({"url": "file:///src", "dir_info": {}}, "'batchlab[web] @ file:///src'"),
+        ({"url": WHEEL, "archive_info": {}}, f"'batchlab[otel] @ {WHEEL}'"),
+        ({"url": "file:///a%20b", "dir_info": {"editable": True}}, "-e '/a b[otel]'"),
+        ({"url": "file:///src", "dir_info": {}}, "'batchlab[otel] @ file:///src'"),
         (
             {"url": "https://x.example/b", "vcs_info": {"vcs": "git", "commit_id": "c0"}},
-            "'batchlab[web] @ git+https://x.example/b@c0'",
+            "'batchlab[otel] @ git+https://x.example/b@c0'",
         ),
-        ({}, "'batchlab[web] @ file:///…/batchlab-….whl'"),
+        ({}, "'batchlab[otel] @ file:///…/batchlab-….whl'"),
     ],
 )
 def test_install_command_uses_the_source_of_the_installation(
     monkeypatch: pytest.MonkeyPatch, origin: dict[str, Any], what: str
 ) -> None:
     monkeypatch.setattr(installation, "_origin", lambda: origin)
-    assert installation.remedy("web").endswith(f" {what}` brings it.")
+    assert installation.remedy("otel").endswith(f" {what}` brings it.")
     monkeypatch.setattr(installation, "find_spec", lambda _: None)
-    assert installation.remedy("web").startswith(f"`uv pip install --python {sys.executable} ")
+    assert installation.remedy("otel").startswith(f"`uv pip install --python {sys.executable} ")
 
 
 def test_every_backend_names_its_extra() -> None:
@@ -230,7 +228,7 @@ def test_images_and_releases_have_the_extras_that_are_here(monkeypatch: pytest.M
     brought = [line for extra, lines in asked["optional-dependencies"].items()
                if extra != "otel" for line in lines]  # fmt: skip
     assert {canonicalize_name(one) for one in every} == names([*asked["dependencies"], *brought])
-    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setitem(sys.modules, "docker", None)
     fewer = {line.partition("=")[0].partition("[")[0] for line in compose_project.requirements()}
-    assert every - fewer == {"jinja2"}
-    assert "jinja2" not in {line.partition("=")[0] for line in compose_project.constraints()}
+    assert every - fewer == {"docker", "localstack-client"}
+    assert "docker" not in {line.partition("=")[0] for line in compose_project.constraints()}

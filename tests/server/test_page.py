@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 
 import pytest
 
-from batchlab.core.errors import Refused
 from batchlab.server.http import create_app
 from batchlab.server.http.authentication import LOCAL_NAMES, SESSION_S
 from tests.support.server.api import TOKEN, Rig, job
@@ -35,25 +33,6 @@ def test_without_a_session_nothing_answers_but_the_login(rig: Rig, stranger: Vis
                 assert answer.headers["location"] == "/ui/login"
     parts = stranger.get("/", **{"HX-Request": "true"})
     assert (parts.status_code, parts.headers["HX-Redirect"]) == (401, "/ui/login")
-
-
-def test_page_without_its_extra_explains_itself_to_authorized_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with Rig() as bare:
-        said = "The grid's page needs batchlab's extra `web`, which is not installed"
-        with pytest.raises(Refused, match=said) as refused:
-            bare.client.open_session()
-        assert "[web]" in refused.value.remedy
-        visitor = Visitor(bare)
-        with visitor.http:
-            assert visitor.get("/").headers["location"] == "/ui/login"
-            answer = visitor.get("/login")
-            assert answer.status_code == 501
-            assert answer.text.startswith(said)
-            assert "batchlab[web] @ file:///…/" in answer.text
-            assert sys.prefix not in answer.text, "where things lie is not for everybody"
-            assert "Content-Security-Policy" in answer.headers
-            assert visitor.get("/login", Host="evil.example").status_code == 421
 
 
 def test_bearer_token_is_not_a_session(stranger: Visitor) -> None:

@@ -19,6 +19,7 @@ def a_job(job: str, state: str = "RUNNING", **more: Any) -> dict[str, Any]:
     stage = {
         "name": "parse",
         "pool": "default",
+        "after": [],
         "planned": 10,
         "succeeded": 4,
         "failed": 1,

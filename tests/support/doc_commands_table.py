@@ -172,7 +172,7 @@ ELSEWHERE = {
     ".ci/supply dist": ".ci/run supply",
     "uv build": "tests/system/test_installed.py built",
     "uv tool install dist/batchlab-*.whl": "tests/system/test_installed.py installed",
-    "pip install 'batchlab[aws,docker,ministack,web] @ file:///…/batchlab-….whl'": (
+    "pip install 'batchlab[aws,docker,ministack] @ file:///…/batchlab-….whl'": (
         "tests/system/test_installed.py test_metadata_of_the_package_is_complete"
     ),
     "pip install 'batchlab[otel] @ file:///…/batchlab-….whl'": (

@@ -25,7 +25,7 @@ from packaging.utils import canonicalize_name
 from batchlab.core import installation
 from tests.support import ROOT
 
-EXTRAS = ("aws", "docker", "ministack", "otel", "web")
+EXTRAS = ("aws", "docker", "ministack", "otel")
 VENDOR = Path(installation.__file__).parent.parent / "server" / "web" / "static" / "vendor"
 
 ALLOWED = frozenset(

@@ -6,7 +6,6 @@ import email
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tarfile
@@ -25,7 +24,7 @@ from batchlab.core import installation
 from batchlab.core.installation import FOLDERS
 from tests.support import ROOT
 from tests.support.supply import EXTRAS
-from tests.support.uv import Uv, program, uv
+from tests.support.uv import Uv, uv
 
 __all__ = ["uv"]
 
@@ -175,21 +174,6 @@ def of_extras(installed: Installed) -> dict[str, str]:
     return told
 
 
-def with_page(installed: Installed) -> None:
-    """Install the extra of the web page with the command that the error message names."""
-    said = installed.refused("report", "html", "last")
-    (told,) = re.findall(r"`(uv pip install .+)` brings it", said)
-    _, *arguments = shlex.split(told)
-    done = subprocess.run(
-        [program(), *arguments, "--quiet"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env=installed.installing,
-    )
-    assert not done.returncode, done.stderr
-
-
 def test_missing_extra_is_named(installed: Installed) -> None:
     found = of_extras(installed)
     assert found["text"].startswith("installed: none; not installed")
@@ -199,7 +183,6 @@ def test_missing_extra_is_named(installed: Installed) -> None:
         ("aws", "grid up --backend aws"),
         ("docker", "grid up --backend localstack"),
         ("ministack", "grid up --backend ministack"),
-        ("web", "report html last"),
     ):
         said = installed.refused(*command.split())
         assert f"needs batchlab's extra `{extra}`, which is not installed" in said, command
@@ -221,7 +204,6 @@ def test_readme_commands_run_without_the_source(installed: Installed) -> None:
     installed("run", "first/job.yaml", "--out", "out")
     assert (installed.folder / "out" / "total.jsonl").read_text().count("\n") == 3
     assert "first-claims" in installed("report", "query", "SELECT DISTINCT job FROM tasks", "last")
-    with_page(installed)
     installed("report", "html", "last", "--out", "run.html")
     page = (installed.folder / "run.html").read_text()
     assert "first-claims" in page
@@ -230,8 +212,6 @@ def test_readme_commands_run_without_the_source(installed: Installed) -> None:
 
 
 def test_its_page_has_all_that_it_shows(installed: Installed) -> None:
-    if "web" in of_extras(installed)["text"].partition("not installed")[2]:
-        with_page(installed)
     installed("grid", "up")
     opened = json.loads(installed("grid", "open", "--json"))["url"]
     address, _, word = opened.partition("#")

@@ -7,18 +7,23 @@ use the ledger and the account.
 from __future__ import annotations
 
 import json
+import re
 import time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from batchlab.core.api_types import JobView
 from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
+from batchlab.reports.costs import DIGIT
 from batchlab.reports.queries import store
 from tests.support.cli import Run
 from tests.support.grid.fixtures import Bring
+from tests.support.grid.local_grid import LocalGrid
 from tests.support.reports.simulated_run import answers
 
 JOB = """
@@ -75,6 +80,7 @@ def test_report_ledger_and_bill_agree(
     assert brought == {"job": job, "folder": f"runs/{job}", "is_final": True}
     with answers(tmp_path / "runs") as ask:
         check(ask, run, view, home)
+        check_cost(ask, run, grid, job)
 
     # The data is queried in place by the job's name, after a second write, and without a grid.
     count = ("SELECT succeeded FROM jobs", "--json")
@@ -122,19 +128,34 @@ def check(ask: Any, run: Run, view: JobView, home: tuple[str, str]) -> None:
     for query in store.named_queries().values():
         ask(query.sql)
 
-    # The bill is compared line by line.
-    code, out, err = run("cost", "bill", view["id"], *home, "--json")
-    assert code == 0, err
-    bill = json.loads(out)
-    lines = {r["line"]: r["usd"] for r in ask("SELECT line, sum(cost_usd) AS usd FROM cost GROUP BY 1")}
-    assert set(lines) == {item["what"] for item in bill["items"]}
-    for item in bill["items"]:
-        assert float(lines[item["what"]]) == pytest.approx(item["usd"]["typical"], abs=1e-9), item
-    assert float(whole["cost_usd"]) == pytest.approx(bill["usd"]["typical"], abs=1e-9)
-
     # The workers were processes of this machine.
     workers = {row["instance"] for row in ask("SELECT instance FROM workers WHERE bundles > 0")}
     assert None not in workers
     assert workers <= {row["instance"] for row in ask("SELECT instance FROM instances")}
     assert ask("SELECT count(*) > 0 AS seen FROM fleet") == [{"seen": True}]
     assert not ask("SELECT * FROM bundles WHERE wait_s < 0 OR took_s < 0 OR took_s < run_s - 0.05")
+
+
+def check_cost(ask: Any, run: Run, grid: LocalGrid, job: str) -> None:
+    """The page, the bill, and the report show one cost of the job, to the last digit."""
+    home = ("--home", str(grid.home.path))
+    code, out, err = run("cost", "bill", job, *home, "--json")
+    assert code == 0, err
+    bill = json.loads(out)
+    lines = {r["line"]: r["usd"] for r in ask("SELECT line, sum(cost_usd) AS usd FROM cost GROUP BY 1")}
+    assert lines == {item["what"]: Decimal(repr(item["usd"]["typical"])).quantize(DIGIT) for item in bill["items"]}
+    usd = Decimal(repr(bill["usd"]["typical"]))
+    assert usd > 0
+    assert ask("SELECT cost_usd FROM jobs") == [{"cost_usd": usd}]
+    with httpx.Client(base_url=grid.client.url, trust_env=False) as http:
+        login = http.post("/ui/login", data={"word": grid.home.token()}, headers={"Sec-Fetch-Site": "same-origin"})
+        page = f"{login.headers['location']}jobs/{job}"
+        shown = re.search(r'<data value="([\d.]+)">([\d.]+ USD)</data>', http.get(page).text)
+        report = http.get(f"{page}/report.html", timeout=60.0)
+    assert shown
+    assert Decimal(shown[1]) == usd
+    assert report.status_code == 200
+    assert f">{usd:.6f}<" in report.text
+    code, out, err = run("cost", "bill", job, *home)
+    assert code == 0, err
+    assert f"{shown[2]} on AWS" in out

@@ -1,13 +1,19 @@
 """Bill of a job: the actual or hypothetical cost of the job on AWS, split by purpose.
 
-Invariant: the lines of a bill add up to its total. Every billed instance second counts as exactly one of compute,
-wasted work, and idle. Figures of a bill that are calculated and not counted are marked as derived.
+The cost of a job is the cost of the instances with their disks and of the requests that the job used while it ran. The
+cost of data that is stored or transferred after the run depends on its user, so it is not a part of the job's cost. The
+web page, the bill, reports, replays, and forecasts use this definition.
+
+Invariant: the lines of a bill add up to its total, exactly to 12 decimal places. Every billed instance second counts as
+exactly one of compute, wasted work, and idle. Figures of a bill that are calculated and not counted are marked as
+derived.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from batchlab.core.pricing import request_costs
 from batchlab.core.pricing.price_book import (
@@ -26,6 +32,12 @@ from batchlab.core.pricing.price_book import (
 from batchlab.core.pricing.request_costs import Pace, Requests, TransferredData
 from batchlab.core.pricing.usage import Account, Kind
 
+if TYPE_CHECKING:
+    from batchlab.core.api_types import JobView
+    from batchlab.core.api_usage_types import JobUseView
+
+DIGITS = 12
+"""Number of decimal places of the amounts of a bill."""
 UNUSED = 0.15
 """Assumed idle share of the instance time of a job whose instance time was not counted."""
 
@@ -51,20 +63,26 @@ class PoolFacts:
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """Lines of a bill, notes about the lines, and the source of the prices."""
+    """Lines of a bill, notes about the lines, and the source of the prices.
+
+    `further` are costs that are not a part of the job's cost: a month of storage, and the transfer of data.
+    """
 
     items: tuple[Item, ...]
     notes: tuple[str, ...]
     prices: str
+    further: tuple[Item, ...] = ()
 
     @property
     def usd(self) -> Usd:
-        return total(self.items)
+        """Cost of the job."""
+        return _rounded(total(self.items))
 
     def to_json(self) -> dict[str, object]:
         return {
             "usd": range_json(self.usd),
             "items": [item.to_json() for item in self.items],
+            "further": [item.to_json() for item in self.further],
             "notes": list(self.notes),
             "prices": self.prices,
         }
@@ -118,12 +136,51 @@ def bill(
             notes.append(f"instances of pool {name} count as {AS_IF}")
         items += _lines(name, billed, usd_per_s(kinds, facts, book), _spoken_text(kinds))
     items += _requests(account, used, pace or Pace(), book, notes)
+    further: list[Item] = []
     if stored_bytes is not None:
         month = stored_bytes / GB * book.price("s3", "usd_per_gb_month")
-        items.append(Item("S3 storage", Usd.exactly(month), f"{stored_bytes / GB:,.3f} GB for a month"))
+        further.append(Item("S3 storage", Usd.exactly(month), f"{stored_bytes / GB:,.3f} GB for a month"))
     if moved is not None:
-        items += _transfer_items(moved, account, book, notes)
-    return Bill(tuple(items), tuple(notes), book.source)
+        further += _transfer_items(moved, account, book, notes)
+    lines = tuple([replace(item, usd=_rounded(item.usd)) for item in items])
+    return Bill(lines, tuple(notes), book.source, tuple(further))
+
+
+def job_bill(
+    job: JobView,
+    use: JobUseView,
+    book: PriceBook,
+    *,
+    types: Mapping[str, str] | None = None,
+    stored_bytes: int | None = None,
+    pace: Pace | None = None,
+    moved: TransferredData | None = None,
+) -> Bill:
+    """Return the bill of a job from the manager's views of the job and of its usage.
+
+    `types` has instance types by pool, which replace the recorded instance types.
+    """
+    from batchlab.core.api_usage_types import account_of
+
+    types = types or {}
+    pools = {
+        name: PoolFacts(slots, types.get(name) or use["types"].get(name, "")) for name, slots in use["pools"].items()
+    }
+    stages = [StageUse(s["name"], s["pool"], s["run_s"], use["slots"].get(s["name"], 1)) for s in job["stages"]]
+    account = _retype(account_of(use["account"]), types) if use["account"] else None
+    return bill(stages, account, pools, book, stored_bytes=stored_bytes, pace=pace, moved=moved)
+
+
+def _retype(account: Account, types: Mapping[str, str]) -> Account:
+    billed: dict[Kind, float] = {}
+    for kind, seconds in account.billed_s.items():
+        named = replace(kind, type=types.get(kind.pool) or kind.type)
+        billed[named] = billed.get(named, 0.0) + seconds
+    return replace(account, billed_s=billed)
+
+
+def _rounded(usd: Usd) -> Usd:
+    return Usd(round(usd.low, DIGITS), round(usd.typical, DIGITS), round(usd.high, DIGITS))
 
 
 def seconds(pool: str, facts: PoolFacts, stages: Sequence[StageUse], account: Account | None) -> Billed:
@@ -132,7 +189,8 @@ def seconds(pool: str, facts: PoolFacts, stages: Sequence[StageUse], account: Ac
     """
     account = account or Account(is_whole=False)
     derived = not account.is_whole
-    useful_s = sum(s.run_s * s.slots for s in stages if s.pool == pool) / facts.slots
+    # Run times are measured in microseconds. Sums of the same run times in another order differ after the 6th digit.
+    useful_s = round(sum(s.run_s * s.slots for s in stages if s.pool == pool), 6) / facts.slots
     wasted_s = (account.failed_s.get(pool, 0.0) + account.lost_s.get(pool, 0.0)) / facts.slots
     all_s = sum(s for kind, s in account.billed_s.items() if kind.pool == pool)
     needed_s = (useful_s + wasted_s) / (1 - UNUSED) if derived else useful_s + wasted_s
@@ -149,8 +207,11 @@ def usd_per_s(kinds: Mapping[Kind, float], facts: PoolFacts, book: PriceBook) ->
     usd = NOTHING
     for kind, part_s in kinds.items():
         usd += book.rate(kind.type, kind.market, facts.instance_type).times(part_s / seconds)
-    disk = book.price("ebs", "gp3_usd_per_gb_month") * facts.disk_gb / HOURS_A_MONTH
-    return (usd + Usd.exactly(disk)).times(1 / 3600)
+    return (usd + _disk_usd_h(book, facts.disk_gb)).times(1 / 3600)
+
+
+def _disk_usd_h(book: PriceBook, size_gb: float = WORKER_DISK_GB) -> Usd:
+    return Usd.exactly(book.price("ebs", "gp3_usd_per_gb_month") * size_gb / HOURS_A_MONTH)
 
 
 def _spoken_text(kinds: Mapping[Kind, float]) -> str:
@@ -159,17 +220,19 @@ def _spoken_text(kinds: Mapping[Kind, float]) -> str:
 
 
 def _lines(pool: str, billed: Billed, rate: Usd, of: str) -> list[Item]:
+    # The three lines add up to the rounded cost of all seconds, however the seconds are split.
+    idle, wasted = _rounded(rate.times(billed.idle_s)), _rounded(rate.times(billed.wasted_s))
+    rest = _rounded(rate.times(billed.all_s)) + (idle + wasted).times(-1)
+    compute = Usd(max(rest.low, 0.0), max(rest.typical, 0.0), max(rest.high, 0.0))
     lines = [
-        Item(f"compute, pool {pool}", rate.times(billed.useful_s), f"{_hours(billed.useful_s)} {of}"),
+        Item(f"compute, pool {pool}", compute, f"{_hours(billed.useful_s)} {of}"),
         Item(
-            f"idle, pool {pool}",
-            rate.times(billed.idle_s),
-            f"{_hours(billed.idle_s)} boot, waiting, tail, and the billed minimum of 60 s",
+            f"idle, pool {pool}", idle, f"{_hours(billed.idle_s)} boot, waiting, tail, and the billed minimum of 60 s"
         ),
     ]
     if billed.wasted_s:
         how = f"{_hours(billed.wasted_s)} failed attempts, and runs that ended with their instance"
-        lines.insert(1, Item(f"wasted work, pool {pool}", rate.times(billed.wasted_s), how))
+        lines.insert(1, Item(f"wasted work, pool {pool}", wasted, how))
     return lines
 
 
@@ -207,21 +270,24 @@ def _transfer_items(moved: TransferredData, account: Account, book: PriceBook, n
 
 
 def burn_usd_h(living: Mapping[Kind, int], types: Mapping[str, str], book: PriceBook) -> Usd:
-    """Return the cost per hour of the running instances. `living` has the number of instances by kind.
+    """Return the cost per hour of the running instances with their disks. `living` has the number of instances by kind.
 
     `types` maps each pool to an instance type for kinds without an instance type.
     """
     usd = NOTHING
     for kind, number in living.items():
-        usd += book.rate(kind.type, kind.market, types.get(kind.pool, "")).times(number)
+        usd += _instance_usd_h(kind, types, book).times(number)
     return usd
 
 
+def _instance_usd_h(kind: Kind, types: Mapping[str, str], book: PriceBook) -> Usd:
+    return book.rate(kind.type, kind.market, types.get(kind.pool, "")) + _disk_usd_h(book)
+
+
 def spent_usd(account: Account, types: Mapping[str, str], book: PriceBook) -> Usd:
-    """Return the cost of an account so far, for its instances and its counted requests."""
+    """Return the cost of a grid's account so far, for its instances with their disks and its counted requests."""
     usd = NOTHING
     for kind, seconds in account.billed_s.items():
-        rate = book.rate(kind.type, kind.market, types.get(kind.pool, ""))
-        usd += rate.times(seconds / 3600)
+        usd += _instance_usd_h(kind, types, book).times(seconds / 3600)
     sqs, s3 = request_costs.usd_of(account.requests or Requests(), book)
     return usd + Usd.exactly(sqs + s3)

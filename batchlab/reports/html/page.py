@@ -301,14 +301,23 @@ class Page:
 
 def render(page: Page) -> str:
     """Return the page as HTML text."""
-    style = (_HERE / "style.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     from markupsafe import Markup
+
+    style = _style()
 
     template = _environment().get_template("page.html.jinja")
     # The style sheet is a file of this package and is not escaped, because the hash of an escaped style sheet would not
     # match.
-    return template.render(page=page, style=Markup(style), style_hash=digest)  # noqa: S704
+    return template.render(page=page, style=Markup(style), style_hash=style_hash())  # noqa: S704
+
+
+def style_hash() -> str:
+    """Return the hash of the page's style sheet in the form that a Content-Security-Policy contains."""
+    return base64.b64encode(hashlib.sha256(_style().encode()).digest()).decode()
+
+
+def _style() -> str:
+    return (_HERE / "style.css").read_text(encoding="utf-8")
 
 
 def _environment() -> Environment:

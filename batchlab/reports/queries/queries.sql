@@ -100,14 +100,13 @@ FROM workers
 ORDER BY job, busy_slot_s DESC NULLS LAST, worker;
 
 -- name: cost_by_stage
--- Cost of the job by stage. The row with an empty stage has the costs of no single stage (idle time, storage).
+-- Cost of the job by stage. The row with an empty stage has the costs of no single stage (idle time, lost work).
 SELECT c.job, coalesce(c.stage, '') AS stage,
        sum(c.cost_usd) AS cost_usd,
        sum(c.cost_usd) FILTER (c.kind = 'compute') AS compute_usd,
        sum(c.cost_usd) FILTER (c.kind = 'wasted') AS wasted_usd,
        sum(c.cost_usd) FILTER (c.kind = 'idle') AS idle_usd,
        sum(c.cost_usd) FILTER (c.kind IN ('sqs', 's3')) AS requests_usd,
-       sum(c.cost_usd) FILTER (c.kind = 'storage') AS storage_usd,
        1000 * sum(c.cost_usd) / nullif(max(s.succeeded), 0) AS cost_usd_per_1000
 FROM cost c LEFT JOIN stages s USING (job, stage)
 GROUP BY c.job, c.stage, s.position

@@ -281,12 +281,7 @@ class TableBuilder:
         prices, rows = None, []
         if self._setting.book:
             bill, parts = costs.parts(
-                self._uses(),
-                self._gathered.account,
-                self._pools(),
-                self._setting.book,
-                stored_bytes=self._gathered.stored_bytes,
-                pace=self._setting.pace,
+                self._uses(), self._gathered.account, self._pools(), self._setting.book, pace=self._setting.pace
             )
             prices = bill.prices
             rows = [{**asdict(part), "cost_usd": f"{part.cost_usd:f}"} for part in parts]

@@ -45,7 +45,6 @@ class JobData:
     planned: dict[StageName, TaskSet]
     account: Account | None
     record: recorded_data.RecordedData
-    stored_bytes: int
     results_twice: dict[StageName, int]
     began_s: float
 
@@ -82,10 +81,9 @@ class JobDataReader:
         cuts = [opening.cut] if opening and opening.cut else []
         cuts += [cut for retry in retries for cut in retry.cuts]
         with await asyncio.to_thread(Staging, folder, spec, void_before) as staging:
-            stored_bytes = await self._outcomes(spec, staging, cuts)
+            await self._outcomes(spec, staging, cuts)
             planned = planned_tasks(spec, cuts, void_before)
             await asyncio.to_thread(_plan, staging, cuts, planned, submitted_s)
-        stored_bytes += await self._size(object_keys.raw(job))
         account, record = await self._usage(job)
         again_s = [cut.at_s for cut in retries[-1].cuts if cut.at_s] if retries else []
         return JobData(
@@ -95,7 +93,6 @@ class JobDataReader:
             planned,
             account,
             record,
-            stored_bytes,
             staging.results_twice,
             min(again_s, default=submitted_s),
         )
@@ -118,16 +115,13 @@ class JobDataReader:
         except NotFound:
             return None
 
-    async def _outcomes(self, job: JobDef, staging: Staging, cuts: list[Cut]) -> int:
-        """Stage every outcome of the job, and append every cut to `cuts`. Return the size in bytes of the outcomes and
-        cuts.
-        """
+    async def _outcomes(self, job: JobDef, staging: Staging, cuts: list[Cut]) -> None:
+        """Stage every outcome of the job, and append every cut to `cuts`."""
         key = await self._keys.key_of(job)
-        size_bytes, batch_bytes = 0, 0
+        batch_bytes = 0
         batch: list[str] = []
         async for page in self._objects.list(object_keys.committed(job.id)):
             for info in page:
-                size_bytes += info.size
                 if object_keys.is_cut(info.key):
                     cuts.append(json_format.cut_from_json(await self._doc(info.key)))
                 elif object_keys.is_genuine(info.key, key):
@@ -137,19 +131,12 @@ class JobDataReader:
                     await self._stage(batch, staging)
                     batch, batch_bytes = [], 0
         await self._stage(batch, staging)
-        return size_bytes
 
     async def _stage(self, keys: Sequence[str], staging: Staging) -> None:
         for i in range(0, len(keys), MAX_FETCHES):
             gets = [partial(self._objects.get, key) for key in keys[i : i + MAX_FETCHES]]
             outcomes = await asyncio.gather(*(self._patience(get) for get in gets))
             await asyncio.to_thread(_stage_outcomes, staging, outcomes)
-
-    async def _size(self, prefix: str) -> int:
-        size_bytes = 0
-        async for page in self._objects.list(prefix):
-            size_bytes += sum(info.size for info in page)
-        return size_bytes
 
     async def _usage(self, job: JobId) -> tuple[Account | None, recorded_data.RecordedData]:
         """Return the usage of the job, and the data that was recorded while the job ran."""

@@ -287,10 +287,10 @@ COST = _table(
     "lines of the job's bill, split by stage if possible; the rows add up to the total",
     "job, line, stage",
     ("line", "VARCHAR", "name of the line, such as `compute, pool default`"),
-    ("kind", "VARCHAR", "compute, wasted, idle, sqs, s3, or storage"),
+    ("kind", "VARCHAR", "compute, wasted, idle, sqs, or s3"),
     ("pool", "VARCHAR", "name of the pool; NULL if the line belongs to no pool"),
     ("stage", "VARCHAR", "name of the stage; NULL if the cost belongs to no single stage"),
-    ("seconds", "DOUBLE", "number of billed instance seconds; NULL for requests and storage"),
+    ("seconds", "DOUBLE", "number of billed instance seconds; NULL for requests"),
     ("cost_usd", USD, "cost at list prices"),
     ("how", "VARCHAR", "calculation of the cost, as text"),
 )

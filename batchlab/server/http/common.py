@@ -36,6 +36,7 @@ from batchlab.server.answers import LEADER_WAIT_S as LEADER_WAIT_S
 from batchlab.server.answers import MAX_LISTED, MAX_WAIT_S
 from batchlab.server.http.authentication import Sessions
 from batchlab.server.http.history import History
+from batchlab.server.task_index import TaskIndex
 
 Cause = tuple[str, str]
 """Stage and fingerprint of a failure group."""
@@ -110,6 +111,8 @@ class ServerState:
     """Host names by which a request without the token may address the manager."""
     groups: dict[JobId, Groups] = field(default_factory=dict)
     """Failure groups of the most recently requested jobs."""
+    indexes: dict[JobId, tuple[int, TaskIndex]] = field(default_factory=dict)
+    """Round and task index of the most recently requested jobs."""
     history: History = field(default_factory=History)
     archiving: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Lock that an endpoint holds while the endpoint creates or sends an archive of results."""

@@ -12,8 +12,7 @@ from fastapi import APIRouter, BackgroundTasks
 from pydantic import BaseModel, ConfigDict, Field
 
 from batchlab import __version__
-from batchlab.core import api_types, api_usage_types, installation
-from batchlab.core.errors import Refused
+from batchlab.core import api_types, api_usage_types
 from batchlab.core.model import JobId
 from batchlab.manager import fleet_commands
 from batchlab.server import job_views
@@ -50,11 +49,6 @@ async def open_session(served: StateDep) -> api_types.SessionView:
 
     The address of the web page contains a one-time code, because the address must not contain the token.
     """
-    if module := installation.missing("web"):
-        error = installation.sentence("web", "The grid's page", module)
-        # The remedy contains a path on the manager's machine. The path helps only a client on the same machine.
-        is_local = served.capabilities.local_manager
-        raise Refused(error, remedy=installation.remedy("web") if is_local else installation.for_a_manager("web"))
     code = served.sessions.new_code()
     path = f"{PAGE}/login#{code}"
     return {"code": code, "name": page_session_name(code), "path": path, "valid_s": CODE_S}

@@ -27,7 +27,6 @@ from batchlab.core.commit import committed
 from batchlab.core.errors import BackendError, NotFound, UsageError
 from batchlab.core.job_definition import JobDef, task_name
 from batchlab.core.model import Bundle, JobId, Json, Outcome, StageName, TaskMetrics, TaskSet
-from batchlab.core.ports import BundleRecord
 from batchlab.core.protocol import values
 from batchlab.core.protocol.bundle_inputs import ForeignReference, JobObjects
 from batchlab.core.text import size
@@ -37,13 +36,14 @@ from batchlab.jobs.results import FetchLimits, Listed
 from batchlab.manager.manager import Manager
 from batchlab.server import job_views
 from batchlab.server.answers import current_view
-from batchlab.server.http.common import NOT_STORED, Leader, StateDep, guarded_router
+from batchlab.server.http.common import NOT_STORED, Leader, ServerState, StateDep, guarded_router
 from batchlab.server.http.job_files import disk_folder, has_room
+from batchlab.server.http.task_list import list_of
+from batchlab.server.task_index import ListedTask, TaskList
 
 router = guarded_router()
 
 MAX_SHOWN_BYTES = 20_000
-PAGE_ROWS = 2000
 
 Index = Annotated[int, Path(ge=0, le=2**53)]
 Seq = Annotated[
@@ -53,25 +53,69 @@ Seq = Annotated[
 
 
 @router.get("/jobs/{job}/stages/{stage}/tasks/{task}")
-async def task(manager: Leader, job: JobId, stage: StageName, task: Index, seq: Seq = None) -> api_types.TaskView:
-    """Return an ended task according to its last outcome, or according to the outcome with the seq `seq`."""
-    record = await manager.ports.ledger.job(job)
-    row = await _row_of(manager, job, stage, task, seq)
-    objects, patience = manager.ports.objects, manager.ports.patience
-    key = await manager.ports.keys.key_of(record.job)
-    outcome = await committed(objects, row.bundle, patience, key) if row else None
+async def task(
+    manager: Leader, served: StateDep, job: JobId, stage: StageName, task: Index, seq: Seq = None
+) -> api_types.TaskView:
+    """Return a task with its result, or with its live log while a worker runs it. With `seq`, return the result in the
+    outcome with this seq.
+
+    Workers store live logs only while a client requests them, so the first answer about a running task may lack a log.
+    """
+    return await read_task(manager, served, job, stage, task, seq)
+
+
+async def read_task(
+    manager: Manager,
+    served: ServerState,
+    job: JobId,
+    stage: StageName,
+    task: int,
+    seq: int | None,
+    *,
+    with_input: bool = True,
+) -> api_types.TaskView:
+    """Return the view of a task. Without `with_input`, the view has no input."""
+    listed = await list_of(manager, served, job)
+    if all(one.name != stage for one in listed.job.stages):
+        raise _no_task(job, stage, task)
+    found = listed.state(stage, task)
+    if seq is None and found and found.row >= 0:
+        seq = listed.index.bundle(found.row).seq
+    bundle: Bundle | None
+    if seq is not None:
+        view, bundle = await _ended(manager, listed.job, stage, task, seq)
+    elif found:
+        view, bundle = await _not_ended(manager, listed, found)
+    else:
+        raise _no_task(job, stage, task)
+    if with_input and bundle:
+        view["input"], view["input_of"], view["is_input_cut"] = await _input(manager, listed.job, bundle, task)
+    return view
+
+
+def _no_task(job: JobId, stage: StageName, task: int) -> NotFound:
+    return NotFound(
+        f"Task {task_name(stage, task)} of job {job} does not exist, or is not planned yet.",
+        remedy="Check the stage and the number of the task.",
+    )
+
+
+async def _ended(
+    manager: Manager, job: JobDef, stage: StageName, task: int, seq: int
+) -> tuple[api_types.TaskView, Bundle]:
+    """Return the view of a task without its input, according to the outcome with the seq `seq`."""
+    rows = await manager.ports.ledger.bundles(job.id, stage=stage, after_seq=seq - 1, limit=1)
+    row = next((row for row in rows if row.seq == seq and task in row.bundle.tasks), None)
+    key = await manager.ports.keys.key_of(job)
+    outcome = await committed(manager.ports.objects, row.bundle, manager.ports.patience, key) if row else None
     if row is None or outcome is None:
-        raise NotFound(
-            f"Task {task_name(stage, task)} of job {job} has not ended, or does not exist.",
-            remedy="Check the number of the task, or wait until the task has ended.",
-        )
+        raise _no_task(job.id, stage, task)
     attempt = attempt_in(outcome, task)
     failure = attempt.failure if attempt and attempt.state == "FAILED" else None
-    input_text, input_file, is_cut = await _input(manager, record.job, row.bundle, task)
     log, is_log_cut = await _log(manager, outcome, task)
     metrics = attempt.metrics if attempt else TaskMetrics()
-    return {
-        "seq": row.seq or 0,
+    view: api_types.TaskView = {
+        "seq": seq,
         "stage": stage,
         "task": task,
         "attempt": row.bundle.attempt,
@@ -79,34 +123,58 @@ async def task(manager: Leader, job: JobId, stage: StageName, task: Index, seq: 
         "worker": outcome.worker,
         "started_s": outcome.started_s,
         "ended_s": outcome.ended_s,
+        "run_s": attempt.run_s if attempt else None,
         "cpu_s": metrics.cpu_s,
         "memory_bytes": metrics.memory_bytes,
         "input_bytes": metrics.input_bytes,
         "output_bytes": metrics.output_bytes,
-        "failure": job_views.failure_view(row.seq or 0, outcome, failure) if failure else None,
-        "input": input_text,
-        "input_of": input_file,
-        "is_input_cut": is_cut,
+        "failure": job_views.failure_view(seq, outcome, failure) if failure else None,
+        "input": "",
+        "input_of": "",
+        "is_input_cut": False,
         "log": log,
         "is_log_cut": is_log_cut,
     }
+    return view, row.bundle
 
 
-async def _row_of(manager: Manager, job: JobId, stage: StageName, task: int, seq: int | None) -> BundleRecord | None:
-    """Return the bundle that contains the task and whose outcome has the seq `seq`.
-
-    If `seq` is None, return the latest bundle that contains the task.
-    """
-    ledger = manager.ports.ledger
-    if seq is not None:
-        rows = await ledger.bundles(job, stage=stage, after_seq=seq - 1, limit=1)
-        return next((r for r in rows if r.seq == seq and task in r.bundle.tasks), None)
-    latest: BundleRecord | None = None
-    last = 0
-    while rows := await ledger.bundles(job, stage=stage, after_seq=last, limit=PAGE_ROWS):
-        latest = next((r for r in reversed(rows) if task in r.bundle.tasks), latest)
-        last = rows[-1].seq or 0
-    return latest
+async def _not_ended(manager: Manager, listed: TaskList, found: ListedTask) -> tuple[api_types.TaskView, Bundle | None]:
+    """Return the view of a task without a result, and the bundle with its input, or None if the input is unknown."""
+    live, run = manager.lives.get(listed.job.id), found.running
+    bundle = run.bundle if run else None
+    if live and bundle is None:
+        sent = live.outstanding.get(found.stage, {}).values()
+        bundle = next((one.bundle for one in sent if found.task in one.bundle.tasks), None)
+    log, is_log_cut = "", False
+    if live and run:
+        tails = [tail for tail in await manager.live_logs.read(live) if (tail.stage, tail.task) == found[:2]]
+        if tails:
+            last = max(tails, key=lambda tail: (tail.attempt, tail.stop))
+            log, is_log_cut = last.text[-MAX_SHOWN_BYTES:], last.start > 0 or len(last.text) > MAX_SHOWN_BYTES
+    view: api_types.TaskView = {
+        "seq": 0,
+        "stage": found.stage,
+        "task": found.task,
+        "attempt": bundle.attempt if bundle else 0,
+        "state": found.state.value,
+        "worker": run.worker if run else "",
+        "started_s": run.since_s if run else None,
+        "ended_s": None,
+        "run_s": None,
+        "cpu_s": None,
+        "memory_bytes": None,
+        "input_bytes": None,
+        "output_bytes": None,
+        "failure": None,
+        "input": "",
+        "input_of": "",
+        "is_input_cut": False,
+        "log": log,
+        "is_log_cut": is_log_cut,
+    }
+    if bundle is None and not listed.job.stage(found.stage).after:
+        bundle = Bundle(listed.job.id, found.stage, TaskSet.from_indices([found.task]))
+    return view, bundle
 
 
 # --- Input ----------------------------------------------------------------------------------------

@@ -24,17 +24,22 @@ from batchlab import __version__
 from batchlab.core import api_types
 from batchlab.core.errors import BatchlabError, Refused
 from batchlab.core.pricing.price_book import PriceBook
+from batchlab.core.pricing.request_costs import Pace
 from batchlab.manager.manager import Manager
 from batchlab.server.http import grid
 from batchlab.server.http.authentication import PAGE, SAFE_METHODS
 from batchlab.server.http.common import ServerState, StateDep, problem_of
 from batchlab.server.http.job_files import MAX_BYTES, check_length, read_form
+from batchlab.server.report_writer import HtmlReports
 from batchlab.server.web.security import SESSION
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-_FILTERS = ("span", "number", "count", "when", "ticks", "path", "tone", "of_stage", "of_job", "to_go")
+_FILTERS = (
+    *("span", "size", "number", "count", "when", "ticks", "path", "visible"),
+    *("tone", "of_stage", "of_job", "to_go"),
+)
 NAVIGATION = (
     ("jobs", "", "Jobs"),
     ("failures", "failures", "Failures"),
@@ -91,16 +96,22 @@ def _is_part(request: Request) -> bool:
     return "hx-request" in request.headers
 
 
-def live(request: Request, page: str, *, here: str, **values: Any) -> HTMLResponse:
+STOP_POLLING = 286
+"""Status of an update after which htmx stops the updates of the page."""
+
+
+def live(request: Request, page: str, *, here: str, is_over: bool = False, **values: Any) -> HTMLResponse:
     """Return a page that updates itself, or only the changing part of the page.
 
-    The template of the changing part is named `page` with the suffix `_live`.
+    The template of the changing part is named `page` with the suffix `_live`. A page does not update itself any more
+    if `is_over` is true.
     """
     url = request.url.include_query_params(part="live")
     values["live_url"] = f"{url.path}?{url.query}"
     values["live_part"] = f"{page}_live.html"
+    values["is_over"] = is_over
     if request.query_params.get("part") == "live" and _is_part(request):
-        return render(request, values["live_part"], here=here, **values)
+        return render(request, values["live_part"], status=STOP_POLLING if is_over else 200, here=here, **values)
     return render(request, f"{page}.html", here=here, **values)
 
 
@@ -170,6 +181,8 @@ class PageState:
     """State that the web page keeps between requests."""
 
     prices: PriceBook | None
+    reports: HtmlReports | None = None
+    pace: Pace = field(default_factory=Pace)
     _grid: tuple[float, api_types.GridView] | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 

@@ -40,9 +40,25 @@ HEADERS = MappingProxyType(
         "Cache-Control": "no-store",
     }
 )
+POLICY = "Content-Security-Policy"
+
+
+def report_policy(style_hash: str) -> str:
+    """Return the policy of a page with one style sheet, which has this hash.
+
+    The page cannot run scripts, load files, or send forms.
+    """
+    return (
+        f"default-src 'none'; style-src 'sha256-{style_hash}'; img-src data:; form-action 'none'; "
+        "frame-ancestors 'none'; base-uri 'none'"
+    )
+
+
 SESSION = "batchlab.session"
 """Key of a request's session in its ASGI scope."""
 
+_OWN = ("Cache-Control", POLICY)
+"""Headers that an answer may set itself."""
 _OPEN = ("/login", "/static/")
 _BELOW = re.compile(r"/s/(?P<place>[0-9a-f]+)(?=/)", re.ASCII)
 """Prefix of the paths of one session."""
@@ -69,7 +85,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
-                    if name not in headers or name != "Cache-Control":
+                    if name not in headers or name not in _OWN:
                         headers[name] = value
             await send(message)
 

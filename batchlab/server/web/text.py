@@ -6,16 +6,20 @@ Invariant: the functions in the module are pure, and the returned HTML contains 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from markupsafe import Markup, escape
 
 from batchlab.core.api_types import EtaView, JobView, StageView
+from batchlab.core.pricing.bill import DIGITS
 from batchlab.core.pricing.price_book import Usd
 from batchlab.core.text import count as count
+from batchlab.core.text import size as core_size
 from batchlab.core.text import span as core_span
+from batchlab.reports.html.source import visible as visible
 
 _TICKS = re.compile(r"`([^`]+)`")
 _TONES = {
@@ -23,7 +27,6 @@ _TONES = {
     "STARTING": "info",
     "SUCCEEDED": "success",
     "FAILED": "danger",
-    "CANCELLED": "secondary",
     "PAUSED": "warning",
     "InService": "success",
     "Pending": "info",
@@ -35,6 +38,9 @@ _TONES = {
     "active": "success",
     "running": "primary",
     "paused": "warning",
+    "CANCELLED": "secondary",
+    "WAITING": "secondary",
+    "RETRIED": "warning",
 }
 
 
@@ -48,6 +54,11 @@ def span(seconds: float | None) -> str:
     return "–" if seconds is None else core_span(seconds)
 
 
+def size(size_bytes: float | None) -> str:
+    """Return a size, or "–" for None."""
+    return "–" if size_bytes is None else core_size(size_bytes)
+
+
 def number(value: float | None) -> str:
     """Return a number in the form 1,234,567, or "–" for None."""
     return "–" if value is None else f"{value:,.0f}"
@@ -57,6 +68,12 @@ def amount(usd: Usd) -> tuple[str, str]:
     """Return the most likely amount and the range of the amount as texts. The range of a certain amount is ""."""
     text, _, between = str(usd).partition(" (")
     return text, between.removesuffix(")")
+
+
+def exactly(usd: Usd) -> tuple[Markup, str]:
+    """Return an amount as `amount` does, with all digits of the most likely amount for programs."""
+    shown, between = amount(usd)
+    return Markup('<data value="{}">{}</data>').format(f"{usd.typical:.{DIGITS}f}", shown), between
 
 
 def to_go(view: EtaView) -> tuple[str, str]:
@@ -85,6 +102,12 @@ def when(at_s: float | None, *, unless: str = "", before: str = "") -> Markup:
 def ticks(text: str) -> Markup:
     """Return the sentence as HTML, with each command in backticks as code."""
     return Markup(_TICKS.sub(r"<code>\1</code>", str(escape(text))))  # noqa: S704 - the text is escaped
+
+
+def query(fields: Mapping[str, str], **changes: str) -> str:
+    """Return the query of a URL with the fields after the changes. A field without a value is left out."""
+    given = {name: value for name, value in {**fields, **changes}.items() if value}
+    return f"?{urlencode(given)}" if given else ""
 
 
 def path(text: object) -> str:
@@ -119,6 +142,14 @@ class Progress:
     @property
     def ended(self) -> int:
         return self.succeeded + self.failed + self.cancelled
+
+    def of(self, state: str) -> int:
+        """Return the number of tasks in a state, or of all tasks for "". Tasks that are not planned do not count."""
+        known = max(self.planned or 0, self.ended + self.running)
+        if state == "waiting":
+            return known - self.ended - self.running
+        count: int = getattr(self, state) if state else known
+        return count
 
     @property
     def percent(self) -> int:
@@ -158,7 +189,12 @@ def of_stage(stage: StageView) -> Progress:
 
 def of_job(job: JobView) -> Progress:
     """Return the progress of all stages of a job."""
-    stages = [of_stage(stage) for stage in job["stages"]]
+    return of_stages(job["stages"])
+
+
+def of_stages(views: Sequence[StageView]) -> Progress:
+    """Return the progress of several stages together."""
+    stages = [of_stage(stage) for stage in views]
     return Progress(
         sum(progress.planned or 0 for progress in stages),
         sum(progress.succeeded for progress in stages),

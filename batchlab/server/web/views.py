@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from batchlab.core import api_types, api_usage_types
+from batchlab.core.errors import Refused
 from batchlab.core.model import ENDED, JobId, Market, StageName
-from batchlab.core.pricing.bill import burn_usd_h, spent_usd
+from batchlab.core.pricing.bill import burn_usd_h, job_bill, spent_usd
 from batchlab.core.pricing.price_book import PriceBook
+from batchlab.core.pricing.request_costs import Pace
 from batchlab.core.pricing.usage import Account, Kind
 from batchlab.manager.manager import Manager
 from batchlab.manager.spending import Spending
-from batchlab.server.http import failures, grid, jobs, tasks
+from batchlab.server.http import failures, grid, jobs, task_list, tasks
 from batchlab.server.http.authentication import PAGE, SESSION_S
 from batchlab.server.http.common import Leader, StateDep
-from batchlab.server.web import text
+from batchlab.server.task_index import TaskState
+from batchlab.server.web import text, timeline
+from batchlab.server.web.graph import graph
 from batchlab.server.web.rendering import PageDep, PageState, field_of, form_of, guarded_router, live, redirect, render
-from batchlab.server.web.security import SESSION, below
+from batchlab.server.web.security import POLICY, SESSION, below, report_policy
 
 router = guarded_router()
 
@@ -62,23 +66,40 @@ async def job_page(request: Request, manager: Leader, served: StateDep, page: Pa
         took_s=text.took_s(view, manager.ports.clock.now_s()),
         groups=groups,
         shown_groups=SHOWN_GROUPS,
-        cost=await _cost(manager, page, job),
+        cost=await _cost(manager, page, view),
+        graph=graph(view["stages"]),
+        has_report=page.reports is not None,
         is_final=view["state"] in ENDED,
     )
 
 
-async def _cost(manager: Manager, page: PageState, job: JobId) -> dict[str, object] | None:
-    """Return the costs and the cost cap of the job. Return None if the account or the prices are missing."""
+async def _cost(manager: Manager, page: PageState, view: api_types.JobView) -> dict[str, object] | None:
+    """Return the costs and the cost cap of the job. Return None if the grid has no accounts or no prices."""
     if manager.spending is None or page.prices is None:
         return None
-    use = await grid.job_use(manager.spending, manager, job)
-    return {"spent": _amount(use, page.prices), "cap": use["max_cost_usd"], "capped": use["capped"]}
+    use = await grid.job_use(manager.spending, manager, JobId(view["id"]))
+    spent = job_bill(view, use, page.prices, pace=page.pace).usd
+    return {"spent": text.exactly(spent), "cap": use["max_cost_usd"], "capped": use["capped"]}
 
 
 @router.get("/jobs/{job}/results.zip")
 async def results(manager: Leader, served: StateDep, job: JobId) -> Response:
     """Return the job's results as an archive."""
     return await tasks.archive(manager, served, job)
+
+
+@router.get("/jobs/{job}/report.html")
+async def report(manager: Leader, page: PageDep, job: JobId) -> Response:
+    """Return the report of an ended job, as `batchlab report html` writes it."""
+    view = await jobs.job(manager, job)
+    if page.reports is None:
+        raise Refused("This manager does not write reports.", remedy="Use a manager that `batchlab grid up` starts.")
+    if view["state"] not in ENDED:
+        raise Refused(f"Job {job} has no report yet.", remedy="Open the report when the job has ended.")
+    from batchlab.reports.html.page import style_hash
+
+    html = await page.reports.page(job, view["round"])
+    return HTMLResponse(html, headers={POLICY: report_policy(style_hash())})
 
 
 SHOWN_JOBS = 10
@@ -89,11 +110,11 @@ async def costs_page(request: Request, manager: Leader, served: StateDep, page: 
     """Show the billed usage by pool and by job."""
     figures = None
     if manager.spending is not None and page.prices is not None:
-        figures = await _costs(manager, manager.spending, page.prices)
+        figures = await _costs(manager, manager.spending, page.prices, page.pace)
     return live(request, "costs", here="costs", found=figures, is_aws=served.capabilities.billed)
 
 
-async def _costs(manager: Manager, spending: Spending, prices: PriceBook) -> dict[str, object]:
+async def _costs(manager: Manager, spending: Spending, prices: PriceBook, pace: Pace) -> dict[str, object]:
     use = await grid.use(spending)
     types = {pool.name: pool.instance_type for pool in manager.pools.values()}
     living = {Kind(row["pool"], row["type"], Market(row["market"])): row["instances"] for row in use["living"]}
@@ -109,22 +130,18 @@ async def _costs(manager: Manager, spending: Spending, prices: PriceBook) -> dic
             {"kind": kind, "seconds": seconds, "usd": text.amount(spent_usd(Account({kind: seconds}), types, prices))}
             for kind, seconds in sorted(total.billed_s.items(), key=str)
         ],
-        "jobs": [{"job": view, "spent": await _spent_texts(manager, spending, prices, view)} for view in recent],
+        "jobs": [
+            {
+                "job": view,
+                "spent": text.amount(
+                    job_bill(view, await grid.job_use(spending, manager, JobId(view["id"])), prices, pace=pace).usd
+                ),
+            }
+            for view in recent
+        ],
         "region": prices.region,
         "as_of": prices.blocks["on_demand"].date.isoformat(),
     }
-
-
-async def _spent_texts(
-    manager: Manager, spending: Spending, prices: PriceBook, job: api_types.JobView
-) -> tuple[str, str]:
-    return _amount(await grid.job_use(spending, manager, JobId(job["id"])), prices)
-
-
-def _amount(use: api_usage_types.JobUseView, prices: PriceBook) -> tuple[str, str]:
-    if use["account"] is None:
-        return "–", ""
-    return text.amount(spent_usd(api_usage_types.account_of(use["account"]), use["types"], prices))
 
 
 CHECKED_JOBS = 200
@@ -194,19 +211,101 @@ async def to_task(
 
 @router.get("/jobs/{job}/stages/{stage}/tasks/{task}")
 async def task_page(
-    request: Request, manager: Leader, job: JobId, stage: StageName, task: tasks.Index, seq: tasks.Seq = None
+    request: Request,
+    manager: Leader,
+    served: StateDep,
+    job: JobId,
+    stage: StageName,
+    task: tasks.Index,
+    seq: tasks.Seq = None,
 ) -> Response:
-    """Show one task with its result, input, and log."""
+    """Show one task with its result, input, and log. The page of a task that has not ended shows its live log."""
     view = await jobs.job(manager, job)
-    task_view = await tasks.task(manager, job, stage, task, seq)
-    return render(
+    is_update = request.query_params.get("part") == "live"
+    task_view = await tasks.read_task(manager, served, job, stage, task, seq, with_input=not is_update)
+    last_seq = 0
+    if task_view["attempt"] > 1 and seq is None:
+        index = (await task_list.list_of(manager, served, job)).index
+        last_seq = index.attempt_seq(stage, task, task_view["attempt"] - 1)
+    return live(
         request,
-        "task.html",
+        "task",
         here="failures" if task_view["failure"] else "jobs",
+        is_over=task_view["seq"] > 0 or view["state"] in ENDED,
         job=view,
         task=task_view,
+        last_seq=last_seq,
+        now_s=manager.ports.clock.now_s(),
+        every_s=manager.live_logs.every_s,
         may_retry=view["state"] in ENDED - {"SUCCEEDED"} and task_view["state"] == "failed",
     )
+
+
+TASKS_PER_PAGE = 50
+_TABS = (
+    ("", "All"),
+    ("waiting", "Waiting"),
+    ("running", "Running"),
+    ("succeeded", "Succeeded"),
+    ("failed", "Failed"),
+    ("cancelled", "Canceled"),
+)
+
+
+@router.get("/jobs/{job}/tasks")
+async def tasks_page(
+    request: Request,
+    manager: Leader,
+    served: StateDep,
+    job: JobId,
+    stage: str = "",
+    state: TaskState | Literal[""] = "",
+    search: task_list.SearchText = "",
+    after: str = "",
+) -> Response:
+    """Show a page of the list of a job's tasks, which the user filters by state, stage, and a search text."""
+    view = await jobs.job(manager, job)
+    shown = [one for one in view["stages"] if stage in ("", one["name"])]
+    page = await task_list.tasks(
+        manager,
+        served,
+        job,
+        stage=StageName(stage) if stage else None,
+        state=TaskState(state) if state else None,
+        search=search,
+        after=after or None,
+        limit=TASKS_PER_PAGE,
+    )
+    fields = {"state": state, "stage": stage, "search": search}
+    progress = text.of_stages(shown)
+    return live(
+        request,
+        "tasks",
+        here="jobs",
+        is_over=view["state"] in ENDED,
+        job=view,
+        stage=stage,
+        state=state,
+        search=search,
+        rows=page["tasks"],
+        now_s=manager.ports.clock.now_s(),
+        tabs=[
+            {"state": name, "name": label, "count": progress.of(name), "query": text.query(fields, state=name)}
+            for name, label in _TABS
+        ],
+        first=text.query(fields) or "?" if after else "",
+        next=text.query(fields, after=page["next"]) if page["next"] else "",
+    )
+
+
+@router.get("/jobs/{job}/timeline")
+async def timeline_page(request: Request, manager: Leader, served: StateDep, job: JobId) -> Response:
+    """Show the bundles of a job by worker and time."""
+    view = await jobs.job(manager, job)
+    found = await task_list.timeline(manager, served, job)
+    drawing = timeline.draw(found)
+    over = view["state"] in ENDED
+    return live(request, "timeline", here="jobs", is_over=over, job=view, drawing=drawing, start_s=found["start_s"])
 
 
 SHOWN_ACTIVITIES = 20

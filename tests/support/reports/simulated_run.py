@@ -89,11 +89,7 @@ async def bill_of(world: World, ledger: JobRows, pools: tuple[Pool, ...]) -> Bil
     account = await world.ask(lambda m: m.spending and m.spending.account(job.id), "account")
     uses = [StageUse(s.counts.stage, job.stage(s.counts.stage).pool, s.counts.run_s, 1) for s in ledger.stages]
     facts = {pool.name: PoolFacts(pool.slots, pool.instance_type) for pool in pools}
-    stored_bytes = 0
-    for prefix in (f"jobs/{job.id}/", f"raw/{job.id}/"):
-        async for page in world.objects.list(prefix):
-            stored_bytes += sum(info.size for info in page)
-    return bill(uses, account, facts, BOOK, stored_bytes=stored_bytes, pace=PACE)  # type: ignore[arg-type]
+    return bill(uses, account, facts, BOOK, pace=PACE)  # type: ignore[arg-type]
 
 
 def check_against_bill(ask: Any, found: Bill) -> None:

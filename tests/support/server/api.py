@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -30,6 +31,7 @@ from batchlab.core.job_definition import InputDef, JobDef, StageDef
 from batchlab.core.model import Failure, FailureKind, JobId, Pool, Ran, StageName
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Ledger, Objects, Outgoing
+from batchlab.core.pricing.request_costs import Pace
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
 from batchlab.core.protocol.messages import Beat, Events, HeldBundle, events_message
@@ -39,10 +41,13 @@ from batchlab.core.service_settings import ManagerSettings
 from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import LiveJob, Outstanding, Ports
+from batchlab.reports.tables.build import Setting
+from batchlab.reports.tables.write import Writer
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home, listen
 from batchlab.server import web
 from batchlab.server.http import create_app
+from batchlab.server.report_writer import HtmlReports
 
 T = TypeVar("T")
 
@@ -85,13 +90,15 @@ def job(
 class Rig:
     """A running manager with an API. If `lead` is false, the manager does not take the lease.
 
-    With `home`, the ledger and the bucket are in this folder, and stay after the end of the manager.
+    With `home`, the ledger and the bucket are in this folder, and stay after the end of the manager. `reports` is a
+    folder for temporary files of HTML reports, or None for a page without reports.
     """
 
     pools: Sequence[Pool] = (Pool("default", max_size=2, slots=2),)
     lead: bool = True
     failure: Callable[[int], Failure] = field(default_factory=lambda: _failure)
     home: Home | None = None
+    reports: Path | None = None
 
     def __enter__(self) -> Self:
         self.shutdowns = 0
@@ -133,7 +140,11 @@ class Rig:
         self.app, self.served = create_app(
             self.manager, token=TOKEN, backend_name="memory", on_shutdown=self._count_shutdown, hosts=["grid.example"]
         )
-        web.mount(self.app, self.served)
+        reports = None
+        if self.reports:
+            writer = Writer(self.objects, patience, Setting("local", self.pools, Pace()), self.reports)
+            reports = HtmlReports(self.objects, writer, self.reports)
+        web.mount(self.app, self.served, reports=reports)
         config = uvicorn.Config(self.app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         with listen("127.0.0.1", 0) as listener:
@@ -249,6 +260,15 @@ class Rig:
         """Return the job's view once the job has ended."""
         self.until(lambda: self.client.job(job)["ended_s"], f"the end of {job}")
         return self.client.job(job)
+
+    def instance(self) -> str:
+        """Return an instance of the default pool, as soon as there is one."""
+
+        def look() -> list[str]:
+            pool = self.client.grid()["pools"][0]
+            return [one["id"] for one in pool["instances"] if one["state"] != "Terminated"]
+
+        return self.until(look, "an instance")[0]
 
     def instances(self, count: int, state: str = "InService") -> list[str]:
         """Return the instances of the default pool, as soon as `count` of them are in `state`."""

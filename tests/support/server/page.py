@@ -79,7 +79,7 @@ def visitor(rig: Rig) -> Iterator[Visitor]:
 
 def routes(rig: Rig) -> list[tuple[str, str]]:
     """Return every route of the page with its method, and with values for the names in the path."""
-    page = web.page_of(rig.served, None)
+    page = web.page_of(rig.served)
     found: list[tuple[str, str]] = []
 
     def walk(some: Any) -> None:

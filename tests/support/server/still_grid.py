@@ -29,7 +29,7 @@ from batchlab.core.pricing import price_book
 from batchlab.core.pricing.request_costs import RequestCounter, Requests
 from batchlab.core.pricing.usage import Account, Kind, Life
 from batchlab.core.protocol import object_keys, settlement
-from batchlab.core.protocol.messages import Beat, HeldBundle
+from batchlab.core.protocol.messages import Beat, HeldBundle, Tail, to_bytes
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.schedules import Definition, RunState, ScheduledRun, When
 from batchlab.core.service_settings import ManagerSettings
@@ -62,6 +62,7 @@ from tests.support.server.still_tables import (
     StillFleet,
     StillQueue,
     failure,
+    metrics,
     moments,
 )
 
@@ -143,7 +144,7 @@ class StillGrid:
     # --- Content of the grid ---------------------------------------------------------------------
 
     async def _fill(self, ports: Ports) -> None:
-        await self._ran(ports, LONG, 10, NOW_S - 199_990, 190.0, total=True)
+        await self._ran(ports, LONG, 10, NOW_S - 199_990, 190.0, total=True, within_s=250.0)
         await self._ended(ports, LONG, JobState.SUCCEEDED, "", NOW_S - 199_700)
         await self._ran(ports, CANCELLED, 60, NOW_S - 89_990, 12.0, only=20)
         await self._ended(ports, CANCELLED, JobState.CANCELLED, "its user has cancelled it", NOW_S - 89_000)
@@ -152,13 +153,14 @@ class StillGrid:
         await self._ran(ports, FAILED, 24, NOW_S - 5_390, 0.5, bad=range(9))
         why = "9 of 24 tasks of stage prices failed, and its failure policy allows none"
         await self._ended(ports, FAILED, JobState.FAILED, why, NOW_S - 5_300)
-        await self._ran(ports, RUNS, LARGE, NOW_S - 1_500, 0.18, only=DONE, bad=range(BAD))
-        await self._ran(ports, PAUSED, 60, NOW_S - 890, 4.0, only=14)
+        await self._ran(ports, RUNS, LARGE, NOW_S - 1_500, 0.18, only=DONE, bad=range(BAD), within_s=1_430.0)
+        await self._ran(ports, PAUSED, 60, NOW_S - 890, 4.0, only=14, within_s=800.0)
         await ports.ledger.apply(MoveJob(PAUSED.id, JobState.PAUSED, 0))
         await ports.ledger.apply(SetControl(PAUSED.id, Control.PAUSE, 0))
         await ports.ledger.apply(AddJob(WAITS, JobState.SCHEDULED))
         await self.manager._adoption.adopt_active()
         self._work()
+        await self._print(ports)
         self._spend()
         await self._schedule()
 
@@ -173,9 +175,10 @@ class StillGrid:
         only: int | None = None,
         bad: range = range(0),
         total: bool = False,
+        within_s: float = 80.0,
     ) -> None:
-        """Add a job with `tasks` tasks. Only the first `only` tasks have ended, and the tasks in `bad` failed. If
-        `total` is true, the second stage has ended too."""
+        """Add a job with `tasks` tasks. Only the first `only` tasks have ended within `within_s` seconds, and the tasks
+        in `bad` failed. If `total` is true, the second stage has ended too."""
         await ports.ledger.apply(AddJob(job, JobState.SUBMITTED))
         assert job.input
         for number, key in enumerate(job.input.keys):
@@ -186,16 +189,29 @@ class StillGrid:
         edges = [*range(0, tasks, size), tasks]
         bundles = tuple(Bundle(job.id, PRICES, TaskSet.span(a, b)) for a, b in pairwise(edges))
         await ports.ledger.apply(AddCut(Cut(job.id, PRICES, 0, 0, bundles, TaskSet(), tasks)))
-        for bundle in bundles:
-            if bundle.tasks.first < (tasks if only is None else only):
-                await self._outcome(ports, job, bundle, start_s, run_s, bad)
+        done = [bundle for bundle in bundles if bundle.tasks.first < (tasks if only is None else only)]
+        # Three workers with two slots each run the bundles one after the other.
+        step_s = within_s / (len(done) / 6)
+        for number, bundle in enumerate(done):
+            turn, slot = divmod(number, 6)
+            begin_s = start_s + turn * step_s + slot * step_s / 9
+            worker = f"w-{slot % 3}c9f2ab"
+            await self._outcome(ports, job, bundle, (begin_s, begin_s + step_s * 0.85), run_s, bad, worker)
         if total:
             last = Bundle(job.id, TOTAL, TaskSet.from_indices([0]))
+            begin_s = start_s + (len(done) // 6 + 1) * step_s
             await ports.ledger.apply(AddCut(Cut(job.id, TOTAL, 0, 0, (last,), TaskSet(), 1)))
-            await self._outcome(ports, job, last, start_s, run_s, range(0))
+            await self._outcome(ports, job, last, (begin_s, begin_s + 5), run_s, range(0), "w-0c9f2ab")
 
     async def _outcome(
-        self, ports: Ports, job: JobDef, bundle: Bundle, start_s: float, run_s: float, bad: range
+        self,
+        ports: Ports,
+        job: JobDef,
+        bundle: Bundle,
+        times_s: tuple[float, float],
+        run_s: float,
+        bad: range,
+        worker: str,
     ) -> None:
         log = object_keys.log(bundle, "x", UNSEALED)
         spans, at, text = [], 0, b""
@@ -206,7 +222,7 @@ class StillGrid:
             await ports.objects.put(log, text)
         ran = [
             # Some tasks take three times as long, so that durations vary.
-            Ran(t, run_s * (1 + 2 * (t % 7 == 0)), t, failure(t) if t in bad else None)
+            Ran(t, run_s * (1 + 2 * (t % 7 == 0)), t, failure(t) if t in bad else None, metrics(t, run_s))
             for t in bundle.tasks
         ]
         outcome = settlement.settle(
@@ -214,13 +230,13 @@ class StillGrid:
             bundle=bundle,
             ran=ran,
             execution="x",
-            worker="w-5d1f07",
-            started_s=start_s,
-            ended_s=start_s + sum(one.run_s for one in ran),
+            worker=worker,
+            started_s=times_s[0],
+            ended_s=times_s[1],
             log=log,
             log_spans=spans,
         )
-        if outcome.failed or len(bundle.tasks) == 1:
+        if outcome.failed or bundle.tasks.first < 1_000:
             await commit(ports.objects, outcome, ports.patience, await ports.keys.key_of(job))
         await ports.ledger.apply(Fold([settlement.completion(outcome)], [{}]))
 
@@ -256,6 +272,13 @@ class StillGrid:
             manager.registry.workers[instance.id] = WorkerStatus(
                 beat, since_s, {one: since_s for one in held if one.running}
             )
+
+    async def _print(self, ports: Ports) -> None:
+        """Store the live log of a task of the first running bundle."""
+        held = self.manager.registry.workers[GROUPS[0].instances[0].id].beat.held[0]
+        text = "".join(f"reading row {row}\nlooking up SKU-{row:05}\n" for row in range(62_250, 62_262))
+        tail = Tail(PRICES, 62_250, 1, 0, held.bundle, "x", 0, len(text), text)
+        await ports.objects.put(object_keys.tail(RUNS.id, "w-0c9f2ab"), to_bytes([tail]))
 
     def _spend(self) -> None:
         spending = self.manager.spending

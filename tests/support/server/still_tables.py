@@ -18,6 +18,7 @@ from batchlab.core.model import (
     Market,
     Pool,
     StageName,
+    TaskMetrics,
 )
 from batchlab.core.ports import Depth
 from batchlab.core.protocol import object_keys
@@ -167,7 +168,28 @@ FAILED = _job("month-end", 5_400, 24)
 OK = _job("nightly-prices", 28_800, 40)
 PAUSED = _job("catalogue", 900, 60)
 CANCELLED = _job("retouch", 90_000, 60)
-WAITS = _job("quarterly", 60, 60, start_at_s=NOW_S + 7_200, tags=())
+
+
+def _stage(name: str, *after: str) -> StageDef:
+    gather = None if len(after) < 2 else "*"
+    return StageDef(StageName(name), handler="handlers:f", after=tuple(map(StageName, after)), gather=gather)
+
+
+WAITS = replace(
+    _job("quarterly", 60, 60, start_at_s=NOW_S + 7_200, tags=()),
+    stages=(
+        _stage("extract"),
+        _stage("rates"),
+        _stage("parse-the-statements-of-accounts", "extract"),
+        _stage("validate", "parse-the-statements-of-accounts"),
+        _stage("convert", "rates"),
+        _stage("price", "validate", "convert"),
+        _stage("risk", "price"),
+        _stage("tax", "price"),
+        _stage("report", "risk", "tax", "extract"),
+    ),
+)
+"""A job that waits for its start, with nine stages."""
 LONG = _job("the-import-of-everything-that-came-in-by-mail-in-the-year", 200_000, 10)
 
 
@@ -178,6 +200,10 @@ def failure(task: int) -> Failure:
     return Failure(
         task=task, kind=FailureKind.EXCEPTION, reason=reason, error="KeyError", traceback=TRACEBACK % task, run_s=0.4
     )
+
+
+def metrics(task: int, run_s: float) -> TaskMetrics:
+    return TaskMetrics(run_s * 0.8, (48 + task % 9) * 1024**2, 25, 4, f"{task % 50:04}.txt")
 
 
 def moments() -> list[tuple[float, dict[str, tuple[int, ...]]]]:

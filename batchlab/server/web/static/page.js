@@ -47,6 +47,20 @@
     if (event.detail.elt.id === "live") away.hidden = event.detail.successful;
   });
 
+  // A live log shows its end, unless the reader has scrolled up.
+  const LOG = "pre[data-follow]";
+  let follows = true;
+  function scrollToEnd() {
+    const log = document.querySelector(LOG);
+    if (log && follows) log.scrollTop = log.scrollHeight;
+  }
+  document.body.addEventListener("htmx:beforeSwap", function () {
+    const log = document.querySelector(LOG);
+    follows = !log || log.scrollHeight - log.scrollTop - log.clientHeight < 24;
+  });
+  document.body.addEventListener("htmx:afterSwap", scrollToEnd);
+  scrollToEnd();
+
   // --- Dialogs ---------------------------------------------------------------------------------
 
   const dialog = document.getElementById("dialog");
