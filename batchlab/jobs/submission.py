@@ -126,9 +126,18 @@ def check_input(jobfile: JobFile) -> None:
     if SplitBy(jobfile.job.input.split) is SplitBy.ITEMS:
         for file in jobfile.files[:MAX_CHECKED_FILES]:
             if isinstance(file, Path):
-                with file.open("rb") as opened:
-                    beginning = opened.read(CHECKED_BYTES)
+                try:
+                    with file.open("rb") as opened:
+                        beginning = opened.read(CHECKED_BYTES)
+                except OSError as error:
+                    raise _unreadable_input(file, error) from error
                 check_items(beginning, file.name, is_whole=len(beginning) < CHECKED_BYTES)
+
+
+def _unreadable_input(path: Path, error: OSError) -> UsageError:
+    if isinstance(error, FileNotFoundError):
+        return UsageError(f"The input file {path} no longer exists.", remedy="Put it back, or run again.")
+    return UsageError(f"The input file {path} cannot be read.", remedy="Allow your user to read it.")
 
 
 def check_key(shown: str, key: str) -> None:
@@ -265,14 +274,8 @@ async def _upload_all(
                 # Await the upload before `+=`, because `+=` with an `await` on its right side would add to the sum from
                 # before the wait.
                 uploaded_bytes = await objects.upload(prefix + name, path)
-            except FileNotFoundError as error:
-                raise UsageError(
-                    f"The input file {path} no longer exists.", remedy="Put it back, or run again."
-                ) from error
-            except PermissionError as error:
-                raise UsageError(
-                    f"The input file {path} cannot be read.", remedy="Allow your user to read it."
-                ) from error
+            except (FileNotFoundError, PermissionError) as error:
+                raise _unreadable_input(path, error) from error
             done += 1
             size_bytes += uploaded_bytes
             if progress:

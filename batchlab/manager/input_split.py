@@ -268,9 +268,11 @@ def check_items(beginning: bytes, name: str, *, is_whole: bool) -> None:
     """Raise UsageError if a file is not JSON Lines, according to its first line.
 
     `beginning` is the beginning of the file, or the whole file. A file with the suffix .json and only one line with an
-    array is refused, because the file would be a single item.
+    array is refused, because the file would be a single item. A long first line with an array counts as the only line.
     """
     lines = beginning.removeprefix(_BOM).split(_NEWLINE)
+    if len(lines) == 1 and name.endswith(".json") and not is_whole and lines[0].lstrip().startswith(b"["):
+        raise _array(name)
     # The last line of a beginning may be incomplete.
     texts = [(number, line) for number, line in enumerate(lines if is_whole else lines[:-1], 1) if line.strip()]
     for number, line in texts[:1]:

@@ -109,6 +109,7 @@ class Child:
         self._exit_if_forked()
         # The process state is read after the handler is loaded, so that settings made by the handler's modules stay.
         process_state = ProcessState()
+        self._meter.begin_request()
         memory = MemoryGrowth(line["memory_bytes"])
         must_start = line["must_start"]
         for number, (task, item) in enumerate(line["items"], 1):
@@ -281,8 +282,15 @@ class TaskMeter:
     """Meter of the CPU time, the peak memory, and the output size of tasks."""
 
     def __init__(self) -> None:
-        self._cpu_s = 0.0
+        self._cpu_s = self._programs_s = 0.0
+        self._has_request = False
+
+    def begin_request(self) -> None:
+        """Leave the import of the handler, with its memory and its programs, out of the first task."""
         self._programs_s = _programs_cpu_s()
+        if not self._has_request:
+            _reset_peak()
+            self._has_request = True
 
     def start(self) -> None:
         """Begin to measure a task."""
@@ -291,14 +299,21 @@ class TaskMeter:
     def measure(self, done: TaskResult | None, program_memory_bytes: int) -> tuple[float, int | None, int | None]:
         """Return the CPU time in seconds, the peak memory in bytes, and the size in bytes of the result `done`.
 
-        The peak memory includes short tasks since the last measured task, because the kernel's peak is reset only here.
+        The peak memory includes short tasks since the last measured task, because only a measurement resets the peak.
         """
         before_s, self._programs_s = self._programs_s, _programs_cpu_s()
         cpu_s = time.process_time() - self._cpu_s + self._programs_s - before_s
         own_bytes = _reset_peak()
         memory_bytes = None if own_bytes is None else max(own_bytes, program_memory_bytes)
-        output_bytes = len(done.text) + sum(Path(path).stat().st_size for path, _ in done.uploads) if done else None
-        return round(cpu_s, 6), memory_bytes, output_bytes
+        return round(cpu_s, 6), memory_bytes, _size_of(done) if done else None
+
+
+def _size_of(done: TaskResult) -> int | None:
+    """Return the size in bytes of a result with its files, or None if a file no longer exists."""
+    try:
+        return len(done.text) + sum(Path(path).stat().st_size for path, _ in done.uploads)
+    except OSError:
+        return None
 
 
 def _programs_cpu_s() -> float:

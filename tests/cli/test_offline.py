@@ -326,6 +326,7 @@ stages:
         ("data.json", "[1, 2]\n[3]\n", ""),
         ("data.json", "1\n2\n", ""),
         ("data.json", f'{{"a": "{"x" * 100_000}"}}\n', ""),
+        ("data.json", f"[{'1, ' * 50_000}2]", "data.json is one JSON array"),
     ],
 )
 def test_input_that_is_not_json_lines_is_noticed_by_the_check(

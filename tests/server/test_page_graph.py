@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import random
 import re
-from typing import Any, cast
 
 import pytest
 
-from batchlab.core.api_types import StageView
-from batchlab.server.web.graph import HEIGHT, NAME_CHARS, WIDTH, Graph, Node, graph
-from tests.support.cli import a_job
+from batchlab.reports.html.stage_graph import HEIGHT, NAME_CHARS, WIDTH, Graph, Node, Progress, Stage, graph
 
 
-def stage(name: str, *after: str, **more: Any) -> StageView:
-    return cast("StageView", {**a_job("x")["stages"][0], "name": name, "after": list(after), **more})
+def stage(name: str, *after: str, planned: int | None = 10, succeeded: int = 5) -> Stage:
+    return Stage(name, after, Progress(planned, succeeded, failed=0, cancelled=0, running=2))
 
 
 def at(found: Graph, name: str) -> Node:
-    return next(node for node in found.nodes if node.stage["name"] == name)
+    return next(node for node in found.nodes if node.stage.name == name)
 
 
 def test_a_stage_is_to_the_right_of_its_longest_path() -> None:
@@ -30,7 +27,7 @@ def test_a_stage_is_to_the_right_of_its_longest_path() -> None:
 
 
 def test_names_and_counts_fit() -> None:
-    (node,) = graph([stage("x" * 80, planned=None, succeeded=0, failed=0)]).nodes
+    (node,) = graph([stage("x" * 80, planned=None, succeeded=0)]).nodes
     assert len(node.name) == NAME_CHARS
     assert node.counts == "0 of ?"
     assert "x" * 80 in node.description

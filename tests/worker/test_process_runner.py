@@ -81,6 +81,7 @@ def test_long_tasks_are_measured(tmp_path: Path) -> None:
             for metrics in (first, second):
                 assert 0.02 < (metrics.cpu_s or 0) < 1
                 assert (metrics.input_bytes, metrics.output_bytes, metrics.input) == (10, 4, "")
+            assert (second.memory_bytes or 0) < 100 * 1024**2
             assert (first.memory_bytes or 0) - (second.memory_bytes or 0) > 48 * 1024**2
 
     go(main())

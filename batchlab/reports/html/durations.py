@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from batchlab.core.job_definition import task_name
 from batchlab.core.text import count, size, span
 from batchlab.reports.html import charts
 from batchlab.reports.html.charts import Chart, Data, Key, LogAxis, Shape, count_ticks
@@ -157,7 +158,7 @@ def _task_row(row: Row) -> tuple[str, ...]:
         return "–" if value is None else shown(value)
 
     return (
-        f"{visible(row['stage'], 60)}/{row['task']}",
+        task_name(visible(row["stage"], 60), row["task"]),
         visible(row["state"], 20),
         f"{row['attempts']:,}",
         known(row["run_s"], span),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from batchlab.core.capabilities import capabilities_of
 from batchlab.core.pricing.price_book import shown
 from batchlab.core.text import count, join_list, span
-from batchlab.reports.html import costs, durations, gantt, load
+from batchlab.reports.html import costs, durations, gantt, load, stage_graph
 from batchlab.reports.html import failures as failed
 from batchlab.reports.html.charts import Data
 from batchlab.reports.html.checks import Finding, Level, findings
@@ -220,6 +220,20 @@ def stages(run: ReportRun) -> Data:
     return Data(columns, tuple(rows))
 
 
+def graph_stages(run: ReportRun) -> list[stage_graph.Stage]:
+    """Return the stages of the job for their graph."""
+    return [
+        stage_graph.Stage(
+            visible(row["stage"], 60),
+            [visible(name, 60) for name in row["after"] or ()],
+            stage_graph.Progress(
+                row["planned"], row["succeeded"] or 0, row["failed"] or 0, row["cancelled"] or 0, running=0
+            ),
+        )
+        for row in run.stages
+    ]
+
+
 _COUNTS = ("planned", "succeeded", "failed", "cancelled", "retried", "bundles")
 
 
@@ -281,6 +295,7 @@ class Page:
         self.answers = answers(facts)
         self.tiles = tiles(facts)
         self.stages = stages(run)
+        self.graph = stage_graph.graph(graph_stages(run)) if len(run.stages) > 1 else None
         self.to_do = [finding for finding in all_findings if finding.level > Level.GOOD]
         self.good = [finding for finding in all_findings if finding.level is Level.GOOD]
         self.gantt = gantt.draw(run)

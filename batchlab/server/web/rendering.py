@@ -52,13 +52,13 @@ NAVIGATION = (
 
 @cache
 def _templates() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     from batchlab.core.pricing.price_book import shown
     from batchlab.server.web import text
 
     environment = Environment(
-        loader=PackageLoader("batchlab.server.web"),
+        loader=ChoiceLoader([PackageLoader("batchlab.server.web"), PackageLoader("batchlab.reports.html", ".")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

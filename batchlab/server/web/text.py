@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from urllib.parse import quote, urlencode
 
@@ -20,6 +19,7 @@ from batchlab.core.text import count as count
 from batchlab.core.text import size as core_size
 from batchlab.core.text import span as core_span
 from batchlab.reports.html.source import visible as visible
+from batchlab.reports.html.stage_graph import Progress as Progress
 
 _TICKS = re.compile(r"`([^`]+)`")
 _TONES = {
@@ -116,70 +116,6 @@ def path(text: object) -> str:
 
 
 # --- Progress -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Part of a progress bar. `start` and `width` are percentages of the bar."""
-
-    kind: str
-    start: float
-    width: float
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Progress of tasks. `planned` is None if the number of planned tasks is not known yet."""
-
-    planned: int | None
-    succeeded: int
-    failed: int
-    cancelled: int
-    running: int
-    is_open: bool = False
-    """Whether more tasks may be planned."""
-
-    @property
-    def ended(self) -> int:
-        return self.succeeded + self.failed + self.cancelled
-
-    def of(self, state: str) -> int:
-        """Return the number of tasks in a state, or of all tasks for "". Tasks that are not planned do not count."""
-        known = max(self.planned or 0, self.ended + self.running)
-        if state == "waiting":
-            return known - self.ended - self.running
-        count: int = getattr(self, state) if state else known
-        return count
-
-    @property
-    def percent(self) -> int:
-        """Return the percentage of planned tasks that have ended. The percentage of ended tasks is rounded down."""
-        planned = max(self.planned or 0, self.ended)
-        return self.ended * 100 // planned if planned else 0
-
-    @property
-    def parts(self) -> list[Part]:
-        """Return the parts of the progress bar. Each part of the bar is wide enough to be visible."""
-        whole = max(self.planned or 0, self.ended + self.running, 1)
-        parts: list[Part] = []
-        at = 0.0
-        for kind in ("succeeded", "failed", "cancelled", "running"):
-            tasks: int = getattr(self, kind)
-            if tasks:
-                width = min(max(tasks * 100 / whole, 0.6), 100 - at)
-                parts.append(Part(kind, round(at, 3), round(width, 3)))
-                at += width
-        return parts
-
-    @property
-    def description(self) -> str:
-        """Return the progress as text, for screen readers."""
-        of = "?" if self.planned is None else str(self.planned)
-        return (
-            f"{self.ended} of {of}{'+' if self.is_open else ''} tasks ended: "
-            f"{self.succeeded} succeeded, {self.failed} failed, "
-            f"{self.cancelled} canceled, {self.running} running"
-        )
 
 
 def of_stage(stage: StageView) -> Progress:

@@ -16,12 +16,12 @@ from batchlab.core.pricing.request_costs import Pace
 from batchlab.core.pricing.usage import Account, Kind
 from batchlab.manager.manager import Manager
 from batchlab.manager.spending import Spending
+from batchlab.reports.html.stage_graph import Stage, graph
 from batchlab.server.http import failures, grid, jobs, task_list, tasks
 from batchlab.server.http.authentication import PAGE, SESSION_S
 from batchlab.server.http.common import Leader, StateDep
 from batchlab.server.task_index import TaskState
 from batchlab.server.web import text, timeline
-from batchlab.server.web.graph import graph
 from batchlab.server.web.rendering import PageDep, PageState, field_of, form_of, guarded_router, live, redirect, render
 from batchlab.server.web.security import POLICY, SESSION, below, report_policy
 
@@ -67,7 +67,7 @@ async def job_page(request: Request, manager: Leader, served: StateDep, page: Pa
         groups=groups,
         shown_groups=SHOWN_GROUPS,
         cost=await _cost(manager, page, view),
-        graph=graph(view["stages"]),
+        graph=graph([Stage(stage["name"], stage["after"], text.of_stage(stage)) for stage in view["stages"]]),
         has_report=page.reports is not None,
         is_final=view["state"] in ENDED,
     )

@@ -1,4 +1,4 @@
-"""Layout of the graph of a job's stages.
+"""Progress of a job's stages, and the layout of their graph, for the report and the web page.
 
 Invariants: the layer of a stage is the length of its longest path from a stage without upstream stages, so every arrow
 leads to the right. An arrow over several layers has a place of its own in each layer between, so it crosses no stage.
@@ -10,10 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from batchlab.core.api_types import StageView
-from batchlab.core.text import join_list
-from batchlab.server.web import text
-from batchlab.server.web.text import Progress
+from batchlab.core.text import count, join_list
 
 WIDTH, HEIGHT = 176, 76
 """Size of a stage in pixels."""
@@ -31,35 +28,112 @@ _Place = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Part of a progress bar. `start` and `width` are percentages of the bar."""
+
+    kind: str
+    start: float
+    width: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Progress of tasks. `planned` is None if the number of planned tasks is not known yet."""
+
+    planned: int | None
+    succeeded: int
+    failed: int
+    cancelled: int
+    running: int
+    is_open: bool = False
+    """Whether more tasks may be planned."""
+
+    @property
+    def ended(self) -> int:
+        return self.succeeded + self.failed + self.cancelled
+
+    def of(self, state: str) -> int:
+        """Return the number of tasks in a state, or of all tasks for "". Tasks that are not planned do not count."""
+        known = max(self.planned or 0, self.ended + self.running)
+        if state == "waiting":
+            return known - self.ended - self.running
+        count: int = getattr(self, state) if state else known
+        return count
+
+    @property
+    def percent(self) -> int:
+        """Return the percentage of planned tasks that have ended. The percentage of ended tasks is rounded down."""
+        planned = max(self.planned or 0, self.ended)
+        return self.ended * 100 // planned if planned else 0
+
+    @property
+    def parts(self) -> list[Part]:
+        """Return the parts of the progress bar. Each part of the bar is wide enough to be visible."""
+        whole = max(self.planned or 0, self.ended + self.running, 1)
+        parts: list[Part] = []
+        at = 0.0
+        for kind in ("succeeded", "failed", "cancelled", "running"):
+            tasks: int = getattr(self, kind)
+            if tasks:
+                width = min(max(tasks * 100 / whole, 0.6), 100 - at)
+                parts.append(Part(kind, round(at, 3), round(width, 3)))
+                at += width
+        return parts
+
+    @property
+    def description(self) -> str:
+        """Return the progress as text, for screen readers."""
+        of = "?" if self.planned is None else str(self.planned)
+        return (
+            f"{self.ended} of {of}{'+' if self.is_open else ''} tasks ended: "
+            f"{self.succeeded} succeeded, {self.failed} failed, "
+            f"{self.cancelled} canceled, {self.running} running"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage, with the names of its upstream stages."""
+
+    name: str
+    after: Sequence[str]
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """A stage in the graph, with the position of its upper left corner."""
 
-    stage: StageView
-    progress: Progress
+    stage: Stage
     x: float
     y: float
 
     @property
     def name(self) -> str:
-        name = self.stage["name"]
+        """Return the name of the stage, shortened to the width of the stage."""
+        name = self.stage.name
         return name if len(name) <= NAME_CHARS else f"{name[: NAME_CHARS - 1]}…"
 
     @property
+    def progress(self) -> Progress:
+        return self.stage.progress
+
+    @property
     def counts(self) -> str:
-        planned = self.stage["planned"]
+        planned = self.progress.planned
         return f"{self.progress.ended:,} of {'?' if planned is None else f'{planned:,}'}"
 
     @property
     def note(self) -> str:
         """Return the numbers of failed and running tasks as text."""
-        parts = [(self.stage["failed"], "failed"), (self.stage["running"], "running")]
+        parts = [(self.progress.failed, "failed"), (self.progress.running, "running")]
         return ", ".join(f"{number:,} {state}" for number, state in parts if number)
 
     @property
     def description(self) -> str:
         """Return the stage as text, for screen readers."""
-        after = f", after {join_list(self.stage['after'])}" if self.stage["after"] else ""
-        return f"Stage {self.stage['name']}{after}: {self.progress.description}"
+        after = f", after {join_list(self.stage.after)}" if self.stage.after else ""
+        return f"Stage {self.stage.name}{after}: {self.progress.description}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,25 +148,23 @@ class Graph:
     @property
     def description(self) -> str:
         """Return the graph as text, for screen readers."""
-        steps = [
-            f"{node.stage['name']} after {join_list(node.stage['after'])}" for node in self.nodes if node.stage["after"]
-        ]
-        return f"Graph of {text.count(len(self.nodes), 'stage')}" + (f": {'; '.join(steps)}" if steps else "")
+        steps = [f"{node.stage.name} after {join_list(node.stage.after)}" for node in self.nodes if node.stage.after]
+        return f"Graph of {count(len(self.nodes), 'stage')}" + (f": {'; '.join(steps)}" if steps else "")
 
 
-def graph(stages: Sequence[StageView]) -> Graph:
+def graph(stages: Sequence[Stage]) -> Graph:
     """Return the graph of a job's stages, which are in an order in which each stage follows its upstream stages."""
     depth: dict[str, int] = {}
     for stage in stages:
-        depth[stage["name"]] = max((depth[name] + 1 for name in stage["after"]), default=0)
+        depth[stage.name] = max((depth[name] + 1 for name in stage.after), default=0)
     layers: list[list[_Place]] = [[] for _ in range(max(depth.values(), default=0) + 1)]
     for stage in stages:
-        layers[depth[stage["name"]]].append((stage["name"], 0))
+        layers[depth[stage.name]].append((stage.name, 0))
     routes: list[list[_Place]] = []
     for stage in stages:
-        for name in stage["after"]:
-            passed = [(name, len(routes) + 1)] * (depth[stage["name"]] - depth[name] - 1)
-            route: list[_Place] = [(name, 0), *passed, (stage["name"], 0)]
+        for name in stage.after:
+            passed = [(name, len(routes) + 1)] * (depth[stage.name] - depth[name] - 1)
+            route: list[_Place] = [(name, 0), *passed, (stage.name, 0)]
             for layer, place in enumerate(passed, start=depth[name] + 1):
                 layers[layer].append(place)
             routes.append(route)
@@ -144,7 +216,7 @@ def _tops(layers: Sequence[Sequence[_Place]]) -> list[dict[_Place, float]]:
 
 
 def _drawn(
-    stages: Sequence[StageView],
+    stages: Sequence[Stage],
     layers: Sequence[Sequence[_Place]],
     routes: Sequence[Sequence[_Place]],
     depth: Mapping[str, int],
@@ -152,8 +224,8 @@ def _drawn(
 ) -> Graph:
     nodes = []
     for stage in stages:
-        layer = depth[stage["name"]]
-        nodes.append(Node(stage, text.of_stage(stage), _left(layer), tops[layer][stage["name"], 0]))
+        layer = depth[stage.name]
+        nodes.append(Node(stage, _left(layer), tops[layer][stage.name, 0]))
     arrows = []
     for route in routes:
         layer = depth[route[0][0]]
