@@ -54,6 +54,14 @@ def find(name: str) -> Path | None:
     return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
 
 
+_Stats = list[tuple[str, int, int]]
+"""Name, modification time in nanoseconds, and size in bytes of each file."""
+
+
+def _stats(files: Iterable[tuple[str, Path]]) -> _Stats:
+    return [(name, info.st_mtime_ns, info.st_size) for name, path in files for info in (path.stat(),)]
+
+
 class LocalImports:
     """Modules to pack for the functions of one process."""
 
@@ -61,22 +69,37 @@ class LocalImports:
         """`workers_lack` receives the places of modules by name, and returns the names that workers cannot import."""
         self._workers_lack = workers_lack
         self._known: dict[str, Path | None] = {}
-        self._packed: tuple[list[tuple[str, int, int]], bytes] = ([], b"")
+        self._scans: dict[str, _Stats] = {}
+        self._packed: tuple[_Stats, bytes] = ([], b"")
 
     def add(self, names: Iterable[str]) -> None:
         """Add the modules with the given names, and the local modules that these modules import."""
-        new = {name for name in names if name not in self._known}
+        new = {name for name in names if self._must_search(name)}
+        found: dict[str, Path | None] = {}
+        scans: dict[str, _Stats] = {}
         while new:
             places = {name: place for name in new if (place := find(name))}
             local = self._workers_lack({name: _origin(place) for name, place in places.items()}) if places else set()
-            self._known |= {name: place if name in local else None for name, place in places.items()}
+            found |= {name: place if name in local else None for name, place in places.items()}
+            scans |= {name: _stats(_files(places[name])) for name in local}
             imported = {name for one in local for file in _sources(places[one]) for name in _imports(file)}
-            new = imported - self._known.keys()
+            new = {name for name in imported - found.keys() if self._must_search(name)}
+        # A module that cannot be packed must not affect later calls, so the modules are added at the end.
+        self._known |= found
+        self._scans |= scans
+
+    def _must_search(self, name: str) -> bool:
+        """Return whether the module is new, or its files have changed since the last search for imports."""
+        place = self._known.get(name)
+        if place is None or not place.exists():
+            return name not in self._known or place is not None
+        return self._scans.get(name) != _stats(_files(place))
 
     def pack(self) -> bytes:
         """Return a zip of the modules in their current state, or b"" without modules."""
-        files = dict(sorted(file for place in self._known.values() if place for file in _files(place)))
-        stats = [(name, info.st_mtime_ns, info.st_size) for name, path in files.items() for info in (path.stat(),)]
+        places = [place for place in list(self._known.values()) if place and place.exists()]
+        files = dict(sorted(file for place in places for file in _files(place)))
+        stats = _stats(files.items())
         if stats != self._packed[0]:
             self._packed = stats, code_cache.pack_files(files)
         return self._packed[1]

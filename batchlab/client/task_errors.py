@@ -35,20 +35,25 @@ def with_cause(error: TaskFailed, pickled: str) -> TaskFailed:
     return combine(error, cause) if cause else error
 
 
+_NOT_COMBINED = (TaskFailed, StopIteration, StopAsyncIteration)
+"""Types of causes that do not become a type of the error. A StopIteration would end the generator that raises it."""
+
+
 def combine(error: TaskFailed, cause: BaseException) -> TaskFailed:
     """Return an error that has the message of `error`, the attributes of both errors, and both of their types.
 
     Some types cannot be combined, such as types that do not inherit from Exception. Then return `error` with its cause.
     """
     combined = error
-    if isinstance(cause, Exception) and not isinstance(cause, TaskFailed):
+    if isinstance(cause, Exception) and not isinstance(cause, _NOT_COMBINED):
         try:
             kind = _combined_type(type(error), type(cause))
-            # The constructor of the user's type is not called, because its arguments are unknown.
-            combined = kind.__new__(kind)
+            # The constructor of the user's type is not called, because its arguments are unknown. The type of an
+            # exception group needs the arguments to create an object.
+            combined = kind.__new__(kind, *cause.args)
             _copy_members(cause, combined)
             combined.__dict__.update({**vars(cause), **vars(error)})
-            combined.args = error.args
+            combined.args = cause.args
         except Exception:  # noqa: BLE001 - the user's type may do anything when it is subclassed or created
             combined = error
     combined.__cause__ = cause

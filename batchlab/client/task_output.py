@@ -5,16 +5,19 @@ Invariant: the output of a task is untrusted, so unprintable characters are esca
 
 from __future__ import annotations
 
+import logging
 import sys
 from functools import partial
 from typing import TextIO
 
 from batchlab.client.grid_link import Link
-from batchlab.core.errors import BackendError
+from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.job_definition import task_name
 from batchlab.core.model import Outcome
 from batchlab.core.text import visible
 from batchlab.worker import task_log
+
+log = logging.getLogger(__name__)
 
 MAX_SHOWN_BYTES = 256 * 1024
 """Maximum number of bytes of the output of a bundle that are shown. Only the beginning of longer output is shown."""
@@ -22,14 +25,21 @@ MAX_SHOWN_BYTES = 256 * 1024
 
 def show(link: Link, outcome: Outcome, stream: TextIO | None = None) -> None:
     """Print the output of all tasks in an outcome. Each line begins with the name of its task."""
+    try:
+        _show(link, outcome, stream or sys.stdout)
+    except (OSError, ValueError) as error:
+        # The stream is closed, or cannot encode a character. The results of the tasks do not depend on it.
+        log.warning("the output of tasks cannot be shown: %s", error)
+
+
+def _show(link: Link, outcome: Outcome, stream: TextIO | None) -> None:
     spans = sorted((start, stop, task) for task, start, stop in outcome.log_spans)
-    if not spans:
+    if not spans or stream is None:
         return
-    stream = stream or sys.stdout
     first, last = spans[0][0], min(spans[-1][1], spans[0][0] + MAX_SHOWN_BYTES)
     try:
         data = link.run(link.patience(partial(link.objects.get_range, outcome.log, first, last)))
-    except BackendError as error:
+    except (BackendError, UsageError) as error:
         print(f"The output of bundle {outcome.bundle.id} cannot be read: {error}", file=stream, flush=True)
         return
     for start, stop, task in spans:
