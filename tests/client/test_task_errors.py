@@ -58,7 +58,7 @@ def test_attributes_outside_of_the_dictionary_are_copied() -> None:
 
 @pytest.mark.parametrize(
     "cause",
-    [SystemExit(3), KeyboardInterrupt(), Sealed("x"), ExceptionGroup("two", [ValueError(1)]), failed()],
+    [SystemExit(3), KeyboardInterrupt(), Sealed("x"), StopIteration(1), failed()],
     ids=lambda cause: type(cause).__name__,
 )
 def test_a_type_that_cannot_be_combined_is_only_the_cause(cause: BaseException) -> None:
@@ -69,7 +69,12 @@ def test_a_type_that_cannot_be_combined_is_only_the_cause(cause: BaseException) 
 
 @pytest.mark.parametrize(
     "cause",
-    [UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), StopIteration(1), KeyError("a"), ImportError("x", name="y")],
+    [
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+        ExceptionGroup("two", [ValueError(1)]),
+        KeyError("a"),
+        ImportError("x", name="y"),
+    ],
     ids=lambda cause: type(cause).__name__,
 )
 def test_types_with_constructors_of_their_own_are_combined(cause: Exception) -> None:
