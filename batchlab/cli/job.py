@@ -25,7 +25,7 @@ from batchlab.cli.option_values import (
     resolve,
 )
 from batchlab.cli.options import ANY_BACKEND, AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, flag, option
-from batchlab.core.errors import Refused
+from batchlab.core.errors import NotFound, Refused
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
@@ -245,7 +245,16 @@ def delete(
     if place.record() is None:
         raise no_grid(place)
     with connect(place) as client:
-        view = resolve(client, job)
+        try:
+            view = resolve(client, job)
+        except NotFound as error:
+            # Workers may have written objects of a deleted job after its deletion.
+            try:
+                deleted = client.delete(job)
+            except NotFound:
+                raise error from None
+            output.answer(json, deleted, f"{job} was deleted before: {output.count(deleted['objects'], 'object')}.")
+            return
         if view["ended_s"] is None:
             raise Refused(
                 f"Job {view['id']} is {view['state']}, and only an ended job can be deleted.",
