@@ -238,6 +238,9 @@ def delete(
     Code, which other jobs may share, and the cost of the grid stay. The results that the user has
     fetched stay, too. A deleted job cannot be restored.
 
+    A File that another job got from this job is deleted, too: fetch the file first. The input of an
+    active job cannot be deleted.
+
     \b
     Example: batchlab job delete last
     """

@@ -66,6 +66,7 @@ class JobDeletion(Part):
             raise Refused(
                 f"The schedule of job {job} has not recorded the end of the job.", remedy="Try again in some seconds."
             )
+        self._check_readers(job)
         request, key = object_keys.deletion(job), object_keys.retry(job, record.round + 1)
         try:
             await self._patience(partial(self._objects.put, request, json_format.deleted_job(job)))
@@ -82,6 +83,17 @@ class JobDeletion(Part):
         except BaseException:
             self.is_search_due.set()
             raise
+
+    def _check_readers(self, job: JobId) -> None:
+        """Raise Refused if a job that has not ended reads objects of the job."""
+        prefixes = object_keys.everything_of(job)
+        for live in self._lives.values():
+            keys = live.job.input.keys if live.job.input else ()
+            if live.id != job and not live.ended.is_set() and any(key.startswith(prefixes) for key in keys):
+                raise Refused(
+                    f"Job {live.id} reads objects of job {job}, so job {job} cannot be deleted.",
+                    remedy=f"Wait for the end of job {live.id}.",
+                )
 
     async def _is_deleted(self, job: JobId) -> bool:
         """Return whether a note has replaced the definition of the job."""

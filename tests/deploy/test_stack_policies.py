@@ -263,6 +263,22 @@ def test_a_multipart_upload_is_held_to_the_condition_at_its_end_only() -> None:
     }
 
 
+def test_only_the_manager_deletes_objects_and_only_those_of_jobs() -> None:
+    job = object_keys.job_id("sums", "token")
+    deleted = (
+        *object_keys.everything_of(job),
+        object_keys.addresses_of(job),
+        object_keys.deletion(job),
+        object_keys.reference_key(job),
+    )
+    for key in deleted:
+        assert may("ManagerRole", "s3:DeleteObject", key + "x"), key
+    kept = ("code/0123.zip", "boot/0123.tar.gz", object_keys.USE, object_keys.COMMIT_SECRET, object_keys.schedule("a"))
+    for key in kept:
+        assert not may("ManagerRole", "s3:DeleteObject", key), key
+    assert "s3:DeleteObject" not in actions("PoolRole")
+
+
 def test_only_the_manager_replaces_a_definition_and_only_by_a_condition() -> None:
     statements = SHOWN["empty"].properties("BucketPolicy")["PolicyDocument"]["Statement"]
     by_sid = {one["Sid"]: one for one in statements}

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused, Unreachable
+from batchlab.core.job_definition import InputDef
 from batchlab.core.model import JobId
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.manager.job_deletion import JobDeletion
+from batchlab.manager.ledger_rebuild import rebuild
 from tests.support.server.api import Rig, job
 
 
@@ -114,6 +116,36 @@ def test_id_of_a_deleted_job_is_not_used_again(rig: Rig) -> None:
     with pytest.raises(Refused, match="was deleted, and its id cannot be used again"):
         rig.client.submit(job())
     assert is_gone(rig, name)
+
+
+def test_input_of_an_active_job_is_kept(rig: Rig) -> None:
+    name = ended(rig)
+    reader = job("reader", "reader", tasks=1)
+    reader = replace(reader, input=InputDef(keys=(f"{object_keys.raw(name)}0",)))
+    rig.submit(reader)
+    with pytest.raises(Refused, match=f"Job {reader.id} reads objects of job {name}"):
+        rig.client.delete(name)
+    rig.work(reader.id, 1)
+    rig.ended(reader.id)
+    rig.client.delete(name)
+    assert is_gone(rig, name)
+
+
+def test_rebuild_removes_deleted_jobs_from_the_ledger_at_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    deleted, names = ended(rig, "deleted"), sorted([ended(rig), ended(rig, "other")])
+    rig.client.delete(deleted)
+    for name in names:
+        rig.run(rig.objects.put(object_keys.spec(name), json_format.deleted_job(name)))
+    forget, calls = rig.ledger.forget, []
+
+    async def counted(jobs: Sequence[JobId] | None = None) -> None:
+        calls.append(jobs)
+        await forget(jobs)
+
+    monkeypatch.setattr(rig.ledger, "forget", counted)
+    rig.run(rebuild(replace(rig.manager.ports, ledger=rig.ledger)))
+    assert calls == [names]
+    assert not rig.client.jobs()
 
 
 def test_job_whose_schedule_waits_for_its_end_is_kept(rig: Rig) -> None:
