@@ -1,7 +1,8 @@
 """Client of a grid that is not up, which reads the ledger and the bucket in the grid's folder.
 
 The requests of the client run in this process, by the endpoints of the manager's API. Invariant: the client does not
-change the ledger or the bucket. A request that changes something, or that is not about jobs, raises Unreachable.
+create or change a file of the grid's folder. A request that changes something, or that is not about jobs, raises
+Unreachable.
 """
 
 from __future__ import annotations
@@ -49,8 +50,13 @@ def open_folder(home: Home, backend: str | None = None) -> FolderClient | None:
 
 
 def _changed_s(ledger: Path) -> float:
-    logs = (ledger, ledger.with_name(f"{ledger.name}-wal"))
-    return max(path.stat().st_mtime for path in logs if path.exists())
+    """Return the time of the last write to the ledger. A killed manager leaves a write-ahead log with content."""
+    log = ledger.with_name(f"{ledger.name}-wal")
+    return max(path.stat().st_mtime for path in (ledger, log) if path == ledger or _has_content(path))
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 class FolderClient(Client):

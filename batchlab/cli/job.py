@@ -25,7 +25,7 @@ from batchlab.cli.option_values import (
     resolve,
 )
 from batchlab.cli.options import ANY_BACKEND, AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, flag, option
-from batchlab.core.errors import Refused
+from batchlab.core.errors import NotFound, Refused
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
@@ -238,6 +238,9 @@ def delete(
     Code, which other jobs may share, and the cost of the grid stay. The results that the user has
     fetched stay, too. A deleted job cannot be restored.
 
+    A File that another job got from this job is deleted, too: fetch the file first. The input of an
+    active job cannot be deleted.
+
     \b
     Example: batchlab job delete last
     """
@@ -245,7 +248,16 @@ def delete(
     if place.record() is None:
         raise no_grid(place)
     with connect(place) as client:
-        view = resolve(client, job)
+        try:
+            view = resolve(client, job)
+        except NotFound as error:
+            # Workers may have written objects of a deleted job after its deletion.
+            try:
+                deleted = client.delete(job)
+            except NotFound:
+                raise error from None
+            output.answer(json, deleted, f"{job} was deleted before: {output.count(deleted['objects'], 'object')}.")
+            return
         if view["ended_s"] is None:
             raise Refused(
                 f"Job {view['id']} is {view['state']}, and only an ended job can be deleted.",

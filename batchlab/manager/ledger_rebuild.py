@@ -49,9 +49,7 @@ async def rebuild(ports: Ports) -> RebuildResult:
     # The ledger is read before the bucket, because the rebuild must not remove a job submitted between the two reads.
     ids = await _in_ledger(ports)
     job_ids = await _in_bucket(ports)
-    lost = sorted(ids - job_ids)
-    if lost:
-        await ports.ledger.forget(lost)
+    removed = ids - job_ids
     rebuilt = RebuildResult(0)
     for job in sorted(job_ids):
         try:
@@ -60,11 +58,13 @@ async def rebuild(ports: Ports) -> RebuildResult:
         except (Throttled, Unreachable):
             raise
         except Deleted:
-            await ports.ledger.forget([job])
+            removed |= ids & {job}
         except BackendError as error:
             # A job that cannot be restored must not block the restore of other jobs.
             key = error.key if isinstance(error, UnreadableObject) else object_keys.committed(job)
             rebuilt.unreadable[key] = error.message
+    if removed:
+        await ports.ledger.forget(sorted(removed))
     for key, why in rebuilt.unreadable.items():
         log.error("the rebuild continued without %s: %s", key, why)
     return rebuilt

@@ -179,7 +179,7 @@ class Manager:
         if schedules:
             self.scheduler = ScheduleCommands(context, self.job_commands)
             self.autoscaler.minimum_capacity = Prewarm(context, self.scheduler, caps)
-        self.job_deletion = JobDeletion(context, self._is_awaited)
+        self.job_deletion = JobDeletion(context, self._is_awaited, self.spending)
         self.live_logs = LiveLogs(context)
         self._collector = Collector(context, ledger_writer)
         self._reconciler = Reconciler(context, ledger_writer, self.coordinator)
@@ -283,6 +283,7 @@ class Manager:
         log.warning("another manager led while %s was paused: all jobs are adopted again", self.owner)
         # The flags are reset before the ledger is read, because another manager may lead again during the reads.
         self._others_led = self._retries_searched = False
+        self.job_deletion.is_search_due.set()
         if self.scheduler:
             self.scheduler.reload()
         await self._adoption.drop_all()
@@ -298,21 +299,25 @@ class Manager:
             self._others_led = True
             raise
 
-    def _is_awaited(self, job: JobId) -> bool:
+    async def _is_awaited(self, job: JobId) -> bool:
         """Return whether a schedule has not recorded the end of its job yet."""
-        schedules = self.scheduler.store.schedules.values() if self.scheduler else ()
-        return any(one.running is not None and one.running.job == job and not one.removed for one in schedules)
+        if self.scheduler is None:
+            return False
+        await self.scheduler.wait_until_read()
+        schedules = self.scheduler.store.schedules.values()
+        return any(one.running is not None and one.running.job == job for one in schedules)
 
     async def _finish_deletions(self) -> None:
         while True:
+            await self.job_deletion.is_search_due.wait()
+            self.job_deletion.is_search_due.clear()
             try:
                 await self.job_deletion.finish_interrupted()
             except BackendError as error:
                 raise_if_cancelled()
                 log.warning("an unfinished deletion waits for the backend: %s", error)
+                self.job_deletion.is_search_due.set()
                 await asyncio.sleep(self.settings.silence_s)
-            else:
-                return
 
     async def _finish_retries(self) -> None:
         while True:

@@ -18,7 +18,7 @@ from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Any, Protocol
 
-from batchlab.core.errors import BackendError
+from batchlab.core.errors import BackendError, Deleted
 from batchlab.core.model import GroupView, JobId, JobState, LifecycleState, StageName
 from batchlab.core.port_retries import raise_if_cancelled
 from batchlab.core.ports import Depth
@@ -422,6 +422,9 @@ class ReportQueue:
         """Latest start of each report, by the event loop's clock."""
         self._is_due = asyncio.Event()
         self._troubles: dict[JobId, str] = {}
+        self._current: JobId | None = None
+        """Job whose report is written, or was written last."""
+        self._write_lock = asyncio.Lock()
 
     @property
     def troubles(self) -> Mapping[JobId, str]:
@@ -434,9 +437,13 @@ class ReportQueue:
             self._due[job] = asyncio.get_running_loop().time() + MAX_DELAY_S
             self._is_due.set()
 
-    def forget(self, job: JobId) -> None:
-        """Remove a deleted job from the queue."""
+    async def forget(self, job: JobId) -> None:
+        """Remove a deleted job from the queue, after the end of a write of the job's report."""
         self._due.pop(job, None)
+        if self._current == job:
+            self._current = None
+            async with self._write_lock:
+                pass
         self._troubles.pop(job, None)
 
     async def run(self) -> None:
@@ -458,11 +465,18 @@ class ReportQueue:
 
     async def _write(self, job: JobId) -> None:
         assert self._reporter
+        self._current = job
         for n in range(MAX_ATTEMPTS):
             if n:
                 await asyncio.sleep(RETRY_S)
+            if self._current != job:
+                return  # the job was deleted
             try:
-                await self._reporter.write(job)
+                async with self._write_lock:
+                    await self._reporter.write(job)
+            except Deleted:
+                self._troubles.pop(job, None)
+                return
             except Exception as error:  # noqa: BLE001 - an error of a report must not affect a job
                 raise_if_cancelled()
                 log.warning("the performance data of %s is not written: %s", job, error)

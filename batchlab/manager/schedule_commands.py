@@ -26,7 +26,8 @@ MAX_ATTEMPTS = 20
 class ScheduleCommands(Scheduler):
     """Scheduler with user commands. Each user command waits until the scheduler has read the schedules."""
 
-    async def _wait_until_read(self) -> None:
+    async def wait_until_read(self) -> None:
+        """Return after the scheduler has read the schedules. Raise BackendError after READY_S."""
         try:
             async with asyncio.timeout(READY_S):
                 while True:
@@ -39,13 +40,13 @@ class ScheduleCommands(Scheduler):
 
     async def all(self) -> list[Schedule]:
         """Return all schedules that users have not removed, sorted by name."""
-        await self._wait_until_read()
+        await self.wait_until_read()
         by_name = self.store.schedules
         return [by_name[name] for name in sorted(by_name) if not by_name[name].removed]
 
     async def get(self, name: str) -> Schedule:
         """Return a schedule. Raise NotFound if the schedule does not exist or is removed."""
-        await self._wait_until_read()
+        await self.wait_until_read()
         return self._existing(name)
 
     async def prefixes(self, schedule: Schedule) -> list[str]:
@@ -83,7 +84,7 @@ class ScheduleCommands(Scheduler):
                 remedy="Declare it under params: in the job file.",
             )
         self._context.admit(job)
-        await self._wait_until_read()
+        await self.wait_until_read()
         if definition.name in self.store.unreadable:
             raise Refused(
                 f"The schedule {definition.name!r} exists, and this batchlab cannot read it.",
@@ -155,7 +156,7 @@ class ScheduleCommands(Scheduler):
 
     async def _change(self, name: str, change: Callable[[Schedule, float], Schedule]) -> Schedule:
         """Decide about the schedule's due runs, then apply `change` and store the changed schedule."""
-        await self._wait_until_read()
+        await self.wait_until_read()
         async with self._lock:
             for _ in range(MAX_ATTEMPTS):
                 self._existing(name)

@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 
 from batchlab.core import schedules
-from batchlab.core.errors import AlreadyExists, BackendError, BatchlabError, NotFound, UsageError
+from batchlab.core.errors import AlreadyExists, BackendError, BatchlabError, NotFound, Refused, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, JobState
 from batchlab.core.port_retries import set_within
@@ -276,9 +276,13 @@ class Scheduler(Part):
         try:
             await self._ledger.job(run.job)
         except NotFound:
-            if job_def := await self._job_for(schedule, run):
+            if (job_def := await self._job_for(schedule, run)) is None:
+                return
+            try:
                 await self._requests.submit(job_def)
-            else:
+            except Refused as error:
+                # A run whose job was deleted would otherwise block the next runs of the schedule.
+                await self._refuse(schedule, run, error)
                 return
         self._submitted.add(run.job)
 
@@ -291,11 +295,14 @@ class Scheduler(Part):
             job_def = job_of(schedule, run, template, self._clock.now_s())
             self._context.admit(job_def)
         except (UsageError, NotFound) as error:
-            ended = self._ended_run(run, "REFUSED", str(error))
-            if await self.store.put(schedule.with_run(ended)):
-                log.warning("schedule %s: its job is refused: %s", schedule.name, error)
+            await self._refuse(schedule, run, error)
             return None
         return replace(job_def, id=run.job)
+
+    async def _refuse(self, schedule: Schedule, run: ScheduledRun, error: BatchlabError) -> None:
+        """Record the end of a run whose job this grid refuses."""
+        if await self.store.put(schedule.with_run(self._ended_run(run, "REFUSED", str(error)))):
+            log.warning("schedule %s: its job is refused: %s", schedule.name, error)
 
     async def _with_ended_run(self, schedule: Schedule) -> Schedule:
         """Return the schedule. Mark its run as ended if the job of the run has ended."""

@@ -132,6 +132,8 @@ class Spending(Part):
         self._document = VersionedDocument(context.ports, object_keys.USE, self._merge)
         self._saved_s: float | None = None
         self._is_changed = False
+        self._save_lock = asyncio.Lock()
+        """Lock of the writes of the accounts of ended jobs."""
 
     def observe(self, views: Sequence[GroupView]) -> None:
         """Count the usage since the last call, and recompute the budgets."""
@@ -355,17 +357,30 @@ class Spending(Part):
             return
         self._saved_s, self._is_changed = now_s, False
         try:
-            for job, usage in list(self._ended.items()):
-                if job not in self._lives:
-                    document = self._job_documents.pop(job, None) or self._job_document(job)
-                    document.merge = usage.merge_stored
-                    await document.write(usage.to_bytes)
-                    self._context.reports.add(job, usage.took_s)
-                    self._ended.pop(job, None)
+            async with self._save_lock:
+                await self._save_ended()
             await self._document.write(self._to_bytes)
         except BackendError as error:
             log.warning("the grid's account is not stored yet: %s", error)
             self._is_changed = True
+
+    async def _save_ended(self) -> None:
+        for job, usage in list(self._ended.items()):
+            if job not in self._lives:
+                document = self._job_documents.pop(job, None) or self._job_document(job)
+                document.merge = usage.merge_stored
+                await document.write(usage.to_bytes)
+                self._context.reports.add(job, usage.took_s)
+                self._ended.pop(job, None)
+
+    async def forget(self, job: JobId) -> None:
+        """Discard the usage of a deleted job that is not in the bucket yet. The grid's usage still includes it."""
+        async with self._save_lock:  # a running write would store the usage after the deletion
+            self.close_ended()
+            self._ended.pop(job, None)
+            self._job_documents.pop(job, None)
+            self._foreign_accounts.pop(job, None)
+            self.caps.user_caps.pop(job, None)
 
     def _to_bytes(self) -> bytes:
         jobs, caps = {**self._foreign_accounts, **self._accounts, **self._new_accounts}, self.caps

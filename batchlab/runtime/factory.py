@@ -137,10 +137,14 @@ class Backend(BackendLocations):
         return FilesInPlace(home.objects)
 
     def open_bucket(self, home: Home) -> Objects:
-        """Open the bucket for a command that does not need a manager.
+        """Open the bucket for a command that does not need a manager. The call does not change the files of a home.
 
         Raise Unreachable if the bucket is in the grid's own emulator and the grid is not up.
         """
+        if self.capabilities.local_bucket and home.objects.is_dir():
+            from batchlab.adapters.local.objects import LocalObjects
+
+            return LocalObjects(home.objects, read_sync())
         record = home.record()
         is_up = record is not None and record.backend == self.name
         if self.capabilities.s3_endpoint and not is_up:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from batchlab.cli.folder_client import open_folder
+from batchlab.cli.folder_client import FolderClient, open_folder
 from batchlab.core.errors import Unreachable
+from batchlab.core.ports import Ledger
+from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from tests.support.cli import Run
 from tests.support.server.api import Rig, job
@@ -122,6 +127,62 @@ def test_ledger_is_only_read(down: tuple[Home, str, str]) -> None:
         assert client._ledger is not None
         with pytest.raises(Unreachable, match="readonly"):
             client._runner.run(client._ledger.forget())
+
+
+def files_of(home: Home) -> dict[str, tuple[int, int]]:
+    """Return the size and the time of the last change of each file and folder of the home."""
+    found = {str(path.relative_to(home.path)): path.stat() for path in home.path.rglob("*")}
+    return {name: (status.st_size, status.st_mtime_ns) for name, status in found.items()}
+
+
+def test_commands_that_read_do_not_change_the_folder(run: Run, down: tuple[Home, str, str]) -> None:
+    home, failed, _ = down
+    (home.path / ".gitignore").unlink(missing_ok=True)
+    before = files_of(home)
+    for command in (("list",), ("show", failed), ("failures", failed), ("why", failed), ("logs", failed, "map/3")):
+        assert run("job", *command)[0] == 0
+        assert files_of(home) == before, command
+
+
+def test_read_of_one_grid_does_not_change_which_grid_was_up_last(tmp_path: Path) -> None:
+    home = Home(tmp_path / "two")
+    for number, backend in enumerate(("local", "ministack")):
+        ledger = factory.load(backend).open_ledger(home)
+        asyncio.run(read_and_close(ledger))
+        path = factory.load(backend).ledger_in(home)
+        assert path
+        os.utime(path, (number, number))
+    assert name_of(open_folder(home)) == "ministack"
+    client = open_folder(home, "local")
+    assert client
+    with client:
+        assert client.jobs(limit=1) == []
+    assert name_of(open_folder(home)) == "ministack"
+
+
+async def read_and_close(ledger: Ledger) -> None:
+    assert not await ledger.jobs(limit=1)
+    await ledger.close()
+
+
+def name_of(client: FolderClient | None) -> str:
+    assert client
+    with client:
+        return client.backend.name
+
+
+def test_ledger_that_a_killed_manager_left_with_its_log_is_read(down: tuple[Home, str, str], tmp_path: Path) -> None:
+    home = Home(tmp_path / "killed")
+    shutil.copytree(down[0].path, home.path)
+    with closing(sqlite3.connect(home.ledger_file)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("UPDATE jobs SET state = 'CANCELLED' WHERE id = ?", (down[1],))
+        connection.commit()
+        shutil.copytree(home.path, tmp_path / "copy")
+    client = open_folder(Home(tmp_path / "copy"))
+    assert client
+    with client:
+        assert client.job(down[1])["state"] == "CANCELLED"
 
 
 def test_ledger_of_an_older_release_is_not_migrated(run: Run, tmp_path: Path) -> None:

@@ -189,8 +189,13 @@ def may(role: str, action: str, key: str) -> bool:
 
 def must_be_conditional(key: str) -> bool:
     statements = SHOWN["empty"].properties("BucketPolicy")["PolicyDocument"]["Statement"]
-    (statement,) = (one for one in statements if one["Sid"] == "CommitsAreConditional")
-    return any(matches(pattern, BUCKET + key) for pattern in statement["Resource"])
+    patterns = [
+        pattern
+        for one in statements
+        if one["Sid"] in ("CommitsAreConditional", "DefinitionsAreConditional")
+        for pattern in cfn.as_list(one["Resource"])
+    ]
+    return any(matches(pattern, BUCKET + key) for pattern in patterns)
 
 
 KINDS = {
@@ -256,6 +261,41 @@ def test_a_multipart_upload_is_held_to_the_condition_at_its_end_only() -> None:
         "Null": {"s3:if-none-match": "true"},
         "Bool": {"s3:ObjectCreationOperation": "true"},
     }
+
+
+def test_only_the_manager_deletes_objects_and_only_those_of_jobs() -> None:
+    job = object_keys.job_id("sums", "token")
+    deleted = (
+        *object_keys.everything_of(job),
+        object_keys.addresses_of(job),
+        object_keys.deletion(job),
+        object_keys.reference_key(job),
+    )
+    for key in deleted:
+        assert may("ManagerRole", "s3:DeleteObject", key + "x"), key
+    kept = ("code/0123.zip", "boot/0123.tar.gz", object_keys.USE, object_keys.COMMIT_SECRET, object_keys.schedule("a"))
+    for key in kept:
+        assert not may("ManagerRole", "s3:DeleteObject", key), key
+    assert "s3:DeleteObject" not in actions("PoolRole")
+
+
+def test_only_the_manager_replaces_a_definition_and_only_by_a_condition() -> None:
+    statements = SHOWN["empty"].properties("BucketPolicy")["PolicyDocument"]["Statement"]
+    by_sid = {one["Sid"]: one for one in statements}
+    at_the_end = {"Bool": {"s3:ObjectCreationOperation": "true"}}
+    conditions = {
+        "DefinitionsAreConditional": {"Null": {"s3:if-none-match": "true", "s3:if-match": "true"}},
+        "OnlyTheManagerReplacesDefinitions": {
+            "Null": {"s3:if-none-match": "true"},
+            "ArnNotEquals": {"aws:PrincipalArn": "<ManagerRole.Arn>"},
+        },
+    }
+    for sid, condition in conditions.items():
+        statement = by_sid[sid]
+        assert (statement["Effect"], statement["Principal"]) == ("Deny", "*")
+        assert statement["Action"] == "s3:PutObject"
+        assert statement["Resource"].endswith("/jobs/*/spec.json")
+        assert statement["Condition"] == condition | at_the_end
 
 
 @pytest.mark.parametrize("pool", ["default", "gpu", "dead", "my-dead"])

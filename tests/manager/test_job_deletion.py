@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 
-from batchlab.core.errors import NotFound, Refused
+from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused, Unreachable
+from batchlab.core.job_definition import InputDef
 from batchlab.core.model import JobId
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.manager.job_deletion import JobDeletion
+from batchlab.manager.ledger_rebuild import rebuild
 from tests.support.server.api import Rig, job
 
 
@@ -66,7 +71,11 @@ def objects_of(rig: Rig, name: str) -> list[str]:
 
 def deletion(rig: Rig) -> JobDeletion:
     """Return the deletion of a manager that has just started."""
-    return JobDeletion(rig.manager.context, lambda _: False)
+    return JobDeletion(rig.manager.context, is_never_awaited, rig.manager.spending)
+
+
+async def is_never_awaited(_: JobId) -> bool:
+    return False
 
 
 def is_gone(rig: Rig, name: JobId) -> bool:
@@ -85,7 +94,7 @@ def test_deleted_job_leaves_only_a_note(rig: Rig) -> None:
     assert rig.client.delete(name) == {"id": name, "objects": count - 1}
     assert is_gone(rig, name)
     assert objects_of(rig, other) == before
-    for call in (rig.client.job, rig.client.failures, rig.client.retry, rig.client.delete):
+    for call in (rig.client.job, rig.client.failures, rig.client.retry):
         with pytest.raises(NotFound):
             call(name)
     rig.client.rebuild()
@@ -109,9 +118,43 @@ def test_id_of_a_deleted_job_is_not_used_again(rig: Rig) -> None:
     assert is_gone(rig, name)
 
 
+def test_input_of_an_active_job_is_kept(rig: Rig) -> None:
+    name = ended(rig)
+    reader = job("reader", "reader", tasks=1)
+    reader = replace(reader, input=InputDef(keys=(f"{object_keys.raw(name)}0",)))
+    rig.submit(reader)
+    with pytest.raises(Refused, match=f"Job {reader.id} reads objects of job {name}"):
+        rig.client.delete(name)
+    rig.work(reader.id, 1)
+    rig.ended(reader.id)
+    rig.client.delete(name)
+    assert is_gone(rig, name)
+
+
+def test_rebuild_removes_deleted_jobs_from_the_ledger_at_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    deleted, names = ended(rig, "deleted"), sorted([ended(rig), ended(rig, "other")])
+    rig.client.delete(deleted)
+    for name in names:
+        rig.run(rig.objects.put(object_keys.spec(name), json_format.deleted_job(name)))
+    forget, calls = rig.ledger.forget, []
+
+    async def counted(jobs: Sequence[JobId] | None = None) -> None:
+        calls.append(jobs)
+        await forget(jobs)
+
+    monkeypatch.setattr(rig.ledger, "forget", counted)
+    rig.run(rebuild(replace(rig.manager.ports, ledger=rig.ledger)))
+    assert calls == [names]
+    assert not rig.client.jobs()
+
+
 def test_job_whose_schedule_waits_for_its_end_is_kept(rig: Rig) -> None:
     name = ended(rig)
-    awaited = JobDeletion(rig.manager.context, lambda job: job == name)
+
+    async def is_awaited(job: JobId) -> bool:
+        return job == name
+
+    awaited = JobDeletion(rig.manager.context, is_awaited)
     with pytest.raises(Refused, match="has not recorded the end"):
         rig.run(awaited.delete(name))
     assert rig.client.job(name)["state"] == "SUCCEEDED"
@@ -125,6 +168,81 @@ def test_retry_that_another_manager_has_begun_prevents_the_deletion(rig: Rig) ->
         rig.client.delete(name)
     assert object_keys.deletion(name) not in objects_of(rig, name)
     assert rig.client.job(name)["state"] == "FAILED"
+
+
+def test_repeated_deletion_removes_objects_that_a_worker_has_written_late(rig: Rig) -> None:
+    name = ended(rig)
+    rig.client.delete(name)
+    rig.run(rig.objects.put(f"jobs/{name}/map/outcomes/5c/late.json", b"{}"))
+    rig.run(rig.objects.put(f"files/{name}/map/x/late.bin", b"x"))
+    assert rig.client.delete(name) == {"id": name, "objects": 2}
+    assert is_gone(rig, name)
+    with pytest.raises(NotFound):
+        rig.client.delete("sums-0123456789")
+
+
+def test_run_whose_job_is_deleted_ends_refused(rig: Rig) -> None:
+    """The schedule has not recorded the end of its run before the deletion."""
+    rig.submit(job())
+    rig.client.add_schedule({"name": "nightly", "cron": "0 2 * * *", "timezone": "Europe/Berlin"}, job())
+    run = rig.client.run_schedule("nightly", "mine")["job"]
+    assert run
+    scheduler = rig.manager.scheduler
+    assert scheduler
+    rig.outstanding(run, 4)
+    rig.run(scheduler._lock.acquire())
+    try:
+        rig.work(run, 4)
+        rig.ended(run)
+        rig.until(lambda: JobId(run) not in rig.manager.lives, "the end of the job's task")
+        with pytest.raises(Refused, match="has not recorded the end"):
+            rig.run(JobDeletion(rig.manager.context, is_awaited_by(rig)).delete(JobId(run)))
+        rig.run(deletion(rig).delete(JobId(run)))
+    finally:
+        rig._loop.call_soon_threadsafe(scheduler._lock.release)
+    rig.until(lambda: rig.client.schedule("nightly")["runs"][0]["result"], "the end of the run")
+    assert [run["result"] for run in rig.client.schedule("nightly")["runs"]] == ["REFUSED"]
+    assert rig.client.run_schedule("nightly", "again")["job"] != run
+
+
+def is_awaited_by(rig: Rig) -> Callable[[JobId], Awaitable[bool]]:
+    """Return the manager's own check, without the wait for the schedules that the test holds."""
+
+    async def is_awaited(job: JobId) -> bool:
+        assert rig.manager.scheduler
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rig.manager.scheduler, "wait_until_read", nothing)
+            return await rig.manager._is_awaited(job)
+
+    return is_awaited
+
+
+async def nothing() -> None:
+    """Do not wait."""
+
+
+def test_manager_continues_a_deletion_that_the_backend_has_interrupted(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deletion of one job fails, and does not prevent the deletion of the next job."""
+    names = sorted([ended(rig), ended(rig, "other")])
+    delete, is_down = rig.objects.delete, True
+
+    async def refused(keys: Sequence[str]) -> None:
+        if is_down and any(names[0] in key for key in keys):
+            raise Unreachable("The bucket does not respond.")
+        await delete(keys)
+
+    monkeypatch.setattr(rig.objects, "delete", refused)
+    monkeypatch.setattr(rig.manager, "settings", replace(rig.manager.settings, silence_s=0.05))
+    with pytest.raises(BackendError, match="does not respond"):
+        rig.client.delete(names[0])
+    rig.run(rig.objects.put(object_keys.deletion(names[1]), json_format.deleted_job(names[1])))
+    rig.manager.job_deletion.is_search_due.set()
+    rig.until(lambda: is_gone(rig, names[1]), "the deletion of the other job")
+    assert not is_gone(rig, names[0])
+    is_down = False
+    rig.until(lambda: is_gone(rig, names[0]), "the deletion")
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -155,9 +273,76 @@ def test_next_manager_finishes_an_interrupted_deletion(
         rig.run(deletion(rig).finish_interrupted())
         if not is_interrupted:
             assert is_gone(rig, name)
-            assert writes > 8
+            assert writes > 6
             return
         if not has_begun and name in states:
             rig.client.delete(name)
         assert is_gone(rig, name), writes
+    pytest.fail("the deletion did not end")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_id_is_not_used_again_while_a_deletion_is_interrupted(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """A client submits the job again after each crash. The submission finds the ended job, or is refused."""
+    crash = Crash(rig, monkeypatch)
+    for writes in range(100):
+        name = ended(rig, f"t{writes}", bad=(1,))
+        crash.left, crash.late = writes, late
+        try:
+            rig.run(deletion(rig).delete(name))
+        except KilledError:
+            is_interrupted = True
+        else:
+            is_interrupted = False
+        crash.left = 1000
+        with suppress(Refused):
+            assert rig.client.submit(job(token=f"t{writes}"))["state"] == "FAILED", writes
+        rig.run(deletion(rig).finish_interrupted())
+        if not is_interrupted:
+            assert is_gone(rig, name)
+            assert writes > 6
+            return
+        if name in [view["id"] for view in rig.client.jobs()]:
+            rig.client.delete(name)
+        assert is_gone(rig, name), writes
+    pytest.fail("the deletion did not end")
+
+
+def test_late_call_of_a_suspended_manager_keeps_the_note(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manager is suspended before its N-th write while another manager finishes the deletion, and dies after the
+    write."""
+    name, left = JobId(""), 1000
+
+    async def suspended(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left != -1:
+            return await call(*args, **options)
+        with suppress(NotFound):  # the ledger has forgotten the job
+            await deletion(rig).delete(name)
+        await deletion(rig).finish_interrupted()
+        with suppress(AlreadyExists):
+            await call(*args, **options)
+        raise KilledError
+
+    for port, method in ((rig.objects, "put"), (rig.objects, "delete"), (rig.ledger, "forget")):
+        monkeypatch.setattr(port, method, partial(suspended, getattr(port, method)))
+    for number in range(100):
+        left = 1000
+        name = ended(rig, f"t{number}", bad=(1,))
+        left = number
+        with suppress(KilledError):
+            rig.run(deletion(rig).delete(name))
+        is_complete, left = left >= 0, 1000
+        with pytest.raises(Refused, match="its id cannot be used again"):
+            rig.client.submit(job(token=f"t{number}"))
+        rig.run(deletion(rig).finish_interrupted())
+        # A late PUT leaves a note at the key of the next retry.
+        rig.client.delete(name)
+        assert is_gone(rig, name), number
+        if is_complete:
+            assert number > 6
+            return
     pytest.fail("the deletion did not end")

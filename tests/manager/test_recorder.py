@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 
 import pytest
 
+from batchlab.core.errors import Deleted
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import (
     Bundle,
@@ -198,6 +199,48 @@ def test_writer_that_fails_during_shutdown_is_not_called_again() -> None:
         assert writing.cancelled()
 
     asyncio.run(act())
+
+
+def test_report_of_a_deleted_job_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deletion waits for a running write, and the next attempts do not delay other jobs."""
+    from batchlab.manager import recorder as report_queue
+
+    monkeypatch.setattr(report_queue, "QUIET_S", 0.0)
+    monkeypatch.setattr(report_queue, "RETRY_S", 0.01)
+    begun, end = asyncio.Event(), asyncio.Event()
+    asked: list[str] = []
+
+    class Slow:
+        async def write(self, job: JobId) -> None:
+            asked.append(job)
+            if job == "deleted":
+                raise Deleted("The job was deleted.")
+            if job == "slow":
+                begun.set()
+                await end.wait()
+                raise OSError("full")
+
+    reports = ReportQueue(Slow())
+
+    async def act() -> None:
+        keeping = asyncio.create_task(reports.run())
+        for job in ("deleted", "slow", "waiting", "other"):
+            reports.add(JobId(job), report_queue.SHORT_S)
+        await reports.forget(JobId("waiting"))
+        async with asyncio.timeout(10):
+            await begun.wait()
+            forgetting = asyncio.create_task(reports.forget(JobId("slow")))
+            await asyncio.sleep(0.02)
+            assert not forgetting.done()
+            end.set()
+            await forgetting
+            while "other" not in asked:
+                await asyncio.sleep(0.001)
+        keeping.cancel()
+
+    asyncio.run(act())
+    assert asked == ["deleted", "slow", "other"]
+    assert not reports.troubles
 
 
 @pytest.mark.parametrize("latest_s", [60.0, 0.0])

@@ -126,6 +126,42 @@ def play(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     SimLoop().run(main())
 
 
+def test_usage_of_a_deleted_job_is_not_stored() -> None:
+    """A deletion waits for a running write of the job's usage, and prevents later writes."""
+
+    async def main() -> None:
+        scene = Scene()
+        leader = scene.leader()
+        await leader.leads()
+        await leader.conducts(is_new=True)
+        leader.lives.clear()
+        await leader.spending.forget(JOB)
+        await leader.saves()
+        assert await scene.objects.head(object_keys.reference_key(JOB)) is None
+        assert leader.written == []
+        await leader.conducts(is_new=True)
+        leader.lives.clear()
+        put, is_held = scene.objects.put, asyncio.Event()
+
+        async def slow(key: str, *args: Any, **options: Any) -> str:
+            if key == object_keys.reference_key(JOB):
+                is_held.set()
+                await asyncio.sleep(1)
+            return await put(key, *args, **options)
+
+        scene.objects.put = slow  # type: ignore[method-assign]
+        saving = asyncio.create_task(leader.saves())
+        await is_held.wait()
+        await leader.spending.forget(JOB)
+        assert await scene.objects.head(object_keys.reference_key(JOB)) is not None
+        await scene.objects.delete([object_keys.reference_key(JOB)])
+        await saving
+        await leader.saves()
+        assert await scene.objects.head(object_keys.reference_key(JOB)) is None
+
+    play(main)
+
+
 def test_next_leader_continues_after_a_kill_between_two_puts() -> None:
     async def main() -> None:
         scene = Scene()

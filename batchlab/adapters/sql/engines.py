@@ -109,10 +109,14 @@ def sqlite_engine(path: Path | None) -> Engine:
 
 
 def reading_engine(path: Path) -> Engine:
-    """Return a SQLite engine that cannot write the file `path`."""
+    """Return a SQLite engine that cannot write the file `path`, for a time in which no process writes the file."""
 
     def connect() -> sqlite3.Connection:
-        uri = f"{path.as_uri()}?mode=ro"
+        # Also a connection that only reads creates the files of the write-ahead log, unless the file is immutable. A
+        # killed process leaves a log with content, which the connection must read.
+        log = path.with_name(f"{path.name}-wal")
+        has_log = log.exists() and log.stat().st_size > 0
+        uri = f"{path.as_uri()}?mode=ro{'' if has_log else '&immutable=1'}"
         return sqlite3.connect(uri, uri=True, timeout=_BUSY_S, check_same_thread=False, isolation_level=None)
 
     return create_engine(

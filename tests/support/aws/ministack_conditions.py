@@ -1,8 +1,8 @@
 """MiniStack with the S3 condition keys of conditional writes, which its IAM does not know.
 
-AWS documents them in "Enforce conditional writes on Amazon S3 buckets": `s3:if-none-match` is in a
-request with that header, and `s3:ObjectCreationOperation` is true for a request that creates an
-object and false for a request that uploads a part of one.
+AWS documents them in "Enforce conditional writes on Amazon S3 buckets": `s3:if-none-match` and `s3:if-match` are in a
+request with that header, and `s3:ObjectCreationOperation` is true for a request that creates an object and false for a
+request that uploads a part of one.
 
 MiniStack's own Python runs this file, so the file does not import batchlab.
 """
@@ -18,7 +18,7 @@ Context = Callable[..., dict[str, Any]]
 
 
 def with_conditional_writes(known: Context) -> Context:
-    """Wrap MiniStack's function that returns a request's condition keys, and add two keys."""
+    """Wrap MiniStack's function that returns a request's condition keys, and add three keys."""
 
     def context(
         action: str, query: Mapping[str, Any] | None, path: str = "", headers: Mapping[str, str] | None = None
@@ -27,8 +27,9 @@ def with_conditional_writes(known: Context) -> Context:
         if action == "s3:PutObject":
             is_part = bool({"partNumber", "uploads"} & (query or {}).keys())
             found["s3:ObjectCreationOperation"] = str(not is_part).lower()
-            if condition := (headers or {}).get("if-none-match"):
-                found["s3:if-none-match"] = condition
+            for header in ("if-none-match", "if-match"):
+                if condition := (headers or {}).get(header):
+                    found[f"s3:{header}"] = condition
         return found
 
     return context
