@@ -47,7 +47,7 @@ def combine(error: TaskFailed, cause: BaseException) -> TaskFailed:
     combined = error
     if isinstance(cause, Exception) and not isinstance(cause, _NOT_COMBINED):
         try:
-            kind = _combined_type(type(error), type(cause))
+            kind = _combined_type(error, type(cause))
             # The constructor of the user's type is not called, because its arguments are unknown. The type of an
             # exception group needs the arguments to create an object.
             combined = kind.__new__(kind, *cause.args)
@@ -60,8 +60,11 @@ def combine(error: TaskFailed, cause: BaseException) -> TaskFailed:
     return combined
 
 
-def _combined_type(kind: type[TaskFailed], cause: type[Exception]) -> type[TaskFailed]:
-    body = {"__module__": kind.__module__, "__reduce__": _reduce, "__init__": Exception.__init__}
+def _combined_type(error: TaskFailed, cause: type[Exception]) -> type[TaskFailed]:
+    kind = type(error)
+    body: dict[str, Any] = {"__module__": kind.__module__, "__reduce__": _reduce, "__init__": Exception.__init__}
+    if issubclass(cause, BaseExceptionGroup):
+        body["message"] = error.message  # An object of an exception group cannot have a message of its own.
     return type(f"{kind.__name__}_{cause.__name__}", (kind, cause), body)
 
 
