@@ -46,9 +46,9 @@ def test_results_are_in_order_if_later_ones_complete_first(grid: Grid) -> None:
 
 
 def test_unordered_results_are_yielded_as_completed(grid: Grid) -> None:
-    items = [1.0, *range(-20, 0)]
+    items = [3.0, *range(-20, 0)]
     results = list(grid.map(napping(), items, bundle=1, ordered=False))
-    assert results.index(1.0) >= 10
+    assert results.index(3.0) >= 10
     assert sorted(results) == sorted(items)
 
 
