@@ -335,3 +335,23 @@ def test_a_service_that_does_not_answer_is_unreachable() -> None:
         asyncio.run(_s3(9).put("a", b"1"))
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is not None
+
+
+def test_delete_removes_empty_folders_and_keeps_the_others(tmp_path: Path) -> None:
+    objects = open_local(tmp_path / "objects")
+
+    async def act() -> None:
+        for key in ("jobs/a/spec.json", "jobs/a/map/outcomes/5c/1.json", "files/a/map/5c/0/x", "files/b/y"):
+            await objects.put(key, b"x")
+        await objects.delete(["jobs/a/map/outcomes/5c/1.json", "files/a/map/5c/0/x", "files/c/missing"])
+
+    asyncio.run(act())
+    left = {str(path.relative_to(tmp_path / "objects")) for path in (tmp_path / "objects").rglob("*")}
+    assert {name for name in left if not name.startswith(".")} == {
+        "files",
+        "files/b",
+        "files/b/y",
+        "jobs",
+        "jobs/a",
+        "jobs/a/spec.json",
+    }

@@ -188,6 +188,8 @@ def test_roles_have_exactly_the_needed_permissions(trial: Trial, tmp_path: Path)
     batchlab(there, "grid", "activities", "--home", home.path)
     batchlab(there, "grid", "scale", POOL.name, "--max", 3, "--home", home.path)
     batchlab(there, "grid", "rebuild-ledger", "--home", home.path)
+    # The manager replaces the definition and deletes the other objects of the job.
+    batchlab(there, "job", "delete", told[0]["job"], "--yes", "--home", home.path)
     group = f"{there.at.groups_prefix}{POOL.name}"
     # The job's instances are idle, so the manager terminates them by name.
     until(lambda: not there.group(group)["Instances"], 150, pause_s=1.0)

@@ -146,6 +146,15 @@ def test_a_commit_is_made_once(worker: Site) -> None:
     assert taken.value.response["Error"]["Code"] == "PreconditionFailed"
 
 
+def test_only_the_manager_replaces_a_definition_and_only_by_a_condition(manager: Site, user: Site) -> None:
+    key = "jobs/deleted/spec.json"
+    manager.put(key, IfNoneMatch="*")
+    etag = manager.s3.head_object(Bucket=manager.bucket, Key=key)["ETag"]
+    denied(lambda site: site.put(key), manager)
+    denied(lambda site: site.put(key, IfMatch=etag), user)
+    manager.put(key, IfMatch=etag)
+
+
 def test_a_stolen_session_without_its_secret_is_refused(worker: Site) -> None:
     keys = {**worker.plane.keys, "aws_secret_access_key": "guessed"}
     s3 = Plane(worker.plane.url, worker.plane.ca, keys).client("s3")

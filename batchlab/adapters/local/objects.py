@@ -441,6 +441,17 @@ class LocalObjects:
             except (NotADirectoryError, IsADirectoryError):
                 # The key is below or above the key of another object, so an object with this key does not exist.
                 continue
+        for folder in {os.path.dirname(key) for key in keys}:  # noqa: PTH120
+            self._remove_empty(folder)
+
+    def _remove_empty(self, folder: str) -> None:
+        """Remove a folder and its parents, as far as they are empty. The folders of the first level stay."""
+        while "/" in folder:
+            try:
+                (self._root / folder).rmdir()
+            except OSError:
+                return  # The folder has other objects, or another process has removed it.
+            folder = os.path.dirname(folder)  # noqa: PTH120
 
     async def upload(self, key: str, path: Path, *, if_absent: bool = False) -> int:
         check_key(key)

@@ -275,7 +275,8 @@ WORKER_MUST_NOT: dict[str, Call] = {
 MANAGER_MUST_NOT: dict[str, Call] = {
     "change the release": lambda it: it.put("boot/a.tar.gz"),
     "write files": lambda it: it.put("files/j/s/0"),
-    "delete an outcome": lambda it: it.s3.delete_object(Bucket=it.bucket, Key="jobs/j/s/outcomes/ab/b1.json"),
+    "delete code": lambda it: it.s3.delete_object(Bucket=it.bucket, Key="code/0123.zip"),
+    "overwrite a definition without a condition": lambda it: it.put("jobs/j/spec.json"),
     "tell another topic": lambda it: it.sns.publish(TopicArn=OTHER_TOPIC, Message="m"),
     "delete the bucket": lambda it: it.s3.delete_bucket(Bucket=it.bucket),
     "read another bucket": lambda it: it.s3.get_object(Bucket="somebody-elses", Key="a"),
