@@ -186,7 +186,8 @@ def _arguments(command: Any) -> list[str]:
 
 
 def _name(argument: Any) -> str:
-    return str(argument.metavar or argument.name).strip("{}[].").upper()
+    name = str(argument.metavar or argument.name).strip("{}[].")
+    return name if "|" in name else name.upper()  # Values such as job|scenario are in lower case.
 
 
 def _is_shown(parameter: Any) -> bool:

@@ -54,7 +54,7 @@ def test_the_readme_can_be_followed_in_one_shell(tmp_path: Path) -> None:
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     assert "totals agree" in ran.stdout
     assert "[0, 1, 4, 9, 16]" in ran.stdout
-    assert (clone / "stack.yaml").stat().st_size > 10_000
+    assert (clone / "stack.json").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
