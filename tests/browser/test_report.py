@@ -23,7 +23,7 @@ from tests.support.reports.made import Made, write_run
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-SECTIONS = ("summary", "changes", "workers", "load", "times", "cost", "failures")
+SECTIONS = ("summary", "changes", "workers", "load", "times", "tasks", "cost", "failures")
 DESK = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
 EVIL = "<script>window.evil=1</script><img src=x onerror=evil=1>\"'{{7*7}}&lt;"
@@ -103,7 +103,16 @@ def test_dark_is_dark(browser: Browser, file: Path) -> None:
 def test_keyboard_order_follows_the_report(desk: Page) -> None:
     stops = tab_stops(desk)
     assert stops[0] == "Skip to the summary"
-    assert stops[1:8] == ["Summary", "What to change", "Workers", "Load and fleet", "Times", "Cost", "Failures"]
+    assert stops[1:9] == [
+        "Summary",
+        "What to change",
+        "Workers",
+        "Load and fleet",
+        "Times",
+        "Tasks",
+        "Cost",
+        "Failures",
+    ]
     tops = desk.evaluate(
         """() => [...document.querySelectorAll('main a, main summary, main [tabindex="0"]')]
           .filter(one => one.checkVisibility())

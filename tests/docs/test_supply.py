@@ -51,7 +51,7 @@ def test_the_bill_of_materials_has_all_of_the_lock_and_of_what_is_vendored() -> 
     locked = {one["name"]: one.get("version") for one in lock["package"]}
     (ours,) = (one for one in lock["package"] if one["name"] == "batchlab")
     of_extras = [one for some in ours["optional-dependencies"].values() for one in some]
-    assert {"boto3", "docker", "jinja2", "opentelemetry-sdk"} <= {extra["name"] for extra in of_extras}
+    assert {"boto3", "docker", "opentelemetry-sdk"} <= {extra["name"] for extra in of_extras}
     for one in [*ours["dependencies"], *of_extras]:
         assert have[one["name"]]["version"] == locked[one["name"]]
     assert {"pytest", "mypy", "moto"}.isdisjoint(have)

@@ -7,7 +7,7 @@ leads to the right. An arrow over several layers has a place of its own in each 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from batchlab.core.text import count, join_list
@@ -154,6 +154,13 @@ class Graph:
 
 def graph(stages: Sequence[Stage]) -> Graph:
     """Return the graph of a job's stages, which are in an order in which each stage follows its upstream stages."""
+    # A report is untrusted, so a stage may name an upstream stage that does not come before it.
+    known: set[str] = set()
+    listed, stages = stages, []
+    for stage in listed:
+        if stage.name not in known:
+            stages.append(replace(stage, after=[name for name in stage.after if name in known]))
+            known.add(stage.name)
     depth: dict[str, int] = {}
     for stage in stages:
         depth[stage.name] = max((depth[name] + 1 for name in stage.after), default=0)

@@ -45,7 +45,6 @@ RESULTS = [
     Act("returns_a_set", "result", "result['deep'][0] is of type set"),
     Act("returns_bytes", "result", "use a File for other data"),
     Act("returns_a_generator", "result", "result is of type generator"),
-    Act("returns_a_coroutine", "result", "result is of type coroutine"),
     Act("returns_nan", "result", "result['mean'] is the number nan, which JSON does not have"),
     Act("returns_a_huge_int", "result", "an integer of 16610 bits, too long to be written"),
     Act("returns_half_a_character", "result", r"text that UTF-8 cannot represent: '\ud83d'"),

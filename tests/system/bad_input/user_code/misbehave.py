@@ -152,10 +152,6 @@ def returns_a_generator(ctx: Context) -> Iterator[int]:
     yield 1
 
 
-async def returns_a_coroutine(ctx: Context) -> int:
-    return 1
-
-
 def returns_nan(ctx: Context) -> Any:
     return {"mean": float("nan")}
 
