@@ -17,7 +17,7 @@ from batchlab.reports.html.source import ReportRun, Row, share, visible
 
 MAX_HISTOGRAMS = 8
 """Maximum number of histograms. Only the stages with the most time get a histogram, but the table has all stages."""
-MAX_SORTED_TASKS = 20
+MAX_SORTED_TASKS = 15
 """Number of rows in the table of tasks in each order."""
 SORT_COLUMNS = {
     "run_s": "run time",
