@@ -62,8 +62,7 @@ def estimate(
     ),
     tasks: list[str] | None = option(
         "Number of tasks of one stage, or of each stage that reads the job's input, if batchlab cannot count the "
-        "input. Repeatable."
-        "",
+        "input. Repeatable.",
         "[STAGE=]N",
     ),
     pool: list[str] | None = POOL,

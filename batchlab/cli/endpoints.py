@@ -114,7 +114,7 @@ def _select_checks(service: str | None, *, only: str, needed: bool, markdown: Pa
 
     if service is not None and service not in SERVICES:
         raise UsageError(
-            f"The service {service!r} has no checks.",
+            f"batchlab does not have checks for the service {service!r}.",
             remedy=f"Write one of {', '.join(SERVICES)}, or leave --service out for S3 and SQS.",
         )
     checks = matching(only, of_service(service))

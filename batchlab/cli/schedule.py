@@ -322,7 +322,7 @@ def _due_times(
     cron, at = cron or (None if at else job.cron), at or (None if cron else job.at)
     if not cron and not at:
         raise UsageError(
-            "The schedule has no due time.",
+            "The schedule does not have a due time.",
             remedy="Add --cron '0 2 * * *' or --at 2026-03-29T06:00, or write cron: in the file.",
         )
     zone = timezone or job.timezone

@@ -287,5 +287,5 @@ def find_stage(bucket: Bucket, stage: str | None) -> StageName:
         return names[0]
     if stage in names:
         return StageName(stage)
-    missing = f"Job {bucket.job} has no stage {stage!r}." if stage else "Which stage is meant?"
+    missing = f"Job {bucket.job} does not have a stage {stage!r}." if stage else "Which stage is meant?"
     raise UsageError(missing, remedy=f"It has {', '.join(names)}; write {names[0]}/INDEX.")

@@ -90,10 +90,10 @@ class LocalImports:
 
     def _must_search(self, name: str) -> bool:
         """Return whether the module is new, or its files have changed since the last search for imports."""
-        place = self._known.get(name)
-        if place is None or not place.exists():
-            return name not in self._known or place is not None
-        return self._scans.get(name) != _stats(_files(place))
+        if name not in self._known:
+            return True
+        place = self._known[name]
+        return place is not None and (not place.exists() or self._scans[name] != _stats(_files(place)))
 
     def pack(self) -> bytes:
         """Return a zip of the modules in their current state, or b"" without modules."""

@@ -309,7 +309,7 @@ class JobResult:
         job = link.run(attempts.definition(link.objects, JobId(self.id), link.patience))
         names = [stage_def.name for stage_def in job.stages]
         if stage is not None and stage not in names:
-            raise UsageError(f"Job {self.id} has no stage {stage!r}.", remedy=f"It has {', '.join(names)}.")
+            raise UsageError(f"Job {self.id} does not have a stage {stage!r}.", remedy=f"It has {', '.join(names)}.")
         chosen = results.final_stages(job) if stage is None else [StageName(stage)]
         return self._values(chosen, JobObjects.of_job(job))
 

@@ -352,7 +352,7 @@ def _check_stages(job: JobDef, stages: Iterable[str]) -> list[StageName]:
     names = [stage.name for stage in job.stages]
     for name in stages:
         if name not in names:
-            raise UsageError(f"Job {job.id} has no stage {name!r}.", remedy=f"It has {', '.join(names)}.")
+            raise UsageError(f"Job {job.id} does not have a stage {name!r}.", remedy=f"It has {', '.join(names)}.")
     return [StageName(name) for name in stages]
 
 

@@ -109,7 +109,7 @@ def outcome_view(record: BundleRecord, key: CommitKey, outcome: Outcome | None =
     `key` is the commit key of the bundle's job. Raise ValueError if the bundle does not have an outcome.
     """
     if record.completion is None or record.seq is None:
-        raise ValueError(f"bundle {record.bundle.id} has no outcome")
+        raise ValueError(f"bundle {record.bundle.id} does not have an outcome")
     return {
         "seq": record.seq,
         "stage": record.bundle.stage,

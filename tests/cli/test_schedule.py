@@ -167,7 +167,7 @@ def test_times_of_the_file_apply_unless_an_option_overrides_them(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ((), "The schedule has no due time."),
+        ((), "The schedule does not have a due time."),
         (("--cron", "* * * * *", "--at", "+10m"), "--cron and --at exclude each other."),
         (("--at", "tomorrow"), "'tomorrow' is not a time."),
         (("--at", "+1x"), "'+1x' is not a time."),

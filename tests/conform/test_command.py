@@ -61,7 +61,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> dict[str, CheckVerdict]:
         (("--endpoint", "http://a", "--markdown", "no/where.md"), "no/where.md cannot be written"),
         (("--endpoint", "http://a", "--region", "eu west"), "eu west is not the name of a region"),
         (("--aws",), "AWS credentials are missing"),
-        (("--endpoint", "http://a", "--service", "ec2"), "The service 'ec2' has no checks"),
+        (("--endpoint", "http://a", "--service", "ec2"), "batchlab does not have checks for the service 'ec2'"),
         (("--aws", "--service", "autoscaling"), "launch instances, so they do not run on AWS itself"),
         (("--endpoint", "http://a", "--template", "t"), "--template is for --service autoscaling"),
         (("--endpoint", "http://a", "--service", "autoscaling", "--only", "s3-*"), "No check has a name like s3-*"),

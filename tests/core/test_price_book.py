@@ -56,7 +56,7 @@ def test_an_unknown_type_or_region_is_a_sentence_with_what_to_do() -> None:
         SHIPPED.instance_usd_h("m7i.larg")
     assert "m7i.large" in caught.value.remedy
     assert "cost refresh-prices" in caught.value.remedy
-    with pytest.raises(UsageError, match="no prices for eu-west-1") as caught:
+    with pytest.raises(UsageError, match="does not contain prices for eu-west-1") as caught:
         SHIPPED.at("eu-west-1")
     assert "prices.toml" in caught.value.remedy
     assert SHIPPED.at("us-east-1") is SHIPPED

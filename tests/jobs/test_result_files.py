@@ -139,7 +139,7 @@ def test_only_final_stages_are_downloaded_by_default(tmp_path: Path) -> None:
     assert tree(tmp_path / "out") == {"total.jsonl", "summary.json"}
     bucket.fetch(tmp_path / "named", stages=["parse"])
     assert lines(tmp_path / "named/parse.jsonl") == [{"task": 0, "value": "part"}]
-    with pytest.raises(UsageError, match=r"no stage 'pasre'.*It has parse, total"):
+    with pytest.raises(UsageError, match=r"does not have a stage 'pasre'.*It has parse, total"):
         bucket.fetch(tmp_path / "out", stages=["pasre"])
 
 

@@ -326,7 +326,7 @@ def test_the_times_of_a_job_files_stages_are_looked_at(tmp_path: Path) -> None:
     for new, words in (
         ("small: {file: job.yaml, task: {oen: 4s}}", "Did you mean 'one'?"),
         ("small: {file: job.yaml}", "how long the tasks of one take"),
-        ("small: {file: job.yaml, task: {one: 4s}, groups: {tow: 2}}", "no stage 'tow'"),
+        ("small: {file: job.yaml, task: {one: 4s}, groups: {tow: 2}}", "does not have a stage 'tow'"),
         ("small: {file: jbo.yaml, task: 1s}", "is not there"),
         ("small: {file: work.py, task: 1s}", "The job file has a mistake"),
         ("small: {file: job.yaml, task: 1s, groups: {one: 2}}", "does not gather by a field"),

@@ -109,7 +109,7 @@ def test_empty_file_field_is_ignored(rig: Rig) -> None:
         ([("a\\b.yaml", JOB)], {}, "must be a relative name"),
         ([*FILES, ("sums/job.yaml/x", "")], {}, "file and a folder"),
         ([*FILES, FILES[0]], {}, "Two files have the path"),
-        ([("x/notes.txt", "")], {}, "The form has no job file"),
+        ([("x/notes.txt", "")], {}, "The form does not contain a job file"),
         ([("a.yaml", JOB), ("b.yaml", JOB)], {}, "Each of a.yaml, b.yaml may be the job file"),
         (FILES, {"job_file": "other.yaml"}, "The form has no file 'other.yaml'"),
         (FILES, {"set": "year"}, "KEY=VALUE"),
@@ -229,7 +229,7 @@ def test_archive_of_an_unknown_stage_leaves_no_file(rig: Rig) -> None:
     name = rig.submit(job(token="no-zip", tasks=1))
     answer = rig.http.get(f"/v1/jobs/{name}/results", params={"stage": "x"}, headers=AUTH)
     assert answer.status_code == 422
-    assert "has no stage 'x'" in answer.json()["error"]
+    assert "does not have a stage 'x'" in answer.json()["error"]
     assert rig.http.get("/v1/jobs/nowhere/results", headers=AUTH).status_code == 404
 
 

@@ -87,7 +87,7 @@ def test_outcome_names_the_tasks_in_its_object() -> None:
 
 
 def test_a_bundle_without_an_outcome_has_no_view() -> None:
-    with pytest.raises(ValueError, match="no outcome"):
+    with pytest.raises(ValueError, match="does not have an outcome"):
         outcome_view(BundleRecord(Bundle(JOB.id, MAP, TaskSet.from_indices([1]))), UNSEALED)
 
 

@@ -45,7 +45,7 @@ def test_a_job_file_runs_to_its_results(grid: Grid, job_file: Path, tmp_path: Pa
     parts = [row for part in result.results("summarise") for row in part]
     assert sum(row["claims"] for row in totals) == sum(row["claims"] for row in parts) > 0
     assert (tmp_path / "out" / "total.jsonl").read_text().count("\n") == len(totals)
-    with pytest.raises(UsageError, match="no stage 'sum'"):
+    with pytest.raises(UsageError, match="does not have a stage 'sum'"):
         result.results("sum")
 
 

@@ -109,7 +109,7 @@ async def prepare_task(
         job_def = await _definition(reading, job, patience)
         names = [stage_def.name for stage_def in job_def.stages]
         if stage not in names:
-            raise UsageError(f"Job {job} has no stage {stage!r}.", remedy=f"It has {', '.join(names)}.")
+            raise UsageError(f"Job {job} does not have a stage {stage!r}.", remedy=f"It has {', '.join(names)}.")
         ended = await attempts.attempts(reading, job_def, stage, task, patience)
         attempt = attempts.choose(ended, number, round_)
         if attempt is None and (number, round_) != (None, None):

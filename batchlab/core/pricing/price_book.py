@@ -193,7 +193,7 @@ class PriceBook:
         if others:
             names = ", ".join(n for n, b in self.blocks.items() if b.region != region)
             raise UsageError(
-                f"The price book has no prices for {region}: its blocks {names} are of {', '.join(others)}.",
+                f"The price book does not contain prices for {region}: its blocks {names} are of {', '.join(others)}.",
                 remedy=f"Write those of {region} into a {NAME} in the grid's folder. {HOW}",
             )
         return self

@@ -154,13 +154,7 @@ class Graph:
 
 def graph(stages: Sequence[Stage]) -> Graph:
     """Return the graph of a job's stages, which are in an order in which each stage follows its upstream stages."""
-    # A report is untrusted, so a stage may name an upstream stage that does not come before it.
-    known: set[str] = set()
-    listed, stages = stages, []
-    for stage in listed:
-        if stage.name not in known:
-            stages.append(replace(stage, after=[name for name in stage.after if name in known]))
-            known.add(stage.name)
+    stages = _in_order(stages)
     depth: dict[str, int] = {}
     for stage in stages:
         depth[stage.name] = max((depth[name] + 1 for name in stage.after), default=0)
@@ -182,6 +176,14 @@ def graph(stages: Sequence[Stage]) -> Graph:
             links[first + step].setdefault(left, []).append(right)
     _untangle(layers, links)
     return _drawn(stages, layers, routes, depth, _tops(layers))
+
+
+def _in_order(stages: Sequence[Stage]) -> list[Stage]:
+    """Leave out repeated names, and upstream stages that do not come before. A report may contain both."""
+    found: dict[str, Stage] = {}
+    for stage in stages:
+        found.setdefault(stage.name, replace(stage, after=[name for name in stage.after if name in found]))
+    return list(found.values())
 
 
 def _untangle(layers: list[list[_Place]], links: Sequence[Mapping[_Place, Sequence[_Place]]]) -> None:

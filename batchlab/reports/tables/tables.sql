@@ -74,7 +74,7 @@ SELECT j.job, g.task, d.* REPLACE (
          'SUCCEEDED' AS state, g.run_s AS run_s, coalesce(t.failed_run_s, 0) AS failed_run_s,
          coalesce(least(t.ready_s, d.ready_s), d.ready_s) AS ready_s
        ), 1 + coalesce(t.tries, 0) AS attempts, greatest(0, d.started_s - d.ready_s) AS wait_s,
-       NULL AS fingerprint, m.cpu_s, m.memory_bytes, m.input_bytes, m.output_bytes, m.input
+       NULL AS fingerprint, m.* EXCLUDE (n, task)
 FROM good g JOIN done d ON d.n = g.n AND NOT d.is_void CROSS JOIN job j
 LEFT JOIN tries t ON t.stage = g.stage AND t.task = g.task
 LEFT JOIN metrics m ON m.n = g.n AND m.task = g.task
@@ -84,7 +84,7 @@ SELECT j.job, o.task, d.* REPLACE (
          coalesce(t.failed_run_s, 0) AS failed_run_s, t.ready_s AS ready_s
        ), coalesce(t.tries, 0) AS attempts, greatest(0, d.started_s - d.ready_s) AS wait_s,
        CASE WHEN o.state = 'FAILED' THEN o.fingerprint END AS fingerprint,
-       m.cpu_s, m.memory_bytes, m.input_bytes, m.output_bytes, m.input
+       m.* EXCLUDE (n, task)
 FROM others o CROSS JOIN job j LEFT JOIN done d ON d.n = o.n
 LEFT JOIN tries t ON t.stage = o.stage AND t.task = o.task
 LEFT JOIN metrics m ON m.n = o.n AND m.task = o.task;
@@ -92,13 +92,13 @@ LEFT JOIN metrics m ON m.n = o.n AND m.task = o.task;
 -- name: table_attempts
 SELECT j.job, g.stage, g.task, d.round, d.attempt, d.bundle, d.worker, 'SUCCEEDED' AS state,
        true AS is_final, g.run_s, NULL AS kind, NULL AS error, NULL AS reason, NULL AS exit_code,
-       NULL AS fingerprint, m.cpu_s, m.memory_bytes, m.input_bytes, m.output_bytes, m.input
+       NULL AS fingerprint, m.* EXCLUDE (n, task)
 FROM good g JOIN done d ON d.n = g.n CROSS JOIN job j
 LEFT JOIN metrics m ON m.n = g.n AND m.task = g.task
 UNION ALL
 SELECT j.job, f.stage, f.task, d.round, d.attempt, d.bundle, d.worker, 'FAILED', f.is_final,
        f.run_s, f.kind, f.error, f.reason, f.exit_code, f.fingerprint,
-       m.cpu_s, m.memory_bytes, m.input_bytes, m.output_bytes, m.input
+       m.* EXCLUDE (n, task)
 FROM failures f JOIN done d ON d.n = f.n CROSS JOIN job j
 LEFT JOIN metrics m ON m.n = f.n AND m.task = f.task;
 

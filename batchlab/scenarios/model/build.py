@@ -171,7 +171,7 @@ class ScenarioBuilder:
         for key, entries in (("task", times or {}), ("groups", spec.groups)):
             for name in entries:
                 if name not in names:
-                    message = f"The job file has no stage '{name}'."
+                    message = f"The job file does not have a stage '{name}'."
                     self.report((*loc, key, name), message, suggest(name, names, "stages"), at_key=True)
         by_field = {stage.name for stage in stages if stage.gather is not None and stage.gather.by != "*"}
         for name in spec.groups:

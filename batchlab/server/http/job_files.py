@@ -344,7 +344,7 @@ def _job_file(names: Sequence[str], requested: str) -> str:
         return candidates[0]
     if not candidates:
         raise UsageError(
-            "The form has no job file, which is a YAML file at the top of the folder.",
+            "The form does not contain a job file, which is a YAML file at the top of the folder.",
             remedy=f"The form has {first_of(names, 3)}. `batchlab init` writes an example of a job.",
         )
     raise UsageError(f"Each of {first_of(candidates, 3)} may be the job file.", remedy="Set `job_file` to one of them.")

@@ -74,7 +74,7 @@ async def read_task(
     *,
     with_input: bool = True,
 ) -> api_types.TaskView:
-    """Return the view of a task. Without `with_input`, the view has no input."""
+    """Return the view of a task. Without `with_input`, the view does not contain the input."""
     listed = await list_of(manager, served, job)
     if all(one.name != stage for one in listed.job.stages):
         raise _no_task(job, stage, task)

@@ -64,7 +64,7 @@ QUESTIONS = [
     Question(
         "stage",
         "fetches a stage that is not there",
-        "has no stage 'two'",
+        "does not have a stage 'two'",
         ("job", "results", "{done}", "--stage", "two"),
     ),
     Question(
