@@ -12,6 +12,7 @@ from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Failure, FailureKind, StageName
 from batchlab.server.http import failures
 from tests.support.server.api import MAP, Rig, job
+from tests.support.waiting import until
 
 NEXT = StageName("next")
 SUM = StageName("sum")
@@ -211,7 +212,10 @@ def test_last_attempt_of_a_retried_task_counts(rig: Rig) -> None:
 
 def test_task_without_a_trace_is_not_found(rig: Rig) -> None:
     name = rig.submit(job(token="untold", tasks=1))
-    for stage, task in (("map", 0), ("map", 5), ("nowhere", 0)):
+    # The task exists as soon as the stage is planned. Other tasks never exist.
+    until(lambda: rig.client.job(name)["stages"][0]["planned"] == 1)
+    assert rig.client.task(name, "map", 0)["state"] == "waiting"
+    for stage, task in (("map", 5), ("nowhere", 0)):
         with pytest.raises(NotFound, match=f"Task {stage}/{task} of job"):
             rig.client.task(name, stage, task)
     with pytest.raises(UsageError):
