@@ -94,7 +94,7 @@ class InlineChildren:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _close(self) -> None:
-        # After Ctrl-C, a child may still run a task for a request that nobody waits for.
+        # Ctrl-C ends the wait for an answer, but not the request, whose child may still run a task.
         requests = asyncio.all_tasks() - {asyncio.current_task()}
         for request in requests:
             request.cancel()
