@@ -84,7 +84,7 @@ class InlineChildren:
 
     def __exit__(self, *_: object) -> None:
         """Kill the child processes and stop the thread of the event loop."""
-        self._wait(self._children.close())
+        self._wait(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -93,12 +93,24 @@ class InlineChildren:
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
+    async def _close(self) -> None:
+        # After Ctrl-C, a child may still run a task for a request that nobody waits for.
+        requests = asyncio.all_tasks() - {asyncio.current_task()}
+        for request in requests:
+            request.cancel()
+        await asyncio.gather(*requests, return_exceptions=True)
+        await self._children.close()
+
     async def _ask(self, stage: StageDef, code: Path | None, request: RequestLine) -> Answer | None:
         try:
             child = await self._children.acquire(str(code or ""))
         except OSError as error:
             raise BackendError(f"A task process could not start: {error}") from error
-        answer, is_alive = await self._answer(stage, child, request)
+        try:
+            answer, is_alive = await self._answer(stage, child, request)
+        except asyncio.CancelledError:
+            await self._children.kill(child)
+            raise
         # The child is killed, because Python seldom returns memory, and the next task would be charged for the earlier
         # task's memory.
         if is_alive and stage.memory_bytes is None:

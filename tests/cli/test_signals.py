@@ -79,13 +79,14 @@ def test_ctrl_c_ends_a_simulated_run_at_any_point(
     does not end the command."""
     code = (
         "import os, signal, time\ndef one(item):\n    pass\n"
-        f"{place}os.kill(os.getppid(), signal.SIGINT); time.sleep(60)\n"
+        f"{place}os.kill(os.getppid(), signal.SIGINT); time.sleep(30); open('{tmp_path}/slept', 'w')\n"
     )
     files = {"job.yaml": jobfiles.MINIMAL, "work.py": code, "data/a": "1"}
     jobfiles.write(tmp_path, files)
     run = runner(monkeypatch, capsys)
     options = ("--backend", "sim", "--out", tmp_path / "out")
     assert run("run", tmp_path / "job.yaml", *options) == (130, "", "")
+    assert not (tmp_path / "slept").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
