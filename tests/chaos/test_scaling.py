@@ -13,8 +13,7 @@ from tests.support.docker.grid import need_containers
 from tests.support.docker.timeline import Step, apart, foretold, watch_burst
 from tests.support.grid.local_grid import LocalGrid
 
-BURST_S = [0.5] * 60
-WITH_A_TAIL_S = [0.5] * 60 + [9.0, 30.0]
+NAPS_S = [0.5] * 60 + [9.0, 30.0]
 """Two tasks continue after all others have ended, while the pool shrinks."""
 
 
@@ -29,14 +28,13 @@ def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]
         grid.stop()
 
 
-@pytest.mark.parametrize("naps_s", [BURST_S, WITH_A_TAIL_S], ids=["burst", "tail"])
 def test_pool_scales_out_and_in_as_forecast(
-    containers: Containers, naps_s: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    containers: Containers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     backend = containers.grid.backend
-    seen = watch_burst(containers, tmp_path / "job", naps_s)
+    seen = watch_burst(containers, tmp_path / "job", NAPS_S)
     pool = replace(seen.pool, boot_s=seen.boot_s)
-    told = foretold(backend, pool, tmp_path / "job" / "job.yaml", naps_s)
+    told = foretold(backend, pool, tmp_path / "job" / "job.yaml", NAPS_S)
     with capsys.disabled():
         for name, one in (("seen", seen), ("foretold", told)):
             steps = " ".join(f"{step.level}@{step.at_s:.1f}s" for step in one.steps)

@@ -63,8 +63,6 @@ def replayed(name: str, backend: str, compress: int, folder: Path, *options: str
     ("name", "backend", "compress"),
     [
         ("two-tenants", "local", 100),
-        ("ordinary-monday", "local", 1200),
-        ("twelve-hour-task", "local", 1500),
         ("two-tenants", "localstack", 60),
     ],
 )
