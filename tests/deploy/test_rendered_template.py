@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +57,45 @@ def test_with_more_pools_it_is_as_good() -> None:
     assert {"PoolTasks", "PoolBigTasks"} <= made["Resources"].keys()
     overrides = json.dumps(made["Resources"]["PoolBigGroup"]).count('InstanceType"')
     assert overrides >= 2
+
+
+@pytest.mark.parametrize("given", [shape for shape in SHAPES if shape.get("Ledger") != "simpledb"], ids=str)
+def test_template_without_simpledb_creates_the_same_resources(given: dict[str, str]) -> None:
+    source = template.expand(template.load(template.shipped_template()), ["default"])
+    made = template.without_simpledb(source)
+    assert "SDB" in json.dumps(source)
+    for word in ("SDB", "UsesSimpleDb", "LedgerDomain", "sdb:"):
+        assert word not in json.dumps(made)
+    assert made["Parameters"]["Ledger"]["AllowedValues"] == ["sqlite", "postgres"]
+    assert made["Conditions"].keys() == source["Conditions"].keys() - {"UsesSimpleDb"}
+    assert render(made, values(made, given)) == {
+        **render(source, values(source, given)),
+        "Parameters": made["Parameters"],
+    }
+
+
+def test_template_of_another_grid_is_unchanged() -> None:
+    source = {"Resources": {"A": {"Type": "T"}}}
+    assert template.without_simpledb(source) == source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_left_out", [True, False])
+def test_region_without_simpledb_accepts_only_the_template_without_a_domain(tmp_path: Path, is_left_out: bool) -> None:
+    """cfn-lint has AWS's resource types of each region."""
+    source = template.expand(template.load(template.shipped_template()), ["default", "big"], for_scanners=True)
+    file = tmp_path / "stack.json"
+    file.write_text(template.body(template.without_simpledb(source) if is_left_out else source))
+    command = [str(Path(sys.executable).with_name("cfn-lint")), "-t", str(file), "-r", "eu-central-1", "-f", "json"]
+    command += ["-i", "W2506"]  # as in .cfnlintrc.yaml
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    found = [(one["Rule"]["Id"], one["Message"]) for one in json.loads(done.stdout or "[]")]
+    if is_left_out:
+        assert found == []
+    else:
+        assert [message for rule, message in found if rule == "E3006"] == [
+            "Resource type 'AWS::SDB::Domain' does not exist in 'eu-central-1'"
+        ]
 
 
 def small(conditions: dict[str, Any]) -> template.Template:
