@@ -140,8 +140,8 @@ SIMPLEDB = "UsesSimpleDb"
 def without_simpledb(template: Template) -> Template:
     """Return a copy of the template that cannot create a ledger in SimpleDB.
 
-    CloudFormation refuses a template with the resource type AWS::SDB::Domain in a region without SimpleDB, even if the
-    condition of the resource is false.
+    CloudFormation refuses a template with a resource type that the region lacks, even if the condition of the resource
+    is false. Most regions lack SimpleDB.
     """
     if SIMPLEDB not in template.get("Conditions", {}):
         return template

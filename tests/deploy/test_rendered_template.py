@@ -80,22 +80,14 @@ def test_template_of_another_grid_is_unchanged() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_left_out", [True, False])
-def test_region_without_simpledb_accepts_only_the_template_without_a_domain(tmp_path: Path, is_left_out: bool) -> None:
-    """cfn-lint has AWS's resource types of each region."""
+def test_cfn_lint_finds_nothing_in_the_template_without_simpledb(tmp_path: Path) -> None:
     source = template.expand(template.load(template.shipped_template()), ["default", "big"], for_scanners=True)
     file = tmp_path / "stack.json"
-    file.write_text(template.body(template.without_simpledb(source) if is_left_out else source))
-    command = [str(Path(sys.executable).with_name("cfn-lint")), "-t", str(file), "-r", "eu-central-1", "-f", "json"]
+    file.write_text(template.body(template.without_simpledb(source)))
+    command = [str(Path(sys.executable).with_name("cfn-lint")), "-t", str(file), "-r", "eu-central-1"]
     command += ["-i", "W2506"]  # as in .cfnlintrc.yaml
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    found = [(one["Rule"]["Id"], one["Message"]) for one in json.loads(done.stdout or "[]")]
-    if is_left_out:
-        assert found == []
-    else:
-        assert [message for rule, message in found if rule == "E3006"] == [
-            "Resource type 'AWS::SDB::Domain' does not exist in 'eu-central-1'"
-        ]
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def small(conditions: dict[str, Any]) -> template.Template:

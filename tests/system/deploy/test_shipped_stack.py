@@ -175,7 +175,7 @@ def test_missing_permissions_are_noted_before_anything_is_created(
 ) -> None:
     """MiniStack's policy simulator judges the documented policy, and the policy of earlier releases."""
     account = use(monkeypatch, strict.url, SMALL)
-    policy = documented_policy(account)
+    root, policy = client("iam"), documented_policy(account)
     deployer(monkeypatch, policy)
     whole = {"VpcId": "", "Egress": "endpoints", "Ledger": "postgres", "BudgetUsd": "50"}
 
@@ -187,11 +187,7 @@ def test_missing_permissions_are_noted_before_anything_is_created(
     assert notes({**whole, "Egress": "nat", "Ledger": "sqlite"}) == []
     earlier = json.dumps(policy).replace('"route53:AssociateVPCWithHostedZone"', '"ec2:RunInstances"')
     earlier = earlier.replace(":og:default:postgres-*", ":og:batchlab-*")
-    use_root = pytest.MonkeyPatch()
-    use_root.setenv("AWS_ACCESS_KEY_ID", account)
-    use_root.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    client("iam").put_user_policy(UserName="eve", PolicyName="p", PolicyDocument=earlier)
-    use_root.undo()
+    root.put_user_policy(UserName="eve", PolicyName="p", PolicyDocument=earlier)
     (note,) = notes(whole)
     assert (
         f"{account}:user/eve may not do route53:AssociateVPCWithHostedZone on arn:aws:route53:::hostedzone/*, " in note
