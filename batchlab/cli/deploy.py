@@ -61,7 +61,7 @@ def plan(arguments: DeployArguments, home: Path | None = HOME, json: bool = JSON
     `deploy apply` deploys the release of this version of batchlab.
 
     \b
-    Example: batchlab deploy plan --pool default:0-10x2@m7i.large --ledger postgres --budget 150
+    Example: batchlab deploy plan --pool default:0-10x2@m7i.large --budget 150
     """
     from batchlab.deploy import settings, template
     from batchlab.deploy.checks import check_database_ca

@@ -106,9 +106,9 @@ def _check_addresses(
     if subnets:
         found = _subnets(account, subnets)
         size = sum(ipaddress.ip_network(subnet["CidrBlock"]).num_addresses - RESERVED for subnet in found)
-        # The instances of this stack use some of the addresses that are not free.
-        groups = [state.outputs.get("ManagerGroup", ""), *status.pool_groups(state)] if state else []
-        own = sum(len(group.get("Instances", ())) for group in account.groups([name for name in groups if name]))
+        # The workers of this stack use some of the addresses that are not free.
+        groups = account.groups(status.pool_groups(state)) if state else []
+        own = sum(len(group.get("Instances", ())) for group in groups)
         free = sum(subnet["AvailableIpAddressCount"] for subnet in found) + own
     elif parameters.get("VpcId") == "":
         size = NEW_SUBNETS * (2**NEW_SUBNET_BITS - RESERVED)
@@ -123,10 +123,10 @@ def _check_addresses(
             remedy="Lower the maximum of a --pool, or name larger subnets of your own with --set VpcId=vpc-… "
             "--set SubnetIds=subnet-…,subnet-….",
         )
-    if needed > free:
+    if workers > free:
         yield (
-            f"The pools may have {workers:,} workers, but the stack's subnets have {free:,} free addresses at the "
-            "moment. AWS cannot start further workers until other resources release addresses."
+            f"The pools may have {workers:,} workers, but the stack's subnets have free addresses for {free:,} workers "
+            "at the moment. AWS cannot start further workers until other resources release addresses."
         )
 
 

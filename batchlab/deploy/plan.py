@@ -58,7 +58,7 @@ BUSY_WORKERS = {
         "other workers.",
     ),
 }
-"""Values of the template parameter BusyWorkers. The hour is a limit of AWS, which has no setting."""
+"""Values of the template parameter BusyWorkers. The hour is a limit of AWS that cannot be changed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ def test_subnets_in_use_are_a_note_without_the_stacks_own_instances(aws: Aws) ->
     aws.with_subnets("10.0.0.0/24", 5)
     aws.with_default_key()
     (note,) = aws.notes(OWN, 20)
-    assert "may have 20 workers, but the stack's subnets have 10 free addresses at the moment" in note
+    assert "may have 20 workers, but the stack's subnets have free addresses for 10 workers at the moment" in note
     outputs = {"ManagerGroup": "grid-manager", "PoolGroups": "grid-pool-a,grid-pool-b"}
     state = State("id", "grid", "UPDATE_COMPLETE", {}, outputs, True, 0.0)
     aws.with_subnets("10.0.0.0/24", 5)
@@ -214,7 +214,7 @@ def test_subnets_in_use_are_a_note_without_the_stacks_own_instances(aws: Aws) ->
         "CreatedTime": 0,
         "Instances": [instance] * 12,
     }
-    names = ["grid-manager", "grid-pool-a", "grid-pool-b"]
+    names = ["grid-pool-a", "grid-pool-b"]
     aws.answer(
         "autoscaling", "describe_auto_scaling_groups", {"AutoScalingGroups": [group]}, {"AutoScalingGroupNames": names}
     )
