@@ -61,9 +61,10 @@ def plan(arguments: DeployArguments, home: Path | None = HOME, json: bool = JSON
     `deploy apply` deploys the release of this version of batchlab.
 
     \b
-    Example: batchlab deploy plan --pool default:0-10x2@m7i.large --ledger postgres --budget 150
+    Example: batchlab deploy plan --pool default:0-10x2@m7i.large --budget 150
     """
     from batchlab.deploy import settings, template
+    from batchlab.deploy.checks import check_database_ca
     from batchlab.deploy.plan import create_plan
     from batchlab.deploy.stack_records import refuse_unchangeable
 
@@ -74,6 +75,7 @@ def plan(arguments: DeployArguments, home: Path | None = HOME, json: bool = JSON
         if state:
             refuse_unchangeable(state)
         wanted = settings_for(arguments, where, stack)
+        check_database_ca(wanted)
         with create_plan(stack, wanted, source, state, home=where) as plan:
             if json:
                 output.show_json(plan.to_json())
@@ -131,7 +133,7 @@ def apply(
     with _stack(arguments, where) as stack:
         wanted = settings_for(arguments, where, stack)
         archive = cache(partial(release_archive, wanted, release, where))
-        done = Apply(stack, wanted, source, where, person, archive).run()
+        done = Apply(stack, wanted, source, where, person, archive, release).run()
     if done is None:
         raise typer.Exit(1)
     if json:

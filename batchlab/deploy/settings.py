@@ -26,6 +26,8 @@ from batchlab.runtime.home import Home
 STACK = "batchlab"
 RELEASE = "Release"
 """Template parameter for the SHA-256 of the release archive. Users cannot set the template parameter `Release`."""
+BUSY = "BusyWorkers"
+"""Template parameter for the replacement of busy workers in an upgrade (see `plan.BUSY_WORKERS`)."""
 
 # A stack name has at most 28 characters, so that the name of a pool's dead-letter queue has at most the 80 characters
 # that SQS allows. A stack name does not contain two hyphens in a row, because RDS does not allow two hyphens in a row

@@ -275,9 +275,9 @@ WHOLE = {
 
 NEEDS_ACCOUNT = re.compile(
     r"batchlab deploy |batchlab .*--backend (aws|gcs)\b|batchlab (gc|conform) --aws|aws sts "
-    r"|export AWS_ENDPOINT_URL=|gcloud auth "
+    r"|export AWS_ENDPOINT_URL=|gcloud auth |curl .*//truststore\.pki\.rds\.amazonaws\.com/"
 )
-"""Commands that need an account with AWS or Google Cloud.
+"""Commands that need an account with AWS or Google Cloud, or a file of AWS.
 
 test_docs.py checks that the commands and options exist. The tests below `system/deploy` run the commands of AWS on
 emulated control planes, and `test_gcs.py` runs a grid at a stub of Google Cloud Storage.
