@@ -25,6 +25,7 @@ from tests.support.docker.containers import DockerGrid, docker_grid, ensure_netw
 from tests.support.docker.launcher import DEADLINE_S, end_of, run, up
 from tests.support.docker.socket_proxy import Proxy
 from tests.support.fleet import STEADY, STUBBORN, CountedIds, LoopClock, behaving, counted, names
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -100,6 +101,7 @@ def test_instances_outlive_their_manager_and_are_adopted(grid: DockerGrid) -> No
     """The next manager adopts the instances of a killed manager."""
     killed_manager(grid, "steady-1,stubborn-2,steady-3,steady-4")
     grid.api.kill(grid.name("steady-4"))
+    until(lambda: grid.state("steady-4")["Status"] == "exited", 60)
 
     async def main() -> None:
         launcher = grid.launcher(behaving, LoopClock())
