@@ -107,7 +107,8 @@ def _policies(our: Wire) -> None:
 
 
 def _schedules(our: Wire) -> None:
-    asg, group = our.asg, {"AutoScalingGroupName": our.name}
+    asg: Any = our.asg
+    group = {"AutoScalingGroupName": our.name}
     start = datetime.now(UTC) + timedelta(hours=1)
     asg.put_scheduled_update_group_action(**group, ScheduledActionName="once", StartTime=start, MinSize=0, MaxSize=3)
     again: Any = [
@@ -121,7 +122,8 @@ def _schedules(our: Wire) -> None:
 
 
 def _instances(our: Wire, first: str, second: str) -> None:
-    asg, group = our.asg, {"AutoScalingGroupName": our.name}
+    asg: Any = our.asg
+    group = {"AutoScalingGroupName": our.name}
     asg.set_instance_protection(**group, InstanceIds=[first], ProtectedFromScaleIn=True)
     asg.set_instance_health(InstanceId=first, HealthStatus="Healthy")
     asg.enter_standby(**group, InstanceIds=[second], ShouldDecrementDesiredCapacity=True)
@@ -140,7 +142,8 @@ def _instances(our: Wire, first: str, second: str) -> None:
 
 
 def _refreshes(our: Wire) -> None:
-    asg, group = our.asg, {"AutoScalingGroupName": our.name}
+    asg: Any = our.asg
+    group = {"AutoScalingGroupName": our.name}
     wanted: Any = {"LaunchTemplate": {"LaunchTemplateName": TEMPLATE, "Version": "2"}}
     for end in (asg.rollback_instance_refresh, asg.cancel_instance_refresh):
         asg.set_desired_capacity(**group, DesiredCapacity=1)
@@ -157,7 +160,8 @@ def _refreshes(our: Wire) -> None:
 
 
 def _warm_pool(our: Wire) -> None:
-    asg, group = our.asg, {"AutoScalingGroupName": our.name}
+    asg: Any = our.asg
+    group = {"AutoScalingGroupName": our.name}
     asg.put_warm_pool(**group, MinSize=1, PoolState="Running", InstanceReusePolicy={"ReuseOnScaleIn": True})
     our.until(lambda: asg.describe_warm_pool(**group)["Instances"])
     asg.delete_warm_pool(**group, ForceDelete=True)

@@ -136,12 +136,11 @@ def answer_differences(operation: OperationModel, body: bytes) -> list[str]:
     """Return the differences between an answer in the query protocol and the operation's model: unknown, repeated, and
     missing members, and values of another type or outside of their constraints."""
     root = ElementTree.fromstring(body)
-    result = f"{operation.name}Result"
-    children = {_tag(child): child for child in root}
-    expected = {"ResponseMetadata"} | ({result} if operation.output_shape is not None else set())
-    if (_tag(root), children.keys()) != (f"{operation.name}Response", expected):
-        return [f"{_tag(root)} has the elements {sorted(children)}, not {sorted(expected)}"]
-    return list(_differences(operation.output_shape, children[result], operation.name)) if result in children else []
+    shape, children = operation.output_shape, [_tag(child) for child in root]
+    expected = [f"{operation.name}Result"] * (shape is not None) + ["ResponseMetadata"]
+    if (_tag(root), children) != (f"{operation.name}Response", expected):
+        return [f"{_tag(root)} has the elements {children}, not {expected}"]
+    return [] if shape is None else list(_differences(shape, root[0], operation.name))
 
 
 def _tag(element: ElementTree.Element) -> str:

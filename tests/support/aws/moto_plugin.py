@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
+from botocore.compat import HTTPHeaders
 from botocore.handlers import BUILTIN_HANDLERS
 from moto.autoscaling.models import autoscaling_backends
 from moto.core.botocore_stubber import MockRawResponse
@@ -130,7 +131,7 @@ class RegionEndpoint:
             self._changed.clear()
             await self._engine.tick()
         head, rest = sent
-        headers = {name.decode(): value.decode() for name, value in head["headers"]}
+        headers = HTTPHeaders.from_pairs((name.decode(), value.decode()) for name, value in head["headers"])
         raw: Any = MockRawResponse(rest["body"])
         return AWSResponse(request.url, head["status"], headers, raw)
 
@@ -142,7 +143,7 @@ _endpoints: dict[str, RegionEndpoint] = {}
 def answer(event_name: str, request: AWSPreparedRequest, **more: Any) -> AWSResponse | None:
     """Return the endpoint's answer to a request to Auto Scaling, or moto's answer to another request."""
     host = _HOST.fullmatch(urlsplit(request.url).hostname or "")
-    body = _bytes(request.body or b"")
+    body = _bytes(request.body)
     (action,) = parse_qs(body.decode("latin-1")).get("Action", [""])
     if host is None or "LaunchConfiguration" in action:
         return botocore_stubber(event_name, request, **more)
@@ -151,8 +152,8 @@ def answer(event_name: str, request: AWSPreparedRequest, **more: Any) -> AWSResp
     return _loop.run_until_complete(_endpoints[host[1]].answer(request, body))
 
 
-def _bytes(text: str | bytes) -> bytes:
-    return text.encode() if isinstance(text, str) else text
+def _bytes(text: Any) -> bytes:
+    return text.encode() if isinstance(text, str) else bytes(text or b"")
 
 
 # botocore calls every handler of a request, so moto's handler must not remain.

@@ -33,7 +33,7 @@ def source_distribution(cache: Path) -> Path:
     (locked,) = (p for p in tomllib.loads((ROOT / "uv.lock").read_text())["package"] if p["name"] == "moto")
     assert version("moto") == locked["version"], "the environment has another version of moto than uv.lock"
     url = locked["sdist"]["url"]
-    archive = cache / url.rpartition("/")[2]
+    archive = cache / str(url).rpartition("/")[2]
     if not archive.exists():
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
