@@ -357,6 +357,8 @@ class ActivityLog:
         return self._next
 
 
+MAX_CAUSE, MAX_STATUS_MESSAGE = 1_023, 255
+"""AWS's limits of the Cause and the StatusMessage of an activity, in characters. The Description is not limited."""
 _PROGRESS = {"PreInService": 30, "InProgress": 50, "MidLifecycleAction": 60}
 """Progress percentages of activities, as observed on AWS."""
 
@@ -399,11 +401,11 @@ def activity_details(activity: Activity, group: Group | None, group_arn: str) ->
         activity_id=activity_id(activity),
         auto_scaling_group_name=activity.pool,
         description=description,
-        cause=activity.cause,
+        cause=activity.cause[:MAX_CAUSE],
         start_time=activity.at_s,
         status_code=activity.status,
         end_time=activity.ended_s,
-        status_message=activity.message,
+        status_message=activity.message[:MAX_STATUS_MESSAGE],
         progress=100 if activity.status in FINAL else _PROGRESS[activity.status],
         details=json.dumps({"Availability Zone": zone} if zone else {}),
         auto_scaling_group_arn=group_arn,

@@ -278,6 +278,15 @@ async def test_failed_launch_gives_its_reason(w: World) -> None:
 
 
 @in_aws
+async def test_long_reason_is_cut_to_the_limits_of_aws(w: World) -> None:
+    w.launcher.refuse = "x" * 2_000
+    await w.group(1)
+    failed = [a for a in w.activities() if a.status_code == "Failed"][-1]
+    assert (len(failed.cause), len(failed.status_message)) == (1_023, 255)
+    assert failed.description.endswith(f".  Status Reason: its launch failed: {w.launcher.refuse}")
+
+
+@in_aws
 async def test_activities_of_a_deleted_group_are_listed_on_request(w: World) -> None:
     await w.group(1)
     w.asg.delete_auto_scaling_group(GROUP, force_delete=True)
