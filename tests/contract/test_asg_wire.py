@@ -368,12 +368,11 @@ def test_a_description_has_the_lists_and_the_role_of_every_group(our: Wire) -> N
 
 def test_weight_that_is_not_a_number_is_refused(our: Wire) -> None:
     overrides = [{"InstanceType": "m7i.large", "WeightedCapacity": "heavy"}]
-    template = {"LaunchTemplateSpecification": {"LaunchTemplateName": TEMPLATE}, "Overrides": overrides}
+    template: Any = {"LaunchTemplateSpecification": {"LaunchTemplateName": TEMPLATE}, "Overrides": overrides}
     our.create()
     with refused("ValidationError", "The weight 'heavy' is not a whole number."):
         our.asg.update_auto_scaling_group(
-            AutoScalingGroupName=our.name,
-            MixedInstancesPolicy={"LaunchTemplate": template},  # type: ignore[typeddict-item]
+            AutoScalingGroupName=our.name, MixedInstancesPolicy={"LaunchTemplate": template}
         )
 
 
@@ -383,7 +382,7 @@ def test_a_tag_may_omit_its_resource_type(our: Wire) -> None:
     our.asg.create_or_update_tags(Tags=[tag])
     assert [one["Key"] for one in our.group()["Tags"]] == ["team"]
     with refused("ValidationError", "its ResourceType may only be auto-scaling-group"):
-        our.asg.create_or_update_tags(Tags=[{**tag, "ResourceType": "instance"}])
+        our.asg.create_or_update_tags(Tags=[tag | {"ResourceType": "instance"}])
 
 
 def test_the_model_is_checked_where_the_client_does_not(ours: Thread) -> None:
