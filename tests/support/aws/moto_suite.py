@@ -11,6 +11,7 @@ import tarfile
 import tomllib
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,22 +33,25 @@ def source_distribution(cache: Path) -> Path:
     skip the test on a laptop, or fail in CI."""
     (locked,) = (p for p in tomllib.loads((ROOT / "uv.lock").read_text())["package"] if p["name"] == "moto")
     assert version("moto") == locked["version"], "the environment has another version of moto than uv.lock"
-    url = locked["sdist"]["url"]
+    url, digest = locked["sdist"]["url"], locked["sdist"]["hash"]
     archive = cache / str(url).rpartition("/")[2]
-    if not archive.exists():
+    if not archive.exists() or _digest(archive) != digest:
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
                 data = response.read()
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             if os.environ.get("CI"):
                 pytest.fail(f"CI promises a network, but {url} cannot be read: {error}")
             pytest.skip(f"{url} cannot be read: {error}")
         part = archive.with_suffix(f".{os.getpid()}")
         part.write_bytes(data)
         part.replace(archive)
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    assert f"sha256:{digest}" == locked["sdist"]["hash"], f"{archive} differs from uv.lock"
+    assert _digest(archive) == digest, f"{archive} differs from uv.lock"
     return archive
+
+
+def _digest(archive: Path) -> str:
+    return f"sha256:{hashlib.sha256(archive.read_bytes()).hexdigest()}"
 
 
 def unpack(archive: Path, folder: Path) -> list[str]:
