@@ -347,6 +347,44 @@ def test_a_template_may_be_named_by_its_id(our: Wire) -> None:
     assert our.group()["Instances"][0]["LaunchTemplate"]["LaunchTemplateName"] == TEMPLATE
 
 
+def test_a_description_completes_the_reference_to_a_template(our: Wire) -> None:
+    our.create(LaunchTemplate={"LaunchTemplateName": TEMPLATE})
+    assert our.group()["LaunchTemplate"] == {"LaunchTemplateId": template_id(TEMPLATE), "LaunchTemplateName": TEMPLATE}
+    with refused("ValidationError", "either launchTemplateId or LaunchTemplateName"):
+        our.create("both", LaunchTemplate=our.group()["LaunchTemplate"])
+
+
+def test_a_description_has_the_lists_and_the_role_of_every_group(our: Wire) -> None:
+    our.create(PlacementGroup="near")
+    group = our.group()
+    lists = ("EnabledMetrics", "LoadBalancerNames", "Tags", "TargetGroupARNs", "TrafficSources")
+    assert {name: group[name] for name in lists} == {name: [] for name in lists}
+    assert group["ServiceLinkedRoleARN"].endswith("autoscaling.amazonaws.com/AWSServiceRoleForAutoScaling")
+    own: Any = {"ServiceLinkedRoleARN": "arn:aws:iam::000000000000:role/own", "PlacementGroup": ""}
+    our.asg.update_auto_scaling_group(AutoScalingGroupName=our.name, **own)
+    assert our.group()["ServiceLinkedRoleARN"] == own["ServiceLinkedRoleARN"]
+    assert "PlacementGroup" not in our.group()
+
+
+def test_weight_that_is_not_a_number_is_refused(our: Wire) -> None:
+    overrides = [{"InstanceType": "m7i.large", "WeightedCapacity": "heavy"}]
+    template: Any = {"LaunchTemplateSpecification": {"LaunchTemplateName": TEMPLATE}, "Overrides": overrides}
+    our.create()
+    with refused("ValidationError", "The weight 'heavy' is not a whole number."):
+        our.asg.update_auto_scaling_group(
+            AutoScalingGroupName=our.name, MixedInstancesPolicy={"LaunchTemplate": template}
+        )
+
+
+def test_a_tag_may_omit_its_resource_type(our: Wire) -> None:
+    our.create()
+    tag: Any = {"ResourceId": our.name, "Key": "team", "Value": "a"}
+    our.asg.create_or_update_tags(Tags=[tag])
+    assert [one["Key"] for one in our.group()["Tags"]] == ["team"]
+    with refused("ValidationError", "its ResourceType may only be auto-scaling-group"):
+        our.asg.create_or_update_tags(Tags=[tag | {"ResourceType": "instance"}])
+
+
 def test_the_model_is_checked_where_the_client_does_not(ours: Thread) -> None:
     unchecked: Any = aws(ours.endpoint, "autoscaling", parameter_validation=False)
     with refused("ValidationError", "Value null at 'autoScalingGroupName' failed"):

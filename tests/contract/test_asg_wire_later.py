@@ -212,6 +212,21 @@ def test_target_tracking_policy_is_returned_whole(wire: Wire) -> None:
     assert wire.asg.describe_policies(AutoScalingGroupName=wire.name)["ScalingPolicies"] == []
 
 
+def test_a_target_tracking_policy_has_two_alarms(our: Wire) -> None:
+    our.create()
+    put = our.asg.put_scaling_policy(
+        AutoScalingGroupName=our.name,
+        PolicyName="track",
+        PolicyType="TargetTrackingScaling",
+        TargetTrackingConfiguration=TRACKING,
+    )
+    high, low = put["Alarms"]
+    assert high["AlarmName"].startswith(f"TargetTracking-{our.name}-AlarmHigh-")
+    assert low["AlarmARN"] == f"arn:aws:cloudwatch:us-east-1:000000000000:alarm:{low['AlarmName']}"
+    (policy,) = our.asg.describe_policies(AutoScalingGroupName=our.name)["ScalingPolicies"]
+    assert policy["Alarms"] == put["Alarms"]
+
+
 def test_a_metric_that_is_put_in_scales_the_group(ours: Thread, our: Wire) -> None:
     cloudwatch = aws(ours.endpoint, "cloudwatch")
     our.grow(1)
