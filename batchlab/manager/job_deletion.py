@@ -67,8 +67,8 @@ class JobDeletion(Part):
             record = await self._ledger.job(job)
         except NotFound:
             # If the bucket has lost the definition, the request shows that the deletion is not finished.
-            request = await self._patience(partial(self._objects.head, object_keys.deletion(job)))
-            if request or await self._is_deleted(job):
+            stored = await self._patience(partial(self._objects.head, object_keys.deletion(job)))
+            if stored or await self._is_deleted(job):
                 return await self._finish(job)
             raise
         live = self._lives.get(job)

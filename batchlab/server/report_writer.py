@@ -58,13 +58,13 @@ def open_writer(
 
     If the price book cannot be read, the data does not contain costs, and `on_error` is called with the error.
     """
-    from batchlab.core.pricing import price_book
     from batchlab.reports.tables.build import Setting
     from batchlab.reports.tables.write import Writer
+    from batchlab.runtime.aws_deployment import prices_of
 
     book = None
     try:
-        book = price_book.load(home.path)
+        book = prices_of(home)
     except UsageError as error:
         on_error(error)
     return Writer(objects, patience(), Setting(backend.name, tuple(pools), backend.pace, book), scratch)
