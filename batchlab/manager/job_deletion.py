@@ -85,8 +85,9 @@ class JobDeletion(Part):
         try:
             await self._patience(partial(self._objects.put, request, json_format.deleted_job(job)))
             try:
-                await self._check_readers(job)
-                await self._commit(job, key)
+                if not await self._is_committed(key):
+                    await self._check_readers(job)
+                    await self._commit(job, key)
             except Refused:
                 await self._patience(partial(self._objects.delete, [request]))
                 raise

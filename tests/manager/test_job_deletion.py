@@ -386,6 +386,16 @@ def test_active_job_that_another_manager_accepted_keeps_its_input(rig: Rig) -> N
     assert object_keys.deletion(name) not in objects_of(rig, name)
 
 
+def test_committed_deletion_is_finished_although_a_new_job_reads_the_input(rig: Rig) -> None:
+    """A refusal would let the new job run with the part of its input that is not deleted yet."""
+    name = ended(rig)
+    rig.run(rig.objects.put(object_keys.retry(name, 1), json_format.deleted_job(name)))
+    reader = replace(job("reader", "reader"), input=InputDef(keys=(f"{object_keys.raw(name)}0",)), start_at_s=4e9)
+    rig.run(rig.ledger.apply(AddJob(reader, JobState.SCHEDULED, None)))
+    rig.client.delete(name)
+    assert is_gone(rig, name)
+
+
 def test_committed_deletion_is_finished_if_the_bucket_lost_the_definition(rig: Rig) -> None:
     """The job is submitted again before the next leader finishes the deletion."""
     name = ended(rig)
