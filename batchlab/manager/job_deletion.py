@@ -58,11 +58,18 @@ class JobDeletion(Part):
         self.is_search_due.set()
         self._sweeps: dict[JobId, float] = {}
         """Time of the next sweep of each deleted job."""
+        self._lock = asyncio.Lock()
+        """Lock of a deletion or sweep, because a refused deletion removes the request of another one of the same job.
+        """
 
     async def delete(self, job: JobId) -> int:
         """Delete an ended job, and return the number of deleted objects. If the job was deleted before, delete the
         objects that workers have written since then. Raise Refused if the job has not ended, and NotFound if the job
         does not exist."""
+        async with self._lock:
+            return await self._delete(job)
+
+    async def _delete(self, job: JobId) -> int:
         try:
             record = await self._ledger.job(job)
         except NotFound:
@@ -161,14 +168,8 @@ class JobDeletion(Part):
             if job in self._sweeps:
                 continue
             try:
-                if due_s := await self._sweep_time(job):
-                    self._sweeps[job] = due_s
-                    continue
-                log.warning("the deletion of %s was not finished", job, extra={"job": job})
-                await self._continue(job)
-            except Refused as error:
-                log.warning("job %s is kept: %s", job, error, extra={"job": job})
-                await self._patience(partial(self._objects.delete, [object_keys.deletion(job)]))
+                async with self._lock:
+                    await self._continue(job)
             except BackendError as error:
                 raise_if_cancelled()
                 log.warning("the deletion of %s waits for the backend: %s", job, error, extra={"job": job})
@@ -205,13 +206,28 @@ class JobDeletion(Part):
             self.is_search_due.set()
 
     async def _continue(self, job: JobId) -> None:
+        """Finish a deletion, or remember the time of its sweep. A request may have finished the deletion meanwhile."""
+        request = object_keys.deletion(job)
+        if await self._patience(partial(self._objects.head, request)) is None:
+            return
+        if due_s := await self._sweep_time(job):
+            self._sweeps[job] = due_s
+            return
+        log.warning("the deletion of %s was not finished", job, extra={"job": job})
+        try:
+            await self._finish_begun(job)
+        except Refused as error:
+            log.warning("job %s is kept: %s", job, error, extra={"job": job})
+            await self._patience(partial(self._objects.delete, [request]))
+
+    async def _finish_begun(self, job: JobId) -> None:
         try:
             record = await self._ledger.job(job)
         except NotFound:
             is_committed = True
         else:
             is_committed = record.state.ended and await self._is_committed(object_keys.retry(job, record.round + 1))
-        await (self._finish(job) if is_committed else self.delete(job))
+        await (self._finish(job) if is_committed else self._delete(job))
 
     async def _finish(self, job: JobId) -> int:
         if self._spending:
