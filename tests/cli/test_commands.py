@@ -120,6 +120,20 @@ def test_job_is_deleted_after_a_question(
     assert f"`batchlab job cancel {name}`" in err
 
 
+def test_repeated_deletion_of_a_job_removes_late_objects(manager: type[FakeClient], run: Run, tmp_path: Path) -> None:
+    name, gone = "sums-0123456789", NotFound("The ledger has no such job.")
+    manager.answers = {"jobs": [], "job": gone, "delete": {"id": name, "objects": 1}}
+    code, out, err = run("job", "delete", name, "--home", tmp_path)
+    assert (code, out, err) == (0, f"{name} was deleted before: 1 object.\n", "")
+    code, out, _ = run("job", "delete", name, "--json", "--home", tmp_path)
+    assert (code, json.loads(out)) == (0, {"id": name, "objects": 1})
+    manager.answers["delete"] = gone
+    code, out, err = run("job", "delete", name, "--home", tmp_path)
+    assert code != 0
+    assert name in err
+    assert not out
+
+
 def test_a_job_that_no_listing_has_can_be_cancelled(manager: type[FakeClient], run: Run) -> None:
     """Only the bucket contains the job, and the manager looks for it in the bucket."""
     name, gone = "sums-0123456789", NotFound("The ledger has no such job.")

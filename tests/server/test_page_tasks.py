@@ -144,7 +144,7 @@ def test_the_report_is_written_once_for_an_ended_job(tmp_path: Path) -> None:
 
 
 def test_reports_are_written_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchlab.server.report_writer.REPORT_WAIT_S", 0.01)
+    monkeypatch.setattr("batchlab.server.answers.BUSY_WAIT_S", 0.01)
     begun, going = asyncio.Event(), asyncio.Event()
     reports = HtmlReports(None, None, tmp_path)  # type: ignore[arg-type]
 

@@ -529,6 +529,17 @@ def is_deleted(doc: dict[str, Any]) -> bool:
     return doc.get(_DELETED) is True
 
 
+def due_sweep(job: JobId, due_s: float) -> bytes:
+    """Return the content of the request to delete a job after the deletion, until the sweep at the time `due_s`."""
+    return to_bytes({"v": VERSION, "id": job, "sweep_s": due_s})
+
+
+def sweep_time(request: bytes) -> float | None:
+    """Return the time of the sweep in a request to delete a job, or None if the deletion has not finished."""
+    due_s = loads(request).get("sweep_s")
+    return float(due_s) if isinstance(due_s, (int, float)) else None
+
+
 def job_from_json(doc: dict[str, Any]) -> JobDef:
     """Return the job in a spec object or in the result of `job_to_json`.
 

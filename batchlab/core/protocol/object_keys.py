@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NewType
@@ -79,6 +80,8 @@ _BUNDLE = re.compile(
     r"/((\d{8,13})-(\d{8,13})\.(\d{1,16})\.(\d{1,16}))(?:\.[0-9a-f]{32})?\.json$",
     re.ASCII,
 )
+
+_OWNED = re.compile(r"(?:jobs|raw|files|logs|reports)/([A-Za-z0-9][\w.-]{0,99})/", re.ASCII)
 
 _PICKLED = re.compile(r"code/[0-9a-f]{64}\.pkl")
 
@@ -383,6 +386,20 @@ def everything_of(job: JobId) -> tuple[str, ...]:
     lifecycle rules and policies match prefixes only.
     """
     return (committed(job), raw(job), f"files/{job}/", f"logs/{job}/", reports(job))
+
+
+def reads(keys: Iterable[str], job: JobId) -> bool:
+    """Return whether an input with the keys `keys` has objects of the job. A key that ends in "/" is a prefix."""
+    prefixes = everything_of(job)
+    return any(
+        key.startswith(prefixes) or (key.endswith("/") and any(prefix.startswith(key) for prefix in prefixes))
+        for key in keys
+    )
+
+
+def owners(keys: Iterable[str]) -> set[JobId]:
+    """Return the jobs to which the objects of an input with the keys `keys` belong."""
+    return {JobId(match[1]) for key in keys if (match := _OWNED.match(key))}
 
 
 def starts(bundle: Bundle) -> str:

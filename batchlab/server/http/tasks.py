@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from batchlab.core import api_types
 from batchlab.core.commit import committed
-from batchlab.core.errors import BackendError, NotFound, UsageError
+from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.job_definition import JobDef, task_name
 from batchlab.core.model import Bundle, JobId, Json, Outcome, StageName, TaskMetrics, TaskSet
 from batchlab.core.protocol import values
@@ -35,7 +35,7 @@ from batchlab.jobs.attempts import attempt_in, log_end, task_input
 from batchlab.jobs.results import FetchLimits, Listed
 from batchlab.manager.manager import Manager
 from batchlab.server import job_views
-from batchlab.server.answers import current_view
+from batchlab.server.answers import acquire, current_view
 from batchlab.server.http.common import NOT_STORED, Leader, ServerState, StateDep, guarded_router
 from batchlab.server.http.job_files import disk_folder, has_room
 from batchlab.server.http.task_list import list_of
@@ -243,8 +243,6 @@ MAX_BYTES = 2 * 1024**3
 MAX_OUTCOMES = 50_000
 MAX_VALUE_BYTES = 16 * 1024**2
 """Limit in bytes of the inline values of one result, because all inline values are in memory at the same time."""
-ARCHIVE_WAIT_S = 3.0
-"""Time in seconds that a request for an archive waits until the previous archive was sent."""
 
 _REMEDY = "Use `batchlab job results`, which fetches any number of results from the bucket."
 
@@ -262,14 +260,8 @@ async def archive(
     The archive of a running job contains the results so far. An archive has a size of at most 2 GiB. While the manager
     creates or sends an archive, another request gets status 503.
     """
-    try:
-        async with asyncio.timeout(ARCHIVE_WAIT_S):
-            await served.archiving.acquire()
-    except TimeoutError:
-        raise BackendError(
-            "The manager is creating or sending another archive of results.",
-            remedy="Try again later, or run `batchlab job results`, which needs no archive.",
-        ) from None
+    remedy = "Try again later, or run `batchlab job results`, which needs no archive."
+    await acquire(served.archiving, "The manager is creating or sending another archive of results.", remedy)
     try:
         return await _archive(manager, job, stage or (), served.archiving.release)
     except BaseException:

@@ -140,6 +140,7 @@ async def _costs(manager: Manager, spending: Spending, prices: PriceBook, pace: 
             for view in recent
         ],
         "region": prices.region,
+        "mismatch": prices.mismatch,
         "as_of": prices.blocks["on_demand"].date.isoformat(),
     }
 
