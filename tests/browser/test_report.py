@@ -108,7 +108,7 @@ def test_keyboard_order_follows_the_report(desk: Page) -> None:
         "What to change",
         "Workers",
         "Load and fleet",
-        "Times",
+        "Times and memory",
         "Tasks",
         "Cost",
         "Failures",
