@@ -402,9 +402,9 @@ TaskRanges = Sequence[Sequence[int]]
 
 
 class BundleResult(NamedTuple):
-    """The part of a folded bundle's row that lists and timelines need. Creating it is faster than a BundleRecord.
+    """The part of a folded bundle's row that lists and timelines need.
 
-    `retried` is the number of failed attempts that are retried.
+    A BundleResult is created faster than a BundleRecord. `retried` is the number of failed attempts that are retried.
     """
 
     seq: int

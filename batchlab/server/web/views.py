@@ -222,7 +222,7 @@ async def to_task(
 async def _read_some(
     request: Request, manager: Manager, served: ServerState, view: api_types.JobView
 ) -> Response | None:
-    """Read a part of the job's bundles, which takes several requests after a start of the manager.
+    """Read a part of the job's bundles. A job with many bundles needs several requests after a start of the manager.
 
     Return None if all bundles are read, or else a page that shows the number of bundles, and that loads itself again.
     """
