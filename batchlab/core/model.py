@@ -6,10 +6,11 @@ file because all other code uses them.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, NamedTuple, NewType
 
 JobId = NewType("JobId", str)
@@ -131,7 +132,9 @@ class TaskSet:
 
     def __sub__(self, other: TaskSet) -> TaskSet:
         left: list[tuple[int, int]] = []
-        holes = iter(other.ranges)
+        # A small set minus a large set takes a search in the large set, and not a pass over all of its ranges.
+        before = bisect_right(other.ranges, self.ranges[0]) - 1 if self.ranges else 0
+        holes = islice(other.ranges, max(0, before), None)
         hole = next(holes, None)
         for start, stop in self.ranges:
             while hole and hole[1] <= start:
