@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -79,6 +80,8 @@ class Link:
         self._ending: deque[str] = deque(maxlen=64)
         """Ids of jobs that may not have ended yet, and for which no caller waits any longer."""
         self._folder: Path | None = None
+        self._temporary: set[str] = set()
+        """Keys of the objects that `close` deletes."""
         self._connect(start)
         # The bucket is opened after `_connect`, because the location of the bucket is known only after the grid has
         # started.
@@ -235,6 +238,19 @@ class Link:
         finally:
             future.cancel()
 
+    def delete_at_close(self, key: str) -> None:
+        """Record that `close` deletes an object of this program."""
+        self._temporary.add(key)
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Delete objects of this program."""
+        await self.patience(partial(self.objects.delete, keys))
+        self._temporary.difference_update(keys)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed or self.forked
+
     @property
     def folder(self) -> Path:
         """Return the folder for the files that this process fetches. `close` removes the folder."""
@@ -331,6 +347,7 @@ class Link:
             steps.callback(lambda: None if is_stuck else self._stop_loop())
             if self.ours and not self._others():
                 steps.callback(self._stop_manager)
+            steps.callback(lambda: None if is_stuck else self._delete_temporary())
             for client in self._clients:
                 steps.callback(client.close)
             steps.callback(lambda: self._cancel_remaining(is_stuck))
@@ -340,6 +357,13 @@ class Link:
             # The check of the event loop is not one of the callbacks, because the callbacks must run even if the check
             # is interrupted.
             is_stuck = self._is_stuck()
+
+    def _delete_temporary(self) -> None:
+        if self._temporary:
+            try:
+                self.start(self.delete(sorted(self._temporary))).result()
+            except BackendError as error:
+                log.warning("%d values of Grid.put remain in the bucket: %s", len(self._temporary), error)
 
     def _cancel_remaining(self, is_stuck: bool) -> None:
         cancelling = dict(self._cancelling)

@@ -1,8 +1,8 @@
 """Pickling of the exceptions that user code raises on a worker.
 
 Invariant: the caller receives an exception of the type that the task raised if the type itself can be pickled. Parts of
-the exception that are too large or cannot be pickled are left out. The module imports only the standard library, because every
-child process imports it.
+the exception that are too large or cannot be pickled are left out. Every child process imports the module, so it
+imports only the standard library.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class Execution:
         """Number of deaths of each task's process by a SIGKILL that the worker did not send."""
         own = JobObjects.of_job(work.job)
         self._inputs = materialization.Inputs(
-            context.objects, folder, asyncio.to_thread, own, context.files, context.code_cache.pickled
+            context.objects, folder, asyncio.to_thread, own, context.files, context.code_cache.value
         )
         self._storing: set[asyncio.Task[Ran]] = set()
         self._uploads = asyncio.Semaphore(_UPLOADS)
