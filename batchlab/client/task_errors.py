@@ -62,7 +62,8 @@ def combine(error: TaskFailed, cause: BaseException) -> TaskFailed:
     combined = error
     if isinstance(cause, Exception) and not isinstance(cause, _NOT_COMBINED) and not isinstance(error, type(cause)):
         try:
-            combined = exception_pickling.create(_combined_type(type(error), type(cause)), cause.args)
+            kinds: Any = type(error), type(cause)
+            combined = exception_pickling.create(_combined_type(*kinds), cause.args)
             exception_pickling.set_members(combined, exception_pickling.members(cause))
             own = {name: value for name, value in vars(error).items() if not hasattr(cause, name)}
             combined.__dict__.update({**own, **vars(cause), "task_failed": error})
@@ -95,5 +96,5 @@ def _restore(error: TaskFailed, pickled: bytes) -> TaskFailed:
 
 
 @lru_cache(maxsize=256)
-def _combined_type(kind: Any, cause: Any) -> type[TaskFailed]:
+def _combined_type(kind: type[TaskFailed], cause: type[Exception]) -> type[TaskFailed]:
     return type(f"{kind.__name__}_{cause.__name__}", (_Combined, cause, kind), {"__module__": kind.__module__})

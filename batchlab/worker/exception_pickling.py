@@ -113,8 +113,8 @@ def _reduce(error: BaseException) -> _Reduced | None:
         kind, "__init__", "__new__", "__slots__"
     ):
         return None
-    _, args, *state = error.__reduce__()
-    return (_restore, (kind, args, members(error)), *state)
+    reduced = tuple(error.__reduce__())
+    return (_restore, (kind, reduced[1], members(error)), *reduced[2:])
 
 
 def _is_overridden(kind: type, *names: str) -> bool:
