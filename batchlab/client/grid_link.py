@@ -240,6 +240,8 @@ class Link:
 
     def delete_at_close(self, key: str) -> None:
         """Record that `close` deletes an object of this program."""
+        if not self._temporary:
+            thread_cache.run_at_exit(self._delete_temporary)  # At the exit, `close` runs when threads have ended.
         self._temporary.add(key)
 
     async def delete(self, keys: Sequence[str]) -> None:

@@ -333,7 +333,9 @@ def values_in(home: Path) -> list[Path]:
     return list((home / "objects" / "code" / "values").rglob("*.pkl"))
 
 
-def test_a_shared_value_is_deleted_when_its_last_reference_or_its_grid_is_closed(grid: Grid, home: Path) -> None:
+def test_a_shared_value_is_deleted_when_its_last_reference_or_its_grid_is_closed(
+    grid: Grid, home: Path, tmp_path: Path
+) -> None:
     stored = len(values_in(home))
     with grid.put([5]) as shared, Grid("local", home=home) as other:
         assert grid.put([5]).digest == shared.digest == other.put([5]).digest
@@ -349,6 +351,14 @@ def test_a_shared_value_is_deleted_when_its_last_reference_or_its_grid_is_closed
     assert len(values_in(home)) == stored + 2
     with pytest.raises(UsageError, match="is closed"):
         grid.map(lambda i: shared.value[i], [0])
+    script = f"""
+        from batchlab import Grid
+        grid = Grid("local", home={str(home)!r})
+        table = grid.put([9])
+        print(list(grid.map(lambda i: table.value[i], [0])))
+    """
+    assert output(tmp_path, script) == "[9]\n"
+    assert len(values_in(home)) == stored + 2
 
 
 def test_a_large_function_is_stored_once_with_a_warning(grid: Grid, home: Path) -> None:
