@@ -97,6 +97,8 @@ class Link:
         self._loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix=_OURS))
         self._thread = threading.Thread(target=self._loop.run_forever, name=_OURS, daemon=True)
         self._thread.start()
+        # At the exit of Python, `close` is called when threads can no longer be started, which the bucket needs.
+        thread_cache.run_at_exit(self._delete_temporary)
         _OPEN.add(self)
 
     # --- Manager ---------------------------------------------------------------------------------
@@ -240,14 +242,12 @@ class Link:
 
     def delete_at_close(self, key: str) -> None:
         """Record that `close` deletes an object of this program."""
-        if not self._temporary:
-            thread_cache.run_at_exit(self._delete_temporary)  # At the exit, `close` runs when threads have ended.
         self._temporary.add(key)
 
-    async def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects of this program."""
-        await self.patience(partial(self.objects.delete, keys))
-        self._temporary.difference_update(keys)
+    async def delete(self, key: str) -> None:
+        """Delete an object that `close` would delete."""
+        await self.patience(partial(self.objects.delete, [key]))
+        self._temporary.discard(key)
 
     @property
     def closed(self) -> bool:
@@ -361,9 +361,10 @@ class Link:
             is_stuck = self._is_stuck()
 
     def _delete_temporary(self) -> None:
-        if self._temporary:
+        if self._temporary and self._thread.is_alive():
             try:
-                self.start(self.delete(sorted(self._temporary))).result()
+                self.start(self.objects.delete(sorted(self._temporary))).result()
+                self._temporary.clear()
             except BackendError as error:
                 log.warning("%d values of Grid.put remain in the bucket: %s", len(self._temporary), error)
 

@@ -422,7 +422,7 @@ class JobSubmitter:
         with self._values_lock:
             self._values[key] -= 1
             if not self._values[key] and not self._link.closed:
-                self._link.run(self._link.delete([key]))
+                self._link.run(self._link.delete(key))
                 self._stored.discard(key)
 
     def draft(self, name: str, stage: StageDef) -> JobDef:

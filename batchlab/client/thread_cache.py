@@ -102,7 +102,7 @@ os.register_at_fork(after_in_child=_spares.reset)
 
 
 _awaited: WeakSet[threading.Event] = WeakSet()
-_last_work: list[WeakMethod[Work]] = []
+_exit_methods: list[WeakMethod[Work]] = []
 _begun = threading.Event()
 
 is_exiting = _begun.is_set
@@ -115,22 +115,23 @@ def delay_exit_until(end: threading.Event) -> None:
 
 def run_at_exit(method: Work) -> None:
     """Call a bound method at the exit of Python while threads can still be started, if its object still exists."""
-    _last_work.append(WeakMethod(method))
+    _exit_methods.append(WeakMethod(method, _exit_methods.remove))
 
 
 def _at_exit() -> None:
     _begun.set()
     for end in list(_awaited):
         end.wait()
-    for reference in _last_work:
-        if method := reference():
+    methods = [reference() for reference in _exit_methods]
+    for method in methods:
+        if method:
             method()
 
 
 # A forked child process must not wait for the events, because the threads that set the events do not exist in the child
-# process. The last work belongs to the parent process.
+# process. The methods belong to the parent process.
 os.register_at_fork(after_in_child=_awaited.clear)
-os.register_at_fork(after_in_child=_last_work.clear)
+os.register_at_fork(after_in_child=_exit_methods.clear)
 
 # The exit hook is not registered with the module atexit, because hooks of atexit run when threads can no longer be
 # started. The function `_register_atexit` of `threading` is not public, but concurrent.futures and joblib also use

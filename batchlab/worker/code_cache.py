@@ -284,7 +284,7 @@ class CodeCache:
         total = sum(self._values.values())
         while total > self._max_value_bytes and len(self._values) > 1:
             oldest, size = self._values.popitem(last=False)
-            oldest.unlink()
+            oldest.unlink(missing_ok=True)
             total -= size
 
     async def _fetch(self, key: str, folder: str) -> Path:

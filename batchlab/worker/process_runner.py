@@ -86,7 +86,7 @@ class ProcessRunner:
         """
         await self._context.children.close()
         await asyncio.gather(*self._cleaning, return_exceptions=True)
-        for name in ("children", "run", "spare", "functions", "values"):
+        for name in ("children", "run", "functions", "values", "spare"):
             await asyncio.to_thread(shutil.rmtree, self._scratch.root / name, ignore_errors=True)
 
 
