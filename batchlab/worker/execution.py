@@ -172,7 +172,8 @@ class Execution:
     async def clean(self) -> None:
         """Remove the folder of the execution. The caller must call `cancel_uploads` before `clean`."""
         await asyncio.to_thread(_remove, self._folder)
-        await asyncio.to_thread(self._folders.prepare)
+        if not self._children.closed:  # Otherwise the runner has removed the spare folders.
+            await asyncio.to_thread(self._folders.prepare)
 
     async def _run(self) -> None:
         await self._folders.create(self._folder)
