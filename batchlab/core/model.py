@@ -248,8 +248,8 @@ class Failure:
 
     `final` is true if the attempt is not retried. `reason` is one sentence for a person. Failures are grouped by
     `error`, which is the exception's class name or a similar name. `exit_code` is negative if a signal ended the
-    process. `pickled` is the pickled exception of a task of the Python API in base64, or "". Only the caller of the job
-    unpickles it.
+    process. `pickled` is the pickled exception of a task of the Python API in base64, or "". The text `@N` stands for
+    an exception of the same type as that of task N. Only the caller of the job unpickles it.
     """
 
     task: int

@@ -53,7 +53,7 @@ def admit(job: JobDef, pools: Mapping[str, int], directory: NotificationSettings
     earlier: set[str] = set()
     for stage in job.stages:
         _admit_stage(stage, earlier)
-        _admit_to_pool(stage, pools)
+        admit_to_pool(stage, pools)
         earlier.add(stage.name)
     if len(job.notify) > notifications.MAX_TARGETS:
         raise UsageError(
@@ -148,7 +148,8 @@ def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
             ) from None
 
 
-def _admit_to_pool(stage: StageDef, pools: Mapping[str, int]) -> None:
+def admit_to_pool(stage: StageDef, pools: Mapping[str, int]) -> None:
+    """Raise UsageError if `pools` (slots by name) has no pool whose instances can run the stage's tasks."""
     if stage.pool not in pools:
         raise UsageError(
             f"Stage {stage.name} names the pool {stage.pool!r}, which this grid does not have.",

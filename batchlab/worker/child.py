@@ -141,7 +141,7 @@ class Child:
         except BaseException as error:  # noqa: BLE001 - any exception is a failure of the task
             run_s = time.monotonic() - started_s
             self._exit_if_forked()
-            word, text = "failed", json.dumps(executor.explain(error))
+            word, text = "failed", json.dumps(executor.explain(task, error))
         else:
             run_s = time.monotonic() - started_s
             self._exit_if_forked()

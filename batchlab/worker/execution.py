@@ -140,7 +140,7 @@ class Execution:
         """Number of deaths of each task's process by a SIGKILL that the worker did not send."""
         own = JobObjects.of_job(work.job)
         self._inputs = materialization.Inputs(
-            context.objects, folder, asyncio.to_thread, own, context.files, context.code_cache.pickled
+            context.objects, folder, asyncio.to_thread, own, context.files, context.code_cache.value
         )
         self._storing: set[asyncio.Task[Ran]] = set()
         self._uploads = asyncio.Semaphore(_UPLOADS)
@@ -172,7 +172,8 @@ class Execution:
     async def clean(self) -> None:
         """Remove the folder of the execution. The caller must call `cancel_uploads` before `clean`."""
         await asyncio.to_thread(_remove, self._folder)
-        await asyncio.to_thread(self._folders.prepare)
+        if not self._children.closed:  # Otherwise the runner has removed the spare folders.
+            await asyncio.to_thread(self._folders.prepare)
 
     async def _run(self) -> None:
         await self._folders.create(self._folder)

@@ -46,6 +46,8 @@ WORKER: Mapping[str, str] = {
     "12 hours",
     "watchdog_s": "interval at which a worker receives the watchdog message of a long bundle",
     "quick_s": "longest run time of the bundles that a worker prefetches, one for each task slot",
+    "value_cache_bytes": "size in bytes of the values of `Grid.put` that an instance stores on its disk. The values "
+    "that were used least recently are removed first",
 }
 """Meaning of each of the worker's settings."""
 
@@ -166,7 +168,7 @@ show the default of each backend.
 _OF_WORKERS = """
 ## The workers' settings
 
-The backend's descriptor, `backends/<name>/backend.toml`, contains these settings, in seconds.
+The backend's descriptor, `backends/<name>/backend.toml`, contains these settings. Times are in seconds.
 `settings.toml` does not change them.
 
 """
@@ -196,4 +198,4 @@ def reference() -> str:
 
 
 def _rows(meanings: Mapping[str, str], of: list[dict[str, float]]) -> list[tuple[str, ...]]:
-    return [(f"`{name}`", *(f"{one[name]:g}" for one in of), meaning) for name, meaning in meanings.items()]
+    return [(f"`{name}`", *(f"{one[name]:.10g}" for one in of), meaning) for name, meaning in meanings.items()]

@@ -131,12 +131,12 @@ def run(task_run: TaskRun, debugger: debuggers.Debugger, board: ChildState | Non
     except USER_LEFT as error:
         rest()
         if (task_run.failure or {}).get("error") == type(error).__name__:
-            return RunResult(executor.explain(error), run_s=time.monotonic() - began_s)
+            return RunResult(executor.explain(task_run.task, error), run_s=time.monotonic() - began_s)
         return RunResult(left=True)
     except BaseException as error:  # noqa: BLE001 - any exception is a failure of the task
         run_s = time.monotonic() - began_s
         rest()
-        fault = executor.explain(error)
+        fault = executor.explain(task_run.task, error)
         _tell(fault)
         debugger.on_failure(None if isinstance(error, handlers.Problem) else error)
         return RunResult(fault, run_s=run_s)

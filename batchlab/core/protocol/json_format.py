@@ -318,14 +318,18 @@ def outcome_text(o: Outcome) -> str:
 
 
 def fitting(outcome: Outcome) -> Outcome:
-    """Return the outcome. If it exceeds the maximum weight, remove its tracebacks, pickled exceptions, and metrics.
+    """Return the outcome. If it exceeds the maximum weight, remove its tracebacks and metrics, and if it is still too
+    heavy, its pickled exceptions.
 
     The weight of an outcome's values is always below the maximum weight (see `worker.task_executor`).
     """
     if not is_too_heavy(outcome_text(outcome)):
         return outcome
-    failed = tuple([replace(failure, traceback="", pickled="") for failure in outcome.failed])
-    return replace(outcome, failed=failed, metrics=())
+    failed = tuple([replace(failure, traceback="") for failure in outcome.failed])
+    lighter = replace(outcome, failed=failed, metrics=())
+    if not is_too_heavy(outcome_text(lighter)):
+        return lighter
+    return replace(lighter, failed=tuple([replace(failure, pickled="") for failure in failed]))
 
 
 def outcome_from_json(doc: dict[str, Any]) -> Outcome:

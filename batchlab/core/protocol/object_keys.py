@@ -83,7 +83,7 @@ _BUNDLE = re.compile(
 
 _OWNED = re.compile(r"(?:jobs|raw|files|logs|reports)/([A-Za-z0-9][\w.-]{0,99})/", re.ASCII)
 
-_PICKLED = re.compile(r"code/[0-9a-f]{64}\.pkl")
+_SHARED_VALUE = re.compile(r"code/values/[\w-]{1,100}/[0-9a-f]{64}\.pkl", re.ASCII)
 
 _STARTED = re.compile(r"(.+?-\d+)(?:\.(\d+|withdrawn))?", re.ASCII | re.DOTALL)
 
@@ -204,13 +204,21 @@ def code(digest: str) -> str:
 
 
 def pickled(data: bytes) -> str:
-    """Return the key of a pickled function or of a pickled shared value, whose name is the digest of its content."""
+    """Return the key of a pickled function, whose name is the digest of its content."""
     return f"code/{hashlib.sha256(data).hexdigest()}.pkl"
 
 
-def is_pickled(key: str) -> bool:
-    """Return whether the key is the key of a pickled function or of a pickled shared value."""
-    return _PICKLED.fullmatch(key) is not None
+def shared_value(owner: str, digest: str) -> str:
+    """Return the key of a pickled shared value.
+
+    `owner` is the program that stores and deletes the value, and `digest` is the digest of the content.
+    """
+    return f"code/values/{owner}/{digest}.pkl"
+
+
+def is_shared_value(key: str) -> bool:
+    """Return whether the key is the key of a pickled shared value."""
+    return _SHARED_VALUE.fullmatch(key) is not None
 
 
 def raw(job: JobId) -> str:
