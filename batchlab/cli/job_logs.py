@@ -22,7 +22,7 @@ from batchlab.core.job_definition import attempt_name, parse_task
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
-    from batchlab.core.api_types import LogView, NewLogsView, TailsView, TailView
+    from batchlab.core.api_types import JobView, LogView, NewLogsView, TailsView, TailView
     from batchlab.runtime.home import Home
 
 
@@ -30,7 +30,7 @@ def logs(
     job: str = JOB,
     task: str | None = argument(
         "Task whose output is printed, such as parse/3. The number 3 means task 3 of every stage.",
-        "[TASK]",
+        "TASK",
         default=None,
         autocompletion=options.tasks,
     ),
@@ -67,13 +67,10 @@ def logs(
 
 def _print(home: Home, job: str, which: LogFilter, limit: int, *, json: bool) -> None:
     with connect(home) as client:
+        view = resolve(client, job)
+        _check(view, which)
         logs = client.logs(
-            resolve(client, job)["id"],
-            stage=which.stage,
-            task=which.task,
-            limit=limit,
-            failed=which.failed,
-            since_s=which.since_s,
+            view["id"], stage=which.stage, task=which.task, limit=limit, failed=which.failed, since_s=which.since_s
         )
     if json:
         output.show_json(logs)
@@ -81,9 +78,28 @@ def _print(home: Home, job: str, which: LogFilter, limit: int, *, json: bool) ->
         output.show(f"--- {attempt_name(log['stage'], log['task'], log['attempt'])}")
         output.show(output.visible(log["text"]).rstrip("\n"))
     if not logs:
-        output.say("No task has printed anything yet.")
+        task = "No task" if which.stage is None and which.task is None else "No selected task"
+        output.say(f"{task} has printed anything{'' if view['ended_s'] else ' yet'}.")
     elif len(logs) == limit:
         output.say(f"There may be more than {limit}; --limit shows more.")
+
+
+def _check(view: JobView, which: LogFilter) -> None:
+    """Raise UsageError if the job does not have the stage or the task of the filter."""
+    stages = {stage["name"]: stage for stage in view["stages"]}
+    if which.stage is None and len(stages) > 1 and which.task is not None:
+        raise UsageError("Which stage is meant?", remedy=f"Write {next(iter(stages))}/{which.task}, for example.")
+    if which.stage is not None and which.stage not in stages:
+        raise UsageError(
+            f"Job {view['id']} does not have a stage {which.stage!r}.", remedy=f"It has {', '.join(stages)}."
+        )
+    stage = stages[which.stage] if which.stage is not None else next(iter(stages.values()), None)
+    if stage is None or which.task is None or stage["planned"] is None or which.task < stage["planned"]:
+        return
+    raise UsageError(
+        f"Job {view['id']} does not have a task {stage['name']}/{which.task}.",
+        remedy=f"Stage {stage['name']} has {output.count(stage['planned'], 'task')}, counted from 0.",
+    )
 
 
 def _follow(home: Home, job: str, which: LogFilter, *, json: bool) -> None:
@@ -92,6 +108,7 @@ def _follow(home: Home, job: str, which: LogFilter, *, json: bool) -> None:
     with Session.attach(home) as session:
         view = session.call(lambda client: resolve(client, job))
         name = view["id"]
+        _check(view, which)
 
         def print_line(line: Line) -> None:
             if json:

@@ -166,6 +166,19 @@ def test_logs_are_of_one_task_or_of_a_whole_stage(manager: type[FakeClient], run
     assert "exclude each other" in err
 
 
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [("prase/3", "does not have a stage 'prase'. It has parse."), ("parse/10", "does not have a task parse/10.")],
+)
+def test_logs_of_a_task_that_does_not_exist_are_an_error(
+    manager: type[FakeClient], run: Run, task: str, message: str
+) -> None:
+    manager.answers = {"job": a_job("sums-0123456789"), "logs": []}
+    code, _, err = run("job", "logs", "sums-0123456789", task)
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
 A_FAILURE = {
     "seq": 7,
     "stage": "parse",
@@ -187,7 +200,7 @@ def test_failures_are_grouped_by_cause(manager: type[FakeClient], run: Run) -> N
     assert code == 0
     assert re.search(r"^ *0123456789 +12 +parse +exception +- +no such column$", out, re.MULTILINE)
     assert out.count("Traceback") == 1
-    assert "job retry JOB --fingerprint" in err
+    assert "`batchlab job retry sums-0123456789 --fingerprint 0123456789`" in err
     code, out, _ = run("job", "failures", "sums-0123456789", "--json")
     assert json.loads(out) == groups
     manager.answers["failure_groups"] = []
