@@ -18,7 +18,7 @@ from batchlab.cli.option_values import connect, home_of, resolve, seconds_of
 from batchlab.cli.options import HOME, JOB, JSON, argument, flag, option
 from batchlab.cli.output import Stopped
 from batchlab.core.errors import UsageError
-from batchlab.core.job_definition import attempt_name, parse_task
+from batchlab.core.job_definition import attempt_name, parse_task, task_name
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
@@ -86,19 +86,18 @@ def _print(home: Home, job: str, which: LogFilter, limit: int, *, json: bool) ->
 
 def _check(view: JobView, which: LogFilter) -> None:
     """Raise UsageError if the job does not have the stage or the task of the filter."""
-    stages = {stage["name"]: stage for stage in view["stages"]}
-    if which.stage is None and len(stages) > 1 and which.task is not None:
-        raise UsageError("Which stage is meant?", remedy=f"Write {next(iter(stages))}/{which.task}, for example.")
-    if which.stage is not None and which.stage not in stages:
+    planned = {stage["name"]: stage["planned"] for stage in view["stages"]}
+    if which.stage is not None and which.stage not in planned:
         raise UsageError(
-            f"Job {view['id']} does not have a stage {which.stage!r}.", remedy=f"It has {', '.join(stages)}."
+            f"Job {view['id']} does not have a stage {which.stage!r}.", remedy=f"It has {', '.join(planned)}."
         )
-    stage = stages[which.stage] if which.stage is not None else next(iter(stages.values()), None)
-    if stage is None or which.task is None or stage["planned"] is None or which.task < stage["planned"]:
+    counts = [planned[which.stage]] if which.stage is not None else list(planned.values())
+    if which.task is None or any(count is None or which.task < count for count in counts):
         return
+    name = str(which.task) if which.stage is None else task_name(which.stage, which.task)
     raise UsageError(
-        f"Job {view['id']} does not have a task {stage['name']}/{which.task}.",
-        remedy=f"Stage {stage['name']} has {output.count(stage['planned'], 'task')}, counted from 0.",
+        f"Job {view['id']} does not have a task {name}.",
+        remedy=f"`batchlab job show {view['id']}` shows the number of tasks of each stage, and the first task is 0.",
     )
 
 

@@ -79,7 +79,7 @@ def cap_of(text: str) -> float | None:
 
 
 def cap_text(usd: float | None) -> str:
-    """Return a cost cap as part of a sentence, such as "capped at 5 USD"."""
+    """Return a cost cap as part of a sentence, such as "capped at 5.00 USD"."""
     from batchlab.core.pricing.price_book import shown
 
     return "not capped" if usd is None else f"capped at {shown(usd)}"

@@ -168,7 +168,11 @@ def test_logs_are_of_one_task_or_of_a_whole_stage(manager: type[FakeClient], run
 
 @pytest.mark.parametrize(
     ("task", "message"),
-    [("prase/3", "does not have a stage 'prase'. It has parse."), ("parse/10", "does not have a task parse/10.")],
+    [
+        ("prase/3", "does not have a stage 'prase'. It has parse."),
+        ("parse/10", "does not have a task parse/10."),
+        ("10", "does not have a task 10."),
+    ],
 )
 def test_logs_of_a_task_that_does_not_exist_are_an_error(
     manager: type[FakeClient], run: Run, task: str, message: str
