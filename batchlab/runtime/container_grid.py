@@ -146,7 +146,7 @@ def templates_for(
     at: Deployment, place: Place, pools: Sequence[Pool], more: Mapping[str, str] = MappingProxyType({})
 ) -> str:
     """Return the launch templates of the pools for `asg serve`, with the environment variables `more`."""
-    env = {**more, VARIABLE: f"{place.url}/{place.bucket}", "AWS_EC2_METADATA_SERVICE_ENDPOINT": at.metadata_url}
+    env = {**more, VARIABLE: f"{place.url}/{place.bucket}", compose_deployment.METADATA_VARIABLE: at.metadata_url}
     table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in env.items())
     lines = []
     for pool in pools:
