@@ -49,7 +49,7 @@ from localstack.services.s3 import models as s3
 from localstack.services.s3.constants import DEFAULT_BUCKET_ENCRYPTION
 from localstack.services.s3.storage import ephemeral
 from localstack.services.sqs import models as sqs
-from localstack.services.sqs.utils import parse_queue_url
+from localstack.services.sqs.provider import resolve_queue_location
 
 LOG = logging.getLogger("localstack.batchlab")
 
@@ -460,9 +460,7 @@ def change_queue(call: Callable[..., Any], context: Any, request: dict[str, Any]
     """Change the settings of a queue, and store the queue."""
     with SETTINGS:
         result = call(context, request)
-        account, region, name = context.account_id, None, request.get("QueueName")
-        if not name:
-            account, region, name = parse_queue_url(request["QueueUrl"])
+        account, region, name = resolve_queue_location(context, request.get("QueueName"), request.get("QueueUrl"))
         region = region or context.region
         if queue := sqs.sqs_stores[account][region].queues.get(name):
             save_queue(queue)

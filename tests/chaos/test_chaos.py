@@ -18,7 +18,7 @@ import pytest
 
 from batchlab.core.api_types import JobView
 from batchlab.core.model import Pool
-from tests.support.docker.chaos import Containers, Sizes, Teller, wait_for, write_job
+from tests.support.docker.chaos import Containers, Sizes, Teller, docker, wait_for, write_job
 from tests.support.docker.grid import need_containers
 from tests.support.grid.local_grid import LocalGrid, outcomes
 
@@ -31,6 +31,7 @@ ZOMBIE_S = 12.0
 """The pause is longer than the visibility timeout, so another worker has the bundle when the paused worker
 continues."""
 NOTICE_S = 20.0
+REST_S = 40.0
 STORAGE_AWAY_S = float(os.environ.get("BATCHLAB_CHAOS_AWAY_S", "15"))
 POOLS = (Pool("default", 0, MOST, 1, instance_type="t3.small"),)
 
@@ -129,6 +130,21 @@ def test_killed_storage_loses_nothing(
     again = check(containers, job, view, tmp_path / "out", Counter(teller.starts), tasks=tasks)
     with capsys.disabled():
         print(f"\n{again} of {tasks} tasks ran again after two kills of LocalStack")
+
+
+def test_grid_at_rest_sends_few_requests(containers: Containers) -> None:
+    """The count includes the requests of the manager."""
+    grid, workers = containers.grid, 2
+    grid.client.scale("default", min=workers, desired=workers)
+    try:
+        wait_for(lambda: in_service(grid) == workers, within_s=90)
+        time.sleep(REST_S)
+        begun = docker("exec", containers.service("localstack"), "date", "+%s").strip()
+        time.sleep(REST_S)
+        requests = docker("logs", "--since", begun, containers.service("localstack"), stderr=True).count(" AWS ")
+        assert 0 < requests * 60 / REST_S / workers < 10
+    finally:
+        grid.client.scale("default", min=0, auto=True)
 
 
 def acts(containers: Containers) -> list[tuple[str, Callable[[random.Random], None]]]:

@@ -188,9 +188,9 @@ def ministack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
 
 @pytest.fixture(scope="session")
 def localstack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """Start LocalStack 4.14."""
+    """Start LocalStack 4.14 as the backend `localstack` does, with a stored state."""
     folder = tmp_path_factory.mktemp("localstack")
-    yield from _served(localstack_server(localstack_python(), folder))
+    yield from _served(lasting_localstack(localstack_python(), folder))
 
 
 @pytest.fixture(scope="session")
