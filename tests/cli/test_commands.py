@@ -406,6 +406,25 @@ def test_grid_status_shows_pools_and_queues(manager: type[FakeClient], run: Run)
     assert json.loads(out) == a_grid()
 
 
+def test_grid_status_names_containers_that_do_not_work(
+    manager: type[FakeClient], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = {"asg": "exited", "localstack": "healthy", "manager": "healthy"}
+    monkeypatch.setattr(
+        "batchlab.runtime.compose_deployment.read", lambda _: Deployment("p", "10.213.70", "i", "1:1", "")
+    )
+    monkeypatch.setattr("batchlab.runtime.compose_project.Project.states", lambda _: states)
+    manager.answers = {"grid": a_grid()}
+    text = "The container of asg is exited."
+    assert f"{text} `batchlab grid up` starts a container that has ended." in run("grid", "status")[1]
+    assert json.loads(run("grid", "status", "--json")[1]) == {**a_grid(), "services": states}
+    manager.answers = {"grid": Unreachable("Pool 'default': no answer.")}
+    code, _, err = run("grid", "status")
+    assert (code, f"Error: Pool 'default': no answer. {text}" in err) == (3, True)
+    states["asg"] = "healthy"
+    assert "container" not in run("grid", "status")[2]
+
+
 def test_grid_workers_lists_instances(manager: type[FakeClient], run: Run) -> None:
     manager.answers = {"grid": a_grid()}
     code, out, _ = run("grid", "workers")
