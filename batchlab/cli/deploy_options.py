@@ -193,6 +193,16 @@ def settings_without_aws(arguments: DeployArguments, home: Home) -> Settings:
     return _with_arguments(replace(wanted, stack=name, region=region or ""), arguments)
 
 
+def rehearsal_settings(arguments: DeployArguments, stack: str) -> Settings:
+    """Return the settings of the stack of a rehearsal, which are small and do not depend on earlier commands."""
+    from batchlab.deploy.settings import PoolSettings, Settings
+
+    pool = PoolSettings("default", max_size=2, slots=2, types=("m7i.large", "m6i.large"))
+    wanted = _with_arguments(Settings(stack, arguments.region or "", (pool,)), arguments)
+    # A protected database would outlive the rehearsal.
+    return wanted.with_parameters({"Retain": "no"}) if arguments.ledger == "postgres" else wanted
+
+
 def check_settings(arguments: DeployArguments, home: Home, source: Template) -> None:
     """Raise UsageError for settings that are invalid for every state of the stack on AWS."""
     from batchlab.deploy import settings
