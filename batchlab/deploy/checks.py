@@ -37,6 +37,8 @@ MAX_SHOWN = 5
 AWS_KEY = "alias/aws/ebs"
 """Alias of the key of AWS that encrypts disks unless the account has another default key."""
 KEY_DOCS = "https://docs.aws.amazon.com/autoscaling/ec2/userguide/key-policy-requirements-EBS-encryption.html"
+USABLE = ("Enabled", "Updating")
+"""States of a key in which AWS encrypts with the key."""
 GRANTED = (
     *("Encrypt", "Decrypt", "ReEncryptFrom", "ReEncryptTo", "GenerateDataKey", "GenerateDataKeyWithoutPlaintext"),
     *("DescribeKey", "CreateGrant"),
@@ -200,11 +202,12 @@ def _check_disk_key(account: Account) -> None:
     if key.get("KeyManager") == "AWS":
         return
     arn = key["Arn"]
-    if key.get("KeyState", "Enabled") != "Enabled":
+    if key.get("KeyState", "Enabled") not in USABLE:
         raise UsageError(
             f"The account encrypts new disks with the key {arn}, which is {key['KeyState']}, so no instance could "
             "start.",
-            remedy="Enable the key, or run `aws ec2 reset-ebs-default-kms-key-id`.",
+            remedy="Cancel a pending deletion of the key and enable it, or run "
+            f"`aws ec2 reset-ebs-default-kms-key-id --region {account.region}`.",
         )
     role = f"{_global_arn(account, 'iam')}role/aws-service-role/autoscaling.amazonaws.com/AWSServiceRoleForAutoScaling"
     with aws_errors("GetKeyPolicy"):

@@ -61,7 +61,7 @@ class Aws:
         about = {"KeyId": "1", "Arn": KEY, "KeyManager": "CUSTOMER", "KeyState": state}
         self.answer("ec2", "get_ebs_default_kms_key_id", {"KmsKeyId": KEY})
         self.answer("kms", "describe_key", {"KeyMetadata": about}, {"KeyId": KEY})
-        if state == "Enabled":
+        if state in checks.USABLE:
             self.answer("kms", "get_key_policy", {"Policy": json.dumps(policy)})
 
     def with_subnets(self, cidr: str, free: int) -> None:
@@ -308,10 +308,16 @@ def test_customer_managed_key_without_auto_scaling_is_refused(
     assert f"create-grant --region eu-west-1 --key-id {KEY} --grantee-principal {ROLE} --o" in refused.value.remedy
 
 
-def test_disabled_key_is_refused(aws: Aws) -> None:
-    aws.with_own_key({}, "Disabled")
-    with pytest.raises(UsageError, match="which is Disabled, so no instance could start"):
+@pytest.mark.parametrize("state", ["Disabled", "PendingDeletion"])
+def test_key_that_cannot_be_used_is_refused(aws: Aws, state: str) -> None:
+    aws.with_own_key({}, state)
+    with pytest.raises(UsageError, match=f"which is {state}, so no instance could start"):
         aws.notes()
+
+
+def test_key_of_several_regions_can_be_used_during_its_update(aws: Aws) -> None:
+    aws.with_own_key(allows({"AWS": ROLE}), "Updating")
+    assert aws.notes() == ()
 
 
 def test_key_that_cannot_be_read_is_a_note(aws: Aws) -> None:
