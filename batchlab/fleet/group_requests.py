@@ -385,7 +385,7 @@ class GroupRequests(Requests):
                 note = "terminated: the group is deleted"
                 self._changes.retire(group, member, why=why, note=note, hooked=False)
         if not living:
-            del self._groups[name]
+            self._remove(name)
         self._save()
 
     def describe_auto_scaling_groups(self, names: Sequence[str] = ()) -> Sequence[GroupDetails]:
