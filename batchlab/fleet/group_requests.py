@@ -444,10 +444,13 @@ class GroupRequests(Requests):
         self._changes.set_desired(group, desired_capacity, cause)
         self._save()
 
-    def create_or_update_tags(self, name: str, tags: Sequence[Tag]) -> None:
-        """Create or replace tags of a group. Raise ValidationError if the group does not exist."""
-        _, asg = self._changeable(name)
-        asg.tags = check_tags(asg.tags, tags)
+    def create_or_update_tags(self, tags: Mapping[str, Sequence[Tag]]) -> None:
+        """Create or replace the tags of each group in `tags`, or of no group. Raise ValidationError if a group does not
+        exist."""
+        groups = {name: self._changeable(name)[1] for name in tags}
+        together = {name: check_tags(asg.tags, tags[name]) for name, asg in groups.items()}
+        for name, asg in groups.items():
+            asg.tags = together[name]
         self._save(changed=True)
 
     def delete_tags(self, name: str, keys: Sequence[str]) -> None:

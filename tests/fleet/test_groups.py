@@ -183,7 +183,7 @@ async def test_deleted_template_fails_the_launch_with_its_reason(w: World) -> No
 @in_aws
 async def test_tags_are_added_and_removed(w: World) -> None:
     await w.group(1, tags=[Tag("team", "a", propagate_at_launch=True), Tag("cost", "x")])
-    w.asg.create_or_update_tags(GROUP, [Tag("cost", "y")])
+    w.asg.create_or_update_tags({GROUP: [Tag("cost", "y")]})
     assert w.view().tags == (Tag("cost", "y"), Tag("team", "a", True))
     assert w.asg.metadata(w.instances()[0].instance_id).tags == (("team", "a"),)
     w.asg.delete_tags(GROUP, ["team", "nothing"])
@@ -205,7 +205,7 @@ def test_tags_that_aws_does_not_allow_are_refused(tags: list[Tag], error: type[F
     assert w.asg.describe_auto_scaling_groups() == []
     w.asg.create_auto_scaling_group(CONFIG, tags=[Tag(f"key{n}") for n in range(50)])
     with pytest.raises(error, match=message):
-        w.asg.create_or_update_tags(GROUP, tags)
+        w.asg.create_or_update_tags({GROUP: tags})
     assert len(w.view().tags) == 50
 
 
