@@ -225,10 +225,17 @@ class Apply:
         busy = BUSY_WORKERS[parameters.get(BUSY, "wait")]
         scaling = self.stack.account.client("autoscaling")
         groups = [status.output_of(state, "ManagerGroup"), *status.pool_groups(state)]
-        for group in self.stack.account.groups(groups):
-            if not (group.get("Instances") if self.has_new_templates else _has_old_instances(group)):
-                continue
-            name = group["AutoScalingGroupName"]
+        names = [
+            group["AutoScalingGroupName"]
+            for group in self.stack.account.groups(groups)
+            if (group.get("Instances") if self.has_new_templates else _has_old_instances(group))
+        ]
+        # The plan of a change has shown the replacement, and the user has agreed. A plan without changes does not.
+        if names and not self.has_new_templates:
+            question = f"Instances of {', '.join(names)} have an older launch template. {busy.note} Replace them?"
+            if not self.interface.agrees(question):
+                return
+        for name in names:
             preferences: dict[str, Any] = {
                 # The group of the manager has a single instance, so the old manager must end before the new manager
                 # starts.

@@ -18,7 +18,7 @@ from typing import Any
 from batchlab.core.errors import BackendError, Refused, UsageError
 from batchlab.deploy import database_ca, release, status
 from batchlab.deploy.account import DOCS, Account, Missing, aws_errors
-from batchlab.deploy.settings import Settings
+from batchlab.deploy.settings import Settings, from_stack
 from batchlab.deploy.stack_records import State
 
 RESERVED = 5
@@ -37,6 +37,8 @@ MAX_SHOWN = 5
 AWS_KEY = "alias/aws/ebs"
 """Alias of the key of AWS that encrypts disks unless the account has another default key."""
 KEY_DOCS = "https://docs.aws.amazon.com/autoscaling/ec2/userguide/key-policy-requirements-EBS-encryption.html"
+USABLE = ("Enabled", "Updating")
+"""States of a key in which AWS encrypts with the key."""
 GRANTED = (
     *("Encrypt", "Decrypt", "ReEncryptFrom", "ReEncryptTo", "GenerateDataKey", "GenerateDataKeyWithoutPlaintext"),
     *("DescribeKey", "CreateGrant"),
@@ -44,6 +46,9 @@ GRANTED = (
 """Operations of a grant with which Auto Scaling starts instances with encrypted disks."""
 
 NO_SIMPLEDB = "AWS is reported to have closed SimpleDB to new accounts. Use RDS (--ledger postgres) for a new stack."
+
+CLOSED = "OptInRequired"
+"""SimpleDB's error code for an account without access to SimpleDB."""
 
 
 def check_database_ca(wanted: Settings, archive: Path | None = None) -> None:
@@ -99,12 +104,18 @@ def _noted(what: str, check: Callable[[], Iterable[str] | None]) -> Iterator[str
 def _check_addresses(
     account: Account, wanted: Settings, parameters: Mapping[str, str], state: State | None
 ) -> Iterator[str]:
-    """Compare the largest fleet with the addresses of the subnets."""
-    workers = sum(pool.max_size for pool in wanted.pools)
+    """Compare the largest fleet with the IPv4 addresses of the subnets.
+
+    A stack that already has these pools works with fewer workers, so a note is enough.
+    """
+    workers = _workers(wanted)
+    deployed = from_stack(wanted.stack, wanted.region, state.parameters)[0] if state and not state.is_new else None
     needed = workers + MANAGERS + (DATABASES if parameters.get("Ledger") == "postgres" else 0)
     subnets = [name for name in parameters.get("SubnetIds", "").split(",") if name]
     if subnets:
         found = _subnets(account, subnets)
+        if any("CidrBlock" not in subnet for subnet in found):
+            return  # A subnet with IPv6 only has addresses for any number of workers.
         size = sum(ipaddress.ip_network(subnet["CidrBlock"]).num_addresses - RESERVED for subnet in found)
         # The workers of this stack use some of the addresses that are not free.
         groups = account.groups(status.pool_groups(state)) if state else []
@@ -117,9 +128,15 @@ def _check_addresses(
     else:
         return
     if needed > size:
-        raise UsageError(
+        message = (
             f"The pools may have {workers:,} workers, but the stack's subnets have addresses for "
-            f"{max(0, size - needed + workers):,} workers.",
+            f"{max(0, size - needed + workers):,} workers."
+        )
+        if deployed and workers <= _workers(deployed):
+            yield message
+            return
+        raise UsageError(
+            message,
             remedy="Lower the maximum of a --pool, or name larger subnets of your own with --set VpcId=vpc-… "
             "--set SubnetIds=subnet-…,subnet-….",
         )
@@ -128,6 +145,10 @@ def _check_addresses(
             f"The pools may have {workers:,} workers, but the stack's subnets have free addresses for {free:,} workers "
             "at the moment. AWS cannot start further workers until other resources release addresses."
         )
+
+
+def _workers(settings: Settings) -> int:
+    return sum(pool.max_size for pool in settings.pools)
 
 
 def _subnets(account: Account, subnets: list[str]) -> list[Any]:
@@ -147,17 +168,16 @@ def _subnets(account: Account, subnets: list[str]) -> list[Any]:
 def _check_simpledb(account: Account, parameters: Mapping[str, str]) -> Iterator[str]:
     if parameters.get("Ledger") != "simpledb":
         return
-    if account.is_real:
-        try:
-            with aws_errors("ListDomains"):
-                account.client("sdb").list_domains(MaxNumberOfDomains=1)
-        except (BackendError, Refused) as error:
-            raise UsageError(
-                f"SimpleDB does not accept this account. {error.message}",
-                remedy="Use --ledger postgres or sqlite, because AWS is reported to have closed SimpleDB to new "
-                "accounts.",
-            ) from error
     yield NO_SIMPLEDB
+    if not account.is_real:
+        return
+    try:
+        with aws_errors("ListDomains", lambda code, _: code == CLOSED):
+            account.client("sdb").list_domains(MaxNumberOfDomains=1)
+    except Missing as error:
+        raise UsageError(
+            f"SimpleDB does not accept this account. {error.message}", remedy="Use --ledger postgres or sqlite."
+        ) from error
 
 
 # --- Key of encrypted disks ----------------------------------------------------------------------
@@ -182,20 +202,21 @@ def _check_disk_key(account: Account) -> None:
     if key.get("KeyManager") == "AWS":
         return
     arn = key["Arn"]
-    if key.get("KeyState", "Enabled") != "Enabled":
+    if key.get("KeyState", "Enabled") not in USABLE:
         raise UsageError(
             f"The account encrypts new disks with the key {arn}, which is {key['KeyState']}, so no instance could "
             "start.",
-            remedy="Enable the key, or run `aws ec2 reset-ebs-default-kms-key-id`.",
+            remedy="Cancel a pending deletion of the key and enable it, or run "
+            f"`aws ec2 reset-ebs-default-kms-key-id --region {account.region}`.",
         )
     role = f"{_global_arn(account, 'iam')}role/aws-service-role/autoscaling.amazonaws.com/AWSServiceRoleForAutoScaling"
     with aws_errors("GetKeyPolicy"):
         policy = kms.get_key_policy(KeyId=arn, PolicyName="default")["Policy"]
     if _allows(policy, role):
         return
-    for grant in account.pages("kms", "list_grants", "Grants", KeyId=arn):
-        if grant.get("GranteePrincipal") == role and "CreateGrant" in grant.get("Operations", ()):
-            return
+    grants = account.pages("kms", "list_grants", "Grants", KeyId=arn, GranteePrincipal=role)
+    if any("CreateGrant" in grant.get("Operations", ()) for grant in grants):
+        return
     raise UsageError(
         f"The account encrypts new disks with the key {arn}, which Auto Scaling may not use, so no instance could "
         "start.",

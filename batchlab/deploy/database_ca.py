@@ -18,6 +18,8 @@ from batchlab.deploy.template import READABLE_FILE
 
 MAX_BYTES = 1024 * 1024
 """Maximum size of a bundle in bytes. AWS's global bundle has less than 0.2 MiB."""
+BUNDLES = "https://docs.aws.amazon.com/AmazonRDS/latest/UserGuide/UsingWithRDS.SSL.html"
+"""AWS's list of bundles, which also names the other addresses for China and GovCloud."""
 
 _BEGIN, _END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 
@@ -69,6 +71,8 @@ def _name(certificate: Mapping[str, Any]) -> str:
 
 def remedy(region: str) -> str:
     place = region or "REGION"
+    if region.startswith(("cn-", "us-gov-")):
+        return f"Download {place}-bundle.pem from the list in {BUNDLES}, and add --database-ca {place}-bundle.pem."
     return (
         f"Download https://truststore.pki.rds.amazonaws.com/{place}/{place}-bundle.pem, and add "
         f"--database-ca {place}-bundle.pem."

@@ -387,7 +387,7 @@ def read_member(archive: Path, name: str, max_bytes: int = _MIB) -> bytes | None
     Raise UsageError if `archive` is not a release archive, or if the file is larger than `max_bytes`.
     """
     try:
-        with tarfile.open(archive) as opened:
+        with tarfile.open(archive, "r:gz") as opened:
             member = opened.getmember(name)
             file = opened.extractfile(member)
             if file is None or member.size > max_bytes:

@@ -145,13 +145,18 @@ def write(home: Home, settings: Settings) -> None:
 
 
 def load(path: Path) -> Settings:
-    """Return the settings from a user's YAML file. Raise UsageError for invalid settings."""
+    """Return the settings from a user's YAML file. Raise UsageError for invalid settings.
+
+    The path of the certificates becomes absolute, so that later commands find the file from any folder.
+    """
     try:
-        return parse(yaml.safe_load(path.read_text()), str(path))
+        settings = parse(yaml.safe_load(path.read_text()), str(path))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.", remedy=READABLE_FILE) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {error}.", remedy="Correct this line.") from error
+    certificates = str(Path(settings.database_ca).absolute()) if settings.database_ca else ""
+    return replace(settings, database_ca=certificates)
 
 
 def document(settings: Settings) -> dict[str, Any]:

@@ -310,7 +310,7 @@ class RefreshRequests(Requests):
             wanted = placement.apply(
                 asg.config, desired_configuration.launch_template, desired_configuration.mixed_instances_policy
             )
-            wanted = self._checked(placement.resolve(wanted, self._data_sources.templates))
+            wanted = self._checked(placement.resolve(wanted, self._data_sources.templates), asg.config)
             desired_configuration = DesiredConfiguration(wanted.launch_template, wanted.mixed_instances_policy)
         started = InstanceRefresh(
             self._changes.ids.fresh("refresh"),

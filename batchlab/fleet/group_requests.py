@@ -129,8 +129,8 @@ class Requests(Engine):
                 )
         return [group.members[fromkey] for fromkey in dict.fromkeys(instance_ids)]
 
-    def _checked(self, config: GroupConfig) -> GroupConfig:
-        config = check_group(config, self._named_zones, self._shortest_lifetime_s)
+    def _checked(self, config: GroupConfig, before: GroupConfig | None = None) -> GroupConfig:
+        config = check_group(config, self._named_zones, self._shortest_lifetime_s, before)
         placement.check(config, self._data_sources)
         return config
 
@@ -157,8 +157,13 @@ MAX_WEIGHT = 999
 MAX_SPOT_POOLS = 20
 
 
-def check_group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int) -> GroupConfig:
-    """Return the group's configuration in normal form. Raise ValidationError if the configuration is invalid."""
+def check_group(
+    config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int, before: GroupConfig | None = None
+) -> GroupConfig:
+    """Return the group's configuration in normal form. Raise ValidationError if the configuration is invalid.
+
+    `before` is the group's present configuration. An earlier version accepted more health checks and mixed instances
+    policies, so these are checked only if they change."""
     low, high = config.min_size, config.max_size
     if not 1 <= len(config.auto_scaling_group_name) <= 255:
         raise ValidationError("AutoScalingGroupName must have 1 to 255 characters.")
@@ -173,12 +178,13 @@ def check_group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: 
     unknown = [name for name in config.termination_policies if name not in POLICIES]
     if unknown:
         raise ValidationError(f"Invalid termination policies: {unknown}")
-    for kind in config.health_check_type.split(","):
-        one_of("HealthCheckType", kind.strip(), HEALTH_CHECKS)
+    if before is None or config.health_check_type != before.health_check_type:
+        for kind in config.health_check_type.split(","):
+            one_of("HealthCheckType", kind.strip(), HEALTH_CHECKS)
     _seconds("DefaultCooldown", config.default_cooldown)
     _seconds("HealthCheckGracePeriod", config.health_check_grace_period)
     mixed = config.mixed_instances_policy
-    if mixed is not None:
+    if mixed is not None and (before is None or mixed != before.mixed_instances_policy):
         _check_weights(mixed.overrides)
         mixed = replace(mixed, instances_distribution=_distribution(mixed.instances_distribution))
     lifetime = config.max_instance_lifetime or None
@@ -337,7 +343,7 @@ class GroupRequests(Requests):
                     " from the desired configuration are not available for update while the instance refresh is active."
                 )
             config = placement.resolve(replace(config, **{**_NEVER, **changes}), self._data_sources.templates)
-        config = self._checked(config)
+        config = self._checked(config, asg.config)
         pool = replace(group.pool, min_size=config.min_size, max_size=config.max_size)
         desired = clamp(pool, group.desired) if desired_capacity is None else desired_capacity
         check_desired(config, desired)
@@ -379,7 +385,7 @@ class GroupRequests(Requests):
                 note = "terminated: the group is deleted"
                 self._changes.retire(group, member, why=why, note=note, hooked=False)
         if not living:
-            del self._groups[name]
+            self._remove(name)
         self._save()
 
     def describe_auto_scaling_groups(self, names: Sequence[str] = ()) -> Sequence[GroupDetails]:
@@ -438,10 +444,13 @@ class GroupRequests(Requests):
         self._changes.set_desired(group, desired_capacity, cause)
         self._save()
 
-    def create_or_update_tags(self, name: str, tags: Sequence[Tag]) -> None:
-        """Create or replace tags of a group. Raise ValidationError if the group does not exist."""
-        _, asg = self._changeable(name)
-        asg.tags = check_tags(asg.tags, tags)
+    def create_or_update_tags(self, tags: Mapping[str, Sequence[Tag]]) -> None:
+        """Create or replace the tags of each group in `tags`, or of no group. Raise ValidationError if a group does not
+        exist."""
+        groups = {name: self._changeable(name)[1] for name in tags}
+        together = {name: check_tags(asg.tags, tags[name]) for name, asg in groups.items()}
+        for name, asg in groups.items():
+            asg.tags = together[name]
         self._save(changed=True)
 
     def delete_tags(self, name: str, keys: Sequence[str]) -> None:

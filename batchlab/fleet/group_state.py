@@ -7,7 +7,7 @@ are times of the SteadyClock, unless their docstring names another clock.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 from uuid import NAMESPACE_URL, uuid5
@@ -130,6 +130,8 @@ WARMING = frozenset({S.WARMED_PENDING, S.WARMED_PENDING_WAIT, S.WARMED_PENDING_P
 WARM = frozenset(state for state in S if state.startswith("Warmed:"))
 
 KEEP_ACTIVITIES = 200
+KEEP_DELETED = 50
+"""Number of deleted groups whose activities are stored."""
 FINAL = frozenset({"Successful", "Failed", "Cancelled"})
 """Status codes of ended activities."""
 
@@ -277,8 +279,8 @@ def weigh(members: Sequence[Member]) -> int:
 
 
 class ActivityLog:
-    """Log of the last 200 activities of each pool. The pool name "" has the activities that do not belong to a
-    group."""
+    """Log of the last 200 activities of each pool, and of each of the last KEEP_DELETED deleted pools. The pool name ""
+    has the activities that do not belong to a group."""
 
     def __init__(self) -> None:
         self._next = 1
@@ -318,6 +320,17 @@ class ActivityLog:
         if old is not None and old.ended_s is None:
             self._pools[pool][number] = replace(old, status=status)
             self._changed[number] = pool
+
+    def forget(self, existing: Collection[str]) -> None:
+        """Remove the activities of deleted pools, except the pools with the newest activities."""
+        deleted = sorted(
+            (pool for pool in self._pools if pool and pool not in existing),
+            key=lambda pool: max(self._pools[pool]),
+            reverse=True,
+        )
+        for pool in deleted[KEEP_DELETED:]:
+            del self._pools[pool], self._texts[pool]
+        self._changed = {number: pool for number, pool in self._changed.items() if pool in self._pools}
 
     def get(self, pool: str, number: int) -> Activity | None:
         return self._pools.get(pool, {}).get(number)

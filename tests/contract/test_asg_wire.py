@@ -127,6 +127,14 @@ def test_tags_are_set_and_described_and_removed(wire: Wire) -> None:
     assert [one["Key"] for one in wire.group()["Tags"]] == ["b"]
 
 
+def test_request_with_a_wrong_tag_changes_no_group(our: Wire) -> None:
+    first, second = our.create(), our.create(f"{our.name}-2")
+    tags = [{"ResourceId": first, "Key": "a", "Value": "1"}, {"ResourceId": second, "Key": "aws:a", "Value": "1"}]
+    with refused("ValidationError", "The prefix aws: of a tag key is reserved for AWS"):
+        our.asg.create_or_update_tags(Tags=tags)  # type: ignore[arg-type]
+    assert our.group(first)["Tags"] == []
+
+
 def test_desired_capacity_follows_new_limits(wire: Wire) -> None:
     wire.grow(1)
     wire.asg.update_auto_scaling_group(AutoScalingGroupName=wire.name, MinSize=3)

@@ -86,6 +86,18 @@ def test_an_instance_waits_until_its_launch_is_completed(wire: Wire) -> None:
         complete(wire, "up", only)
 
 
+def test_an_action_is_completed_by_its_token(ours: Thread, our: Wire) -> None:
+    our.create()
+    hook(our, "up", LAUNCHING)
+    our.asg.set_desired_capacity(AutoScalingGroupName=our.name, DesiredCapacity=1)
+    (only,) = our.until(lambda: our.instances("Pending:Wait"))
+    wait = ours.command(lambda engine: engine._groups[our.name].members[only].asg.waits[0])
+    action = {"AutoScalingGroupName": our.name, "LifecycleHookName": "up", "LifecycleActionToken": wait.token}
+    our.asg.record_lifecycle_action_heartbeat(**action)
+    our.asg.complete_lifecycle_action(**action, LifecycleActionResult="CONTINUE")
+    our.until(lambda: our.instances() == [only])
+
+
 def test_a_launch_that_is_abandoned_is_tried_anew(wire: Wire) -> None:
     wire.create()
     hook(wire, "up", LAUNCHING)

@@ -61,7 +61,7 @@ class Aws:
         about = {"KeyId": "1", "Arn": KEY, "KeyManager": "CUSTOMER", "KeyState": state}
         self.answer("ec2", "get_ebs_default_kms_key_id", {"KmsKeyId": KEY})
         self.answer("kms", "describe_key", {"KeyMetadata": about}, {"KeyId": KEY})
-        if state == "Enabled":
+        if state in checks.USABLE:
             self.answer("kms", "get_key_policy", {"Policy": json.dumps(policy)})
 
     def with_subnets(self, cidr: str, free: int) -> None:
@@ -109,6 +109,13 @@ def test_database_needs_the_certificates_of_its_region(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError, match="does not contain a certificate of RDS in eu-west-1"):
         check_database_ca(postgres(rds_bundle(tmp_path, "eu-west-2")))
+
+
+@pytest.mark.parametrize("region", ["us-gov-east-1", "cn-north-1"])
+def test_regions_with_other_addresses_of_bundles_have_the_list_of_aws(region: str) -> None:
+    remedy = database_ca.remedy(region)
+    assert "//truststore.pki.rds.amazonaws.com" not in remedy
+    assert f"Download {region}-bundle.pem from the list in {database_ca.BUNDLES}" in remedy
 
 
 def test_given_release_needs_the_certificates_too(tmp_path: Path) -> None:
@@ -221,6 +228,26 @@ def test_subnets_in_use_are_a_note_without_the_stacks_own_instances(aws: Aws) ->
     assert aws.notes(OWN, 20, state) == ()
 
 
+def test_existing_stack_with_more_workers_than_addresses_is_a_note(aws: Aws) -> None:
+    """An upgrade of a stack must not require other pools."""
+    deployed = {"PoolName": "a", "PoolMax": "29", "PoolBName": "b", "PoolBMax": "1"}
+    state = State("id", "grid", "UPDATE_COMPLETE", deployed, {}, True, 0.0)
+    aws.with_subnets("10.0.0.0/28", 11)
+    aws.with_default_key()
+    (note,) = aws.notes(OWN, 30, state)
+    assert "may have 30 workers, but the stack's subnets have addresses for 20 workers" in note
+    aws.with_subnets("10.0.0.0/28", 11)
+    with pytest.raises(UsageError, match="may have 31 workers"):
+        aws.notes(OWN, 31, state)
+
+
+def test_subnets_with_ipv6_only_are_not_counted(aws: Aws) -> None:
+    subnets = [{"AvailableIpAddressCount": 0, "Ipv6Native": True}, {"CidrBlock": "10.0.0.0/28"}]
+    aws.answer("ec2", "describe_subnets", {"Subnets": subnets})
+    aws.with_default_key()
+    assert aws.notes(OWN, 500) == ()
+
+
 def test_unknown_subnet_is_refused(aws: Aws) -> None:
     message = "The subnet ID 'subnet-b' does not exist"
     aws.refuse("ec2", "describe_subnets", "InvalidSubnetID.NotFound", message)
@@ -247,7 +274,9 @@ def allows(principal: object) -> dict[str, object]:
 
 
 def grants(aws: Aws, *grants: dict[str, Any]) -> None:
-    aws.answer("kms", "list_grants", {"Grants": list(grants), "Truncated": False}, {"KeyId": KEY})
+    # A key may have 50,000 grants, because EBS creates a grant for each attached disk.
+    asked = {"KeyId": KEY, "GranteePrincipal": ROLE}
+    aws.answer("kms", "list_grants", {"Grants": list(grants), "Truncated": False}, asked)
 
 
 @pytest.mark.parametrize("principal", [{"AWS": ROLE}, {"AWS": ["arn:aws:iam::1:user/x", ROLE]}, "*", {"AWS": "*"}])
@@ -258,23 +287,18 @@ def test_key_whose_policy_names_auto_scaling_is_accepted(aws: Aws, principal: ob
 
 def test_key_with_a_grant_for_auto_scaling_is_accepted(aws: Aws) -> None:
     aws.with_own_key(allows({"AWS": USER}))
-    other = {"GranteePrincipal": USER, "Operations": ["CreateGrant"]}
-    grants(aws, other, {"GranteePrincipal": ROLE, "Operations": list(checks.GRANTED)})
+    grants(aws, {"Operations": ["Decrypt"]}, {"Operations": list(checks.GRANTED)})
     assert aws.notes() == ()
 
 
 @pytest.mark.parametrize(
-    ("principal", "grant"),
-    [
-        ({"AWS": USER}, {"GranteePrincipal": USER, "Operations": ["CreateGrant"]}),
-        ({"Service": "ec2.amazonaws.com"}, {"GranteePrincipal": ROLE, "Operations": ["Decrypt"]}),
-    ],
+    ("principal", "found"), [({"AWS": USER}, []), ({"Service": "ec2.amazonaws.com"}, [{"Operations": ["Decrypt"]}])]
 )
 def test_customer_managed_key_without_auto_scaling_is_refused(
-    aws: Aws, principal: object, grant: dict[str, Any]
+    aws: Aws, principal: object, found: list[dict[str, Any]]
 ) -> None:
     aws.with_own_key(allows(principal))
-    grants(aws, grant)
+    grants(aws, *found)
     with pytest.raises(UsageError) as refused:
         aws.notes()
     assert refused.value.message == (
@@ -284,10 +308,16 @@ def test_customer_managed_key_without_auto_scaling_is_refused(
     assert f"create-grant --region eu-west-1 --key-id {KEY} --grantee-principal {ROLE} --o" in refused.value.remedy
 
 
-def test_disabled_key_is_refused(aws: Aws) -> None:
-    aws.with_own_key({}, "Disabled")
-    with pytest.raises(UsageError, match="which is Disabled, so no instance could start"):
+@pytest.mark.parametrize("state", ["Disabled", "PendingDeletion"])
+def test_key_that_cannot_be_used_is_refused(aws: Aws, state: str) -> None:
+    aws.with_own_key({}, state)
+    with pytest.raises(UsageError, match=f"which is {state}, so no instance could start"):
         aws.notes()
+
+
+def test_key_of_several_regions_can_be_used_during_its_update(aws: Aws) -> None:
+    aws.with_own_key(allows({"AWS": ROLE}), "Updating")
+    assert aws.notes() == ()
 
 
 def test_key_that_cannot_be_read_is_a_note(aws: Aws) -> None:
@@ -309,6 +339,22 @@ def test_account_without_simpledb_is_refused(aws: Aws) -> None:
     with pytest.raises(UsageError, match=r"SimpleDB does not accept this account\..*needs a subscription") as refused:
         aws.notes({"Ledger": "simpledb"})
     assert refused.value.remedy.startswith("Use --ledger postgres or sqlite")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("AuthorizationFailure", f"User ({USER}) does not have permission to perform (sdb:ListDomains)"),
+        ("AccessDenied", f"User: {USER} is not authorized to perform: sdb:ListDomains"),
+        ("ServiceUnavailable", "Service Amazon SimpleDB is currently unavailable"),
+    ],
+)
+def test_simpledb_that_cannot_be_asked_is_a_note(aws: Aws, code: str, message: str) -> None:
+    aws.refuse("sdb", "list_domains", code, message)
+    aws.with_default_key()
+    advice, note = aws.notes({"Ledger": "simpledb"})
+    assert advice == checks.NO_SIMPLEDB
+    assert note.startswith("The permission to use SimpleDB could not be checked: ")
 
 
 def test_account_with_simpledb_is_advised_to_use_rds(aws: Aws) -> None:

@@ -21,6 +21,7 @@ from batchlab.fleet.api_types import (
     Tag,
     ValidationError,
 )
+from batchlab.fleet.group_state import KEEP_DELETED
 from tests.support.autoscaling_group import CONFIG, GROUP, World, in_aws
 
 
@@ -182,7 +183,7 @@ async def test_deleted_template_fails_the_launch_with_its_reason(w: World) -> No
 @in_aws
 async def test_tags_are_added_and_removed(w: World) -> None:
     await w.group(1, tags=[Tag("team", "a", propagate_at_launch=True), Tag("cost", "x")])
-    w.asg.create_or_update_tags(GROUP, [Tag("cost", "y")])
+    w.asg.create_or_update_tags({GROUP: [Tag("cost", "y")]})
     assert w.view().tags == (Tag("cost", "y"), Tag("team", "a", True))
     assert w.asg.metadata(w.instances()[0].instance_id).tags == (("team", "a"),)
     w.asg.delete_tags(GROUP, ["team", "nothing"])
@@ -204,7 +205,7 @@ def test_tags_that_aws_does_not_allow_are_refused(tags: list[Tag], error: type[F
     assert w.asg.describe_auto_scaling_groups() == []
     w.asg.create_auto_scaling_group(CONFIG, tags=[Tag(f"key{n}") for n in range(50)])
     with pytest.raises(error, match=message):
-        w.asg.create_or_update_tags(GROUP, tags)
+        w.asg.create_or_update_tags({GROUP: tags})
     assert len(w.view().tags) == 50
 
 
@@ -301,6 +302,23 @@ async def test_activities_of_a_deleted_group_are_listed_on_request(w: World) -> 
     assert launch.auto_scaling_group_state == "InService"
     assert launch.auto_scaling_group_arn == w.view().auto_scaling_group_arn
     assert w.asg.describe_scaling_activities(GROUP, include_deleted_groups=True) == [launch, *kept]
+
+
+@in_aws
+async def test_activities_of_the_newest_deleted_groups_are_stored(w: World) -> None:
+    await w.group(1)
+    for number in range(KEEP_DELETED + 5):
+        name = f"g-{number:03}"
+        w.asg.create_auto_scaling_group(replace(CONFIG, auto_scaling_group_name=name), desired_capacity=1)
+        await w.tick()
+        w.asg.delete_auto_scaling_group(name, force_delete=True)
+        await w.tick(times=3)
+    w.restart()
+    found = w.asg.describe_scaling_activities(include_deleted_groups=True)
+    assert {activity.auto_scaling_group_name for activity in found} == {
+        GROUP,
+        *(f"g-{number:03}" for number in range(5, KEEP_DELETED + 5)),
+    }
 
 
 # --- Processes ------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,6 +127,20 @@ async def test_group_with_subnets_uses_their_zones(w: World) -> None:
     assert w.view().config.availability_zones == ZONES[:2]
     with pytest.raises(ValidationError, match="us-east-1c"):
         w.asg.update_auto_scaling_group(GROUP, {"availability_zones": ZONES})
+
+
+@in_aws
+async def test_instances_of_an_earlier_version_without_a_zone_are_not_moved(w: World) -> None:
+    """An earlier version launched the instances of a group with subnets in no zone."""
+    names = await w.group(3, replace(CONFIG, availability_zones=(), vpc_zone_identifier="subnet-1,subnet-2"))
+    saved = w.store.load()
+    assert saved is not None
+    w.store.save(re.sub(rb'"us-east-1[a-f]"', b'""', saved))
+    w.restart()
+    await w.tick(11.0, times=10)
+    assert w.ids_in(LifecycleState.IN_SERVICE) == names
+    await w.resize(5)
+    assert [i.availability_zone for i in w.instances()] == ["", "", "", "us-east-1a", "us-east-1b"]
 
 
 # --- Markets and types ----------------------------------------------------------------------------
@@ -259,6 +275,23 @@ def test_spot_instance_pools_belong_to_the_strategy_lowest_price(
     policy = w.view().config.mixed_instances_policy
     assert policy is not None
     assert policy.instances_distribution.spot_instance_pools == described
+
+
+def test_settings_that_an_earlier_version_accepted_do_not_block_other_changes() -> None:
+    w = World()
+    w.asg.create_auto_scaling_group(mixed("m.large", "c.large", spot_allocation_strategy="capacity-optimized"))
+    saved = json.loads(w.store.load() or b"")
+    config = saved["groups"][0]["asg"]["config"]
+    config["health_check_type"] = "PING"
+    config["mixed_instances_policy"]["instances_distribution"]["spot_instance_pools"] = 4
+    config["mixed_instances_policy"]["overrides"][0]["weighted_capacity"] = 1
+    w.store.save(json.dumps(saved).encode())
+    w.restart()
+    before = w.view().config
+    w.asg.update_auto_scaling_group(GROUP, {"max_size": 20})
+    assert w.view().config == replace(before, max_size=20)
+    with pytest.raises(ValidationError, match="HealthCheckType"):
+        w.asg.update_auto_scaling_group(GROUP, {"health_check_type": "EC2,PING"})
 
 
 # --- Age ------------------------------------------------------------------------------------------

@@ -238,8 +238,8 @@ def _instance(shape: StructureShape, instance: InstanceDetails) -> dict[str, Any
 
 
 def put_tags(call: Call) -> Answer:
-    for group, tags in _by_group(call).items():
-        call.engine.create_or_update_tags(group, [parse_into(Tag, tag) for tag in tags])
+    groups = _by_group(call).items()
+    call.engine.create_or_update_tags({group: [parse_into(Tag, tag) for tag in tags] for group, tags in groups})
     return {}
 
 

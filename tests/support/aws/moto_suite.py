@@ -26,6 +26,8 @@ FOLDER = "test_autoscaling"
 """Folder of moto's tests of Auto Scaling. Its modules also import the modules in `_HELPERS`."""
 _HELPERS = ("__init__.py", "conftest.py", "markers.py", "test_ec2/__init__.py", "test_ec2/conftest.py")
 TIMEOUT_S = 60.0
+RUN_S = 600.0
+"""Time limit in seconds of all of moto's tests, for an endpoint whose groups never come to rest."""
 
 
 def source_distribution(cache: Path) -> Path:
@@ -86,6 +88,7 @@ def run(folder: Path, files: Sequence[str]) -> dict[str, str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        timeout=RUN_S,
     )
     assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]
     return dict(_result(case) for case in ElementTree.parse(results).iter("testcase"))

@@ -213,6 +213,12 @@ def test_apply_repeats_a_failed_replacement(
         return found
 
     monkeypatch.setattr(Account, "groups", groups)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda: "n")
+    code, _, err = deploy("apply", "--release", archive)
+    assert code == 0, err
+    assert "Instances of batchlab-pool-default have an older launch template. AWS replaces a busy worker when" in err
+    assert refreshes == []
     code, out, err = deploy("apply", "--yes", "--release", archive)
     assert code == 0, err
     assert "No changes" in out
