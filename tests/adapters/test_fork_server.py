@@ -16,9 +16,10 @@ import pytest
 
 from batchlab import Grid
 from batchlab.adapters.local.fork_server import ForkServer
-from batchlab.adapters.local.processes import INSTANCE_VARIABLE, ProcessLauncher, living, stat
+from batchlab.adapters.local.processes import INSTANCE_VARIABLE, ProcessLauncher, living
 from batchlab.cli.fork_server_main import NAME
 from batchlab.core.model import Pool
+from batchlab.core.operating_system.processes import parent_of
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from tests.support.docker.launcher import soon
@@ -54,7 +55,9 @@ async def launcher_in(folder: Path) -> AsyncIterator[tuple[ProcessLauncher, Home
 
 
 def parent(pid: int) -> int:
-    return int(stat(pid)[1])
+    found = parent_of(pid)
+    assert found is not None
+    return found
 
 
 def name(pid: int) -> str:
