@@ -4,8 +4,7 @@ Invariant: only this package names what one operating system has and another lac
 implementation. Linux has faster calls for the same functions. The variable BATCHLAB_PORTABLE selects the portable
 implementation on Linux, so that Linux can test the behavior of other systems.
 
-This module and the modules `linux` and `portable` import only the standard library, because a task's child process
-imports them.
+A task's child process imports this module, but not `processes`. Its import needs only the standard library.
 """
 
 from __future__ import annotations

@@ -12,12 +12,26 @@ import signal
 import sys
 import time
 
-# The type checker skips this module for other systems.
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def content(path: str) -> bytes:
+    """Return the content of a file of the kernel."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        pieces = []
+        while piece := os.read(descriptor, 1 << 16):
+            pieces.append(piece)
+        return b"".join(pieces)
+    finally:
+        os.close(descriptor)
+
+
+# For other systems, the type checker skips the rest of this module.
 assert sys.platform == "linux"
 
 CAN_FORK = True
 
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -78,15 +92,3 @@ def end_with_pipe(life: int) -> None:
 
 def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def content(path: str) -> bytes:
-    """Return the content of a file of the kernel."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        pieces = []
-        while piece := os.read(descriptor, 1 << 16):
-            pieces.append(piece)
-        return b"".join(pieces)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from batchlab.core.operating_system.linux import PAGE_BYTES, content
 from batchlab.core.operating_system.process_types import Process, ProcessWatch
 
-# The type checker skips this module for other systems.
+# For other systems, the type checker skips the rest of this module.
 assert sys.platform == "linux"
 
 

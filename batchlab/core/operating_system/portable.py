@@ -1,6 +1,6 @@
 """Portable implementation for this process, on every POSIX system.
 
-A task's child process imports this module, so the module imports only the standard library.
+A task's child process imports this module, so the import of the module needs only the standard library.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def set_process_name(name: str) -> None:
 
 
 def resident_bytes() -> int:
-    """Return the resident memory of this process. The portable implementation returns the peak of its life.
+    """Return the resident memory of this process."""
+    # A task's child process needs the value only for tasks with a memory limit, so its start does not import psutil.
+    import psutil
 
-    The standard library has the current value only on Linux.
-    """
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES
+    return psutil.Process().memory_info().rss
 
 
 def peak_bytes() -> int | None:
@@ -59,7 +59,7 @@ def peak_bytes() -> int | None:
 
     The peak is since the previous call on Linux, and of the process's life elsewhere.
     """
-    return resident_bytes()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES
 
 
 def end_with_pipe(life: int) -> None:

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Collection
+from contextlib import suppress
 
 import psutil
 
@@ -17,9 +18,9 @@ WATCH_S = 0.05
 
 
 def boot_id() -> str:
-    """Return a value that differs after each boot if start marks count from the boot.
+    """Return the id of the boot within which a start mark identifies a process.
 
-    The start marks of macOS contain the time of day, so they identify a process without the boot.
+    The start marks of macOS contain the time of day, so they identify a process in all boots.
     """
     return "portable"
 
@@ -145,17 +146,18 @@ def table() -> list[Process]:
     """Return every process of the machine that can be read."""
     processes = []
     for process in psutil.process_iter():
-        # A process may exit between the listing and the look at it, and a process of another user hides its memory.
-        try:
-            with process.oneshot():
-                parent, group = process.ppid(), os.getpgid(process.pid)
-                memory = process.memory_info().rss
-        except psutil.AccessDenied:
-            memory = 0
-        except (psutil.NoSuchProcess, OSError):
-            continue
-        processes.append(Process(process.pid, parent, group, memory))
+        # A process may exit between the listing and the reads.
+        with suppress(psutil.Error, OSError):
+            parent, group = process.ppid(), os.getpgid(process.pid)
+            processes.append(Process(process.pid, parent, group, _resident_bytes(process)))
     return processes
+
+
+def _resident_bytes(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.AccessDenied:
+        return 0  # The process belongs to another user.
 
 
 def session_leader(variable: str, value: str) -> int | None:
