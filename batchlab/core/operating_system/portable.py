@@ -33,7 +33,10 @@ def cpu_count() -> int:
 
 
 def since_boot_s() -> float:
-    """Return the seconds since the start of the machine, including suspended time if the system counts it."""
+    """Return the seconds since the start of the machine, including suspended time if the system counts it.
+
+    Leases use this clock, because a lease must expire while the machine is suspended.
+    """
     return time.clock_gettime(_CLOCK)
 
 
