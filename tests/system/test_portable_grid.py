@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[2]
 )
 def test_selection_passes_with_the_portable_implementation(selection: str, tmp_path: Path) -> None:
     path, _, expression = selection.partition(" -k ")
-    argv = [sys.executable, "-m", "pytest", "--all", "-n", "0", "-p", "no:cacheprovider", "--basetemp", str(tmp_path / "t")]
+    argv = [sys.executable, "-m", "pytest", "--all", "-n", "0", "-p", "no:cacheprovider"]
+    argv += ["--basetemp", str(tmp_path / "t")]
     argv += [path, "-k", expression] if expression else [path]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
