@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
 
-from batchlab.core import installation
 from batchlab.core.errors import JobFailed, TaskFailed, UsageError
 from batchlab.core.model import ENDED, Pool
 from batchlab.core.retry_rule import RetryRule
@@ -75,7 +74,6 @@ class Grid:
         size. If a grid is already up in the folder, the Grid object joins this grid. Raise UsageError if `workers`,
         `pools`, or `warm` differs from the pools of this grid.
         """
-        installation.check_platform()
         descriptor, folder = factory.load(backend), find_home(Path(home) if home else None)
         sized = _size_pools(descriptor.pools, workers, pools, warm=warm)
         descriptor.find_place(folder)  # Raise UsageError if the folder belongs to another endpoint.

@@ -28,6 +28,7 @@ from batchlab.client.http import Client
 from batchlab.client.requests import patience_s
 from batchlab.core.errors import BackendError, BatchlabError, NotFound, Refused, Unreachable, UsageError
 from batchlab.core.model import ENDED, Pool
+from batchlab.core.operating_system.processes import child_has_exited
 from batchlab.runtime import factory, manager_process
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, ManagerRecord
@@ -156,7 +157,7 @@ class Link:
         if self.backend.capabilities.container_manager:
             return manager_process.has_started(self.home, record)
         try:  # Ask the operating system, because a forked process has a copy of the state of its parent process.
-            os.waitid(os.P_PID, record.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            child_has_exited(record.pid)
         except ChildProcessError:
             return False
         return True

@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchlab.core import installation
+from batchlab.core import installation, operating_system
 from batchlab.core.atomic_write import PRIVATE_FOLDER, Sync, read_sync
 from batchlab.core.errors import Unreachable, UsageError
 from batchlab.runtime import aws_deployment, compose_deployment, descriptor
@@ -278,7 +278,9 @@ class Backend(BackendLocations):
             return [*program, "worker", *grid, "--pool", pool.name, "--slots", str(pool.slots), "--instance", instance]
 
         log = home.fleet / "logs" / "fork-server.log"
-        fork_server = ForkServer([*python, "batchlab.cli.fork_server_main", *grid], program, log)
+        fork_server = None
+        if operating_system.CAN_FORK:
+            fork_server = ForkServer([*python, "batchlab.cli.fork_server_main", *grid], program, log)
         return ProcessLauncher(home.fleet, argv, clock, dict(os.environ), fork_server)
 
     def import_for_worker(self) -> None:

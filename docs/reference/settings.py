@@ -59,6 +59,8 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
         "BATCHLAB_MINISTACK": "path of an installed MiniStack program",
         "BATCHLAB_SYNC": "writes that wait for the disk on `local`: `jobs` (default), `all`, or `none` "
         "([durability](backends.md#durability))",
+        "BATCHLAB_PORTABLE": "for tests on Linux: `1` replaces the calls that only Linux has, as on "
+        "[macOS](install.md#macos-and-windows)",
         "XDG_CACHE_HOME": "parent of batchlab's cache folder, instead of `~/.cache`",
     },
     "Logs and traces": {
