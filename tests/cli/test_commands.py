@@ -289,8 +289,8 @@ def test_grid_open_shows_an_address_that_works_once(
 
     monkeypatch.setattr("webbrowser.open", open_browser)
     monkeypatch.setenv("DISPLAY", ":0")
-    code, shown, _ = run("grid", "open")
-    assert (code, shown, opened) == (0, "", [out.strip()])
+    code, shown, err = run("grid", "open")
+    assert (code, shown, opened) == (0, "", [out.strip()]), err
     assert list(home.iterdir()) == []
     # The answer to this request never arrives.
     manager.answers = {"open_session": {**session, "valid_s": 0.0}, "code_waits": True}

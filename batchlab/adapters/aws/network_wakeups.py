@@ -24,7 +24,8 @@ class NetworkWakeups:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._sender.setblocking(False)
         self._sender.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
 
     def open(self, queue: str) -> NetworkBell:
@@ -44,7 +45,8 @@ class NetworkBell:
     """Socket that receives the broadcasts of one queue."""
 
     def __init__(self, port: int) -> None:
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             # Linux delivers broadcasts to sockets that are bound to all addresses, also after the network was
