@@ -94,5 +94,10 @@ sys.meta_path.append(_importer)
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
+        if sys.platform in ("win32", "cygwin"):
+            # The check comes first, because Windows lacks modules of the standard library that the import needs.
+            from batchlab.core.installation import check_platform
+
+            check_platform()
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'batchlab' has no attribute {name!r}")

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Protocol, TypeVar
 
 from batchlab.core.errors import Unreachable
-from batchlab.worker.shared_memory import boot_s
+from batchlab.core.operating_system import since_boot_s
 
 
 class WallClock:
@@ -33,7 +33,7 @@ class WallClock:
         On some operating systems, the returned time includes the time for which the machine was suspended. If the
         operating system counts the suspended time, a lease expires while a laptop is suspended.
         """
-        return boot_s()
+        return since_boot_s()
 
 
 class RandomIds:

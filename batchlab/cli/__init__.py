@@ -14,7 +14,7 @@ from batchlab.cli.startup import SERVICES, missing_module_message
 
 def main() -> None:
     """Run the command line with the arguments of this process (entry point of the console script)."""
-    if sys.platform != "linux":
+    if sys.platform in ("win32", "cygwin"):
         _refuse_platform()
     try:
         _run(sys.argv[1:])

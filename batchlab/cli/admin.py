@@ -194,10 +194,18 @@ def list_(home: Path | None = HOME, json: bool = JSON) -> None:
     \b
     Example: batchlab notify list
     """
-    with connect(home) as client:
+    from batchlab.runtime.settings import read_notifications
+
+    place = home_of(home)
+    with connect(place) as client:
         targets = client.notify_targets()
+    try:
+        read_notifications(place, in_container=True)
+    except UsageError as error:
+        # The manager writes this error only to its log. A variable may be set for the manager and not in this shell.
+        output.say(f"In this shell, notify.toml is invalid, so the manager may use its earlier targets. {error}")
     columns = ("target", "kind", "to", "of", "signed", "for jobs")
-    nothing = "There are no targets. Add one to notify.toml, or under notify: in a job file."
+    nothing = f"There are no targets. Add one to {place.notify_file}, or under notify: in a job file."
     output.listing(json, targets, columns, map(_target_row, targets), nothing)
 
 

@@ -18,7 +18,6 @@ from batchlab.core.errors import BatchlabError, NotFound, UsageError
 from batchlab.core.model import JobId, Market
 from batchlab.core.pricing.bill import Bill, burn_usd_h, job_bill, spent_usd
 from batchlab.core.pricing.price_book import PriceBook, Usd, range_json
-from batchlab.core.pricing.price_book import load as load_prices
 from batchlab.core.pricing.request_costs import TransferredData
 from batchlab.core.pricing.usage import Account, Kind
 from batchlab.core.protocol import object_keys
@@ -55,7 +54,7 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
 
     facts = facts_of(home, job)
     backend = factory.load(facts.backend)
-    book = load_prices(home.path)
+    book = aws_deployment.prices_of(home)
     for name in types.values():
         book.instance_usd_h(name)  # `instance_usd_h` raises UsageError for an unknown instance type.
     size = asyncio.run(_stored_bytes(backend.open_objects(home), facts.job["id"]))
@@ -170,8 +169,10 @@ class LiveCost:
         return self._as_if or capabilities_of(backend).billed
 
     def _prices(self) -> PriceBook:
+        from batchlab.runtime import aws_deployment
+
         if self._book is None:
-            self._book = load_prices(self._home.path)
+            self._book = aws_deployment.prices_of(self._home)
         return self._book
 
     def grid(self, client: Client) -> dict[str, object]:
@@ -218,5 +219,7 @@ class LiveCost:
             text += f", cap {cap:g} USD"
         if capped:
             text += ", reached: no more is launched than it pays for"
+        if note := self._prices().mismatch:
+            text += f" ({note})"
         usd = {"usd_per_hour": range_json(now), "spent_usd": range_json(spent)}
         return {**usd, "max_cost_usd": cap, "capped": capped, "text": text}

@@ -104,7 +104,7 @@ def _fault_marks(width: int, faults: Sequence[Fault], width_s: float) -> str:
             last = min(width - 1, max(first, ceil((fault.at_s + fault.for_s) / width_s) - 1))
         for at in range(first, last + 1):
             cells[at] = _SEVERAL if cells[at].strip() else _mark(i)
-    return f"{'breaks':>{_MARGIN - 1}} {''.join(cells)}".rstrip()
+    return f"{'faults':>{_MARGIN - 1}} {''.join(cells)}".rstrip()
 
 
 def _mark(number: int) -> str:
@@ -132,8 +132,9 @@ def _compare_to_fleet(ask: PoolLoad) -> str:
     if ask.peak <= ask.slots:
         return f"The peak needs {peak} slots. The largest fleet has {slots}, so no work waits once the fleet is up."
     return (
-        f"The peak needs {peak} slots. The largest fleet has {slots}, so work waits, at {span(ask.behind_at_s)} up to "
-        f"{span(ask.behind_s)}. The work is done {span(ask.idle_from_s)} after the scenario's start or later."
+        f"The peak needs {peak} slots. The largest fleet has {slots}, so work waits: at most {span(ask.behind_s)}, for "
+        f"work that arrives about {span(ask.behind_at_s)} after the scenario's start. All work is done "
+        f"{span(ask.idle_from_s)} after the start or later."
     )
 
 

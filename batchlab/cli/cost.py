@@ -6,7 +6,7 @@ Invariant: the output of `batchlab cost estimate` lists each value that the esti
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -24,8 +24,9 @@ from batchlab.core.job_definition import InputDef, SplitBy
 from batchlab.core.model import JobId, Market, Pool
 from batchlab.core.pricing.estimate import MEASURED, Estimate, Policy, PoolPlan, Three, loads
 from batchlab.core.pricing.estimate import estimate as compute_estimate
-from batchlab.core.pricing.price_book import NAME, PriceBook, load, write
+from batchlab.core.pricing.price_book import NAME, Item, PriceBook, load, write
 from batchlab.runtime import home as fetches
+from batchlab.runtime.aws_deployment import prices_of
 from batchlab.runtime.home import Home
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def estimate(
     result = compute_estimate(
         stages,
         _plan_pools(backend, pool_names, pool or (), by_name(instance_type or (), pool_names), spot / 100, assumed),
-        load(place.path),
+        prices_of(place),
         Policy(backend.manager.drain_target_s, backend.manager.idle_s, backend.pace),
         input_files=files,
         input_bytes=size_bytes,
@@ -289,11 +290,17 @@ def _plan_pools(
 
 def text(estimate: Estimate) -> str:
     """Return the estimate as text for a terminal."""
-    items = [(item.what, item.usd, item.how) for item in estimate.items] + [("all", estimate.usd, "")]
-    rows = [(what, f"{usd.low:.4f}", f"{usd.typical:.4f}", f"{usd.high:.4f}", how) for what, usd, how in items]
+
+    def rows(items: Iterable[Item]) -> list[tuple[str, ...]]:
+        ranges = ((i.what, i.usd.low, i.usd.typical, i.usd.high, i.how) for i in items)
+        return [(what, f"{low:.4f}", f"{typical:.4f}", f"{high:.4f}", how) for what, low, typical, high, how in ranges]
+
     low, typical, high = (output.span(span_s) for span_s in estimate.span_s)
     lines = [f"The run will cost {estimate.usd}, and take {typical} ({low} to {high}).", ""]
-    lines += [output.table(("USD", "from", "typical", "to", "how"), rows), ""]
+    every = (*estimate.items, Item("all", estimate.usd, ""))
+    lines += [output.table(("USD", "from", "typical", "to", "how"), rows(every)), ""]
+    if estimate.further:
+        lines += [output.table(("further costs", "from", "typical", "to", "how"), rows(estimate.further)), ""]
     lines.append(f"Prices: {estimate.prices}, before tax, free tiers, and discounts.")
     return "\n".join([*lines, *(f"Assumed: {assumption}." for assumption in estimate.assumed)])
 

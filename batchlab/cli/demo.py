@@ -309,6 +309,9 @@ def demo(
     output.answer(json, {**summary.to_json(), "totals": verdict.to_json()}, f"{summary.text()}\n\n{verdict.text()}")
     if not verdict.agrees:
         raise typer.Exit(1)
+    output.say(
+        "Next: `batchlab report html last` writes a report, and `batchlab init myjob` creates a job of your own."
+    )
 
 
 @app.command()

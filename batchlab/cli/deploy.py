@@ -23,6 +23,7 @@ from batchlab.cli.deploy_options import (
     Person,
     check_settings,
     cost_lines,
+    rehearsal_settings,
     release_archive,
     retry_notes,
     settings_for,
@@ -33,12 +34,14 @@ from batchlab.cli.deploy_options import (
 from batchlab.cli.groups import command_group
 from batchlab.cli.option_values import home_of
 from batchlab.cli.options import HOME, JSON, flag, option
-from batchlab.core.errors import NotFound
+from batchlab.core.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
     from batchlab.deploy.stack import Stack
     from batchlab.deploy.status import Status
     from batchlab.runtime.home import Home
+
+RELEASE = option("Existing release archive that is deployed instead of a new release archive.", "FILE.tar.gz")
 
 app = command_group("deploy")
 
@@ -61,9 +64,10 @@ def plan(arguments: DeployArguments, home: Path | None = HOME, json: bool = JSON
     `deploy apply` deploys the release of this version of batchlab.
 
     \b
-    Example: batchlab deploy plan --pool default:0-10x2@m7i.large --ledger postgres --budget 150
+    Example: batchlab deploy plan --pool default:0-10x2@m7i.large --budget 150
     """
     from batchlab.deploy import settings, template
+    from batchlab.deploy.checks import check_database_ca
     from batchlab.deploy.plan import create_plan
     from batchlab.deploy.stack_records import refuse_unchangeable
 
@@ -74,6 +78,7 @@ def plan(arguments: DeployArguments, home: Path | None = HOME, json: bool = JSON
         if state:
             refuse_unchangeable(state)
         wanted = settings_for(arguments, where, stack)
+        check_database_ca(wanted)
         with create_plan(stack, wanted, source, state, home=where) as plan:
             if json:
                 output.show_json(plan.to_json())
@@ -106,9 +111,7 @@ def template_(arguments: DeployArguments, home: Path | None = HOME) -> None:
 @takes_arguments()
 def apply(
     arguments: DeployArguments,
-    release: Path | None = option(
-        "Existing release archive that is deployed instead of a new release archive.", "FILE.tar.gz"
-    ),
+    release: Path | None = RELEASE,
     yes: bool = YES,
     home: Path | None = HOME,
     json: bool = JSON,
@@ -131,7 +134,7 @@ def apply(
     with _stack(arguments, where) as stack:
         wanted = settings_for(arguments, where, stack)
         archive = cache(partial(release_archive, wanted, release, where))
-        done = Apply(stack, wanted, source, where, person, archive).run()
+        done = Apply(stack, wanted, source, where, person, archive, release).run()
     if done is None:
         raise typer.Exit(1)
     if json:
@@ -250,6 +253,51 @@ def destroy(
     output.say(f"The stack {name} is gone.")
     for stay in stays:
         output.show(f"{stay.physical} ({stay.type}) stays.")
+
+
+@app.command()
+@takes_arguments("settings", "stack", "budget", "alarm_email")
+def rehearse(
+    arguments: DeployArguments,
+    budget: str | None = option(
+        "Maximum cost of the rehearsal, such as 5USD. The rehearsal ends early if it may cost more.", "AMOUNT"
+    ),
+    release: Path | None = RELEASE,
+    yes: bool = YES,
+    home: Path | None = HOME,
+    json: bool = JSON,
+) -> None:
+    """Rehearse a grid in an AWS account: create a stack, test the stack, and destroy the stack.
+
+    The rehearsal checks the rules of S3 and SQS, runs the shipped examples, terminates a worker and
+    the manager, interrupts a Spot Instance, and compares the bill with the estimate. It has a stack
+    of its own, batchlab-rehearsal, and always destroys this stack with its data at the end. If a
+    rehearsal was killed, the next rehearsal removes its resources first. The report is in
+    aws/rehearsal/report.md in the grid's folder.
+
+    The exit code is 1 if a step failed, and 130 after an interruption.
+
+    \b
+    Example: batchlab deploy rehearse --budget 5USD --region eu-west-1
+    """
+    from batchlab.cli import rehearsal
+    from batchlab.cli.rehearsal_steps import STACK as REHEARSAL
+    from batchlab.core.pricing import price_book
+
+    if budget is None:
+        raise UsageError("A rehearsal on AWS costs money, so it needs a budget.", remedy="Add --budget 5USD.")
+    usd, where, wanted = price_book.parse(budget), home_of(home), rehearsal_settings(arguments, REHEARSAL)
+    archive = cache(partial(release_archive, wanted, release, where))
+    with rehearsal.opened(wanted, where, archive) as site:
+        rehearsal.check_cost(site.expected, usd)
+        output.say(site.expected.text())
+        if not Person(yes).agrees(rehearsal.question(site)):
+            raise typer.Exit(1)
+        with rehearsal.Signals() as signals:
+            done = rehearsal.rehearse(site, usd, signals.limited)
+    output.answer(json, done.document, rehearsal.summary(done))
+    if not done.rehearsal.has_succeeded:
+        raise typer.Exit(output.INTERRUPTED if done.rehearsal.is_interrupted else 1)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ _OPTIONS = {
     "parameter": option("Set another parameter of the stack's template. Repeatable.", "NAME=VALUE", "--set"),
     "package": option("PyPI package that tasks need, such as pandas>=2,<3. Repeatable.", "NAME"),
     "database_ca": option(
-        "File with the certificates that verify PostgreSQL: AWS's certificate bundle for the region.", "FILE.pem"
+        "File with AWS's certificates of RDS in the region, which a ledger in PostgreSQL needs.", "FILE.pem"
     ),
 }
 """Declarations of the command-line options by field of DeployArguments."""
@@ -191,6 +191,16 @@ def settings_without_aws(arguments: DeployArguments, home: Home) -> Settings:
     elif stored and stored.stack == name:
         wanted = stored
     return _with_arguments(replace(wanted, stack=name, region=region or ""), arguments)
+
+
+def rehearsal_settings(arguments: DeployArguments, stack: str) -> Settings:
+    """Return the settings of the stack of a rehearsal, which are small and do not depend on earlier commands."""
+    from batchlab.deploy.settings import PoolSettings, Settings
+
+    pool = PoolSettings("default", max_size=2, slots=2, types=("m7i.large", "m6i.large"))
+    wanted = _with_arguments(Settings(stack, arguments.region or "", (pool,)), arguments)
+    # A protected database would outlive the rehearsal.
+    return wanted.with_parameters({"Retain": "no"}) if arguments.ledger == "postgres" else wanted
 
 
 def check_settings(arguments: DeployArguments, home: Home, source: Template) -> None:
@@ -326,7 +336,9 @@ class Person:
 def plan_text(plan: Plan) -> str:
     """Return the plan of a stack as text with the account, the region, the cost, and the changes."""
     head = f"Stack {plan.settings.stack} in {plan.region}, account {plan.account}, as {plan.who}."
-    parts = [head, "", *cost_lines(plan.cost), ""]
+    parts = [head, "", *cost_lines(plan.cost), "", *(f"Note: {note}" for note in plan.notes)]
+    if plan.notes:
+        parts.append("")
     if not plan.changes:
         return "\n".join([*parts, "No changes: the stack is as it is to be."])
     verb = "Create" if plan.is_new else "Update"

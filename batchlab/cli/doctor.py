@@ -440,7 +440,7 @@ def _extras() -> Iterator[Finding]:
     installed = ", ".join(extra for extra in installation.MODULES if extra not in missing)
     text = f"installed: {installed or 'none'}"
     if missing:
-        text += f"; not installed, and not needed for the backend local: {', '.join(missing)}"
+        text += f"; not installed: {', '.join(missing)}"
     yield ok("extras", text, installation.remedy(*missing) if missing else "")
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from batchlab.adapters.local.fork_server import MAX_BYTES
-from batchlab.adapters.local.processes import exit_code
 from batchlab.cli.services import serve
+from batchlab.core.operating_system import set_process_name
+from batchlab.core.operating_system.processes import exit_code
 from batchlab.runtime import factory
 from batchlab.server import worker_service  # noqa: F401 - imported before the forks, so that forks share the module
 from batchlab.worker import environment  # noqa: F401
@@ -57,33 +58,38 @@ def serve_forks(connection: socket.socket) -> Sequence[str] | None:
 
     In a forked process, return the command-line arguments of the worker.
     """
+    unread, descriptors = b"", []
     while True:
-        message, descriptors, _, _ = socket.recv_fds(connection, MAX_BYTES, MAX_DESCRIPTORS)
-        if not message:
+        # A read ends behind a request with descriptors, so a forked process has no descriptors of another request.
+        data, received, _, _ = socket.recv_fds(connection, MAX_BYTES, MAX_DESCRIPTORS)
+        if not data:
             return None
-        request = json.loads(message)
-        if "bury" in request:
-            answer: dict[str, Any] = {"code": exit_code(request["bury"])}
-        else:
-            output, start = descriptors
-            try:
-                pid = _fork()
-            except OSError as error:
-                answer = {"error": str(error)}
+        descriptors += received
+        *requests, unread = (unread + data).split(b"\n")
+        for line in requests:
+            request = json.loads(line)
+            if "bury" in request:
+                answer: dict[str, Any] = {"code": exit_code(request["bury"])}
             else:
-                if not pid:
-                    connection.close()
-                    _prepare_fork(request["env"], output, start)
-                    arguments: list[str] = request["arguments"]
-                    return arguments
-                answer = {"pid": pid}
-            finally:
-                os.close(output)
-                os.close(start)
-        try:
-            connection.send(json.dumps(answer).encode())
-        except BrokenPipeError:
-            return None
+                output, start = descriptors.pop(0), descriptors.pop(0)
+                try:
+                    pid = _fork()
+                except OSError as error:
+                    answer = {"error": str(error)}
+                else:
+                    if not pid:
+                        connection.close()
+                        _prepare_fork(request["env"], output, start)
+                        arguments: list[str] = request["arguments"]
+                        return arguments
+                    answer = {"pid": pid}
+                finally:
+                    os.close(output)
+                    os.close(start)
+            try:
+                connection.sendall(json.dumps(answer).encode() + b"\n")
+            except BrokenPipeError:
+                return None
 
 
 def _fork() -> int:
@@ -111,7 +117,7 @@ def _prepare_fork(env: dict[str, str], output: int, start: int) -> None:
     os.dup2(output, 2)
     if not os.read(start, 1):
         os._exit(0)  # The client ended before it recorded the forked process.
-    Path("/proc/self/comm").write_text(NAME)
+    set_process_name(NAME)
     os.environ.update(env)
     time.tzset()
 

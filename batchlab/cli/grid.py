@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from batchlab.cli import options, output
@@ -39,7 +40,7 @@ from batchlab.cli.options import (
     option,
 )
 from batchlab.core.capabilities import capabilities_of
-from batchlab.core.errors import BackendError, Refused, UsageError
+from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
@@ -97,6 +98,10 @@ def up(
     grid = factory.load(backend, endpoint)
     with Session(place, grid, pools, keep_up=True, port=port) as session:
         session.start()
+        if was_up and grid.capabilities.container_manager:
+            from batchlab.runtime import container_grid
+
+            container_grid.resume(place, grid, output.say)
         if max_cost:
             session.call(lambda client: client.cap_grid(cap))
         view = session.call(lambda client: client.grid())
@@ -182,9 +187,15 @@ def status(
     live_cost = LiveCost(place, as_if_aws=as_if_aws)
     with connect(place) as client:
         while True:
-            view = client.grid()
+            services = _services(place)
+            try:
+                view = client.grid()
+            except BackendError as error:
+                if not (failed := _failed(services)):
+                    raise
+                raise Unreachable(f"{error.message} {' '.join(failed)}", remedy=_RESUME) from error
             cost = live_cost.grid(client) if live_cost.applies(view["backend"]) else None
-            _show_grid(view, place, json=json, cost=cost)
+            _show_grid(view, place, json=json, cost=cost, services=services)
             if not watch:
                 return
             time.sleep(WATCH_INTERVAL_S)
@@ -192,9 +203,39 @@ def status(
                 output.show("")
 
 
-def _show_grid(view: GridView, home: Home, *, json: bool, cost: Mapping[str, object] | None = None) -> None:
+def _services(home: Home) -> Mapping[str, str]:
+    """Return the states of the grid's containers, or nothing for a grid without containers."""
+    from batchlab.runtime import compose_deployment
+
+    at = compose_deployment.read(home)
+    if at is None:
+        return {}
+    from batchlab.runtime.compose_project import Project
+
+    return Project(home, at, settings={}).states()
+
+
+_RESUME = "`batchlab grid up` starts a container that has ended."
+
+
+def _failed(services: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each container that does not work."""
+    return [
+        f"The container of {service} is {state}." for service, state in sorted(services.items()) if state != "healthy"
+    ]
+
+
+def _show_grid(
+    view: GridView,
+    home: Home,
+    *,
+    json: bool,
+    cost: Mapping[str, object] | None = None,
+    services: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     if json:
-        output.show_json({**view, "cost": cost} if cost else view)
+        more = {"cost": cost, "services": services}
+        output.show_json({**view, **{name: value for name, value in more.items() if value}})
         return
     leads = "leads" if view["leader"] else "does not lead yet"
     record = home.record()
@@ -204,6 +245,8 @@ def _show_grid(view: GridView, home: Home, *, json: bool, cost: Mapping[str, obj
         lines.append(f"bucket {place.bucket} at {place.url}")
     if cost:
         lines.append(f"The grid {cost['text']}.")
+    if failed := _failed(services):
+        lines.append(f"{' '.join(failed)} {_RESUME}")
     if unreadable := view.get("unreadable", 0):
         lines.append(
             f"The manager rejected {unreadable:,} unreadable or unexpected messages and objects. Its log names each. "

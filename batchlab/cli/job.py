@@ -20,12 +20,13 @@ from batchlab.cli.option_values import (
     cap_text,
     connect,
     home_of,
+    is_whole_id,
     no_grid,
     parameters_of,
     resolve,
 )
 from batchlab.cli.options import ANY_BACKEND, AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, flag, option
-from batchlab.core.errors import NotFound, Refused
+from batchlab.core.errors import NotFound, Refused, UsageError
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
@@ -250,8 +251,10 @@ def delete(
     with connect(place) as client:
         try:
             view = resolve(client, job)
-        except NotFound as error:
+        except UsageError as error:
             # Workers may have written objects of a deleted job after its deletion.
+            if not is_whole_id(job):
+                raise
             try:
                 deleted = client.delete(job)
             except NotFound:

@@ -18,11 +18,11 @@ from batchlab.cli.option_values import connect, home_of, resolve, seconds_of
 from batchlab.cli.options import HOME, JOB, JSON, argument, flag, option
 from batchlab.cli.output import Stopped
 from batchlab.core.errors import UsageError
-from batchlab.core.job_definition import attempt_name, parse_task
+from batchlab.core.job_definition import attempt_name, parse_task, task_name
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
-    from batchlab.core.api_types import LogView, NewLogsView, TailsView, TailView
+    from batchlab.core.api_types import JobView, LogView, NewLogsView, TailsView, TailView
     from batchlab.runtime.home import Home
 
 
@@ -30,7 +30,7 @@ def logs(
     job: str = JOB,
     task: str | None = argument(
         "Task whose output is printed, such as parse/3. The number 3 means task 3 of every stage.",
-        "[TASK]",
+        "TASK",
         default=None,
         autocompletion=options.tasks,
     ),
@@ -67,13 +67,10 @@ def logs(
 
 def _print(home: Home, job: str, which: LogFilter, limit: int, *, json: bool) -> None:
     with connect(home) as client:
+        view = resolve(client, job)
+        _check(view, which)
         logs = client.logs(
-            resolve(client, job)["id"],
-            stage=which.stage,
-            task=which.task,
-            limit=limit,
-            failed=which.failed,
-            since_s=which.since_s,
+            view["id"], stage=which.stage, task=which.task, limit=limit, failed=which.failed, since_s=which.since_s
         )
     if json:
         output.show_json(logs)
@@ -81,9 +78,27 @@ def _print(home: Home, job: str, which: LogFilter, limit: int, *, json: bool) ->
         output.show(f"--- {attempt_name(log['stage'], log['task'], log['attempt'])}")
         output.show(output.visible(log["text"]).rstrip("\n"))
     if not logs:
-        output.say("No task has printed anything yet.")
+        task = "No task" if which.stage is None and which.task is None else "No selected task"
+        output.say(f"{task} has printed anything{'' if view['ended_s'] else ' yet'}.")
     elif len(logs) == limit:
         output.say(f"There may be more than {limit}; --limit shows more.")
+
+
+def _check(view: JobView, which: LogFilter) -> None:
+    """Raise UsageError if the job does not have the stage or the task of the filter."""
+    planned = {stage["name"]: stage["planned"] for stage in view["stages"]}
+    if which.stage is not None and which.stage not in planned:
+        raise UsageError(
+            f"Job {view['id']} does not have a stage {which.stage!r}.", remedy=f"It has {', '.join(planned)}."
+        )
+    counts = [planned[which.stage]] if which.stage is not None else list(planned.values())
+    if which.task is None or any(count is None or which.task < count for count in counts):
+        return
+    name = str(which.task) if which.stage is None else task_name(which.stage, which.task)
+    raise UsageError(
+        f"Job {view['id']} does not have a task {name}.",
+        remedy=f"`batchlab job show {view['id']}` shows the number of tasks of each stage, and the first task is 0.",
+    )
 
 
 def _follow(home: Home, job: str, which: LogFilter, *, json: bool) -> None:
@@ -92,6 +107,7 @@ def _follow(home: Home, job: str, which: LogFilter, *, json: bool) -> None:
     with Session.attach(home) as session:
         view = session.call(lambda client: resolve(client, job))
         name = view["id"]
+        _check(view, which)
 
         def print_line(line: Line) -> None:
             if json:

@@ -194,10 +194,10 @@ def failures(
         if each or fingerprint:
             _show_each(client.failures(name, limit=limit, fingerprint=fingerprint), limit, json)
         else:
-            _show_groups(client.failure_groups(name), json)
+            _show_groups(name, client.failure_groups(name), json)
 
 
-def _show_groups(groups: list[FailureGroupView], json: bool) -> None:
+def _show_groups(job: str, groups: list[FailureGroupView], json: bool) -> None:
     rows = []
     for group in groups:
         first = group["first"]
@@ -209,7 +209,10 @@ def _show_groups(groups: list[FailureGroupView], json: bool) -> None:
     if groups and not json:
         for group in groups:
             _show_traceback(group["first"])
-        output.say("`batchlab job retry JOB --fingerprint FINGERPRINT` runs the tasks with that cause again.")
+        first = groups[0]["first"]
+        name, fingerprint = task_name(first["stage"], first["task"]), groups[0]["fingerprint"]
+        output.say(f"`batchlab job replay-task {job} {name} --local` runs {name} again on this machine.")
+        output.say(f"`batchlab job retry {job} --fingerprint {fingerprint}` runs all tasks with this cause again.")
 
 
 def _show_each(failures: list[FailureView], limit: int, json: bool) -> None:

@@ -79,8 +79,10 @@ def cap_of(text: str) -> float | None:
 
 
 def cap_text(usd: float | None) -> str:
-    """Return a cost cap as part of a sentence, such as "capped at 5 USD"."""
-    return "not capped" if usd is None else f"capped at {usd:g} USD"
+    """Return a cost cap as part of a sentence, such as "capped at 5.00 USD"."""
+    from batchlab.core.pricing.price_book import shown
+
+    return "not capped" if usd is None else f"capped at {shown(usd)}"
 
 
 # --- The running manager -------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def examples(incomplete: str) -> list[str]:
 
 
 def scenarios(incomplete: str) -> list[str]:
-    """Return the shipped scenarios whose names begin with the incomplete text.
+    """Return the installed scenarios whose names begin with the incomplete text.
 
     If no scenario matches, the shell offers files.
     """
@@ -180,7 +180,7 @@ CAP = argument("New cap on the cost, such as 5USD, or 'none' to remove the cap."
 JOB = argument("Id of a job, the beginning of an id, or 'last' for the newest job.", "JOB", autocompletion=jobs)
 _TASK_TEXT = "Name of a task, such as parse/3. In a job with one stage, the number 3 is enough."
 TASK = argument(_TASK_TEXT, "TASK", autocompletion=tasks)
-SHOWN_TASK = argument(f"{_TASK_TEXT} Default: show the whole job.", "[TASK]", default=None, autocompletion=tasks)
+SHOWN_TASK = argument(f"{_TASK_TEXT} Default: show the whole job.", "TASK", default=None, autocompletion=tasks)
 ANY_BACKEND = option(
     "Backend whose bucket contains the job. Default: the running grid's backend, or else local.",
     "NAME",

@@ -145,9 +145,13 @@ def check_writable(file: Path, *, folder: bool = False) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Create a folder for results. Raise UsageError if the folder cannot be written."""
+    """Raise UsageError if results cannot be written to the folder. A folder that does not exist is not created, because
+    the run may still be refused."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         _try_to_write(folder / "summary.json", folder=True)
+        for path in missing:
+            path.rmdir()
     except OSError as error:
         raise UsageError(
             f"The results cannot be written to {folder}: {error.strerror}.", remedy="Name another folder with --out."

@@ -292,7 +292,7 @@ def _grid_text(state: ReplayProgress) -> str:
     in_service = sum(pool.in_service for pool in pools)
     desired = sum(pool.desired for pool in pools)
     waiting, in_flight = state.sample.waiting, state.sample.in_flight
-    return f"{waiting:,} messages waiting, {in_flight:,} in flight; {in_service}/{desired} instances"
+    return f"{output.count(waiting, 'message')} waiting, {in_flight:,} in flight; {in_service}/{desired} instances"
 
 
 def _notes(state: ReplayProgress) -> list[str]:

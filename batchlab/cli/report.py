@@ -120,7 +120,7 @@ app = command_group("report")
 
 RUNS = argument(
     "Job, a folder that `report pull` wrote, or the record of a `scenario replay`. Default: the last job.",
-    "[RUN]...",
+    "RUN",
     default=None,
     autocompletion=options.jobs,
 )
@@ -380,7 +380,8 @@ def _difference_text(change: Change, value: float) -> str:
         return output.span(value)
     if change.measure.unit == "usd":
         return f"{value:.4g} USD"
-    return f"{value:,.4g} {change.measure.unit}"
+    unit = change.measure.unit
+    return f"{value:,.4g} {unit.removesuffix('s') if value == 1 and '/' not in unit else unit}"
 
 
 def _relative(change: Change) -> str:

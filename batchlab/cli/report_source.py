@@ -82,7 +82,7 @@ def expand_runs(runs: Sequence[str]) -> Iterator[str]:
         if replay.simulated:
             raise UsageError(
                 f"{run} is the record of a forecast, whose jobs have not run.",
-                remedy="Name the record of a replay, a folder or a job.",
+                remedy="Name a replay's record, a folder, or a job. `batchlab scenario compare` compares forecasts.",
             )
         yield from (job.id for job in replay.jobs)
 

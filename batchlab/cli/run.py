@@ -106,6 +106,7 @@ def run_simulated(
     pools = pools_for(backend, jobfile, workers) or backend.pools
     folder = out or default_folder(jobfile.job.name)
     output.check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     # The job's handlers run in this process, so the output of the handlers is written to a file, separate from the
     # output of the command.
     with (folder / PRINTED).open("w") as printed, redirect_stdout(printed):

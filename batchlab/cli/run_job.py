@@ -170,7 +170,8 @@ class Summary:
             reason = without_task(reason, cause["stage"], cause["task"], cause["reason"])
         if reason:
             yield f"  {output.clean(reason)}"
-        for example in reversed(causes.values()):
+        examples = list(reversed(causes.values()))
+        for example in examples:
             name = task_name(example["stage"], example["task"])
             yield f"  {name} {example['kind']}: {output.clean(example['reason'])}"
             yield from (f"    {line}" for line in _limit_texts(example)[-MAX_TRACEBACK_LINES:])
@@ -178,6 +179,8 @@ class Summary:
             job, more = self.job["id"], failed - len(causes)
             rest = f"{more:,} more: `batchlab job failures {job}`; " if more > 0 else ""
             yield f"  {rest}output of the tasks: `batchlab job logs {job}`"
+            name = task_name(examples[0]["stage"], examples[0]["task"])
+            yield f"  replay of {name} on this machine: `batchlab job replay-task {job} {name} --local`"
 
     def _times(self) -> Iterator[str]:
         yield "Where the time went"
@@ -358,7 +361,7 @@ class _Runner:
             # run.
             cap = partial(submit_capped, job, self.request.max_cost_usd)
             view = self.session.call(cap)
-            output.say(f"Job {job.id}{' goes on' if earlier else ''}.")
+            output.say(f"Job {job.id}{' continues' if earlier else ''}.")
             if view["state"] == JobState.PAUSED:
                 view = self.session.call(lambda client: client.resume(job.id))
             with JobDisplay() as display:

@@ -55,7 +55,7 @@ MAX_ODD_KINDS = 10
 
 @app.command("list")
 def list_(json: bool = JSON) -> None:
-    """List the shipped scenarios.
+    """List the installed scenarios.
 
     \b
     Example: batchlab scenario list
@@ -218,7 +218,7 @@ LINE_EVERY_S = 10.0
 MIN_TASKS_PER_S = 500
 """Assumed number of tasks that one core simulates per second, for an upper bound of a simulation's duration.
 
-In the shipped scenarios, one core simulates 400 to 600 single tasks per second, and about ten times as many tasks in
+In the installed scenarios, one core simulates 400 to 600 single tasks per second, and about ten times as many tasks in
 bundles.
 """
 NOTE_FROM_TASKS = 120 * MIN_TASKS_PER_S

@@ -139,7 +139,7 @@ def _name(text: str) -> str:
 
 
 def record(
-    job: list[str] | None = argument("Ended job.", "[JOB]...", default=None),
+    job: list[str] | None = argument("Ended job.", "JOB", default=None),
     from_: Path | None = option("Record of a `scenario replay`, which replaces the arguments JOB.", "RECORD", "--from"),
     out: Path | None = option("Scenario file that is written, with its trace beside it. Default: NAME.yaml.", "FILE"),
     name: str | None = option("Name of the scenario. Default: the name of the job."),
@@ -162,6 +162,8 @@ def compare(
 ) -> None:
     """Compare a forecast of a scenario with a real run, and show all absolute and relative errors of the forecast.
 
+    The command also compares two forecasts, A and B, such as forecasts of two policies.
+
     \b
     Example: batchlab scenario compare forecast.json fact.json
     """
@@ -173,7 +175,7 @@ def compare(
 
 
 def calibrate(
-    records: list[Path] = argument(RECORD, "RECORD..."),
+    records: list[Path] = argument(RECORD, "RECORD"),
     out: Path | None = option(
         "File to which the computed values are written, for `scenario simulate` and `scenario plan`.", "FILE"
     ),
@@ -230,13 +232,15 @@ def comparison_text(comparison: Comparison) -> str:
         for difference in comparison.differences
         if (difference.forecast, difference.fact) != (None, None)
     ]
-    columns = ("measure", "jobs", "forecast", "fact", "error", "relative")
+    first, second = comparison.names
+    columns = ("measure", "jobs", first, second, comparison.error, "relative")
     at = "" if comparison.compressed == 1 else f", times divided by {comparison.compressed:g}"
-    sides = f"forecast ({comparison.forecast_backend}) against fact ({comparison.fact_backend})"
-    lines = [f"Scenario {comparison.scenario}: {sides}{at}; an error is forecast minus fact", ""]
+    sides = f"{first} ({comparison.forecast_backend}) against {second} ({comparison.fact_backend})"
+    rule = f"{comparison.error.capitalize()} is {first} minus {second}"
+    lines = [f"Scenario {comparison.scenario}: {sides}{at}. {rule}", ""]
     lines.append(output.table(columns, rows))
     for curves in comparison.curves:
-        lines += ["", _draw(curves)]
+        lines += ["", _draw(curves, first, second)]
     if comparison.notes:
         lines += ["", *(f"Note: {note}." for note in comparison.notes)]
     return "\n".join(lines)
@@ -250,10 +254,10 @@ def _row(difference: Difference) -> tuple[str, ...]:
     return (difference.measure, difference.template or "all", *values, error_text, relative_text)
 
 
-def _draw(curves: CurvePair) -> str:
+def _draw(curves: CurvePair, first: str, second: str) -> str:
     most = max((level for _, level in (*curves.forecast, *curves.fact)), default=0.0)
-    relative = "" if curves.relative is None else f", {curves.relative:.1%} of the fact's mean"
-    title = f"{curves.what} ({LINE} forecast, {AREA} fact); on average {curves.mean_error:,.3g} apart{relative}"
+    relative = "" if curves.relative is None else f", {curves.relative:.1%} of the mean of {second}"
+    title = f"{curves.what} ({LINE} {first}, {AREA} {second}); on average {curves.mean_error:,.3g} apart{relative}"
     if not most:
         return f"{curves.what}: none at any time in either"
     chart = Chart(curves.until_s, most)

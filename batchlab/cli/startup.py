@@ -23,6 +23,7 @@ REQUIRED_MODULES = frozenset(
         "multipart",
         "obstore",
         "prometheus_client",
+        "psutil",
         "pydantic",
         "python_multipart",
         "rich",

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -18,6 +18,7 @@ from batchlab.client import thread_cache
 from batchlab.client.dispatch import Dispatch
 from batchlab.client.futures import Call, CallFuture, Packer, Sender
 from batchlab.client.job_watch import import_http
+from batchlab.manager.admission import admit_to_pool
 
 if TYPE_CHECKING:
     from batchlab.client.grid_link import Link
@@ -68,8 +69,12 @@ class GridExecutor(Executor):
             if not callable(initializer):
                 raise TypeError("initializer must be a callable")
             start = outgoing.shipping.function(partial(initializer, *initargs))
+        pools = link.call(lambda client: client.grid())["pools"]
+        admit_to_pool(stage, {pool["name"]: pool["slots"] for pool in pools})
+        (pool,) = (pool for pool in pools if pool["name"] == stage.pool)
+        self._max_workers = pool["max"] * (pool["slots"] // stage.slots) or 1
+        """Number of calls that can run at once. Other libraries read this private attribute of executors."""
         self._link = link
-        self._stage = stage
         packer = Packer(outgoing.shipping, start, link.ids.fresh("executor"))
         sender = Sender(link, outgoing, packer, name, stage)
         self._dispatch = Dispatch(owner, link, sender, show_output=show_output)
@@ -81,15 +86,6 @@ class GridExecutor(Executor):
             "An executor cannot be pickled, and neither can a function that uses an executor. A call that sends "
             'calls must create its own Grid(home="...") with the same folder.'
         )
-
-    @cached_property
-    def _max_workers(self) -> int:
-        """Return the number of calls that can run at once.
-
-        The attribute exists because other libraries read the private attribute `_max_workers` of executors.
-        """
-        pools, stage = self._link.call(lambda client: client.grid())["pools"], self._stage
-        return sum(pool["max"] * (pool["slots"] // stage.slots) for pool in pools if pool["name"] == stage.pool) or 1
 
     @property
     def _broken(self) -> bool:

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
 
-from batchlab.core import installation
 from batchlab.core.errors import JobFailed, TaskFailed, UsageError
 from batchlab.core.model import ENDED, Pool
 from batchlab.core.retry_rule import RetryRule
@@ -36,7 +35,7 @@ PathText = str | os.PathLike[str]
 T = TypeVar("T")
 
 
-class MapOptions(TypedDict, total=False):
+class _MapOptions(TypedDict):
     """Options of the methods `map` and `starmap` of a Grid. The docstring of `map` describes the options."""
 
     name: str | None
@@ -75,7 +74,6 @@ class Grid:
         size. If a grid is already up in the folder, the Grid object joins this grid. Raise UsageError if `workers`,
         `pools`, or `warm` differs from the pools of this grid.
         """
-        installation.check_platform()
         descriptor, folder = factory.load(backend), find_home(Path(home) if home else None)
         sized = _size_pools(descriptor.pools, workers, pools, warm=warm)
         descriptor.find_place(folder)  # Raise UsageError if the folder belongs to another endpoint.
@@ -141,6 +139,7 @@ class Grid:
         return self._map(
             function,
             items,
+            starred=False,
             name=name,
             timeout_s=timeout_s,
             retry=retry,
@@ -154,44 +153,60 @@ class Grid:
         )
 
     def starmap(
-        self, function: Callable[..., Any], items: Iterable[Iterable[Any]], **options: Unpack[MapOptions]
+        self,
+        function: Callable[..., Any],
+        items: Iterable[Iterable[Any]],
+        *,
+        name: str | None = None,
+        timeout_s: float | None = None,
+        retry: RetryRule | int | None = None,
+        bundle: int | None = None,
+        pool: str = "default",
+        slots: int = 1,
+        ordered: bool = True,
+        return_exceptions: bool = False,
+        progress: bool = False,
+        show_output: bool = False,
     ) -> Generator[Any, None, None]:
         """Return the results of `function(*item)` for every item. Each item is a sequence of arguments.
 
         The options are the options of `map`.
         """
-        return self._map(function, items, starred=True, **options)
+        return self._map(
+            function,
+            items,
+            starred=True,
+            name=name,
+            timeout_s=timeout_s,
+            retry=retry,
+            bundle=bundle,
+            pool=pool,
+            slots=slots,
+            ordered=ordered,
+            return_exceptions=return_exceptions,
+            progress=progress,
+            show_output=show_output,
+        )
 
     def _map(
-        self,
-        function: Callable[..., Any],
-        items: Iterable[Any],
-        *,
-        starred: bool = False,
-        **options: Unpack[MapOptions],
+        self, function: Callable[..., Any], items: Iterable[Any], *, starred: bool, **options: Unpack[_MapOptions]
     ) -> Generator[Any, None, None]:
         from batchlab.client.submission import MAP, job_name
         from batchlab.core.job_definition import StageDef
 
-        timeout_s, bundle, slots = options.get("timeout_s"), options.get("bundle"), options.get("slots", 1)
-        return_exceptions = options.get("return_exceptions", False)
+        timeout_s, bundle, slots = options["timeout_s"], options["bundle"], options["slots"]
         _check_positive(timeout_s=timeout_s, bundle=bundle, slots=slots)
         stage = StageDef(
-            MAP,
-            timeout_s=timeout_s,
-            retry=_rule(options.get("retry")),
-            slots=slots,
-            bundle=bundle,
-            pool=options.get("pool", "default"),
+            MAP, timeout_s=timeout_s, retry=_rule(options["retry"]), slots=slots, bundle=bundle, pool=options["pool"]
         )
-        name = job_name(function, options.get("name"))
-        job = self._outgoing.submit(name, function, items, stage, tolerant=return_exceptions, starred=starred)
+        name, tolerant = job_name(function, options["name"]), options["return_exceptions"]
+        job = self._outgoing.submit(name, function, items, stage, tolerant=tolerant, starred=starred)
         results = self._results(job, options)
         # Start the generator, so that its `finally` block runs even if the caller does not read a result.
         next(results)
         return results
 
-    def _results(self, job: JobDef | None, options: MapOptions) -> Generator[Any, None, None]:
+    def _results(self, job: JobDef | None, options: _MapOptions) -> Generator[Any, None, None]:
         """Yield the results of a map.
 
         The generator keeps a reference to the Grid object, so that the grid is not closed while the caller reads
@@ -207,22 +222,22 @@ class Grid:
             return
         link, done = self._link, False
         own = JobObjects.of_job(job)
-        count, return_exceptions = job.items or 0, options.get("return_exceptions", False)
-        progress = Progress(job.name, count) if options.get("progress") else None
+        count = job.items or 0
+        progress = Progress(job.name, count) if options["progress"] else None
         incoming = MapResults(
             link,
             job.id,
             count,
-            ordered=options.get("ordered", True),
+            ordered=options["ordered"],
             on_poll=progress.update if progress else None,
-            on_outcome=partial(show, link) if options.get("show_output") else None,
+            on_outcome=partial(show, link, progress=progress) if options["show_output"] else None,
         )
         try:
             yield None
             for first, encoded in incoming.runs():
                 tasks = range(first, first + len(encoded))
                 for value in decode_all(link, job.id, MAP, tasks, encoded, own):
-                    if isinstance(value, TaskFailed) and not return_exceptions:
+                    if isinstance(value, TaskFailed) and not options["return_exceptions"]:
                         raise value
                     yield value
             done = True

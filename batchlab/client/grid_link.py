@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -27,6 +28,7 @@ from batchlab.client.http import Client
 from batchlab.client.requests import patience_s
 from batchlab.core.errors import BackendError, BatchlabError, NotFound, Refused, Unreachable, UsageError
 from batchlab.core.model import ENDED, Pool
+from batchlab.core.operating_system.processes import child_has_exited
 from batchlab.runtime import factory, manager_process
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, ManagerRecord
@@ -79,6 +81,8 @@ class Link:
         self._ending: deque[str] = deque(maxlen=64)
         """Ids of jobs that may not have ended yet, and for which no caller waits any longer."""
         self._folder: Path | None = None
+        self._temporary: set[str] = set()
+        """Keys of the objects that `close` deletes."""
         self._connect(start)
         # The bucket is opened after `_connect`, because the location of the bucket is known only after the grid has
         # started.
@@ -94,6 +98,8 @@ class Link:
         self._loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix=_OURS))
         self._thread = threading.Thread(target=self._loop.run_forever, name=_OURS, daemon=True)
         self._thread.start()
+        # At the exit of Python, `close` is called when threads can no longer be started, which the bucket needs.
+        thread_cache.run_at_exit(self._delete_temporary)
         _OPEN.add(self)
 
     # --- Manager ---------------------------------------------------------------------------------
@@ -151,7 +157,7 @@ class Link:
         if self.backend.capabilities.container_manager:
             return manager_process.has_started(self.home, record)
         try:  # Ask the operating system, because a forked process has a copy of the state of its parent process.
-            os.waitid(os.P_PID, record.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            child_has_exited(record.pid)
         except ChildProcessError:
             return False
         return True
@@ -234,6 +240,19 @@ class Link:
             return future.result()
         finally:
             future.cancel()
+
+    def delete_at_close(self, key: str) -> None:
+        """Record that `close` deletes an object of this program."""
+        self._temporary.add(key)
+
+    async def delete(self, key: str) -> None:
+        """Delete an object that `close` would delete."""
+        await self.patience(partial(self.objects.delete, [key]))
+        self._temporary.discard(key)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed or self.forked
 
     @property
     def folder(self) -> Path:
@@ -331,6 +350,7 @@ class Link:
             steps.callback(lambda: None if is_stuck else self._stop_loop())
             if self.ours and not self._others():
                 steps.callback(self._stop_manager)
+            steps.callback(lambda: None if is_stuck else self._delete_temporary())
             for client in self._clients:
                 steps.callback(client.close)
             steps.callback(lambda: self._cancel_remaining(is_stuck))
@@ -340,6 +360,14 @@ class Link:
             # The check of the event loop is not one of the callbacks, because the callbacks must run even if the check
             # is interrupted.
             is_stuck = self._is_stuck()
+
+    def _delete_temporary(self) -> None:
+        if self._temporary and self._thread.is_alive():
+            try:
+                self.start(self.objects.delete(sorted(self._temporary))).result()
+                self._temporary.clear()
+            except BackendError as error:
+                log.warning("%d values of Grid.put remain in the bucket: %s", len(self._temporary), error)
 
     def _cancel_remaining(self, is_stuck: bool) -> None:
         cancelling = dict(self._cancelling)

@@ -4,7 +4,8 @@ A function that is pickled by value contains the modules that its own module has
 `import` statement inside the function names. This module finds these statements in the code of the function, and packs
 the named modules and the local modules that they import. Workers add the packed modules to their module search path.
 
-Invariant: only modules that workers cannot import are packed, and the same modules give the same bytes.
+Invariants: only modules that workers cannot import are packed, and the same modules give the same bytes. A packed
+module is pickled by name, so a worker has one copy of the module, whose types are the types of the caller's module.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType
+from typing import Any
 
-from batchlab.core.errors import UsageError
 from batchlab.worker import code_cache
 
 _IMPORT = dis.opmap["IMPORT_NAME"]
@@ -25,14 +26,26 @@ MAX_BYTES = 64 * 1024 * 1024
 """Limit of the size of one local package, because the whole folder of a package is packed."""
 
 
-def imported_names(code: CodeType) -> Iterator[str]:
-    """Yield the top-level modules that `import` statements in the code name. Nested code objects are not searched."""
+def imported_names(code: CodeType, package: str | None) -> Iterator[str]:
+    """Yield the top-level modules that `import` statements in the code and in its nested code name.
+
+    `package` is the package of the code's module, to which relative imports refer.
+    """
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from imported_names(constant, package)
     # The search for the byte is fast, and the exact decoding of the instructions is slow.
     if _IMPORT not in code.co_code[::2]:
         return
+    values: list[Any] = []
     for instruction in dis.get_instructions(code):
-        if instruction.opcode == _IMPORT and (name := str(instruction.argval).partition(".")[0]):
-            yield name
+        if instruction.opcode == _IMPORT:
+            # The instructions before an import load its level, which is 0 for an absolute import, and its names.
+            name = (package or "") if values[-2] else str(instruction.argval)
+            if name:
+                yield name.partition(".")[0]
+        if instruction.opname != "EXTENDED_ARG":
+            values.append(instruction.argval)
 
 
 def find(name: str) -> Path | None:
@@ -72,9 +85,17 @@ class LocalImports:
         self._scans: dict[str, _Stats] = {}
         self._packed: tuple[_Stats, bytes] = ([], b"")
 
+    @property
+    def names(self) -> set[str]:
+        """Top-level modules that are packed."""
+        return {name for name, place in self._known.items() if place}
+
     def add(self, names: Iterable[str]) -> None:
-        """Add the modules with the given names, and the local modules that these modules import."""
-        new = {name for name in names if self._must_search(name)}
+        """Add the modules with the given names, and the local modules that these modules import.
+
+        Also add the modules that known modules import since their files have changed.
+        """
+        new = {name for name in (*names, *self._known) if self._must_search(name)}
         found: dict[str, Path | None] = {}
         scans: dict[str, _Stats] = {}
         while new:
@@ -128,11 +149,9 @@ def _imports(file: Path) -> Iterator[str]:
     """Yield the top-level modules that a source file imports, at any place in the file."""
     try:
         tree = ast.parse(file.read_bytes(), str(file))
-    except (SyntaxError, ValueError) as error:
-        raise UsageError(
-            f"The module {file}, which a mapped function imports, cannot be read: {error}.",
-            remedy="Correct the module, or remove the import statement.",
-        ) from error
+    except (SyntaxError, ValueError):
+        # The file may be a template or a program for another Python. A task that imports it gets Python's own error.
+        return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)

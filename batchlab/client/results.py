@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from batchlab.client.grid_link import POLL_S, Link
 from batchlab.client.http import Client
-from batchlab.client.task_errors import with_cause
+from batchlab.client.task_errors import cause_of, combine
 from batchlab.core.api_types import OutcomeView
 from batchlab.core.errors import BackendError, JobFailed, TaskFailed, UsageError
 from batchlab.core.job_definition import task_name
@@ -188,7 +188,8 @@ def _runs(outcome: Outcome) -> Iterator[Run]:
         at += stop - start
     for failure in outcome.failed:
         if failure.final:
-            yield failure.task, [with_cause(task_failure(outcome, failure), failure.pickled)]
+            error, cause = task_failure(outcome, failure), cause_of(outcome, failure)
+            yield failure.task, [combine(error, cause) if cause else error]
 
 
 def task_failure(outcome: Outcome, failure: Failure, kind: type[TaskFailed] = TaskFailed) -> TaskFailed:

@@ -20,14 +20,14 @@ import sys
 import sysconfig
 import threading
 import warnings
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import cloudpickle
@@ -80,13 +80,20 @@ class Pickled:
 
 
 def _reduce(self: Any, obj: Any) -> Any:
-    """Collect the imports of code objects, and pickle a shared value without its file."""
-    if type(obj) is CodeType:
-        self.found.imports.update(imported_names(obj))
-    elif type(obj) is Shared:
+    """Collect the imports of functions that are pickled by value, and pickle a shared value without its file."""
+    if type(obj) is Shared:
+        obj.__reduce__()  # Raise LookupError if the reference is closed.
         self.found.shared[obj.digest] = obj
         return Shared, (obj.digest, obj.size)
-    return cloudpickle.Pickler.reducer_override(self, obj)
+    if isinstance(obj, File):
+        raise UsageError(
+            f"A function or a shared value refers to {obj!r}, but only items and arguments are sent with their files.",
+            remedy="Pass the File as an item, or use its content, file.read_bytes().",
+        )
+    reduced = cloudpickle.Pickler.reducer_override(self, obj)
+    if type(obj) is FunctionType and reduced is not NotImplemented:
+        self.found.imports.update(imported_names(obj.__code__, obj.__globals__.get("__package__")))
+    return reduced
 
 
 # The class is created with `type`, because cloudpickle lacks type annotations, and the type checker rejects a class
@@ -130,6 +137,8 @@ class ObjectPickler:
 
         The submodules of a module in the list are also pickled by value.
         """
+        self._registered: list[ModuleType] = []
+        """Modules that cloudpickle pickles by value inside `by_value`."""
         self.imports = LocalImports(self._workers_lack)
         """Modules that the pickled functions import while they run."""
         self._warned: set[str] = set()
@@ -137,10 +146,14 @@ class ObjectPickler:
     def call(self, function: Callable[..., Any]) -> Pickled:
         """Return the pickled function, and record the modules that it imports. Warn about a large function.
 
-        An error of pickle is raised unchanged.
+        An error of pickle is raised unchanged. The caller must call `call` inside `by_value`.
         """
         pickled = pickle_object(function)
         self.imports.add(pickled.imports)
+        if self._unregister(self.imports.names):
+            imports = pickled.imports
+            pickled = pickle_object(function)
+            pickled.imports |= imports
         name = getattr(function, "__qualname__", None) or type(function).__name__
         if len(pickled.data) > LARGE_BYTES and name not in self._warned:
             self._warned.add(name)
@@ -198,18 +211,31 @@ class ObjectPickler:
 
     @contextmanager
     def by_value(self) -> Iterator[None]:
-        """Inside the `with` block, let cloudpickle pickle by value all modules that workers cannot import."""
+        """Inside the `with` block, let cloudpickle pickle by value the modules that workers cannot import.
+
+        Modules that are packed for the workers are pickled by name.
+        """
         with _REGISTRY:
             self.check_modules()
-            registered = cloudpickle.list_registry_pickle_by_value()
-            modules = [module for module in self._local if module.__name__ not in registered]
-            for module in modules:
-                cloudpickle.register_pickle_by_value(module)
+            others = {*cloudpickle.list_registry_pickle_by_value(), *self.imports.names}
+            outer, self._registered = self._registered, []
             try:
+                for module in self._local:
+                    if module.__name__ not in others:
+                        cloudpickle.register_pickle_by_value(module)
+                        self._registered.append(module)
                 yield
             finally:
-                for module in modules:
-                    cloudpickle.unregister_pickle_by_value(module)
+                self._unregister({module.__name__ for module in self._registered})
+                self._registered = outer
+
+    def _unregister(self, names: set[str]) -> bool:
+        """Let cloudpickle pickle the modules by name. Return whether it has pickled any of them by value before."""
+        modules = [module for module in self._registered if module.__name__ in names]
+        for module in modules:
+            cloudpickle.unregister_pickle_by_value(module)
+            self._registered.remove(module)
+        return bool(modules)
 
     def check_modules(self) -> None:
         """Among the modules that were imported since the last call, find the modules that workers cannot import.
@@ -323,6 +349,10 @@ class JobSubmitter:
         self.shipping = shipping
         self._stored: set[str] = set()
         """Keys of the pickled functions that this process has stored in the bucket."""
+        self._owner = link.ids.fresh("values")
+        self._values: Counter[str] = Counter()
+        """Number of open references to each shared value, by the key of the value."""
+        self._values_lock = threading.Lock()
 
     def submit(
         self,
@@ -360,6 +390,8 @@ class JobSubmitter:
         try:
             with self.shipping.by_value():
                 pickled = pickle_object(value)
+        except UsageError:
+            raise
         except Exception as error:
             raise UsageError(
                 f"A value of type {what} cannot be pickled: {type(error).__name__}: {error}.",
@@ -373,14 +405,25 @@ class JobSubmitter:
                 f"{MAX_SHARED_BYTES / 1e9:.1f} GB.",
                 remedy="Write the data to a file, and pass a File.",
             )
-        key = object_keys.pickled(pickled.data)
-        if key not in self._stored:
-            self._link.run(self._store(key, pickled.data))
         digest = hashlib.sha256(pickled.data).hexdigest()
+        key = object_keys.shared_value(self._owner, digest)
+        with self._values_lock:
+            if not self._values[key]:
+                self._link.delete_at_close(key)
+                self._link.run(self._store(key, pickled.data))
+            self._values[key] += 1
         shared: Shared[T] = Shared(digest, len(pickled.data))
-        shared_values.register(digest, StoredFile(values.file_ref(key, f"{digest}.pkl", shared.size)))
-        shared_values.keep(shared, value)
+        stored = StoredFile(values.file_ref(key, f"{digest}.pkl", shared.size))
+        shared_values.own(shared, value, stored, partial(self._release, key))
         return shared
+
+    def _release(self, key: str) -> None:
+        """Delete a shared value when its last reference is closed. After `close` of the grid, do nothing."""
+        with self._values_lock:
+            self._values[key] -= 1
+            if not self._values[key] and not self._link.closed:
+                self._link.run(self._link.delete(key))
+                self._stored.discard(key)
 
     def draft(self, name: str, stage: StageDef) -> JobDef:
         """Return the definition of a new job with a fresh id, without items."""

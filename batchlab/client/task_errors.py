@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import pickle
-from types import MemberDescriptorType
+from functools import lru_cache
 from typing import Any
 
 from batchlab.core.errors import TaskFailed
+from batchlab.core.model import Failure, Outcome
+from batchlab.worker import exception_pickling
 
 
 def unpickle(data: bytes) -> BaseException | None:
@@ -23,16 +25,28 @@ def unpickle(data: bytes) -> BaseException | None:
     return error if isinstance(error, BaseException) else None
 
 
-def with_cause(error: TaskFailed, pickled: str) -> TaskFailed:
-    """Return the TaskFailed with the user's exception as its cause, so that both types can catch it.
-
-    `pickled` is the pickled exception in base64, or "".
-    """
+def cause_of(outcome: Outcome, failure: Failure) -> BaseException | None:
+    """Return the exception that the task raised, or None if it cannot be unpickled in this process."""
+    if failure.pickled.startswith(exception_pickling.LIKE):
+        return _similar(outcome, failure)
     try:
-        cause = unpickle(base64.b64decode(pickled, validate=True)) if pickled else None
+        return unpickle(base64.b64decode(failure.pickled, validate=True)) if failure.pickled else None
     except ValueError:
-        cause = None
-    return combine(error, cause) if cause else error
+        return None
+
+
+def _similar(outcome: Outcome, failure: Failure) -> BaseException | None:
+    """Return an exception with the failure's text and with the type of another task's exception."""
+    other = failure.pickled.removeprefix(exception_pickling.LIKE)
+    found = next((one for one in outcome.failed if str(one.task) == other and one.task != failure.task), None)
+    if found is None or found.pickled.startswith(exception_pickling.LIKE):
+        return None
+    cause = cause_of(outcome, found)
+    try:
+        text = failure.reason.removeprefix(f"{failure.error}: ")
+        return cause and exception_pickling.create(type(cause), (text,))
+    except Exception:  # noqa: BLE001 - the type of an exception group refuses a text
+        return None
 
 
 _NOT_COMBINED = (TaskFailed, StopIteration, StopAsyncIteration)
@@ -40,19 +54,19 @@ _NOT_COMBINED = (TaskFailed, StopIteration, StopAsyncIteration)
 
 
 def combine(error: TaskFailed, cause: BaseException) -> TaskFailed:
-    """Return an error that has the message of `error`, the attributes of both errors, and both of their types.
+    """Return an error that has the message of `error`, and the types and attributes of both errors.
 
-    Some types cannot be combined, such as types that do not inherit from Exception. Then return `error` with its cause.
+    The attributes of the user's type have priority, and `task_failed` is `error` itself. Some types cannot be combined,
+    such as types that do not inherit from Exception. Then return `error` with its cause.
     """
     combined = error
-    if isinstance(cause, Exception) and not isinstance(cause, _NOT_COMBINED):
+    if isinstance(cause, Exception) and not isinstance(cause, _NOT_COMBINED) and not isinstance(error, type(cause)):
         try:
-            kind = _combined_type(error, type(cause))
-            # The constructor of the user's type is not called, because its arguments are unknown. The type of an
-            # exception group needs the arguments to create an object.
-            combined = kind.__new__(kind, *cause.args)
-            _copy_members(cause, combined)
-            combined.__dict__.update({**vars(cause), **vars(error)})
+            kinds: Any = type(error), type(cause)
+            combined = exception_pickling.create(_combined_type(*kinds), cause.args)
+            exception_pickling.set_members(combined, exception_pickling.members(cause))
+            own = {name: value for name, value in vars(error).items() if not hasattr(cause, name)}
+            combined.__dict__.update({**own, **vars(cause), "task_failed": error})
             combined.args = cause.args
         except Exception:  # noqa: BLE001 - the user's type may do anything when it is subclassed or created
             combined = error
@@ -60,29 +74,27 @@ def combine(error: TaskFailed, cause: BaseException) -> TaskFailed:
     return combined
 
 
-def _combined_type(error: TaskFailed, cause: type[Exception]) -> type[TaskFailed]:
-    kind = type(error)
-    body: dict[str, Any] = {"__module__": kind.__module__, "__reduce__": _reduce, "__init__": Exception.__init__}
-    if issubclass(cause, BaseExceptionGroup):
-        body["message"] = error.message  # An object of an exception group cannot have a message of its own.
-    return type(f"{kind.__name__}_{cause.__name__}", (kind, cause), body)
+class _Combined:
+    """First base of the types that inherit from a user's type and from TaskFailed."""
+
+    task_failed: TaskFailed
+    __cause__: BaseException
+
+    def __init_subclass__(cls) -> None:
+        """Hide the combined type from the hook of the user's type, such as a registry of its subclasses."""
+
+    def __str__(self) -> str:
+        return str(self.task_failed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.task_failed, exception_pickling.pickled(self.__cause__))
 
 
-def _copy_members(source: BaseException, target: BaseException) -> None:
-    """Copy the attributes that are not in `__dict__`, such as `errno` of an OSError."""
-    for owner in type(source).__mro__:
-        for name, member in vars(owner).items():
-            if isinstance(member, MemberDescriptorType) and not name.startswith("__") and hasattr(source, name):
-                try:
-                    setattr(target, name, getattr(source, name))
-                except (AttributeError, TypeError):
-                    continue  # The attribute is read-only.
+def _restore(error: TaskFailed, pickled: bytes) -> TaskFailed:
+    cause = unpickle(pickled)
+    return combine(error, cause) if cause else error
 
 
-def _reduce(error: TaskFailed) -> tuple[Any, ...]:
-    kind = type(error).__bases__[0]
-    return _rebuild, (kind, error.message, error.task, error.traceback, error.__cause__)
-
-
-def _rebuild(kind: type[TaskFailed], message: str, task: int, traceback: str, cause: BaseException) -> TaskFailed:
-    return combine(kind(message, task=task, traceback=traceback), cause)
+@lru_cache(maxsize=256)
+def _combined_type(kind: type[TaskFailed], cause: type[Exception]) -> type[TaskFailed]:
+    return type(f"{kind.__name__}_{cause.__name__}", (_Combined, cause, kind), {"__module__": kind.__module__})

@@ -17,7 +17,7 @@ import os
 import threading
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from weakref import WeakSet
+from weakref import WeakMethod, WeakSet
 
 MAX_IDLE_S = 1.0
 """Time in seconds for which an idle thread waits for more work."""
@@ -102,6 +102,7 @@ os.register_at_fork(after_in_child=_spares.reset)
 
 
 _awaited: WeakSet[threading.Event] = WeakSet()
+_exit_methods: list[WeakMethod[Work]] = []
 _begun = threading.Event()
 
 is_exiting = _begun.is_set
@@ -112,15 +113,25 @@ def delay_exit_until(end: threading.Event) -> None:
     _awaited.add(end)
 
 
+def run_at_exit(method: Work) -> None:
+    """Call a bound method at the exit of Python while threads can still be started, if its object still exists."""
+    _exit_methods.append(WeakMethod(method, _exit_methods.remove))
+
+
 def _at_exit() -> None:
     _begun.set()
     for end in list(_awaited):
         end.wait()
+    methods = [reference() for reference in _exit_methods]
+    for method in methods:
+        if method:
+            method()
 
 
 # A forked child process must not wait for the events, because the threads that set the events do not exist in the child
-# process.
+# process. The methods belong to the parent process.
 os.register_at_fork(after_in_child=_awaited.clear)
+os.register_at_fork(after_in_child=_exit_methods.clear)
 
 # The exit hook is not registered with the module atexit, because hooks of atexit run when threads can no longer be
 # started. The function `_register_atexit` of `threading` is not public, but concurrent.futures and joblib also use

@@ -229,10 +229,11 @@ class TasksView(TypedDict):
 
 
 class BarView(TypedDict):
-    """A bundle on a timeline. `bundle` is "" and `bundles` is the number of bundles if several bundles are merged.
+    """A bundle on a timeline, or the `bundles` that a worker started in a time bucket.
 
-    The `state` of a bundle is running, succeeded, retried, failed, or cancelled. The state of merged bundles is the
-    worst state of the bundles. `row` separates bundles that a worker runs at the same time.
+    The `state` of a bundle is running, succeeded, retried, failed, or cancelled. The state of a time bucket is the
+    worst state of its bundles, and its `stage` and `bundle` are "", and its `attempt` is 0. `row` separates bundles
+    that a worker runs at the same time.
     """
 
     stage: str
@@ -257,8 +258,8 @@ class LaneView(TypedDict):
 class TimelineView(TypedDict):
     """Timeline of a job's bundles from `start_s` to `end_s` by worker, with the worker that started first at the top.
 
-    `workers` is the number of all workers, of which `lanes` may contain only the first ones. `merged_s` is the width of
-    the time steps in which bundles are merged, or 0 if every bundle has its own bar.
+    `workers` is the number of all workers, of which `lanes` may contain only the first ones. `merged_s` is the duration
+    of a time bucket, or 0 if every bundle has its own bar.
     """
 
     start_s: float

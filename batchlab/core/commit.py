@@ -312,16 +312,26 @@ async def repair_command(objects: Objects, job: JobId, control: Control, round: 
 
 async def is_defined(objects: Objects, job: JobId) -> bool:
     """Return whether the bucket has the definition of the job. The definition of a deleted job is only a note."""
+    return await _has_note(objects, job) is False
+
+
+async def is_deleted(objects: Objects, job: JobId) -> bool:
+    """Return whether a note has replaced the definition of the job, because a user has deleted the job."""
+    return await _has_note(objects, job) is True
+
+
+async def _has_note(objects: Objects, job: JobId) -> bool | None:
+    """Return whether the object at the key of the job's definition is a note, or None if the object does not exist."""
     try:
         note = await objects.get(object_keys.spec(job), limit=json_format.MAX_NOTE_BYTES)
     except NotFound:
-        return False
+        return None
     except TooLarge:
-        return True
+        return False
     try:
-        return not json_format.is_deleted(json_format.loads(note))
+        return json_format.is_deleted(json_format.loads(note))
     except (Malformed, TooNew):
-        return True
+        return False
 
 
 async def permit_round(objects: Objects, job: JobId, round: int, patience: Patience) -> None:

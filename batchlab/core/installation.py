@@ -55,11 +55,11 @@ def extra_of(module: str) -> str | None:
 
 
 def check_platform() -> None:
-    """Raise UsageError unless this machine runs Linux."""
-    if sys.platform != "linux":
+    """Raise UsageError on Windows."""
+    if sys.platform in ("win32", "cygwin"):
         raise UsageError(
-            f"batchlab runs on Linux only, and the system of this machine is {sys.platform!r}.",
-            remedy="Use a Linux machine, a Linux container, or, on Windows, WSL2.",
+            "batchlab does not run on Windows.",
+            remedy="Install WSL2 (`wsl --install`), and then install and run batchlab in WSL2.",
         )
 
 

@@ -6,10 +6,11 @@ file because all other code uses them.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, NamedTuple, NewType
 
 JobId = NewType("JobId", str)
@@ -131,7 +132,9 @@ class TaskSet:
 
     def __sub__(self, other: TaskSet) -> TaskSet:
         left: list[tuple[int, int]] = []
-        holes = iter(other.ranges)
+        # A small set minus a large set takes a search in the large set, and not a pass over all of its ranges.
+        before = bisect_right(other.ranges, self.ranges[0]) - 1 if self.ranges else 0
+        holes = islice(other.ranges, max(0, before), None)
         hole = next(holes, None)
         for start, stop in self.ranges:
             while hole and hole[1] <= start:
@@ -245,8 +248,8 @@ class Failure:
 
     `final` is true if the attempt is not retried. `reason` is one sentence for a person. Failures are grouped by
     `error`, which is the exception's class name or a similar name. `exit_code` is negative if a signal ended the
-    process. `pickled` is the pickled exception of a task of the Python API in base64, or "". Only the caller of the job
-    unpickles it.
+    process. `pickled` is the pickled exception of a task of the Python API in base64, or "". The text `@N` stands for
+    an exception of the same type as that of task N. Only the caller of the job unpickles it.
     """
 
     task: int

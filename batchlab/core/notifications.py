@@ -26,7 +26,7 @@ from batchlab.core.job_definition import JobDef, NotifyDef
 from batchlab.core.model import Json
 from batchlab.core.ports import JobRecord, StageRecord
 from batchlab.core.protocol import json_format
-from batchlab.core.protocol.field_checks import decode
+from batchlab.core.protocol.field_checks import MAX_COUNT, MAX_S, decode
 
 ENDS = ("succeeded", "failed", "cancelled")
 MOMENTS = ("ended", *ENDS, "failures", "stuck", "capped")
@@ -302,8 +302,8 @@ def _low(number: int) -> ipaddress.IPv4Address:
 def _figures(on: Sequence[str], failures: int, stuck_s: float) -> str:
     if not on or any(moment not in MOMENTS for moment in on):
         return f"The moments are {', '.join(MOMENTS)}."
-    if failures < 1 or not 1 <= stuck_s < float("inf"):
-        return "The number of failures and the seconds without progress must be at least 1."
+    if not 1 <= failures <= MAX_COUNT or not 1 <= stuck_s <= MAX_S:
+        return f"The number of failures must be 1 to {MAX_COUNT}, and the seconds without progress 1 to {MAX_S:g}."
     return ""
 
 

@@ -39,9 +39,12 @@ class ManagerSettings:
     window: int = WINDOW
 
 
+VALUE_CACHE_BYTES = 8 * 1024**3
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """Time settings of a worker in seconds. The descriptor of a backend sets the time settings of its workers."""
+    """Settings of a worker, with times in seconds. The descriptor of a backend sets the settings of its workers."""
 
     visibility_s: float = 30.0
     """Visibility timeout of messages. The worker extends the timeout of a message after each third of the timeout."""
@@ -71,6 +74,11 @@ class WorkerSettings:
     """Maximum duration of bundles for which the worker prefetches one further bundle per slot.
 
     A prefetched message behind a longer bundle would be withheld from idle workers.
+    """
+    value_cache_bytes: int = VALUE_CACHE_BYTES
+    """Maximum size of the values of `Grid.put` that an instance stores on its disk.
+
+    The values that were used least recently are removed first. The value that was used last always stays.
     """
 
     @property

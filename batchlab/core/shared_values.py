@@ -1,7 +1,7 @@
 """Values that `Grid.put` stores once for all tasks of a grid.
 
-A stored value is one object in the bucket, which is named after the digest of its content. A task receives a reference
-to the object, and each process of a worker loads the value once.
+A stored value is one object in the bucket. A task receives a reference to the object, and each process of a worker
+loads the value once. The program that has stored the value deletes the object.
 
 Invariant: a process loads only content that matches the digest, because a reference comes from a worker or from the
 bucket. Every child process may import the module, so the module imports only the standard library and a light module.
@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from batchlab.core.task_context import File
 
@@ -45,12 +46,17 @@ class Shared(Generic[T]):
     """A large value that `Grid.put` has stored. Tasks read it as `shared.value`, as an argument or from a closure.
 
     A process of a worker loads the value once, and then shares it between its tasks. A task must not change the value.
+    The stored value is deleted by `close`, at the end of a `with` block, or when the Grid object is closed.
     """
 
-    __slots__ = ("_own", "digest", "size")
+    __slots__ = ("_delete", "_own", "_stored", "digest", "size")
 
     _own: T
     """The value itself, in the process that has stored it."""
+    _stored: StoredFile
+    """The stored object, in the process that has stored the value."""
+    _delete: Callable[[], None]
+    """Function that deletes the stored object, in the process that has stored the value."""
 
     def __init__(self, digest: str, size: int) -> None:
         self.digest = digest
@@ -81,24 +87,38 @@ class Shared(Generic[T]):
             total -= _loaded.popitem(last=False)[1][1]
         return value
 
+    def close(self) -> None:
+        """Delete the stored value, which further tasks cannot read. A repeated call of `close` does nothing.
+
+        Only the program that has stored the value can close it.
+        """
+        if hasattr(self, "_own"):
+            del self._own, self._stored
+            self._delete()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.digest, self.size, _files[self.digest])
+        file = getattr(self, "_stored", None) or _files.get(self.digest)
+        if file is None:
+            raise LookupError(f"{self!r} is closed")
+        return _restore, (self.digest, self.size, file)
 
     def __repr__(self) -> str:
         return f"<Shared {self.digest[:10]}, {self.size} bytes>"
 
 
-def keep(shared: Shared[T], value: T) -> None:
-    """Keep the value itself in this process, which has stored it, as long as the reference exists."""
-    shared._own = value
-
-
-def register(digest: str, file: File) -> None:
-    """Record the file with the pickled value of the digest `digest`. A copy on this machine has priority."""
-    if digest not in _files or isinstance(_files[digest], StoredFile) or not _files[digest].path.is_file():
-        _files[digest] = file
+def own(shared: Shared[T], value: T, stored: StoredFile, delete: Callable[[], None]) -> None:
+    """Keep the value itself in this process, which has stored it, until the reference is closed or dropped."""
+    shared._own, shared._stored, shared._delete = value, stored, delete
 
 
 def _restore(digest: str, size: int, file: File) -> Shared[Any]:
-    register(digest, file)
+    # The file of an earlier task may be removed at any time, so the latest copy on this machine is used.
+    if digest not in _files or not isinstance(file, StoredFile):
+        _files[digest] = file
     return Shared(digest, size)

@@ -7,8 +7,7 @@ phase uploads the release to the stack's own bucket and sets the stack's paramet
 
 from __future__ import annotations
 
-import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,12 @@ from typing import Any, Protocol
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.aws.objects import open_s3
-from batchlab.core.errors import BackendError, Refused, UsageError
+from batchlab.core.errors import BackendError, Refused
 from batchlab.deploy import release, settings, status
 from batchlab.deploy.account import Missing, aws_errors
-from batchlab.deploy.plan import Plan, create_plan
-from batchlab.deploy.settings import RELEASE, Settings
+from batchlab.deploy.checks import check_database_ca
+from batchlab.deploy.plan import BUSY_WORKERS, Plan, create_plan
+from batchlab.deploy.settings import BUSY, RELEASE, Settings
 from batchlab.deploy.stack import Stack
 from batchlab.deploy.stack_records import Cause, Event, State, must_be_deleted, next_step, refuse_unchangeable
 from batchlab.deploy.template import Template
@@ -70,7 +70,8 @@ def follow_operation(stack: Stack, interface: Interface) -> State | None:
 class Apply:
     """One run of `batchlab deploy apply`.
 
-    The function `archive` returns the path of the release's archive. The first call of `archive` builds the release.
+    The function `archive` returns the path of the release's archive. The first call of `archive` builds the release,
+    unless `given` is an existing archive.
     """
 
     stack: Stack
@@ -79,17 +80,16 @@ class Apply:
     home: Home
     interface: Interface
     archive: Callable[[], Path]
-    is_renewed: bool = field(default=False, init=False)
-    """Whether instances of an earlier deployment may exist.
-
-    An instance refresh replaces the instances of an earlier deployment.
-    """
+    given: Path | None = None
+    has_new_templates: bool = field(default=False, init=False)
 
     def run(self) -> AwsDeployment | None:
         """Apply the wanted settings to the stack, and return the deployment, or None if the user declined.
 
-        Raise StackFailed if CloudFormation fails, and BackendError if AWS refuses a call.
+        Raise StackFailed if CloudFormation fails, BackendError if AWS refuses a call, and UsageError if the stack could
+        not work.
         """
+        check_database_ca(self.wanted, self.given)
         state = self._wait_until_at_rest()
         if state and must_be_deleted(state):
             if not self._delete_empty(state):
@@ -98,6 +98,7 @@ class Apply:
         elif state:
             refuse_unchangeable(state)
         is_new = state is None or state.is_new
+        has_instances = state is not None and bool(state.parameters.get(RELEASE))
         if is_new:
             state = self._create(state)
             if state:
@@ -110,7 +111,7 @@ class Apply:
             return None
         deployment = status.deployment_of(state, self.stack.account.region, python_of(self.archive()))
         aws_deployment.write(self.home, deployment)
-        if self.is_renewed:
+        if has_instances:
             self._refresh(state)
         return deployment
 
@@ -178,7 +179,9 @@ class Apply:
     def _deploy_release(self, state: State, *, ask: bool) -> State | None:
         archive = self.archive()
         sha = release.release_of(archive)
-        with create_plan(self.stack, self.wanted, self.source, state, home=self.home, release=sha) as plan:
+        with create_plan(
+            self.stack, self.wanted, self.source, state, home=self.home, release=sha, is_checked=not ask
+        ) as plan:
             if ask:
                 self.interface.show(plan)
             if not plan.changes:
@@ -193,8 +196,7 @@ class Apply:
             if not state.is_protected and ask:
                 self.stack.protect(on=True)
             updated = self._execute(plan, "updating")
-        templates = any(change.type == "AWS::EC2::LaunchTemplate" for change in plan.changes)
-        self.is_renewed = templates and bool(state.parameters.get(RELEASE))
+        self.has_new_templates = plan.has_new_templates
         return updated
 
     def _execute(self, plan: Plan, what: str) -> State:
@@ -216,20 +218,30 @@ class Apply:
         """Start the replacement of instances that have an older launch template. AWS replaces the instances one after
         another.
 
-        Workers finish their tasks before their instances end.
+        Instances have an older launch template after a change of the templates, and after a replacement that failed
+        because workers were busy for too long. The parameter BusyWorkers selects the treatment of busy workers.
         """
+        parameters = {**state.parameters, **dict(self.wanted.parameters)}
+        busy = BUSY_WORKERS[parameters.get(BUSY, "wait")]
         scaling = self.stack.account.client("autoscaling")
         groups = [status.output_of(state, "ManagerGroup"), *status.pool_groups(state)]
-        for group in self.stack.account.groups(groups):
-            if not group.get("Instances"):
-                continue
-            name = group["AutoScalingGroupName"]
+        names = [
+            group["AutoScalingGroupName"]
+            for group in self.stack.account.groups(groups)
+            if (group.get("Instances") if self.has_new_templates else _has_old_instances(group))
+        ]
+        # The plan of a change has shown the replacement, and the user has agreed. A plan without changes does not.
+        if names and not self.has_new_templates:
+            question = f"Instances of {', '.join(names)} have an older launch template. {busy.note} Replace them?"
+            if not self.interface.agrees(question):
+                return
+        for name in names:
             preferences: dict[str, Any] = {
                 # The group of the manager has a single instance, so the old manager must end before the new manager
                 # starts.
                 "MinHealthyPercentage": 0 if name == groups[0] else 90,
                 "SkipMatching": True,
-                "ScaleInProtectedInstances": "Wait",
+                "ScaleInProtectedInstances": busy.protected,
                 "StandbyInstances": "Ignore",
             }
             try:
@@ -243,14 +255,18 @@ class Apply:
                 self.interface.say(f"{name}: its instances are being replaced, one after another.")
 
 
+def _has_old_instances(group: Mapping[str, Any]) -> bool:
+    """Return whether an instance of the Auto Scaling group has an older version of the group's launch template."""
+    mixed = group.get("MixedInstancesPolicy", {}).get("LaunchTemplate", {}).get("LaunchTemplateSpecification")
+    version = (mixed or group.get("LaunchTemplate", {})).get("Version")
+    instances = group.get("Instances", ())
+    return any(instance.get("LaunchTemplate", {}).get("Version", version) != version for instance in instances)
+
+
 def python_of(archive: Path) -> str:
     """Return the Python version of the release in `archive`. Raise UsageError if the file is not a release."""
-    try:
-        with tarfile.open(archive) as opened:
-            member = opened.extractfile("version")
-            lines = member.read().decode().splitlines() if member else []
-    except (tarfile.TarError, KeyError, OSError) as error:
-        raise UsageError(
-            f"{archive} is not a release: {error}.", remedy="Name an archive from aws/releases in the grid's folder."
-        ) from error
+    content = release.read_member(archive, "version")
+    if content is None:
+        raise release.not_a_release(archive, "it lacks the file version")
+    lines = content.decode(errors="replace").splitlines()
     return next((line.partition("=")[2] for line in lines if line.startswith("PYTHON=")), "")

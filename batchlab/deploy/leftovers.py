@@ -53,6 +53,11 @@ def resource_of(arn: str, stack: str) -> AwsResource:
     return AwsResource(arn, f"{service}:{kind}", name.removesuffix(":*"), stack)
 
 
+def is_removable(resource: AwsResource) -> bool:
+    """Return whether batchlab can remove this kind of resource."""
+    return resource.kind in _REMOVERS
+
+
 def remove(account: Account, resource: AwsResource, say: Say) -> None:
     """Remove an AWS resource. Raise BackendError if AWS refuses the removal, or if batchlab cannot remove this kind of
     resource.
@@ -190,13 +195,19 @@ class Leftovers:
     def tagged_resources(self) -> Iterator[Leftover]:
         """Yield the resources in the account and region that have the tag of a batchlab stack.
 
-        AWS's list of tagged resources lacks IAM roles and resources that cannot have tags.
+        AWS's list of tagged resources lacks IAM roles and resources that cannot have tags. The list has a terminated
+        instance for about an hour, so the method skips terminated instances.
         """
+        living: set[str] | None = None
         for page in self._account.pages(
             "resourcegroupstaggingapi", "get_resources", "ResourceTagMappingList", TagFilters=[{"Key": TAG}]
         ):
             tags = {tag["Key"]: tag["Value"] for tag in page.get("Tags", ())}
             resource = resource_of(page["ResourceARN"], tags.get(TAG, ""))
+            if resource.kind == "ec2:instance":
+                living = self._living_instances() if living is None else living
+                if resource.name not in living:
+                    continue
             if resource.kind != "cloudformation:stack":
                 yield Leftover(resource, _is_used(resource, self._parts_of(resource.stack)))
 
@@ -214,6 +225,13 @@ class Leftovers:
                 continue
             for resource in resources:
                 yield Leftover(resource, _is_used(resource, self._parts_of(resource.stack)), is_guessed=True)
+
+    def _living_instances(self) -> set[str]:
+        """Return the ids of the instances with batchlab's tag that are not terminated."""
+        states = ["pending", "running", "stopping", "stopped"]
+        filters = [{"Name": "tag-key", "Values": [TAG]}, {"Name": "instance-state-name", "Values": states}]
+        reservations = self._account.pages("ec2", "describe_instances", "Reservations", Filters=filters)
+        return {instance["InstanceId"] for reservation in reservations for instance in reservation["Instances"]}
 
     def _domains(self) -> Iterator[AwsResource]:
         if self._account.is_real and self._account.region not in WITH_SIMPLEDB:

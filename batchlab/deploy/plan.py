@@ -9,15 +9,15 @@ import hashlib
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from batchlab.core.errors import UsageError
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.hourly import Hourly, StackShape, hourly_cost
-from batchlab.deploy import settings, template
+from batchlab.deploy import checks, settings, template
 from batchlab.deploy.account import Account, aws_errors
-from batchlab.deploy.settings import RELEASE, Settings, text_of
+from batchlab.deploy.settings import BUSY, RELEASE, Settings, text_of
 from batchlab.deploy.stack import TAG, Stack
 from batchlab.deploy.stack_records import Change, ChangeSet, State
 from batchlab.deploy.template import MAX_INLINE_BYTES, Template, render
@@ -30,6 +30,35 @@ WITH_SIMPLEDB = (
 """AWS regions that offer SimpleDB (see https://docs.aws.amazon.com/general/latest/gr/simpledb.html)."""
 FOLDER = "deploy/"
 """Folder in the stack's own bucket for a template that is too large for a request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """Replacement of busy workers in an upgrade. `protected` is AWS's value of ScaleInProtectedInstances."""
+
+    protected: str
+    note: str
+
+
+BUSY_WORKERS = {
+    "wait": Replacement(
+        "Wait",
+        "AWS replaces a busy worker when it becomes idle, and gives up after one hour (BusyWorkers wait). If tasks or "
+        "the backlog last longer, use --set BusyWorkers=keep or --set BusyWorkers=interrupt, or repeat "
+        "`batchlab deploy apply` to wait for another hour.",
+    ),
+    "keep": Replacement(
+        "Ignore",
+        "AWS replaces only idle workers (BusyWorkers keep). Busy workers keep the old release until the manager ends "
+        "them.",
+    ),
+    "interrupt": Replacement(
+        "Refresh",
+        "AWS interrupts busy workers (BusyWorkers interrupt). Their tasks have 90 s to end, and then run again on "
+        "other workers.",
+    ),
+}
+"""Values of the template parameter BusyWorkers. The hour is a limit of AWS that cannot be changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +81,8 @@ class Cost:
 class Plan:
     """Plan of a stack: the change set that AWS has computed, the settings, and the cost of the stack.
 
-    `parameters` contains the values of all template parameters of the stack, including default values.
+    `parameters` contains the values of all template parameters of the stack, including default values. `notes` are
+    sentences about possible problems.
     """
 
     settings: Settings
@@ -64,10 +94,16 @@ class Plan:
     parameters: Mapping[str, str]
     cost: Cost
     template_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def changes(self) -> tuple[Change, ...]:
         return self.change_set.changes
+
+    @property
+    def has_new_templates(self) -> bool:
+        """Whether the instances of the stack get other launch templates."""
+        return any(change.type == "AWS::EC2::LaunchTemplate" for change in self.changes)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -88,6 +124,7 @@ class Plan:
             "parameters": dict(self.parameters),
             "cost": self.cost.to_json(),
             "template_bytes": self.template_bytes,
+            "notes": list(self.notes),
         }
 
 
@@ -100,11 +137,13 @@ def create_plan(
     *,
     home: Home | None = None,
     release: str | None = None,
+    is_checked: bool = False,
 ) -> Iterator[Plan]:
     """Yield a plan that changes the stack from its current `state` to the wanted settings.
 
     If the plan was not executed, the end of the `with` block deletes the plan's change set. If `release` is None, the
-    plan keeps the deployed release.
+    plan keeps the deployed release. Unless `is_checked`, the account is checked first, and UsageError is raised if the
+    stack could not work.
     """
     is_new = state is None or state.is_new
     deployed = {} if state is None or is_new else state.parameters
@@ -119,6 +158,9 @@ def create_plan(
             f"SimpleDB does not exist in {region}.",
             remedy=f"Use --ledger postgres or sqlite, or a region with SimpleDB: {', '.join(WITH_SIMPLEDB)}.",
         )
+    notes = () if is_checked else checks.check_account(stack.account, wanted, effective, state)
+    if effective.get("Ledger") != "simpledb":
+        expanded = template.without_simpledb(expanded)
     if not stack.account.is_real:
         pseudo = {"AWS::Region": region, "AWS::StackName": stack.name}
         release_value = deployed.get(RELEASE, "") if release is None else release
@@ -127,7 +169,7 @@ def create_plan(
     with _reachable(stack, body, state if deployed else None) as where:
         change_set = stack.propose(where, sent, is_new=is_new)
     try:
-        yield Plan(
+        plan = Plan(
             wanted,
             stack.account.id,
             stack.account.who,
@@ -137,7 +179,11 @@ def create_plan(
             effective,
             cost(effective, region, home, shape_of(expanded)),
             len(body.encode()),
+            notes,
         )
+        if plan.has_new_templates and deployed.get(RELEASE):
+            plan = replace(plan, notes=(*notes, BUSY_WORKERS[effective.get(BUSY, "wait")].note))
+        yield plan
     finally:
         # `withdraw` does nothing after the execution of the change set, because AWS deletes an executed change set
         # itself.
@@ -203,7 +249,9 @@ def offline_plan(wanted: Settings, source: Template, home: Home) -> tuple[Templa
     Raise UsageError for settings that the template does not accept.
     """
     values = settings.parameters(wanted, source)
-    expanded = template.expand(source, [pool.name for pool in wanted.pools])
+    expanded = template.expand(source, [pool.name for pool in wanted.pools], for_scanners=True)
+    if values.get("Ledger") != "simpledb":
+        expanded = template.without_simpledb(expanded)
     region = wanted.region or price_book.load(home.path).region
     costs = cost(_effective(expanded, values), region, home, shape_of(expanded))
     declared = expanded["Parameters"]

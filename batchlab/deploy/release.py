@@ -18,6 +18,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,7 @@ from batchlab.core import installation
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
-from batchlab.deploy.template import READABLE_FILE
+from batchlab.deploy.database_ca import read as read_bundle
 from batchlab.runtime import compose_project, descriptor
 
 ARCHITECTURES = ("x86_64", "aarch64")
@@ -342,7 +343,7 @@ def build_release(
         version = metadata.version("batchlab")
         content["version"] = f"VERSION={version}\nPYTHON={target.python}\nARCHITECTURE={target.architecture}\n".encode()
         if database_ca:
-            content[DATABASE_CA] = _read(database_ca)
+            content[DATABASE_CA] = read_bundle(database_ca)
         if variables:
             content[descriptor.FILE] = descriptor.content(variables)
         content |= {f"wheels/{wheel.name}": wheel.read_bytes() for wheel in wheels.glob("*.whl")}
@@ -380,17 +381,28 @@ def upload(objects: Objects, archive: Path, patience: Patience, say: Callable[[s
     return key
 
 
-def _read(certificates: Path) -> bytes:
+def read_member(archive: Path, name: str, max_bytes: int = _MIB) -> bytes | None:
+    """Return the content of a file in a release archive, or None if the archive lacks the file.
+
+    Raise UsageError if `archive` is not a release archive, or if the file is larger than `max_bytes`.
+    """
     try:
-        content = certificates.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{certificates} cannot be read: {error.strerror}.", remedy=READABLE_FILE) from error
-    if b"-----BEGIN CERTIFICATE-----" not in content:
-        raise UsageError(
-            f"{certificates} does not contain certificates in PEM form.",
-            remedy="Name the bundle that AWS publishes for RDS in the stack's region.",
-        )
-    return content
+        with tarfile.open(archive, "r:gz") as opened:
+            member = opened.getmember(name)
+            file = opened.extractfile(member)
+            if file is None or member.size > max_bytes:
+                raise tarfile.ReadError(f"{name} is not a file of at most {max_bytes:,} bytes")
+            return file.read()
+    except KeyError:
+        return None
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise not_a_release(archive, str(error)) from error
+
+
+def not_a_release(archive: Path, why: str) -> UsageError:
+    return UsageError(
+        f"{archive} is not a release: {why}.", remedy="Name an archive from aws/releases in the grid's folder."
+    )
 
 
 def _write(folder: Path, content: dict[str, bytes]) -> Path:

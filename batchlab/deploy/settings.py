@@ -26,6 +26,8 @@ from batchlab.runtime.home import Home
 STACK = "batchlab"
 RELEASE = "Release"
 """Template parameter for the SHA-256 of the release archive. Users cannot set the template parameter `Release`."""
+BUSY = "BusyWorkers"
+"""Template parameter for the replacement of busy workers in an upgrade (see `plan.BUSY_WORKERS`)."""
 
 # A stack name has at most 28 characters, so that the name of a pool's dead-letter queue has at most the 80 characters
 # that SQS allows. A stack name does not contain two hyphens in a row, because RDS does not allow two hyphens in a row
@@ -143,13 +145,18 @@ def write(home: Home, settings: Settings) -> None:
 
 
 def load(path: Path) -> Settings:
-    """Return the settings from a user's YAML file. Raise UsageError for invalid settings."""
+    """Return the settings from a user's YAML file. Raise UsageError for invalid settings.
+
+    The path of the certificates becomes absolute, so that later commands find the file from any folder.
+    """
     try:
-        return parse(yaml.safe_load(path.read_text()), str(path))
+        settings = parse(yaml.safe_load(path.read_text()), str(path))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.", remedy=READABLE_FILE) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {error}.", remedy="Correct this line.") from error
+    certificates = str(Path(settings.database_ca).absolute()) if settings.database_ca else ""
+    return replace(settings, database_ca=certificates)
 
 
 def document(settings: Settings) -> dict[str, Any]:

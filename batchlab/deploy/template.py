@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,21 +130,48 @@ def render(template: Template, values: Mapping[str, str]) -> Template:
     `values` contains the values of all parameters, and of the pseudo parameters that conditions may use, such as
     AWS::Region.
     """
-    return _Rendering(template, values).result()
+    return _Rendering(template, values, template.get("Conditions", {})).result()
+
+
+SIMPLEDB = "UsesSimpleDb"
+"""Condition of the template's parts for a ledger in SimpleDB."""
+
+
+def without_simpledb(template: Template) -> Template:
+    """Return a copy of the template that cannot create a ledger in SimpleDB.
+
+    CloudFormation refuses a template with a resource type that the region lacks, even if the condition of the resource
+    is false. Most regions lack SimpleDB.
+    """
+    if SIMPLEDB not in template.get("Conditions", {}):
+        return template
+    rendered = _Rendering(template, {"Ledger": ""}, {SIMPLEDB}).result()
+    ledger = template["Parameters"]["Ledger"]
+    allowed = [kind for kind in ledger["AllowedValues"] if kind != "simpledb"]
+    return {**rendered, "Parameters": {**template["Parameters"], "Ledger": {**ledger, "AllowedValues": allowed}}}
+
+
+_NO_VALUE = {"Ref": "AWS::NoValue"}
 
 
 class _Rendering:
-    def __init__(self, template: Template, values: Mapping[str, str]) -> None:
+    """Rendering of the conditions `chosen` of a template."""
+
+    def __init__(self, template: Template, values: Mapping[str, str], chosen: Collection[str]) -> None:
         self._template = template
         self._values = values
+        self._chosen = chosen
 
     def result(self) -> Template:
         rendered = {name: content for name, content in self._template.items() if name != "Conditions"}
+        conditions = self._template.get("Conditions", {})
+        if open_conditions := {name: test for name, test in conditions.items() if name not in self._chosen}:
+            rendered["Conditions"] = open_conditions
         for section in ("Resources", "Outputs"):
             rendered[section] = {
-                name: self._choose({k: v for k, v in part.items() if k != "Condition"})
+                name: self._choose({k: v for k, v in part.items() if k != "Condition" or v not in self._chosen})
                 for name, part in self._template.get(section, {}).items()
-                if "Condition" not in part or self._holds(part["Condition"])
+                if part.get("Condition") not in self._chosen or self._holds(part["Condition"])
             }
         for part in rendered["Resources"].values():
             if depends := part.pop("DependsOn", None):
@@ -157,15 +184,17 @@ class _Rendering:
         return self._test(self._template["Conditions"][name])
 
     def _choose(self, node: Any) -> Any:
-        """Return a copy of a template node in which each Fn::If is replaced by its chosen value."""
+        """Return a copy of a template node in which each Fn::If with a chosen condition is replaced by its value."""
         if isinstance(node, list):
-            return [self._choose(part) for part in node]
+            return [value for part in node if (value := self._choose(part)) != _NO_VALUE]
         if not isinstance(node, dict):
             return node
         if "Fn::If" in node:
             condition, then, otherwise = node["Fn::If"]
-            return self._choose(then if self._holds(condition) else otherwise)
-        return {key: self._choose(value) for key, value in node.items()}
+            if condition in self._chosen:
+                return self._choose(then if self._holds(condition) else otherwise)
+            return {"Fn::If": [condition, self._choose(then), self._choose(otherwise)]}
+        return {key: chosen for key, value in node.items() if (chosen := self._choose(value)) != _NO_VALUE}
 
     def _test(self, node: dict[str, Any]) -> bool:
         ((name, value),) = node.items()
@@ -235,23 +264,24 @@ def parameters_of(template: Template) -> list[str]:
     return [name for name in template.get("Parameters", {}) if name.startswith(PREFIX)]
 
 
-def expand(template: Template, pools: Sequence[str], base: str = BASE) -> Template:
+def expand(template: Template, pools: Sequence[str], base: str = BASE, *, for_scanners: bool = False) -> Template:
     """Return a copy of the template with the pools `pools`. Raise UsageError if two pools would have the same logical
     ids.
 
-    `base` is the pool whose logical ids do not contain the pool's name. The copy lacks the metadata for tools that read
-    the template file, such as cfn-lint.
+    `base` is the pool whose logical ids do not contain the pool's name. Only with `for_scanners`, the copy has the
+    metadata for scanners such as checkov: the rules that a resource is excepted from, with the reasons.
     """
     if not pools:
         raise UsageError("A stack needs a pool.", remedy="Add --pool default:0-10x2.")
-    return _Expansion(template, list(pools), base).result()
+    return _Expansion(template, list(pools), base, for_scanners=for_scanners).result()
 
 
 class _Expansion:
-    def __init__(self, template: Template, pools: list[str], base: str) -> None:
+    def __init__(self, template: Template, pools: list[str], base: str, *, for_scanners: bool) -> None:
         self._template = template
         self._pools = pools
         self._base = base
+        self._for_scanners = for_scanners
         self._resources = {name for name, resource in template["Resources"].items() if _is_per_pool(name, resource)}
         self._per_pool = self._resources | {
             name
@@ -278,7 +308,7 @@ class _Expansion:
         section_parts: dict[str, Any] = {}
         for name, part in content.items():
             if section == "Resources":
-                part = _without_notes(part)
+                part = _without_notes(part, for_scanners=self._for_scanners)
             shared, is_open = self._spread(part)
             if name in self._per_pool or (is_open and section == "Outputs" and name.startswith(PREFIX)):
                 copies = [(name_for_pool(name, p, self._base), _map(part, self._for(p))) for p in self._pools]
@@ -372,9 +402,15 @@ def _is_per_pool(name: str, resource: dict[str, Any]) -> bool:
     return is_marked
 
 
-def _without_notes(resource: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a resource without the metadata for the tools checkov and cfn-lint and for batchlab."""
-    metadata = {k: v for k, v in resource.get("Metadata", {}).items() if k.startswith("AWS::")}
+def _without_notes(resource: dict[str, Any], *, for_scanners: bool) -> dict[str, Any]:
+    """Return a copy of a resource without the metadata for batchlab, and without the metadata for scanners unless
+    `for_scanners`.
+    """
+    metadata = {
+        name: content
+        for name, content in resource.get("Metadata", {}).items()
+        if name.startswith("AWS::") or (for_scanners and name != "batchlab")
+    }
     stripped = {key: value for key, value in resource.items() if key != "Metadata"}
     return {**stripped, "Metadata": metadata} if metadata else stripped
 

@@ -39,11 +39,12 @@ class Process(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LaunchTemplate:
-    """Reference to a launch template. `version` is a number, `$Latest`, or `$Default`."""
+    """Reference to a launch template. `version` is a number, `$Latest`, `$Default`, or "" for an omitted version, which
+    means `$Default`."""
 
     launch_template_id: str = ""
     launch_template_name: str = ""
-    version: str = "$Default"
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,7 @@ class GroupDetails:
 
     config: GroupConfig
     auto_scaling_group_arn: str
+    service_linked_role_arn: str
     desired_capacity: int
     created_time: float
     instances: tuple[InstanceDetails, ...]
@@ -166,6 +168,9 @@ class ActivityDetails:
     status_message: str = ""
     progress: int = 0
     details: str = "{}"
+    auto_scaling_group_arn: str = ""
+    auto_scaling_group_state: str = "InService"
+    """State of the activity's group: InService, or Deleted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,13 @@ would respond with status 400. Returned lists are complete, because the HTTP ser
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from uuid import NAMESPACE_URL, uuid5
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -32,6 +34,7 @@ from batchlab.fleet.api_types import (
     RefreshPreferences,
     ScalingPolicy,
     ScheduledAction,
+    StepAdjustment,
     StoppableLauncher,
     ValidationError,
     WarmPool,
@@ -41,6 +44,7 @@ from batchlab.fleet.group_state import Alarm, Asg, Group, instance_details
 from batchlab.fleet.instance_requests import HookRequests, InstanceRequests
 
 MAX_POLICIES = 50
+MAX_STEPS = 20
 SIMPLE, STEP, TRACKING = "SimpleScaling", "StepScaling", "TargetTrackingScaling"
 _TYPES = (SIMPLE, STEP, TRACKING)
 ADJUSTMENTS = ("ChangeInCapacity", "ExactCapacity", "PercentChangeInCapacity")
@@ -117,7 +121,7 @@ class PolicyRequests(Requests):
         consecutive breaches of the same size add instances once. Scale-in waits until all instances have warmed up."""
         step = scaling_policies.step_for(policy, breach)
         if step is None:
-            return
+            raise ValidationError(f"No step of the policy {policy.policy_name} contains the metric value.")
         now_s = self._changes.steady.now_s()
         warm_after_s = scaling_policies.warmup_s(asg.config, policy)
         base = scaling_policies.warm_capacity(group, warm_after_s, now_s)
@@ -135,15 +139,19 @@ class PolicyRequests(Requests):
         self._changes.set_desired(group, wanted, cause, cooldown=cooldown)
 
     def _policy(self, policy_name: str, name: str | None) -> tuple[Group, Asg, ScalingPolicy]:
-        if not name and not policy_name.startswith("arn:"):
-            raise ValidationError("AutoScalingGroupName is needed unless PolicyName is an ARN.")
         groups = [self._asg_group(name)[0]] if name else list(self._groups.values())
-        for group in groups:
-            for policy in group.asg.policies.values() if group.asg else ():
-                if policy_name in (policy.policy_name, policy.policy_arn):
-                    assert group.asg is not None
-                    return group, group.asg, policy
-        raise ValidationError(f"ScalingPolicy not found: {policy_name}")
+        found = [
+            (group, group.asg, policy)
+            for group in groups
+            if group.asg is not None
+            for policy in group.asg.policies.values()
+            if policy_name in (policy.policy_name, policy.policy_arn)
+        ]
+        if not found:
+            raise ValidationError(f"ScalingPolicy not found: {policy_name}")
+        if len(found) > 1:
+            raise ValidationError(f"AutoScalingGroupName is needed: several groups have a policy {policy_name}.")
+        return found[0]
 
 
 def _check_policy(policy: ScalingPolicy) -> None:
@@ -159,8 +167,33 @@ def _check_policy(policy: ScalingPolicy) -> None:
     group_requests.one_of("AdjustmentType", policy.adjustment_type, ADJUSTMENTS)
     if policy.policy_type == SIMPLE and policy.scaling_adjustment is None:
         raise ValidationError("ScalingAdjustment is needed for a policy of type SimpleScaling.")
-    if policy.policy_type == STEP and not policy.step_adjustments:
-        raise ValidationError("StepAdjustments are needed for a policy of type StepScaling.")
+    if policy.policy_type == STEP:
+        _check_steps(policy.step_adjustments)
+
+
+def _check_steps(steps: Sequence[StepAdjustment]) -> None:
+    """Raise ValidationError unless the intervals of the steps adjoin each other and reach infinity where AWS requires
+    it."""
+    if not 1 <= len(steps) <= MAX_STEPS:
+        raise ValidationError(f"1 to {MAX_STEPS} StepAdjustments are needed for a policy of type StepScaling.")
+    intervals = sorted(
+        (
+            -math.inf if step.metric_interval_lower_bound is None else step.metric_interval_lower_bound,
+            math.inf if step.metric_interval_upper_bound is None else step.metric_interval_upper_bound,
+        )
+        for step in steps
+    )
+    for low, high in intervals:
+        if low >= high or (low, high) == (-math.inf, math.inf):
+            raise ValidationError(
+                "The upper bound of a step must be greater than its lower bound, and one of them must be specified."
+            )
+    if any(high != low for (_, high), (low, _) in pairwise(intervals)):
+        raise ValidationError("The ranges of StepAdjustments must not overlap or have a gap.")
+    if -math.inf < intervals[0][0] < 0:
+        raise ValidationError("With a negative lower bound, one step must have no lower bound.")
+    if 0 < intervals[-1][1] < math.inf:
+        raise ValidationError("With a positive upper bound, one step must have no upper bound.")
 
 
 MAX_ACTIONS = 125
@@ -192,6 +225,8 @@ class ScheduleRequests(Requests):
             raise ValidationError("At least one of MinSize, MaxSize and DesiredCapacity must be provided.")
         if any(size is not None and size < 0 for size in sizes):
             raise ValidationError("Sizes must not be negative.")
+        if action.min_size is not None and action.max_size is not None:
+            group_requests.check_sizes(action.min_size, action.max_size)
         if action.start_time is None and not action.recurrence:
             raise ValidationError("Either StartTime or Recurrence must be provided.")
         if action.start_time is not None and action.start_time < now_s:
@@ -249,7 +284,7 @@ def _check_recurrence(expression: str, now_s: float) -> None:
 
 
 DEFAULT_PREFERENCES = RefreshPreferences()
-_STEPLESS = ("$Latest", "$Default")
+_STEPLESS = ("", "$Latest", "$Default")
 
 
 class RefreshRequests(Requests):
@@ -275,7 +310,8 @@ class RefreshRequests(Requests):
             wanted = placement.apply(
                 asg.config, desired_configuration.launch_template, desired_configuration.mixed_instances_policy
             )
-            placement.check(wanted, self._data_sources)
+            wanted = self._checked(placement.resolve(wanted, self._data_sources.templates), asg.config)
+            desired_configuration = DesiredConfiguration(wanted.launch_template, wanted.mixed_instances_policy)
         started = InstanceRefresh(
             self._changes.ids.fresh("refresh"),
             name,
@@ -309,7 +345,8 @@ class RefreshRequests(Requests):
             )
         own = _template_of_group(asg.config)
         if own is not None and own.version in _STEPLESS:
-            raise IrreversibleInstanceRefresh(f"The group's own launch template version is {own.version}, which moves.")
+            version = own.version or "$Default"
+            raise IrreversibleInstanceRefresh(f"The group's own launch template version is {version}, which moves.")
         instance_refresh.roll_back(self._changes, group, asg.rolling)
         self._save()
         return asg.rolling.refresh.instance_refresh_id

@@ -217,8 +217,12 @@ class Engine:
         _run_processes(self._changes, group, self._sources, self._metrics, self._alarm_period_s)
         is_empty = all(member.state is LifecycleState.TERMINATED for member in group.members.values())
         if group.asg is not None and group.asg.deleting and is_empty:
-            del self._groups[group.pool.name]
-            self._changes.unsaved = True
+            self._remove(group.pool.name)
+
+    def _remove(self, name: str) -> None:
+        del self._groups[name]
+        self._changes.log.forget(self._groups)
+        self._changes.unsaved = True
 
     def _orphans(self, instances: Mapping[str, str | None]) -> list[str]:
         """Return newly found orphans: running instances that do not belong to a group. An instance becomes an orphan if

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
-from batchlab.core.model import LifecycleState, Pool
+from batchlab.core.model import Activity, LifecycleState, Pool
 from batchlab.core.ports import Clock, Ids, Launcher
-from batchlab.fleet import placement
+from batchlab.fleet import instance_refresh, placement
 from batchlab.fleet.api_types import (
     ABANDON,
     CONTINUE,
@@ -23,7 +23,9 @@ from batchlab.fleet.api_types import (
     InstancesDistribution,
     LifecycleHook,
     LifecycleNotification,
+    LimitExceeded,
     Metrics,
+    Override,
     Prices,
     Process,
     ResourceInUse,
@@ -53,7 +55,8 @@ SHORTEST_LIFETIME_S = 86_400
 
 
 class Requests(Engine):
-    """Base class of all requests. A group whose configuration names only subnets is spread over `zones`.
+    """Base class of all requests. A group may name only zones in `zones`, or any zone if `zones` is empty. The subnets
+    of a group are in these zones, or in the region's zones "a" to "f".
     Target-tracking policies need `metrics`, and `alarm_period_s` is the period of their alarms. A terminated instance
     has `drain_s` seconds to finish before the launcher kills the instance. `shortest_lifetime_s` is the minimum of
     MaxInstanceLifetime, which a test may lower."""
@@ -75,7 +78,8 @@ class Requests(Engine):
         alarm_period_s: float = 60.0,
         shortest_lifetime_s: int = SHORTEST_LIFETIME_S,
     ) -> None:
-        self._data_sources = Sources(templates, prices, tuple(zones))
+        self._named_zones = tuple(zones)
+        self._data_sources = Sources(templates, prices, self._named_zones or tuple(region + zone for zone in "abcdef"))
         super().__init__(
             launcher,
             clock,
@@ -125,11 +129,20 @@ class Requests(Engine):
                 )
         return [group.members[fromkey] for fromkey in dict.fromkeys(instance_ids)]
 
+    def _checked(self, config: GroupConfig, before: GroupConfig | None = None) -> GroupConfig:
+        config = check_group(config, self._named_zones, self._shortest_lifetime_s, before)
+        placement.check(config, self._data_sources)
+        return config
+
     def _check_cooldown(self, group: Group, asg: Asg) -> None:
         if asg.cooling or self._changes.steady.now_s() < asg.cooled_s:
             newest = self._changes.log.newest(group.pool.name, 1)
             which = activity_id(newest[0]) if newest else "of a cooldown"
             raise ScalingActivityInProgress(f"Scaling activity {which} is in progress and blocks this action")
+
+    def _activity_details(self, activity: Activity) -> ActivityDetails:
+        name = activity.pool
+        return activity_details(activity, self._groups.get(name), self._arn("autoScalingGroup", name, ""))
 
     def _arn(self, kind: str, group: str, rest: str) -> str:
         unique = uuid5(NAMESPACE_URL, f"{self._account}/{kind}/{group}/{rest}")
@@ -138,17 +151,25 @@ class Requests(Engine):
 
 
 LONGEST_LIFETIME_S = 31_536_000
+HEALTH_CHECKS = ("EC2", "EBS", "ELB", "VPC_LATTICE")
+MAX_TAGS = 50
+MAX_WEIGHT = 999
+MAX_SPOT_POOLS = 20
 
 
-def check_group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int) -> GroupConfig:
-    """Return the group's configuration in normal form. Raise ValidationError if the configuration is invalid."""
+def check_group(
+    config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: int, before: GroupConfig | None = None
+) -> GroupConfig:
+    """Return the group's configuration in normal form. Raise ValidationError if the configuration is invalid.
+
+    `before` is the group's present configuration. An earlier version accepted more health checks and mixed instances
+    policies, so these are checked only if they change."""
     low, high = config.min_size, config.max_size
     if not 1 <= len(config.auto_scaling_group_name) <= 255:
         raise ValidationError("AutoScalingGroupName must have 1 to 255 characters.")
     if low < 0 or high > MAX_INSTANCES:
         raise ValidationError(f"Sizes must be between 0 and {MAX_INSTANCES}.")
-    if high < low:
-        raise ValidationError(f"Max bound, {high}, must be greater than or equal to min bound, {low}")
+    check_sizes(low, high)
     if not config.availability_zones and not config.vpc_zone_identifier:
         raise ValidationError("At least one Availability Zone or VPC Subnet is required.")
     wrong = [zone for zone in config.availability_zones if zones and zone not in zones]
@@ -157,10 +178,15 @@ def check_group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: 
     unknown = [name for name in config.termination_policies if name not in POLICIES]
     if unknown:
         raise ValidationError(f"Invalid termination policies: {unknown}")
+    if before is None or config.health_check_type != before.health_check_type:
+        for kind in config.health_check_type.split(","):
+            one_of("HealthCheckType", kind.strip(), HEALTH_CHECKS)
     _seconds("DefaultCooldown", config.default_cooldown)
     _seconds("HealthCheckGracePeriod", config.health_check_grace_period)
-    if config.mixed_instances_policy is not None:
-        _shares(config.mixed_instances_policy.instances_distribution)
+    mixed = config.mixed_instances_policy
+    if mixed is not None and (before is None or mixed != before.mixed_instances_policy):
+        _check_weights(mixed.overrides)
+        mixed = replace(mixed, instances_distribution=_distribution(mixed.instances_distribution))
     lifetime = config.max_instance_lifetime or None
     if lifetime is not None and not shortest_lifetime_s <= lifetime <= LONGEST_LIFETIME_S:
         raise ValidationError(
@@ -169,6 +195,7 @@ def check_group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: 
     warmup = config.default_instance_warmup
     return replace(
         config,
+        mixed_instances_policy=mixed,
         max_instance_lifetime=lifetime,
         # As on AWS, -1 disables the default warm-up time.
         default_instance_warmup=None if warmup is not None and warmup < 0 else warmup,
@@ -176,7 +203,22 @@ def check_group(config: GroupConfig, zones: Sequence[str], shortest_lifetime_s: 
     )
 
 
-def _shares(shares: InstancesDistribution) -> None:
+def check_sizes(low: int, high: int) -> None:
+    if high < low:
+        raise ValidationError(f"Max bound, {high}, must be greater than or equal to min bound, {low}")
+
+
+def _check_weights(overrides: Sequence[Override]) -> None:
+    weights = [override.weighted_capacity for override in overrides]
+    if any(weight is not None for weight in weights) and None in weights:
+        raise ValidationError("If one override has a WeightedCapacity, every override must have one.")
+    if any(weight is not None and not 1 <= weight <= MAX_WEIGHT for weight in weights):
+        raise ValidationError(f"WeightedCapacity must be between 1 and {MAX_WEIGHT}.")
+
+
+def _distribution(shares: InstancesDistribution) -> InstancesDistribution:
+    """Return the distribution with AWS's default of SpotInstancePools. Raise ValidationError if the distribution is
+    invalid."""
     percentage = shares.on_demand_percentage_above_base_capacity
     if not 0 <= percentage <= 100:
         raise ValidationError("OnDemandPercentageAboveBaseCapacity must be between 0 and 100.")
@@ -187,6 +229,28 @@ def _shares(shares: InstancesDistribution) -> None:
         shares.spot_allocation_strategy,
         ("lowest-price", "capacity-optimized", "capacity-optimized-prioritized", "price-capacity-optimized"),
     )
+    pools = shares.spot_instance_pools
+    if shares.spot_allocation_strategy != "lowest-price":
+        if pools is not None:
+            raise ValidationError("SpotInstancePools is valid only with the SpotAllocationStrategy lowest-price.")
+        return shares
+    pools = placement.SPOT_POOLS if pools is None else pools
+    if not 1 <= pools <= MAX_SPOT_POOLS:
+        raise ValidationError(f"SpotInstancePools must be between 1 and {MAX_SPOT_POOLS}.")
+    return replace(shares, spot_instance_pools=pools)
+
+
+def check_tags(tags: Mapping[str, Tag], added: Sequence[Tag]) -> dict[str, Tag]:
+    """Return a group's tags and the added tags by key. Raise a Fault if AWS does not allow the added tags."""
+    keys = [tag.key for tag in added]
+    if len(set(keys)) < len(keys):
+        raise ValidationError("A request may contain each tag key only once.")
+    if reserved := [key for key in keys if key.lower().startswith("aws:")]:
+        raise ValidationError(f"The prefix aws: of a tag key is reserved for AWS: {reserved}")
+    together = {**tags, **{tag.key: tag for tag in added}}
+    if len(together) > MAX_TAGS:
+        raise LimitExceeded(f"A group may have {MAX_TAGS} tags.")
+    return together
 
 
 def check_desired(config: GroupConfig, capacity: int) -> None:
@@ -228,6 +292,7 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 _LAUNCHED_FROM = ("launch_template", "mixed_instances_policy", "launch_configuration_name")
+_SERVICE_ROLE = "aws-service-role/autoscaling.amazonaws.com/AWSServiceRoleForAutoScaling"
 _NEVER = {"launch_template": None, "mixed_instances_policy": None, "launch_configuration_name": ""}
 
 
@@ -247,13 +312,13 @@ class GroupRequests(Requests):
             raise AlreadyExists(
                 f"AutoScalingGroup by this name already exists - A group with the name {name} already exists"
             )
-        config = self._check(config)
+        config = self._checked(placement.resolve(config, self._data_sources.templates))
         desired = config.min_size if desired_capacity is None else desired_capacity
         check_desired(config, desired)
         for hook in lifecycle_hooks:
             check_hook(hook)
-        asg = Asg(config, self._changes.now_s())
-        asg.tags = {tag.key: tag for tag in tags}
+        first_activity = self._changes.log.following
+        asg = Asg(config, self._changes.now_s(), tags=check_tags({}, tags), first_activity=first_activity)
         asg.hooks = {hook.lifecycle_hook_name: hook for hook in lifecycle_hooks}
         group = Group(Pool(name, config.min_size, config.max_size), 0, asg=asg)
         self._groups[name] = group
@@ -265,10 +330,20 @@ class GroupRequests(Requests):
         self, name: str, changes: Mapping[str, Any], *, desired_capacity: int | None = None
     ) -> None:
         """Change the fields of GroupConfig in `changes`. Without `desired_capacity`, the group's desired capacity is
-        moved into the new limits."""
+        moved into the new limits. During an instance refresh with a desired configuration, raise ValidationError for a
+        change of the launch template."""
+        if name not in self._groups:
+            raise ValidationError("AutoScalingGroup name not found - null")
         group, asg = self._changeable(name)
-        cleared = _NEVER if any(key in changes for key in _LAUNCHED_FROM) else {}
-        config = self._check(replace(asg.config, **{**cleared, **changes}))
+        config = replace(asg.config, **changes)
+        if any(key in changes for key in _LAUNCHED_FROM):
+            if asg.rolling is not None and instance_refresh.has_desired_configuration(asg.rolling):
+                raise ValidationError(
+                    "An active instance refresh with a desired configuration exists. All configuration options derived"
+                    " from the desired configuration are not available for update while the instance refresh is active."
+                )
+            config = placement.resolve(replace(config, **{**_NEVER, **changes}), self._data_sources.templates)
+        config = self._checked(config, asg.config)
         pool = replace(group.pool, min_size=config.min_size, max_size=config.max_size)
         desired = clamp(pool, group.desired) if desired_capacity is None else desired_capacity
         check_desired(config, desired)
@@ -283,11 +358,6 @@ class GroupRequests(Requests):
             cause="a user request",
         )
         self._save()
-
-    def _check(self, config: GroupConfig) -> GroupConfig:
-        config = check_group(config, self._data_sources.zones, self._shortest_lifetime_s)
-        placement.check(config, self._data_sources)
-        return config
 
     def delete_auto_scaling_group(self, name: str, *, force_delete: bool = False) -> None:
         """Delete a group. If the group has instances, raise ResourceInUse or ScalingActivityInProgress. With
@@ -315,7 +385,7 @@ class GroupRequests(Requests):
                 note = "terminated: the group is deleted"
                 self._changes.retire(group, member, why=why, note=note, hooked=False)
         if not living:
-            del self._groups[name]
+            self._remove(name)
         self._save()
 
     def describe_auto_scaling_groups(self, names: Sequence[str] = ()) -> Sequence[GroupDetails]:
@@ -332,8 +402,9 @@ class GroupRequests(Requests):
         members = [m for m in group.members.values() if m.state is not LifecycleState.TERMINATED]
         warm = [member for member in members if member.state in WARM]
         return GroupDetails(
-            config=asg.config,
+            config=replace(asg.config, availability_zones=placement.zones_of(asg.config, self._data_sources)),
             auto_scaling_group_arn=self._arn("autoScalingGroup", name, ""),
+            service_linked_role_arn=f"arn:aws:iam::{self._account}:role/{_SERVICE_ROLE}",
             desired_capacity=group.desired,
             created_time=asg.created_s,
             instances=tuple(instance_details(group, m) for m in members if m.state not in WARM),
@@ -373,10 +444,13 @@ class GroupRequests(Requests):
         self._changes.set_desired(group, desired_capacity, cause)
         self._save()
 
-    def create_or_update_tags(self, name: str, tags: Sequence[Tag]) -> None:
-        """Create or replace tags of a group. Raise ValidationError if the group does not exist."""
-        _, asg = self._changeable(name)
-        asg.tags |= {tag.key: tag for tag in tags}
+    def create_or_update_tags(self, tags: Mapping[str, Sequence[Tag]]) -> None:
+        """Create or replace the tags of each group in `tags`, or of no group. Raise ValidationError if a group does not
+        exist."""
+        groups = {name: self._changeable(name)[1] for name in tags}
+        together = {name: check_tags(asg.tags, tags[name]) for name, asg in groups.items()}
+        for name, asg in groups.items():
+            asg.tags = together[name]
         self._save(changed=True)
 
     def delete_tags(self, name: str, keys: Sequence[str]) -> None:
@@ -388,16 +462,19 @@ class GroupRequests(Requests):
     def describe_scaling_activities(
         self, name: str | None = None, *, activity_ids: Sequence[str] = (), include_deleted_groups: bool = False
     ) -> Sequence[ActivityDetails]:
-        """Return the last 200 activities of each group, newest first."""
+        """Return the last 200 activities of each group name, newest first. Activities of deleted groups are included
+        only with `include_deleted_groups`."""
         if name is not None and not include_deleted_groups:
             self._asg_group(name)
         log = self._changes.log
-        details = [
-            activity_details(activity, self._groups.get(activity.pool))
-            for activity in log.newest(name, log.following)
-            if include_deleted_groups or activity.pool in self._groups
+        # Activities without a group name are about instances that do not belong to a group.
+        activities = [activity for activity in log.newest(name, log.following) if activity.pool]
+        return [
+            detail
+            for detail in map(self._activity_details, activities)
+            if include_deleted_groups or detail.auto_scaling_group_state != "Deleted"
+            if not activity_ids or detail.activity_id in activity_ids
         ]
-        return [detail for detail in details if not activity_ids or detail.activity_id in activity_ids]
 
     def suspend_processes(self, name: str, processes: Sequence[str] = ()) -> None:
         """Suspend the named processes of a group, or all processes if `processes` is empty."""

@@ -7,7 +7,7 @@ are times of the SteadyClock, unless their docstring names another clock.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 from uuid import NAMESPACE_URL, uuid5
@@ -83,6 +83,8 @@ class Asg:
     rolling: RefreshProgress | None = None
     warm_pool: WarmPool | None = None
     deleting: bool = False
+    first_activity: int = 0
+    """Id of the group's first activity. Earlier activities with the group's name belong to a deleted group."""
     cause: str = ""
     """Reason for the desired capacity in AWS's wording, stored until the group reaches the desired capacity."""
     replacing: list[str] = field(default_factory=list)
@@ -128,6 +130,8 @@ WARMING = frozenset({S.WARMED_PENDING, S.WARMED_PENDING_WAIT, S.WARMED_PENDING_P
 WARM = frozenset(state for state in S if state.startswith("Warmed:"))
 
 KEEP_ACTIVITIES = 200
+KEEP_DELETED = 50
+"""Number of deleted groups whose activities are stored."""
 FINAL = frozenset({"Successful", "Failed", "Cancelled"})
 """Status codes of ended activities."""
 
@@ -275,8 +279,8 @@ def weigh(members: Sequence[Member]) -> int:
 
 
 class ActivityLog:
-    """Log of the last 200 activities of each pool. The pool name "" has the activities that do not belong to a
-    group."""
+    """Log of the last 200 activities of each pool, and of each of the last KEEP_DELETED deleted pools. The pool name ""
+    has the activities that do not belong to a group."""
 
     def __init__(self) -> None:
         self._next = 1
@@ -317,6 +321,17 @@ class ActivityLog:
             self._pools[pool][number] = replace(old, status=status)
             self._changed[number] = pool
 
+    def forget(self, existing: Collection[str]) -> None:
+        """Remove the activities of deleted pools, except the pools with the newest activities."""
+        deleted = sorted(
+            (pool for pool in self._pools if pool and pool not in existing),
+            key=lambda pool: max(self._pools[pool]),
+            reverse=True,
+        )
+        for pool in deleted[KEEP_DELETED:]:
+            del self._pools[pool], self._texts[pool]
+        self._changed = {number: pool for number, pool in self._changed.items() if pool in self._pools}
+
     def get(self, pool: str, number: int) -> Activity | None:
         return self._pools.get(pool, {}).get(number)
 
@@ -355,6 +370,8 @@ class ActivityLog:
         return self._next
 
 
+MAX_CAUSE, MAX_STATUS_MESSAGE = 1_023, 255
+"""AWS's limits of the Cause and the StatusMessage of an activity, in characters. The Description is not limited."""
 _PROGRESS = {"PreInService": 30, "InProgress": 50, "MidLifecycleAction": 60}
 """Progress percentages of activities, as observed on AWS."""
 
@@ -383,11 +400,13 @@ def activity_id(activity: Activity) -> str:
     return str(uuid5(NAMESPACE_URL, f"{activity.pool}/{activity.id}"))
 
 
-def activity_details(activity: Activity, group: Group | None) -> ActivityDetails:
-    """Return an activity in AWS's format. The activity's `details` are the instance's zone as JSON text."""
+def activity_details(activity: Activity, group: Group | None, group_arn: str) -> ActivityDetails:
+    """Return an activity in AWS's format. `group` is the existing group with the name of the activity's group. The
+    activity's `details` are the instance's zone as JSON text."""
     instance = activity.description.rpartition(": ")[2]
     member = group.members.get(instance) if group else None
     zone = member.instance.machine.zone if member else ""
+    asg = group.asg if group else None
     description = activity.description
     if activity.message:
         description += f".  Status Reason: {activity.message}"
@@ -395,11 +414,13 @@ def activity_details(activity: Activity, group: Group | None) -> ActivityDetails
         activity_id=activity_id(activity),
         auto_scaling_group_name=activity.pool,
         description=description,
-        cause=activity.cause,
+        cause=activity.cause[:MAX_CAUSE],
         start_time=activity.at_s,
         status_code=activity.status,
         end_time=activity.ended_s,
-        status_message=activity.message,
+        status_message=activity.message[:MAX_STATUS_MESSAGE],
         progress=100 if activity.status in FINAL else _PROGRESS[activity.status],
         details=json.dumps({"Availability Zone": zone} if zone else {}),
+        auto_scaling_group_arn=group_arn,
+        auto_scaling_group_state="Deleted" if asg is None or activity.id < asg.first_activity else "InService",
     )

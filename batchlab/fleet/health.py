@@ -166,6 +166,8 @@ def _balance(changes: Changes, group: Group, asg: Asg, zones: tuple[str, ...]) -
 
     def excess(member: Member) -> int:
         zone = member.instance.machine.zone
+        if not zone:
+            return 0  # An earlier version launched the instances of a group with subnets in no zone.
         return sizes[zone] - least if zone in zones else len(staying) + 1
 
     candidates = [m for m in staying if excess(m) > 1 and not m.instance.protected]

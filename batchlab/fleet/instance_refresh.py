@@ -128,6 +128,11 @@ def _succeed(changes: Changes, group: Group, asg: Asg, rolling: RefreshProgress)
     finish(changes, asg, "Successful", "")
 
 
+def has_desired_configuration(rolling: RefreshProgress) -> bool:
+    # A rollback clears the desired configuration of its refresh.
+    return rolling.refresh.desired_configuration is not None or rolling.refresh.status == _ROLLBACK
+
+
 def finish(changes: Changes, asg: Asg, status: str, reason: str) -> None:
     assert asg.rolling is not None
     ended = replace(asg.rolling.refresh, status=status, status_reason=reason, end_time=changes.now_s())

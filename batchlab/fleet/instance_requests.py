@@ -19,18 +19,7 @@ from batchlab.fleet.api_types import (
     ValidationError,
 )
 from batchlab.fleet.group_requests import Requests
-from batchlab.fleet.group_state import (
-    ENDING,
-    ON_STANDBY,
-    STARTING,
-    WARM,
-    Asg,
-    Group,
-    Member,
-    Wait,
-    activity_details,
-    weigh,
-)
+from batchlab.fleet.group_state import ENDING, ON_STANDBY, STARTING, WARM, Asg, Group, Member, Wait, weigh
 
 _USER = "a user request"
 
@@ -65,7 +54,7 @@ class InstanceRequests(Requests):
     def _activity(self, group: Group, number: int) -> ActivityDetails:
         activity = self._changes.log.get(group.pool.name, number)
         assert activity is not None, "an activity that was just added is kept"
-        return activity_details(activity, group)
+        return self._activity_details(activity)
 
     def set_instance_health(
         self, instance_id: str, health_status: str, *, should_respect_grace_period: bool = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from uuid import NAMESPACE_URL, uuid5
 
 from batchlab.core.model import LifecycleState
 from batchlab.fleet.api_types import ABANDON, CONTINUE, LAUNCHING, LifecycleHook, LifecycleNotification
@@ -42,7 +43,8 @@ def begin(changes: Changes, group: Group, member: Member, transition: str) -> bo
     for hook in group.asg.hooks.values():
         if hook.lifecycle_transition != transition:
             continue
-        token = changes.ids.fresh("token")
+        # AWS's model requires a UUID.
+        token = str(uuid5(NAMESPACE_URL, changes.ids.fresh("token")))
         until_s = now_s + hook.heartbeat_timeout
         wait = Wait(hook, token, until_s, now_s + hook.global_timeout)
         member.asg.waits.append(wait)

@@ -29,6 +29,10 @@ AVOID_S = 300.0
 """Time in seconds for which launches avoid a failed capacity pool. AWS does not document its own time."""
 
 
+SPOT_POOLS = 2
+"""AWS's default of SpotInstancePools."""
+
+
 def pool_name(machine: Machine) -> str:
     return f"{machine.type}/{machine.zone}/{machine.market}"
 
@@ -89,7 +93,7 @@ def preferred_overrides(
         return list(overrides)
     if strategy == "lowest-price":
         cheap = _cheapest(overrides, zone, market, prices)
-        pools = shares.spot_instance_pools or 2
+        pools = shares.spot_instance_pools or SPOT_POOLS
         return _fewest(cheap[:pools], members) + cheap[pools:]
     if strategy == "price-capacity-optimized":
         return _fewest(_cheapest(overrides, zone, market, prices), members)
@@ -129,7 +133,7 @@ class Sources:
     templates: Templates
     prices: Prices | None
     zones: tuple[str, ...]
-    """Zones used by a group that does not name zones."""
+    """Zones of the subnets of a group that does not name zones."""
 
 
 def configuration(asg: Asg) -> GroupConfig:
@@ -157,7 +161,10 @@ def template_of(config: GroupConfig, templates: Templates) -> Template:
 
 
 def zones_of(config: GroupConfig, sources: Sources) -> tuple[str, ...]:
-    return config.availability_zones or sources.zones or ("",)
+    """Return the zones of the group. The launcher does not have subnets, so the first subnet of a group is in the first
+    zone, the second subnet in the second zone, and so on."""
+    subnets = len(set(config.vpc_zone_identifier.split(",")))
+    return config.availability_zones or sources.zones[:subnets]
 
 
 def choose(group: Group, asg: Asg, sources: Sources, now_s: float, *, warm: bool) -> Placement:
@@ -219,6 +226,35 @@ def _mix(
         for zone in _emptiest(group, zones, market)
         for override in preferred_overrides(shares, market, overrides, members, zone=zone, prices=prices)
     ]
+
+
+def resolve(config: GroupConfig, templates: Templates) -> GroupConfig:
+    """Return a requested configuration with the id and the name of each launch template. Raise ValidationError if a
+    template does not exist, or unless the request contains either its id or its name."""
+    template, mixed = config.launch_template, config.mixed_instances_policy
+    if template is not None:
+        template = _identify(template, templates)
+    if mixed is not None:
+        mixed = replace(
+            mixed,
+            launch_template=_identify(mixed.launch_template, templates),
+            overrides=tuple(
+                override
+                if override.launch_template_specification is None
+                else replace(
+                    override, launch_template_specification=_identify(override.launch_template_specification, templates)
+                )
+                for override in mixed.overrides
+            ),
+        )
+    return replace(config, launch_template=template, mixed_instances_policy=mixed)
+
+
+def _identify(reference: LaunchTemplate, templates: Templates) -> LaunchTemplate:
+    if bool(reference.launch_template_id) == bool(reference.launch_template_name):
+        raise ValidationError("Valid requests must contain either launchTemplateId or LaunchTemplateName")
+    # As on AWS, descriptions repeat the version of the request.
+    return replace(templates.template(reference).reference, version=reference.version)
 
 
 def check(config: GroupConfig, sources: Sources) -> None:

@@ -167,7 +167,7 @@ def _rank(mixed: MixedInstancesPolicy, member: Member, members: Sequence[Member]
     if machine.market is Market.ON_DEMAND or strategy == "capacity-optimized-prioritized":
         return place
     # Strategies that spread instances over types terminate an instance of the type with the most instances.
-    pools = shares.spot_instance_pools or 2
+    pools = shares.spot_instance_pools or placement.SPOT_POOLS
     beyond = strategy == "lowest-price" and place >= pools
     alike = sum(other.instance.machine == machine for other in members)
     return len(kinds) + len(members) - 1 if beyond else alike

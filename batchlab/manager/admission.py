@@ -20,13 +20,11 @@ from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.notifications import NotificationSettings
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.protocol.field_checks import handler
+from batchlab.core.protocol.field_checks import MAX_S, handler
 from batchlab.manager.state import Ports
 
 MAX_NAME_LENGTH = 200
 MAX_TAG_LENGTH = 1000
-MAX_TIME_S = 1e11
-"""Upper limit of a job's times and durations, in seconds. As a Unix time, the limit is in the year 5138."""
 MAX_NUMBER = 2**31 - 1
 """Upper limit of counts and priorities. The ledger's columns cannot store a larger number."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -55,7 +53,7 @@ def admit(job: JobDef, pools: Mapping[str, int], directory: NotificationSettings
     earlier: set[str] = set()
     for stage in job.stages:
         _admit_stage(stage, earlier)
-        _admit_to_pool(stage, pools)
+        admit_to_pool(stage, pools)
         earlier.add(stage.name)
     if len(job.notify) > notifications.MAX_TARGETS:
         raise UsageError(
@@ -91,16 +89,17 @@ def _admit_numbers(job: JobDef) -> None:
 
 
 def _numbers(job: JobDef) -> Iterator[tuple[str, float | None, float, float]]:
-    yield "The time of submission", job.submitted_s, 0, MAX_TIME_S
-    yield "The time of the start", job.start_at_s, 0, MAX_TIME_S
+    yield "The time of submission", job.submitted_s, 0, MAX_S
+    yield "The time of the start", job.start_at_s, 0, MAX_S
     yield "`max_failures`", job.max_failures, 0, MAX_NUMBER
     yield "The priority", job.priority, -MAX_NUMBER, MAX_NUMBER
     yield "`items`", job.items, 0, MAX_NUMBER
+    yield "`max_cost_usd`", job.max_cost_usd, 0, MAX_S
     if job.input:
         yield "The size of a part of the input", job.input.size, 1, 2**53
     for stage in job.stages:
         of = f"of stage {stage.name}"
-        yield f"The timeout {of}", stage.timeout_s, 0, MAX_TIME_S
+        yield f"The timeout {of}", stage.timeout_s, 0, MAX_S
         yield f"The memory {of}", stage.memory_bytes, 0, 2**53
         yield f"The bundle size {of}", stage.bundle, 1, MAX_NUMBER
         for what, number, most in stage.retry.limits():
@@ -149,7 +148,8 @@ def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
             ) from None
 
 
-def _admit_to_pool(stage: StageDef, pools: Mapping[str, int]) -> None:
+def admit_to_pool(stage: StageDef, pools: Mapping[str, int]) -> None:
+    """Raise UsageError if `pools` (slots by name) has no pool whose instances can run the stage's tasks."""
     if stage.pool not in pools:
         raise UsageError(
             f"Stage {stage.name} names the pool {stage.pool!r}, which this grid does not have.",

@@ -156,10 +156,10 @@ def desired_capacity(backlog: Backlog, view: GroupView, drain_target_s: float) -
     pool = view.pool
     desired, needed = capacity_for(backlog, pool, drain_target_s)
     if not backlog.tasks:
-        return desired, "there is no backlog"
+        return desired, "an empty backlog"
     work = f"a backlog of {count(backlog.tasks, 'task')} ({backlog.seconds:.1f} s of work)"
     return desired, (
-        f"{work} drains in {drain_target_s:g} s on {count(needed, 'instance')} of "
+        f"{work} that drains in {drain_target_s:g} s on {count(needed, 'instance')} of "
         f"{count(pool.slots, 'slot')}, limits "
         f"{pool.min_size}-{pool.max_size}"
     )

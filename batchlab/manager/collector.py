@@ -152,7 +152,7 @@ class Collector(Part):
                 await self._collect_once()
             except BackendError as error:
                 raise_if_cancelled()
-                self._registry.outage_s = math.inf
+                self._registry.begin_outage(error)
                 if isinstance(error, (Throttled, Unreachable)):
                     self._reset_silences()
                 # Received messages return to the queue after their visibility timeout.
@@ -178,8 +178,7 @@ class Collector(Part):
                 self._is_request_full.set()
             if len(messages) < MAX_BATCH:  # the loop continues without a pause only after a full batch
                 await asyncio.sleep(STEP_BACK_S)
-        if self._registry.outage_s == math.inf:
-            self._registry.outage_s = self._clock.monotonic_s()
+        self._registry.end_outage()
 
     async def _receive_batch(self) -> list[Message]:
         """Return the messages for one fold. While many messages wait in the queue, several receive calls supply the
@@ -207,9 +206,9 @@ class Collector(Part):
             return await self._queue.receive(
                 object_keys.EVENTS, max_messages=MAX_BATCH, wait_s=wait_s, visibility_s=self._settings.visibility_s
             )
-        except BackendError:
+        except BackendError as error:
             # The outage is recorded before `patience` retries the receive call, because the retries may take minutes.
-            self._registry.outage_s = math.inf
+            self._registry.begin_outage(error)
             raise
 
     async def _delete(self) -> None:

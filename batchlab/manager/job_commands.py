@@ -16,7 +16,7 @@ from functools import partial
 
 from batchlab.core import commit
 from batchlab.core.atomic_write import of_single_call
-from batchlab.core.errors import AlreadyExists, BackendError, Deleted, NotFound, Refused, UsageError
+from batchlab.core.errors import AlreadyExists, BackendError, Deleted, Malformed, NotFound, Refused, TooNew, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import ENDED, Control, JobId, JobState, Json
 from batchlab.core.port_retries import STEP_BACK_S
@@ -120,6 +120,7 @@ class JobCommands(Part):
             if is_ours and not written.is_new and written.rows.job.state.ended:
                 # The ledger has an ended job with this id, but the bucket has lost the ended job, because this call
                 # could create the job's definition.
+                await self._refuse_deleted(job, written.rows.job.round)
                 log.warning("the bucket lost this job, so it begins anew", extra={"job": job.id})
                 await self._ledger.forget([job.id])
                 written = await self._ledger.apply(AddJob(job, state, cut))
@@ -134,6 +135,15 @@ class JobCommands(Part):
             if opening and begun and not is_sent:
                 await self._coordinator.send_opening(job, opening, again=is_sent is False or not is_ours)
         return written
+
+    async def _refuse_deleted(self, job: JobDef, round_: int) -> None:
+        """Raise Refused if the deletion of an ended job is committed. The deletion replaces the new definition."""
+        try:
+            Retry.from_bytes(await self._patience(partial(self._objects.get, object_keys.retry(job.id, round_ + 1))))
+        except Deleted as error:
+            raise _deleted(job) from error
+        except (NotFound, Malformed, TooNew):
+            return
 
     async def _define(
         self, job: JobDef, opening: commit_keys.Opening | None
@@ -157,10 +167,7 @@ class JobCommands(Part):
             try:
                 job_def, committed_opening = await read_stored(self._ports, key, _read_definition)
             except Deleted as error:
-                raise Refused(
-                    f"The job {job.id} was deleted, and its id cannot be used again.",
-                    remedy=f"Give the job another {'token' if job.token else 'id'}.",
-                ) from error
+                raise _deleted(job) from error
             except UnreadableObject as error:
                 raise Refused(
                     f"A job with the id {job.id} is in the bucket, and its definition cannot be read: {error.message}",
@@ -279,6 +286,13 @@ class JobCommands(Part):
                 if await commit.replace_command(self._objects, live.id, word, self._patience, over=spoken):
                     break
             await self._coordinator.record_control(live, wanted)
+
+
+def _deleted(job: JobDef) -> Refused:
+    return Refused(
+        f"The job {job.id} was deleted, and its id cannot be used again.",
+        remedy=f"Give the job another {'token' if job.token else 'id'}.",
+    )
 
 
 def _read_definition(data: bytes) -> tuple[JobDef, commit_keys.Opening | None]:

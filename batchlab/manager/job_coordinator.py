@@ -272,7 +272,12 @@ class JobCoordinator(Part):
             await self.abandon(live, reason)
 
     async def abandon(self, live: LiveJob, reason: str) -> None:
-        """End a job only in the ledger, because the bucket has lost the job's objects."""
+        """End a job only in the ledger, because the bucket has lost the job's objects. The outstanding bundles are
+        CANCELLED in the ledger, so the ledger does not count their tasks again if a worker commits a bundle later."""
+        if outstanding := live.all_outstanding():
+            name, now_s = f"manager-{live.round}", self._clock.now_s()
+            sealed = [settlement.seal(o.bundle, execution=name, worker=name, now_s=now_s) for o in outstanding]
+            await self._ledger_writer.fold([settlement.completion(outcome) for outcome in sealed])
         await self._record(live, Ending(JobState.FAILED, reason, self._clock.now_s(), _uncut_tasks(live)))
 
     async def forbid(self, live: LiveJob, word: json_format.ControlCommand) -> None:

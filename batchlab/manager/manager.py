@@ -20,6 +20,7 @@ from functools import partial
 
 from batchlab.core import logs
 from batchlab.core.errors import BackendError, NotFound, Refused, Throttled, Unreachable
+from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Control, JobId, JobState, LifecycleState, Pool
 from batchlab.core.port_retries import patiently, raise_if_cancelled, set_after
 from batchlab.core.ports import Clock, JobRecord, Ledger, QueueSpec
@@ -167,7 +168,7 @@ class Manager:
         caps = self.spending.caps if self.spending else None
         self.notifier = Notifier(context, channels, caps) if channels else None
         self._unresponsive = UnresponsiveWorkers(context, WorkEvidence(context, self.job_record))
-        ledger_writer = LedgerWriter(context, lambda job: self._adoption.restore(job))
+        ledger_writer = LedgerWriter(context, self._restore)
         bundler = Bundler(context)
         self.coordinator = JobCoordinator(
             context, ledger_writer, bundler, self.notifier, lambda live: self._adoption.readopt(live)
@@ -205,6 +206,12 @@ class Manager:
                 raise
             return await self.ports.ledger.job(job)
 
+    async def _restore(self, job: JobId) -> JobDef | None:
+        """Restore the job of an event that the ledger does not have."""
+        if (job_def := await self._adoption.restore(job)) is None:
+            await self.job_deletion.sweep_late(job)
+        return job_def
+
     async def run(self) -> None:
         """Wait for the lease, then lead until the lease is lost or the call of `run` is cancelled."""
         await self._lease.acquire()
@@ -225,7 +232,7 @@ class Manager:
                 await self._adoption.adopt_active()
                 group.create_task(self._collector.collect(), name="collect")
                 group.create_task(self._run_ticks(), name="tick")
-                group.create_task(self._finish_deletions(), name="finish deletions")
+                group.create_task(self.job_deletion.run(), name="finish deletions")
                 group.create_task(self._finish_retries(), name="finish retries")
                 group.create_task(self.reports.run(), name="reports")
                 if self.notifier:
@@ -306,18 +313,6 @@ class Manager:
         await self.scheduler.wait_until_read()
         schedules = self.scheduler.store.schedules.values()
         return any(one.running is not None and one.running.job == job for one in schedules)
-
-    async def _finish_deletions(self) -> None:
-        while True:
-            await self.job_deletion.is_search_due.wait()
-            self.job_deletion.is_search_due.clear()
-            try:
-                await self.job_deletion.finish_interrupted()
-            except BackendError as error:
-                raise_if_cancelled()
-                log.warning("an unfinished deletion waits for the backend: %s", error)
-                self.job_deletion.is_search_due.set()
-                await asyncio.sleep(self.settings.silence_s)
 
     async def _finish_retries(self) -> None:
         while True:

@@ -89,6 +89,8 @@ class RetriedTasks:
     """Tasks that the retries of a job have run again, by the number of the round, which starts at 1."""
 
     by_round: tuple[Retry, ...]
+    _rerun: dict[tuple[int, StageName], TaskSet] = field(default_factory=dict, compare=False, repr=False)
+    """Cache of `rerun_after`, because a job may have as many failed bundles as tasks that run again."""
 
     @classmethod
     async def read(cls, ports: Ports, record: JobRecord) -> RetriedTasks:
@@ -97,11 +99,14 @@ class RetriedTasks:
 
     def rerun_after(self, round_: int, stage: StageName) -> TaskSet:
         """Return the tasks of the stage that rounds after `round_` run again."""
-        return TaskSet.union(retry.rerun_tasks(stage) for retry in self.by_round[round_:])
+        key = round_, stage
+        if key not in self._rerun:
+            self._rerun[key] = TaskSet.union(retry.rerun_tasks(stage) for retry in self.by_round[round_:])
+        return self._rerun[key]
 
-    def remaining(self, bundle: Bundle, failed: TaskSet) -> TaskSet:
-        """Return the failed tasks of the bundle that no later retry runs again."""
-        return failed - self.rerun_after(bundle.round, bundle.stage) if self.by_round else failed
+    def remaining(self, round_: int, stage: StageName, failed: TaskSet) -> TaskSet:
+        """Return the failed tasks of a bundle of the round and stage that no later retry runs again."""
+        return failed - self.rerun_after(round_, stage) if self.by_round else failed
 
 
 async def failed_tasks(ports: Ports, record: JobRecord) -> dict[StageName, TaskSet]:
@@ -110,7 +115,7 @@ async def failed_tasks(ports: Ports, record: JobRecord) -> dict[StageName, TaskS
     sets_by_stage: dict[StageName, list[TaskSet]] = {}
     for row in await ports.ledger.bundles(record.job.id, failed=True):
         if row.completion:
-            standing = retried.remaining(row.bundle, row.completion.failed)
+            standing = retried.remaining(row.bundle.round, row.bundle.stage, row.completion.failed)
             sets_by_stage.setdefault(row.bundle.stage, []).append(standing)
     return {stage: tasks for stage, sets in sets_by_stage.items() if (tasks := TaskSet.union(sets))}
 

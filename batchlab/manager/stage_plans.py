@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import partial
 from operator import itemgetter
 
-from batchlab.core.commit import read_outcome
+from batchlab.core.commit import is_deleted, read_outcome
 from batchlab.core.errors import AlreadyExists, Malformed, NotFound, TooLarge, Unreachable, UsageError
 from batchlab.core.job_definition import JobDef, StageDef, task_name
 from batchlab.core.model import JobId, Json, Outcome, StageCounts, StageName, TaskSet
@@ -92,9 +92,24 @@ class StagePlans:
             return None
 
     async def plan_input(self, job: JobDef, stage: StageDef) -> Manifest:
-        """Plan a root stage from the job's raw input. Raise UsageError if the input is malformed."""
+        """Plan a root stage from the job's raw input. Raise UsageError if the input is malformed or belongs to a
+        deleted job, and Unreachable while the job to which the input belongs is being deleted."""
         assert job.input is not None
+        for owner in sorted(object_keys.owners(job.input.keys) - {job.id}):
+            await self._check_owner(owner)
         return await self._write(job, stage.name, 0, input_split.items(self._ports.objects, job.input))
+
+    async def _check_owner(self, owner: JobId) -> None:
+        # The request is read first, because it disappears only after the note has replaced the definition.
+        objects, patience = self._ports.objects, self._ports.patience
+        request = await patience(partial(objects.head, object_keys.deletion(owner)))
+        if await patience(partial(is_deleted, objects, owner)):
+            raise UsageError(
+                f"The input belongs to job {owner}, which was deleted.",
+                remedy="Submit the job again with input of its own.",
+            )
+        if request:
+            raise Unreachable(f"The input belongs to job {owner}, which is being deleted.")
 
     async def plan_stage(
         self, job: JobDef, stage: StageDef, round: int, counts: Mapping[StageName, StageCounts]

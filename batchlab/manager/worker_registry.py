@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -203,6 +204,9 @@ class WorkerRegistry:
         self.outage_s: float | None = None
         """Monotonic time of the last outage or backlog of the events queue, or inf during an outage. The manager cannot
         receive current heartbeats during an outage or backlog."""
+        self.outage: tuple[float, str] | None = None
+        """Epoch time at which the current outage of the events queue began, and its first error. None without an
+        outage."""
         self._ready: set[str] = set()
         """Instances whose lifecycle action is completed."""
         self.spot: dict[str, None] = {}
@@ -211,6 +215,17 @@ class WorkerRegistry:
         self._departed: dict[str, _DepartedWorker] = {}
         """The last worker of each instance whose worker left or died recently. A late heartbeat of a departed worker
         does not count, but another worker may start on the same instance."""
+
+    def begin_outage(self, error: BackendError) -> None:
+        """Record that the events queue cannot be read, unless an outage is recorded."""
+        self.outage_s = math.inf
+        self.outage = self.outage or (self._ports.clock.now_s(), str(error))
+
+    def end_outage(self) -> None:
+        """Record that the events queue can be read."""
+        if self.outage:
+            self.outage_s = self._ports.clock.monotonic_s()
+            self.outage = None
 
     async def receive_beat(self, beat: Beat, trusted: Collection[JobId]) -> bool:
         """Record a heartbeat. Of the held bundles in the heartbeat, only bundles of the `trusted` jobs count. The first

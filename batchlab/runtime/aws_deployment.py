@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from batchlab.adapters.local.state_files import read_record
 from batchlab.core.atomic_write import write_whole
 from batchlab.core.model import Pool
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.price_book import PriceBook
 from batchlab.runtime.home import Home
 
 NAME = "aws"
@@ -91,6 +93,13 @@ def read(home: Home) -> AwsDeployment | None:
     """
     remedy = "`batchlab deploy status` writes it again from the stack's outputs."
     return read_record(path_in(home), parse, "a description of a stack", remedy=remedy)
+
+
+def prices_of(home: Home) -> PriceBook:
+    """Return the price book of the home, with the region of the stack if the home records a deployment."""
+    book = price_book.load(home.path)
+    deployment = read(home)
+    return replace(book, grid_region=deployment.region) if deployment else book
 
 
 def parse(fields: Mapping[str, Any]) -> AwsDeployment:

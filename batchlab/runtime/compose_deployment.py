@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import secrets
 import zlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.local import state_files
@@ -26,6 +28,7 @@ NAME = "localstack"
 MANAGER_PORT = 8080
 AUTOSCALING_PORT = 8000
 METADATA_PORT = 8001
+METADATA_VARIABLE = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 POSTGRES_PORT = 5432
 
 TEMPLATE = "worker-{pool}"
@@ -67,7 +70,7 @@ class Deployment:
 
     @property
     def metadata_url(self) -> str:
-        """Value of AWS_EC2_METADATA_SERVICE_ENDPOINT in an instance."""
+        """Value of `METADATA_VARIABLE` in an instance."""
         return f"http://{self.subnet}.12:{METADATA_PORT}"
 
     def storage_url(self, port: int) -> str:
@@ -125,6 +128,17 @@ def read(home: Home) -> Deployment | None:
         # `batchlab gc` skips containers that a home still records, so the user must delete `deployment.json` first.
         remedy="Delete the file, then remove the remaining containers with `batchlab gc`.",
     )
+
+
+def broadcast_address(home: Home) -> str | None:
+    """Return the broadcast address of the grid's network, or None if this process does not belong to a grid.
+
+    The home of an instance does not record the deployment, so an instance uses its address of the metadata service.
+    """
+    if at := read(home):
+        return f"{at.subnet}.255"
+    host = urlsplit(os.environ.get(METADATA_VARIABLE, "")).hostname
+    return f"{host.rpartition('.')[0]}.255" if host else None
 
 
 _CREATED_HERE: set[Path] = set()

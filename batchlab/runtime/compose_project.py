@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -212,6 +212,7 @@ START_TIMEOUT_S = 240.0
 _POLL_S = 0.3
 _RESTARTS = 3
 """Number of restarts of a service's container after which the service counts as failed."""
+_ENDED = ("exited", "dead")
 _STOP_S = "5"
 _SOCKET = "/var/run/docker.sock"
 
@@ -265,9 +266,23 @@ class Project:
         self._compose(*profiles, "up", "--detach", "--no-build", "--remove-orphans")
         self._wait(say)
 
-    def _wait(self, say: Callable[[str], None]) -> None:
+    def resume(self, say: Callable[[str], None]) -> None:
+        """Start the containers that have ended, and wait until all services are healthy.
+
+        Docker does not restart a container that a command of Docker has killed or stopped. Raise BackendError with the
+        reason if a service fails.
+        """
+        details = self._inspect()
+        ended = {name: one["Id"] for name, one in details.items() if _state(one["State"]) in _ENDED}
+        for service, container in sorted(ended.items()):
+            say(f"{service} has ended and is started again.")
+            check_reference("start", container)
+        self._wait(say, details.keys() - ended.keys())
+
+    def _wait(self, say: Callable[[str], None], running: Collection[str] = ()) -> None:
+        """Wait until all services are healthy. Do not report the services `running`."""
         deadline_s = time.monotonic() + START_TIMEOUT_S
-        ready: set[str] = set()
+        ready = set(running)
         before: dict[str, int] = {}
         while True:
             details = self._inspect()
@@ -282,7 +297,7 @@ class Project:
                     say(f"  {service} is ready")
             if states and all(state == "healthy" for state in states.values()):
                 return
-            failed = [s for s, state in states.items() if state in ("exited", "dead", "unhealthy")]
+            failed = [s for s, state in states.items() if state in (*_ENDED, "paused", "unhealthy")]
             failed += [s for s, n in restarts.items() if n - before[s] >= _RESTARTS]
             if failed or time.monotonic() > deadline_s:
                 missing = failed or sorted(s for s in states if s not in ready)

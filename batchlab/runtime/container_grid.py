@@ -31,6 +31,7 @@ _TYPE = "m7i.large"
 """Instance type of a pool that does not name an instance type."""
 _WORKER = ["worker", "--backend", compose_deployment.NAME, "--home", "/tmp/batchlab"]  # noqa: S108 - in the container
 _NOBODY = 10001
+SERVICES = frozenset({"localstack", "postgres", "asg", "manager"})
 
 
 def up(home: Home, backend: Backend, pools: Sequence[Pool], say: Callable[[str], None]) -> ManagerRecord:
@@ -81,6 +82,20 @@ def _up(
             remedy=f"`batchlab grid up --backend {backend.name}` starts it again.",
         )
     return record
+
+
+def resume(home: Home, backend: Backend, say: Callable[[str], None]) -> None:
+    """Start the parts of a running grid that have ended. Raise BackendError if a part does not start."""
+    with compose_deployment.lock(home):
+        at = compose_deployment.read(home)
+        if at is None:
+            return
+        named = backend.find_place(home)
+        project = Project(home, at, settings={})
+        if project.states().keys() >= (SERVICES if named is None else SERVICES - {"localstack"}):
+            project.resume(say)
+        else:
+            _up(home, backend, (), named, say)  # a container was removed
 
 
 def down(home: Home, backend: Backend) -> bool:
@@ -146,7 +161,7 @@ def templates_for(
     at: Deployment, place: Place, pools: Sequence[Pool], more: Mapping[str, str] = MappingProxyType({})
 ) -> str:
     """Return the launch templates of the pools for `asg serve`, with the environment variables `more`."""
-    env = {**more, VARIABLE: f"{place.url}/{place.bucket}", "AWS_EC2_METADATA_SERVICE_ENDPOINT": at.metadata_url}
+    env = {**more, VARIABLE: f"{place.url}/{place.bucket}", compose_deployment.METADATA_VARIABLE: at.metadata_url}
     table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in env.items())
     lines = []
     for pool in pools:

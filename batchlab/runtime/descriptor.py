@@ -21,6 +21,7 @@ from batchlab.core import logs
 from batchlab.core.capabilities import NO_CAPABILITIES, Capabilities, backend_names, capabilities_in, read_descriptor
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Pool
+from batchlab.core.operating_system import cpu_count
 from batchlab.core.service_settings import ManagerSettings, WorkerSettings
 from batchlab.runtime.home import Place
 
@@ -196,7 +197,7 @@ def read(kind: type[D], name: str, endpoint: str | None = None) -> D:
 
 def _pool(doc: dict[str, Any]) -> Pool:
     if doc.get("max_size") == "cpus":
-        doc = {**doc, "max_size": max(2, _cores())}
+        doc = {**doc, "max_size": max(2, cpu_count())}
     return Pool(**doc)
 
 
@@ -204,17 +205,8 @@ def _usual(name: str, doc: dict[str, Any]) -> Calibration:
     if "call_s" in doc:
         doc = {**doc, "call_s": tuple(doc["call_s"])}
     if doc.get("cores") == "cpus":
-        doc = {**doc, "cores": _cores()}
+        doc = {**doc, "cores": cpu_count()}
     return Calibration(name, **doc)
-
-
-def _cores() -> int:
-    """Return the number of CPUs that this process may use. A container or the program taskset may limit the number of
-    CPUs.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def with_pools(backend: D, pools: Sequence[Pool]) -> D:

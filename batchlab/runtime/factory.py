@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchlab.core import installation
+from batchlab.core import installation, operating_system
 from batchlab.core.atomic_write import PRIVATE_FOLDER, Sync, read_sync
 from batchlab.core.errors import Unreachable, UsageError
 from batchlab.runtime import aws_deployment, compose_deployment, descriptor
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from batchlab.adapters.aws.sqs import SqsQueue
     from batchlab.adapters.docker.launcher import ContainerLauncher
     from batchlab.adapters.limits import Bucket
-    from batchlab.adapters.local.local_wakeup_queue import LocalWakeupQueue
+    from batchlab.adapters.local.local_wakeup_queue import WakeupQueue
     from batchlab.adapters.local.ministack import Emulator
     from batchlab.adapters.local.processes import ProcessLauncher
     from batchlab.adapters.local.sqlite_queue import SqliteQueue
@@ -159,7 +159,7 @@ class Backend(BackendLocations):
 
     def open_queue(
         self, home: Home, clock: Clock, tally: RequestCounter | None = None
-    ) -> SqliteQueue | LocalWakeupQueue | SqsQueue:
+    ) -> SqliteQueue | WakeupQueue | SqsQueue:
         """Open the grid's queues. `tally` counts the requests to the queues. Raise Unreachable if the grid has never
         been up.
         """
@@ -172,11 +172,14 @@ class Backend(BackendLocations):
             return SqliteQueue(folder / home.queue_file.name, clock)
         _require("queue", self.queue, "sqs")
         self.check_installed("boto3")
+        from batchlab.adapters.aws.network_wakeups import NetworkWakeups
         from batchlab.adapters.aws.sqs import SqsQueue
-        from batchlab.adapters.local.local_wakeup_queue import LocalWakeupQueue
+        from batchlab.adapters.local.local_wakeup_queue import LocalWakeupQueue, WakeupQueue
 
         services, makes = self.services(home), not self.capabilities.stack
         queue = SqsQueue(services.endpoint, prefix=services.queue_prefix, makes=makes, tally=tally)
+        if self.capabilities.container_manager and (address := compose_deployment.broadcast_address(home)):
+            return WakeupQueue(queue, NetworkWakeups(address))
         if not self.capabilities.one_machine:
             return queue
         # The instances and the clients of the backend run on one machine, so a sender can wake a receiver on this
@@ -275,7 +278,9 @@ class Backend(BackendLocations):
             return [*program, "worker", *grid, "--pool", pool.name, "--slots", str(pool.slots), "--instance", instance]
 
         log = home.fleet / "logs" / "fork-server.log"
-        fork_server = ForkServer([*python, "batchlab.cli.fork_server_main", *grid], program, log)
+        fork_server = None
+        if operating_system.CAN_FORK:
+            fork_server = ForkServer([*python, "batchlab.cli.fork_server_main", *grid], program, log)
         return ProcessLauncher(home.fleet, argv, clock, dict(os.environ), fork_server)
 
     def import_for_worker(self) -> None:
@@ -284,6 +289,7 @@ class Backend(BackendLocations):
         if self.queue == "sqlite":
             import batchlab.adapters.local.sqlite_queue
         else:
+            import batchlab.adapters.aws.network_wakeups
             import batchlab.adapters.aws.sqs
             import batchlab.adapters.local.local_wakeup_queue  # noqa: F401
 

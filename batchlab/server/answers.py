@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from batchlab.core.errors import NotFound, UsageError
+from batchlab.core.errors import BackendError, NotFound, UsageError
 from batchlab.core.model import GroupView, JobId, Outcome, StageName
 from batchlab.core.ports import BundleRecord, ChangeResult, JobRows
 from batchlab.core.protocol import object_keys
@@ -32,7 +32,18 @@ LEADER_WAIT_S = 3.0
 If the manager does not become the leader within LEADER_WAIT_S, the request fails.
 """
 MAX_WAIT_S = 60.0
+BUSY_WAIT_S = 3.0
+"""Time in seconds that a request waits for a lock that another request holds."""
 MAX_LISTED = 1000
+
+
+async def acquire(lock: asyncio.Lock, message: str, remedy: str) -> None:
+    """Acquire the lock. Raise BackendError with `message` if another request holds the lock for too long."""
+    try:
+        async with asyncio.timeout(BUSY_WAIT_S):
+            await lock.acquire()
+    except TimeoutError:
+        raise BackendError(message, remedy=remedy) from None
 
 
 async def wait_for_change(live: LiveJob, version: int, wait_s: float) -> None:

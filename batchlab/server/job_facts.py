@@ -60,6 +60,8 @@ class Facts:
     capped: Mapping[str, str] = field(default_factory=dict)
     stopped: Mapping[str, str] = field(default_factory=dict)
     trouble: str = ""
+    outage: tuple[float, str] | None = None
+    """Start (epoch time) and first error of the current outage of the events queue, or None without an outage."""
     lag_s: float = 0.0
     """Age in seconds of the oldest unprocessed event of the workers."""
     warning: tuple[float, str] | None = None
@@ -162,6 +164,7 @@ async def gather(manager: Manager, job: JobId) -> Facts:
         capped=manager.spending.caps.capped if manager.spending else {},
         stopped=manager.autoscaler.launch_breaker.stopped(),
         trouble=manager.trouble,
+        outage=manager.registry.outage,
         lag_s=manager.counts.lag_s,
         warning=manager.recent.last(job) if manager.recent else None,
         unreadable=manager.quarantine.trouble(job),

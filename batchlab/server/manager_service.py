@@ -21,11 +21,11 @@ from batchlab.core import gc_control, logs
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.model import JobId, Pool
 from batchlab.core.port_retries import raise_if_cancelled
-from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import HOURS_A_MONTH, WORKER_DISK_GB
 from batchlab.core.pricing.request_costs import RequestCounter, usd_of
 from batchlab.core.pricing.usage import Accounting, Kind
 from batchlab.runtime import factory
+from batchlab.runtime.aws_deployment import prices_of
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, ManagerRecord
 from batchlab.server.shutdown import end_instances, end_with, stop_by_signal
@@ -334,7 +334,7 @@ def _api(
         hosts=[options.host, *options.hosts],
     )
     try:
-        prices = price_book.load(home.path)
+        prices = prices_of(home)
     except UsageError as error:
         log.warning("the web page shows no costs: %s", error)
         prices = None
@@ -414,10 +414,12 @@ async def _wake_on_change(lead: _Lead, changed: asyncio.Event) -> None:
 def accounting_of(home: Home, pools: Sequence[Pool], tally: RequestCounter) -> Accounting:
     """Return the accounting of the grid. If the price book cannot be read, the accounting does not have prices."""
     try:
-        book = price_book.load(home.path)
+        book = prices_of(home)
     except UsageError as error:
         log.warning("the grid has no prices, so cost caps have no effect: %s", error)
         return Accounting(tally=tally)
+    if book.mismatch:
+        log.warning("cost caps: %s", book.mismatch)
     instance_types = {pool.name: pool.instance_type for pool in pools}
     disk_usd_h = book.price("ebs", "gp3_usd_per_gb_month") * WORKER_DISK_GB / HOURS_A_MONTH
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab import __version__
-from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.errors import UsageError
 from batchlab.core.model import JobId, Pool
 from batchlab.core.ports import Objects
 from batchlab.runtime.factory import Backend, patience
 from batchlab.runtime.home import Home
+from batchlab.server.answers import acquire
 
 if TYPE_CHECKING:
     from batchlab.reports.tables.write import Writer
@@ -57,21 +58,19 @@ def open_writer(
 
     If the price book cannot be read, the data does not contain costs, and `on_error` is called with the error.
     """
-    from batchlab.core.pricing import price_book
     from batchlab.reports.tables.build import Setting
     from batchlab.reports.tables.write import Writer
+    from batchlab.runtime.aws_deployment import prices_of
 
     book = None
     try:
-        book = price_book.load(home.path)
+        book = prices_of(home)
     except UsageError as error:
         on_error(error)
     return Writer(objects, patience(), Setting(backend.name, tuple(pools), backend.pace, book), scratch)
 
 
 MAX_CACHED_REPORTS = 4
-REPORT_WAIT_S = 3.0
-"""Time in seconds that a request for a report waits until the previous report is finished."""
 
 
 class HtmlReports:
@@ -92,13 +91,8 @@ class HtmlReports:
         """Return the page that `batchlab report html` writes. Raise BackendError if another report takes too long."""
         if (known := self._pages.get((job, round_))) is not None:
             return known
-        try:
-            async with asyncio.timeout(REPORT_WAIT_S):
-                await self._lock.acquire()
-        except TimeoutError:
-            raise BackendError(
-                "The manager writes another report.", remedy=f"Try again later, or run `batchlab report html {job}`."
-            ) from None
+        remedy = f"Try again later, or run `batchlab report html {job}`."
+        await acquire(self._lock, "The manager writes another report.", remedy)
         try:
             if (job, round_) not in self._pages:
                 self._pages[job, round_] = await self._write(job)

@@ -1,6 +1,6 @@
 """Index of a job's tasks and bundles, built from the ledger's rows of bundles.
 
-Invariants: the index uses each row of the ledger once, and does not use outcomes. The memory of the index grows with
+Invariants: the index reads each row of the ledger once, and does not use outcomes. The memory of the index grows with
 the number of bundles and not with the number of tasks. A query begins at a given task, so a page late in a list takes
 as long as the first page.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from heapq import merge
@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, JobId, StageName, TaskMetrics, TaskSet
-from batchlab.core.ports import BundleRecord
+from batchlab.core.ports import BundleResult, TaskRanges
 from batchlab.manager.retry_rounds import RetriedTasks
+from batchlab.server.time_buckets import RESULTS, TimeBuckets
 
 MAX_FIGURES = 2_000
 """Maximum number of tasks of a job whose figures are cached."""
@@ -83,8 +84,6 @@ Figures = tuple[float | None, TaskMetrics]
 """Run time in seconds and metrics of a task."""
 _Segment = tuple[int, int, TaskState, int]
 """First task, task after the last task, state, and the number of the bundle's row."""
-_RESULTS = ("succeeded", "retried", "cancelled", "failed")
-"""Results of bundles, from the best to the worst."""
 
 
 class TaskIndex:
@@ -100,53 +99,71 @@ class TaskIndex:
         """Figures of recently listed tasks by the seq of the outcome and the task, for the next page or update."""
         self.workers: list[str] = []
         self._worker_numbers: dict[str, int] = {}
+        self._submitted_s = job.submitted_s
         self._stages = [stage.name for stage in job.stages]
         self._stage_numbers = {name: number for number, name in enumerate(self._stages)}
-        self._whole = {name: array("q") for name in ("first", "last", "tasks", "seq")}
-        self._small = {name: array("l") for name in ("stage", "attempt", "round", "worker", "state")}
-        self._times = {name: array("d") for name in ("started_s", "ended_s")}
+        # The rows of the bundles. Each array is a column.
+        self._seqs = array("q")
+        self._firsts, self._lasts, self._tasks = array("q"), array("q"), array("q")
+        self._stage_of, self._attempts, self._rounds = array("l"), array("l"), array("l")
+        self._worker_of, self._results = array("l"), array("b")
+        self._started_s, self._ended_s = array("d"), array("d")
+        self.buckets = TimeBuckets()
+        """Bundles by worker and time, for a timeline with many bundles."""
         self._segments: dict[tuple[StageName, TaskState], list[tuple[int, int, int]]] = {}
         self._unsorted: set[tuple[StageName, TaskState]] = set()
 
     def __len__(self) -> int:
-        return len(self._whole["seq"])
+        return len(self._seqs)
 
-    def add(self, record: BundleRecord) -> None:
-        """Add a folded bundle. The bundles must be added in the order of their seq."""
-        bundle, done = record.bundle, record.completion
-        if done is None or record.seq is None:
-            return
-        self.seq = record.seq
-        number = self._worker_numbers.setdefault(done.worker, len(self.workers))
-        if number == len(self.workers):
-            self.workers.append(done.worker)
-        state = 3 if done.failed else 2 if done.cancelled else 1 if done.retried else 0
-        whole, small, times = self._whole, self._small, self._times
-        row = len(self)
-        for column, value in zip(
-            whole.values(), (bundle.tasks.first, bundle.tasks.last, len(bundle.tasks), record.seq), strict=True
-        ):
-            column.append(value)
-        place = self._stage_numbers[bundle.stage]
-        for column_, value in zip(small.values(), (place, bundle.attempt, bundle.round, number, state), strict=True):
-            column_.append(value)
-        times["started_s"].append(done.started_s)
-        times["ended_s"].append(done.ended_s)
-        self.succeeded += len(done.succeeded)
-        self._put(bundle.stage, TaskState.SUCCEEDED, done.succeeded, row)
-        if done.failed:
-            self._put(bundle.stage, TaskState.FAILED, self.retried.remaining(bundle, done.failed), row)
-        if done.cancelled:
-            self._put(bundle.stage, TaskState.CANCELLED, self.retried.remaining(bundle, done.cancelled), row)
+    def add(self, results: Iterable[BundleResult], now_s: float) -> None:
+        """Add folded bundles in the order of their seqs. `now_s` is the latest time that a bundle may have."""
+        row, workers = len(self), self._worker_numbers
+        for result in results:
+            seq, stage, tasks, attempt, round_, worker, started_s, ended_s, *states, retried = result
+            succeeded, failed, cancelled = states
+            number = workers.get(worker)
+            if number is None:
+                number = workers[worker] = len(self.workers)
+                self.workers.append(worker)
+            self._seqs.append(seq)
+            self._firsts.append(tasks[0][0])
+            self._lasts.append(tasks[-1][1] - 1)
+            self._tasks.append(count := _count(tasks))
+            self._stage_of.append(self._stage_numbers[stage])
+            self._attempts.append(attempt)
+            self._rounds.append(round_)
+            self._worker_of.append(number)
+            self._results.append(worst := 3 if failed else 2 if cancelled else 1 if retried else 0)
+            self._started_s.append(started_s)
+            self._ended_s.append(ended_s)
+            begin_s = min(max(started_s, self._submitted_s), now_s)
+            self.buckets.add(number, begin_s, min(max(ended_s, begin_s), now_s), count, worst)
+            if succeeded:
+                self.succeeded += _count(succeeded)
+                self._put(stage, TaskState.SUCCEEDED, succeeded, row)
+            if failed:
+                self._put(stage, TaskState.FAILED, self._remaining(result, failed), row)
+            if cancelled:
+                self._put(stage, TaskState.CANCELLED, self._remaining(result, cancelled), row)
+            self.seq = seq
+            row += 1
 
-    def _put(self, stage: StageName, state: TaskState, tasks: TaskSet, row: int) -> None:
+    def _remaining(self, result: BundleResult, tasks: TaskRanges) -> TaskRanges:
+        tried = TaskSet(tuple([(start, stop) for start, stop in tasks]))
+        return self.retried.remaining(result.round, result.stage, tried).ranges
+
+    def _put(self, stage: StageName, state: TaskState, tasks: TaskRanges, row: int) -> None:
         if not tasks:
             return
         key = stage, state
-        segments = self._segments.setdefault(key, [])
-        if segments and tasks.first < segments[-1][0]:
+        segments = self._segments.get(key)
+        if segments is None:
+            segments = self._segments[key] = []
+        elif tasks[0][0] < segments[-1][0]:
             self._unsorted.add(key)
-        segments += [(start, stop, row) for start, stop in tasks.ranges]
+        for start, stop in tasks:
+            segments.append((start, stop, row))
 
     def segments(self, stage: StageName, state: TaskState) -> Sequence[tuple[int, int, int]]:
         """Return the ranges of the stage's tasks with a result, sorted, each with the number of its bundle."""
@@ -162,19 +179,18 @@ class TaskIndex:
 
     def bundle(self, row: int) -> IndexedBundle:
         """Return the row of a bundle by its number."""
-        whole, small, times = self._whole, self._small, self._times
         return IndexedBundle(
-            self._stages[small["stage"][row]],
-            whole["first"][row],
-            whole["last"][row],
-            whole["tasks"][row],
-            small["attempt"][row],
-            small["round"][row],
-            whole["seq"][row],
-            self.workers[small["worker"][row]],
-            times["started_s"][row],
-            times["ended_s"][row],
-            _RESULTS[small["state"][row]],
+            self._stages[self._stage_of[row]],
+            self._firsts[row],
+            self._lasts[row],
+            self._tasks[row],
+            self._attempts[row],
+            self._rounds[row],
+            self._seqs[row],
+            self.workers[self._worker_of[row]],
+            self._started_s[row],
+            self._ended_s[row],
+            RESULTS[self._results[row]],
         )
 
     def workers_with(self, text: str) -> frozenset[int]:
@@ -182,29 +198,18 @@ class TaskIndex:
         return frozenset(number for number, name in enumerate(self.workers) if text in name)
 
     def worker_of(self, row: int) -> int:
-        return self._small["worker"][row]
-
-    def by_start(self) -> list[int]:
-        """Return the numbers of all rows, sorted by the start of the bundle."""
-        return sorted(range(len(self)), key=self._times["started_s"].__getitem__)
-
-    def find(self, stage: StageName, task: int) -> int:
-        """Return the number of the bundle with the task's result, or -1 if the task has no result."""
-        for state in (TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED):
-            segments = self.segments(stage, state)
-            place = _place(segments, task)
-            if place < len(segments) and segments[place][0] <= task < segments[place][1]:
-                return segments[place][2]
-        return -1
+        return self._worker_of[row]
 
     def attempt_seq(self, stage: StageName, task: int, attempt: int) -> int:
         """Return the seq of the last outcome with this attempt of the task, or 0 if no outcome has the attempt."""
         wanted = self._stage_numbers[stage]
-        stages, attempts = self._small["stage"], self._small["attempt"]
-        first, last = self._whole["first"], self._whole["last"]
         for row in reversed(range(len(self))):
-            if first[row] <= task <= last[row] and stages[row] == wanted and attempts[row] == attempt:
-                return self._whole["seq"][row]
+            if (
+                self._firsts[row] <= task <= self._lasts[row]
+                and self._stage_of[row] == wanted
+                and self._attempts[row] == attempt
+            ):
+                return self._seqs[row]
         return 0
 
     def keep_figures(self, seq: int, task: int, figures: Figures) -> None:
@@ -212,6 +217,13 @@ class TaskIndex:
         self.figures[seq, task] = figures
         while len(self.figures) > MAX_FIGURES:
             del self.figures[next(iter(self.figures))]
+
+
+def _count(tasks: TaskRanges) -> int:
+    count = 0
+    for start, stop in tasks:
+        count += stop - start
+    return count
 
 
 def _place(segments: Sequence[tuple[int, int, int]], task: int) -> int:

@@ -122,6 +122,20 @@ def _cost_cap_reason(f: Facts) -> str | None:
     return None
 
 
+def _outage_reason(f: Facts) -> str | None:
+    if f.outage is None:
+        return None
+    since_s, error = f.outage
+    since = datetime.fromtimestamp(since_s, UTC).strftime("%H:%M:%S UTC")
+    return _join(
+        f"The manager has not received events of workers since {since} ({whole(f.now_s - since_s)}), because a "
+        f"service does not answer: {error.rstrip('.')}.",
+        "The job continues when the service answers.",
+        f"{_progress(f)}.",
+        _still_running(f),
+    )
+
+
 def _dependency_reason(f: Facts) -> str | None:
     for pool in f.pools():
         if f.in_service(pool):
@@ -184,6 +198,7 @@ def _running(f: Facts) -> str | None:
         f"{_progress(f)}.",
         _retries(f),
         _next_stage(f),
+        _fleet_reason(f) or "",
         log,
     )
 
@@ -328,6 +343,7 @@ _REASONS: tuple[Reason, ...] = (
     _pause_reason,
     _stopping,
     _pool_reason,
+    _outage_reason,
     _cost_cap_reason,
     _dependency_reason,
     _running,

@@ -58,7 +58,8 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
     tracer = backend.open_tracer("worker", name)
     objects = backend.open_objects(home, tally)
     files = backend.open_local_files(home)
-    runner = ProcessRunner(objects, Scratch(home.scratch / instance), clock, slots, files)
+    scratch, cache_bytes = Scratch(home.scratch / instance), backend.worker.value_cache_bytes
+    runner = ProcessRunner(objects, scratch, clock, slots, files, value_cache_bytes=cache_bytes)
     worker = Worker(
         Identity(name, instance, pool, slots, _instance_key(home, instance if imds else "")),
         objects,

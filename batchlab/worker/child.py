@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
-import fcntl
 import json
 import os
 import resource
@@ -23,6 +22,7 @@ import time
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
+from batchlab.core.operating_system import end_with_pipe, peak_bytes, resident_bytes
 from batchlab.worker import handlers, task_log
 from batchlab.worker.shared_memory import IMPORTING, ChildState
 from batchlab.worker.task_executor import ExecutionRequest, TaskExecutor, TaskResult
@@ -30,7 +30,6 @@ from batchlab.worker.task_executor import ExecutionRequest, TaskExecutor, TaskRe
 EXIT_PIPE_LOST = 81
 """Exit code of a child process that cannot answer because a task closed the child's pipes."""
 
-_PR_SET_PDEATHSIG = 1
 _READ_BYTES = 1 << 16
 """Size of the buffer for a read of a pipe. A pipe holds 64 KiB, and a larger buffer would be mapped for each read."""
 _MIN_MEASURED_S = 0.005
@@ -141,7 +140,7 @@ class Child:
         except BaseException as error:  # noqa: BLE001 - any exception is a failure of the task
             run_s = time.monotonic() - started_s
             self._exit_if_forked()
-            word, text = "failed", json.dumps(executor.explain(error))
+            word, text = "failed", json.dumps(executor.explain(task, error))
         else:
             run_s = time.monotonic() - started_s
             self._exit_if_forked()
@@ -289,7 +288,7 @@ class TaskMeter:
         """Leave the import of the handler, with its memory and its programs, out of the first task."""
         self._programs_s = _programs_cpu_s()
         if not self._has_request:
-            _reset_peak()
+            peak_bytes()
             self._has_request = True
 
     def start(self) -> None:
@@ -300,10 +299,11 @@ class TaskMeter:
         """Return the CPU time in seconds, the peak memory in bytes, and the size in bytes of the result `done`.
 
         The peak memory includes short tasks since the last measured task, because only a measurement resets the peak.
+        On systems other than Linux, the peak memory includes all earlier tasks of the child process.
         """
         before_s, self._programs_s = self._programs_s, _programs_cpu_s()
         cpu_s = time.process_time() - self._cpu_s + self._programs_s - before_s
-        own_bytes = _reset_peak()
+        own_bytes = peak_bytes()
         memory_bytes = None if own_bytes is None else max(own_bytes, program_memory_bytes)
         return round(cpu_s, 6), memory_bytes, _size_of(done) if done else None
 
@@ -322,20 +322,6 @@ def _programs_cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _reset_peak() -> int | None:
-    """Return the peak of the process's resident memory in bytes, and reset the peak.
-
-    Return None if the system does not offer the peak.
-    """
-    try:
-        status = Path("/proc/self/status").read_bytes()
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    _, _, rest = status.partition(b"VmHWM:")
-    return int(rest.split(None, 1)[0]) * 1024 if rest else None
-
-
 class MemoryGrowth:
     """Memory growth of a child process. After too much growth, a new child process replaces the child process.
 
@@ -344,39 +330,14 @@ class MemoryGrowth:
 
     def __init__(self, limit_bytes: int | None) -> None:
         self._limit = limit_bytes
-        self._first = _resident() if limit_bytes else 0
+        self._first = resident_bytes() if limit_bytes else 0
         self._fresh = True
 
     def worn_out(self) -> bool:
         fresh, self._fresh = self._fresh, False
         if self._limit is None or fresh:
             return False
-        return _resident() - self._first > (self._limit - self._first) / 2
-
-
-def _resident() -> int:
-    fields = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def exit_with_worker(life: int) -> None:
-    """Kill the child process and its descendants when the worker exits for any reason."""
-    # The kernel can signal the end of a pipe to the whole process group. A parent-death signal is the fallback for
-    # kernels that do not signal the end of a pipe. A parent-death signal reaches only the child process, so programs
-    # that a task started would survive. The child does not use the parent-death signal in addition to the signal of the
-    # pipe.
-    try:
-        fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpid())
-        fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
-    except OSError:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.set_blocking(life, False)
-    try:
-        os.read(life, 1)
-    except BlockingIOError:
-        return  # An open write end of the pipe means that the worker is alive.
-    os._exit(0)
+        return resident_bytes() - self._first > (self._limit - self._first) / 2
 
 
 def main() -> None:
@@ -385,7 +346,7 @@ def main() -> None:
     board = sys.argv[4]
     for fd in (requests, answers, life):
         os.set_inheritable(fd, False)
-    exit_with_worker(life)
+    end_with_pipe(life)
     faulthandler.enable(2)
     sys.argv = ["batchlab"]
     Child(requests, answers, ChildState(board)).serve()

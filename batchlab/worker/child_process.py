@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,44 +24,13 @@ from typing import Any, NamedTuple, Protocol
 from batchlab.core.errors import BackendError
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import FailureKind
+from batchlab.core.operating_system.processes import child_has_exited, kill_family, table
 from batchlab.worker.child import EXIT_PIPE_LOST, RequestLine
 from batchlab.worker.shared_memory import BOOTING, IMPORTING, ChildState
 
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-
-
-class Process(NamedTuple):
-    """A process of the machine and the process's resident memory."""
-
-    pid: int
-    parent: int
-    group: int
-    resident_bytes: int
-
-
-def table() -> list[Process]:
-    """Return every readable process of the machine. A read of the process table takes about 10 µs per process."""
-    processes: list[Process] = []
-    for name in os.listdir("/proc"):  # noqa: PTH208 - 3 times as fast as Path.iterdir
-        if name.isdigit():
-            # A process may exit between the listing of /proc and the read of its file.
-            with suppress(OSError):
-                processes.append(_read(int(name)))
-    return processes
-
-
-def _read(pid: int) -> Process:
-    fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
-    try:
-        # The second field of the file is the program's name in brackets, which may contain any character.
-        fields = os.read(fd, 4096).rpartition(b")")[2].split()
-    finally:
-        os.close(fd)
-    return Process(pid, int(fields[1]), int(fields[2]), int(fields[21]) * _PAGE_BYTES)
-
 
 class Sampler:
-    """Resident memory per process group. One read of /proc serves all calls within `fresh_s` seconds."""
+    """Resident memory per process group. One read of the process table serves all calls within `fresh_s` seconds."""
 
     def __init__(self, monotonic_s: Callable[[], float], fresh_s: float) -> None:
         self._monotonic_s = monotonic_s
@@ -82,28 +50,6 @@ class Sampler:
             for process in table():
                 self._groups[process.group] = self._groups.get(process.group, 0) + process.resident_bytes
         return self._groups.get(group, 0)
-
-
-def family(leader: int) -> set[int]:
-    """Return the ids of the process, its process group, and the descendants of both."""
-    processes = table()
-    members = {leader} | {p.pid for p in processes if p.group == leader}
-    while descendants := {p.pid for p in processes if p.parent in members and p.pid not in members}:
-        members |= descendants
-    return members
-
-
-def kill_family(leader: int) -> None:
-    """Send SIGKILL to the process group `leader` and to its descendants in other groups.
-
-    `leader` must not be reaped before the kill, because another process may reuse the id of a reaped process.
-    """
-    doomed = family(leader)
-    with suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
-    for pid in doomed - {leader}:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 _READ_BYTES = 1 << 18
@@ -260,8 +206,7 @@ class ChildProcess:
             return True
         # The check does not reap an exited child, because the child's id must stay reserved until its process group is
         # killed.
-        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        return os.waitid(os.P_PID, self.pid, look) is not None
+        return child_has_exited(self.pid)
 
     async def kill(self) -> tuple[int, list[Any]]:
         """Kill the child process and its descendants. `kill` returns the exit code of the child and its last answers.
@@ -467,7 +412,8 @@ class Limits:
         if self._timeout_s is not None and ran_s >= self._timeout_s:
             reason = f"ran longer than its timeout of {self._timeout_s:g} s"
             return Termination(task, FailureKind.TIMEOUT, reason, ran_s)
-        # A read of /proc costs more than a short task, so memory is checked only for tasks that have run for a while.
+        # A read of the process table costs more than a short task, so memory is checked only for tasks that have run
+        # for a while.
         if self._memory_bytes is None or ran_s < TICK_S / 2:
             return None
         if self._sampler.resident_bytes(child.pid, since_s) > self._memory_bytes:

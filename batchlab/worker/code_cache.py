@@ -1,4 +1,4 @@
-"""Code zips of users, named by their content, and the cache of unpacked code on an instance.
+"""Code zips of users, named by their content, and the cache of code and shared values on an instance.
 
 Invariants: the same folder always packs to the same bytes. A folder of unpacked code is either absent or complete, and
 the content of the folder matches its digest. No entry of a zip can write outside the folder of its code. Missing or
@@ -16,6 +16,7 @@ import stat
 import tempfile
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -23,6 +24,7 @@ from typing import IO
 from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import object_keys
+from batchlab.core.service_settings import VALUE_CACHE_BYTES
 from batchlab.worker.handlers import Problem
 from batchlab.worker.inflight_message import Scratch
 from batchlab.worker.materialization import OffLoop
@@ -219,14 +221,19 @@ def _copy(source: IO[bytes], file: IO[bytes], remaining: int) -> int:
 
 
 class CodeCache:
-    """Code folders and pickled functions of a worker's jobs, each fetched once per instance."""
+    """Code folders, pickled functions, and shared values of a worker's jobs, each fetched once per instance."""
 
-    def __init__(self, objects: Objects, scratch: Scratch, off_loop: OffLoop) -> None:
+    def __init__(
+        self, objects: Objects, scratch: Scratch, off_loop: OffLoop, max_value_bytes: int = VALUE_CACHE_BYTES
+    ) -> None:
         self._objects = objects
         self._scratch = scratch
         self._off_loop = off_loop
         self._locks: dict[str, asyncio.Lock] = {}
         self._functions: dict[str, Path] = {}
+        self._max_value_bytes = max_value_bytes
+        self._values: OrderedDict[Path, int] = OrderedDict()
+        """Files of the shared values and their sizes in bytes. The last entry was used last."""
 
     async def code(self, key: str | None) -> tuple[str, Path | None]:
         """Return the digest and the unpacked folder of a code zip, or ("", None) for a job without code.
@@ -256,17 +263,32 @@ class CodeCache:
         A missing object raises Problem of kind "import".
         """
         try:
-            self._functions[key] = path = await self.pickled(key)
+            self._functions[key] = path = await self._fetch(key, "functions")
         except NotFound as error:
             raise Problem("import", f"The job's function cannot be fetched: {error}") from error
         return path
 
-    async def pickled(self, key: str) -> Path:
-        """Return the file of a pickled function or of a shared value, which is fetched on first use.
+    async def value(self, key: str, target: Path) -> None:
+        """Link the file of a shared value to `target`. The file is fetched on first use.
 
-        A missing object raises NotFound.
+        The link keeps the content until the caller removes `target`, even if the cache removes the file. A missing
+        object raises NotFound.
         """
-        path = self._scratch.root / "functions" / hashlib.sha256(key.encode()).hexdigest()
+        self._link(await self._fetch(key, "values"), target)
+
+    def _link(self, path: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.hardlink_to(path)
+        self._values[path] = path.stat().st_size
+        self._values.move_to_end(path)
+        total = sum(self._values.values())
+        while total > self._max_value_bytes and len(self._values) > 1:
+            oldest, size = self._values.popitem(last=False)
+            oldest.unlink(missing_ok=True)
+            total -= size
+
+    async def _fetch(self, key: str, folder: str) -> Path:
+        path = self._scratch.root / folder / hashlib.sha256(key.encode()).hexdigest()
         async with self._lock(key):
             if not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from batchlab.core.errors import BackendError, NotFound
 from batchlab.core.model import Failure, FailureKind, Json, Ran
+from batchlab.core.operating_system import since_boot_s
 from batchlab.core.ports import Clock, LocalFiles, Objects
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.bundle_inputs import JobObjects
@@ -42,7 +43,7 @@ from batchlab.worker.child_process import (
 from batchlab.worker.code_cache import CodeCache
 from batchlab.worker.handlers import Fault, Problem, fault
 from batchlab.worker.inflight_message import Handle, Peek, Work
-from batchlab.worker.shared_memory import IMPORTING, boot_s
+from batchlab.worker.shared_memory import IMPORTING
 from batchlab.worker.task_executor import ExecutionRequest
 
 T = TypeVar("T")
@@ -140,7 +141,7 @@ class Execution:
         """Number of deaths of each task's process by a SIGKILL that the worker did not send."""
         own = JobObjects.of_job(work.job)
         self._inputs = materialization.Inputs(
-            context.objects, folder, asyncio.to_thread, own, context.files, context.code_cache.pickled
+            context.objects, folder, asyncio.to_thread, own, context.files, context.code_cache.value
         )
         self._storing: set[asyncio.Task[Ran]] = set()
         self._uploads = asyncio.Semaphore(_UPLOADS)
@@ -172,7 +173,8 @@ class Execution:
     async def clean(self) -> None:
         """Remove the folder of the execution. The caller must call `cancel_uploads` before `clean`."""
         await asyncio.to_thread(_remove, self._folder)
-        await asyncio.to_thread(self._folders.prepare)
+        if not self._children.closed:  # Otherwise the runner has removed the spare folders.
+            await asyncio.to_thread(self._folders.prepare)
 
     async def _run(self) -> None:
         await self._folders.create(self._folder)
@@ -328,7 +330,7 @@ class Execution:
 
     def _allow(self, child: ChildProcess) -> None:
         # `until_s` is converted to the child's clock, which may differ from the worker's.
-        until_s = boot_s() + self._handle.until_s - self._clock.monotonic_s()
+        until_s = since_boot_s() + self._handle.until_s - self._clock.monotonic_s()
         child.board.allow(stop=self._stopped, until_s=until_s)
         task = child.board.task
         self._handle.running = task if task >= 0 else None

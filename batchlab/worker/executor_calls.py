@@ -1,8 +1,8 @@
 """Handler for the calls of an executor, which returns the exception of a call as a value.
 
 Invariant: the task of a call succeeds unless the process of the task dies. The caller receives the exception of a call
-as the original object. The module imports only the standard library, cloudpickle, and `handlers`, because child
-processes unpickle its classes.
+as the original object. The module imports only the standard library, cloudpickle, and light modules, because
+child processes unpickle its classes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from batchlab.core.task_context import Context
-from batchlab.worker import handlers
+from batchlab.worker import exception_pickling, handlers
 
 _SHARED = (FunctionType, BuiltinFunctionType, type)
 
@@ -25,14 +25,14 @@ _prepared = ""
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """Exception of a call: as one line, as a traceback, and pickled if possible.
+    """Exception of a call: as one line, as a traceback, and pickled, or b"" if its type cannot be pickled.
 
     `initializer` is true if the initializer raised the exception, so that the call was not made.
     """
 
     told: str
     traceback: str
-    pickled: bytes | None
+    pickled: bytes
     initializer: bool = False
 
 
@@ -136,14 +136,4 @@ class Timed:
 
 def _raised_error(error: BaseException, *, initializer: bool) -> Raised:
     fault = handlers.explain(error)
-    return Raised(fault["reason"], fault["traceback"], _pickle(error), initializer)
-
-
-def _pickle(error: BaseException) -> bytes | None:
-    import cloudpickle  # cloudpickle is imported late, because its import takes as long as the start of Python.
-
-    try:
-        data: bytes = cloudpickle.dumps(error)
-    except Exception:  # noqa: BLE001 - an exception may contain any object
-        return None  # The caller gets the text of an exception that cannot be pickled.
-    return data
+    return Raised(fault["reason"], fault["traceback"], exception_pickling.pickled(error), initializer)

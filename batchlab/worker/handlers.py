@@ -6,7 +6,6 @@ and light modules, because every child process imports the module.
 
 from __future__ import annotations
 
-import base64
 import importlib
 import pickle
 import traceback
@@ -197,17 +196,6 @@ def explain(error: BaseException) -> Fault:
     except BaseException as second:  # noqa: BLE001 - an exception's own __str__ may do anything
         what = f"{type(error).__name__} (describing it raised {type(second).__name__})"
         return fault("exception", what, error=type(error).__name__)
-
-
-def pickled(error: BaseException, max_bytes: int) -> str:
-    """Return the pickled exception in base64, or "" if it cannot be pickled or is larger than `max_bytes` in base64."""
-    import cloudpickle  # cloudpickle is imported late, because its import takes as long as the start of Python.
-
-    try:
-        text = base64.b64encode(cloudpickle.dumps(error)).decode()
-    except Exception:  # noqa: BLE001 - an exception may contain any object
-        return ""
-    return text if len(text) <= max_bytes else ""
 
 
 def _explain(error: BaseException) -> Fault:

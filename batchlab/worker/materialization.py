@@ -93,14 +93,14 @@ def _bytes(reference: Json) -> int:
     if values.kind(reference) == "$part":
         return int(reference["stop"]) - int(reference["start"])
     # A shared value is fetched once for all tasks of an instance.
-    return 0 if object_keys.is_pickled(reference.get("$file", "")) else int(reference.get("size", 0))
+    return 0 if object_keys.is_shared_value(reference.get("$file", "")) else int(reference.get("size", 0))
 
 
 class Inputs:
     """Downloader of the objects that the items of one execution refer to.
 
-    Objects in `files` are used without a copy. `shared` returns the file of a shared value, which all tasks of an
-    instance use. All other objects are downloaded into the folder of the task.
+    Objects in `files` are used without a copy. `link_value` links the file of a shared value, which the instance
+    caches, to a path. All other objects are downloaded into the folder of the task.
     """
 
     def __init__(
@@ -110,11 +110,14 @@ class Inputs:
         off_loop: OffLoop,
         own: JobObjects,
         files: LocalFiles | None = None,
-        shared: Callable[[str], Awaitable[Path]] | None = None,
+        link_value: Callable[[str, Path], Awaitable[None]] | None = None,
     ) -> None:
         self._objects = objects
         self._files = files
-        self._shared = shared
+        self._link_value = link_value
+        self._values: dict[str, Path] = {}
+        """Links to shared values, which all tasks of the execution use, by key."""
+        self._values_lock = asyncio.Lock()
         self._own = own
         self._folder = folder
         self._off_loop = off_loop
@@ -178,11 +181,19 @@ class Inputs:
     async def _whole(self, key: str, name: str, folder: Path) -> Path:
         if self._files and (file := self._files.path(key)):
             return file
-        if self._shared and object_keys.is_pickled(key):
-            return await self._shared(key)
+        if self._link_value and object_keys.is_shared_value(key):
+            return await self._value(key, self._link_value)
         path = await self._place(name, folder)
         await self._objects.download(key, path)
         return path
+
+    async def _value(self, key: str, link_value: Callable[[str, Path], Awaitable[None]]) -> Path:
+        async with self._values_lock:
+            if key not in self._values:
+                path = self._folder / "values" / str(len(self._values))
+                await link_value(key, path)
+                self._values[key] = path
+        return self._values[key]
 
     async def _part(self, reference: Json, folder: Path) -> Path:
         key, start, stop = reference["$part"], int(reference["start"]), int(reference["stop"])

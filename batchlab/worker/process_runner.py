@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 
 from batchlab.core.model import Ran
 from batchlab.core.ports import Clock, LocalFiles, Objects
+from batchlab.core.service_settings import VALUE_CACHE_BYTES
 from batchlab.worker.child_process import TICK_S, Children, Sampler, monotonic_s
 from batchlab.worker.code_cache import CodeCache
 from batchlab.worker.execution import Execution, ExecutionContext, Folders
@@ -28,7 +29,14 @@ class ProcessRunner:
     """Runner of every backend except the simulator."""
 
     def __init__(
-        self, objects: Objects, scratch: Scratch, clock: Clock, slots: int, files: LocalFiles | None = None
+        self,
+        objects: Objects,
+        scratch: Scratch,
+        clock: Clock,
+        slots: int,
+        files: LocalFiles | None = None,
+        *,
+        value_cache_bytes: int = VALUE_CACHE_BYTES,
     ) -> None:
         # Child processes have other current folders than the worker, so paths must be absolute.
         scratch = Scratch(scratch.root.absolute())
@@ -36,7 +44,7 @@ class ProcessRunner:
         self._slots = asyncio.Semaphore(slots)
         self._cleaning: set[asyncio.Task[None]] = set()
         children = Children(scratch.root / "children", slots)
-        code_cache = CodeCache(objects, scratch, asyncio.to_thread)
+        code_cache = CodeCache(objects, scratch, asyncio.to_thread, value_cache_bytes)
         sampler = Sampler(monotonic_s, TICK_S / 2)
         folders = Folders(scratch.root / "spare", slots)
         self._context = ExecutionContext(objects, files, clock, children, code_cache, sampler, folders)
@@ -78,7 +86,7 @@ class ProcessRunner:
         """
         await self._context.children.close()
         await asyncio.gather(*self._cleaning, return_exceptions=True)
-        for name in ("children", "run", "spare", "functions"):
+        for name in ("children", "run", "functions", "values", "spare"):
             await asyncio.to_thread(shutil.rmtree, self._scratch.root / name, ignore_errors=True)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import mmap
 import os
-import time
 from pathlib import Path
+
+from batchlab.core.operating_system import since_boot_s
 
 BOOTING = -3
 IMPORTING = -2
@@ -20,20 +21,11 @@ _BYTES = 4096
 _TASK, _SINCE, _LOG_AT, _STOP, _UNTIL = range(5)
 
 
-def boot_s() -> float:
-    """Return the seconds since the start of the machine, including suspended time if the system counts it.
-
-    Leases use `boot_s`, because a lease must expire while the machine is suspended.
-    """
-    clock = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.monotonic() if clock is None else time.clock_gettime(clock)
-
-
 class ChildState:
     """State of a child process in a shared page.
 
     Times in the page are of the system's monotonic clock, which all processes of a machine share. Only the time until
-    which tasks may start is a time of `boot_s`.
+    which tasks may start is a time of `since_boot_s`.
     """
 
     def __init__(self, path: str | Path, *, create: bool = False) -> None:
@@ -70,7 +62,7 @@ class ChildState:
 
     def may_start(self) -> bool:
         """Return whether another task may start."""
-        return not self._ints[_STOP] and boot_s() < self._floats[_UNTIL]
+        return not self._ints[_STOP] and since_boot_s() < self._floats[_UNTIL]
 
     # --- The worker's side ---
 
@@ -91,7 +83,7 @@ class ChildState:
                 return task, since_s
 
     def allow(self, *, stop: bool, until_s: float) -> None:
-        """Set whether further tasks may start, and until which time of `boot_s`."""
+        """Set whether further tasks may start, and until which time of `since_boot_s`."""
         self._floats[_UNTIL] = until_s
         self._ints[_STOP] = stop
 

@@ -6,6 +6,7 @@ standard library and light modules, because every child process imports the modu
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from batchlab.core.protocol import values
 from batchlab.core.task_context import Context, File, name_problem
-from batchlab.worker import handlers, programs
+from batchlab.worker import exception_pickling, handlers, programs
 
 Json = Any
 
@@ -32,9 +33,11 @@ MIN_OBJECT_LENGTH = 256
 """Minimum length of a value stored as an object. A shorter value stays inline, because a reference is about as long."""
 
 MAX_EXCEPTION_BYTES = 32 * 1024
-"""Maximum size of a pickled exception. The caller of the job gets only the text of a larger exception."""
+"""Maximum size of a pickled exception. The large parts of a larger exception are left out."""
 MAX_EXCEPTIONS_BYTES = 1024 * 1024
-"""Maximum size of all pickled exceptions of an execution."""
+"""Maximum size of all pickled exceptions of an execution, encoded in base64."""
+NEW_TYPES_BYTES = MAX_EXCEPTIONS_BYTES // 4
+"""Part of MAX_EXCEPTIONS_BYTES for the first exception of each type. Later exceptions refer to the first one."""
 
 _MAX_SHORT_INT = 1 << 64
 _NO_UPLOADS: list[tuple[str, str]] = []
@@ -84,6 +87,8 @@ class TaskExecutor:
         self._pickles = request["objects"]
         self._room = INLINE_WEIGHT
         self._exceptions_room = MAX_EXCEPTIONS_BYTES
+        self._first_of_type: dict[type, int] = {}
+        """Task with the first pickled exception of each type."""
         self.touched = False
         """Whether the last task created its folder, which the worker must remove."""
         self.program_memory_bytes = 0
@@ -113,13 +118,27 @@ class TaskExecutor:
         finally:
             self.touched = ctx.touched
 
-    def explain(self, error: BaseException) -> handlers.Fault:
-        """Return the description of an exception that `run` raised."""
+    def explain(self, task: int, error: BaseException) -> handlers.Fault:
+        """Return the description of an exception that `run` raised for the task."""
         fault = self._without_paths(handlers.explain(error))
         if self._pickles and not isinstance(error, handlers.Problem):
-            fault["pickled"] = handlers.pickled(error, min(MAX_EXCEPTION_BYTES, self._exceptions_room))
-            self._exceptions_room -= len(fault["pickled"])
+            fault["pickled"] = self._pickle(task, error)
         return fault
+
+    def _pickle(self, task: int, error: BaseException) -> str:
+        """Return the pickled exception in base64, or a reference to another task's exception of the same type.
+
+        Return "" if the type cannot be pickled.
+        """
+        first = self._first_of_type.get(type(error))
+        if first is not None and self._exceptions_room < NEW_TYPES_BYTES + MAX_EXCEPTION_BYTES:
+            return f"{exception_pickling.LIKE}{first}"
+        max_bytes = min(MAX_EXCEPTION_BYTES, self._exceptions_room) * 3 // 4
+        text = base64.b64encode(exception_pickling.pickled(error, max_bytes)).decode()
+        self._exceptions_room -= len(text)
+        if text:
+            self._first_of_type.setdefault(type(error), task)
+        return text
 
     def _without_paths(self, fault: handlers.Fault) -> handlers.Fault:
         # Paths of the worker are removed from the text, because paths differ between workers and do not help users.

@@ -66,6 +66,7 @@ def parse(item, ctx):
 | `gather: all`, `gather: {{by: FIELD}}` | the list of all results, or of the results of one group |
 
 A `File` has the input file's `name`, `path`, `size`, `open()`, `read_text()`, and `read_bytes()`.
+`open()` reads bytes, and `open("r")` reads text, as the module `csv` needs it.
 A `File` can be used as a path, as in `open(item)`.
 
 The context `ctx` has the attributes `params`, `job`, `stage`, `task` (the index of the task),

@@ -46,6 +46,8 @@ WORKER: Mapping[str, str] = {
     "12 hours",
     "watchdog_s": "interval at which a worker receives the watchdog message of a long bundle",
     "quick_s": "longest run time of the bundles that a worker prefetches, one for each task slot",
+    "value_cache_bytes": "size in bytes of the values of `Grid.put` that an instance stores on its disk. The values "
+    "that were used least recently are removed first",
 }
 """Meaning of each of the worker's settings."""
 
@@ -57,6 +59,8 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
         "BATCHLAB_MINISTACK": "path of an installed MiniStack program",
         "BATCHLAB_SYNC": "writes that wait for the disk on `local`: `jobs` (default), `all`, or `none` "
         "([durability](backends.md#durability))",
+        "BATCHLAB_PORTABLE": "for tests on Linux: `1` replaces the calls that only Linux has, as on "
+        "[macOS](install.md#macos-and-windows)",
         "XDG_CACHE_HOME": "parent of batchlab's cache folder, instead of `~/.cache`",
     },
     "Logs and traces": {
@@ -166,7 +170,7 @@ show the default of each backend.
 _OF_WORKERS = """
 ## The workers' settings
 
-The backend's descriptor, `backends/<name>/backend.toml`, contains these settings, in seconds.
+The backend's descriptor, `backends/<name>/backend.toml`, contains these settings. Times are in seconds.
 `settings.toml` does not change them.
 
 """
@@ -196,4 +200,4 @@ def reference() -> str:
 
 
 def _rows(meanings: Mapping[str, str], of: list[dict[str, float]]) -> list[tuple[str, ...]]:
-    return [(f"`{name}`", *(f"{one[name]:g}" for one in of), meaning) for name, meaning in meanings.items()]
+    return [(f"`{name}`", *(f"{one[name]:.10g}" for one in of), meaning) for name, meaning in meanings.items()]

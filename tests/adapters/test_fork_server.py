@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,9 +19,10 @@ import pytest
 
 from batchlab import Grid
 from batchlab.adapters.local.fork_server import ForkServer
-from batchlab.adapters.local.processes import INSTANCE_VARIABLE, ProcessLauncher, living, stat
-from batchlab.cli.fork_server_main import NAME
+from batchlab.adapters.local.processes import INSTANCE_VARIABLE, ProcessLauncher, living
+from batchlab.cli.fork_server_main import NAME, serve_forks
 from batchlab.core.model import Pool
+from batchlab.core.operating_system.processes import parent_of
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from tests.support.docker.launcher import soon
@@ -54,7 +58,9 @@ async def launcher_in(folder: Path) -> AsyncIterator[tuple[ProcessLauncher, Home
 
 
 def parent(pid: int) -> int:
-    return int(stat(pid)[1])
+    found = parent_of(pid)
+    assert found is not None
+    return found
 
 
 def name(pid: int) -> str:
@@ -181,3 +187,38 @@ async def test_fork_server_exits_with_its_launcher_and_instances_do_not(tmp_path
     async with launcher_in(tmp_path) as (after, _):
         assert await after.running() == {"w-1": None}
         assert living(home.fleet) == {"w-1": pid}
+
+
+@in_loop
+async def test_requests_at_the_same_time_are_answered_in_order(tmp_path: Path) -> None:
+    """The stream of requests does not mix the descriptors of two forks."""
+    fork_server = opened(tmp_path)[0]._fork_server
+    assert fork_server
+    argv = ["python", "-P", "-m", "batchlab", "worker"]
+
+    async def exited_fork() -> tuple[int, int | None]:
+        with (tmp_path / "out").open("ab") as output:
+            fork = await fork_server.fork(argv, {}, output)
+        fork.close()
+        return fork.pid, await fork_server.exit_code(fork.pid)
+
+    done = await asyncio.gather(*(exited_fork() for _ in range(20)))
+    assert len({pid for pid, _ in done}) == 20
+    assert {code for _, code in done} == {0}
+    fork_server.close()
+
+
+@pytest.mark.parametrize("pieces", [(b'{"bury": 1}\n{"bury": 1}\n',), (b'{"bu', b'ry": 1}\n{"bury', b'": 1}\n')])
+def test_a_request_may_arrive_in_pieces_or_with_another(pieces: tuple[bytes, ...]) -> None:
+    client, server = socket.socketpair()
+    with client, server:
+        for piece in pieces[:-1]:
+            client.sendall(piece)
+        serving = threading.Thread(target=serve_forks, args=(server,))
+        serving.start()
+        time.sleep(0.05)
+        client.sendall(pieces[-1])
+        client.shutdown(socket.SHUT_WR)
+        serving.join(30)
+        assert not serving.is_alive()
+        assert client.recv(1000) == b'{"code": null}\n' * 2, "no child process of this process has the pid 1"

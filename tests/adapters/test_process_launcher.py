@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from batchlab.adapters.local import processes
 from batchlab.adapters.local.processes import INSTANCE_VARIABLE, ProcessLauncher
 from batchlab.adapters.local.state_files import StateFile
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Pool
+from batchlab.core.operating_system.processes import boot_id, start_mark
 from batchlab.core.ports import KEEP_ENDED_S
 from batchlab.fleet.fleet_port import ManagedFleet
 from tests.support.fleet import (
@@ -132,11 +134,10 @@ def stranger(env: dict[str, str] | None = None, *, leader: bool = True) -> Itera
 
 def write_record(root: Path, instance: str, **changes: object) -> None:
     """Write a record like one of an earlier manager, with the given changes."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     record: dict[str, object] = {
         "instance": instance,
         "pool": "steady",
-        "boot": boot,
+        "boot": boot_id(),
         "pid": 0,
         "start_ticks": 0,
         "ended": None,
@@ -145,8 +146,10 @@ def write_record(root: Path, instance: str, **changes: object) -> None:
     (root / "instances" / f"{instance}.json").write_text(json.dumps(record | changes))
 
 
-def start_ticks(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+def mark_of(pid: int) -> int:
+    mark = start_mark(pid)
+    assert mark is not None
+    return mark
 
 
 # --- Launch ---------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ def test_a_launch_that_fails_leaves_neither_record_nor_process(tmp_path: Path, m
     async def check(launcher: ProcessLauncher) -> None:
         with pytest.raises(BackendError, match="No such file"):
             await launcher.launch(ABSENT, "w-1")
-        monkeypatch.setattr(os, "pidfd_open", none_left)
+        monkeypatch.setattr(processes, "open_watch", none_left)
         with pytest.raises(BackendError, match="Too many open files"):
             await launcher.launch(STUBBORN, "w-2")
         assert [alive(pid) for pid in pids] == [False]
@@ -334,8 +337,8 @@ def test_end_during_the_managers_absence_is_reported_afterwards(tmp_path: Path) 
 def test_a_recycled_pid_is_never_signalled(tmp_path: Path) -> None:
     with stranger() as process:
         pid = process.pid
-        write_record(tmp_path, "w-other-start", pid=pid, start_ticks=start_ticks(pid) - 1)
-        write_record(tmp_path, "w-other-boot", pid=pid, start_ticks=start_ticks(pid), boot="x")
+        write_record(tmp_path, "w-other-start", pid=pid, start_ticks=mark_of(pid) - 1)
+        write_record(tmp_path, "w-other-boot", pid=pid, start_ticks=mark_of(pid), boot="x")
 
         async def check(launcher: ProcessLauncher) -> None:
             known = await launcher.running()

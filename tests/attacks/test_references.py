@@ -122,11 +122,18 @@ def test_references_name_objects_of_their_own_job_alone() -> None:
                 own.key({kind: name})
     passed_on = JobObjects.of_job(PYTHON)
     assert passed_on.key({"$file": "files/other-1/x"})
-    shared = f"code/{'0' * 64}.pkl"
+    shared = f"code/values/values-1/{'0' * 64}.pkl"
     assert passed_on.key({"$file": shared})
     with pytest.raises(ForeignReference):
         own.key({"$file": shared})
-    for key in ("grid/use.json", "logs/sums-1/x", "jobs/other-1/spec.json", "files/../grid/x", shared[:-1]):
+    for key in (
+        "grid/use.json",
+        "logs/sums-1/x",
+        "jobs/other-1/spec.json",
+        "files/../grid/x",
+        shared[:-1],
+        f"code/{'0' * 64}.pkl",
+    ):
         with pytest.raises(ForeignReference):
             passed_on.key({"$value": key})
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from batchlab.runtime.home import Home
+from batchlab.server.http import task_list
 from tests.support.browser import offences, opened, place_of, tab_stops
 from tests.support.page_looks import REFERENCES, WIDTHS, Eye, Looks, amiss, eye_of, fit, must
 from tests.support.server.still_grid import StillGrid
@@ -133,6 +134,17 @@ def test_every_view_is_whole_at_every_width(scene: Scene, looks: Looks, view: st
     page.emulate_media(color_scheme="dark")
     # In dark mode, only the colors differ from what axe has already checked.
     must(offences(page, rules=["color-contrast"]), f"{view}, dark")
+
+
+def test_a_page_loads_itself_until_all_bundles_are_read(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_list, "PAGE_ROWS", 2)
+    monkeypatch.setattr(task_list, "MAX_ROWS_AT_ONCE", 4)
+    scene.grid.served.indexes.clear()
+    loads: list[str] = []
+    scene.page.on("request", lambda request: loads.append(request.url) if request.is_navigation_request() else None)
+    scene.show("failed tasks")
+    scene.page.locator(".row-link").first.wait_for()
+    assert len(loads) >= 3
 
 
 def test_pictures_are_compared(scene: Scene, looks: Looks) -> None:

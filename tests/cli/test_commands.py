@@ -120,6 +120,20 @@ def test_job_is_deleted_after_a_question(
     assert f"`batchlab job cancel {name}`" in err
 
 
+def test_repeated_deletion_of_a_job_removes_late_objects(manager: type[FakeClient], run: Run, tmp_path: Path) -> None:
+    name, gone = "sums-0123456789", NotFound("The ledger has no such job.")
+    manager.answers = {"jobs": [], "job": gone, "delete": {"id": name, "objects": 1}}
+    code, out, err = run("job", "delete", name, "--home", tmp_path)
+    assert (code, out, err) == (0, f"{name} was deleted before: 1 object.\n", "")
+    code, out, _ = run("job", "delete", name, "--json", "--home", tmp_path)
+    assert (code, json.loads(out)) == (0, {"id": name, "objects": 1})
+    manager.answers["delete"] = gone
+    code, out, err = run("job", "delete", name, "--home", tmp_path)
+    assert code != 0
+    assert name in err
+    assert not out
+
+
 def test_a_job_that_no_listing_has_can_be_cancelled(manager: type[FakeClient], run: Run) -> None:
     """Only the bucket contains the job, and the manager looks for it in the bucket."""
     name, gone = "sums-0123456789", NotFound("The ledger has no such job.")
@@ -152,6 +166,23 @@ def test_logs_are_of_one_task_or_of_a_whole_stage(manager: type[FakeClient], run
     assert "exclude each other" in err
 
 
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("prase/3", "does not have a stage 'prase'. It has parse."),
+        ("parse/10", "does not have a task parse/10."),
+        ("10", "does not have a task 10."),
+    ],
+)
+def test_logs_of_a_task_that_does_not_exist_are_an_error(
+    manager: type[FakeClient], run: Run, task: str, message: str
+) -> None:
+    manager.answers = {"job": a_job("sums-0123456789"), "logs": []}
+    code, _, err = run("job", "logs", "sums-0123456789", task)
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
 A_FAILURE = {
     "seq": 7,
     "stage": "parse",
@@ -173,7 +204,7 @@ def test_failures_are_grouped_by_cause(manager: type[FakeClient], run: Run) -> N
     assert code == 0
     assert re.search(r"^ *0123456789 +12 +parse +exception +- +no such column$", out, re.MULTILINE)
     assert out.count("Traceback") == 1
-    assert "job retry JOB --fingerprint" in err
+    assert "`batchlab job retry sums-0123456789 --fingerprint 0123456789`" in err
     code, out, _ = run("job", "failures", "sums-0123456789", "--json")
     assert json.loads(out) == groups
     manager.answers["failure_groups"] = []
@@ -258,8 +289,8 @@ def test_grid_open_shows_an_address_that_works_once(
 
     monkeypatch.setattr("webbrowser.open", open_browser)
     monkeypatch.setenv("DISPLAY", ":0")
-    code, shown, _ = run("grid", "open")
-    assert (code, shown, opened) == (0, "", [out.strip()])
+    code, shown, err = run("grid", "open")
+    assert (code, shown, opened) == (0, "", [out.strip()]), err
     assert list(home.iterdir()) == []
     # The answer to this request never arrives.
     manager.answers = {"open_session": {**session, "valid_s": 0.0}, "code_waits": True}
@@ -373,6 +404,25 @@ def test_grid_status_shows_pools_and_queues(manager: type[FakeClient], run: Run)
     assert re.search(r"^tasks-default +3 +1 +0$", out, re.MULTILINE)
     code, out, _ = run("grid", "status", "--json")
     assert json.loads(out) == a_grid()
+
+
+def test_grid_status_names_containers_that_do_not_work(
+    manager: type[FakeClient], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = {"asg": "exited", "localstack": "healthy", "manager": "healthy"}
+    monkeypatch.setattr(
+        "batchlab.runtime.compose_deployment.read", lambda _: Deployment("p", "10.213.70", "i", "1:1", "")
+    )
+    monkeypatch.setattr("batchlab.runtime.compose_project.Project.states", lambda _: states)
+    manager.answers = {"grid": a_grid()}
+    text = "The container of asg is exited."
+    assert f"{text} `batchlab grid up` starts a container that has ended." in run("grid", "status")[1]
+    assert json.loads(run("grid", "status", "--json")[1]) == {**a_grid(), "services": states}
+    manager.answers = {"grid": Unreachable("Pool 'default': no answer.")}
+    code, _, err = run("grid", "status")
+    assert (code, f"Error: Pool 'default': no answer. {text}" in err) == (3, True)
+    states["asg"] = "healthy"
+    assert "container" not in run("grid", "status")[2]
 
 
 def test_grid_workers_lists_instances(manager: type[FakeClient], run: Run) -> None:

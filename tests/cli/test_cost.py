@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from batchlab.adapters.local.objects import open_local
 from batchlab.cli import bills, cost
 from batchlab.core.api_usage_types import JobUseView, UseView
 from batchlab.core.errors import UsageError
+from batchlab.core.pricing.bill import bill
 from batchlab.jobs.job_file import load
 from batchlab.runtime import aws_deployment, factory
 from batchlab.runtime import home as fetches
@@ -129,8 +131,24 @@ def test_an_estimate_is_a_range_with_its_lines_and_what_it_rests_on(run: Run, fo
     doc = json.loads(out)
     assert doc["usd"]["low"] < doc["usd"]["typical"] < doc["usd"]["high"]
     assert doc["usd"]["typical"] == pytest.approx(sum(i["usd"]["typical"] for i in doc["items"]))
-    assert {"SQS requests", "S3 requests", "S3 storage"} < {i["what"] for i in doc["items"]}
+    assert {"SQS requests", "S3 requests"} < {i["what"] for i in doc["items"]}
+    assert [item["what"] for item in doc["further"]] == ["S3 storage"]
     assert "c7g.xlarge, 50% Spot" in doc["items"][0]["how"]
+
+
+def test_stack_in_a_region_without_prices_is_noted(run: Run, folder: Path) -> None:
+    home = Home(folder / "grid")
+    home.make()
+    aws_deployment.write(home, AwsDeployment("grid", "eu-west-3", "bucket", "grid-", "manager", "secret", ()))
+    code, out, err = run("cost", "estimate", folder / "job.yaml", "--seconds", "2", "--home", home.path)
+    assert code == 0, err
+    assert "prices are of us-east-1, because the price book lacks on_demand" in out
+    assert "--region eu-west-3" in out
+    book = aws_deployment.prices_of(home)
+    assert book.mismatch in bill([], None, {}, book).notes
+    elsewhere = replace(book, blocks={name: replace(one, region="eu-west-3") for name, one in book.blocks.items()})
+    assert not elsewhere.mismatch
+    assert not aws_deployment.prices_of(Home(folder / "other")).mismatch
 
 
 @pytest.mark.parametrize(
@@ -161,7 +179,7 @@ def test_downloaded_results_count_once_their_size_is_known(run: Run, folder: Pat
         code, out, err = run(*ask, *more)
         assert code == 0, err
         doc = json.loads(out)
-        found = {item["what"]: item["usd"]["typical"] for item in doc["items"]}
+        found = {item["what"]: item["usd"]["typical"] for item in doc["further"]}
         return found.get("data out of AWS"), "; ".join(doc["assumed"])
 
     usd, assumed = told()

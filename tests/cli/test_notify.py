@@ -57,6 +57,15 @@ def test_targets_are_listed(run: Run) -> None:
     assert json.loads(run("notify", "list", "--json")[1]) == [TARGET]
 
 
+def test_list_reports_a_mistake_in_the_file(run: Run, tmp_path: Path) -> None:
+    FakeClient.answers = {"notify_targets": []}
+    (tmp_path / "notify.toml").write_text('[ops]\nwebhok = "https://hooks.example.org"\n')
+    code, _, err = run("notify", "list", "--home", str(tmp_path))
+    assert code == 0
+    assert "notify.toml is invalid" in err
+    assert "webhok" in err
+
+
 def test_missing_targets_are_a_clear_sentence(run: Run) -> None:
     FakeClient.answers = {"notify_targets": [], "notifications": []}
     assert run("notify", "list")[2].startswith("There are no targets. ")

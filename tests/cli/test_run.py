@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from batchlab.adapters.memory.objects import SimObjects
-from batchlab.cli import option_values, progress, run_job, session, submission
+from batchlab.cli import option_values, output, progress, run_job, session, submission
 from batchlab.cli.session import Session
 from batchlab.client.http import Client
 from batchlab.core.api_types import GridView
@@ -391,3 +391,14 @@ def test_the_picture_has_a_line_per_stage_and_one_for_the_workers() -> None:
     assert re.search(r"^parse .* 5/10 +1 failed +2 running", parse)
     assert re.search(r"^total .* 4/\? +2 running", total)
     assert foot.startswith("sums-0123456789 RUNNING  1/1 workers  ")
+
+
+def test_check_of_the_folder_for_results_creates_no_folder(tmp_path: Path) -> None:
+    """The run may be refused after the check."""
+    output.check_folder(tmp_path / "new" / "out")
+    (tmp_path / "results").mkdir()
+    output.check_folder(tmp_path / "results")
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be written"):
+        output.check_folder(tmp_path / "file" / "out")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import pickle
+import sys
 import zipfile
 from pathlib import Path
 
+import cloudpickle
 import pytest
 
 from batchlab.client.local_imports import LocalImports, find, imported_names
 from batchlab.client.submission import ObjectPickler
-from batchlab.core.errors import UsageError
 
 
 @pytest.fixture
@@ -33,9 +36,10 @@ def test_names_come_from_import_statements_only() -> None:
     source = (
         "def f(x):\n    import a.b, json\n    from c.d import e\n    from . import g\n    return x.import_module(h)"
     )
-    (code,) = (one for one in compile(source, "s", "exec").co_consts if hasattr(one, "co_code"))
-    assert list(imported_names(code)) == ["a", "json", "c"]
-    assert list(imported_names((lambda x: x.json).__code__)) == []
+    code = compile(source, "s", "exec")
+    assert list(imported_names(code, None)) == ["a", "json", "c"]
+    assert list(imported_names(code, "p.q")) == ["a", "json", "c", "p"]
+    assert list(imported_names((lambda x: x.json).__code__, "p.q")) == []
 
 
 def test_modules_of_workers_are_not_searched() -> None:
@@ -87,10 +91,54 @@ def test_modules_that_workers_have_are_not_packed(folder: Path) -> None:
     assert names(imports) == ["ours_one.py"]
 
 
-def test_a_module_that_cannot_be_parsed_is_named(folder: Path, imports: LocalImports) -> None:
-    (folder / "broken_one.py").write_text("def (:\n")
-    with pytest.raises(UsageError, match=r"broken_one\.py, which a mapped function imports, cannot be read"):
-        imports.add(["broken_one"])
+def test_files_that_are_not_python_are_packed(folder: Path, imports: LocalImports) -> None:
+    package = folder / "template_one"
+    package.mkdir()
+    (package / "__init__.py").write_text("import other_one\n")
+    (package / "{{name}}.py").write_text("import {{ name }}\n")
+    (package / "zero.py").write_bytes(b"\0")
+    (folder / "other_one.py").touch()
+    imports.add(["template_one"])
+    assert names(imports) == [
+        "other_one.py",
+        "template_one/__init__.py",
+        "template_one/zero.py",
+        "template_one/{{name}}.py",
+    ]
+
+
+def test_an_import_that_is_added_later_is_found(folder: Path, imports: LocalImports) -> None:
+    (folder / "growing_one.py").touch()
+    (folder / "added_one.py").touch()
+    imports.add(["growing_one"])
+    (folder / "growing_one.py").write_text("import added_one")
+    imports.add([])
+    assert names(imports) == ["added_one.py", "growing_one.py"]
+
+
+def test_a_packed_module_is_pickled_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a worker would have two copies of the module, whose types differ."""
+    package = folder / "named_one"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "types_one.py").write_text("class Box: ...\n")
+    (package / "work_one.py").write_text(
+        "from .types_one import Box\n"
+        "def plain(): return Box\n"
+        "def relative():\n    from . import types_one\n    return types_one.Box, Box\n"
+    )
+    work = importlib.import_module("named_one.work_one")
+    pickler = ObjectPickler()
+    by_value = pickler.function(work.plain).data
+    by_name = pickler.function(work.relative).data
+    assert names(pickler.imports) == ["named_one/__init__.py", "named_one/types_one.py", "named_one/work_one.py"]
+    assert len(pickler.function(work.plain).data) < len(by_value)
+    with pickler.by_value():
+        assert pickle.loads(cloudpickle.dumps(work.Box)) is work.Box
+    for name in [name for name in sys.modules if name.startswith("named_one")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert len(set(pickle.loads(by_name)())) == 1
+    assert not cloudpickle.list_registry_pickle_by_value()
 
 
 def test_a_pickled_function_records_its_imports(folder: Path) -> None:

@@ -127,6 +127,14 @@ def test_tags_are_set_and_described_and_removed(wire: Wire) -> None:
     assert [one["Key"] for one in wire.group()["Tags"]] == ["b"]
 
 
+def test_request_with_a_wrong_tag_changes_no_group(our: Wire) -> None:
+    first, second = our.create(), our.create(f"{our.name}-2")
+    tags = [{"ResourceId": first, "Key": "a", "Value": "1"}, {"ResourceId": second, "Key": "aws:a", "Value": "1"}]
+    with refused("ValidationError", "The prefix aws: of a tag key is reserved for AWS"):
+        our.asg.create_or_update_tags(Tags=tags)  # type: ignore[arg-type]
+    assert our.group(first)["Tags"] == []
+
+
 def test_desired_capacity_follows_new_limits(wire: Wire) -> None:
     wire.grow(1)
     wire.asg.update_auto_scaling_group(AutoScalingGroupName=wire.name, MinSize=3)
@@ -345,6 +353,44 @@ def test_a_template_may_be_named_by_its_id(our: Wire) -> None:
     our.create(LaunchTemplate={"LaunchTemplateId": template_id(TEMPLATE)}, DesiredCapacity=1)
     our.until(lambda: our.instances())
     assert our.group()["Instances"][0]["LaunchTemplate"]["LaunchTemplateName"] == TEMPLATE
+
+
+def test_a_description_completes_the_reference_to_a_template(our: Wire) -> None:
+    our.create(LaunchTemplate={"LaunchTemplateName": TEMPLATE})
+    assert our.group()["LaunchTemplate"] == {"LaunchTemplateId": template_id(TEMPLATE), "LaunchTemplateName": TEMPLATE}
+    with refused("ValidationError", "either launchTemplateId or LaunchTemplateName"):
+        our.create("both", LaunchTemplate=our.group()["LaunchTemplate"])
+
+
+def test_a_description_has_the_lists_and_the_role_of_every_group(our: Wire) -> None:
+    our.create(PlacementGroup="near")
+    group = our.group()
+    lists = ("EnabledMetrics", "LoadBalancerNames", "Tags", "TargetGroupARNs", "TrafficSources")
+    assert {name: group[name] for name in lists} == {name: [] for name in lists}
+    assert group["ServiceLinkedRoleARN"].endswith("autoscaling.amazonaws.com/AWSServiceRoleForAutoScaling")
+    own: Any = {"ServiceLinkedRoleARN": "arn:aws:iam::000000000000:role/own", "PlacementGroup": ""}
+    our.asg.update_auto_scaling_group(AutoScalingGroupName=our.name, **own)
+    assert our.group()["ServiceLinkedRoleARN"] == own["ServiceLinkedRoleARN"]
+    assert "PlacementGroup" not in our.group()
+
+
+def test_weight_that_is_not_a_number_is_refused(our: Wire) -> None:
+    overrides = [{"InstanceType": "m7i.large", "WeightedCapacity": "heavy"}]
+    template: Any = {"LaunchTemplateSpecification": {"LaunchTemplateName": TEMPLATE}, "Overrides": overrides}
+    our.create()
+    with refused("ValidationError", "The weight 'heavy' is not a whole number."):
+        our.asg.update_auto_scaling_group(
+            AutoScalingGroupName=our.name, MixedInstancesPolicy={"LaunchTemplate": template}
+        )
+
+
+def test_a_tag_may_omit_its_resource_type(our: Wire) -> None:
+    our.create()
+    tag: Any = {"ResourceId": our.name, "Key": "team", "Value": "a"}
+    our.asg.create_or_update_tags(Tags=[tag])
+    assert [one["Key"] for one in our.group()["Tags"]] == ["team"]
+    with refused("ValidationError", "its ResourceType may only be auto-scaling-group"):
+        our.asg.create_or_update_tags(Tags=[tag | {"ResourceType": "instance"}])
 
 
 def test_the_model_is_checked_where_the_client_does_not(ours: Thread) -> None:

@@ -86,6 +86,18 @@ def test_an_instance_waits_until_its_launch_is_completed(wire: Wire) -> None:
         complete(wire, "up", only)
 
 
+def test_an_action_is_completed_by_its_token(ours: Thread, our: Wire) -> None:
+    our.create()
+    hook(our, "up", LAUNCHING)
+    our.asg.set_desired_capacity(AutoScalingGroupName=our.name, DesiredCapacity=1)
+    (only,) = our.until(lambda: our.instances("Pending:Wait"))
+    wait = ours.command(lambda engine: engine._groups[our.name].members[only].asg.waits[0])
+    action = {"AutoScalingGroupName": our.name, "LifecycleHookName": "up", "LifecycleActionToken": wait.token}
+    our.asg.record_lifecycle_action_heartbeat(**action)
+    our.asg.complete_lifecycle_action(**action, LifecycleActionResult="CONTINUE")
+    our.until(lambda: our.instances() == [only])
+
+
 def test_a_launch_that_is_abandoned_is_tried_anew(wire: Wire) -> None:
     wire.create()
     hook(wire, "up", LAUNCHING)
@@ -210,6 +222,21 @@ def test_target_tracking_policy_is_returned_whole(wire: Wire) -> None:
     assert found[0]["PolicyARN"] == put["PolicyARN"]
     wire.asg.delete_policy(AutoScalingGroupName=wire.name, PolicyName="track")
     assert wire.asg.describe_policies(AutoScalingGroupName=wire.name)["ScalingPolicies"] == []
+
+
+def test_a_target_tracking_policy_has_two_alarms(our: Wire) -> None:
+    our.create()
+    put = our.asg.put_scaling_policy(
+        AutoScalingGroupName=our.name,
+        PolicyName="track",
+        PolicyType="TargetTrackingScaling",
+        TargetTrackingConfiguration=TRACKING,
+    )
+    high, low = put["Alarms"]
+    assert high["AlarmName"].startswith(f"TargetTracking-{our.name}-AlarmHigh-")
+    assert low["AlarmARN"] == f"arn:aws:cloudwatch:us-east-1:000000000000:alarm:{low['AlarmName']}"
+    (policy,) = our.asg.describe_policies(AutoScalingGroupName=our.name)["ScalingPolicies"]
+    assert policy["Alarms"] == put["Alarms"]
 
 
 def test_a_metric_that_is_put_in_scales_the_group(ours: Thread, our: Wire) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from batchlab.core.model import Control, JobId, JobState, StageName, TaskSet
 from batchlab.core.ports import (
     AddCut,
     AddJob,
+    BundleResult,
     Ending,
     Finish,
     Fold,
@@ -154,6 +156,25 @@ async def _failed_job(ledger: DumpingLedger) -> None:
     await ledger.apply(SetPlanned(JOB.id, INDEX, 10, 0))
     await fold(ledger, done(bundle(0, 5), failed=1), done(bundle(0, 4, stage=INDEX)))
     await _finish(ledger, resize=5, index=6)
+
+
+@on_every_ledger
+async def test_results_are_the_parts_of_the_rows(ledger: DumpingLedger) -> None:
+    await _failed_job(ledger)
+    await ledger.apply(Reopen(JOB.id, 1, [Reopening(RESIZE, failed=1, cancelled=5)]))
+    again = replace(bundle(0, 10), tasks=TaskSet.from_indices([0, 5, 6, 9]), round=1)
+    await ledger.apply(AddCut(cut(0, again, bundle(100, 101), round=1)))
+    await fold(ledger, done(again, bundle(50, 60, stage=INDEX), failed=1, cancelled=1, started_s=1e9 + 0.1, retried=3))
+    rows = await ledger.bundles(JOB.id, done=True)
+    results = await ledger.results(JOB.id, after_seq=0, limit=10)
+    # The ranges of tasks are lists or tuples.
+    assert json.dumps(results) == json.dumps([BundleResult.of(row) for row in rows])
+    assert [(one.round, one.attempt, one.retried) for one in results] == [(0, 1, 0), (0, 1, 0), (1, 1, 3)]
+    page = await ledger.results(JOB.id, after_seq=results[0].seq, limit=1)
+    assert [one.seq for one in page] == [results[1].seq]
+    assert await ledger.results(JobId("nothing"), after_seq=0, limit=1) == []
+    with pytest.raises(ValueError, match="does not have a result"):
+        BundleResult.of((await ledger.bundles(JOB.id, done=False))[0])
 
 
 @on_every_ledger

@@ -16,6 +16,8 @@ from batchlab.core.ports import AddCut, Ending, Finish
 from tests.support.contract.ledger_suite import JOB, bundle, cut, done, fold, ledger_in, stage_of, submit
 from tests.support.simpledb.fixtures import FAIR, Sdb
 
+pytestmark = pytest.mark.slow
+
 SCATTERED = TaskSet.from_indices(range(0, 30_000, 2))
 """A task set of 200 KB as JSON, which is too large for an item that contains other texts."""
 

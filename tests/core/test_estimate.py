@@ -161,11 +161,11 @@ def test_unknown_quantities_are_requested() -> None:
 
 def test_download_is_priced_if_its_size_is_known() -> None:
     known = estimate([stage(1, 1.0)], [POOL], BOOK, result_bytes=10 * 1024**3)
-    line = next(item for item in known.items if item.what == "data out of AWS")
+    line = next(item for item in known.further if item.what == "data out of AWS")
     assert line.usd.low == line.usd.high == pytest.approx(0.90)
     assert not any("download of results" in one for one in known.assumed)
     unknown = estimate([stage(1, 1.0)], [POOL], BOOK)
-    assert not any(item.what == "data out of AWS" for item in unknown.items)
+    assert not any(item.what == "data out of AWS" for item in unknown.further)
     assert any("is not included (0.09 USD per GB" in one for one in unknown.assumed)
     for found in (known, unknown):
         assert any("NAT gateway" in one for one in found.assumed), "nobody knows it before"
@@ -173,5 +173,5 @@ def test_download_is_priced_if_its_size_is_known() -> None:
 
 def test_storage_is_priced_per_gb_and_month() -> None:
     found = estimate([stage(1, 1.0)], [POOL], BOOK, input_files=1, input_bytes=2 * 1024**3)
-    storage = next(item for item in found.items if item.what == "S3 storage")
+    storage = next(item for item in found.further if item.what == "S3 storage")
     assert storage.usd.typical == pytest.approx(2 * 0.023)

@@ -13,7 +13,7 @@ import pytest
 
 from batchlab.core import shared_values
 from batchlab.core.protocol import values
-from batchlab.core.shared_values import Shared, StoredFile, register
+from batchlab.core.shared_values import Shared, StoredFile
 from batchlab.core.task_context import File
 
 
@@ -33,7 +33,7 @@ def stored(folder: Path, value: object) -> Shared[Any]:
     digest = hashlib.sha256(data).hexdigest()
     path = folder / digest
     path.write_bytes(data)
-    register(digest, File(path))
+    shared_values._restore(digest, len(data), File(path))
     return Shared(digest, len(data))
 
 
@@ -65,24 +65,32 @@ def test_loaded_values_are_limited_and_the_last_one_is_kept(tmp_path: Path, monk
 def test_reference_travels_with_its_file(tmp_path: Path) -> None:
     shared: Shared[list[int]] = Shared("a" * 64, 5)
     reference = values.file_ref(f"code/{'a' * 64}.pkl", "a.pkl", 5)
-    register(shared.digest, StoredFile(reference))
+    shared_values.own(shared, [1, 2], StoredFile(reference), lambda: None)
     encoded = values.encode_object((1, [shared]), lambda file: file.origin())
     assert list(values.references(encoded)) == [reference]
+    (_, (remote,)) = values.decode(encoded, StoredFile, pickles=True)
     with pytest.raises(LookupError, match=r"Read the value of Grid\.put only in tasks"):
-        _ = shared.value
+        _ = remote.value
     fetched = stored(tmp_path, 7)
     _, (copy,) = values.decode(encoded, lambda _: File(tmp_path / fetched.digest), pickles=True)
     assert copy.digest == shared.digest
     assert shared_values._files[shared.digest].path == tmp_path / fetched.digest
 
 
-def test_process_that_has_stored_a_value_keeps_it_with_its_reference() -> None:
+def test_process_that_has_stored_a_value_keeps_it_until_the_reference_is_closed() -> None:
     class Value:
         pass
 
-    shared: Shared[Value] = Shared("b" * 64, 5)
+    closed: list[int] = []
     value = Value()
-    shared_values.keep(shared, value)
+    shared: Shared[Value] = Shared("b" * 64, 5)
+    stored = StoredFile(values.file_ref(f"code/{'b' * 64}.pkl", "b.pkl", 5))
+    shared_values.own(shared, value, stored, lambda: closed.append(1))
     assert shared.value is value
-    del shared
+    with shared:
+        values.encode_object([shared], lambda file: file.origin())
+    shared.close()
+    assert closed == [1]
     assert len(gc.get_referrers(value)) <= 1
+    with pytest.raises(values.NotAValue, match="is closed"):
+        values.encode_object([shared], lambda file: file.origin())

@@ -11,6 +11,7 @@ import pytest
 from batchlab.deploy import settings
 from batchlab.deploy.settings import PoolSettings, Settings
 from batchlab.runtime.home import Home
+from tests.support.aws import cfn
 from tests.support.cli import Run, runner
 
 
@@ -51,6 +52,26 @@ def test_template_is_printed_with_its_settings_and_cost(nobody: Run, tmp_path: P
     assert re.search(r"^NAT gateways +0\.05 USD$", err, re.M)
     assert "list prices of us-east-1 in USD, as of 2026-07-20" in err
     assert not home.exists(), "nothing is kept"
+
+
+def test_printed_template_explains_its_exceptions_to_scanners(nobody: Run, tmp_path: Path) -> None:
+    pools = ("--pool", "default:0-4x2@m7i.large", "--pool", "big:1-2x8@m7i.4xlarge")
+    _, out, _ = nobody("deploy", "template", "--home", tmp_path, *pools)
+    made = json.loads(out)["Resources"]
+    source = cfn.load()["Resources"]
+    for name in ("Bucket", "PoolTasks", "PoolBigTasks", "TokenSecret"):
+        explained = source[name.replace("Big", "")]["Metadata"]
+        assert made[name]["Metadata"] == {tool: notes for tool, notes in explained.items() if tool != "batchlab"}
+        assert made[name]["Metadata"]["checkov"]["skip"][0]["comment"]
+    assert "Metadata" not in made["PoolRole"]
+    assert "batchlab" not in [tool for one in made.values() for tool in one.get("Metadata", {})]
+
+
+def test_printed_template_has_a_domain_only_for_its_ledger(nobody: Run, tmp_path: Path) -> None:
+    _, out, _ = nobody("deploy", "template", "--home", tmp_path)
+    assert "AWS::SDB::Domain" not in out
+    _, out, _ = nobody("deploy", "template", "--home", tmp_path, "--ledger", "simpledb", "--egress", "nat")
+    assert json.loads(out)["Resources"]["LedgerDomain"]["Type"] == "AWS::SDB::Domain"
 
 
 def test_stored_settings_of_a_stack_apply(nobody: Run, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class Cloud:
     def __init__(self, stack: ExitStack, region: str = "us-east-1") -> None:
         self.account = Account(region, "1", "arn:aws:iam::1:user/me")
         self._stubs: dict[str, Stubber] = {}
-        for service in ("cloudformation", "logs", "rds", "resourcegroupstaggingapi", "sdb"):
+        for service in ("cloudformation", "ec2", "logs", "rds", "resourcegroupstaggingapi", "sdb"):
             client: Any = boto3.client(
                 service,
                 region_name=region if service != "sdb" else "us-east-1",
@@ -110,6 +110,19 @@ def test_domain_is_recognized_by_its_cloudformation_name(cloud: Cloud) -> None:
     cloud.tells("sdb", "delete_domain")
     remove(cloud.account, found[0].resource, said.append)
     assert said == []
+
+
+def test_terminated_instance_is_not_a_leftover(cloud: Cloud) -> None:
+    """AWS lists the tags of a terminated instance for about an hour."""
+    pages = [
+        {"ResourceARN": f"{ARN.format('ec2')}instance/{name}", "Tags": [{"Key": "batchlab.stack", "Value": "grid"}]}
+        for name in ("i-1", "i-2")
+    ]
+    cloud.tells("resourcegroupstaggingapi", "get_resources", ResourceTagMappingList=pages)
+    cloud.tells("ec2", "describe_instances", Reservations=[{"Instances": [{"InstanceId": "i-2"}]}])
+    cloud.has_no_stack()
+    (found,) = Leftovers(cloud.account).tagged_resources()
+    assert (found.resource.name, found.is_used) == ("i-2", False)
 
 
 def test_domain_of_another_stack_generation_is_a_leftover(cloud: Cloud) -> None:

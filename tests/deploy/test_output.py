@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ def an_event(resource: str, status: str, reason: str = "") -> Event:
 
 
 # --- Plans ---------------------------------------------------------------------------------------
+
+
+def test_plan_shows_its_notes() -> None:
+    plan = replace(a_plan(is_new=True), notes=("The key could not be checked.", "SimpleDB is old."))
+    assert "\n\nNote: The key could not be checked.\nNote: SimpleDB is old.\n\n" in plan_text(plan)
+    assert plan.to_json()["notes"] == list(plan.notes)
+    assert "Note:" not in plan_text(a_plan(is_new=True))
 
 
 def test_update_lists_reasons_and_replacements() -> None:
@@ -199,8 +207,9 @@ def test_release_names_its_python(tmp_path: Path) -> None:
     assert python_of(release(tmp_path)) == "3.12"
     damaged = tmp_path / "x.tar.gz"
     damaged.write_bytes(b"no")
-    with pytest.raises(UsageError, match="is not a release"):
+    with pytest.raises(UsageError, match=r"x\.tar\.gz is not a release: not a gzip file\. Name") as refused:
         python_of(damaged)
+    assert "\n" not in str(refused.value)
 
 
 def test_renamed_release_is_refused(tmp_path: Path) -> None:

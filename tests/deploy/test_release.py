@@ -27,6 +27,7 @@ from batchlab.deploy import release
 from batchlab.deploy.release import Target
 from batchlab.runtime import compose_project, descriptor, factory
 from batchlab.worker.loop import LEAVE_S
+from tests.support.aws.deploy import rds_bundle
 from tests.support.aws.instance_boot import USER_DATA, rendered
 
 BOOT = installation.folder("backends") / "aws" / "boot"
@@ -166,11 +167,12 @@ def test_a_release_is_named_by_its_content_and_the_same_each_time(tmp_path: Path
 
 
 def test_the_databases_certificates_travel_with_it(tmp_path: Path, made: list[str]) -> None:
-    ca = tmp_path / "ca.pem"
-    ca.write_text("-----BEGIN CERTIFICATE-----\n")
+    ca = rds_bundle(tmp_path)
     with_ca = release.build_release(tmp_path, database_ca=ca)
-    with tarfile.open(with_ca) as archive:
-        assert release.DATABASE_CA in archive.getnames()
+    assert release.read_member(with_ca, release.DATABASE_CA) == ca.read_bytes()
+    assert release.read_member(with_ca, "other.pem") is None
+    with pytest.raises(UsageError, match=r"is not a release: database-ca\.pem is not a file of at most 10 bytes"):
+        release.read_member(with_ca, release.DATABASE_CA, 10)
     ca.write_text("hello")
     with pytest.raises(UsageError, match="does not contain certificates"):
         release.build_release(tmp_path, database_ca=ca)

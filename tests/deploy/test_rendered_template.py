@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +57,37 @@ def test_with_more_pools_it_is_as_good() -> None:
     assert {"PoolTasks", "PoolBigTasks"} <= made["Resources"].keys()
     overrides = json.dumps(made["Resources"]["PoolBigGroup"]).count('InstanceType"')
     assert overrides >= 2
+
+
+@pytest.mark.parametrize("given", [shape for shape in SHAPES if shape.get("Ledger") != "simpledb"], ids=str)
+def test_template_without_simpledb_creates_the_same_resources(given: dict[str, str]) -> None:
+    source = template.expand(template.load(template.shipped_template()), ["default"])
+    made = template.without_simpledb(source)
+    assert "SDB" in json.dumps(source)
+    for word in ("SDB", "UsesSimpleDb", "LedgerDomain", "sdb:"):
+        assert word not in json.dumps(made)
+    assert made["Parameters"]["Ledger"]["AllowedValues"] == ["sqlite", "postgres"]
+    assert made["Conditions"].keys() == source["Conditions"].keys() - {"UsesSimpleDb"}
+    assert render(made, values(made, given)) == {
+        **render(source, values(source, given)),
+        "Parameters": made["Parameters"],
+    }
+
+
+def test_template_of_another_grid_is_unchanged() -> None:
+    source = {"Resources": {"A": {"Type": "T"}}}
+    assert template.without_simpledb(source) == source
+
+
+@pytest.mark.slow
+def test_cfn_lint_finds_nothing_in_the_template_without_simpledb(tmp_path: Path) -> None:
+    source = template.expand(template.load(template.shipped_template()), ["default", "big"], for_scanners=True)
+    file = tmp_path / "stack.json"
+    file.write_text(template.body(template.without_simpledb(source)))
+    command = [str(Path(sys.executable).with_name("cfn-lint")), "-t", str(file), "-r", "eu-central-1"]
+    command += ["-i", "W2506"]  # as in .cfnlintrc.yaml
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def small(conditions: dict[str, Any]) -> template.Template:

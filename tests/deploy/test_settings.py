@@ -84,6 +84,14 @@ def test_flaws_of_a_settings_file_are_reported(text: str, says: str, tmp_path: P
     assert str(file) in str(told.value)
 
 
+def test_stored_settings_name_the_certificates_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stack.yaml").write_text("database_ca: bundle.pem\n")
+    assert settings.load(Path("stack.yaml")).database_ca == str(tmp_path / "bundle.pem")
+    (tmp_path / "stack.yaml").write_text("packages: [pandas]\n")
+    assert settings.load(Path("stack.yaml")).database_ca == ""
+
+
 def test_damaged_settings_file_is_reported(tmp_path: Path) -> None:
     settings.write(Home(tmp_path), FULL)
     settings.path_in(Home(tmp_path)).write_text("{")

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,20 @@ def skipped(checker: str) -> set[tuple[str, str]]:
     return found
 
 
-def test_checkov_finds_nothing_but_what_the_template_explains(checkov: Path) -> None:
+def printed(folder: Path) -> Path:
+    """Return a file with the output of `batchlab deploy template`."""
+    command = [sys.executable, "-m", "batchlab", "deploy", "template", "--home", folder / "home"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60, check=True)
+    file = folder / "stack.json"
+    file.write_text(done.stdout)
+    return file
+
+
+@pytest.mark.parametrize("is_printed", [False, True], ids=["file", "deploy template"])
+def test_checkov_finds_nothing_but_what_the_template_explains(checkov: Path, tmp_path: Path, is_printed: bool) -> None:
+    file = printed(tmp_path) if is_printed else cfn.stack_file()
     # Without the flag, checkov downloads descriptions of the checks from its vendor.
-    command = [checkov, "-f", cfn.stack_file(), "--framework", "cloudformation", "-o", "json"]
+    command = [checkov, "-f", file, "--framework", "cloudformation", "-o", "json"]
     done = subprocess.run([*map(str, command), "--skip-download"], capture_output=True, text=True, timeout=300)
     report = json.loads(done.stdout)
     results = report["results"]

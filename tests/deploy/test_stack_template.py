@@ -338,6 +338,7 @@ NAMES = {
     "QueuePrefix",
     "Region",
     "Ledger",
+    "BusyWorkers",
     "ManagerGroup",
     "PoolGroups",
     "TokenSecret",

@@ -40,4 +40,5 @@ def test_every_rule_names_its_page() -> None:
     links = dict(re.findall(r"^\[(.+)\]: (https://docs\.aws\.amazon\.com/\S+)$", PAGE, re.M))
     pages = [row.split(" | ")[1] for row in rows]
     assert len(rows) > 70
-    assert {page.strip("[]") for page in pages if page != "–"} == set(links)
+    assert {name for page in pages for name in re.findall(r"\[(.+?)\]", page)} == set(links)
+    assert all(page == "–" or page.startswith("[") for page in pages)

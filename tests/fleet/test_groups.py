@@ -12,13 +12,16 @@ from batchlab.fleet.api_types import (
     AlreadyExists,
     Fault,
     LaunchTemplate,
+    LimitExceeded,
     MixedInstancesPolicy,
+    Override,
     Process,
     ResourceInUse,
     ScalingActivityInProgress,
     Tag,
     ValidationError,
 )
+from batchlab.fleet.group_state import KEEP_DELETED
 from tests.support.autoscaling_group import CONFIG, GROUP, World, in_aws
 
 
@@ -50,7 +53,10 @@ async def test_a_name_is_taken_once(w: World) -> None:
         ({"availability_zones": ()}, "At least one Availability Zone or VPC Subnet is required"),
         ({"launch_template": None}, "Valid requests must contain either LaunchTemplate"),
         ({"launch_template": LaunchTemplate("", "nobody")}, "launch template does not exist"),
+        ({"launch_template": LaunchTemplate("lt-7", "workers")}, "either launchTemplateId or LaunchTemplateName"),
+        ({"launch_template": LaunchTemplate(version="1")}, "either launchTemplateId or LaunchTemplateName"),
         ({"termination_policies": ("Youngest",)}, "Youngest"),
+        ({"health_check_type": "EC2,PING"}, "Invalid HealthCheckType: PING. Valid values are"),
         ({"max_instance_lifetime": 30}, "MaxInstanceLifetime"),
         ({"health_check_grace_period": -1}, "HealthCheckGracePeriod"),
         ({"auto_scaling_group_name": ""}, "AutoScalingGroupName"),
@@ -95,7 +101,9 @@ async def test_an_update_changes_only_what_it_names(w: World) -> None:
     mixed = MixedInstancesPolicy(LaunchTemplate("", "workers"))
     w.asg.update_auto_scaling_group(GROUP, {"mixed_instances_policy": mixed, "default_cooldown": 9})
     config = w.view().config
-    assert (config.launch_template, config.mixed_instances_policy) == (None, mixed)
+    assert config.launch_template is None
+    assert config.mixed_instances_policy is not None
+    assert config.mixed_instances_policy.launch_template.launch_template_name == "workers"
     assert (config.default_cooldown, config.max_size) == (9, 10)
     w.asg.update_auto_scaling_group(GROUP, {"default_instance_warmup": -1}, desired_capacity=3)
     assert (w.view().config.default_instance_warmup, w.view().desired_capacity) == (None, 3)
@@ -129,6 +137,25 @@ async def test_a_group_that_still_ends_instances_is_not_deleted(w: World) -> Non
 
 
 @in_aws
+async def test_descriptions_complete_the_reference_to_a_template(w: World) -> None:
+    await w.group(0, replace(CONFIG, launch_template=LaunchTemplate("", "workers")))
+    assert w.view().config.launch_template == LaunchTemplate("lt-7", "workers", "")
+    mixed = MixedInstancesPolicy(
+        LaunchTemplate("lt-7", "", "$Latest"),
+        (Override("m.large", launch_template_specification=LaunchTemplate("", "workers", "1")),),
+    )
+    w.asg.update_auto_scaling_group(GROUP, {"mixed_instances_policy": mixed})
+    found = w.view().config.mixed_instances_policy
+    assert found is not None
+    assert found.launch_template == LaunchTemplate("lt-7", "workers", "$Latest")
+    assert found.overrides[0].launch_template_specification == LaunchTemplate("lt-7", "workers", "1")
+    w.asg.update_auto_scaling_group(GROUP, {"default_cooldown": 1})
+    assert w.view().config.mixed_instances_policy == found
+    with pytest.raises(ValidationError, match="either launchTemplateId or LaunchTemplateName"):
+        w.asg.update_auto_scaling_group(GROUP, {"launch_template": LaunchTemplate("lt-7", "workers")})
+
+
+@in_aws
 async def test_a_template_is_read_at_every_launch(w: World) -> None:
     latest = LaunchTemplate("", "workers", "$Latest")
     await w.group(1, replace(CONFIG, launch_template=latest))
@@ -156,11 +183,30 @@ async def test_deleted_template_fails_the_launch_with_its_reason(w: World) -> No
 @in_aws
 async def test_tags_are_added_and_removed(w: World) -> None:
     await w.group(1, tags=[Tag("team", "a", propagate_at_launch=True), Tag("cost", "x")])
-    w.asg.create_or_update_tags(GROUP, [Tag("cost", "y")])
+    w.asg.create_or_update_tags({GROUP: [Tag("cost", "y")]})
     assert w.view().tags == (Tag("cost", "y"), Tag("team", "a", True))
     assert w.asg.metadata(w.instances()[0].instance_id).tags == (("team", "a"),)
     w.asg.delete_tags(GROUP, ["team", "nothing"])
     assert w.view().tags == (Tag("cost", "y"),)
+
+
+@pytest.mark.parametrize(
+    ("tags", "error", "message"),
+    [
+        ([Tag("a"), Tag("a", "b")], ValidationError, "only once"),
+        ([Tag("aws:cost")], ValidationError, "reserved"),
+        ([Tag(f"key{n}") for n in range(51)], LimitExceeded, "50 tags"),
+    ],
+)
+def test_tags_that_aws_does_not_allow_are_refused(tags: list[Tag], error: type[Fault], message: str) -> None:
+    w = World()
+    with pytest.raises(error, match=message):
+        w.asg.create_auto_scaling_group(CONFIG, tags=tags)
+    assert w.asg.describe_auto_scaling_groups() == []
+    w.asg.create_auto_scaling_group(CONFIG, tags=[Tag(f"key{n}") for n in range(50)])
+    with pytest.raises(error, match=message):
+        w.asg.create_or_update_tags({GROUP: tags})
+    assert len(w.view().tags) == 50
 
 
 @in_aws
@@ -233,15 +279,46 @@ async def test_failed_launch_gives_its_reason(w: World) -> None:
 
 
 @in_aws
+async def test_long_reason_is_cut_to_the_limits_of_aws(w: World) -> None:
+    w.launcher.refuse = "x" * 2_000
+    await w.group(1)
+    failed = [a for a in w.activities() if a.status_code == "Failed"][-1]
+    assert (len(failed.cause), len(failed.status_message)) == (1_023, 255)
+    assert failed.description.endswith(f".  Status Reason: its launch failed: {w.launcher.refuse}")
+
+
+@in_aws
 async def test_activities_of_a_deleted_group_are_listed_on_request(w: World) -> None:
     await w.group(1)
     w.asg.delete_auto_scaling_group(GROUP, force_delete=True)
     await w.tick(times=3)
     assert w.asg.describe_scaling_activities() == []
     kept = w.asg.describe_scaling_activities(GROUP, include_deleted_groups=True)
-    assert len(kept) == 2
+    assert [activity.auto_scaling_group_state for activity in kept] == ["Deleted"] * 2
     with pytest.raises(ValidationError):
         w.asg.describe_scaling_activities(GROUP)
+    await w.group(1)
+    (launch,) = w.asg.describe_scaling_activities(GROUP)
+    assert launch.auto_scaling_group_state == "InService"
+    assert launch.auto_scaling_group_arn == w.view().auto_scaling_group_arn
+    assert w.asg.describe_scaling_activities(GROUP, include_deleted_groups=True) == [launch, *kept]
+
+
+@in_aws
+async def test_activities_of_the_newest_deleted_groups_are_stored(w: World) -> None:
+    await w.group(1)
+    for number in range(KEEP_DELETED + 5):
+        name = f"g-{number:03}"
+        w.asg.create_auto_scaling_group(replace(CONFIG, auto_scaling_group_name=name), desired_capacity=1)
+        await w.tick()
+        w.asg.delete_auto_scaling_group(name, force_delete=True)
+        await w.tick(times=3)
+    w.restart()
+    found = w.asg.describe_scaling_activities(include_deleted_groups=True)
+    assert {activity.auto_scaling_group_name for activity in found} == {
+        GROUP,
+        *(f"g-{number:03}" for number in range(5, KEEP_DELETED + 5)),
+    }
 
 
 # --- Processes ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import replace
+from uuid import UUID
 
 import pytest
 
@@ -80,11 +81,26 @@ async def test_an_action_can_be_completed_by_its_token(w: World) -> None:
     await _waiting(w)
     (notice,) = w.asg.take_notifications()
     token = notice.lifecycle_action_token
+    assert str(UUID(token)) == token
     with pytest.raises(ValidationError, match="No active Lifecycle Action found with token other"):
         w.asg.complete_lifecycle_action(GROUP, "boot", CONTINUE, lifecycle_action_token="other")
     w.asg.complete_lifecycle_action(GROUP, "boot", CONTINUE, lifecycle_action_token=token)
     with pytest.raises(ValidationError, match=f"found with token {token}"):
         w.asg.complete_lifecycle_action(GROUP, "boot", CONTINUE, lifecycle_action_token=token)
+
+
+@in_aws
+async def test_a_token_of_an_earlier_version_stays_valid(w: World) -> None:
+    """An earlier version of the endpoint saved tokens with 22 characters."""
+    await _waiting(w)
+    token, old = w.asg.take_notifications()[0].lifecycle_action_token, "token-0123456789abcdef"
+    saved = w.store.load()
+    assert saved is not None
+    assert saved.count(token.encode()) == 1
+    w.store.save(saved.replace(token.encode(), old.encode()))
+    w.restart()
+    w.asg.complete_lifecycle_action(GROUP, "boot", CONTINUE, lifecycle_action_token=old)
+    assert w.states() == ["Pending:Proceed"]
 
 
 @in_aws

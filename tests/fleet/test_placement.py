@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -117,9 +119,28 @@ async def test_group_with_subnets_uses_their_zones(w: World) -> None:
     w.options["zones"] = ZONES[:2]
     w.restart()
     await w.group(2, replace(CONFIG, availability_zones=(), vpc_zone_identifier="subnet-1"))
+    assert w.zones() == ["a", "a"]
+    assert w.view().config.availability_zones == ZONES[:1]
+    w.asg.update_auto_scaling_group(GROUP, {"vpc_zone_identifier": "subnet-1,subnet-2"})
+    await w.tick(11.0, times=6)
     assert w.zones() == ["a", "b"]
+    assert w.view().config.availability_zones == ZONES[:2]
     with pytest.raises(ValidationError, match="us-east-1c"):
         w.asg.update_auto_scaling_group(GROUP, {"availability_zones": ZONES})
+
+
+@in_aws
+async def test_instances_of_an_earlier_version_without_a_zone_are_not_moved(w: World) -> None:
+    """An earlier version launched the instances of a group with subnets in no zone."""
+    names = await w.group(3, replace(CONFIG, availability_zones=(), vpc_zone_identifier="subnet-1,subnet-2"))
+    saved = w.store.load()
+    assert saved is not None
+    w.store.save(re.sub(rb'"us-east-1[a-f]"', b'""', saved))
+    w.restart()
+    await w.tick(11.0, times=10)
+    assert w.ids_in(LifecycleState.IN_SERVICE) == names
+    await w.resize(5)
+    assert [i.availability_zone for i in w.instances()] == ["", "", "", "us-east-1a", "us-east-1b"]
 
 
 # --- Markets and types ----------------------------------------------------------------------------
@@ -155,7 +176,8 @@ async def test_the_lowest_price_decides_where_that_is_the_strategy(w: World) -> 
     w.options["prices"] = PriceList({"m.large": 9.0, "c.large": 8.0, "c.xlarge": 10.0})
     w.restart()
     big = Override("c.xlarge", weighted_capacity=2)
-    config = mixed("m.large", "c.large", big, on_demand_allocation_strategy="lowest-price")
+    small = [Override(kind, weighted_capacity=1) for kind in ("m.large", "c.large")]
+    config = mixed(*small, big, on_demand_allocation_strategy="lowest-price")
     await w.group(2, config)
     assert w.machines() == [("c.xlarge", OD)], "5 a unit"
 
@@ -219,6 +241,57 @@ async def test_weights_count_capacity_in_units(w: World) -> None:
     assert len(w.states()) == 2
     await w.resize(3)
     assert len(w.states()) == 2, "without one of them there would be too few"
+
+
+@pytest.mark.parametrize("weights", [(0,), (1_000,), (1, None)])
+def test_weights_that_aws_does_not_allow_are_refused(weights: tuple[int | None, ...]) -> None:
+    w = World()
+    overrides = [Override(f"m.{n}xlarge", weighted_capacity=weight) for n, weight in enumerate(weights)]
+    with pytest.raises(ValidationError, match="WeightedCapacity"):
+        w.asg.create_auto_scaling_group(mixed(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "pools", "described"),
+    [
+        ("lowest-price", None, 2),
+        ("lowest-price", 20, 20),
+        ("lowest-price", 21, "between 1 and 20"),
+        ("lowest-price", 0, "between 1 and 20"),
+        ("capacity-optimized", None, None),
+        ("capacity-optimized", 2, "only with the SpotAllocationStrategy lowest-price"),
+    ],
+)
+def test_spot_instance_pools_belong_to_the_strategy_lowest_price(
+    strategy: str, pools: int | None, described: int | str | None
+) -> None:
+    w = World()
+    config = mixed("m.large", spot_allocation_strategy=strategy, spot_instance_pools=pools)
+    if isinstance(described, str):
+        with pytest.raises(ValidationError, match=described):
+            w.asg.create_auto_scaling_group(config)
+        return
+    w.asg.create_auto_scaling_group(config)
+    policy = w.view().config.mixed_instances_policy
+    assert policy is not None
+    assert policy.instances_distribution.spot_instance_pools == described
+
+
+def test_settings_that_an_earlier_version_accepted_do_not_block_other_changes() -> None:
+    w = World()
+    w.asg.create_auto_scaling_group(mixed("m.large", "c.large", spot_allocation_strategy="capacity-optimized"))
+    saved = json.loads(w.store.load() or b"")
+    config = saved["groups"][0]["asg"]["config"]
+    config["health_check_type"] = "PING"
+    config["mixed_instances_policy"]["instances_distribution"]["spot_instance_pools"] = 4
+    config["mixed_instances_policy"]["overrides"][0]["weighted_capacity"] = 1
+    w.store.save(json.dumps(saved).encode())
+    w.restart()
+    before = w.view().config
+    w.asg.update_auto_scaling_group(GROUP, {"max_size": 20})
+    assert w.view().config == replace(before, max_size=20)
+    with pytest.raises(ValidationError, match="HealthCheckType"):
+        w.asg.update_auto_scaling_group(GROUP, {"health_check_type": "EC2,PING"})
 
 
 # --- Age ------------------------------------------------------------------------------------------

@@ -87,6 +87,10 @@ async def test_a_simple_policy_is_executed_by_name_or_arn(w: World) -> None:
     assert "a user request executed policy simple changing the desired capacity from 3 to 5" in (
         w.activities()[0].cause
     )
+    w.asg.execute_policy("simple")
+    assert desired(w) == 7
+    w.asg.create_auto_scaling_group(replace(CONFIG, auto_scaling_group_name="second"))
+    w.asg.put_scaling_policy(replace(simple(2), auto_scaling_group_name="second"))
     with pytest.raises(ValidationError, match="AutoScalingGroupName is needed"):
         w.asg.execute_policy("simple")
     with pytest.raises(ValidationError, match="ScalingPolicy not found: other"):
@@ -125,8 +129,8 @@ async def test_a_step_policy_takes_the_step_of_the_breach(w: World) -> None:
     w.asg.put_scaling_policy(stepped((0, 10, 1), (10, None, 3)))
     w.asg.execute_policy("steps", name=GROUP, metric_value=75.0, breach_threshold=60.0)
     assert desired(w) == 4
-    w.asg.execute_policy("steps", name=GROUP, metric_value=50.0, breach_threshold=60.0)
-    assert desired(w) == 4, "no step is for that"
+    with pytest.raises(ValidationError, match="No step of the policy steps contains the metric value"):
+        w.asg.execute_policy("steps", name=GROUP, metric_value=50.0, breach_threshold=60.0)
     with pytest.raises(ValidationError, match="MetricValue and BreachThreshold"):
         w.asg.execute_policy("steps", name=GROUP)
 
@@ -330,6 +334,14 @@ async def test_policies_are_put_described_and_deleted(w: World) -> None:
         (replace(simple(1), adjustment_type="Double"), "AdjustmentType"),
         (replace(simple(1), scaling_adjustment=None), "ScalingAdjustment"),
         (stepped(), "StepAdjustments"),
+        (stepped(*((n, n + 1, 1) for n in range(-21, 0))), "1 to 20 StepAdjustments"),
+        (stepped((None, None, 1)), "one of them must be specified"),
+        (stepped((5, 5, 1)), "greater than its lower bound"),
+        (stepped((0, 20, 1), (10, None, 2)), "overlap"),
+        (stepped((0, 10, 1), (20, None, 2)), "gap"),
+        (stepped((0, None, 1), (5, None, 2)), "overlap"),
+        (stepped((-10, 0, -1), (0, None, 1)), "no lower bound"),
+        (stepped((0, 10, 1)), "no upper bound"),
         (tracking(0.0), "TargetValue"),
         (replace(tracking(), target_tracking_configuration=TargetTracking(5.0)), "one metric"),
     ],

@@ -123,10 +123,10 @@ async def test_the_desired_configuration_is_the_groups_own_once_it_has_succeeded
     w.asg.set_desired_capacity(GROUP, 4)
     await w.tick()
     assert w.machines().count(w.machines()[-1]) >= 2, "new instances have it already"
-    assert w.view().config.launch_template == CONFIG.launch_template
+    assert w.view().config.launch_template == LaunchTemplate("lt-7", "workers", "1")
     await until_ended(w, 10.0)
     assert {kind for kind, _ in w.machines()} == {"m.xlarge"}
-    assert w.view().config.launch_template == SECOND.launch_template
+    assert w.view().config.launch_template == LaunchTemplate("lt-7", "workers", "2")
 
 
 @in_aws
@@ -249,7 +249,7 @@ async def test_rollback_uses_the_groups_own_template(w: World) -> None:
     ended = await until_ended(w, 10.0)
     assert ended.status == "RollbackSuccessful"
     assert {kind for kind, _ in w.machines()} == {"m.large"}
-    assert w.view().config.launch_template == CONFIG.launch_template
+    assert w.view().config.launch_template == LaunchTemplate("lt-7", "workers", "1")
 
 
 @in_aws
@@ -277,6 +277,25 @@ async def test_impossible_rollback_is_refused(w: World) -> None:
     start(w, SECOND, instance_warmup=100)
     with pytest.raises(IrreversibleInstanceRefresh, match="Latest"):
         w.asg.rollback_instance_refresh(GROUP)
+
+
+@in_aws
+async def test_template_cannot_change_during_a_refresh_with_a_desired_configuration(w: World) -> None:
+    w.templates.put(2, instance_type="m.xlarge")
+    await w.group(1)
+    change = {"launch_template": LaunchTemplate("", "workers", "2")}
+    start(w, min_healthy_percentage=0)
+    w.asg.update_auto_scaling_group(GROUP, {"launch_template": LaunchTemplate("", "workers", "1")})
+    await until_ended(w)
+    start(w, SECOND, instance_warmup=100)
+    for roll_back in (False, True):
+        if roll_back:
+            w.asg.rollback_instance_refresh(GROUP)
+        with pytest.raises(ValidationError, match="An active instance refresh with a desired configuration exists"):
+            w.asg.update_auto_scaling_group(GROUP, change)
+        w.asg.update_auto_scaling_group(GROUP, {"default_cooldown": 1})
+    await until_ended(w, 10.0)
+    w.asg.update_auto_scaling_group(GROUP, change)
 
 
 @in_aws

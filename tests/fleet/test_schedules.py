@@ -204,6 +204,7 @@ async def test_actions_are_replaced_listed_and_deleted(w: World) -> None:
         ({"recurrence": "0 0 * *", "min_size": 1}, "recurrence string"),
         ({"recurrence": "0 0 L * *", "min_size": 1}, "recurrence string"),
         ({"recurrence": "0 0 * * *", "min_size": -1}, "negative"),
+        ({"recurrence": "0 0 * * *", "min_size": 2, "max_size": 1}, "Max bound, 1, must be greater than or equal to"),
         ({"recurrence": "0 0 * * *", "min_size": 1, "time_zone": "Mars/North"}, "time zone"),
         ({"recurrence": "0 0 * * *", "min_size": 1, "end_time": 5.0}, "end time"),
         ({"recurrence": "0 0 31 2 *", "min_size": 1}, "does not occur"),

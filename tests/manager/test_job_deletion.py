@@ -12,7 +12,8 @@ import pytest
 
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused, Unreachable
 from batchlab.core.job_definition import InputDef
-from batchlab.core.model import JobId
+from batchlab.core.model import JobId, JobState
+from batchlab.core.ports import AddJob
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.manager.job_deletion import JobDeletion
 from batchlab.manager.ledger_rebuild import rebuild
@@ -79,9 +80,11 @@ async def is_never_awaited(_: JobId) -> bool:
 
 
 def is_gone(rig: Rig, name: JobId) -> bool:
-    """Return whether only the note about the deletion is left of the job."""
+    """Return whether only the note about the deletion is left of the job, and the time of the sweep."""
     spec = object_keys.spec(name)
-    if objects_of(rig, name) != [spec] or name in [view["id"] for view in rig.client.jobs()]:
+    if set(objects_of(rig, name)) - {object_keys.deletion(name)} != {spec} or name in [
+        view["id"] for view in rig.client.jobs()
+    ]:
         return False
     return rig.run(rig.objects.get(spec)) == json_format.deleted_job(name)
 
@@ -92,6 +95,7 @@ def test_deleted_job_leaves_only_a_note(rig: Rig) -> None:
     assert len(rig.client.failures(name)) == 1
     count = len(objects_of(rig, name))
     assert rig.client.delete(name) == {"id": name, "objects": count - 1}
+    assert rig.client.delete(name) == {"id": name, "objects": 0}
     assert is_gone(rig, name)
     assert objects_of(rig, other) == before
     for call in (rig.client.job, rig.client.failures, rig.client.retry):
@@ -234,7 +238,7 @@ def test_manager_continues_a_deletion_that_the_backend_has_interrupted(
         await delete(keys)
 
     monkeypatch.setattr(rig.objects, "delete", refused)
-    monkeypatch.setattr(rig.manager, "settings", replace(rig.manager.settings, silence_s=0.05))
+    monkeypatch.setattr(rig.manager.job_deletion, "_settings", replace(rig.manager.settings, silence_s=0.05))
     with pytest.raises(BackendError, match="does not respond"):
         rig.client.delete(names[0])
     rig.run(rig.objects.put(object_keys.deletion(names[1]), json_format.deleted_job(names[1])))
@@ -346,3 +350,68 @@ def test_late_call_of_a_suspended_manager_keeps_the_note(rig: Rig, monkeypatch: 
             assert number > 6
             return
     pytest.fail("the deletion did not end")
+
+
+def test_late_objects_of_a_deleted_job_are_swept(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker was suspended during the deletion. The next leader reads the time of the sweep from the bucket."""
+    monkeypatch.setattr("batchlab.manager.job_deletion.SWEEP_S", 0.0)
+    rig.manager.context.settings = replace(rig.manager.settings, silence_s=0.02)
+    name = ended(rig)
+    rig.run(deletion(rig).delete(name))
+    late = f"files/{name}/map/x/late.bin"
+    rig.run(rig.objects.put(late, b"x"))
+    rig.manager.job_deletion.is_search_due.set()
+    rig.until(lambda: objects_of(rig, name) == [object_keys.spec(name)], "the sweep")
+
+
+def test_job_that_is_submitted_during_the_deletion_of_its_input_never_runs_with_a_part(rig: Rig) -> None:
+    """The job waits while the deletion may still be refused, and is FAILED after the deletion."""
+    name = ended(rig)
+    rig.run(rig.objects.put(object_keys.deletion(name), json_format.deleted_job(name)))
+    reader = replace(job("reader", "reader"), input=InputDef(keys=(object_keys.raw(name),)))
+    rig.client.submit(reader)
+    rig.until(lambda: "is being deleted" in rig.manager.lives[reader.id].trouble, "the wait for the deletion")
+    rig.run(rig.objects.put(object_keys.spec(name), json_format.deleted_job(name)))
+    view = rig.ended(reader.id)
+    assert view["state"] == "FAILED"
+    assert f"The input belongs to job {name}, which was deleted" in view["reason"]
+
+
+def test_active_job_that_another_manager_accepted_keeps_its_input(rig: Rig) -> None:
+    name = ended(rig)
+    reader = replace(job("reader", "reader"), input=InputDef(keys=(object_keys.JOBS,)), start_at_s=4e9)
+    rig.run(rig.ledger.apply(AddJob(reader, JobState.SCHEDULED, None)))
+    with pytest.raises(Refused, match=f"Job {reader.id} reads objects of job {name}"):
+        rig.client.delete(name)
+    assert object_keys.deletion(name) not in objects_of(rig, name)
+
+
+def test_committed_deletion_is_finished_although_a_new_job_reads_the_input(rig: Rig) -> None:
+    """A refusal would let the new job run with the part of its input that is not deleted yet."""
+    name = ended(rig)
+    rig.run(rig.objects.put(object_keys.retry(name, 1), json_format.deleted_job(name)))
+    reader = replace(job("reader", "reader"), input=InputDef(keys=(f"{object_keys.raw(name)}0",)), start_at_s=4e9)
+    rig.run(rig.ledger.apply(AddJob(reader, JobState.SCHEDULED, None)))
+    rig.client.delete(name)
+    assert is_gone(rig, name)
+
+
+def test_committed_deletion_is_finished_if_the_bucket_lost_the_definition(rig: Rig) -> None:
+    """The job is submitted again before the next leader finishes the deletion."""
+    name = ended(rig)
+    rig.run(rig.objects.put(object_keys.deletion(name), json_format.deleted_job(name)))
+    rig.run(rig.objects.put(object_keys.retry(name, 1), json_format.deleted_job(name)))
+    rig.run(rig.objects.delete([object_keys.spec(name)]))
+    with pytest.raises(Refused, match="was deleted, and its id cannot be used again"):
+        rig.client.submit(job())
+    rig.run(deletion(rig).finish_interrupted())
+    assert is_gone(rig, name)
+
+
+def test_deletion_is_finished_if_the_ledger_and_the_bucket_lost_the_job(rig: Rig) -> None:
+    name = ended(rig)
+    rig.run(rig.objects.put(object_keys.deletion(name), json_format.deleted_job(name)))
+    rig.run(rig.objects.delete([object_keys.spec(name)]))
+    rig.client.rebuild()
+    assert rig.client.delete(name)["objects"] > 0
+    assert is_gone(rig, name)

@@ -60,3 +60,16 @@ def test_the_same_job_is_not_run_twice_while_the_bucket_has_it(rig: Rig) -> None
     assert rig.client.job(first)["ended_s"] == ended_s
     assert JobId(first) not in rig.manager.lives
     assert rig.run(rig.objects.head(object_keys.spec(JobId(first))))
+
+
+def test_bundle_that_a_worker_commits_after_the_end_of_a_lost_job_counts_once(rig: Rig) -> None:
+    first = rig.submit(job())
+    found = rig.outstanding(first, 4)
+    live = rig.manager.lives[JobId(first)]
+    empty(rig)
+    rig.run(rig.manager._end_lost_jobs())
+    rig.ended(first)
+    rig.run(rig._work(live, found, ()))
+    rig.until(lambda: rig.manager.counts.repeated >= 4, "the late completions")
+    view = rig.client.job(first)
+    assert [(stage["planned"], stage["succeeded"], stage["cancelled"]) for stage in view["stages"]] == [(4, 0, 4)]

@@ -13,8 +13,7 @@ from statistics import median
 
 import pytest
 
-from batchlab.reports.html import costs, durations, failures, gantt, load
-from batchlab.reports.html.charts import LogAxis
+from batchlab.reports.html import costs, distributions, failures, gantt, load
 from batchlab.reports.html.metrics import RunFigures, run_figures
 from batchlab.reports.html.source import ReportRun, share
 from batchlab.reports.queries.store import open_store
@@ -135,40 +134,48 @@ def test_scaling_decisions_with_their_reasons(run: ReportRun, folder: Path) -> N
 # --- Times ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("column", ["run_s", "wait_s"])
-def test_percentiles_and_histograms(run: ReportRun, tasks: list[Row], column: str) -> None:
-    found = durations.spreads(run, column)
+@pytest.mark.parametrize(
+    "measure",
+    [distributions.RUN, distributions.WAIT, distributions.CPU, distributions.MEMORY],
+    ids=lambda one: one.name,
+)
+def test_percentiles_and_histograms(run: ReportRun, tasks: list[Row], measure: distributions.Measure) -> None:
+    found = distributions.spreads(run, measure)
     assert [one.stage for one in found] == ["read", "score", "merge"]
     for one in found:
-        values = [task[column] for task in tasks if task["stage"] == one.stage]
+        values = [task[measure.column] for task in tasks if task["stage"] == one.stage]
         assert one.tasks == len(values)
-        assert one.mean_s == pytest.approx(sum(values) / len(values))
-        assert one.most_s == max(values)
-        for percent, seconds in one.percentiles_s.items():
-            assert seconds == pytest.approx(percentile(values, percent / 100))
-        least_s = durations.MIN_TIMES_S[column]
-        bins = Counter(math.floor(math.log10(max(value, least_s)) * LogAxis.PER_DECADE) for value in values)
+        assert one.mean == pytest.approx(sum(values) / len(values))
+        assert one.most == max(values)
+        for percent, value in one.percentiles.items():
+            assert value == pytest.approx(percentile(values, percent / 100))
+        per_decade = measure.scale.per_decade
+        bins = Counter(math.floor(math.log10(max(value, measure.least)) * per_decade) for value in values)
         assert one.bins == bins
         assert sum(one.bins.values()) == one.tasks
 
 
-def test_a_histograms_table_has_every_task(run: ReportRun) -> None:
-    spreads = durations.spreads(run, "run_s")
-    for histogram in durations.draw_histograms(run, spreads, "run_s"):
+@pytest.mark.parametrize("measure", [distributions.RUN, distributions.MEMORY], ids=lambda one: one.name)
+def test_a_histograms_table_has_every_task(run: ReportRun, measure: distributions.Measure) -> None:
+    spreads = distributions.spreads(run, measure)
+    found = distributions.distribution(run, measure, spreads)
+    assert len(found.table.rows) == len(spreads)
+    assert found.charts
+    for histogram in found.charts:
         (spread,) = [spread for spread in spreads if spread.stage == histogram.title]
         assert histogram.data
         assert sum(int(row[1].replace(",", "")) for row in histogram.data.rows) == spread.tasks
 
 
 def test_tasks_are_sorted_by_each_column(run: ReportRun, tasks: list[Row]) -> None:
-    orders = {order.id: order.table.rows for order in durations.task_orders(run)}
+    orders = {order.id: order.table.rows for order in distributions.task_orders(run)}
     assert list(orders) == ["run-s", "cpu-s", "memory-bytes", "input-bytes", "output-bytes", "wait-s", "attempts"]
-    for column, rows in zip(durations.SORT_COLUMNS, orders.values(), strict=True):
+    for column, rows in zip(distributions.SORT_COLUMNS, orders.values(), strict=True):
         order = sorted(
             (task for task in tasks if task[column]), key=lambda task: (-task[column], task["stage"], task["task"])
         )
         assert [row[0] for row in rows] == [
-            f"{task['stage']}/{task['task']}" for task in order[: durations.MAX_SORTED_TASKS]
+            f"{task['stage']}/{task['task']}" for task in order[: distributions.MAX_SORTED_TASKS]
         ]
     first = orders["memory-bytes"][0]
     assert first[7] == "48.0 MiB"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from batchlab.core.text import join_list
 from batchlab.reports.html import charts
-from batchlab.reports.html.charts import LogAxis, count_ticks, number_label, time_ticks
+from batchlab.reports.html.charts import SIZES, TIMES, LogAxis, Scale, count_ticks, number_label, size_label, time_ticks
 from batchlab.reports.html.source import END, ISOLATE, adding_up, offset, share, visible, visible_lines
 
 times_s = st.floats(0.001, 1e8)
@@ -57,13 +57,26 @@ def test_numbers_with_little_room() -> None:
     assert [number_label(n) for n in (0, 950, 12_000, 150_000, 2.5e6)] == ["0", "950", "12,000", "150k", "2.5M"]
 
 
-@given(st.floats(1e-4, 1e6))
-def test_a_logarithmic_axis_has_each_time_in_its_bin(seconds: float) -> None:
-    number = math.floor(math.log10(seconds) * LogAxis.PER_DECADE)
-    axis = LogAxis(number - 3, number + 3)
-    low, high = axis.at(axis.edge_s(number)), axis.at(axis.edge_s(number + 1))
-    assert low - 1e-9 <= axis.at(seconds) <= high + 1e-9
+@pytest.mark.parametrize("scale", [TIMES, SIZES], ids=["times", "sizes"])
+@given(st.floats(1e-4, 1e12))
+def test_a_logarithmic_axis_has_each_value_in_its_bin(scale: Scale, value: float) -> None:
+    number = math.floor(math.log10(value) * scale.per_decade)
+    axis = LogAxis(number - 3, number + 3, scale)
+    low, high = axis.at(axis.edge(number)), axis.at(axis.edge(number + 1))
+    assert low - 1e-9 <= axis.at(value) <= high + 1e-9
     assert all(0 <= tick.at <= 1 for tick in axis.ticks())
+
+
+def test_ticks_of_sizes() -> None:
+    def labels(low: float, high: float) -> list[str]:
+        first, last = (math.floor(math.log10(edge) * SIZES.per_decade) for edge in (low, high))
+        return [tick.label for tick in LogAxis(first, last, SIZES).ticks()]
+
+    assert labels(9e6, 9e7) == ["10 MiB", "20 MiB", "50 MiB"]
+    assert labels(9e5, 3e9) == ["1 MiB", "10 MiB", "100 MiB", "1 GiB"]
+    assert [size_label(n) for n in (1, 1000, 1024, 1.5 * 1024**2, 1024**5, 2000 * 1024**5)] == [
+        *("1 B", "1000 B", "1 KiB", "1.5 MiB", "1 PiB", "2000 PiB")
+    ]
 
 
 def _points(path: str) -> list[tuple[float, float]]:

@@ -341,6 +341,34 @@ def test_command_does_not_wait_for_a_service_that_keeps_exiting(
     assert next(seen) == 11
 
 
+def test_resume_starts_only_containers_that_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, brought = Home(tmp_path), Brought(monkeypatch)
+    brought.up(home)
+    services = {
+        name: {"Id": f"id-{name}", "State": {"Status": status, "Health": {"Status": "healthy"}}, "RestartCount": 0}
+        for name, status in [("asg", "exited"), ("localstack", "running"), ("manager", "running"), ("postgres", "dead")]
+    }
+    started: list[tuple[str, ...]] = []
+
+    def docker(*arguments: str) -> str:
+        started.append(arguments)
+        services[arguments[1].removeprefix("id-")]["State"]["Status"] = "running"  # type: ignore[index]
+        return ""
+
+    monkeypatch.setattr(Project, "_inspect", lambda _: services)
+    monkeypatch.setattr(compose_project, "check_reference", docker)
+    said: list[str] = []
+    container_grid.resume(home, brought.backend, said.append)
+    assert started == [("start", "id-asg"), ("start", "id-postgres")]
+    assert [line for line in said if "localstack" in line or "manager" in line] == []
+    assert "asg has ended and is started again." in said
+    # A container that was removed is created again.
+    del services["asg"]
+    with pytest.raises(Unreachable):
+        container_grid.resume(home, brought.backend, said.append)
+    assert [what for what, _ in brought.done] == ["up", "up"]
+
+
 def test_root_does_not_change_the_owner_of_a_foreign_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getuid", lambda: 0)
     (tmp_path / "letters").write_text("mine")

@@ -105,6 +105,13 @@ def test_a_person_sees_two_curves_and_a_program_json() -> None:
     assert "none at any time" in scenario_records.comparison_text(compare(a_record(), a_record()))
 
 
+def test_two_forecasts_are_named_a_and_b() -> None:
+    told = scenario_records.comparison_text(compare(FORECAST, FORECAST))
+    assert "Difference is A minus B" in told
+    assert "fact" not in told.lower()
+    assert "Error is forecast minus fact" in scenario_records.comparison_text(compare(FORECAST, FACT))
+
+
 def test_a_chart_is_what_it_shows() -> None:
     chart = Chart(3.0, 2.0, width=4, height=3)
     chart.area([0.0, 1.0, 2.0, 0.0], "#")

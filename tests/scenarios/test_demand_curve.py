@@ -83,13 +83,13 @@ def test_the_charts_show_faults_where_they_are_and_name_them(tmp_path: Path) -> 
     scenario = load(tmp_path, BURST)
     seen = expansion.build_curve(scenario, expand(scenario).jobs, most=61)
     text = charts.text(scenario, seen)
-    [first, second] = [line for line in text.splitlines() if line.startswith(" breaks")]
+    [first, second] = [line for line in text.splitlines() if line.startswith(" faults")]
     assert first == second
-    assert first == " breaks " + " " * 30 + "1+11111111"
+    assert first == " faults " + " " * 30 + "1+11111111"
     assert "1  30 min: pause, instances freeze for a while (1), for 10 min" in text
     assert "2  31 min: kill, instances die without a shutdown (2)" in text
     assert "of the pool small" in text
-    assert "The largest fleet has 1 slot, so work waits" in text
+    assert "The largest fleet has 1 slot, so work waits: at most " in text
 
 
 def test_plain_text_is_ascii(tmp_path: Path) -> None:

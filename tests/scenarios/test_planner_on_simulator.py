@@ -142,7 +142,7 @@ def test_runs_are_calibrated_and_compared_from_files(facts: list[Record], run: R
     code, told, _ = run("scenario", "compare", tmp_path / "forecast.json", files[0])
     assert code == 0
     assert "makespan" in told
-    assert "instances in service (● forecast, ░ fact)" in told
+    assert "instances in service (● A, ░ B)" in told
     code, told, _ = run("scenario", "compare", tmp_path / "forecast.json", files[0], "--json")
     assert code == 0
     makespan = next(d for d in json.loads(told)["differences"] if d["measure"] == "makespan")

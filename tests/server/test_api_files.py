@@ -334,7 +334,7 @@ def test_one_archive_is_made_at_a_time(grid: Rig, monkeypatch: pytest.MonkeyPatc
     first = later(lambda: httpx.get(f"{grid.url}/v1/jobs/{name}/results", headers=AUTH))
     assert begun.wait(10)
     with monkeypatch.context() as hurried:
-        hurried.setattr(tasks, "ARCHIVE_WAIT_S", 0.05)
+        hurried.setattr("batchlab.server.answers.BUSY_WAIT_S", 0.05)
         refused = fetched(grid, name)
     go_on.set()
     assert first().status_code == 200

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
-from batchlab.core.errors import NotFound, Refused
+from batchlab.core.errors import Malformed, NotFound, Refused, TooNew, UsageError
+from batchlab.core.job_definition import NotifyDef
 from batchlab.core.model import Control, JobId
 from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.protocol.messages import Tail, to_bytes
 from batchlab.core.retry_rule import RetryRule
 from batchlab.server.http import logs
 from tests.support.server.api import Rig, job, later
+
+TOPIC = "arn:aws:sns:eu-west-1:123456789012:jobs"
 
 # --- Views and controls --------------------------------------------------------------------------
 
@@ -62,6 +65,23 @@ def test_watcher_is_notified_when_a_worker_starts(rig: Rig) -> None:
     rig.beat(instance, *one)
     assert answer()["stages"][0]["running"] == 1
     assert "runs 1 task in 1 bundle on 1 worker" in rig.client.why(name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"max_cost_usd": 2e11}, "`max_cost_usd` is 2"),
+        ({"notify": (NotifyDef("sns", TOPIC, failures=1 << 54),)}, "number of failures must be 1 to"),
+        ({"notify": (NotifyDef("sns", TOPIC, stuck_s=2e11),)}, "seconds without progress 1 to"),
+    ],
+)
+def test_number_that_no_reader_of_the_stored_job_accepts_is_refused(
+    rig: Rig, changes: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(UsageError, match=problem):
+        rig.client.submit(replace(job(), **changes))
+    with pytest.raises((TooNew, Malformed)):
+        json_format.job_from_json(json_format.job_to_json(replace(job(), **changes)))
 
 
 def test_a_job_is_followed_to_its_end(rig: Rig) -> None:

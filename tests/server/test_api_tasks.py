@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from batchlab.core.commit import commit
+from batchlab.core.commit import commit, committed
 from batchlab.core.job_definition import StageDef
-from batchlab.core.model import JobId, Ran, StageName, TaskMetrics
+from batchlab.core.model import JobId, Outcome, Ran, StageName, TaskMetrics
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.messages import Events, Tail, to_bytes
 from batchlab.core.retry_rule import RetryRule
@@ -36,11 +38,13 @@ def names(tasks: Sequence[dict[str, Any]]) -> str:
     return " ".join(f"{one['task']}{one['state'][0]}" for one in tasks)
 
 
-async def measured(rig: Rig, one: Outstanding, name: str) -> None:
-    """Commit an outcome with metrics and with the name of an input file."""
+async def measured(rig: Rig, one: Outstanding, name: str, file: str = "") -> None:
+    """Commit an outcome with metrics and with the name of an input file. The name of the worker is `name`."""
     live = rig.manager.lives[JobId(one.bundle.job)]
     figures = TaskMetrics(0.25, 3_000, 40, 5)
-    ran = [Ran(task, 0.5, task, None, figures._replace(input=f"{name}-{task}.csv")) for task in one.bundle.tasks]
+    ran = [
+        Ran(task, 0.5, task, None, figures._replace(input=f"{file or name}-{task}.csv")) for task in one.bundle.tasks
+    ]
     outcome = settlement.settle(
         job=live.job, bundle=one.bundle, ran=ran, execution="x", worker=name, started_s=1.0, ended_s=2.0
     )
@@ -201,6 +205,67 @@ def test_a_task_between_two_attempts_waits_and_keeps_its_last_attempt(rig: Rig) 
     seq = rig.served.indexes[JobId(name)][1].attempt_seq(StageName("map"), 0, 1)
     assert get(rig, f"{path}?seq={seq}").json()["state"] == "retried"
     assert get(rig, f"{path}?seq={seq + 5}").status_code == 404
+
+
+# --- Downloads ------------------------------------------------------------------------------------
+
+
+def test_the_list_of_tasks_is_a_csv_file(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchlab.server.http.downloads.MAX_LISTED_TASKS", 2)
+    name = rig.submit(job(tasks=5))
+    one, *others = sorted(rig.outstanding(name, 5), key=lambda one: one.bundle.tasks.first)
+    rig.run(measured(rig, one, "w-7", "=1+1"))
+    rig.until(lambda: len(rig.manager.lives[JobId(name)].all_outstanding()) == len(others), "the fold")
+    answer = get(rig, f"/v1/jobs/{name}/tasks.csv")
+    assert answer.headers["content-type"] == "text/csv; charset=utf-8"
+    assert answer.headers["content-disposition"] == f"attachment; filename*=UTF-8''{name}-tasks.csv"
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    assert [row["task"] for row in rows] == ["0", "1", "2", "3", "4"]
+    assert rows[0] == {
+        "stage": "map",
+        "task": "0",
+        "state": "succeeded",
+        "attempt": "1",
+        "run_s": "0.5",
+        "cpu_s": "0.25",
+        "memory_bytes": "3000",
+        "input_bytes": "40",
+        "output_bytes": "5",
+        # A spreadsheet does not calculate a text that begins with an apostrophe.
+        "worker": "w-7",
+        "input": "'=1+1-0.csv",
+    }
+    assert (rows[4]["state"], rows[4]["run_s"], rows[4]["input"]) == ("waiting", "", "")
+    filtered = get(rig, f"/v1/jobs/{name}/tasks.csv?state=succeeded").text.splitlines()
+    assert filtered[1:] == answer.text.splitlines()[1:2]
+    assert get(rig, f"/v1/jobs/{name}/tasks.csv?state=failed").text.splitlines() == filtered[:1]
+    assert get(rig, "/v1/jobs/nowhere/tasks.csv").status_code == 404
+
+
+def test_the_log_of_an_ended_task_is_a_text_file(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchlab.server.http.downloads.PIECE_BYTES", 5)
+    name = rig.submit(job(tasks=3))
+    rig.work_on(name, 3, [1])
+    path = f"/v1/jobs/{name}/stages/map/tasks"
+    answer = get(rig, f"{path}/1/log")
+    assert (answer.text, answer.headers["content-type"]) == ("task 1, try 1\n", "text/plain; charset=utf-8")
+    assert answer.headers["content-disposition"] == f"attachment; filename*=UTF-8''{name}-map-1.log"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    seq = get(rig, f"{path}/1").json()["seq"]
+    assert get(rig, f"{path}/1/log?seq={seq}").text == answer.text
+    for missing in (f"1/log?seq={seq + 1}", "0/log", "3/log"):
+        assert get(rig, f"{path}/{missing}").status_code == 404
+    outcome = rig.run(_outcome_of(rig, name, seq))
+    rig.run(rig.objects.delete([outcome.log]))
+    assert get(rig, f"{path}/1/log").status_code == 404
+
+
+async def _outcome_of(rig: Rig, name: str, seq: int) -> Outcome:
+    (row,) = await rig.ledger.bundles(JobId(name), after_seq=seq - 1, limit=1)
+    key = await rig.manager.ports.keys.key_of((await rig.ledger.job(JobId(name))).job)
+    outcome = await committed(rig.objects, row.bundle, rig.manager.ports.patience, key)
+    assert outcome
+    return outcome
 
 
 # --- Timeline -------------------------------------------------------------------------------------

@@ -56,6 +56,22 @@ def test_hostile_names_of_input_files_stay_text(rig: Rig, visitor: Visitor) -> N
     assert [(float(x), float(width)) for x, width in bars] == [(0.0, 100.0)] * 2
 
 
+def test_lists_and_logs_are_downloads(rig: Rig, visitor: Visitor) -> None:
+    name = rig.submit(job(token="downloads", tasks=2))
+    rig.work_on(name, 2, [0])
+    for page, link in (("tasks?state=succeeded", "csv"), ("stages/map/tasks/0", "whole-log")):
+        found = re.search(
+            rf'id="{link}" href="{visitor.root}([^"]+)" download', visitor.get(f"/jobs/{name}/{page}").text
+        )
+        assert found, page
+        answer = visitor.get(html.unescape(found[1]))
+        assert answer.status_code == 200
+        assert answer.headers["Content-Disposition"].startswith("attachment")
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert len(answer.text.splitlines()) == {"csv": 2, "whole-log": 1}[link]
+    assert "whole-log" not in visitor.get(f"/jobs/{name}/stages/map/tasks/1").text
+
+
 def _timeline(visitor: Visitor, name: str) -> str:
     return visitor.get(f"/jobs/{name}/timeline").text
 
@@ -144,7 +160,7 @@ def test_the_report_is_written_once_for_an_ended_job(tmp_path: Path) -> None:
 
 
 def test_reports_are_written_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchlab.server.report_writer.REPORT_WAIT_S", 0.01)
+    monkeypatch.setattr("batchlab.server.answers.BUSY_WAIT_S", 0.01)
     begun, going = asyncio.Event(), asyncio.Event()
     reports = HtmlReports(None, None, tmp_path)  # type: ignore[arg-type]
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import random
+import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Bundle, Completion, StageName, TaskSet
-from batchlab.core.ports import BundleRecord
-from batchlab.manager.retry_rounds import RetriedTasks
+from batchlab.core.ports import BundleRecord, BundleResult, Cut
+from batchlab.manager.retry_rounds import RetriedTasks, Retry
 from batchlab.server.task_index import ListedTask, RunningBundle, TaskIndex, TaskList, TaskState
-from batchlab.server.timeline import MAX_BARS, MAX_LANES, timeline
+from batchlab.server.time_buckets import MAX_LANES
+from batchlab.server.timeline import MAX_BARS, timeline
 from tests.support.server.api import MAP, job
 
-JOB = job(tasks=4, after=(StageDef(StageName("next"), handler="m:g", after=(MAP,)),))
+JOB = replace(job(tasks=4, after=(StageDef(StageName("next"), handler="m:g", after=(MAP,)),)), submitted_s=0.0)
 NEXT = StageName("next")
 EMPTY = TaskSet()
 
@@ -32,17 +35,16 @@ def record(
     begin_s: float = 0.0,
     end_s: float = 1.0,
     attempt: int = 1,
-) -> BundleRecord:
+) -> BundleResult:
     bundle = Bundle(JOB.id, stage, tasks, attempt)
     good = tasks - failed - cancelled - retried
     done = Completion(bundle, worker, begin_s, end_s, good, failed, cancelled, 1.0, (), len(retried))
-    return BundleRecord(bundle, done, seq)
+    return BundleResult.of(BundleRecord(bundle, done, seq))
 
 
-def listing(*records: BundleRecord, planned: int | None = 10, has_ended: bool = False, **more: object) -> TaskList:
+def listing(*records: BundleResult, planned: int | None = 10, has_ended: bool = False, **more: object) -> TaskList:
     index = TaskIndex(JOB, RetriedTasks(()))
-    for one in records:
-        index.add(one)
+    index.add(records, 1e9)
     return TaskList(JOB, index, {MAP: planned, NEXT: planned}, has_ended, **more)  # type: ignore[arg-type]
 
 
@@ -132,13 +134,13 @@ def test_lanes_are_workers_and_rows_are_parallel_bundles() -> None:
     assert (view["workers"], view["merged_s"], second["rows"]) == (2, 0.0, 2)
 
 
-def test_a_large_timeline_is_merged() -> None:
+def test_a_large_timeline_has_time_buckets() -> None:
     index = TaskIndex(JOB, RetriedTasks(()))
     for n in range(12_000):
         begin_s = n / 100
         bad = span(n, n + 1) if n == 6_000 else EMPTY
         more = {"worker": f"w-{n % 400}", "begin_s": begin_s, "end_s": begin_s + 0.9}
-        index.add(record(n + 1, span(n, n + 1), failed=bad, **more))  # type: ignore[arg-type]
+        index.add([record(n + 1, span(n, n + 1), failed=bad, **more)], 200.0)  # type: ignore[arg-type]
     view = timeline(index, [], 0.0, 120.9, 200.0)
     bars = [bar for lane in view["lanes"] for bar in lane["bars"]]
     assert (len(view["lanes"]), view["workers"]) == (MAX_LANES, 400)
@@ -146,4 +148,39 @@ def test_a_large_timeline_is_merged() -> None:
     assert sum(bar["bundles"] for bar in bars) == 12_000 * MAX_LANES // 400
     assert view["merged_s"] > 0
     assert [bar["worker"] for bar in view["lanes"]][:2] == ["w-0", "w-1"]
-    assert any(bar["state"] == "failed" for bar in bars)
+    assert [lane["worker"] for lane in view["lanes"] for bar in lane["bars"] if bar["state"] == "failed"] == ["w-0"]
+    assert all(one["ended_s"] <= two["started_s"] for lane in view["lanes"] for one, two in pairwise(lane["bars"]))
+
+
+def test_buckets_show_when_a_worker_failed_and_when_it_was_idle() -> None:
+    index = TaskIndex(JOB, RetriedTasks(()))
+    spans = [(n / 10, n / 10 + 0.1) for n in range(1_000)] + [(200 + n / 10, 200 + n / 10 + 0.1) for n in range(1_000)]
+    for n, (begin_s, end_s) in enumerate(spans):
+        tasks = span(n, n + 1)
+        index.add([record(n + 1, tasks, failed=tasks if n == 500 else EMPTY, begin_s=begin_s, end_s=end_s)], 400.0)
+    # A worker that reports impossible times does not change the bars of other workers.
+    index.add([record(9_999, span(5_000, 5_001), worker="odd", begin_s=-1e9, end_s=9e9)], 400.0)
+    run = RunningBundle(Bundle(JOB.id, MAP, span(6_000, 6_001)), "w-1", 10.0)
+    view = timeline(index, [run], 0.0, 400.0, 400.0)
+    bars = next(lane["bars"] for lane in view["lanes"] if lane["worker"] == "w-1")
+    ended = [bar for bar in bars if bar["state"] != "running"]
+    assert len(ended) >= MAX_BARS // 4
+    bad = [bar for bar in ended if bar["state"] == "failed"]
+    assert [(bar["started_s"] <= 50 <= bar["ended_s"], bar["bundles"] < 10) for bar in bad] == [(True, True)]
+    gaps = [(one["ended_s"], two["started_s"]) for one, two in pairwise(ended) if two["started_s"] > one["ended_s"] + 1]
+    assert [pytest.approx(gap) for gap in gaps] == [(100.0, 200.0)]
+    assert [(bar["started_s"], bar["ended_s"]) for bar in bars if bar["state"] == "running"] == [(10.0, 400.0)]
+    odd = next(lane["bars"] for lane in view["lanes"] if lane["worker"] == "odd")
+    assert [(bar["started_s"], bar["ended_s"]) for bar in odd] == [(0.0, 400.0)]
+
+
+def test_many_failures_that_a_retry_ran_again_are_dropped_in_one_pass() -> None:
+    """The time does not grow with the square of the number of bundles."""
+    again = TaskSet.from_indices(range(0, 20_000, 2))
+    rerun = Retry((), (Cut(JOB.id, MAP, 1, 0, (), again),))
+    index = TaskIndex(JOB, RetriedTasks((rerun,)))
+    begun_s = time.process_time()
+    index.add([record(n + 1, span(n, n + 1), failed=span(n, n + 1)) for n in range(10_000)], 1.0)
+    took_s = time.process_time() - begun_s
+    assert [start for start, _, _ in index.segments(MAP, TaskState.FAILED)] == list(range(1, 10_000, 2))
+    assert took_s < 1.0

@@ -188,6 +188,17 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
         Situation(out=QUEUED, tick_trouble="Docker does not answer"),
         ["cannot continue the job and retries: Docker does not answer"],
     ),
+    "queues down": (
+        Situation(out=QUEUED, workers={"w-1": worker("w-1", bundle())}, outage=(NOW_S - 42, "Queue 'events' is away.")),
+        [
+            "since 22:12:38 UTC (42 s), because a service does not answer: Queue 'events' is away. The job continues",
+            "1 bundle that had begun",
+        ],
+    ),
+    "bucket down while tasks run": (
+        Situation(out=QUEUED, workers={"w-1": worker("w-1", bundle())}, trouble="Object 'jobs/a' cannot be reached."),
+        ["runs 1 task", "The manager cannot continue the job and retries: Object 'jobs/a' cannot be reached."],
+    ),
     "closing": (
         Situation(counts=[*DONE[:1], StageCounts(SUM, planned=1, succeeded=1)]),
         ["All 11 tasks of the job have ended", "records the end of the job"],
@@ -264,6 +275,7 @@ _some: Mapping[str, st.SearchStrategy[Any]] = {
     "conducted": st.booleans(),
     "forbidden": st.booleans(),
     "trouble": st.sampled_from(["", "S3 is down"]),
+    "outage": st.sampled_from([None, (NOW_S - 1, "SQS is down")]),
 }
 
 

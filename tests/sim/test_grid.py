@@ -196,7 +196,7 @@ def test_fleet_scales_from_zero_and_back() -> None:
         assert world.manager is not None
         activities = await world.manager.ports.fleet.activities()
         assert any("backlog" in a.cause for a in activities)
-        assert any("no backlog" in a.cause for a in activities)
+        assert any("empty backlog" in a.cause for a in activities)
 
     in_world(act, script=takes(1.0), pools=(Pool("default", 0, 4, 2, boot_s=20.0),))
 

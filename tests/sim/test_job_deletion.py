@@ -12,6 +12,7 @@ from batchlab.core.model import JobId
 from batchlab.core.protocol import object_keys
 from batchlab.manager.manager import Manager
 from batchlab.sim import invariants
+from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.world import World
 from tests.support.sim.scenes import A, around, ended, in_world, job, kill_manager, stage, submitted, takes
 
@@ -60,8 +61,50 @@ def test_a_deletion_survives_the_manager(monkeypatch: pytest.MonkeyPatch, writes
         left.clear()
         assert await world.find(made.id) is None
         objects = [name for name in world.objects.names() if f"/{made.id}" in name]
-        assert objects == [object_keys.spec(made.id)]
+        assert objects == [object_keys.deletion(made.id), object_keys.spec(made.id)]
         assert isinstance(await world.ask(lambda m: m.job_commands.submit(made), "again"), Refused)
         await invariants.check_all(world, [other.id])
+
+    in_world(act, script=takes(1.0))
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_objects_that_a_suspended_worker_commits_after_the_deletion_are_swept(
+    monkeypatch: pytest.MonkeyPatch, dies: bool
+) -> None:
+    """A worker is suspended before the commit of a bundle, while another worker runs the bundle and the user deletes
+    the job. The sweep follows the event of the bundle, or the deletion after an hour if the worker dies without an
+    event."""
+    made = job(stage(A), items=2)
+    late: list[str] = []
+    actors: list[Actor] = []
+    has_committed = asyncio.Event()
+
+    async def put(real: Any, key: str, *args: Any, **how: Any) -> object:
+        if late or not object_keys.is_outcome(key):
+            return await real(key, *args, **how)
+        late.append(key)
+        worker = CURRENT.get()
+        assert worker is not None
+        actors.append(worker)
+        worker.freeze()
+        await asyncio.sleep(0.001)
+        answer = await real(key, *args, **how)
+        has_committed.set()
+        if dies:
+            worker.kill()
+            await asyncio.sleep(0.001)
+        return answer
+
+    async def act(world: World) -> None:
+        around(monkeypatch, world.objects, "put", put)
+        await submitted(world, made)
+        await ended(world, made)
+        await world.ask(lambda m: m.job_deletion.delete(made.id), "delete")
+        actors[0].thaw()
+        await has_committed.wait()
+        assert late[0] in world.objects.names()
+        await asyncio.sleep(4000.0 if dies else 600.0)
+        assert [name for name in world.objects.names() if f"/{made.id}/" in name] == [object_keys.spec(made.id)]
 
     in_world(act, script=takes(1.0))

@@ -29,7 +29,7 @@ from tests.support.fleet import CountedIds, ManualClock, TableLauncher, checked_
 
 GROUP = "g"
 ZONES = ("us-east-1a", "us-east-1b", "us-east-1c")
-TEMPLATE = LaunchTemplate("lt-1", "workers", "1")
+TEMPLATE = LaunchTemplate("", "workers", "1")
 CONFIG = GroupConfig(GROUP, min_size=0, max_size=10, launch_template=TEMPLATE, availability_zones=ZONES)
 
 
@@ -47,7 +47,7 @@ class TemplateTable:
         versions = [version for name, version in self.table if name == self._name(reference)]
         if not versions:
             raise ValidationError("The specified launch template does not exist.")
-        if reference.version in ("$Latest", "$Default"):
+        if reference.version in ("", "$Latest", "$Default"):
             version = max(versions) if reference.version == "$Latest" else min(versions)
         else:
             version = int(reference.version)

@@ -7,9 +7,13 @@ from typing import Any, cast
 
 import pytest
 
-from batchlab.cli import app, session
+from batchlab.cli import app, folder_client, session, submission
 from batchlab.core.api_types import JobView
 from batchlab.runtime.home import Home, ManagerRecord
+
+# Modules that copy the name Client are imported before `at_home` replaces it, because they would keep a FakeClient.
+assert folder_client
+assert submission
 
 Run = Callable[..., tuple[int, str, str]]
 """A function that runs a command line, and returns its exit code, stdout, and stderr."""

@@ -275,9 +275,9 @@ WHOLE = {
 
 NEEDS_ACCOUNT = re.compile(
     r"batchlab deploy |batchlab .*--backend (aws|gcs)\b|batchlab (gc|conform) --aws|aws sts "
-    r"|export AWS_ENDPOINT_URL=|gcloud auth "
+    r"|export AWS_ENDPOINT_URL=|gcloud auth |curl .*//truststore\.pki\.rds\.amazonaws\.com/"
 )
-"""Commands that need an account with AWS or Google Cloud.
+"""Commands that need an account with AWS or Google Cloud, or a file of AWS.
 
 test_docs.py checks that the commands and options exist. The tests below `system/deploy` run the commands of AWS on
 emulated control planes, and `test_gcs.py` runs a grid at a stub of Google Cloud Storage.
@@ -287,7 +287,7 @@ DEVELOPERS = (
     ".venv/bin/pytest",
     ".venv/bin/pytest --all",
     "BATCHLAB_AWS_BUDGET_USD=5 .venv/bin/pytest --all -m aws",
-    "BATCHLAB_FROM=500 BATCHLAB_SEEDS=2000 pytest -n auto tests/sim/test_fuzz.py",
+    "BATCHLAB_FROM=300 BATCHLAB_SEEDS=2000 pytest -n auto tests/sim/test_fuzz.py",
     "BATCHLAB_LOOKS=write python -m pytest tests/browser/test_page_looks.py tests/browser/test_report_looks.py",
     "python3 -m venv .venv && .venv/bin/pip install -q uv && .venv/bin/uv sync -q --frozen",
     ".venv/bin/pre-commit install",

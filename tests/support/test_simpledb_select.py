@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.simpledb.expressions import SelectError, matches, parse
 
+pytestmark = pytest.mark.slow
+
 SIRENS, CANCER, STUFF = "0385333498", "0802131786", "1579124585"
 BETWEEN, THREE_HUNDRED, HEAVEN = "B000T9886K", "B00005JPLW", "B000SF3NGK"
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.local.processes import start_ticks
+from batchlab.core.operating_system.processes import start_mark
 from tests.support.aws.autoscaling_api import autoscaling, refused
 from tests.support.waiting import until
 from tests.system.test_real_clients import client
@@ -80,7 +80,7 @@ class Server:
         return {
             record["instance"]: record["pid"]
             for record in records
-            if record["pid"] and start_ticks(record["pid"]) == record["start_ticks"]
+            if record["pid"] and start_mark(record["pid"]) == record["start_ticks"]
         }
 
     def log(self, instance: str) -> str:

@@ -41,6 +41,7 @@ def test_grid_works_with_the_aws_cli_and_leaves_nothing(tmp_path: Path) -> None:
         # The scratch folder is on the disk and is writable.
         ask = ("python", "-c", "import tempfile; print(tempfile.gettempdir())")
         assert check_reference("exec", f"{at.project}-manager-1", *ask).strip() == "/var/tmp"
+        killed_container_is_named_and_started_again(home, at)
         batchlab("doctor", "--backend", "localstack", "--home", home.path)
         desired_capacity_makes_containers(home, at)
         batchlab("gc")  # resources in use are not orphans
@@ -70,6 +71,16 @@ def check_restraint(one: dict[str, Any]) -> None:
         assert host["ReadonlyRootfs"], name
     has_socket = any(m["Destination"] == "/var/run/docker.sock" for m in one["Mounts"])
     assert has_socket == (name == "asg")
+
+
+def killed_container_is_named_and_started_again(home: Home, at: compose_deployment.Deployment) -> None:
+    """Docker does not restart a container that `docker kill` has ended."""
+    check_reference("kill", f"{at.project}-asg-1")
+    # For some time, Docker may report an ended container as running.
+    until(lambda: "The container of asg is exited." in batchlab("grid", "status", "--home", home.path)[0], 30.0)
+    _, said = batchlab("grid", "up", "--backend", "localstack", "--home", home.path)
+    assert "asg has ended and is started again." in said
+    assert "asg" not in batchlab("grid", "status", "--home", home.path)[0]
 
 
 def desired_capacity_makes_containers(home: Home, at: compose_deployment.Deployment) -> None:

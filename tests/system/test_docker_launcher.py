@@ -171,7 +171,7 @@ def test_an_instance_boots_before_it_starts_and_a_restart_changes_nothing(grid: 
         try:
             assert await after.running() == {"i-1": None}
             await soon(lambda: grid.state("i-1")["Status"] == "running")
-            assert 3.0 <= loop.time() - launched_s < 6.0
+            assert loop.time() - launched_s >= 3.0
         finally:
             await after.close(kill=True)
 

@@ -156,18 +156,35 @@ def test_exceptions_of_the_users_own_arrive_as_they_are(executor: GridExecutor) 
     assert error.__notes__ == ["noted"]
 
 
-def test_untransferable_exception_is_described(executor: GridExecutor) -> None:
+def test_exception_keeps_its_type_if_its_constructor_or_its_arguments_are_unusual(executor: GridExecutor) -> None:
     def own() -> NoReturn:
         raise Mine(1, b=2)
 
     def locked() -> NoReturn:
-        raise ValueError(threading.Lock())
+        raise ValueError(threading.Lock(), "text")
 
-    with pytest.raises(TaskFailed, match="Mine: 1 and 2") as caught:
+    with pytest.raises(Mine, match="1 and 2") as caught:
         executor.submit(own).result()
-    assert "raise Mine(1, b=2)" in caught.value.traceback
-    with pytest.raises(TaskFailed, match="ValueError: <unlocked _thread"):
-        executor.submit(locked).result()
+    assert (caught.value.a, caught.value.b) == (1, 2)
+    assert "raise Mine(1, b=2)" in str(caught.value.__cause__)
+    error = executor.submit(locked).exception()
+    assert type(error) is ValueError
+    assert error.args == ("<lock>", "text")
+
+
+def test_exception_whose_type_cannot_be_pickled_is_described(executor: GridExecutor) -> None:
+    def fail() -> NoReturn:
+        lock = threading.Lock()
+
+        class Locked(Exception):
+            def hold(self) -> object:
+                return lock
+
+        raise Locked("held")
+
+    with pytest.raises(TaskFailed, match="Locked: held") as caught:
+        executor.submit(fail).result()
+    assert 'raise Locked("held")' in caught.value.traceback
 
 
 def test_leaving_by_sys_exit_is_the_calls_exception(executor: GridExecutor) -> None:

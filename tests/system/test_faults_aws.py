@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.local.processes import living, stat
+from batchlab.adapters.local.processes import living
+from batchlab.core.operating_system.processes import start_mark
 from batchlab.runtime import aws_deployment
 from batchlab.scenarios.faults.fault_injection import TABLE
 from batchlab.scenarios.model.values import FaultName
@@ -69,7 +70,7 @@ def test_a_termination_without_a_shutdown_is_a_kill(bench: Bench, machines: Mach
     seen = Work(bench.grid, None, "").hurt(FaultName.KILL, count=1)
     (target,) = seen.targets
     assert seen.evidence == f"{target}: terminated"
-    until(lambda: stat(pids[target])[:1] in ([], [b"Z"]))
+    until(lambda: start_mark(pids[target]) is None)
     (asked,) = [one for one in machines.asked if one["Action"] == "TerminateInstances"]
     assert asked["SkipOsShutdown"] == "true"
     until(lambda: target not in bench.in_service(), 60, pause_s=0.2)

@@ -8,8 +8,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from batchlab.adapters.local.processes import living, stat
+from batchlab.adapters.local.processes import living
 from batchlab.core.model import Pool
+from batchlab.core.operating_system.processes import is_stopped, parent_of
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from batchlab.scenarios.faults import processes
@@ -41,7 +42,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def stand_still(pids: Iterable[int]) -> bool:
-    return {stat(pid)[0] for pid in pids} == {b"T"}
+    return all(map(is_stopped, pids))
 
 
 def test_killed_instances_are_replaced(bench: Bench) -> None:
@@ -49,7 +50,7 @@ def test_killed_instances_are_replaced(bench: Bench) -> None:
         before = living(bench.grid.home.fleet)
         seen = work.hurt(FaultName.KILL, count=1)
         (target,) = seen.targets
-        assert not stat(before[target])
+        assert parent_of(before[target]) is None
         assert seen.evidence == f"{target} (pid {before[target]}): exit -9"
         until(lambda: len(bench.in_service()) == 2 and target not in bench.in_service(), 30)
 
@@ -65,7 +66,7 @@ def test_paused_instances_freeze_and_resume(bench: Bench) -> None:
 
         seen = work.injecting(pause)
         assert set(seen.targets) == set(pids)
-        assert all(stat(pid)[0] != b"T" for pid in pids.values())
+        assert not any(map(is_stopped, pids.values()))
         halted, still = number(r"^(\d+) of", seen), number(r", (\d+) of them for", seen)
         assert halted == still > len(pids), "the workers, and what they have started"
 
@@ -82,7 +83,7 @@ def test_canceled_replay_resumes_paused_processes(bench: Bench) -> None:
                 await doing
 
         work.injecting(cancel)
-        assert all(stat(pid)[0] != b"T" for pid in pids.values())
+        assert not any(map(is_stopped, pids.values()))
 
 
 def test_undo_reports_the_effects_so_far(bench: Bench) -> None:

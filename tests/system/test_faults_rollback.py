@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint
-from batchlab.adapters.local.processes import stat
 from batchlab.core.errors import BackendError
 from batchlab.core.model import Pool
+from batchlab.core.operating_system.processes import is_stopped
 from batchlab.core.ports import Outgoing, QueueSpec
 from batchlab.runtime import aws_deployment, factory, manager_process
 from batchlab.runtime.aws_deployment import AwsDeployment, Database
@@ -49,7 +49,7 @@ class Machine:
         self.pid = pid
 
     def stands(self) -> list[str]:
-        found = [f"{self.pid} stands still"] if stat(self.pid)[0] == b"T" else []
+        found = [f"{self.pid} stands still"] if is_stopped(self.pid) else []
         if self.front.rate or self.front._cut:
             found.append("the front refuses or cuts")
         return found + [
@@ -64,7 +64,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as one:
         monkeypatch.setattr(processes, "living", lambda _: {"w-1": one.pid})
         yield one.pid
-        assert stat(one.pid)[0] != b"T"
+        assert not is_stopped(one.pid)
         one.kill()
 
 

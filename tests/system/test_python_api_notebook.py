@@ -6,15 +6,19 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from batchlab import Grid, Pool, Shared, TaskFailed
+from batchlab import File, Grid, Pool, Shared, TaskFailed
 from batchlab.core.errors import UsageError
 from batchlab.runtime.home import Home
 from tests.support.grid.local_grid import processes_of
@@ -96,6 +100,46 @@ def test_an_import_inside_a_function_finds_the_modules_beside_the_script(
     assert output(tmp_path, script).splitlines() == ["[10, 20] 30", "[-1, -2] -3"]
 
 
+def test_a_module_of_the_caller_has_one_copy_on_a_worker(grid: Grid, home: Path, tmp_path: Path) -> None:
+    package = tmp_path / "shop"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "{{name}}.py").write_text("class {{ name }}: pass\n")
+    (package / "goods.py").write_text("SEEN = []\nclass Box: pass\nclass Broken(Exception): pass\n")
+    (package / "work.py").write_text(
+        "from . import goods\n"
+        "def check(box):\n"
+        "    from .goods import Box, SEEN\n"
+        "    from shop.goods import Broken\n"
+        "    SEEN.append(box)\n"
+        "    if box is None:\n"
+        "        raise Broken('no box')\n"
+        "    return isinstance(box, Box), Box is goods.Box, goods.SEEN[-1] is box, box\n"
+    )
+    script = f"""
+        from batchlab import Grid
+        from shop.goods import Box, Broken
+        from shop.work import check
+
+        with Grid("local", home={str(home)!r}) as grid, grid.executor() as executor:
+            [(*same, box)] = grid.map(check, [Box()])
+            print(same, type(box) is Box)
+            print(executor.submit(check, Box()).result()[:3])
+            for call in (lambda: list(grid.map(check, [None])), executor.submit(check, None).result):
+                try:
+                    call()
+                except Broken as error:
+                    print(error.args)
+    """
+    assert grid.client.health()["leader"]
+    assert output(tmp_path, script).splitlines() == [
+        "[True, True, True] True",
+        "(True, True, True)",
+        "('no box',)",
+        "('no box',)",
+    ]
+
+
 # --- Exceptions ----------------------------------------------------------------------------------
 
 
@@ -130,13 +174,30 @@ def test_a_failed_task_is_caught_by_the_users_type(grid: Grid) -> None:
     assert isinstance(missing, KeyError)
 
 
-def test_large_exception_has_only_its_text(grid: Grid) -> None:
-    def fail(_: int) -> None:
-        raise ValueError("x" * 100_000)
+class Refused(Exception):
+    """An exception whose constructor takes other arguments than `args`, and with an attribute that TaskFailed has."""
 
-    with pytest.raises(TaskFailed) as caught:
-        list(grid.map(fail, [1]))
-    assert type(caught.value) is TaskFailed
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.task = "upload"
+
+
+def test_exceptions_keep_their_type_and_attributes(grid: Grid) -> None:
+    def fail(code: int) -> None:
+        raise Refused(code, "x" * 100_000 if code == 1 else "no")
+
+    errors: list[Any] = list(grid.map(fail, [0, 1], return_exceptions=True, bundle=2))
+    assert [(type(error.__cause__), error.code, error.task) for error in errors] == [
+        (Refused, 0, "upload"),
+        (Refused, 1, "upload"),
+    ]
+    assert errors[0].args == ("no",)
+    assert type(errors[0]) is type(errors[1])
+    assert [error.task_failed.task for error in errors] == [0, 1]
+    with grid.executor() as executor, pytest.raises(Refused, match="no") as caught:
+        executor.submit(fail, 404).result()
+    assert caught.value.code == 404
 
 
 # --- Options of calls ----------------------------------------------------------------------------
@@ -171,8 +232,16 @@ def test_calls_name_their_pool_and_their_slots(tmp_path: Path) -> None:
             assert executor.submit(len, "bb").result() == 2
             assert executor._max_workers == 1
         for wrong in ({"pool": "none"}, {"slots": 2}, {"slots": 0}):
-            with pytest.raises(UsageError, match=r"pool|slots"):
-                grid.map(len, ["a"], **wrong)
+            for refuse in (lambda **wrong: grid.map(len, ["a"], **wrong), grid.executor):
+                with pytest.raises(UsageError, match=r"Its pools are default, wide|slots"):
+                    refuse(**wrong)
+
+
+def test_an_unknown_option_is_refused(grid: Grid) -> None:
+    call: Any
+    for call in (partial(grid.starmap, pow, [(2, 3)]), partial(grid.map, abs, [1]), grid.executor):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'bundel'"):
+            call(bundel=1)
 
 
 def test_progress_counts_the_tasks(grid: Grid, capfd: pytest.CaptureFixture[str]) -> None:
@@ -180,6 +249,14 @@ def test_progress_counts_the_tasks(grid: Grid, capfd: pytest.CaptureFixture[str]
     shown = capfd.readouterr().err
     assert shown.startswith("\rcount: ")
     assert shown.endswith("\rcount: 20 of 20 tasks\n")
+
+
+def test_progress_and_output_are_on_lines_of_their_own(grid: Grid) -> None:
+    both = io.StringIO()
+    with redirect_stdout(both), redirect_stderr(both):
+        list(grid.map(print, range(3), name="count", bundle=1, show_output=True, progress=True))
+    lines = [line.rpartition("\r")[2] for line in both.getvalue().split("\n")[:-1]]
+    assert sorted(lines) == [*(f"[map/{x}] {x}" for x in range(3)), "count: 3 of 3 tasks"]
 
 
 def test_output_of_tasks_is_shown(grid: Grid, capfd: pytest.CaptureFixture[str]) -> None:
@@ -213,9 +290,9 @@ class Loaded:
 
 
 def test_shared_value_is_stored_once_and_loaded_once_in_each_process(grid: Grid, home: Path, tmp_path: Path) -> None:
-    stored = set((home / "objects" / "code").iterdir())
+    stored = values_in(home)
     shared = grid.put((Loaded(tmp_path), os.urandom(3_000_000)))
-    assert len(set((home / "objects" / "code").iterdir()) - stored) == 1
+    assert len(values_in(home)) == len(stored) + 1
     size = shared.size
     assert size > 3_000_000
 
@@ -248,6 +325,40 @@ def test_shared_values_have_limits(grid: Grid) -> None:
         grid.put([shared])
     with pytest.raises(UsageError, match="cannot be pickled"):
         grid.put(threading.Lock())
+    with pytest.raises(UsageError, match=r"shared value refers to File.*Pass the File as an item"):
+        grid.put({"file": File(__file__)})
+
+
+def values_in(home: Path) -> list[Path]:
+    return list((home / "objects" / "code" / "values").rglob("*.pkl"))
+
+
+def test_a_shared_value_is_deleted_when_its_last_reference_or_its_grid_is_closed(
+    grid: Grid, home: Path, tmp_path: Path
+) -> None:
+    stored = len(values_in(home))
+    with grid.put([5]) as shared, Grid("local", home=home) as other:
+        assert grid.put([5]).digest == shared.digest == other.put([5]).digest
+        assert len(values_in(home)) == stored + 2
+        assert list(grid.map(lambda i: shared.value[i], [0])) == [5]
+        grid.put([6])
+        other.put([7])
+        other.close()
+        assert len(values_in(home)) == stored + 2
+    assert len(values_in(home)) == stored + 2
+    with grid.put([5]) as again, grid.put([8]):
+        assert list(grid.map(lambda i: again.value[i], [0])) == [5]
+    assert len(values_in(home)) == stored + 2
+    with pytest.raises(UsageError, match="is closed"):
+        grid.map(lambda i: shared.value[i], [0])
+    script = f"""
+        from batchlab import Grid
+        grid = Grid("local", home={str(home)!r})
+        table = grid.put([9])
+        print(list(grid.map(lambda i: table.value[i], [0])))
+    """
+    assert output(tmp_path, script) == "[9]\n"
+    assert len(values_in(home)) == stored + 2
 
 
 def test_a_large_function_is_stored_once_with_a_warning(grid: Grid, home: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from batchlab import Grid
 from batchlab.core.errors import TaskFailed
-from batchlab.worker.child_process import table
+from batchlab.core.operating_system.processes import table
 from batchlab.worker.shared_memory import ChildState
 from tests.support.grid.failing_tasks import (
     Quick,

@@ -143,7 +143,7 @@ def test_two_pools_from_zero_and_back_to_zero(bring_up: Bring, tmp_path: Path) -
     for pool in ("small", "large"):
         causes = " ".join(a["cause"] for a in grid.client.activities(pool=pool))
         assert "backlog of" in causes
-        assert "no backlog" in causes
+        assert "empty backlog" in causes
 
 
 def alive(grid: LocalGrid) -> list[dict[str, object]]:

@@ -4,13 +4,14 @@ Each instance is a fork of the fork server. Invariant: a fork does nothing until
 recorded its pid. A fork exits if the requesting process does not confirm the record. If the fork server ends, its forks
 continue, and new instances start more slowly.
 
-`batchlab.cli.fork_server_main` is the program of the server. Requests to the fork server and its answers are JSON
-messages over a pair of sockets. The server answers requests in their order.
+`batchlab.cli.fork_server_main` is the program of the server. Requests to the fork server and its answers are lines of
+JSON over a pair of sockets. The server answers requests in their order.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -24,7 +25,7 @@ from typing import Any, BinaryIO
 from batchlab.core.atomic_write import private
 
 MAX_BYTES = 1 << 16
-"""Maximum size of a request or an answer in bytes."""
+"""Size of the buffer for a read of requests or answers in bytes."""
 ANSWER_S = 30.0
 """Timeout of a request to the fork server in seconds.
 
@@ -68,6 +69,8 @@ class ForkServer:
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: deque[asyncio.Future[dict[str, Any]]] = deque()
+        self._answers = b""
+        """Received part of the next answer."""
 
     def start(self) -> None:
         """Start the server before the first request, because its imports take longer than a fork.
@@ -115,6 +118,7 @@ class ForkServer:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
             self._socket = None
+            self._answers = b""
         if self._process is not None:
             self._process.kill()  # Killing the fork server does not lose any state.
             self._process.wait()
@@ -126,8 +130,10 @@ class ForkServer:
 
     async def _request(self, question: dict[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        line = json.dumps(question).encode() + b"\n"
         try:
-            socket.send_fds(self._open(), [json.dumps(question).encode()], descriptors)
+            if socket.send_fds(self._open(), [line], descriptors) < len(line):
+                raise BlockingIOError(errno.EAGAIN, "too many requests wait for the fork server")
         except OSError as error:
             self.close()
             raise ForkServerEndedError(str(error)) from error
@@ -141,7 +147,7 @@ class ForkServer:
 
     def _open(self) -> socket.socket:
         if self._socket is None:
-            client, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            client, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 with server:
                     self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -165,14 +171,16 @@ class ForkServer:
     def _receive(self) -> None:
         assert self._socket is not None
         try:
-            answer = self._socket.recv(MAX_BYTES)
+            data = self._socket.recv(MAX_BYTES)
         except BlockingIOError:
             return
         except OSError:
-            answer = b""
-        if not answer:
+            data = b""
+        if not data:
             self.close()
             return
-        request = self._requests.popleft()
-        if not request.done():
-            request.set_result(json.loads(answer))
+        *answers, self._answers = (self._answers + data).split(b"\n")
+        for answer in answers:
+            request = self._requests.popleft()
+            if not request.done():
+                request.set_result(json.loads(answer))

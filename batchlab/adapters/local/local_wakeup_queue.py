@@ -1,10 +1,10 @@
-"""Queue port over an emulator's queue on one machine. Senders wake waiting receivers.
+"""Queue port over an emulator's queue. Senders wake waiting receivers.
 
-A waiting receiver creates a FIFO, and a sender in another process writes to the FIFO. Invariants: every message goes
-through the emulator. A wakeup only makes a receiver poll the emulator. A receiver that misses a wakeup finds the
-message at its next regular poll. Only one sender can unlink the name of a FIFO, and this sender must then wake the
-FIFO's receiver. The FIFO of a receiver that is awake or has left does not have a name, so senders cannot wake this
-receiver.
+On one machine, a waiting receiver creates a FIFO, and a sender in another process writes to the FIFO. The module
+`network_wakeups` has the wakeups between containers. Invariants: every message goes through the emulator. A wakeup only
+makes a receiver poll the emulator. A receiver that misses a wakeup finds the message at its next regular poll. Only one
+sender can unlink the name of a FIFO, and this sender must then wake the FIFO's receiver. The FIFO of a receiver that is
+awake or has left does not have a name, so senders cannot wake this receiver.
 
 Wakeups replace the emulator's long polls. An emulator's long polls check for messages only every 100 ms, so a message
 may wait for 100 ms. A long poll that is open when its process is killed hides the next message for a visibility
@@ -207,9 +207,9 @@ delayed message's sender.
 """
 
 LINGER_S = 0.02
-"""Time in seconds for which a receiver's FIFO stays in place after a receive.
+"""Time in seconds for which a receiver's bell stays open after a receive.
 
-If the receiver does not return in `LINGER_S` seconds, its FIFO is removed, and a wakeup goes to another receiver.
+If the receiver does not return in `LINGER_S` seconds, its bell is closed, and a wakeup goes to another receiver.
 """
 
 
@@ -220,15 +220,50 @@ class QueueService(Queue, Protocol):
         """Close the service, after which no method may be called."""
 
 
-class LocalWakeupQueue:
-    """Queue port over the queue service `queue`, with FIFOs in `folder`.
+class Bell(Protocol):
+    """Wakeups of one receiver, from the creation of the bell on."""
 
-    All users of the queue share the folder of FIFOs.
-    """
+    async def wait(self, timeout_s: float) -> bool:
+        """Wait for a wakeup. Return True after a wakeup, False after the timeout."""
 
-    def __init__(self, queue: QueueService, folder: Path) -> None:
-        self._queue = queue
+    def close(self) -> bool:
+        """Release the bell. Return True if it has a wakeup that another receiver must get."""
+
+
+class Wakeups(Protocol):
+    """Wakeups of the receivers of all queues."""
+
+    def open(self, queue: str) -> Bell:
+        """Return the bell of a new receiver. Raise Unreachable if the receiver cannot be woken."""
+
+    def wake(self, queue: str, count: int) -> None:
+        """Wake at least `count` receivers of a queue if there are as many. A wakeup may be lost."""
+
+    def close(self) -> None: ...
+
+
+class FifoWakeups:
+    """Wakeups by FIFOs in a folder that all users of the queues share."""
+
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
+
+    def open(self, queue: str) -> WakeupFifo:
+        return WakeupFifo(self._folder / queue)
+
+    def wake(self, queue: str, count: int) -> None:
+        wake(self._folder / queue, count)
+
+    def close(self) -> None:
+        """Do nothing, because each receiver closes its FIFO."""
+
+
+class WakeupQueue:
+    """Queue port over the queue service `queue`, whose senders wake receivers by `wakeups`."""
+
+    def __init__(self, queue: QueueService, wakeups: Wakeups) -> None:
+        self._queue = queue
+        self._wakeups = wakeups
         self._receivers: dict[str, _Receiver] = {}
         """Receivers that are expected to wait again soon, by the name of the queue."""
         self._idle_times: dict[str, IdleTime] = {}
@@ -237,20 +272,18 @@ class LocalWakeupQueue:
         while self._receivers:
             self._receivers.popitem()[1].close()
         await self._queue.close()
-
-    def is_awaited(self, queue: str) -> bool:
-        return has_receiver(self._folder / queue)
+        self._wakeups.close()
 
     async def ensure(self, spec: QueueSpec) -> None:
         await self._queue.ensure(spec)
 
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         await self._queue.send(queue, messages)
-        wake(self._folder / queue, sum(message.delay_s < POLL_S for message in messages))
+        self._wakeups.wake(queue, sum(message.delay_s < POLL_S for message in messages))
         loop = asyncio.get_running_loop()
         for delay_s, count in Counter(message.delay_s for message in messages).items():
             if delay_s >= POLL_S:
-                loop.call_later(delay_s, wake, self._folder / queue, count)
+                loop.call_later(delay_s, self._wakeups.wake, queue, count)
 
     async def receive(
         self, queue: str, *, max_messages: int = 10, wait_s: float = 20.0, visibility_s: float | None = None
@@ -274,7 +307,7 @@ class LocalWakeupQueue:
         def next_s() -> float:
             return min(max(POLL_S, POLL_SHARE * idle_time.idle_s(clock())), MAX_POLL_S)
 
-        receiver = self._receivers.pop(queue, None) or _Receiver(self._folder / queue)
+        receiver = self._receivers.pop(queue, None) or _Receiver(self._wakeups, queue)
         try:
             messages = await receiver.wait_for_messages(poll, next_s, ends_s)
         except BaseException:
@@ -301,7 +334,7 @@ class LocalWakeupQueue:
 
     async def change_visibility(self, queue: str, changes: Sequence[tuple[str, float]]) -> Sequence[str]:
         refused = await self._queue.change_visibility(queue, changes)
-        wake(self._folder / queue, sum(visibility_s < POLL_S for _, visibility_s in changes))
+        self._wakeups.wake(queue, sum(visibility_s < POLL_S for _, visibility_s in changes))
         return refused
 
     async def depth(self, queue: str) -> Depth:
@@ -313,24 +346,39 @@ class LocalWakeupQueue:
     async def remove(self, queue: str) -> None:
         await self._queue.remove(queue)
         # Receivers that still wait must see that the queue is removed.
-        wake(self._folder / queue, ALL_RECEIVERS)
+        self._wakeups.wake(queue, ALL_RECEIVERS)
+
+
+class LocalWakeupQueue(WakeupQueue):
+    """Queue port over the queue service `queue`, with FIFOs in `folder`.
+
+    All users of the queue share the folder of FIFOs.
+    """
+
+    def __init__(self, queue: QueueService, folder: Path) -> None:
+        super().__init__(queue, FifoWakeups(folder))
+        self._folder = folder
+
+    def is_awaited(self, queue: str) -> bool:
+        return has_receiver(self._folder / queue)
 
 
 class _Receiver:
-    """Receiver with a FIFO that stays open from one receive to the next.
+    """Receiver with a bell that stays open from one receive to the next.
 
-    A receiver does not need another poll if no sender has woken the receiver since its last poll. An open FIFO saves
-    requests, which cost far more than FIFOs.
+    A receiver does not need another poll if no sender has woken the receiver since its last poll. An open bell saves
+    requests, which cost far more than bells.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._fifo = WakeupFifo(folder)
+    def __init__(self, wakeups: Wakeups, queue: str) -> None:
+        self._wakeups = wakeups
+        self._queue = queue
+        self._bell = wakeups.open(queue)
         self._polled_s = 0.0
         self.timer: asyncio.TimerHandle | None = None
         """Timer that closes the receiver unless the receiver waits again."""
         self.has_all = False
-        """Whether a poll after the creation of the FIFO found all messages."""
+        """Whether a poll after the creation of the bell found all messages."""
 
     async def wait_for_messages(
         self, poll: Callable[[], Awaitable[Sequence[Message]]], next_s: Callable[[], float], ends_s: float
@@ -346,9 +394,9 @@ class _Receiver:
             return messages
         while (left_s := ends_s - clock()) > 0:
             due_s = max(0.0, self._polled_s + next_s() - clock())
-            if await self._fifo.wait(min(left_s, due_s)):
-                self._fifo.close()
-                self._fifo = WakeupFifo(self._folder)
+            if await self._bell.wait(min(left_s, due_s)):
+                self._bell.close()
+                self._bell = self._wakeups.open(self._queue)
             elif left_s < due_s:
                 break
             if messages := await self._poll(poll):
@@ -365,6 +413,6 @@ class _Receiver:
     def close(self) -> None:
         if self.timer:
             self.timer.cancel()
-        if self._fifo.close():
+        if self._bell.close():
             # The wakeup was for a message that another receiver must take.
-            wake(self._folder, 1)
+            self._wakeups.wake(self._queue, 1)

@@ -43,10 +43,10 @@ from typing import IO, Self
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.local import state_files
-from batchlab.adapters.local.processes import boot_id, open_pidfd, start_ticks
 from batchlab.core import installation
 from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
+from batchlab.core.operating_system.processes import ProcessWatch, boot_id, open_watch, start_mark, watch
 from batchlab.core.port_retries import doubled_s
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ _MAX_RETRY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """Identity and port of the running emulator process (see `processes`)."""
+    """Identity and port of the running emulator process. `start_ticks` is the start mark of the process."""
 
     port: int
     pid: int
@@ -226,7 +226,7 @@ class Emulator:
         self._listener: socket.socket | None = None
         self._record: _Record | None = None
         self._child: subprocess.Popen[bytes] | None = None
-        self._pidfd = -1
+        self._watch: ProcessWatch | None = None
 
     @property
     def url(self) -> str:
@@ -279,7 +279,7 @@ class Emulator:
 
     def is_running(self) -> bool:
         """Return whether the emulator that was started or taken over is running."""
-        return self._pidfd >= 0 and not _readable([self._pidfd], 0)
+        return self._watch is not None and not _readable([self._watch.fileno()], 0)
 
     def kill(self) -> None:
         """Kill the emulator with SIGKILL, as a fault does, and wait for its end.
@@ -335,12 +335,13 @@ class Emulator:
         return True
 
     async def _wait_for_end(self) -> None:
-        loop, ended, pidfd = asyncio.get_running_loop(), asyncio.Event(), self._pidfd
-        loop.add_reader(pidfd, ended.set)
+        assert self._watch is not None
+        loop, ended, descriptor = asyncio.get_running_loop(), asyncio.Event(), self._watch.fileno()
+        loop.add_reader(descriptor, ended.set)
         try:
             await ended.wait()
         finally:
-            loop.remove_reader(pidfd)
+            loop.remove_reader(descriptor)
 
     # --- Ownership -------------------------------------------------------------------------------
 
@@ -367,11 +368,11 @@ class Emulator:
     def _take_over(self) -> bool:
         """Take over the process in the record of the emulator. Return False if the recorded process is not running."""
         record = self._read_record()
-        pidfd = open_pidfd(record.pid, record.start_ticks, record.boot) if record else None
-        if pidfd is None:
+        watching = watch(record.pid, record.start_ticks, record.boot) if record else None
+        if watching is None:
             return False
         self._release()
-        self._record, self._pidfd = record, pidfd
+        self._record, self._watch = record, watching
         return True
 
     def _read_record(self) -> _Record | None:
@@ -403,8 +404,8 @@ class Emulator:
                 start_new_session=True,
             )
         pid = self._child.pid
-        self._pidfd = os.pidfd_open(pid)
-        self._record = _Record(port, pid, start_ticks(pid) or 0, boot_id(), True)
+        self._watch = open_watch(pid)
+        self._record = _Record(port, pid, start_mark(pid) or 0, boot_id(), True)
         write_whole(self.folder / "emulator.json", json.dumps(asdict(self._record)))
 
     def _environment(self, port: int) -> dict[str, str]:
@@ -451,21 +452,23 @@ class Emulator:
     def _answers(self) -> bool:
         """Wait until the emulator answers a request. Return False if the emulator died or takes too long."""
         assert self._record is not None
+        assert self._watch is not None
+        ended = self._watch.fileno()
         try:
             with socket.create_connection((_HOST, self._record.port), timeout=START_S) as client:
                 client.sendall(b"GET /_ministack/health HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
-                ready = _readable([client.fileno(), self._pidfd], START_S)
-                return self._pidfd not in ready and b" 200 " in client.recv(64)
+                ready = _readable([client.fileno(), ended], START_S)
+                return ended not in ready and b" 200 " in client.recv(64)
         except OSError:
             return False
 
     def _signal(self, number: signal.Signals, within_s: float) -> bool:
         """Send a signal to the emulator. Return whether the emulator ended within `within_s` seconds."""
-        if self._pidfd < 0:
+        if self._watch is None:
             return True
         with suppress(ProcessLookupError):  # The emulator has already ended.
-            signal.pidfd_send_signal(self._pidfd, number)
-        return bool(_readable([self._pidfd], within_s))
+            self._watch.send_signal(number)
+        return bool(_readable([self._watch.fileno()], within_s))
 
     def _end(self) -> None:
         if not self._signal(signal.SIGTERM, STOP_S):
@@ -477,9 +480,9 @@ class Emulator:
         if self._child:
             self._child.wait()
             self._child = None
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
 
 
 def _readable(descriptors: Iterable[int], within_s: float) -> list[int]:

@@ -28,6 +28,7 @@ from typing import BinaryIO, TypeVar
 from batchlab.adapters.limits import Bucket, check_key, check_prefix, check_size
 from batchlab.core.atomic_write import NEVER_EMPTY, STAGED, VOLATILE, Sync, make_folder, private, sync_folder
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Unreachable
+from batchlab.core.operating_system import flush_data
 from batchlab.core.ports import ObjectInfo
 
 # shutil copies with buffers of 256 KiB. The kernel's copy (sendfile) moves 64 KiB at a time and takes several times as
@@ -238,7 +239,7 @@ class FileWriter:
             folder = os.path.dirname(folder)  # noqa: PTH120
         names = [self._threads.submit(sync_folder, os.path.dirname(parent)) for parent in fresh]  # noqa: PTH120
         try:
-            os.fdatasync(file)
+            flush_data(file)
         finally:
             wait(names)
         for name in names:

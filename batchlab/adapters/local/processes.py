@@ -1,7 +1,7 @@
-"""Launcher of instances that are local processes (Linux), each in its own session.
+"""Launcher of instances that are local processes, each in its own session.
 
 Invariant: signals reach only processes that this launcher or an earlier launcher started. A process is identified by
-its pid, its start time, and the boot id, so a reused pid is never mistaken for the earlier process.
+its pid, its start mark, and the boot id, so a reused pid is never mistaken for the earlier process.
 
 The file `<root>/instances/<id>.json` is the record of an instance, and `<root>/logs/<id>.log` has the instance's
 output. The records of instances outlive the manager, so a new launcher over the same root adopts the running instances.
@@ -26,65 +26,17 @@ from batchlab.adapters.local.fork_server import ForkServer, ForkServerEndedError
 from batchlab.core.atomic_write import private, write_whole
 from batchlab.core.errors import AlreadyExists, BackendError
 from batchlab.core.model import Machine, Pool
+from batchlab.core.operating_system.processes import (
+    ProcessWatch,
+    boot_id,
+    exit_code,
+    is_alive,
+    open_watch,
+    session_leader,
+    start_mark,
+    watch,
+)
 from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
-
-
-def boot_id() -> str:
-    """Return the kernel's boot id.
-
-    Start times of processes count from the boot, so start times identify processes only within one boot.
-    """
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def stat(pid: int) -> list[bytes]:
-    """Return the fields of a process's stat file from the third on, or [] if the process does not exist."""
-    try:
-        content = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    # The second field of the stat file is the name in parentheses, which may contain parentheses and spaces.
-    return content.rpartition(b")")[2].split()
-
-
-def start_ticks(pid: int) -> int | None:
-    """Return the start time of a process in clock ticks since boot, or None if the process has ended."""
-    fields = stat(pid)
-    return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
-
-
-def is_alive(pid: int, ticks: int, boot: str) -> bool:
-    """Return whether the process with this pid, start time, and boot id is running."""
-    return boot == boot_id() and start_ticks(pid) == ticks
-
-
-def open_pidfd(pid: int, ticks: int, boot: str) -> int | None:
-    """Return a pidfd of that process for the caller to close, or None if the process is not running."""
-    # If the pid now belongs to a thread of another process, the kernel does not return a pidfd.
-    if not is_alive(pid, ticks, boot):
-        return None
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
-    # The process is checked again after the pidfd exists, because its pid could be reused before.
-    if not is_alive(pid, ticks, boot):
-        os.close(pidfd)
-        return None
-    return pidfd
-
-
-def exit_code(pid: int) -> int | None:
-    """Wait for a child process, release its pid, and return its exit code in the form of `subprocess`.
-
-    Return None if the process is not a child of this process.
-    """
-    try:
-        _, status = os.waitpid(pid, 0)
-    except ChildProcessError:
-        return None
-    return os.waitstatus_to_exitcode(status)
-
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +49,10 @@ _UNKNOWN = "exited; its exit code is unknown, because the fork server that start
 
 @dataclass(slots=True)
 class _Record:
-    """Content of an instance's record file. `pid` is 0 before the start of the process."""
+    """Content of an instance's record file.
+
+    `pid` is 0 before the start of the process. `start_ticks` is the start mark of the process.
+    """
 
     instance: str
     pool: str
@@ -111,7 +66,7 @@ class _Record:
 class _Process:
     record: _Record
     exited: asyncio.Event = field(default_factory=asyncio.Event)
-    pidfd: int = -1
+    watch: ProcessWatch | None = None
     ended_s: float = 0.0
     """Monotonic time of the end of the process."""
     is_stopping: bool = False
@@ -176,9 +131,9 @@ class ProcessLauncher:
             fork = await self._fork(argv, pool, instance)
             process.is_fork = fork is not None
             record.pid = fork.pid if fork else self._spawn(argv, pool, instance)
-            record.start_ticks = start_ticks(record.pid) or 0
+            record.start_ticks = start_mark(record.pid) or 0
             self._write(record)
-            self._watch(process, os.pidfd_open(record.pid))
+            self._watch(process, open_watch(record.pid))
             if fork:
                 fork.begin()
         except OSError as error:
@@ -196,13 +151,13 @@ class ProcessLauncher:
     async def terminate(self, instance: str, *, grace_s: float) -> None:
         process = self._adopt_processes().get(instance)
         # An instance may have ended while its exit code is not yet known.
-        if process is None or process.record.ended is not None or process.pidfd < 0:
+        if process is None or process.record.ended is not None or process.watch is None:
             return
         if not process.is_stopping:
             process.is_stopping = True
             # The process may have exited before this launcher noticed the exit.
             with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(process.pidfd, signal.SIGTERM)
+                process.watch.send_signal(signal.SIGTERM)
         loop = asyncio.get_running_loop()
         due_s = loop.time() + grace_s
         if process.kill is None or due_s < process.kill.when():
@@ -273,9 +228,9 @@ class ProcessLauncher:
         child.returncode = 0
         return child.pid
 
-    def _watch(self, process: _Process, pidfd: int) -> None:
-        process.pidfd = pidfd
-        asyncio.get_running_loop().add_reader(process.pidfd, self._on_exit, process)
+    def _watch(self, process: _Process, watching: ProcessWatch) -> None:
+        process.watch = watching
+        asyncio.get_running_loop().add_reader(watching.fileno(), self._on_exit, process)
 
     def _on_exit(self, process: _Process) -> None:
         # The pid of a zombie process is not reused, so the process group is killed before the wait.
@@ -307,10 +262,10 @@ class ProcessLauncher:
     def _release(self, process: _Process) -> None:
         if process.kill is not None:
             process.kill.cancel()
-        if process.pidfd >= 0:
-            asyncio.get_running_loop().remove_reader(process.pidfd)
-            os.close(process.pidfd)
-            process.pidfd = -1
+        if process.watch is not None:
+            asyncio.get_running_loop().remove_reader(process.watch.fileno())
+            process.watch.close()
+            process.watch = None
 
     def _adopt_processes(self) -> dict[str, _Process]:
         """Return the instances of this launcher by id. The first call adopts the instances of earlier managers."""
@@ -330,11 +285,12 @@ class ProcessLauncher:
             self._end(process, "ended with a restart of the machine")
         else:
             if not record.pid:
-                record.pid = _leader_of(record.instance)
-                record.start_ticks = start_ticks(record.pid) or 0
-            pidfd = open_pidfd(record.pid, record.start_ticks, record.boot)
-            if pidfd is not None:
-                self._watch(process, pidfd)
+                # Child processes of an instance inherit its environment, but do not lead its session.
+                record.pid = session_leader(INSTANCE_VARIABLE, record.instance) or 0
+                record.start_ticks = start_mark(record.pid) or 0
+            watching = watch(record.pid, record.start_ticks, record.boot)
+            if watching is not None:
+                self._watch(process, watching)
                 self._write(record)
                 return
             if record.pid:
@@ -391,32 +347,10 @@ def end_of(root: Path, instance: str) -> str:
     return str(fields.get("ended") or "")
 
 
-def _leader_of(instance: str) -> int:
-    """Return the pid of the process that was started as `instance`, or 0 if the process is not found.
-
-    The process of an instance is found by its environment.
-    """
-    wanted = f"{INSTANCE_VARIABLE}={instance}".encode()
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdecimal():
-            continue
-        try:
-            environment = (folder / "environ").read_bytes().split(b"\0")
-        except (PermissionError, FileNotFoundError, ProcessLookupError):
-            # The process belongs to another user, or has ended during the scan.
-            continue
-        fields = stat(int(folder.name))
-        # Child processes of an instance inherit its environment, so only the session leader is the instance. Field 6 of
-        # the stat file, the session, is the pid of the instance.
-        if wanted in environment and fields and fields[3] == folder.name.encode():
-            return int(folder.name)
-    return 0
-
-
 def _kill_group(record: _Record) -> None:
     """Send SIGKILL to the instance's process group, unless its pid was reused."""
     # A process group may have members after its leader has ended, and these members keep the pid from being reused.
     # Another process could get the pid only between the check and the kill, after the kernel has used all other pids.
-    if start_ticks(record.pid) in (None, record.start_ticks):
+    if start_mark(record.pid) in (None, record.start_ticks):
         with suppress(ProcessLookupError):
             os.killpg(record.pid, signal.SIGKILL)

@@ -21,6 +21,7 @@ from batchlab.core.model import JobId, Json, StageName
 from batchlab.core.ports import (
     AddJob,
     BundleRecord,
+    BundleResult,
     ChangeResult,
     Fold,
     FoldResult,
@@ -275,6 +276,10 @@ class SimLedger:
         if done is not True and after_seq is None and not failed:
             records += [row.record(job.projection.last_seq) for job in found for row in job.waiting(stage)]
         return records[:limit]
+
+    async def results(self, job: JobId, *, after_seq: int, limit: int) -> Sequence[BundleResult]:
+        rows = await self.bundles(job, done=True, after_seq=after_seq, limit=limit)
+        return [BundleResult.of(row) for row in rows]
 
     # --- Leases ----------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from batchlab.core.model import JobId, Json, StageName
 from batchlab.core.ports import (
     AddJob,
     BundleRecord,
+    BundleResult,
     ChangeResult,
     Fold,
     FoldResult,
@@ -317,6 +318,10 @@ class SimpleDbLedger:
         if len(jobs) > 1:
             records.sort(key=lambda record: math.inf if record.seq is None else record.seq)
         return records[:limit]
+
+    async def results(self, job: JobId, *, after_seq: int, limit: int) -> Sequence[BundleResult]:
+        rows = await self.bundles(job, done=True, after_seq=after_seq, limit=limit)
+        return [BundleResult.of(row) for row in rows]
 
     # --- The rest --------------------------------------------------------------------------------
 

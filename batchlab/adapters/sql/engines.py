@@ -32,6 +32,7 @@ from batchlab.adapters.clock import Busy
 from batchlab.adapters.sql.tables import HEAD, metadata, versions
 from batchlab.core.atomic_write import make_private, sync_folder
 from batchlab.core.errors import BackendError, NotFound, Unreachable
+from batchlab.core.operating_system import flush_data
 
 _BUSY_S = 10.0
 _RETRY_S = 0.01
@@ -182,7 +183,7 @@ class WalFlush:
         try:
             descriptor = os.open(f"{self._path}-wal", os.O_RDONLY)
             try:
-                os.fdatasync(descriptor)
+                flush_data(descriptor)
             finally:
                 os.close(descriptor)
             if not self._is_name_flushed:

@@ -27,6 +27,7 @@ from batchlab.adapters.sql.rows import (
     make_void,
     page_of_jobs,
     read_bundles,
+    read_results,
     rows_of,
     select_bundles,
     store_bundles,
@@ -41,6 +42,7 @@ from batchlab.core.model import JobId, Json, StageName
 from batchlab.core.ports import (
     AddJob,
     BundleRecord,
+    BundleResult,
     ChangeResult,
     Fold,
     FoldResult,
@@ -233,6 +235,10 @@ class SqlLedger:
     ) -> Sequence[BundleRecord]:
         query = select_bundles(jobs, stage, done, after_seq, failed).limit(limit)
         return await self._read(lambda connection: read_bundles(connection, query))
+
+    async def results(self, job: JobId, *, after_seq: int, limit: int) -> Sequence[BundleResult]:
+        query = select_bundles([job], None, True, after_seq, failed=False).limit(limit)
+        return await self._read(lambda connection: read_results(connection, query))
 
     # --- The rest --------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from batchlab.core.errors import NotFound
 from batchlab.core.job_definition import JobDef
 from batchlab.core.ledger_projection import BundleRow, Key, Known, Projection, Stage
 from batchlab.core.model import ENDED, BundleId, Control, JobId, JobState, StageName
-from batchlab.core.ports import BundleRecord, JobRecord, JobRows
+from batchlab.core.ports import BundleRecord, BundleResult, JobRecord, JobRows
 from batchlab.core.protocol import json_format
 
 MAX_NAMES = 1000
@@ -280,6 +280,34 @@ def select_bundles(
     if failed:
         query = query.where(bundles.c.failed > 0)
     return query
+
+
+def read_results(connection: Connection, query: Select[Any, str]) -> list[BundleResult]:
+    """Return the results of the done bundles that the query selects."""
+    # Pydantic is imported on first use, because a manager without readers of its page starts faster without it.
+    from pydantic_core import from_json
+
+    rows = connection.execute(query).all()
+    # Pydantic parses one long text in half of the time that the module json needs for short texts.
+    docs = from_json(f"[{','.join([body for _, body in rows])}]")
+    return [_result(seq, doc["b"], doc) for (seq, _), doc in zip(rows, docs, strict=True)]
+
+
+def _result(seq: int, bundle: Mapping[str, Any], done: Mapping[str, Any]) -> BundleResult:
+    return BundleResult(
+        seq,
+        bundle["s"],
+        bundle["t"],
+        bundle["a"],
+        bundle.get("r", 0),
+        done["w"],
+        done["t0"],
+        done["t1"],
+        done["ok"],
+        done["no"],
+        done["x"],
+        done["re"],
+    )
 
 
 def read_bundles(connection: Connection, query: Select[int | None, str]) -> list[BundleRecord]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import bdb
-import ctypes
 import faulthandler
 import json
 import os
@@ -24,11 +23,10 @@ from pathlib import Path
 
 from batchlab.client.debug import debuggers, foreground, task_folder
 from batchlab.client.debug.task_folder import NotATaskFolder, RunResult, TaskRun, read, write_ended
+from batchlab.core.operating_system import end_with_parent
 from batchlab.worker import handlers
 from batchlab.worker.shared_memory import IMPORTING, ChildState
 from batchlab.worker.task_executor import TaskExecutor
-
-_PR_SET_PDEATHSIG = 1
 
 USER_LEFT = (bdb.BdbQuit, KeyboardInterrupt)
 """Exceptions that are raised in a task if the user ends the debugger."""
@@ -45,10 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except NotATaskFolder as error:
         sys.exit(f"Error: {error}")
     if options.supervised:
-        # The supervising process ignores Ctrl-C, so this process must react to Ctrl-C. The parent-death signal ends
-        # this process together with the supervising process.
+        # The supervising process ignores Ctrl-C, so this process must react to Ctrl-C. This process ends with
+        # the supervising process.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent()
     # If the task exceeds a limit, the supervising process sends SIGUSR1, and this process prints the stack of the task.
     faulthandler.enable(2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -131,12 +129,12 @@ def run(task_run: TaskRun, debugger: debuggers.Debugger, board: ChildState | Non
     except USER_LEFT as error:
         rest()
         if (task_run.failure or {}).get("error") == type(error).__name__:
-            return RunResult(executor.explain(error), run_s=time.monotonic() - began_s)
+            return RunResult(executor.explain(task_run.task, error), run_s=time.monotonic() - began_s)
         return RunResult(left=True)
     except BaseException as error:  # noqa: BLE001 - any exception is a failure of the task
         run_s = time.monotonic() - began_s
         rest()
-        fault = executor.explain(error)
+        fault = executor.explain(task_run.task, error)
         _tell(fault)
         debugger.on_failure(None if isinstance(error, handlers.Problem) else error)
         return RunResult(fault, run_s=run_s)

@@ -25,9 +25,10 @@ from batchlab.client.debug.task_folder import ENDED, RunResult, TaskRun, read_en
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import FailureKind, StageName
+from batchlab.core.operating_system.processes import family, table
 from batchlab.core.protocol.settlement import LOSS_LIMIT
 from batchlab.worker import programs
-from batchlab.worker.child_process import Limits, describe_crash, family, table
+from batchlab.worker.child_process import Limits, describe_crash
 from batchlab.worker.environment import is_harmless
 from batchlab.worker.handlers import Problem, fault
 from batchlab.worker.shared_memory import ChildState

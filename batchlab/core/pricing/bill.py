@@ -118,7 +118,7 @@ def bill(
     from bundles and time. `stored_bytes` is the size of the job's objects in the bucket. `moved` describes the data
     that has left the bucket.
     """
-    notes: list[str] = []
+    notes = [book.mismatch] if book.mismatch else []
     account = account or Account(is_whole=False)
     derived = not account.is_whole
     if derived:

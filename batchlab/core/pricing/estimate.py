@@ -91,7 +91,10 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Estimate for a job: cost lines, duration in seconds, number of instances by pool, and assumptions."""
+    """Estimate for a job: cost lines, duration in seconds, number of instances by pool, and assumptions.
+
+    As in a bill, `further` are costs that are not a part of the job's cost: storage and data transfer.
+    """
 
     items: tuple[Item, ...]
     span_s: Three
@@ -99,15 +102,18 @@ class Estimate:
     bundles: int
     assumed: tuple[str, ...]
     prices: str
+    further: tuple[Item, ...] = ()
 
     @property
     def usd(self) -> Usd:
+        """Cost of the job, with the same parts as the sum of a bill."""
         return total(self.items)
 
     def to_json(self) -> dict[str, object]:
         return {
             "usd": range_json(self.usd),
             "items": [item.to_json() for item in self.items],
+            "further": [item.to_json() for item in self.further],
             "span_s": dict(zip(("low", "typical", "high"), self.span_s, strict=True)),
             "instances": dict(self.instances),
             "bundles": self.bundles,
@@ -206,12 +212,13 @@ def estimate(
         items += _compute(pool, cases, prices)
     requestses = [case.requests() for case in cases]
     items += request_costs.items(requestses, prices, "from measured counts")
+    further: list[Item] = []
     if input_bytes:
         month = input_bytes / GB * prices.price("s3", "usd_per_gb_month")
         how = f"{input_bytes / GB:,.2f} GB of input for a month"
-        items.append(Item("S3 storage", Usd.exactly(month), how))
+        further.append(Item("S3 storage", Usd.exactly(month), how))
     if result_bytes is not None:
-        items.append(request_costs.out_of_aws(result_bytes, prices, "results, fetched once"))
+        further.append(request_costs.out_of_aws(result_bytes, prices, "results, fetched once"))
     typical = cases[1]
     return Estimate(
         tuple(items),
@@ -220,6 +227,7 @@ def estimate(
         round(sum(typical.bundles.values())),
         (*assumed, *_assumptions(used, prices, knows_results=result_bytes is not None)),
         prices.source,
+        tuple(further),
     )
 
 
@@ -323,7 +331,8 @@ def _compute(pool: PoolPlan, cases: Sequence[_Case], prices: PriceBook) -> list[
 
 
 def _assumptions(pools: Sequence[PoolPlan], prices: PriceBook, *, knows_results: bool) -> list[str]:
-    sentences = [f"slots are busy {USED[2]:.0%} to {USED[0]:.0%} of the time while there is work"]
+    sentences = [prices.mismatch] if prices.mismatch else []
+    sentences += [f"slots are busy {USED[2]:.0%} to {USED[0]:.0%} of the time while there is work"]
     if any(not pool.boot_s for pool in pools):
         sentences.append(f"an instance boots in {BOOT_S[0]:g} to {BOOT_S[2]:g} s")
     if any(pool.spot_share for pool in pools):

@@ -171,6 +171,20 @@ class PriceBook:
 
     blocks: Mapping[str, Block]
     path: Path | None = None
+    grid_region: str = ""
+    """Region of the grid's stack, or "" if the grid is not on AWS."""
+
+    @property
+    def mismatch(self) -> str:
+        """Return a note without a period if the price book lacks prices for the region of the grid, or else ""."""
+        others = [block for block in self.blocks.values() if block.region != self.grid_region]
+        if not self.grid_region or not others:
+            return ""
+        return (
+            f"prices are of {', '.join(sorted({block.region for block in others}))}, because the price book lacks "
+            f"{', '.join(block.name for block in others)} for {self.grid_region}: `batchlab cost refresh-prices --from "
+            f"FILE --region {self.grid_region}` reads prices of instances, and docs/costs.md describes the others"
+        )
 
     @property
     def region(self) -> str:

@@ -370,7 +370,7 @@ class JobObjects:
         return json.loads(data)
 
     def _has(self, key: str) -> bool:
-        if key in self._keys or (self.is_python and object_keys.is_pickled(key)):
+        if key in self._keys or (self.is_python and object_keys.is_shared_value(key)):
             return True
         return key.startswith(self._prefixes) and not any(part in ("", ".", "..") for part in key.split("/"))
 

@@ -318,14 +318,18 @@ def outcome_text(o: Outcome) -> str:
 
 
 def fitting(outcome: Outcome) -> Outcome:
-    """Return the outcome. If it exceeds the maximum weight, remove its tracebacks, pickled exceptions, and metrics.
+    """Return the outcome. If it exceeds the maximum weight, remove its tracebacks and metrics, and if it is still too
+    heavy, its pickled exceptions.
 
     The weight of an outcome's values is always below the maximum weight (see `worker.task_executor`).
     """
     if not is_too_heavy(outcome_text(outcome)):
         return outcome
-    failed = tuple([replace(failure, traceback="", pickled="") for failure in outcome.failed])
-    return replace(outcome, failed=failed, metrics=())
+    failed = tuple([replace(failure, traceback="") for failure in outcome.failed])
+    lighter = replace(outcome, failed=failed, metrics=())
+    if not is_too_heavy(outcome_text(lighter)):
+        return lighter
+    return replace(lighter, failed=tuple([replace(failure, pickled="") for failure in failed]))
 
 
 def outcome_from_json(doc: dict[str, Any]) -> Outcome:
@@ -527,6 +531,17 @@ def deleted_job(job: JobId) -> bytes:
 def is_deleted(doc: dict[str, Any]) -> bool:
     """Return whether the document of a job or of a retry is a note that a user has deleted the job."""
     return doc.get(_DELETED) is True
+
+
+def due_sweep(job: JobId, due_s: float) -> bytes:
+    """Return the content of the request to delete a job after the deletion, until the sweep at the time `due_s`."""
+    return to_bytes({"v": VERSION, "id": job, "sweep_s": due_s})
+
+
+def sweep_time(request: bytes) -> float | None:
+    """Return the time of the sweep in a request to delete a job, or None if the deletion has not finished."""
+    due_s = loads(request).get("sweep_s")
+    return float(due_s) if isinstance(due_s, (int, float)) else None
 
 
 def job_from_json(doc: dict[str, Any]) -> JobDef:

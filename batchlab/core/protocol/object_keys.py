@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NewType
@@ -80,7 +81,9 @@ _BUNDLE = re.compile(
     re.ASCII,
 )
 
-_PICKLED = re.compile(r"code/[0-9a-f]{64}\.pkl")
+_OWNED = re.compile(r"(?:jobs|raw|files|logs|reports)/([A-Za-z0-9][\w.-]{0,99})/", re.ASCII)
+
+_SHARED_VALUE = re.compile(r"code/values/[\w-]{1,100}/[0-9a-f]{64}\.pkl", re.ASCII)
 
 _STARTED = re.compile(r"(.+?-\d+)(?:\.(\d+|withdrawn))?", re.ASCII | re.DOTALL)
 
@@ -201,13 +204,21 @@ def code(digest: str) -> str:
 
 
 def pickled(data: bytes) -> str:
-    """Return the key of a pickled function or of a pickled shared value, whose name is the digest of its content."""
+    """Return the key of a pickled function, whose name is the digest of its content."""
     return f"code/{hashlib.sha256(data).hexdigest()}.pkl"
 
 
-def is_pickled(key: str) -> bool:
-    """Return whether the key is the key of a pickled function or of a pickled shared value."""
-    return _PICKLED.fullmatch(key) is not None
+def shared_value(owner: str, digest: str) -> str:
+    """Return the key of a pickled shared value.
+
+    `owner` is the program that stores and deletes the value, and `digest` is the digest of the content.
+    """
+    return f"code/values/{owner}/{digest}.pkl"
+
+
+def is_shared_value(key: str) -> bool:
+    """Return whether the key is the key of a pickled shared value."""
+    return _SHARED_VALUE.fullmatch(key) is not None
 
 
 def raw(job: JobId) -> str:
@@ -383,6 +394,20 @@ def everything_of(job: JobId) -> tuple[str, ...]:
     lifecycle rules and policies match prefixes only.
     """
     return (committed(job), raw(job), f"files/{job}/", f"logs/{job}/", reports(job))
+
+
+def reads(keys: Iterable[str], job: JobId) -> bool:
+    """Return whether an input with the keys `keys` has objects of the job. A key that ends in "/" is a prefix."""
+    prefixes = everything_of(job)
+    return any(
+        key.startswith(prefixes) or (key.endswith("/") and any(prefix.startswith(key) for prefix in prefixes))
+        for key in keys
+    )
+
+
+def owners(keys: Iterable[str]) -> set[JobId]:
+    """Return the jobs to which the objects of an input with the keys `keys` belong."""
+    return {JobId(match[1]) for key in keys if (match := _OWNED.match(key))}
 
 
 def starts(bundle: Bundle) -> str:

@@ -11,7 +11,7 @@ the plot, so stretching does not distort text.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_TICKS = 7
@@ -24,6 +24,9 @@ _TIMES_S = (
 _POWERS_S = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0, 360000.0)
 """Tick positions of a logarithmic time axis."""
 _UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (0.001, "ms"), (1e-6, "µs"))
+
+
+_SIZE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,43 +82,69 @@ def number_label(number: float) -> str:
     return f"{number:,.6g}" if number % 1 else f"{number:,.0f}"
 
 
-@dataclass(frozen=True, slots=True)
-class LogAxis:
-    """Logarithmic time axis in bins, with `PER_DECADE` bins for each power of ten.
+def size_label(size_bytes: float) -> str:
+    """Return the label of a size, such as `500 KiB` or `2 GiB`."""
+    power = min(len(_SIZE_UNITS) - 1, int(math.log(max(size_bytes, 1), 1024) + 1e-9))
+    return f"{size_bytes / 1024**power:.6g} {_SIZE_UNITS[power]}"
 
-    Bin k starts at 10**(k / PER_DECADE) seconds. The axis contains the bins `first` to `last`.
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Scale of a logarithmic axis, with `per_decade` bins for each power of ten.
+
+    The ticks are at `powers`, or at `steps` if the axis is short. `label` returns the label of a value.
     """
 
-    PER_DECADE = 6
+    per_decade: int
+    powers: Sequence[float]
+    steps: Sequence[float]
+    label: Callable[[float], str]
+
+
+TIMES = Scale(6, _POWERS_S, _TIMES_S, time_label)
+"""Scale of times in seconds."""
+SIZES = Scale(
+    24,
+    [step * 1024**power for power in range(len(_SIZE_UNITS)) for step in (1, 10, 100)],
+    [step * 1024**power for power in range(len(_SIZE_UNITS)) for step in (1, 2, 5, 10, 20, 50, 100, 200, 500)],
+    size_label,
+)
+"""Scale of sizes in bytes, whose bins are narrow because the tasks of a stage often have similar sizes."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogAxis:
+    """Logarithmic axis with the bins `first` to `last`. Bin k starts at 10**(k / scale.per_decade)."""
 
     first: int
     last: int
+    scale: Scale = TIMES
 
     @property
     def bins(self) -> int:
         return self.last - self.first + 1
 
-    def edge_s(self, number: int) -> float:
-        """Return the start of a bin in seconds."""
-        return float(10.0 ** (number / self.PER_DECADE))
+    def edge(self, number: int) -> float:
+        """Return the value at the start of a bin."""
+        return float(10.0 ** (number / self.scale.per_decade))
 
-    def at(self, seconds: float) -> float:
-        """Return the position of a time on the axis, from 0 to 1. A time outside the axis gets the position of the
+    def at(self, value: float) -> float:
+        """Return the position of a value on the axis, from 0 to 1. A value outside the axis gets the position of the
         nearest end.
         """
-        if seconds <= 0:
+        if value <= 0:
             return 0.0
-        place = (math.log10(seconds) * self.PER_DECADE - self.first) / self.bins
+        place = (math.log10(value) * self.scale.per_decade - self.first) / self.bins
         return min(1.0, max(0.0, place))
 
     def ticks(self) -> tuple[Tick, ...]:
-        """Return at most `MAX_TICKS` ticks: powers of ten, or other round times if the axis is short."""
-        low, high = self.edge_s(self.first), self.edge_s(self.last + 1)
-        inside = [s for s in _POWERS_S if low * 0.999 <= s <= high * 1.001]
+        """Return at most `MAX_TICKS` ticks."""
+        low, high = self.edge(self.first), self.edge(self.last + 1)
+        inside = [value for value in self.scale.powers if low * 0.999 <= value <= high * 1.001]
         if len(inside) < 3:
-            inside = [s for s in _TIMES_S if low * 0.999 <= s <= high * 1.001]
+            inside = [value for value in self.scale.steps if low * 0.999 <= value <= high * 1.001]
         every = -(-len(inside) // MAX_TICKS) if inside else 1
-        return tuple(Tick(self.at(s), time_label(s)) for s in inside[::every])
+        return tuple(Tick(self.at(value), self.scale.label(value)) for value in inside[::every])
 
 
 def _step(span: float, most: int) -> float:

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 from batchlab.core.capabilities import capabilities_of
 from batchlab.core.pricing.price_book import shown
 from batchlab.core.text import count, join_list, span
-from batchlab.reports.html import costs, durations, gantt, load, stage_graph
+from batchlab.reports.html import costs, distributions, gantt, load, stage_graph
 from batchlab.reports.html import failures as failed
 from batchlab.reports.html.charts import Data
 from batchlab.reports.html.checks import Finding, Level, findings
 from batchlab.reports.html.costs import Cost
-from batchlab.reports.html.durations import Spread
+from batchlab.reports.html.distributions import Spread
 from batchlab.reports.html.failures import Failures, Samples
 from batchlab.reports.html.metrics import RunFigures, run_figures
 from batchlab.reports.html.source import ReportRun, moment, offset, share, visible
@@ -114,10 +114,10 @@ def _fleet(facts: Facts) -> Iterator[str]:
     else:
         yield "No data of the fleet was recorded."
     if facts.waits:
-        longest = max(facts.waits, key=lambda spread: spread.percentiles_s[95])
+        longest = max(facts.waits, key=lambda spread: spread.percentiles[95])
         yield (
             f"Tasks waited longest in {visible(longest.stage, 40)}: half of them waited at most "
-            f"{span(longest.percentiles_s[50])}, and 95% waited at most {span(longest.percentiles_s[95])}."
+            f"{span(longest.percentiles[50])}, and 95% waited at most {span(longest.percentiles[95])}."
         )
 
 
@@ -286,8 +286,8 @@ class Page:
         figures = run_figures(run, series, cost)
         all_findings = findings(figures)
         failures = failed.failures(run, samples)
-        run_times, wait_times = durations.spreads(run, "run_s"), durations.spreads(run, "wait_s")
-        facts = Facts(run, figures, cost, failures, wait_times, all_findings)
+        waits = distributions.spreads(run, distributions.WAIT)
+        facts = Facts(run, figures, cost, failures, waits, all_findings)
         self.id = visible(job, 100)
         self.title = visible(run.job["name"] or job, 80)
         self.state = visible(str(run.job["state"]), 20)
@@ -302,12 +302,13 @@ class Page:
         self.load = load.draw(run, series, decisions)
         self.decisions = decisions
         self.decisions_in_all = total_decisions
-        self.run_times = durations.table(run_times)
-        self.wait_times = durations.table(wait_times)
-        self.run_charts = durations.draw_histograms(run, run_times, "run_s")
-        self.wait_charts = durations.draw_histograms(run, wait_times, "wait_s")
-        self.task_orders = durations.task_orders(run)
-        self.most_tasks = durations.MAX_SORTED_TASKS
+        self.distributions = [
+            distributions.distribution(run, one, distributions.spreads(run, one))
+            for one in (distributions.RUN, distributions.CPU, distributions.MEMORY)
+        ]
+        self.distributions.append(distributions.distribution(run, distributions.WAIT, waits))
+        self.task_orders = distributions.task_orders(run)
+        self.most_tasks = distributions.MAX_SORTED_TASKS
         self.cost = cost
         self.failures = failures
         self.twice = failed.twice(run)

@@ -121,6 +121,8 @@ class Node:
     @property
     def counts(self) -> str:
         planned = self.progress.planned
+        if planned == 0:
+            return "no tasks"
         return f"{self.progress.ended:,} of {'?' if planned is None else f'{planned:,}'}"
 
     @property

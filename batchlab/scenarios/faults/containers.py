@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from batchlab.adapters.docker.container import INSTANCE, MARKET, ZONE
 from batchlab.adapters.docker.engine import Engine
 from batchlab.core.errors import BackendError, NotFound, UsageError
 from batchlab.core.model import Market
+from batchlab.core.operating_system.processes import is_in_container
 from batchlab.core.text import first_of
 from batchlab.runtime import compose_deployment
 from batchlab.runtime.compose_project import LABEL
@@ -300,8 +300,8 @@ def _disconnect(container: str, network: str, api: APIClient) -> None:
 
 def _is_its(pid: int, container: str) -> bool:
     """Return whether the process belongs to the container and accepts signals from this process."""
-    with suppress(OSError):
-        if container in Path(f"/proc/{pid}/cgroup").read_text():
+    if is_in_container(pid, container):
+        with suppress(OSError):
             os.kill(pid, 0)
             return True
     return False

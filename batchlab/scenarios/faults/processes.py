@@ -19,8 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchlab.adapters.local.processes import end_of, living, start_ticks, stat
+from batchlab.adapters.local.processes import end_of, living
 from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.operating_system.processes import family, is_stopped, start_mark
 from batchlab.core.text import first_of
 from batchlab.scenarios.faults import proxy, services
 from batchlab.scenarios.faults.target_grid import (
@@ -35,7 +36,6 @@ from batchlab.scenarios.faults.target_grid import (
     wait_for,
 )
 from batchlab.scenarios.model.values import Fault, FaultName
-from batchlab.worker.child_process import family
 
 if TYPE_CHECKING:
     from batchlab.scenarios.faults.proxy import FaultProxy
@@ -187,7 +187,7 @@ class ProcessFaults:
             )
             stopped = await self._wait_for_state(halted, "the beginning of the pause", stopped=True)
             held_s = await self._grid.hold(fault.for_s)
-            still = sum(_is_stopped(pid) for pid in halted)
+            still = sum(is_stopped(pid) for pid in halted)
         resumed = await self._wait_for_state(halted, "the end of the pause", stopped=False)
         return FaultResult(
             tuple(targets),
@@ -203,8 +203,8 @@ class ProcessFaults:
         """
 
         async def look() -> int:
-            alive = [pid for pid, ticks in halted.items() if start_ticks(pid) == ticks]
-            number = sum(_is_stopped(pid) is stopped for pid in alive)
+            alive = [pid for pid, mark in halted.items() if start_mark(pid) == mark]
+            number = sum(is_stopped(pid) is stopped for pid in alive)
             return number + 1 if number == len(alive) else 0
 
         return await wait_for(look, what, within_s=_SETTLES_S) - 1
@@ -212,10 +212,10 @@ class ProcessFaults:
     async def spot_wave(self, fault: Fault) -> FaultResult:
         targets = await self.targets(fault)
         _send(signal.SIGTERM, targets.values())
-        ticks = {name: start_ticks(pid) for name, pid in targets.items()}
+        marks = {name: start_mark(pid) for name, pid in targets.items()}
 
         def alive() -> dict[str, int]:
-            return {name: pid for name, pid in targets.items() if ticks[name] and start_ticks(pid) == ticks[name]}
+            return {name: pid for name, pid in targets.items() if marks[name] and start_mark(pid) == marks[name]}
 
         waited_s = 0.0
         while waited_s < fault.notice_s and alive() and not self._grid.over.is_set():
@@ -282,13 +282,13 @@ def _send(number: signal.Signals, pids: Iterable[int]) -> None:
 
 
 def _halt(leaders: Iterable[int], halted: dict[int, int]) -> None:
-    """Stop the processes and their children. The function adds the start time of each stopped process to `halted`."""
+    """Stop the processes and their children. The function adds the start mark of each stopped process to `halted`."""
     for leader in leaders:
         while new := family(leader) - halted.keys():
             # The worker is stopped before its children, so that the worker cannot start more children.
             for pid in sorted(new, key=lambda pid: pid != leader):
-                if ticks := start_ticks(pid):
-                    halted[pid] = ticks
+                if mark := start_mark(pid):
+                    halted[pid] = mark
                     _send(signal.SIGSTOP, [pid])
                 else:
                     new.discard(pid)
@@ -297,12 +297,7 @@ def _halt(leaders: Iterable[int], halted: dict[int, int]) -> None:
 
 
 def _resume(halted: Mapping[int, int]) -> None:
-    _send(signal.SIGCONT, [pid for pid, ticks in halted.items() if start_ticks(pid) == ticks])
-
-
-def _is_stopped(pid: int) -> bool:
-    fields = stat(pid)
-    return bool(fields) and fields[0] in (b"T", b"t")
+    _send(signal.SIGCONT, [pid for pid, mark in halted.items() if start_mark(pid) == mark])
 
 
 def actions(grid: TargetGrid, front: FaultProxy | None) -> Mapping[FaultName, FaultAction]:

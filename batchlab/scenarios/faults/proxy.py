@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import re
 import signal
@@ -30,6 +29,7 @@ import httpx
 import uvicorn
 
 from batchlab.core.errors import BackendError, NotFound
+from batchlab.core.operating_system.processes import family, owns_port
 from batchlab.runtime import factory
 from batchlab.runtime.compose_project import HOME_LABEL, LABEL
 from batchlab.runtime.factory import Backend, new_bucket_name
@@ -44,7 +44,6 @@ from batchlab.scenarios.faults.target_grid import (
     wait_for,
 )
 from batchlab.scenarios.model.values import Fault
-from batchlab.worker.child_process import family
 
 if TYPE_CHECKING:
     from docker import APIClient
@@ -273,30 +272,7 @@ def is_port_of(leaders: Collection[int], port: int) -> bool:
     """Return whether one of the processes `leaders`, or a descendant of one of them, owns the connection at the local
     port `port`.
     """
-    links = {f"socket:[{inode}]" for inode in _inodes(port)}
-    if not links:
-        return False
-    pids = {pid for leader in leaders for pid in family(leader)}
-    return any(not links.isdisjoint(_open_files(pid)) for pid in pids)
-
-
-def _inodes(port: int) -> list[str]:
-    inodes = []
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with suppress(FileNotFoundError):
-            sockets = map(str.split, Path(table).read_text().splitlines()[1:])
-            inodes += [fields[9] for fields in sockets if int(fields[1].rpartition(":")[2], 16) == port]
-    return inodes
-
-
-def _open_files(pid: int) -> list[str]:
-    files = []
-    # The process may end or close files during the search.
-    with suppress(OSError):
-        for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - called often
-            with suppress(OSError):
-                files.append(os.readlink(f"/proc/{pid}/fd/{name}"))  # noqa: PTH115
-    return files
+    return owns_port({pid for leader in leaders for pid in family(leader)}, port)
 
 
 T = TypeVar("T")

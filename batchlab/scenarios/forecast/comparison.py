@@ -103,7 +103,10 @@ class CurvePair:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Comparison of a forecast with a real run. `notes` lists reasons why the two runs are not fully comparable."""
+    """Comparison of a forecast with a real run, or of two forecasts if `fact_simulated` is True.
+
+    `notes` lists reasons why the two runs are not fully comparable.
+    """
 
     scenario: str
     forecast_backend: str
@@ -112,6 +115,17 @@ class Comparison:
     differences: tuple[Difference, ...]
     curves: tuple[CurvePair, ...]
     notes: tuple[str, ...]
+    fact_simulated: bool
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of the two runs."""
+        return ("A", "B") if self.fact_simulated else ("forecast", "fact")
+
+    @property
+    def error(self) -> str:
+        """Name of the difference between the two runs."""
+        return "difference" if self.fact_simulated else "error"
 
     def of(self, measure: str, template: str = "") -> Difference:
         """Return the difference of a measure. Raise KeyError if the measure was not compared."""
@@ -158,6 +172,7 @@ def compare(forecast: Record, fact: Record) -> Comparison:
         tuple(_difference(name, template, forecast, fact) for name, template in measures),
         tuple(_curve_pair(what, forecast, fact, curve) for what, curve in _CURVES.items()),
         tuple(_notes(forecast, fact)),
+        fact.simulated,
     )
 
 

@@ -1,4 +1,4 @@
-"""Loader of scenario files: functions that find, load, and check a file, and list the shipped scenarios.
+"""Loader of scenario files: functions that find, load, and check a file, and list the installed scenarios.
 
 A loaded Scenario has passed every check. The jobs, pools, zones, and instance types of a loaded Scenario exist, and a
 record has its expected measures.
@@ -305,12 +305,12 @@ class ShippedScenario:
 
 
 def names() -> list[str]:
-    """Return the sorted names of the shipped scenarios."""
+    """Return the sorted names of the installed scenarios."""
     return sorted(path.stem for path in installation.folder(FOLDER).glob(f"*{SUFFIX}"))
 
 
 def shipped_scenarios() -> list[ShippedScenario]:
-    """Return the shipped scenarios, sorted by name."""
+    """Return the installed scenarios, sorted by name."""
     paths = [installation.folder(FOLDER) / f"{name}{SUFFIX}" for name in names()]
     return [ShippedScenario(path.stem, lesson_of(load(path).about), path) for path in paths]
 
@@ -329,7 +329,7 @@ def find(text: str) -> Path:
     if handler_lookup.is_file(Path(text)) or "/" in text or text.endswith((SUFFIX, ".yml")):
         return Path(text)
     if text not in names():
-        raise UsageError(f"The scenario {text!r} does not exist.", remedy=suggest(text, names(), "shipped scenarios"))
+        raise UsageError(f"The scenario {text!r} does not exist.", remedy=suggest(text, names(), "installed scenarios"))
     return installation.folder(FOLDER) / f"{text}{SUFFIX}"
 
 

@@ -182,12 +182,18 @@ def name_of(group: GroupDetails) -> str:
     return group.config.auto_scaling_group_name
 
 
+_ALWAYS = ("EnabledMetrics", "LoadBalancerNames", "TargetGroupARNs", "TrafficSources")
+"""Lists that AWS returns for every group, even if they are empty."""
+
+
 def _group(shape: StructureShape, group: GroupDetails) -> dict[str, Any]:
     passive = {name: json.loads(text) for name, text in group.config.passive}
     return {
-        **{name: value for name, value in passive.items() if name in shape.members},
+        **{name: [] for name in _ALWAYS},
         **to_answer(shape, group.config),
         **to_answer(shape, group),
+        # An update with an empty text removes a setting.
+        **{name: value for name, value in passive.items() if name in shape.members and value != ""},
         "Tags": [_tag(name_of(group), tag) for tag in group.tags],
         "SuspendedProcesses": [
             {"ProcessName": str(process), "SuspensionReason": reason} for process, reason in group.suspended_processes
@@ -210,7 +216,7 @@ def _tag(group: str, tag: Tag) -> dict[str, Any]:
 
 def describe_activities(call: Call) -> Answer:
     activities = call.engine.describe_scaling_activities(
-        call.parameters.get("AutoScalingGroupName"), **call.optional("ActivityIds")
+        call.parameters.get(GROUP_NAME), **call.optional("ActivityIds", "IncludeDeletedGroups")
     )
     activities = matching(call, activities, {"Status": lambda activity: [activity.status_code]})
     return call.to_page("Activities", activities, lambda activity: activity.activity_id)
@@ -232,8 +238,8 @@ def _instance(shape: StructureShape, instance: InstanceDetails) -> dict[str, Any
 
 
 def put_tags(call: Call) -> Answer:
-    for group, tags in _by_group(call).items():
-        call.engine.create_or_update_tags(group, [parse_into(Tag, tag) for tag in tags])
+    groups = _by_group(call).items()
+    call.engine.create_or_update_tags({group: [parse_into(Tag, tag) for tag in tags] for group, tags in groups})
     return {}
 
 
@@ -246,8 +252,8 @@ def delete_tags(call: Call) -> Answer:
 def _by_group(call: Call) -> Mapping[str, Sequence[Mapping[str, Any]]]:
     tags: dict[str, list[Mapping[str, Any]]] = {}
     for tag in call.parameters["Tags"]:
-        if tag.get("ResourceType") != GROUP or not tag.get("ResourceId"):
-            raise invalid(f"A tag must have a ResourceId, and {GROUP} for its ResourceType.")
+        if tag.get("ResourceType", GROUP) != GROUP or not tag.get("ResourceId"):
+            raise invalid(f"A tag must have a ResourceId, and its ResourceType may only be {GROUP}.")
         tags.setdefault(tag["ResourceId"], []).append(tag)
     for group in tags:
         _group_of(call, group)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from botocore import xform_name
 from botocore.model import ListShape, MapShape, OperationModel, Shape, StructureShape
 
-from batchlab.fleet.api_types import MixedInstancesPolicy, TargetTracking, WarmPool
+from batchlab.fleet.api_types import MixedInstancesPolicy, ScalingPolicy, TargetTracking, WarmPool
 from batchlab.server.autoscaling_api.app import Fault, invalid
 
 _PAIR = re.compile(r"\\u(D[89AB][0-9A-F]{2})\\u(D[C-F][0-9A-F]{2})", re.IGNORECASE)
@@ -173,6 +173,8 @@ def _field(hint: Any, value: Any) -> Any:
         return parse_into(kind, _PARSERS.get(kind, dict)(value))
     if isinstance(value, str) and int in (hint, *get_args(hint)):
         # AWS's requests contain weights as strings.
+        if not value.isdecimal():
+            raise invalid(f"The weight '{value}' is not a whole number.")
         return int(value)
     return value
 
@@ -247,13 +249,25 @@ def _write_tracking(_: StructureShape, value: TargetTracking) -> dict[str, Any]:
     return answer
 
 
+def alarms(policy: ScalingPolicy) -> list[dict[str, str]]:
+    """Return the alarms of a target-tracking policy. The engine evaluates these alarms itself, without CloudWatch."""
+    region, account = policy.policy_arn.split(":")[3:5]
+    place = f"arn:aws:cloudwatch:{region}:{account}:alarm"
+    return [{"AlarmName": name, "AlarmARN": f"{place}:{name}"} for name in policy.alarms]
+
+
+def _write_policy(shape: StructureShape, value: ScalingPolicy) -> dict[str, Any]:
+    return {**_answer_structure(shape, value), "Alarms": alarms(value)}
+
+
 def _write_warm_pool(shape: StructureShape, value: WarmPool) -> dict[str, Any]:
-    reuse = {"ReuseOnScaleIn": value.reuse_on_scale_in}
-    return {**_answer_structure(shape, value), "InstanceReusePolicy": reuse}
+    reuse = {"InstanceReusePolicy": {"ReuseOnScaleIn": True}} if value.reuse_on_scale_in else {}
+    return {**_answer_structure(shape, value), **reuse}
 
 
 _WRITERS: dict[type, Callable[[StructureShape, Any], dict[str, Any]]] = {
     MixedInstancesPolicy: _write_mixed,
+    ScalingPolicy: _write_policy,
     TargetTracking: _write_tracking,
     WarmPool: _write_warm_pool,
 }

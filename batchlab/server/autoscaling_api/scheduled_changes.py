@@ -29,7 +29,7 @@ from batchlab.fleet.termination import PLAIN, POLICIES
 from batchlab.server.autoscaling_api import groups
 from batchlab.server.autoscaling_api.app import Fault, invalid
 from batchlab.server.autoscaling_api.groups import GROUP_NAME, Action, Answer, Call, forward
-from batchlab.server.autoscaling_api.parameters import Parameters, fields, other_parameters, parse_into
+from batchlab.server.autoscaling_api.parameters import Parameters, alarms, fields, other_parameters, parse_into
 from batchlab.server.autoscaling_api.query_protocol import Act
 
 MAX_WARM = 50
@@ -52,8 +52,7 @@ def put_hook(call: Call) -> Answer:
 
 def put_policy(call: Call) -> Answer:
     policy = call.engine.put_scaling_policy(parse_into(ScalingPolicy, call.parameters))
-    # The list of alarms is empty, because the engine reads the metric itself, without CloudWatch.
-    return {"PolicyARN": policy.policy_arn, "Alarms": []}
+    return {"PolicyARN": policy.policy_arn, "Alarms": alarms(policy)}
 
 
 def describe_policies(call: Call) -> Answer:

@@ -153,7 +153,7 @@ async def _current_failures(
     retried = await RetriedTasks.read(manager.ports, record)
     async for row, outcome in outcomes_of(manager, rows):
         seq, failed = row.seq or 0, row.completion.failed if row.completion else TaskSet()
-        current = set(retried.remaining(row.bundle, failed))
+        current = set(retried.remaining(row.bundle.round, row.bundle.stage, failed))
         for index, failure in enumerate(outcome.failed):
             if failure.final and failure.task in current:
                 yield (seq, index), job_views.failure_view(seq, outcome, failure)

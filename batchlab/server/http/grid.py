@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from batchlab import __version__
 from batchlab.core import api_types, api_usage_types
 from batchlab.core.model import JobId
+from batchlab.core.protocol.field_checks import MAX_S
 from batchlab.manager import fleet_commands
 from batchlab.server import job_views
 from batchlab.server.answers import grid_view, pool_view
@@ -168,7 +169,7 @@ class Cap(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    max_cost_usd: Annotated[float | None, Field(ge=0, allow_inf_nan=False)]
+    max_cost_usd: Annotated[float | None, Field(ge=0, le=MAX_S, allow_inf_nan=False)]
 
 
 @router.get("/use")

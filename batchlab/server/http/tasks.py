@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from batchlab.core import api_types
 from batchlab.core.commit import committed
-from batchlab.core.errors import BackendError, NotFound, UsageError
+from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.job_definition import JobDef, task_name
 from batchlab.core.model import Bundle, JobId, Json, Outcome, StageName, TaskMetrics, TaskSet
 from batchlab.core.protocol import values
@@ -35,7 +35,7 @@ from batchlab.jobs.attempts import attempt_in, log_end, task_input
 from batchlab.jobs.results import FetchLimits, Listed
 from batchlab.manager.manager import Manager
 from batchlab.server import job_views
-from batchlab.server.answers import current_view
+from batchlab.server.answers import acquire, current_view
 from batchlab.server.http.common import NOT_STORED, Leader, ServerState, StateDep, guarded_router
 from batchlab.server.http.job_files import disk_folder, has_room
 from batchlab.server.http.task_list import list_of
@@ -76,9 +76,7 @@ async def read_task(
 ) -> api_types.TaskView:
     """Return the view of a task. Without `with_input`, the view does not contain the input."""
     listed = await list_of(manager, served, job)
-    if all(one.name != stage for one in listed.job.stages):
-        raise _no_task(job, stage, task)
-    found = listed.state(stage, task)
+    found = _listed_task(listed, stage, task)
     if seq is None and found and found.row >= 0:
         seq = listed.index.bundle(found.row).seq
     bundle: Bundle | None
@@ -93,6 +91,21 @@ async def read_task(
     return view
 
 
+async def seq_of(manager: Manager, served: ServerState, job: JobId, stage: StageName, task: int) -> int | None:
+    """Return the seq of the outcome with the task's result, or None if the task has not ended."""
+    listed = await list_of(manager, served, job)
+    found = _listed_task(listed, stage, task)
+    if found is None:
+        raise _no_task(job, stage, task)
+    return listed.index.bundle(found.row).seq if found.row >= 0 else None
+
+
+def _listed_task(listed: TaskList, stage: StageName, task: int) -> ListedTask | None:
+    if all(one.name != stage for one in listed.job.stages):
+        raise _no_task(listed.job.id, stage, task)
+    return listed.state(stage, task)
+
+
 def _no_task(job: JobId, stage: StageName, task: int) -> NotFound:
     return NotFound(
         f"Task {task_name(stage, task)} of job {job} does not exist, or is not planned yet.",
@@ -104,12 +117,7 @@ async def _ended(
     manager: Manager, job: JobDef, stage: StageName, task: int, seq: int
 ) -> tuple[api_types.TaskView, Bundle]:
     """Return the view of a task without its input, according to the outcome with the seq `seq`."""
-    rows = await manager.ports.ledger.bundles(job.id, stage=stage, after_seq=seq - 1, limit=1)
-    row = next((row for row in rows if row.seq == seq and task in row.bundle.tasks), None)
-    key = await manager.ports.keys.key_of(job)
-    outcome = await committed(manager.ports.objects, row.bundle, manager.ports.patience, key) if row else None
-    if row is None or outcome is None:
-        raise _no_task(job.id, stage, task)
+    bundle, outcome = await ended_task(manager, job.id, stage, task, seq)
     attempt = attempt_in(outcome, task)
     failure = attempt.failure if attempt and attempt.state == "FAILED" else None
     log, is_log_cut = await _log(manager, outcome, task)
@@ -118,7 +126,7 @@ async def _ended(
         "seq": seq,
         "stage": stage,
         "task": task,
-        "attempt": row.bundle.attempt,
+        "attempt": bundle.attempt,
         "state": attempt.state.lower() if attempt else "retried",
         "worker": outcome.worker,
         "started_s": outcome.started_s,
@@ -135,7 +143,19 @@ async def _ended(
         "log": log,
         "is_log_cut": is_log_cut,
     }
-    return view, row.bundle
+    return view, bundle
+
+
+async def ended_task(manager: Manager, job: JobId, stage: StageName, task: int, seq: int) -> tuple[Bundle, Outcome]:
+    """Return the bundle and the outcome with the seq `seq`. Raise NotFound if the bundle does not contain the task."""
+    rows = await manager.ports.ledger.bundles(job, stage=stage, after_seq=seq - 1, limit=1)
+    row = next((row for row in rows if row.seq == seq and task in row.bundle.tasks), None)
+    if row is not None:
+        key = await manager.ports.keys.key_of((await manager.ports.ledger.job(job)).job)
+        outcome = await committed(manager.ports.objects, row.bundle, manager.ports.patience, key)
+        if outcome is not None:
+            return row.bundle, outcome
+    raise _no_task(job, stage, task)
 
 
 async def _not_ended(manager: Manager, listed: TaskList, found: ListedTask) -> tuple[api_types.TaskView, Bundle | None]:
@@ -243,8 +263,6 @@ MAX_BYTES = 2 * 1024**3
 MAX_OUTCOMES = 50_000
 MAX_VALUE_BYTES = 16 * 1024**2
 """Limit in bytes of the inline values of one result, because all inline values are in memory at the same time."""
-ARCHIVE_WAIT_S = 3.0
-"""Time in seconds that a request for an archive waits until the previous archive was sent."""
 
 _REMEDY = "Use `batchlab job results`, which fetches any number of results from the bucket."
 
@@ -262,14 +280,8 @@ async def archive(
     The archive of a running job contains the results so far. An archive has a size of at most 2 GiB. While the manager
     creates or sends an archive, another request gets status 503.
     """
-    try:
-        async with asyncio.timeout(ARCHIVE_WAIT_S):
-            await served.archiving.acquire()
-    except TimeoutError:
-        raise BackendError(
-            "The manager is creating or sending another archive of results.",
-            remedy="Try again later, or run `batchlab job results`, which needs no archive.",
-        ) from None
+    remedy = "Try again later, or run `batchlab job results`, which needs no archive."
+    await acquire(served.archiving, "The manager is creating or sending another archive of results.", remedy)
     try:
         return await _archive(manager, job, stage or (), served.archiving.release)
     except BaseException:

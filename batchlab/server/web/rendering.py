@@ -84,14 +84,14 @@ def render(request: Request, template: str, *, status: int = 200, here: str = ""
             form_token=served.sessions.form_token(session) if session else "",
             backend=served.backend_name,
             leads=served.manager.is_leader.is_set(),
-            asked_by_part=_is_part(request),
+            asked_by_part=is_part(request),
             **values,
         ),
         status,
     )
 
 
-def _is_part(request: Request) -> bool:
+def is_part(request: Request) -> bool:
     """Return whether the browser requests only a part of a page, to insert the part into the open page."""
     return "hx-request" in request.headers
 
@@ -110,7 +110,7 @@ def live(request: Request, page: str, *, here: str, is_over: bool = False, **val
     values["live_url"] = f"{url.path}?{url.query}"
     values["live_part"] = f"{page}_live.html"
     values["is_over"] = is_over
-    if request.query_params.get("part") == "live" and _is_part(request):
+    if request.query_params.get("part") == "live" and is_part(request):
         return render(request, values["live_part"], status=STOP_POLLING if is_over else 200, here=here, **values)
     return render(request, f"{page}.html", here=here, **values)
 

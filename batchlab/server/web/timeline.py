@@ -97,9 +97,8 @@ def _title(bar: BarView, start_s: float) -> str:
     state = dict(KEYS)[bar["state"]]
     when = f"{span(bar['ended_s'] - bar['started_s'])} from {span(bar['started_s'] - start_s)}"
     tasks = text.count(bar["tasks"], "task")
-    if bar["bundles"] > 1:
-        where = f" of {bar['stage']}" if bar["stage"] else ""
-        return f"{text.count(bar['bundles'], 'bundle')}{where}, {tasks}, {when}, worst result: {state}"
+    if not bar["bundle"]:
+        return f"{text.count(bar['bundles'], 'bundle')}, {tasks}, {when}, worst result: {state}"
     first = bar["bundle"].partition("-")[0].lstrip("0") or "0"
     again = f", attempt {bar['attempt']}" if bar["attempt"] > 1 else ""
     return f"{bar['stage']}/{first}, {tasks}{again}, {when}, {state}"

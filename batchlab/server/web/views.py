@@ -17,12 +17,22 @@ from batchlab.core.pricing.usage import Account, Kind
 from batchlab.manager.manager import Manager
 from batchlab.manager.spending import Spending
 from batchlab.reports.html.stage_graph import Stage, graph
-from batchlab.server.http import failures, grid, jobs, task_list, tasks
+from batchlab.server.http import downloads, failures, grid, jobs, task_list, tasks
 from batchlab.server.http.authentication import PAGE, SESSION_S
-from batchlab.server.http.common import Leader, StateDep
+from batchlab.server.http.common import Leader, ServerState, StateDep
 from batchlab.server.task_index import TaskState
 from batchlab.server.web import text, timeline
-from batchlab.server.web.rendering import PageDep, PageState, field_of, form_of, guarded_router, live, redirect, render
+from batchlab.server.web.rendering import (
+    PageDep,
+    PageState,
+    field_of,
+    form_of,
+    guarded_router,
+    is_part,
+    live,
+    redirect,
+    render,
+)
 from batchlab.server.web.security import POLICY, SESSION, below, report_policy
 
 router = guarded_router()
@@ -140,6 +150,7 @@ async def _costs(manager: Manager, spending: Spending, prices: PriceBook, pace: 
             for view in recent
         ],
         "region": prices.region,
+        "mismatch": prices.mismatch,
         "as_of": prices.blocks["on_demand"].date.isoformat(),
     }
 
@@ -209,6 +220,21 @@ async def to_task(
     return redirect(request, f"/jobs/{text.path(job)}/stages/{text.path(stage)}/tasks/{task}")
 
 
+async def _read_some(
+    request: Request, manager: Manager, served: ServerState, view: api_types.JobView
+) -> Response | None:
+    """Read a part of the job's bundles. A job with many bundles needs several requests after a start of the manager.
+
+    Return None if all bundles are read, or else a page that shows the number of bundles, and that loads itself again.
+    """
+    read = await task_list.read_some(manager, served, JobId(view["id"]))
+    if read is None:
+        return None
+    if is_part(request):
+        return Response(status_code=204)  # the open page stays as it is until its next update
+    return render(request, "reading.html", here="jobs", job=view, read=read)
+
+
 @router.get("/jobs/{job}/stages/{stage}/tasks/{task}")
 async def task_page(
     request: Request,
@@ -221,6 +247,8 @@ async def task_page(
 ) -> Response:
     """Show one task with its result, input, and log. The page of a task that has not ended shows its live log."""
     view = await jobs.job(manager, job)
+    if (answer := await _read_some(request, manager, served, view)) is not None:
+        return answer
     is_update = request.query_params.get("part") == "live"
     task_view = await tasks.read_task(manager, served, job, stage, task, seq, with_input=not is_update)
     last_seq = 0
@@ -265,6 +293,8 @@ async def tasks_page(
 ) -> Response:
     """Show a page of the list of a job's tasks, which the user filters by state, stage, and a search text."""
     view = await jobs.job(manager, job)
+    if (answer := await _read_some(request, manager, served, view)) is not None:
+        return answer
     shown = [one for one in view["stages"] if stage in ("", one["name"])]
     page = await task_list.tasks(
         manager,
@@ -295,13 +325,38 @@ async def tasks_page(
         ],
         first=text.query(fields) or "?" if after else "",
         next=text.query(fields, after=page["next"]) if page["next"] else "",
+        csv=text.query(fields),
     )
+
+
+@router.get("/jobs/{job}/tasks.csv")
+async def tasks_csv(
+    manager: Leader,
+    served: StateDep,
+    job: JobId,
+    stage: str = "",
+    state: TaskState | Literal[""] = "",
+    search: task_list.SearchText = "",
+) -> Response:
+    """Return the tasks of a list as a CSV file."""
+    chosen = StageName(stage) if stage else None
+    return await downloads.tasks_csv(manager, served, job, chosen, TaskState(state) if state else None, search)
+
+
+@router.get("/jobs/{job}/stages/{stage}/tasks/{task}/log")
+async def task_log(
+    manager: Leader, served: StateDep, job: JobId, stage: StageName, task: tasks.Index, seq: tasks.Seq = None
+) -> Response:
+    """Return the complete log of an ended task as a text file."""
+    return await downloads.task_log(manager, served, job, stage, task, seq)
 
 
 @router.get("/jobs/{job}/timeline")
 async def timeline_page(request: Request, manager: Leader, served: StateDep, job: JobId) -> Response:
     """Show the bundles of a job by worker and time."""
     view = await jobs.job(manager, job)
+    if (answer := await _read_some(request, manager, served, view)) is not None:
+        return answer
     found = await task_list.timeline(manager, served, job)
     drawing = timeline.draw(found)
     over = view["state"] in ENDED

@@ -18,6 +18,7 @@ import boto3
 import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from botocore.model import OperationModel
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.aws.fleet import Ec2Fleet
@@ -31,6 +32,7 @@ from batchlab.runtime.home import listen
 from batchlab.server.autoscaling_api.cloudwatch import MetricStore
 from batchlab.server.autoscaling_api.engine_loop import application, run
 from batchlab.server.autoscaling_api.launch_templates import TemplateFile
+from tests.support.aws.botocore_shapes import answer_differences
 from tests.support.fleet import (
     ABSENT,
     BROKEN,
@@ -280,6 +282,20 @@ class Wire:
     limit_s: float = 10.0
     name: str = field(default_factory=lambda: f"g-{uuid4().hex[:12]}")
     made: list[str] = field(default_factory=list)
+    answered: set[str] = field(default_factory=set)
+    """Operations whose answers `check_answers` has checked."""
+
+    def check_answers(self) -> None:
+        """Check each further answer to a request of this client against botocore's model."""
+
+        def check(operation_model: OperationModel, response_dict: Mapping[str, Any], **_: Any) -> None:
+            if response_dict["status_code"] == 200:
+                differences = answer_differences(operation_model, response_dict["body"])
+                assert not differences, differences
+                self.answered.add(operation_model.name)
+
+        events: Any = self.asg.meta.events
+        events.register("before-parse.auto-scaling", check)
 
     def create(self, name: str | None = None, /, **more: Any) -> str:
         """Create a group from the tests' template, with 0 to 4 instances by default."""

@@ -20,6 +20,7 @@ def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
     world = request.getfixturevalue(request.param)
     if isinstance(world, Thread):
         wire = Wire(autoscaling(world.endpoint), world.crash)
+        wire.check_answers()
     else:
         if why := request.module.MOTO_LACKS.get(request.function.__name__):
             request.applymarker(pytest.mark.xfail(reason=why, strict=True))
@@ -41,6 +42,7 @@ def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
 def our(ours: Thread) -> Iterator[Wire]:
     """Return a client of batchlab's endpoint, for requests that moto does not support."""
     wire = Wire(autoscaling(ours.endpoint), ours.crash)
+    wire.check_answers()
     try:
         yield wire
     finally:

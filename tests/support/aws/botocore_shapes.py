@@ -1,16 +1,19 @@
-"""Sample values of the shapes in botocore's service models."""
+"""Sample values of the shapes in botocore's service models, and a check of answers against a model."""
 
 from __future__ import annotations
 
 import gzip
 import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import Random
 from typing import Any
+from xml.etree import ElementTree
 
 from botocore.loaders import Loader
-from botocore.model import ListShape, MapShape, ServiceModel, Shape, StructureShape
+from botocore.model import ListShape, MapShape, OperationModel, ServiceModel, Shape, StructureShape
 
 MAX_DEPTH = 14
 _RICH = "aZ0 &<>\"'=+%;/?#é\u00a0\u4e2d\U0001f600\r\n\t._-"
@@ -127,3 +130,76 @@ def _fits(pattern: str, text: str) -> bool:
     except re.error:
         # The pattern is in Java's syntax. Auto Scaling's pattern in this syntax matches any text.
         return True
+
+
+def answer_differences(operation: OperationModel, body: bytes) -> list[str]:
+    """Return the differences between an answer in the query protocol and the operation's model: unknown, repeated, and
+    missing members, and values of another type or outside of their constraints."""
+    root = ElementTree.fromstring(body)
+    shape, children = operation.output_shape, [_tag(child) for child in root]
+    expected = [f"{operation.name}Result"] * (shape is not None) + ["ResponseMetadata"]
+    if (_tag(root), children) != (f"{operation.name}Response", expected):
+        return [f"{_tag(root)} has the elements {children}, not {expected}"]
+    return [] if shape is None else list(_differences(shape, root[0], operation.name))
+
+
+def _tag(element: ElementTree.Element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+def _differences(shape: Shape, element: ElementTree.Element, place: str) -> Iterator[str]:
+    if isinstance(shape, StructureShape):
+        members = {member.serialization.get("name", name): member for name, member in shape.members.items()}
+        tags = Counter(map(_tag, element))
+        required = {shape.members[name].serialization.get("name", name) for name in shape.required_members}
+        yield from (f"{place} has no {name}" for name in sorted(required - tags.keys()))
+        yield from (f"{place} has an unknown member {name}" for name in sorted(tags.keys() - members.keys()))
+        yield from (f"{place} has {count} members {name}" for name, count in tags.items() if count > 1)
+        for child in element:
+            if member := members.get(_tag(child)):
+                yield from _differences(member, child, f"{place}.{_tag(child)}")
+    elif isinstance(shape, ListShape):
+        for child in element:
+            if _tag(child) != shape.member.serialization.get("name", "member"):
+                yield f"{place} has an entry {_tag(child)}"
+            yield from _differences(shape.member, child, place)
+        yield from _out_of_range(shape, len(element), place)
+    else:
+        yield from _scalar_differences(shape, element, place)
+
+
+_READERS: Mapping[str, Callable[[str], object]] = {
+    "boolean": {"true": True, "false": False}.__getitem__,
+    "double": float,
+    "float": float,
+    "integer": int,
+    "long": int,
+    "string": str,
+    "timestamp": datetime.fromisoformat,
+}
+
+
+def _scalar_differences(shape: Shape, element: ElementTree.Element, place: str) -> Iterator[str]:
+    text = element.text or ""
+    try:
+        value = _READERS[shape.type_name](text)
+    except (KeyError, ValueError):
+        yield f"{place} is {text!r}, not a {shape.type_name}"
+        return
+    if len(element):
+        yield f"{place} has elements"
+    enum = shape.metadata.get("enum")
+    if enum and text not in enum:
+        yield f"{place} is {text!r}, not one of {enum}"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield from _out_of_range(shape, value, place)
+    elif shape.type_name == "string":
+        yield from _out_of_range(shape, len(text), place)
+        if not _fits(shape.metadata.get("pattern", ".*"), text):
+            yield f"{place} is {text!r}, which does not match {shape.metadata['pattern']}"
+
+
+def _out_of_range(shape: Shape, number: float, place: str) -> Iterator[str]:
+    low, high = shape.metadata.get("min"), shape.metadata.get("max")
+    if (low is not None and number < low) or (high is not None and number > high):
+        yield f"{place} is outside of {low} to {high}: {number}"

@@ -102,10 +102,14 @@ def without(template: Template, resources: set[str]) -> Template:
 class Rendered:
     """A template rendered with parameters. Only the resources whose conditions hold are in the rendered template, with
     every known reference replaced. A reference to a value that AWS generates becomes "<Logical>" or
-    "<Logical.Attribute>". With `open_ends`, the reference stays as it is, for tools that read templates."""
+    "<Logical.Attribute>". With `open_ends`, the reference stays as it is, for tools that read templates. `stack` is the
+    name of the stack."""
 
-    def __init__(self, template: Template, *, open_ends: bool | int | str = False, **parameters: Any) -> None:
+    def __init__(
+        self, template: Template, *, open_ends: bool | int | str = False, stack: str = "batchlab", **parameters: Any
+    ) -> None:
         self._template = template
+        self._pseudo = {**PSEUDO, "AWS::StackName": stack}
         self._open_ends = open_ends
         self._parameters = {
             name: str(parameters.pop(name, one.get("Default", ""))) for name, one in template["Parameters"].items()
@@ -176,7 +180,7 @@ class Rendered:
         if name == "AWS::NoValue":
             return _NOTHING
         if name not in self._parameters:
-            return PSEUDO.get(name) or ({"Ref": name} if self._open_ends else f"<{name}>")
+            return self._pseudo.get(name) or ({"Ref": name} if self._open_ends else f"<{name}>")
         value = self._parameters[name]
         return int(value) if self._template["Parameters"][name]["Type"] == "Number" else value
 
@@ -188,7 +192,7 @@ class Rendered:
 
     def _sub(self, value: Any) -> Any:
         text, own = value if isinstance(value, list) else (value, {})
-        known = self._parameters | PSEUDO | {k: self._value(v) for k, v in own.items()}
+        known = self._parameters | self._pseudo | {k: self._value(v) for k, v in own.items()}
 
         def put(found: re.Match[str]) -> str:
             unknown = found[0] if self._open_ends else f"<{found[1]}>"

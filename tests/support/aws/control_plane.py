@@ -100,7 +100,7 @@ class ControlPlane:
         parameters = {one["ParameterKey"]: one["ParameterValue"] for one in stack["Parameters"]}
         # botocore parses a JSON template itself.
         template = cfn.load(told) if isinstance(told, str) else told
-        rendered = cfn.Rendered(template, **parameters)
+        rendered = cfn.Rendered(template, stack=self.name, **parameters)
         groups = {str(one["AutoScalingGroupName"]): one for one in rendered.of_type(_GROUP).values()}
         slots = parameters.get("PoolSlots", "2")
         return groups, "".join(self._launch_template(name, slots) for name in groups)
@@ -182,14 +182,15 @@ def control_plane(folder: Path, image: str) -> Iterator[ControlPlane]:
                 }
                 env = laptop(folder, {**urls, "AWS_DEFAULT_REGION": REGION})
                 plane = ControlPlane(grid, folder, env, inside, url, image=image)
-                with _mirrored(plane):
+                with mirrored(plane):
                     yield plane
         finally:
             ministack.kill()
 
 
 @contextmanager
-def _mirrored(plane: ControlPlane) -> Iterator[None]:
+def mirrored(plane: ControlPlane) -> Iterator[None]:
+    """Mirror the groups of the stack while the context is active."""
     stop = threading.Event()
     mirroring = threading.Thread(target=plane.mirror, args=(stop,))
     mirroring.start()

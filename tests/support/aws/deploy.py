@@ -17,7 +17,9 @@ import pytest
 from batchlab.adapters.aws.endpoint import session
 from batchlab.deploy import template
 from batchlab.deploy.plan import Plan
+from batchlab.deploy.release import DATABASE_CA
 from batchlab.deploy.stack_records import Event
+from tests.support.certificates import Authority
 
 REGION = "us-east-1"
 SMALL = Path(__file__).with_name("deploy_stack.yaml")
@@ -50,18 +52,25 @@ def client(service: str) -> Any:
     return make(service)
 
 
-def release(folder: Path, text: str = "one") -> Path:
-    """Write a release archive with only the file that `deploy apply` reads."""
+def release(folder: Path, text: str = "one", database_ca: bytes = b"") -> Path:
+    """Write a release archive with only the files that `deploy apply` reads."""
+    files = {"version": f"VERSION={text}\nPYTHON=3.12\nARCHITECTURE=x86_64\n".encode(), DATABASE_CA: database_ca}
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        body = f"VERSION={text}\nPYTHON=3.12\nARCHITECTURE=x86_64\n".encode()
-        entry = tarfile.TarInfo("version")
-        entry.size = len(body)
-        archive.addfile(entry, io.BytesIO(body))
+        for name, body in files.items():
+            if body:
+                entry = tarfile.TarInfo(name)
+                entry.size = len(body)
+                archive.addfile(entry, io.BytesIO(body))
     whole = packed.getvalue()
     path = folder / f"{hashlib.sha256(whole).hexdigest()}.tar.gz"
     path.write_bytes(whole)
     return path
+
+
+def rds_bundle(folder: Path, region: str = REGION) -> Path:
+    """Write a bundle with a certificate that is named as RDS's certificates in the region."""
+    return Authority(folder, f"Amazon RDS {region} Root CA RSA2048 G1").bundle
 
 
 def stacks() -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from batchlab.adapters.local.processes import living
-from batchlab.worker.child_process import family
+from batchlab.core.operating_system.processes import family
 from tests.support.http_proxy import Answer, Request
 
 _NAMESPACE = 'xmlns="http://ec2.amazonaws.com/doc/2016-11-15/"'

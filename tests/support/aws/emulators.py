@@ -23,6 +23,7 @@ import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.local.ministack import Emulator, find, install
+from batchlab.core import installation
 
 EMULATORS = ("ministack", "localstack", "moto")
 """The names of the fixtures, which are also the names of the emulators."""
@@ -75,7 +76,7 @@ class Server:
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline_s:
                 self.kill()
-                pytest.fail(f"did not start: {self._log.read_text(errors='replace')[-2000:]}")
+                pytest.fail(f"did not start: {self.log()[-2000:]}")
             time.sleep(0.05)
 
     def _answers(self) -> bool:
@@ -89,8 +90,12 @@ class Server:
         except OSError:
             return False
 
+    def log(self) -> str:
+        """Return the output of the emulator."""
+        return self._log.read_text(errors="replace")
+
     def kill(self) -> None:
-        """Kill the emulator with SIGKILL. The emulator loses its state."""
+        """Kill the emulator with SIGKILL."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -120,12 +125,21 @@ def moto_server(folder: Path) -> Server:
     return Server(command, folder, port=port)
 
 
-def localstack_server(python: str, folder: Path) -> Server:
+def localstack_server(python: str, folder: Path, *, env: Mapping[str, str] = {}) -> Server:
     """Return a LocalStack server from the environment of that Python, without starting it."""
     port = free_port()
     address = f"127.0.0.1:{port}"
-    env = {**LOCALSTACK, "GATEWAY_LISTEN": address, "LOCALSTACK_HOST": address}
+    env = {**LOCALSTACK, "GATEWAY_LISTEN": address, "LOCALSTACK_HOST": address, **env}
     return Server([python, "-m", "localstack.runtime.main"], folder, port=port, env=env)
+
+
+def lasting_localstack(python: str, folder: Path) -> Server:
+    """Return a LocalStack server that stores its state in `folder` as the grid's own LocalStack does."""
+    scripts = folder / "root/etc/localstack/init/start.d"
+    scripts.mkdir(parents=True)
+    (scripts / "keep_state.py").symlink_to(installation.folder("compose") / "localstack" / "keep_state.py")
+    root = {"OVERRIDE_IN_DOCKER": "0", "FILESYSTEM_ROOT": str(folder / "root")}
+    return localstack_server(python, folder, env={**root, "BATCHLAB_LOCALSTACK_STATE": str(folder / "state")})
 
 
 def ministack_python() -> Path:
@@ -174,9 +188,9 @@ def ministack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
 
 @pytest.fixture(scope="session")
 def localstack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """Start LocalStack 4.14."""
+    """Start LocalStack 4.14 as the backend `localstack` does, with a stored state."""
     folder = tmp_path_factory.mktemp("localstack")
-    yield from _served(localstack_server(localstack_python(), folder))
+    yield from _served(lasting_localstack(localstack_python(), folder))
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,10 @@ from typing import Any, TypeVar, cast
 
 import pytest
 
+from batchlab.adapters.aws.network_wakeups import NetworkWakeups
 from batchlab.adapters.aws.sqs import SqsQueue
 from batchlab.adapters.clock import WallClock
-from batchlab.adapters.local.local_wakeup_queue import LocalWakeupQueue
+from batchlab.adapters.local.local_wakeup_queue import FifoWakeups, WakeupQueue, Wakeups
 from batchlab.adapters.local.sqlite_queue import SqliteQueue
 from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.port_retries import Patience, patiently
@@ -227,7 +228,7 @@ def _sqlite(seen: Seen, check: Check, tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def _rung(check: Check, tmp_path: Path) -> None:
+def _rung(wakeups: Callable[[Path], Wakeups], check: Check, tmp_path: Path) -> None:
     clock = SteppedClock()
 
     async def advance(seconds: float) -> None:
@@ -235,7 +236,7 @@ def _rung(check: Check, tmp_path: Path) -> None:
 
     async def run() -> None:
         inner = SqliteQueue(tmp_path / "queue.db", clock, max_in_flight=IN_FLIGHT)
-        queue = LocalWakeupQueue(inner, tmp_path / "bells")
+        queue = WakeupQueue(inner, wakeups(tmp_path / "bells"))
         try:
             await check(QueueWorld(queue, clock, advance, late_s=1.2))
         finally:
@@ -260,7 +261,8 @@ QUEUE_WORLDS: Mapping[str, Callable[[Check, Path], None]] = {
     "sim faulty": partial(_sim, _faulty),
     "sqlite": partial(_sqlite, _as_it_is),
     "sqlite faulty": partial(_sqlite, _faulty),
-    "rung": _rung,
+    "rung": partial(_rung, FifoWakeups),
+    "rung by network": partial(_rung, lambda _: NetworkWakeups("127.255.255.255")),
 }
 
 DIFFERENCES: Mapping[str, tuple[str, tuple[str, ...]]] = {

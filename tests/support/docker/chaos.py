@@ -203,11 +203,11 @@ class Containers:
         send_notice(there, instance, "interruption", notice_s)
 
 
-def docker(*arguments: str) -> str:
-    """Run a docker command, and return its output."""
+def docker(*arguments: str, stderr: bool = False) -> str:
+    """Run a docker command, and return its output, with `stderr` also its output on the standard error stream."""
     done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
     assert not done.returncode, (arguments, done.stderr)
-    return done.stdout
+    return done.stdout + done.stderr if stderr else done.stdout
 
 
 def write_job(folder: Path, teller: Teller, tasks: int, *, seconds: float) -> Path:

@@ -235,7 +235,7 @@ SELECT v('job') AS job, 'i-' || i AS instance, 'default' AS pool, 'c7g.large' AS
        CASE i % 4 WHEN 3 THEN 'spot' ELSE 'on-demand' END AS market,
        v('t0') + 0.5 AS launched_s, v('t0') + 2 + 0.1 * i AS in_service_s,
        ended_s + 10 AS ended_s, 1.5 + 0.1 * i AS boot_s, 'Terminated' AS state,
-       'terminated: there is no backlog' AS note, 2 AS slots
+       'terminated: an empty backlog' AS note, 2 AS slots
 FROM spans, range((v('w') + 1) // 2) t(i);
 
 CREATE VIEW made_scaling AS
@@ -246,7 +246,7 @@ SELECT v('job') AS job, 'default' AS pool, v('t0') + 0.4 AS at_s, 0 AS before,
        ' instances' AS reason
 UNION ALL
 SELECT v('job'), 'default', ended_s + 9, (v('w') + 1) // 2, 0, (v('w') + 1) // 2, 0, 0.0,
-       'there is no backlog' FROM spans;
+       'an empty backlog' FROM spans;
 
 CREATE TABLE ticks AS
 SELECT v('t0') + (ended_s + 10 - v('t0')) * i / 99 AS at_s, (ended_s + 10 - v('t0')) / 99 AS step_s

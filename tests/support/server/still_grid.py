@@ -113,19 +113,19 @@ class StillGrid:
             accounting=accounting_of(self.home, POOLS, RequestCounter()),
             schedules=True,
         )
-        app, served = create_app(
+        app, self.served = create_app(
             manager,
             token=TOKEN,
             backend_name="aws",
             capabilities=factory.load("aws").capabilities,
             on_shutdown=lambda: None,
         )
-        web.mount(app, served, prices=price_book.load(self.home.path))
+        web.mount(app, self.served, prices=price_book.load(self.home.path))
         assert manager.scheduler
         manager.scheduler._is_read.set()
         if not self.empty:
             await self._fill(ports)
-            served.history.moments.extend(moments())
+            self.served.history.moments.extend(moments())
         manager.is_leader.set()
         config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
         server = uvicorn.Server(config)

@@ -81,6 +81,7 @@ class Situation:
     forbidden: bool = False
     trouble: str = ""
     tick_trouble: str = ""
+    outage: tuple[float, str] | None = None
 
     def facts(self) -> Facts:
         job = JobDef(
@@ -111,6 +112,7 @@ class Situation:
             activities={"default": self.activities},
             stopped=self.stopped,
             trouble=self.tick_trouble,
+            outage=self.outage,
         )
 
 

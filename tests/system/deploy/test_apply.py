@@ -149,6 +149,86 @@ def test_other_release_is_an_update_that_replaces_instances(deploy: Run, tmp_pat
     assert json.loads(out)["release"] == second.name.removesuffix(".tar.gz")
 
 
+@pytest.fixture
+def refreshes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Record the group and the treatment of busy workers of each started instance refresh."""
+    found: list[tuple[str, str]] = []
+    real = Account.client
+
+    def started(params: dict[str, Any], **_: object) -> None:
+        found.append((params["AutoScalingGroupName"], params["Preferences"]["ScaleInProtectedInstances"]))
+
+    def watched(self: Account, service: str) -> Any:
+        made = real(self, service)
+        event = "provide-client-params.auto-scaling.StartInstanceRefresh"
+        made.meta.events.register(event, started, unique_id="refreshes")
+        return made
+
+    monkeypatch.setattr(Account, "client", watched)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "treatment", "says"),
+    [
+        ((), "Wait", "gives up after one hour (BusyWorkers wait)"),
+        (("--set", "BusyWorkers=keep"), "Ignore", "AWS replaces only idle workers (BusyWorkers keep)"),
+        (("--set", "BusyWorkers=interrupt"), "Refresh", "AWS interrupts busy workers (BusyWorkers interrupt)"),
+    ],
+)
+def test_treatment_of_busy_workers_in_an_upgrade_is_a_setting(
+    deploy: Run, tmp_path: Path, refreshes: list[tuple[str, str]], arguments: tuple[str, ...], treatment: str, says: str
+) -> None:
+    _, out, _ = deploy("apply", "--yes", "--release", release(tmp_path, "one"), *arguments)
+    assert "BusyWorkers" not in out, "no instance of the new stack is replaced"
+    client("autoscaling").set_desired_capacity(AutoScalingGroupName="batchlab-manager", DesiredCapacity=1)
+    code, out, err = deploy("apply", "--yes", "--release", release(tmp_path, "two"))
+    assert code == 0, err
+    assert says in out
+    assert refreshes == [("batchlab-manager", treatment)]
+
+
+def test_apply_repeats_a_failed_replacement(
+    deploy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refreshes: list[tuple[str, str]]
+) -> None:
+    """An instance of the pool has an older launch template, because AWS waited for its tasks for an hour in vain."""
+    archive = release(tmp_path)
+    deploy("apply", "--yes", "--release", archive)
+    for group_name in ("batchlab-manager", "batchlab-pool-default"):
+        client("autoscaling").set_desired_capacity(AutoScalingGroupName=group_name, DesiredCapacity=1)
+    real = Account.groups
+    versions = {"batchlab-manager": "2", "batchlab-pool-default": "1"}
+
+    def groups(self: Account, names: list[str]) -> list[Any]:
+        found = real(self, names)
+        for one in found:
+            name = one["AutoScalingGroupName"]
+            template = {"LaunchTemplateName": name, "Version": "2"}
+            specification = {"LaunchTemplate": {"LaunchTemplateSpecification": template}}
+            one |= (
+                {"LaunchTemplate": template} if name == "batchlab-manager" else {"MixedInstancesPolicy": specification}
+            )
+            for instance in one["Instances"]:
+                instance["LaunchTemplate"] = {**template, "Version": versions[name]}
+        return found
+
+    monkeypatch.setattr(Account, "groups", groups)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda: "n")
+    code, _, err = deploy("apply", "--release", archive)
+    assert code == 0, err
+    assert "Instances of batchlab-pool-default have an older launch template. AWS replaces a busy worker when" in err
+    assert refreshes == []
+    code, out, err = deploy("apply", "--yes", "--release", archive)
+    assert code == 0, err
+    assert "No changes" in out
+    assert refreshes == [("batchlab-pool-default", "Wait")]
+    versions["batchlab-pool-default"] = "2"
+    code, _, err = deploy("apply", "--yes", "--release", archive)
+    assert code == 0, err
+    assert len(refreshes) == 1
+
+
 def test_running_replacement_is_not_a_failure(
     deploy: Run, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,5 @@
-"""Features that MiniStack does not have, tested on moto: scale-in protection, and more protected instances than one
-call accepts."""
+"""Features that MiniStack does not have, tested on moto: scale-in protection, more protected instances than one call
+accepts, and the addresses of subnets."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.core.errors import UsageError
+from batchlab.deploy import template
 from batchlab.deploy.account import Account
 from batchlab.deploy.destroy import MAX_PROTECTION_CALL, Destroy
+from batchlab.deploy.plan import create_plan
+from batchlab.deploy.settings import PoolSettings, Settings
 from batchlab.deploy.stack import Stack
-from tests.support.aws.deploy import Front, client, use
+from tests.support.aws import cfn
+from tests.support.aws.deploy import Front, client, stacks, use
 
 TEMPLATE = """
 Resources:
@@ -96,3 +101,29 @@ def test_protection_is_removed_and_the_manager_ends_first(calls: list[tuple[str,
     of_pool = [one for one in freed if one["AutoScalingGroupName"] == "grid-pool-default"]
     assert sorted(len(one["InstanceIds"]) for one in of_pool) == [10, 50]
     assert "60 instances are terminating." in front.said
+
+
+def test_fleet_larger_than_the_subnets_is_refused_before_anything_is_created(
+    moto: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert moto.url is not None
+    use(monkeypatch, moto.url)
+    ec2 = client("ec2")
+    vpc = ec2.create_vpc(CidrBlock="10.7.0.0/24")["Vpc"]["VpcId"]
+    subnets = [ec2.create_subnet(VpcId=vpc, CidrBlock=f"10.7.0.{begin}/28")["Subnet"]["SubnetId"] for begin in (0, 16)]
+    source = template.load(cfn.stack_file())
+
+    def plan(most: int, subnets: str) -> None:
+        wanted = Settings("tight", pools=(PoolSettings("default", max_size=most),))
+        wanted = wanted.with_parameters({"VpcId": vpc, "SubnetIds": subnets})
+        with Account.open() as account, create_plan(Stack(account, "tight"), wanted, source, None):
+            raise AssertionError("a plan was made")
+
+    with pytest.raises(UsageError, match="may have 21 workers, but the stack's subnets have addresses for 20 workers"):
+        plan(21, ",".join(subnets))
+    with pytest.raises(UsageError, match=r"subnet-0123456789abcdef0.*does not exist"):
+        plan(1, "subnet-0123456789abcdef0")
+    assert "tight" not in stacks()
+    for subnet in subnets:
+        ec2.delete_subnet(SubnetId=subnet)
+    ec2.delete_vpc(VpcId=vpc)

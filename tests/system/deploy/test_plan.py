@@ -12,7 +12,7 @@ import yaml
 from batchlab.deploy import settings
 from batchlab.deploy.settings import PoolSettings
 from batchlab.runtime.home import Home
-from tests.support.aws.deploy import REGION, client, stacks
+from tests.support.aws.deploy import REGION, client, rds_bundle, release, stacks
 from tests.support.cli import Run
 
 
@@ -61,6 +61,28 @@ def test_stored_settings_apply(deploy: Run, home: Home, tmp_path: Path) -> None:
     plan = json.loads(out)
     assert (plan["stack"], plan["parameters"]["PoolOnlyName"]) == ("other", "only")
     assert "PoolName" not in plan["parameters"]
+
+
+def test_simpledb_is_not_recommended(deploy: Run) -> None:
+    code, out, _ = deploy("plan", "--ledger", "simpledb")
+    assert code == 0
+    assert "Note: AWS is reported to have closed SimpleDB to new accounts. Use RDS (--ledger postgres)" in out
+
+
+def test_database_needs_its_certificates_before_anything_is_created(deploy: Run, home: Home, tmp_path: Path) -> None:
+    for command in (("plan",), ("apply", "--yes"), ("apply", "--yes", "--release", release(tmp_path))):
+        code, out, err = deploy(*command, "--ledger", "postgres")
+        assert (code, out) == (2, "")
+        assert "certificates of RDS" in err
+        assert "--database-ca" in err
+    assert stacks() == {}
+    assert not settings.path_in(home).exists()
+    bundle = rds_bundle(tmp_path)
+    code, _, err = deploy("plan", "--ledger", "postgres", "--database-ca", bundle)
+    assert (code, err) == (0, "")
+    kept = settings.read(home)
+    assert kept is not None
+    assert kept.database_ca == str(bundle)
 
 
 @pytest.mark.parametrize(

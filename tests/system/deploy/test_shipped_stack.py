@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from batchlab.deploy import template
+from batchlab.deploy.account import Account
+from batchlab.deploy.checks import check_account
+from batchlab.deploy.settings import Settings
 from batchlab.runtime import aws_deployment
 from batchlab.runtime.home import Home
 from tests.support import ROOT
@@ -165,6 +168,34 @@ def test_the_documented_policy_is_enough_for_all_commands(
         code, _, err = deploy(*arguments)
         assert code == 0, (arguments, err)
         assert "may not do" not in err
+
+
+def test_missing_permissions_are_noted_before_anything_is_created(
+    strict: Plane, deploy: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MiniStack's policy simulator judges the documented policy, and the policy of earlier releases."""
+    account = use(monkeypatch, strict.url, SMALL)
+    root, policy = client("iam"), documented_policy(account)
+    deployer(monkeypatch, policy)
+    whole = {"VpcId": "", "Egress": "endpoints", "Ledger": "postgres", "BudgetUsd": "50"}
+
+    def notes(parameters: dict[str, str]) -> list[str]:
+        with Account.open() as opened:
+            return list(check_account(opened, Settings(), parameters, None))
+
+    assert notes(whole) == []
+    assert notes({**whole, "Egress": "nat", "Ledger": "sqlite"}) == []
+    earlier = json.dumps(policy).replace('"route53:AssociateVPCWithHostedZone"', '"ec2:RunInstances"')
+    earlier = earlier.replace(":og:default:postgres-*", ":og:batchlab-*")
+    root.put_user_policy(UserName="eve", PolicyName="p", PolicyDocument=earlier)
+    (note,) = notes(whole)
+    assert (
+        f"{account}:user/eve may not do route53:AssociateVPCWithHostedZone on arn:aws:route53:::hostedzone/*, " in note
+    )
+    assert f"rds:CreateDBInstance on arn:aws:rds:us-east-1:{account}:og:default:postgres-17. Allow these" in note
+    code, out, err = deploy("plan", "--ledger", "sqlite")
+    assert code == 0, err
+    assert "may not do" not in out
 
 
 def test_the_documented_policy_reaches_no_other_stack(

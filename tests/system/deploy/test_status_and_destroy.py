@@ -11,7 +11,7 @@ import pytest
 from batchlab.deploy import settings, template
 from batchlab.runtime import aws_deployment
 from batchlab.runtime.home import Home
-from tests.support.aws.deploy import SMALL, client, group, queues, release, stacks
+from tests.support.aws.deploy import SMALL, client, group, queues, rds_bundle, release, stacks
 from tests.support.cli import Run, runner
 from tests.support.simpledb.fixtures import Sdb
 
@@ -170,7 +170,8 @@ def test_a_database_that_leaves_no_snapshot_is_data(
     file = tmp_path / "stack.json"
     file.write_text(json.dumps(source))
     monkeypatch.setattr(template, "shipped_template", lambda: file)
-    code, _, err = deploy("apply", "--yes", "--release", release(tmp_path), "--ledger", "postgres")
+    archive = release(tmp_path, database_ca=rds_bundle(tmp_path).read_bytes())
+    code, _, err = deploy("apply", "--yes", "--release", archive, "--ledger", "postgres")
     assert code == 0, err
     (database,) = client("rds").describe_db_instances()["DBInstances"]
     assert database["DeletionProtection"]

@@ -1,4 +1,4 @@
-"""Wait times and run times of tasks by stage: percentiles and histograms.
+"""Wait times, run times, CPU times, and peak memory of tasks by stage: percentiles and histograms.
 
 Invariant: a histogram contains every task that the table counts for its stage. Percentiles are exact, with linear
 interpolation between neighboring values.
@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from batchlab.core.job_definition import task_name
-from batchlab.core.text import count, size, span
+from batchlab.core.text import capital, count, size, span
 from batchlab.reports.html import charts
-from batchlab.reports.html.charts import Chart, Data, Key, LogAxis, Shape, count_ticks
+from batchlab.reports.html.charts import Chart, Data, Key, LogAxis, Scale, Shape, count_ticks
 from batchlab.reports.html.source import ReportRun, Row, share, visible
 
 MAX_HISTOGRAMS = 8
@@ -30,38 +30,57 @@ SORT_COLUMNS = {
 }
 """Columns by which the table of tasks can be sorted, with their names on the page."""
 HEIGHT = 110.0
-MIN_TIMES_S = {"run_s": 0.0001, "wait_s": 0.001}
-"""Minimum time in seconds in a histogram, by column. The histogram counts shorter times as the minimum time."""
 MIN_TASKS = 5
 """Minimum number of tasks in a stage that gets a histogram."""
 PERCENTILES = (50, 90, 95, 99)
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """Column of the table of tasks whose distribution the page shows.
+
+    A histogram counts values below `least` as `least`. `shown` returns a value as text.
+    """
+
+    column: str
+    name: str
+    least: float
+    scale: Scale
+    shown: Callable[[float], str]
+
+
+RUN = Measure("run_s", "run time", 0.0001, charts.TIMES, span)
+WAIT = Measure("wait_s", "waiting time", 0.001, charts.TIMES, span)
+CPU = Measure("cpu_s", "CPU time", 0.0001, charts.TIMES, span)
+MEMORY = Measure("memory_bytes", "peak memory", 1024.0, charts.SIZES, size)
+
+
+@dataclass(frozen=True, slots=True)
 class Spread:
-    """Run times or wait times of one stage, in seconds. `bins` maps a bin of a LogAxis to its tasks."""
+    """Distribution of a measure in one stage. `bins` maps a bin of a LogAxis to its tasks."""
 
     stage: str
     tasks: int
-    mean_s: float
-    most_s: float
-    percentiles_s: Mapping[int, float]
+    mean: float
+    most: float
+    percentiles: Mapping[int, float]
     bins: Mapping[int, int]
 
     @property
-    def sum_s(self) -> float:
-        return self.mean_s * self.tasks
+    def total(self) -> float:
+        return self.mean * self.tasks
 
 
-def spreads(run: ReportRun, column: str) -> list[Spread]:
-    """Return the spread of the column `run_s` or `wait_s` for each stage, in the order of the job's stages.
+def spreads(run: ReportRun, measure: Measure) -> list[Spread]:
+    """Return the spread of a measure for each stage, in the order of the job's stages.
 
-    Stages without values in the column are skipped.
+    Stages without values are skipped.
     """
+    column = measure.column
     points = ", ".join(f"{p / 100}" for p in PERCENTILES)
     rows = run.rows(
-        f"""SELECT stage, count(*) AS tasks, avg({column}) AS mean_s,
-                   max({column}) AS most_s, quantile_cont({column}, [{points}]) AS points
+        f"""SELECT stage, count(*) AS tasks, avg({column}) AS mean,
+                   max({column}) AS most, quantile_cont({column}, [{points}]) AS points
             FROM tasks WHERE job = $job AND {column} IS NOT NULL GROUP BY stage"""
     )
     bins: dict[str, dict[int, int]] = {}
@@ -69,8 +88,8 @@ def spreads(run: ReportRun, column: str) -> list[Spread]:
         f"""SELECT stage, floor(log10(greatest({column}, $least)) * $per)::INTEGER AS bin,
                    count(*) AS tasks
             FROM tasks WHERE job = $job AND {column} IS NOT NULL GROUP BY ALL""",
-        least=MIN_TIMES_S[column],
-        per=LogAxis.PER_DECADE,
+        least=measure.least,
+        per=measure.scale.per_decade,
     ):
         bins.setdefault(row["stage"], {})[row["bin"]] = row["tasks"]
     spread_rows = {row["stage"]: row for row in rows}
@@ -83,23 +102,37 @@ def spreads(run: ReportRun, column: str) -> list[Spread]:
 
 def _spread(row: Row, bins: Mapping[int, int]) -> Spread:
     points = dict(zip(PERCENTILES, row["points"], strict=True))
-    return Spread(row["stage"], row["tasks"], row["mean_s"], row["most_s"], points, bins)
+    return Spread(row["stage"], row["tasks"], row["mean"], row["most"], points, bins)
 
 
-def table(spreads: Sequence[Spread]) -> Data:
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Distribution of a measure: the table of all stages, and the histograms of the largest stages."""
+
+    title: str
+    table: Data
+    charts: Sequence[Chart]
+
+
+def distribution(run: ReportRun, measure: Measure, spreads: Sequence[Spread]) -> Distribution:
+    title = f"{capital(measure.name)} of tasks"
+    return Distribution(title, _table(measure, spreads), draw_histograms(run, measure, spreads))
+
+
+def _table(measure: Measure, spreads: Sequence[Spread]) -> Data:
     """Return the table of all stages with their percentiles."""
     rows = tuple(
         (
             visible(spread.stage, 60),
             f"{spread.tasks:,}",
-            span(spread.mean_s),
-            *(span(spread.percentiles_s[p]) for p in PERCENTILES),
-            span(spread.most_s),
+            measure.shown(spread.mean),
+            *(measure.shown(spread.percentiles[p]) for p in PERCENTILES),
+            measure.shown(spread.most),
         )
         for spread in spreads
     )
     names = ("# median", *(f"# {p}%" for p in PERCENTILES[1:]))
-    return Data(("stage", "# tasks", "# mean", *names, "# longest"), rows)
+    return Data(("stage", "# tasks", "# mean", *names, "# maximum"), rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,33 +204,32 @@ def _task_row(row: Row) -> tuple[str, ...]:
     )
 
 
-def draw_histograms(run: ReportRun, candidates: Sequence[Spread], column: str) -> list[Chart]:
-    """Return a histogram for each of the stages with the most time. All histograms have the same axis."""
+def draw_histograms(run: ReportRun, measure: Measure, candidates: Sequence[Spread]) -> list[Chart]:
+    """Return a histogram for each of the stages with the largest totals. All histograms have the same axis."""
     spreads = [spread for spread in candidates if spread.tasks >= MIN_TASKS]
     if not spreads:
         return []
     keys = [k for spread in spreads for k in spread.bins]
     first, last = min(keys), max(keys)
-    axis = LogAxis(first - 1, max(last + 1, first + LogAxis.PER_DECADE))
-    most = sorted(spreads, key=lambda spread: -spread.sum_s)[:MAX_HISTOGRAMS]
-    return [_histogram(run, spread, axis, column) for spread in spreads if spread in most]
+    axis = LogAxis(first - 1, max(last + 1, first + measure.scale.per_decade), measure.scale)
+    most = sorted(spreads, key=lambda spread: -spread.total)[:MAX_HISTOGRAMS]
+    return [_histogram(run, measure, spread, axis) for spread in spreads if spread in most]
 
 
-def _histogram(run: ReportRun, spread: Spread, axis: LogAxis, column: str) -> Chart:
+def _histogram(run: ReportRun, measure: Measure, spread: Spread, axis: LogAxis) -> Chart:
     heights = [float(spread.bins.get(axis.first + k, 0)) for k in range(axis.bins)]
     top, y = count_ticks(max(heights), 3)
-    name, verb = visible(spread.stage, 60), "ran" if column == "run_s" else "waited"
-    p = spread.percentiles_s
+    name, shown = visible(spread.stage, 60), measure.shown
+    median, most = shown(spread.percentiles[50]), shown(spread.percentiles[95])
     shapes = [Shape(charts.columns(heights, top, HEIGHT), f"fill {run.looks[spread.stage]}")]
     for percentile, look in ((50, "line strong"), (95, "line dashed")):
-        x = charts.number(axis.at(p[percentile]) * charts.WIDTH)
+        x = charts.number(axis.at(spread.percentiles[percentile]) * charts.WIDTH)
         shapes.append(Shape(f"M{x} 0V{charts.number(HEIGHT)}", look))
     rows = []
     for k, tasks in enumerate(heights):
-        low, high = axis.edge_s(axis.first + k), axis.edge_s(axis.first + k + 1)
         if not tasks:
             continue
-        interval = f"{span(low)} to {span(high)}"
+        interval = f"{shown(axis.edge(axis.first + k))} to {shown(axis.edge(axis.first + k + 1))}"
         shapes.append(
             Shape(
                 charts.box(k / axis.bins, (k + 1) / axis.bins, 0, HEIGHT),
@@ -207,15 +239,15 @@ def _histogram(run: ReportRun, spread: Spread, axis: LogAxis, column: str) -> Ch
         )
         rows.append((interval, f"{int(tasks):,}", share(tasks, spread.tasks)))
     return Chart(
-        f"{column}-{[row['stage'] for row in run.stages].index(spread.stage)}",
+        f"{measure.column}-{[row['stage'] for row in run.stages].index(spread.stage)}",
         name,
-        f"How long {count(spread.tasks, 'task')} of {name} {verb}, on a logarithmic axis: half of "
-        f"them at most {span(p[50])}, 95% at most {span(p[95])}, the longest {span(spread.most_s)}.",
+        f"{capital(measure.name)} of {count(spread.tasks, 'task')} of {name}, on a logarithmic axis: half of them at "
+        f"most {median}, 95% at most {most}, the maximum {shown(spread.most)}.",
         HEIGHT,
         axis.ticks(),
         y,
         tuple(shapes),
-        keys=(Key("stroke strong", f"median {span(p[50])}"), Key("stroke dashed", f"95% {span(p[95])}")),
+        keys=(Key("stroke strong", f"median {median}"), Key("stroke dashed", f"95% {most}")),
         data=Data(("from – to", "# tasks", "# share"), tuple(rows)),
         quiet=True,
     )

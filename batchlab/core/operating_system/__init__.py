@@ -1,0 +1,54 @@
+"""The operating system: this process, and in the module `processes` other processes.
+
+Invariant: only this package names what one operating system has and another lacks. Each function has a portable
+implementation. Linux has faster calls for the same functions. The variable BATCHLAB_PORTABLE selects the portable
+implementation on Linux, so that Linux can test the behavior of other systems.
+
+A task's child process imports this module, but not `processes`. Its import needs only the standard library.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+PORTABLE_VARIABLE = "BATCHLAB_PORTABLE"
+"""Environment variable that selects the portable implementation on Linux, unless the variable is empty."""
+
+if sys.platform == "linux" and not os.environ.get(PORTABLE_VARIABLE):
+    from batchlab.core.operating_system.linux import (
+        CAN_FORK,
+        cpu_count,
+        end_with_parent,
+        end_with_pipe,
+        flush_data,
+        peak_bytes,
+        resident_bytes,
+        set_process_name,
+        since_boot_s,
+    )
+else:
+    from batchlab.core.operating_system.portable import (
+        CAN_FORK,
+        cpu_count,
+        end_with_parent,
+        end_with_pipe,
+        flush_data,
+        peak_bytes,
+        resident_bytes,
+        set_process_name,
+        since_boot_s,
+    )
+
+__all__ = [
+    "CAN_FORK",
+    "PORTABLE_VARIABLE",
+    "cpu_count",
+    "end_with_parent",
+    "end_with_pipe",
+    "flush_data",
+    "peak_bytes",
+    "resident_bytes",
+    "set_process_name",
+    "since_boot_s",
+]

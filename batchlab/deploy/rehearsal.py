@@ -1,0 +1,205 @@
+"""Steps of the acceptance run `batchlab deploy rehearse`, and the limits on their time and cost.
+
+Invariants: the steps that remove resources always run, also after a failed step, an interruption, or a reached budget.
+A step that did not run is recorded as not tried, with the reason, and never as passed. A failed step does not prevent
+the steps that do not need its result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from batchlab.core.errors import BatchlabError
+from batchlab.core.pricing.price_book import shown
+from batchlab.core.text import span
+
+
+class Outcome(StrEnum):
+    PASSED = "passed"
+    FAILED = "failed"
+    NOT_TRIED = "not tried"
+
+
+class NotTried(Exception):
+    """Error of a step that cannot run in this account. The text of the exception is a sentence with the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Observation of a step next to the expected value, which is the value on the emulators or the estimate."""
+
+    subject: str
+    expected: str
+    observed: str
+
+
+@dataclass(slots=True)
+class StepNotes:
+    """Notes of a step for the report: sentences about its work, comparisons, and measured figures by name."""
+
+    done: list[str] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def compare(self, subject: str, expected: object, observed: object) -> None:
+        self.comparisons.append(Comparison(subject, str(expected), str(observed)))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Step of a rehearsal, which `run` executes within `limit_s` seconds.
+
+    `needs` contains the names of the steps that must pass first. If `removes` is true, the step removes resources, so
+    the step always runs, and an interruption repeats the step once.
+    """
+
+    name: str
+    what: str
+    run: Callable[[StepNotes], None]
+    limit_s: float
+    needs: tuple[str, ...] = ()
+    removes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Result of a step. `reason` explains why the step failed or was not tried."""
+
+    name: str
+    what: str
+    outcome: Outcome
+    reason: str
+    seconds: float
+    notes: StepNotes
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "outcome": self.outcome.value, "seconds": round(self.seconds, 1)}
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Maximum cost of a rehearsal.
+
+    The running cost is an upper bound, because AWS reports costs only a day later. `usd_per_h` is the highest cost per
+    hour of the stack with all its workers on demand. `fixed_usd` is the highest cost that does not depend on time.
+    `reserve_s` is the time in seconds that remains for the removal of the stack.
+    """
+
+    usd: float
+    usd_per_h: float
+    fixed_usd: float
+    reserve_s: float
+
+    def spent_usd(self, elapsed_s: float) -> float:
+        """Return the highest possible cost after `elapsed_s` seconds."""
+        return self.fixed_usd + self.usd_per_h * elapsed_s / 3600
+
+    def left_s(self, elapsed_s: float) -> float:
+        """Return the seconds after which the removal must begin, so that the cost stays within the budget."""
+        return (self.usd - self.fixed_usd) / self.usd_per_h * 3600 - self.reserve_s - elapsed_s
+
+
+@dataclass(slots=True)
+class Rehearsal:
+    """One run of the steps.
+
+    `limited` returns a context manager that raises SystemExit in its block after a number of seconds, or after a signal
+    of the user. `on_begin` receives each step and its limit in seconds, and `on_end` receives each result. An error of
+    `on_end` is reported, and does not stop the rehearsal.
+    """
+
+    steps: Sequence[Step]
+    budget: Budget
+    limited: Callable[[float], AbstractContextManager[None]]
+    on_begin: Callable[[Step, float], None] = lambda _step, _limit_s: None
+    on_end: Callable[[StepResult], None] = lambda _result: None
+    say: Callable[[str], None] = lambda _text: None
+    clock: Callable[[], float] = time.monotonic
+    results: list[StepResult] = field(default_factory=list, init=False)
+    is_interrupted: bool = field(default=False, init=False)
+    is_over_budget: bool = field(default=False, init=False)
+    begun_s: float = field(default=0.0, init=False)
+
+    @property
+    def elapsed_s(self) -> float:
+        return self.clock() - self.begun_s
+
+    @property
+    def has_succeeded(self) -> bool:
+        """Whether no step failed, and the rehearsal was not stopped."""
+        failed = any(result.outcome is Outcome.FAILED for result in self.results)
+        return not (failed or self.is_interrupted or self.is_over_budget)
+
+    def run(self) -> list[StepResult]:
+        """Run all steps in order, and return their results."""
+        self.begun_s = self.clock()
+        for step in self.steps:
+            result = self._result_of(step)
+            self.results.append(result)
+            try:
+                self.on_end(result)
+            except Exception as error:  # noqa: BLE001 - an error of the report must not prevent the removal
+                self.say(f"The report is incomplete: {type(error).__name__}: {error}")
+        return self.results
+
+    def _result_of(self, step: Step) -> StepResult:
+        notes, begun_s = StepNotes(), self.clock()
+        limit_s = step.limit_s if step.removes else min(step.limit_s, self.budget.left_s(self.elapsed_s))
+        if obstacle := self._obstacle(step, limit_s):
+            return StepResult(step.name, step.what, Outcome.NOT_TRIED, obstacle, 0.0, notes)
+        self.on_begin(step, limit_s)
+        outcome, reason = self._run(step, notes, limit_s)
+        return StepResult(step.name, step.what, outcome, reason, self.clock() - begun_s, notes)
+
+    def _obstacle(self, step: Step, limit_s: float) -> str:
+        """Return the reason why the step cannot begin, or ""."""
+        if step.removes:
+            return ""
+        if self.is_interrupted:
+            return "The rehearsal was interrupted."
+        if limit_s <= 0:
+            self.is_over_budget = True
+            return f"The cost may have reached the budget of {shown(self.budget.usd)}."
+        passed = {result.name for result in self.results if result.outcome is Outcome.PASSED}
+        missing = [name for name in step.needs if name not in passed]
+        return f"The step {missing[0]!r} did not pass." if missing else ""
+
+    def _run(self, step: Step, notes: StepNotes, limit_s: float) -> tuple[Outcome, str]:
+        begun_s = self.clock()
+        try:
+            with self.limited(limit_s):
+                step.run(notes)
+        except NotTried as reason:
+            return Outcome.NOT_TRIED, str(reason)
+        except BatchlabError as error:
+            return Outcome.FAILED, str(error)
+        except (SystemExit, KeyboardInterrupt):
+            if self.clock() - begun_s >= limit_s:
+                return Outcome.FAILED, self._timeout(step, limit_s)
+            is_first, self.is_interrupted = not self.is_interrupted, True
+            if step.removes and is_first:
+                self.say("Interrupted. The removal continues. Another interruption stops the removal.")
+                return self._run(step, notes, limit_s)
+            return Outcome.FAILED, "The step was interrupted."
+        except Exception as error:  # noqa: BLE001 - the report contains the error, and the removal must still run
+            return Outcome.FAILED, f"An unexpected error occurred: {type(error).__name__}: {error}"
+        return Outcome.PASSED, ""
+
+    def _timeout(self, step: Step, limit_s: float) -> str:
+        if limit_s < step.limit_s:
+            self.is_over_budget = True
+            return f"The step was stopped, because the cost may reach the budget of {shown(self.budget.usd)}."
+        return f"The step did not end within {span(limit_s)}."
+
+
+def count_outcomes(results: Iterable[StepResult]) -> str:
+    """Return the numbers of results by outcome as a sentence."""
+    outcomes = [result.outcome for result in results]
+    failed, skipped = outcomes.count(Outcome.FAILED), outcomes.count(Outcome.NOT_TRIED)
+    passed = f"{outcomes.count(Outcome.PASSED)} of {len(outcomes)} steps passed"
+    return f"{passed}, {failed} failed, and {skipped} {'was' if skipped == 1 else 'were'} not tried."

@@ -1,0 +1,231 @@
+"""LocalStack with the init script of the backend `localstack`, killed and started again. Nothing may be lost."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from botocore.exceptions import BotoCoreError, ClientError
+
+from batchlab.adapters.aws.endpoint import client, code_of
+from tests.support.aws.emulators import Server, lasting_localstack, localstack_python
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_sqs import SQSClient
+
+pytestmark = pytest.mark.slow
+
+BUCKET = "kept"
+LARGE = bytes(range(256)) * 4 * 8192
+"""8 MiB, which LocalStack itself would store in a temporary file and not in its memory."""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = lasting_localstack(localstack_python(), tmp_path)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def s3(server: Server) -> Iterator[S3Client]:
+    with closing(client(server.endpoint, "s3", connections=8)) as s3:
+        s3.create_bucket(Bucket=BUCKET)
+        yield s3
+
+
+@pytest.fixture
+def sqs(server: Server) -> Iterator[SQSClient]:
+    with closing(client(server.endpoint, "sqs", connections=8)) as sqs:
+        yield sqs
+
+
+def restart(server: Server) -> None:
+    server.kill()
+    server.start()
+
+
+def seen(s3: S3Client) -> dict[str, Any]:
+    """Return everything that a client can see of the objects."""
+    found: dict[str, Any] = {}
+    for listed in s3.list_objects_v2(Bucket=BUCKET).get("Contents", []):
+        got = s3.get_object(Bucket=BUCKET, Key=listed["Key"], ChecksumMode="ENABLED")
+        facts: dict[str, Any] = {name: value for name, value in got.items() if name != "ResponseMetadata"}
+        found[listed["Key"]] = listed, {**facts, "Body": got["Body"].read()}
+    return found
+
+
+def test_objects_survive_a_kill(server: Server, s3: S3Client, tmp_path: Path) -> None:
+    upload: Any = {"Bucket": BUCKET, "Key": "large/ä b"}
+    number = s3.create_multipart_upload(**upload, Metadata={"who": "me"})["UploadId"]
+    parts: list[Any] = []
+    for part in (1, 2):
+        etag = s3.upload_part(**upload, UploadId=number, PartNumber=part, Body=LARGE)["ETag"]
+        parts.append({"PartNumber": part, "ETag": etag})
+    s3.complete_multipart_upload(**upload, UploadId=number, MultipartUpload={"Parts": parts})
+    s3.put_object(Bucket=BUCKET, Key="small", Body=b"old")
+    s3.put_object(Bucket=BUCKET, Key="small", Body=b"new", ContentType="text/plain", Metadata={"a": "b"})
+    s3.put_object(Bucket=BUCKET, Key="empty")
+    s3.copy_object(Bucket=BUCKET, Key="copy", CopySource=f"{BUCKET}/small")
+    for key in ("gone", "also gone"):
+        s3.put_object(Bucket=BUCKET, Key=key, Body=b"x")
+    s3.delete_object(Bucket=BUCKET, Key="gone")
+    s3.delete_objects(Bucket=BUCKET, Delete={"Objects": [{"Key": "also gone"}]})
+    unfinished = s3.create_multipart_upload(Bucket=BUCKET, Key="unfinished")["UploadId"]
+    s3.upload_part(Bucket=BUCKET, Key="unfinished", UploadId=unfinished, PartNumber=1, Body=LARGE)
+    rules = [{"ID": "r", "Status": "Enabled", "Filter": {"Prefix": "logs/"}, "Expiration": {"Days": 3}}]
+    s3.put_bucket_lifecycle_configuration(Bucket=BUCKET, LifecycleConfiguration={"Rules": rules})  # type: ignore[typeddict-item]
+    s3.create_bucket(Bucket="passing")
+    s3.delete_bucket(Bucket="passing")
+    before = seen(s3)
+    assert [*before] == ["copy", "empty", "large/ä b", "small"]
+
+    for _ in range(2):
+        restart(server)
+        assert seen(s3) == before
+    assert [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]] == [BUCKET]
+    kept = s3.get_bucket_lifecycle_configuration(Bucket=BUCKET)["Rules"]
+    assert [(rule["ID"], rule["Expiration"]) for rule in kept] == [("r", {"Days": 3})]
+    # Conditional writes depend on the stored objects.
+    with pytest.raises(ClientError) as refused:
+        s3.put_object(Bucket=BUCKET, Key="small", Body=b"x", IfNoneMatch="*")
+    assert code_of(refused.value) == "PreconditionFailed"
+    s3.put_object(Bucket=BUCKET, Key="small", Body=b"x", IfMatch=before["small"][0]["ETag"])
+    # Each object has one file, and neither the old contents nor the unfinished upload has left one.
+    contents = [path for path in (tmp_path / "state/s3/content").rglob("*") if path.is_file()]
+    assert len(contents) == len(before)
+    assert server.log().count("restored 1 buckets, 4 objects") == 2
+
+
+def test_queues_and_messages_survive_a_kill(server: Server, sqs: SQSClient, tmp_path: Path) -> None:
+    attributes: dict[Any, str] = {"VisibilityTimeout": "45", "MessageRetentionPeriod": "600"}
+    url = sqs.create_queue(QueueName="tasks", Attributes=attributes, tags={"grid": "g"})["QueueUrl"]
+    sqs.set_queue_attributes(QueueUrl=url, Attributes={"VisibilityTimeout": "40"})
+    other = sqs.create_queue(QueueName="other")["QueueUrl"]
+    passing = sqs.create_queue(QueueName="passing")["QueueUrl"]
+    sqs.send_message(QueueUrl=passing, MessageBody="lost with its queue")
+    sqs.delete_queue(QueueUrl=passing)
+    sqs.send_message(QueueUrl=other, MessageBody="purged")
+    sqs.purge_queue(QueueUrl=other)
+    entries: list[Any] = [{"Id": str(n), "MessageBody": f"body {n}"} for n in range(10)]
+    sent = sqs.send_message_batch(QueueUrl=url, Entries=entries)["Successful"]
+    ids = {int(one["Id"]): one["MessageId"] for one in sent}
+    first = sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=3)["Messages"]
+    deleted, held, returned = (message["ReceiptHandle"] for message in first)
+    sqs.delete_message(QueueUrl=url, ReceiptHandle=deleted)
+    sqs.change_message_visibility(QueueUrl=url, ReceiptHandle=returned, VisibilityTimeout=0)
+    delayed = sqs.send_message(QueueUrl=url, MessageBody="delayed", DelaySeconds=15)["MessageId"]
+
+    restart(server)
+    assert {other, url} == {*sqs.list_queues()["QueueUrls"]}
+    found: Any = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
+    assert (found["VisibilityTimeout"], found["MessageRetentionPeriod"]) == ("40", "600")
+    assert sqs.list_queue_tags(QueueUrl=url)["Tags"] == {"grid": "g"}
+    counts = (
+        "ApproximateNumberOfMessages",
+        "ApproximateNumberOfMessagesNotVisible",
+        "ApproximateNumberOfMessagesDelayed",
+    )
+    assert [found[name] for name in counts] == ["8", "1", "1"]
+    # The receipt of a message in flight is still valid.
+    sqs.change_message_visibility(QueueUrl=url, ReceiptHandle=held, VisibilityTimeout=60)
+    sqs.delete_message(QueueUrl=url, ReceiptHandle=held)
+
+    got: dict[str, int] = {}
+
+    def receive() -> None:
+        answer = sqs.receive_message(
+            QueueUrl=url, MaxNumberOfMessages=10, MessageSystemAttributeNames=["ApproximateReceiveCount"]
+        )
+        for message in answer.get("Messages", []):
+            got[message["MessageId"]] = int(message["Attributes"]["ApproximateReceiveCount"])
+
+    def is_received() -> bool:
+        receive()
+        return delayed in got
+
+    receive()
+    again = first[2]["MessageId"]
+    assert got == {again: 2} | dict.fromkeys([ids[n] for n in range(3, 10)], 1)
+    until(is_received, 20)
+    files = [path.name for path in (tmp_path / "state/sqs/messages").rglob("*") if path.is_file()]
+    assert sorted(files) == sorted(got)
+    assert "restored 0 buckets, 0 objects, 2 queues, and 10 messages" in server.log()
+
+
+def test_acknowledged_writes_survive_a_kill_at_any_moment(server: Server, s3: S3Client, sqs: SQSClient) -> None:
+    """Eight writers put objects and send messages until the server is killed."""
+    url = sqs.create_queue(QueueName="tasks")["QueueUrl"]
+    acknowledged: list[tuple[str, str]] = []
+
+    def write(writer: int) -> None:
+        try:
+            for n in itertools.count():
+                name = f"{writer}-{n}"
+                s3.put_object(Bucket=BUCKET, Key=name, Body=name.encode() * 100, IfNoneMatch="*")
+                acknowledged.append(("object", name))
+                sqs.send_message(QueueUrl=url, MessageBody=name)
+                acknowledged.append(("message", name))
+        except (BotoCoreError, ClientError):
+            return  # the server is gone
+
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(8)]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(acknowledged) > 400, 60)
+    server.kill()
+    for thread in threads:
+        thread.join()
+    server.start()
+    stored = {("object", key) for key, (_, got) in seen(s3).items() if got["Body"] == key.encode() * 100}
+    while messages := sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10).get("Messages", []):
+        stored |= {("message", message["Body"]) for message in messages}
+    assert {*acknowledged} <= stored
+
+
+def test_write_that_cannot_be_stored_fails(server: Server, s3: S3Client, sqs: SQSClient, tmp_path: Path) -> None:
+    url = sqs.create_queue(QueueName="tasks")["QueueUrl"]
+    s3.put_object(Bucket=BUCKET, Key="a", Body=b"old")
+    keys, messages = tmp_path / "state/s3/keys" / BUCKET, next((tmp_path / "state/sqs/messages").iterdir())
+    for folder in (keys, messages):
+        folder.rename(folder.with_name("away"))
+        folder.touch()  # a file in place of the folder
+    for write in (
+        lambda: s3.put_object(Bucket=BUCKET, Key="a", Body=b"new"),
+        lambda: sqs.send_message(QueueUrl=url, MessageBody="m"),
+    ):
+        with pytest.raises(ClientError) as failed:
+            write()
+        assert failed.value.response["ResponseMetadata"]["HTTPStatusCode"] == 500
+    assert s3.get_object(Bucket=BUCKET, Key="a")["Body"].read() == b"old"
+    assert not sqs.receive_message(QueueUrl=url).get("Messages")
+
+
+def test_state_that_cannot_be_read_stops_localstack(server: Server, tmp_path: Path) -> None:
+    server.kill()
+    (tmp_path / "state/s3/buckets/b").mkdir()
+    with pytest.raises(pytest.fail.Exception, match="cannot be restored"):
+        server.start()
+
+
+def test_other_version_says_that_it_loses_its_state(tmp_path: Path) -> None:
+    server = lasting_localstack(localstack_python(), tmp_path)
+    script = tmp_path / "root/etc/localstack/init/start.d/keep_state.py"
+    text = script.read_text()
+    script.unlink()
+    script.write_text(text.replace('"4.14."', '"4.13."'))
+    try:
+        server.start()
+        assert "loses its state at a restart" in server.log()
+    finally:
+        server.kill()

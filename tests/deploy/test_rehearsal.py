@@ -1,0 +1,354 @@
+"""The steps of a rehearsal with fakes: their order, their limits, the budget, the removal, and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchlab.cli import rehearsal, rehearsal_steps
+from batchlab.cli.rehearsal import Signals, check_cost
+from batchlab.cli.rehearsal_jobs import Expected, expect, sleeping
+from batchlab.core.errors import BackendError, UsageError
+from batchlab.deploy import template
+from batchlab.deploy.rehearsal import Budget, NotTried, Outcome, Rehearsal, Step, StepNotes, StepResult, count_outcomes
+from batchlab.deploy.rehearsal_report import Redaction, markdown, masked
+from batchlab.deploy.settings import PoolSettings, Settings
+from batchlab.runtime.home import Home
+from tests.support.cli import runner
+
+RICH = Budget(1000.0, 1.0, 0.0, 0.0)
+
+
+class World:
+    """A clock that only steps advance, and a record of the steps that ran. `behavior` maps the name of a step to its
+    action."""
+
+    def __init__(self, **behavior: Callable[[], None]) -> None:
+        self.now_s = 0.0
+        self.ran: list[str] = []
+        self.said: list[str] = []
+        self.behavior = behavior
+
+    def step(self, name: str, *needs: str, limit_s: float = 100.0, removes: bool = False) -> Step:
+        def run(notes: StepNotes) -> None:
+            self.ran.append(name)
+            notes.done.append(f"{name} began.")
+            self.behavior.get(name, lambda: None)()
+
+        return Step(name, f"do {name}", run, limit_s, needs, removes)
+
+    def steps(self) -> list[Step]:
+        return [
+            self.step("stack"),
+            self.step("conform"),
+            self.step("job", "stack"),
+            self.step("kill", "stack", "job"),
+            self.step("destroy", removes=True),
+            self.step("leftovers", removes=True),
+        ]
+
+    @contextmanager
+    def limited(self, _: float) -> Iterator[None]:
+        yield
+
+    def spend(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    def rehearsal(self, budget: Budget = RICH, **more: Any) -> Rehearsal:
+        return Rehearsal(self.steps(), budget, self.limited, say=self.said.append, clock=lambda: self.now_s, **more)
+
+
+def outcomes(rehearsal: Rehearsal) -> dict[str, str]:
+    return {result.name: result.outcome.value for result in rehearsal.results}
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+def test_all_steps_run_in_order() -> None:
+    world = World(job=lambda: world.spend(7.0))
+    began: list[str] = []
+    done = world.rehearsal(on_begin=lambda step, _: began.append(step.name))
+    done.run()
+    assert world.ran == began == ["stack", "conform", "job", "kill", "destroy", "leftovers"]
+    assert set(outcomes(done).values()) == {"passed"}
+    assert done.has_succeeded
+    assert done.results[2].seconds == 7.0
+    assert count_outcomes(done.results) == "6 of 6 steps passed, 0 failed, and 0 were not tried."
+
+
+@pytest.mark.parametrize(
+    ("broken", "skipped"),
+    [("stack", ["job", "kill"]), ("conform", []), ("job", ["kill"]), ("kill", []), ("destroy", []), ("leftovers", [])],
+)
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (BackendError("AWS refuses it.", remedy="Ask for it."), "AWS refuses it. Ask for it."),
+        (ZeroDivisionError("oh"), "An unexpected error occurred: ZeroDivisionError: oh"),
+    ],
+)
+def test_a_failed_step_prevents_only_the_steps_that_need_it(
+    broken: str, skipped: list[str], error: Exception, reason: str
+) -> None:
+    world = World(**{broken: raising(error)})
+    done = world.rehearsal()
+    done.run()
+    found = {result.name: result for result in done.results}
+    assert (found[broken].outcome, found[broken].reason) == (Outcome.FAILED, reason)
+    assert found[broken].notes.done == [f"{broken} began."]
+    assert [name for name, result in found.items() if result.outcome is Outcome.NOT_TRIED] == skipped
+    assert all("did not pass" in found[name].reason for name in skipped)
+    assert world.ran == [name for name in found if name not in skipped]
+    assert not done.has_succeeded
+
+
+def test_an_impossible_step_is_not_tried_and_is_not_a_failure() -> None:
+    done = World(kill=raising(NotTried("An emulator does not have this service."))).rehearsal()
+    done.run()
+    assert outcomes(done)["kill"] == "not tried"
+    assert done.results[3].reason == "An emulator does not have this service."
+    assert done.has_succeeded
+    assert "1 was not tried" in count_outcomes(done.results)
+
+
+@pytest.mark.parametrize("error", [SystemExit(130), KeyboardInterrupt()])
+def test_after_an_interruption_only_the_removal_runs(error: BaseException) -> None:
+    world = World(conform=raising(error))
+    done = world.rehearsal()
+    done.run()
+    assert world.ran == ["stack", "conform", "destroy", "leftovers"]
+    assert outcomes(done)["conform"] == "failed"
+    assert outcomes(done)["job"] == "not tried"
+    assert done.is_interrupted
+    assert not done.has_succeeded
+
+
+def test_the_first_interruption_does_not_stop_the_removal_and_the_second_does() -> None:
+    left = [SystemExit(130)]
+    world = World(destroy=lambda: raising(left.pop())() if left else None)
+    done = world.rehearsal()
+    done.run()
+    assert world.ran.count("destroy") == 2
+    assert outcomes(done)["destroy"] == "passed"
+    assert done.is_interrupted
+    assert any("The removal continues" in text for text in world.said)
+
+    world = World(destroy=raising(SystemExit(130)))
+    done = world.rehearsal()
+    done.run()
+    assert world.ran.count("destroy") == 2
+    assert outcomes(done)["destroy"] == "failed"
+    assert world.ran[-1] == "leftovers"
+
+
+def test_a_step_that_takes_too_long_fails_alone() -> None:
+    def hang() -> None:
+        world.spend(100.0)
+        raise SystemExit(130)  # the alarm
+
+    world = World(job=hang)
+    done = world.rehearsal()
+    done.run()
+    assert done.results[2].reason == "The step did not end within 1 min 40 s."
+    assert not done.is_interrupted
+    assert world.ran == ["stack", "conform", "job", "destroy", "leftovers"]
+
+
+def test_the_budget_reserves_the_removal() -> None:
+    budget = Budget(usd=2.0, usd_per_h=1.0, fixed_usd=0.5, reserve_s=1800.0)
+    assert budget.spent_usd(3600.0) == 1.5
+    assert budget.left_s(0.0) == 3600.0
+    assert budget.spent_usd(budget.left_s(0.0) + budget.reserve_s) == budget.usd
+
+
+def test_a_running_step_stops_when_the_budget_is_reached() -> None:
+    limits: list[float] = []
+
+    def hang() -> None:
+        world.spend(60.0)
+        raise SystemExit(130)
+
+    world = World(stack=lambda: world.spend(40.0), conform=hang)
+    # The budget lasts for 100 s.
+    budget = Budget(usd=100 / 3600, usd_per_h=1.0, fixed_usd=0.0, reserve_s=0.0)
+    done = world.rehearsal(budget, on_begin=lambda _, limit_s: limits.append(limit_s))
+    done.run()
+    assert limits[:2] == [pytest.approx(100.0), pytest.approx(60.0)]
+    assert "the cost may reach the budget of 0.0278 USD" in done.results[1].reason
+    assert world.ran == ["stack", "conform", "destroy", "leftovers"]
+    assert done.results[2].reason == "The cost may have reached the budget of 0.0278 USD."
+    assert limits[2:] == [100.0, 100.0], "the removal has its own limit"
+    assert done.is_over_budget
+    assert not done.has_succeeded
+
+
+def test_an_error_of_the_report_does_not_prevent_the_removal() -> None:
+    def fail(_: StepResult) -> None:
+        raise OSError("disk full")
+
+    world = World()
+    world.rehearsal(on_end=fail).run()
+    assert world.ran[-2:] == ["destroy", "leftovers"]
+    assert world.said[0] == "The report is incomplete: OSError: disk full"
+
+
+# --- Signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_step_or_the_next_step(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with Signals() as signals:
+        with pytest.raises(SystemExit), signals.limited(60.0):
+            signal.raise_signal(number)
+        signal.raise_signal(number)  # between two steps
+        with pytest.raises(SystemExit), signals.limited(60.0):
+            pytest.fail("The step must not begin.")
+        with signals.limited(60.0):
+            pass
+    assert signal.getsignal(number) is before
+
+
+def test_the_end_of_the_terminal_stops_a_step_and_silences_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    with Signals() as signals:
+        with pytest.raises(SystemExit), signals.limited(60.0):
+            signal.raise_signal(signal.SIGHUP)
+        assert sys.stderr.name == os.devnull
+        sys.stderr.close()
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals, signals.limited(60.0):
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_time_limit_stops_a_step() -> None:
+    with Signals() as signals:
+        with pytest.raises(SystemExit), signals.limited(0.01):
+            time.sleep(5)
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
+
+
+# --- Cost ----------------------------------------------------------------------------------------
+
+
+def expected(tmp_path: Path, **more: Any) -> Expected:
+    pool = PoolSettings("default", max_size=2, slots=2, types=("m7i.large", "m6i.large"))
+    wanted = Settings(rehearsal_steps.STACK, "us-east-1", (pool,), **more)
+    jobs = [sleeping("worker-kill", tmp_path)]
+    return expect(wanted, template.load(template.shipped_template()), Home(tmp_path / "home"), jobs)
+
+
+def test_the_highest_cost_covers_the_expected_cost(tmp_path: Path) -> None:
+    found = expected(tmp_path)
+    items = {item.what: item.usd for item in found.items}
+    assert {"EC2 workers", "SQS", "S3", "conform", "fault injection", "VPC endpoints"} <= items.keys()
+    assert sum(usd.high for usd in items.values()) <= found.highest_usd
+    # Two on-demand workers and the idle stack for the whole time are the upper bound.
+    (worker,) = found.hourly.workers
+    assert found.usd_per_h == pytest.approx(found.hourly.idle_usd_h.high + 2 * worker.on_demand.high)
+    assert 0.3 < found.highest_usd < 5.0
+
+
+def test_a_database_takes_longer_and_costs_more(tmp_path: Path) -> None:
+    small = expected(tmp_path / "a")
+    large = expected(tmp_path / "b", parameters=(("Ledger", "postgres"),))
+    assert large.seconds > small.seconds
+    assert large.highest_usd > small.highest_usd
+
+
+def test_a_cost_above_the_budget_is_refused(tmp_path: Path) -> None:
+    found = expected(tmp_path)
+    check_cost(found, 5.0)
+    with pytest.raises(UsageError, match=r"may cost .* USD, and the budget is 0.1 USD"):
+        check_cost(found, 0.1)
+
+
+def test_without_a_budget_nothing_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runner(monkeypatch, capsys)
+    monkeypatch.setattr(rehearsal, "opened", lambda *_: pytest.fail("There must be no call to AWS."))
+    code, out, err = run("deploy", "rehearse", "--yes", "--home", tmp_path)
+    assert (code, out) == (2, "")
+    assert "needs a budget" in err
+    code, _, err = run("deploy", "rehearse", "--yes", "--budget", "5EUR", "--home", tmp_path)
+    assert code == 2
+    assert "USD" in err
+
+
+@pytest.mark.parametrize("name", ["", "batchlab-", "batchlab-tasks-default", "batchlab-conform-1234567"])
+def test_a_damaged_record_removes_no_other_queues(name: str) -> None:
+    assert rehearsal_steps._run_of({"run": "batchlab-conform-0123abcd"}) == "batchlab-conform-0123abcd"
+    with pytest.raises(ValueError, match="run is"):
+        rehearsal_steps._run_of({"run": name})
+
+
+# --- Report --------------------------------------------------------------------------------------
+
+ACCOUNT = "123456789012"
+
+
+def test_only_four_digits_of_the_account_are_shown() -> None:
+    assert masked(ACCOUNT) == "********9012"
+
+
+def test_secrets_are_removed_from_all_texts() -> None:
+    redaction = Redaction(ACCOUNT, ("the-managers-secret-token", ""))
+    url = "https://b.s3.amazonaws.com/k?X-Amz-Credential=AKIAIOSFODNN7EXAMPLE%2F1&X-Amz-Signature=0f1e&Expires=1"
+    document = {
+        "a": [f"arn:aws:iam::{ACCOUNT}:user/eve may not do it.", "token the-managers-secret-token"],
+        "b": {"c": url, "d": 1.5, "e": None, "f": True},
+        "g": f"AKIAIOSFODNN7EXAMPLE in {Path.home()}/grid",
+    }
+    cleaned = redaction.apply(document)
+    text = json.dumps(cleaned)
+    for secret in (ACCOUNT, "the-managers-secret-token", "AKIAIOSFODNN7EXAMPLE", "0f1e", str(Path.home())):
+        assert secret not in text
+    assert cleaned["a"][0] == "arn:aws:iam::********9012:user/eve may not do it."
+    assert cleaned["b"]["d"] == 1.5
+    assert cleaned["b"]["e"] is None
+    assert cleaned["b"]["f"] is True
+    assert cleaned["g"] == "[hidden] in ~/grid"
+
+
+def test_the_page_has_each_step_with_its_reason_and_comparisons() -> None:
+    notes = StepNotes(["It ran."], figures={"x_s": 1.0})
+    notes.compare("start | of it", "90 s", "2.0 s\nlater")
+    steps = [
+        StepResult("stack", "create the stack", Outcome.PASSED, "", 3.2, notes),
+        StepResult("spot notice", "interrupt", Outcome.NOT_TRIED, "An emulator does not have it.", 0.0, StepNotes()),
+    ]
+    document = {
+        "verdict": "The rehearsal failed: x",
+        "about": {"account": "********9012"},
+        "expected": {"text": "It costs 1 USD.", "items": [{"what": "manager", "text": "1 USD", "how": "1 h"}]},
+        "steps": [step.to_json() for step in steps],
+        "left": [{"resource": "sqs:queue a", "command": "batchlab gc --aws"}],
+    }
+    page = markdown(document)
+    assert "| stack | create the stack | passed | 3.2 s |" in page
+    assert "## Spot notice: not tried\n\nAn emulator does not have it." in page
+    assert r"| start \| of it | 90 s | 2.0 s later |" in page
+    assert "| sqs:queue a | `batchlab gc --aws` |" in page
+    assert "Nothing was found." in markdown({**document, "left": []})
