@@ -123,6 +123,8 @@ def _at_exit() -> None:
     for end in list(_awaited):
         end.wait()
     methods = [reference() for reference in _exit_methods]
+    # Python ends without an order of deletion, and a callback of a reference fails after the reference is deleted.
+    _exit_methods.clear()
     for method in methods:
         if method:
             method()
