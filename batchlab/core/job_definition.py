@@ -143,6 +143,24 @@ class NotifyDef:
     stuck_s: float = 600.0
 
 
+class Condition(StrEnum):
+    """Conditions of a dependency."""
+
+    SUCCEEDED = "succeeded"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Dependency:
+    """An earlier job of the same grid that must have succeeded or ended before a job begins."""
+
+    job: JobId
+    condition: Condition = Condition.SUCCEEDED
+
+    def __str__(self) -> str:
+        return f"{self.job}:{self.condition}"
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class JobDef:
     """Definition of a job, independent of the machine that submitted the job.
@@ -170,6 +188,8 @@ class JobDef:
     token: str = ""
     """Client token of the submission. A second submission with the same token returns the same job."""
     start_at_s: float | None = None
+    after: tuple[Dependency, ...] = ()
+    """Dependencies of the job. The job begins when the conditions of all dependencies hold."""
     max_cost_usd: float | None = None
     """Cap on the cost of the job.
 
@@ -186,7 +206,7 @@ class JobDef:
     @property
     def is_single_call(self) -> bool:
         """Return whether the job is a single call of the Python API, whose job id only the caller has."""
-        return self.items == 1 and not self.token
+        return self.items == 1 and not self.token and not self.after
 
     def stage(self, name: str) -> StageDef:
         """Return the stage `name`. Raise KeyError if the stage does not exist."""

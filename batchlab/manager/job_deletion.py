@@ -115,14 +115,19 @@ class JobDeletion(Part):
                 ) from None
 
     async def _check_readers(self, job: JobId) -> None:
-        """Raise Refused if a job that has not ended reads objects of the job. Another manager may have accepted the
-        reader, so the check reads the ledger."""
+        """Raise Refused if a job that has not ended reads objects of the job or depends on the job. Another manager may
+        have accepted the reader, so the check reads the ledger."""
         async for page in pages_of_jobs(self._ports, active=True):
             for rows in page:
                 reader = rows.job.job
                 if reader.id != job and reader.input and object_keys.reads(reader.input.keys, job):
                     raise Refused(
                         f"Job {reader.id} reads objects of job {job}, so job {job} cannot be deleted.",
+                        remedy=f"Wait for the end of job {reader.id}.",
+                    )
+                if any(dependency.job == job for dependency in reader.after):
+                    raise Refused(
+                        f"Job {reader.id} depends on job {job}, so job {job} cannot be deleted.",
                         remedy=f"Wait for the end of job {reader.id}.",
                     )
 

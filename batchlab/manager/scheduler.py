@@ -349,10 +349,10 @@ class Scheduler(Part):
             peak[pool] = max(peak.get(pool, 0), number)
 
     def has_begun(self, run: ScheduledRun) -> bool:
-        """Return whether the scaling policy knows the work of the run's job."""
+        """Return whether the scaling policy knows the work of the run's job, or the job waits for another job."""
         live = self._lives.get(run.job) if run.job else None
         if live:
-            return live.record.state not in _BEFORE_PLANNED
+            return bool(live.waits_for) or live.record.state not in _BEFORE_PLANNED
         return run.job in self._submitted
 
     def _cancel(self, schedule: Schedule, run: ScheduledRun) -> None:
