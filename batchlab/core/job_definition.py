@@ -158,7 +158,19 @@ class Dependency:
     condition: Condition = Condition.SUCCEEDED
 
     def __str__(self) -> str:
+        """Return the text that `parse` reads."""
         return f"{self.job}:{self.condition}"
+
+    @classmethod
+    def parse(cls, text: str) -> Dependency:
+        """Return the dependency in a text such as `ID` or `ID:ended`. Raise UsageError for an unknown condition."""
+        job, colon, condition = text.partition(":")
+        if not job or (colon and condition not in [known.value for known in Condition]):
+            raise UsageError(
+                f"{text!r} is not a dependency.",
+                remedy="Write the id of a job, and :ended if the job may also fail, such as sums-0123456789:ended.",
+            )
+        return cls(JobId(job), Condition(condition) if colon else Condition.SUCCEEDED)
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)

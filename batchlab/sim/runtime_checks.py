@@ -17,7 +17,7 @@ from typing import Any
 from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.errors import Malformed, TooNew
 from batchlab.core.job_definition import task_name
-from batchlab.core.model import Bundle, Control, JobId, StageCounts, StageName
+from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, StageName
 from batchlab.core.ports import Clock, Cut, Ending, Message, StageRecord
 from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.service_settings import MAX_VISIBILITY_S
@@ -193,7 +193,7 @@ class Watch:
             return
         if kind == "final":
             self.controls.on_end(job)
-            self.dependencies.on_end(job, json_format.ending_from_json(json_format.loads(data)).state)
+            self.dependencies.on_end(job, JobState(json_format.loads(data)["state"]))
         if kind not in ("spec.json", "retries", "final"):
             kind = parts[3]
         if kind in ("starts", "running"):
