@@ -168,7 +168,7 @@ class Dependency:
         if not job or (colon and condition not in [known.value for known in Condition]):
             raise UsageError(
                 f"{text!r} is not a dependency.",
-                remedy="Write the id of a job, and :ended if the job may also fail, such as sums-0123456789:ended.",
+                remedy="Write a name, and :ended if the job may also fail, such as sums-0123456789:ended.",
             )
         return cls(JobId(job), Condition(condition) if colon else Condition.SUCCEEDED)
 

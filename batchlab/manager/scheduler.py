@@ -268,7 +268,10 @@ class Scheduler(Part):
                 where = ", ".join(template.input.keys if template.input else ())
                 schedule = schedules.skip(schedule, run, now_s, f"there was no object in {where}")
                 continue
-            schedule = schedules.start(schedule, run, now_s)
+            after = schedules.dependencies_of(schedule, run, self.store.schedules)
+            if after is None:
+                break  # a later pass starts the run, after the other schedule has started its run
+            schedule = schedules.start(schedule, replace(run, after=tuple(map(str, after))), now_s)
         return schedule
 
     async def _submit(self, schedule: Schedule, run: ScheduledRun) -> None:

@@ -158,7 +158,7 @@ def test_dependencies_are_submitted_and_shown(manager: type[FakeClient], run: Ru
 @pytest.mark.parametrize(
     ("after", "told"),
     [
-        ("sums:finished", "'sums:finished' is not a dependency. Write the id of a job, and :ended"),
+        ("sums:finished", "'sums:finished' is not a dependency. Write a name, and :ended"),
         (":ended", "':ended' is not a dependency."),
         ("nobody", "The job 'nobody' does not exist."),
     ],
