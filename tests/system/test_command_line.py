@@ -282,7 +282,8 @@ def test_failed_run_is_examined_and_deleted_afterwards(cli: Cli) -> None:
     assert code == 0, err
     assert re.fullmatch(rf"{job['id']} is deleted: \d+ objects\.\n", out)
     left = [path.relative_to(cli.home.objects).as_posix() for path in cli.home.objects.rglob("*") if path.is_file()]
-    assert [path for path in left if job["id"] in path] == [f"jobs/{job['id']}/spec.json"]
+    notes = [f"grid/deletions/{job['id']}.json", f"jobs/{job['id']}/spec.json"]
+    assert sorted(path for path in left if job["id"] in path) == notes
     assert cli("grid", "rebuild-ledger")[1] == "The ledger is rebuilt: 0 jobs.\n"
     # The next run of the same file is a new job.
     assert cli("run", "job.yaml", "--out", "out")[0] == 1
