@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.groups import command_group
+from batchlab.cli.groups import Commands, command_group
 from batchlab.cli.option_values import assignments, home_of, seconds_of
 from batchlab.cli.options import HOME, JSON, LOG_FORMAT, argument, flag, option
 from batchlab.cli.progress import bar
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
-app = typer.Typer()
+app = Commands()
 
 
 @app.command()

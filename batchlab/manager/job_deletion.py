@@ -29,7 +29,7 @@ from contextlib import suppress
 from functools import partial
 
 from batchlab.core import commit
-from batchlab.core.errors import AlreadyExists, BackendError, Deleted, Malformed, NotFound, Refused, TooNew
+from batchlab.core.errors import AlreadyExists, BackendError, Deleted, NotFound, Refused
 from batchlab.core.model import JobId
 from batchlab.core.port_retries import raise_if_cancelled, set_after
 from batchlab.core.protocol import json_format, object_keys
@@ -160,11 +160,8 @@ class JobDeletion(Part):
     async def finish_interrupted(self) -> None:
         """Finish the deletions that an earlier leader, or a failed request, has begun, and schedule the sweeps of the
         other deletions. Raise BackendError if the backend prevents the end of a deletion."""
-        begun: list[JobId] = []
-        async for page in self._objects.list(object_keys.DELETIONS):
-            begun += [JobId(info.key.removeprefix(object_keys.DELETIONS).removesuffix(".json")) for info in page]
         failed: BackendError | None = None
-        for job in begun:
+        for job in [job async for job in commit.deletions(self._objects)]:
             if job in self._sweeps:
                 continue
             try:
@@ -178,11 +175,7 @@ class JobDeletion(Part):
             raise failed
 
     async def _sweep_time(self, job: JobId) -> float | None:
-        """Return the stored time of the sweep of a deleted job, or None if the deletion of the job is not finished."""
-        try:
-            return json_format.sweep_time(await self._patience(partial(self._objects.get, object_keys.deletion(job))))
-        except (Malformed, NotFound, TooNew):
-            return None
+        return await self._patience(partial(commit.sweep_time, self._objects, job))
 
     async def _sweep(self) -> None:
         """Delete the objects that workers have written since the deletion of their job."""

@@ -25,6 +25,7 @@ from batchlab.core.errors import BackendError
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import FailureKind
 from batchlab.core.operating_system.processes import child_has_exited, kill_family, table
+from batchlab.core.text import signal_name
 from batchlab.worker.child import EXIT_PIPE_LOST, RequestLine
 from batchlab.worker.shared_memory import BOOTING, IMPORTING, ChildState
 
@@ -248,12 +249,7 @@ def _wake(future: asyncio.Future[None]) -> None:
 
 def describe_exit(code: int) -> str:
     """Return an exit code as text, for example `exit 3` or `exit -11 (SIGSEGV)`."""
-    if code >= 0:
-        return f"exit {code}"
-    try:
-        return f"exit {code} ({signal.Signals(-code).name})"
-    except ValueError:
-        return f"exit {code}"
+    return f"exit {code}" if code >= 0 else f"exit {code} ({signal_name(-code)})"
 
 
 def describe_crash(code: int, times: int) -> str:

@@ -101,7 +101,7 @@ async def test_instances_are_copies_that_lead_sessions_of_their_own(tmp_path: Pa
         await launcher.terminate("w-1", grace_s=30)
         assert await end(launcher, "w-1") == "exit 0"
         os.kill(second, signal.SIGKILL)
-        assert await end(launcher, "w-2") == "exit -9"
+        assert await end(launcher, "w-2") == "killed by SIGKILL, exit -9"
         with pytest.raises(ProcessLookupError):
             os.kill(first, 0)  # the process is not even a zombie
 

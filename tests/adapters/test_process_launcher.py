@@ -235,7 +235,7 @@ def test_ended_instances_leave_no_file_descriptor_and_in_time_no_record(tmp_path
         for n in range(10):
             await launcher.launch(STEADY, f"w-{n}")
             os.kill(pid_of(tmp_path, f"w-{n}"), signal.SIGKILL)
-            assert await end_of(launcher, f"w-{n}") == "exit -9"
+            assert await end_of(launcher, f"w-{n}") == "killed by SIGKILL, exit -9"
         assert len(list(Path("/proc/self/fd").iterdir())) == before
         clock.time_s += KEEP_ENDED_S
         assert len(await launcher.running()) == 10
@@ -258,7 +258,7 @@ def test_a_death_is_noticed_without_looking(tmp_path: Path) -> None:
         launcher.changed.clear()
         os.kill(pid_of(tmp_path, "w-1"), signal.SIGKILL)
         await asyncio.wait_for(launcher.changed.wait(), DEADLINE_S)
-        assert (await launcher.running())["w-1"] == "exit -9"
+        assert (await launcher.running())["w-1"] == "killed by SIGKILL, exit -9"
 
     with_launcher(tmp_path, check)
 
@@ -276,7 +276,7 @@ def test_an_instance_takes_what_it_started_with_it(tmp_path: Path) -> None:
         child = int((tmp_path / "logs" / "w-1.log").read_text().split()[0])
         assert alive(child)
         os.kill(pid_of(tmp_path, "w-1"), signal.SIGKILL)
-        assert await end_of(launcher, "w-1") == "exit -9"
+        assert await end_of(launcher, "w-1") == "killed by SIGKILL, exit -9"
         await soon(lambda: not alive(child))
         await launcher.close(kill=True)
 
@@ -390,7 +390,7 @@ def test_instance_with_an_unfinished_record_is_adopted(tmp_path: Path, cut: bool
             assert await launcher.running() == {"w-1": None, "w-2": AWAY}
             assert pid_of(tmp_path, "w-1") == process.pid
             await launcher.terminate("w-1", grace_s=60.0)
-            assert await end_of(launcher, "w-1") == "exit -15"
+            assert await end_of(launcher, "w-1") == "killed by SIGTERM, exit -15"
 
         with_launcher(tmp_path, check)
 

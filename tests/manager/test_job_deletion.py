@@ -377,6 +377,22 @@ def test_job_that_is_submitted_during_the_deletion_of_its_input_never_runs_with_
     assert f"The input belongs to job {name}, which was deleted" in view["reason"]
 
 
+@pytest.mark.parametrize("prefix", ["jobs/", "raw/", "files/", "logs/", "reports/"])
+def test_job_that_reads_the_objects_of_all_jobs_waits_for_deletions(rig: Rig, prefix: str) -> None:
+    name, swept = ended(rig), ended(rig, "swept")
+    rig.client.delete(swept)
+    rig.run(rig.objects.put(f"{prefix}{name}/late.json", b"{}"))
+    rig.run(rig.objects.put(object_keys.deletion(name), json_format.deleted_job(name)))
+    reader = replace(job("reader", "reader"), input=InputDef(keys=(prefix,)))
+    rig.client.submit(reader)
+    rig.until(lambda: "is being deleted" in rig.manager.lives[reader.id].trouble, "the wait for the deletion")
+    assert f"job {name} is being deleted" in rig.manager.lives[reader.id].trouble
+    rig.run(rig.objects.delete([object_keys.deletion(name)]))
+    rig.until(lambda: rig.client.job(reader.id)["stages"][0]["planned"], "the plan after the end of the deletion")
+    with pytest.raises(Refused, match=f"Job {reader.id} reads objects of job {name}"):
+        rig.client.delete(name)
+
+
 def test_active_job_that_another_manager_accepted_keeps_its_input(rig: Rig) -> None:
     name = ended(rig)
     reader = replace(job("reader", "reader"), input=InputDef(keys=(object_keys.JOBS,)), start_at_s=4e9)

@@ -53,7 +53,7 @@ batchlab job failures last
 batchlab job failures last --fingerprint db97f1813d04 => batchlab job failures last --fingerprint {fingerprint}
 batchlab job failures JOB => batchlab job failures {job}
 batchlab job show last parse/3
-! batchlab job replay-task last parse/3 --local
+! batchlab job replay-task last parse/3
 batchlab job logs last
 batchlab job logs last parse/3
 batchlab job logs last --failed

@@ -112,7 +112,7 @@ class TableLauncher:
     async def running(self) -> Mapping[str, str | None]:
         return dict(self.known)
 
-    def crash(self, instance: str, how: str = "exit -9") -> None:
+    def crash(self, instance: str, how: str = "killed by SIGKILL, exit -9") -> None:
         self.known[instance] = how
 
 
@@ -178,7 +178,7 @@ class FleetRig:
     """Sends an instance's first heartbeat."""
     rest: Callable[[], Awaitable[None]]
     """Waits for changes before the next look."""
-    told: str = "exit -9"
+    told: str = "killed by SIGKILL, exit -9"
     """The reason that the fleet reports for a crashed instance."""
     dead: list[Instance] = field(default_factory=list)
     """All instances that the ticks returned."""

@@ -37,6 +37,7 @@ from batchlab.core.operating_system.processes import (
     watch,
 )
 from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
+from batchlab.core.text import process_end
 
 log = logging.getLogger(__name__)
 
@@ -315,7 +316,7 @@ class ProcessLauncher:
 
 
 def _end_text(code: int | None) -> str:
-    return _UNKNOWN if code is None else f"exit {code}"
+    return _UNKNOWN if code is None else process_end(code)
 
 
 def _about(record: _Record) -> dict[str, str]:
