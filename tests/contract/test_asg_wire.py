@@ -377,7 +377,8 @@ def test_a_description_has_the_lists_and_the_role_of_every_group(our: Wire) -> N
 def test_an_update_of_a_mixed_instances_policy_changes_only_what_it_names(our: Wire) -> None:
     """AWS's reference of UpdateAutoScalingGroup: "Any properties that you don't specify are not changed"."""
 
-    def update(**policy: Any) -> Any:
+    def update(**properties: Any) -> Any:
+        policy: Any = properties
         our.asg.update_auto_scaling_group(AutoScalingGroupName=our.name, MixedInstancesPolicy=policy)
         return our.group()["MixedInstancesPolicy"]
 
@@ -405,11 +406,15 @@ def test_an_update_of_a_mixed_instances_policy_changes_only_what_it_names(our: W
 
 
 def test_a_new_group_with_a_mixed_instances_policy_needs_a_template(our: Wire) -> None:
-    asked: dict[str, Any] = {"AutoScalingGroupName": our.name, "MinSize": 0, "MaxSize": 1}
+    asked: dict[str, Any] = {
+        "AutoScalingGroupName": our.name,
+        "MinSize": 0,
+        "MaxSize": 1,
+        "AvailabilityZones": ["us-east-1a"],
+        "MixedInstancesPolicy": {"InstancesDistribution": {"OnDemandBaseCapacity": 1}},
+    }
     with refused("ValidationError", "either launchTemplateId or LaunchTemplateName"):
-        our.asg.create_auto_scaling_group(
-            **asked, AvailabilityZones=["us-east-1a"], MixedInstancesPolicy={"InstancesDistribution": {}}
-        )
+        our.asg.create_auto_scaling_group(**asked)
 
 
 def test_weight_that_is_not_a_number_is_refused(our: Wire) -> None:

@@ -271,7 +271,9 @@ def test_an_error_of_the_report_does_not_prevent_the_removal(place: str) -> None
         raise OSError("disk full")
 
     world = World()
-    world.rehearsal(**{place: fail}).run()
+    done = world.rehearsal()
+    setattr(done, place, fail)
+    done.run()
     assert world.ran[-2:] == ["destroy", "leftovers"]
     assert world.said[0] == "The report is incomplete: OSError: disk full"
 
