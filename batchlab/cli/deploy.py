@@ -297,7 +297,7 @@ def rehearse(
         if not Person(yes).agrees(rehearsal.question(site)):
             raise typer.Exit(1)
         with rehearsal.Signals() as signals:
-            done = rehearsal.rehearse(site, usd, signals.limited)
+            done = rehearsal.rehearse(site, usd, signals)
     output.answer(json, done.document, rehearsal.summary(done))
     if not done.rehearsal.has_succeeded:
         raise typer.Exit(output.INTERRUPTED if done.rehearsal.is_interrupted else 1)

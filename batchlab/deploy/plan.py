@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from batchlab.core.errors import UsageError
+from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.hourly import Hourly, StackShape, hourly_cost
 from batchlab.deploy import checks, settings, template
@@ -300,13 +300,13 @@ def _temporary_bucket(account: Account, stack: str) -> Iterator[str]:
     bucket = f"{stack}-template-{secrets.token_hex(8)}"
     s3 = account.client("s3")
     location = {"CreateBucketConfiguration": {"LocationConstraint": account.region}}
-    with aws_errors(f"Bucket {bucket!r}"):
-        s3.create_bucket(Bucket=bucket, **({} if account.region == "us-east-1" else location))
     try:
         with aws_errors(f"Bucket {bucket!r}"):
+            # A signal may arrive after AWS has created the bucket, and before its answer.
+            s3.create_bucket(Bucket=bucket, **({} if account.region == "us-east-1" else location))
             # If this process is killed, `batchlab gc --aws` finds the temporary bucket by its tag.
             s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": [{"Key": TAG, "Value": stack}]})
         yield bucket
     finally:
-        with aws_errors(f"Bucket {bucket!r}"):
+        with suppress(NotFound), aws_errors(f"Bucket {bucket!r}"):
             s3.delete_bucket(Bucket=bucket)

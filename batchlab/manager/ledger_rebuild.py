@@ -30,6 +30,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LOST_JOBS = (
+    "The ledger is new and lacks jobs of the bucket: `batchlab grid rebuild-ledger` restores the list of all jobs."
+)
+MAX_SEARCHED = 100
+"""Maximum number of jobs that `has_lost_jobs` reads."""
 _PAGE = 1000
 _MAX_ATTEMPTS = 10
 
@@ -87,6 +92,30 @@ async def _in_bucket(ports: Ports) -> set[JobId]:
             if info.key == object_keys.spec(job):
                 job_ids.add(job)
     return job_ids
+
+
+async def has_lost_jobs(ports: Ports, before_s: float) -> bool:
+    """Return whether the ledger lacks a job of the bucket that was submitted before the wall time `before_s`. Ignore
+    jobs that a user has deleted.
+    """
+    searched: set[JobId] = set()
+    async for page in ports.objects.list(object_keys.JOBS):
+        for info in page:
+            job = JobId(info.key.split("/", 2)[1])
+            if job in searched:
+                continue
+            if len(searched) == MAX_SEARCHED:
+                return False
+            searched.add(job)
+            try:
+                spec, _ = await _read(ports, object_keys.spec(job), commit_keys.from_json)
+            except NotFound:
+                continue
+            except UnreadableObject:
+                return True  # The rebuild reports the object.
+            if spec.submitted_s < before_s and await _rows(ports, job) is None:
+                return True
+    return False
 
 
 async def restore(ports: Ports, job: JobId) -> dict[str, str]:
