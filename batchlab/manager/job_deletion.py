@@ -59,8 +59,8 @@ class JobDeletion(Part):
         self._sweeps: dict[JobId, float] = {}
         """Time of the next sweep of each deleted job."""
         self._lock = asyncio.Lock()
-        """Lock of a deletion or sweep, because a refused deletion removes the request of another one of the same job.
-        """
+        """Lock of the deletions and sweeps of this manager. Without it, a refused deletion would remove the request of
+        a concurrent deletion of the same job, and a sweep would drop the request of an unfinished deletion."""
 
     async def delete(self, job: JobId) -> int:
         """Delete an ended job, and return the number of deleted objects. If the job was deleted before, delete the
@@ -181,14 +181,21 @@ class JobDeletion(Part):
         """Delete the objects that workers have written since the deletion of their job."""
         now_s = self._clock.now_s()
         for job in [job for job, due_s in self._sweeps.items() if due_s <= now_s]:
-            if deleted := await self._delete_objects(job):
-                log.warning("%d late objects of the deleted job are deleted", deleted, extra={"job": job})
-            due_s = await self._sweep_time(job)
-            if due_s and due_s > now_s:  # an event caused this sweep
-                self._sweeps[job] = due_s
-                continue
+            async with self._lock:
+                await self._sweep_job(job, now_s)
+
+    async def _sweep_job(self, job: JobId, now_s: float) -> None:
+        if deleted := await self._delete_objects(job):
+            log.warning("%d late objects of the deleted job are deleted", deleted, extra={"job": job})
+        due_s = await self._sweep_time(job)
+        del self._sweeps[job]
+        if due_s is None:
+            # An event caused this sweep after the last sweep of the job, or before the end of an interrupted deletion.
+            await self._continue(job)
+        elif due_s > now_s:  # an event caused this sweep
+            self._sweeps[job] = due_s
+        else:
             await self._patience(partial(self._objects.delete, [object_keys.deletion(job)]))
-            del self._sweeps[job]
 
     async def sweep_late(self, job: JobId) -> None:
         """Schedule a sweep if the job was deleted, because an event reports late objects of the job."""

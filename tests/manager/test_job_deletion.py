@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from batchlab.core import commit
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused, Unreachable
 from batchlab.core.job_definition import InputDef
 from batchlab.core.model import JobId, JobState
@@ -362,6 +364,39 @@ def test_late_objects_of_a_deleted_job_are_swept(rig: Rig, monkeypatch: pytest.M
     rig.run(rig.objects.put(late, b"x"))
     rig.manager.job_deletion.is_search_due.set()
     rig.until(lambda: objects_of(rig, name) == [object_keys.spec(name)], "the sweep")
+
+
+def test_event_during_an_interrupted_deletion_does_not_drop_its_request(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backend fails after the ledger has forgotten the job. The sweep after the event finishes the deletion."""
+    rig.manager.context.settings = replace(rig.manager.settings, silence_s=0.02)
+    name, interrupted = ended(rig), deletion(rig)
+    reference = object_keys.reference_key(name)
+    rig.run(rig.objects.put(reference, b"{}"))
+    delete = rig.objects.delete
+
+    async def refused(keys: Sequence[str]) -> None:
+        if reference in keys:
+            raise Unreachable("The bucket does not respond.")
+        await delete(keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.objects, "delete", refused)
+        with pytest.raises(Unreachable):
+            rig.run(interrupted.delete(name))
+
+    async def sweep() -> None:
+        await interrupted.sweep_late(name)
+        running = asyncio.create_task(interrupted.run())
+        while await rig.objects.head(object_keys.deletion(name)) and not await commit.sweep_time(rig.objects, name):
+            await asyncio.sleep(0.01)
+        running.cancel()
+
+    rig.run(sweep())
+    assert rig.run(rig.objects.head(reference)) is None
+    assert rig.run(commit.sweep_time(rig.objects, name))
+    assert is_gone(rig, name)
 
 
 def test_job_that_is_submitted_during_the_deletion_of_its_input_never_runs_with_a_part(rig: Rig) -> None:
