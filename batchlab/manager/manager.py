@@ -184,7 +184,7 @@ class Manager:
         if schedules:
             self.scheduler = ScheduleCommands(context, self.job_commands)
             self.autoscaler.minimum_capacity = Prewarm(context, self.scheduler, caps)
-        self.job_deletion = JobDeletion(context, self._is_awaited, self.spending)
+        self.job_deletion = JobDeletion(context, self.job_record, self._is_awaited, self.spending)
         self.live_logs = LiveLogs(context)
         self._collector = Collector(context, ledger_writer)
         self._reconciler = Reconciler(context, ledger_writer, self.coordinator)
@@ -299,7 +299,7 @@ class Manager:
         log.warning("another manager led while %s was paused: all jobs are adopted again", self.owner)
         # The flags are reset before the ledger is read, because another manager may lead again during the reads.
         self._others_led = self._retries_searched = False
-        self.job_deletion.is_search_due.set()
+        self.job_deletion.reload()
         if self.scheduler:
             self.scheduler.reload()
         await self._adoption.drop_all()
