@@ -159,11 +159,13 @@ class Execution:
             self._fail_unfinished(fault("input", f"The worker's disk is full: {reason}"))
         finally:
             self._handle.running = self._handle.peek = None
-            if self._child is not None and self._busy:
-                await self._children.kill(self._child)
-            elif self._child is not None:
-                self._children.release(self._child)
-            self.results.put_nowait(None)
+            try:
+                if self._child is not None and self._busy:
+                    await self._children.kill(self._child)
+                elif self._child is not None:
+                    self._children.release(self._child)
+            finally:
+                self.results.put_nowait(None)
 
     async def cancel_uploads(self) -> None:
         for task in self._storing:
