@@ -168,7 +168,7 @@ class _Run:
     inputs: materialization.Inputs
 
 
-class InlineRunner:
+class SimulatedTaskRunner:
     """The Runner of real handlers in the simulator.
 
     The runner calls `duration_s(work, task)` once per start of a task for the task's virtual duration.

@@ -20,7 +20,7 @@ from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker import code_cache
 from batchlab.worker.inflight_message import Handle, Work
-from batchlab.worker.inline_child import InlineChildren, InlineRunner
+from batchlab.worker.inline_child import InlineChildren, SimulatedTaskRunner
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def late(item):
 
 
 class Sim:
-    """A virtual-time loop with a bucket and an InlineRunner. Every task takes `seconds`."""
+    """A virtual-time loop with a bucket and a SimulatedTaskRunner. Every task takes `seconds`."""
 
     def __init__(self, seconds: float = 10.0, objects: SimObjects | None = None) -> None:
         self.loop = SimLoop()
@@ -58,7 +58,7 @@ class Sim:
         self.seconds = seconds
         self.asked: list[int] = []
         self.children = InlineChildren()
-        self.runner = InlineRunner(self.objects, self.clock, self._duration_s, self.children)
+        self.runner = SimulatedTaskRunner(self.objects, self.clock, self._duration_s, self.children)
         self.numbers = iter(range(1000))
 
     def _duration_s(self, work: Work, task: int) -> float:
