@@ -102,11 +102,17 @@ def pack_files(files: Mapping[str, Path]) -> bytes:
     return buffer.getvalue()
 
 
-def select_files(folder: Path, root: Path, excluded: Collection[Path], most_bytes: int) -> list[Path]:
-    """Return the files to pack, sorted by name. Raise UsageError for files that workers cannot unpack."""
+def select_files(
+    folder: Path, root: Path, excluded: Collection[Path], most_bytes: int, *, package: str = ""
+) -> list[Path]:
+    """Return the files to pack, sorted by name. Raise UsageError for files that workers cannot unpack.
+
+    If the folder is a package that a function imports, `package` is its name. Broken links in a package are omitted,
+    because editors create them as locks.
+    """
     files: list[Path] = []
     total = 0
-    for path in _files(root, root):
+    for path in _files(root, root, package):
         if path not in excluded:
             files.append(path)
             total += path.stat().st_size
@@ -115,27 +121,33 @@ def select_files(folder: Path, root: Path, excluded: Collection[Path], most_byte
             raise UsageError(
                 f"The code folder {folder} is too large: "
                 f"the limits are {MAX_FILES} files and {most_bytes / 2**20:.0f} MiB.",
-                remedy="Move data out of it and declare the data as the job's input.",
+                remedy="Move data out of it, and pass the data as a File."
+                if package
+                else "Move data out of it and declare the data as the job's input.",
             )
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _files(folder: Path, root: Path) -> Iterator[Path]:
+def _files(folder: Path, root: Path, package: str) -> Iterator[Path]:
     for path in folder.iterdir():
         if path.name in _SKIPPED or any((path / mark).is_file() for mark in _MARKS):
+            continue
+        if package and path.is_symlink() and not path.exists():
             continue
         if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
             raise UsageError(
                 f"{path} is a link out of the code folder, a link to a folder, or a broken link.",
-                remedy="Replace it with the files, or name another folder in 'code'.",
+                remedy=f"Remove the link from the package {package}, which the function imports."
+                if package
+                else "Replace it with the files, or name another folder in 'code'.",
             )
         if not _is_portable(path.name):
             raise UsageError(
                 f"{str(path)!r} has a backslash in its name, or its name is not UTF-8.",
-                remedy="Rename it, or name another folder in 'code'.",
+                remedy="Rename it." if package else "Rename it, or name another folder in 'code'.",
             )
         if path.is_dir():
-            yield from _files(path, root)
+            yield from _files(path, root, package)
         elif path.is_file():
             yield path
         else:

@@ -180,9 +180,10 @@ def test_a_failed_kill_does_not_occupy_a_slot(tmp_path: Path, monkeypatch: pytes
                 pids.append(pid)
                 raise OSError(errno.EMFILE, "Too many open files")
 
-            with monkeypatch.context() as patch, pytest.raises(BackendError, match="Too many open files"):
+            with monkeypatch.context() as patch:
                 patch.setattr(child_process, "kill_family", fail)
-                await asyncio.wait_for(rig.run([["sleep", 60]], timeout_s=0.2), 20)
+                with pytest.raises(BackendError, match="Too many open files"):
+                    await asyncio.wait_for(rig.run([["sleep", 60]], timeout_s=0.2), 20)
             assert pids
             assert not any(Path(f"/proc/{pid}").exists() for pid in pids), "the child is reaped"
             assert [ran.value for ran in await asyncio.wait_for(rig.run([1]), 20)] == [1]
