@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO
+from weakref import WeakValueDictionary
 
 from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.ports import Objects
@@ -233,19 +234,23 @@ def _copy(source: IO[bytes], file: IO[bytes], remaining: int) -> int:
 
 
 class CodeCache:
-    """Code folders, pickled functions, and shared values of a worker's jobs, each fetched once per instance."""
+    """Code folders, pickled functions, and shared values of a worker's jobs, each fetched once per instance.
+
+    Functions and shared values together use at most `max_file_bytes`, apart from the files that executions use. The
+    files that were used least recently are removed, and fetched again if needed.
+    """
 
     def __init__(
-        self, objects: Objects, scratch: Scratch, off_loop: OffLoop, max_value_bytes: int = VALUE_CACHE_BYTES
+        self, objects: Objects, scratch: Scratch, off_loop: OffLoop, max_file_bytes: int = VALUE_CACHE_BYTES
     ) -> None:
         self._objects = objects
         self._scratch = scratch
         self._off_loop = off_loop
-        self._locks: dict[str, asyncio.Lock] = {}
-        self._functions: dict[str, Path] = {}
-        self._max_value_bytes = max_value_bytes
-        self._values: OrderedDict[Path, int] = OrderedDict()
-        """Files of the shared values and their sizes in bytes. The last entry was used last."""
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Locks of the objects that are being fetched."""
+        self._max_file_bytes = max_file_bytes
+        self._files: OrderedDict[Path, int] = OrderedDict()
+        """Files of functions and shared values, and their sizes in bytes. The last entry was used last."""
 
     async def code(self, key: str | None) -> tuple[str, Path | None]:
         """Return the digest and the unpacked folder of a code zip, or ("", None) for a job without code.
@@ -265,42 +270,62 @@ class CodeCache:
             raise Problem("import", f"The job's code cannot be fetched: {error}") from error
         return digest, folder
 
-    def cached_function(self, key: str) -> Path | None:
-        """Return the file of a pickled function, or None if the function has not been fetched."""
-        return self._functions.get(key)
-
-    async def function(self, key: str) -> Path:
-        """Return the file of a pickled function, which is fetched on first use.
-
-        A missing object raises Problem of kind "import".
-        """
-        try:
-            self._functions[key] = path = await self._fetch(key, "functions")
-        except NotFound as error:
-            raise Problem("import", f"The job's function cannot be fetched: {error}") from error
+    def cached_function(self, key: str, link: Path) -> Path | None:
+        """Return the file of a pickled function as `function` does, or None if the cache does not contain it."""
+        path = self._path(key, "functions")
+        if path not in self._files:
+            return None
+        self._link(path, link)
         return path
 
-    async def value(self, key: str, target: Path) -> None:
+    async def function(self, key: str, link: Path | None = None) -> Path:
+        """Return the file of a pickled function, which is fetched on first use, and link the file to `link`.
+
+        The path is the same for all executions, so that a child loads the function once. The file is kept until the
+        caller removes `link`, or as long as the cache without a link. A missing object raises Problem of kind "import".
+        """
+        try:
+            path = await self._fetch(key, "functions")
+        except NotFound as error:
+            raise Problem("import", f"The job's function cannot be fetched: {error}") from error
+        if link:
+            self._link(path, link)
+        return path
+
+    async def link_value(self, key: str, target: Path) -> None:
         """Link the file of a shared value to `target`. The file is fetched on first use.
 
-        The link keeps the content until the caller removes `target`, even if the cache removes the file. A missing
-        object raises NotFound.
+        A missing object raises NotFound.
         """
         self._link(await self._fetch(key, "values"), target)
+
+    def evict_unused(self) -> None:
+        """Remove all functions and shared values without a link from an execution."""
+        self._evict(0)
 
     def _link(self, path: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.hardlink_to(path)
-        self._values[path] = path.stat().st_size
-        self._values.move_to_end(path)
-        total = sum(self._values.values())
-        while total > self._max_value_bytes and len(self._values) > 1:
-            oldest, size = self._values.popitem(last=False)
-            oldest.unlink(missing_ok=True)
-            total -= size
+        self._files[path] = path.stat().st_size
+        self._files.move_to_end(path)
+        self._evict(self._max_file_bytes)
+
+    def _evict(self, max_bytes: int) -> None:
+        total = sum(self._files.values())
+        for path in tuple(self._files):
+            if total <= max_bytes:
+                return
+            # The removal of a linked file does not free any space.
+            if path.exists() and path.stat().st_nlink > 1:
+                continue
+            path.unlink(missing_ok=True)
+            total -= self._files.pop(path)
+
+    def _path(self, key: str, folder: str) -> Path:
+        return self._scratch.root / folder / hashlib.sha256(key.encode()).hexdigest()
 
     async def _fetch(self, key: str, folder: str) -> Path:
-        path = self._scratch.root / folder / hashlib.sha256(key.encode()).hexdigest()
+        path = self._path(key, folder)
         async with self._lock(key):
             if not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)

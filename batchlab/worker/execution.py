@@ -141,7 +141,7 @@ class Execution:
         """Number of deaths of each task's process by a SIGKILL that the worker did not send."""
         own = JobObjects.of_job(work.job)
         self._inputs = materialization.Inputs(
-            context.objects, folder, asyncio.to_thread, own, context.files, context.code_cache.value
+            context.objects, folder, asyncio.to_thread, own, context.files, context.code_cache
         )
         self._storing: set[asyncio.Task[Ran]] = set()
         self._uploads = asyncio.Semaphore(_UPLOADS)
@@ -214,16 +214,18 @@ class Execution:
 
     def _cached_request(self) -> tuple[ExecutionRequest, str] | None:
         """Return the result of `_prepare` if the preparation does not need to fetch anything, else None."""
+        if self._work.job.code:
+            return None
         key = materialization.function_key(self._work)
-        function = self._code_cache.cached_function(key) if key else None
-        if self._work.job.code or (key and function is None):
+        function = self._code_cache.cached_function(key, self._folder / "function") if key else None
+        if key and function is None:
             return None
         return (materialization.request(self._work, self._folder, function=function, code=None), "")
 
     async def _prepare(self) -> tuple[ExecutionRequest, str]:
         digest, code = await self._code_cache.code(self._work.job.code)
         key = materialization.function_key(self._work)
-        function = await self._code_cache.function(key) if key else None
+        function = await self._code_cache.function(key, self._folder / "function") if key else None
         request = materialization.request(self._work, self._folder, function=function, code=code)
         return request, digest
 
