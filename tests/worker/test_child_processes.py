@@ -171,6 +171,18 @@ def test_a_child_that_cannot_start_is_nobodys_failure(tmp_path: Path, monkeypatc
     go(main())
 
 
+def test_a_worker_removes_the_files_of_a_killed_worker(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path) as rig:
+            for name in ("values", "functions", "run", "spare/spare-0", "code"):
+                (rig.scratch.root / name / "left").mkdir(parents=True)
+            rig.runner.prepare()
+            assert list(rig.scratch.root.glob("**/left")) == [rig.scratch.root / "code" / "left"]
+            assert await rig.values([1]) == [1]
+
+    go(main())
+
+
 def test_a_failed_kill_does_not_occupy_a_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with opened(tmp_path, slots=1) as rig:
