@@ -32,6 +32,8 @@ from batchlab.worker.materialization import OffLoop
 
 MAX_BYTES = 512 * 1024 * 1024
 MAX_FILES = 20_000
+MAX_CACHED_FILES = 4096
+"""Limit of the functions and shared values in the cache of a worker, which also limits the worker's memory."""
 
 _SKIPPED = frozenset({"__pycache__", ".git", ".venv", ".batchlab", ".mypy_cache", ".pytest_cache", ".ruff_cache"})
 _MARKS = ("pyvenv.cfg", object_keys.MADE)
@@ -236,8 +238,8 @@ def _copy(source: IO[bytes], file: IO[bytes], remaining: int) -> int:
 class CodeCache:
     """Code folders, pickled functions, and shared values of a worker's jobs, each fetched once per instance.
 
-    Functions and shared values together use at most `max_file_bytes`, apart from the files that executions use. The
-    files that were used least recently are removed, and fetched again if needed.
+    Functions and shared values together are at most MAX_CACHED_FILES files with `max_file_bytes`, apart from the files
+    that executions use. The files that were used least recently are removed, and fetched again if needed.
     """
 
     def __init__(
@@ -251,6 +253,7 @@ class CodeCache:
         self._max_file_bytes = max_file_bytes
         self._files: OrderedDict[Path, int] = OrderedDict()
         """Files of functions and shared values, and their sizes in bytes. The last entry was used last."""
+        self._total_bytes = 0
 
     async def code(self, key: str | None) -> tuple[str, Path | None]:
         """Return the digest and the unpacked folder of a code zip, or ("", None) for a job without code.
@@ -301,25 +304,27 @@ class CodeCache:
 
     def evict_unused(self) -> None:
         """Remove all functions and shared values without a link from an execution."""
-        self._evict(0)
+        self._evict(0, 0)
 
     def _link(self, path: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.hardlink_to(path)
-        self._files[path] = path.stat().st_size
-        self._files.move_to_end(path)
-        self._evict(self._max_file_bytes)
+        size = path.stat().st_size
+        self._total_bytes += size - self._files.pop(path, 0)
+        self._files[path] = size
+        self._evict(self._max_file_bytes, MAX_CACHED_FILES)
 
-    def _evict(self, max_bytes: int) -> None:
-        total = sum(self._files.values())
+    def _evict(self, max_bytes: int, max_files: int) -> None:
+        if self._total_bytes <= max_bytes and len(self._files) <= max_files:
+            return
         for path in tuple(self._files):
-            if total <= max_bytes:
-                return
             # The removal of a linked file does not free any space.
             if path.exists() and path.stat().st_nlink > 1:
                 continue
             path.unlink(missing_ok=True)
-            total -= self._files.pop(path)
+            self._total_bytes -= self._files.pop(path)
+            if self._total_bytes <= max_bytes and len(self._files) <= max_files:
+                return
 
     def _path(self, key: str, folder: str) -> Path:
         return self._scratch.root / folder / hashlib.sha256(key.encode()).hexdigest()

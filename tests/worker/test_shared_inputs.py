@@ -8,11 +8,13 @@ import hashlib
 import pickle
 from pathlib import Path
 
+import pytest
+
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.model import Failure, JobId
 from batchlab.core.protocol import object_keys, values
 from batchlab.core.protocol.bundle_inputs import JobObjects
-from batchlab.worker import materialization
+from batchlab.worker import code_cache, materialization
 from batchlab.worker.code_cache import CodeCache
 from batchlab.worker.inflight_message import Scratch
 
@@ -93,6 +95,22 @@ def test_functions_that_were_used_least_recently_are_removed_from_the_disk(tmp_p
 
     asyncio.run(fetch())
     assert len(list((tmp_path / "functions").iterdir())) == 2
+
+
+def test_number_of_functions_on_the_disk_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_cache, "MAX_CACHED_FILES", 3)
+
+    async def fetch() -> None:
+        objects, link = SimObjects(), tmp_path / "run" / "function"
+        cache = CodeCache(objects, Scratch(tmp_path), asyncio.to_thread)
+        for n in range(20):
+            key = object_keys.pickled(bytes([n]))
+            await objects.put(key, b"x")
+            await cache.function(key, link)
+            link.unlink()
+
+    asyncio.run(fetch())
+    assert len(list((tmp_path / "functions").iterdir())) == 3
 
 
 class SmallDisk(SimObjects):
