@@ -31,7 +31,7 @@ from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.trial import calm
 from batchlab.sim.world import World
 from batchlab.worker.inflight_message import Runner
-from batchlab.worker.inline_child import InlineChildren, InlineRunner
+from batchlab.worker.inline_child import InlineChildren, SimulatedTaskRunner
 
 TASK_S = (0.5, 1.5)
 """Range of virtual seconds that a task takes, whatever its handler does."""
@@ -124,4 +124,4 @@ async def _wait_for_account(world: World, job: JobId) -> None:
 
 def _real_handlers(children: InlineChildren, world: World, _die: Callable[[], None], objects: Objects) -> Runner:
     rng = world.rng("durations")
-    return InlineRunner(objects, world.clock, lambda _work, _task: rng.uniform(*TASK_S), children)
+    return SimulatedTaskRunner(objects, world.clock, lambda _work, _task: rng.uniform(*TASK_S), children)

@@ -215,22 +215,26 @@ class ChildProcess:
         The exit code is the child's own if the child exited before the kill. Repeated calls of `kill` are safe.
         """
         if self._process.returncode is None:
-            kill_family(self.pid)
-            while self._process.poll() is None:  # noqa: ASYNC110 - SIGCHLD belongs to the caller
-                await asyncio.sleep(_REAP_STEP_S)
-        if not self._closed:
-            # A surviving descendant may hold the pipe open, so `kill` does not wait for the pipe's end.
-            while self._read():
-                pass
-            self._closed = True
-            self._loop.remove_reader(self._answers)
-            self._loop.remove_writer(self._requests)
-            for fd in (self._answers, self._requests, self._life):
-                os.close(fd)
+            try:
+                kill_family(self.pid)
+            finally:
+                self._process.kill()  # The child ends and is reaped even if its descendants cannot be listed.
+                while self._process.poll() is None:  # noqa: ASYNC110 - SIGCHLD belongs to the caller
+                    await asyncio.sleep(_REAP_STEP_S)
+        # A surviving descendant may hold the pipe open, so `kill` does not wait for the pipe's end.
+        while not self._closed and self._read():
+            pass
         return self._process.returncode, self._lines()
 
     def close(self) -> None:
-        """Remove the files of the child process. The caller must call `kill` before `close`."""
+        """Close the pipes and remove the files of the child process. The caller must call `kill` before `close`."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._answers)
+        self._loop.remove_writer(self._requests)
+        for fd in (self._answers, self._requests, self._life):
+            os.close(fd)
         self.board.close()
         # The folder is small, and closing the runner removes remaining files.
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -323,9 +327,11 @@ class Children:
         for group in (self._idle, self._busy):
             if child in group:
                 group.remove(child)
-        await child.kill()
-        child.close()
-        self._notify()
+        try:
+            await child.kill()
+        finally:
+            child.close()
+            self._notify()
 
     def _notify(self) -> None:
         if not self._busy:

@@ -132,7 +132,7 @@ class TaskExecutor:
         """
         first = self._first_of_type.get(type(error))
         if first is not None and self._exceptions_room < NEW_TYPES_BYTES + MAX_EXCEPTION_BYTES:
-            return f"{exception_pickling.LIKE}{first}"
+            return f"{exception_pickling.SAME_TYPE_PREFIX}{first}"
         max_bytes = min(MAX_EXCEPTION_BYTES, self._exceptions_room) * 3 // 4
         text = base64.b64encode(exception_pickling.pickled(error, max_bytes)).decode()
         self._exceptions_room -= len(text)

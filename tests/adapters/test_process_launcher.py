@@ -246,6 +246,34 @@ def test_ended_instances_leave_no_file_descriptor_and_in_time_no_record(tmp_path
     with_launcher(tmp_path, check, clock=clock)
 
 
+def test_folders_of_ended_instances_are_removed(tmp_path: Path) -> None:
+    root, scratch = tmp_path / "fleet", tmp_path / "scratch"
+    killed_manager(root, "steady-1,steady-2")
+    for name in ("steady-1", "steady-2", "steady-3", "client-1"):
+        (scratch / name / "code").mkdir(parents=True)
+    pid = pid_of(root, "steady-1")
+    os.kill(pid, signal.SIGKILL)
+
+    def left() -> list[str]:
+        return sorted(path.name for path in scratch.iterdir())
+
+    async def main() -> None:
+        launcher = process_launcher(root, scratch=scratch)
+        try:
+            await soon(lambda: not alive(pid))
+            assert await launcher.running() == {"steady-1": AWAY, "steady-2": None}
+            await soon(lambda: left() == ["client-1", "steady-2", "steady-3"])
+            await launcher.launch(STEADY, "steady-3")
+            os.kill(pid_of(root, "steady-3"), signal.SIGKILL)
+            await end_of(launcher, "steady-3")
+            await soon(lambda: left() == ["client-1", "steady-2"])
+        finally:
+            await launcher.close(kill=True)
+        assert left() == ["client-1"]
+
+    asyncio.run(main())
+
+
 # --- Ends -----------------------------------------------------------------------------------------
 
 

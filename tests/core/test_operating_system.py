@@ -329,6 +329,35 @@ def test_table_has_parents_groups_and_memory(other: ModuleType) -> None:
         until(lambda: other.start_mark(child) is None)
 
 
+def test_processes_of_other_users_do_not_end_the_kill(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import subprocess\nfor _ in range(3):\n"
+        "    print(subprocess.Popen(['sleep', '100'], start_new_session=True).pid, flush=True)\ninput()"
+    )
+    with program(code) as process:
+        children = [line_of(process) for _ in range(3)]
+        foreign = [pid for pid in processes.family(process.pid) if pid != process.pid][:2]
+        kill = os.kill
+
+        def kill_own(pid: int, number: int) -> None:
+            if pid in foreign:
+                raise PermissionError(pid)
+            kill(pid, number)
+
+        def refuse(group: int, _: int) -> None:
+            raise PermissionError(group)
+
+        monkeypatch.setattr(os, "kill", kill_own)
+        monkeypatch.setattr(os, "killpg", refuse)
+        try:
+            processes.kill_family(process.pid)
+            (own,) = set(children) - set(foreign)
+            until(lambda: processes.start_mark(own) is None)
+        finally:
+            for pid in foreign:
+                kill(pid, signal.SIGKILL)
+
+
 def test_stopped_process_is_seen(other: ModuleType) -> None:
     with program() as process:
         assert not other.is_stopped(process.pid)

@@ -157,10 +157,13 @@ def sim_launcher(started: list[str] | None = None) -> SimLauncher:
 
 
 def process_launcher(
-    root: Path, clock: Clock | None = None, argv: Callable[[Pool, str], Sequence[str]] = worker_argv
+    root: Path,
+    clock: Clock | None = None,
+    argv: Callable[[Pool, str], Sequence[str]] = worker_argv,
+    scratch: Path | None = None,
 ) -> ProcessLauncher:
     env = {"PATH": os.environ["PATH"]}
-    return ProcessLauncher(root, argv, clock or LoopClock(), env)
+    return ProcessLauncher(root, argv, clock or LoopClock(), env, scratch=scratch)
 
 
 def pid_of(launcher_root: Path, instance: str) -> int:

@@ -14,13 +14,14 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from batchlab.adapters.local.fork_server import ForkServer, ForkServerEndedError, PendingFork
 from batchlab.core.atomic_write import private, write_whole
@@ -81,8 +82,8 @@ class ProcessLauncher:
 
     `argv` returns the command line of a pool's instance. `env` is the environment of instances, to which the pool's own
     variables are added. With a `fork_server`, `argv` must begin with the server's program. With a `fork_server`,
-    instances are its forks, except in pools with their own environment. The launcher sets `changed` when an instance
-    ends. The task that waits for `changed` clears `changed`.
+    instances are its forks, except in pools with their own environment. When an instance ends, the launcher removes the
+    folder `scratch`/<id>, and sets `changed`. The task that waits for `changed` clears `changed`.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class ProcessLauncher:
         clock: Clock,
         env: Mapping[str, str],
         fork_server: ForkServer | None = None,
+        scratch: Path | None = None,
     ) -> None:
         self.changed = asyncio.Event()
         self._records = root / "instances"
@@ -100,7 +102,8 @@ class ProcessLauncher:
         self._clock = clock
         self._env = env
         self._fork_server = fork_server
-        self._reaping: set[asyncio.Task[None]] = set()
+        self._scratch = scratch
+        self._background: set[asyncio.Task[None]] = set()
         self._processes: dict[str, _Process] | None = None
 
     def prepare(self) -> None:
@@ -183,7 +186,8 @@ class ProcessLauncher:
             await asyncio.gather(*(process.exited.wait() for process in living))
         for process in living:
             self._release(process)
-        await asyncio.gather(*self._reaping)
+        while self._background:  # The end of an instance starts the removal of its folder.
+            await asyncio.gather(*self._background)
         self.end_fork_server()
 
     def end_fork_server(self) -> None:
@@ -238,11 +242,14 @@ class ProcessLauncher:
         _kill_group(process.record)
         self._release(process)
         if process.is_fork and self._fork_server:
-            reaping = asyncio.get_running_loop().create_task(self._reap(process, self._fork_server))
-            self._reaping.add(reaping)
-            reaping.add_done_callback(self._reaping.discard)
+            self._start(self._reap(process, self._fork_server))
         else:
             self._end(process, _end_text(exit_code(process.record.pid)))
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def _reap(self, process: _Process, fork_server: ForkServer) -> None:
         self._end(process, _end_text(await fork_server.exit_code(process.record.pid)))
@@ -253,6 +260,9 @@ class ProcessLauncher:
         process.exited.set()
         self.changed.set()
         log.info("ended: %s", how, extra=_about(process.record))
+        if self._scratch:
+            # Instances never have the id of an earlier instance, so no other instance uses the folder.
+            self._start(_remove(self._scratch / process.record.instance))
         try:
             self._write(process.record)
         except OSError as error:
@@ -308,11 +318,19 @@ class ProcessLauncher:
 
     def _read(self, path: Path) -> _Record:
         try:
-            return _Record(**json.loads(path.read_text()))
+            record = _Record(**json.loads(path.read_text()))
+            if record.instance != path.stem:
+                raise ValueError(record.instance)
+            return record
         except (ValueError, TypeError):
             # The record file is damaged or of another version. The launcher finds the instance of a damaged record by
             # its environment.
             return _Record(path.stem, "", boot_id())
+
+
+async def _remove(folder: Path) -> None:
+    # A program that a task left running may still write into the folder.
+    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _end_text(code: int | None) -> str:

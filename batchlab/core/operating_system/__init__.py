@@ -1,6 +1,6 @@
 """The operating system: this process, and in the module `processes` other processes.
 
-Invariant: only this package names what one operating system has and another lacks. Each function has a portable
+Invariant: only this package contains code that depends on the operating system. Each function has a portable
 implementation. Linux has faster calls for the same functions. The variable BATCHLAB_PORTABLE selects the portable
 implementation on Linux, so that Linux can test the behavior of other systems.
 

@@ -107,11 +107,12 @@ def family(leader: int) -> set[int]:
 def kill_family(leader: int) -> None:
     """Send SIGKILL to the process group `leader` and to its descendants in other groups.
 
+    Processes of other users, such as those that `sudo` starts, continue to run.
     `leader` must not be reaped before the kill, because another process may reuse the id of a reaped process.
     """
     doomed = family(leader)
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)
     for pid in doomed - {leader}:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
