@@ -86,13 +86,7 @@ async def _in_ledger(ports: Ports) -> set[JobId]:
 
 
 async def _in_bucket(ports: Ports) -> set[JobId]:
-    job_ids: set[JobId] = set()
-    async for page in ports.objects.list(object_keys.JOBS):
-        for info in page:
-            job = _job_of(info)
-            if info.key == object_keys.spec(job):
-                job_ids.add(job)
-    return job_ids
+    return {_job_of(info) async for info in _definitions(ports)}
 
 
 async def has_lost_jobs(ports: Ports, before_s: float) -> bool:
