@@ -123,6 +123,8 @@ def _at_exit() -> None:
     for end in list(_awaited):
         end.wait()
     methods = [reference() for reference in _exit_methods]
+    # A WeakMethod that outlives its function, as when Python deletes all modules, prints an error.
+    _exit_methods.clear()
     for method in methods:
         if method:
             method()
