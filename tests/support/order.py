@@ -14,6 +14,7 @@ WAITS_S: Mapping[str, float] = {
     "tests/system/test_boot.py": 280,
     "tests/chaos/test_chaos.py": 255,
     "tests/system/test_faults_containers.py": 170,
+    "tests/system/test_bare_posix.py": 160,
     "tests/system/test_aws_faults.py": 145,
     "tests/chaos/test_scaling.py": 120,
     "tests/system/test_faults_aws.py": 120,
