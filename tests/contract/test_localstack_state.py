@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import resource
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -287,6 +288,7 @@ def test_receives_after_an_incomplete_record_are_restored(server: Server, sqs: S
 @contextmanager
 def full_disk(server: Server, size: int) -> Iterator[None]:
     """Let LocalStack write only a part of each file, with the length `size`."""
+    assert sys.platform == "linux"  # for mypy: only Linux has prlimit
     assert server._process is not None
     limits = resource.prlimit(server._process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(server._process.pid, resource.RLIMIT_FSIZE, (size, limits[1]))

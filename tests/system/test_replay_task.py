@@ -29,6 +29,7 @@ from tests.support.grid.failing_tasks import (
     quick,
     verdict,
 )
+from tests.support.processes import command_line
 from tests.support.waiting import until
 
 __all__ = ["anywhere", "grids", "here", "quick", "verdict"]
@@ -152,8 +153,7 @@ def _folders_of(group: int) -> list[Path]:
     found = []
     for one in table():
         if one.group == group and one.pid != group:
-            words = Path(f"/proc/{one.pid}/cmdline").read_bytes().decode().split("\0")
-            found += [Path(word) for word in words if "batchlab-task-" in word]
+            found += [Path(word) for word in command_line(one.pid) if "batchlab-task-" in word]
     return found
 
 

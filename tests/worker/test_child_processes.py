@@ -18,7 +18,8 @@ from batchlab.core.errors import BackendError, Unreachable
 from batchlab.worker import child_process
 from batchlab.worker.child_process import TICK_S, ChildProcess
 from batchlab.worker.inflight_message import Handle
-from tests.support.worker.runner import USER_CODE, alive, children_of, collect, go, opened, until
+from tests.support.processes import is_running
+from tests.support.worker.runner import USER_CODE, children_of, collect, go, opened, until
 
 
 def test_children_are_reused_for_the_same_code_and_only_for_it(tmp_path: Path) -> None:
@@ -124,6 +125,7 @@ WORKER = """
 import asyncio, sys
 from pathlib import Path
 from typing import Any
+from tests.support.processes import is_running
 from tests.support.worker.runner import opened
 
 async def main():
@@ -145,10 +147,10 @@ def test_children_and_their_programs_die_with_the_worker(tmp_path: Path, number:
             await until(lambda: mark.exists() and mark.read_text(), "the program's start")
             [child] = children_of(worker.pid)
             program = int(mark.read_text())
-            assert alive(child)
-            assert alive(program)
+            assert is_running(child)
+            assert is_running(program)
             worker.send_signal(number)
-            await until(lambda: not alive(child) and not alive(program), "their end")
+            await until(lambda: not is_running(child) and not is_running(program), "their end")
         finally:
             worker.kill()
             worker.wait()

@@ -32,6 +32,7 @@ from batchlab.core.operating_system.processes import (
     boot_id,
     exit_code,
     is_alive,
+    kill_group,
     open_watch,
     session_leader,
     start_mark,
@@ -199,7 +200,7 @@ class ProcessLauncher:
         record = process.record
         self._release(process)  # The end of an instance whose launch failed must not be reported.
         if record.pid:
-            os.killpg(record.pid, signal.SIGKILL)
+            kill_group(record.pid)
             if not process.is_fork:
                 os.waitpid(record.pid, 0)
         self._path(record.instance).unlink(missing_ok=True)
@@ -371,5 +372,4 @@ def _kill_group(record: _Record) -> None:
     # A process group may have members after its leader has ended, and these members keep the pid from being reused.
     # Another process could get the pid only between the check and the kill, after the kernel has used all other pids.
     if start_mark(record.pid) in (None, record.start_ticks):
-        with suppress(ProcessLookupError):
-            os.killpg(record.pid, signal.SIGKILL)
+        kill_group(record.pid)

@@ -52,6 +52,7 @@ __all__ = [
     "is_in_container",
     "is_stopped",
     "kill_family",
+    "kill_group",
     "open_watch",
     "owns_port",
     "parent_of",
@@ -111,8 +112,18 @@ def kill_family(leader: int) -> None:
     `leader` must not be reaped before the kill, because another process may reuse the id of a reaped process.
     """
     doomed = family(leader)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, signal.SIGKILL)
+    kill_group(leader)
     for pid in doomed - {leader}:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
+
+
+def kill_group(leader: int) -> None:
+    """Send SIGKILL to the process group `leader`. Ignore a group without a running process.
+
+    `leader` must not be reaped before the kill, unless the group still has members.
+    """
+    # A group whose processes have all exited, and are not reaped, is not an error on Linux. macOS raises
+    # PermissionError.
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
