@@ -187,8 +187,10 @@ class ProcessLauncher:
             await asyncio.gather(*(process.exited.wait() for process in living))
         for process in living:
             self._release(process)
-        while self._background:  # The end of an instance starts the removal of its folder.
-            await asyncio.gather(*self._background)
+        while ending := list(self._background):  # The end of an instance starts the removal of its folder.
+            await asyncio.gather(*ending)
+            # A wait for ended tasks does not give the loop a chance to run their callbacks.
+            self._background.difference_update(ending)
         self.end_fork_server()
 
     def end_fork_server(self) -> None:
