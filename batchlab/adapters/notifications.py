@@ -19,7 +19,6 @@ import hashlib
 import hmac
 import logging
 import os
-import signal
 import socket
 import ssl
 import tempfile
@@ -43,6 +42,7 @@ from batchlab.core.notifications import (
     is_loopback,
     problem,
 )
+from batchlab.core.operating_system.processes import kill_group
 from batchlab.core.ports import Clock
 
 if TYPE_CHECKING:
@@ -159,8 +159,7 @@ async def run_command(target: Target, notification: Notification) -> None:
         except TimeoutError:
             raise NotDelivered(f"The command has not ended after {COMMAND_TIMEOUT_S:.0f} s.") from None
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_group(process.pid)
             await process.wait()
         if status:
             last = _last_line(errors.fileno())

@@ -10,7 +10,7 @@ import typer
 
 from batchlab.cli import output
 from batchlab.cli.deploy_options import REGION, DeployArguments, retry_notes, stack_and_region
-from batchlab.cli.groups import command_group
+from batchlab.cli.groups import Commands, command_group
 from batchlab.cli.option_values import connect, home_of
 from batchlab.cli.options import HOME, JSON, argument, flag, option
 from batchlab.core.api_types import TargetView
@@ -23,7 +23,7 @@ _ABOUT = {
     "connect": "Keep open a connection to a manager on AWS, which `run` normally starts.",
 }
 
-app = typer.Typer()
+app = Commands()
 notify = command_group("notify")
 app.add_typer(notify)
 
@@ -36,7 +36,7 @@ class Schema(StrEnum):
 
 
 @app.command()
-def schema(kind: Schema = argument("Kind of file: job or scenario.", "[job|scenario]", default=Schema.JOB)) -> None:
+def schema(kind: Schema = argument("Kind of file: job or scenario.", "job|scenario", default=Schema.JOB)) -> None:
     """Print the JSON Schema of job files or of scenario files, for editors.
 
     \b

@@ -18,7 +18,7 @@ from typer.main import get_group
 
 from batchlab import __version__
 from batchlab.cli import output
-from batchlab.cli.groups import Group
+from batchlab.cli.groups import Group, example
 from batchlab.cli.startup import missing_module_message
 from batchlab.core.errors import BatchlabError
 
@@ -132,12 +132,20 @@ class _Commands(Group):
 
             if usage_error := number_error(error):
                 raise usage_error from error
+            if hasattr(error, "param_type"):  # the exception of Typer for a missing argument or option
+                _add_example(error)
             raise
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - signature of the base class
         for panel in PANELS:
             with formatter.section(panel):
                 formatter.write_dl([(name, one.summary) for name, one in COMMANDS.items() if one.panel == panel])
+
+
+def _add_example(error: Any) -> None:
+    """Add the example of the command to the message about a missing argument or option."""
+    if error.ctx and (text := example(error.ctx.command)):
+        error.message = f"Example: {text}"
 
 
 def _version(wanted: bool) -> None:

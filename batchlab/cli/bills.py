@@ -17,11 +17,11 @@ from batchlab.core.capabilities import capabilities_of
 from batchlab.core.errors import BatchlabError, NotFound, UsageError
 from batchlab.core.model import JobId, Market
 from batchlab.core.pricing.bill import Bill, burn_usd_h, job_bill, spent_usd
-from batchlab.core.pricing.price_book import PriceBook, Usd, range_json
+from batchlab.core.pricing.price_book import PriceBook, Usd, decimals, range_json
 from batchlab.core.pricing.request_costs import TransferredData
 from batchlab.core.pricing.usage import Account, Kind
 from batchlab.core.protocol import object_keys
-from batchlab.core.text import join_list
+from batchlab.core.text import join_list, significant
 from batchlab.runtime import home as fetches
 from batchlab.runtime.home import Home
 
@@ -131,12 +131,13 @@ async def _stored_bytes(objects: Objects, job: str) -> int:
 
 def bill_text(job: JobView, bill: Bill) -> str:
     """Return the bill of a job on AWS as text for a terminal."""
-    rows = [(i.what, f"{i.usd.typical:.6f}", i.how) for i in bill.items]
     usd = bill.usd
-    rows.append(("all", f"{usd.typical:.6f}", ""))
-    further = [(i.what, f"{i.usd.typical:.6f}", i.how) for i in bill.further]
+    places = decimals(usd.typical)
+    rows = [(i.what, f"{i.usd.typical:.{places}f}", i.how) for i in bill.items]
+    rows.append(("all", f"{usd.typical:.{places}f}", ""))
+    further = [(i.what, f"{i.usd.typical:.{places}f}", i.how) for i in bill.further]
     exact = usd.low == usd.high
-    between = f"between {usd.low:.6f} and {usd.high:.6f} USD"
+    between = f"between {usd.low:.{places}f} and {usd.high:.{places}f} USD"
     spread = "" if exact else f" By what Spot and other zones may cost it is {between}."
     return "\n".join(
         [
@@ -216,7 +217,7 @@ class LiveCost:
         now = burn_usd_h(living, types, self._prices())
         text = f"{'would cost on AWS' if self._as_if else 'costs'} {now} an hour now, {spent} so far"
         if cap is not None:
-            text += f", cap {cap:g} USD"
+            text += f", cap {significant(cap, 6)} USD"
         if capped:
             text += ", reached: no more is launched than it pays for"
         if note := self._prices().mismatch:

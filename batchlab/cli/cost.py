@@ -24,7 +24,8 @@ from batchlab.core.job_definition import InputDef, SplitBy
 from batchlab.core.model import JobId, Market, Pool
 from batchlab.core.pricing.estimate import MEASURED, Estimate, Policy, PoolPlan, Three, loads
 from batchlab.core.pricing.estimate import estimate as compute_estimate
-from batchlab.core.pricing.price_book import NAME, Item, PriceBook, load, write
+from batchlab.core.pricing.price_book import NAME, Item, PriceBook, decimals, load, write
+from batchlab.core.text import significant
 from batchlab.runtime import home as fetches
 from batchlab.runtime.aws_deployment import prices_of
 from batchlab.runtime.home import Home
@@ -290,10 +291,11 @@ def _plan_pools(
 
 def text(estimate: Estimate) -> str:
     """Return the estimate as text for a terminal."""
+    places = decimals(estimate.usd.typical, least=4)
 
     def rows(items: Iterable[Item]) -> list[tuple[str, ...]]:
         ranges = ((i.what, i.usd.low, i.usd.typical, i.usd.high, i.how) for i in items)
-        return [(what, f"{low:.4f}", f"{typical:.4f}", f"{high:.4f}", how) for what, low, typical, high, how in ranges]
+        return [(what, *(f"{usd:.{places}f}" for usd in amounts), how) for what, *amounts, how in ranges]
 
     low, typical, high = (output.span(span_s) for span_s in estimate.span_s)
     lines = [f"The run will cost {estimate.usd}, and take {typical} ({low} to {high}).", ""]
@@ -340,11 +342,13 @@ def _prices_text(book: PriceBook, types: list[str] | None) -> str:
         instances.append((name, *(f"{usd:.4f}" for usd in figures)))
     columns = ("instance, USD/h", "on-demand", "Spot from", "typical", "to")
     others = [
-        (name, f"{key.replace('_', ' ').replace('usd', 'USD')}", f"{price:g}")
+        (name, f"{key.replace('_', ' ').replace('usd', 'USD')}", significant(price, 6))
         for name, block in book.blocks.items()
         for key, price in block.prices.items()
     ]
-    others += [("rds", f"{name} USD per hour", f"{price:g}") for name, price in book.blocks["rds"].table.items()]
+    others += [
+        ("rds", f"{name} USD per hour", significant(price, 6)) for name, price in book.blocks["rds"].table.items()
+    ]
     sources = [(name, block.region, block.date.isoformat(), block.source) for name, block in book.blocks.items()]
     parts = [output.table(columns, instances)]
     if types is None:

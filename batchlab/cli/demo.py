@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from batchlab.cli import output
+from batchlab.cli.groups import Commands
 from batchlab.cli.option_values import home_of, resume_command
 from batchlab.cli.options import BACKEND, ENDPOINT, HOME, JSON, OUT, RESUME, argument, examples, option
 from batchlab.core import installation
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from batchlab.cli.run_job import Summary
     from batchlab.runtime.home import Home
 
-app = typer.Typer()
+app = Commands()
 DATA = "data"
 DATA_MODULE = "example_data"
 _LEFT_OUT = {DATA, "out", "__pycache__"}

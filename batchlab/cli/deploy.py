@@ -103,8 +103,11 @@ def template_(arguments: DeployArguments, home: Path | None = HOME) -> None:
     where = home_of(home)
     wanted = settings_without_aws(arguments, where)
     document, costs = plan.offline_plan(wanted, template.load(template.shipped_template()), where)
+    if costs.hourly is None:  # The text may name a mistake in the settings, so it is printed before the long template.
+        output.say(costs.note)
     output.show_json(document, indent=1)
-    output.say("\n".join(cost_lines(costs)))
+    if costs.hourly:
+        output.say("\n".join(cost_lines(costs)))
 
 
 @app.command()
@@ -294,7 +297,7 @@ def rehearse(
         if not Person(yes).agrees(rehearsal.question(site)):
             raise typer.Exit(1)
         with rehearsal.Signals() as signals:
-            done = rehearsal.rehearse(site, usd, signals.limited)
+            done = rehearsal.rehearse(site, usd, signals)
     output.answer(json, done.document, rehearsal.summary(done))
     if not done.rehearsal.has_succeeded:
         raise typer.Exit(output.INTERRUPTED if done.rehearsal.is_interrupted else 1)

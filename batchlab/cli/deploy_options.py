@@ -101,7 +101,7 @@ class DeployArguments:
         named = {"Ledger": self.ledger, "Egress": self.egress, "AlarmEmail": self.alarm_email}
         values = {name: value for name, value in named.items() if value is not None}
         if self.budget is not None:
-            values["BudgetUsd"] = f"{self.budget:g}"
+            values["BudgetUsd"] = f"{self.budget:.12g}"
         return {**values, **assignments(self.parameter or (), "--set AttemptDays=14", "NAME=VALUE")}
 
     @property

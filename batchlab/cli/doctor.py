@@ -35,6 +35,7 @@ from batchlab.adapters.aws import endpoint as aws
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.local.objects import find_damaged
 from batchlab.cli import output
+from batchlab.cli.groups import Commands
 from batchlab.cli.option_values import home_of
 from batchlab.cli.options import BACKEND, ENDPOINT, HOME, JSON, flag
 from batchlab.core import installation
@@ -369,7 +370,7 @@ MAX_LISTED_OBJECTS = 20
 """Maximum number of damaged objects that are listed."""
 
 
-app = typer.Typer()
+app = Commands()
 
 
 @app.command()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from batchlab.cli import output
-from batchlab.cli.groups import command_group
+from batchlab.cli.groups import Commands, command_group
 from batchlab.cli.option_values import assignments, home_of, seconds_of
 from batchlab.cli.options import HOME, JSON, LOG_FORMAT, argument, flag, option
 from batchlab.cli.progress import bar
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
-app = typer.Typer()
+app = Commands()
 
 
 @app.command()
@@ -324,7 +324,7 @@ def serve(
     Example: batchlab asg serve --templates templates.toml --port 4580
              aws --endpoint-url http://127.0.0.1:4580 autoscaling describe-auto-scaling-groups
     """
-    from batchlab.core import installation, logs
+    from batchlab.core import installation, logs, operating_system
 
     # `asg serve` needs botocore, because botocore's service model defines the protocol.
     installation.need("aws", "`batchlab asg serve`", "botocore")
@@ -333,7 +333,7 @@ def serve(
     from batchlab.server.autoscaling_api.engine_loop import AsgSettings, asg_main
 
     logs.set_format(log_format)
-
+    operating_system.raise_file_limit()
     settings = AsgSettings(
         state=state.absolute(),
         templates=templates,

@@ -247,6 +247,8 @@ def _show_grid(
         lines.append(f"The grid {cost['text']}.")
     if failed := _failed(services):
         lines.append(f"{' '.join(failed)} {_RESUME}")
+    if trouble := view.get("trouble", ""):
+        lines.append(trouble)
     if unreadable := view.get("unreadable", 0):
         lines.append(
             f"The manager rejected {unreadable:,} unreadable or unexpected messages and objects. Its log names each. "

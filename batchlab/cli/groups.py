@@ -7,11 +7,11 @@ another tool would guess the command's name, the sentence has the name that exis
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 RENAMED = {
     "completion": "--install-completion",
@@ -79,9 +79,33 @@ class Group(TyperGroup):
             formatter.write_dl([(name, summary(one)) for name, one in commands if one and not one.hidden])
 
 
-def command_group(name: str) -> typer.Typer:
+class Command(TyperCommand):
+    """Command whose usage line shows a required argument as JOB. Typer would show {JOB}."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [_REQUIRED.sub(r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
+
+
+_REQUIRED = re.compile(r"^\{(.*)\}")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Commands(typer.Typer):
+    """Commands of a module, which are instances of Command."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[_Function], _Function]:
+        return super().command(name, **{"cls": Command, **settings})
+
+
+def command_group(name: str) -> Commands:
     """Return a new group of commands with the name `name`."""
-    return typer.Typer(name=name, cls=Group, no_args_is_help=True)
+    return Commands(name=name, cls=Group, no_args_is_help=True)
+
+
+def example(command: Any) -> str:
+    """Return the example in a command's help, or ""."""
+    match = re.search(r"^\s*Example: (.+)$", command.help or "", re.MULTILINE)
+    return match[1] if match else ""
 
 
 def summary(command: Any) -> str:

@@ -21,9 +21,11 @@ from batchlab.cli.option_values import (
     connect,
     home_of,
     is_whole_id,
+    jobs_in,
     no_grid,
     parameters_of,
     resolve,
+    states_of,
 )
 from batchlab.cli.options import ANY_BACKEND, AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, flag, option
 from batchlab.core.errors import NotFound, Refused, UsageError
@@ -76,7 +78,8 @@ def submit(
 
 @app.command("list")
 def list_(
-    active: bool = flag("List only jobs that have not ended.", "--active"),
+    state: list[str] | None = options.STATE,
+    active: bool = flag("List only jobs that have not ended.", "--active", hidden=True),
     limit: int = option("Maximum number of listed jobs.", default=20, min=1),
     home: Path | None = HOME,
     json: bool = JSON,
@@ -84,16 +87,18 @@ def list_(
     """List the jobs of the grid, with the newest job first.
 
     \b
-    Example: batchlab job list --active
+    Example: batchlab job list --state failed
     """
+    names = [*(state or ()), *(["active"] if active else [])]
+    states = states_of(names)
     with connect(home) as client:
-        jobs = client.jobs(limit=limit, active=active)
+        jobs = jobs_in(client, states, limit)
     output.listing(
         json,
         jobs,
         ("id", "state", "submitted", "took", "tasks", "failed", "reason"),
         map(_row, jobs),
-        "There are no jobs.",
+        f"There are no {' or '.join(names).lower()} jobs." if names else "There are no jobs.",
     )
     place = home_of(home)
     if place.record() is None and not json and any(view["ended_s"] is None for view in jobs):

@@ -31,13 +31,7 @@ if TYPE_CHECKING:
 def replay_task(
     job: str = JOB,
     task: str = TASK,
-    local: bool = option(
-        "Run the task on this machine. batchlab cannot replay a task on another machine.",
-        None,
-        "--local",
-        default=True,
-        show_default=False,
-    ),
+    local: bool = flag("Ignored: a task is always replayed on this machine.", "--local", hidden=True),
     attempt: int | None = option(
         "Number of the attempt that is replayed. Default: the last failed attempt, or else the last attempt.",
         "N",
@@ -77,7 +71,7 @@ def replay_task(
     the grid. The exit code is 1 if the task fails.
 
     \b
-    Example: batchlab job replay-task last parse/3 --local
+    Example: batchlab job replay-task last parse/3
     """
     from batchlab.cli.session import find_bucket
 

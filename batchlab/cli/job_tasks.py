@@ -120,7 +120,7 @@ def _show(doc: dict[str, Any]) -> None:
 def replay_command(job: str, task: str, home: Path | None) -> str:
     """Return the shell command that runs a task again on this machine."""
     where = ["--home", str(home)] if home else []
-    return shlex.join(["batchlab", "job", "replay-task", job, task, "--local", *where])
+    return shlex.join(["batchlab", "job", "replay-task", job, task, *where])
 
 
 # --- Reasons of waiting and failures -------------------------------------------------------------
@@ -211,7 +211,7 @@ def _show_groups(job: str, groups: list[FailureGroupView], json: bool) -> None:
             _show_traceback(group["first"])
         first = groups[0]["first"]
         name, fingerprint = task_name(first["stage"], first["task"]), groups[0]["fingerprint"]
-        output.say(f"`batchlab job replay-task {job} {name} --local` runs {name} again on this machine.")
+        output.say(f"`batchlab job replay-task {job} {name}` runs {name} again on this machine.")
         output.say(f"`batchlab job retry {job} --fingerprint {fingerprint}` runs all tasks with this cause again.")
 
 

@@ -5,7 +5,7 @@ jobs.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from batchlab.client.http import Client
     from batchlab.core.api_types import JobView
-    from batchlab.core.model import Pool
+    from batchlab.core.model import JobState, Pool
     from batchlab.runtime.home import Home
 
 
@@ -83,6 +83,29 @@ def cap_text(usd: float | None) -> str:
     from batchlab.core.pricing.price_book import shown
 
     return "not capped" if usd is None else f"capped at {shown(usd)}"
+
+
+def job_states() -> Mapping[str, frozenset[JobState]]:
+    """Return the states that each value of the option --state means."""
+    from batchlab.core.model import ENDED, JobState
+
+    groups = {"active": frozenset(JobState) - ENDED, "ended": ENDED}
+    return {**{state.lower(): frozenset({state}) for state in JobState}, **groups}
+
+
+def states_of(names: Iterable[str]) -> frozenset[JobState]:
+    """Return the states that the values of the option --state mean. Raise UsageError for an unknown state."""
+    import difflib
+
+    known = job_states()
+    states: frozenset[JobState] = frozenset()
+    for name in names:
+        if name.lower() not in known:
+            near = difflib.get_close_matches(name.lower(), known, n=1)
+            remedy = f"Did you mean {near[0]}?" if near else f"Write one of {', '.join(known)}."
+            raise UsageError(f"The state {name!r} does not exist.", remedy=remedy)
+        states |= known[name.lower()]
+    return states
 
 
 # --- The running manager -------------------------------------------------------------------------
@@ -165,6 +188,23 @@ def resolve(client: Client, text: str) -> JobView:
         f"{text!r} could be any of {len(matches)} jobs: {ids}{', …' if len(matches) > 3 else ''}.",
         remedy="Write more of the id.",
     )
+
+
+def jobs_in(client: Client, states: frozenset[JobState], limit: int) -> list[JobView]:
+    """Return the newest jobs in one of the states, at most `limit`. Without states, return the newest jobs."""
+    from batchlab.core.model import ENDED, JobState
+
+    if not states or states == frozenset(JobState) - ENDED:
+        return client.jobs(limit=limit, active=bool(states))
+    jobs: list[JobView] = []
+    last: str | None = None
+    while len(jobs) < limit:
+        page = client.jobs(limit=JOBS_PER_REQUEST, before=last, active=not states & ENDED)
+        jobs += [job for job in page if job["state"] in states]
+        if len(page) < JOBS_PER_REQUEST:
+            break
+        last = page[-1]["id"]
+    return jobs[:limit]
 
 
 def is_whole_id(text: str) -> bool:

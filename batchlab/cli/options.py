@@ -89,6 +89,13 @@ def tasks(ctx: typer.Context, incomplete: str) -> list[str]:
     return _matching(incomplete, [*(task_name(one["stage"], one["task"]) for one in failures), *stages])
 
 
+def job_states(incomplete: str) -> list[str]:
+    """Return the values of the option --state that begin with the incomplete text."""
+    from batchlab.cli.option_values import job_states
+
+    return _matching(incomplete.lower(), job_states())
+
+
 def _matching(incomplete: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
@@ -148,9 +155,9 @@ def argument(text: str, metavar: str, *, default: Any = ..., **settings: Any) ->
     return typer.Argument(default, metavar=metavar, help=text, **settings)
 
 
-def flag(text: str, *names: str) -> Any:
+def flag(text: str, *names: str, hidden: bool = False) -> Any:
     """Declare a boolean option with the help `text` and the default False."""
-    return typer.Option(False, *names, help=text)
+    return typer.Option(False, *names, help=text, hidden=hidden)
 
 
 HOME = option("Folder of the grid. Default: $BATCHLAB_HOME, or else .batchlab in the current folder.", "DIR")
@@ -183,6 +190,12 @@ LOG_FORMAT = option("Format of the logs. Default: $BATCHLAB_LOG_FORMAT, or else 
 
 CAP = argument("New cap on the cost, such as 5USD, or 'none' to remove the cap.", "AMOUNT")
 JOB = argument("Id of a job, the beginning of an id, or 'last' for the newest job.", "JOB", autocompletion=jobs)
+STATE = option(
+    "State of the listed jobs, such as failed or running. 'active' means all jobs that have not ended, and 'ended' all "
+    "other jobs. Repeatable. Default: all jobs.",
+    "STATE",
+    autocompletion=job_states,
+)
 _TASK_TEXT = "Name of a task, such as parse/3. In a job with one stage, the number 3 is enough."
 TASK = argument(_TASK_TEXT, "TASK", autocompletion=tasks)
 SHOWN_TASK = argument(f"{_TASK_TEXT} Default: show the whole job.", "TASK", default=None, autocompletion=tasks)

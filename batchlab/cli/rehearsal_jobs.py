@@ -28,7 +28,7 @@ from batchlab.core.model import ENDED, JobId, JobState
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.estimate import Estimate, Policy, PoolPlan, Three, loads
 from batchlab.core.pricing.estimate import estimate as compute_estimate
-from batchlab.core.pricing.hourly import Hourly
+from batchlab.core.pricing.hourly import Hourly, Worker
 from batchlab.core.pricing.price_book import NOTHING, Item, PriceBook, Usd, shown, total
 from batchlab.core.text import count, span
 from batchlab.deploy import plan
@@ -63,6 +63,8 @@ DATABASE_S = 1200.0
 CONFORM_USD = Usd(0.005, 0.01, 0.03)
 NOTICE_USD = Usd(0.0, 0.3, 0.6)
 """Assumed cost in USD of the requests of conform, and of an experiment of AWS Fault Injection Service."""
+OTHER_REGION = 2.0
+"""Factor of the highest cost if the prices are of another region. AWS's regions differ by less."""
 
 _WORK = """\
 import time
@@ -257,7 +259,8 @@ class Expected:
     """Expected cost of a rehearsal that takes `seconds`. `jobs` has the estimate of each job by name.
 
     `usd_per_h` is the highest cost of the stack per hour, with all workers on demand. `fixed_usd` is the highest cost
-    that does not depend on time.
+    that does not depend on time. `database_s` is the part of `seconds` for a database. `note` is a sentence if the
+    prices are of another region.
     """
 
     seconds: float
@@ -265,6 +268,7 @@ class Expected:
     note: str
     jobs: dict[str, Estimate]
     usd_per_h: float
+    database_s: float = 0.0
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -282,7 +286,11 @@ class Expected:
     def fixed_usd(self) -> float:
         requests = [item.usd for item in self.items if item.what in ("SQS", "S3", "data out of AWS")]
         # AWS bills a started hour of a VPC endpoint as a whole hour.
-        return sum(usd.high for usd in (*requests, CONFORM_USD, NOTICE_USD, self.hourly.idle_usd_h))
+        return self.margin * sum(usd.high for usd in (*requests, CONFORM_USD, NOTICE_USD, self.hourly.idle_usd_h))
+
+    @property
+    def margin(self) -> float:
+        return OTHER_REGION if self.note else 1.0
 
     @property
     def highest_usd(self) -> float:
@@ -322,7 +330,14 @@ def expect(wanted: Settings, source: Template, home: Home, jobs: Sequence[Job]) 
         )
         for pool in wanted.pools
     ]
-    seconds = EXPECTED_S + (DATABASE_S if dict(wanted.parameters).get("Ledger") == "postgres" else 0.0)
-    most = sum(workers[pool.name].on_demand.high * pool.max_size for pool in wanted.pools)
+    database_s = DATABASE_S if dict(wanted.parameters).get("Ledger") == "postgres" else 0.0
+    most = sum(_highest_usd_h(pool.types, workers[pool.name], book) * pool.max_size for pool in wanted.pools)
     estimates = {job.name: job.estimate(pools, book) for job in jobs if not job.obstacle}
-    return Expected(seconds, cost.hourly, cost.note, estimates, cost.hourly.idle_usd_h.high + most)
+    expected = Expected(EXPECTED_S + database_s, cost.hourly, cost.note, estimates, 0.0, database_s)
+    return replace(expected, usd_per_h=expected.margin * (cost.hourly.idle_usd_h.high + most))
+
+
+def _highest_usd_h(types: Sequence[str], worker: Worker, book: PriceBook) -> float:
+    """Return the highest cost of a worker per hour. `worker` has the price of the first instance type."""
+    prices = [book.instance_usd_h(name).high for name in types]
+    return worker.on_demand.high + (max(prices) - prices[0] if prices else 0.0)

@@ -1,8 +1,8 @@
 """Steps of `batchlab deploy rehearse` in an AWS account, in terms of the commands that a user of a grid has.
 
 Invariants: the steps use a stack of their own, so they never change the stack of a grid. The name of the stack is
-fixed, and a file records the name of the conformance run before its start. The next rehearsal therefore finds and
-removes the resources of a killed rehearsal.
+fixed, and a file records the account, the region, and the name of the conformance run before their use. The next
+rehearsal therefore finds and removes the resources of a killed rehearsal.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchlab.adapters.local.state_files import read_record
 from batchlab.cli import output, rehearsal_jobs
 from batchlab.cli.bills import bill_of
 from batchlab.cli.progress import StackDisplay, bar
@@ -26,7 +27,7 @@ from batchlab.cli.rehearsal_jobs import EXAMPLES, POOL, Expected, Injection, Job
 from batchlab.cli.session import Session
 from batchlab.core.api_usage_types import account_of
 from batchlab.core.atomic_write import write_whole
-from batchlab.core.errors import BackendError
+from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.pricing import price_book, request_costs
 from batchlab.core.pricing.bill import spent_usd
 from batchlab.core.pricing.price_book import NOTHING, Usd
@@ -35,8 +36,8 @@ from batchlab.core.text import count, span
 from batchlab.deploy import spot_notice, status
 from batchlab.deploy.account import Account
 from batchlab.deploy.apply import Apply
-from batchlab.deploy.destroy import Destroy
-from batchlab.deploy.leftovers import Leftover, Leftovers, is_removable, remove_left
+from batchlab.deploy.destroy import SNAPSHOT, Destroy
+from batchlab.deploy.leftovers import AwsResource, Leftover, Leftovers, is_removable, remove, remove_left
 from batchlab.deploy.rehearsal import NotTried, Step, StepNotes
 from batchlab.deploy.stack import Stack
 from batchlab.runtime import aws_deployment, factory
@@ -65,6 +66,10 @@ _RUN = re.compile(r"batchlab-conform-[0-9a-f]{8}")
 class Voice:
     """User interface of the operations on the stack. The user has agreed to the whole rehearsal before its start."""
 
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        """Notes of the plans about possible problems of the account."""
+
     def say(self, text: str) -> None:
         output.say(text)
 
@@ -72,7 +77,11 @@ class Voice:
         return True
 
     def show(self, plan: Plan) -> None:
-        """Do not print the plan, because a rehearsal always creates all resources."""
+        """Print only the notes of the plan, because a rehearsal always creates all resources."""
+        for note in plan.notes:
+            if note not in self.notes:
+                self.notes.append(note)
+                output.say(f"Note: {note}")
 
     @contextmanager
     def watching(self, what: str, total: int) -> Iterator[Callable[[Event], None]]:
@@ -113,8 +122,33 @@ class Site:
 
     @property
     def record(self) -> Path:
-        """File with the name of the conformance run, whose resources lack the stack's tag."""
-        return self.home.path / "conform.json"
+        """File with the place of a rehearsal whose resources may exist, and with its conformance run. The resources of
+        the conformance run lack the stack's tag.
+        """
+        return self.home.path / "rehearsal.json"
+
+    @property
+    def place(self) -> dict[str, str]:
+        return {"account": self.account.id, "region": self.region}
+
+    def check_place(self) -> None:
+        """Raise UsageError if a killed rehearsal of this folder may have left resources in another account or region,
+        where the removal would not find them.
+        """
+        recorded = self._recorded()
+        if recorded is None or {name: recorded[name] for name in self.place} == self.place:
+            return
+        raise UsageError(
+            f"A rehearsal in {recorded['region']}, account {recorded['account']}, may have left resources.",
+            remedy=f"Rehearse there again to remove them. If nothing is left there, delete {self.record}.",
+        )
+
+    def _recorded(self) -> dict[str, str] | None:
+        remedy = f"Look for resources of the stack {STACK}, and delete this file."
+        return read_record(self.record, _recorded_place, "a record of a rehearsal", remedy=remedy)
+
+    def _write_record(self, run: str) -> None:
+        write_whole(self.record, json.dumps({**self.place, "run": run}))
 
     def steps(self) -> list[Step]:
         """Return the steps of the rehearsal in order."""
@@ -123,7 +157,7 @@ class Site:
         needs = ("manager",)
         return [
             Step("earlier", "remove the resources of an earlier rehearsal", self.remove_earlier, 60 * _MINUTE),
-            Step("conform", "check the rules of S3 and SQS", self.conform, 20 * _MINUTE),
+            Step("conform", "check the rules of S3 and SQS", self.conform, 20 * _MINUTE, ("earlier",)),
             Step("stack", "create the stack", self.create, 45 * _MINUTE, ("earlier",)),
             Step("manager", "connect to the manager", self.connect, 15 * _MINUTE, ("stack",)),
             *(
@@ -161,6 +195,7 @@ class Site:
         notes.done += [f"{one.resource.kind} {one.resource.name} was left, and is removed." for one in removed]
         if not notes.done:
             notes.done.append("An earlier rehearsal did not leave resources.")
+        self._write_record("")
 
     def conform(self, notes: StepNotes) -> None:
         from batchlab.adapters.clock import WallClock
@@ -170,7 +205,7 @@ class Site:
         from batchlab.conform.target import Target, endpoint
 
         name = f"batchlab-conform-{uuid.uuid4().hex[:8]}"
-        write_whole(self.record, json.dumps({"run": name}))
+        self._write_record(name)
         target = Target(endpoint(self._url, self.region), run=name, clock=WallClock())
         try:
             target.open({check.service for check in check_table.CHECKS})
@@ -188,7 +223,7 @@ class Site:
                 notes.compare(result.check.name, result.check.rule, f"not tried: {result.observed}")
         if left:
             raise BackendError(f"Resources of the checks are left: {', '.join(left)}.")
-        self.record.unlink()
+        self._write_record("")
         if not check_table.needed_rules_hold(results):
             raise BackendError("A rule that batchlab needs does not hold. docs/conform.md explains the rules.")
 
@@ -203,6 +238,7 @@ class Site:
         Apply(self.stack, self.wanted, self.source, self.home, self.voice, self.archive).run()
         self.stack_ready_s = time.monotonic()
         notes.figures["stack_s"] = self.stack_ready_s - self.stack_begun_s
+        notes.done += [f"Note of the plan: {note}" for note in self.voice.notes]
         state = self.stack.state()
         assert state
         found = status.read_status(self.stack, state, self.home)
@@ -327,11 +363,8 @@ class Site:
         estimated = {item.what: item.usd for item in self.expected.items}
         for what, usd in metered.items():
             notes.compare(what, estimated.get(what, NOTHING), usd)
-        notes.compare(
-            "all of these services",
-            _sum(estimated[what] for what in metered if what in estimated),
-            _sum(metered.values()),
-        )
+        both = _sum(estimated[what] for what in metered if what in estimated), _sum(metered.values())
+        notes.compare("all of these services", *both)
         for name, usd in bills.items():
             notes.compare(f"job {name}", self.expected.jobs[name].usd, usd)
         notes.figures |= {
@@ -343,6 +376,7 @@ class Site:
             "The observed costs are AWS's list prices for the usage that the manager has metered until now."
         )
         notes.done.append(_aws_bill_hint(self.account.is_real))
+        check_bill(*both)
 
     # --- Removal ---------------------------------------------------------------------------------
 
@@ -355,6 +389,11 @@ class Site:
         aws_deployment.forget(self.home)
         notes.figures["destroy_s"] = time.monotonic() - begun_s
         notes.done.append(f"The stack {self.stack.name} was deleted with its data.")
+        for resource in kept:
+            # AWS's list of tags may lack the last snapshot of a database for some minutes.
+            if resource.type == SNAPSHOT:
+                name = resource.physical
+                remove(self.account, AwsResource(name, "rds:snapshot", name, self.stack.name), output.say)
 
     def find_leftovers(self, notes: StepNotes) -> None:
         """Remove the leftovers of the rehearsal, and record all resources that remain.
@@ -362,22 +401,27 @@ class Site:
         Raise BackendError if the destruction of the stack has left a resource, even if the resource is now removed.
         """
         destroy = f"batchlab deploy destroy --stack {self.stack.name} --region {self.region} --delete-data --yes"
-        # If a request of this step fails, the state of the stack is unknown.
-        self.left = [{"resource": f"stack {self.stack.name}, perhaps", "command": destroy}]
-        if self.record.exists():
+        gc = f"batchlab gc --aws --yes --region {self.region}"
+        # If a request of this step fails, its part of the state is unknown.
+        unknown = [{"resource": f"resources with the tag of the stack {self.stack.name}, perhaps", "command": gc}]
+        if self._conform_run():
             again = f"batchlab deploy rehearse --budget 5USD --region {self.region}"
-            self.left.append({"resource": "queues and a bucket of the step conform, perhaps", "command": again})
+            unknown.append({"resource": "queues and a bucket of the step conform, perhaps", "command": again})
+        self.left = [{"resource": f"stack {self.stack.name}, perhaps", "command": destroy}, *unknown]
         state = self.stack.state()
         resources = self.stack.resources() if state else []
         texts = [f"stack {state.name} ({state.status})"] if state else []
         texts += [f"{resource.type} {resource.physical}" for resource in resources]
-        self.left = [{"resource": text, "command": destroy} for text in texts]
+        found = [{"resource": text, "command": destroy} for text in texts]
+        self.left = [*found, *unknown]
         texts = [*self._remove_conform(), *self._remove_experiment(notes)]
-        self.left += [{"resource": text, "command": _command(text, self.region)} for text in texts]
+        found += [{"resource": text, "command": _command(text, self.region)} for text in texts]
+        self.left = [*found, unknown[0]]
         removed, remaining = self._remove_tagged()
+        self.left = found
         for leftover, why in remaining:
             name = f" --name {leftover.resource.name}" if leftover.is_guessed else ""
-            command = f"batchlab gc --aws --yes --region {self.region}{name}"
+            command = f"{gc}{name}"
             if not is_removable(leftover.resource):
                 command = "none, use AWS's console"
             self.left.append(
@@ -387,6 +431,7 @@ class Site:
         notes.done += [f"{one.resource.kind} {one.resource.name} was left, and is removed." for one in removed]
         if self.left:
             raise BackendError(f"{count(len(self.left), 'resource')} could not be removed.")
+        self.record.unlink(missing_ok=True)
         if surprising:
             raise BackendError(f"The destruction of the stack left {count(len(surprising), 'resource')}.")
         notes.done.append(f"No resource with the tag of the stack {self.stack.name} is left.")
@@ -400,7 +445,8 @@ class Site:
                 notes.done.append(f"{count(removed, 'experiment template')} of AWS FIS removed.")
         except BackendError as error:
             notes.done.append(f"The experiments of AWS FIS were not searched: {error}")
-            return [f"role {spot_notice.role_name(self.stack.name)}: {error.message}"] if self.has_experiment else []
+            role = spot_notice.role_name(self.account, self.stack.name)
+            return [f"role {role}: {error.message}"] if self.has_experiment else []
         return []
 
     def _remove_tagged(self) -> tuple[list[Leftover], list[tuple[Leftover, str]]]:
@@ -422,28 +468,39 @@ class Site:
 
     def _remove_conform(self) -> list[str]:
         """Remove the resources of a recorded conformance run. Return a text for each resource that remains."""
-        from batchlab.adapters.local.state_files import read_record
         from batchlab.conform.target import Cleaner, endpoint
 
-        name = read_record(self.record, _run_of, "a record of a rehearsal", remedy="Delete it.")
-        if name is None:
+        name = self._conform_run()
+        if not name:
             return []
         urls = self.account.pages("sqs", "list_queues", "QueueUrls", QueueNamePrefix=name)
         cleaner = Cleaner(endpoint(self._url, self.region))
         left = cleaner.queues({url.rpartition("/")[2]: url for url in urls})
         left += cleaner.objects(name, "", with_bucket=True)
         if not left:
-            self.record.unlink()
+            self._write_record("")
         return left
 
+    def _conform_run(self) -> str:
+        """Return the name of the conformance run whose resources may exist, or ""."""
+        recorded = self._recorded()
+        return recorded["run"] if recorded else ""
 
-def _run_of(document: Any) -> str:
-    """Return the name of a conformance run. Raise ValueError for another name, because the name is a prefix of the
+
+def _recorded_place(document: Any) -> dict[str, str]:
+    """Return the content of a record. Raise ValueError for the name of another run, because the name is a prefix of the
     queues that are removed.
     """
-    if not _RUN.fullmatch(name := str(document["run"])):
-        raise ValueError(f"run is {name!r}")
-    return name
+    recorded = {name: str(document[name]) for name in ("account", "region", "run")}
+    if recorded["run"] and not _RUN.fullmatch(recorded["run"]):
+        raise ValueError(f"run is {recorded['run']!r}")
+    return recorded
+
+
+def check_bill(estimated: Usd, metered: Usd) -> None:
+    """Raise BackendError if the metered usage costs more than the highest estimate."""
+    if metered.typical > estimated.high:
+        raise BackendError(f"The metered usage costs {metered}, more than the estimate of {estimated}.")
 
 
 def _sum(amounts: Iterable[Usd]) -> Usd:

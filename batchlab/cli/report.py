@@ -26,6 +26,7 @@ from batchlab.cli.groups import command_group
 from batchlab.cli.option_values import home_of
 from batchlab.cli.options import BUCKET_BACKEND, ENDPOINT, HOME, JSON, argument, flag, option
 from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.text import significant
 
 if TYPE_CHECKING:
     from batchlab.cli.report_source import Source
@@ -140,7 +141,7 @@ def report() -> None:
 def query(
     query: str | None = argument(
         "Name of a query, or a SELECT statement in DuckDB's SQL. Default: list the named queries.",
-        "[NAME|SQL]",
+        "NAME|SQL",
         default=None,
         autocompletion=options.queries,
     ),
@@ -184,7 +185,7 @@ def _list_queries(json: bool) -> None:
 
 @app.command()
 def pull(
-    jobs: list[str] = argument("Job, or the record of a `scenario replay`.", "JOB...", autocompletion=options.jobs),
+    jobs: list[str] = argument("Job, or the record of a `scenario replay`.", "JOB", autocompletion=options.jobs),
     out: Path = option("Folder in which the command creates a folder for each job.", "DIR", default=Path()),
     backend: str = BUCKET_BACKEND,
     endpoint: str | None = ENDPOINT,
@@ -216,7 +217,7 @@ def pull(
 @app.command(hidden=True)
 def write(
     jobs: list[str] = argument(
-        "Id of a job, the beginning of an id, or 'last' for the newest job.", "JOB...", autocompletion=options.jobs
+        "Id of a job, the beginning of an id, or 'last' for the newest job.", "JOB", autocompletion=options.jobs
     ),
     backend: str = BUCKET_BACKEND,
     endpoint: str | None = ENDPOINT,
@@ -303,7 +304,8 @@ def _format_value(value: Any) -> str:
     if isinstance(value, float):
         # A number of at least 1,000, such as an epoch time, keeps three decimal places. A smaller number, such as a
         # share or a price, keeps four significant digits.
-        return f"{value:.3f}" if abs(value) >= 1000 else f"{value:.4g}"
+        is_large = abs(value) >= 1000 or not math.isfinite(value)
+        return f"{value:.3f}" if is_large else significant(value, 4)
     if isinstance(value, list | tuple):
         return ", ".join(map(_format_value, value))
     return str(value)
@@ -379,9 +381,9 @@ def _difference_text(change: Change, value: float) -> str:
     if change.measure.unit == "s":
         return output.span(value)
     if change.measure.unit == "usd":
-        return f"{value:.4g} USD"
+        return f"{significant(value, 4)} USD"
     unit = change.measure.unit
-    return f"{value:,.4g} {unit.removesuffix('s') if value == 1 and '/' not in unit else unit}"
+    return f"{significant(value, 4, ',')} {unit.removesuffix('s') if value == 1 and '/' not in unit else unit}"
 
 
 def _relative(change: Change) -> str:

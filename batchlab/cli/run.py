@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
 from batchlab.cli import output
+from batchlab.cli.groups import Commands
 from batchlab.cli.option_values import cap_of, home_of, parameters_of, resume_command
 from batchlab.cli.options import AS_IF, BACKEND, ENDPOINT, FILE, HOME, JSON, MAX_COST, OUT, RESUME, SET, flag, option
 from batchlab.core.capabilities import capabilities_of
 from batchlab.core.errors import UsageError
 
-if TYPE_CHECKING:
-    pass
-
-app = typer.Typer()
+app = Commands()
 
 
 @app.command()
@@ -106,13 +103,17 @@ def run_simulated(
     pools = pools_for(backend, jobfile, workers) or backend.pools
     folder = out or default_folder(jobfile.job.name)
     output.check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The job's handlers run in this process, so the output of the handlers is written to a file, separate from the
-    # output of the command.
-    with (folder / PRINTED).open("w") as printed, redirect_stdout(printed):
-        setting = Setting(backend.name, pools, backend.pace, load_prices())
-        with output.as_keyboard_interrupt():
-            ended = run_job(jobfile, pools, seed=seed, out=folder, setting=setting)
+    setting = Setting(backend.name, pools, backend.pace, load_prices())
+    with ExitStack() as accepted, output.as_keyboard_interrupt():
+
+        def on_accepted() -> None:
+            # The job's handlers run in this process, so the output of the handlers is written to a file, separate from
+            # the output of the command.
+            folder.mkdir(parents=True, exist_ok=True)
+            printed = accepted.enter_context((folder / PRINTED).open("w"))
+            accepted.enter_context(redirect_stdout(printed))
+
+        ended = run_job(jobfile, pools, seed=seed, out=folder, setting=setting, on_accepted=on_accepted)
     job, report = ended.view, folder / REPORT
     duration, instances = output.span(ended.virtual_s), output.count(ended.instances, "simulated instance")
     lines = [f"{job['id']} {job['state']} after {duration} of virtual time on {instances}"]

@@ -180,7 +180,7 @@ class Summary:
             rest = f"{more:,} more: `batchlab job failures {job}`; " if more > 0 else ""
             yield f"  {rest}output of the tasks: `batchlab job logs {job}`"
             name = task_name(examples[0]["stage"], examples[0]["task"])
-            yield f"  replay of {name} on this machine: `batchlab job replay-task {job} {name} --local`"
+            yield f"  replay of {name} on this machine: `batchlab job replay-task {job} {name}`"
 
     def _times(self) -> Iterator[str]:
         yield "Where the time went"

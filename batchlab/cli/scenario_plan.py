@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def plan(
     scenario: str = SCENARIO,
     deadline: str = option(
-        "Longest allowed time from the due time of the first job to the end of the last job, such as 6h.",
+        "Longest allowed time from the due time of the first job to the end of the last job, such as 45m or 6h.",
         "TIME",
         default=...,
     ),

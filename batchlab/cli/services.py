@@ -14,6 +14,7 @@ from pathlib import Path
 
 from batchlab.core import gc_control, logs
 from batchlab.core.errors import BatchlabError
+from batchlab.core.operating_system import raise_file_limit
 
 
 def serve(arguments: Sequence[str]) -> None:
@@ -23,6 +24,7 @@ def serve(arguments: Sequence[str]) -> None:
     """
     options = parsers()[0].parse_args(arguments)
     gc_control.pause()  # Garbage collection during the start would slow down the service.
+    raise_file_limit()
     try:
         logs.set_format(options.log_format)
         if options.service == "manager":

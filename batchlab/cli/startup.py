@@ -28,6 +28,7 @@ REQUIRED_MODULES = frozenset(
         "python_multipart",
         "rich",
         "sqlalchemy",
+        "starlette",
         "typer",
         "typing_extensions",
         "tzdata",

@@ -324,7 +324,7 @@ class Dispatch:
             cause = revive(value)
             # Executors of concurrent.futures log the error in the same way.
             logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=cause)
-            self._break(f"its initializer raised {value.told}", cause)
+            self._break(f"its initializer raised {value.message}", cause)
             _end(future, error=self._error())
         else:
             _end(future, error=revive(value))

@@ -68,14 +68,14 @@ class GridExecutor(Executor):
         if initializer is not None:
             if not callable(initializer):
                 raise TypeError("initializer must be a callable")
-            start = outgoing.shipping.function(partial(initializer, *initargs))
+            start = outgoing.pickler.function(partial(initializer, *initargs))
         pools = link.call(lambda client: client.grid())["pools"]
         admit_to_pool(stage, {pool["name"]: pool["slots"] for pool in pools})
         (pool,) = (pool for pool in pools if pool["name"] == stage.pool)
         self._max_workers = pool["max"] * (pool["slots"] // stage.slots) or 1
         """Number of calls that can run at once. Other libraries read this private attribute of executors."""
         self._link = link
-        packer = Packer(outgoing.shipping, start, link.ids.fresh("executor"))
+        packer = Packer(outgoing.pickler, start, link.ids.fresh("executor"))
         sender = Sender(link, outgoing, packer, name, stage)
         self._dispatch = Dispatch(owner, link, sender, show_output=show_output)
         with suppress(RuntimeError):  # Without a thread, the first watch imports the client.

@@ -65,16 +65,16 @@ class Packed:
 class Packer:
     """Encoder of the calls of one executor as items of jobs."""
 
-    def __init__(self, shipping: ObjectPickler, initializer: Pickled | None = None, owner: str = "") -> None:
+    def __init__(self, pickler: ObjectPickler, initializer: Pickled | None = None, owner: str = "") -> None:
         """`owner` is the unique name of the executor, whose initializer each process runs once."""
-        self._shipping = shipping
+        self._pickler = pickler
         self._initializer = Initializer(owner, initializer.data) if initializer else None
         self._initializer_shared = initializer.shared if initializer else {}
         self._sent: dict[bytes, None] = {}
 
     def pack(self, job: JobId, calls: Sequence[Call]) -> Packed:
         """Encode the calls as the items of the job `job`."""
-        with self._shipping.by_value():
+        with self._pickler.by_value():
             functions = self._functions(calls)
             table: dict[bytes, int] = {}
             packed = Packed(b"", [], [], [])
@@ -100,7 +100,7 @@ class Packer:
     def _pickle(self, function: Callable[..., Any]) -> Pickled:
         if not callable(function):
             raise TypeError(f"{function!r} is not callable")
-        return self._shipping.call(function)
+        return self._pickler.call(function)
 
     def _arguments(self, call: Call, function: Pickled, chunk: Chunk, job: JobId) -> list[Json]:
         shared = {**self._initializer_shared, **function.shared}
@@ -187,7 +187,7 @@ def revive(raised: Raised) -> BaseException:
     """
     error = unpickle(raised.pickled) if raised.pickled else None
     if error is None:
-        return TaskFailed(raised.told, traceback=raised.traceback)
+        return TaskFailed(raised.message, traceback=raised.traceback)
     error.__cause__ = RemoteTraceback(raised.traceback)
     return error
 

@@ -85,9 +85,9 @@ class Grid:
             from batchlab.client.grid_link import Link
             from batchlab.client.submission import JobSubmitter, ObjectPickler
 
-            shipping = ObjectPickler()
+            pickler = ObjectPickler()
             if start:
-                shipping.check_modules()
+                pickler.check_modules()
             self._link = Link(descriptor, folder, sized, start)
         except BaseException:
             if start:
@@ -95,7 +95,7 @@ class Grid:
             raise
         # Unlike the method `__del__`, a callback of `weakref.finalize` also runs when Python exits.
         self._end = weakref.finalize(self, self._link.close)
-        self._outgoing = JobSubmitter(self._link, shipping)
+        self._outgoing = JobSubmitter(self._link, pickler)
 
     @property
     def client(self) -> Client:

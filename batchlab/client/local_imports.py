@@ -14,11 +14,12 @@ import ast
 import dis
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
+from batchlab.core.errors import UsageError
 from batchlab.worker import code_cache
 
 _IMPORT = dis.opmap["IMPORT_NAME"]
@@ -62,9 +63,11 @@ def find(name: str) -> Path | None:
     if spec is None:
         return None
     if spec.submodule_search_locations is not None:
-        folder = next(iter(spec.submodule_search_locations), None)
-        return Path(folder) if folder else None
-    return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+        place = next(iter(spec.submodule_search_locations), None)
+    else:
+        place = spec.origin if spec.origin and spec.origin.endswith(".py") else None
+    # The specification of an imported module is not updated if its file is renamed.
+    return Path(place) if place and Path(place).exists() else None
 
 
 _Stats = list[tuple[str, int, int]]
@@ -75,6 +78,13 @@ def _stats(files: Iterable[tuple[str, Path]]) -> _Stats:
     return [(name, info.st_mtime_ns, info.st_size) for name, path in files for info in (path.stat(),)]
 
 
+class _Scan(NamedTuple):
+    """State of a module's files when they were last searched, and the top-level modules that they import."""
+
+    stats: _Stats
+    imports: set[str]
+
+
 class LocalImports:
     """Modules to pack for the functions of one process."""
 
@@ -82,45 +92,76 @@ class LocalImports:
         """`workers_lack` receives the places of modules by name, and returns the names that workers cannot import."""
         self._workers_lack = workers_lack
         self._known: dict[str, Path | None] = {}
-        self._scans: dict[str, _Stats] = {}
+        self._scans: dict[str, _Scan] = {}
+        self._unusable: set[str] = set()
+        """Known modules that were removed or could not be read at the last call of `add`."""
         self._packed: tuple[_Stats, bytes] = ([], b"")
 
     @property
     def names(self) -> set[str]:
         """Top-level modules that are packed."""
-        return {name for name, place in self._known.items() if place}
+        return {name for name, place in self._known.items() if place} - self._unusable
 
     def add(self, names: Iterable[str]) -> None:
         """Add the modules with the given names, and the local modules that these modules import.
 
-        Also add the modules that known modules import since their files have changed.
+        Also add the modules that known modules import since their files have changed. A module that cannot be packed
+        raises UsageError or OSError only if the modules with the given names import it.
         """
+        names = set(names)
         new = {name for name in (*names, *self._known) if self._must_search(name)}
         found: dict[str, Path | None] = {}
-        scans: dict[str, _Stats] = {}
+        scans: dict[str, _Scan] = {}
+        errors: dict[str, Exception] = {}
         while new:
             places = {name: place for name in new if (place := find(name))}
             local = self._workers_lack({name: _origin(place) for name, place in places.items()}) if places else set()
             found |= {name: place if name in local else None for name, place in places.items()}
-            scans |= {name: _stats(_files(places[name])) for name in local}
-            imported = {name for one in local for file in _sources(places[one]) for name in _imports(file)}
+            for name in local:
+                try:
+                    scans[name] = _scan(places[name])
+                except (UsageError, OSError) as error:
+                    errors[name] = error
+            imported = {one for name in local & scans.keys() for one in scans[name].imports}
             new = {name for name in imported - found.keys() if self._must_search(name)}
+        scans = self._scans | scans
+        for name in _closure(names, scans):
+            if name in errors:
+                raise errors[name]
         # A module that cannot be packed must not affect later calls, so the modules are added at the end.
         self._known |= found
-        self._scans |= scans
+        self._scans = scans
+        self._unusable = {
+            name for name, place in self._known.items() if place and (name in errors or not place.exists())
+        }
 
     def _must_search(self, name: str) -> bool:
         """Return whether the module is new, or its files have changed since the last search for imports."""
         if name not in self._known:
             return True
         place = self._known[name]
-        return place is not None and (not place.exists() or self._scans[name] != _stats(_files(place)))
+        if place is None:
+            return False
+        try:
+            return not place.exists() or name not in self._scans or self._scans[name].stats != _stats(_files(place))
+        except (UsageError, OSError):
+            return True
 
     def pack(self) -> bytes:
-        """Return a zip of the modules in their current state, or b"" without modules."""
-        places = [place for place in list(self._known.values()) if place and place.exists()]
+        """Return a zip of the modules in their current state, or b"" without modules.
+
+        Raise UsageError if the modules together are larger than workers accept.
+        """
+        names = sorted(self.names)
+        places = [place for name in names if (place := self._known[name]) and place.exists()]
         files = dict(sorted(file for place in places for file in _files(place)))
         stats = _stats(files.items())
+        if len(stats) > code_cache.MAX_FILES or sum(size for _, _, size in stats) > code_cache.MAX_BYTES:
+            raise UsageError(
+                f"The local modules {', '.join(names)}, which functions import, are too large: the limits are "
+                f"{code_cache.MAX_FILES} files and {code_cache.MAX_BYTES / 2**20:.0f} MiB.",
+                remedy="Move data out of them, and pass the data as a File.",
+            )
         if stats != self._packed[0]:
             self._packed = stats, code_cache.pack_files(files)
         return self._packed[1]
@@ -132,8 +173,20 @@ def _origin(place: Path) -> str:
     return str(init if init.is_file() else place)
 
 
-def _sources(place: Path) -> Iterator[Path]:
-    return place.rglob("*.py") if place.is_dir() else iter([place])
+def _scan(place: Path) -> _Scan:
+    files = list(_files(place))
+    sources = [path for name, path in files if name.endswith(".py")]
+    return _Scan(_stats(files), {name for path in sources for name in _imports(path)})
+
+
+def _closure(names: Iterable[str], scans: Mapping[str, _Scan]) -> set[str]:
+    """Return the modules with the given names, and all modules that they import."""
+    found: set[str] = set()
+    new = set(names)
+    while new:
+        found |= new
+        new = {one for name in new & scans.keys() for one in scans[name].imports} - found
+    return found
 
 
 def _files(place: Path) -> Iterator[tuple[str, Path]]:
@@ -141,7 +194,7 @@ def _files(place: Path) -> Iterator[tuple[str, Path]]:
         yield place.name, place
         return
     root = place.resolve()
-    for path in code_cache.select_files(place, root, (), MAX_BYTES):
+    for path in code_cache.select_files(place, root, (), MAX_BYTES, package=place.name):
         yield f"{place.name}/{path.relative_to(root).as_posix()}", path
 
 
@@ -149,8 +202,9 @@ def _imports(file: Path) -> Iterator[str]:
     """Yield the top-level modules that a source file imports, at any place in the file."""
     try:
         tree = ast.parse(file.read_bytes(), str(file))
-    except (SyntaxError, ValueError):
-        # The file may be a template or a program for another Python. A task that imports it gets Python's own error.
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        # The parser raises RecursionError or MemoryError for deeply nested code, such as generated code. The file may
+        # also be a template or a program for another Python. A task that imports it gets Python's own error.
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

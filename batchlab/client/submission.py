@@ -344,9 +344,9 @@ class _PreparedJob:
 class JobSubmitter:
     """Submitter of jobs of the Python API to one grid."""
 
-    def __init__(self, link: Link, shipping: ObjectPickler) -> None:
+    def __init__(self, link: Link, pickler: ObjectPickler) -> None:
         self._link = link
-        self.shipping = shipping
+        self.pickler = pickler
         self._stored: set[str] = set()
         """Keys of the pickled functions that this process has stored in the bucket."""
         self._owner = link.ids.fresh("values")
@@ -371,7 +371,7 @@ class JobSubmitter:
         job is submitted only after the iteration over the items has ended without an error.
         """
         self._link.check_open()
-        pickled = self.shipping.function(Starred(function) if starred else function)
+        pickled = self.pickler.function(Starred(function) if starred else function)
         handler, shared = pickled.data, list(pickled.shared.values())
         if shared:
             handler = pickle.dumps(WithShared(handler))
@@ -388,7 +388,7 @@ class JobSubmitter:
         self._link.check_open()
         what = values.type_name(type(value))
         try:
-            with self.shipping.by_value():
+            with self.pickler.by_value():
                 pickled = pickle_object(value)
         except UsageError:
             raise
@@ -414,7 +414,7 @@ class JobSubmitter:
             self._values[key] += 1
         shared: Shared[T] = Shared(digest, len(pickled.data))
         stored = StoredFile(values.file_ref(key, f"{digest}.pkl", shared.size))
-        shared_values.own(shared, value, stored, partial(self._release, key))
+        shared_values.attach_value(shared, value, stored, partial(self._release, key))
         return shared
 
     def _release(self, key: str) -> None:
@@ -484,7 +484,7 @@ class JobSubmitter:
 
     def _store_code(self) -> str | None:
         """Store the local modules that functions import on the workers. Return the key, or None without modules."""
-        data = self.shipping.imports.pack()
+        data = self.pickler.imports.pack()
         if not data:
             return None
         key = code_cache.key(data)
@@ -550,7 +550,7 @@ class JobSubmitter:
         iterator, first = iter(items), 0
         while part := list(islice(iterator, PART_ITEMS)):
             chunk = Chunk(first, [], [])
-            chunk.items += self.shipping.items(part, first, chunk.file(job), starred=starred, shared=shared)
+            chunk.items += self.pickler.items(part, first, chunk.file(job), starred=starred, shared=shared)
             yield chunk
             first += len(part)
 

@@ -27,7 +27,7 @@ def unpickle(data: bytes) -> BaseException | None:
 
 def cause_of(outcome: Outcome, failure: Failure) -> BaseException | None:
     """Return the exception that the task raised, or None if it cannot be unpickled in this process."""
-    if failure.pickled.startswith(exception_pickling.LIKE):
+    if failure.pickled.startswith(exception_pickling.SAME_TYPE_PREFIX):
         return _similar(outcome, failure)
     try:
         return unpickle(base64.b64decode(failure.pickled, validate=True)) if failure.pickled else None
@@ -37,9 +37,9 @@ def cause_of(outcome: Outcome, failure: Failure) -> BaseException | None:
 
 def _similar(outcome: Outcome, failure: Failure) -> BaseException | None:
     """Return an exception with the failure's text and with the type of another task's exception."""
-    other = failure.pickled.removeprefix(exception_pickling.LIKE)
+    other = failure.pickled.removeprefix(exception_pickling.SAME_TYPE_PREFIX)
     found = next((one for one in outcome.failed if str(one.task) == other and one.task != failure.task), None)
-    if found is None or found.pickled.startswith(exception_pickling.LIKE):
+    if found is None or found.pickled.startswith(exception_pickling.SAME_TYPE_PREFIX):
         return None
     cause = cause_of(outcome, found)
     try:

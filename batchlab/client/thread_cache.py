@@ -123,7 +123,7 @@ def _at_exit() -> None:
     for end in list(_awaited):
         end.wait()
     methods = [reference() for reference in _exit_methods]
-    # Python ends without an order of deletion, and a callback of a reference fails after the reference is deleted.
+    # A WeakMethod that outlives its function, as when Python deletes all modules, prints an error.
     _exit_methods.clear()
     for method in methods:
         if method:

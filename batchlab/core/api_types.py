@@ -393,7 +393,8 @@ class GridView(TypedDict):
     """State of a grid.
 
     `settings` maps the name of each setting of the grid's manager to the value of the setting. Most values are in
-    seconds. `unreadable` is the number of messages and objects that the manager could not read.
+    seconds. `unreadable` is the number of messages and objects that the manager could not read. `trouble` is a sentence
+    about jobs that the ledger has lost, or "".
     """
 
     backend: str
@@ -403,6 +404,7 @@ class GridView(TypedDict):
     pools: list[PoolView]
     queues: list[QueueView]
     unreadable: int
+    trouble: str
 
 
 class ActivityView(TypedDict):

@@ -13,7 +13,7 @@ Invariant: a write of a command that arrives late never replaces a later command
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -318,6 +318,21 @@ async def is_defined(objects: Objects, job: JobId) -> bool:
 async def is_deleted(objects: Objects, job: JobId) -> bool:
     """Return whether a note has replaced the definition of the job, because a user has deleted the job."""
     return await _has_note(objects, job) is True
+
+
+async def deletions(objects: Objects) -> AsyncIterator[JobId]:
+    """Yield the jobs whose deletion was requested and whose sweep has not ended."""
+    async for page in objects.list(object_keys.DELETIONS):
+        for info in page:
+            yield JobId(info.key.removeprefix(object_keys.DELETIONS).removesuffix(".json"))
+
+
+async def sweep_time(objects: Objects, job: JobId) -> float | None:
+    """Return the time of the sweep of a deleted job, or None if the deletion of the job has not finished."""
+    try:
+        return json_format.sweep_time(await objects.get(object_keys.deletion(job)))
+    except (Malformed, NotFound, TooNew):
+        return None
 
 
 async def _has_note(objects: Objects, job: JobId) -> bool | None:

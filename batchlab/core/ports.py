@@ -289,7 +289,7 @@ class Fleet(Protocol):
         Return the instances that were found dead since the last call.
 
         The adapter of a managed service only looks for dead instances, because the service itself reaches the desired
-        capacity. `Instance.note` is the cause of the instance's end ("exit -9"). `Instance.note` begins with
+        capacity. `Instance.note` is the cause of the instance's end ("exit 1"). `Instance.note` begins with
         "terminated" if the group ended the instance.
         """
 
@@ -318,7 +318,7 @@ class Launcher(Protocol):
     async def running(self) -> Mapping[str, str | None]:
         """Return every instance until `KEEP_ENDED_S` after its end.
 
-        The value for an instance is None while the instance runs, and the cause of its end ("exit -9") after its end.
+        The value for an instance is None while the instance runs, and the cause of its end ("exit 1") after its end.
         """
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,11 @@ _files: dict[str, File] = {}
 """Files with the pickled values that this process knows, by digest."""
 _loaded: OrderedDict[str, tuple[Any, int]] = OrderedDict()
 """Loaded values and their pickled sizes, by digest. The last entry was used last."""
+_lock = threading.RLock()
+"""Lock of `_loaded`, held during a load, so that the threads of a task load a value once.
+
+The lock is reentrant, because the code of a value may read another value when it is unpickled.
+"""
 
 
 class StoredFile(File):
@@ -67,11 +73,12 @@ class Shared(Generic[T]):
         """Return the stored value."""
         if hasattr(self, "_own"):
             return self._own
-        if self.digest in _loaded:
-            _loaded.move_to_end(self.digest)
-            value: T = _loaded[self.digest][0]
-            return value
-        return self._load()
+        with _lock:
+            if self.digest in _loaded:
+                _loaded.move_to_end(self.digest)
+                value: T = _loaded[self.digest][0]
+                return value
+            return self._load()
 
     def _load(self) -> T:
         file = _files.get(self.digest)
@@ -112,7 +119,7 @@ class Shared(Generic[T]):
         return f"<Shared {self.digest[:10]}, {self.size} bytes>"
 
 
-def own(shared: Shared[T], value: T, stored: StoredFile, delete: Callable[[], None]) -> None:
+def attach_value(shared: Shared[T], value: T, stored: StoredFile, delete: Callable[[], None]) -> None:
     """Keep the value itself in this process, which has stored it, until the reference is closed or dropped."""
     shared._own, shared._stored, shared._delete = value, stored, delete
 

@@ -31,6 +31,43 @@ def name_problem(name: str) -> str | None:
     return None
 
 
+class FreeNames:
+    """Relative file names in one folder. A file neither replaces another file, nor needs another file as its folder.
+
+    Some file systems ignore case and the Unicode form of a letter. Names that differ only there count as equal.
+    """
+
+    __slots__ = ("_taken",)
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        """Folded names of the files, and of their folders with a final slash."""
+
+    def take(self, name: str) -> str:
+        """Return `name`, or `name` with a number in front of it if `name` is not free."""
+        number, free = 1, name
+        while self._clashes(parts := _folded(free).split("/")):
+            number += 1
+            # Change the first part of the path, because the name of the folder may be the cause of the conflict.
+            free = f"{number}-{name}"
+        self._taken.update("/".join(parts[:i]) + "/" for i in range(1, len(parts)))
+        self._taken.add("/".join(parts))
+        return free
+
+    def _clashes(self, parts: list[str]) -> bool:
+        above = {"/".join(parts[:i]) for i in range(1, len(parts))}
+        whole = "/".join(parts)
+        return whole in self._taken or f"{whole}/" in self._taken or bool(above & self._taken)
+
+
+def _folded(name: str) -> str:
+    if name.isascii():
+        return name.lower()
+    from unicodedata import normalize  # imported here because most tasks do not need it
+
+    return normalize("NFD", normalize("NFD", name).casefold())
+
+
 class File:
     """A local file: an input that was fetched for the task, or a file that a result refers to.
 
@@ -101,6 +138,7 @@ class Context:
         self.task = task
         self.attempt = attempt
         self.saved: dict[str, File] = {}
+        self._names = FreeNames()
         self.touched = False
         """Whether the task's folder was created."""
         self._folder = folder
@@ -137,7 +175,7 @@ class Context:
             raise ValueError(f"cannot save {name!r}: the name {problem}")
         if name in self.saved:
             raise ValueError(f"cannot save {name!r}: this task has saved that name before")
-        target = self.made("out") / name
+        target = self.made("out") / self._names.take(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes | bytearray | memoryview):
             target.write_bytes(content)

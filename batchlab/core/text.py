@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -63,6 +64,20 @@ def figures(seconds: float) -> str:
     return f"{seconds * 1000:.3g} ms" if abs(seconds) < 1 else f"{seconds:.3g} s"
 
 
+def significant(number: float, digits: int, separator: str = "") -> str:
+    """Return a finite number with at most `digits` significant digits and without an exponent, such as 0.00000332.
+
+    `separator` is "" or "," and separates thousands.
+    """
+    if not number:
+        return "0"
+    _, _, exponent = f"{number:.{digits - 1}e}".partition("e")
+    decimals = digits - 1 - int(exponent)
+    if decimals <= 0:
+        return f"{round(number, decimals):{separator}.0f}"
+    return f"{number:{separator}.{decimals}f}".rstrip("0").rstrip(".")
+
+
 def size(size_bytes: float) -> str:
     """Return a size as text, such as 312 B, 4.0 KiB, or 1.2 GiB."""
     if size_bytes < 1024:
@@ -72,6 +87,23 @@ def size(size_bytes: float) -> str:
         if size_bytes < 1024:
             return f"{size_bytes:.1f} {unit}"
     return f"{size_bytes / 1024:.1f} TiB"
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, such as SIGKILL."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def process_end(code: int) -> str:
+    """Return how a process ended, such as `exit 3`, or `killed by SIGKILL, exit -9` for the exit code -9."""
+    return f"exit {code}" if code >= 0 else f"killed by {signal_name(-code)}, exit {code}"
+
+
+KILLED = process_end(-signal.SIGKILL)
+TERMINATED = process_end(-signal.SIGTERM)
 
 
 def capital(text: str) -> str:

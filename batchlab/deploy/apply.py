@@ -228,7 +228,7 @@ class Apply:
         names = [
             group["AutoScalingGroupName"]
             for group in self.stack.account.groups(groups)
-            if (group.get("Instances") if self.has_new_templates else _has_old_instances(group))
+            if (group.get("Instances") if self.has_new_templates else has_old_instances(group))
         ]
         # The plan of a change has shown the replacement, and the user has agreed. A plan without changes does not.
         if names and not self.has_new_templates:
@@ -255,12 +255,14 @@ class Apply:
                 self.interface.say(f"{name}: its instances are being replaced, one after another.")
 
 
-def _has_old_instances(group: Mapping[str, Any]) -> bool:
-    """Return whether an instance of the Auto Scaling group has an older version of the group's launch template."""
+def has_old_instances(group: Mapping[str, Any]) -> bool:
+    """Return whether an instance of the Auto Scaling group has another launch template than the group, or another
+    version of the template.
+    """
     mixed = group.get("MixedInstancesPolicy", {}).get("LaunchTemplate", {}).get("LaunchTemplateSpecification")
-    version = (mixed or group.get("LaunchTemplate", {})).get("Version")
-    instances = group.get("Instances", ())
-    return any(instance.get("LaunchTemplate", {}).get("Version", version) != version for instance in instances)
+    wanted: Mapping[str, Any] = mixed or group.get("LaunchTemplate", {})
+    observed = [instance.get("LaunchTemplate", {}) for instance in group.get("Instances", ())]
+    return any(template.get(key, value) != value for template in observed for key, value in wanted.items())
 
 
 def python_of(archive: Path) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,8 @@ def _check_disk_key(account: Account) -> None:
 
 
 def _allows(policy: str, role: str) -> bool:
-    """Return whether a statement of the key's policy allows actions for the role, or for everyone with conditions.
+    """Return whether a statement of the key's policy allows CreateGrant for the role, or for everyone with conditions.
+    Auto Scaling starts instances with encrypted disks through grants.
 
     A statement for the whole account does not count, because it allows only what the policies of a role allow, and the
     policies of Auto Scaling's role do not allow the use of keys.
@@ -238,7 +240,12 @@ def _allows(policy: str, role: str) -> bool:
     for statement in _as_list(statements):
         principal = statement.get("Principal")
         names = _as_list(principal.get("AWS", ()) if isinstance(principal, dict) else principal)
-        if statement.get("Effect") == "Allow" and any(name in (role, "*") for name in names):
+        actions = [str(action).lower() for action in _as_list(statement.get("Action", ()))]
+        if (
+            statement.get("Effect") == "Allow"
+            and any(name in (role, "*") for name in names)
+            and ("NotAction" in statement or any(fnmatchcase("kms:creategrant", action) for action in actions))
+        ):
             return True
     return False
 

@@ -25,6 +25,7 @@ MAX_PROTECTION_CALL = 50
 MAX_DRAIN_S = 600.0
 """Maximum time in seconds until all instances have ended. A worker finishes or returns its tasks within two minutes."""
 
+SNAPSHOT = "AWS::RDS::DBSnapshot"
 _BUCKET, _DATABASE, _DOMAIN = "AWS::S3::Bucket", "AWS::RDS::DBInstance", "AWS::SDB::Domain"
 _GROUP = "AWS::AutoScaling::AutoScalingGroup"
 _KINDS = {
@@ -238,7 +239,7 @@ class Destroy:
             query = {"DBInstanceIdentifier": item.resource.physical, "SnapshotType": "manual"}
             for snapshot in self.stack.account.pages("rds", "describe_db_snapshots", "DBSnapshots", **query):
                 name, status = snapshot["DBSnapshotIdentifier"], snapshot["Status"]
-                yield Resource(item.resource.id, "AWS::RDS::DBSnapshot", name, status)
+                yield Resource(item.resource.id, SNAPSHOT, name, status)
 
     def _delete_logs(self, data: list[DataResource]) -> None:
         """Delete the log groups that RDS creates again for its last messages, after CloudFormation has deleted the

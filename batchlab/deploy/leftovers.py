@@ -172,6 +172,28 @@ _DATABASE_LOG = re.compile(rf"/aws/rds/instance/(?P<database>{_STACK}-ledger)/(p
 """Pattern of the names that RDS gives to the log groups of stacks' databases."""
 
 
+def _living_instances(account: Account) -> set[str]:
+    """Return the ids of the instances with batchlab's tag that are not terminated."""
+    states = ["pending", "running", "stopping", "stopped"]
+    filters = [{"Name": "tag-key", "Values": [TAG]}, {"Name": "instance-state-name", "Values": states}]
+    reservations = account.pages("ec2", "describe_instances", "Reservations", Filters=filters)
+    return {instance["InstanceId"] for reservation in reservations for instance in reservation["Instances"]}
+
+
+def _living_nat_gateways(account: Account) -> set[str]:
+    """Return the ids of the NAT gateways with batchlab's tag that are not deleted."""
+    filters = [{"Name": "tag-key", "Values": [TAG]}]
+    gateways = account.pages("ec2", "describe_nat_gateways", "NatGateways", Filter=filters)
+    return {gateway["NatGatewayId"] for gateway in gateways if gateway["State"] != "deleted"}
+
+
+_LIVING: Mapping[str, Callable[[Account], set[str]]] = {
+    "ec2:instance": _living_instances,
+    "ec2:natgateway": _living_nat_gateways,
+}
+"""Search for the resources of a kind that still exist, for kinds whose tags AWS lists after the deletion."""
+
+
 @dataclass(frozen=True, slots=True)
 class Leftover:
     """Resource that belongs to an existing stack, or remains from a deleted stack.
@@ -196,17 +218,18 @@ class Leftovers:
         """Yield the resources in the account and region that have the tag of a batchlab stack.
 
         AWS's list of tagged resources lacks IAM roles and resources that cannot have tags. The list has a terminated
-        instance for about an hour, so the method skips terminated instances.
+        instance and a deleted NAT gateway for about an hour, so the method skips both.
         """
-        living: set[str] | None = None
+        living: dict[str, set[str]] = {}
         for page in self._account.pages(
             "resourcegroupstaggingapi", "get_resources", "ResourceTagMappingList", TagFilters=[{"Key": TAG}]
         ):
             tags = {tag["Key"]: tag["Value"] for tag in page.get("Tags", ())}
             resource = resource_of(page["ResourceARN"], tags.get(TAG, ""))
-            if resource.kind == "ec2:instance":
-                living = self._living_instances() if living is None else living
-                if resource.name not in living:
+            if search := _LIVING.get(resource.kind):
+                if resource.kind not in living:
+                    living[resource.kind] = search(self._account)
+                if resource.name not in living[resource.kind]:
                     continue
             if resource.kind != "cloudformation:stack":
                 yield Leftover(resource, _is_used(resource, self._parts_of(resource.stack)))
@@ -225,13 +248,6 @@ class Leftovers:
                 continue
             for resource in resources:
                 yield Leftover(resource, _is_used(resource, self._parts_of(resource.stack)), is_guessed=True)
-
-    def _living_instances(self) -> set[str]:
-        """Return the ids of the instances with batchlab's tag that are not terminated."""
-        states = ["pending", "running", "stopping", "stopped"]
-        filters = [{"Name": "tag-key", "Values": [TAG]}, {"Name": "instance-state-name", "Values": states}]
-        reservations = self._account.pages("ec2", "describe_instances", "Reservations", Filters=filters)
-        return {instance["InstanceId"] for reservation in reservations for instance in reservation["Instances"]}
 
     def _domains(self) -> Iterator[AwsResource]:
         if self._account.is_real and self._account.region not in WITH_SIMPLEDB:

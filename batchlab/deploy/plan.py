@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from batchlab.core.errors import UsageError
+from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.hourly import Hourly, StackShape, hourly_cost
 from batchlab.deploy import checks, settings, template
@@ -153,11 +153,7 @@ def create_plan(
     sent = _parameters_to_send(expanded, values, deployed, release)
     effective = _effective(expanded, values)
     region = stack.account.region
-    if effective.get("Ledger") == "simpledb" and region not in WITH_SIMPLEDB:
-        raise UsageError(
-            f"SimpleDB does not exist in {region}.",
-            remedy=f"Use --ledger postgres or sqlite, or a region with SimpleDB: {', '.join(WITH_SIMPLEDB)}.",
-        )
+    _check_ledger(effective, region)
     notes = () if is_checked else checks.check_account(stack.account, wanted, effective, state)
     if effective.get("Ledger") != "simpledb":
         expanded = template.without_simpledb(expanded)
@@ -188,6 +184,15 @@ def create_plan(
         # `withdraw` does nothing after the execution of the change set, because AWS deletes an executed change set
         # itself.
         stack.withdraw(change_set, is_new=is_new)
+
+
+def _check_ledger(parameters: Mapping[str, str], region: str) -> None:
+    """Raise UsageError if AWS does not offer the stack's ledger in the region."""
+    if parameters.get("Ledger") == "simpledb" and region not in WITH_SIMPLEDB:
+        raise UsageError(
+            f"SimpleDB does not exist in {region}.",
+            remedy=f"Use --ledger postgres or sqlite, or a region with SimpleDB: {', '.join(WITH_SIMPLEDB)}.",
+        )
 
 
 def _parameters_to_send(
@@ -246,14 +251,17 @@ def offline_plan(wanted: Settings, source: Template, home: Home) -> tuple[Templa
     """Return the template with the settings as default values of its parameters, and the cost of the stack. The
     function does not call AWS.
 
-    Raise UsageError for settings that the template does not accept.
+    Raise UsageError for settings that the template does not accept, or that do not work in the settings' region.
     """
     values = settings.parameters(wanted, source)
     expanded = template.expand(source, [pool.name for pool in wanted.pools], for_scanners=True)
     if values.get("Ledger") != "simpledb":
         expanded = template.without_simpledb(expanded)
+    effective = _effective(expanded, values)
+    if wanted.region:
+        _check_ledger(effective, wanted.region)
     region = wanted.region or price_book.load(home.path).region
-    costs = cost(_effective(expanded, values), region, home, shape_of(expanded))
+    costs = cost(effective, region, home, shape_of(expanded))
     declared = expanded["Parameters"]
     defaults = {name: {**declared[name], "Default": value} for name, value in values.items()}
     return {**expanded, "Parameters": {**declared, **defaults}}, costs
@@ -292,13 +300,13 @@ def _temporary_bucket(account: Account, stack: str) -> Iterator[str]:
     bucket = f"{stack}-template-{secrets.token_hex(8)}"
     s3 = account.client("s3")
     location = {"CreateBucketConfiguration": {"LocationConstraint": account.region}}
-    with aws_errors(f"Bucket {bucket!r}"):
-        s3.create_bucket(Bucket=bucket, **({} if account.region == "us-east-1" else location))
     try:
         with aws_errors(f"Bucket {bucket!r}"):
+            # A signal may arrive after AWS has created the bucket, and before its answer.
+            s3.create_bucket(Bucket=bucket, **({} if account.region == "us-east-1" else location))
             # If this process is killed, `batchlab gc --aws` finds the temporary bucket by its tag.
             s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": [{"Key": TAG, "Value": stack}]})
         yield bucket
     finally:
-        with aws_errors(f"Bucket {bucket!r}"):
+        with suppress(NotFound), aws_errors(f"Bucket {bucket!r}"):
             s3.delete_bucket(Bucket=bucket)

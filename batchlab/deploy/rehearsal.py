@@ -2,19 +2,20 @@
 
 Invariants: the steps that remove resources always run, also after a failed step, an interruption, or a reached budget.
 A step that did not run is recorded as not tried, with the reason, and never as passed. A failed step does not prevent
-the steps that do not need its result.
+the steps that do not need its result. Time includes the time for which the machine was suspended, because AWS bills it.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from batchlab.core.errors import BatchlabError
+from batchlab.core.operating_system import since_boot_s
 from batchlab.core.pricing.price_book import shown
 from batchlab.core.text import span
 
@@ -27,6 +28,23 @@ class Outcome(StrEnum):
 
 class NotTried(Exception):
     """Error of a step that cannot run in this account. The text of the exception is a sentence with the reason."""
+
+
+class TimeLimit(SystemExit):
+    """End of a step at its time limit. Any other SystemExit in a step is an interruption by the user."""
+
+
+class Limits(Protocol):
+    """Time limit of a step, and interruptions by the user."""
+
+    @property
+    def interruptions(self) -> int:
+        """Number of signals of the user so far. The code of a step may lose the exception of a signal."""
+
+    def limited(self, limit_s: float) -> AbstractContextManager[None]:
+        """Return a context manager that raises TimeLimit in its block after `limit_s` seconds, or another SystemExit
+        after a signal of the user.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +126,22 @@ class Budget:
 class Rehearsal:
     """One run of the steps.
 
-    `limited` returns a context manager that raises SystemExit in its block after a number of seconds, or after a signal
-    of the user. `on_begin` receives each step and its limit in seconds, and `on_end` receives each result. An error of
-    `on_end` is reported, and does not stop the rehearsal.
+    `on_begin` receives each step and its limit in seconds, and `on_end` receives each result. An error of one of both
+    is reported, and does not stop the rehearsal.
     """
 
     steps: Sequence[Step]
     budget: Budget
-    limited: Callable[[float], AbstractContextManager[None]]
+    limits: Limits
     on_begin: Callable[[Step, float], None] = lambda _step, _limit_s: None
     on_end: Callable[[StepResult], None] = lambda _result: None
     say: Callable[[str], None] = lambda _text: None
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = since_boot_s
     results: list[StepResult] = field(default_factory=list, init=False)
     is_interrupted: bool = field(default=False, init=False)
     is_over_budget: bool = field(default=False, init=False)
+    is_warned: bool = field(default=False, init=False)
+    """Whether the user knows that another interruption stops the removal."""
     begun_s: float = field(default=0.0, init=False)
 
     @property
@@ -141,18 +160,25 @@ class Rehearsal:
         for step in self.steps:
             result = self._result_of(step)
             self.results.append(result)
-            try:
-                self.on_end(result)
-            except Exception as error:  # noqa: BLE001 - an error of the report must not prevent the removal
-                self.say(f"The report is incomplete: {type(error).__name__}: {error}")
+            if self.budget.spent_usd(self.elapsed_s) > self.budget.usd:
+                self.is_over_budget = True
+            self._report(partial(self.on_end, result))
         return self.results
+
+    def _report(self, show: Callable[[], None]) -> None:
+        """Call `show`. An error of the terminal or of the report must not prevent the removal."""
+        try:
+            show()
+        except Exception as error:  # noqa: BLE001 - see the docstring
+            with suppress(Exception):
+                self.say(f"The report is incomplete: {type(error).__name__}: {error}")
 
     def _result_of(self, step: Step) -> StepResult:
         notes, begun_s = StepNotes(), self.clock()
         limit_s = step.limit_s if step.removes else min(step.limit_s, self.budget.left_s(self.elapsed_s))
         if obstacle := self._obstacle(step, limit_s):
             return StepResult(step.name, step.what, Outcome.NOT_TRIED, obstacle, 0.0, notes)
-        self.on_begin(step, limit_s)
+        self._report(partial(self.on_begin, step, limit_s))
         outcome, reason = self._run(step, notes, limit_s)
         return StepResult(step.name, step.what, outcome, reason, self.clock() - begun_s, notes)
 
@@ -170,25 +196,33 @@ class Rehearsal:
         return f"The step {missing[0]!r} did not pass." if missing else ""
 
     def _run(self, step: Step, notes: StepNotes, limit_s: float) -> tuple[Outcome, str]:
-        begun_s = self.clock()
+        before = self.limits.interruptions
+        outcome, reason, is_interrupted = self._attempt(step, notes, limit_s)
+        if not (is_interrupted or self.limits.interruptions > before):
+            return outcome, reason
+        self.is_interrupted = True
+        if not step.removes or outcome is not Outcome.FAILED or self.is_warned:
+            return outcome, reason
+        self.is_warned = True
+        self._report(lambda: self.say("Interrupted. The removal continues. Another interruption stops the removal."))
+        return self._run(step, notes, limit_s)
+
+    def _attempt(self, step: Step, notes: StepNotes, limit_s: float) -> tuple[Outcome, str, bool]:
+        """Run the step once. Return the outcome, the reason, and whether the user has interrupted the step."""
         try:
-            with self.limited(limit_s):
+            with self.limits.limited(limit_s):
                 step.run(notes)
         except NotTried as reason:
-            return Outcome.NOT_TRIED, str(reason)
+            return Outcome.NOT_TRIED, str(reason), False
         except BatchlabError as error:
-            return Outcome.FAILED, str(error)
+            return Outcome.FAILED, str(error), False
+        except TimeLimit:
+            return Outcome.FAILED, self._timeout(step, limit_s), False
         except (SystemExit, KeyboardInterrupt):
-            if self.clock() - begun_s >= limit_s:
-                return Outcome.FAILED, self._timeout(step, limit_s)
-            is_first, self.is_interrupted = not self.is_interrupted, True
-            if step.removes and is_first:
-                self.say("Interrupted. The removal continues. Another interruption stops the removal.")
-                return self._run(step, notes, limit_s)
-            return Outcome.FAILED, "The step was interrupted."
+            return Outcome.FAILED, "The step was interrupted.", True
         except Exception as error:  # noqa: BLE001 - the report contains the error, and the removal must still run
-            return Outcome.FAILED, f"An unexpected error occurred: {type(error).__name__}: {error}"
-        return Outcome.PASSED, ""
+            return Outcome.FAILED, f"An unexpected error occurred: {type(error).__name__}: {error}", False
+        return Outcome.PASSED, "", False
 
     def _timeout(self, step: Step, limit_s: float) -> str:
         if limit_s < step.limit_s:

@@ -47,7 +47,9 @@ class Redaction:
         text = _ACCESS_KEY.sub(_HIDDEN, _SIGNATURE.sub(rf"\1{_HIDDEN}", text))
         if self.account:
             text = text.replace(self.account, masked(self.account))
-        return text.replace(str(Path.home()), "~")
+        home = str(Path.home())
+        # In some containers, the home folder is "/", which is a part of every path.
+        return text.replace(home, "~") if len(home) > 1 else text
 
 
 def markdown(document: Mapping[str, Any]) -> str:

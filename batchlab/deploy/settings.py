@@ -7,6 +7,7 @@ the plan reads the settings from the stack.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,8 @@ _SHADOWED_NAME = re.compile(r".+-(tasks|pool)(-.*)?")
 The IAM roles of a stack `x` have access to all queues `x-tasks-*` and all Auto Scaling groups `x-pool-*`.
 """
 _POOL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
-_TYPE = re.compile(r"[a-z][a-z0-9-]*\.[a-z0-9-]+")
+_TYPE = re.compile(r"[a-z][a-z0-9-]*\.(nano|micro|small|medium|large|\d*xlarge|metal(-\d+xl)?)")
+"""Pattern of instance types. AWS has more families than the catalog of instance types, but no other sizes."""
 _IS_NAME = re.compile(r"Pool(\w*)Name")
 _MACHINES = {"x86_64": "x86_64", "arm64": "aarch64"}
 """Architecture names in the output of `uname -m`, by EC2's architecture names. The instance catalog and the names of
@@ -312,8 +314,6 @@ def _check_machines(
 
 
 def _no_parameter(name: str, names: Sequence[str]) -> UsageError:
-    import difflib
-
     near = difflib.get_close_matches(name, names, n=3) or sorted(names)
     return UsageError(f"The stack has no parameter {name!r}.", remedy=f"Similar parameters: {', '.join(near)}.")
 
@@ -374,9 +374,12 @@ def check(settings: Settings) -> None:
                 f"with {pool.slots} slots.",
                 remedy="An example is default:0-10x2.",
             )
-        for type_ in pool.types:
-            if not _TYPE.fullmatch(type_):
-                raise UsageError(f"{type_!r} is not an instance type.", remedy="An example is m7i.large.")
+    manager = [value for name, value in settings.parameters if name == "ManagerInstanceType"]
+    for type_ in (*(type_ for pool in settings.pools for type_ in pool.types), *manager):
+        if not _TYPE.fullmatch(type_):
+            near = difflib.get_close_matches(type_, instance_types.load().types, n=1)
+            remedy = f"Did you mean {near[0]}?" if near else "An example is m7i.large."
+            raise UsageError(f"{type_!r} is not an instance type.", remedy=remedy)
     kinds = {processor_of(type_): type_ for pool in settings.pools for type_ in pool.types}
     if len(kinds) > 1:
         raise UsageError(

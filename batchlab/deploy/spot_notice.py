@@ -1,7 +1,8 @@
 """Spot interruption notice for one instance, sent by AWS Fault Injection Service (FIS).
 
-FIS needs a role and an experiment template. Invariant: their names contain the stack's name, so `remove` finds both
-also after a killed process. A call of `remove` without a role and a template does not have an effect.
+FIS needs a role and an experiment template. Invariant: the role's name and the template's tag contain the stack's name,
+so `remove` finds both also after a killed process. A call of `remove` without a role and a template does not have an
+effect.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ _ROLE_SETTLE_S = 60.0
 _ENDED = ("completed", "stopped", "failed", "cancelled")
 
 
-def role_name(stack: str) -> str:
-    """Return the name of the role with which FIS sends the notice."""
-    return f"{stack}-fis"
+def role_name(account: Account, stack: str) -> str:
+    """Return the name of the role with which FIS sends the notice. The names of roles apply to all regions."""
+    return f"{stack}-fis-{account.region}"
 
 
 def prepare(account: Account, stack: str, instance: str) -> str:
@@ -43,12 +44,12 @@ def prepare(account: Account, stack: str, instance: str) -> str:
         "Condition": {"StringEquals": {f"aws:ResourceTag/{TAG}": stack}},
     }
     listing = {"Effect": "Allow", "Action": "ec2:DescribeInstances", "Resource": "*"}
-    iam = account.client("iam")
-    with aws_errors(f"Role {role_name(stack)!r}"):
+    iam, name = account.client("iam"), role_name(account, stack)
+    with aws_errors(f"Role {name!r}"):
         role = iam.create_role(
-            RoleName=role_name(stack), AssumeRolePolicyDocument=_document(trust), Tags=[{"Key": TAG, "Value": stack}]
+            RoleName=name, AssumeRolePolicyDocument=_document(trust), Tags=[{"Key": TAG, "Value": stack}]
         )["Role"]
-        iam.put_role_policy(RoleName=role_name(stack), PolicyName=POLICY, PolicyDocument=_document(allowed, listing))
+        iam.put_role_policy(RoleName=name, PolicyName=POLICY, PolicyDocument=_document(allowed, listing))
     with aws_errors("CreateExperimentTemplate"):
         template = account.client("fis").create_experiment_template(
             clientToken=f"{stack}-{instance}",
@@ -105,17 +106,27 @@ def send(
 
 
 def remove(account: Account, stack: str) -> int:
-    """Remove the role and the experiment templates of the stack, and return the number of removed templates."""
-    fis, iam, removed = account.client("fis"), account.client("iam"), 0
+    """Remove the role and the experiment templates of the stack, and return the number of removed templates.
+
+    The role is also removed if AWS does not allow the calls of FIS.
+    """
+    try:
+        return _remove_templates(account, stack)
+    finally:
+        iam, name = account.client("iam"), role_name(account, stack)
+        with suppress(Missing), aws_errors(f"Role {name!r}", _is_missing):
+            iam.delete_role_policy(RoleName=name, PolicyName=POLICY)
+        with suppress(Missing), aws_errors(f"Role {name!r}", _is_missing):
+            iam.delete_role(RoleName=name)
+
+
+def _remove_templates(account: Account, stack: str) -> int:
+    fis, removed = account.client("fis"), 0
     for template in account.pages("fis", "list_experiment_templates", "experimentTemplates"):
         if template.get("tags", {}).get(TAG) == stack:
             with suppress(Missing), aws_errors("DeleteExperimentTemplate", _is_missing):
                 fis.delete_experiment_template(id=template["id"])
                 removed += 1
-    with suppress(Missing), aws_errors(f"Role {role_name(stack)!r}", _is_missing):
-        iam.delete_role_policy(RoleName=role_name(stack), PolicyName=POLICY)
-    with suppress(Missing), aws_errors(f"Role {role_name(stack)!r}", _is_missing):
-        iam.delete_role(RoleName=role_name(stack))
     return removed
 
 

@@ -27,7 +27,7 @@ from batchlab.core.ports import Objects
 from batchlab.core.protocol import json_format, object_keys, values
 from batchlab.core.protocol.bundle_inputs import JobObjects
 from batchlab.core.protocol.values import OUTCOME_WEIGHT
-from batchlab.core.task_context import name_problem
+from batchlab.core.task_context import FreeNames, name_problem
 from batchlab.core.text import size
 from batchlab.jobs.attempts import definition
 
@@ -224,8 +224,7 @@ class Names:
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._known: dict[str, str] = {}
-        self._taken: set[str] = set()
-        """Used file names and their folders in case-folded form, because some file systems ignore case."""
+        self._free = FreeNames()
 
     def path_of(self, reference: Json) -> tuple[str, bool]:
         """Return the path for a referenced file, and whether the function was not called before with the reference."""
@@ -237,22 +236,8 @@ class Names:
             # Do not trust the name in the reference, because any worker may have written the reference.
             last = name.replace("\\", "/").rpartition("/")[2]
             name = "file" if name_problem(last) else last
-        number, free = 1, name
-        while self._clashes(free):
-            number += 1
-            # Change the first part of the path, because the name of the folder may be the cause of the conflict.
-            free = f"{number}-{name}"
-        parts = free.casefold().split("/")
-        self._taken.update("/".join(parts[:i]) + "/" for i in range(1, len(parts)))
-        self._taken.add("/".join(parts))
-        self._known[key] = f"{self._folder}/{free}"
+        self._known[key] = f"{self._folder}/{self._free.take(name)}"
         return self._known[key], True
-
-    def _clashes(self, name: str) -> bool:
-        parts = name.casefold().split("/")
-        above = {"/".join(parts[:i]) for i in range(1, len(parts))}
-        whole = "/".join(parts)
-        return whole in self._taken or f"{whole}/" in self._taken or bool(above & self._taken)
 
 
 OUTCOMES_AT_ONCE = 8

@@ -24,17 +24,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
 from batchlab.core import commit
-from batchlab.core.errors import AlreadyExists, BackendError, Deleted, Malformed, NotFound, Refused, TooNew
+from batchlab.core.errors import AlreadyExists, BackendError, Deleted, NotFound, Refused
+from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId
 from batchlab.core.port_retries import raise_if_cancelled, set_after
+from batchlab.core.ports import JobRecord
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.manager import admission
 from batchlab.manager.context import Context, Part
+from batchlab.manager.ledger_rebuild import lost_jobs
 from batchlab.manager.retry_rounds import Retry
 from batchlab.manager.spending import Spending
 from batchlab.manager.state import pages_of_jobs
@@ -47,10 +50,16 @@ SWEEP_S = 3600.0
 
 class JobDeletion(Part):
     def __init__(
-        self, context: Context, is_awaited: Callable[[JobId], Awaitable[bool]], spending: Spending | None = None
+        self,
+        context: Context,
+        job_record: Callable[[JobId], Awaitable[JobRecord]],
+        is_awaited: Callable[[JobId], Awaitable[bool]],
+        spending: Spending | None = None,
     ) -> None:
-        """`is_awaited` returns whether a schedule has not recorded the end of the job yet."""
+        """`job_record` returns a job from the ledger or the bucket, or raises NotFound. `is_awaited` returns whether a
+        schedule has not recorded the end of the job yet."""
         super().__init__(context)
+        self._job_record = job_record
         self._is_awaited = is_awaited
         self._spending = spending
         self.is_search_due = asyncio.Event()
@@ -58,9 +67,18 @@ class JobDeletion(Part):
         self.is_search_due.set()
         self._sweeps: dict[JobId, float] = {}
         """Time of the next sweep of each deleted job."""
+        self._lost: Sequence[JobDef] | None = None
+        """Jobs with an input or a dependency that the ledger lacked at the first deletion, or None before the first
+        deletion."""
         self._lock = asyncio.Lock()
-        """Lock of a deletion or sweep, because a refused deletion removes the request of another one of the same job.
-        """
+        """Lock of the deletions and sweeps of this manager. Without it, a refused deletion would remove the request of
+        a concurrent deletion of the same job, and a sweep would drop the request of an unfinished deletion."""
+
+    def reload(self) -> None:
+        """Search for unfinished deletions and lost jobs again, because another manager has led, or the ledger has lost
+        the lease together with jobs."""
+        self._lost = None
+        self.is_search_due.set()
 
     async def delete(self, job: JobId) -> int:
         """Delete an ended job, and return the number of deleted objects. If the job was deleted before, delete the
@@ -71,11 +89,11 @@ class JobDeletion(Part):
 
     async def _delete(self, job: JobId) -> int:
         try:
-            record = await self._ledger.job(job)
+            record = await self._job_record(job)
         except NotFound:
             # If the bucket has lost the definition, the request shows that the deletion is not finished.
             stored = await self._patience(partial(self._objects.head, object_keys.deletion(job)))
-            if stored or await self._is_deleted(job):
+            if not await self._is_defined(job) and (stored or await self._is_deleted(job)):
                 return await self._finish(job)
             raise
         live = self._lives.get(job)
@@ -115,21 +133,37 @@ class JobDeletion(Part):
                 ) from None
 
     async def _check_readers(self, job: JobId) -> None:
-        """Raise Refused if a job that has not ended reads objects of the job or depends on the job. Another manager may
-        have accepted the reader, so the check reads the ledger."""
+        """Raise Refused if a job that has not ended reads objects of the job or depends on the job.
+
+        Another manager may have accepted the reader, so the check reads the ledger. The ledger may have lost the
+        reader, so the check also reads the bucket.
+        """
+        if self._lost is None:
+            self._lost = [lost for lost in await lost_jobs(self._ports) if lost.input or lost.after]
+        for lost in self._lost:
+            if (use := _use(lost, job)) and await self._is_lost(lost.id):
+                raise Refused(
+                    f"The ledger has lost job {lost.id}, which {use} job {job}, so job {job} cannot be deleted.",
+                    remedy="`batchlab grid rebuild-ledger` restores lost jobs.",
+                )
         async for page in pages_of_jobs(self._ports, active=True):
             for rows in page:
                 reader = rows.job.job
-                if reader.id != job and reader.input and object_keys.reads(reader.input.keys, job):
+                if reader.id != job and (use := _use(reader, job)):
                     raise Refused(
-                        f"Job {reader.id} reads objects of job {job}, so job {job} cannot be deleted.",
+                        f"Job {reader.id} {use} job {job}, so job {job} cannot be deleted.",
                         remedy=f"Wait for the end of job {reader.id}.",
                     )
-                if any(dependency.job == job for dependency in reader.after):
-                    raise Refused(
-                        f"Job {reader.id} depends on job {job}, so job {job} cannot be deleted.",
-                        remedy=f"Wait for the end of job {reader.id}.",
-                    )
+
+    async def _is_lost(self, job: JobId) -> bool:
+        try:
+            await self._ledger.job(job)
+        except NotFound:
+            return await self._is_defined(job)
+        return False
+
+    async def _is_defined(self, job: JobId) -> bool:
+        return await self._patience(partial(commit.is_defined, self._objects, job))
 
     async def _is_deleted(self, job: JobId) -> bool:
         return await self._patience(partial(commit.is_deleted, self._objects, job))
@@ -165,11 +199,8 @@ class JobDeletion(Part):
     async def finish_interrupted(self) -> None:
         """Finish the deletions that an earlier leader, or a failed request, has begun, and schedule the sweeps of the
         other deletions. Raise BackendError if the backend prevents the end of a deletion."""
-        begun: list[JobId] = []
-        async for page in self._objects.list(object_keys.DELETIONS):
-            begun += [JobId(info.key.removeprefix(object_keys.DELETIONS).removesuffix(".json")) for info in page]
         failed: BackendError | None = None
-        for job in begun:
+        for job in [job async for job in commit.deletions(self._objects)]:
             if job in self._sweeps:
                 continue
             try:
@@ -183,24 +214,27 @@ class JobDeletion(Part):
             raise failed
 
     async def _sweep_time(self, job: JobId) -> float | None:
-        """Return the stored time of the sweep of a deleted job, or None if the deletion of the job is not finished."""
-        try:
-            return json_format.sweep_time(await self._patience(partial(self._objects.get, object_keys.deletion(job))))
-        except (Malformed, NotFound, TooNew):
-            return None
+        return await self._patience(partial(commit.sweep_time, self._objects, job))
 
     async def _sweep(self) -> None:
         """Delete the objects that workers have written since the deletion of their job."""
         now_s = self._clock.now_s()
         for job in [job for job, due_s in self._sweeps.items() if due_s <= now_s]:
-            if deleted := await self._delete_objects(job):
-                log.warning("%d late objects of the deleted job are deleted", deleted, extra={"job": job})
-            due_s = await self._sweep_time(job)
-            if due_s and due_s > now_s:  # an event caused this sweep
-                self._sweeps[job] = due_s
-                continue
+            async with self._lock:
+                await self._sweep_job(job, now_s)
+
+    async def _sweep_job(self, job: JobId, now_s: float) -> None:
+        if deleted := await self._delete_objects(job):
+            log.warning("%d late objects of the deleted job are deleted", deleted, extra={"job": job})
+        due_s = await self._sweep_time(job)
+        del self._sweeps[job]
+        if due_s is None:
+            # An event caused this sweep after the last sweep of the job, or before the end of an interrupted deletion.
+            await self._continue(job)
+        elif due_s > now_s:  # an event caused this sweep
+            self._sweeps[job] = due_s
+        else:
             await self._patience(partial(self._objects.delete, [object_keys.deletion(job)]))
-            del self._sweeps[job]
 
     async def sweep_late(self, job: JobId) -> None:
         """Schedule a sweep if the job was deleted, because an event reports late objects of the job."""
@@ -227,8 +261,11 @@ class JobDeletion(Part):
 
     async def _finish_begun(self, job: JobId) -> None:
         try:
-            record = await self._ledger.job(job)
+            record = await self._job_record(job)
         except NotFound:
+            # No object is deleted while the bucket has the definition, so the job can be kept.
+            if await self._is_defined(job):
+                raise Refused("The ledger has lost the job, and the job cannot be restored.") from None
             is_committed = True
         else:
             is_committed = record.state.ended and await self._is_committed(object_keys.retry(job, record.round + 1))
@@ -267,11 +304,16 @@ class JobDeletion(Part):
         """Replace the definition of the job with a note, by one conditional PUT. The key of the definition is never
         without an object, because a submission would otherwise create a new job with the same id."""
         key, note = object_keys.spec(job), json_format.deleted_job(job)
-        while (info := await self._patience(partial(self._objects.head, key))) is None or await self._patience(
-            partial(commit.is_defined, self._objects, job)
-        ):
+        while (info := await self._patience(partial(self._objects.head, key))) is None or await self._is_defined(job):
             # The condition fails if another manager has written the note, or if the response to an earlier write was
             # lost.
             put = partial(self._objects.put, key, note, if_absent=info is None, if_match=info.etag if info else None)
             with suppress(AlreadyExists, NotFound):
                 await self._patience(put)
+
+
+def _use(reader: JobDef, job: JobId) -> str:
+    """Return how `reader` needs the job, as a verb phrase, or an empty text if `reader` does not need the job."""
+    if reader.input and object_keys.reads(reader.input.keys, job):
+        return "reads objects of"
+    return "depends on" if any(dependency.job == job for dependency in reader.after) else ""

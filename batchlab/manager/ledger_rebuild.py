@@ -8,7 +8,8 @@ ledger sees each job either as before the rebuild or as after the rebuild.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -30,6 +31,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LOST_JOBS = (
+    "The ledger is new and lacks jobs of the bucket: `batchlab grid rebuild-ledger` restores the list of all jobs."
+)
+MAX_SEARCHED = 100
+"""Maximum number of jobs that `has_lost_jobs` reads."""
 _PAGE = 1000
 _MAX_ATTEMPTS = 10
 
@@ -80,13 +86,59 @@ async def _in_ledger(ports: Ports) -> set[JobId]:
 
 
 async def _in_bucket(ports: Ports) -> set[JobId]:
-    job_ids: set[JobId] = set()
-    async for page in ports.objects.list(object_keys.JOBS):
+    return {_job_of(info) async for info in _definitions(ports)}
+
+
+async def has_lost_jobs(ports: Ports, before_s: float) -> bool:
+    """Return whether the ledger lacks a job of the bucket that was submitted before the wall time `before_s`. Ignore
+    jobs that a user has deleted.
+    """
+    searched = 0
+    async for info in _definitions(ports):
+        if searched == MAX_SEARCHED:
+            return False
+        searched += 1
+        try:
+            spec, _ = await _read(ports, info.key, commit_keys.from_json)
+        except NotFound:
+            continue
+        except UnreadableObject:
+            return True  # The rebuild reports the object.
+        if spec.submitted_s < before_s and await _rows(ports, _job_of(info)) is None:
+            return True
+    return False
+
+
+async def lost_jobs(ports: Ports) -> list[JobDef]:
+    """Return the jobs that the ledger lacks. Leave out deleted jobs, and jobs whose definition cannot be read."""
+    ids = await _in_ledger(ports)
+    lost: list[JobDef] = []
+    async for info in _definitions(ports):
+        job = _job_of(info)
+        # A definition is larger than a note, and a bucket may have many notes.
+        if job in ids or info.size <= len(json_format.deleted_job(job)):
+            continue
+        with suppress(NotFound, UnreadableObject):
+            lost.append((await _read(ports, info.key, commit_keys.from_json))[0])
+    return lost
+
+
+async def _definitions(ports: Ports) -> AsyncIterator[ObjectInfo]:
+    """Yield the objects at the keys of definitions, and skip most of the other objects of jobs with many objects."""
+    after = ""
+    while page := await anext(ports.objects.list(object_keys.JOBS, after=after), None):
         for info in page:
-            job = JobId(info.key.split("/", 2)[1])
-            if info.key == object_keys.spec(job):
-                job_ids.add(job)
-    return job_ids
+            if info.key == object_keys.spec(_job_of(info)):
+                yield info
+        after, job = page[-1].key, _job_of(page[-1])
+        if job == _job_of(page[0]):
+            spec = object_keys.spec(job)
+            # The character 0 follows the slash, so the next key belongs to another job.
+            after = max(after, spec[:-1]) if after < spec else f"{object_keys.JOBS}{job}0"
+
+
+def _job_of(info: ObjectInfo) -> JobId:
+    return JobId(info.key.split("/", 2)[1])
 
 
 async def restore(ports: Ports, job: JobId) -> dict[str, str]:

@@ -38,7 +38,7 @@ from batchlab.manager.dependencies import Dependencies
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.job_coordinator import JobCoordinator
 from batchlab.manager.job_deletion import JobDeletion
-from batchlab.manager.ledger_rebuild import RebuildResult, rebuild
+from batchlab.manager.ledger_rebuild import LOST_JOBS, RebuildResult, has_lost_jobs, rebuild
 from batchlab.manager.ledger_writer import LedgerWriter
 from batchlab.manager.live_logs import LiveLogs
 from batchlab.manager.notifier import Notifier
@@ -115,6 +115,8 @@ DEAD_LETTER_CHECK_S = 15.0
 IDLE_QUEUE_CHECK_S = 300.0
 """Interval between reads of empty queues without live jobs, because each read is billed."""
 
+RECENT_S = 60.0
+"""Age in seconds of jobs that an earlier manager may not have added to the ledger. Their messages restore them."""
 LOST_OBJECTS = (
     "the bucket has lost the job's objects: it was emptied, or its server restarted without its "
     "data, as LocalStack does; submit the job again"
@@ -165,6 +167,8 @@ class Manager:
         self.has_led = False
         self.trouble = ""
         """Error message of the last tick, or "" after a successful tick."""
+        self.ledger_trouble = ""
+        """Sentence about jobs that the ledger has lost, or ""."""
         self.spending = Spending(context, accounting) if accounting else None
         caps = self.spending.caps if self.spending else None
         self.notifier = Notifier(context, channels, caps) if channels else None
@@ -182,7 +186,7 @@ class Manager:
         if schedules:
             self.scheduler = ScheduleCommands(context, self.job_commands)
             self.autoscaler.minimum_capacity = Prewarm(context, self.scheduler, caps)
-        self.job_deletion = JobDeletion(context, self._is_awaited, self.spending)
+        self.job_deletion = JobDeletion(context, self.job_record, self._is_awaited, self.spending)
         self.live_logs = LiveLogs(context)
         self._collector = Collector(context, ledger_writer)
         self._reconciler = Reconciler(context, ledger_writer, self.coordinator)
@@ -222,7 +226,7 @@ class Manager:
                 # The renewal of the lease starts first, because the preparation may take longer than the lease's
                 # duration.
                 keeping = group.create_task(self._keep_lease(), name="lease")
-                await self._prepare()
+                has_old_bucket = await self._prepare()
                 await self.registry.instances.load()
                 if self.recorder:
                     await self.recorder.load()
@@ -232,6 +236,9 @@ class Manager:
                     await self.notifier.load()
                 self._adoption.group = group
                 await self._adoption.adopt_active()
+                # The ledger is read before the collector restores jobs. A new grid does not need these requests.
+                if has_old_bucket and not self.lives and not await self.ports.ledger.jobs(limit=1):
+                    group.create_task(self._find_lost_jobs(), name="find lost jobs")
                 group.create_task(self._collector.collect(), name="collect")
                 group.create_task(self._run_ticks(), name="tick")
                 group.create_task(self.job_deletion.run(), name="finish deletions")
@@ -262,8 +269,9 @@ class Manager:
         self.is_leader.clear()
         raise _LeaseLostError
 
-    async def _prepare(self) -> None:
-        await self.ports.keys.ensure()
+    async def _prepare(self) -> bool:
+        """Create the queues and groups of the grid. Return whether an earlier manager has used the bucket."""
+        has_old_bucket = await self.ports.keys.ensure()
         await self._ensure(events_queue(self.settings))
         for pool in self.pools.values():
             dead = QueueSpec(object_keys.dead_letters(pool.name))
@@ -277,6 +285,7 @@ class Manager:
                 )
             )
             await self.ports.fleet.ensure(pool)
+        return has_old_bucket
 
     async def _ensure(self, spec: QueueSpec) -> None:
         await self.ports.patience(lambda: self.ports.queue.ensure(spec))
@@ -292,7 +301,7 @@ class Manager:
         log.warning("another manager led while %s was paused: all jobs are adopted again", self.owner)
         # The flags are reset before the ledger is read, because another manager may lead again during the reads.
         self._others_led = self._retries_searched = False
-        self.job_deletion.is_search_due.set()
+        self.job_deletion.reload()
         if self.scheduler:
             self.scheduler.reload()
         await self._adoption.drop_all()
@@ -315,6 +324,22 @@ class Manager:
         await self.scheduler.wait_until_read()
         schedules = self.scheduler.store.schedules.values()
         return any(one.running is not None and one.running.job == job for one in schedules)
+
+    async def _find_lost_jobs(self) -> None:
+        """Report jobs that only the bucket has. The manager does not restore them itself, because the user may have
+        given an old bucket to a new grid, in which unfinished jobs would run again.
+        """
+        before_s = self.ports.clock.now_s() - RECENT_S
+        while True:
+            try:
+                if await has_lost_jobs(self.ports, before_s):
+                    self.ledger_trouble = LOST_JOBS
+                    log.warning("%s", LOST_JOBS)
+                return
+            except BackendError as error:
+                raise_if_cancelled()
+                log.warning("the search for lost jobs waits for the backend: %s", error)
+                await asyncio.sleep(self.settings.silence_s)
 
     async def _finish_retries(self) -> None:
         while True:
@@ -449,6 +474,7 @@ class Manager:
         async with self.context.ledger_lock:
             await self._adoption.drop_all()
             rebuilt = await rebuild(self.ports)
+            self.ledger_trouble = ""
             # A request may have adopted a job from the old content of the ledger during the rebuild.
             await self._adoption.drop_all()
             # The adoption needs the ledger lock, because adoption writes to the ledger and a second rebuild may be

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import partial
 from operator import itemgetter
 
-from batchlab.core.commit import is_deleted, read_outcome
+from batchlab.core.commit import deletions, is_deleted, read_outcome, sweep_time
 from batchlab.core.errors import AlreadyExists, Malformed, NotFound, TooLarge, Unreachable, UsageError
 from batchlab.core.job_definition import JobDef, StageDef, task_name
 from batchlab.core.model import JobId, Json, Outcome, StageCounts, StageName, TaskSet
@@ -93,10 +93,12 @@ class StagePlans:
 
     async def plan_input(self, job: JobDef, stage: StageDef) -> Manifest:
         """Plan a root stage from the job's raw input. Raise UsageError if the input is malformed or belongs to a
-        deleted job, and Unreachable while the job to which the input belongs is being deleted."""
+        deleted job, and Unreachable while a job to which a part of the input belongs is being deleted."""
         assert job.input is not None
         for owner in sorted(object_keys.owners(job.input.keys) - {job.id}):
             await self._check_owner(owner)
+        if object_keys.spans_jobs(job.input.keys):
+            await self._check_deletions()
         return await self._write(job, stage.name, 0, input_split.items(self._ports.objects, job.input))
 
     async def _check_owner(self, owner: JobId) -> None:
@@ -110,6 +112,12 @@ class StagePlans:
             )
         if request:
             raise Unreachable(f"The input belongs to job {owner}, which is being deleted.")
+
+    async def _check_deletions(self) -> None:
+        """Raise Unreachable while any job is being deleted. A deletion that begins later finds the planned job."""
+        async for owner in deletions(self._ports.objects):
+            if await self._ports.patience(partial(sweep_time, self._ports.objects, owner)) is None:
+                raise Unreachable(f"The input has objects of all jobs, and job {owner} is being deleted.")
 
     async def plan_stage(
         self, job: JobDef, stage: StageDef, round: int, counts: Mapping[StageName, StageCounts]

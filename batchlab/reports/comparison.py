@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchlab.core.errors import UsageError
+from batchlab.core.pricing.price_book import shown
 from batchlab.core.text import figures
 from batchlab.reports.queries import store
 
@@ -447,7 +448,7 @@ def _causes(changes: Mapping[Key, Change], stages: Sequence[str]) -> Iterator[st
     yield from _of_fleet(changes)
     cost = changes.get(("cost", ""))
     if cost and _is_reported(cost):
-        yield f"1,000 tasks cost {cost.a:.3g} USD before and {cost.b:.3g} USD now ({_percent(cost)})"
+        yield f"1,000 tasks cost {shown(cost.a)} before and {shown(cost.b)} now ({_percent(cost)})"
 
 
 def _of_stage(changes: Mapping[Key, Change], stage: str) -> Iterator[str]:

@@ -281,7 +281,7 @@ class Backend(BackendLocations):
         fork_server = None
         if operating_system.CAN_FORK:
             fork_server = ForkServer([*python, "batchlab.cli.fork_server_main", *grid], program, log)
-        return ProcessLauncher(home.fleet, argv, clock, dict(os.environ), fork_server)
+        return ProcessLauncher(home.fleet, argv, clock, dict(os.environ), fork_server, home.scratch)
 
     def import_for_worker(self) -> None:
         """Import the modules with which a worker opens its bucket and its queues."""

@@ -162,6 +162,7 @@ async def grid_view(manager: Manager, backend_name: str) -> api_types.GridView:
         "pools": [pool_view(manager, view) for view in groups.values()],
         "queues": [job_views.queue_view(name, depth) for name, depth in zip(names, depths, strict=True)],
         "unreadable": manager.counts.unreadable.total(),
+        "trouble": manager.ledger_trouble,
     }
 
 

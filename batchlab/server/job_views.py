@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from batchlab.core.model import JobState
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.settlement import fingerprint
 from batchlab.worker import task_log
@@ -38,6 +39,15 @@ if TYPE_CHECKING:
 # --- Jobs ----------------------------------------------------------------------------------------
 
 
+def state_of(record: JobRecord, is_running: bool) -> JobState:
+    """Return the state of a job. `is_running` means that a worker runs a task of the job.
+
+    The ledger does not have the state RUNNING before the end of the job's first bundle.
+    """
+    waits = record.state in (JobState.RUNNABLE, JobState.STARTING)
+    return JobState.RUNNING if waits and is_running else record.state
+
+
 def job_view(
     record: JobRecord,
     stages: Sequence[StageRecord],
@@ -53,7 +63,7 @@ def job_view(
     return {
         "id": job.id,
         "name": job.name,
-        "state": record.state.value,
+        "state": state_of(record, bool(running)).value,
         "reason": record.reason,
         "round": record.round,
         "priority": job.priority,

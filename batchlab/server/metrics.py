@@ -22,7 +22,7 @@ from batchlab.manager.counters import STAGE_KINDS, UNREADABLE_KINDS, stage_kind
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import Outstanding
 from batchlab.server.http.common import StateDep, require_token
-from batchlab.server.job_views import running_tasks
+from batchlab.server.job_views import running_tasks, state_of
 
 if TYPE_CHECKING:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -72,7 +72,8 @@ def families(manager: Manager, backend: str) -> Iterator[Metric]:
 
 
 def _jobs(manager: Manager) -> Iterator[Metric]:
-    states = Counter(live.record.state for live in manager.lives.values())
+    running = {held.job for worker in manager.registry.workers.values() for held in worker.since_s}
+    states = Counter(state_of(live.record, live.id in running) for live in manager.lives.values())
     active = {(s.value.lower(),): states[s] for s in JobState if s not in ENDED}
     yield _gauge("jobs", "Jobs that have not ended, by state.", active, "state")
     capped = sum(live.is_held for live in manager.lives.values())

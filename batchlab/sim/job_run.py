@@ -31,7 +31,7 @@ from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.trial import calm
 from batchlab.sim.world import World
 from batchlab.worker.inflight_message import Runner
-from batchlab.worker.inline_child import InlineChildren, InlineRunner
+from batchlab.worker.inline_child import InlineChildren, SimulatedTaskRunner
 
 TASK_S = (0.5, 1.5)
 """Range of virtual seconds that a task takes, whatever its handler does."""
@@ -53,18 +53,32 @@ class SimulatedRun:
     """Number of instances launched during the run."""
 
 
-def run_job(jobfile: JobFile, pools: Sequence[Pool], *, seed: int, out: Path, setting: Setting) -> SimulatedRun:
-    """Run the job to its end in virtual time.
+def run_job(
+    jobfile: JobFile,
+    pools: Sequence[Pool],
+    *,
+    seed: int,
+    out: Path,
+    setting: Setting,
+    on_accepted: Callable[[], None] = lambda: None,
+) -> SimulatedRun:
+    """Run the job to its end in virtual time. Call `on_accepted` before the first task, unless the job is refused.
 
     The folder `out` receives the results, and a folder inside `out` receives the performance data.
     """
     loop = SimLoop(inline_executor=True)
     with InlineChildren() as children:
-        return loop.run(_main(jobfile, pools, seed, out, setting, children))
+        return loop.run(_main(jobfile, pools, seed, out, setting, children, on_accepted))
 
 
 async def _main(
-    jobfile: JobFile, pools: Sequence[Pool], seed: int, out: Path, setting: Setting, children: InlineChildren
+    jobfile: JobFile,
+    pools: Sequence[Pool],
+    seed: int,
+    out: Path,
+    setting: Setting,
+    children: InlineChildren,
+    on_accepted: Callable[[], None],
 ) -> SimulatedRun:
     world = World(
         seed=seed,
@@ -81,6 +95,7 @@ async def _main(
         jobfile, objects=world.objects, clock=world.clock, patience=patience, token=f"seed-{seed}"
     )
     admit(job, {pool.name: pool.slots for pool in pools})
+    on_accepted()
     await world.submit(job)
     await world.ended(job.id)
     virtual_s = world.clock.monotonic_s()
@@ -109,4 +124,4 @@ async def _wait_for_account(world: World, job: JobId) -> None:
 
 def _real_handlers(children: InlineChildren, world: World, _die: Callable[[], None], objects: Objects) -> Runner:
     rng = world.rng("durations")
-    return InlineRunner(objects, world.clock, lambda _work, _task: rng.uniform(*TASK_S), children)
+    return SimulatedTaskRunner(objects, world.clock, lambda _work, _task: rng.uniform(*TASK_S), children)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from batchlab.core.errors import BackendError, Refused
+from batchlab.core.text import KILLED
 from batchlab.manager import fleet_commands
 from batchlab.sim.actors import Actor, SkewedClock
 from batchlab.sim.faults import DAMAGES, WEATHER, FaultKind, Faults
@@ -59,7 +60,7 @@ class WorldFaults:
             FaultKind.SHUFFLED: self._shuffle_messages,
             FaultKind.CLOCK_JUMPED: self._jump_clock,
             FaultKind.STALLED: self._stall_process,
-            FaultKind.CRASHED: partial(self._crash_instance, "exit -9"),
+            FaultKind.CRASHED: partial(self._crash_instance, KILLED),
             FaultKind.SPOT_NOTICE: self._send_spot_notice,
             FaultKind.SPOT_KILL: partial(self._crash_instance, "Spot interruption"),
             FaultKind.NO_CAPACITY: self._refuse_capacity,

@@ -29,6 +29,7 @@ from batchlab.core.ports import Fleet, JobRecord, JobRows, Objects
 from batchlab.core.pricing.usage import Accounting
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.service_settings import ManagerSettings, WorkerSettings
+from batchlab.core.text import KILLED
 from batchlab.manager.context import NotificationChannels
 from batchlab.manager.manager import Manager
 from batchlab.manager.recorder import ReportQueue
@@ -417,14 +418,14 @@ class SimWorker:
             self.actor.kill()
 
     def _die(self) -> None:
-        self.kill("exit -9")
+        self.kill(KILLED)
 
     def _exited(self, main: asyncio.Task[None]) -> None:
         """Record whether the worker ended by a drain or by a fault."""
         if self.ended is None:
             self._world._check_exit(self.actor, main)
             crashed = main.cancelled() or main.exception()
-            self.ended = "exit -9" if crashed else "exit 0"
+            self.ended = KILLED if crashed else "exit 0"
             if crashed:
                 self._world.watch.on_kill(self.actor)
             else:

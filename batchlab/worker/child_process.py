@@ -25,6 +25,7 @@ from batchlab.core.errors import BackendError
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import FailureKind
 from batchlab.core.operating_system.processes import child_has_exited, kill_family, table
+from batchlab.core.text import signal_name
 from batchlab.worker.child import EXIT_PIPE_LOST, RequestLine
 from batchlab.worker.shared_memory import BOOTING, IMPORTING, ChildState
 
@@ -214,22 +215,26 @@ class ChildProcess:
         The exit code is the child's own if the child exited before the kill. Repeated calls of `kill` are safe.
         """
         if self._process.returncode is None:
-            kill_family(self.pid)
-            while self._process.poll() is None:  # noqa: ASYNC110 - SIGCHLD belongs to the caller
-                await asyncio.sleep(_REAP_STEP_S)
-        if not self._closed:
-            # A surviving descendant may hold the pipe open, so `kill` does not wait for the pipe's end.
-            while self._read():
-                pass
-            self._closed = True
-            self._loop.remove_reader(self._answers)
-            self._loop.remove_writer(self._requests)
-            for fd in (self._answers, self._requests, self._life):
-                os.close(fd)
+            try:
+                kill_family(self.pid)
+            finally:
+                self._process.kill()  # The child ends and is reaped even if its descendants cannot be listed.
+                while self._process.poll() is None:  # noqa: ASYNC110 - SIGCHLD belongs to the caller
+                    await asyncio.sleep(_REAP_STEP_S)
+        # A surviving descendant may hold the pipe open, so `kill` does not wait for the pipe's end.
+        while not self._closed and self._read():
+            pass
         return self._process.returncode, self._lines()
 
     def close(self) -> None:
-        """Remove the files of the child process. The caller must call `kill` before `close`."""
+        """Close the pipes and remove the files of the child process. The caller must call `kill` before `close`."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._answers)
+        self._loop.remove_writer(self._requests)
+        for fd in (self._answers, self._requests, self._life):
+            os.close(fd)
         self.board.close()
         # The folder is small, and closing the runner removes remaining files.
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -248,12 +253,7 @@ def _wake(future: asyncio.Future[None]) -> None:
 
 def describe_exit(code: int) -> str:
     """Return an exit code as text, for example `exit 3` or `exit -11 (SIGSEGV)`."""
-    if code >= 0:
-        return f"exit {code}"
-    try:
-        return f"exit {code} ({signal.Signals(-code).name})"
-    except ValueError:
-        return f"exit {code}"
+    return f"exit {code}" if code >= 0 else f"exit {code} ({signal_name(-code)})"
 
 
 def describe_crash(code: int, times: int) -> str:
@@ -327,9 +327,11 @@ class Children:
         for group in (self._idle, self._busy):
             if child in group:
                 group.remove(child)
-        await child.kill()
-        child.close()
-        self._notify()
+        try:
+            await child.kill()
+        finally:
+            child.close()
+            self._notify()
 
     def _notify(self) -> None:
         if not self._busy:

@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO
+from weakref import WeakValueDictionary
 
 from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.ports import Objects
@@ -31,6 +32,8 @@ from batchlab.worker.materialization import OffLoop
 
 MAX_BYTES = 512 * 1024 * 1024
 MAX_FILES = 20_000
+MAX_CACHED_FILES = 4096
+"""Limit of the functions and shared values in the cache of a worker, which also limits the worker's memory."""
 
 _SKIPPED = frozenset({"__pycache__", ".git", ".venv", ".batchlab", ".mypy_cache", ".pytest_cache", ".ruff_cache"})
 _MARKS = ("pyvenv.cfg", object_keys.MADE)
@@ -102,11 +105,17 @@ def pack_files(files: Mapping[str, Path]) -> bytes:
     return buffer.getvalue()
 
 
-def select_files(folder: Path, root: Path, excluded: Collection[Path], most_bytes: int) -> list[Path]:
-    """Return the files to pack, sorted by name. Raise UsageError for files that workers cannot unpack."""
+def select_files(
+    folder: Path, root: Path, excluded: Collection[Path], most_bytes: int, *, package: str = ""
+) -> list[Path]:
+    """Return the files to pack, sorted by name. Raise UsageError for files that workers cannot unpack.
+
+    If the folder is a package that a function imports, `package` is its name. Broken links in a package are omitted,
+    because editors create them as locks.
+    """
     files: list[Path] = []
     total = 0
-    for path in _files(root, root):
+    for path in _files(root, root, package):
         if path not in excluded:
             files.append(path)
             total += path.stat().st_size
@@ -115,27 +124,33 @@ def select_files(folder: Path, root: Path, excluded: Collection[Path], most_byte
             raise UsageError(
                 f"The code folder {folder} is too large: "
                 f"the limits are {MAX_FILES} files and {most_bytes / 2**20:.0f} MiB.",
-                remedy="Move data out of it and declare the data as the job's input.",
+                remedy="Move data out of it, and pass the data as a File."
+                if package
+                else "Move data out of it and declare the data as the job's input.",
             )
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _files(folder: Path, root: Path) -> Iterator[Path]:
+def _files(folder: Path, root: Path, package: str) -> Iterator[Path]:
     for path in folder.iterdir():
         if path.name in _SKIPPED or any((path / mark).is_file() for mark in _MARKS):
+            continue
+        if package and path.is_symlink() and not path.exists():
             continue
         if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
             raise UsageError(
                 f"{path} is a link out of the code folder, a link to a folder, or a broken link.",
-                remedy="Replace it with the files, or name another folder in 'code'.",
+                remedy=f"Remove the link from the package {package}, which the function imports."
+                if package
+                else "Replace it with the files, or name another folder in 'code'.",
             )
         if not _is_portable(path.name):
             raise UsageError(
                 f"{str(path)!r} has a backslash in its name, or its name is not UTF-8.",
-                remedy="Rename it, or name another folder in 'code'.",
+                remedy="Rename it." if package else "Rename it, or name another folder in 'code'.",
             )
         if path.is_dir():
-            yield from _files(path, root)
+            yield from _files(path, root, package)
         elif path.is_file():
             yield path
         else:
@@ -221,19 +236,24 @@ def _copy(source: IO[bytes], file: IO[bytes], remaining: int) -> int:
 
 
 class CodeCache:
-    """Code folders, pickled functions, and shared values of a worker's jobs, each fetched once per instance."""
+    """Code folders, pickled functions, and shared values of a worker's jobs, each fetched once per instance.
+
+    Functions and shared values together are at most MAX_CACHED_FILES files with `max_file_bytes`, apart from the files
+    that executions use. The files that were used least recently are removed, and fetched again if needed.
+    """
 
     def __init__(
-        self, objects: Objects, scratch: Scratch, off_loop: OffLoop, max_value_bytes: int = VALUE_CACHE_BYTES
+        self, objects: Objects, scratch: Scratch, off_loop: OffLoop, max_file_bytes: int = VALUE_CACHE_BYTES
     ) -> None:
         self._objects = objects
         self._scratch = scratch
         self._off_loop = off_loop
-        self._locks: dict[str, asyncio.Lock] = {}
-        self._functions: dict[str, Path] = {}
-        self._max_value_bytes = max_value_bytes
-        self._values: OrderedDict[Path, int] = OrderedDict()
-        """Files of the shared values and their sizes in bytes. The last entry was used last."""
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Locks of the objects that are being fetched."""
+        self._max_file_bytes = max_file_bytes
+        self._files: OrderedDict[Path, int] = OrderedDict()
+        """Files of functions and shared values, and their sizes in bytes. The last entry was used last."""
+        self._total_bytes = 0
 
     async def code(self, key: str | None) -> tuple[str, Path | None]:
         """Return the digest and the unpacked folder of a code zip, or ("", None) for a job without code.
@@ -253,42 +273,64 @@ class CodeCache:
             raise Problem("import", f"The job's code cannot be fetched: {error}") from error
         return digest, folder
 
-    def cached_function(self, key: str) -> Path | None:
-        """Return the file of a pickled function, or None if the function has not been fetched."""
-        return self._functions.get(key)
-
-    async def function(self, key: str) -> Path:
-        """Return the file of a pickled function, which is fetched on first use.
-
-        A missing object raises Problem of kind "import".
-        """
-        try:
-            self._functions[key] = path = await self._fetch(key, "functions")
-        except NotFound as error:
-            raise Problem("import", f"The job's function cannot be fetched: {error}") from error
+    def cached_function(self, key: str, link: Path) -> Path | None:
+        """Return the file of a pickled function as `function` does, or None if the cache does not contain it."""
+        path = self._path(key, "functions")
+        if path not in self._files:
+            return None
+        self._link(path, link)
         return path
 
-    async def value(self, key: str, target: Path) -> None:
+    async def function(self, key: str, link: Path | None = None) -> Path:
+        """Return the file of a pickled function, which is fetched on first use, and link the file to `link`.
+
+        The path is the same for all executions, so that a child loads the function once. The file is kept until the
+        caller removes `link`, or as long as the cache without a link. A missing object raises Problem of kind "import".
+        """
+        try:
+            path = await self._fetch(key, "functions")
+        except NotFound as error:
+            raise Problem("import", f"The job's function cannot be fetched: {error}") from error
+        if link:
+            self._link(path, link)
+        return path
+
+    async def link_value(self, key: str, target: Path) -> None:
         """Link the file of a shared value to `target`. The file is fetched on first use.
 
-        The link keeps the content until the caller removes `target`, even if the cache removes the file. A missing
-        object raises NotFound.
+        A missing object raises NotFound.
         """
         self._link(await self._fetch(key, "values"), target)
+
+    def evict_unused(self) -> None:
+        """Remove all functions and shared values without a link from an execution."""
+        self._evict(0, 0)
 
     def _link(self, path: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.hardlink_to(path)
-        self._values[path] = path.stat().st_size
-        self._values.move_to_end(path)
-        total = sum(self._values.values())
-        while total > self._max_value_bytes and len(self._values) > 1:
-            oldest, size = self._values.popitem(last=False)
-            oldest.unlink(missing_ok=True)
-            total -= size
+        size = path.stat().st_size
+        self._total_bytes += size - self._files.pop(path, 0)
+        self._files[path] = size
+        self._evict(self._max_file_bytes, MAX_CACHED_FILES)
+
+    def _evict(self, max_bytes: int, max_files: int) -> None:
+        if self._total_bytes <= max_bytes and len(self._files) <= max_files:
+            return
+        for path in tuple(self._files):
+            # The removal of a linked file does not free any space.
+            if path.exists() and path.stat().st_nlink > 1:
+                continue
+            path.unlink(missing_ok=True)
+            self._total_bytes -= self._files.pop(path)
+            if self._total_bytes <= max_bytes and len(self._files) <= max_files:
+                return
+
+    def _path(self, key: str, folder: str) -> Path:
+        return self._scratch.root / folder / hashlib.sha256(key.encode()).hexdigest()
 
     async def _fetch(self, key: str, folder: str) -> Path:
-        path = self._scratch.root / folder / hashlib.sha256(key.encode()).hexdigest()
+        path = self._path(key, folder)
         async with self._lock(key):
             if not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)

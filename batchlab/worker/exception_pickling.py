@@ -14,7 +14,7 @@ from functools import cache
 from types import MemberDescriptorType
 from typing import Any, TypeVar
 
-LIKE = "@"
+SAME_TYPE_PREFIX = "@"
 """First character of the text that replaces a pickled exception, before the number of a task whose exception has the
 same type. The character is not a digit of base64.
 """
@@ -34,8 +34,8 @@ def pickled(error: BaseException, max_bytes: int | None = None) -> bytes:
     """Return the pickled exception, or b"" if its type cannot be pickled in `max_bytes`."""
     for reduce in (_reduce, _reduce_to_small_parts, _reduce_to_message):
         try:
-            data = _dump(error, reduce)
-            if (max_bytes is None or len(data) <= max_bytes) and isinstance(pickle.loads(data), BaseException):  # noqa: S301 - just pickled
+            data = _dump(error, reduce, max_bytes)
+            if isinstance(pickle.loads(data), BaseException):  # noqa: S301 - just pickled
                 return data
         except Exception:  # noqa: BLE001, S112 - the parts of an exception may do anything when they are pickled
             continue
@@ -86,8 +86,21 @@ def _built_in_base(kind: type) -> type:
     return kind
 
 
-def _dump(error: BaseException, reduce: Callable[[BaseException], _Reduced | None]) -> bytes:
-    buffer = io.BytesIO()
+class _Buffer(io.BytesIO):
+    """Buffer that refuses more than `max_bytes`, so that a large pickle does not fill the memory."""
+
+    def __init__(self, max_bytes: int | None) -> None:
+        super().__init__()
+        self._max_bytes = max_bytes
+
+    def write(self, data: Any) -> int:
+        if self._max_bytes is not None and self.tell() + len(data) > self._max_bytes:
+            raise ValueError(f"The pickle has more than {self._max_bytes} bytes.")
+        return super().write(data)
+
+
+def _dump(error: Any, reduce: Callable[[BaseException], _Reduced | None], max_bytes: int | None) -> bytes:
+    buffer = _Buffer(max_bytes)
     pickler = _pickler()(buffer)
     pickler.reduce = reduce
     pickler.dump(error)
@@ -146,7 +159,8 @@ def _restore(kind: type[E], args: tuple[Any, ...], values: dict[str, Any]) -> E:
 
 def _is_small(value: Any) -> bool:
     try:
-        return len(_dump(value, _reduce_to_message)) <= MAX_PART_BYTES
+        _dump(value, _reduce_to_message, MAX_PART_BYTES)
+        return True
     except Exception:  # noqa: BLE001 - pickling runs the code of the value
         return False
 

@@ -141,7 +141,7 @@ class Execution:
         """Number of deaths of each task's process by a SIGKILL that the worker did not send."""
         own = JobObjects.of_job(work.job)
         self._inputs = materialization.Inputs(
-            context.objects, folder, asyncio.to_thread, own, context.files, context.code_cache.value
+            context.objects, folder, asyncio.to_thread, own, context.files, context.code_cache
         )
         self._storing: set[asyncio.Task[Ran]] = set()
         self._uploads = asyncio.Semaphore(_UPLOADS)
@@ -159,11 +159,13 @@ class Execution:
             self._fail_unfinished(fault("input", f"The worker's disk is full: {reason}"))
         finally:
             self._handle.running = self._handle.peek = None
-            if self._child is not None and self._busy:
-                await self._children.kill(self._child)
-            elif self._child is not None:
-                self._children.release(self._child)
-            self.results.put_nowait(None)
+            try:
+                if self._child is not None and self._busy:
+                    await self._children.kill(self._child)
+                elif self._child is not None:
+                    self._children.release(self._child)
+            finally:
+                self.results.put_nowait(None)
 
     async def cancel_uploads(self) -> None:
         for task in self._storing:
@@ -212,16 +214,18 @@ class Execution:
 
     def _cached_request(self) -> tuple[ExecutionRequest, str] | None:
         """Return the result of `_prepare` if the preparation does not need to fetch anything, else None."""
+        if self._work.job.code:
+            return None
         key = materialization.function_key(self._work)
-        function = self._code_cache.cached_function(key) if key else None
-        if self._work.job.code or (key and function is None):
+        function = self._code_cache.cached_function(key, self._folder / "function") if key else None
+        if key and function is None:
             return None
         return (materialization.request(self._work, self._folder, function=function, code=None), "")
 
     async def _prepare(self) -> tuple[ExecutionRequest, str]:
         digest, code = await self._code_cache.code(self._work.job.code)
         key = materialization.function_key(self._work)
-        function = await self._code_cache.function(key) if key else None
+        function = await self._code_cache.function(key, self._folder / "function") if key else None
         request = materialization.request(self._work, self._folder, function=function, code=code)
         return request, digest
 

@@ -30,7 +30,7 @@ class Raised:
     `initializer` is true if the initializer raised the exception, so that the call was not made.
     """
 
-    told: str
+    message: str
     traceback: str
     pickled: bytes
     initializer: bool = False

@@ -75,15 +75,20 @@ class InlineChildren:
         before = log.stat().st_size if log.exists() else 0
         answer = self._wait(self._ask(stage, code, request))
         if log.exists():
-            printed = log.read_bytes()[before:]
-            sys.stderr.write(printed.decode(errors="backslashreplace"))
+            with log.open("rb") as file:
+                file.seek(before)
+                sys.stderr.write(file.read().decode(errors="backslashreplace"))
         return answer
+
+    def create_scratch(self) -> Scratch:
+        """Return the scratch folders of a new runner, which `__exit__` removes."""
+        return Scratch(Path(tempfile.mkdtemp(dir=self._folder, prefix="runner-")))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Kill the child processes and stop the thread of the event loop."""
+        """Kill the child processes, stop the thread of the event loop, and remove the folders of all runners."""
         self._wait(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -168,7 +173,7 @@ class _Run:
     inputs: materialization.Inputs
 
 
-class InlineRunner:
+class SimulatedTaskRunner:
     """The Runner of real handlers in the simulator.
 
     The runner calls `duration_s(work, task)` once per start of a task for the task's virtual duration.
@@ -180,7 +185,7 @@ class InlineRunner:
         self._objects = objects
         self._clock = clock
         self._duration_s = duration_s
-        self._scratch = Scratch(Path(tempfile.mkdtemp(prefix="batchlab-")))
+        self._scratch = children.create_scratch()
         self._code_cache = CodeCache(objects, self._scratch, _call_inline)
         self._children = children
 
@@ -217,7 +222,7 @@ class InlineRunner:
     async def _prepare(self, work: Work, handle: Handle, folder: Path) -> _Run:
         _, code = await self._code_cache.code(work.job.code)
         key = materialization.function_key(work)
-        function = await self._code_cache.function(key) if key else None
+        function = await self._code_cache.function(key, folder / "function") if key else None
         request = materialization.request(work, folder, function=function, code=code)
         (folder / "cwd").mkdir(parents=True)
         inputs = materialization.Inputs(self._objects, folder, _call_inline, JobObjects.of_job(work.job))

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound
 from batchlab.core.model import Failure, FailureKind, Json, TaskMetrics
@@ -96,11 +96,19 @@ def _bytes(reference: Json) -> int:
     return 0 if object_keys.is_shared_value(reference.get("$file", "")) else int(reference.get("size", 0))
 
 
+class ValueCache(Protocol):
+    """Files of shared values that an instance caches; see `code_cache.CodeCache`."""
+
+    async def link_value(self, key: str, target: Path) -> None: ...
+
+    def evict_unused(self) -> None: ...
+
+
 class Inputs:
     """Downloader of the objects that the items of one execution refer to.
 
-    Objects in `files` are used without a copy. `link_value` links the file of a shared value, which the instance
-    caches, to a path. All other objects are downloaded into the folder of the task.
+    Objects in `files` are used without a copy, and shared values are used from `cache`. All other objects are
+    downloaded into the folder of the task. If the disk is full, unused files of the cache are removed.
     """
 
     def __init__(
@@ -110,11 +118,11 @@ class Inputs:
         off_loop: OffLoop,
         own: JobObjects,
         files: LocalFiles | None = None,
-        link_value: Callable[[str, Path], Awaitable[None]] | None = None,
+        cache: ValueCache | None = None,
     ) -> None:
         self._objects = objects
         self._files = files
-        self._link_value = link_value
+        self._cache = cache
         self._values: dict[str, Path] = {}
         """Links to shared values, which all tasks of the execution use, by key."""
         self._values_lock = asyncio.Lock()
@@ -137,7 +145,15 @@ class Inputs:
     async def _fetch_item(self, task: int, item: Json) -> tuple[int, Json | Failure]:
         folder = self._folder / str(task) / "in"
         try:
-            return task, await self._local(item, folder, _MAX_DEPTH)
+            try:
+                return task, await self._local(item, folder, _MAX_DEPTH)
+            except (BackendError, OSError) as error:
+                if self._cache is None or no_room(error) is None:
+                    raise
+                # The other downloads of the chunk may also have failed, and have removed their files.
+                await self._remove(folder)
+                self._cache.evict_unused()
+                return task, await self._local(item, folder, _MAX_DEPTH)
         except NotFound as error:
             return task, _failure(task, f"Its input does not exist: {error}", error)
         except (BackendError, OSError) as error:
@@ -146,10 +162,13 @@ class Inputs:
                 raise
             # The folder of a failed download is removed immediately, because the next bundle starts before the
             # execution's folder is cleaned.
-            await self._off_loop(partial(shutil.rmtree, ignore_errors=True), folder)
+            await self._remove(folder)
             return task, _failure(task, f"Its input does not fit on the worker: {reason}", error)
         except (ValueError, ForeignReference) as error:
             return task, _failure(task, f"Its input cannot be read: {error}", error)
+
+    async def _remove(self, folder: Path) -> None:
+        await self._off_loop(partial(shutil.rmtree, ignore_errors=True), folder)
 
     async def _local(self, item: Json, folder: Path, depth: int) -> Json:
         references: dict[str, Json] = {}
@@ -181,17 +200,17 @@ class Inputs:
     async def _whole(self, key: str, name: str, folder: Path) -> Path:
         if self._files and (file := self._files.path(key)):
             return file
-        if self._link_value and object_keys.is_shared_value(key):
-            return await self._value(key, self._link_value)
+        if self._cache and object_keys.is_shared_value(key):
+            return await self._value(key, self._cache)
         path = await self._place(name, folder)
         await self._objects.download(key, path)
         return path
 
-    async def _value(self, key: str, link_value: Callable[[str, Path], Awaitable[None]]) -> Path:
+    async def _value(self, key: str, cache: ValueCache) -> Path:
         async with self._values_lock:
             if key not in self._values:
                 path = self._folder / "values" / str(len(self._values))
-                await link_value(key, path)
+                await cache.link_value(key, path)
                 self._values[key] = path
         return self._values[key]
 

@@ -50,7 +50,11 @@ class ProcessRunner:
         self._context = ExecutionContext(objects, files, clock, children, code_cache, sampler, folders)
 
     def prepare(self) -> None:
-        """Start a child process for each slot before the first bundle arrives."""
+        """Start a child process for each slot before the first bundle arrives.
+
+        Remove the folders that a killed worker on the same instance has left.
+        """
+        self._remove_folders()
         try:
             self._context.children.start_spares()
         except OSError as error:  # The first bundle starts a child again, and reports a failure.
@@ -86,8 +90,11 @@ class ProcessRunner:
         """
         await self._context.children.close()
         await asyncio.gather(*self._cleaning, return_exceptions=True)
+        await asyncio.to_thread(self._remove_folders)
+
+    def _remove_folders(self) -> None:
         for name in ("children", "run", "functions", "values", "spare"):
-            await asyncio.to_thread(shutil.rmtree, self._scratch.root / name, ignore_errors=True)
+            shutil.rmtree(self._scratch.root / name, ignore_errors=True)
 
 
 async def _clean(execution: Execution) -> None:

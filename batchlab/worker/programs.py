@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from batchlab.core.protocol import values as placeholders
 from batchlab.core.task_context import Context, File
+from batchlab.core.text import signal_name
 from batchlab.worker.handlers import Problem
 
 if TYPE_CHECKING:
@@ -186,12 +186,7 @@ def _cannot_run(name: str, error: OSError) -> Problem:
 
 
 def _exit_reason(code: int) -> str:
-    if code > 0:
-        return f"exit code {code}"
-    try:
-        return f"exit code {code} ({signal.Signals(-code).name})"
-    except ValueError:
-        return f"exit code {code}"
+    return f"exit code {code}" if code > 0 else f"exit code {code} ({signal_name(-code)})"
 
 
 def _relay(process: subprocess.Popen[bytes]) -> tuple[str, int]:

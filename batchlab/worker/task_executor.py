@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from batchlab.core.protocol import values
-from batchlab.core.task_context import Context, File, name_problem
+from batchlab.core.task_context import Context, File, FreeNames, name_problem
 from batchlab.worker import exception_pickling, handlers, programs
 
 Json = Any
@@ -132,7 +132,7 @@ class TaskExecutor:
         """
         first = self._first_of_type.get(type(error))
         if first is not None and self._exceptions_room < NEW_TYPES_BYTES + MAX_EXCEPTION_BYTES:
-            return f"{exception_pickling.LIKE}{first}"
+            return f"{exception_pickling.SAME_TYPE_PREFIX}{first}"
         max_bytes = min(MAX_EXCEPTION_BYTES, self._exceptions_room) * 3 // 4
         text = base64.b64encode(exception_pickling.pickled(error, max_bytes)).decode()
         self._exceptions_room -= len(text)
@@ -210,7 +210,7 @@ class Outputs:
         self._prefix = prefix
         self._ctx = ctx
         self._refs: dict[Path, Json] = {}
-        self._names: set[str] = set()
+        self._names = FreeNames()
 
     def file(self, file: File) -> Json:
         """Return the reference to `file` for the result. A path that is not a file raises NotAValue."""
@@ -244,13 +244,8 @@ class Outputs:
         plain = file.path.relative_to(out).as_posix() if inside else file.name
         if problem := name_problem(plain):
             raise values.NotAValue(f"The result names the file {plain!r}, but a name {problem}.")
-        name, number = plain, 1
         # Two files must have different keys, and the key of a file must not be the folder of another file's key.
-        while any(f"{a}/".startswith(f"{b}/") for other in self._names for a, b in ((other, name), (name, other))):
-            number += 1
-            name = f"{number}-{plain}"
-        self._names.add(name)
-        return name
+        return self._names.take(plain)
 
     def _private_path(self, path: Path, name: str) -> Path:
         """Return a path in the task's folder for the file, so that no other task can change the file."""

@@ -6,7 +6,8 @@ changes LocalStack's classes, so that each change is stored.
 Invariants: an object or a message is in the folder before another request can see it, and before its writer gets an
 answer. The folder never contains a part of a record, because each record is written to another name first. A change
 that cannot be stored fails with status 500. If the state cannot be restored, LocalStack exits, so that an empty bucket
-never looks like the grid's bucket. Files are not flushed, so a power loss may lose the last seconds.
+never looks like the grid's bucket. Only the settings of buckets and queues are flushed to the disk, so a power loss may
+lose the objects and messages of the last seconds, but never a bucket or a queue.
 
 The folder contains:
 
@@ -22,6 +23,8 @@ versions. Messages in flight keep their receipts and visibility timeouts, except
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import logging
 import os
@@ -61,15 +64,43 @@ SETTINGS = threading.RLock()
 """Lock for changes of buckets and queues. Objects and messages have finer locks."""
 
 
+class DamagedSettingsError(Exception):
+    """The settings of a bucket or a queue cannot be read."""
+
+
 def save(path: Path, record: object) -> None:
     """Write a record atomically."""
+    write(path, pickle.dumps(record))
+
+
+def save_settings(path: Path, settings: object) -> None:
+    """Write the settings of a bucket or a queue atomically, and wait until they are on the disk. Write nothing if the
+    file has the same settings, because each start of a manager sets all queues."""
+    data = pickle.dumps(settings)
+    if not path.exists() or path.read_bytes() != data:
+        write(path, data, is_flushed=True)
+        flush(path.parent)
+
+
+def write(path: Path, data: bytes, *, is_flushed: bool = False) -> None:
     staged = path.with_name(f".{secrets.token_hex(8)}")
     try:
-        staged.write_bytes(pickle.dumps(record))
+        staged.write_bytes(data)
+        if is_flushed:
+            flush(staged)
         staged.replace(path)
     except BaseException:
         staged.unlink(missing_ok=True)
         raise
+
+
+def flush(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def delete(folder: Path) -> None:
@@ -78,18 +109,31 @@ def delete(folder: Path) -> None:
 
 
 def records(folder: Path) -> Iterator[tuple[Path, list[Any]]]:
-    """Yield the paths of a folder's records, and the values in each record. Delete incomplete records."""
+    """Yield the paths of a folder's records, and the values in each record. Delete incomplete records, and truncate
+    damaged ones to the last complete value, because later values would be unreadable behind the damage. Raise
+    DamagedSettingsError if the record of a bucket or a queue is damaged."""
     for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            path.unlink()
+            continue
         values: list[Any] = []
+        end = 0
         with path.open("rb") as file:
             try:
                 while True:
                     values.append(pickle.load(file))  # noqa: S301 - only LocalStack writes the folder
-            except EOFError:
-                pass
-            except pickle.UnpicklingError:
-                LOG.warning("a power loss has damaged %s", path)
-        if values and not path.name.startswith("."):
+                    end = file.tell()
+            except (EOFError, pickle.UnpicklingError):
+                is_damaged = not values or end < path.stat().st_size
+        if is_damaged and folder in (BUCKETS, QUEUES):
+            raise DamagedSettingsError(
+                f"{path} is damaged, so LocalStack cannot restore this {'bucket' if folder == BUCKETS else 'queue'}: "
+                f"restore the file from a backup, or delete the folder {FOLDER} with all objects and messages."
+            )
+        if is_damaged:
+            LOG.warning("a power loss has damaged %s", path)
+            os.truncate(path, end)
+        if values:
             yield path, values
         else:
             path.unlink()
@@ -221,7 +265,7 @@ class StoredKeys(s3.KeyStore):
 
 def save_bucket(bucket: s3.S3Bucket) -> None:
     left_out = {"objects": None, "multiparts": {}}
-    save(BUCKETS / bucket.name, {**vars(bucket), **left_out})
+    save_settings(BUCKETS / bucket.name, {**vars(bucket), **left_out})
 
 
 def restore_buckets() -> tuple[int, int]:
@@ -328,20 +372,24 @@ def message_file(queue: sqs.SqsQueue, message_id: str) -> Path:
 
 def save_queue(queue: sqs.SqsQueue) -> None:
     tags = sqs.sqs_stores[queue.account_id][queue.region].tags.get_tags(queue.arn)
-    save(QUEUES / file_name(queue), (dict(queue.attributes), tags))
+    save_settings(QUEUES / file_name(queue), (dict(queue.attributes), tags))
 
 
 def append(queue: sqs.SqsQueue, message: sqs.SqsMessage, receipt: str) -> None:
-    """Store the last receive and the visibility timeout of a message, unless the message has been deleted."""
+    """Store the last receive and the visibility timeout of a message, unless the message has been deleted. Raise
+    OSError if the disk is full."""
     seen = (message.receive_count, message.first_received, message.last_received, message.visibility_deadline, receipt)
+    data = pickle.dumps(seen)
     try:
-        file = os.open(message_file(queue, message.message_id), os.O_WRONLY | os.O_APPEND)
+        file = message_file(queue, message.message_id).open("r+b", buffering=0)
     except FileNotFoundError:
         return
-    try:
-        os.write(file, pickle.dumps(seen))
-    finally:
-        os.close(file)
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # two receives may append at the same time
+        end = file.seek(0, os.SEEK_END)
+        if file.write(data) != len(data):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
 
 def restore_queues() -> tuple[int, int]:
@@ -353,7 +401,9 @@ def restore_queues() -> tuple[int, int]:
         queue.attributes = attributes
         if isinstance(queue, sqs.FifoQueue):
             queue.deduplication_scope = attributes["DeduplicationScope"]
-        found = [values for _, values in records(MESSAGES / path.name)]
+        folder = MESSAGES / path.name
+        folder.mkdir(exist_ok=True)  # a power loss may have lost a new folder
+        found = [values for _, values in records(folder)]
         for (sent_s, message, options), *receives in sorted(found, key=lambda values: values[0][0]):
             restore_message(queue, sent_s, message, options, receives)
         store = sqs.sqs_stores[account][region]
@@ -475,9 +525,14 @@ def main() -> None:
     try:
         for folder in (BUCKETS, KEYS, CONTENT, QUEUES, MESSAGES):
             folder.mkdir(parents=True, exist_ok=True)
+        for folder in (FOLDER, BUCKETS.parent, QUEUES.parent):
+            flush(folder)
         counts = (*restore_buckets(), *restore_queues())
         store_s3()
         store_sqs()
+    except DamagedSettingsError as error:
+        LOG.critical("%s", error)
+        os._exit(1)
     except BaseException as error:  # noqa: BLE001
         # LocalStack would only log the error, and would then serve an empty bucket.
         LOG.critical("the state in %s cannot be restored: %s: %s", FOLDER, type(error).__name__, error)

@@ -71,7 +71,7 @@ def test_an_instance_that_ends_while_it_boots_never_starts(how: str) -> None:
             launcher.crash("w-1", "hardware failure")
         else:
             await launcher.terminate("w-1", grace_s=60.0)
-        ended = "hardware failure" if how == "crash" else "exit -15"
+        ended = "hardware failure" if how == "crash" else "killed by SIGTERM, exit -15"
         assert await launcher.running() == {"w-1": ended}
         await asyncio.sleep(200)
         assert booted_s == {}
@@ -96,7 +96,7 @@ def test_an_end_is_forgotten_in_time() -> None:
         await launcher.launch(SLOW, "w-1")
         launcher.crash("w-1")
         await asyncio.sleep(KEEP_ENDED_S + 1)
-        assert await launcher.running() == {"w-1": "exit -9"}, "seen at least once"
+        assert await launcher.running() == {"w-1": "killed by SIGKILL, exit -9"}, "seen at least once"
         assert await launcher.running() == {}
 
     run(check)

@@ -37,6 +37,7 @@ from tests.support.fleet import (
     pid_of,
     process_launcher,
 )
+from tests.support.processes import environment, is_running, open_files
 
 AWAY = "exited while no manager was running"
 
@@ -100,15 +101,6 @@ async def soon(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-def alive(pid: int) -> bool:
-    """Return whether the process runs. A zombie does not count as running."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
-
-
 async def up(root: Path, *instances: str) -> None:
     logs = [root / "logs" / f"{instance}.log" for instance in instances]
     await soon(lambda: all(log.exists() and "up" in log.read_text() for log in logs))
@@ -169,7 +161,7 @@ def test_a_launch_that_fails_leaves_neither_record_nor_process(tmp_path: Path, m
         monkeypatch.setattr(processes, "open_watch", none_left)
         with pytest.raises(BackendError, match="Too many open files"):
             await launcher.launch(STUBBORN, "w-2")
-        assert [alive(pid) for pid in pids] == [False]
+        assert [is_running(pid) for pid in pids] == [False]
         assert await launcher.running() == {}
 
     with_launcher(tmp_path, check)
@@ -210,6 +202,7 @@ def test_output_of_an_instance_is_in_its_log(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "w-1.log").read_text() == "out\nerr\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc lists the open files of another process")
 def test_an_instance_is_not_in_our_session_and_holds_none_of_our_files(tmp_path: Path) -> None:
     """A Ctrl-C in the manager's terminal must not reach the workers."""
 
@@ -231,12 +224,12 @@ def test_ended_instances_leave_no_file_descriptor_and_in_time_no_record(tmp_path
 
     async def check(launcher: ProcessLauncher) -> None:
         await launcher.running()
-        before = len(list(Path("/proc/self/fd").iterdir()))
+        before = open_files()
         for n in range(10):
             await launcher.launch(STEADY, f"w-{n}")
             os.kill(pid_of(tmp_path, f"w-{n}"), signal.SIGKILL)
-            assert await end_of(launcher, f"w-{n}") == "exit -9"
-        assert len(list(Path("/proc/self/fd").iterdir())) == before
+            assert await end_of(launcher, f"w-{n}") == "killed by SIGKILL, exit -9"
+        assert open_files() == before
         clock.time_s += KEEP_ENDED_S
         assert len(await launcher.running()) == 10
         clock.time_s += 1.0
@@ -244,6 +237,34 @@ def test_ended_instances_leave_no_file_descriptor_and_in_time_no_record(tmp_path
         assert list((tmp_path / "instances").iterdir()) == []
 
     with_launcher(tmp_path, check, clock=clock)
+
+
+def test_folders_of_ended_instances_are_removed(tmp_path: Path) -> None:
+    root, scratch = tmp_path / "fleet", tmp_path / "scratch"
+    killed_manager(root, "steady-1,steady-2")
+    for name in ("steady-1", "steady-2", "steady-3", "client-1"):
+        (scratch / name / "code").mkdir(parents=True)
+    pid = pid_of(root, "steady-1")
+    os.kill(pid, signal.SIGKILL)
+
+    def left() -> list[str]:
+        return sorted(path.name for path in scratch.iterdir())
+
+    async def main() -> None:
+        launcher = process_launcher(root, scratch=scratch)
+        try:
+            await soon(lambda: not is_running(pid))
+            assert await launcher.running() == {"steady-1": AWAY, "steady-2": None}
+            await soon(lambda: left() == ["client-1", "steady-2", "steady-3"])
+            await launcher.launch(STEADY, "steady-3")
+            os.kill(pid_of(root, "steady-3"), signal.SIGKILL)
+            await end_of(launcher, "steady-3")
+            await soon(lambda: left() == ["client-1", "steady-2"])
+        finally:
+            await launcher.close(kill=True)
+        assert left() == ["client-1"]
+
+    asyncio.run(main())
 
 
 # --- Ends -----------------------------------------------------------------------------------------
@@ -258,7 +279,7 @@ def test_a_death_is_noticed_without_looking(tmp_path: Path) -> None:
         launcher.changed.clear()
         os.kill(pid_of(tmp_path, "w-1"), signal.SIGKILL)
         await asyncio.wait_for(launcher.changed.wait(), DEADLINE_S)
-        assert (await launcher.running())["w-1"] == "exit -9"
+        assert (await launcher.running())["w-1"] == "killed by SIGKILL, exit -9"
 
     with_launcher(tmp_path, check)
 
@@ -274,10 +295,10 @@ def test_an_instance_takes_what_it_started_with_it(tmp_path: Path) -> None:
         await launcher.launch(STEADY, "w-1")
         await up(tmp_path, "w-1")
         child = int((tmp_path / "logs" / "w-1.log").read_text().split()[0])
-        assert alive(child)
+        assert is_running(child)
         os.kill(pid_of(tmp_path, "w-1"), signal.SIGKILL)
-        assert await end_of(launcher, "w-1") == "exit -9"
-        await soon(lambda: not alive(child))
+        assert await end_of(launcher, "w-1") == "killed by SIGKILL, exit -9"
+        await soon(lambda: not is_running(child))
         await launcher.close(kill=True)
 
     asyncio.run(main())
@@ -292,11 +313,11 @@ def test_close_ends_everything_or_nothing(tmp_path: Path) -> None:
         await up(tmp_path, "stubborn-1", "stubborn-2")
         pids = [pid_of(tmp_path, "stubborn-1"), pid_of(tmp_path, "stubborn-2")]
         await launcher.close(kill=False)
-        assert [alive(pid) for pid in pids] == [True, True]
+        assert [is_running(pid) for pid in pids] == [True, True]
         after = process_launcher(tmp_path)
         assert await after.running() == {"stubborn-1": None, "stubborn-2": None}
         await after.close(kill=True)
-        assert [alive(pid) for pid in pids] == [False, False]
+        assert [is_running(pid) for pid in pids] == [False, False]
 
     asyncio.run(main())
 
@@ -317,7 +338,7 @@ def test_instances_outlive_their_manager_and_are_adopted(tmp_path: Path) -> None
         for name in ("steady-1", "stubborn-2", "steady-3"):
             # If this process is the new parent of the orphans, the kernel reports their exit codes to it.
             assert (await end_of(launcher, name)).startswith(("exited; its exit code is unknown", "exit "))
-            assert not alive(pid_of(tmp_path, name))
+            assert not is_running(pid_of(tmp_path, name))
 
     with_launcher(tmp_path, check)
 
@@ -328,7 +349,7 @@ def test_end_during_the_managers_absence_is_reported_afterwards(tmp_path: Path) 
     os.kill(pid, signal.SIGKILL)
 
     async def check(launcher: ProcessLauncher) -> None:
-        await soon(lambda: not alive(pid))
+        await soon(lambda: not is_running(pid))
         assert await launcher.running() == {"steady-1": AWAY, "steady-2": None}
 
     with_launcher(tmp_path, check)
@@ -365,10 +386,10 @@ def test_processes_of_a_dead_instance_end_at_adoption(tmp_path: Path) -> None:
         await before.close(kill=False)
         os.kill(pid_of(tmp_path, "w-1"), signal.SIGKILL)
         os.waitpid(pid_of(tmp_path, "w-1"), 0)
-        assert alive(child)
+        assert is_running(child)
         after = ProcessLauncher(tmp_path, argv, LoopClock(), env)
         assert await after.running() == {"w-1": AWAY}
-        await soon(lambda: not alive(child))
+        await soon(lambda: not is_running(child))
 
     asyncio.run(main())
 
@@ -385,12 +406,11 @@ def test_instance_with_an_unfinished_record_is_adopted(tmp_path: Path, cut: bool
 
         async def check(launcher: ProcessLauncher) -> None:
             # A process that has just started may not show its environment yet.
-            environment = Path(f"/proc/{process.pid}/environ")
-            await soon(lambda: INSTANCE_VARIABLE in environment.read_text())
+            await soon(lambda: INSTANCE_VARIABLE in environment(process.pid))
             assert await launcher.running() == {"w-1": None, "w-2": AWAY}
             assert pid_of(tmp_path, "w-1") == process.pid
             await launcher.terminate("w-1", grace_s=60.0)
-            assert await end_of(launcher, "w-1") == "exit -15"
+            assert await end_of(launcher, "w-1") == "killed by SIGTERM, exit -15"
 
         with_launcher(tmp_path, check)
 
@@ -401,7 +421,7 @@ def test_fleet_continues_after_its_manager_was_killed(tmp_path: Path) -> None:
     os.kill(pid_of(tmp_path, "w-0001"), signal.SIGKILL)
 
     async def check(launcher: ProcessLauncher) -> None:
-        await soon(lambda: not alive(pid_of(tmp_path, "w-0001")))
+        await soon(lambda: not is_running(pid_of(tmp_path, "w-0001")))
         ids = CountedIds()
         ids.count = 2
         fleet = ManagedFleet(launcher, LoopClock(), ids, StateFile(tmp_path / "fleet.json"))

@@ -47,7 +47,8 @@ def test_a_name_outside_of_the_folder_gets_no_reply(tmp_path: Path, name: str) -
 def test_a_reply_may_contain_any_character_except_the_end_of_a_line(tmp_path: Path) -> None:
     inbox, replies = FifoInbox(tmp_path), FifoReplies(tmp_path)
     text = "".join(map(chr, [*range(10), *range(11, 0xD800), 0x10FFFF]))
-    sent = [text[n : n + 1000] for n in range(0, 0x3000, 1000)]
+    size = select.PIPE_BUF // 4  # a character has at most 3 bytes in this part of the text
+    sent = [text[n : n + size] for n in range(0, 0x3000, size)]
     for reply in sent:
         assert replies.send(inbox.name, reply)
     assert inbox.close() == sent
@@ -64,10 +65,11 @@ def test_a_reply_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     inbox, replies = FifoInbox(tmp_path), FifoReplies(tmp_path)
     assert not replies.send(inbox.name, "x" * select.PIPE_BUF)
     sent = 0
-    while replies.send(inbox.name, "x" * 1000):
+    reply = "x" * (select.PIPE_BUF // 2)
+    while replies.send(inbox.name, reply):
         sent += 1
     assert sent
-    assert inbox.close() == ["x" * 1000] * sent
+    assert inbox.close() == [reply] * sent
 
 
 def test_the_fifo_of_a_killed_client_is_removed(tmp_path: Path) -> None:

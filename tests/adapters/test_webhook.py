@@ -22,6 +22,7 @@ from batchlab.core.job_definition import NotifyDef
 from batchlab.core.notifications import NotDelivered, Notification, Target
 from tests.support import ROOT
 from tests.support.certificates import Authority
+from tests.support.processes import is_running
 from tests.support.webhook_receiver import Hook
 
 ONE = Notification("1d" * 16, "failed", "sums-1", "ops", None, '{"v":1,"job":"sümß"}', 1.0)
@@ -275,17 +276,9 @@ def test_a_command_that_hangs_ends_with_all_it_has_started(monkeypatch: pytest.M
     )
     assert "has not ended after 1 s" in error.message
     end_s = time.monotonic() + 5
-    while _lives(int(pid.read_text())):
+    while is_running(int(pid.read_text())):
         assert time.monotonic() < end_s
         time.sleep(0.02)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
 
 
 def test_command_that_does_not_read_its_input_succeeds() -> None:

@@ -139,3 +139,4 @@ def test_a_simulated_run_has_no_bucket_to_read_from(run: Run, folder: Path) -> N
     assert code == 2
     assert "cannot read the input s3://local/raw/in/" in err
     assert "on a grid that has one: not the simulator" in err
+    assert not (folder / "out").exists()

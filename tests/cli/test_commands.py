@@ -69,6 +69,51 @@ def test_job_list_is_a_table_and_json(manager: type[FakeClient], run: Run) -> No
     assert json.loads(out) == jobs
 
 
+def test_job_list_shows_jobs_of_some_states(
+    manager: type[FakeClient], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command reads pages of jobs until it has enough."""
+    monkeypatch.setattr(option_values, "JOBS_PER_REQUEST", 2)
+    states = ("RUNNING", "FAILED", "SUCCEEDED", "FAILED", "CANCELLED", "FAILED", "FAILED")
+    jobs = [a_job(f"sums-{n:010}", state) for n, state in enumerate(states)]
+
+    def page(*, limit: int, before: str | None, active: bool) -> list[dict[str, Any]]:
+        first = 1 + [job["id"] for job in jobs].index(before) if before else 0
+        return [job for job in jobs if not active or job["state"] == "RUNNING"][first : first + limit]
+
+    manager.answers = {"jobs": page}
+
+    def listed(*options: object) -> list[int]:
+        code, out, _ = run("job", "list", "--json", *options)
+        assert code == 0
+        return [int(job["id"].removeprefix("sums-")) for job in json.loads(out)]
+
+    assert listed("--state", "failed", "--limit", 3) == [1, 3, 5]
+    assert len(manager.asked) == 3
+    assert listed("--state", "Failed") == [1, 3, 5, 6]
+    assert listed("--state", "cancelled", "--state", "succeeded") == [2, 4]
+    assert listed("--state", "ended", "--limit", 2) == [1, 2]
+    assert listed("--state", "ended", "--state", "active") == [0, 1, 2, 3, 4, 5, 6]
+    manager.asked.clear()
+    assert listed("--state", "running") == [0]
+    assert [asked["active"] for _, _, asked in manager.asked] == [True]
+    code, out, err = run("job", "list", "--state", "paused", "--state", "PENDING")
+    assert (code, out, err) == (0, "", "There are no paused or pending jobs.\n")
+
+
+def test_active_jobs_are_listed_by_the_manager(manager: type[FakeClient], run: Run) -> None:
+    manager.answers = {"jobs": []}
+    assert run("job", "list", "--state", "active", "--limit", 7)[2] == "There are no active jobs.\n"
+    assert manager.asked == [("jobs", (), {"limit": 7, "active": True})]
+
+
+@pytest.mark.parametrize(("state", "remedy"), [("canceled", "Did you mean cancelled?"), ("xyz", "Write one of ")])
+def test_unknown_state_is_refused(manager: type[FakeClient], run: Run, state: str, remedy: str) -> None:
+    code, out, err = run("job", "list", "--state", state)
+    assert (code, out, manager.asked) == (2, "", [])
+    assert err.startswith(f"Error: The state '{state}' does not exist.\n  {remedy}")
+
+
 def test_job_show_gives_the_wait_reason(manager: type[FakeClient], run: Run) -> None:
     """`job show` prints why a job waits."""
     eta = {"low_s": 60.0, "high_s": 120.0, "unmeasured": [], "text": "60 s to 2 min left"}
@@ -361,7 +406,7 @@ def test_why_lists_each_reason_once_with_a_remedy(manager: type[FakeClient], run
     }
     code, out, _ = run("job", "why", "sums-0123456789", "--home", "/a b")
     assert code == 0
-    command = "batchlab job replay-task sums-0123456789 parse/{} --local --home '/a b'"
+    command = "batchlab job replay-task sums-0123456789 parse/{} --home '/a b'"
     assert out.splitlines() == [
         "It ended FAILED.",
         "",
@@ -468,6 +513,48 @@ def test_grid_workers_lists_instances(manager: type[FakeClient], run: Run) -> No
     code, out, _ = run("grid", "workers")
     assert code == 0
     assert re.search(r"^i-1 +default +InService +Healthy +yes +w-1 +1 +2 ", out, re.MULTILINE)
+
+
+def test_usage_shows_required_and_optional_arguments(run: Run) -> None:
+    usages = {
+        ("job", "show"): "JOB [TASK]",
+        ("job", "submit"): "FILE",
+        ("report", "pull"): "JOB...",
+        ("report", "query"): "[NAME|SQL] [RUN]...",
+        ("schema",): "[job|scenario]",
+    }
+    for command, usage in usages.items():
+        code, out, _ = run(*command, "--help")
+        assert code == 0
+        assert out.startswith(f"Usage: batchlab {' '.join(command)} [OPTIONS] {usage}\n")
+    code, out, err = run("run")
+    assert (code, out) == (2, "")
+    assert "Usage: batchlab run [OPTIONS] FILE\n" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing", "example"),
+    [
+        (("scenario", "plan", "mine.yaml"), "option '--deadline'", "batchlab scenario plan long-tail --deadline 2h"),
+        (("cost", "refresh-prices"), "option '--from'", "batchlab cost refresh-prices --from AmazonEC2.csv"),
+        (("job", "cap", "last"), "argument 'AMOUNT'", "batchlab job cap last 10USD"),
+    ],
+)
+def test_message_about_a_missing_option_has_an_example(
+    run: Run, arguments: tuple[str, ...], missing: str, example: str
+) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert f"Error: Missing {missing}. Example: {example}" in err
+
+
+def test_help_hides_old_options(manager: type[FakeClient], run: Run) -> None:
+    """Commands of release 0.1.0 still work."""
+    assert "--local" not in run("job", "replay-task", "--help")[1]
+    assert run("job", "replay-task", "last", "parse/3", "--local", "--env", "NOTHING")[2].startswith("Error: The env")
+    assert "--active" not in run("job", "list", "--help")[1]
+    manager.answers = {"jobs": []}
+    assert run("job", "list", "--active")[2] == "There are no active jobs.\n"
 
 
 def test_grid_scale_sends_only_the_given_limits(manager: type[FakeClient], run: Run) -> None:

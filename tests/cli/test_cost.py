@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,25 @@ def test_a_bill_of_a_job_in_a_grid_that_is_up(manager: type[FakeClient], run: Ru
     assert "no instance type 'z.z'" in err
 
 
+def test_amounts_of_a_short_job_are_shown_without_exponents(
+    manager: type[FakeClient], run: Run, tmp_path: Path
+) -> None:
+    """The amounts of the table add up to the amount in the first line."""
+    billed = {"pool": "default", "type": "m7i.large", "market": "on-demand", "seconds": 0.1}
+    used = account(billed=[billed], requests={"sqs": 1})
+    manager.answers = {"jobs": [a_job("sums-0123456789", "SUCCEEDED")], "job_use": job_use(account=used)}
+    code, out, err = run("cost", "bill", "last", "--home", tmp_path / "g")
+    assert code == 0, err
+    assert not re.search(r"\de-\d", out)
+    total = re.search(r"SUCCEEDED: (0\.0000\d+) USD", out)
+    rows = [line.split() for line in out.splitlines()]
+    (all_,) = [row[1] for row in rows if row[:1] == ["all"]]
+    assert total
+    assert float(all_) == pytest.approx(float(total[1]), rel=0.01)
+    manager.answers = {"grid": a_grid(), "use": grid_use(max_cost_usd=0.00001)}
+    assert "cap 0.00001 USD" in run("grid", "status", "--as-if-aws")[1]
+
+
 def test_a_bill_on_a_stack_has_the_data_that_was_counted(
     manager: type[FakeClient], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +330,17 @@ def test_status_shows_cost_only_where_it_applies(manager: type[FakeClient], run:
     assert "The grid costs 0.319 USD an hour now" in out
 
 
+def test_status_notes_prices_of_another_region(manager: type[FakeClient], run: Run, tmp_path: Path) -> None:
+    home = Home(tmp_path / "grid")
+    home.make()
+    manager.answers = {"grid": {**a_grid(), "backend": "aws"}, "use": grid_use()}
+    for region, is_noted in (("eu-west-3", True), ("us-east-1", False)):
+        aws_deployment.write(home, AwsDeployment("grid", region, "bucket", "grid-", "manager", "secret", ()))
+        _, out, _ = run("grid", "status", "--home", home.path)
+        assert "The grid costs" in out
+        assert ("(prices are of us-east-1, because the price book lacks" in out) is is_noted
+
+
 def test_a_job_shows_its_cost_and_that_its_cap_is_reached(manager: type[FakeClient], run: Run) -> None:
     manager.answers = {
         "jobs": [a_job("sums-0123456789")],
@@ -343,6 +374,8 @@ def test_amount_without_usd_is_refused_before_any_request(manager: type[FakeClie
     code, _, err = run("grid", "cap", "--", amount)
     assert code == 2
     assert "is not an amount in USD" in err
+    assert ("Did you mean 5USD?" in err) is (amount == "5")
+    assert run("job", "cap", "last", "--", amount)[2] == err
     assert manager.asked == []
 
 

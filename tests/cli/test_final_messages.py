@@ -76,7 +76,7 @@ def test_the_summary_of_a_failure_shows_where_each_cause_was_raised(tmp_path: Pa
     assert "  parse/2 exception: ValueError: worse\n    Traceback:\n" in text
     assert "parse/1" not in text
     assert "  2 more: `batchlab job failures sums-0123456789`" in text
-    assert "`batchlab job replay-task sums-0123456789 parse/3 --local`" in text
+    assert "`batchlab job replay-task sums-0123456789 parse/3`" in text
     assert "\x1b" not in text
     summary.job["stages"][0]["failed"] = 2
     assert "more:" not in summary.text()

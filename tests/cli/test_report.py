@@ -41,6 +41,13 @@ def test_rows_are_a_table_json_or_csv(run: Run, made: str) -> None:
     assert "exclude each other" in err
 
 
+def test_small_numbers_are_shown_without_exponents(run: Run, made: str) -> None:
+    sql = "SELECT 0.000003316::DECIMAL(24,12) AS usd, 1.5e-7::DOUBLE AS share, 2e9::DOUBLE AS at, 'inf'::DOUBLE AS odd"
+    code, out, _ = run("report", "query", sql, made)
+    assert (code, out.splitlines()[1].split()) == (0, ["0.000003316", "0.00000015", "2000000000.000", "inf"])
+    assert json.loads(run("report", "query", sql, made, "--json")[1])["rows"][0]["usd"] == 3.316e-6
+
+
 def test_queries_are_listed_and_run_by_name(run: Run, made: str) -> None:
     code, out, _ = run("report", "query")
     assert code == 0

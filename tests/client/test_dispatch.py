@@ -30,7 +30,7 @@ class FakeGrid:
     """A fake link and sender of calls, which accepts jobs or fails, and never runs a job."""
 
     def __init__(self) -> None:
-        self.shipping = ObjectPickler()
+        self.pickler = ObjectPickler()
         self.forked = False
         self.closed = False
         self.problem: BaseException | None = None
@@ -91,7 +91,7 @@ def grid() -> FakeGrid:
 @pytest.fixture
 def dispatch(grid: FakeGrid) -> Iterator[Dispatch]:
     fake: Any = grid
-    made = Dispatch(None, fake, Sender(fake, fake, Packer(grid.shipping), None, StageDef(MAP)))
+    made = Dispatch(None, fake, Sender(fake, fake, Packer(grid.pickler), None, StageDef(MAP)))
     yield made
     grid.go.set()
     made.abandon()

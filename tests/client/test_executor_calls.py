@@ -51,13 +51,13 @@ def made(packed: Packed) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def shipping() -> ObjectPickler:
+def pickler() -> ObjectPickler:
     return ObjectPickler()
 
 
 @pytest.fixture
-def packer(shipping: ObjectPickler) -> Packer:
-    return Packer(shipping)
+def packer(pickler: ObjectPickler) -> Packer:
+    return Packer(pickler)
 
 
 # --- Modules -------------------------------------------------------------------------------------
@@ -72,13 +72,13 @@ def test_an_interrupted_check_of_modules_is_repeated(tmp_path: Path, monkeypatch
     (tmp_path / "module_of_the_user.py").write_text("def function(): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("module_of_the_user")
-    shipping = ObjectPickler()
+    pickler = ObjectPickler()
     with monkeypatch.context() as patches:
         patches.setattr(subprocess, "run", interrupt)
         for _ in range(2):  # the first check itself imports modules
             with pytest.raises(KeyboardInterrupt):
-                shipping.check_modules()
-    pickled = shipping.function(module.function).data
+                pickler.check_modules()
+    pickled = pickler.function(module.function).data
     monkeypatch.delitem(sys.modules, "module_of_the_user")
     (tmp_path / "module_of_the_user.py").unlink()
     assert pickle.loads(pickled)() is None
@@ -93,9 +93,9 @@ ANY = st.recursive(PLAIN | st.binary(), lambda inner: st.lists(inner) | st.tuple
 
 @given(st.lists(st.tuples(st.lists(ANY), st.dictionaries(st.text(), ANY)), max_size=5))
 def test_arguments_arrive_as_they_were_given(
-    shipping: ObjectPickler, arguments: list[tuple[list[Any], dict[str, Any]]]
+    pickler: ObjectPickler, arguments: list[tuple[list[Any], dict[str, Any]]]
 ) -> None:
-    packed = Packer(shipping).pack(JOB, [call(capture, *a, **k) for a, k in arguments])
+    packed = Packer(pickler).pack(JOB, [call(capture, *a, **k) for a, k in arguments])
     assert made(packed) == [(tuple(args), kwargs) for args, kwargs in arguments]
     assert not packed.rejected
 
@@ -215,7 +215,7 @@ def test_an_initializer_that_raises_is_tried_before_each_call() -> None:
         raised = Calls([], broken)([abs, -1])
         assert isinstance(raised, Raised)
         assert raised.initializer
-        assert raised.told.startswith("ZeroDivisionError")
+        assert raised.message.startswith("ZeroDivisionError")
 
 
 def test_timed_call_reports_its_duration() -> None:

@@ -14,6 +14,8 @@ import pytest
 
 from batchlab.client.local_imports import LocalImports, find, imported_names
 from batchlab.client.submission import ObjectPickler
+from batchlab.core.errors import UsageError
+from batchlab.worker import code_cache
 
 
 @pytest.fixture
@@ -114,6 +116,75 @@ def test_an_import_that_is_added_later_is_found(folder: Path, imports: LocalImpo
     (folder / "growing_one.py").write_text("import added_one")
     imports.add([])
     assert names(imports) == ["added_one.py", "growing_one.py"]
+
+
+def test_a_renamed_module_does_not_affect_other_functions(
+    folder: Path, imports: LocalImports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "old_one.py").write_text("x = 1")
+    (folder / "user_one.py").write_text("import old_one")
+    (folder / "stays_one.py").touch()
+    monkeypatch.setitem(sys.modules, "old_one", importlib.import_module("old_one"))
+    imports.add(["user_one"])
+    (folder / "old_one.py").rename(folder / "new_one.py")
+    imports.add(["stays_one"])
+    assert names(imports) == ["stays_one.py", "user_one.py"]
+    assert imports.names == {"stays_one", "user_one"}
+    (folder / "new_one.py").rename(folder / "old_one.py")
+    imports.add(["stays_one"])
+    assert names(imports) == ["old_one.py", "stays_one.py", "user_one.py"]
+
+
+def test_a_lock_of_an_editor_is_not_packed(folder: Path, imports: LocalImports) -> None:
+    package = folder / "edited_one"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    imports.add(["edited_one"])
+    (package / ".#a.py").symlink_to("user@host.4711:1")
+    imports.add(["edited_one"])
+    assert names(imports) == ["edited_one/__init__.py"]
+
+
+def test_a_package_that_cannot_be_packed_affects_only_its_importers(folder: Path, imports: LocalImports) -> None:
+    package = folder / "linked_one"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (folder / "importer_one.py").write_text("import linked_one")
+    (folder / "other_one.py").touch()
+    imports.add(["importer_one", "other_one"])
+    (package / "data").symlink_to(folder)
+    imports.add(["other_one"])
+    assert names(imports) == ["importer_one.py", "other_one.py"]
+    for name in ("linked_one", "importer_one"):
+        with pytest.raises(UsageError) as raised:
+            imports.add([name])
+        assert raised.value.remedy == "Remove the link from the package linked_one, which the function imports."
+    (package / "data").unlink()
+    imports.add(["other_one"])
+    assert names(imports) == ["importer_one.py", "linked_one/__init__.py", "other_one.py"]
+
+
+def test_sources_that_cannot_be_parsed_are_packed(folder: Path, imports: LocalImports) -> None:
+    package = folder / "deep_one"
+    (package / "folder.py").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "folder.py" / "data.csv").touch()
+    (package / "table.py").write_text("x = " + "-" * 50_000 + "1")
+    imports.add(["deep_one"])
+    assert names(imports) == ["deep_one/__init__.py", "deep_one/folder.py/data.csv", "deep_one/table.py"]
+
+
+def test_modules_that_workers_would_refuse_together_are_refused(
+    folder: Path, imports: LocalImports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code_cache, "MAX_FILES", 2)
+    for name in ("one_one", "two_one"):
+        (folder / name).mkdir()
+        for file in ("__init__.py", "a.py"):
+            (folder / name / file).touch()
+        imports.add([name])
+    with pytest.raises(UsageError, match="local modules one_one, two_one, which functions import, are too large"):
+        imports.pack()
 
 
 def test_a_packed_module_is_pickled_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

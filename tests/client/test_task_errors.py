@@ -6,6 +6,7 @@ import base64
 import pickle
 import threading
 import traceback
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -238,3 +239,26 @@ def test_every_failure_of_a_bundle_keeps_its_type() -> None:
     assert [type(cause) for cause in causes] == [Answer] * 1000 + [Prefixed]
     assert causes[0].code == 0
     assert str(causes[999]) == "shortened"
+
+
+class Long:
+    """List that counts how many of its items are pickled."""
+
+    count = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (), None, self._items()
+
+    def _items(self) -> Iterator[bytes]:
+        for _ in range(10_000):
+            Long.count += 1
+            yield bytes(1000)
+
+
+def test_the_rest_of_a_pickle_above_the_limit_is_not_created(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Long, "count", 0)
+    error = ValueError("long", Long())
+    copy = unpickle(exception_pickling.pickled(error, 5000))
+    assert isinstance(copy, ValueError)
+    assert copy.args == ("long", "<Long>")
+    assert Long.count < 1000

@@ -374,6 +374,49 @@ def test_a_description_has_the_lists_and_the_role_of_every_group(our: Wire) -> N
     assert "PlacementGroup" not in our.group()
 
 
+def test_an_update_of_a_mixed_instances_policy_changes_only_what_it_names(our: Wire) -> None:
+    """AWS's reference of UpdateAutoScalingGroup: "Any properties that you don't specify are not changed"."""
+
+    def update(**properties: Any) -> Any:
+        policy: Any = properties
+        our.asg.update_auto_scaling_group(AutoScalingGroupName=our.name, MixedInstancesPolicy=policy)
+        return our.group()["MixedInstancesPolicy"]
+
+    our.create()
+    reference = {**our.group()["LaunchTemplate"], "Version": "1"}
+    found = update(InstancesDistribution={"OnDemandBaseCapacity": 1, "SpotMaxPrice": "0.5"})
+    assert found["LaunchTemplate"] == {"LaunchTemplateSpecification": reference, "Overrides": []}
+    assert "LaunchTemplate" not in our.group()
+    overrides = [{"InstanceType": "m7i.large"}, {"InstanceType": "m7i.xlarge"}]
+    special: Any = {"LaunchTemplateSpecification": {"LaunchTemplateName": TEMPLATE, "Version": "2"}}
+    found = update(LaunchTemplate={"Overrides": [overrides[0], {**overrides[1], **special}]})
+    assert found["LaunchTemplate"]["LaunchTemplateSpecification"] == reference
+    shares = found["InstancesDistribution"]
+    assert (shares["OnDemandBaseCapacity"], shares["SpotMaxPrice"], shares["SpotInstancePools"]) == (1, "0.5", 2)
+    found = update(InstancesDistribution={"SpotAllocationStrategy": "capacity-optimized", "SpotMaxPrice": ""})
+    assert [one["InstanceType"] for one in found["LaunchTemplate"]["Overrides"]] == ["m7i.large", "m7i.xlarge"]
+    assert found["LaunchTemplate"]["Overrides"][1]["LaunchTemplateSpecification"]["Version"] == "2"
+    shares = found["InstancesDistribution"]
+    assert (shares["OnDemandBaseCapacity"], shares["SpotAllocationStrategy"]) == (1, "capacity-optimized")
+    assert not {"SpotMaxPrice", "SpotInstancePools"} & shares.keys()
+    newer: Any = {"LaunchTemplateName": TEMPLATE, "Version": "2"}
+    found = update(LaunchTemplate={"LaunchTemplateSpecification": newer})
+    assert found["LaunchTemplate"]["LaunchTemplateSpecification"] == {**reference, "Version": "2"}
+    assert len(found["LaunchTemplate"]["Overrides"]) == 2
+
+
+def test_a_new_group_with_a_mixed_instances_policy_needs_a_template(our: Wire) -> None:
+    asked: dict[str, Any] = {
+        "AutoScalingGroupName": our.name,
+        "MinSize": 0,
+        "MaxSize": 1,
+        "AvailabilityZones": ["us-east-1a"],
+        "MixedInstancesPolicy": {"InstancesDistribution": {"OnDemandBaseCapacity": 1}},
+    }
+    with refused("ValidationError", "either launchTemplateId or LaunchTemplateName"):
+        our.asg.create_auto_scaling_group(**asked)
+
+
 def test_weight_that_is_not_a_number_is_refused(our: Wire) -> None:
     overrides = [{"InstanceType": "m7i.large", "WeightedCapacity": "heavy"}]
     template: Any = {"LaunchTemplateSpecification": {"LaunchTemplateName": TEMPLATE}, "Overrides": overrides}

@@ -61,7 +61,7 @@ async def test_an_instance_that_does_not_drain_is_killed_after_the_grace(rig: La
     asked_s = loop.time()
     await rig.launcher.terminate("w-1", grace_s=rig.moment_s)
     assert await rig.launcher.running() == {"w-1": None}, "terminate returns at once"
-    assert await rig.ended("w-1") == "exit -9"
+    assert await rig.ended("w-1") == "killed by SIGKILL, exit -9"
     assert rig.moment_s <= loop.time() - asked_s < rig.moment_s + 0.05 + rig.slack_s
 
 
@@ -71,7 +71,7 @@ async def test_a_second_request_can_shorten_the_grace_but_not_lengthen_it(rig: L
     await rig.launcher.terminate("w-1", grace_s=3_000.0)
     await rig.launcher.terminate("w-1", grace_s=0.0)
     await rig.launcher.terminate("w-1", grace_s=3_000.0)
-    assert await rig.ended("w-1") == "exit -9"
+    assert await rig.ended("w-1") == "killed by SIGKILL, exit -9"
 
 
 @on_every_launcher
@@ -97,7 +97,7 @@ async def test_killed_instance_reports_its_exit_and_wakes_waiters(rig: LauncherR
     rig.changed.clear()
     rig.crash("w-1")
     await asyncio.wait_for(rig.changed.wait(), timeout=5)
-    assert await rig.launcher.running() == {"w-1": "exit -9", "w-2": None}
+    assert await rig.launcher.running() == {"w-1": "killed by SIGKILL, exit -9", "w-2": None}
 
 
 @on_every_launcher

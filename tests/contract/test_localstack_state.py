@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import resource
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,6 +218,85 @@ def test_state_that_cannot_be_read_stops_localstack(server: Server, tmp_path: Pa
     (tmp_path / "state/s3/buckets/b").mkdir()
     with pytest.raises(pytest.fail.Exception, match="cannot be restored"):
         server.start()
+
+
+@pytest.mark.parametrize("kind", ["s3/buckets", "sqs/queues"])
+def test_damaged_settings_stop_localstack_and_delete_nothing(
+    server: Server, s3: S3Client, sqs: SQSClient, tmp_path: Path, kind: str
+) -> None:
+    url = sqs.create_queue(QueueName="tasks")["QueueUrl"]
+    sqs.send_message(QueueUrl=url, MessageBody="m")
+    s3.put_object(Bucket=BUCKET, Key="a", Body=b"x")
+    server.kill()
+    (damaged,) = (tmp_path / "state" / kind).iterdir()
+    settings = damaged.read_bytes()
+    for content in (b"", bytes(100), settings[:-1], settings + b"x"):
+        damaged.write_bytes(content)
+        with pytest.raises(pytest.fail.Exception, match=f"{damaged} is damaged, .* restore the file from a backup"):
+            server.start()
+    damaged.write_bytes(settings)
+    server.start()
+    assert [*seen(s3)] == ["a"]
+    assert sqs.receive_message(QueueUrl=url)["Messages"][0]["Body"] == "m"
+
+
+def test_settings_that_do_not_change_are_not_written(server: Server, sqs: SQSClient, tmp_path: Path) -> None:
+    attributes: dict[Any, str] = {"VisibilityTimeout": "45"}
+    sqs.create_queue(QueueName="tasks", Attributes=attributes)
+    (path,) = (tmp_path / "state/sqs/queues").iterdir()
+    first = path.stat()
+    for _ in range(2):
+        url = sqs.create_queue(QueueName="tasks", Attributes=attributes)["QueueUrl"]
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
+        restart(server)
+    sqs.set_queue_attributes(QueueUrl=url, Attributes={"VisibilityTimeout": "40"})
+    assert path.stat().st_ino != first.st_ino
+
+
+def test_receives_after_an_incomplete_record_are_restored(server: Server, sqs: SQSClient, tmp_path: Path) -> None:
+    """A power loss leaves a part of a record, and the disk is full during a receive."""
+    url = sqs.create_queue(QueueName="tasks")["QueueUrl"]
+    sqs.send_message(QueueUrl=url, MessageBody="m" * 2**18)
+
+    def receives() -> int:
+        answer = sqs.receive_message(
+            QueueUrl=url, VisibilityTimeout=0, MessageSystemAttributeNames=["ApproximateReceiveCount"]
+        )
+        return int(answer["Messages"][0]["Attributes"]["ApproximateReceiveCount"])
+
+    (path,) = (path for path in (tmp_path / "state/sqs/messages").rglob("*") if path.is_file())
+    sent = path.stat().st_size
+    assert receives() == 1
+    whole = path.stat().st_size
+    server.kill()
+    with path.open("ab") as file:
+        file.write(path.read_bytes()[sent : whole - 5])
+    server.start()
+    assert path.stat().st_size == whole
+    assert receives() == 2
+
+    before = path.read_bytes()
+    with full_disk(server, len(before) + 10), pytest.raises(ClientError) as failed:
+        receives()
+    assert failed.value.response["ResponseMetadata"]["HTTPStatusCode"] == 500
+    assert path.read_bytes() == before
+    count = receives()
+    restart(server)
+    assert receives() == count + 1
+
+
+@contextmanager
+def full_disk(server: Server, size: int) -> Iterator[None]:
+    """Let LocalStack write only a part of each file, with the length `size`."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux can limit the files of another process")
+    assert server._process is not None
+    limits = resource.prlimit(server._process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server._process.pid, resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(server._process.pid, resource.RLIMIT_FSIZE, limits)
 
 
 def test_other_version_says_that_it_loses_its_state(tmp_path: Path) -> None:

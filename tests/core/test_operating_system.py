@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 
 from batchlab.core.operating_system import PORTABLE_VARIABLE, portable, portable_processes, processes
+from tests.support.processes import open_files
 
 WITHIN_S = 30.0
 THIS: list[ModuleType] = [portable]
@@ -143,6 +145,20 @@ def test_peak_contains_released_memory(this: ModuleType) -> None:
         assert 64 << 20 < line_of(process) < 4 << 30
         after = line_of(process)
         assert after < 64 << 20 if name_of(this) == "linux" else after > 64 << 20, "only Linux resets the peak"
+
+
+@pytest.mark.parametrize(("soft", "hard", "raised"), [(256, 4096, 1024), (256, 512, 512), (2048, 4096, 2048)])
+def test_limit_of_open_files_is_raised(soft: int, hard: int, raised: int) -> None:
+    code = f"""
+        import resource
+        from batchlab.core.operating_system import raise_file_limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+        raise_file_limit()
+        print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+    """
+    argv = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(raised), str(hard)]
 
 
 def test_data_is_flushed_to_a_file(this: ModuleType, tmp_path: Path) -> None:
@@ -284,9 +300,9 @@ def test_watch_is_not_fooled_by_a_reused_pid(other: ModuleType, monkeypatch: pyt
         mark = other.start_mark(process.pid)
         marks = iter([mark, mark + 1])
         monkeypatch.setattr(processes, "start_mark", lambda _: next(marks))
-        before = len(list(Path("/proc/self/fd").iterdir()))
+        before = open_files()
         assert processes.watch(process.pid, mark, other.boot_id()) is None
-        assert len(list(Path("/proc/self/fd").iterdir())) == before
+        assert open_files() == before
 
 
 def test_portable_watch_does_not_signal_a_reused_pid(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,6 +343,48 @@ def test_table_has_parents_groups_and_memory(other: ModuleType) -> None:
         processes.kill_family(process.pid)
         assert process.wait() == -signal.SIGKILL
         until(lambda: other.start_mark(child) is None)
+
+
+def test_processes_of_other_users_do_not_end_the_kill(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import subprocess\nfor _ in range(3):\n"
+        "    print(subprocess.Popen(['sleep', '100'], start_new_session=True).pid, flush=True)\ninput()"
+    )
+    with program(code) as process:
+        children = [line_of(process) for _ in range(3)]
+        foreign = [pid for pid in processes.family(process.pid) if pid != process.pid][:2]
+        kill = os.kill
+
+        def kill_own(pid: int, number: int) -> None:
+            if pid in foreign:
+                raise PermissionError(pid)
+            kill(pid, number)
+
+        def refuse(group: int, _: int) -> None:
+            raise PermissionError(group)
+
+        monkeypatch.setattr(os, "kill", kill_own)
+        monkeypatch.setattr(os, "killpg", refuse)
+        try:
+            processes.kill_family(process.pid)
+            (own,) = set(children) - set(foreign)
+            until(lambda: processes.start_mark(own) is None)
+        finally:
+            for pid in foreign:
+                kill(pid, signal.SIGKILL)
+
+
+def test_group_without_a_running_process_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a group whose processes have exited and are not reaped, macOS raises PermissionError."""
+    with subprocess.Popen(["true"], process_group=0) as process:
+        until(lambda: processes.start_mark(process.pid) is None)
+        processes.kill_group(process.pid)
+        process.wait()
+        processes.kill_group(process.pid)
+    refused = Mock(side_effect=PermissionError)
+    monkeypatch.setattr(os, "killpg", refused)
+    processes.kill_group(process.pid)
+    refused.assert_called_once_with(process.pid, signal.SIGKILL)
 
 
 def test_stopped_process_is_seen(other: ModuleType) -> None:

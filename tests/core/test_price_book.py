@@ -14,7 +14,7 @@ from batchlab.core.errors import UsageError
 from batchlab.core.model import Market
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.hourly import StackShape, hourly_cost
-from batchlab.core.pricing.price_book import WORKER_DISK_GB, Usd, parse, shown
+from batchlab.core.pricing.price_book import WORKER_DISK_GB, Usd, decimals, parse, shown
 from batchlab.deploy import template
 from tests.support import ROOT
 
@@ -123,19 +123,26 @@ def test_other_currency_is_reported_as_not_converted(text: str, converts: bool) 
         parse(text)
     assert told.value.remedy
     assert ("nothing is converted: write for" in told.value.remedy) is converts
+    assert (told.value.remedy == f"Did you mean {text}USD?") is not converts
 
 
 def test_amounts_are_shown_with_their_currency_and_the_digits_that_count() -> None:
-    assert [shown(usd) for usd in (1234.5, 1.0, 0.1, 0.01234, 0.000123, 0.0000041, 0.0)] == [
+    assert [shown(usd) for usd in (1234.5, 1.0, 0.1, 0.01234, 0.000123, 0.00000413, 1e-17, 0.0)] == [
         "1,234.50 USD",
         "1.00 USD",
         "0.1 USD",
         "0.0123 USD",
         "0.000123 USD",
-        "0.000004 USD",
+        "0.00000413 USD",
+        "0 USD",
         "0 USD",
     ]
     assert str(Usd(1.0, 2.0, 3.0)) == "2.00 USD (1.00 to 3.00)"
+
+
+def test_tables_of_small_amounts_have_more_decimals() -> None:
+    assert [decimals(total) for total in (0.0, 12.0, 0.000123, 0.0000123, 1e-20)] == [6, 6, 6, 7, 12]
+    assert [decimals(total, least=4) for total in (0.0, 0.5, 0.0034)] == [4, 4, 5]
 
 
 # --- Per hour ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import re
 import string
 from itertools import product
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from batchlab.core.errors import UsageError
 from batchlab.core.model import Bundle, JobId, StageName, TaskSet
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.object_keys import CommitKey
-from batchlab.core.task_context import name_problem
+from batchlab.core.task_context import FreeNames, name_problem
 from batchlab.jobs import handler_lookup
 from batchlab.jobs.field_types import NAME_PATTERN
 from batchlab.jobs.results import Names
@@ -76,6 +77,8 @@ def test_keys_are_distinct_and_stay_below_their_job(things: list[tuple[str, str,
         # Without its slash, the prefix of one bundle would match the keys of another one.
         for prefix in (object_keys.raw(job), object_keys.files(bundle, "w-1", KEY), object_keys.starts(bundle)):
             assert prefix.endswith("/")
+    folded = {key.casefold() for key in seen}
+    assert len(folded) == len(seen), "a bucket in a folder may be on a file system that ignores case"
     prefixes = [key for key in seen if key.endswith("/")]
     for prefix, key in product(prefixes, seen):
         # A listing of a prefix must not return keys of another kind.
@@ -146,6 +149,17 @@ def test_fetched_files_neither_leave_their_folder_nor_hide_each_other(named: lis
         assert path.startswith("files/s/0/")
         check_key(path)
     folded = [path.casefold() for path in found]
+    assert len(set(folded)) == len(folded)
+    assert not any(one.startswith(f"{other}/") for one in folded for other in folded)
+
+
+@PROPERTY
+@given(st.lists(st.text(st.sampled_from("aAbB/ßéE\u0301"), min_size=1, max_size=5), max_size=8))
+def test_free_names_are_different_on_a_file_system_that_ignores_case(names: list[str]) -> None:
+    free = FreeNames()
+    taken = [free.take(name) for name in names]
+    assert all(one.endswith(name) for one, name in zip(taken, names, strict=True))
+    folded = [normalize("NFD", normalize("NFD", name).casefold()) for name in taken]
     assert len(set(folded)) == len(folded)
     assert not any(one.startswith(f"{other}/") for one in folded for other in folded)
 

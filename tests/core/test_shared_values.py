@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import pickle
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -44,6 +46,31 @@ def test_value_is_loaded_once(tmp_path: Path) -> None:
     assert Shared[list[int]](shared.digest, shared.size).value == [1, 2]
 
 
+class Slow:
+    """Value whose loads are counted and take a while."""
+
+    loads: ClassVar[list[int]] = []
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.loads.append(state["number"])
+        time.sleep(0.02)
+
+
+def slow(number: int) -> Slow:
+    value = Slow()
+    value.__dict__["number"] = number
+    return value
+
+
+def test_threads_of_a_task_load_a_value_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Slow, "loads", [])
+    shared = stored(tmp_path, slow(1))
+    with ThreadPoolExecutor(4) as threads:
+        loaded = list(threads.map(lambda _: shared.value, range(4)))
+    assert all(value is loaded[0] for value in loaded)
+    assert Slow.loads == [1]
+
+
 def test_changed_content_is_refused(tmp_path: Path) -> None:
     shared = stored(tmp_path, [1, 2])
     (tmp_path / shared.digest).write_bytes(pickle.dumps([1, 3]))
@@ -65,7 +92,7 @@ def test_loaded_values_are_limited_and_the_last_one_is_kept(tmp_path: Path, monk
 def test_reference_travels_with_its_file(tmp_path: Path) -> None:
     shared: Shared[list[int]] = Shared("a" * 64, 5)
     reference = values.file_ref(f"code/{'a' * 64}.pkl", "a.pkl", 5)
-    shared_values.own(shared, [1, 2], StoredFile(reference), lambda: None)
+    shared_values.attach_value(shared, [1, 2], StoredFile(reference), lambda: None)
     encoded = values.encode_object((1, [shared]), lambda file: file.origin())
     assert list(values.references(encoded)) == [reference]
     (_, (remote,)) = values.decode(encoded, StoredFile, pickles=True)
@@ -85,7 +112,7 @@ def test_process_that_has_stored_a_value_keeps_it_until_the_reference_is_closed(
     value = Value()
     shared: Shared[Value] = Shared("b" * 64, 5)
     stored = StoredFile(values.file_ref(f"code/{'b' * 64}.pkl", "b.pkl", 5))
-    shared_values.own(shared, value, stored, lambda: closed.append(1))
+    shared_values.attach_value(shared, value, stored, lambda: closed.append(1))
     assert shared.value is value
     with shared:
         values.encode_object([shared], lambda file: file.origin())

@@ -212,6 +212,17 @@ def test_save_moves_what_is_the_tasks_own_and_copies_the_rest(tmp_path: Path) ->
         ctx.save(b"again", "b")
 
 
+def test_saved_files_whose_names_differ_in_case_are_different_files(tmp_path: Path) -> None:
+    """The file system of a Mac ignores case and the Unicode form of a letter."""
+    ctx = a_context(tmp_path)
+    names = ["Report.csv", "report.csv", "caf\u00e9", "cafe\u0301", "a", "A/b"]
+    files = [ctx.save(name.encode(), name) for name in names]
+    assert [file.name for file in files] == names
+    assert [file.read_text() for file in files] == names
+    paths = [str(file.path.relative_to(tmp_path)) for file in files]
+    assert paths == ["out/Report.csv", "out/2-report.csv", "out/caf\u00e9", "out/2-cafe\u0301", "out/a", "out/2-A/b"]
+
+
 def test_parameters_are_a_copy_of_each_tasks_own(tmp_path: Path) -> None:
     first, second = a_context(tmp_path), a_context(tmp_path)
     first.params["deep"].append(2)

@@ -74,6 +74,14 @@ def test_printed_template_has_a_domain_only_for_its_ledger(nobody: Run, tmp_path
     assert json.loads(out)["Resources"]["LedgerDomain"]["Type"] == "AWS::SDB::Domain"
 
 
+def test_ledger_that_the_region_lacks_is_refused(nobody: Run, tmp_path: Path) -> None:
+    simpledb = ("deploy", "template", "--home", tmp_path, "--ledger", "simpledb", "--egress", "nat")
+    code, out, err = nobody(*simpledb, "--region", "eu-central-1")
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: SimpleDB does not exist in eu-central-1.\n")
+    assert nobody(*simpledb, "--region", "eu-west-1")[0] == 0
+
+
 def test_stored_settings_of_a_stack_apply(nobody: Run, tmp_path: Path) -> None:
     home = Home(tmp_path)
     pools = (PoolSettings("gpu", max_size=3, types=("m7i.large",)),)
@@ -94,15 +102,26 @@ def test_impossible_settings_are_refused_without_credentials(nobody: Run, tmp_pa
     assert "--set ManagerInstanceType=t4g.small" in err
 
 
-@pytest.mark.parametrize("command", ["plan", "apply"])
+def test_unknown_instance_type_is_reported_before_the_template(nobody: Run, tmp_path: Path) -> None:
+    """AWS may have types that the price book lacks."""
+    code, out, err = nobody("deploy", "template", "--home", tmp_path, "--pool", "default:0-10x2@m7x.large")
+    assert code == 0
+    assert json.loads(out)["Parameters"]["PoolInstanceTypes"]["Default"] == "m7x.large"
+    (line,) = err.splitlines()
+    assert "no instance type 'm7x.large'. Did you mean m7" in line
+
+
+@pytest.mark.parametrize("command", ["plan", "template", "apply"])
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         (("--set", "Colour=red"), "The stack has no parameter 'Colour'."),
         (("--ledger", "paper"), "Ledger cannot be 'paper'."),
         (("--pool", "default:0-4x2@large"), "'large' is not an instance type."),
+        (("--pool", "default:0-4x2@m7i.larg"), "'m7i.larg' is not an instance type.\n  Did you mean m7i.large?"),
+        (("--set", "ManagerInstanceType=t3.smal"), "'t3.smal' is not an instance type.\n  Did you mean t3.small?"),
         (("--stack", "Grid"), "The stack cannot be called 'Grid'."),
-        (("--alarm-email", "nobody"), "AlarmEmail cannot be 'nobody'."),
+        (("--set", "AlarmEmail=nobody"), "AlarmEmail cannot be 'nobody'."),
     ],
 )
 def test_local_mistakes_are_refused_before_a_call_to_aws(

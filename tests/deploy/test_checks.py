@@ -268,9 +268,9 @@ def test_check_that_aws_does_not_allow_is_a_note(aws: Aws) -> None:
 # --- Key of encrypted disks ----------------------------------------------------------------------
 
 
-def allows(principal: object) -> dict[str, object]:
+def allows(principal: object, action: object = "kms:CreateGrant") -> dict[str, object]:
     whole_account = {"Effect": "Allow", "Principal": {"AWS": "arn:aws:iam::123456789012:root"}, "Action": "kms:*"}
-    return {"Statement": [whole_account, {"Effect": "Allow", "Principal": principal, "Action": "kms:CreateGrant"}]}
+    return {"Statement": [whole_account, {"Effect": "Allow", "Principal": principal, "Action": action}]}
 
 
 def grants(aws: Aws, *grants: dict[str, Any]) -> None:
@@ -283,6 +283,19 @@ def grants(aws: Aws, *grants: dict[str, Any]) -> None:
 def test_key_whose_policy_names_auto_scaling_is_accepted(aws: Aws, principal: object) -> None:
     aws.with_own_key(allows(principal))
     assert aws.notes() == ()
+
+
+@pytest.mark.parametrize("action", ["kms:*", "*", ["kms:Decrypt", "kms:Create*"]])
+def test_key_whose_policy_allows_grants_is_accepted(aws: Aws, action: object) -> None:
+    aws.with_own_key(allows({"AWS": ROLE}, action))
+    assert aws.notes() == ()
+
+
+def test_key_whose_policy_allows_auto_scaling_no_grants_is_refused(aws: Aws) -> None:
+    aws.with_own_key(allows({"AWS": ROLE}, ["kms:DescribeKey", "kms:Decrypt"]))
+    grants(aws)
+    with pytest.raises(UsageError, match="which Auto Scaling may not use"):
+        aws.notes()
 
 
 def test_key_with_a_grant_for_auto_scaling_is_accepted(aws: Aws) -> None:

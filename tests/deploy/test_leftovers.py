@@ -125,6 +125,20 @@ def test_terminated_instance_is_not_a_leftover(cloud: Cloud) -> None:
     assert (found.resource.name, found.is_used) == ("i-2", False)
 
 
+def test_deleted_nat_gateway_is_not_a_leftover(cloud: Cloud) -> None:
+    names = ("nat-1", "nat-2", "nat-3")
+    pages = [
+        {"ResourceARN": f"{ARN.format('ec2')}natgateway/{name}", "Tags": [{"Key": "batchlab.stack", "Value": "grid"}]}
+        for name in names
+    ]
+    cloud.tells("resourcegroupstaggingapi", "get_resources", ResourceTagMappingList=pages)
+    gateways = [{"NatGatewayId": "nat-1", "State": "deleted"}, {"NatGatewayId": "nat-2", "State": "available"}]
+    cloud.tells("ec2", "describe_nat_gateways", NatGateways=gateways)
+    cloud.has_no_stack()
+    (found,) = Leftovers(cloud.account).tagged_resources()
+    assert (found.resource.name, found.is_used) == ("nat-2", False)
+
+
 def test_domain_of_another_stack_generation_is_a_leftover(cloud: Cloud) -> None:
     """The stack was deleted and created again."""
     cloud.has_domains(DOMAIN)

@@ -8,23 +8,40 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batchlab.cli import rehearsal, rehearsal_steps
+from batchlab.cli import output, rehearsal, rehearsal_steps
 from batchlab.cli.rehearsal import Signals, check_cost
 from batchlab.cli.rehearsal_jobs import Expected, expect, sleeping
-from batchlab.core.errors import BackendError, UsageError
+from batchlab.cli.rehearsal_steps import Site
+from batchlab.core.errors import BackendError, Refused, UsageError
+from batchlab.core.operating_system import since_boot_s
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.price_book import Usd
 from batchlab.deploy import template
-from batchlab.deploy.rehearsal import Budget, NotTried, Outcome, Rehearsal, Step, StepNotes, StepResult, count_outcomes
+from batchlab.deploy.account import Account
+from batchlab.deploy.rehearsal import (
+    Budget,
+    NotTried,
+    Outcome,
+    Rehearsal,
+    Step,
+    StepNotes,
+    StepResult,
+    TimeLimit,
+    count_outcomes,
+)
 from batchlab.deploy.rehearsal_report import Redaction, markdown, masked
 from batchlab.deploy.settings import PoolSettings, Settings
+from batchlab.deploy.stack import Stack
 from batchlab.runtime.home import Home
 from tests.support.cli import runner
 
+ACCOUNT = "123456789012"
 RICH = Budget(1000.0, 1.0, 0.0, 0.0)
 
 
@@ -36,6 +53,7 @@ class World:
         self.now_s = 0.0
         self.ran: list[str] = []
         self.said: list[str] = []
+        self.interruptions = 0
         self.behavior = behavior
 
     def step(self, name: str, *needs: str, limit_s: float = 100.0, removes: bool = False) -> Step:
@@ -64,7 +82,7 @@ class World:
         self.now_s += seconds
 
     def rehearsal(self, budget: Budget = RICH, **more: Any) -> Rehearsal:
-        return Rehearsal(self.steps(), budget, self.limited, say=self.said.append, clock=lambda: self.now_s, **more)
+        return Rehearsal(self.steps(), budget, self, say=self.said.append, clock=lambda: self.now_s, **more)
 
 
 def outcomes(rehearsal: Rehearsal) -> dict[str, str]:
@@ -155,10 +173,48 @@ def test_the_first_interruption_does_not_stop_the_removal_and_the_second_does() 
     assert world.ran[-1] == "leftovers"
 
 
+def test_after_an_interrupted_step_the_first_interruption_of_the_removal_is_a_warning() -> None:
+    """A user who presses Ctrl-C twice must not leave a stack behind without a warning."""
+    world = World(job=raising(SystemExit(130)), destroy=raising(SystemExit(130)))
+    done = world.rehearsal()
+    done.run()
+    assert world.ran == ["stack", "conform", "job", "destroy", "destroy", "leftovers"]
+    assert world.said == ["Interrupted. The removal continues. Another interruption stops the removal."]
+
+
+@pytest.mark.parametrize("later", [BackendError("A request failed."), NotTried("It is impossible."), None])
+def test_an_interruption_whose_exception_is_lost_counts(later: Exception | None) -> None:
+    """An error of a `finally` block may replace the exception of the signal."""
+
+    def lose() -> None:
+        world.interruptions += 1
+        if later:
+            raise later
+
+    world = World(conform=lose)
+    done = world.rehearsal()
+    done.run()
+    assert world.ran == ["stack", "conform", "destroy", "leftovers"]
+    assert done.is_interrupted
+    assert outcomes(done)["job"] == "not tried"
+
+
+def test_an_interruption_after_the_time_limit_stops_the_rehearsal() -> None:
+    def hang() -> None:
+        world.spend(101.0)
+        raise SystemExit(130)
+
+    world = World(conform=hang)
+    done = world.rehearsal()
+    done.run()
+    assert world.ran == ["stack", "conform", "destroy", "leftovers"]
+    assert done.is_interrupted
+
+
 def test_a_step_that_takes_too_long_fails_alone() -> None:
     def hang() -> None:
         world.spend(100.0)
-        raise SystemExit(130)  # the alarm
+        raise TimeLimit
 
     world = World(job=hang)
     done = world.rehearsal()
@@ -180,7 +236,7 @@ def test_a_running_step_stops_when_the_budget_is_reached() -> None:
 
     def hang() -> None:
         world.spend(60.0)
-        raise SystemExit(130)
+        raise TimeLimit
 
     world = World(stack=lambda: world.spend(40.0), conform=hang)
     # The budget lasts for 100 s.
@@ -196,14 +252,41 @@ def test_a_running_step_stops_when_the_budget_is_reached() -> None:
     assert not done.has_succeeded
 
 
-def test_an_error_of_the_report_does_not_prevent_the_removal() -> None:
-    def fail(_: StepResult) -> None:
+def test_a_removal_that_takes_longer_than_its_reserve_exceeds_the_budget() -> None:
+    world = World(destroy=lambda: world.spend(90.0))
+    done = world.rehearsal(Budget(usd=100 / 3600, usd_per_h=1.0, fixed_usd=0.5 / 3600, reserve_s=10.0))
+    done.run()
+    assert done.has_succeeded
+    world = World(destroy=lambda: world.spend(100.0))
+    done = world.rehearsal(Budget(usd=100 / 3600, usd_per_h=1.0, fixed_usd=0.5 / 3600, reserve_s=10.0))
+    done.run()
+    assert set(outcomes(done).values()) == {"passed"}
+    assert done.is_over_budget
+    assert not done.has_succeeded
+
+
+@pytest.mark.parametrize("place", ["on_begin", "on_end"])
+def test_an_error_of_the_report_does_not_prevent_the_removal(place: str) -> None:
+    def fail(*_: object) -> None:
         raise OSError("disk full")
 
     world = World()
-    world.rehearsal(on_end=fail).run()
+    done = world.rehearsal()
+    setattr(done, place, fail)
+    done.run()
     assert world.ran[-2:] == ["destroy", "leftovers"]
     assert world.said[0] == "The report is incomplete: OSError: disk full"
+
+
+def test_a_closed_terminal_does_not_prevent_the_removal() -> None:
+    def fail(*_: object) -> None:
+        raise BrokenPipeError
+
+    world = World()
+    done = world.rehearsal(on_begin=fail, on_end=fail)
+    done.say = fail
+    done.run()
+    assert world.ran[-2:] == ["destroy", "leftovers"]
 
 
 # --- Signals -------------------------------------------------------------------------------------
@@ -223,14 +306,41 @@ def test_a_signal_stops_a_step_or_the_next_step(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_the_end_of_the_terminal_stops_a_step_and_silences_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, getattr(sys, name))
-    with Signals() as signals:
-        with pytest.raises(SystemExit), signals.limited(60.0):
-            signal.raise_signal(signal.SIGHUP)
-        assert sys.stderr.name == os.devnull
+def test_the_end_of_the_terminal_stops_a_step_and_silences_the_output() -> None:
+    before = sys.stdout, sys.stderr
+    try:
+        with Signals() as signals:
+            with pytest.raises(SystemExit), signals.limited(60.0):
+                signal.raise_signal(signal.SIGHUP)
+            assert signals.interruptions == 1
+            assert sys.stderr.name == sys.stdout.name == os.devnull
+        # The end of the command prints the result.
+        assert sys.stderr.name == sys.stdout.name == os.devnull
+        sys.stdout.close()
         sys.stderr.close()
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def test_a_closed_pipe_silences_the_output() -> None:
+    """Ctrl-C also ends `tee` in `batchlab deploy rehearse 2>&1 | tee log`, after which each message is an error."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    before = sys.stdout, sys.stderr
+    pipe = os.fdopen(writer, "w")
+    try:
+        sys.stderr = pipe
+        with Signals() as signals, signals.limited(60.0):
+            output.say("destroy: destroy the stack")
+            output.say("42 resources are deleted")
+        output.say("The rehearsal failed")
+        assert sys.stderr.name == os.devnull
+        assert sys.stdout is before[0]
+        sys.stderr.close()
+    finally:
+        sys.stdout, sys.stderr = before
+    with suppress(BrokenPipeError):
+        pipe.close()
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
@@ -244,17 +354,37 @@ def test_an_ignored_signal_stays_ignored() -> None:
 
 def test_the_time_limit_stops_a_step() -> None:
     with Signals() as signals:
-        with pytest.raises(SystemExit), signals.limited(0.01):
+        with pytest.raises(TimeLimit), signals.limited(0.01):
             time.sleep(5)
         assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
+        assert signals.interruptions == 0
+
+
+def test_the_time_for_which_the_machine_was_suspended_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack costs money while the laptop that created it is suspended."""
+    asleep_s = 0.0
+    monkeypatch.setattr(rehearsal, "_CHECK_S", 0.01)
+    monkeypatch.setattr(rehearsal, "since_boot_s", lambda: time.monotonic() + asleep_s)
+
+    def suspend() -> None:
+        nonlocal asleep_s
+        time.sleep(0.05)
+        asleep_s = 3600.0
+        time.sleep(5)
+
+    with Signals() as signals, pytest.raises(TimeLimit), signals.limited(3600.0):
+        suspend()
+    assert Rehearsal([], RICH, World()).clock is since_boot_s
 
 
 # --- Cost ----------------------------------------------------------------------------------------
 
 
-def expected(tmp_path: Path, **more: Any) -> Expected:
-    pool = PoolSettings("default", max_size=2, slots=2, types=("m7i.large", "m6i.large"))
-    wanted = Settings(rehearsal_steps.STACK, "us-east-1", (pool,), **more)
+def expected(
+    tmp_path: Path, *, region: str = "us-east-1", types: tuple[str, ...] = ("m7i.large", "m6i.large"), **more: Any
+) -> Expected:
+    pool = PoolSettings("default", max_size=2, slots=2, types=types)
+    wanted = Settings(rehearsal_steps.STACK, region, (pool,), **more)
     jobs = [sleeping("worker-kill", tmp_path)]
     return expect(wanted, template.load(template.shipped_template()), Home(tmp_path / "home"), jobs)
 
@@ -277,6 +407,30 @@ def test_a_database_takes_longer_and_costs_more(tmp_path: Path) -> None:
     assert large.highest_usd > small.highest_usd
 
 
+def test_prices_of_another_region_have_a_margin(tmp_path: Path) -> None:
+    """The highest cost must also hold in a region whose prices are unknown."""
+    known, unknown = expected(tmp_path / "a"), expected(tmp_path / "b", region="sa-east-1")
+    assert not known.note
+    assert "not of sa-east-1" in unknown.note
+    assert unknown.usd_per_h == pytest.approx(2 * known.usd_per_h)
+    assert unknown.highest_usd == pytest.approx(2 * known.highest_usd)
+
+
+def test_the_highest_cost_is_that_of_the_most_expensive_instance_type(tmp_path: Path) -> None:
+    """AWS may start any of a pool's types."""
+    cheap = expected(tmp_path / "a")
+    mixed = expected(tmp_path / "b", types=("m7i.large", "m7i.2xlarge"))
+    book = price_book.load(None)
+    more = book.instance_usd_h("m7i.2xlarge").high - book.instance_usd_h("m7i.large").high
+    assert mixed.usd_per_h == pytest.approx(cheap.usd_per_h + 2 * more)
+
+
+def test_metered_usage_above_the_highest_estimate_is_a_failure() -> None:
+    rehearsal_steps.check_bill(Usd(0.1, 0.2, 0.3), Usd.exactly(0.3))
+    with pytest.raises(BackendError, match=r"costs 0.31 USD, more than the estimate of"):
+        rehearsal_steps.check_bill(Usd(0.1, 0.2, 0.3), Usd.exactly(0.31))
+
+
 def test_a_cost_above_the_budget_is_refused(tmp_path: Path) -> None:
     found = expected(tmp_path)
     check_cost(found, 5.0)
@@ -297,16 +451,48 @@ def test_without_a_budget_nothing_happens(
     assert "USD" in err
 
 
-@pytest.mark.parametrize("name", ["", "batchlab-", "batchlab-tasks-default", "batchlab-conform-1234567"])
+@pytest.mark.parametrize("name", ["batchlab-", "batchlab-tasks-default", "batchlab-conform-1234567"])
 def test_a_damaged_record_removes_no_other_queues(name: str) -> None:
-    assert rehearsal_steps._run_of({"run": "batchlab-conform-0123abcd"}) == "batchlab-conform-0123abcd"
+    place = {"account": ACCOUNT, "region": "us-east-1"}
+    for run in ("batchlab-conform-0123abcd", ""):
+        assert rehearsal_steps._recorded_place({**place, "run": run})["run"] == run
     with pytest.raises(ValueError, match="run is"):
-        rehearsal_steps._run_of({"run": name})
+        rehearsal_steps._recorded_place({**place, "run": name})
+
+
+def site(tmp_path: Path, region: str, account: str) -> Site:
+    place = Account(region, account, f"arn:aws:iam::{account}:user/me")
+    home = Home(tmp_path / "home")
+    home.make()
+    wanted, jobs, cost = Settings(rehearsal_steps.STACK, region), [sleeping("x", tmp_path)], expected(tmp_path / "job")
+    source = template.load(template.shipped_template())
+    return Site(Stack(place, rehearsal_steps.STACK), wanted, source, home, tmp_path, lambda: tmp_path, jobs, cost)
+
+
+@pytest.mark.parametrize("place", [("eu-west-1", "123456789012"), ("us-east-1", "210987654321")])
+def test_a_killed_rehearsal_elsewhere_is_not_forgotten(tmp_path: Path, place: tuple[str, str]) -> None:
+    """A rehearsal does not find the resources of another region or account."""
+    killed = site(tmp_path / "a", "us-east-1", ACCOUNT)
+    killed.check_place()
+    killed._write_record("batchlab-conform-0123abcd")
+    killed.check_place()
+    other = site(tmp_path / "b", *place)
+    other.home = killed.home
+    with pytest.raises(UsageError, match=rf"A rehearsal in us-east-1, account {ACCOUNT}, may have left resources") as e:
+        other.check_place()
+    assert f"delete {killed.record}" in e.value.remedy
+
+
+def test_a_folder_has_one_rehearsal_at_a_time(tmp_path: Path) -> None:
+    """The second rehearsal would destroy the stack of the first."""
+    home = Home(tmp_path)
+    with rehearsal._alone(home), pytest.raises(Refused, match="A rehearsal is running"), rehearsal._alone(home):
+        pytest.fail("The second rehearsal must not begin.")
+    with rehearsal._alone(home):
+        pass
 
 
 # --- Report --------------------------------------------------------------------------------------
-
-ACCOUNT = "123456789012"
 
 
 def test_only_four_digits_of_the_account_are_shown() -> None:
@@ -330,6 +516,11 @@ def test_secrets_are_removed_from_all_texts() -> None:
     assert cleaned["b"]["e"] is None
     assert cleaned["b"]["f"] is True
     assert cleaned["g"] == "[hidden] in ~/grid"
+
+
+def test_a_home_folder_at_the_root_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/")
+    assert Redaction(ACCOUNT).apply("aws s3 rb s3://bucket, /work/x") == "aws s3 rb s3://bucket, /work/x"
 
 
 def test_the_page_has_each_step_with_its_reason_and_comparisons() -> None:

@@ -18,9 +18,10 @@ from batchlab.deploy.account import Account
 
 STACK, INSTANCE = "batchlab-rehearsal", "i-0123456789abcdef0"
 ARN = f"arn:aws:ec2:us-east-1:123456789012:instance/{INSTANCE}"
+NAME = f"{STACK}-fis-us-east-1"
 ROLE = {
     "Path": "/",
-    "RoleName": f"{STACK}-fis",
+    "RoleName": NAME,
     "RoleId": "AROA0123456789ABCDEF",
     "Arn": "arn:aws:iam::123456789012:role/x",
     "CreateDate": datetime(2026, 1, 1, tzinfo=UTC),
@@ -111,8 +112,8 @@ def test_only_templates_of_the_stack_are_removed(cloud: Cloud) -> None:
     templates = [{"id": "EXT1", "tags": {"batchlab.stack": STACK}}, {"id": "EXT2", "tags": {"batchlab.stack": "other"}}]
     cloud.tells("fis", "list_experiment_templates", {"experimentTemplates": templates})
     cloud.tells("fis", "delete_experiment_template", {"experimentTemplate": {"id": "EXT1"}}, id="EXT1")
-    cloud.tells("iam", "delete_role_policy", {}, RoleName=f"{STACK}-fis", PolicyName=ANY)
-    cloud.tells("iam", "delete_role", {}, RoleName=f"{STACK}-fis")
+    cloud.tells("iam", "delete_role_policy", {}, RoleName=NAME, PolicyName=ANY)
+    cloud.tells("iam", "delete_role", {}, RoleName=NAME)
     assert spot_notice.remove(cloud.account, STACK) == 1
 
 
@@ -121,3 +122,16 @@ def test_a_second_removal_has_no_effect(cloud: Cloud) -> None:
     cloud.refuses("iam", "delete_role_policy", "NoSuchEntity")
     cloud.refuses("iam", "delete_role", "NoSuchEntity")
     assert spot_notice.remove(cloud.account, STACK) == 0
+
+
+def test_role_is_removed_even_if_fis_is_not_allowed(cloud: Cloud) -> None:
+    cloud.refuses("fis", "list_experiment_templates", "AccessDeniedException")
+    cloud.tells("iam", "delete_role_policy", {}, RoleName=NAME, PolicyName=ANY)
+    cloud.tells("iam", "delete_role", {}, RoleName=NAME)
+    with pytest.raises(BackendError, match="may not do ListExperimentTemplates"):
+        spot_notice.remove(cloud.account, STACK)
+
+
+def test_rehearsals_in_two_regions_have_two_roles(cloud: Cloud) -> None:
+    other = Account("eu-west-1", cloud.account.id, cloud.account.who)
+    assert spot_notice.role_name(other, STACK) != spot_notice.role_name(cloud.account, STACK) == NAME

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tomllib
 
 import pytest
@@ -58,3 +59,16 @@ def test_the_bill_of_materials_has_all_of_the_lock_and_of_what_is_vendored() -> 
     assert {one["file"] for one in vendored()} <= set(have)
     here = {one.name.lower() for one in runtime()}
     assert not [name for name in here & set(have) if "licenses" not in have[name]]
+
+
+@pytest.mark.parametrize("processor", ["arm64", "x86_64"])
+def test_no_dependency_needs_a_compiler_on_macos_13(processor: str) -> None:
+    lock = {one["name"]: one for one in tomllib.loads((ROOT / "uv.lock").read_text())["package"]}
+    wheel = re.compile(rf"(cp313-cp313|abi3|py3-none)-macosx_(\d+)_\d+_(universal2|{processor})\.whl$")
+    without = []
+    for name in sorted({one.name.lower().replace("_", "-") for one in runtime()} & set(lock) - {"batchlab"}):
+        wheels = [one["url"] for one in lock[name].get("wheels", ())]
+        found = [match for one in wheels if (match := wheel.search(one))]
+        if not any(one.endswith("-none-any.whl") for one in wheels) and not any(int(one[2]) <= 13 for one in found):
+            without.append(name)
+    assert without == ["localstack-client"], "its source is pure Python"

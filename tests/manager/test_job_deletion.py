@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -10,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from batchlab.core import commit
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused, Unreachable
 from batchlab.core.job_definition import InputDef
 from batchlab.core.model import JobId, JobState
 from batchlab.core.ports import AddJob
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.manager.job_deletion import JobDeletion
-from batchlab.manager.ledger_rebuild import rebuild
+from batchlab.manager.ledger_rebuild import lost_jobs, rebuild
 from tests.support.server.api import Rig, job
 
 
@@ -72,7 +74,7 @@ def objects_of(rig: Rig, name: str) -> list[str]:
 
 def deletion(rig: Rig) -> JobDeletion:
     """Return the deletion of a manager that has just started."""
-    return JobDeletion(rig.manager.context, is_never_awaited, rig.manager.spending)
+    return JobDeletion(rig.manager.context, rig.manager.job_record, is_never_awaited, rig.manager.spending)
 
 
 async def is_never_awaited(_: JobId) -> bool:
@@ -158,7 +160,7 @@ def test_job_whose_schedule_waits_for_its_end_is_kept(rig: Rig) -> None:
     async def is_awaited(job: JobId) -> bool:
         return job == name
 
-    awaited = JobDeletion(rig.manager.context, is_awaited)
+    awaited = JobDeletion(rig.manager.context, rig.manager.job_record, is_awaited)
     with pytest.raises(Refused, match="has not recorded the end"):
         rig.run(awaited.delete(name))
     assert rig.client.job(name)["state"] == "SUCCEEDED"
@@ -199,8 +201,9 @@ def test_run_whose_job_is_deleted_ends_refused(rig: Rig) -> None:
         rig.work(run, 4)
         rig.ended(run)
         rig.until(lambda: JobId(run) not in rig.manager.lives, "the end of the job's task")
+        waiting = JobDeletion(rig.manager.context, rig.manager.job_record, is_awaited_by(rig))
         with pytest.raises(Refused, match="has not recorded the end"):
-            rig.run(JobDeletion(rig.manager.context, is_awaited_by(rig)).delete(JobId(run)))
+            rig.run(waiting.delete(JobId(run)))
         rig.run(deletion(rig).delete(JobId(run)))
     finally:
         rig._loop.call_soon_threadsafe(scheduler._lock.release)
@@ -364,6 +367,39 @@ def test_late_objects_of_a_deleted_job_are_swept(rig: Rig, monkeypatch: pytest.M
     rig.until(lambda: objects_of(rig, name) == [object_keys.spec(name)], "the sweep")
 
 
+def test_event_during_an_interrupted_deletion_does_not_drop_its_request(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backend fails after the ledger has forgotten the job. The sweep after the event finishes the deletion."""
+    rig.manager.context.settings = replace(rig.manager.settings, silence_s=0.02)
+    name, interrupted = ended(rig), deletion(rig)
+    reference = object_keys.reference_key(name)
+    rig.run(rig.objects.put(reference, b"{}"))
+    delete = rig.objects.delete
+
+    async def refused(keys: Sequence[str]) -> None:
+        if reference in keys:
+            raise Unreachable("The bucket does not respond.")
+        await delete(keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.objects, "delete", refused)
+        with pytest.raises(Unreachable):
+            rig.run(interrupted.delete(name))
+
+    async def sweep() -> None:
+        await interrupted.sweep_late(name)
+        running = asyncio.create_task(interrupted.run())
+        while await rig.objects.head(object_keys.deletion(name)) and not await commit.sweep_time(rig.objects, name):
+            await asyncio.sleep(0.01)
+        running.cancel()
+
+    rig.run(sweep())
+    assert rig.run(rig.objects.head(reference)) is None
+    assert rig.run(commit.sweep_time(rig.objects, name))
+    assert is_gone(rig, name)
+
+
 def test_job_that_is_submitted_during_the_deletion_of_its_input_never_runs_with_a_part(rig: Rig) -> None:
     """The job waits while the deletion may still be refused, and is FAILED after the deletion."""
     name = ended(rig)
@@ -375,6 +411,22 @@ def test_job_that_is_submitted_during_the_deletion_of_its_input_never_runs_with_
     view = rig.ended(reader.id)
     assert view["state"] == "FAILED"
     assert f"The input belongs to job {name}, which was deleted" in view["reason"]
+
+
+@pytest.mark.parametrize("prefix", ["jobs/", "raw/", "files/", "logs/", "reports/"])
+def test_job_that_reads_the_objects_of_all_jobs_waits_for_deletions(rig: Rig, prefix: str) -> None:
+    name, swept = ended(rig), ended(rig, "swept")
+    rig.client.delete(swept)
+    rig.run(rig.objects.put(f"{prefix}{name}/late.json", b"{}"))
+    rig.run(rig.objects.put(object_keys.deletion(name), json_format.deleted_job(name)))
+    reader = replace(job("reader", "reader"), input=InputDef(keys=(prefix,)))
+    rig.client.submit(reader)
+    rig.until(lambda: "is being deleted" in rig.manager.lives[reader.id].trouble, "the wait for the deletion")
+    assert f"job {name} is being deleted" in rig.manager.lives[reader.id].trouble
+    rig.run(rig.objects.delete([object_keys.deletion(name)]))
+    rig.until(lambda: rig.client.job(reader.id)["stages"][0]["planned"], "the plan after the end of the deletion")
+    with pytest.raises(Refused, match=f"Job {reader.id} reads objects of job {name}"):
+        rig.client.delete(name)
 
 
 def test_active_job_that_another_manager_accepted_keeps_its_input(rig: Rig) -> None:
@@ -415,3 +467,74 @@ def test_deletion_is_finished_if_the_ledger_and_the_bucket_lost_the_job(rig: Rig
     rig.client.rebuild()
     assert rig.client.delete(name)["objects"] > 0
     assert is_gone(rig, name)
+
+
+@pytest.mark.parametrize("is_restored", [False, True])
+def test_input_of_an_active_job_that_the_ledger_has_lost_is_kept(rig: Rig, is_restored: bool) -> None:
+    name = ended(rig)
+    reader = replace(job("reader", "reader"), input=InputDef(keys=(f"{object_keys.raw(name)}0",)), start_at_s=4e9)
+    rig.submit(reader)
+    rig.run(rig.ledger.forget())
+    if is_restored:
+        rig.run(rig.manager.job_record(name))
+    with pytest.raises(Refused, match=f"has lost job {reader.id}, which reads objects of job {name}") as refused:
+        rig.client.delete(name)
+    assert "batchlab grid rebuild-ledger" in refused.value.remedy
+    assert object_keys.deletion(name) not in objects_of(rig, name)
+    rig.client.rebuild()
+    with pytest.raises(Refused, match=f"Job {reader.id} reads objects of job {name}"):
+        rig.client.delete(name)
+    rig.client.cancel(reader.id)
+    rig.ended(reader.id)
+    rig.client.delete(name)
+    assert is_gone(rig, name)
+
+
+def test_search_for_lost_jobs_skips_objects_of_large_jobs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchlab.adapters.memory.objects.PAGE", 3)
+    deleted = ended(rig, "deleted")
+    rig.client.delete(deleted)
+    names, spec = [ended(rig, f"t{number}") for number in range(3)], object_keys.spec(JobId("x"))
+    for name in names:
+        # The names of the stages are before and after the name of the definition.
+        for key in (f"jobs/{name}/{stage}/{n}.json" for stage in ("spec-1", "spec.jso", "z") for n in range(30)):
+            rig.run(rig.objects.put(key, b"{}"))
+    rig.run(rig.objects.put(spec, b"damaged" * 100))
+    known, calls = rig.run(lost_jobs(rig.manager.ports)), []
+    assert known == []
+    rig.run(rig.ledger.forget(names[:2]))
+    page = rig.objects._page  # type: ignore[attr-defined]
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return page(*args)
+
+    monkeypatch.setattr(rig.objects, "_page", counted)
+    assert [lost.id for lost in rig.run(lost_jobs(rig.manager.ports))] == sorted(names[:2])
+    assert len(calls) < 60
+
+
+def test_request_whose_job_only_the_bucket_has_does_not_delete_a_retried_job(rig: Rig) -> None:
+    """The request of the deletion was written, and then the ledger was lost. A retry was committed before the loss."""
+    name = ended(rig, bad=(1,))
+    rig.client.retry(name)
+    rig.run(rig.objects.put(object_keys.deletion(name), json_format.deleted_job(name)))
+    rig.run(rig.ledger.forget([name]))
+    rig.manager.lives.pop(name)
+    rig.run(deletion(rig).finish_interrupted())
+    assert object_keys.deletion(name) not in objects_of(rig, name)
+    rig.outstanding(name, 1)
+    rig.work(name, 1)
+    assert rig.ended(name)["state"] == "SUCCEEDED"
+
+
+def test_request_whose_job_cannot_be_restored_is_dropped(rig: Rig) -> None:
+    name = ended(rig)
+    rig.run(rig.objects.put(object_keys.deletion(name), json_format.deleted_job(name)))
+    rig.run(rig.objects.put(object_keys.spec(name), b"damaged"))
+    rig.run(rig.ledger.forget([name]))
+    before = objects_of(rig, name)
+    with pytest.raises(NotFound):
+        rig.client.delete(name)
+    rig.run(deletion(rig).finish_interrupted())
+    assert {*before} - {*objects_of(rig, name)} == {object_keys.deletion(name)}

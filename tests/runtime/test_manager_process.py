@@ -9,6 +9,7 @@ import pytest
 
 from batchlab.runtime import manager_process
 from batchlab.runtime.home import Home
+from tests.support.processes import is_running
 from tests.support.waiting import until
 
 
@@ -17,7 +18,7 @@ def test_exited_manager_is_reaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         try:
             started = {one.pid: one for one in (dead, living)}
             monkeypatch.setattr(manager_process, "_STARTED", started)
-            until(lambda: ") Z " in Path(f"/proc/{dead.pid}/stat").read_text())
+            until(lambda: not is_running(dead.pid))
             assert not manager_process.stop_manager(Home(tmp_path))
             assert dead.returncode == 0
             assert started == {living.pid: living}

@@ -130,6 +130,7 @@ def grid(**pools: list[InstanceView]) -> GridView:
         "owner": "m",
         "queues": [],
         "unreadable": 0,
+        "trouble": "",
         "settings": {},
         "pools": [
             {

@@ -61,7 +61,7 @@ def test_attempts_fail_and_poison_kills_as_configured() -> None:
     assert job.failed >= 1, "the poisonous one"
     assert job.succeeded + job.failed == job.planned == 20
     assert (record.lost, record.duplicates) == (0, 0)
-    killed = [instance for instance in record.instances if instance.note == "exit -9"]
+    killed = [instance for instance in record.instances if instance.note == "killed by SIGKILL, exit -9"]
     assert len(killed) >= LOSS_LIMIT, "each start of the poisonous task kills a worker"
     assert (record.again_s or 0.0) > 3 * 0.5
 

@@ -54,6 +54,7 @@ def test_each_kind_takes_its_time(kind: str, tmp_path: Path) -> None:
     assert 0.3 <= took_s < 0.3 + LATE_S
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc has the peak of the memory since the start of the program")
 def test_cpu_is_used_and_memory_is_held_and_disk_is_written(tmp_path: Path) -> None:
     item = {"t": {"work": [0.4, [], False]}}
     before_s = time.process_time()

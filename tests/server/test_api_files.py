@@ -19,6 +19,7 @@ from batchlab.core.model import JobId
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.server import job_views
 from batchlab.server.http import job_files, tasks
+from tests.support.processes import open_files
 from tests.support.server.api import TOKEN, Rig, job, later
 
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
@@ -177,10 +178,10 @@ def test_upload_is_streamed_to_disk_and_needs_space(rig: Rig, monkeypatch: pytes
 
     def watched(self: job_files._File, data: bytes) -> int:
         nonlocal most_open
-        most_open = max(most_open, len(list(Path("/proc/self/fd").iterdir())))
+        most_open = max(most_open, open_files())
         return write(self, data)
 
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_files()
     monkeypatch.setattr(job_files._File, "write", watched)
     many = [(f"sums/data/{number}.txt", "1\n" * 1000) for number in range(200)]
     assert send(rig, [*FILES, *many]).status_code == 201

@@ -67,6 +67,23 @@ def test_watcher_is_notified_when_a_worker_starts(rig: Rig) -> None:
     assert "runs 1 task in 1 bundle on 1 worker" in rig.client.why(name)
 
 
+def test_job_runs_once_a_worker_has_begun_a_bundle(rig: Rig) -> None:
+    """The state does not wait for the end of the first bundle, also after a pause."""
+    name = rig.submit(job(tasks=2))
+    first, second = rig.outstanding(name, 2)
+    (instance,) = rig.instances(1, "Pending")
+    rig.beat(instance)
+    rig.until(lambda: rig.client.job(name)["state"] == "STARTING", "the start")
+    rig.beat(instance, first, second)
+    view = rig.client.job(name)
+    (stage,) = view["stages"]
+    assert (view["state"], stage["running"], stage["succeeded"]) == ("RUNNING", 2, 0)
+    assert rig.client.pause(name)["state"] == "PAUSED"
+    assert rig.client.resume(name)["state"] == "RUNNING"
+    rig.work(name, 2)
+    assert rig.ended(name)["state"] == "SUCCEEDED"
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

@@ -89,6 +89,15 @@ def test_worker_reports_are_counted_once(rig: Rig) -> None:
     assert not any("x\n" in str(key) for key in after)
 
 
+def test_job_with_a_running_bundle_counts_as_running(rig: Rig) -> None:
+    before = at(samples(rig), "jobs", state="running")
+    one = rig.submit(job("running", "running", tasks=1))
+    rig.beat(rig.instance(), *rig.outstanding(one, 1))
+    assert at(samples(rig), "jobs", state="running") == before + 1
+    rig.work(one, 1)
+    rig.ended(one)
+
+
 def test_number_of_series_does_not_grow_with_jobs(rig: Rig) -> None:
     before = samples(rig).keys()
     for number in range(3):

@@ -59,6 +59,17 @@ def test_running_counts_the_tasks_of_bundles_that_run_each_once() -> None:
     assert [stage["running"] for stage in stages] == [3, 0]
 
 
+@pytest.mark.parametrize("state", list(JobState))
+def test_job_with_a_running_task_is_not_starting(state: JobState) -> None:
+    """The ledger has the state RUNNING only after the first bundle."""
+    bundle = Bundle(JOB.id, MAP, TaskSet.span(0, 3))
+    live = live_job(bundle)
+    live.record = replace(live.record, state=state)
+    waits = state in (JobState.RUNNABLE, JobState.STARTING)
+    assert view(live, seen((bundle, True)))["state"] == ("RUNNING" if waits else state)
+    assert view(live, seen((bundle, False)))["state"] == state
+
+
 def test_bundle_with_an_outcome_is_not_running() -> None:
     bundle = Bundle(JOB.id, MAP, TaskSet.from_indices([1]))
     assert view(live_job(), seen((bundle, True)))["stages"][0]["running"] == 0

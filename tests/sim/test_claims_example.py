@@ -24,7 +24,7 @@ from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.faults import Faults
 from batchlab.sim.world import World
 from batchlab.worker.inflight_message import Runner
-from batchlab.worker.inline_child import InlineChildren, InlineRunner
+from batchlab.worker.inline_child import InlineChildren, SimulatedTaskRunner
 from examples.example_data import write_claims
 from tests.support import ROOT
 
@@ -33,7 +33,7 @@ EXAMPLE = ROOT / "examples" / "claims"
 
 def real_handlers(children: InlineChildren, world: World, die: Callable[[], None], objects: Objects) -> Runner:
     rng = world.rng("durations")
-    return InlineRunner(objects, world.clock, lambda _work, _task: rng.uniform(0.1, 2.0), children)
+    return SimulatedTaskRunner(objects, world.clock, lambda _work, _task: rng.uniform(0.1, 2.0), children)
 
 
 @pytest.mark.parametrize("crashes", [False, pytest.param(True, marks=pytest.mark.slow)])

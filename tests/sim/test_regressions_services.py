@@ -145,7 +145,7 @@ def test_a_malformed_message_is_dropped_and_the_manager_lives(queue: str, body: 
         assert world.managers == 1
         await _until_empty(world, object_keys.EVENTS, DEAD)
         assert (await leader(world)).trouble == ""
-        assert [w.ended for w in world.workers.values() if w.ended == "exit -9"] == []
+        assert [w.ended for w in world.workers.values() if w.ended == "killed by SIGKILL, exit -9"] == []
 
     in_world(act, script=takes(1.0))
 

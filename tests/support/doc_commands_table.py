@@ -53,7 +53,7 @@ batchlab job failures last
 batchlab job failures last --fingerprint db97f1813d04 => batchlab job failures last --fingerprint {fingerprint}
 batchlab job failures JOB => batchlab job failures {job}
 batchlab job show last parse/3
-! batchlab job replay-task last parse/3 --local
+! batchlab job replay-task last parse/3
 batchlab job logs last
 batchlab job logs last parse/3
 batchlab job logs last --failed
@@ -290,6 +290,10 @@ DEVELOPERS = (
     "BATCHLAB_FROM=200 BATCHLAB_SEEDS=2000 pytest -n auto tests/sim/test_fuzz.py",
     "BATCHLAB_LOOKS=write python -m pytest tests/browser/test_page_looks.py tests/browser/test_report_looks.py",
     "python3 -m venv .venv && .venv/bin/pip install -q uv && .venv/bin/uv sync -q --frozen",
+    ".ci/oldest",
+    "mkdir -p /tmp/bare",
+    "unshare --mount --map-root-user .venv/bin/python -m tests.support.bare_posix.enter /tmp/bare "
+    ".venv/bin/python -m pytest --all -n 0 tests/worker",
     ".venv/bin/pre-commit install",
     ".venv/bin/ruff format . && .venv/bin/ruff check .",
     ".venv/bin/mypy",

@@ -112,7 +112,7 @@ class TableLauncher:
     async def running(self) -> Mapping[str, str | None]:
         return dict(self.known)
 
-    def crash(self, instance: str, how: str = "exit -9") -> None:
+    def crash(self, instance: str, how: str = "killed by SIGKILL, exit -9") -> None:
         self.known[instance] = how
 
 
@@ -157,10 +157,13 @@ def sim_launcher(started: list[str] | None = None) -> SimLauncher:
 
 
 def process_launcher(
-    root: Path, clock: Clock | None = None, argv: Callable[[Pool, str], Sequence[str]] = worker_argv
+    root: Path,
+    clock: Clock | None = None,
+    argv: Callable[[Pool, str], Sequence[str]] = worker_argv,
+    scratch: Path | None = None,
 ) -> ProcessLauncher:
     env = {"PATH": os.environ["PATH"]}
-    return ProcessLauncher(root, argv, clock or LoopClock(), env)
+    return ProcessLauncher(root, argv, clock or LoopClock(), env, scratch=scratch)
 
 
 def pid_of(launcher_root: Path, instance: str) -> int:
@@ -178,7 +181,7 @@ class FleetRig:
     """Sends an instance's first heartbeat."""
     rest: Callable[[], Awaitable[None]]
     """Waits for changes before the next look."""
-    told: str = "exit -9"
+    told: str = "killed by SIGKILL, exit -9"
     """The reason that the fleet reports for a crashed instance."""
     dead: list[Instance] = field(default_factory=list)
     """All instances that the ticks returned."""

@@ -23,7 +23,7 @@ WAITS_S: Mapping[str, float] = {
     "tests/contract/test_queue_waiting.py": 100,
     "tests/system/test_replay_localstack.py": 90,
     "tests/system/test_executor_cpython.py": 90,
-    "tests/system/test_portable_grid.py": 90,
+    "tests/system/test_bare_posix.py": 160,
 }
 """Files whose tests mostly wait, and the total seconds of each file in CI on two cores."""
 

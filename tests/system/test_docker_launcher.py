@@ -184,7 +184,7 @@ def test_an_instance_that_still_boots_is_called_off(grid: DockerGrid) -> None:
         try:
             await launcher.launch(STEADY, "i-1")
             await launcher.terminate("i-1", grace_s=60.0)
-            assert await launcher.running() == {"i-1": "exit -15"}
+            assert await launcher.running() == {"i-1": "killed by SIGTERM, exit -15"}
             with Engine() as engine:
                 assert find_resources(engine, grid.labels) == []
         finally:
@@ -202,7 +202,7 @@ def test_termination_during_the_start_is_delivered(grid: DockerGrid) -> None:
                 await asyncio.sleep(0.05 * n)
                 await launcher.terminate(f"i-{n}", grace_s=60.0)
             for n in range(3):
-                assert await end_of(launcher, f"i-{n}") in ("exit 0", "exit -15")
+                assert await end_of(launcher, f"i-{n}") in ("exit 0", "killed by SIGTERM, exit -15")
         finally:
             await launcher.close(kill=True)
 
@@ -293,7 +293,7 @@ def test_removed_container_has_ended(grid: DockerGrid) -> None:
             launcher.changed.clear()
             grid.api.remove_container(grid.name("i-1"), force=True)
             await asyncio.wait_for(launcher.changed.wait(), DEADLINE_S)
-            assert await end_of(launcher, "i-1") in ("its container was removed", "exit -9")
+            assert await end_of(launcher, "i-1") in ("its container was removed", "killed by SIGKILL, exit -9")
             await launcher.terminate("i-1", grace_s=0.0)
         finally:
             await launcher.close(kill=True)
@@ -318,7 +318,7 @@ def test_running_container_missing_from_the_list_is_running(grid: DockerGrid, mo
                 patch.setattr(APIClient, "containers", early)
                 assert await launcher.running() == {"i-1": None}
             grid.api.kill(grid.name("i-1"))
-            assert await end_of(launcher, "i-1") == "exit -9"
+            assert await end_of(launcher, "i-1") == "killed by SIGKILL, exit -9"
         finally:
             await launcher.close(kill=True)
 
@@ -342,7 +342,7 @@ def test_a_paused_container_lives_and_can_be_ended(grid: DockerGrid) -> None:
             await launcher.terminate("i-1", grace_s=60.0)
             assert await end_of(launcher, "i-1") == "exit 0"
             await launcher.terminate("i-2", grace_s=0.0)
-            assert await end_of(launcher, "i-2") == "exit -9"
+            assert await end_of(launcher, "i-2") == "killed by SIGKILL, exit -9"
         finally:
             await launcher.close(kill=True)
 

@@ -108,13 +108,13 @@ def test_instances_outlive_their_manager_and_are_adopted(grid: DockerGrid) -> No
         try:
             known = await launcher.running()
             assert list(known) == ["steady-1", "stubborn-2", "steady-3", "steady-4"]
-            assert known["steady-4"] == "exit -9"
+            assert known["steady-4"] == "killed by SIGKILL, exit -9"
             await launcher.terminate("steady-1", grace_s=60.0)
             await launcher.terminate("stubborn-2", grace_s=0.1)
             grid.api.kill(grid.name("steady-3"))
             assert await end_of(launcher, "steady-1") == "exit 0"
-            assert await end_of(launcher, "stubborn-2") == "exit -9"
-            assert await end_of(launcher, "steady-3") == "exit -9"
+            assert await end_of(launcher, "stubborn-2") == "killed by SIGKILL, exit -9"
+            assert await end_of(launcher, "steady-3") == "killed by SIGKILL, exit -9"
             with pytest.raises(AlreadyExists):
                 await launcher.launch(STEADY, "steady-1")
         finally:
@@ -133,7 +133,7 @@ def test_a_deadline_outlives_the_manager_that_set_it(grid: DockerGrid, away_s: f
         launcher = grid.launcher(behaving, LoopClock())
         try:
             await launcher.running()
-            assert await end_of(launcher, "stubborn-ending") == "exit -9"
+            assert await end_of(launcher, "stubborn-ending") == "killed by SIGKILL, exit -9"
             assert (await launcher.running())["steady-1"] is None
             assert list((grid.root / "ending").iterdir()) == []
         finally:
@@ -177,7 +177,7 @@ def test_fleet_continues_after_its_manager_was_killed(grid: DockerGrid) -> None:
             while not dead:  # Docker reports the kill only after a while
                 await asyncio.sleep(0.1)
                 dead += [*await fleet.tick(), *await fleet.tick()]
-            assert [(i.id, i.note) for i in dead] == [("w-0001", "exit -9")]
+            assert [(i.id, i.note) for i in dead] == [("w-0001", "killed by SIGKILL, exit -9")]
             (view,) = await fleet.describe()
             assert counted(view) == ["w-0002", "w-0003"]
             assert names(view.instances)
@@ -234,8 +234,8 @@ def test_docker_may_stop_and_restart(grid: DockerGrid, tmp_path: Path, refused: 
                 launcher.changed.clear()
                 proxy.mend()
                 await asyncio.wait_for(launcher.changed.wait(), DEADLINE_S)
-                assert await end_of(launcher, "i-1") == "exit -9"
-                assert await end_of(launcher, "i-2") == "exit -9"
+                assert await end_of(launcher, "i-1") == "killed by SIGKILL, exit -9"
+                assert await end_of(launcher, "i-2") == "killed by SIGKILL, exit -9"
                 await launcher.launch(STEADY, "i-3")
                 await up(grid, "i-3")
                 launcher.changed.clear()

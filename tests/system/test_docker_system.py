@@ -58,7 +58,7 @@ def test_instance_boots_and_stops_its_services_before_its_end(grid: DockerGrid) 
         await launcher.terminate("i-1", grace_s=30.0)
         while (await launcher.running())["i-1"] is None:
             await asyncio.sleep(0.1)
-        assert (await launcher.running())["i-1"] != "exit -9"
+        assert (await launcher.running())["i-1"] != "killed by SIGKILL, exit -9"
 
     asyncio.run(asyncio.wait_for(begin(), 90))
     script = f"""

@@ -24,6 +24,7 @@ from tests.support.grid.executor_functions import HeldUp
 from tests.support.grid.fixtures import Bring
 from tests.support.grid.local_grid import processes_of
 from tests.support.grid.python_api import newest, warm_grid
+from tests.support.processes import is_sleeping
 from tests.support.waiting import until
 from tests.system.test_python_api_lifecycle import ended, output, start
 
@@ -326,11 +327,6 @@ def test_a_forked_process_is_refused_and_does_no_harm(grid: Grid, home: Path, tm
     assert printed[1:] == ["7 8"]
 
 
-def sleeps(pid: int) -> bool:
-    """Return whether the process's main thread sleeps, as the kernel reports."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
-
-
 def test_ctrl_c_in_a_block_cancels_its_calls(grid: Grid, home: Path, tmp_path: Path) -> None:
     """An interrupted program must not leave its calls running."""
     script = f"""
@@ -350,7 +346,7 @@ def test_ctrl_c_in_a_block_cancels_its_calls(grid: Grid, home: Path, tmp_path: P
         until(lambda: any(one["name"] == "interrupted" for one in grid.client.jobs()))
         # A signal that arrives just before a thread waits for a lock does not wake the thread. CPython checks for
         # signals before the wait.
-        until(lambda: sleeps(process.pid))
+        until(lambda: is_sleeping(process.pid))
         process.send_signal(signal.SIGINT)
         try:
             _, errors = process.communicate(timeout=30)

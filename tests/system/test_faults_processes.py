@@ -51,7 +51,7 @@ def test_killed_instances_are_replaced(bench: Bench) -> None:
         seen = work.hurt(FaultName.KILL, count=1)
         (target,) = seen.targets
         assert parent_of(before[target]) is None
-        assert seen.evidence == f"{target} (pid {before[target]}): exit -9"
+        assert seen.evidence == f"{target} (pid {before[target]}): killed by SIGKILL, exit -9"
         until(lambda: len(bench.in_service()) == 2 and target not in bench.in_service(), 30)
 
 

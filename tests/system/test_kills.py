@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -27,6 +26,7 @@ from batchlab.core.model import BundleId, JobId, Pool, StageName
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.protocol.settlement import LOSS_LIMIT
+from tests.support import mounts
 from tests.support.grid.fixtures import Bring
 from tests.support.grid.local_grid import LocalGrid, outcomes
 from tests.support.waiting import until
@@ -105,15 +105,8 @@ class Trial:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Mount a separate file system that can be filled. The mount needs root."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        if os.environ.get("CI"):
-            pytest.fail("CI promises root, but no file system can be mounted")
-        pytest.skip("mounting a file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounts.small_disk(tmp_path / "disk", DISK_BYTES) as folder:
+        yield folder
 
 
 def kill_each_second(trial: Trial, stop: threading.Event) -> None:

@@ -19,6 +19,7 @@ from batchlab.core.errors import UsageError
 from batchlab.core.operating_system import CAN_FORK
 from batchlab.runtime.home import Home
 from tests.support.grid.local_grid import processes_of
+from tests.support.processes import children, is_running
 from tests.support.waiting import until
 
 
@@ -82,7 +83,7 @@ def test_a_with_block_leaves_no_process_and_can_be_closed_again(tmp_path: Path) 
         assert len(pids) >= 3 + CAN_FORK
     with pytest.raises(ProcessLookupError):
         os.kill(record.pid, 0)  # the process is not even a zombie
-    until(lambda: not any(alive(pid) for pid in pids), 5)
+    until(lambda: not any(is_running(pid) for pid in pids), 5)
     grid.close()
     with pytest.raises(UsageError, match="closed"):
         grid.map(lambda x: x, [1])
@@ -90,17 +91,6 @@ def test_a_with_block_leaves_no_process_and_can_be_closed_again(tmp_path: Path) 
         next(kept)
     with pytest.raises(UsageError, match="closed"):
         grid.client.health()
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_a_grid_left_open_is_closed_when_python_ends(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from tests.support.grid.failing_tasks import (
     quick,
     verdict,
 )
+from tests.support.processes import command_line
 from tests.support.waiting import until
 
 __all__ = ["anywhere", "grids", "here", "quick", "verdict"]
@@ -38,7 +39,7 @@ __all__ = ["anywhere", "grids", "here", "quick", "verdict"]
 
 
 def test_failure_is_reproduced_under_pdb(anywhere: Ran) -> None:
-    done = anywhere.cli("replay-task", "parse/1", "--local", "--debug", typed="p text\nu\np line\nq\n")
+    done = anywhere.cli("replay-task", "parse/1", "--debug", typed="p text\nu\np line\nq\n")
     assert done.returncode == 1, done.stderr
     # The debugger shows the unexpected item in the failing frame.
     assert "'four'" in done.stdout
@@ -80,7 +81,7 @@ def test_a_task_is_shown_with_its_attempts_and_where_it_ran(here: Ran, quick: Qu
     last = doc["attempts"][-1]
     assert last["environment"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert last["log_bytes"] == len("parsing 2 lines of amounts.csv\n")
-    assert doc["replay"].endswith(f"replay-task {here.job} parse/1 --local --home {here.home}")
+    assert doc["replay"].endswith(f"replay-task {here.job} parse/1 --home {here.home}")
     code, out, _ = quick(here, "show", "double/1")
     assert "No attempt of the task has ended yet." in out
     assert "parse/1 has not succeeded" in out
@@ -152,8 +153,7 @@ def _folders_of(group: int) -> list[Path]:
     found = []
     for one in table():
         if one.group == group and one.pid != group:
-            words = Path(f"/proc/{one.pid}/cmdline").read_bytes().decode().split("\0")
-            found += [Path(word) for word in words if "batchlab-task-" in word]
+            found += [Path(word) for word in command_line(one.pid) if "batchlab-task-" in word]
     return found
 
 

@@ -4,6 +4,7 @@ worker."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import pytest
 
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.errors import BackendError, Unreachable
+from batchlab.worker import child_process
 from batchlab.worker.child_process import TICK_S, ChildProcess
 from batchlab.worker.inflight_message import Handle
-from tests.support.worker.runner import USER_CODE, alive, children_of, collect, go, opened, until
+from tests.support.processes import is_running
+from tests.support.worker.runner import USER_CODE, children_of, collect, go, opened, until
 
 
 def test_children_are_reused_for_the_same_code_and_only_for_it(tmp_path: Path) -> None:
@@ -122,6 +125,7 @@ WORKER = """
 import asyncio, sys
 from pathlib import Path
 from typing import Any
+from tests.support.processes import is_running
 from tests.support.worker.runner import opened
 
 async def main():
@@ -143,10 +147,10 @@ def test_children_and_their_programs_die_with_the_worker(tmp_path: Path, number:
             await until(lambda: mark.exists() and mark.read_text(), "the program's start")
             [child] = children_of(worker.pid)
             program = int(mark.read_text())
-            assert alive(child)
-            assert alive(program)
+            assert is_running(child)
+            assert is_running(program)
             worker.send_signal(number)
-            await until(lambda: not alive(child) and not alive(program), "their end")
+            await until(lambda: not is_running(child) and not is_running(program), "their end")
         finally:
             worker.kill()
             worker.wait()
@@ -165,6 +169,38 @@ def test_a_child_that_cannot_start_is_nobodys_failure(tmp_path: Path, monkeypatc
                 await rig.run([1])
             monkeypatch.undo()
             assert await rig.values([1]) == [1]
+
+    go(main())
+
+
+def test_a_worker_removes_the_files_of_a_killed_worker(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path) as rig:
+            for name in ("values", "functions", "run", "spare/spare-0", "code"):
+                (rig.scratch.root / name / "left").mkdir(parents=True)
+            rig.runner.prepare()
+            assert list(rig.scratch.root.glob("**/left")) == [rig.scratch.root / "code" / "left"]
+            assert await rig.values([1]) == [1]
+
+    go(main())
+
+
+def test_a_failed_kill_does_not_occupy_a_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with opened(tmp_path, slots=1) as rig:
+            pids: list[int] = []
+
+            def fail(pid: int) -> None:
+                pids.append(pid)
+                raise OSError(errno.EMFILE, "Too many open files")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(child_process, "kill_family", fail)
+                with pytest.raises(BackendError, match="Too many open files"):
+                    await asyncio.wait_for(rig.run([["sleep", 60]], timeout_s=0.2), 20)
+            assert pids
+            assert not any(Path(f"/proc/{pid}").exists() for pid in pids), "the child is reaped"
+            assert [ran.value for ran in await asyncio.wait_for(rig.run([1]), 20)] == [1]
 
     go(main())
 

@@ -10,7 +10,8 @@ import pytest
 
 from batchlab.core.model import FailureKind, Json
 from batchlab.core.protocol import values
-from tests.support.worker.runner import Rig, alive, go, opened, until
+from tests.support.processes import is_running
+from tests.support.worker.runner import Rig, go, opened, until
 
 SHOW = (sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))")
 
@@ -235,7 +236,7 @@ def test_a_commands_whole_family_ends_at_its_timeout(tmp_path: Path) -> None:
             got = await rig.values([0], command=("sh", "-c", script), timeout_s=0.4)
             assert got == ["timeout: ran longer than its timeout of 0.4 s"]
             pids = [int(pid) for pid in mark.read_text().split()]
-            await until(lambda: not any(map(alive, pids)), "the family's end")
+            await until(lambda: not any(map(is_running, pids)), "the family's end")
 
     go(main())
 

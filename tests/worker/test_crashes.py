@@ -15,7 +15,8 @@ from batchlab.core.protocol.settlement import LOSS_LIMIT
 from batchlab.worker.child import EXIT_PIPE_LOST
 from batchlab.worker.child_process import describe_exit
 from batchlab.worker.inflight_message import Handle
-from tests.support.worker.runner import alive, collect, go, opened, until
+from tests.support.processes import is_running
+from tests.support.worker.runner import collect, go, opened, until
 
 # --- Failures that end the process ---------------------------------------------------------------
 
@@ -178,7 +179,7 @@ def test_a_program_left_behind_neither_delays_nor_survives(tmp_path: Path) -> No
             [pid, failure, fine] = await rig.values([["linger"], ["die", 1], "fine"])
             assert "killed its process: exit 1" in failure
             assert fine == "fine"
-            await until(lambda: not alive(pid), "the program's end")
+            await until(lambda: not is_running(pid), "the program's end")
 
     go(main())
 
@@ -193,7 +194,7 @@ def test_a_task_over_its_timeout_is_ended_with_its_programs(tmp_path: Path) -> N
             items = ["a", ["sleep_in_program", str(mark)], "b", ["sleep", 0.05]]
             got = await rig.values(items, timeout_s=0.6)
             assert got == ["a", "timeout: ran longer than its timeout of 0.6 s", "b", "slept"]
-            assert not alive(int(mark.read_text()))
+            assert not is_running(int(mark.read_text()))
 
     go(main())
 
@@ -255,7 +256,7 @@ def test_kill_ends_the_running_task_promptly_and_yields_nothing_for_it(tmp_path:
             await until(lambda: handle.running == 1, "that the handle names it")
             pid = int(mark.read_text())
             handle.kill = True
-            took_s = await until(lambda: not alive(pid), "its end")
+            took_s = await until(lambda: not is_running(pid), "its end")
             await running
             assert [one.value for one in got] == ["a"]
             assert handle.running is None

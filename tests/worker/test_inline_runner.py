@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
 from batchlab.worker import code_cache
 from batchlab.worker.inflight_message import Handle, Work
-from batchlab.worker.inline_child import InlineChildren, InlineRunner
+from batchlab.worker.inline_child import InlineChildren, SimulatedTaskRunner
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ def late(item):
 
 
 class Sim:
-    """A virtual-time loop with a bucket and an InlineRunner. Every task takes `seconds`."""
+    """A virtual-time loop with a bucket and a SimulatedTaskRunner. Every task takes `seconds`."""
 
     def __init__(self, seconds: float = 10.0, objects: SimObjects | None = None) -> None:
         self.loop = SimLoop()
@@ -58,7 +59,7 @@ class Sim:
         self.seconds = seconds
         self.asked: list[int] = []
         self.children = InlineChildren()
-        self.runner = InlineRunner(self.objects, self.clock, self._duration_s, self.children)
+        self.runner = SimulatedTaskRunner(self.objects, self.clock, self._duration_s, self.children)
         self.numbers = iter(range(1000))
 
     def _duration_s(self, work: Work, task: int) -> float:
@@ -112,6 +113,22 @@ def test_tasks_take_virtual_time_and_give_real_results(tmp_path: Path) -> None:
         assert sim.asked == [0, 1, 2, 3, 4]
 
     sim.go(main())
+
+
+def test_a_runner_that_is_not_closed_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers of a simulated run end without a drain, so their runners are not closed."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    sim = Sim()
+
+    async def main() -> None:
+        ran = await sim.run(sim.work([1], code=await sim.pack(tmp_path)))
+        assert ran[0].failure is None
+
+    with sim.children:
+        sim.loop.run(main())
+    assert list(temporary.iterdir()) == []
 
 
 def test_two_jobs_with_modules_of_the_same_names_do_not_meet(tmp_path: Path) -> None:

@@ -285,6 +285,7 @@ def test_a_pickled_function_takes_and_gives_any_object(tmp_path: Path) -> None:
             await rig.objects.delete(["jobs/j/fn"])
             again = await rig.values([5], handler="pickle:jobs/j/fn", folder=None)
             assert again == [15], "the function should have been kept"
+            assert await rig.values([5], handler="pickle:jobs/j/fn") == [15], "with code"
             failure = await rig.failure(1, handler="pickle:jobs/j/none", folder=None)
             assert failure.kind is FailureKind.IMPORT
 

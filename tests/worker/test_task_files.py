@@ -222,6 +222,19 @@ def test_saved_files_are_stored_under_the_executions_own_prefix(tmp_path: Path) 
     go(main())
 
 
+def test_objects_of_files_whose_names_differ_in_case_have_different_names(tmp_path: Path) -> None:
+    """On `local`, the objects may be on a file system that ignores case."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as rig:
+            [saved] = await rig.values([["save", "A.txt", "a.txt"]])
+            assert [ref["name"] for ref in saved] == ["A.txt", "a.txt"]
+            assert [ref["$file"].partition("/e-1/")[2] for ref in saved] == ["0/A.txt", "0/2-a.txt"]
+            assert [await rig.objects.get(ref["$file"]) for ref in saved] == [b"A.txt", b"a.txt"]
+
+    go(main())
+
+
 def test_a_value_of_more_than_32_kib_becomes_an_object(tmp_path: Path) -> None:
     async def main() -> None:
         async with opened(tmp_path) as rig:

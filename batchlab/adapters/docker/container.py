@@ -19,6 +19,7 @@ from batchlab.adapters.local.processes import INSTANCE_VARIABLE
 from batchlab.core.errors import AlreadyExists, BackendError
 from batchlab.core.instance_types import Share
 from batchlab.core.model import Machine, Market, Pool
+from batchlab.core.text import process_end
 
 if TYPE_CHECKING:
     from docker import APIClient
@@ -249,8 +250,8 @@ def end_text(state: Mapping[str, Any], *, killed: bool) -> str:
     if state.get("OOMKilled") and code == _SIGNALLED + 9 and not killed:
         return "out of memory"
     if _SIGNALLED < code <= _SIGNALLED + _LAST_SIGNAL:
-        return f"exit -{code - _SIGNALLED}"
-    return f"exit {code}"
+        code = _SIGNALLED - code
+    return process_end(code)
 
 
 def metadata_of(row: Mapping[str, Any], address: str) -> Metadata:

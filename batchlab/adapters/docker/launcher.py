@@ -45,6 +45,7 @@ from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Unreacha
 from batchlab.core.instance_types import Catalog
 from batchlab.core.model import Machine, Pool
 from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
+from batchlab.core.text import TERMINATED
 
 log = logging.getLogger(__name__)
 
@@ -299,7 +300,7 @@ class ContainerLauncher:
         """End a container that has not been started."""
         if container.boot is not None:
             container.boot.cancel()
-        self._end(container, "exit -15")
+        self._end(container, TERMINATED)
         await self._remove(container)
 
     # --- Ending ----------------------------------------------------------------------------------

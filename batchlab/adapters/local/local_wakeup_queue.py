@@ -58,13 +58,18 @@ class WakeupFifo:
         return await wait_until_readable(self._fd, timeout_s)
 
     def close(self) -> bool:
-        """Remove the FIFO. Return True if a sender has sent a wakeup or is about to send one."""
+        """Remove the FIFO. Return True if a sender has sent a wakeup or is about to send one.
+
+        Repeated calls of `close` are safe.
+        """
+        fd, self._fd = self._fd, -1
         try:
             self._path.unlink()
         except FileNotFoundError:
             return True
         finally:
-            os.close(self._fd)
+            if fd >= 0:
+                os.close(fd)
         return False
 
 

@@ -14,13 +14,14 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from batchlab.adapters.local.fork_server import ForkServer, ForkServerEndedError, PendingFork
 from batchlab.core.atomic_write import private, write_whole
@@ -31,12 +32,14 @@ from batchlab.core.operating_system.processes import (
     boot_id,
     exit_code,
     is_alive,
+    kill_group,
     open_watch,
     session_leader,
     start_mark,
     watch,
 )
 from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S, Clock
+from batchlab.core.text import process_end
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +83,8 @@ class ProcessLauncher:
 
     `argv` returns the command line of a pool's instance. `env` is the environment of instances, to which the pool's own
     variables are added. With a `fork_server`, `argv` must begin with the server's program. With a `fork_server`,
-    instances are its forks, except in pools with their own environment. The launcher sets `changed` when an instance
-    ends. The task that waits for `changed` clears `changed`.
+    instances are its forks, except in pools with their own environment. When an instance ends, the launcher removes the
+    folder `scratch`/<id>, and sets `changed`. The task that waits for `changed` clears `changed`.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class ProcessLauncher:
         clock: Clock,
         env: Mapping[str, str],
         fork_server: ForkServer | None = None,
+        scratch: Path | None = None,
     ) -> None:
         self.changed = asyncio.Event()
         self._records = root / "instances"
@@ -99,7 +103,8 @@ class ProcessLauncher:
         self._clock = clock
         self._env = env
         self._fork_server = fork_server
-        self._reaping: set[asyncio.Task[None]] = set()
+        self._scratch = scratch
+        self._background: set[asyncio.Task[None]] = set()
         self._processes: dict[str, _Process] | None = None
 
     def prepare(self) -> None:
@@ -182,7 +187,10 @@ class ProcessLauncher:
             await asyncio.gather(*(process.exited.wait() for process in living))
         for process in living:
             self._release(process)
-        await asyncio.gather(*self._reaping)
+        while ending := list(self._background):  # The end of an instance starts the removal of its folder.
+            await asyncio.gather(*ending)
+            # A wait for ended tasks does not give the loop a chance to run their callbacks.
+            self._background.difference_update(ending)
         self.end_fork_server()
 
     def end_fork_server(self) -> None:
@@ -194,7 +202,7 @@ class ProcessLauncher:
         record = process.record
         self._release(process)  # The end of an instance whose launch failed must not be reported.
         if record.pid:
-            os.killpg(record.pid, signal.SIGKILL)
+            kill_group(record.pid)
             if not process.is_fork:
                 os.waitpid(record.pid, 0)
         self._path(record.instance).unlink(missing_ok=True)
@@ -237,11 +245,14 @@ class ProcessLauncher:
         _kill_group(process.record)
         self._release(process)
         if process.is_fork and self._fork_server:
-            reaping = asyncio.get_running_loop().create_task(self._reap(process, self._fork_server))
-            self._reaping.add(reaping)
-            reaping.add_done_callback(self._reaping.discard)
+            self._start(self._reap(process, self._fork_server))
         else:
             self._end(process, _end_text(exit_code(process.record.pid)))
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def _reap(self, process: _Process, fork_server: ForkServer) -> None:
         self._end(process, _end_text(await fork_server.exit_code(process.record.pid)))
@@ -252,6 +263,9 @@ class ProcessLauncher:
         process.exited.set()
         self.changed.set()
         log.info("ended: %s", how, extra=_about(process.record))
+        if self._scratch:
+            # Instances never have the id of an earlier instance, so no other instance uses the folder.
+            self._start(_remove(self._scratch / process.record.instance))
         try:
             self._write(process.record)
         except OSError as error:
@@ -307,15 +321,23 @@ class ProcessLauncher:
 
     def _read(self, path: Path) -> _Record:
         try:
-            return _Record(**json.loads(path.read_text()))
+            record = _Record(**json.loads(path.read_text()))
+            if record.instance != path.stem:
+                raise ValueError(record.instance)
+            return record
         except (ValueError, TypeError):
             # The record file is damaged or of another version. The launcher finds the instance of a damaged record by
             # its environment.
             return _Record(path.stem, "", boot_id())
 
 
+async def _remove(folder: Path) -> None:
+    # A program that a task left running may still write into the folder.
+    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+
 def _end_text(code: int | None) -> str:
-    return _UNKNOWN if code is None else f"exit {code}"
+    return _UNKNOWN if code is None else process_end(code)
 
 
 def _about(record: _Record) -> dict[str, str]:
@@ -352,5 +374,4 @@ def _kill_group(record: _Record) -> None:
     # A process group may have members after its leader has ended, and these members keep the pid from being reused.
     # Another process could get the pid only between the check and the kill, after the kernel has used all other pids.
     if start_mark(record.pid) in (None, record.start_ticks):
-        with suppress(ProcessLookupError):
-            os.killpg(record.pid, signal.SIGKILL)
+        kill_group(record.pid)

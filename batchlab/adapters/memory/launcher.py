@@ -17,6 +17,7 @@ from typing import Protocol
 from batchlab.core.errors import AlreadyExists, BackendError
 from batchlab.core.model import Machine, Pool
 from batchlab.core.ports import ANY_MACHINE, KEEP_ENDED_S
+from batchlab.core.text import KILLED, TERMINATED
 
 
 class SimInstance(Protocol):
@@ -90,7 +91,7 @@ class SimLauncher:
         if slot is None or self._refresh(instance, slot) is not None:
             return
         if slot.worker is None:
-            self._end(instance, slot, "exit -15")
+            self._end(instance, slot, TERMINATED)
             return
         if slot.kill is None:
             self._context.run(slot.worker.stop, grace_s)
@@ -99,7 +100,7 @@ class SimLauncher:
         if slot.kill is None or due_s < slot.kill.when():
             if slot.kill is not None:
                 slot.kill.cancel()
-            slot.kill = loop.call_at(due_s, self._end, instance, slot, "exit -9", context=self._context)
+            slot.kill = loop.call_at(due_s, self._end, instance, slot, KILLED, context=self._context)
 
     async def running(self) -> Mapping[str, str | None]:
         now_s = asyncio.get_running_loop().time()
@@ -113,7 +114,7 @@ class SimLauncher:
             del self._slots[name]
         return ends
 
-    def crash(self, instance: str, note: str = "exit -9") -> None:
+    def crash(self, instance: str, note: str = KILLED) -> None:
         """End the instance at once, as if its worker had exited by itself.
 
         Raise KeyError if the instance is unknown.

@@ -52,6 +52,7 @@ __all__ = [
     "is_in_container",
     "is_stopped",
     "kill_family",
+    "kill_group",
     "open_watch",
     "owns_port",
     "parent_of",
@@ -107,11 +108,22 @@ def family(leader: int) -> set[int]:
 def kill_family(leader: int) -> None:
     """Send SIGKILL to the process group `leader` and to its descendants in other groups.
 
+    Processes of other users, such as those that `sudo` starts, continue to run.
     `leader` must not be reaped before the kill, because another process may reuse the id of a reaped process.
     """
     doomed = family(leader)
-    with suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
+    kill_group(leader)
     for pid in doomed - {leader}:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
+
+
+def kill_group(leader: int) -> None:
+    """Send SIGKILL to the process group `leader`. Ignore a group without a running process.
+
+    `leader` must not be reaped before the kill, unless the group still has members.
+    """
+    # A group whose processes have all exited, and are not reaped, is not an error on Linux. macOS raises
+    # PermissionError.
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)

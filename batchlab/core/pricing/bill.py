@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from batchlab.core.pricing import request_costs
 from batchlab.core.pricing.price_book import (
     AS_IF,
+    DIGITS,
     GB,
     HOURS_A_MONTH,
     MIN_BILLED_S,
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from batchlab.core.api_types import JobView
     from batchlab.core.api_usage_types import JobUseView
 
-DIGITS = 12
-"""Number of decimal places of the amounts of a bill."""
 UNUSED = 0.15
 """Assumed idle share of the instance time of a job whose instance time was not counted."""
 

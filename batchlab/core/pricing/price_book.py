@@ -9,6 +9,7 @@ prices for its own region. An amount is always shown with its currency.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from typing import Any
 from batchlab.core import installation
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Market
+from batchlab.core.text import significant
 
 CURRENCY = "USD"
+DIGITS = 12
+"""Number of decimal places of the amounts of a bill. Smaller parts of an amount are rounding errors."""
 HOURS_A_MONTH = 730.0
 """Number of hours that a month has in AWS's monthly prices."""
 GB = 1024.0**3
@@ -93,14 +97,20 @@ def range_json(usd: Usd) -> dict[str, float]:
 def _digits(usd: float) -> str:
     if abs(usd) >= 0.995:
         return f"{usd:,.2f}"
-    # Write three significant digits, except for amounts that are too small to matter.
-    text = f"{usd:.3g}" if abs(usd) >= 0.0001 else f"{usd:.6f}"
-    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
+    return significant(round(usd, DIGITS), 3)
 
 
 def shown(usd: float) -> str:
     """Return an amount as a text for a person, such as `1.25 USD` or `0.00432 USD`."""
     return f"{_digits(usd)} {CURRENCY}"
+
+
+def decimals(total: float, least: int = 6) -> int:
+    """Return the number of decimals of a table whose amounts add up to `total`.
+
+    The table shows at least three significant digits of the total, and at least `least` decimals.
+    """
+    return max(least, min(DIGITS, 2 - math.floor(math.log10(total)))) if total > 0 else least
 
 
 def parse(text: str) -> float:
@@ -110,11 +120,10 @@ def parse(text: str) -> float:
     """
     match = _AMOUNT.fullmatch(text.strip())
     if match is None or match[2].upper() != CURRENCY:
-        why = "" if match and not match[2] else f"Prices are in {CURRENCY}, nothing is converted: "
-        raise UsageError(
-            f"{text!r} is not an amount in {CURRENCY}.",
-            remedy=f"{why}{'w' if why else 'W'}rite for example 5{CURRENCY} or 0.50{CURRENCY}.",
-        )
+        remedy = f"Prices are in {CURRENCY}, nothing is converted: write for example 5{CURRENCY} or 0.50{CURRENCY}."
+        if match and not match[2]:
+            remedy = f"Did you mean {match[1]}{CURRENCY}?"
+        raise UsageError(f"{text!r} is not an amount in {CURRENCY}.", remedy=remedy)
     return float(match[1])
 
 

@@ -51,20 +51,22 @@ class CommitKeys:
         self._secret: bytes | None = None
         self._keys: dict[JobId, CommitKey] = {}
 
-    async def ensure(self) -> None:
-        """Read the secret of the grid, or create the secret if it does not exist.
+    async def ensure(self) -> bool:
+        """Read the secret of the grid, or create the secret if it does not exist. Return whether the secret existed.
 
         If the secret was deleted from the bucket, write the secret in memory to the bucket.
         """
+        existed = True
         try:
             secret = await self._read()
         except NotFound:
             if self._ids is None:
                 raise
-            secret = await self._create(self._ids)
+            existed, secret = False, await self._create(self._ids)
         if secret != self._secret:
             self._secret = secret
             self._keys.clear()
+        return existed
 
     async def _create(self, ids: Ids) -> bytes:
         drawn = "".join(ids.fresh("secret") for _ in range(8))

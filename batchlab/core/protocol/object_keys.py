@@ -393,7 +393,16 @@ def everything_of(job: JobId) -> tuple[str, ...]:
     Objects that tasks write have prefixes other than jobs/, because a rebuild lists committed objects only, and S3's
     lifecycle rules and policies match prefixes only.
     """
-    return (committed(job), raw(job), f"files/{job}/", f"logs/{job}/", reports(job))
+    return tuple(f"{prefix}{job}/" for prefix in _PREFIXES)
+
+
+_PREFIXES = (JOBS, "raw/", "files/", "logs/", "reports/")
+"""Prefixes of the keys of objects that belong to a job. The job's id follows."""
+
+
+def spans_jobs(keys: Iterable[str]) -> bool:
+    """Return whether an input with the keys `keys` may have objects of any job. A key that ends in "/" is a prefix."""
+    return any(key in _PREFIXES for key in keys)
 
 
 def reads(keys: Iterable[str], job: JobId) -> bool:

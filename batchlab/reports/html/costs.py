@@ -81,7 +81,7 @@ def cost(run: ReportRun) -> Cost | None:
     if not rows or run.job["cost_usd"] is None:
         return None
     total: Decimal = run.job["cost_usd"]
-    decimals = 2 if total >= 100 else 4 if total >= 1 else 6
+    decimals = price_book.decimals(float(total), least=2 if total >= 100 else 4 if total >= 1 else 6)
     looks = {kind: f"c{n}" for n, kind in enumerate(KINDS)}
     by_kind: dict[str, Decimal] = {}
     for row in rows:
@@ -108,7 +108,7 @@ def cost(run: ReportRun) -> Cost | None:
     parts = _parts(kinds, decimals)
     return Cost(
         total,
-        f"{total.quantize(Decimal(1).scaleb(-decimals)):,} USD",
+        f"{total.quantize(Decimal(1).scaleb(-decimals)):,f} USD",
         price_book.shown(float(total)),
         parts,
         _parts(lines, decimals),
@@ -130,7 +130,7 @@ def _parts(amounts: Sequence[tuple[str, str, Decimal, str]], decimals: int) -> t
     total = sum((usd for _, _, usd, _ in amounts), ZERO)
     rounded = adding_up([usd for _, _, usd, _ in amounts], decimals)
     return tuple(
-        Part(look, name, usd, f"{shown:,}", share(float(usd), float(total)), note)
+        Part(look, name, usd, f"{shown:,f}", share(float(usd), float(total)), note)
         for (look, name, usd, note), shown in zip(amounts, rounded, strict=True)
     )
 

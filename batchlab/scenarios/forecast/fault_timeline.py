@@ -16,7 +16,7 @@ from functools import partial
 from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.model import Market
 from batchlab.core.ports import MAX_BATCH, MAX_DELAY_S, MAX_WAIT_S, Clock, Notice, Outgoing
-from batchlab.core.text import count
+from batchlab.core.text import KILLED, count
 from batchlab.manager.ledger_rebuild import RebuildResult
 from batchlab.runtime.factory import Backend
 from batchlab.scenarios.forecast.simulated_work import ALL_WORKERS, Machines, SimulatedWork
@@ -114,7 +114,6 @@ class FaultyQueue(SimQueue):
         return Stream(self._seed, what, message.body)
 
 
-KILLED = "exit -9"
 INTERRUPTED = "Spot interruption"
 
 SETTLE_S = 0.001

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from botocore import xform_name
 from botocore.model import OperationModel, StructureShape
 
-from batchlab.fleet.api_types import GroupConfig, GroupDetails, InstanceDetails, LifecycleHook, Tag
+from batchlab.fleet.api_types import (
+    GroupConfig,
+    GroupDetails,
+    InstanceDetails,
+    InstancesDistribution,
+    LaunchTemplate,
+    LifecycleHook,
+    MixedInstancesPolicy,
+    Tag,
+)
 from batchlab.fleet.autoscaling import AutoScaling
 from batchlab.server.autoscaling_api.app import invalid
 from batchlab.server.autoscaling_api.parameters import (
@@ -146,9 +155,39 @@ def update(call: Call) -> Answer:
     del changes["auto_scaling_group_name"]
     if passive := _passive(other_parameters(GroupConfig, call.parameters)):
         changes["passive"] = tuple({**dict(_group_of(call, call.group).config.passive), **dict(passive)}.items())
+    if mixed := call.parameters.get("MixedInstancesPolicy"):
+        changes["mixed_instances_policy"] = _updated_policy(_group_of(call, call.group).config, mixed)
     desired = call.parameters.get("DesiredCapacity")
     call.engine.update_auto_scaling_group(call.group, changes, desired_capacity=desired)
     return {}
+
+
+def _updated_policy(config: GroupConfig, parameters: Parameters) -> MixedInstancesPolicy:
+    """Return a group's mixed instances policy after an update. As on AWS, omitted properties keep their values, and a
+    group without a mixed instances policy keeps its launch template.
+    """
+    old = config.mixed_instances_policy or MixedInstancesPolicy(config.launch_template or LaunchTemplate())
+    template, before = parameters.get("LaunchTemplate", {}), old.instances_distribution
+    shares = fields(InstancesDistribution, parameters.get("InstancesDistribution", {}))
+    if shares.get("spot_allocation_strategy", before.spot_allocation_strategy) != before.spot_allocation_strategy:
+        shares.setdefault("spot_instance_pools", None)  # Only one strategy has a number of pools.
+    given = {"LaunchTemplate": template.get("LaunchTemplateSpecification"), "Overrides": template.get("Overrides")}
+    kept = {
+        "launch_template": _by_id(old.launch_template),
+        "overrides": tuple(
+            replace(override, launch_template_specification=_by_id(special))
+            if (special := override.launch_template_specification)
+            else override
+            for override in old.overrides
+        ),
+    }
+    new = fields(MixedInstancesPolicy, {name: value for name, value in given.items() if value is not None})
+    return MixedInstancesPolicy(**{**kept, **new}, instances_distribution=replace(before, **shares))
+
+
+def _by_id(template: LaunchTemplate) -> LaunchTemplate:
+    """Return a stored reference to a launch template as a request has it. A request has either the id or the name."""
+    return replace(template, launch_template_name="") if template.launch_template_id else template
 
 
 def _passive(parameters: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

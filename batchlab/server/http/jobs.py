@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
@@ -18,7 +17,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
 from batchlab.core import api_types
-from batchlab.core.errors import NotFound
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, StageName, TaskSet
 from batchlab.core.ports import BundleRecord
@@ -205,8 +203,6 @@ async def delete(manager: Leader, served: StateDep, job: JobId) -> api_types.Del
 
     The id of a deleted job cannot be used again. A repeated request deletes the objects that workers have written late.
     """
-    with suppress(NotFound):  # the deletion of a deleted job removes late objects of its workers
-        await manager.job_record(job)
     objects = await manager.job_deletion.delete(job)
     served.groups.pop(job, None)
     return {"id": job, "objects": objects}

@@ -108,7 +108,7 @@ async def ask_cap(request: Request, manager: Leader, spending: SpendingDep, job:
         action=f"{_job(job)}/cap",
         back=_job(job),
         of=f"job {job}",
-        cap=use["max_cost_usd"],
+        cap=text.entered(use["max_cost_usd"]),
     )
 
 
@@ -130,7 +130,7 @@ async def ask_grid_cap(request: Request, spending: SpendingDep) -> Response:
         action="/costs/cap",
         back="/costs",
         of="the whole grid",
-        cap=use["max_cost_usd"],
+        cap=text.entered(use["max_cost_usd"]),
     )
 
 

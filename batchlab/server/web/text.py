@@ -13,9 +13,9 @@ from urllib.parse import quote, urlencode
 from markupsafe import Markup, escape
 
 from batchlab.core.api_types import EtaView, JobView, StageView
-from batchlab.core.pricing.bill import DIGITS
-from batchlab.core.pricing.price_book import Usd
+from batchlab.core.pricing.price_book import DIGITS, Usd
 from batchlab.core.text import count as count
+from batchlab.core.text import significant
 from batchlab.core.text import size as core_size
 from batchlab.core.text import span as core_span
 from batchlab.reports.html.source import visible as visible
@@ -74,6 +74,11 @@ def exactly(usd: Usd) -> tuple[Markup, str]:
     """Return an amount as `amount` does, with all digits of the most likely amount for programs."""
     shown, between = amount(usd)
     return Markup('<data value="{}">{}</data>').format(f"{usd.typical:.{DIGITS}f}", shown), between
+
+
+def entered(usd: float | None) -> str:
+    """Return a cap as the text in a form's field for an amount, or "" without a cap."""
+    return "" if usd is None else significant(usd, DIGITS)
 
 
 def to_go(view: EtaView) -> tuple[str, str]:

@@ -108,7 +108,7 @@ class Behaving:
     async def running(self) -> Mapping[str, str | None]:
         return await self.table.running()
 
-    def crash(self, instance: str, how: str = "exit -9") -> None:
+    def crash(self, instance: str, how: str = "killed by SIGKILL, exit -9") -> None:
         self.table.crash(instance, how)
         self.changed.set()
 

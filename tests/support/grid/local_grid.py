@@ -17,6 +17,7 @@ from batchlab.client.http import Client
 from batchlab.core.api_types import JobView
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Pool
+from batchlab.core.operating_system.processes import table
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import object_keys
 from batchlab.jobs import results, submission
@@ -24,6 +25,7 @@ from batchlab.jobs.job_file import load
 from batchlab.jobs.results import Listed
 from batchlab.runtime import factory, manager_process
 from batchlab.runtime.home import Home
+from tests.support.processes import command_line
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
 
@@ -154,16 +156,10 @@ def processes_of(home: Path) -> dict[int, list[str]]:
     emulator."""
     emulators = f"{home}/ministack/"
     found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().decode().split("\0")
-                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            ours = any(word == str(home) or word.startswith(emulators) for word in words)
-            if ours and state != "Z":
-                found[int(entry.name)] = words
+    for process in table():
+        words = command_line(process.pid)  # empty for a zombie
+        if any(word == str(home) or word.startswith(emulators) for word in words):
+            found[process.pid] = words
     return found
 
 

@@ -31,7 +31,9 @@ from batchlab.core.job_definition import InputDef, JobDef, StageDef
 from batchlab.core.model import Failure, FailureKind, JobId, Pool, Ran, StageName
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Ledger, Objects, Outgoing
+from batchlab.core.pricing.price_book import PriceBook
 from batchlab.core.pricing.request_costs import Pace
+from batchlab.core.pricing.usage import Accounting
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.commit_keys import jobs_in, with_proofs
 from batchlab.core.protocol.messages import Beat, Events, HeldBundle, events_message
@@ -91,7 +93,8 @@ class Rig:
     """A running manager with an API. If `lead` is false, the manager does not take the lease.
 
     With `home`, the ledger and the bucket are in this folder, and stay after the end of the manager. `reports` is a
-    folder for temporary files of HTML reports, or None for a page without reports.
+    folder for temporary files of HTML reports, or None for a page without reports. With `prices`, the manager counts
+    usage, and the page shows costs.
     """
 
     pools: Sequence[Pool] = (Pool("default", max_size=2, slots=2),)
@@ -99,6 +102,7 @@ class Rig:
     failure: Callable[[int], Failure] = field(default_factory=lambda: _failure)
     home: Home | None = None
     reports: Path | None = None
+    prices: PriceBook | None = None
 
     def __enter__(self) -> Self:
         self.shutdowns = 0
@@ -136,7 +140,8 @@ class Rig:
         self.fleet = ManagedFleet(launcher, clock, ids, MemoryState())
         patience = Patience(random.Random(3), limit_s=0.2)
         ports = Ports(self.objects, self.queue, self.fleet, self.ledger, clock, ids, patience)
-        self.manager = Manager(ports, SETTINGS, self.pools, "manager-1", schedules=True)
+        accounting = Accounting(lambda _: 0.1) if self.prices else None
+        self.manager = Manager(ports, SETTINGS, self.pools, "manager-1", schedules=True, accounting=accounting)
         self.app, self.served = create_app(
             self.manager, token=TOKEN, backend_name="memory", on_shutdown=self._count_shutdown, hosts=["grid.example"]
         )
@@ -144,7 +149,7 @@ class Rig:
         if self.reports:
             writer = Writer(self.objects, patience, Setting("local", self.pools, Pace()), self.reports)
             reports = HtmlReports(self.objects, writer, self.reports)
-        web.mount(self.app, self.served, reports=reports)
+        web.mount(self.app, self.served, prices=self.prices, reports=reports)
         config = uvicorn.Config(self.app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         with listen("127.0.0.1", 0) as listener:

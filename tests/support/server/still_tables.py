@@ -95,7 +95,11 @@ GROUPS = (
                 note="terminated: Spot interruption, at the latest in 2 min",
             ),
             _instance(
-                name="0a83b7d5e9f2c1a64", state=LifecycleState.TERMINATED, age_s=1480, healthy=False, note="exit -9"
+                name="0a83b7d5e9f2c1a64",
+                state=LifecycleState.TERMINATED,
+                age_s=1480,
+                healthy=False,
+                note="killed by SIGKILL, exit -9",
             ),
         ),
     ),

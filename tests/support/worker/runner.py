@@ -18,6 +18,7 @@ from batchlab.core.ports import LocalFiles, Objects
 from batchlab.worker import code_cache
 from batchlab.worker.inflight_message import Handle, Scratch, Work
 from batchlab.worker.process_runner import ProcessRunner
+from tests.support.processes import children, command_line
 
 USER_CODE = Path(__file__).parent / "user_code"
 
@@ -118,24 +119,6 @@ async def until(true: Callable[[], Any], what: str, limit_s: float = 20.0) -> fl
     return time.monotonic() - began_s
 
 
-def alive(pid: int) -> bool:
-    """Return whether the process runs. A zombie does not count as running."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def children_of(pid: int | None = None) -> set[int]:
     """Return the pids of the task children. Other tests of this process may run a grid at the same time."""
-    pid = pid or os.getpid()
-    listed = Path(f"/proc/{pid}/task").iterdir()
-    found = {int(one) for task in listed for one in (task / "children").read_text().split()}
-    return {one for one in found if "batchlab.worker.child" in _command(one)}
-
-
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""  # the process has just ended
+    return {one for one in children(pid or os.getpid()) if "batchlab.worker.child" in command_line(one)}

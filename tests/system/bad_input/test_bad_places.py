@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import socket
 import sqlite3
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from tests.support import mounts
 from tests.system.bad_input import jobs
 from tests.system.bad_input.case import check, put, swap
 from tests.system.bad_input.shell import Shell
@@ -64,15 +63,8 @@ def test_results_that_find_no_folder_are_not_lost(shell: Shell) -> None:
 @pytest.fixture
 def small_scratch(shell: Shell) -> Iterator[Path]:
     """Mount a separate file system for the workers' scratch folder. The mount needs root."""
-    folder = shell.home / "scratch"
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        if os.environ.get("CI"):
-            pytest.fail("CI promises root, but no file system can be mounted")
-        pytest.skip("mounting a file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounts.small_disk(shell.home / "scratch", DISK_BYTES) as folder:
+        yield folder
 
 
 FILLS = """\

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from batchlab.deploy.account import Account
+from batchlab.deploy.apply import has_old_instances
 from batchlab.runtime import aws_deployment
 from batchlab.runtime.home import Home
 from tests.support.aws.deploy import client, group, queues, release, stacks
@@ -227,6 +228,29 @@ def test_apply_repeats_a_failed_replacement(
     code, _, err = deploy("apply", "--yes", "--release", archive)
     assert code == 0, err
     assert len(refreshes) == 1
+
+
+TEMPLATE = {"LaunchTemplateId": "lt-2", "LaunchTemplateName": "two", "Version": "1"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "observed", "is_old"),
+    [
+        (TEMPLATE, TEMPLATE, False),
+        (TEMPLATE, {**TEMPLATE, "Version": "2"}, True),
+        # A replaced launch template begins at version 1 again.
+        (TEMPLATE, {"LaunchTemplateId": "lt-1", "LaunchTemplateName": "one", "Version": "1"}, True),
+        ({"LaunchTemplateName": "two", "Version": "1"}, TEMPLATE, False),
+        (TEMPLATE, {}, False),
+    ],
+)
+def test_instance_with_another_template_or_version_is_old(
+    wanted: dict[str, str], observed: dict[str, str], is_old: bool
+) -> None:
+    instances = [{"LaunchTemplate": wanted}, {"LaunchTemplate": observed}]
+    mixed = {"MixedInstancesPolicy": {"LaunchTemplate": {"LaunchTemplateSpecification": wanted}}}
+    for configuration in ({"LaunchTemplate": wanted}, mixed):
+        assert has_old_instances({**configuration, "Instances": instances}) is is_old
 
 
 def test_running_replacement_is_not_a_failure(

@@ -21,8 +21,10 @@ from batchlab.cli import demo, rehearsal_jobs
 from batchlab.cli.rehearsal_steps import STACK, Site
 from batchlab.conform import check_table
 from batchlab.conform.check import Check, Differs, Severity
+from batchlab.core.errors import BackendError
 from batchlab.deploy import template
 from batchlab.deploy.account import Account
+from batchlab.deploy.leftovers import Leftovers
 from batchlab.deploy.rehearsal import Step
 from examples.example_data import write_claims, write_records, write_rides
 from tests.support.aws.deploy import SMALL, release
@@ -295,6 +297,21 @@ def test_a_resource_that_the_destruction_leaves_is_removed_and_reported(rehearse
     rehearse.nothing_is_left()
 
 
+def test_a_search_that_aws_does_not_allow_is_not_a_clean_account(rehearse: Rehearse) -> None:
+    def refuse(_: object) -> None:
+        raise BackendError("me may not do tag:GetResources.")
+
+    rehearse.patch.setattr(Leftovers, "tagged_resources", refuse)
+    rehearse.only("destroy", "leftovers")
+    code, out, err = rehearse()
+    assert code == 1, err
+    command = "batchlab gc --aws --yes --region us-east-1"
+    (left,) = rehearse.report["left"]
+    assert left == {"resource": f"resources with the tag of the stack {STACK}, perhaps", "command": command}
+    assert "Nothing was found." not in (rehearse.home / "aws" / "rehearsal" / "report.md").read_text()
+    assert f"Remove it with: {command}" in out
+
+
 # --- Signals -------------------------------------------------------------------------------------
 
 
@@ -329,6 +346,20 @@ def test_a_signal_destroys_everything(rehearse: Rehearse, number: signal.Signals
     assert "Traceback" not in err
     assert "The step was interrupted." in out
     assert "The rehearsal was interrupted." in out
+    rehearse.nothing_is_left()
+
+
+def test_a_closed_pipe_destroys_everything(rehearse: Rehearse) -> None:
+    """Ctrl-C also ends `tee` in `batchlab deploy rehearse 2>&1 | tee log`."""
+    with started(rehearse) as running:
+        until_said(running, ["The resources of the stack exist"])
+        assert running.stderr
+        assert running.stdout
+        running.stderr.close()
+        running.send_signal(signal.SIGINT)
+        out = running.stdout.read()
+        assert running.wait(300) == 130, out
+    assert re.search(r"destroy +passed", out), out
     rehearse.nothing_is_left()
 
 
