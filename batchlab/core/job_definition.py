@@ -143,6 +143,10 @@ class NotifyDef:
     stuck_s: float = 600.0
 
 
+MAX_DEPENDENCIES = 20
+"""Maximum number of jobs that a job depends on. AWS Batch has the same limit."""
+
+
 class Condition(StrEnum):
     """Conditions of a dependency."""
 

@@ -17,7 +17,7 @@ from functools import partial
 from batchlab.core import notifications
 from batchlab.core.atomic_write import check_key
 from batchlab.core.errors import NotFound, UsageError
-from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.job_definition import MAX_DEPENDENCIES, JobDef, StageDef
 from batchlab.core.notifications import NotificationSettings
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import MAX_S, handler
@@ -25,8 +25,6 @@ from batchlab.manager.state import Ports
 
 MAX_NAME_LENGTH = 200
 MAX_TAG_LENGTH = 1000
-MAX_DEPENDENCIES = 20
-"""Maximum number of jobs that a job depends on. AWS Batch has the same limit."""
 MAX_NUMBER = 2**31 - 1
 """Upper limit of counts and priorities. The ledger's columns cannot store a larger number."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")

@@ -53,7 +53,7 @@ def test_a_killed_manager_forgets_no_dependency(bring_up: Bring, tmp_path: Path,
     if backend == "ministack":
         ministack_python()
     grid = bring_up(TWO, backend=backend)
-    first = grid.submit(_job(tmp_path, "first"))["id"]
+    first = grid.submit(_job(tmp_path, "first"), "first")["id"]
     job = grid.prepared(_job(tmp_path, "later"))
     waiting = grid.client.submit(replace(job, after=(Dependency(JobId(first)),)))["id"]
     ended = Dependency(JobId(first), Condition.ENDED)

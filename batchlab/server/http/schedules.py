@@ -12,9 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from batchlab.core import api_usage_types
 from batchlab.core.errors import UsageError
-from batchlab.core.job_definition import JobDef
+from batchlab.core.job_definition import MAX_DEPENDENCIES, JobDef
 from batchlab.core.schedules import Definition, Missed, Overlap, Schedule, When
-from batchlab.manager.admission import MAX_DEPENDENCIES
 from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.server.http.common import Leader, SchedulesDep, guarded_router, without_version
 
