@@ -68,8 +68,8 @@ class JobDeletion(Part):
         self._sweeps: dict[JobId, float] = {}
         """Time of the next sweep of each deleted job."""
         self._lost: Sequence[JobDef] | None = None
-        """Jobs that have an input and that the ledger did not contain at the first deletion, or None before the first
-        deletion."""
+        """Jobs that have an input or a dependency, and that the ledger did not contain at the first deletion, or None
+        before the first deletion."""
         self._lock = asyncio.Lock()
         """Lock of the deletions and sweeps of this manager. Without it, a refused deletion would remove the request of
         a concurrent deletion of the same job, and a sweep would drop the request of an unfinished deletion."""
@@ -133,24 +133,25 @@ class JobDeletion(Part):
                 ) from None
 
     async def _check_readers(self, job: JobId) -> None:
-        """Raise Refused if a job that has not ended reads objects of the job. Another manager may have accepted the
-        reader, so the check reads the ledger. The ledger may have lost the reader, so the check also reads the bucket.
+        """Raise Refused if a job that has not ended reads objects of the job or depends on the job.
+
+        Another manager may have accepted the reader, so the check reads the ledger. The ledger may have lost the
+        reader, so the check also reads the bucket.
         """
         if self._lost is None:
-            self._lost = [lost for lost in await lost_jobs(self._ports) if lost.input]
+            self._lost = [lost for lost in await lost_jobs(self._ports) if lost.input or lost.after]
         for lost in self._lost:
-            if lost.input and object_keys.reads(lost.input.keys, job) and await self._is_lost(lost.id):
+            if (use := _use(lost, job)) and await self._is_lost(lost.id):
                 raise Refused(
-                    f"The ledger has lost job {lost.id}, which reads objects of job {job}, so job {job} cannot be "
-                    "deleted.",
+                    f"The ledger has lost job {lost.id}, which {use} job {job}, so job {job} cannot be deleted.",
                     remedy="`batchlab grid rebuild-ledger` restores lost jobs.",
                 )
         async for page in pages_of_jobs(self._ports, active=True):
             for rows in page:
                 reader = rows.job.job
-                if reader.id != job and reader.input and object_keys.reads(reader.input.keys, job):
+                if reader.id != job and (use := _use(reader, job)):
                     raise Refused(
-                        f"Job {reader.id} reads objects of job {job}, so job {job} cannot be deleted.",
+                        f"Job {reader.id} {use} job {job}, so job {job} cannot be deleted.",
                         remedy=f"Wait for the end of job {reader.id}.",
                     )
 
@@ -316,3 +317,10 @@ class JobDeletion(Part):
             put = partial(self._objects.put, key, note, if_absent=info is None, if_match=info.etag if info else None)
             with suppress(AlreadyExists, NotFound):
                 await self._patience(put)
+
+
+def _use(reader: JobDef, job: JobId) -> str:
+    """Return how `reader` needs the job, as a verb phrase, or an empty text if `reader` does not need the job."""
+    if reader.input and object_keys.reads(reader.input.keys, job):
+        return "reads objects of"
+    return "depends on" if any(dependency.job == job for dependency in reader.after) else ""
