@@ -68,8 +68,8 @@ class JobDeletion(Part):
         self._sweeps: dict[JobId, float] = {}
         """Time of the next sweep of each deleted job."""
         self._lost: Sequence[JobDef] | None = None
-        """Jobs with an input or a dependency that the ledger lacked at the first deletion, or None before the first
-        deletion."""
+        """Jobs that have an input or a dependency, and that the ledger did not contain at the first deletion, or None
+        before the first deletion."""
         self._lock = asyncio.Lock()
         """Lock of the deletions and sweeps of this manager. Without it, a refused deletion would remove the request of
         a concurrent deletion of the same job, and a sweep would drop the request of an unfinished deletion."""
@@ -224,14 +224,18 @@ class JobDeletion(Part):
                 await self._sweep_job(job, now_s)
 
     async def _sweep_job(self, job: JobId, now_s: float) -> None:
+        due_s = await self._sweep_time(job)
+        if due_s is None and await self._has_request(job):
+            # An event caused this sweep before the end of an interrupted deletion, which keeps the note of the retry.
+            del self._sweeps[job]
+            await self._continue(job)
+            return
         if deleted := await self._delete_objects(job):
             log.warning("%d late objects of the deleted job are deleted", deleted, extra={"job": job})
-        due_s = await self._sweep_time(job)
         del self._sweeps[job]
         if due_s is None:
-            # An event caused this sweep after the last sweep of the job, or before the end of an interrupted deletion.
-            await self._continue(job)
-        elif due_s > now_s:  # an event caused this sweep
+            return  # An event caused this sweep after the last sweep of the job.
+        if due_s > now_s:  # an event caused this sweep
             self._sweeps[job] = due_s
         else:
             await self._patience(partial(self._objects.delete, [object_keys.deletion(job)]))
@@ -244,10 +248,13 @@ class JobDeletion(Part):
             self._sweeps[job] = soon_s
             self.is_search_due.set()
 
+    async def _has_request(self, job: JobId) -> bool:
+        return await self._patience(partial(self._objects.head, object_keys.deletion(job))) is not None
+
     async def _continue(self, job: JobId) -> None:
         """Finish a deletion, or remember the time of its sweep. A request may have finished the deletion meanwhile."""
         request = object_keys.deletion(job)
-        if await self._patience(partial(self._objects.head, request)) is None:
+        if not await self._has_request(job):
             return
         if due_s := await self._sweep_time(job):
             self._sweeps[job] = due_s
