@@ -25,6 +25,7 @@ from batchlab.core.model import JobId, JobState
 from batchlab.core.port_retries import set_within
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.schedules import RunState, Schedule, ScheduledRun, check_name, job_of
+from batchlab.core.users import owner_name
 from batchlab.manager.context import Context, Part
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.state import LiveJob, Ports
@@ -279,11 +280,14 @@ class Scheduler(Part):
             if (job_def := await self._job_for(schedule, run)) is None:
                 return
             try:
-                await self._requests.submit(job_def)
+                written = await self._requests.submit(job_def)
             except Refused as error:
                 # A run whose job was deleted would otherwise block the next runs of the schedule.
                 await self._refuse(schedule, run, error)
                 return
+            if (audit := self._context.audit) and written.is_new:
+                owner, reason = owner_name(job_def.owner), f"schedule {schedule.name}"
+                audit.note(audit.record(owner, "", "job submit", run.job, reason=reason))
         self._submitted.add(run.job)
 
     async def _job_for(self, schedule: Schedule, run: ScheduledRun) -> JobDef | None:

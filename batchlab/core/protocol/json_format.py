@@ -55,6 +55,7 @@ from batchlab.core.protocol.field_checks import (
     whole,
 )
 from batchlab.core.protocol.values import BRACKET_WEIGHT, OUTCOME_WEIGHT, weight
+from batchlab.core.users import is_user_name
 
 T = TypeVar("T")
 Known = tuple[Any, TaskSet]
@@ -500,6 +501,8 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
         del doc["max_cost_usd"]
     if not job.trace:
         del doc["trace"]
+    if not job.owner:
+        del doc["owner"]
     if job.commit_hash:
         doc["needs"] = SEALED
     else:
@@ -563,6 +566,8 @@ def job_from_json(doc: dict[str, Any]) -> JobDef:
             raise ValueError("a stage lacks a field")
         job = decode(JobDef, doc)
         name(job.id)
+        if job.owner and not is_user_name(job.owner):
+            raise ValueError("the owner is not the name of a user")
         for stage in job.stages:
             name(stage.name)
             if stage.handler is not None:

@@ -28,9 +28,10 @@ from batchlab.core import api_types
 from batchlab.core.errors import JobFileError, UsageError
 from batchlab.core.task_context import name_problem
 from batchlab.core.text import first_of, size
+from batchlab.core.users import Caller
 from batchlab.manager.manager import Manager
 from batchlab.server.answers import accept, current_view
-from batchlab.server.http.common import Leader, guarded_router
+from batchlab.server.http.common import CallerDep, Leader, guarded_router
 
 if TYPE_CHECKING:
     from batchlab.jobs.job_file import JobFile
@@ -205,7 +206,7 @@ _UPLOAD: dict[str, Any] = {
 
 
 @router.post("/jobs/files", status_code=201, openapi_extra=_UPLOAD)
-async def submit_files(manager: Leader, request: Request) -> api_types.JobView:
+async def submit_files(manager: Leader, caller: CallerDep, request: Request) -> api_types.JobView:
     """Submit a job file with its code and data, as files of a form."""
     size_bytes = check_length(request.headers.get("content-length"))
     kind = request.headers.get("content-type", "")
@@ -216,7 +217,7 @@ async def submit_files(manager: Leader, request: Request) -> api_types.JobView:
         )
     form = await read_form(request, size_bytes)
     try:
-        return await submit_form(manager, form)
+        return await submit_form(manager, form, caller)
     finally:
         await form.close()
 
@@ -235,8 +236,8 @@ def check_length(text: str | None, most: int = MAX_BYTES) -> int:
     return int(text)
 
 
-async def submit_form(manager: Manager, form: FormData) -> api_types.JobView:
-    """Submit the job that the files of the form define. The manager does not run the code of the submitted job."""
+async def submit_form(manager: Manager, form: FormData, caller: Caller) -> api_types.JobView:
+    """Submit the job that the files of the form define, for a user. The manager does not run the code of the job."""
     from batchlab.jobs import submission
 
     files, data = _files_of(form, "files"), _files_of(form, "data")
@@ -256,7 +257,7 @@ async def submit_form(manager: Manager, form: FormData) -> api_types.JobView:
         job = await submission.prepare(
             jobfile, objects=ports.objects, clock=ports.clock, patience=ports.patience, token=token, packed=packed
         )
-    written = await accept(manager, job, None)
+    written = await accept(manager, job, None, caller)
     return await current_view(manager, written.rows.id)
 
 
