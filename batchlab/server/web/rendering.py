@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any, cast
 from urllib.parse import urlsplit
@@ -26,7 +26,7 @@ from batchlab.core.errors import BatchlabError, Refused, Unauthorized
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.core.pricing.request_costs import Pace
 from batchlab.manager.manager import Manager
-from batchlab.server.http import grid
+from batchlab.server.http import grid, permissions
 from batchlab.server.http.authentication import PAGE, SAFE_METHODS
 from batchlab.server.http.common import ServerState, StateDep, problem_of
 from batchlab.server.http.job_files import MAX_BYTES, check_length, read_form
@@ -75,13 +75,15 @@ def _templates() -> Environment:
 def render(request: Request, template: str, *, status: int = 200, here: str = "", **values: Any) -> HTMLResponse:
     """Render the template as an answer. `here` is the active entry of the navigation."""
     served = cast(ServerState, request.app.state.served)
-    session = request.scope.get(SESSION)
+    session, caller = request.scope.get(SESSION), caller_of(request.scope)
     text = _templates().get_template(template)
     return HTMLResponse(
         text.render(
             here=here,
             root=_root(request),
             session=session,
+            caller=caller,
+            may=partial(permissions.may, caller) if caller else _may_nothing,
             form_token=served.sessions.form_token(session) if session else "",
             backend=served.backend_name,
             leads=served.manager.is_leader.is_set(),
@@ -90,6 +92,10 @@ def render(request: Request, template: str, *, status: int = 200, here: str = ""
         ),
         status,
     )
+
+
+def _may_nothing(*_: object) -> bool:
+    return False
 
 
 def is_part(request: Request) -> bool:
