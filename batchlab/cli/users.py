@@ -25,7 +25,7 @@ NAME = argument("Name of the user.", "NAME")
 
 @user.callback()
 def user_() -> None:
-    """Add, list, and revoke users, who have tokens of their own and limited permissions.
+    """Add, list, and revoke users, who have tokens and limited permissions.
 
     A grid with one user needs no users: the grid's own token is the administrator 'owner'. A user
     with the role view may look at everything. The role submit may also submit jobs, and control the
