@@ -285,10 +285,14 @@ class Scheduler(Part):
                 # A run whose job was deleted would otherwise block the next runs of the schedule.
                 await self._refuse(schedule, run, error)
                 return
-            if (audit := self._context.audit) and written.is_new:
-                owner, reason = owner_name(job_def.owner), f"schedule {schedule.name}"
-                audit.note(audit.record(owner, "", "job submit", run.job, reason=reason))
+            if written.is_new:
+                self._note(schedule, "job submit", job_def)
         self._submitted.add(run.job)
+
+    def _note(self, schedule: Schedule, action: str, job: JobDef) -> None:
+        """Note in the audit log what the manager does for the user who added the schedule."""
+        if audit := self._context.audit:
+            audit.note(audit.record(owner_name(job.owner), "", action, job.id, reason=f"schedule {schedule.name}"))
 
     async def _job_for(self, schedule: Schedule, run: ScheduledRun) -> JobDef | None:
         """Return the job of a schedule's run. If this grid cannot run the job, record the end of the run and return
@@ -368,6 +372,8 @@ class Scheduler(Part):
 
         async def cancel() -> None:
             try:
+                if live := self._lives.get(job):
+                    self._note(schedule, "job cancel", live.job)
                 await self._requests.cancel(job)
             except BatchlabError as error:  # the job has already ended, or the backend does not answer
                 log.warning("%s is not cancelled: %s", job, error)

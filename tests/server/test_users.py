@@ -137,6 +137,8 @@ def test_the_owner_is_not_taken_from_the_request(rig: Rig) -> None:
         spec = json_format.loads(rig.run(rig.objects.get(object_keys.spec(JobId(made["id"])))))
         assert spec["owner"] == "sam"
         assert rig.client.submit(replace(job("other", "other"), owner="sam"))["owner"] == "owner"
+        rig.client.rebuild()
+        assert rig.client.job(made["id"])["owner"] == "sam"
         # A repeated submission returns the job of the first user, and does not change its owner.
         assert rig.client.submit(job("own", "own"))["owner"] == "sam"
         with pytest.raises(Refused, match="Only an administrator may send a direct call"):
