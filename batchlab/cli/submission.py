@@ -19,13 +19,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from batchlab.cli import output
-from batchlab.cli.option_values import client_of, parameters_of
+from batchlab.cli.option_values import client_of, parameters_of, resolve
 from batchlab.cli.progress import JobDisplay
 from batchlab.cli.session import Session
 from batchlab.client.http import Client
 from batchlab.core.api_types import GridView, JobView
 from batchlab.core.errors import BackendError, NotFound, UsageError
-from batchlab.core.job_definition import JobDef
+from batchlab.core.job_definition import Dependency, JobDef
 from batchlab.core.model import ENDED, JobId, JobState, StageName
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.jobs.attempts import definition
@@ -99,6 +99,7 @@ class Submission:
     backend: Backend
     keys: Sequence[str] | None = None
     """Keys and prefixes of the input if the input is already in the bucket, or None if the input files are uploaded."""
+    dependencies: tuple[Dependency, ...] = ()
 
     @cached_property
     def objects(self) -> Objects:
@@ -133,6 +134,13 @@ class Submission:
         digest = hashlib.sha256(f"{self.source_digest}/{input_digest}".encode()).hexdigest()
         return replace(self, source_digest=digest, keys=keys)
 
+    def after(self, dependencies: Sequence[Dependency]) -> Submission:
+        """Return the submission with dependencies. Runs with other dependencies are runs of another series."""
+        if not dependencies:
+            return self
+        digest = _with_dependencies(self.source_digest, dependencies)
+        return replace(self, source_digest=digest, dependencies=tuple(dependencies))
+
     async def find_latest_run(self) -> EarlierRun | None:
         """Return the latest run with the submission's source digest, or None if no run exists."""
 
@@ -165,6 +173,7 @@ class Submission:
             progress=note,
             keys=self.keys,
         )
+        job = replace(job, after=self.dependencies)
         if max_cost_usd is not None:
             job = replace(job, max_cost_usd=max_cost_usd)
         if self.keys is not None:
@@ -173,17 +182,21 @@ class Submission:
         return job, f"{output.count(last.of, 'file')}, {output.size(last.size_bytes)} in {took}"
 
 
-def submit(home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float | None = None) -> JobView:
+def submit(
+    home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float | None = None, after: Sequence[str] = ()
+) -> JobView:
     """Submit a job file to the running grid, and return the job.
 
-    If an earlier submission of the same job file is still active, the function returns the earlier job. `max_cost_usd`
-    caps the cost of a new job or of the earlier job.
+    If an earlier submission of the same job file with the same dependencies is still active, the function returns the
+    earlier job. `max_cost_usd` caps the cost of a new job or of the earlier job. `after` has the dependencies, as texts
+    such as `last` or `ID:ended`.
     """
     if isinstance(home, RemoteHome):
-        return _submit_remotely(home, file, list(sets), max_cost_usd)
+        return _submit_remotely(home, file, list(sets), max_cost_usd, after)
     with Session.attach(home) as session:
         submission = Submission.of(file, parameters_of(sets), home, session.backend)
-        submission = asyncio.run(submission.locate())
+        dependencies = session.call(partial(_dependencies, after))
+        submission = asyncio.run(submission.locate()).after(dependencies)
         earlier = asyncio.run(submission.find_latest_run())
         if earlier and earlier.ended is None:
             job = asyncio.run(definition(submission.objects, earlier.job, patience()))
@@ -193,7 +206,9 @@ def submit(home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float |
         return session.call(partial(submit_capped, job, max_cost_usd))
 
 
-def _submit_remotely(home: RemoteHome, file: Path, sets: Sequence[str], max_cost_usd: float | None) -> JobView:
+def _submit_remotely(
+    home: RemoteHome, file: Path, sets: Sequence[str], max_cost_usd: float | None, after: Sequence[str]
+) -> JobView:
     """Submit a job file with its code and input through the manager's API.
 
     The manager stores the files in the bucket, so all of them must be in the job file's folder.
@@ -217,6 +232,8 @@ def _submit_remotely(home: RemoteHome, file: Path, sets: Sequence[str], max_cost
     digest = job_file.source_digest(jobfile, packed[1])
     files = _files_of(jobfile, packed[0])
     with client_of(home) as client:
+        dependencies = _dependencies(after, client)
+        digest = _with_dependencies(digest, dependencies)
         number, earlier = 1, None
         while view := _find(client, object_keys.job_id(jobfile.job.name, token(digest, number))):
             number, earlier = number + 1, view
@@ -224,7 +241,8 @@ def _submit_remotely(home: RemoteHome, file: Path, sets: Sequence[str], max_cost
             return earlier
         size_bytes = sum(map(len, files.values()))
         output.say(f"Uploading {output.count(len(files), 'file')}, {output.size(size_bytes)}.")
-        return client.submit_files(files, jobfile.path.name, sets, token(digest, number))
+        others = list(map(str, dependencies))
+        return client.submit_files(files, jobfile.path.name, sets, token(digest, number), after=others)
 
 
 def _find(client: Client, job: JobId) -> JobView | None:
@@ -277,6 +295,18 @@ def _fetch_remotely(client: Client, view: JobView, folder: Path, stages: Sequenc
                 remedy="Free some space, or name another folder with --out.",
             ) from error
     return Fetched(folder, results, files, size_bytes, len(data))
+
+
+def _with_dependencies(source_digest: str, dependencies: Sequence[Dependency]) -> str:
+    if not dependencies:
+        return source_digest
+    facts = "/".join([source_digest, *sorted(map(str, dependencies))])
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def _dependencies(texts: Sequence[str], client: Client) -> tuple[Dependency, ...]:
+    parsed = map(Dependency.parse, texts)
+    return tuple(replace(one, job=JobId(resolve(client, one.job)["id"])) for one in parsed)
 
 
 def submit_capped(job: JobDef, max_cost_usd: float | None, client: Client) -> JobView:

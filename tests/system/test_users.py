@@ -45,9 +45,12 @@ def test_two_users_on_the_command_line(
     become("sam")
     own = asked("job", "submit", file, "--set", "nap_s=0.1")
     assert own["owner"] == "sam"
+    later = asked("job", "submit", file, "--after", f"{own['id']}:ended")
+    assert (later["owner"], later["id"] != own["id"]) == ("sam", True)
     code, out, _ = run("job", "watch", own["id"])
     assert (code, out.split(":")[0]) == (0, f"{own['id']} SUCCEEDED")
-    assert [one["id"] for one in asked("job", "list", "--owner", "sam")] == [own["id"]]
+    assert [one["id"] for one in asked("job", "list", "--owner", "sam")] == [later["id"], own["id"]]
+    assert run("job", "watch", later["id"])[0] == 0
     assert [one["owner"] for one in asked("job", "list", "--owner", OWNER)] == [OWNER]
     fetched = asked("job", "results", own["id"], "--out", tmp_path / "out")
     assert sum(fetched["results"].values()) > 0

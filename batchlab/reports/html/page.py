@@ -262,6 +262,9 @@ def particulars(run: ReportRun) -> list[tuple[str, str]]:
     ]
     if job["owner"] not in (None, OWNER):
         facts.append(("owner", visible(job["owner"], 40)))
+    if job["dependencies"]:
+        others = ", ".join(other.removesuffix(":succeeded") for other in job["dependencies"])
+        facts.append(("after", visible(others, 400)))
     if job["priority"]:
         facts.append(("priority", str(job["priority"])))
     if isinstance(tags, dict):

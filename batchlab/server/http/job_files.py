@@ -16,6 +16,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -26,6 +27,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from batchlab.core import api_types
 from batchlab.core.errors import JobFileError, UsageError
+from batchlab.core.job_definition import Dependency
 from batchlab.core.task_context import name_problem
 from batchlab.core.text import first_of, size
 from batchlab.core.users import Caller
@@ -189,6 +191,11 @@ _UPLOAD: dict[str, Any] = {
                             "items": _TEXT,
                             "description": "KEY=VALUE: replaces the default of a parameter.",
                         },
+                        "after": {
+                            "type": "array",
+                            "items": _TEXT,
+                            "description": "ID[:succeeded|ended]: an earlier job that the job waits for.",
+                        },
                         "token": {
                             **_TEXT,
                             "description": "The client token. A repeated request with the same token creates no job.",
@@ -257,7 +264,8 @@ async def submit_form(manager: Manager, form: FormData, caller: Caller) -> api_t
         job = await submission.prepare(
             jobfile, objects=ports.objects, clock=ports.clock, patience=ports.patience, token=token, packed=packed
         )
-    written = await accept(manager, job, None, caller)
+    after = tuple(Dependency.parse(str(text)) for text in form.getlist("after") if str(text).strip())
+    written = await accept(manager, replace(job, after=after), None, caller)
     return await current_view(manager, written.rows.id)
 
 
