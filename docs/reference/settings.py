@@ -54,6 +54,8 @@ WORKER: Mapping[str, str] = {
 VARIABLES: Mapping[str, Mapping[str, str]] = {
     "The grid": {
         "BATCHLAB_HOME": "grid's folder, instead of `.batchlab` in the current folder",
+        "BATCHLAB_URL": "address of a grid's manager, for commands without the grid's folder (needs `BATCHLAB_TOKEN`)",
+        "BATCHLAB_TOKEN": "token of a [user](security.md#users), with `BATCHLAB_URL`",
         "BATCHLAB_ENDPOINT": "as the option `--endpoint`",
         "BATCHLAB_MANAGER_URL": "address of the manager of a stack, instead of a connection through Session Manager",
         "BATCHLAB_MINISTACK": "path of an installed MiniStack program",
