@@ -270,6 +270,10 @@ class Recorder:
         """Count an outcome that the ledger already had."""
         self._count(job, stage, "event", 0.0)
 
+    def record_loser(self, job: JobId, stage: StageName, kind: str, slot_s: float) -> None:
+        """Count a run that lost against another run of a bundle with a speculative copy."""
+        self._count(job, stage, kind, slot_s)
+
     def record_duplicates(self, duplicates: Iterable[Duplicate]) -> None:
         """Count bundles that several workers have run."""
         for duplicate in duplicates:

@@ -50,6 +50,17 @@ class GroupsSpec(Keys):
     groups: int = key("Number of groups.", 12, 1, ge=1, le=1_000_000)
 
 
+SpeculativeCopies = Annotated[
+    bool,
+    Field(
+        description="Whether stragglers may get speculative copies. In a job template, the key applies to `task`. With "
+        "`file`, the job file decides. By default, there are no copies, because a declared run time is the same on "
+        "every worker.",
+        examples=[True],
+    ),
+]
+
+
 class StageSpec(Keys):
     """One stage of a job template."""
 
@@ -70,6 +81,7 @@ class StageSpec(Keys):
     memory: Memory = None
     bundle: Bundle = None
     pool: Pool = "default"
+    speculative_copies: SpeculativeCopies = False
     retry: Retry
     fails: Share = key("Share of the task attempts that end in an exception.", 0.01, 0.0)
     poison: int = key(
@@ -107,6 +119,7 @@ class JobSpec(Keys):
         {"total": 12},
         default_factory=dict,
     )
+    speculative_copies: SpeculativeCopies = False
     deadline: field_types.Timeout | None = key(
         "Time from the arrival of a job to its deadline. By default, there is none.", "6h", None
     )
