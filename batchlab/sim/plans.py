@@ -238,6 +238,8 @@ def with_copies(seed: int, plan: Plan) -> Plan:
     )
     pools = tuple(replace(pool, min_size=rng.choice([0, 2, 3]), max_size=rng.choice([3, 4, 6])) for pool in plan.pools)
     manager = replace(plan.manager, idle_s=rng.choice([5.0, 60.0]), copy_after_s=rng.choice([2.0, 5.0]))
+    # The replacement of a frozen instance takes a multiple of `silence_s`.
+    manager = replace(manager, silence_s=min(manager.silence_s, 120.0))
     run_s = rng.choice([(0.1, 1.0, 1.0), (1.0, 2.0, 3.0), (0.5, 1.0, 10.0)])
     heaviness = rng.choice([0.0, 0.1, 0.3, 1.0])
     return replace(
