@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Failure, FailureKind, JobState, Pool
+from batchlab.core.pricing.usage import Accounting
 from batchlab.sim import invariants
 from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.tasks import AttemptInput, Script, ScriptedAttempt, value_of
@@ -191,3 +192,20 @@ def test_a_copy_never_launches_an_instance() -> None:
     settings = replace(MANAGER, idle_s=1.0)
     assert in_world(act, script=script, pools=pools, manager_settings=settings) > SLOW_S
     assert len(script.runs) == 1
+
+
+def test_the_run_of_the_loser_is_in_the_account_of_the_job() -> None:
+    script = Straggling()
+
+    async def act(world: World) -> None:
+        made = job(COPIED, items=20)
+        await ends_well(world, made)
+        await asyncio.sleep(10.0)
+        assert world.manager
+        assert world.manager.spending
+        account = await world.manager.spending.account(made.id)
+        assert account
+        assert 5.0 < sum(account.repeated_s.values()) < 30.0
+        assert account.failed_s == {}
+
+    in_world(act, script=script, pools=POOLS, accounting=Accounting())

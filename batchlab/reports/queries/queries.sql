@@ -148,14 +148,15 @@ ORDER BY j.job, k.n;
 -- name: speculation
 -- Speculative copies of each stage: their number, the number of copies that were committed first, and the
 -- slot time of the runs that lost.
-SELECT d.job, d.stage, sum(d.seen)::BIGINT AS copies,
+SELECT s.job, s.stage,
+       coalesce(sum(d.seen), 0)::BIGINT AS copies,
        coalesce(sum(d.seen) FILTER (d.kind = 'original'), 0)::BIGINT AS won,
-       sum(d.wasted_slot_s) FILTER (d.kind = 'copy') AS copies_slot_s,
-       sum(d.wasted_slot_s) FILTER (d.kind = 'original') AS stopped_originals_slot_s
-FROM duplicates d JOIN stages s USING (job, stage)
-WHERE d.kind IN ('copy', 'original')
-GROUP BY d.job, d.stage, s.position
-ORDER BY d.job, s.position;
+       coalesce(sum(d.wasted_slot_s) FILTER (d.kind = 'copy'), 0) AS copies_slot_s,
+       coalesce(sum(d.wasted_slot_s) FILTER (d.kind = 'original'), 0) AS stopped_originals_slot_s
+FROM stages s
+LEFT JOIN duplicates d ON d.job = s.job AND d.stage = s.stage AND d.kind IN ('copy', 'original')
+GROUP BY s.job, s.stage, s.position
+ORDER BY s.job, s.position;
 
 -- name: scaling
 -- Changes of the desired capacity of each pool with their reasons. The lag is the time until the new number
