@@ -264,14 +264,12 @@ class Speculation(Part):
             if won:
                 self._counts.copies_won += 1
                 live.copies.setdefault(key[1], StageCopies()).won += 1
-            lost_s = sum(run_s for worker, run_s in copied.run_s.items() if worker != outstanding.winner)
-            self._count_loser(live, key[1], ORIGINAL if won else COPY, lost_s)
-
-    def _count_loser(self, live: LiveJob, stage: StageName, kind: str, seconds: float) -> None:
-        stage_def = live.job.stage(stage)
-        live.account.repeat(stage_def.pool, seconds * stage_def.slots)
-        if self._recorder:
-            self._recorder.record_loser(live.id, stage, kind, seconds * stage_def.slots)
+            losers = {worker: run_s for worker, run_s in copied.run_s.items() if worker != outstanding.winner}
+            stage = live.job.stage(key[1])
+            lost_slot_s = sum(losers.values()) * stage.slots
+            live.account.repeat(stage.pool, lost_slot_s)
+            if self._recorder:
+                self._recorder.record_losers(live.id, stage.name, ORIGINAL if won else COPY, lost_slot_s, losers)
 
     async def _stop(self, holders: Mapping[BundleKey, Iterable[Holder]]) -> None:
         """Delete the messages of losers, so that their workers stop."""
