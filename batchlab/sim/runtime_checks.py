@@ -589,8 +589,11 @@ class Watch:
         before, holds = self._last_starts.get(name_of_bundle(bundle)), self._held_by(actor, name_of_bundle(bundle))
         if before is None or before.actor is not actor or before.ended_s is not None or before.task != task:
             return
-        is_original = any(not hold.is_copy and hold.received_s <= before.at_s for hold in holds)
-        self.copies.check_start(actor, bundle, is_original, any(hold.is_copy for hold in holds))
+        # A worker that has two messages of the same bundle besides the copy may run both.
+        originals = [hold for hold in holds if not hold.is_copy]
+        is_original = len(originals) == 1 and originals[0].received_s <= before.at_s
+        is_copy = any(hold.is_copy and not hold.given_back for hold in holds)
+        self.copies.check_start(actor, bundle, is_original, is_copy)
 
     def on_kill(self, actor: Actor) -> None:
         """Record that a worker has ended without draining."""

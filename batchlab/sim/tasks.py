@@ -84,6 +84,7 @@ class ScriptedRunner:
             # Long tasks check less often whether they must stop. Frequent checks of a 12 h task would cost 10⁶ events.
             check_s = max(STEP_S, run_s / 200)
             if not await _run_for(run_s, check_s, handle, self._clock, self._pause):
+                ended()
                 return
             handle.running = None
             if play.kills_worker:
