@@ -17,7 +17,7 @@ from typing import Any
 from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.errors import Malformed, TooNew
 from batchlab.core.job_definition import task_name
-from batchlab.core.model import Bundle, Control, JobId, Outcome, StageCounts, StageName
+from batchlab.core.model import Bundle, Control, JobId, JobState, Outcome, StageCounts, StageName
 from batchlab.core.ports import Clock, Cut, Ending, Message, StageRecord
 from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.service_settings import MAX_VISIBILITY_S
@@ -29,6 +29,7 @@ from batchlab.sim.progress_checks import (
     GIVE_BACK_S,
     WAITS_S,
     CopyChecks,
+    DependencyChecks,
     LeadershipChecks,
     SilenceChecks,
     StartTimeChecks,
@@ -130,6 +131,7 @@ class Watch:
     unsynced: Unsynced = field(init=False)
     leadership: LeadershipChecks = field(init=False)
     start_times: StartTimeChecks = field(init=False)
+    dependencies: DependencyChecks = field(init=False)
     silences: SilenceChecks = field(init=False)
     copies: CopyChecks = field(init=False)
     _begun: dict[Actor, set[Name]] = field(default_factory=dict)
@@ -166,6 +168,7 @@ class Watch:
         self.unsynced = Unsynced(self.clock)
         self.leadership = LeadershipChecks(self.check, self.lead_ttl_s, self.thawed_s)
         self.start_times = StartTimeChecks(self.check)
+        self.dependencies = DependencyChecks(self.check)
         self.silences = SilenceChecks(self.check, self.silence_s)
         self.copies = CopyChecks(self.check)
         # The watch's timers expire even while a process is frozen.
@@ -201,6 +204,7 @@ class Watch:
             return
         if kind == "final":
             self.controls.on_end(job)
+            self.dependencies.on_end(job, JobState(json_format.loads(data)["state"]))
         if kind not in ("spec.json", "retries", "final"):
             kind = parts[3]
         if kind in ("starts", "running"):
@@ -251,6 +255,7 @@ class Watch:
             self.waste.on_definition(job)
             self.copies.on_definition(job)
             self.start_times.on_definition(job)
+            self.dependencies.on_definition(job)
             if opening and opening.cut:
                 self._opened.update(map(name_of_bundle, opening.cut.bundles))
                 self._cut(opening.cut)
@@ -570,6 +575,7 @@ class Watch:
             self._begun.setdefault(actor, set()).add(name)
             self._last_starts[name] = self.starts[-1]
         self.start_times.check_start(bundle, task, self.clock.now_s())
+        self.dependencies.check_start(bundle.job)
         disturbed = actor is not None and self._excused(actor, now_s - RECENT_S)
         self.waste.check_start(bundle, now_s, actor, disturbed=disturbed)
         # A worker that has received a bundle twice may run either message.

@@ -25,6 +25,7 @@ from batchlab.sim.plans import (
     focus_of,
     with_bystanders,
     with_copies,
+    with_dependencies,
     with_focus,
 )
 from batchlab.sim.random_faults import WorldFaults
@@ -85,6 +86,9 @@ LIES = replace(ALL, corrupted=0.3, lies=True)
 
 STORAGE = replace(ALL, torn=0.1, missing=0.1, rotted=0.05, unsynced=0.04, storage=True)
 """Rates of all kinds of faults, for worlds where the store damages objects."""
+
+DEPENDENT = replace(ALL, dependent=True)
+"""Rates of all kinds of faults, for worlds whose jobs depend on earlier jobs."""
 
 ACCOUNTS = replace(ALL, accounts=True)
 """Rates of all kinds of faults, for worlds whose managers record the usage of each job."""
@@ -147,6 +151,8 @@ def plan_of(seed: int, weather: Weather = ALL) -> Plan:
         return with_bystanders(seed, plan)
     if weather.speculative and plan.limit_s == LIMIT_S:
         return with_copies(seed, plan)
+    if weather.dependent and plan.limit_s == LIMIT_S:
+        return with_dependencies(seed, plan)
     return with_focus(seed, focus, plan) if focus else plan
 
 

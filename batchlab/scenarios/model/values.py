@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
+from batchlab.core.job_definition import Dependency
 from batchlab.core.model import Pool
 from batchlab.core.retry_rule import RetryRule
 
@@ -79,6 +80,9 @@ class JobTemplate:
     If `file` is a job file, a replay runs the real work of the job file, and the template has the stages of the job
     file. `deadline_s` is the time from a job's arrival to its deadline. `max_failures` is a number of tasks, not a
     share.
+
+    `after` names other templates. Each job depends on the latest job of each of these templates that arrives before the
+    job or at the same time.
     """
 
     name: str
@@ -89,6 +93,7 @@ class JobTemplate:
     deadline_s: float | None = None
     max_failures: float = 0
     file: Path | None = None
+    after: tuple[Dependency, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +276,7 @@ class Scenario:
 class Job:
     """One job of a run: an arrival with all of its random values drawn.
 
-    `task_s` is the time of each root task if the trace has task times.
+    `task_s` is the time of each root task if the trace has task times. `after` names earlier jobs by their ids.
     """
 
     index: int
@@ -283,6 +288,7 @@ class Job:
     tenant: str = ""
     task_s: float | None = None
     label: str = ""
+    after: tuple[Dependency, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
