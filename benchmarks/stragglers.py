@@ -76,7 +76,7 @@ def _measured(tasks: int, *, is_frozen: bool, copies: bool) -> tuple[float, floa
             if is_frozen:
                 threading.Thread(target=_freeze, args=(home, note, stopped), daemon=True).start()
             begun_s = time.perf_counter()
-            # A task with side effects has no copies.
+            # A task with side effects is never copied.
             results = list(grid.map(task, range(tasks), bundle=1, side_effects=not copies))
             took_s = time.perf_counter() - begun_s
             for pid in stopped:

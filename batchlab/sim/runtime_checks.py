@@ -595,7 +595,7 @@ class Watch:
         before, holds = self._last_starts.get(name_of_bundle(bundle)), self._held_by(actor, name_of_bundle(bundle))
         if before is None or before.actor is not actor or before.ended_s is not None or before.task != task:
             return
-        # A worker that has two messages of the same bundle besides the copy may run both.
+        # A worker with two messages of the same bundle in addition to the copy may run both.
         originals = [hold for hold in holds if not hold.is_copy]
         is_original = len(originals) == 1 and originals[0].received_s <= before.at_s
         is_copy = any(hold.is_copy and not hold.given_back for hold in holds)
