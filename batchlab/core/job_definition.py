@@ -47,6 +47,18 @@ class StageDef:
     memory_bytes: int | None = None
     bundle: int | None = None
     pool: str = "default"
+    side_effects: bool = False
+    """Whether tasks of the stage have side effects that must not happen in two places at once."""
+    speculative_copies: bool = False
+    """Whether the manager may send speculative copies of the stage's tasks.
+
+    A definition of a release without speculative copies lacks the field, and its tasks are never copied.
+    """
+
+    @property
+    def may_be_copied(self) -> bool:
+        """Return whether tasks of the stage may get speculative copies."""
+        return self.speculative_copies and not self.side_effects
 
     @property
     def chained(self) -> bool:

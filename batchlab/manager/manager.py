@@ -46,6 +46,7 @@ from batchlab.manager.notifier import Notifier
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.recorder import Recorder, ReportQueue
 from batchlab.manager.schedule_commands import ScheduleCommands
+from batchlab.manager.speculation import Speculation
 from batchlab.manager.spending import Spending
 from batchlab.manager.state import Ports, set_job_state
 from batchlab.manager.unresponsive_workers import UnresponsiveWorkers, WorkEvidence
@@ -193,6 +194,7 @@ class Manager:
         self.live_logs = LiveLogs(context)
         self._collector = Collector(context, ledger_writer)
         self._reconciler = Reconciler(context, ledger_writer, self.coordinator)
+        self._speculation = Speculation(context, self.coordinator)
         self._checked_s = -IDLE_QUEUE_CHECK_S
         """Monotonic time of the last read of the queue depths."""
         self._drained_s = -DEAD_LETTER_CHECK_S
@@ -420,6 +422,7 @@ class Manager:
         for name in self.groups.keys() & self.pools.keys():
             self.context.update_slots(name)
         await self._check_queues()
+        await self._speculation.step()
         # The previous leader may have started, reopened, or resumed a job after this manager read the ledger, because a
         # leader notices the loss of its lease late.
         if self._adoption.is_search_due:

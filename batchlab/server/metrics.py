@@ -122,6 +122,12 @@ def _tasks(manager: Manager) -> Iterator[Metric]:
         "Bundles that a worker ran in vain, because another worker had committed the outcome first.",
         counts.duplicates,
     )
+    yield _counter("speculative_copies", "Speculative copies of stragglers that the manager sent.", counts.copies)
+    yield _counter(
+        "speculative_copies_won",
+        "Speculative copies whose outcome was committed before the outcome of the original run.",
+        counts.copies_won,
+    )
 
 
 # --- Pools and queues ----------------------------------------------------------------------------

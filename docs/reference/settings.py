@@ -31,6 +31,7 @@ MANAGER: Mapping[str, str] = {
     "itself",
     "max_receives": "number of receives without an outcome before a message becomes a dead letter",
     "window": "number of bundles per task slot that the manager keeps in a pool's queue",
+    "copy_after_s": "minimum run time of a bundle before it gets a [speculative copy](concepts.md#speculative-copies)",
 }
 """Meaning of each of the manager's settings."""
 

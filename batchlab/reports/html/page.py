@@ -153,9 +153,12 @@ def _failures(facts: Facts) -> Iterator[str]:
         waste.append(f"{span(figures.repeated_s)} was spent on repeated work")
     if waste:
         yield _sentence(join_list(waste))
+    if figures.copies:
+        copies = f"{figures.copies:,} speculative {'copy' if figures.copies == 1 else 'copies'}"
+        yield f"Stragglers had {copies}, of which {figures.copies_won:,} ended before the original run."
     if figures.harmful:
         yield f"{count(figures.harmful, 'task')} got two results, which must never happen."
-    elif not failures.groups and not waste:
+    elif not failures.groups and not waste and not figures.copies:
         yield "No attempt failed, and no work was lost or repeated."
 
 

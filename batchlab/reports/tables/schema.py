@@ -302,7 +302,7 @@ DUPLICATES = _table(
     "duplicate messages and executions by stage and kind; a row exists only for duplicates",
     "job, stage, kind",
     _STAGE,
-    ("kind", "VARCHAR", "kind: message, event, execution, or result (see above)"),
+    ("kind", "VARCHAR", "kind: message, event, execution, copy, original, or result (see above)"),
     ("seen", "BIGINT", "number of duplicates of this kind"),
     ("harmless", "BIGINT", "number of duplicates that changed nothing"),
     ("harmful", "BIGINT", "number of duplicates that gave a task a second result; must be 0"),
