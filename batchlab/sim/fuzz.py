@@ -113,6 +113,7 @@ WEATHERS: Mapping[str, Weather] = {
     "all": trial.ALL,
     "crashes": trial.CRASHES,
     "lies": trial.LIES,
+    "orphans": trial.ORPHANS,
     "storage": trial.STORAGE,
     "storm": trial.STORM,
     "timed": trial.TIMED,
