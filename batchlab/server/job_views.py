@@ -68,6 +68,7 @@ def job_view(
         "round": record.round,
         "priority": job.priority,
         "tags": dict(job.tags),
+        "after": [{"job": other.job, "condition": other.condition.value} for other in job.after],
         "submitted_s": job.submitted_s,
         "started_s": min(starts) if starts else None,
         "ended_s": record.ended_s,

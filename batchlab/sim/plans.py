@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.job_definition import Condition, Dependency, JobDef, StageDef
 from batchlab.core.model import JobId, Pool, StageName
 from batchlab.core.retry_rule import RetryRule
 from batchlab.core.service_settings import ManagerSettings, WorkerSettings
@@ -94,6 +94,18 @@ def with_bystanders(seed: int, plan: Plan) -> Plan:
     more = [_job(seed, first + number, rng, plan.pools) for number in range(2)]
     small = (replace(job, items=min(job.items or 0, 5), start_at_s=None) for job in more)
     return replace(plan, jobs=(*plan.jobs, *small))
+
+
+def with_dependencies(seed: int, plan: Plan) -> Plan:
+    """Return the plan with one more small job, in which each job but the first depends on one or two earlier jobs."""
+    rng = random.Random(f"{seed}/dependencies")  # noqa: S311 - simulation
+    more = _job(seed, len(plan.jobs), rng, plan.pools)
+    first, *others = *plan.jobs, replace(more, items=min(more.items or 0, 5))
+    jobs = [first]
+    for job in others:
+        chosen = rng.sample(jobs, min(len(jobs), rng.choice([1, 1, 2])))
+        jobs.append(replace(job, after=tuple(Dependency(one.id, rng.choice(list(Condition))) for one in chosen)))
+    return replace(plan, jobs=tuple(jobs))
 
 
 def _work_s(pools: Sequence[Pool], jobs: Sequence[JobDef], run_s: Sequence[float]) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.errors import Malformed, TooNew
 from batchlab.core.job_definition import task_name
-from batchlab.core.model import Bundle, Control, JobId, StageCounts, StageName
+from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, StageName
 from batchlab.core.ports import Clock, Cut, Ending, Message, StageRecord
 from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.service_settings import MAX_VISIBILITY_S
@@ -25,7 +25,14 @@ from batchlab.manager.unresponsive_workers import UNKNOWN_WORK
 from batchlab.sim.actors import CURRENT, Actor, JobControls, SimulationError, Violated
 from batchlab.sim.event_log import Name, bundle_in, doc_of, name_in, name_of_bundle, reported_in
 from batchlab.sim.faults import LATENCY_S, SLOW_LOOKS_S
-from batchlab.sim.progress_checks import GIVE_BACK_S, LeadershipChecks, SilenceChecks, StartTimeChecks, WasteChecks
+from batchlab.sim.progress_checks import (
+    GIVE_BACK_S,
+    DependencyChecks,
+    LeadershipChecks,
+    SilenceChecks,
+    StartTimeChecks,
+    WasteChecks,
+)
 from batchlab.sim.storage_faults import Unsynced
 from batchlab.sim.worker_rights import Trust
 from batchlab.worker.heartbeats import RETURN_S
@@ -117,6 +124,7 @@ class Watch:
     unsynced: Unsynced = field(init=False)
     leadership: LeadershipChecks = field(init=False)
     start_times: StartTimeChecks = field(init=False)
+    dependencies: DependencyChecks = field(init=False)
     silences: SilenceChecks = field(init=False)
     _begun: dict[Actor, set[Name]] = field(default_factory=dict)
     """Bundles of which each worker has started tasks, by worker."""
@@ -150,6 +158,7 @@ class Watch:
         self.unsynced = Unsynced(self.clock)
         self.leadership = LeadershipChecks(self.check, self.lead_ttl_s, self.thawed_s)
         self.start_times = StartTimeChecks(self.check)
+        self.dependencies = DependencyChecks(self.check)
         self.silences = SilenceChecks(self.check, self.silence_s)
         # The watch's timers expire even while a process is frozen.
         self._context = copy_context()
@@ -184,6 +193,7 @@ class Watch:
             return
         if kind == "final":
             self.controls.on_end(job)
+            self.dependencies.on_end(job, JobState(json_format.loads(data)["state"]))
         if kind not in ("spec.json", "retries", "final"):
             kind = parts[3]
         if kind in ("starts", "running"):
@@ -232,6 +242,7 @@ class Watch:
             job, opening = json_format.job_from_json(doc), commit_keys.opening_in(doc)
             self.waste.on_definition(job)
             self.start_times.on_definition(job)
+            self.dependencies.on_definition(job)
             if opening and opening.cut:
                 self._opened.update(map(name_of_bundle, opening.cut.bundles))
                 self._cut(opening.cut)
@@ -518,6 +529,7 @@ class Watch:
             self._begun.setdefault(actor, set()).add(name)
             self._last_starts[name] = self.starts[-1]
         self.start_times.check_start(bundle, task, self.clock.now_s())
+        self.dependencies.check_start(bundle.job)
         disturbed = actor is not None and self._excused(actor, now_s - RECENT_S)
         self.waste.check_start(bundle, now_s, actor, disturbed=disturbed)
         # A worker that has received a bundle twice may run either message.

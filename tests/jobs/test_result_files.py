@@ -43,6 +43,7 @@ def view(round_: int = 0) -> JobView:
         "round": round_,
         "priority": 0,
         "tags": {},
+        "after": [],
         "submitted_s": 0.0,
         "started_s": 0.0,
         "ended_s": 1.0,
