@@ -265,6 +265,8 @@ def _show_grid(
                     f"`batchlab grid scale {pool['name']} --auto` starts instances again at once."
                 )
             )
+        if problem := pool.get("end_trouble", ""):
+            lines.append(output.clean(f"Pool {pool['name']}: {problem}."))
     depths = [(queue["name"], queue["visible"], queue["in_flight"], queue["delayed"]) for queue in view["queues"]]
     output.show("\n".join([*lines, "", output.table(("queue", "visible", "in flight", "delayed"), depths)]))
 

@@ -372,7 +372,12 @@ class InstanceView(TypedDict):
 
 
 class PoolView(TypedDict):
-    """A pool of instances. `trouble` is the reason why the instances do not start, or "" if the instances start."""
+    """A pool of instances. `trouble` is the reason why the instances do not start, or "" if the instances start.
+
+    `ends_in_s` is the number of seconds after which the group's scheduled action ends the pool unless a manager
+    postpones the action, or None without such an action. `end_trouble` is the reason why the manager cannot change the
+    scheduled action, or "".
+    """
 
     name: str
     min: int
@@ -383,6 +388,8 @@ class PoolView(TypedDict):
     backlog_s: float
     held_by_hand: bool
     trouble: str
+    ends_in_s: float | None
+    end_trouble: str
     instances: list[InstanceView]
 
 

@@ -36,6 +36,7 @@ from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.context import Context, NotificationChannels
 from batchlab.manager.counters import Counters
 from batchlab.manager.dependencies import Dependencies
+from batchlab.manager.fleet_end import FleetEnd
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.job_coordinator import JobCoordinator
 from batchlab.manager.job_deletion import JobDeletion
@@ -186,6 +187,7 @@ class Manager:
         self._adoption = Adoption(context, self.coordinator, self.spending)
         self.job_commands = JobCommands(context, self.coordinator, bundler, self._adoption, dependencies)
         self.autoscaler = Autoscaler(context, caps)
+        self.fleet_end = FleetEnd(context, owner, self.autoscaler.user_capacity)
         self.scheduler: ScheduleCommands | None = None
         if schedules:
             self.scheduler = ScheduleCommands(context, self.job_commands)
@@ -249,6 +251,8 @@ class Manager:
                 group.create_task(self.job_deletion.run(), name="finish deletions")
                 group.create_task(self._finish_retries(), name="finish retries")
                 group.create_task(self.reports.run(), name="reports")
+                if self.fleet_end.is_needed:
+                    group.create_task(self.fleet_end.run(), name="fleet end")
                 if self.notifier:
                     group.create_task(self.notifier.run(), name="notify")
                 if self.scheduler:
@@ -290,6 +294,7 @@ class Manager:
                 )
             )
             await self.ports.fleet.ensure(pool)
+        await self.fleet_end.begin()
         return has_old_bucket
 
     async def _ensure(self, spec: QueueSpec) -> None:

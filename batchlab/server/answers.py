@@ -186,4 +186,6 @@ def pool_view(manager: Manager, view: GroupView) -> api_types.PoolView:
         workers,
         held=name in scaler.user_capacity,
         trouble=scaler.launch_breaker.trouble(name),
+        ends_in_s=manager.fleet_end.left_s(name),
+        end_trouble=manager.fleet_end.trouble(name),
     )

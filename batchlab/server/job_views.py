@@ -171,7 +171,14 @@ def tail_view(tail: Tail) -> TailView:
 
 
 def pool_view(
-    view: GroupView, backlog: Backlog, workers: Mapping[str, WorkerStatus], *, held: bool, trouble: str = ""
+    view: GroupView,
+    backlog: Backlog,
+    workers: Mapping[str, WorkerStatus],
+    *,
+    held: bool,
+    trouble: str = "",
+    ends_in_s: float | None = None,
+    end_trouble: str = "",
 ) -> PoolView:
     """Return the view of a pool, which describes the pool's group, work, and workers."""
     pool = view.pool
@@ -185,6 +192,8 @@ def pool_view(
         "backlog_s": backlog.seconds,
         "held_by_hand": held,
         "trouble": trouble,
+        "ends_in_s": ends_in_s,
+        "end_trouble": end_trouble,
         "instances": [_instance_view(i, workers.get(i.id)) for i in view.instances],
     }
 

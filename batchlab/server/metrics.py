@@ -147,6 +147,8 @@ def _pools(manager: Manager) -> Iterator[Metric]:
     for size, (help_, values) in sizes.items():
         samples = {(name,): value for name, value in zip(groups, values, strict=True)}
         yield _gauge(f"pool_{size}_instances", f"{help_} of the pool.", samples, "pool")
+    left = {(name,): left_s for name in groups if (left_s := manager.fleet_end.left_s(name)) is not None}
+    yield _gauge("pool_end_seconds", "Time until a scheduled action ends the pool without a manager.", left, "pool")
     workers: Counter[tuple[str, ...]] = Counter({(name,): 0 for name in manager.pools})
     slots: Counter[tuple[str, ...]] = Counter(dict.fromkeys(product(manager.pools, ("busy", "free")), 0))
     for worker_status in manager.registry.workers.values():

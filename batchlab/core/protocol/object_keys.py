@@ -118,7 +118,10 @@ def _spread(name: str) -> str:
 
 
 GRID = "grid/"
-"""Prefix of the objects that only the manager reads and writes."""
+"""Prefix of the objects that only the manager writes, and that only the manager reads, except for the leader beat."""
+
+LEADER = "grid/leader.json"
+"""Key of the leader beat, which the leading manager renews and workers read."""
 
 COMMIT_SECRET = "grid/commit-secret.json"  # noqa: S105 - the name of the object, not the secret
 """Key of the object with the secret from which the commit keys of all jobs are derived. Workers cannot read the commit
