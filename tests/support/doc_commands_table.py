@@ -31,6 +31,12 @@ batchlab grid status --as-if-aws
 batchlab grid activities default
 batchlab grid open
 batchlab grid cap 50USD
+batchlab user add alice --role submit --expires 30d
+batchlab user list
++ batchlab job list --owner alice
+batchlab audit --since 24h
+batchlab audit --user alice --action job --outcome refused --json
+batchlab user revoke alice
 batchlab job submit pipeline/job.yaml --max-cost 5USD
 batchlab job watch last --as-if-aws
 batchlab job show last --as-if-aws
