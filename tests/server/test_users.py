@@ -14,7 +14,7 @@ from batchlab.client.http import Client
 from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
 from batchlab.core.model import JobId
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.users import Role
+from batchlab.core.users import Role, User
 from batchlab.manager import audit_log, user_directory
 from batchlab.server import web
 from batchlab.server.http.permissions import PAGE_RULES, RULES
@@ -193,9 +193,14 @@ def test_a_revocation_through_another_manager_takes_effect(rig: Rig, monkeypatch
 
 def test_a_token_expires(rig: Rig) -> None:
     now_s = rig.manager.ports.clock.now_s()
-    with client_of(rig, add(rig, "sam", "submit", expires_s=now_s + 0.5)) as sam:
+    with client_of(rig, add(rig, "sam", "submit", expires_s=now_s + 60)) as sam:
         sam.jobs()
-        rig.until(lambda: rig.client.users()[0]["state"] == "expired", "the expiry")
+
+        def expire(users: dict[str, User]) -> dict[str, User]:
+            return {name: replace(user, expires_s=now_s) for name, user in users.items()}
+
+        rig.run(rig.served.users._change(expire))
+        assert rig.client.users()[0]["state"] == "expired"
         with pytest.raises(Refused, match="expired"):
             sam.jobs()
 
