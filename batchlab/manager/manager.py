@@ -29,6 +29,7 @@ from batchlab.core.protocol import object_keys
 from batchlab.core.service_settings import ManagerSettings
 from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.manager.adoption import Adoption
+from batchlab.manager.audit_log import AuditLog
 from batchlab.manager.autoscaler import Autoscaler, Prewarm
 from batchlab.manager.bundling import Bundler
 from batchlab.manager.collector import Collector, events_queue
@@ -46,6 +47,7 @@ from batchlab.manager.notifier import Notifier
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.recorder import Recorder, ReportQueue
 from batchlab.manager.schedule_commands import ScheduleCommands
+from batchlab.manager.speculation import Speculation
 from batchlab.manager.spending import Spending
 from batchlab.manager.state import Ports, set_job_state
 from batchlab.manager.unresponsive_workers import UnresponsiveWorkers, WorkEvidence
@@ -142,19 +144,21 @@ class Manager:
         channels: NotificationChannels | None = None,
         recent: logs.Recent | None = None,
         *,
+        audit: AuditLog | None = None,
         schedules: bool = False,
     ) -> None:
         """Create and connect the parts of a manager.
 
         With `accounting`, the manager counts usage and enforces cost caps. With `accounting` and `reports`, the manager
         also records performance data. `counts` are the counters of an earlier manager of the same process, which the
-        new manager continues. With `channels`, the manager sends notifications. `recent` stores recent log lines. With
-        `schedules`, the manager submits scheduled jobs at their due times.
+        new manager continues. With `channels`, the manager sends notifications. `recent` stores recent log lines.
+        `audit` is the audit log, which the managers of one process share. With `schedules`, the manager submits
+        scheduled jobs at their due times.
         """
         ports = replace(ports, ledger=patiently(ports.ledger, ports.patience))
         by_name = {pool.name: pool for pool in pools}
         self.context = context = Context(ports, settings, by_name, counts=counts or Counters(), tracer=tracer)
-        context.channels = channels
+        context.channels, context.audit = channels, audit
         if reports and accounting:
             context.recorder = Recorder(ports, context.lives, context.registry)
             context.reports = reports
@@ -162,7 +166,7 @@ class Manager:
         self.pools, self.lives, self.registry = context.pools, context.lives, context.registry
         self.groups, self.depths, self.quarantine = context.groups, context.depths, context.quarantine
         self.recorder, self.reports = context.recorder, context.reports
-        self.owner, self.recent = owner, recent
+        self.owner, self.recent, self.audit = owner, recent, audit
         self.admit = context.admit
         self.is_leader = asyncio.Event()
         self.has_led = False
@@ -192,6 +196,7 @@ class Manager:
         self.live_logs = LiveLogs(context)
         self._collector = Collector(context, ledger_writer)
         self._reconciler = Reconciler(context, ledger_writer, self.coordinator)
+        self._speculation = Speculation(context, self.coordinator)
         self._checked_s = -IDLE_QUEUE_CHECK_S
         """Monotonic time of the last read of the queue depths."""
         self._drained_s = -DEAD_LETTER_CHECK_S
@@ -422,6 +427,7 @@ class Manager:
         for name in self.groups.keys() & self.pools.keys():
             self.context.update_slots(name)
         await self._check_queues()
+        await self._speculation.step()
         # The previous leader may have started, reopened, or resumed a job after this manager read the ledger, because a
         # leader notices the loss of its lease late.
         if self._adoption.is_search_due:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from batchlab.core.model import JobState
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.settlement import fingerprint
+from batchlab.core.users import owner_name
 from batchlab.worker import task_log
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def job_view(
     return {
         "id": job.id,
         "name": job.name,
+        "owner": owner_name(job.owner),
         "state": state_of(record, bool(running)).value,
         "reason": record.reason,
         "round": record.round,

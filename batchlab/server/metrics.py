@@ -21,7 +21,7 @@ from batchlab.core.protocol.json_format import FAILURE_KINDS
 from batchlab.manager.counters import STAGE_KINDS, UNREADABLE_KINDS, stage_kind
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import Outstanding
-from batchlab.server.http.common import StateDep, require_token
+from batchlab.server.http.common import StateDep, require_role
 from batchlab.server.job_views import running_tasks, state_of
 
 if TYPE_CHECKING:
@@ -121,6 +121,12 @@ def _tasks(manager: Manager) -> Iterator[Metric]:
         "duplicate_executions",
         "Bundles that a worker ran in vain, because another worker had committed the outcome first.",
         counts.duplicates,
+    )
+    yield _counter("speculative_copies", "Speculative copies of stragglers that the manager sent.", counts.copies)
+    yield _counter(
+        "speculative_copies_won",
+        "Speculative copies whose outcome was committed before the outcome of the original run.",
+        counts.copies_won,
     )
 
 
@@ -284,7 +290,7 @@ def _fill(family: GaugeMetricFamily | CounterMetricFamily, samples: float | Samp
     return family
 
 
-router = APIRouter(dependencies=[Depends(require_token)])
+router = APIRouter(dependencies=[Depends(require_role)])
 
 
 @router.get("/metrics", include_in_schema=False)

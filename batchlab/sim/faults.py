@@ -128,7 +128,8 @@ class Weather:
     With `lies`, workers may begin to lie (CORRUPTED) in every world, and every world has additional jobs. With
     `storage`, objects may be damaged in every world, and every world has additional jobs. With `accounts`, the managers
     record the usage of each job. With `orphans`, no manager leads in every world until the fleet has ended. With
-    `dependent`, jobs depend on earlier jobs of the world.
+    `dependent`, jobs depend on earlier jobs of the world. With `speculative`, stages may have speculative copies, and
+    some workers are slow.
     """
 
     kill_before: float = 0.0
@@ -176,6 +177,7 @@ class Weather:
     lies: bool = False
     storage: bool = False
     accounts: bool = False
+    speculative: bool = False
     orphans: bool = False
     dependent: bool = False
 
@@ -191,6 +193,8 @@ class Weather:
         drawn = replace(self, **rates, varied=False)
         if self.lies:
             drawn = replace(drawn, corrupted=self.corrupted)
+        if self.speculative:
+            drawn = replace(drawn, frozen=self.frozen, stalled=self.stalled)
         if self.storage:
             damages: dict[str, Any] = {kind.value: self.rate(kind) for kind in (*DAMAGES, FaultKind.UNSYNCED)}
             drawn = replace(drawn, **damages)

@@ -115,6 +115,7 @@ WEATHERS: Mapping[str, Weather] = {
     "dependent": trial.DEPENDENT,
     "lies": trial.LIES,
     "orphans": trial.ORPHANS,
+    "speculative": trial.SPECULATIVE,
     "storage": trial.STORAGE,
     "storm": trial.STORM,
     "timed": trial.TIMED,

@@ -24,6 +24,7 @@ from batchlab.sim.plans import (
     draw,
     focus_of,
     with_bystanders,
+    with_copies,
     with_dependencies,
     with_focus,
 )
@@ -92,6 +93,8 @@ DEPENDENT = replace(ALL, dependent=True)
 ACCOUNTS = replace(ALL, accounts=True)
 """Rates of all kinds of faults, for worlds whose managers record the usage of each job."""
 
+SPECULATIVE = replace(ALL, speculative=True, frozen=0.02)
+"""Rates of all kinds of faults, for worlds with speculative copies and slow workers."""
 ORPHANS = replace(ALL, orphans=True)
 """Rates of all kinds of faults, for worlds whose managers are gone until scheduled actions have ended the fleet."""
 
@@ -153,6 +156,8 @@ def plan_of(seed: int, weather: Weather = ALL) -> Plan:
     focus = _focus_of(seed, weather, plan)
     if (weather.lies or weather.storage) and plan.limit_s == LIMIT_S:
         return with_bystanders(seed, plan)
+    if weather.speculative and plan.limit_s == LIMIT_S:
+        return with_copies(seed, plan)
     if weather.dependent and plan.limit_s == LIMIT_S:
         return with_dependencies(seed, plan)
     return with_focus(seed, focus, plan) if focus else plan
@@ -164,7 +169,7 @@ def weather_of(seed: int, weather: Weather = ALL) -> Weather:
     if focus:
         return FOCUS_WEATHERS[focus]
     rng = random.Random(f"{seed}/weather")  # noqa: S311 - simulation
-    return weather.of_seed(rng, heaviness=draw(seed).heaviness)
+    return weather.of_seed(rng, heaviness=plan_of(seed, weather).heaviness)
 
 
 def replay_faults(seed: int, faults: Iterable[Fault]) -> Faults:
@@ -211,6 +216,7 @@ def run(
             schedules=timed,
             accounting=Accounting() if weather.accounts else None,
             notifies=seed % NOTIFY_EVERY == 3,
+            slow_share=plan.slow_share,
         )
         if world.log is not None and log is not None:
             world.log.lines = log

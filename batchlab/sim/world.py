@@ -58,6 +58,8 @@ LED_SHARE = 0.75
 RESTART_S = 3.0
 """Average seconds between the death of a manager and the start of the next manager."""
 
+SLOWNESS = 15.0
+
 DIRECTORY = NotificationSettings((Target("everybody", "webhook", "https://target.invalid/"),))
 
 MANAGER = ManagerSettings(drain_target_s=10.0, silence_s=120.0, control_lease_s=4.0)
@@ -110,6 +112,8 @@ class World:
     sql: bool = True
     schedules: bool = False
     notifies: bool = False
+    slow_share: float = 0.0
+    """Share of the instances whose tasks take SLOWNESS times as long."""
     log: EventLog | None = field(init=False)
     objects: SimObjects = field(init=False)
     queue: SimQueue = field(init=False)
@@ -331,12 +335,13 @@ class World:
         self.workers[instance] = worker
         return worker
 
-    def runner(self, die: Callable[[], None], objects: Objects) -> Runner:
-        """Return a runner for one worker."""
+    def runner(self, die: Callable[[], None], objects: Objects, instance: str) -> Runner:
+        """Return a runner for the worker of an instance."""
         if self.make_runner is not None:
             return self.make_runner(self, die, objects)
         assert self.script is not None
-        return ScriptedRunner(self.script, self.clock, self._start, die)
+        is_slow = self.slow_share > 0 and self.rng(f"slow/{instance}").random() < self.slow_share
+        return ScriptedRunner(self.script, self.clock, self._start, die, SLOWNESS if is_slow else 1.0)
 
     def _start(self, scene: AttemptInput) -> Callable[[], None]:
         now_s = self.clock.monotonic_s()
@@ -434,7 +439,7 @@ class SimWorker:
             objects,
             queue,
             self.clock,
-            world.runner(self._die, objects),
+            world.runner(self._die, objects, instance),
             Patience(rng),
             world.worker_settings,
             ends_without_manager=world.manager_settings.orphan_s > 0,
