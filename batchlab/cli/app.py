@@ -62,6 +62,8 @@ COMMANDS = {
         "scenario", _PEAKS, "Check, simulate, and replay load scenarios, and compare their runs with expectations."
     ),
     "grid": Command("grid", _GRID, "Start, inspect, scale, and stop a grid."),
+    "user": Command("users", _GRID, "Add, list, and revoke users, who have tokens and limited permissions."),
+    "audit": Command("users", _GRID, "List who has asked for which change, and which requests were refused."),
     "notify": Command("admin", _GRID, "Show notification targets and sent notifications."),
     "deploy": Command("deploy", _GRID, "Create, inspect, update, and delete the stack of a grid on AWS."),
     "gc": Command("admin", _GRID, "Remove leftovers of deleted grids in Docker or on AWS."),

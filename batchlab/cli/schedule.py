@@ -112,6 +112,7 @@ def add(
     cap_usd = cap_of(max_cost) if max_cost else None
     due = (cron, at, timezone)
     place, parameters = home_of(home), parameters_of(set_)
+    place.require_folder()  # The job's code and input are uploaded to the bucket.
     view = _upload_and_add(place, file, parameters, name, due, input_, policies, cap_usd, replacing=replace)
     next_due = f"is due next at {_moment(view, view['next_s'])}" if view["next_s"] else "is not due"
     output.answer(json, view, f"{view['name']} {next_due}")

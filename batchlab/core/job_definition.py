@@ -228,6 +228,8 @@ class JobDef:
     """Notification targets of the job, in addition to the notification targets of the grid."""
     trace: str = ""
     """W3C traceparent of the submission, or "" if the job is not traced."""
+    owner: str = ""
+    """Name of the user that submitted the job, or "" for the user with the grid's token. The manager sets the owner."""
     commit_hash: str = ""
     """SHA-256 of the job's commit key (see `core.protocol.object_keys`), or "" for a job of release 0.1.0."""
 

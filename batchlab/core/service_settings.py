@@ -22,7 +22,8 @@ class ManagerSettings:
     is the time to live of the leader's lease. `tick_s` is the interval of the autoscaler, the reconciler, and the
     fleet. The scaling policy uses `drain_target_s`, `cooldown_in_s`, and `idle_s`. After `boot_tries` consecutive
     failed launches in a pool, the next launch waits for `boot_pause_s` (0 for a fleet with its own backoff; see
-    LaunchBreaker). A bundle gets a speculative copy only after it has run for `copy_after_s`. `boot_tries`,
+    LaunchBreaker). A bundle gets a speculative copy only after it has run for `copy_after_s`. A scheduled action of
+    each group ends the fleet after `orphan_s` without a leading manager (0: never; see FleetEnd). `boot_tries`,
     `max_receives`, and `window` (bundles per slot) are numbers without a unit."""
 
     control_lease_s: float = 1.0
@@ -39,6 +40,7 @@ class ManagerSettings:
     max_receives: int = 10
     window: int = WINDOW
     copy_after_s: float = 5.0
+    orphan_s: float = 0.0
 
 
 VALUE_CACHE_BYTES = 8 * 1024**3

@@ -29,12 +29,14 @@ from batchlab.core.protocol import object_keys
 from batchlab.core.service_settings import ManagerSettings
 from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.manager.adoption import Adoption
+from batchlab.manager.audit_log import AuditLog
 from batchlab.manager.autoscaler import Autoscaler, Prewarm
 from batchlab.manager.bundling import Bundler
 from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.context import Context, NotificationChannels
 from batchlab.manager.counters import Counters
 from batchlab.manager.dependencies import Dependencies
+from batchlab.manager.fleet_end import FleetEnd
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.job_coordinator import JobCoordinator
 from batchlab.manager.job_deletion import JobDeletion
@@ -142,19 +144,21 @@ class Manager:
         channels: NotificationChannels | None = None,
         recent: logs.Recent | None = None,
         *,
+        audit: AuditLog | None = None,
         schedules: bool = False,
     ) -> None:
         """Create and connect the parts of a manager.
 
         With `accounting`, the manager counts usage and enforces cost caps. With `accounting` and `reports`, the manager
         also records performance data. `counts` are the counters of an earlier manager of the same process, which the
-        new manager continues. With `channels`, the manager sends notifications. `recent` stores recent log lines. With
-        `schedules`, the manager submits scheduled jobs at their due times.
+        new manager continues. With `channels`, the manager sends notifications. `recent` stores recent log lines.
+        `audit` is the audit log, which the managers of one process share. With `schedules`, the manager submits
+        scheduled jobs at their due times.
         """
         ports = replace(ports, ledger=patiently(ports.ledger, ports.patience))
         by_name = {pool.name: pool for pool in pools}
         self.context = context = Context(ports, settings, by_name, counts=counts or Counters(), tracer=tracer)
-        context.channels = channels
+        context.channels, context.audit = channels, audit
         if reports and accounting:
             context.recorder = Recorder(ports, context.lives, context.registry)
             context.reports = reports
@@ -162,7 +166,7 @@ class Manager:
         self.pools, self.lives, self.registry = context.pools, context.lives, context.registry
         self.groups, self.depths, self.quarantine = context.groups, context.depths, context.quarantine
         self.recorder, self.reports = context.recorder, context.reports
-        self.owner, self.recent = owner, recent
+        self.owner, self.recent, self.audit = owner, recent, audit
         self.admit = context.admit
         self.is_leader = asyncio.Event()
         self.has_led = False
@@ -183,6 +187,7 @@ class Manager:
         self._adoption = Adoption(context, self.coordinator, self.spending)
         self.job_commands = JobCommands(context, self.coordinator, bundler, self._adoption, dependencies)
         self.autoscaler = Autoscaler(context, caps)
+        self.fleet_end = FleetEnd(context, owner, self.autoscaler.user_capacity)
         self.scheduler: ScheduleCommands | None = None
         if schedules:
             self.scheduler = ScheduleCommands(context, self.job_commands)
@@ -246,6 +251,8 @@ class Manager:
                 group.create_task(self.job_deletion.run(), name="finish deletions")
                 group.create_task(self._finish_retries(), name="finish retries")
                 group.create_task(self.reports.run(), name="reports")
+                if self.fleet_end.is_needed:
+                    group.create_task(self.fleet_end.run(), name="fleet end")
                 if self.notifier:
                     group.create_task(self.notifier.run(), name="notify")
                 if self.scheduler:
@@ -287,6 +294,7 @@ class Manager:
                 )
             )
             await self.ports.fleet.ensure(pool)
+        await self.fleet_end.begin()
         return has_old_bucket
 
     async def _ensure(self, spec: QueueSpec) -> None:

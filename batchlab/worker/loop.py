@@ -39,6 +39,7 @@ from batchlab.worker.commit_and_forward import (
 from batchlab.worker.heartbeats import Heartbeats, VisibilityHeartbeat
 from batchlab.worker.inflight_message import Identity, InflightMessage, Runner, Slots, Work, WorkerContext
 from batchlab.worker.job_cache import ControlPoller, JobCache, WrongKeyError
+from batchlab.worker.leader_watch import LeaderWatch
 from batchlab.worker.live_logs import LiveLogs
 from batchlab.worker.outbox import Outbox
 from batchlab.worker.poison_detection import PoisonDetector, RunsElsewhereError
@@ -157,7 +158,10 @@ class Worker:
         tally: RequestCounter | None = None,
         tracer: Tracer = NO_TRACER,
         replies: Replies | None = None,
+        *,
+        ends_without_manager: bool = False,
     ) -> None:
+        """Create a worker. With `ends_without_manager`, an idle worker ends after the end of the last manager."""
         self._jobs = JobCache(objects, patience)
         outbox = Outbox(queue, patience, tally, self._jobs.key_of)
         context = WorkerContext(who, objects, queue, clock, patience, settings, outbox, tracer, replies=replies)
@@ -169,6 +173,9 @@ class Worker:
         self._inflight = context.inflight
         self._runner = runner
         self._notices = notices
+        self._leader_watch = LeaderWatch(objects, clock) if ends_without_manager else None
+        self.is_orphan = False
+        """Whether the worker has ended because no manager leads."""
         self._tasks_queue = object_keys.tasks_queue(who.pool)
         self._inputs = Inputs(objects, patience)
         self._slots = Slots(who.slots)
@@ -211,6 +218,8 @@ class Worker:
             ]
             if self._notices is not None:
                 others.append(group.create_task(poll_notices(self._notices, self.drain), name="notices"))
+            if self._leader_watch is not None:
+                others.append(group.create_task(self._end_as_orphan(self._leader_watch), name="leader watch"))
             await self._draining.wait()
             receiver.cancel()
             self._shutdown.return_waiting()
@@ -222,6 +231,11 @@ class Worker:
             await self._heartbeats.send_final()
         finally:
             await self._runner.close()
+
+    async def _end_as_orphan(self, watch: LeaderWatch) -> None:
+        await watch.wait_until_orphaned(lambda: not self._inflight)
+        self.is_orphan = True
+        self.drain()
 
     # --- Receiving -------------------------------------------------------------------------------
 

@@ -55,6 +55,7 @@ from batchlab.core.protocol.field_checks import (
     whole,
 )
 from batchlab.core.protocol.values import BRACKET_WEIGHT, OUTCOME_WEIGHT, weight
+from batchlab.core.users import is_user_name
 
 T = TypeVar("T")
 Known = tuple[Any, TaskSet]
@@ -502,6 +503,8 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
         del doc["max_cost_usd"]
     if not job.trace:
         del doc["trace"]
+    if not job.owner:
+        del doc["owner"]
     if job.after:
         doc["after"] = [fields(dependency) for dependency in job.after]
         doc["needs"] = DEPENDENT
@@ -579,6 +582,8 @@ def job_from_json(doc: dict[str, Any]) -> JobDef:
         job = decode(JobDef, doc)
         for id_ in (job.id, *(dependency.job for dependency in job.after)):
             name(id_)
+        if job.owner and not is_user_name(job.owner):
+            raise ValueError("the owner is not the name of a user")
         for stage in job.stages:
             name(stage.name)
             if stage.handler is not None:

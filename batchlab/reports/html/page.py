@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from batchlab.core.capabilities import capabilities_of
 from batchlab.core.pricing.price_book import shown
 from batchlab.core.text import count, join_list, span
+from batchlab.core.users import OWNER
 from batchlab.reports.html import costs, distributions, gantt, load, stage_graph
 from batchlab.reports.html import failures as failed
 from batchlab.reports.html.charts import Data
@@ -262,6 +263,8 @@ def particulars(run: ReportRun) -> list[tuple[str, str]]:
         ("started", moment(job["started_s"])),
         ("ended", moment(job["ended_s"])),
     ]
+    if job["owner"] not in (None, OWNER):
+        facts.append(("owner", visible(job["owner"], 40)))
     if job["dependencies"]:
         others = ", ".join(other.removesuffix(":succeeded") for other in job["dependencies"])
         facts.append(("after", visible(others, 400)))

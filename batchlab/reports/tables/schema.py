@@ -76,6 +76,7 @@ JOBS = _table(
     ("rounds", "INTEGER", "1, plus 1 for each `job retry`"),
     ("priority", "INTEGER", "priority of the job"),
     ("tags", "VARCHAR", "tags of the job, as a JSON object"),
+    ("owner", "VARCHAR", "name of the user that submitted the job"),
     ("dependencies", "VARCHAR[]", "earlier jobs that the job waited for, such as sums-0123456789:succeeded"),
     ("submitted_s", "DOUBLE", "time at which the job was submitted"),
     ("started_s", "DOUBLE", "start time of the first bundle"),

@@ -4,7 +4,20 @@ Invariant: a mutant changes the product only in the test's process, and only whi
 found later becomes a mutant, as docs/contributing/planted-bugs.md describes.
 """
 
-from tests.sim.mutants import copies, dependencies, fleet, ids, leaders, lies, manager, storage, waste, words, worker
+from tests.sim.mutants import (
+    copies,
+    dependencies,
+    fleet,
+    ids,
+    leaders,
+    lies,
+    manager,
+    orphans,
+    storage,
+    waste,
+    words,
+    worker,
+)
 from tests.sim.mutants.kit import MUTANTS
 
 __all__ = [
@@ -16,6 +29,7 @@ __all__ = [
     "leaders",
     "lies",
     "manager",
+    "orphans",
     "storage",
     "waste",
     "words",
