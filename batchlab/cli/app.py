@@ -62,6 +62,7 @@ COMMANDS = {
         "scenario", _PEAKS, "Check, simulate, and replay load scenarios, and compare their runs with expectations."
     ),
     "grid": Command("grid", _GRID, "Start, inspect, scale, and stop a grid."),
+    "share": Command("share", _GRID, "Set and show the fair-share policy, which divides pools among shares of jobs."),
     "notify": Command("admin", _GRID, "Show notification targets and sent notifications."),
     "deploy": Command("deploy", _GRID, "Create, inspect, update, and delete the stack of a grid on AWS."),
     "gc": Command("admin", _GRID, "Remove leftovers of deleted grids in Docker or on AWS."),

@@ -137,11 +137,11 @@ class Submission:
         name = self.jobfile.job.name
         return await find_latest_run(self.objects, name, self.source_digest, patience())
 
-    async def prepare(self, number: int, max_cost_usd: float | None = None) -> tuple[JobDef, str]:
+    async def prepare(self, number: int, max_cost_usd: float | None = None, share: str = "") -> tuple[JobDef, str]:
         """Upload the files of the run `number`. Return the definition of the job to submit, and a text about the
         upload.
 
-        `max_cost_usd` replaces the cost cap of the job file.
+        `max_cost_usd` replaces the cost cap of the job file, and `share` replaces its share.
         """
         from batchlab.jobs.submission import Uploaded, prepare
 
@@ -165,17 +165,21 @@ class Submission:
         )
         if max_cost_usd is not None:
             job = replace(job, max_cost_usd=max_cost_usd)
+        if share:
+            job = replace(job, share=share)
         if self.keys is not None:
             return job, "the code; the input is in the bucket"
         took = output.span(time.monotonic() - begun_s)
         return job, f"{output.count(last.of, 'file')}, {output.size(last.size_bytes)} in {took}"
 
 
-def submit(home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float | None = None) -> JobView:
+def submit(
+    home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float | None = None, share: str = ""
+) -> JobView:
     """Submit a job file to the running grid, and return the job.
 
     If an earlier submission of the same job file is still active, the function returns the earlier job. `max_cost_usd`
-    caps the cost of a new job or of the earlier job.
+    caps the cost of a new job or of the earlier job. `share` replaces the share of the job file for a new job.
     """
     with Session.attach(home) as session:
         submission = Submission.of(file, parameters_of(sets), home, session.backend)
@@ -184,7 +188,7 @@ def submit(home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float |
         if earlier and earlier.ended is None:
             job = asyncio.run(definition(submission.objects, earlier.job, patience()))
         else:
-            job, note = asyncio.run(submission.prepare(earlier.number + 1 if earlier else 1, max_cost_usd))
+            job, note = asyncio.run(submission.prepare(earlier.number + 1 if earlier else 1, max_cost_usd, share))
             output.say(f"Uploaded {note}.")
         return session.call(partial(submit_capped, job, max_cost_usd))
 

@@ -67,6 +67,7 @@ def job_view(
         "reason": record.reason,
         "round": record.round,
         "priority": job.priority,
+        "share": job.share,
         "tags": dict(job.tags),
         "submitted_s": job.submitted_s,
         "started_s": min(starts) if starts else None,

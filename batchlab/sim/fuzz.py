@@ -113,6 +113,7 @@ WEATHERS: Mapping[str, Weather] = {
     "all": trial.ALL,
     "crashes": trial.CRASHES,
     "lies": trial.LIES,
+    "shares": trial.SHARES,
     "storage": trial.STORAGE,
     "storm": trial.STORM,
     "timed": trial.TIMED,

@@ -16,6 +16,7 @@ from typing import Any
 
 from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.errors import Malformed, TooNew
+from batchlab.core.fair_share import SharePolicy
 from batchlab.core.job_definition import task_name
 from batchlab.core.model import Bundle, Control, JobId, StageCounts, StageName
 from batchlab.core.ports import Clock, Cut, Ending, Message, StageRecord
@@ -26,6 +27,7 @@ from batchlab.sim.actors import CURRENT, Actor, JobControls, SimulationError, Vi
 from batchlab.sim.event_log import Name, bundle_in, doc_of, name_in, name_of_bundle, reported_in
 from batchlab.sim.faults import LATENCY_S, SLOW_LOOKS_S
 from batchlab.sim.progress_checks import GIVE_BACK_S, LeadershipChecks, SilenceChecks, StartTimeChecks, WasteChecks
+from batchlab.sim.share_checks import ShareChecks
 from batchlab.sim.storage_faults import Unsynced
 from batchlab.sim.worker_rights import Trust
 from batchlab.worker.heartbeats import RETURN_S
@@ -118,6 +120,8 @@ class Watch:
     leadership: LeadershipChecks = field(init=False)
     start_times: StartTimeChecks = field(init=False)
     silences: SilenceChecks = field(init=False)
+    shares: ShareChecks | None = None
+    """Check of fair share, or None in a world without shares."""
     _begun: dict[Actor, set[Name]] = field(default_factory=dict)
     """Bundles of which each worker has started tasks, by worker."""
     _last_starts: dict[Name, Start] = field(default_factory=dict)
@@ -164,6 +168,8 @@ class Watch:
     def on_write(self, key: str, before: bytes | None, data: bytes, if_absent: bool) -> None:
         """Check I1: a committed outcome never changes, and is written by a conditional put."""
         parts = key.split("/")
+        if self.shares is not None and parts[0] == "grid":
+            self._record_shares(self.shares, key, data)
         if parts[0] != "jobs":
             return
         # A write without a current actor comes from a client, which waits for the manager.
@@ -180,10 +186,14 @@ class Watch:
                     self._record_plan("outcomes", parts[-2], data)
             return
         if kind == "control.json":
+            if self.shares is not None:
+                self.shares.remember(self.clock.monotonic_s())
             self.controls.on_write(job, json_format.control_from_bytes(data))
             return
         if kind == "final":
             self.controls.on_end(job)
+            if self.shares is not None:
+                self.shares.on_end(job, self.clock.monotonic_s())
         if kind not in ("spec.json", "retries", "final"):
             kind = parts[3]
         if kind in ("starts", "running"):
@@ -232,6 +242,8 @@ class Watch:
             job, opening = json_format.job_from_json(doc), commit_keys.opening_in(doc)
             self.waste.on_definition(job)
             self.start_times.on_definition(job)
+            if self.shares is not None:
+                self.shares.on_definition(job, self.clock.monotonic_s())
             if opening and opening.cut:
                 self._opened.update(map(name_of_bundle, opening.cut.bundles))
                 self._cut(opening.cut)
@@ -239,14 +251,29 @@ class Watch:
             self._cut(json_format.cut_from_json(json_format.loads(data)))
         elif kind == "retries":
             for cut in json_format.loads(data)["cuts"]:
-                self._plan(json_format.cut_from_json(cut).bundles)
+                retried = json_format.cut_from_json(cut).bundles
+                self._plan(retried)
+                if self.shares is not None:
+                    self.shares.on_plan(retried)
+
+    def _record_shares(self, shares: ShareChecks, key: str, data: bytes) -> None:
+        now_s = self.clock.monotonic_s()
+        if key == object_keys.SHARES:
+            policy = json_format.loads(data)["policy"]
+            shares.on_policy(None if policy is None else SharePolicy.from_json(policy), now_s)
+            self.waste.has_share_policy = policy is not None
+        elif key == object_keys.SHARE_USE:
+            shares.on_save(now_s)
 
     def _cut(self, cut: Cut) -> None:
         self._plan(cut.bundles)
-        actor = CURRENT.get()
+        actor, now_s = CURRENT.get(), self.clock.monotonic_s()
+        since_s = math.inf
         if actor is not None and actor.name.startswith("manager"):
             since_s = self._undisturbed_lead_s(actor)
-            self.waste.check_cut(cut, self.clock.monotonic_s(), since_s, self.controls.live_since_s)
+            self.waste.check_cut(cut, now_s, since_s, self.controls.live_since_s)
+        if self.shares is not None:
+            self.shares.on_cut(cut, now_s, since_s)
 
     def _plan(self, bundles: Sequence[Bundle]) -> None:
         self._planned.update(map(name_of_bundle, bundles))
@@ -269,6 +296,8 @@ class Watch:
         """Record that a port call of `actor` has taken effect."""
         now_s = self.clock.monotonic_s()
         if label == "ledger.lease":
+            if self.shares is not None and result.owner == actor.name and self.leadership.led_s(actor) == math.inf:
+                self.shares.on_lead(now_s)
             self.leadership.on_lease(actor, result.owner, now_s)
         elif actor.name.startswith("manager"):
             disturbed = self._excused(actor, now_s - self.lead_ttl_s)
@@ -281,6 +310,8 @@ class Watch:
             self._deletes(actor, args[0], args[1])
         elif label == "queue.change_visibility":
             self._extends(args[0], args[1])
+        elif label == "ledger.Fold" and self.shares is not None:
+            self.shares.on_fold(args[0], result, now_s)
         elif label in FLUSHED:
             self.flushed()
         elif label == "objects.put" and "/starts/" in args[0]:

@@ -43,6 +43,7 @@ from batchlab.sim.lying_insider import Insider
 from batchlab.sim.lying_worker import Liar, WorkerPorts
 from batchlab.sim.port_wrappers import wrap
 from batchlab.sim.runtime_checks import Start, Watch
+from batchlab.sim.share_checks import ShareChecks
 from batchlab.sim.storage_faults import Damage
 from batchlab.sim.tasks import AttemptInput, Script, ScriptedRunner
 from batchlab.sim.worker_rights import Rights
@@ -87,7 +88,8 @@ class World:
     Without `watched`, the steps of the protocol are not checked. For a worker with thousands of tasks, the checks of
     the protocol cost as much as the worker itself. With `accounting`, the managers record the usage of the grid. With
     `reports`, the managers record the data of reports. With `schedules`, the managers submit jobs at the due times of
-    schedules. With `notifies`, the managers notify a target of each job's end.
+    schedules. With `notifies`, the managers notify a target of each job's end. With `shares`, the managers follow the
+    fair-share policy in the bucket.
 
     With `sql`, the ledger is the product's SQL ledger on an in-memory SQLite database. Without `sql`, the ledger is
     SimLedger, which gives the same answers as the SQL ledger in a tenth of the time.
@@ -108,6 +110,7 @@ class World:
     sql: bool = True
     schedules: bool = False
     notifies: bool = False
+    shares: bool = False
     log: EventLog | None = field(init=False)
     objects: SimObjects = field(init=False)
     queue: SimQueue = field(init=False)
@@ -154,6 +157,14 @@ class World:
             lead_ttl_s=self.manager_settings.lease_ttl_s,
             silence_s=self.manager_settings.silence_s,
         )
+        if self.shares:
+            self.watch.shares = ShareChecks(
+                self.watch.check,
+                self.watch.controls.is_live,
+                self.watch.controls.live_since_s,
+                {pool.name: pool for pool in self.pools},
+                self.manager_settings.window,
+            )
         self.damage = Damage(self.objects, self.ledger, self.watch.trust.touched, self.watch.damaged)
         self.watch.are_looks_slow = bool(self.faults and self.faults.slow_looks_s)
         if self.watched:
@@ -225,6 +236,7 @@ class World:
             reports=self.reports,
             channels=NotificationChannels(lambda: DIRECTORY, self._on_notification) if self.notifies else None,
             schedules=self.schedules,
+            shares=self.shares,
         )
         fleet.registry = manager.registry
         task = actor.spawn(manager.run(), name=owner)

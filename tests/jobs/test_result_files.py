@@ -42,6 +42,7 @@ def view(round_: int = 0) -> JobView:
         "reason": "",
         "round": round_,
         "priority": 0,
+        "share": "",
         "tags": {},
         "submitted_s": 0.0,
         "started_s": 0.0,

@@ -500,6 +500,8 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
         del doc["max_cost_usd"]
     if not job.trace:
         del doc["trace"]
+    if not job.share:
+        del doc["share"]
     if job.commit_hash:
         doc["needs"] = SEALED
     else:

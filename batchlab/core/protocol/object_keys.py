@@ -134,6 +134,10 @@ RECORD = "grid/record.json"
 """Key of the object with the queue depths and fleet sizes that were recorded while jobs ran. Reports use the recorded
 depths and sizes.
 """
+SHARES = "grid/shares.json"
+"""Key of the object with the fair-share policy of the grid."""
+SHARE_USE = "grid/share-use.json"
+"""Key of the object with the use of each share."""
 SCHEDULES = "grid/schedules/"
 """Prefix of the keys of schedules. Each schedule is one object."""
 JOBS = "jobs/"
