@@ -54,6 +54,7 @@ def submit(
     set_: list[str] | None = SET,
     max_cost: str | None = MAX_COST,
     share: str | None = SHARE,
+    after: list[str] | None = options.AFTER,
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
@@ -62,13 +63,17 @@ def submit(
     If a job from the unchanged job file has not ended, the command prints the id of this job and
     does not submit another job.
 
+    With --after, the job waits in the state PENDING until the other job has succeeded, or with
+    --after JOB:ended until the other job has ended. If a job that must succeed ends without success,
+    the waiting job is FAILED.
+
     \b
-    Example: batchlab job submit job.yaml
+    Example: batchlab job submit job.yaml --after last
     """
     from batchlab.cli.submission import submit as submit_file
 
     cap = cap_of(max_cost) if max_cost else None
-    view = submit_file(home_of(home), file, set_ or (), max_cost_usd=cap, share=share_of(share))
+    view = submit_file(home_of(home), file, set_ or (), max_cost_usd=cap, after=after or (), share=share_of(share))
     output.say(f"{view['name']} is {view['state']}; watch it: batchlab job watch {view['id']}")
     output.answer(json, view, view["id"])
 
@@ -110,7 +115,18 @@ def _row(job: JobView) -> tuple[object, ...]:
     planned = sum(stage["planned"] or 0 for stage in stages)
     more = "+" if any(stage["planned"] is None for stage in stages) else ""
     submitted = output.moment(job["submitted_s"])
-    return (job["id"], job["state"], submitted, took, f"{ended}/{planned}{more}", failed, job["reason"])
+    reason = job["reason"]
+    if started_s is None and ended_s is None and job.get("after"):
+        reason = f"after {_dependencies(job)}"
+    return (job["id"], job["state"], submitted, took, f"{ended}/{planned}{more}", failed, reason)
+
+
+def _dependencies(job: JobView) -> str:
+    """Return the jobs that the job depends on, with the conditions that are not `succeeded`."""
+    return ", ".join(
+        other["job"] if other["condition"] == "succeeded" else f"{other['job']}:{other['condition']}"
+        for other in job["after"]
+    )
 
 
 @app.command()
@@ -157,6 +173,7 @@ def _show(place: Home, job: str, *, as_if_aws: bool, json: bool) -> None:
         "submitted": output.moment(view["submitted_s"]),
         "started": output.moment(view["started_s"]),
         "ended": output.moment(view["ended_s"]),
+        **({"after": _dependencies(view)} if view.get("after") else {}),
         "priority": str(view["priority"]),
         "share": view["share"] or "-",
         "tags": tags or "-",

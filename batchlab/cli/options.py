@@ -186,6 +186,11 @@ SHARE = option(
 MAX_COST = option(
     "Cap on the cost on AWS, such as 5USD. At the cap, batchlab does not launch more instances.", "AMOUNT"
 )
+AFTER = option(
+    "Job that must succeed before this job begins, or with :ended must only end. Repeatable, up to 20 times.",
+    "JOB[:succeeded|ended]",
+    autocompletion=jobs,
+)
 LOG_FORMAT = option("Format of the logs. Default: $BATCHLAB_LOG_FORMAT, or else text.", "text|json")
 
 CAP = argument("New cap on the cost, such as 5USD, or 'none' to remove the cap.", "AMOUNT")

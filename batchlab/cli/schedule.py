@@ -19,6 +19,7 @@ from batchlab.cli.options import FILE, HOME, JSON, MAX_COST, SET, SHARE, argumen
 from batchlab.core import due_times
 from batchlab.core import text as units
 from batchlab.core.errors import BatchlabError, NotFound, Refused, UsageError
+from batchlab.core.job_definition import Dependency
 from batchlab.core.model import Json
 from batchlab.core.schedules import Missed, Overlap
 
@@ -75,6 +76,11 @@ def add(
         "--input",
     ),
     due_param: str | None = option("Name of the job parameter that receives the due time of a run.", "KEY"),
+    after: list[str] | None = option(
+        "Schedule whose latest run must succeed before a run begins, or with :ended must only end. Repeatable.",
+        "NAME[:succeeded|ended]",
+        autocompletion=options.schedules,
+    ),
     set_: list[str] | None = SET,
     max_cost: str | None = MAX_COST,
     share: str | None = SHARE,
@@ -102,6 +108,8 @@ def add(
         "capacity": capacity,
         "due_param": due_param or "",
     }
+    if after:
+        policies["after"] = [str(Dependency.parse(text)).removesuffix(":succeeded") for text in after]
     cap_usd = cap_of(max_cost) if max_cost else None
     due = (cron, at, timezone)
     place, parameters = home_of(home), parameters_of(set_)
@@ -182,6 +190,7 @@ def show(
         "missed": view["missed"] + ("" if within is None else f" within {output.span(within)}"),
         "overlap": view["overlap"],
         "warm": warm,
+        "after": ", ".join(view.get("after", ())) or "-",
         "input": ", ".join(view["input"]) or "as it was uploaded",
         "file": view["source"] or "-",
         "added": _moment(view, view["added_s"]),

@@ -38,8 +38,8 @@ app = command_group("sim")
 
 WEATHER = option(
     "Injected faults: all, crashes (killed processes), storm (crashes and failing services), timed (all, with a "
-    "schedule), lies (all, with lying workers), storage (all, with damaged objects), or accounts (all, with "
-    "recorded usage).",
+    "schedule), lies (all, with lying workers), storage (all, with damaged objects), accounts (all, with recorded "
+    "usage), or dependent (all, with jobs that wait for other jobs).",
     "NAME",
     default="all",
 )

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab.cli import output
-from batchlab.cli.option_values import parameters_of
+from batchlab.cli.option_values import parameters_of, resolve
 from batchlab.cli.progress import JobDisplay
 from batchlab.cli.session import Session
 from batchlab.client.http import Client
 from batchlab.core.api_types import GridView, JobView
 from batchlab.core.errors import NotFound
-from batchlab.core.job_definition import JobDef
+from batchlab.core.job_definition import Dependency, JobDef
 from batchlab.core.model import ENDED, JobId, JobState
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.jobs.attempts import definition
@@ -97,6 +97,7 @@ class Submission:
     backend: Backend
     keys: Sequence[str] | None = None
     """Keys and prefixes of the input if the input is already in the bucket, or None if the input files are uploaded."""
+    dependencies: tuple[Dependency, ...] = ()
 
     @cached_property
     def objects(self) -> Objects:
@@ -131,6 +132,14 @@ class Submission:
         digest = hashlib.sha256(f"{self.source_digest}/{input_digest}".encode()).hexdigest()
         return replace(self, source_digest=digest, keys=keys)
 
+    def after(self, dependencies: Sequence[Dependency]) -> Submission:
+        """Return the submission with dependencies. Runs with other dependencies are runs of another series."""
+        if not dependencies:
+            return self
+        facts = "/".join([self.source_digest, *sorted(map(str, dependencies))])
+        digest = hashlib.sha256(facts.encode()).hexdigest()
+        return replace(self, source_digest=digest, dependencies=tuple(dependencies))
+
     async def find_latest_run(self) -> EarlierRun | None:
         """Return the latest run with the submission's source digest, or None if no run exists."""
 
@@ -163,6 +172,7 @@ class Submission:
             progress=note,
             keys=self.keys,
         )
+        job = replace(job, after=self.dependencies)
         if max_cost_usd is not None:
             job = replace(job, max_cost_usd=max_cost_usd)
         if share:
@@ -174,16 +184,24 @@ class Submission:
 
 
 def submit(
-    home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float | None = None, share: str = ""
+    home: Home,
+    file: Path,
+    sets: Iterable[str],
+    *,
+    max_cost_usd: float | None = None,
+    after: Sequence[str] = (),
+    share: str = "",
 ) -> JobView:
     """Submit a job file to the running grid, and return the job.
 
-    If an earlier submission of the same job file is still active, the function returns the earlier job. `max_cost_usd`
-    caps the cost of a new job or of the earlier job. `share` replaces the share of the job file for a new job.
+    If an earlier submission of the same job file with the same dependencies is still active, the function returns the
+    earlier job. `max_cost_usd` caps the cost of a new job or of the earlier job. `after` has the dependencies, as texts
+    such as `last` or `ID:ended`. `share` replaces the share of the job file for a new job.
     """
     with Session.attach(home) as session:
         submission = Submission.of(file, parameters_of(sets), home, session.backend)
-        submission = asyncio.run(submission.locate())
+        dependencies = session.call(partial(_dependencies, after))
+        submission = asyncio.run(submission.locate()).after(dependencies)
         earlier = asyncio.run(submission.find_latest_run())
         if earlier and earlier.ended is None:
             job = asyncio.run(definition(submission.objects, earlier.job, patience()))
@@ -191,6 +209,11 @@ def submit(
             job, note = asyncio.run(submission.prepare(earlier.number + 1 if earlier else 1, max_cost_usd, share))
             output.say(f"Uploaded {note}.")
         return session.call(partial(submit_capped, job, max_cost_usd))
+
+
+def _dependencies(texts: Sequence[str], client: Client) -> tuple[Dependency, ...]:
+    parsed = map(Dependency.parse, texts)
+    return tuple(replace(one, job=JobId(resolve(client, one.job)["id"])) for one in parsed)
 
 
 def submit_capped(job: JobDef, max_cost_usd: float | None, client: Client) -> JobView:

@@ -323,13 +323,25 @@ class Grid:
         return result
 
     def submit(
-        self, job: PathText | JobDef, *, params: Mapping[str, Any] | None = None, max_cost_usd: float | None = None
+        self,
+        job: PathText | JobDef,
+        *,
+        params: Mapping[str, Any] | None = None,
+        max_cost_usd: float | None = None,
+        after: Iterable[str] = (),
     ) -> str:
-        """Submit a job file or a JobDef without waiting for the end of the job, and return the job's id."""
-        from batchlab.core.job_definition import JobDef
+        """Submit a job file or a JobDef without waiting for the end of the job, and return the job's id.
 
+        `after` has the ids of jobs that must succeed before the job begins. A job in the form `ID:ended` must only end.
+        If a job that must succeed ends without success, the submitted job is FAILED.
+        """
+        from batchlab.core.job_definition import Dependency, JobDef
+
+        dependencies = tuple(map(Dependency.parse, [after] if isinstance(after, str) else after))
         job_def = job if isinstance(job, JobDef) else self._prepare(Path(job), params or {})
         job_def = _cap(job_def, max_cost_usd)
+        if dependencies:
+            job_def = replace(job_def, after=dependencies)
         return self._link.call(lambda client: client.submit(job_def))["id"]
 
     def _prepare(self, file: Path, params: Mapping[str, Any]) -> JobDef:

@@ -106,7 +106,8 @@ class LocalImports:
         """Add the modules with the given names, and the local modules that these modules import.
 
         Also add the modules that known modules import since their files have changed. A module that cannot be packed
-        raises UsageError or OSError only if the modules with the given names import it.
+        raises UsageError or OSError only if the modules with the given names import it. New modules that make all
+        modules together larger than workers accept raise UsageError, and are not added.
         """
         names = set(names)
         new = {name for name in (*names, *self._known) if self._must_search(name)}
@@ -128,6 +129,10 @@ class LocalImports:
         for name in _closure(names, scans):
             if name in errors:
                 raise errors[name]
+        packed = {name for name, place in found.items() if place and name not in errors}
+        if not packed <= self.names:
+            packed |= self.names
+            _check_size(sorted(packed), [file for name in packed if name in scans for file in scans[name].stats])
         # A module that cannot be packed must not affect later calls, so the modules are added at the end.
         self._known |= found
         self._scans = scans
@@ -156,15 +161,19 @@ class LocalImports:
         places = [place for name in names if (place := self._known[name]) and place.exists()]
         files = dict(sorted(file for place in places for file in _files(place)))
         stats = _stats(files.items())
-        if len(stats) > code_cache.MAX_FILES or sum(size for _, _, size in stats) > code_cache.MAX_BYTES:
-            raise UsageError(
-                f"The local modules {', '.join(names)}, which functions import, are too large: the limits are "
-                f"{code_cache.MAX_FILES} files and {code_cache.MAX_BYTES / 2**20:.0f} MiB.",
-                remedy="Move data out of them, and pass the data as a File.",
-            )
+        _check_size(names, stats)
         if stats != self._packed[0]:
             self._packed = stats, code_cache.pack_files(files)
         return self._packed[1]
+
+
+def _check_size(names: Iterable[str], stats: _Stats) -> None:
+    if len(stats) > code_cache.MAX_FILES or sum(size for _, _, size in stats) > code_cache.MAX_BYTES:
+        raise UsageError(
+            f"The local modules {', '.join(names)}, which functions import, are too large: the limits are "
+            f"{code_cache.MAX_FILES} files and {code_cache.MAX_BYTES / 2**20:.0f} MiB.",
+            remedy="Move data out of them, and pass the data as a File.",
+        )
 
 
 def _origin(place: Path) -> str:

@@ -37,6 +37,13 @@ class StageView(TypedDict):
     last_end_s: float | None
 
 
+class DependencyView(TypedDict):
+    """A job that must have succeeded or ended before another job begins. `condition` is `succeeded` or `ended`."""
+
+    job: str
+    condition: str
+
+
 class JobView(TypedDict):
     """State of a job.
 
@@ -53,6 +60,7 @@ class JobView(TypedDict):
     priority: int
     share: str
     tags: dict[str, str]
+    after: list[DependencyView]
     submitted_s: float
     started_s: float | None
     ended_s: float | None

@@ -230,7 +230,8 @@ class ScheduleView(TypedDict):
 
     The `state` of a schedule is active, paused, or done. A schedule with the state done does not run again. Every
     schedule has a value in either `cron` or `at_s`. `next` is the next due time of the schedule in the schedule's time
-    zone.
+    zone. `after` lists the schedules whose latest runs must have succeeded before a run begins, or must have ended,
+    such as `nightly:ended`.
     """
 
     name: str
@@ -247,6 +248,7 @@ class ScheduleView(TypedDict):
     prewarm_s: float
     capacity: int | None
     due_param: str
+    after: list[str]
     source: str
     source_digest: str
     input: list[str]
@@ -297,6 +299,7 @@ def schedule_view(schedule: Schedule, *, runs: int, input: Sequence[str] = ()) -
         "prewarm_s": definition.prewarm_s,
         "capacity": definition.capacity,
         "due_param": definition.due_param,
+        "after": list(definition.after),
         "source": definition.source,
         "source_digest": definition.source_digest,
         "input": list(input),

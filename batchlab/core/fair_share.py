@@ -191,8 +191,8 @@ def places(loads: Mapping[str, ShareLoad], window: int) -> dict[str, int]:
     """Divide the places of a window among shares.
 
     One place after the other goes to the share whose weighted use, including its places so far, is the lowest. If two
-    weighted uses are equal, the share with the first identifier gets the place. The time of the function does not depend
-    on the size of the window.
+    weighted uses are equal, the share with the first identifier gets the place. The time of the function does not
+    depend on the size of the window.
     """
     if sum(load.most for load in loads.values()) <= window:
         return {share: load.most for share, load in loads.items()}

@@ -143,6 +143,40 @@ class NotifyDef:
     stuck_s: float = 600.0
 
 
+MAX_DEPENDENCIES = 20
+"""Maximum number of jobs that a job depends on. AWS Batch has the same limit."""
+
+
+class Condition(StrEnum):
+    """Conditions of a dependency."""
+
+    SUCCEEDED = "succeeded"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Dependency:
+    """An earlier job of the same grid that must have succeeded or ended before a job begins."""
+
+    job: JobId
+    condition: Condition = Condition.SUCCEEDED
+
+    def __str__(self) -> str:
+        """Return the text that `parse` reads."""
+        return f"{self.job}:{self.condition}"
+
+    @classmethod
+    def parse(cls, text: str) -> Dependency:
+        """Return the dependency in a text such as `ID` or `ID:ended`. Raise UsageError for an unknown condition."""
+        job, colon, condition = text.partition(":")
+        if not job or (colon and condition not in [known.value for known in Condition]):
+            raise UsageError(
+                f"{text!r} is not a dependency.",
+                remedy="Write a name, and :ended if the job may also fail, such as sums-0123456789:ended.",
+            )
+        return cls(JobId(job), Condition(condition) if colon else Condition.SUCCEEDED)
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class JobDef:
     """Definition of a job, independent of the machine that submitted the job.
@@ -170,6 +204,8 @@ class JobDef:
     token: str = ""
     """Client token of the submission. A second submission with the same token returns the same job."""
     start_at_s: float | None = None
+    after: tuple[Dependency, ...] = ()
+    """Dependencies of the job. The job begins when the conditions of all dependencies hold."""
     max_cost_usd: float | None = None
     """Cap on the cost of the job.
 
@@ -188,7 +224,7 @@ class JobDef:
     @property
     def is_single_call(self) -> bool:
         """Return whether the job is a single call of the Python API, whose job id only the caller has."""
-        return self.items == 1 and not self.token
+        return self.items == 1 and not self.token and not self.after
 
     def stage(self, name: str) -> StageDef:
         """Return the stage `name`. Raise KeyError if the stage does not exist."""

@@ -8,15 +8,15 @@ twice. All functions of the module are pure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from zoneinfo import ZoneInfo
 
 from batchlab.core import due_times
 from batchlab.core.errors import Malformed, Refused
-from batchlab.core.job_definition import JobDef
-from batchlab.core.model import JobId
+from batchlab.core.job_definition import Condition, Dependency, JobDef
+from batchlab.core.model import JobId, JobState
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import UNREADABLE, decode, figure, whole
 
@@ -107,6 +107,9 @@ class Definition:
     due_param: str = ""
     source: str = ""
     source_digest: str = ""
+    after: tuple[str, ...] = ()
+    """Other schedules whose latest runs must have succeeded before a run begins, such as `nightly`, or must have ended,
+    such as `nightly:ended`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,8 @@ class ScheduledRun:
 
     `token` is the client token of the run's job. `asked` is the token of the request if a user requested the run.
     `result` is the final state of the run's job. `peak` is the maximum number of instances of each pool that worked for
-    the job at once. `tasks` is the number of tasks in the job's root stages.
+    the job at once. `tasks` is the number of tasks in the job's root stages. `after` has the dependencies of the run's
+    job.
     """
 
     due_s: float
@@ -130,6 +134,7 @@ class ScheduledRun:
     asked: str = ""
     peak: tuple[tuple[str, int], ...] = ()
     tasks: int | None = None
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +216,33 @@ def job_of(schedule: Schedule, run: ScheduledRun, template: JobDef, now_s: float
         tags=tuple((own | dict(template.tags)).items()),
         submitted_s=now_s,
         start_at_s=None,
+        after=tuple(map(Dependency.parse, run.after)),
     )
+
+
+def dependencies_of(
+    schedule: Schedule, run: ScheduledRun, others: Mapping[str, Schedule]
+) -> tuple[Dependency, ...] | None:
+    """Return the dependencies of a run that may start now: the latest runs of the other schedules up to the due time of
+    the run. Return None while another schedule has not decided or started its run of the same time. A run that already
+    meets its condition is left out."""
+    found: list[Dependency] = []
+    for text in schedule.definition.after:
+        condition, other = Dependency.parse(text).condition, others.get(Dependency.parse(text).job)
+        if other is None:
+            continue
+        earlier = [one for one in other.runs if one.due_s <= run.due_s and one.state is not RunState.SKIPPED]
+        next_s = other.next_s()
+        is_late = next_s is not None and next_s <= run.due_s
+        if is_late or (not other.paused and any(one.state is RunState.WAITING for one in earlier)):
+            return None
+        last = next((one for one in reversed(earlier) if one.job), None)
+        if last is None or last.job is None:
+            continue
+        is_met = last.state is RunState.ENDED and (condition is Condition.ENDED or last.result == JobState.SUCCEEDED)
+        if not is_met:
+            found.append(Dependency(last.job, condition))
+    return tuple(found)
 
 
 # --- Stored format --------------------------------------------------------------------------------

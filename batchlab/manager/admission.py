@@ -17,7 +17,7 @@ from functools import partial
 from batchlab.core import fair_share, notifications
 from batchlab.core.atomic_write import check_key
 from batchlab.core.errors import NotFound, UsageError
-from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.job_definition import MAX_DEPENDENCIES, JobDef, StageDef
 from batchlab.core.notifications import NotificationSettings
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import MAX_S, handler
@@ -49,6 +49,7 @@ def admit(job: JobDef, pools: Mapping[str, int], directory: NotificationSettings
     _admit_texts(job)
     _admit_share(job)
     _admit_numbers(job)
+    _admit_dependencies(job)
     for key in job.input.keys if job.input else ():
         _admit_key(key)
     earlier: set[str] = set()
@@ -92,6 +93,19 @@ def _admit_numbers(job: JobDef) -> None:
     for what, number, least, most in _numbers(job):
         if number is not None and not least <= number <= most:  # the comparison also rejects NaN
             raise UsageError(f"{what} is {number!r:.40}.", remedy=f"Write {least:g} to {most:g}, or leave it out.")
+
+
+def _admit_dependencies(job: JobDef) -> None:
+    if len(job.after) > MAX_DEPENDENCIES:
+        raise UsageError(
+            f"Job {job.name} depends on {len(job.after)} jobs.", remedy=f"It may depend on {MAX_DEPENDENCIES}."
+        )
+    jobs = [dependency.job for dependency in job.after]
+    for other in jobs:
+        if not is_name(other) or other == job.id:
+            raise UsageError(f"{other!r:.200} cannot be a dependency of job {job.id}.", remedy="Name an earlier job.")
+        if jobs.count(other) > 1:
+            raise UsageError(f"Job {job.name} names job {other} twice as a dependency.", remedy="Name it once.")
 
 
 def _numbers(job: JobDef) -> Iterator[tuple[str, float | None, float, float]]:

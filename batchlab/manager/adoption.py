@@ -123,6 +123,7 @@ class Adoption(Part):
         if not has_adopted:
             self._listing_s = self._clock.monotonic_s() - begun_s
         self.delayed_jobs.retain(self._lives)
+        self._lives.wake_waiting()
 
     async def _adopt_page(self, page: Sequence[JobRows]) -> None:
         """Adopt many jobs with few requests to the ledger."""

@@ -21,7 +21,7 @@ from batchlab.manager.state import LiveJob
 class Bundler(Part):
     def opening(self, job: JobDef, items: Sequence[Json]) -> commit_keys.Opening:
         """Return the items and first bundles that are stored in one object with the job's definition."""
-        waits = job.start_at_s is not None and job.start_at_s > self._clock.now_s()
+        waits = job.after or (job.start_at_s is not None and job.start_at_s > self._clock.now_s())
         # The opening of a job with a cost cap does not contain a cut, because the job's remaining budget is not known
         # yet. With a fair-share policy, the places of the job's share are known only after the job is accepted.
         has_policy = self._context.fair_share.policy is not None

@@ -27,6 +27,7 @@ from batchlab.manager import admission
 from batchlab.manager.adoption import Adoption
 from batchlab.manager.bundling import Bundler
 from batchlab.manager.context import Context, Part
+from batchlab.manager.dependencies import Dependencies
 from batchlab.manager.job_coordinator import JobCoordinator
 from batchlab.manager.quarantine import UnreadableObject, read_stored
 from batchlab.manager.retry_rounds import Retry, RetryPlanner, TaskSelection
@@ -36,8 +37,16 @@ log = logging.getLogger(__name__)
 
 
 class JobCommands(Part):
-    def __init__(self, context: Context, coordinator: JobCoordinator, bundler: Bundler, adoption: Adoption) -> None:
+    def __init__(
+        self,
+        context: Context,
+        coordinator: JobCoordinator,
+        bundler: Bundler,
+        adoption: Adoption,
+        dependencies: Dependencies,
+    ) -> None:
         super().__init__(context)
+        self._dependencies = dependencies
         self._coordinator = coordinator
         self._bundler = bundler
         self._adoption = adoption
@@ -75,6 +84,8 @@ class JobCommands(Part):
         return added
 
     async def _submit(self, job: JobDef, items: Sequence[Json] | None, *, is_sent: bool = False) -> ChangeResult:
+        if job.after:
+            await self._check_dependencies(job, object_keys.spec(job.id))
         opening = self._bundler.opening(job, items) if items is not None else None
         job, opening, is_ours = await self._define(job, opening)
         if is_sent and not is_ours:
@@ -83,6 +94,15 @@ class JobCommands(Part):
             return await self._accept(job, opening, is_ours=is_ours)
         with self._context.pending_submissions.of(job.id):
             return await self._accept(job, opening, is_sent=await self._send_opening(job, opening))
+
+    async def _check_dependencies(self, job: JobDef, key: str) -> None:
+        """Raise Refused if the conditions of the job's dependencies can no longer hold. A request is not refused if
+        `key` shows that an earlier attempt of the same request was accepted."""
+        try:
+            await self._dependencies.unmet(job)
+        except Refused:
+            if await self._patience(partial(self._objects.head, key)) is None:
+                raise
 
     def _may_begin(self, job: JobDef, opening: commit_keys.Opening) -> bool:
         """Return whether the job's first bundles may be sent while the manager writes the job to the ledger. An early
@@ -222,11 +242,13 @@ class JobCommands(Part):
                 remedy="Submit its file again to run all of it anew.",
             )
         round_ = record.round + 1
+        key = object_keys.retry(job, round_)
+        if record.job.after and not any(stage.counts.planned for stage in (await self._ledger.rows(job)).stages):
+            await self._check_dependencies(record.job, key)
         retry = await self._retries.plan(record, chosen)
         # The control object permits the new round before the retry object is written, because a manager that finds the
         # retry object must not find the round forbidden.
         await commit.permit_round(self._objects, job, round_, self._patience)
-        key = object_keys.retry(job, round_)
         self._unfinished.add(job)
         try:
             await self._patience(lambda: self._objects.put(key, retry.to_bytes(), if_absent=True))

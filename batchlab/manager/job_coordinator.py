@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from batchlab.core import atomic_write, commit
 from batchlab.core.commit import Addressed, address, committed, send_all
-from batchlab.core.errors import AlreadyExists, BackendError, Malformed, NotFound, UsageError
+from batchlab.core.errors import AlreadyExists, BackendError, Malformed, NotFound, Refused, UsageError
 from batchlab.core.job_definition import JobDef, StageDef, with_task
 from batchlab.core.model import Bundle, Control, JobState, Json, StageName, TaskSet
 from batchlab.core.ports import AddCut, Cut, Ending, Finish, SetControl, SetPlanned, StageRecord
@@ -26,6 +26,7 @@ from batchlab.core.tracing import Subject, span
 from batchlab.manager import completion_checks
 from batchlab.manager.bundling import Bundler
 from batchlab.manager.context import Context, Part
+from batchlab.manager.dependencies import Dependencies
 from batchlab.manager.ledger_writer import LedgerWriter
 from batchlab.manager.notifier import Notifier
 from batchlab.manager.quarantine import UnreadableObject, read_cut
@@ -37,8 +38,8 @@ log = logging.getLogger(__name__)
 
 MAX_CONCURRENT_OUTCOMES = 16
 MAX_CONTROL_READS = 16
-"""Number of control objects that a manager reads at the same time. A new leader reads the control objects of all jobs,
-and still answers requests."""
+"""Number of jobs whose control objects or dependencies a manager reads at the same time. A new leader reads the control
+objects of all jobs, and still answers requests."""
 ADVANCE_DELAY_S = 0.001
 """Delay between a change of a job and the coordinator's next step for the job."""
 
@@ -51,6 +52,7 @@ class JobCoordinator(Part):
         bundler: Bundler,
         notifier: Notifier | None,
         on_missing: Callable[[LiveJob], Awaitable[None]],
+        dependencies: Dependencies,
     ) -> None:
         """The coordinator calls `on_missing` with each job that has bundles counted by the ledger but without an
         outcome in the bucket."""
@@ -59,6 +61,7 @@ class JobCoordinator(Part):
         self._bundler = bundler
         self._notifier = notifier
         self._on_missing = on_missing
+        self._dependencies = dependencies
         self._control_reads = asyncio.Semaphore(MAX_CONTROL_READS)
         self._lost_tasks = completion_checks.LostTasks(context.ports, context.settings.silence_s)
         self.plans = StagePlans(context.ports)
@@ -87,6 +90,8 @@ class JobCoordinator(Part):
             return
         if live.record.control is Control.PAUSE or live.record.state is JobState.SCHEDULED:
             return
+        if live.waits_for and not await self._may_begin(live):
+            return
         try:
             for stage in live.job.stages:
                 await self._plan(live, stage)
@@ -108,6 +113,19 @@ class JobCoordinator(Part):
             await self._end(live, state, await self._reason(live, verdict), {})
         else:
             await self._end_lost(live)
+
+    async def _may_begin(self, live: LiveJob) -> bool:
+        """Return whether the conditions of all dependencies hold. End the job if a condition can no longer hold."""
+        try:
+            async with self._control_reads:
+                live.waits_for = await self._dependencies.unmet(live.job)
+        except Refused as error:
+            await self._fail(live, f"{error.message[0].lower()}{error.message[1:].rstrip('.')}")
+            return False
+        live.notify()
+        if live.waits_for and live.record.state is not JobState.PENDING:
+            await set_job_state(self._ports, live, JobState.PENDING)
+        return not live.waits_for
 
     async def _end_lost(self, live: LiveJob) -> None:
         """Restore a job with tasks that are in no bundle, or end the job if the bucket also lacks the bundles (promise

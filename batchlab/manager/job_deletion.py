@@ -68,7 +68,8 @@ class JobDeletion(Part):
         self._sweeps: dict[JobId, float] = {}
         """Time of the next sweep of each deleted job."""
         self._lost: Sequence[JobDef] | None = None
-        """Jobs with an input that the ledger lacked at the first deletion, or None before the first deletion."""
+        """Jobs that have an input or a dependency, and that the ledger did not contain at the first deletion, or None
+        before the first deletion."""
         self._lock = asyncio.Lock()
         """Lock of the deletions and sweeps of this manager. Without it, a refused deletion would remove the request of
         a concurrent deletion of the same job, and a sweep would drop the request of an unfinished deletion."""
@@ -132,24 +133,25 @@ class JobDeletion(Part):
                 ) from None
 
     async def _check_readers(self, job: JobId) -> None:
-        """Raise Refused if a job that has not ended reads objects of the job. Another manager may have accepted the
-        reader, so the check reads the ledger. The ledger may have lost the reader, so the check also reads the bucket.
+        """Raise Refused if a job that has not ended reads objects of the job or depends on the job.
+
+        Another manager may have accepted the reader, so the check reads the ledger. The ledger may have lost the
+        reader, so the check also reads the bucket.
         """
         if self._lost is None:
-            self._lost = [lost for lost in await lost_jobs(self._ports) if lost.input]
+            self._lost = [lost for lost in await lost_jobs(self._ports) if lost.input or lost.after]
         for lost in self._lost:
-            if lost.input and object_keys.reads(lost.input.keys, job) and await self._is_lost(lost.id):
+            if (use := _use(lost, job)) and await self._is_lost(lost.id):
                 raise Refused(
-                    f"The ledger has lost job {lost.id}, which reads objects of job {job}, so job {job} cannot be "
-                    "deleted.",
+                    f"The ledger has lost job {lost.id}, which {use} job {job}, so job {job} cannot be deleted.",
                     remedy="`batchlab grid rebuild-ledger` restores lost jobs.",
                 )
         async for page in pages_of_jobs(self._ports, active=True):
             for rows in page:
                 reader = rows.job.job
-                if reader.id != job and reader.input and object_keys.reads(reader.input.keys, job):
+                if reader.id != job and (use := _use(reader, job)):
                     raise Refused(
-                        f"Job {reader.id} reads objects of job {job}, so job {job} cannot be deleted.",
+                        f"Job {reader.id} {use} job {job}, so job {job} cannot be deleted.",
                         remedy=f"Wait for the end of job {reader.id}.",
                     )
 
@@ -222,14 +224,18 @@ class JobDeletion(Part):
                 await self._sweep_job(job, now_s)
 
     async def _sweep_job(self, job: JobId, now_s: float) -> None:
+        due_s = await self._sweep_time(job)
+        if due_s is None and await self._has_request(job):
+            # An event caused this sweep before the end of an interrupted deletion, which keeps the note of the retry.
+            del self._sweeps[job]
+            await self._continue(job)
+            return
         if deleted := await self._delete_objects(job):
             log.warning("%d late objects of the deleted job are deleted", deleted, extra={"job": job})
-        due_s = await self._sweep_time(job)
         del self._sweeps[job]
         if due_s is None:
-            # An event caused this sweep after the last sweep of the job, or before the end of an interrupted deletion.
-            await self._continue(job)
-        elif due_s > now_s:  # an event caused this sweep
+            return  # An event caused this sweep after the last sweep of the job.
+        if due_s > now_s:  # an event caused this sweep
             self._sweeps[job] = due_s
         else:
             await self._patience(partial(self._objects.delete, [object_keys.deletion(job)]))
@@ -242,10 +248,13 @@ class JobDeletion(Part):
             self._sweeps[job] = soon_s
             self.is_search_due.set()
 
+    async def _has_request(self, job: JobId) -> bool:
+        return await self._patience(partial(self._objects.head, object_keys.deletion(job))) is not None
+
     async def _continue(self, job: JobId) -> None:
         """Finish a deletion, or remember the time of its sweep. A request may have finished the deletion meanwhile."""
         request = object_keys.deletion(job)
-        if await self._patience(partial(self._objects.head, request)) is None:
+        if not await self._has_request(job):
             return
         if due_s := await self._sweep_time(job):
             self._sweeps[job] = due_s
@@ -308,3 +317,10 @@ class JobDeletion(Part):
             put = partial(self._objects.put, key, note, if_absent=info is None, if_match=info.etag if info else None)
             with suppress(AlreadyExists, NotFound):
                 await self._patience(put)
+
+
+def _use(reader: JobDef, job: JobId) -> str:
+    """Return how `reader` needs the job, as a verb phrase, or an empty text if `reader` does not need the job."""
+    if reader.input and object_keys.reads(reader.input.keys, job):
+        return "reads objects of"
+    return "depends on" if any(dependency.job == job for dependency in reader.after) else ""

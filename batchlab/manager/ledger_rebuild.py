@@ -95,6 +95,8 @@ async def has_lost_jobs(ports: Ports, before_s: float) -> bool:
     """
     searched = 0
     async for info in _definitions(ports):
+        if _is_note(info):
+            continue
         if searched == MAX_SEARCHED:
             return False
         searched += 1
@@ -114,9 +116,7 @@ async def lost_jobs(ports: Ports) -> list[JobDef]:
     ids = await _in_ledger(ports)
     lost: list[JobDef] = []
     async for info in _definitions(ports):
-        job = _job_of(info)
-        # A definition is larger than a note, and a bucket may have many notes.
-        if job in ids or info.size <= len(json_format.deleted_job(job)):
+        if _job_of(info) in ids or _is_note(info):
             continue
         with suppress(NotFound, UnreadableObject):
             lost.append((await _read(ports, info.key, commit_keys.from_json))[0])
@@ -135,6 +135,12 @@ async def _definitions(ports: Ports) -> AsyncIterator[ObjectInfo]:
             spec = object_keys.spec(job)
             # The character 0 follows the slash, so the next key belongs to another job.
             after = max(after, spec[:-1]) if after < spec else f"{object_keys.JOBS}{job}0"
+
+
+def _is_note(info: ObjectInfo) -> bool:
+    """Return whether the object is the note of a deletion in place of a definition. Notes are smaller than definitions,
+    and a bucket may have many notes."""
+    return info.size <= len(json_format.deleted_job(_job_of(info)))
 
 
 def _job_of(info: ObjectInfo) -> JobId:

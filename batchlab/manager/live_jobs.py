@@ -194,6 +194,8 @@ class LiveJobs(dict[JobId, LiveJob]):
         self._restless: Jobs = {}
         """Jobs that need a step at each tick."""
         self._capped: Jobs = {}
+        self._dependents: dict[JobId, Jobs] = {}
+        """Jobs with dependencies, by the job that each of them depends on."""
         self._journals: list[Journal] = []
         self._resync = Rotation(RESYNC_S)
         self.adopted = 0
@@ -209,12 +211,20 @@ class LiveJobs(dict[JobId, LiveJob]):
         self.adopted += 1
         live.number = self.adopted
         live.join(self._changes)
+        for dependency in live.job.after:
+            self._dependents.setdefault(dependency.job, {})[job] = live
         for journal in self._journals:
             journal.removed.pop(job, None)
 
     def __delitem__(self, job: JobId) -> None:
         live = self[job]
         super().__delitem__(job)
+        for dependency in live.job.after:
+            dependents = self._dependents[dependency.job]
+            del dependents[job]
+            if not dependents:
+                del self._dependents[dependency.job]
+        self._wake_dependents(job)
         live.join(JobChanges())
         self._changes.marked.pop(job, None)
         self._withdraw(job)
@@ -225,6 +235,16 @@ class LiveJobs(dict[JobId, LiveJob]):
     def clear(self) -> None:
         for job in list(self):
             del self[job]
+
+    def _wake_dependents(self, job: JobId) -> None:
+        for live in self._dependents.get(job, {}).values():
+            if live.waits_for:
+                live.wake.set()
+
+    def wake_waiting(self) -> None:
+        """Wake the jobs that wait for a job that is not live, because another manager may have recorded its end."""
+        for job in self._dependents.keys() - self.keys():
+            self._wake_dependents(job)
 
     def journal(self) -> Journal:
         """Return a new journal. Its first changes are all present jobs."""
@@ -328,7 +348,7 @@ def bundle_s(stage: StageDef, counts: StageCounts) -> float:
 def _contributions(live: LiveJob, now_s: float | None = None) -> dict[str, _Contribution]:
     """Return the job's contributions by pool. Without the monotonic time `now_s`, a stage without a measurement counts
     `UNKNOWN_TASK_S` for each task."""
-    runs = live.record.control is Control.RUN and live.record.state is not JobState.SCHEDULED
+    runs = live.record.control is Control.RUN and not live.must_wait
     parts: dict[str, _Contribution] = {}
     for stage in live.job.stages:
         part = parts.get(stage.pool)

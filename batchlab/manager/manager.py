@@ -34,6 +34,7 @@ from batchlab.manager.bundling import Bundler
 from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.context import Context, NotificationChannels
 from batchlab.manager.counters import Counters
+from batchlab.manager.dependencies import Dependencies
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.job_coordinator import JobCoordinator
 from batchlab.manager.job_deletion import JobDeletion
@@ -178,11 +179,12 @@ class Manager:
         self._unresponsive = UnresponsiveWorkers(context, WorkEvidence(context, self.job_record))
         ledger_writer = LedgerWriter(context, self._restore)
         bundler = Bundler(context)
+        dependencies = Dependencies(context, self.job_record)
         self.coordinator = JobCoordinator(
-            context, ledger_writer, bundler, self.notifier, lambda live: self._adoption.readopt(live)
+            context, ledger_writer, bundler, self.notifier, lambda live: self._adoption.readopt(live), dependencies
         )
         self._adoption = Adoption(context, self.coordinator, self.spending)
-        self.job_commands = JobCommands(context, self.coordinator, bundler, self._adoption)
+        self.job_commands = JobCommands(context, self.coordinator, bundler, self._adoption, dependencies)
         self.autoscaler = Autoscaler(context, caps)
         self.scheduler: ScheduleCommands | None = None
         if schedules:

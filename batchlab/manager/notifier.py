@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from batchlab.core import notifications
 from batchlab.core.errors import BackendError, NotFound
-from batchlab.core.model import Control, JobId, JobState
+from batchlab.core.model import Control, JobId
 from batchlab.core.notifications import NotDelivered, Notification, NotificationSettings, Target
 from batchlab.core.port_retries import doubled_s, set_within
 from batchlab.core.ports import Ending
@@ -80,8 +80,9 @@ class NotificationTriggers(Part):
         return now_s - progress.since_s
 
     def _is_active(self, live: LiveJob, now_s: float) -> bool:
-        """Return whether a worker runs the job, or the job waits for its user, a retry delay, or a cap."""
-        if live.record.control is not Control.RUN or live.record.state is JobState.SCHEDULED:
+        """Return whether a worker runs the job, or the job waits for its user, its start, a retry delay, or a
+        cap."""
+        if live.record.control is not Control.RUN or live.must_wait:
             return True
         if live.is_held or any(outstanding.heard_s > now_s for outstanding in live.all_outstanding()):
             return True

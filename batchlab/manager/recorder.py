@@ -19,7 +19,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from batchlab.core.errors import BackendError, Deleted
-from batchlab.core.model import GroupView, JobId, JobState, LifecycleState, StageName
+from batchlab.core.model import GroupView, JobId, LifecycleState, StageName
 from batchlab.core.port_retries import raise_if_cancelled
 from batchlab.core.ports import Depth
 from batchlab.core.pricing.usage import Account
@@ -176,7 +176,7 @@ class Recorder:
         """Start the recording of a job, because the job may end before the next sample."""
         if live.id in self._jobs:
             self._jobs[live.id].live = live
-        elif live.record.state is not JobState.SCHEDULED:
+        elif not live.must_wait:
             self._begin(live)
 
     def _begin(self, live: LiveJob) -> _LiveRecording:

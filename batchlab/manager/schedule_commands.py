@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from batchlab.core import due_times, schedules
 from batchlab.core.errors import BackendError, NotFound, Refused, UsageError
-from batchlab.core.job_definition import JobDef
+from batchlab.core.job_definition import Dependency, JobDef
 from batchlab.core.protocol import object_keys
 from batchlab.core.schedules import Definition, Missed, Overlap, Schedule, ScheduledRun
 from batchlab.core.text import join_list
@@ -85,6 +85,7 @@ class ScheduleCommands(Scheduler):
             )
         self._context.admit(job)
         await self.wait_until_read()
+        self._check_dependencies(definition)
         if definition.name in self.store.unreadable:
             raise Refused(
                 f"The schedule {definition.name!r} exists, and this batchlab cannot read it.",
@@ -117,6 +118,26 @@ class ScheduleCommands(Scheduler):
             return replace(schedules.settle(schedule, now_s), definition=definition)
 
         return await self._change(definition.name, change), True
+
+    def _check_dependencies(self, definition: Definition) -> None:
+        """Raise NotFound for a dependency on an unknown schedule, and UsageError for schedules that would wait for each
+        other."""
+        ahead = [Dependency.parse(text).job for text in definition.after]
+        for name in ahead:
+            if name != definition.name:
+                self._existing(name)
+        seen: set[str] = set()
+        while ahead:
+            name = ahead.pop()
+            if name == definition.name:
+                raise UsageError(
+                    f"Schedule {definition.name} would wait for itself.",
+                    remedy="Use --overlap for runs of one schedule, and leave out --after.",
+                )
+            other = self.store.schedules.get(name)
+            if other is not None and name not in seen:
+                seen.add(name)
+                ahead += [Dependency.parse(text).job for text in other.definition.after]
 
     async def pause(self, name: str) -> Schedule:
         """Pause the schedule: no run starts until `resume`, but a running job finishes."""
@@ -180,6 +201,7 @@ def describe_difference(old: Definition, new: Definition) -> str:
         "prewarm_s": "how long before it the fleet is warmed",
         "capacity": "the capacity it is warmed to",
         "due_param": "the parameter for the due time",
+        "after": "the schedules that it waits for",
         "source": "the job file's place",
         "source_digest": "the job file, or what it names",
         "job": "the job's name",

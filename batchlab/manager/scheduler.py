@@ -268,7 +268,10 @@ class Scheduler(Part):
                 where = ", ".join(template.input.keys if template.input else ())
                 schedule = schedules.skip(schedule, run, now_s, f"there was no object in {where}")
                 continue
-            schedule = schedules.start(schedule, run, now_s)
+            after = schedules.dependencies_of(schedule, run, self.store.schedules)
+            if after is None:
+                break  # a later pass starts the run, after the other schedule has started its run
+            schedule = schedules.start(schedule, replace(run, after=tuple(map(str, after))), now_s)
         return schedule
 
     async def _submit(self, schedule: Schedule, run: ScheduledRun) -> None:
@@ -349,10 +352,10 @@ class Scheduler(Part):
             peak[pool] = max(peak.get(pool, 0), number)
 
     def has_begun(self, run: ScheduledRun) -> bool:
-        """Return whether the scaling policy knows the work of the run's job."""
+        """Return whether the scaling policy knows the work of the run's job, or the job waits for another job."""
         live = self._lives.get(run.job) if run.job else None
         if live:
-            return live.record.state not in _BEFORE_PLANNED
+            return bool(live.waits_for) or live.record.state not in _BEFORE_PLANNED
         return run.job in self._submitted
 
     def _cancel(self, schedule: Schedule, run: ScheduledRun) -> None:

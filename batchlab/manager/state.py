@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from batchlab.core.errors import Malformed, NotFound, Refused
 from batchlab.core.eta import Pace
-from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.job_definition import Dependency, JobDef, StageDef
 from batchlab.core.model import Bundle, BundleId, Completion, Control, JobId, JobState, Outcome, StageCounts, StageName
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import (
@@ -184,6 +184,9 @@ class LiveJob:
     capped: str = ""
     """Text that names the cap that holds the job back, and the spent part of the cap. The text stays until the cap
     covers all uncut tasks of the job, because a nearly spent cap holds the job back repeatedly."""
+    waits_for: tuple[Dependency, ...] = field(init=False)
+    """Dependencies whose condition did not hold at the last check. Before the first check, `waits_for` has all
+    dependencies of a job that has not begun."""
     round: int = field(init=False)
     """The job's round that this object represents. The job record may already show a later round."""
     number: int = 0
@@ -195,6 +198,8 @@ class LiveJob:
 
     def __post_init__(self) -> None:
         self.round = self.record.round
+        has_begun = any(stage.counts.planned is not None for stage in self.stages.values())
+        self.waits_for = () if has_begun else self.job.after
 
     def join(self, changes: JobChanges) -> None:
         """Record this job's changes in `changes` from now on."""
@@ -213,6 +218,11 @@ class LiveJob:
     @property
     def id(self) -> JobId:
         return self.record.job.id
+
+    @property
+    def must_wait(self) -> bool:
+        """Return whether the job has not begun, because it waits for its start time or for another job."""
+        return self.record.state is JobState.SCHEDULED or bool(self.waits_for)
 
     @property
     def is_complete(self) -> bool:
@@ -346,7 +356,7 @@ class LiveJob:
 
     def has_work(self, pool: str) -> bool:
         """Return whether the job has work for the pool's instances. Work that a cost cap holds back does not count."""
-        if self.record.control is not Control.RUN or self.record.state is JobState.SCHEDULED:
+        if self.record.control is not Control.RUN or self.must_wait:
             return False
         for stage in self.job.stages:
             if stage.pool != pool:
@@ -374,7 +384,7 @@ class LiveJob:
         on objects in the bucket."""
         if self.doubtful or self.lacks_bundles or self.is_complete or self.record.control is Control.CANCEL:
             return True
-        if self.record.control is Control.PAUSE or self.record.state is JobState.SCHEDULED:
+        if self.record.control is Control.PAUSE or self.must_wait:
             return False
         if self.budget is not None and any(stage.left.ranges for stage in self.stages.values()):
             return True

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from batchlab.core.errors import UsageError
+from batchlab.core.model import JobState
 from batchlab.core.text import count
 
 if TYPE_CHECKING:
@@ -67,6 +68,21 @@ class JobRun:
             label=job.label,
             tasks=job.tasks if tasks is None else tasks,
             **measured,
+        )
+
+    @classmethod
+    def refused(cls, job: Job, at_s: float) -> JobRun:
+        """Return the result of a job whose submission was refused, because a dependency had failed."""
+        return cls.of(
+            job,
+            submitted_s=at_s,
+            started_s=None,
+            ended_s=at_s,
+            state=JobState.FAILED.value,
+            planned=0,
+            succeeded=0,
+            failed=0,
+            cancelled=0,
         )
 
 

@@ -10,17 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from batchlab.core.job_definition import StageDef
-from batchlab.core.model import (
-    Activity,
-    BundleId,
-    Control,
-    GroupView,
-    Instance,
-    JobId,
-    JobState,
-    LifecycleState,
-    StageName,
-)
+from batchlab.core.model import Activity, BundleId, Control, GroupView, Instance, JobId, LifecycleState, StageName
 from batchlab.core.ports import JobRecord, StageRecord
 from batchlab.core.service_settings import ManagerSettings
 from batchlab.manager import fleet_commands
@@ -138,7 +128,7 @@ class Facts:
         """Yield the other running jobs that have work for the pool. The oldest job is the first."""
         for live in sorted(self.lives.values(), key=lambda live: (live.job.submitted_s, live.id)):
             runs = live.record.control is Control.RUN
-            if live.id == self.record.job.id or not runs or live.record.state is JobState.SCHEDULED:
+            if live.id == self.record.job.id or not runs or live.must_wait:
                 continue
             stages = [s.name for s in live.job.stages if s.pool == pool]
             if live.has_uncut_tasks(pool) or any(live.outstanding.get(name) for name in stages):

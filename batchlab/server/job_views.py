@@ -69,6 +69,7 @@ def job_view(
         "priority": job.priority,
         "share": job.share,
         "tags": dict(job.tags),
+        "after": [{"job": other.job, "condition": other.condition.value} for other in job.after],
         "submitted_s": job.submitted_s,
         "started_s": min(starts) if starts else None,
         "ended_s": record.ended_s,

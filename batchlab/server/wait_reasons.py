@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
+from batchlab.core.job_definition import Condition, Dependency
 from batchlab.core.model import Activity, Control, GroupView, JobState
 from batchlab.core.protocol.settlement import judge
 from batchlab.core.text import count, first_of, whole
@@ -81,6 +82,31 @@ def _stopping(f: Facts) -> str | None:
     if f.live and f.live.forbidden:
         return f"{cause} The manager will record {count(len(f.outstanding), 'outstanding bundle')} as canceled."
     return f"{cause} Its workers notice within {f.settings.control_lease_s:g} s."
+
+
+def _other_job_reason(f: Facts) -> str | None:
+    """Return the reason if the job waits for other jobs, with the state of each of them."""
+    waits_for = f.live.waits_for if f.live else ()
+    if not waits_for:
+        return None
+    texts = [_dependency(f, dependency) for dependency in waits_for[:MAX_LISTED_JOBS]]
+    if len(waits_for) == 1:
+        return f"The job waits for {texts[0]}."
+    more = len(waits_for) - len(texts)
+    return f"The job waits for {len(waits_for)} jobs: {'; '.join(texts)}{f'; and {more} more' if more else ''}."
+
+
+def _dependency(f: Facts, dependency: Dependency) -> str:
+    name = f"{'the end of ' if dependency.condition is Condition.ENDED else ''}job {dependency.job}"
+    live = f.lives.get(dependency.job)
+    if live is None:
+        return f"{name}, whose state the manager will read soon"
+    ended, planned = sum(counts.terminal for counts in live.counts), [counts.planned for counts in live.counts]
+    total = sum(number or 0 for number in planned)
+    if not total:
+        return f"{name}, which is {live.record.state}"
+    so_far = " planned so far" if None in planned else ""
+    return f"{name}, which is {live.record.state} ({ended * 100 // total}% of its tasks{so_far} have ended)"
 
 
 def _pool_reason(f: Facts) -> str | None:
@@ -353,6 +379,7 @@ _REASONS: tuple[Reason, ...] = (
     _start_time_reason,
     _pause_reason,
     _stopping,
+    _other_job_reason,
     _pool_reason,
     _outage_reason,
     _cost_cap_reason,
@@ -376,7 +403,9 @@ _REASONS: tuple[Reason, ...] = (
 
 def _behind(f: Facts, reason: Reason) -> str:
     """Return a note if the explanation may be outdated, because the manager has not processed recent events."""
-    if reason in (_end_reason, _start_time_reason, _pause_reason) or f.lag_s < max(LAG_S, 10 * f.settings.tick_s):
+    if reason in (_end_reason, _start_time_reason, _other_job_reason, _pause_reason) or f.lag_s < max(
+        LAG_S, 10 * f.settings.tick_s
+    ):
         return ""
     return (
         f"the manager is {whole(f.lag_s)} behind the events of its workers, because the manager or the analytics store "

@@ -127,7 +127,8 @@ class Weather:
     With `varied`, each seed chooses its kinds of faults and their rates. With `timed`, each world also has a schedule.
     With `lies`, workers may begin to lie (CORRUPTED) in every world, and every world has additional jobs. With
     `storage`, objects may be damaged in every world, and every world has additional jobs. With `accounts`, the managers
-    record the usage of each job. With `shares`, every world has a fair-share policy and several shares.
+    record the usage of each job. With `dependent`, jobs depend on earlier jobs of the world. With `shares`, every world
+    has a fair-share policy and several shares.
     """
 
     kill_before: float = 0.0
@@ -176,6 +177,7 @@ class Weather:
     storage: bool = False
     accounts: bool = False
     shares: bool = False
+    dependent: bool = False
 
     def rate(self, kind: FaultKind) -> float:
         rate: float = getattr(self, kind.value)

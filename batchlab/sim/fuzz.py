@@ -112,6 +112,7 @@ WEATHERS: Mapping[str, Weather] = {
     "accounts": trial.ACCOUNTS,
     "all": trial.ALL,
     "crashes": trial.CRASHES,
+    "dependent": trial.DEPENDENT,
     "lies": trial.LIES,
     "shares": trial.SHARES,
     "storage": trial.STORAGE,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from batchlab.core.fair_share import ShareAttributes, SharePolicy
-from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.job_definition import Condition, Dependency, JobDef, StageDef
 from batchlab.core.model import JobId, Pool, StageName
 from batchlab.core.retry_rule import RetryRule
 from batchlab.core.service_settings import ManagerSettings, WorkerSettings
@@ -149,6 +149,18 @@ def _policy(rng: random.Random, slots: int) -> SharePolicy:
     limits = [rng.choice([None, None, max(1, slots // 2)]) for _ in range(2)]
     entries = tuple(map(ShareAttributes, ("A*", "B"), weights, limits))
     return SharePolicy(entries, decay_s=rng.choice([20.0, 60.0, 600.0]), reservation=rng.choice([0, 0, 0, 30, 60]))
+
+
+def with_dependencies(seed: int, plan: Plan) -> Plan:
+    """Return the plan with one more small job, in which each job but the first depends on one or two earlier jobs."""
+    rng = random.Random(f"{seed}/dependencies")  # noqa: S311 - simulation
+    more = _job(seed, len(plan.jobs), rng, plan.pools)
+    first, *others = *plan.jobs, replace(more, items=min(more.items or 0, 5))
+    jobs = [first]
+    for job in others:
+        chosen = rng.sample(jobs, min(len(jobs), rng.choice([1, 1, 2])))
+        jobs.append(replace(job, after=tuple(Dependency(one.id, rng.choice(list(Condition))) for one in chosen)))
+    return replace(plan, jobs=tuple(jobs))
 
 
 def _work_s(pools: Sequence[Pool], jobs: Sequence[JobDef], run_s: Sequence[float]) -> float:

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
-from batchlab.core.job_definition import JobDef, task_name
-from batchlab.core.model import Bundle, Outcome, StageName
+from batchlab.core.job_definition import Condition, JobDef, task_name
+from batchlab.core.model import Bundle, JobState, Outcome, StageName
 from batchlab.core.ports import Cut
 from batchlab.sim.actors import Actor
 from batchlab.sim.event_log import Name, name_of_bundle
@@ -175,6 +175,39 @@ class StartTimeChecks:
             f"(attempt {bundle.attempt}, round {bundle.round})"
         )
         self.check(now_s >= due_s - EARLY_S, "start times", facts, bundle.job)
+
+
+@dataclass(slots=True)
+class DependencyChecks:
+    """Checks that no task starts before the conditions of its job's dependencies have held.
+
+    The bucket has the end of each round of a job before the manager may act on the end.
+    """
+
+    check: Check
+    _jobs: dict[str, JobDef] = field(default_factory=dict)
+    _ends: dict[str, set[JobState]] = field(default_factory=dict)
+    """States in which rounds of each job have ended."""
+
+    def on_definition(self, job: JobDef) -> None:
+        self._jobs[job.id] = job
+
+    def on_end(self, job: str, state: JobState) -> None:
+        self._ends.setdefault(job, set()).add(state)
+
+    def check_start(self, job: str) -> None:
+        for dependency in self._jobs[job].after if job in self._jobs else ():
+            ends = self._ends.get(dependency.job, set())
+            has_held = ends if dependency.condition is Condition.ENDED else JobState.SUCCEEDED in ends
+            facts = f"a task of {job} starts, which depends on {dependency}, whose rounds ended {sorted(ends)}"
+            self.check(bool(has_held), "dependencies", facts, job)
+
+    def may_fail(self, job: JobDef) -> bool:
+        """Return whether a round of a dependency has ended without the success that the job requires."""
+        return any(
+            dependency.condition is Condition.SUCCEEDED and self._ends.get(dependency.job, set()) - {JobState.SUCCEEDED}
+            for dependency in job.after
+        )
 
 
 LEAVING_S = 0.2

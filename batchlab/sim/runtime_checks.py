@@ -18,7 +18,7 @@ from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.errors import Malformed, TooNew
 from batchlab.core.fair_share import SharePolicy
 from batchlab.core.job_definition import task_name
-from batchlab.core.model import Bundle, Control, JobId, StageCounts, StageName
+from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, StageName
 from batchlab.core.ports import Clock, Cut, Ending, Message, StageRecord
 from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.service_settings import MAX_VISIBILITY_S
@@ -26,7 +26,14 @@ from batchlab.manager.unresponsive_workers import UNKNOWN_WORK
 from batchlab.sim.actors import CURRENT, Actor, JobControls, SimulationError, Violated
 from batchlab.sim.event_log import Name, bundle_in, doc_of, name_in, name_of_bundle, reported_in
 from batchlab.sim.faults import LATENCY_S, SLOW_LOOKS_S
-from batchlab.sim.progress_checks import GIVE_BACK_S, LeadershipChecks, SilenceChecks, StartTimeChecks, WasteChecks
+from batchlab.sim.progress_checks import (
+    GIVE_BACK_S,
+    DependencyChecks,
+    LeadershipChecks,
+    SilenceChecks,
+    StartTimeChecks,
+    WasteChecks,
+)
 from batchlab.sim.share_checks import ShareChecks
 from batchlab.sim.storage_faults import Unsynced
 from batchlab.sim.worker_rights import Trust
@@ -119,9 +126,9 @@ class Watch:
     unsynced: Unsynced = field(init=False)
     leadership: LeadershipChecks = field(init=False)
     start_times: StartTimeChecks = field(init=False)
+    dependencies: DependencyChecks = field(init=False)
     silences: SilenceChecks = field(init=False)
-    shares: ShareChecks | None = None
-    """Check of fair share, or None in a world without shares."""
+    shares: ShareChecks = field(init=False)
     _begun: dict[Actor, set[Name]] = field(default_factory=dict)
     """Bundles of which each worker has started tasks, by worker."""
     _last_starts: dict[Name, Start] = field(default_factory=dict)
@@ -154,7 +161,9 @@ class Watch:
         self.unsynced = Unsynced(self.clock)
         self.leadership = LeadershipChecks(self.check, self.lead_ttl_s, self.thawed_s)
         self.start_times = StartTimeChecks(self.check)
+        self.dependencies = DependencyChecks(self.check)
         self.silences = SilenceChecks(self.check, self.silence_s)
+        self.shares = ShareChecks(self.check, self.controls.is_live, self.controls.live_since_s)
         # The watch's timers expire even while a process is frozen.
         self._context = copy_context()
 
@@ -168,8 +177,7 @@ class Watch:
     def on_write(self, key: str, before: bytes | None, data: bytes, if_absent: bool) -> None:
         """Check I1: a committed outcome never changes, and is written by a conditional put."""
         parts = key.split("/")
-        if self.shares is not None and parts[0] == "grid":
-            self._record_shares(self.shares, key, data)
+        self._record_shares(key, data)
         if parts[0] != "jobs":
             return
         # A write without a current actor comes from a client, which waits for the manager.
@@ -186,14 +194,13 @@ class Watch:
                     self._record_plan("outcomes", parts[-2], data)
             return
         if kind == "control.json":
-            if self.shares is not None:
-                self.shares.remember(self.clock.monotonic_s())
+            self.shares.remember(self.clock.monotonic_s())
             self.controls.on_write(job, json_format.control_from_bytes(data))
             return
         if kind == "final":
             self.controls.on_end(job)
-            if self.shares is not None:
-                self.shares.on_end(job, self.clock.monotonic_s())
+            self.shares.on_end(job, self.clock.monotonic_s())
+            self.dependencies.on_end(job, JobState(json_format.loads(data)["state"]))
         if kind not in ("spec.json", "retries", "final"):
             kind = parts[3]
         if kind in ("starts", "running"):
@@ -242,8 +249,8 @@ class Watch:
             job, opening = json_format.job_from_json(doc), commit_keys.opening_in(doc)
             self.waste.on_definition(job)
             self.start_times.on_definition(job)
-            if self.shares is not None:
-                self.shares.on_definition(job, self.clock.monotonic_s())
+            self.shares.on_definition(job, self.clock.monotonic_s())
+            self.dependencies.on_definition(job)
             if opening and opening.cut:
                 self._opened.update(map(name_of_bundle, opening.cut.bundles))
                 self._cut(opening.cut)
@@ -253,11 +260,10 @@ class Watch:
             for cut in json_format.loads(data)["cuts"]:
                 retried = json_format.cut_from_json(cut).bundles
                 self._plan(retried)
-                if self.shares is not None:
-                    self.shares.on_plan(retried)
+                self.shares.on_plan(retried)
 
-    def _record_shares(self, shares: ShareChecks, key: str, data: bytes) -> None:
-        now_s = self.clock.monotonic_s()
+    def _record_shares(self, key: str, data: bytes) -> None:
+        shares, now_s = self.shares, self.clock.monotonic_s()
         if key == object_keys.SHARES:
             policy = json_format.loads(data)["policy"]
             shares.on_policy(None if policy is None else SharePolicy.from_json(policy), now_s)
@@ -272,8 +278,7 @@ class Watch:
         if actor is not None and actor.name.startswith("manager"):
             since_s = self._undisturbed_lead_s(actor)
             self.waste.check_cut(cut, now_s, since_s, self.controls.live_since_s)
-        if self.shares is not None:
-            self.shares.on_cut(cut, now_s, since_s)
+        self.shares.on_cut(cut, now_s, since_s)
 
     def _plan(self, bundles: Sequence[Bundle]) -> None:
         self._planned.update(map(name_of_bundle, bundles))
@@ -295,9 +300,9 @@ class Watch:
     def on_call(self, actor: Actor, label: str, args: Sequence[Any], result: Any) -> None:
         """Record that a port call of `actor` has taken effect."""
         now_s = self.clock.monotonic_s()
+        self.shares.on_call(label, args, result, now_s)
         if label == "ledger.lease":
-            if self.shares is not None and result.owner == actor.name and self.leadership.led_s(actor) == math.inf:
-                self.shares.on_lead(now_s)
+            self.shares.on_lease(actor.name, result.owner, now_s)
             self.leadership.on_lease(actor, result.owner, now_s)
         elif actor.name.startswith("manager"):
             disturbed = self._excused(actor, now_s - self.lead_ttl_s)
@@ -310,8 +315,6 @@ class Watch:
             self._deletes(actor, args[0], args[1])
         elif label == "queue.change_visibility":
             self._extends(args[0], args[1])
-        elif label == "ledger.Fold" and self.shares is not None:
-            self.shares.on_fold(args[0], result, now_s)
         elif label in FLUSHED:
             self.flushed()
         elif label == "objects.put" and "/starts/" in args[0]:
@@ -549,6 +552,7 @@ class Watch:
             self._begun.setdefault(actor, set()).add(name)
             self._last_starts[name] = self.starts[-1]
         self.start_times.check_start(bundle, task, self.clock.now_s())
+        self.dependencies.check_start(bundle.job)
         disturbed = actor is not None and self._excused(actor, now_s - RECENT_S)
         self.waste.check_start(bundle, now_s, actor, disturbed=disturbed)
         # A worker that has received a bundle twice may run either message.

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from batchlab.core.fair_share import DEFAULT_SHARE, SharePolicy
 from batchlab.core.job_definition import JobDef
@@ -107,6 +108,8 @@ class ShareChecks:
     is_live: Callable[[str], bool]
     """Function that returns whether a job may run."""
     live_since_s: Callable[[str], float]
+    is_on: bool = False
+    """Whether the world has shares. The check ignores all events of other worlds."""
     pools: dict[str, Pool] = field(default_factory=dict)
     window: int = 3
     policy: SharePolicy | None = None
@@ -116,6 +119,7 @@ class ShareChecks:
     _ended: set[str] = field(default_factory=set)
     _outstanding: dict[Name, None] = field(default_factory=dict)
     _done_s: dict[Name, float] = field(default_factory=dict)
+    _leaders: set[str] = field(default_factory=set)
     _led_s: float = 0.0
     _unsure_s: float = -math.inf
     """Time since which the leader may count a follow-up as outstanding although an earlier leader has folded it."""
@@ -167,10 +171,14 @@ class ShareChecks:
         self.policy = policy
 
     def on_definition(self, job: JobDef, now_s: float) -> None:
+        if not self.is_on:
+            return
         self.remember(now_s)
         self._jobs[job.id] = job
 
     def on_end(self, job: str, now_s: float) -> None:
+        if not self.is_on:
+            return
         self.remember(now_s)
         self._ended.add(job)
         self._outstanding = {name: None for name in self._outstanding if name[0] != job}
@@ -182,6 +190,11 @@ class ShareChecks:
         for name in map(name_of_bundle, bundles):
             if name not in self._done_s and name[0] in self._jobs and name[0] not in self._ended:
                 self._outstanding[name] = None
+
+    def on_call(self, label: str, args: Sequence[Any], result: Any, now_s: float) -> None:
+        """Record the effect of a port call."""
+        if self.is_on and label == "ledger.Fold":
+            self.on_fold(args[0], result, now_s)
 
     def on_fold(self, fold: Fold, result: FoldResult, now_s: float) -> None:
         """Record the completions that the ledger has accepted."""
@@ -216,8 +229,12 @@ class ShareChecks:
         while self._recent and self._recent[0][0] < now_s - SETTLE_S:
             self._recent.popleft()
 
-    def on_lead(self, now_s: float) -> None:
-        """Record a new leader, which may not know the use since the last stored use."""
+    def on_lease(self, manager: str, owner: str, now_s: float) -> None:
+        """Record that the ledger told a manager that `owner` holds the lease. A new leader may not know the use since
+        the last stored use."""
+        if not self.is_on or manager != owner or manager in self._leaders:
+            return
+        self._leaders.add(manager)
         self._led_s = now_s
         if self.policy is None:
             return
@@ -232,6 +249,8 @@ class ShareChecks:
 
     def on_cut(self, cut: Cut, now_s: float, since_s: float) -> None:
         """Check a cut of a manager without faults since `since_s`, and record the cut."""
+        if not self.is_on:
+            return
         self.remember(now_s)
         is_known = now_s - since_s >= KNOWN_S and now_s - self._unsure_s >= UNSURE_S
         if self.policy is not None and cut.bundles and is_known and not cut.round:
@@ -271,7 +290,7 @@ class ShareChecks:
         return ""
 
     def _claims(self, state: State, place: Place, now_s: float, since_s: float) -> dict[str, Claim]:
-        """Return the claims of all shares in the pool. In doubt, the claim of the share in `place` is the larger one."""
+        """Return the claims of all shares in the pool. In doubt, the share in `place` has the larger claim."""
         pool, share = place
         waiting: dict[str, int] = {}
         for (name, stage), tasks in state.left.items():

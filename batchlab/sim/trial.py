@@ -27,6 +27,7 @@ from batchlab.sim.plans import (
     draw,
     focus_of,
     with_bystanders,
+    with_dependencies,
     with_focus,
     with_shares,
 )
@@ -88,6 +89,9 @@ LIES = replace(ALL, corrupted=0.3, lies=True)
 
 STORAGE = replace(ALL, torn=0.1, missing=0.1, rotted=0.05, unsynced=0.04, storage=True)
 """Rates of all kinds of faults, for worlds where the store damages objects."""
+
+DEPENDENT = replace(ALL, dependent=True)
+"""Rates of all kinds of faults, for worlds whose jobs depend on earlier jobs."""
 
 ACCOUNTS = replace(ALL, accounts=True)
 """Rates of all kinds of faults, for worlds whose managers record the usage of each job."""
@@ -166,6 +170,8 @@ def plan_of(seed: int, weather: Weather = ALL) -> Plan:
     focus = _focus_of(seed, weather, plan)
     if (weather.lies or weather.storage) and plan.limit_s == LIMIT_S:
         return with_bystanders(seed, plan)
+    if weather.dependent and plan.limit_s == LIMIT_S:
+        return with_dependencies(seed, plan)
     return with_focus(seed, focus, plan) if focus else plan
 
 

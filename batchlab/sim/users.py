@@ -106,7 +106,10 @@ class User:
         await asyncio.sleep(rng.choice([0.0, 0.0, 3.0, 30.0]))
         if few_items(self._job) is None:
             await bring_items(self._world, self._job)
-        if not await self._call_directly():
+        await self._wait_for_dependencies()
+        if not await self._call_directly() and isinstance(await self._submit(), Refused):
+            # A dependency has already failed.
+            self._job = replace(self._job, after=())
             await self._submit()
         for _ in range(MAX_REQUESTS):
             await self._make_request()
@@ -118,6 +121,14 @@ class User:
             retries -= 1
             await self._retry()
             state = await self._wait_for_end()
+
+    async def _wait_for_dependencies(self) -> None:
+        """Wait until the ledger has the jobs on which the job depends."""
+        for dependency in self._job.after:
+            while True:
+                if await self._world.find(dependency.job):
+                    break
+                await asyncio.sleep(POLL_S)
 
     async def _make_request(self) -> None:
         """Make a random request of the user, or do nothing."""

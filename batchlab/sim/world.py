@@ -43,7 +43,6 @@ from batchlab.sim.lying_insider import Insider
 from batchlab.sim.lying_worker import Liar, WorkerPorts
 from batchlab.sim.port_wrappers import wrap
 from batchlab.sim.runtime_checks import Start, Watch
-from batchlab.sim.share_checks import ShareChecks
 from batchlab.sim.storage_faults import Damage
 from batchlab.sim.tasks import AttemptInput, Script, ScriptedRunner
 from batchlab.sim.worker_rights import Rights
@@ -157,14 +156,9 @@ class World:
             lead_ttl_s=self.manager_settings.lease_ttl_s,
             silence_s=self.manager_settings.silence_s,
         )
-        if self.shares:
-            self.watch.shares = ShareChecks(
-                self.watch.check,
-                self.watch.controls.is_live,
-                self.watch.controls.live_since_s,
-                {pool.name: pool for pool in self.pools},
-                self.manager_settings.window,
-            )
+        self.watch.shares.is_on = self.shares
+        self.watch.shares.pools = {pool.name: pool for pool in self.pools}
+        self.watch.shares.window = self.manager_settings.window
         self.damage = Damage(self.objects, self.ledger, self.watch.trust.touched, self.watch.damaged)
         self.watch.are_looks_slow = bool(self.faults and self.faults.slow_looks_s)
         if self.watched:

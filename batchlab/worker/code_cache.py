@@ -253,6 +253,8 @@ class CodeCache:
         self._max_file_bytes = max_file_bytes
         self._files: OrderedDict[Path, int] = OrderedDict()
         """Files of functions and shared values, and their sizes in bytes. The last entry was used last."""
+        self._used_functions: dict[Path, Path] = {}
+        """File of the function that each execution uses, by the folder of the execution."""
         self._total_bytes = 0
 
     async def code(self, key: str | None) -> tuple[str, Path | None]:
@@ -273,27 +275,26 @@ class CodeCache:
             raise Problem("import", f"The job's code cannot be fetched: {error}") from error
         return digest, folder
 
-    def cached_function(self, key: str, link: Path) -> Path | None:
+    def cached_function(self, key: str, folder: Path) -> Path | None:
         """Return the file of a pickled function as `function` does, or None if the cache does not contain it."""
         path = self._path(key, "functions")
-        if path not in self._files:
-            return None
-        self._link(path, link)
-        return path
+        return self._lend(path, folder) if path in self._files else None
 
-    async def function(self, key: str, link: Path | None = None) -> Path:
-        """Return the file of a pickled function, which is fetched on first use, and link the file to `link`.
+    async def function(self, key: str, folder: Path) -> Path:
+        """Return the file of a pickled function, which is fetched on first use, for the execution in `folder`.
 
-        The path is the same for all executions, so that a child loads the function once. The file is kept until the
-        caller removes `link`, or as long as the cache without a link. A missing object raises Problem of kind "import".
+        The path is the same for all executions, so that a child loads the function once. The cache does not remove the
+        file before `release_function`. A missing object raises Problem of kind "import".
         """
         try:
             path = await self._fetch(key, "functions")
         except NotFound as error:
             raise Problem("import", f"The job's function cannot be fetched: {error}") from error
-        if link:
-            self._link(path, link)
-        return path
+        return self._lend(path, folder)
+
+    def release_function(self, folder: Path) -> None:
+        """Allow the removal of the function that the execution in `folder` has used."""
+        self._used_functions.pop(folder, None)
 
     async def link_value(self, key: str, target: Path) -> None:
         """Link the file of a shared value to `target`. The file is fetched on first use.
@@ -303,23 +304,34 @@ class CodeCache:
         self._link(await self._fetch(key, "values"), target)
 
     def evict_unused(self) -> None:
-        """Remove all functions and shared values without a link from an execution."""
+        """Remove all functions and shared values that no execution uses."""
         self._evict(0, 0)
+
+    def _lend(self, path: Path, folder: Path) -> Path:
+        self._used_functions[folder] = path
+        self._touch(path)
+        return path
 
     def _link(self, path: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.hardlink_to(path)
-        size = path.stat().st_size
-        self._total_bytes += size - self._files.pop(path, 0)
-        self._files[path] = size
+        self._touch(path)
+
+    def _touch(self, path: Path) -> None:
+        if path in self._files:
+            self._files.move_to_end(path)
+        else:
+            self._files[path] = path.stat().st_size
+            self._total_bytes += self._files[path]
         self._evict(self._max_file_bytes, MAX_CACHED_FILES)
 
     def _evict(self, max_bytes: int, max_files: int) -> None:
         if self._total_bytes <= max_bytes and len(self._files) <= max_files:
             return
+        used = set(self._used_functions.values())
         for path in tuple(self._files):
             # The removal of a linked file does not free any space.
-            if path.exists() and path.stat().st_nlink > 1:
+            if path in used or (path.exists() and path.stat().st_nlink > 1):
                 continue
             path.unlink(missing_ok=True)
             self._total_bytes -= self._files.pop(path)

@@ -174,6 +174,7 @@ class Execution:
 
     async def clean(self) -> None:
         """Remove the folder of the execution. The caller must call `cancel_uploads` before `clean`."""
+        self._code_cache.release_function(self._folder)
         await asyncio.to_thread(_remove, self._folder)
         if not self._children.closed:  # Otherwise the runner has removed the spare folders.
             await asyncio.to_thread(self._folders.prepare)
@@ -217,7 +218,7 @@ class Execution:
         if self._work.job.code:
             return None
         key = materialization.function_key(self._work)
-        function = self._code_cache.cached_function(key, self._folder / "function") if key else None
+        function = self._code_cache.cached_function(key, self._folder) if key else None
         if key and function is None:
             return None
         return (materialization.request(self._work, self._folder, function=function, code=None), "")
@@ -225,7 +226,7 @@ class Execution:
     async def _prepare(self) -> tuple[ExecutionRequest, str]:
         digest, code = await self._code_cache.code(self._work.job.code)
         key = materialization.function_key(self._work)
-        function = await self._code_cache.function(key, self._folder / "function") if key else None
+        function = await self._code_cache.function(key, self._folder) if key else None
         request = materialization.request(self._work, self._folder, function=function, code=code)
         return request, digest
 

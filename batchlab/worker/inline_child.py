@@ -213,6 +213,7 @@ class SimulatedTaskRunner:
                 yield ran
         finally:
             handle.running = None
+            self._code_cache.release_function(folder)
             shutil.rmtree(folder, ignore_errors=True)  # Many executions never create their folder.
 
     async def close(self) -> None:
@@ -222,7 +223,7 @@ class SimulatedTaskRunner:
     async def _prepare(self, work: Work, handle: Handle, folder: Path) -> _Run:
         _, code = await self._code_cache.code(work.job.code)
         key = materialization.function_key(work)
-        function = await self._code_cache.function(key, folder / "function") if key else None
+        function = await self._code_cache.function(key, folder) if key else None
         request = materialization.request(work, folder, function=function, code=code)
         (folder / "cwd").mkdir(parents=True)
         inputs = materialization.Inputs(self._objects, folder, _call_inline, JobObjects.of_job(work.job))

@@ -128,7 +128,7 @@ def records(folder: Path) -> Iterator[tuple[Path, list[Any]]]:
         if is_damaged and folder in (BUCKETS, QUEUES):
             raise DamagedSettingsError(
                 f"{path} is damaged, so LocalStack cannot restore this {'bucket' if folder == BUCKETS else 'queue'}: "
-                f"restore the file from a backup, or delete the folder {FOLDER} with all objects and messages."
+                f"restore the file from a backup, or run `batchlab grid down`, which deletes all objects and messages."
             )
         if is_damaged:
             LOG.warning("a power loss has damaged %s", path)

@@ -13,9 +13,11 @@ import pytest
 
 from batchlab.cli import app, option_values
 from batchlab.core.errors import BackendError, NotFound, Refused, Unreachable, UsageError
+from batchlab.core.job_definition import Condition, Dependency
 from batchlab.runtime import compose_deployment
 from batchlab.runtime.compose_deployment import Deployment
 from batchlab.runtime.home import Home, Place
+from tests.support import job_files
 from tests.support.cli import FakeClient, Run, a_grid, a_job
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -177,6 +179,42 @@ def test_repeated_deletion_of_a_job_removes_late_objects(manager: type[FakeClien
     assert code != 0
     assert name in err
     assert not out
+
+
+def test_dependencies_are_submitted_and_shown(manager: type[FakeClient], run: Run, tmp_path: Path) -> None:
+    first = a_job("sums-0123456789")
+    waiting = a_job("next-0123456789", "PENDING", after=[{"job": first["id"], "condition": "ended"}])
+    manager.answers = {"job": first, "submit": waiting, "why": "W.", "eta": {"text": "E"}}
+    manager.answers["jobs"] = lambda **how: [] if how.get("before") else [waiting, first]
+    job_files.write(tmp_path, {**job_files.FOLDER, "job.yaml": job_files.MINIMAL})
+    submit = ("job", "submit", tmp_path / "job.yaml", "--home", tmp_path / "h")
+    assert run(*submit, "--after", "sums:ended", "--after", "last")[0] == 0
+    (job,) = next(args for name, args, _ in manager.asked if name == "submit")
+    assert job.after == (Dependency(first["id"], Condition.ENDED), Dependency(waiting["id"]))
+    assert run(*submit)[0] == 0
+    alone = next(args[0] for name, args, _ in reversed(manager.asked) if name == "submit")
+    assert (alone.after, alone.id != job.id) == ((), True)
+    assert "after sums-0123456789:ended" in run("job", "list")[1]
+    manager.answers["job"] = waiting
+    assert re.search(r"^after +sums-0123456789:ended$", run("job", "show", waiting["id"])[1], re.MULTILINE)
+    assert json.loads(run("job", "show", waiting["id"], "--json")[1])["after"] == waiting["after"]
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        ("sums:finished", "'sums:finished' is not a dependency. Write a name, and :ended"),
+        (":ended", "':ended' is not a dependency."),
+        ("nobody", "The job 'nobody' does not exist."),
+    ],
+)
+def test_a_wrong_dependency_is_one_sentence(
+    manager: type[FakeClient], run: Run, tmp_path: Path, after: str, told: str
+) -> None:
+    manager.answers = {"jobs": lambda **how: [] if how.get("before") else [a_job("sums-0123456789")]}
+    job_files.write(tmp_path, {**job_files.FOLDER, "job.yaml": job_files.MINIMAL})
+    code, _, err = run("job", "submit", tmp_path / "job.yaml", "--home", tmp_path / "h", "--after", after)
+    assert (code, told in " ".join(err.split()), "Traceback" in err) == (2, True, False)
 
 
 def test_a_job_that_no_listing_has_can_be_cancelled(manager: type[FakeClient], run: Run) -> None:

@@ -56,6 +56,7 @@ def a_schedule(**more: Any) -> dict[str, Any]:
         "prewarm_s": 600.0,
         "capacity": None,
         "due_param": "",
+        "after": [],
         "source": "",
         "source_digest": "",
         "input": [],
@@ -108,6 +109,10 @@ def test_a_job_file_is_uploaded_and_described(manager: type[FakeClient], run: Ru
         "6h",
         "--overlap",
         "queue",
+        "--after",
+        "loads",
+        "--after",
+        "clean-up:ended",
         "--prewarm",
         "10m",
         "--capacity",
@@ -130,6 +135,7 @@ def test_a_job_file_is_uploaded_and_described(manager: type[FakeClient], run: Ru
         "prewarm_s": 600.0,
         "capacity": 4,
         "due_param": "",
+        "after": ["loads", "clean-up:ended"],
         "source": str(folder / "job.yaml"),
     }
     assert job.max_cost_usd == 5

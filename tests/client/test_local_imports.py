@@ -177,13 +177,19 @@ def test_sources_that_cannot_be_parsed_are_packed(folder: Path, imports: LocalIm
 def test_modules_that_workers_would_refuse_together_are_refused(
     folder: Path, imports: LocalImports, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(code_cache, "MAX_FILES", 2)
-    for name in ("one_one", "two_one"):
+    monkeypatch.setattr(code_cache, "MAX_FILES", 3)
+    for name in ("one_one", "two_one", "three_one"):
         (folder / name).mkdir()
-        for file in ("__init__.py", "a.py"):
-            (folder / name / file).touch()
-        imports.add([name])
+        (folder / name / "__init__.py").touch()
+    for name in ("one_one", "two_one"):
+        (folder / name / "a.py").touch()
+    imports.add(["one_one"])
     with pytest.raises(UsageError, match="local modules one_one, two_one, which functions import, are too large"):
+        imports.add(["two_one"])
+    imports.add(["three_one"])
+    assert names(imports) == ["one_one/__init__.py", "one_one/a.py", "three_one/__init__.py"]
+    (folder / "three_one" / "a.py").touch()
+    with pytest.raises(UsageError, match="local modules one_one, three_one, which functions import, are too large"):
         imports.pack()
 
 

@@ -44,6 +44,7 @@ def view(round_: int = 0) -> JobView:
         "priority": 0,
         "share": "",
         "tags": {},
+        "after": [],
         "submitted_s": 0.0,
         "started_s": 0.0,
         "ended_s": 1.0,

@@ -13,7 +13,7 @@ import pytest
 
 from batchlab.core import commit
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused, Unreachable
-from batchlab.core.job_definition import InputDef
+from batchlab.core.job_definition import Dependency, InputDef
 from batchlab.core.model import JobId, JobState
 from batchlab.core.ports import AddJob
 from batchlab.core.protocol import json_format, object_keys
@@ -469,20 +469,25 @@ def test_deletion_is_finished_if_the_ledger_and_the_bucket_lost_the_job(rig: Rig
     assert is_gone(rig, name)
 
 
+@pytest.mark.parametrize("use", ["reads objects of", "depends on"])
 @pytest.mark.parametrize("is_restored", [False, True])
-def test_input_of_an_active_job_that_the_ledger_has_lost_is_kept(rig: Rig, is_restored: bool) -> None:
+def test_a_job_is_kept_for_an_active_job_that_the_ledger_has_lost(rig: Rig, is_restored: bool, use: str) -> None:
     name = ended(rig)
-    reader = replace(job("reader", "reader"), input=InputDef(keys=(f"{object_keys.raw(name)}0",)), start_at_s=4e9)
+    reader = replace(job("reader", "reader"), start_at_s=4e9)
+    if use == "depends on":
+        reader = replace(reader, after=(Dependency(name),))
+    else:
+        reader = replace(reader, input=InputDef(keys=(f"{object_keys.raw(name)}0",)))
     rig.submit(reader)
     rig.run(rig.ledger.forget())
     if is_restored:
         rig.run(rig.manager.job_record(name))
-    with pytest.raises(Refused, match=f"has lost job {reader.id}, which reads objects of job {name}") as refused:
+    with pytest.raises(Refused, match=f"has lost job {reader.id}, which {use} job {name}") as refused:
         rig.client.delete(name)
     assert "batchlab grid rebuild-ledger" in refused.value.remedy
     assert object_keys.deletion(name) not in objects_of(rig, name)
     rig.client.rebuild()
-    with pytest.raises(Refused, match=f"Job {reader.id} reads objects of job {name}"):
+    with pytest.raises(Refused, match=f"Job {reader.id} {use} job {name}"):
         rig.client.delete(name)
     rig.client.cancel(reader.id)
     rig.ended(reader.id)

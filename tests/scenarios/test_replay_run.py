@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ import pytest
 from batchlab.adapters.clock import WallClock
 from batchlab.client.http import Client
 from batchlab.core.errors import BackendError, NotFound, Refused, Unreachable, UsageError
-from batchlab.core.job_definition import JobDef
+from batchlab.core.job_definition import Condition, Dependency, JobDef
 from batchlab.core.model import Pool
 from batchlab.runtime.home import Home
 from batchlab.scenarios.model.distributions import Constant
@@ -283,3 +284,44 @@ def test_absence_of_the_manager_does_not_delay_the_next_sample(tmp_path: Path, m
     world.go(stop_when=lambda state: state.at_s > 1.0)
     back = next(n for n, at_s in enumerate(leaving.looked_s) if at_s >= leaving.looked_s[0] + 0.3)
     assert len(leaving.looked_s) > back + 1, "it is looked at again within what is left of a second"
+
+
+class Chain(Maker):
+    """A component that prepares jobs with their dependencies."""
+
+    async def prepare(self, due: Job) -> PreparedJob:
+        prepared = await super().prepare(due)
+        return replace(prepared, job=replace(prepared.job, after=due.after))
+
+
+class Failing(Manager):
+    """A manager on which every job fails at once. It refuses a job whose dependency it does not have or has failed."""
+
+    def submit(self, job: JobDef, items: object = None) -> Any:
+        for other in job.after:
+            if other.job not in self.taken or other.condition is Condition.SUCCEEDED:
+                raise Refused(f"Job {other.job} is a dependency that must succeed.")
+        return super().submit(job, items)
+
+    def job(self, job: str, **_: object) -> Any:
+        return {**super().job(job), "state": "FAILED"}
+
+
+def test_a_replay_records_a_job_after_a_failed_job_as_failed(tmp_path: Path) -> None:
+    """A job after a refused job is refused, too, unless it may begin after any end."""
+    names = ("first", "second", "third", "last")
+    after: Any = ((), ("first",), ("second",), ("second:ended", "first:ended"))
+    templates = [
+        replace(QUICK, name=name, after=tuple(map(Dependency.parse, others)))
+        for name, others in zip(names, after, strict=True)
+    ]
+    wanted = scenario(*reversed(templates))
+    world = World(tmp_path, wanted, Chain())
+    # Submissions overlap, because each of them takes a while.
+    world.manager = world.link._manager = manager = Failing(slow_s=0.05)
+    world.go()
+    first, second, last, third = (job.id for job in world.course.jobs)
+    assert manager.taken == [first, last]
+    assert {name: run.state for name, run in world.course.refused.items()} == {second: "FAILED", third: "FAILED"}
+    assert world.course.cut == ""
+    assert world.course.is_over

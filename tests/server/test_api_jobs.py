@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from batchlab.core.errors import Malformed, NotFound, Refused, TooNew, UsageError
-from batchlab.core.job_definition import NotifyDef
+from batchlab.core.job_definition import Condition, Dependency, JobDef, NotifyDef
 from batchlab.core.model import Control, JobId
 from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.protocol.messages import Tail, to_bytes
@@ -176,6 +176,61 @@ def test_a_retry_runs_what_failed_and_forgets_its_failures(rig: Rig) -> None:
 
 
 # --- Results of tasks ----------------------------------------------------------------------------
+
+
+# --- Dependencies --------------------------------------------------------------------------------
+
+
+def _next(name: str, condition: Condition = Condition.SUCCEEDED, token: str = "next") -> JobDef:
+    return replace(job("next", token, tasks=1), after=(Dependency(JobId(name), condition),))
+
+
+def test_a_job_waits_for_another_job_and_then_runs(rig: Rig) -> None:
+    first = rig.submit(job(tasks=2))
+    waiting = rig.submit(_next(first))
+    rig.until(lambda: rig.client.job(waiting)["state"] == "PENDING", "the job waits")
+    view = rig.client.job(waiting)
+    assert view["after"] == [{"job": first, "condition": "succeeded"}]
+    assert f"The job waits for job {first}, which is " in rig.client.why(waiting)
+    assert rig.client.eta(waiting)["text"] == "unknown: the job has not started"
+    with pytest.raises(Refused, match="only an ended job can be deleted"):
+        rig.client.delete(first)
+    rig.work(first, 2)
+    rig.ended(first)
+    with pytest.raises(Refused, match=f"Job {waiting} depends on job {first}"):
+        rig.client.delete(first)
+    rig.work(waiting, 1)
+    assert rig.ended(waiting)["state"] == "SUCCEEDED"
+    rig.client.delete(first)
+
+
+def test_a_job_fails_with_the_reason_if_its_dependency_fails(rig: Rig) -> None:
+    first = rig.submit(job(tasks=1))
+    waiting, anyway = rig.submit(_next(first)), rig.submit(_next(first, Condition.ENDED, "anyway"))
+    rig.work(first, 1, bad=[0])
+    told = f"job {first} is a dependency that must succeed, and ended FAILED"
+    view = rig.ended(waiting)
+    assert (view["state"], view["reason"]) == ("FAILED", told)
+    assert told in rig.client.why(waiting)
+    with pytest.raises(Refused, match=f"{first} is a dependency that must succeed, and ended FAILED"):
+        rig.client.retry(waiting)
+    with pytest.raises(Refused, match=f"`batchlab job retry {first}` runs its remaining tasks"):
+        rig.client.submit(_next(first, token="late"))
+    rig.work(anyway, 1)
+    assert rig.ended(anyway)["state"] == "SUCCEEDED"
+
+
+def test_dependencies_that_cannot_be_are_refused(rig: Rig) -> None:
+    first = rig.submit(job(tasks=1))
+    with pytest.raises(Refused, match="Job no-such-job is a dependency and does not exist on this grid"):
+        rig.client.submit(_next("no-such-job"))
+    with pytest.raises(UsageError, match="cannot be a dependency"):
+        rig.client.submit(_next(_next(first).id))
+    many = tuple(Dependency(JobId(f"j{n}")) for n in range(21))
+    with pytest.raises(UsageError, match="depends on 21 jobs"):
+        rig.client.submit(replace(_next(first), after=many))
+    with pytest.raises(UsageError, match="twice"):
+        rig.client.submit(replace(_next(first), after=(Dependency(JobId(first)),) * 2))
 
 
 def test_outcomes_are_listed_once_in_fold_order(rig: Rig) -> None:

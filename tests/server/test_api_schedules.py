@@ -38,6 +38,22 @@ def test_schedule_is_created_shown_changed_and_removed(rig: Rig) -> None:
         client.schedule("nightly")
 
 
+def test_a_schedule_waits_for_another_schedule(rig: Rig) -> None:
+    rig.submit(job())
+    with pytest.raises(NotFound, match="schedule 'nightly' does not exist"):
+        rig.client.add_schedule(described(name="report", after=["nightly"]), job())
+    rig.client.add_schedule(described(), job())
+    view = rig.client.add_schedule(described(name="report", after=["nightly:ended"]), job())
+    assert view["after"] == ["nightly:ended"]
+    first, run = rig.client.run_schedule("nightly", "mine"), rig.client.run_schedule("report", "mine")
+    assert first["job"]
+    assert run["job"]
+    assert rig.client.job(run["job"])["after"] == [{"job": first["job"], "condition": "ended"}]
+    rig.work(first["job"], 4, bad=[0])
+    rig.work(run["job"], 4)
+    assert rig.ended(run["job"])["state"] == "SUCCEEDED"
+
+
 def test_manual_run_is_tagged_with_its_schedule(rig: Rig) -> None:
     rig.submit(job())  # the job's input exists
     rig.client.add_schedule(described(), job())
@@ -74,6 +90,9 @@ def test_one_time_schedule_runs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> No
         ({"missed": "run-all", "overlap": "replace"}, "replaces each by the next one"),
         ({"capacity": 0}, "body.schedule.capacity"),
         ({"due_param": "month"}, "not have a parameter 'month'"),
+        ({"after": ["nightly"]}, "Schedule nightly would wait for itself"),
+        ({"after": ["other:soon"]}, "'other:soon' is not a dependency"),
+        ({"after": ["x"] * 21}, "body.schedule.after"),
         ({"surprise": 1}, "body.schedule.surprise"),
         ({"cron": "", "at_s": 1.0}, "The time is in the past."),
     ],

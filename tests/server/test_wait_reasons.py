@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchlab.core.job_definition import StageDef
-from batchlab.core.model import Bundle, Control, JobState, Pool, StageCounts, TaskSet
+from batchlab.core.job_definition import Condition, Dependency, StageDef
+from batchlab.core.model import Bundle, Control, JobId, JobState, Pool, StageCounts, TaskSet
 from batchlab.server.wait_reasons import why
 from tests.support.server.waiting_jobs import (
     BUSY_ELSEWHERE,
@@ -35,6 +35,9 @@ from tests.support.server.waiting_jobs import (
     worker,
 )
 
+AFTER_B = Dependency(JobId("b"))
+UNPLANNED = (StageCounts(MAP), StageCounts(SUM))
+
 SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
     "succeeded": (
         Situation(JobState.SUCCEEDED, counts=[StageCounts(MAP, planned=3, succeeded=3)]),
@@ -54,6 +57,22 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
         ["scheduled for 2023-11-15 00:18:20 UTC, in 2 h 5 min"],
     ),
     "scheduled and due": (Situation(JobState.SCHEDULED, start_at_s=NOW_S - 1), ["starts at the manager's next tick"]),
+    "waiting for a job": (
+        Situation(JobState.PENDING, counts=UNPLANNED, after=[AFTER_B], others=[other("b")]),
+        ["The job waits for job b, which is RUNNING (0% of its tasks have ended)."],
+    ),
+    "waiting for the end of jobs": (
+        Situation(
+            JobState.PENDING,
+            counts=UNPLANNED,
+            after=[replace(AFTER_B, condition=Condition.ENDED), *(Dependency(JobId(name)) for name in "cdef")],
+            others=[other("b")],
+        ),
+        [
+            "waits for 5 jobs: the end of job b, which is RUNNING (0% of its tasks have ended); job c, whose state",
+            "; job d, whose state the manager will read soon; and 2 more.",
+        ],
+    ),
     "paused": (
         Situation(JobState.PAUSED, Control.PAUSE, out=QUEUED, workers={"w-1": worker("w-1", bundle())}),
         ["A user has paused the job", "0 of 10 tasks", "1 bundle that had begun", "job resume job-1"],

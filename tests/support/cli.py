@@ -43,6 +43,7 @@ def a_job(job: str, state: str = "RUNNING", **more: Any) -> dict[str, Any]:
         "round": 0,
         "priority": 0,
         "tags": {"team": "a"},
+        "after": [],
         "submitted_s": 1_700_000_000.0,
         "started_s": None,
         "ended_s": None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,8 @@ def test_selection_passes(name: str) -> None:
     options = ["--all", "-n", "0", "-p", "no:cacheprovider", "-p", name_collisions.__name__]
     if expression:
         options += ["-k", expression]
-    check(command.run(sys.executable, "-m", "pytest", *options, *paths.split()))
+    output = check(command.run(sys.executable, "-m", "pytest", *options, *paths.split()))
+    assert re.search(r"\b[1-9]\d* passed", output), output[-2000:]
 
 
 # --- The first commands of the README -------------------------------------------------------------

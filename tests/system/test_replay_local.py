@@ -13,7 +13,9 @@ import pytest
 
 from batchlab.client.http import Client
 from batchlab.core.errors import Refused, UsageError
-from batchlab.core.model import Pool
+from batchlab.core.job_definition import Condition, Dependency
+from batchlab.core.model import JobId, Pool
+from batchlab.core.retry_rule import RetryRule
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from batchlab.scenarios import record, verdicts
@@ -86,6 +88,25 @@ def test_the_same_scenario_again_in_the_same_home_runs_anew_with_the_same_times(
     assert one.jobs[0].id != two.jobs[0].id
     declared = [[stage.declared_s for stage in run.stages] for run in (one, two)]
     assert declared[0] == declared[1]
+
+
+def test_jobs_begin_after_their_dependencies(tmp_path: Path) -> None:
+    """The jobs arrive at the same time, and the first job that a dependency would allow comes last in the scenario."""
+    begins = JobTemplate("begins", (stage("work", 1.0),), Constant(3))
+    breaks = JobTemplate("breaks", (stage("work", 0.1, fails=1.0, retry=RetryRule(attempts=1)),), Constant(1))
+    then = replace(begins, name="then", after=(Dependency(JobId("begins")),))
+    anyway = replace(begins, name="anyway", after=(Dependency(JobId("breaks"), Condition.ENDED),))
+    never = replace(begins, name="never", after=(Dependency(JobId("breaks")),))
+    run = replay(tmp_path / "home", scenario(never, anyway, then, breaks, begins, at=((0.0, 1), (8.0, 1))))
+    jobs = {name: [job for job in run.jobs if job.template == name] for name in ("begins", "breaks", "then", "anyway")}
+    for name, other in (("then", "begins"), ("anyway", "breaks")):
+        for job, earlier in zip(jobs[name], jobs[other], strict=True):
+            assert job.state == "SUCCEEDED"
+            assert job.started_s is not None
+            assert earlier.ended_s is not None
+            assert job.started_s >= earlier.ended_s
+    assert [(job.state, job.started_s) for job in run.jobs if job.template == "never"] == [("FAILED", None)] * 2
+    assert (run.lost, run.cut) == (0, "")
 
 
 def test_attempts_fail_and_tasks_kill_their_workers_as_configured(tmp_path: Path) -> None:

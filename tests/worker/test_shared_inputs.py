@@ -85,10 +85,10 @@ def test_functions_that_were_used_least_recently_are_removed_from_the_disk(tmp_p
         cache = CodeCache(objects, Scratch(tmp_path), asyncio.to_thread, 2000)
         for number, key in enumerate(keys):
             await objects.put(key, bytes(900))
-            link = tmp_path / "run" / str(number)
-            await cache.function(key, link)
+            folder = tmp_path / "run" / str(number)
+            await cache.function(key, folder)
             if number:  # The first execution continues to run.
-                link.unlink()
+                cache.release_function(folder)
         functions = [cache.cached_function(key, tmp_path / "run" / f"again-{n}") for n, key in enumerate(keys)]
         assert [bool(path) for path in functions] == [True] + [False] * 18 + [True]
         assert all(path is None or path.is_file() for path in functions)
@@ -101,13 +101,13 @@ def test_number_of_functions_on_the_disk_is_limited(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(code_cache, "MAX_CACHED_FILES", 3)
 
     async def fetch() -> None:
-        objects, link = SimObjects(), tmp_path / "run" / "function"
+        objects, folder = SimObjects(), tmp_path / "run"
         cache = CodeCache(objects, Scratch(tmp_path), asyncio.to_thread)
         for n in range(20):
             key = object_keys.pickled(bytes([n]))
             await objects.put(key, b"x")
-            await cache.function(key, link)
-            link.unlink()
+            await cache.function(key, folder)
+            cache.release_function(folder)
 
     asyncio.run(fetch())
     assert len(list((tmp_path / "functions").iterdir())) == 3

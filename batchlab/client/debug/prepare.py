@@ -177,7 +177,7 @@ async def _fetch(
     try:
         _, code = await code_cache.code(job.code)
         key = materialization.function_key(work)
-        function = await code_cache.function(key) if key else None
+        function = await code_cache.function(key, folder) if key else None
     except Problem as problem:
         raise _missing("code", bundle.stage, task, problem.fault["reason"]) from problem
     execution = layout.execution("")

@@ -120,6 +120,7 @@ def kill_family(leader: int) -> None:
 
 def kill_group(leader: int) -> None:
     """Send SIGKILL to the process group `leader`. Ignore a group without a running process.
+    Processes of other users continue to run, and no error is raised.
 
     `leader` must not be reaped before the kill, unless the group still has members.
     """

@@ -61,14 +61,16 @@ Known = tuple[Any, TaskSet]
 """The JSON of a set of tasks, together with the TaskSet that was read from the JSON."""
 
 VERSION = 1
-PROTOCOL = 2
+PROTOCOL = 3
 """Latest version of the protocol that this release of batchlab supports.
 
-A release increases PROTOCOL if some jobs need new behavior of workers, and writes the new version as `needs` into only
-those jobs.
+A release increases PROTOCOL if some jobs need new behavior of workers or managers, and writes the new version as
+`needs` into only those jobs.
 """
 SEALED = 2
 """First protocol version with commit keys."""
+DEPENDENT = 3
+"""First protocol version with dependencies. A manager of an earlier release would begin the job at once."""
 FAILURE_KINDS = frozenset(kind.value for kind in FailureKind)
 CONTROL_VALUES = frozenset(word.value for word in Control)
 NO_TASKS = TaskSet()
@@ -502,8 +504,13 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
         del doc["trace"]
     if not job.share:
         del doc["share"]
+    if job.after:
+        doc["after"] = [fields(dependency) for dependency in job.after]
+        doc["needs"] = DEPENDENT
+    else:
+        del doc["after"]
     if job.commit_hash:
-        doc["needs"] = SEALED
+        doc.setdefault("needs", SEALED)
     else:
         del doc["commit_hash"]
     if job.notify:
@@ -564,7 +571,8 @@ def job_from_json(doc: dict[str, Any]) -> JobDef:
         if any(_STAGE_FIELDS - stage.keys() for stage in doc["stages"]):
             raise ValueError("a stage lacks a field")
         job = decode(JobDef, doc)
-        name(job.id)
+        for id_ in (job.id, *(dependency.job for dependency in job.after)):
+            name(id_)
         for stage in job.stages:
             name(stage.name)
             if stage.handler is not None:

@@ -259,6 +259,9 @@ def particulars(run: ReportRun) -> list[tuple[str, str]]:
         ("started", moment(job["started_s"])),
         ("ended", moment(job["ended_s"])),
     ]
+    if job["dependencies"]:
+        others = ", ".join(other.removesuffix(":succeeded") for other in job["dependencies"])
+        facts.append(("after", visible(others, 400)))
     if job["priority"]:
         facts.append(("priority", str(job["priority"])))
     if isinstance(tags, dict):

@@ -58,7 +58,7 @@ _JOB = types(
     "jobs",
     names=(
         *("job", "schema_version", "name", "backend", "is_final", "state", "reason", "priority", "tags"),
-        *("submitted_s", "ended_s", "lost_slot_s", "is_whole"),
+        *("dependencies", "submitted_s", "ended_s", "lost_slot_s", "is_whole"),
     ),
     round="INTEGER",
     began_s="DOUBLE",
@@ -196,6 +196,7 @@ class TableBuilder:
             "round": gathered.round,
             "priority": job.priority,
             "tags": json.dumps(dict(job.tags), ensure_ascii=False),
+            "dependencies": list(map(str, job.after)),
             "submitted_s": job.submitted_s,
             "began_s": gathered.began_s,
             "ended_s": ending.ended_s if ending else None,

@@ -82,6 +82,9 @@ class JobDataReader:
         cuts += [cut for retry in retries for cut in retry.cuts]
         with await asyncio.to_thread(Staging, folder, spec, void_before) as staging:
             await self._outcomes(spec, staging, cuts)
+            if spec.after:
+                # A dependent job begins with its first cut.
+                submitted_s = max(submitted_s, min((cut.at_s for cut in cuts if cut.at_s), default=submitted_s))
             planned = planned_tasks(spec, cuts, void_before)
             await asyncio.to_thread(_plan, staging, cuts, planned, submitted_s)
         account, record = await self._usage(job)

@@ -185,7 +185,8 @@ class ResultCounter:
             record, counts = None, []
         by_stage = {str(count.stage): count for count in counts}
         for stage in job.template.stages:
-            self._count_lost(job, stage, by_stage.get(stage.name), outcomes.get(stage.name, []))
+            stage_outcomes = outcomes.get(stage.name, [])
+            self._count_lost(job, stage, by_stage.get(stage.name), stage_outcomes, record)
         ended_s = None
         if record is not None and record.state.ended and record.ended_s is not None:
             ended_s = max(record.ended_s, last_s + end_s) - self.begin_s
@@ -230,7 +231,12 @@ class ResultCounter:
             results.failed_s[pool] = results.failed_s.get(pool, 0.0) + failed_s
 
     def _count_lost(
-        self, job: Job, stage: StageTemplate, counts: StageCounts | None, outcomes: Sequence[Outcome]
+        self,
+        job: Job,
+        stage: StageTemplate,
+        counts: StageCounts | None,
+        outcomes: Sequence[Outcome],
+        record: JobRecord | None,
     ) -> None:
         succeeded = TaskSet.union(outcome.succeeded for outcome in outcomes)
         self.results.duplicates += sum(len(outcome.succeeded) for outcome in outcomes) - len(succeeded)
@@ -239,7 +245,9 @@ class ResultCounter:
         )
         planned = counts.planned if counts else None
         if planned is None:
-            planned = 0 if stage.after else job.tasks
+            # A job that ended with a failed dependency was never planned.
+            is_lost = not stage.after and not (record is not None and job.after and record.state.ended)
+            planned = job.tasks if is_lost else 0
         # Tasks that never ran because of an earlier failure are missing from the outcomes.
         cancelled = counts.cancelled if counts else 0
         ended = len(TaskSet.union((succeeded, failed))) + cancelled

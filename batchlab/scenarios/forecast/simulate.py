@@ -12,7 +12,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from batchlab.core.errors import BatchlabError, UsageError
+from batchlab.core.errors import BatchlabError, Refused, UsageError
+from batchlab.core.job_definition import Condition
 from batchlab.core.model import JobId
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import MAX_WAIT_S, Objects
@@ -36,7 +37,7 @@ from batchlab.scenarios.forecast.simulated_work import (
 )
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import FaultName, Job, Prewarm, Scenario
-from batchlab.scenarios.record import Record
+from batchlab.scenarios.record import JobRun, Record
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.fuzz import silence
 from batchlab.sim.world import World
@@ -269,6 +270,10 @@ class _Simulation:
         self._submitted_s: dict[str, float] = {}
         self._open: dict[str, None] = {}
         """Ids of submitted jobs whose end has not been observed yet."""
+        self._refused: dict[str, JobRun] = {}
+        """Jobs whose submission was refused because of a failed dependency, by id."""
+        self._answered = {JobId(other.job): asyncio.Event() for job in self._jobs for other in job.after}
+        """Events that are set when a manager has answered the submission of a job on which other jobs depend."""
         self._progress_s = 0.0
         """Time of the run at the last observed progress."""
         self._begun = 0
@@ -326,14 +331,29 @@ class _Simulation:
 
     async def _submit(self, job: Job) -> None:
         grid, world, calibration = self._grid, self._grid.world, self._setup.calibration
+        for other in job.after:
+            await self._answered[other.job].wait()
         self._submitted_s[job.id] = grid.now_s()
         self._open[job.id] = None
         calls_s = SUBMIT_CALLS * sum(calibration.call_s) / 2
         if (extra_s := calibration.submit_s - calls_s) > 0:
             await asyncio.sleep(extra_s)
-        definition = job_def(job, world.clock.now_s())
+        # A refused job has ended.
+        refused = self._refused
+        after = tuple(
+            other for other in job.after if other.condition is not Condition.ENDED or other.job not in refused
+        )
+        definition = replace(job_def(job, world.clock.now_s()), after=after)
         items = await store_items(definition, world.objects, Patience(world.rng(f"client/{job.id}")))
-        await grid.ask(lambda manager: manager.job_commands.submit(definition, items), f"submit {job.id}")
+        try:
+            await grid.ask(lambda manager: manager.job_commands.submit(definition, items), f"submit {job.id}")
+        except Refused:
+            if not after:
+                raise
+            self._refused[job.id] = JobRun.refused(job, grid.now_s())
+            del self._open[job.id]
+        if job.id in self._answered:
+            self._answered[JobId(job.id)].set()
 
     async def _prewarm(self, plan: Prewarm) -> None:
         """Keep the pool prewarmed until the end of the plan. The minimum size is sent again to each new leader."""
@@ -371,16 +391,17 @@ class _Simulation:
         grid, world, setup = self._grid, self._grid.world, self._setup
         end_s = grid.now_s()
         counter = ResultCounter(world.objects, world.ledger, grid.work, world.clock.now_s() - end_s, grid.base_s)
-        results = await counter.count(self._jobs, self._submitted_s, setup.calibration.end_s)
+        accepted = [job for job in self._jobs if job.id not in self._refused]
+        results = await counter.count(accepted, self._submitted_s, setup.calibration.end_s)
         if self._options.examine is not None:
-            await self._options.examine(world, [JobId(job) for job in self._submitted_s])
+            await self._options.examine(world, [JobId(job.id) for job in accepted if job.id in self._submitted_s])
         instances = grid.machines.runs()
         settings: dict[str, float] = {**asdict(grid.manager)}
         settings.update({f"worker.{name}": value for name, value in asdict(setup.backend.worker).items()})
         settings["cores"] = setup.calibration.cores
         return setup.record(
             results=results,
-            jobs=tuple(results.jobs),
+            jobs=tuple(sorted([*results.jobs, *self._refused.values()], key=lambda job: job.index)),
             stages=results.stages(self._jobs),
             samples=grid.sampler.samples,
             instances=instances,

@@ -57,6 +57,7 @@ def job_def(job: Job, submitted_s: float) -> JobDef:
         priority=template.priority,
         tags=((TENANT_TAG, job.tenant),) if job.tenant else (),
         token=job.id,
+        after=job.after,
     )
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from batchlab.core.errors import BatchlabError
+from batchlab.core.errors import BatchlabError, UsageError
+from batchlab.core.job_definition import Dependency
 from batchlab.core.pricing import price_book
 from batchlab.jobs import field_types, handler_lookup, job_file
 from batchlab.jobs.schema import GatherSpec
@@ -138,7 +139,17 @@ class ScenarioBuilder:
             deadline_s=spec.deadline,
             max_failures=spec.max_failures,
             file=file,
+            after=tuple(self._dependencies(spec, (*loc, "after"))),
         )
+
+    def _dependencies(self, spec: JobSpec, loc: Loc) -> Iterator[Dependency]:
+        for i, text in enumerate(spec.after):
+            try:
+                yield Dependency.parse(text)
+            except UsageError as error:
+                self.report(
+                    (*loc, i), error.message, "Write the name of a job, or NAME:ended if the job may also fail."
+                )
 
     def _stage(self, stages: list[StageSpec], i: int, loc: Loc) -> StageTemplate:
         spec = stages[i]

@@ -12,16 +12,17 @@ mean task times multiplied by the slots of each task.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from graphlib import TopologicalSorter
 from heapq import merge
 from itertools import islice
 from math import ceil
 from typing import TYPE_CHECKING, TypeVar
 
 from batchlab.core.errors import UsageError
-from batchlab.core.model import TaskSet
+from batchlab.core.model import JobId, TaskSet
 from batchlab.jobs.field_types import MAX_TASKS
 from batchlab.scenarios.model.arrivals import MAX_JOBS
 from batchlab.scenarios.model.distributions import Constant, Stream
@@ -44,8 +45,8 @@ T = TypeVar("T", bound="DataclassInstance")
 
 
 def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
-    """Return all jobs of the scenario in order of time. Jobs with equal arrival times are in the order of their
-    sources.
+    """Return all jobs of the scenario in order of time. A job comes after the jobs that it depends on. Other jobs with
+    equal arrival times are in the order of their sources.
 
     `seed` replaces the scenario's seed. Raise UsageError for an unknown job name, a join of stages with unequal numbers
     of tasks, or more than MAX_JOBS jobs.
@@ -68,18 +69,47 @@ def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
             f"The scenario {scenario.name!r} has more than {MAX_JOBS:,} jobs.",
             remedy="Give its arrivals an earlier until, a lower rate or a limit.",
         )
+    if any(template.after for template in scenario.jobs.values()):
+        ranks = template_ranks(scenario.jobs)
+        arrived.sort(key=lambda numbered: (numbered[0], ranks.get(numbered[3].template, 0)))
     jobs: list[Job] = []
     joined = {name for name, template in scenario.jobs.items() if item_joins(template)}
+    latest: dict[str, JobId] = {}
     for index, (at_s, number, count, arrival) in enumerate(arrived):
         template = _template(scenario, arrival)
         tasks = _size(template, arrival, units[number].unit(count))
         tenant = arrival.tenant or template.tenant
         job_id = f"{scenario.name}-{tag}-{index:05d}"
-        jobs.append(Job(index, job_id, template, at_s, tasks, tenant, arrival.task_s, arrival.label))
+        after = tuple(replace(other, job=latest[other.job]) for other in template.after if other.job in latest)
+        jobs.append(Job(index, job_id, template, at_s, tasks, tenant, arrival.task_s, arrival.label, after))
+        latest[template.name] = JobId(job_id)
         if template.name in joined and (stage := find_unequal_join(template, tasks)):
             what = f"A job {template.name!r} of {tasks:,} tasks cannot run: "
             raise UsageError(f"{what}{unequal_join_message(stage)}", remedy=UNEQUAL_JOIN_REMEDY)
     return Schedule(tuple(jobs), tuple(anomaly for source in scenario.arrivals for anomaly in source.odd()))
+
+
+def template_ranks(templates: Mapping[str, JobTemplate]) -> dict[str, int]:
+    """Return a rank for each template, which is higher than the ranks of the templates that it depends on.
+
+    Raise graphlib.CycleError if templates depend on each other in a circle.
+    """
+    graph = {name: [str(other.job) for other in template.after] for name, template in templates.items()}
+    ranks: dict[str, int] = {}
+    for name in TopologicalSorter(graph).static_order():
+        ranks[name] = 1 + max((ranks[other] for other in graph.get(name, ())), default=-1)
+    return ranks
+
+
+def earliest_starts_s(jobs: Sequence[Job]) -> dict[str, float]:
+    """Return the earliest start of each job, by its id. A dependency ends at the earliest after the mean task time of
+    each of its stages."""
+    starts_s: dict[str, float] = {}
+    ends_s: dict[str, float] = {}
+    for job in jobs:
+        starts_s[job.id] = max((job.due_s, *(ends_s[other.job] for other in job.after)))
+        ends_s[job.id] = starts_s[job.id] + sum(mean_task_s(job, stage) for stage in job.template.stages)
+    return starts_s
 
 
 def _template(scenario: Scenario, arrival: Arrival) -> JobTemplate:

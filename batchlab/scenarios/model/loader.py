@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import CycleError
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,22 @@ def _joins(subject: CheckedScenario) -> Iterator[Problem]:
             yield Problem(loc, expansion.unequal_join_message(stage), expansion.UNEQUAL_JOIN_REMEDY)
 
 
+def _dependencies(subject: CheckedScenario) -> Iterator[Problem]:
+    for name, job in subject.jobs.items():
+        names: list[str] = [dependency.job for dependency in job.after]
+        for i, other in enumerate(names):
+            loc: Loc = ("jobs", name, "after", i)
+            yield from subject.check_name("jobs", other, loc, " to wait for")
+            if other in names[:i]:
+                yield Problem(loc, f"'{other}' is named twice.", "Delete one of the two.")
+    try:
+        expansion.template_ranks(subject.jobs)
+    except CycleError as error:
+        circle = [str(name) for name in reversed(error.args[1])]
+        message = f"These jobs would wait for each other: {' after '.join(circle)}."
+        yield Problem(("jobs", circle[0], "after"), message, "Delete one of the dependencies.", at_key=True)
+
+
 def _arrivals(subject: CheckedScenario) -> Iterator[Problem]:
     for i, arrival in enumerate(subject.spec.arrivals):
         if arrival.step is not None and subject.is_sound("arrivals", i, "step"):
@@ -280,6 +297,7 @@ _CHECKS: tuple[tuple[Callable[[CheckedScenario], Iterator[Problem]], tuple[Loc, 
     (_pools, ()),
     (_stages, ()),
     (_joins, (("arrivals",),)),
+    (_dependencies, ()),
     (_arrivals, ()),
     (_prewarm, ()),
     (_faults, (("zones",),)),

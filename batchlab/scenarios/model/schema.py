@@ -10,6 +10,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import BeforeValidator, Field, WithJsonSchema, create_model, model_validator
 
 from batchlab.core import text
+from batchlab.core.job_definition import MAX_DEPENDENCIES
 from batchlab.core.model import Json
 from batchlab.jobs import field_types
 from batchlab.jobs.schema import After, Bundle, Keys, Memory, Pool, Priority, Retry, Slots, StageName, schema_of
@@ -106,6 +107,13 @@ class JobSpec(Keys):
         "With `file`: number of groups of each stage that gathers results by a field. By default 1.",
         {"total": 12},
         default_factory=dict,
+    )
+    after: field_types.OneOrMany = key(
+        "Name of another job template, or a list of names. A job begins after the latest job of this template that "
+        "arrives before it or at the same time has succeeded, or with `NAME:ended`, has ended.",
+        ["claims", "statements:ended"],
+        default_factory=list,
+        max_length=MAX_DEPENDENCIES,
     )
     deadline: field_types.Timeout | None = key(
         "Time from the arrival of a job to its deadline. By default, there is none.", "6h", None
@@ -498,6 +506,8 @@ _TEXT_PLACES: tuple[Loc, ...] = (
     ("about",),
     ("jobs", "*", "file"),
     ("jobs", "*", "tenant"),
+    ("jobs", "*", "after"),
+    ("jobs", "*", "after", "*"),
     ("jobs", "*", "stages", "*", "name"),
     ("jobs", "*", "stages", "*", "pool"),
     ("jobs", "*", "stages", "*", "after"),

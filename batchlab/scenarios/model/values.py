@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
+from batchlab.core.job_definition import Dependency
 from batchlab.core.model import Pool
 from batchlab.core.retry_rule import RetryRule
 
@@ -78,6 +79,9 @@ class JobTemplate:
     If `file` is a job file, a replay runs the real work of the job file, and the template has the stages of the job
     file. `deadline_s` is the time from a job's arrival to its deadline. `max_failures` is a number of tasks, not a
     share.
+
+    `after` names other templates. Each job depends on the latest job of each of these templates that arrives before the
+    job or at the same time.
     """
 
     name: str
@@ -88,6 +92,7 @@ class JobTemplate:
     deadline_s: float | None = None
     max_failures: float = 0
     file: Path | None = None
+    after: tuple[Dependency, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +275,7 @@ class Scenario:
 class Job:
     """One job of a run: an arrival with all of its random values drawn.
 
-    `task_s` is the time of each root task if the trace has task times.
+    `task_s` is the time of each root task if the trace has task times. `after` names earlier jobs by their ids.
     """
 
     index: int
@@ -282,6 +287,7 @@ class Job:
     tenant: str = ""
     task_s: float | None = None
     label: str = ""
+    after: tuple[Dependency, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

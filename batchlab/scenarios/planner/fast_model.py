@@ -85,6 +85,9 @@ class _FastRun:
         self._followers = {template.name: followers(template.stages) for template in self._scenario.jobs.values()}
         self._jobs: list[JobProgress] = []
         self._open: dict[int, JobProgress] = {}
+        self._ended: set[str] = set()
+        self._dependents: dict[str, list[JobWork]] = {}
+        """Jobs that wait for another job, by the id of the other job."""
         self._pools = {name: ModelPool(pool, 0) for name, pool in setup.pools().items()}
         self._machines = Machines(self._scenario.pools, zone_names(self._scenario.zones), lambda: self._now_s)
         self._samples: list[Sample] = []
@@ -138,6 +141,11 @@ class _FastRun:
         )
 
     def _submit(self, work: JobWork) -> None:
+        """Begin the job, or let it wait for a job on which it depends."""
+        for other in work.job.after:
+            if other.job not in self._ended:
+                self._dependents.setdefault(other.job, []).append(work)
+                return
         template = work.job.template
         stages, planned = [], stages_known_at_start(template.stages)
         places = {stage.name: n for n, stage in enumerate(template.stages)}
@@ -224,7 +232,13 @@ class _FastRun:
         if not any(progress.units for progress in job.stages):
             job.ended_s = self._now_s + self._calibration.end_s
             del self._open[job.work.job.index]
+            self._at(job.ended_s, partial(self._begin_dependents, job.work.job.id))
         self._assign()
+
+    def _begin_dependents(self, job: str) -> None:
+        self._ended.add(job)
+        for work in self._dependents.pop(job, ()):
+            self._submit(work)
 
     def _release_followers(self, job: JobProgress, number: int, done: WorkUnit, *, is_gather: bool) -> None:
         stage, units = job.stages[number], job.work.stages[number]

@@ -139,7 +139,7 @@ async def build_record(
     if after is not None:
         with suppress(UsageError):  # if the price book cannot be read, the record lacks a cost
             cost = compute_cost(before, after, stages, scenario.pools, backend, price_book.load(home.path))
-    jobs = (job_run(job, state.begun_s) for job in state.running.values())
+    jobs = [*(job_run(job, state.begun_s) for job in state.running.values()), *state.refused.values()]
     return Record(
         scenario=scenario.name,
         digest=scenario.digest,
@@ -280,7 +280,8 @@ def _describe_pool(least: int, most: int, slots: int) -> str:
 def limit_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
     """Return the default time limit of a replay, in seconds from the start of the run.
 
-    After the last arrival and fault, a replay has twice the time that its work takes on the whole fleet, plus EXTRA_S.
+    After the last start of a job and the last fault, a replay has twice the time that its work takes on the whole
+    fleet, plus EXTRA_S.
     """
     slots = {plan.pool.name: plan.pool.max_size * plan.pool.slots for plan in scenario.pools}
     work: dict[str, float] = {}
@@ -290,7 +291,9 @@ def limit_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
             busy_s = expansion.mean_task_s(job, stage) * counts[stage.name] * stage.slots
             work[stage.pool] = work.get(stage.pool, 0.0) + busy_s
     whole_s = max((s / max(1, slots.get(pool, 1)) for pool, s in work.items()), default=0.0)
-    last_s = max([*(job.due_s for job in jobs[-1:]), *(fault.at_s + fault.for_s for fault in scenario.faults), 0.0])
+    last_s = max(
+        [*expansion.earliest_starts_s(jobs).values(), *(fault.at_s + fault.for_s for fault in scenario.faults), 0.0]
+    )
     return last_s + 2 * whole_s + EXTRA_S
 
 

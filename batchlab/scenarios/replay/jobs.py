@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from batchlab.core.errors import AlreadyExists
-from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import Json, StageName, TaskSet
+from batchlab.core.job_definition import Dependency, JobDef, StageDef
+from batchlab.core.model import JobId, Json, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Clock, Objects
 from batchlab.core.protocol import object_keys, values
@@ -54,14 +54,23 @@ class JobPreparer:
     patience: Patience
     _stored: set[str] = field(default_factory=set)
     _files: dict[Path, tuple[job_file.JobFile, tuple[bytes, str]]] = field(default_factory=dict)
+    _ids: dict[str, JobId] = field(default_factory=dict)
+    """Ids of the prepared jobs on the grid, by the ids in the scenario."""
 
     async def prepare(self, due: Job) -> PreparedJob:
-        """Prepare a job for submission. Raise JobFileErrors if the template's job file cannot be read. The function may
-        also raise UsageError or BackendError.
+        """Prepare a job for submission. The jobs on which the job depends must be prepared before it.
+
+        Raise JobFileErrors if the template's job file cannot be read. The function may also raise UsageError or
+        BackendError.
         """
+        file = due.template.file
+        prepared = await (self._prepare_file(due, file) if file else self._prepare_standin(due))
+        self._ids[due.id] = prepared.job.id
+        after = tuple(Dependency(self._ids[other.job], other.condition) for other in due.after)
+        return replace(prepared, job=replace(prepared.job, after=after))
+
+    async def _prepare_standin(self, due: Job) -> PreparedJob:
         template = due.template
-        if template.file:
-            return await self._prepare_file(due, template.file)
         token = f"{due.id}@{self.run}"
         items = list(job_items(self.seed, due))
         job = JobDef(

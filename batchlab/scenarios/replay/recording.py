@@ -19,8 +19,8 @@ import yaml
 from batchlab.core import instance_types
 from batchlab.core.api_types import JobView
 from batchlab.core.errors import UsageError
-from batchlab.core.job_definition import JobDef
-from batchlab.core.model import Market, Pool, TaskSet
+from batchlab.core.job_definition import Condition, JobDef
+from batchlab.core.model import JobId, Market, Pool, TaskSet
 from batchlab.core.retry_rule import RetryRule
 from batchlab.scenarios.model import expansion, loader
 from batchlab.scenarios.model.expansion import expand
@@ -51,6 +51,8 @@ class RecordedTemplate:
     deadline_s: float | None = None
     priority: int = 0
     max_failures: int = 0
+    after: set[tuple[str, Condition]] = field(default_factory=set)
+    """Templates on whose jobs each job of the template depends."""
     definition: JobDef | None = None
     """Definition of a job of the template, which has values that a record lacks."""
 
@@ -142,7 +144,8 @@ def from_jobs(
 ) -> RecordedWorkload:
     """Convert ended jobs, with their measurements by job id, to a workload.
 
-    Jobs of the same name and stages form one template.
+    Jobs of the same name and stages form one template. The template depends on another template if each of its jobs
+    depended on a job of this template.
     """
     ordered = sorted(jobs, key=lambda pair: pair[0]["submitted_s"])
     ids = [view["id"] for view, _ in ordered]
@@ -151,6 +154,7 @@ def from_jobs(
     templates: dict[str, RecordedTemplate] = {}
     stages: dict[str, Measurements] = {}
     arrivals = []
+    template_of: dict[JobId, str] = {}
     for view, job in ordered:
         kind = (job.name, tuple((s.name, s.after, s.gather, s.pool, s.slots) for s in job.stages))
         if kind not in names:
@@ -161,6 +165,10 @@ def from_jobs(
         recorded = templates.setdefault(
             template, RecordedTemplate([], 0, priority=job.priority, max_failures=max_failures, definition=job)
         )
+        after = {(template_of.get(other.job, template), other.condition) for other in job.after}
+        after = {pair for pair in after if pair[0] != template}
+        recorded.after = recorded.after & after if recorded.jobs else after
+        template_of[job.id] = template
         recorded.jobs += 1
         stages.setdefault(template, Measurements()).add(measured[view["id"]])
         tasks = root_tasks(view, {str(stage.name): tuple(stage.after) for stage in job.stages})
@@ -307,6 +315,10 @@ def _job(
         doc["priority"] = template.priority
     if template.max_failures:
         doc["max_failures"] = template.max_failures
+    if template.after:
+        # If the template depends on another template in both ways, `succeeded` includes `ended`.
+        conditions = dict(sorted(template.after))
+        doc["after"] = [name if how is Condition.SUCCEEDED else f"{name}:{how}" for name, how in conditions.items()]
     doc["stages"] = [
         _stage(stage, template, compressed * factors.get((name, stage.stage), 1.0)) for stage in template.stages
     ]

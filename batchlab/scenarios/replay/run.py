@@ -15,10 +15,11 @@ from operator import methodcaller
 from typing import Any, Protocol
 
 from batchlab.core.api_types import JobView, PoolView
-from batchlab.core.errors import BackendError, BatchlabError, NotFound
+from batchlab.core.errors import BackendError, BatchlabError, NotFound, Refused
+from batchlab.core.job_definition import Condition, Dependency, JobDef
 from batchlab.core.ports import Clock
 from batchlab.scenarios.model.values import Fault, FaultName, Prewarm
-from batchlab.scenarios.record import InjectedFault
+from batchlab.scenarios.record import InjectedFault, JobRun
 from batchlab.scenarios.replay.jobs import JobPreparer, PreparedJob
 from batchlab.scenarios.replay.run_state import (
     RUN_ENDED,
@@ -267,11 +268,27 @@ class ReplayRun:
 
     async def _submit_one(self, prepared: PreparedJob, limit: asyncio.Semaphore) -> None:
         try:
-            job = replace(prepared.job, submitted_s=self._clock.now_s())
+            after = await self._dependencies(prepared.job)
+            job = replace(prepared.job, submitted_s=self._clock.now_s(), after=after)
             view = await self._link.call(lambda client: client.submit(job, prepared.items))
+        except Refused:
+            if not prepared.job.after:
+                raise
+            self.state.refused[prepared.job.id] = JobRun.refused(prepared.due, self.state.at_s())
+            del self._submissions[prepared.job.id]
+        else:
+            self._record(prepared, view)
         finally:
             limit.release()
-        self._record(prepared, view)
+
+    async def _dependencies(self, job: JobDef) -> tuple[Dependency, ...]:
+        """Wait until the manager has answered the submissions of the job's dependencies, and return the dependencies.
+        Leave out refused jobs that must only end."""
+        earlier = [self._submissions[other.job][1] for other in job.after if other.job in self._submissions]
+        if earlier:
+            await asyncio.wait(earlier)
+        refused = self.state.refused
+        return tuple(other for other in job.after if other.condition is not Condition.ENDED or other.job not in refused)
 
     def _record(self, prepared: PreparedJob, view: JobView) -> None:
         self.state.running[prepared.job.id] = SubmittedJob(prepared.due, self.state.at_s(), view)

@@ -21,7 +21,7 @@ from batchlab.core.model import ENDED, LifecycleState, Market
 from batchlab.core.protocol import object_keys
 from batchlab.runtime.home import Home
 from batchlab.scenarios.model.values import Job, Scenario
-from batchlab.scenarios.record import InjectedFault, InstanceRun, PoolSample, Sample
+from batchlab.scenarios.record import InjectedFault, InstanceRun, JobRun, PoolSample, Sample
 from batchlab.scenarios.replay.measurements import ObservedJob
 
 RUN_ENDED = "the run was over before"
@@ -74,6 +74,8 @@ class RunState:
     begun_s: float = 0.0
     begun_at_s: float = 0.0
     running: dict[str, SubmittedJob] = field(default_factory=dict)
+    refused: dict[str, JobRun] = field(default_factory=dict)
+    """Jobs whose submission was refused because of a failed dependency, by the id of the job on the grid."""
     injected: list[InjectedFault] = field(default_factory=list)
     breaking: list[str] = field(default_factory=list)
     cut: str = ""
@@ -98,7 +100,7 @@ class RunState:
 
     @property
     def is_over(self) -> bool:
-        return len(self.running) == len(self.jobs) and not self.open
+        return len(self.running) + len(self.refused) == len(self.jobs) and not self.open
 
     def observed_jobs(self) -> list[ObservedJob]:
         return [ObservedJob(job.due.template.name, job.view, job.due) for job in self.running.values()]
@@ -108,9 +110,9 @@ class RunState:
         return ReplayProgress(
             self.at_s(),
             len(self.jobs),
-            len(self.running),
-            len(ended),
-            sum(job.view["state"] != "SUCCEEDED" for job in ended),
+            len(self.running) + len(self.refused),
+            len(ended) + len(self.refused),
+            sum(job.view["state"] != "SUCCEEDED" for job in ended) + len(self.refused),
             max((job.at_s - job.due.due_s for job in self.running.values()), default=0.0),
             self._rest_s(sample),
             sample,

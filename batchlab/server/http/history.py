@@ -15,7 +15,7 @@ from typing import cast
 from batchlab.core import eta
 from batchlab.core.api_types import EtaView, HistoryView, PoolCurve
 from batchlab.core.eta import Pace, Room, StageWork
-from batchlab.core.model import Control, JobId, JobState, LifecycleState
+from batchlab.core.model import Control, JobId, LifecycleState
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import LiveJob
 from batchlab.server.job_views import running_tasks
@@ -119,7 +119,7 @@ def _unknown(live: LiveJob | None) -> str:
         return "the job is being canceled"
     if live.record.control is Control.PAUSE:
         return "the job is paused"
-    if live.record.state is JobState.SCHEDULED:
+    if live.must_wait:
         return "the job has not started"
     return "a cost cap stops the job" if live.is_held else ""
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from batchlab.core import api_usage_types
 from batchlab.core.errors import UsageError
-from batchlab.core.job_definition import JobDef
+from batchlab.core.job_definition import MAX_DEPENDENCIES, JobDef
 from batchlab.core.schedules import Definition, Missed, Overlap, Schedule, When
 from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.server.http.common import Leader, SchedulesDep, guarded_router, without_version
@@ -48,6 +48,7 @@ class Timed(BaseModel):
     prewarm_s: Annotated[float, Field(ge=0, le=MAX_PREWARM_S)] = 0.0
     capacity: Annotated[int | None, Field(ge=1, le=99_999)] = None
     due_param: Annotated[str, Field(max_length=200)] = ""
+    after: Annotated[tuple[Annotated[str, Field(max_length=60)], ...], Field(max_length=MAX_DEPENDENCIES)] = ()
     source: Annotated[str, Field(max_length=4096)] = ""
     source_digest: Annotated[str, Field(max_length=100)] = ""
 

@@ -20,7 +20,8 @@ Identifier = Annotated[str, Field(pattern=r"^([A-Za-z0-9]{1,255}\*?|\*)$")]
 
 
 class Entry(BaseModel):
-    """Entry of the fair-share policy. A value that the request omits does not change. `max_slots` 0 removes the limit."""
+    """Entry of the fair-share policy. A value that the request omits does not change. A `max_slots` of 0 removes the
+    limit."""
 
     model_config = ConfigDict(extra="forbid")
 

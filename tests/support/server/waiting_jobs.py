@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from batchlab.core.job_definition import InputDef, JobDef, StageDef
+from batchlab.core.job_definition import Dependency, InputDef, JobDef, StageDef
 from batchlab.core.model import (
     Activity,
     Bundle,
@@ -66,6 +66,7 @@ class Situation:
     left: TaskSet = TaskSet()
     stages: Sequence[StageDef] = STAGES
     start_at_s: float | None = None
+    after: Sequence[Dependency] = ()
     out: Sequence[tuple[Bundle, float]] = ()
     """Pairs of a bundle and the seconds since its last sign of life. A negative number is the time until the bundle is
     due."""
@@ -91,6 +92,7 @@ class Situation:
             NOW_S - 100,
             input=InputDef(keys=("raw/a", "raw/b")),
             start_at_s=self.start_at_s,
+            after=tuple(self.after),
         )
         record = JobRecord(job, self.state, self.reason, self.control)
         first, *rest = self.counts
