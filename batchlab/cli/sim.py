@@ -39,7 +39,7 @@ app = command_group("sim")
 WEATHER = option(
     "Injected faults: all, crashes (killed processes), storm (crashes and failing services), timed (all, with a "
     "schedule), lies (all, with lying workers), storage (all, with damaged objects), accounts (all, with recorded "
-    "usage), or dependent (all, with jobs that wait for other jobs).",
+    "usage), dependent (all, with jobs that wait for other jobs), or shares (a fair-share policy, with rare faults).",
     "NAME",
     default="all",
 )

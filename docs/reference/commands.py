@@ -47,7 +47,7 @@ PAGES = {
     "jobs": ("job", "schedule"),
     "reports": ("report",),
     "scenarios": ("scenario",),
-    "grid": ("grid", "notify"),
+    "grid": ("grid", "share", "notify"),
     "aws": ("deploy", "cost"),
     "tools": ("sim", "conform", "asg"),
 }

@@ -141,7 +141,9 @@ class Rig:
         patience = Patience(random.Random(3), limit_s=0.2)
         ports = Ports(self.objects, self.queue, self.fleet, self.ledger, clock, ids, patience)
         accounting = Accounting(lambda _: 0.1) if self.prices else None
-        self.manager = Manager(ports, SETTINGS, self.pools, "manager-1", schedules=True, accounting=accounting)
+        self.manager = Manager(
+            ports, SETTINGS, self.pools, "manager-1", schedules=True, shares=True, accounting=accounting
+        )
         self.app, self.served = create_app(
             self.manager, token=TOKEN, backend_name="memory", on_shutdown=self._count_shutdown, hosts=["grid.example"]
         )
