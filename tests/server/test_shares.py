@@ -32,12 +32,7 @@ def test_policy_is_set_shown_and_removed(rig: Rig) -> None:
 
 @pytest.mark.parametrize(
     "entry",
-    [
-        {"identifier": "two words"},
-        {"identifier": "a", "weight": 0},
-        {"identifier": "a", "max_slots": -1},
-        {"weight": 1},
-    ],
+    [{"identifier": "a b"}, {"identifier": "a", "weight": 0}, {"identifier": "a", "max_slots": -1}, {"weight": 1}],
 )
 def test_impossible_entries_are_refused(rig: Rig, entry: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
