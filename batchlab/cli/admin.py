@@ -65,7 +65,7 @@ def gc(
     The command keeps a grid whose folder exists, because `batchlab grid down` stops such a grid.
     With --aws, the command skips Docker, and lists all resources in the region that have the tag of
     a stack. With --yes, the command removes the resources of deleted stacks, including buckets with
-    all objects. Resources without tags, such as SimpleDB domains, are listed by name, and removed
+    all objects. SimpleDB domains, log groups of RDS, and IAM roles are listed by name, and removed
     only if --name names them. The default of --region is the region of the stack in the grid's
     folder.
 

@@ -67,6 +67,7 @@ def bill_of(home: Home, job: str, types: Mapping[str, str]) -> tuple[JobView, Bi
 
 def facts_of(home: Home, job: str) -> Facts:
     """Return a job and its usage, even if the grid is down. Raise UsageError if the job does not exist."""
+    home.require_folder()
     record = home.record()
     if record is None:
         return asyncio.run(_facts_in_folder(home, job))

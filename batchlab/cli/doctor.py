@@ -390,7 +390,9 @@ def doctor(
     \b
     Example: batchlab doctor
     """
-    findings = examine(home_of(home), backend, endpoint, repair=repair)
+    place = home_of(home)
+    place.require_folder()
+    findings = examine(place, backend, endpoint, repair=repair)
     if json:
         output.show_json([finding.to_json() for finding in findings])
     else:

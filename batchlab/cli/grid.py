@@ -89,6 +89,7 @@ def up(
     place, pools = home_of(home), parse_pools(pool or ())
     cap = cap_of(max_cost) if max_cost else None
     logs.set_format(log_format)
+    place.require_folder()
     was_up = place.record() is not None
     if was_up and pools:
         raise Refused(
@@ -136,6 +137,7 @@ def down(home: Path | None = HOME) -> None:
     from batchlab.runtime.manager_process import stop_manager
 
     place = home_of(home)
+    place.require_folder()
     record = place.record()
     if record and capabilities_of(record.backend).remote_manager:
         stop_manager(place)
@@ -263,6 +265,8 @@ def _show_grid(
                     f"`batchlab grid scale {pool['name']} --auto` starts instances again at once."
                 )
             )
+        if problem := pool.get("end_trouble", ""):
+            lines.append(output.clean(f"Pool {pool['name']}: {problem}."))
     depths = [(queue["name"], queue["visible"], queue["in_flight"], queue["delayed"]) for queue in view["queues"]]
     output.show("\n".join([*lines, "", output.table(("queue", "visible", "in flight", "delayed"), depths)]))
 
@@ -287,6 +291,7 @@ def env(home: Path | None = HOME, json: bool = JSON) -> None:
     from batchlab.runtime import factory
 
     place = home_of(home)
+    place.require_folder()
     with Session.attach(place) as session:
         backend = session.backend
     variables = factory.client_environment(backend, place)

@@ -30,6 +30,7 @@ from batchlab.cli.option_values import (
 )
 from batchlab.cli.options import ANY_BACKEND, AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, SHARE, flag, option
 from batchlab.core.errors import NotFound, Refused, UsageError
+from batchlab.core.users import OWNER
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
@@ -82,6 +83,7 @@ def submit(
 def list_(
     state: list[str] | None = options.STATE,
     active: bool = flag("List only jobs that have not ended.", "--active", hidden=True),
+    owner: str | None = option("List only jobs of this user.", "NAME"),
     limit: int = option("Maximum number of listed jobs.", default=20, min=1),
     home: Path | None = HOME,
     json: bool = JSON,
@@ -94,14 +96,15 @@ def list_(
     names = [*(state or ()), *(["active"] if active else [])]
     states = states_of(names)
     with connect(home) as client:
-        jobs = jobs_in(client, states, limit)
-    output.listing(
-        json,
-        jobs,
-        ("id", "state", "submitted", "took", "tasks", "failed", "reason"),
-        map(_row, jobs),
-        f"There are no {' or '.join(names).lower()} jobs." if names else "There are no jobs.",
-    )
+        jobs = jobs_in(client, states, limit, owner)
+    columns: tuple[str, ...] = ("id", "state", "submitted", "took", "tasks", "failed", "reason")
+    rows = [_row(one) for one in jobs]
+    if any(one.get("owner", OWNER) != OWNER for one in jobs):  # A grid with one user has one owner.
+        columns = ("id", "owner", *columns[1:])
+        rows = [(row[0], one.get("owner", OWNER), *row[1:]) for one, row in zip(jobs, rows, strict=True)]
+    of = f" of {output.clean(owner)}" if owner else ""
+    which = f" {' or '.join(names).lower()}" if names else ""
+    output.listing(json, jobs, columns, rows, f"There are no{which} jobs{of}.")
     place = home_of(home)
     if place.record() is None and not json and any(view["ended_s"] is None for view in jobs):
         output.say(f"No grid is up in {place.path}. `batchlab grid up` starts a grid, which continues unfinished jobs.")
@@ -167,6 +170,7 @@ def _show(place: Home, job: str, *, as_if_aws: bool, json: bool) -> None:
     tags = ", ".join(f"{key}={value}" for key, value in view["tags"].items())
     facts = {
         "job": view["id"],
+        "owner": view.get("owner", OWNER),
         "state": view["state"],
         "why": why,
         **({} if view["ended_s"] else {"to go": eta["text"]}),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchlab.core.errors import NotFound, Unreachable, UsageError
 from batchlab.core.text import DURATION_FORMS, seconds, show_value
+from batchlab.core.users import OWNER
 
 if TYPE_CHECKING:
     from typer import BadParameter
@@ -198,17 +199,21 @@ def resolve(client: Client, text: str) -> JobView:
     )
 
 
-def jobs_in(client: Client, states: frozenset[JobState], limit: int) -> list[JobView]:
-    """Return the newest jobs in one of the states, at most `limit`. Without states, return the newest jobs."""
+def jobs_in(client: Client, states: frozenset[JobState], limit: int, owner: str | None = None) -> list[JobView]:
+    """Return the newest jobs in one of the states, at most `limit`. Without states, return the newest jobs. With
+    `owner`, return only jobs of this user.
+    """
     from batchlab.core.model import ENDED, JobState
 
-    if not states or states == frozenset(JobState) - ENDED:
+    if owner is None and (not states or states == frozenset(JobState) - ENDED):
         return client.jobs(limit=limit, active=bool(states))
     jobs: list[JobView] = []
     last: str | None = None
     while len(jobs) < limit:
-        page = client.jobs(limit=JOBS_PER_REQUEST, before=last, active=not states & ENDED)
-        jobs += [job for job in page if job["state"] in states]
+        page = client.jobs(limit=JOBS_PER_REQUEST, before=last, active=bool(states) and not states & ENDED)
+        jobs += [
+            job for job in page if (not states or job["state"] in states) and owner in (None, job.get("owner", OWNER))
+        ]
         if len(page) < JOBS_PER_REQUEST:
             break
         last = page[-1]["id"]

@@ -53,6 +53,7 @@ class Source:
         return record.backend if record else LOCAL
 
     def load(self) -> Backend:
+        self.home.require_folder()
         return factory.load(self.name, self.endpoint)
 
 

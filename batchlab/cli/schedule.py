@@ -115,6 +115,7 @@ def add(
     place, parameters = home_of(home), parameters_of(set_)
     job_fields: dict[str, Any] = {"max_cost_usd": cap_usd, "share": share_of(share) or None}
     changes = {key: value for key, value in job_fields.items() if value is not None}
+    place.require_folder()  # The job's code and input are uploaded to the bucket.
     view = _upload_and_add(place, file, parameters, name, due, input_, policies, changes, replacing=replace)
     next_due = f"is due next at {_moment(view, view['next_s'])}" if view["next_s"] else "is not due"
     output.answer(json, view, f"{view['name']} {next_due}")

@@ -26,7 +26,7 @@ from batchlab.core.errors import BackendError, NotFound, Unreachable, UsageError
 from batchlab.core.model import JobId, Pool, StageName
 from batchlab.runtime import factory, manager_process
 from batchlab.runtime.factory import Backend
-from batchlab.runtime.home import Home, ManagerRecord
+from batchlab.runtime.home import Home, ManagerRecord, RemoteHome
 
 if TYPE_CHECKING:
     from batchlab.core.port_retries import Patience
@@ -81,7 +81,11 @@ class Session:
             session = cls(home, client.backend, revivals=0)
             session._client = client
             return session
-        session = cls(home, factory.load(record.backend), revivals=0)
+        backend = record.backend
+        if isinstance(home, RemoteHome):
+            with Client.of(home, record) as remote:
+                backend = remote.grid()["backend"]
+        session = cls(home, factory.load(backend), revivals=0)
         session._connect(record)
         return session
 
@@ -89,6 +93,7 @@ class Session:
         """Connect to the running grid, or start a grid. If the session is connected, do nothing."""
         if self._client is not None:
             return
+        self.home.require_folder()
         if self._port and not self.backend.capabilities.local_manager:
             raise UsageError(f"On {self.backend.name} the manager has a port of its own.", remedy="Leave out --port.")
         self.backend.check_installed()
@@ -249,6 +254,7 @@ def find_bucket(home: Home, backend: str | None, job: str) -> Bucket:
     complete id.
     """
 
+    home.require_folder()
     if record := home.record():
         remedy = "Leave out --backend, or name another folder with --home."
         home.check_backend(record, backend or record.backend, remedy)

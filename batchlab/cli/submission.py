@@ -9,28 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import time
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from batchlab.cli import output
-from batchlab.cli.option_values import parameters_of, resolve
+from batchlab.cli.option_values import client_of, parameters_of, resolve
 from batchlab.cli.progress import JobDisplay
 from batchlab.cli.session import Session
 from batchlab.client.http import Client
 from batchlab.core.api_types import GridView, JobView
-from batchlab.core.errors import NotFound
+from batchlab.core.errors import BackendError, NotFound, UsageError
 from batchlab.core.job_definition import Dependency, JobDef
-from batchlab.core.model import ENDED, JobId, JobState
+from batchlab.core.model import ENDED, JobId, JobState, StageName
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.jobs.attempts import definition
-from batchlab.jobs.results import Fetched, fetch, list_results
+from batchlab.jobs.results import Fetched, fetch, list_results, make_room
 from batchlab.runtime import home as fetches
 from batchlab.runtime.factory import Backend, patience
-from batchlab.runtime.home import Home
+from batchlab.runtime.home import Home, RemoteHome
 
 if TYPE_CHECKING:
     from batchlab.cli.bills import LiveCost
@@ -136,8 +138,7 @@ class Submission:
         """Return the submission with dependencies. Runs with other dependencies are runs of another series."""
         if not dependencies:
             return self
-        facts = "/".join([self.source_digest, *sorted(map(str, dependencies))])
-        digest = hashlib.sha256(facts.encode()).hexdigest()
+        digest = _with_dependencies(self.source_digest, dependencies)
         return replace(self, source_digest=digest, dependencies=tuple(dependencies))
 
     async def find_latest_run(self) -> EarlierRun | None:
@@ -198,6 +199,8 @@ def submit(
     earlier job. `max_cost_usd` caps the cost of a new job or of the earlier job. `after` has the dependencies, as texts
     such as `last` or `ID:ended`. `share` replaces the share of the job file for a new job.
     """
+    if isinstance(home, RemoteHome):
+        return _submit_remotely(home, file, list(sets), max_cost_usd, after)
     with Session.attach(home) as session:
         submission = Submission.of(file, parameters_of(sets), home, session.backend)
         dependencies = session.call(partial(_dependencies, after))
@@ -209,6 +212,104 @@ def submit(
             job, note = asyncio.run(submission.prepare(earlier.number + 1 if earlier else 1, max_cost_usd, share))
             output.say(f"Uploaded {note}.")
         return session.call(partial(submit_capped, job, max_cost_usd))
+
+
+def _submit_remotely(
+    home: RemoteHome, file: Path, sets: Sequence[str], max_cost_usd: float | None, after: Sequence[str]
+) -> JobView:
+    """Submit a job file with its code and input through the manager's API.
+
+    The manager stores the files in the bucket, so all of them must be in the job file's folder.
+    """
+    from batchlab.jobs import job_file
+    from batchlab.jobs.submission import check_input, code_digest, refuse_recurring
+
+    if max_cost_usd is not None:
+        raise UsageError(
+            "--max-cost needs the grid's folder.",
+            remedy="Write max_cost in the job file, or ask for `batchlab job cap`.",
+        )
+    jobfile = job_file.load(file, parameters_of(sets))
+    refuse_recurring(jobfile)
+    check_input(jobfile)
+    if jobfile.urls:
+        raise UsageError(
+            f"{file} names input in a bucket, which needs the grid's folder.", remedy="Use files as input of the job."
+        )
+    packed = code_digest(jobfile)
+    digest = job_file.source_digest(jobfile, packed[1])
+    files = _files_of(jobfile, packed[0])
+    with client_of(home) as client:
+        dependencies = _dependencies(after, client)
+        digest = _with_dependencies(digest, dependencies)
+        number, earlier = 1, None
+        while view := _find(client, object_keys.job_id(jobfile.job.name, token(digest, number))):
+            number, earlier = number + 1, view
+        if earlier and earlier["state"] not in ENDED:
+            return earlier
+        size_bytes = sum(map(len, files.values()))
+        output.say(f"Uploading {output.count(len(files), 'file')}, {output.size(size_bytes)}.")
+        others = list(map(str, dependencies))
+        return client.submit_files(files, jobfile.path.name, sets, token(digest, number), after=others)
+
+
+def _find(client: Client, job: JobId) -> JobView | None:
+    try:
+        return client.job(job)
+    except NotFound:
+        return None
+
+
+def _files_of(jobfile: JobFile, packed: bytes) -> dict[str, bytes]:
+    """Return the contents of the job file, its code, and its input by their paths in the job file's folder."""
+    files = {jobfile.path.name: jobfile.path.read_bytes()}
+    code = PurePosixPath(jobfile.name_of(jobfile.code))
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        files |= {str(code / name): archive.read(name) for name in archive.namelist()}
+    for path in jobfile.files:
+        assert isinstance(path, Path)
+        files[jobfile.name_of(path)] = path.read_bytes()
+    for name in files:
+        if name.startswith("../"):
+            raise UsageError(
+                f"{name} is not in the folder of the job file {jobfile.path.name}.",
+                remedy="Move the file into this folder. Only the grid's folder allows other files.",
+            )
+    return files
+
+
+def _fetch_remotely(client: Client, view: JobView, folder: Path, stages: Sequence[str]) -> Fetched:
+    """Fetch the results of succeeded tasks into the folder through the manager's API."""
+    data = client.results_archive(view["id"], stages)
+    results: dict[str, int] = {}
+    files = size_bytes = 0
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        paths = {name: PurePosixPath(name.removeprefix(f"{view['id']}/")) for name in archive.namelist()}
+        if wrong := [name for name, path in paths.items() if path.is_absolute() or ".." in path.parts]:
+            raise BackendError(f"The archive contains the path {wrong[0]!r}.", remedy="Report this as a bug.")
+        try:
+            make_room(folder, [StageName(path.stem) for path in paths.values() if path.suffix == ".jsonl"])
+            for name, path in paths.items():
+                content, target = archive.read(name), folder / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+                if path.parts[0] == "files":
+                    files, size_bytes = files + 1, size_bytes + len(content)
+                elif path.suffix == ".jsonl":
+                    results[path.stem] = content.count(b"\n")
+        except OSError as error:
+            raise UsageError(
+                f"The results cannot be written to {folder}: {error.strerror or error}.",
+                remedy="Free some space, or name another folder with --out.",
+            ) from error
+    return Fetched(folder, results, files, size_bytes, len(data))
+
+
+def _with_dependencies(source_digest: str, dependencies: Sequence[Dependency]) -> str:
+    if not dependencies:
+        return source_digest
+    facts = "/".join([source_digest, *sorted(map(str, dependencies))])
+    return hashlib.sha256(facts.encode()).hexdigest()
 
 
 def _dependencies(texts: Sequence[str], client: Client) -> tuple[Dependency, ...]:
@@ -290,6 +391,8 @@ def fetch_results(session: Session, view: JobView, out: Path | None, stages: Seq
 
     If `out` is None, fetch the results into out/<job name>.
     """
+    if isinstance(session.home, RemoteHome):
+        return session.call(lambda client: _fetch_remotely(client, view, out or default_folder(view["name"]), stages))
     listing = list_results(lambda after: session.call(partial(Client.outcomes, job=view["id"], after=after)))
     objects = session.backend.open_objects(session.home)
     folder = out or default_folder(view["name"])

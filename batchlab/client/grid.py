@@ -44,6 +44,7 @@ class _MapOptions(TypedDict):
     bundle: int | None
     pool: str
     slots: int
+    side_effects: bool
     ordered: bool
     return_exceptions: bool
     progress: bool
@@ -115,6 +116,7 @@ class Grid:
         bundle: int | None = None,
         pool: str = "default",
         slots: int = 1,
+        side_effects: bool = False,
         ordered: bool = True,
         return_exceptions: bool = False,
         progress: bool = False,
@@ -133,8 +135,10 @@ class Grid:
         `timeout_s` is the time limit of each task. `retry` is a RetryRule or the maximum number of attempts of a task.
         By default, a task that raises an exception is not retried. The loss of a worker does not count as a failure of
         a task. `bundle` sets the number of tasks in a bundle. The tasks run in the pool `pool`, and each task occupies
-        `slots` slots of an instance. `progress` counts the ended tasks on the standard error. `show_output` prints the
-        output of each ended task. Raise UsageError and submit nothing if the function or an item cannot be pickled.
+        `slots` slots of an instance. A task that runs far longer than the other tasks may get a second, speculative
+        copy on another worker, unless `side_effects` is true. `progress` counts the ended tasks on the standard error.
+        `show_output` prints the output of each ended task. Raise UsageError and submit nothing if the function or an
+        item cannot be pickled.
         """
         return self._map(
             function,
@@ -146,6 +150,7 @@ class Grid:
             bundle=bundle,
             pool=pool,
             slots=slots,
+            side_effects=side_effects,
             ordered=ordered,
             return_exceptions=return_exceptions,
             progress=progress,
@@ -163,6 +168,7 @@ class Grid:
         bundle: int | None = None,
         pool: str = "default",
         slots: int = 1,
+        side_effects: bool = False,
         ordered: bool = True,
         return_exceptions: bool = False,
         progress: bool = False,
@@ -182,6 +188,7 @@ class Grid:
             bundle=bundle,
             pool=pool,
             slots=slots,
+            side_effects=side_effects,
             ordered=ordered,
             return_exceptions=return_exceptions,
             progress=progress,
@@ -197,7 +204,14 @@ class Grid:
         timeout_s, bundle, slots = options["timeout_s"], options["bundle"], options["slots"]
         _check_positive(timeout_s=timeout_s, bundle=bundle, slots=slots)
         stage = StageDef(
-            MAP, timeout_s=timeout_s, retry=_rule(options["retry"]), slots=slots, bundle=bundle, pool=options["pool"]
+            MAP,
+            timeout_s=timeout_s,
+            retry=_rule(options["retry"]),
+            slots=slots,
+            bundle=bundle,
+            pool=options["pool"],
+            side_effects=options["side_effects"],
+            speculative_copies=True,
         )
         name, tolerant = job_name(function, options["name"]), options["return_exceptions"]
         job = self._outgoing.submit(name, function, items, stage, tolerant=tolerant, starred=starred)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
-from batchlab.client.requests import ANSWER_S, Calls
+from batchlab.client.requests import ANSWER_S, Calls, Form
 
 if TYPE_CHECKING:
     from batchlab.core.api_types import (
         ActivityView,
+        AuditRecordView,
         DeletedView,
         EtaView,
         FailureGroupView,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         JobView,
         LogView,
         NewLogsView,
+        NewUserView,
         NotificationView,
         OutcomesView,
         PoolView,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
         TargetView,
         TaskView,
         TestedView,
+        UserView,
     )
     from batchlab.core.api_usage_types import (
         DueView,
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from batchlab.core.model import Json
 
 REBUILD_S = 3600.0
+UPLOAD_S = DOWNLOAD_S = 600.0
 DELETE_S = 3600.0
 MAX_LISTED = 1000
 """Maximum number of rows in one answer of the manager."""
@@ -86,6 +90,38 @@ class Client(Calls):
         """Rebuild the ledger from the bucket, and return a report of the rebuild."""
         return cast("RebuiltView", self._call("POST", "/v1/ledger/rebuild", answer_s=REBUILD_S))
 
+    # --- Users -----------------------------------------------------------------------------------
+
+    def users(self) -> list[UserView]:
+        """Return the users of the grid in the order of their names."""
+        return cast("list[UserView]", self._call("GET", "/v1/users")["users"])
+
+    def add_user(self, name: str, role: str, *, expires_s: float | None = None, replace: bool = False) -> NewUserView:
+        """Add a user, and return the user with the token. `expires_s` is in epoch seconds.
+
+        Raise Refused if an active user has the name and `replace` is False.
+        """
+        body = {"name": name, "role": role, "expires_s": expires_s, "replace": replace}
+        return cast("NewUserView", self._call("POST", "/v1/users", body=body))
+
+    def revoke_user(self, name: str) -> UserView:
+        """Revoke the token of a user."""
+        return cast("UserView", self._call("POST", _path("users", name, "/revoke")))
+
+    def audit(
+        self, *, user: str = "", action: str = "", outcome: str = "", since_s: float = 0.0, limit: int = 100
+    ) -> list[AuditRecordView]:
+        """Return audit records with the newest first. `since_s` is in epoch seconds."""
+        records: list[AuditRecordView] = []
+        before: str | None = ""
+        while before is not None and len(records) < limit:
+            query: dict[str, Any] = {"user": user, "action": action, "outcome": outcome, "since_s": since_s}
+            page_limit = min(limit - len(records), MAX_LISTED)
+            page = self._call("GET", "/v1/audit", **query, before=before, limit=page_limit)
+            records += cast("list[AuditRecordView]", page["records"])
+            before = page["next"]
+        return records[:limit]
+
     # --- Jobs ------------------------------------------------------------------------------------
 
     def submit(self, job: JobDef, items: Sequence[Json] | None = None) -> JobView:
@@ -94,6 +130,29 @@ class Client(Calls):
         A repeated submission with the same client token returns the job of the first submission.
         """
         return cast("JobView", self._call("POST", "/v1/jobs", body=_submission(job, items)))
+
+    def submit_files(
+        self, files: Mapping[str, bytes], job_file: str, sets: Sequence[str], token: str, *, after: Sequence[str] = ()
+    ) -> JobView:
+        """Submit the job file with the path `job_file` in `files`, which has the contents of files by their paths.
+
+        `sets` are texts such as KEY=VALUE, which replace parameters of the job. `token` is the client token. `after`
+        has the dependencies of the job, such as ID:ended.
+        """
+        import httpx
+
+        sent = [("files", (name, content)) for name, content in files.items()]
+        data = {"job_file": job_file, "set": list(sets), "after": list(after), "token": token}
+        form = httpx.Request("POST", "http://localhost", files=sent, data=data)
+        body = Form(form.read(), form.headers["Content-Type"])
+        return cast("JobView", self._call("POST", "/v1/jobs/files", body=body, answer_s=UPLOAD_S))
+
+    def results_archive(self, job: str, stages: Sequence[str] = ()) -> bytes:
+        """Return a ZIP archive of the job's results. The manager refuses an archive of more than 2 GiB."""
+        path = _job_path(job, "/results")
+        target = f"{path}?{urlencode([('stage', stage) for stage in stages])}" if stages else path
+        with self._answer("GET", target, None, DOWNLOAD_S, {}) as answer:
+            return answer.read()
 
     def submit_and_hear(
         self,

@@ -12,6 +12,7 @@ import os
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -48,6 +49,7 @@ MIN_ERROR_STATUS = 300
 _JSON = {"Content-Type": "application/json"}
 _ERRORS: dict[int, type[BatchlabError]] = {
     401: Refused,
+    403: Refused,
     404: NotFound,
     409: Refused,
     422: UsageError,
@@ -78,12 +80,21 @@ def patience_s(*, restarted: bool = False) -> float:
     return RESTARTED_S if restarted else PATIENCE_S
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Encoded form with files. `kind` is the content type of the form."""
+
+    content: bytes
+    kind: str
+
+
 class Calls:
     """Connections to one manager.
 
-    A Calls object is thread-safe, and is a context manager. The grid's token itself is sent only over a Unix socket,
+    A Calls object is thread-safe, and is a context manager. The token itself is sent only over a Unix socket,
     which only the user can open. Another program may listen on the manager's port while the manager is down. A request
-    to a port is therefore signed with the token, and the answer must also be signed.
+    to a port is therefore signed with the token, and the answer must also be signed. The token is the grid's token or
+    the token of a user.
     """
 
     def __init__(self, url: str, token: str, unix: Path | None = None) -> None:
@@ -170,8 +181,12 @@ class Calls:
             if value is not None
         }
         target = f"{path}?{urlencode(values)}" if values else path
-        data = None if body is None else json.dumps(body).encode()
-        headers = self._headers if data is None else {**self._headers, **_JSON}
+        data: bytes | None
+        if isinstance(body, Form):
+            data, headers = body.content, {**self._headers, "Content-Type": body.kind}
+        else:
+            data = None if body is None else json.dumps(body).encode()
+            headers = self._headers if data is None else {**self._headers, **_JSON}
         connection: HTTPConnection | None = None
         try:
             connection = self._connections.take()

@@ -14,6 +14,8 @@ from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict bef
 
 if TYPE_CHECKING:
     from batchlab.core.notifications import Notification, Target
+    from batchlab.core.users import User
+    from batchlab.manager.audit_log import AuditRecord
     from batchlab.manager.notifier import Notifier
 
 
@@ -49,11 +51,13 @@ class JobView(TypedDict):
 
     `share` is the job's share identifier, or "" for the default share.
     `version` changes whenever another field of the JobView changes, and is 0 once the job has ended. `report` is the
-    reason why the manager could not write the job's performance data, or "" if the write did not fail.
+    reason why the manager could not write the job's performance data, or "" if the write did not fail. `owner` is the
+    name of the user that submitted the job.
     """
 
     id: str
     name: str
+    owner: str
     state: str
     reason: str
     round: int
@@ -370,7 +374,12 @@ class InstanceView(TypedDict):
 
 
 class PoolView(TypedDict):
-    """A pool of instances. `trouble` is the reason why the instances do not start, or "" if the instances start."""
+    """A pool of instances. `trouble` is the reason why the instances do not start, or "" if the instances start.
+
+    `ends_in_s` is the number of seconds after which the group's scheduled action ends the pool unless a manager
+    postpones the action, or None without such an action. `end_trouble` is the reason why the manager cannot change the
+    scheduled action, or "".
+    """
 
     name: str
     min: int
@@ -381,6 +390,8 @@ class PoolView(TypedDict):
     backlog_s: float
     held_by_hand: bool
     trouble: str
+    ends_in_s: float | None
+    end_trouble: str
     instances: list[InstanceView]
 
 
@@ -507,6 +518,57 @@ class ProblemView(TypedDict):
     remedy: str
 
 
+class UserView(TypedDict):
+    """A user of the grid. The `state` of a user is active, expired, or revoked. `created_by` is the user that added the
+    user.
+    """
+
+    name: str
+    role: str
+    state: str
+    created_s: float
+    created_by: str
+    expires_s: float | None
+    revoked_s: float | None
+
+
+class UsersView(TypedDict):
+    users: list[UserView]
+
+
+class NewUserView(TypedDict):
+    """A new user and the token of the user."""
+
+    user: UserView
+    token: str
+
+
+class AuditRecordView(TypedDict):
+    """A request of a user.
+
+    `action` is the command that makes the same request, such as `job cancel`. `object` names the changed job, pool,
+    schedule, target, or user. The `outcome` is allowed or refused. `count` is the number of requests that the record
+    stands for.
+    """
+
+    at_s: float
+    user: str
+    role: str
+    action: str
+    object: str
+    outcome: str
+    reason: str
+    request: str
+    count: int
+
+
+class AuditView(TypedDict):
+    """Audit records from new to old. `next` is the value of `before` for the next page, or null at the end."""
+
+    records: list[AuditRecordView]
+    next: str | None
+
+
 class TargetView(TypedDict):
     """A notification target of the grid or of a job.
 
@@ -560,6 +622,32 @@ class TestedView(TypedDict):
 
     target: str
     error: str
+
+
+def user_view(user: User, now_s: float) -> UserView:
+    return {
+        "name": user.name,
+        "role": user.role.value,
+        "state": user.state(now_s),
+        "created_s": user.created_s,
+        "created_by": user.created_by,
+        "expires_s": user.expires_s,
+        "revoked_s": user.revoked_s,
+    }
+
+
+def audit_record_view(record: AuditRecord) -> AuditRecordView:
+    return {
+        "at_s": record.at_s,
+        "user": record.user,
+        "role": record.role,
+        "action": record.action,
+        "object": record.object,
+        "outcome": record.outcome,
+        "reason": record.reason,
+        "request": record.request,
+        "count": record.count,
+    }
 
 
 def target_view(target: Target) -> TargetView:

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from typing import TYPE_CHECKING, cast
+from typing import (
+    TYPE_CHECKING,
+    NotRequired,  # pydantic refuses typing.TypedDict before Python 3.12
+    cast,
+)
 
-from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
+from typing_extensions import TypedDict
 
 from batchlab.core import due_times
 
@@ -43,14 +47,16 @@ class AccountView(TypedDict):
     """Recorded usage of a job or of the grid.
 
     `failed_s` maps each pool to the slot seconds of failed attempts. `lost_s` maps each pool to the slot seconds of
-    work that was lost because an instance died. `requests` contains the numbers of requests that AWS bills for SQS and
-    S3. `requests` contains only zeros on a backend without SQS and S3. `is_whole` is false if the manager did not count
-    some of the usage.
+    work that was lost because an instance died. `repeated_s` maps each pool to the slot seconds of speculative copies
+    that were not committed, and of runs whose speculative copy was committed first. `requests` contains the numbers of
+    requests that AWS bills for SQS and S3. `requests` contains only zeros on a backend without SQS and S3. `is_whole`
+    is false if the manager did not count some of the usage.
     """
 
     billed: list[BilledView]
     failed_s: dict[str, float]
     lost_s: dict[str, float]
+    repeated_s: NotRequired[dict[str, float]]
     requests: dict[str, float]
     bundles: int
     is_whole: bool
@@ -153,6 +159,7 @@ def account_view(account: Account) -> AccountView:
         ],
         "failed_s": dict(account.failed_s),
         "lost_s": dict(account.lost_s),
+        "repeated_s": dict(account.repeated_s),
         "requests": asdict(account.requests),
         "bundles": account.bundles,
         "is_whole": account.is_whole,
@@ -172,6 +179,7 @@ def account_of(view: AccountView) -> Account:
         Requests(**view["requests"]),
         view["bundles"],
         view["is_whole"],
+        dict(view.get("repeated_s", {})),
     )
 
 

@@ -125,20 +125,19 @@ def address(
     watchdog: bool = False,
     trace: str = "",
     reply: str = "",
+    copy_s: float | None = None,
 ) -> Addressed:
     """Return the message for `bundle`, with the commit key of its job.
 
     If the delay exceeds the maximum of SQS, the message's `not_before_s` delays the bundle for the remaining time.
     `trace` is the trace context of the sender if the job is traced. The default of `trace` is the trace context of the
-    job's submission. `reply` is the name at which a client waits for the outcome.
+    job's submission. `reply` is the name at which a client waits for the outcome. `copy_s` is the maximum run time of a
+    speculative copy.
     """
     if items is not None and len(json.dumps(items)) > INLINE_BYTES:
         items = None
-    body = task_message(
-        TaskMessage(
-            bundle, items, now_s + delay_s if delay_s > MAX_DELAY_S else None, watchdog, trace or job.trace, key, reply
-        )
-    )
+    not_before_s = now_s + delay_s if delay_s > MAX_DELAY_S else None
+    body = task_message(TaskMessage(bundle, items, not_before_s, watchdog, trace or job.trace, key, reply, copy_s))
     pool = job.stage(bundle.stage).pool
     return Addressed(object_keys.tasks_queue(pool), Outgoing(body, min(delay_s, MAX_DELAY_S)))
 

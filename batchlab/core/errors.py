@@ -54,6 +54,14 @@ class Refused(BatchlabError):
     exit_code = 2
 
 
+class Unauthorized(Refused):
+    """Error for a request whose token is missing, wrong, expired, or revoked."""
+
+
+class Forbidden(Refused):
+    """Error for a request that the role of its user does not permit."""
+
+
 class BackendError(BatchlabError):
     """Error for a call of a port that failed."""
 

@@ -1,8 +1,9 @@
 """Pool of HTTP connections to one host, and signatures of requests and responses.
 
 Invariants: a connection has one user at a time, and a connection that its server has closed is not used again. The
-grid's token is the key of the signatures and is never sent. A program without the grid's token can sign neither a
-request nor a response. A signed response is valid for exactly one request. The module needs only the standard library,
+token of the client is the key of the signatures and is never sent. The token is the grid's token or the token of a
+user, and a signature with the token of a user names its key. A program without the token can sign neither a request nor
+a response. A signed response is valid for exactly one request. The module needs only the standard library,
 because every command imports the module at its start.
 """
 
@@ -20,6 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPSConnection
 from typing import TYPE_CHECKING
+
+from batchlab.core import users
 
 if TYPE_CHECKING:
     import ssl
@@ -142,17 +145,20 @@ class Unproven(Exception):
 class Signed:
     """Fields of a signed request's `Authorization` header.
 
-    `at_s` is in epoch seconds, and `body` is the SHA-256 of the request's body.
+    `at_s` is in epoch seconds, and `body` is the SHA-256 of the request's body. `key` is the name of the key of a
+    user's token, or "" for the grid's token.
     """
 
     at_s: int
     nonce: str
     body: str
     mac: str
+    key: str = ""
 
     @property
     def header(self) -> str:
-        return f"{SCHEME} {self.at_s}.{self.nonce}.{self.body}.{self.mac}"
+        key = f".{self.key}" if self.key else ""
+        return f"{SCHEME} {self.at_s}.{self.nonce}.{self.body}.{self.mac}{key}"
 
 
 def digest(body: bytes) -> str:
@@ -168,7 +174,18 @@ def sign(token: str, method: str, target: str, body: bytes, at_s: float | None =
     if at_s is None:
         at_s = time.time()  # noqa: TID251 - a client has no Clock
     fields = int(at_s), secrets.token_hex(16), digest(body)
-    return Signed(*fields, _request_mac(token, method, target, *fields))
+    return Signed(*fields, _request_mac(token, method, target, *fields), users.key_name_in(token))
+
+
+def claimed_key(header: str) -> str:
+    """Return the name of the user's key that an `Authorization` header claims to use, or "" for other headers."""
+    scheme, _, text = header.partition(" ")
+    if scheme.lower() == "bearer":
+        return users.key_name_in(text.strip())
+    if scheme.lower() != SCHEME.lower():
+        return ""
+    key = ".".join(text.strip().split(".")[_FIELDS:])
+    return key if users.parse_key_name(key) else ""
 
 
 def read(token: str, header: str, method: str, target: str) -> Signed | None:
@@ -178,13 +195,14 @@ def read(token: str, header: str, method: str, target: str) -> Signed | None:
     """
     scheme, _, text = header.partition(" ")
     fields = text.strip().split(".")
-    if scheme.lower() != SCHEME.lower() or len(fields) != _FIELDS:
+    key = ".".join(fields[_FIELDS:])
+    if scheme.lower() != SCHEME.lower() or len(fields) < _FIELDS or key != users.key_name_in(token):
         return None
-    at, nonce, body, mac = fields
+    at, nonce, body, mac = fields[:_FIELDS]
     if not (at.isascii() and at.isdigit() and len(at) <= _LONGEST_TIME):
         return None
     expected = _request_mac(token, method, target, int(at), nonce, body)
-    return Signed(int(at), nonce, body, mac) if _same(mac, expected) else None
+    return Signed(int(at), nonce, body, mac, key) if _same(mac, expected) else None
 
 
 def whole_proof(token: str, request: Signed, status: int, body: bytes) -> str:

@@ -47,6 +47,18 @@ class StageDef:
     memory_bytes: int | None = None
     bundle: int | None = None
     pool: str = "default"
+    side_effects: bool = False
+    """Whether tasks of the stage have side effects that must not happen in two places at once."""
+    speculative_copies: bool = False
+    """Whether the manager may send speculative copies of the stage's tasks.
+
+    A definition of a release without speculative copies lacks the field, and its tasks are never copied.
+    """
+
+    @property
+    def may_be_copied(self) -> bool:
+        """Return whether tasks of the stage may get speculative copies."""
+        return self.speculative_copies and not self.side_effects
 
     @property
     def chained(self) -> bool:
@@ -216,6 +228,8 @@ class JobDef:
     """Notification targets of the job, in addition to the notification targets of the grid."""
     trace: str = ""
     """W3C traceparent of the submission, or "" if the job is not traced."""
+    owner: str = ""
+    """Name of the user that submitted the job, or "" for the user with the grid's token. The manager sets the owner."""
     commit_hash: str = ""
     """SHA-256 of the job's commit key (see `core.protocol.object_keys`), or "" for a job of release 0.1.0."""
     share: str = ""

@@ -283,6 +283,14 @@ class Fleet(Protocol):
     async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
         """Return scaling activities with their causes, from new to old."""
 
+    async def schedule_end(self, pool: str, after_s: float | None) -> bool:
+        """Schedule the end of the pool's fleet in `after_s` seconds, in place of an earlier schedule.
+
+        The scheduled action sets the group's limits and its desired capacity to 0. Instances with scale-in protection
+        stay. A managed service performs the action without a manager. With None, remove the scheduled action. Return
+        whether a schedule existed before. Raise Refused if the group would not perform the action.
+        """
+
     async def tick(self) -> Sequence[Instance]:
         """Move every group one step toward the group's desired capacity.
 

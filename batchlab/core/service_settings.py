@@ -22,7 +22,9 @@ class ManagerSettings:
     is the time to live of the leader's lease. `tick_s` is the interval of the autoscaler, the reconciler, and the
     fleet. The scaling policy uses `drain_target_s`, `cooldown_in_s`, and `idle_s`. After `boot_tries` consecutive
     failed launches in a pool, the next launch waits for `boot_pause_s` (0 for a fleet with its own backoff; see
-    LaunchBreaker). `boot_tries`, `max_receives`, and `window` (bundles per slot) are numbers without a unit."""
+    LaunchBreaker). A bundle gets a speculative copy only after it has run for `copy_after_s`. A scheduled action of
+    each group ends the fleet after `orphan_s` without a leading manager (0: never; see FleetEnd). `boot_tries`,
+    `max_receives`, and `window` (bundles per slot) are numbers without a unit."""
 
     control_lease_s: float = 1.0
     visibility_s: float = 30.0
@@ -37,6 +39,8 @@ class ManagerSettings:
     boot_pause_s: float = 0.0
     max_receives: int = 10
     window: int = WINDOW
+    copy_after_s: float = 5.0
+    orphan_s: float = 0.0
 
 
 VALUE_CACHE_BYTES = 8 * 1024**3

@@ -6,6 +6,7 @@ resource without the tag is removed only if the user names the resource. Each fa
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -132,6 +133,20 @@ def _group(account: Account, resource: AwsResource, _say: Say) -> None:
         account.client("autoscaling").delete_auto_scaling_group(AutoScalingGroupName=resource.name, ForceDelete=True)
 
 
+def _role(account: Account, resource: AwsResource, _say: Say) -> None:
+    """Delete a role with its policies and its instance profiles. IAM does not delete a role that has any of these."""
+    iam, name = account.client("iam"), resource.name
+    with aws_errors(f"Role {name!r}"):
+        for policy in list(account.pages("iam", "list_role_policies", "PolicyNames", RoleName=name)):
+            iam.delete_role_policy(RoleName=name, PolicyName=policy)
+        for policy in list(account.pages("iam", "list_attached_role_policies", "AttachedPolicies", RoleName=name)):
+            iam.detach_role_policy(RoleName=name, PolicyArn=policy["PolicyArn"])
+        for profile in list(account.pages("iam", "list_instance_profiles_for_role", "InstanceProfiles", RoleName=name)):
+            iam.remove_role_from_instance_profile(InstanceProfileName=profile["InstanceProfileName"], RoleName=name)
+            iam.delete_instance_profile(InstanceProfileName=profile["InstanceProfileName"])
+        iam.delete_role(RoleName=name)
+
+
 def _calling(service: str, operation: str, parameter: str, **more: Any) -> Callable[..., None]:
     """Return a function that removes a resource with one call of an operation. The argument `parameter` names the
     operation's parameter for the resource.
@@ -153,6 +168,7 @@ _REMOVERS: Mapping[str, Callable[[Account, AwsResource, Say], None]] = {
     "sqs:queue": _queue,
     "autoscaling:group": _group,
     "cloudwatch:alarm": _calling("cloudwatch", "delete_alarms", "AlarmNames"),
+    "iam:role": _role,
     "ec2:instance": _calling("ec2", "terminate_instances", "InstanceIds"),
     "ec2:launch-template": _calling("ec2", "delete_launch_template", "LaunchTemplateId"),
     "ec2:volume": _calling("ec2", "delete_volume", "VolumeId"),
@@ -170,6 +186,10 @@ _DOMAIN = re.compile(rf"{_STACK}-LedgerDomain-[0-9A-Za-z]+")
 """Pattern of the names that CloudFormation generates for the SimpleDB domains of stacks."""
 _DATABASE_LOG = re.compile(rf"/aws/rds/instance/(?P<database>{_STACK}-ledger)/(postgresql|upgrade)")
 """Pattern of the names that RDS gives to the log groups of stacks' databases."""
+_ROLE = re.compile(rf"{_STACK}-(Pool[A-Za-z0-9]*Role|ManagerRole)-[0-9A-Za-z]+")
+"""Pattern of the names that CloudFormation generates for the roles of stacks."""
+_ROLE_REGION = re.compile(r"arn:aws[a-z-]*:sqs:([a-z0-9-]+):")
+"""Region in the policy of a stack's role. A role itself applies to all regions."""
 
 
 def _living_instances(account: Account) -> set[str]:
@@ -217,7 +237,8 @@ class Leftovers:
     def tagged_resources(self) -> Iterator[Leftover]:
         """Yield the resources in the account and region that have the tag of a batchlab stack.
 
-        AWS's list of tagged resources lacks IAM roles and resources that cannot have tags. The list has a terminated
+        AWS's list of tagged resources lacks IAM roles and resources that cannot have tags (see `named_resources`). The
+        list has a terminated
         instance and a deleted NAT gateway for about an hour, so the method skips both.
         """
         living: dict[str, set[str]] = {}
@@ -235,12 +256,15 @@ class Leftovers:
                 yield Leftover(resource, _is_used(resource, self._parts_of(resource.stack)))
 
     def named_resources(self, known: Collection[str], say: Callable[[str], None]) -> Iterator[Leftover]:
-        """Yield the SimpleDB domains whose names suggest a stack, and the log groups of deleted databases whose names
-        suggest a stack.
+        """Yield the SimpleDB domains, the log groups of deleted databases, and the roles whose names suggest a stack.
 
         The method skips resources whose names are in `known`. `say` receives a message for each listing that fails.
         """
-        for what, listing in (("SimpleDB domains", self._domains), ("RDS's logs", self._logs)):
+        for what, listing in (
+            ("SimpleDB domains", self._domains),
+            ("RDS's logs", self._logs),
+            ("IAM roles", self._roles),
+        ):
             try:
                 resources = [resource for resource in listing() if resource.name not in known]
             except BackendError as error:
@@ -271,6 +295,23 @@ class Leftovers:
             if match["database"] not in existing:
                 name = group["logGroupName"]
                 yield AwsResource(str(group.get("arn", name)), "logs:log-group", name, match["stack"])
+
+    def _roles(self) -> Iterator[AwsResource]:
+        """Yield the roles of the region's stacks. AWS's list of tagged resources does not contain roles."""
+        for role in self._account.pages("iam", "list_roles", "Roles"):
+            name = role["RoleName"]
+            if (match := _ROLE.fullmatch(name)) and self._role_region(name) in ("", self._account.region):
+                yield AwsResource(role["Arn"], "iam:role", name, match["stack"])
+
+    def _role_region(self, name: str) -> str:
+        """Return the region of the stack that has created the role, or "" if the role's policies do not name it."""
+        iam = self._account.client("iam")
+        for policy in self._account.pages("iam", "list_role_policies", "PolicyNames", RoleName=name):
+            with aws_errors(f"Role {name!r}"):
+                document = iam.get_role_policy(RoleName=name, PolicyName=policy)["PolicyDocument"]
+            if found := _ROLE_REGION.search(json.dumps(document)):
+                return found[1]
+        return ""
 
     def _parts_of(self, name: str) -> list[str] | None:
         """Return the physical ids of the stack's resources, or None if the stack does not exist."""

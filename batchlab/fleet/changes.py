@@ -118,6 +118,12 @@ class Changes(Record):
                 group.asg.cooling = default if cooldown is None else cooldown
         self.scale_in(group)
 
+    def end(self, group: Group) -> None:
+        """Perform the scheduled action that ends the instances of a pool of the Fleet port."""
+        group.end_s, self.unsaved = None, True
+        group.pool = replace(group.pool, min_size=0, max_size=0)
+        self.set_desired(group, 0, "a scheduled action")
+
     def scale_in(self, group: Group) -> None:
         """Terminate the instances chosen by `victims`, or return the chosen instances to the warm pool. If too many
         instances have scale-in protection, record one activity."""

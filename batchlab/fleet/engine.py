@@ -200,6 +200,8 @@ class Engine:
                 health.update_from_launcher(self._changes, group, instances, now_s)
                 if group.asg is not None:
                     self._run_asg(group)
+                if group.end_s is not None and group.end_s <= self._schedule_clock_s():
+                    self._changes.end(group)
                 self._changes.scale_in(group)
             self._save()
             await self._end(self._orphans(instances))
@@ -210,6 +212,10 @@ class Engine:
             self._save()
             dead, self._changes.dead = self._changes.dead, []
             return dead
+
+    def _schedule_clock_s(self) -> float:
+        """Return the time of the clock of scheduled actions in epoch seconds."""
+        return self._clock.now_s()
 
     def _run_asg(self, group: Group) -> None:
         """Run the processes of an Auto Scaling group. Remove a deleted group after all its instances have ended."""

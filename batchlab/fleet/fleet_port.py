@@ -95,6 +95,15 @@ class ManagedFleet(Engine):
         that do not belong to a group, such as terminations of instances without a group."""
         return self._changes.log.newest(pool, limit)
 
+    async def schedule_end(self, pool: str, after_s: float | None) -> bool:
+        """Schedule the end of the pool's instances (see the Fleet port). The first tick after the scheduled time
+        performs the action, because a pool of the Fleet port does not have a service of its own."""
+        group = self._group(pool)
+        before = group.end_s
+        group.end_s = None if after_s is None else self._schedule_clock_s() + after_s
+        self._save(changed=group.end_s != before)
+        return before is not None
+
     def _group(self, pool: str) -> Group:
         if pool not in self._groups:
             raise Refused(f"the pool {pool!r} does not exist", remedy="`batchlab grid status` lists the pools.")

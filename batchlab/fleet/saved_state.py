@@ -87,6 +87,8 @@ def _group(group: Group) -> dict[str, Any]:
         "desired": group.desired,
         "members": [_member(member) for member in group.members.values()],
     }
+    if group.end_s is not None:
+        saved["end_s"] = group.end_s
     if group.asg is not None:
         saved["asg"] = _asg_adapter().dump_python(group.asg, mode="json")
     return saved
@@ -108,7 +110,7 @@ def _member(m: Member) -> list[Any]:
 
 def _regroup(saved: dict[str, Any]) -> Group:
     env = tuple((key, value) for key, value in saved["pool"].pop("env"))
-    group = Group(Pool(**saved["pool"], env=env), saved["desired"])
+    group = Group(Pool(**saved["pool"], env=env), saved["desired"], end_s=saved.get("end_s"))
     if "asg" in saved:
         group.asg = _asg_adapter().validate_python(saved["asg"])
     for member in saved["members"]:

@@ -181,4 +181,6 @@ def _stage(stage: StageSpec, upstream: Sequence[str]) -> StageDef:
         memory_bytes=stage.resources.memory,
         bundle=stage.bundle,
         pool=stage.pool,
+        side_effects=stage.side_effects,
+        speculative_copies=stage.speculative_copies,
     )

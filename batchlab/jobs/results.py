@@ -315,7 +315,7 @@ async def fetch(
     chosen = {name: of_stage(name, listing) for name in _check_stages(job, stages) or final_stages(job)}
     steps = _Steps(sum(len(outcomes) for outcomes in chosen.values()), progress)
     try:
-        _make_room(out, chosen)
+        make_room(out, chosen)
         files = Files(objects, out, patience, JobObjects.of_job(job), within)
         counts: dict[str, int] = {}
         for name, outcomes in chosen.items():
@@ -353,7 +353,7 @@ def _write_summary(view: JobView, fetched: Fetched) -> None:
     staged.replace(fetched.folder / "summary.json")
 
 
-def _make_room(out: Path, stages: Iterable[StageName]) -> None:
+def make_room(out: Path, stages: Iterable[StageName]) -> None:
     """Create the folder `out`, and remove the files of an earlier fetch, because the earlier fetch may have had more
     tasks.
 

@@ -322,6 +322,18 @@ class StageSpec(Keys):
     )
     bundle: Bundle = None
     pool: Pool = "default"
+    side_effects: bool = Field(
+        default=False,
+        description="Whether a task changes something outside of its results, such as a row in a database, so that it "
+        "must not run in two places at once. Tasks with side effects never get speculative copies.",
+        examples=[True],
+    )
+    speculative_copies: bool = Field(
+        default=True,
+        description="Whether a task that runs far longer than the stage's other tasks may get a second, speculative "
+        "copy on another worker near the end of the stage. The first result counts, and the other run is stopped.",
+        examples=[False],
+    )
 
 
 class FailureSpec(Keys):

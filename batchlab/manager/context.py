@@ -14,6 +14,7 @@ from batchlab.core.ports import Depth
 from batchlab.core.service_settings import ManagerSettings
 from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.manager import admission
+from batchlab.manager.audit_log import AuditLog
 from batchlab.manager.counters import Counters
 from batchlab.manager.fair_share import FairShare
 from batchlab.manager.live_jobs import LiveJobs
@@ -72,6 +73,8 @@ class Context:
     tracer: Tracer = NO_TRACER
     channels: NotificationChannels | None = None
     """Channels of notifications, or None if this manager does not send notifications."""
+    audit: AuditLog | None = None
+    """Audit log, or None if this manager does not write an audit log."""
     recorder: Recorder | None = None
     """Recorder of performance data, or None if this manager does not record performance data."""
     reports: ReportQueue = field(default_factory=ReportQueue)

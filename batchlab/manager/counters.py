@@ -74,6 +74,10 @@ class Counters:
     """Number of failed attempts by kind of failure and result ("retried" or "failed"), as reported by workers."""
     duplicates: int = 0
     """Number of bundles that a worker ran although another worker's outcome was committed first."""
+    copies: int = 0
+    """Number of speculative copies that were sent."""
+    copies_won: int = 0
+    """Number of speculative copies whose outcome was committed first."""
     decisions: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Number of changes of desired capacity, by pool and direction ("out" or "in")."""
     events: int = 0

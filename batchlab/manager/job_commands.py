@@ -323,7 +323,8 @@ def _read_definition(data: bytes) -> tuple[JobDef, commit_keys.Opening | None]:
 
 
 def _comparable(job: JobDef, opening: commit_keys.Opening | None) -> Json:
-    """Return the job's content for a comparison, without times, trace, and commit hash. A job of an earlier release
-    does not have a commit hash. A client and the manager may write the same number as an integer and as a float."""
-    timeless = replace(job, submitted_s=0.0, start_at_s=None, trace="", commit_hash="")
+    """Return the job's content for a comparison, without times, trace, owner, and commit hash. The owner of a repeated
+    submission does not count. A job of an earlier release does not have a commit hash. A client and the manager may
+    write the same number as an integer and as a float."""
+    timeless = replace(job, submitted_s=0.0, start_at_s=None, trace="", owner="", commit_hash="")
     return json_format.loads(commit_keys.to_bytes(timeless, commit_keys.Opening(opening.items) if opening else None))

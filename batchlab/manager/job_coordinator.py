@@ -248,8 +248,11 @@ class JobCoordinator(Part):
             bundles = tuple(replace(bundle, losses=1) for bundle in bundles)
         await self.send(live.job, bundles, trace=cutting.context)
 
-    async def send(self, job: JobDef, bundles: Sequence[Bundle], *, trace: str = "") -> None:
-        """Send bundles to their pool's queue, with the inputs of the bundles if the inputs are small."""
+    async def send(
+        self, job: JobDef, bundles: Sequence[Bundle], *, trace: str = "", copy_s: float | None = None
+    ) -> None:
+        """Send bundles to their pool's queue, with the inputs of the bundles if the inputs are small. With `copy_s`,
+        the messages are speculative copies that may run for `copy_s` seconds."""
         above, about = trace or job.trace, Subject(job.id)
         with span(self._tracer, "send", above, about, bundles=len(bundles)) as sending:
             messages: list[Addressed] = []
@@ -260,7 +263,9 @@ class JobCoordinator(Part):
                     with suppress(NotFound):  # the worker reports the missing input in an outcome
                         items = await self._inputs.resolve(job, bundle, key)
                 delay_s, trace = settlement.wait_s(job, bundle, now_s), sending.context
-                messages.append(address(job, bundle, key, items=items, delay_s=delay_s, now_s=now_s, trace=trace))
+                messages.append(
+                    address(job, bundle, key, items=items, delay_s=delay_s, now_s=now_s, trace=trace, copy_s=copy_s)
+                )
             await send_all(self._queue, messages, self._patience)
 
     async def _fail(self, live: LiveJob, reason: str) -> None:

@@ -143,7 +143,7 @@ class LedgerWriter(Part):
         for completion in completions:
             live = self._lives.get(completion.bundle.job)
             if live is not None:
-                live.remove_outstanding(completion.bundle)
+                live.remove_outstanding(completion.bundle, completion.worker)
         return list(touched.values())
 
     async def write(self, live: LiveJob, change: JobChange) -> bool:

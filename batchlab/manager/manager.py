@@ -29,12 +29,14 @@ from batchlab.core.protocol import object_keys
 from batchlab.core.service_settings import ManagerSettings
 from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.manager.adoption import Adoption
+from batchlab.manager.audit_log import AuditLog
 from batchlab.manager.autoscaler import Autoscaler, Prewarm
 from batchlab.manager.bundling import Bundler
 from batchlab.manager.collector import Collector, events_queue
 from batchlab.manager.context import Context, NotificationChannels
 from batchlab.manager.counters import Counters
 from batchlab.manager.dependencies import Dependencies
+from batchlab.manager.fleet_end import FleetEnd
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.job_coordinator import JobCoordinator
 from batchlab.manager.job_deletion import JobDeletion
@@ -45,6 +47,7 @@ from batchlab.manager.notifier import Notifier
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.recorder import Recorder, ReportQueue
 from batchlab.manager.schedule_commands import ScheduleCommands
+from batchlab.manager.speculation import Speculation
 from batchlab.manager.spending import Spending
 from batchlab.manager.state import Ports, set_job_state
 from batchlab.manager.unresponsive_workers import UnresponsiveWorkers, WorkEvidence
@@ -141,6 +144,7 @@ class Manager:
         channels: NotificationChannels | None = None,
         recent: logs.Recent | None = None,
         *,
+        audit: AuditLog | None = None,
         schedules: bool = False,
         shares: bool = False,
     ) -> None:
@@ -148,14 +152,14 @@ class Manager:
 
         With `accounting`, the manager counts usage and enforces cost caps. With `accounting` and `reports`, the manager
         also records performance data. `counts` are the counters of an earlier manager of the same process, which the
-        new manager continues. With `channels`, the manager sends notifications. `recent` stores recent log lines. With
-        `schedules`, the manager submits scheduled jobs at their due times. With `shares`, the manager follows the
-        grid's fair-share policy.
+        new manager continues. With `channels`, the manager sends notifications. `recent` stores recent log lines.
+        `audit` is the audit log, which the managers of one process share. With `schedules`, the manager submits
+        scheduled jobs at their due times. With `shares`, the manager follows the grid's fair-share policy.
         """
         ports = replace(ports, ledger=patiently(ports.ledger, ports.patience))
         by_name = {pool.name: pool for pool in pools}
         self.context = context = Context(ports, settings, by_name, counts=counts or Counters(), tracer=tracer)
-        context.channels = channels
+        context.channels, context.audit = channels, audit
         if reports and accounting:
             context.recorder = Recorder(ports, context.lives, context.registry)
             context.reports = reports
@@ -163,7 +167,7 @@ class Manager:
         self.pools, self.lives, self.registry = context.pools, context.lives, context.registry
         self.groups, self.depths, self.quarantine = context.groups, context.depths, context.quarantine
         self.recorder, self.reports = context.recorder, context.reports
-        self.owner, self.recent = owner, recent
+        self.owner, self.recent, self.audit = owner, recent, audit
         self.admit = context.admit
         self.fair_share = context.fair_share
         self.fair_share.is_enabled = shares
@@ -186,6 +190,7 @@ class Manager:
         self._adoption = Adoption(context, self.coordinator, self.spending)
         self.job_commands = JobCommands(context, self.coordinator, bundler, self._adoption, dependencies)
         self.autoscaler = Autoscaler(context, caps)
+        self.fleet_end = FleetEnd(context, owner, self.autoscaler.user_capacity)
         self.scheduler: ScheduleCommands | None = None
         if schedules:
             self.scheduler = ScheduleCommands(context, self.job_commands)
@@ -194,6 +199,7 @@ class Manager:
         self.live_logs = LiveLogs(context)
         self._collector = Collector(context, ledger_writer)
         self._reconciler = Reconciler(context, ledger_writer, self.coordinator)
+        self._speculation = Speculation(context, self.coordinator)
         self._checked_s = -IDLE_QUEUE_CHECK_S
         """Monotonic time of the last read of the queue depths."""
         self._drained_s = -DEAD_LETTER_CHECK_S
@@ -249,6 +255,8 @@ class Manager:
                 group.create_task(self.job_deletion.run(), name="finish deletions")
                 group.create_task(self._finish_retries(), name="finish retries")
                 group.create_task(self.reports.run(), name="reports")
+                if self.fleet_end.is_needed:
+                    group.create_task(self.fleet_end.run(), name="fleet end")
                 if self.notifier:
                     group.create_task(self.notifier.run(), name="notify")
                 if self.scheduler:
@@ -262,14 +270,18 @@ class Manager:
             log.warning("%s is no longer the leader", self.owner)
         finally:
             if self.is_leader.is_set():
-                if self.spending:
-                    await self.spending.close()
-                    if self.recorder:
-                        await self.recorder.save_within_limit()
-                await self.fair_share.close()
+                await self._store_accounts()
             self.is_leader.clear()
             self._adoption.group = None
             await self._lease.release()
+
+    async def _store_accounts(self) -> None:
+        """Store the usage, the recorded data, and the use of the shares before this manager stops leading."""
+        if self.spending:
+            await self.spending.close()
+            if self.recorder:
+                await self.recorder.save_within_limit()
+        await self.fair_share.close()
 
     async def _keep_lease(self) -> None:
         await self._lease.renew(self._others_have_led)
@@ -292,6 +304,7 @@ class Manager:
                 )
             )
             await self.ports.fleet.ensure(pool)
+        await self.fleet_end.begin()
         return has_old_bucket
 
     async def _ensure(self, spec: QueueSpec) -> None:
@@ -425,6 +438,7 @@ class Manager:
         for name in self.groups.keys() & self.pools.keys():
             self.context.update_slots(name)
         await self._check_queues()
+        await self._speculation.step()
         # The previous leader may have started, reopened, or resumed a job after this manager read the ledger, because a
         # leader notices the loss of its lease late.
         if self._adoption.is_search_due:

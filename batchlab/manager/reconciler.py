@@ -204,7 +204,7 @@ class Reconciler(Part):
                 await self.forward(live.job, outcome)
             else:
                 # The bundle is sent as a copy. A worker checks for an outcome before it runs the tasks of a copy.
-                again.append(replace(outstanding.bundle, losses=max(1, outstanding.bundle.losses)))
+                again.append(outstanding.copy_of_bundle())
                 outstanding.heard_s = self._clock.monotonic_s()
                 outstanding.copies += 1
         if again:
@@ -277,6 +277,8 @@ class Reconciler(Part):
         if job.commit_hash and task.key != key:
             log.error("dropped a dead letter with a wrong commit key", extra={"job": job.id})
             return
+        if task.copy_s is not None:
+            return  # another message of the bundle exists, so a speculative copy proves nothing about its task
         outcome = await self._outcomes.read(job, bundle)
         if outcome is None:
             outcome = await self._commit_failure(job, bundle, message)

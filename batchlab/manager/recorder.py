@@ -119,6 +119,8 @@ class Recorder:
         self._earlier: dict[JobId, RecordedData] = {}
         """Recorded data of earlier rounds, for jobs that run again."""
         self._counted_duplicates: dict[str, None] = {}
+        self._losers: dict[tuple[str, str, str], None] = {}
+        """Job, stage, and worker of runs that lost against another run because of a speculative copy."""
         self._sampled_s: float | None = None
         self._requests_s: float | None = None
         self._is_due = False
@@ -270,11 +272,24 @@ class Recorder:
         """Count an outcome that the ledger already had."""
         self._count(job, stage, "event", 0.0)
 
+    def record_losers(self, job: JobId, stage: StageName, kind: str, slot_s: float, workers: Iterable[str]) -> None:
+        """Count a bundle with a speculative copy, and the slot seconds of its runs that lost. A later report of such a
+        run by its worker does not count."""
+        self._count(job, stage, kind, slot_s)
+        for worker in workers:
+            self._losers[job, stage, worker] = None
+        while len(self._losers) > MAX_DUPLICATES:
+            del self._losers[next(iter(self._losers))]
+
     def record_duplicates(self, duplicates: Iterable[Duplicate]) -> None:
         """Count bundles that several workers have run."""
         for duplicate in duplicates:
             if duplicate.execution not in self._counted_duplicates:
                 self._counted_duplicates[duplicate.execution] = None
+                loser = duplicate.job, duplicate.stage, duplicate.execution.rpartition("-")[0]
+                if duplicate.kind == "execution" and loser in self._losers:
+                    del self._losers[loser]
+                    continue
                 self._count(duplicate.job, duplicate.stage, duplicate.kind, duplicate.slot_s)
         while len(self._counted_duplicates) > MAX_DUPLICATES:
             del self._counted_duplicates[next(iter(self._counted_duplicates))]

@@ -25,6 +25,7 @@ from batchlab.core.model import JobId, JobState
 from batchlab.core.port_retries import set_within
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.schedules import RunState, Schedule, ScheduledRun, check_name, job_of
+from batchlab.core.users import owner_name
 from batchlab.manager.context import Context, Part
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.state import LiveJob, Ports
@@ -282,12 +283,19 @@ class Scheduler(Part):
             if (job_def := await self._job_for(schedule, run)) is None:
                 return
             try:
-                await self._requests.submit(job_def)
+                written = await self._requests.submit(job_def)
             except Refused as error:
                 # A run whose job was deleted would otherwise block the next runs of the schedule.
                 await self._refuse(schedule, run, error)
                 return
+            if written.is_new:
+                self._note(schedule, "job submit", job_def)
         self._submitted.add(run.job)
+
+    def _note(self, schedule: Schedule, action: str, job: JobDef) -> None:
+        """Note in the audit log what the manager does for the user who added the schedule."""
+        if audit := self._context.audit:
+            audit.note(audit.record(owner_name(job.owner), "", action, job.id, reason=f"schedule {schedule.name}"))
 
     async def _job_for(self, schedule: Schedule, run: ScheduledRun) -> JobDef | None:
         """Return the job of a schedule's run. If this grid cannot run the job, record the end of the run and return
@@ -367,6 +375,8 @@ class Scheduler(Part):
 
         async def cancel() -> None:
             try:
+                if live := self._lives.get(job):
+                    self._note(schedule, "job cancel", live.job)
                 await self._requests.cancel(job)
             except BatchlabError as error:  # the job has already ended, or the backend does not answer
                 log.warning("%s is not cancelled: %s", job, error)

@@ -109,10 +109,33 @@ class Outstanding:
     """Monotonic time when this manager sent or found the bundle."""
     copies: int = 0
     """Number of copies of the bundle that the reconciler sent because the bundle was silent."""
+    copied_from: str = ""
+    """Worker that held the bundle when the manager sent a speculative copy, or "" without a speculative copy."""
+    winner: str = ""
+    """Worker of the folded outcome, or "" while the bundle is outstanding."""
 
     def hear(self, now_s: float) -> None:
         """Restart the bundle's silence at the monotonic time `now_s`."""
         self.heard_s = max(self.heard_s, now_s)
+
+    def copy_of_bundle(self) -> Bundle:
+        """Return the bundle to send again. A worker checks for an outcome before it runs a bundle with losses."""
+        return replace(self.bundle, losses=max(1, self.bundle.losses))
+
+
+MAX_DURATIONS = 100
+"""Number of recent task durations of a stage from which the manager recognizes stragglers."""
+
+
+@dataclass(slots=True)
+class StageCopies:
+    """Recent durations of a stage's tasks, and the number of speculative copies that this manager sent for them."""
+
+    durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_DURATIONS))
+    """Seconds per task of the most recent outcomes."""
+    sent: int = 0
+    won: int = 0
+    """Number of speculative copies whose outcome was committed first."""
 
 
 @dataclass(slots=True)
@@ -170,6 +193,8 @@ class LiveJob:
     paces: dict[StageName, tuple[int, float]] = field(default_factory=dict)
     """Number of tasks and seconds of run time in the outcomes that this manager folded, by stage (see `pace_s`)."""
     measured: dict[StageName, Pace] = field(default_factory=dict)
+    copies: dict[StageName, StageCopies] = field(default_factory=dict)
+    """Durations and speculative copies of each stage whose tasks may be copied."""
     spans: dict[StageName, str] = field(default_factory=dict)
     traced: dict[StageName, deque[str]] = field(default_factory=dict)
     """Traceparents of the last outcomes of each stage. The trace of a gather links to these traceparents of its
@@ -290,7 +315,8 @@ class LiveJob:
         self.paces[done.bundle.stage] = tasks + count, seconds
         pace = self.measured.get(done.bundle.stage, Pace())
         self.measured[done.bundle.stage] = pace.with_bundle(count, done.run_s)
-
+        if count and self.job.stage(done.bundle.stage).may_be_copied:
+            self.copies.setdefault(done.bundle.stage, StageCopies()).durations_s.append(done.run_s / count)
         self.account.bundles += 1
         if done.failed or done.retried:
             stage = self.job.stage(done.bundle.stage)
@@ -333,9 +359,12 @@ class LiveJob:
             self._changes.sent.append((self, outstanding))
         self.mark()
 
-    def remove_outstanding(self, bundle: Bundle) -> None:
+    def remove_outstanding(self, bundle: Bundle, winner: str = "") -> None:
+        """Remove a bundle whose outcome the worker `winner` has committed."""
         self.mark()
-        if self.outstanding.get(bundle.stage, {}).pop(bundle.id, None) is None:
+        if outstanding := self.outstanding.get(bundle.stage, {}).pop(bundle.id, None):
+            outstanding.winner = winner
+        else:
             self.early_bundles[bundle.stage, bundle.id] = None
             while len(self.early_bundles) > MAX_EARLY_BUNDLES:
                 del self.early_bundles[next(iter(self.early_bundles))]

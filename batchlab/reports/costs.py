@@ -77,7 +77,7 @@ def parts(
 def _of_pool(pool: str, billed: Billed, uses: Sequence[StageUsage], account: Account | None) -> dict[str, _Line]:
     useful: dict[str | None, float] = {use.stage.name: use.stage.run_s * use.stage.slots for use in uses}
     wasted: dict[str | None, float] = {use.stage.name: use.failed_slot_s for use in uses}
-    if account and (lost_s := account.lost_s.get(pool)):
+    if account and (lost_s := account.lost_s.get(pool, 0.0) + account.repeated_s.get(pool, 0.0)):
         wasted[None] = lost_s
     return {
         f"compute, pool {pool}": ("compute", pool, billed.useful_s, useful),

@@ -129,6 +129,9 @@ class Home:
         self._manager_lock = path / "manager.lock"
         self._token = path / "token"
 
+    def require_folder(self) -> None:
+        """Raise UsageError if the client has only the address of the grid's manager, and not the grid's folder."""
+
     def backend_folder(self, backend: str) -> Path:
         """Return the path of the folder of one backend in the home.
 
@@ -356,9 +359,59 @@ def _read(path: Path, kind: type[ManagerRecord | Place]) -> dict[str, Any] | Non
     return values if isinstance(values, dict) and required <= values.keys() <= names else None
 
 
+URL_VARIABLE = "BATCHLAB_URL"
+TOKEN_VARIABLE = "BATCHLAB_TOKEN"  # noqa: S105 - the name of the variable
+
+
+class RemoteHome(Home):
+    """Home of a client that has only the URL of a manager and a token, and not the grid's folder.
+
+    The commands of such a client use only the manager's API.
+    """
+
+    def __init__(self, path: Path, url: str, token: str) -> None:
+        super().__init__(path)
+        self.url = url
+        self._remote_token = token
+
+    def record(self) -> ManagerRecord | None:
+        return ManagerRecord(self.url, 0, "", "")
+
+    def token(self) -> str:
+        return self._remote_token
+
+    def socket(self, record: ManagerRecord) -> Path | None:  # noqa: ARG002 - signature of the base class
+        return None
+
+    def check_backend(self, record: ManagerRecord, wanted: str, remedy: str) -> None:  # noqa: ARG002
+        self.require_folder()
+
+    def make(self) -> None:
+        self.require_folder()
+
+    def require_folder(self) -> None:
+        raise UsageError(
+            f"This command needs the grid's folder, and {URL_VARIABLE} names only the manager of the grid.",
+            remedy=f"Name the folder with --home, or unset {URL_VARIABLE}.",
+        )
+
+
 def find_home(option: Path | None) -> Home:
-    """Return the home that the option --home or BATCHLAB_HOME names, by default `.batchlab` in the current folder."""
-    return Home(option or Path(os.environ.get("BATCHLAB_HOME") or DEFAULT))
+    """Return the home that the option --home names, by default the manager that BATCHLAB_URL names, or else the home
+    that BATCHLAB_HOME names, or else `.batchlab` in the current folder. Raise UsageError for an invalid BATCHLAB_URL.
+    """
+    path = option or Path(os.environ.get("BATCHLAB_HOME") or DEFAULT)
+    url, token = os.environ.get(URL_VARIABLE, "").rstrip("/"), os.environ.get(TOKEN_VARIABLE, "").strip()
+    if option is not None or not url:
+        return Home(path)
+    if not re.fullmatch(r"https?://[^/?#@\s]+", url, re.ASCII):
+        raise UsageError(f"{URL_VARIABLE} is {url[:200]!r}.", remedy="Write for example http://127.0.0.1:8080.")
+    if not (token.isascii() and token.isprintable() and token):
+        raise UsageError(
+            f"{URL_VARIABLE} names a manager, but {TOKEN_VARIABLE} has no token.",
+            remedy="Ask an administrator of the grid for a token, which `batchlab user add` prints.",
+        )
+    return RemoteHome(path, url, token)
 
 
 def record_fetch(home: Home, job: str, read_bytes: int) -> None:

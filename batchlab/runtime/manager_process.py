@@ -91,6 +91,7 @@ def begin_manager(
     free port. `say` is called with messages about slow steps. The manager of a stack runs on AWS, so the function
     starts a process that connects to the manager. Raise the errors of `Backend.provide`.
     """
+    home.require_folder()
     if running := home.record():
         return running
     backend.check_installed()
@@ -189,6 +190,7 @@ def _is_in_container(record: ManagerRecord) -> bool:
 
 def stop_manager(home: Home) -> bool:
     """Stop the manager of the home and the manager's instances. Return False if no manager runs."""
+    home.require_folder()
     record = home.record()
     _reap()
     if compose_deployment.read(home) and (record is None or _is_in_container(record)):
@@ -224,6 +226,7 @@ def kill_manager(home: Home) -> ManagerRecord | None:
 
     Return the record of the killed manager, or None if no manager was running.
     """
+    home.require_folder()
     record = home.record()
     if record is None:
         return None

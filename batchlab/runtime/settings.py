@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 TABLE = "manager"
 _NAMES = tuple(field.name for field in fields(ManagerSettings))
 _WHOLE = frozenset(field.name for field in fields(ManagerSettings) if field.type == "int")
-_MAY_BE_0 = frozenset({"cooldown_in_s", "idle_s", "boot_pause_s"})
+_MAY_BE_0 = frozenset({"cooldown_in_s", "idle_s", "boot_pause_s", "orphan_s"})
 
 _ENV = "env:"
 KEYS = (*KINDS, "on", "secret", "failures", "stuck_after", "jobs")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from batchlab.core.errors import BackendError, NotFound, UsageError
@@ -23,6 +23,7 @@ from batchlab.server import job_views
 if TYPE_CHECKING:
     from batchlab.core import api_types
     from batchlab.core.job_definition import JobDef
+    from batchlab.core.users import Caller
     from batchlab.manager.manager import Manager
     from batchlab.manager.state import LiveJob
 
@@ -86,8 +87,12 @@ async def outcomes_page(
             await wait_for_change(live, live.version, end_s - loop.time())
 
 
-async def accept(manager: Manager, job: JobDef, items: list[Any] | None, *, is_sent: bool = False) -> ChangeResult:
-    """Submit the job. Raise UsageError if the grid cannot run the job."""
+async def accept(
+    manager: Manager, job: JobDef, items: list[Any] | None, caller: Caller, *, is_sent: bool = False
+) -> ChangeResult:
+    """Submit the job of the user `caller`. Raise UsageError if the grid cannot run the job."""
+    # The owner comes from the authenticated request, and never from the definition that the client has sent.
+    job = replace(job, owner=caller.as_owner)
     try:
         # Job ids must be in lower case. On a file system that ignores case, two ids that differ only in case would name
         # the same files.
@@ -112,7 +117,11 @@ async def accept(manager: Manager, job: JobDef, items: list[Any] | None, *, is_s
             f"The request for job {job.id} has {len(items)} items, which contradicts the job's `items` or `input`.",
             remedy="Set `items` of the job to the number of items, and leave out `input`.",
         )
-    return await manager.job_commands.submit(job, items, is_sent=is_sent)
+    written = await manager.job_commands.submit(job, items, is_sent=is_sent)
+    if written.is_new and (audit := manager.audit):
+        record = audit.record(caller.name, caller.role, "job submit", job.id)
+        (audit.note_call if job.is_single_call else audit.note)(record)
+    return written
 
 
 async def changed_view(manager: Manager, job: JobId, version: int | None, wait_s: float) -> api_types.JobView:
@@ -177,4 +186,6 @@ def pool_view(manager: Manager, view: GroupView) -> api_types.PoolView:
         workers,
         held=name in scaler.user_capacity,
         trouble=scaler.launch_breaker.trouble(name),
+        ends_in_s=manager.fleet_end.left_s(name),
+        end_trouble=manager.fleet_end.trouble(name),
     )

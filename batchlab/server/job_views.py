@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from batchlab.core.model import JobState
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.settlement import fingerprint
+from batchlab.core.users import owner_name
 from batchlab.worker import task_log
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def job_view(
     return {
         "id": job.id,
         "name": job.name,
+        "owner": owner_name(job.owner),
         "state": state_of(record, bool(running)).value,
         "reason": record.reason,
         "round": record.round,
@@ -170,7 +172,14 @@ def tail_view(tail: Tail) -> TailView:
 
 
 def pool_view(
-    view: GroupView, backlog: Backlog, workers: Mapping[str, WorkerStatus], *, held: bool, trouble: str = ""
+    view: GroupView,
+    backlog: Backlog,
+    workers: Mapping[str, WorkerStatus],
+    *,
+    held: bool,
+    trouble: str = "",
+    ends_in_s: float | None = None,
+    end_trouble: str = "",
 ) -> PoolView:
     """Return the view of a pool, which describes the pool's group, work, and workers."""
     pool = view.pool
@@ -184,6 +193,8 @@ def pool_view(
         "backlog_s": backlog.seconds,
         "held_by_hand": held,
         "trouble": trouble,
+        "ends_in_s": ends_in_s,
+        "end_trouble": end_trouble,
         "instances": [_instance_view(i, workers.get(i.id)) for i in view.instances],
     }
 

@@ -143,6 +143,7 @@ def _prepared_launcher(options: ManagerOptions, clock: Clock) -> Iterator[Proces
 
 async def _lead(options: ManagerOptions, stop: asyncio.Event, clock: Clock, launcher: ProcessLauncher | None) -> None:
     home, backend = options.home, options.backend
+    from batchlab.manager.audit_log import AuditLog
     from batchlab.manager.collector import events_queue
     from batchlab.manager.context import NotificationChannels
     from batchlab.manager.counters import Counters
@@ -176,7 +177,7 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event, clock: Clock, laun
         await queue.ensure(events_queue(backend.manager))
     pools = backend.pools_in(home)
     accounting = accounting_of(home, pools, tally)
-    counts = Counters()
+    counts, audit = Counters(), AuditLog(ports)
     reports = ReportQueue(open_reporter(backend, home, ports.objects, pools), counts)
     tracer = backend.open_tracer("manager", owner)
     recent = logs.Recent()
@@ -196,6 +197,7 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event, clock: Clock, laun
             backend.open_deliveries(home, clock),
         ),
         recent=recent,
+        audit=audit,
         schedules=True,
         shares=True,
     )
@@ -251,6 +253,7 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event, clock: Clock, laun
         task.cancel()
     results = await asyncio.gather(leading, serving, loading, stopping, *watching, return_exceptions=True)
     await _end_instances(launcher, backend)
+    await audit.close()
     remove_socket(home)
     await queue.close()
     await ledger.close()

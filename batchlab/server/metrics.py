@@ -21,7 +21,7 @@ from batchlab.core.protocol.json_format import FAILURE_KINDS
 from batchlab.manager.counters import STAGE_KINDS, UNREADABLE_KINDS, stage_kind
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import Outstanding
-from batchlab.server.http.common import StateDep, require_token
+from batchlab.server.http.common import StateDep, require_role
 from batchlab.server.job_views import running_tasks, state_of
 
 if TYPE_CHECKING:
@@ -122,6 +122,12 @@ def _tasks(manager: Manager) -> Iterator[Metric]:
         "Bundles that a worker ran in vain, because another worker had committed the outcome first.",
         counts.duplicates,
     )
+    yield _counter("speculative_copies", "Speculative copies of stragglers that the manager sent.", counts.copies)
+    yield _counter(
+        "speculative_copies_won",
+        "Speculative copies whose outcome was committed before the outcome of the original run.",
+        counts.copies_won,
+    )
 
 
 # --- Pools and queues ----------------------------------------------------------------------------
@@ -141,6 +147,8 @@ def _pools(manager: Manager) -> Iterator[Metric]:
     for size, (help_, values) in sizes.items():
         samples = {(name,): value for name, value in zip(groups, values, strict=True)}
         yield _gauge(f"pool_{size}_instances", f"{help_} of the pool.", samples, "pool")
+    left = {(name,): left_s for name in groups if (left_s := manager.fleet_end.left_s(name)) is not None}
+    yield _gauge("pool_end_seconds", "Time until a scheduled action ends the pool without a manager.", left, "pool")
     workers: Counter[tuple[str, ...]] = Counter({(name,): 0 for name in manager.pools})
     slots: Counter[tuple[str, ...]] = Counter(dict.fromkeys(product(manager.pools, ("busy", "free")), 0))
     for worker_status in manager.registry.workers.values():
@@ -282,7 +290,7 @@ def _fill(family: GaugeMetricFamily | CounterMetricFamily, samples: float | Samp
     return family
 
 
-router = APIRouter(dependencies=[Depends(require_token)])
+router = APIRouter(dependencies=[Depends(require_role)])
 
 
 @router.get("/metrics", include_in_schema=False)

@@ -22,6 +22,7 @@ from urllib.parse import parse_qsl
 from batchlab.core.model import JobId
 from batchlab.core.port_retries import set_within
 from batchlab.core.protocol import json_format
+from batchlab.core.users import GRID_OWNER
 from batchlab.server.answers import (
     LEADER_WAIT_S,
     MAX_LISTED,
@@ -143,7 +144,7 @@ class QuickApi:
             raise _NotQuick
         manager = await self._leader()
         # Only the header `traceparent` sets the trace of a job, and the API answers requests with this header.
-        written = await accept(manager, replace(job, trace=""), items)
+        written = await accept(manager, replace(job, trace=""), items, GRID_OWNER)
         return (201 if written.is_new else 200), await current_view(manager, written.rows.id)
 
     async def _leader(self) -> Manager:

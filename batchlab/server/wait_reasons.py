@@ -221,12 +221,30 @@ def _running(f: Facts) -> str | None:
     return _join(
         f"The job runs {count(tasks, 'task')} in {count(len(f.running), 'bundle')} on {count(len(workers), 'worker')}.",
         f"The oldest bundle (stage {stage}, {instance}) has run for {whole(run_s)}.",
+        _copies(f),
         f"{_progress(f)}.",
         _retries(f),
         _next_stage(f),
         *(f"Its other tasks wait for their share: {text}." for text in f.share_waits.values()),
         _fleet_reason(f) or "",
         log,
+    )
+
+
+def _copies(f: Facts) -> str:
+    """Return a sentence about the bundles that run a second time as speculative copies."""
+    copied = {key: outstanding.copied_from for key, outstanding in f.outstanding.items() if outstanding.copied_from}
+    places: set[str] = set()
+    for instance, status in f.workers.items():
+        keys = {(held.stage, held.bundle) for held in status.since_s if held.job == f.record.job.id} & copied.keys()
+        if any(copied[key] != status.beat.worker for key in keys):
+            places.add(instance)
+    if not places:
+        return ""
+    verb = _verb(len(copied), "runs", "run")
+    return (
+        f"{count(len(copied), 'bundle')} {verb} far longer than others and {_verb(len(copied), 'has', 'have')} "
+        f"a speculative copy on {first_of(sorted(places), MAX_LISTED_JOBS)}."
     )
 
 

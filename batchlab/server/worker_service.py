@@ -1,7 +1,7 @@
 """Process of a worker, from its start to its end.
 
 Invariant: a worker that gets SIGTERM returns its messages to the queue before it ends. A worker on the manager's
-machine ends soon after the manager.
+machine ends soon after the manager. A worker on an instance of its own also ends if the manager is gone for good.
 """
 
 from __future__ import annotations
@@ -35,17 +35,24 @@ The limit ensures that worker processes do not outlive their grid.
 """
 
 
+ORPHAN_EXIT = 69
+"""Exit code of a worker that ends because no manager leads. On AWS, systemd then powers the instance off."""
+
+
 def worker_main(home: Home, backend: Backend, *, pool: str = "", slots: int = 0, instance: str = "") -> None:
     """Run a worker until SIGTERM or a notice. A worker on the manager's machine also ends if no manager runs for
-    ORPHAN_S.
+    ORPHAN_S. A worker on an instance of its own ends when it is idle and no manager leads for the manager's setting
+    `orphan_s`.
 
     The values of omitted arguments come from the instance's metadata service.
     """
     logs.set_up(service="worker")
-    asyncio.run(_work(home, backend, pool, slots, instance))
+    if asyncio.run(_work(home, backend, pool, slots, instance)):
+        raise SystemExit(ORPHAN_EXIT)
 
 
-async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: str) -> None:
+async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: str) -> bool:
+    """Run a worker, and return whether the worker has ended because no manager leads."""
     clock, ids = backend.open_clock(), backend.open_ids()
     imds = None if instance else Imds()
     if imds:
@@ -54,6 +61,8 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
         slots = slots or int(await asyncio.to_thread(imds.require_tag, SLOTS_TAG))
     name = ids.fresh("w")
     logs.add_process_fields(worker=name, instance=instance, pool=pool)
+    # A worker on an instance of its own cannot read the record of the manager.
+    has_own_instance = imds is not None or backend.capabilities.remote_manager
     tally = RequestCounter(is_spot=await asyncio.to_thread(imds.is_spot) if imds else False)
     tracer = backend.open_tracer("worker", name)
     objects = backend.open_objects(home, tally)
@@ -72,13 +81,13 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
         tally,
         tracer,
         backend.open_replies(home),
+        ends_without_manager=has_own_instance,
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.drain)
     background = [loop.create_task(_store_environment(objects, worker.who.worker, imds))]
-    # A worker on AWS cannot read the record of the manager. The Auto Scaling group ends a worker on AWS.
-    if not (imds or backend.capabilities.remote_manager):
+    if not has_own_instance:
         background.append(loop.create_task(_drain_orphan(home, worker.drain)))
     gc_control.resume()
     runner.prepare()
@@ -90,6 +99,7 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
         await tracer.close()
     if imds and (hook := backend.open_drain_hook(home, pool, imds)):
         await hook.complete(factory.patience())
+    return worker.is_orphan
 
 
 def _instance_key(home: Home, instance: str) -> str:

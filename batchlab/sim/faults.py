@@ -127,8 +127,9 @@ class Weather:
     With `varied`, each seed chooses its kinds of faults and their rates. With `timed`, each world also has a schedule.
     With `lies`, workers may begin to lie (CORRUPTED) in every world, and every world has additional jobs. With
     `storage`, objects may be damaged in every world, and every world has additional jobs. With `accounts`, the managers
-    record the usage of each job. With `dependent`, jobs depend on earlier jobs of the world. With `shares`, every world
-    has a fair-share policy and several shares.
+    record the usage of each job. With `orphans`, no manager leads in every world until the fleet has ended. With
+    `dependent`, jobs depend on earlier jobs of the world. With `speculative`, stages may have speculative copies, and
+    some workers are slow. With `shares`, every world has a fair-share policy and several shares.
     """
 
     kill_before: float = 0.0
@@ -177,6 +178,8 @@ class Weather:
     storage: bool = False
     accounts: bool = False
     shares: bool = False
+    speculative: bool = False
+    orphans: bool = False
     dependent: bool = False
 
     def rate(self, kind: FaultKind) -> float:
@@ -191,6 +194,8 @@ class Weather:
         drawn = replace(self, **rates, varied=False)
         if self.lies:
             drawn = replace(drawn, corrupted=self.corrupted)
+        if self.speculative:
+            drawn = replace(drawn, frozen=self.frozen, stalled=self.stalled)
         if self.storage:
             damages: dict[str, Any] = {kind.value: self.rate(kind) for kind in (*DAMAGES, FaultKind.UNSYNCED)}
             drawn = replace(drawn, **damages)

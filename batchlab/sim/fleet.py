@@ -1,12 +1,16 @@
 """Fleet of the managers in the simulator, with a state that outlives the managers and with checks of decisions.
 
+The service of the groups performs scheduled actions at their times, whether or not a manager runs.
+
 Invariant: only the manager that read the fleet's state last can change the state. The change of any other manager is
 refused, as by a conditional put, and the manager must read the state again.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from batchlab.adapters.memory.launcher import MemoryState
@@ -16,6 +20,7 @@ from batchlab.core.ports import Clock, Ids, Launcher
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.fleet_port import ManagedFleet
 from batchlab.fleet.group_state import ActivityLog, Group
+from batchlab.fleet.saved_state import decode
 from batchlab.manager.worker_registry import WorkerRegistry
 from batchlab.sim import invariants
 from batchlab.sim.actors import SimulationError, Violated
@@ -25,6 +30,10 @@ BusyAndIdle = Callable[[str], tuple[set[str], set[str]]]
 """Function that returns the busy and the idle instances of a pool from the registry of the pool's manager."""
 OnReplace = Callable[[str, str], None]
 """Function called with an instance and the reason why a manager replaces the instance."""
+OnEnd = Callable[[str], None]
+"""Function called with a pool whose scheduled action is performed."""
+SERVICE_S = 1.0
+"""Interval in seconds of the service that performs scheduled actions."""
 
 
 class FleetState:
@@ -36,6 +45,11 @@ class FleetState:
     def __init__(self) -> None:
         self.store = MemoryState()
         self.loads = 0
+
+    def groups(self) -> list[Group]:
+        """Return the saved groups without a load of the state."""
+        saved = self.store.load()
+        return list(decode(saved)[0].values()) if saved else []
 
 
 class _ManagerStore:
@@ -77,15 +91,24 @@ class SimFleet:
         drain_s: float,
         fail: Fail,
         on_replace: OnReplace = lambda *_: None,
+        on_end: OnEnd = lambda _: None,
+        service_clock: Clock | None = None,
     ) -> None:
+        self.scheduling = _Scheduling(self)
+        """The calls that change scheduled actions. The world may wrap them with faults."""
         self.registry: WorkerRegistry | None = None
         """The manager's registry of workers, set after the fleet is created."""
         self._fleet: _CheckedFleet | None = None
         self._launcher, self._clock, self._ids = launcher, clock, ids
         self._state, self._drain_s, self._fail = state, drain_s, fail
-        self._on_replace = on_replace
+        self._on_replace, self._on_end = on_replace, on_end
+        self._service_clock = service_clock or clock
 
     def __getattr__(self, name: str) -> Any:
+        return getattr(self.loaded(), name)
+
+    def loaded(self) -> _CheckedFleet:
+        """Return the fleet with its loaded state."""
         if self._fleet is None:
             self._fleet = _CheckedFleet(
                 self._launcher,
@@ -96,8 +119,14 @@ class SimFleet:
                 fail=self._fail,
                 busy_and_idle=self._busy_and_idle,
                 on_replace=self._on_replace,
+                on_end=self._on_end,
+                service_clock=self._service_clock,
             )
-        return getattr(self._fleet, name)
+        return self._fleet
+
+    async def schedule_end(self, pool: str, after_s: float | None) -> bool:
+        """See `Fleet.schedule_end`."""
+        return await self.scheduling.schedule_end(pool, after_s)
 
     def _forget(self) -> None:
         """Drop the loaded state of the fleet.
@@ -110,6 +139,40 @@ class SimFleet:
         if self.registry is None:
             return set(), set()
         return set(self.registry.busy(pool)), set(self.registry.idle(pool))
+
+
+class _Scheduling:
+    def __init__(self, fleet: SimFleet) -> None:
+        self._fleet = fleet
+
+    async def schedule_end(self, pool: str, after_s: float | None) -> bool:
+        return await self._fleet.loaded().schedule_end(pool, after_s)
+
+
+class AutoScalingService:
+    """Service of the groups without a manager. `fleet` returns the fleet with a newly loaded state, and `is_led`
+    returns whether a manager leads."""
+
+    def __init__(self, fleet: Callable[[], SimFleet], state: FleetState, clock: Clock, is_led: Callable[[], bool]):
+        self._new_fleet = fleet
+        self._state = state
+        self._clock = clock
+        self._is_led = is_led
+
+    async def run(self) -> None:
+        """Perform the due actions, and end the instances of ended groups while no manager leads, forever."""
+        while True:
+            await asyncio.sleep(SERVICE_S)
+            groups, now_s = self._state.groups(), self._clock.now_s()
+            is_due = any(group.end_s is not None and group.end_s <= now_s for group in groups)
+            if is_due or (not self._is_led() and any(self._is_ending(group) for group in groups)):
+                with suppress(BackendError):  # A manager has changed the state during the tick.
+                    await self._new_fleet().tick()
+
+    @staticmethod
+    def _is_ending(group: Group) -> bool:
+        members = group.members.values()
+        return not group.pool.max_size and any(m.state is not LifecycleState.TERMINATED for m in members)
 
 
 class _CheckedFleet(ManagedFleet):
@@ -126,17 +189,24 @@ class _CheckedFleet(ManagedFleet):
         fail: Fail,
         busy_and_idle: BusyAndIdle,
         on_replace: OnReplace,
+        on_end: OnEnd,
+        service_clock: Clock,
     ) -> None:
         super().__init__(launcher, clock, ids, store, drain_s=drain_s)
         self._fail, self._on_replace = fail, on_replace
+        self._service_clock = service_clock
         dead = self._changes.dead
-        self._changes = _CheckedChanges(self._changes.log, clock, ids, fail, busy_and_idle)
+        self._changes = _CheckedChanges(self._changes.log, clock, ids, fail, busy_and_idle, on_end)
         self._changes.dead = dead
 
     async def set_health(self, instance: str, *, healthy: bool, cause: str) -> None:
         """See `Fleet.set_health`. The world checks each replacement of an instance."""
         self._on_replace(instance, cause)
         await super().set_health(instance, healthy=healthy, cause=cause)
+
+    def _schedule_clock_s(self) -> float:
+        """Return the time of the service, because a managed service performs scheduled actions by its own clock."""
+        return self._service_clock.now_s()
 
     def _save(self, *, changed: bool = False) -> None:
         is_changed = changed or self._changes.unsaved
@@ -150,10 +220,18 @@ class _CheckedFleet(ManagedFleet):
 
 
 class _CheckedChanges(Changes):
-    def __init__(self, log: ActivityLog, clock: Clock, ids: Ids, report: Fail, busy_and_idle: BusyAndIdle) -> None:
+    def __init__(
+        self, log: ActivityLog, clock: Clock, ids: Ids, report: Fail, busy_and_idle: BusyAndIdle, on_end: OnEnd
+    ) -> None:
         super().__init__(log, clock, ids)
         self._report = report
         self._busy_and_idle = busy_and_idle
+        self._on_end = on_end
+
+    def end(self, group: Group) -> None:
+        """Report a performed scheduled action to the world."""
+        self._on_end(group.pool.name)
+        super().end(group)
 
     def scale_in(self, group: Group) -> None:
         """Check that scale-in does not select a busy worker while the manager knows an idle worker."""

@@ -115,6 +115,8 @@ WEATHERS: Mapping[str, Weather] = {
     "dependent": trial.DEPENDENT,
     "lies": trial.LIES,
     "shares": trial.SHARES,
+    "orphans": trial.ORPHANS,
+    "speculative": trial.SPECULATIVE,
     "storage": trial.STORAGE,
     "storm": trial.STORM,
     "timed": trial.TIMED,

@@ -61,6 +61,8 @@ class Plan:
     """Range of seconds that a slow answer to a worker's read of a control object takes."""
     policies: tuple[tuple[float, SharePolicy], ...] = ()
     """Fair-share policies that a user sets, each with its time in seconds since the start of the world."""
+    slow_share: float = 0.0
+    """Share of the instances whose workers are slow."""
 
 
 def draw(seed: int) -> Plan:
@@ -282,6 +284,33 @@ def _plain_job(seed: int, number: int, rng: random.Random, pools: Sequence[Pool]
         # The first bundles of a job without a start time are sent before the ledger has the job.
         token=f"{seed}-{number}" if (seed + number) % 2 else "",
         start_at_s=EPOCH_S + 40 if rng.random() < 0.05 else None,
+    )
+
+
+SLOW_WORKERS = 0.3
+"""Share of slow workers in worlds with speculative copies."""
+
+
+def with_copies(seed: int, plan: Plan) -> Plan:
+    """Return the plan with stages whose tasks may have speculative copies, except tasks with side effects."""
+    rng = random.Random(f"{seed}/copies")  # noqa: S311 - simulation
+
+    def stage(stage: StageDef) -> StageDef:
+        side_effects = rng.random() < 0.2
+        return replace(stage, speculative_copies=side_effects or rng.random() < 0.9, side_effects=side_effects)
+
+    jobs = tuple(
+        replace(job, stages=tuple(map(stage, job.stages)), items=max(job.items or 0, rng.choice([8, 20, 40])))
+        for job in plan.jobs
+    )
+    pools = tuple(replace(pool, min_size=rng.choice([0, 2, 3]), max_size=rng.choice([3, 4, 6])) for pool in plan.pools)
+    manager = replace(plan.manager, idle_s=rng.choice([5.0, 60.0]), copy_after_s=rng.choice([2.0, 5.0]))
+    # The replacement of a frozen instance takes a multiple of `silence_s`.
+    manager = replace(manager, silence_s=min(manager.silence_s, 120.0))
+    run_s = rng.choice([(0.1, 1.0, 1.0), (1.0, 2.0, 3.0), (0.5, 1.0, 10.0)])
+    heaviness = rng.choice([0.0, 0.1, 0.3, 1.0])
+    return replace(
+        plan, jobs=jobs, pools=pools, manager=manager, run_s=run_s, heaviness=heaviness, slow_share=SLOW_WORKERS
     )
 
 

@@ -43,11 +43,13 @@ def wrap(
     log: EventLog | None = None,
     watch: Watch | None = None,
     rights: Rights | None = None,
+    stream: str = "",
 ) -> T:
     """Return a wrapper of the port `inner` for one actor.
 
     `port` is the name of the port in the log. The faults of a queue apply only to calls of the port "queue". `rights`
-    refuses the calls that the actor's role does not allow.
+    refuses the calls that the actor's role does not allow. Calls with a `stream` are numbered separately, so that they
+    do not change the faults of the actor's other calls.
 
     Without faults and log, return `inner` itself. The unwrapped port costs no time, but prevents a kill of the actor.
     An actor can be killed if it has a source of faults, even with rates and latencies of 0.
@@ -57,7 +59,7 @@ def wrap(
         return inner
     # The wrapper is a dynamic proxy with the type of its target. Explicit wrappers of five protocols would need 40
     # methods that only delegate and follow every change of the ports.
-    return cast(T, _Port(inner, port, actor, faults, log, watch, rights))
+    return cast(T, _Port(inner, port, actor, faults, log, watch, rights, actor.name + stream))
 
 
 @dataclass(eq=False, repr=False)
@@ -69,6 +71,7 @@ class _Port:
     _log: EventLog | None
     _watch: Watch | None
     _rights: Rights | None
+    _source: str
     _pause: Pause = field(default_factory=Pause)
 
     def __getattr__(self, name: str) -> Any:
@@ -126,7 +129,7 @@ class _Port:
         """Perform a call. The log has the arguments `shown`, or else the arguments of the call."""
         shown = shown or (args, kwargs)
         self._check()
-        point = _INSTANT if self._faults is None else self._faults.next(self._actor.name)
+        point = _INSTANT if self._faults is None else self._faults.next(self._source)
         try:
             if point.request_s:
                 await self._pause(point.request_s)
@@ -142,7 +145,7 @@ class _Port:
         self._check()
         faults = self._faults
         assert faults is not None, "a port without faults and log has no wrapper"
-        point = faults.next(self._actor.name)
+        point = faults.next(self._source)
         if point.request_s:
             await self._pause(point.request_s)
         if point.answer_s or not faults.is_plain(point, _kind_of(label, kwargs)):

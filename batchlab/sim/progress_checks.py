@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from batchlab.core.job_definition import Condition, JobDef, task_name
-from batchlab.core.model import Bundle, JobState, Outcome, StageName
+from batchlab.core.model import Bundle, FailureKind, JobState, Outcome, StageName
 from batchlab.core.ports import Cut
 from batchlab.sim.actors import Actor
 from batchlab.sim.event_log import Name, name_of_bundle
@@ -175,6 +175,54 @@ class StartTimeChecks:
             f"(attempt {bundle.attempt}, round {bundle.round})"
         )
         self.check(now_s >= due_s - EARLY_S, "start times", facts, bundle.job)
+
+
+WAITS_S = 10.0
+"""Seconds for which work may wait in a queue when a manager sends a speculative copy to this queue."""
+SHARE = 10
+"""A stage of n tasks has at most n / SHARE speculative copies of one manager, and always at least one."""
+
+
+@dataclass(slots=True)
+class CopyChecks:
+    """Checks of speculative copies: which bundles are copied, how often, and where the copies run."""
+
+    check: Check
+    _jobs: dict[str, JobDef] = field(default_factory=dict)
+    _sent: dict[tuple[str, str, str, int], dict[str, set[float]]] = field(default_factory=dict)
+    """Run time limits of the copies by bundle, for each manager and stage. A repeated request has the same limit."""
+
+    def on_definition(self, job: JobDef) -> None:
+        self._jobs[job.id] = job
+
+    def check_send(self, sender: str, bundle: Bundle, copy_s: float, waiting: Collection[Name]) -> None:
+        """Check the send of a copy. `waiting` has the bundles that have waited in the queue for WAITS_S seconds."""
+        name = f"{bundle.stage}/{bundle.id} of {bundle.job}"
+        job = self._jobs[bundle.job]
+        stage = job.stage(bundle.stage)
+        is_allowed = stage.speculative_copies and not stage.side_effects
+        self.check(is_allowed, "copies", f"{sender} sends a copy of {name}, which must not be copied", bundle.job)
+        self.check(sender.startswith("manager"), "copies", f"{sender} sends a copy of {name} again", bundle.job)
+        self.check(not waiting, "copies", f"{sender} sends a copy of {name} while {waiting} wait", bundle.job)
+        copies = self._sent.setdefault((sender, bundle.job, bundle.stage, bundle.round), {})
+        limits_s = copies.setdefault(bundle.id, set())
+        limits_s.add(copy_s)
+        facts = f"{sender} sends {len(limits_s)} copies of {name}"
+        self.check(len(limits_s) == 1, "copies", facts, bundle.job)
+        most = max(1, (job.items or 0) // SHARE)
+        facts = f"{sender} sends copies of {len(copies)} bundles of {bundle.stage} of {bundle.job}"
+        self.check(len(copies) <= most, "copies", facts, bundle.job)
+
+    def check_commit(self, actor: Actor, outcome: Outcome) -> None:
+        """Check the outcome of a copy. A copy leaves failures to the original run."""
+        has_failed = any(failure.kind is not FailureKind.LOST for failure in outcome.failed)
+        facts = f"{actor.name} commits a failure of a copy of {outcome.bundle.stage}/{outcome.bundle.id}"
+        self.check(not has_failed, "copies", facts, outcome.bundle.job)
+
+    def check_start(self, actor: Actor, bundle: Bundle, is_original: bool, is_copy: bool) -> None:
+        """Check that a worker that runs a bundle does not also run its copy."""
+        facts = f"{actor.name} runs {bundle.stage}/{bundle.id} and also its copy"
+        self.check(not (is_original and is_copy), "copies", facts, bundle.job)
 
 
 @dataclass(slots=True)

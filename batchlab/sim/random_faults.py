@@ -290,7 +290,7 @@ class WorldFaults:
         return f"{pool.name} to {'nothing' if drained else desired} for {seconds:.3f} s"
 
     async def _start_second_manager(self, _rng: random.Random) -> str | None:
-        if len(self._world.manager_processes) != 1:
+        if len(self._world.manager_processes) != 1 or not self._world.may_start.is_set():
             return None
         self._world.start_manager()
         return f"manager-{self._world.managers}"

@@ -18,7 +18,7 @@ from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.errors import Malformed, TooNew
 from batchlab.core.fair_share import SharePolicy
 from batchlab.core.job_definition import task_name
-from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, StageName
+from batchlab.core.model import Bundle, Control, JobId, JobState, Outcome, StageCounts, StageName
 from batchlab.core.ports import Clock, Cut, Ending, Message, StageRecord
 from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.service_settings import MAX_VISIBILITY_S
@@ -28,6 +28,8 @@ from batchlab.sim.event_log import Name, bundle_in, doc_of, name_in, name_of_bun
 from batchlab.sim.faults import LATENCY_S, SLOW_LOOKS_S
 from batchlab.sim.progress_checks import (
     GIVE_BACK_S,
+    WAITS_S,
+    CopyChecks,
     DependencyChecks,
     LeadershipChecks,
     SilenceChecks,
@@ -49,6 +51,9 @@ BEGIN_S = 2 * LATENCY_S[1]
 
 After the write of a start marker, the worker waits for the answer and reads the control object.
 """
+
+COPY = "cp"
+"""Key of the run time limit in the message of a speculative copy."""
 
 RECENT_S = 60.0
 """Seconds after a fault in which the fault may still delay the sends of its target."""
@@ -74,6 +79,8 @@ class HeldMessage:
     losses: int
     received_s: float
     extended_s: float
+    is_copy: bool = False
+    """Whether the message is a speculative copy."""
     given_back: bool = False
 
     @property
@@ -129,6 +136,7 @@ class Watch:
     dependencies: DependencyChecks = field(init=False)
     silences: SilenceChecks = field(init=False)
     shares: ShareChecks = field(init=False)
+    copies: CopyChecks = field(init=False)
     _begun: dict[Actor, set[Name]] = field(default_factory=dict)
     """Bundles of which each worker has started tasks, by worker."""
     _last_starts: dict[Name, Start] = field(default_factory=dict)
@@ -149,6 +157,8 @@ class Watch:
     _deleted: set[str] = field(default_factory=set)
     """Jobs whose deletion is committed."""
     _holds: dict[tuple[str, str], HeldMessage] = field(default_factory=dict)
+    _stopped_s: dict[tuple[Actor, Name], float] = field(default_factory=dict)
+    """Time at which a manager deleted a worker's message of a bundle with a speculative copy."""
     _settled_s: dict[tuple[Actor, Name], float] = field(default_factory=dict)
     _disturbed_s: dict[Actor, float] = field(default_factory=dict)
     _counts: dict[tuple[JobId, StageName], tuple[int, StageCounts]] = field(default_factory=dict)
@@ -164,6 +174,7 @@ class Watch:
         self.dependencies = DependencyChecks(self.check)
         self.silences = SilenceChecks(self.check, self.silence_s)
         self.shares = ShareChecks(self.check, self.controls.is_live, self.controls.live_since_s)
+        self.copies = CopyChecks(self.check)
         # The watch's timers expire even while a process is frozen.
         self._context = copy_context()
 
@@ -235,6 +246,7 @@ class Watch:
             outcome = json_format.outcome_from_json(json_format.loads(data))
             name = name_of_bundle(outcome.bundle)
             self.check(name in self._planned, "I1", f"{name} is committed, but not planned", name[0])
+            self._check_copy_commit(outcome)
             self._committed.add(name)
             self.waste.on_commit(name, self.clock.monotonic_s())
             self.start_times.on_commit(outcome)
@@ -248,6 +260,7 @@ class Watch:
             doc = json_format.loads(data)
             job, opening = json_format.job_from_json(doc), commit_keys.opening_in(doc)
             self.waste.on_definition(job)
+            self.copies.on_definition(job)
             self.start_times.on_definition(job)
             self.shares.on_definition(job, self.clock.monotonic_s())
             self.dependencies.on_definition(job)
@@ -342,21 +355,23 @@ class Watch:
         if queue == object_keys.EVENTS:
             return
         for message in messages:
-            bundle = bundle_in(doc_of(message.body))
+            doc = doc_of(message.body)
+            bundle = bundle_in(doc)
             if bundle is None:
                 continue
             name = name_of_bundle(bundle)
             # The check of deletes skips lies and bundles that no manager has planned.
             is_work = name in self._planned and message.body not in self.trust.lies_sent
             if not _carries_tasks(queue):
-                if is_work:
+                if is_work and COPY not in doc:
                     self.waste.on_dead_letter(message.receipt, bundle, now_s)
                 continue
             self.trust.on_receive(actor, queue, name[0], message.body)
             may_receive = not self.waste.is_draining(actor, now_s) or self._excused(actor, now_s)
             self.check(may_receive, "I6", f"{actor.name} receives {name} though it was told to drain", name[0])
             if is_work:
-                hold = HeldMessage(actor, name, message.receive_count, bundle.losses, now_s, now_s)
+                is_copy = COPY in doc
+                hold = HeldMessage(actor, name, message.receive_count, bundle.losses, now_s, now_s, is_copy)
                 self._holds[queue, message.receipt] = hold
 
     def _sends(self, actor: Actor, queue: str, messages: Sequence[Any]) -> None:
@@ -379,11 +394,23 @@ class Watch:
                 self.waste.check_send(actor.name, bundle, now_s, disturbed=disturbed)
                 self.silences.on_send(name)
                 self._check_losses(actor, bundle)
-                self._check_adoption(actor, name, now_s)
-                self._check_running(actor, bundle, now_s)
+                self._check_stopped(actor, name, now_s)
+                if COPY in doc:
+                    waiting = [] if disturbed else self._waiting(queue)
+                    self.copies.check_send(actor.name, bundle, doc[COPY], waiting)
+                else:
+                    self._check_adoption(actor, name, now_s)
+                    self._check_running(actor, bundle, now_s)
                 facts = f"{actor.name} sends {name}, which follows from nothing that is committed"
                 self.check(name in self._planned, "step 3", facts, name[0])
                 self._settled_s[actor, name] = now_s
+
+    def _waiting(self, queue: str) -> list[Name]:
+        """Return the bundles that wait in the queue for a slot, except copies and bundles that have ended."""
+        since_s = self.clock.now_s() - WAITS_S
+        bodies = [body for body, visible_s in self.queue.waiting(queue) if visible_s < since_s]
+        names = [name for body in bodies if COPY not in doc_of(body) and (name := name_in(body))]
+        return [name for name in names if name in self._planned - self._committed and self.controls.is_live(name[0])]
 
     def _check_losses(self, actor: Actor, bundle: Bundle) -> None:
         """Check that a worker that sends its bundle again passes on the number of the bundle's losses.
@@ -395,6 +422,21 @@ class Watch:
         is_right = not expected or name in self._following or bundle.losses >= min(expected)
         facts = f"{actor.name} sends {name} with {bundle.losses} losses instead of {expected}"
         self.check(is_right, "losses", facts, name[0])
+
+    def _check_stopped(self, actor: Actor, name: Name, now_s: float) -> None:
+        """Check that a worker that lost against a speculative copy does not send its bundle again.
+
+        A draining worker may not know yet that it has lost.
+        """
+        stopped_s = self._stopped_s.get((actor, name))
+        is_allowed = (
+            stopped_s is None
+            or name in self._following
+            or self.waste.is_draining(actor, now_s)
+            or self._excused(actor, stopped_s)
+        )
+        facts = f"{actor.name} sends {name} again, although another worker's outcome has stopped its run"
+        self.check(is_allowed, "copies", facts, name[0])
 
     def _held_by(self, actor: Actor | None, name: Name) -> list[HeldMessage]:
         return [hold for hold in self._holds.values() if hold.actor is actor and hold.bundle == name]
@@ -449,7 +491,10 @@ class Watch:
             # After a worker has reported a bundle and kept a part of its tasks, the manager may replace the part.
             reported_s = self._settled_s.get((hold.actor, hold.bundle), -1.0)
             is_done = is_done or (hold.actor is not actor and reported_s >= hold.received_s)
-            may_delete = is_done or self.controls.was_stopped(hold.bundle[0], hold.received_s)
+            if hold.actor is not actor and hold.bundle in self._committed:
+                self._stopped_s[hold.actor, hold.bundle] = self.clock.monotonic_s()
+            # Another worker has the bundle of a copy.
+            may_delete = is_done or hold.is_copy or self.controls.was_stopped(hold.bundle[0], hold.received_s)
             facts = f"{actor.name} deletes {hold.bundle}, and has neither told of it nor sent it again"
             self.check(may_delete, "step 4", facts, hold.bundle[0])
 
@@ -549,6 +594,7 @@ class Watch:
         """Check and record the start of a task of `bundle`."""
         now_s, name = self.clock.monotonic_s(), name_of_bundle(bundle)
         if actor is not None:
+            self._check_copy(actor, bundle, task)
             self._begun.setdefault(actor, set()).add(name)
             self._last_starts[name] = self.starts[-1]
         self.start_times.check_start(bundle, task, self.clock.now_s())
@@ -561,6 +607,22 @@ class Watch:
             received_s = min(hold.received_s for hold in holds)
             deliveries = min(hold.deliveries for hold in holds)
             self.waste.check_rerun(actor, bundle, received_s, deliveries)
+
+    def _check_copy_commit(self, outcome: Outcome) -> None:
+        actor = CURRENT.get()
+        holds = self._held_by(actor, name_of_bundle(outcome.bundle))
+        if actor is not None and holds and all(hold.is_copy for hold in holds):
+            self.copies.check_commit(actor, outcome)
+
+    def _check_copy(self, actor: Actor, bundle: Bundle, task: int) -> None:
+        before, holds = self._last_starts.get(name_of_bundle(bundle)), self._held_by(actor, name_of_bundle(bundle))
+        if before is None or before.actor is not actor or before.ended_s is not None or before.task != task:
+            return
+        # A worker with two messages of the same bundle in addition to the copy may run both.
+        originals = [hold for hold in holds if not hold.is_copy]
+        is_original = len(originals) == 1 and originals[0].received_s <= before.at_s
+        is_copy = any(hold.is_copy and not hold.given_back for hold in holds)
+        self.copies.check_start(actor, bundle, is_original, is_copy)
 
     def on_kill(self, actor: Actor) -> None:
         """Record that a worker has ended without draining."""

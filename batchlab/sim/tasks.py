@@ -59,8 +59,11 @@ class ScriptedRunner:
         clock: Clock,
         started: Callable[[AttemptInput], Callable[[], None]],
         die: Callable[[], None],
+        slowness: float = 1.0,
     ) -> None:
+        """Run tasks `slowness` times as long as in the script."""
         self._script = script
+        self._slowness = slowness
         self._clock = clock
         self._started = started
         self._die = die
@@ -75,17 +78,19 @@ class ScriptedRunner:
                 return
             scene = AttemptInput(work.job, work.stage, work.bundle, task, item)
             play = self._script(scene)
+            run_s = play.run_s * self._slowness
             handle.running = task
             ended = self._started(scene)
             # Long tasks check less often whether they must stop. Frequent checks of a 12 h task would cost 10⁶ events.
-            check_s = max(STEP_S, play.run_s / 200)
-            if not await _run_for(play.run_s, check_s, handle, self._clock, self._pause):
+            check_s = max(STEP_S, run_s / 200)
+            if not await _run_for(run_s, check_s, handle, self._clock, self._pause):
+                ended()
                 return
             handle.running = None
             if play.kills_worker:
                 self._die()
             ended()
-            yield Ran(task, play.run_s, play.value, play.failure)
+            yield Ran(task, run_s, play.value, play.failure)
 
     async def close(self) -> None:
         """Do nothing, because the tasks use no processes."""

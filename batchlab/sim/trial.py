@@ -16,7 +16,7 @@ from batchlab.core.model import JobState
 from batchlab.core.pricing.usage import Accounting
 from batchlab.manager.manager import Manager
 from batchlab.sim import invariants
-from batchlab.sim.actors import Violated
+from batchlab.sim.actors import Violated, check
 from batchlab.sim.event_loop import SimLoop, TimeLimit
 from batchlab.sim.faults import DAMAGES, Fault, FaultKind, Faults, Weather
 from batchlab.sim.plans import (
@@ -27,6 +27,7 @@ from batchlab.sim.plans import (
     draw,
     focus_of,
     with_bystanders,
+    with_copies,
     with_dependencies,
     with_focus,
     with_shares,
@@ -114,6 +115,10 @@ SHARES = Weather(
 )
 """Fault rates for worlds with a fair-share policy. The faults are rare, because a fault of a manager pauses the check
 of its cuts."""
+SPECULATIVE = replace(ALL, speculative=True, frozen=0.02)
+"""Rates of all kinds of faults, for worlds with speculative copies and slow workers."""
+ORPHANS = replace(ALL, orphans=True)
+"""Rates of all kinds of faults, for worlds whose managers are gone until scheduled actions have ended the fleet."""
 
 BUDGET = dict.fromkeys(FaultKind, 12) | dict.fromkeys((FaultKind.CORRUPTED, *DAMAGES), 3)
 BUDGET[FaultKind.FROZEN] = 2
@@ -127,6 +132,11 @@ the SQL ledger takes a third of a world's run time.
 """
 NOTIFY_EVERY = 7
 """In one of NOTIFY_EVERY worlds, the managers notify a target of each end of a job."""
+ORPHAN_S = 180.0
+ABANDON_S = (20.0, 400.0)
+"""Range of seconds until the managers of a world with `orphans` are gone."""
+MAX_ORPHAN_S = 4_000.0
+"""Limit of the time in which the fleet ends after the end of the last manager, with the run time of its bundles."""
 MAX_STEPS = 5_000_000
 CHECK_S = 15.0
 MAX_WAITS, MAX_WAITS_WITH_LIARS = 600, 4_000
@@ -170,6 +180,8 @@ def plan_of(seed: int, weather: Weather = ALL) -> Plan:
     focus = _focus_of(seed, weather, plan)
     if (weather.lies or weather.storage) and plan.limit_s == LIMIT_S:
         return with_bystanders(seed, plan)
+    if weather.speculative and plan.limit_s == LIMIT_S:
+        return with_copies(seed, plan)
     if weather.dependent and plan.limit_s == LIMIT_S:
         return with_dependencies(seed, plan)
     return with_focus(seed, focus, plan) if focus else plan
@@ -181,7 +193,7 @@ def weather_of(seed: int, weather: Weather = ALL) -> Weather:
     if focus:
         return FOCUS_WEATHERS[focus]
     rng = random.Random(f"{seed}/weather")  # noqa: S311 - simulation
-    return weather.of_seed(rng, heaviness=draw(seed).heaviness)
+    return weather.of_seed(rng, heaviness=plan_of(seed, weather).heaviness)
 
 
 def replay_faults(seed: int, faults: Iterable[Fault]) -> Faults:
@@ -212,6 +224,7 @@ def run(
     faults.slow_looks_s = plan.slow_looks_s
     # A world of many hours does not have a schedule, because its tasks are longer than any schedule's period.
     timed = weather.timed and plan.limit_s == LIMIT_S
+    orphans = weather.orphans and plan.limit_s == LIMIT_S
 
     def make_world() -> World:
         world = World(
@@ -219,7 +232,7 @@ def run(
             plan.pools,
             faults=faults,
             script=TaskPlans(seed, plan.run_s),
-            manager_settings=plan.manager,
+            manager_settings=replace(plan.manager, orphan_s=ORPHAN_S) if orphans else plan.manager,
             worker_settings=plan.worker,
             skew_s=plan.skew_s,
             logged=logged or log is not None,
@@ -228,6 +241,7 @@ def run(
             accounting=Accounting() if weather.accounts else None,
             notifies=seed % NOTIFY_EVERY == 3,
             shares=weather.shares,
+            slow_share=plan.slow_share,
         )
         if world.log is not None and log is not None:
             world.log.lines = log
@@ -237,13 +251,13 @@ def run(
         return world
 
     try:
-        main = _main(make_world, plan, faults, timed=timed)
+        main = _main(make_world, plan, faults, timed=timed, orphans=orphans)
         return SimLoop(inline_executor=True).run(main, limit_s=plan.limit_s, limit_steps=MAX_STEPS)
     except TimeLimit as error:
         raise Violated(f"I7 is violated: something never ends. {error}") from error
 
 
-async def _main(make_world: Callable[[], World], plan: Plan, faults: Faults, *, timed: bool) -> Report:
+async def _main(make_world: Callable[[], World], plan: Plan, faults: Faults, *, timed: bool, orphans: bool) -> Report:
     world = make_world()
     world.watch.start_times.is_exact = not plan.skew_s
     supervisor = asyncio.create_task(world.supervise(), name="supervisor")
@@ -255,7 +269,12 @@ async def _main(make_world: Callable[[], World], plan: Plan, faults: Faults, *, 
         users.append(ScheduleUser(world, plan, faults).use())
     if plan.policies:
         users.append(_set_policies(world, plan))
+    if orphans:
+        service = asyncio.create_task(world.serve_groups(), name="auto scaling")
+        users.append(_abandon(world))
     await asyncio.gather(world_faults.inject(), *users)
+    if orphans:
+        service.cancel()
     watcher.cancel()
     await _wait_for_rest(world, max(plan.run_s))
     await invariants.check_trial(world, plan)
@@ -283,6 +302,34 @@ async def _set_policies(world: World, plan: Plan) -> None:
 
 def _set_policy(policy: SharePolicy, manager: Manager) -> Awaitable[None]:
     return manager.fair_share.change(lambda _: policy)
+
+
+async def _abandon(world: World) -> None:
+    """Kill or suspend all managers, check that the fleet ends, and let a manager lead again."""
+    rng = world.rng("abandon")
+    await asyncio.sleep(rng.uniform(*ABANDON_S))
+    while True:
+        if world.has_scheduled_ends():
+            break  # A manager has led.
+        await asyncio.sleep(1.0)
+    is_suspended = rng.random() < 0.5
+    world.may_start.clear()
+    world.note("trial", "the managers are suspended" if is_suspended else "the managers are killed")
+    begun_s = world.clock.monotonic_s()
+    while world.running_instances() or world.has_scheduled_ends():
+        # A manager may have been starting, and a stall may end.
+        for process in list(world.manager_processes):
+            if is_suspended:
+                process.actor.freeze()
+            else:
+                process.actor.kill()
+        await asyncio.sleep(1.0)
+        lasted_s = world.clock.monotonic_s() - begun_s
+        facts = f"{world.running_instances()} run {lasted_s:.0f} s after the end of the last manager"
+        check(lasted_s < MAX_ORPHAN_S, "orphans", facts)
+    world.may_start.set()
+    for process in list(world.manager_processes):
+        process.actor.thaw()
 
 
 async def _watch_ledger(world: World, plan: Plan) -> None:

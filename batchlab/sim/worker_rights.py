@@ -26,6 +26,7 @@ READS = (
     "boot/*",
     "code/*",
     "files/*",
+    "grid/leader.json",
     "jobs/*/spec.json",
     "jobs/*/control.json",
     "jobs/*/*/plan/*/manifest.json",

@@ -22,10 +22,10 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.errors import BackendError, NotFound, Refused
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import GroupView, JobId, Pool
+from batchlab.core.model import GroupView, JobId, LifecycleState, Pool
 from batchlab.core.notifications import Notification, NotificationSettings, Target
 from batchlab.core.port_retries import Patience
-from batchlab.core.ports import Fleet, JobRecord, JobRows, Objects
+from batchlab.core.ports import Clock, Fleet, Ids, JobRecord, JobRows, Launcher, Objects
 from batchlab.core.pricing.usage import Accounting
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.service_settings import ManagerSettings, WorkerSettings
@@ -34,11 +34,11 @@ from batchlab.manager.context import NotificationChannels
 from batchlab.manager.manager import Manager
 from batchlab.manager.recorder import ReportQueue
 from batchlab.manager.state import Ports
-from batchlab.sim.actors import CURRENT, Actor, ActorKilled, SimClock, SimIds, SkewedClock
+from batchlab.sim.actors import CURRENT, Actor, ActorKilled, SimClock, SimIds, SkewedClock, Violated
 from batchlab.sim.event_log import EventLog
 from batchlab.sim.event_loop import Crashed, SimLoop
 from batchlab.sim.faults import Faults
-from batchlab.sim.fleet import FleetState, SimFleet
+from batchlab.sim.fleet import AutoScalingService, FleetState, SimFleet
 from batchlab.sim.lying_insider import Insider
 from batchlab.sim.lying_worker import Liar, WorkerPorts
 from batchlab.sim.port_wrappers import wrap
@@ -53,8 +53,12 @@ if TYPE_CHECKING:
     from batchlab.sim.cached_ledger import CachedLedger
 
 EPOCH_S = 1_700_000_000.0
+LED_SHARE = 0.75
+"""Share of `orphan_s` after which a manager that leads without a pause must have postponed the scheduled actions."""
 RESTART_S = 3.0
 """Average seconds between the death of a manager and the start of the next manager."""
+
+SLOWNESS = 15.0
 
 DIRECTORY = NotificationSettings((Target("everybody", "webhook", "https://target.invalid/"),))
 
@@ -110,6 +114,8 @@ class World:
     schedules: bool = False
     notifies: bool = False
     shares: bool = False
+    slow_share: float = 0.0
+    """Share of the instances whose tasks take SLOWNESS times as long."""
     log: EventLog | None = field(init=False)
     objects: SimObjects = field(init=False)
     queue: SimQueue = field(init=False)
@@ -126,11 +132,18 @@ class World:
     """Number of ledger rebuilds that are due or in progress. Until a rebuild ends, the ledger may be incomplete."""
     rebuilds: int = field(init=False, default=0)
     """Number of ledger rebuilds so far."""
+    may_start: asyncio.Event = field(init=False, default_factory=asyncio.Event)
+    """Event that is set unless no manager may start."""
+    ends: int = field(init=False, default=0)
+    """Number of scheduled actions that have ended a pool so far."""
+    _led_since_s: dict[str, float] = field(init=False, default_factory=dict)
+    """Time since which a manager has led without a pause, by the manager's name."""
     _state: FleetState = field(init=False, default_factory=FleetState)
 
     def __post_init__(self) -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, SimLoop)
+        self.may_start.set()
         self.log = EventLog(loop.time) if self.logged else None
         self.clock = SimClock(loop, EPOCH_S)
         self.objects = SimObjects()
@@ -203,15 +216,9 @@ class World:
         owner = self.last_owner
         actor, rng = Actor(owner), self.rng(owner)
         ids, clock = SimIds(rng), self._clock_of(rng)
-        fleet = SimFleet(
-            self._wrap(self.launcher, "launcher", actor),
-            clock,
-            ids,
-            self._state,
-            drain_s=self.worker_settings.drain_s + 5.0,
-            fail=self.watch.fail,
-            on_replace=self._on_replacement,
-        )
+        fleet = self._fleet(self._wrap(self.launcher, "launcher", actor), clock, ids)
+        if self.manager_settings.orphan_s:
+            fleet.scheduling = self._wrap(fleet.scheduling, "scheduling", actor, stream="/scheduling")
         ports = Ports(
             self._wrap(self.objects, "objects", actor),
             self._wrap(self.queue, "queue", actor),
@@ -238,6 +245,53 @@ class World:
         self.manager_processes.append(process)
         task.add_done_callback(lambda _: self._ended(process))
         return task
+
+    def _fleet(self, launcher: Launcher, clock: Clock, ids: Ids) -> SimFleet:
+        return SimFleet(
+            launcher,
+            clock,
+            ids,
+            self._state,
+            drain_s=self.worker_settings.drain_s + 5.0,
+            fail=self.watch.fail,
+            on_replace=self._on_replacement,
+            on_end=self._on_end,
+            service_clock=self.clock,
+        )
+
+    def running_instances(self) -> list[str]:
+        """Return the instances of the fleet that have not ended."""
+        members = [member for group in self._state.groups() for member in group.members.values()]
+        saved = [m.instance.id for m in members if m.state is not LifecycleState.TERMINATED]
+        return saved + [name for name, worker in self.workers.items() if worker.ended is None and name not in saved]
+
+    def has_scheduled_ends(self) -> bool:
+        """Return whether any group has a scheduled action."""
+        return any(group.end_s is not None for group in self._state.groups())
+
+    async def serve_groups(self) -> None:
+        """Perform the groups' scheduled actions, as EC2 Auto Scaling does, and record which managers lead, forever."""
+        ids = SimIds(self.rng("auto scaling"))
+        new_fleet = partial(self._fleet, self.launcher, self.clock, ids)
+        await AutoScalingService(new_fleet, self._state, self.clock, self._is_led).run()
+
+    def _is_led(self) -> bool:
+        now_s, before = self.clock.monotonic_s(), self._led_since_s
+        leaders = [process for process in self.manager_processes if process.actor.alive]
+        leaders = [one for one in leaders if one.manager.is_leader.is_set() and not self.watch.frozen(one.actor)]
+        self._led_since_s = {one.actor.name: before.get(one.actor.name, now_s) for one in leaders}
+        return bool(leaders)
+
+    def _on_end(self, pool: str) -> None:
+        """Check that a scheduled action ends a pool only if no manager has led for a while."""
+        self.ends += 1
+        self._is_led()
+        longest_s = self.clock.monotonic_s() - min(self._led_since_s.values(), default=self.clock.monotonic_s())
+        if longest_s >= self.manager_settings.orphan_s * LED_SHARE:
+            self.watch.fail(
+                Violated(f"orphans is violated: pool {pool} ends, although a manager leads ({longest_s:.0f} s)")
+            )
+        self.note("auto scaling", f"ends pool {pool}")
 
     async def _on_notification(self, _target: Target, notification: Notification) -> None:
         """Check that the fact in a received notification is already in the bucket."""
@@ -270,9 +324,9 @@ class World:
     def _clock_of(self, rng: random.Random) -> SkewedClock:
         return SkewedClock(self.clock, rng.uniform(-self.skew_s, self.skew_s))
 
-    def _wrap(self, inner: T, port: str, actor: Actor, rights: Rights | None = None) -> T:
+    def _wrap(self, inner: T, port: str, actor: Actor, rights: Rights | None = None, stream: str = "") -> T:
         watch = self.watch if self.watched else None
-        return wrap(inner, port, actor, self.faults, self.log, watch, rights)
+        return wrap(inner, port, actor, self.faults, self.log, watch, rights, stream)
 
     async def supervise(self) -> None:
         """Start a manager, and start a new manager some time after the end of each manager, forever."""
@@ -280,18 +334,20 @@ class World:
         while True:
             await asyncio.wait([self.start_manager()])
             await asyncio.sleep(rng.uniform(0.5, 1.5) * RESTART_S)
+            await self.may_start.wait()
 
     def _boot(self, pool: Pool, instance: str) -> SimWorker:
         worker = SimWorker(self, pool, instance)
         self.workers[instance] = worker
         return worker
 
-    def runner(self, die: Callable[[], None], objects: Objects) -> Runner:
-        """Return a runner for one worker."""
+    def runner(self, die: Callable[[], None], objects: Objects, instance: str) -> Runner:
+        """Return a runner for the worker of an instance."""
         if self.make_runner is not None:
             return self.make_runner(self, die, objects)
         assert self.script is not None
-        return ScriptedRunner(self.script, self.clock, self._start, die)
+        is_slow = self.slow_share > 0 and self.rng(f"slow/{instance}").random() < self.slow_share
+        return ScriptedRunner(self.script, self.clock, self._start, die, SLOWNESS if is_slow else 1.0)
 
     def _start(self, scene: AttemptInput) -> Callable[[], None]:
         now_s = self.clock.monotonic_s()
@@ -385,7 +441,14 @@ class SimWorker:
         queue = world._wrap(world.queue, "queue", self.actor, rights)
         self.who = Identity(f"w-{instance}", instance, pool.name, pool.slots, f"key-{instance}")
         self.worker = Worker(
-            self.who, objects, queue, self.clock, world.runner(self._die, objects), Patience(rng), world.worker_settings
+            self.who,
+            objects,
+            queue,
+            self.clock,
+            world.runner(self._die, objects, instance),
+            Patience(rng),
+            world.worker_settings,
+            ends_without_manager=world.manager_settings.orphan_s > 0,
         )
         main = self.actor.spawn(self.worker.run(), name=f"worker {instance}")
         main.add_done_callback(self._exited)

@@ -77,6 +77,11 @@ def record_task_spans(
         )
 
 
+def has_succeeded(inflight: InflightMessage) -> bool:
+    """Return whether every task of the bundle has a result and none has failed."""
+    return len(inflight.ran) == len(inflight.bundle.tasks) and all(ran.failure is None for ran in inflight.ran)
+
+
 def set_log_fields(inflight: InflightMessage) -> None:
     """Add the ids of the bundle to all further log lines of the current asyncio task."""
     bundle = inflight.bundle
@@ -171,7 +176,7 @@ class BundleFinisher:
         draft = self._draft(inflight, inflight.handle.log, spans, cancelled=cancelled)
         log_failures(draft)
         committed = await self._commit(inflight, draft)
-        if committed.execution != inflight.execution:
+        if committed.execution != inflight.execution and not inflight.is_copy:
             took_s = draft.ended_s - draft.started_s
             self._report_duplicate(inflight, "execution", took_s * inflight.job.stage(inflight.bundle.stage).slots)
         return committed
@@ -245,7 +250,8 @@ class BundleFinisher:
 
         A follow-up with a committed outcome is not sent again.
         """
-        if outcome.execution != inflight.execution:
+        # The manager counts the runs of bundles with speculative copies.
+        if outcome.execution != inflight.execution and not (inflight.is_copy or inflight.is_superseded):
             self._report_duplicate(inflight, "message", 0.0)
         follows = await uncommitted(self._context.objects, outcome.follows, self._context.patience, inflight.key)
         await self._forward(inflight, outcome, replace(outcome, follows=follows))
@@ -280,8 +286,12 @@ class BundleFinisher:
     async def send_again(self, inflight: InflightMessage, *, delay_s: float = 0.0, watchdog: bool = False) -> None:
         """Return the bundle to the queue as a fresh message, then delete the old message.
 
-        A change of the old message's visibility would lead to a higher receive count, which suggests a poison task.
+        A change of the old message's visibility would lead to a higher receive count, which suggests a poison task. A
+        speculative copy is deleted, because another worker has the bundle.
         """
+        if inflight.is_copy:
+            await self.delete(inflight)
+            return
         now_s, items = self._context.clock.now_s(), inflight.items
         copy = fresh_copy(inflight, now_s, items=items, delay_s=delay_s, watchdog=watchdog)
         await self._context.outbox.send([copy])

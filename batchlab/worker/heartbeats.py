@@ -157,6 +157,10 @@ class VisibilityHeartbeat:
                 log.warning("visibility could not be extended: %s", error)
             for inflight in list(self._context.inflight.values()):
                 try:
+                    await self._stop_if_superseded(inflight)
+                except BackendError as error:
+                    log.warning("a bundle without a message may run in vain: %s", error)
+                try:
                     await self._hand_over(inflight)
                 except BackendError as error:
                     log.warning("a long-running bundle could not be handed over yet: %s", error)
@@ -179,9 +183,24 @@ class VisibilityHeartbeat:
                         # After a refused extension, another worker may have the message. The run continues, because the
                         # first commit decides.
                         message.receipt = None
+                        message.is_doubtful = message.definition is not None and message.stage.may_be_copied
+
+    async def _stop_if_superseded(self, inflight: InflightMessage) -> None:
+        """Stop the run of a bundle if another worker has committed an outcome. After the outcome of a bundle with a
+        speculative copy, the manager deletes the other message of the bundle."""
+        if not inflight.is_doubtful or inflight.committing:
+            return
+        # A failed call is tried again at the next tick, because patience would delay the extension of other messages.
+        found = await self._context.objects.head(object_keys.outcome(inflight.bundle, inflight.key))
+        inflight.is_doubtful = False
+        if found is not None and not inflight.committing:
+            inflight.is_superseded = True
+            inflight.handle.end()
 
     async def _hand_over(self, inflight: InflightMessage) -> None:
         settings, now_s = self._context.settings, self._context.clock.monotonic_s()
+        if inflight.is_copy:
+            return  # the original message of the bundle has a watchdog message
         if now_s - inflight.received_s < settings.hand_over_s:
             return
         if inflight.marked_s is None or now_s - inflight.marked_s >= settings.marker_s:

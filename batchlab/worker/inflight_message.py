@@ -80,6 +80,10 @@ class Handle:
     log_spans: list[tuple[int, int, int]] = field(default_factory=list)
     peek: Callable[[int], Peek | None] | None = None
 
+    def end(self) -> None:
+        """Stop the run and kill the running task."""
+        self.stop = self.kill = True
+
 
 class Runner(Protocol):
     """Runner of the tasks of bundles."""
@@ -157,15 +161,28 @@ class InflightMessage:
     """Time of the last refresh of the running marker, for a long-running bundle."""
     handed_over: bool = False
     """Whether the watchdog message has been sent."""
+    is_doubtful: bool = False
+    """Whether the worker has lost the message and must check whether another worker has committed the bundle."""
+    is_superseded: bool = False
+    """Whether another worker has committed the bundle, so that this worker stops its run."""
 
     @property
     def bundle(self) -> Bundle:
         return self.part or self.task.bundle
 
     @property
+    def is_copy(self) -> bool:
+        """Return whether the message is a speculative copy of a bundle that another worker holds."""
+        return self.task.copy_s is not None
+
+    @property
     def job(self) -> JobDef:
         assert self.definition is not None
         return self.definition
+
+    @property
+    def stage(self) -> StageDef:
+        return self.job.stage(self.task.bundle.stage)
 
     def narrow(self, part: Bundle) -> None:
         """Continue with `part` of the bundle after the other tasks have been handed off."""
@@ -181,7 +198,10 @@ class InflightMessage:
 
     @property
     def suspicion(self) -> int:
-        """Number of earlier deliveries of the bundle that ended without an outcome."""
+        """Number of earlier deliveries of the bundle that ended without an outcome. Deliveries of a speculative copy do
+        not count, because a worker may return a copy."""
+        if self.is_copy:
+            return 1
         again = self.message.receive_count - 1
         return self.bundle.losses + again + (1 if self.task.watchdog else 0)
 

@@ -31,6 +31,7 @@ from batchlab.worker.commit_and_forward import (
     BundleFinisher,
     EndedTask,
     collect_results,
+    has_succeeded,
     record_task_spans,
     set_log_fields,
     with_end_times,
@@ -38,6 +39,7 @@ from batchlab.worker.commit_and_forward import (
 from batchlab.worker.heartbeats import Heartbeats, VisibilityHeartbeat
 from batchlab.worker.inflight_message import Identity, InflightMessage, Runner, Slots, Work, WorkerContext
 from batchlab.worker.job_cache import ControlPoller, JobCache, WrongKeyError
+from batchlab.worker.leader_watch import LeaderWatch
 from batchlab.worker.live_logs import LiveLogs
 from batchlab.worker.outbox import Outbox
 from batchlab.worker.poison_detection import PoisonDetector, RunsElsewhereError
@@ -131,6 +133,11 @@ class Shutdown:
 OUTAGE_S = 1.0
 """Seconds between a failed receive and the next receive."""
 
+MAX_COPY_RECEIVES = 3
+"""Number of receives after which a worker drops a speculative copy. Workers that hold the bundle return its copy."""
+MAX_COPY_AGE_S = 60.0
+"""Age in seconds at which a speculative copy is dropped, because the slot that was free for the copy may be needed."""
+
 HEAD_START_S = 0.01
 """Delay in seconds of the next receive after a long poll has filled every slot."""
 
@@ -151,7 +158,10 @@ class Worker:
         tally: RequestCounter | None = None,
         tracer: Tracer = NO_TRACER,
         replies: Replies | None = None,
+        *,
+        ends_without_manager: bool = False,
     ) -> None:
+        """Create a worker. With `ends_without_manager`, an idle worker ends after the end of the last manager."""
         self._jobs = JobCache(objects, patience)
         outbox = Outbox(queue, patience, tally, self._jobs.key_of)
         context = WorkerContext(who, objects, queue, clock, patience, settings, outbox, tracer, replies=replies)
@@ -163,6 +173,9 @@ class Worker:
         self._inflight = context.inflight
         self._runner = runner
         self._notices = notices
+        self._leader_watch = LeaderWatch(objects, clock) if ends_without_manager else None
+        self.is_orphan = False
+        """Whether the worker has ended because no manager leads."""
         self._tasks_queue = object_keys.tasks_queue(who.pool)
         self._inputs = Inputs(objects, patience)
         self._slots = Slots(who.slots)
@@ -205,6 +218,8 @@ class Worker:
             ]
             if self._notices is not None:
                 others.append(group.create_task(poll_notices(self._notices, self.drain), name="notices"))
+            if self._leader_watch is not None:
+                others.append(group.create_task(self._end_as_orphan(self._leader_watch), name="leader watch"))
             await self._draining.wait()
             receiver.cancel()
             self._shutdown.return_waiting()
@@ -216,6 +231,11 @@ class Worker:
             await self._heartbeats.send_final()
         finally:
             await self._runner.close()
+
+    async def _end_as_orphan(self, watch: LeaderWatch) -> None:
+        await watch.wait_until_orphaned(lambda: not self._inflight)
+        self.is_orphan = True
+        self.drain()
 
     # --- Receiving -------------------------------------------------------------------------------
 
@@ -360,6 +380,8 @@ class Worker:
             return
         if await self._drop_if_stopped(inflight) or await self._postpone_if_early(inflight):
             return
+        if inflight.is_copy and await self._refuse_copy(inflight):
+            return
         if inflight.suspicion:
             if inflight.task.watchdog and await self._poison_detector.runs_elsewhere(inflight):
                 await self._finisher.send_again(inflight, delay_s=self._settings.watchdog_s, watchdog=True)
@@ -404,12 +426,14 @@ class Worker:
             if not await self._acquire_slots(inflight, slots, max_wait_s):
                 # A prefetched bundle behind a long bundle is returned, because an idle worker may run it sooner.
                 self._prefetch = 0
-                await self._finisher.send_again(inflight)
+                if not await self._end_superseded(inflight):
+                    await self._finisher.send_again(inflight)
                 return
         inflight.started_s = self._clock.now_s()
         began_s = self._clock.monotonic_s()
         try:
-            await self._run_tasks(inflight, stage)
+            if not inflight.is_superseded:
+                await self._run_tasks(inflight, stage)
         finally:
             inflight.running = False
             inflight.committing = True
@@ -417,7 +441,14 @@ class Worker:
             took_s = self._clock.monotonic_s() - began_s
             self._prefetch = self._slots.total if took_s < self._settings.quick_s else 0
             self._has_room.set()
+        if await self._end_superseded(inflight):
+            return
         cancelled = inflight.control is Control.CANCEL
+        if inflight.is_copy and not has_succeeded(inflight):
+            # A copy only helps. A failure, a cancellation, or the end of its time is left to the original run.
+            await self._poison_detector.withdraw(inflight)
+            await self._finisher.delete(inflight)
+            return
         if not inflight.ran and not cancelled:
             # A run of a bundle in which no task has ended does not have results to commit. If an outcome without tasks
             # were committed, its follow-up would be the bundle itself.
@@ -425,7 +456,37 @@ class Worker:
             await self._finisher.send_again(inflight)
             return
         outcome = await self._finisher.commit(inflight, cancelled=cancelled)
-        await self._finisher.finish(inflight, outcome)
+        if outcome.execution != inflight.execution and stage.may_be_copied and not inflight.task.reply:
+            # The follow-ups of the other run must not run twice.
+            await self._finisher.forward_again(inflight, outcome)
+        else:
+            await self._finisher.finish(inflight, outcome)
+
+    async def _end_superseded(self, inflight: InflightMessage) -> bool:
+        """Forward the outcome of another worker if it has stopped this run. Return whether the outcome was
+        forwarded."""
+        if not inflight.is_superseded or (outcome := await self._poison_detector.outcome(inflight)) is None:
+            return False
+        await self._poison_detector.withdraw(inflight)
+        await self._finisher.forward_again(inflight, outcome)
+        return True
+
+    async def _refuse_copy(self, inflight: InflightMessage) -> bool:
+        """Drop a speculative copy that comes too late, or return a copy of a bundle that this worker holds.
+
+        Return whether the copy was dropped or returned.
+        """
+        message = inflight.message
+        age_s = self._clock.now_s() - message.sent_s
+        if message.receive_count > MAX_COPY_RECEIVES or age_s > MAX_COPY_AGE_S:
+            await self._finisher.delete(inflight)
+            return True
+        bundle = inflight.bundle
+        others = [other.bundle for other in self._inflight.values() if other is not inflight]
+        if any((other.job, other.stage, other.id) == (bundle.job, bundle.stage, bundle.id) for other in others):
+            await self._visibility.return_later(inflight)
+            return True
+        return False
 
     async def _acquire_slots(self, inflight: InflightMessage, count: int, max_wait_s: float | None) -> bool:
         """Wait up to `max_wait_s` for slots, and return whether the bundle got the slots."""
@@ -447,9 +508,11 @@ class Worker:
         _, inflight.handle.until_s = await self._controls.current(inflight.bundle.job)
         inflight.running = True
         self._heartbeats.request()
-        budget_s = BUDGET_S if stage.bundle is None else None
+        budget_s = BUDGET_S if stage.bundle is None and not inflight.is_copy else None
         work = Work(inflight.job, stage, inflight.bundle, inflight.execution, inflight.items, budget_s, inflight.key)
         runs = self._runner.run(work, inflight.handle)
+        if (copy_s := inflight.task.copy_s) is not None:
+            asyncio.get_running_loop().call_later(copy_s, inflight.handle.end)
         with span(self._tracer, "run", inflight.trace, inflight.bundle, start_s=inflight.started_s) as run_span:
             ended: list[EndedTask] = []
             if inflight.trace:

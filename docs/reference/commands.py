@@ -47,7 +47,7 @@ PAGES = {
     "jobs": ("job", "schedule"),
     "reports": ("report",),
     "scenarios": ("scenario",),
-    "grid": ("grid", "share", "notify"),
+    "grid": ("grid", "share", "user", "audit", "notify"),
     "aws": ("deploy", "cost"),
     "tools": ("sim", "conform", "asg"),
 }

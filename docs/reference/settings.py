@@ -31,6 +31,9 @@ MANAGER: Mapping[str, str] = {
     "itself",
     "max_receives": "number of receives without an outcome before a message becomes a dead letter",
     "window": "number of bundles per task slot that the manager keeps in a pool's queue",
+    "copy_after_s": "minimum run time of a bundle before it gets a [speculative copy](concepts.md#speculative-copies)",
+    "orphan_s": "time without a leading manager after which [the fleet ends](deploy.md#without-a-manager). With 0, the "
+    "fleet does not end. Without effect on backends whose fleet ends with the manager",
 }
 """Meaning of each of the manager's settings."""
 
@@ -54,6 +57,8 @@ WORKER: Mapping[str, str] = {
 VARIABLES: Mapping[str, Mapping[str, str]] = {
     "The grid": {
         "BATCHLAB_HOME": "grid's folder, instead of `.batchlab` in the current folder",
+        "BATCHLAB_URL": "address of a grid's manager, for commands without the grid's folder (needs `BATCHLAB_TOKEN`)",
+        "BATCHLAB_TOKEN": "token of a [user](security.md#users), with `BATCHLAB_URL`",
         "BATCHLAB_ENDPOINT": "as the option `--endpoint`",
         "BATCHLAB_MANAGER_URL": "address of the manager of a stack, instead of a connection through Session Manager",
         "BATCHLAB_MINISTACK": "path of an installed MiniStack program",

@@ -16,6 +16,7 @@ from tests.support.aws.autoscaling_api import checks_of, endpoint_world, moto_wo
 CHECKS = dict(checks_of(suite))
 _OLDEST = "moto does not know termination policies: the oldest goes first"
 _SILENT = "moto keeps no scaling activities"
+_UNSCHEDULED = "moto stores scheduled actions and does not perform them"
 MOTO_LACKS = {
     "test_lowering_the_maximum_takes_the_newest_out": _OLDEST,
     "test_less_desired_capacity_takes_the_newest_out": _OLDEST,
@@ -26,6 +27,8 @@ MOTO_LACKS = {
         "moto's instances are gone at once, never Terminating, and no activity says why"
     ),
     "test_an_unhealthy_instance_is_replaced": "moto notes an instance's health, and leaves it",
+    "test_the_scheduled_end_terminates_all_but_protected_instances": _UNSCHEDULED,
+    "test_limits_are_restored_after_the_scheduled_end": _UNSCHEDULED,
 }
 
 

@@ -302,3 +302,47 @@ async def test_change_of_capacity_names_its_requester_and_reason(rig: FleetRig) 
     assert "increasing the capacity from 1 to 2" in told
     assert "an idle pool changed desired capacity from 2 to 1" in told
     assert "shrinking the capacity from 2 to 1" in told
+
+
+# --- The scheduled end ---------------------------------------------------------------------------
+
+
+@on_every_fleet
+async def test_the_scheduled_end_terminates_all_but_protected_instances(rig: FleetRig) -> None:
+    before = await rig.grow(replace(STEADY, min_size=2), 3)
+    await rig.fleet.protect(POOL, before[:1], on=True)
+    assert not await rig.fleet.schedule_end(POOL, 1.0)
+    view = await rig.until(lambda view: counted(view) == before[:1])
+    assert (view.pool.min_size, view.pool.max_size, view.desired) == (0, 0, 0)
+    assert not await rig.fleet.schedule_end(POOL, None), "a performed action no longer exists"
+
+
+@on_every_fleet
+async def test_limits_are_restored_after_the_scheduled_end(rig: FleetRig) -> None:
+    before = await rig.grow(replace(STEADY, min_size=1), 1)
+    await rig.fleet.schedule_end(POOL, 1.0)
+    await rig.until(lambda view: not view.pool.max_size and not counted(view))
+    await rig.fleet.ensure(replace(STEADY, min_size=1))
+    view = await rig.until(lambda view: len(in_service(view)) == 1)
+    assert (view.pool.min_size, view.pool.max_size, view.desired) == (1, STEADY.max_size, 1)
+    assert in_service(view) != before
+
+
+@on_every_fleet
+async def test_a_postponed_end_replaces_the_earlier_one(rig: FleetRig) -> None:
+    before = await rig.grow(STEADY, 1)
+    told = [await rig.fleet.schedule_end(POOL, after_s) for after_s in (2.0, 3600.0)]
+    assert told == [False, True]
+    for _ in range(30):
+        await rig.fleet.tick()
+        await rig.rest()
+    assert in_service(await rig.view()) == before
+    assert [await rig.fleet.schedule_end(POOL, None) for _ in range(2)] == [True, False]
+
+
+@on_every_fleet
+async def test_the_end_of_an_unknown_pool_is_refused(rig: FleetRig) -> None:
+    await rig.fleet.ensure(STEADY)
+    for after_s in (60.0, None):
+        with pytest.raises(Refused):
+            await rig.fleet.schedule_end("nobody", after_s)

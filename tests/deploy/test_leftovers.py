@@ -28,7 +28,7 @@ class Cloud:
     def __init__(self, stack: ExitStack, region: str = "us-east-1") -> None:
         self.account = Account(region, "1", "arn:aws:iam::1:user/me")
         self._stubs: dict[str, Stubber] = {}
-        for service in ("cloudformation", "ec2", "logs", "rds", "resourcegroupstaggingapi", "sdb"):
+        for service in ("cloudformation", "ec2", "iam", "logs", "rds", "resourcegroupstaggingapi", "sdb"):
             client: Any = boto3.client(
                 service,
                 region_name=region if service != "sdb" else "us-east-1",
@@ -47,6 +47,24 @@ class Cloud:
     def has_logs(self, *names: str) -> None:
         groups = [{"logGroupName": name, "arn": f"{ARN.format('logs')}{name}:*"} for name in names]
         self.tells("logs", "describe_log_groups", logGroups=groups)
+
+    def has_roles(self, *names: str) -> None:
+        roles = [
+            {
+                "Path": "/",
+                "RoleName": name,
+                "RoleId": "A" * 20,
+                "Arn": f"arn:aws:iam::1:role/{name}",
+                "CreateDate": datetime(2026, 1, 1, tzinfo=UTC),
+            }
+            for name in names
+        ]
+        self.tells("iam", "list_roles", Roles=roles)
+
+    def has_role_policy(self, name: str, region: str) -> None:
+        document = f'{{"Resource": "arn:aws:sqs:{region}:1:grid-tasks-*"}}'
+        self.tells("iam", "list_role_policies", PolicyNames=["manager"])
+        self.tells("iam", "get_role_policy", RoleName=name, PolicyName="manager", PolicyDocument=document)
 
     def has_domains(self, *names: str) -> None:
         self.tells("sdb", "list_domains", DomainNames=list(names))
@@ -98,6 +116,7 @@ def test_domain_is_recognized_by_its_cloudformation_name(cloud: Cloud) -> None:
     mine = f"{DOMAIN}-extra"
     cloud.has_domains("customers", "LedgerDomain-1", DOMAIN, mine, "two-LedgerDomain-9Z")
     cloud.has_logs()
+    cloud.has_roles()
     cloud.has_stack("grid", ["LedgerDomain", DOMAIN])
     cloud.has_no_stack()
     found, said = named(cloud)
@@ -143,6 +162,7 @@ def test_domain_of_another_stack_generation_is_a_leftover(cloud: Cloud) -> None:
     """The stack was deleted and created again."""
     cloud.has_domains(DOMAIN)
     cloud.has_logs()
+    cloud.has_roles()
     cloud.has_stack("grid", ["grid-LedgerDomain-NEWER"])
     (found,), _ = named(cloud)
     assert not found.is_used
@@ -159,6 +179,7 @@ def test_logs_of_an_existing_database_are_not_leftovers(cloud: Cloud) -> None:
         "/aws/rds/instance/a-ledger/error",
     )
     cloud.tells("rds", "describe_db_instances", DBInstances=[{"DBInstanceIdentifier": "payments-ledger"}])
+    cloud.has_roles()
     cloud.has_no_stack()
     found, said = named(cloud, "/aws/rds/instance/tagged-ledger/upgrade")
     assert [(one.resource.name, one.resource.kind, one.resource.stack) for one in found] == [
@@ -174,16 +195,45 @@ def test_denied_queries_are_reported_and_the_rest_is_listed(cloud: Cloud) -> Non
     )
     cloud.has_logs("/aws/rds/instance/gone-ledger/upgrade")
     cloud.tells("rds", "describe_db_instances", DBInstances=[])
+    cloud.refuses("iam", "list_roles", "AccessDenied", "User: eve is not authorized to perform: iam:ListRoles")
     cloud.has_no_stack()
-    found, (said,) = named(cloud)
+    found, (said, of_roles) = named(cloud)
     assert [one.resource.stack for one in found] == ["gone"]
     assert "SimpleDB domains are not listed: eve may not do sdb:ListDomains." in said
+    assert "IAM roles are not listed: eve may not do iam:ListRoles." in of_roles
+
+
+def test_roles_of_the_regions_stacks_are_listed(cloud: Cloud) -> None:
+    """A role applies to all regions, and its stack may be in another region."""
+    mine, other, used = "gone-ManagerRole-1ABC", "abroad-PoolRole-2DEF", "grid-PoolGpuRole-3GHI"
+    cloud.has_domains()
+    cloud.has_logs()
+    cloud.has_roles("admin", mine, other, used, "gone-ManagerRole-1-x")
+    cloud.has_role_policy(mine, "us-east-1")
+    cloud.has_no_stack()
+    cloud.has_role_policy(other, "eu-central-1")
+    cloud.has_role_policy(used, "us-east-1")
+    cloud.has_stack("grid", ["PoolGpuRole", used])
+    found, said = named(cloud)
+    assert [(one.resource.kind, one.resource.name, one.resource.stack, one.is_used) for one in found] == [
+        ("iam:role", mine, "gone", False),
+        ("iam:role", used, "grid", True),
+    ]
+    assert all(one.is_guessed for one in found)
+    assert said == []
+    cloud.tells("iam", "list_role_policies", PolicyNames=["manager"])
+    cloud.tells("iam", "delete_role_policy")
+    cloud.tells("iam", "list_attached_role_policies", AttachedPolicies=[])
+    cloud.tells("iam", "list_instance_profiles_for_role", InstanceProfiles=[])
+    cloud.tells("iam", "delete_role")
+    remove(cloud.account, found[0].resource, said.append)
 
 
 def test_region_without_simpledb_is_not_queried_for_domains() -> None:
     with ExitStack() as stack:
         cloud = Cloud(stack, "eu-central-1")
         cloud.has_logs()
+        cloud.has_roles()
         assert named(cloud) == ([], [])
         cloud.done()
 

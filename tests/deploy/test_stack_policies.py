@@ -29,6 +29,7 @@ BUCKET = "<Bucket.Arn>/"
 WITHOUT_RESOURCE = {
     "autoscaling:DescribeAutoScalingGroups",
     "autoscaling:DescribeScalingActivities",
+    "autoscaling:DescribeScheduledActions",
     "ecr:GetAuthorizationToken",
     "ssmmessages:CreateControlChannel",
     "ssmmessages:CreateDataChannel",

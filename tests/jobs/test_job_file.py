@@ -40,7 +40,7 @@ def test_a_minimal_file_means_the_models_defaults(folder: Path) -> None:
     assert compiled(jobfile, 7.0) == JobDef(
         id=JobId("j-1"),
         name="j",
-        stages=(StageDef(StageName("one"), handler="work:one"),),
+        stages=(StageDef(StageName("one"), handler="work:one", speculative_copies=True),),
         submitted_s=7.0,
         input=InputDef(("raw/j-1/a",)),
         code="code/abc.zip",
@@ -73,6 +73,8 @@ def test_every_key_reaches_the_job(folder: Path) -> None:
             resources: {slots: 2, memory: 1.5 GiB}
             bundle: 50
             pool: big
+            side_effects: true
+            speculative_copies: false
           - {name: alone, python: "pkg.steps:fold", after: [], bundle: auto, retry: 1}
           - {name: both, python: "pkg.steps:fold", after: [first, alone], gather: all}
           - {name: grouped, python: "pkg.steps:fold", gather: {by: state}, timeout: 0.5}
@@ -107,6 +109,7 @@ def test_every_key_reaches_the_job(folder: Path) -> None:
         memory_bytes=3 * 1024**3 // 2,
         bundle=50,
         pool="big",
+        side_effects=True,
     )  # fmt: skip
     assert (alone.after, alone.bundle, alone.retry) == ((), None, RetryRule(attempts=1))
     assert (both.after, both.gather) == (("first", "alone"), "*")

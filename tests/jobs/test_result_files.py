@@ -38,6 +38,7 @@ def view(round_: int = 0) -> JobView:
     return {
         "id": JOB,
         "name": "sums",
+        "owner": "owner",
         "state": "SUCCEEDED",
         "reason": "",
         "round": round_,

@@ -133,6 +133,20 @@ def test_duplicates_and_cut_times_are_recorded() -> None:
     assert json_format.cut_from_json(old).at_s is None
 
 
+def test_a_run_that_lost_against_a_speculative_copy_counts_once() -> None:
+    """The manager measures the run, and the worker may report the same run later."""
+    job, stage = JobId("a"), StageName("map")
+    definition = JobDef(job, "a", (StageDef(stage, handler="m:f"),), 1.0)
+    live = LiveJob(JobRecord(definition, JobState.RUNNING), {stage: StageRecord(StageCounts(stage))})
+    recorder = Recorder(cast(Ports, FakePorts()), LiveJobs([live]), cast(WorkerRegistry, FakeRegistry()))
+    recorder.adopt(live)
+    recorder.record_losers(job, stage, "original", 7.5, ["w-1"])
+    recorder.record_duplicates([Duplicate(job, stage, "execution", "w-1-3", 9.0)])
+    recorder.record_duplicates([Duplicate(job, stage, "execution", "w-2-1", 1.0)])
+    _, part = recorder.close({job: Account()})[job]
+    assert part["duplicates"] == {stage: {"original": [1, 7.5], "execution": [1, 1.0]}}
+
+
 # --- The reporter --------------------------------------------------------------------------------
 
 

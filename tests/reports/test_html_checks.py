@@ -57,6 +57,13 @@ HIT = [
     ("wasted work", Level.ACT, signs(failed_s=300.0), ("14%", "5 min 00 s"), "`retry`"),
     ("wasted work", Level.ACT, signs(lost_s=300.0), ("12%",), "Spot"),
     ("wasted work", Level.ACT, signs(repeated_s=300.0), ("12%",), "`visibility_s`"),
+    (
+        "wasted work",
+        Level.ACT,
+        signs(repeated_s=300.0, copies=9, copies_won=2),
+        ("12%",),
+        "`speculative_copies: false`",
+    ),
     ("duplicates", Level.WRONG, signs(harmful=2), ("2 tasks",), "bug"),
     ("requests", Level.ACT, signs(compute=Decimal("0.15")), ("20%", "15%"), "`bundle`"),
 ]

@@ -108,9 +108,9 @@ def test_retries_by_fingerprint(connection: DuckDBPyConnection) -> None:
 
 def test_duplicates_are_reported_as_zero(connection: DuckDBPyConnection) -> None:
     found = [row for row in rows(connection, "duplicates") if row["job"] == "a"]
-    kinds = ["message", "event", "execution", "result"]
+    kinds = ["message", "event", "execution", "copy", "original", "result"]
     assert [row["kind"] for row in found] == kinds
-    assert [row["seen"] for row in found] == [2, 0, 1, 0]
+    assert [row["seen"] for row in found] == [2, 0, 1, 0, 0, 0]
     assert all(row["seen"] == row["harmless"] + row["harmful"] for row in found)
 
 

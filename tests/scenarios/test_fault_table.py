@@ -143,6 +143,8 @@ def grid(**pools: list[InstanceView]) -> GridView:
                 "backlog_s": 0.0,
                 "held_by_hand": False,
                 "trouble": "",
+                "ends_in_s": None,
+                "end_trouble": "",
                 "instances": instances,
             }
             for name, instances in pools.items()

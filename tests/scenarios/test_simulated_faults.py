@@ -207,3 +207,19 @@ def test_adjacent_pauses_are_continuous() -> None:
     first, second = (Fault(FaultName.PAUSE, at_s, 15.0, count=1) for at_s in (AT_S, AT_S + 15.0))
     steps = [int(re.findall(r"(\d+) of their steps", fault.evidence)[0]) for fault in struck(first, second).faults]
     assert steps[1] >= steps[0] > 0, "who had been let go between the two would have fewer"
+
+
+def test_speculative_copies_shorten_a_run_with_a_frozen_instance() -> None:
+    """The instance freezes while the last tasks run. Without copies, their messages return after a minute."""
+    pool = PoolPlan(Pool("default", 4, 4, 4, 30.0, instance_type="c7i.xlarge"))
+    ends_s = []
+    for copies in (False, True):
+        stage = StageTemplate("work", Constant(10.0), bundle=1, speculative_copies=copies)
+        plan = claims(
+            stage, jobs=1, gap_s=1.0, tasks=80, pool=pool, faults=(Fault(FaultName.PAUSE, 45.0, 600.0, count=1),)
+        )
+        record = simulate(plan, like=factory.load("aws"), options=ForecastOptions(watched=True, examine=promises))
+        assert (record.lost, record.duplicates, record.cut) == (0, 0, "")
+        assert "1 instance with 4 running bundles" in record.faults[0].evidence
+        ends_s.append(max(job.ended_s or 0.0 for job in record.jobs))
+    assert ends_s[1] < ends_s[0] - 10.0

@@ -26,22 +26,22 @@ def sessions(clock: ManualClock) -> Sessions:
 def test_a_code_opens_once_and_for_a_minute(sessions: Sessions, clock: ManualClock) -> None:
     first, second = sessions.new_code(), sessions.new_code()
     assert first != second
-    assert sessions.accepts(first)
-    assert not sessions.accepts(first)
+    assert sessions.sign_in(first) == ""
+    assert sessions.sign_in(first) is None
     clock.time_s += CODE_S + 0.1
-    assert not sessions.accepts(second)
+    assert sessions.sign_in(second) is None
 
 
 def test_the_token_opens_and_nothing_like_it(sessions: Sessions) -> None:
-    assert sessions.accepts(TOKEN)
+    assert sessions.sign_in(TOKEN) == ""
     for wrong in ("", TOKEN[:-1], TOKEN + " ", "ü", "\ud800"):
-        assert not sessions.accepts(wrong)
+        assert sessions.sign_in(wrong) is None
 
 
 def test_only_so_many_codes_wait(sessions: Sessions) -> None:
     codes = [sessions.new_code() for _ in range(MAX_CODES + 1)]
-    assert not sessions.accepts(codes[0])
-    assert sessions.accepts(codes[1])
+    assert sessions.sign_in(codes[0]) is None
+    assert sessions.sign_in(codes[1]) == ""
 
 
 def test_a_session_ends_at_its_time(sessions: Sessions, clock: ManualClock) -> None:

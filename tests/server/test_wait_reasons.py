@@ -349,3 +349,15 @@ def test_undelivered_notification_is_shown_for_any_job() -> None:
     for situation in (WAITS, RUNS, ENDED):
         told = beside(situation, undelivered="a notification of it to x has failed 3 times")
         assert told.endswith("3 times. `batchlab notify log` shows the attempts.")
+
+
+def test_bundles_with_speculative_copies_are_named() -> None:
+    """The answer names the instance of the copy, and not the instance of the original run."""
+    straggler = bundle()
+    workers = {"w-1": worker("w-1", straggler), "w-2": worker("w-2", straggler)}
+    instances = [instance("w-1"), instance("w-2")]
+    facts = Situation(out=QUEUED, instances=instances, workers=workers).facts()
+    assert "speculative copy" not in why(facts)
+    (outstanding,) = facts.outstanding.values()
+    outstanding.copied_from = workers["w-1"].beat.worker
+    assert "1 bundle runs far longer than others and has a speculative copy on w-2." in why(facts)

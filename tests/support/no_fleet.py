@@ -28,5 +28,8 @@ class NoFleet:
     async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
         return ()
 
+    async def schedule_end(self, pool: str, after_s: float | None) -> bool:
+        return False
+
     async def tick(self) -> Sequence[Instance]:
         return ()

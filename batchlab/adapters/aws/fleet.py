@@ -15,15 +15,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from batchlab.adapters.aws.endpoint import Endpoint, client, translate_errors
 from batchlab.adapters.aws.group_descriptions import (
     DRAIN_HOOK,
+    END_ACTION,
+    END_PROCESSES,
     NO_ACTION,
     READY_HOOK,
     ActivityLog,
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
         ActivityTypeDef,
         AutoScalingGroupTypeDef,
         LifecycleHookSpecificationTypeDef,
+        ScheduledActionsTypeTypeDef,
     )
 
 T = TypeVar("T")
@@ -59,6 +64,9 @@ MAX_PROTECTED = 50
 """Maximum number of instances in one call of SetInstanceProtection."""
 MAX_INSTANCES = 10_000
 """Maximum number of instances of one Auto Scaling group."""
+END_TRIES = 3
+"""Number of times, a minute apart, that are tried for the scheduled action. Two actions of a group need different
+times."""
 _ACTIVITIES = 100
 _CALLS = 8
 
@@ -194,6 +202,53 @@ class Ec2Fleet:
             ),
         )
         self._note(pool, group.desired, desired, cause)
+
+    async def schedule_end(self, pool: str, after_s: float | None) -> bool:
+        """Create, postpone, or delete the group's scheduled action (see the Fleet port).
+
+        AWS refuses requests of a clock that differs by more than 5 minutes, so the action's time differs at most by 5
+        minutes. The group may have another scheduled action at the same time, so three times are tried.
+        """
+        group = self._group_of(pool)
+        existed = bool((await self._call(pool, self._scheduled_ends))["ScheduledUpdateGroupActions"])
+        if after_s is None:
+            if existed:
+                await self._call(pool, self._delete_end)
+            return existed
+        at = datetime.fromtimestamp(math.ceil(self._clock.now_s() + after_s), UTC)
+        for minute in range(END_TRIES):
+            try:
+                await self._call(pool, partial(self._put_end, at + timedelta(minutes=minute)))
+                break
+            except AlreadyExists:
+                if minute == END_TRIES - 1:
+                    raise
+        if missing := sorted(group.suspended & set(END_PROCESSES)):
+            raise Refused(
+                f"The group of pool {pool!r} would not end without a manager, because its process {missing[0]} is "
+                "suspended.",
+                remedy=f"Resume it with `aws autoscaling resume-processes --auto-scaling-group-name "
+                f"{self._prefix + pool}`.",
+            )
+        return existed
+
+    def _scheduled_ends(self, group: str) -> ScheduledActionsTypeTypeDef:
+        return self._asg.describe_scheduled_actions(AutoScalingGroupName=group, ScheduledActionNames=[END_ACTION])
+
+    def _put_end(self, at: datetime, group: str) -> None:
+        # A maximum size of 0 also prevents launches by another scheduled action that raises the minimum size, such as
+        # the peak of a stack.
+        self._asg.put_scheduled_update_group_action(
+            AutoScalingGroupName=group,
+            ScheduledActionName=END_ACTION,
+            StartTime=at,
+            MinSize=0,
+            MaxSize=0,
+            DesiredCapacity=0,
+        )
+
+    def _delete_end(self, group: str) -> None:
+        self._asg.delete_scheduled_action(AutoScalingGroupName=group, ScheduledActionName=END_ACTION)
 
     def _note(self, pool: str, before: int, after: int, cause: str) -> None:
         if before != after:

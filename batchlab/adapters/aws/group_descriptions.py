@@ -73,6 +73,8 @@ class GroupState:
     """Instances that have been in service, or that may have been in service before the first description."""
     lowered_s: float = 0.0
     """Epoch seconds at which the desired capacity was last seen to fall."""
+    suspended: frozenset[str] = frozenset()
+    """Names of the group's processes that a user has suspended."""
 
     def view(self) -> GroupView:
         return GroupView(self.pool, self.desired, tuple(self.instances.values()))
@@ -90,6 +92,7 @@ class GroupState:
             self.lowered_s = now_s
         limits = replace(self.pool, min_size=group["MinSize"], max_size=group["MaxSize"])
         self.pool, self.desired = limits, group["DesiredCapacity"]
+        self.suspended = frozenset(process["ProcessName"] for process in group.get("SuspendedProcesses", ()))
         self.waiting = set()
         here = set()
         for listed in group.get("Instances", ()):
@@ -252,6 +255,10 @@ SLOTS_TAG = "batchlab:slots"
 
 READY_HOOK = "batchlab-ready"
 DRAIN_HOOK = "batchlab-drain"
+END_ACTION = "batchlab-end"
+"""Name of the scheduled action that ends a group's instances if no manager postpones the action."""
+END_PROCESSES = ("ScheduledActions", "Terminate")
+"""Processes of a group without which the scheduled action does not end the group's instances."""
 NOT_THERE = ("is not part of Auto Scaling group", "Instance Id not found")
 """Texts of EC2 Auto Scaling's errors for an instance that its group no longer contains."""
 NO_ACTION = "No active Lifecycle Action"

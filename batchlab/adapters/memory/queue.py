@@ -400,6 +400,12 @@ class SimQueue:
     def bodies(self, queue: str) -> list[str]:
         return [entry.body for entry in self._queues[queue].entries.values()]
 
+    def waiting(self, queue: str) -> list[tuple[str, float]]:
+        """Return the body of each visible message that no receiver has received, and the time since which it is
+        visible."""
+        entries = self._queues[queue].entries.values() if queue in self._queues else ()
+        return [(entry.body, entry.visible_s) for entry in entries if entry.visible and not entry.receives]
+
     def held_s(self, queue: str, receipt: str) -> float:
         """Return the seconds for which the receive with this receipt still hides the message.
 

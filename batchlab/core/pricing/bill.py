@@ -190,7 +190,8 @@ def seconds(pool: str, facts: PoolFacts, stages: Sequence[StageUse], account: Ac
     derived = not account.is_whole
     # Run times are measured in microseconds. Sums of the same run times in another order differ after the 6th digit.
     useful_s = round(sum(s.run_s * s.slots for s in stages if s.pool == pool), 6) / facts.slots
-    wasted_s = (account.failed_s.get(pool, 0.0) + account.lost_s.get(pool, 0.0)) / facts.slots
+    wasted = (account.failed_s, account.lost_s, account.repeated_s)
+    wasted_s = sum(by_pool.get(pool, 0.0) for by_pool in wasted) / facts.slots
     all_s = sum(s for kind, s in account.billed_s.items() if kind.pool == pool)
     needed_s = (useful_s + wasted_s) / (1 - UNUSED) if derived else useful_s + wasted_s
     if derived and needed_s:

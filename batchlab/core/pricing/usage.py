@@ -90,8 +90,9 @@ class Account:
     """Usage of one job.
 
     `billed_s` has instance seconds by kind. `failed_s` has the slot seconds of failed attempts by pool. `lost_s` has
-    the slot seconds by pool of work that was lost because an instance died. `is_whole` is true if all usage since the
-    job's start was counted.
+    the slot seconds by pool of work that was lost because an instance died. `repeated_s` has the slot seconds by pool
+    of speculative copies that were not committed, and of runs whose speculative copy was committed first. `is_whole` is
+    true if all usage since the job's start was counted.
     """
 
     billed_s: dict[Kind, float] = field(default_factory=dict)
@@ -101,6 +102,7 @@ class Account:
     bundles: int = 0
     """Number of outcomes of the job."""
     is_whole: bool = True
+    repeated_s: dict[str, float] = field(default_factory=dict)
     _parts: dict[EqualParts, tuple[Requests, Mapping[Kind, float]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -144,6 +146,10 @@ class Account:
         """Count the slot seconds of work that was lost because an instance died."""
         self.lost_s[pool] = self.lost_s.get(pool, 0.0) + seconds
 
+    def repeat(self, pool: str, seconds: float) -> None:
+        """Count the slot seconds of a run that lost against another run of the same tasks."""
+        self.repeated_s[pool] = self.repeated_s.get(pool, 0.0) + seconds
+
     def merge(self, other: Account) -> None:
         """Merge the account of another process into this account. The result has the larger value of each figure."""
         self.settle()
@@ -151,6 +157,7 @@ class Account:
         _merge_counts(self.billed_s, other.billed_s)
         _merge_counts(self.failed_s, other.failed_s)
         _merge_counts(self.lost_s, other.lost_s)
+        _merge_counts(self.repeated_s, other.repeated_s)
         self.requests = larger_counts(self.requests, other.requests)
         self.bundles = max(self.bundles, other.bundles)
         self.is_whole = self.is_whole and other.is_whole
@@ -162,6 +169,7 @@ class Account:
 
     def to_json(self) -> dict[str, Any]:
         self.settle()
+        repeated = {"repeated_s": dict(self.repeated_s)} if self.repeated_s else {}
         return {
             "billed": [[k.pool, k.type, k.market.value, s] for k, s in self.billed_s.items()],
             "failed_s": dict(self.failed_s),
@@ -169,6 +177,7 @@ class Account:
             "requests": list(self.requests.counts),
             "bundles": self.bundles,
             "is_whole": self.is_whole,
+            **repeated,
         }
 
     @classmethod
@@ -180,6 +189,7 @@ class Account:
             Requests(*doc["requests"]),
             doc["bundles"],
             doc["is_whole"],
+            dict(doc.get("repeated_s", {})),
         )
 
 

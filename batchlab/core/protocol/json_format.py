@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from batchlab.core.errors import BatchlabError, Deleted, Malformed, TooNew
-from batchlab.core.job_definition import JobDef
+from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import (
     Bundle,
     BundleId,
@@ -55,6 +55,7 @@ from batchlab.core.protocol.field_checks import (
     whole,
 )
 from batchlab.core.protocol.values import BRACKET_WEIGHT, OUTCOME_WEIGHT, weight
+from batchlab.core.users import is_user_name
 
 T = TypeVar("T")
 Known = tuple[Any, TaskSet]
@@ -495,7 +496,7 @@ def reopening_from_json(doc: dict[str, Any]) -> Reopening:
 
 def job_to_json(job: JobDef) -> dict[str, Json]:
     doc = {"v": VERSION, **fields(job)}
-    doc["stages"] = [{**fields(stage), "retry": fields(stage.retry)} for stage in job.stages]
+    doc["stages"] = [_stage_to_json(stage) for stage in job.stages]
     doc["input"] = fields(job.input) if job.input else None
     # Omit empty fields that earlier releases do not know, so that earlier releases can read the job.
     if job.max_cost_usd is None:
@@ -504,6 +505,8 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
         del doc["trace"]
     if not job.share:
         del doc["share"]
+    if not job.owner:
+        del doc["owner"]
     if job.after:
         doc["after"] = [fields(dependency) for dependency in job.after]
         doc["needs"] = DEPENDENT
@@ -517,6 +520,14 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
         doc["notify"] = [fields(notify_def) for notify_def in job.notify]
     else:
         del doc["notify"]
+    return doc
+
+
+def _stage_to_json(stage: StageDef) -> dict[str, Json]:
+    doc = {**fields(stage), "retry": fields(stage.retry)}
+    for later in ("side_effects", "speculative_copies"):
+        if not doc[later]:
+            del doc[later]
     return doc
 
 
@@ -573,6 +584,8 @@ def job_from_json(doc: dict[str, Any]) -> JobDef:
         job = decode(JobDef, doc)
         for id_ in (job.id, *(dependency.job for dependency in job.after)):
             name(id_)
+        if job.owner and not is_user_name(job.owner):
+            raise ValueError("the owner is not the name of a user")
         for stage in job.stages:
             name(stage.name)
             if stage.handler is not None:

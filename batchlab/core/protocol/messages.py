@@ -77,6 +77,11 @@ class TaskMessage:
     key: CommitKey = UNSEALED
     reply: str = ""
     """Name at which a client on the worker's machine waits for the outcome, or "" (see `ports.Replies`)."""
+    copy_s: float | None = None
+    """Maximum run time in seconds of a speculative copy, or None if the message is not a speculative copy.
+
+    Another worker holds the bundle of a speculative copy, so a worker may drop the copy at any time.
+    """
 
 
 def task_message(m: TaskMessage) -> str:
@@ -93,6 +98,8 @@ def task_message(m: TaskMessage) -> str:
         doc["ck"] = m.key
     if m.reply:
         doc["re"] = m.reply
+    if m.copy_s is not None:
+        doc["cp"] = m.copy_s
     return dumps(doc)
 
 
@@ -119,6 +126,7 @@ def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
         text(doc.get("tp", ""), MAX_TRACE),
         CommitKey(text(doc.get("ck", UNSEALED), MAX_TRACE)),
         label(doc["re"]) if "re" in doc else "",
+        figure(doc["cp"]) if "cp" in doc else None,
     )
 
 

@@ -118,7 +118,10 @@ def _spread(name: str) -> str:
 
 
 GRID = "grid/"
-"""Prefix of the objects that only the manager reads and writes."""
+"""Prefix of the objects that only the manager writes, and that only the manager reads, except for the leader beat."""
+
+LEADER = "grid/leader.json"
+"""Key of the leader beat, which the leading manager renews and workers read."""
 
 COMMIT_SECRET = "grid/commit-secret.json"  # noqa: S105 - the name of the object, not the secret
 """Key of the object with the secret from which the commit keys of all jobs are derived. Workers cannot read the commit
@@ -138,6 +141,11 @@ SHARES = "grid/shares.json"
 """Key of the object with the fair-share policy of the grid."""
 SHARE_USE = "grid/share-use.json"
 """Key of the object with the use of each share."""
+USERS = "grid/users.json"
+"""Key of the object with the users of the grid, their roles, and the serials of their tokens."""
+AUDIT = "grid/audit/"
+"""Prefix of the keys of audit records. Each object has the records of a moment, and is never overwritten."""
+_LAST_MS = 10**14 - 1
 SCHEDULES = "grid/schedules/"
 """Prefix of the keys of schedules. Each schedule is one object."""
 JOBS = "jobs/"
@@ -181,6 +189,16 @@ def schedule(name: str) -> str:
     ETag.
     """
     return f"{SCHEDULES}{name}.json"
+
+
+def audit(at_s: float, name: str) -> str:
+    """Return the key of the audit records of a moment. The keys of later moments sort first."""
+    return f"{AUDIT}{_LAST_MS - round(at_s * 1000):014d}-{name}.json"
+
+
+def audit_time(key: str) -> float:
+    """Return the time in the key of audit records in epoch seconds. Raise ValueError for another key."""
+    return (_LAST_MS - int(key.removeprefix(AUDIT)[:14])) / 1000
 
 
 def template(digest: str) -> str:

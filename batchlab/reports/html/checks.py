@@ -389,6 +389,11 @@ def _waste_setting(run: RunFigures) -> str:
             "Less work is lost with smaller bundles (`bundle` of the stage), with shorter tasks (`size` in the job "
             "file's `input`), and with fewer Spot instances (`--on-demand-percent` of `batchlab deploy apply`)."
         )
+    if run.copies > 2 * run.copies_won:
+        return (
+            "Most speculative copies lost, so the tasks take long because of their input. Set `speculative_copies: "
+            "false` in the stage, or use shorter tasks."
+        )
     return (
         "If workers are too busy to extend visibility timeouts in time, use a longer `visibility_s` in `settings.toml`."
     )

@@ -200,6 +200,8 @@ _TWICE = {
     "message": "a bundle was delivered again, and no task ran",
     "event": "an outcome was reported again, and counted once",
     "execution": "a bundle ran again, and its second outcome was discarded",
+    "copy": "a speculative copy ran, and the original run was committed",
+    "original": "a run was stopped, because its speculative copy was committed",
     "result": "a task got a second result",
 }
 

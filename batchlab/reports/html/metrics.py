@@ -85,6 +85,8 @@ class RunFigures:
     lost_s: float
     repeated_s: float
     harmful: int
+    copies: int = 0
+    copies_won: int = 0
     compute: Decimal = ZERO
     idle: Decimal = ZERO
     requests: Decimal = ZERO
@@ -135,7 +137,9 @@ def run_figures(run: ReportRun, series: Series, cost: Cost | None) -> RunFigures
 _BUNDLES = """
 SELECT (SELECT greatest(0, min(started_s) - min(ready_s)) FROM bundles
         WHERE job = $job AND started_s IS NOT NULL) AS first_wait_s,
-       coalesce(sum(wasted_slot_s), 0.0) AS repeated_s, coalesce(sum(harmful), 0)::BIGINT AS harmful
+       coalesce(sum(wasted_slot_s), 0.0) AS repeated_s, coalesce(sum(harmful), 0)::BIGINT AS harmful,
+       coalesce(sum(seen) FILTER (kind IN ('copy', 'original')), 0)::BIGINT AS copies,
+       coalesce(sum(seen) FILTER (kind = 'original'), 0)::BIGINT AS copies_won
 FROM duplicates WHERE job = $job"""
 
 _INSTANCES = f"""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from batchlab.core.capabilities import capabilities_of
 from batchlab.core.pricing.price_book import shown
 from batchlab.core.text import count, join_list, span
+from batchlab.core.users import OWNER
 from batchlab.reports.html import costs, distributions, gantt, load, stage_graph
 from batchlab.reports.html import failures as failed
 from batchlab.reports.html.charts import Data
@@ -152,9 +153,12 @@ def _failures(facts: Facts) -> Iterator[str]:
         waste.append(f"{span(figures.repeated_s)} was spent on repeated work")
     if waste:
         yield _sentence(join_list(waste))
+    if figures.copies:
+        copies = f"{figures.copies:,} speculative {'copy' if figures.copies == 1 else 'copies'}"
+        yield f"Stragglers had {copies}, of which {figures.copies_won:,} ended before the original run."
     if figures.harmful:
         yield f"{count(figures.harmful, 'task')} got two results, which must never happen."
-    elif not failures.groups and not waste:
+    elif not failures.groups and not waste and not figures.copies:
         yield "No attempt failed, and no work was lost or repeated."
 
 
@@ -259,6 +263,8 @@ def particulars(run: ReportRun) -> list[tuple[str, str]]:
         ("started", moment(job["started_s"])),
         ("ended", moment(job["ended_s"])),
     ]
+    if job["owner"] not in (None, OWNER):
+        facts.append(("owner", visible(job["owner"], 40)))
     if job["dependencies"]:
         others = ", ".join(other.removesuffix(":succeeded") for other in job["dependencies"])
         facts.append(("after", visible(others, 400)))

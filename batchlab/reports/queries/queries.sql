@@ -140,10 +140,23 @@ ORDER BY g.job, g.stage, g.task;
 SELECT j.job, k.kind, coalesce(sum(d.seen), 0) AS seen, coalesce(sum(d.harmless), 0) AS harmless,
        coalesce(sum(d.harmful), 0) AS harmful, coalesce(sum(d.wasted_slot_s), 0) AS wasted_slot_s
 FROM jobs j
-CROSS JOIN (VALUES ('message', 1), ('event', 2), ('execution', 3), ('result', 4)) k(kind, n)
+CROSS JOIN (VALUES ('message', 1), ('event', 2), ('execution', 3), ('copy', 4), ('original', 5), ('result', 6)) k(kind, n)
 LEFT JOIN duplicates d ON d.job = j.job AND d.kind = k.kind
 GROUP BY j.job, k.kind, k.n
 ORDER BY j.job, k.n;
+
+-- name: speculation
+-- Speculative copies of each stage: their number, the number of copies that were committed first, and the
+-- slot time of the runs that lost.
+SELECT s.job, s.stage,
+       coalesce(sum(d.seen), 0)::BIGINT AS copies,
+       coalesce(sum(d.seen) FILTER (d.kind = 'original'), 0)::BIGINT AS won,
+       coalesce(sum(d.wasted_slot_s) FILTER (d.kind = 'copy'), 0) AS copies_slot_s,
+       coalesce(sum(d.wasted_slot_s) FILTER (d.kind = 'original'), 0) AS stopped_originals_slot_s
+FROM stages s
+LEFT JOIN duplicates d ON d.job = s.job AND d.stage = s.stage AND d.kind IN ('copy', 'original')
+GROUP BY s.job, s.stage, s.position
+ORDER BY s.job, s.position;
 
 -- name: scaling
 -- Changes of the desired capacity of each pool with their reasons. The lag is the time until the new number
@@ -185,7 +198,7 @@ WITH causes AS (
   UNION ALL
   SELECT job, 2, 'work lost because an instance died', lost_slot_s FROM jobs
   UNION ALL
-  SELECT j.job, 3, 'duplicate executions whose outcome was not committed', coalesce(sum(d.wasted_slot_s), 0)
+  SELECT j.job, 3, 'duplicate executions and speculative copies that were not committed', coalesce(sum(d.wasted_slot_s), 0)
   FROM jobs j LEFT JOIN duplicates d USING (job) GROUP BY j.job
   UNION ALL
   SELECT b.job, 4, 'bundle time outside of tasks: start, inputs, commit',

@@ -19,6 +19,7 @@ from batchlab.core.model import Pool
 from batchlab.core.pricing.bill import PoolFacts, StageUse
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.core.pricing.request_costs import Pace
+from batchlab.core.users import owner_name
 from batchlab.reports import costs
 from batchlab.reports.queries.store import sections
 from batchlab.reports.tables.gather import JobData
@@ -57,7 +58,7 @@ _STEPS = Path(__file__).with_name("tables.sql")
 _JOB = types(
     "jobs",
     names=(
-        *("job", "schema_version", "name", "backend", "is_final", "state", "reason", "priority", "tags"),
+        *("job", "schema_version", "name", "backend", "is_final", "state", "reason", "priority", "tags", "owner"),
         *("dependencies", "submitted_s", "ended_s", "lost_slot_s", "is_whole"),
     ),
     round="INTEGER",
@@ -196,6 +197,7 @@ class TableBuilder:
             "round": gathered.round,
             "priority": job.priority,
             "tags": json.dumps(dict(job.tags), ensure_ascii=False),
+            "owner": owner_name(job.owner),
             "dependencies": list(map(str, job.after)),
             "submitted_s": job.submitted_s,
             "began_s": gathered.began_s,

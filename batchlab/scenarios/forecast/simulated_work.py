@@ -44,6 +44,7 @@ def job_def(job: Job, submitted_s: float) -> JobDef:
             memory_bytes=stage.memory_bytes,
             bundle=stage.bundle,
             pool=stage.pool,
+            speculative_copies=stage.speculative_copies,
         )
         for stage in template.stages
     )

@@ -118,7 +118,8 @@ class ScenarioBuilder:
                     self.problems += check(spec.stages, at)
             stages = tuple(self._stage(spec.stages, i, (*at, i)) for i in range(len(spec.stages)))
         elif spec.task is not None:
-            stages = (StageTemplate(ONE_STAGE, self.distribution(spec.task, (*loc, "task"))),)
+            task_s = self.distribution(spec.task, (*loc, "task"))
+            stages = (StageTemplate(ONE_STAGE, task_s, speculative_copies=spec.speculative_copies),)
         else:
             remedy = "Write task: 4s, or stages:, or file:."
             self.report(loc, f"Job '{name}' does not say what its work is.", remedy, at_key=True)
@@ -167,6 +168,7 @@ class ScenarioBuilder:
             retry=spec.retry.rule(),
             fails=spec.fails,
             poison=spec.poison,
+            speculative_copies=spec.speculative_copies,
         )
 
     def _stages_of(self, file: Path, spec: JobSpec, loc: Loc) -> tuple[StageTemplate, ...]:
@@ -210,6 +212,7 @@ class ScenarioBuilder:
                 bundle=stage.bundle,
                 pool=stage.pool,
                 retry=stage.retry.rule(),
+                speculative_copies=stage.speculative_copies and not stage.side_effects,
             )
             for i, stage in enumerate(stages)
         )

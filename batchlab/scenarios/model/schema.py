@@ -51,6 +51,17 @@ class GroupsSpec(Keys):
     groups: int = key("Number of groups.", 12, 1, ge=1, le=1_000_000)
 
 
+SpeculativeCopies = Annotated[
+    bool,
+    Field(
+        description="Whether stragglers may get speculative copies. In a job template, the key applies to `task`. With "
+        "`file`, the job file decides. By default, there are no copies, because a declared run time is the same on "
+        "every worker.",
+        examples=[True],
+    ),
+]
+
+
 class StageSpec(Keys):
     """One stage of a job template."""
 
@@ -71,6 +82,7 @@ class StageSpec(Keys):
     memory: Memory = None
     bundle: Bundle = None
     pool: Pool = "default"
+    speculative_copies: SpeculativeCopies = False
     retry: Retry
     fails: Share = key("Share of the task attempts that end in an exception.", 0.01, 0.0)
     poison: int = key(
@@ -108,6 +120,7 @@ class JobSpec(Keys):
         {"total": 12},
         default_factory=dict,
     )
+    speculative_copies: SpeculativeCopies = False
     after: field_types.OneOrMany = key(
         "Name of another job template, or a list of names. A job begins after the latest job of this template that "
         "arrives before it or at the same time has succeeded, or with `NAME:ended`, has ended.",

@@ -70,6 +70,7 @@ class StageTemplate:
     retry: RetryRule = RetryRule()
     fails: float = 0.0
     poison: int = 0
+    speculative_copies: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,7 @@ def compute_cost(
         _subtract(before.lost_s, after.lost_s),
         after.requests - before.requests,
         after.bundles - before.bundles,
+        repeated_s=_subtract(before.repeated_s, after.repeated_s),
     )
     if not backend.capabilities.billed:
         used = replace(used, billed_s=_as_planned(used.billed_s, plans))
@@ -79,8 +80,12 @@ def compute_cost(
 
 
 def wasted_s(before: Account, after: Account) -> float:
-    """Return the slot seconds of failed attempts and lost executions between two accounts of a grid."""
-    first_s, last_s = (sum(account.failed_s.values()) + sum(account.lost_s.values()) for account in (before, after))
+    """Return the slot seconds of failed attempts, lost executions, and speculative copies between two accounts of a
+    grid."""
+    first_s, last_s = (
+        sum(sum(by_pool.values()) for by_pool in (account.failed_s, account.lost_s, account.repeated_s))
+        for account in (before, after)
+    )
     return last_s - first_s
 
 
@@ -188,6 +193,8 @@ async def _account(link: ManagerConnection, jobs: Sequence[str]) -> Account | No
                     total.fail(pool, seconds)
                 for pool, seconds in account["lost_s"].items():
                     total.lose(pool, seconds)
+                for pool, seconds in account.get("repeated_s", {}).items():
+                    total.repeat(pool, seconds)
                 total.bundles += account["bundles"]
     except BackendError:
         return None

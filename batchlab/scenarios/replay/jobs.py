@@ -143,6 +143,7 @@ def stage_def(stage: StageTemplate) -> StageDef:
         memory_bytes=stage.memory_bytes,
         bundle=stage.bundle,
         pool=stage.pool,
+        speculative_copies=stage.speculative_copies,
     )
 
 

@@ -18,9 +18,24 @@ from starlette.types import Scope
 from batchlab import __version__
 from batchlab.core.capabilities import NO_CAPABILITIES, Capabilities
 from batchlab.core.errors import BatchlabError
+from batchlab.core.users import Caller
+from batchlab.manager.audit_log import REFUSED
 from batchlab.manager.manager import Manager
+from batchlab.manager.user_directory import UserDirectory
 from batchlab.server import metrics
-from batchlab.server.http import downloads, failures, grid, job_files, jobs, logs, schedules, shares, task_list, tasks
+from batchlab.server.http import (
+    downloads,
+    failures,
+    grid,
+    job_files,
+    jobs,
+    logs,
+    schedules,
+    shares,
+    task_list,
+    tasks,
+    users,
+)
 from batchlab.server.http.authentication import LOCAL_NAMES, AccessCheck, Sessions, SessionStore
 from batchlab.server.http.common import ServerState, error_response
 
@@ -42,9 +57,9 @@ def create_app(
     header of a request without the token must be a name of this machine or in `hosts`.
     """
     app = _app_with_routes()
-    page_sessions = Sessions(token, manager.ports.clock, sessions)
+    page_sessions, directory = Sessions(token, manager.ports.clock, sessions), UserDirectory(manager.ports, token)
     names = LOCAL_NAMES | {host.lower() for host in hosts} - _ANY_ADDRESS
-    served = ServerState(manager, token, backend_name, capabilities, on_shutdown, page_sessions, names)
+    served = ServerState(manager, token, backend_name, capabilities, on_shutdown, page_sessions, directory, names)
     app.state.served = served
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, error_response)
@@ -52,7 +67,20 @@ def create_app(
     def on_error(scope: Scope, error: Exception) -> JSONResponse:
         return error_response(Request(scope), error)
 
-    app.add_middleware(AccessCheck, token=token, now_s=manager.ports.clock.now_s, hosts=names, on_error=on_error)
+    def on_refused(caller: Caller, state: str, request: str) -> None:
+        if audit := served.manager.audit:
+            reason = f"the token is {state}"
+            audit.note_refusal(audit.record(caller.name, caller.role, request, outcome=REFUSED, reason=reason))
+
+    app.add_middleware(
+        AccessCheck,
+        token=token,
+        users=directory,
+        on_refused=on_refused,
+        now_s=manager.ports.clock.now_s,
+        hosts=names,
+        on_error=on_error,
+    )
     return app, served
 
 
@@ -71,7 +99,20 @@ def _app_with_routes() -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     app.include_router(jobs.submission_router)
-    for module in (grid, job_files, tasks, task_list, downloads, jobs, failures, logs, schedules, shares, metrics):
+    for module in (
+        grid,
+        job_files,
+        tasks,
+        task_list,
+        downloads,
+        jobs,
+        failures,
+        logs,
+        schedules,
+        shares,
+        users,
+        metrics,
+    ):
         app.include_router(module.router)
     app.include_router(grid.public)
     return app

@@ -1,15 +1,18 @@
 """Checks before every route (signature, bearer token, host, and origin), and the sessions of the web page.
 
-Invariant: the manager does not read the body of a request without the token, so a stranger cannot fill the manager's
-memory. A request from a web page of another origin is refused. A signed request gets a signed answer. The body of a
-request with the token has at most MAX_BYTES.
+Invariant: the manager does not read the body of a request without a token, so a stranger cannot fill the manager's
+memory. A user with the role view sends no body, so the manager does not read the body of such a user's request. The
+token is the grid's token, or the token of a user who is neither expired nor revoked. A request from a web page of
+another origin is refused. A signed request gets a signed answer. The body of a request with a token has at most
+MAX_BYTES.
 
-Invariant of the sessions: no cookie and no address contains the grid's token. A request of a session needs the cookie
-and the place of the session, and the place is a part of the page's addresses. A browser sends a cookie to every port of
-a host, but only below the cookie's path. A program on another port does not know the session's path. A one-time code
-opens the web page once, within CODE_S. A session ends when the session expires or is closed, or when the grid's token
-changes. The file of the closed sessions also contains the seed of the signing key. If the file of the closed sessions
-is lost, all sessions end, so a closed session never becomes valid again.
+Invariant of the sessions: no cookie and no address contains a token. The name of a session contains the key of its
+user, and each request of a session looks up the user's present role. A request of a session needs the cookie and the
+place of the session, and the place is a part of the page's addresses. A browser sends a cookie to every port of a host,
+but only below the cookie's path. A program on another port does not know the session's path. A one-time code opens the
+web page once, within CODE_S. A session ends when the session expires or is closed, or when the grid's token changes.
+The file of the closed sessions also contains the seed of the signing key. If the file of the closed sessions is lost,
+all sessions end, so a closed session never becomes valid again.
 """
 
 from __future__ import annotations
@@ -32,9 +35,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from batchlab.core import http_connections
-from batchlab.core.errors import BackendError
+from batchlab.core.errors import BackendError, BatchlabError, Unauthorized
 from batchlab.core.http_connections import PROOF, WINDOW_S, Signed
 from batchlab.core.ports import Clock
+from batchlab.core.users import GRID_OWNER, Caller, Role, key_name_in, user_token
+from batchlab.manager.user_directory import UserDirectory
+from batchlab.server.http.permissions import CALLER
 
 MAX_BYTES = 64 * 1024**2
 """Limit of a request body in bytes. A client stores larger data in the bucket or uploads files."""
@@ -55,25 +61,30 @@ _FILES = "/v1/jobs/files"
 class AccessCheck:
     """Middleware that checks requests before the API.
 
-    The application receives a signed request with the bearer token added, and a request without the token with an empty
-    body.
+    The application receives the authenticated sender of a request in its scope, and a request without a token with an
+    empty body.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         token: str,
+        users: UserDirectory,
+        on_refused: Callable[[Caller, str, str], None],
         now_s: Callable[[], float],
         hosts: frozenset[str],
         on_error: Callable[[Scope, Exception], Response],
     ) -> None:
         """`now_s` returns the wall-clock time.
 
-        `hosts` are the host names of the manager. The function `on_error` returns the answer to an error that the
-        application does not handle.
+        `on_refused` is called for a request with the token of an expired or revoked user, with the reason and the
+        request. `hosts` are the host names of the manager. The function `on_error` returns the answer to an error that
+        the application does not handle.
         """
         self._app = app
         self._token = token
+        self._users = users
+        self._on_refused = on_refused
         self._now_s = now_s
         self._hosts = hosts
         self._on_error = on_error
@@ -86,29 +97,51 @@ class AccessCheck:
             return
         headers = Headers(scope=scope)
         authorization = headers.get("authorization", "")
-        signed = http_connections.read(self._token, authorization, scope["method"], _target(scope))
+        key = http_connections.claimed_key(authorization)
+        token = user_token(self._token, key) if key else self._token
+        signed = http_connections.read(token, authorization, scope["method"], _target(scope))
         if signed:
-            send = self._signing(signed, send)
-            others = [header for header in scope["headers"] if header[0].lower() != b"authorization"]
-            scope["headers"] = [*others, (b"authorization", f"Bearer {self._token}".encode())]
+            send = self._signing(token, signed, send)
             if error := self._signature_error(signed):
                 await JSONResponse(error, 401)(scope, receive, send)
                 return
-        kind, _, token = authorization.partition(" ")
-        is_bearer = compare_digest(f"{kind.lower()} {token.strip()}".encode(), f"bearer {self._token}".encode())
-        is_authorized = signed is not None or is_bearer
-        if refusal := _refusal(headers, None if is_authorized else self._hosts):
-            await refusal(scope, receive, send)
+        caller: Caller | None = None
+        if signed is not None or _is_bearer(authorization, token):
+            try:
+                caller = await self._caller(key, scope)
+            except BatchlabError as refusal:
+                await self._on_error(scope, refusal)(scope, receive, send)
+                return
+        scope[CALLER] = caller
+        if refusal_answer := _refusal(headers, None if caller else self._hosts):
+            await refusal_answer(scope, receive, send)
             return
+        has_body = True
         if path.startswith(_PATHS):
-            if not is_authorized:
-                receive = _without_body(receive)
+            if caller is None or caller.role is Role.VIEW:
+                receive, has_body = _without_body(receive), False
             elif path != _FILES:
                 receive = _limit_body(receive)
         if signed:
-            await self._call_signed(scope, _hash_body(receive, signed), send)
+            await self._call_signed(scope, _hash_body(receive, signed) if has_body else receive, send)
         else:
             await self._app(scope, receive, send)
+
+    async def _caller(self, key: str, scope: Scope) -> Caller:
+        """Return the user with the key `key`. Raise Unauthorized if the user is not active."""
+        if not key:
+            return GRID_OWNER
+        user = await self._users.find(key)
+        state = user.state(self._now_s()) if user else "not valid"
+        if user is None or state != "active":
+            name = key.partition(".")[0]
+            self._on_refused(
+                Caller(name, user.role if user else Role.VIEW, key), state, f"{scope['method']} {_target(scope)}"
+            )
+            raise Unauthorized(
+                f"The token of the user {name} is {state}.", remedy="Ask an administrator of the grid for a new token."
+            )
+        return Caller(user.name, user.role, key)
 
     def _signature_error(self, signed: Signed) -> dict[str, str] | None:
         """Return the error for a signed request that is too old or repeated, or None if the request is valid."""
@@ -142,11 +175,10 @@ class AccessCheck:
                 await self._on_error(scope, error)(scope, receive, send_noted)
             raise
 
-    def _signing(self, signed: Signed, send: Send) -> Send:
+    def _signing(self, token: str, signed: Signed, send: Send) -> Send:
         """Return a `send` function that signs the answer. If the answer's body has several parts, the signature follows
         the body.
         """
-        token = self._token
         start: Message = {}
         streamed = hashlib.sha256()
         is_stream = False
@@ -247,6 +279,12 @@ def _refusal(headers: Headers, hosts: frozenset[str] | None) -> Response | None:
     return None
 
 
+def _is_bearer(authorization: str, token: str) -> bool:
+    kind, _, sent = authorization.partition(" ")
+    # The comparison takes constant time, so the response time does not reveal which part of a guessed token was right.
+    return compare_digest(f"{kind.lower()} {sent.strip()}".encode(), f"bearer {token}".encode())
+
+
 def _target(scope: Scope) -> str:
     path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
     query = scope["query_string"].decode("latin-1")
@@ -325,6 +363,11 @@ class Session:
     name: str
     until_s: int
 
+    @property
+    def key(self) -> str:
+        """Name of the key of the session's user, or "" for the grid's token."""
+        return self.name.partition(".")[2]
+
 
 class Sessions:
     """All sessions of one manager. If `store` is given, the sessions survive a restart of the manager."""
@@ -333,8 +376,8 @@ class Sessions:
         self._clock = clock
         self._token = token
         self._store = store
-        self._codes: dict[str, float] = {}
-        """Expiry of each one-time code in monotonic seconds."""
+        self._codes: dict[str, tuple[float, str]] = {}
+        """Expiry of each one-time code in monotonic seconds, and the key of its user."""
         self._seed = ""
         """Seed of the signing key. The seed is not secret, because the signing key also depends on the token."""
         self._closed: dict[str, int] = {}
@@ -374,34 +417,41 @@ class Sessions:
         digest = hmac.digest(self._token.encode(), f"the cookie at {place}".encode(), "sha256")
         return f"batchlab-{digest.hex()[:12]}"
 
-    def new_code(self) -> str:
-        """Return a new one-time code that opens one session."""
+    def new_code(self, key: str = "") -> str:
+        """Return a new one-time code that opens one session for the user whose key has the name `key`."""
         now_s = self._clock.monotonic_s()
-        self._codes = {code: over_s for code, over_s in self._codes.items() if over_s > now_s}
+        self._codes = {code: one for code, one in self._codes.items() if one[0] > now_s}
         while len(self._codes) >= MAX_CODES:
             del self._codes[next(iter(self._codes))]
         code = secrets.token_urlsafe(24)
-        self._codes[code] = now_s + CODE_S
+        self._codes[code] = now_s + CODE_S, key
         return code
 
     def is_code_valid(self, name: str) -> bool:
         """Return whether the one-time code with the name `name` is still valid."""
         now_s = self._clock.monotonic_s()
-        return any(page_session_name(code) == name and over_s > now_s for code, over_s in self._codes.items())
+        return any(page_session_name(code) == name and over_s > now_s for code, (over_s, _) in self._codes.items())
 
-    def accepts(self, secret: str) -> bool:
-        """Return whether `secret` is the token or a valid one-time code. A call with a valid code makes the code
-        invalid.
+    def sign_in(self, secret: str) -> str | None:
+        """Return the key of the user that `secret` belongs to, which is "" for the grid's token. Return None for a
+        wrong secret.
+
+        `secret` is the grid's token, a user's token, or a one-time code, which becomes invalid. The caller must check
+        whether the user is active.
         """
         if _are_equal(secret, self._token):
-            return True
+            return ""
+        if key := key_name_in(secret):
+            return key if _are_equal(secret, user_token(self._token, key)) else None
         match = next((code for code in self._codes if _are_equal(secret, code)), None)
-        return match is not None and self._codes.pop(match) > self._clock.monotonic_s()
+        over_s, key = self._codes.pop(match) if match is not None else (0.0, "")
+        return key if match is not None and over_s > self._clock.monotonic_s() else None
 
-    def start(self) -> tuple[Session, str]:
-        """Start a session. Return the new session and the value of the session's cookie."""
+    def start(self, key: str = "") -> tuple[Session, str]:
+        """Start a session of the user whose key has the name `key`. Return the session and the value of its cookie."""
         until_s = int(self._clock.now_s() + SESSION_S)
-        session = Session(secrets.token_urlsafe(12), until_s)
+        name = secrets.token_urlsafe(12)
+        session = Session(f"{name}.{key}" if key else name, until_s)
         return session, f"{until_s}.{session.name}.{self._sign('session', session)}"
 
     def find(self, cookie: str, place: str) -> Session | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from hmac import compare_digest
 from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -23,19 +22,31 @@ from batchlab.core import api_types
 from batchlab.core.api_types import FailureView
 from batchlab.core.capabilities import Capabilities
 from batchlab.core.commit import committed
-from batchlab.core.errors import BackendError, BatchlabError, JobFileError, NotFound, Refused, UsageError
+from batchlab.core.errors import (
+    BackendError,
+    BatchlabError,
+    Forbidden,
+    JobFileError,
+    NotFound,
+    Refused,
+    Unauthorized,
+    UsageError,
+)
 from batchlab.core.model import JobId, Outcome
 from batchlab.core.port_retries import set_within
 from batchlab.core.ports import BundleRecord
 from batchlab.core.protocol import json_format
+from batchlab.core.users import Caller
 from batchlab.manager.manager import Manager
 from batchlab.manager.notifier import Notifier
 from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.manager.spending import Spending
+from batchlab.manager.user_directory import UserDirectory
 from batchlab.server.answers import LEADER_WAIT_S as LEADER_WAIT_S
 from batchlab.server.answers import MAX_LISTED, MAX_WAIT_S
 from batchlab.server.http.authentication import Sessions
 from batchlab.server.http.history import History
+from batchlab.server.http.permissions import RULES, authorize, caller_of, record_change
 from batchlab.server.task_index import TaskIndex
 
 Cause = tuple[str, str]
@@ -89,10 +100,6 @@ MAX_MISTAKES = 10
 _FULL_MANAGER = "Use a manager that `batchlab grid up` starts."
 
 
-class _Unauthorized(BatchlabError):
-    """The bearer token is missing or wrong."""
-
-
 @dataclass(slots=True)
 class ServerState:
     """Arguments of `create_app`, and the state that all endpoints share."""
@@ -107,6 +114,7 @@ class ServerState:
     capabilities: Capabilities
     on_shutdown: Callable[[], None]
     sessions: Sessions
+    users: UserDirectory
     hosts: frozenset[str]
     """Host names by which a request without the token may address the manager."""
     groups: dict[JobId, Groups] = field(default_factory=dict)
@@ -129,16 +137,30 @@ StateDep = Annotated[ServerState, Depends(_state)]
 _bearer = HTTPBearer(auto_error=False)
 
 
-async def require_token(
-    request: Request, sent: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+async def require_role(
+    request: Request,
+    sent: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],  # noqa: ARG001 - for /openapi.json
 ) -> None:
-    token = (await _state(request)).token
-    # The comparison takes constant time, so the response time does not reveal which part of a guessed token was right.
-    if sent is None or not compare_digest(sent.credentials.encode(), token.encode()):
-        raise _Unauthorized(
+    """Raise an error unless the sender of the request is authenticated and has the role that the route needs."""
+    caller = caller_of(request.scope)
+    if caller is None:
+        raise Unauthorized(
             "The bearer token is missing or wrong.",
-            remedy="Send `Authorization: Bearer TOKEN` with the token in the grid's folder.",
+            remedy="Send `Authorization: Bearer TOKEN` with the token in the grid's folder, or with a user's token.",
         )
+    manager = (await _state(request)).manager
+    route = request.method, request.scope["route"].path
+    rule = await authorize(manager, caller, RULES, route, request.path_params)
+    await record_change(manager, caller, rule, request.path_params)
+
+
+async def _caller(request: Request) -> Caller:
+    caller = caller_of(request.scope)
+    assert caller, "a route without authentication does not have a caller"
+    return caller
+
+
+CallerDep = Annotated[Caller, Depends(_caller)]
 
 
 async def _leader(request: Request) -> Manager:
@@ -183,13 +205,13 @@ Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Maximum waiting 
 # took 10% of a manager's start-up time.
 _PROBLEM = {"schema": {"$ref": f"#/components/schemas/{api_types.ProblemView.__name__}"}}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {422: {"model": api_types.ProblemView}}
-for _code in (400, 401, 404, 409, 413, 503):
+for _code in (400, 401, 403, 404, 409, 413, 503):
     _PROBLEMS[_code] = {"content": {"application/json": _PROBLEM}}
 
 
 def guarded_router() -> APIRouter:
-    """Return a new router whose endpoints require the bearer token."""
-    return APIRouter(prefix="/v1", dependencies=[Depends(require_token)], responses=_PROBLEMS)
+    """Return a new router whose endpoints require a token, and the role in `permissions.RULES`."""
+    return APIRouter(prefix="/v1", dependencies=[Depends(require_role)], responses=_PROBLEMS)
 
 
 def without_version(doc: Any) -> Any:
@@ -206,7 +228,8 @@ def without_version(doc: Any) -> Any:
 # --- Errors --------------------------------------------------------------------------------------
 
 _STATUS: tuple[tuple[type[BatchlabError], int], ...] = (
-    (_Unauthorized, 401),
+    (Unauthorized, 401),
+    (Forbidden, 403),
     (NotFound, 404),
     (Refused, 409),
     (UsageError, 422),

@@ -19,7 +19,7 @@ from batchlab.manager import fleet_commands
 from batchlab.server import job_views
 from batchlab.server.answers import grid_view, pool_view
 from batchlab.server.http.authentication import CODE_S, PAGE, page_session_name
-from batchlab.server.http.common import Leader, Limit, NotifierDep, SpendingDep, StateDep, guarded_router
+from batchlab.server.http.common import CallerDep, Leader, Limit, NotifierDep, SpendingDep, StateDep, guarded_router
 
 public = APIRouter(prefix="/v1")
 router = guarded_router()
@@ -45,12 +45,12 @@ async def shutdown(served: StateDep, after: BackgroundTasks) -> api_types.Health
 
 
 @router.post("/sessions", status_code=201)
-async def open_session(served: StateDep) -> api_types.SessionView:
-    """Return a one-time code that opens the web page.
+async def open_session(served: StateDep, caller: CallerDep) -> api_types.SessionView:
+    """Return a one-time code that opens the web page for the user of the request.
 
     The address of the web page contains a one-time code, because the address must not contain the token.
     """
-    code = served.sessions.new_code()
+    code = served.sessions.new_code(caller.key)
     path = f"{PAGE}/login#{code}"
     return {"code": code, "name": page_session_name(code), "path": path, "valid_s": CODE_S}
 

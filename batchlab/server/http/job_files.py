@@ -16,6 +16,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -26,11 +27,13 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from batchlab.core import api_types
 from batchlab.core.errors import JobFileError, UsageError
+from batchlab.core.job_definition import Dependency
 from batchlab.core.task_context import name_problem
 from batchlab.core.text import first_of, size
+from batchlab.core.users import Caller
 from batchlab.manager.manager import Manager
 from batchlab.server.answers import accept, current_view
-from batchlab.server.http.common import Leader, guarded_router
+from batchlab.server.http.common import CallerDep, Leader, guarded_router
 
 if TYPE_CHECKING:
     from batchlab.jobs.job_file import JobFile
@@ -188,6 +191,11 @@ _UPLOAD: dict[str, Any] = {
                             "items": _TEXT,
                             "description": "KEY=VALUE: replaces the default of a parameter.",
                         },
+                        "after": {
+                            "type": "array",
+                            "items": _TEXT,
+                            "description": "ID[:succeeded|ended]: an earlier job that the job waits for.",
+                        },
                         "token": {
                             **_TEXT,
                             "description": "The client token. A repeated request with the same token creates no job.",
@@ -205,7 +213,7 @@ _UPLOAD: dict[str, Any] = {
 
 
 @router.post("/jobs/files", status_code=201, openapi_extra=_UPLOAD)
-async def submit_files(manager: Leader, request: Request) -> api_types.JobView:
+async def submit_files(manager: Leader, caller: CallerDep, request: Request) -> api_types.JobView:
     """Submit a job file with its code and data, as files of a form."""
     size_bytes = check_length(request.headers.get("content-length"))
     kind = request.headers.get("content-type", "")
@@ -216,7 +224,7 @@ async def submit_files(manager: Leader, request: Request) -> api_types.JobView:
         )
     form = await read_form(request, size_bytes)
     try:
-        return await submit_form(manager, form)
+        return await submit_form(manager, form, caller)
     finally:
         await form.close()
 
@@ -235,8 +243,8 @@ def check_length(text: str | None, most: int = MAX_BYTES) -> int:
     return int(text)
 
 
-async def submit_form(manager: Manager, form: FormData) -> api_types.JobView:
-    """Submit the job that the files of the form define. The manager does not run the code of the submitted job."""
+async def submit_form(manager: Manager, form: FormData, caller: Caller) -> api_types.JobView:
+    """Submit the job that the files of the form define, for a user. The manager does not run the code of the job."""
     from batchlab.jobs import submission
 
     files, data = _files_of(form, "files"), _files_of(form, "data")
@@ -256,7 +264,8 @@ async def submit_form(manager: Manager, form: FormData) -> api_types.JobView:
         job = await submission.prepare(
             jobfile, objects=ports.objects, clock=ports.clock, patience=ports.patience, token=token, packed=packed
         )
-    written = await accept(manager, job, None)
+    after = tuple(Dependency.parse(str(text)) for text in form.getlist("after") if str(text).strip())
+    written = await accept(manager, replace(job, after=after), None, caller)
     return await current_view(manager, written.rows.id)
 
 

@@ -17,10 +17,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
 from batchlab.core import api_types
+from batchlab.core.errors import Forbidden
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, StageName, TaskSet
 from batchlab.core.ports import BundleRecord
 from batchlab.core.protocol import json_format, settlement
+from batchlab.core.users import Role
 from batchlab.manager.manager import Manager
 from batchlab.server import job_facts, job_views
 from batchlab.server.answers import (
@@ -32,7 +34,7 @@ from batchlab.server.answers import (
     outcomes_page,
     wait_for_change,
 )
-from batchlab.server.http.common import Leader, Limit, StateDep, Wait, guarded_router, without_version
+from batchlab.server.http.common import CallerDep, Leader, Limit, StateDep, Wait, guarded_router, without_version
 from batchlab.server.http.failures import chosen_tasks
 from batchlab.server.http.history import eta_of
 from batchlab.server.wait_reasons import why
@@ -89,6 +91,7 @@ Items = Annotated[list[Any] | None, Body(embed=True)]
 )
 async def submit(
     manager: Leader,
+    caller: CallerDep,
     job: PostedJob,
     response: Response,
     items: Items = None,
@@ -105,10 +108,13 @@ async def submit(
     the answer has the first outcomes, in the format of /outcomes. The manager sends the second line when outcomes
     exist. The seq of an outcome is 0 if the outcome is committed but not counted yet. The endpoint /outcomes lists an
     outcome with the seq 0 again after the outcome was counted. `is_sent` means that the client has committed the job
-    with its only task and has sent the task's message, so the manager does not send the message. If the grid records
-    traces, the W3C header `traceparent` names the parent of the job's trace.
+    with its only task and has sent the task's message, so the manager does not send the message. Only an administrator
+    may send a request with `is_sent`. If the grid records traces, the W3C header `traceparent` names the parent of the
+    job's trace. The manager sets the owner of the job to the user of the request.
     """
-    written = await accept(manager, replace(job, trace=traceparent), items, is_sent=is_sent)
+    if is_sent and not caller.role.includes(Role.ADMINISTER):
+        raise Forbidden("Only an administrator may send a direct call.", remedy="Leave out `is_sent`.")
+    written = await accept(manager, replace(job, trace=traceparent), items, caller, is_sent=is_sent)
     status = 201 if written.is_new else 200
     view = await current_view(manager, written.rows.id)
     if wait_s:

@@ -5,6 +5,7 @@ Invariant: the answer to a request shows the schedule as changed by the request.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 from fastapi import Query, Response
@@ -15,7 +16,8 @@ from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import MAX_DEPENDENCIES, JobDef
 from batchlab.core.schedules import Definition, Missed, Overlap, Schedule, When
 from batchlab.manager.schedule_commands import ScheduleCommands
-from batchlab.server.http.common import Leader, SchedulesDep, guarded_router, without_version
+from batchlab.server.http.common import CallerDep, Leader, SchedulesDep, guarded_router, without_version
+from batchlab.server.http.permissions import store_record
 
 router = guarded_router()
 
@@ -72,8 +74,10 @@ class Asking(BaseModel):
 
 
 @router.post("/schedules", status_code=201)
-async def add_schedule(schedules: SchedulesDep, adding: Adding, response: Response) -> api_usage_types.ScheduleView:
-    """Add a schedule.
+async def add_schedule(
+    schedules: SchedulesDep, manager: Leader, caller: CallerDep, adding: Adding, response: Response
+) -> api_usage_types.ScheduleView:
+    """Add a schedule. The jobs of its runs belong to the user of the request.
 
     The status is 201 if the schedule is new or changed, and 200 if an equal schedule already exists.
     """
@@ -86,7 +90,9 @@ async def add_schedule(schedules: SchedulesDep, adding: Adding, response: Respon
     when = When(" ".join(timed.cron.split()), timed.timezone, timed.at_s)
     policies = timed.model_dump(exclude={"name", "cron", "timezone", "at_s"})
     definition = Definition(timed.name, adding.job.name, when, template="", **policies)
-    schedule, is_new = await schedules.add(definition, adding.job, replacing=adding.replace)
+    job = replace(adding.job, owner=caller.as_owner)
+    await store_record(manager, caller, "schedule add", timed.name)
+    schedule, is_new = await schedules.add(definition, job, replacing=adding.replace)
     response.status_code = 201 if is_new else 200
     return await _view(schedules, schedule)
 

@@ -45,7 +45,7 @@ def mount(
     app.add_api_route("/", redirect_to_page, include_in_schema=False)
     # The Guard is not a middleware, because the application answers an unhandled error outside of its middlewares.
     page = _LazyPage(partial(page_of, served, prices, reports, pace))
-    app.mount(PAGE, Guard(page, served.sessions, served.hosts))
+    app.mount(PAGE, Guard(page, served.sessions, served.users, served.hosts))
 
 
 def page_of(

@@ -19,7 +19,7 @@ from batchlab.core.job_definition import parse_tasks
 from batchlab.core.model import JobId, StageName
 from batchlab.core.pricing import price_book
 from batchlab.server.http import grid, jobs, schedules
-from batchlab.server.http.common import Leader, SchedulesDep, SpendingDep, StateDep
+from batchlab.server.http.common import CallerDep, Leader, SchedulesDep, SpendingDep, StateDep
 from batchlab.server.http.job_files import MAX_BYTES, MAX_FILES, submit_form
 from batchlab.server.web import text
 from batchlab.server.web.rendering import (
@@ -226,11 +226,11 @@ async def submit_page(request: Request) -> Response:
 
 
 @router.post("/submit")
-async def submit(request: Request, manager: Leader) -> Response:
+async def submit(request: Request, manager: Leader, caller: CallerDep) -> Response:
     """Submit the job in the form, and redirect to the page of the job."""
     form = await form_of(request)
     try:
-        view = await submit_form(manager, form)
+        view = await submit_form(manager, form, caller)
     finally:
         await form.close()
     return redirect(request, f"/jobs/{text.path(view['id'])}")

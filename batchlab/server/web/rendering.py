@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any, cast
 from urllib.parse import urlsplit
@@ -22,14 +22,15 @@ from starlette.types import Receive, Scope, Send
 
 from batchlab import __version__
 from batchlab.core import api_types
-from batchlab.core.errors import BatchlabError, Refused
+from batchlab.core.errors import BatchlabError, Refused, Unauthorized
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.core.pricing.request_costs import Pace
 from batchlab.manager.manager import Manager
-from batchlab.server.http import grid
+from batchlab.server.http import grid, permissions
 from batchlab.server.http.authentication import PAGE, SAFE_METHODS
 from batchlab.server.http.common import ServerState, StateDep, problem_of
 from batchlab.server.http.job_files import MAX_BYTES, check_length, read_form
+from batchlab.server.http.permissions import PAGE_RULES, authorize, caller_of, record_change
 from batchlab.server.report_writer import HtmlReports
 from batchlab.server.web.security import SESSION
 
@@ -74,13 +75,15 @@ def _templates() -> Environment:
 def render(request: Request, template: str, *, status: int = 200, here: str = "", **values: Any) -> HTMLResponse:
     """Render the template as an answer. `here` is the active entry of the navigation."""
     served = cast(ServerState, request.app.state.served)
-    session = request.scope.get(SESSION)
+    session, caller = request.scope.get(SESSION), caller_of(request.scope)
     text = _templates().get_template(template)
     return HTMLResponse(
         text.render(
             here=here,
             root=_root(request),
             session=session,
+            caller=caller,
+            may=partial(permissions.may, caller) if caller else _may_nothing,
             form_token=served.sessions.form_token(session) if session else "",
             backend=served.backend_name,
             leads=served.manager.is_leader.is_set(),
@@ -89,6 +92,10 @@ def render(request: Request, template: str, *, status: int = 200, here: str = ""
         ),
         status,
     )
+
+
+def _may_nothing(*_: object) -> bool:
+    return False
 
 
 def is_part(request: Request) -> bool:
@@ -214,6 +221,26 @@ async def form_of(request: Request) -> FormData:
     return cast(FormData, request.state.form)
 
 
+CONFIRMED = ("/jobs/{job}/cancel", "/grid/drain", "/schedules/{name}/remove")
+"""Actions that need a confirmation. Without the confirmation, the request leads to the question."""
+
+
+async def _check_role(request: Request, served: StateDep) -> None:
+    caller = caller_of(request.scope)
+    if caller is None:
+        raise Unauthorized("The request does not have a session.", remedy="Log in first.")
+    route = request.method, request.scope["route"].path
+    await authorize(served.manager, caller, PAGE_RULES, route, request.path_params)
+
+
+async def _record_change(request: Request, served: StateDep) -> None:
+    path, caller = request.scope["route"].path, caller_of(request.scope)
+    if request.method in SAFE_METHODS or caller is None:
+        return
+    if path not in CONFIRMED or is_confirmed(await form_of(request)):
+        await record_change(served.manager, caller, PAGE_RULES[request.method, path], request.path_params)
+
+
 async def _check_form_token(request: Request, served: StateDep) -> None:
     if request.method in SAFE_METHODS:
         return
@@ -226,8 +253,9 @@ async def _check_form_token(request: Request, served: StateDep) -> None:
 
 
 def guarded_router() -> APIRouter:
-    """Return a router that checks the form token of each request that changes data."""
-    return APIRouter(dependencies=[Depends(_check_form_token)])
+    """Return a router that checks the role of the user, and the form token of each request that changes data."""
+    # The role is checked before the form is read, because a form may be large.
+    return APIRouter(dependencies=[Depends(_check_role), Depends(_check_form_token), Depends(_record_change)])
 
 
 def redirect(request: Request, path: str) -> Response:

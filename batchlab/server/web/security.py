@@ -1,7 +1,8 @@
 """Access checks and security headers of the web page.
 
 Invariant: without a session, only the login page and the static files are available. A request that changes data must
-come from a page of this manager. Every answer, including errors, carries HEADERS.
+come from a page of this manager. Each request of a session has the present role of the session's user. Every answer,
+including errors, carries HEADERS.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from batchlab.core.errors import BackendError
+from batchlab.manager.user_directory import UserDirectory
 from batchlab.server.http.authentication import PAGE, SAFE_METHODS, Session, Sessions, host_name, is_same_origin
+from batchlab.server.http.permissions import CALLER
 
 HEADERS = MappingProxyType(
     {
@@ -72,9 +76,10 @@ def below(place: str) -> str:
 class Guard:
     """ASGI wrapper that checks each request to the web page."""
 
-    def __init__(self, app: ASGIApp, sessions: Sessions, hosts: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, sessions: Sessions, users: UserDirectory, hosts: frozenset[str]) -> None:
         self._app = app
         self._sessions = sessions
+        self._users = users
         self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,7 +101,14 @@ class Guard:
             session = self._session(headers, match["place"])
             path = path.removeprefix(match[0])
             scope["root_path"] = f"{scope.get('root_path', '')}{match[0]}"
-        scope[SESSION] = session
+        try:
+            caller = await self._users.caller(session.key) if session else None
+        except BackendError as error:
+            await PlainTextResponse(f"{error}\n", 503)(scope, receive, send_guarded)
+            return
+        if caller is None:
+            session = None  # The user was revoked or has expired since the start of the session.
+        scope[SESSION], scope[CALLER] = session, caller
         refusal = self._refusal(scope["method"], path, headers, session)
         await (refusal or self._app)(scope, receive, send_guarded)
 

@@ -403,11 +403,12 @@ async def login_page(request: Request) -> Response:
 
 @login_router.post("/login")
 async def log_in(request: Request, served: StateDep) -> Response:
-    """Start a session for a visitor with the token or a one-time code."""
+    """Start a session for a visitor with the grid's token, the token of an active user, or a one-time code."""
     secret = field_of(await form_of(request), "word")
-    if not secret or len(secret) > MAX_SECRET_CHARS or not served.sessions.accepts(secret):
+    key = served.sessions.sign_in(secret) if 0 < len(secret) <= MAX_SECRET_CHARS else None
+    if key is None or await served.users.caller(key) is None:
         return render(request, "login.html", status=403, refused=True)
-    session, value = served.sessions.start()
+    session, value = served.sessions.start(key)
     place = served.sessions.place(session)
     answer = RedirectResponse(f"{below(place)}/", 303)
     answer.set_cookie(

@@ -4,17 +4,33 @@ Invariant: a mutant changes the product only in the test's process, and only whi
 found later becomes a mutant, as docs/contributing/planted-bugs.md describes.
 """
 
-from tests.sim.mutants import dependencies, fleet, ids, leaders, lies, manager, shares, storage, waste, words, worker
+from tests.sim.mutants import (
+    copies,
+    dependencies,
+    fleet,
+    ids,
+    leaders,
+    lies,
+    manager,
+    orphans,
+    shares,
+    storage,
+    waste,
+    words,
+    worker,
+)
 from tests.sim.mutants.kit import MUTANTS
 
 __all__ = [
     "MUTANTS",
+    "copies",
     "dependencies",
     "fleet",
     "ids",
     "leaders",
     "lies",
     "manager",
+    "orphans",
     "shares",
     "storage",
     "waste",

@@ -41,6 +41,7 @@ from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.retry_rule import RetryRule
 from batchlab.core.service_settings import ManagerSettings
 from batchlab.fleet.fleet_port import ManagedFleet
+from batchlab.manager.audit_log import AuditLog
 from batchlab.manager.manager import Manager
 from batchlab.manager.state import LiveJob, Outstanding, Ports
 from batchlab.reports.tables.build import Setting
@@ -141,8 +142,16 @@ class Rig:
         patience = Patience(random.Random(3), limit_s=0.2)
         ports = Ports(self.objects, self.queue, self.fleet, self.ledger, clock, ids, patience)
         accounting = Accounting(lambda _: 0.1) if self.prices else None
+        self.audit = AuditLog(ports)
         self.manager = Manager(
-            ports, SETTINGS, self.pools, "manager-1", schedules=True, shares=True, accounting=accounting
+            ports,
+            SETTINGS,
+            self.pools,
+            "manager-1",
+            schedules=True,
+            shares=True,
+            accounting=accounting,
+            audit=self.audit,
         )
         self.app, self.served = create_app(
             self.manager, token=TOKEN, backend_name="memory", on_shutdown=self._count_shutdown, hosts=["grid.example"]
@@ -167,6 +176,7 @@ class Rig:
         if leading:
             leading.cancel()
             await asyncio.gather(leading, return_exceptions=True)
+        await self.audit.close()
         await self.ledger.close()
 
     def _count_shutdown(self) -> None:

@@ -1,0 +1,252 @@
+"""Audit log of the grid: which user has asked for which change, and which requests were refused.
+
+Invariants: each object of the log is written once, and is removed only when it is older than KEEP_S. The manager stores
+the record of a change before it makes the change. A job's definition names the owner of the job, so the record of a
+submission may follow within FLUSH_S. Records of requests that were refused are limited for each user. A request without
+a valid token does not cause a record, so a stranger cannot fill the bucket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from batchlab.core.errors import AlreadyExists, BackendError, NotFound
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.field_checks import UNREADABLE, decode, figure, list_items
+from batchlab.manager.state import Ports
+
+log = logging.getLogger(__name__)
+
+FLUSH_S = 1.0
+"""Maximum time in seconds until a record that no answer waits for is stored."""
+KEEP_S = 400 * 86_400.0
+"""Age in seconds at which records are removed."""
+PRUNE_S = 86_400.0
+MAX_REFUSALS = 100
+"""Maximum number of separate records of refused requests of one user in REFUSALS_S. One record counts the others."""
+REFUSALS_S = 60.0
+MAX_TEXT = 200
+MAX_SCANNED = 1_000
+"""Maximum number of objects that one page of the log reads."""
+PARALLEL_READS = 16
+ALLOWED, REFUSED = OUTCOMES = ("allowed", "refused")
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRecord:
+    """A request of a user.
+
+    `action` is the command that makes the same request, such as `job cancel`. `object` names the changed job, pool,
+    schedule, target, or user. `request` is the id of the request. `count` is the number of requests that the record
+    stands for. `reason` is the cause of a refusal, or names the schedule that has submitted a job.
+    """
+
+    at_s: float
+    user: str
+    role: str
+    action: str
+    object: str = ""
+    outcome: str = ALLOWED
+    reason: str = ""
+    request: str = ""
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class AuditFilter:
+    """Selection of records. `action` selects a command or, for example with `job`, a group of commands."""
+
+    user: str = ""
+    action: str = ""
+    outcome: str = ""
+    since_s: float = 0.0
+
+    def matches(self, record: AuditRecord) -> bool:
+        """Return whether the selection contains the record."""
+        return (
+            self.user in ("", record.user)
+            and (self.action in ("", record.action) or record.action.startswith(f"{self.action} "))
+            and self.outcome in ("", record.outcome)
+            and record.at_s >= self.since_s
+        )
+
+
+@dataclass(slots=True)
+class _Refusals:
+    """Records of refused requests of one user since `begun_s` (monotonic). `more` were not stored one by one."""
+
+    begun_s: float
+    separate: int = 0
+    more: AuditRecord | None = None
+
+
+class AuditLog:
+    """Writer and reader of the audit log of one manager."""
+
+    def __init__(self, ports: Ports) -> None:
+        self._objects, self._patience, self._clock = ports.objects, ports.patience, ports.clock
+        self._waiting: list[AuditRecord] = []
+        self._writing: asyncio.Task[None] | None = None
+        self._later: asyncio.Task[None] | None = None
+        self._refusals: dict[str, _Refusals] = {}
+        self._pruned_s: float | None = None
+
+    def record(
+        self, user: str, role: str, action: str, subject: str = "", *, outcome: str = ALLOWED, reason: str = ""
+    ) -> AuditRecord:
+        """Return the record of a request that arrives now."""
+        subject, reason = subject[:MAX_TEXT], reason[:MAX_TEXT]
+        return AuditRecord(self._clock.now_s(), user, role, action, subject, outcome, reason, secrets.token_hex(8))
+
+    async def store(self, record: AuditRecord) -> None:
+        """Store a record. Raise BackendError if the record cannot be stored."""
+        self._waiting.append(record)
+        try:
+            await self.flush()
+        except BackendError:
+            self._waiting = [one for one in self._waiting if one is not record]
+            raise
+
+    def note(self, record: AuditRecord) -> None:
+        """Store a record within FLUSH_S."""
+        self._waiting.append(record)
+        if self._later is None or self._later.done():
+            self._later = asyncio.get_running_loop().create_task(self._flush_later(), name="audit")
+
+    def note_call(self, record: AuditRecord) -> None:
+        """Store the record of a single call within FLUSH_S. One record stands for all calls of a user in this time."""
+        same = replace(record, object="", reason="single call")
+        for number, one in enumerate(self._waiting):
+            if replace(one, at_s=same.at_s, request=same.request, count=1) == same:
+                self._waiting[number] = replace(one, count=one.count + 1)
+                return
+        self.note(same)
+
+    def note_refusal(self, record: AuditRecord) -> None:
+        """Store the record of a refused request within FLUSH_S, unless the user has caused too many records."""
+        now_s = self._clock.monotonic_s()
+        refusals = self._refusals.get(record.user)
+        if refusals is None or now_s - refusals.begun_s > REFUSALS_S:
+            self._end_refusals(record.user)
+            refusals = self._refusals[record.user] = _Refusals(now_s)
+        if refusals.separate < MAX_REFUSALS:
+            refusals.separate += 1
+            self.note(record)
+        elif refusals.more is None:
+            refusals.more = replace(record, action="several", object="", reason="more refused requests")
+        else:
+            refusals.more = replace(refusals.more, count=refusals.more.count + 1)
+
+    def _end_refusals(self, user: str) -> None:
+        refusals = self._refusals.pop(user, None)
+        if refusals and refusals.more:
+            self.note(refusals.more)
+
+    async def _flush_later(self) -> None:
+        await asyncio.sleep(FLUSH_S)
+        try:
+            await self.flush()
+        except BackendError as error:
+            log.warning("%d audit records are not stored yet: %s", len(self._waiting), error)
+        if self._waiting:
+            self._later = asyncio.get_running_loop().create_task(self._flush_later(), name="audit")
+
+    async def flush(self) -> None:
+        """Store all records that wait. Raise BackendError if the records cannot be stored."""
+        while self._waiting or (self._writing and not self._writing.done()):
+            if self._writing is None or self._writing.done():
+                self._writing = asyncio.get_running_loop().create_task(self._write(), name="audit write")
+            # A cancelled request must not cancel the write, because other requests wait for the write as well.
+            await asyncio.shield(self._writing)
+
+    async def _write(self) -> None:
+        records, self._waiting = self._waiting, []
+        try:
+            documents = [json_format.fields(record) for record in records]
+            data = json_format.to_bytes({"v": json_format.VERSION, "records": documents})
+            key = object_keys.audit(records[-1].at_s, secrets.token_hex(8))
+            try:
+                await self._patience(partial(self._objects.put, key, data, if_absent=True))
+            except AlreadyExists:
+                return  # The write succeeded before, but its response was lost, because keys are random.
+        except BaseException:
+            self._waiting = [*records, *self._waiting]
+            raise
+        await self._prune()
+
+    async def _prune(self) -> None:
+        now_s = self._clock.monotonic_s()
+        if self._pruned_s is not None and now_s - self._pruned_s < PRUNE_S:
+            return
+        self._pruned_s = now_s
+        last = object_keys.audit(self._clock.now_s() - KEEP_S, "")
+        try:
+            async for page in self._objects.list(object_keys.AUDIT, after=last):
+                await self._objects.delete([info.key for info in page])
+        except BackendError as error:
+            log.warning("old audit records are not removed yet: %s", error)
+
+    async def close(self) -> None:
+        """Store the records that wait."""
+        for user in list(self._refusals):
+            self._end_refusals(user)
+        if self._later:
+            self._later.cancel()
+        try:
+            await self.flush()
+        except BackendError as error:
+            log.error("%d audit records are lost: %s", len(self._waiting), error)
+        if self._later:
+            self._later.cancel()
+
+    async def page(self, wanted: AuditFilter, limit: int, before: str = "") -> tuple[list[AuditRecord], str | None]:
+        """Return records with the newest first, and the value of `before` for the next page, or None at the end.
+
+        A page has at least `limit` records, unless the page has read MAX_SCANNED objects or the log ends.
+        """
+        if not before:
+            await self.flush()
+        after = f"{object_keys.AUDIT}{before}" if before else ""
+        records: list[AuditRecord] = []
+        scanned, last = 0, ""
+        async for infos in self._objects.list(object_keys.AUDIT, after=after):
+            for first in range(0, len(infos), PARALLEL_READS):
+                keys = [info.key for info in infos[first : first + PARALLEL_READS]]
+                reads = await asyncio.gather(*map(self._read, keys))
+                for key, found in zip(keys, reads, strict=True):
+                    if _time_of(key) < wanted.since_s - FLUSH_S:
+                        return records, None
+                    records += [record for record in reversed(found) if wanted.matches(record)]
+                    scanned, last = scanned + 1, key
+                    if len(records) >= limit or scanned >= MAX_SCANNED:
+                        return records, last.removeprefix(object_keys.AUDIT)
+        return records, None
+
+    async def _read(self, key: str) -> Sequence[AuditRecord]:
+        try:
+            doc = json_format.loads(await self._patience(partial(self._objects.get, key)))
+            return [_record_of(one) for one in list_items(doc["records"])]
+        except NotFound:
+            return ()  # The object was removed, because it is old.
+        except (BackendError, *UNREADABLE) as error:
+            log.error("the audit records %s cannot be read: %s", key, error)
+            return ()
+
+
+def _time_of(key: str) -> float:
+    try:
+        return object_keys.audit_time(key)
+    except ValueError:
+        return 0.0
+
+
+def _record_of(doc: Any) -> AuditRecord:
+    record = decode(AuditRecord, doc)
+    figure(record.at_s)
+    return record

@@ -1,0 +1,99 @@
+"""The web page in a real browser for two users with different roles of one grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.browser import Seen, browser, offences, opened, place_of
+from tests.support.server.api import Rig, job
+from tests.support.server.users import add
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+__all__ = ["browser"]
+
+FORBIDDEN = """
+async ([path, token]) => {
+    const form = new URLSearchParams({form_token: token, sure: "yes"});
+    return (await fetch(path, {method: "POST", body: form, redirect: "manual"})).status;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    with Rig() as made:
+        yield made
+
+
+@contextmanager
+def signed_in(rig: Rig, browser: Browser, token: str) -> Iterator[tuple[Page, Seen]]:
+    with opened(browser, f"{rig.url}/ui/login") as (page, seen):
+        page.get_by_label("Token").fill(token)
+        page.get_by_role("button", name="Log in").click()
+        page.wait_for_url("**/ui/s/*/")
+        yield page, seen
+
+
+def submitted(rig: Rig, name: str, token: str = "") -> str:
+    """Submit a job as the user with the token, or as the owner of the grid."""
+    definition = job(name, name)
+    for key in definition.input.keys if definition.input else ():
+        rig.run(rig.objects.put(key, b"data"))
+    if not token:
+        return rig.client.submit(definition)["id"]
+    from tests.support.server.users import client_of
+
+    with client_of(rig, token) as client:
+        return client.submit(definition)["id"]
+
+
+def test_two_users_see_and_may_do_what_their_roles_permit(rig: Rig, browser: Browser) -> None:
+    viewer, submitter = add(rig, "vera", "view"), add(rig, "sam", "submit")
+    own, theirs = submitted(rig, "own", submitter), submitted(rig, "theirs")
+
+    with signed_in(rig, browser, viewer) as (page, seen):
+        assert page.locator("#user").inner_text() == "vera · view"
+        assert page.get_by_role("link", name="Submit", exact=True).count() == 0
+        for path in ("/", f"/jobs/{own}", f"/jobs/{theirs}", "/grid"):
+            page.goto(f"{place_of(page)}{path}")
+            assert page.locator("#pause, #cancel, #drain, #retry, #cap").count() == 0, path
+            assert offences(page) == [], path
+        page.goto(f"{place_of(page)}/jobs/{own}")
+        assert page.locator("#owner").inner_text() == "sam"
+        token = page.locator("input[name=form_token]").first.input_value()
+        assert seen.errors == []
+        for path in (f"/jobs/{own}/cancel", f"/jobs/{own}/pause", "/grid/drain", "/grid/pools/default"):
+            assert page.evaluate(FORBIDDEN, [f"{place_of(page)}{path}", token]) == 403, path
+        page.goto(f"{place_of(page)}/grid/drain")
+        assert "The user vera with the role view may not do" in page.locator("main").inner_text()
+
+    with signed_in(rig, browser, submitter) as (page, seen):
+        assert page.locator("#user").inner_text() == "sam · submit"
+        assert page.get_by_role("link", name="Submit", exact=True).count() == 1
+        page.goto(f"{place_of(page)}/jobs/{theirs}")
+        assert page.locator("#pause, #cancel").count() == 0
+        page.goto(f"{place_of(page)}/jobs/{own}")
+        page.locator("#pause").click()
+        page.locator("#resume").wait_for()
+        page.locator("#cancel").click()
+        page.get_by_role("button", name="Cancel the job").click()
+        rig.until(lambda: rig.client.job(own)["ended_s"], "the end of the job")
+        assert seen.errors == []
+        rig.client.revoke_user("sam")
+        page.goto(f"{place_of(page)}/")
+        assert page.url.endswith("/ui/login")
+
+    assert rig.client.job(theirs)["ended_s"] is None
+    records = [(one["user"], one["action"], one["outcome"]) for one in rig.client.audit(user="sam")]
+    assert records == [
+        ("sam", "job cancel", "allowed"),
+        ("sam", "job pause", "allowed"),
+        ("sam", "job submit", "allowed"),
+    ]
+    assert {one["outcome"] for one in rig.client.audit(user="vera")} == {"refused"}

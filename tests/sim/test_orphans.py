@@ -1,0 +1,137 @@
+"""The end of a fleet without a manager, and the return of a manager."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from batchlab.core.errors import Throttled
+from batchlab.core.model import JobState, LifecycleState, Pool
+from batchlab.manager import fleet_commands
+from batchlab.manager.fleet_end import PUSHES
+from batchlab.sim import fuzz
+from batchlab.sim.world import World
+from tests.support.sim.scenes import UNHURRIED, A, ended, in_world, job, leader, stage, submitted, takes
+
+ORPHAN_S = 300.0
+POOL = Pool("default", 1, 4, 1, boot_s=10.0)
+SETTINGS: dict[str, Any] = {**UNHURRIED, "manager_settings": replace(UNHURRIED["manager_settings"], orphan_s=ORPHAN_S)}
+
+
+def scene(act: Callable[[World], Awaitable[None]], *, run_s: float = 20.0) -> None:
+    async def served(world: World) -> None:
+        service = asyncio.create_task(world.serve_groups())
+        await act(world)
+        service.cancel()
+
+    in_world(served, script=takes(run_s), pools=(POOL,), **SETTINGS)
+
+
+def kill_managers(world: World) -> None:
+    world.may_start.clear()
+    for process in list(world.manager_processes):
+        process.actor.kill()
+
+
+async def fleet_end(world: World, within_s: float) -> float:
+    """Wait until no instance runs, and return the passed seconds."""
+    begun_s = world.clock.monotonic_s()
+    while world.running_instances():
+        await asyncio.sleep(1.0)
+        assert world.clock.monotonic_s() - begun_s <= within_s, world.running_instances()
+    return world.clock.monotonic_s() - begun_s
+
+
+def test_a_fleet_without_a_manager_ends_after_its_bundles() -> None:
+    """The instances are busy and protected when the manager ends, for longer than the limit."""
+    run_s = 2.5 * ORPHAN_S
+
+    async def act(world: World) -> None:
+        made = job(stage(A, bundle=1), items=2)
+        await submitted(world, made)
+        manager = await leader(world)
+        while not any(one.protected for view in await manager.ports.fleet.describe() for one in view.instances):
+            await asyncio.sleep(1.0)
+        kill_managers(world)
+        took_s = await fleet_end(world, 2 * run_s + 2 * ORPHAN_S)
+        assert took_s > ORPHAN_S
+        assert world.ends == 1
+        world.may_start.set()
+        record = await ended(world, made, within_s=2 * run_s + 600)
+        assert record.state is JobState.SUCCEEDED
+        manager = await leader(world)
+        (view,) = await manager.ports.fleet.describe()
+        assert (view.pool.min_size, view.pool.max_size) == (POOL.min_size, POOL.max_size)
+
+    scene(act, run_s=run_s)
+
+
+def test_a_fleet_does_not_end_while_a_manager_leads_or_is_replaced() -> None:
+    async def act(world: World) -> None:
+        await leader(world)
+        for _ in range(5):
+            await asyncio.sleep(2 * ORPHAN_S)
+            kill_managers(world)
+            await asyncio.sleep(ORPHAN_S / 2)
+            world.may_start.set()
+            await leader(world)
+        assert world.ends == 0
+        assert len(world.running_instances()) == POOL.min_size
+
+    scene(act)
+
+
+def test_a_suspended_leader_restores_the_limits_and_the_capacity_of_its_user() -> None:
+    async def act(world: World) -> None:
+        manager = await leader(world)
+        await fleet_commands.scale(manager, POOL.name, min_size=2, desired=3)
+        await asyncio.sleep(60.0)
+        world.manager_processes[0].actor.freeze()
+        await fleet_end(world, 2 * ORPHAN_S)
+        world.manager_processes[0].actor.thaw()
+        await asyncio.sleep(ORPHAN_S / PUSHES + 60.0)
+        assert world.manager is manager
+        (view,) = await manager.ports.fleet.describe()
+        assert (view.pool.min_size, view.pool.max_size, view.desired) == (2, POOL.max_size, 3)
+        assert sum(one.state is LifecycleState.IN_SERVICE for one in view.instances) == 3
+
+    scene(act)
+
+
+def test_failed_postponement_is_reported_and_repeated(caplog: pytest.LogCaptureFixture) -> None:
+    async def act(world: World) -> None:
+        manager = await leader(world)
+        end, fleet = manager.fleet_end, manager.ports.fleet
+        assert not end.trouble(POOL.name)
+        original = fleet.schedule_end
+
+        async def refuse(pool: str, after_s: float | None) -> bool:
+            raise Throttled("Pool 'default': Rate exceeded (Throttling).")
+
+        fleet.schedule_end = refuse  # type: ignore[method-assign]
+        await asyncio.sleep(ORPHAN_S / PUSHES + 1.0)
+        left_s = end.left_s(POOL.name)
+        assert left_s is not None
+        assert left_s < ORPHAN_S * (1 - 1 / PUSHES)
+        assert f"the pool ends in {left_s:.0f} s: Pool 'default': Rate exceeded" in end.trouble(POOL.name)
+        assert "cannot be changed" in caplog.text
+        fleet.schedule_end = original  # type: ignore[method-assign]
+        await asyncio.sleep(ORPHAN_S / PUSHES)
+        assert not end.trouble(POOL.name)
+        assert (end.left_s(POOL.name) or 0.0) > ORPHAN_S * (1 - 2 / PUSHES)
+        assert world.ends == 0
+
+    scene(act)
+
+
+@pytest.mark.parametrize("first", range(0, 24, 6))
+def test_worlds_without_a_manager_come_to_rest(first: int) -> None:
+    for seed in range(first, first + 6):
+        with fuzz.silence():
+            failure = fuzz.try_seed(seed, "orphans").failure
+        if failure:
+            pytest.fail(f"seed {seed}: {failure.text}\n{fuzz.command(failure, 'orphans', None)}")
