@@ -179,7 +179,7 @@ def _show(place: Home, job: str, *, as_if_aws: bool, json: bool) -> None:
         "ended": output.moment(view["ended_s"]),
         **({"after": _dependencies(view)} if view.get("after") else {}),
         "priority": str(view["priority"]),
-        "share": view["share"] or "-",
+        **({"share": view["share"]} if view.get("share") else {}),
         "tags": tags or "-",
         "retries": str(view["round"]),
         **({"cost": str(cost["text"])} if cost else {}),

@@ -66,7 +66,7 @@ class ShareAttributes:
         if not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:
             raise UsageError(
                 f"The weight factor {self.weight!r:.40} of share {self.identifier} is out of range.",
-                remedy=f"Write {MIN_WEIGHT:g} to {MAX_WEIGHT:g}. A lower weight factor means a larger share.",
+                remedy=f"Write {MIN_WEIGHT} to {MAX_WEIGHT}. A lower weight factor means a larger share.",
             )
         if self.max_slots is not None and not 1 <= self.max_slots <= MAX_SLOTS:
             raise UsageError(
