@@ -62,6 +62,7 @@ COMMANDS = {
         "scenario", _PEAKS, "Check, simulate, and replay load scenarios, and compare their runs with expectations."
     ),
     "grid": Command("grid", _GRID, "Start, inspect, scale, and stop a grid."),
+    "share": Command("share", _GRID, "Set and show the fair-share policy, which divides pools among shares of jobs."),
     "user": Command("users", _GRID, "Add, list, and revoke users, who have tokens and limited permissions."),
     "audit": Command("users", _GRID, "List who has asked for which change, and which requests were refused."),
     "notify": Command("admin", _GRID, "Show notification targets and sent notifications."),

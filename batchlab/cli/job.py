@@ -25,9 +25,10 @@ from batchlab.cli.option_values import (
     no_grid,
     parameters_of,
     resolve,
+    share_of,
     states_of,
 )
-from batchlab.cli.options import ANY_BACKEND, AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, flag, option
+from batchlab.cli.options import ANY_BACKEND, AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, SHARE, flag, option
 from batchlab.core.errors import NotFound, Refused, UsageError
 from batchlab.core.users import OWNER
 
@@ -53,6 +54,7 @@ def submit(
     file: Path = FILE,
     set_: list[str] | None = SET,
     max_cost: str | None = MAX_COST,
+    share: str | None = SHARE,
     after: list[str] | None = options.AFTER,
     home: Path | None = HOME,
     json: bool = JSON,
@@ -72,7 +74,7 @@ def submit(
     from batchlab.cli.submission import submit as submit_file
 
     cap = cap_of(max_cost) if max_cost else None
-    view = submit_file(home_of(home), file, set_ or (), max_cost_usd=cap, after=after or ())
+    view = submit_file(home_of(home), file, set_ or (), max_cost_usd=cap, after=after or (), share=share_of(share))
     output.say(f"{view['name']} is {view['state']}; watch it: batchlab job watch {view['id']}")
     output.answer(json, view, view["id"])
 
@@ -177,6 +179,7 @@ def _show(place: Home, job: str, *, as_if_aws: bool, json: bool) -> None:
         "ended": output.moment(view["ended_s"]),
         **({"after": _dependencies(view)} if view.get("after") else {}),
         "priority": str(view["priority"]),
+        **({"share": view["share"]} if view.get("share") else {}),
         "tags": tags or "-",
         "retries": str(view["round"]),
         **({"cost": str(cost["text"])} if cost else {}),

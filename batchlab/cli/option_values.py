@@ -72,6 +72,14 @@ def resume_command(arguments: Iterable[str]) -> str:
     return shlex.join(["batchlab", *same, "--resume"])
 
 
+def share_of(text: str | None) -> str:
+    """Return the share identifier in the value of --share, or "" without the option. Raise UsageError for other
+    texts."""
+    from batchlab.core.fair_share import check_identifier
+
+    return "" if text is None else check_identifier(text)
+
+
 def cap_of(text: str) -> float | None:
     """Return a cost cap in USD from a text such as `5USD`, or None for `none`. Raise UsageError for other texts."""
     from batchlab.core.pricing.price_book import parse

@@ -178,6 +178,11 @@ POOL = option(
     "NAME:MIN-MAXxSLOTS",
 )
 AS_IF = flag("Show the cost that the work would have on AWS, also on a backend that costs nothing.", "--as-if-aws")
+SHARE = option(
+    "Share identifier of the job in the grid's fair-share policy. Default: the share of the job file.",
+    "SHARE",
+    "--share",
+)
 MAX_COST = option(
     "Cap on the cost on AWS, such as 5USD. At the cap, batchlab does not launch more instances.", "AMOUNT"
 )

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from batchlab.cli import options, output
 from batchlab.cli.groups import command_group
-from batchlab.cli.option_values import cap_of, connect, home_of, parameters_of, seconds_of
-from batchlab.cli.options import FILE, HOME, JSON, MAX_COST, SET, argument, flag, option
+from batchlab.cli.option_values import cap_of, connect, home_of, parameters_of, seconds_of, share_of
+from batchlab.cli.options import FILE, HOME, JSON, MAX_COST, SET, SHARE, argument, flag, option
 from batchlab.core import due_times
 from batchlab.core import text as units
 from batchlab.core.errors import BatchlabError, NotFound, Refused, UsageError
@@ -83,6 +83,7 @@ def add(
     ),
     set_: list[str] | None = SET,
     max_cost: str | None = MAX_COST,
+    share: str | None = SHARE,
     replace: bool = flag("Replace an existing schedule with the same name.", "--replace"),
     home: Path | None = HOME,
     json: bool = JSON,
@@ -112,8 +113,10 @@ def add(
     cap_usd = cap_of(max_cost) if max_cost else None
     due = (cron, at, timezone)
     place, parameters = home_of(home), parameters_of(set_)
+    job_fields: dict[str, Any] = {"max_cost_usd": cap_usd, "share": share_of(share) or None}
+    changes = {key: value for key, value in job_fields.items() if value is not None}
     place.require_folder()  # The job's code and input are uploaded to the bucket.
-    view = _upload_and_add(place, file, parameters, name, due, input_, policies, cap_usd, replacing=replace)
+    view = _upload_and_add(place, file, parameters, name, due, input_, policies, changes, replacing=replace)
     next_due = f"is due next at {_moment(view, view['next_s'])}" if view["next_s"] else "is not due"
     output.answer(json, view, f"{view['name']} {next_due}")
 
@@ -276,13 +279,14 @@ def _upload_and_add(
     due: tuple[str | None, str | None, str | None],
     prefix: str | None,
     policies: Mapping[str, Json],
-    cap_usd: float | None,
+    changes: Mapping[str, Any],
     *,
     replacing: bool,
 ) -> ScheduleView:
     """Upload the files of a job file and add a schedule to the running grid.
 
-    The tuple `due` contains the values of the options --cron, --at, and --timezone.
+    The tuple `due` contains the values of the options --cron, --at, and --timezone. The values in `changes` replace
+    fields of the job.
     """
     from batchlab.cli.session import Session
     from batchlab.jobs import job_file
@@ -318,9 +322,7 @@ def _upload_and_add(
         )
         import asyncio
 
-        job = asyncio.run(preparing)
-        if cap_usd is not None:
-            job = replace(job, max_cost_usd=cap_usd)
+        job = replace(asyncio.run(preparing), **changes)
         return session.call(lambda client: client.add_schedule(schedule, job, replace=replacing))
 
 

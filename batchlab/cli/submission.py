@@ -147,11 +147,11 @@ class Submission:
         name = self.jobfile.job.name
         return await find_latest_run(self.objects, name, self.source_digest, patience())
 
-    async def prepare(self, number: int, max_cost_usd: float | None = None) -> tuple[JobDef, str]:
+    async def prepare(self, number: int, max_cost_usd: float | None = None, share: str = "") -> tuple[JobDef, str]:
         """Upload the files of the run `number`. Return the definition of the job to submit, and a text about the
         upload.
 
-        `max_cost_usd` replaces the cost cap of the job file.
+        `max_cost_usd` replaces the cost cap of the job file, and `share` replaces its share.
         """
         from batchlab.jobs.submission import Uploaded, prepare
 
@@ -176,6 +176,8 @@ class Submission:
         job = replace(job, after=self.dependencies)
         if max_cost_usd is not None:
             job = replace(job, max_cost_usd=max_cost_usd)
+        if share:
+            job = replace(job, share=share)
         if self.keys is not None:
             return job, "the code; the input is in the bucket"
         took = output.span(time.monotonic() - begun_s)
@@ -183,13 +185,19 @@ class Submission:
 
 
 def submit(
-    home: Home, file: Path, sets: Iterable[str], *, max_cost_usd: float | None = None, after: Sequence[str] = ()
+    home: Home,
+    file: Path,
+    sets: Iterable[str],
+    *,
+    max_cost_usd: float | None = None,
+    after: Sequence[str] = (),
+    share: str = "",
 ) -> JobView:
     """Submit a job file to the running grid, and return the job.
 
     If an earlier submission of the same job file with the same dependencies is still active, the function returns the
     earlier job. `max_cost_usd` caps the cost of a new job or of the earlier job. `after` has the dependencies, as texts
-    such as `last` or `ID:ended`.
+    such as `last` or `ID:ended`. `share` replaces the share of the job file for a new job.
     """
     if isinstance(home, RemoteHome):
         return _submit_remotely(home, file, list(sets), max_cost_usd, after)
@@ -201,7 +209,7 @@ def submit(
         if earlier and earlier.ended is None:
             job = asyncio.run(definition(submission.objects, earlier.job, patience()))
         else:
-            job, note = asyncio.run(submission.prepare(earlier.number + 1 if earlier else 1, max_cost_usd))
+            job, note = asyncio.run(submission.prepare(earlier.number + 1 if earlier else 1, max_cost_usd, share))
             output.say(f"Uploaded {note}.")
         return session.call(partial(submit_capped, job, max_cost_usd))
 

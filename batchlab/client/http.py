@@ -37,7 +37,15 @@ if TYPE_CHECKING:
         TestedView,
         UserView,
     )
-    from batchlab.core.api_usage_types import DueView, JobUseView, RunView, SchedulesView, ScheduleView, UseView
+    from batchlab.core.api_usage_types import (
+        DueView,
+        JobUseView,
+        RunView,
+        SchedulesView,
+        ScheduleView,
+        SharesView,
+        UseView,
+    )
     from batchlab.core.job_definition import JobDef
     from batchlab.core.model import Json
 
@@ -367,6 +375,24 @@ class Client(Calls):
         """Return the pending notifications, and then the results of recent notifications."""
         answer = self._call("GET", "/v1/notifications", limit=limit)
         return cast("list[NotificationView]", answer["notifications"])
+
+    # --- Shares ----------------------------------------------------------------------------------
+
+    def shares(self) -> SharesView:
+        """Return the fair-share policy of the grid, and the state of each share in each pool."""
+        return cast("SharesView", self._call("GET", "/v1/shares"))
+
+    def set_share(self, entry: Mapping[str, Json]) -> SharesView:
+        """Change an entry of the fair-share policy in the format of POST /v1/shares."""
+        return cast("SharesView", self._call("POST", "/v1/shares", body=entry))
+
+    def set_share_policy(self, policy: Mapping[str, Json]) -> SharesView:
+        """Change the decay or the compute reservation in the format of POST /v1/shares/policy."""
+        return cast("SharesView", self._call("POST", "/v1/shares/policy", body=policy))
+
+    def remove_share(self, identifier: str | None) -> SharesView:
+        """Remove an entry of the fair-share policy, or the whole policy if `identifier` is None."""
+        return cast("SharesView", self._call("POST", "/v1/shares/remove", body={"identifier": identifier}))
 
     # --- Schedules -------------------------------------------------------------------------------
 

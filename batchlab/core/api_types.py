@@ -49,6 +49,7 @@ class DependencyView(TypedDict):
 class JobView(TypedDict):
     """State of a job.
 
+    `share` is the job's share identifier, or "" for the default share.
     `version` changes whenever another field of the JobView changes, and is 0 once the job has ended. `report` is the
     reason why the manager could not write the job's performance data, or "" if the write did not fail. `owner` is the
     name of the user that submitted the job.
@@ -61,6 +62,7 @@ class JobView(TypedDict):
     reason: str
     round: int
     priority: int
+    share: str
     tags: dict[str, str]
     after: list[DependencyView]
     submitted_s: float

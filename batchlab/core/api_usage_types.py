@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import (
     TYPE_CHECKING,
     NotRequired,  # pydantic refuses typing.TypedDict before Python 3.12
+    cast,
 )
 
 from typing_extensions import TypedDict
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from batchlab.core.model import Pool
     from batchlab.core.pricing.usage import Account
     from batchlab.core.schedules import Schedule, ScheduledRun
+    from batchlab.manager.fair_share import FairShare
     from batchlab.manager.spending import Spending
 
 
@@ -83,6 +85,49 @@ class UseView(TypedDict):
     capped: dict[str, str]
 
 
+class ShareEntryView(TypedDict):
+    """Entry of the fair-share policy. An identifier that ends in `*` applies to each share with the prefix."""
+
+    identifier: str
+    weight: float
+    max_slots: int | None
+
+
+class SharePolicyView(TypedDict):
+    """Fair-share policy of the grid. `reservation` is the compute reservation in percent."""
+
+    decay_s: float
+    reservation: int
+    shares: list[ShareEntryView]
+
+
+class ShareView(TypedDict):
+    """State of one share in one pool.
+
+    `part` is the share's part of the pool while all active shares have work. `use_s` is the decayed use in slot
+    seconds. `slots` counts the slots of the outstanding bundles, and `places` is the number of bundles that the share
+    may have outstanding. `jobs` counts the jobs with work, and `waiting_tasks` counts their tasks that are not sent.
+    """
+
+    share: str
+    pool: str
+    weight: float
+    max_slots: int | None
+    part: float
+    use_s: float
+    slots: int
+    places: int
+    jobs: int
+    waiting_tasks: int
+
+
+class SharesView(TypedDict):
+    """Fair-share policy of the grid, or null without a policy, and the state of each share in each pool."""
+
+    policy: SharePolicyView | None
+    shares: list[ShareView]
+
+
 class JobUseView(TypedDict):
     """Usage of a job. `account` is None if the manager did not record the usage of the job.
 
@@ -98,6 +143,12 @@ class JobUseView(TypedDict):
     pools: dict[str, int]
     types: dict[str, str]
     slots: dict[str, int]
+
+
+def shares_view(fair_share: FairShare) -> SharesView:
+    policy = fair_share.policy
+    shares = [cast("ShareView", asdict(status)) for status in fair_share.status()]
+    return {"policy": cast("SharePolicyView", policy.to_json()) if policy else None, "shares": shares}
 
 
 def account_view(account: Account) -> AccountView:

@@ -232,6 +232,8 @@ class JobDef:
     """Name of the user that submitted the job, or "" for the user with the grid's token. The manager sets the owner."""
     commit_hash: str = ""
     """SHA-256 of the job's commit key (see `core.protocol.object_keys`), or "" for a job of release 0.1.0."""
+    share: str = ""
+    """Share identifier of the job in the fair-share policy of the grid, or "" for the default share."""
 
     @property
     def is_single_call(self) -> bool:

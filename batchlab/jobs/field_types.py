@@ -144,6 +144,7 @@ def one_or_many(value: Any) -> Any:
 
 
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=40)]
+ShareIdentifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]{1,255}$")]
 ParamName = Annotated[str, StringConstraints(pattern=PARAM_PATTERN)]
 OutputName = Annotated[str, AfterValidator(_output)]
 Handler = Annotated[str, StringConstraints(pattern=HANDLER_PATTERN)]

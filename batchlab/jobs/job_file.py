@@ -105,6 +105,7 @@ def compile_job(
         max_failures_percent=isinstance(allowance, str),
         fail_fast=job.failure.then == "stop",
         priority=job.priority,
+        share=job.share or "",
         tags=tuple(job.tags.items()),
         token=token,
         max_cost_usd=None if job.max_cost is None else price_book.parse(job.max_cost),
@@ -127,7 +128,7 @@ def source_digest(jobfile: JobFile, code_digest: str) -> str:
         else:
             facts.append([file])
     # The keys in `apart` do not affect the results of the job.
-    apart = {"max_cost", "cron", "timezone", "notify"}
+    apart = {"max_cost", "cron", "timezone", "notify", "share"}
     content = jobfile.job.model_dump(mode="json", exclude=apart)
     whole = [content, dict(jobfile.params), code_digest, facts]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()

@@ -243,6 +243,16 @@ Priority = Annotated[
 ]
 
 
+Share = Annotated[
+    field_types.ShareIdentifier | None,
+    Field(
+        description="Share identifier of the job in the grid's fair-share policy, such as the name of a team. By "
+        "default, the job belongs to the share `default`.",
+        examples=["research"],
+    ),
+]
+
+
 class ResourcesSpec(Keys):
     """Resources of the worker that one task of the stage needs."""
 
@@ -372,6 +382,7 @@ class JobSpec(Keys):
         examples=[{"max_failures": "5%"}],
     )
     priority: Priority = 0
+    share: Share = None
     tags: dict[str, str] = Field(
         default_factory=dict,
         description="Labels of the job, as a mapping of text to text. batchlab does not interpret them.",

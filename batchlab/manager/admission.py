@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
-from batchlab.core import notifications
+from batchlab.core import fair_share, notifications
 from batchlab.core.atomic_write import check_key
 from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.job_definition import MAX_DEPENDENCIES, JobDef, StageDef
@@ -47,6 +47,7 @@ def admit(job: JobDef, pools: Mapping[str, int], directory: NotificationSettings
                 remedy="Use letters, digits, - and _, beginning with a letter or digit.",
             )
     _admit_texts(job)
+    _admit_share(job)
     _admit_numbers(job)
     _admit_dependencies(job)
     for key in job.input.keys if job.input else ():
@@ -81,6 +82,11 @@ def _admit_texts(job: JobDef) -> None:
             )
         if len(text) > most:
             raise UsageError(f"{what} has {len(text):,} characters.", remedy=f"Write {most} at the most.")
+
+
+def _admit_share(job: JobDef) -> None:
+    if job.share:
+        fair_share.check_identifier(job.share)
 
 
 def _admit_numbers(job: JobDef) -> None:

@@ -188,8 +188,8 @@ class Autoscaler(Part):
         """Function that returns a pool's minimum capacity for work that is due soon."""
 
     def backlog(self, pool: str) -> Backlog:
-        """Return the remaining work in a pool of all running jobs."""
-        return self._lives.backlog(pool, self._clock.monotonic_s())
+        """Return the remaining work in a pool of all running jobs, as far as limits of shares allow the work."""
+        return self._context.fair_share.limit_backlog(pool, self._lives.backlog(pool, self._clock.monotonic_s()))
 
     async def scale(self, view: GroupView) -> None:
         pool = view.pool.name

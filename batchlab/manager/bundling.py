@@ -23,8 +23,9 @@ class Bundler(Part):
         """Return the items and first bundles that are stored in one object with the job's definition."""
         waits = job.after or (job.start_at_s is not None and job.start_at_s > self._clock.now_s())
         # The opening of a job with a cost cap does not contain a cut, because the job's remaining budget is not known
-        # yet.
-        if waits or len(job.roots()) != 1 or job.max_cost_usd is not None:
+        # yet. With a fair-share policy, the places of the job's share are known only after the job is accepted.
+        has_policy = self._context.fair_share.policy is not None
+        if waits or len(job.roots()) != 1 or job.max_cost_usd is not None or has_policy:
             return commit_keys.Opening(items)
         (stage,) = job.roots()
         stages = {s.name: StageRecord(StageCounts(s.name)) for s in job.stages}
@@ -42,7 +43,7 @@ class Bundler(Part):
             max(1, self._context.slots.get(stage.pool, 1) // stage.slots),
             pace_s,
             stage.bundle,
-            self._room(live, stage),
+            self._room(live, stage, len(uncut)),
         )
         if live.budget:
             sizes = _affordable_sizes(live, stage, live.budget, sizes)
@@ -52,12 +53,17 @@ class Bundler(Part):
             bundles.append(Bundle(live.id, stage.name, tasks, round=round_))
         return tuple(bundles), uncut
 
-    def _room(self, live: LiveJob, stage: StageDef) -> int:
-        """Return the number of bundles of the stage that may be sent now. The window is the maximum number of
-        outstanding bundles in a pool. The jobs of the highest priority with uncut tasks share the window evenly, and
-        jobs of lower priority wait."""
+    def _room(self, live: LiveJob, stage: StageDef, tasks: int) -> int:
+        """Return the number of bundles of the stage that may be sent now. The stage has `tasks` uncut tasks.
+
+        The window is the maximum number of outstanding bundles in a pool. With a fair-share policy, the shares divide
+        the window. Without a policy, the jobs of the highest priority with uncut tasks share the window evenly, and
+        jobs of lower priority wait.
+        """
         if live.is_held:
             return 0
+        if self._context.fair_share.policy:
+            return self._context.fair_share.room(live, stage, tasks)
         pool = stage.pool
         slots, outstanding = self._context.slots.get(pool, 1), live.outstanding_in(pool)
         window = self._context.window(pool)

@@ -16,6 +16,7 @@ from batchlab.core.tracing import NO_TRACER, Tracer
 from batchlab.manager import admission
 from batchlab.manager.audit_log import AuditLog
 from batchlab.manager.counters import Counters
+from batchlab.manager.fair_share import FairShare
 from batchlab.manager.live_jobs import LiveJobs
 from batchlab.manager.quarantine import OutcomeStore, Quarantine
 from batchlab.manager.recorder import Recorder, ReportQueue
@@ -89,11 +90,13 @@ class Context:
     """Lock that each fold, tick, and rebuild holds, because no other operation may change the ledger at the same
     time."""
     pending_submissions: PendingSubmissions = field(default_factory=PendingSubmissions)
+    fair_share: FairShare = field(init=False)
     quarantine: Quarantine = field(init=False)
     registry: WorkerRegistry = field(init=False)
     outcomes: OutcomeStore = field(init=False)
 
     def __post_init__(self) -> None:
+        self.fair_share = FairShare(self)
         self.quarantine = Quarantine(self.counts)
         self.registry = WorkerRegistry(self.ports, self.lives, self.quarantine)
         self.outcomes = OutcomeStore(self.ports, self.quarantine)

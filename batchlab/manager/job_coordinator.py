@@ -189,7 +189,8 @@ class JobCoordinator(Part):
         bundles, uncut = self._bundler.wave(live, stage, tasks, round_)
         now_s = self._clock.now_s()
         cut = Cut(live.id, stage.name, round_, 0, bundles, uncut, len(tasks), now_s)
-        await self._commit_and_send(live, cut)
+        with self._context.fair_share.pending(live, stage, bundles):
+            await self._commit_and_send(live, cut)
         extra = {"job": live.id, "stage": stage.name}
         log.info("planned %d tasks, the first %d bundles sent", len(tasks), len(bundles), extra=extra)
         self._context.wake_if_short(stage.pool)
@@ -213,7 +214,8 @@ class JobCoordinator(Part):
                 return
             seq, now_s = record.cut_seq + 1, self._clock.now_s()
             cut = Cut(live.id, stage.name, round_, seq, bundles, uncut, at_s=now_s)
-            await self._commit_and_send(live, cut)
+            with self._context.fair_share.pending(live, stage, bundles):
+                await self._commit_and_send(live, cut)
 
     async def _commit_cut(self, live: LiveJob, cut: Cut) -> Cut:
         """Commit a cut, and return the committed cut, which may be the cut of an earlier manager."""

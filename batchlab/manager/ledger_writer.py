@@ -67,6 +67,8 @@ class LedgerWriter(Part):
         for live in touched:
             await self._update_rows(live, before.get(live.id), folded.jobs[live.id])
             live.wake.set()
+        if self._context.fair_share.policy:
+            self._context.fair_share.wake({job.stage(done.bundle.stage).pool for done, job in accepted})
 
     def _trace(self, folded: Sequence[Completion], traces: Traces, begun_s: float) -> None:
         now_s = self._clock.now_s()
@@ -112,6 +114,7 @@ class LedgerWriter(Part):
         self._next_seq = folded.first_seq + len(completions)
         now_s = self._clock.monotonic_s()
         touched: dict[JobId, LiveJob] = {}
+        used: set[BundleKey] = set()
         for n, completion in enumerate(completions):
             live = self._lives.get(completion.bundle.job)
             if live is not None:
@@ -126,6 +129,10 @@ class LedgerWriter(Part):
                     self._recorder.record_repeated_outcome(live.id, completion.bundle.stage)
                 # A repeated completion may be new to this manager, because the response of an earlier fold was lost.
                 if folded.new[n] or completion.bundle.id in live.outstanding.get(completion.bundle.stage, {}):
+                    # The same completion may be twice in the batch.
+                    if (key := (live.id, completion.bundle.stage, completion.bundle.id)) not in used:
+                        used.add(key)
+                        self._context.fair_share.add_use(live.job, completion)
                     live.add_outstanding(
                         (f.bundle, now_s + settlement.delay_s(live.job, f))
                         for f in completion.follows

@@ -12,8 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
-from batchlab.core.model import Control, JobId, JobState
-from batchlab.manager.state import Backlog, JobChanges, LiveJob, Outstanding
+from batchlab.core.fair_share import DEFAULT_SHARE
+from batchlab.core.job_definition import StageDef
+from batchlab.core.model import Control, JobId, JobState, StageCounts
+from batchlab.core.protocol import settlement
+from batchlab.manager.state import UNKNOWN_TASK_S, Backlog, JobChanges, LiveJob, Outstanding
 
 RESYNC_S = 300.0
 """Period of the resync in seconds. The resync gives each job a step even if the job was not marked."""
@@ -29,11 +32,18 @@ class _Contribution:
     paused_bundles: int = 0
     tasks: int = 0
     work_us: int = 0
+    uncut_tasks: int = 0
+    """Planned tasks that may be cut and are not cut yet."""
+    slots: int = 0
+    """Slots of the outstanding bundles, except bundles of a paused job."""
+    sent_us: int = 0
+    """Estimated slot time of the bundles that `slots` counts."""
     grows: bool = False
     """Whether a stage runs its first bundle and does not have a measured duration, so its estimate grows with time."""
     has_work: bool = False
     is_held: bool = False
     is_runnable: bool = False
+    share: str = DEFAULT_SHARE
     priority: int | None = None
     """Priority of the job if the job has uncut tasks in the pool and may cut them, or None."""
 
@@ -48,6 +58,9 @@ class PoolWork:
     """Number of outstanding bundles of paused jobs."""
     tasks: int = 0
     work_us: int = 0
+    uncut_tasks: int = 0
+    slots: int = 0
+    sent_us: int = 0
     growing: Jobs = field(default_factory=dict)
     """Jobs whose estimated work grows with time. The sums `tasks` and `work_us` do not include these jobs."""
     working: Jobs = field(default_factory=dict)
@@ -58,6 +71,11 @@ class PoolWork:
     """Jobs in state RUNNABLE."""
     uncut: dict[int, dict[int, Jobs]] = field(default_factory=dict)
     """Jobs with uncut tasks that may cut them, by priority and by number of outstanding bundles in the pool."""
+
+    @property
+    def active_bundles(self) -> int:
+        """Return the number of outstanding bundles of jobs that are not paused."""
+        return self.bundles - self.paused_bundles
 
     def has_higher(self, priority: int) -> bool:
         """Return whether a job of a higher priority has uncut tasks."""
@@ -75,6 +93,15 @@ class PoolWork:
         by_bundles = self.uncut[max(self.uncut)]
         part = max(1, window // sum(map(len, by_bundles.values())))
         return [live for bundles, jobs in by_bundles.items() if bundles < part for live in jobs.values()]
+
+    def first(self, most: int) -> list[LiveJob]:
+        """Return at most `most` jobs of the highest priority with uncut tasks, the jobs with the fewest outstanding
+        bundles first."""
+        if not self.uncut:
+            return []
+        by_bundles = self.uncut[max(self.uncut)]
+        jobs = (live for bundles in sorted(by_bundles) for live in by_bundles[bundles].values())
+        return list(islice(jobs, max(0, most)))
 
     def add(self, live: LiveJob, part: _Contribution) -> None:
         self._count(part, 1)
@@ -100,6 +127,9 @@ class PoolWork:
     def _count(self, part: _Contribution, sign: int) -> None:
         self.bundles += sign * part.bundles
         self.paused_bundles += sign * part.paused_bundles
+        self.uncut_tasks += sign * part.uncut_tasks
+        self.slots += sign * part.slots
+        self.sent_us += sign * part.sent_us
         if not part.grows:
             self.tasks += sign * part.tasks
             self.work_us += sign * part.work_us
@@ -159,6 +189,8 @@ class LiveJobs(dict[JobId, LiveJob]):
         self._changes = JobChanges()
         self._contributions: dict[JobId, dict[str, _Contribution]] = {}
         self._pools: dict[str, PoolWork] = {}
+        self._shares: dict[str, dict[str, PoolWork]] | None = None
+        """Work by pool and share, or None without a fair-share policy."""
         self._restless: Jobs = {}
         """Jobs that need a step at each tick."""
         self._capped: Jobs = {}
@@ -230,9 +262,28 @@ class LiveJobs(dict[JobId, LiveJob]):
         self.refresh()
         return self._pools.get(name) or PoolWork()
 
+    def divide_by_share(self, *, is_divided: bool) -> None:
+        """Begin or end the sums by share."""
+        if is_divided is (self._shares is not None):
+            return
+        self.refresh()
+        self._shares = {} if is_divided else None
+        for job, parts in self._contributions.items():
+            for pool, part in parts.items():
+                self._add_to_share(pool, self[job], part)
+
+    def shares(self, name: str) -> dict[str, PoolWork]:
+        """Return the current work of all live jobs in the pool, by share. The result is empty without the sums by
+        share."""
+        self.refresh()
+        return {} if self._shares is None else self._shares.get(name, {})
+
     def backlog(self, name: str, now_s: float) -> Backlog:
         """Return the remaining work of all running jobs in the pool. `now_s` is the monotonic time."""
-        work = self.pool(name)
+        return self.backlog_of(self.pool(name), name, now_s)
+
+    def backlog_of(self, work: PoolWork, name: str, now_s: float) -> Backlog:
+        """Return the remaining work that `work` counts in the pool. `now_s` is the monotonic time."""
         seconds, tasks = work.work_us / 1e6, work.tasks
         for live in work.growing.values():
             part = _contributions(live, now_s)[name]
@@ -267,6 +318,7 @@ class LiveJobs(dict[JobId, LiveJob]):
             parts = self._contributions[job] = _contributions(live)
             for pool, part in parts.items():
                 self._pools.setdefault(pool, PoolWork()).add(live, part)
+                self._add_to_share(pool, live, part)
             if live.is_restless:
                 self._restless[job] = live
             if live.job.max_cost_usd is not None:
@@ -274,11 +326,23 @@ class LiveJobs(dict[JobId, LiveJob]):
             for journal in self._journals:
                 journal.changed[job] = live
 
+    def _add_to_share(self, pool: str, live: LiveJob, part: _Contribution) -> None:
+        if self._shares is not None:
+            self._shares.setdefault(pool, {}).setdefault(part.share, PoolWork()).add(live, part)
+
     def _withdraw(self, job: JobId) -> None:
         for pool, part in self._contributions.pop(job, {}).items():
             self._pools[pool].remove(job, part)
+            if self._shares is not None:
+                self._shares[pool][part.share].remove(job, part)
         self._restless.pop(job, None)
         self._capped.pop(job, None)
+
+
+def bundle_s(stage: StageDef, counts: StageCounts) -> float:
+    """Return the estimated slot seconds of an outstanding bundle of the stage, which is a task or TARGET_S of shorter
+    tasks."""
+    return stage.slots * max(settlement.TARGET_S, UNKNOWN_TASK_S if counts.mean_s is None else counts.mean_s)
 
 
 def _contributions(live: LiveJob, now_s: float | None = None) -> dict[str, _Contribution]:
@@ -296,11 +360,18 @@ def _contributions(live: LiveJob, now_s: float | None = None) -> dict[str, _Cont
                 has_work=live.has_work(stage.pool),
                 is_held=live.is_held,
                 is_runnable=live.record.state is JobState.RUNNABLE,
+                share=live.job.share or DEFAULT_SHARE,
                 priority=live.job.priority if runs and not live.is_held and live.has_uncut_tasks(stage.pool) else None,
             )
-        counts = live.stages[stage.name].counts
+        record = live.stages[stage.name]
+        counts = record.counts
+        if live.record.control is not Control.PAUSE and (sent := len(live.outstanding.get(stage.name, ()))):
+            part.slots += sent * stage.slots
+            part.sent_us += sent * round(bundle_s(stage, counts) * 1e6)
         if not runs or counts.planned is None:
             continue
+        if part.priority is not None and record.left.ranges:
+            part.uncut_tasks += len(record.left)
         remaining = max(0, counts.planned - counts.terminal)
         if live.is_held or (live.budget and counts.mean_s is None):
             # A job at its cost cap counts only with its outstanding bundles. A capped job whose task duration is

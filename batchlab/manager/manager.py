@@ -146,6 +146,7 @@ class Manager:
         *,
         audit: AuditLog | None = None,
         schedules: bool = False,
+        shares: bool = False,
     ) -> None:
         """Create and connect the parts of a manager.
 
@@ -153,7 +154,7 @@ class Manager:
         also records performance data. `counts` are the counters of an earlier manager of the same process, which the
         new manager continues. With `channels`, the manager sends notifications. `recent` stores recent log lines.
         `audit` is the audit log, which the managers of one process share. With `schedules`, the manager submits
-        scheduled jobs at their due times.
+        scheduled jobs at their due times. With `shares`, the manager follows the grid's fair-share policy.
         """
         ports = replace(ports, ledger=patiently(ports.ledger, ports.patience))
         by_name = {pool.name: pool for pool in pools}
@@ -168,6 +169,8 @@ class Manager:
         self.recorder, self.reports = context.recorder, context.reports
         self.owner, self.recent, self.audit = owner, recent, audit
         self.admit = context.admit
+        self.fair_share = context.fair_share
+        self.fair_share.is_enabled = shares
         self.is_leader = asyncio.Event()
         self.has_led = False
         self.trouble = ""
@@ -241,6 +244,7 @@ class Manager:
                     await self.spending.load()
                 if self.notifier:
                     await self.notifier.load()
+                await self.fair_share.load()
                 self._adoption.group = group
                 await self._adoption.adopt_active()
                 # The ledger is read before the collector restores jobs. A new grid does not need these requests.
@@ -265,13 +269,19 @@ class Manager:
         except* _LeaseLostError:
             log.warning("%s is no longer the leader", self.owner)
         finally:
-            if self.spending and self.is_leader.is_set():
-                await self.spending.close()
-                if self.recorder:
-                    await self.recorder.save_within_limit()
+            if self.is_leader.is_set():
+                await self._store_accounts()
             self.is_leader.clear()
             self._adoption.group = None
             await self._lease.release()
+
+    async def _store_accounts(self) -> None:
+        """Store the usage, the recorded data, and the use of the shares before this manager stops leading."""
+        if self.spending:
+            await self.spending.close()
+            if self.recorder:
+                await self.recorder.save_within_limit()
+        await self.fair_share.close()
 
     async def _keep_lease(self) -> None:
         await self._lease.renew(self._others_have_led)
@@ -322,6 +332,7 @@ class Manager:
                 await self.spending.reread()
             if self.recorder:
                 await self.recorder.reread()
+            await self.fair_share.load()
             await self._adoption.adopt_active()
         except (Throttled, Unreachable):
             self._others_led = True
@@ -435,9 +446,11 @@ class Manager:
             for live in [one for one in self.lives.values() if one.record.control is Control.PAUSE]:
                 await self._reconciler.follow_control(live)
         await self._show_starts()
-        windows = {name: self.context.window(name) for name in self.pools}
+        is_shared = self.fair_share.policy is not None
+        windows = {} if is_shared else {name: self.context.window(name) for name in self.pools}
         for live in self.lives.needing_step(windows, self.ports.clock.monotonic_s()):
             live.wake.set()
+        self.fair_share.wake(set(self.pools))
         if self.spending:
             # The accounts of ended jobs are closed before the recorder samples, because the recorder removes the data
             # of ended jobs.
@@ -446,6 +459,7 @@ class Manager:
             self.recorder.observe(self.groups, self.depths, self.autoscaler.backlog)
         if self.spending:
             await self.spending.save()
+        await self.fair_share.save()
         if self.notifier:
             await self.notifier.observe()
         self.live_logs.drop_unused()

@@ -58,6 +58,10 @@ class Facts:
     """Last warning about the job in the manager's log, as the epoch time and the text of the warning."""
     unreadable: str = ""
     """Clause about the messages and objects of the job that cannot be read."""
+    has_shares: bool = False
+    """Whether the grid has a fair-share policy."""
+    share_waits: Mapping[str, str] = field(default_factory=dict)
+    """Clauses about why the job waits for its share, by pool."""
     undelivered: str = ""
     """Clause with the reason why a notification of the job is not delivered."""
 
@@ -158,5 +162,11 @@ async def gather(manager: Manager, job: JobId) -> Facts:
         lag_s=manager.counts.lag_s,
         warning=manager.recent.last(job) if manager.recent else None,
         unreadable=manager.quarantine.trouble(job),
+        has_shares=manager.fair_share.policy is not None,
+        share_waits={
+            pool: text
+            for pool in sorted({stage.pool for stage in live.job.stages} if live else ())
+            if live and (text := manager.fair_share.wait_reason(live, pool))
+        },
         undelivered=manager.notifier.trouble(job) if manager.notifier else "",
     )

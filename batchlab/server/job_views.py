@@ -69,6 +69,7 @@ def job_view(
         "reason": record.reason,
         "round": record.round,
         "priority": job.priority,
+        "share": job.share,
         "tags": dict(job.tags),
         "after": [{"job": other.job, "condition": other.condition.value} for other in job.after],
         "submitted_s": job.submitted_s,

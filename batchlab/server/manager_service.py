@@ -199,6 +199,7 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event, clock: Clock, laun
         recent=recent,
         audit=audit,
         schedules=True,
+        shares=True,
     )
     token = await asyncio.to_thread(backend.api_token, home)
     logs.hide(token, *(value for pool in pools for _, value in pool.env))

@@ -225,6 +225,7 @@ def _running(f: Facts) -> str | None:
         f"{_progress(f)}.",
         _retries(f),
         _next_stage(f),
+        *(f"Its other tasks wait for their share: {text}." for text in f.share_waits.values()),
         _fleet_reason(f) or "",
         log,
     )
@@ -281,12 +282,22 @@ def _priority_reason(f: Facts) -> str | None:
     priority = f.record.job.priority
     for pool in f.pools():
         rivals = [rival for rival in f.rivals(pool) if rival.job.priority > priority]
+        if f.has_shares:
+            rivals = [rival for rival in rivals if rival.job.share == f.record.job.share]
         if rivals:
             verb = _verb(len(rivals), "comes", "come")
             return (
                 f"{count(len(rivals), 'job')} of higher priority {verb} first in pool {pool}: {_ids(rivals)}. "
                 f"The priority of this job is {priority}."
             )
+    return None
+
+
+def _share_reason(f: Facts) -> str | None:
+    """Return the reason if the job's share in the fair-share policy allows no further bundle."""
+    for pool in f.pools():
+        if text := f.share_waits.get(pool):
+            return _join(f"The job waits for its share: {text}.", f"{_progress(f)}.", _next_stage(f))
     return None
 
 
@@ -397,6 +408,7 @@ _REASONS: tuple[Reason, ...] = (
     _priority_reason,
     _queue_reason,
     _delay_reason,
+    _share_reason,
     _uncut,
     _planning,
     _closing,

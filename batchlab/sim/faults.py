@@ -129,7 +129,7 @@ class Weather:
     `storage`, objects may be damaged in every world, and every world has additional jobs. With `accounts`, the managers
     record the usage of each job. With `orphans`, no manager leads in every world until the fleet has ended. With
     `dependent`, jobs depend on earlier jobs of the world. With `speculative`, stages may have speculative copies, and
-    some workers are slow.
+    some workers are slow. With `shares`, every world has a fair-share policy and several shares.
     """
 
     kill_before: float = 0.0
@@ -177,6 +177,7 @@ class Weather:
     lies: bool = False
     storage: bool = False
     accounts: bool = False
+    shares: bool = False
     speculative: bool = False
     orphans: bool = False
     dependent: bool = False

@@ -114,6 +114,7 @@ WEATHERS: Mapping[str, Weather] = {
     "crashes": trial.CRASHES,
     "dependent": trial.DEPENDENT,
     "lies": trial.LIES,
+    "shares": trial.SHARES,
     "orphans": trial.ORPHANS,
     "speculative": trial.SPECULATIVE,
     "storage": trial.STORAGE,

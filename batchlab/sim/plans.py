@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from batchlab.core.fair_share import ShareAttributes, SharePolicy
 from batchlab.core.job_definition import Condition, Dependency, JobDef, StageDef
 from batchlab.core.model import JobId, Pool, StageName
 from batchlab.core.retry_rule import RetryRule
@@ -58,6 +59,8 @@ class Plan:
     """The focus of the world (a rare situation made frequent, see `Focus`), or "" for an ordinary world."""
     slow_looks_s: tuple[float, float] | None = None
     """Range of seconds that a slow answer to a worker's read of a control object takes."""
+    policies: tuple[tuple[float, SharePolicy], ...] = ()
+    """Fair-share policies that a user sets, each with its time in seconds since the start of the world."""
     slow_share: float = 0.0
     """Share of the instances whose workers are slow."""
 
@@ -96,6 +99,58 @@ def with_bystanders(seed: int, plan: Plan) -> Plan:
     more = [_job(seed, first + number, rng, plan.pools) for number in range(2)]
     small = (replace(job, items=min(job.items or 0, 5), start_at_s=None) for job in more)
     return replace(plan, jobs=(*plan.jobs, *small))
+
+
+SHARES = ("A1", "A2", "B", "")
+"""Share identifiers of the jobs of a world with shares."""
+
+
+def with_shares(seed: int, plan: Plan) -> Plan:
+    """Return the plan of a world with several shares in one pool, based on the seed's `plan`."""
+    rng = random.Random(f"{seed}/shares")  # noqa: S311 - simulation
+    pool = Pool("default", rng.choice([0, 1]), rng.choice([1, 2, 3]), rng.choice([2, 4]), boot_s=5)
+    slots = pool.max_size * pool.slots
+    run_s = rng.choice([(0.3, 1.0, 2.0), (1.0, 3.0), (2.0, 8.0)])
+    number = rng.choice([2, 3, 4, 5])
+    tasks = int(rng.choice([150.0, 300.0]) * slots * len(run_s) / sum(run_s) / number)
+    shares = rng.sample(SHARES, 2) if rng.random() < 0.5 else list(SHARES)
+    jobs = []
+    for n in range(number):
+        first = replace(_stage(A, rng, (pool,)), bundle=rng.choice([None, None, 1, 3]))
+        stages = (first, _stage(B, rng, (pool,), A)) if rng.random() < 0.2 else (first,)
+        job = JobDef(
+            JobId(f"job-{n}"),
+            f"job-{n}",
+            stages,
+            EPOCH_S + n,
+            items=max(1, tasks // len(stages)),
+            max_failures=10_000,
+            priority=rng.choice([0, 0, 5]),
+            token=f"{seed}-{n}",
+            start_at_s=EPOCH_S + rng.choice([60, 120]) if n and rng.random() < 0.4 else None,
+            share=shares[n % len(shares)],
+        )
+        jobs.append(job)
+    first_policy = _policy(rng, slots)
+    later = ((rng.uniform(60.0, 120.0), _policy(rng, slots)),) if rng.random() < 0.2 else ()
+    manager = replace(plan.manager, tick_s=1.0, silence_s=120.0, visibility_s=30.0)
+    return Plan(
+        (pool,),
+        tuple(jobs),
+        run_s,
+        manager,
+        replace(plan.worker, visibility_s=30.0),
+        # A share with a small limit runs one bundle at a time, and tasks that kill their workers delay its next bundle.
+        limit_s=3 * LIMIT_S,
+        policies=((0.0, first_policy), *later),
+    )
+
+
+def _policy(rng: random.Random, slots: int) -> SharePolicy:
+    weights = rng.sample([0.125, 0.25, 0.5, 1.0, 2.0, 4.0], 2)
+    limits = [rng.choice([None, None, max(1, slots // 2)]) for _ in range(2)]
+    entries = tuple(map(ShareAttributes, ("A*", "B"), weights, limits))
+    return SharePolicy(entries, decay_s=rng.choice([20.0, 60.0, 600.0]), reservation=rng.choice([0, 0, 0, 30, 60]))
 
 
 def with_dependencies(seed: int, plan: Plan) -> Plan:

@@ -286,6 +286,8 @@ class WasteChecks:
     _uncut_s: dict[tuple[str, StageName], float] = field(default_factory=dict)
     """Time since which each stage of each job has tasks that are in no bundle."""
     _jobs: dict[str, JobDef] = field(default_factory=dict)
+    has_share_policy: bool = False
+    """Whether the grid has a fair-share policy, with which priorities order only the jobs of the same share."""
 
     def on_definition(self, job: JobDef) -> None:
         self._jobs[job.id] = job
@@ -341,6 +343,7 @@ class WasteChecks:
                     rival.priority <= job.priority
                     or rival.stage(stage).pool != pool
                     or rival.start_at_s is not None
+                    or (self.has_share_policy and rival.share != job.share)
                     or now_s - known_s < KNOWN_S
                 )
                 facts = f"{cut.job}/{cut.stage} is cut while {name}/{stage} has tasks left, whose priority is higher"

@@ -16,6 +16,7 @@ from typing import Any
 
 from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.errors import Malformed, TooNew
+from batchlab.core.fair_share import SharePolicy
 from batchlab.core.job_definition import task_name
 from batchlab.core.model import Bundle, Control, JobId, JobState, Outcome, StageCounts, StageName
 from batchlab.core.ports import Clock, Cut, Ending, Message, StageRecord
@@ -35,6 +36,7 @@ from batchlab.sim.progress_checks import (
     StartTimeChecks,
     WasteChecks,
 )
+from batchlab.sim.share_checks import ShareChecks
 from batchlab.sim.storage_faults import Unsynced
 from batchlab.sim.worker_rights import Trust
 from batchlab.worker.heartbeats import RETURN_S
@@ -133,6 +135,7 @@ class Watch:
     start_times: StartTimeChecks = field(init=False)
     dependencies: DependencyChecks = field(init=False)
     silences: SilenceChecks = field(init=False)
+    shares: ShareChecks = field(init=False)
     copies: CopyChecks = field(init=False)
     _begun: dict[Actor, set[Name]] = field(default_factory=dict)
     """Bundles of which each worker has started tasks, by worker."""
@@ -170,6 +173,7 @@ class Watch:
         self.start_times = StartTimeChecks(self.check)
         self.dependencies = DependencyChecks(self.check)
         self.silences = SilenceChecks(self.check, self.silence_s)
+        self.shares = ShareChecks(self.check, self.controls.is_live, self.controls.live_since_s)
         self.copies = CopyChecks(self.check)
         # The watch's timers expire even while a process is frozen.
         self._context = copy_context()
@@ -184,6 +188,7 @@ class Watch:
     def on_write(self, key: str, before: bytes | None, data: bytes, if_absent: bool) -> None:
         """Check I1: a committed outcome never changes, and is written by a conditional put."""
         parts = key.split("/")
+        self._record_shares(key, data)
         if parts[0] != "jobs":
             return
         # A write without a current actor comes from a client, which waits for the manager.
@@ -200,10 +205,12 @@ class Watch:
                     self._record_plan("outcomes", parts[-2], data)
             return
         if kind == "control.json":
+            self.shares.remember(self.clock.monotonic_s())
             self.controls.on_write(job, json_format.control_from_bytes(data))
             return
         if kind == "final":
             self.controls.on_end(job)
+            self.shares.on_end(job, self.clock.monotonic_s())
             self.dependencies.on_end(job, JobState(json_format.loads(data)["state"]))
         if kind not in ("spec.json", "retries", "final"):
             kind = parts[3]
@@ -255,6 +262,7 @@ class Watch:
             self.waste.on_definition(job)
             self.copies.on_definition(job)
             self.start_times.on_definition(job)
+            self.shares.on_definition(job, self.clock.monotonic_s())
             self.dependencies.on_definition(job)
             if opening and opening.cut:
                 self._opened.update(map(name_of_bundle, opening.cut.bundles))
@@ -263,14 +271,27 @@ class Watch:
             self._cut(json_format.cut_from_json(json_format.loads(data)))
         elif kind == "retries":
             for cut in json_format.loads(data)["cuts"]:
-                self._plan(json_format.cut_from_json(cut).bundles)
+                retried = json_format.cut_from_json(cut).bundles
+                self._plan(retried)
+                self.shares.on_plan(retried)
+
+    def _record_shares(self, key: str, data: bytes) -> None:
+        shares, now_s = self.shares, self.clock.monotonic_s()
+        if key == object_keys.SHARES:
+            policy = json_format.loads(data)["policy"]
+            shares.on_policy(None if policy is None else SharePolicy.from_json(policy), now_s)
+            self.waste.has_share_policy = policy is not None
+        elif key == object_keys.SHARE_USE:
+            shares.on_save(now_s)
 
     def _cut(self, cut: Cut) -> None:
         self._plan(cut.bundles)
-        actor = CURRENT.get()
+        actor, now_s = CURRENT.get(), self.clock.monotonic_s()
+        since_s = math.inf
         if actor is not None and actor.name.startswith("manager"):
             since_s = self._undisturbed_lead_s(actor)
-            self.waste.check_cut(cut, self.clock.monotonic_s(), since_s, self.controls.live_since_s)
+            self.waste.check_cut(cut, now_s, since_s, self.controls.live_since_s)
+        self.shares.on_cut(cut, now_s, since_s)
 
     def _plan(self, bundles: Sequence[Bundle]) -> None:
         self._planned.update(map(name_of_bundle, bundles))
@@ -292,7 +313,9 @@ class Watch:
     def on_call(self, actor: Actor, label: str, args: Sequence[Any], result: Any) -> None:
         """Record that a port call of `actor` has taken effect."""
         now_s = self.clock.monotonic_s()
+        self.shares.on_call(label, args, result, now_s)
         if label == "ledger.lease":
+            self.shares.on_lease(actor.name, result.owner, now_s)
             self.leadership.on_lease(actor, result.owner, now_s)
         elif actor.name.startswith("manager"):
             disturbed = self._excused(actor, now_s - self.lead_ttl_s)

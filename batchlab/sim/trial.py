@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
+from batchlab.core.fair_share import SharePolicy
 from batchlab.core.model import JobState
 from batchlab.core.pricing.usage import Accounting
+from batchlab.manager.manager import Manager
 from batchlab.sim import invariants
 from batchlab.sim.actors import Violated, check
 from batchlab.sim.event_loop import SimLoop, TimeLimit
@@ -27,6 +30,7 @@ from batchlab.sim.plans import (
     with_copies,
     with_dependencies,
     with_focus,
+    with_shares,
 )
 from batchlab.sim.random_faults import WorldFaults
 from batchlab.sim.tasks import TaskPlans
@@ -93,6 +97,24 @@ DEPENDENT = replace(ALL, dependent=True)
 ACCOUNTS = replace(ALL, accounts=True)
 """Rates of all kinds of faults, for worlds whose managers record the usage of each job."""
 
+SHARES = Weather(
+    kill_before=0.0003,
+    kill_after=0.0003,
+    throttled=0.001,
+    answer_lost=0.001,
+    duplicated=0.02,
+    lost=0.005,
+    late=0.005,
+    stalled=0.02,
+    crashed=0.02,
+    second_manager=0.02,
+    manager_stopped=0.03,
+    paused=0.06,
+    resumed=0.1,
+    shares=True,
+)
+"""Fault rates for worlds with a fair-share policy. The faults are rare, because a fault of a manager pauses the check
+of its cuts."""
 SPECULATIVE = replace(ALL, speculative=True, frozen=0.02)
 """Rates of all kinds of faults, for worlds with speculative copies and slow workers."""
 ORPHANS = replace(ALL, orphans=True)
@@ -153,6 +175,8 @@ def _focus_of(seed: int, weather: Weather, plan: Plan) -> Focus | None:
 def plan_of(seed: int, weather: Weather = ALL) -> Plan:
     """Return the plan of the world of `seed` with the fault rates `weather`."""
     plan = draw(seed)
+    if weather.shares:
+        return with_shares(seed, plan)
     focus = _focus_of(seed, weather, plan)
     if (weather.lies or weather.storage) and plan.limit_s == LIMIT_S:
         return with_bystanders(seed, plan)
@@ -216,6 +240,7 @@ def run(
             schedules=timed,
             accounting=Accounting() if weather.accounts else None,
             notifies=seed % NOTIFY_EVERY == 3,
+            shares=weather.shares,
             slow_share=plan.slow_share,
         )
         if world.log is not None and log is not None:
@@ -242,6 +267,8 @@ async def _main(make_world: Callable[[], World], plan: Plan, faults: Faults, *, 
     users = [User(world, job, faults, plan.pace, is_choosy).use() for job in plan.jobs]
     if timed:
         users.append(ScheduleUser(world, plan, faults).use())
+    if plan.policies:
+        users.append(_set_policies(world, plan))
     if orphans:
         service = asyncio.create_task(world.serve_groups(), name="auto scaling")
         users.append(_abandon(world))
@@ -264,6 +291,17 @@ async def _main(make_world: Callable[[], World], plan: Plan, faults: Faults, *, 
         len(world.starts),
         world.managers,
     )
+
+
+async def _set_policies(world: World, plan: Plan) -> None:
+    """Set the fair-share policies of the plan at their times."""
+    for at_s, policy in plan.policies:
+        await asyncio.sleep(at_s - world.clock.monotonic_s())
+        await world.ask(partial(_set_policy, policy), "set the policy")
+
+
+def _set_policy(policy: SharePolicy, manager: Manager) -> Awaitable[None]:
+    return manager.fair_share.change(lambda _: policy)
 
 
 async def _abandon(world: World) -> None:

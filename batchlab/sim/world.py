@@ -91,7 +91,8 @@ class World:
     Without `watched`, the steps of the protocol are not checked. For a worker with thousands of tasks, the checks of
     the protocol cost as much as the worker itself. With `accounting`, the managers record the usage of the grid. With
     `reports`, the managers record the data of reports. With `schedules`, the managers submit jobs at the due times of
-    schedules. With `notifies`, the managers notify a target of each job's end.
+    schedules. With `notifies`, the managers notify a target of each job's end. With `shares`, the managers follow the
+    fair-share policy in the bucket.
 
     With `sql`, the ledger is the product's SQL ledger on an in-memory SQLite database. Without `sql`, the ledger is
     SimLedger, which gives the same answers as the SQL ledger in a tenth of the time.
@@ -112,6 +113,7 @@ class World:
     sql: bool = True
     schedules: bool = False
     notifies: bool = False
+    shares: bool = False
     slow_share: float = 0.0
     """Share of the instances whose tasks take SLOWNESS times as long."""
     log: EventLog | None = field(init=False)
@@ -167,6 +169,9 @@ class World:
             lead_ttl_s=self.manager_settings.lease_ttl_s,
             silence_s=self.manager_settings.silence_s,
         )
+        self.watch.shares.is_on = self.shares
+        self.watch.shares.pools = {pool.name: pool for pool in self.pools}
+        self.watch.shares.window = self.manager_settings.window
         self.damage = Damage(self.objects, self.ledger, self.watch.trust.touched, self.watch.damaged)
         self.watch.are_looks_slow = bool(self.faults and self.faults.slow_looks_s)
         if self.watched:
@@ -232,6 +237,7 @@ class World:
             reports=self.reports,
             channels=NotificationChannels(lambda: DIRECTORY, self._on_notification) if self.notifies else None,
             schedules=self.schedules,
+            shares=self.shares,
         )
         fleet.registry = manager.registry
         task = actor.spawn(manager.run(), name=owner)

@@ -47,7 +47,7 @@ PAGES = {
     "jobs": ("job", "schedule"),
     "reports": ("report",),
     "scenarios": ("scenario",),
-    "grid": ("grid", "user", "audit", "notify"),
+    "grid": ("grid", "share", "user", "audit", "notify"),
     "aws": ("deploy", "cost"),
     "tools": ("sim", "conform", "asg"),
 }

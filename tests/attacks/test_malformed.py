@@ -108,7 +108,7 @@ EVENTS = Events(
     (CounterReport("w-1", {"retried.timeout": 2}),),
     ((JOB.id, MAP, BUNDLE.id, "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),),
 )
-TASK = TaskMessage(BUNDLE, list(range(10)), 12.5, trace="00-x")
+TASK = TaskMessage(BUNDLE, list(range(10)), 12.5, trace="00-x", copy_s=40.0)
 
 # --- Malformed texts -----------------------------------------------------------------------------
 

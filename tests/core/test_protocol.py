@@ -224,7 +224,7 @@ def test_messages_round_trip() -> None:
     cut = Cut(JOB.id, A, 1, 3, (replace(BUNDLE, round=1),), TaskSet.span(10, 20), 20)
     assert json_format.cut_from_json(json_format.loads(json_format.to_bytes(json_format.cut_to_json(cut)))) == cut
     source = replace(BUNDLE, stage=B, source=BUNDLE.id, round=2, losses=1)
-    message = TaskMessage(source, list(range(10)), 12.5, True)
+    message = TaskMessage(source, list(range(10)), 12.5, True, copy_s=7.5)
     assert read_task_message(task_message(message)) == message
     message = replace(message, key=CommitKey("0f" * 16))
     assert read_task_message(task_message(message)) == message

@@ -43,6 +43,7 @@ def view(round_: int = 0) -> JobView:
         "reason": "",
         "round": round_,
         "priority": 0,
+        "share": "",
         "tags": {},
         "after": [],
         "submitted_s": 0.0,

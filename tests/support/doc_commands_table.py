@@ -40,6 +40,12 @@ batchlab user revoke alice
 batchlab job submit pipeline/job.yaml --max-cost 5USD
 batchlab job watch last --as-if-aws
 batchlab job show last --as-if-aws
+batchlab share set research --weight 0.5
++ batchlab share set research --weight 0.5 --max-slots 16
+batchlab share policy --decay 1h --reservation 10%
+batchlab share list
++ batchlab share remove research
++ batchlab share remove --all
 + batchlab grid drain default
 + batchlab job submit pipeline/job.yaml
 batchlab job cap last 10USD

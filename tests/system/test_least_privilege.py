@@ -43,6 +43,7 @@ ELSEWHERE = {
     "ssmmessages:OpenControlChannel": "Session Manager's agent",
     "ssmmessages:OpenDataChannel": "Session Manager's agent",
     "s3:AbortMultipartUpload": "a worker whose large upload fails",
+    "autoscaling:DeleteScheduledAction": "the manager, after a user has set orphan_s to 0",
     "autoscaling:SetInstanceHealth": "the manager, of an instance that does not answer",
 }
 """Allowed actions that only a component outside of this test calls, or that are called only after a failure."""

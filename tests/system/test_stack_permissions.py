@@ -45,7 +45,7 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Site]]
         status = stack.create(cfn.for_ministack(cfn.load(), **SHAPE), **SHAPE)
         assert status == "CREATE_COMPLETE", stack.failures()
         ids = stack.ids()
-        for key in ("boot/a.tar.gz", "code/a.zip", "raw/j/0", "files/j/s/0", "logs/j/s/0"):
+        for key in ("boot/a.tar.gz", "code/a.zip", "raw/j/0", "files/j/s/0", "logs/j/s/0", "grid/leader.json"):
             root.client("s3").put_object(Bucket=ids["Bucket"], Key=key, Body=b"1")
         root.client("s3").create_bucket(Bucket="somebody-elses")
         root.client("s3").put_object(Bucket="somebody-elses", Key="a", Body=b"1")

@@ -503,6 +503,8 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
         del doc["max_cost_usd"]
     if not job.trace:
         del doc["trace"]
+    if not job.share:
+        del doc["share"]
     if not job.owner:
         del doc["owner"]
     if job.after:

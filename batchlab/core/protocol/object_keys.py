@@ -137,6 +137,10 @@ RECORD = "grid/record.json"
 """Key of the object with the queue depths and fleet sizes that were recorded while jobs ran. Reports use the recorded
 depths and sizes.
 """
+SHARES = "grid/shares.json"
+"""Key of the object with the fair-share policy of the grid."""
+SHARE_USE = "grid/share-use.json"
+"""Key of the object with the use of each share."""
 USERS = "grid/users.json"
 """Key of the object with the users of the grid, their roles, and the serials of their tokens."""
 AUDIT = "grid/audit/"

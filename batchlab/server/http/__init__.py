@@ -23,7 +23,19 @@ from batchlab.manager.audit_log import REFUSED
 from batchlab.manager.manager import Manager
 from batchlab.manager.user_directory import UserDirectory
 from batchlab.server import metrics
-from batchlab.server.http import downloads, failures, grid, job_files, jobs, logs, schedules, task_list, tasks, users
+from batchlab.server.http import (
+    downloads,
+    failures,
+    grid,
+    job_files,
+    jobs,
+    logs,
+    schedules,
+    shares,
+    task_list,
+    tasks,
+    users,
+)
 from batchlab.server.http.authentication import LOCAL_NAMES, AccessCheck, Sessions, SessionStore
 from batchlab.server.http.common import ServerState, error_response
 
@@ -87,7 +99,20 @@ def _app_with_routes() -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     app.include_router(jobs.submission_router)
-    for module in (grid, job_files, tasks, task_list, downloads, jobs, failures, logs, schedules, users, metrics):
+    for module in (
+        grid,
+        job_files,
+        tasks,
+        task_list,
+        downloads,
+        jobs,
+        failures,
+        logs,
+        schedules,
+        shares,
+        users,
+        metrics,
+    ):
         app.include_router(module.router)
     app.include_router(grid.public)
     return app

@@ -47,7 +47,7 @@ _READS = (
     *("/v1/jobs/{job}/stages/{stage}/tasks/{task}", "/v1/jobs/{job}/stages/{stage}/tasks/{task}/log"),
     *("/v1/jobs/{job}/tasks", "/v1/jobs/{job}/tasks.csv", "/v1/jobs/{job}/timeline", "/v1/jobs/{job}/use"),
     *("/v1/jobs/{job}/why", "/v1/notifications", "/v1/notifications/targets", "/v1/schedules", "/v1/schedules/{name}"),
-    *("/v1/schedules/{name}/next", "/v1/sessions/{name}", "/v1/use", "/v1/users"),
+    *("/v1/schedules/{name}/next", "/v1/sessions/{name}", "/v1/shares", "/v1/use", "/v1/users"),
 )
 
 RULES: Mapping[Route, Rule] = {
@@ -72,6 +72,9 @@ RULES: Mapping[Route, Rule] = {
     ("POST", "/v1/schedules/{name}/run"): Rule(_OPERATE, "schedule run"),
     ("POST", "/v1/jobs/{job}/cap"): Rule(_ADMINISTER, "job cap"),
     ("POST", "/v1/use/cap"): Rule(_ADMINISTER, "grid cap"),
+    ("POST", "/v1/shares"): Rule(_ADMINISTER, "share set"),
+    ("POST", "/v1/shares/policy"): Rule(_ADMINISTER, "share policy"),
+    ("POST", "/v1/shares/remove"): Rule(_ADMINISTER, "share remove"),
     ("POST", "/v1/ledger/rebuild"): Rule(_ADMINISTER, "grid rebuild-ledger"),
     ("POST", "/v1/shutdown"): Rule(_ADMINISTER, "grid down"),
     # Only a client with access to the bucket makes direct calls.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from tests.support.aws.ministack import ACCOUNT, REGION, Plane
@@ -89,6 +90,13 @@ def log_line(site: Site, stream: str) -> object:
     )
 
 
+def end_action(site: Site, group: str) -> object:
+    named = {"AutoScalingGroupName": group, "ScheduledActionName": "batchlab-end"}
+    at = datetime.now(UTC) + timedelta(hours=1)
+    site.autoscaling.put_scheduled_update_group_action(**named, StartTime=at, MinSize=0, MaxSize=0, DesiredCapacity=0)
+    return site.autoscaling.delete_scheduled_action(**named)
+
+
 def multipart(site: Site, key: str) -> object:
     begun = site.s3.create_multipart_upload(Bucket=site.bucket, Key=key)
     named = {"Bucket": site.bucket, "Key": key, "UploadId": begun["UploadId"]}
@@ -117,6 +125,7 @@ WORKER_MAY: dict[str, Call] = {
     "read code": lambda it: it.get("code/a.zip"),
     "read raw data": lambda it: it.get("raw/j/0"),
     "read interim results": lambda it: it.get("files/j/s/0"),
+    "read the leader beat": lambda it: it.get("grid/leader.json"),
     "commit": lambda it: it.put("jobs/j/s/outcomes/ab/b1.json", IfNoneMatch="*"),
     "write files": lambda it: it.put("files/j/s/ab/b/w/0/a.csv", IfNoneMatch="*"),
     "write a file in parts": lambda it: in_parts(it, "files/j/s/ab/b/w/0/large", IfNoneMatch="*"),
@@ -176,6 +185,10 @@ MANAGER_MAY: dict[str, Call] = {
     "change a pool's limits": lambda it: it.autoscaling.update_auto_scaling_group(
         AutoScalingGroupName="batchlab-pool-default", MaxSize=3
     ),
+    "see the scheduled end": lambda it: it.autoscaling.describe_scheduled_actions(
+        AutoScalingGroupName="batchlab-pool-default"
+    ),
+    "postpone and delete the scheduled end": lambda it: end_action(it, "batchlab-pool-default"),
     "let a worker in": lambda it: complete(it, "batchlab-pool-default"),
     "know the token": lambda it: it.secretsmanager.get_secret_value(SecretId=it.ids["TokenSecret"]),
     "tell a topic that is named": lambda it: it.sns.publish(TopicArn=TOPIC, Message="m"),
@@ -253,6 +266,12 @@ WORKER_MUST_NOT: dict[str, Call] = {
         AutoScalingGroupName="batchlab-pool-default", DesiredCapacity=9
     ),
     "see groups": lambda it: it.autoscaling.describe_auto_scaling_groups(),
+    "schedule the end of its group": lambda it: end_action(it, "batchlab-pool-default"),
+    "protect itself from scale-in": lambda it: it.autoscaling.set_instance_protection(
+        AutoScalingGroupName="batchlab-pool-default", InstanceIds=["i-1"], ProtectedFromScaleIn=True
+    ),
+    "change the leader beat": lambda it: it.put("grid/leader.json"),
+    "read the grid's secret": lambda it: it.get("grid/commit-secret.json"),
     "complete another group's hook": lambda it: complete(it, "batchlab-manager"),
     "complete the hook of another pool": lambda it: complete(it, "batchlab-pool-gpu"),
     "launch an instance": lambda it: it.ec2.run_instances(ImageId="ami-1", MinCount=1, MaxCount=1),
@@ -288,6 +307,7 @@ MANAGER_MUST_NOT: dict[str, Call] = {
     "scale its own group": lambda it: it.autoscaling.set_desired_capacity(
         AutoScalingGroupName="batchlab-manager", DesiredCapacity=1
     ),
+    "schedule the end of its own group": lambda it: end_action(it, "batchlab-manager"),
     "change its own group": lambda it: it.autoscaling.update_auto_scaling_group(
         AutoScalingGroupName="batchlab-manager", MaxSize=1000
     ),

@@ -144,7 +144,14 @@ class Rig:
         accounting = Accounting(lambda _: 0.1) if self.prices else None
         self.audit = AuditLog(ports)
         self.manager = Manager(
-            ports, SETTINGS, self.pools, "manager-1", schedules=True, accounting=accounting, audit=self.audit
+            ports,
+            SETTINGS,
+            self.pools,
+            "manager-1",
+            schedules=True,
+            shares=True,
+            accounting=accounting,
+            audit=self.audit,
         )
         self.app, self.served = create_app(
             self.manager, token=TOKEN, backend_name="memory", on_shutdown=self._count_shutdown, hosts=["grid.example"]

@@ -1,0 +1,190 @@
+"""Commands of `batchlab share`, for the fair-share policy of a grid.
+
+Invariant: the options have the meaning of AWS Batch's fair-share scheduling policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchlab.cli import output
+from batchlab.cli.groups import command_group
+from batchlab.cli.option_values import connect, seconds_of
+from batchlab.cli.options import HOME, JSON, argument, flag, option
+from batchlab.core.errors import UsageError
+from batchlab.core.fair_share import MAX_DECAY_S, MAX_RESERVATION, ShareAttributes
+from batchlab.core.model import Json
+
+if TYPE_CHECKING:
+    from batchlab.client.http import Client
+    from batchlab.core.api_usage_types import SharePolicyView, SharesView, ShareView
+
+app = command_group("share")
+
+SHARE = argument("Share identifier, or a prefix and an asterisk, such as 'team*'.", "SHARE")
+NO_POLICY = "The grid has no fair-share policy. `batchlab share set SHARE --weight 0.5` creates one."
+
+
+@app.callback()
+def share() -> None:
+    """Set and show the fair-share policy, which divides pools among shares of jobs.
+
+    \b
+    Example: batchlab share list
+    """
+
+
+@app.command("set")
+def set_(
+    share: str = SHARE,
+    weight: float | None = option(
+        "Weight factor of the share. A lower weight factor means a larger share: 0.5 gets twice the slots of 1."
+    ),
+    max_slots: str | None = option(
+        "Maximum number of slots that the share uses in each pool, or none to remove the limit.", "N"
+    ),
+    home: Path | None = HOME,
+    json: bool = JSON,
+) -> None:
+    """Set the weight factor or the limit of a share, which the keys `share` of job files name.
+
+    The first share creates the policy of the grid. A share without an entry has the weight factor 1.
+    Jobs without a share belong to the share `default`. An identifier such as 'team*' applies to
+    each share with the prefix, and each of these shares is a share of its own.
+
+    \b
+    Example: batchlab share set research --weight 0.5 --max-slots 16
+    """
+    if weight is None and max_slots is None:
+        raise UsageError("The command sets nothing.", remedy="Add --weight 0.5 or --max-slots 8.")
+    ShareAttributes(share, 1.0 if weight is None else weight)  # an identifier or weight factor out of range is an error
+    entry: dict[str, Json] = {"identifier": share, "weight": weight}
+    if max_slots is not None:
+        entry["max_slots"] = 0 if max_slots == "none" else _slots_of(max_slots)
+    _change(home, lambda client: client.set_share(entry), json)
+
+
+def _slots_of(text: str) -> int:
+    if text.isascii() and text.isdigit() and 0 < int(text) < 10**9:
+        return int(text)
+    raise UsageError(f"--max-slots: {text[:80]!r} is not a number of slots.", remedy="Write 8, or none for no limit.")
+
+
+@app.command()
+def policy(
+    decay: str | None = option(
+        "Share decay: the time, such as 1h, after which a use counts little. Longer decays even out longer times.",
+        "SPAN",
+    ),
+    reservation: str | None = option(
+        "Compute reservation: the part of each pool's maximum, such as 10%, that stays free for shares without work.",
+        "PERCENT",
+    ),
+    home: Path | None = HOME,
+    json: bool = JSON,
+) -> None:
+    """Set the share decay or the compute reservation of the policy.
+
+    With n active shares, the compute reservation keeps (PERCENT/100)^n of the maximum slots of each
+    pool free, as in AWS Batch.
+
+    \b
+    Example: batchlab share policy --decay 1h --reservation 10%
+    """
+    changes: dict[str, Json] = {}
+    if decay is not None:
+        decay_s = seconds_of("--decay", decay, least_s=1.0)
+        if decay_s > MAX_DECAY_S:
+            raise UsageError(f"--decay: {decay[:80]!r} is too long.", remedy="Write at most 7d.")
+        changes["decay_s"] = decay_s
+    if reservation is not None:
+        changes["reservation"] = _percent_of(reservation)
+    if not changes:
+        raise UsageError("The command sets nothing.", remedy="Add --decay 1h or --reservation 10%.")
+    _change(home, lambda client: client.set_share_policy(changes), json)
+
+
+def _percent_of(text: str) -> int:
+    number = text.removesuffix("%").strip()
+    if number.isascii() and number.isdigit() and int(number) <= MAX_RESERVATION:
+        return int(number)
+    raise UsageError(
+        f"--reservation: {text[:80]!r} is not a percentage.",
+        remedy=f"Write 0% to {MAX_RESERVATION}%, without a fraction.",
+    )
+
+
+@app.command("list")
+def list_(home: Path | None = HOME, json: bool = JSON) -> None:
+    """List the shares with their weight factors, their use, their slots, and their waiting tasks.
+
+    The column part is the share's part of the pool while all active shares have work. The use is in
+    slot seconds, and decays with time.
+
+    \b
+    Example: batchlab share list
+    """
+    with connect(home) as client:
+        view = client.shares()
+    _show(view, json)
+
+
+@app.command()
+def remove(
+    share: str | None = argument("Share identifier in the policy.", "SHARE", default=None),
+    all_: bool = flag("Remove the whole policy, so that shares have no effect.", "--all"),
+    home: Path | None = HOME,
+    json: bool = JSON,
+) -> None:
+    """Remove a share from the policy. Its jobs continue with the weight factor 1 and without a limit.
+
+    \b
+    Example: batchlab share remove research
+    """
+    if (share is None) is not all_:
+        raise UsageError("The command needs either a share or --all.", remedy="`batchlab share list` shows the shares.")
+    _change(home, lambda client: client.remove_share(share), json)
+
+
+def _change(home: Path | None, verb: Callable[[Client], SharesView], json: bool) -> None:
+    with connect(home) as client:
+        view = verb(client)
+    _show(view, json)
+
+
+def _show(view: SharesView, json: bool) -> None:
+    if json:
+        output.show_json(view)
+        return
+    policy = view["policy"]
+    if policy is None:
+        output.show(NO_POLICY)
+        return
+    output.show(_policy_text(policy))
+    for entry in policy["shares"]:
+        if entry["identifier"].endswith("*"):
+            limit = f", at most {output.count(entry['max_slots'], 'slot')} each" if entry["max_slots"] else ""
+            output.show(f"shares {entry['identifier']}: weight factor {entry['weight']:g}{limit}")
+    columns = ("share", "pool", "weight", "part", "limit", "use", "slots", "jobs", "waiting")
+    if view["shares"]:
+        output.show("\n" + output.table(columns, map(_row, view["shares"])))
+
+
+def _policy_text(policy: SharePolicyView) -> str:
+    return f"share decay {output.span(policy['decay_s'])}, compute reservation {policy['reservation']}%"
+
+
+def _row(view: ShareView) -> tuple[object, ...]:
+    return (
+        view["share"],
+        view["pool"],
+        f"{view['weight']:g}",
+        f"{view['part']:.0%}",
+        view["max_slots"] or "-",
+        f"{view['use_s']:.0f}",
+        view["slots"],
+        view["jobs"],
+        view["waiting_tasks"],
+    )

@@ -1,0 +1,395 @@
+"""Fair share: the grid's policy, the use of each share, and the places of each share in a pool's window.
+
+Invariants: without a policy, the manager feeds jobs as if shares did not exist. The use of a share is derived from the
+folded completions. The leader stores the use regularly, so a crash loses at most the use of the last SAVE_S. A tick
+does not read waiting jobs, because the sums in `live_jobs` contain the work of each share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from batchlab.core.errors import BackendError, Malformed, Refused, UsageError
+from batchlab.core.fair_share import DEFAULT_SHARE, MAX_ENTRIES, ShareLoad, SharePolicy, is_identifier, places
+from batchlab.core.job_definition import JobDef, StageDef
+from batchlab.core.model import Bundle, Completion
+from batchlab.core.protocol import json_format, object_keys, settlement
+from batchlab.core.protocol.field_checks import MAX_S, figure
+from batchlab.core.text import count
+from batchlab.manager.live_jobs import PoolWork
+from batchlab.manager.state import Backlog, LiveJob
+from batchlab.manager.versioned_document import VersionedDocument
+
+if TYPE_CHECKING:
+    from batchlab.manager.context import Context
+
+log = logging.getLogger(__name__)
+
+SAVE_S = 15.0
+"""Interval between writes of the use of shares while jobs run. Each write is billed."""
+CLOSE_S = 2.0
+"""Maximum time that an exiting manager waits for the write of the use."""
+MIN_USE_S = 0.001
+"""Use in slot seconds below which the use of a share is forgotten."""
+
+Change = Callable[[SharePolicy], SharePolicy]
+_NOTHING: Counter[str] = Counter()
+
+
+@dataclass(slots=True)
+class Use:
+    """Use of a share in a pool: the slot seconds that counted at the monotonic time `at_s`."""
+
+    use_s: float = 0.0
+    at_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ShareStatus:
+    """State of one share in one pool. The `part` is the share's part of the pool while all active shares have work."""
+
+    share: str
+    pool: str
+    weight: float
+    max_slots: int | None
+    part: float
+    use_s: float
+    slots: int
+    places: int
+    jobs: int
+    waiting_tasks: int
+
+
+class FairShare:
+    """Fair share of the leader. Only a manager of a full grid reads and stores the policy (`is_enabled`)."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._clock = context.ports.clock
+        self._lives = context.lives
+        self.is_enabled = False
+        self.policy: SharePolicy | None = None
+        self._use: dict[str, dict[str, Use]] = {}
+        """Use by pool and share."""
+        self._policy_document = VersionedDocument(
+            context.ports, object_keys.SHARES, self._merge_policy, keeps_unreadable=True
+        )
+        self._use_document = VersionedDocument(context.ports, object_keys.SHARE_USE, self._merge_use)
+        self._lock = asyncio.Lock()
+        self._pending: dict[tuple[str, str], Counter[str]] = {}
+        """Numbers of bundles and slots that are decided but not outstanding yet, by pool and share."""
+        self._is_changed = False
+        self._saved_s: float | None = None
+
+    # --- Policy and use in the bucket ------------------------------------------------------------
+
+    async def load(self) -> None:
+        """Read the policy and the use that an earlier leader has stored."""
+        if not self.is_enabled:
+            return
+        # The policy in memory stays until another policy is read, because requests may submit jobs during the read.
+        await self._policy_document.load()
+        if self.policy is not None:
+            await self._use_document.load()
+
+    async def change(self, change: Change | None) -> None:
+        """Change the policy, or remove the policy if `change` is None. Raise UsageError for an impossible change."""
+        if not self.is_enabled:
+            raise Refused(
+                "This manager does not divide its pools by shares.",
+                remedy="Use a manager that `batchlab grid up` starts.",
+            )
+
+        after: SharePolicy | None = None
+
+        def encode() -> bytes:
+            nonlocal after
+            after = None if change is None else change(self.policy or SharePolicy())
+            return json_format.to_bytes(
+                {"v": json_format.VERSION, "policy": None if after is None else after.to_json()}
+            )
+
+        async with self._lock:
+            await self._policy_document.write(encode)
+            self._set(after)
+        self._context.wake.set()
+
+    def _merge_policy(self, content: bytes) -> None:
+        doc = json_format.loads(content)["policy"]
+        try:
+            self._set(None if doc is None else SharePolicy.from_json(doc))
+        except UsageError as error:
+            raise Malformed(f"The fair-share policy cannot be read: {error.message}") from error
+
+    def _set(self, policy: SharePolicy | None) -> None:
+        now_s = self._clock.monotonic_s()
+        if self.policy is not None and policy is not None:
+            # The decay until now follows the old policy.
+            for pool, uses in self._use.items():
+                self._use[pool] = {share: Use(self._decayed_s(use, now_s), now_s) for share, use in uses.items()}
+        elif policy is None:
+            self._use = {}
+        self.policy = policy
+        self._lives.divide_by_share(is_divided=policy is not None)
+
+    async def save(self) -> None:
+        """Store the use of the shares if the use has changed and the last write is old."""
+        now_s = self._clock.monotonic_s()
+        if self.policy is None or not self._is_changed:
+            return
+        if self._saved_s is not None and now_s - self._saved_s < SAVE_S:
+            return
+        self._saved_s, self._is_changed = now_s, False
+        try:
+            await self._use_document.write(self._use_to_bytes)
+        except BackendError as error:
+            log.warning("the use of the shares is not stored yet: %s", error)
+            self._is_changed = True
+
+    async def close(self) -> None:
+        """Store the use of the shares before the manager exits."""
+        if self.policy is None:
+            return
+        self._saved_s = None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await self.save()
+
+    def _use_to_bytes(self) -> bytes:
+        monotonic_s, now_s = self._clock.monotonic_s(), self._clock.now_s()
+        pools = {
+            pool: {
+                share: [use.use_s, now_s - (monotonic_s - use.at_s)]
+                for share, use in uses.items()
+                if self._decayed_s(use, monotonic_s) >= MIN_USE_S
+            }
+            for pool, uses in self._use.items()
+        }
+        return json_format.to_bytes({"v": json_format.VERSION, "pools": pools})
+
+    def _merge_use(self, content: bytes) -> None:
+        """Add the use that another leader has stored. If both leaders have counted a use, the larger use counts."""
+        monotonic_s, now_s = self._clock.monotonic_s(), self._clock.now_s()
+        for pool, shares in json_format.loads(content)["pools"].items():
+            for share, (use_s, at_s) in list(shares.items())[:MAX_ENTRIES]:
+                if not is_identifier(share):
+                    raise ValueError("a share identifier is expected")
+                stored = Use(figure(use_s), monotonic_s - max(0.0, now_s - figure(at_s, MAX_S)))
+                own = self._use.setdefault(pool, {}).get(share, Use())
+                if self._decayed_s(stored, monotonic_s) > self._decayed_s(own, monotonic_s):
+                    self._use[pool][share] = stored
+
+    # --- Use -------------------------------------------------------------------------------------
+
+    def add_use(self, job: JobDef, done: Completion) -> None:
+        """Count the use of an ended bundle. The caller counts each bundle once."""
+        if self.policy is None:
+            return
+        stage, now_s = job.stage(done.bundle.stage), self._clock.monotonic_s()
+        if more_s := self.policy.use_of(stage.slots, done.ended_s - done.started_s):
+            uses = self._use.setdefault(stage.pool, {})
+            share = job.share or DEFAULT_SHARE
+            uses[share] = Use(self._use_s(stage.pool, share, now_s) + more_s, now_s)
+            self._is_changed = True
+            if len(uses) > MAX_ENTRIES:
+                del uses[min(uses, key=lambda one: (uses[one].at_s, one))]
+
+    def _use_s(self, pool: str, share: str, now_s: float) -> float:
+        use = self._use.get(pool, {}).get(share)
+        return 0.0 if use is None else self._decayed_s(use, now_s)
+
+    def _decayed_s(self, use: Use, now_s: float) -> float:
+        return 0.0 if self.policy is None else self.policy.decayed(use.use_s, now_s - use.at_s)
+
+    # --- Places in the window --------------------------------------------------------------------
+
+    def room(self, live: LiveJob, stage: StageDef, tasks: int) -> int:
+        """Return the number of bundles of the stage that may be sent now. The stage has `tasks` uncut tasks.
+
+        Shares come first, and priorities order the jobs within a share, as in AWS Batch. The jobs of the highest
+        priority in a share divide the places of the share evenly.
+        """
+        assert self.policy is not None
+        pool, share, priority = stage.pool, live.job.share or DEFAULT_SHARE, live.job.priority
+        shares = self._lives.shares(pool)
+        work = shares.get(share) or PoolWork()
+        if work.has_higher(priority):
+            return 0
+        outstanding = live.outstanding_in(pool)
+        is_counted = live.id in work.uncut.get(priority, {}).get(outstanding, ())
+        window = self._context.window(pool)
+        mine = places(self._loads(pool, share, 0 if is_counted else tasks), window)[share]
+        own = self._bundles(pool, share, work)
+        room = mine - own
+        peers = work.peers(priority) + (not is_counted)
+        if peers > 1:
+            room = min(room, max(1, mine // peers) - outstanding)
+        limits: list[tuple[int, int]] = []
+        if (limit := self._limit(share)) is not None:
+            limits.append((limit, self._slots(pool, share, work)))
+        if self.policy.reservation:
+            used = sum(self._slots(pool, name, shares.get(name) or PoolWork()) for name in {**shares, share: None})
+            limits.append((self._usable_slots(pool, share), used))
+        for limit, used in limits:
+            # One bundle is always allowed, because a job must end even if the limit is below the slots of its tasks.
+            room = min(room, max((limit - used) // stage.slots, 0 if used else 1))
+        # A cut has at least one bundle for every slot of the share, because a cut costs the same for any number of
+        # bundles. A smaller cut is worth its cost if no bundle waits behind the running bundles.
+        least = self._context.slots.get(pool, 1) * mine // window
+        return max(0, room) if room >= least or own <= least or limits else 0
+
+    @contextmanager
+    def pending(self, live: LiveJob, stage: StageDef, bundles: Sequence[Bundle]) -> Iterator[None]:
+        """Count the bundles until they are outstanding, because other jobs may be cut while the cut is committed."""
+        if self.policy is None:
+            yield
+            return
+        counts = self._pending.setdefault((stage.pool, live.job.share or DEFAULT_SHARE), Counter())
+        added = Counter(bundles=len(bundles), slots=len(bundles) * stage.slots)
+        counts.update(added)
+        try:
+            yield
+        finally:
+            counts.subtract(added)
+
+    def _bundles(self, pool: str, share: str, work: PoolWork) -> int:
+        return work.active_bundles + self._pending.get((pool, share), _NOTHING)["bundles"]
+
+    def _slots(self, pool: str, share: str, work: PoolWork) -> int:
+        return work.slots + self._pending.get((pool, share), _NOTHING)["slots"]
+
+    def ready(self, pool: str) -> list[LiveJob]:
+        """Return the jobs that may cut bundles now."""
+        shares = self._lives.shares(pool)
+        if self.policy is None or not any(work.uncut for work in shares.values()):
+            return []
+        given = places(self._loads(pool), self._context.window(pool))
+        rooms = {share: given[share] - self._bundles(pool, share, work) for share, work in shares.items()}
+        return [live for share, work in shares.items() for live in work.first(rooms[share])]
+
+    def wake(self, pools: set[str]) -> None:
+        """Advance the jobs whose turn has come after the end of bundles in the pools."""
+        for pool in sorted(pools) if self.policy else ():
+            for live in self.ready(pool):
+                live.wake.set()
+
+    def _loads(self, pool: str, newcomer: str = "", tasks: int = 0) -> dict[str, ShareLoad]:
+        """Return the work of each share in the pool. `newcomer` is the share of a job whose `tasks` are not counted
+        yet."""
+        assert self.policy is not None
+        now_s = self._clock.monotonic_s()
+        shares = self._lives.shares(pool)
+        bundles = sum(work.active_bundles for work in shares.values())
+        usual_s = sum(work.sent_us for work in shares.values()) / 1e6 / bundles if bundles else settlement.TARGET_S
+        loads: dict[str, ShareLoad] = {}
+        for share in {**shares, newcomer: None} if newcomer else shares:
+            work = shares.get(share) or PoolWork()
+            own, slots = self._bundles(pool, share, work), self._slots(pool, share, work)
+            attributes = self.policy.attributes(share)
+            most = own + work.uncut_tasks + (tasks if share == newcomer else 0)
+            if attributes.max_slots is not None:
+                most = min(most, own + max(attributes.max_slots - slots, 0 if slots else 1))
+            place_s = work.sent_us / 1e6 / work.active_bundles if work.active_bundles else usual_s
+            loads[share] = ShareLoad(attributes.weight, self._use_s(pool, share, now_s), place_s, most)
+        return loads
+
+    def _limit(self, share: str) -> int | None:
+        return None if self.policy is None else self.policy.attributes(share).max_slots
+
+    def _usable_slots(self, pool: str, share: str = "") -> int:
+        """Return the slots of the pool that the active shares, including `share`, may use."""
+        assert self.policy is not None
+        return self.policy.usable_slots(self._max_slots(pool), len({*self._active(pool), *([share] if share else [])}))
+
+    def _max_slots(self, pool: str) -> int:
+        view = self._context.groups.get(pool)
+        settings = view.pool if view else self._context.pools.get(pool)
+        return settings.max_size * settings.slots if settings else 1
+
+    def _active(self, pool: str) -> set[str]:
+        """Return the shares that have jobs with work, or whose last bundle ended less than the decay time ago."""
+        assert self.policy is not None
+        since_s = self._clock.monotonic_s() - self.policy.decay_s
+        recent = {share for share, use in self._use.get(pool, {}).items() if use.at_s >= since_s}
+        return recent | {share for share, work in self._lives.shares(pool).items() if work.working}
+
+    def limit_backlog(self, pool: str, backlog: Backlog) -> Backlog:
+        """Return the backlog without the parallel tasks that limits of shares or the reservation prevent, because an
+        instance for these tasks would be idle."""
+        if self.policy is None or not backlog.tasks:
+            return backlog
+        tasks, now_s = backlog.tasks, self._clock.monotonic_s()
+        for share, work in self._lives.shares(pool).items():
+            if (limit := self._limit(share)) is not None:
+                tasks -= max(0, self._lives.backlog_of(work, pool, now_s).tasks - limit)
+        if self.policy.reservation:
+            tasks = min(tasks, self._usable_slots(pool))
+        return Backlog(backlog.seconds, max(1, tasks))
+
+    # --- Views -----------------------------------------------------------------------------------
+
+    def wait_reason(self, live: LiveJob, pool: str) -> str:
+        """Return a clause about why uncut tasks of the job wait for the job's share in the pool, or "" if they do
+        not."""
+        if self.policy is None or not live.has_uncut_tasks(pool):
+            return ""
+        share, shares = live.job.share or DEFAULT_SHARE, self._lives.shares(pool)
+        work, attributes = shares.get(share) or PoolWork(), self.policy.attributes(share)
+        slots, needed = self._slots(pool, share, work), min(one.slots for one in live.job.stages if one.pool == pool)
+        if attributes.max_slots is not None and slots + needed > attributes.max_slots and slots:
+            return f"share {share} uses {slots} of at most {count(attributes.max_slots, 'slot')} in pool {pool}"
+        most, usable = self._max_slots(pool), self._usable_slots(pool, share)
+        used = sum(self._slots(pool, name, one) for name, one in shares.items())
+        if used and used + needed > usable:
+            return f"the compute reservation keeps {most - usable} of {most} slots of pool {pool} free for other shares"
+        loads = self._loads(pool, share)
+        given, own = places(loads, self._context.window(pool))[share], self._bundles(pool, share, work)
+        rivals = {name: load for name, load in loads.items() if name != share and load.most}
+        if own < given or not rivals:
+            return ""
+        uses = {name: loads[name].weight * loads[name].use_s for name in (share, *rivals)}
+        first = min(rivals, key=lambda name: (uses[name], name))
+        return (
+            f"share {share} has {count(own, 'bundle')} outstanding in pool {pool}, and {count(given, 'place')}. The "
+            f"weighted use of share {share} is {uses[share]:.0f} slot seconds, and that of share {first} is "
+            f"{uses[first]:.0f}"
+        )
+
+    def status(self) -> list[ShareStatus]:
+        """Return the state of each share in each pool in which the share has an entry, jobs, or use."""
+        if self.policy is None:
+            return []
+        now_s = self._clock.monotonic_s()
+        named = [one.identifier for one in self.policy.shares if not one.identifier.endswith("*")]
+        result: list[ShareStatus] = []
+        for pool in sorted(self._context.pools):
+            works = self._lives.shares(pool)
+            active = self._active(pool)
+            claims = {share: 1 / self.policy.attributes(share).weight for share in active}
+            given = places(self._loads(pool), self._context.window(pool))
+            busy = {share for share, work in works.items() if work.working or work.bundles}
+            for share in sorted({*named, *active, *busy}):
+                work, attributes = works.get(share) or PoolWork(), self.policy.attributes(share)
+                claim = 1 / attributes.weight
+                total = sum(claims.values()) + (0.0 if share in claims else claim)
+                result.append(
+                    ShareStatus(
+                        share,
+                        pool,
+                        attributes.weight,
+                        attributes.max_slots,
+                        claim / total,
+                        self._use_s(pool, share, now_s),
+                        work.slots,
+                        given.get(share, 0),
+                        len(work.working),
+                        work.uncut_tasks,
+                    )
+                )
+        return result

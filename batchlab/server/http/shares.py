@@ -1,0 +1,86 @@
+"""Endpoints of the grid's fair-share policy.
+
+Invariant: the answer to a request shows the policy as changed by the request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from batchlab.core import api_usage_types, fair_share
+from batchlab.core.fair_share import ShareAttributes, SharePolicy
+from batchlab.server.http.common import Leader, guarded_router
+
+router = guarded_router()
+
+Identifier = Annotated[str, Field(pattern=r"^([A-Za-z0-9]{1,255}\*?|\*)$")]
+
+
+class Entry(BaseModel):
+    """Entry of the fair-share policy. A value that the request omits does not change. A `max_slots` of 0 removes the
+    limit."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    identifier: Identifier
+    weight: Annotated[float | None, Field(ge=fair_share.MIN_WEIGHT, le=fair_share.MAX_WEIGHT)] = None
+    max_slots: Annotated[int | None, Field(ge=0, le=fair_share.MAX_SLOTS)] = None
+
+
+class Times(BaseModel):
+    """Decay and compute reservation of the fair-share policy. A value that the request omits does not change."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    decay_s: Annotated[float | None, Field(gt=0, le=fair_share.MAX_DECAY_S)] = None
+    reservation: Annotated[int | None, Field(ge=0, le=fair_share.MAX_RESERVATION)] = None
+
+
+class Removal(BaseModel):
+    """Entry to remove. Without an identifier, the whole policy is removed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    identifier: Identifier | None = None
+
+
+@router.get("/shares")
+async def list_shares(manager: Leader) -> api_usage_types.SharesView:
+    """Return the fair-share policy, and the state of each share in each pool."""
+    return api_usage_types.shares_view(manager.fair_share)
+
+
+@router.post("/shares")
+async def set_share(manager: Leader, entry: Entry) -> api_usage_types.SharesView:
+    """Set the weight factor or the limit of a share. The first entry creates the policy."""
+
+    def change(policy: SharePolicy) -> SharePolicy:
+        own = [one for one in policy.shares if one.identifier == entry.identifier]
+        attributes = own[0] if own else ShareAttributes(entry.identifier)
+        if entry.weight is not None:
+            attributes = replace(attributes, weight=entry.weight)
+        if entry.max_slots is not None:
+            attributes = replace(attributes, max_slots=entry.max_slots or None)
+        return policy.with_share(attributes)
+
+    await manager.fair_share.change(change)
+    return api_usage_types.shares_view(manager.fair_share)
+
+
+@router.post("/shares/policy")
+async def set_policy(manager: Leader, times: Times) -> api_usage_types.SharesView:
+    """Set the share decay or the compute reservation. The first value creates the policy."""
+    changes = times.model_dump(exclude_none=True)
+    await manager.fair_share.change(lambda policy: replace(policy, **changes))
+    return api_usage_types.shares_view(manager.fair_share)
+
+
+@router.post("/shares/remove")
+async def remove_share(manager: Leader, removal: Removal) -> api_usage_types.SharesView:
+    """Remove an entry of the fair-share policy, or the whole policy."""
+    identifier = removal.identifier
+    await manager.fair_share.change(None if identifier is None else lambda policy: policy.without_share(identifier))
+    return api_usage_types.shares_view(manager.fair_share)

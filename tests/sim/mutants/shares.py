@@ -1,0 +1,80 @@
+"""Planted bugs of the fair-share policy.
+
+Each docstring describes the code of the mutant, and names the promise that it breaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from batchlab.core.fair_share import ShareAttributes, SharePolicy
+from batchlab.core.job_definition import JobDef
+from batchlab.core.model import Completion
+from batchlab.manager.fair_share import FairShare
+from tests.sim.mutants.kit import Plant, planted
+
+
+@planted("share", weather="shares")
+def weight_factor_inverted(plant: Plant) -> None:
+    """A higher weight factor means a larger share. The share with the lower weight factor waits for the other shares
+    (share).
+    """
+    original = SharePolicy.attributes
+
+    @plant.method(SharePolicy, "attributes")
+    def attributes(self: SharePolicy, share: str) -> ShareAttributes:
+        found = original(self, share)
+        return replace(found, weight=1 / found.weight)
+
+
+@planted("share", weather="shares")
+def use_never_decays(plant: Plant) -> None:
+    """The use of a share does not decay. A share that was busy long ago waits for shares that were busy recently
+    (share).
+    """
+
+    @plant.method(SharePolicy, "decayed")
+    def decayed(self: SharePolicy, use_s: float, age_s: float) -> float:
+        return use_s
+
+
+@planted("share", weather="shares")
+def limit_of_a_share_ignored(plant: Plant) -> None:
+    """The manager ignores the maximum number of slots of a share (share)."""
+
+    @plant.method(FairShare, "_limit")
+    def _limit(self: FairShare, share: str) -> int | None:
+        return None
+
+
+@planted("share", weather="shares")
+def reservation_ignored(plant: Plant) -> None:
+    """The manager gives the slots of the compute reservation to active shares (share)."""
+
+    @plant.method(SharePolicy, "usable_slots")
+    def usable_slots(self: SharePolicy, max_slots: int, active: int) -> int:
+        return max_slots * 4
+
+
+@planted("share", weather="shares")
+def use_lost_with_the_leader(plant: Plant) -> None:
+    """A new leader does not read the stored use of the shares. After a change of the leader, a share with much use gets
+    the places of other shares (share).
+    """
+
+    @plant.method(FairShare, "_merge_use")
+    def _merge_use(self: FairShare, content: bytes) -> None:
+        pass
+
+
+@planted("share", weather="shares")
+def use_counted_without_slots(plant: Plant) -> None:
+    """A bundle counts its seconds and not its slot seconds. A share whose tasks need several slots gets too many slots
+    (share).
+    """
+    original = FairShare.add_use
+
+    @plant.method(FairShare, "add_use")
+    def add_use(self: FairShare, job: JobDef, done: Completion) -> None:
+        stages = tuple(replace(stage, slots=1) for stage in job.stages)
+        original(self, replace(job, stages=stages), done)
