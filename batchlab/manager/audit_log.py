@@ -92,6 +92,8 @@ class AuditLog:
     def __init__(self, ports: Ports) -> None:
         self._objects, self._patience, self._clock = ports.objects, ports.patience, ports.clock
         self._waiting: list[AuditRecord] = []
+        self._batch: list[AuditRecord] = []
+        """Records of the running write."""
         self._writing: asyncio.Task[None] | None = None
         self._later: asyncio.Task[None] | None = None
         self._refusals: dict[str, _Refusals] = {}
@@ -101,7 +103,7 @@ class AuditLog:
         self, user: str, role: str, action: str, subject: str = "", *, outcome: str = ALLOWED, reason: str = ""
     ) -> AuditRecord:
         """Return the record of a request that arrives now."""
-        subject, reason = subject[:MAX_TEXT], reason[:MAX_TEXT]
+        action, subject, reason = _short(action), _short(subject), _short(reason)
         return AuditRecord(self._clock.now_s(), user, role, action, subject, outcome, reason, secrets.token_hex(8))
 
     async def store(self, record: AuditRecord) -> None:
@@ -158,15 +160,20 @@ class AuditLog:
             self._later = asyncio.get_running_loop().create_task(self._flush_later(), name="audit")
 
     async def flush(self) -> None:
-        """Store all records that wait. Raise BackendError if the records cannot be stored."""
-        while self._waiting or (self._writing and not self._writing.done()):
+        """Store all records that wait now. Raise BackendError if the records cannot be stored.
+
+        Records that arrive during the call do not prolong the call.
+        """
+        last = next(reversed((*self._batch, *self._waiting)), None)
+        while any(record is last for record in (*self._batch, *self._waiting)):
             if self._writing is None or self._writing.done():
                 self._writing = asyncio.get_running_loop().create_task(self._write(), name="audit write")
             # A cancelled request must not cancel the write, because other requests wait for the write as well.
             await asyncio.shield(self._writing)
 
     async def _write(self) -> None:
-        records, self._waiting = self._waiting, []
+        records = self._batch = self._waiting
+        self._waiting = []
         try:
             documents = [json_format.fields(record) for record in records]
             data = json_format.to_bytes({"v": json_format.VERSION, "records": documents})
@@ -178,6 +185,8 @@ class AuditLog:
         except BaseException:
             self._waiting = [*records, *self._waiting]
             raise
+        finally:
+            self._batch = []
         await self._prune()
 
     async def _prune(self) -> None:
@@ -237,6 +246,11 @@ class AuditLog:
         except (BackendError, *UNREADABLE) as error:
             log.error("the audit records %s cannot be read: %s", key, error)
             return ()
+
+
+def _short(value: str) -> str:
+    # A surrogate without a partner cannot be encoded.
+    return value[:MAX_TEXT].encode(errors="replace").decode()
 
 
 def _time_of(key: str) -> float:

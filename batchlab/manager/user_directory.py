@@ -91,7 +91,8 @@ class UserDirectory:
     ) -> tuple[User, str]:
         """Add a user, and return the user and the name of the key of the user's token.
 
-        Raise Refused if an active user has the name, unless `replacing`. The earlier token of the name becomes invalid.
+        Raise Refused if a user has or had the name, unless `replacing`, because the jobs of the name belong to the new
+        user. The earlier token of the name becomes invalid.
         """
         if not is_user_name(name):
             raise UsageError(f"{show_value(name)} is not the name of a user.", remedy=f"Use {NAME_FORM}, except owner.")
@@ -102,10 +103,10 @@ class UserDirectory:
 
         def change(users: _Users) -> _Users:
             before = users.get(name)
-            if before and before.serial != user.serial and before.state(now_s) == "active" and not replacing:
+            if before and before.serial != user.serial and not replacing:
                 raise Refused(
-                    f"The user {name} exists already, with the role {before.role}.",
-                    remedy="Use --replace for a new token or another role, or give this user another name.",
+                    f"The user {name} exists already, with the role {before.role}. The token is {before.state(now_s)}.",
+                    remedy="Use --replace for a new token or another role of the same person, or choose another name.",
                 )
             others = {other: one for other, one in users.items() if other != name}
             if len(others) >= MAX_USERS:

@@ -197,9 +197,9 @@ def test_slow_disk_affects_the_selected_instances() -> None:
         record = struck(fault, like=like)
         return [len(record.faults[0].targets), counted(record)[0]]
 
-    one, half = slowed("aws", count=1), slowed("aws", share=0.5)
-    assert (one[0], half[0]) == (1, 2)
-    assert 0 < one[1] < half[1]
+    one, half, every = slowed("aws", count=1), slowed("aws", share=0.5), slowed("aws")
+    assert (one[0], half[0], every[0]) == (1, 2, 4)
+    assert 0 < one[1] <= half[1] < every[1]
     assert slowed("local", count=1)[0] >= 4, "processes of one machine have one disk"
 
 

@@ -174,7 +174,7 @@ def test_a_revoked_user_has_no_access(rig: Rig) -> None:
         assert visitor.log_in(token).status_code == 403
         assert rig.client.revoke_user("sam")["state"] == "revoked"
     (record,) = rig.client.audit(user="sam", outcome="refused")
-    assert (record["action"], record["reason"]) == ("GET /v1/jobs?limit=100&active=false", "the token is revoked")
+    assert (record["action"], record["reason"]) == ("GET /v1/jobs", "the token is revoked")
     with client_of(rig, add(rig, "sam", "view")) as again, client_of(rig, token) as before:
         again.jobs()
         with pytest.raises(Refused, match="not valid"):

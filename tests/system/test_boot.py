@@ -153,7 +153,7 @@ def test_a_worker_that_ends_again_and_again_ends_its_instance(there: Fleet, own_
     group = there.pool(replace(POOL, name="loop"), 1, image=own_image, Deployment="{}")
     first = abandoned(there, group)
     there.resize(group, 0)
-    assert f"{first} of {group} does not come up as a worker: its worker ends" in there.logged()
+    assert f"{first} of {group} does not come up as a worker: its worker has ended" in there.logged()
     assert in_service(there, group) == ""
     kept, _ = there.grid.api.get_archive(there.grid.name(first), "/var/log/batchlab/worker.log")
     assert b"".join(kept).count(b"is not a description of a stack") == 5, "not at the first time"

@@ -45,6 +45,7 @@ from batchlab.server.http.permissions import CALLER
 MAX_BYTES = 64 * 1024**2
 """Limit of a request body in bytes. A client stores larger data in the bucket or uploads files."""
 MAX_SIGNATURES = 50_000
+MAX_USER_SIGNATURES = 5_000
 """Maximum number of stored signatures of requests. Signatures are stored, because each signature is accepted only
 once.
 """
@@ -88,7 +89,9 @@ class AccessCheck:
         self._now_s = now_s
         self._hosts = hosts
         self._on_error = on_error
-        self._signatures = _Signatures()
+        self._signatures = {"": _Signatures(MAX_SIGNATURES)}
+        """Received signatures of each active user by the name of the user's key, because a user who exceeds the limit
+        must not affect other users."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
@@ -102,9 +105,6 @@ class AccessCheck:
         signed = http_connections.read(token, authorization, scope["method"], _target(scope))
         if signed:
             send = self._signing(token, signed, send)
-            if error := self._signature_error(signed):
-                await JSONResponse(error, 401)(scope, receive, send)
-                return
         caller: Caller | None = None
         if signed is not None or _is_bearer(authorization, token):
             try:
@@ -112,6 +112,9 @@ class AccessCheck:
             except BatchlabError as refusal:
                 await self._on_error(scope, refusal)(scope, receive, send)
                 return
+        if signed and (error := self._signature_error(key, signed)):
+            await JSONResponse(error, 401)(scope, receive, send)
+            return
         scope[CALLER] = caller
         if refusal_answer := _refusal(headers, None if caller else self._hosts):
             await refusal_answer(scope, receive, send)
@@ -135,15 +138,14 @@ class AccessCheck:
         state = user.state(self._now_s()) if user else "not valid"
         if user is None or state != "active":
             name = key.partition(".")[0]
-            self._on_refused(
-                Caller(name, user.role if user else Role.VIEW, key), state, f"{scope['method']} {_target(scope)}"
-            )
+            caller = Caller(name, user.role if user else Role.VIEW, key)
+            self._on_refused(caller, state, f"{scope['method']} {scope['path']}")
             raise Unauthorized(
                 f"The token of the user {name} is {state}.", remedy="Ask an administrator of the grid for a new token."
             )
         return Caller(user.name, user.role, key)
 
-    def _signature_error(self, signed: Signed) -> dict[str, str] | None:
+    def _signature_error(self, key: str, signed: Signed) -> dict[str, str] | None:
         """Return the error for a signed request that is too old or repeated, or None if the request is valid."""
         now_s = self._now_s()
         if abs(now_s - signed.at_s) > WINDOW_S:
@@ -151,7 +153,9 @@ class AccessCheck:
                 "error": f"The clocks of the client and the manager differ by {abs(now_s - signed.at_s):.0f} s.",
                 "remedy": f"Set the clocks. A difference of up to {WINDOW_S} s is allowed.",
             }
-        if not self._signatures.is_first(signed, now_s):
+        if key not in self._signatures:
+            self._signatures[key] = _Signatures(MAX_USER_SIGNATURES)
+        if not self._signatures[key].is_first(signed, now_s):
             return {"error": "A request with this signature was received before.", "remedy": "Sign the request again."}
         return None
 
@@ -215,9 +219,10 @@ class AccessCheck:
 
 
 class _Signatures:
-    """Signatures that were received within WINDOW_S, up to MAX_SIGNATURES."""
+    """Signatures with one key that were received within WINDOW_S, up to a limit."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._times_s: OrderedDict[bytes, int] = OrderedDict()
         self._floor_s = 0
         """Time in epoch seconds up to which all signatures are refused."""
@@ -234,7 +239,7 @@ class _Signatures:
         self._times_s[mac] = signed.at_s
         while self._times_s:
             oldest_s = next(iter(self._times_s.values()))
-            if len(self._times_s) > MAX_SIGNATURES:
+            if len(self._times_s) > self._limit:
                 self._floor_s = max(self._floor_s, oldest_s)
             elif oldest_s > now_s - WINDOW_S:
                 break
