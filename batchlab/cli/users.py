@@ -86,7 +86,8 @@ def _user_row(view: UserView) -> tuple[object, ...]:
 
 @user.command()
 def revoke(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
-    """Revoke the token of a user, and end the user's sessions of the web page. The user's jobs continue.
+    """Revoke the token of a user, and end the user's sessions of the web page. The user's jobs and
+    schedules continue.
 
     \b
     Example: batchlab user revoke alice
