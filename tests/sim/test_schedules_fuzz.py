@@ -47,7 +47,7 @@ def test_a_run_at_no_due_time_is_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def astray(schedule: Schedule, run: ScheduledRun, now_s: float) -> Schedule:
         wrong = replace(run, token=f"{run.token[:-2]}7Z")
-        runs = tuple(wrong if one is run else one for one in schedule.runs)
+        runs = tuple(wrong if one.token == run.token else one for one in schedule.runs)
         return started(replace(schedule, runs=runs), wrong, now_s)
 
     monkeypatch.setattr(schedules, "start", astray)

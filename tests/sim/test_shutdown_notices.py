@@ -49,9 +49,8 @@ def platform(monkeypatch: pytest.MonkeyPatch) -> Platform:
     made = Platform()
 
     class Asking(Worker):
-        def __init__(self, who: Identity, *rest: Any) -> None:
-            asks: dict[str, Any] = {"notices": made.of(who.instance)}
-            super().__init__(who, *rest, **asks)
+        def __init__(self, who: Identity, *rest: Any, **options: Any) -> None:
+            super().__init__(who, *rest, **options | {"notices": made.of(who.instance)})
 
     monkeypatch.setattr(worlds, "Worker", Asking)
     return made
