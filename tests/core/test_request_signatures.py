@@ -68,9 +68,8 @@ def test_an_answer_in_parts_ends_with_its_signature() -> None:
         Expected("token", SIGNED, 200, f"whole {proof.split()[1]}").check_answer(b"a\nb\n")
 
 
-def test_memory_of_past_requests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(authentication, "MAX_SIGNATURES", 3)
-    used = authentication._Signatures()
+def test_memory_of_past_requests_is_bounded() -> None:
+    used = authentication._Signatures(3)
     some = [http_connections.sign("t", "GET", "/", b"", at_s) for at_s in (1, 2, 3, 4, 5)]
     assert [used.is_first(one, 5.0) for one in some] == [True] * 5
     assert len(used._times_s) == 3
