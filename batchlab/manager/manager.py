@@ -247,6 +247,8 @@ class Manager:
                 await self.fair_share.load()
                 self._adoption.group = group
                 await self._adoption.adopt_active()
+                # A manager that cannot lead must not restore the limits of the groups or postpone their end.
+                await self._prepare_fleet()
                 # The ledger is read before the collector restores jobs. A new grid does not need these requests.
                 if has_old_bucket and not self.lives and not await self.ports.ledger.jobs(limit=1):
                     group.create_task(self._find_lost_jobs(), name="find lost jobs")
@@ -289,7 +291,7 @@ class Manager:
         raise _LeaseLostError
 
     async def _prepare(self) -> bool:
-        """Create the queues and groups of the grid. Return whether an earlier manager has used the bucket."""
+        """Create the queues of the grid. Return whether an earlier manager has used the bucket."""
         has_old_bucket = await self.ports.keys.ensure()
         await self._ensure(events_queue(self.settings))
         for pool in self.pools.values():
@@ -303,9 +305,13 @@ class Manager:
                     max_receives=self.settings.max_receives,
                 )
             )
+        return has_old_bucket
+
+    async def _prepare_fleet(self) -> None:
+        """Create the groups of the grid, set their limits, and schedule their end without a manager."""
+        for pool in self.pools.values():
             await self.ports.fleet.ensure(pool)
         await self.fleet_end.begin()
-        return has_old_bucket
 
     async def _ensure(self, spec: QueueSpec) -> None:
         await self.ports.patience(lambda: self.ports.queue.ensure(spec))
@@ -389,6 +395,7 @@ class Manager:
                 self.trouble = str(error)
                 with suppress(BackendError, Refused):  # the next tick repeats the preparation
                     await self._prepare()
+                    await self._prepare_fleet()
                     await self._end_lost_jobs()
             except Refused as error:
                 log.warning("this tick is cut short: %s", error)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from batchlab.core.errors import Throttled
+from batchlab.core.errors import Throttled, Unreachable
 from batchlab.core.model import JobState, LifecycleState, Pool
 from batchlab.manager import fleet_commands
+from batchlab.manager.adoption import Adoption
 from batchlab.manager.fleet_end import PUSHES
 from batchlab.sim import fuzz
 from batchlab.sim.world import World
@@ -98,6 +99,33 @@ def test_a_suspended_leader_restores_the_limits_and_the_capacity_of_its_user() -
         (view,) = await manager.ports.fleet.describe()
         assert (view.pool.min_size, view.pool.max_size, view.desired) == (2, POOL.max_size, 3)
         assert sum(one.state is LifecycleState.IN_SERVICE for one in view.instances) == 3
+
+    scene(act)
+
+
+def test_a_manager_whose_boot_fails_does_not_keep_the_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Managers start again and again, and each cannot read its ledger to the end. The fleet ends and stays ended."""
+    adopt = Adoption.adopt_active
+
+    async def fail(_: Adoption) -> None:
+        raise Unreachable("The ledger does not respond.")
+
+    async def act(world: World) -> None:
+        await leader(world)
+        monkeypatch.setattr(Adoption, "adopt_active", fail)
+        kill_managers(world)
+        world.may_start.set()
+        before = world.managers
+        await fleet_end(world, 2 * ORPHAN_S)
+        await asyncio.sleep(2 * ORPHAN_S)
+        assert world.managers > before + 10
+        assert not world.running_instances()
+        monkeypatch.setattr(Adoption, "adopt_active", adopt)
+        manager = await leader(world)
+        await asyncio.sleep(60.0)
+        (view,) = await manager.ports.fleet.describe()
+        assert (view.pool.min_size, view.pool.max_size) == (POOL.min_size, POOL.max_size)
+        assert len(world.running_instances()) == POOL.min_size
 
     scene(act)
 
