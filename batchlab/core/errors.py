@@ -76,6 +76,10 @@ class Throttled(BackendError):
     """The service asks the client to try again later."""
 
 
+class Denied(BackendError):
+    """The credentials lack a permission, or are not valid."""
+
+
 class NotFound(BackendError):
     """The requested object, queue, or row does not exist."""
 

@@ -481,3 +481,16 @@ class GroupView:
     pool: Pool
     desired: int
     instances: tuple[Instance, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledEnd:
+    """Result of a change of a group's scheduled action.
+
+    `existed` tells whether the group had the action before. `problem` is a sentence about a suspended process of the
+    group, or "". The group does not perform the action if `is_performed` is False.
+    """
+
+    existed: bool
+    problem: str = ""
+    is_performed: bool = True

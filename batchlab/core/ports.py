@@ -29,6 +29,7 @@ from batchlab.core.model import (
     JobState,
     Machine,
     Pool,
+    ScheduledEnd,
     StageCounts,
     StageName,
     TaskSet,
@@ -253,6 +254,9 @@ KEEP_TERMINATED_S = 60.0
 class Fleet(Protocol):
     """Auto Scaling groups, one for each pool. Desired capacity stays within [min, max] (I5)."""
 
+    is_managed_service: bool
+    """Whether a service performs scheduled actions without a manager, and instances outlive the managers."""
+
     async def ensure(self, pool: Pool) -> None:
         """Create the pool's Auto Scaling group, or change the limits of the group."""
 
@@ -283,12 +287,11 @@ class Fleet(Protocol):
     async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
         """Return scaling activities with their causes, from new to old."""
 
-    async def schedule_end(self, pool: str, after_s: float | None) -> bool:
+    async def schedule_end(self, pool: str, after_s: float | None) -> ScheduledEnd:
         """Schedule the end of the pool's fleet in `after_s` seconds, in place of an earlier schedule.
 
         The scheduled action sets the group's limits and its desired capacity to 0. Instances with scale-in protection
-        stay. A managed service performs the action without a manager. With None, remove the scheduled action. Return
-        whether a schedule existed before. Raise Refused if the group would not perform the action.
+        stay. A managed service performs the action without a manager. With None, remove the scheduled action.
         """
 
     async def tick(self) -> Sequence[Instance]:

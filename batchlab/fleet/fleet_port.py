@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batchlab.core.errors import Refused
-from batchlab.core.model import Activity, GroupView, LifecycleState, Pool
+from batchlab.core.model import Activity, GroupView, LifecycleState, Pool, ScheduledEnd
 from batchlab.fleet.engine import Engine
 from batchlab.fleet.group_state import Group, Member
 from batchlab.fleet.scaling_policies import check_decrement, check_desired, check_limits
@@ -15,6 +15,8 @@ from batchlab.fleet.termination import clamp
 class ManagedFleet(Engine):
     """Implementation of the Fleet port on a launcher. As on AWS, each launch, each termination, and each change of
     desired capacity has one activity."""
+
+    is_managed_service = False
 
     async def ensure(self, pool: Pool) -> None:
         """Create the pool's group with the minimum size as desired capacity, or change the limits of an existing group.
@@ -95,14 +97,14 @@ class ManagedFleet(Engine):
         that do not belong to a group, such as terminations of instances without a group."""
         return self._changes.log.newest(pool, limit)
 
-    async def schedule_end(self, pool: str, after_s: float | None) -> bool:
+    async def schedule_end(self, pool: str, after_s: float | None) -> ScheduledEnd:
         """Schedule the end of the pool's instances (see the Fleet port). The first tick after the scheduled time
         performs the action, because a pool of the Fleet port does not have a service of its own."""
         group = self._group(pool)
         before = group.end_s
         group.end_s = None if after_s is None else self._schedule_clock_s() + after_s
         self._save(changed=group.end_s != before)
-        return before is not None
+        return ScheduledEnd(before is not None)
 
     def _group(self, pool: str) -> Group:
         if pool not in self._groups:

@@ -67,8 +67,13 @@ async def _limit(manager: Manager, view: GroupView, min_size: int | None, max_si
         min_size=view.pool.min_size if min_size is None else min_size,
         max_size=view.pool.max_size if max_size is None else max_size,
     )
-    await manager.ports.fleet.ensure(pool)
-    manager.pools[pool.name] = pool
+    # The next tick restores a maximum of 0 if the configured maximum is higher.
+    before, manager.pools[pool.name] = manager.pools[pool.name], pool
+    try:
+        await manager.ports.fleet.ensure(pool)
+    except BaseException:
+        manager.pools[pool.name] = before
+        raise
 
 
 async def _hold(manager: Manager, view: GroupView, desired: int) -> None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from batchlab.core.errors import BatchlabError
+from batchlab.core.errors import BatchlabError, Denied, Malformed, NotFound, Refused
+from batchlab.core.model import GroupView
 from batchlab.core.port_retries import raise_if_cancelled
-from batchlab.core.protocol import object_keys
+from batchlab.core.protocol import leader_beat, object_keys
 from batchlab.core.protocol.leader_beat import LeaderBeat
 from batchlab.manager.context import Context, Part
 
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 PUSHES = 6
 """Number of times that the manager postpones the scheduled action in `orphan_s`."""
+REMOVAL_S = 300.0
+"""Interval in seconds at which a manager with `orphan_s` 0 removes the scheduled actions."""
 MAX_RETRY_S = 30.0
 """Longest pause in seconds before a failed call is repeated."""
 
@@ -43,18 +46,20 @@ class FleetEnd(Part):
         self._postponed_s: dict[str, float] = {}
         """Monotonic time of the last request that postponed the scheduled action, by pool."""
         self._failures: dict[str, str] = {}
+        self._unscheduled: set[str] = set()
+        """Pools whose groups do not have a scheduled action, or would not perform the action."""
 
     @property
     def is_needed(self) -> bool:
-        """Whether `run` has work: to postpone the scheduled actions, or to repeat a failed removal."""
-        return self._after_s > 0 or bool(self._failures)
+        """Whether `run` has work: to postpone the scheduled actions, or to remove the actions of earlier leaders."""
+        return self._after_s > 0 or self._fleet.is_managed_service or bool(self._failures)
 
     def trouble(self, pool: str) -> str:
         """Return a phrase about a failed change of the pool's scheduled action, or ""."""
         if not (why := self._failures.get(pool)):
             return ""
         left_s = self.left_s(pool) or 0.0
-        when = f", and the pool ends in {left_s:.0f} s" if left_s > 0 else ""
+        when = f", and the pool ends in {left_s:.0f} s" if left_s > 0 and pool not in self._unscheduled else ""
         return f"the scheduled action that ends the pool without a manager cannot be changed{when}: {why}"
 
     def left_s(self, pool: str) -> float | None:
@@ -70,74 +75,90 @@ class FleetEnd(Part):
 
     async def run(self) -> None:
         """Postpone the scheduled actions and renew the leader beat, until the call is cancelled. If `orphan_s` is 0,
-        return after the removal of the actions."""
-        failed = bool(self._failures)
-        if self._after_s:
-            failed |= not await self._renew_beat()
+        remove the actions again and again, because an earlier leader may have been suspended during its last call."""
+        pause_s = await self._end_round(may_repeat=bool(self._failures))
         while self.is_needed:
-            await asyncio.sleep(self._pause_s(failed=failed))
-            failed = not all([await self._attempt(pool) for pool in list(self._pools)])
-            if self._after_s:
-                failed |= not await self._renew_beat()
+            await asyncio.sleep(pause_s)
+            outcomes = [await self._attempt(pool) for pool in list(self._pools)]
+            pause_s = await self._end_round(may_repeat=not all(outcomes))
 
-    def _pause_s(self, *, failed: bool) -> float:
-        if not self._after_s:
-            return MAX_RETRY_S
-        pause_s = self._after_s / PUSHES
-        return min(MAX_RETRY_S, pause_s / PUSHES) if failed else pause_s
+    async def _end_round(self, *, may_repeat: bool) -> float:
+        """Renew the leader beat, and return the pause in seconds until the next round."""
+        may_repeat |= not await self._renew_beat()
+        pause_s = self._after_s / PUSHES if self._after_s else REMOVAL_S
+        return min(MAX_RETRY_S, pause_s / PUSHES) if may_repeat else pause_s
 
-    async def _attempt(self, pool: str) -> bool:
-        """Postpone or remove the pool's scheduled action. Return whether the call has succeeded."""
-        try:
-            await (self._postpone(pool) if self._after_s else self._remove(pool))
-        except BatchlabError as error:
-            raise_if_cancelled()
-            if pool not in self._failures:
-                log.warning("the scheduled action of the group cannot be changed: %s", error, extra={"pool": pool})
-            self._failures[pool] = str(error).rstrip(".")
-            return False
-        if self._failures.pop(pool, None):
-            log.warning("the scheduled action of the group can be changed again", extra={"pool": pool})
-        return True
+    async def restore(self, views: Sequence[GroupView]) -> bool:
+        """Restore the pools whose scheduled actions were performed, and return whether there were such pools.
 
-    async def _postpone(self, pool: str) -> None:
-        asked_s = self._clock.monotonic_s()
-        before_s = self._postponed_s.get(pool)
-        existed = await self._fleet.schedule_end(pool, self._after_s)
-        # The action exists until it is performed. Close to its time, it may have been performed during the call.
-        may_have_ended = not existed or before_s is None or asked_s - before_s > self._after_s * (1 - 1 / PUSHES)
-        if may_have_ended:
-            await self._restore(pool)
-        self._postponed_s[pool] = asked_s
+        Close to its time, an action may be performed while the manager postpones it. The manager may also lack the
+        permission to postpone the action.
+        """
+        ended = [view.pool.name for view in views if not view.pool.max_size]
+        ended = [name for name in ended if name in self._pools and self._pools[name].max_size]
+        for name in ended:
+            await self._restore(name)
+        return bool(ended)
 
     async def _restore(self, pool: str) -> None:
-        """Restore the limits and the user's capacity of a pool whose scheduled action was performed."""
-        view = next((view for view in await self._fleet.describe() if view.pool.name == pool), None)
+        """Restore the limits and the user's capacity of a pool."""
         limits = self._pools[pool]
-        if view is None or view.pool.max_size or not limits.max_size:
-            return
         log.warning("the scheduled action has ended the pool, whose limits are restored", extra={"pool": pool})
+        # The fleet must end again if this manager ends now.
+        await self._attempt(pool)
         await self._fleet.ensure(limits)
         if (capacity := self._user_capacity.get(pool)) is not None:
             desired = max(limits.min_size, min(limits.max_size, capacity))
             await self._fleet.set_desired(pool, desired, cause="the return of the manager")
         self._context.wake.set()
 
-    async def _remove(self, pool: str) -> None:
-        if await self._fleet.schedule_end(pool, None):
-            # Workers that have read an earlier beat must not end.
-            await self._put_beat()
+    async def _attempt(self, pool: str) -> bool:
+        """Postpone or remove the pool's scheduled action. Return False if the call should be repeated soon."""
+        try:
+            asked_s = self._clock.monotonic_s()
+            end = await self._fleet.schedule_end(pool, self._after_s or None)
+        except BatchlabError as error:
+            raise_if_cancelled()
+            self._note_failure(pool, str(error), is_scheduled=not isinstance(error, Refused | Denied))
+            return isinstance(error, Refused | Denied)
+        if self._after_s:
+            self._postponed_s[pool] = asked_s
+        if end.problem:
+            self._note_failure(pool, end.problem, is_scheduled=end.is_performed)
+            return True
+        self._unscheduled.discard(pool)
+        if self._failures.pop(pool, None):
+            log.warning("the scheduled action of the group can be changed again", extra={"pool": pool})
+        return True
+
+    def _note_failure(self, pool: str, why: str, *, is_scheduled: bool) -> None:
+        if pool not in self._failures:
+            log.warning("the scheduled action of the group cannot be changed: %s", why, extra={"pool": pool})
+        self._failures[pool] = why.rstrip(".")
+        if not is_scheduled:
+            self._unscheduled.add(pool)
 
     async def _renew_beat(self) -> bool:
         try:
-            await self._put_beat()
+            # If the group did not end, it would replace each worker that ends, so no worker must end.
+            orphan_s = 0.0 if self._unscheduled else self._after_s
+            if self._after_s or await self._is_beat_stale():
+                self._beats += 1
+                beat = LeaderBeat(self._owner, self._beats, orphan_s)
+                await self._objects.put(object_keys.LEADER, beat.to_bytes())
         except BatchlabError as error:
             raise_if_cancelled()
             log.warning("the leader beat cannot be renewed: %s", error)
             return False
         return True
 
-    async def _put_beat(self) -> None:
-        self._beats += 1
-        beat = LeaderBeat(self._owner, self._beats, self._after_s)
-        await self._objects.put(object_keys.LEADER, beat.to_bytes())
+    async def _is_beat_stale(self) -> bool:
+        """Return whether the leader beat of an earlier leader would end workers."""
+        if not self._fleet.is_managed_service:
+            return False
+        try:
+            return leader_beat.from_bytes(await self._objects.get(object_keys.LEADER)).orphan_s > 0
+        except NotFound:
+            return False
+        except Malformed:
+            return True

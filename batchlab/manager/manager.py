@@ -21,7 +21,7 @@ from functools import partial
 from batchlab.core import logs
 from batchlab.core.errors import BackendError, NotFound, Refused, Throttled, Unreachable
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import Control, JobId, JobState, LifecycleState, Pool
+from batchlab.core.model import Control, GroupView, JobId, JobState, LifecycleState, Pool
 from batchlab.core.port_retries import patiently, raise_if_cancelled, set_after
 from batchlab.core.ports import Clock, JobRecord, Ledger, QueueSpec
 from batchlab.core.pricing.usage import Accounting
@@ -421,7 +421,7 @@ class Manager:
     async def tick(self) -> None:
         await self.registry.release_messages(await self.ports.fleet.tick())
         await self._adoption.delayed_jobs.start_due(self.lives)
-        described = await self.ports.fleet.describe()
+        described = await self._describe()
         await self.registry.update_instances(described)
         instances = [instance for view in described for instance in view.instances]
         self.registry.forget_vanished({one.id for one in instances})
@@ -470,6 +470,11 @@ class Manager:
         if self.notifier:
             await self.notifier.observe()
         self.live_logs.drop_unused()
+
+    async def _describe(self) -> Sequence[GroupView]:
+        """Return the groups, and restore the limits of groups whose scheduled actions were performed."""
+        described = await self.ports.fleet.describe()
+        return await self.ports.fleet.describe() if await self.fleet_end.restore(described) else described
 
     async def _check_queues(self) -> None:
         """Read the queue depths, drain the dead-letter queues, and recover silent bundles."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from batchlab.adapters.memory.launcher import MemoryState
 from batchlab.core.errors import BackendError
-from batchlab.core.model import LifecycleState
+from batchlab.core.model import LifecycleState, ScheduledEnd
 from batchlab.core.ports import Clock, Ids, Launcher
 from batchlab.fleet.changes import Changes
 from batchlab.fleet.fleet_port import ManagedFleet
@@ -93,9 +93,11 @@ class SimFleet:
         on_replace: OnReplace = lambda *_: None,
         on_end: OnEnd = lambda _: None,
         service_clock: Clock | None = None,
+        is_managed_service: bool = False,
     ) -> None:
         self.scheduling = _Scheduling(self)
         """The calls that change scheduled actions. The world may wrap them with faults."""
+        self.is_managed_service = is_managed_service
         self.registry: WorkerRegistry | None = None
         """The manager's registry of workers, set after the fleet is created."""
         self._fleet: _CheckedFleet | None = None
@@ -124,7 +126,7 @@ class SimFleet:
             )
         return self._fleet
 
-    async def schedule_end(self, pool: str, after_s: float | None) -> bool:
+    async def schedule_end(self, pool: str, after_s: float | None) -> ScheduledEnd:
         """See `Fleet.schedule_end`."""
         return await self.scheduling.schedule_end(pool, after_s)
 
@@ -145,7 +147,7 @@ class _Scheduling:
     def __init__(self, fleet: SimFleet) -> None:
         self._fleet = fleet
 
-    async def schedule_end(self, pool: str, after_s: float | None) -> bool:
+    async def schedule_end(self, pool: str, after_s: float | None) -> ScheduledEnd:
         return await self._fleet.loaded().schedule_end(pool, after_s)
 
 

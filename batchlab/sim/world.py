@@ -257,6 +257,7 @@ class World:
             on_replace=self._on_replacement,
             on_end=self._on_end,
             service_clock=self.clock,
+            is_managed_service=self.manager_settings.orphan_s > 0 or self.ends > 0 or self.has_scheduled_ends(),
         )
 
     def running_instances(self) -> list[str]:

@@ -311,10 +311,10 @@ async def test_change_of_capacity_names_its_requester_and_reason(rig: FleetRig) 
 async def test_the_scheduled_end_terminates_all_but_protected_instances(rig: FleetRig) -> None:
     before = await rig.grow(replace(STEADY, min_size=2), 3)
     await rig.fleet.protect(POOL, before[:1], on=True)
-    assert not await rig.fleet.schedule_end(POOL, 1.0)
+    assert not (await rig.fleet.schedule_end(POOL, 1.0)).existed
     view = await rig.until(lambda view: counted(view) == before[:1])
     assert (view.pool.min_size, view.pool.max_size, view.desired) == (0, 0, 0)
-    assert not await rig.fleet.schedule_end(POOL, None), "a performed action no longer exists"
+    assert not (await rig.fleet.schedule_end(POOL, None)).existed, "a performed action no longer exists"
 
 
 @on_every_fleet
@@ -331,13 +331,13 @@ async def test_limits_are_restored_after_the_scheduled_end(rig: FleetRig) -> Non
 @on_every_fleet
 async def test_a_postponed_end_replaces_the_earlier_one(rig: FleetRig) -> None:
     before = await rig.grow(STEADY, 1)
-    told = [await rig.fleet.schedule_end(POOL, after_s) for after_s in (2.0, 3600.0)]
+    told = [(await rig.fleet.schedule_end(POOL, after_s)).existed for after_s in (2.0, 3600.0)]
     assert told == [False, True]
     for _ in range(30):
         await rig.fleet.tick()
         await rig.rest()
     assert in_service(await rig.view()) == before
-    assert [await rig.fleet.schedule_end(POOL, None) for _ in range(2)] == [True, False]
+    assert [(await rig.fleet.schedule_end(POOL, None)).existed for _ in range(2)] == [True, False]
 
 
 @on_every_fleet

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from batchlab.core.errors import Throttled, Unreachable
-from batchlab.core.model import JobState, LifecycleState, Pool
+from batchlab.core.errors import Denied, Throttled, Unreachable
+from batchlab.core.model import JobState, LifecycleState, Pool, ScheduledEnd
+from batchlab.core.protocol import leader_beat, object_keys
+from batchlab.core.protocol.leader_beat import LeaderBeat
 from batchlab.manager import fleet_commands
 from batchlab.manager.adoption import Adoption
-from batchlab.manager.fleet_end import PUSHES
+from batchlab.manager.fleet_end import PUSHES, REMOVAL_S
 from batchlab.sim import fuzz
 from batchlab.sim.world import World
 from tests.support.sim.scenes import UNHURRIED, A, ended, in_world, job, leader, stage, submitted, takes
@@ -137,7 +139,7 @@ def test_failed_postponement_is_reported_and_repeated(caplog: pytest.LogCaptureF
         assert not end.trouble(POOL.name)
         original = fleet.schedule_end
 
-        async def refuse(pool: str, after_s: float | None) -> bool:
+        async def refuse(pool: str, after_s: float | None) -> ScheduledEnd:
             raise Throttled("Pool 'default': Rate exceeded (Throttling).")
 
         fleet.schedule_end = refuse  # type: ignore[method-assign]
@@ -152,6 +154,58 @@ def test_failed_postponement_is_reported_and_repeated(caplog: pytest.LogCaptureF
         assert not end.trouble(POOL.name)
         assert (end.left_s(POOL.name) or 0.0) > ORPHAN_S * (1 - 2 / PUSHES)
         assert world.ends == 0
+
+    scene(act)
+
+
+def test_the_limits_are_restored_without_the_permission_to_postpone_the_end() -> None:
+    """The role of the manager loses a permission while the action exists, and the manager leads on."""
+
+    async def act(world: World) -> None:
+        manager = await leader(world)
+        fleet, calls = manager.ports.fleet, 0
+
+        async def refuse(pool: str, after_s: float | None) -> ScheduledEnd:
+            nonlocal calls
+            calls += 1
+            raise Denied("Pool 'default': the role may not describe scheduled actions (AccessDenied).")
+
+        fleet.schedule_end = refuse  # type: ignore[method-assign]
+        world.manager_settings = replace(world.manager_settings, orphan_s=1e9)  # The end is expected here.
+        await asyncio.sleep(2 * ORPHAN_S)
+        assert world.ends == 1
+        (view,) = await fleet.describe()
+        assert (view.pool.min_size, view.pool.max_size, view.desired) == (POOL.min_size, POOL.max_size, POOL.min_size)
+        assert calls <= 2 * PUSHES + 1, "a missing permission is not tried again sooner than usual"
+        # Without an action, the group would replace each worker that ends, so the workers stay.
+        kill_managers(world)
+        running = world.running_instances()
+        assert len(running) == POOL.min_size
+        await asyncio.sleep(4 * ORPHAN_S)
+        assert world.running_instances() == running
+
+    scene(act)
+
+
+def test_workers_stay_after_a_change_of_the_setting_to_0() -> None:
+    """The action was performed before the next manager, which has `orphan_s` 0, starts."""
+
+    async def act(world: World) -> None:
+        await leader(world)
+        kill_managers(world)
+        await fleet_end(world, 2 * ORPHAN_S)
+        world.manager_settings = replace(world.manager_settings, orphan_s=0.0)
+        world.may_start.set()
+        manager = await leader(world)
+        await asyncio.sleep(30.0)
+        beat = leader_beat.from_bytes(await world.objects.get(object_keys.LEADER))
+        assert beat.orphan_s == 0
+        # A call of an earlier leader arrives late.
+        await manager.ports.fleet.schedule_end(POOL.name, 10 * ORPHAN_S)
+        await world.objects.put(object_keys.LEADER, LeaderBeat("manager-1", 99, ORPHAN_S).to_bytes())
+        await asyncio.sleep(REMOVAL_S + 10.0)
+        assert not world.has_scheduled_ends()
+        assert leader_beat.from_bytes(await world.objects.get(object_keys.LEADER)).orphan_s == 0
 
     scene(act)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from batchlab.core.model import Activity, GroupView, Instance, Pool
+from batchlab.core.model import Activity, GroupView, Instance, Pool, ScheduledEnd
 
 
 class NoFleet:
     """A fleet that never has an instance."""
+
+    is_managed_service = False
 
     async def ensure(self, pool: Pool) -> None: ...
 
@@ -28,8 +30,8 @@ class NoFleet:
     async def activities(self, pool: str | None = None, *, limit: int = 50) -> Sequence[Activity]:
         return ()
 
-    async def schedule_end(self, pool: str, after_s: float | None) -> bool:
-        return False
+    async def schedule_end(self, pool: str, after_s: float | None) -> ScheduledEnd:
+        return ScheduledEnd(existed=False)
 
     async def tick(self) -> Sequence[Instance]:
         return ()

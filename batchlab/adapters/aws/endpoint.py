@@ -17,6 +17,7 @@ from batchlab.core.errors import (
     AlreadyExists,
     BackendError,
     BatchlabError,
+    Denied,
     NotFound,
     Refused,
     Throttled,
@@ -240,7 +241,7 @@ def _refusal(what: str, error: ClientError) -> BatchlabError:
     if code in _THROTTLED or status in (429, 503):
         return Throttled(text)
     if code in _DENIED:
-        return BackendError(text, remedy="Check the credentials and their permissions.")
+        return Denied(text, remedy="Check the credentials and their permissions.")
     return Unreachable(text) if status >= 500 else BackendError(text)
 
 

@@ -37,7 +37,7 @@ from batchlab.adapters.aws.group_descriptions import (
 )
 from batchlab.adapters.aws.instance_metadata import Imds
 from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused
-from batchlab.core.model import Activity, GroupView, Instance, LifecycleState, Pool
+from batchlab.core.model import Activity, GroupView, Instance, LifecycleState, Pool, ScheduledEnd
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Clock
 from batchlab.fleet.scaling_policies import check_decrement, check_desired, check_limits
@@ -78,6 +78,8 @@ class Ec2Fleet:
     Auto Scaling group with the name of a pool's group. Without `form`, the fleet does not create groups, so a stack
     must have created the groups.
     """
+
+    is_managed_service = True
 
     def __init__(self, endpoint: Endpoint, clock: Clock, form: GroupParameters | None, *, prefix: str) -> None:
         self._asg: AutoScalingClient = client(endpoint, "autoscaling", connections=_CALLS)
@@ -203,7 +205,7 @@ class Ec2Fleet:
         )
         self._note(pool, group.desired, desired, cause)
 
-    async def schedule_end(self, pool: str, after_s: float | None) -> bool:
+    async def schedule_end(self, pool: str, after_s: float | None) -> ScheduledEnd:
         """Create, postpone, or delete the group's scheduled action (see the Fleet port).
 
         AWS refuses requests of a clock that differs by more than 5 minutes, so the action's time differs at most by 5
@@ -214,7 +216,7 @@ class Ec2Fleet:
         if after_s is None:
             if existed:
                 await self._call(pool, self._delete_end)
-            return existed
+            return ScheduledEnd(existed)
         at = datetime.fromtimestamp(math.ceil(self._clock.now_s() + after_s), UTC)
         for minute in range(END_TRIES):
             try:
@@ -224,13 +226,13 @@ class Ec2Fleet:
                 if minute == END_TRIES - 1:
                     raise
         if missing := sorted(group.suspended & set(END_PROCESSES)):
-            raise Refused(
+            problem = (
                 f"The group of pool {pool!r} would not end without a manager, because its process {missing[0]} is "
-                "suspended.",
-                remedy=f"Resume it with `aws autoscaling resume-processes --auto-scaling-group-name "
-                f"{self._prefix + pool}`.",
+                f"suspended. Resume it with `aws autoscaling resume-processes --auto-scaling-group-name "
+                f"{self._prefix + pool}`."
             )
-        return existed
+            return ScheduledEnd(existed, problem, is_performed=END_PROCESSES[0] not in missing)
+        return ScheduledEnd(existed)
 
     def _scheduled_ends(self, group: str) -> ScheduledActionsTypeTypeDef:
         return self._asg.describe_scheduled_actions(AutoScalingGroupName=group, ScheduledActionNames=[END_ACTION])

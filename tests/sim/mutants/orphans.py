@@ -19,13 +19,13 @@ from tests.sim.mutants.kit import Plant, planted
 @planted("orphans", weather="orphans")
 def end_scheduled_only_far_in_the_future(plant: Plant) -> None:
     """The manager schedules the end of the fleet in a month. Without a manager, the fleet does not end (orphans)."""
-    original = FleetEnd._postpone
+    original = FleetEnd._attempt
 
-    @plant.method(FleetEnd, "_postpone")
-    async def _postpone(self: FleetEnd, pool: str) -> None:
+    @plant.method(FleetEnd, "_attempt")
+    async def _attempt(self: FleetEnd, pool: str) -> bool:
         self._after_s *= 15_000
         try:
-            await original(self, pool)
+            return await original(self, pool)
         finally:
             self._after_s /= 15_000
 
