@@ -404,6 +404,10 @@ class Worker:
                 with span(self._tracer, "fetch input", inflight.trace, inflight.bundle):
                     inflight.items = await self._inputs.resolve(job, inflight.bundle, inflight.key)
         except NotFound as error:
+            if inflight.is_copy:
+                # A copy only helps, so the original run reports the missing input.
+                await self._finisher.delete(inflight)
+                return
             inflight.ran = settlement.vanished_runs(inflight.bundle, str(error))
             await self._finisher.finish(inflight, await self._finisher.commit(inflight))
             return
