@@ -435,10 +435,14 @@ class Worker:
                 return
         inflight.started_s = self._clock.now_s()
         began_s = self._clock.monotonic_s()
+        copy_s = inflight.task.copy_s
+        limit = None if copy_s is None else asyncio.get_running_loop().call_later(copy_s, inflight.handle.end)
         try:
             if not inflight.is_superseded:
                 await self._run_tasks(inflight, stage)
         finally:
+            if limit is not None:
+                limit.cancel()
             inflight.running = False
             inflight.committing = True
             self._slots.release(inflight.slots)
@@ -515,8 +519,6 @@ class Worker:
         budget_s = BUDGET_S if stage.bundle is None and not inflight.is_copy else None
         work = Work(inflight.job, stage, inflight.bundle, inflight.execution, inflight.items, budget_s, inflight.key)
         runs = self._runner.run(work, inflight.handle)
-        if (copy_s := inflight.task.copy_s) is not None:
-            asyncio.get_running_loop().call_later(copy_s, inflight.handle.end)
         with span(self._tracer, "run", inflight.trace, inflight.bundle, start_s=inflight.started_s) as run_span:
             ended: list[EndedTask] = []
             if inflight.trace:
