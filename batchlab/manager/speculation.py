@@ -267,7 +267,8 @@ class Speculation(Part):
             if not outstanding.winner:
                 continue
             self._stopping[key] = self._clock.monotonic_s() + STOP_S
-            won = outstanding.winner != outstanding.copied_from
+            # The manager commits outcomes of dead letters. A short copy may win before a heartbeat reports its run.
+            won = outstanding.winner not in (outstanding.copied_from, "manager")
             if won:
                 self._counts.copies_won += 1
                 live.copies.setdefault(key[1], StageCopies()).won += 1

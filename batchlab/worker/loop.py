@@ -425,8 +425,8 @@ class Worker:
             self._has_room.set()
         if not is_alone:
             # A bundle that needs several slots keeps its place in the waiting list. A bundle that is sent again might
-            # never get several slots.
-            max_wait_s = 2 * self._settings.quick_s if slots == 1 else None
+            # never get several slots. A copy uses only slots that are free.
+            max_wait_s = 2 * self._settings.quick_s if slots == 1 or inflight.is_copy else None
             if not await self._acquire_slots(inflight, slots, max_wait_s):
                 # A prefetched bundle behind a long bundle is returned, because an idle worker may run it sooner.
                 self._prefetch = 0
@@ -487,7 +487,11 @@ class Worker:
         message = inflight.message
         age_s = self._clock.now_s() - message.sent_s
         if message.receive_count > MAX_COPY_RECEIVES or age_s > MAX_COPY_AGE_S:
-            await self._finisher.delete(inflight)
+            # The worker of the copy may have died between its commit and its event.
+            if outcome := await self._poison_detector.outcome(inflight):
+                await self._finisher.forward_again(inflight, outcome)
+            else:
+                await self._finisher.delete(inflight)
             return True
         bundle = inflight.bundle
         others = [other.bundle for other in self._inflight.values() if other is not inflight]

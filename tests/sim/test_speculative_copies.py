@@ -18,7 +18,7 @@ from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.sim import invariants
 from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.tasks import AttemptInput, Script, ScriptedAttempt, value_of
-from batchlab.sim.world import MANAGER, World
+from batchlab.sim.world import MANAGER, WORKER, World
 from tests.support.sim.scenes import A, B, ended, ends_well, in_world, job, kill_manager, stage, submitted
 
 SLOW_S = 600.0
@@ -85,8 +85,10 @@ def test_a_job_with_a_cost_cap_has_no_copies() -> None:
     assert took_s(job(COPIED, items=20, max_cost_usd=100.0), script) > SLOW_S
 
 
-def test_the_loser_is_stopped() -> None:
-    """The worker of the original run is free for other work soon after the commit of the copy."""
+@pytest.mark.parametrize("hand_over_s", [WORKER.hand_over_s, 1.0])
+def test_the_loser_is_stopped(hand_over_s: float) -> None:
+    """The worker of the original run is free for other work soon after the commit of the copy, even if a watchdog
+    message has replaced the message of the original run."""
     script = Straggling()
 
     async def act(world: World) -> None:
@@ -98,7 +100,7 @@ def test_the_loser_is_stopped() -> None:
         assert slow.actor.alive
         assert world.clock.monotonic_s() < SLOW_S
 
-    in_world(act, script=script, pools=POOLS)
+    in_world(act, script=script, pools=POOLS, worker_settings=replace(WORKER, hand_over_s=hand_over_s))
 
 
 def test_a_frozen_worker_does_no_harm_after_its_thaw() -> None:
