@@ -17,8 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from batchlab.core.errors import BackendError
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import BundleId, Control, JobId, LifecycleState, StageCounts, StageName
+from batchlab.core.port_retries import raise_if_cancelled
 from batchlab.core.protocol.messages import HeldBundle
 from batchlab.manager.context import Context, Part
 from batchlab.manager.job_coordinator import JobCoordinator
@@ -238,7 +240,12 @@ class Speculation(Part):
             holder.held_s,
             extra={"job": live.id, "stage": bundle.stage, "bundle": bundle.id},
         )
-        await self._coordinator.send(live.job, [outstanding.copy_of_bundle()], copy_s=straggler.copy_s)
+        try:
+            await self._coordinator.send(live.job, [outstanding.copy_of_bundle()], copy_s=straggler.copy_s)
+        except BackendError as error:
+            raise_if_cancelled()
+            # The straggler ends without a copy. A copy must not delay the rest of the manager's tick.
+            log.warning("a copy could not be sent: %s", error, extra={"job": live.id, "stage": bundle.stage})
 
     # --- Losers ----------------------------------------------------------------------------------
 
@@ -260,7 +267,8 @@ class Speculation(Part):
             if not outstanding.winner:
                 continue
             self._stopping[key] = self._clock.monotonic_s() + STOP_S
-            won = outstanding.winner != outstanding.copied_from
+            # The manager commits outcomes of dead letters. A short copy may win before a heartbeat reports its run.
+            won = outstanding.winner not in (outstanding.copied_from, "manager")
             if won:
                 self._counts.copies_won += 1
                 live.copies.setdefault(key[1], StageCopies()).won += 1
@@ -282,7 +290,12 @@ class Speculation(Part):
             for holder in holders.get(key, ()):
                 receipt = holder.held.receipt
                 if receipt and receipt not in self._stopped:
-                    await self._patience(partial(self._queue.delete, holder.held.queue, [receipt]))
+                    try:
+                        await self._patience(partial(self._queue.delete, holder.held.queue, [receipt]))
+                    except BackendError as error:
+                        raise_if_cancelled()
+                        log.warning("the loser of a copy is not stopped yet: %s", error, extra={"job": key[0]})
+                        continue
                     self._stopped[receipt] = key
 
 

@@ -17,7 +17,7 @@ from batchlab.core import logs
 from batchlab.core.commit import Addressed, address, commit, follow_ups, uncommitted
 from batchlab.core.direct_calls import reply_to
 from batchlab.core.errors import BackendError, TooNew
-from batchlab.core.model import Bundle, Json, Outcome, Ran, TaskSet
+from batchlab.core.model import Bundle, Follow, Json, Outcome, Ran, TaskSet
 from batchlab.core.port_retries import set_within
 from batchlab.core.ports import MAX_BATCH, Clock, Message, Outgoing
 from batchlab.core.protocol import json_format, object_keys, settlement
@@ -248,12 +248,16 @@ class BundleFinisher:
     async def forward_again(self, inflight: InflightMessage, outcome: Outcome) -> None:
         """Forward an outcome that was committed earlier, and delete the message.
 
-        A follow-up with a committed outcome is not sent again.
+        A follow-up with a committed outcome is not sent again. The loser of a bundle with a speculative copy sends no
+        follow-ups, because the winner has sent them and they may still run. The manager recovers lost follow-ups.
         """
+        is_other = outcome.execution != inflight.execution
         # The manager counts the runs of bundles with speculative copies.
-        if outcome.execution != inflight.execution and not (inflight.is_copy or inflight.is_superseded):
+        if is_other and not (inflight.is_copy or inflight.is_superseded):
             self._report_duplicate(inflight, "message", 0.0)
-        follows = await uncommitted(self._context.objects, outcome.follows, self._context.patience, inflight.key)
+        follows: tuple[Follow, ...] = ()
+        if not (is_other and (inflight.is_copy or inflight.is_superseded or inflight.started_s)):
+            follows = await uncommitted(self._context.objects, outcome.follows, self._context.patience, inflight.key)
         await self._forward(inflight, outcome, replace(outcome, follows=follows))
         await self.delete(inflight)
 

@@ -183,17 +183,23 @@ class VisibilityHeartbeat:
                         # After a refused extension, another worker may have the message. The run continues, because the
                         # first commit decides.
                         message.receipt = None
-                        message.is_doubtful = message.definition is not None and message.stage.may_be_copied
 
     async def _stop_if_superseded(self, inflight: InflightMessage) -> None:
-        """Stop the run of a bundle if another worker has committed an outcome. After the outcome of a bundle with a
-        speculative copy, the manager deletes the other message of the bundle."""
-        if not inflight.is_doubtful or inflight.committing:
+        """Stop the run of a bundle without a message if another worker has committed an outcome. After the outcome of a
+        bundle with a speculative copy, the manager deletes the other message of the bundle."""
+        now_s, bundle = self._context.clock.monotonic_s(), inflight.bundle
+        if inflight.receipt is not None or inflight.definition is None or not inflight.stage.may_be_copied:
+            return
+        if inflight.committing or inflight.is_superseded or inflight.is_handing_off:
+            return
+        if now_s - inflight.looked_s < self._context.settings.visibility_s / 3 - 0.001:
             return
         # A failed call is tried again at the next tick, because patience would delay the extension of other messages.
-        found = await self._context.objects.head(object_keys.outcome(inflight.bundle, inflight.key))
-        inflight.is_doubtful = False
-        if found is not None and not inflight.committing:
+        found = await self._context.objects.head(object_keys.outcome(bundle, inflight.key))
+        inflight.looked_s = now_s
+        # The worker itself may have committed the bundle during the call.
+        is_own = inflight.committing or inflight.is_handing_off or inflight.bundle != bundle
+        if found is not None and not is_own:
             inflight.is_superseded = True
             inflight.handle.end()
 

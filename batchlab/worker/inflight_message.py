@@ -161,8 +161,8 @@ class InflightMessage:
     """Time of the last refresh of the running marker, for a long-running bundle."""
     handed_over: bool = False
     """Whether the watchdog message has been sent."""
-    is_doubtful: bool = False
-    """Whether the worker has lost the message and must check whether another worker has committed the bundle."""
+    looked_s: float = -math.inf
+    """Time at which the worker last looked for another worker's outcome, because the worker has no receipt."""
     is_superseded: bool = False
     """Whether another worker has committed the bundle, so that this worker stops its run."""
 
@@ -174,6 +174,11 @@ class InflightMessage:
     def is_copy(self) -> bool:
         """Return whether the message is a speculative copy of a bundle that another worker holds."""
         return self.task.copy_s is not None
+
+    @property
+    def is_handing_off(self) -> bool:
+        """Return whether the worker is committing the outcome of handed-off tasks."""
+        return self.shedding and self.part is None
 
     @property
     def job(self) -> JobDef:

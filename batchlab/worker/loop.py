@@ -404,6 +404,10 @@ class Worker:
                 with span(self._tracer, "fetch input", inflight.trace, inflight.bundle):
                     inflight.items = await self._inputs.resolve(job, inflight.bundle, inflight.key)
         except NotFound as error:
+            if inflight.is_copy:
+                # A copy only helps, so the original run reports the missing input.
+                await self._finisher.delete(inflight)
+                return
             inflight.ran = settlement.vanished_runs(inflight.bundle, str(error))
             await self._finisher.finish(inflight, await self._finisher.commit(inflight))
             return
@@ -421,8 +425,8 @@ class Worker:
             self._has_room.set()
         if not is_alone:
             # A bundle that needs several slots keeps its place in the waiting list. A bundle that is sent again might
-            # never get several slots.
-            max_wait_s = 2 * self._settings.quick_s if slots == 1 else None
+            # never get several slots. A copy uses only slots that are free.
+            max_wait_s = 2 * self._settings.quick_s if slots == 1 or inflight.is_copy else None
             if not await self._acquire_slots(inflight, slots, max_wait_s):
                 # A prefetched bundle behind a long bundle is returned, because an idle worker may run it sooner.
                 self._prefetch = 0
@@ -431,10 +435,14 @@ class Worker:
                 return
         inflight.started_s = self._clock.now_s()
         began_s = self._clock.monotonic_s()
+        copy_s = inflight.task.copy_s
+        limit = None if copy_s is None else asyncio.get_running_loop().call_later(copy_s, inflight.handle.end)
         try:
             if not inflight.is_superseded:
                 await self._run_tasks(inflight, stage)
         finally:
+            if limit is not None:
+                limit.cancel()
             inflight.running = False
             inflight.committing = True
             self._slots.release(inflight.slots)
@@ -479,7 +487,11 @@ class Worker:
         message = inflight.message
         age_s = self._clock.now_s() - message.sent_s
         if message.receive_count > MAX_COPY_RECEIVES or age_s > MAX_COPY_AGE_S:
-            await self._finisher.delete(inflight)
+            # The worker of the copy may have died between its commit and its event.
+            if outcome := await self._poison_detector.outcome(inflight):
+                await self._finisher.forward_again(inflight, outcome)
+            else:
+                await self._finisher.delete(inflight)
             return True
         bundle = inflight.bundle
         others = [other.bundle for other in self._inflight.values() if other is not inflight]
@@ -511,8 +523,6 @@ class Worker:
         budget_s = BUDGET_S if stage.bundle is None and not inflight.is_copy else None
         work = Work(inflight.job, stage, inflight.bundle, inflight.execution, inflight.items, budget_s, inflight.key)
         runs = self._runner.run(work, inflight.handle)
-        if (copy_s := inflight.task.copy_s) is not None:
-            asyncio.get_running_loop().call_later(copy_s, inflight.handle.end)
         with span(self._tracer, "run", inflight.trace, inflight.bundle, start_s=inflight.started_s) as run_span:
             ended: list[EndedTask] = []
             if inflight.trace:

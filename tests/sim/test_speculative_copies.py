@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import pytest
+
+from batchlab.core import commit
+from batchlab.core.errors import NotFound
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import Failure, FailureKind, JobState, Pool
+from batchlab.core.model import Bundle, Failure, FailureKind, JobState, Json, Pool
 from batchlab.core.pricing.usage import Accounting
+from batchlab.core.protocol.bundle_inputs import Inputs
+from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.sim import invariants
 from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.tasks import AttemptInput, Script, ScriptedAttempt, value_of
-from batchlab.sim.world import MANAGER, World
+from batchlab.sim.world import MANAGER, WORKER, World
 from tests.support.sim.scenes import A, B, ended, ends_well, in_world, job, kill_manager, stage, submitted
 
 SLOW_S = 600.0
@@ -79,8 +85,10 @@ def test_a_job_with_a_cost_cap_has_no_copies() -> None:
     assert took_s(job(COPIED, items=20, max_cost_usd=100.0), script) > SLOW_S
 
 
-def test_the_loser_is_stopped() -> None:
-    """The worker of the original run is free for other work soon after the commit of the copy."""
+@pytest.mark.parametrize("hand_over_s", [WORKER.hand_over_s, 1.0])
+def test_the_loser_is_stopped(hand_over_s: float) -> None:
+    """The worker of the original run is free for other work soon after the commit of the copy, even if a watchdog
+    message has replaced the message of the original run."""
     script = Straggling()
 
     async def act(world: World) -> None:
@@ -92,7 +100,7 @@ def test_the_loser_is_stopped() -> None:
         assert slow.actor.alive
         assert world.clock.monotonic_s() < SLOW_S
 
-    in_world(act, script=script, pools=POOLS)
+    in_world(act, script=script, pools=POOLS, worker_settings=replace(WORKER, hand_over_s=hand_over_s))
 
 
 def test_a_frozen_worker_does_no_harm_after_its_thaw() -> None:
@@ -114,6 +122,50 @@ def test_a_frozen_worker_does_no_harm_after_its_thaw() -> None:
         await invariants.check_all(world, [made.id])
 
     in_world(act, script=script, pools=POOLS)
+
+
+def chained_runs(script: Straggling, run_s: float) -> tuple[Script, list[Actor]]:
+    """Return a script whose chained task of the straggler runs for `run_s`, and the list of the workers that run it."""
+    runs: list[Actor] = []
+
+    def run(scene: AttemptInput) -> ScriptedAttempt:
+        attempt = script(scene)
+        if scene.stage.name != B or scene.task != STRAGGLER:
+            return attempt
+        actor = CURRENT.get()
+        assert actor is not None
+        runs.append(actor)
+        return replace(attempt, run_s=run_s)
+
+    return run, runs
+
+
+@pytest.mark.parametrize("slow_s", [SLOW_S, 15.0])
+def test_the_loser_does_not_start_the_follow_ups_of_the_winner_again(slow_s: float) -> None:
+    """The loser is stopped, or ends by itself, while the chained task of the winner runs."""
+    script, runs = chained_runs(Straggling(slow_s), 300.0)
+    assert took_s(job(COPIED, stage(B, A, side_effects=True), items=20), script) > 300.0
+    assert len(runs) == 1
+
+
+def test_a_copy_without_an_input_is_left_to_the_original_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Straggling(60.0)
+    missing: list[Actor] = []
+    real = Inputs.resolve
+
+    async def resolve(inputs: Inputs, definition: JobDef, bundle: Bundle, key: CommitKey) -> Sequence[Json]:
+        actor = CURRENT.get()
+        if script.runs and actor not in script.runs and bundle.tasks.first == STRAGGLER:
+            assert actor is not None
+            missing.append(actor)
+            raise NotFound("The input does not exist.")
+        return await real(inputs, definition, bundle, key)
+
+    monkeypatch.setattr(Inputs, "resolve", resolve)
+    monkeypatch.setattr(commit, "INLINE_BYTES", 0)
+    assert 60.0 < took_s(job(COPIED, items=20), script) < 120.0
+    assert missing
+    assert len(script.runs) == 1
 
 
 def test_a_failure_of_a_copy_is_left_to_the_original_run() -> None:
