@@ -286,7 +286,7 @@ WHOLE = {
 """The test that follows a whole page, or one section of a page."""
 
 NEEDS_ACCOUNT = re.compile(
-    r"batchlab deploy |batchlab .*--backend (aws|gcs)\b|batchlab (gc|conform) --aws|aws sts "
+    r"batchlab deploy |batchlab .*--backend (aws|gcs)\b|batchlab (gc|conform) --aws|aws (sts|autoscaling) "
     r"|export AWS_ENDPOINT_URL=|gcloud auth |curl .*//truststore\.pki\.rds\.amazonaws\.com/"
 )
 """Commands that need an account with AWS or Google Cloud, or a file of AWS.
