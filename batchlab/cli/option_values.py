@@ -75,9 +75,11 @@ def resume_command(arguments: Iterable[str]) -> str:
 def share_of(text: str | None) -> str:
     """Return the share identifier in the value of --share, or "" without the option. Raise UsageError for other
     texts."""
+    if text is None:
+        return ""
     from batchlab.core.fair_share import check_identifier
 
-    return "" if text is None else check_identifier(text)
+    return check_identifier(text)
 
 
 def cap_of(text: str) -> float | None:

@@ -99,7 +99,7 @@ def add(
     if cron and at:
         raise UsageError("--cron and --at exclude each other.", remedy="Leave one of them out.")
     if capacity is not None and prewarm is None:
-        raise UsageError("--capacity has no effect without --prewarm.", remedy="Add --prewarm 10m.")
+        raise UsageError("--capacity needs --prewarm.", remedy="Add --prewarm 10m.")
     policies: dict[str, Json] = {
         "missed": missed.value,
         "missed_within_s": None if missed_within is None else seconds_of("--missed-within", missed_within),

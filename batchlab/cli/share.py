@@ -19,7 +19,7 @@ from batchlab.core.model import Json
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
-    from batchlab.core.api_usage_types import SharePolicyView, SharesView, ShareView
+    from batchlab.core.api_usage_types import SharesView, ShareView
 
 app = command_group("share")
 
@@ -63,7 +63,7 @@ def set_(
     entry: dict[str, Json] = {"identifier": share, "weight": weight}
     if max_slots is not None:
         entry["max_slots"] = 0 if max_slots == "none" else _slots_of(max_slots)
-    _change(home, lambda client: client.set_share(entry), json)
+    _show(home, lambda client: client.set_share(entry), json)
 
 
 def _slots_of(text: str) -> int:
@@ -103,7 +103,7 @@ def policy(
         changes["reservation"] = _percent_of(reservation)
     if not changes:
         raise UsageError("The command sets nothing.", remedy="Add --decay 1h or --reservation 10%.")
-    _change(home, lambda client: client.set_share_policy(changes), json)
+    _show(home, lambda client: client.set_share_policy(changes), json)
 
 
 def _percent_of(text: str) -> int:
@@ -126,9 +126,7 @@ def list_(home: Path | None = HOME, json: bool = JSON) -> None:
     \b
     Example: batchlab share list
     """
-    with connect(home) as client:
-        view = client.shares()
-    _show(view, json)
+    _show(home, lambda client: client.shares(), json)
 
 
 @app.command()
@@ -145,16 +143,13 @@ def remove(
     """
     if (share is None) is not all_:
         raise UsageError("The command needs either a share or --all.", remedy="`batchlab share list` shows the shares.")
-    _change(home, lambda client: client.remove_share(share), json)
+    _show(home, lambda client: client.remove_share(share), json)
 
 
-def _change(home: Path | None, verb: Callable[[Client], SharesView], json: bool) -> None:
+def _show(home: Path | None, call: Callable[[Client], SharesView], json: bool) -> None:
+    """Call the manager, and show the policy and the shares in its answer."""
     with connect(home) as client:
-        view = verb(client)
-    _show(view, json)
-
-
-def _show(view: SharesView, json: bool) -> None:
+        view = call(client)
     if json:
         output.show_json(view)
         return
@@ -162,7 +157,8 @@ def _show(view: SharesView, json: bool) -> None:
     if policy is None:
         output.show(NO_POLICY)
         return
-    output.show(_policy_text(policy))
+    decay = output.span(policy["decay_s"])
+    output.show(f"share decay {decay}, compute reservation {policy['reservation']}%")
     for entry in policy["shares"]:
         if entry["identifier"].endswith("*"):
             limit = f", at most {output.count(entry['max_slots'], 'slot')} each" if entry["max_slots"] else ""
@@ -170,10 +166,6 @@ def _show(view: SharesView, json: bool) -> None:
     columns = ("share", "pool", "weight", "part", "limit", "use", "slots", "jobs", "waiting")
     if view["shares"]:
         output.show("\n" + output.table(columns, map(_row, view["shares"])))
-
-
-def _policy_text(policy: SharePolicyView) -> str:
-    return f"share decay {output.span(policy['decay_s'])}, compute reservation {policy['reservation']}%"
 
 
 def _row(view: ShareView) -> tuple[object, ...]:

@@ -236,12 +236,11 @@ def _submit_remotely(
         raise UsageError(
             f"{file} names input in a bucket, which needs the grid's folder.", remedy="Use files as input of the job."
         )
-    packed = code_digest(jobfile)
-    digest = job_file.source_digest(jobfile, packed[1])
-    files = _files_of(jobfile, packed[0])
+    packed, digest_of_code = code_digest(jobfile)
+    files = _files_of(jobfile, packed)
     with client_of(home) as client:
         dependencies = _dependencies(after, client)
-        digest = _with_dependencies(digest, dependencies)
+        digest = _with_dependencies(job_file.source_digest(jobfile, digest_of_code), dependencies)
         number, earlier = 1, None
         while view := _find(client, object_keys.job_id(jobfile.job.name, token(digest, number))):
             number, earlier = number + 1, view

@@ -27,10 +27,11 @@ NAME = argument("Name of the user.", "NAME")
 def user_() -> None:
     """Add, list, and revoke users, who have tokens and limited permissions.
 
-    A grid with one user needs no users: the grid's own token is the administrator 'owner'. A user
-    with the role view may look at everything. The role submit may also submit jobs, and control the
-    own jobs. The role operate may also control all jobs, pools, schedules, and notifications. The role
-    administer may also manage users and cost caps, and stop the grid.
+    A grid that one person uses needs no users, because the grid's own token belongs to the
+    administrator 'owner'. A user with the role view may look at everything. With the role submit, a
+    user may also submit jobs, and control the user's own jobs. With the role operate, a user may also
+    control all jobs, pools, schedules, and notifications. With the role administer, a user may also
+    manage users and cost caps, and stop the grid.
 
     \b
     Example: batchlab user add alice --role submit
@@ -67,7 +68,7 @@ def add(
 
 @user.command("list")
 def list_(home: Path | None = HOME, json: bool = JSON) -> None:
-    """List the users of the grid. A user who is not an administrator sees only the own entry.
+    """List the users of the grid. A user who is not an administrator sees only the user's own entry.
 
     \b
     Example: batchlab user list
@@ -116,9 +117,9 @@ def audit(
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """List who has asked for which change, and which requests were refused. The newest request comes first.
+    """List the changes that users requested, and the refused requests. The newest request comes first.
 
-    A user who is not an administrator sees only the own requests.
+    A user who is not an administrator sees only the user's own requests.
 
     \b
     Example: batchlab audit --user alice --since 24h

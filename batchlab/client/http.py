@@ -99,7 +99,7 @@ class Client(Calls):
     def add_user(self, name: str, role: str, *, expires_s: float | None = None, replace: bool = False) -> NewUserView:
         """Add a user, and return the user with the token. `expires_s` is in epoch seconds.
 
-        Raise Refused if an active user has the name and `replace` is False.
+        Raise Refused if a user has or had the name, unless `replace`.
         """
         body = {"name": name, "role": role, "expires_s": expires_s, "replace": replace}
         return cast("NewUserView", self._call("POST", "/v1/users", body=body))

@@ -52,7 +52,7 @@ def imported_names(code: CodeType, package: str | None) -> Iterator[str]:
 def find(name: str) -> Path | None:
     """Return the file of a module, or the folder of a package, without importing the module.
 
-    Return None for a module of the standard library, and for a module that does not exist or has no Python source.
+    Return None for a module of the standard library, a module without Python source, or a module that does not exist.
     """
     if name in sys.stdlib_module_names or name in ("__main__", "batchlab"):
         return None

@@ -15,7 +15,6 @@ from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict bef
 if TYPE_CHECKING:
     from batchlab.core.notifications import Notification, Target
     from batchlab.core.users import User
-    from batchlab.manager.audit_log import AuditRecord
     from batchlab.manager.notifier import Notifier
 
 
@@ -633,20 +632,6 @@ def user_view(user: User, now_s: float) -> UserView:
         "created_by": user.created_by,
         "expires_s": user.expires_s,
         "revoked_s": user.revoked_s,
-    }
-
-
-def audit_record_view(record: AuditRecord) -> AuditRecordView:
-    return {
-        "at_s": record.at_s,
-        "user": record.user,
-        "role": record.role,
-        "action": record.action,
-        "object": record.object,
-        "outcome": record.outcome,
-        "reason": record.reason,
-        "request": record.request,
-        "count": record.count,
     }
 
 

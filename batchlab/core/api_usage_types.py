@@ -10,13 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from typing import (
-    TYPE_CHECKING,
-    NotRequired,  # pydantic refuses typing.TypedDict before Python 3.12
-    cast,
-)
+from typing import TYPE_CHECKING, NotRequired, cast
 
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
 
 from batchlab.core import due_times
 

@@ -182,10 +182,8 @@ def claimed_key(header: str) -> str:
     scheme, _, text = header.partition(" ")
     if scheme.lower() == "bearer":
         return users.key_name_in(text.strip())
-    if scheme.lower() != SCHEME.lower():
-        return ""
-    key = ".".join(text.strip().split(".")[_FIELDS:])
-    return key if users.parse_key_name(key) else ""
+    _, key = _split(header)
+    return key if users.is_key_name(key) else ""
 
 
 def read(token: str, header: str, method: str, target: str) -> Signed | None:
@@ -193,16 +191,25 @@ def read(token: str, header: str, method: str, target: str) -> Signed | None:
 
     The caller must check the time of the signature, the reuse of the signature, and the body of the request.
     """
-    scheme, _, text = header.partition(" ")
-    fields = text.strip().split(".")
-    key = ".".join(fields[_FIELDS:])
-    if scheme.lower() != SCHEME.lower() or len(fields) < _FIELDS or key != users.key_name_in(token):
+    fields, key = _split(header)
+    if len(fields) != _FIELDS or key != users.key_name_in(token):
         return None
-    at, nonce, body, mac = fields[:_FIELDS]
+    at, nonce, body, mac = fields
     if not (at.isascii() and at.isdigit() and len(at) <= _LONGEST_TIME):
         return None
     expected = _request_mac(token, method, target, int(at), nonce, body)
     return Signed(int(at), nonce, body, mac, key) if _same(mac, expected) else None
+
+
+def _split(header: str) -> tuple[list[str], str]:
+    """Return the fields and the name of the key in a signed request's `Authorization` header, or no fields for other
+    headers.
+    """
+    scheme, _, text = header.partition(" ")
+    if scheme.lower() != SCHEME.lower():
+        return [], ""
+    fields = text.strip().split(".")
+    return fields[:_FIELDS], ".".join(fields[_FIELDS:])
 
 
 def whole_proof(token: str, request: Signed, status: int, body: bytes) -> str:

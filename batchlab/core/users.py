@@ -19,10 +19,10 @@ NAME_FORM = "up to 40 lower case letters, digits, - and _, beginning with a lett
 SERIAL_CHARS = 16
 """Length of a serial in hexadecimal digits."""
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _SCHEME = "bl1"
-_TOKEN = re.compile(rf"{_SCHEME}\.([a-z0-9][a-z0-9_-]{{0,39}}\.[0-9a-f]{{{SERIAL_CHARS}}})\.[0-9a-f]{{64}}", re.ASCII)
-_KEY_NAME = re.compile(rf"([a-z0-9][a-z0-9_-]{{0,39}})\.([0-9a-f]{{{SERIAL_CHARS}}})", re.ASCII)
+_NAME = r"[a-z0-9][a-z0-9_-]{0,39}"
+_KEY_NAME = rf"{_NAME}\.[0-9a-f]{{{SERIAL_CHARS}}}"
+_TOKEN = rf"{_SCHEME}\.({_KEY_NAME})\.[0-9a-f]{{64}}"
 
 
 class Role(StrEnum):
@@ -86,7 +86,7 @@ def owner_name(owner: str) -> str:
 
 def is_user_name(text: str) -> bool:
     """Return whether a user may have the name `text`."""
-    return _NAME.fullmatch(text) is not None and text != OWNER
+    return re.fullmatch(_NAME, text) is not None and text != OWNER
 
 
 def key_name(name: str, serial: str) -> str:
@@ -94,15 +94,14 @@ def key_name(name: str, serial: str) -> str:
     return f"{name}.{serial}"
 
 
-def parse_key_name(text: str) -> tuple[str, str] | None:
-    """Return the user's name and the serial in the name of a key, or None if `text` is not the name of a key."""
-    match = _KEY_NAME.fullmatch(text)
-    return (match[1], match[2]) if match else None
+def is_key_name(text: str) -> bool:
+    """Return whether `text` is the name of a key, which consists of the user's name and the serial."""
+    return re.fullmatch(_KEY_NAME, text) is not None
 
 
 def key_name_in(token: str) -> str:
     """Return the name of the key in a user's token, or "" if `token` is not the token of a user."""
-    match = _TOKEN.fullmatch(token)
+    match = re.fullmatch(_TOKEN, token)
     return match[1] if match else ""
 
 

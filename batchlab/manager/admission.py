@@ -169,7 +169,10 @@ def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
 
 
 def admit_to_pool(stage: StageDef, pools: Mapping[str, int]) -> None:
-    """Raise UsageError if `pools` (slots by name) has no pool whose instances can run the stage's tasks."""
+    """Raise UsageError unless the instances of the stage's pool can run the stage's tasks.
+
+    `pools` maps the names of the pools to the slots of their instances.
+    """
     if stage.pool not in pools:
         raise UsageError(
             f"Stage {stage.name} names the pool {stage.pool!r}, which this grid does not have.",

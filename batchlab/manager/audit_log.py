@@ -1,4 +1,4 @@
-"""Audit log of the grid: which user has asked for which change, and which requests were refused.
+"""Audit log of the grid, with the changes that users requested and the refused requests.
 
 Invariants: each object of the log is written once, and is removed only when it is older than KEEP_S. The manager stores
 the record of a change before it makes the change. A job's definition names the owner of the job, so the record of a
@@ -125,7 +125,8 @@ class AuditLog:
         """Store the record of a single call within FLUSH_S. One record stands for all calls of a user in this time."""
         same = replace(record, object="", reason="single call")
         for number, one in enumerate(self._waiting):
-            if replace(one, at_s=same.at_s, request=same.request, count=1) == same:
+            # `replace` is slow, so the comparison of the reasons skips the records of other requests.
+            if one.reason == same.reason and replace(one, at_s=same.at_s, request=same.request, count=1) == same:
                 self._waiting[number] = replace(one, count=one.count + 1)
                 return
         self.note(same)
@@ -223,7 +224,7 @@ class AuditLog:
             await self.flush()
         after = f"{object_keys.AUDIT}{before}" if before else ""
         records: list[AuditRecord] = []
-        scanned, last = 0, ""
+        scanned = 0
         async for infos in self._objects.list(object_keys.AUDIT, after=after):
             for first in range(0, len(infos), PARALLEL_READS):
                 keys = [info.key for info in infos[first : first + PARALLEL_READS]]
@@ -232,9 +233,9 @@ class AuditLog:
                     if _time_of(key) < wanted.since_s - FLUSH_S:
                         return records, None
                     records += [record for record in reversed(found) if wanted.matches(record)]
-                    scanned, last = scanned + 1, key
+                    scanned += 1
                     if len(records) >= limit or scanned >= MAX_SCANNED:
-                        return records, last.removeprefix(object_keys.AUDIT)
+                        return records, key.removeprefix(object_keys.AUDIT)
         return records, None
 
     async def _read(self, key: str) -> Sequence[AuditRecord]:

@@ -28,9 +28,9 @@ from batchlab.core.users import (
     Caller,
     Role,
     User,
+    is_key_name,
     is_user_name,
     key_name,
-    parse_key_name,
 )
 from batchlab.manager.state import Ports
 from batchlab.manager.versioned_document import VersionedDocument
@@ -65,9 +65,8 @@ class UserDirectory:
 
         Raise BackendError if the bucket does not respond.
         """
-        parsed = parse_key_name(key)
-        user = (await self._current()).get(parsed[0]) if parsed else None
-        return user if user and parsed and hmac.compare_digest(user.serial, parsed[1]) else None
+        user = (await self._current()).get(key.partition(".")[0])
+        return user if user and hmac.compare_digest(key_name(user.name, user.serial), key) else None
 
     async def caller(self, key: str) -> Caller | None:
         """Return the active user whose token has the key with the name `key`, or None. The key of the grid's token is
@@ -120,7 +119,7 @@ class UserDirectory:
         return user, key_name(name, user.serial)
 
     async def revoke(self, name: str) -> User:
-        """Revoke the token of a user. Raise NotFound if the user does not exist. A repeated call has no effect."""
+        """Revoke the token of a user. Raise NotFound if the user does not exist. A second call changes nothing."""
         now_s = self._clock.now_s()
 
         def change(users: _Users) -> _Users:
@@ -148,7 +147,7 @@ class UserDirectory:
         if content is not None:
             try:
                 self._merge(content)
-            except (BackendError, *UNREADABLE) as error:
+            except BackendError as error:
                 log.error("the users cannot be read, so only the grid's token is valid: %s", error)
 
     def _merge(self, content: bytes) -> None:
@@ -195,7 +194,7 @@ class UserDirectory:
 
 def _user_of(doc: Any) -> User:
     user = decode(User, doc)
-    if not is_user_name(user.name) or parse_key_name(key_name(user.name, user.serial)) is None:
+    if not is_user_name(user.name) or not is_key_name(key_name(user.name, user.serial)):
         raise ValueError("the name or the serial of a user is expected")
     for time_s in (user.created_s, user.expires_s, user.revoked_s):
         if time_s is not None:

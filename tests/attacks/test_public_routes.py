@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import httpx
-from fastapi.routing import APIRoute
-from starlette.routing import Mount, Route
 
 from batchlab.server.http.authentication import PAGE
 from tests.support import ROOT
 from tests.support.server.api import Rig
-from tests.support.server.page import routes
+from tests.support.server.page import route_templates, routes, with_values
 
 SECURITY = ROOT / "docs" / "security.md"
 SIGN = {"Sec-Fetch-Site": "same-origin"}
@@ -25,20 +22,7 @@ def listed() -> set[tuple[str, str]]:
 
 def all_routes(rig: Rig) -> set[tuple[str, str]]:
     """Return every route of the manager with its method, and with values for the names in the path."""
-    found: set[tuple[str, str]] = set()
-
-    def walk(some: Any) -> None:
-        for route in some:
-            if router := getattr(route, "original_router", None):
-                walk(router.routes)
-            elif isinstance(route, APIRoute | Route):
-                path = re.sub(r"\{(\w+)\}", lambda m: "0" if m[1] == "task" else "x", route.path)
-                found.update((method, path) for method in route.methods or ())
-            else:
-                assert isinstance(route, Mount)
-                assert route.path == PAGE, "a part of the manager that this test does not know"
-
-    walk(rig.app.routes)
+    found = {(method, with_values(path)) for method, path in route_templates(rig.app, PAGE)}
     page = {(method, f"{PAGE}{path}") for method, path in routes(rig)}
     assert len(found) >= 30
     assert len(page) >= 30

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.browser import Seen, browser, offences, opened, place_of
 from tests.support.server.api import Rig, job
-from tests.support.server.users import add
+from tests.support.server.users import add, client_of
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -40,22 +40,10 @@ def signed_in(rig: Rig, browser: Browser, token: str) -> Iterator[tuple[Page, Se
         yield page, seen
 
 
-def submitted(rig: Rig, name: str, token: str = "") -> str:
-    """Submit a job as the user with the token, or as the owner of the grid."""
-    definition = job(name, name)
-    for key in definition.input.keys if definition.input else ():
-        rig.run(rig.objects.put(key, b"data"))
-    if not token:
-        return rig.client.submit(definition)["id"]
-    from tests.support.server.users import client_of
-
-    with client_of(rig, token) as client:
-        return client.submit(definition)["id"]
-
-
 def test_two_users_see_and_may_do_what_their_roles_permit(rig: Rig, browser: Browser) -> None:
     viewer, submitter = add(rig, "vera", "view"), add(rig, "sam", "submit")
-    own, theirs = submitted(rig, "own", submitter), submitted(rig, "theirs")
+    with client_of(rig, submitter) as client:
+        own, theirs = rig.submit(job("own", "own"), client), rig.submit(job("theirs", "theirs"))
 
     with signed_in(rig, browser, viewer) as (page, seen):
         assert page.locator("#user").inner_text() == "vera · view"

@@ -179,7 +179,7 @@ def test_times_of_the_file_apply_unless_an_option_overrides_them(
         (("--at", "+1x"), "'+1x' is not a time."),
         (("--at", "2026-03-29T02:30", "--timezone", "Berlin"), "time zone 'Berlin' does not exist"),
         (("--cron", "* * * * *", "--prewarm", "soon"), "--prewarm: 'soon' is not a duration."),
-        (("--cron", "* * * * *", "--capacity", "3"), "--capacity has no effect without --prewarm."),
+        (("--cron", "* * * * *", "--capacity", "3"), "--capacity needs --prewarm."),
         (("--cron", "* * * * *", "--input", "incoming/"), "'incoming/' is not below raw/"),
         (("--cron", "* * * * *", "--input", "raw/../jobs/"), "is not below raw/"),
         (("--cron", "* * * * *", "--input", "raw/incoming"), "does not end in a slash"),

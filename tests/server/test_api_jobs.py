@@ -175,9 +175,6 @@ def test_a_retry_runs_what_failed_and_forgets_its_failures(rig: Rig) -> None:
     assert [failure["task"] for failure in rig.client.failures(name)] == [2]
 
 
-# --- Results of tasks ----------------------------------------------------------------------------
-
-
 # --- Dependencies --------------------------------------------------------------------------------
 
 
@@ -231,6 +228,9 @@ def test_dependencies_that_cannot_be_are_refused(rig: Rig) -> None:
         rig.client.submit(replace(_next(first), after=many))
     with pytest.raises(UsageError, match="twice"):
         rig.client.submit(replace(_next(first), after=(Dependency(JobId(first)),) * 2))
+
+
+# --- Results of tasks ----------------------------------------------------------------------------
 
 
 def test_outcomes_are_listed_once_in_fold_order(rig: Rig) -> None:

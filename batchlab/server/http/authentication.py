@@ -449,8 +449,10 @@ class Sessions:
         if key := key_name_in(secret):
             return key if _are_equal(secret, user_token(self._token, key)) else None
         match = next((code for code in self._codes if _are_equal(secret, code)), None)
-        over_s, key = self._codes.pop(match) if match is not None else (0.0, "")
-        return key if match is not None and over_s > self._clock.monotonic_s() else None
+        if match is None:
+            return None
+        over_s, key = self._codes.pop(match)
+        return key if over_s > self._clock.monotonic_s() else None
 
     def start(self, key: str = "") -> tuple[Session, str]:
         """Start a session of the user whose key has the name `key`. Return the session and the value of its cookie."""

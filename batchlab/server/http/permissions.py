@@ -129,10 +129,10 @@ def permits(caller: Caller, rule: Rule, owner: str | None = None) -> bool:
     return rule.own and caller.role.includes(Role.SUBMIT) and caller.name == owner
 
 
-def may(caller: Caller, action: str, owner: str | None = None) -> bool:
+def may(caller: Caller | None, action: str, owner: str | None = None) -> bool:
     """Return whether the caller may make the change `action`, such as `job cancel`, for a job of `owner`."""
     rule = next(rule for rule in RULES.values() if rule.action == action)
-    return permits(caller, rule, owner)
+    return caller is not None and permits(caller, rule, owner)
 
 
 async def authorize(
@@ -140,8 +140,7 @@ async def authorize(
 ) -> Rule:
     """Return the rule of the route. Unless the caller may use the route, note the refusal, and raise Forbidden."""
     rule = rules.get(route)
-    subject = str(next(iter(parameters.values()), ""))
-    audit = manager.audit
+    subject, audit = _subject(parameters), manager.audit
     if rule is None or not (permits(caller, rule) or await _permits_owner(manager, caller, rule, subject)):
         action = (rule.action if rule else "") or " ".join(route)
         if audit:
@@ -156,7 +155,12 @@ async def record_change(manager: Manager, caller: Caller, rule: Rule, parameters
     Raise BackendError if the record cannot be stored.
     """
     if rule.action and not rule.is_recorded_later:
-        await store_record(manager, caller, rule.action, str(next(iter(parameters.values()), "")))
+        await store_record(manager, caller, rule.action, _subject(parameters))
+
+
+def _subject(parameters: Mapping[str, Any]) -> str:
+    """Return the changed object, which the first parameter in the path of a route names, or ""."""
+    return str(next(iter(parameters.values()), ""))
 
 
 async def _permits_owner(manager: Manager, caller: Caller, rule: Rule, job: str) -> bool:

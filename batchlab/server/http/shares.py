@@ -16,7 +16,7 @@ from batchlab.server.http.common import Leader, guarded_router
 
 router = guarded_router()
 
-Identifier = Annotated[str, Field(pattern=r"^([A-Za-z0-9]{1,255}\*?|\*)$")]
+Identifier = Annotated[str, Field(pattern=rf"^([A-Za-z0-9]{{1,{fair_share.MAX_IDENTIFIER}}}\*?|\*)$")]
 
 
 class Entry(BaseModel):
@@ -58,8 +58,8 @@ async def set_share(manager: Leader, entry: Entry) -> api_usage_types.SharesView
     """Set the weight factor or the limit of a share. The first entry creates the policy."""
 
     def change(policy: SharePolicy) -> SharePolicy:
-        own = [one for one in policy.shares if one.identifier == entry.identifier]
-        attributes = own[0] if own else ShareAttributes(entry.identifier)
+        own = (one for one in policy.shares if one.identifier == entry.identifier)
+        attributes = next(own, ShareAttributes(entry.identifier))
         if entry.weight is not None:
             attributes = replace(attributes, weight=entry.weight)
         if entry.max_slots is not None:

@@ -1,12 +1,13 @@
 """Endpoints of users and of the audit log.
 
 Invariant: an answer contains the token of a user only once, when the user is added. A user who may not administer the
-grid sees only the own entry in the list of users, and only the own records in the audit log.
+grid sees only the user's own entry in the list of users, and only the user's own records in the audit log.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, cast
 
 from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field
@@ -82,12 +83,12 @@ async def audit(
     if not _may_administer(caller):
         if user not in ("", caller.name):
             raise Forbidden(
-                f"The user {caller.name} with the role {caller.role} may read only the own audit records.",
+                f"The user {caller.name} with the role {caller.role} may read only their own audit records.",
                 remedy="Ask an administrator of the grid.",
             )
         user = caller.name
     records, following = await manager.audit.page(AuditFilter(user, action, outcome, since_s), limit, before)
-    return {"records": [api_types.audit_record_view(record) for record in records], "next": following}
+    return {"records": [cast("api_types.AuditRecordView", asdict(record)) for record in records], "next": following}
 
 
 def _may_administer(caller: Caller) -> bool:

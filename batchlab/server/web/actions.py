@@ -159,7 +159,7 @@ async def ask_scale(request: Request, manager: Leader, served: StateDep, page: P
     for pool_view in view["pools"]:
         if pool_view["name"] == pool:
             return render(request, "ask_scale.html", here="grid", pool=pool_view)
-    raise NotFound(f"The grid has no pool {pool!r}.", remedy="The page Grid lists the pools.")
+    raise NotFound(f"The pool {pool!r} does not exist.", remedy="The page Grid lists the pools.")
 
 
 @router.post("/grid/pools/{pool}")

@@ -28,7 +28,7 @@ from batchlab.core.pricing.request_costs import Pace
 from batchlab.manager.manager import Manager
 from batchlab.server.http import grid, permissions
 from batchlab.server.http.authentication import PAGE, SAFE_METHODS
-from batchlab.server.http.common import ServerState, StateDep, problem_of
+from batchlab.server.http.common import CallerDep, ServerState, StateDep, problem_of
 from batchlab.server.http.job_files import MAX_BYTES, check_length, read_form
 from batchlab.server.http.permissions import PAGE_RULES, authorize, caller_of, record_change
 from batchlab.server.report_writer import HtmlReports
@@ -83,7 +83,7 @@ def render(request: Request, template: str, *, status: int = 200, here: str = ""
             root=_root(request),
             session=session,
             caller=caller,
-            may=partial(permissions.may, caller) if caller else _may_nothing,
+            may=partial(permissions.may, caller),
             form_token=served.sessions.form_token(session) if session else "",
             backend=served.backend_name,
             leads=served.manager.is_leader.is_set(),
@@ -92,10 +92,6 @@ def render(request: Request, template: str, *, status: int = 200, here: str = ""
         ),
         status,
     )
-
-
-def _may_nothing(*_: object) -> bool:
-    return False
 
 
 def is_part(request: Request) -> bool:
@@ -233,9 +229,9 @@ async def _check_role(request: Request, served: StateDep) -> None:
     await authorize(served.manager, caller, PAGE_RULES, route, request.path_params)
 
 
-async def _record_change(request: Request, served: StateDep) -> None:
-    path, caller = request.scope["route"].path, caller_of(request.scope)
-    if request.method in SAFE_METHODS or caller is None:
+async def _record_change(request: Request, served: StateDep, caller: CallerDep) -> None:
+    path = request.scope["route"].path
+    if request.method in SAFE_METHODS:
         return
     if path not in CONFIRMED or is_confirmed(await form_of(request)):
         await record_change(served.manager, caller, PAGE_RULES[request.method, path], request.path_params)
@@ -247,7 +243,7 @@ async def _check_form_token(request: Request, served: StateDep) -> None:
     session = request.scope[SESSION]
     token = (await form_of(request)).get(TOKEN)
     if session is None or not isinstance(token, str):
-        raise Refused("The form has no token.", remedy="Open the page again.")
+        raise Refused("The form does not contain a token.", remedy="Open the page again.")
     if not served.sessions.is_form_token(session, token):
         raise Refused("The form belongs to another session.", remedy="Open the page again.")
 

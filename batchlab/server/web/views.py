@@ -105,7 +105,7 @@ async def report(manager: Leader, page: PageDep, job: JobId) -> Response:
     if page.reports is None:
         raise Refused("This manager does not write reports.", remedy="Use a manager that `batchlab grid up` starts.")
     if view["state"] not in ENDED:
-        raise Refused(f"Job {job} has no report yet.", remedy="Open the report when the job has ended.")
+        raise Refused(f"The report of job {job} does not exist yet.", remedy="Open the report when the job has ended.")
     from batchlab.reports.html.page import style_hash
 
     html = await page.reports.page(job, view["round"])

@@ -197,15 +197,15 @@ class Rig:
             time.sleep(0.005)
         return found
 
-    def submit(self, job: JobDef) -> str:
-        """Upload the raw data, submit the job, and return its id."""
+    def submit(self, job: JobDef, client: Client | None = None) -> str:
+        """Upload the raw data, submit the job with the client or as the owner of the grid, and return its id."""
 
         async def upload() -> None:
             for key in job.input.keys if job.input else ():
                 await self.objects.put(key, b"data")
 
         self.run(upload())
-        return self.client.submit(job)["id"]
+        return (client or self.client).submit(job)["id"]
 
     def outstanding(self, job: str, count: int) -> list[Outstanding]:
         """Return the job's outstanding bundles, as soon as there are `count` of them."""

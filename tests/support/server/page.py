@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi.routing import APIRoute
+from starlette.routing import Mount, Route
 
 from batchlab.core.model import Failure, FailureKind
 from batchlab.server import web
@@ -77,18 +77,33 @@ def visitor(rig: Rig) -> Iterator[Visitor]:
         yield made
 
 
-def routes(rig: Rig) -> list[tuple[str, str]]:
-    """Return every route of the page with its method, and with values for the names in the path."""
-    page = web.page_of(rig.served)
+def route_templates(app: Any, mount: str) -> list[tuple[str, str]]:
+    """Return the method and the path template of each route. The path of the only mounted application is `mount`."""
     found: list[tuple[str, str]] = []
 
     def walk(some: Any) -> None:
         for route in some:
             if router := getattr(route, "original_router", None):
                 walk(router.routes)
-            elif isinstance(route, APIRoute):
-                path = re.sub(r"\{(\w+)\}", lambda m: "0" if m[1] == "task" else "x", route.path)
-                found.extend((method, path) for method in route.methods or ())
+            elif isinstance(route, Route):
+                found.extend((method, route.path) for method in route.methods or ())
+            else:
+                assert isinstance(route, Mount)
+                assert route.path == mount, "a part of the manager that this function does not know"
 
-    walk(page.routes)
+    walk(app.routes)
     return found
+
+
+def page_templates(rig: Rig) -> list[tuple[str, str]]:
+    return route_templates(web.page_of(rig.served), "/static")
+
+
+def with_values(path: str) -> str:
+    """Return the path of a route with values for its parameters."""
+    return re.sub(r"\{(\w+)\}", lambda m: "0" if m[1] == "task" else "x", path)
+
+
+def routes(rig: Rig) -> list[tuple[str, str]]:
+    """Return every route of the page with its method, and with values for the names in the path."""
+    return [(method, with_values(path)) for method, path in page_templates(rig)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
 
 from batchlab.client.http import Client
-from batchlab.server.http.permissions import PAGE_RULES, RULES, Rule
+from batchlab.server.http.permissions import Route, Rule
 from tests.support.server.api import Rig
 
 
@@ -29,10 +30,6 @@ def filled(path: str, job: str) -> str:
     return path.format(job=job, stage="map", task=0, pool="default", name="nightly", target="ops", fingerprint="x")
 
 
-def changes() -> list[tuple[str, str, Rule]]:
+def changes(rules: Mapping[Route, Rule]) -> list[tuple[str, str, Rule]]:
     """Return the method, the path template, and the rule of each route that not every user may use."""
-    return [(*route, rule) for route, rule in RULES.items() if rule.role != "view"]
-
-
-def page_changes() -> list[tuple[str, str, Rule]]:
-    return [(*route, rule) for route, rule in PAGE_RULES.items() if rule.role != "view"]
+    return [(*route, rule) for route, rule in rules.items() if rule.role != "view"]
