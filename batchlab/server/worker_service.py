@@ -1,7 +1,7 @@
 """Process of a worker, from its start to its end.
 
 Invariant: a worker that gets SIGTERM returns its messages to the queue before it ends. A worker on the manager's
-machine ends soon after the manager. A worker on an instance of its own also ends if the manager is gone for good.
+machine ends soon after the manager. A worker on an instance of its own also ends if no manager leads any more.
 """
 
 from __future__ import annotations
