@@ -212,7 +212,7 @@ class Ec2Fleet:
         minutes. The group may have another scheduled action at the same time, so three times are tried.
         """
         group = self._group_of(pool)
-        existed = bool((await self._call(pool, self._scheduled_ends))["ScheduledUpdateGroupActions"])
+        existed = bool((await self._request(pool, self._scheduled_ends))["ScheduledUpdateGroupActions"])
         if after_s is None:
             if existed:
                 await self._call(pool, self._delete_end)
