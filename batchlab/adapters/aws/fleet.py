@@ -65,8 +65,8 @@ MAX_PROTECTED = 50
 MAX_INSTANCES = 10_000
 """Maximum number of instances of one Auto Scaling group."""
 END_TRIES = 3
-"""Number of times, a minute apart, that are tried for the scheduled action. Two actions of a group need different
-times."""
+"""Number of start times, a minute apart, that are tried for the scheduled action. Two actions of a group need different
+start times."""
 _ACTIVITIES = 100
 _CALLS = 8
 
