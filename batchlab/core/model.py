@@ -487,7 +487,7 @@ class GroupView:
 class ScheduledEnd:
     """Result of a change of a group's scheduled action.
 
-    `existed` tells whether the group had the action before. `problem` is a sentence about a suspended process of the
+    `existed` is True if the group had the action before. `problem` is a sentence about a suspended process of the
     group, or "". The group does not perform the action if `is_performed` is False.
     """
 

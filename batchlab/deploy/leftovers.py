@@ -238,8 +238,7 @@ class Leftovers:
         """Yield the resources in the account and region that have the tag of a batchlab stack.
 
         AWS's list of tagged resources lacks IAM roles and resources that cannot have tags (see `named_resources`). The
-        list has a terminated
-        instance and a deleted NAT gateway for about an hour, so the method skips both.
+        list has a terminated instance and a deleted NAT gateway for about an hour, so the method skips both.
         """
         living: dict[str, set[str]] = {}
         for page in self._account.pages(

@@ -191,7 +191,7 @@ class Adoption(Part):
             rows.job,
             {s.counts.stage: s for s in rows.stages},
             version=int(self._clock.now_s() * 1000),
-            doubtful=not result.is_new,
+            must_read_control=not result.is_new,
             unreadable=unreadable,
             retried_s=min((cut.at_s for cut in cuts if cut.at_s is not None), default=None),
             complete_after=0 if result.is_new else None,

@@ -5,8 +5,8 @@ desired capacity to 0. If no manager leads for `orphan_s`, the service of the gr
 also renews the leader beat, an object in the bucket. A worker without a renewed leader beat for `orphan_s` ends when it
 is idle, because scale-in does not end an instance with scale-in protection.
 
-Invariant: a leading manager postpones the scheduled actions `PUSHES` times in `orphan_s`, so one failed call does not
-end the fleet. A manager that finds that the action has ended its fleet restores the limits of the pool.
+Invariant: a leading manager postpones the scheduled actions `leader_beat.ROUNDS` times in `orphan_s`, so one failed
+call does not end the fleet. A manager that finds that the action has ended its fleet restores the limits of the pool.
 """
 
 from __future__ import annotations
@@ -19,15 +19,11 @@ from batchlab.core.errors import BatchlabError, Denied, Malformed, NotFound, Ref
 from batchlab.core.model import GroupView
 from batchlab.core.port_retries import raise_if_cancelled
 from batchlab.core.protocol import leader_beat, object_keys
-from batchlab.core.protocol.leader_beat import LeaderBeat
+from batchlab.core.protocol.leader_beat import ROUNDS, LeaderBeat
 from batchlab.manager.context import Context, Part
 
 log = logging.getLogger(__name__)
 
-PUSHES = 6
-"""Number of times that the manager postpones the scheduled action in `orphan_s`."""
-REMOVAL_S = 300.0
-"""Interval in seconds at which a manager with `orphan_s` 0 removes the scheduled actions."""
 MAX_RETRY_S = 30.0
 """Longest pause in seconds before a failed call is repeated."""
 
@@ -39,7 +35,7 @@ class FleetEnd(Part):
     def __init__(self, context: Context, owner: str, user_capacity: Mapping[str, int]) -> None:
         super().__init__(context)
         self._pools = context.pools
-        self._after_s = self._settings.orphan_s
+        self._orphan_s = self._settings.orphan_s
         self._owner = owner
         self._user_capacity = user_capacity
         self._beats = 0
@@ -52,7 +48,7 @@ class FleetEnd(Part):
     @property
     def is_needed(self) -> bool:
         """Whether `run` has work: to postpone the scheduled actions, or to remove the actions of earlier leaders."""
-        return self._after_s > 0 or self._fleet.is_managed_service or bool(self._failures)
+        return self._orphan_s > 0 or self._fleet.is_managed_service or bool(self._failures)
 
     def trouble(self, pool: str) -> str:
         """Return a phrase about a failed change of the pool's scheduled action, or ""."""
@@ -65,7 +61,7 @@ class FleetEnd(Part):
     def left_s(self, pool: str) -> float | None:
         """Return the seconds until the pool's scheduled action, or None without a scheduled action."""
         postponed_s = self._postponed_s.get(pool)
-        return None if postponed_s is None else postponed_s + self._after_s - self._clock.monotonic_s()
+        return None if postponed_s is None else postponed_s + self._orphan_s - self._clock.monotonic_s()
 
     async def begin(self) -> None:
         """Postpone the scheduled actions of all pools at the start of a manager, or remove the actions if `orphan_s` is
@@ -76,17 +72,17 @@ class FleetEnd(Part):
     async def run(self) -> None:
         """Postpone the scheduled actions and renew the leader beat, until the call is cancelled. If `orphan_s` is 0,
         remove the actions again and again, because an earlier leader may have been suspended during its last call."""
-        pause_s = await self._end_round(may_repeat=bool(self._failures))
+        pause_s = await self._end_round(should_retry=bool(self._failures))
         while self.is_needed:
             await asyncio.sleep(pause_s)
             outcomes = [await self._attempt(pool) for pool in list(self._pools)]
-            pause_s = await self._end_round(may_repeat=not all(outcomes))
+            pause_s = await self._end_round(should_retry=not all(outcomes))
 
-    async def _end_round(self, *, may_repeat: bool) -> float:
+    async def _end_round(self, *, should_retry: bool) -> float:
         """Renew the leader beat, and return the pause in seconds until the next round."""
-        may_repeat |= not await self._renew_beat()
-        pause_s = self._after_s / PUSHES if self._after_s else REMOVAL_S
-        return min(MAX_RETRY_S, pause_s / PUSHES) if may_repeat else pause_s
+        should_retry |= not await self._renew_beat()
+        pause_s = leader_beat.round_s(self._orphan_s)
+        return min(MAX_RETRY_S, pause_s / ROUNDS) if should_retry else pause_s
 
     async def restore(self, views: Sequence[GroupView]) -> bool:
         """Restore the pools whose scheduled actions were performed, and return whether there were such pools.
@@ -116,12 +112,12 @@ class FleetEnd(Part):
         """Postpone or remove the pool's scheduled action. Return False if the call should be repeated soon."""
         try:
             asked_s = self._clock.monotonic_s()
-            end = await self._fleet.schedule_end(pool, self._after_s or None)
+            end = await self._fleet.schedule_end(pool, self._orphan_s or None)
         except BatchlabError as error:
             raise_if_cancelled()
             self._note_failure(pool, str(error), is_scheduled=not isinstance(error, Refused | Denied))
             return isinstance(error, Refused | Denied)
-        if self._after_s:
+        if self._orphan_s:
             self._postponed_s[pool] = asked_s
         if end.problem:
             self._note_failure(pool, end.problem, is_scheduled=end.is_performed)
@@ -141,8 +137,8 @@ class FleetEnd(Part):
     async def _renew_beat(self) -> bool:
         try:
             # If the group did not end, it would replace each worker that ends, so no worker must end.
-            orphan_s = 0.0 if self._unscheduled else self._after_s
-            if self._after_s or await self._is_beat_stale():
+            orphan_s = 0.0 if self._unscheduled else self._orphan_s
+            if self._orphan_s or await self._must_replace_earlier_beat():
                 self._beats += 1
                 beat = LeaderBeat(self._owner, self._beats, orphan_s)
                 await self._objects.put(object_keys.LEADER, beat.to_bytes())
@@ -152,7 +148,7 @@ class FleetEnd(Part):
             return False
         return True
 
-    async def _is_beat_stale(self) -> bool:
+    async def _must_replace_earlier_beat(self) -> bool:
         """Return whether the leader beat of an earlier leader would end workers."""
         if not self._fleet.is_managed_service:
             return False

@@ -296,7 +296,7 @@ class JobCommands(Part):
                 if spoken and spoken.command.round > live.round:
                     raise Superseded(live)
                 if spoken and spoken.command.control is Control.CANCEL:
-                    live.doubtful = True  # another leader may have written the cancellation
+                    live.must_read_control = True  # another leader may have written the cancellation
                     live.mark()
                     live.wake.set()
                 if Control.CANCEL in (live.record.control, spoken and spoken.command.control):

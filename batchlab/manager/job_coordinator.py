@@ -83,7 +83,7 @@ class JobCoordinator(Part):
 
     async def advance(self, live: LiveJob) -> None:
         """Advance the job by all steps that are possible now."""
-        if live.doubtful:
+        if live.must_read_control:
             await self._recheck_control(live)
         if live.record.control is Control.CANCEL:
             await self.stop(live, json_format.ControlCommand(Control.CANCEL))
@@ -103,7 +103,7 @@ class JobCoordinator(Part):
         if verdict.stop:
             await self._fail(live, await self._reason(live, verdict))
         elif live.is_complete and await self.fetch_missing_outcomes(live):
-            if live.doubtful:
+            if live.must_read_control:
                 return  # the next call of `advance` reads the job's control object
             if missing := await completion_checks.uncommitted_bundles(self._ports, live):
                 log.error("%d bundles were counted and not committed", len(missing), extra={"job": live.id})
@@ -151,7 +151,7 @@ class JobCoordinator(Part):
             return
         # A job's raw input is the same in each round, but gathered results may change between rounds.
         round_ = live.round if stage.after else 0
-        if live.doubtful or any(not live.stages[u].counts.ended for u in stage.after):
+        if live.must_read_control or any(not live.stages[u].counts.ended for u in stage.after):
             return
         if stage.gather is not None and judge(live.job, live.counts).failed:
             # After upstream failures, the gather does not run, because its result would not show that a part of the
@@ -334,13 +334,14 @@ class JobCoordinator(Part):
             await self._ledger_writer.refresh(live)
 
     async def _recheck_control(self, live: LiveJob) -> None:
-        live.doubtful = False  # the flag is reset before the read, because an event during the read may set the flag
+        # The flag is reset before the read, because an event during the read may set the flag.
+        live.must_read_control = False
         live.mark()
         try:
             async with self._control_reads:
                 await self.follow_control(live)
         except BackendError:
-            live.doubtful = True
+            live.must_read_control = True
             live.mark()
             raise
 

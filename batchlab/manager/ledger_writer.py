@@ -99,7 +99,7 @@ class LedgerWriter(Part):
             # The flag is set before the fold, because the coordinator must read the control object before it ends the
             # job.
             if live is not None and completion.cancelled and live.record.control is not Control.CANCEL:
-                live.doubtful = True
+                live.must_read_control = True
                 live.mark()
         return accepted
 

@@ -16,6 +16,7 @@ from batchlab.core.fair_share import DEFAULT_SHARE
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Control, JobId, JobState, StageCounts
 from batchlab.core.protocol import settlement
+from batchlab.core.protocol.messages import HeldBundle
 from batchlab.manager.state import UNKNOWN_TASK_S, Backlog, JobChanges, LiveJob, Outstanding
 
 RESYNC_S = 300.0
@@ -251,6 +252,11 @@ class LiveJobs(dict[JobId, LiveJob]):
         journal = Journal(changed=dict(self))
         self._journals.append(journal)
         return journal
+
+    def slots_of(self, held: HeldBundle) -> int:
+        """Return the number of slots that a bundle in a heartbeat uses, or 1 for an unknown job or stage."""
+        live = self.get(held.job)
+        return next((s.slots for s in live.job.stages if s.name == held.stage), 1) if live else 1
 
     def take_sent(self) -> list[tuple[LiveJob, Outstanding]]:
         """Return the bundles that became outstanding since the last call."""

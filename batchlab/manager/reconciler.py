@@ -195,7 +195,7 @@ class Reconciler(Part):
         await self.follow_control(live)
         if live.record.control is not Control.RUN:
             return  # the job's bundles are silent because workers delete the messages of a paused or cancelled job
-        if any(outstanding.copies for outstanding in silent) and not await self._is_defined(live):
+        if any(outstanding.resends for outstanding in silent) and not await self._is_defined(live):
             return
         again: list[Bundle] = []
         for outstanding in silent:
@@ -203,10 +203,9 @@ class Reconciler(Part):
             if outcome:
                 await self.forward(live.job, outcome)
             else:
-                # The bundle is sent as a copy. A worker checks for an outcome before it runs the tasks of a copy.
-                again.append(outstanding.copy_of_bundle())
+                again.append(outstanding.bundle_to_resend())
                 outstanding.heard_s = self._clock.monotonic_s()
-                outstanding.copies += 1
+                outstanding.resends += 1
         if again:
             log.warning("%d silent bundles are sent again", len(again), extra={"job": live.id})
             await self._coordinator.send(live.job, again)

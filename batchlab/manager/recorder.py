@@ -251,9 +251,8 @@ class Recorder:
                 continue
             holding += 1
             for held in worker_status.beat.held:
-                live = self._lives.get(held.job)
-                if held.running and live:
-                    slots += next((s.slots for s in live.job.stages if s.name == held.stage), 1)
+                if held.running and held.job in self._lives:
+                    slots += self._lives.slots_of(held)
         return holding, slots
 
     def samples(self, since_s: float) -> dict[str, list[Point]]:

@@ -19,12 +19,13 @@ from functools import partial
 
 from batchlab.core.errors import BackendError
 from batchlab.core.job_definition import StageDef
-from batchlab.core.model import BundleId, Control, JobId, LifecycleState, StageCounts, StageName
+from batchlab.core.model import Control, JobId, LifecycleState, StageCounts, StageName
 from batchlab.core.port_retries import raise_if_cancelled
 from batchlab.core.protocol.messages import HeldBundle
 from batchlab.manager.context import Context, Part
 from batchlab.manager.job_coordinator import JobCoordinator
-from batchlab.manager.state import LiveJob, Outstanding, StageCopies, WorkerStatus
+from batchlab.manager.ledger_writer import BundleKey
+from batchlab.manager.state import LiveJob, Outstanding, WorkerStatus
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +74,6 @@ def limit_s(durations_s: Sequence[float], mean_s: float | None, tasks: int, leas
     else:
         return None
     return max(least_s, FACTOR * typical_s * tasks)
-
-
-BundleKey = tuple[JobId, StageName, BundleId]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +136,7 @@ class Speculation(Part):
         self._settle(holders)
         await self._stop(holders)
         for pool in drained:
-            for straggler in self._stragglers(pool, holders):
-                await self._send(straggler)
+            await self._copy_stragglers(pool, holders)
 
     # --- Stragglers ------------------------------------------------------------------------------
 
@@ -162,29 +159,28 @@ class Speculation(Part):
         self._seen_s = seen_s
         return holders
 
-    def _stragglers(self, pool: str, holders: Mapping[BundleKey, Sequence[Holder]]) -> list[Straggler]:
-        """Return the stragglers of the pool that get a copy now, sorted by the time for which they have run."""
+    async def _copy_stragglers(self, pool: str, holders: Mapping[BundleKey, Sequence[Holder]]) -> None:
+        """Send copies of the pool's stragglers to free slots. The straggler that has run for the longest time is
+        first."""
         found = [
             straggler
             for key, places in holders.items()
             if len(places) == 1 and (straggler := self._straggler(pool, key, places[0]))
         ]
         if not found:
-            return []
+            return
         free = self._free_slots(pool)
         # The slots of copies that no worker has reported yet are not free.
         for key, copied in self._copied.items():
             stage = copied.live.job.stage(key[1])
             if stage.pool == pool and len(copied.run_s) < 2:
-                _take(free, stage.slots, copied.outstanding.copied_from)
-        chosen: list[Straggler] = []
+                _reserve_slots(free, stage.slots, excluded_worker=copied.outstanding.copied_from)
         for straggler in sorted(found, key=lambda one: -one.holder.held_s):
             planned = straggler.live.stages[straggler.stage.name].counts.planned or 0
-            sent = self._sent.get(straggler.owner, 0) + sum(other.owner == straggler.owner for other in chosen)
             worker = straggler.holder.status.beat.worker
-            if quota(planned, sent) > 0 and _take(free, straggler.stage.slots, worker):
-                chosen.append(straggler)
-        return chosen
+            has_quota = quota(planned, self._sent.get(straggler.owner, 0)) > 0
+            if has_quota and _reserve_slots(free, straggler.stage.slots, excluded_worker=worker):
+                await self._send(straggler)
 
     def _straggler(self, pool: str, key: BundleKey, holder: Holder) -> Straggler | None:
         job, stage_name, bundle = key
@@ -196,9 +192,8 @@ class Speculation(Part):
         record = live.stages[stage_name]
         if stage.pool != pool or not stage.may_be_copied or not is_near_end(record.counts, len(record.left)):
             return None
-        durations_s = live.copies[stage_name].durations_s if stage_name in live.copies else ()
         least_s, tasks = self._settings.copy_after_s, len(outstanding.bundle.tasks)
-        after_s = limit_s(durations_s, record.counts.mean_s, tasks, least_s)
+        after_s = limit_s(live.durations_s.get(stage_name, ()), record.counts.mean_s, tasks, least_s)
         if after_s is None or holder.held_s < after_s:
             return None
         return Straggler(live, stage, outstanding, holder, round(holder.held_s, 3))
@@ -206,7 +201,7 @@ class Speculation(Part):
     def _may_copy(self, live: LiveJob) -> bool:
         """Return whether the job may start work that its user did not request. The cost of a copy is not part of the
         forecast that a cost cap uses."""
-        return live.record.control is Control.RUN and not live.doubtful and live.job.max_cost_usd is None
+        return live.record.control is Control.RUN and not live.must_read_control and live.job.max_cost_usd is None
 
     def _free_slots(self, pool: str) -> dict[str, int]:
         """Return the number of free slots of each worker that is in service."""
@@ -215,12 +210,8 @@ class Speculation(Part):
         free: dict[str, int] = {}
         for instance, status in self._registry.workers.items():
             if instance in in_service and status.beat.pool == pool and not status.beat.leaving:
-                free[status.beat.worker] = status.beat.slots - sum(map(self._slots_of, status.beat.held))
+                free[status.beat.worker] = status.beat.slots - sum(map(self._lives.slots_of, status.beat.held))
         return free
-
-    def _slots_of(self, held: HeldBundle) -> int:
-        live = self._lives.get(held.job)
-        return next((s.slots for s in live.job.stages if s.name == held.stage), 1) if live else 1
 
     async def _send(self, straggler: Straggler) -> None:
         live, outstanding, holder = straggler.live, straggler.outstanding, straggler.holder
@@ -232,7 +223,6 @@ class Speculation(Part):
         self._sent[straggler.owner] = sent
         while len(self._sent) > MAX_STAGES:
             del self._sent[next(iter(self._sent))]
-        live.copies.setdefault(bundle.stage, StageCopies()).sent += 1
         self._counts.copies += 1
         live.notify()
         log.info(
@@ -241,7 +231,7 @@ class Speculation(Part):
             extra={"job": live.id, "stage": bundle.stage, "bundle": bundle.id},
         )
         try:
-            await self._coordinator.send(live.job, [outstanding.copy_of_bundle()], copy_s=straggler.copy_s)
+            await self._coordinator.send(live.job, [outstanding.bundle_to_resend()], copy_s=straggler.copy_s)
         except BackendError as error:
             raise_if_cancelled()
             # The straggler ends without a copy. A copy must not delay the rest of the manager's tick.
@@ -271,7 +261,6 @@ class Speculation(Part):
             won = outstanding.winner not in (outstanding.copied_from, "manager")
             if won:
                 self._counts.copies_won += 1
-                live.copies.setdefault(key[1], StageCopies()).won += 1
             losers = {worker: run_s for worker, run_s in copied.run_s.items() if worker != outstanding.winner}
             stage = live.job.stage(key[1])
             lost_slot_s = sum(losers.values()) * stage.slots
@@ -299,10 +288,10 @@ class Speculation(Part):
                     self._stopped[receipt] = key
 
 
-def _take(free: dict[str, int], slots: int, holder: str) -> bool:
-    """Take slots of the worker with the most free slots, except the worker `holder`. Return False if no other worker
-    has enough free slots."""
-    others = [worker for worker in free if worker != holder]
+def _reserve_slots(free: dict[str, int], slots: int, *, excluded_worker: str) -> bool:
+    """Subtract `slots` from the free slots of the worker with the most free slots, except `excluded_worker`. Return
+    False if no other worker has enough free slots."""
+    others = [worker for worker in free if worker != excluded_worker]
     worker = max(others, key=lambda one: free[one], default=None)
     if worker is None or free[worker] < slots:
         return False

@@ -107,8 +107,8 @@ class Outstanding:
     heard_s: float
     since_s: float = 0.0
     """Monotonic time when this manager sent or found the bundle."""
-    copies: int = 0
-    """Number of copies of the bundle that the reconciler sent because the bundle was silent."""
+    resends: int = 0
+    """Number of times that the reconciler sent the bundle again because the bundle was silent."""
     copied_from: str = ""
     """Worker that held the bundle when the manager sent a speculative copy, or "" without a speculative copy."""
     winner: str = ""
@@ -118,24 +118,13 @@ class Outstanding:
         """Restart the bundle's silence at the monotonic time `now_s`."""
         self.heard_s = max(self.heard_s, now_s)
 
-    def copy_of_bundle(self) -> Bundle:
+    def bundle_to_resend(self) -> Bundle:
         """Return the bundle to send again. A worker checks for an outcome before it runs a bundle with losses."""
         return replace(self.bundle, losses=max(1, self.bundle.losses))
 
 
 MAX_DURATIONS = 100
 """Number of recent task durations of a stage from which the manager recognizes stragglers."""
-
-
-@dataclass(slots=True)
-class StageCopies:
-    """Recent durations of a stage's tasks, and the number of speculative copies that this manager sent for them."""
-
-    durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_DURATIONS))
-    """Seconds per task of the most recent outcomes."""
-    sent: int = 0
-    won: int = 0
-    """Number of speculative copies whose outcome was committed first."""
 
 
 @dataclass(slots=True)
@@ -164,7 +153,7 @@ class LiveJob:
     conducting: asyncio.Task[None] | None = None
     forbidden: bool = False
     """Whether the job's cancellation is acknowledged, after which no worker can start a task of the job."""
-    doubtful: bool = False
+    must_read_control: bool = False
     """Whether the manager must read the control object again. The flag is set, for example, for a job from an earlier
     leader, or if workers cancel tasks without a request to this manager."""
     trouble: str = ""
@@ -193,8 +182,8 @@ class LiveJob:
     paces: dict[StageName, tuple[int, float]] = field(default_factory=dict)
     """Number of tasks and seconds of run time in the outcomes that this manager folded, by stage (see `pace_s`)."""
     measured: dict[StageName, Pace] = field(default_factory=dict)
-    copies: dict[StageName, StageCopies] = field(default_factory=dict)
-    """Durations and speculative copies of each stage whose tasks may be copied."""
+    durations_s: dict[StageName, deque[float]] = field(default_factory=dict)
+    """Seconds per task of the most recent outcomes, for each stage whose tasks may have speculative copies."""
     spans: dict[StageName, str] = field(default_factory=dict)
     traced: dict[StageName, deque[str]] = field(default_factory=dict)
     """Traceparents of the last outcomes of each stage. The trace of a gather links to these traceparents of its
@@ -316,7 +305,8 @@ class LiveJob:
         pace = self.measured.get(done.bundle.stage, Pace())
         self.measured[done.bundle.stage] = pace.with_bundle(count, done.run_s)
         if count and self.job.stage(done.bundle.stage).may_be_copied:
-            self.copies.setdefault(done.bundle.stage, StageCopies()).durations_s.append(done.run_s / count)
+            durations_s = self.durations_s.setdefault(done.bundle.stage, deque(maxlen=MAX_DURATIONS))
+            durations_s.append(done.run_s / count)
         self.account.bundles += 1
         if done.failed or done.retried:
             stage = self.job.stage(done.bundle.stage)
@@ -411,7 +401,7 @@ class LiveJob:
     def is_restless(self) -> bool:
         """Return whether the job needs a step at each tick, because its next step depends on the time, on a budget, or
         on objects in the bucket."""
-        if self.doubtful or self.lacks_bundles or self.is_complete or self.record.control is Control.CANCEL:
+        if self.must_read_control or self.lacks_bundles or self.is_complete or self.record.control is Control.CANCEL:
             return True
         if self.record.control is Control.PAUSE or self.must_wait:
             return False

@@ -90,10 +90,10 @@ class SimFleet:
         *,
         drain_s: float,
         fail: Fail,
-        on_replace: OnReplace = lambda *_: None,
-        on_end: OnEnd = lambda _: None,
-        service_clock: Clock | None = None,
-        is_managed_service: bool = False,
+        on_replace: OnReplace,
+        on_end: OnEnd,
+        service_clock: Clock,
+        is_managed_service: bool,
     ) -> None:
         self.scheduling = _Scheduling(self)
         """The calls that change scheduled actions. The world may wrap them with faults."""
@@ -104,7 +104,7 @@ class SimFleet:
         self._launcher, self._clock, self._ids = launcher, clock, ids
         self._state, self._drain_s, self._fail = state, drain_s, fail
         self._on_replace, self._on_end = on_replace, on_end
-        self._service_clock = service_clock or clock
+        self._service_clock = service_clock
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loaded(), name)

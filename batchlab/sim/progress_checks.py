@@ -7,7 +7,7 @@ each job that a lying worker has touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from batchlab.core.job_definition import Condition, JobDef, task_name
@@ -135,18 +135,15 @@ class StartTimeChecks:
     """
 
     check: Check
+    jobs: Mapping[str, JobDef]
     is_exact: bool = False
     """Whether the clocks of all processes agree. The checks skip all starts if the clocks differ."""
-    _jobs: dict[str, JobDef] = field(default_factory=dict)
     _due_s: dict[Attempt, float] = field(default_factory=dict)
-
-    def on_definition(self, job: JobDef) -> None:
-        self._jobs[job.id] = job
 
     def on_commit(self, outcome: Outcome) -> None:
         """Record the next attempts that follow from an outcome."""
         bundle = outcome.bundle
-        job = self._jobs.get(bundle.job)
+        job = self.jobs.get(bundle.job)
         retries = [
             follow.bundle
             for follow in outcome.follows
@@ -165,7 +162,7 @@ class StartTimeChecks:
         """Check that a task does not start too early."""
         if not self.is_exact:
             return
-        job = self._jobs.get(bundle.job)
+        job = self.jobs.get(bundle.job)
         # The start time of a job applies only to round 0, because a retried job begins immediately.
         start_s = (job.start_at_s or 0.0) if job and not bundle.round else 0.0
         name = bundle.job, bundle.stage, bundle.round, bundle.attempt, task
@@ -179,8 +176,8 @@ class StartTimeChecks:
 
 WAITS_S = 10.0
 """Seconds for which work may wait in a queue when a manager sends a speculative copy to this queue."""
-SHARE = 10
-"""A stage of n tasks has at most n / SHARE speculative copies of one manager, and always at least one."""
+TASKS_PER_COPY = 10
+"""A stage of n tasks has at most n / TASKS_PER_COPY speculative copies of one manager, and always at least one."""
 
 
 @dataclass(slots=True)
@@ -188,17 +185,14 @@ class CopyChecks:
     """Checks of speculative copies: which bundles are copied, how often, and where the copies run."""
 
     check: Check
-    _jobs: dict[str, JobDef] = field(default_factory=dict)
+    jobs: Mapping[str, JobDef]
     _sent: dict[tuple[str, str, str, int], dict[str, set[float]]] = field(default_factory=dict)
     """Run time limits of the copies by bundle, for each manager and stage. A repeated request has the same limit."""
-
-    def on_definition(self, job: JobDef) -> None:
-        self._jobs[job.id] = job
 
     def check_send(self, sender: str, bundle: Bundle, copy_s: float, waiting: Collection[Name]) -> None:
         """Check the send of a copy. `waiting` has the bundles that have waited in the queue for WAITS_S seconds."""
         name = f"{bundle.stage}/{bundle.id} of {bundle.job}"
-        job = self._jobs[bundle.job]
+        job = self.jobs[bundle.job]
         stage = job.stage(bundle.stage)
         is_allowed = stage.speculative_copies and not stage.side_effects
         self.check(is_allowed, "copies", f"{sender} sends a copy of {name}, which must not be copied", bundle.job)
@@ -211,7 +205,7 @@ class CopyChecks:
         self.check(len(limits_s) == 1, "copies", facts, bundle.job)
         if job.items is not None:  # The definition of a job with an input does not contain the number of tasks.
             facts = f"{sender} sends copies of {len(copies)} bundles of {bundle.stage} of {bundle.job}"
-            self.check(len(copies) <= max(1, job.items // SHARE), "copies", facts, bundle.job)
+            self.check(len(copies) <= max(1, job.items // TASKS_PER_COPY), "copies", facts, bundle.job)
 
     def check_commit(self, actor: Actor, outcome: Outcome) -> None:
         """Check the outcome of a copy. A copy leaves failures to the original run."""
@@ -233,18 +227,15 @@ class DependencyChecks:
     """
 
     check: Check
-    _jobs: dict[str, JobDef] = field(default_factory=dict)
+    jobs: Mapping[str, JobDef]
     _ends: dict[str, set[JobState]] = field(default_factory=dict)
     """States in which rounds of each job have ended."""
-
-    def on_definition(self, job: JobDef) -> None:
-        self._jobs[job.id] = job
 
     def on_end(self, job: str, state: JobState) -> None:
         self._ends.setdefault(job, set()).add(state)
 
     def check_start(self, job: str) -> None:
-        for dependency in self._jobs[job].after if job in self._jobs else ():
+        for dependency in self.jobs[job].after if job in self.jobs else ():
             ends = self._ends.get(dependency.job, set())
             has_held = ends if dependency.condition is Condition.ENDED else JobState.SUCCEEDED in ends
             facts = f"a task of {job} starts, which depends on {dependency}, whose rounds ended {sorted(ends)}"
@@ -275,6 +266,7 @@ class WasteChecks:
     """Checks of drains, dead letters, priorities, and needless work."""
 
     check: Check
+    jobs: Mapping[str, JobDef]
     _committed_s: dict[Name, float] = field(default_factory=dict)
     _leaves_s: dict[Actor, float] = field(default_factory=dict)
     _begun: set[tuple[Actor, Name]] = field(default_factory=set)
@@ -285,12 +277,8 @@ class WasteChecks:
     """Time of the last send of each bundle."""
     _uncut_s: dict[tuple[str, StageName], float] = field(default_factory=dict)
     """Time since which each stage of each job has tasks that are in no bundle."""
-    _jobs: dict[str, JobDef] = field(default_factory=dict)
     has_share_policy: bool = False
     """Whether the grid has a fair-share policy, with which priorities order only the jobs of the same share."""
-
-    def on_definition(self, job: JobDef) -> None:
-        self._jobs[job.id] = job
 
     def on_commit(self, name: Name, now_s: float) -> None:
         self._committed_s[name] = now_s
@@ -333,11 +321,11 @@ class WasteChecks:
 
         `live_since_s` returns the time when a job began or was last resumed.
         """
-        job = self._jobs[cut.job]
+        job = self.jobs[cut.job]
         if cut.bundles:
             pool = job.stage(cut.stage).pool
             for (name, stage), uncut_s in self._uncut_s.items():
-                rival = self._jobs[name]
+                rival = self.jobs[name]
                 known_s = max(uncut_s, since_s, live_since_s(name))
                 is_allowed = (
                     rival.priority <= job.priority

@@ -17,7 +17,7 @@ from typing import Any
 from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.errors import Malformed, TooNew
 from batchlab.core.fair_share import SharePolicy
-from batchlab.core.job_definition import task_name
+from batchlab.core.job_definition import JobDef, task_name
 from batchlab.core.model import Bundle, Control, JobId, JobState, Outcome, StageCounts, StageName
 from batchlab.core.ports import Clock, Cut, Ending, Message, StageRecord
 from batchlab.core.protocol import commit_keys, json_format, object_keys
@@ -137,6 +137,8 @@ class Watch:
     silences: SilenceChecks = field(init=False)
     shares: ShareChecks = field(init=False)
     copies: CopyChecks = field(init=False)
+    _jobs: dict[str, JobDef] = field(default_factory=dict)
+    """Definitions of all jobs in the bucket, by id."""
     _begun: dict[Actor, set[Name]] = field(default_factory=dict)
     """Bundles of which each worker has started tasks, by worker."""
     _last_starts: dict[Name, Start] = field(default_factory=dict)
@@ -166,15 +168,15 @@ class Watch:
 
     def __post_init__(self) -> None:
         self.trust = Trust(self.check)
-        self.waste = WasteChecks(self.check)
+        self.waste = WasteChecks(self.check, self._jobs)
         self.controls = JobControls(self.clock)
         self.unsynced = Unsynced(self.clock)
         self.leadership = LeadershipChecks(self.check, self.lead_ttl_s, self.thawed_s)
-        self.start_times = StartTimeChecks(self.check)
-        self.dependencies = DependencyChecks(self.check)
+        self.start_times = StartTimeChecks(self.check, self._jobs)
+        self.dependencies = DependencyChecks(self.check, self._jobs)
         self.silences = SilenceChecks(self.check, self.silence_s)
         self.shares = ShareChecks(self.check, self.controls.is_live, self.controls.live_since_s)
-        self.copies = CopyChecks(self.check)
+        self.copies = CopyChecks(self.check, self._jobs)
         # The watch's timers expire even while a process is frozen.
         self._context = copy_context()
 
@@ -259,11 +261,8 @@ class Watch:
         elif kind == "spec.json":
             doc = json_format.loads(data)
             job, opening = json_format.job_from_json(doc), commit_keys.opening_in(doc)
-            self.waste.on_definition(job)
-            self.copies.on_definition(job)
-            self.start_times.on_definition(job)
+            self._jobs[job.id] = job
             self.shares.on_definition(job, self.clock.monotonic_s())
-            self.dependencies.on_definition(job)
             if opening and opening.cut:
                 self._opened.update(map(name_of_bundle, opening.cut.bundles))
                 self._cut(opening.cut)

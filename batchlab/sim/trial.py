@@ -118,7 +118,7 @@ of its cuts."""
 SPECULATIVE = replace(ALL, speculative=True, frozen=0.02)
 """Rates of all kinds of faults, for worlds with speculative copies and slow workers."""
 ORPHANS = replace(ALL, orphans=True)
-"""Rates of all kinds of faults, for worlds whose managers are gone until scheduled actions have ended the fleet."""
+"""Rates of all kinds of faults, for worlds in which no manager leads until scheduled actions have ended the fleet."""
 
 BUDGET = dict.fromkeys(FaultKind, 12) | dict.fromkeys((FaultKind.CORRUPTED, *DAMAGES), 3)
 BUDGET[FaultKind.FROZEN] = 2
@@ -134,7 +134,7 @@ NOTIFY_EVERY = 7
 """In one of NOTIFY_EVERY worlds, the managers notify a target of each end of a job."""
 ORPHAN_S = 180.0
 ABANDON_S = (20.0, 400.0)
-"""Range of seconds until the managers of a world with `orphans` are gone."""
+"""Range of seconds until the managers of a world with `orphans` are killed or suspended."""
 MAX_ORPHAN_S = 4_000.0
 """Limit of the time in which the fleet ends after the end of the last manager, with the run time of its bundles."""
 MAX_STEPS = 5_000_000

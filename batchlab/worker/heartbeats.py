@@ -170,7 +170,7 @@ class VisibilityHeartbeat:
         visibility_s = self._context.settings.visibility_s
         by_queue: dict[str, list[InflightMessage]] = {}
         for message in self._context.inflight.values():
-            if message.receipt is not None and now_s - message.extended_s >= visibility_s / 3 - 0.001:
+            if message.receipt is not None and self._is_due(message.extended_s):
                 by_queue.setdefault(message.queue, []).append(message)
         for name, messages in by_queue.items():
             for i in range(0, len(messages), MAX_BATCH):
@@ -184,6 +184,10 @@ class VisibilityHeartbeat:
                         # first commit decides.
                         message.receipt = None
 
+    def _is_due(self, last_s: float) -> bool:
+        """Return whether a third of the visibility timeout has passed since the monotonic time `last_s`."""
+        return self._context.clock.monotonic_s() - last_s >= self._context.settings.visibility_s / 3 - 0.001
+
     async def _stop_if_superseded(self, inflight: InflightMessage) -> None:
         """Stop the run of a bundle without a message if another worker has committed an outcome. After the outcome of a
         bundle with a speculative copy, the manager deletes the other message of the bundle."""
@@ -192,11 +196,11 @@ class VisibilityHeartbeat:
             return
         if inflight.committing or inflight.is_superseded or inflight.is_handing_off:
             return
-        if now_s - inflight.looked_s < self._context.settings.visibility_s / 3 - 0.001:
+        if not self._is_due(inflight.outcome_read_s):
             return
         # A failed call is tried again at the next tick, because patience would delay the extension of other messages.
         found = await self._context.objects.head(object_keys.outcome(bundle, inflight.key))
-        inflight.looked_s = now_s
+        inflight.outcome_read_s = now_s
         # The worker itself may have committed the bundle during the call.
         is_own = inflight.committing or inflight.is_handing_off or inflight.bundle != bundle
         if found is not None and not is_own:

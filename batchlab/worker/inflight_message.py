@@ -161,8 +161,8 @@ class InflightMessage:
     """Time of the last refresh of the running marker, for a long-running bundle."""
     handed_over: bool = False
     """Whether the watchdog message has been sent."""
-    looked_s: float = -math.inf
-    """Time at which the worker last looked for another worker's outcome, because the worker has no receipt."""
+    outcome_read_s: float = -math.inf
+    """Monotonic time of the last check for another worker's outcome. A worker without a receipt makes this check."""
     is_superseded: bool = False
     """Whether another worker has committed the bundle, so that this worker stops its run."""
 

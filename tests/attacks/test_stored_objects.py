@@ -341,7 +341,7 @@ def test_a_tick_leaves_the_end_of_a_job_without_definition_to_the_task_of_the_jo
     monkeypatch.setattr(Reconciler, "follow_control", heed)
     live = silent("first")
     for one in live.all_outstanding():
-        one.copies = 1
+        one.resends = 1
     asyncio.run(reconciler_of(live).recover_silent())
     assert isinstance(live.unreadable, UnreadableObject)
     assert live.unreadable.key == object_keys.spec(live.id)

@@ -12,10 +12,9 @@ import pytest
 from batchlab.core.errors import Denied, Throttled, Unreachable
 from batchlab.core.model import JobState, LifecycleState, Pool, ScheduledEnd
 from batchlab.core.protocol import leader_beat, object_keys
-from batchlab.core.protocol.leader_beat import LeaderBeat
+from batchlab.core.protocol.leader_beat import ROUNDS, UNLIMITED_ROUND_S, LeaderBeat
 from batchlab.manager import fleet_commands
 from batchlab.manager.adoption import Adoption
-from batchlab.manager.fleet_end import PUSHES, REMOVAL_S
 from batchlab.sim import fuzz
 from batchlab.sim.world import World
 from tests.support.sim.scenes import UNHURRIED, A, ended, in_world, job, leader, stage, submitted, takes
@@ -96,7 +95,7 @@ def test_a_suspended_leader_restores_the_limits_and_the_capacity_of_its_user() -
         world.manager_processes[0].actor.freeze()
         await fleet_end(world, 2 * ORPHAN_S)
         world.manager_processes[0].actor.thaw()
-        await asyncio.sleep(ORPHAN_S / PUSHES + 60.0)
+        await asyncio.sleep(ORPHAN_S / ROUNDS + 60.0)
         assert world.manager is manager
         (view,) = await manager.ports.fleet.describe()
         assert (view.pool.min_size, view.pool.max_size, view.desired) == (2, POOL.max_size, 3)
@@ -143,16 +142,16 @@ def test_failed_postponement_is_reported_and_repeated(caplog: pytest.LogCaptureF
             raise Throttled("Pool 'default': Rate exceeded (Throttling).")
 
         fleet.schedule_end = refuse  # type: ignore[method-assign]
-        await asyncio.sleep(ORPHAN_S / PUSHES + 1.0)
+        await asyncio.sleep(ORPHAN_S / ROUNDS + 1.0)
         left_s = end.left_s(POOL.name)
         assert left_s is not None
-        assert left_s < ORPHAN_S * (1 - 1 / PUSHES)
+        assert left_s < ORPHAN_S * (1 - 1 / ROUNDS)
         assert f"the pool ends in {left_s:.0f} s: Pool 'default': Rate exceeded" in end.trouble(POOL.name)
         assert "cannot be changed" in caplog.text
         fleet.schedule_end = original  # type: ignore[method-assign]
-        await asyncio.sleep(ORPHAN_S / PUSHES)
+        await asyncio.sleep(ORPHAN_S / ROUNDS)
         assert not end.trouble(POOL.name)
-        assert (end.left_s(POOL.name) or 0.0) > ORPHAN_S * (1 - 2 / PUSHES)
+        assert (end.left_s(POOL.name) or 0.0) > ORPHAN_S * (1 - 2 / ROUNDS)
         assert world.ends == 0
 
     scene(act)
@@ -176,7 +175,7 @@ def test_the_limits_are_restored_without_the_permission_to_postpone_the_end() ->
         assert world.ends == 1
         (view,) = await fleet.describe()
         assert (view.pool.min_size, view.pool.max_size, view.desired) == (POOL.min_size, POOL.max_size, POOL.min_size)
-        assert calls <= 2 * PUSHES + 1, "a missing permission is not tried again sooner than usual"
+        assert calls <= 2 * ROUNDS + 1, "a missing permission is not tried again sooner than usual"
         # Without an action, the group would replace each worker that ends, so the workers stay.
         kill_managers(world)
         running = world.running_instances()
@@ -203,7 +202,7 @@ def test_workers_stay_after_a_change_of_the_setting_to_0() -> None:
         # A call of an earlier leader arrives late.
         await manager.ports.fleet.schedule_end(POOL.name, 10 * ORPHAN_S)
         await world.objects.put(object_keys.LEADER, LeaderBeat("manager-1", 99, ORPHAN_S).to_bytes())
-        await asyncio.sleep(REMOVAL_S + 10.0)
+        await asyncio.sleep(UNLIMITED_ROUND_S + 10.0)
         assert not world.has_scheduled_ends()
         assert leader_beat.from_bytes(await world.objects.get(object_keys.LEADER)).orphan_s == 0
 

@@ -28,11 +28,13 @@ COPIED = stage(A, speculative_copies=True, bundle=1)
 
 
 class Straggling:
-    """Script in which the first run of a task is slow, and all other runs take a second."""
+    """Script in which the first run of a task, or each of its runs, is slow. All other runs take a second."""
 
-    def __init__(self, slow_s: float = SLOW_S, on_start: Callable[[Actor], object] = lambda _: None) -> None:
+    def __init__(
+        self, slow_s: float = SLOW_S, on_start: Callable[[Actor], object] = lambda _: None, *, always: bool = False
+    ) -> None:
         self.runs: list[Actor] = []
-        self._slow_s = slow_s
+        self._slow_s, self._always = slow_s, always
         self._on_start = on_start
 
     def __call__(self, scene: AttemptInput) -> ScriptedAttempt:
@@ -42,7 +44,7 @@ class Straggling:
         actor = CURRENT.get()
         assert actor is not None
         self.runs.append(actor)
-        if len(self.runs) > 1:
+        if len(self.runs) > 1 and not self._always:
             return attempt
         self._on_start(actor)
         return replace(attempt, run_s=self._slow_s)
@@ -187,24 +189,16 @@ def test_a_failure_of_a_copy_is_left_to_the_original_run() -> None:
 
 def test_a_task_whose_input_takes_long_costs_little_more() -> None:
     """The copy of a long task may run only as long as the original run had run at that time."""
-    runs: list[tuple[float, Actor]] = []
-
-    def script(scene: AttemptInput) -> ScriptedAttempt:
-        if scene.task == STRAGGLER:
-            actor = CURRENT.get()
-            assert actor is not None
-            runs.append((asyncio.get_running_loop().time(), actor))
-            return ScriptedAttempt(SLOW_S, value_of(A, scene.item))
-        return ScriptedAttempt(1.0, value_of(A, scene.item))
+    script = Straggling(always=True)
 
     async def act(world: World) -> float:
-        await submitted(world, job(COPIED, items=20))
+        made = job(COPIED, items=20)
+        await submitted(world, made)
         await asyncio.sleep(60.0)
-        (_, first), (_, second) = runs
+        first, second = script.runs
         copier = next(worker for worker in world.workers.values() if worker.actor is second)
         assert first is not second
         assert not copier.worker.context.inflight
-        made = job(COPIED, items=20)
         assert (await ended(world, made)).state is JobState.SUCCEEDED
         return world.clock.monotonic_s()
 
@@ -212,22 +206,16 @@ def test_a_task_whose_input_takes_long_costs_little_more() -> None:
 
 
 def test_a_new_leader_sends_at_most_one_more_copy() -> None:
-    runs: list[Actor | None] = []
-
-    def script(scene: AttemptInput) -> ScriptedAttempt:
-        if scene.task == STRAGGLER:
-            runs.append(CURRENT.get())
-            return ScriptedAttempt(SLOW_S, value_of(A, scene.item))
-        return ScriptedAttempt(1.0, value_of(A, scene.item))
+    script = Straggling(always=True)
 
     async def act(world: World) -> None:
         made = job(COPIED, items=20)
         await submitted(world, made)
         await asyncio.sleep(60.0)
-        assert len(runs) == 2
+        assert len(script.runs) == 2
         kill_manager(world)
         assert (await ended(world, made)).state is JobState.SUCCEEDED
-        assert len(runs) <= 3
+        assert len(script.runs) <= 3
 
     in_world(act, script=script, pools=POOLS)
 

@@ -15,6 +15,7 @@ from batchlab.core.model import Pool
 from batchlab.core.operating_system.processes import family
 from tests.support.grid.fixtures import Bring
 from tests.support.grid.local_grid import LocalGrid
+from tests.support.processes import is_running
 from tests.support.waiting import until
 
 TASKS, LAST = 20, 19
@@ -95,7 +96,7 @@ def test_a_task_that_hangs_ends_with_its_copy(bring_up: Bring, tmp_path: Path) -
     assert ended["state"] == "SUCCEEDED"
     assert grid.results(ended, tmp_path / "out") == {"triple": [3 * item for item in range(TASKS)]}
     assert len(runs(folder)) == 2
-    until(lambda: not is_alive(hanging), WITHIN_S)
+    until(lambda: not is_running(hanging), WITHIN_S)
 
 
 def test_a_frozen_worker_does_no_harm_after_it_continues(bring_up: Bring, tmp_path: Path) -> None:
@@ -107,15 +108,7 @@ def test_a_frozen_worker_does_no_harm_after_it_continues(bring_up: Bring, tmp_pa
     with frozen([worker, task]):
         ended = grid.wait(view["id"], within_s=WITHIN_S)
     assert ended["state"] == "SUCCEEDED"
-    until(lambda: not is_alive(task), WITHIN_S)
+    until(lambda: not is_running(task), WITHIN_S)
     assert worker in grid.workers().values()
     assert grid.results(ended, tmp_path / "out") == {"triple": [3 * item for item in range(TASKS)]}
     assert grid.client.job(view["id"])["stages"][0]["succeeded"] == TASKS
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"

@@ -11,10 +11,10 @@ import pytest
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.errors import Malformed, Unreachable
 from batchlab.core.protocol import leader_beat, object_keys
-from batchlab.core.protocol.leader_beat import LeaderBeat
+from batchlab.core.protocol.leader_beat import UNLIMITED_ROUND_S, LeaderBeat
 from batchlab.sim.actors import SimClock
 from batchlab.sim.event_loop import SimLoop
-from batchlab.worker.leader_watch import MISSING_LOOK_S, LeaderWatch
+from batchlab.worker.leader_watch import LeaderWatch
 
 ORPHAN_S = 60.0
 
@@ -81,9 +81,9 @@ async def test_a_busy_worker_stays_until_it_is_idle(trial: Trial) -> None:
 
 @tried
 async def test_without_a_beat_or_with_orphan_s_0_a_worker_stays(trial: Trial) -> None:
-    await asyncio.sleep(10 * MISSING_LOOK_S)
+    await asyncio.sleep(10 * UNLIMITED_ROUND_S)
     await trial.renew(orphan_s=0.0)
-    await asyncio.sleep(10 * MISSING_LOOK_S)
+    await asyncio.sleep(10 * UNLIMITED_ROUND_S)
     assert trial.ended_s is None
 
 

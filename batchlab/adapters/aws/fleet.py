@@ -65,8 +65,8 @@ MAX_PROTECTED = 50
 MAX_INSTANCES = 10_000
 """Maximum number of instances of one Auto Scaling group."""
 END_TRIES = 3
-"""Number of times, a minute apart, that are tried for the scheduled action. Two actions of a group need different
-times."""
+"""Number of start times, a minute apart, that are tried for the scheduled action. Two actions of a group need different
+start times."""
 _ACTIVITIES = 100
 _CALLS = 8
 
@@ -212,7 +212,7 @@ class Ec2Fleet:
         minutes. The group may have another scheduled action at the same time, so three times are tried.
         """
         group = self._group_of(pool)
-        existed = bool((await self._call(pool, self._scheduled_ends))["ScheduledUpdateGroupActions"])
+        existed = bool((await self._request(pool, self._scheduled_ends))["ScheduledUpdateGroupActions"])
         if after_s is None:
             if existed:
                 await self._call(pool, self._delete_end)

@@ -8,6 +8,16 @@ from batchlab.core.errors import Malformed
 from batchlab.core.protocol import json_format
 from batchlab.core.protocol.field_checks import MAX_COUNT, MAX_S, UNREADABLE, decode, figure, integer
 
+ROUNDS = 6
+"""Number of rounds in `orphan_s`. In each round, the leading manager renews the leader beat, and a worker reads it."""
+UNLIMITED_ROUND_S = 300.0
+"""Interval in seconds between two rounds if `orphan_s` is 0."""
+
+
+def round_s(orphan_s: float) -> float:
+    """Return the interval in seconds at which the manager renews the leader beat and a worker reads it."""
+    return orphan_s / ROUNDS if orphan_s else UNLIMITED_ROUND_S
+
 
 @dataclass(frozen=True, slots=True)
 class LeaderBeat:

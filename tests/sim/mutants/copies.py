@@ -84,8 +84,8 @@ def copy_as_an_attempt_of_its_own(plant: Plant) -> None:
     and both results count (I1, I2).
     """
 
-    @plant.method(Outstanding, "copy_of_bundle")
-    def copy_of_bundle(self: Outstanding) -> Bundle:
+    @plant.method(Outstanding, "bundle_to_resend")
+    def bundle_to_resend(self: Outstanding) -> Bundle:
         return replace(self.bundle, losses=1, attempt=self.bundle.attempt + 1)
 
 

@@ -23,11 +23,11 @@ def end_scheduled_only_far_in_the_future(plant: Plant) -> None:
 
     @plant.method(FleetEnd, "_attempt")
     async def _attempt(self: FleetEnd, pool: str) -> bool:
-        self._after_s *= 15_000
+        self._orphan_s *= 15_000
         try:
             return await original(self, pool)
         finally:
-            self._after_s /= 15_000
+            self._orphan_s /= 15_000
 
 
 @planted("orphans", weather="orphans")
