@@ -10,13 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from typing import (
-    TYPE_CHECKING,
-    NotRequired,  # pydantic refuses typing.TypedDict before Python 3.12
-    cast,
-)
+from typing import TYPE_CHECKING, NotRequired, cast
 
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
 
 from batchlab.core import due_times
 
@@ -147,8 +143,8 @@ class JobUseView(TypedDict):
 
 def shares_view(fair_share: FairShare) -> SharesView:
     policy = fair_share.policy
-    shares = [cast("ShareView", asdict(status)) for status in fair_share.status()]
-    return {"policy": cast("SharePolicyView", policy.to_json()) if policy else None, "shares": shares}
+    stored = cast("SharePolicyView", policy.to_json()) if policy else None
+    return {"policy": stored, "shares": fair_share.status()}
 
 
 def account_view(account: Account) -> AccountView:
