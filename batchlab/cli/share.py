@@ -75,7 +75,8 @@ def _slots_of(text: str) -> int:
 @app.command()
 def policy(
     decay: str | None = option(
-        "Share decay: the time, such as 1h, after which a use counts little. Longer decays even out longer times.",
+        "Share decay: the time, such as 1h, after which 37% of a use still counts. A longer decay balances the shares "
+        "over a longer period.",
         "SPAN",
     ),
     reservation: str | None = option(

@@ -143,8 +143,8 @@ class JobUseView(TypedDict):
 
 def shares_view(fair_share: FairShare) -> SharesView:
     policy = fair_share.policy
-    shares = [cast("ShareView", asdict(status)) for status in fair_share.status()]
-    return {"policy": cast("SharePolicyView", policy.to_json()) if policy else None, "shares": shares}
+    stored = cast("SharePolicyView", policy.to_json()) if policy else None
+    return {"policy": stored, "shares": fair_share.status()}
 
 
 def account_view(account: Account) -> AccountView:

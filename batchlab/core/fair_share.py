@@ -15,11 +15,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchlab.core.errors import UsageError
 from batchlab.core.protocol.field_checks import figure, list_items, text, whole
 from batchlab.core.text import count
+
+if TYPE_CHECKING:
+    from batchlab.core.job_definition import JobDef
 
 DEFAULT_SHARE = "default"
 """Share of the jobs that do not name a share."""
@@ -34,6 +37,11 @@ MAX_SLOTS = 10**9
 MAX_IDENTIFIER = 255
 
 _IDENTIFIER = re.compile(rf"[A-Za-z0-9]{{1,{MAX_IDENTIFIER}}}")
+
+
+def share_of(job: JobDef) -> str:
+    """Return the share to which the job belongs."""
+    return job.share or DEFAULT_SHARE
 
 
 def is_identifier(share: str) -> bool:
@@ -179,8 +187,8 @@ class ShareLoad:
     """Decayed use in slot seconds of the ended bundles."""
     place_s: float
     """Slot seconds of an outstanding bundle."""
-    most: int
-    """Largest number of places: the bundles that are outstanding or could be cut."""
+    max_places: int
+    """Number of bundles that are outstanding or could be cut."""
 
     def key(self, places: int) -> float:
         """Return the weighted use of the share with the given number of places."""
@@ -194,32 +202,35 @@ def places(loads: Mapping[str, ShareLoad], window: int) -> dict[str, int]:
     weighted uses are equal, the share with the first identifier gets the place. The time of the function does not
     depend on the size of the window.
     """
-    if sum(load.most for load in loads.values()) <= window:
-        return {share: load.most for share, load in loads.items()}
-    # The level is the weighted use up to which every share gets places. The bisection finds a level slightly below the
-    # level at which the places are all taken, and the loop gives away the last places one by one.
-    low, high = 0.0, max(load.key(load.most) for load in loads.values())
+    if sum(load.max_places for load in loads.values()) <= window:
+        return {share: load.max_places for share, load in loads.items()}
+    # The bisection finds a weighted use up to which the shares get most of the places. The loop after the bisection
+    # gives the last places away one by one.
+    low, high = 0.0, max(load.key(load.max_places) for load in loads.values())
     for _ in range(60):
         middle = (low + high) / 2
-        if sum(_below(load, middle) for load in loads.values()) <= window:
-            low = middle
-        else:
+        rest = window - sum(_places_up_to(middle, load) for load in loads.values())
+        if rest < 0:
             high = middle
-    result = {share: _below(load, low) for share, load in loads.items()}
-    heap = [(load.key(result[share]), share) for share, load in loads.items() if result[share] < load.most]
+            continue
+        low = middle
+        if rest <= len(loads):
+            break
+    result = {share: _places_up_to(low, load) for share, load in loads.items()}
+    heap = [(load.key(result[share]), share) for share, load in loads.items() if result[share] < load.max_places]
     heapq.heapify(heap)
     for _ in range(window - sum(result.values())):
         _, share = heap[0]
         result[share] += 1
         load = loads[share]
-        if result[share] < load.most:
+        if result[share] < load.max_places:
             heapq.heapreplace(heap, (load.key(result[share]), share))
         else:
             heapq.heappop(heap)
     return result
 
 
-def _below(load: ShareLoad, level: float) -> int:
-    """Return the number of places that the share gets while its weighted use is below the level."""
-    free_s = level / load.weight - load.use_s
-    return 0 if free_s <= 0 else min(load.most, math.ceil(free_s / load.place_s))
+def _places_up_to(weighted_use: float, load: ShareLoad) -> int:
+    """Return the number of places that the share gets before it reaches the weighted use."""
+    free_s = weighted_use / load.weight - load.use_s
+    return 0 if free_s <= 0 else min(load.max_places, math.ceil(free_s / load.place_s))

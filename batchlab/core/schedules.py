@@ -111,6 +111,11 @@ class Definition:
     """Other schedules whose latest runs must have succeeded before a run begins, such as `nightly`, or must have ended,
     such as `nightly:ended`."""
 
+    @property
+    def dependencies(self) -> tuple[Dependency, ...]:
+        """Return `after` with schedule names in place of job ids."""
+        return tuple(map(Dependency.parse, self.after))
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRun:
@@ -227,8 +232,8 @@ def dependencies_of(
     the run. Return None while another schedule has not decided or started its run of the same time. A run that already
     meets its condition is left out."""
     found: list[Dependency] = []
-    for text in schedule.definition.after:
-        condition, other = Dependency.parse(text).condition, others.get(Dependency.parse(text).job)
+    for dependency in schedule.definition.dependencies:
+        other = others.get(dependency.job)
         if other is None:
             continue
         earlier = [one for one in other.runs if one.due_s <= run.due_s and one.state is not RunState.SKIPPED]
@@ -239,9 +244,9 @@ def dependencies_of(
         last = next((one for one in reversed(earlier) if one.job), None)
         if last is None or last.job is None:
             continue
-        is_met = last.state is RunState.ENDED and (condition is Condition.ENDED or last.result == JobState.SUCCEEDED)
-        if not is_met:
-            found.append(Dependency(last.job, condition))
+        is_enough = dependency.condition is Condition.ENDED or last.result == JobState.SUCCEEDED
+        if last.state is not RunState.ENDED or not is_enough:
+            found.append(replace(dependency, job=last.job))
     return tuple(found)
 
 

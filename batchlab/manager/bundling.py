@@ -73,11 +73,9 @@ class Bundler(Part):
             return 0
         is_counted = live.id in work.uncut.get(priority, {}).get(outstanding, ())
         peers = work.peers(priority) + (not is_counted)
-        if peers == 1:
-            # Bundles of paused jobs must not fill the window, because workers delete the messages of these bundles.
-            room = window - max(outstanding, work.bundles - work.paused_bundles)
-        else:
-            room = max(1, window // peers) - outstanding
+        # Bundles of paused jobs must not fill the window, because workers delete the messages of these bundles.
+        active = max(outstanding, work.active_bundles)
+        room = window - active if peers == 1 else max(1, window // peers) - outstanding
         # A cut has at least one bundle for every slot, because a cut costs the same for any number of bundles. A
         # smaller cut is worth its cost if no bundle waits behind the running bundles.
         return room if room >= slots or outstanding <= slots else 0

@@ -10,15 +10,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from batchlab.core.api_usage_types import ShareView
 from batchlab.core.errors import BackendError, Malformed, Refused, UsageError
-from batchlab.core.fair_share import DEFAULT_SHARE, MAX_ENTRIES, ShareLoad, SharePolicy, is_identifier, places
+from batchlab.core.fair_share import MAX_ENTRIES, ShareLoad, SharePolicy, is_identifier, places, share_of
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import Bundle, Completion
+from batchlab.core.model import Completion
+from batchlab.core.ports import Cut
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.field_checks import MAX_S, figure
 from batchlab.core.text import count
@@ -48,22 +51,6 @@ class Use:
 
     use_s: float = 0.0
     at_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class ShareStatus:
-    """State of one share in one pool. The `part` is the share's part of the pool while all active shares have work."""
-
-    share: str
-    pool: str
-    weight: float
-    max_slots: int | None
-    part: float
-    use_s: float
-    slots: int
-    places: int
-    jobs: int
-    waiting_tasks: int
 
 
 class FairShare:
@@ -181,8 +168,8 @@ class FairShare:
                 if not is_identifier(share):
                     raise ValueError("a share identifier is expected")
                 stored = Use(figure(use_s), monotonic_s - max(0.0, now_s - figure(at_s, MAX_S)))
-                own = self._use.setdefault(pool, {}).get(share, Use())
-                if self._decayed_s(stored, monotonic_s) > self._decayed_s(own, monotonic_s):
+                counted = self._use.setdefault(pool, {}).get(share, Use())
+                if self._decayed_s(stored, monotonic_s) > self._decayed_s(counted, monotonic_s):
                     self._use[pool][share] = stored
 
     # --- Use -------------------------------------------------------------------------------------
@@ -194,7 +181,7 @@ class FairShare:
         stage, now_s = job.stage(done.bundle.stage), self._clock.monotonic_s()
         if more_s := self.policy.use_of(stage.slots, done.ended_s - done.started_s):
             uses = self._use.setdefault(stage.pool, {})
-            share = job.share or DEFAULT_SHARE
+            share = share_of(job)
             uses[share] = Use(self._use_s(stage.pool, share, now_s) + more_s, now_s)
             self._is_changed = True
             if len(uses) > MAX_ENTRIES:
@@ -216,47 +203,53 @@ class FairShare:
         priority in a share divide the places of the share evenly.
         """
         assert self.policy is not None
-        pool, share, priority = stage.pool, live.job.share or DEFAULT_SHARE, live.job.priority
-        shares = self._lives.shares(pool)
-        work = shares.get(share) or PoolWork()
+        pool, share, priority = stage.pool, share_of(live.job), live.job.priority
+        works = self._works(pool, share)
+        work = works[share]
         if work.has_higher(priority):
             return 0
         outstanding = live.outstanding_in(pool)
         is_counted = live.id in work.uncut.get(priority, {}).get(outstanding, ())
         window = self._context.window(pool)
-        mine = places(self._loads(pool, share, 0 if is_counted else tasks), window)[share]
-        own = self._bundles(pool, share, work)
-        room = mine - own
+        share_places = places(self._loads(pool, works, {} if is_counted else {share: tasks}), window)[share]
+        bundles = self._bundles(pool, share, work)
+        room = share_places - bundles
         peers = work.peers(priority) + (not is_counted)
         if peers > 1:
-            room = min(room, max(1, mine // peers) - outstanding)
+            room = min(room, max(1, share_places // peers) - outstanding)
         limits: list[tuple[int, int]] = []
         if (limit := self._limit(share)) is not None:
             limits.append((limit, self._slots(pool, share, work)))
         if self.policy.reservation:
-            used = sum(self._slots(pool, name, shares.get(name) or PoolWork()) for name in {**shares, share: None})
-            limits.append((self._usable_slots(pool, share), used))
+            limits.append((self._usable_slots(pool, share), self._slots_in(pool, works)))
         for limit, used in limits:
             # One bundle is always allowed, because a job must end even if the limit is below the slots of its tasks.
             room = min(room, max((limit - used) // stage.slots, 0 if used else 1))
-        # A cut has at least one bundle for every slot of the share, because a cut costs the same for any number of
-        # bundles. A smaller cut is worth its cost if no bundle waits behind the running bundles.
-        least = self._context.slots.get(pool, 1) * mine // window
-        return max(0, room) if room >= least or own <= least or limits else 0
+        # A cut costs the same for any number of bundles, so the manager waits until there is room for one bundle for
+        # each slot of the share. A smaller cut is worth its cost if no bundle waits behind the running bundles. A share
+        # with a limit may never have more room.
+        share_slots = self._context.slots.get(pool, 1) * share_places // window
+        return max(0, room) if limits or room >= share_slots or bundles <= share_slots else 0
 
     @contextmanager
-    def pending(self, live: LiveJob, stage: StageDef, bundles: Sequence[Bundle]) -> Iterator[None]:
-        """Count the bundles until they are outstanding, because other jobs may be cut while the cut is committed."""
+    def pending(self, job: JobDef, cut: Cut) -> Iterator[None]:
+        """Count the bundles of the cut while the caller commits and sends the cut. Other jobs may be cut meanwhile, and
+        the bundles are not outstanding before the commit."""
         if self.policy is None:
             yield
             return
-        counts = self._pending.setdefault((stage.pool, live.job.share or DEFAULT_SHARE), Counter())
-        added = Counter(bundles=len(bundles), slots=len(bundles) * stage.slots)
+        stage, number = job.stage(cut.stage), len(cut.bundles)
+        counts = self._pending.setdefault((stage.pool, share_of(job)), Counter())
+        added = Counter(bundles=number, slots=number * stage.slots)
         counts.update(added)
         try:
             yield
         finally:
             counts.subtract(added)
+
+    def _works(self, pool: str, share: str) -> dict[str, PoolWork]:
+        """Return the work of each share in the pool, including the work of `share`."""
+        return {share: PoolWork(), **self._lives.shares(pool)}
 
     def _bundles(self, pool: str, share: str, work: PoolWork) -> int:
         return work.active_bundles + self._pending.get((pool, share), _NOTHING)["bundles"]
@@ -264,14 +257,20 @@ class FairShare:
     def _slots(self, pool: str, share: str, work: PoolWork) -> int:
         return work.slots + self._pending.get((pool, share), _NOTHING)["slots"]
 
+    def _slots_in(self, pool: str, works: Mapping[str, PoolWork]) -> int:
+        return sum(self._slots(pool, share, work) for share, work in works.items())
+
     def ready(self, pool: str) -> list[LiveJob]:
         """Return the jobs that may cut bundles now."""
-        shares = self._lives.shares(pool)
-        if self.policy is None or not any(work.uncut for work in shares.values()):
+        works = self._lives.shares(pool)
+        if self.policy is None or not any(work.uncut for work in works.values()):
             return []
-        given = places(self._loads(pool), self._context.window(pool))
-        rooms = {share: given[share] - self._bundles(pool, share, work) for share, work in shares.items()}
-        return [live for share, work in shares.items() for live in work.first(rooms[share])]
+        share_places = places(self._loads(pool, works), self._context.window(pool))
+        return [
+            live
+            for share, work in works.items()
+            for live in work.first(share_places[share] - self._bundles(pool, share, work))
+        ]
 
     def wake(self, pools: set[str]) -> None:
         """Advance the jobs whose turn has come after the end of bundles in the pools."""
@@ -279,24 +278,24 @@ class FairShare:
             for live in self.ready(pool):
                 live.wake.set()
 
-    def _loads(self, pool: str, newcomer: str = "", tasks: int = 0) -> dict[str, ShareLoad]:
-        """Return the work of each share in the pool. `newcomer` is the share of a job whose `tasks` are not counted
-        yet."""
+    def _loads(
+        self, pool: str, works: Mapping[str, PoolWork], more_tasks: Mapping[str, int] = MappingProxyType({})
+    ) -> dict[str, ShareLoad]:
+        """Return the load of each share in the pool. `more_tasks` are uncut tasks that `works` does not count yet."""
         assert self.policy is not None
         now_s = self._clock.monotonic_s()
-        shares = self._lives.shares(pool)
-        bundles = sum(work.active_bundles for work in shares.values())
-        usual_s = sum(work.sent_us for work in shares.values()) / 1e6 / bundles if bundles else settlement.TARGET_S
+        active_bundles = sum(work.active_bundles for work in works.values())
+        sent_us = sum(work.sent_us for work in works.values())
+        usual_s = sent_us / 1e6 / active_bundles if active_bundles else settlement.TARGET_S
         loads: dict[str, ShareLoad] = {}
-        for share in {**shares, newcomer: None} if newcomer else shares:
-            work = shares.get(share) or PoolWork()
-            own, slots = self._bundles(pool, share, work), self._slots(pool, share, work)
+        for share, work in works.items():
+            bundles, slots = self._bundles(pool, share, work), self._slots(pool, share, work)
             attributes = self.policy.attributes(share)
-            most = own + work.uncut_tasks + (tasks if share == newcomer else 0)
+            max_places = bundles + work.uncut_tasks + more_tasks.get(share, 0)
             if attributes.max_slots is not None:
-                most = min(most, own + max(attributes.max_slots - slots, 0 if slots else 1))
+                max_places = min(max_places, bundles + max(attributes.max_slots - slots, 0 if slots else 1))
             place_s = work.sent_us / 1e6 / work.active_bundles if work.active_bundles else usual_s
-            loads[share] = ShareLoad(attributes.weight, self._use_s(pool, share, now_s), place_s, most)
+            loads[share] = ShareLoad(attributes.weight, self._use_s(pool, share, now_s), place_s, max_places)
         return loads
 
     def _limit(self, share: str) -> int | None:
@@ -305,7 +304,7 @@ class FairShare:
     def _usable_slots(self, pool: str, share: str = "") -> int:
         """Return the slots of the pool that the active shares, including `share`, may use."""
         assert self.policy is not None
-        return self.policy.usable_slots(self._max_slots(pool), len({*self._active(pool), *([share] if share else [])}))
+        return self.policy.usable_slots(self._max_slots(pool), len(self._active(pool) | ({share} if share else set())))
 
     def _max_slots(self, pool: str) -> int:
         view = self._context.groups.get(pool)
@@ -339,57 +338,57 @@ class FairShare:
         not."""
         if self.policy is None or not live.has_uncut_tasks(pool):
             return ""
-        share, shares = live.job.share or DEFAULT_SHARE, self._lives.shares(pool)
-        work, attributes = shares.get(share) or PoolWork(), self.policy.attributes(share)
-        slots, needed = self._slots(pool, share, work), min(one.slots for one in live.job.stages if one.pool == pool)
-        if attributes.max_slots is not None and slots + needed > attributes.max_slots and slots:
-            return f"share {share} uses {slots} of at most {count(attributes.max_slots, 'slot')} in pool {pool}"
-        most, usable = self._max_slots(pool), self._usable_slots(pool, share)
-        used = sum(self._slots(pool, name, one) for name, one in shares.items())
+        share = share_of(live.job)
+        works, limit = self._works(pool, share), self._limit(share)
+        slots = self._slots(pool, share, works[share])
+        needed = min(one.slots for one in live.job.stages if one.pool == pool)
+        if limit is not None and slots + needed > limit and slots:
+            return f"share {share} uses {slots} of at most {count(limit, 'slot')} in pool {pool}"
+        max_slots, usable, used = self._max_slots(pool), self._usable_slots(pool, share), self._slots_in(pool, works)
         if used and used + needed > usable:
-            return f"the compute reservation keeps {most - usable} of {most} slots of pool {pool} free for other shares"
-        loads = self._loads(pool, share)
-        given, own = places(loads, self._context.window(pool))[share], self._bundles(pool, share, work)
-        rivals = {name: load for name, load in loads.items() if name != share and load.most}
-        if own < given or not rivals:
+            reserved = f"{max_slots - usable} of {max_slots} slots of pool {pool}"
+            return f"the compute reservation keeps {reserved} free for other shares"
+        loads, bundles = self._loads(pool, works), self._bundles(pool, share, works[share])
+        share_places = places(loads, self._context.window(pool))[share]
+        rivals = [name for name, load in loads.items() if name != share and load.max_places]
+        if bundles < share_places or not rivals:
             return ""
         uses = {name: loads[name].weight * loads[name].use_s for name in (share, *rivals)}
         first = min(rivals, key=lambda name: (uses[name], name))
         return (
-            f"share {share} has {count(own, 'bundle')} outstanding in pool {pool}, and {count(given, 'place')}. The "
-            f"weighted use of share {share} is {uses[share]:.0f} slot seconds, and that of share {first} is "
-            f"{uses[first]:.0f}"
+            f"share {share} has {count(bundles, 'bundle')} outstanding in pool {pool}, and "
+            f"{count(share_places, 'place')}. The weighted use of share {share} is {uses[share]:.0f} slot seconds, and "
+            f"that of share {first} is {uses[first]:.0f}"
         )
 
-    def status(self) -> list[ShareStatus]:
+    def status(self) -> list[ShareView]:
         """Return the state of each share in each pool in which the share has an entry, jobs, or use."""
         if self.policy is None:
             return []
         now_s = self._clock.monotonic_s()
         named = [one.identifier for one in self.policy.shares if not one.identifier.endswith("*")]
-        result: list[ShareStatus] = []
+        result: list[ShareView] = []
         for pool in sorted(self._context.pools):
             works = self._lives.shares(pool)
             active = self._active(pool)
-            claims = {share: 1 / self.policy.attributes(share).weight for share in active}
-            given = places(self._loads(pool), self._context.window(pool))
+            share_places = places(self._loads(pool, works), self._context.window(pool))
             busy = {share for share, work in works.items() if work.working or work.bundles}
-            for share in sorted({*named, *active, *busy}):
-                work, attributes = works.get(share) or PoolWork(), self.policy.attributes(share)
-                claim = 1 / attributes.weight
-                total = sum(claims.values()) + (0.0 if share in claims else claim)
+            shares = {share: self.policy.attributes(share) for share in sorted({*named, *active, *busy})}
+            active_total = sum(1 / shares[share].weight for share in active)
+            for share, attributes in shares.items():
+                work, claim = works.get(share) or PoolWork(), 1 / attributes.weight
                 result.append(
-                    ShareStatus(
-                        share,
-                        pool,
-                        attributes.weight,
-                        attributes.max_slots,
-                        claim / total,
-                        self._use_s(pool, share, now_s),
-                        work.slots,
-                        given.get(share, 0),
-                        len(work.working),
-                        work.uncut_tasks,
-                    )
+                    {
+                        "share": share,
+                        "pool": pool,
+                        "weight": attributes.weight,
+                        "max_slots": attributes.max_slots,
+                        "part": claim / (active_total if share in active else active_total + claim),
+                        "use_s": self._use_s(pool, share, now_s),
+                        "slots": work.slots,
+                        "places": share_places.get(share, 0),
+                        "jobs": len(work.working),
+                        "waiting_tasks": work.uncut_tasks,
+                    }
                 )
         return result

@@ -189,8 +189,7 @@ class JobCoordinator(Part):
         bundles, uncut = self._bundler.wave(live, stage, tasks, round_)
         now_s = self._clock.now_s()
         cut = Cut(live.id, stage.name, round_, 0, bundles, uncut, len(tasks), now_s)
-        with self._context.fair_share.pending(live, stage, bundles):
-            await self._commit_and_send(live, cut)
+        await self._commit_and_send(live, cut)
         extra = {"job": live.id, "stage": stage.name}
         log.info("planned %d tasks, the first %d bundles sent", len(tasks), len(bundles), extra=extra)
         self._context.wake_if_short(stage.pool)
@@ -214,8 +213,7 @@ class JobCoordinator(Part):
                 return
             seq, now_s = record.cut_seq + 1, self._clock.now_s()
             cut = Cut(live.id, stage.name, round_, seq, bundles, uncut, at_s=now_s)
-            with self._context.fair_share.pending(live, stage, bundles):
-                await self._commit_and_send(live, cut)
+            await self._commit_and_send(live, cut)
 
     async def _commit_cut(self, live: LiveJob, cut: Cut) -> Cut:
         """Commit a cut, and return the committed cut, which may be the cut of an earlier manager."""
@@ -238,15 +236,16 @@ class JobCoordinator(Part):
     async def _commit_and_send(self, live: LiveJob, cut: Cut) -> None:
         above = live.spans.get(cut.stage) or live.job.trace
         about = Subject(live.id, cut.stage)
-        with span(self._tracer, "cut", above, about, bundles=len(cut.bundles)) as cutting:
-            counts = await self._commit_cut(live, cut)
-        bundles = counts.bundles
-        if counts is not cut:
-            # An earlier manager may have sent the bundles, and the ledger may have lost the cut in a power failure. The
-            # bundles are therefore sent as copies, because a worker checks for an outcome before it runs a copy of a
-            # bundle.
-            bundles = tuple(replace(bundle, losses=1) for bundle in bundles)
-        await self.send(live.job, bundles, trace=cutting.context)
+        with self._context.fair_share.pending(live.job, cut):
+            with span(self._tracer, "cut", above, about, bundles=len(cut.bundles)) as cutting:
+                counts = await self._commit_cut(live, cut)
+            bundles = counts.bundles
+            if counts is not cut:
+                # An earlier manager may have sent the bundles, and the ledger may have lost the cut in a power failure.
+                # The bundles are therefore sent as copies, because a worker checks for an outcome before it runs a copy
+                # of a bundle.
+                bundles = tuple(replace(bundle, losses=1) for bundle in bundles)
+            await self.send(live.job, bundles, trace=cutting.context)
 
     async def send(
         self, job: JobDef, bundles: Sequence[Bundle], *, trace: str = "", copy_s: float | None = None

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
-from batchlab.core.fair_share import DEFAULT_SHARE
+from batchlab.core.fair_share import DEFAULT_SHARE, share_of
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Control, JobId, JobState, StageCounts
 from batchlab.core.protocol import settlement
@@ -95,14 +95,14 @@ class PoolWork:
         part = max(1, window // sum(map(len, by_bundles.values())))
         return [live for bundles, jobs in by_bundles.items() if bundles < part for live in jobs.values()]
 
-    def first(self, most: int) -> list[LiveJob]:
-        """Return at most `most` jobs of the highest priority with uncut tasks, the jobs with the fewest outstanding
+    def first(self, number: int) -> list[LiveJob]:
+        """Return at most `number` jobs of the highest priority with uncut tasks, the jobs with the fewest outstanding
         bundles first."""
         if not self.uncut:
             return []
         by_bundles = self.uncut[max(self.uncut)]
         jobs = (live for bundles in sorted(by_bundles) for live in by_bundles[bundles].values())
-        return list(islice(jobs, max(0, most)))
+        return list(islice(jobs, max(0, number)))
 
     def add(self, live: LiveJob, part: _Contribution) -> None:
         self._count(part, 1)
@@ -366,7 +366,7 @@ def _contributions(live: LiveJob, now_s: float | None = None) -> dict[str, _Cont
                 has_work=live.has_work(stage.pool),
                 is_held=live.is_held,
                 is_runnable=live.record.state is JobState.RUNNABLE,
-                share=live.job.share or DEFAULT_SHARE,
+                share=share_of(live.job),
                 priority=live.job.priority if runs and not live.is_held and live.has_uncut_tasks(stage.pool) else None,
             )
         record = live.stages[stage.name]

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from batchlab.core import due_times, schedules
 from batchlab.core.errors import BackendError, NotFound, Refused, UsageError
-from batchlab.core.job_definition import Dependency, JobDef
+from batchlab.core.job_definition import JobDef
 from batchlab.core.protocol import object_keys
 from batchlab.core.schedules import Definition, Missed, Overlap, Schedule, ScheduledRun
 from batchlab.core.text import join_list
@@ -122,7 +122,7 @@ class ScheduleCommands(Scheduler):
     def _check_dependencies(self, definition: Definition) -> None:
         """Raise NotFound for a dependency on an unknown schedule, and UsageError for schedules that would wait for each
         other."""
-        ahead = [Dependency.parse(text).job for text in definition.after]
+        ahead = [dependency.job for dependency in definition.dependencies]
         for name in ahead:
             if name != definition.name:
                 self._existing(name)
@@ -137,7 +137,7 @@ class ScheduleCommands(Scheduler):
             other = self.store.schedules.get(name)
             if other is not None and name not in seen:
                 seen.add(name)
-                ahead += [Dependency.parse(text).job for text in other.definition.after]
+                ahead += [dependency.job for dependency in other.definition.dependencies]
 
     async def pause(self, name: str) -> Schedule:
         """Pause the schedule: no run starts until `resume`, but a running job finishes."""

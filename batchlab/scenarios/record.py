@@ -5,7 +5,7 @@ Times in a record are seconds from the start of the run. In a compressed run, th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from batchlab.core.errors import UsageError
+from batchlab.core.job_definition import Condition, Dependency
 from batchlab.core.model import JobState
 from batchlab.core.text import count
 
@@ -84,6 +85,11 @@ class JobRun:
             failed=0,
             cancelled=0,
         )
+
+
+def unrefused(after: Sequence[Dependency], refused: Container[str]) -> tuple[Dependency, ...]:
+    """Return the dependencies without the refused jobs that must only end, because a refused job has ended."""
+    return tuple(other for other in after if other.condition is not Condition.ENDED or other.job not in refused)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from batchlab.core.fair_share import DEFAULT_SHARE, SharePolicy
+from batchlab.core.fair_share import SharePolicy, share_of
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, Pool, StageName
 from batchlab.core.ports import Cut, Fold, FoldResult
@@ -78,25 +78,25 @@ class Claim:
     weight: float
     use_s: float
     place_s: float
-    most: float
+    max_places: float
 
 
 def reference_places(claims: dict[str, Claim], window: int) -> dict[str, int]:
     """Give each place of the window to the share with the lowest weighted use, and return the places of each share."""
-    given = dict.fromkeys(claims, 0)
+    result = dict.fromkeys(claims, 0)
     for _ in range(window):
-        open_ = [share for share, claim in claims.items() if given[share] < claim.most]
+        open_ = [share for share, claim in claims.items() if result[share] < claim.max_places]
         if not open_:
             break
         lowest = min(
             open_,
             key=lambda share: (
-                claims[share].weight * (claims[share].use_s + given[share] * claims[share].place_s),
+                claims[share].weight * (claims[share].use_s + result[share] * claims[share].place_s),
                 share,
             ),
         )
-        given[lowest] += 1
-    return given
+        result[lowest] += 1
+    return result
 
 
 @dataclass(slots=True)
@@ -135,7 +135,7 @@ class ShareChecks:
         """Store the state before an event at `now_s`."""
         if self.policy is None:
             return
-        active = {self._share(job) for name, job in self._jobs.items() if name not in self._ended}
+        active = {share_of(job) for name, job in self._jobs.items() if name not in self._ended}
         active |= {share for (_, share), used in self._used.items() if now_s - used.at_s <= self.policy.decay_s + 2.0}
         state = State(now_s, self.policy, self._sent(), dict(self._used), dict(self._left), frozenset(active))
         self._states.append(state)
@@ -148,16 +148,12 @@ class ShareChecks:
             definition, stage = self._jobs[job], StageName(name)
             if self.is_live(job):
                 stage_def = definition.stage(stage)
-                sent = result.setdefault((stage_def.pool, self._share(definition)), Sent())
+                sent = result.setdefault((stage_def.pool, share_of(definition)), Sent())
                 sent.bundles += 1
                 sent.slots += stage_def.slots
                 estimate_s = max(BUNDLE_S, self._mean_s.get((job, stage), UNMEASURED_S))
                 sent.slot_s += stage_def.slots * estimate_s
         return result
-
-    @staticmethod
-    def _share(job: JobDef) -> str:
-        return job.share or DEFAULT_SHARE
 
     # --- Events ----------------------------------------------------------------------------------
 
@@ -215,7 +211,7 @@ class ShareChecks:
                 # The integral of the decay over the run of the bundle, which has just ended.
                 took_s, decay_s = max(0.0, completion.ended_s - completion.started_s), self.policy.decay_s
                 use_s = stage.slots * decay_s * (1 - math.exp(-took_s / decay_s))
-                place = stage.pool, self._share(job)
+                place = stage.pool, share_of(job)
                 used = self._used.get(place, Used(at_s=now_s)).at(self.policy, now_s)
                 self._used[place] = Used(used.least_s + use_s, used.most_s + use_s, now_s)
                 self._recent.append((now_s, place, use_s))
@@ -269,24 +265,26 @@ class ShareChecks:
     def _wrong(self, state: State, cut: Cut, now_s: float, since_s: float) -> str:
         """Return what is wrong with the cut in the state, or "" for a right cut."""
         job = self._jobs[cut.job]
-        stage, share = job.stage(cut.stage), self._share(job)
+        stage, share = job.stage(cut.stage), share_of(job)
         pool, size, place = self.pools[stage.pool], len(cut.bundles), (stage.pool, share)
-        most_slots = pool.max_size * pool.slots
-        own = state.sent.get(place, Sent())
+        max_slots = pool.max_size * pool.slots
+        sent = state.sent.get(place, Sent())
         limit = state.policy.attributes(share).max_slots
-        if limit is not None and own.slots + size * stage.slots > limit and (own.slots or size > 1):
-            return f"share {share} gets {size} bundles of {stage.slots} slots above {own.slots} of at most {limit}"
+        if limit is not None and sent.slots + size * stage.slots > limit and (sent.slots or size > 1):
+            return f"share {share} gets {size} bundles of {stage.slots} slots above {sent.slots} of at most {limit}"
         if state.policy.reservation:
             ratio = (state.policy.reservation / 100) ** max(1, len(state.active | {share}))
-            usable = math.floor(most_slots * (1 - ratio) + 1e-9)
-            slots = sum(sent.slots for (name, _), sent in state.sent.items() if name == stage.pool)
+            usable = math.floor(max_slots * (1 - ratio) + 1e-9)
+            slots = sum(one.slots for (name, _), one in state.sent.items() if name == stage.pool)
             if slots + size * stage.slots > usable and (slots or size > 1):
                 return f"{cut.job} gets {size} bundles above {slots} slots, of which {usable} are not reserved"
         claims = self._claims(state, place, now_s, since_s)
-        given = reference_places(claims, self.window * most_slots + 1)
-        if own.bundles + size > given[share] + SPARE_PLACES:
+        places = reference_places(claims, self.window * max_slots + 1)
+        if sent.bundles + size > places[share] + SPARE_PLACES:
             uses = {one: round(claim.weight * claim.use_s, 2) for one, claim in claims.items()}
-            return f"share {share} gets {size} bundles above {own.bundles}, its places are {given} for the uses {uses}"
+            return (
+                f"share {share} gets {size} bundles above {sent.bundles}, its places are {places} for the uses {uses}"
+            )
         return ""
 
     def _claims(self, state: State, place: Place, now_s: float, since_s: float) -> dict[str, Claim]:
@@ -297,7 +295,7 @@ class ShareChecks:
             job = self._jobs[name]
             known_s = max(self._left_since_s.get((name, stage), now_s), since_s, self.live_since_s(name))
             if job.stage(stage).pool == pool and now_s - known_s >= KNOWN_S:
-                waiting[self._share(job)] = waiting.get(self._share(job), 0) + tasks
+                waiting[share_of(job)] = waiting.get(share_of(job), 0) + tasks
         sent_in_pool = [sent for (name, _), sent in state.sent.items() if name == pool]
         bundles = sum(sent.bundles for sent in sent_in_pool)
         usual_s = sum(sent.slot_s for sent in sent_in_pool) / bundles if bundles else BUNDLE_S
@@ -305,9 +303,9 @@ class ShareChecks:
         for one in sorted({share, *waiting, *(name for where, name in state.sent if where == pool)}):
             sent, attributes = state.sent.get((pool, one), Sent()), state.policy.attributes(one)
             used = state.used.get((pool, one), Used(at_s=now_s)).at(state.policy, now_s)
-            most = math.inf if one == share else sent.bundles + waiting.get(one, 0)
+            max_places = math.inf if one == share else sent.bundles + waiting.get(one, 0)
             if attributes.max_slots is not None and one != share:
-                most = min(most, sent.bundles + max(0, attributes.max_slots - sent.slots))
+                max_places = min(max_places, sent.bundles + max(0, attributes.max_slots - sent.slots))
             place_s = sent.slot_s / sent.bundles if sent.bundles else usual_s
-            claims[one] = Claim(attributes.weight, used.least_s if one == share else used.most_s, place_s, most)
+            claims[one] = Claim(attributes.weight, used.least_s if one == share else used.most_s, place_s, max_places)
         return claims

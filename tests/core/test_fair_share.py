@@ -28,7 +28,7 @@ def test_places_equal_the_reference(seed: int) -> None:
         for name in names
     }
     window = rng.randint(0, 90)
-    claims = {name: Claim(load.weight, load.use_s, load.place_s, load.most) for name, load in loads.items()}
+    claims = {name: Claim(load.weight, load.use_s, load.place_s, load.max_places) for name, load in loads.items()}
     assert places(loads, window) == reference_places(claims, window)
 
 

@@ -22,7 +22,7 @@ from batchlab.scenarios.replay import driver, recording
 from batchlab.scenarios.replay.measurements import Measurements, StageTotals
 from batchlab.scenarios.verdicts import MEASURES
 from tests.support.cli import a_job
-from tests.support.scenarios.files import load, refused
+from tests.support.scenarios.files import load
 from tests.support.sim.scenes import A, job, stage
 
 TEXT = """\
@@ -63,23 +63,6 @@ def test_a_job_depends_on_the_latest_job_of_each_template_up_to_its_arrival(tmp_
         assert mail.after == (Dependency(JobId(sums.id), Condition.ENDED), Dependency(JobId(loading.id)))
     late = load(tmp_path, TEXT.replace("{job: load, at: [0s, 1h]}", "{job: load, at: [1s, 2h]}"))
     assert [len(one.after) for one in expand(late).jobs if one.template.name == "sums"] == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "line", "words"),
-    [
-        ("after: load", "after: laod", 5, "There is no job 'laod' to wait for. Did you mean 'load'?"),
-        ("after: load", "after: load:failed", 5, "'load:failed' is not a dependency."),
-        ("after: load", "after: [load, load:ended]", 5, "'load' is named twice."),
-        ("after: load", "after: sums", 5, "These jobs would wait for each other: sums after sums."),
-        ("after: load", "after: mail", 6, "These jobs would wait for each other: mail after sums after mail."),
-        ("after: load", "after: 5", 5, "There is no job '5' to wait for."),
-        ("after: load", "after: {job: load}", 5, "'after' must be"),
-    ],
-)
-def test_mistakes_in_dependencies_are_reported(tmp_path: Path, old: str, new: str, line: int, words: str) -> None:
-    found = refused(tmp_path, TEXT.replace(old, new, 1))
-    assert any(error.line == line and words in f"{error.message} {error.remedy}" for error in found), found
 
 
 def test_a_forecast_begins_a_job_after_its_dependencies(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tests.support.scenarios.files import changed, load, refused
 POISSON = "poisson: {per_hour: 60, until: 1h}"
 AT = "at: [0s, {at: 5m, count: 3}]"
 KILL = "{at: 30m, fault: kill, count: 1}"
+SMALL = "small: {task: 2s}"
 TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
 
 
@@ -125,6 +126,19 @@ TASKS = "{lognormal: {median: 20, sigma: 0.5}}"
             "unequal numbers of tasks",
         ),
         ("small: {task: 2s}", "small: {task: 2s, groups: {a: 2}}", 11, "without a job file"),
+        # Dependencies
+        (SMALL, "small: {task: 2s, after: clams}", 11, "There is no job 'clams' to wait for. Did you mean 'claims'?"),
+        (SMALL, "small: {task: 2s, after: claims:failed}", 11, "'claims:failed' is not a dependency."),
+        (SMALL, "small: {task: 2s, after: [claims, claims:ended]}", 11, "'claims' is named twice."),
+        (SMALL, "small: {task: 2s, after: small}", 11, "would wait for each other: small after small."),
+        (
+            SMALL,
+            "small: {task: 2s, after: large}\n  large: {task: 9s, after: small}",
+            11,
+            "These jobs would wait for each other: small after large after small.",
+        ),
+        (SMALL, "small: {task: 2s, after: 5}", 11, "There is no job '5' to wait for."),
+        (SMALL, "small: {task: 2s, after: {job: claims}}", 11, "'after' must be"),
         # Arrivals
         ("job: claims, poisson", "jbo: claims, poisson", 13, "Did you mean 'job'?"),
         ("job: claims, poisson", "job: clams, poisson", 13, "Did you mean 'claims'?"),

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from batchlab.core.errors import BatchlabError, Refused, UsageError
-from batchlab.core.job_definition import Condition
 from batchlab.core.model import JobId
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import MAX_WAIT_S, Objects
@@ -37,7 +36,7 @@ from batchlab.scenarios.forecast.simulated_work import (
 )
 from batchlab.scenarios.model.expansion import expand
 from batchlab.scenarios.model.values import FaultName, Job, Prewarm, Scenario
-from batchlab.scenarios.record import JobRun, Record
+from batchlab.scenarios.record import JobRun, Record, unrefused
 from batchlab.sim.event_loop import SimLoop
 from batchlab.sim.fuzz import silence
 from batchlab.sim.world import World
@@ -338,11 +337,7 @@ class _Simulation:
         calls_s = SUBMIT_CALLS * sum(calibration.call_s) / 2
         if (extra_s := calibration.submit_s - calls_s) > 0:
             await asyncio.sleep(extra_s)
-        # A refused job has ended.
-        refused = self._refused
-        after = tuple(
-            other for other in job.after if other.condition is not Condition.ENDED or other.job not in refused
-        )
+        after = unrefused(job.after, self._refused)
         definition = replace(job_def(job, world.clock.now_s()), after=after)
         items = await store_items(definition, world.objects, Patience(world.rng(f"client/{job.id}")))
         try:

@@ -55,8 +55,8 @@ SpeculativeCopies = Annotated[
     bool,
     Field(
         description="Whether stragglers may get speculative copies. In a job template, the key applies to `task`. With "
-        "`file`, the job file decides. By default, there are no copies, because a declared run time is the same on "
-        "every worker.",
+        "`file`, the job file decides. Copies are off by default, because a declared run time does not "
+        "depend on the worker.",
         examples=[True],
     ),
 ]

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 from batchlab.core.api_types import JobView, PoolView
 from batchlab.core.errors import BackendError, BatchlabError, NotFound, Refused
-from batchlab.core.job_definition import Condition, Dependency, JobDef
+from batchlab.core.job_definition import Dependency, JobDef
 from batchlab.core.ports import Clock
 from batchlab.scenarios.model.values import Fault, FaultName, Prewarm
-from batchlab.scenarios.record import InjectedFault, JobRun
+from batchlab.scenarios.record import InjectedFault, JobRun, unrefused
 from batchlab.scenarios.replay.jobs import JobPreparer, PreparedJob
 from batchlab.scenarios.replay.run_state import (
     RUN_ENDED,
@@ -287,8 +287,7 @@ class ReplayRun:
         earlier = [self._submissions[other.job][1] for other in job.after if other.job in self._submissions]
         if earlier:
             await asyncio.wait(earlier)
-        refused = self.state.refused
-        return tuple(other for other in job.after if other.condition is not Condition.ENDED or other.job not in refused)
+        return unrefused(job.after, self.state.refused)
 
     def _record(self, prepared: PreparedJob, view: JobView) -> None:
         self.state.running[prepared.job.id] = SubmittedJob(prepared.due, self.state.at_s(), view)

@@ -58,8 +58,8 @@ async def set_share(manager: Leader, entry: Entry) -> api_usage_types.SharesView
     """Set the weight factor or the limit of a share. The first entry creates the policy."""
 
     def change(policy: SharePolicy) -> SharePolicy:
-        own = (one for one in policy.shares if one.identifier == entry.identifier)
-        attributes = next(own, ShareAttributes(entry.identifier))
+        new = ShareAttributes(entry.identifier)
+        attributes = next((one for one in policy.shares if one.identifier == entry.identifier), new)
         if entry.weight is not None:
             attributes = replace(attributes, weight=entry.weight)
         if entry.max_slots is not None:
