@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pytest
 
 from batchlab.adapters.aws.sqs import _RECEIVES, SqsQueue
-from batchlab.core.errors import BackendError, NotFound, Throttled, TooLarge, Unreachable
+from batchlab.core.errors import BackendError, Denied, NotFound, Throttled, TooLarge, Unreachable
 from batchlab.core.ports import Depth, Outgoing, QueueSpec
 from tests.support.aws.scripted_sqs import Answer, Script, refusal, scripted
 
@@ -54,8 +54,8 @@ def _says(*answer: Any) -> Script:
         (refusal("InternalFailure", 500), Unreachable),
         ((502, "<html>Bad gateway</html>"), Unreachable),
         (refusal("BatchRequestTooLong"), TooLarge),
-        (refusal("AccessDeniedException", 403), BackendError),
-        (refusal("InvalidClientTokenId", 403), BackendError),
+        (refusal("AccessDeniedException", 403), Denied),
+        (refusal("InvalidClientTokenId", 403), Denied),
         (refusal("UnsupportedOperation"), BackendError),
     ],
 )
