@@ -170,6 +170,7 @@ ENDPOINT = option(
 SCENARIO = argument("Path of a scenario file, or name of a shipped scenario.", "SCENARIO", autocompletion=scenarios)
 LIKE = option("Backend whose settings the simulated grid uses.", "BACKEND", default="aws", autocompletion=backends)
 CALIBRATION = option("File with the measurements of a grid, which `scenario calibrate` wrote.", "FILE")
+NO_SHARES = flag("Ignore the fair-share policy of the scenario, for a comparison.", "--no-shares")
 JSON = flag("Print the output as JSON, for programs.", "--json")
 OUT = option("Folder for the job's results. Default: out/<job name> in the current folder.", "DIR")
 SET = option("Set a parameter of the job. Repeatable.", "KEY=VALUE", "--set")

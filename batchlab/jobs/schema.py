@@ -243,7 +243,7 @@ Priority = Annotated[
 ]
 
 
-Share = Annotated[
+JobShare = Annotated[
     field_types.ShareIdentifier | None,
     Field(
         description="Share identifier of the job in the grid's fair-share policy, such as the name of a team. By "
@@ -382,7 +382,7 @@ class JobSpec(Keys):
         examples=[{"max_failures": "5%"}],
     )
     priority: Priority = 0
-    share: Share = None
+    share: JobShare = None
     tags: dict[str, str] = Field(
         default_factory=dict,
         description="Labels of the job, as a mapping of text to text. batchlab does not interpret them.",

@@ -53,6 +53,15 @@ class Use:
     at_s: float = 0.0
 
 
+def policy_of(content: bytes) -> SharePolicy | None:
+    """Return the policy in the stored document, or None after a removal. Raise Malformed for other content."""
+    doc = json_format.loads(content)["policy"]
+    try:
+        return None if doc is None else SharePolicy.from_json(doc)
+    except UsageError as error:
+        raise Malformed(f"The fair-share policy cannot be read: {error.message}") from error
+
+
 class FairShare:
     """Fair share of the leader. Only a manager of a full grid reads and stores the policy (`is_enabled`)."""
 
@@ -108,11 +117,7 @@ class FairShare:
         self._context.wake.set()
 
     def _merge_policy(self, content: bytes) -> None:
-        doc = json_format.loads(content)["policy"]
-        try:
-            self._set(None if doc is None else SharePolicy.from_json(doc))
-        except UsageError as error:
-            raise Malformed(f"The fair-share policy cannot be read: {error.message}") from error
+        self._set(policy_of(content))
 
     def _set(self, policy: SharePolicy | None) -> None:
         now_s = self._clock.monotonic_s()

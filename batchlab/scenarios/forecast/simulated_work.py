@@ -56,6 +56,7 @@ def job_def(job: Job, submitted_s: float) -> JobDef:
         items=job.tasks,
         max_failures=template.max_failures,
         priority=template.priority,
+        share=template.share,
         tags=((TENANT_TAG, job.tenant),) if job.tenant else (),
         token=job.id,
         after=job.after,

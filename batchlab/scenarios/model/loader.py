@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import CycleError
 from pathlib import Path
 from typing import Any
 
 from batchlab.core import installation, instance_types
 from batchlab.core.errors import UsageError
+from batchlab.core.fair_share import MAX_DECAY_S, ShareAttributes
 from batchlab.core.model import Pool
 from batchlab.core.pricing import price_book
 from batchlab.jobs import handler_lookup, yaml_source
@@ -185,6 +186,19 @@ def _steps(spec: StepSpec, loc: Loc) -> Iterator[Problem]:
             yield Problem((*loc, i, "at"), message, "Delete one of the two, or write a later at.")
 
 
+def _shares(subject: CheckedScenario) -> Iterator[Problem]:
+    policy = subject.spec.shares
+    if policy is None:
+        return
+    if policy.decay > MAX_DECAY_S:
+        yield Problem(("shares", "decay"), "A share decay is at most 7 days.", "Write 7d or less.")
+    entries = [ShareAttributes(entry.identifier) for entry in policy.shares]
+    for i, entry in enumerate(entries):
+        if other := next((other for other in entries[:i] if other.overlaps(entry)), None):
+            message = f"The entries '{other.identifier}' and '{entry.identifier}' apply to the same share."
+            yield Problem(("shares", "shares", i, "identifier"), message, "Delete one of the two.")
+
+
 def _prewarm(subject: CheckedScenario) -> Iterator[Problem]:
     for i, spec in enumerate(subject.spec.prewarm):
         loc: Loc = ("prewarm", i)
@@ -299,6 +313,7 @@ _CHECKS: tuple[tuple[Callable[[CheckedScenario], Iterator[Problem]], tuple[Loc, 
     (_joins, (("arrivals",),)),
     (_dependencies, ()),
     (_arrivals, ()),
+    (_shares, (("shares",),)),
     (_prewarm, ()),
     (_faults, (("zones",),)),
     (_overlaps, ()),
@@ -404,4 +419,7 @@ def _build_scenario(
         digest=hashlib.sha256(text.encode()).hexdigest(),
         path=path,
     )
-    return scenario, [*builder.problems, *find_problems(structure, jobs)]
+    problems = [*builder.problems, *find_problems(structure, jobs)]
+    if spec.shares is not None and not problems:
+        scenario = replace(scenario, shares=build.share_policy(spec.shares))
+    return scenario, problems
