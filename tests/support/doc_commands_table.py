@@ -138,6 +138,10 @@ batchlab scenario simulate claims-month-end --seed 8 => batchlab scenario simula
 batchlab scenario simulate peak.yaml --like localstack
 batchlab scenario simulate peak.yaml --out peak.json
 batchlab scenario simulate peak.yaml --log peak.log
+batchlab scenario simulate two-tenants --no-shares => batchlab scenario simulate peak.yaml --no-shares
+batchlab scenario simulate two-tenants --out with.json => batchlab scenario simulate peak.yaml --out with.json
+batchlab scenario simulate two-tenants --no-shares --out without.json => batchlab scenario simulate peak.yaml --no-shares --out without.json
+batchlab scenario compare with.json without.json
 batchlab scenario simulate ci/month-end.yaml --json > verdict.json || exit 1
 batchlab scenario record --from peak.json --out peak-as-it-was.yaml
 batchlab scenario plan evening.yaml --deadline 40m --json => batchlab scenario plan evening.yaml --deadline 40m --json --runs 4 --seeds 2 --jobs 1
