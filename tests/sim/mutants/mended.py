@@ -111,7 +111,7 @@ def rebuild_that_forgets_mended_inputs(plant: Plant) -> None:
         return rounds
 
 
-@planted("mended", "I1", "I2", "I7", "retries", weather="mended")
+@planted("mended", "I1", "I2", "I7", "retries", "waste", weather="mended")
 def late_commit_of_the_old_input(plant: Plant) -> None:
     """The bundle of a mended input has the id of the bundle in which the task failed. The outcome of the old input then
     counts for the mended input (mended).
