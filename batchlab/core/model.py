@@ -197,7 +197,8 @@ class Bundle(_Named):
     `round` counts the user's own `job retry` calls. `attempt` counts the automatic retries within one round, from 1.
     `losses` counts earlier deliveries of the bundle that ended without an outcome. If `losses` is not 0, the next
     worker checks the bundle for poison tasks (see `worker.poison_detection`). `losses` is not part of the bundle's
-    identity. `source` is the upstream bundle whose outcome has the inputs, or None if the plan has the inputs. `due_s`
+    identity. `source` is the upstream bundle whose outcome has the inputs, or None if the plan has the inputs. In a
+    retry, `source` may name a mended input instead (see `protocol.mended_inputs`). `due_s`
     (epoch) is the end of a retry's backoff. A manager that sends the bundle again waits until `due_s`.
     """
 

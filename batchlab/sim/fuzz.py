@@ -114,6 +114,7 @@ WEATHERS: Mapping[str, Weather] = {
     "crashes": trial.CRASHES,
     "dependent": trial.DEPENDENT,
     "lies": trial.LIES,
+    "mended": trial.MENDED,
     "shares": trial.SHARES,
     "orphans": trial.ORPHANS,
     "speculative": trial.SPECULATIVE,

@@ -63,6 +63,8 @@ class Plan:
     """Fair-share policies that a user sets, each with its time in seconds since the start of the world."""
     slow_share: float = 0.0
     """Share of the instances whose workers are slow."""
+    mended: bool = False
+    """Whether users retry failed tasks with mended inputs."""
 
 
 def draw(seed: int) -> Plan:
@@ -285,6 +287,22 @@ def _plain_job(seed: int, number: int, rng: random.Random, pools: Sequence[Pool]
         token=f"{seed}-{number}" if (seed + number) % 2 else "",
         start_at_s=EPOCH_S + 40 if rng.random() < 0.05 else None,
     )
+
+
+def with_mended_inputs(seed: int, plan: Plan) -> Plan:
+    """Return the plan with more failures, which users retry with mended inputs."""
+    rng = random.Random(f"{seed}/mended")  # noqa: S311 - simulation
+    # A job with a small limit refuses the retry of some of its failed tasks.
+    jobs = tuple(
+        replace(
+            job,
+            items=min(20, max(job.items or 0, rng.choice([3, 5, 10]))),
+            max_failures=rng.choice([0, 1_000, 1_000, 1_000]),
+            max_failures_percent=False,
+        )
+        for job in plan.jobs
+    )
+    return replace(plan, jobs=jobs, heaviness=rng.choice([0.1, 0.3, 1.0]), mended=True)
 
 
 SLOW_WORKERS = 0.3

@@ -18,7 +18,7 @@ from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.errors import Malformed, TooNew
 from batchlab.core.fair_share import SharePolicy
 from batchlab.core.job_definition import JobDef, task_name
-from batchlab.core.model import Bundle, Control, JobId, JobState, Outcome, StageCounts, StageName
+from batchlab.core.model import Bundle, Control, JobId, JobState, Json, Outcome, StageCounts, StageName
 from batchlab.core.ports import Clock, Cut, Ending, Message, StageRecord
 from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.service_settings import MAX_VISIBILITY_S
@@ -99,6 +99,7 @@ class Start:
     stage: StageName
     task: int
     round: int
+    item: Json = None
     ended_s: float | None = None
 
 
@@ -256,7 +257,9 @@ class Watch:
             bundles = [follow.bundle for follow in outcome.follows if follow.bundle.job == outcome.bundle.job]
             self._plan(bundles)
             self._following.update(map(name_of_bundle, bundles))
-        elif kind in ("spec.json", "retries") and json_format.is_deleted(doc := json_format.loads(data)):
+        elif kind in ("spec.json", "retries") and json_format.is_deleted(
+            doc := json_format.loads(data, known=json_format.MENDED)
+        ):
             self._deleted.add(doc["id"])
         elif kind == "spec.json":
             doc = json_format.loads(data)
@@ -269,7 +272,7 @@ class Watch:
         elif folder == "cuts":
             self._cut(json_format.cut_from_json(json_format.loads(data)))
         elif kind == "retries":
-            for cut in json_format.loads(data)["cuts"]:
+            for cut in json_format.loads(data, known=json_format.MENDED)["cuts"]:
                 retried = json_format.cut_from_json(cut).bundles
                 self._plan(retried)
                 self.shares.on_plan(retried)

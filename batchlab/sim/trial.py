@@ -30,6 +30,7 @@ from batchlab.sim.plans import (
     with_copies,
     with_dependencies,
     with_focus,
+    with_mended_inputs,
     with_shares,
 )
 from batchlab.sim.random_faults import WorldFaults
@@ -117,6 +118,8 @@ SHARES = Weather(
 of its cuts."""
 SPECULATIVE = replace(ALL, speculative=True, frozen=0.02)
 """Rates of all kinds of faults, for worlds with speculative copies and slow workers."""
+MENDED = replace(ALL, mended=True)
+"""Rates of all kinds of faults, for worlds whose users retry failed tasks with mended inputs."""
 ORPHANS = replace(ALL, orphans=True)
 """Rates of all kinds of faults, for worlds in which no manager leads until scheduled actions have ended the fleet."""
 
@@ -184,6 +187,8 @@ def plan_of(seed: int, weather: Weather = ALL) -> Plan:
         return with_copies(seed, plan)
     if weather.dependent and plan.limit_s == LIMIT_S:
         return with_dependencies(seed, plan)
+    if weather.mended and plan.limit_s == LIMIT_S:
+        return with_mended_inputs(seed, plan)
     return with_focus(seed, focus, plan) if focus else plan
 
 
@@ -231,7 +236,7 @@ def run(
             seed,
             plan.pools,
             faults=faults,
-            script=TaskPlans(seed, plan.run_s),
+            script=TaskPlans(seed, plan.run_s, mended=plan.mended),
             manager_settings=replace(plan.manager, orphan_s=ORPHAN_S) if orphans else plan.manager,
             worker_settings=plan.worker,
             skew_s=plan.skew_s,
@@ -263,8 +268,8 @@ async def _main(make_world: Callable[[], World], plan: Plan, faults: Faults, *, 
     supervisor = asyncio.create_task(world.supervise(), name="supervisor")
     watcher = asyncio.create_task(_watch_ledger(world, plan), name="watcher")
     world_faults = WorldFaults(world, faults, plan.pace)
-    is_choosy = plan.focus in (Focus.WORDS, Focus.RIVALS)
-    users = [User(world, job, faults, plan.pace, is_choosy).use() for job in plan.jobs]
+    is_choosy = plan.mended or plan.focus in (Focus.WORDS, Focus.RIVALS)
+    users = [User(world, job, faults, plan.pace, is_choosy, mends=plan.mended).use() for job in plan.jobs]
     if timed:
         users.append(ScheduleUser(world, plan, faults).use())
     if plan.policies:

@@ -353,7 +353,7 @@ class World:
     def _start(self, scene: AttemptInput) -> Callable[[], None]:
         now_s = self.clock.monotonic_s()
         job, stage = scene.job.id, scene.stage.name
-        start = Start(now_s, CURRENT.get(), job, stage, scene.task, scene.bundle.round)
+        start = Start(now_s, CURRENT.get(), job, stage, scene.task, scene.bundle.round, scene.item)
         self.watch.on_start(start)
         self.watch.on_task(scene.bundle, scene.task, start.actor)
 

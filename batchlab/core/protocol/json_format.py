@@ -62,6 +62,11 @@ Known = tuple[Any, TaskSet]
 """The JSON of a set of tasks, together with the TaskSet that was read from the JSON."""
 
 VERSION = 1
+MENDED = 2
+"""Format of the messages and retries with mended inputs. A release that does not know mended inputs refuses them.
+
+A worker of an earlier release returns the message, and a manager of an earlier release ends the round of the retry.
+"""
 PROTOCOL = 3
 """Latest version of the protocol that this release of batchlab supports.
 
@@ -103,8 +108,8 @@ def is_too_heavy(data: bytes | str) -> bool:
     return weight(data if isinstance(data, str) else data.decode("latin-1")) > OUTCOME_WEIGHT
 
 
-def loads(data: bytes | str) -> dict[str, Any]:
-    """Return the document in a JSON text. The document must have a known version.
+def loads(data: bytes | str, *, known: int = VERSION) -> dict[str, Any]:
+    """Return the document in a JSON text. The document must have a version from VERSION to `known`.
 
     Raise TooNew if a later version wrote the document, and Malformed if `data` is not a document of batchlab.
     """
@@ -118,11 +123,11 @@ def loads(data: bytes | str) -> dict[str, Any]:
         raise Malformed(f"This is not a JSON text that batchlab reads: {brief(error)}.") from error
     version = doc.get("v") if isinstance(doc, dict) else None
     if isinstance(doc, dict) and type(version) is int:
-        if version == VERSION:
+        if VERSION <= version <= known:
             return doc
-        if version > VERSION:
+        if version > known:
             raise TooNew(
-                f"A stored object is in format {version:.6g}, and this batchlab knows {VERSION}.",
+                f"A stored object is in format {version:.6g}, and this batchlab knows {known}.",
                 remedy="It was written by a newer version.",
             )
     raise Malformed("A stored object is not in a format this batchlab knows.")

@@ -32,6 +32,7 @@ from batchlab.core.protocol.field_checks import (
     whole,
 )
 from batchlab.core.protocol.json_format import (
+    MENDED,
     VERSION,
     brief,
     bundle_from_json,
@@ -45,6 +46,7 @@ from batchlab.core.protocol.json_format import (
     outcome_from_json,
     outcome_text,
 )
+from batchlab.core.protocol.mended_inputs import is_mended
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
 
 T = TypeVar("T")
@@ -85,7 +87,8 @@ class TaskMessage:
 
 
 def task_message(m: TaskMessage) -> str:
-    doc: dict[str, Json] = {"v": VERSION, "b": bundle_to_json(m.bundle)}
+    version = MENDED if is_mended(m.bundle) else VERSION
+    doc: dict[str, Json] = {"v": version, "b": bundle_to_json(m.bundle)}
     if m.items is not None:
         doc["in"] = m.items
     if m.not_before_s is not None:
@@ -108,7 +111,7 @@ def read_task_message(body: str) -> TaskMessage:
 
     Raise TooNew if a later batchlab sent the message, and Malformed if the message cannot be read.
     """
-    return _read(body, "A task message", _task_message_from_json)
+    return _read(body, "A task message", _task_message_from_json, known=MENDED)
 
 
 def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
@@ -130,14 +133,14 @@ def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
     )
 
 
-def _read(body: str, what: str, read: Callable[[dict[str, Any]], T]) -> T:
+def _read(body: str, what: str, read: Callable[[dict[str, Any]], T], *, known: int = VERSION) -> T:
     """Return the result of `read` for the document in `body`. The text of a Malformed error begins with `what`."""
     try:
         # Compare the number of characters and not of bytes with the limit, because counting the bytes would require
         # encoding the text.
         if len(body) > MAX_MESSAGE_BYTES:
             raise ValueError(f"it has {len(body)} characters")
-        return read(loads(body))
+        return read(loads(body, known=known))
     except TooNew:
         raise
     except (Malformed, *UNREADABLE) as error:

@@ -289,6 +289,19 @@ def item(job: JobId, stage: StageName, round: int, name: str) -> str:
     return f"jobs/{job}/{stage}/plan/{round:04d}/item-{name}.json"
 
 
+def mended_part(job: JobId, stage: StageName, name: str) -> str:
+    """Return the key of the mended input of a task. `name` is the digest of the object's content.
+
+    Workers may read this key, because it has the form of a part of a plan, and only a manager may write it.
+    """
+    return f"jobs/{job}/{stage}/plan/mended/part-{name}.json"
+
+
+def mended_file(job: JobId, stage: StageName, sha256: str) -> str:
+    """Return the key of the content of a file that is the mended input of a task."""
+    return f"jobs/{job}/{stage}/plan/mended/item-{sha256}"
+
+
 def cut(job: JobId, stage: StageName, round: int, seq: int) -> str:
     """Return the key whose PUT commits cut number `seq` of a stage."""
     return f"jobs/{job}/{stage}/plan/{round:04d}/cuts/{seq:08d}.json"
