@@ -281,25 +281,31 @@ def _example(option: Any) -> float:
     return float(usual if isinstance(usual, int | float) else max(1, least or 0))
 
 
-_POOL_FORM = re.compile(r"([a-z0-9][a-z0-9_-]{0,39}):(\d{1,5})-(\d{1,5})x(\d{1,4})")
+_POOL_FORM = re.compile(r"([a-z0-9][a-z0-9_-]{0,39}):(\d{1,5})-(\d{1,5})x(\d{1,4})(?:\+(\d{1,2})gpus?)?")
 
 
 def parse_pool(text: str) -> Pool:
-    """Return the pool for a text such as `default:0-4x1`. Raise UsageError for an invalid text."""
+    """Return the pool for a text such as `default:0-4x1`, or `default:0-4x8+2gpu` for instances with two GPUs. Raise
+    UsageError for an invalid text."""
+    from batchlab.core.job_definition import MAX_GPUS
     from batchlab.core.model import Pool
 
     match = _POOL_FORM.fullmatch(text)
     if match is None:
         raise UsageError(
-            f"The pool {text!r} is not NAME:MIN-MAXxSLOTS.",
-            remedy="Write for example default:0-4x1: no to four instances with one slot each. A "
-            "name has up to 40 small letters, digits, '-' and '_'.",
+            f"The pool {text!r} is not NAME:MIN-MAXxSLOTS[+Ngpu].",
+            remedy="Write for example default:0-4x1: no to four instances with one slot each. With default:0-4x8+2gpu, "
+            "each instance has two GPUs. A name has up to 40 small letters, digits, '-' and '_'.",
         )
-    smallest, largest, slots = (int(number) for number in match.groups()[1:])
-    pool = Pool(match[1], smallest, largest, slots)
+    smallest, largest, slots = (int(number) for number in match.groups()[1:4])
+    pool = Pool(match[1], smallest, largest, slots, gpus=int(match[5] or 0))
     if pool.min_size > pool.max_size or pool.slots < 1:
         raise UsageError(
             f"The pool {text!r} needs MIN ≤ MAX and at least one slot.", remedy="Write for example default:0-4x1."
+        )
+    if pool.gpus > MAX_GPUS:
+        raise UsageError(
+            f"The pool {text!r} has {pool.gpus} GPUs per instance.", remedy=f"An instance has at most {MAX_GPUS} GPUs."
         )
     return pool
 

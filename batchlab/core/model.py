@@ -472,6 +472,8 @@ class Pool:
     env: tuple[tuple[str, str], ...] = field(default=())
     instance_type: str = ""
     """Name of an instance type in the catalog, or "" if the backend does not have instance types."""
+    gpus: int = 0
+    """GPUs per instance."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -216,7 +216,8 @@ def with_pools(backend: D, pools: Sequence[Pool]) -> D:
 
 def pool_option(pool: Pool) -> str:
     """Return a pool in the form of the option --pool."""
-    return f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"
+    gpus = f"+{pool.gpus}gpu" if pool.gpus else ""
+    return f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}{gpus}"
 
 
 FILE = "environment"

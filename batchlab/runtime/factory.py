@@ -275,7 +275,8 @@ class Backend(BackendLocations):
         program = [*python, "batchlab"]
 
         def argv(pool: Pool, instance: str) -> Sequence[str]:
-            return [*program, "worker", *grid, "--pool", pool.name, "--slots", str(pool.slots), "--instance", instance]
+            worker = [*program, "worker", *grid, "--pool", pool.name, "--slots", str(pool.slots)]
+            return [*worker, "--gpus", str(pool.gpus), "--instance", instance]
 
         log = home.fleet / "logs" / "fork-server.log"
         fork_server = None

@@ -126,6 +126,11 @@ def _pool_reason(f: Facts) -> str | None:
                 f"Stage {stage.name} needs {stage.slots} slots per task, but an instance of pool {stage.pool} has "
                 f"{group.pool.slots}. Restart the grid with larger instances, or cancel the job."
             )
+        if stage.gpus > group.pool.gpus:
+            return (
+                f"Stage {stage.name} needs {count(stage.gpus, 'GPU')} per task, but an instance of pool {stage.pool} "
+                f"has {group.pool.gpus}. Restart the grid with a pool that has the GPUs, or cancel the job."
+            )
     return None
 
 

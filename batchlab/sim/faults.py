@@ -181,6 +181,7 @@ class Weather:
     speculative: bool = False
     orphans: bool = False
     dependent: bool = False
+    gpus: bool = False
 
     def rate(self, kind: FaultKind) -> float:
         rate: float = getattr(self, kind.value)
