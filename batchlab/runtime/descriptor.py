@@ -216,7 +216,7 @@ def with_pools(backend: D, pools: Sequence[Pool]) -> D:
 
 def pool_option(pool: Pool) -> str:
     """Return a pool in the form of the option --pool."""
-    gpus = f"+{pool.gpus}gpu" if pool.gpus else ""
+    gpus = f",gpus={pool.gpus}" if pool.gpus else ""
     return f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}{gpus}"
 
 

@@ -321,6 +321,14 @@ def _queue_reason(f: Facts) -> str | None:
             f"{count(len(instances), 'instance')} of the pool {have} started, but {have} not sent a heartbeat yet.",
             _next_stage(f),
         )
+    stage = f.record.job.stage(oldest.bundle.stage)
+    if stage.gpus and all(worker.beat.gpus - worker.beat.busy_gpus < stage.gpus for worker in worker_statuses):
+        return _join(
+            f"Stage {stage.name} needs {count(stage.gpus, 'GPU')} per task, and no instance of pool {pool} has as many "
+            "free GPUs.",
+            f"{bundles} of the job {wait} for a GPU.",
+            _next_stage(f),
+        )
     others = {item.job for worker in worker_statuses for item in worker.since_s} - {f.record.job.id}
     rivals = [f.lives[job] for job in sorted(others) if job in f.lives]
     if rivals and all(worker.beat.busy >= worker.beat.slots for worker in worker_statuses):

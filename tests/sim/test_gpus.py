@@ -106,13 +106,13 @@ def test_a_stage_that_needs_several_gpus_gets_them_at_once() -> None:
     [
         (TRAIN, "asks for 1 GPU per task, but an instance of pool 'default' has 0", "enough GPUs: big, gpu."),
         (job(stage(A, gpus=2, pool="gpu")), "asks for 2 GPUs per task, but an instance of pool 'gpu' has 1", "big."),
-        (job(stage(A, gpus=9, pool="big")), "asks for 9 GPUs per task", r"--pool gpu:0-4x4\+1gpu"),
+        (job(stage(A, gpus=9, pool="big")), "asks for 9 GPUs per task", "--pool gpu:0-4x4,gpus=1"),
     ],
 )
 def test_a_stage_that_no_instance_can_run_is_refused(made: JobDef, text: str, remedy: str) -> None:
     with pytest.raises(UsageError, match=text) as refused:
         admit(made, {"default": 4, "gpu": 4, "big": 4}, gpus={"gpu": 1, "big": 8})
-    assert remedy.replace("\\", "") in refused.value.remedy
+    assert remedy in refused.value.remedy
 
 
 def test_requests_for_gpus_are_granted_in_order() -> None:
