@@ -198,7 +198,7 @@ def admit_to_pool(stage: StageDef, pools: Mapping[str, int], gpus: Mapping[str, 
             f"has {gpus.get(stage.pool, 0)}.",
             remedy=f"Name a pool with enough GPUs: {', '.join(enough)}."
             if enough
-            else "Start a grid whose pool has the GPUs, such as `batchlab grid up --pool default:0-4x8,gpus=1`.",
+            else "Start a grid whose pool has the GPUs, such as `batchlab grid up --pool default:0-1x8,gpus=1`.",
         )
 
 

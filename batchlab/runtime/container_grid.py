@@ -174,10 +174,16 @@ def templates_for(
             f"user = {json.dumps(at.user)}",
             f"type = {json.dumps(pool.instance_type or _TYPE)}",
             f"slots = {pool.slots}",
+            *([f"gpus = {pool.gpus}", f"gpu_devices = {str(uses_gpu_devices()).lower()}"] if pool.gpus else []),
             f"env = {{ {table} }}",
             "",
         ]
     return "\n".join(lines)
+
+
+def uses_gpu_devices() -> bool:
+    """Return whether containers get the GPUs that their pool declares, which BATCHLAB_DOCKER_GPUS=0 prevents."""
+    return os.environ.get("BATCHLAB_DOCKER_GPUS") != "0"
 
 
 def _refuse_loopback(named: Place) -> None:

@@ -371,6 +371,7 @@ def open_asg_launcher(
             type=version.type,
             user=version.user,
             system=version.system,
+            gpus=version.gpus if version.gpu_devices else 0,
         )
 
     return ContainerLauncher(

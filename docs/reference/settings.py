@@ -109,6 +109,7 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
         "BATCHLAB_INSTANCE_IMAGE": "image of a whole operating system, which launch templates may name; "
         "`compose/offline/build.sh` sets it",
         "BATCHLAB_DEBIAN_MIRROR": "Debian mirror of `compose/offline/build.sh`",
+        "BATCHLAB_DOCKER_GPUS": "with `0`, containers get no devices for the GPUs that their pool declares",
         "LOCALSTACK_AUTH_TOKEN": "token that newer images of LocalStack need",
         "PIP_CERT": "certificates that `pip` trusts during the build, if a proxy intercepts TLS",
         "SSL_CERT_FILE": "certificates that other programs trust during the build",
@@ -129,6 +130,7 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
         "BATCHLAB_INSTANCE": "id of a worker's instance",
         "BATCHLAB_POOL": "pool of a container",
         "BATCHLAB_SLOTS": "task slots of a container",
+        "BATCHLAB_GPUS": "GPUs of a container",
         "BATCHLAB_INSTANCE_TYPE": "instance type of a container",
         "BATCHLAB_ZONE": "availability zone of a container",
         "BATCHLAB_MARKET": "market of a container, `spot` or `on-demand`",

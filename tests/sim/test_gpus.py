@@ -106,7 +106,7 @@ def test_a_stage_that_needs_several_gpus_gets_them_at_once() -> None:
     [
         (TRAIN, "asks for 1 GPU per task, but an instance of pool 'default' has 0", "enough GPUs: big, gpu."),
         (job(stage(A, gpus=2, pool="gpu")), "asks for 2 GPUs per task, but an instance of pool 'gpu' has 1", "big."),
-        (job(stage(A, gpus=9, pool="big")), "asks for 9 GPUs per task", "--pool default:0-4x8,gpus=1"),
+        (job(stage(A, gpus=9, pool="big")), "asks for 9 GPUs per task", "--pool default:0-1x8,gpus=1"),
     ],
 )
 def test_a_stage_that_no_instance_can_run_is_refused(made: JobDef, text: str, remedy: str) -> None:

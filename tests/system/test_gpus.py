@@ -104,6 +104,11 @@ def test_the_python_api_asks_for_gpus(tmp_path: Path) -> None:
             grid.map(visible, [1], gpus=-1)
 
 
+def test_instances_of_one_machine_do_not_share_gpus(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="several instances would use the same GPUs"):
+        Grid("local", pools=[Pool("default", 0, 2, 4, gpus=1)], home=tmp_path / "home")
+
+
 @pytest.mark.parametrize(
     ("gpus", "visible", "names"),
     [(2, None, ["0", "1"]), (2, "3,5", ["3", "5"]), (1, "GPU-8f, GPU-9a", ["GPU-8f"]), (0, "3", []), (0, None, [])],

@@ -95,6 +95,8 @@ class Template:
     extra_hosts: Mapping[str, str] = field(default_factory=dict)
     stop_s: int = 30
     system: bool = False
+    gpus: int = 0
+    """GPUs of this machine that the container sees."""
 
     @property
     def stop_signal(self) -> str:
@@ -110,6 +112,7 @@ def container_environment(template: Template, pool: Pool, instance: str, machine
         INSTANCE_VARIABLE: instance,
         "BATCHLAB_POOL": pool.name,
         "BATCHLAB_SLOTS": str(pool.slots),
+        "BATCHLAB_GPUS": str(pool.gpus),
         "BATCHLAB_INSTANCE_TYPE": kind,
         "BATCHLAB_ZONE": machine.zone,
         "BATCHLAB_MARKET": machine.market.value,
@@ -152,6 +155,9 @@ def container_settings(
     }
     if template.system:
         host |= _SYSTEM
+    if template.gpus:
+        # The request is the one of `docker run --gpus N`.
+        host["device_requests"] = [{"Driver": "", "Count": template.gpus, "Capabilities": [["gpu"]]}]
     if share is not None:
         # Docker refuses nano_cpus above the number of the machine's CPUs.
         host["cpu_period"] = _PERIOD_US
@@ -193,9 +199,25 @@ def create_container(name: str, settings: Mapping[str, Any], api: APIClient) -> 
     return str(created["Id"])
 
 
+NO_GPU_RUNTIME = ("could not select device driver", "failed to discover GPU vendor")
+"""Texts of Docker's errors for a container with GPUs on a machine without NVIDIA's container runtime."""
+
+
 def start_container(container: str, api: APIClient) -> None:
-    """Start the container. Do nothing if the container is running."""
-    api.start(container)
+    """Start the container. Do nothing if the container is running. Raise BackendError if the container needs GPUs, and
+    Docker has no GPU runtime."""
+    from docker.errors import APIError
+
+    try:
+        api.start(container)
+    except APIError as error:
+        if any(text in str(error) for text in NO_GPU_RUNTIME):
+            raise BackendError(
+                "Docker on this machine cannot give GPUs to containers.",
+                remedy="Install the NVIDIA Container Toolkit, or start the grid with BATCHLAB_DOCKER_GPUS=0 to declare "
+                "GPUs without devices.",
+            ) from error
+        raise
 
 
 def send_signal(container: str, name: str, api: APIClient) -> None:

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import BeforeValidator, Field, WithJsonSchema, create_model, model_validator
 
 from batchlab.core import text
-from batchlab.core.job_definition import MAX_DEPENDENCIES
+from batchlab.core.job_definition import MAX_DEPENDENCIES, MAX_GPUS
 from batchlab.core.model import Json
 from batchlab.jobs import field_types
-from batchlab.jobs.schema import After, Bundle, Keys, Memory, Pool, Priority, Retry, Slots, StageName, schema_of
+from batchlab.jobs.schema import After, Bundle, Gpus, Keys, Memory, Pool, Priority, Retry, Slots, StageName, schema_of
 from batchlab.jobs.validation import Shape
 from batchlab.jobs.yaml_source import Loc, is_any_of
 from batchlab.scenarios.model.schema_distributions import (
@@ -79,6 +79,7 @@ class StageSpec(Keys):
     )
     kind: Literal["sleep", "cpu", "memory", "io"] = key("Work of a simulated task in a replay.", "cpu", "sleep")
     slots: Slots = 1
+    gpus: Gpus = 0
     memory: Memory = None
     bundle: Bundle = None
     pool: Pool = "default"
@@ -336,6 +337,13 @@ class PoolSpec(Keys):
     slots: int = key("Number of task slots of each instance.", 4, 1, ge=1, le=9999)
     boot: field_types.Duration = key("Time from the launch of an instance until its worker takes tasks.", "90s", 0.0)
     instance_type: str = key("EC2 instance type, which determines the price.", "m7i.large", "")
+    gpus: int | None = key(
+        "Number of GPUs of each instance. By default, the number of the instance type's GPUs.",
+        1,
+        None,
+        ge=0,
+        le=MAX_GPUS,
+    )
     spot: Share = key("Share of the instances that are Spot Instances.", 0.5, 0.0)
 
 
