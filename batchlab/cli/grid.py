@@ -40,6 +40,7 @@ from batchlab.cli.options import (
     option,
 )
 from batchlab.core.capabilities import capabilities_of
+from batchlab.core.container_images import name_of
 from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
 
 if TYPE_CHECKING:
@@ -258,6 +259,8 @@ def _show_grid(
         )
     lines += ["", output.table(_POOL_COLUMNS, map(_pool_row, view["pools"]))]
     for pool in view["pools"]:
+        if image := pool.get("image", ""):
+            lines.append(output.clean(f"The workers of pool {pool['name']} run in the image {image}."))
         if problem := pool["trouble"]:
             lines.append(
                 output.clean(
@@ -319,13 +322,27 @@ def workers(home: Path | None = HOME, json: bool = JSON) -> None:
     instances, rows = [], []
     for pool in view["pools"]:
         for instance in pool["instances"]:
-            instances.append({"pool": pool["name"], **instance})
+            # A manager of an earlier release does not send the image.
+            image = pool.get("image", "")
+            instances.append({"pool": pool["name"], "image": image, **instance})
             health = "Healthy" if instance["healthy"] else "Unhealthy"
             state = (instance["state"], health, "yes" if instance["protected"] else "no")
             work = (instance["worker"] or "-", instance["busy"], instance["held"])
             launched = output.moment(instance["launched_s"])
-            rows.append((instance["id"], pool["name"], *state, *work, launched, instance["note"]))
-    columns = ("instance", "pool", "state", "health", "protected", "worker", "busy", "held", "launched", "note")
+            rows.append((instance["id"], pool["name"], *state, *work, launched, name_of(image), instance["note"]))
+    columns = (
+        "instance",
+        "pool",
+        "state",
+        "health",
+        "protected",
+        "worker",
+        "busy",
+        "held",
+        "launched",
+        "image",
+        "note",
+    )
     output.listing(json, instances, columns, rows, "There are no instances. The manager launches them for work.")
 
 

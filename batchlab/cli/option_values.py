@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -284,19 +285,48 @@ def _example(option: Any) -> float:
 _POOL_FORM = re.compile(r"([a-z0-9][a-z0-9_-]{0,39}):(\d{1,5})-(\d{1,5})x(\d{1,4})")
 
 
+_POOL_OPTIONS = {"image": "image"}
+"""Names of the options after a pool's numbers, with the field of Pool that each option sets."""
+
+
+def split_pool_options(text: str) -> tuple[str, dict[str, Any]]:
+    """Return a pool's text without its options, and the options by field of Pool. The pool `a:0-4x1,image=tools:1` has
+    the option `image`. Raise UsageError for an unknown or invalid option.
+    """
+    from batchlab.core.container_images import check_image
+
+    form: list[str] = []
+    options: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals:
+            form.append(part)
+        elif name not in _POOL_OPTIONS or _POOL_OPTIONS[name] in options:
+            raise UsageError(
+                f"The pool {text!r} has the option {name!r}, which is unknown or given twice.",
+                remedy=f"The options of a pool are {', '.join(f'{known}=VALUE' for known in _POOL_OPTIONS)}.",
+            )
+        else:
+            options[_POOL_OPTIONS[name]] = check_image(value, f"The pool {text!r}")
+    return ",".join(form), options
+
+
 def parse_pool(text: str) -> Pool:
-    """Return the pool for a text such as `default:0-4x1`. Raise UsageError for an invalid text."""
+    """Return the pool for a text such as `default:0-4x1` or `tools:0-4x1,image=registry/tools:1`. Raise UsageError for
+    an invalid text.
+    """
     from batchlab.core.model import Pool
 
-    match = _POOL_FORM.fullmatch(text)
+    form, options = split_pool_options(text)
+    match = _POOL_FORM.fullmatch(form)
     if match is None:
         raise UsageError(
-            f"The pool {text!r} is not NAME:MIN-MAXxSLOTS.",
+            f"The pool {text!r} is not NAME:MIN-MAXxSLOTS or NAME:MIN-MAXxSLOTS,image=IMAGE.",
             remedy="Write for example default:0-4x1: no to four instances with one slot each. A "
             "name has up to 40 small letters, digits, '-' and '_'.",
         )
     smallest, largest, slots = (int(number) for number in match.groups()[1:])
-    pool = Pool(match[1], smallest, largest, slots)
+    pool = Pool(match[1], smallest, largest, slots, **options)
     if pool.min_size > pool.max_size or pool.slots < 1:
         raise UsageError(
             f"The pool {text!r} needs MIN ≤ MAX and at least one slot.", remedy="Write for example default:0-4x1."
@@ -309,14 +339,15 @@ def parse_typed_pool(text: str) -> tuple[Pool, tuple[str, ...]]:
 
     Raise UsageError for an invalid text.
     """
-    form, at, types = text.partition("@")
+    form, options = split_pool_options(text)
+    form, at, types = form.partition("@")
     names = tuple(one.strip() for one in types.split(","))
     if at and not all(names):
         raise UsageError(
             f"The pool {text!r} lacks an instance type after '@'.",
             remedy="Write for example default:0-4x1@m7i.large,m6i.large.",
         )
-    return parse_pool(form), names if at else ()
+    return replace(parse_pool(form), **options), names if at else ()
 
 
 def parse_pools(texts: Iterable[str]) -> list[Pool]:

@@ -113,7 +113,10 @@ class Session:
         assert self._client is not None
         port = urlsplit(self._client.url).port or 0
         pools = self.call(lambda client: client.grid())["pools"]
-        return [Pool(pool["name"], pool["min"], pool["max"], pool["slots"]) for pool in pools], port
+        # A manager of an earlier release does not send the image.
+        return [
+            Pool(pool["name"], pool["min"], pool["max"], pool["slots"], image=pool.get("image", "")) for pool in pools
+        ], port
 
     def _bring_up(self) -> None:
 

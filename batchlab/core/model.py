@@ -472,6 +472,8 @@ class Pool:
     env: tuple[tuple[str, str], ...] = field(default=())
     instance_type: str = ""
     """Name of an instance type in the catalog, or "" if the backend does not have instance types."""
+    image: str = ""
+    """Container image in which the pool's workers run, or "" for the backend's own environment."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from batchlab.core import logs
 from batchlab.core.atomic_write import private
-from batchlab.core.capabilities import capabilities_of
+from batchlab.core.capabilities import capabilities_of, check_pool_images
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.runtime import compose_deployment, factory
-from batchlab.runtime.descriptor import pool_option
+from batchlab.runtime.descriptor import images_of, pool_option
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, ManagerRecord
 
@@ -94,6 +94,7 @@ def begin_manager(
     home.require_folder()
     if running := home.record():
         return running
+    check_pool_images(backend.name, backend.capabilities, images_of(pools))
     backend.check_installed()
     _reap()
     if backend.capabilities.container_manager:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
@@ -104,6 +105,32 @@ def test_every_pool_has_a_launch_template(tmp_path: Path) -> None:
     env = dict(big.env)
     assert env["BATCHLAB_ENDPOINT"] == "http://10.213.70.10:4566/bucket-1"
     assert env["AWS_EC2_METADATA_SERVICE_ENDPOINT"] == AT.metadata_url
+
+
+def test_launch_template_of_a_pool_has_the_pools_image(tmp_path: Path) -> None:
+    at = replace(AT, pool_images={"big": ("tools:1@sha256:0", "batchlab/grid:tools")})
+    path = tmp_path / "templates.toml"
+    path.write_text(container_grid.templates_for(at, PLACE, [Pool("default"), Pool("big")]))
+    file = TemplateFile(path, ["image:1", "batchlab/grid:tools"])
+
+    def version(name: str) -> tuple[str, str | None]:
+        version = file.referred(LaunchTemplate(launch_template_name=name))
+        return version.image, version.env.get("BATCHLAB_POOL_IMAGE")
+
+    assert version("worker-default") == ("image:1", None)
+    assert version("worker-big") == ("batchlab/grid:tools", "tools:1@sha256:0")
+
+
+def test_deployment_of_an_earlier_release_has_no_images_of_pools(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    at = replace(AT, pool_images={"big": ("tools:1@sha256:0", "batchlab/grid:tools")})
+    compose_deployment.write(home, at)
+    assert compose_deployment.read(home) == at
+    path = compose_deployment.folder(home) / "deployment.json"
+    stored = json.loads(path.read_text())
+    del stored["pool_images"]
+    path.write_text(json.dumps(stored))
+    assert compose_deployment.read(home) == AT
 
 
 def test_how_a_grid_is_observed_is_passed_on(tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def grid(**pools: list[InstanceView]) -> GridView:
                 "max": 9,
                 "desired": 3,
                 "slots": 1,
+                "image": "",
                 "backlog_tasks": 0,
                 "backlog_s": 0.0,
                 "held_by_hand": False,
