@@ -77,9 +77,9 @@ def provide(recipe: Recipe, log: Path, say: Callable[[str], None]) -> str:
     return build(recipe, log, say)
 
 
-def build(recipe: Recipe, log: Path, say: Callable[[str], None]) -> str:
-    """Return the tag of the image of a recipe. Build the image if it does not exist. `provide` describes the
-    arguments and the errors.
+def build(recipe: Recipe, log: Path, say: Callable[[str], None], check: Callable[[], None] = lambda: None) -> str:
+    """Return the tag of the image of a recipe. Build the image if it does not exist. `check` is called before the
+    build. `provide` describes the other arguments and the errors.
     """
     with tempfile.TemporaryDirectory(prefix="batchlab-image-") as folder:
         context = Path(folder)
@@ -87,6 +87,7 @@ def build(recipe: Recipe, log: Path, say: Callable[[str], None]) -> str:
         tag = f"{REPOSITORY}:{_digest(context, recipe)}"
         if not docker("image", "inspect", tag).returncode:
             return tag
+        check()
         say(f"Building the image {tag} from {recipe.base}. The next start will use it again.")
         _build(context, recipe, tag, log)
     return tag
@@ -238,6 +239,11 @@ def name_for(home: Home) -> str:
     The project name of a home never changes, so a home has at most one project.
     """
     return f"batchlab-{hashlib.sha256(str(home.path.resolve()).encode()).hexdigest()[:10]}"
+
+
+def local_name(home: Home) -> str:
+    """Return the value of the label `batchlab.grid` of the containers of a grid whose other instances are processes."""
+    return f"{name_for(home)}-local"
 
 
 def networks() -> list[str]:
@@ -482,8 +488,11 @@ class ProjectParts:
         """
         if not self.home:
             return False
+        home = Home(Path(self.home))
+        if self.project == local_name(home) and home.record() is not None:
+            return False  # The containers of pools with images belong to a running grid on `local`.
         try:
-            deployment = compose_deployment.read(Home(Path(self.home)))
+            deployment = compose_deployment.read(home)
         except BackendError:
             return False  # The file is damaged or belongs to another user, so the owner of the project is unknown.
         return deployment is None or deployment.project != self.project

@@ -10,8 +10,10 @@ Invariant: the checks run before the grid starts or changes, so an unsuitable im
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ class PoolImage:
 
 def require_docker(purpose: str) -> None:
     """Raise UsageError with one sentence about `purpose` if Docker does not answer."""
+    if shutil.which("docker") is None:
+        raise UsageError(f"{purpose} needs Docker, which is not installed.", remedy="Install Docker.")
     if docker("version", "--format", "{{.Server.Version}}").returncode:
         raise UsageError(
             f"{purpose} needs Docker, and Docker does not answer.",
@@ -54,12 +58,13 @@ def provide(image: str, who: str, log: Path, say: Callable[[str], None]) -> Pool
     build writes its output to `log`. Raise UsageError if the image lacks Python, and BackendError if the
     image cannot be pulled or built.
     """
+    require_docker(f"The image of {who}")
     details = inspect(image, who, say)
     runnable = _runnable(image, details)
-    _check_python(runnable, image, who)
     variables = dict(entry.partition("=")[::2] for entry in details["Config"].get("Env") or [])
     recipe = Recipe(runnable, base_id=details["Id"], path=variables.get("PATH") or _PATH)
-    return PoolImage(_reference(image, details), compose_project.build(recipe, log, say))
+    tag = compose_project.build(recipe, log, say, partial(_check_python, runnable, image, who))
+    return PoolImage(_reference(image, details), tag)
 
 
 def provide_all(images: Mapping[str, str], log: Path, say: Callable[[str], None]) -> dict[str, PoolImage]:

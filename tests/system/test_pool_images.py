@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from batchlab.runtime.compose_project import check_reference
+from batchlab.runtime.home import Home
 from batchlab.runtime.pool_images import inspect
 from tests.support.docker.grid import need_containers
 from tests.support.docker.pool_images import build_image, remove_images, two_images, write_job
 from tests.support.grid.backends import command as batchlab
+from tests.support.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +25,28 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
     made = two_images("batchlab-tests")
     yield made
     remove_images(*made)
+
+
+PLAIN = """\
+  - name: copy
+    command: [cp, "{input}", "{output:here.txt}"]
+"""
+
+
+def kill_the_manager_and_start_it_again(home: Path, images: tuple[str, str]) -> None:
+    """The next manager adopts the containers of a killed manager, or removes them."""
+    record = Home(home).record()
+    assert record is not None
+    os.kill(record.pid, signal.SIGKILL)
+    until(lambda: Home(home).record() is None, 10.0)
+    batchlab("grid", "up", "--home", home, "--pool", "default:0-1x1", *pools(images))
+    batchlab("grid", "scale", "cutters", "--desired", "1", "--home", home)
+
+    def serves() -> bool:
+        found = json.loads(batchlab("grid", "workers", "--json", "--home", home)[0])
+        return any(one["pool"] == "cutters" and one["state"] == "InService" and one["worker"] for one in found)
+
+    until(serves, 60.0, pause_s=1.0)
 
 
 def pools(images: tuple[str, str]) -> list[str]:
@@ -48,6 +74,28 @@ def test_stages_of_one_job_run_in_two_images_on_localstack(tmp_path: Path, image
         assert instances
     finally:
         batchlab("grid", "down", "--home", home)
+
+
+def test_stages_of_one_job_run_in_two_images_on_local(tmp_path: Path, images: tuple[str, str]) -> None:
+    """The instances of a pool with an image are containers, and the instances of other pools are processes."""
+    home, job = tmp_path / "home", write_job(tmp_path / "job")
+    job.write_text(job.read_text() + PLAIN)
+    label = f"label=batchlab.home={home}"
+    batchlab("grid", "up", "--home", home, "--pool", "default:0-1x1", *pools(images))
+    try:
+        batchlab("run", job, "--home", home, "--out", tmp_path / "out")
+        assert [path.read_text() for path in (tmp_path / "out").rglob("here.txt")] == ["abc+ghi+"] * 3
+        batchlab("gc")
+        assert len(check_reference("ps", "-q", "--filter", label).split()) >= 1
+        shown = {
+            one["pool"]: one["image"] for one in json.loads(batchlab("grid", "workers", "--json", "--home", home)[0])
+        }
+        assert shown["default"] == ""
+        assert shown["joiners"].startswith(f"{images[1]}@sha256:")
+        kill_the_manager_and_start_it_again(home, images)
+    finally:
+        batchlab("grid", "down", "--home", home)
+    assert not check_reference("ps", "-aq", "--filter", label).split()
 
 
 @pytest.mark.parametrize(
