@@ -40,6 +40,7 @@ from batchlab.cli.options import (
     option,
 )
 from batchlab.core.capabilities import capabilities_of
+from batchlab.core.container_images import name_of
 from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
 
 if TYPE_CHECKING:
@@ -263,6 +264,8 @@ def _show_grid(
         rows = [(*row, f"{_busy_gpus(pool)} of {_gpus(pool)}") for row, pool in zip(rows, view["pools"], strict=True)]
     lines += ["", output.table(columns, rows)]
     for pool in view["pools"]:
+        if image := pool.get("image", ""):
+            lines.append(output.clean(f"The workers of pool {pool['name']} run in the image {image}."))
         if problem := pool["trouble"]:
             lines.append(
                 output.clean(
@@ -335,16 +338,18 @@ def workers(home: Path | None = HOME, json: bool = JSON) -> None:
     has_gpus = any(pool.get("gpus") for pool in view["pools"])
     for pool in view["pools"]:
         for instance in pool["instances"]:
-            instances.append({"pool": pool["name"], **instance})
+            # A manager of an earlier release does not send the image.
+            image = pool.get("image", "")
+            instances.append({"pool": pool["name"], "image": image, **instance})
             health = "Healthy" if instance["healthy"] else "Unhealthy"
             state = (instance["state"], health, "yes" if instance["protected"] else "no")
             work = [instance["worker"] or "-", instance["busy"], instance["held"]]
             if has_gpus:
                 work.append(f"{instance.get('busy_gpus', 0)} of {pool.get('gpus', 0)}")
             launched = output.moment(instance["launched_s"])
-            rows.append((instance["id"], pool["name"], *state, *work, launched, instance["note"]))
+            rows.append((instance["id"], pool["name"], *state, *work, launched, name_of(image), instance["note"]))
     work_columns = ("worker", "busy", "held", *(["gpus"] if has_gpus else []))
-    columns = ("instance", "pool", "state", "health", "protected", *work_columns, "launched", "note")
+    columns = ("instance", "pool", "state", "health", "protected", *work_columns, "launched", "image", "note")
     output.listing(json, instances, columns, rows, "There are no instances. The manager launches them for work.")
 
 

@@ -296,7 +296,13 @@ def _gpus_of(text: str, where: str) -> int:
     return int(text)
 
 
-_POOL_OPTIONS: Mapping[str, Callable[[str, str], Any]] = {"gpus": _gpus_of}
+def _image_of(text: str, where: str) -> str:
+    from batchlab.core.container_images import check_image
+
+    return check_image(text, where)
+
+
+_POOL_OPTIONS: Mapping[str, Callable[[str, str], Any]] = {"gpus": _gpus_of, "image": _image_of}
 """Options after a pool's numbers, which are fields of Pool, with the function that reads the value."""
 
 
@@ -321,15 +327,16 @@ def split_pool_options(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def parse_pool(text: str) -> Pool:
-    """Return the pool for a text such as `default:0-4x1` or `default:0-4x8,gpus=2`. Raise UsageError for an invalid
-    text."""
+    """Return the pool for a text such as `default:0-4x1`, `default:0-4x8,gpus=2`, or
+    `tools:0-4x1,image=registry/tools:1`. Raise UsageError for an invalid text.
+    """
     from batchlab.core.model import Pool
 
     form, options = split_pool_options(text)
     match = _POOL_FORM.fullmatch(form)
     if match is None:
         raise UsageError(
-            f"The pool {text!r} is not NAME:MIN-MAXxSLOTS or NAME:MIN-MAXxSLOTS,gpus=N.",
+            f"The pool {text!r} is not NAME:MIN-MAXxSLOTS, with ,gpus=N or ,image=IMAGE if needed.",
             remedy="Write for example default:0-4x1: no to four instances with one slot each. A "
             "name has up to 40 small letters, digits, '-' and '_'.",
         )

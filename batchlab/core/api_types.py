@@ -378,6 +378,8 @@ class InstanceView(TypedDict):
 class PoolView(TypedDict):
     """A pool of instances. `trouble` is the reason why the instances do not start, or "" if the instances start.
 
+    `image` is the container image of the pool's workers, or "" if the pool does not have an image of its own.
+
     `ends_in_s` is the number of seconds after which the group's scheduled action ends the pool unless a manager
     postpones the action, or None without such an action. `end_trouble` is the reason why the manager cannot change the
     scheduled action, or "".
@@ -389,6 +391,7 @@ class PoolView(TypedDict):
     desired: int
     slots: int
     gpus: int
+    image: str
     backlog_tasks: int
     backlog_s: float
     held_by_hand: bool

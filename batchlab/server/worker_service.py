@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 from batchlab.adapters.aws.group_descriptions import GPUS_TAG, POOL_TAG, SLOTS_TAG
 from batchlab.adapters.aws.instance_metadata import Imds, ImdsNotices
-from batchlab.core import gc_control, logs
+from batchlab.core import container_images, gc_control, logs
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.ports import Objects
 from batchlab.core.pricing.request_costs import RequestCounter
@@ -154,7 +154,9 @@ async def _store_environment(objects: Objects, worker: str, imds: Imds | None) -
     from batchlab.worker import environment
 
     try:
-        image = await asyncio.to_thread(imds.image) if imds else ""
+        image = os.environ.get(container_images.VARIABLE, "")
+        if imds and not image:
+            image = await asyncio.to_thread(imds.image)
         current = await asyncio.to_thread(environment.current, image=image)
         await environment.record(objects, worker, current, factory.patience())
     except BackendError as error:

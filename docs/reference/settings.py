@@ -143,7 +143,9 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
 
 INTERNAL = frozenset(
     {
+        "BATCHLAB_POOL_IMAGE",
         "BATCHLAB_PROJECT",
+        "BATCHLAB_WORKER_IMAGES",
         "BATCHLAB_SUBNET",
         "BATCHLAB_USER",
         "BATCHLAB_HOME_FOLDER",
@@ -152,7 +154,7 @@ INTERNAL = frozenset(
         "BATCHLAB_NOTIFY_",
     }
 )
-"""Variables that `grid up` sets for its compose file, and a prefix. Users do not set them."""
+"""Variables that `grid up` sets for its compose file and for workers, and a prefix. Users do not set them."""
 
 _WORDS = """\
 

@@ -141,6 +141,7 @@ def grid(**pools: list[InstanceView]) -> GridView:
                 "desired": 3,
                 "slots": 1,
                 "gpus": 0,
+                "image": "",
                 "backlog_tasks": 0,
                 "backlog_s": 0.0,
                 "held_by_hand": False,

@@ -71,7 +71,8 @@ class Template:
     `env` and `labels` are added to the variables and labels that every instance has. `type` limits the resources of a
     container whose group does not name an instance type. With the type "", the resources of a container are unlimited.
     `tmpfs` maps the writable paths under a read-only root to mount options. Files in writable paths use the container's
-    memory.
+    memory. `folders` are folders of this machine that the container sees under the same paths. In `command`, the
+    instance's id replaces {instance}.
 
     Process 1 of a container is Docker's init unless `init` is off. A worker as process 1 would ignore SIGTERM until the
     worker is ready, and would have to reap the processes that its tasks leave behind. `stop_s` is the timeout of
@@ -97,6 +98,7 @@ class Template:
     system: bool = False
     gpus: int = 0
     """GPUs of this machine that the container sees."""
+    folders: tuple[str, ...] = ()
 
     @property
     def stop_signal(self) -> str:
@@ -158,6 +160,8 @@ def container_settings(
     if template.gpus:
         # The request is the one of `docker run --gpus N`.
         host["device_requests"] = [{"Driver": "", "Count": template.gpus, "Capabilities": [["gpu"]]}]
+    if template.folders:
+        host["binds"] = {folder: {"bind": folder, "mode": "rw"} for folder in template.folders}
     if share is not None:
         # Docker refuses nano_cpus above the number of the machine's CPUs.
         host["cpu_period"] = _PERIOD_US
@@ -166,7 +170,7 @@ def container_settings(
         host["mem_limit"] = host["memswap_limit"] = f"{share.memory_mib}m"
     return {
         "image": template.image,
-        "command": list(template.command),
+        "command": [word.replace("{instance}", instance) for word in template.command],
         "hostname": instance[:_HOSTNAME_LENGTH],
         "user": "0:0" if template.system else template.user,
         "environment": dict(env),
