@@ -435,6 +435,9 @@ class Worker:
         copy_s = inflight.task.copy_s
         limit = None if copy_s is None else asyncio.get_running_loop().call_later(copy_s, inflight.handle.end)
         try:
+            if stage.gpus and inflight.suspicion and not inflight.is_superseded:
+                # The bundle may have waited for a GPU behind an earlier delivery of itself.
+                inflight.is_superseded = await self._poison_detector.outcome(inflight) is not None
             if not inflight.is_superseded:
                 await self._run_tasks(inflight, stage)
         finally:
