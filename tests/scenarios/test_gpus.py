@@ -17,7 +17,9 @@ from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model import loader
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import PoolPlan, StageTemplate
+from batchlab.scenarios.planner.candidates import trial_result
 from batchlab.scenarios.planner.fast_model import FastModel
+from batchlab.scenarios.planner.search_steps import SizeLimits
 from batchlab.scenarios.record import Record
 from batchlab.scenarios.verdicts import MEASURES
 from tests.support.grid.backends import command as batchlab
@@ -69,6 +71,13 @@ def test_autoscaler_of_a_forecast_counts_gpus() -> None:
     scenario = claims(TRAIN, jobs=1, tasks=8, pool=pool)
     for record in (FastModel("aws")(scenario, 1), simulate(scenario)):
         assert _of(record, "peak_fleet") >= 4, "the slots of two instances would be enough for eight tasks"
+
+
+def test_a_plan_tries_an_instance_for_each_task_with_a_gpu() -> None:
+    pool = PoolPlan(Pool("default", 0, 2, 4, 30.0, instance_type="g5.xlarge", gpus=1))
+    scenario = claims(TRAIN, jobs=1, tasks=8, pool=pool)
+    base = trial_result(FastModel("aws")(scenario, 1), price_book.load())
+    assert SizeLimits.of(scenario, base, 3600.0).useful == {"default": 8}
 
 
 def test_an_estimate_counts_gpus() -> None:
