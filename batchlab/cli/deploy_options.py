@@ -236,6 +236,7 @@ def _with_arguments(wanted: Settings, arguments: DeployArguments) -> Settings:
 
 
 def _pools(texts: Sequence[str], before: Settings) -> tuple[PoolSettings, ...]:
+    from batchlab.core import instance_types
     from batchlab.deploy.settings import PoolSettings
 
     settings_by_name = {pool_settings.name: pool_settings for pool_settings in before.pools}
@@ -243,8 +244,20 @@ def _pools(texts: Sequence[str], before: Settings) -> tuple[PoolSettings, ...]:
     for text in texts:
         pool, types = parse_typed_pool(text)
         old = settings_by_name.get(pool.name, PoolSettings(pool.name))
+        own = dict(old.parameters)
+        if gpus := pool.gpus or instance_types.load().gpus(types):
+            own["PoolGpus"] = str(gpus)
+        elif types:
+            own.pop("PoolGpus", None)
         pools.append(
-            replace(old, min_size=pool.min_size, max_size=pool.max_size, slots=pool.slots, types=types or old.types)
+            replace(
+                old,
+                min_size=pool.min_size,
+                max_size=pool.max_size,
+                slots=pool.slots,
+                types=types or old.types,
+                parameters=tuple(sorted(own.items())),
+            )
         )
     return tuple(pools)
 

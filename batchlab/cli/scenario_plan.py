@@ -314,6 +314,7 @@ def as_yaml(scenario: Scenario) -> str:
             slots=plan.pool.slots,
             boot=duration(plan.pool.boot_s) if plan.pool.boot_s else None,
             instance_type=plan.pool.instance_type or None,
+            gpus=plan.pool.gpus or None,
             spot=plan.spot or None,
         )
         for plan in scenario.pools

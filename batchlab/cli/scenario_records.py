@@ -132,7 +132,7 @@ def _fleet(home: Home, backend: Backend) -> tuple[list[PoolPlan], Mapping[str, f
     if home.record():
         with connect(home) as client:
             grid = client.grid()
-        pools = [Pool(p["name"], p["min"], p["max"], p["slots"]) for p in grid["pools"]]
+        pools = [Pool(p["name"], p["min"], p["max"], p["slots"], gpus=p.get("gpus", 0)) for p in grid["pools"]]
         return [PoolPlan(pool) for pool in pools], grid["settings"]
     state = StateFile(home.fleet / "groups.json").load()
     groups = saved_state.decode(state)[0] if state else {}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 class StageView(TypedDict):
     """Counters of a stage. `after` names the stages whose results the stage uses. `running` is the number of the
-    stage's tasks in bundles that workers report as running.
+    stage's tasks in bundles that workers report as running. `gpus` is the number of GPUs of one task.
     """
 
     name: str
@@ -36,6 +36,7 @@ class StageView(TypedDict):
     mean_s: float | None
     first_start_s: float | None
     last_end_s: float | None
+    gpus: int
 
 
 class DependencyView(TypedDict):
@@ -354,7 +355,8 @@ class InstanceView(TypedDict):
     """An instance of a pool.
 
     `worker` is None until the worker of the instance has sent a heartbeat. `busy` is the number of bundles that the
-    worker of the instance runs, and `held` is the number of all bundles that the worker holds. `type` and `zone` are
+    worker of the instance runs, and `held` is the number of all bundles that the worker holds. `busy_gpus` is the
+    number of GPUs that running tasks use. `type` and `zone` are
     empty if the backend does not have instance types.
     """
 
@@ -370,10 +372,13 @@ class InstanceView(TypedDict):
     worker: str | None
     busy: int
     held: int
+    busy_gpus: int
 
 
 class PoolView(TypedDict):
     """A pool of instances. `trouble` is the reason why the instances do not start, or "" if the instances start.
+
+    `image` is the container image of the pool's workers, or "" if the pool does not have an image of its own.
 
     `ends_in_s` is the number of seconds after which the group's scheduled action ends the pool unless a manager
     postpones the action, or None without such an action. `end_trouble` is the reason why the manager cannot change the
@@ -385,6 +390,8 @@ class PoolView(TypedDict):
     max: int
     desired: int
     slots: int
+    gpus: int
+    image: str
     backlog_tasks: int
     backlog_s: float
     held_by_hand: bool

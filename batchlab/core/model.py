@@ -473,6 +473,10 @@ class Pool:
     env: tuple[tuple[str, str], ...] = field(default=())
     instance_type: str = ""
     """Name of an instance type in the catalog, or "" if the backend does not have instance types."""
+    gpus: int = 0
+    """GPUs per instance."""
+    image: str = ""
+    """Container image in which the pool's workers run, or "" for the backend's own environment."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema
 
-from batchlab.core.job_definition import SPLITS, SplitBy
+from batchlab.core.job_definition import MAX_GPUS, SPLITS, SplitBy
 from batchlab.core.model import FailureKind, Json
 from batchlab.core.retry_rule import RetryRule
 from batchlab.jobs import field_types
@@ -210,6 +210,16 @@ Slots = Annotated[
         examples=[2],
     ),
 ]
+Gpus = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=MAX_GPUS,
+        description="Number of GPUs that one task uses alone. The task's variable `CUDA_VISIBLE_DEVICES` names the "
+        "GPUs. The instances of the stage's pool must have at least as many GPUs.",
+        examples=[1],
+    ),
+]
 Memory = Annotated[
     field_types.Memory | None,
     Field(
@@ -257,6 +267,7 @@ class ResourcesSpec(Keys):
     """Resources of the worker that one task of the stage needs."""
 
     slots: Slots = 1
+    gpus: Gpus = 0
     memory: Memory = None
 
 

@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -79,7 +79,7 @@ class FairShare:
         self._use_document = VersionedDocument(context.ports, object_keys.SHARE_USE, self._merge_use)
         self._lock = asyncio.Lock()
         self._pending: dict[tuple[str, str], Counter[str]] = {}
-        """Numbers of bundles and slots that are decided but not outstanding yet, by pool and share."""
+        """Numbers of bundles, slots, and GPUs that are decided but not outstanding yet, by pool and share."""
         self._is_changed = False
         self._saved_s: float | None = None
 
@@ -240,17 +240,20 @@ class FairShare:
     def pending(self, job: JobDef, cut: Cut) -> Iterator[None]:
         """Count the bundles of the cut while the caller commits and sends the cut. Other jobs may be cut meanwhile, and
         the bundles are not outstanding before the commit."""
-        if self.policy is None:
-            yield
-            return
         stage, number = job.stage(cut.stage), len(cut.bundles)
-        counts = self._pending.setdefault((stage.pool, share_of(job)), Counter())
-        added = Counter(bundles=number, slots=number * stage.slots)
-        counts.update(added)
+        key = stage.pool, share_of(job)
+        added = Counter(bundles=number, slots=number * stage.slots, gpus=number * stage.gpus)
+        self._pending.setdefault(key, Counter()).update(added)
         try:
             yield
         finally:
-            counts.subtract(added)
+            self._pending[key].subtract(added)
+            if not any(self._pending[key].values()):
+                del self._pending[key]
+
+    def pending_gpus(self, pool: str) -> int:
+        """Return the GPUs of the pool that bundles need which are decided but not outstanding yet."""
+        return sum(counts["gpus"] for (name, _), counts in self._pending.items() if name == pool)
 
     def _works(self, pool: str, share: str) -> dict[str, PoolWork]:
         """Return the work of each share in the pool, including the work of `share`."""
@@ -334,7 +337,10 @@ class FairShare:
                 tasks -= max(0, self._lives.backlog_of(work, pool, now_s).tasks - limit)
         if self.policy.reservation:
             tasks = min(tasks, self._usable_slots(pool))
-        return Backlog(backlog.seconds, max(1, tasks))
+        tasks = max(1, tasks)
+        return replace(
+            backlog, tasks=tasks, gpu_tasks=min(backlog.gpu_tasks, backlog.gpu_tasks * tasks // backlog.tasks)
+        )
 
     # --- Views -----------------------------------------------------------------------------------
 

@@ -39,6 +39,10 @@ class _Contribution:
     """Slots of the outstanding bundles, except bundles of a paused job."""
     sent_us: int = 0
     """Estimated slot time of the bundles that `slots` counts."""
+    gpus: int = 0
+    """GPUs of the bundles that `slots` counts."""
+    gpu_tasks: int = 0
+    gpu_work_us: int = 0
     grows: bool = False
     """Whether a stage runs its first bundle and does not have a measured duration, so its estimate grows with time."""
     has_work: bool = False
@@ -62,8 +66,12 @@ class PoolWork:
     uncut_tasks: int = 0
     slots: int = 0
     sent_us: int = 0
+    gpus: int = 0
+    gpu_tasks: int = 0
+    """Sum of the GPUs of all remaining tasks, as `tasks` is the sum of their slots."""
+    gpu_work_us: int = 0
     growing: Jobs = field(default_factory=dict)
-    """Jobs whose estimated work grows with time. The sums `tasks` and `work_us` do not include these jobs."""
+    """Jobs whose estimated work grows with time. The sums of tasks and of work do not include these jobs."""
     working: Jobs = field(default_factory=dict)
     """Jobs that have work for the pool's instances (see `LiveJob.has_work`)."""
     held: Jobs = field(default_factory=dict)
@@ -131,9 +139,12 @@ class PoolWork:
         self.uncut_tasks += sign * part.uncut_tasks
         self.slots += sign * part.slots
         self.sent_us += sign * part.sent_us
+        self.gpus += sign * part.gpus
         if not part.grows:
             self.tasks += sign * part.tasks
             self.work_us += sign * part.work_us
+            self.gpu_tasks += sign * part.gpu_tasks
+            self.gpu_work_us += sign * part.gpu_work_us
 
     def _sets(self, part: _Contribution) -> Iterable[tuple[bool, Jobs]]:
         return (
@@ -291,11 +302,14 @@ class LiveJobs(dict[JobId, LiveJob]):
     def backlog_of(self, work: PoolWork, name: str, now_s: float) -> Backlog:
         """Return the remaining work that `work` counts in the pool. `now_s` is the monotonic time."""
         seconds, tasks = work.work_us / 1e6, work.tasks
+        gpu_s, gpu_tasks = work.gpu_work_us / 1e6, work.gpu_tasks
         for live in work.growing.values():
             part = _contributions(live, now_s)[name]
             seconds += part.work_us / 1e6
             tasks += part.tasks
-        return Backlog(seconds, tasks)
+            gpu_s += part.gpu_work_us / 1e6
+            gpu_tasks += part.gpu_tasks
+        return Backlog(seconds, tasks, gpu_s, gpu_tasks)
 
     @property
     def has_caps(self) -> bool:
@@ -374,6 +388,7 @@ def _contributions(live: LiveJob, now_s: float | None = None) -> dict[str, _Cont
         if live.record.control is not Control.PAUSE and (sent := len(live.outstanding.get(stage.name, ()))):
             part.slots += sent * stage.slots
             part.sent_us += sent * round(bundle_s(stage, counts) * 1e6)
+            part.gpus += sent * stage.gpus
         if not runs or counts.planned is None:
             continue
         if part.priority is not None and record.left.ranges:
@@ -386,6 +401,9 @@ def _contributions(live: LiveJob, now_s: float | None = None) -> dict[str, _Cont
         if remaining:
             part.tasks += remaining * stage.slots
             began_s = live.began_s.get(stage.name, 0.0)
-            part.work_us += round(remaining * live.task_s(stage, began_s if now_s is None else now_s) * 1e6)
+            task_s = live.task_s(stage, began_s if now_s is None else now_s)
+            part.work_us += round(remaining * task_s * 1e6)
+            part.gpu_tasks += remaining * stage.gpus
+            part.gpu_work_us += round(remaining * task_s / stage.slots * stage.gpus * 1e6)
             part.grows |= counts.mean_s is None and stage.name in live.began_s
     return parts

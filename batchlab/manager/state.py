@@ -483,7 +483,9 @@ class WorkerStatus:
 @dataclass(frozen=True, slots=True)
 class Backlog:
     """Remaining work of a pool: the sum of task time × slots in `seconds`, and the number of parallel tasks in
-    `tasks`."""
+    `tasks`. `gpu_s` and `gpu_tasks` are the same sums with the GPUs of each task in place of its slots."""
 
     seconds: float = 0.0
     tasks: int = 0
+    gpu_s: float = 0.0
+    gpu_tasks: int = 0

@@ -126,6 +126,11 @@ def _pool_reason(f: Facts) -> str | None:
                 f"Stage {stage.name} needs {stage.slots} slots per task, but an instance of pool {stage.pool} has "
                 f"{group.pool.slots}. Restart the grid with larger instances, or cancel the job."
             )
+        if stage.gpus > group.pool.gpus:
+            return (
+                f"Stage {stage.name} needs {count(stage.gpus, 'GPU')} per task, but an instance of pool {stage.pool} "
+                f"has {group.pool.gpus}. Restart the grid with a pool that has the GPUs, or cancel the job."
+            )
     return None
 
 
@@ -314,6 +319,14 @@ def _queue_reason(f: Facts) -> str | None:
         return _join(
             f"{bundles} of the job {wait} in pool {pool}.",
             f"{count(len(instances), 'instance')} of the pool {have} started, but {have} not sent a heartbeat yet.",
+            _next_stage(f),
+        )
+    stage = f.record.job.stage(oldest.bundle.stage)
+    if stage.gpus and all(worker.beat.gpus - worker.beat.busy_gpus < stage.gpus for worker in worker_statuses):
+        return _join(
+            f"Stage {stage.name} needs {count(stage.gpus, 'GPU')} per task, and no instance of pool {pool} has as many "
+            "free GPUs.",
+            f"{bundles} of the job {wait} for a GPU.",
             _next_stage(f),
         )
     others = {item.job for worker in worker_statuses for item in worker.since_s} - {f.record.job.id}

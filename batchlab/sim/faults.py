@@ -183,6 +183,7 @@ class Weather:
     orphans: bool = False
     dependent: bool = False
     mended: bool = False
+    gpus: bool = False
 
     def rate(self, kind: FaultKind) -> float:
         rate: float = getattr(self, kind.value)

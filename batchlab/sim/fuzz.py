@@ -113,6 +113,7 @@ WEATHERS: Mapping[str, Weather] = {
     "all": trial.ALL,
     "crashes": trial.CRASHES,
     "dependent": trial.DEPENDENT,
+    "gpus": trial.GPUS,
     "lies": trial.LIES,
     "mended": trial.MENDED,
     "shares": trial.SHARES,

@@ -155,6 +155,21 @@ def _policy(rng: random.Random, slots: int) -> SharePolicy:
     return SharePolicy(entries, decay_s=rng.choice([20.0, 60.0, 600.0]), reservation=rng.choice([0, 0, 0, 30, 60]))
 
 
+def with_gpus(seed: int, plan: Plan) -> Plan:
+    """Return the plan in which the first pool has GPUs, and some stages of the pool need GPUs."""
+    rng = random.Random(f"{seed}/gpus")  # noqa: S311 - simulation
+    first, *others = plan.pools
+    first = replace(first, slots=rng.choice([2, 4]), gpus=rng.choice([1, 1, 2]))
+    jobs = []
+    for job in plan.jobs:
+        stages = [
+            replace(stage, slots=1, gpus=rng.choice([0, 1, 1, first.gpus])) if stage.pool == first.name else stage
+            for stage in job.stages
+        ]
+        jobs.append(replace(job, stages=tuple(stages), items=min(job.items or 0, 60)))
+    return replace(plan, pools=(first, *others), jobs=tuple(jobs), limit_s=3 * LIMIT_S)
+
+
 def with_dependencies(seed: int, plan: Plan) -> Plan:
     """Return the plan with one more small job, in which each job but the first depends on one or two earlier jobs."""
     rng = random.Random(f"{seed}/dependencies")  # noqa: S311 - simulation

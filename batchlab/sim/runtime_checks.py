@@ -26,6 +26,7 @@ from batchlab.manager.unresponsive_workers import UNKNOWN_WORK
 from batchlab.sim.actors import CURRENT, Actor, JobControls, SimulationError, Violated
 from batchlab.sim.event_log import Name, bundle_in, doc_of, name_in, name_of_bundle, reported_in
 from batchlab.sim.faults import LATENCY_S, SLOW_LOOKS_S
+from batchlab.sim.gpu_checks import GpuChecks
 from batchlab.sim.progress_checks import (
     GIVE_BACK_S,
     WAITS_S,
@@ -138,6 +139,7 @@ class Watch:
     silences: SilenceChecks = field(init=False)
     shares: ShareChecks = field(init=False)
     copies: CopyChecks = field(init=False)
+    gpus: GpuChecks = field(init=False)
     _jobs: dict[str, JobDef] = field(default_factory=dict)
     """Definitions of all jobs in the bucket, by id."""
     _begun: dict[Actor, set[Name]] = field(default_factory=dict)
@@ -178,6 +180,7 @@ class Watch:
         self.silences = SilenceChecks(self.check, self.silence_s)
         self.shares = ShareChecks(self.check, self.controls.is_live, self.controls.live_since_s)
         self.copies = CopyChecks(self.check, self._jobs)
+        self.gpus = GpuChecks(self.check, self.controls.is_live)
         # The watch's timers expire even while a process is frozen.
         self._context = copy_context()
 
@@ -213,6 +216,7 @@ class Watch:
             return
         if kind == "final":
             self.controls.on_end(job)
+            self.gpus.on_job_end(job)
             self.shares.on_end(job, self.clock.monotonic_s())
             self.dependencies.on_end(job, JobState(json_format.loads(data)["state"]))
         if kind not in ("spec.json", "retries", "final"):
@@ -251,6 +255,7 @@ class Watch:
             self.check(name in self._planned, "I1", f"{name} is committed, but not planned", name[0])
             self._check_copy_commit(outcome)
             self._committed.add(name)
+            self.gpus.on_commit(name)
             self.waste.on_commit(name, self.clock.monotonic_s())
             self.start_times.on_commit(outcome)
             # A follow-up of another job than the outcome's job is a lie.
@@ -265,6 +270,7 @@ class Watch:
             doc = json_format.loads(data)
             job, opening = json_format.job_from_json(doc), commit_keys.opening_in(doc)
             self._jobs[job.id] = job
+            self.gpus.jobs[job.id] = job
             self.shares.on_definition(job, self.clock.monotonic_s())
             if opening and opening.cut:
                 self._opened.update(map(name_of_bundle, opening.cut.bundles))
@@ -294,6 +300,7 @@ class Watch:
             since_s = self._undisturbed_lead_s(actor)
             self.waste.check_cut(cut, now_s, since_s, self.controls.live_since_s)
         self.shares.on_cut(cut, now_s, since_s)
+        self.gpus.on_cut(cut, now_s, since_s)
 
     def _plan(self, bundles: Sequence[Bundle]) -> None:
         self._planned.update(map(name_of_bundle, bundles))

@@ -41,6 +41,8 @@ class AttemptInput:
     bundle: Bundle
     task: int
     item: Json
+    gpus: tuple[int, ...] = ()
+    """Numbers of the GPUs that the worker has given to the task."""
 
 
 Script = Callable[[AttemptInput], ScriptedAttempt]
@@ -76,7 +78,7 @@ class ScriptedRunner:
             over = work.budget_s is not None and index > 0 and now_s - begun_s >= work.budget_s
             if handle.stop or over or now_s >= handle.until_s:
                 return
-            scene = AttemptInput(work.job, work.stage, work.bundle, task, item)
+            scene = AttemptInput(work.job, work.stage, work.bundle, task, item, work.gpus)
             play = self._script(scene)
             run_s = play.run_s * self._slowness
             handle.running = task

@@ -30,6 +30,7 @@ from batchlab.sim.plans import (
     with_copies,
     with_dependencies,
     with_focus,
+    with_gpus,
     with_mended_inputs,
     with_shares,
 )
@@ -91,6 +92,9 @@ LIES = replace(ALL, corrupted=0.3, lies=True)
 
 STORAGE = replace(ALL, torn=0.1, missing=0.1, rotted=0.05, unsynced=0.04, storage=True)
 """Rates of all kinds of faults, for worlds where the store damages objects."""
+
+GPUS = replace(ALL, gpus=True)
+"""Rates of all kinds of faults, for worlds with GPUs."""
 
 DEPENDENT = replace(ALL, dependent=True)
 """Rates of all kinds of faults, for worlds whose jobs depend on earlier jobs."""
@@ -185,6 +189,8 @@ def plan_of(seed: int, weather: Weather = ALL) -> Plan:
         return with_bystanders(seed, plan)
     if weather.speculative and plan.limit_s == LIMIT_S:
         return with_copies(seed, plan)
+    if weather.gpus and plan.limit_s == LIMIT_S:
+        return with_gpus(seed, plan)
     if weather.dependent and plan.limit_s == LIMIT_S:
         return with_dependencies(seed, plan)
     if weather.mended and plan.limit_s == LIMIT_S:
@@ -338,13 +344,18 @@ async def _abandon(world: World) -> None:
 
 
 async def _watch_ledger(world: World, plan: Plan) -> None:
+    weather_has_gpus = any(stage.gpus for job in plan.jobs for stage in job.stages)
     while True:
         await asyncio.sleep(CHECK_S * plan.pace)
+        now_s = world.clock.monotonic_s()
         if plan.limit_s == LIMIT_S:
             processes = world.manager_processes
             world.watch.check_silences([process.actor for process in processes if process.manager.is_leader.is_set()])
         for process in world.manager_processes:
             world.watch.trust.check_registry(process.manager.registry)
+            manager = process.manager
+            if weather_has_gpus and manager.is_leader.is_set() and not world.watch.frozen(process.actor):
+                world.watch.gpus.check_capacity(process.actor, manager.context, manager.autoscaler, now_s)
         for job in plan.jobs:
             record = None if world.rebuilding else await world.find(job.id)
             if record is not None:

@@ -171,6 +171,7 @@ class World:
             silence_s=self.manager_settings.silence_s,
         )
         self.watch.shares.is_on = self.shares
+        self.watch.gpus.pools = {pool.name: pool for pool in self.pools if pool.gpus}
         self.watch.shares.pools = {pool.name: pool for pool in self.pools}
         self.watch.shares.window = self.manager_settings.window
         self.damage = Damage(self.objects, self.ledger, self.watch.trust.touched, self.watch.damaged)
@@ -356,9 +357,11 @@ class World:
         start = Start(now_s, CURRENT.get(), job, stage, scene.task, scene.bundle.round, scene.item)
         self.watch.on_start(start)
         self.watch.on_task(scene.bundle, scene.task, start.actor)
+        self.watch.gpus.on_start(start.actor, scene.stage, scene.gpus)
 
         def ended() -> None:
             start.ended_s = self.clock.monotonic_s()
+            self.watch.gpus.on_end(start.actor, scene.gpus)
 
         return ended
 
@@ -440,7 +443,8 @@ class SimWorker:
         rights = self.rights if world.watched else None
         objects = world._wrap(world.objects, "objects", self.actor, rights)
         queue = world._wrap(world.queue, "queue", self.actor, rights)
-        self.who = Identity(f"w-{instance}", instance, pool.name, pool.slots, f"key-{instance}")
+        self.who = Identity(f"w-{instance}", instance, pool.name, pool.slots, f"key-{instance}", pool.gpus)
+        world.watch.gpus.on_boot(self.actor, pool)
         self.worker = Worker(
             self.who,
             objects,
@@ -500,4 +504,5 @@ class SimWorker:
                 self._world.watch.on_kill(self.actor)
             else:
                 self._world.watch.on_exit(self.actor)
+                self._world.watch.gpus.check_free(self.actor, self.worker.free_gpus)
             self.actor.kill()

@@ -129,6 +129,8 @@ class Heartbeats:
             leaving=self.leaving,
             gone=gone,
             key=who.key,
+            gpus=who.gpus,
+            busy_gpus=sum(len(message.gpus) for message in self._context.inflight.values() if message.running),
         )
 
 

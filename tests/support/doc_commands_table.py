@@ -19,7 +19,7 @@ batchlab doctor
 
 STANDING = """
 + batchlab init pipeline
-batchlab grid up --log-format json ;; batchlab grid up --port 8080 ;; batchlab grid up --pool default:0-4x1 --pool large:0-2x8 => batchlab grid up --log-format json --port {port} --pool default:0-4x1 --pool large:0-2x8
+batchlab grid up --log-format json ;; batchlab grid up --port 8080 ;; batchlab grid up --pool default:0-4x1 --pool large:0-2x8 ;; batchlab grid up --pool default:0-1x8,gpus=2 => batchlab grid up --log-format json --port {port} --pool default:0-4x1 --pool large:0-1x8,gpus=2
 batchlab job submit myjob/job.yaml
 batchlab job watch last
 batchlab job list

@@ -67,7 +67,7 @@ MENDED = 2
 
 A worker of an earlier release returns the message, and a manager of an earlier release ends the round of the retry.
 """
-PROTOCOL = 3
+PROTOCOL = 4
 """Latest version of the protocol that this release of batchlab supports.
 
 A release increases PROTOCOL if some jobs need new behavior of workers or managers, and writes the new version as
@@ -77,6 +77,8 @@ SEALED = 2
 """First protocol version with commit keys."""
 DEPENDENT = 3
 """First protocol version with dependencies. A manager of an earlier release would begin the job at once."""
+GPUS = 4
+"""First protocol version with GPUs. A worker of an earlier release would give one GPU to several tasks."""
 FAILURE_KINDS = frozenset(kind.value for kind in FailureKind)
 CONTROL_VALUES = frozenset(word.value for word in Control)
 NO_TASKS = TaskSet()
@@ -517,6 +519,8 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
         doc["needs"] = DEPENDENT
     else:
         del doc["after"]
+    if any(stage.gpus for stage in job.stages):
+        doc["needs"] = GPUS
     if job.commit_hash:
         doc.setdefault("needs", SEALED)
     else:
@@ -530,7 +534,7 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
 
 def _stage_to_json(stage: StageDef) -> dict[str, Json]:
     doc = {**fields(stage), "retry": fields(stage.retry)}
-    for later in ("side_effects", "speculative_copies"):
+    for later in ("side_effects", "speculative_copies", "gpus"):
         if not doc[later]:
             del doc[later]
     return doc

@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass, field
 from typing import Any, TypeVar
 
 from batchlab.core.errors import Malformed, TooNew
+from batchlab.core.job_definition import MAX_GPUS
 from batchlab.core.model import Bundle, BundleId, Completion, JobId, Json, Outcome, StageName
 from batchlab.core.ports import MAX_MESSAGE_BYTES
 from batchlab.core.pricing.request_costs import Requests, WorkerRequests
@@ -187,6 +188,9 @@ class Beat:
     """Key of the worker's instance, a secret that all workers of the instance share, or "" for a worker of release
     0.1.0.
     """
+    gpus: int = 0
+    busy_gpus: int = 0
+    """Number of GPUs that running tasks use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +270,8 @@ def _beat_to_json(b: Beat) -> dict[str, Json]:
     doc = {**fields(b), "held": [fields(h) for h in b.held]}
     if not b.key:
         del doc["key"]
+    if not b.gpus:
+        del doc["gpus"], doc["busy_gpus"]
     return doc
 
 
@@ -287,6 +293,8 @@ def _beat_from_json(doc: Mapping[str, Any]) -> Beat:
         flag(doc.get("leaving", False)),
         flag(doc.get("gone", False)),
         text(doc.get("key", ""), MAX_TRACE),
+        whole(doc.get("gpus", 0), MAX_GPUS),
+        whole(doc.get("busy_gpus", 0), MAX_GPUS),
     )
 
 

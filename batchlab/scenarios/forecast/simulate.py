@@ -152,8 +152,9 @@ class ForecastGrid:
 
     def _check_names(self, scenario: Scenario) -> None:
         slots = {name: pool.slots for name, pool in self.pools.items()}
+        gpus = {name: pool.gpus for name, pool in self.pools.items()}
         for template in scenario.jobs.values():
-            admit(job_def(Job(0, template.name, template, 0.0, 1), 0.0), slots)
+            admit(job_def(Job(0, template.name, template, 0.0, 1), 0.0), slots, gpus=gpus)
         for name in [prewarm.pool for prewarm in scenario.prewarm] + [fault.pool for fault in scenario.faults]:
             if name and name not in self.pools:
                 raise UsageError(

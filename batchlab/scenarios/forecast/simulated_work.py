@@ -41,6 +41,7 @@ def job_def(job: Job, submitted_s: float) -> JobDef:
             handler=HANDLER,
             retry=stage.retry,
             slots=stage.slots,
+            gpus=stage.gpus,
             memory_bytes=stage.memory_bytes,
             bundle=stage.bundle,
             pool=stage.pool,

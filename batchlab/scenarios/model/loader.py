@@ -25,7 +25,7 @@ from batchlab.jobs.yaml_source import Loc, Problem, suggest
 from batchlab.scenarios.model import build, expansion
 from batchlab.scenarios.model.build import FAULTS
 from batchlab.scenarios.model.distributions import Constant
-from batchlab.scenarios.model.schema import SHAPE, FaultSpec, ScenarioSpec, is_text
+from batchlab.scenarios.model.schema import SHAPE, FaultSpec, PoolSpec, ScenarioSpec, is_text
 from batchlab.scenarios.model.schema_distributions import StepSpec
 from batchlab.scenarios.model.values import LASTING_FAULTS, FaultName, JobTemplate, Policy, PoolPlan, Prewarm, Scenario
 from batchlab.scenarios.verdicts import MEASURES
@@ -122,6 +122,16 @@ def _stages(subject: CheckedScenario) -> Iterator[Problem]:
                 )
                 loc = _stage_location(subject, template, i, "slots")
                 yield Problem(loc, message, "Give the pool's instances more slots.")
+            if pool is not None and stage.gpus > _gpus(pool) and subject.is_sound("pools", stage.pool):
+                message = (
+                    f"A task of the stage '{stage.name}' takes {stage.gpus} GPUs, and an instance of the pool "
+                    f"'{stage.pool}' has {_gpus(pool)}: it would never run."
+                )
+                yield Problem(loc, message, "Name an instance type with enough GPUs, or set `gpus` of the pool.")
+
+
+def _gpus(pool: PoolSpec) -> int:
+    return instance_types.load().gpus([pool.instance_type]) if pool.gpus is None else pool.gpus
 
 
 def _stage_location(subject: CheckedScenario, template: JobTemplate, stage: int, key: str) -> Loc:
@@ -406,7 +416,12 @@ def _build_scenario(
         jobs=jobs,
         arrivals=tuple(arrival for arrival in arrivals if arrival is not None),
         pools=tuple(
-            PoolPlan(Pool(name, pool.min, pool.max, pool.slots, pool.boot, instance_type=pool.instance_type), pool.spot)
+            PoolPlan(
+                Pool(
+                    name, pool.min, pool.max, pool.slots, pool.boot, instance_type=pool.instance_type, gpus=_gpus(pool)
+                ),
+                pool.spot,
+            )
             for name, pool in spec.pools.items()
         ),
         seed=spec.seed,

@@ -10,12 +10,13 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import BeforeValidator, Field, WithJsonSchema, create_model, model_validator
 
 from batchlab.core import fair_share, text
-from batchlab.core.job_definition import MAX_DEPENDENCIES
+from batchlab.core.job_definition import MAX_DEPENDENCIES, MAX_GPUS
 from batchlab.core.model import Json
 from batchlab.jobs import field_types
 from batchlab.jobs.schema import (
     After,
     Bundle,
+    Gpus,
     JobShare,
     Keys,
     Memory,
@@ -91,6 +92,7 @@ class StageSpec(Keys):
     )
     kind: Literal["sleep", "cpu", "memory", "io"] = key("Work of a simulated task in a replay.", "cpu", "sleep")
     slots: Slots = 1
+    gpus: Gpus = 0
     memory: Memory = None
     bundle: Bundle = None
     pool: Pool = "default"
@@ -349,6 +351,13 @@ class PoolSpec(Keys):
     slots: int = key("Number of task slots of each instance.", 4, 1, ge=1, le=9999)
     boot: field_types.Duration = key("Time from the launch of an instance until its worker takes tasks.", "90s", 0.0)
     instance_type: str = key("EC2 instance type, which determines the price.", "m7i.large", "")
+    gpus: int | None = key(
+        "Number of GPUs of each instance. By default, the number of the instance type's GPUs.",
+        1,
+        None,
+        ge=0,
+        le=MAX_GPUS,
+    )
     spot: Share = key("Share of the instances that are Spot Instances.", 0.5, 0.0)
 
 

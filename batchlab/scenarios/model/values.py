@@ -65,6 +65,7 @@ class StageTemplate:
     groups: int = 1
     kind: WorkKind = WorkKind.SLEEP
     slots: int = 1
+    gpus: int = 0
     memory_bytes: int | None = None
     bundle: int | None = None
     pool: str = "default"

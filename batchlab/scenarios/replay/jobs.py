@@ -143,6 +143,7 @@ def stage_def(stage: StageTemplate) -> StageDef:
         handler=HANDLER,
         retry=stage.retry,
         slots=stage.slots,
+        gpus=stage.gpus,
         memory_bytes=stage.memory_bytes,
         bundle=stage.bundle,
         pool=stage.pool,
