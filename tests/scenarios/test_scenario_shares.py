@@ -194,6 +194,22 @@ def test_a_forecast_that_ignores_shares_is_caught(
         check_limit(limited)
 
 
+CRASHED = LIMITED.replace("expect:", "faults: [{at: 1m, fault: manager-crash, for: 10s}]\nexpect:")
+
+
+def test_the_next_manager_of_a_forecast_follows_the_policy(tmp_path: Path) -> None:
+    check_limit(load(tmp_path, CRASHED))
+
+
+def test_a_next_manager_that_ignores_the_policy_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @Plant(monkeypatch).method(FairShare, "load")
+    async def load_(self: FairShare) -> None:
+        pass
+
+    with pytest.raises(AssertionError, match="more than one slot"):
+        check_limit(load(tmp_path, CRASHED))
+
+
 def test_a_forecast_divides_the_window_as_the_reference_computation(tmp_path: Path) -> None:
     cuts: list[int] = []
 
