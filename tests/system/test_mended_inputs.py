@@ -105,10 +105,10 @@ def test_a_mended_input_survives_a_killed_manager(cli: Cli) -> None:
     assert (code, json.loads(out)["mended_sha256"]) == (0, sha256)
 
     sql = "select task, state, mended_sha256 as mended from tasks order by task"
-    rows = json.loads(cli("report", "query", sql, "last", "--json")[1])
+    rows = json.loads(cli("report", "query", sql, "last", "--json")[1])["rows"]
     assert [row["mended"] for row in rows] == [None, sha256, None]
     sql = "select round, mended_sha256 as mended from attempts where task = 1 order by round"
-    assert [r["mended"] for r in json.loads(cli("report", "query", sql, "last", "--json")[1])] == [None, sha256]
+    assert [r["mended"] for r in json.loads(cli("report", "query", sql, "last", "--json")[1])["rows"]] == [None, sha256]
     assert cli("report", "html", "last", "--out", "report.html")[0] == 0
     assert "1 task has a mended input from a retry" in (cli.folder / "report.html").read_text()
     assert cli("grid", "down")[0] == 0
