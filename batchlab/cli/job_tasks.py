@@ -274,9 +274,7 @@ def retry(
     and one JSON value for any other task.
 
     \b
-    Examples:
-      batchlab job retry last
-      batchlab job retry last --task parse/3 --input corrected.csv
+    Example: batchlab job retry last --task parse/3 --input corrected.csv
     """
     inputs = _new_inputs(task or (), new or ())
     ranges: dict[str, list[tuple[int, int]]] = {}
