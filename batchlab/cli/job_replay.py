@@ -183,7 +183,8 @@ def _run(prepared: TaskRun, how: RunOptions, *, json: bool) -> None:
 
     within = "none" if how.no_limits else limits(prepared)
     limits_text = "" if within == "none" else f", within {within}"
-    output.say(f"Running {prepared.name}, attempt {prepared.attempt}, on this machine{limits_text}.")
+    mended = f", with the mended input {prepared.mended_sha256[:12]}" if prepared.mended_sha256 else ""
+    output.say(f"Running {prepared.name}, attempt {prepared.attempt}{mended}, on this machine{limits_text}.")
     output.say(_warning(how))
     ended = foreground.run(prepared, how)
     comparison = compare(prepared, ended)
@@ -197,6 +198,7 @@ def _run(prepared: TaskRun, how: RunOptions, *, json: bool) -> None:
                 "fingerprint": comparison.here or None,
                 "fingerprint_on_grid": comparison.there or None,
                 "differences": comparison.differences,
+                "mended_sha256": prepared.mended_sha256 or None,
             }
         )
     else:

@@ -75,9 +75,12 @@ def show_task(job: str, task: str, home: Path | None, backend: str | None, *, js
 
 
 def _attempt(attempt: Attempt, machine: dict[str, Json] | None) -> dict[str, Any]:
+    from batchlab.core.protocol.mended_inputs import mended_sha256
+
     outcome, failure = attempt.outcome, attempt.failure
     return {
         "round": outcome.bundle.round,
+        "mended_sha256": mended_sha256(outcome.bundle.source) or None,
         "attempt": outcome.bundle.attempt,
         "state": attempt.state,
         "worker": outcome.worker,
@@ -106,6 +109,8 @@ def _show(doc: dict[str, Any]) -> None:
         rows.append((attempt["round"], attempt["attempt"], attempt["state"], *times, *rest))
     output.show(f"{task_name(doc['stage'], doc['task'])} of {doc['job']}")
     output.show(f"{'input':<13}{output.clean(doc['input'])}")
+    for sha256 in [attempt["mended_sha256"] for attempt in doc["attempts"] if attempt["mended_sha256"]][-1:]:
+        output.show(f"{'mended':<13}a retry gave the task a new input, SHA-256 {sha256}")
     if not rows:
         output.show("No attempt of the task has ended yet.")
         return
@@ -269,9 +274,7 @@ def retry(
     and one JSON value for any other task.
 
     \b
-    Examples:
-      batchlab job retry last
-      batchlab job retry last --task parse/3 --input corrected.csv
+    Example: batchlab job retry last --task parse/3 --input corrected.csv
     """
     inputs = _new_inputs(task or (), new or ())
     ranges: dict[str, list[tuple[int, int]]] = {}

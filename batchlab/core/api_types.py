@@ -182,8 +182,9 @@ class TaskView(TypedDict):
     to an earlier outcome of the task. `seq` is 0 if the task has not ended. `started_s` and `ended_s` are times of the
     task's bundle. `input` and `log` are the text of the task's input and log. The manager truncates a long input and a
     long log. The log of a running task is the latest output that its worker has stored. `input_of` is the name of the
-    file that contains the task's input. `cpu_s`, `memory_bytes` (the peak), `input_bytes`, and `output_bytes` are null
-    if the attempt was too short to be measured. `run_s` is null if the attempt did not run.
+    file that contains the task's input. `mended_sha256` is the SHA-256 of the task's mended input, or "" if the task
+    has its first input. `cpu_s`, `memory_bytes` (the peak), `input_bytes`, and `output_bytes` are null if the attempt
+    was too short to be measured. `run_s` is null if the attempt did not run.
     """
 
     seq: int
@@ -203,6 +204,7 @@ class TaskView(TypedDict):
     input: str
     input_of: str
     is_input_cut: bool
+    mended_sha256: str
     log: str
     is_log_cut: bool
 
@@ -213,7 +215,8 @@ class TaskRowView(TypedDict):
     The `state` of a task is waiting, running, succeeded, failed, or cancelled. `seq` is the number of the outcome with
     the task's result, or 0 without a result. `attempt` is 0 if no worker has received the task. `since_s` is the start
     of a running task's bundle. The figures are null if the attempt was too short to be measured. `input` is the name
-    of the task's first input file, or "" if the name is unknown.
+    of the task's first input file, or "" if the name is unknown. `mended_sha256` is the SHA-256 of the task's mended
+    input, or "" if the task has its first input.
     """
 
     seq: int
@@ -229,6 +232,7 @@ class TaskRowView(TypedDict):
     input_bytes: int | None
     output_bytes: int | None
     input: str
+    mended_sha256: str
 
 
 class TasksView(TypedDict):

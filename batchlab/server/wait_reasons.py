@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 from batchlab.core.job_definition import Condition, Dependency
 from batchlab.core.model import Activity, Control, GroupView, JobState
+from batchlab.core.protocol.mended_inputs import is_mended
 from batchlab.core.protocol.settlement import judge
 from batchlab.core.text import count, first_of, whole
 from batchlab.manager.state import LiveJob
@@ -457,9 +458,15 @@ def _with_warning(f: Facts, reason: Reason) -> str:
     return f"the manager logged this warning about the job {whole(age_s)} ago: {text.rstrip('.')}"
 
 
+def _mended(f: Facts, _: Reason) -> str:
+    mended = sum(is_mended(outstanding.bundle) for outstanding in (f.live.all_outstanding() if f.live else ()))
+    return f"{count(mended, 'task')} {_verb(mended, 'has', 'have')} a mended input from a retry" if mended else ""
+
+
 _NOTES: tuple[Callable[[Facts, Reason], str], ...] = (
     _behind,
     _with_warning,
+    _mended,
     lambda f, _: f.unreadable,
     lambda f, _: f"{f.undelivered}. `batchlab notify log` shows the attempts" if f.undelivered else "",
 )

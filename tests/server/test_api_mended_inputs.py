@@ -93,6 +93,26 @@ def test_a_file_is_replaced_under_its_name_and_the_record_names_its_hash(rig: Ri
     assert record.reason == f"map/1: new input of 9 bytes, SHA-256 {sha256}"
 
 
+def test_views_of_tasks_name_the_hash(rig: Rig) -> None:
+    name = ended(rig, job(token="views"), bad={1, 2}, bundles=4)
+    rig.client.retry(name, inputs={("map", 1): NEW})
+    sha256 = hashlib.sha256(NEW).hexdigest()
+    assert "Also, 1 task has a mended input from a retry." in rig.client.why(name)
+
+    def get(path: str) -> Any:
+        headers = {"Authorization": "Bearer correct horse"}
+        return rig.http.get(f"/v1/jobs/{name}{path}", headers=headers).json()
+
+    waiting = get("/stages/map/tasks/1")
+    assert (waiting["input"], waiting["input_of"]) == ("corrected", "1, 9 bytes")
+    assert waiting["mended_sha256"] == sha256
+    rig.work(name, 1)
+    rig.ended(name)
+    assert [one["mended_sha256"] for one in get("/tasks")["tasks"]] == ["", sha256, "", ""]
+    assert get("/stages/map/tasks/1")["mended_sha256"] == sha256
+    assert get("/stages/map/tasks/2")["mended_sha256"] == ""
+
+
 def test_later_retries_keep_the_input_until_it_is_replaced(rig: Rig) -> None:
     name = ended(rig, job(token="later"), bad={0, 1}, bundles=4)
     rig.client.retry(name, inputs={("map", 1): NEW})

@@ -75,6 +75,8 @@ batchlab job retry last --fingerprint db97f1813d04 => batchlab job retry last --
 ? batchlab job watch last
 batchlab job retry last --tasks parse/3,7-9 --tasks price/0
 ? batchlab job watch last
+batchlab job retry last --task parse/3 --input corrected.csv
+? batchlab job watch last
 batchlab job retry JOB => batchlab job retry {job}
 ? batchlab job watch last
 """

@@ -92,6 +92,25 @@ def test_a_mended_input_survives_a_killed_manager(cli: Cli) -> None:
     assert json.loads(cli("job", "show", "last", "--json")[1])["stages"] == before["stages"]
     sha256 = hashlib.sha256(b"41").hexdigest()
     assert f"work/1: new input of 2 bytes, SHA-256 {sha256}" in cli("audit", "--json")[1]
+    assert (
+        f"mended       a retry gave the task a new input, SHA-256 {sha256}" in cli("job", "show", "last", "work/1")[1]
+    )
+
+    # The replay of the first attempt has its input, and the replay of the second round has the new input.
+    code, out, err = cli("job", "replay-task", "last", "work/1", "--no-debug")
+    assert "`--round 1` runs the task with the new input" in out, err
+    assert code == 1
+    code, out, err = cli("job", "replay-task", "last", "work/1", "--no-debug", "--round", "1", "--json")
+    assert f"Running work/1, attempt 1, with the mended input {sha256[:12]}, on this machine" in err
+    assert (code, json.loads(out)["mended_sha256"]) == (0, sha256)
+
+    sql = "select task, state, mended_sha256 as mended from tasks order by task"
+    rows = json.loads(cli("report", "query", sql, "last", "--json")[1])["rows"]
+    assert [row["mended"] for row in rows] == [None, sha256, None]
+    sql = "select round, mended_sha256 as mended from attempts where task = 1 order by round"
+    assert [r["mended"] for r in json.loads(cli("report", "query", sql, "last", "--json")[1])["rows"]] == [None, sha256]
+    assert cli("report", "html", "last", "--out", "report.html")[0] == 0
+    assert "1 task has a mended input from a retry" in (cli.folder / "report.html").read_text()
     assert cli("grid", "down")[0] == 0
 
 

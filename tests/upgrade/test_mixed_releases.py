@@ -224,7 +224,7 @@ def nothing(doc: dict[str, Any], spec: dict[str, Any]) -> None: ...
 
 
 def newer_format(doc: dict[str, Any], spec: dict[str, Any]) -> None:
-    doc["v"] = 2
+    doc["v"] = json_format.MENDED + 1
 
 
 def newer_job(doc: dict[str, Any], spec: dict[str, Any]) -> None:

@@ -71,6 +71,8 @@ class TaskRun:
     value: Json = None
     there: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    mended_sha256: str = ""
+    """SHA-256 of the attempt's mended input, or "" if the attempt had the task's first input."""
 
     @property
     def name(self) -> str:

@@ -49,6 +49,12 @@ def is_mended(bundle: Bundle) -> bool:
     return bundle.source is not None and bundle.source.startswith(_PREFIX)
 
 
+def mended_sha256(source: str | None) -> str:
+    """Return the SHA-256 of the mended input that a bundle's source names, or "" for another source."""
+    match = _SOURCE.fullmatch(source or "")
+    return match[3] if match else ""
+
+
 def mended_input(bundle: Bundle) -> MendedInput | None:
     """Return the mended input of the bundle's only task, or None if the bundle does not have a mended input.
 
