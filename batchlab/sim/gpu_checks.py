@@ -41,6 +41,8 @@ class GpuChecks:
     """Number of tasks that have started with GPUs."""
     pools: dict[str, Pool] = field(default_factory=dict)
     """Pools whose instances have GPUs."""
+    max_size: Callable[[str], int] = lambda _: 0
+    """Function that returns the present maximum size of a pool, which a user may have raised."""
     _workers: dict[Actor, Pool] = field(default_factory=dict)
     _used: dict[Actor, set[int]] = field(default_factory=dict)
     _outstanding: dict[Name, None] = field(default_factory=dict)
@@ -91,7 +93,7 @@ class GpuChecks:
         for job, name, _ in self._outstanding:
             other = self.jobs[job].stage(StageName(name))
             used += other.gpus if other.pool == pool.name and self.is_live(job) else 0
-        most = pool.max_size * pool.gpus
+        most = max(pool.max_size, self.max_size(pool.name)) * pool.gpus
         if cut.bundles and now_s - since_s > LED_S:
             facts = f"{cut.job} gets {len(cut.bundles)} bundles with GPUs, so {used} of {most} GPUs are needed"
             self.check(used <= most, PROMISE, facts)
