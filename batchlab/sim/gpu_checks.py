@@ -6,8 +6,10 @@ free GPUs. The record of the outstanding bundles comes from the commits in the b
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,9 @@ PROMISE = "gpu"
 
 LED_S = 60.0
 """Seconds of undisturbed leadership after which a manager counts all outstanding bundles."""
+
+CONFIRM_S = 5.0
+"""Seconds after which the bucket contains a pause that the manager knew at the time of a cut."""
 
 LAG_S = 120.0
 """Seconds for which the desired capacity of a pool may be below the capacity that its GPU tasks need."""
@@ -36,11 +41,16 @@ class GpuChecks:
     check: Callable[[bool, str, str], None]
     is_live: Callable[[str], bool]
     """Function that returns whether a job may run."""
+    live_since_s: Callable[[str], float]
+    context: Context
+    """Context of timers that expire even while a process is frozen."""
     jobs: dict[str, JobDef] = field(default_factory=dict)
     starts: int = 0
     """Number of tasks that have started with GPUs."""
     pools: dict[str, Pool] = field(default_factory=dict)
     """Pools whose instances have GPUs."""
+    max_size: Callable[[str], int] = lambda _: 0
+    """Function that returns the present maximum size of a pool, which a user may have raised."""
     _workers: dict[Actor, Pool] = field(default_factory=dict)
     _used: dict[Actor, set[int]] = field(default_factory=dict)
     _outstanding: dict[Name, None] = field(default_factory=dict)
@@ -88,13 +98,24 @@ class GpuChecks:
             return
         self._outstanding |= dict.fromkeys(map(name_of_bundle, cut.bundles))
         pool, used = self.pools[stage.pool], 0
+        jobs: set[str] = set()
         for job, name, _ in self._outstanding:
             other = self.jobs[job].stage(StageName(name))
-            used += other.gpus if other.pool == pool.name and self.is_live(job) else 0
-        most = pool.max_size * pool.gpus
-        if cut.bundles and now_s - since_s > LED_S:
+            if other.gpus and other.pool == pool.name and self.is_live(job):
+                used += other.gpus
+                jobs.add(job)
+        most = max(pool.max_size, self.max_size(pool.name)) * pool.gpus
+        if cut.bundles and now_s - since_s > LED_S and used > most:
             facts = f"{cut.job} gets {len(cut.bundles)} bundles with GPUs, so {used} of {most} GPUs are needed"
-            self.check(used <= most, PROMISE, facts)
+            loop = asyncio.get_running_loop()
+            loop.call_later(CONFIRM_S, self._confirm, jobs, now_s, facts, context=self.context)
+
+    def _confirm(self, jobs: set[str], cut_s: float, facts: str) -> None:
+        """Fail, unless one of the jobs was paused, had ended, or was just resumed at the time of the cut.
+
+        The manager knows of a pause before the bucket does.
+        """
+        self.check(not all(self.is_live(job) and self.live_since_s(job) < cut_s - 1.0 for job in jobs), PROMISE, facts)
 
     def on_commit(self, name: Name) -> None:
         self._outstanding.pop(name, None)

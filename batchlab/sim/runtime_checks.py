@@ -180,9 +180,9 @@ class Watch:
         self.silences = SilenceChecks(self.check, self.silence_s)
         self.shares = ShareChecks(self.check, self.controls.is_live, self.controls.live_since_s)
         self.copies = CopyChecks(self.check, self._jobs)
-        self.gpus = GpuChecks(self.check, self.controls.is_live)
         # The watch's timers expire even while a process is frozen.
         self._context = copy_context()
+        self.gpus = GpuChecks(self.check, self.controls.is_live, self.controls.live_since_s, self._context)
 
     def check(self, holds: bool, promise: str, facts: str, job: str | None = None) -> None:
         """Fail if the condition `holds` is false and no lying worker has touched the `job`."""

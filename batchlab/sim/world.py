@@ -172,6 +172,7 @@ class World:
         )
         self.watch.shares.is_on = self.shares
         self.watch.gpus.pools = {pool.name: pool for pool in self.pools if pool.gpus}
+        self.watch.gpus.max_size = self._max_size
         self.watch.shares.pools = {pool.name: pool for pool in self.pools}
         self.watch.shares.window = self.manager_settings.window
         self.damage = Damage(self.objects, self.ledger, self.watch.trust.touched, self.watch.damaged)
@@ -267,6 +268,9 @@ class World:
         members = [member for group in self._state.groups() for member in group.members.values()]
         saved = [m.instance.id for m in members if m.state is not LifecycleState.TERMINATED]
         return saved + [name for name, worker in self.workers.items() if worker.ended is None and name not in saved]
+
+    def _max_size(self, pool: str) -> int:
+        return max((group.pool.max_size for group in self._state.groups() if group.pool.name == pool), default=0)
 
     def has_scheduled_ends(self) -> bool:
         """Return whether any group has a scheduled action."""
