@@ -137,6 +137,9 @@ class JobCommands(Part):
         later = job.start_at_s is not None and job.start_at_s > now_s
         state = JobState.SCHEDULED if later else JobState.SUBMITTED
         cut = opening.cut if opening else None
+        # The message of a direct call is sent before its request, so only a live call shows that the ledger lost it.
+        if not is_ours and (not is_sent or job.id in self._lives) and (restored := await self._restore_lost(job)):
+            return restored
         with of_single_call(job.is_single_call):
             written = await self._ledger.apply(AddJob(job, state, cut))
             if is_ours and not written.is_new and written.rows.job.state.ended:
@@ -157,6 +160,25 @@ class JobCommands(Part):
             if opening and begun and not is_sent:
                 await self._coordinator.send_opening(job, opening, again=is_sent is False or not is_ours)
         return written
+
+    async def _restore_lost(self, job: JobDef) -> ChangeResult | None:
+        """Restore a job that the ledger has lost, and return its rows. Return None if the ledger has the job, or if an
+        earlier request has committed only the job's definition."""
+        try:
+            await self._ledger.job(job.id)
+            return None
+        except NotFound:
+            if job.id not in self._lives and await self._adoption.is_fresh(job.id):
+                return None
+        # A new row would contradict the job's cuts and commands in the bucket, and the memory of the manager.
+        if live := self._lives.get(job.id):
+            await self._adoption.readopt(live)
+        elif await self._adoption.restore(job.id, concurrent=True) is None:
+            raise Refused(
+                f"The ledger lost job {job.id}, and the job cannot be restored from the bucket.",
+                remedy="See the manager's log for the reason, or submit the job under another name.",
+            )
+        return ChangeResult(await self._ledger.rows(job.id), is_new=False)
 
     async def _refuse_deleted(self, job: JobDef, round_: int) -> None:
         """Raise Refused if the deletion of an ended job is committed. The deletion replaces the new definition."""

@@ -77,8 +77,10 @@ class LeaderLease:
             is_over = asked_s - since_s >= self._ttl_s
             lease = await self._ledger.lease(LEASE, self._owner, over=seen if is_over else None)
             if lease.owner == self._owner:
-                self._beat, self._renewed_s = lease.beat, asked_s
-                return
+                if self._clock.monotonic_s() - asked_s < self._ttl_s:
+                    self._beat, self._renewed_s = lease.beat, asked_s
+                    return
+                continue  # the response arrived late, so a standby may have taken the lease since
             if lease != seen:
                 seen, since_s = lease, self._clock.monotonic_s()
             await asyncio.sleep(self._ttl_s / 3)

@@ -49,6 +49,7 @@ class LeadershipChecks:
         if owner == actor.name:
             self._renewed_s[actor] = now_s
             self._led_s.setdefault(actor, now_s)
+            self._deposed_s.pop(actor, None)
         elif actor in self._renewed_s:
             self._deposed_s.setdefault(actor, now_s)
 

@@ -376,7 +376,9 @@ class Watch:
                     self.waste.on_dead_letter(message.receipt, bundle, now_s)
                 continue
             self.trust.on_receive(actor, queue, name[0], message.body)
-            may_receive = not self.waste.is_draining(actor, now_s) or self._excused(actor, now_s)
+            # A queue may still answer the long poll of a frozen worker that was killed.
+            is_dead = not actor.alive
+            may_receive = is_dead or not self.waste.is_draining(actor, now_s) or self._excused(actor, now_s)
             self.check(may_receive, "I6", f"{actor.name} receives {name} though it was told to drain", name[0])
             if is_work:
                 is_copy = COPY in doc
