@@ -62,6 +62,13 @@ def extension_s(run_s: float | None, held_s: float, visibility_s: float) -> floa
     return max(visibility_s, min(run_s - held_s + visibility_s, longest_s))
 
 
+def longest_timeout_s(run_s: float, visibility_s: float) -> float:
+    """Return the longest timeout in seconds of the messages of bundles that are expected to run for `run_s` seconds."""
+    if run_s <= shortest_s(visibility_s) / 3:
+        return receive_s(run_s, visibility_s)
+    return extension_s(run_s, visibility_s / 3, visibility_s)
+
+
 def extend_after_s(timeout_s: float, visibility_s: float) -> float:
     """Return the seconds after which a timeout of `timeout_s` must be extended. Two thirds of a short timeout, or of
     the backend's timeout, remain for extensions that fail."""
