@@ -14,7 +14,7 @@ from itertools import islice
 
 from batchlab.core.fair_share import DEFAULT_SHARE, share_of
 from batchlab.core.job_definition import StageDef
-from batchlab.core.model import Control, JobId, JobState, StageCounts
+from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, StageName
 from batchlab.core.protocol import settlement
 from batchlab.core.protocol.messages import HeldBundle
 from batchlab.manager.state import UNKNOWN_TASK_S, Backlog, JobChanges, LiveJob, Outstanding
@@ -268,6 +268,11 @@ class LiveJobs(dict[JobId, LiveJob]):
         """Return the number of slots that a bundle in a heartbeat uses, or 1 for an unknown job or stage."""
         live = self.get(held.job)
         return next((s.slots for s in live.job.stages if s.name == held.stage), 1) if live else 1
+
+    def expected_s(self, bundle: Bundle) -> Mapping[StageName, float]:
+        """Return the expected run times for the message of a bundle (see `LiveJob.expected_s`)."""
+        live = self.get(bundle.job)
+        return live.expected_s(bundle.stage) if live else {}
 
     def take_sent(self) -> list[tuple[LiveJob, Outstanding]]:
         """Return the bundles that became outstanding since the last call."""

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from batchlab.core.job_definition import Condition, Dependency
-from batchlab.core.model import Activity, Control, GroupView, JobState
+from batchlab.core.model import Activity, Control, GroupView, JobState, StageName
 from batchlab.core.protocol.mended_inputs import is_mended
 from batchlab.core.protocol.settlement import judge
-from batchlab.core.text import count, first_of, whole
+from batchlab.core.text import count, first_of, span, whole
+from batchlab.core.visibility_timeouts import MIN_SAMPLES, QUANTILE, expected_run_s, longest_timeout_s
 from batchlab.manager.state import LiveJob
 from batchlab.server.job_facts import Facts
 
@@ -228,6 +229,7 @@ def _running(f: Facts) -> str | None:
         f"The job runs {count(tasks, 'task')} in {count(len(f.running), 'bundle')} on {count(len(workers), 'worker')}.",
         f"The oldest bundle (stage {stage}, {instance}) has run for {whole(run_s)}.",
         _copies(f),
+        _visibility(f, stage),
         f"{_progress(f)}.",
         _retries(f),
         _next_stage(f),
@@ -251,6 +253,25 @@ def _copies(f: Facts) -> str:
     return (
         f"{count(len(copied), 'bundle')} {verb} far longer than others and {_verb(len(copied), 'has', 'have')} "
         f"a speculative copy on {first_of(sorted(places), MAX_LISTED_JOBS)}."
+    )
+
+
+def _visibility(f: Facts, stage: StageName) -> str:
+    """Return a sentence about the longest visibility timeout of the stage's messages, and about its basis."""
+    assert f.live is not None
+    visibility_s, times_s = f.settings.visibility_s, f.live.run_times_s.get(stage, ())
+    task_s = expected_run_s(times_s)
+    if task_s is None:
+        return (
+            f"Its messages have a visibility timeout of {visibility_s:g} s until {count(MIN_SAMPLES, 'bundle')} of the "
+            "stage have ended."
+        )
+    bundles = [outstanding.bundle for outstanding in f.live.outstanding.get(stage, {}).values()]
+    run_s = task_s * max((len(bundle.tasks) for bundle in bundles), default=1)
+    timeout_s = longest_timeout_s(run_s, visibility_s)
+    return (
+        f"Its messages have a visibility timeout of up to {timeout_s:.0f} s, because {QUANTILE:.0%} of the last "
+        f"{count(len(times_s), 'bundle')} took at most {span(task_s)} a task."
     )
 
 

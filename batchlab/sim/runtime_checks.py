@@ -35,6 +35,7 @@ from batchlab.sim.progress_checks import (
     LeadershipChecks,
     SilenceChecks,
     StartTimeChecks,
+    TimeoutChecks,
     WasteChecks,
 )
 from batchlab.sim.share_checks import ShareChecks
@@ -55,6 +56,8 @@ After the write of a start marker, the worker waits for the answer and reads the
 
 COPY = "cp"
 """Key of the run time limit in the message of a speculative copy."""
+EXPECTED = "ex"
+"""Key of the expected run times in a task message."""
 
 RECENT_S = 60.0
 """Seconds after a fault in which the fault may still delay the sends of its target."""
@@ -140,6 +143,7 @@ class Watch:
     shares: ShareChecks = field(init=False)
     copies: CopyChecks = field(init=False)
     gpus: GpuChecks = field(init=False)
+    timeouts: TimeoutChecks = field(init=False)
     _jobs: dict[str, JobDef] = field(default_factory=dict)
     """Definitions of all jobs in the bucket, by id."""
     _begun: dict[Actor, set[Name]] = field(default_factory=dict)
@@ -180,6 +184,7 @@ class Watch:
         self.silences = SilenceChecks(self.check, self.silence_s)
         self.shares = ShareChecks(self.check, self.controls.is_live, self.controls.live_since_s)
         self.copies = CopyChecks(self.check, self._jobs)
+        self.timeouts = TimeoutChecks(self.check)
         # The watch's timers expire even while a process is frozen.
         self._context = copy_context()
         self.gpus = GpuChecks(self.check, self.controls.is_live, self.controls.live_since_s, self._context)
@@ -254,6 +259,7 @@ class Watch:
             name = name_of_bundle(outcome.bundle)
             self.check(name in self._planned, "I1", f"{name} is committed, but not planned", name[0])
             self._check_copy_commit(outcome)
+            self.timeouts.on_commit(outcome)
             self._committed.add(name)
             self.gpus.on_commit(name)
             self.waste.on_commit(name, self.clock.monotonic_s())
@@ -304,6 +310,8 @@ class Watch:
 
     def _plan(self, bundles: Sequence[Bundle]) -> None:
         self._planned.update(map(name_of_bundle, bundles))
+        for bundle in bundles:
+            self.timeouts.on_plan(bundle, self.clock.monotonic_s())
 
     # --- Port calls ------------------------------------------------------------------------------
 
@@ -406,6 +414,8 @@ class Watch:
                 self.silences.on_send(name)
                 self._check_losses(actor, bundle)
                 self._check_stopped(actor, name, now_s)
+                if actor.name.startswith("manager"):
+                    self.timeouts.check_send(actor.name, bundle.job, doc.get(EXPECTED, {}), now_s)
                 if COPY in doc:
                     waiting = [] if disturbed else self._waiting(queue)
                     self.copies.check_send(actor.name, bundle, doc[COPY], waiting)

@@ -129,7 +129,8 @@ class InflightMessage:
     task: TaskMessage
     execution: str
     received_s: float
-    extended_s: float
+    extend_at_s: float
+    """Time when the visibility timeout of the message must be extended."""
     receipt: str | None
     key: CommitKey = UNSEALED
     """Commit key of the job, set after the key has been verified."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
+from batchlab.core import visibility_timeouts
 from batchlab.core.atomic_write import of_single_call
 from batchlab.core.errors import BackendError, Malformed, NotFound, TooNew
 from batchlab.core.job_definition import StageDef
@@ -185,6 +186,8 @@ class Worker:
         self._slots = Slots(who.slots, who.gpus)
         self._executions = 0
         self._prefetch = 0
+        self._timeout_s = settings.visibility_s
+        """Visibility timeout in seconds of the next received messages."""
         self._has_room = asyncio.Event()
         self._draining = asyncio.Event()
         self._empty = asyncio.Event()
@@ -257,13 +260,13 @@ class Worker:
                 self._has_room.clear()
                 await self._has_room.wait()
                 continue
-            began_s = self._clock.monotonic_s()
+            began_s, timeout_s = self._clock.monotonic_s(), self._timeout_s
             try:
                 messages = await self.context.queue.receive(
                     self._tasks_queue,
                     max_messages=min(MAX_BATCH, room),
                     wait_s=self._settings.wait_s,
-                    visibility_s=self._settings.visibility_s,
+                    visibility_s=timeout_s,
                 )
             except BackendError as error:
                 raise_if_cancelled()
@@ -273,7 +276,9 @@ class Worker:
                 continue
             # Readable messages are registered before other messages are returned, so that a drain finds the readable
             # messages.
-            too_new = [(message, problem) for message in messages if (problem := self._accept(message, group))]
+            too_new = [
+                (message, problem) for message in messages if (problem := self._accept(message, timeout_s, group))
+            ]
             for message, problem in too_new:
                 await self._finisher.return_too_new(self._tasks_queue, message, problem)
             waited_s = self._clock.monotonic_s() - began_s
@@ -289,8 +294,8 @@ class Worker:
         """Number of task slots in use or requested. A bundle whose commit is in progress does not use a slot."""
         return sum(inflight.slots for inflight in self._inflight.values() if not inflight.committing)
 
-    def _accept(self, message: Message, group: asyncio.TaskGroup) -> TooNew | None:
-        """Start a task that processes the message.
+    def _accept(self, message: Message, timeout_s: float, group: asyncio.TaskGroup) -> TooNew | None:
+        """Start a task that processes the message, which was received with the visibility timeout `timeout_s`.
 
         Return an error if only a newer worker can read the message.
         """
@@ -306,7 +311,11 @@ class Worker:
         now_s = self._clock.monotonic_s()
         self._executions += 1
         execution = f"{self.who.worker}-{self._executions}"
-        inflight = InflightMessage(self._tasks_queue, message, task, execution, now_s, now_s, message.receipt)
+        # The next messages of the pool probably belong to the same stage.
+        visibility_s = self._settings.visibility_s
+        self._timeout_s = visibility_timeouts.receive_s(task.run_s, visibility_s)
+        extend_s = now_s + visibility_timeouts.extend_after_s(timeout_s, visibility_s)
+        inflight = InflightMessage(self._tasks_queue, message, task, execution, now_s, extend_s, message.receipt)
         self._inflight[execution] = inflight
         self._empty.clear()
         self._heartbeats.request()

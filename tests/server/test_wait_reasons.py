@@ -198,6 +198,7 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
         [
             "runs 2 tasks in 1 bundle on 1 worker",
             "The oldest bundle (stage map, w-1) has run for 14 s",
+            "Its messages have a visibility timeout of 30 s until 5 bundles of the stage have ended",
             "0 of 10 tasks planned so far have ended",
             "1 task waits for its retry, the next in 3 s",
             "Stage sum waits for stage map",

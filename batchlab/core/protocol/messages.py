@@ -85,6 +85,15 @@ class TaskMessage:
 
     Another worker holds the bundle of a speculative copy, so a worker may drop the copy at any time.
     """
+    expected_s: Mapping[StageName, float] = field(default_factory=dict)
+    """Expected run time in seconds of one task, for the stage of the bundle and for the stages that are chained after
+    it. A stage without enough measured tasks is missing."""
+
+    @property
+    def run_s(self) -> float | None:
+        """Return the expected run time of the bundle in seconds, or None if it is unknown."""
+        task_s = self.expected_s.get(self.bundle.stage)
+        return None if task_s is None else task_s * len(self.bundle.tasks)
 
 
 def task_message(m: TaskMessage) -> str:
@@ -104,6 +113,8 @@ def task_message(m: TaskMessage) -> str:
         doc["re"] = m.reply
     if m.copy_s is not None:
         doc["cp"] = m.copy_s
+    if m.expected_s:
+        doc["ex"] = {str(stage): task_s for stage, task_s in m.expected_s.items()}
     return dumps(doc)
 
 
@@ -131,6 +142,7 @@ def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
         CommitKey(text(doc.get("ck", UNSEALED), MAX_TRACE)),
         label(doc["re"]) if "re" in doc else "",
         figure(doc["cp"]) if "cp" in doc else None,
+        {StageName(name(stage)): figure(task_s) for stage, task_s in doc.get("ex", {}).items()},
     )
 
 
