@@ -10,6 +10,7 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from batchlab.client.debug import task_folder
@@ -126,7 +127,9 @@ async def prepare_task(
         except NotFound as error:
             raise _missing("input", stage, task, error.message) from error
         worker = await environment.load(reading, attempt.outcome.worker, patience) if attempt else None
-        task_run = await _fetch(reading, job_def, bundle, item, folder, attempt, worker)
+        pool = job_def.stage(stage).pool
+        image = await attempts.worker_image(reading, pool, worker.image if worker else "", patience)
+        task_run = replace(await _fetch(reading, job_def, bundle, item, folder, attempt, worker), image=image)
     write(task_run)
     (folder / object_keys.MADE).touch()
     (folder / README).write_text(task_folder.text(task_run, attempts.describe(item)))
@@ -146,7 +149,7 @@ def _explain_denied_access() -> Iterator[None]:
             raise UsageError(
                 f"You are not allowed to read the objects of the task: {error.message}",
                 remedy="The required permissions are s3:GetObject below jobs/, raw/, files/, code/, and logs/ and for "
-                "grid/commit-secret.json, and s3:ListBucket.",
+                "grid/commit-secret.json and grid/pool-images.json, and s3:ListBucket.",
             ) from error
         raise
 
