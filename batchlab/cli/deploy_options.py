@@ -40,9 +40,9 @@ YES = flag("Make the changes without asking for confirmation.", "--yes")
 
 _OPTIONS = {
     "pool": option(
-        "Pool of workers and its instance types, such as default:0-10x2@m7i.large,m6i.large. Repeatable."
-        " The stack has only the pools that the options name.",
-        "NAME:MIN-MAXxSLOTS@TYPE,TYPE",
+        "Pool of workers and its instance types, such as default:0-10x2@m7i.large,m6i.large. With image=IMAGE at the"
+        " end, the workers run in a container image. Repeatable. The stack has only the pools that the options name.",
+        "NAME:MIN-MAXxSLOTS@TYPE,TYPE[,image=IMAGE]",
     ),
     "settings": option(
         "File with the stack's name, pools, and parameters, which replaces the stored settings.", "FILE.yaml"
@@ -243,6 +243,7 @@ def _pools(texts: Sequence[str], before: Settings) -> tuple[PoolSettings, ...]:
     pools = []
     for text in texts:
         pool, types = parse_typed_pool(text)
+        image = {"PoolImage": pool.image} if pool.image else {}
         old = settings_by_name.get(pool.name, PoolSettings(pool.name))
         own = dict(old.parameters)
         if gpus := pool.gpus or instance_types.load().gpus(types):
@@ -256,7 +257,7 @@ def _pools(texts: Sequence[str], before: Settings) -> tuple[PoolSettings, ...]:
                 max_size=pool.max_size,
                 slots=pool.slots,
                 types=types or old.types,
-                parameters=tuple(sorted(own.items())),
+                parameters=tuple(sorted({**own, **image}.items())),
             )
         )
     return tuple(pools)

@@ -57,7 +57,9 @@ def show_task(job: str, task: str, home: Path | None, backend: str | None, *, js
         rows = []
         for attempt in found:
             machine = await environment.load(objects, attempt.outcome.worker, patience)
-            rows.append(_attempt(attempt, environment.to_json(machine) if machine else None))
+            pool, claimed = spec.stage(name).pool, machine.image if machine else ""
+            image = await attempts.worker_image(objects, pool, claimed, patience)
+            rows.append(_attempt(attempt, image, environment.to_json(machine) if machine else None))
         return {
             "job": bucket.job,
             "stage": name,
@@ -74,7 +76,7 @@ def show_task(job: str, task: str, home: Path | None, backend: str | None, *, js
         _show(doc)
 
 
-def _attempt(attempt: Attempt, machine: dict[str, Json] | None) -> dict[str, Any]:
+def _attempt(attempt: Attempt, image: str, machine: dict[str, Json] | None) -> dict[str, Any]:
     from batchlab.core.protocol.mended_inputs import mended_sha256
 
     outcome, failure = attempt.outcome, attempt.failure
@@ -94,6 +96,7 @@ def _attempt(attempt: Attempt, machine: dict[str, Json] | None) -> dict[str, Any
         "kind": failure.kind.value if failure else None,
         "reason": failure.reason if failure else None,
         "traceback": failure.traceback if failure else None,
+        "image": image,
         "environment": machine,
     }
 
@@ -121,6 +124,8 @@ def _show(doc: dict[str, Any]) -> None:
     machine = last["environment"]
     description = str(environment.from_json(machine)) if machine else "unknown: the worker stored no environment"
     output.show(f"{'ran on':<13}{output.clean(description)}")
+    if last["image"]:
+        output.show(f"{'in the image':<13}{output.clean(last['image'])}")
     output.show(f"{'run it again':<13}{doc['replay']}")
 
 

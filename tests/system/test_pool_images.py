@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 
@@ -96,6 +100,103 @@ def test_stages_of_one_job_run_in_two_images_on_local(tmp_path: Path, images: tu
     finally:
         batchlab("grid", "down", "--home", home)
     assert not check_reference("ps", "-aq", "--filter", label).split()
+
+
+FAILING = """\
+name: fails
+
+input:
+  files: data/*.txt
+  split: file
+
+stages:
+  - name: cut
+    pool: cutters
+    command: [cut-tool, "{input}", "{output:cut.txt}", more]
+    retry: 1
+  - name: eat
+    pool: cutters
+    python: handlers:eat
+    resources: {memory: 128 MiB}
+    after: []
+    retry: 1
+  - name: count
+    pool: cutters
+    python: handlers:count
+    after: []
+    retry: 1
+"""
+HANDLERS = """\
+import os
+import shutil
+
+
+def eat(ctx, item):
+    everything = [bytearray(1 << 20) for _ in range(1 << 12)]
+    return len(everything)
+
+
+def count(ctx, item):
+    tool = shutil.which("cut-tool")
+    raise ValueError(tool)
+"""
+
+
+def test_task_is_replayed_in_the_image_of_its_worker(tmp_path: Path) -> None:
+    need_containers(tmp_path)
+    image = build_image("batchlab-tests/failing:1", {"cut-tool": 'echo "$TOOL_HOME $3" >&2; exit 7'})
+    home, job = tmp_path / "home", write_job(tmp_path / "job")
+    job.write_text(FAILING)
+    (job.parent / "handlers.py").write_text(HANDLERS)
+    (job.parent / "data" / "0.txt").rename(job.parent / "data" / "only.txt")
+    for number in (1, 2):
+        (job.parent / "data" / f"{number}.txt").unlink()
+    batchlab("grid", "up", "--home", home, "--pool", f"cutters:0-2x1,image={image}")
+    try:
+        batchlab("run", job, "--home", home, "--out", tmp_path / "out", code=1)
+
+        def replayed(
+            task: str, *options: str, env: Mapping[str, str] = MappingProxyType({})
+        ) -> tuple[dict[str, Any], str]:
+            arguments = ("job", "replay-task", "last", task, "--home", home, "--json", *options)
+            out, said = batchlab(*arguments, env=env, code=1)
+            return json.loads(out), said
+
+        reference = f"{image}@{inspect(image, 'a test', print)['Id']}"
+        shown = json.loads(batchlab("job", "show", "last", "cut/0", "--json", "--home", home)[0])
+        assert [attempt["image"] for attempt in shown["attempts"]] == [reference]
+        assert shown["attempts"][0]["environment"]["image"] == reference
+        for task in ("cut/0", "eat/0", "count/0"):
+            found, said = replayed(task)
+            assert (found["verdict"], found["image"]) == ("same", reference), (found, said)
+            assert found["differences"] == [], task
+        assert "/opt/tools more" in replayed("cut/0")[1]
+        found, _ = replayed("cut/0", "--no-image")
+        assert (found["verdict"], found["image"]) == ("different", None)
+        found, said = replayed("cut/0", env={"DOCKER_HOST": f"unix://{tmp_path}/no.sock"})
+        assert found["image"] is None
+        assert (
+            "The task runs without the image of its worker. The image of task cut/0 needs Docker, and Docker does"
+            in said
+        )
+        base = os.environ["BATCHLAB_BASE_IMAGE"]
+        found, said = replayed("count/0", "--image", base)
+        assert found["image"].startswith(f"{base}@sha256:")
+        assert f"The worker ran from the image {reference}." in found["differences"]
+        assert "ValueError: None" in said
+        pdb = subprocess.run(
+            [sys.executable, "-m", "batchlab", "job", "replay-task", "last", "count/0", "--home", str(home), "--debug"],
+            input="p tool\nq\n",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "'/opt/tools/cut-tool'" in pdb.stdout, pdb.stderr
+        left = check_reference("ps", "-aq", "--filter", "name=batchlab-replay-")
+        assert not left.split()
+    finally:
+        batchlab("grid", "down", "--home", home)
+        remove_images(image)
 
 
 @pytest.mark.parametrize(

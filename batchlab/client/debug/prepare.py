@@ -129,7 +129,9 @@ async def prepare_task(
             raise _missing("input", stage, task, error.message) from error
         worker = await environment.load(reading, attempt.outcome.worker, patience) if attempt else None
         task_run = await _fetch(reading, job_def, bundle, item, folder, attempt, worker)
-        task_run = replace(task_run, mended_sha256=mended_sha256(bundle.source))
+        pool = job_def.stage(stage).pool
+        image = await attempts.worker_image(reading, pool, worker.image if worker else "", patience)
+        task_run = replace(task_run, mended_sha256=mended_sha256(bundle.source), image=image)
         last = ended[-1].bundle if ended else bundle
         if last.round > bundle.round and last.source != bundle.source and is_mended(last):
             task_run.notes.append(
@@ -154,7 +156,7 @@ def _explain_denied_access() -> Iterator[None]:
             raise UsageError(
                 f"You are not allowed to read the objects of the task: {error.message}",
                 remedy="The required permissions are s3:GetObject below jobs/, raw/, files/, code/, and logs/ and for "
-                "grid/commit-secret.json, and s3:ListBucket.",
+                "grid/commit-secret.json and grid/pool-images.json, and s3:ListBucket.",
             ) from error
         raise
 

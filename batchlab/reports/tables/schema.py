@@ -234,6 +234,7 @@ INSTANCES = _table(
     ("state", "VARCHAR", "last seen lifecycle state"),
     ("note", "VARCHAR", "the fleet's reason for the end of the instance"),
     ("slots", "INTEGER", "number of task slots"),
+    ("image", "VARCHAR", "container image of the pool at the launch; empty if the pool does not have an image"),
 )
 
 SCALING = _table(
