@@ -231,7 +231,7 @@ SELECT v('job') AS job, worker, 'i-' || substr(worker, 3)::INTEGER // 2 AS insta
 FROM bundle_rows GROUP BY worker;
 
 CREATE VIEW made_instances AS
-SELECT v('job') AS job, 'i-' || i AS instance, 'default' AS pool, 'c7g.large' AS type,
+SELECT v('job') AS job, 'i-' || i AS instance, 'default' AS pool, 'c7g.large' AS type, '' AS image,
        'eu-central-1' || substr('abc', i % 3 + 1, 1) AS zone,
        CASE i % 4 WHEN 3 THEN 'spot' ELSE 'on-demand' END AS market,
        v('t0') + 0.5 AS launched_s, v('t0') + 2 + 0.1 * i AS in_service_s,
