@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 from batchlab.core import commit as product
 from batchlab.core.commit import Addressed, follow_ups
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import Bundle, Control, Follow, JobId, Json, Outcome, TaskSet
+from batchlab.core.model import Bundle, Control, Follow, JobId, Json, Outcome, StageName, TaskSet
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Message, Notice, Objects
 from batchlab.core.protocol import json_format, object_keys, settlement
@@ -142,6 +142,7 @@ def inputs_by_position(plant: Plant) -> None:
         now_s: float,
         items: dict[int, Json] | None = None,
         trace: str = "",
+        expected_s: Mapping[StageName, float] | None = None,
     ) -> list[Addressed]:
         def inputs(stage: str, count: int) -> Sequence[Json] | None:
             known = outcome.values if stage != outcome.bundle.stage else [*(items or {}).values()]
