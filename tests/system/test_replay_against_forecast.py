@@ -1,4 +1,4 @@
-"""Replays of shipped scenarios, compressed, whose results match their forecasts.
+"""Replays of a scenario, compressed, whose results match their forecasts.
 
 A busy machine does not disprove a forecast, so a replay may be repeated.
 """
@@ -27,8 +27,34 @@ TRIES = 3
 """The number of tries. The first forecast is for an idle machine. If the forecast does not match, the machine is
 calibrated with the last replay, as a user would do."""
 
+LARGE_TENANT = """
+name: large-tenant
+about: One tenant submits six thousand tasks at once. Small jobs of another tenant have a higher priority.
+seed: 31
+compress: 60
+zones: 2
+jobs:
+  noisy:
+    tasks: 6000
+    task: {lognormal: {median: 10s, sigma: 0.4}}
+    tenant: noisy
+  small:
+    tasks: {uniform: {least: 5, most: 20}}
+    task: {lognormal: {median: 5s, sigma: 0.4}}
+    tenant: quiet
+    priority: 10
+arrivals:
+  - {job: noisy, at: 10m}
+  - {job: small, poisson: {per_hour: 20, until: 75m}}
+pools:
+  default: {min: 2, max: 6, slots: 4, boot: 90s, instance_type: m7i.xlarge, spot: 0.5}
+policy: {drain_target: 10m, cooldown_in: 5m, idle: 2m}
+expect: {lost: 0, duplicates: 0}
+"""
+"""A scenario without fair share. With shares, a forecast is less accurate (docs/contributing/forecast-accuracy.md)."""
 
-def replayed(name: str, backend: str, compress: int, folder: Path, *options: str) -> Mapping[str, Any]:
+
+def replayed(scenario: Path, backend: str, compress: int, folder: Path, *options: str) -> Mapping[str, Any]:
     """Return the differences of the whole run by measure, after the checks that hold on any machine."""
     out = folder / "record.json"
     words = [
@@ -37,7 +63,7 @@ def replayed(name: str, backend: str, compress: int, folder: Path, *options: str
         "batchlab",
         "scenario",
         "replay",
-        name,
+        str(scenario),
         "--backend",
         backend,
         "--compress",
@@ -59,26 +85,26 @@ def replayed(name: str, backend: str, compress: int, folder: Path, *options: str
     return {one["measure"]: one for one in told if not one["template"]}
 
 
-@pytest.mark.parametrize(
-    ("name", "backend", "compress"), [("two-tenants", "local", 40), ("two-tenants", "localstack", 60)]
-)
-def test_the_forecast_of_a_shipped_scenario_holds(
-    name: str, backend: str, compress: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("backend", "compress"), [("local", 100), ("localstack", 60)])
+def test_the_forecast_of_a_scenario_holds(
+    backend: str, compress: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    scenario = tmp_path / "large-tenant.yaml"
+    scenario.write_text(LARGE_TENANT)
     if backend == "localstack":
         need_containers(tmp_path)
     measured: tuple[str, ...] = ()
     seen = []
     for number in range(TRIES):
         folder = tmp_path / str(number)
-        told = replayed(name, backend, compress, folder, *measured)
+        told = replayed(scenario, backend, compress, folder, *measured)
         makespan, fleet = told["makespan"]["relative"], told["peak_fleet"]["absolute"]
         seen.append(f"{makespan:+.1%} off in makespan and {fleet:+g} instances in its largest fleet")
         with capsys.disabled():
-            print(f"\n{name} on {backend}, 1/{compress} of its time: the forecast is {seen[-1]}", flush=True)
+            print(f"\nOn {backend}, 1/{compress} of its time: the forecast is {seen[-1]}", flush=True)
         if abs(makespan) <= MAKESPAN and abs(fleet) <= FLEET:
             return
         numbers = folder / "calibration.json"
         command("scenario", "calibrate", folder / "record.json", "--out", numbers)
         measured = ("--calibration", str(numbers))
-    pytest.fail(f"{name} on {backend} did not hold: {'; '.join(seen)}")
+    pytest.fail(f"The forecast on {backend} did not hold: {'; '.join(seen)}")
