@@ -188,6 +188,18 @@ ELSEWHERE = {
     " && .venv/bin/pytest --all": ".ci/run block",
     ".ci/supply dist": ".ci/run supply",
     "uv build": "tests/system/test_installed.py built",
+    "batchlab grid up --backend localstack --pool default:0-4x1 --pool media:0-2x1,image=registry.example.com/media:7": (
+        "tests/system/test_pool_images.py test_stages_of_one_job_run_in_two_images_on_localstack"
+    ),
+    "batchlab job replay-task last cut/0": (
+        "tests/system/test_pool_images.py test_task_is_replayed_in_the_image_of_its_worker"
+    ),
+    "batchlab job replay-task last cut/0 --image registry.example.com/media:8": (
+        "tests/system/test_pool_images.py test_task_is_replayed_in_the_image_of_its_worker"
+    ),
+    "batchlab job replay-task last cut/0 --no-image": (
+        "tests/system/test_pool_images.py test_task_is_replayed_in_the_image_of_its_worker"
+    ),
     "uv tool install dist/batchlab-*.whl": "tests/system/test_installed.py installed",
     "pip install 'batchlab[aws,docker,ministack] @ file:///…/batchlab-….whl'": (
         "tests/system/test_installed.py test_metadata_of_the_package_is_complete"

@@ -110,6 +110,7 @@ def test_commands_with_a_standing_grid(shell: Shell) -> None:
     job, earlier = newest(shell, "job")
     failed = json.loads(shell.run(["batchlab", "job", "failures", job, "--json"])[1])
     (fingerprint,) = {one["fingerprint"] for one in failed if one["stage"] == "parse"}
+    (shell.folder / "corrected.csv").write_text("1\n")
     shell.follow(table.FAILURES, job=job, fingerprint=fingerprint)
     shell.follow(table.REPORTS, job=job, earlier=earlier)
     shell.follow(table.SCHEDULES)

@@ -63,7 +63,7 @@ def test_grid_objects_of_a_process_share_the_started_grid(tmp_path: Path) -> Non
 
 
 def test_other_pools_are_refused_in_one_sentence(grid: Grid, home: Path) -> None:
-    with pytest.raises(UsageError, match=r"^A grid with other pools is up in .* \(default 2-2x1\), .*cannot be set"):
+    with pytest.raises(UsageError, match=r"^A grid with other pools is up in .* \(default:2-2x1\), .*cannot be set"):
         Grid("local", home=home, workers=3)
     with Grid("local", home=home, workers=2, warm=True) as other:
         assert list(other.map(len, ["a"])) == [1]

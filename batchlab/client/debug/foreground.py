@@ -20,7 +20,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from batchlab.client.debug.task_folder import ENDED, ENVIRONMENT, RunResult, TaskRun, read_ended
@@ -28,7 +27,7 @@ from batchlab.core import container_images
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import FailureKind, StageName
-from batchlab.core.operating_system.processes import family, table
+from batchlab.core.operating_system.processes import family, is_in_container, table
 from batchlab.core.protocol.settlement import LOSS_LIMIT
 from batchlab.worker import programs
 from batchlab.worker.child_process import Limits, describe_crash
@@ -223,8 +222,8 @@ def _container_pid(name: str) -> int:
     pid, _, container = _docker("inspect", "--format", "{{.State.Pid}} {{.Id}}", name).partition(" ")
     try:
         # Docker's pid may belong to another machine, so the process must have the control group of the container.
-        return int(pid) if container and container in Path(f"/proc/{pid}/cgroup").read_text() else 0
-    except (OSError, ValueError):
+        return int(pid) if container and is_in_container(int(pid), container) else 0
+    except ValueError:
         return 0
 
 
