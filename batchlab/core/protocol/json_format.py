@@ -103,8 +103,8 @@ def is_too_heavy(data: bytes | str) -> bool:
     return weight(data if isinstance(data, str) else data.decode("latin-1")) > OUTCOME_WEIGHT
 
 
-def loads(data: bytes | str) -> dict[str, Any]:
-    """Return the document in a JSON text. The document must have a known version.
+def loads(data: bytes | str, latest: int = VERSION) -> dict[str, Any]:
+    """Return the document in a JSON text. The document must have a version up to `latest`.
 
     Raise TooNew if a later version wrote the document, and Malformed if `data` is not a document of batchlab.
     """
@@ -118,11 +118,11 @@ def loads(data: bytes | str) -> dict[str, Any]:
         raise Malformed(f"This is not a JSON text that batchlab reads: {brief(error)}.") from error
     version = doc.get("v") if isinstance(doc, dict) else None
     if isinstance(doc, dict) and type(version) is int:
-        if version == VERSION:
+        if VERSION <= version <= latest:
             return doc
-        if version > VERSION:
+        if version > latest:
             raise TooNew(
-                f"A stored object is in format {version:.6g}, and this batchlab knows {VERSION}.",
+                f"A stored object is in format {version:.6g}, and this batchlab knows {latest}.",
                 remedy="It was written by a newer version.",
             )
     raise Malformed("A stored object is not in a format this batchlab knows.")
