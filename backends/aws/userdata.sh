@@ -15,6 +15,7 @@ BUCKET='${Bucket}'
 RELEASE='${Release}'
 LOG_GROUP='${LogGroup}'
 CONTAINER_IMAGE='${ContainerImage}'
+POOL_IMAGE='${OwnImage}'
 INSTANCE=
 END
 

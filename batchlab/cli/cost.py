@@ -22,7 +22,7 @@ from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.job_definition import InputDef, SplitBy
 from batchlab.core.model import JobId, Market, Pool
-from batchlab.core.pricing.estimate import MEASURED, Estimate, Policy, PoolPlan, Three, loads
+from batchlab.core.pricing.estimate import MEASURED, Estimate, Policy, PoolPlan, StageLoad, Three, loads
 from batchlab.core.pricing.estimate import estimate as compute_estimate
 from batchlab.core.pricing.price_book import NAME, Item, PriceBook, decimals, load, write
 from batchlab.core.text import significant
@@ -110,9 +110,12 @@ def estimate(
     stages, more = loads(job.stages, root_tasks, durations, task_counts)
     backend = factory.load("aws")
     pool_names = sorted({stage.pool for stage in stages})
+    types = by_name(instance_type or (), pool_names)
+    pool_plans = _plan_pools(backend, pool_names, pool or (), types, spot / 100, assumed)
+    _check_gpus(stages, pool_plans)
     result = compute_estimate(
         stages,
-        _plan_pools(backend, pool_names, pool or (), by_name(instance_type or (), pool_names), spot / 100, assumed),
+        pool_plans,
         prices_of(place),
         Policy(backend.manager.drain_target_s, backend.manager.idle_s, backend.pace),
         input_files=files,
@@ -258,6 +261,22 @@ def _earlier(home: Home, name: str) -> list[tuple[str, dict[str, float]]]:
 # --- Pools ---------------------------------------------------------------------------------------
 
 
+def _check_gpus(stages: Sequence[StageLoad], pool_plans: Sequence[PoolPlan]) -> None:
+    """Raise UsageError for a stage that needs more GPUs than the instance type of its pool has."""
+    from batchlab.core import instance_types
+
+    plans = {plan.name: plan for plan in pool_plans}
+    for stage in stages:
+        plan = plans[stage.pool]
+        if stage.gpus > plan.gpus:
+            enough = [one.name for one in instance_types.load().types.values() if one.gpus >= stage.gpus]
+            raise UsageError(
+                f"A task of stage {stage.name} needs {stage.gpus} GPUs, and an instance of type {plan.instance_type} "
+                f"has {plan.gpus}.",
+                remedy=f"Name another type with --instance-type, such as {' or '.join(enough[:3])}.",
+            )
+
+
 def _plan_pools(
     backend: Backend,
     names: Sequence[str],
@@ -271,6 +290,7 @@ def _plan_pools(
 
     backend_pools: dict[str, Pool] = {pool.name: pool for pool in backend.pools}
     own = {pool.name: pool for pool in parse_pools(pools)}
+    catalog = instance_types.load()
     pool_plans: list[PoolPlan] = []
     for name in names:
         base = own.get(name) or backend_pools.get(name)
@@ -278,14 +298,15 @@ def _plan_pools(
         if not kind:
             kind = DEFAULT_TYPE
             assumed.append(f"pool {name} is of {kind}, unless --instance-type names another")
-        row = instance_types.load().types.get(kind)
+        row = catalog.types.get(kind)
         if base is None:
             slots = row.vcpu if row else 2
             plan = PoolPlan(name, kind, slots, 0, 10)
             assumed.append(f"pool {name} has up to 10 instances of {slots} slots, unless --pool sets other numbers")
         else:
             plan = PoolPlan(name, kind, base.slots, base.min_size, base.max_size, base.boot_s)
-        pool_plans.append(replace(plan, spot_share=spot_share))
+        gpus = (base.gpus if base else 0) or catalog.gpus([kind])
+        pool_plans.append(replace(plan, spot_share=spot_share, gpus=gpus))
     return pool_plans
 
 
@@ -335,12 +356,18 @@ def prices(
 
 def _prices_text(book: PriceBook, types: list[str] | None) -> str:
     names = types or sorted(book.blocks["on_demand"].table)
-    instances = []
+    from batchlab.core import instance_types
+
+    instances: list[tuple[str, ...]] = []
     for name in names:
         spot = book.instance_usd_h(name, Market.SPOT)
         figures = (book.instance_usd_h(name).typical, spot.low, spot.typical, spot.high)
         instances.append((name, *(f"{usd:.4f}" for usd in figures)))
-    columns = ("instance, USD/h", "on-demand", "Spot from", "typical", "to")
+    columns: tuple[str, ...] = ("instance, USD/h", "on-demand", "Spot from", "typical", "to")
+    catalog = instance_types.load()
+    if any(catalog.gpus([row[0]]) for row in instances):
+        columns = (*columns, "GPUs", "on-demand per GPU")
+        instances = [(*row, *_per_gpu(float(row[1]), catalog.gpus([row[0]]))) for row in instances]
     others = [
         (name, f"{key.replace('_', ' ').replace('usd', 'USD')}", significant(price, 6))
         for name, block in book.blocks.items()
@@ -355,6 +382,10 @@ def _prices_text(book: PriceBook, types: list[str] | None) -> str:
         parts.append(output.table(("block", "price", "amount"), others))
     parts.append(output.table(("block", "region", "as of", "source"), sources))
     return "\n\n".join([*parts, f"Price book: {book.path}"])
+
+
+def _per_gpu(usd_h: float, gpus: int) -> tuple[str, str]:
+    return (str(gpus), f"{usd_h / gpus:.4f}") if gpus else ("-", "-")
 
 
 @app.command("refresh-prices")

@@ -40,9 +40,9 @@ YES = flag("Make the changes without asking for confirmation.", "--yes")
 
 _OPTIONS = {
     "pool": option(
-        "Pool of workers and its instance types, such as default:0-10x2@m7i.large,m6i.large. Repeatable."
-        " The stack has only the pools that the options name.",
-        "NAME:MIN-MAXxSLOTS@TYPE,TYPE",
+        "Pool of workers and its instance types, such as default:0-10x2@m7i.large,m6i.large. With image=IMAGE at the"
+        " end, the workers run in a container image. Repeatable. The stack has only the pools that the options name.",
+        "NAME:MIN-MAXxSLOTS@TYPE,TYPE[,image=IMAGE]",
     ),
     "settings": option(
         "File with the stack's name, pools, and parameters, which replaces the stored settings.", "FILE.yaml"
@@ -236,15 +236,29 @@ def _with_arguments(wanted: Settings, arguments: DeployArguments) -> Settings:
 
 
 def _pools(texts: Sequence[str], before: Settings) -> tuple[PoolSettings, ...]:
+    from batchlab.core import instance_types
     from batchlab.deploy.settings import PoolSettings
 
     settings_by_name = {pool_settings.name: pool_settings for pool_settings in before.pools}
     pools = []
     for text in texts:
         pool, types = parse_typed_pool(text)
+        image = {"PoolImage": pool.image} if pool.image else {}
         old = settings_by_name.get(pool.name, PoolSettings(pool.name))
+        own = dict(old.parameters)
+        if gpus := pool.gpus or instance_types.load().gpus(types):
+            own["PoolGpus"] = str(gpus)
+        elif types:
+            own.pop("PoolGpus", None)
         pools.append(
-            replace(old, min_size=pool.min_size, max_size=pool.max_size, slots=pool.slots, types=types or old.types)
+            replace(
+                old,
+                min_size=pool.min_size,
+                max_size=pool.max_size,
+                slots=pool.slots,
+                types=types or old.types,
+                parameters=tuple(sorted({**own, **image}.items())),
+            )
         )
     return tuple(pools)
 

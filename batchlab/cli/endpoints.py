@@ -293,7 +293,7 @@ def serve(
     grid: str = option("Name of the grid in the labels of containers.", "NAME", default="asg"),
     label: list[str] | None = option("Additional label of the containers. Repeatable.", "KEY=VALUE"),
     image: list[str] | None = option(
-        "Launch only containers of this image, and never run a container as root. Repeatable.", "NAME"
+        "Launch only containers of these images, and never run a container as root. Repeatable.", "NAME,NAME"
     ),
     scale: float = option(
         "Share of the CPUs and the memory of its instance type that a container gets.",
@@ -344,7 +344,7 @@ def serve(
         drain_s=seconds_of("--drain", drain),
         grid=grid,
         labels=assignments(label or (), "--label team=data"),
-        images=tuple(image or ()),
+        images=tuple(name for names in image or () for name in names.split(",")),
         scale=scale,
         metadata_port=metadata_port,
     )

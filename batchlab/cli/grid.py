@@ -40,6 +40,7 @@ from batchlab.cli.options import (
     option,
 )
 from batchlab.core.capabilities import capabilities_of
+from batchlab.core.container_images import name_of
 from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
 
 if TYPE_CHECKING:
@@ -256,8 +257,15 @@ def _show_grid(
             f"The manager rejected {unreadable:,} unreadable or unexpected messages and objects. Its log names each. "
             "`batchlab job why JOB` lists those of a job."
         )
-    lines += ["", output.table(_POOL_COLUMNS, map(_pool_row, view["pools"]))]
+    columns: tuple[str, ...] = _POOL_COLUMNS
+    rows = [_pool_row(pool) for pool in view["pools"]]
+    if any(pool.get("gpus") for pool in view["pools"]):
+        columns = (*columns, "gpus")
+        rows = [(*row, f"{_busy_gpus(pool)} of {_gpus(pool)}") for row, pool in zip(rows, view["pools"], strict=True)]
+    lines += ["", output.table(columns, rows)]
     for pool in view["pools"]:
+        if image := pool.get("image", ""):
+            lines.append(output.clean(f"The workers of pool {pool['name']} run in the image {image}."))
         if problem := pool["trouble"]:
             lines.append(
                 output.clean(
@@ -269,6 +277,15 @@ def _show_grid(
             lines.append(output.clean(f"Pool {pool['name']}: {problem}."))
     depths = [(queue["name"], queue["visible"], queue["in_flight"], queue["delayed"]) for queue in view["queues"]]
     output.show("\n".join([*lines, "", output.table(("queue", "visible", "in flight", "delayed"), depths)]))
+
+
+def _busy_gpus(pool: PoolView) -> int:
+    return sum(instance.get("busy_gpus", 0) for instance in pool["instances"])
+
+
+def _gpus(pool: PoolView) -> int:
+    """Return the number of GPUs of the pool's instances in service."""
+    return pool.get("gpus", 0) * sum(instance["state"] == "InService" for instance in pool["instances"])
 
 
 def _pool_row(pool: PoolView) -> tuple[object, ...]:
@@ -316,16 +333,23 @@ def workers(home: Path | None = HOME, json: bool = JSON) -> None:
     """
     with connect(home) as client:
         view = client.grid()
-    instances, rows = [], []
+    instances: list[dict[str, object]] = []
+    rows: list[tuple[object, ...]] = []
+    has_gpus = any(pool.get("gpus") for pool in view["pools"])
     for pool in view["pools"]:
         for instance in pool["instances"]:
-            instances.append({"pool": pool["name"], **instance})
+            # A manager of an earlier release does not send the image.
+            image = pool.get("image", "")
+            instances.append({"pool": pool["name"], "image": image, **instance})
             health = "Healthy" if instance["healthy"] else "Unhealthy"
             state = (instance["state"], health, "yes" if instance["protected"] else "no")
-            work = (instance["worker"] or "-", instance["busy"], instance["held"])
+            work = [instance["worker"] or "-", instance["busy"], instance["held"]]
+            if has_gpus:
+                work.append(f"{instance.get('busy_gpus', 0)} of {pool.get('gpus', 0)}")
             launched = output.moment(instance["launched_s"])
-            rows.append((instance["id"], pool["name"], *state, *work, launched, instance["note"]))
-    columns = ("instance", "pool", "state", "health", "protected", "worker", "busy", "held", "launched", "note")
+            rows.append((instance["id"], pool["name"], *state, *work, launched, name_of(image), instance["note"]))
+    work_columns = ("worker", "busy", "held", *(["gpus"] if has_gpus else []))
+    columns = ("instance", "pool", "state", "health", "protected", *work_columns, "launched", "image", "note")
     output.listing(json, instances, columns, rows, "There are no instances. The manager launches them for work.")
 
 

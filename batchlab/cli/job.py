@@ -189,12 +189,15 @@ def _show(place: Home, job: str, *, as_if_aws: bool, json: bool) -> None:
             f"its performance data is not written: {problem}; `batchlab report write {view['id']}` tries again"
         )
     counts = ("succeeded", "failed", "cancelled", "running", "retried")
-    rows = []
+    rows: list[tuple[object, ...]] = []
+    more = ("GPUs per task",) if any(stage.get("gpus") for stage in view["stages"]) else ()
     for stage in view["stages"]:
         planned = "-" if stage["planned"] is None else stage["planned"]
-        rows.append((stage["name"], planned, *output.cells(stage, *counts), output.optional_span(stage["mean_s"])))
+        gpus = [stage.get("gpus", 0)] if more else []
+        mean = output.optional_span(stage["mean_s"])
+        rows.append((stage["name"], planned, *output.cells(stage, *counts), mean, *gpus))
     lines = [f"{key:<11}{output.clean(value)}" for key, value in facts.items()]
-    output.show("\n".join([*lines, "", output.table(("stage", "planned", *counts, "mean"), rows)]))
+    output.show("\n".join([*lines, "", output.table(("stage", "planned", *counts, "mean", *more), rows)]))
 
 
 @app.command()

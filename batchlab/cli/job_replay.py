@@ -18,7 +18,7 @@ import typer
 from batchlab.cli import output
 from batchlab.cli.option_values import home_of
 from batchlab.cli.options import ANY_BACKEND, HOME, JOB, JSON, TASK, flag, option
-from batchlab.core.errors import UsageError
+from batchlab.core.errors import BatchlabError, UsageError
 from batchlab.core.job_definition import parse_task, task_name
 from batchlab.core.model import JobId
 
@@ -57,6 +57,13 @@ def replay_task(
         "Write the task's input, its code, and a README to this folder, and do not run the task.", "DIR"
     ),
     no_limits: bool = flag("Run the task without the time limit and the memory limit of the job.", "--no-limits"),
+    image: str | None = option(
+        "Container image in which the task runs. Default: the image of the task's worker, if its pool has an image.",
+        "IMAGE",
+    ),
+    no_image: bool = flag(
+        "Run the task without a container, also if its worker ran in a container image.", "--no-image"
+    ),
     env: list[str] | None = option("Environment variable that the task gets. Repeatable.", "NAME"),
     home: Path | None = HOME,
     backend: str | None = ANY_BACKEND,
@@ -81,11 +88,15 @@ def replay_task(
         if variable not in os.environ:
             raise UsageError(f"The environment variable {variable!r} is not set.", remedy="Set it, or leave out --env.")
     how = replace(how, passed=tuple(env or ()))
+    if image is not None and (no_image or keep):
+        raise UsageError("--image cannot be combined with --no-image or --keep.", remedy="Leave out one of them.")
     stage_name, index = parse_task(task)
     place = home_of(home)
     bucket = find_bucket(place, backend, job)
     with _folder(keep) as folder:
         task_folder = _fetch(bucket, stage_name, index, folder, attempt, round_)
+        if not keep:
+            how = _in_image(task_folder, how, image, is_without=no_image)
         if keep:
             _show_folder(task_folder, json=json)
         elif shell:
@@ -107,6 +118,28 @@ def _how(*, debug: bool | None, at_start: bool, debugpy: int | None, no_limits: 
     return RunOptions(
         pdb=debug and debugpy is None, at_start=at_start, debugpy=debugpy, no_limits=no_limits, aside=json
     )
+
+
+def _in_image(prepared: TaskRun, how: RunOptions, named: str | None, *, is_without: bool) -> RunOptions:
+    """Return the options with the image in which the task runs. Without Docker, print a sentence instead, unless the
+    user named the image."""
+    from batchlab.core.container_images import check_image
+    from batchlab.runtime import pool_images
+
+    image = check_image(named, "--image") if named else prepared.image
+    if not image or is_without:
+        return how
+    if how.debugpy is not None:
+        raise UsageError("--debugpy cannot debug a task in a container image.", remedy="Use --debug, or --no-image.")
+    try:
+        found = pool_images.provide(image, f"task {prepared.name}", prepared.folder / "image.log", output.say)
+    except BatchlabError as error:
+        if named:
+            raise
+        output.say(f"The task runs without the image of its worker. {error.message}")
+        prepared.notes.append(f"The worker ran in the image {image}, and the task ran here without the image.")
+        return how
+    return replace(how, image=found.tag, reference=found.reference)
 
 
 def _warning(how: RunOptions) -> str:
@@ -173,7 +206,7 @@ def _shell(prepared: TaskRun, how: RunOptions) -> None:
     output.say(_warning(how))
     output.say("This shell is in the folder of the task's command. `exit` ends the shell and removes the folder.")
     output.show(output.visible(ready.command))
-    if foreground.open_shell(ready):
+    if foreground.open_shell(ready, prepared, how):
         raise typer.Exit(1)
 
 
@@ -183,7 +216,9 @@ def _run(prepared: TaskRun, how: RunOptions, *, json: bool) -> None:
 
     within = "none" if how.no_limits else limits(prepared)
     limits_text = "" if within == "none" else f", within {within}"
-    output.say(f"Running {prepared.name}, attempt {prepared.attempt}, on this machine{limits_text}.")
+    mended = f", with the mended input {prepared.mended_sha256[:12]}" if prepared.mended_sha256 else ""
+    where = f"in the image {how.reference}" if how.image else "on this machine"
+    output.say(f"Running {prepared.name}, attempt {prepared.attempt}{mended}, {where}{limits_text}.")
     output.say(_warning(how))
     ended = foreground.run(prepared, how)
     comparison = compare(prepared, ended)
@@ -194,9 +229,11 @@ def _run(prepared: TaskRun, how: RunOptions, *, json: bool) -> None:
                 **output.attributes(prepared, "job", "stage", "task", "attempt", "round"),
                 "verdict": comparison.word,
                 "sentence": comparison.sentence,
+                "image": how.reference or None,
                 "fingerprint": comparison.here or None,
                 "fingerprint_on_grid": comparison.there or None,
                 "differences": comparison.differences,
+                "mended_sha256": prepared.mended_sha256 or None,
             }
         )
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +57,9 @@ def show_task(job: str, task: str, home: Path | None, backend: str | None, *, js
         rows = []
         for attempt in found:
             machine = await environment.load(objects, attempt.outcome.worker, patience)
-            rows.append(_attempt(attempt, environment.to_json(machine) if machine else None))
+            pool, claimed = spec.stage(name).pool, machine.image if machine else ""
+            image = await attempts.worker_image(objects, pool, claimed, patience)
+            rows.append(_attempt(attempt, image, environment.to_json(machine) if machine else None))
         return {
             "job": bucket.job,
             "stage": name,
@@ -72,10 +76,13 @@ def show_task(job: str, task: str, home: Path | None, backend: str | None, *, js
         _show(doc)
 
 
-def _attempt(attempt: Attempt, machine: dict[str, Json] | None) -> dict[str, Any]:
+def _attempt(attempt: Attempt, image: str, machine: dict[str, Json] | None) -> dict[str, Any]:
+    from batchlab.core.protocol.mended_inputs import mended_sha256
+
     outcome, failure = attempt.outcome, attempt.failure
     return {
         "round": outcome.bundle.round,
+        "mended_sha256": mended_sha256(outcome.bundle.source) or None,
         "attempt": outcome.bundle.attempt,
         "state": attempt.state,
         "worker": outcome.worker,
@@ -89,6 +96,7 @@ def _attempt(attempt: Attempt, machine: dict[str, Json] | None) -> dict[str, Any
         "kind": failure.kind.value if failure else None,
         "reason": failure.reason if failure else None,
         "traceback": failure.traceback if failure else None,
+        "image": image,
         "environment": machine,
     }
 
@@ -104,6 +112,8 @@ def _show(doc: dict[str, Any]) -> None:
         rows.append((attempt["round"], attempt["attempt"], attempt["state"], *times, *rest))
     output.show(f"{task_name(doc['stage'], doc['task'])} of {doc['job']}")
     output.show(f"{'input':<13}{output.clean(doc['input'])}")
+    for sha256 in [attempt["mended_sha256"] for attempt in doc["attempts"] if attempt["mended_sha256"]][-1:]:
+        output.show(f"{'mended':<13}a retry gave the task a new input, SHA-256 {sha256}")
     if not rows:
         output.show("No attempt of the task has ended yet.")
         return
@@ -114,6 +124,8 @@ def _show(doc: dict[str, Any]) -> None:
     machine = last["environment"]
     description = str(environment.from_json(machine)) if machine else "unknown: the worker stored no environment"
     output.show(f"{'ran on':<13}{output.clean(description)}")
+    if last["image"]:
+        output.show(f"{'in the image':<13}{output.clean(last['image'])}")
     output.show(f"{'run it again':<13}{doc['replay']}")
 
 
@@ -249,23 +261,76 @@ def retry(
     fingerprint: list[str] | None = option(
         "Retry only the tasks whose failure has this fingerprint. Repeatable.", "FINGERPRINT"
     ),
+    task: list[str] | None = option(
+        "Retry the named failed task, such as parse/3, with the input of the next --input. Repeatable.",
+        "TASK",
+        "--task",
+    ),
+    new: list[str] | None = option(
+        "File with the new input of the task in --task, or - for standard input. Repeatable.", "FILE", "--input"
+    ),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
     """Run the unsuccessful tasks of an ended job again. The results of the job's succeeded tasks are kept.
 
-    --tasks and --fingerprint select failed tasks.
+    --tasks and --fingerprint select failed tasks. --task and --input run a failed task with a new input,
+    which the task keeps in later retries: a file for a task whose input is a file or a part of a file,
+    and one JSON value for any other task.
 
     \b
-    Example: batchlab job retry last
+    Example: batchlab job retry last --task parse/3 --input corrected.csv
     """
+    inputs = _new_inputs(task or (), new or ())
     ranges: dict[str, list[tuple[int, int]]] = {}
     for stage, stage_ranges in map(parse_tasks, tasks or ()):
         ranges.setdefault(stage, []).extend(stage_ranges)
     with connect(home) as client:
         name = resolve(client, job)["id"]
-        if ranges or fingerprint:
-            view = client.retry(name, fingerprints=fingerprint or (), tasks=ranges)
+        if ranges or fingerprint or inputs:
+            view = client.retry(name, fingerprints=fingerprint or (), tasks=ranges, inputs=inputs)
         else:
             view = client.retry(name)
     output.answer(json, view, f"{view['id']} {view['state']}")
+
+
+def _new_inputs(tasks: Sequence[str], files: Sequence[str]) -> dict[tuple[str, int], bytes]:
+    """Return the new input of each task, from the file at the same position. Raise UsageError for wrong options."""
+    if len(tasks) != len(files):
+        raise UsageError(
+            "Each --task needs one --input, and each --input one --task.",
+            remedy="Write for example --task parse/3 --input corrected.csv. --tasks selects tasks without a new input.",
+        )
+    if files.count("-") > 1:
+        raise UsageError("Standard input can be the input of one task only.", remedy="Name files for the other tasks.")
+    inputs: dict[tuple[str, int], bytes] = {}
+    for name, file in zip(tasks, files, strict=True):
+        stage, index = parse_task(name)
+        if stage is None:
+            raise UsageError(f"{name!r} does not name a stage.", remedy="Write the stage and the index, as in parse/3.")
+        if (stage, index) in inputs:
+            raise UsageError(f"--task names {name} twice.", remedy="Give one new input for each task.")
+        inputs[stage, index] = _read_input(task_name(stage, index), file)
+    return inputs
+
+
+def _read_input(task: str, file: str) -> bytes:
+    """Return the content of a file with a new input. Raise UsageError if it is too large or cannot be read."""
+    from batchlab.core.protocol.mended_inputs import MAX_INPUT_BYTES
+
+    try:
+        if file == "-":
+            data = sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)
+        else:
+            with Path(file).open("rb") as opened:
+                data = opened.read(MAX_INPUT_BYTES + 1)
+    except OSError as error:
+        raise UsageError(
+            f"The file {file} cannot be read: {error.strerror}.", remedy="Check the path after --input."
+        ) from error
+    if len(data) > MAX_INPUT_BYTES:
+        raise UsageError(
+            f"The new input of {task} is larger than {output.size(MAX_INPUT_BYTES)}.",
+            remedy="Submit a job of its own for larger input.",
+        )
+    return data

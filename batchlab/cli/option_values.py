@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -284,19 +285,63 @@ def _example(option: Any) -> float:
 _POOL_FORM = re.compile(r"([a-z0-9][a-z0-9_-]{0,39}):(\d{1,5})-(\d{1,5})x(\d{1,4})")
 
 
+def _gpus_of(text: str, where: str) -> int:
+    from batchlab.core.job_definition import MAX_GPUS
+
+    if not text.isdecimal() or int(text) > MAX_GPUS:
+        raise UsageError(
+            f"{where} has gpus={text[:40]}, which is not a number from 0 to {MAX_GPUS}.",
+            remedy="Write for example default:0-4x8,gpus=2.",
+        )
+    return int(text)
+
+
+def _image_of(text: str, where: str) -> str:
+    from batchlab.core.container_images import check_image
+
+    return check_image(text, where)
+
+
+_POOL_OPTIONS: Mapping[str, Callable[[str, str], Any]] = {"gpus": _gpus_of, "image": _image_of}
+"""Options after a pool's numbers, which are fields of Pool, with the function that reads the value."""
+
+
+def split_pool_options(text: str) -> tuple[str, dict[str, Any]]:
+    """Return a pool's text without its options, and the options by field of Pool. The pool `a:0-4x8,gpus=2` has the
+    option `gpus`. Raise UsageError for an unknown or invalid option.
+    """
+    form: list[str] = []
+    options: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals:
+            form.append(part)
+        elif name not in _POOL_OPTIONS or name in options:
+            raise UsageError(
+                f"The pool {text!r} has the option {name!r}, which is unknown or given twice.",
+                remedy=f"The options of a pool are {', '.join(f'{known}=VALUE' for known in _POOL_OPTIONS)}.",
+            )
+        else:
+            options[name] = _POOL_OPTIONS[name](value, f"The pool {text!r}")
+    return ",".join(form), options
+
+
 def parse_pool(text: str) -> Pool:
-    """Return the pool for a text such as `default:0-4x1`. Raise UsageError for an invalid text."""
+    """Return the pool for a text such as `default:0-4x1`, `default:0-4x8,gpus=2`, or
+    `tools:0-4x1,image=registry/tools:1`. Raise UsageError for an invalid text.
+    """
     from batchlab.core.model import Pool
 
-    match = _POOL_FORM.fullmatch(text)
+    form, options = split_pool_options(text)
+    match = _POOL_FORM.fullmatch(form)
     if match is None:
         raise UsageError(
-            f"The pool {text!r} is not NAME:MIN-MAXxSLOTS.",
+            f"The pool {text!r} is not NAME:MIN-MAXxSLOTS, with ,gpus=N or ,image=IMAGE if needed.",
             remedy="Write for example default:0-4x1: no to four instances with one slot each. A "
             "name has up to 40 small letters, digits, '-' and '_'.",
         )
     smallest, largest, slots = (int(number) for number in match.groups()[1:])
-    pool = Pool(match[1], smallest, largest, slots)
+    pool = Pool(match[1], smallest, largest, slots, **options)
     if pool.min_size > pool.max_size or pool.slots < 1:
         raise UsageError(
             f"The pool {text!r} needs MIN ≤ MAX and at least one slot.", remedy="Write for example default:0-4x1."
@@ -309,14 +354,15 @@ def parse_typed_pool(text: str) -> tuple[Pool, tuple[str, ...]]:
 
     Raise UsageError for an invalid text.
     """
-    form, at, types = text.partition("@")
+    form, options = split_pool_options(text)
+    form, at, types = form.partition("@")
     names = tuple(one.strip() for one in types.split(","))
     if at and not all(names):
         raise UsageError(
             f"The pool {text!r} lacks an instance type after '@'.",
             remedy="Write for example default:0-4x1@m7i.large,m6i.large.",
         )
-    return parse_pool(form), names if at else ()
+    return replace(parse_pool(form), **options), names if at else ()
 
 
 def parse_pools(texts: Iterable[str]) -> list[Pool]:

@@ -170,12 +170,15 @@ ENDPOINT = option(
 SCENARIO = argument("Path of a scenario file, or name of a shipped scenario.", "SCENARIO", autocompletion=scenarios)
 LIKE = option("Backend whose settings the simulated grid uses.", "BACKEND", default="aws", autocompletion=backends)
 CALIBRATION = option("File with the measurements of a grid, which `scenario calibrate` wrote.", "FILE")
+NO_SHARES = flag("Ignore the fair-share policy of the scenario, for a comparison.", "--no-shares")
 JSON = flag("Print the output as JSON, for programs.", "--json")
 OUT = option("Folder for the job's results. Default: out/<job name> in the current folder.", "DIR")
 SET = option("Set a parameter of the job. Repeatable.", "KEY=VALUE", "--set")
 POOL = option(
-    "Pool of workers, such as default:0-4x1. The named pools replace the backend's default pools. Repeatable.",
-    "NAME:MIN-MAXxSLOTS",
+    "Pool of workers, such as default:0-4x1, default:0-1x8,gpus=1 for instances with a GPU, or "
+    "tools:0-4x1,image=registry/tools:1 for workers in a container image. The named pools replace the backend's "
+    "default pools. Repeatable.",
+    "NAME:MIN-MAXxSLOTS[,gpus=N][,image=IMAGE]",
 )
 AS_IF = flag("Show the cost that the work would have on AWS, also on a backend that costs nothing.", "--as-if-aws")
 SHARE = option(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isinf
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,13 +19,14 @@ from batchlab.cli import charts, output
 from batchlab.cli.charts import duration
 from batchlab.cli.groups import command_group
 from batchlab.cli.option_values import home_of
-from batchlab.cli.options import CALIBRATION, HOME, JSON, LIKE, SCENARIO, backends, flag, option
+from batchlab.cli.options import CALIBRATION, HOME, JSON, LIKE, NO_SHARES, SCENARIO, backends, flag, option
 from batchlab.cli.output import Stopped
 from batchlab.cli.progress import bar
 from batchlab.cli.scenario_plan import plan
 from batchlab.cli.scenario_records import calibrate, compare, load_calibration, record
 from batchlab.cli.scenario_replay import replay
 from batchlab.core.errors import UsageError
+from batchlab.core.fair_share import DEFAULT_SHARE
 from batchlab.core.pricing import price_book
 from batchlab.scenarios import verdicts
 from batchlab.scenarios.model.expansion import Curve, compress_scenario, expand, stage_sizes
@@ -209,6 +210,12 @@ def warnings(scenario: Scenario, schedule: Schedule, curve: Curve) -> Iterator[s
     for fault in scenario.faults:
         if fault.at_s >= done_s:
             yield f"The fault {fault.name.value} at {charts.span(fault.at_s)} {done}."
+    shares = {scenario.jobs[name].share for name in arrived}
+    if scenario.shares is None and any(shares):
+        yield f"The jobs have shares ({', '.join(sorted(shares - {''}))}), and the scenario has no fair-share policy."
+    for entry in scenario.shares.shares if scenario.shares else ():
+        if not any(entry.covers(share or DEFAULT_SHARE) for share in shares):
+            yield f"No job that arrives belongs to the share '{entry.identifier}'."
     for prewarm in scenario.prewarm:
         if prewarm.at_s >= done_s:
             yield f"The prewarm of '{prewarm.pool}' at {charts.span(prewarm.at_s)} {done}."
@@ -232,6 +239,7 @@ def simulate(
     compress: float = option("Divide all times of the scenario by K, as in a replay.", "K", default=1.0),
     like: str = LIKE,
     calibration: Path | None = CALIBRATION,
+    no_shares: bool = NO_SHARES,
     home: Path | None = HOME,
     log: Path | None = option("File to which the complete event log of the simulation is written.", "FILE"),
     out: Path | None = option(
@@ -253,6 +261,8 @@ def simulate(
     from batchlab.scenarios.model import loader
 
     spec = compress_scenario(loader.load(loader.find(scenario)), compress)
+    if no_shares:
+        spec = replace(spec, shares=None)
     backend = factory.load(like)
     measured = load_calibration(calibration, backend.name, spec.compressed)
     book = price_book.load(home_of(home).path)

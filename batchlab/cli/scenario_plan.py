@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -17,7 +18,7 @@ import yaml
 from batchlab.cli import output
 from batchlab.cli.charts import LINE, Chart, duration
 from batchlab.cli.option_values import home_of, seconds_of
-from batchlab.cli.options import CALIBRATION, HOME, JSON, LIKE, SCENARIO, option
+from batchlab.cli.options import CALIBRATION, HOME, JSON, LIKE, NO_SHARES, SCENARIO, option
 from batchlab.cli.output import INTERRUPTED, Stopped
 from batchlab.cli.progress import bar
 from batchlab.cli.scenario_records import load_calibration
@@ -51,6 +52,7 @@ def plan(
     runs: int = option("Maximum number of runs of the scenario that are simulated in total.", "N", default=300, min=2),
     like: str = LIKE,
     calibration: Path | None = CALIBRATION,
+    no_shares: bool = NO_SHARES,
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
@@ -71,6 +73,8 @@ def plan(
     goal = Goal(seconds_of("--deadline", deadline), None if budget is None else parse(budget))
     backend = factory.load(like).name
     spec = loader.load(loader.find(scenario))
+    if no_shares:
+        spec = replace(spec, shares=None)
     measured = load_calibration(calibration, backend, spec.compressed)
     book = price_book.load(home_of(home).path)
     run = partial(forecast, backend=backend, calibration=measured, book=book)
@@ -310,6 +314,7 @@ def as_yaml(scenario: Scenario) -> str:
             slots=plan.pool.slots,
             boot=duration(plan.pool.boot_s) if plan.pool.boot_s else None,
             instance_type=plan.pool.instance_type or None,
+            gpus=plan.pool.gpus or None,
             spot=plan.spot or None,
         )
         for plan in scenario.pools

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ from batchlab.cli import bills, output
 from batchlab.cli.charts import AREA, LINE, Chart, number
 from batchlab.cli.option_values import connect, home_of
 from batchlab.cli.options import HOME, JSON, argument, option
-from batchlab.core.errors import Refused, UsageError
+from batchlab.core.errors import NotFound, Refused, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import ENDED, JobId, Pool
 from batchlab.runtime.home import Home
@@ -25,6 +27,7 @@ from batchlab.scenarios.model.values import PoolPlan
 
 if TYPE_CHECKING:
     from batchlab.core.api_types import JobView
+    from batchlab.core.fair_share import SharePolicy
     from batchlab.runtime.descriptor import Calibration
     from batchlab.runtime.factory import Backend
     from batchlab.scenarios.forecast.calibration import CalibratedValue, CalibrationResult
@@ -92,17 +95,20 @@ def _of_jobs(request: RecordRequest) -> RecordedWorkload:
             remedy = "Wait for the end of the job with `batchlab job watch`, or cancel the job."
             raise UsageError(f"The job {view['id']} has not ended.", remedy=remedy)
     backend = factory.load(facts[0].backend)
-    jobs, measured = asyncio.run(_measure(backend, home, views))
+    jobs, measured, shares = asyncio.run(_measure(backend, home, views))
     pools, policy = _fleet(home, backend)
     first = min(views.values(), key=lambda view: view["submitted_s"])
     name = _name(request.name or f"{first['name']}-recorded")
-    return recording.from_jobs(jobs, measured, name, pools, policy)
+    return recording.from_jobs(jobs, measured, name, pools, policy, shares)
 
 
 async def _measure(
     backend: Backend, home: Home, views: Mapping[str, JobView]
-) -> tuple[list[tuple[JobView, JobDef]], dict[str, Measurements]]:
+) -> tuple[list[tuple[JobView, JobDef]], dict[str, Measurements], SharePolicy | None]:
+    """Return the definitions and the measurements of the jobs, and the fair-share policy of the grid."""
+    from batchlab.core.protocol import object_keys
     from batchlab.jobs.attempts import definition
+    from batchlab.manager.fair_share import policy_of
     from batchlab.runtime.factory import patience
     from batchlab.scenarios.replay.measurements import ObservedJob, measure
 
@@ -111,7 +117,10 @@ async def _measure(
     for job, view in views.items():
         jobs.append((view, await definition(objects, JobId(job), patience())))
         measured[job] = await measure([ObservedJob(view["name"], view)], 0, objects, patience())
-    return jobs, measured
+    shares = None
+    with suppress(NotFound):  # a grid without a policy may lack the object
+        shares = policy_of(await patience()(partial(objects.get, object_keys.SHARES)))
+    return jobs, measured, shares
 
 
 def _fleet(home: Home, backend: Backend) -> tuple[list[PoolPlan], Mapping[str, float]]:
@@ -123,7 +132,7 @@ def _fleet(home: Home, backend: Backend) -> tuple[list[PoolPlan], Mapping[str, f
     if home.record():
         with connect(home) as client:
             grid = client.grid()
-        pools = [Pool(p["name"], p["min"], p["max"], p["slots"]) for p in grid["pools"]]
+        pools = [Pool(p["name"], p["min"], p["max"], p["slots"], gpus=p.get("gpus", 0)) for p in grid["pools"]]
         return [PoolPlan(pool) for pool in pools], grid["settings"]
     state = StateFile(home.fleet / "groups.json").load()
     groups = saved_state.decode(state)[0] if state else {}

@@ -72,6 +72,7 @@ def _worker(options: argparse.Namespace) -> None:
         factory.load(options.backend),
         pool=options.pool,
         slots=options.slots,
+        gpus=options.gpus,
         instance=options.instance,
     )
 
@@ -85,7 +86,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         "--pool",
         action="append",
         default=[],
-        metavar="NAME:MIN-MAXxSLOTS",
+        metavar="NAME:MIN-MAXxSLOTS[,image=IMAGE]",
         help="pool of workers, such as default:0-4x1; the named pools replace the backend's default pools; the "
         "option may be repeated",
     )
@@ -116,6 +117,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     worker.add_argument(
         "--slots", type=int, default=0, help=f"number of tasks that the worker runs in parallel{default}"
     )
+    worker.add_argument("--gpus", type=int, help=f"number of GPUs that the worker gives to tasks{default}, or 0")
     worker.add_argument("--instance", default="", help=f"id of the worker's instance{default}")
     return parser, services.choices
 

@@ -113,7 +113,18 @@ class Session:
         assert self._client is not None
         port = urlsplit(self._client.url).port or 0
         pools = self.call(lambda client: client.grid())["pools"]
-        return [Pool(pool["name"], pool["min"], pool["max"], pool["slots"]) for pool in pools], port
+        # A manager of an earlier release does not send the GPUs and the image.
+        return [
+            Pool(
+                pool["name"],
+                pool["min"],
+                pool["max"],
+                pool["slots"],
+                gpus=pool.get("gpus", 0),
+                image=pool.get("image", ""),
+            )
+            for pool in pools
+        ], port
 
     def _bring_up(self) -> None:
 

@@ -70,9 +70,14 @@ class GridExecutor(Executor):
                 raise TypeError("initializer must be a callable")
             start = outgoing.pickler.function(partial(initializer, *initargs))
         pools = link.call(lambda client: client.grid())["pools"]
-        admit_to_pool(stage, {pool["name"]: pool["slots"] for pool in pools})
+        # A manager of an earlier release does not report GPUs.
+        gpus = {pool["name"]: pool.get("gpus", 0) for pool in pools}
+        admit_to_pool(stage, {pool["name"]: pool["slots"] for pool in pools}, gpus)
         (pool,) = (pool for pool in pools if pool["name"] == stage.pool)
-        self._max_workers = pool["max"] * (pool["slots"] // stage.slots) or 1
+        parallel = pool["slots"] // stage.slots
+        if stage.gpus:
+            parallel = min(parallel, gpus[stage.pool] // stage.gpus)
+        self._max_workers = pool["max"] * parallel or 1
         """Number of calls that can run at once. Other libraries read this private attribute of executors."""
         self._link = link
         packer = Packer(outgoing.pickler, start, link.ids.fresh("executor"))

@@ -44,6 +44,7 @@ class _MapOptions(TypedDict):
     bundle: int | None
     pool: str
     slots: int
+    gpus: int
     side_effects: bool
     ordered: bool
     return_exceptions: bool
@@ -116,6 +117,7 @@ class Grid:
         bundle: int | None = None,
         pool: str = "default",
         slots: int = 1,
+        gpus: int = 0,
         side_effects: bool = False,
         ordered: bool = True,
         return_exceptions: bool = False,
@@ -135,10 +137,10 @@ class Grid:
         `timeout_s` is the time limit of each task. `retry` is a RetryRule or the maximum number of attempts of a task.
         By default, a task that raises an exception is not retried. The loss of a worker does not count as a failure of
         a task. `bundle` sets the number of tasks in a bundle. The tasks run in the pool `pool`, and each task occupies
-        `slots` slots of an instance. A task that runs far longer than the other tasks may get a second, speculative
-        copy on another worker, unless `side_effects` is true. `progress` counts the ended tasks on the standard error.
-        `show_output` prints the output of each ended task. Raise UsageError and submit nothing if the function or an
-        item cannot be pickled.
+        `slots` slots and `gpus` GPUs of an instance. A task that runs far longer than the other tasks may get a second,
+        speculative copy on another worker, unless `side_effects` is true or the tasks use GPUs. `progress` counts the
+        ended tasks on the standard error. `show_output` prints the output of each ended task. Raise UsageError and
+        submit nothing if the function or an item cannot be pickled.
         """
         return self._map(
             function,
@@ -150,6 +152,7 @@ class Grid:
             bundle=bundle,
             pool=pool,
             slots=slots,
+            gpus=gpus,
             side_effects=side_effects,
             ordered=ordered,
             return_exceptions=return_exceptions,
@@ -168,6 +171,7 @@ class Grid:
         bundle: int | None = None,
         pool: str = "default",
         slots: int = 1,
+        gpus: int = 0,
         side_effects: bool = False,
         ordered: bool = True,
         return_exceptions: bool = False,
@@ -188,6 +192,7 @@ class Grid:
             bundle=bundle,
             pool=pool,
             slots=slots,
+            gpus=gpus,
             side_effects=side_effects,
             ordered=ordered,
             return_exceptions=return_exceptions,
@@ -201,13 +206,15 @@ class Grid:
         from batchlab.client.submission import MAP, job_name
         from batchlab.core.job_definition import StageDef
 
-        timeout_s, bundle, slots = options["timeout_s"], options["bundle"], options["slots"]
+        timeout_s, bundle, slots, gpus = options["timeout_s"], options["bundle"], options["slots"], options["gpus"]
         _check_positive(timeout_s=timeout_s, bundle=bundle, slots=slots)
+        _check_gpus(gpus)
         stage = StageDef(
             MAP,
             timeout_s=timeout_s,
             retry=_rule(options["retry"]),
             slots=slots,
+            gpus=gpus,
             bundle=bundle,
             pool=options["pool"],
             side_effects=options["side_effects"],
@@ -279,27 +286,29 @@ class Grid:
         initargs: Iterable[Any] = (),
         pool: str = "default",
         slots: int = 1,
+        gpus: int = 0,
         show_output: bool = False,
     ) -> GridExecutor:
         """Return a `concurrent.futures.Executor` whose calls run on the grid's workers.
 
         `name` is the name of the executor's jobs. By default, a job has the name of the function that its first call
         calls. Each worker process calls `initializer(*initargs)` before its first call. The calls run in the pool
-        `pool`, and each call occupies `slots` slots of an instance. `show_output` prints the output of each call that
-        has ended. Raise UsageError if the initializer cannot be pickled.
+        `pool`, and each call occupies `slots` slots and `gpus` GPUs of an instance. `show_output` prints the output of
+        each call that has ended. Raise UsageError if the initializer cannot be pickled.
         """
         from batchlab.client.executor import GridExecutor
         from batchlab.client.submission import MAP
         from batchlab.core.job_definition import StageDef
 
         _check_positive(slots=slots)
+        _check_gpus(gpus)
         self._link.direct_calls.open()
         return GridExecutor(
             self,
             self._link,
             self._outgoing,
             name=name,
-            stage=StageDef(MAP, retry=RetryRule(attempts=1), slots=slots, pool=pool),
+            stage=StageDef(MAP, retry=RetryRule(attempts=1), slots=slots, gpus=gpus, pool=pool),
             initializer=initializer,
             initargs=initargs,
             show_output=show_output,
@@ -449,6 +458,13 @@ def _text(value: Any) -> str:
     raise UsageError(
         f"A parameter cannot be of type {type(value).__name__}.", remedy="Use text, a number, True, False, or None."
     )
+
+
+def _check_gpus(gpus: int) -> None:
+    from batchlab.core.job_definition import MAX_GPUS
+
+    if type(gpus) is not int or not 0 <= gpus <= MAX_GPUS:
+        raise UsageError(f"gpus is {gpus!r}.", remedy=f"Give a whole number from 0 to {MAX_GPUS}.")
 
 
 def _check_positive(**arguments: float | None) -> None:

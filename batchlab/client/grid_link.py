@@ -30,6 +30,7 @@ from batchlab.core.errors import BackendError, BatchlabError, NotFound, Refused,
 from batchlab.core.model import ENDED, Pool
 from batchlab.core.operating_system.processes import child_has_exited
 from batchlab.runtime import factory, manager_process
+from batchlab.runtime.descriptor import pool_option
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, ManagerRecord
 from batchlab.runtime.manager_process import ManagerStart
@@ -133,10 +134,14 @@ class Link:
 
     def _check_pools(self, client: Client) -> None:
         """Raise UsageError unless the running grid has the pools that the caller has named."""
-        running = {pool["name"]: (pool["min"], pool["max"], pool["slots"]) for pool in client.grid()["pools"]}
-        if running == {pool.name: (pool.min_size, pool.max_size, pool.slots) for pool in self._pools}:
+        pools = [
+            Pool(pool["name"], pool["min"], pool["max"], pool["slots"], gpus=pool.get("gpus", 0))
+            for pool in client.grid()["pools"]
+        ]
+        running, wanted = ({pool_option(pool) for pool in group} for group in (pools, self._pools))
+        if running == wanted:
             return
-        sizes = ", ".join(f"{name} {low}-{high}x{slots}" for name, (low, high, slots) in running.items())
+        sizes = ", ".join(sorted(running))
         client.close()
         raise UsageError(
             f"A grid with other pools is up in {self.home.path} ({sizes}), and the pools of a running grid cannot be "

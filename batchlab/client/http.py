@@ -6,6 +6,7 @@ request raises an exception of a class in `batchlab.core.errors`.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote, urlencode
@@ -214,14 +215,24 @@ class Client(Calls):
         *,
         fingerprints: Sequence[str] = (),
         tasks: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+        inputs: Mapping[tuple[str, int], bytes] | None = None,
     ) -> JobView:
         """Run all tasks of an ended job again that did not succeed.
 
         With `fingerprints` or `tasks`, run only the failed tasks with one of the fingerprints or in one of the ranges.
-        `tasks` contains ranges by stage. A range (first, stop) includes task `first` and excludes task `stop`.
+        `tasks` contains ranges by stage. A range (first, stop) includes task `first` and excludes task `stop`. `inputs`
+        has new inputs of failed tasks, by stage and index. These tasks run as well.
         """
-        choice = {"fingerprints": list(fingerprints), "tasks": tasks or {}} if fingerprints or tasks else None
-        return cast("JobView", self._call("POST", _job_path(job, "/retry"), body=choice))
+        choice: dict[str, Any] = {}
+        if fingerprints or tasks or inputs:
+            choice |= {"fingerprints": list(fingerprints), "tasks": tasks or {}}
+        if inputs:
+            choice["inputs"] = [
+                {"stage": stage, "task": task, "data": base64.b64encode(data).decode()}
+                for (stage, task), data in inputs.items()
+            ]
+        answer_s = UPLOAD_S if inputs else ANSWER_S
+        return cast("JobView", self._call("POST", _job_path(job, "/retry"), body=choice or None, answer_s=answer_s))
 
     def eta(self, job: str) -> EtaView:
         """Return the remaining time of a job."""

@@ -447,8 +447,9 @@ class JobSubmitter:
             return None
         job, items = prepared.job, prepared.items
         is_sent = False
-        # A direct call does not check whether an instance has enough slots.
-        if job.is_single_call and items is not None and job.stages[0].slots == 1:
+        # A direct call does not check whether an instance has enough slots and GPUs.
+        is_small = job.stages[0].slots == 1 and not job.stages[0].gpus
+        if job.is_single_call and items is not None and is_small:
             self._link.follow(job.id)
             is_sent, outcome = self._link.direct_calls.call(job, items, accepted)
             if outcome:

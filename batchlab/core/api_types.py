@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 class StageView(TypedDict):
     """Counters of a stage. `after` names the stages whose results the stage uses. `running` is the number of the
-    stage's tasks in bundles that workers report as running.
+    stage's tasks in bundles that workers report as running. `gpus` is the number of GPUs of one task.
     """
 
     name: str
@@ -36,6 +36,7 @@ class StageView(TypedDict):
     mean_s: float | None
     first_start_s: float | None
     last_end_s: float | None
+    gpus: int
 
 
 class DependencyView(TypedDict):
@@ -181,8 +182,9 @@ class TaskView(TypedDict):
     to an earlier outcome of the task. `seq` is 0 if the task has not ended. `started_s` and `ended_s` are times of the
     task's bundle. `input` and `log` are the text of the task's input and log. The manager truncates a long input and a
     long log. The log of a running task is the latest output that its worker has stored. `input_of` is the name of the
-    file that contains the task's input. `cpu_s`, `memory_bytes` (the peak), `input_bytes`, and `output_bytes` are null
-    if the attempt was too short to be measured. `run_s` is null if the attempt did not run.
+    file that contains the task's input. `mended_sha256` is the SHA-256 of the task's mended input, or "" if the task
+    has its first input. `cpu_s`, `memory_bytes` (the peak), `input_bytes`, and `output_bytes` are null if the attempt
+    was too short to be measured. `run_s` is null if the attempt did not run.
     """
 
     seq: int
@@ -202,6 +204,7 @@ class TaskView(TypedDict):
     input: str
     input_of: str
     is_input_cut: bool
+    mended_sha256: str
     log: str
     is_log_cut: bool
 
@@ -212,7 +215,8 @@ class TaskRowView(TypedDict):
     The `state` of a task is waiting, running, succeeded, failed, or cancelled. `seq` is the number of the outcome with
     the task's result, or 0 without a result. `attempt` is 0 if no worker has received the task. `since_s` is the start
     of a running task's bundle. The figures are null if the attempt was too short to be measured. `input` is the name
-    of the task's first input file, or "" if the name is unknown.
+    of the task's first input file, or "" if the name is unknown. `mended_sha256` is the SHA-256 of the task's mended
+    input, or "" if the task has its first input.
     """
 
     seq: int
@@ -228,6 +232,7 @@ class TaskRowView(TypedDict):
     input_bytes: int | None
     output_bytes: int | None
     input: str
+    mended_sha256: str
 
 
 class TasksView(TypedDict):
@@ -354,7 +359,8 @@ class InstanceView(TypedDict):
     """An instance of a pool.
 
     `worker` is None until the worker of the instance has sent a heartbeat. `busy` is the number of bundles that the
-    worker of the instance runs, and `held` is the number of all bundles that the worker holds. `type` and `zone` are
+    worker of the instance runs, and `held` is the number of all bundles that the worker holds. `busy_gpus` is the
+    number of GPUs that running tasks use. `type` and `zone` are
     empty if the backend does not have instance types.
     """
 
@@ -370,10 +376,13 @@ class InstanceView(TypedDict):
     worker: str | None
     busy: int
     held: int
+    busy_gpus: int
 
 
 class PoolView(TypedDict):
     """A pool of instances. `trouble` is the reason why the instances do not start, or "" if the instances start.
+
+    `image` is the container image of the pool's workers, or "" if the pool does not have an image of its own.
 
     `ends_in_s` is the number of seconds after which the group's scheduled action ends the pool unless a manager
     postpones the action, or None without such an action. `end_trouble` is the reason why the manager cannot change the
@@ -385,6 +394,8 @@ class PoolView(TypedDict):
     max: int
     desired: int
     slots: int
+    gpus: int
+    image: str
     backlog_tasks: int
     backlog_s: float
     held_by_hand: bool

@@ -7,10 +7,12 @@ backend needs only a new descriptor.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from batchlab.core import installation
+from batchlab.core.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class Capabilities:
     """A CloudFormation stack created the bucket, the queues, and the groups."""
     fixed_pools: bool = False
     """A client cannot choose the pools and the settings of the manager."""
+    pool_images: bool = False
+    """The workers of a pool may run in the pool's own container image."""
     sets_spot_share: bool = False
     """A replay can set the share of Spot Instances in each group."""
     termination_hook: bool = False
@@ -54,6 +58,16 @@ class Capabilities:
 
 
 NO_CAPABILITIES = Capabilities()
+
+
+def check_pool_images(backend: str, capabilities: Capabilities, images: Mapping[str, str]) -> None:
+    """Raise UsageError if a pool has an image that the backend cannot use. `images` maps names of pools to images."""
+    if images and not capabilities.pool_images:
+        others = [name for name in backend_names() if capabilities_of(name).pool_images]
+        raise UsageError(
+            f"The pool {next(iter(images))!r} has an image, which the backend {backend} does not support.",
+            remedy=f"Leave out the image, or use one of the backends {', '.join(others)}.",
+        )
 
 
 def backend_names() -> list[str]:

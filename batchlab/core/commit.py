@@ -19,7 +19,7 @@ from functools import partial
 
 from batchlab.core.errors import AlreadyExists, Malformed, NotFound, TooLarge, TooNew
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import Bundle, Control, Follow, JobId, Json, Outcome
+from batchlab.core.model import Bundle, Control, Follow, JobId, Json, Outcome, StageName
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import MAX_BATCH, MAX_DELAY_S, MAX_MESSAGE_BYTES, Objects, Outgoing, Queue
 from batchlab.core.protocol import json_format, object_keys, settlement
@@ -126,18 +126,20 @@ def address(
     trace: str = "",
     reply: str = "",
     copy_s: float | None = None,
+    expected_s: Mapping[StageName, float] | None = None,
 ) -> Addressed:
     """Return the message for `bundle`, with the commit key of its job.
 
     If the delay exceeds the maximum of SQS, the message's `not_before_s` delays the bundle for the remaining time.
     `trace` is the trace context of the sender if the job is traced. The default of `trace` is the trace context of the
     job's submission. `reply` is the name at which a client waits for the outcome. `copy_s` is the maximum run time of a
-    speculative copy.
+    speculative copy. `expected_s` has measured run times (see `TaskMessage`).
     """
     if items is not None and len(json.dumps(items)) > INLINE_BYTES:
         items = None
     not_before_s = now_s + delay_s if delay_s > MAX_DELAY_S else None
-    body = task_message(TaskMessage(bundle, items, not_before_s, watchdog, trace or job.trace, key, reply, copy_s))
+    above, times_s = trace or job.trace, expected_s or {}
+    body = task_message(TaskMessage(bundle, items, not_before_s, watchdog, above, key, reply, copy_s, times_s))
     pool = job.stage(bundle.stage).pool
     return Addressed(object_keys.tasks_queue(pool), Outgoing(body, min(delay_s, MAX_DELAY_S)))
 
@@ -150,11 +152,13 @@ def follow_ups(
     now_s: float,
     items: Mapping[int, Json] | None = None,
     trace: str = "",
+    expected_s: Mapping[StageName, float] | None = None,
 ) -> list[Addressed]:
     """Return the messages that follow from `outcome`.
 
     `items` maps tasks of the bundle to their inputs, as far as the inputs are known. Messages for retries and splits
-    contain the known inputs, so workers do not fetch the inputs again. `trace` has the same meaning as in `address`.
+    contain the known inputs, so workers do not fetch the inputs again. `trace` and `expected_s` are those of
+    `address`.
     """
     if not outcome.follows:
         return []
@@ -176,7 +180,9 @@ def follow_ups(
         return min(follow.delay_s, settlement.wait_s(job, follow.bundle, now_s))
 
     return [
-        address(job, f.bundle, key, items=inputs(f), delay_s=delay_s(f), now_s=now_s, trace=trace)
+        address(
+            job, f.bundle, key, items=inputs(f), delay_s=delay_s(f), now_s=now_s, trace=trace, expected_s=expected_s
+        )
         for f in outcome.follows
     ]
 

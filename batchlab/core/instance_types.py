@@ -6,7 +6,7 @@ Invariant: in a loaded catalog, every field of every instance type has a valid v
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ class InstanceType:
     vcpu: int
     memory_mib: int
     architecture: str
+    gpus: int = 0
+    """Number of NVIDIA GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,11 @@ class Catalog:
             if near
             else "backends/instance-types.toml lists the known types.",
         )
+
+    def gpus(self, names: Iterable[str]) -> int:
+        """Return the number of GPUs that each of the instance types has, at least. A type that is not in the catalog
+        counts as a type without GPUs."""
+        return min((self.types[name].gpus if name in self.types else 0 for name in names), default=0)
 
     def share(self, name: str, scale: float = 1.0) -> Share:
         """Return the CPUs and the memory of an instance type, multiplied by `scale`, so that a laptop can run a whole
@@ -87,11 +94,12 @@ def load(path: Path | None = None) -> Catalog:
 
 
 def _type(path: Path, name: str, row: Any) -> InstanceType:
-    if not isinstance(row, dict) or set(row) != _FIGURES:
+    if not isinstance(row, dict) or set(row) - {"gpus"} != _FIGURES:
         raise UsageError(
-            f"{path}: the type {name!r} must have {', '.join(sorted(_FIGURES))}.", remedy="Write exactly these figures."
+            f"{path}: the type {name!r} must have {', '.join(sorted(_FIGURES))}.",
+            remedy="Write exactly these figures, and `gpus` for a type with GPUs.",
         )
-    for key in ("vcpu", "memory_mib"):
+    for key in _FIGURES & {"vcpu", "memory_mib"} | set(row) & {"gpus"}:
         # Compare the exact type, because bool is a subclass of int in Python.
         if type(row[key]) is not int or row[key] < 1:
             raise UsageError(

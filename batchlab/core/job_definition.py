@@ -54,11 +54,14 @@ class StageDef:
 
     A definition of a release without speculative copies lacks the field, and its tasks are never copied.
     """
+    gpus: int = 0
+    """Number of GPUs of the instance that only one task of the stage uses at a time."""
 
     @property
     def may_be_copied(self) -> bool:
         """Return whether tasks of the stage may get speculative copies."""
-        return self.speculative_copies and not self.side_effects
+        # A copy of a task with a GPU would hold a second GPU, which is worth more than the task's delay.
+        return self.speculative_copies and not self.side_effects and not self.gpus
 
     @property
     def chained(self) -> bool:
@@ -154,6 +157,9 @@ class NotifyDef:
     failures: int = 1
     stuck_s: float = 600.0
 
+
+MAX_GPUS = 16
+"""Maximum number of GPUs of an instance. The largest EC2 instance types have 16 GPUs."""
 
 MAX_DEPENDENCIES = 20
 """Maximum number of jobs that a job depends on. AWS Batch has the same limit."""

@@ -197,7 +197,8 @@ class Bundle(_Named):
     `round` counts the user's own `job retry` calls. `attempt` counts the automatic retries within one round, from 1.
     `losses` counts earlier deliveries of the bundle that ended without an outcome. If `losses` is not 0, the next
     worker checks the bundle for poison tasks (see `worker.poison_detection`). `losses` is not part of the bundle's
-    identity. `source` is the upstream bundle whose outcome has the inputs, or None if the plan has the inputs. `due_s`
+    identity. `source` is the upstream bundle whose outcome has the inputs, or None if the plan has the inputs. In a
+    retry, `source` may name a mended input instead (see `protocol.mended_inputs`). `due_s`
     (epoch) is the end of a retry's backoff. A manager that sends the bundle again waits until `due_s`.
     """
 
@@ -472,6 +473,10 @@ class Pool:
     env: tuple[tuple[str, str], ...] = field(default=())
     instance_type: str = ""
     """Name of an instance type in the catalog, or "" if the backend does not have instance types."""
+    gpus: int = 0
+    """GPUs per instance."""
+    image: str = ""
+    """Container image in which the pool's workers run, or "" for the backend's own environment."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -277,7 +277,7 @@ def from_bytes(data: bytes) -> Schedule:
 
     Raise TooNew if a later batchlab wrote the object, and Malformed if the object cannot be read.
     """
-    doc = json_format.loads(data, DEPENDENT_VERSION)
+    doc = json_format.loads(data, known=DEPENDENT_VERSION)
     try:
         definition = {_RENAMED.get(name, name): value for name, value in doc["definition"].items()}
         schedule = decode(Schedule, {**doc, "definition": definition})

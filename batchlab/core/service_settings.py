@@ -51,7 +51,7 @@ class WorkerSettings:
     """Settings of a worker, with times in seconds. The descriptor of a backend sets the settings of its workers."""
 
     visibility_s: float = 30.0
-    """Visibility timeout of messages. The worker extends the timeout of a message after each third of the timeout."""
+    """Visibility timeout of messages, which the worker extends (see `visibility_timeouts`)."""
     control_lease_s: float = 1.0
     """Time after a read of a job's control object in which tasks of the job may start.
 

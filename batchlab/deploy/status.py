@@ -83,6 +83,8 @@ def _pools(state: State, region: str) -> tuple[Pool, ...]:
             pool.slots,
             usual.boot_s,
             instance_type=pool.types[0] if pool.types else usual.instance_type,
+            gpus=int(dict(pool.parameters).get("PoolGpus", 0)),
+            image=dict(pool.parameters).get("PoolImage") or state.parameters.get("ContainerImage", ""),
         )
         for pool in settings.pools
     )

@@ -390,6 +390,7 @@ class Template:
     slots: int = 1
     boot_s: float = 0.0
     env: tuple[tuple[str, str], ...] = ()
+    gpus: int = 0
 
 
 class Templates(Protocol):

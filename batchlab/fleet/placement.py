@@ -194,6 +194,7 @@ def choose(group: Group, asg: Asg, sources: Sources, now_s: float, *, warm: bool
             slots=template.slots,
             boot_s=template.boot_s,
             env=template.env,
+            gpus=template.gpus,
         ),
         Machine(override.instance_type or template.instance_type, zone, market),
         AsgMember(

@@ -96,7 +96,10 @@ def _group(group: Group) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _pool(pool: Pool) -> dict[str, Any]:
-    return asdict(pool)
+    saved = asdict(pool)
+    if not pool.gpus:
+        del saved["gpus"]  # An earlier release does not know the field.
+    return saved
 
 
 def _member(m: Member) -> list[Any]:

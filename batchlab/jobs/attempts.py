@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from batchlab.core import container_images
 from batchlab.core.commit import committed
-from batchlab.core.errors import NotFound, UsageError
+from batchlab.core.errors import Malformed, NotFound, UsageError
 from batchlab.core.job_definition import JobDef, StageDef, task_name
 from batchlab.core.model import Bundle, BundleId, Failure, JobId, Json, Outcome, StageName, TaskMetrics, TaskSet
 from batchlab.core.port_retries import Patience
@@ -24,6 +25,8 @@ from batchlab.core.protocol.settlement import fingerprint
 
 READ_AT_ONCE = 16
 _SHOWN = 200
+_RECORD_BYTES = 1024 * 1024
+"""Maximum size in bytes of the record of the images of pools."""
 _READ_BYTES = 4 * 1024 * 1024
 """Maximum number of bytes of a log that one request reads."""
 
@@ -91,6 +94,17 @@ async def definition(objects: Objects, job: JobId, patience: Patience) -> JobDef
     """Return the definition of a job. Raise NotFound if the job does not exist."""
     data = await patience(partial(objects.get, object_keys.spec(job)))
     return json_format.job_from_json(json_format.loads(data))
+
+
+async def worker_image(objects: Objects, pool: str, claimed: str, patience: Patience) -> str:
+    """Return the container image in which a worker of a pool ran, or "" without an image. The worker itself reported
+    the image `claimed`, which is not trusted."""
+    try:
+        data = await patience(partial(objects.get, object_keys.POOL_IMAGES, limit=_RECORD_BYTES))
+        recorded = container_images.decode_images(data)
+    except (NotFound, Malformed):
+        return ""
+    return container_images.image_of_worker(recorded.get(pool, []), claimed)
 
 
 async def attempts(objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience) -> list[Attempt]:

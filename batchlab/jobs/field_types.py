@@ -37,6 +37,8 @@ MAX_TASKS = 10**12
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 PARAM_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
+SHARE_PATTERN = r"^[A-Za-z0-9]{1,255}$"
+SHARE_PREFIX_PATTERN = r"^([A-Za-z0-9]{1,255}\*?|\*)$"
 HANDLER_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 _SHARE_PATTERN = r"^\d+(\.\d+)?\s*%$"
 
@@ -144,7 +146,9 @@ def one_or_many(value: Any) -> Any:
 
 
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=40)]
-ShareIdentifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]{1,255}$")]
+ShareIdentifier = Annotated[str, StringConstraints(pattern=SHARE_PATTERN)]
+SharePrefix = Annotated[str, StringConstraints(pattern=SHARE_PREFIX_PATTERN)]
+"""Share identifier, or a prefix and an asterisk, of an entry of a fair-share policy."""
 ParamName = Annotated[str, StringConstraints(pattern=PARAM_PATTERN)]
 OutputName = Annotated[str, AfterValidator(_output)]
 Handler = Annotated[str, StringConstraints(pattern=HANDLER_PATTERN)]

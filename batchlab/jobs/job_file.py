@@ -178,6 +178,7 @@ def _stage(stage: StageSpec, upstream: Sequence[str]) -> StageDef:
         timeout_s=stage.timeout,
         retry=stage.retry.rule(),
         slots=stage.resources.slots,
+        gpus=stage.resources.gpus,
         memory_bytes=stage.resources.memory,
         bundle=stage.bundle,
         pool=stage.pool,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema
 
-from batchlab.core.job_definition import SPLITS, SplitBy
+from batchlab.core.job_definition import MAX_GPUS, SPLITS, SplitBy
 from batchlab.core.model import FailureKind, Json
 from batchlab.core.retry_rule import RetryRule
 from batchlab.jobs import field_types
@@ -210,6 +210,16 @@ Slots = Annotated[
         examples=[2],
     ),
 ]
+Gpus = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=MAX_GPUS,
+        description="Number of GPUs that one task uses alone. The task's variable `CUDA_VISIBLE_DEVICES` names the "
+        "GPUs. The instances of the stage's pool must have at least as many GPUs.",
+        examples=[1],
+    ),
+]
 Memory = Annotated[
     field_types.Memory | None,
     Field(
@@ -243,7 +253,7 @@ Priority = Annotated[
 ]
 
 
-Share = Annotated[
+JobShare = Annotated[
     field_types.ShareIdentifier | None,
     Field(
         description="Share identifier of the job in the grid's fair-share policy, such as the name of a team. By "
@@ -257,6 +267,7 @@ class ResourcesSpec(Keys):
     """Resources of the worker that one task of the stage needs."""
 
     slots: Slots = 1
+    gpus: Gpus = 0
     memory: Memory = None
 
 
@@ -382,7 +393,7 @@ class JobSpec(Keys):
         examples=[{"max_failures": "5%"}],
     )
     priority: Priority = 0
-    share: Share = None
+    share: JobShare = None
     tags: dict[str, str] = Field(
         default_factory=dict,
         description="Labels of the job, as a mapping of text to text. batchlab does not interpret them.",

@@ -38,6 +38,8 @@ _PATTERNS = {
     field_types.NAME_PATTERN: ("lower case letters, digits, - and _, beginning with a letter or digit"),
     field_types.PARAM_PATTERN: "letters, digits and _, beginning with a letter",
     field_types.HANDLER_PATTERN: "module:function",
+    field_types.SHARE_PATTERN: "letters and digits",
+    field_types.SHARE_PREFIX_PATTERN: "letters and digits, which an asterisk may follow",
 }
 
 

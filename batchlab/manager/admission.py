@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
 from batchlab.core import fair_share, notifications
 from batchlab.core.atomic_write import check_key
@@ -21,6 +22,7 @@ from batchlab.core.job_definition import MAX_DEPENDENCIES, JobDef, StageDef
 from batchlab.core.notifications import NotificationSettings
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import MAX_S, handler
+from batchlab.core.text import count
 from batchlab.manager.state import Ports
 
 MAX_NAME_LENGTH = 200
@@ -35,9 +37,14 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
-def admit(job: JobDef, pools: Mapping[str, int], directory: NotificationSettings | None = None) -> None:
-    """Raise UsageError if a grid with `pools` (slots by name) can never run the job, or if `directory` refuses a
-    notification target of the job."""
+def admit(
+    job: JobDef,
+    pools: Mapping[str, int],
+    directory: NotificationSettings | None = None,
+    gpus: Mapping[str, int] = MappingProxyType({}),
+) -> None:
+    """Raise UsageError if a grid with `pools` (slots by name) and `gpus` (by the pool's name) can never run the job, or
+    if `directory` refuses a notification target of the job."""
     if not job.stages:
         raise UsageError(f"Job {job.name} does not have stages.", remedy="Give it at least one stage.")
     for text in (job.id, *(stage.name for stage in job.stages)):
@@ -55,7 +62,7 @@ def admit(job: JobDef, pools: Mapping[str, int], directory: NotificationSettings
     earlier: set[str] = set()
     for stage in job.stages:
         _admit_stage(stage, earlier)
-        admit_to_pool(stage, pools)
+        admit_to_pool(stage, pools, gpus)
         earlier.add(stage.name)
     if len(job.notify) > notifications.MAX_TARGETS:
         raise UsageError(
@@ -168,10 +175,10 @@ def _admit_stage(stage: StageDef, earlier: set[str]) -> None:
             ) from None
 
 
-def admit_to_pool(stage: StageDef, pools: Mapping[str, int]) -> None:
+def admit_to_pool(stage: StageDef, pools: Mapping[str, int], gpus: Mapping[str, int] = MappingProxyType({})) -> None:
     """Raise UsageError unless the instances of the stage's pool can run the stage's tasks.
 
-    `pools` maps the names of the pools to the slots of their instances.
+    `pools` maps the names of the pools to the slots of their instances, and `gpus` to the GPUs of their instances.
     """
     if stage.pool not in pools:
         raise UsageError(
@@ -183,6 +190,15 @@ def admit_to_pool(stage: StageDef, pools: Mapping[str, int]) -> None:
             f"Stage {stage.name} asks for {stage.slots} slots per task, but an instance of pool "
             f"{stage.pool!r} has {pools[stage.pool]}.",
             remedy="Ask for as many at the most, or name a pool with larger instances.",
+        )
+    if not 0 <= stage.gpus <= gpus.get(stage.pool, 0):
+        enough = sorted(pool for pool, number in gpus.items() if number >= stage.gpus > 0)
+        raise UsageError(
+            f"Stage {stage.name} asks for {count(stage.gpus, 'GPU')} per task, but an instance of pool {stage.pool!r} "
+            f"has {gpus.get(stage.pool, 0)}.",
+            remedy=f"Name a pool with enough GPUs: {', '.join(enough)}."
+            if enough
+            else "Start a grid whose pool has the GPUs, such as `batchlab grid up --pool default:0-1x8,gpus=1`.",
         )
 
 

@@ -250,7 +250,7 @@ class Adoption(Part):
             job_def, opening = commit_keys.from_json(json_format.loads(await self._patience(get)))
             self._context.admit(job_def, is_new=False)
             cut = opening.cut if opening and job_def.is_single_call else None
-            if cut and await self._is_fresh(job) and await self._adopt_call(job_def, cut):
+            if cut and await self.is_fresh(job) and await self._adopt_call(job_def, cut):
                 return job_def
             await restore(self._ports, job)
         except NotFound:
@@ -276,7 +276,7 @@ class Adoption(Part):
             await self.adopt(ChangeResult(rows, is_new=False), concurrent=concurrent)
         return rows.job.job
 
-    async def _is_fresh(self, job: JobId) -> bool:
+    async def is_fresh(self, job: JobId) -> bool:
         """Return whether the bucket has only the job's definition and outcomes."""
         async for page in self._objects.list(object_keys.committed(job)):
             if any(info.key != object_keys.spec(job) and not object_keys.is_outcome(info.key) for info in page):

@@ -144,10 +144,11 @@ def capacity_for(backlog: Backlog, pool: Pool, drain_target_s: float) -> tuple[i
     """Return the desired capacity for a backlog, and the capacity that drains the backlog in time."""
     if not backlog.tasks:
         return pool.min_size, 0
-    needed = math.ceil(backlog.seconds / (drain_target_s * pool.slots))
+    gpus = max(1, pool.gpus)
+    needed = math.ceil(max(backlog.seconds / pool.slots, backlog.gpu_s / gpus) / drain_target_s)
     # The number of tasks limits the desired capacity, because an instance without a task would be idle. The capacity is
     # at least one instance, even if the only task is short.
-    useful = math.ceil(backlog.tasks / pool.slots)
+    useful = math.ceil(max(backlog.tasks / pool.slots, backlog.gpu_tasks / gpus))
     return max(pool.min_size, min(pool.max_size, max(1, min(needed, useful)))), needed
 
 
@@ -158,9 +159,10 @@ def desired_capacity(backlog: Backlog, view: GroupView, drain_target_s: float) -
     if not backlog.tasks:
         return desired, "an empty backlog"
     work = f"a backlog of {count(backlog.tasks, 'task')} ({backlog.seconds:.1f} s of work)"
+    gpus = f" and {count(pool.gpus, 'GPU')}" if backlog.gpu_tasks else ""
     return desired, (
         f"{work} that drains in {drain_target_s:g} s on {count(needed, 'instance')} of "
-        f"{count(pool.slots, 'slot')}, limits "
+        f"{count(pool.slots, 'slot')}{gpus}, limits "
         f"{pool.min_size}-{pool.max_size}"
     )
 
@@ -348,7 +350,9 @@ class Prewarm(Part):
         if tasks is None:
             return 1, "1, since nothing is known of its size"
         slots = max(s.slots for s in template.roots() if s.pool == pool)
-        backlog = Backlog(tasks * slots * UNKNOWN_TASK_S, tasks * slots)
+        gpus = max(s.gpus for s in template.roots() if s.pool == pool)
+        work_s = tasks * UNKNOWN_TASK_S
+        backlog = Backlog(slots * work_s, tasks * slots, gpus * work_s, tasks * gpus)
         count, _ = desired_capacity(backlog, view, self._settings.drain_target_s)
         return count, f"{count}, for its {tasks} tasks"
 

@@ -25,7 +25,9 @@ class Bundler(Part):
         # The opening of a job with a cost cap does not contain a cut, because the job's remaining budget is not known
         # yet. With a fair-share policy, the places of the job's share are known only after the job is accepted.
         has_policy = self._context.fair_share.policy is not None
-        if waits or len(job.roots()) != 1 or job.max_cost_usd is not None or has_policy:
+        # The free GPUs of a pool are also known only after the jobs before this job are accepted.
+        has_gpus = any(stage.gpus for stage in job.stages)
+        if waits or len(job.roots()) != 1 or job.max_cost_usd is not None or has_policy or has_gpus:
             return commit_keys.Opening(items)
         (stage,) = job.roots()
         stages = {s.name: StageRecord(StageCounts(s.name)) for s in job.stages}
@@ -39,11 +41,7 @@ class Bundler(Part):
             return (), uncut
         pace_s = live.pace_s(stage.name)
         sizes = settlement.wave(
-            len(uncut),
-            max(1, self._context.slots.get(stage.pool, 1) // stage.slots),
-            pace_s,
-            stage.bundle,
-            self._room(live, stage, len(uncut)),
+            len(uncut), self._context.parallel_tasks(stage), pace_s, stage.bundle, self._room(live, stage, len(uncut))
         )
         if live.budget:
             sizes = _affordable_sizes(live, stage, live.budget, sizes)
@@ -58,12 +56,18 @@ class Bundler(Part):
 
         The window is the maximum number of outstanding bundles in a pool. With a fair-share policy, the shares divide
         the window. Without a policy, the jobs of the highest priority with uncut tasks share the window evenly, and
-        jobs of lower priority wait.
+        jobs of lower priority wait. A stage with GPUs never gets more bundles than the GPUs of the pool can run,
+        because a bundle that waits for a GPU holds a place of its worker.
         """
         if live.is_held:
             return 0
         if self._context.fair_share.policy:
-            return self._context.fair_share.room(live, stage, tasks)
+            room = self._context.fair_share.room(live, stage, tasks)
+        else:
+            room = self._room_without_policy(live, stage)
+        return min(room, max(0, self._context.free_gpus(stage.pool)) // stage.gpus) if stage.gpus else room
+
+    def _room_without_policy(self, live: LiveJob, stage: StageDef) -> int:
         pool = stage.pool
         slots, outstanding = self._context.slots.get(pool, 1), live.outstanding_in(pool)
         window = self._context.window(pool)

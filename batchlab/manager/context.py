@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from batchlab.core.fair_share import share_of
-from batchlab.core.job_definition import JobDef
+from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import GroupView, JobId, LifecycleState, Pool
 from batchlab.core.notifications import Notification, NotificationSettings, Target
 from batchlab.core.ports import Depth
@@ -108,14 +108,40 @@ class Context:
         """Raise UsageError if this grid cannot run the job. The policy may have changed since an earlier job was
         accepted, so its share is not checked again."""
         slots = {name: pool.slots for name, pool in self.pools.items()}
-        admission.admit(job, slots, self.channels.directory() if self.channels else None)
+        gpus = {name: pool.gpus for name, pool in self.pools.items()}
+        admission.admit(job, slots, self.channels.directory() if self.channels else None, gpus)
         if is_new and self.fair_share.policy:
             self.fair_share.policy.check_share(share_of(job))
 
     def slots_in_service(self, pool: str) -> int:
         """Return the number of slots of the pool's instances that were InService at the last tick."""
         view = self.groups.get(pool)
-        return view.pool.slots * sum(i.state is LifecycleState.IN_SERVICE for i in view.instances) if view else 0
+        return view.pool.slots * self._in_service(pool) if view else 0
+
+    def _in_service(self, pool: str) -> int:
+        view = self.groups.get(pool)
+        return sum(i.state is LifecycleState.IN_SERVICE for i in view.instances) if view else 0
+
+    def _pool(self, name: str) -> Pool:
+        return self.groups[name].pool if name in self.groups else self.pools[name]
+
+    def free_gpus(self, name: str) -> int:
+        """Return the number of GPUs of a pool that no outstanding bundle needs. An empty pool has an assumed number of
+        GPUs. The result is negative if the outstanding bundles need more GPUs than the pool has."""
+        if name not in self.pools:
+            return 0
+        pool = self._pool(name)
+        instances = self._in_service(name) or max(1, min(pool.max_size, EMPTY_POOL_SIZE))
+        return instances * pool.gpus - self.lives.pool(name).gpus - self.fair_share.pending_gpus(name)
+
+    def parallel_tasks(self, stage: StageDef) -> int:
+        """Return the number of tasks of the stage that the instances of its pool can run at once, at least 1."""
+        slots = self.slots.get(stage.pool, 1)
+        tasks = slots // stage.slots
+        if stage.gpus and stage.pool in self.pools:
+            pool = self._pool(stage.pool)
+            tasks = min(tasks, slots // pool.slots * (pool.gpus // stage.gpus))
+        return max(1, tasks)
 
     def wake_if_short(self, pool: str) -> None:
         """Start the next tick without a wait if the pool can grow and has more outstanding bundles than slots."""
@@ -132,7 +158,7 @@ class Context:
     def update_slots(self, name: str) -> None:
         """Set the number of slots of a pool from the pool's group. An empty pool counts as EMPTY_POOL_SIZE
         instances."""
-        pool = self.groups[name].pool if name in self.groups else self.pools[name]
+        pool = self._pool(name)
         assumed = max(1, min(pool.max_size, EMPTY_POOL_SIZE)) * pool.slots
         self.slots[name] = self.slots_in_service(name) or assumed
 

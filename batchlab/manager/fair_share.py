@@ -14,7 +14,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -85,6 +85,15 @@ StageKey = tuple[JobId, StageName]
 BundleKey = tuple[JobId, StageName, BundleId]
 
 
+def policy_of(content: bytes) -> SharePolicy | None:
+    """Return the policy in the stored document, or None after a removal. Raise Malformed for other content."""
+    doc = json_format.loads(content)["policy"]
+    try:
+        return None if doc is None else SharePolicy.from_json(doc)
+    except UsageError as error:
+        raise Malformed(f"The fair-share policy cannot be read: {error.message}") from error
+
+
 class FairShare:
     """Fair share of the leader. Only a manager of a full grid reads and stores the policy (`is_enabled`)."""
 
@@ -113,7 +122,7 @@ class FairShare:
         """Stages whose tasks have too many slots for the free slots below a limit, with the monotonic time since which
         they wait. The oldest is first."""
         self._pending: dict[Place, Counter[str]] = {}
-        """Numbers of bundles and slots that are decided but not outstanding yet, by pool and share."""
+        """Numbers of bundles, slots, and GPUs that are decided but not outstanding yet, by pool and share."""
         self._is_changed = False
         self._saved_s: float | None = None
 
@@ -153,11 +162,7 @@ class FairShare:
         self._context.wake.set()
 
     def _merge_policy(self, content: bytes) -> None:
-        doc = json_format.loads(content)["policy"]
-        try:
-            self._set(None if doc is None else SharePolicy.from_json(doc))
-        except UsageError as error:
-            raise Malformed(f"The fair-share policy cannot be read: {error.message}") from error
+        self._set(policy_of(content))
 
     def _set(self, policy: SharePolicy | None) -> None:
         now_s = self._clock.monotonic_s()
@@ -390,19 +395,20 @@ class FairShare:
     def pending(self, job: JobDef, cut: Cut) -> Iterator[None]:
         """Count the bundles of the cut while the caller commits and sends the cut. Other jobs may be cut meanwhile, and
         the bundles are not outstanding before the commit."""
-        if self.policy is None:
-            yield
-            return
         stage, number = job.stage(cut.stage), len(cut.bundles)
-        counts = self._pending.setdefault((stage.pool, share_of(job)), Counter())
-        added = Counter(bundles=number, slots=number * stage.slots)
-        counts.update(added)
+        key = stage.pool, share_of(job)
+        added = Counter(bundles=number, slots=number * stage.slots, gpus=number * stage.gpus)
+        self._pending.setdefault(key, Counter()).update(added)
         try:
             yield
         finally:
-            counts.subtract(added)
-            if not counts["bundles"]:
-                self._pending.pop((stage.pool, share_of(job)), None)
+            self._pending[key].subtract(added)
+            if not any(self._pending[key].values()):
+                del self._pending[key]
+
+    def pending_gpus(self, pool: str) -> int:
+        """Return the GPUs of the pool that bundles need which are decided but not outstanding yet."""
+        return sum(counts["gpus"] for (name, _), counts in self._pending.items() if name == pool)
 
     def _works(self, pool: str, share: str) -> dict[str, PoolWork]:
         """Return the work of each share in the pool, including the work of `share`."""
@@ -508,7 +514,10 @@ class FairShare:
                 tasks -= max(0, self._lives.backlog_of(work, pool, now_s).tasks - limit)
         if self.policy.reservation:
             tasks = min(tasks, self._usable_slots(pool))
-        return Backlog(backlog.seconds, max(1, tasks))
+        tasks = max(1, tasks)
+        return replace(
+            backlog, tasks=tasks, gpu_tasks=min(backlog.gpu_tasks, backlog.gpu_tasks * tasks // backlog.tasks)
+        )
 
     # --- Views -----------------------------------------------------------------------------------
 

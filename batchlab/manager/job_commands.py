@@ -18,10 +18,11 @@ from batchlab.core import commit
 from batchlab.core.atomic_write import of_single_call
 from batchlab.core.errors import AlreadyExists, BackendError, Deleted, Malformed, NotFound, Refused, TooNew, UsageError
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import ENDED, Control, JobId, JobState, Json
+from batchlab.core.model import ENDED, Control, JobId, JobState, Json, TaskSet
 from batchlab.core.port_retries import STEP_BACK_S
 from batchlab.core.ports import MAX_BATCH, AddJob, ChangeResult, JobRecord, Reopen
 from batchlab.core.protocol import commit_keys, json_format, object_keys
+from batchlab.core.protocol.mended_inputs import TaskInputs
 from batchlab.core.tracing import Subject, ending
 from batchlab.manager import admission
 from batchlab.manager.adoption import Adoption
@@ -29,8 +30,9 @@ from batchlab.manager.bundling import Bundler
 from batchlab.manager.context import Context, Part
 from batchlab.manager.dependencies import Dependencies
 from batchlab.manager.job_coordinator import JobCoordinator
+from batchlab.manager.mended_inputs import check_sizes
 from batchlab.manager.quarantine import UnreadableObject, read_stored
-from batchlab.manager.retry_rounds import Retry, RetryPlanner, TaskSelection
+from batchlab.manager.retry_rounds import Retry, RetryPlanner, Sources, TaskSelection
 from batchlab.manager.state import LiveJob, Superseded, pages_of_jobs, set_job_state
 
 log = logging.getLogger(__name__)
@@ -135,6 +137,9 @@ class JobCommands(Part):
         later = job.start_at_s is not None and job.start_at_s > now_s
         state = JobState.SCHEDULED if later else JobState.SUBMITTED
         cut = opening.cut if opening else None
+        # The message of a direct call is sent before its request, so only a live call shows that the ledger lost it.
+        if not is_ours and (not is_sent or job.id in self._lives) and (restored := await self._restore_lost(job)):
+            return restored
         with of_single_call(job.is_single_call):
             written = await self._ledger.apply(AddJob(job, state, cut))
             if is_ours and not written.is_new and written.rows.job.state.ended:
@@ -155,6 +160,25 @@ class JobCommands(Part):
             if opening and begun and not is_sent:
                 await self._coordinator.send_opening(job, opening, again=is_sent is False or not is_ours)
         return written
+
+    async def _restore_lost(self, job: JobDef) -> ChangeResult | None:
+        """Restore a job that the ledger has lost, and return its rows. Return None if the ledger has the job, or if an
+        earlier request has committed only the job's definition."""
+        try:
+            await self._ledger.job(job.id)
+            return None
+        except NotFound:
+            if job.id not in self._lives and await self._adoption.is_fresh(job.id):
+                return None
+        # A new row would contradict the job's cuts and commands in the bucket, and the memory of the manager.
+        if live := self._lives.get(job.id):
+            await self._adoption.readopt(live)
+        elif await self._adoption.restore(job.id, concurrent=True) is None:
+            raise Refused(
+                f"The ledger lost job {job.id}, and the job cannot be restored from the bucket.",
+                remedy="See the manager's log for the reason, or submit the job under another name.",
+            )
+        return ChangeResult(await self._ledger.rows(job.id), is_new=False)
 
     async def _refuse_deleted(self, job: JobDef, round_: int) -> None:
         """Raise Refused if the deletion of an ended job is committed. The deletion replaces the new definition."""
@@ -230,9 +254,16 @@ class JobCommands(Part):
         await self._coordinator.send(live.job, again)
         live.wake.set()
 
-    async def retry(self, job: JobId, chosen: TaskSelection | None = None) -> JobRecord:
-        """Run unsuccessful tasks again in a new round. With `chosen`, run only the selected failed tasks. Raise Refused
-        if the job still runs or has SUCCEEDED, or if `chosen` does not match the failed tasks."""
+    async def retry(
+        self, job: JobId, chosen: TaskSelection | None = None, inputs: TaskInputs | None = None
+    ) -> JobRecord:
+        """Run unsuccessful tasks again in a new round. With `chosen` or `inputs`, run only the selected failed tasks.
+        The tasks in `inputs` run with these mended inputs. Raise Refused if the job still runs or has SUCCEEDED, if the
+        selection does not match the failed tasks, or if another retry without these inputs began first."""
+        inputs = inputs or {}
+        check_sizes(inputs)
+        if inputs:
+            chosen = _with_tasks(chosen or {}, inputs)
         record = await self._ledger.job(job)
         if not record.state.ended:
             raise Refused(f"Job {job} is still {record.state}.", remedy="Wait, or cancel it first.")
@@ -245,7 +276,8 @@ class JobCommands(Part):
         key = object_keys.retry(job, round_)
         if record.job.after and not any(stage.counts.planned for stage in (await self._ledger.rows(job)).stages):
             await self._check_dependencies(record.job, key)
-        retry = await self._retries.plan(record, chosen)
+        retry = await self._retries.plan(record, chosen, inputs)
+        wanted = {task: source for task, source in retry.mended().items() if task in inputs}
         # The control object permits the new round before the retry object is written, because a manager that finds the
         # retry object must not find the round forbidden.
         await commit.permit_round(self._objects, job, round_, self._patience)
@@ -258,6 +290,7 @@ class JobCommands(Part):
         live = await self._adoption.adopt(ChangeResult(await self._ledger.rows(job), is_new=False), concurrent=True)
         self._unfinished.discard(job)
         await self._coordinator.send(live.job, [b for cut in retry.cuts for b in cut.bundles])
+        _check_used(job, wanted, retry)
         return live.record
 
     async def find_unfinished_retries(self) -> None:
@@ -308,6 +341,26 @@ class JobCommands(Part):
                 if await commit.replace_command(self._objects, live.id, word, self._patience, over=spoken):
                     break
             await self._coordinator.record_control(live, wanted)
+
+
+def _with_tasks(chosen: TaskSelection, inputs: TaskInputs) -> TaskSelection:
+    """Return the selection together with the tasks in `inputs`."""
+    stages = {*chosen, *(stage for stage, _ in inputs)}
+    return {
+        stage: TaskSet.union(
+            (chosen.get(stage, TaskSet()), TaskSet.from_indices(task for name, task in inputs if name == stage))
+        )
+        for stage in sorted(stages)
+    }
+
+
+def _check_used(job: JobId, wanted: Sources, retry: Retry) -> None:
+    """Raise Refused if the committed retry of another request does not use the mended inputs of this request."""
+    if not wanted.items() <= retry.mended().items():
+        raise Refused(
+            f"Another retry of job {job} began first, and it does not use the new input of this request.",
+            remedy="Wait for the end of the job, and retry the task again.",
+        )
 
 
 def _deleted(job: JobDef) -> Refused:

@@ -263,7 +263,17 @@ class JobCoordinator(Part):
                         items = await self._inputs.resolve(job, bundle, key)
                 delay_s, trace = settlement.wait_s(job, bundle, now_s), sending.context
                 messages.append(
-                    address(job, bundle, key, items=items, delay_s=delay_s, now_s=now_s, trace=trace, copy_s=copy_s)
+                    address(
+                        job,
+                        bundle,
+                        key,
+                        items=items,
+                        delay_s=delay_s,
+                        now_s=now_s,
+                        trace=trace,
+                        copy_s=copy_s,
+                        expected_s=self._lives.expected_s(bundle),
+                    )
                 )
             await send_all(self._queue, messages, self._patience)
 

@@ -121,7 +121,7 @@ class LedgerWriter(Part):
                 touched[live.id] = live
                 live.folds += 1
                 if folded.new[n]:
-                    live.record_pace(completion)
+                    live.record_pace(completion, now_s)
                     record = BundleRecord(completion.bundle, completion, folded.first_seq + n)
                     key = (live.id, completion.bundle.stage, completion.bundle.id)
                     live.retain(record, whole.get(key))

@@ -15,7 +15,7 @@ from itertools import islice
 
 from batchlab.core.fair_share import DEFAULT_SHARE, share_of
 from batchlab.core.job_definition import StageDef
-from batchlab.core.model import Control, JobId, JobState, StageCounts
+from batchlab.core.model import Bundle, Control, JobId, JobState, StageCounts, StageName
 from batchlab.core.protocol import settlement
 from batchlab.core.protocol.messages import HeldBundle
 from batchlab.manager.state import UNKNOWN_TASK_S, Backlog, JobChanges, LiveJob, Outstanding
@@ -45,6 +45,10 @@ class _Contribution:
     """Estimated slot time of the bundles that `slots` counts."""
     unmeasured: int = 0
     """Number of the bundles that `slots` counts whose stage does not have a measured duration."""
+    gpus: int = 0
+    """GPUs of the outstanding bundles, except bundles of a paused job."""
+    gpu_tasks: int = 0
+    gpu_work_us: int = 0
     grows: bool = False
     """Whether a stage runs its first bundle and does not have a measured duration, so its estimate grows with time."""
     has_work: bool = False
@@ -101,8 +105,12 @@ class PoolWork:
     unmeasured: int = 0
     jobs: int = 0
     """Number of jobs that the sums count."""
+    gpus: int = 0
+    gpu_tasks: int = 0
+    """Sum of the GPUs of all remaining tasks, as `tasks` is the sum of their slots."""
+    gpu_work_us: int = 0
     growing: Jobs = field(default_factory=dict)
-    """Jobs whose estimated work grows with time. The sums `tasks` and `work_us` do not include these jobs."""
+    """Jobs whose estimated work grows with time. The sums of tasks and of work do not include these jobs."""
     working: Jobs = field(default_factory=dict)
     """Jobs that have work for the pool's instances (see `LiveJob.has_work`)."""
     held: Jobs = field(default_factory=dict)
@@ -182,9 +190,12 @@ class PoolWork:
         self.sent_us += sign * part.sent_us
         self.unmeasured += sign * part.unmeasured
         self.jobs += sign
+        self.gpus += sign * part.gpus
         if not part.grows:
             self.tasks += sign * part.tasks
             self.work_us += sign * part.work_us
+            self.gpu_tasks += sign * part.gpu_tasks
+            self.gpu_work_us += sign * part.gpu_work_us
 
     def _sets(self, part: _Contribution) -> Iterable[tuple[bool, Jobs]]:
         return (
@@ -309,6 +320,11 @@ class LiveJobs(dict[JobId, LiveJob]):
         live = self.get(held.job)
         return next((s.slots for s in live.job.stages if s.name == held.stage), 1) if live else 1
 
+    def expected_s(self, bundle: Bundle) -> Mapping[StageName, float]:
+        """Return the expected run times for the message of a bundle (see `LiveJob.expected_s`)."""
+        live = self.get(bundle.job)
+        return live.expected_s(bundle.stage) if live else {}
+
     def take_sent(self) -> list[tuple[LiveJob, Outstanding]]:
         """Return the bundles that became outstanding since the last call."""
         sent, self._changes.sent = self._changes.sent, []
@@ -343,11 +359,14 @@ class LiveJobs(dict[JobId, LiveJob]):
     def backlog_of(self, work: PoolWork, name: str, now_s: float) -> Backlog:
         """Return the remaining work that `work` counts in the pool. `now_s` is the monotonic time."""
         seconds, tasks = work.work_us / 1e6, work.tasks
+        gpu_s, gpu_tasks = work.gpu_work_us / 1e6, work.gpu_tasks
         for live in work.growing.values():
             part = _contributions(live, now_s)[name]
             seconds += part.work_us / 1e6
             tasks += part.tasks
-        return Backlog(seconds, tasks)
+            gpu_s += part.gpu_work_us / 1e6
+            gpu_tasks += part.gpu_tasks
+        return Backlog(seconds, tasks, gpu_s, gpu_tasks)
 
     @property
     def has_caps(self) -> bool:
@@ -443,6 +462,7 @@ def _contributions(
         record = live.stages[stage.name]
         counts = record.counts
         if live.record.control is not Control.PAUSE and (sent := len(live.outstanding.get(stage.name, ()))):
+            part.gpus += sent * stage.gpus
             if counts_delays:
                 delayed = len(live.delayed.get(stage.name, ()))
                 part.delayed_bundles += delayed
@@ -462,6 +482,9 @@ def _contributions(
         if remaining:
             part.tasks += remaining * stage.slots
             began_s = live.began_s.get(stage.name, 0.0)
-            part.work_us += round(remaining * live.task_s(stage, began_s if now_s is None else now_s) * 1e6)
+            task_s = live.task_s(stage, began_s if now_s is None else now_s)
+            part.work_us += round(remaining * task_s * 1e6)
+            part.gpu_tasks += remaining * stage.gpus
+            part.gpu_work_us += round(remaining * task_s / stage.slots * stage.gpus * 1e6)
             part.grows |= counts.mean_s is None and stage.name in live.began_s
     return parts

@@ -44,6 +44,7 @@ from batchlab.manager.ledger_rebuild import LOST_JOBS, RebuildResult, has_lost_j
 from batchlab.manager.ledger_writer import LedgerWriter
 from batchlab.manager.live_logs import LiveLogs
 from batchlab.manager.notifier import Notifier
+from batchlab.manager.pool_images import PoolImages
 from batchlab.manager.reconciler import Reconciler
 from batchlab.manager.recorder import Recorder, ReportQueue
 from batchlab.manager.schedule_commands import ScheduleCommands
@@ -77,8 +78,10 @@ class LeaderLease:
             is_over = asked_s - since_s >= self._ttl_s
             lease = await self._ledger.lease(LEASE, self._owner, over=seen if is_over else None)
             if lease.owner == self._owner:
-                self._beat, self._renewed_s = lease.beat, asked_s
-                return
+                if self._clock.monotonic_s() - asked_s < self._ttl_s:
+                    self._beat, self._renewed_s = lease.beat, asked_s
+                    return
+                continue  # the response arrived late, so a standby may have taken the lease since
             if lease != seen:
                 seen, since_s = lease, self._clock.monotonic_s()
             await asyncio.sleep(self._ttl_s / 3)
@@ -245,6 +248,7 @@ class Manager:
                 if self.notifier:
                     await self.notifier.load()
                 await self.fair_share.load()
+                await PoolImages(self.ports, self.pools).save()
                 self._adoption.group = group
                 await self._adoption.adopt_active()
                 # A manager that cannot lead must not restore the limits of the groups or postpone their end.
@@ -418,6 +422,13 @@ class Manager:
         """Start the next tick without a wait, for example after the death of an instance."""
         self.context.wake.set()
 
+    def _with_image(self, view: GroupView) -> GroupView:
+        """Return the view with the configured image of the pool, because Auto Scaling does not know the image."""
+        configured = self.pools.get(view.pool.name)
+        if configured is None or configured.image == view.pool.image:
+            return view
+        return replace(view, pool=replace(view.pool, image=configured.image))
+
     async def tick(self) -> None:
         await self.registry.release_messages(await self.ports.fleet.tick())
         await self._adoption.delayed_jobs.start_due(self.lives)
@@ -440,7 +451,7 @@ class Manager:
             await self.registry.update_instances(described)
         await self.registry.instances.save()
         self.groups.clear()
-        self.groups.update({view.pool.name: view for view in described})
+        self.groups.update({view.pool.name: self._with_image(view) for view in described})
         self.autoscaler.launch_breaker.observe(described)
         for name in self.groups.keys() & self.pools.keys():
             self.context.update_slots(name)

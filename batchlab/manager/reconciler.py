@@ -243,7 +243,8 @@ class Reconciler(Part):
         key = await self._keys.key_of(job)
         follows = await uncommitted(self._objects, outcome.follows, self._patience, key)
         uncommitted_part = replace(outcome, follows=follows)
-        messages = follow_ups(job, uncommitted_part, key, now_s=self._clock.now_s())
+        expected_s = self._lives.expected_s(outcome.bundle)
+        messages = follow_ups(job, uncommitted_part, key, now_s=self._clock.now_s(), expected_s=expected_s)
         await send_all(self._queue, messages, self._patience)
         await self._ledger_writer.fold([settlement.completion(outcome)])
 

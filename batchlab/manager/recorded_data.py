@@ -278,7 +278,7 @@ class InstanceHistory:
                 # The instance ended before the recording, because a group still lists ended instances for some time.
                 return
             launched_s = round(instance.launched_s, 3)
-            row = [instance.pool, "", "", "", launched_s, None, None, "", "", view.pool.slots]
+            row = [instance.pool, "", "", "", launched_s, None, None, "", "", view.pool.slots, view.pool.image]
             self.living[instance.id] = row
         machine = instance.machine
         spot = instance.id in self._registry.spot

@@ -6,27 +6,35 @@ object carries out the stored retry instead of its own retry.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batchlab.core.errors import Deleted, Malformed, Refused, Unreachable
 from batchlab.core.job_definition import JobDef, StageDef, task_name
-from batchlab.core.model import Bundle, JobId, StageCounts, StageName, TaskSet
+from batchlab.core.model import Bundle, BundleId, JobId, StageCounts, StageName, TaskSet
 from batchlab.core.ports import Cut, JobRecord, Reopening, StageRecord
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import UNREADABLE, list_items
+from batchlab.core.protocol.mended_inputs import TaskInputs, is_mended, mended_input
 from batchlab.core.protocol.settlement import judge
+from batchlab.core.text import count
+from batchlab.manager.mended_inputs import MendedInputs
 from batchlab.manager.quarantine import UnreadableObject, read_stored
 from batchlab.manager.stage_plans import StagePlans, successful_bundles
 from batchlab.manager.state import Ports
 
 TaskSelection = Mapping[StageName, TaskSet]
+Sources = Mapping[tuple[StageName, int], BundleId]
+"""Source of the bundle of each task with a mended input, by stage and index of the task."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Content of a retry object: the results that the retry revokes, and the cuts that run again."""
+    """Content of a retry object: the results that the retry revokes, and the cuts that run again.
+
+    The bundle of each task with a mended input is in the cuts, and names the mended input as its source.
+    """
 
     reopened: tuple[Reopening, ...]
     cuts: tuple[Cut, ...]
@@ -34,7 +42,7 @@ class Retry:
     def to_bytes(self) -> bytes:
         return json_format.to_bytes(
             {
-                "v": json_format.VERSION,
+                "v": json_format.MENDED if self.mended() else json_format.VERSION,
                 "reopened": [json_format.reopening_to_json(r) for r in self.reopened],
                 "cuts": [json_format.cut_to_json(c) for c in self.cuts],
             }
@@ -42,7 +50,7 @@ class Retry:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Retry:
-        return cls.from_json(json_format.loads(data))
+        return cls.from_json(json_format.loads(data, known=json_format.MENDED))
 
     @classmethod
     def from_json(cls, doc: dict[str, Any]) -> Retry:
@@ -62,6 +70,11 @@ class Retry:
         cuts = [cut for cut in self.cuts if cut.stage == stage]
         return TaskSet.union([*(cut.left for cut in cuts), *(b.tasks for cut in cuts for b in cut.bundles)])
 
+    def mended(self) -> dict[tuple[StageName, int], BundleId]:
+        """Return the source of each task that this retry runs with a mended input."""
+        bundles = [bundle for cut in self.cuts for bundle in cut.bundles if is_mended(bundle)]
+        return {(bundle.stage, bundle.tasks.first): bundle.source for bundle in bundles if bundle.source}
+
 
 async def cuts_of_round(ports: Ports, record: JobRecord) -> tuple[Cut, ...]:
     """Return the cuts of the retry that began the job's current round."""
@@ -79,6 +92,11 @@ async def read_retry(ports: Ports, job: JobDef, round_: int) -> Retry:
     for cut in retry.cuts:
         if (cut.job, cut.round) != (job.id, round_) or cut.stage not in stages:
             raise UnreadableObject(key, "It has a cut of another job, stage or round.")
+    try:
+        for bundle in (bundle for cut in retry.cuts for bundle in cut.bundles):
+            mended_input(bundle)
+    except Malformed as error:
+        raise UnreadableObject(key, error.message) from error
     if any(reopening.stage not in stages for reopening in retry.reopened):
         raise UnreadableObject(key, "It takes back a stage that the job does not have.")
     return retry
@@ -108,16 +126,38 @@ class RetriedTasks:
         """Return the failed tasks of a bundle of the round and stage that no later retry runs again."""
         return failed - self.rerun_after(round_, stage) if self.by_round else failed
 
+    def mended(self) -> Sources:
+        """Return the source of each task whose next run has a mended input. A stage that is planned again gets new
+        inputs, so its mended inputs no longer count."""
+        sources: dict[tuple[StageName, int], BundleId] = {}
+        for retry in self.by_round:
+            replanned = {reopening.stage for reopening in retry.reopened if reopening.replan}
+            sources = {task: source for task, source in sources.items() if task[0] not in replanned}
+            sources |= retry.mended()
+        return sources
+
+
+async def failed_bundles(ports: Ports, record: JobRecord) -> list[tuple[Bundle, TaskSet]]:
+    """Return the bundles with failed tasks that no retry has run again, and these tasks."""
+    retried = await RetriedTasks.read(ports, record)
+    found = [
+        (row.bundle, retried.remaining(row.bundle.round, row.bundle.stage, row.completion.failed))
+        for row in await ports.ledger.bundles(record.job.id, failed=True)
+        if row.completion
+    ]
+    return [(bundle, tasks) for bundle, tasks in found if tasks]
+
 
 async def failed_tasks(ports: Ports, record: JobRecord) -> dict[StageName, TaskSet]:
     """Return the failed tasks that no retry has run again, by stage."""
-    retried = await RetriedTasks.read(ports, record)
+    return _by_stage(await failed_bundles(ports, record))
+
+
+def _by_stage(failed: Iterable[tuple[Bundle, TaskSet]]) -> dict[StageName, TaskSet]:
     sets_by_stage: dict[StageName, list[TaskSet]] = {}
-    for row in await ports.ledger.bundles(record.job.id, failed=True):
-        if row.completion:
-            standing = retried.remaining(row.bundle.round, row.bundle.stage, row.completion.failed)
-            sets_by_stage.setdefault(row.bundle.stage, []).append(standing)
-    return {stage: tasks for stage, sets in sets_by_stage.items() if (tasks := TaskSet.union(sets))}
+    for bundle, tasks in failed:
+        sets_by_stage.setdefault(bundle.stage, []).append(tasks)
+    return {stage: TaskSet.union(sets) for stage, sets in sets_by_stage.items()}
 
 
 @dataclass(slots=True)
@@ -125,6 +165,7 @@ class _PlanState:
     """Decisions of the retry planner about the stages that it has already planned."""
 
     kept: TaskSelection
+    mended: Sources
     void: set[StageName] = field(default_factory=set)
     redone: set[StageName] = field(default_factory=set)
     out: dict[StageName, TaskSet] = field(default_factory=dict)
@@ -137,13 +178,20 @@ class RetryPlanner:
         self._ports = ports
         self._plans = plans
 
-    async def plan(self, record: JobRecord, chosen: TaskSelection | None) -> Retry:
+    async def plan(self, record: JobRecord, chosen: TaskSelection | None, inputs: TaskInputs) -> Retry:
         """Return the retry of the job's next round. The retry includes all cancelled tasks, and either the failed tasks
-        in `chosen` or all failed tasks. Raise Refused if `chosen` does not match the failed tasks."""
+        in `chosen` or all failed tasks. The tasks in `inputs` run with these inputs, and all tasks with the mended
+        inputs of earlier retries. Raise Refused if `chosen` or `inputs` does not match the failed tasks."""
         round_ = record.round + 1
         rows = await self._ports.ledger.rows(record.job.id)
         stages = {s.counts.stage: s for s in rows.stages}
-        walk = _PlanState({} if chosen is None else await self._remaining_failures(record, stages, chosen))
+        kept: TaskSelection = {}
+        unsuccessful: list[tuple[Bundle, TaskSet]] = []
+        if chosen is not None:
+            unsuccessful = await failed_bundles(self._ports, record)
+            kept = self._remaining_failures(record, stages, chosen, _by_stage(unsuccessful))
+        new = await self._store(record, unsuccessful, inputs)
+        walk = _PlanState(kept, {**(await RetriedTasks.read(self._ports, record)).mended(), **new})
         reopened: list[Reopening] = []
         cuts: list[Cut] = []
         for stage in record.job.stages:
@@ -165,17 +213,35 @@ class RetryPlanner:
                 continue
             walk.redone.add(stage.name)
             reopened.append(Reopening(stage.name, failed=failed, cancelled=cancelled))
-            cut = await self._cut_again(record, stage, stages, round_, walk.out[stage.name])
+            cut = await self._cut_again(record, stage, stages, round_, walk)
             if cut:
                 cuts.append(cut)
+        for stage_name, task in new:
+            if stage_name in walk.void:
+                raise Refused(
+                    f"Task {task_name(stage_name, task)} of job {record.job.id} cannot have a new input, because this "
+                    f"retry plans stage {stage_name} again from new results.",
+                    remedy="Retry it without a new input.",
+                )
         if rows.job != record or await self._ports.ledger.rows(record.job.id) != rows:
             raise Unreachable(f"The ledger changed while job {record.job.id} was read from it.")
         return Retry(tuple(reopened), tuple(cuts))
 
-    async def _remaining_failures(
-        self, record: JobRecord, stages: Mapping[StageName, StageRecord], chosen: TaskSelection
+    async def _store(self, record: JobRecord, failed: Sequence[tuple[Bundle, TaskSet]], inputs: TaskInputs) -> Sources:
+        """Store the mended inputs of failed tasks, and return the source of each task."""
+        writer, sources = MendedInputs(self._ports, record.job), {}
+        for (stage, task), data in inputs.items():
+            bundle = next(bundle for bundle, tasks in failed if bundle.stage == stage and task in tasks)
+            sources[stage, task] = await writer.store(bundle, task, data)
+        return sources
+
+    def _remaining_failures(
+        self,
+        record: JobRecord,
+        stages: Mapping[StageName, StageRecord],
+        chosen: TaskSelection,
+        failed: Mapping[StageName, TaskSet],
     ) -> TaskSelection:
-        failed = await failed_tasks(self._ports, record)
         for name, before in stages.items():
             if len(failed.get(name, TaskSet())) != before.counts.failed:
                 raise Unreachable(
@@ -183,6 +249,7 @@ class RetryPlanner:
                     remedy="If nobody is rebuilding it, `batchlab grid rebuild-ledger` does.",
                 )
         for name, tasks in chosen.items():
+            _check_planned(record.job, name, stages, tasks)
             if others := tasks - failed.get(name, TaskSet()):
                 raise Refused(
                     f"Task {task_name(name, others.first)} of job {record.job.id} has not failed.",
@@ -206,19 +273,34 @@ class RetryPlanner:
         return remaining
 
     async def _cut_again(
-        self, record: JobRecord, stage: StageDef, stages: Mapping[StageName, StageRecord], round_: int, out: TaskSet
+        self, record: JobRecord, stage: StageDef, stages: Mapping[StageName, StageRecord], round_: int, walk: _PlanState
     ) -> Cut | None:
         job, before, now_s = record.job, stages[stage.name], self._ports.clock.now_s()
+        out = walk.out[stage.name]
         task_set = await self._succeeded(job.id, before.counts)
+        sources = {task: source for (name, task), source in walk.mended.items() if name == stage.name}
+
+        def mended_bundles(tasks: TaskSet) -> list[Bundle]:
+            """Return a bundle for each of the tasks that has a mended input."""
+            return [
+                Bundle(job.id, stage.name, TaskSet.from_indices([task]), round=round_, source=source)
+                for task, source in sorted(sources.items())
+                if task in tasks
+            ]
+
+        with_mended_input = TaskSet.from_indices(sources)
         if not stage.chained:
             planned = await self._planned_tasks(record, stage, before.counts)
-            return Cut(job.id, stage.name, round_, 0, (), planned - task_set - out, at_s=now_s)
+            again = planned - task_set - out
+            mended = tuple(mended_bundles(again))
+            return Cut(job.id, stage.name, round_, 0, mended, again - with_mended_input, at_s=now_s)
         # The bundles of the retry contain the tasks that have an input but not a result. Tasks without an input start
         # as follow-ups of the upstream bundles that run again.
-        bundles = []
+        bundles: list[Bundle] = []
         for row in await successful_bundles(self._ports, job.id, stages[stage.after[0]].counts):
             tasks = (row.completion.succeeded if row.completion else TaskSet()) - task_set - out
-            if tasks:
+            bundles += mended_bundles(tasks)
+            if tasks := tasks - with_mended_input:
                 source = row.bundle.id
                 bundles.append(Bundle(job.id, stage.name, tasks, round=round_, source=source))
         if not bundles:
@@ -235,6 +317,20 @@ class RetryPlanner:
             if manifest:
                 return TaskSet.span(0, manifest.count) - manifest.skipped
         return TaskSet.span(0, counts.planned or 0)
+
+
+def _check_planned(job: JobDef, name: StageName, stages: Mapping[StageName, StageRecord], tasks: TaskSet) -> None:
+    """Raise Refused if the job does not have one of the tasks."""
+    if name not in stages:
+        names = ", ".join(stage.name for stage in job.stages)
+        raise Refused(f"Job {job.id} does not have a stage {name}.", remedy=f"Its stages are {names}.")
+    planned = stages[name].counts.planned
+    # The indices of a stage with several upstream stages may have gaps.
+    if planned is not None and len(job.stage(name).after) < 2 and tasks and tasks.last >= planned:
+        raise Refused(
+            f"Job {job.id} does not have a task {task_name(name, tasks.last)}.",
+            remedy=f"Stage {name} has {count(planned, 'task')}, counted from 0.",
+        )
 
 
 def _needs_replan(stage: StageDef, before: StageRecord, walk: _PlanState) -> bool:

@@ -36,6 +36,7 @@ from batchlab.core.protocol import settlement
 from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.core.tracing import LINKS
+from batchlab.core.visibility_timeouts import MAX_SAMPLES, expected_run_s
 
 MAX_RETAINED_BYTES = 16 * 1024**2
 """Maximum size of the retained outcomes of all jobs together, in bytes of JSON."""
@@ -187,6 +188,9 @@ class LiveJob:
     measured: dict[StageName, Pace] = field(default_factory=dict)
     durations_s: dict[StageName, deque[float]] = field(default_factory=dict)
     """Seconds per task of the most recent outcomes, for each stage whose tasks may have speculative copies."""
+    run_times_s: dict[StageName, deque[float]] = field(default_factory=dict)
+    """Seconds per task of the most recent outcomes, by stage. No time is longer than the time for which this manager
+    waited for the bundle, because a worker may report any run time."""
     spans: dict[StageName, str] = field(default_factory=dict)
     traced: dict[StageName, deque[str]] = field(default_factory=dict)
     """Traceparents of the last outcomes of each stage. The trace of a gather links to these traceparents of its
@@ -304,8 +308,9 @@ class LiveJob:
             if retained_outcome:
                 retained_outcome.release()
 
-    def record_pace(self, done: Completion) -> None:
-        """Record how long the tasks of a completion took, and the completion's failed attempts."""
+    def record_pace(self, done: Completion, now_s: float) -> None:
+        """Record how long the tasks of a completion took, and the completion's failed attempts. `now_s` is the
+        monotonic time."""
         tasks, seconds = self.paces.get(done.bundle.stage, (0, 0.0))
         count = len(done.succeeded)
         seconds += settlement.weight_s(count, done.run_s)
@@ -315,6 +320,10 @@ class LiveJob:
         if count and self.job.stage(done.bundle.stage).may_be_copied:
             durations_s = self.durations_s.setdefault(done.bundle.stage, deque(maxlen=MAX_DURATIONS))
             durations_s.append(done.run_s / count)
+        outstanding = self.outstanding.get(done.bundle.stage, {}).get(done.bundle.id)
+        if count and outstanding:
+            times_s = self.run_times_s.setdefault(done.bundle.stage, deque(maxlen=MAX_SAMPLES))
+            times_s.append(min(done.run_s, now_s - outstanding.since_s) / count)
         self.account.bundles += 1
         if done.failed or done.retried:
             stage = self.job.stage(done.bundle.stage)
@@ -326,6 +335,17 @@ class LiveJob:
         the result."""
         tasks, seconds = self.paces.get(stage, (0, 0.0))
         return seconds / tasks if tasks else self.stages[stage].counts.mean_s
+
+    def expected_s(self, stage: StageName) -> dict[StageName, float]:
+        """Return the expected run time in seconds of one task of the stage, and of the stages that are chained after
+        it. A stage without enough measured tasks is missing."""
+        times_s: dict[StageName, float] = {}
+        names = [stage]
+        for name in names:
+            if (run_s := expected_run_s(self.run_times_s.get(name, ()))) is not None:
+                times_s[name] = round(run_s, 3)
+            names += [chained.name for chained in self.job.chained_after(name)]
+        return times_s
 
     def trace(self, stage: StageName, context: str) -> None:
         self.traced.setdefault(stage, deque(maxlen=LINKS)).append(context)
@@ -512,7 +532,9 @@ class WorkerStatus:
 @dataclass(frozen=True, slots=True)
 class Backlog:
     """Remaining work of a pool: the sum of task time × slots in `seconds`, and the number of parallel tasks in
-    `tasks`."""
+    `tasks`. `gpu_s` and `gpu_tasks` are the same sums with the GPUs of each task in place of its slots."""
 
     seconds: float = 0.0
     tasks: int = 0
+    gpu_s: float = 0.0
+    gpu_tasks: int = 0

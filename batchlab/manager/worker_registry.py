@@ -28,8 +28,9 @@ from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import UNREADABLE
 from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.manager.counters import Counters
+from batchlab.manager.live_jobs import LiveJobs
 from batchlab.manager.quarantine import Quarantine
-from batchlab.manager.state import LiveJob, Ports, WorkerStatus
+from batchlab.manager.state import Ports, WorkerStatus
 from batchlab.manager.versioned_document import VersionedDocument
 
 log = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ class WorkerRegistry:
     messages. If an instance died by itself, the manager makes its messages visible again, which increases their receive
     count. The messages of a worker that has been silent for `LOST_S` have already returned to the queue."""
 
-    def __init__(self, ports: Ports, lives: Mapping[JobId, LiveJob], quarantine: Quarantine | None = None) -> None:
+    def __init__(self, ports: Ports, lives: LiveJobs, quarantine: Quarantine | None = None) -> None:
         self._ports = ports
         self._lives = lives
         self._quarantine = quarantine or Quarantine(Counters())
@@ -428,7 +429,9 @@ class WorkerRegistry:
     async def _send_copies(self, held: Sequence[HeldBundle]) -> None:
         now_s = self._ports.clock.now_s()
         messages = [
-            address(job, bundle, await self._ports.keys.key_of(job), now_s=now_s)
+            address(
+                job, bundle, await self._ports.keys.key_of(job), now_s=now_s, expected_s=self._lives.expected_s(bundle)
+            )
             for held_bundle in held
             if (bundle := self._outstanding_bundle(held_bundle))
             for job in (self._lives[held_bundle.job].job,)

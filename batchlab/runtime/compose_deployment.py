@@ -12,8 +12,9 @@ import secrets
 import zlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from batchlab.adapters.aws.endpoint import Endpoint
@@ -50,7 +51,8 @@ class Deployment:
 
     `subnet` contains the first three numbers of the network's IP addresses. The manager and the workers run as `user`
     ("uid:gid") on the Python version `python` ("3.12"). `pools` are the pools that the user chose, in the form of the
-    manager's option --pool.
+    manager's option --pool. `pool_images` maps the name of a pool with an image to the image's reference and to the
+    name of the image that the workers run, which also contains batchlab.
     """
 
     project: str
@@ -59,6 +61,7 @@ class Deployment:
     user: str
     python: str
     pools: tuple[str, ...] = ()
+    pool_images: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def manager_host(self) -> str:
@@ -123,11 +126,16 @@ def read(home: Home) -> Deployment | None:
     """
     return state_files.read_record(
         folder(home) / "deployment.json",
-        lambda fields: Deployment(**{**fields, "pools": tuple(fields.get("pools", ()))}),
+        _deployment,
         "a description of a grid in containers",
         # `batchlab gc` skips containers that a home still records, so the user must delete `deployment.json` first.
         remedy="Delete the file, then remove the remaining containers with `batchlab gc`.",
     )
+
+
+def _deployment(fields: dict[str, Any]) -> Deployment:
+    images = {name: (str(reference), str(image)) for name, (reference, image) in fields.get("pool_images", {}).items()}
+    return Deployment(**{**fields, "pools": tuple(fields.get("pools", ())), "pool_images": images})
 
 
 def broadcast_address(home: Home) -> str | None:

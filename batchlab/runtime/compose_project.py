@@ -39,12 +39,16 @@ REPOSITORY = "batchlab/grid"
 class Recipe:
     """Contents of a grid's image in addition to the code of batchlab.
 
-    `base` is an image with Python. `apt` and `pip` are packages of Debian and PyPI for users' tasks.
+    `base` is an image with Python. `apt` and `pip` are packages of Debian and PyPI for users' tasks. For a pool's own
+    image, `base_id` is the id of the base image, and `path` is the base image's PATH. The tasks of such a pool use the
+    programs and the Python packages of the base image.
     """
 
     base: str
     apt: Sequence[str] = ()
     pip: Sequence[str] = ()
+    base_id: str = ""
+    path: str = ""
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, str], *, apt: Sequence[str], pip: Sequence[str]) -> Recipe:
@@ -70,12 +74,20 @@ def provide(recipe: Recipe, log: Path, say: Callable[[str], None]) -> str:
     """
     if named := os.environ.get("BATCHLAB_IMAGE"):
         return named
+    return build(recipe, log, say)
+
+
+def build(recipe: Recipe, log: Path, say: Callable[[str], None], check: Callable[[], None] = lambda: None) -> str:
+    """Return the tag of the image of a recipe. Build the image if it does not exist. `check` is called before the
+    build. `provide` describes the other arguments and the errors.
+    """
     with tempfile.TemporaryDirectory(prefix="batchlab-image-") as folder:
         context = Path(folder)
         _fill(context)
         tag = f"{REPOSITORY}:{_digest(context, recipe)}"
         if not docker("image", "inspect", tag).returncode:
             return tag
+        check()
         say(f"Building the image {tag} from {recipe.base}. The next start will use it again.")
         _build(context, recipe, tag, log)
     return tag
@@ -152,7 +164,8 @@ def constraints() -> list[str]:
 
 
 def _digest(context: Path, recipe: Recipe) -> str:
-    digest = hashlib.sha256(repr((recipe.base, *recipe.apt, "/", *recipe.pip)).encode())
+    inputs = (recipe.base, *recipe.apt, "/", *recipe.pip, "/", recipe.base_id, recipe.path)
+    digest = hashlib.sha256(repr(inputs).encode())
     for path in sorted(context.rglob("*")):
         if path.is_file():
             digest.update(f"{path.relative_to(context)}\0{path.stat().st_size}\0".encode())
@@ -165,6 +178,9 @@ def _build(context: Path, recipe: Recipe, tag: str, log: Path) -> None:
     command += ["--build-arg", f"BASE_IMAGE={recipe.base}"]
     command += ["--build-arg", f"APT={' '.join(recipe.apt)}"]
     command += ["--build-arg", f"PIP={' '.join(recipe.pip)}"]
+    if recipe.path:
+        command += ["--build-arg", "VENV_OPTIONS=--system-site-packages"]
+        command += ["--build-arg", f"TASK_PATH={recipe.path}:/opt/batchlab/venv/bin"]
     for variable in ("PIP_CERT", "SSL_CERT_FILE"):
         if (path := os.environ.get(variable)) and Path(path).is_file():
             command += ["--secret", f"id=ca_bundle,src={path}"]
@@ -223,6 +239,11 @@ def name_for(home: Home) -> str:
     The project name of a home never changes, so a home has at most one project.
     """
     return f"batchlab-{hashlib.sha256(str(home.path.resolve()).encode()).hexdigest()[:10]}"
+
+
+def local_name(home: Home) -> str:
+    """Return the value of the label `batchlab.grid` of the containers of a grid whose other instances are processes."""
+    return f"{name_for(home)}-local"
 
 
 def networks() -> list[str]:
@@ -391,6 +412,7 @@ class Project:
             "COMPOSE_PROJECT_NAME": at.project,
             "BATCHLAB_SUBNET": at.subnet,
             "BATCHLAB_IMAGE": at.image,
+            "BATCHLAB_WORKER_IMAGES": ",".join([at.image, *sorted({tag for _, tag in at.pool_images.values()})]),
             "BATCHLAB_USER": at.user,
             "BATCHLAB_HOME_FOLDER": str(self._home.path),
             "BATCHLAB_DOCKER_GROUP": str(_group(os.environ)),
@@ -466,8 +488,11 @@ class ProjectParts:
         """
         if not self.home:
             return False
+        home = Home(Path(self.home))
+        if self.project == local_name(home) and home.record() is not None:
+            return False  # The containers of pools with images belong to a running grid on `local`.
         try:
-            deployment = compose_deployment.read(Home(Path(self.home)))
+            deployment = compose_deployment.read(home)
         except BackendError:
             return False  # The file is damaged or belongs to another user, so the owner of the project is unknown.
         return deployment is None or deployment.project != self.project

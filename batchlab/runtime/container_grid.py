@@ -15,11 +15,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 from batchlab.adapters.aws.endpoint import Endpoint, loopback
+from batchlab.core import container_images
 from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
-from batchlab.runtime import compose_deployment, compose_project, descriptor
+from batchlab.runtime import compose_deployment, compose_project, descriptor, pool_images
 from batchlab.runtime.compose_deployment import MANAGER_PORT, Deployment
 from batchlab.runtime.compose_project import Project, name_for, networks
 from batchlab.runtime.descriptor import pool_option
@@ -128,13 +129,20 @@ def _plan(
     An existing grid keeps the locations of its parts.
     """
     recipe = compose_project.Recipe.from_settings(os.environ, apt=backend.image.apt, pip=backend.image.pip)
-    image = compose_project.provide(recipe, home.backend_folder(backend.name) / "image.log", say)
+    log = home.backend_folder(backend.name) / "image.log"
+    image = compose_project.provide(recipe, log, say)
     if existing is None:
         name = name_for(home)
         subnet = compose_deployment.free_subnet(networks(), name)
         at = Deployment(name, subnet, image, _user(), compose_project.python_of(image))
     else:
         at = replace(existing, image=image, python=compose_project.python_of(image))
+    # A restarted grid keeps its pools, but its images contain the installed code of batchlab, which may be new.
+    kept = {name: reference for name, (reference, _) in at.pool_images.items()} if existing and not pools else None
+    wanted = descriptor.images_of(pools or backend.pools) if kept is None else kept
+    images = pool_images.provide_all(wanted, log, say)
+    at = replace(at, pool_images={name: (image.reference, image.tag) for name, image in images.items()})
+    pools = [replace(p, image=images[p.name].reference) if p.image else p for p in pools or ()]
     if pools:
         at = replace(at, pools=tuple(map(pool_option, pools)))
     place = (
@@ -145,8 +153,13 @@ def _plan(
     compose_deployment.write(home, at)
     path = compose_deployment.folder(home) / "templates.toml"
     if existing and not pools and path.exists():  # The user may have edited the existing launch templates.
-        old, new = (f"image = {json.dumps(deployment.image)}" for deployment in (existing, at))
-        templates = path.read_text().replace(old, new)
+        templates = path.read_text()
+        tags = {
+            existing.image: at.image,
+            **{old: at.pool_images[name][1] for name, (_, old) in existing.pool_images.items()},
+        }
+        for old, new in tags.items():
+            templates = templates.replace(f"image = {json.dumps(old)}", f"image = {json.dumps(new)}")
     else:
         more = descriptor.inherited_variables(os.environ)
         templates = templates_for(at, place, pools or backend.pools, more)
@@ -161,19 +174,26 @@ def templates_for(
     at: Deployment, place: Place, pools: Sequence[Pool], more: Mapping[str, str] = MappingProxyType({})
 ) -> str:
     """Return the launch templates of the pools for `asg serve`, with the environment variables `more`."""
-    env = {**more, VARIABLE: f"{place.url}/{place.bucket}", compose_deployment.METADATA_VARIABLE: at.metadata_url}
-    table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in env.items())
+    shared = {**more, VARIABLE: f"{place.url}/{place.bucket}", compose_deployment.METADATA_VARIABLE: at.metadata_url}
     lines = []
     for pool in pools:
+        reference, image = at.pool_images.get(pool.name, ("", at.image))
+        env = {**shared, container_images.VARIABLE: reference} if reference else shared
+        table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in env.items())
         name = json.dumps(compose_deployment.TEMPLATE.replace("{pool}", pool.name))
         lines += [
             f"[[{name}.version]]",
-            f"image = {json.dumps(at.image)}",
+            f"image = {json.dumps(image)}",
             f"command = {json.dumps(_WORKER)}",
             f"network = {json.dumps(at.project)}",
             f"user = {json.dumps(at.user)}",
             f"type = {json.dumps(pool.instance_type or _TYPE)}",
             f"slots = {pool.slots}",
+            *(
+                [f"gpus = {pool.gpus}", f"gpu_devices = {str(descriptor.uses_gpu_devices()).lower()}"]
+                if pool.gpus
+                else []
+            ),
             f"env = {{ {table} }}",
             "",
         ]

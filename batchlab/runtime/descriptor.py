@@ -216,7 +216,19 @@ def with_pools(backend: D, pools: Sequence[Pool]) -> D:
 
 def pool_option(pool: Pool) -> str:
     """Return a pool in the form of the option --pool."""
-    return f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}"
+    gpus = f",gpus={pool.gpus}" if pool.gpus else ""
+    image = f",image={pool.image}" if pool.image else ""
+    return f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}{gpus}{image}"
+
+
+def uses_gpu_devices() -> bool:
+    """Return whether containers get the GPUs that their pool declares, which BATCHLAB_DOCKER_GPUS=0 prevents."""
+    return os.environ.get("BATCHLAB_DOCKER_GPUS") != "0"
+
+
+def images_of(pools: Sequence[Pool]) -> dict[str, str]:
+    """Return the image of each pool that has an image, by name of the pool."""
+    return {pool.name: pool.image for pool in pools if pool.image}
 
 
 FILE = "environment"

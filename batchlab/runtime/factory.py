@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from batchlab.adapters.aws.metadata_server import Signals
     from batchlab.adapters.aws.sqs import SqsQueue
     from batchlab.adapters.docker.launcher import ContainerLauncher
+    from batchlab.adapters.docker.mixed_launcher import MixedLauncher
     from batchlab.adapters.limits import Bucket
     from batchlab.adapters.local.local_wakeup_queue import WakeupQueue
     from batchlab.adapters.local.ministack import Emulator
@@ -262,8 +263,11 @@ class Backend(BackendLocations):
             raise Unreachable(f"The folder {home.path} does not have the ledger of a grid on {self.name}.")
         return read_sqlite(path)
 
-    def open_launcher(self, home: Home, clock: Clock) -> ProcessLauncher | None:
-        """Return the launcher of instances, or None if an Auto Scaling service launches the instances."""
+    def open_launcher(self, home: Home, clock: Clock) -> ProcessLauncher | MixedLauncher | None:
+        """Return the launcher of instances, or None if an Auto Scaling service launches the instances.
+
+        Raise UsageError if a pool has an image and Docker does not answer.
+        """
         if self.fleet == "autoscaling":
             return None
         _require("fleet", self.fleet, "process")
@@ -275,13 +279,54 @@ class Backend(BackendLocations):
         program = [*python, "batchlab"]
 
         def argv(pool: Pool, instance: str) -> Sequence[str]:
-            return [*program, "worker", *grid, "--pool", pool.name, "--slots", str(pool.slots), "--instance", instance]
+            worker = [*program, "worker", *grid, "--pool", pool.name, "--slots", str(pool.slots)]
+            return [*worker, "--gpus", str(pool.gpus), "--instance", instance]
 
         log = home.fleet / "logs" / "fork-server.log"
         fork_server = None
         if operating_system.CAN_FORK:
             fork_server = ForkServer([*python, "batchlab.cli.fork_server_main", *grid], program, log)
-        return ProcessLauncher(home.fleet, argv, clock, dict(os.environ), fork_server, home.scratch)
+        processes = ProcessLauncher(home.fleet, argv, clock, dict(os.environ), fork_server, home.scratch)
+        if not descriptor.images_of(self.pools):
+            return processes
+        from batchlab.adapters.docker.mixed_launcher import MixedLauncher
+
+        return MixedLauncher(processes, self._open_container_launcher(home, clock))
+
+    def _open_container_launcher(self, home: Home, clock: Clock) -> ContainerLauncher:
+        """Return the launcher of the pools with an image. Their containers see the grid's folder under its own path."""
+        from batchlab.adapters.docker.container import Template
+        from batchlab.adapters.docker.launcher import ContainerLauncher
+        from batchlab.core import container_images, instance_types
+        from batchlab.runtime import compose_project, pool_images
+
+        images = pool_images.provide_all(descriptor.images_of(self.pools), home.fleet / "image.log", log.info)
+        folder = str(home.path.resolve())
+
+        def template(pool: Pool) -> Template:
+            grid = ["--home", folder, "--backend", self.name]
+            own = ["--pool", pool.name, "--slots", str(pool.slots), "--gpus", str(pool.gpus)]
+            own += ["--instance", "{instance}"]
+            return Template(
+                images[pool.name].tag,
+                ("worker", *grid, *own),
+                # Local instances have no network of their own, and their programs may use the machine's network.
+                "host",
+                {**descriptor.inherited_variables(os.environ), container_images.VARIABLE: images[pool.name].reference},
+                user=f"{os.getuid()}:{os.getgid()}",
+                folders=(folder,),
+                gpus=pool.gpus if descriptor.uses_gpu_devices() else 0,
+            )
+
+        project = compose_project.local_name(home)
+        return ContainerLauncher(
+            template,
+            instance_types.load(),
+            clock,
+            home.fleet / "containers",
+            grid=project.removeprefix("batchlab-"),
+            labels={compose_project.LABEL: project, compose_project.HOME_LABEL: str(home.path)},
+        )
 
     def import_for_worker(self) -> None:
         """Import the modules with which a worker opens its bucket and its queues."""
@@ -293,7 +338,7 @@ class Backend(BackendLocations):
             import batchlab.adapters.aws.sqs
             import batchlab.adapters.local.local_wakeup_queue  # noqa: F401
 
-    def open_fleet(self, home: Home, launcher: ProcessLauncher | None, clock: Clock) -> Fleet:
+    def open_fleet(self, home: Home, launcher: ProcessLauncher | MixedLauncher | None, clock: Clock) -> Fleet:
         if launcher is None:
             from batchlab.adapters.aws.fleet import Ec2Fleet
             from batchlab.adapters.aws.group_descriptions import GroupParameters
@@ -370,6 +415,7 @@ def open_asg_launcher(
             type=version.type,
             user=version.user,
             system=version.system,
+            gpus=version.gpus if version.gpu_devices else 0,
         )
 
     return ContainerLauncher(

@@ -13,18 +13,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from batchlab.core import logs
+from batchlab.core import installation, logs
 from batchlab.core.atomic_write import private
-from batchlab.core.capabilities import capabilities_of
+from batchlab.core.capabilities import capabilities_of, check_pool_images
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.runtime import compose_deployment, factory
-from batchlab.runtime.descriptor import pool_option
+from batchlab.runtime.descriptor import images_of, pool_option
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, ManagerRecord
 
@@ -94,7 +94,9 @@ def begin_manager(
     home.require_folder()
     if running := home.record():
         return running
+    check_pool_images(backend.name, backend.capabilities, images_of(pools))
     backend.check_installed()
+    _check_gpus(backend, pools)
     _reap()
     if backend.capabilities.container_manager:
         from batchlab.runtime import container_grid
@@ -103,6 +105,8 @@ def begin_manager(
         return ManagerStart(lambda: container_grid.up(home, backend, pools, say), lambda: None)
     home.make()
     backend.provide(home, say)
+    if images := images_of(pools):
+        pools = _provide_images(home, pools, images, say)
     service, problem = "manager", "The manager did not start"
     if backend.capabilities.remote_manager:
         _check_pools(backend, home, pools)
@@ -125,6 +129,18 @@ def begin_manager(
     return ManagerStart(lambda: _wait_for_start(home, backend, process, problem, say), process.terminate)
 
 
+def _check_gpus(backend: Backend, pools: Sequence[Pool]) -> None:
+    """Raise UsageError if several instances of one machine would use the same GPUs."""
+    has_one_machine = backend.capabilities.one_machine or backend.capabilities.container_manager
+    with_gpus = [pool for pool in pools if pool.gpus]
+    if has_one_machine and sum(pool.max_size for pool in with_gpus) > 1:
+        total = max(pool.gpus for pool in with_gpus)
+        raise UsageError(
+            f"Instances of the backend {backend.name} share one machine, so several instances would use the same GPUs.",
+            remedy=f"Use one instance with all GPUs, such as --pool {with_gpus[0].name}:0-1x8,gpus={total}.",
+        )
+
+
 def _wait_for_start(
     home: Home, backend: Backend, process: subprocess.Popen[bytes], problem: str, say: Callable[[str], None]
 ) -> ManagerRecord:
@@ -143,6 +159,17 @@ def _wait_for_start(
     raise Unreachable(
         f"{problem}: {_last_line(home.manager_log).rstrip('.')}.", remedy=f"Its log is {home.manager_log}."
     )
+
+
+def _provide_images(
+    home: Home, pools: Sequence[Pool], images: Mapping[str, str], say: Callable[[str], None]
+) -> list[Pool]:
+    """Provide the images of pools before the manager starts, and return the pools with the digests of their images."""
+    from batchlab.runtime import pool_images
+
+    installation.need("docker", "A pool with an image", "docker")
+    provided = pool_images.provide_all(images, home.fleet / "image.log", say)
+    return [replace(pool, image=provided[pool.name].reference) if pool.image else pool for pool in pools]
 
 
 def _check_pools(backend: Backend, home: Home, pools: Sequence[Pool]) -> None:

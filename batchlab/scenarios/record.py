@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from batchlab.core.errors import UsageError
+from batchlab.core.fair_share import SharePolicy
 from batchlab.core.job_definition import Condition, Dependency
 from batchlab.core.model import JobState
 from batchlab.core.text import count
@@ -51,6 +52,7 @@ class JobRun:
     """Name of the job in the trace."""
     tasks: int | None = None
     done_s: float | None = None
+    share: str = ""
 
     @classmethod
     def of(cls, job: Job, *, job_id: str = "", tasks: int | None = None, **measured: Any) -> JobRun:
@@ -64,6 +66,7 @@ class JobRun:
             id=job_id or job.id,
             template=job.template.name,
             tenant=job.tenant,
+            share=job.template.share,
             due_s=job.due_s,
             deadline_s=deadline_s,
             label=job.label,
@@ -216,6 +219,8 @@ class Record:
     usd: float | None = None
     usd_items: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, float] = field(default_factory=dict)
+    shares: SharePolicy | None = None
+    """Fair-share policy of the run."""
     simulated: bool = False
     wall_s: float = 0.0
     """Wall-clock duration of the run in seconds."""

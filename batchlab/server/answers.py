@@ -185,6 +185,7 @@ def pool_view(manager: Manager, view: GroupView) -> api_types.PoolView:
         scaler.backlog(name),
         workers,
         held=name in scaler.user_capacity,
+        image=manager.pools[name].image if name in manager.pools else "",
         trouble=scaler.launch_breaker.trouble(name),
         ends_in_s=manager.fleet_end.left_s(name),
         end_trouble=manager.fleet_end.trouble(name),

@@ -95,6 +95,7 @@ def _stage_view(job: JobDef, stage: StageRecord, running: int) -> StageView:
         **_pick(counts, "planned succeeded failed cancelled"),
         "running": running,
         **_pick(counts, "retried run_s mean_s first_start_s last_end_s"),
+        "gpus": job.stage(counts.stage).gpus,
     }
     return cast("StageView", view)
 
@@ -177,6 +178,7 @@ def pool_view(
     workers: Mapping[str, WorkerStatus],
     *,
     held: bool,
+    image: str = "",
     trouble: str = "",
     ends_in_s: float | None = None,
     end_trouble: str = "",
@@ -189,6 +191,8 @@ def pool_view(
         "max": pool.max_size,
         "desired": view.desired,
         "slots": pool.slots,
+        "gpus": pool.gpus,
+        "image": image,
         "backlog_tasks": backlog.tasks,
         "backlog_s": backlog.seconds,
         "held_by_hand": held,
@@ -209,6 +213,7 @@ def _instance_view(instance: Instance, worker: WorkerStatus | None) -> InstanceV
         "worker": worker.beat.worker if worker else None,
         "busy": worker.beat.busy if worker else 0,
         "held": len(worker.beat.held) if worker else 0,
+        "busy_gpus": worker.beat.busy_gpus if worker else 0,
     }
     return cast("InstanceView", view)
 

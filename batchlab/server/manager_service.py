@@ -33,6 +33,7 @@ from batchlab.server.shutdown import end_instances, end_with, stop_by_signal
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from batchlab.adapters.docker.mixed_launcher import MixedLauncher
     from batchlab.adapters.local.processes import ProcessLauncher
     from batchlab.core.ports import Clock
     from batchlab.manager.manager import Manager
@@ -125,7 +126,7 @@ async def _emulator_running(home: Home, backend: Backend) -> AsyncIterator[None]
 
 
 @contextmanager
-def _prepared_launcher(options: ManagerOptions, clock: Clock) -> Iterator[ProcessLauncher | None]:
+def _prepared_launcher(options: ManagerOptions, clock: Clock) -> Iterator[ProcessLauncher | MixedLauncher | None]:
     """Run the block with the backend's launcher, if the backend has a launcher, and then end the fork server.
 
     The fork server imports its modules while this process imports the manager's modules.
@@ -141,7 +142,9 @@ def _prepared_launcher(options: ManagerOptions, clock: Clock) -> Iterator[Proces
         launcher.end_fork_server()
 
 
-async def _lead(options: ManagerOptions, stop: asyncio.Event, clock: Clock, launcher: ProcessLauncher | None) -> None:
+async def _lead(
+    options: ManagerOptions, stop: asyncio.Event, clock: Clock, launcher: ProcessLauncher | MixedLauncher | None
+) -> None:
     home, backend = options.home, options.backend
     from batchlab.manager.audit_log import AuditLog
     from batchlab.manager.collector import events_queue
@@ -263,7 +266,7 @@ async def _lead(options: ManagerOptions, stop: asyncio.Event, clock: Clock, laun
             raise result
 
 
-async def _end_instances(launcher: ProcessLauncher | None, backend: Backend) -> None:
+async def _end_instances(launcher: ProcessLauncher | MixedLauncher | None, backend: Backend) -> None:
     # Without a launcher, the instances belong to an AWS service and outlive the manager.
     if launcher:
         await end_instances(launcher, backend.worker.drain_s)

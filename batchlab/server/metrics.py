@@ -158,6 +158,12 @@ def _pools(manager: Manager) -> Iterator[Metric]:
             busy = min(beat.busy, beat.slots)
             slots[beat.pool, "busy"] += busy
             slots[beat.pool, "free"] += beat.slots - busy
+    gpus = {
+        (name,): sum(s.beat.busy_gpus for s in manager.registry.workers.values() if s.beat.pool == name)
+        for name, pool in manager.pools.items()
+        if pool.gpus
+    }
+    yield _gauge("busy_gpus", "GPUs that running tasks use, by pool with GPUs.", gpus, "pool")
     yield _gauge("workers", "Workers that send heartbeats, by pool.", workers, "pool")
     yield _gauge("slots", "Slots of the workers that send heartbeats, by pool and state.", slots, "pool", "state")
     decisions = _each(manager.counts.decisions, manager.pools, ("in", "out"))

@@ -16,6 +16,7 @@ from batchlab.core.port_retries import set_within
 
 if TYPE_CHECKING:
     from batchlab.adapters.docker.launcher import ContainerLauncher
+    from batchlab.adapters.docker.mixed_launcher import MixedLauncher
     from batchlab.adapters.local.processes import ProcessLauncher
 
 
@@ -36,7 +37,7 @@ async def end_with(parent: int, stop: asyncio.Event) -> None:
         await asyncio.sleep(0.5)
 
 
-async def end_instances(launcher: ProcessLauncher | ContainerLauncher, drain_s: float) -> None:
+async def end_instances(launcher: ProcessLauncher | ContainerLauncher | MixedLauncher, drain_s: float) -> None:
     """Drain every instance, wait up to `drain_s` seconds, and kill the remaining instances."""
     running = [name for name, ended in (await launcher.running()).items() if ended is None]
     for name in running:

@@ -91,6 +91,7 @@ class TaskIndex:
 
     def __init__(self, job: JobDef, retried: RetriedTasks) -> None:
         self.retried = retried
+        self.mended = retried.mended()
         self.seq = 0
         self.succeeded = 0
         self.lock = asyncio.Lock()

@@ -12,9 +12,11 @@ from datetime import UTC, datetime
 
 from batchlab.core.fair_share import share_of
 from batchlab.core.job_definition import Condition, Dependency
-from batchlab.core.model import Activity, Control, GroupView, JobState
+from batchlab.core.model import Activity, Control, GroupView, JobState, StageName
+from batchlab.core.protocol.mended_inputs import is_mended
 from batchlab.core.protocol.settlement import judge
-from batchlab.core.text import count, first_of, whole
+from batchlab.core.text import count, first_of, span, whole
+from batchlab.core.visibility_timeouts import MIN_SAMPLES, QUANTILE, expected_run_s, longest_timeout_s
 from batchlab.manager.state import LiveJob
 from batchlab.server.job_facts import Facts
 
@@ -127,6 +129,11 @@ def _pool_reason(f: Facts) -> str | None:
                 f"Stage {stage.name} needs {stage.slots} slots per task, but an instance of pool {stage.pool} has "
                 f"{group.pool.slots}. Restart the grid with larger instances, or cancel the job."
             )
+        if stage.gpus > group.pool.gpus:
+            return (
+                f"Stage {stage.name} needs {count(stage.gpus, 'GPU')} per task, but an instance of pool {stage.pool} "
+                f"has {group.pool.gpus}. Restart the grid with a pool that has the GPUs, or cancel the job."
+            )
     return None
 
 
@@ -223,6 +230,7 @@ def _running(f: Facts) -> str | None:
         f"The job runs {count(tasks, 'task')} in {count(len(f.running), 'bundle')} on {count(len(workers), 'worker')}.",
         f"The oldest bundle (stage {stage}, {instance}) has run for {whole(run_s)}.",
         _copies(f),
+        _visibility(f, stage),
         f"{_progress(f)}.",
         _retries(f),
         _next_stage(f),
@@ -246,6 +254,25 @@ def _copies(f: Facts) -> str:
     return (
         f"{count(len(copied), 'bundle')} {verb} far longer than others and {_verb(len(copied), 'has', 'have')} "
         f"a speculative copy on {first_of(sorted(places), MAX_LISTED_JOBS)}."
+    )
+
+
+def _visibility(f: Facts, stage: StageName) -> str:
+    """Return a sentence about the longest visibility timeout of the stage's messages, and about its basis."""
+    assert f.live is not None
+    visibility_s, times_s = f.settings.visibility_s, f.live.run_times_s.get(stage, ())
+    task_s = expected_run_s(times_s)
+    if task_s is None:
+        return (
+            f"Its messages have a visibility timeout of {visibility_s:g} s until {count(MIN_SAMPLES, 'bundle')} of the "
+            "stage have ended."
+        )
+    bundles = [outstanding.bundle for outstanding in f.live.outstanding.get(stage, {}).values()]
+    run_s = task_s * max((len(bundle.tasks) for bundle in bundles), default=1)
+    timeout_s = longest_timeout_s(run_s, visibility_s)
+    return (
+        f"Its messages have a visibility timeout of up to {timeout_s:.0f} s, because {QUANTILE:.0%} of the last "
+        f"{count(len(times_s), 'bundle')} took at most {span(task_s)} a task."
     )
 
 
@@ -315,6 +342,14 @@ def _queue_reason(f: Facts) -> str | None:
         return _join(
             f"{bundles} of the job {wait} in pool {pool}.",
             f"{count(len(instances), 'instance')} of the pool {have} started, but {have} not sent a heartbeat yet.",
+            _next_stage(f),
+        )
+    stage = f.record.job.stage(oldest.bundle.stage)
+    if stage.gpus and all(worker.beat.gpus - worker.beat.busy_gpus < stage.gpus for worker in worker_statuses):
+        return _join(
+            f"Stage {stage.name} needs {count(stage.gpus, 'GPU')} per task, and no instance of pool {pool} has as many "
+            "free GPUs.",
+            f"{bundles} of the job {wait} for a GPU.",
             _next_stage(f),
         )
     others = {item.job for worker in worker_statuses for item in worker.since_s} - {f.record.job.id}
@@ -445,9 +480,15 @@ def _with_warning(f: Facts, reason: Reason) -> str:
     return f"the manager logged this warning about the job {whole(age_s)} ago: {text.rstrip('.')}"
 
 
+def _mended(f: Facts, _: Reason) -> str:
+    mended = sum(is_mended(outstanding.bundle) for outstanding in (f.live.all_outstanding() if f.live else ()))
+    return f"{count(mended, 'task')} {_verb(mended, 'has', 'have')} a mended input from a retry" if mended else ""
+
+
 _NOTES: tuple[Callable[[Facts, Reason], str], ...] = (
     _behind,
     _with_warning,
+    _mended,
     lambda f, _: f.unreadable,
     lambda f, _: f"{f.undelivered}. `batchlab notify log` shows the attempts" if f.undelivered else "",
 )

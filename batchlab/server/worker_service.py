@@ -11,12 +11,12 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from batchlab.adapters.aws.group_descriptions import POOL_TAG, SLOTS_TAG
+from batchlab.adapters.aws.group_descriptions import GPUS_TAG, POOL_TAG, SLOTS_TAG
 from batchlab.adapters.aws.instance_metadata import Imds, ImdsNotices
-from batchlab.core import gc_control, logs
-from batchlab.core.errors import BackendError
+from batchlab.core import container_images, gc_control, logs
+from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.ports import Objects
 from batchlab.core.pricing.request_costs import RequestCounter
 from batchlab.runtime import factory
@@ -27,6 +27,8 @@ from batchlab.worker.loop import Worker
 from batchlab.worker.process_runner import ProcessRunner
 
 log = logging.getLogger(__name__)
+
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 ORPHAN_S = 15.0
 """Time in seconds without a manager after which a worker on the same machine drains and ends.
@@ -39,7 +41,9 @@ ORPHAN_EXIT = 69
 """Exit code of a worker that ends because no manager leads. On AWS, systemd then powers the instance off."""
 
 
-def worker_main(home: Home, backend: Backend, *, pool: str = "", slots: int = 0, instance: str = "") -> None:
+def worker_main(
+    home: Home, backend: Backend, *, pool: str = "", slots: int = 0, gpus: int | None = None, instance: str = ""
+) -> None:
     """Run a worker until SIGTERM or a notice. A worker on the manager's machine also ends if no manager runs for
     ORPHAN_S. A worker on an instance of its own ends when it is idle and no manager leads for the manager's setting
     `orphan_s`.
@@ -47,11 +51,25 @@ def worker_main(home: Home, backend: Backend, *, pool: str = "", slots: int = 0,
     The values of omitted arguments come from the instance's metadata service.
     """
     logs.set_up(service="worker")
-    if asyncio.run(_work(home, backend, pool, slots, instance)):
+    if asyncio.run(_work(home, backend, pool, slots, gpus, instance)):
         raise SystemExit(ORPHAN_EXIT)
 
 
-async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: str) -> bool:
+def gpu_names(gpus: int, environ: Mapping[str, str]) -> list[str]:
+    """Return the names of `gpus` GPUs for CUDA_VISIBLE_DEVICES. The names come from the worker's own
+    CUDA_VISIBLE_DEVICES, which may limit the worker to some GPUs of its machine, and are numbers without it."""
+    names = [name.strip() for name in environ.get(VISIBLE_DEVICES, "").split(",") if name.strip()]
+    if not names:
+        return [str(number) for number in range(gpus)]
+    if len(names) < gpus:
+        raise UsageError(
+            f"{VISIBLE_DEVICES} names {len(names)} of the {gpus} GPUs that the worker's pool declares.",
+            remedy=f"Unset {VISIBLE_DEVICES}, or declare fewer GPUs for the pool.",
+        )
+    return names[:gpus]
+
+
+async def _work(home: Home, backend: Backend, pool: str, slots: int, gpus: int | None, instance: str) -> bool:
     """Run a worker, and return whether the worker has ended because no manager leads."""
     clock, ids = backend.open_clock(), backend.open_ids()
     imds = None if instance else Imds()
@@ -59,6 +77,9 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
         instance = await asyncio.to_thread(imds.instance_id)
         pool = pool or await asyncio.to_thread(imds.require_tag, POOL_TAG)
         slots = slots or int(await asyncio.to_thread(imds.require_tag, SLOTS_TAG))
+        if gpus is None:
+            gpus = int(await asyncio.to_thread(imds.tag, GPUS_TAG) or 0)
+    gpus = gpus or 0
     name = ids.fresh("w")
     logs.add_process_fields(worker=name, instance=instance, pool=pool)
     # A worker on an instance of its own cannot read the record of the manager.
@@ -68,9 +89,11 @@ async def _work(home: Home, backend: Backend, pool: str, slots: int, instance: s
     objects = backend.open_objects(home, tally)
     files = backend.open_local_files(home)
     scratch, cache_bytes = Scratch(home.scratch / instance), backend.worker.value_cache_bytes
-    runner = ProcessRunner(objects, scratch, clock, slots, files, value_cache_bytes=cache_bytes)
+    runner = ProcessRunner(
+        objects, scratch, clock, slots, files, value_cache_bytes=cache_bytes, gpu_names=gpu_names(gpus, os.environ)
+    )
     worker = Worker(
-        Identity(name, instance, pool, slots, _instance_key(home, instance if imds else "")),
+        Identity(name, instance, pool, slots, _instance_key(home, instance if imds else ""), gpus),
         objects,
         backend.open_queue(home, clock, tally),
         clock,
@@ -131,7 +154,9 @@ async def _store_environment(objects: Objects, worker: str, imds: Imds | None) -
     from batchlab.worker import environment
 
     try:
-        image = await asyncio.to_thread(imds.image) if imds else ""
+        image = os.environ.get(container_images.VARIABLE, "")
+        if imds and not image:
+            image = await asyncio.to_thread(imds.image)
         current = await asyncio.to_thread(environment.current, image=image)
         await environment.record(objects, worker, current, factory.patience())
     except BackendError as error:

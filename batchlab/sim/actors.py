@@ -19,6 +19,7 @@ from batchlab.core.errors import BatchlabError
 from batchlab.core.model import Control, JobId
 from batchlab.core.ports import Clock
 from batchlab.core.protocol.json_format import ControlCommand
+from batchlab.core.protocol.mended_inputs import TaskInputs
 from batchlab.manager.retry_rounds import TaskSelection
 
 T = TypeVar("T")
@@ -202,6 +203,16 @@ class SimIds:
 
 
 @dataclass(slots=True)
+class RetryRequest:
+    """A user's request to retry some failed tasks of a job, or all of them if `chosen` is None."""
+
+    chosen: TaskSelection | None
+    inputs: TaskInputs = field(default_factory=dict)
+    """Mended inputs of some of the tasks in `chosen`."""
+    is_accepted: bool = False
+
+
+@dataclass(slots=True)
 class JobControls:
     """Record of the control commands, cancellations, retries, and ends of all jobs of a world."""
 
@@ -215,8 +226,8 @@ class JobControls:
     """Jobs with at least one ended round."""
     _retries: dict[JobId, list[int]] = field(default_factory=dict)
     """Numbers of requested and of acknowledged retries of each job."""
-    choices: dict[JobId, list[TaskSelection | None]] = field(default_factory=dict)
-    """Failed tasks that users chose to retry, by job. A choice of None stands for all failures."""
+    choices: dict[JobId, list[RetryRequest]] = field(default_factory=dict)
+    """Requests of users to retry each job."""
 
     # --- Control words ---------------------------------------------------------------------------
 
@@ -276,9 +287,11 @@ class JobControls:
 
         return on_acknowledged
 
-    def on_choice(self, job: JobId, choice: TaskSelection | None) -> None:
-        """Record the failures that a user asks to retry, or None for all failures."""
-        self.choices.setdefault(job, []).append(choice)
+    def on_choice(self, job: JobId, chosen: TaskSelection | None, inputs: TaskInputs) -> RetryRequest:
+        """Record the failures and the mended inputs of a user's retry."""
+        request = RetryRequest(chosen, inputs)
+        self.choices.setdefault(job, []).append(request)
+        return request
 
     def on_retry_request(self, job: JobId) -> Callable[[], None]:
         """Record that a user retries the job. The caller calls the returned function when the retry is acknowledged."""

@@ -129,7 +129,8 @@ class Weather:
     `storage`, objects may be damaged in every world, and every world has additional jobs. With `accounts`, the managers
     record the usage of each job. With `orphans`, no manager leads in every world until the fleet has ended. With
     `dependent`, jobs depend on earlier jobs of the world. With `speculative`, stages may have speculative copies, and
-    some workers are slow. With `shares`, every world has a fair-share policy and several shares.
+    some workers are slow. With `mended`, more tasks fail, and users retry some of them with mended inputs. With
+    `shares`, every world has a fair-share policy and several shares.
     """
 
     kill_before: float = 0.0
@@ -181,6 +182,8 @@ class Weather:
     speculative: bool = False
     orphans: bool = False
     dependent: bool = False
+    mended: bool = False
+    gpus: bool = False
 
     def rate(self, kind: FaultKind) -> float:
         rate: float = getattr(self, kind.value)

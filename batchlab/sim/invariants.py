@@ -5,6 +5,7 @@ Each check reads the bucket, the ledger, or the record of the world, and raises 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
@@ -21,7 +22,15 @@ from batchlab.manager.ledger_rebuild import RebuildResult, rebuild
 from batchlab.manager.retry_rounds import Retry
 from batchlab.manager.state import Ports
 from batchlab.sim.actors import SimIds, check
-from batchlab.sim.job_checks import check_account, check_damaged, check_rounds, exceeds_failure_limit, is_lost
+from batchlab.sim.job_checks import (
+    MendedItems,
+    check_account,
+    check_damaged,
+    check_mended,
+    check_rounds,
+    exceeds_failure_limit,
+    is_lost,
+)
 from batchlab.sim.tasks import TaskPlans, inputs_of, value_of
 
 if TYPE_CHECKING:
@@ -59,19 +68,20 @@ async def check_trial(world: World, plan: Plan) -> None:
     check(not missing, "queues", f"{', '.join(missing)} not there long after the work")
     await _check_submitted(world, plan.jobs)
     await check_all(world, [job.id for job in plan.jobs])
-    task_plans = TaskPlans(world.seed, plan.run_s, plan.job_run_s)
+    task_plans = TaskPlans(world.seed, plan.run_s, plan.job_run_s, mended=plan.mended)
     trust = world.watch.trust
     for job in plan.jobs:
         if job.id in trust.touched:
             continue
-        await check_results(world, job)
         await check_end(world, job)
         outcomes = await outcomes_of(world.objects, job.id, trust.forged)
         check_failures(world, task_plans, job, outcomes)
         record = await world.ledger.job(job.id)
         rounds = range(1, record.round + 1)
         retries = [Retry.from_bytes(await world.objects.get(object_keys.retry(job.id, n))) for n in rounds]
-        check_rounds(job.id, retries, outcomes, world.watch.controls.choices.get(job.id, []))
+        in_force = check_rounds(job.id, retries, outcomes, world.watch.controls.choices.get(job.id, []))
+        check_mended(job.id, in_force, outcomes, world.watch.starts)
+        await check_results(world, job, in_force[-1])
         if world.accounting:
             at_once = record.state is JobState.SUCCEEDED and not record.round
             undisturbed = at_once and world.managers == 1 and not world.rebuilds
@@ -237,8 +247,9 @@ def missing_queues(world: World) -> list[str]:
     return sorted(needed.difference(world.queue.names()))
 
 
-async def check_results(world: World, job: JobDef) -> None:
-    """Check that every result follows from its input, and that every gather received all its inputs.
+async def check_results(world: World, job: JobDef, mended: MendedItems | None = None) -> None:
+    """Check that every result follows from its input, and that every gather received all its inputs. `mended` has the
+    mended inputs of the job's last round.
 
     A stage after a failed stage may have run fewer tasks than planned, but not more. A job that succeeded has run all
     tasks.
@@ -249,6 +260,9 @@ async def check_results(world: World, job: JobDef) -> None:
     for stage in job.stages:
         name = f"{job.id}/{stage.name}"
         inputs = inputs_of(job, stage, results)
+        for (mended_stage, task), data in (mended or {}).items():
+            if mended_stage == stage.name and task in inputs:
+                inputs[task] = json.loads(data)
         actual = results[stage.name] = await results_of(world.objects, world.ledger, job.id, stage.name)
         extra = sorted(set(actual) - set(inputs))
         check(not extra, "I1", f"{name}: tasks {extra[:5]} had nothing to run on")

@@ -6,6 +6,8 @@ The checks use only the objects in the bucket and the users' requests, never the
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,15 +18,17 @@ from batchlab.core.model import Control, FailureKind, JobId, JobState, Outcome, 
 from batchlab.core.ports import JobRecord
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
+from batchlab.core.protocol.mended_inputs import mended_input
 from batchlab.manager.ledger_rebuild import RebuildResult
 from batchlab.manager.manager import LOST_OBJECTS
 from batchlab.manager.retry_rounds import Retry, TaskSelection
 from batchlab.manager.spending import JobUsage
-from batchlab.sim.actors import check
+from batchlab.sim.actors import RetryRequest, check
 from batchlab.sim.faults import FaultKind
 from batchlab.sim.storage_faults import group_of, job_of
 
 if TYPE_CHECKING:
+    from batchlab.sim.runtime_checks import Start
     from batchlab.sim.world import World
 
 # --- Jobs with a damaged object ------------------------------------------------------------------
@@ -187,9 +191,11 @@ async def check_account(world: World, job: JobDef, outcomes: Sequence[Outcome], 
 
 
 def check_rounds(
-    job: str, retries: Sequence[Retry], outcomes: Sequence[Outcome], choices: Sequence[TaskSelection | None]
-) -> None:
-    """Check that each retry runs the failures that one request chose. A choice of None stands for all failures."""
+    job: str, retries: Sequence[Retry], outcomes: Sequence[Outcome], requests: Sequence[RetryRequest]
+) -> list[MendedItems]:
+    """Check that each retry runs the failures that one request chose, with the mended inputs of this request and of
+    earlier retries. Return the mended inputs of each round, from round 0."""
+    in_force: list[MendedItems] = [{}]
     for round_, retry in enumerate(retries, start=1):
         standing = _standing_failures(retries[: round_ - 1], outcomes, round_)
         replanned = {reopening.stage for reopening in retry.reopened if reopening.replan}
@@ -197,8 +203,51 @@ def check_rounds(
             stage: tasks if stage in replanned else tasks - (tasks - retry.rerun_tasks(stage))
             for stage, tasks in standing.items()
         }
-        matches = any(_is_choice(choice, standing, again, replanned) for choice in choices)
-        check(matches, "retries", f"round {round_} of {job} runs {again} again of {standing}, asked: {choices}")
+        matching = [request for request in requests if _is_choice(request.chosen, standing, again, replanned)]
+        check(bool(matching), "retries", f"round {round_} of {job} runs {again} again of {standing}, asked: {requests}")
+        earlier = {task: data for task, data in in_force[-1].items() if task[0] not in replanned}
+        rerun = {task: data for task, data in earlier.items() if task[1] in retry.rerun_tasks(task[0])}
+        named = _named_inputs(retry)
+        mended = next((r for r in matching if named == _digests({**rerun, **r.inputs})), None)
+        facts = f"round {round_} of {job} has the inputs {named}, earlier {_digests(rerun)}, asked: {matching}"
+        check(mended is not None, "mended", facts)
+        in_force.append({**earlier, **(mended.inputs if mended else {})})
+    for request in requests:
+        is_used = any(request.inputs.items() <= items.items() for items in in_force)
+        check(is_used or not request.is_accepted, "mended", f"{job} does not use the inputs of {request}")
+    return in_force
+
+
+MendedItems = Mapping[tuple[StageName, int], bytes]
+"""Content of the mended input of each task of a round, by stage and index of the task."""
+
+
+def _named_inputs(retry: Retry) -> dict[tuple[StageName, int], str]:
+    """Return the SHA-256 of the mended input of each task, according to the bundles in the retry."""
+    bundles = [bundle for cut in retry.cuts for bundle in cut.bundles]
+    return {(b.stage, b.tasks.first): found.sha256 for b in bundles if (found := mended_input(b))}
+
+
+def _digests(items: MendedItems) -> dict[tuple[StageName, int], str]:
+    return {task: hashlib.sha256(data).hexdigest() for task, data in items.items()}
+
+
+def check_mended(
+    job: JobId, in_force: Sequence[MendedItems], outcomes: Sequence[Outcome], starts: Sequence[Start]
+) -> None:
+    """Check that each start of a task has the mended input of the task's round, and that each outcome names it."""
+    for start in starts:
+        data = in_force[start.round].get((start.stage, start.task)) if start.round < len(in_force) else None
+        if start.job == job and data is not None:
+            facts = f"{task_name(start.stage, start.task)} of {job} runs with {start.item} in round {start.round}"
+            check(start.item == json.loads(data), "mended", f"{facts}, not {data!r}")
+    for outcome in outcomes:
+        bundle, named = outcome.bundle, mended_input(outcome.bundle)
+        for task in bundle.tasks:
+            data = in_force[bundle.round].get((bundle.stage, task))
+            sha256 = hashlib.sha256(data).hexdigest() if data is not None else None
+            facts = f"the outcome of {bundle.id} of {job} names {bundle.source}, not the input {data!r}"
+            check((named.sha256 if named else None) == sha256, "mended", facts)
 
 
 def _standing_failures(earlier: Sequence[Retry], outcomes: Sequence[Outcome], round_: int) -> dict[StageName, TaskSet]:

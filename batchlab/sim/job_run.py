@@ -94,7 +94,7 @@ async def _main(
     job = await submission.prepare(
         jobfile, objects=world.objects, clock=world.clock, patience=patience, token=f"seed-{seed}"
     )
-    admit(job, {pool.name: pool.slots for pool in pools})
+    admit(job, {pool.name: pool.slots for pool in pools}, gpus={pool.name: pool.gpus for pool in pools})
     on_accepted()
     await world.submit(job)
     await world.ended(job.id)

@@ -65,6 +65,8 @@ class Plan:
     """Share of the instances whose workers are slow."""
     job_run_s: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Possible durations of the tasks of single jobs, in place of `run_s`."""
+    mended: bool = False
+    """Whether users retry failed tasks with mended inputs."""
 
 
 def draw(seed: int) -> Plan:
@@ -179,6 +181,21 @@ def _policy(rng: random.Random, slots: int) -> SharePolicy:
     limits = [rng.choice([None, None, max(1, slots // 2)]) for _ in range(2)]
     entries = tuple(map(ShareAttributes, ("A*", "B"), weights, limits))
     return SharePolicy(entries, decay_s=rng.choice([20.0, 60.0, 600.0]), reservation=rng.choice([0, 0, 0, 30, 60]))
+
+
+def with_gpus(seed: int, plan: Plan) -> Plan:
+    """Return the plan in which the first pool has GPUs, and some stages of the pool need GPUs."""
+    rng = random.Random(f"{seed}/gpus")  # noqa: S311 - simulation
+    first, *others = plan.pools
+    first = replace(first, slots=rng.choice([2, 4]), gpus=rng.choice([1, 1, 2]))
+    jobs = []
+    for job in plan.jobs:
+        stages = [
+            replace(stage, slots=1, gpus=rng.choice([0, 1, 1, first.gpus])) if stage.pool == first.name else stage
+            for stage in job.stages
+        ]
+        jobs.append(replace(job, stages=tuple(stages), items=min(job.items or 0, 60)))
+    return replace(plan, pools=(first, *others), jobs=tuple(jobs), limit_s=3 * LIMIT_S)
 
 
 def with_dependencies(seed: int, plan: Plan) -> Plan:
@@ -313,6 +330,22 @@ def _plain_job(seed: int, number: int, rng: random.Random, pools: Sequence[Pool]
         token=f"{seed}-{number}" if (seed + number) % 2 else "",
         start_at_s=EPOCH_S + 40 if rng.random() < 0.05 else None,
     )
+
+
+def with_mended_inputs(seed: int, plan: Plan) -> Plan:
+    """Return the plan with more failures, which users retry with mended inputs."""
+    rng = random.Random(f"{seed}/mended")  # noqa: S311 - simulation
+    # A job with a small limit refuses the retry of some of its failed tasks.
+    jobs = tuple(
+        replace(
+            job,
+            items=min(20, max(job.items or 0, rng.choice([3, 5, 10]))),
+            max_failures=rng.choice([0, 1_000, 1_000, 1_000]),
+            max_failures_percent=False,
+        )
+        for job in plan.jobs
+    )
+    return replace(plan, jobs=jobs, heaviness=rng.choice([0.1, 0.3, 1.0]), mended=True)
 
 
 SLOW_WORKERS = 0.3

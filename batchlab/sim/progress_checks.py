@@ -21,6 +21,9 @@ Check = Callable[[bool, str, str, str | None], None]
 
 SLACK_S = 1.0
 """Tolerance in seconds for the latency of calls."""
+MIN_RUN_TIMES = 5
+"""Number of outcomes of a stage that justify an expected run time."""
+ROUNDING_S = 0.001
 FREE = ("ledger.lease", "ledger.release")
 """Ledger calls that a manager without the lease may make."""
 
@@ -49,6 +52,7 @@ class LeadershipChecks:
         if owner == actor.name:
             self._renewed_s[actor] = now_s
             self._led_s.setdefault(actor, now_s)
+            self._deposed_s.pop(actor, None)
         elif actor in self._renewed_s:
             self._deposed_s.setdefault(actor, now_s)
 
@@ -217,6 +221,37 @@ class CopyChecks:
         """Check that a worker that runs a bundle does not also run its copy."""
         facts = f"{actor.name} runs {bundle.stage}/{bundle.id} and also its copy"
         self.check(not (is_original and is_copy), "copies", facts, bundle.job)
+
+
+@dataclass(slots=True)
+class TimeoutChecks:
+    """Checks of the expected run times in task messages, from which workers choose visibility timeouts."""
+
+    check: Check
+    _samples_s: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    """Seconds per task of each outcome with tasks that succeeded, by job and stage."""
+    _planned_s: dict[tuple[str, str], float] = field(default_factory=dict)
+    """Time when the first bundle was planned, by job and stage."""
+
+    def on_plan(self, bundle: Bundle, now_s: float) -> None:
+        self._planned_s.setdefault((bundle.job, bundle.stage), now_s)
+
+    def on_commit(self, outcome: Outcome) -> None:
+        if outcome.run_s:
+            samples_s = self._samples_s.setdefault((outcome.bundle.job, outcome.bundle.stage), [])
+            samples_s.append(sum(outcome.run_s) / len(outcome.run_s))
+
+    def check_send(self, sender: str, job: str, expected_s: Mapping[str, float], now_s: float) -> None:
+        """Check the expected run times in a manager's message. Enough outcomes exist, one of them is at least as
+        long, and the manager has waited for the stage for at least this time."""
+        for stage, task_s in expected_s.items():
+            samples_s = self._samples_s.get((job, stage), [])
+            facts = f"{sender} expects {task_s} s for a task of {stage} of {job}"
+            is_measured = len(samples_s) >= MIN_RUN_TIMES and task_s <= max(samples_s) + ROUNDING_S
+            self.check(is_measured, "timeouts", f"{facts}, after {len(samples_s)} outcomes", job)
+            # A lying worker that has touched a job cannot cause a longer timeout, either.
+            passed_s = now_s - self._planned_s.get((job, stage), now_s)
+            self.check(task_s <= passed_s + SLACK_S, "timeouts", f"{facts}, which was planned {passed_s} s ago", None)
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core.errors import Malformed, TooNew
 from batchlab.core.fair_share import SharePolicy
 from batchlab.core.job_definition import JobDef, task_name
-from batchlab.core.model import Bundle, Control, JobId, JobState, Outcome, StageCounts, StageName
+from batchlab.core.model import Bundle, Control, JobId, JobState, Json, Outcome, StageCounts, StageName
 from batchlab.core.ports import Clock, Cut, Ending, Message, StageRecord
 from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.service_settings import MAX_VISIBILITY_S
@@ -26,6 +26,7 @@ from batchlab.manager.unresponsive_workers import UNKNOWN_WORK
 from batchlab.sim.actors import CURRENT, Actor, JobControls, SimulationError, Violated
 from batchlab.sim.event_log import Name, bundle_in, doc_of, name_in, name_of_bundle, reported_in
 from batchlab.sim.faults import LATENCY_S, SLOW_LOOKS_S
+from batchlab.sim.gpu_checks import GpuChecks
 from batchlab.sim.progress_checks import (
     GIVE_BACK_S,
     WAITS_S,
@@ -34,6 +35,7 @@ from batchlab.sim.progress_checks import (
     LeadershipChecks,
     SilenceChecks,
     StartTimeChecks,
+    TimeoutChecks,
     WasteChecks,
 )
 from batchlab.sim.share_checks import ShareChecks
@@ -54,6 +56,8 @@ After the write of a start marker, the worker waits for the answer and reads the
 
 COPY = "cp"
 """Key of the run time limit in the message of a speculative copy."""
+EXPECTED = "ex"
+"""Key of the expected run times in a task message."""
 
 RECENT_S = 60.0
 """Seconds after a fault in which the fault may still delay the sends of its target."""
@@ -99,6 +103,7 @@ class Start:
     stage: StageName
     task: int
     round: int
+    item: Json = None
     ended_s: float | None = None
 
 
@@ -137,6 +142,8 @@ class Watch:
     silences: SilenceChecks = field(init=False)
     shares: ShareChecks = field(init=False)
     copies: CopyChecks = field(init=False)
+    gpus: GpuChecks = field(init=False)
+    timeouts: TimeoutChecks = field(init=False)
     _jobs: dict[str, JobDef] = field(default_factory=dict)
     """Definitions of all jobs in the bucket, by id."""
     _begun: dict[Actor, set[Name]] = field(default_factory=dict)
@@ -177,8 +184,10 @@ class Watch:
         self.silences = SilenceChecks(self.check, self.silence_s)
         self.shares = ShareChecks(self.check, self.controls.is_live, self.controls.live_since_s)
         self.copies = CopyChecks(self.check, self._jobs)
+        self.timeouts = TimeoutChecks(self.check)
         # The watch's timers expire even while a process is frozen.
         self._context = copy_context()
+        self.gpus = GpuChecks(self.check, self.controls.is_live, self.controls.live_since_s, self._context)
 
     def check(self, holds: bool, promise: str, facts: str, job: str | None = None) -> None:
         """Fail if the condition `holds` is false and no lying worker has touched the `job`."""
@@ -212,6 +221,7 @@ class Watch:
             return
         if kind == "final":
             self.controls.on_end(job)
+            self.gpus.on_job_end(job)
             self.shares.on_end(job, self.clock.monotonic_s())
             self.dependencies.on_end(job, JobState(json_format.loads(data)["state"]))
         if kind not in ("spec.json", "retries", "final"):
@@ -249,19 +259,24 @@ class Watch:
             name = name_of_bundle(outcome.bundle)
             self.check(name in self._planned, "I1", f"{name} is committed, but not planned", name[0])
             self._check_copy_commit(outcome)
+            self.timeouts.on_commit(outcome)
             self._committed.add(name)
+            self.gpus.on_commit(name)
             self.waste.on_commit(name, self.clock.monotonic_s())
             self.start_times.on_commit(outcome)
             # A follow-up of another job than the outcome's job is a lie.
             bundles = [follow.bundle for follow in outcome.follows if follow.bundle.job == outcome.bundle.job]
             self._plan(bundles)
             self._following.update(map(name_of_bundle, bundles))
-        elif kind in ("spec.json", "retries") and json_format.is_deleted(doc := json_format.loads(data)):
+        elif kind in ("spec.json", "retries") and json_format.is_deleted(
+            doc := json_format.loads(data, known=json_format.MENDED)
+        ):
             self._deleted.add(doc["id"])
         elif kind == "spec.json":
             doc = json_format.loads(data)
             job, opening = json_format.job_from_json(doc), commit_keys.opening_in(doc)
             self._jobs[job.id] = job
+            self.gpus.jobs[job.id] = job
             self.shares.on_definition(job, self.clock.monotonic_s())
             if opening and opening.cut:
                 self._opened.update(map(name_of_bundle, opening.cut.bundles))
@@ -269,7 +284,7 @@ class Watch:
         elif folder == "cuts":
             self._cut(json_format.cut_from_json(json_format.loads(data)))
         elif kind == "retries":
-            for cut in json_format.loads(data)["cuts"]:
+            for cut in json_format.loads(data, known=json_format.MENDED)["cuts"]:
                 retried = json_format.cut_from_json(cut).bundles
                 self._plan(retried)
                 self.shares.on_plan(retried)
@@ -291,9 +306,12 @@ class Watch:
             since_s = self._undisturbed_lead_s(actor)
             self.waste.check_cut(cut, now_s, since_s, self.controls.live_since_s)
         self.shares.on_cut(cut, now_s, since_s)
+        self.gpus.on_cut(cut, now_s, since_s)
 
     def _plan(self, bundles: Sequence[Bundle]) -> None:
         self._planned.update(map(name_of_bundle, bundles))
+        for bundle in bundles:
+            self.timeouts.on_plan(bundle, self.clock.monotonic_s())
 
     # --- Port calls ------------------------------------------------------------------------------
 
@@ -368,7 +386,9 @@ class Watch:
                     self.waste.on_dead_letter(message.receipt, bundle, now_s)
                 continue
             self.trust.on_receive(actor, queue, name[0], message.body)
-            may_receive = not self.waste.is_draining(actor, now_s) or self._excused(actor, now_s)
+            # A queue may still answer the long poll of a frozen worker that was killed.
+            is_dead = not actor.alive
+            may_receive = is_dead or not self.waste.is_draining(actor, now_s) or self._excused(actor, now_s)
             self.check(may_receive, "I6", f"{actor.name} receives {name} though it was told to drain", name[0])
             if is_work:
                 is_copy = COPY in doc
@@ -396,6 +416,8 @@ class Watch:
                 self.silences.on_send(name)
                 self._check_losses(actor, bundle)
                 self._check_stopped(actor, name, now_s)
+                if actor.name.startswith("manager"):
+                    self.timeouts.check_send(actor.name, bundle.job, doc.get(EXPECTED, {}), now_s)
                 if COPY in doc:
                     waiting = [] if disturbed else self._waiting(queue)
                     self.copies.check_send(actor.name, bundle, doc[COPY], waiting)

@@ -42,6 +42,8 @@ class AttemptInput:
     bundle: Bundle
     task: int
     item: Json
+    gpus: tuple[int, ...] = ()
+    """Numbers of the GPUs that the worker has given to the task."""
 
 
 Script = Callable[[AttemptInput], ScriptedAttempt]
@@ -77,7 +79,7 @@ class ScriptedRunner:
             over = work.budget_s is not None and index > 0 and now_s - begun_s >= work.budget_s
             if handle.stop or over or now_s >= handle.until_s:
                 return
-            scene = AttemptInput(work.job, work.stage, work.bundle, task, item)
+            scene = AttemptInput(work.job, work.stage, work.bundle, task, item, work.gpus)
             play = self._script(scene)
             run_s = play.run_s * self._slowness
             handle.running = task
@@ -109,10 +111,12 @@ async def _run_for(run_s: float, check_s: float, handle: Handle, clock: Clock, p
 
 @dataclass(frozen=True, slots=True)
 class TaskPlan:
-    """Duration and result of each attempt of a task. The first `failing_attempts` attempts of the first round fail."""
+    """Duration and result of each attempt of a task. The first `failing_attempts` attempts fail in each of the first
+    `failing_rounds` rounds."""
 
     run_s: float
     failing_attempts: int = 0
+    failing_rounds: int = 1
     poison: bool = False
 
 
@@ -130,14 +134,20 @@ def value_of(stage: str, item: Json) -> Json:
 
 class TaskPlans:
     """Script of the tasks of one seed. Each task takes one of the durations in `run_s`, or in the job's own durations
-    `job_run_s`."""
+    `job_run_s`. With `mended`, more tasks fail, and some of them fail again after a retry."""
 
     def __init__(
-        self, seed: int, run_s: Sequence[float], job_run_s: Mapping[str, Sequence[float]] = MappingProxyType({})
+        self,
+        seed: int,
+        run_s: Sequence[float],
+        job_run_s: Mapping[str, Sequence[float]] = MappingProxyType({}),
+        *,
+        mended: bool = False,
     ) -> None:
         self._seed = seed
         self._run_s = run_s
         self._job_run_s = job_run_s
+        self._mended = mended
 
     def plan_of(self, job: str, stage: str, task: int) -> TaskPlan:
         """Return the plan of a task."""
@@ -146,13 +156,15 @@ class TaskPlans:
         chance, attempts = rng.random(), rng.randint(1, 4)
         if chance < 0.02:
             return TaskPlan(run_s, poison=True)
+        if self._mended and chance < 0.4:
+            return TaskPlan(run_s, failing_attempts=attempts, failing_rounds=rng.randint(1, 3))
         return TaskPlan(run_s, failing_attempts=attempts if chance < 0.12 else 0)
 
     def __call__(self, scene: AttemptInput) -> ScriptedAttempt:
         plan = self.plan_of(scene.job.id, scene.stage.name, scene.task)
         if plan.poison:
             return ScriptedAttempt(plan.run_s, kills_worker=True)
-        if scene.bundle.attempt <= plan.failing_attempts and not scene.bundle.round:
+        if scene.bundle.attempt <= plan.failing_attempts and scene.bundle.round < plan.failing_rounds:
             failure = Failure(scene.task, FailureKind.EXCEPTION, "no luck", error="Luck")
             return ScriptedAttempt(plan.run_s, failure=failure)
         try:

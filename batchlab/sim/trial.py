@@ -30,6 +30,8 @@ from batchlab.sim.plans import (
     with_copies,
     with_dependencies,
     with_focus,
+    with_gpus,
+    with_mended_inputs,
     with_share_focus,
     with_shares,
 )
@@ -92,6 +94,9 @@ LIES = replace(ALL, corrupted=0.3, lies=True)
 STORAGE = replace(ALL, torn=0.1, missing=0.1, rotted=0.05, unsynced=0.04, storage=True)
 """Rates of all kinds of faults, for worlds where the store damages objects."""
 
+GPUS = replace(ALL, gpus=True)
+"""Rates of all kinds of faults, for worlds with GPUs."""
+
 DEPENDENT = replace(ALL, dependent=True)
 """Rates of all kinds of faults, for worlds whose jobs depend on earlier jobs."""
 
@@ -118,6 +123,8 @@ SHARES = Weather(
 of its cuts."""
 SPECULATIVE = replace(ALL, speculative=True, frozen=0.02)
 """Rates of all kinds of faults, for worlds with speculative copies and slow workers."""
+MENDED = replace(ALL, mended=True)
+"""Rates of all kinds of faults, for worlds whose users retry failed tasks with mended inputs."""
 ORPHANS = replace(ALL, orphans=True)
 """Rates of all kinds of faults, for worlds in which no manager leads until scheduled actions have ended the fleet."""
 
@@ -183,8 +190,12 @@ def plan_of(seed: int, weather: Weather = ALL) -> Plan:
         return with_bystanders(seed, plan)
     if weather.speculative and plan.limit_s == LIMIT_S:
         return with_copies(seed, plan)
+    if weather.gpus and plan.limit_s == LIMIT_S:
+        return with_gpus(seed, plan)
     if weather.dependent and plan.limit_s == LIMIT_S:
         return with_dependencies(seed, plan)
+    if weather.mended and plan.limit_s == LIMIT_S:
+        return with_mended_inputs(seed, plan)
     return with_focus(seed, focus, plan) if focus else plan
 
 
@@ -232,7 +243,7 @@ def run(
             seed,
             plan.pools,
             faults=faults,
-            script=TaskPlans(seed, plan.run_s, plan.job_run_s),
+            script=TaskPlans(seed, plan.run_s, plan.job_run_s, mended=plan.mended),
             manager_settings=replace(plan.manager, orphan_s=ORPHAN_S) if orphans else plan.manager,
             worker_settings=plan.worker,
             skew_s=plan.skew_s,
@@ -264,8 +275,8 @@ async def _main(make_world: Callable[[], World], plan: Plan, faults: Faults, *, 
     supervisor = asyncio.create_task(world.supervise(), name="supervisor")
     watcher = asyncio.create_task(_watch_ledger(world, plan), name="watcher")
     world_faults = WorldFaults(world, faults, plan.pace)
-    is_choosy = plan.focus in (Focus.WORDS, Focus.RIVALS)
-    users = [User(world, job, faults, plan.pace, is_choosy).use() for job in plan.jobs]
+    is_choosy = plan.mended or plan.focus in (Focus.WORDS, Focus.RIVALS)
+    users = [User(world, job, faults, plan.pace, is_choosy, mends=plan.mended).use() for job in plan.jobs]
     if timed:
         users.append(ScheduleUser(world, plan, faults).use())
     if plan.policies:
@@ -335,13 +346,18 @@ async def _abandon(world: World) -> None:
 
 
 async def _watch_ledger(world: World, plan: Plan) -> None:
+    weather_has_gpus = any(stage.gpus for job in plan.jobs for stage in job.stages)
     while True:
         await asyncio.sleep(CHECK_S * plan.pace)
+        now_s = world.clock.monotonic_s()
         if plan.limit_s == LIMIT_S:
             processes = world.manager_processes
             world.watch.check_silences([process.actor for process in processes if process.manager.is_leader.is_set()])
         for process in world.manager_processes:
             world.watch.trust.check_registry(process.manager.registry)
+            manager = process.manager
+            if weather_has_gpus and manager.is_leader.is_set() and not world.watch.frozen(process.actor):
+                world.watch.gpus.check_capacity(process.actor, manager.context, manager.autoscaler, now_s)
         for job in plan.jobs:
             record = None if world.rebuilding else await world.find(job.id)
             if record is not None:

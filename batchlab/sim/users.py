@@ -7,6 +7,7 @@ of the seed alone.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -22,13 +23,14 @@ from batchlab.core.model import Control, JobId, JobState, Json, StageName, TaskS
 from batchlab.core.port_retries import Patience
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
+from batchlab.core.protocol.mended_inputs import TaskInputs
 from batchlab.core.retry_rule import RetryRule
 from batchlab.core.schedules import MAX_MISSED, Definition, Missed, Overlap, RunState, Schedule, When, token_of
 from batchlab.manager.manager import Manager
-from batchlab.manager.retry_rounds import failed_tasks
+from batchlab.manager.retry_rounds import TaskSelection, failed_tasks
 from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.manager.stage_plans import PartWriter
-from batchlab.sim.actors import SimulationError, check
+from batchlab.sim.actors import RetryRequest, SimulationError, check
 from batchlab.sim.faults import USER, FaultKind, Faults
 from batchlab.sim.plans import Plan
 from batchlab.sim.world import World
@@ -81,10 +83,13 @@ class User:
     """The user of one job.
 
     `pace` stretches the pauses between the user's requests. A choosy user retries only some of the failed tasks, or
-    requests two retries at once.
+    requests two retries at once. With `mends`, a choosy user also gives mended inputs to some of the tasks.
     """
 
-    def __init__(self, world: World, job: JobDef, faults: Faults, pace: float, is_choosy: bool = False) -> None:
+    def __init__(
+        self, world: World, job: JobDef, faults: Faults, pace: float, is_choosy: bool = False, *, mends: bool = False
+    ) -> None:
+        self._mends = mends
         self._world = world
         self._choices = world.rng(f"{USER} {job.id} chooses") if is_choosy else None
         self._job = job
@@ -232,13 +237,32 @@ class User:
         job, controls = self._job.id, self._world.watch.controls
         acknowledge = controls.on_retry_request(job)
         seed = self._choices.random() if self._choices and self._choices.random() < 0.7 else None
+        requests: list[RetryRequest] = []
 
         async def retry(manager: Manager) -> object:
             chosen = None if seed is None else await self._choice(manager, seed)
-            controls.on_choice(job, chosen)
-            return await manager.job_commands.retry(job, chosen)
+            inputs = self._inputs(chosen, seed) if self._mends and chosen else {}
+            requests.append(controls.on_choice(job, chosen, inputs))
+            return await manager.job_commands.retry(job, chosen, inputs)
 
-        return self._start(retry, "retry", lambda _: acknowledge())
+        def on_answer(answer: object) -> None:
+            acknowledge()
+            requests[-1].is_accepted = not isinstance(answer, Refused)
+
+        return self._start(retry, "retry", on_answer)
+
+    def _inputs(self, chosen: TaskSelection, seed: float | None) -> TaskInputs:
+        """Return new inputs for some of the chosen tasks."""
+        rng = random.Random(f"{seed}/inputs")  # noqa: S311 - simulation
+        roots = {stage.name for stage in self._job.roots()}
+        inputs: dict[tuple[StageName, int], bytes] = {}
+        for stage, tasks in sorted(chosen.items()):
+            for task in tasks:
+                number = rng.randint(1_000, 9_999)
+                item = number if stage in roots else {"key": f"k{number % 3}", "n": number}
+                if rng.random() < 0.6:
+                    inputs[stage, task] = json.dumps(item).encode()
+        return inputs
 
     async def _choice(self, manager: Manager, seed: float) -> dict[StageName, TaskSet] | None:
         """Return some of the failed tasks, or None if the random choice is empty."""

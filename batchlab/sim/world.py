@@ -171,6 +171,8 @@ class World:
             silence_s=self.manager_settings.silence_s,
         )
         self.watch.shares.is_on = self.shares
+        self.watch.gpus.pools = {pool.name: pool for pool in self.pools if pool.gpus}
+        self.watch.gpus.max_size = self._max_size
         self.watch.shares.pools = {pool.name: pool for pool in self.pools}
         self.watch.shares.window = self.manager_settings.window
         self.damage = Damage(self.objects, self.ledger, self.watch.trust.touched, self.watch.damaged)
@@ -267,6 +269,9 @@ class World:
         saved = [m.instance.id for m in members if m.state is not LifecycleState.TERMINATED]
         return saved + [name for name, worker in self.workers.items() if worker.ended is None and name not in saved]
 
+    def _max_size(self, pool: str) -> int:
+        return max((group.pool.max_size for group in self._state.groups() if group.pool.name == pool), default=0)
+
     def has_scheduled_ends(self) -> bool:
         """Return whether any group has a scheduled action."""
         return any(group.end_s is not None for group in self._state.groups())
@@ -353,12 +358,14 @@ class World:
     def _start(self, scene: AttemptInput) -> Callable[[], None]:
         now_s = self.clock.monotonic_s()
         job, stage = scene.job.id, scene.stage.name
-        start = Start(now_s, CURRENT.get(), job, stage, scene.task, scene.bundle.round)
+        start = Start(now_s, CURRENT.get(), job, stage, scene.task, scene.bundle.round, scene.item)
         self.watch.on_start(start)
         self.watch.on_task(scene.bundle, scene.task, start.actor)
+        self.watch.gpus.on_start(start.actor, scene.stage, scene.gpus)
 
         def ended() -> None:
             start.ended_s = self.clock.monotonic_s()
+            self.watch.gpus.on_end(start.actor, scene.gpus)
 
         return ended
 
@@ -440,7 +447,8 @@ class SimWorker:
         rights = self.rights if world.watched else None
         objects = world._wrap(world.objects, "objects", self.actor, rights)
         queue = world._wrap(world.queue, "queue", self.actor, rights)
-        self.who = Identity(f"w-{instance}", instance, pool.name, pool.slots, f"key-{instance}")
+        self.who = Identity(f"w-{instance}", instance, pool.name, pool.slots, f"key-{instance}", pool.gpus)
+        world.watch.gpus.on_boot(self.actor, pool)
         self.worker = Worker(
             self.who,
             objects,
@@ -500,4 +508,5 @@ class SimWorker:
                 self._world.watch.on_kill(self.actor)
             else:
                 self._world.watch.on_exit(self.actor)
+                self._world.watch.gpus.check_free(self.actor, self.worker.free_gpus)
             self.actor.kill()

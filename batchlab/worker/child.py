@@ -47,6 +47,8 @@ class RequestLine(TypedDict):
     must_start: bool
     """Whether the first task starts even if `left_s` is used up."""
     memory_bytes: int | None
+    gpus: str | None
+    """Value of CUDA_VISIBLE_DEVICES, or None to leave the variable unchanged."""
 
 
 class Child:
@@ -95,6 +97,9 @@ class Child:
         self._out.attach(line["log"], line["request"]["cwd"])
         log_at = self._out.size()
         self._board.mark(IMPORTING, time.monotonic(), log_at)
+        if line["gpus"] is not None:
+            # The variable is set before the handler is imported, because an import may initialize CUDA.
+            os.environ["CUDA_VISIBLE_DEVICES"] = line["gpus"]
         if (code := line["request"]["code"]) and not self._has_code:
             sys.path.insert(0, code)
             self._has_code = True

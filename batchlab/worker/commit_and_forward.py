@@ -135,6 +135,7 @@ def fresh_copy(
         now_s=now_s,
         watchdog=watchdog,
         trace=inflight.trace,
+        expected_s=inflight.task.expected_s,
     )
 
 
@@ -273,7 +274,15 @@ class BundleFinisher:
             items = dict(zip(inflight.bundle.tasks, inflight.items, strict=True))
         with span(self._context.tracer, "forward", inflight.trace, inflight.bundle) as forward:
             now_s, trace = self._context.clock.now_s(), forward.context
-            messages = follow_ups(inflight.job, unsent, inflight.key, now_s=now_s, items=items, trace=trace)
+            messages = follow_ups(
+                inflight.job,
+                unsent,
+                inflight.key,
+                now_s=now_s,
+                items=items,
+                trace=trace,
+                expected_s=inflight.task.expected_s,
+            )
             # Follow-ups are sent before the event of their outcome. The event tells the manager that all follow-ups
             # have been sent, so that the manager may end the stage.
             await self._context.outbox.send(messages)

@@ -15,7 +15,7 @@ import shutil
 import signal
 from asyncio import Task
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -66,6 +66,8 @@ class ExecutionContext:
     code_cache: CodeCache
     sampler: Sampler
     folders: Folders
+    gpu_names: tuple[str, ...] = ()
+    """Names of the instance's GPUs, or () for an instance without declared GPUs."""
 
 
 class Folders:
@@ -125,6 +127,7 @@ class Execution:
         self._code_cache = context.code_cache
         self._folders = context.folders
         self._limits = Limits(work.stage, context.sampler)
+        self._gpus = visible_gpus(work.gpus, context.gpu_names)
         self._began_s = context.clock.monotonic_s()
         self._child: ChildProcess | None = None
         self._busy = False
@@ -160,7 +163,8 @@ class Execution:
         finally:
             self._handle.running = self._handle.peek = None
             try:
-                if self._child is not None and self._busy:
+                # A process that has used a GPU holds memory of the GPU until the process ends.
+                if self._child is not None and (self._busy or self._work.gpus):
                     await self._children.kill(self._child)
                 elif self._child is not None:
                     self._children.release(self._child)
@@ -268,7 +272,8 @@ class Execution:
         if self._stopped or is_spent or self._handle.until_s <= self._clock.monotonic_s():
             return False
         if self._child is None:
-            self._child = await self._children.acquire(digest)
+            # A process reads CUDA_VISIBLE_DEVICES only once, so a task with GPUs needs a process of its own.
+            self._child = await self._children.acquire(f"{digest}/{self._gpus}" if self._work.gpus else digest)
         child, before = self._child, len(self._unfinished)
         self._allow(child)
         child.send(
@@ -279,6 +284,7 @@ class Execution:
                 left_s=left_s,
                 must_start=not self._started,
                 memory_bytes=self._work.stage.memory_bytes,
+                gpus=self._gpus,
             )
         )
         self._busy = True
@@ -476,6 +482,12 @@ class Execution:
             key = object_keys.log(self._work.bundle, self._work.execution, self._work.key)
             await materialization.upload(self._objects, [(str(self._log), key)])
             self._handle.log = key
+
+
+def visible_gpus(gpus: Sequence[int], names: Sequence[str]) -> str | None:
+    """Return the value of CUDA_VISIBLE_DEVICES for the GPUs of a bundle. A bundle without GPUs gets the value "" on an
+    instance with GPUs, and None, which leaves the variable unchanged, on an instance without declared GPUs."""
+    return ",".join(names[gpu] for gpu in gpus) if names else None
 
 
 def gathering_s(count: int, pace_s: float) -> float:

@@ -3,10 +3,10 @@
 Invariant (promise I6): a worker reports each received or released message soon. When an instance dies, the manager can
 return the messages in the last heartbeat of its worker to the queue.
 
-Invariant: a worker extends the visibility timeout of every in-flight message after each third of the timeout. SQS
-limits the visibility of a message to 12 h from the receive. Before the 12 h limit, a delayed watchdog message replaces
-the message of a running bundle. The receiver of a watchdog message runs the bundle again only if the bundle's running
-marker is stale.
+Invariant: a worker extends the visibility timeout of every in-flight message before the last two thirds of the timeout
+begin. The longer timeout of a long bundle is extended later (see `visibility_timeouts`). SQS limits the visibility of a
+message to 12 h from the receive. Before the 12 h limit, a delayed watchdog message replaces the message of a running
+bundle. The receiver of a watchdog message runs the bundle again only if the bundle's running marker is stale.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import asyncio
 import logging
 from contextlib import suppress
 
+from batchlab.core import visibility_timeouts
 from batchlab.core.errors import BackendError
 from batchlab.core.port_retries import raise_if_cancelled
 from batchlab.core.ports import MAX_BATCH
@@ -129,6 +130,8 @@ class Heartbeats:
             leaving=self.leaving,
             gone=gone,
             key=who.key,
+            gpus=who.gpus,
+            busy_gpus=sum(len(message.gpus) for message in self._context.inflight.values() if message.running),
         )
 
 
@@ -149,7 +152,7 @@ class VisibilityHeartbeat:
         """Extend visibilities, hand over long-running bundles, and refresh markers forever."""
         while True:
             raise_if_cancelled()
-            await asyncio.sleep(self._context.settings.visibility_s / 6)
+            await asyncio.sleep(visibility_timeouts.shortest_s(self._context.settings.visibility_s) / 6)
             try:
                 await self._extend()
             except BackendError as error:
@@ -170,19 +173,25 @@ class VisibilityHeartbeat:
         visibility_s = self._context.settings.visibility_s
         by_queue: dict[str, list[InflightMessage]] = {}
         for message in self._context.inflight.values():
-            if message.receipt is not None and self._is_due(message.extended_s):
+            if message.receipt is not None and now_s >= message.extend_at_s - 0.001:
                 by_queue.setdefault(message.queue, []).append(message)
         for name, messages in by_queue.items():
             for i in range(0, len(messages), MAX_BATCH):
                 batch = messages[i : i + MAX_BATCH]
-                changes = [(message.receipt, visibility_s) for message in batch if message.receipt is not None]
+                timeouts_s = [self._timeout_s(message, now_s) for message in batch]
+                pairs = zip(batch, timeouts_s, strict=True)
+                changes = [(message.receipt, timeout_s) for message, timeout_s in pairs if message.receipt is not None]
                 refused = await self._context.queue.change_visibility(name, changes)
-                for message in batch:
-                    message.extended_s = now_s
+                for message, timeout_s in zip(batch, timeouts_s, strict=True):
+                    message.extend_at_s = now_s + visibility_timeouts.extend_after_s(timeout_s, visibility_s)
                     if message.receipt in refused:
                         # After a refused extension, another worker may have the message. The run continues, because the
                         # first commit decides.
                         message.receipt = None
+
+    def _timeout_s(self, message: InflightMessage, now_s: float) -> float:
+        run_s = message.task.run_s if message.running else None
+        return visibility_timeouts.extension_s(run_s, now_s - message.received_s, self._context.settings.visibility_s)
 
     def _is_due(self, last_s: float) -> bool:
         """Return whether a third of the visibility timeout has passed since the monotonic time `last_s`."""

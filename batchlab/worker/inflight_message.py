@@ -44,6 +44,8 @@ class Work:
     budget_s: float | None = None
     key: CommitKey = UNSEALED
     """Commit key of the job, which seals the names of files and logs."""
+    gpus: tuple[int, ...] = ()
+    """Numbers of the instance's GPUs that the tasks of the bundle use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,8 @@ class InflightMessage:
     task: TaskMessage
     execution: str
     received_s: float
-    extended_s: float
+    extend_at_s: float
+    """Time when the visibility timeout of the message must be extended."""
     receipt: str | None
     key: CommitKey = UNSEALED
     """Commit key of the job, set after the key has been verified."""
@@ -143,6 +146,8 @@ class InflightMessage:
     handle: Handle = field(default_factory=Handle)
     waiting: asyncio.Future[bool] | None = None
     slots: int = 1
+    gpus: tuple[int, ...] = ()
+    """Numbers of the GPUs that the bundle holds."""
     alone: bool = False
     """Whether the next start decides if the task is poison, so that the task must run alone."""
     running: bool = False
@@ -221,6 +226,7 @@ class Identity:
     slots: int
     key: str = field(default="", repr=False)
     """Random secret of the instance. The manager identifies its workers by the secret of their instance."""
+    gpus: int = 0
 
 
 @dataclass(slots=True)
@@ -241,26 +247,47 @@ class WorkerContext:
     """Replies to clients on this machine, or None if clients run on other machines."""
 
 
-class Slots:
-    """Task slots of an instance. Requests for slots are granted in the order of their arrival.
+@dataclass(slots=True, eq=False)
+class _Request:
+    slots: int
+    gpus: int
+    future: asyncio.Future[bool]
 
-    A small request for slots does not overtake a large request, because a stage that needs all slots would starve.
+
+class Slots:
+    """Task slots and GPUs of an instance. Requests are granted in the order of their arrival.
+
+    A small request does not overtake a large request, because a stage that needs all slots would starve. Only a request
+    without GPUs overtakes requests that wait for GPUs. When a GPU is free, no request overtakes the first request that
+    needs the GPU, so the first request gets the next free slots.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, gpus: int = 0) -> None:
         self.total = total
         self.free = total
-        self._requests: deque[tuple[int, asyncio.Future[bool]]] = deque()
+        self.gpus = gpus
+        self.free_gpus = list(range(gpus))
+        """Numbers of the GPUs that no bundle holds, in order."""
+        self._requests: deque[_Request] = deque()
+        self._granted: dict[asyncio.Future[bool], tuple[int, ...]] = {}
 
-    def request(self, count: int) -> asyncio.Future[bool]:
-        """Return a future that becomes True when the caller has `count` slots, at most `total`."""
+    def request(self, count: int, gpus: int = 0) -> asyncio.Future[bool]:
+        """Return a future that becomes True when the caller has `count` slots, at most `total`, and `gpus` GPUs.
+
+        `take` returns the numbers of the GPUs. `gpus` must not exceed the number of the instance's GPUs.
+        """
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._requests.append((min(count, self.total), future))
+        self._requests.append(_Request(min(count, self.total), gpus, future))
         self._grant()
         return future
 
-    def release(self, count: int) -> None:
+    def take(self, request: asyncio.Future[bool]) -> tuple[int, ...]:
+        """Return the GPUs of a granted request."""
+        return self._granted.pop(request, ())
+
+    def release(self, count: int, gpus: Sequence[int] = ()) -> None:
         self.free += min(count, self.total)
+        self.free_gpus = sorted([*self.free_gpus, *gpus])
         self._grant()
 
     def refuse(self, request: asyncio.Future[bool]) -> None:
@@ -270,13 +297,19 @@ class Slots:
             self._grant()
 
     def _grant(self) -> None:
-        while self._requests:
-            count, future = self._requests[0]
-            if future.done():  # A finished future at the head of the queue belongs to a refused request.
-                self._requests.popleft()
+        waits_for_gpu = False
+        for request in list(self._requests):
+            if request.future.done():  # A finished future in the queue belongs to a refused request.
+                self._requests.remove(request)
                 continue
-            if count > self.free:
+            if request.gpus and (waits_for_gpu or request.gpus > len(self.free_gpus)):
+                waits_for_gpu = True
+                continue
+            if request.slots > self.free:
                 return
-            self._requests.popleft()
-            self.free -= count
-            future.set_result(True)
+            self._requests.remove(request)
+            self.free -= request.slots
+            if request.gpus:
+                self._granted[request.future] = tuple(self.free_gpus[: request.gpus])
+                del self.free_gpus[: request.gpus]
+            request.future.set_result(True)

@@ -245,6 +245,7 @@ class SimulatedTaskRunner:
             left_s=None,
             must_start=True,
             memory_bytes=stage.memory_bytes,
+            gpus=None,
         )
         return self._children.ask(stage, run.code, line)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
+from batchlab.core import visibility_timeouts
 from batchlab.core.atomic_write import of_single_call
 from batchlab.core.errors import BackendError, Malformed, NotFound, TooNew
 from batchlab.core.job_definition import StageDef
@@ -138,6 +139,10 @@ MAX_COPY_RECEIVES = 3
 MAX_COPY_AGE_S = 60.0
 """Age in seconds at which a speculative copy is dropped, because the slot that was free for the copy may be needed."""
 
+GPU_WAIT_S = 15.0
+"""Seconds for which a bundle waits for a GPU of its worker before the worker returns it. Another worker may have a free
+GPU by then."""
+
 HEAD_START_S = 0.01
 """Delay in seconds of the next receive after a long poll has filled every slot."""
 
@@ -178,9 +183,11 @@ class Worker:
         """Whether the worker has ended because no manager leads."""
         self._tasks_queue = object_keys.tasks_queue(who.pool)
         self._inputs = Inputs(objects, patience)
-        self._slots = Slots(who.slots)
+        self._slots = Slots(who.slots, who.gpus)
         self._executions = 0
         self._prefetch = 0
+        self._timeout_s = settings.visibility_s
+        """Visibility timeout in seconds of the next received messages."""
         self._has_room = asyncio.Event()
         self._draining = asyncio.Event()
         self._empty = asyncio.Event()
@@ -237,6 +244,11 @@ class Worker:
         self.is_orphan = True
         self.drain()
 
+    @property
+    def free_gpus(self) -> list[int]:
+        """Numbers of the GPUs that no bundle holds."""
+        return self._slots.free_gpus
+
     # --- Receiving -------------------------------------------------------------------------------
 
     async def _receive_messages(self, group: asyncio.TaskGroup) -> None:
@@ -248,13 +260,13 @@ class Worker:
                 self._has_room.clear()
                 await self._has_room.wait()
                 continue
-            began_s = self._clock.monotonic_s()
+            began_s, timeout_s = self._clock.monotonic_s(), self._timeout_s
             try:
                 messages = await self.context.queue.receive(
                     self._tasks_queue,
                     max_messages=min(MAX_BATCH, room),
                     wait_s=self._settings.wait_s,
-                    visibility_s=self._settings.visibility_s,
+                    visibility_s=timeout_s,
                 )
             except BackendError as error:
                 raise_if_cancelled()
@@ -264,7 +276,9 @@ class Worker:
                 continue
             # Readable messages are registered before other messages are returned, so that a drain finds the readable
             # messages.
-            too_new = [(message, problem) for message in messages if (problem := self._accept(message, group))]
+            too_new = [
+                (message, problem) for message in messages if (problem := self._accept(message, timeout_s, group))
+            ]
             for message, problem in too_new:
                 await self._finisher.return_too_new(self._tasks_queue, message, problem)
             waited_s = self._clock.monotonic_s() - began_s
@@ -280,8 +294,8 @@ class Worker:
         """Number of task slots in use or requested. A bundle whose commit is in progress does not use a slot."""
         return sum(inflight.slots for inflight in self._inflight.values() if not inflight.committing)
 
-    def _accept(self, message: Message, group: asyncio.TaskGroup) -> TooNew | None:
-        """Start a task that processes the message.
+    def _accept(self, message: Message, timeout_s: float, group: asyncio.TaskGroup) -> TooNew | None:
+        """Start a task that processes the message, which was received with the visibility timeout `timeout_s`.
 
         Return an error if only a newer worker can read the message.
         """
@@ -297,7 +311,11 @@ class Worker:
         now_s = self._clock.monotonic_s()
         self._executions += 1
         execution = f"{self.who.worker}-{self._executions}"
-        inflight = InflightMessage(self._tasks_queue, message, task, execution, now_s, now_s, message.receipt)
+        # The next messages of the pool probably belong to the same stage.
+        visibility_s = self._settings.visibility_s
+        self._timeout_s = visibility_timeouts.receive_s(task.run_s, visibility_s)
+        extend_s = now_s + visibility_timeouts.extend_after_s(timeout_s, visibility_s)
+        inflight = InflightMessage(self._tasks_queue, message, task, execution, now_s, extend_s, message.receipt)
         self._inflight[execution] = inflight
         self._empty.clear()
         self._heartbeats.request()
@@ -415,29 +433,20 @@ class Worker:
             await self._run_in_slots(inflight, stage)
 
     async def _run_in_slots(self, inflight: InflightMessage, stage: StageDef) -> None:
-        slots = min(stage.slots, self._slots.total)
-        is_alone = False
-        if inflight.alone and slots < self._slots.total:
-            # A poison task that runs alone cannot crash other bundles. The wait for all slots is limited, because
-            # another bundle may run for half a day.
-            is_alone = await self._acquire_slots(inflight, self._slots.total, self._settings.visibility_s)
-            # A bundle that runs together with other bundles does not need all slots, so the worker may have room again.
-            self._has_room.set()
-        if not is_alone:
-            # A bundle that needs several slots keeps its place in the waiting list. A bundle that is sent again might
-            # never get several slots. A copy uses only slots that are free.
-            max_wait_s = 2 * self._settings.quick_s if slots == 1 or inflight.is_copy else None
-            if not await self._acquire_slots(inflight, slots, max_wait_s):
-                # A prefetched bundle behind a long bundle is returned, because an idle worker may run it sooner.
-                self._prefetch = 0
-                if not await self._end_superseded(inflight):
-                    await self._finisher.send_again(inflight)
-                return
+        if not await self._wait_for_slots(inflight, stage):
+            # A prefetched bundle behind a long bundle is returned, because an idle worker may run it sooner.
+            self._prefetch = 0
+            if not await self._end_superseded(inflight):
+                await self._finisher.send_again(inflight)
+            return
         inflight.started_s = self._clock.now_s()
         began_s = self._clock.monotonic_s()
         copy_s = inflight.task.copy_s
         limit = None if copy_s is None else asyncio.get_running_loop().call_later(copy_s, inflight.handle.end)
         try:
+            if stage.gpus and inflight.suspicion and not inflight.is_superseded:
+                # The bundle may have waited for a GPU behind an earlier delivery of itself.
+                inflight.is_superseded = await self._poison_detector.outcome(inflight) is not None
             if not inflight.is_superseded:
                 await self._run_tasks(inflight, stage)
         finally:
@@ -445,7 +454,8 @@ class Worker:
                 limit.cancel()
             inflight.running = False
             inflight.committing = True
-            self._slots.release(inflight.slots)
+            self._slots.release(inflight.slots, inflight.gpus)
+            inflight.gpus = ()
             took_s = self._clock.monotonic_s() - began_s
             self._prefetch = self._slots.total if took_s < self._settings.quick_s else 0
             self._has_room.set()
@@ -469,6 +479,30 @@ class Worker:
             await self._finisher.forward_again(inflight, outcome)
         else:
             await self._finisher.finish(inflight, outcome)
+
+    async def _wait_for_slots(self, inflight: InflightMessage, stage: StageDef) -> bool:
+        """Wait for the slots and the GPUs of the bundle, and return whether the bundle got them. Raise TooNew if the
+        worker has too few GPUs."""
+        slots = min(stage.slots, self._slots.total)
+        if stage.gpus > self._slots.gpus:
+            # The instance may be older than a change of its pool, so a newer instance may have the GPUs.
+            raise TooNew(
+                f"A task of stage {stage.name} needs {stage.gpus} GPUs, and this worker has {self._slots.gpus}."
+            )
+        if inflight.alone and slots < self._slots.total:
+            # A poison task that runs alone cannot crash other bundles. The wait for all slots is limited, because
+            # another bundle may run for half a day.
+            is_alone = await self._acquire_slots(inflight, self._slots.total, stage.gpus, self._settings.visibility_s)
+            # A bundle that runs together with other bundles does not need all slots, so the worker may have room again.
+            self._has_room.set()
+            if is_alone:
+                return True
+        # A bundle that needs several slots or GPUs keeps its place in the waiting list. A bundle that is sent again
+        # might never get several slots. A copy uses only slots that are free.
+        max_wait_s = 2 * self._settings.quick_s if slots == 1 or inflight.is_copy else None
+        if stage.gpus:
+            max_wait_s = max(GPU_WAIT_S, 2 * self._settings.quick_s) if slots == stage.gpus == 1 else None
+        return await self._acquire_slots(inflight, slots, stage.gpus, max_wait_s)
 
     async def _end_superseded(self, inflight: InflightMessage) -> bool:
         """Forward the outcome of another worker if it has stopped this run. Return whether the outcome was
@@ -500,16 +534,17 @@ class Worker:
             return True
         return False
 
-    async def _acquire_slots(self, inflight: InflightMessage, count: int, max_wait_s: float | None) -> bool:
-        """Wait up to `max_wait_s` for slots, and return whether the bundle got the slots."""
+    async def _acquire_slots(self, inflight: InflightMessage, count: int, gpus: int, max_wait_s: float | None) -> bool:
+        """Wait up to `max_wait_s` for slots and GPUs, and return whether the bundle got them."""
         inflight.slots = count
-        inflight.waiting = self._slots.request(count)
+        inflight.waiting = self._slots.request(count, gpus)
         if self._draining.is_set():
             self._slots.refuse(inflight.waiting)
         with suppress(TimeoutError):
             async with asyncio.timeout(max_wait_s):
                 await asyncio.shield(inflight.waiting)
         self._slots.refuse(inflight.waiting)
+        inflight.gpus = self._slots.take(inflight.waiting)
         return await inflight.waiting
 
     async def _run_tasks(self, inflight: InflightMessage, stage: StageDef) -> None:
@@ -521,7 +556,16 @@ class Worker:
         inflight.running = True
         self._heartbeats.request()
         budget_s = BUDGET_S if stage.bundle is None and not inflight.is_copy else None
-        work = Work(inflight.job, stage, inflight.bundle, inflight.execution, inflight.items, budget_s, inflight.key)
+        work = Work(
+            inflight.job,
+            stage,
+            inflight.bundle,
+            inflight.execution,
+            inflight.items,
+            budget_s,
+            inflight.key,
+            inflight.gpus,
+        )
         runs = self._runner.run(work, inflight.handle)
         with span(self._tracer, "run", inflight.trace, inflight.bundle, start_s=inflight.started_s) as run_span:
             ended: list[EndedTask] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from batchlab.core.model import Ran
 from batchlab.core.ports import Clock, LocalFiles, Objects
@@ -37,7 +37,9 @@ class ProcessRunner:
         files: LocalFiles | None = None,
         *,
         value_cache_bytes: int = VALUE_CACHE_BYTES,
+        gpu_names: Sequence[str] = (),
     ) -> None:
+        """Create a runner. `gpu_names` has the name of each GPU of the instance, as CUDA_VISIBLE_DEVICES lists them."""
         # Child processes have other current folders than the worker, so paths must be absolute.
         scratch = Scratch(scratch.root.absolute())
         self._scratch = scratch
@@ -47,7 +49,9 @@ class ProcessRunner:
         code_cache = CodeCache(objects, scratch, asyncio.to_thread, value_cache_bytes)
         sampler = Sampler(monotonic_s, TICK_S / 2)
         folders = Folders(scratch.root / "spare", slots)
-        self._context = ExecutionContext(objects, files, clock, children, code_cache, sampler, folders)
+        self._context = ExecutionContext(
+            objects, files, clock, children, code_cache, sampler, folders, tuple(gpu_names)
+        )
 
     def prepare(self) -> None:
         """Start a child process for each slot before the first bundle arrives.

@@ -18,6 +18,7 @@ _SECTIONS = {
     "ColumnsSpec": "`columns` of a trace",
     "PoolSpec": "`pools`: each one",
     "PolicySpec": "`policy`",
+    "SharesSpec": "`shares`",
     "PrewarmSpec": "`prewarm`: each one",
     "FaultSpec": "`faults`: each one",
     "ExpectSpec": "`expect`",
@@ -26,7 +27,7 @@ _SECTIONS = {
 """Titles of the schema's parts, in the order of the page."""
 
 _NESTED = {
-    *("GroupsSpec", "JobExpectSpec", "PartTimes", "MomentSpec", "StepAt", "TakeSpec"),
+    *("GroupsSpec", "JobExpectSpec", "ShareEntrySpec", "PartTimes", "MomentSpec", "StepAt", "TakeSpec"),
     *("UniformTimes", "ExponentialTimes", "LognormalTimes", "ParetoTimes", "WeibullTimes"),
     *("PoissonSpec", "OnOffSpec", "ProfileSpec", "MonthEndSpec", "StepSpec", "RampSpec"),
 }

@@ -109,6 +109,7 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
         "BATCHLAB_INSTANCE_IMAGE": "image of a whole operating system, which launch templates may name; "
         "`compose/offline/build.sh` sets it",
         "BATCHLAB_DEBIAN_MIRROR": "Debian mirror of `compose/offline/build.sh`",
+        "BATCHLAB_DOCKER_GPUS": "with `0`, containers get no devices for the GPUs that their pool declares",
         "LOCALSTACK_AUTH_TOKEN": "token that newer images of LocalStack need",
         "PIP_CERT": "certificates that `pip` trusts during the build, if a proxy intercepts TLS",
         "SSL_CERT_FILE": "certificates that other programs trust during the build",
@@ -129,6 +130,7 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
         "BATCHLAB_INSTANCE": "id of a worker's instance",
         "BATCHLAB_POOL": "pool of a container",
         "BATCHLAB_SLOTS": "task slots of a container",
+        "BATCHLAB_GPUS": "GPUs of a container",
         "BATCHLAB_INSTANCE_TYPE": "instance type of a container",
         "BATCHLAB_ZONE": "availability zone of a container",
         "BATCHLAB_MARKET": "market of a container, `spot` or `on-demand`",
@@ -141,7 +143,9 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
 
 INTERNAL = frozenset(
     {
+        "BATCHLAB_POOL_IMAGE",
         "BATCHLAB_PROJECT",
+        "BATCHLAB_WORKER_IMAGES",
         "BATCHLAB_SUBNET",
         "BATCHLAB_USER",
         "BATCHLAB_HOME_FOLDER",
@@ -150,7 +154,7 @@ INTERNAL = frozenset(
         "BATCHLAB_NOTIFY_",
     }
 )
-"""Variables that `grid up` sets for its compose file, and a prefix. Users do not set them."""
+"""Variables that `grid up` sets for its compose file and for workers, and a prefix. Users do not set them."""
 
 _WORDS = """\
 

@@ -47,7 +47,7 @@ def opened(folder: Path) -> tuple[ProcessLauncher, Home]:
     home.make()
     backend = factory.load("local")
     launcher = backend.open_launcher(home, backend.open_clock())
-    assert launcher
+    assert isinstance(launcher, ProcessLauncher)
     return launcher, home
 
 

@@ -14,6 +14,7 @@ import pytest
 from batchlab.cli import app, option_values
 from batchlab.core.errors import BackendError, NotFound, Refused, Unreachable, UsageError
 from batchlab.core.job_definition import Condition, Dependency
+from batchlab.core.protocol import mended_inputs
 from batchlab.runtime import compose_deployment
 from batchlab.runtime.compose_deployment import Deployment
 from batchlab.runtime.home import Home, Place
@@ -314,11 +315,38 @@ def test_a_retry_may_be_of_some_failures(manager: type[FakeClient], run: Run) ->
     assert manager.asked[-1][2] == {
         "fingerprints": ["0123456789"],
         "tasks": {"parse": [(3, 4), (7, 10)], "price": [(0, 1)]},
+        "inputs": {},
     }
     for wrong in ("parse", "parse/", "/3", "parse/9-7", "parse/x", "parse/1,,2", "parse/-1", "parse:3"):
         code, _, err = run("job", "retry", "sums-0123456789", "--tasks", wrong)
         assert code == 2, wrong
         assert "parse/3,7-9" in err
+
+
+def test_a_new_input_belongs_to_the_task_at_its_position(
+    manager: type[FakeClient], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.answers = {"job": a_job("sums-0123456789"), "retry": a_job("sums-0123456789", "PENDING")}
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(b"1")
+    second.write_bytes(b"2")
+    retry = ("job", "retry", "sums-0123456789")
+    assert run(*retry, "--task", "parse/3", "--input", first, "--task", "price/0", "--input", second)[0] == 0
+    assert manager.asked[-1][2]["inputs"] == {("parse", 3): b"1", ("price", 0): b"2"}
+    monkeypatch.setattr(mended_inputs, "MAX_INPUT_BYTES", 0)
+    wrong = {
+        ("--task", "parse/3"): "Each --task needs one --input",
+        ("--input", first): "each --input one --task",
+        ("--task", "3", "--input", first): "does not name a stage",
+        ("--task", "parse/x", "--input", first): "is not the name of a task",
+        ("--task", "parse/3", "--input", tmp_path / "none"): "cannot be read: No such file",
+        ("--task", "parse/3", "--input", first): "The new input of parse/3 is larger than 0 B",
+        ("--task", "a/1", "--input", "-", "--task", "a/2", "--input", "-"): "of one task only",
+    }
+    for arguments, text in wrong.items():
+        code, _, err = run(*retry, *arguments)
+        assert code == 2
+        assert text in err
 
 
 # --- Text from tasks and names --------------------------------------------------------------------

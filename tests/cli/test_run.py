@@ -26,7 +26,7 @@ from batchlab.core.model import ENDED, JobState, Pool
 from batchlab.core.port_retries import Patience
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.jobs.job_file import JobFile, load
-from batchlab.runtime import compose_deployment, factory
+from batchlab.runtime import compose_deployment, descriptor, factory
 from batchlab.runtime.compose_deployment import Deployment
 from batchlab.runtime.home import Home, ManagerRecord
 from tests.support.cli import a_grid, view
@@ -129,10 +129,33 @@ def test_workers_bounds_every_pool(jobfile: JobFile) -> None:
     assert run_job.pools_for(busy, jobfile, 1) == (Pool("default", 1, 1, 1),)
 
 
-@pytest.mark.parametrize("text", ["default:0-4x1", "big-1:2-2x16"])
+IMAGE = f"registry.example:5000/team/tools:1@sha256:{'0' * 64}"
+
+
+@pytest.mark.parametrize("text", ["default:0-4x1", "big-1:2-2x16", "gpu:0-4x8,gpus=2", f"tools:0-1x1,image={IMAGE}"])
 def test_a_pool_reads_as_it_is_written(text: str) -> None:
-    pool = option_values.parse_pool(text)
-    assert f"{pool.name}:{pool.min_size}-{pool.max_size}x{pool.slots}" == text
+    assert descriptor.pool_option(option_values.parse_pool(text)) == text
+
+
+def test_image_of_a_pool_is_not_an_instance_type() -> None:
+    pool, types = option_values.parse_typed_pool(f"tools:0-1x1@m7i.large,m6i.large,image={IMAGE}")
+    assert (pool.image, types) == (IMAGE, ("m7i.large", "m6i.large"))
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("image=", "is not the name of a container image"),
+        ("image=-v", "is not the name of a container image"),
+        ("image=a b", "is not the name of a container image"),
+        ("image=a@sha256:1", "is not the name of a container image"),
+        ("imagine=a", "unknown or given twice"),
+        ("image=a,image=b", "unknown or given twice"),
+    ],
+)
+def test_mistake_in_a_pools_option_is_refused(option: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        option_values.parse_pool(f"tools:0-1x1,{option}")
 
 
 @pytest.mark.parametrize(
@@ -141,6 +164,17 @@ def test_a_pool_reads_as_it_is_written(text: str) -> None:
 def test_invalid_pool_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UsageError, match="default:0-4x1"):
         option_values.parse_pool(text)
+
+
+@pytest.mark.parametrize("text", ["a:0-4x1,gpus=17", "a:0-4x1,gpus=x", "a:0-4x1,gpus=1,gpus=2", "a:0-4x1,tpus=1"])
+def test_an_invalid_option_of_a_pool_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"has gpus=|has the option"):
+        option_values.parse_pool(text)
+
+
+def test_a_pool_has_instance_types_and_options() -> None:
+    pool, types = option_values.parse_typed_pool("a:0-4x8@g5.xlarge,g6.xlarge,gpus=1")
+    assert (pool, types) == (Pool("a", 0, 4, 8, gpus=1), ("g5.xlarge", "g6.xlarge"))
 
 
 def test_a_pool_given_twice_is_refused() -> None:

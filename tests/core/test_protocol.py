@@ -236,6 +236,8 @@ def test_messages_round_trip() -> None:
     beat = Beat("w", "i", "p", 1.0, 2, 1, (held,), 7, key="instance-key")
     events = Events((done,), (object_keys.outcome(BUNDLE, UNSEALED),), (beat,), (outcome,))
     assert read_events_message(events_message(events)) == events
+    with_gpus = replace(events, beats=(replace(beat, gpus=4, busy_gpus=3),))
+    assert read_events_message(events_message(with_gpus)) == with_gpus
     asked = (WorkerRequests("w", "i", Requests(10, 2, 3, 4, 5), is_spot=True),)
     assert read_events_message(events_message(replace(events, requests=asked))).requests == asked
 
@@ -247,9 +249,21 @@ def test_optional_fields_are_omitted_from_messages() -> None:
     assert json_format.job_to_json(replace(JOB, max_cost_usd=5.0))["max_cost_usd"] == 5.0
     capped = replace(JOB, max_cost_usd=5.0)
     assert json_format.job_from_json(json_format.loads(json_format.to_bytes(json_format.job_to_json(capped)))) == capped
+    beat = Beat("w", "i", "p", 1.0, 2, 1, (), 7)
+    assert "gpus" not in json_format.loads(events_message(Events(beats=(beat,))))["h"][0]
     # A message of an earlier worker does not contain counts, and an earlier manager ignores counts.
     assert read_events_message(events_message(Events())).requests == ()
     assert "q" not in json_format.loads(events_message(Events()))
+
+
+def test_earlier_releases_refuse_a_job_with_gpus() -> None:
+    """A worker of an earlier release would run several tasks on one GPU."""
+    plain, *_ = json_format.job_to_json(JOB)["stages"]
+    assert "gpus" not in plain
+    job = replace(JOB, stages=tuple(replace(stage, gpus=1) for stage in JOB.stages))
+    doc = json_format.job_to_json(replace(job, commit_hash="0f" * 32))
+    assert doc["needs"] == json_format.GPUS
+    assert json_format.job_from_json(json_format.loads(json_format.to_bytes(doc))).stages == job.stages
 
 
 def test_an_unknown_format_is_refused() -> None:

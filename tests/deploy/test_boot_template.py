@@ -40,6 +40,9 @@ def test_nothing_is_left_to_fill_in_and_it_fits(shape: str, name: str) -> None:
     assert settings["ROLE"] == TEMPLATES[name]
     assert settings["RELEASE"] == SHAPES[shape].get("Release", "")
     assert settings["CONTAINER_IMAGE"] == SHAPES[shape].get("ContainerImage", "")
+    pools_image = SHAPES[shape].get("PoolImage", "")
+    assert settings["POOL_IMAGE"] == (pools_image if TEMPLATES[name] == "worker" else "")
+    assert deployed(text).pools[0].image == (pools_image or SHAPES[shape].get("ContainerImage", ""))
     group = "batchlab-manager" if name == "ManagerTemplate" else "batchlab-pool-default"
     assert settings["GROUP"] == group
     at = deployed(text)
@@ -69,3 +72,30 @@ def test_manager_gets_every_pool_and_a_worker_its_own() -> None:
     assert (default.name, default.instance_type) == ("default", "m7i.large")
     assert (big.name, big.slots) == ("big", 4)
     assert deployed(script(shape, "PoolBigTemplate")).pools == (big,)
+
+
+def test_each_pool_has_its_own_image_and_the_manager_has_none() -> None:
+    template = pool_templates.expand(TEMPLATE, ["default", "big"])
+    parameters = {"PoolBigName": "big", "PoolBigImage": "me/tools:1", "ContainerImage": "me/grid:1", "Egress": "nat"}
+    shape = cfn.Rendered(template, Release=RELEASE, **parameters)
+    images = {}
+    for name in ("PoolTemplate", "PoolBigTemplate", "ManagerTemplate"):
+        settings = dict(re.findall(r"^([A-Z_]+)='(.*)'$", script(shape, name), re.M))
+        images[name] = settings["CONTAINER_IMAGE"], settings["POOL_IMAGE"]
+    assert images == {
+        "PoolTemplate": ("me/grid:1", ""),
+        "PoolBigTemplate": ("me/grid:1", "me/tools:1"),
+        "ManagerTemplate": ("me/grid:1", ""),
+    }
+    default, big = deployed(script(shape, "ManagerTemplate")).pools
+    assert (default.image, big.image) == ("me/grid:1", "me/tools:1")
+
+
+def test_only_a_role_whose_instances_have_an_image_may_pull() -> None:
+    template = pool_templates.expand(TEMPLATE, ["default", "big"])
+    shape = cfn.Rendered(template, Release=RELEASE, PoolBigName="big", PoolBigImage="me/tools:1", Egress="nat")
+    pulls = {
+        role: "ecr:GetDownloadUrlForLayer" in json.dumps(shape.properties(role)["Policies"])
+        for role in ("PoolRole", "PoolBigRole", "ManagerRole")
+    }
+    assert pulls == {"PoolRole": False, "PoolBigRole": True, "ManagerRole": False}

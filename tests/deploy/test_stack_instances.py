@@ -130,7 +130,8 @@ def test_instances_get_the_outputs_of_the_stack(shape: cfn.Rendered) -> None:
     assert manager.ledger == outputs["Ledger"]
     assert manager.domain == outputs.get("Domain", "")
     assert manager.manager_group == shape.properties("ManagerGroup")["AutoScalingGroupName"]
-    pool = Pool("default", 0, 10, 2, boot_s=90, instance_type="m7i.large")
+    image = shape.parameter("PoolImage") or shape.parameter("ContainerImage")
+    pool = Pool("default", 0, 10, 2, boot_s=90, instance_type="m7i.large", image=image)
     assert manager.pools == (pool,)
     group = shape.properties("PoolGroup")["AutoScalingGroupName"]
     assert f"{manager.groups_prefix}{pool.name}" == group

@@ -85,6 +85,7 @@ def test_no_condition_and_no_parameter_is_left_over() -> None:
         ({"SubnetIds": "subnet-0123456789abcdef0"}, "SubnetIds needs VpcId"),
         ({"Ledger": "simpledb"}, "SimpleDB does not have a VPC endpoint"),
         ({"ContainerImage": "me/grid:1"}, "ContainerImage needs Egress nat"),
+        ({"PoolImage": "me/tools:1"}, "PoolImage needs Egress nat"),
     ],
 )
 def test_contradictory_parameters_are_refused(parameters: dict[str, Any], told: str) -> None:

@@ -60,6 +60,7 @@ def folder(tmp_path: Path) -> Path:
         ("params: {limit: 1}", "priority: 5000", 4, "must be at most 1000, not 5000"),
         ("params: {limit: 1}", "failure: {max_failures: -1}", 4, "Write 0, a number of tasks,"),
         ("params: {limit: 1}", "failure: {max_failures: 101%}", 4, "a share such as 5%"),
+        ("params: {limit: 1}", "share: my team", 4, "'share' cannot be 'my team': it must be letters and digits."),
         ("params: {limit: 1}", "failure: {then: contnue}", 4, "Write one of the values: carry_on"),
         ("params: {limit: 1}", "at: 2026-01-31T06:00:00", 4, "does not have a time zone"),
         ("params: {limit: 1}", "at: tomorrow", 4, "Write +10m or a time with its zone"),

@@ -36,10 +36,12 @@ def group(*ids: str, desired: int | None = None, pool: Pool = POOL) -> GroupView
         (Backlog(seconds=41.0, tasks=100), 3),
         (Backlog(seconds=10_000.0, tasks=5000), 10),  # max
         (Backlog(seconds=10_000.0, tasks=3), 2),  # three tasks do not need more instances
+        (Backlog(seconds=400.0, tasks=4, gpu_s=400.0, gpu_tasks=4), 4),  # a task on the GPU of each instance
+        (Backlog(seconds=41.0, tasks=4, gpu_s=1.0, gpu_tasks=1), 2),
     ],
 )
 def test_desired_capacity_follows_seconds_of_backlog(backlog: Backlog, desired: int) -> None:
-    found, why = desired_capacity(backlog, group("a"), drain_target_s=10.0)
+    found, why = desired_capacity(backlog, group("a", pool=replace(POOL, gpus=1)), drain_target_s=10.0)
     assert found == desired
     assert "backlog" in why
 

@@ -168,7 +168,7 @@ def test_job_whose_schedule_waits_for_its_end_is_kept(rig: Rig) -> None:
 
 def test_retry_that_another_manager_has_begun_prevents_the_deletion(rig: Rig) -> None:
     name = ended(rig, bad=(1,))
-    plan = rig.run(rig.manager.job_commands._retries.plan(rig.run(rig.ledger.job(name)), None))
+    plan = rig.run(rig.manager.job_commands._retries.plan(rig.run(rig.ledger.job(name)), None, {}))
     rig.run(rig.objects.put(object_keys.retry(name, 1), plan.to_bytes()))
     with pytest.raises(Refused, match="is retried at the moment"):
         rig.client.delete(name)

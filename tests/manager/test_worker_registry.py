@@ -17,6 +17,7 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Fleet, Queue
 from batchlab.core.protocol.messages import Beat, CounterReport, HeldBundle
 from batchlab.manager.counters import DUPLICATE, Counters
+from batchlab.manager.live_jobs import LiveJobs
 from batchlab.manager.state import Ports
 from batchlab.manager.worker_registry import LOST_S, WorkerRegistry
 from batchlab.sim.actors import SimClock, SimIds
@@ -33,7 +34,7 @@ JOBS = frozenset({JobId("j-1")})
 
 
 def registry_of(ports: Ports) -> WorkerRegistry:
-    registry = WorkerRegistry(ports, {})
+    registry = WorkerRegistry(ports, LiveJobs())
     names = ("i-1", "i-2", "i-gone", "i-here", "i-beats")
     there = {name: Instance(name, "default", LifecycleState.IN_SERVICE, 0.0) for name in names}
     registry.instances.update_instances(there)

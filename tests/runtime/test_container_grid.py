@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
@@ -10,11 +11,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
+from docker.errors import APIError
 
+from batchlab.adapters.aws.group_descriptions import GPUS_TAG, GroupParameters
+from batchlab.adapters.docker.container import Template, container_settings, start_container
 from batchlab.cli import grid
 from batchlab.client.grid_link import Link
 from batchlab.core import installation
@@ -104,6 +108,32 @@ def test_every_pool_has_a_launch_template(tmp_path: Path) -> None:
     env = dict(big.env)
     assert env["BATCHLAB_ENDPOINT"] == "http://10.213.70.10:4566/bucket-1"
     assert env["AWS_EC2_METADATA_SERVICE_ENDPOINT"] == AT.metadata_url
+
+
+def test_launch_template_of_a_pool_has_the_pools_image(tmp_path: Path) -> None:
+    at = replace(AT, pool_images={"big": ("tools:1@sha256:0", "batchlab/grid:tools")})
+    path = tmp_path / "templates.toml"
+    path.write_text(container_grid.templates_for(at, PLACE, [Pool("default"), Pool("big")]))
+    file = TemplateFile(path, ["image:1", "batchlab/grid:tools"])
+
+    def version(name: str) -> tuple[str, str | None]:
+        version = file.referred(LaunchTemplate(launch_template_name=name))
+        return version.image, version.env.get("BATCHLAB_POOL_IMAGE")
+
+    assert version("worker-default") == ("image:1", None)
+    assert version("worker-big") == ("batchlab/grid:tools", "tools:1@sha256:0")
+
+
+def test_deployment_of_an_earlier_release_has_no_images_of_pools(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    at = replace(AT, pool_images={"big": ("tools:1@sha256:0", "batchlab/grid:tools")})
+    compose_deployment.write(home, at)
+    assert compose_deployment.read(home) == at
+    path = compose_deployment.folder(home) / "deployment.json"
+    stored = json.loads(path.read_text())
+    del stored["pool_images"]
+    path.write_text(json.dumps(stored))
+    assert compose_deployment.read(home) == AT
 
 
 def test_how_a_grid_is_observed_is_passed_on(tmp_path: Path) -> None:
@@ -433,3 +463,48 @@ def test_a_program_waits_for_a_manager_that_docker_starts_again(
             link.call(ask)
     finally:
         link.close()
+
+
+# --- GPUs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("declared", "devices"), [(None, 2), ("1", 2), ("0", 0)])
+def test_launch_template_of_a_pool_requests_its_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declared: str | None, devices: int
+) -> None:
+    """BATCHLAB_DOCKER_GPUS=0 declares GPUs on a machine whose Docker has none."""
+    monkeypatch.delenv("BATCHLAB_DOCKER_GPUS", raising=False)
+    if declared is not None:
+        monkeypatch.setenv("BATCHLAB_DOCKER_GPUS", declared)
+    path = tmp_path / "templates.toml"
+    path.write_text(container_grid.templates_for(AT, PLACE, [Pool("default", 0, 1, 8, gpus=2), Pool("plain", 0, 2, 1)]))
+    templates = TemplateFile(path)
+    launched = templates.template(LaunchTemplate("", compose_deployment.TEMPLATE.replace("{pool}", "default"), "1"))
+    assert launched.gpus == 2
+    version = templates.launched(Pool("default", env=launched.env))
+    assert (version.gpus if version.gpu_devices else 0) == devices
+    plain = templates.template(LaunchTemplate("", compose_deployment.TEMPLATE.replace("{pool}", "plain"), "1"))
+    assert plain.gpus == 0
+    (tag,) = (tag for tag in GroupParameters("t").request("g", Pool("a", gpus=2))["Tags"] if tag["Key"] == GPUS_TAG)
+    assert (tag["Value"], tag["PropagateAtLaunch"]) == ("2", True)
+
+
+def test_a_container_with_gpus_needs_a_gpu_runtime() -> None:
+    class Api:
+        def start(self, container: str) -> None:
+            raise APIError(f'could not select device driver "" with capabilities: [[gpu]] for {container}')
+
+    settings = container_settings(Template("image", (), gpus=2), "i-1", None, {}, {})
+    assert settings["host_config"]["device_requests"] == [{"Driver": "", "Count": 2, "Capabilities": [["gpu"]]}]
+    assert "device_requests" not in container_settings(Template("image", ()), "i-1", None, {}, {})["host_config"]
+    with pytest.raises(BackendError, match="cannot give GPUs to containers") as found:
+        start_container("c", cast(Any, Api()))
+    assert "BATCHLAB_DOCKER_GPUS=0" in found.value.remedy
+
+
+@pytest.mark.parametrize("backend", ["local", "ministack", "localstack"])
+def test_several_instances_of_one_machine_have_no_gpus(tmp_path: Path, backend: str) -> None:
+    home = Home(tmp_path)
+    pools = [Pool("a", 0, 1, 4, gpus=1), Pool("b", 0, 1, 4, gpus=1)]
+    with pytest.raises(UsageError, match="share one machine"):
+        manager_process.begin_manager(home, factory.load(backend), pools=pools)

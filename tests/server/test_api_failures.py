@@ -154,7 +154,7 @@ def test_a_choice_of_what_has_not_failed_is_refused(rig: Rig) -> None:
     rig.ended(name)
     with pytest.raises(Refused, match=r"Task map/1 of job .* has not failed"):
         rig.client.retry(name, tasks={"map": [(0, 2)]})
-    with pytest.raises(Refused, match="Task nowhere/0 of job"):
+    with pytest.raises(Refused, match="does not have a stage nowhere"):
         rig.client.retry(name, tasks={"nowhere": [(0, 1)]})
     with pytest.raises(Refused, match="fingerprint 'x'"):
         rig.client.retry(name, fingerprints=["x"])

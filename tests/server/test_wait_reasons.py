@@ -98,6 +98,10 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
         Situation(stages=(StageDef(MAP, handler="m:f", slots=8), STAGES[1])),
         ["needs 8 slots per task", "pool default has 2"],
     ),
+    "too few GPUs": (
+        Situation(stages=(StageDef(MAP, handler="m:f", gpus=2), STAGES[1])),
+        ["Stage map needs 2 GPUs per task, but an instance of pool default has 0"],
+    ),
     "max of zero": (
         Situation(out=QUEUED, pool=Pool("default", max_size=0)),
         ["waits for capacity: pool default has a maximum of 0", "grid scale default --max"],
@@ -194,6 +198,7 @@ SITUATIONS: dict[str, tuple[Situation, Sequence[str]]] = {
         [
             "runs 2 tasks in 1 bundle on 1 worker",
             "The oldest bundle (stage map, w-1) has run for 14 s",
+            "Its messages have a visibility timeout of 30 s until 5 bundles of the stage have ended",
             "0 of 10 tasks planned so far have ended",
             "1 task waits for its retry, the next in 3 s",
             "Stage sum waits for stage map",

@@ -31,6 +31,7 @@ QUICK_SEEDS = 20
 AT_ONCE = 10
 LIES = 20
 ACCOUNTS = 10
+MENDED = 10
 QUICK_S = 20.0
 
 
@@ -72,6 +73,16 @@ def test_no_outcome_is_accounted_for_twice(first: int) -> None:
             failure = fuzz.try_seed(seed, "accounts").failure
         if failure:
             pytest.fail(f"seed {seed}: {failure.text}\n{fuzz.command(failure, 'accounts', None)}")
+
+
+@pytest.mark.parametrize("first", range(0, MENDED, AT_ONCE // 2))
+def test_each_task_runs_with_the_input_of_its_round(first: int) -> None:
+    """Users retry failed tasks with mended inputs, and each start and each outcome has the input of its round."""
+    for seed in range(first, first + AT_ONCE // 2):
+        with fuzz.silence():
+            failure = fuzz.try_seed(seed, "mended").failure
+        if failure:
+            pytest.fail(f"seed {seed}: {failure.text}\n{fuzz.command(failure, 'mended', None)}")
 
 
 def test_every_kind_of_fault_happens() -> None:

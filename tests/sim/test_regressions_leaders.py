@@ -247,3 +247,32 @@ def test_next_leader_counts_the_failed_attempt_whose_event_was_lost(monkeypatch:
         assert world.managers == 2
 
     in_world(act, script=_fails_once)
+
+
+def test_manager_with_a_late_lease_renews_the_lease_before_it_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, a manager whose lease was granted in a late response began to lead although the lease had expired
+    (seed 5094 of the weather `storm`)."""
+
+    async def act(world: World) -> None:
+        ttl_s = world.manager_settings.lease_ttl_s
+        answers: list[str] = []
+
+        async def lease(real: Any, name: str, owner: str, **how: Any) -> object:
+            answer = await real(name, owner, **how)
+            if owner == "manager-1":
+                answers.append(answer.owner)
+                if len(answers) == 1:
+                    await asyncio.sleep(3 * ttl_s)
+            return answer
+
+        around(monkeypatch, world.ledger, "lease", lease)
+        while not world.manager_processes:
+            await asyncio.sleep(0.01)
+        world.start_manager()
+        await asyncio.sleep(4 * ttl_s)
+        assert answers[:2] == ["manager-1", "manager-2"]
+        standby, other = (process.manager for process in world.manager_processes)
+        assert standby.owner == "manager-1", "a manager that began to lead without the lease has ended"
+        assert other.is_leader.is_set()
+
+    in_world(act, script=takes(1.0))

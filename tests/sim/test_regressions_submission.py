@@ -8,12 +8,25 @@ from typing import Any
 import pytest
 
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import JobState
+from batchlab.core.model import Control, JobState
 from batchlab.core.ports import AddJob
 from batchlab.core.protocol import object_keys
 from batchlab.sim import invariants
 from batchlab.sim.world import World
-from tests.support.sim.scenes import A, B, around, ended, ended_well, in_world, job, kill_manager, leader, stage, takes
+from tests.support.sim.scenes import (
+    A,
+    B,
+    around,
+    ended,
+    ended_well,
+    in_world,
+    job,
+    kill_manager,
+    leader,
+    stage,
+    submitted,
+    takes,
+)
 
 
 async def _half_rebuilt(world: World) -> JobDef:
@@ -84,3 +97,26 @@ def test_a_job_that_ends_while_a_page_of_jobs_is_read_is_not_adopted_again(monke
             assert made.id not in manager.lives
 
     in_world(act, script=takes(60.0))
+
+
+@pytest.mark.parametrize("is_led_by_another", [False, True])
+def test_a_resubmitted_job_that_the_ledger_lost_is_restored(is_led_by_another: bool) -> None:
+    """Before, the ledger got a new row for a job whose cuts and cancellation were in the bucket. The job's tasks were
+    then counted twice (I2, seed 678 of the weather `speculative`)."""
+
+    async def act(world: World) -> None:
+        made = job(stage(A), stage(B, A), items=20)
+        await submitted(world, made)
+        manager = await leader(world)
+        await asyncio.sleep(40.0)
+        await manager.job_commands.cancel(made.id)
+        await world.ledger.forget()
+        if is_led_by_another:
+            kill_manager(world)
+            manager = await leader(world)
+        await world.ask(lambda m: m.job_commands.submit(made), "submit")
+        assert (await world.ledger.job(made.id)).control is Control.CANCEL
+        assert (await ended(world, made)).state is JobState.CANCELLED
+        await invariants.check_all(world, [made.id])
+
+    in_world(act, script=takes(7.0))

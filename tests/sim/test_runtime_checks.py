@@ -6,17 +6,19 @@ receive it equals this timeout.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from batchlab.core.errors import NotFound
+from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
 from batchlab.sim.actors import Violated
 from batchlab.sim.world import WORKER, World
 from batchlab.worker.heartbeats import RETURN_S, VisibilityHeartbeat
-from tests.support.sim.scenes import A, around, ends_well, in_world, job, stage, takes
+from tests.support.sim.scenes import A, around, ends_well, in_world, job, leader, stage, submitted, takes
 
 VISIBILITY_S = 3 * RETURN_S
 SHORT = replace(WORKER, visibility_s=VISIBILITY_S)
@@ -59,3 +61,24 @@ def test_unextended_message_expires_even_with_a_short_timeout(monkeypatch: pytes
 
     with pytest.raises(Violated, match="heartbeat"):
         in_world(act, script=takes(60.0), worker_settings=SHORT)
+
+
+def test_message_of_a_frozen_worker_is_not_checked_at_the_end_of_the_world() -> None:
+    """The queue answers the long poll of a frozen worker, the worker is told to drain, and the end of the world thaws
+    the worker. Before, the check of I6 reported the answer (seed 618 of the weather `speculative`)."""
+
+    async def act(world: World) -> bool:
+        made = job(stage(A), items=1)
+        await leader(world)
+        while not world.workers:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(1.0)
+        (worker,) = world.workers.values()
+        worker.actor.freeze()
+        await submitted(world, made)
+        await asyncio.sleep(2.0)
+        worker.stop(60.0)
+        await asyncio.sleep(2.0)
+        return (await world.queue.depth(object_keys.tasks_queue("default"))).in_flight == 1
+
+    assert in_world(act, script=takes(1.0), pools=(Pool("default", 1, 1, 1),))

@@ -19,7 +19,7 @@ batchlab doctor
 
 STANDING = """
 + batchlab init pipeline
-batchlab grid up --log-format json ;; batchlab grid up --port 8080 ;; batchlab grid up --pool default:0-4x1 --pool large:0-2x8 => batchlab grid up --log-format json --port {port} --pool default:0-4x1 --pool large:0-2x8
+batchlab grid up --log-format json ;; batchlab grid up --port 8080 ;; batchlab grid up --pool default:0-4x1 --pool large:0-2x8 ;; batchlab grid up --pool default:0-1x8,gpus=2 => batchlab grid up --log-format json --port {port} --pool default:0-4x1 --pool large:0-1x8,gpus=2
 batchlab job submit myjob/job.yaml
 batchlab job watch last
 batchlab job list
@@ -74,6 +74,8 @@ batchlab job logs last --follow --json
 batchlab job retry last --fingerprint db97f1813d04 => batchlab job retry last --fingerprint {fingerprint}
 ? batchlab job watch last
 batchlab job retry last --tasks parse/3,7-9 --tasks price/0
+? batchlab job watch last
+batchlab job retry last --task parse/3 --input corrected.csv
 ? batchlab job watch last
 batchlab job retry JOB => batchlab job retry {job}
 ? batchlab job watch last
@@ -138,6 +140,10 @@ batchlab scenario simulate claims-month-end --seed 8 => batchlab scenario simula
 batchlab scenario simulate peak.yaml --like localstack
 batchlab scenario simulate peak.yaml --out peak.json
 batchlab scenario simulate peak.yaml --log peak.log
+batchlab scenario simulate two-tenants --no-shares => batchlab scenario simulate peak.yaml --no-shares
+batchlab scenario simulate two-tenants --out with.json => batchlab scenario simulate peak.yaml --out with.json
+batchlab scenario simulate two-tenants --no-shares --out without.json => batchlab scenario simulate peak.yaml --no-shares --out without.json
+batchlab scenario compare with.json without.json
 batchlab scenario simulate ci/month-end.yaml --json > verdict.json || exit 1
 batchlab scenario record --from peak.json --out peak-as-it-was.yaml
 batchlab scenario plan evening.yaml --deadline 40m --json => batchlab scenario plan evening.yaml --deadline 40m --json --runs 4 --seeds 2 --jobs 1

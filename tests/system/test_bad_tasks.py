@@ -115,7 +115,8 @@ def test_missing_handler_is_refused_before_any_message(tmp_path: Path) -> None:
 def test_cancel_pause_and_resume(bring_up: Bring, tmp_path: Path) -> None:
     folder = tmp_path / "job"
     path = job_file(folder, "slow")
-    (folder / "bad.py").write_text("import time\ndef slow(item):\n    time.sleep(0.05)\n    return item\n")
+    # The job takes far longer than a busy machine needs to send the requests below.
+    (folder / "bad.py").write_text("import time\ndef slow(item):\n    time.sleep(0.3)\n    return item\n")
     grid = bring_up(TWO)
     job = grid.submit(path)["id"]
     grid.wait(job, until=lambda v: v["stages"][0]["succeeded"] > 5)

@@ -14,6 +14,7 @@ from batchlab.deploy.release import key_of
 from tests.support.aws.container_image import NAME, Trusting, registry, trusting
 from tests.support.aws.custom_image import own_image
 from tests.support.aws.instance_boot import POOL, Fleet, fleet, instance_release
+from tests.support.docker.pool_images import JOB, build_image, remove_images, write_job
 from tests.support.grid.backends import command
 from tests.support.waiting import until
 from tests.system.test_aws_backend import job_of
@@ -191,6 +192,31 @@ def test_a_job_completes_on_instances_that_run_a_container_image(
         finally:
             there.template(group, "worker", POOL.slots)
             there.template(at.manager_group, "manager", 1)
+
+
+def test_a_command_uses_the_tool_of_its_pools_image(there: Fleet, trusted: Trusting, tmp_path: Path) -> None:
+    """The image of the pool has a tool and Python, and the instance adds batchlab from the release."""
+    group = f"{there.account.at.groups_prefix}{POOL.name}"
+    until(lambda: not there.instances(group), 240, pause_s=0.5)
+    image = build_image("batchlab-tests/pool:1", {"cut-tool": 'cut -c1-3 "$1" > "$2"'})
+    job = write_job(tmp_path / "job")
+    job.write_text(JOB.partition("  - name: join")[0].replace("pool: cutters", f"pool: {POOL.name}"))
+    try:
+        with registry(there, trusted, tmp_path / "registry", image):
+            there.template(group, "worker", POOL.slots, image=trusted.image, OwnImage=NAME)
+            home, out = there.account.home("pool-image"), tmp_path / "out"
+            batchlab(there, "run", job, "--backend", "aws", "--home", home.path, "--out", out)
+            assert [path.read_text() for path in out.rglob("cut.txt")] == ["abc\nghi\n"] * 3
+            worker = until(lambda: in_service(there, group), 60)
+            (box,) = json.loads(there.run(worker, "docker", "inspect", "batchlab-worker"))
+            assert (box["Config"]["Image"], box["Path"]) == (NAME, "/opt/batchlab/current/pool-image/bin/batchlab")
+            assert f"BATCHLAB_POOL_IMAGE={NAME}" in box["Config"]["Env"]
+            again = f"/opt/batchlab/releases/{there.release}/boot.sh"
+            assert "is started" in there.run(worker, again, "worker"), "it may be run again"
+            check_end(there, group, worker)
+    finally:
+        there.template(group, "worker", POOL.slots)
+        remove_images(image)
 
 
 def another(there: Fleet, group: str, before: str) -> str:

@@ -94,6 +94,7 @@ def test_limits_rights_and_environment_are_what_they_should_be(grid: DockerGrid)
             "BATCHLAB_MARKET": "spot",
             "BATCHLAB_POOL": "p",
             "BATCHLAB_SLOTS": "3",
+            "BATCHLAB_GPUS": "0",
             "BATCHLAB_ZONE": "us-east-1a",
             "GIVEN": "1",
             "MINE": "yes",

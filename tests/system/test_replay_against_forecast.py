@@ -60,7 +60,7 @@ def replayed(name: str, backend: str, compress: int, folder: Path, *options: str
 
 
 @pytest.mark.parametrize(
-    ("name", "backend", "compress"), [("two-tenants", "local", 100), ("two-tenants", "localstack", 60)]
+    ("name", "backend", "compress"), [("two-tenants", "local", 40), ("two-tenants", "localstack", 60)]
 )
 def test_the_forecast_of_a_shipped_scenario_holds(
     name: str, backend: str, compress: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -13,16 +13,19 @@ import pytest
 
 from batchlab.client.http import Client
 from batchlab.core.errors import Refused, UsageError
+from batchlab.core.fair_share import ShareAttributes, SharePolicy
 from batchlab.core.job_definition import Condition, Dependency
 from batchlab.core.model import JobId, Pool
 from batchlab.core.retry_rule import RetryRule
 from batchlab.runtime import factory
 from batchlab.runtime.home import Home
 from batchlab.scenarios import record, verdicts
+from batchlab.scenarios.model import loader
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import Expectation, JobTemplate, Policy, PoolPlan, Prewarm
 from batchlab.scenarios.replay import driver
 from batchlab.scenarios.replay.run_state import ReplayProgress
+from tests.support.grid.backends import command
 from tests.support.grid.local_grid import processes_of
 from tests.support.scenarios.replay import claims, replay, scenario, stage, up
 from tests.support.waiting import until
@@ -107,6 +110,44 @@ def test_jobs_begin_after_their_dependencies(tmp_path: Path) -> None:
             assert job.started_s >= earlier.ended_s
     assert [(job.state, job.started_s) for job in run.jobs if job.template == "never"] == [("FAILED", None)] * 2
     assert (run.lost, run.cut) == (0, "")
+
+
+def test_the_grid_follows_the_policy_of_the_scenario_during_the_run(tmp_path: Path) -> None:
+    """The share `bulk` may use one of four slots, so its eight tasks of a second take at least eight seconds."""
+    bulk = JobTemplate("bulk", (stage("work", 1.0, bundle=1),), Constant(8), share="bulk")
+    quick = JobTemplate("quick", (stage("work", 0.5),), Constant(4), share="team1")
+    policy = SharePolicy((ShareAttributes("bulk", 2.0, max_slots=1), ShareAttributes("team*")), decay_s=60.0)
+    wanted = scenario(bulk, quick, at=((0.0, 1),), shares=policy, pools=(PoolPlan(Pool("default", 2, 2, 2)),))
+    home, seen = Home(tmp_path / "home"), []
+    with up(home, wanted) as backend:
+        record_ = home.record()
+        assert record_ is not None
+        with Client.of(home, record_) as client:
+            own = client.set_share({"identifier": "research", "weight": 0.5})["policy"]
+
+            def look(_: ReplayProgress) -> None:
+                seen.append(client.shares())
+
+            run = asyncio.run(driver.replay(wanted, home, backend, patience=factory.patience(), progress=look))
+            assert {job["name"]: job["share"] for job in client.jobs()} == {"bulk": "bulk", "quick": "team1"}
+            assert client.shares()["policy"] == own
+            # The use of the run does not count for the later jobs of the grid.
+            assert {one["share"]: one["use_s"] for one in client.shares()["shares"]} == {"research": 0.0}
+    assert (run.cut, run.lost, run.shares) == ("", 0, policy)
+    assert {one["policy"] == policy.to_json() for one in seen} == {True}
+    limited = [one["slots"] for view in seen for one in view["shares"] if one["share"] == "bulk"]
+    assert max(limited) == 1
+    ends_s = {job.template: job.ended_s for job in run.jobs}
+    assert ends_s["bulk"] is not None
+    assert ends_s["quick"] is not None
+    assert ends_s["bulk"] >= 8.0
+    assert ends_s["quick"] < ends_s["bulk"]
+    file = tmp_path / "again.yaml"
+    ids = [job.id for job in run.jobs]
+    command("scenario", "record", *ids, "--home", home.path, "--out", file, "--json")
+    again = loader.load(file)
+    assert {name: template.share for name, template in again.jobs.items()} == {"bulk": "bulk", "quick": "team1"}
+    assert again.shares == SharePolicy((ShareAttributes("research", 0.5),))
 
 
 def test_attempts_fail_and_tasks_kill_their_workers_as_configured(tmp_path: Path) -> None:

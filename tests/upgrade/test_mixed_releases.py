@@ -134,8 +134,8 @@ def test_notifications_and_output_of_other_releases_are_readable() -> None:
     ("change", "told"),
     [
         ({"v": 2}, "format 2, and this batchlab knows 1"),
-        ({"needs": 4}, "needs protocol 4, and this batchlab knows 3"),
-        ({"needs": "2"}, "needs protocol 2, and this batchlab knows 3"),
+        ({"needs": 5}, "needs protocol 5, and this batchlab knows 4"),
+        ({"needs": "2"}, "needs protocol 2, and this batchlab knows 4"),
         ({"stages": [{"name": "a"}]}, "cannot be read"),
         ({"stages": 3}, "cannot be read"),
         ({"input": {"keys": [], "split": "by-moon", "size": 1, "header": False}}, "by-moon"),
@@ -224,7 +224,7 @@ def nothing(doc: dict[str, Any], spec: dict[str, Any]) -> None: ...
 
 
 def newer_format(doc: dict[str, Any], spec: dict[str, Any]) -> None:
-    doc["v"] = 2
+    doc["v"] = json_format.MENDED + 1
 
 
 def newer_job(doc: dict[str, Any], spec: dict[str, Any]) -> None:

@@ -12,11 +12,12 @@ logs=/var/log/batchlab
 
 # shellcheck source=/dev/null
 . "$release/version"
-CONTAINER_IMAGE='' LOG_GROUP='' REGION=''
+CONTAINER_IMAGE='' POOL_IMAGE='' LOG_GROUP='' REGION=''
 if [ "$role" != image ]; then
   # shellcheck source=/dev/null
   . "$boot/settings"
   export AWS_DEFAULT_REGION=$REGION
+  [ -z "$POOL_IMAGE" ] || CONTAINER_IMAGE=$POOL_IMAGE
 fi
 
 fail() {
@@ -83,6 +84,26 @@ pull_image() {
   ln -sfn "$release" /opt/batchlab/current
 }
 
+# The image of a pool has tools and Python, and the release has batchlab. The image's Python makes a virtual
+# environment in the release, which sees the packages of the image.
+add_batchlab() {
+  local inside=/opt/batchlab/current made=$release/pool-image
+  [ "$(cat "$made/of" 2> /dev/null)" != "$CONTAINER_IMAGE" ] || return 0
+  rm -rf "$made"
+  local pip=("$release"/wheels/pip-*.whl)
+  in_image() { # entry point, arguments
+    docker run --rm --pull never --network none --user 0:0 --read-only --tmpfs /tmp \
+      --volume "$release:$inside" --entrypoint "$1" "$CONTAINER_IMAGE" "${@:2}"
+  }
+  in_image "python$PYTHON" -m venv --without-pip --system-site-packages "$inside/pool-image" ||
+    fail "the image $CONTAINER_IMAGE has no python$PYTHON with the module venv"
+  in_image "$inside/pool-image/bin/python" "$inside/wheels/${pip[0]##*/}/pip" install --quiet \
+    --no-index --no-cache-dir --disable-pip-version-check --root-user-action ignore \
+    --find-links "$inside/wheels" --requirement "$inside/packages.txt" "batchlab==$VERSION" ||
+    fail "batchlab $VERSION cannot be installed in the image $CONTAINER_IMAGE"
+  echo "$CONTAINER_IMAGE" > "$made/of"
+}
+
 # The same command in a container: systemd stays in charge of when it starts, drains and ends.
 write_container_unit() {
   local command options name=batchlab-$role
@@ -100,6 +121,8 @@ write_container_unit() {
     # What it says is in the unit's log; the engine's own copy would grow without end.
     --log-driver none
   )
+  [ "$role" = manager ] || options+=(--env "BATCHLAB_POOL_IMAGE=$CONTAINER_IMAGE")
+  [ -z "$POOL_IMAGE" ] || options+=(--entrypoint /opt/batchlab/current/pool-image/bin/batchlab)
   # As the manager's unit has it: a folder on the disk, which goes with the container.
   [ "$role" = worker ] || options+=(--volume /var/tmp --env TMPDIR=/var/tmp)
   install -d "/etc/systemd/system/batchlab-$role.service.d"
@@ -176,6 +199,7 @@ case $role in
   worker | manager)
     make_user
     if [ -n "$CONTAINER_IMAGE" ]; then pull_image; else install_wheels; fi
+    [ -z "$POOL_IMAGE" ] || add_batchlab
     write_settings
     install_units
     echo "the $role of batchlab $VERSION is started"

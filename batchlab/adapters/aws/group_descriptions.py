@@ -251,6 +251,7 @@ def _activity(pool: str, described: ActivityTypeDef) -> Activity:
 
 POOL_TAG = "batchlab:pool"
 SLOTS_TAG = "batchlab:slots"
+GPUS_TAG = "batchlab:gpus"
 
 
 READY_HOOK = "batchlab-ready"
@@ -303,6 +304,8 @@ class GroupParameters:
             "LifecycleHookSpecificationList": self.hooks(pool),
             "Tags": [_tag(POOL_TAG, pool.name), _tag(SLOTS_TAG, str(pool.slots))],
         }
+        if pool.gpus:
+            request["Tags"] = [*request["Tags"], _tag(GPUS_TAG, str(pool.gpus))]
         if self.subnets:
             request["VPCZoneIdentifier"] = ",".join(self.subnets)
         if self.zones:

@@ -95,6 +95,10 @@ class Imds:
         state = self.get("meta-data/autoscaling/target-lifecycle-state")
         return state is not None and state.strip() in _LEAVING
 
+    def tag(self, name: str) -> str:
+        """Return a tag of the instance, or "" if the tag does not exist."""
+        return (self.get(f"meta-data/tags/instance/{name}") or "").strip()
+
     def require_tag(self, name: str) -> str:
         """Return a tag of the instance. Raise NotFound if the tag does not exist."""
         return self._require(f"meta-data/tags/instance/{name}")

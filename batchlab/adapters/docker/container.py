@@ -71,7 +71,8 @@ class Template:
     `env` and `labels` are added to the variables and labels that every instance has. `type` limits the resources of a
     container whose group does not name an instance type. With the type "", the resources of a container are unlimited.
     `tmpfs` maps the writable paths under a read-only root to mount options. Files in writable paths use the container's
-    memory.
+    memory. `folders` are folders of this machine that the container sees under the same paths. In `command`, the
+    instance's id replaces {instance}.
 
     Process 1 of a container is Docker's init unless `init` is off. A worker as process 1 would ignore SIGTERM until the
     worker is ready, and would have to reap the processes that its tasks leave behind. `stop_s` is the timeout of
@@ -95,6 +96,9 @@ class Template:
     extra_hosts: Mapping[str, str] = field(default_factory=dict)
     stop_s: int = 30
     system: bool = False
+    gpus: int = 0
+    """GPUs of this machine that the container sees."""
+    folders: tuple[str, ...] = ()
 
     @property
     def stop_signal(self) -> str:
@@ -110,6 +114,7 @@ def container_environment(template: Template, pool: Pool, instance: str, machine
         INSTANCE_VARIABLE: instance,
         "BATCHLAB_POOL": pool.name,
         "BATCHLAB_SLOTS": str(pool.slots),
+        "BATCHLAB_GPUS": str(pool.gpus),
         "BATCHLAB_INSTANCE_TYPE": kind,
         "BATCHLAB_ZONE": machine.zone,
         "BATCHLAB_MARKET": machine.market.value,
@@ -152,6 +157,11 @@ def container_settings(
     }
     if template.system:
         host |= _SYSTEM
+    if template.gpus:
+        # The request is the one of `docker run --gpus N`.
+        host["device_requests"] = [{"Driver": "", "Count": template.gpus, "Capabilities": [["gpu"]]}]
+    if template.folders:
+        host["binds"] = {folder: {"bind": folder, "mode": "rw"} for folder in template.folders}
     if share is not None:
         # Docker refuses nano_cpus above the number of the machine's CPUs.
         host["cpu_period"] = _PERIOD_US
@@ -160,7 +170,7 @@ def container_settings(
         host["mem_limit"] = host["memswap_limit"] = f"{share.memory_mib}m"
     return {
         "image": template.image,
-        "command": list(template.command),
+        "command": [word.replace("{instance}", instance) for word in template.command],
         "hostname": instance[:_HOSTNAME_LENGTH],
         "user": "0:0" if template.system else template.user,
         "environment": dict(env),
@@ -193,9 +203,25 @@ def create_container(name: str, settings: Mapping[str, Any], api: APIClient) -> 
     return str(created["Id"])
 
 
+NO_GPU_RUNTIME = ("could not select device driver", "failed to discover GPU vendor")
+"""Texts of Docker's errors for a container with GPUs on a machine without NVIDIA's container runtime."""
+
+
 def start_container(container: str, api: APIClient) -> None:
-    """Start the container. Do nothing if the container is running."""
-    api.start(container)
+    """Start the container. Do nothing if the container is running. Raise BackendError if the container needs GPUs, and
+    Docker has no GPU runtime."""
+    from docker.errors import APIError
+
+    try:
+        api.start(container)
+    except APIError as error:
+        if any(text in str(error) for text in NO_GPU_RUNTIME):
+            raise BackendError(
+                "Docker on this machine cannot give GPUs to containers.",
+                remedy="Install the NVIDIA Container Toolkit, or start the grid with BATCHLAB_DOCKER_GPUS=0 to declare "
+                "GPUs without devices.",
+            ) from error
+        raise
 
 
 def send_signal(container: str, name: str, api: APIClient) -> None:

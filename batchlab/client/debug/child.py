@@ -22,9 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from batchlab.client.debug import debuggers, foreground, task_folder
-from batchlab.client.debug.task_folder import NotATaskFolder, RunResult, TaskRun, read, write_ended
+from batchlab.client.debug.task_folder import ENVIRONMENT, NotATaskFolder, RunResult, TaskRun, read, write_ended
+from batchlab.core import container_images
 from batchlab.core.operating_system import end_with_parent
-from batchlab.worker import handlers
+from batchlab.worker import environment, handlers
 from batchlab.worker.shared_memory import IMPORTING, ChildState
 from batchlab.worker.task_executor import TaskExecutor
 
@@ -62,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if code := task_run.request["code"]:
         sys.path.insert(0, code)
     task_run.clean()
+    if image := os.environ.pop(container_images.VARIABLE, ""):
+        here = environment.to_json(environment.current(image=image))
+        (task_run.folder / ENVIRONMENT).write_text(json.dumps(here))
     os.chdir(task_run.request["cwd"])
     ended = run(task_run, debugger, ChildState(task_run.board) if options.supervised else None)
     os.chdir(task_run.folder)

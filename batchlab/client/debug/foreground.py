@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shlex
 import signal
 import subprocess
@@ -19,10 +20,12 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from batchlab.client.debug.task_folder import ENDED, RunResult, TaskRun, read_ended
-from batchlab.core.errors import UsageError
+from batchlab.client.debug.task_folder import ENDED, ENVIRONMENT, RunResult, TaskRun, read_ended
+from batchlab.core import container_images
+from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import FailureKind, StageName
 from batchlab.core.operating_system.processes import family, table
@@ -69,6 +72,9 @@ def withheld_text(names: list[str]) -> str:
     )
 
 
+_DOCKER_FAILED = (125, 126, 127)
+"""Exit codes of `docker run` if the container does not start."""
+_TMP = "/tmp:rw,exec,nosuid,nodev,mode=1777"  # noqa: S108 - in the container
 _STACK_S = 0.2
 """Time in seconds that a task has for printing its stack before the task is killed at a limit."""
 
@@ -80,7 +86,7 @@ class RunOptions:
     `pdb` starts pdb at the exception of the task, `at_start` also at the first line of the handler, and `debugpy` is
     the port for an IDE. With `no_limits`, the job's limits do not apply. `aside` redirects the output of the task to
     stderr, so that a program can read the command's stdout. The task gets the variables in `passed`, which may be
-    secrets.
+    secrets. With `image`, the task runs in a container of the image that contains the image `reference` and batchlab.
     """
 
     pdb: bool = False
@@ -89,6 +95,8 @@ class RunOptions:
     no_limits: bool = False
     aside: bool = False
     passed: tuple[str, ...] = ()
+    image: str = ""
+    reference: str = ""
 
     @property
     def is_interactive(self) -> bool:
@@ -102,21 +110,47 @@ class RunOptions:
 
 def run(task_run: TaskRun, how: RunOptions) -> RunResult:
     """Run the task to its end in a separate process."""
-    (task_run.folder / ENDED).unlink(missing_ok=True)
+    for name in (ENDED, ENVIRONMENT):
+        (task_run.folder / name).unlink(missing_ok=True)
     board = ChildState(task_run.board, create=True)
+    container = f"batchlab-replay-{secrets.token_hex(6)}" if how.image else ""
     with _interrupts_ignored():
         process = subprocess.Popen(
-            argv(task_run, how),
-            env=task_environment(os.environ, how.passed),
+            container_argv(task_run, how, container) if container else argv(task_run, how),
+            # The client of Docker needs its own settings, and a container gets only the variables in its arguments.
+            env=None if container else task_environment(os.environ, how.passed),
             # The local run cannot read from stdin, because a task on a worker cannot read from stdin.
             stdin=None if how.is_interactive else subprocess.DEVNULL,
             stdout=2 if how.aside else None,
         )
         try:
-            return _watch(task_run, how, _Watched(process.pid, board), process)
+            return _watch(task_run, how, _Watched(process, container, board))
         finally:
-            _end(process)
+            _Watched(process, container, board).end()
             board.close()
+
+
+def container_argv(task_run: TaskRun, how: RunOptions, name: str) -> list[str]:
+    """Return the command line that starts the process of the task in a container with the limits of a worker."""
+    inside = argv(task_run, how)[1:]
+    return [*docker_run(task_run, how, name), "--entrypoint", "/opt/batchlab/venv/bin/python", how.image, *inside]
+
+
+def docker_run(task_run: TaskRun, how: RunOptions, name: str, *, is_interactive: bool = False) -> list[str]:
+    """Return the options of `docker run` for a container that can write only to the task folder and /tmp."""
+    is_interactive = is_interactive or how.is_interactive
+    folder, environ = str(task_run.folder), {"HOME": "/tmp", container_images.VARIABLE: how.reference}  # noqa: S108
+    return [
+        *("docker", "run", "--rm", "--init", "--pull", "never", "--name", name),
+        *(["--interactive"] if is_interactive else []),
+        *(["--tty"] if is_interactive and sys.stdin.isatty() and sys.stdout.isatty() else []),
+        *("--user", f"{os.getuid()}:{os.getgid()}", "--read-only", "--tmpfs", _TMP),
+        *("--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "1024"),
+        *("--volume", f"{folder}:{folder}", "--workdir", folder),
+        *(word for variable, value in environ.items() for word in ("--env", f"{variable}={value}")),
+        # Without a value in the arguments, other users of this machine cannot read the value.
+        *(word for variable in how.passed for word in ("--env", variable)),
+    ]
 
 
 def argv(task_run: TaskRun, how: RunOptions) -> list[str]:
@@ -143,10 +177,55 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Watched:
-    pid: int
+    """Process of the task. In a container, `process` is the client of Docker, and `container` is the container's
+    name."""
+
+    process: subprocess.Popen[bytes]
+    container: str
     board: ChildState
+    _pid: int = 0
+
+    @property
+    def pid(self) -> int:
+        """Pid of the task's process on this machine, or 0 if it is unknown."""
+        if not self.container:
+            return self.process.pid
+        if not self._pid:
+            self._pid = _container_pid(self.container)
+        return self._pid
+
+    def print_stack(self) -> None:
+        """Let the process print the stack of the task to stderr."""
+        if self.container:
+            _docker("kill", "--signal", "USR1", self.container)
+        else:
+            os.kill(self.process.pid, signal.SIGUSR1)
+
+    def end(self) -> None:
+        """Kill the process and its descendants."""
+        if self.container and self.process.poll() is None:
+            _docker("kill", self.container)
+        _end(self.process)
+
+
+def _docker(*arguments: str) -> str:
+    """Return the output of a `docker` command, or "" if the command fails because the container has ended."""
+    return subprocess.run(
+        ["docker", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+
+def _container_pid(name: str) -> int:
+    """Return the pid of a container's first process on this machine, or 0 if Docker runs on another machine or the
+    container has not started."""
+    pid, _, container = _docker("inspect", "--format", "{{.State.Pid}} {{.Id}}", name).partition(" ")
+    try:
+        # Docker's pid may belong to another machine, so the process must have the control group of the container.
+        return int(pid) if container and container in Path(f"/proc/{pid}/cgroup").read_text() else 0
+    except (OSError, ValueError):
+        return 0
 
 
 class _Memory:
@@ -158,11 +237,12 @@ class _Memory:
 
     def resident_bytes(self, group: int, since_s: float) -> int:
         del since_s
-        pids = family(group)
+        pids = family(group) if group else set()
         return sum(process.resident_bytes for process in table() if process.pid in pids)
 
 
-def _watch(task_run: TaskRun, how: RunOptions, watched: _Watched, process: subprocess.Popen[bytes]) -> RunResult:
+def _watch(task_run: TaskRun, how: RunOptions, watched: _Watched) -> RunResult:
+    process = watched.process
     stage = StageDef(
         StageName(task_run.stage),
         handler=task_run.request["handler"],
@@ -178,13 +258,16 @@ def _watch(task_run: TaskRun, how: RunOptions, watched: _Watched, process: subpr
             termination = limits.broken_termination(watched)
             if termination is None:
                 continue
-            # SIGUSR1 prints the stack of the task to stderr.
-            os.kill(process.pid, signal.SIGUSR1)
+            watched.print_stack()
             time.sleep(_STACK_S)
-            _end(process)
+            watched.end()
             return RunResult(fault(termination.kind, termination.sentence), run_s=termination.ran_s)
         if ended := read_ended(task_run.folder):
             return ended
+        if watched.container:
+            if code in _DOCKER_FAILED:
+                raise BackendError(f"The container of {task_run.name} could not start.", remedy="Use --no-image.")
+            code = 128 - code if code > 128 else code
         kills = LOSS_LIMIT if code == -signal.SIGKILL else 0
         failure = fault(FailureKind.CRASH, describe_crash(code, kills), exit_code=code)
         return RunResult(failure, run_s=time.monotonic() - began_s)
@@ -249,9 +332,16 @@ def typed_command(call: programs.Call) -> str:
     return f"{line} > {shlex.quote(str(call.stdout))}" if call.stdout else line
 
 
-def open_shell(ready: Shell) -> int:
-    """Run the user's shell in the current folder of the task's command, and return the exit code of the shell."""
+def open_shell(ready: Shell, task_run: TaskRun, how: RunOptions) -> int:
+    """Run the user's shell in the current folder of the task's command, and return the exit code of the shell. In an
+    image, the shell is the image's /bin/sh."""
     with _interrupts_ignored():
+        if how.image:
+            own = {name: value for name, value in ready.call.environment.items() if os.environ.get(name) != value}
+            container = docker_run(task_run, how, f"batchlab-replay-{secrets.token_hex(6)}", is_interactive=True)
+            variables = [word for name, value in own.items() for word in ("--env", f"{name}={value}")]
+            place = ["--workdir", str(ready.call.cwd), "--entrypoint", "/bin/sh", how.image]
+            return subprocess.run([*container, *variables, *place], check=False).returncode
         return subprocess.run(
             [os.environ.get("SHELL") or "/bin/sh"], cwd=ready.call.cwd, env=ready.call.environment, check=False
         ).returncode

@@ -10,6 +10,7 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from batchlab.client.debug import task_folder
@@ -21,6 +22,7 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import ObjectInfo, Objects
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.bundle_inputs import JobObjects, NoSuchTask
+from batchlab.core.protocol.mended_inputs import is_mended, mended_sha256
 from batchlab.jobs import attempts
 from batchlab.jobs.attempts import Attempt
 from batchlab.worker import environment, materialization
@@ -127,6 +129,14 @@ async def prepare_task(
             raise _missing("input", stage, task, error.message) from error
         worker = await environment.load(reading, attempt.outcome.worker, patience) if attempt else None
         task_run = await _fetch(reading, job_def, bundle, item, folder, attempt, worker)
+        pool = job_def.stage(stage).pool
+        image = await attempts.worker_image(reading, pool, worker.image if worker else "", patience)
+        task_run = replace(task_run, mended_sha256=mended_sha256(bundle.source), image=image)
+        last = ended[-1].bundle if ended else bundle
+        if last.round > bundle.round and last.source != bundle.source and is_mended(last):
+            task_run.notes.append(
+                f"A later retry gave the task a new input. `--round {last.round}` runs the task with the new input."
+            )
     write(task_run)
     (folder / object_keys.MADE).touch()
     (folder / README).write_text(task_folder.text(task_run, attempts.describe(item)))
@@ -146,7 +156,7 @@ def _explain_denied_access() -> Iterator[None]:
             raise UsageError(
                 f"You are not allowed to read the objects of the task: {error.message}",
                 remedy="The required permissions are s3:GetObject below jobs/, raw/, files/, code/, and logs/ and for "
-                "grid/commit-secret.json, and s3:ListBucket.",
+                "grid/commit-secret.json and grid/pool-images.json, and s3:ListBucket.",
             ) from error
         raise
 

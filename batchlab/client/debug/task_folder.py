@@ -39,6 +39,8 @@ from batchlab.worker.task_executor import ExecutionRequest, context
 
 VERSION = 1
 TASK, ENDED, README, RUN, BOARD = "task.json", "ended.json", "README.md", "run.py", "board"
+ENVIRONMENT = "environment.json"
+"""Environment of a local run in a container image."""
 CODE, EXECUTION = "code", "run"
 
 
@@ -53,7 +55,8 @@ class TaskRun:
     The paths in `request` and `item` begin with the path of the task folder `folder`. `state` is the attempt's state on
     the grid, or "" if the attempt has not ended. `failure` has the fields of the attempt's Failure, and `value` is the
     attempt's encoded result. `there` is the recorded environment of the worker that ran the attempt. `notes` lists
-    differences from the grid that the preparation of the folder found.
+    differences from the grid that the preparation of the folder found. `image` is the container image of the worker, as
+    the manager has recorded it, or "".
     """
 
     folder: Path
@@ -71,6 +74,9 @@ class TaskRun:
     value: Json = None
     there: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    mended_sha256: str = ""
+    """SHA-256 of the attempt's mended input, or "" if the attempt had the task's first input."""
+    image: str = ""
 
     @property
     def name(self) -> str:
@@ -210,11 +216,19 @@ def compare(task_run: TaskRun, ended: RunResult, environ: Mapping[str, str] = os
     differences = list(task_run.notes)
     if task_run.there is not None:
         there = environment.from_json(task_run.there)
-        differences = [*environment.differences(there, environment.current(environ)), *differences]
+        differences = [*environment.differences(there, _local_environment(task_run, environ)), *differences]
     failure, here = failure_of(task_run.failure), failure_of(ended.failure)
     prints = (fingerprint(here) if here else "", fingerprint(failure) if failure else "")
     word, sentence = _word(task_run, ended, failure, here, *prints)
     return Comparison(word, sentence, *prints, differences)
+
+
+def _local_environment(task_run: TaskRun, environ: Mapping[str, str]) -> environment.Environment:
+    """Return the environment of the last local run, which a run in a container image has written."""
+    try:
+        return environment.from_json(json.loads((task_run.folder / ENVIRONMENT).read_text()))
+    except FileNotFoundError:
+        return environment.current(environ)
 
 
 def _word(
@@ -273,6 +287,8 @@ def text(task_run: TaskRun, input_text: str) -> str:
         "The job's code runs with your rights. The task does not get environment variables that may be secrets. "
         "`--env NAME` passes a variable.",
     ]
+    if task_run.image:
+        lines += ["", f"The worker ran in the image {task_run.image}. `{RUN}` runs without the image."]
     if task_run.there:
         there = environment.from_json(task_run.there)
         lines += ["", f"The worker on the grid: {there}."]

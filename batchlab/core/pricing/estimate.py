@@ -61,6 +61,7 @@ class StageLoad:
     """Name of the upstream stage whose results the stage processes item by item, or ""."""
     reads_raw: bool = False
     """Whether each task reads its part of the input from the bucket."""
+    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class PoolPlan:
     boot_s: float = 0.0
     spot_share: float = 0.0
     disk_gb: float = WORKER_DISK_GB
+    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,7 @@ def loads(
             stage.pool,
             stage.after[0] if stage.chained else "",
             reads_raw=not stage.after,
+            gpus=stage.gpus,
         )
     return list(stage_loads.values()), assumed
 
@@ -262,20 +265,25 @@ class _Case:
     def _size(self, pool: PoolPlan) -> None:
         which, policy = self.which, self._policy
         stage_loads = [stage for stage in self._stages if stage.pool == pool.name]
-        work_s = sum(s.tasks[which] * s.seconds[which] * s.slots for s in stage_loads)
-        parallel = max((s.tasks[which] * s.slots for s in stage_loads), default=0.0)
+        gpus = max(1, pool.gpus)
+        instance_s = max(
+            sum(s.tasks[which] * s.seconds[which] * s.slots for s in stage_loads) / pool.slots,
+            sum(s.tasks[which] * s.seconds[which] * s.gpus for s in stage_loads) / gpus,
+        )
         # The autoscaler calculates the number of instances with the same formula.
-        needed = math.ceil(work_s / (policy.drain_target_s * pool.slots))
-        useful = math.ceil(parallel / pool.slots)
+        needed = math.ceil(instance_s / policy.drain_target_s)
+        useful = math.ceil(
+            max((s.tasks[which] * max(s.slots / pool.slots, s.gpus / gpus) for s in stage_loads), default=0)
+        )
         count = max(pool.min_size, min(pool.max_size, max(1, min(needed, useful))))
         wasted = SPOT_WASTE[which] * pool.spot_share
-        run_s = work_s * (1 + wasted) / pool.slots
+        run_s = instance_s * (1 + wasted)
         busy_s = run_s / USED[which]
         boot_s = pool.boot_s or BOOT_S[which]
         each_s = max(MIN_BILLED_S, busy_s / count + boot_s + policy.idle_s)
         self.instances[pool.name] = count
-        self.busy_s[pool.name] = work_s / pool.slots
-        self.wasted_s[pool.name] = work_s * wasted / pool.slots
+        self.busy_s[pool.name] = instance_s
+        self.wasted_s[pool.name] = instance_s * wasted
         self.idle_s[pool.name] = count * each_s - run_s
         self.span_s += boot_s + busy_s / count
         self._slots[pool.name] = count * pool.slots

@@ -1,4 +1,4 @@
-"""Inputs of a bundle, which come from the bundle's message, from an upstream outcome, or from the stage's plan.
+"""Inputs of a bundle, which come from its message, from an upstream outcome, from the stage's plan, or from the user.
 
 Invariant: the manager, workers, and clients read a referenced object only after `JobObjects` has checked the reference.
 References need a check because the reader of an outcome may have more rights than the worker that wrote the outcome.
@@ -24,6 +24,7 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
 from batchlab.core.protocol import commit_keys, json_format, object_keys, values
 from batchlab.core.protocol.field_checks import MAX_TASKS, UNREADABLE, bundle_name, list_items, name, text, whole
+from batchlab.core.protocol.mended_inputs import MendedInput, mended_input
 from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.core.text import count
 
@@ -132,6 +133,8 @@ class Inputs:
         Raise NotFound if a required object does not exist. Raise Malformed if the bundle does not match the definition
         of its stage.
         """
+        if mended := mended_input(bundle):
+            return [await self._mended_item(job, bundle.stage, mended)]
         if bundle.source is not None:
             stage = job.stage(bundle.stage)
             if not stage.chained:
@@ -155,6 +158,12 @@ class Inputs:
                 items_found += [await self._gather(job, i, key) if is_gather(i) else i for i in items]
                 start += len(items)
         return items_found
+
+    async def _mended_item(self, job: JobDef, stage: StageName, mended: MendedInput) -> Json:
+        key = object_keys.mended_part(job.id, stage, mended.part)
+        data = await self._patience(partial(self._objects.get, key))
+        (item,) = _read_or_absent(key, data, partial(_items, mended.part))
+        return item
 
     async def check(self, job: JobDef, bundle: Bundle) -> None:
         """Raise NoSuchTask if the plan of `bundle` does not have the bundle's last task.

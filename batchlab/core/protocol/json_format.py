@@ -62,7 +62,12 @@ Known = tuple[Any, TaskSet]
 """The JSON of a set of tasks, together with the TaskSet that was read from the JSON."""
 
 VERSION = 1
-PROTOCOL = 3
+MENDED = 2
+"""Format of the messages and retries with mended inputs. A release that does not know mended inputs refuses them.
+
+A worker of an earlier release returns the message, and a manager of an earlier release ends the round of the retry.
+"""
+PROTOCOL = 4
 """Latest version of the protocol that this release of batchlab supports.
 
 A release increases PROTOCOL if some jobs need new behavior of workers or managers, and writes the new version as
@@ -72,6 +77,8 @@ SEALED = 2
 """First protocol version with commit keys."""
 DEPENDENT = 3
 """First protocol version with dependencies. A manager of an earlier release would begin the job at once."""
+GPUS = 4
+"""First protocol version with GPUs. A worker of an earlier release would give one GPU to several tasks."""
 FAILURE_KINDS = frozenset(kind.value for kind in FailureKind)
 CONTROL_VALUES = frozenset(word.value for word in Control)
 NO_TASKS = TaskSet()
@@ -103,8 +110,8 @@ def is_too_heavy(data: bytes | str) -> bool:
     return weight(data if isinstance(data, str) else data.decode("latin-1")) > OUTCOME_WEIGHT
 
 
-def loads(data: bytes | str, latest: int = VERSION) -> dict[str, Any]:
-    """Return the document in a JSON text. The document must have a version up to `latest`.
+def loads(data: bytes | str, *, known: int = VERSION) -> dict[str, Any]:
+    """Return the document in a JSON text. The document must have a version from VERSION to `known`.
 
     Raise TooNew if a later version wrote the document, and Malformed if `data` is not a document of batchlab.
     """
@@ -118,11 +125,11 @@ def loads(data: bytes | str, latest: int = VERSION) -> dict[str, Any]:
         raise Malformed(f"This is not a JSON text that batchlab reads: {brief(error)}.") from error
     version = doc.get("v") if isinstance(doc, dict) else None
     if isinstance(doc, dict) and type(version) is int:
-        if VERSION <= version <= latest:
+        if VERSION <= version <= known:
             return doc
-        if version > latest:
+        if version > known:
             raise TooNew(
-                f"A stored object is in format {version:.6g}, and this batchlab knows {latest}.",
+                f"A stored object is in format {version:.6g}, and this batchlab knows {known}.",
                 remedy="It was written by a newer version.",
             )
     raise Malformed("A stored object is not in a format this batchlab knows.")
@@ -512,6 +519,8 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
         doc["needs"] = DEPENDENT
     else:
         del doc["after"]
+    if any(stage.gpus for stage in job.stages):
+        doc["needs"] = GPUS
     if job.commit_hash:
         doc.setdefault("needs", SEALED)
     else:
@@ -525,7 +534,7 @@ def job_to_json(job: JobDef) -> dict[str, Json]:
 
 def _stage_to_json(stage: StageDef) -> dict[str, Json]:
     doc = {**fields(stage), "retry": fields(stage.retry)}
-    for later in ("side_effects", "speculative_copies"):
+    for later in ("side_effects", "speculative_copies", "gpus"):
         if not doc[later]:
             del doc[later]
     return doc

@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass, field
 from typing import Any, TypeVar
 
 from batchlab.core.errors import Malformed, TooNew
+from batchlab.core.job_definition import MAX_GPUS
 from batchlab.core.model import Bundle, BundleId, Completion, JobId, Json, Outcome, StageName
 from batchlab.core.ports import MAX_MESSAGE_BYTES
 from batchlab.core.pricing.request_costs import Requests, WorkerRequests
@@ -32,6 +33,7 @@ from batchlab.core.protocol.field_checks import (
     whole,
 )
 from batchlab.core.protocol.json_format import (
+    MENDED,
     VERSION,
     brief,
     bundle_from_json,
@@ -45,6 +47,7 @@ from batchlab.core.protocol.json_format import (
     outcome_from_json,
     outcome_text,
 )
+from batchlab.core.protocol.mended_inputs import is_mended
 from batchlab.core.protocol.object_keys import UNSEALED, CommitKey
 
 T = TypeVar("T")
@@ -82,10 +85,20 @@ class TaskMessage:
 
     Another worker holds the bundle of a speculative copy, so a worker may drop the copy at any time.
     """
+    expected_s: Mapping[StageName, float] = field(default_factory=dict)
+    """Expected run time in seconds of one task, for the stage of the bundle and for the stages that are chained after
+    it. A stage without enough measured tasks is missing."""
+
+    @property
+    def run_s(self) -> float | None:
+        """Return the expected run time of the bundle in seconds, or None if it is unknown."""
+        task_s = self.expected_s.get(self.bundle.stage)
+        return None if task_s is None else task_s * len(self.bundle.tasks)
 
 
 def task_message(m: TaskMessage) -> str:
-    doc: dict[str, Json] = {"v": VERSION, "b": bundle_to_json(m.bundle)}
+    version = MENDED if is_mended(m.bundle) else VERSION
+    doc: dict[str, Json] = {"v": version, "b": bundle_to_json(m.bundle)}
     if m.items is not None:
         doc["in"] = m.items
     if m.not_before_s is not None:
@@ -100,6 +113,8 @@ def task_message(m: TaskMessage) -> str:
         doc["re"] = m.reply
     if m.copy_s is not None:
         doc["cp"] = m.copy_s
+    if m.expected_s:
+        doc["ex"] = {str(stage): task_s for stage, task_s in m.expected_s.items()}
     return dumps(doc)
 
 
@@ -108,7 +123,7 @@ def read_task_message(body: str) -> TaskMessage:
 
     Raise TooNew if a later batchlab sent the message, and Malformed if the message cannot be read.
     """
-    return _read(body, "A task message", _task_message_from_json)
+    return _read(body, "A task message", _task_message_from_json, known=MENDED)
 
 
 def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
@@ -127,17 +142,18 @@ def _task_message_from_json(doc: dict[str, Any]) -> TaskMessage:
         CommitKey(text(doc.get("ck", UNSEALED), MAX_TRACE)),
         label(doc["re"]) if "re" in doc else "",
         figure(doc["cp"]) if "cp" in doc else None,
+        {StageName(name(stage)): figure(task_s) for stage, task_s in doc.get("ex", {}).items()},
     )
 
 
-def _read(body: str, what: str, read: Callable[[dict[str, Any]], T]) -> T:
+def _read(body: str, what: str, read: Callable[[dict[str, Any]], T], *, known: int = VERSION) -> T:
     """Return the result of `read` for the document in `body`. The text of a Malformed error begins with `what`."""
     try:
         # Compare the number of characters and not of bytes with the limit, because counting the bytes would require
         # encoding the text.
         if len(body) > MAX_MESSAGE_BYTES:
             raise ValueError(f"it has {len(body)} characters")
-        return read(loads(body))
+        return read(loads(body, known=known))
     except TooNew:
         raise
     except (Malformed, *UNREADABLE) as error:
@@ -184,6 +200,9 @@ class Beat:
     """Key of the worker's instance, a secret that all workers of the instance share, or "" for a worker of release
     0.1.0.
     """
+    gpus: int = 0
+    busy_gpus: int = 0
+    """Number of GPUs that running tasks use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +282,8 @@ def _beat_to_json(b: Beat) -> dict[str, Json]:
     doc = {**fields(b), "held": [fields(h) for h in b.held]}
     if not b.key:
         del doc["key"]
+    if not b.gpus:
+        del doc["gpus"], doc["busy_gpus"]
     return doc
 
 
@@ -284,6 +305,8 @@ def _beat_from_json(doc: Mapping[str, Any]) -> Beat:
         flag(doc.get("leaving", False)),
         flag(doc.get("gone", False)),
         text(doc.get("key", ""), MAX_TRACE),
+        whole(doc.get("gpus", 0), MAX_GPUS),
+        whole(doc.get("busy_gpus", 0), MAX_GPUS),
     )
 
 

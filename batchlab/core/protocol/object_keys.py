@@ -141,6 +141,8 @@ SHARES = "grid/shares.json"
 """Key of the object with the fair-share policy of the grid."""
 SHARE_USE = "grid/share-use.json"
 """Key of the object with the use of each share."""
+POOL_IMAGES = "grid/pool-images.json"
+"""Key of the object with the container images of the pools, which `job replay-task` reads."""
 USERS = "grid/users.json"
 """Key of the object with the users of the grid, their roles, and the serials of their tokens."""
 AUDIT = "grid/audit/"
@@ -287,6 +289,19 @@ def old_part(number: int) -> str:
 def item(job: JobId, stage: StageName, round: int, name: str) -> str:
     """Return the key of an input that is too large for a part of a plan. `name` is the digest of the input."""
     return f"jobs/{job}/{stage}/plan/{round:04d}/item-{name}.json"
+
+
+def mended_part(job: JobId, stage: StageName, name: str) -> str:
+    """Return the key of the mended input of a task. `name` is the digest of the object's content.
+
+    Workers may read this key, because it has the form of a part of a plan, and only a manager may write it.
+    """
+    return f"jobs/{job}/{stage}/plan/mended/part-{name}.json"
+
+
+def mended_file(job: JobId, stage: StageName, sha256: str) -> str:
+    """Return the key of the content of a file that is the mended input of a task."""
+    return f"jobs/{job}/{stage}/plan/mended/item-{sha256}"
 
 
 def cut(job: JobId, stage: StageName, round: int, seq: int) -> str:

@@ -80,6 +80,9 @@ def answers(facts: Facts) -> list[Answer]:
     return [Answer(question, " ".join(texts)) for question, texts in sentences.items()]
 
 
+_MENDED = "SELECT count(*) AS tasks FROM tasks WHERE job = $job AND mended_sha256 IS NOT NULL"
+
+
 def _work(facts: Facts) -> Iterator[str]:
     run, job = facts.run, facts.run.job
     planned, succeeded = job["planned"] or 0, job["succeeded"] or 0
@@ -95,6 +98,9 @@ def _work(facts: Facts) -> Iterator[str]:
         yield f"The grid's reason: {_sentence(visible(job['reason'], 300))}"
     if job["rounds"] > 1:
         yield f"The user retried the job, so it has {job['rounds']} rounds."
+    if mended := run.one(_MENDED)["tasks"]:
+        verb = "has" if mended == 1 else "have"
+        yield f"{count(mended, 'task')} {verb} a mended input from a retry (column mended_sha256 of the table tasks)."
     unfinished = planned - succeeded - failed - cancelled
     parts = [f"{count(succeeded, 'task')} succeeded"]
     parts += [f"{failed:,} failed for good"] if failed else []

@@ -74,13 +74,15 @@ _RECORDED = {
     "scaling": ("pool", "at_s", "before", "after", "in_service", "backlog_tasks", "backlog_s", "reason"),
     "instances": (
         *("instance", "pool", "type", "zone", "market", "launched_s", "in_service_s", "ended_s", "state", "note"),
-        "slots",
+        *("slots", "image"),
     ),
     "workers": ("worker", "instance", "pool", "slots", "first_s", "last_s"),
     "requests": ("at_s", "step_s", "sqs", "sqs_empty", "s3_puts", "s3_gets", "s3_deletes"),
     "duplicates": ("stage", "kind", "seen", "harmless", "harmful", "wasted_slot_s"),
 }
 """Columns of the recorded data, in the order of the values in a recorded row."""
+_VALUES = len(_RECORDED["instances"]) - 1
+"""Number of recorded values of an instance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +247,10 @@ class TableBuilder:
         )
         recorded: dict[str, Iterable[Sequence[Any]]] = {
             "scaling": record["scaling"],
-            "instances": ([name, *values] for name, values in record["instances"].items()),
+            # Managers of earlier releases did not record the image.
+            "instances": (
+                [name, *values, *[""] * (_VALUES - len(values))] for name, values in record["instances"].items()
+            ),
             "workers": ([name, *values] for name, values in record["workers"].items()),
             "requests": self._requests(),
             "duplicates": self._duplicates(),

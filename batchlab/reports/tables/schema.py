@@ -118,6 +118,12 @@ STAGES = _table(
     ("cost_usd", USD, "cost at list prices"),
 )
 
+_MENDED = (
+    "mended_sha256",
+    "VARCHAR",
+    "SHA-256 of the mended input with which `job retry` ran the attempt; NULL for the first input",
+)
+
 TASKS = _table(
     "tasks",
     "one row per task of the job, with the task's state in the last round",
@@ -136,6 +142,7 @@ TASKS = _table(
     ("worker", "VARCHAR", "id of the worker that ran the last attempt"),
     ("fingerprint", "VARCHAR", "fingerprint of the last failure; NULL unless the state is FAILED"),
     *_METRICS,
+    _MENDED,
 )
 
 ATTEMPTS = _table(
@@ -157,6 +164,7 @@ ATTEMPTS = _table(
     ("exit_code", "INTEGER", "exit code of the failed command, or the negative number of the signal that ended it"),
     ("fingerprint", "VARCHAR", "hash that is equal for failures with the same cause"),
     *_METRICS,
+    _MENDED,
 )
 
 BUNDLES = _table(
@@ -226,6 +234,7 @@ INSTANCES = _table(
     ("state", "VARCHAR", "last seen lifecycle state"),
     ("note", "VARCHAR", "the fleet's reason for the end of the instance"),
     ("slots", "INTEGER", "number of task slots"),
+    ("image", "VARCHAR", "container image of the pool at the launch; empty if the pool does not have an image"),
 )
 
 SCALING = _table(

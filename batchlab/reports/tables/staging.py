@@ -15,6 +15,7 @@ from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, StageName, TaskSet
 from batchlab.core.ports import Cut
 from batchlab.core.protocol import json_format
+from batchlab.core.protocol.mended_inputs import is_mended, mended_sha256
 from batchlab.core.protocol.settlement import fingerprint
 from batchlab.reports.tables.schema import types
 
@@ -22,7 +23,18 @@ MAX_RUN_TIMES = 8_192
 """Maximum number of tasks' run times in one line of a staged file."""
 MAX_REASON_CHARS = 500
 
-_BUNDLE = ("stage", "bundle", "round", "attempt", "tasks", "first_task", "last_task", "source", "losses")
+_BUNDLE = (
+    "stage",
+    "bundle",
+    "round",
+    "attempt",
+    "tasks",
+    "first_task",
+    "last_task",
+    "source",
+    "losses",
+    "mended_sha256",
+)
 _OUTCOME = ("worker", "execution", "started_s", "ended_s", "run_s", "failed_run_s")
 _COUNTS = ("succeeded", "failed", "retried", "cancelled")
 _FAILURE = ("stage", "task", "is_final", "run_s", "kind", "error", "reason", "exit_code", "fingerprint")
@@ -36,7 +48,7 @@ FILES: Mapping[str, Mapping[str, str]] = {
     "failures": types("attempts", names=_FAILURE, n="BIGINT"),
     "metrics": types("attempts", names=_METRICS, n="BIGINT"),
     "cancelled": {"n": "BIGINT", **_RANGE},
-    "planned": types("bundles", names=(*_BUNDLE, "ready_s")),
+    "planned": types("bundles", "tasks", names=(*_BUNDLE, "ready_s")),
     "rest": _RANGE,
 }
 """Columns of each staged file with DuckDB's types. The column `n` is the number of the outcome."""
@@ -169,8 +181,9 @@ def _bundle(bundle: Bundle) -> dict[str, Any]:
         "tasks": len(bundle.tasks),
         "first_task": bundle.tasks.first,
         "last_task": bundle.tasks.last,
-        "source": bundle.source,
+        "source": None if is_mended(bundle) else bundle.source,
         "losses": bundle.losses,
+        "mended_sha256": mended_sha256(bundle.source) or None,
     }
 
 

@@ -92,13 +92,13 @@ LEFT JOIN metrics m ON m.n = o.n AND m.task = o.task;
 -- name: table_attempts
 SELECT j.job, g.stage, g.task, d.round, d.attempt, d.bundle, d.worker, 'SUCCEEDED' AS state,
        true AS is_final, g.run_s, NULL AS kind, NULL AS error, NULL AS reason, NULL AS exit_code,
-       NULL AS fingerprint, m.* EXCLUDE (n, task)
+       NULL AS fingerprint, m.* EXCLUDE (n, task), d.mended_sha256
 FROM good g JOIN done d ON d.n = g.n CROSS JOIN job j
 LEFT JOIN metrics m ON m.n = g.n AND m.task = g.task
 UNION ALL
 SELECT j.job, f.stage, f.task, d.round, d.attempt, d.bundle, d.worker, 'FAILED', f.is_final,
        f.run_s, f.kind, f.error, f.reason, f.exit_code, f.fingerprint,
-       m.* EXCLUDE (n, task)
+       m.* EXCLUDE (n, task), d.mended_sha256
 FROM failures f JOIN done d ON d.n = f.n CROSS JOIN job j
 LEFT JOIN metrics m ON m.n = f.n AND m.task = f.task;
 

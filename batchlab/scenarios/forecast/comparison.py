@@ -230,6 +230,8 @@ def _notes(forecast: Record, fact: Record) -> Iterator[str]:
         yield f"the forecast has {len(forecast.jobs):,} jobs, the fact {len(fact.jobs):,}"
     if dict(forecast.pools) != dict(fact.pools):
         yield "their pools differ in size or slots"
+    if forecast.shares != fact.shares:
+        yield "their fair-share policies differ"
     names = sorted(set(forecast.settings) & set(fact.settings))
     if different := [name for name in names if forecast.settings[name] != fact.settings[name]]:
         yield f"their settings differ: {', '.join(different)}"

@@ -396,6 +396,7 @@ class ForecastSetup:
             instances=instances,
             usd=cost.usd.typical,
             usd_items={item.what: item.usd.typical for item in cost.items},
+            shares=self.scenario.shares,
             simulated=True,
             **rest,
         )

@@ -132,6 +132,7 @@ class ForecastGrid:
         """Build the simulated grid. Raise UsageError for unknown pools and impossible jobs."""
         scenario, backend = setup.scenario, setup.backend
         self._backend, self._manager_s = backend, setup.calibration.manager_s
+        self._shares = scenario.shares
         self.pools = setup.pools()
         self._check_names(scenario)
         self.manager = setup.manager()
@@ -151,8 +152,9 @@ class ForecastGrid:
 
     def _check_names(self, scenario: Scenario) -> None:
         slots = {name: pool.slots for name, pool in self.pools.items()}
+        gpus = {name: pool.gpus for name, pool in self.pools.items()}
         for template in scenario.jobs.values():
-            admit(job_def(Job(0, template.name, template, 0.0, 1), 0.0), slots)
+            admit(job_def(Job(0, template.name, template, 0.0, 1), 0.0), slots, gpus=gpus)
         for name in [prewarm.pool for prewarm in scenario.prewarm] + [fault.pool for fault in scenario.faults]:
             if name and name not in self.pools:
                 raise UsageError(
@@ -175,6 +177,7 @@ class ForecastGrid:
             logged=log is not None,
             watched=options.watched,
             sql=False,
+            shares=setup.scenario.shares is not None,
         )
         world.faults = ScenarioCallFaults(world.rng("calls"), services, latency_s=setup.calibration.call_s)
         world.queue = FaultyQueue(
@@ -231,6 +234,8 @@ class ForecastGrid:
                     remedy="Give their pools a lower min or a shorter boot time.",
                 )
             await asyncio.sleep(min(1.0, self.manager.tick_s))
+        if (policy := self._shares) is not None:
+            await self.ask(lambda manager: manager.fair_share.change(lambda _: policy), "set the fair-share policy")
         self.base_s = self.world.clock.monotonic_s()
         # A replay sets the Spot share only for launches after the start of the replay.
         self.machines.begin(ready, on_demand=self._backend.capabilities.sets_spot_share)

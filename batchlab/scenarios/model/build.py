@@ -6,16 +6,19 @@ the file finds all mistakes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from batchlab.core.errors import BatchlabError, UsageError
+from batchlab.core.fair_share import ShareAttributes, SharePolicy
 from batchlab.core.job_definition import Dependency
 from batchlab.core.pricing import price_book
 from batchlab.jobs import field_types, handler_lookup, job_file
 from batchlab.jobs.schema import GatherSpec
+from batchlab.jobs.schema import JobSpec as JobFileSpec
+from batchlab.jobs.schema import StageSpec as JobFileStage
 from batchlab.jobs.validation import Structure
 from batchlab.jobs.yaml_source import Loc, Problem, suggest
 from batchlab.scenarios.model import arrivals, distributions, schema_distributions
@@ -27,6 +30,7 @@ from batchlab.scenarios.model.schema import (
     GroupsSpec,
     JobSpec,
     ScenarioSpec,
+    SharesSpec,
     StageSpec,
     TraceSpec,
 )
@@ -107,10 +111,13 @@ class ScenarioBuilder:
     def job(self, name: str, spec: JobSpec) -> JobTemplate:
         loc: Loc = ("jobs", name)
         stages: tuple[StageTemplate, ...] = ()
+        share = spec.share
         file: Path | None = None
         if spec.file is not None:
             file = self.path(spec.file, (*loc, "file"))
-            stages = () if file is None else self._stages_of(file, spec, loc)
+            work = None if file is None else self._job_file(file, loc)
+            if work is not None:
+                stages, share = self._stages_of(work.stages, spec, loc), share or work.share
         elif spec.stages is not None:
             at = (*loc, "stages")
             for check in (field_types.unique_names, field_types.order, field_types.gathers):
@@ -136,6 +143,7 @@ class ScenarioBuilder:
             stages=stages,
             tasks=distributions.Constant(1.0) if spec.tasks is None else self.distribution(spec.tasks, (*loc, "tasks")),
             tenant=spec.tenant,
+            share=share or "",
             priority=spec.priority,
             deadline_s=spec.deadline,
             max_failures=spec.max_failures,
@@ -162,6 +170,7 @@ class ScenarioBuilder:
             groups=1 if spec.gather is None else spec.gather.groups,
             kind=WorkKind(spec.kind),
             slots=spec.slots,
+            gpus=spec.gpus,
             memory_bytes=spec.memory,
             bundle=spec.bundle,
             pool=spec.pool,
@@ -171,13 +180,16 @@ class ScenarioBuilder:
             speculative_copies=spec.speculative_copies,
         )
 
-    def _stages_of(self, file: Path, spec: JobSpec, loc: Loc) -> tuple[StageTemplate, ...]:
+    def _job_file(self, file: Path, loc: Loc) -> JobFileSpec | None:
+        """Return the content of a job file, or None if the job file has a mistake."""
         try:
-            stages = job_file.load(file, needs_input=False).job.stages
+            return job_file.load(file, needs_input=False).job
         except BatchlabError as error:
             message = f"The job file has a mistake: {error.message}"
             self.report((*loc, "file"), message, f"See `batchlab job check {file}`.")
-            return ()
+            return None
+
+    def _stages_of(self, stages: Sequence[JobFileStage], spec: JobSpec, loc: Loc) -> tuple[StageTemplate, ...]:
         at = (*loc, "task")
         names = [stage.name for stage in stages]
         times = None if spec.task is None else spec.task.by_stage
@@ -208,6 +220,7 @@ class ScenarioBuilder:
                 gather=_gather(stage.gather),
                 groups=spec.groups.get(stage.name, 1),
                 slots=stage.resources.slots,
+                gpus=stage.resources.gpus,
                 memory_bytes=stage.resources.memory,
                 bundle=stage.bundle,
                 pool=stage.pool,
@@ -356,6 +369,12 @@ def fault(spec: FaultSpec) -> Fault:
     if spec.notice is not None:
         fields["notice_s"] = spec.notice
     return Fault(FAULTS[spec.fault], spec.at_s, spec.for_s, **fields)
+
+
+def share_policy(spec: SharesSpec) -> SharePolicy:
+    """Build the fair-share policy. Raise UsageError if entries overlap or a value is out of range."""
+    entries = tuple(ShareAttributes(entry.identifier, entry.weight, entry.max_slots) for entry in spec.shares)
+    return SharePolicy(entries, spec.decay, spec.reservation)
 
 
 def expectations(spec: ScenarioSpec) -> tuple[Expectation, ...]:

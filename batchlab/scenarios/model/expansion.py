@@ -162,6 +162,7 @@ def compress_scenario(scenario: Scenario, factor: float) -> Scenario:
         arrivals=tuple(source.compress(factor) for source in scenario.arrivals),
         pools=tuple(replace(plan, pool=divided(plan.pool, "boot_s")) for plan in scenario.pools),
         policy=divided(scenario.policy, "drain_target_s", "cooldown_in_s", "idle_s"),
+        shares=None if scenario.shares is None else divided(scenario.shares, "decay_s"),
         prewarm=tuple(divided(prewarm, "at_s", "until_s") for prewarm in scenario.prewarm),
         faults=tuple(divided(fault, "at_s", "for_s", "notice_s") for fault in scenario.faults),
         expect=tuple(_expectation(expectation, factor) for expectation in scenario.expect),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import CycleError
 from pathlib import Path
 from typing import Any
 
 from batchlab.core import installation, instance_types
 from batchlab.core.errors import UsageError
+from batchlab.core.fair_share import MAX_DECAY_S, ShareAttributes
 from batchlab.core.model import Pool
 from batchlab.core.pricing import price_book
 from batchlab.jobs import handler_lookup, yaml_source
@@ -24,7 +25,7 @@ from batchlab.jobs.yaml_source import Loc, Problem, suggest
 from batchlab.scenarios.model import build, expansion
 from batchlab.scenarios.model.build import FAULTS
 from batchlab.scenarios.model.distributions import Constant
-from batchlab.scenarios.model.schema import SHAPE, FaultSpec, ScenarioSpec, is_text
+from batchlab.scenarios.model.schema import SHAPE, FaultSpec, PoolSpec, ScenarioSpec, is_text
 from batchlab.scenarios.model.schema_distributions import StepSpec
 from batchlab.scenarios.model.values import LASTING_FAULTS, FaultName, JobTemplate, Policy, PoolPlan, Prewarm, Scenario
 from batchlab.scenarios.verdicts import MEASURES
@@ -121,6 +122,16 @@ def _stages(subject: CheckedScenario) -> Iterator[Problem]:
                 )
                 loc = _stage_location(subject, template, i, "slots")
                 yield Problem(loc, message, "Give the pool's instances more slots.")
+            if pool is not None and stage.gpus > _gpus(pool) and subject.is_sound("pools", stage.pool):
+                message = (
+                    f"A task of the stage '{stage.name}' takes {stage.gpus} GPUs, and an instance of the pool "
+                    f"'{stage.pool}' has {_gpus(pool)}: it would never run."
+                )
+                yield Problem(loc, message, "Name an instance type with enough GPUs, or set `gpus` of the pool.")
+
+
+def _gpus(pool: PoolSpec) -> int:
+    return instance_types.load().gpus([pool.instance_type]) if pool.gpus is None else pool.gpus
 
 
 def _stage_location(subject: CheckedScenario, template: JobTemplate, stage: int, key: str) -> Loc:
@@ -183,6 +194,19 @@ def _steps(spec: StepSpec, loc: Loc) -> Iterator[Problem]:
         elif i and step.at_s == spec.steps[i - 1].at_s:
             message = f"Two steps are at {step.at_s:g} s."
             yield Problem((*loc, i, "at"), message, "Delete one of the two, or write a later at.")
+
+
+def _shares(subject: CheckedScenario) -> Iterator[Problem]:
+    policy = subject.spec.shares
+    if policy is None:
+        return
+    if policy.decay > MAX_DECAY_S:
+        yield Problem(("shares", "decay"), "A share decay is at most 7 days.", "Write 7d or less.")
+    entries = [ShareAttributes(entry.identifier) for entry in policy.shares]
+    for i, entry in enumerate(entries):
+        if other := next((other for other in entries[:i] if other.overlaps(entry)), None):
+            message = f"The entries '{other.identifier}' and '{entry.identifier}' apply to the same share."
+            yield Problem(("shares", "shares", i, "identifier"), message, "Delete one of the two.")
 
 
 def _prewarm(subject: CheckedScenario) -> Iterator[Problem]:
@@ -299,6 +323,7 @@ _CHECKS: tuple[tuple[Callable[[CheckedScenario], Iterator[Problem]], tuple[Loc, 
     (_joins, (("arrivals",),)),
     (_dependencies, ()),
     (_arrivals, ()),
+    (_shares, (("shares",),)),
     (_prewarm, ()),
     (_faults, (("zones",),)),
     (_overlaps, ()),
@@ -391,7 +416,12 @@ def _build_scenario(
         jobs=jobs,
         arrivals=tuple(arrival for arrival in arrivals if arrival is not None),
         pools=tuple(
-            PoolPlan(Pool(name, pool.min, pool.max, pool.slots, pool.boot, instance_type=pool.instance_type), pool.spot)
+            PoolPlan(
+                Pool(
+                    name, pool.min, pool.max, pool.slots, pool.boot, instance_type=pool.instance_type, gpus=_gpus(pool)
+                ),
+                pool.spot,
+            )
             for name, pool in spec.pools.items()
         ),
         seed=spec.seed,
@@ -404,4 +434,7 @@ def _build_scenario(
         digest=hashlib.sha256(text.encode()).hexdigest(),
         path=path,
     )
-    return scenario, [*builder.problems, *find_problems(structure, jobs)]
+    problems = [*builder.problems, *find_problems(structure, jobs)]
+    if spec.shares is not None and not problems:
+        scenario = replace(scenario, shares=build.share_policy(spec.shares))
+    return scenario, problems

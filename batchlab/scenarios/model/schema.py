@@ -9,11 +9,24 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, create_model, model_validator
 
-from batchlab.core import text
-from batchlab.core.job_definition import MAX_DEPENDENCIES
+from batchlab.core import fair_share, text
+from batchlab.core.job_definition import MAX_DEPENDENCIES, MAX_GPUS
 from batchlab.core.model import Json
 from batchlab.jobs import field_types
-from batchlab.jobs.schema import After, Bundle, Keys, Memory, Pool, Priority, Retry, Slots, StageName, schema_of
+from batchlab.jobs.schema import (
+    After,
+    Bundle,
+    Gpus,
+    JobShare,
+    Keys,
+    Memory,
+    Pool,
+    Priority,
+    Retry,
+    Slots,
+    StageName,
+    schema_of,
+)
 from batchlab.jobs.validation import Shape
 from batchlab.jobs.yaml_source import Loc, is_any_of
 from batchlab.scenarios.model.schema_distributions import (
@@ -79,6 +92,7 @@ class StageSpec(Keys):
     )
     kind: Literal["sleep", "cpu", "memory", "io"] = key("Work of a simulated task in a replay.", "cpu", "sleep")
     slots: Slots = 1
+    gpus: Gpus = 0
     memory: Memory = None
     bundle: Bundle = None
     pool: Pool = "default"
@@ -132,6 +146,7 @@ class JobSpec(Keys):
         "Time from the arrival of a job to its deadline. By default, there is none.", "6h", None
     )
     tenant: str = key("Tenant that submits the jobs.", "payer-a", "")
+    share: JobShare = None
     priority: Priority = 0
     max_failures: int = key(
         "Number of failed tasks that each job may have. With `file`, 0 means the limit in the job file.",
@@ -336,6 +351,13 @@ class PoolSpec(Keys):
     slots: int = key("Number of task slots of each instance.", 4, 1, ge=1, le=9999)
     boot: field_types.Duration = key("Time from the launch of an instance until its worker takes tasks.", "90s", 0.0)
     instance_type: str = key("EC2 instance type, which determines the price.", "m7i.large", "")
+    gpus: int | None = key(
+        "Number of GPUs of each instance. By default, the number of the instance type's GPUs.",
+        1,
+        None,
+        ge=0,
+        le=MAX_GPUS,
+    )
     spot: Share = key("Share of the instances that are Spot Instances.", 0.5, 0.0)
 
 
@@ -349,6 +371,51 @@ class PolicySpec(Keys):
         "Minimum time between two steps that shrink a pool with work.", "2m", None
     )
     idle: field_types.Duration | None = key("Time without work before a pool shrinks.", "1m", None)
+
+
+class ShareEntrySpec(Keys):
+    """Entry of the fair-share policy."""
+
+    identifier: field_types.SharePrefix = key(
+        "Share identifier. With an asterisk at the end, the entry applies to each share whose identifier has the "
+        "prefix.",
+        "team*",
+    )
+    weight: float = key(
+        "Weight factor. A lower weight factor means a larger share.",
+        0.5,
+        1.0,
+        ge=fair_share.MIN_WEIGHT,
+        le=fair_share.MAX_WEIGHT,
+    )
+    max_slots: int | None = key(
+        "Maximum number of slots that each share of the entry uses in each pool. By default, there is none.",
+        16,
+        None,
+        ge=1,
+        le=fair_share.MAX_SLOTS,
+    )
+
+
+class SharesSpec(Keys):
+    """Fair-share policy of the grid, which divides the pools among the shares of the jobs. `{}` divides them evenly."""
+
+    decay: field_types.Timeout = key(
+        "Share decay: the time after which 37% of a use still counts, at most 7d.", "1h", fair_share.DEFAULT_DECAY_S
+    )
+    reservation: int = key(
+        "Compute reservation: the percentage of each pool's maximum slots that stays free for shares without work.",
+        10,
+        0,
+        ge=0,
+        le=fair_share.MAX_RESERVATION,
+    )
+    shares: list[ShareEntrySpec] = key(
+        "Entries. A share without an entry has the weight factor 1 and no limit.",
+        [{"identifier": "research", "weight": 0.5, "max_slots": 16}],
+        default_factory=list,
+        max_length=fair_share.MAX_ENTRIES,
+    )
 
 
 class PrewarmSpec(Keys):
@@ -474,6 +541,11 @@ class ScenarioSpec(Keys):
     arrivals: list[ArrivalSpec] = key("Sources of arrivals.", [{"job": "claims", "at": "0s"}], min_length=1)
     pools: dict[field_types.Name, PoolSpec] = key("Pools of the fleet by name.", {"default": {"max": 10}}, min_length=1)
     policy: PolicySpec = key("Scaling policy.", {"drain_target": "10m"}, default_factory=PolicySpec)
+    shares: SharesSpec | None = key(
+        "Fair-share policy. By default, there is none, and shares have no effect.",
+        {"shares": [{"identifier": "research", "weight": 0.5}]},
+        None,
+    )
     prewarm: list[PrewarmSpec] = key(
         "Scheduled capacity, which launches instances before jobs arrive.",
         [{"min": 10, "at": "7h", "until": "9h"}],
@@ -503,6 +575,7 @@ SHAPE = Shape(
         "min": 0,
         "file": "-",
         "by": "-",
+        "identifier": "x",
         "fault": "kill",
         "begins": "2026-01-01",
         "daily": [1] * 24,
@@ -519,6 +592,7 @@ _TEXT_PLACES: tuple[Loc, ...] = (
     ("about",),
     ("jobs", "*", "file"),
     ("jobs", "*", "tenant"),
+    ("jobs", "*", "share"),
     ("jobs", "*", "after"),
     ("jobs", "*", "after", "*"),
     ("jobs", "*", "stages", "*", "name"),
@@ -537,6 +611,7 @@ _TEXT_PLACES: tuple[Loc, ...] = (
     ("arrivals", "*", "month_end", "begins"),
     ("arrivals", "*", "month_end", "holidays", "*"),
     ("pools", "*", "instance_type"),
+    ("shares", "shares", "*", "identifier"),
     ("prewarm", "*", "pool"),
     ("faults", "*", "pool"),
     ("faults", "*", "zone"),

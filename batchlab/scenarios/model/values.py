@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
+from batchlab.core.fair_share import SharePolicy
 from batchlab.core.job_definition import Dependency
 from batchlab.core.model import Pool
 from batchlab.core.retry_rule import RetryRule
@@ -64,6 +65,7 @@ class StageTemplate:
     groups: int = 1
     kind: WorkKind = WorkKind.SLEEP
     slots: int = 1
+    gpus: int = 0
     memory_bytes: int | None = None
     bundle: int | None = None
     pool: str = "default"
@@ -89,6 +91,8 @@ class JobTemplate:
     stages: tuple[StageTemplate, ...]
     tasks: Distribution
     tenant: str = ""
+    share: str = ""
+    """Share identifier of the jobs, or "" for the default share."""
     priority: int = 0
     deadline_s: float | None = None
     max_failures: float = 0
@@ -261,6 +265,7 @@ class Scenario:
     pools: tuple[PoolPlan, ...]
     seed: int = 1
     policy: Policy = Policy()
+    shares: SharePolicy | None = None
     prewarm: tuple[Prewarm, ...] = ()
     faults: tuple[Fault, ...] = ()
     expect: tuple[Expectation, ...] = ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -154,9 +154,9 @@ class _FastRun:
             waits = len(stage.after) if stage.gather is None else sum(map(len, upstream))
             tasks = sum(unit.tasks for unit in units)
             stages.append(StageProgress(stage.name in planned, tasks, len(units), [waits] * len(units)))
-        by_pool: dict[str, list[tuple[StageProgress, int]]] = {}
+        by_pool: dict[str, list[tuple[StageProgress, int, int]]] = {}
         for stage, progress in zip(template.stages, stages, strict=True):
-            by_pool.setdefault(stage.pool, []).append((progress, stage.slots))
+            by_pool.setdefault(stage.pool, []).append((progress, stage.slots, stage.gpus))
         job = JobProgress(work, stages, by_pool)
         self._jobs.append(job)
         self._open[work.job.index] = job
@@ -186,38 +186,53 @@ class _FastRun:
             while pool.ready and pool.open:
                 priority = max(pool.ready)
                 jobs = pool.ready[priority]
-                number, units = next(iter(jobs.items()))
-                job = self._open[number]
-                slots = job.work.job.template.stages[units[0].stage].slots
-                # On a real grid, workers receive bundles in a random order. The instance with the least work is usually
-                # the first to receive a bundle.
-                instance = max(pool.open.values(), key=lambda instance: instance.free)
-                if instance.free < slots:
+                found = self._next_unit(pool, jobs)
+                if found is None:
                     break
+                number, instance = found
+                units, job = jobs[number], self._open[number]
                 unit = units.popleft()
                 del jobs[number]
                 if units:
                     jobs[number] = units
                 elif not jobs:
                     del pool.ready[priority]
-                self._begin(job, unit, instance, slots)
+                self._begin(job, unit, instance)
 
-    def _begin(self, job: JobProgress, unit: WorkUnit, instance: ModelInstance, slots: int) -> None:
+    def _next_unit(self, pool: ModelPool, jobs: Mapping[int, deque[WorkUnit]]) -> tuple[int, ModelInstance] | None:
+        """Return the job whose first work unit starts next, and its instance, or None if no unit can start. A unit
+        that waits for GPUs does not block the other jobs."""
+        for number, units in jobs.items():
+            stage = self._open[number].work.job.template.stages[units[0].stage]
+            open_ = [one for one in pool.open.values() if one.free_gpus >= stage.gpus] if stage.gpus else None
+            if open_ == []:
+                continue
+            # On a real grid, workers receive bundles in a random order. The instance with the least work is usually the
+            # first to receive a bundle.
+            instance = max(pool.open.values() if open_ is None else open_, key=lambda instance: instance.free)
+            return (number, instance) if instance.free >= stage.slots else None
+        return None
+
+    def _begin(self, job: JobProgress, unit: WorkUnit, instance: ModelInstance) -> None:
+        template = job.work.job.template.stages[unit.stage]
         instance.running[unit] = None
-        instance.free -= slots
+        instance.free -= template.slots
+        instance.free_gpus -= template.gpus
         if not instance.free:
             del instance.pool.open[instance.name]
         stage = job.stages[unit.stage]
         job.started_s = self._now_s if job.started_s is None else job.started_s
         stage.began_s = self._now_s if stage.began_s is None else stage.began_s
         takes_s = unit.run_s + unit.bundles * self._bundle_s
-        self._at(self._now_s + takes_s, partial(self._finish, job, unit, instance, slots))
+        self._at(self._now_s + takes_s, partial(self._finish, job, unit, instance))
 
-    def _finish(self, job: JobProgress, unit: WorkUnit, instance: ModelInstance, slots: int) -> None:
+    def _finish(self, job: JobProgress, unit: WorkUnit, instance: ModelInstance) -> None:
         if unit not in instance.running:
             return  # the work unit was lost with its instance
         del instance.running[unit]
-        instance.free += slots
+        template = job.work.job.template.stages[unit.stage]
+        instance.free += template.slots
+        instance.free_gpus += template.gpus
         if not instance.leaving:
             instance.pool.open[instance.name] = instance
         elif not instance.running:
@@ -282,9 +297,9 @@ class _FastRun:
         return max(pool.pool.min_size, *sizes, 0)
 
     def _backlog(self, name: str) -> Backlog:
-        seconds, tasks = 0.0, 0
+        seconds, tasks, gpu_s, gpu_tasks = 0.0, 0, 0.0, 0
         for job in self._open.values():
-            for stage, slots in job.by_pool.get(name, ()):
+            for stage, slots, gpus in job.by_pool.get(name, ()):
                 if not stage.planned:
                     continue
                 if stage.done:
@@ -294,7 +309,9 @@ class _FastRun:
                     mean_s = max(UNKNOWN_TASK_S, self._now_s - began_s)
                 seconds += stage.remaining * mean_s * slots
                 tasks += stage.remaining * slots
-        return Backlog(seconds, tasks)
+                gpu_s += stage.remaining * mean_s * gpus
+                gpu_tasks += stage.remaining * gpus
+        return Backlog(seconds, tasks, gpu_s, gpu_tasks)
 
     def _scale(self, pool: ModelPool) -> Backlog:
         """Scale the pool as the manager's autoscaler and the pool's Auto Scaling group do.
@@ -336,7 +353,8 @@ class _FastRun:
         market = self._machines.lives[name].machine.market
         # On a backend without a Spot market, a Spot wave can interrupt any instance.
         is_spot = market is Market.SPOT or not self._has_market
-        pool.alive[name] = instance = ModelInstance(name, pool, pool.pool.slots, self._now_s + boot_s, is_spot)
+        own = pool.pool
+        pool.alive[name] = instance = ModelInstance(name, pool, own.slots, self._now_s + boot_s, is_spot, own.gpus)
         self._at(instance.ready_s, partial(self._on_boot, instance))
 
     def _on_boot(self, instance: ModelInstance) -> None:

@@ -183,6 +183,11 @@ class Plan:
             "a minimum is paid for until the deadline, however early the work is done",
             "cooldown, idle time, slots and instance types are as in the scenario",
             *([wave] if self.waves else []),
+            *(
+                ["shares are as in the scenario, but the choice of candidates ignores them"]
+                if self.scenario.shares
+                else []
+            ),
         ]
 
     def to_json(self) -> dict[str, object]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
+from batchlab.core.model import Pool
 from batchlab.scenarios.model.values import Prewarm, Scenario
 from batchlab.scenarios.planner.candidates import (
     Candidate,
@@ -54,7 +55,7 @@ class SizeLimits:
             work_time_s = deadline_s - demand.boot_s
             if work_time_s <= 0:
                 work_time_s = deadline_s
-            useful[pool.name] = max(1, math.ceil(demand.slots / pool.slots))
+            useful[pool.name] = max(1, math.ceil(demand.slots * _gpu_factor(scenario, pool) / pool.slots))
             size = math.ceil(demand.work_s / (pool.slots * work_time_s) - 1e-9)
             needed[pool.name] = max(1, min(useful[pool.name], size))
         return cls(needed, useful, base.pools)
@@ -62,6 +63,12 @@ class SizeLimits:
     def fit(self, pool: str, size: int) -> int:
         """Return `size`, limited to the range from 1 to the pool's useful size."""
         return max(1, min(self.useful[pool], size))
+
+
+def _gpu_factor(scenario: Scenario, pool: Pool) -> float:
+    """Return how many times as many instances a task with GPUs needs as its slots need, at most, and at least 1."""
+    stages = (stage for job in scenario.jobs.values() for stage in job.stages if stage.pool == pool.name)
+    return max([1.0, *(stage.gpus / max(1, pool.gpus) * pool.slots / stage.slots for stage in stages)])
 
 
 def round_to_two_digits(number: float) -> float:

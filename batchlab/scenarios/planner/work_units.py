@@ -108,13 +108,14 @@ def _work_units(job: Job, number: int, cuts: list[tuple[int, int]], times_s: lis
 
 @dataclass(slots=True, eq=False)
 class ModelInstance:
-    """Simulated instance with `free` slots."""
+    """Simulated instance with `free` slots and `free_gpus` GPUs."""
 
     name: str
     pool: ModelPool
     free: int
     ready_s: float
     is_spot: bool
+    free_gpus: int = 0
     leaving: bool = False
     running: dict[WorkUnit, None] = field(default_factory=dict)
 
@@ -152,7 +153,7 @@ class JobProgress:
 
     work: JobWork
     stages: list[StageProgress]
-    by_pool: dict[str, list[tuple[StageProgress, int]]]
+    by_pool: dict[str, list[tuple[StageProgress, int, int]]]
     started_s: float | None = None
     ended_s: float | None = None
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from batchlab.client.http import Client
 from batchlab.core.api_types import GridView, JobView
 from batchlab.core.api_usage_types import AccountView, account_of
-from batchlab.core.errors import BackendError, Refused, UsageError
+from batchlab.core.errors import BackendError, BatchlabError, Refused, UsageError
+from batchlab.core.fair_share import DEFAULT_SHARE, SharePolicy
 from batchlab.core.model import Market
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Objects
@@ -114,6 +115,8 @@ def _as_planned(billed_s: Mapping[Kind, float], plans: Mapping[str, PoolPlan]) -
 MAX_REQUESTS = 4
 """Maximum number of parallel requests for the accounts of jobs."""
 FINAL_TIMEOUT_S = 10.0
+RESTORE_TIMEOUT_S = 30.0
+"""Time in seconds within which a manager must restore the grid's fair-share policy after a run."""
 """Timeout in seconds of the last requests to the manager."""
 
 
@@ -168,6 +171,7 @@ async def build_record(
             **(sampler.grid["settings"] if sampler.grid else {}),
             "cores": backend.usual.cores,
         },
+        shares=scenario.shares,
         wall_s=state.took_s,
         cut=cut,
     )
@@ -291,17 +295,54 @@ def limit_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
     fleet, plus EXTRA_S.
     """
     slots = {plan.pool.name: plan.pool.max_size * plan.pool.slots for plan in scenario.pools}
+    shares = scenario.shares or SharePolicy()
     work: dict[str, float] = {}
+    limited: dict[tuple[str, str], float] = {}
+    """Work of the shares that have a limit, by pool and share."""
     for job in jobs:
         counts = expansion.stage_sizes(job.template, job.tasks)
+        share = job.template.share or DEFAULT_SHARE
         for stage in job.template.stages:
             busy_s = expansion.mean_task_s(job, stage) * counts[stage.name] * stage.slots
             work[stage.pool] = work.get(stage.pool, 0.0) + busy_s
-    whole_s = max((s / max(1, slots.get(pool, 1)) for pool, s in work.items()), default=0.0)
+            if shares.attributes(share).max_slots is not None:
+                limited[stage.pool, share] = limited.get((stage.pool, share), 0.0) + busy_s
+    whole_s = max((s / max(1, shares.usable_slots(slots.get(pool, 1), 1)) for pool, s in work.items()), default=0.0)
+    whole_s += sum(s / (shares.attributes(share).max_slots or 1) for (_, share), s in limited.items())
     last_s = max(
         [*expansion.earliest_starts_s(jobs).values(), *(fault.at_s + fault.for_s for fault in scenario.faults), 0.0]
     )
     return last_s + 2 * whole_s + EXTRA_S
+
+
+@asynccontextmanager
+async def share_policy(link: ManagerConnection, policy: SharePolicy | None, state: RunState) -> AsyncIterator[None]:
+    """Set the fair-share policy of the grid, and restore the policy of the grid at the end. Both policies begin without
+    use, because the use before a run must not affect the run, and the use of the run must not affect later jobs.
+
+    If the policy cannot be restored, the reason is in `state.cut`.
+    """
+    before = (await link.call(lambda client: client.shares()))["policy"]
+    if before is None and policy is None:
+        yield
+        return
+    try:
+        await link.call(lambda client: _set_share_policy(client, policy.to_json() if policy else None))
+        yield
+    finally:
+        try:
+            await link.call(lambda client: _set_share_policy(client, before), within_s=RESTORE_TIMEOUT_S)
+        except BatchlabError as error:
+            trouble = f"The fair-share policy of the grid is not restored: {error.message}"
+            state.cut = f"{state.cut} {trouble}".strip()
+
+
+def _set_share_policy(client: Client, policy: Mapping[str, Any] | None) -> None:
+    client.remove_share(None)
+    if policy is not None:
+        client.set_share_policy({"decay_s": policy["decay_s"], "reservation": policy["reservation"]})
+        for entry in policy["shares"]:
+            client.set_share(entry)
 
 
 async def _wait_until_idle(link: ManagerConnection) -> None:
@@ -329,7 +370,8 @@ async def replay(
     """Run the compressed scenario on the grid in `home` and measure the run.
 
     The time `limit` (see `limit_s`) or the event `stop` ends the run early. The field `cut` of the record then has the
-    reason. `injector` creates the injector of the scenario's faults. Raise Refused if the grid differs from the
+    reason. `injector` creates the injector of the scenario's faults. During the run, the grid has the fair-share policy
+    of the scenario, or no policy if the scenario does not have one. Raise Refused if the grid differs from the
     scenario or has other work. Raise UsageError if the grid refuses a job, and BackendError if the manager is absent
     for too long before the run.
     """
@@ -358,5 +400,6 @@ async def replay(
         state = RunState(scenario, seed, schedule.jobs)
         run = ReplayRun(state, link, preparer, backend.open_clock(), fault_injector)
         most_s = limit_s(scenario, schedule.jobs) if limit is None else limit
-        await run.run(most_s, stop or asyncio.Event(), progress)
+        async with share_policy(link, scenario.shares, state):
+            await run.run(most_s, stop or asyncio.Event(), progress)
         return await build_record(state, run.sampler, link, backend, home, before, objects, patience)

@@ -83,6 +83,7 @@ class JobPreparer:
             params=(("stages", stage_parameters(self.seed, due)),),
             max_failures=template.max_failures,
             priority=template.priority,
+            share=template.share,
             tags=self._tags(due),
             token=token,
         )
@@ -125,7 +126,9 @@ class JobPreparer:
         )
         tags = {**dict(job.tags), **dict(self._tags(due))}
         template = due.template
-        job = replace(job, tags=tuple(tags.items()), priority=template.priority or job.priority)
+        job = replace(
+            job, tags=tuple(tags.items()), priority=template.priority or job.priority, share=template.share or job.share
+        )
         if template.max_failures:  # without a limit in the scenario, the job file's limit applies
             job = replace(job, max_failures=template.max_failures, max_failures_percent=False)
         return PreparedJob(due, job)
@@ -140,6 +143,7 @@ def stage_def(stage: StageTemplate) -> StageDef:
         handler=HANDLER,
         retry=stage.retry,
         slots=stage.slots,
+        gpus=stage.gpus,
         memory_bytes=stage.memory_bytes,
         bundle=stage.bundle,
         pool=stage.pool,

@@ -19,6 +19,7 @@ import yaml
 from batchlab.core import instance_types
 from batchlab.core.api_types import JobView
 from batchlab.core.errors import UsageError
+from batchlab.core.fair_share import SharePolicy
 from batchlab.core.job_definition import Condition, JobDef
 from batchlab.core.model import JobId, Market, Pool, TaskSet
 from batchlab.core.retry_rule import RetryRule
@@ -49,6 +50,7 @@ class RecordedTemplate:
     stages: list[StageRun]
     jobs: int
     deadline_s: float | None = None
+    share: str = ""
     priority: int = 0
     max_failures: int = 0
     after: set[tuple[str, Condition]] = field(default_factory=set)
@@ -69,6 +71,7 @@ class RecordedWorkload:
     policy: Mapping[str, float] = field(default_factory=dict)
     compressed: float = 1.0
     seed: int = 1
+    shares: SharePolicy | None = None
     left_out: int = 0
     """Number of skipped jobs that had too little information."""
 
@@ -104,7 +107,9 @@ def from_record(record: Record, name: str) -> RecordedWorkload:
     templates = {}
     for template in dict.fromkeys(job.template for job in record.jobs if job.template in runs):
         deadlines = [job.deadline_s - job.due_s for job in runs[template] if job.deadline_s is not None]
-        templates[template] = RecordedTemplate(stages[template], len(runs[template]), max(deadlines, default=None))
+        templates[template] = RecordedTemplate(
+            stages[template], len(runs[template]), max(deadlines, default=None), share=runs[template][0].share
+        )
     return RecordedWorkload(
         name,
         f"The scenario {record.scenario}, as measured on {record.backend}.",
@@ -117,7 +122,8 @@ def from_record(record: Record, name: str) -> RecordedWorkload:
         record.settings,
         record.compressed,
         record.seed,
-        len(record.jobs) - len(jobs),
+        shares=record.shares,
+        left_out=len(record.jobs) - len(jobs),
     )
 
 
@@ -141,11 +147,12 @@ def from_jobs(
     name: str,
     pools: Sequence[PoolPlan],
     policy: Mapping[str, float],
+    shares: SharePolicy | None = None,
 ) -> RecordedWorkload:
     """Convert ended jobs, with their measurements by job id, to a workload.
 
-    Jobs of the same name and stages form one template. The template depends on another template if each of its jobs
-    depended on a job of this template.
+    Jobs of the same name, share, and stages form one template. The template depends on another template if each of its
+    jobs depended on a job of this template.
     """
     ordered = sorted(jobs, key=lambda pair: pair[0]["submitted_s"])
     ids = [view["id"] for view, _ in ordered]
@@ -156,14 +163,15 @@ def from_jobs(
     arrivals = []
     template_of: dict[JobId, str] = {}
     for view, job in ordered:
-        kind = (job.name, tuple((s.name, s.after, s.gather, s.pool, s.slots) for s in job.stages))
+        kind = (job.name, (job.share, *((s.name, s.after, s.gather, s.pool, s.slots) for s in job.stages)))
         if kind not in names:
             others = sum(other == job.name for other, _ in names)
             names[kind] = f"{job.name[:37]}-{others + 1}" if others else job.name
         template = names[kind]
         max_failures = 0 if job.max_failures_percent else int(job.max_failures)
         recorded = templates.setdefault(
-            template, RecordedTemplate([], 0, priority=job.priority, max_failures=max_failures, definition=job)
+            template,
+            RecordedTemplate([], 0, share=job.share, priority=job.priority, max_failures=max_failures, definition=job),
         )
         after = {(template_of.get(other.job, template), other.condition) for other in job.after}
         after = {pair for pair in after if pair[0] != template}
@@ -177,7 +185,7 @@ def from_jobs(
     for template, measurements in stages.items():
         templates[template].stages = list(measurements.runs())
     about = f"The job {ids[0]}" if len(ids) == 1 else f"{len(ids)} jobs from {ids[0]} to {ids[-1]}"
-    return RecordedWorkload(name, f"{about}, recorded.", arrivals, templates, list(pools), policy)
+    return RecordedWorkload(name, f"{about}, recorded.", arrivals, templates, list(pools), policy, shares=shares)
 
 
 def write(workload: RecordedWorkload, path: Path) -> WrittenScenario:
@@ -276,6 +284,10 @@ def _text(workload: RecordedWorkload, trace: Path, factors: Mapping[tuple[str, s
     }
     if policy:
         doc["policy"] = policy
+    if (shares := workload.shares) is not None:
+        entries = [{key: value for key, value in asdict(entry).items() if value is not None} for entry in shares.shares]
+        decay_s = round(shares.decay_s * compressed, _DIGITS)
+        doc["shares"] = {"decay": decay_s, "reservation": shares.reservation, "shares": entries}
     doc["expect"] = {"lost": 0, "duplicates": 0}
     return _HEAD + yaml.dump(doc, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=90)
 
@@ -311,6 +323,8 @@ def _job(
     doc: dict[str, Any] = {}
     if template.deadline_s is not None:
         doc["deadline"] = round(template.deadline_s * compressed, _DIGITS)
+    if template.share:
+        doc["share"] = template.share
     if template.priority:
         doc["priority"] = template.priority
     if template.max_failures:

@@ -27,6 +27,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic import ValidationError as Malformed
 
 from batchlab.core.errors import UsageError
+from batchlab.core.job_definition import MAX_GPUS
 from batchlab.core.model import Market, Pool
 from batchlab.fleet.api_types import LaunchTemplate, Template, ValidationError
 
@@ -82,6 +83,10 @@ class Version(_Strict):
     type: str = ""
     market: Market = Market.ON_DEMAND
     slots: Annotated[int, Field(ge=1)] = 1
+    gpus: Annotated[int, Field(ge=0, le=MAX_GPUS)] = 0
+    """GPUs of an instance. A container gets as many GPUs of its machine."""
+    gpu_devices: bool = True
+    """Whether containers get devices. Without devices, the GPUs are only declared."""
     boot_s: Annotated[float, Field(ge=0)] = 0.0
     env: dict[str, str] = {}
     system: bool = False
@@ -133,6 +138,7 @@ class TemplateFile:
             version.slots,
             version.boot_s,
             (*version.env.items(), (VARIABLE, f"{name}:{number}")),
+            version.gpus,
         )
 
     def launch_configuration(self, name: str) -> Template:

@@ -7,23 +7,25 @@ the endpoints read the outcomes from the bucket. A change of a job wakes the req
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Body, Header, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Base64Bytes, BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
 from batchlab.core import api_types
-from batchlab.core.errors import Forbidden
-from batchlab.core.job_definition import JobDef
+from batchlab.core.errors import Forbidden, UsageError
+from batchlab.core.job_definition import JobDef, task_name
 from batchlab.core.model import JobId, StageName, TaskSet
 from batchlab.core.ports import BundleRecord
 from batchlab.core.protocol import json_format, settlement
 from batchlab.core.users import Role
 from batchlab.manager.manager import Manager
+from batchlab.manager.mended_inputs import check_sizes
 from batchlab.server import job_facts, job_views
 from batchlab.server.answers import (
     MAX_LISTED,
@@ -37,6 +39,7 @@ from batchlab.server.answers import (
 from batchlab.server.http.common import CallerDep, Leader, Limit, StateDep, Wait, guarded_router, without_version
 from batchlab.server.http.failures import chosen_tasks
 from batchlab.server.http.history import eta_of
+from batchlab.server.http.permissions import store_record
 from batchlab.server.wait_reasons import why
 
 
@@ -214,30 +217,61 @@ async def delete(manager: Leader, served: StateDep, job: JobId) -> api_types.Del
     return {"id": job, "objects": objects}
 
 
+MAX_NEW_INPUTS = 100
+"""Maximum number of new inputs in a request. The limit of the request's size also limits the new inputs."""
+
+
+class NewInput(BaseModel):
+    """New input of a failed task: the content of a file, or one JSON value in UTF-8. `data` is base64."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stage: StageName
+    task: Annotated[int, Field(ge=0, le=2**40)]
+    data: Base64Bytes
+
+
 class Choice(BaseModel):
     """Selection of failed tasks to run again, by fingerprint, and by stage as ranges of tasks.
 
-    A range of tasks includes its first task and excludes its end.
+    A range of tasks includes its first task and excludes its end. The tasks in `inputs` are also selected, and run with
+    a new input.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     fingerprints: Annotated[list[str], Field(max_length=1000)] = []
     tasks: dict[StageName, Annotated[list[Range], Field(max_length=100_000)]] = {}
+    inputs: Annotated[list[NewInput], Field(max_length=MAX_NEW_INPUTS)] = []
 
 
 @router.post("/jobs/{job}/retry")
-async def retry(manager: Leader, served: StateDep, job: JobId, choice: Choice | None = None) -> api_types.JobView:
+async def retry(
+    manager: Leader, served: StateDep, caller: CallerDep, job: JobId, choice: Choice | None = None
+) -> api_types.JobView:
     """Run all tasks of a job again that did not succeed.
 
-    If the request selects failed tasks, run only the selected tasks and the canceled tasks again.
+    If the request selects failed tasks, run only the selected tasks and the canceled tasks again. A new input replaces
+    the input of a failed task in this retry and in later retries.
     """
     chosen = None
-    if choice is not None:
+    inputs = {(new.stage, new.task): new.data for new in choice.inputs} if choice else {}
+    if choice and len(inputs) < len(choice.inputs):
+        raise UsageError("The request has two new inputs for one task.", remedy="Give one new input for each task.")
+    check_sizes(inputs)
+    for reason in list(map(_input_record, inputs.items())) or [""]:
+        await store_record(manager, caller, "job retry", job, reason)
+    if choice is not None and (choice.fingerprints or choice.tasks or not inputs):
         sets = {stage: TaskSet.union(TaskSet.span(*ends) for ends in ranges) for stage, ranges in choice.tasks.items()}
         chosen = await chosen_tasks(manager, served, job, choice.fingerprints, sets)
-    await manager.job_commands.retry(job, chosen)
+    await manager.job_commands.retry(job, chosen, inputs)
     return await current_view(manager, job)
+
+
+def _input_record(new: tuple[tuple[StageName, int], bytes]) -> str:
+    """Return the text of the audit record of a new input."""
+    (stage, task), data = new
+    return f"{task_name(stage, task)}: new input of {len(data)} bytes, SHA-256 {hashlib.sha256(data).hexdigest()}"
 
 
 @router.get("/jobs/{job}/eta")

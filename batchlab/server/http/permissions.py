@@ -28,7 +28,7 @@ class Rule(NamedTuple):
 
     `role` is the needed role. With `own`, the role SUBMIT is enough for a job that the user owns. `action` is the
     command that makes the request, for the audit log, or "" for a request that changes nothing. The endpoint of a rule
-    with `is_recorded_later` stores the record itself, because only the endpoint knows the changed object.
+    with `is_recorded_later` stores the record itself, because only the endpoint knows the changed object or the reason.
     """
 
     role: Role
@@ -60,7 +60,7 @@ RULES: Mapping[Route, Rule] = {
     ("POST", "/v1/jobs/{job}/cancel"): Rule(_OPERATE, "job cancel", own=True),
     ("POST", "/v1/jobs/{job}/pause"): Rule(_OPERATE, "job pause", own=True),
     ("POST", "/v1/jobs/{job}/resume"): Rule(_OPERATE, "job resume", own=True),
-    ("POST", "/v1/jobs/{job}/retry"): Rule(_OPERATE, "job retry", own=True),
+    ("POST", "/v1/jobs/{job}/retry"): Rule(_OPERATE, "job retry", own=True, is_recorded_later=True),
     ("DELETE", "/v1/jobs/{job}"): Rule(_OPERATE, "job delete", own=True),
     ("POST", "/v1/grid/pools/{pool}"): Rule(_OPERATE, "grid scale"),
     ("POST", "/v1/grid/drain"): Rule(_OPERATE, "grid drain"),

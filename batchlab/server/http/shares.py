@@ -12,11 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from batchlab.core import api_usage_types, fair_share
 from batchlab.core.fair_share import ShareAttributes, SharePolicy
+from batchlab.jobs.field_types import SharePrefix
 from batchlab.server.http.common import Leader, guarded_router
 
 router = guarded_router()
-
-Identifier = Annotated[str, Field(pattern=rf"^([A-Za-z0-9]{{1,{fair_share.MAX_IDENTIFIER}}}\*?|\*)$")]
 
 
 class Entry(BaseModel):
@@ -25,7 +24,7 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    identifier: Identifier
+    identifier: SharePrefix
     weight: Annotated[float | None, Field(ge=fair_share.MIN_WEIGHT, le=fair_share.MAX_WEIGHT)] = None
     max_slots: Annotated[int | None, Field(ge=0, le=fair_share.MAX_SLOTS)] = None
 
@@ -46,7 +45,7 @@ class Removal(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    identifier: Identifier | None = None
+    identifier: SharePrefix | None = None
 
 
 @router.get("/shares")

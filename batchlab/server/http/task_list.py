@@ -19,6 +19,7 @@ from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import parse_task, task_name
 from batchlab.core.model import JobId, Outcome, StageName, TaskMetrics
 from batchlab.core.ports import JobRecord, JobRows
+from batchlab.core.protocol.mended_inputs import mended_sha256
 from batchlab.manager.manager import Manager
 from batchlab.manager.retry_rounds import RetriedTasks
 from batchlab.server.http.common import MAX_PARALLEL_READS, Leader, ServerState, StateDep, guarded_router
@@ -284,4 +285,5 @@ def _view(listed: TaskList, one: ListedTask, figures: dict[tuple[int, int], Figu
         "input_bytes": metrics.input_bytes,
         "output_bytes": metrics.output_bytes,
         "input": metrics.input,
+        "mended_sha256": mended_sha256(listed.index.mended.get((one.stage, one.task))),
     }

@@ -29,6 +29,7 @@ from batchlab.core.job_definition import JobDef, task_name
 from batchlab.core.model import Bundle, JobId, Json, Outcome, StageName, TaskMetrics, TaskSet
 from batchlab.core.protocol import values
 from batchlab.core.protocol.bundle_inputs import ForeignReference, JobObjects
+from batchlab.core.protocol.mended_inputs import is_mended, mended_sha256
 from batchlab.core.text import size
 from batchlab.jobs import results
 from batchlab.jobs.attempts import attempt_in, log_end, task_input
@@ -140,6 +141,7 @@ async def _ended(
         "input": "",
         "input_of": "",
         "is_input_cut": False,
+        "mended_sha256": mended_sha256(bundle.source),
         "log": log,
         "is_log_cut": is_log_cut,
     }
@@ -189,6 +191,7 @@ async def _not_ended(manager: Manager, listed: TaskList, found: ListedTask) -> t
         "input": "",
         "input_of": "",
         "is_input_cut": False,
+        "mended_sha256": mended_sha256(bundle.source) if bundle else "",
         "log": log,
         "is_log_cut": is_log_cut,
     }
@@ -202,7 +205,7 @@ async def _not_ended(manager: Manager, listed: TaskList, found: ListedTask) -> t
 
 async def _input(manager: Manager, job: JobDef, bundle: Bundle, task: int) -> tuple[str, str, bool]:
     """Return the task's input as text, the file of the input, and whether the text is incomplete."""
-    if job.stage(bundle.stage).gather == "*":
+    if job.stage(bundle.stage).gather == "*" and not is_mended(bundle):
         # The input of a gathering task has the size of the results of whole stages, which is too large to show.
         return f"All results of {', '.join(job.stage(bundle.stage).after)}.", "", False
     ports = manager.ports

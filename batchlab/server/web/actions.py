@@ -76,13 +76,13 @@ async def resume(request: Request, manager: Leader, job: JobId) -> Response:
 
 
 @router.post("/jobs/{job}/retry")
-async def retry(request: Request, manager: Leader, served: StateDep, job: JobId) -> Response:
+async def retry(request: Request, manager: Leader, served: StateDep, caller: CallerDep, job: JobId) -> Response:
     """Run the selected failure groups and tasks again. If the form does not have a selection, run all tasks that did
     not succeed.
     """
     form = await form_of(request)
     choice = _choice(form) if field_of(form, "which") != "all" else None
-    await jobs.retry(manager, served, job, choice)
+    await jobs.retry(manager, served, caller, job, choice)
     return redirect(request, _job(job))
 
 

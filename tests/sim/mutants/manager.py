@@ -5,10 +5,11 @@ Each docstring describes the code of the mutant, and names the promise that it b
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from batchlab.core import visibility_timeouts
 from batchlab.core.commit import commit
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Completion, Control, JobId, StageCounts, StageName, TaskSet
@@ -273,3 +274,31 @@ def rebuild_forgets_casualties(plant: Plant) -> None:
     ) -> Round:
         whole = await original(ports, job, number, retry, job_objects)
         return replace(whole, casualties=[{} for _ in whole.casualties])
+
+
+# --- Visibility timeouts -------------------------------------------------------------------------
+
+
+@planted("timeouts")
+def run_time_of_one_sample(plant: Plant) -> None:
+    """The manager expects the run time of the first outcome of a stage for all tasks of the stage. The first outcome
+    may be far from typical (timeouts).
+    """
+
+    @plant.everywhere(visibility_timeouts.expected_run_s)
+    def expected_run_s(samples_s: Collection[float]) -> float | None:
+        return max(samples_s, default=None)
+
+
+@planted("timeouts")
+def run_times_of_failed_tasks(plant: Plant) -> None:
+    """The manager measures the time of failed attempts, too. A task that fails early or hangs then changes the timeouts
+    of the tasks that succeed (timeouts).
+    """
+    original = LiveJob.record_pace
+
+    @plant.method(LiveJob, "record_pace")
+    def record_pace(self: LiveJob, done: Completion, now_s: float) -> None:
+        original(self, done, now_s)
+        if not done.succeeded:
+            self.run_times_s.setdefault(done.bundle.stage, deque(maxlen=100)).append(done.ended_s - done.started_s)

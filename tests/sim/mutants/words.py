@@ -13,6 +13,7 @@ from batchlab.core.errors import AlreadyExists
 from batchlab.core.model import Bundle, Control, Follow, JobId, JobState, TaskSet
 from batchlab.core.ports import ChangeResult, JobRecord, Reopen
 from batchlab.core.protocol import object_keys, settlement
+from batchlab.core.protocol.mended_inputs import TaskInputs
 from batchlab.core.retry_rule import RetryRule
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.retry_rounds import Retry, RetryPlanner, TaskSelection, failed_tasks
@@ -86,13 +87,15 @@ def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
     original = JobCommands.retry
 
     @plant.method(JobCommands, "retry")
-    async def retry(self: JobCommands, job: JobId, chosen: TaskSelection | None = None) -> JobRecord:
+    async def retry(
+        self: JobCommands, job: JobId, chosen: TaskSelection | None = None, inputs: TaskInputs | None = None
+    ) -> JobRecord:
         objects, patience = self._ports.objects, self._ports.patience
         record = await self._ports.ledger.job(job)
         if not record.state.ended or record.state is JobState.SUCCEEDED:
-            return await original(self, job, chosen)
+            return await original(self, job, chosen, inputs)
         round_ = record.round + 1
-        made = await self._retries.plan(record, chosen)
+        made = await self._retries.plan(record, chosen, inputs or {})
         await commit.permit_round(objects, job, round_, patience)
         key = object_keys.retry(job, round_)
         self._unfinished.add(job)
@@ -115,8 +118,8 @@ def retry_that_keeps_failures(plant: Plant) -> None:
     original = RetryPlanner.plan
 
     @plant.method(RetryPlanner, "plan")
-    async def plan(self: RetryPlanner, record: JobRecord, chosen: TaskSelection | None) -> Retry:
+    async def plan(self: RetryPlanner, record: JobRecord, chosen: TaskSelection | None, inputs: TaskInputs) -> Retry:
         failed = await failed_tasks(self._ports, record)
         if chosen is None and failed:
             chosen = dict([next(iter(failed.items()))])
-        return await original(self, record, chosen)
+        return await original(self, record, chosen, inputs)

@@ -169,6 +169,21 @@ def no_heartbeat(plant: Plant) -> None:
         pass
 
 
+@planted("heartbeat")
+def expected_run_time_ends_the_extensions(plant: Plant) -> None:
+    """A worker extends the visibility timeout of a message once for the expected run time, and never again. Another
+    worker receives the message of a bundle that runs longer than expected (I1).
+    """
+    original = VisibilityHeartbeat._extend
+
+    @plant.method(VisibilityHeartbeat, "_extend")
+    async def _extend(self: VisibilityHeartbeat) -> None:
+        await original(self)
+        for inflight in self._context.inflight.values():
+            if inflight.running and inflight.task.run_s is not None:
+                inflight.extend_at_s = math.inf
+
+
 @planted("waste")
 def heartbeat_omits_what_is_not_committed(plant: Plant) -> None:
     """A heartbeat omits a bundle as soon as its tasks run, and not only after the commit of its outcome. The manager

@@ -130,6 +130,9 @@ class Rendered:
         """Return the properties of the resources of a type, by logical id."""
         return {n: one["Properties"] for n, one in self.resources.items() if one["Type"] == kind}
 
+    def parameter(self, name: str) -> str:
+        return self._parameters[name]
+
     def properties(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.resources[name]["Properties"]
         return found

@@ -73,14 +73,14 @@ class Registry:
 
 
 @contextmanager
-def registry(there: Fleet, trusted: Trusting, folder: Path) -> Iterator[Registry]:
-    """Serve the image of this checkout to the account's instances under NAME. The image is that of the localstack grid
+def registry(there: Fleet, trusted: Trusting, folder: Path, tag: str = "") -> Iterator[Registry]:
+    """Serve the image `tag` to the account's instances under NAME. By default, the image is that of the localstack grid
     without optional packages for tasks."""
     folder.mkdir()
     recipe = compose_project.Recipe.from_settings(
         {**os.environ, "BATCHLAB_IMAGE_APT": "", "BATCHLAB_IMAGE_PIP": ""}, apt=(), pip=()
     )
-    tag = compose_project.provide(recipe, folder / "image.log", print)
+    tag = tag or compose_project.provide(recipe, folder / "image.log", print)
     docker("save", "--output", str(folder / "image.tar"), tag)
     trusted.authority.sign(folder, HOST)
     told = aws(Endpoint(there.env["AWS_ENDPOINT_URL_ECR"], REGION), "ecr").get_authorization_token()

@@ -185,6 +185,7 @@ class Fleet:
             "Release": self.release,
             "LogGroup": LOG_GROUP,
             "ContainerImage": "",
+            "OwnImage": "",
             "Deployment": json.dumps(at.document()),
         }
         script = rendered(**{**variables, **changes})

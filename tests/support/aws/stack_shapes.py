@@ -19,7 +19,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "DatabaseZones": "two",
         "ContainerImage": "123456789012.dkr.ecr.us-east-1.amazonaws.com/grid:1",
     },
-    "simpledb": {"Release": RELEASE, "Ledger": "simpledb", "Egress": "nat", "Retain": "no"},
+    "simpledb": {
+        "Release": RELEASE,
+        "Ledger": "simpledb",
+        "Egress": "nat",
+        "Retain": "no",
+        "PoolImage": "123456789012.dkr.ecr.us-east-1.amazonaws.com/tools:1",
+    },
     "own-network": {
         "Release": RELEASE,
         "VpcId": "vpc-0123456789abcdef0",

@@ -144,7 +144,7 @@ SELECT v('job') AS job, t.stage, t.task, 0 AS round, t.attempt, p.bundle,
             CASE t.task % 3 WHEN 0 THEN 'KeyError' ELSE 'ValueError' END || ' shop.py:score' END
        AS fingerprint, round(t.run_s * 0.7, 6) AS cpu_s, 1048576 * (40 + t.task % 9)::BIGINT AS memory_bytes,
        1000 + t.task AS input_bytes, 200 AS output_bytes,
-       CASE WHEN t.stage = 'read' THEN 'day-' || t.task % 30 || '.csv' END AS input
+       CASE WHEN t.stage = 'read' THEN 'day-' || t.task % 30 || '.csv' END AS input, NULL::VARCHAR AS mended_sha256
 FROM tried t JOIN placed p USING (stage, b, attempt);
 
 CREATE VIEW made_tasks AS
@@ -159,7 +159,7 @@ SELECT v('job') AS job, f.stage, f.task,
             CASE f.task % 3 WHEN 0 THEN 'KeyError' ELSE 'ValueError' END || ' shop.py:score' END
        AS fingerprint, round(f.run_s * 0.7, 6) AS cpu_s, 1048576 * (40 + f.task % 9)::BIGINT AS memory_bytes,
        1000 + f.task AS input_bytes, 200 AS output_bytes,
-       CASE WHEN f.stage = 'read' THEN 'day-' || f.task % 30 || '.csv' END AS input
+       CASE WHEN f.stage = 'read' THEN 'day-' || f.task % 30 || '.csv' END AS input, NULL::VARCHAR AS mended_sha256
 FROM first f
 JOIN placed p ON p.stage = f.stage AND p.b = f.b AND p.attempt =
      CASE WHEN f.is_failed AND NOT f.is_hopeless THEN 2 ELSE 1 END
@@ -231,7 +231,7 @@ SELECT v('job') AS job, worker, 'i-' || substr(worker, 3)::INTEGER // 2 AS insta
 FROM bundle_rows GROUP BY worker;
 
 CREATE VIEW made_instances AS
-SELECT v('job') AS job, 'i-' || i AS instance, 'default' AS pool, 'c7g.large' AS type,
+SELECT v('job') AS job, 'i-' || i AS instance, 'default' AS pool, 'c7g.large' AS type, '' AS image,
        'eu-central-1' || substr('abc', i % 3 + 1, 1) AS zone,
        CASE i % 4 WHEN 3 THEN 'spot' ELSE 'on-demand' END AS market,
        v('t0') + 0.5 AS launched_s, v('t0') + 2 + 0.1 * i AS in_service_s,

@@ -1,0 +1,39 @@
+"""Record of the container images of pools, which is stored for the replay of tasks.
+
+Invariant: only the leader writes the record. The images come from the manager's configuration, and never from a worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from batchlab.core import container_images
+from batchlab.core.container_images import Images
+from batchlab.core.model import Pool
+from batchlab.core.protocol import object_keys
+from batchlab.manager.state import Ports
+from batchlab.manager.versioned_document import VersionedDocument
+
+
+class PoolImages:
+    """The images of `pools`, and the images that the pools had before. A grid without images sends no requests."""
+
+    def __init__(self, ports: Ports, pools: Mapping[str, Pool]) -> None:
+        self._pools = pools
+        self._images: Images = {}
+        self._document = VersionedDocument(ports, object_keys.POOL_IMAGES, self._merge, keeps_unreadable=True)
+
+    async def save(self) -> None:
+        """Add the current images to the stored record. Raise BackendError if the bucket does not respond."""
+        current = {name: pool.image for name, pool in self._pools.items()}
+        if not any(current.values()):
+            return
+        await self._document.load()
+        recorded = container_images.with_current(self._images, current)
+        if recorded != self._images:
+            await self._document.write(
+                lambda: container_images.encode_images(container_images.with_current(self._images, current))
+            )
+
+    def _merge(self, content: bytes) -> None:
+        self._images = container_images.decode_images(content)

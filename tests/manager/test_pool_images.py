@@ -1,0 +1,51 @@
+"""The leader's record of the images of pools, and its use in the replay of a task."""
+
+from __future__ import annotations
+
+from batchlab.core.model import Pool
+from batchlab.core.protocol import object_keys
+from batchlab.jobs import attempts
+from batchlab.manager.pool_images import PoolImages
+from tests.manager.test_usage_records import Scene, play
+
+TOOLS = Pool("tools", image="tools:1")
+
+
+def test_leader_records_the_images_and_the_next_leader_adds_its_own() -> None:
+    async def main() -> None:
+        scene = Scene()
+
+        async def lead(*pools: Pool) -> None:
+            await PoolImages(scene.ports, {pool.name: pool for pool in pools}).save()
+
+        async def image(claimed: str) -> str:
+            return await attempts.worker_image(scene.objects, "tools", claimed, scene.ports.patience)
+
+        assert await image("evil:1") == "", "without a record, no claim counts"
+        await lead(TOOLS, Pool("default"))
+        assert await image("evil:1") == "tools:1"
+        await lead(Pool("tools", image="tools:2"))
+        assert [await image(claimed) for claimed in ("tools:1", "tools:2", "")] == ["tools:1", "tools:2", "tools:2"]
+        writes = scene.objects.requests
+        await lead(Pool("tools", image="tools:2"))
+        assert scene.objects.requests == writes + 1, "only the read"
+
+    play(main)
+
+
+def test_grid_without_images_sends_no_requests() -> None:
+    async def main() -> None:
+        scene = Scene()
+        await PoolImages(scene.ports, {"default": Pool("default")}).save()
+        assert scene.objects.requests == 0
+
+    play(main)
+
+
+def test_unreadable_record_selects_no_image_and_stays() -> None:
+    async def main() -> None:
+        scene = Scene()
+        await scene.objects.put(object_keys.POOL_IMAGES, b"[]")
+        assert await attempts.worker_image(scene.objects, "tools", "tools:1", scene.ports.patience) == ""
+
+    play(main)

@@ -1,0 +1,123 @@
+"""GPUs in instance types, scenarios, forecasts, plans, and estimates of costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from batchlab.core import instance_types
+from batchlab.core.errors import UsageError
+from batchlab.core.model import Market, Pool
+from batchlab.core.pricing import price_book
+from batchlab.core.pricing.estimate import Policy, StageLoad, estimate
+from batchlab.core.pricing.estimate import PoolPlan as PricedPool
+from batchlab.scenarios.forecast.simulate import simulate
+from batchlab.scenarios.model import loader
+from batchlab.scenarios.model.distributions import Constant
+from batchlab.scenarios.model.values import PoolPlan, StageTemplate
+from batchlab.scenarios.planner.candidates import trial_result
+from batchlab.scenarios.planner.fast_model import FastModel
+from batchlab.scenarios.planner.search_steps import SizeLimits
+from batchlab.scenarios.record import Record
+from batchlab.scenarios.verdicts import MEASURES
+from tests.support.grid.backends import command as batchlab
+from tests.support.scenarios.small_scenarios import claims
+
+TRAIN = StageTemplate("train", Constant(600.0), gpus=1, bundle=1)
+
+SCENARIO = """\
+name: training
+about: Trains models.
+jobs:
+  train:
+    tasks: 8
+    stages: [{name: train, task: 10m, gpus: 1}]
+arrivals:
+  - {job: train, at: [0s]}
+pools:
+  default: {max: 4, slots: 4, instance_type: TYPE}
+"""
+
+
+def _of(record: Record, name: str) -> float:
+    found = MEASURES[name].of(record, "")
+    assert isinstance(found, float | int)
+    return found
+
+
+def test_each_type_with_gpus_has_a_price() -> None:
+    book = price_book.load()
+    types = [one for one in instance_types.load().types.values() if one.gpus]
+    assert {one.name.split(".")[0] for one in types} >= {"g4dn", "g5", "g6", "p4d", "p5"}
+    assert all(book.instance_usd_h(one.name).typical > 0 for one in types)
+    assert all(book.instance_usd_h(one.name, Market.SPOT).high > 0 for one in types)
+    assert instance_types.load().gpus(["g5.12xlarge", "g5.xlarge"]) == 1
+    assert instance_types.load().gpus(["g5.xlarge", "m7i.large"]) == 0
+    assert instance_types.load().gpus([]) == 0
+
+
+def test_fast_model_and_forecast_run_one_task_on_each_gpu() -> None:
+    """8 tasks of 600 s on two instances with one GPU and four slots each take four rounds."""
+    pool = PoolPlan(Pool("default", 2, 2, 4, 0.0, instance_type="g5.xlarge", gpus=1))
+    scenario = claims(TRAIN, jobs=1, tasks=8, pool=pool)
+    assert _of(FastModel("aws")(scenario, 1), "makespan") == pytest.approx(4 * 600.0)
+    assert _of(simulate(scenario), "makespan") == pytest.approx(4 * 600.0, abs=60.0)
+
+
+def test_autoscaler_of_a_forecast_counts_gpus() -> None:
+    pool = PoolPlan(Pool("default", 0, 8, 4, 30.0, instance_type="g5.xlarge", gpus=1))
+    scenario = claims(TRAIN, jobs=1, tasks=8, pool=pool)
+    for record in (FastModel("aws")(scenario, 1), simulate(scenario)):
+        assert _of(record, "peak_fleet") >= 4, "the slots of two instances would be enough for eight tasks"
+
+
+def test_a_plan_tries_an_instance_for_each_task_with_a_gpu() -> None:
+    pool = PoolPlan(Pool("default", 0, 2, 4, 30.0, instance_type="g5.xlarge", gpus=1))
+    scenario = claims(TRAIN, jobs=1, tasks=8, pool=pool)
+    base = trial_result(FastModel("aws")(scenario, 1), price_book.load())
+    assert SizeLimits.of(scenario, base, 3600.0).useful == {"default": 8}
+
+
+def test_an_estimate_counts_gpus() -> None:
+    book, policy = price_book.load(), Policy(drain_target_s=600.0, idle_s=60.0)
+    pool = PricedPool("default", "g5.xlarge", slots=4, max_size=10, boot_s=60.0, disk_gb=0.0, gpus=1)
+    load = StageLoad("train", (8.0,) * 3, (600.0,) * 3, gpus=1)
+    found = estimate([load], [pool], book, policy)
+    assert found.instances == {"default": 8}
+    assert found.items[0].usd.typical == pytest.approx(8 * 600 / 3600 * 1.006)
+
+
+def test_a_scenario_takes_the_gpus_of_its_instance_type(tmp_path: Path) -> None:
+    path = tmp_path / "training.yaml"
+    path.write_text(SCENARIO.replace("TYPE", "g4dn.12xlarge"))
+    (plan,) = loader.load(path).pools
+    assert plan.pool.gpus == 4
+    path.write_text(SCENARIO.replace("TYPE", "m7i.large"))
+    with pytest.raises(UsageError, match="takes 1 GPUs, and an instance of the pool 'default' has 0"):
+        loader.load(path)
+    path.write_text(SCENARIO.replace("TYPE", "m7i.large, gpus: 2"))
+    (plan,) = loader.load(path).pools
+    assert plan.pool.gpus == 2
+
+
+def test_prices_show_the_cost_of_a_gpu_hour() -> None:
+    shown, _ = batchlab("cost", "prices", "g5.12xlarge", "m7i.large")
+    assert "ON-DEMAND PER GPU" in shown
+    assert "1.4180" in shown, "5.672 USD for 4 GPUs"
+    shown, _ = batchlab("cost", "prices", "m7i.large")
+    assert "PER GPU" not in shown
+
+
+def test_an_estimate_refuses_a_type_without_enough_gpus(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(
+        "name: train\ninput: {files: items.jsonl, split: items}\n"
+        "stages: [{name: train, command: [ls], resources: {gpus: 1}}]\n"
+    )
+    (tmp_path / "items.jsonl").write_text("1\n2\n")
+    job = ("cost", "estimate", str(tmp_path / "job.yaml"), "--seconds", "60", "--home", str(tmp_path / "home"))
+    _, said = batchlab(*job, "--instance-type", "m7i.large", code=2)
+    assert "needs 1 GPUs, and an instance of type m7i.large has 0" in said
+    shown, _ = batchlab(*job, "--instance-type", "g5.xlarge", "--json")
+    assert json.loads(shown)["usd"]

@@ -1,0 +1,261 @@
+"""Retries with mended inputs over the HTTP API: kinds, refusals, audit records, later retries, and rebuilds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+
+from batchlab.core.errors import Refused, TooNew, UsageError
+from batchlab.core.job_definition import InputDef, JobDef, SplitBy, StageDef
+from batchlab.core.model import Bundle, JobId, Json, StageName
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.bundle_inputs import Inputs
+from batchlab.core.protocol.mended_inputs import MAX_INPUT_BYTES, mended_input
+from batchlab.core.protocol.messages import TaskMessage, read_task_message, task_message
+from batchlab.core.retry_rule import RetryRule
+from batchlab.manager.audit_log import AuditFilter
+from batchlab.manager.retry_rounds import read_retry
+from tests.support.server.api import MAP, Rig, job
+
+NEXT = StageName("next")
+NEW = b"corrected"
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with Rig() as made:
+        yield made
+
+
+def ended(rig: Rig, made: JobDef, *, bad: set[int], bundles: int) -> str:
+    name = rig.submit(made)
+    rig.work(name, bundles, bad=bad)
+    assert rig.ended(name)["state"] == "FAILED"
+    return name
+
+
+def dump_of(rig: Rig) -> Any:
+    ledger: Any = rig.ledger
+    return rig.run(ledger.dump())
+
+
+def bundle_of(rig: Rig, name: str, stage: StageName, task: int) -> Bundle:
+    """Return the outstanding bundle of a task."""
+    live = rig.manager.lives[JobId(name)]
+    (found,) = [one.bundle for one in live.all_outstanding() if one.bundle.stage == stage and task in one.bundle.tasks]
+    return found
+
+
+def item_of(rig: Rig, name: str, stage: StageName, task: int) -> Json:
+    """Return the input of an outstanding task, as a worker reads it."""
+    bundle, live = bundle_of(rig, name, stage, task), rig.manager.lives[JobId(name)]
+
+    async def read() -> Json:
+        ports = rig.manager.ports
+        items = await Inputs(ports.objects, ports.patience).resolve(live.job, bundle, await ports.keys.key_of(live.job))
+        return dict(zip(bundle.tasks, items, strict=True))[task]
+
+    return rig.run(read())
+
+
+def with_items(token: str, lines: str, size: int = 1) -> JobDef:
+    made = job(token=token, tasks=1)
+    return replace(made, input=InputDef((f"{object_keys.raw(made.id)}items",), SplitBy.ITEMS, size))
+
+
+def submit_items(rig: Rig, made: JobDef, lines: str) -> str:
+    assert made.input
+    rig.run(rig.objects.put(made.input.keys[0], lines.encode()))
+    return rig.client.submit(made)["id"]
+
+
+def test_a_file_is_replaced_under_its_name_and_the_record_names_its_hash(rig: Rig) -> None:
+    name = ended(rig, job(token="file"), bad={1, 2}, bundles=4)
+    view = rig.client.retry(name, inputs={("map", 1): NEW})
+    assert view["round"] == 1
+    bundle = bundle_of(rig, name, MAP, 1)
+    mended, sha256 = mended_input(bundle), hashlib.sha256(NEW).hexdigest()
+    assert mended
+    assert (mended.sha256, mended.size) == (sha256, len(NEW))
+    item = item_of(rig, name, MAP, 1)
+    assert item == {"$file": object_keys.mended_file(JobId(name), MAP, sha256), "name": "1", "size": len(NEW)}
+    assert rig.run(rig.objects.get(item["$file"])) == NEW
+    rig.work(name, 1)
+    assert rig.ended(name)["stages"][0]["failed"] == 1
+    records, _ = rig.run(rig.audit.page(AuditFilter(action="job retry"), 10))
+    (record,) = records
+    assert record.reason == f"map/1: new input of 9 bytes, SHA-256 {sha256}"
+
+
+def test_views_of_tasks_name_the_hash(rig: Rig) -> None:
+    name = ended(rig, job(token="views"), bad={1, 2}, bundles=4)
+    rig.client.retry(name, inputs={("map", 1): NEW})
+    sha256 = hashlib.sha256(NEW).hexdigest()
+    assert "Also, 1 task has a mended input from a retry." in rig.client.why(name)
+
+    def get(path: str) -> Any:
+        headers = {"Authorization": "Bearer correct horse"}
+        return rig.http.get(f"/v1/jobs/{name}{path}", headers=headers).json()
+
+    waiting = get("/stages/map/tasks/1")
+    assert (waiting["input"], waiting["input_of"]) == ("corrected", "1, 9 bytes")
+    assert waiting["mended_sha256"] == sha256
+    rig.work(name, 1)
+    rig.ended(name)
+    assert [one["mended_sha256"] for one in get("/tasks")["tasks"]] == ["", sha256, "", ""]
+    assert get("/stages/map/tasks/1")["mended_sha256"] == sha256
+    assert get("/stages/map/tasks/2")["mended_sha256"] == ""
+
+
+def test_later_retries_keep_the_input_until_it_is_replaced(rig: Rig) -> None:
+    name = ended(rig, job(token="later"), bad={0, 1}, bundles=4)
+    rig.client.retry(name, inputs={("map", 1): NEW})
+    rig.work(name, 1, bad={1})
+    rig.ended(name)
+    # The task fails again, and is not selected once.
+    rig.client.retry(name, tasks={"map": [(0, 1)]})
+    rig.work(name, 1, bad={0})
+    rig.ended(name)
+    rig.client.retry(name)
+    assert item_of(rig, name, MAP, 1)["size"] == len(NEW)
+    assert bundle_of(rig, name, MAP, 0).source is None
+    rig.work(name, 2, bad={1})
+    rig.ended(name)
+    rig.client.retry(name, inputs={("map", 1): b"better"})
+    assert item_of(rig, name, MAP, 1)["size"] == len(b"better")
+    rig.work(name, 1)
+    assert rig.ended(name)["state"] == "SUCCEEDED"
+
+
+def test_a_rebuilt_ledger_keeps_the_input(rig: Rig) -> None:
+    name = ended(rig, job(token="rebuilt"), bad={0, 1}, bundles=4)
+    rig.client.retry(name, inputs={("map", 1): NEW})
+    rig.work(name, 1, bad={1})
+    before = rig.ended(name)
+    dump = dump_of(rig)
+    rig.client.rebuild()
+    assert rig.client.job(name) == before
+    assert dump_of(rig) == dump
+    rig.client.retry(name, tasks={"map": [(1, 2)]})
+    assert item_of(rig, name, MAP, 1)["size"] == len(NEW)
+
+
+def test_json_items_are_checked_and_large_ones_are_stored_apart(rig: Rig) -> None:
+    made = with_items("items", "")
+    name = submit_items(rig, made, '{"n": 1}\n{"n": 2}\n')
+    rig.work(name, 2, bad={0, 1})
+    rig.ended(name)
+    for wrong in (b"{", b"\xff", b"NaN", b""):
+        with pytest.raises(UsageError, match="input of task map/1 is"):
+            rig.client.retry(name, inputs={("map", 1): wrong})
+    large = json.dumps({"text": "x" * 200_000}).encode()
+    rig.client.retry(name, inputs={("map", 1): b' {"$n": 3} ', ("map", 0): large})
+    assert item_of(rig, name, MAP, 1) == {"$$n": 3}
+    assert item_of(rig, name, MAP, 0)["$value"].startswith(f"jobs/{name}/map/plan/mended/")
+
+
+def test_an_item_of_several_lines_is_an_array(rig: Rig) -> None:
+    made = with_items("arrays", "", size=2)
+    name = submit_items(rig, made, "1\n2\n3\n")
+    rig.work(name, 2, bad={0, 1})
+    rig.ended(name)
+    with pytest.raises(UsageError, match="is not a JSON array"):
+        rig.client.retry(name, inputs={("map", 1): b"5"})
+    rig.client.retry(name, inputs={("map", 1): b"[5, 6]"})
+    assert item_of(rig, name, MAP, 1) == [5, 6]
+
+
+def test_a_task_of_a_later_stage_gets_a_value(rig: Rig) -> None:
+    made = job(
+        token="chain",
+        tasks=2,
+        after=[StageDef(NEXT, after=(MAP,), handler="m:f", bundle=1, retry=RetryRule(attempts=1))],
+    )
+    name = rig.submit(made)
+    rig.work(name, 2)
+    rig.work(name, 2, bad={0, 1})
+    rig.ended(name)
+    with pytest.raises(UsageError, match="is not JSON"):
+        rig.client.retry(name, inputs={("next", 1): NEW})
+    rig.client.retry(name, inputs={("next", 1): b"77"}, tasks={"next": [(0, 1)]})
+    assert item_of(rig, name, NEXT, 1) == 77
+    assert item_of(rig, name, NEXT, 0) == 0
+
+
+def test_a_gathering_task_gets_a_value_unless_it_is_planned_again(rig: Rig) -> None:
+    total = StageDef(NEXT, after=(MAP,), gather="*", handler="m:f", bundle=1, retry=RetryRule(attempts=1))
+    name = rig.submit(replace(job(token="gather", tasks=2, after=[total]), max_failures=1))
+    rig.work(name, 2, bad={1})
+    rig.work(name, 1, bad={0})
+    rig.ended(name)
+    with pytest.raises(Refused, match=r"Task next/0 .* cannot have a new input, because this retry plans stage next"):
+        rig.client.retry(name, inputs={("next", 0): b"[1]"}, tasks={"map": [(1, 2)]})
+    rig.client.retry(name, inputs={("next", 0): b"[1]"})
+    assert item_of(rig, name, NEXT, 0) == [1]
+
+
+def test_refusals_are_one_sentence(rig: Rig) -> None:
+    name = rig.submit(job(token="refused"))
+    with pytest.raises(Refused, match="is still"):
+        rig.client.retry(name, inputs={("map", 1): NEW})
+    rig.work(name, 4, bad={0})
+    rig.ended(name)
+    retry = partial(rig.client.retry, name)
+    wrong: Mapping[tuple[str, int], str] = {
+        ("map", 1): "Task map/1 of job .* has not failed",
+        ("map", 9): "does not have a task map/9",
+        ("nowhere", 0): "does not have a stage nowhere",
+    }
+    for task, text in wrong.items():
+        with pytest.raises(Refused, match=text):
+            retry(inputs={task: NEW})
+    with pytest.raises(UsageError, match=r"input of task map/0 has 16.0 MiB, and the limit of a new input is 16.0 MiB"):
+        retry(inputs={("map", 0): b"x" * (MAX_INPUT_BYTES + 1)})
+    assert rig.client.job(name)["round"] == 0
+
+
+def test_a_retry_of_another_request_is_not_reported_as_this_one(rig: Rig) -> None:
+    name = ended(rig, job(token="rivals"), bad={1}, bundles=4)
+    planner, record = rig.manager.job_commands._retries, rig.run(rig.ledger.job(JobId(name)))
+    other = rig.run(planner.plan(record, None, {}))
+    rig.run(rig.objects.put(object_keys.retry(JobId(name), 1), other.to_bytes()))
+    with pytest.raises(Refused, match=r"Another retry of job .* began first"):
+        rig.client.retry(name, inputs={("map", 1): NEW})
+    assert bundle_of(rig, name, MAP, 1).source is None
+    assert rig.client.job(name)["round"] == 1
+
+
+def test_a_deleted_job_leaves_no_input(rig: Rig) -> None:
+    name = ended(rig, job(token="deleted"), bad={1}, bundles=4)
+    rig.client.retry(name, inputs={("map", 1): NEW})
+    rig.work(name, 1, bad={1})
+    rig.ended(name)
+    rig.client.delete(name)
+
+    async def left() -> list[Any]:
+        return [info.key async for page in rig.objects.list(f"jobs/{name}/map/plan/mended/") for info in page]
+
+    assert not rig.run(left())
+
+
+def test_messages_and_retries_have_a_format_that_earlier_releases_refuse(rig: Rig) -> None:
+    name = ended(rig, job(token="formats"), bad={0, 1}, bundles=4)
+    rig.client.retry(name, inputs={("map", 1): NEW})
+    bundle = bundle_of(rig, name, MAP, 1)
+    body = task_message(TaskMessage(bundle))
+    assert read_task_message(body).bundle == bundle
+    stored = rig.run(rig.objects.get(object_keys.retry(JobId(name), 1)))
+    for text in (body, stored):
+        with pytest.raises(TooNew, match="in format 2"):
+            json_format.loads(text)
+    assert rig.run(read_retry(rig.manager.ports, rig.manager.lives[JobId(name)].job, 1)).mended()
+    rig.work(name, 1)
+    rig.ended(name)
+    rig.client.retry(name)
+    assert json_format.loads(rig.run(rig.objects.get(object_keys.retry(JobId(name), 2))))["v"] == 1
