@@ -208,7 +208,7 @@ class FairShare:
 
     def _use_to_bytes(self) -> bytes:
         monotonic_s, now_s = self._clock.monotonic_s(), self._clock.now_s()
-        assert self.policy is not None
+        policy = self.policy or SharePolicy()
         pools = {
             pool: {
                 share: [use.use_s, now_s - (monotonic_s - use.at_s)]
@@ -217,16 +217,16 @@ class FairShare:
             }
             for pool, uses in self._use.items()
         }
-        return json_format.to_bytes({"v": json_format.VERSION, "decay_s": self.policy.decay_s, "pools": pools})
+        return json_format.to_bytes({"v": json_format.VERSION, "decay_s": policy.decay_s, "pools": pools})
 
     def _merge_use(self, content: bytes) -> None:
         """Add the use that another leader has stored. If both leaders have counted a use, the larger use counts."""
-        assert self.policy is not None
+        policy = self.policy or SharePolicy()
         monotonic_s, now_s = self._clock.monotonic_s(), self._clock.now_s()
         doc = json_format.loads(content)
         # If a manager crashes after a change of the decay, the use of the old decay is still stored. The time of the
         # change is not known, so the shorter decay applies.
-        decay_s = min(self.policy.decay_s, figure(doc.get("decay_s", self.policy.decay_s)))
+        decay_s = min(policy.decay_s, figure(doc.get("decay_s", policy.decay_s)))
         if decay_s <= 0:
             raise ValueError("a share decay above 0 s is expected")
         for pool, shares in doc["pools"].items():

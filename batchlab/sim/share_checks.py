@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batchlab.core.fair_share import SharePolicy, share_of
@@ -222,6 +222,11 @@ class ShareChecks:
         self.remember(now_s)
         if self.policy is not None and policy is not None:
             self._used = {place: used.at(self.policy, now_s) for place, used in self._used.items()}
+            for name, run in self._runs.items():
+                used = self._used.get(run.place, Used(at_s=now_s))
+                use_s = _use_s(self.policy, run.slots, now_s - run.since_s)
+                self._used[run.place] = replace(used, most_s=used.most_s + use_s)
+                self._runs[name] = replace(run, since_s=now_s)
         elif policy is None:
             self._used.clear()
             self._states.clear()
@@ -460,4 +465,5 @@ def _running_s(state: State, run: Run, place_s: float, now_s: float, *, is_least
         took_s = now_s - max(run.since_s, state.known_s) - REPORT_S if run.is_first else 0.0
         return max(0.0, _use_s(state.policy, run.slots, took_s) - place_s)
     use_s = _use_s(state.policy, run.slots, now_s - run.since_s)
-    return max(0.0, use_s - place_s) if run.is_first else use_s
+    # A leader does not know how long a bundle had run before the leader took the lease or read the policy.
+    return max(0.0, use_s - place_s) if run.is_first and run.since_s > state.known_s else use_s
