@@ -1,7 +1,8 @@
 """Audit log of the grid, with the changes that users requested and the refused requests.
 
 Invariants: each object of the log is written once, and is removed only when it is older than KEEP_S. The manager stores
-the record of a change before it makes the change. A job's definition names the owner of the job, so the record of a
+the record of a change before it makes the change. If the change then fails, a second record with the same id of the
+request has the outcome FAILED and the cause. A job's definition names the owner of the job, so the record of a
 submission may follow within FLUSH_S. Records of requests that were refused are limited for each user. A request without
 a valid token does not cause a record, so a stranger cannot fill the bucket.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,10 +33,11 @@ MAX_REFUSALS = 100
 """Maximum number of separate records of refused requests of one user in REFUSALS_S. One record counts the others."""
 REFUSALS_S = 60.0
 MAX_TEXT = 200
-MAX_SCANNED = 1_000
+MAX_SCANNED = 100
 """Maximum number of objects that one page of the log reads."""
 PARALLEL_READS = 16
-ALLOWED, REFUSED = OUTCOMES = ("allowed", "refused")
+"""Maximum number of objects that all requests together read at the same time."""
+ALLOWED, REFUSED, FAILED = OUTCOMES = ("allowed", "refused", "failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,9 @@ class AuditRecord:
     """A request of a user.
 
     `action` is the command that makes the same request, such as `job cancel`. `object` names the changed job, pool,
-    schedule, target, or user. `request` is the id of the request. `count` is the number of requests that the record
-    stands for. `reason` is the cause of a refusal, or names the schedule that has submitted a job.
+    schedule, target, share, or user. `request` is the id of the request. `count` is the number of requests that the
+    record stands for. `reason` is the cause of a refusal or a failure, has the values of a change, or names the
+    schedule that has submitted a job.
     """
 
     at_s: float
@@ -84,6 +87,8 @@ class _Refusals:
     begun_s: float
     separate: int = 0
     more: AuditRecord | None = None
+    end: asyncio.Task[None] | None = None
+    """Task that notes `more` REFUSALS_S after the first refusal."""
 
 
 class AuditLog:
@@ -96,6 +101,7 @@ class AuditLog:
         """Records of the running write."""
         self._writing: asyncio.Task[None] | None = None
         self._later: asyncio.Task[None] | None = None
+        self._reads = asyncio.Semaphore(PARALLEL_READS)
         self._refusals: dict[str, _Refusals] = {}
         self._pruned_s: float | None = None
 
@@ -121,6 +127,10 @@ class AuditLog:
         if self._later is None or self._later.done():
             self._later = asyncio.get_running_loop().create_task(self._flush_later(), name="audit")
 
+    def note_failure(self, record: AuditRecord, reason: str) -> None:
+        """Store within FLUSH_S that the request of a stored record has failed for the reason."""
+        self.note(replace(record, at_s=self._clock.now_s(), outcome=FAILED, reason=_short(reason)))
+
     def note_call(self, record: AuditRecord) -> None:
         """Store the record of a single call within FLUSH_S. One record stands for all calls of a user in this time."""
         same = replace(record, object="", reason="single call")
@@ -143,6 +153,9 @@ class AuditLog:
             self.note(record)
         elif refusals.more is None:
             refusals.more = replace(record, action="several", object="", reason="more refused requests")
+            left_s = max(0.0, refusals.begun_s + REFUSALS_S - now_s)
+            later = self._end_refusals_later(record.user, left_s)
+            refusals.end = asyncio.get_running_loop().create_task(later, name="audit refusals")
         else:
             refusals.more = replace(refusals.more, count=refusals.more.count + 1)
 
@@ -150,6 +163,14 @@ class AuditLog:
         refusals = self._refusals.pop(user, None)
         if refusals and refusals.more:
             self.note(refusals.more)
+            if refusals.end:
+                refusals.end.cancel()
+
+    async def _end_refusals_later(self, user: str, wait_s: float) -> None:
+        """Note the count of a user who causes no further refusals."""
+        await asyncio.sleep(wait_s)
+        self._refusals[user].end = None  # A task must not cancel itself.
+        self._end_refusals(user)
 
     async def _flush_later(self) -> None:
         await asyncio.sleep(FLUSH_S)
@@ -165,8 +186,9 @@ class AuditLog:
 
         Records that arrive during the call do not prolong the call.
         """
-        last = next(reversed((*self._batch, *self._waiting)), None)
-        while any(record is last for record in (*self._batch, *self._waiting)):
+        # `note_call` replaces a record that waits, but not the id of its request.
+        last = next((record.request for record in (*self._waiting[-1:], *self._batch[-1:])), None)
+        while any(record.request == last for record in (*self._batch, *self._waiting)):
             if self._writing is None or self._writing.done():
                 self._writing = asyncio.get_running_loop().create_task(self._write(), name="audit write")
             # A cancelled request must not cancel the write, because other requests wait for the write as well.
@@ -218,29 +240,47 @@ class AuditLog:
     async def page(self, wanted: AuditFilter, limit: int, before: str = "") -> tuple[list[AuditRecord], str | None]:
         """Return records with the newest first, and the value of `before` for the next page, or None at the end.
 
-        A page has at least `limit` records, unless the page has read MAX_SCANNED objects or the log ends.
+        A page has `limit` records, unless the page has read MAX_SCANNED objects or the log ends. `before` is the name
+        of the last object that was read, and, after a colon, the number of its records that were read if others are
+        left.
         """
         if not before:
             await self.flush()
-        after = f"{object_keys.AUDIT}{before}" if before else ""
+        name, _, done = before.partition(":")
+        skipped = int(done or 0)
         records: list[AuditRecord] = []
         scanned = 0
+        async for keys in self._keys(name, is_read=not done):
+            for key, found in zip(keys, await asyncio.gather(*map(self._read, keys)), strict=True):
+                if _time_of(key) < wanted.since_s - FLUSH_S:
+                    return records, None
+                name = key.removeprefix(object_keys.AUDIT)
+                for number, record in enumerate(reversed(found)):
+                    if number < skipped or not wanted.matches(record):
+                        continue
+                    if len(records) >= limit:
+                        return records, f"{name}:{number}"
+                    records.append(record)
+                scanned, skipped = scanned + 1, 0
+                if len(records) >= limit or scanned >= MAX_SCANNED:
+                    return records, name
+        return records, None
+
+    async def _keys(self, name: str, *, is_read: bool) -> AsyncIterator[list[str]]:
+        """Yield the keys of at most PARALLEL_READS objects at a time, from the newest object or after the object `name`
+        on. Unless the object `name` was read completely, yield its key first."""
+        after = f"{object_keys.AUDIT}{name}" if name else ""
+        if name and not is_read:
+            yield [after]
         async for infos in self._objects.list(object_keys.AUDIT, after=after):
             for first in range(0, len(infos), PARALLEL_READS):
-                keys = [info.key for info in infos[first : first + PARALLEL_READS]]
-                reads = await asyncio.gather(*map(self._read, keys))
-                for key, found in zip(keys, reads, strict=True):
-                    if _time_of(key) < wanted.since_s - FLUSH_S:
-                        return records, None
-                    records += [record for record in reversed(found) if wanted.matches(record)]
-                    scanned += 1
-                    if len(records) >= limit or scanned >= MAX_SCANNED:
-                        return records, key.removeprefix(object_keys.AUDIT)
-        return records, None
+                yield [info.key for info in infos[first : first + PARALLEL_READS]]
 
     async def _read(self, key: str) -> Sequence[AuditRecord]:
         try:
-            doc = json_format.loads(await self._patience(partial(self._objects.get, key)))
+            async with self._reads:
+                content = await self._patience(partial(self._objects.get, key))
+            doc = json_format.loads(content)
             return [_record_of(one) for one in list_items(doc["records"])]
         except NotFound:
             return ()  # The object was removed, because it is old.

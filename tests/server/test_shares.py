@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 
 from batchlab.core.errors import Refused, UsageError
 from batchlab.core.model import JobId
+from batchlab.server import metrics
 from tests.support.server.api import Rig, job
+from tests.support.server.page import Visitor
 
 
 def test_policy_is_set_shown_and_removed(rig: Rig) -> None:
@@ -64,3 +67,58 @@ def test_a_manager_without_shares_refuses_a_policy(rig: Rig) -> None:
     rig.manager.fair_share.is_enabled = False
     with pytest.raises(Refused, match="does not divide its pools"):
         rig.client.set_share({"identifier": "a", "weight": 0.5})
+
+
+def test_the_page_of_the_grid_shows_the_shares_of_a_policy(rig: Rig) -> None:
+    visitor = Visitor(rig)
+    with visitor.http:
+        visitor.log_in()
+        assert 'id="shares"' not in visitor.get("/grid").text
+        rig.client.set_share({"identifier": "research", "weight": 0.5, "max_slots": 1})
+        rig.outstanding(rig.submit(replace(job(), share="research")), 1)
+        (row,) = re.findall(r"<tr>\s*<td class=\"break\">research<.*?</tr>", visitor.get("/grid").text, re.DOTALL)
+        (view,) = rig.client.shares()["shares"]
+        cells = re.findall(r"<td[^>]*>([^<]*)", row)
+        assert cells == ["research", "default", "0.5", "0", "1", "1", str(view["waiting_tasks"])]
+        assert view["waiting_tasks"] > 0
+
+
+def test_metrics_count_shares_by_the_entries_of_the_policy(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def samples(name: str) -> dict[str, float]:
+        found = [one for one in metrics.families(rig.manager, "memory") if one.name == f"batchlab_share_{name}"]
+        return {sample.labels["share"]: sample.value for one in found for sample in one.samples}
+
+    assert samples("waiting_tasks") == {}
+    rig.client.set_share({"identifier": "team*", "max_slots": 1})
+    for number, share in enumerate(("teama", "teamb", "stranger")):
+        rig.outstanding(rig.submit(replace(job(f"j{number}", f"t{number}"), share=share)), 1)
+    slots = {one["share"]: one["slots"] for one in rig.client.shares()["shares"]}
+    assert samples("outstanding_slots") == {"default": 0, "team*": 2, "*": slots["stranger"]}
+    assert samples("waiting_tasks")["team*"] > 0
+    assert set(samples("use_slot_seconds")) == {"default", "team*", "*"}
+    monkeypatch.setattr(metrics, "MAX_SHARES", 2)
+    assert set(samples("outstanding_slots")) == {"default", "*"}
+    assert samples("outstanding_slots")["*"] == 2 + slots["stranger"]
+
+
+def test_changes_of_the_policy_are_recorded_with_their_share(rig: Rig) -> None:
+    rig.client.set_share({"identifier": "research", "weight": 0.5})
+    rig.client.set_share_policy({"reservation": 10})
+    with pytest.raises(UsageError):
+        rig.client.remove_share("other")
+    rig.client.remove_share("research")
+    rig.client.remove_share(None)
+    rig.client.drain()
+    rig.client.drain("default")
+    records = [one for one in rig.client.audit(outcome="allowed") if one["action"] != "job submit"]
+    assert [(one["action"], one["object"], one["reason"]) for one in reversed(records)] == [
+        ("share set", "research", "weight 0.5"),
+        ("share policy", "", "reservation 10"),
+        ("share remove", "other", ""),
+        ("share remove", "research", ""),
+        ("share remove", "the whole policy", ""),
+        ("grid drain", "all pools", ""),
+        ("grid drain", "default", ""),
+    ]
+    (failed,) = rig.client.audit(outcome="failed")
+    assert failed["reason"].startswith("422: The policy has no entry")

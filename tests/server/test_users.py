@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from batchlab.core.model import JobId
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.users import Role, User
 from batchlab.manager import audit_log, user_directory
+from batchlab.server.http import authentication
 from batchlab.server.http.authentication import PAGE
 from batchlab.server.http.permissions import PAGE_RULES, RULES
 from tests.support.server.api import TOKEN, Rig, job
@@ -269,3 +271,120 @@ def test_a_forged_token_gets_no_signed_answer(rig: Rig) -> None:
         pytest.raises(Unreachable, match="does not prove"),
     ):
         forged.jobs()
+
+
+def test_a_change_that_fails_has_a_record_of_the_failure(rig: Rig) -> None:
+    made = rig.submit(job())
+    rig.client.cancel(made)
+    rig.ended(made)
+    assert request(rig, TOKEN, "POST", f"/v1/jobs/{made}/pause").status_code == 409
+    assert request(rig, TOKEN, "POST", "/v1/use/cap", json={}).status_code == 422
+    visitor = Visitor(rig)
+    with visitor.http:
+        visitor.log_in()
+        assert visitor.post(f"/jobs/{made}/pause").status_code == 409
+    failed = rig.client.audit(outcome="failed")
+    assert [(one["action"], one["reason"][:4]) for one in failed] == [
+        ("job pause", "409:"),
+        ("grid cap", "422:"),
+        ("job pause", "409:"),
+    ]
+    allowed = {one["request"] for one in rig.client.audit(outcome="allowed")}
+    assert {one["request"] for one in failed} <= allowed
+
+
+def test_a_page_of_the_log_has_at_most_the_wanted_records(rig: Rig) -> None:
+    for number in range(5):
+        rig.run(_note(rig, f"job {number}"))
+    path: str | None = ""
+    pages = []
+    while path is not None:
+        page = request(rig, TOKEN, "GET", f"/v1/audit?limit=2&before={path}").json()
+        pages.append([one["action"] for one in page["records"]])
+        path = page["next"]
+    assert [action for page in pages for action in page] == [f"job {number}" for number in (4, 3, 2, 1, 0)]
+    assert max(map(len, pages)) == 2
+
+
+async def _note(rig: Rig, action: str) -> None:
+    rig.audit.note(rig.audit.record("sam", "submit", action))
+
+
+def test_flush_waits_for_a_single_call_that_is_counted_meanwhile(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> int:
+        held = asyncio.Event()
+        put = rig.objects.put
+
+        async def slow(key: str, *args: Any, **options: Any) -> str:
+            if key.startswith(object_keys.AUDIT):
+                await held.wait()
+            return await put(key, *args, **options)
+
+        monkeypatch.setattr(rig.objects, "put", slow)
+        rig.audit.note(rig.audit.record("sam", "submit", "job pause"))
+        first = asyncio.create_task(rig.audit.flush())
+        await asyncio.sleep(0.01)  # the write of the first record is running
+        rig.audit.note_call(rig.audit.record("sam", "submit", "job submit"))
+        second = asyncio.create_task(rig.audit.flush())
+        await asyncio.sleep(0.01)
+        rig.audit.note_call(rig.audit.record("sam", "submit", "job submit"))
+        held.set()
+        await asyncio.gather(first, second)
+        records, _ = await rig.audit.page(audit_log.AuditFilter(action="job submit"), 10, before="0")
+        return sum(record.count for record in records)
+
+    assert rig.run(scene()) == 2
+
+
+def test_the_count_of_refusals_does_not_wait_for_the_next_refusal(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_log, "MAX_REFUSALS", 1)
+    monkeypatch.setattr(audit_log, "REFUSALS_S", 0.5)
+    with client_of(rig, add(rig, "vera", "view")) as vera:
+        for _ in range(3):
+            with pytest.raises(Refused):
+                vera.drain()
+    rig.until(lambda: [one["count"] for one in rig.client.audit(action="several")] == [2], "the count")
+
+
+def test_many_logouts_of_a_user_end_only_sessions_of_this_user(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(authentication, "MAX_CLOSED", 3)
+    sessions = rig.served.sessions
+    other, _ = sessions.start("ada.0123456789abcdef")
+    key = "sam.0123456789abcdef"
+    stays_open, _ = sessions.start(key)
+    made = {one: sessions.start(one) for one in ("", "ada.0123456789abcdef", key)}
+    for _ in range(4):
+        sessions.close(sessions.start(key)[0])
+
+    def is_open(session: authentication.Session, value: str) -> bool:
+        return sessions.find(value, sessions.place(session)) is not None
+
+    assert {one: is_open(*session) for one, session in made.items()} == {
+        "": True,
+        "ada.0123456789abcdef": True,
+        key: False,
+    }
+    assert is_open(*sessions.start(key))
+    assert other.key != stays_open.key
+
+
+def test_the_page_shows_the_audit_log(rig: Rig) -> None:
+    rig.client.cancel(rig.submit(job()))
+    with client_of(rig, token := add(rig, "vera", "view")) as vera, pytest.raises(Refused):
+        vera.drain()
+    owner, visitor = Visitor(rig), Visitor(rig)
+    with owner.http, visitor.http:
+        owner.log_in()
+        visitor.log_in(token)
+        assert "/audit" in owner.get("/grid").text
+        everything = owner.get("/audit").text
+        assert "job cancel" in everything
+        assert "grid drain" in everything
+        filtered = owner.get("/audit?action=job&within=3600&outcome=allowed").text
+        assert "job cancel" in filtered
+        assert "grid drain" not in filtered
+        own = visitor.get("/audit").text
+        assert "grid drain" in own
+        assert "job cancel" not in own
+        assert visitor.get("/audit?user=owner").status_code == 403
+        assert owner.get("/audit?outcome=x").status_code == 409

@@ -7,7 +7,7 @@ and not from the request.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple, cast
 
 from batchlab.core.errors import Forbidden
@@ -15,6 +15,9 @@ from batchlab.core.model import JobId
 from batchlab.core.users import Caller, Role, owner_name
 from batchlab.manager.audit_log import REFUSED
 from batchlab.manager.manager import Manager
+
+_RECORD = "batchlab.audit_record"
+"""Key of the audit record of a request in its ASGI scope."""
 
 Route = tuple[str, str]
 """Method and path template of a route."""
@@ -63,7 +66,7 @@ RULES: Mapping[Route, Rule] = {
     ("POST", "/v1/jobs/{job}/retry"): Rule(_OPERATE, "job retry", own=True),
     ("DELETE", "/v1/jobs/{job}"): Rule(_OPERATE, "job delete", own=True),
     ("POST", "/v1/grid/pools/{pool}"): Rule(_OPERATE, "grid scale"),
-    ("POST", "/v1/grid/drain"): Rule(_OPERATE, "grid drain"),
+    ("POST", "/v1/grid/drain"): Rule(_OPERATE, "grid drain", is_recorded_later=True),
     ("POST", "/v1/notifications/targets/{target}/test"): Rule(_OPERATE, "notify test"),
     ("POST", "/v1/schedules"): Rule(_OPERATE, "schedule add", is_recorded_later=True),
     ("POST", "/v1/schedules/{name}/pause"): Rule(_OPERATE, "schedule pause"),
@@ -72,9 +75,9 @@ RULES: Mapping[Route, Rule] = {
     ("POST", "/v1/schedules/{name}/run"): Rule(_OPERATE, "schedule run"),
     ("POST", "/v1/jobs/{job}/cap"): Rule(_ADMINISTER, "job cap"),
     ("POST", "/v1/use/cap"): Rule(_ADMINISTER, "grid cap"),
-    ("POST", "/v1/shares"): Rule(_ADMINISTER, "share set"),
-    ("POST", "/v1/shares/policy"): Rule(_ADMINISTER, "share policy"),
-    ("POST", "/v1/shares/remove"): Rule(_ADMINISTER, "share remove"),
+    ("POST", "/v1/shares"): Rule(_ADMINISTER, "share set", is_recorded_later=True),
+    ("POST", "/v1/shares/policy"): Rule(_ADMINISTER, "share policy", is_recorded_later=True),
+    ("POST", "/v1/shares/remove"): Rule(_ADMINISTER, "share remove", is_recorded_later=True),
     ("POST", "/v1/ledger/rebuild"): Rule(_ADMINISTER, "grid rebuild-ledger"),
     ("POST", "/v1/shutdown"): Rule(_ADMINISTER, "grid down"),
     # Only a client with access to the bucket makes direct calls.
@@ -107,7 +110,7 @@ _PAGE_QUESTIONS = (
 """Pages that ask for the values or for the confirmation of an action."""
 
 _PAGE_VIEWS = (
-    *("/", "/costs", "/failures", "/grid", "/history.json", "/jobs/{job}", "/jobs/{job}/failures"),
+    *("/", "/audit", "/costs", "/failures", "/grid", "/history.json", "/jobs/{job}", "/jobs/{job}/failures"),
     *("/jobs/{job}/failures/{fingerprint}", "/jobs/{job}/report.html", "/jobs/{job}/results.zip"),
     *("/jobs/{job}/stages/{stage}/tasks/{task}", "/jobs/{job}/stages/{stage}/tasks/{task}/log", "/jobs/{job}/task"),
     *("/jobs/{job}/tasks", "/jobs/{job}/tasks.csv", "/jobs/{job}/timeline", "/schedules", "/schedules/{name}"),
@@ -149,13 +152,15 @@ async def authorize(
     return rule
 
 
-async def record_change(manager: Manager, caller: Caller, rule: Rule, parameters: Mapping[str, Any]) -> None:
+async def record_change(
+    manager: Manager, scope: MutableMapping[str, Any], rule: Rule, parameters: Mapping[str, Any]
+) -> None:
     """Store the record of a permitted request, unless the request changes nothing or the endpoint stores the record.
 
     Raise BackendError if the record cannot be stored.
     """
     if rule.action and not rule.is_recorded_later:
-        await store_record(manager, caller, rule.action, _subject(parameters))
+        await store_record(manager, scope, rule.action, _subject(parameters))
 
 
 def _subject(parameters: Mapping[str, Any]) -> str:
@@ -184,10 +189,25 @@ def _forbidden(caller: Caller, rule: Rule | None, action: str, subject: str) -> 
     )
 
 
-async def store_record(manager: Manager, caller: Caller, action: str, subject: str, reason: str = "") -> None:
-    """Store the record of a change whose rule has `is_recorded_later`, before the endpoint makes the change."""
-    if audit := manager.audit:
-        await audit.store(audit.record(caller.name, caller.role, action, subject, reason=reason))
+async def store_record(
+    manager: Manager, scope: MutableMapping[str, Any], action: str, subject: str, reason: str = ""
+) -> None:
+    """Store the record of the request's change before the endpoint makes the change.
+
+    The endpoint of a rule with `is_recorded_later` calls the function itself. `scope` is the ASGI scope of the request.
+    """
+    caller = caller_of(scope)
+    if (audit := manager.audit) and caller:
+        record = audit.record(caller.name, caller.role, action, subject, reason=reason)
+        await audit.store(record)
+        scope[_RECORD] = record
+
+
+def note_failure(manager: Manager, scope: MutableMapping[str, Any], error: str) -> None:
+    """Note in the audit log that the request has failed, if the audit log has a record of the request."""
+    record = scope.pop(_RECORD, None)
+    if record is not None and manager.audit:
+        manager.audit.note_failure(record, error)
 
 
 def caller_of(scope: Mapping[str, Any]) -> Caller | None:

@@ -205,7 +205,7 @@ async def drain(request: Request, manager: Leader, served: StateDep) -> Response
     pool = field_of(form, "pool") or None
     if not is_confirmed(form):
         return redirect(request, f"/grid/drain?pool={text.path(pool)}" if pool else "/grid/drain")
-    await grid.drain(manager, grid.Draining(pool=pool), served)
+    await grid.drain(manager, grid.Draining(pool=pool), served, request)
     return redirect(request, "/grid")
 
 

@@ -14,12 +14,15 @@ from batchlab.core.pricing.bill import burn_usd_h, job_bill, spent_usd
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.core.pricing.request_costs import Pace
 from batchlab.core.pricing.usage import Account, Kind
+from batchlab.core.users import Role
+from batchlab.manager.audit_log import OUTCOMES
 from batchlab.manager.manager import Manager
 from batchlab.manager.spending import Spending
 from batchlab.reports.html.stage_graph import Stage, graph
-from batchlab.server.http import downloads, failures, grid, jobs, task_list, tasks
+from batchlab.server.http import downloads, failures, grid, jobs, shares, task_list, tasks, users
 from batchlab.server.http.authentication import PAGE, SESSION_S
-from batchlab.server.http.common import Leader, ServerState, StateDep
+from batchlab.server.http.common import CallerDep, Leader, ServerState, StateDep
+from batchlab.server.http.permissions import RULES, permits
 from batchlab.server.task_index import TaskState
 from batchlab.server.web import text, timeline
 from batchlab.server.web.rendering import (
@@ -367,15 +370,60 @@ SHOWN_ACTIVITIES = 20
 
 
 @router.get("/grid")
-async def grid_page(request: Request, manager: Leader, served: StateDep, page: PageDep) -> Response:
-    """Show the pools, instances, and queues of the grid."""
+async def grid_page(request: Request, manager: Leader, served: StateDep, page: PageDep, caller: CallerDep) -> Response:
+    """Show the pools, instances, shares, and queues of the grid."""
     return live(
         request,
         "grid",
         here="grid",
         grid=await page.grid(manager, served),
         activities=(await grid.activities(manager, limit=SHOWN_ACTIVITIES))["activities"],
+        fair_share=await shares.list_shares(manager) if permits(caller, RULES["GET", "/v1/shares"]) else None,
         now_s=manager.ports.clock.now_s(),
+        has_audit_log=manager.audit is not None and permits(caller, RULES["GET", "/v1/audit"]),
+    )
+
+
+AUDIT_RECORDS = 50
+WITHIN_S = {
+    "": "Any time",
+    "3600": "Last hour",
+    "86400": "Last day",
+    "604800": "Last 7 days",
+    "2592000": "Last 30 days",
+}
+"""Text of each period of the page of the audit log, by its length in seconds."""
+
+
+@router.get("/audit")
+async def audit_page(
+    request: Request,
+    manager: Leader,
+    caller: CallerDep,
+    user: users.Text = "",
+    action: users.Text = "",
+    outcome: users.Text = "",
+    within: Annotated[str, Query(max_length=10)] = "",
+    before: users.Before = "",
+) -> Response:
+    """Show a page of the audit log, with the newest record first. A user who is not an administrator sees only the
+    user's own records."""
+    within_s = int(within) if within in WITHIN_S and within else None
+    since_s = 0.0 if within_s is None else max(0.0, manager.ports.clock.now_s() - within_s)
+    found = await users.audit(manager, caller, user.strip(), action.strip(), outcome, since_s, before, AUDIT_RECORDS)
+    fields = {"user": user.strip(), "action": action.strip(), "outcome": outcome, "within": within}
+    return render(
+        request,
+        "audit.html",
+        here="grid",
+        **fields,
+        records=found["records"],
+        outcomes=OUTCOMES,
+        periods=WITHIN_S,
+        is_filtered=any(fields.values()),
+        sees_all=caller.role.includes(Role.ADMINISTER),
+        first=text.query(fields) or "?" if before else "",
+        next=text.query(fields, before=found["next"]) if found["next"] else "",
     )
 
 
