@@ -16,7 +16,7 @@ from docs.reference.markdown import head, table
 MANAGER: Mapping[str, str] = {
     "control_lease_s": "time for which a worker may start tasks after it last read the job's control object. A "
     "cancellation is acknowledged after this time",
-    "visibility_s": "visibility timeout of a received message, which the worker extends each time a third has passed",
+    "visibility_s": "visibility timeout of a received message, which the worker extends; measured run times change it",
     "silence_s": "time without news of a bundle after which the manager searches for its outcome, or sends it again. "
     "Must be longer than `beat_s`. An instance without a heartbeat for three times this time (at least 300 s) "
     "is replaced",
