@@ -6,6 +6,7 @@ Each docstring describes the code of the mutant, and names the promise that it b
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 
 from batchlab.core.job_definition import StageDef
@@ -28,30 +29,27 @@ def gpu_given_to_two_tasks(plant: Plant) -> None:
         return tuple(range(len(original(self, request))))
 
 
-@planted("gpu", weather="gpus")
-def gpu_lost_with_a_killed_task(plant: Plant) -> None:
-    """A worker does not take back the GPUs of a task that it has killed, so the GPUs are lost (gpu)."""
+def _lose_gpus(plant: Plant, are_lost: Callable[[InflightMessage], object]) -> None:
+    """Let workers lose the GPUs of the bundles for which `are_lost` returns a true value after the run."""
     original = Worker._run_tasks
 
     @plant.method(Worker, "_run_tasks")
     async def _run_tasks(self: Worker, inflight: InflightMessage, stage: StageDef) -> None:
         await original(self, inflight, stage)
-        if inflight.handle.kill:
+        if are_lost(inflight):
             inflight.gpus = ()
+
+
+@planted("gpu", weather="gpus")
+def gpu_lost_with_a_killed_task(plant: Plant) -> None:
+    """A worker does not take back the GPUs of a task that it has killed (gpu)."""
+    _lose_gpus(plant, lambda inflight: inflight.handle.kill)
 
 
 @planted("gpu", "I7", weather="gpus")
 def gpu_lost_with_a_failed_task(plant: Plant) -> None:
-    """A worker does not take back the GPUs of a bundle with a failed task. The GPUs are lost, and later tasks wait
-    forever (gpu, I7).
-    """
-    original = Worker._run_tasks
-
-    @plant.method(Worker, "_run_tasks")
-    async def _run_tasks(self: Worker, inflight: InflightMessage, stage: StageDef) -> None:
-        await original(self, inflight, stage)
-        if any(ran.failure for ran in inflight.ran):
-            inflight.gpus = ()
+    """A worker loses the GPUs of a bundle with a failed task. Later tasks wait forever for these GPUs (gpu, I7)."""
+    _lose_gpus(plant, lambda inflight: any(ran.failure for ran in inflight.ran))
 
 
 @planted("gpu", weather="gpus")

@@ -6,15 +6,12 @@ Each docstring describes the code of the mutant, and names the promise that it b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 
-from batchlab.core import commit
-from batchlab.core.errors import AlreadyExists
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, BundleId, Follow, JobId, JobState, Json, TaskSet
-from batchlab.core.ports import ChangeResult, Cut, JobRecord, Reopen, Round
-from batchlab.core.protocol import object_keys, settlement
+from batchlab.core.ports import Cut, JobRecord, Round
+from batchlab.core.protocol import settlement
 from batchlab.core.protocol.bundle_inputs import Inputs
 from batchlab.core.protocol.mended_inputs import TaskInputs, is_mended
 from batchlab.core.protocol.object_keys import CommitKey
@@ -25,6 +22,7 @@ from batchlab.manager.ledger_rebuild import _JobObjects
 from batchlab.manager.retry_rounds import RetriedTasks, Retry, RetryPlanner, Sources, TaskSelection
 from batchlab.manager.state import Ports
 from tests.sim.mutants.kit import Plant, planted
+from tests.sim.mutants.retries import run_own_retry
 
 
 def _without_mended_inputs(cuts: Sequence[Cut]) -> tuple[Cut, ...]:
@@ -67,20 +65,10 @@ def mended_input_lost_by_the_next_leader(plant: Plant) -> None:
     async def retry(
         self: JobCommands, job: JobId, chosen: TaskSelection | None = None, inputs: TaskInputs | None = None
     ) -> JobRecord:
-        objects, patience = self._ports.objects, self._ports.patience
-        record = await self._ports.ledger.job(job)
+        record = await self._ledger.job(job)
         if chosen is not None or not record.state.ended or record.state is JobState.SUCCEEDED:
             return await original(self, job, chosen, inputs)
-        round_ = record.round + 1
-        made = await self._retries.plan(record, chosen, {})
-        await commit.permit_round(objects, job, round_, patience)
-        with suppress(AlreadyExists):
-            await patience(lambda: objects.put(object_keys.retry(job, round_), made.to_bytes(), if_absent=True))
-        await self._ports.ledger.apply(Reopen(job, round_, made.reopened))
-        for cut in made.cuts:
-            await self._coordinator.send(record.job, cut.bundles)
-        rows = await self._ports.ledger.rows(job)
-        return (await self._adoption.adopt(ChangeResult(rows, is_new=False), concurrent=True)).record
+        return await run_own_retry(self, record, await self._retries.plan(record, chosen, {}))
 
 
 @planted("mended", weather="mended")

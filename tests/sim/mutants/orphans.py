@@ -67,8 +67,8 @@ def protected_worker_waits_forever(plant: Plant) -> None:
 
 @planted("I5", "I7", "ends", weather="orphans")
 def limits_not_restored_after_the_end(plant: Plant) -> None:
-    """A manager that was suspended does not restore the limits after the fleet's end. The pool has no instances for the
-    rest of its jobs (I7).
+    """A manager that was suspended does not restore the limits after the fleet's end. The pool does not
+    launch instances for its remaining jobs (I7).
     """
 
     @plant.method(FleetEnd, "_restore")

@@ -5,20 +5,18 @@ Each docstring describes the code of the mutant, and names the promise that it b
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 
-from batchlab.core import commit
-from batchlab.core.errors import AlreadyExists
 from batchlab.core.model import Bundle, Control, Follow, JobId, JobState, TaskSet
-from batchlab.core.ports import ChangeResult, JobRecord, Reopen
-from batchlab.core.protocol import object_keys, settlement
+from batchlab.core.ports import JobRecord
+from batchlab.core.protocol import settlement
 from batchlab.core.protocol.mended_inputs import TaskInputs
 from batchlab.core.retry_rule import RetryRule
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.retry_rounds import Retry, RetryPlanner, TaskSelection, failed_tasks
 from batchlab.worker.job_cache import ControlPoller
 from tests.sim.mutants.kit import Plant, planted
+from tests.sim.mutants.retries import run_own_retry
 
 
 @planted("lease")
@@ -83,31 +81,16 @@ def retry_that_ignores_the_choice_of_another(plant: Plant) -> None:
     """If the bucket already contains a retry of the same round, a second retry ignores the first retry and continues
     with the tasks that its own user chose. The ledger re-opens other tasks than the tasks in the bucket (I3).
     """
-
     original = JobCommands.retry
 
     @plant.method(JobCommands, "retry")
     async def retry(
         self: JobCommands, job: JobId, chosen: TaskSelection | None = None, inputs: TaskInputs | None = None
     ) -> JobRecord:
-        objects, patience = self._ports.objects, self._ports.patience
-        record = await self._ports.ledger.job(job)
+        record = await self._ledger.job(job)
         if not record.state.ended or record.state is JobState.SUCCEEDED:
             return await original(self, job, chosen, inputs)
-        round_ = record.round + 1
-        made = await self._retries.plan(record, chosen, inputs or {})
-        await commit.permit_round(objects, job, round_, patience)
-        key = object_keys.retry(job, round_)
-        self._unfinished.add(job)
-        with suppress(AlreadyExists):
-            await patience(lambda: objects.put(key, made.to_bytes(), if_absent=True))
-        await self._ports.ledger.apply(Reopen(job, round_, made.reopened))
-        live = await self._adoption.adopt(
-            ChangeResult(await self._ports.ledger.rows(job), is_new=False), concurrent=True
-        )
-        self._unfinished.discard(job)
-        await self._coordinator.send(live.job, [b for cut in made.cuts for b in cut.bundles])
-        return live.record
+        return await run_own_retry(self, record, await self._retries.plan(record, chosen, inputs or {}))
 
 
 @planted("retries")
