@@ -314,7 +314,7 @@ def env(home: Path | None = HOME, json: bool = JSON) -> None:
     variables = factory.client_environment(backend, place)
     if not variables:
         raise UsageError(
-            f"A grid on {backend.name} has no endpoint.",
+            f"A grid on {backend.name} does not have an endpoint.",
             remedy=f"Its bucket is the folder {place.objects}, which job files call s3://{backend.bucket(place)}/.",
         )
     if json:

@@ -235,7 +235,7 @@ async def _check_head(objects: Objects, job: JobDef, step: StageDef, task: int, 
         await Inputs(objects, patience).check(job, bundle)
     except NoSuchTask as error:
         name = task_name(step.name, task)
-        raise NoSuchTask(f"The plan of job {job.id} has no task {name}.", remedy=error.remedy) from error
+        raise NoSuchTask(f"The plan of job {job.id} does not contain task {name}.", remedy=error.remedy) from error
     except NotFound:
         return  # The plan does not exist yet or was removed, so the task may be valid.
 

@@ -129,7 +129,7 @@ def test_a_task_is_given_what_its_worker_was_given() -> None:
         assert await given(NEXT, 1) == 20
         with pytest.raises(UsageError, match="map/2 has not succeeded"):
             await given(NEXT, 2)
-        with pytest.raises(NotFound, match="has no task map/3"):
+        with pytest.raises(NotFound, match="does not contain task map/3"):
             await given(MAP, 3)
         await objects.put(object_keys.part(JOB.id, SUM, 0, object_keys.old_part(0)), _part(objects))
         await objects.put(object_keys.manifest(JOB.id, SUM, 0), Manifest(1, (0,)).to_bytes())
@@ -225,7 +225,7 @@ def test_unknown_task_is_refused_with_the_existing_ones(
     for task in ("map/3", "next/3"):
         code, out, err = run("job", "show", JOB.id, task, "--home", tmp_path)
         assert (code, out) == (2, "")
-        assert f"has no task {task}." in err
+        assert f"does not contain task {task}." in err
         assert "Stage map has 3 tasks, counted from 0." in err
     # Tasks that have not started yet are shown.
     for task in ("map/2", "next/2", "sum/0"):

@@ -103,7 +103,7 @@ WRONG = {
     "no TOML": ("[worker", "is not TOML"),
     "no UTF-8": (b"\xff".decode("latin-1"), "is not TOML"),
     "no versions": ("[worker]\nversion = []", "worker.version: Tuple should have at least 1"),
-    "no such default": ("[worker]\ndefault = 2\n[[worker.version]]", "worker has no version 2"),
+    "no such default": ("[worker]\ndefault = 2\n[[worker.version]]", "worker does not have a version 2"),
     "no such key": ("[worker]\n[[worker.version]]\nimages = 'x'", "worker.version.0.images"),
     "no such name": ('["a b"]\n[["a b".version]]', "a b"),
     "no slots": ("[worker]\n[[worker.version]]\nslots = 0", "worker.version.0.slots"),

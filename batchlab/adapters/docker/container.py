@@ -209,7 +209,7 @@ NO_GPU_RUNTIME = ("could not select device driver", "failed to discover GPU vend
 
 def start_container(container: str, api: APIClient) -> None:
     """Start the container. Do nothing if the container is running. Raise BackendError if the container needs GPUs, and
-    Docker has no GPU runtime."""
+    Docker does not have a GPU runtime."""
     from docker.errors import APIError
 
     try:

@@ -117,7 +117,7 @@ async def prepare_task(
         if attempt is None and (number, round_) != (None, None):
             numbers = [f"{a.outcome.bundle.attempt} (round {a.outcome.bundle.round})" for a in ended]
             raise UsageError(
-                f"{task_name(stage, task)} has no such attempt.",
+                f"{task_name(stage, task)} does not have the selected attempt.",
                 remedy=f"It has {', '.join(numbers)}." if numbers else "No attempt of the task has ended yet.",
             )
         try:
@@ -166,7 +166,7 @@ async def _definition(reading: Objects, job: JobId, patience: Patience) -> JobDe
         return await attempts.definition(reading, job, patience)
     except NotFound as error:
         raise UsageError(
-            f"The bucket has no job {job}. The id is wrong, or the objects of the job were deleted.",
+            f"The bucket does not contain the job {job}. The id is wrong, or the objects of the job were deleted.",
             remedy="Use the whole id of the job, as `batchlab job list` shows it.",
         ) from error
 

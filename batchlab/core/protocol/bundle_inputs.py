@@ -318,7 +318,7 @@ def _gather_in(item: dict[str, Any]) -> dict[StageName, list[tuple[BundleId, Tas
 def _no_such_task(bundle: Bundle, task: int, manifest: Manifest) -> NoSuchTask:
     name = task_name(bundle.stage, task)
     return NoSuchTask(
-        f"The plan of job {bundle.job} has no task {name}.",
+        f"The plan of job {bundle.job} does not contain task {name}.",
         remedy=f"Stage {bundle.stage} has {count(manifest.count, 'task')}, counted from 0.",
     )
 

@@ -542,7 +542,7 @@ class ScenarioSpec(Keys):
     pools: dict[field_types.Name, PoolSpec] = key("Pools of the fleet by name.", {"default": {"max": 10}}, min_length=1)
     policy: PolicySpec = key("Scaling policy.", {"drain_target": "10m"}, default_factory=PolicySpec)
     shares: SharesSpec | None = key(
-        "Fair-share policy. By default, there is none, and shares have no effect.",
+        "Fair-share policy. By default, the grid does not have a policy and ignores shares.",
         {"shares": [{"identifier": "research", "weight": 0.5}]},
         None,
     )

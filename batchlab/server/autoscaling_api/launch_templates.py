@@ -233,7 +233,7 @@ class TemplateFile:
         for name, template in templates.items():
             if template.default > len(template.version):
                 raise UsageError(
-                    f"{self._path}: {name} has no version {template.default}.",
+                    f"{self._path}: {name} does not have a version {template.default}.",
                     remedy="Set `default` to an existing version.",
                 )
         self._stamp, self._templates = stamp, templates
