@@ -42,7 +42,7 @@ def test_grid_without_images_sends_no_requests() -> None:
     play(main)
 
 
-def test_unreadable_record_selects_no_image_and_stays() -> None:
+def test_unreadable_record_selects_no_image() -> None:
     async def main() -> None:
         scene = Scene()
         await scene.objects.put(object_keys.POOL_IMAGES, b"[]")

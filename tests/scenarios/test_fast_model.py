@@ -19,8 +19,8 @@ from batchlab.scenarios.planner.candidates import Goal
 from batchlab.scenarios.planner.fast_model import FastModel
 from batchlab.scenarios.planner.planner import Search
 from batchlab.scenarios.record import Record
-from batchlab.scenarios.verdicts import MEASURES
 from tests.support.scenarios.plan_models import Grid, a_scenario
+from tests.support.scenarios.records import measured
 from tests.support.scenarios.small_scenarios import PARSE, PRICE, SUM, claims
 
 MINUTE = StageTemplate("sums", Constant(60.0))
@@ -34,17 +34,11 @@ def sketched(scenario: Scenario, seed: int = 1) -> Record:
     return FastModel("aws")(scenario, seed)
 
 
-def of(record: Record, name: str) -> float:
-    found = MEASURES[name].of(record, "")
-    assert isinstance(found, float)
-    return found
-
-
 def test_available_instances_run_the_tasks_in_rounds() -> None:
     for size, rounds in ((4, 4), (3, 6), (16, 1)):
         found = sketched(claims(MINUTE, jobs=1, tasks=32, pool=fixed(size)))
-        assert of(found, "makespan") == 60.0 * rounds
-        assert (found.lost, of(found, "peak_fleet")) == (0, size)
+        assert measured(found, "makespan") == 60.0 * rounds
+        assert (found.lost, measured(found, "peak_fleet")) == (0, size)
         # Each instance is paid from the beginning to the end.
         assert len(found.instances) == size
         assert all(instance.launched_s == 0 and instance.ended_s is None for instance in found.instances)
@@ -56,17 +50,17 @@ def test_fleet_grows_after_a_boot_and_shrinks_when_idle() -> None:
     first, *_ = found.instances
     assert first.ready_s == first.launched_s + 90.0
     assert all(instance.ended_s is not None for instance in found.instances)
-    assert 150.0 <= of(found, "makespan") <= 90.0 + 4 * 60.0 + 90.0
+    assert 150.0 <= measured(found, "makespan") <= 90.0 + 4 * 60.0 + 90.0
     warm = (Prewarm("default", 2, 0.0, 200.0),)
     early = claims(MINUTE, jobs=1, tasks=8, pool=plan, prewarm=warm)
-    assert of(sketched(early), "makespan") == 90.0 + 2 * 60.0
+    assert measured(sketched(early), "makespan") == 90.0 + 2 * 60.0
 
 
 def test_gather_waits_for_all_and_a_chain_continues_by_piece() -> None:
     follows = StageTemplate("price", Constant(60.0), after=("sums",))
     gathers = StageTemplate("all", Constant(5.0), after=("price",), gather="*")
     found = sketched(claims(MINUTE, follows, gathers, jobs=1, tasks=16, pool=fixed(4)))
-    assert of(found, "makespan") == 2 * 2 * 60.0 + 5.0
+    assert measured(found, "makespan") == 2 * 2 * 60.0 + 5.0
     assert [stage.tasks for stage in found.stages] == [16, 16, 1]
 
 
@@ -81,7 +75,7 @@ def test_follow_up_of_several_stages_is_cut_as_one(after: tuple[str, str]) -> No
     )
     found = sketched(claims(*stages, jobs=1, tasks=1000, pool=fixed(25)))
     assert (found.lost, found.cut) == (0, "")
-    assert of(found, "makespan") == pytest.approx(1000 * 103.0 / 50, rel=0.1)
+    assert measured(found, "makespan") == pytest.approx(1000 * 103.0 / 50, rel=0.1)
 
 
 def test_a_run_in_which_nothing_runs_or_boots_is_cut() -> None:
@@ -102,13 +96,13 @@ def test_jobs_take_turns() -> None:
 def test_a_spot_wave_takes_what_does_not_end_in_time() -> None:
     wave = Fault(FaultName.SPOT_WAVE, 30.0, notice_s=10.0)
     plan = claims(MINUTE, jobs=1, tasks=8, pool=fixed(4, spot=1.0))
-    assert of(sketched(plan), "makespan") == 60.0
+    assert measured(sketched(plan), "makespan") == 60.0
     found = sketched(replace(plan, faults=(wave,)))
     (hit,) = found.faults
     assert (len(hit.targets), hit.impossible) == (4, "")
     assert sum(instance.ended_s == 40.0 for instance in found.instances) == 4
     # The other instances boot for 30 s and repeat all of the work.
-    assert 130.0 <= of(found, "makespan") <= 140.0
+    assert 130.0 <= measured(found, "makespan") <= 140.0
     assert found.lost == 0
     (miss,) = sketched(replace(plan, faults=(wave,), pools=(fixed(4),))).faults
     assert miss.impossible
@@ -130,7 +124,7 @@ def test_run_ends_after_the_last_prewarming_and_fault() -> None:
     warm = (Prewarm("default", 3, 4500.0, 6000.0),)
     late = claims(MINUTE, jobs=1, tasks=2, pool=plan, prewarm=warm)
     found, exact = sketched(late), simulate(late, like=factory.load("aws"))
-    assert of(found, "peak_fleet") == of(exact, "peak_fleet") == 3
+    assert measured(found, "peak_fleet") == measured(exact, "peak_fleet") == 3
     assert found.usd == pytest.approx(exact.usd, rel=0.02)
     warmed = [instance for instance in found.instances if instance.launched_s >= 4500.0]
     assert len(warmed) == 3
@@ -169,9 +163,9 @@ def test_fast_model_is_near_the_simulator() -> None:
     plan = claims(jobs=6, tasks=100, faults=wave)
     rough, exact = sketched(plan), simulate(plan, like=factory.load("aws"))
     assert rough.seed == exact.seed
-    assert of(rough, "makespan") == pytest.approx(of(exact, "makespan"), rel=0.1)
+    assert measured(rough, "makespan") == pytest.approx(measured(exact, "makespan"), rel=0.1)
     assert rough.usd == pytest.approx(exact.usd, rel=0.15)
-    assert of(rough, "peak_fleet") == pytest.approx(of(exact, "peak_fleet"), abs=1)
+    assert measured(rough, "peak_fleet") == pytest.approx(measured(exact, "peak_fleet"), abs=1)
 
 
 def test_candidates_of_the_fast_model_are_simulated() -> None:

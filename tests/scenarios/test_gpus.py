@@ -20,9 +20,8 @@ from batchlab.scenarios.model.values import PoolPlan, StageTemplate
 from batchlab.scenarios.planner.candidates import trial_result
 from batchlab.scenarios.planner.fast_model import FastModel
 from batchlab.scenarios.planner.search_steps import SizeLimits
-from batchlab.scenarios.record import Record
-from batchlab.scenarios.verdicts import MEASURES
 from tests.support.grid.backends import command as batchlab
+from tests.support.scenarios.records import measured
 from tests.support.scenarios.small_scenarios import claims
 
 TRAIN = StageTemplate("train", Constant(600.0), gpus=1, bundle=1)
@@ -41,12 +40,6 @@ pools:
 """
 
 
-def _of(record: Record, name: str) -> float:
-    found = MEASURES[name].of(record, "")
-    assert isinstance(found, float | int)
-    return found
-
-
 def test_each_type_with_gpus_has_a_price() -> None:
     book = price_book.load()
     types = [one for one in instance_types.load().types.values() if one.gpus]
@@ -62,15 +55,15 @@ def test_fast_model_and_forecast_run_one_task_on_each_gpu() -> None:
     """8 tasks of 600 s on two instances with one GPU and four slots each take four rounds."""
     pool = PoolPlan(Pool("default", 2, 2, 4, 0.0, instance_type="g5.xlarge", gpus=1))
     scenario = claims(TRAIN, jobs=1, tasks=8, pool=pool)
-    assert _of(FastModel("aws")(scenario, 1), "makespan") == pytest.approx(4 * 600.0)
-    assert _of(simulate(scenario), "makespan") == pytest.approx(4 * 600.0, abs=60.0)
+    assert measured(FastModel("aws")(scenario, 1), "makespan") == pytest.approx(4 * 600.0)
+    assert measured(simulate(scenario), "makespan") == pytest.approx(4 * 600.0, abs=60.0)
 
 
 def test_autoscaler_of_a_forecast_counts_gpus() -> None:
     pool = PoolPlan(Pool("default", 0, 8, 4, 30.0, instance_type="g5.xlarge", gpus=1))
     scenario = claims(TRAIN, jobs=1, tasks=8, pool=pool)
     for record in (FastModel("aws")(scenario, 1), simulate(scenario)):
-        assert _of(record, "peak_fleet") >= 4, "the slots of two instances would be enough for eight tasks"
+        assert measured(record, "peak_fleet") >= 4, "the slots of two instances would be enough for eight tasks"
 
 
 def test_a_plan_tries_an_instance_for_each_task_with_a_gpu() -> None:

@@ -27,15 +27,16 @@ from batchlab.scenarios.record import Record, parse, to_json
 from batchlab.scenarios.replay import driver, recording
 from batchlab.scenarios.replay.measurements import Measurements, StageTotals
 from batchlab.scenarios.replay.run_state import ManagerConnection, RunState
-from batchlab.scenarios.verdicts import MEASURES
 from batchlab.sim.world import World
 from tests.scenarios.test_replay_run import Line, Manager
 from tests.sim.mutants.kit import Plant
+from tests.support import ROOT
 from tests.support.cli import Run, a_job, runner
 from tests.support.scenarios.files import load, refused
+from tests.support.scenarios.records import measured
 from tests.support.sim.scenes import A, job, stage
 
-PAGE = Path(__file__).parents[2] / "docs" / "scenarios.md"
+PAGE = ROOT / "docs" / "scenarios.md"
 
 TEXT = """\
 name: teams
@@ -66,10 +67,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return runner(monkeypatch, capsys)
 
 
-def turnaround_s(record: Record, template: str = "small") -> float:
-    value = MEASURES["p95_turnaround"].of(record, template)
-    assert isinstance(value, float)
-    return value
+def turnaround_s(record: Record) -> float:
+    return measured(record, "p95_turnaround", "small")
 
 
 # --- The scenario file ---------------------------------------------------------------------------
@@ -154,9 +153,7 @@ def check_effect(scenario: Scenario) -> None:
 
 def check_limit(scenario: Scenario) -> None:
     record = simulate(scenario)
-    makespan_s = MEASURES["makespan"].of(record, "bulk")
-    assert isinstance(makespan_s, float)
-    assert makespan_s >= 12 * 20 * 5.0, "the share used more than one slot"
+    assert measured(record, "makespan", "bulk") >= 12 * 20 * 5.0, "the share used more than one slot"
     assert (record.lost, record.cut) == (0, "")
 
 
@@ -267,12 +264,8 @@ def test_the_table_of_two_tenants_is_measured() -> None:
     assert [row[0] for row in rows] == list(scenarios)
     for (_, *shown), scenario in zip(rows, scenarios.values(), strict=True):
         record = simulate(scenario)
-        measured = [
-            MEASURES["p95_wait"].of(record, "small"),
-            MEASURES["p95_turnaround"].of(record, "small"),
-            MEASURES["makespan"].of(record, "noisy"),
-        ]
-        assert [float(shown[0]), float(shown[1]), 60 * float(shown[2])] == pytest.approx(measured, rel=0.25)
+        forecast = [measured(record, "p95_wait", "small"), turnaround_s(record), measured(record, "makespan", "noisy")]
+        assert [float(shown[0]), float(shown[1]), 60 * float(shown[2])] == pytest.approx(forecast, rel=0.25)
         is_red = scenario.shares is None and scenario.jobs["small"].priority == 0
         assert verdicts.is_red(verdicts.judge(record, scenario.expect)) == is_red
 

@@ -64,7 +64,7 @@ def item_of(rig: Rig, name: str, stage: StageName, task: int) -> Json:
     return rig.run(read())
 
 
-def with_items(token: str, lines: str, size: int = 1) -> JobDef:
+def with_items(token: str, size: int = 1) -> JobDef:
     made = job(token=token, tasks=1)
     return replace(made, input=InputDef((f"{object_keys.raw(made.id)}items",), SplitBy.ITEMS, size))
 
@@ -147,7 +147,7 @@ def test_a_rebuilt_ledger_keeps_the_input(rig: Rig) -> None:
 
 
 def test_json_items_are_checked_and_large_ones_are_stored_apart(rig: Rig) -> None:
-    made = with_items("items", "")
+    made = with_items("items")
     name = submit_items(rig, made, '{"n": 1}\n{"n": 2}\n')
     rig.work(name, 2, bad={0, 1})
     rig.ended(name)
@@ -161,7 +161,7 @@ def test_json_items_are_checked_and_large_ones_are_stored_apart(rig: Rig) -> Non
 
 
 def test_an_item_of_several_lines_is_an_array(rig: Rig) -> None:
-    made = with_items("arrays", "", size=2)
+    made = with_items("arrays", size=2)
     name = submit_items(rig, made, "1\n2\n3\n")
     rig.work(name, 2, bad={0, 1})
     rig.ended(name)

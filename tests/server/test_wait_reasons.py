@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -268,6 +269,15 @@ def test_a_bundle_that_two_workers_run_counts_once() -> None:
     workers = {name: worker(name, one) for name in ("w-1", "w-2")}
     answer = why(Situation(out=[(one, 0.0)], workers=workers).facts())
     assert "runs 3 tasks in 1 bundle on 1 worker" in answer
+
+
+def test_the_learned_visibility_timeout_has_its_basis() -> None:
+    one = bundle(JOB, 1)
+    facts = Situation(out=[(one, 0.0)], workers={"w-1": worker("w-1", one)}).facts()
+    assert facts.live is not None
+    facts.live.run_times_s[MAP] = deque([45.0] * 20)
+    expected = "a visibility timeout of up to 65 s, because 95% of the last 20 bundles took at most 45 s a task."
+    assert expected in why(facts)
 
 
 _some: Mapping[str, st.SearchStrategy[Any]] = {

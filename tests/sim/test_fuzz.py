@@ -10,7 +10,7 @@ import gc
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from unittest.mock import patch
 
 import pytest
@@ -53,36 +53,33 @@ def test_no_promise_is_broken_in_any_weather(first: int) -> None:
                 pytest.fail(f"seed {seed}: {failure.text}\n{command}\n{failure.trace}")
 
 
+def check_worlds(seeds: Iterable[int], weather: str) -> None:
+    """Check that no promise is broken in the worlds of the weather with these seeds."""
+    for seed in seeds:
+        with fuzz.silence():
+            failure = fuzz.try_seed(seed, weather).failure
+        if failure:
+            pytest.fail(f"seed {seed}: {failure.text}\n{fuzz.command(failure, weather, None)}")
+
+
 @pytest.mark.parametrize(
     "first", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(AT_ONCE, LIES, AT_ONCE))]
 )
 def test_no_promise_is_broken_by_lying_workers(first: int) -> None:
     """Promise I8 holds, and I1 to I7 hold for each job without a message at a lying worker."""
-    for seed in range(first, first + AT_ONCE):
-        with fuzz.silence():
-            failure = fuzz.try_seed(seed, "lies").failure
-        if failure:
-            pytest.fail(f"seed {seed}: {failure.text}\n{fuzz.command(failure, 'lies', None)}")
+    check_worlds(range(first, first + AT_ONCE), "lies")
 
 
 @pytest.mark.parametrize("first", range(0, ACCOUNTS, AT_ONCE // 2))
 def test_no_outcome_is_accounted_for_twice(first: int) -> None:
     """The accounts of jobs are compared with the events in their worlds."""
-    for seed in range(first, first + AT_ONCE // 2):
-        with fuzz.silence():
-            failure = fuzz.try_seed(seed, "accounts").failure
-        if failure:
-            pytest.fail(f"seed {seed}: {failure.text}\n{fuzz.command(failure, 'accounts', None)}")
+    check_worlds(range(first, first + AT_ONCE // 2), "accounts")
 
 
 @pytest.mark.parametrize("first", range(0, MENDED, AT_ONCE // 2))
 def test_each_task_runs_with_the_input_of_its_round(first: int) -> None:
     """Users retry failed tasks with mended inputs, and each start and each outcome has the input of its round."""
-    for seed in range(first, first + AT_ONCE // 2):
-        with fuzz.silence():
-            failure = fuzz.try_seed(seed, "mended").failure
-        if failure:
-            pytest.fail(f"seed {seed}: {failure.text}\n{fuzz.command(failure, 'mended', None)}")
+    check_worlds(range(first, first + AT_ONCE // 2), "mended")
 
 
 def test_every_kind_of_fault_happens() -> None:

@@ -116,7 +116,6 @@ def test_a_stage_that_no_instance_can_run_is_refused(made: JobDef, text: str, re
 
 
 def test_requests_for_gpus_are_granted_in_order() -> None:
-
     async def act() -> None:
         slots = Slots(4, gpus=2)
         first, both, third, plain = (slots.request(1, gpus) for gpus in (1, 2, 1, 0))

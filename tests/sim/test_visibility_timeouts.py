@@ -125,7 +125,6 @@ def test_the_short_task_of_a_dead_worker_returns_early(fixed: Callable[[], None]
     measured_s = recovery_s()
     fixed()
     fixed_s = recovery_s()
-    print(measured_s, fixed_s)
     assert measured_s < 35.0
     assert fixed_s > 50.0
 

@@ -98,17 +98,21 @@ class Cli:
     def none_left(self) -> None:
         self.wait(lambda: not processes_of(self.home.path), "end of all processes")
 
+    def close(self) -> None:
+        """Stop the manager and the started commands, and check that no process remains."""
+        manager_process.stop_manager(self.home)
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+        self.none_left()
+
 
 @pytest.fixture
 def cli(tmp_path: Path) -> Iterator[Cli]:
     made = Cli(tmp_path)
     yield made
-    manager_process.stop_manager(made.home)
-    for process in made.started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-    made.none_left()
+    made.close()
 
 
 def numbers(folder: Path) -> list[int]:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from batchlab.runtime import manager_process
 from tests.system.test_command_line import Cli
 
 HANDLERS = """\
@@ -47,23 +46,23 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
     (tmp_path / "handlers.py").write_text(HANDLERS)
     (tmp_path / "job.yaml").write_text(JOB.replace("GATE", str(tmp_path / "gate")))
     yield made
-    manager_process.stop_manager(made.home)
-    for process in made.started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-    made.none_left()
+    made.close()
+
+
+def fail_first(cli: Cli) -> None:
+    """Start a grid and run the job until it has failed."""
+    (cli.folder / "gate").touch()
+    assert cli("grid", "up")[0] == 0
+    code, _, err = cli("job", "submit", "job.yaml")
+    assert code == 0, err
+    assert cli("job", "watch", "last")[0] == 1
 
 
 def test_a_mended_input_survives_a_killed_manager(cli: Cli) -> None:
     """The task of the retry runs while the manager is killed. The next manager counts the result of the new input."""
     cli.inputs(3)
     (cli.folder / "data/001").write_text("not a number")
-    (cli.folder / "gate").touch()
-    assert cli("grid", "up")[0] == 0
-    code, _, err = cli("job", "submit", "job.yaml")
-    assert code == 0, err
-    assert cli("job", "watch", "last")[0] == 1
+    fail_first(cli)
     for task, reason in (("work/0", "has not failed"), ("work/7", "does not have a task work/7")):
         code, _, err = cli("job", "retry", "last", "--task", task, "--input", "data/000")
         assert code == 2
@@ -117,11 +116,7 @@ def test_a_mended_input_survives_a_killed_manager(cli: Cli) -> None:
 def test_a_new_input_from_standard_input(cli: Cli) -> None:
     cli.inputs(1)
     (cli.folder / "data/000").write_text("x")
-    (cli.folder / "gate").touch()
-    assert cli("grid", "up")[0] == 0
-    code, _, err = cli("job", "submit", "job.yaml")
-    assert code == 0, err
-    assert cli("job", "watch", "last")[0] == 1
+    fail_first(cli)
     command = [sys.executable, "-m", "batchlab", "job", "retry", "last", "--task", "work/0", "--input", "-"]
     environment = {**os.environ, "BATCHLAB_HOME": str(cli.home.path)}
     subprocess.run(command, cwd=cli.folder, env=environment, input=b"7", check=True, capture_output=True)

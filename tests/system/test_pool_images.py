@@ -18,7 +18,7 @@ from batchlab.runtime.compose_project import check_reference
 from batchlab.runtime.home import Home
 from batchlab.runtime.pool_images import inspect
 from tests.support.docker.grid import need_containers
-from tests.support.docker.pool_images import build_image, remove_images, two_images, write_job
+from tests.support.docker.pool_images import BASE_IMAGE, build_image, remove_images, two_images, write_job
 from tests.support.grid.backends import command as batchlab
 from tests.support.waiting import until
 
@@ -47,10 +47,17 @@ def kill_the_manager_and_start_it_again(home: Path, images: tuple[str, str]) -> 
     batchlab("grid", "scale", "cutters", "--desired", "1", "--home", home)
 
     def serves() -> bool:
-        found = json.loads(batchlab("grid", "workers", "--json", "--home", home)[0])
-        return any(one["pool"] == "cutters" and one["state"] == "InService" and one["worker"] for one in found)
+        return any(
+            one["pool"] == "cutters" and one["state"] == "InService" and one["worker"] for one in workers_of(home)
+        )
 
     until(serves, 60.0, pause_s=1.0)
+
+
+def workers_of(home: Path) -> list[dict[str, Any]]:
+    """Return the instances of the grid, as `grid workers` shows them."""
+    found: list[dict[str, Any]] = json.loads(batchlab("grid", "workers", "--json", "--home", home)[0])
+    return found
 
 
 def pools(images: tuple[str, str]) -> list[str]:
@@ -73,9 +80,9 @@ def test_stages_of_one_job_run_in_two_images_on_localstack(tmp_path: Path, image
         grid = json.loads(batchlab("grid", "status", "--json", "--home", home)[0])
         shown = {pool["name"]: pool["image"] for pool in grid["pools"]}
         assert shown == {"cutters": f"{images[0]}@{ids[images[0]]}", "joiners": f"{images[1]}@{ids[images[1]]}"}
-        instances = json.loads(batchlab("grid", "workers", "--json", "--home", home)[0])
-        assert {(one["pool"], one["image"]) for one in instances} <= set(shown.items())
-        assert instances
+        workers = workers_of(home)
+        assert {(one["pool"], one["image"]) for one in workers} <= set(shown.items())
+        assert workers
     finally:
         batchlab("grid", "down", "--home", home)
 
@@ -91,9 +98,7 @@ def test_stages_of_one_job_run_in_two_images_on_local(tmp_path: Path, images: tu
         assert [path.read_text() for path in (tmp_path / "out").rglob("here.txt")] == ["abc+ghi+"] * 3
         batchlab("gc")
         assert len(check_reference("ps", "-q", "--filter", label).split()) >= 1
-        shown = {
-            one["pool"]: one["image"] for one in json.loads(batchlab("grid", "workers", "--json", "--home", home)[0])
-        }
+        shown = {one["pool"]: one["image"] for one in workers_of(home)}
         assert shown["default"] == ""
         assert shown["joiners"].startswith(f"{images[1]}@sha256:")
         kill_the_manager_and_start_it_again(home, images)
@@ -179,9 +184,8 @@ def test_task_is_replayed_in_the_image_of_its_worker(tmp_path: Path) -> None:
             "The task runs without the image of its worker. The image of task cut/0 needs Docker, and Docker does"
             in said
         )
-        base = os.environ["BATCHLAB_BASE_IMAGE"]
-        found, said = replayed("count/0", "--image", base)
-        assert found["image"].startswith(f"{base}@sha256:")
+        found, said = replayed("count/0", "--image", BASE_IMAGE)
+        assert found["image"].startswith(f"{BASE_IMAGE}@sha256:")
         assert f"The worker ran from the image {reference}." in found["differences"]
         assert "ValueError: None" in said
         pdb = subprocess.run(
@@ -199,6 +203,7 @@ def test_task_is_replayed_in_the_image_of_its_worker(tmp_path: Path) -> None:
         remove_images(image)
 
 
+@pytest.mark.usefixtures("images")
 @pytest.mark.parametrize(
     ("lines", "reason", "code"),
     [
@@ -207,9 +212,8 @@ def test_task_is_replayed_in_the_image_of_its_worker(tmp_path: Path) -> None:
     ],
 )
 def test_unsuitable_image_is_one_error_before_the_grid_starts(
-    tmp_path: Path, images: tuple[str, str], lines: tuple[str, ...], reason: str, code: int
+    tmp_path: Path, lines: tuple[str, ...], reason: str, code: int
 ) -> None:
-    del images
     name = "127.0.0.1:1/batchlab-tests/absent:1"
     if lines:
         name = build_image("batchlab-tests/bare:1", {}, *lines)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from batchlab.runtime.compose_project import check_reference
 
+BASE_IMAGE = os.environ.get("BATCHLAB_BASE_IMAGE", "python:3.13-slim")
+
 JOB = """\
 name: two-images
 
@@ -28,8 +30,7 @@ stages:
 
 def build_image(name: str, tools: Mapping[str, str], *more: str) -> str:
     """Build an image from the base image with shell scripts as `tools` and more lines of a Dockerfile."""
-    base = os.environ.get("BATCHLAB_BASE_IMAGE", "python:3.13-slim")
-    lines = [f"FROM {base}", "ENV TOOL_HOME=/opt/tools", "ENV PATH=/opt/tools:$PATH", *more]
+    lines = [f"FROM {BASE_IMAGE}", "ENV TOOL_HOME=/opt/tools", "ENV PATH=/opt/tools:$PATH", *more]
     for tool, script in tools.items():
         body = "\\n".join(["#!/bin/sh", *script.splitlines()])
         lines.append(

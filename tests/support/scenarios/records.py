@@ -6,6 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from batchlab.scenarios.record import InstanceRun, JobRun, PoolSample, Record, Sample
+from batchlab.scenarios.verdicts import MEASURES
+
+
+def measured(record: Record, name: str, template: str = "") -> float:
+    """Return a measure of a run that has a number for it."""
+    found = MEASURES[name].of(record, template)
+    assert isinstance(found, float | int)
+    return found
 
 
 def a_job(index: int = 0, **more: Any) -> JobRun:

@@ -26,11 +26,11 @@ USER_CODE = Path(__file__).parent / "user_code"
 class Rig:
     """A ProcessRunner and its bucket. `run` and `values` run one bundle of stage `s` of job `j`."""
 
-    def __init__(self, root: Path, objects: Objects, slots: int, files: LocalFiles | None = None, *gpus: str) -> None:
+    def __init__(self, root: Path, objects: Objects, slots: int, files: LocalFiles | None = None) -> None:
         self.scratch = Scratch(root / "scratch")
         self.objects = objects
         self.clock = WallClock()
-        self.runner = ProcessRunner(objects, self.scratch, self.clock, slots, files, gpu_names=gpus)
+        self.runner = ProcessRunner(objects, self.scratch, self.clock, slots, files)
         self.handle = Handle()
         self._executions = 0
         self._code: dict[Path, str] = {}
@@ -51,7 +51,6 @@ class Rig:
         params: dict[str, Json] | None = None,
         first: int = 0,
         budget_s: float | None = None,
-        held_gpus: tuple[int, ...] = (),
         **stage: Any,
     ) -> Work:
         handler = None if "command" in stage else handler
@@ -61,7 +60,7 @@ class Rig:
         self._executions += 1
         tasks = TaskSet.span(first, first + len(items))
         bundle = Bundle(job.id, step.name, tasks)
-        return Work(job, step, bundle, f"e-{self._executions}", items, budget_s, gpus=held_gpus)
+        return Work(job, step, bundle, f"e-{self._executions}", items, budget_s)
 
     async def run(self, items: Sequence[Json], **how: Any) -> list[Ran]:
         self.handle = Handle()
@@ -94,13 +93,9 @@ class Rig:
 
 @asynccontextmanager
 async def opened(
-    root: Path,
-    objects: Objects | None = None,
-    slots: int = 2,
-    files: LocalFiles | None = None,
-    gpus: Sequence[str] = (),
+    root: Path, objects: Objects | None = None, slots: int = 2, files: LocalFiles | None = None
 ) -> AsyncIterator[Rig]:
-    rig = Rig(root, objects or SimObjects(), slots, files, *gpus)
+    rig = Rig(root, objects or SimObjects(), slots, files)
     try:
         yield rig
     finally:
