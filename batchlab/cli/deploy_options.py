@@ -40,9 +40,10 @@ YES = flag("Make the changes without asking for confirmation.", "--yes")
 
 _OPTIONS = {
     "pool": option(
-        "Pool of workers and its instance types, such as default:0-10x2@m7i.large,m6i.large. With image=IMAGE at the"
-        " end, the workers run in a container image. Repeatable. The stack has only the pools that the options name.",
-        "NAME:MIN-MAXxSLOTS@TYPE,TYPE[,image=IMAGE]",
+        "Pool of workers and its instance types, such as default:0-10x2@m7i.large,m6i.large. gpus=N sets the GPUs of "
+        "each instance (default: the GPUs of the instance types). With image=IMAGE, the workers run in a container "
+        "image. Repeatable. The stack has only the pools that the options name.",
+        "NAME:MIN-MAXxSLOTS@TYPE,TYPE[,gpus=N][,image=IMAGE]",
     ),
     "settings": option(
         "File with the stack's name, pools, and parameters, which replaces the stored settings.", "FILE.yaml"

@@ -150,7 +150,9 @@ def _name(text: str) -> str:
 def record(
     job: list[str] | None = argument("Ended job.", "JOB", default=None),
     from_: Path | None = option("Record of a `scenario replay`, which replaces the arguments JOB.", "RECORD", "--from"),
-    out: Path | None = option("Scenario file to write. The trace has the same name, with the suffix .jsonl. Default: NAME.yaml.", "FILE"),
+    out: Path | None = option(
+        "Scenario file to write. The trace has the same name, with the suffix .jsonl. Default: NAME.yaml.", "FILE"
+    ),
     name: str | None = option("Name of the scenario. Default: the name of the job."),
     home: Path | None = HOME,
     json: bool = JSON,

@@ -342,7 +342,9 @@ def _pack(
         if total_bytes > MAX_BYTES:
             raise _too_large(f"has more than {size(MAX_BYTES)} of results")
         if not has_room(folder, size_bytes):
-            raise UsageError("The manager's disk does not have enough space for an archive of these results.", remedy=_REMEDY)
+            raise UsageError(
+                "The manager's disk does not have enough space for an archive of these results.", remedy=_REMEDY
+            )
 
     claim(0)
     objects, patience = manager.ports.objects, manager.ports.patience
