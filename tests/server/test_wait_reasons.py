@@ -276,7 +276,7 @@ def test_the_learned_visibility_timeout_has_its_basis() -> None:
     facts = Situation(out=[(one, 0.0)], workers={"w-1": worker("w-1", one)}).facts()
     assert facts.live is not None
     facts.live.run_times_s[MAP] = deque([45.0] * 20)
-    expected = "a visibility timeout of up to 65 s, because 95% of the last 20 bundles took at most 45 s a task."
+    expected = "a visibility timeout of up to 65 s, because 95% of the last 20 bundles took at most 45.0 s a task."
     assert expected in why(facts)
 
 
