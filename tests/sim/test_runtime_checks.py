@@ -64,8 +64,8 @@ def test_unextended_message_expires_even_with_a_short_timeout(monkeypatch: pytes
 
 
 def test_message_of_a_frozen_worker_is_not_checked_at_the_end_of_the_world() -> None:
-    """The queue answers the long poll of a frozen worker, the worker is told to drain, and the end of the world thaws
-    the worker. Before, the check of I6 reported the answer (seed 618 of the weather `speculative`)."""
+    """The queue answers the long poll of a frozen worker, the worker receives the order to drain, and the end of the
+    world thaws the worker. Before, the check of I6 reported the answer (seed 618 of the weather `speculative`)."""
 
     async def act(world: World) -> bool:
         made = job(stage(A), items=1)
