@@ -130,7 +130,7 @@ class InflightMessage:
     execution: str
     received_s: float
     extend_at_s: float
-    """Time when the visibility timeout of the message must be extended."""
+    """Monotonic time when the worker extends the visibility timeout of the message."""
     receipt: str | None
     key: CommitKey = UNSEALED
     """Commit key of the job, set after the key has been verified."""
